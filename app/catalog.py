@@ -31,6 +31,8 @@ from .runs import RunItem, named
 from .scored import Scored, scored
 
 SCORES = "clip_scores"
+IMAGES, CHECKPOINTS = "validation/step-*/000.png", "checkpoints/step-*/digests.json"
+"""Files by which a run's steps are known."""
 EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
 """Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
 
@@ -130,11 +132,14 @@ class Catalog:
     def sign(self, kind: str) -> str:
         """Changes whenever there is something else among the "runs", "scores" or "figures".
 
-        A run that goes on counts as the same until its status, weights or images change.
+        A run that goes on counts as the same until its status, weights, images or checkpoints
+        change.
         """
         now = self.now
         if kind == "runs":
-            parts = [(r.path, r.name, r.status, r.weights, r.steps) for r in now.runs]
+            parts = [
+                (r.path, r.name, r.status, r.weights, r.steps, r.checkpoints) for r in now.runs
+            ]
         else:
             parts = [(item.path, id(item.result)) for item in getattr(now, kind)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -217,8 +222,10 @@ class Catalog:
             record = self._one(folder, RUN, read_run, scan)
             if record is not None:
                 weights = next((_join(folder, file) for file in EXPORTED if file in names), None)
-                steps = read_steps(self.root / folder)
-                scan.runs.append(RunItem(folder, name, record, weights, steps))
+                steps = [
+                    read_steps(self.root / folder, pattern) for pattern in (IMAGES, CHECKPOINTS)
+                ]
+                scan.runs.append(RunItem(folder, name, record, weights, *steps))
         result = self._one(folder, FILE, read_result, scan) if FILE in names else None
         if result is not None:
             about = vars(result.result) if isinstance(result, Scored) else result
@@ -251,10 +258,9 @@ def _join(folder: str, name: str) -> str:
     return str(PurePosixPath(folder) / name)
 
 
-def read_steps(folder: Path) -> tuple[int, ...]:
-    """The steps at which a run made validation images, in order."""
-    images = (folder / "validation").glob("step-*/000.png")
-    names = [path.parent.name.removeprefix("step-") for path in images]
+def read_steps(folder: Path, pattern: str) -> tuple[int, ...]:
+    """The steps of a run that have a file of this pattern, in order."""
+    names = [path.parent.name.removeprefix("step-") for path in folder.glob(pattern)]
     return tuple(sorted(int(name) for name in names if name.isdecimal() and len(name) <= DIGITS))
 
 

@@ -1,8 +1,10 @@
-"""The request of the Generate tab and the pipeline that draws it; one is in memory at a time."""
+"""Requests for images and the pipeline that draws them; one is in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,14 +15,18 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL.Image import Image
 
+from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.export.checkpoints import export_checkpoint
+from bilora_diffusion.files import is_file
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.mini import MINI, PIPELINES
+from bilora_diffusion.run.checkpoint import CHECKPOINTS, DIGESTS, FILES
 from bilora_diffusion.run.console import quiet
-from bilora_diffusion.values import SAMPLER_STEPS
+from bilora_diffusion.values import GUIDANCES, SAMPLER_STEPS, STRENGTHS
 from eval.clip_scores import settings
 from eval.command import open_device
 from eval.load import applied
@@ -80,29 +86,34 @@ class Pipelines:
         self,
         base: BaseChoice,
         adapter: Path | None,
-        request: Request,
+        requests: Sequence[Request],
         on_step: Callable[[int], None],
-    ) -> Image:
-        """One image; not to be called by two at once.
+    ) -> list[Image]:
+        """One image for each request; not to be called by two at once.
 
         Args:
             base: loaded when it is not.
-            adapter: run folder; None for the base model alone.
-            on_step: called with the number of each step, from 1, when it was taken; what it raises
-                ends the work.
+            adapter: run folder or LoRA file; None for the base model alone.
+            requests: one, or several that differ in their scales.
+            on_step: called with the number of each step of all images, from 1, when it was taken;
+                what it raises ends the work.
         """
-        pipeline = self._load(base)
+        pipeline, images = self._load(base), list[Image]()
         subject = find("base" if adapter is None else str(adapter))
-        with applied(pipeline, subject, request.scale):
-            return generate(
-                pipeline,
-                [request.prompt],
-                [request.seed],
-                size=request.size or of(pipeline).pixels(pipeline),
-                steps=request.steps,
-                guidance_scale=request.guidance_scale,
-                on_step=on_step,
-            )[0]
+        with applied(pipeline, subject, requests[0].scale):
+            for number, request in enumerate(requests):
+                if number:
+                    pipeline.set_adapters([PRIMARY], [request.scale])
+                images += generate(
+                    pipeline,
+                    [request.prompt],
+                    [request.seed],
+                    size=request.size or of(pipeline).pixels(pipeline),
+                    steps=request.steps,
+                    guidance_scale=request.guidance_scale,
+                    on_step=lambda step, before=number * request.steps: on_step(before + step),
+                )
+        return images
 
     def _load(self, base: BaseChoice) -> Any:
         if self._base != base:
@@ -163,7 +174,7 @@ def sides(
         catalog.resolve(run.weights or path)  # a link out of the root is refused
         chosen.append((run.name, catalog.resolve(path)))
         bases.append(BaseChoice.of(run.record["config"]))
-        size = size or run.record["config"].get("resolution")
+        size = size or size_of(run)
     if len(set(bases)) > 1:
         raise UserError(
             f"the two runs have different base models, {bases[0].name} and {bases[1].name}:"
@@ -171,12 +182,29 @@ def sides(
         )
     # Of the base model alone: that of the first run, or the miniature.
     bases += [BaseChoice.of(run.record["config"]) for run in runs.values()]
-    return (bases or [BaseChoice(MINI)])[0], chosen, size if isinstance(size, int) else None
+    return (bases or [BaseChoice(MINI)])[0], chosen, size
+
+
+def size_of(run: RunItem) -> int | None:
+    """The side of the images that a run was trained on, where its record has it."""
+    size = run.record["config"].get("resolution")
+    return size if isinstance(size, int) else None
 
 
 def drawable(run: RunItem) -> bool:
     """Test that a run has weights of an image model."""
     return run.weights is not None and not run.weights.endswith("adapter_model.safetensors")
+
+
+@contextmanager
+def exported(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path]:
+    """The adapter of a run's checkpoint as a file, which lasts as long as the context."""
+    for name in (DIGESTS, *FILES):  # a link out of the root is refused, and a pipe
+        if not is_file(catalog.resolve(f"{run.path}/{CHECKPOINTS}/step-{step}/{name}")):
+            raise UserError(f"the checkpoint of step {step} has no {name}: choose another")
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as place:
+        (file,) = export_checkpoint(catalog.resolve(run.path), step, "diffusers", place)
+        yield file
 
 
 def checked(
@@ -188,4 +216,6 @@ def checked(
     if seed is None or not 0 <= seed <= MAX_SEED:
         raise UserError(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
     SAMPLER_STEPS.check("the number of steps", steps)
+    GUIDANCES.check("the guidance scale", guidance)
+    STRENGTHS.check("the adapter's scale", scale)
     return Request(prompt.strip(), int(seed), int(steps or 0), float(guidance), float(scale))

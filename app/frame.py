@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import compare, generate, guard, parts, results, training, validation, vote
+from . import compare, generate, grid, guard, parts, results, training, validation, vote, work
 from .catalog import Catalog
 from .parts import QUIET, html
 
@@ -32,7 +32,7 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
     Args:
         catalog: what there is to show.
-        device: of the Generate tab; None for the best.
+        device: that draws images; None for the best.
     """
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
@@ -42,12 +42,14 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
         kinds = ("runs", "scores", "figures")
         seen = {kind: gr.Textbox("", visible=False, elem_id=f"frame-{kind}") for kind in kinds}
         runs, scores, figures = (seen[kind].change for kind in kinds)
+        drawing = work.Work(catalog, page, device)
         tabs: dict[str, Callable[[], object]] = {
             "Compare": lambda: (
                 validation.build(catalog, runs),
                 compare.Tab(catalog, scores),
+                grid.Grid(drawing, runs),
             ),
-            "Generate": lambda: generate.Tab(catalog, page, runs, device),
+            "Generate": lambda: generate.Tab(drawing, runs),
             "Vote": lambda: vote.Tab(catalog, scores),
             "Training": lambda: training.Tab(catalog, runs),
             "Results": lambda: results.build(catalog, figures),

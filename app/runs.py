@@ -29,6 +29,7 @@ class RunItem:
         record: ``run.json``.
         weights: file of the exported LoRA, or the folder of whole models; None while there is none.
         steps: at which validation images were made, in order.
+        checkpoints: steps of the checkpoints that are there, in order.
     """
 
     path: str
@@ -36,6 +37,7 @@ class RunItem:
     record: dict[str, Any]
     weights: str | None
     steps: tuple[int, ...] = ()
+    checkpoints: tuple[int, ...] = ()
 
     @property
     def method(self) -> str:

@@ -4,8 +4,6 @@ The environment is set here, at import, because the libraries read it when they 
 and because the processes that tests start inherit it.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

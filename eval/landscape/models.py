@@ -36,6 +36,7 @@ from .weights import Weight
 LOSS_OPTIONS = (
     "resolution",
     "aspect_ratio_buckets",
+    "concepts",
     "instance_prompt",
     "trigger_word",
     "unmasked_weight",
@@ -46,6 +47,7 @@ LOSS_OPTIONS = (
 )
 """Options beside base model and images that decide what the loss is a function of."""
 SET_OPTIONS = (
+    "concepts",
     "dataset_name",
     "dataset_config_name",
     "instance_data_dir",
@@ -90,7 +92,7 @@ def points(subjects: Sequence[Subject], split: str) -> dict[str, Point]:
     opened = {}
     for subject in subjects:
         config = configs.get(subject.label, first)
-        key = tuple(getattr(config, name) for name in SET_OPTIONS)
+        key = tuple(repr(getattr(config, name)) for name in SET_OPTIONS)
         if key not in sets:
             sets[key] = open_set(config, split)
         opened[subject.label] = Point(subject, config, sets[key])

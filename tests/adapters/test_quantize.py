@@ -1,16 +1,12 @@
 """quantize: weights that are really held in 4 bits, and adapters on them that act as on floats."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import sys
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from bitsandbytes import functional
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
@@ -27,25 +23,25 @@ from tests.contract.models import tiny_t5, tiny_unet
 INPUTS, OUTPUTS = 96, 80  # a row is one block of 64 and a half
 
 
-def linear(dtype: torch.dtype = torch.float32) -> Any:
+def linear(dtype=torch.float32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(INPUTS, OUTPUTS).to(dtype))
 
 
-def four_bit(dtype: torch.dtype = torch.float32) -> Any:
+def four_bit(dtype=torch.float32):
     model = linear(dtype)
     quantize(model, dtype)
     return model
 
 
-def rounded(dtype: torch.dtype = torch.float32) -> Any:
+def rounded(dtype=torch.float32):
     """The model as 4 bits make it, with ordinary weights."""
     model = linear(dtype)
     model[0].weight.data = dequantize_module_weight(four_bit(dtype)[0])
     return model
 
 
-def adapt(model: nn.Module, dora: bool = False, filled: bool = True) -> nn.Module:
+def adapt(model, dora=False, filled=True):
     """Both adapters on layer "0", the same values each time."""
     torch.manual_seed(1)
     for name in BOTH:
@@ -59,7 +55,7 @@ def adapt(model: nn.Module, dora: bool = False, filled: bool = True) -> nn.Modul
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_weight_takes_half_a_byte_and_is_9_percent_off(dtype: torch.dtype) -> None:
+def test_a_weight_takes_half_a_byte_and_is_9_percent_off(dtype):
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(512, 640), nn.LayerNorm(640)).to(dtype)
     nn.init.normal_(model[0].weight)
@@ -77,21 +73,7 @@ def test_a_weight_takes_half_a_byte_and_is_9_percent_off(dtype: torch.dtype) -> 
     assert not layer.weight.requires_grad
 
 
-def test_float_weights_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
-    weights, alive = [weakref.ref(layer.weight) for layer in model], []
-    real = functional.quantize_4bit
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        alive.append(sum(weight() is not None for weight in weights))
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "quantize_4bit", counted)
-    quantize(model, torch.float32)
-    assert alive == [4, 3, 2, 1]
-
-
-def test_what_is_left_alone_and_what_stands_in_two_places() -> None:
+def test_what_is_left_alone_and_what_stands_in_two_places():
     for model, names in ((tiny_t5(), ("wo", "lm_head")), (tiny_unet(), KEPT)):
         quantize(model, torch.float32)
         for path, module in model.named_modules():
@@ -115,9 +97,7 @@ def test_what_is_left_alone_and_what_stands_in_two_places() -> None:
 )
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("active", [BOTH[::-1], (PRIMARY,)], ids="-".join)
-def test_adapters_act_as_on_the_rounded_weight_fused_or_not(
-    active: tuple[str, ...], dora: bool, dtype: torch.dtype, autocast: torch.dtype | None
-) -> None:
+def test_adapters_act_as_on_the_rounded_weight_fused_or_not(active, dora, dtype, autocast):
     model, plain = (adapt(make(dtype), dora) for make in (four_bit, rounded))
     for each in (model, plain):
         adapters.activate(each, active)
@@ -134,7 +114,7 @@ def test_adapters_act_as_on_the_rounded_weight_fused_or_not(
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_dora_starts_exactly_as_its_base(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dora_starts_exactly_as_its_base(autocast, monkeypatch):
     # PEFT asks for CUDA's autocast; here it is told of the CPU's.
     real = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": real(kind))
@@ -145,7 +125,7 @@ def test_dora_starts_exactly_as_its_base(autocast: bool, monkeypatch: pytest.Mon
         assert torch.equal(model(x), model[0].base_layer(x))
 
 
-def train(checkpointing: bool = False, evaluated: bool = False) -> list[float]:
+def train(checkpointing=False, evaluated=False):
     """The losses of three steps of Bi-LoRA on 4-bit weights."""
     run: Any = Run("bilora", "nf4", "llm")
     if checkpointing:
@@ -160,7 +140,7 @@ def train(checkpointing: bool = False, evaluated: bool = False) -> list[float]:
     return losses
 
 
-def test_checkpointing_and_evaluations_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpointing_and_evaluations_change_nothing(monkeypatch):
     losses = train()
     assert losses[2] < losses[1] < losses[0]
     assert train(checkpointing=True) == losses
@@ -170,7 +150,7 @@ def test_checkpointing_and_evaluations_change_nothing(monkeypatch: pytest.Monkey
     assert train(evaluated=True) == losses
 
 
-def test_without_bitsandbytes_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_it_is_named(monkeypatch):
     real = importlib.util.find_spec
     lacks = lambda name, *rest: None if name == "bitsandbytes" else real(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", lacks)

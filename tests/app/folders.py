@@ -1,7 +1,5 @@
 """Folders for the viewer's tests: runs, scored images and results, as the tools leave them."""
 
-from __future__ import annotations
-
 import io
 import json
 import struct
@@ -15,6 +13,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import TypeAdapter
 
 from app.scored import NOTES, Key, Scored, ScoredImage, ScoringModel, Settings, scored
+from bilora_diffusion.run.checkpoint import DIGESTS, FILES
 from eval import table
 from eval.clip_scores.prompts import Prompt
 from eval.table import Entry, Result, Row
@@ -52,6 +51,10 @@ def make_whole_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
     config = {"validation_prompts": ["a hat"], "num_validation_images": 1, "rho": 0.05}
     make_run(folder, method, **{"config": config} | changes)
     make_images(folder, 2)
+    checkpoint = folder / "checkpoints" / "step-2"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    for name in (DIGESTS, *FILES):
+        (checkpoint / name).touch()
     (folder / "fit.json").write_text(json.dumps(FIT), "utf-8")
     rows = [{"step": step, "loss": 1 / step, "heldout_loss": 1.0} for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

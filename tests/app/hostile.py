@@ -1,7 +1,5 @@
 """Folders for the viewer that are damaged, or made by someone who wants to take it down."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from functools import partial
@@ -97,6 +95,7 @@ FILES = {
     "metrics.jsonl": make_run,
     "fit.json": make_run,
     "validation/step-2/000.png": make_run,
+    "checkpoints/step-2/digests.json": make_run,
     "result.json": make_result,
     "figure.png": make_result,
     "report.md": make_result,

@@ -1,10 +1,7 @@
 """Folders under the viewer's root: found, checked, and never left."""
 
-from __future__ import annotations
-
 import re
 import shutil
-from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 
@@ -18,11 +15,11 @@ from app.runs import ordered
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
 
 
-def paths(catalog: Catalog) -> list[str]:
+def paths(catalog):
     return [run.path for run in catalog.now.runs]
 
 
-def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_path: Path) -> None:
+def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_path):
     make_run(tmp_path / "b" / "lora")
     make_run(tmp_path / "b" / "lora" / "fit" / "lora_fold1")  # of a run that is shown
     make_run(tmp_path / "a", method="bilora", status="running")
@@ -48,10 +45,8 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
     assert (run.path, run.name, run.weights) == (".", "Bi-LoRA, seed 0", WEIGHTS)
 
 
-def test_runs_are_named_by_method_and_seed_and_by_more_where_that_is_not_enough(
-    tmp_path: Path,
-) -> None:
-    def names() -> dict[str, str]:
+def test_runs_are_named_by_method_and_seed_and_by_more_where_that_is_not_enough(tmp_path):
+    def names():
         return {run.path: run.name for run in Catalog(tmp_path).now.runs}
 
     make_run(tmp_path / "a")
@@ -69,13 +64,11 @@ def test_runs_are_named_by_method_and_seed_and_by_more_where_that_is_not_enough(
     }
 
 
-def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path, monkeypatch):
     run = make_run(tmp_path / "lora", status="running")
     catalog, kinds = Catalog(tmp_path), ("runs", "scores", "figures")
 
-    def after(change: Callable[[], object]) -> set[str]:
+    def after(change):
         before = {kind: catalog.sign(kind) for kind in kinds}
         change()
         catalog.refresh()
@@ -95,7 +88,7 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(
     assert paths(catalog) == ["other"]
 
 
-def test_the_tabs_of_an_empty_root_name_the_commands_that_fill_it(tmp_path: Path) -> None:
+def test_the_tabs_of_an_empty_root_name_the_commands_that_fill_it(tmp_path):
     catalog, changed = Catalog(tmp_path), gr.State().change
     with gr.Blocks():
         training_tab, vote_tab = training.Tab(catalog, changed), vote.Tab(catalog, changed)
@@ -110,9 +103,7 @@ def test_the_tabs_of_an_empty_root_name_the_commands_that_fill_it(tmp_path: Path
         assert command in shown["value"]
 
 
-def test_commands_have_the_paths_that_a_shell_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_have_the_paths_that_a_shell_needs(tmp_path, monkeypatch):
     root = tmp_path / "my runs"
     for method in ("lora", "bilora"):
         make_run(root / method, method=method)
@@ -128,7 +119,7 @@ def test_commands_have_the_paths_that_a_shell_needs(
     assert Catalog(root, public=True).place("lora") == "my runs/lora"
 
 
-def test_validation_images_stand_beside_those_of_the_base_model(tmp_path: Path) -> None:
+def test_validation_images_stand_beside_those_of_the_base_model(tmp_path):
     config = {"validation_prompts": ["a rabbit", "<b>"], "num_validation_images": 1}
     for method, steps in (("lora", (0, 50)), ("bilora", (50, 100))):
         run = make_run(tmp_path / method, method=method, config=config)
@@ -146,7 +137,7 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path: Path) 
     assert validation.table(catalog, runs, 100).count("none at step 100") == 2
 
 
-def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
+def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
     head = '{"schema_version": 1, "kind": '
     broken = [
         ("run.json", "{", "run.json"),

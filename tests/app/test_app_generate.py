@@ -1,11 +1,7 @@
 """Requests of the Generate tab, and drawing that can be stopped, on the miniature."""
 
-from __future__ import annotations
-
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,18 +11,9 @@ import pytest
 import torch
 
 from app.catalog import Catalog
-from app.drawing import (
-    BASE,
-    BaseChoice,
-    Pipelines,
-    Request,
-    checked,
-    drawable,
-    local,
-    sides,
-    usual,
-)
-from app.generate import Stopped, Tab
+from app.drawing import BASE, BaseChoice, Pipelines, Request, checked, drawable, local, sides, usual
+from app.generate import Tab
+from app.work import Stopped, Work
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
@@ -39,33 +26,31 @@ REQUEST = Request(PROMPT, seed=3, steps=2, guidance_scale=4.0, scale=1.0)
 
 
 @pytest.fixture(scope="module")
-def models() -> Pipelines:
+def models():
     """The miniature, loaded once."""
     return Pipelines("cpu")
 
 
-def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(
-    models: Pipelines,
-) -> None:
+def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(models):
     steps = []
 
-    def on_step(step: int) -> None:
+    def on_step(step):
         steps.append(step)
         if step == 2:
             raise Stopped
 
     mini = BaseChoice("mini")
     with pytest.raises(Stopped):
-        models.draw(mini, None, replace(REQUEST, steps=50), on_step)
+        models.draw(mini, None, [replace(REQUEST, steps=50)], on_step)
     assert steps == [1, 2], "it ends before the next step"
-    image = models.draw(mini, None, REQUEST, steps.append)
+    (image,) = models.draw(mini, None, [REQUEST], steps.append)
     assert steps == [1, 2, 1, 2]  # the hook of the first has gone with it
     pipeline = load_pipeline("mini", dtype=torch.float32)
     (expected,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
     assert np.array_equal(np.asarray(image), np.asarray(expected))
 
 
-def test_steps_and_guidance_are_those_of_the_model(tmp_path: Path) -> None:
+def test_steps_and_guidance_are_those_of_the_model(tmp_path):
     """In scores and in this tab, as in validation images; the miniature has a guidance of its own.
 
     It is asked without weights.
@@ -86,37 +71,34 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path: Path) -> None:
         assert (sampling.steps, sampling.guidance_scale) == (3, 0.0)
 
 
-def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkeypatch):
     make_run(tmp_path / "lora")  # its weights are an empty file
     with gr.Blocks() as page:
-        tab = Tab(Catalog(tmp_path), page, page.load, "cpu")
+        drawing = Work(Catalog(tmp_path), page, "cpu")
+        tab = Tab(drawing, page.load)
     request: Any = SimpleNamespace(session_hash="me")
     steps: list[tuple[int, int]] = []
 
-    def work(number: int, b: str = BASE) -> Iterator[Any]:
+    def work(number, b=BASE):
         shown = lambda done, desc, unit: steps.append(done)  # noqa: E731
         return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, 1.0, request, shown)
 
-    shown = [*work(tab.begin(request))]
+    shown = [*work(drawing.begin(request))]
     assert [cards.count("<img") for _, cards, _ in shown if isinstance(cards, str)] == [0, 1, 2]
     assert "Done." in shown[-1][0]
     assert "<img" in shown[-1][2]
     assert steps == [(0, 2), (1, 2), (2, 2)] * 2
-    older, newer = work(tab.begin(request)), work(tab.begin(request))
+    older, newer = work(drawing.begin(request)), work(drawing.begin(request))
     assert "Cancelled." in next(older)[0]
     next(newer)
-    tab.stop(request)
+    drawing.stop(request)
     assert "Cancelled." in next(newer)[0]
     with pytest.raises(gr.Error, match="lora") as caught:
-        list(work(tab.begin(request), "lora"))
+        list(work(drawing.begin(request), "lora"))
     assert str(tmp_path) not in str(caught.value)
 
 
-def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_root(
-    tmp_path: Path,
-) -> None:
+def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_root(tmp_path):
     root = tmp_path / "root"
     make_run(root / "a", config={"pretrained_model_name_or_path": "mini", "resolution": 64})
     make_run(root / "b", seed=1, config={"pretrained_model_name_or_path": "owner/other"})
@@ -139,7 +121,7 @@ def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_ro
             sides(catalog, a, b)
 
 
-def test_bad_values_and_what_is_not_here_are_refused() -> None:
+def test_bad_values_and_what_is_not_here_are_refused():
     for name, value in (
         ("prompt", " "),
         *(("seed", seed) for seed in (None, -1, 2**32)),

@@ -1,13 +1,10 @@
 """The viewer's server: it answers nobody's page but its own, and asks nobody anything."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import random
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -38,9 +35,7 @@ class Served(NamedTuple):
     root: Path
     asked: list[Any]
 
-    def ask(
-        self, path: str, method: str = "GET", body: Any = None, **headers: str
-    ) -> http.client.HTTPResponse:
+    def ask(self, path, method="GET", body=None, **headers):
         """The answer to a request whose path and headers are sent as they are."""
         connection = http.client.HTTPConnection(LOCAL, self.port, timeout=30)
         connection.request(
@@ -51,7 +46,7 @@ class Served(NamedTuple):
         )
         return connection.getresponse()
 
-    def send(self, events: Mapping[int, Sequence[Any]], session: str, data: Any = None) -> str:
+    def send(self, events, session, data=None):
         """The server's answer to events, each with its values, all of one visitor."""
         for event, values in events.items():
             body = {"data": values, "fn_index": event, "event_data": data, "session_hash": session}
@@ -66,7 +61,7 @@ class Served(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory):
     """A viewer of one run, in a process that can reach nobody but it."""
     root = tmp_path_factory.mktemp("served") / "root"
     make_run(root / "lora")
@@ -79,13 +74,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     asked, pages = [], []
     connect, look_up = socket.socket.connect, socket.getaddrinfo
 
-    def connected(self: socket.socket, address: Any) -> None:
+    def connected(self, address):
         if address != (LOCAL, port):
             asked.append(address)
             raise ConnectionRefusedError(address)
         connect(self, address)
 
-    def looked_up(host: Any, *args: Any, **more: Any) -> Any:
+    def looked_up(host, *args, **more):
         if host not in (LOCAL, LOCAL.encode(), None):
             asked.append(host)
             raise socket.gaierror(host)
@@ -110,7 +105,7 @@ ADDRESSES = (
 """Addresses of a public server, by name and by number, and of this machine."""
 
 
-def test_no_route_fetches_an_address(served: Served) -> None:
+def test_no_route_fetches_an_address(served):
     routes = ("/gradio_api/file=", "/gradio_api/file/", "/gradio_api//file/", "/file=", "/file/")
     routes += ("/gradio_api/proxy=", "/proxy=", "/gradio_api/stream/", "/static/", "/assets/")
     routes += ("/gradio_api/custom_component/", "/?__theme=dark&url=")
@@ -128,7 +123,7 @@ def test_no_route_fetches_an_address(served: Served) -> None:
     assert served.asked == []
 
 
-def test_it_serves_no_file_tells_no_place_and_listens_here_alone(served: Served) -> None:
+def test_it_serves_no_file_tells_no_place_and_listens_here_alone(served):
     root = served.root
     asked = ["/etc/passwd", f"{root}/../secret.txt", f"{root}/link.txt", f"{root}/link/secret.txt"]
     asked += [f"{root}/lora/run.json", "pyproject.toml", "../../../../../../etc/passwd"]
@@ -148,7 +143,7 @@ def test_it_serves_no_file_tells_no_place_and_listens_here_alone(served: Served)
     assert f"00000000:{served.port:04X}" not in own
 
 
-def test_no_event_fetches_an_address(served: Served) -> None:
+def test_no_event_fetches_an_address(served):
     config = json.load(served.ask("/config"))
     events = {one["id"]: len(one["inputs"]) for one in config["dependencies"]}
     assert len(events) > 20
@@ -169,12 +164,12 @@ def test_no_event_fetches_an_address(served: Served) -> None:
     assert served.asked == []
 
 
-def test_a_vote_is_of_the_voter_who_began(served: Served) -> None:
+def test_a_vote_is_of_the_voter_who_began(served):
     config = json.load(served.ask("/config"))
     names = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
     clicks = {names.get(one["targets"][0][0]): one for one in config["dependencies"]}
 
-    def click(name: str, *values: Any) -> str:
+    def click(name, *values):
         return served.send({clicks[name]["id"]: values}, "visitor")
 
     fill = [
@@ -222,9 +217,7 @@ def test_a_vote_is_of_the_voter_who_began(served: Served) -> None:
         ("lab.example", "lab.example:7860", EVIL, 403),
     ],
 )
-def test_other_web_sites_are_refused(
-    started: str, host: str, origin: str | None, status: int
-) -> None:
+def test_other_web_sites_are_refused(started, host, origin, status):
     client = TestClient(Guard(PlainTextResponse("here"), started, public=started != LOCAL))
     headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
     for method in ("GET", "OPTIONS", "POST"):
@@ -237,7 +230,7 @@ def test_other_web_sites_are_refused(
         pass
 
 
-def test_no_answer_lets_another_web_site_read_it(served: Served) -> None:
+def test_no_answer_lets_another_web_site_read_it(served):
     own = f"{LOCAL}:{served.port}"
     for path in ("/", "/config", "/gradio_api/queue/data?session_hash=x", "/gradio_api/info"):
         for host, origin in ((own, EVIL), ("lab.example:7860", EVIL), (own, "null")):

@@ -1,11 +1,7 @@
 """One damaged or hostile folder takes nothing else from any tab."""
 
-from __future__ import annotations
-
 import os
 import shutil
-from collections.abc import Iterable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +9,18 @@ import gradio as gr
 import orjson
 import pytest
 
-from app import compare, compare_data, frame, generate, results, training, validation, vote
+from app import (
+    compare,
+    compare_data,
+    frame,
+    generate,
+    grid,
+    results,
+    training,
+    validation,
+    vote,
+    work,
+)
 from app.catalog import Catalog
 from app.votes import ANY
 from tests.app.hostile import HOSTILE, make_good
@@ -28,16 +35,18 @@ DRAWS = 8
 class Tabs:
     """The tabs of a viewer of good folders, which takes others in between."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root):
         self.catalog = Catalog(root)
         with gr.Blocks() as page:
             changed = gr.State().change
             self.compare = compare.Tab(self.catalog, changed)
-            self.generate = generate.Tab(self.catalog, page, changed, "cpu")
+            self.drawing = work.Work(self.catalog, page, "cpu")
+            self.grid = grid.Grid(self.drawing, changed)
+            self.generate = generate.Tab(self.drawing, changed)
             self.vote = vote.Tab(self.catalog, changed)
             self.training = training.Tab(self.catalog, changed)
 
-    def shown(self) -> dict[str, str]:
+    def shown(self):
         """The contents of each when it is opened and everything in it is chosen once."""
         now, runs = self.catalog.now, validation.with_images(self.catalog)
         steps = validation.common_steps(runs)
@@ -63,6 +72,7 @@ class Tabs:
             "curves": sent(to_json(update) for draw in draws for update in draw.values()),
             "Compare": sent(value for update in scores for value in update.values()),
             "Generate": sent(self.generate.choices("", "")),
+            "grid": sent(value for path in paths for value in self.chosen(path)),
             "Vote": sent(value for update in votes for value in update.values()),
             "Training": sent(self.training._load(None).values()),
             "Results": sent(
@@ -71,19 +81,27 @@ class Tabs:
             "reports": sent(results.text(self.catalog, item) for item in now.figures),
         }
 
+    def chosen(self, path):
+        """The form of the grid for a run, and why none of its images can be drawn."""
+        request: Any = SimpleNamespace(session_hash="me")
+        number = self.drawing.begin(request)
+        with pytest.raises(gr.Error) as caught:
+            list(self.grid.draw(number, path, [2], "1", "a hat", 0, request, lambda *_, **__: None))
+        return [*self.grid.choices(path, [], "").values(), str(caught.value)]
 
-def to_json(update: Any) -> Any:
+
+def to_json(update):
     """An update with what Gradio makes of its table."""
     return update.to_json(orient="split") if hasattr(update, "to_json") else update
 
 
-def sent(values: Iterable[Any]) -> str:
+def sent(values):
     """An event's values for the browser, as Gradio writes them."""
     return orjson.dumps(list(values), default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
 @pytest.fixture(scope="module")
-def tabs(tmp_path_factory: pytest.TempPathFactory) -> Tabs:
+def tabs(tmp_path_factory):
     """Tabs of a root with good folders alone."""
     root = tmp_path_factory.mktemp("good")
     make_good(root)
@@ -91,7 +109,7 @@ def tabs(tmp_path_factory: pytest.TempPathFactory) -> Tabs:
 
 
 @pytest.fixture
-def root(tabs: Tabs, tmp_path: Path) -> Path:
+def root(tabs, tmp_path):
     """A root of the tabs that has the same good folders."""
     shutil.copytree(tabs.catalog.root / "good", tmp_path / "good", copy_function=os.link)
     tabs.catalog.root = tmp_path
@@ -103,9 +121,7 @@ AT_ONCE = 8
 
 
 @pytest.mark.parametrize("first", range(0, len(HOSTILE), AT_ONCE))
-def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(
-    tabs: Tabs, root: Path, monkeypatch: pytest.MonkeyPatch, first: int
-) -> None:
+def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(tabs, root, monkeypatch, first):
     monkeypatch.setattr(gr, "Warning", print)
     for number, what in enumerate([*HOSTILE][first : first + AT_ONCE]):
         print(number, what)

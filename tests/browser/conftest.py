@@ -1,7 +1,5 @@
 """The viewer in a process of its own, and a real browser that looks at it."""
 
-from __future__ import annotations
-
 import shutil
 import socket
 import subprocess
@@ -105,12 +103,13 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 @pytest.fixture(scope="session")
 def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of two steps (``lora``, ``bilora``), their ``scores`` and a wide report."""
+    """Two runs of two steps with a checkpoint (``lora``, ``bilora``), ``scores``, a wide report."""
     root = tmp_path_factory.mktemp("viewer") / "studio"
     for method in ("lora", "bilora"):
         AcceleratorState._reset_state()
         values: dict[str, Any] = {"rho": 1.0} if method == "bilora" else {"eval_on_start": True}
         values |= {"learning_rate": 0.02, "num_validation_images": 1}  # enough to see it
+        values |= {"checkpointing_steps": 2}
         train.main(flags(root / method, method=method, **values))
     make_scores(root / "scores", ("lora", "bilora"), TEXTS, SEEDS)
     make_result(root / "landscape", f"| {'very wide ' * 30} |\n| --- |\n| 0.12 |\n")

@@ -1,26 +1,20 @@
 """The viewer in a browser beside damaged and hostile folders, and beside a hostile page."""
 
-from __future__ import annotations
-
 import http.server
 import threading
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, Response, expect
+from playwright.sync_api import Response, expect
 
 from app.catalog import Catalog
 from tests.app.hostile import HOSTILE, make_good
-from tests.browser.conftest import Viewer, go, pick
+from tests.browser.conftest import go, pick
 
 pytestmark = pytest.mark.slow
 HERE = "127.0.0.1"
 
 
-def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(
-    tmp_path: Path, start: Callable[[Path], Viewer], visit: Callable[..., Page]
-) -> None:
+def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(tmp_path, start, visit):
     make_good(tmp_path)
     for number, damage in enumerate(HOSTILE.values()):
         damage(tmp_path / f"{number:03}")
@@ -40,7 +34,6 @@ def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(
         expect(page.locator("#training-cards")).to_contain_text(names[run])
     expect(page.locator("#training-loss svg.marks")).to_be_visible()
     curve = page.locator("#training-loss").bounding_box()  # the picture itself is drawn anew
-    assert curve is not None
     for at in range(1, 20):  # a pointer shows names as text, too
         place = at / 20
         page.mouse.move(curve["x"] + place * curve["width"], curve["y"] + place * curve["height"])

@@ -1,16 +1,13 @@
 """Smoke tests of the viewer in a real browser; its data are tested in ``tests/app``."""
 
-from __future__ import annotations
-
 import csv
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, Response, expect
+from playwright.sync_api import Response, expect
 
 from app.compare_data import first_view, listed, times_100
 from app.scored import scored
@@ -18,10 +15,9 @@ from app.votes import COLUMNS, FILE
 from bilora_diffusion.run.runlog import RunLog
 from eval import table
 from tests.app.folders import make_scores
-from tests.browser.conftest import SEEDS, TEXTS, Viewer, fits, go, pick
+from tests.browser.conftest import SEEDS, TEXTS, fits, go, pick
 
 pytestmark = pytest.mark.slow
-Visit = Callable[..., Page]
 
 CONTRAST = """() => {
   const parts = (color) => color.match(/[0-9.]+/g).map(Number);
@@ -78,9 +74,7 @@ window.fetch = async (...request) => {
 """Keeps the server's answers, its streams of events too, which the browser itself forgets."""
 
 
-def test_every_tab_is_in_the_address_readable_fits_and_asks_nothing_of_others(
-    viewer: Viewer, visit: Visit
-) -> None:
+def test_every_tab_is_in_the_address_readable_fits_and_asks_nothing_of_others(viewer, visit):
     for dark in (False, True):
         page, console, asked = visit(phone=dark, dark=dark), [], []
         answers: list[Response] = []
@@ -111,7 +105,7 @@ def test_every_tab_is_in_the_address_readable_fits_and_asks_nothing_of_others(
         assert [text for text in console if "Content Security Policy" in text] == []
 
 
-def test_scores_are_compared_by_mouse_keyboard_and_link(viewer: Viewer, visit: Visit) -> None:
+def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
     page = go(visit(), viewer.url)
     subjects = page.locator("#validation-images section.subject")
     expect(subjects).to_have_count(6)
@@ -169,11 +163,11 @@ def test_scores_are_compared_by_mouse_keyboard_and_link(viewer: Viewer, visit: V
 
 
 def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_closed(
-    viewer: Viewer, visit: Visit
-) -> None:
-    first, second = go(visit(), viewer.url, "Generate"), go(visit(), viewer.url, "Generate")
+    viewer, visit
+):
+    first, second = (go(visit(one, one), viewer.url, "Generate") for one in (False, True))
 
-    def begin(page: Page, steps: int) -> None:
+    def begin(page, steps):
         expect(page.locator("#generate-b input")).to_have_value("Bi-LoRA, seed 0")
         field = page.locator("#generate-steps input")
         field.fill(str(steps))
@@ -193,19 +187,34 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     pictures = second.locator("#generate-cards figure.card > img").all()
     assert len({picture.get_attribute("src") for picture in pictures}) == 2
 
+    second.get_by_role("tab", name="Compare").click()
+    second.locator("#grid > button").click()
+    strengths = second.locator("#grid-strengths").get_by_role("textbox")
+    strengths.fill("0.5, 1")
+    strengths.blur()
+    second.locator("#grid-go").click()
+    grid = second.locator("#grid-images img")
+    expect(grid).to_have_count(2, timeout=DRAWN)
+    assert fits(second)
+    assert second.evaluate(CONTRAST) == []
+    grid.first.focus()
+    second.keyboard.press("Enter")
+    second.keyboard.press("ArrowRight")
+    expect(second.locator("dialog#zoom p")).to_have_text("step 2, strength 1")
+
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, start: Callable[[Path], Viewer]) -> Viewer:
+def small(tmp_path_factory, start):
     """A viewer of scores of two adapters alone."""
     root = tmp_path_factory.mktemp("small")
     make_scores(root / "scores", LABELS, TEXTS, SEEDS)
     return start(root)
 
 
-def test_curves_follow_a_run(small: Viewer, visit: Visit) -> None:
+def test_curves_follow_a_run(small, visit):
     logs = {method: RunLog(small.root / method, "cpu") for method in ("lora", "bilora")}
 
-    def train(method: str, first: int, last: int) -> None:
+    def train(method, first, last):
         for at in range(first, last + 1):
             norms = {"auxiliary_norm_before": 0.06 + 0.2 / at, "auxiliary_norm": 0.05}
             more = norms if method == "bilora" else {}
@@ -233,14 +242,12 @@ def test_curves_follow_a_run(small: Viewer, visit: Visit) -> None:
     expect(card).to_contain_text("the loss at step 201 is not finite")
 
 
-def test_votes_are_blind_kept_and_exported_and_a_session_goes_on(
-    small: Viewer, visit: Visit
-) -> None:
+def test_votes_are_blind_kept_and_exported_and_a_session_goes_on(small, visit):
     page, pairs = visit(phone=True), len(TEXTS) * len(SEEDS)
     page.add_init_script(LISTEN)
     booth, keys = page.locator("#vote-booth"), {"1": "left", "2": "right", "0": "tie"}
 
-    def heard() -> str:
+    def heard():
         return "".join(page.evaluate("window.heard"))
 
     (small.root / FILE).mkdir()

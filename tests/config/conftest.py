@@ -1,7 +1,5 @@
 """The machine that a command line is read on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 
 import pytest
@@ -13,12 +11,7 @@ from bilora_diffusion.config import machine as module
 def machine(hub: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A CPU with every package and model, without launcher; called, it is another one."""
 
-    def pretend(
-        kind: str,
-        *,
-        bf16: bool = True,
-        missing: Collection[str] = (),
-    ) -> None:
+    def pretend(kind: str, *, bf16: bool = True, missing: Collection[str] = ()) -> None:
         monkeypatch.setattr(module, "device_type", lambda: kind)
         monkeypatch.setattr("bilora_diffusion.image.inputs.device_type", lambda: kind)
         monkeypatch.setattr(module, "is_installed", lambda name: name not in missing)

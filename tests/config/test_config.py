@@ -1,12 +1,9 @@
 """Meaning of a command line: defaults, presets, recipes, the machine, and which value wins."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,17 +21,18 @@ from bilora_diffusion.image.options import INTERPOLATIONS
 from bilora_diffusion.text.config import TextConfig
 
 ICONS = "a TOK icon, in the style of TOK"
+GROUPS = ["attention", "feed-forward"]
 
 
-def mini(*arguments: str) -> DreamBoothConfig:
+def mini(*arguments):
     return resolve(["--dataset", "mini", *arguments])
 
 
-def icons(*arguments: str) -> DreamBoothConfig:
+def icons(*arguments):
     return resolve(["--dataset", "linoyts/3d_icon", *arguments])
 
 
-def text(*arguments: str) -> TextConfig:
+def text(*arguments):
     return TextConfig.resolve(["--model_name_or_path", "smollm2", "--task", "sst2", *arguments])
 
 
@@ -91,6 +89,8 @@ MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (mini, "--optimizer prodigy --prodigy_decouple False", {"prodigy_decouple": False}),
     (mini, "--optimizer prodigy --no_prodigy_decouple", {"prodigy_decouple": False}),
     (mini, "--center_crop", {"center_crop": True}),
+    (mini, "--lora_target_modules attention+feed-forward", {"lora_layers": GROUPS}),
+    (mini, "", {"lora_layers": []}),
     (mini, "--center_crop false", {"center_crop": False}),
     # steps and epochs; those of images, and rates, are compared in test_diffusers_command_lines.py
     (text, "--max_train_steps 9", {"max_train_steps": 9, "num_train_epochs": None}),
@@ -98,14 +98,12 @@ MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("read", "words", "expected"), MEANINGS)
-def test_what_a_command_line_means(
-    read: Callable[..., Any], words: str, expected: dict[str, Any]
-) -> None:
+def test_what_a_command_line_means(read, words, expected):
     cfg = read(*words.split())
     assert {name: getattr(cfg, name) for name in expected} == expected
 
 
-def test_what_a_preset_and_a_help_hold() -> None:
+def test_what_a_preset_and_a_help_hold():
     assert resolve(["--dataset_name=mini"]) == resolve(["--dataset-name", "mini"]) == mini()
     prompts = icons().validation_prompts
     assert (prompts[0], len(prompts)) == ("a TOK icon of a rabbit, in the style of TOK", 6)
@@ -124,7 +122,7 @@ FP32 = {**BF16, "mixed_precision": "no"}
 HAS, NOT = {"gradient_checkpointing": True}, {"gradient_checkpointing": False}
 
 
-def launched(precision: str) -> dict[str, str]:
+def launched(precision):
     return {"ACCELERATE_MIXED_PRECISION": precision}
 
 
@@ -157,15 +155,7 @@ ON_MACHINES: list[tuple[dict[str, Any], dict[str, str], Callable[..., Any], str,
 
 
 @pytest.mark.parametrize(("here", "launch", "read", "words", "expected"), ON_MACHINES)
-def test_what_a_machine_decides(
-    here: dict[str, Any],
-    launch: dict[str, str],
-    read: Callable[..., Any],
-    words: str,
-    expected: dict[str, Any],
-    machine: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_a_machine_decides(here, launch, read, words, expected, machine, monkeypatch):
     machine(**here)
     for name, value in launch.items():
         monkeypatch.setenv(name, value)
@@ -184,11 +174,11 @@ def test_what_a_machine_decides(
         (("--lr_scheduler", "constant"), 100, 0),
     ],
 )
-def test_warm_up_as_a_share_or_in_steps(argv: tuple[str, ...], steps: int, warm: int) -> None:
+def test_warm_up_as_a_share_or_in_steps(argv, steps, warm):
     assert text(*argv).warmup_steps(steps) == warm
 
 
-def test_validation_prompts_from_a_file(tmp_path: Path) -> None:
+def test_validation_prompts_from_a_file(tmp_path):
     (tmp_path / "prompts.txt").write_text("a lion\n\n  a frog \n")
     cfg = mini("--validation_prompts", str(tmp_path / "prompts.txt"))
     assert (cfg.validation_prompts, cfg.validation_settings) == (["a lion", "a frog"], [])
@@ -196,9 +186,7 @@ def test_validation_prompts_from_a_file(tmp_path: Path) -> None:
     assert mini("--validation_prompts", long).validation_prompts == [long]
 
 
-def test_local_folders_take_the_place_of_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_folders_take_the_place_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "mini").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "mini" / "a.png")
     monkeypatch.chdir(tmp_path)
@@ -215,7 +203,7 @@ def test_local_folders_take_the_place_of_the_hub(
     assert (cfg.instance_prompt, cfg.caption_column) == (None, None)
 
 
-def test_the_record_leads_back_to_the_same_configuration_without_the_token(tmp_path: Path) -> None:
+def test_the_record_leads_back_to_the_same_configuration_without_the_token(tmp_path):
     given = ["--lora_target_modules", "q", "v", "--packing", "--rho", "0.1"]
     cfg = text(*given, "--push_to_hub", "--hub_token", "hf_secret")
     assert cfg.hub_token == "hf_secret"
@@ -242,9 +230,7 @@ MEASURING = "--eval_steps 5 --max_eval_samples 9 --eval_batch_size 2 --preproces
         (text, MEASURING, ["--max_length 9", "--template plain", "--warmup_ratio 0.5"]),
     ],
 )
-def test_the_fingerprint_holds_what_is_learned_and_no_more(
-    read: Callable[..., Any], harmless: str, changes: list[str]
-) -> None:
+def test_the_fingerprint_holds_what_is_learned_and_no_more(read, harmless, changes):
     before = read().fingerprint()
     same = read(*harmless.split(), "--output_dir", "x", "--report_to", "none")
     assert same.fingerprint() == before
@@ -253,7 +239,7 @@ def test_the_fingerprint_holds_what_is_learned_and_no_more(
         same.rank = 5
 
 
-def test_help_groups_and_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_groups_and_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as exit_:
         resolve(["--help"])
     shown = capsys.readouterr().out
@@ -265,14 +251,14 @@ def test_help_groups_and_explains_every_flag(capsys: pytest.CaptureFixture[str])
         assert shown.count(f"\n{section}\n") == 1
 
 
-def test_accelerate_on_the_cpu_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_on_the_cpu_is_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: torch.device("cuda"))
     assert device_type() == "cuda"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert device_type() == "cpu"
 
 
-def test_a_configuration_can_be_sent_to_a_worker() -> None:
+def test_a_configuration_can_be_sent_to_a_worker():
     for config in (resolve(["--dataset", "mini"]), DreamBoothConfig()):
         sent = pickle.loads(pickle.dumps(config))
         assert (type(sent), sent) == (type(config), config)

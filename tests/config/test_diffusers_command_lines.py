@@ -3,14 +3,11 @@
 But for the one table of differences, which is held to be true and complete as well.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
 import random
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,18 +74,18 @@ IMAGES, CLASS_IMAGES = 5, 200
 class Images(list[None]):
     """So many images without any pixels."""
 
-    def prompts(self, default: str) -> list[str]:
+    def prompts(self, default):
         return [default] * len(self)
 
-    def of_each(self, values: list[Any]) -> list[Any]:
+    def of_each(self, values):
         return values * len(self)
 
-    def size(self, _: int) -> tuple[int, int]:
+    def size(self, _):
         return 1024, 1024
 
 
 @pytest.fixture(autouse=True)
-def images(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def images(machine, monkeypatch, tmp_path):
     """A GPU, and a folder with images."""
     machine("cuda")
     monkeypatch.chdir(tmp_path)
@@ -96,7 +93,7 @@ def images(machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_pa
     (tmp_path / "dog" / "1.png").touch()
 
 
-def drawn(seed: int) -> tuple[dict[str, Any], int]:
+def drawn(seed):
     """About a third of the flags with values, and a number of processes."""
     dice = random.Random(seed)
     return {
@@ -104,13 +101,13 @@ def drawn(seed: int) -> tuple[dict[str, Any], int]:
     }, dice.choice((1, 2, 3))
 
 
-def words(flags: Mapping[str, Any]) -> list[str]:
+def words(flags):
     start = ["--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0"]
     start += ["--instance_data_dir=dog", "--instance_prompt=a photo of a TOK dog"]
     return start + [f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items()]
 
 
-def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: int) -> Meaning:
+def ours(flags, processes, images, class_images):
     launch = {"LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
     with mock.patch.dict(os.environ, launch):
         cfg = resolve(words(flags))
@@ -123,10 +120,7 @@ def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: in
     models = ("unet", "text_encoder", "text_encoder_2")[: 3 if cfg.train_text_encoder else 1]
     kind = StableDiffusionXL()
     task: Any = SimpleNamespace(
-        cfg=cfg,
-        family=kind,
-        layers=kind.targets,
-        models={name: nn.Identity() for name in models},
+        cfg=cfg, family=kind, layers=kind.targets, models={name: nn.Identity() for name in models}
     )
     unet, *encoders = DreamBooth.targets(task)
     assert len({encoder.lr for encoder in encoders}) <= 1
@@ -142,7 +136,7 @@ def ours(flags: Mapping[str, Any], processes: int, images: int, class_images: in
     )
 
 
-def course(cfg: DreamBoothConfig, rate: float, steps: int) -> tuple[float, ...]:
+def course(cfg, rate, steps):
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate, "weight_decay": 0.0}]
     optimizer = build_optimizer(cfg, groups)
     scheduler = build_scheduler(cfg, optimizer, steps)
@@ -154,13 +148,13 @@ def course(cfg: DreamBoothConfig, rate: float, steps: int) -> tuple[float, ...]:
     return tuple(factors)
 
 
-def same(one: Meaning, other: Meaning) -> None:
+def same(one, other):
     assert dataclasses.replace(one, course=()) == dataclasses.replace(other, course=())
     assert one.course == pytest.approx(other.course, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(15))
-def test_a_command_line_drawn_at_random(seed: int) -> None:
+def test_a_command_line_drawn_at_random(seed):
     flags, processes = drawn(seed)
     theirs = {**DEFAULTS, **flags}
     if refuses(theirs):
@@ -179,7 +173,7 @@ def test_a_command_line_drawn_at_random(seed: int) -> None:
     same(ours({**flags, **spelled}, **counts), meaning(theirs, **counts))
 
 
-def test_epochs_over_more_class_images_than_instance_images() -> None:
+def test_epochs_over_more_class_images_than_instance_images():
     flags = {"with_prior_preservation": True, "class_data_dir": "class-images", "class_prompt": "x"}
     flags |= {"num_class_images": 200, "num_train_epochs": 4, "train_batch_size": 1}
     assert ours(flags, 1, images=5, class_images=200).steps == 800
@@ -188,9 +182,7 @@ def test_epochs_over_more_class_images_than_instance_images() -> None:
 
 
 @pytest.mark.parametrize("name", OF_ALL_SCRIPTS)
-def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(name, tmp_path):
     value = OF_ALL_SCRIPTS[name]["given"]
     line = CommandLine(DreamBoothConfig.groups, "", "", FOREIGN)
     argv = [f"--{name}", *value, "--method", "lora"]
@@ -209,7 +201,7 @@ def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(
 
 
 @pytest.mark.parametrize("twice", [True, False])
-def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice: bool, tmp_path: Path) -> None:
+def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice, tmp_path):
     file = tmp_path / "bnb.json"
     asked = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": twice}
     file.write_text(json.dumps(asked))
@@ -221,7 +213,7 @@ def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice: bool, tmp_path: Path) -
         resolve(words({"bnb_quantization_config_path": file}))
 
 
-def test_a_final_prompt_is_drawn_at_the_end_alone() -> None:
+def test_a_final_prompt_is_drawn_at_the_end_alone():
     final = {"final_validation_prompt": "a dog"}
     cfg = resolve(words(final))
     assert (cfg.validation_prompts, cfg.validation_epochs) == (["a dog"], None)
@@ -231,7 +223,7 @@ def test_a_final_prompt_is_drawn_at_the_end_alone() -> None:
     assert (both.validation_prompts, both.validation_epochs) == (["a cat"], 25)
 
 
-def test_the_tables_have_every_flag_and_name_every_default_that_differs() -> None:
+def test_the_tables_have_every_flag_and_name_every_default_that_differs():
     assert sorted([*DEFAULTS, *TABLES["flow"], *FOREIGN]) == sorted(OF_ALL_SCRIPTS)
     assert {
         n for n, flag in OF_ALL_SCRIPTS.items() if flag["of"] == "all" or "sdxl" in flag["of"]

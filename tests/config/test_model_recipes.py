@@ -1,9 +1,6 @@
 """The recipe of each image model: found by name, dry-run, and with the memory in its head."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -23,14 +20,12 @@ RECIPE_OF = models(EXAMPLES)
 """The recipe's path: the model's name in the tables."""
 
 
-def test_each_kind_of_model_has_its_recipe() -> None:
+def test_each_kind_of_model_has_its_recipe():
     assert {MODELS[name]["pipeline"] for name in RECIPE_OF.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("path", RECIPE_OF, ids=lambda path: path.stem)
-def test_a_recipe_runs_dry_by_its_name(
-    path: Path, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_runs_dry_by_its_name(path, capsys, tmp_path, monkeypatch):
     """On a tiny model of the same kind without weights; no path leads to the recipe from here."""
     kind = MODELS[RECIPE_OF[path]]["pipeline"]
     base = without_weights(pipeline_dir() if kind == SDXL else shared(kind), tmp_path / "base")
@@ -54,7 +49,7 @@ def test_a_recipe_runs_dry_by_its_name(
     [pytest.param(p, marks=[pytest.mark.slow] * (p.stem != "lumina2")) for p in RECIPE_OF],
     ids=lambda path: path.stem,
 )
-def test_the_memory_in_its_head_is_that_of_a_dry_run_and_fits(path: Path) -> None:
+def test_the_memory_in_its_head_is_that_of_a_dry_run_and_fits(path):
     text = path.read_text(encoding="utf-8")
     assert text == page(path, RECIPE_OF[path]), "run `python -m docs.make`"
     found = [(int(line[1]), float(line[0].split()[-2])) for line in LINE.finditer(text)]
@@ -63,9 +58,7 @@ def test_the_memory_in_its_head_is_that_of_a_dry_run_and_fits(path: Path) -> Non
     assert "# Rate" in text  # and where it comes from
 
 
-def test_a_file_wins_over_a_recipe_of_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_wins_over_a_recipe_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_recipe("t5_base/mrpc") == RECIPES / "t5_base" / "mrpc.yaml"
     (tmp_path / "sdxl").mkdir()
@@ -75,6 +68,6 @@ def test_a_file_wins_over_a_recipe_of_its_name(
 
 
 @pytest.mark.parametrize("name", ["flux2_klien", "", "../pyproject", "a\0b", "x" * 5000])
-def test_a_name_of_no_recipe_is_a_sentence(name: str) -> None:
+def test_a_name_of_no_recipe_is_a_sentence(name):
     with pytest.raises(UserError, match=r"^--config .* is neither a file nor a recipe"):
         find_recipe(name)

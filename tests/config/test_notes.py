@@ -1,10 +1,5 @@
 """Messages before a run: options without effect, and defaults that surprise."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from bilora_diffusion.image.config import resolve
@@ -16,7 +11,7 @@ HUB = "--dataset a/b --instance_prompt x"
 TASK = "--model_name_or_path smollm2 --task sst2"
 
 
-def resolved(words: str, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[str]]:
+def resolved(words, caplog):
     """The configuration of a command line, and the messages about it."""
     caplog.clear()
     cfg = (resolve_text if "--model_name_or_path smollm2" in words else resolve)(words.split())
@@ -58,9 +53,7 @@ def resolved(words: str, caplog: pytest.LogCaptureFixture) -> tuple[Any, list[st
         (f"{TASK} --lr_scheduler constant", "--lr_warmup_steps 3", "constant_with_warmup"),
     ],
 )
-def test_an_option_without_effect_is_named_and_ignored(
-    words: str, idle: str, fix: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_option_without_effect_is_named_and_ignored(words, idle, fix, caplog):
     """One line, and the run is that of the command line without it; diffusers accepts them too."""
     without, before = resolved(words, caplog)
     cfg, messages = resolved(f"{words} {idle}", caplog)
@@ -74,9 +67,7 @@ def test_an_option_without_effect_is_named_and_ignored(
     assert "hf_x" not in message
 
 
-def test_an_evaluation_without_rows_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_evaluation_without_rows_is_named(tmp_path, caplog):
     (tmp_path / "rows.jsonl").write_text('{"input": "a", "target": "b"}\n')
     words = f"--model_name_or_path smollm2 --train_file {tmp_path / 'rows.jsonl'}"
     idle = "--eval_steps 5 --validation_epochs 1 --eval_on_start --eval_train_samples 3"
@@ -101,12 +92,7 @@ def test_an_evaluation_without_rows_is_named(
         (MINI, []),
     ],
 )
-def test_defaults_that_might_surprise_are_named_once(
-    words: str,
-    parts: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_defaults_that_might_surprise_are_named_once(words, parts, monkeypatch, caplog):
     _, messages = resolved(words, caplog)
     assert len(messages) == bool(parts)
     assert all(part in messages[0] for part in parts)

@@ -1,7 +1,5 @@
 """Recipes: what stands in the file is what is meant, and no file can hold a run up."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -21,7 +19,7 @@ ICONS = ["--config", str(ROOT / "recipes" / "sdxl_3d_icon.yaml")]
 BOMB = "a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [*a, *a]\n" for n in range(20))
 
 
-def recipe(folder: Path, text: str | bytes) -> list[str]:
+def recipe(folder, text):
     """A command line that names a recipe of that text."""
     path = folder / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -44,15 +42,13 @@ READ: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("text", "words", "expected"), READ)
-def test_a_recipe_gives_values_as_their_text_and_flags_win(
-    text: str, words: str, expected: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_recipe_gives_values_as_their_text_and_flags_win(text, words, expected, tmp_path):
     start = [] if "dataset: " in text else ["--dataset", "mini"]
     cfg = resolve([*recipe(tmp_path, text), *start, *words.split()])
     assert {name: getattr(cfg, name) for name in expected} == expected
 
 
-def test_the_icons_recipe_is_the_command_of_one_flag() -> None:
+def test_the_icons_recipe_is_the_command_of_one_flag():
     short = resolve(["--dataset", "linoyts/3d_icon"]).fingerprint()
     assert resolve(ICONS).fingerprint() == {**short, "auxiliary_rank": 4}
     cfg = resolve([*ICONS, "--learning_rate", "1e-3"])  # moves both rates
@@ -91,14 +87,14 @@ def test_the_icons_recipe_is_the_command_of_one_flag() -> None:
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else None,
 )
-def test_what_is_no_recipe_is_a_sentence(tmp_path: Path, text: str | bytes, pattern: str) -> None:
+def test_what_is_no_recipe_is_a_sentence(tmp_path, text, pattern):
     with pytest.raises(UserError) as refusal:
         resolve(recipe(tmp_path, text))
     assert re.search(pattern, str(refusal.value))
     assert len(str(refusal.value)) < 400 + len(str(tmp_path))
 
 
-def test_only_regular_files_are_read(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
         with pytest.raises(UserError, match="of --config is "):
@@ -117,9 +113,7 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=100)
 @given(st.one_of(st.binary(max_size=200), st.lists(PIECES, max_size=25).map("".join)))
-def test_any_bytes_are_options_or_a_sentence(
-    tmp_path_factory: pytest.TempPathFactory, content: str | bytes
-) -> None:
+def test_any_bytes_are_options_or_a_sentence(tmp_path_factory, content):
     argv = recipe(tmp_path_factory.getbasetemp(), content)
     for read in (lambda: resolve(argv), lambda: read_options(Path(argv[1]), "the file", "--x")):
         with contextlib.suppress(UserError):

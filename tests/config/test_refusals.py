@@ -1,13 +1,10 @@
 """Command lines that can't be honoured: one sentence each, with the value and the fix."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 import pytest
@@ -123,7 +120,7 @@ CASES: list[tuple[Read, list[str], tuple[str, str]]] = [
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """Files and folders that are wrong in one way each."""
     for name in ("empty", "full", "other"):
         (tmp_path / name).mkdir()
@@ -141,7 +138,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refusal(read: Read, argv: Sequence[str]) -> str:
+def refusal(read, argv):
     """The sentence with which a command line is refused."""
     with pytest.raises(UserError) as caught:
         read(argv)
@@ -155,9 +152,7 @@ def refusal(read: Read, argv: Sequence[str]) -> str:
 
 
 @pytest.mark.parametrize(("read", "start", "case"), CASES, ids=[case[0][:40] for *_, case in CASES])
-def test_a_bad_command_line(
-    read: Read, start: list[str], case: tuple[str, str], folder: Path, machine: Callable[..., None]
-) -> None:
+def test_a_bad_command_line(read, start, case, folder, machine):
     machine("cpu", missing=PACKAGES)
     words, pattern = case
     message = refusal(read, [*start, *words.replace("{tmp}", str(folder)).split()])
@@ -172,7 +167,7 @@ COMPARED = {
 """Values that the table compares an option with."""
 
 
-def example(entry: Refusal) -> dict[str, Any]:
+def example(entry):
     """Facts that an entry refuses."""
     others = COMPARED.get(entry.when[0].name, {})
     facts = {}
@@ -183,7 +178,7 @@ def example(entry: Refusal) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("entry", table().refused, ids=Refusal.shown)
-def test_an_entry_of_the_table(entry: Refusal) -> None:
+def test_an_entry_of_the_table(entry):
     """Holds for its facts together alone, and names options and choices that exist."""
     facts = example(entry)
     assert refused(facts) is entry
@@ -208,21 +203,14 @@ def test_an_entry_of_the_table(entry: Refusal) -> None:
         ("cpu", "fp8", "", "fp8"),
     ],
 )
-def test_a_machine_that_can_not(
-    kind: str,
-    launched: str,
-    words: str,
-    pattern: str,
-    machine: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_machine_that_can_not(kind, launched, words, pattern, machine, monkeypatch):
     machine(kind)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     assert re.search(pattern, refusal(resolve, ["--dataset", "mini", *words.split()]))
 
 
 @pytest.mark.parametrize("method", names())
-def test_options_of_other_methods_and_defaults_may_stand(method: str) -> None:
+def test_options_of_other_methods_and_defaults_may_stand(method):
     argv = ["--dataset", "mini", "--method", method, "--lr_num_cycles", "1", "--lr_power", "1.0"]
     others = ["--auxiliary_direction", "descent", "--rho", "auto", "--ball", "none"]
     assert resolve(argv).method == method
@@ -230,14 +218,14 @@ def test_options_of_other_methods_and_defaults_may_stand(method: str) -> None:
         assert resolve([*argv, *others[:2], *others[4:]]).ball == "none"
 
 
-def numbers(config: Any) -> list[str]:
+def numbers(config):
     """Options whose type has a number in it."""
     hints = get_type_hints(config)
     return [n for n in options_of(config.groups) if {int, float} & {hints[n], *get_args(hints[n])}]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_number_has_a_range(config: Any) -> None:
+def test_every_number_has_a_range(config):
     assert len(numbers(config)) > 30
     assert all(option_of(options_of(config.groups)[name]).range for name in numbers(config))
 
@@ -252,7 +240,7 @@ NUMBERS = st.one_of(
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_number_is_a_configuration_or_a_sentence(data: st.DataObject) -> None:
+def test_any_number_is_a_configuration_or_a_sentence(data):
     config = data.draw(st.sampled_from(list(CONFIGS)))
     several = data.draw(st.lists(st.sampled_from(numbers(config)), min_size=1, max_size=3))
     read, start = CONFIGS[config]
@@ -270,8 +258,6 @@ def test_any_number_is_a_configuration_or_a_sentence(data: st.DataObject) -> Non
         ({"rho_norm": "scale"}, '^rho_norm .*did you mean "scaled"'),
     ],
 )
-def test_the_api_has_the_same_ranges_under_its_own_names(
-    values: dict[str, Any], pattern: str
-) -> None:
+def test_the_api_has_the_same_ranges_under_its_own_names(values, pattern):
     with pytest.raises(UserError, match=pattern):
         BiLoRAConfig(**cast(Any, values))

@@ -1,11 +1,9 @@
 """A method on a small model, with an option of its adapters, ready to take steps."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from itertools import combinations, product
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from accelerate import Accelerator
@@ -125,7 +123,7 @@ class Run:
         self.taken = 0
         self.blocks = Blocks([self.model] if compiled else [])
 
-    def initialise(self) -> Run:
+    def initialise(self) -> Self:
         """Do the work before the first step of a fresh run."""
         if self.spec.changes_base and not self.method.exports_weights:
             with collecting(self.model) as gradients:
@@ -134,7 +132,7 @@ class Run:
             adapters.start_from_initial(self.model)
         return self
 
-    def resume(self, saved: dict[str, Any]) -> Run:
+    def resume(self, saved: dict[str, Any]) -> Self:
         """Do the work before the first step of a run that goes on."""
         for key, tensor in self.method.tensors().items():
             tensor.copy_(saved["tensors"][key])
@@ -154,7 +152,7 @@ class Run:
             }
         )
 
-    def share(self) -> Run:
+    def share(self) -> Self:
         """Let DDP average the gradients of two processes, each with half of the rows."""
         rank = torch.distributed.get_rank()
         self.accelerator = Accelerator(cpu=True)

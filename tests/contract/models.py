@@ -1,7 +1,5 @@
 """Small models of each kind that the methods are used on, and a loss for each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 

@@ -1,9 +1,6 @@
 """Promises of every registered method, with every option of its adapters, on each model."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,24 +11,16 @@ from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.choices import SAMPLE
 from bilora_diffusion.config import refusals
-from bilora_diffusion.methods import Method, create, names
+from bilora_diffusion.methods import create, names
 from bilora_diffusion.train import compiling
-from tests.contract.harness import (
-    SHARED,
-    SPECS,
-    Run,
-    combos,
-    compared,
-    pairwise,
-    rotation,
-)
+from tests.contract.harness import SHARED, SPECS, Run, combos, compared, pairwise, rotation
 from tests.contract.models import CASES
 from tests.scripts.runs import TORCHRUN, process
 
 ALL, FEW = combos(), rotation()
 
 
-def cases(chosen: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
+def cases(chosen):
     """Cases of a test; those beside the rotation run with the whole matrix only."""
     marked = [
         pytest.param(*case, marks=[pytest.mark.matrix] * (case not in FEW)) for case in chosen
@@ -39,12 +28,10 @@ def cases(chosen: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "option", "kind"), marked)
 
 
-def life(
-    folder: Path, name: str, option: str, kind: str, compiled: bool = False, **options: Any
-) -> None:
+def life(folder, name, option, kind, compiled=False, **options):
     """Start as the base, learn, evaluate, export, resume: what every method promises."""
 
-    def start() -> Run:
+    def start():
         return Run(name, option, kind, options=options, compiled=compiled)
 
     run, quantized = start(), option == "nf4"
@@ -71,7 +58,7 @@ def life(
         evaluates_the_primary_alone_and_leaves_no_trace(run)
 
 
-def starts_as_the_model_came(run: Run, quantized: bool) -> None:
+def starts_as_the_model_came(run, quantized):
     with torch.no_grad(), run.method.evaluating():
         before = run.case.output(run.model)
     run.initialise()
@@ -82,7 +69,7 @@ def starts_as_the_model_came(run: Run, quantized: bool) -> None:
             torch.testing.assert_close(run.case.output(run.model), expected, rtol=1e-4, atol=1e-5)
 
 
-def clipping_sees_the_result_only(run: Run) -> None:
+def clipping_sees_the_result_only(run):
     trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     clipped = {id(p) for p in run.method.clip_parameters()}
     primary = {id(p) for p in adapters.parameters(run.model, PRIMARY)}
@@ -92,9 +79,7 @@ def clipping_sees_the_result_only(run: Run) -> None:
     assert trained - own == {id(p) for p in run.model.parameters() if p.requires_grad}
 
 
-def learns_and_leaves_the_base_alone(
-    run: Run, initial: dict[str, torch.Tensor], base: dict[str, torch.Tensor]
-) -> None:
+def learns_and_leaves_the_base_alone(run, initial, base):
     final = run.tensors()
     assert initial.keys() == final.keys()
     trained = [key for key in final if f"/{INITIAL}/" not in key]
@@ -108,9 +93,7 @@ def learns_and_leaves_the_base_alone(
         assert all(torch.equal(kept[key], base[key]) for key in base)
 
 
-def exports_the_primary_for_the_base_as_it_came(
-    run: Run, fresh: torch.nn.Module, folder: Path, option: str
-) -> None:
+def exports_the_primary_for_the_base_as_it_came(run, fresh, folder, option):
     adapters.save_pretrained(run.model, folder)
     if option == "nf4":
         quantize(fresh, torch.float32, skip=())
@@ -121,7 +104,7 @@ def exports_the_primary_for_the_base_as_it_came(
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def evaluates_the_primary_alone_and_leaves_no_trace(run: Run) -> None:
+def evaluates_the_primary_alone_and_leaves_no_trace(run):
     before = {n: p.requires_grad for n, p in run.model.named_parameters()}
     order = adapters.active(run.model)
     assert order == run.method.adapters
@@ -140,12 +123,12 @@ def evaluates_the_primary_alone_and_leaves_no_trace(run: Run) -> None:
 
 
 @cases(ALL)
-def test_the_life_of_a_run(name: str, option: str, kind: str, tmp_path: Path) -> None:
+def test_the_life_of_a_run(name, option, kind, tmp_path):
     life(tmp_path, name, option, kind)
 
 
 @pytest.mark.parametrize("options", pairwise("bilora"), ids=str)
-def test_the_life_of_a_run_with_any_two_options(options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_life_of_a_run_with_any_two_options(options, tmp_path):
     life(tmp_path, "bilora", kind="llm", **options)
 
 
@@ -159,17 +142,13 @@ COMPILED = ("bilora", "lora-sam", "flat-lora")
         for n in names()
     ],
 )
-def test_the_life_of_a_run_with_compiled_blocks(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_life_of_a_run_with_compiled_blocks(name, tmp_path, monkeypatch):
     """Every state of the adapters goes through compiled blocks here: no graph serves two."""
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # without a compiler
     life(tmp_path, name, "default", "unet", compiled=True)
 
 
-def equal_but_for_rounding(
-    method: Method, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
-) -> None:
+def equal_but_for_rounding(method, one, other):
     assert one.keys() == other.keys()
     for key, value in one.items():
         # What a method remembers may be a direction: a small gradient's, with all its rounding.
@@ -179,7 +158,7 @@ def equal_but_for_rounding(
 
 
 @cases(ALL)
-def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind: str) -> None:
+def test_the_cut_into_micro_batches_changes_nothing(name, option, kind):
     # SGD, since Adam's first steps turn the rounding of a small gradient into a whole step.
     whole = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
     losses, final = whole.train(), whole.tensors()
@@ -192,7 +171,7 @@ def test_the_cut_into_micro_batches_changes_nothing(name: str, option: str, kind
 
 
 @cases([case for case in ALL if not create(case[0]).exports_weights])
-def test_its_limit_is_lora(name: str, option: str, kind: str) -> None:
+def test_its_limit_is_lora(name, option, kind):
     limit = create(name).limit
     assert limit is not None, "a method on adapters has a limit in which it is LoRA"
     plain = Run("lora", option, kind, lr=0.1, optimizer="SGD").initialise()
@@ -204,7 +183,7 @@ def test_its_limit_is_lora(name: str, option: str, kind: str) -> None:
 
 
 @cases([c for c in ALL if not refusals.refused({"method": c[0], "mixed_precision": "fp16"})])
-def test_a_step_that_the_scaler_skips_changes_nothing(name: str, option: str, kind: str) -> None:
+def test_a_step_that_the_scaler_skips_changes_nothing(name, option, kind):
     run = Run(name, option, kind, overflow=(1,)).initialise()
     run.train(1)
     before, state = run.tensors(), run.method.state_dict()
@@ -218,7 +197,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing(name: str, option: str, ki
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     done = process(*TORCHRUN, 2, Path(__file__).with_name("two_processes.py"), folder)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -227,9 +206,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "option", "kind"), SHARED)
-def test_two_processes_agree_with_one(
-    name: str, option: str, kind: str, two_processes: Path
-) -> None:
+def test_two_processes_agree_with_one(name, option, kind, two_processes):
     one = compared(name, option, kind)
     one.train()
     both = torch.load(two_processes / f"{name}-{option}-{kind}.pt")
@@ -239,6 +216,6 @@ def test_two_processes_agree_with_one(
             torch.testing.assert_close(value, both[key], rtol=0, atol=1e-8)
 
 
-def test_the_rotation_meets_every_option_and_kind_of_model() -> None:
+def test_the_rotation_meets_every_option_and_kind_of_model():
     _, options, kinds = (set(part) for part in zip(*FEW, strict=True))
     assert (options, kinds) == (set(SPECS), set(CASES))

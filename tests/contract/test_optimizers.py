@@ -1,10 +1,8 @@
 """Promises of every optimizer that can be named, under methods that use it differently."""
 
-from __future__ import annotations
-
 import copy
 import json
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -26,19 +24,19 @@ WIDTH = 1100
 RATES = {"prodigy": 1.0}
 
 
-def wide() -> nn.Module:
+def wide():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH))
 
 
 @pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+def _wide(monkeypatch):
     inputs = torch.linspace(-1, 1, 4 * WIDTH).view(4, WIDTH)
     case = Case(wide, ("0", "2"), lambda model, rows: cast(Tensor, model(inputs[rows])))
     monkeypatch.setitem(CASES, "wide", case)
 
 
-def made(name: str, method: str, overflow: tuple[int, ...] | None = None, **options: Any) -> Run:
+def made(name, method, overflow=None, **options):
     """The method on a wide model with the optimizer that a command line names."""
     cfg = resolve(["--dataset", "mini", "--optimizer", name, "--method", method])
     return Run(
@@ -54,7 +52,7 @@ def made(name: str, method: str, overflow: tuple[int, ...] | None = None, **opti
 
 @pytest.mark.parametrize("method", ["lora", "bilora", "lora-sam"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_descends_and_resumes_bit_exact(name: str, method: str) -> None:
+def test_it_descends_and_resumes_bit_exact(name, method):
     whole = made(name, method)
     losses = whole.train(12)
     assert losses[-1] < losses[0]
@@ -71,7 +69,7 @@ def test_it_descends_and_resumes_bit_exact(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_that_the_scaler_leaves_out_changes_nothing(name: str) -> None:
+def test_a_step_that_the_scaler_leaves_out_changes_nothing(name):
     run = made(name, "bilora", overflow=(2,))
     run.train(2)
     method = run.method
@@ -88,7 +86,7 @@ def test_a_step_that_the_scaler_leaves_out_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("ball", ["global", "per-layer"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_auxiliary_climbs_within_its_ball(name: str, ball: str) -> None:
+def test_the_auxiliary_climbs_within_its_ball(name, ball):
     run = made(name, "bilora", ball=ball)
     for parameter in adapters.parameters(run.model, PRIMARY):
         parameter.requires_grad_(False)

@@ -1,7 +1,5 @@
 """Train every method in two processes on the CPU: torchrun --nproc_per_node 2 THIS_FILE FOLDER."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Bash expands the commands as a reader's shell would, with functions in the place
 which write down the arguments that they got; these go through the parsers of the real commands.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import re
@@ -13,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +45,7 @@ class Understood(BaseException):
     """A parser has taken all of its arguments."""
 
 
-def scripts(page: Path) -> Iterator[str]:
+def scripts(page):
     """The bash blocks of a page, and the commands within its sentences."""
     text = page.read_text(encoding="utf-8").replace(".venv/bin/", "")
     blocks = [body for language, body in BLOCK.findall(text) if language == "bash"]
@@ -59,7 +56,7 @@ def scripts(page: Path) -> Iterator[str]:
         yield f"{variables}\n{' '.join(command.replace(' ...', '').split())}"
 
 
-def commands(page: Path, folder: Path) -> list[list[str]]:
+def commands(page, folder):
     """Commands that a reader's shell would start."""
     record = folder / "started"
     started = shlex.quote(str(record))
@@ -74,7 +71,7 @@ def commands(page: Path, folder: Path) -> list[list[str]]:
     return [words.split("\0")[:-1] for words in record.read_text().split(f"{END}\0")[:-1]]
 
 
-def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def check(words, monkeypatch):
     """Let the real parser read one command."""
     program, *rest = words
     if program == "make":
@@ -101,7 +98,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         check_script(rest[0], rest[1:], monkeypatch)
 
 
-def check_script(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_script(name, argv, monkeypatch):
     """A script: those that train also check what their options mean together."""
     if name == "bilora":
         name, *argv = argv
@@ -115,11 +112,11 @@ def check_script(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) ->
         check_module(importlib.import_module(Path(name).stem), argv, monkeypatch)
 
 
-def check_module(module: Any, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_module(module, argv, monkeypatch):
     """A command: stop it as soon as its parser is content."""
     original = argparse.ArgumentParser.parse_known_args
 
-    def stopping(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def stopping(self, *args, **kwargs):
         known, unknown = original(self, *args, **kwargs)
         if not unknown:
             raise Understood
@@ -132,9 +129,7 @@ def check_module(module: Any, argv: list[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_is_understood(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_is_understood(page, tmp_path, monkeypatch):
     (tmp_path / "my_photos").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "my_photos" / "1.png")
     for name in ("answers.jsonl", "held_out.jsonl"):
@@ -150,7 +145,7 @@ def test_every_command_is_understood(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_somewhere_and_the_python_compiles(page: Path) -> None:
+def test_every_link_leads_somewhere_and_the_python_compiles(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in target or (page.parent / target).exists(), target
@@ -159,7 +154,7 @@ def test_every_link_leads_somewhere_and_the_python_compiles(page: Path) -> None:
             compile(body, page.name, "exec")
 
 
-def test_the_readme_is_short_and_its_loop_trains() -> None:
+def test_the_readme_is_short_and_its_loop_trains():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 150
     (code,) = (body for language, body in BLOCK.findall(readme) if language == "python")
@@ -183,15 +178,14 @@ SLOW = ("../README.md", "models.md")
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in make.PAGES],
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in make.PAGES]
 )
-def test_a_page_is_what_the_code_makes(name: str) -> None:
+def test_a_page_is_what_the_code_makes(name):
     shown = (make.FOLDER / name).read_text(encoding="utf-8")
     assert shown == make.page(name), "an option has changed: run `python -m docs.make`"
 
 
-def test_the_pages_leave_nothing_out() -> None:
+def test_the_pages_leave_nothing_out():
     options, diffusers, python = map(make.page, ("options.md", "diffusers.md", "python.md"))
     assert all(f"`--{name}`" in options and f"| `--{name}` |" in diffusers for name in DEFAULTS)
     assert all(entry.reason in options for entry in refusals.table().refused)

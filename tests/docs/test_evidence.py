@@ -1,13 +1,10 @@
-"""The page of evidence: what a figure says of a claim, and where the figure comes from."""
-
-from __future__ import annotations
+"""The page of evidence, and the budgets of the folders."""
 
 from math import inf
-from pathlib import Path
 
 import pytest
 
-from docs import evidence
+from docs import evidence, scope
 from docs.evidence import FAILS, HOLDS, OPEN, Check, Figure
 from eval.table import Entry, Result, Row, write
 
@@ -28,13 +25,11 @@ WITHIN = Check("", "", "", "", within=0.1)
         (WITHIN, 0.6, 0.7, FAILS),
     ],
 )
-def test_a_verdict_is_where_the_whole_interval_lies(
-    check: Check, low: float, high: float, verdict: str
-) -> None:
+def test_a_verdict_is_where_the_whole_interval_lies(check, low, high, verdict):
     assert evidence.verdict(check, Figure((low + high) / 2, low, high, 5, size=5.0)) == verdict
 
 
-def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path: Path) -> None:
+def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path):
     losses = {"LoRA": (3.0, 5.0, 4.0), "Bi-LoRA": (2.0, 4.5, 3.0)}
     rows = [
         Row(f"{group}{seed}", group, seed, "loss", value=value)
@@ -50,12 +45,12 @@ def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path: Path) -> None
         evidence.figure(Check("", str(tmp_path), "LoRA", "lossy"))
 
 
-def test_a_claim_is_what_its_checks_agree_in() -> None:
+def test_a_claim_is_what_its_checks_agree_in():
     assert evidence.overall([HOLDS, HOLDS]) == HOLDS
     assert evidence.overall([HOLDS, FAILS]) == f"1 of 2: {HOLDS}, 1 of 2: {FAILS}"
 
 
-def test_every_claim_of_the_paper_is_there_and_each_check_asks_for_one_side() -> None:
+def test_every_claim_of_the_paper_is_there_and_each_check_asks_for_one_side():
     names = [claim.name for claim in evidence.claims()]
     assert names[:13] == [f"C{number}" for number in range(1, 14)]
     numbers = [int(name.removeprefix("F")) for name in names[13:]]
@@ -66,3 +61,37 @@ def test_every_claim_of_the_paper_is_there_and_each_check_asks_for_one_side() ->
         assert claim.checks
         for check in claim.checks:
             assert (check.below < inf) + (check.above > -inf) + (check.within is not None) == 1
+
+
+TABLE = """
+## Budgets
+
+| folder | lines |
+|---|---|
+| `house/*.py` | 3 |
+| `house` | 5 |
+| `house/room` | 4 |
+"""
+
+
+def test_every_file_of_the_product_has_a_budget():
+    table = scope.budgets((scope.ROOT / "SCOPE.md").read_text("utf-8"))
+    assert scope.main([]) == 0
+    covered = {
+        file for row in table for part in row.split() for file in scope._files(scope.ROOT, part)
+    }
+    product = [p for top in ("bilora_diffusion", "eval", "app", "benchmarks", "docs", "examples")
+               for p in (scope.ROOT / top).rglob("*.py")]  # fmt: skip
+    assert set(product) <= covered
+
+
+def test_a_folder_above_its_budget_fails(tmp_path, monkeypatch, capsys):
+    (tmp_path / "SCOPE.md").write_text(TABLE)
+    for name, lines in {"house/a.py": 3, "house/hall/b.py": 2, "house/room/c.py": 4}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x\n" * lines)
+    monkeypatch.setattr(scope, "ROOT", tmp_path)
+    assert scope.main([]) == 0
+    (tmp_path / "house/room/d.py").write_text("x\n")
+    assert scope.main([]) == 1
+    assert capsys.readouterr().out == "house/room: 5 lines, 4 in SCOPE.md: take something out.\n"

@@ -1,7 +1,5 @@
 """Small random models of the classes that score and caption, as folders on disk."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

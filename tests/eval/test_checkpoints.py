@@ -1,10 +1,6 @@
 """Checkpoints as subjects: which, what they are called, what is best, and what is refused."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +16,7 @@ from tests.eval.text_score_models import save_record
 ACCURACY = "heldout_accuracy"
 
 
-def make_run(folder: Path, seed: int = 0, steps: Sequence[int] = (5, 10, 20)) -> Path:
+def make_run(folder, seed=0, steps=(5, 10, 20)):
     """A text run with the checkpoints 10 and 20, held-out figures of ``steps``, and no weights."""
     rows = [(s, {HELDOUT_LOSS: 1 / s, ACCURACY: 0.5 + seed / 10 - s / 100}) for s in steps]
     save_record(folder, seed=seed, rows=rows)
@@ -38,17 +34,17 @@ def make_run(folder: Path, seed: int = 0, steps: Sequence[int] = (5, 10, 20)) ->
 @pytest.mark.parametrize(
     ("text", "steps"), [("all", None), ("40", [40]), ("200, 40,80,40", [40, 80, 200])]
 )
-def test_steps_are_read(text: str, steps: list[int] | None) -> None:
+def test_steps_are_read(text, steps):
     assert checkpoints.read_steps(text) == steps
 
 
 @pytest.mark.parametrize("text", ["", "alle", "40,", "-40", "1.5", "40..80", "9" * 5000])
-def test_what_is_no_steps_is_refused(text: str) -> None:
+def test_what_is_no_steps_is_refused(text):
     with pytest.raises(UserError, match=r"--steps is .*write all"):
         checkpoints.read_steps(text)
 
 
-def test_a_text_run_is_scored_at_every_checkpoint(tmp_path: Path) -> None:
+def test_a_text_run_is_scored_at_every_checkpoint(tmp_path):
     runs = [str(make_run(tmp_path / name, seed)) for seed, name in enumerate("ab")]
     out = ["--output_dir", str(tmp_path / "out")]
     assert text_scores.main([runs[0], "--steps", "all", *out]) == 0
@@ -73,20 +69,17 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path: Path) -> None:
     assert [one.label for one in both.subjects] == ["a step 20", "b step 20"]
     assert both.groups == ["step 20"]
     line = both.summary("step 20", "heldout:cola:accuracy")
-    assert line is not None
     assert line.interval == pytest.approx((0.3, 0.4))
 
 
-def test_a_run_without_held_out_figures_at_its_checkpoints_is_refused(
-    tmp_path: Path, capsys: Any
-) -> None:
+def test_a_run_without_held_out_figures_at_its_checkpoints_is_refused(tmp_path, capsys):
     run = make_run(tmp_path / "run", steps=(5, 15))
     argv = [str(run), "--steps", "all", "--output_dir", str(tmp_path / "out")]
     assert text_scores.main(argv) == 2
     assert "no held-out figure" in capsys.readouterr().err
 
 
-def test_runs_of_several_rows_stand_before_their_steps(tmp_path: Path) -> None:
+def test_runs_of_several_rows_stand_before_their_steps(tmp_path):
     runs = [str(make_run(tmp_path / name)) for name in "ab"]
     groups = [word for run in runs for word in ("--group", f"row {Path(run).name}={run}")]
     args = text_scores.TextScores.parser().read([*groups, "--steps", "all"])
@@ -95,7 +88,7 @@ def test_runs_of_several_rows_stand_before_their_steps(tmp_path: Path) -> None:
     assert checkpoints.last_group(found) == "row a step 20"
 
 
-def over_steps(second: float) -> Result:
+def over_steps(second):
     """Of one run whose scores of twelve prompts at step 20 are its last step's plus ``second``."""
     metrics = {"i2t": Metric("score", "", True, 100, ".1f"), HELDOUT_LOSS: LOSS}
     rows, entries = [], []
@@ -114,7 +107,7 @@ def over_steps(second: float) -> Result:
 
 
 @pytest.mark.parametrize(("second", "expected"), [(0.1, "excludes"), (0.001, "includes")])
-def test_the_best_step_and_how_sure_it_is(second: float, expected: str, tmp_path: Path) -> None:
+def test_the_best_step_and_how_sure_it_is(second, expected, tmp_path):
     curves = over_steps(second)
     score, loss = checkpoints.best(curves)
     assert score.startswith("score: best at step 20 (")
@@ -143,9 +136,7 @@ def test_the_best_step_and_how_sure_it_is(second: float, expected: str, tmp_path
         (["RUN", "--steps", ""], '--steps is ""'),
     ],
 )
-def test_bad_input_is_one_sentence(
-    words: list[str], named: str, command: Any, tmp_path: Path, capsys: Any
-) -> None:
+def test_bad_input_is_one_sentence(words, named, command, tmp_path, capsys):
     (tmp_path / "a.safetensors").touch()
     places = {"RUN": make_run(tmp_path / "run"), "EMPTY": save_record(tmp_path / "empty")}
     places["FILE"] = tmp_path / "a.safetensors"

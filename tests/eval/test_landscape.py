@@ -1,11 +1,7 @@
 """eval.landscape from runs to result, on a loss that is known; what it keeps and refuses."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,22 +13,20 @@ from bilora_diffusion.image.config import resolve
 from bilora_diffusion.run.runlog import RunLog
 from eval import landscape, table
 from eval.landscape import measure, models
-from eval.landscape.models import Point
 from eval.landscape.weights import Weight
-from eval.table import Result
 from tests.scripts.runs import flags, two_icons
 
 TINY = ["--points", "5", "--grid", "3", "--directions", "2", "--ascent_steps", "1"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory):
     """Run folders as training leaves them, with weights that nothing was learned in."""
     root = tmp_path_factory.mktemp("landscape")
     given = {**two_icons(root), "validation_dataset": "none"}
     config = resolve(flags(root, **given)).to_dict()
 
-    def run(name: str, method: str = "lora", seed: int = 0, **options: Any) -> None:
+    def run(name, method="lora", seed=0, **options):
         log = RunLog(root / name)
         log.start(config | options, method=method, seed=seed, resume_step=None)
         log.close("finished", steps=2)
@@ -65,18 +59,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def curvature(point: Point) -> float:
+def curvature(point):
     return {"lora": 0.4, "bilora": 0.3, None: 0.5}.get(point.subject.method, 1.0) + 0.01 * (
         point.subject.seed or 0
     )
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loaded(monkeypatch):
     """Models whose loss is 1 + curvature ||W - 1||^2 / 2 for two weights; the labels loaded."""
     labels = []
 
-    def load(point: Point, spaces: list[str], *_: Any, **__: Any) -> Any:
+    def load(point, spaces, *_, **__):
         labels.append(point.subject.label)
         tensor = torch.ones(2, 1, dtype=torch.float64)
         loss = SimpleNamespace(terms=lambda: 1 + curvature(point) * (tensor - 1).square().sum() / 2)
@@ -86,7 +80,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return labels
 
 
-def look(runs: Path, out: Path, *words: str) -> Result:
+def look(runs, out, *words):
     given = [str(runs / word) if (runs / word).is_dir() else word for word in words]
     assert landscape.main([*given, *TINY, "--output_dir", str(out)]) == 0
     return table.read(out)
@@ -95,15 +89,12 @@ def look(runs: Path, out: Path, *words: str) -> Result:
 NAMES = [f"{method}-{seed}" for method in ("lora", "bilora") for seed in range(2)]
 
 
-def test_runs_are_summed_up_by_space_and_compared_by_seed(
-    runs: Path, tmp_path: Path, loaded: list[str]
-) -> None:
+def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded):
     result = look(runs, tmp_path, *NAMES, "full", "base", "--rho", "0.1", "--eigenvalue")
     assert result.groups == ["LoRA", "Bi-LoRA", "Full FT", "base"]
     assert loaded == [entry.label for entry in result.subjects] == [*NAMES, "full", "base"]
     for space in ("lora", "full"):
         line = result.summary("Bi-LoRA", "rise", space)
-        assert line is not None
         # two filters of norm 1, moved by 1 and by 0.3
         step = {"lora": 1, "full": 0.3}[space]
         assert line.mean == pytest.approx(0.305 * step**2)
@@ -111,7 +102,6 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(
         assert (line.control, line.lower, line.pairs) == ("LoRA", 2, 2)
         assert result.summary("LoRA", "rise", space).pairs == 0  # pyright: ignore
         top = result.summary("LoRA", "eigenvalue", space)
-        assert top is not None
         assert top.mean == pytest.approx(0.405)
     assert result.summary("base", "rise", "lora") is None
     profile = [row.value for row in result.select("profile", "LoRA", "lora")]
@@ -120,11 +110,7 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(
     assert profile == pytest.approx(wanted)
     assert {row.subject for row in result.select("plane")} == {"lora-0", "bilora-0", "full", "base"}
     assert len(result.select("plane", "LoRA", "full")) == 9
-    text = (tmp_path / "report.md").read_text()
-    assert text.count("| LoRA (control) | 2 |") == 2
-    assert text.count("| base | 1 |") == 1  # it has no LoRA space
-    assert "| -0.1 [-0.1, -0.1], 2/2 |" in text
-    assert str(runs) not in text + (tmp_path / "result.json").read_text()
+    assert str(runs) not in (tmp_path / "result.json").read_text()
     assert result.figures == ["landscape.png", "landscape_grid.png"]
     for name in result.figures:
         with Image.open(tmp_path / name) as picture:
@@ -133,11 +119,11 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(
 
 
 def test_what_is_measured_is_kept_and_only_the_rest_is_measured(
-    runs: Path, tmp_path: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    runs, tmp_path, loaded, monkeypatch
+):
     line, calls = measure.line, 0
 
-    def interrupted(*words: Any) -> list[float]:
+    def interrupted(*words):
         nonlocal calls
         calls += 1
         if calls == 2:
@@ -174,9 +160,7 @@ CASES: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("words", "told"), CASES)
-def test_bad_input_is_one_sentence(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
-) -> None:
+def test_bad_input_is_one_sentence(runs, tmp_path, capsys, words, told):
     words = [word.format(runs=runs) for word in words]
     assert landscape.main([*words, "--output_dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

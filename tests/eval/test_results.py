@@ -1,9 +1,9 @@
-"""Results and caches come back as they were written; where commands put them; bad ones refused."""
+"""Subjects, results and caches: grouped, paired, read back as written; damaged ones are refused."""
 
-from __future__ import annotations
-
+import importlib
 import json
 import math
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,9 @@ from bilora_diffusion.errors import UserError
 from eval import command, table
 from eval.cache import FOLDER, Cache
 from eval.provenance import Provenance
+from eval.subjects import by_group, gather, paired
 from eval.table import Entry, Metric, Result, Row, Summary
+from tests.run import recorded_runs
 
 WHOLE = Result(
     kind="landscape",
@@ -37,7 +39,7 @@ WHOLE = Result(
 )
 
 
-def test_a_result_comes_back(tmp_path: Path) -> None:
+def test_a_result_comes_back(tmp_path):
     for result in (Result("sweep", subjects=[], rows=[], summaries=[]), WHOLE):
         table.write(result, tmp_path, "# Report")
         assert table.read(tmp_path) == result
@@ -61,9 +63,7 @@ HEAD = "subject,group,seed,metric,item,step,value,note\n"
         *((table.FILE, text, "is damaged") for text in ("{}", "{")),
     ],
 )
-def test_what_is_no_result_of_this_version_is_refused(
-    tmp_path: Path, file: str, text: str | None, words: str
-) -> None:
+def test_what_is_no_result_of_this_version_is_refused(tmp_path, file, text, words):
     table.write(WHOLE, tmp_path, "")
     (tmp_path / file).unlink()
     if text is not None:
@@ -72,14 +72,14 @@ def test_what_is_no_result_of_this_version_is_refused(
         table.read(tmp_path)
 
 
-def test_a_curve_has_the_steps_that_all_of_a_group_have() -> None:
+def test_a_curve_has_the_steps_that_all_of_a_group_have():
     points = ((5, 2, 1.0), (0, 2, None), (9, 1, 2.0))
     lines = [Summary("LoRA", "loss", step=s, count=c, mean=m) for s, c, m in points]
     curve = replace(WHOLE, summaries=lines).curve("LoRA", "loss")
     assert [(point.step, point.mean) for point in curve] == [(0, None), (5, 1.0)]
 
 
-def test_one_result_does_not_replace_another(tmp_path: Path) -> None:
+def test_one_result_does_not_replace_another(tmp_path):
     table.write(WHOLE, tmp_path, "")
     command.require_free(tmp_path, "landscape")
     command.require_free(tmp_path / "new", "sweep")
@@ -90,10 +90,10 @@ def test_one_result_does_not_replace_another(tmp_path: Path) -> None:
 ABOUT = {"digest": "abc", "levels": (1, 2)}
 
 
-def test_a_value_is_measured_once(tmp_path: Path) -> None:
+def test_a_value_is_measured_once(tmp_path):
     made = []
 
-    def make() -> dict[str, object]:
+    def make():
         made.append(1)
         return {"loss": math.inf, "values": (1, 2)}
 
@@ -113,7 +113,7 @@ def test_a_value_is_measured_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", [b'{"key": "b", "value": 2}', b"\xff\n"])
-def test_what_a_kill_tore_off_is_measured_again(tmp_path: Path, torn: bytes) -> None:
+def test_what_a_kill_tore_off_is_measured_again(tmp_path, torn):
     Cache(tmp_path, ABOUT).put("a", 1)
     (file,) = (tmp_path / FOLDER).iterdir()
     file.write_bytes(file.read_bytes() + torn)
@@ -131,7 +131,7 @@ COMMANDS = {
 
 
 @pytest.fixture
-def parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def parsers(tmp_path, monkeypatch):
     """``parsers(name)``, in a folder with two runs in ``demo`` and another elsewhere."""
     monkeypatch.chdir(tmp_path)
     for name in ("demo/lora", "demo/bilora", "other/lora"):
@@ -142,7 +142,7 @@ def parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_results_lie_beside_the_runs(name: str, parsers: Any) -> None:
+def test_results_lie_beside_the_runs(name, parsers):
     words, parser = ["demo/lora", "demo/bilora/"], parsers(name)
     assert parser.read(words).output_dir == Path("demo") / COMMANDS[name]
     assert parser.read([*words, "--output_dir", "x"]).output_dir == Path("x")
@@ -150,9 +150,7 @@ def test_results_lie_beside_the_runs(name: str, parsers: Any) -> None:
     assert parser.description == summary
 
 
-def test_results_and_logs_among_runs_are_left_out(
-    parsers: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_and_logs_among_runs_are_left_out(parsers, capsys):
     for name in ("scores", "sweep"):
         Path("demo", name).mkdir()
         Path("demo", name, table.FILE).touch()
@@ -163,8 +161,73 @@ def test_results_and_logs_among_runs_are_left_out(
     assert "demo/lora.log, demo/scores, demo/sweep" in capsys.readouterr().err
 
 
-def test_a_switch_takes_no_value_and_a_run_may_follow_it(parsers: Any) -> None:
-    args = parsers("landscape").read(["--eigenvalue", "demo/lora", "--ascent-steps", "3"])
-    assert (args.eigenvalue, args.runs, args.ascent_steps) == (True, ["demo/lora"], 3)
-    with pytest.raises(UserError, match="--eigenvalue: ignored"):
-        parsers("landscape").read(["demo/lora", "--eigenvalue=yes"])
+def test_groups_by_setting(tmp_path):
+    def run(name, method, seed, **config):
+        return str(recorded_runs.make(tmp_path / name, method, seed, steps=(), config=config))
+
+    plain = [run(f"b{seed}", "bilora", seed) for seed in (1, 0)]
+    fast = run("fast", "bilora", 0, auxiliary_learning_rate=1e-2)
+    # rho plays no part in LoRA, nor does where a run lies
+    lora = [run(f"l{i}", "lora", i, rho=0.1 * i + 0.1, output_dir=str(i)) for i in range(2)]
+    found = by_group(gather([*plain, fast, *lora]))
+    assert {label: [run.seed for run in runs] for label, runs in found.items()} == {
+        "Bi-LoRA (auxiliary_learning_rate=0.001)": [0, 1],
+        "Bi-LoRA (auxiliary_learning_rate=0.01)": [0],
+        "LoRA": [0, 1],
+    }
+    assert [run.label for run in found["LoRA"]] == ["l0", "l1"]
+    named = gather([lora[0]], [f"mine = {plain[0]},{plain[1]}"])
+    assert [run.group for run in named] == ["LoRA", "mine", "mine"]
+    assert gather(plain)[0].group == "Bi-LoRA"
+    namesakes = [run(f"{seed}/run", "lora", seed) for seed in range(2)]
+    assert [found.label for found in gather(namesakes)] == ["run", "run-2"]
+    other = run("again", "bilora", 0)
+    for words, groups, sentence in (
+        ([*plain, other], [], "are both seed 0"),
+        ([], [f"x={plain[0]},{lora[1]}"], "mixes bilora and lora"),
+        ([lora[0]], [f"LoRA={lora[1]}"], 'two groups are called "LoRA"'),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            gather(words, groups)
+
+
+def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path):
+    runs = [
+        recorded_runs.make(tmp_path / f"{m}{s}", m, s, steps=(1, 2))
+        for m in ("lora", "bilora")
+        for s in range(2)
+    ]
+    lone = recorded_runs.make(tmp_path / "sam", "lora-sam", 5, steps=(1, 2))
+    words = [str(path) for path in (*runs, lone)]
+    same = {"LoRA": None, "Bi-LoRA": True, "LoRA-SAM": None}
+    assert paired(gather(words), "LoRA") == same
+    file = runs[3] / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"digest": "1-', '"digest": "other-'))
+    assert paired(gather(words), "LoRA") == same | {"Bi-LoRA": False}
+    file.write_text(re.sub('"digest": "[^"]*"', '"digest": null', file.read_text()))
+    assert paired(gather(words), "LoRA") == same | {"Bi-LoRA": False}
+
+
+DAMAGED: list[tuple[str, str, Any]] = [
+    *((name, "run.json", {"config": None}) for name in ("clip_scores", "landscape", "text_scores")),
+    ("dynamics", "run.json", {"seed": "x"}),
+    ("dynamics", "metrics.jsonl", "[" * 100_000),
+    ("generalization", "metrics.jsonl", '{"step": 1, "heldout_loss": "x"}'),
+]
+
+
+@pytest.mark.parametrize(("command", "file", "content"), DAMAGED)
+def test_a_damaged_run_ends_a_command_in_one_sentence(tmp_path, capsys, command, file, content):
+    run = recorded_runs.make(tmp_path / "run", "bilora", losses={0: (1.0, 1.0), 10: (0.5, 0.5)})
+    if file == "run.json":
+        content = json.dumps(json.loads((run / file).read_text()) | content)
+    else:
+        content = (run / file).read_text() + f"{content}\n"
+    (run / file).write_text(content)
+    words = [str(run), "--output_dir", str(tmp_path / "out")]
+    words += ["--benchmarks", "heldout"] if command == "text_scores" else []
+    assert importlib.import_module(f"eval.{command}").main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert f"{run / file} is " in error
+    assert error.count("\n") == 1

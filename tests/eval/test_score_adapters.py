@@ -1,11 +1,8 @@
 """What an argument names and is called, and its weights in a pipeline and out again."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,12 +25,12 @@ FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Any:
+def pipeline():
     return load_pipeline("mini", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def files(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(pipeline, tmp_path_factory):
     """LoRA files in the folders "unet" and "text" (both text encoders as well)."""
     root = tmp_path_factory.mktemp("files")
     write_lora(root / "unet", pipeline, kohya=True)
@@ -42,16 +39,16 @@ def files(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_digest_is_of_the_weights_alone(files: Path, tmp_path: Path) -> None:
+def test_the_digest_is_of_the_weights_alone(files, tmp_path):
     source = files / "unet" / FILE
     key = next(iter(load_file(source)))
 
-    def rescale(_: dict[str, Any], metadata: dict[str, str]) -> None:
+    def rescale(_, metadata):
         described = json.loads(metadata["lora_adapter_metadata"])
         described["unet.lora_alpha"] *= 2
         metadata["lora_adapter_metadata"] = json.dumps(described)
 
-    def altered(change: Any) -> str:
+    def altered(change):
         return one(rewrite(source, tmp_path / "altered.safetensors", change)).digest
 
     digest = one(source).digest
@@ -72,8 +69,8 @@ def test_the_digest_is_of_the_weights_alone(files: Path, tmp_path: Path) -> None
     ],
 )
 def test_a_bad_argument_is_refused_in_one_sentence(
-    words: list[str], shown: list[str], files: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
+    words, shown, files, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     Path("runs/bilora").mkdir(parents=True)
     Path("pickle.bin").write_bytes(b"x")
@@ -86,7 +83,7 @@ def test_a_bad_argument_is_refused_in_one_sentence(
     assert capsys.readouterr() == ("", "")
 
 
-def test_all_adapters_belong_to_one_base(files: Path, tmp_path: Path) -> None:
+def test_all_adapters_belong_to_one_base(files, tmp_path):
     weights = files / "unet" / FILE
     change = {"ss_sd_model_name": "owner/other"}
     other = rewrite(weights, tmp_path / "o.safetensors", lambda _, m: m.update(change))
@@ -105,7 +102,7 @@ def test_all_adapters_belong_to_one_base(files: Path, tmp_path: Path) -> None:
             base_model(subjects, given)
 
 
-def picture(pipeline: Any) -> np.ndarray:
+def picture(pipeline):
     """Its pixels as they come from the pipeline's text encoders and UNet, (64, 64, 3)."""
     (image,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
     return np.asarray(image).astype(int)
@@ -113,8 +110,8 @@ def picture(pipeline: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["unet", "text", pytest.param("whole", marks=pytest.mark.slow)])
 def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_error(
-    name: str, pipeline: Any, files: Path
-) -> None:
+    name, pipeline, files
+):
     run = train_once("full", method="full") if name == "whole" else files / name
     own = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     state = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
@@ -151,7 +148,7 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
 
 
 @torch.no_grad()
-def predicted(unet: Any) -> torch.Tensor:
+def predicted(unet):
     """What the UNet makes of some noise."""
     config, draw = unet.config, torch.Generator().manual_seed(0)
     sample = torch.randn(1, config.in_channels, 8, 8, generator=draw)
@@ -163,9 +160,7 @@ def predicted(unet: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("odd", "dora"), [((4, 1.0), False), ((2, 4.0), True)])
-def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(
-    odd: tuple[int, float], dora: bool, pipeline: Any, tmp_path: Path
-) -> None:
+def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(odd, dora, pipeline, tmp_path):
     """Rank and alpha are 4, but for queries and convolutions; expected is what is made by hand."""
     tensors, draw = {}, torch.Generator().manual_seed(0)
     by_hand = copy.deepcopy(pipeline.unet)
@@ -204,10 +199,8 @@ def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(
         ("lora_A", "lora_A.auxiliary", "more than one adapter.*auxiliary"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused(
-    old: str, new: str, message: str, pipeline: Any, files: Path, tmp_path: Path
-) -> None:
-    def change(tensors: dict[str, Any], _: Any) -> None:
+def test_a_file_that_does_not_fit_is_refused(old, new, message, pipeline, files, tmp_path):
+    def change(tensors, _):
         layer = next(key for key in tensors if "to_q.lora_A" in key).partition("to_q")[0]
         for name in [n for n in tensors if n.startswith(f"{layer}to_q") and old in n]:
             tensor = tensors[name] if old == "lora_A" else tensors.pop(name)

@@ -1,7 +1,5 @@
 """Scorers and captioners on small random models: against the libraries alone, and refused."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil
@@ -12,7 +10,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 from transformers import BlipForConditionalGeneration, BlipProcessor, CLIPModel, CLIPProcessor
 
@@ -31,7 +28,7 @@ scorer_schemes = pytest.mark.parametrize("scheme", ["open_clip", "hf"])
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory):
     """A random model of each kind, by scheme."""
     root = tmp_path_factory.mktemp("models")
     return {
@@ -41,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path]) -> None:
+def test_a_model_is_named_by_its_weights_or_its_commit(folders):
     loaders: dict[str, Any] = {"open_clip": models, "hf": models}
     for scheme, folder in folders.items():
         (weights,) = folder.glob("*.safetensors")
@@ -62,7 +59,7 @@ def test_a_model_is_named_by_its_weights_or_its_commit(folders: dict[str, Path])
 
 
 @torch.no_grad()
-def i2t(scheme: str, folder: Path, image: Image, text: str) -> float:
+def i2t(scheme, folder, image, text):
     """The cosine of an image and a text, by the library alone."""
     if scheme == "hf":
         processor: Any = CLIPProcessor.from_pretrained(folder)
@@ -77,9 +74,7 @@ def i2t(scheme: str, folder: Path, image: Image, text: str) -> float:
 
 
 @scorer_schemes
-def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(
-    folders: dict[str, Path], scheme: str
-) -> None:
+def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(folders, scheme):
     images, texts = [*pictures(3), *pictures(4, None)], sentences(7)
     one, many = (models.load(f"{scheme}:{folders[scheme]}", batch=batch) for batch in (3, 20))
     table = one.images(images) @ one.texts(texts).T
@@ -94,7 +89,7 @@ def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(
     torch.testing.assert_close(again, table, atol=1e-6, rtol=0)
 
 
-def test_blip_is_generate_of_transformers(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_blip_is_generate_of_transformers(folders, tmp_path):
     """With three beams and 5 to 30 tokens, whatever the checkpoint's own settings are."""
     model: Any = BlipForConditionalGeneration.from_pretrained(folders["blip"])
     processor: Any = BlipProcessor.from_pretrained(folders["blip"])
@@ -112,7 +107,7 @@ def test_blip_is_generate_of_transformers(folders: dict[str, Path], tmp_path: Pa
         assert captioner([image]) == [expected.removeprefix("[DEC]").strip()]
 
 
-def test_retrieval_takes_the_nearest_caption(tmp_path: Path, monkeypatch: Any) -> None:
+def test_retrieval_takes_the_nearest_caption(tmp_path, monkeypatch):
     folder = save_open_clip(tmp_path / "clip")
     (folder / "captions.txt").write_text("\n".join(sentences(20)))
     monkeypatch.setattr(mini, "scorer_dir", lambda: folder)  # a random model of the same form
@@ -139,12 +134,12 @@ WITHOUT_REVISIONS = ("open_clip:ours", "embedded", "hf:theirs", "blip:blip")
 class Boom:
     """Running this is what reading a pickle can do."""
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return (Path.write_text, (Path("exploded"), "x"))
 
 
 @pytest.fixture
-def models_here(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def models_here(folders, tmp_path, monkeypatch):
     """The same in the working folder, to be damaged, and a pickle."""
     for folder in folders.values():
         shutil.copytree(folder, tmp_path / folder.name)
@@ -153,7 +148,7 @@ def models_here(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mo
     return tmp_path
 
 
-def spoil(file: str, how: str) -> None:
+def spoil(file, how):
     """Damage a file; ``how`` may be a new text."""
     path = Path(file)
     if how == "cut":
@@ -170,7 +165,7 @@ def spoil(file: str, how: str) -> None:
         path.write_text(how)
 
 
-def refused(given: str, *words: str) -> None:
+def refused(given, *words):
     """A model, or MODEL@REVISION, is refused in one sentence in which each of the words stands."""
     name, _, revision = given.partition("@")
     captions = name.startswith("bl")
@@ -194,9 +189,7 @@ def refused(given: str, *words: str) -> None:
         *((f"{name}@v1", ['"v1"']) for name in WITHOUT_REVISIONS),
     ],
 )
-def test_a_model_that_can_not_be_had_is_refused(
-    name: str, words: list[str], models_here: Path
-) -> None:
+def test_a_model_that_can_not_be_had_is_refused(name, words, models_here):
     refused(name, *words)
 
 
@@ -212,7 +205,7 @@ DAMAGES = ("cut", "pickle", "incomplete")
         *((f"{folder}/tokenizer.json", "gone") for folder in SCHEMES),
     ],
 )
-def test_a_damaged_model_is_refused(file: str, how: str, models_here: Path) -> None:
+def test_a_damaged_model_is_refused(file, how, models_here):
     spoil(file, how)
     folder = file.partition("/")[0]
     refused(f"{SCHEMES[folder]}:{folder}", folder)

@@ -1,30 +1,23 @@
-"""Scores of images by a scorer that sees nothing but the mean color, and the paper's table."""
+"""Prompt sets, and scores of images by a scorer that sees nothing but the mean color."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import json
+import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.mini import heldout_dir
-from eval import compare
-from eval.clip_scores import reporting
+from bilora_diffusion.mini import heldout_dir, train_dir
 from eval.clip_scores.captioners import Captioner
-from eval.clip_scores.images import Job, Sampling, Store, jobs
+from eval.clip_scores.images import Sampling, Store, jobs
 from eval.clip_scores.measure import ImageJudge, truth_pictures
 from eval.clip_scores.models import ModelEntry, Scorer
-from eval.clip_scores.names import METRICS
-from eval.clip_scores.prompts import Prompt
+from eval.clip_scores.prompts import Prompt, read
 from eval.subjects import Subject
-from eval.table import Entry, Result, Row
 
 COLORS = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200)}
 FAR = float(np.dot(COLORS["red"], COLORS["green"]) / np.square(COLORS["red"]).sum())
@@ -36,21 +29,21 @@ BASE = Subject("base model", "base model", "base")
 class ColorScorer(Scorer):
     """Embeds an image as its mean color, and a text as the color that it names."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(ENTRY, self._mean, self._named, lambda text: False)
         self.embedded: list[Image.Image | str] = []
 
-    def _mean(self, images: Sequence[Image.Image]) -> Tensor:
+    def _mean(self, images):
         self.embedded += images
         return torch.tensor(np.stack([np.asarray(i, np.float32).mean((0, 1)) for i in images]))
 
-    def _named(self, texts: Sequence[str]) -> Tensor:
+    def _named(self, texts):
         self.embedded += texts
         named = [next(c for word, c in COLORS.items() if word in text) for text in texts]
         return torch.tensor(named, dtype=torch.float32)
 
 
-def strongest(images: Sequence[Image.Image]) -> list[str]:
+def strongest(images):
     """A caption that names the strongest color."""
     return [f"{list(COLORS)[np.asarray(i).mean((0, 1)).argmax()]} thing" for i in images]
 
@@ -58,26 +51,20 @@ def strongest(images: Sequence[Image.Image]) -> list[str]:
 class Colors(Store):
     """Images in the color that (subject, prompt, seed) has; one of one color by default."""
 
-    def __init__(self, colors: dict[tuple[str, str, int], str]) -> None:
+    def __init__(self, colors):
         super().__init__(Path("images"), Sampling("mini", 8, 1, 1.0))
         self.colors = colors
 
-    def open(self, job: Job) -> Image.Image:
+    def open(self, job):
         key = (job.subject.label, job.prompt.text, job.seed)
         return Image.new("RGB", (8, 8), COLORS[self.colors.get(key, "red")])
 
 
-def subject(label: str) -> Subject:
+def subject(label):
     return Subject(label, label, method=label, digest=label * 8)
 
 
-def measured(
-    prompts: Sequence[Prompt],
-    colors: dict[tuple[str, str, int], str],
-    *subjects: Subject,
-    seeds: int = 1,
-    **more: Any,
-) -> list[Row]:
+def measured(prompts, colors, *subjects, seeds=1, **more):
     """The rows of all subjects."""
     usual = {"scorer": ColorScorer(), "captioner": None, "truths": {}, "training": {}}
     originals = jobs(BASE, [prompt for prompt in prompts if prompt.general], range(seeds))
@@ -85,7 +72,7 @@ def measured(
     return [row for one in subjects for row in judge.rows(one, jobs(one, prompts, range(seeds)))]
 
 
-def test_each_score_is_the_cosine_that_it_says(tmp_path: Path) -> None:
+def test_each_score_is_the_cosine_that_it_says(tmp_path):
     for name, color in COLORS.items():
         Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
     colors = {("a", RED.text, 1): "green", ("a", GENERAL.text, 0): "blue"}
@@ -110,7 +97,7 @@ def test_each_score_is_the_cosine_that_it_says(tmp_path: Path) -> None:
     assert notes["a", "image", 1] == "images/a-aaaaaaaa/seed-1/001-a-red-one.png"
 
 
-def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path: Path) -> None:
+def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path):
     own = tmp_path / "own.png"
     Image.new("RGB", (8, 8), COLORS["red"]).save(own)
     rabbit = Prompt("a red rabbit", reference=heldout_dir() / "1f407.png")
@@ -125,35 +112,74 @@ def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path: Path) -> 
         truth_pictures(prompts, "mini")
 
 
-def test_the_first_prompts_and_the_average_have_the_shape_of_the_papers_table() -> None:
-    draws = np.random.default_rng(0).normal(0.3, 0.02, (2, 8, 2))  # of a group, prompt, seed
-    values = {"i2t": dict(zip(("LoRA", "Bi-LoRA"), draws, strict=True))}
-    values["t2t"] = dict(zip(("Bi-LoRA", "LoRA"), draws, strict=True))
-    rows = [
-        Row(group, group, seed, metric, f"an icon of {n}", None, float(value))
-        for metric, groups in values.items()
-        for group, prompts in groups.items()
-        for n, seeds in enumerate(prompts)
-        for seed, value in enumerate(seeds)
-    ]
-    asked = [
-        {"text": f"an icon of {n}", "instance": f"Thing {n}", "general": False} for n in range(8)
-    ]
-    made = Result(
-        kind="clip_scores",
-        subjects=[Entry("LoRA", "LoRA"), Entry("Bi-LoRA", "Bi-LoRA")],
-        metrics=dict(METRICS),
-        settings={"prompts": asked},
-        rows=rows,
-        summaries=compare.summaries(rows, "LoRA", over="item"),
+PAPER = (
+    *("Fluffy Rabbit", "Curly Cloud", "Roaring Lion"),
+    *("Dripping Water Drop", "Hopping Frog", "Smiling Sun"),
+)
+
+
+def labels(folder):
+    """Label -> file name of the miniature's icons."""
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["label"]: row["file_name"] for row in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def icons():
+    return read("3d_icon")
+
+
+def test_the_icons_are_200_of_one_form_and_were_not_trained_on(icons):
+    assert len({prompt.text for prompt in icons}) == len(icons) == 200
+    for prompt in icons:
+        assert prompt.text == f"a TOK icon of a {prompt.instance}, in the style of TOK"
+        assert str(prompt.instance)[0].isupper() or str(prompt.instance)[0].isdigit()
+        assert not prompt.general
+    assert tuple(prompt.instance for prompt in icons[:6]) == PAPER
+    asked = {str(prompt.instance).lower() for prompt in icons}
+    assert len(asked) == 200
+    assert asked.isdisjoint(labels(train_dir()))
+    found = {p.reference.name for p in icons if p.reference is not None}
+    assert found == set(labels(heldout_dir()).values())
+    general = read("general")
+    assert len({prompt.text for prompt in general}) == len(general) == 24
+    assert all(p.general and p.reference is None and "tok" not in p.text.lower() for p in general)
+
+
+def test_a_csv_has_columns(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "owl.png")
+    file = tmp_path / "my.csv"
+    file.write_text(
+        "id,prompt,caption,instance,reference\n"
+        '1,"an owl, at night","a line,\nbroken",Night Owl,pictures/owl.png\n'
+        "2,a photo of a cat,cat,,\n",
+        encoding="utf-8",
     )
-    lines = [line.strip("|").split(" | ") for line in reporting.scores(made).splitlines()]
-    head, _, *cells = [[cell.strip() for cell in line] for line in lines]
-    assert head[1:] == ["CLIP I2T LoRA", "CLIP I2T Bi-LoRA", "CLIP T2T LoRA", "CLIP T2T Bi-LoRA"]
-    assert [row[0] for row in cells] == [*(f"Thing {n}" for n in range(6)), "average of 8"]
-    means = [*draws.mean(2)[:, :6].T, draws.mean((1, 2))]
-    for row, (lora, bilora) in zip(cells, means, strict=True):
-        expected = [f"{100 * lora:.2f}", f"{100 * bilora:.2f}"]
-        best = int(bilora > lora)
-        expected[best] = f"**{expected[best]}**"
-        assert row[1:] == [*expected, *expected[::-1]]
+    owl, cat = read(file)
+    assert owl == Prompt("an owl, at night", "Night Owl", tmp_path / "pictures" / "owl.png")
+    assert cat == Prompt("a photo of a cat", "cat")
+    assert [prompt.text for prompt in read(file, "caption")] == ["a line,\nbroken", "cat"]
+
+
+REFUSED = {
+    "empty.txt": (b"\n# nothing\n", None, ["empty.txt", "one a line"]),
+    "twice.txt": (b"a cat\n\na dog\na cat\n", None, ["line 1", "line 4", '"a cat"']),
+    "column.csv": (b"promt,id\na cat,1\n", None, ['"prompt"', 'did you mean "promt"', "id"]),
+    "gone.csv": (b"prompt,reference\na cat,cat.png\n", None, ["line 2", '"cat.png"']),
+    "3d_icons": (None, None, ['"3d_icons"', 'did you mean "3d_icon"']),
+    "pipe.txt": (None, None, ["pipe.txt"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_set_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, column, words = REFUSED[name]
+    if content is not None:
+        Path(name).write_bytes(content)
+    os.mkfifo("pipe.txt")
+    with pytest.raises(UserError) as caught:
+        read(name, column)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value

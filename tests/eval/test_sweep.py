@@ -1,20 +1,13 @@
 """eval.sweep from its command line to its result, with cells that are run in no time."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import pytest
-from PIL import Image
 
 from bilora_diffusion.run.paths import ROOT
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep, table
 from eval.sweep.cells import Outcome, Runner
-from eval.sweep.grid import Cell
-from eval.table import Result, Summary
 
 RECIPE = str(ROOT / "recipes" / "mini.yaml")
 Curves = Mapping[str, Mapping[int, Sequence[tuple[float, float]]]]
@@ -29,18 +22,15 @@ TWO: Curves = {
     },
 }
 """Arm -> seed -> held-out and training loss before and after each step."""
-Sweeping = Callable[..., tuple[int, Result]]
 
 
 @pytest.fixture
-def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeping:
+def swept(tmp_path, monkeypatch):
     """``swept(curves, *words)``: exit code and result; an empty curve is a cell that failed."""
 
-    def run(
-        curves: Curves, *words: str, digests: Mapping[str, str] | None = None
-    ) -> tuple[int, Result]:
-        def run_all(runner: Runner, cells: Sequence[Cell]) -> list[Outcome]:
-            return [_run(runner.runs_dir, cell, curves, digests or {}) for cell in cells]
+    def run(curves, *words):
+        def run_all(runner, cells):
+            return [_run(runner.runs_dir, cell, curves) for cell in cells]
 
         monkeypatch.setattr(Runner, "run_all", run_all)
         arms = tmp_path / "arms.yaml"
@@ -54,7 +44,7 @@ def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeping:
     return run
 
 
-def _run(runs: Path, cell: Cell, curves: Curves, digests: Mapping[str, str]) -> Outcome:
+def _run(runs, cell, curves):
     curve = curves[cell.variant][cell.seed]
     if not curve:
         return Outcome(cell.name, cell.variant, cell.seed, "failed", 2, "the loss is not finite")
@@ -62,62 +52,40 @@ def _run(runs: Path, cell: Cell, curves: Curves, digests: Mapping[str, str]) -> 
     log.start({}, method="lora", seed=cell.seed, resume_step=None)
     for step, (heldout, training) in enumerate(curve):
         if step:
-            log.metric(step, digest=f"{digests.get(cell.variant)}{cell.seed}", seconds=0.1 * step)
+            log.metric(step, digest=str(cell.seed), seconds=0.1 * step)
         log.metric(step, heldout_loss=heldout, train_grid_loss=training)
     log.close("finished", steps=len(curve) - 1)
     return Outcome(cell.name, cell.variant, cell.seed, "finished")
 
 
-def line(result: Result, arm: str, metric: str) -> Summary:
-    """A line of the summary, which there must be."""
-    summary = result.summary(arm, metric)
-    assert summary is not None
-    return summary
-
-
-def test_arms_are_compared_seed_by_seed(
-    swept: Sweeping, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_arms_are_compared_seed_by_seed(swept, tmp_path, capsys):
     code, result = swept(TWO)
     assert code == 0
-    assert line(result, "lora", "final heldout_loss").mean == pytest.approx(0.085)
-    assert line(result, "lora", "final heldout_loss").difference is None
-    final = line(result, "bilora", "final heldout_loss")
+    assert result.summary("lora", "final heldout_loss").mean == pytest.approx(0.085)
+    assert result.summary("lora", "final heldout_loss").difference is None
+    final = result.summary("bilora", "final heldout_loss")
     assert final.difference == pytest.approx(-0.015)
     assert final.difference_interval == pytest.approx((-0.02, -0.01))
     assert (final.lower, final.pairs) == (2, 2)
-    best = line(result, "bilora", "best heldout_loss")
+    best = result.summary("bilora", "best heldout_loss")
     assert best.difference == pytest.approx(-0.01)  # 0.07 - 0.08 and 0.06 - 0.07
-    assert line(result, "bilora", "final train_grid_loss").mean == pytest.approx(0.14)
-    assert line(result, "bilora", "seconds_per_step").mean == pytest.approx(0.15)  # the median
+    assert result.summary("bilora", "final train_grid_loss").mean == pytest.approx(0.14)
+    assert result.summary("bilora", "seconds_per_step").mean == pytest.approx(0.15)  # the median
     assert [line.step for line in result.curve("bilora", "heldout_loss")] == [0, 1, 2]
     # the slowest run sets the level, at which the others are between two points
-    assert result.settings["equal_training"] == {
-        "training_loss": pytest.approx(0.14),
-        "set_by": "bilora",
-    }
-    equal = line(result, "lora", "equal_training heldout_loss")
+    level = {"training_loss": pytest.approx(0.14), "set_by": "bilora"}
+    assert result.settings["equal_training"] == level
+    equal = result.summary("lora", "equal_training heldout_loss")
     assert equal.mean == pytest.approx((0.085 + 0.075) / 2)
-    assert line(result, "bilora", "equal_training heldout_loss").mean == pytest.approx(0.07)
+    assert result.summary("bilora", "equal_training heldout_loss").mean == pytest.approx(0.07)
+
+    assert (tmp_path / "out" / "report.md").read_text() in capsys.readouterr().out
     assert result.settings["arms"]["bilora"]["options"] == {"method": "lora", "rank": "3"}
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert text in capsys.readouterr().out
-    assert text.startswith(
-        "# Sweep\n\n`heldout_loss` x 1000 of mini.yaml, lower is better: mean over 2 seeds"
-    )
-    assert "at equal training loss (140.00)" in text
-    assert "| lora (control) | 2/2 | 85.00 |  | 75.00 |  |" in text
-    assert "| bilora | 2/2 | 70.00 | -15.00 [-20.00, -10.00], 2/2 | 65.00 |" in text
-    assert "| 140.00 | 0.15 |" in text
     for file in (tmp_path / "out").iterdir():
         assert file.suffix == ".png" or str(tmp_path) not in file.read_text()
-    with Image.open(tmp_path / "out" / "sweep.png") as picture:
-        assert picture.width >= 1200
 
 
-def test_a_missing_cell_leaves_the_other_seeds(
-    swept: Sweeping, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_cell_leaves_the_other_seeds(swept, capsys):
     curves = {"lora": TWO["lora"], "bilora": {0: TWO["bilora"][0], 1: []}, "no": {0: [], 1: []}}
     code, result = swept(curves)
     assert code == 1
@@ -141,9 +109,7 @@ REFUSED: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("words", "told"), REFUSED)
-def test_bad_input_is_one_sentence_before_anything_runs(
-    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_sentence_before_anything_runs(words, told, tmp_path, capsys):
     (tmp_path / "file").touch()
     words = [word.format(tmp=tmp_path) for word in words]
     folders = ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")]
@@ -156,8 +122,8 @@ def test_bad_input_is_one_sentence_before_anything_runs(
 
 
 def test_a_dry_run_lists_the_cells_and_an_interrupt_says_how_to_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, capsys, monkeypatch
+):
     words = ["--over", "method=lora,bilora", "seed=0..1", "rho=0.01,0.1", "--dry_run"]
     folder = ["--runs_dir", str(tmp_path / "runs")]
     assert sweep.main([RECIPE, *words, *folder]) == 0
@@ -166,7 +132,7 @@ def test_a_dry_run_lists_the_cells_and_an_interrupt_says_how_to_go_on(
     assert told.count("accelerate.commands.launch") == 6
     assert list(tmp_path.iterdir()) == []
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Runner, "run_all", interrupted)

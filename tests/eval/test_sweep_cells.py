@@ -4,8 +4,6 @@ The training script is a stand-in that starts in no time; `tests/scripts/test_sw
 one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import json
@@ -15,9 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -46,24 +42,24 @@ record = {"schema_version": 1, "method": "lora", "status": "finished", "config":
 class Direct(Runner):
     """Starts the script without accelerate, whose import takes seconds."""
 
-    def command(self, cell: Cell) -> list[str]:
+    def command(self, cell):
         words = super().command(cell)
         return [sys.executable, *words[words.index(str(self.script)) :]]
 
 
 @pytest.fixture
-def runner(tmp_path: Path) -> Runner:
+def runner(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     (tmp_path / "runs").mkdir()
     return Direct(script, Path("recipe.yaml"), tmp_path / "runs")
 
 
-def cell(name: str, *flags: str) -> Cell:
+def cell(name, *flags):
     return Cell(name, "arm", 0, flags)
 
 
-def test_a_failing_cell_leaves_the_others_and_only_it_is_repeated(runner: Runner) -> None:
+def test_a_failing_cell_leaves_the_others_and_only_it_is_repeated(runner):
     outcomes = runner.run_all([cell("a"), cell("b", "--fail"), cell("c")])
     assert [outcome.status for outcome in outcomes] == ["finished", "failed", "finished"]
     assert outcomes[1].exit_code == 1
@@ -79,7 +75,7 @@ def test_a_failing_cell_leaves_the_others_and_only_it_is_repeated(runner: Runner
     assert (runner.runs_dir / "b.log").read_text().count("hello") == 1
 
 
-def test_the_command_line_starts_afresh_or_goes_on(tmp_path: Path) -> None:
+def test_the_command_line_starts_afresh_or_goes_on(tmp_path):
     runner = Runner(Path("train.py"), Path("r.yaml"), tmp_path, ["--num_processes", "2"])
     own = cell("a", "--rank=2")
     folder = tmp_path / "a"
@@ -92,10 +88,10 @@ def test_the_command_line_starts_afresh_or_goes_on(tmp_path: Path) -> None:
     assert runner.command(own)[-2:] == ["--resume_from_checkpoint", "auto"]
 
 
-def when(files: Sequence[Path], act: Callable[[], object]) -> threading.Thread:
+def when(files, act):
     """Acts in a thread of its own once the files are there."""
 
-    def wait() -> None:
+    def wait():
         patience = time.monotonic() + 100  # a busy machine may take long to start a process
         while not all(map(Path.exists, files)) and time.monotonic() < patience:
             time.sleep(0.01)
@@ -114,9 +110,7 @@ def when(files: Sequence[Path], act: Callable[[], object]) -> threading.Thread:
         (signal.SIGTERM, signal.SIG_IGN),  # as in a job that a shell started in the background
     ],
 )
-def test_an_interrupt_ends_all_running_cells(
-    runner: Runner, end: signal.Signals, sigint: Any
-) -> None:
+def test_an_interrupt_ends_all_running_cells(runner, end, sigint):
     before = signal.signal(signal.SIGINT, sigint)
     runner = dataclasses.replace(runner, jobs=2)
     running = [runner.runs_dir / name / "pid" for name in "ab"]  # whichever is the later one
@@ -134,9 +128,7 @@ def test_an_interrupt_ends_all_running_cells(
     assert not (runner.runs_dir / "c").exists()
 
 
-def test_a_cell_that_outlived_its_sweep_is_waited_for(
-    runner: Runner, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cell_that_outlived_its_sweep_is_waited_for(runner, capsys):
     with open(runner.runs_dir / "a.log", "ab") as log:  # as a sweep that was killed leaves it
         fcntl.flock(log, fcntl.LOCK_EX)
         left = subprocess.Popen(runner.command(cell("a", "--wait")), stdout=log)
@@ -166,7 +158,5 @@ NO_ROOM = "[rank0]: torch.OutOfMemoryError: no room"
         (1, "100%|#####|\rlast words\n\n", (1, "last words")),
     ],
 )
-def test_the_error_is_the_scripts_and_not_the_launchers(
-    code: int, said: str, expected: tuple[int, str]
-) -> None:
+def test_the_error_is_the_scripts_and_not_the_launchers(code, said, expected):
     assert explain(code, said) == expected

@@ -1,8 +1,5 @@
 """From a sweep's command line to its cells: products, named arms, arms that are the same run."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,18 +13,16 @@ RECIPE = ROOT / "recipes" / "mini.yaml"
 SCRIPT = "train_dreambooth_bilora.py"
 
 
-def grid(
-    *over: str, arms: dict[str, dict[str, Any]] | None = None, recipe: Path = RECIPE, **fields: Any
-) -> Grid:
+def grid(*over, arms=None, recipe=RECIPE, **fields):
     planner = Planner(recipe, open_script(SCRIPT), **fields)
     return planner.grid(axes.axes(over), arms or {})
 
 
-def labels(found: Grid) -> list[str]:
+def labels(found):
     return [arm.label for arm in found.variants]
 
 
-def test_the_product_comes_seed_by_seed() -> None:
+def test_the_product_comes_seed_by_seed():
     found = grid("method=lora,bilora", "seed=0..1", "rank=2,4")
     assert labels(found) == [
         "method=lora, rank=2",
@@ -42,13 +37,13 @@ def test_the_product_comes_seed_by_seed() -> None:
     assert found.cells[5].name.startswith("method-lora-rank-4-seed1-")
 
 
-def test_what_is_remarked_on_all_cells_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_remarked_on_all_cells_is_said_once(caplog):
     grid("method=lora,bilora", "seed=0..1", shared={"lr_scheduler": "constant_with_warmup"})
     (remark,) = caplog.messages
     assert "no warm-up" in remark
 
 
-def test_what_is_the_same_run_is_one_arm() -> None:
+def test_what_is_the_same_run_is_one_arm():
     found = grid("seed=0..2", "rho=0.01,0.05", arms={"LoRA": {"method": "lora"}, "": {}})
     assert labels(found) == ["LoRA", "rho=0.01", "rho=0.05"]  # LoRA does not read rho
     assert found.cells[0].flags == ("--method=lora", "--seed=0")
@@ -59,8 +54,8 @@ def test_what_is_the_same_run_is_one_arm() -> None:
     assert also == {"Bi-LoRA": ("spelled out",), "smaller": ()}
 
 
-def test_a_folders_name_tells_what_is_run(tmp_path: Path) -> None:
-    def name(text: str, **fields: Any) -> str:
+def test_a_folders_name_tells_what_is_run(tmp_path):
+    def name(text, **fields):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(f"dataset: mini\n{text}")
         return grid("seed=0", recipe=recipe, **fields).cells[0].name
@@ -89,12 +84,12 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("over", "fields", "told"), REFUSED)
-def test_a_bad_grid_is_refused(over: list[str], fields: dict[str, Any], told: str) -> None:
+def test_a_bad_grid_is_refused(over, fields, told):
     with pytest.raises(UserError, match=told):
         grid(*over, **fields)
 
 
-def test_axes_and_arms_are_read(tmp_path: Path) -> None:
+def test_axes_and_arms_are_read(tmp_path):
     assert axes.axes(["method=lora,bilora", "seed=0..2,7", "rho=0.1", "learning-rate=1e-3"]) == {
         "method": ["lora", "bilora"],
         "seed": ["0", "1", "2", "7"],
@@ -122,7 +117,7 @@ def test_axes_and_arms_are_read(tmp_path: Path) -> None:
     assert labels(grid("use_dora=on,off")) == ["use_dora=on", "use_dora=off"]
 
 
-def test_the_control_is_found_by_label_or_option() -> None:
+def test_the_control_is_found_by_label_or_option():
     lora = {"method": "lora"}
     arms = (
         Variant("lora", lora, also=("same",)),

@@ -1,10 +1,7 @@
 """Benchmarks, subjects, recorded figures, comparisons and the report, without a model."""
 
-from __future__ import annotations
-
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,27 +11,25 @@ import torch
 from safetensors.torch import save_file
 
 from bilora_diffusion.errors import UserError
-from eval import compare, table
+from eval import compare
 from eval.subjects import Subject
-from eval.table import Metric, Result, Summary
+from eval.table import Metric, Result
 from eval.text_scores import TextScores, bases, benchmarks, reporting
-from tests.eval.text_score_models import ROWS, Rows, save_record
+from tests.eval.text_score_models import ROWS, save_record
 
 MATTHEWS, LOSS = "heldout_matthews", "heldout_loss"
 
 
-def pairs(*words: Path | str, only_heldout: bool = False) -> list[tuple[Subject, bases.Base]]:
+def pairs(*words, only_heldout=False):
     args: argparse.Namespace = TextScores.parser().read([*map(str, words), "--benchmarks", "x"])
     return bases.gather(args, only_heldout)
 
 
-def gather(*words: Path | str, only_heldout: bool = True) -> list[Subject]:
+def gather(*words, only_heldout=True):
     return [subject for subject, _ in pairs(*words, only_heldout=only_heldout)]
 
 
-def make_run(
-    folder: Path, method: str = "lora", seed: int = 0, rows: Rows = ROWS, **config: Any
-) -> Path:
+def make_run(folder, method="lora", seed=0, rows=ROWS, **config):
     """A run folder with weights of nothing."""
     save_record(folder, method, seed, rows, **config)
     save_file({"A": torch.tensor([float(seed), len(method)])}, folder / "adapter_model.safetensors")
@@ -42,13 +37,13 @@ def make_run(
     return folder
 
 
-def make_adapter(folder: Path) -> Path:
+def make_adapter(folder):
     """The same without the record of a run."""
     (make_run(folder) / "run.json").unlink()
     return folder
 
 
-def test_the_papers_settings() -> None:
+def test_the_papers_settings():
     chosen = benchmarks.choose(",".join(benchmarks.PAPER), [], num_fewshot=[], template=None)
     found = {b.name: b for b in chosen}
     shots = {name: b.num_fewshot for name, b in found.items() if b.engine == "harness"}
@@ -63,7 +58,7 @@ def test_the_papers_settings() -> None:
     assert [bases.gradient_steps(method) for method in methods] == [1, 1, 2, 1, 1]  # Table 3
 
 
-def test_what_a_subject_and_its_base_model_are(tmp_path: Path) -> None:
+def test_what_a_subject_and_its_base_model_are(tmp_path):
     options: dict[str, Any] = {"template": "alpaca", "quantize": "nf4", "revision": "main"}
     words = [make_run(tmp_path / "run", "lora-sam", 3, **options), make_adapter(tmp_path / "b/run")]
     found = pairs(*words, "base")
@@ -81,7 +76,7 @@ def test_what_a_subject_and_its_base_model_are(tmp_path: Path) -> None:
         assert (told.name, told.revision, told.quantize) == ("local/copy", None, "none")
 
 
-def test_what_can_not_be_scored_is_refused(tmp_path: Path) -> None:
+def test_what_can_not_be_scored_is_refused(tmp_path):
     images = make_run(tmp_path / "images")
     record = json.loads((images / "run.json").read_text())
     del record["config"]["model_name_or_path"]
@@ -106,7 +101,7 @@ def test_what_can_not_be_scored_is_refused(tmp_path: Path) -> None:
             pairs(*words)
 
 
-def test_the_last_recorded_value_of_each_run(tmp_path: Path) -> None:
+def test_the_last_recorded_value_of_each_run(tmp_path):
     runs = [
         make_run(tmp_path / "a", rows=[(1, {MATTHEWS: 0.1, LOSS: 3.0}), (2, {MATTHEWS: 0.4})]),
         make_run(tmp_path / "b", "bilora", rows=[(2, {MATTHEWS: 0.6, LOSS: 1.0})]),
@@ -131,7 +126,7 @@ def test_the_last_recorded_value_of_each_run(tmp_path: Path) -> None:
             benchmarks.columns(gather(*words), ["heldout"])
 
 
-def test_the_base_model_is_what_the_runs_of_each_seed_met(tmp_path: Path) -> None:
+def test_the_base_model_is_what_the_runs_of_each_seed_met(tmp_path):
     runs = [
         make_run(tmp_path / f"{method}{seed}", method, seed, [(0, {LOSS: 4.0 + seed}), *ROWS])
         for method in ("lora", "bilora")
@@ -153,7 +148,7 @@ Scores = dict[str, dict[int | None, list[float]]]
 SHARE = Metric("Bench", "", True, 100.0, ".2f")
 
 
-def result(scores: Scores, peaks: Sequence[int] = ()) -> Result:
+def result(scores, peaks=()):
     """A result of one benchmark: group -> seed -> scores of items; and each run's peak memory."""
     subjects, rows = [], []
     for group, seeds in scores.items():
@@ -172,25 +167,19 @@ def result(scores: Scores, peaks: Sequence[int] = ()) -> Result:
     )
 
 
-def line(found: Result, group: str) -> Summary:
-    summary = found.summary(group, "b")
-    assert summary is not None
-    return summary
-
-
-def test_seeds_are_paired_where_there_are_two() -> None:
+def test_seeds_are_paired_where_there_are_two():
     found = result({"lora": {0: [0, 1], 1: [0, 0]}, "bilora": {0: [1, 1], 1: [0, 1], 7: [0, 0]}})
-    lora, bilora = line(found, "lora"), line(found, "bilora")
+    lora, bilora = found.summary("lora", "b"), found.summary("bilora", "b")
     assert (bilora.control, bilora.over, bilora.pairs, bilora.higher) == ("lora", "seed", 2, 2)
     assert bilora.difference == 0.5
     assert (lora.mean, lora.count, lora.error) == (0.25, 2, pytest.approx(0.25))
 
 
-def test_items_are_paired_where_there_are_not_and_the_score_is_their_mean() -> None:
+def test_items_are_paired_where_there_are_not_and_the_score_is_their_mean():
     found = result(
         {"lora": {0: [0, 1, 0, 0]}, "base": {None: [0, 0, 0, 0]}, "bilora": {1: [1, 1, 1, 0]}}
     )
-    base, bilora = line(found, "base"), line(found, "bilora")
+    base, bilora = found.summary("base", "b"), found.summary("bilora", "b")
     assert (base.over, base.pairs, base.difference, base.count) == ("item", 4, -0.25, 1)
     assert (bilora.difference, bilora.higher) == (0.5, 2)
     assert bilora.difference_low == pytest.approx(0.5 - 3.182446 * (1 / 3) ** 0.5 / 2)
@@ -200,20 +189,3 @@ def test_items_are_paired_where_there_are_not_and_the_score_is_their_mean() -> N
     ]
     lines = reporting.summaries(rows, ["b"], "lora")
     assert [one.group for one in lines if one.difference is not None] == ["base"]
-
-
-def test_the_report_is_read_back(tmp_path: Path) -> None:
-    scores: Scores = {"base": {None: [1, 1]}, "lora": {0: [0, 1], 1: [0, 0]}}
-    scores["bilora"] = {0: [1, 1], 1: [1, 0]}
-    found = result(scores, peaks=(0, 2**30, 3 * 2**29))
-    text = TextScores.__new__(TextScores).report(found)
-    for words in (
-        "| run | seeds | cost | peak memory | Bench | difference |",
-        "| lora (control) | 2 | ×1 | 1.50 GiB | 25.00 [0.00, 50.00] |  |",
-        "| bilora | 2 | ×1 | – | 75.00 [50.00, 100.00] | +50.00 [+50.00, +50.00], 2/2 |",
-        "Bench: bilora is better than lora: +50.00 [+50.00, +50.00], 2/2 seeds better.",
-        "num_fewshot 5",
-    ):
-        assert words in text
-    table.write(found, tmp_path, text)
-    assert TextScores.__new__(TextScores).report(table.read(tmp_path)) == text

@@ -1,9 +1,6 @@
 """The judge: how ratings are read, and how an endpoint is asked, against a real local server."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +8,6 @@ import pytest
 from bilora_diffusion.errors import UserError
 from eval.cache import Cache
 from eval.text_scores import mtbench
-from eval.text_scores.benchmarks import Measured
 from eval.text_scores.models import Decoding
 from eval.text_scores.mtbench import Judge, MTBench, Question
 from tests.eval import text_score_models as models
@@ -35,17 +31,15 @@ QUESTIONS = [
 ]
 
 
-def ask(url: str, key: str = SECRET) -> str:
+def ask(url, key=SECRET):
     return Judge(url, "judge-1", key=key, attempts=3).ask("Good?")
 
 
-def test_ratings_are_read() -> None:
+def test_ratings_are_read():
     assert {text: mtbench.rating(text) for text in RATINGS} == RATINGS
 
 
-def test_the_judge_is_asked_as_the_protocol_says_and_is_told_of_no_other_service(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_judge_is_asked_as_the_protocol_says_and_is_told_of_no_other_service(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(name, "another-service")
     with models.judge((503, "busy"), (429, "slow down"), "fine [[8]]") as endpoint:
@@ -68,9 +62,7 @@ def test_the_judge_is_asked_as_the_protocol_says_and_is_told_of_no_other_service
         ((200, "{}"), 1, "not a chat completion"),
     ],
 )
-def test_a_judge_that_gives_no_answer_is_refused_without_its_key(
-    reply: tuple[int, str], requests: int, told: str
-) -> None:
+def test_a_judge_that_gives_no_answer_is_refused_without_its_key(reply, requests, told):
     sentences = []
     with models.judge(reply) as endpoint:
         with pytest.raises(UserError, match=told) as caught:
@@ -84,7 +76,7 @@ def test_a_judge_that_gives_no_answer_is_refused_without_its_key(
     assert SECRET not in f"{sentences} {Judge('http://x/v1', 'm', SECRET)}"
 
 
-def test_the_command_line_and_the_environment_name_a_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_and_the_environment_name_a_judge(monkeypatch):
     monkeypatch.setenv(mtbench.KEY, SECRET)
     expected = Judge("http://localhost:1/v1", "m", SECRET)
     assert mtbench.connect("http://localhost:1/v1/", "m") == expected
@@ -99,7 +91,7 @@ def test_the_command_line_and_the_environment_name_a_judge(monkeypatch: pytest.M
         assert SECRET not in str(caught.value)
 
 
-def measure(url: str, folder: Path) -> Measured:
+def measure(url, folder):
     asked = MTBench(QUESTIONS, Judge(url, "judge-1", attempts=1), Decoding(8))
     for question in QUESTIONS:  # every answer is there already, so that no model is asked
         decoding = Decoding(8, temperature=question.temperature).record()
@@ -109,9 +101,7 @@ def measure(url: str, folder: Path) -> Measured:
     return asked.measure(nobody, "auto", 2, lambda about: Cache(folder, about))
 
 
-def test_answers_are_rated_and_what_can_not_be_read_is_asked_again_and_counted(
-    tmp_path: Path,
-) -> None:
+def test_answers_are_rated_and_what_can_not_be_read_is_asked_again_and_counted(tmp_path):
     with models.judge("[[8]]", (500, "down"), "hm", "still hm", "[[4]]", "never") as endpoint:
         with pytest.raises(UserError, match="gave no answer"):
             measure(endpoint.url, tmp_path)
@@ -139,7 +129,7 @@ def test_answers_are_rated_and_what_can_not_be_read_is_asked_again_and_counted(
         measure(endpoint.url, tmp_path / "other")
 
 
-def test_questions_are_read_from_a_file(tmp_path: Path) -> None:
+def test_questions_are_read_from_a_file(tmp_path):
     path = tmp_path / "q.jsonl"
     rows = [
         {"question_id": 81, "category": "writing", "turns": ["First.", "Second."]},

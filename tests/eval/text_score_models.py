@@ -1,7 +1,5 @@
 """A small language model, adapters on it, runs, harness tasks and a judge, for text scores."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,6 @@ its own that the table names. "#" stands for a number and "[i]" for the i-th par
 several of diffusers' layers are fused in. Lumina 2 is missing: ComfyUI has no such names for it.
 """
 
-from __future__ import annotations
-
 _TEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
 _IMAGE = ("to_q", "to_k", "to_v")
 
@@ -31,13 +29,7 @@ _KREA = {
     "text_fusion.layerwise_blocks.#": "txtfusion.layerwise_blocks.#",
     "text_fusion.refiner_blocks.#": "txtfusion.refiner_blocks.#",
 }
-_KREA_ATTENTION = {
-    "to_q": "wq",
-    "to_k": "wk",
-    "to_v": "wv",
-    "to_gate": "gate",
-    "to_out.0": "wo",
-}
+_KREA_ATTENTION = {"to_q": "wq", "to_k": "wk", "to_v": "wv", "to_gate": "gate", "to_out.0": "wo"}
 _Z_IMAGE = ("layers.#", "context_refiner.#", "noise_refiner.#")
 
 NAMES: dict[str, dict[str, str]] = {

@@ -1,7 +1,5 @@
 """Models of all kinds with adapters, and what is exported of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Small models with a primary and an auxiliary, and their exported files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

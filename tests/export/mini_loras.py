@@ -1,7 +1,5 @@
 """LoRA files for the miniature with weights that are random or do nothing, without training."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

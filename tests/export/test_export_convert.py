@@ -1,9 +1,6 @@
 """`python -m bilora_diffusion.export FILE --to FORMAT`: the same change in each format."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
@@ -47,13 +44,13 @@ SDXL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request, tmp_path_factory):
     """UNet with convolutions and both text encoders, of alpha 6 and rank 4, in both formats."""
     models = all_models(rank=4, alpha=6, use_dora=request.param)
     return export_all(tmp_path_factory.mktemp("convert") / "icons", models)
 
 
-def test_around_all_formats(folder: Path, tmp_path: Path) -> None:
+def test_around_all_formats(folder, tmp_path):
     source, kohya = folder / FILE_NAME, folder / "icons.safetensors"
     assert equal(convert(source, "kohya", tmp_path / "a.safetensors"), kohya)
     assert equal(convert(kohya, "diffusers", tmp_path / "b.safetensors"), source)
@@ -95,7 +92,7 @@ KOHYAS = {
 """Layers as kohya's own scripts name them, in SDXL's names, and as diffusers does."""
 
 
-def kohya_file(path: Path, alpha: float | None, dtype: torch.dtype, **more: Tensor) -> Path:
+def kohya_file(path, alpha, dtype, **more):
     """As kohya's own scripts write it: with alpha, and a rank of its own for a convolution."""
     tensors = dict(more)
     for name in KOHYAS:
@@ -118,7 +115,7 @@ def kohya_file(path: Path, alpha: float | None, dtype: torch.dtype, **more: Tens
         (None, torch.bfloat16, torch.bfloat16),  # alpha is the rank then
     ],
 )
-def test_kohyas_own_file(tmp_path: Path, alpha: Any, dtype: Any, precision: Any) -> None:
+def test_kohyas_own_file(tmp_path, alpha, dtype, precision):
     source = kohya_file(tmp_path / "foreign.safetensors", alpha, dtype)
     made = convert(source, "diffusers")
     assert made == tmp_path / "foreign-diffusers.safetensors"
@@ -141,7 +138,7 @@ def test_kohyas_own_file(tmp_path: Path, alpha: Any, dtype: Any, precision: Any)
     assert inspect(back).layers == inspect(source).layers
 
 
-def test_what_reads_as_many_numbers_as_sdxl_is_named_so(tmp_path: Path) -> None:
+def test_what_reads_as_many_numbers_as_sdxl_is_named_so(tmp_path):
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora"
     tensors = {f"{key}_A.weight": torch.ones(2, 2048), f"{key}_B.weight": torch.ones(4, 2)}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -151,8 +148,8 @@ def test_what_reads_as_many_numbers_as_sdxl_is_named_so(tmp_path: Path) -> None:
         assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
-def test_all_names_of_the_models_come_back_from_kohyas() -> None:
-    def weighted(model: nn.Module) -> list[str]:
+def test_all_names_of_the_models_come_back_from_kohyas():
+    def weighted(model):
         kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
         return [plain_name(n) for n, module in model.named_modules() if isinstance(module, kinds)]
 
@@ -171,7 +168,7 @@ def test_all_names_of_the_models_come_back_from_kohyas() -> None:
     assert set(reader.module_names("unet", original).values()) <= set(weighted(sdxl))
 
 
-def test_a_language_models_adapter_has_no_other_format(tmp_path: Path, capsys) -> None:
+def test_a_language_models_adapter_has_no_other_format(tmp_path, capsys):
     base = save_llama(tmp_path / "base")
     model = load_text_model(str(base)).model
     adapters.inject(model, AdapterSpec(rank=2, alpha=4), PRIMARY)
@@ -183,7 +180,7 @@ def test_a_language_models_adapter_has_no_other_format(tmp_path: Path, capsys) -
     assert "peft" in capsys.readouterr().out
 
 
-def test_refusals_of_convert(folder: Path, tmp_path: Path) -> None:
+def test_refusals_of_convert(folder, tmp_path):
     unet = "lora_unet_down_blocks_1_attentions_0_proj_in"
     both = {
         f"{unet}.lora_down.weight": torch.ones(4, 5),
@@ -200,29 +197,12 @@ def test_refusals_of_convert(folder: Path, tmp_path: Path) -> None:
             convert(given, to, output)
 
 
-@pytest.mark.parametrize("to", ["kohya", "peft"])
-def test_a_wrong_file_gets_no_name(
-    tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = kohya_file(tmp_path / "source.safetensors", 2, torch.float32)
-    read, calls = reader._scaled, []
-
-    def wrong(B: Tensor, scale: float) -> Tensor:
-        calls.append(scale)
-        return read(B, scale * (1 if len(calls) <= 4 else 1.0001))
-
-    monkeypatch.setattr(reader, "_scaled", wrong)
-    with pytest.raises(TrainingError, match="differs in"):
-        convert(source, to, tmp_path / "out")
-    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
-
-
-def with_adapters(base: Path) -> Any:
+def with_adapters(base):
     """A model with a primary and an auxiliary that are not zero."""
     return add_adapters(load_text_model(str(base)).model, AdapterSpec(rank=2, alpha=4))
 
 
-def test_a_second_export_replaces_the_first_unless_it_is_not_finite(tmp_path: Path) -> None:
+def test_a_second_export_replaces_the_first_unless_it_is_not_finite(tmp_path):
     model = with_adapters(save_llama(tmp_path / "base"))
     value = adapters.parameters(model, PRIMARY)[0]
     (tmp_path / ".adapter.partial").mkdir()  # of a run that was killed while it exported
@@ -243,9 +223,7 @@ def test_a_second_export_replaces_the_first_unless_it_is_not_finite(tmp_path: Pa
         assert (tmp_path / WEIGHTS).read_bytes() == before
 
 
-def test_a_file_that_holds_something_else_gets_no_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_holds_something_else_gets_no_name(tmp_path, monkeypatch):
     model = with_adapters(save_llama(tmp_path / "base"))
     odd = {"base_model.model.auxiliary.lora_A.weight": torch.zeros(2)}
     for change, word in (

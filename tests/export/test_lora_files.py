@@ -1,13 +1,9 @@
 """Good, foreign, altered and broken files: read, or refused in one sentence."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,14 +26,12 @@ BITS = {"F32": 32, "F16": 16, "BF16": 16, "F64": 64, "I64": 64, "U8": 8, "BOOL":
 BITS |= {"F8_E4M3": 8, "F8_E8M0": 8, "U32": 32}
 
 
-def pair(layer: str, r: int = 2, dtype: str = "F16", ab: tuple[str, str] = ("A", "B")) -> Any:
+def pair(layer, r=2, dtype="F16", ab=("A", "B")):
     A, B = (f"{layer}.lora_{end}.weight" for end in ab)
     return {A: (dtype, [r, 4]), B: (dtype, [4, r])}
 
 
-def a_file(
-    tensors: dict[str, tuple[str, list[int]]], metadata: dict[str, str], fill: bytes = b"\0"
-) -> bytes:
+def a_file(tensors, metadata, fill=b"\0"):
     """A structurally valid file, of zeros or other bytes."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -48,7 +42,7 @@ def a_file(
     return len(text).to_bytes(8, "little") + text + fill * end
 
 
-def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, capsys) -> None:
+def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, capsys):
     for file in (FILE_NAME, "icons.safetensors"):
         contents = inspect(folder / file)
         assert not contents.auxiliary
@@ -64,7 +58,7 @@ def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, caps
     assert lines[-1] == "auxiliary   none"
 
 
-def peft(folder: Path, config: str | bytes, key: str = PEFT) -> Path:
+def peft(folder, config, key=PEFT):
     """A layer of rank 4 with a configuration."""
     ones = {f"{key}.lora_A.weight": torch.ones(4, 4), f"{key}.lora_B.weight": torch.ones(4, 4)}
     folder.mkdir(exist_ok=True)
@@ -88,9 +82,7 @@ QUERY = "text_model.encoder.layers.0.self_attn.q_proj"
         (f'{{"r": 4, "alpha_pattern": {{"{QUERY}": 16}}}}', f"base_model.model.{QUERY}", 4.0),
     ],
 )
-def test_the_scale_is_that_of_pefts_configuration(
-    tmp_path: Path, config: str, key: str, scale: float
-) -> None:
+def test_the_scale_is_that_of_pefts_configuration(tmp_path, config, key, scale):
     path = peft(tmp_path / "text_encoder", config, key)
     assert inspect(path).format == "peft"
     (part,) = read(path).parts.values()
@@ -99,7 +91,7 @@ def test_the_scale_is_that_of_pefts_configuration(
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("to", FORMATS)
-def test_eight_bits_are_converted_exactly(tmp_path: Path, dtype: torch.dtype, to: str) -> None:
+def test_eight_bits_are_converted_exactly(tmp_path, dtype, to):
     A, B = (torch.randn(shape).to(dtype) for shape in ((2, 4), (4, 2)))
     path = tmp_path / "small.safetensors"
     save_file({f"{UNET}.lora_A.weight": A, f"{UNET}.lora_B.weight": B}, path)
@@ -109,7 +101,7 @@ def test_eight_bits_are_converted_exactly(tmp_path: Path, dtype: torch.dtype, to
     assert torch.equal(layer.B.double(), B.double())
 
 
-def smuggle(way: str, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+def smuggle(way, tensors, metadata):
     for key in [key for key in tensors if key.startswith("unet.")]:
         name, _, side = key.removesuffix(".weight").rpartition(".lora_")
         flat = f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}"
@@ -127,7 +119,7 @@ def smuggle(way: str, tensors: dict[str, Any], metadata: dict[str, str]) -> None
 
 
 @pytest.mark.parametrize("way", ["named", "doubled", "configured", "listed", "kohya"])
-def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys) -> None:
+def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys):
     rewrite(folder / FILE_NAME, tmp_path / FILE_NAME, partial(smuggle, way))
     assert inspect(tmp_path / FILE_NAME).auxiliary
     assert main([str(tmp_path / FILE_NAME)]) == 0
@@ -138,7 +130,7 @@ def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys) -> None
         read(tmp_path / FILE_NAME)
 
 
-def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys) -> None:
+def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys):
     whole = (folder / FILE_NAME).read_bytes()
     contents = {"short": whole[:-10], "header": whole[:100], "text": b"no weights", "empty": b""}
     contents["model"] = a_file({"conv.weight": ("F32", [2])}, {})
@@ -184,9 +176,7 @@ KOHYAS = pair(KOHYA, ab=DOWN_UP)
         (AB | {"unet.conv_in.hada_w1_a": ("F16", [2, 2])}, None, "hada_w1_a"),
     ],
 )
-def test_what_can_not_be_right_is_refused(
-    tmp_path: Path, tensors: dict[str, tuple[str, list[int]]], metadata: str | None, named: str
-) -> None:
+def test_what_can_not_be_right_is_refused(tmp_path, tensors, metadata, named):
     path = tmp_path / "odd.safetensors"
     path.write_bytes(a_file(tensors, {PLACE: metadata} if metadata else {}))
     with pytest.raises(UserError, match=named):
@@ -198,7 +188,7 @@ def test_what_can_not_be_right_is_refused(
         inspect(path)
 
 
-def test_values_beyond_fp32_are_refused(tmp_path: Path) -> None:
+def test_values_beyond_fp32_are_refused(tmp_path):
     path, nan = tmp_path / "odd.safetensors", math.nan
     for a, b, alpha in ((1e30, 1e30, 2.0), (1e-30, 1e38, 1e9), (nan, 1.0, 2.0), (1.0, 1.0, nan)):
         tensors = {
@@ -225,9 +215,7 @@ COSTLY = ("[", "(a+)+", "a{99999999999}", "(" * 999, ".*.*.*.*.*")
         *((f'{{"r": 4, "alpha_pattern": {{"{k}": 2}}}}', "alpha_pattern") for k in COSTLY),
     ],
 )
-def test_a_configuration_that_is_not_pefts_is_refused(
-    tmp_path: Path, config: str, named: str
-) -> None:
+def test_a_configuration_that_is_not_pefts_is_refused(tmp_path, config, named):
     path = peft(tmp_path, config)
     for reader in (inspect, read):
         with pytest.raises(UserError, match=named):
@@ -275,9 +263,7 @@ METADATA = st.dictionaries(st.sampled_from([PLACE, "bilora.component", "adapter_
     | st.builds(a_file, MORE | NEARLY, METADATA, st.sampled_from([b"\0", b"\x3c", b"\x7f"])),
     st.binary(max_size=60) | TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
 )
-def test_any_file_is_read_or_a_sentence(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, config: bytes
-) -> None:
+def test_any_file_is_read_or_a_sentence(tmp_path_factory, content, config):
     any_file = tmp_path_factory.getbasetemp() / "any.safetensors"
     any_file.write_bytes(content)
     with_config = peft(any_file.parent / "peft", config)
@@ -287,11 +273,11 @@ def test_any_file_is_read_or_a_sentence(
                 reader(path)
 
 
-def test_nothing_in_a_file_steers_the_terminal(folder, tmp_path, capsys) -> None:
+def test_nothing_in_a_file_steers_the_terminal(folder, tmp_path, capsys):
     title = "\x1b]0;owned\x07\x9b31m\u202e"
     file = tmp_path / "foreign.safetensors"
 
-    def change(tensors, metadata, name) -> None:
+    def change(tensors, metadata, name):
         metadata |= {f"key {title}\nauxiliary   none": f"value {title}"}
         tensors[f"unet.{title}.{name}.weight"] = torch.ones(4, 4)
 

@@ -1,7 +1,5 @@
 """Transformers: their files in pipelines, ComfyUI and conversions, and runs that leave them."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -12,19 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import (
-    FILE_NAME,
-    convert,
-    inspect,
-    main,
-    save_diffusers,
-    verify,
-)
+from bilora_diffusion.export import FILE_NAME, convert, inspect, main, save_diffusers, verify
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.layers import chosen
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -41,7 +31,7 @@ FAST = (SD3, "FluxPipeline")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def trained(kind: str, layers: str = "attention", **options: Any) -> Any:
+def trained(kind, layers="attention", **options):
     """A tiny pipeline whose transformer has a primary and an auxiliary of random values."""
     pipeline = made(kind)
     places = chosen([layers], of(pipeline), pipeline.transformer)
@@ -53,13 +43,13 @@ def trained(kind: str, layers: str = "attention", **options: Any) -> Any:
     return pipeline
 
 
-def exported(folder: Path, pipeline: Any) -> Path:
+def exported(folder, pipeline):
     models = {"transformer": pipeline.transformer}
     return save_diffusers(folder, models, base_model="some/base", extra_metadata=FACTS)
 
 
 @torch.no_grad()
-def output(pipeline: Any) -> Tensor:
+def output(pipeline):
     """The transformer's prediction for latents of noise and two prompts."""
     family, random = of(pipeline), torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, 64, 64, generator=random)
@@ -70,7 +60,7 @@ def output(pipeline: Any) -> Tensor:
     return family.predict(pipeline.transformer, latents, torch.tensor([0.3, 0.8]), told)
 
 
-def pipeline_that_loads(kind: str) -> Any:
+def pipeline_that_loads(kind):
     pipeline = made(kind)
     if not hasattr(pipeline, "load_lora_weights"):
         pytest.skip(f"diffusers' {kind} has no load_lora_weights")
@@ -84,9 +74,7 @@ def pipeline_that_loads(kind: str) -> Any:
         (SD3, "attention", True),
     ],
 )
-def test_the_pipeline_loads_what_was_trained(
-    kind: str, layers: str, dora: bool, tmp_path: Path
-) -> None:
+def test_the_pipeline_loads_what_was_trained(kind, layers, dora, tmp_path):
     source, other = trained(kind, layers, use_dora=dora), pipeline_that_loads(kind)
     with adapters.only(source.transformer, [PRIMARY]):
         expected = output(source)
@@ -103,9 +91,7 @@ def test_the_pipeline_loads_what_was_trained(
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_keys_and_metadata_are_diffusers_and_those_that_the_docs_name_for_comfyui(
-    kind: str, tmp_path: Path
-) -> None:
+def test_keys_and_metadata_are_diffusers_and_those_that_the_docs_name_for_comfyui(kind, tmp_path):
     pipeline = trained(kind)
     file = exported(tmp_path / "run", pipeline)
     layers = [factor.name for factor in adapters.factors(pipeline.transformer, PRIMARY)]
@@ -138,7 +124,7 @@ def test_keys_and_metadata_are_diffusers_and_those_that_the_docs_name_for_comfyu
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_around_the_formats(dora: bool, tmp_path: Path) -> None:
+def test_around_the_formats(dora, tmp_path):
     pipeline = trained(SD3, use_dora=dora)
     source = exported(tmp_path / "run", pipeline)
     peft = convert(source, "peft", tmp_path / "peft")
@@ -154,7 +140,7 @@ def test_around_the_formats(dora: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(output(other), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_kohyas_format_is_refused_in_one_sentence(tmp_path: Path, capsys: Any) -> None:
+def test_kohyas_format_is_refused_in_one_sentence(tmp_path, capsys):
     pipeline = trained(SD3)
     models = {"transformer": pipeline.transformer}
     with pytest.raises(UserError, match="SDXL only"):
@@ -173,7 +159,7 @@ def test_kohyas_format_is_refused_in_one_sentence(tmp_path: Path, capsys: Any) -
         convert(tmp_path / "flux.safetensors", "diffusers")
 
 
-def test_a_folder_of_whole_models_is_no_adapter(tmp_path: Path) -> None:
+def test_a_folder_of_whole_models_is_no_adapter(tmp_path):
     made(SD3).transformer.save_pretrained(tmp_path / "transformer")
     with pytest.raises(UserError, match="is a folder without"):
         convert(tmp_path, "peft")
@@ -184,15 +170,13 @@ def test_a_folder_of_whole_models_is_no_adapter(tmp_path: Path) -> None:
 RUNS: dict[str, dict[str, Any]] = {"lora": {"checkpointing_steps": 1}, "whole": {"method": "full"}}
 
 
-def run(name: str) -> Path:
+def run(name):
     """Of Bi-LoRA, or of full fine-tuning; shared."""
     base = {"pretrained_model_name_or_path": shared(SD3), "resolution": 64}
     return train_once(name, **base, **RUNS[name])
 
 
-def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(
-    tmp_path: Path,
-) -> None:
+def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(tmp_path):
     folder = copied(run("lora"), tmp_path / "lora")
     assert not list(folder.glob("lora*.safetensors"))  # kohya's would be named after the run
     workflow = (folder / "lora.comfy.json").read_text(encoding="utf-8")
@@ -209,9 +193,7 @@ def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(
 
 
 @pytest.mark.parametrize(("name", "word"), [("lora", "can't be loaded"), ("whole", "has no")])
-def test_the_weights_act_within_the_context_and_on_no_other_kind_of_model(
-    name: str, word: str
-) -> None:
+def test_the_weights_act_within_the_context_and_on_no_other_kind_of_model(name, word):
     pipeline = load_pipeline(str(shared(SD3)), dtype=torch.float32)
     before, own = output(pipeline), pipeline.transformer
     with applied(pipeline, one(run(name))):
@@ -227,7 +209,7 @@ def test_the_weights_act_within_the_context_and_on_no_other_kind_of_model(
         pass
 
 
-def test_a_fresh_start_deletes_a_runs_own_transformer_only(tmp_path: Path) -> None:
+def test_a_fresh_start_deletes_a_runs_own_transformer_only(tmp_path):
     (tmp_path / "transformer").mkdir()
     with pytest.raises(UserError, match="not of a run of full fine-tuning"):
         refuse_foreign_models(tmp_path)

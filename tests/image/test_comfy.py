@@ -3,13 +3,8 @@
 ComfyUI's formulas are those of its comfy/samplers.py, comfy/model_sampling.py and nodes of 2026.
 """
 
-from __future__ import annotations
-
 import functools
-import json
 import math
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,26 +23,26 @@ STEPS, SIDE = 5, 64
 READ = sorted({SDXL, *comfy.ENCODERS})
 
 
-def pipeline_of(kind: str) -> Any:
+def pipeline_of(kind):
     return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else made(kind)
 
 
-def graph_of(pipeline: Any) -> dict[str, Any]:
+def graph_of(pipeline):
     names: Any = {"checkpoint": "model", "lora": "dog.safetensors", "prompt": "a fox"}
     return comfy.workflow(
         pipeline, **names, seed=3, size={"width": SIDE, "height": SIDE}, steps=STEPS, guidance=2.5
     )
 
 
-def nodes(graph: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
+def nodes(graph, *kinds):
     return [node["inputs"] for node in graph.values() if node["class_type"] in kinds]
 
 
-def time_shift(alpha: float, times: torch.Tensor) -> torch.Tensor:
+def time_shift(alpha, times):
     return alpha * times / (1 + (alpha - 1) * times)
 
 
-def comfy_levels(graph: dict[str, Any]) -> torch.Tensor:
+def comfy_levels(graph):
     """Noise levels of a workflow from the first to the last before 0."""
     if nodes(graph, "Flux2Scheduler"):
         (given,) = nodes(graph, "Flux2Scheduler")
@@ -73,15 +68,13 @@ def comfy_levels(graph: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_the_noise_levels_are_those_of_diffusers(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_noise_levels_are_those_of_diffusers(kind, monkeypatch):
     pipeline, drawn = pipeline_of(kind), []
     scheduler: Any = EulerDiscreteScheduler if kind == SDXL else FlowMatchEulerDiscreteScheduler
     original = scheduler.set_timesteps
 
     @functools.wraps(original)
-    def recording(self: Any, *args: Any, **values: Any) -> None:
+    def recording(self, *args, **values):
         original(self, *args, **values)
         drawn.append(self.sigmas[:-1].float().clone())
 
@@ -91,7 +84,7 @@ def test_the_noise_levels_are_those_of_diffusers(
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_a_workflow_hangs_together(kind: str) -> None:
+def test_a_workflow_hangs_together(kind):
     graph = graph_of(pipeline_of(kind))
     for number, node in graph.items():
         links = [value[0] for value in node["inputs"].values() if isinstance(value, list)]
@@ -115,51 +108,10 @@ def test_a_workflow_hangs_together(kind: str) -> None:
     assert guided["cfg"] == (1 if kind == comfy.FLUX else 3.5 if adds else 2.5)
 
 
-def test_every_model_that_comfyui_reads_has_a_workflow_and_no_other() -> None:
+def test_every_model_that_comfyui_reads_has_a_workflow_and_no_other():
     named = {kind for kind in FILES if type(made(kind).transformer).__name__ in NAMES}
     assert named == set(comfy.ENCODERS)
     for kind in FILES:
         assert (comfy.remark("Lumina 2", kind, False) is None) == (kind in named)
         assert comfy.remark("", kind, True) is not None
     assert comfy.remark("", SDXL, True) is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "written"),
-    [
-        ({}, True),
-        ({"pretrained_model_name_or_path": "mini"}, False),
-        ({"output_kohya_format": False}, False),
-        ({"method": "full"}, False),
-    ],
-    ids=str,
-)
-def test_it_is_written_where_comfyui_reads_the_file(
-    changes: dict[str, Any], written: bool, tmp_path: Path
-) -> None:
-    values = {
-        "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
-        "output_kohya_format": True,
-        "method": "lora",
-        "use_dora": False,
-        "samples": [],
-        "trigger_word": None,
-        "instance_prompt": "a TOK dog",
-        "usual_sample": {
-            **{"prompt": None, "negative_prompt": "", "seed": 0, "width": 1024, "height": 1024},
-            **{"steps": None, "guidance": None, "strength": 1.0},
-        },
-    }
-    path = tmp_path / f"{tmp_path.name}.comfy.json"
-    path.write_text("of an earlier run")
-    cfg: Any = SimpleNamespace(**{**values, **changes})
-    cfg.each = [cfg]
-    comfy.write(cfg, tmp_path, load_pipeline("mini", dtype=torch.float32))
-    assert path.exists() == written
-    if written:
-        graph = json.loads(path.read_text())
-        assert (
-            nodes(graph, "CheckpointLoaderSimple")[0]["ckpt_name"] == "sd_xl_base_1.0.safetensors"
-        )
-        assert nodes(graph, "LoraLoader")[0]["lora_name"] == f"{tmp_path.name}.safetensors"
-        assert nodes(graph, "KSampler")[0]["steps"] == 25

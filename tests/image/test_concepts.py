@@ -1,13 +1,10 @@
 """Lists of concepts: what is read of them, how it is dealt, and what is refused with its place."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 from accelerate import Accelerator
@@ -16,7 +13,7 @@ from PIL import Image
 import train_dreambooth_bilora
 from bilora_diffusion import mini
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import DreamBoothConfig, resolve
+from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.script import (
     class_images,
     heldout_images,
@@ -32,7 +29,7 @@ PRIOR = "--with_prior_preservation"
 
 
 @pytest.fixture(autouse=True)
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folders(tmp_path, monkeypatch):
     """Folders of pictures in the working directory, some of them wrong in one way."""
     monkeypatch.chdir(tmp_path)
     icons = sorted(mini.train_dir().glob("*.png"))
@@ -50,12 +47,12 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def read(text: str, *flags: str) -> DreamBoothConfig:
+def read(text, *flags):
     Path("concepts.yaml").write_text(text)
     return resolve(["--dataset", "concepts.yaml", *MINI, *flags])
 
 
-def test_options_of_the_command_line_are_the_defaults_of_each_concept() -> None:
+def test_options_of_the_command_line_are_the_defaults_of_each_concept():
     text = DOG + CAT % "repeats: 7, caption_dropout: 0.5, validation_dataset: held/dog"
     cfg = read(text, "--repeats", "3", "--trigger_word", "TOK", "--rank", "2")
     dog, cat = cfg.each
@@ -74,7 +71,7 @@ def test_options_of_the_command_line_are_the_defaults_of_each_concept() -> None:
     assert resolve(["--config", "run.yaml", "--dataset", "mini"]).concepts == []
 
 
-def test_a_set_that_brings_captions_and_held_out_images_does_so_as_a_concept() -> None:
+def test_a_set_that_brings_captions_and_held_out_images_does_so_as_a_concept():
     cfg = read("- dataset: mini\n- {dataset: mini-animals, instance_prompt: an animal}\n")
     icons, animals = cfg.each
     assert (icons.caption_column, icons.validation_dataset) == ("prompt", "mini-heldout")
@@ -83,19 +80,19 @@ def test_a_set_that_brings_captions_and_held_out_images_does_so_as_a_concept() -
     assert read("- dataset: mini\n", "--validation_dataset", "none").validation_dataset is None
 
 
-def test_names_are_the_folders_or_their_paths_where_these_are_alike() -> None:
+def test_names_are_the_folders_or_their_paths_where_these_are_alike():
     same = "- {dataset: dog, instance_prompt: a}\n- {dataset: held/dog, instance_prompt: b}\n"
     assert [own.concept for own in read(same).each] == ["dog", "held/dog"]
 
 
-def test_prompts_of_a_concept_are_drawn_with_those_of_the_run() -> None:
+def test_prompts_of_a_concept_are_drawn_with_those_of_the_run():
     prompts = "validation_prompts: [{prompt: a SKS cat at sea, seed: 4}], validation_prompt: a cat"
     cfg = read(DOG + CAT % prompts, "--validation_prompts", "a bird", "--num_validation_images=1")
     drawn = [(s["prompt"], s["seed"], s.get("concept")) for s in cfg.samples]
     assert drawn == [("a bird", 0, None), ("a cat", 0, "cat"), ("a SKS cat at sea", 4, "cat")]
 
 
-def test_a_resume_needs_the_same_concepts_but_for_what_is_only_looked_at() -> None:
+def test_a_resume_needs_the_same_concepts_but_for_what_is_only_looked_at():
     found = [
         read(DOG + CAT % more).fingerprint()
         for more in ("repeats: 2", "repeats: 2, validation_dataset: held/dog", "repeats: 3")
@@ -104,13 +101,13 @@ def test_a_resume_needs_the_same_concepts_but_for_what_is_only_looked_at() -> No
     assert "concepts" not in resolve(["--dataset", "mini"]).fingerprint()
 
 
-def test_what_has_no_effect_in_a_concept_is_said_with_its_place(caplog: Any) -> None:
+def test_what_has_no_effect_in_a_concept_is_said_with_its_place(caplog):
     cfg = read(DOG + CAT % "class_prompt: a cat")
     assert cfg.each[1].class_prompt is None
     assert "concepts.yaml, concept 2: --class_prompt" in caplog.text
 
 
-def test_each_image_is_seen_as_often_as_its_concept_repeats_and_with_its_text() -> None:
+def test_each_image_is_seen_as_often_as_its_concept_repeats_and_with_its_text():
     text = "- {dataset: dog, instance_prompt: 'a, b, c', shuffle_tags: true, trigger_word: TOK}\n"
     held = "repeats: 4, validation_dataset: held/dog, random_flip: true"
     for shapes in ([], ["--aspect_ratio_buckets", "64,64;32,64"]):
@@ -134,7 +131,7 @@ def test_each_image_is_seen_as_often_as_its_concept_repeats_and_with_its_text() 
         assert texts == "a SKS cat"
 
 
-def test_class_images_have_the_prompt_of_their_concept() -> None:
+def test_class_images_have_the_prompt_of_their_concept():
     both = DOG + CAT % ""
     for name, source, count in (("dog", "dog", 2), ("cat", "held/dog", 9)):
         own = f"class_data_dir: {name}s, class_prompt: a {name}, num_class_images: {count}"
@@ -151,12 +148,12 @@ def test_class_images_have_the_prompt_of_their_concept() -> None:
     assert {"a dog", "a cat"} < set(stream.captions())
 
 
-def of(second: str) -> str:
+def of(second):
     """Two concepts, of which the second has these options."""
     return DOG + f"- {{{second}}}\n"
 
 
-BAD: list[tuple[str, str, str]] = [
+BAD = [
     # the file
     ("", "", "concepts.yaml holds no list"),
     ("[]", "", "concepts.yaml holds no list"),
@@ -177,6 +174,7 @@ BAD: list[tuple[str, str, str]] = [
         'concept 2: .*"num_repeats".*"repeats"',
     ),
     (of("dataset: cat, instance_prompt: a, rank: 2"), "", "concept 2: rank .* all concepts"),
+    (of("dataset: cat, unmasked-weight: 0.5"), "", "concept 2: unmasked_weight .* all concepts"),
     (of("dataset: cat, dataset_name: cat"), "", "concept 2: .*second time"),
     (of("dataset: cat, instance_prompt: a, repeats: 0"), "", "concept 2: --repeats is 0"),
     (of("dataset: cat, instance_prompt: a, repeats: 2.5"), "", 'concept 2: --repeats is "2.5"'),
@@ -243,9 +241,9 @@ BAD: list[tuple[str, str, str]] = [
 
 @pytest.mark.parametrize(("text", "flags", "named"), BAD)
 def test_a_bad_list_is_one_sentence_with_its_place_before_a_model_is_read(
-    text: str, flags: str, named: str, folders: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def loaded(*_: Any, **__: Any) -> None:
+    text, flags, named, folders, capsys, monkeypatch
+):
+    def loaded(*_, **__):
         pytest.fail("a model was read")
 
     monkeypatch.setattr("bilora_diffusion.image.script.load_base", loaded)
@@ -261,7 +259,7 @@ def test_a_bad_list_is_one_sentence_with_its_place_before_a_model_is_read(
     assert not (folders / "run" / "run.json").exists()
 
 
-def test_a_bad_concept_of_a_recipe_has_the_recipes_name() -> None:
+def test_a_bad_concept_of_a_recipe_has_the_recipes_name():
     Path("run.yaml").write_text("dataset:\n" + DOG + "- {dataset: cat}\n")
     with pytest.raises(UserError, match=r'^run.yaml, concept 2: "cat" has no prompt'):
         resolve(["--config", "run.yaml", *MINI])

@@ -1,14 +1,16 @@
-"""The denoising losses against formulas written out in float64."""
-
-from __future__ import annotations
+"""The denoising losses against formulas in float64; the loss of a class that is kept."""
 
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from bilora_diffusion.image.denoising import Denoising, min_snr_weights
+from bilora_diffusion import adapters
+from bilora_diffusion.image.denoising import Denoising, DreamBoothModule, min_snr_weights
+from bilora_diffusion.image.families.sdxl import StableDiffusionXL
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.prompts import embed
+from tests.scripts.runs import column, train, two_icons
 
 CONFIG: dict[str, Any] = {
     "_class_name": "EulerDiscreteScheduler",
@@ -23,31 +25,31 @@ CONFIG: dict[str, Any] = {
 INDEX = torch.tensor([3, 500, 998])
 
 
-def alphas() -> Tensor:
+def alphas():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, 0)
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch():
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 3, 4, 2, 2, generator=generator)
     return latents, noise
 
 
-def inputs(instance: Tensor | None = None) -> dict[str, Tensor]:
+def inputs(instance=None):
     latents, noise = batch()
     instance = torch.ones(3, dtype=torch.bool) if instance is None else instance
     return {"latents": latents, "noise": noise, "index": INDEX, "instance": instance}
 
 
-def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+def predict(noisy, timesteps):
     return torch.tanh(noisy) * (1 + timesteps.view(-1, 1, 1, 1).float() / 1000)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("weighting", ["published", "diffusers"])
-def test_standard_loss_is_the_formula(prediction: str, gamma: float | None, weighting: str) -> None:
+def test_standard_loss_is_the_formula(prediction, gamma, weighting):
     latents, noise = batch()
     denoising = Denoising.from_config(
         {**CONFIG, "prediction_type": prediction}, snr_gamma=gamma, snr_weighting=weighting
@@ -71,7 +73,7 @@ def test_standard_loss_is_the_formula(prediction: str, gamma: float | None, weig
         assert loss[row].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_min_snr_weights() -> None:
+def test_min_snr_weights():
     """One below gamma, falling above; and at a last level of pure noise, as models of zero terminal
     signal have (arXiv 2305.08891), where diffusers' script divides by 0.
     """
@@ -81,7 +83,7 @@ def test_min_snr_weights() -> None:
         assert min_snr_weights(snr, 5.0, True, floored)[0] == expected
 
 
-def test_edm_loss_is_the_weighted_error_of_the_denoised_image() -> None:
+def test_edm_loss_is_the_weighted_error_of_the_denoised_image():
     latents, noise = batch()
     denoising = Denoising.from_config(CONFIG, edm=True)
     loss = denoising.loss(predict, inputs())
@@ -97,7 +99,7 @@ def test_edm_loss_is_the_weighted_error_of_the_denoised_image() -> None:
     assert scheduler.timesteps[0] > scheduler.timesteps[999]
 
 
-def test_native_edm_is_chosen_by_the_pipeline() -> None:
+def test_native_edm_is_chosen_by_the_pipeline():
     name = "EDMDPMSolverMultistepScheduler"
     config = {"_class_name": name, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
     denoising = Denoising.from_config({**config, "prediction_type": "epsilon"})
@@ -113,8 +115,65 @@ def test_native_edm_is_chosen_by_the_pipeline() -> None:
         ({**CONFIG, "prediction_type": "sample"}, {}, "sample"),
     ],
 )
-def test_what_no_loss_is_for_is_refused(
-    config: dict[str, Any], options: dict[str, Any], part: str
-) -> None:
+def test_what_no_loss_is_for_is_refused(config, options, part):
     with pytest.raises(ValueError, match=part):
         Denoising.from_config(config, **options)
+
+
+CLASS = "an icon of a rabbit"
+
+
+def measured(run):
+    """Departure of the miniature's prediction for the class by a run's adapter."""
+    pipeline = load_pipeline("mini", dtype=torch.float32)
+    pipeline.load_lora_weights(str(run), weight_name="pytorch_lora_weights.safetensors")
+    module = DreamBoothModule(StableDiffusionXL(), pipeline.unet, [], Denoising(pipeline.scheduler))
+    inputs = {
+        "prior": embed(pipeline, [CLASS] * 8),
+        "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 8),
+    }
+    random = torch.Generator().manual_seed(0)
+    noisy = torch.randn(8, 8, 8, 8, generator=random)
+    with torch.no_grad():
+        return float(module.departures(inputs, noisy, torch.arange(50, 850, 100)).mean())
+
+
+def test_the_departure_is_that_from_the_model_without_adapters():
+    pipeline, plain = (load_pipeline("mini", dtype=torch.float32).unet for _ in range(2))
+    spec = adapters.AdapterSpec(rank=4, alpha=8, target_modules=("to_q", "to_v"))
+    adapters.inject(pipeline, spec)
+    adapters.inject(pipeline, spec, adapters.AUXILIARY)
+    adapters.activate(pipeline, (adapters.PRIMARY, adapters.AUXILIARY))
+    for name in (adapters.PRIMARY, adapters.AUXILIARY):
+        for factors in adapters.factors(pipeline, name):
+            torch.nn.init.normal_(factors.B, std=0.05)
+    module = DreamBoothModule(StableDiffusionXL(), pipeline, [], Denoising(None))
+    noisy, levels = torch.randn(2, 8, 8, 8), torch.tensor([10, 700])
+    told = {"sequence": torch.randn(2, 32, 192), "pooled": torch.randn(2, 96)}
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+    found = module.departures({"prior": told, "time_ids": sizes}, noisy, levels)
+    known = {"added_cond_kwargs": {"text_embeds": told["pooled"], "time_ids": sizes}}
+    with torch.no_grad():
+        now, then = (
+            unet(noisy, levels, told["sequence"], **known).sample for unet in (pipeline, plain)
+        )
+    assert torch.allclose(found, (now - then).square().flatten(1).mean(1), rtol=1e-4)
+    found.sum().backward()
+    for name in (adapters.PRIMARY, adapters.AUXILIARY):
+        gradients = [p.grad for p in adapters.parameters(pipeline, name)]
+        assert all(g is not None and bool(g.any()) for g in gradients)
+
+
+@pytest.mark.slow
+def test_the_class_stays_while_the_subject_is_learned(tmp_path):
+    shared = {**two_icons(tmp_path / "icons"), "class_prompt": CLASS, "max_train_steps": 16}
+    shared |= {"train_batch_size": 2, "validation_loss_steps": 16}
+    free = train(tmp_path / "free", **shared)
+    kept = train(tmp_path / "kept", **shared, prior_prediction_weight=3)
+    assert column(free, "digest") == column(kept, "digest")
+    first = [column(run, "loss")[0] for run in (free, kept)]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)  # nothing is changed yet
+    assert measured(kept) < measured(free) / 2
+    losses = [column(run, "train_grid_loss") for run in (free, kept)]
+    falls = [before - after for before, after in losses]
+    assert falls[1] > 0.7 * falls[0] > 0

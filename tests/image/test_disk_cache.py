@@ -1,10 +1,7 @@
 """Latents and prompt embeddings on disk: a second run encodes nothing, and ends just alike."""
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,19 +16,18 @@ from bilora_diffusion.image import disk_cache, inputs
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.disk_cache import DiskCache
 from bilora_diffusion.image.latents import LatentSpace
-from bilora_diffusion.image.prompts import PromptCache
 from tests.image.tiny import shared as shared_base
 from tests.scripts.runs import column, difference, train
 
 TENSORS = {"a": torch.rand(3, 5), "b": torch.rand(2).bfloat16(), "c": torch.arange(3)}
 
 
-def files(folder: Path) -> list[Path]:
+def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_tensors_come_back_bit_exact_for_their_own_key_only(tmp_path: Path) -> None:
-    def write_and_read(_: int) -> bool:
+def test_tensors_come_back_bit_exact_for_their_own_key_only(tmp_path):
+    def write_and_read(_):
         DiskCache(tmp_path, "model").put(TENSORS, "key")
         found = DiskCache(tmp_path, "model").get("key") or {}
         return list(found) == list(TENSORS) and all(
@@ -47,7 +43,7 @@ def test_tensors_come_back_bit_exact_for_their_own_key_only(tmp_path: Path) -> N
     assert DiskCache(None, "model").get("key") is None
 
 
-def test_a_damaged_or_foreign_file_is_made_anew(tmp_path: Path) -> None:
+def test_a_damaged_or_foreign_file_is_made_anew(tmp_path):
     DiskCache(tmp_path / "other").put(TENSORS, "other key")
     disk = DiskCache(tmp_path / "own")
     disk.put(TENSORS, "key")
@@ -62,9 +58,7 @@ def test_a_damaged_or_foreign_file_is_made_anew(tmp_path: Path) -> None:
         assert disk.get("key") is not None
 
 
-def test_a_folder_that_can_not_be_written_is_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_that_can_not_be_written_is_one_warning(tmp_path, caplog):
     (tmp_path / "full").write_text("a file where the folder should be")
     disk = DiskCache(tmp_path / "full")
     for key in "abc":
@@ -73,7 +67,7 @@ def test_a_folder_that_can_not_be_written_is_one_warning(
     assert [record.message.count("--disk_cache") for record in caplog.records] == [1]
 
 
-def test_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_lies(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert inputs.cache_folder("auto") == tmp_path / "bilora-diffusion"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -88,7 +82,7 @@ def test_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert resolve(["--dataset", "mini", "--disk_cache", place])
 
 
-def test_weights_are_known_by_every_bit_and_not_by_dates(tmp_path: Path) -> None:
+def test_weights_are_known_by_every_bit_and_not_by_dates(tmp_path):
     hashes = []
     for number, name in enumerate(("a" * 64, "a" * 64, "b" * 64, "plain", "changed")):
         blob = tmp_path / "blobs" / name  # what the hub names by its content is not read
@@ -112,31 +106,10 @@ def test_weights_are_known_by_every_bit_and_not_by_dates(tmp_path: Path) -> None
     assert disk_cache.of_latents(tmp_path, cfg, space, vae, here).get("image") is None
 
 
-def test_prompts_are_embedded_one_by_one_and_only_those_that_are_missing(tmp_path: Path) -> None:
-    seen: list[list[str]] = []
-
-    def embed(_: Any, prompts: list[str]) -> Any:
-        seen.append(prompts)
-        return {"sequence": [torch.ones(len(prompts[0]), 2)], "pooled": torch.ones(1, 2)}
-
-    family: Any = SimpleNamespace(encoders=(), embed=embed)
-
-    def cache() -> PromptCache:
-        return PromptCache(None, torch.device("cpu"), family, DiskCache(tmp_path))
-
-    cache()(["a cat", "a red dog"])
-    rows = cache()(["a red dog", "an owl", "a cat"])
-    assert seen == [["a cat"], ["a red dog"], ["an owl"]]
-    assert [len(row) for row in rows["sequence"]] == [9, 6, 5]
-    assert rows["pooled"].shape == (3, 2)
-
-
 @pytest.mark.parametrize(
     "kind", [pytest.param("mini", marks=pytest.mark.slow), "StableDiffusion3Pipeline"]
 )
-def test_a_second_run_encodes_nothing_and_ends_bit_exact(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_run_encodes_nothing_and_ends_bit_exact(kind, tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     for name, size in {"a": (64, 64), "b": (90, 90)}.items():
         Image.effect_noise(size, 60).convert("RGB").save(tmp_path / "images" / f"{name}.png")

@@ -1,10 +1,6 @@
 """What only some of the flow-matching models have: distilled ones, limits, a system prompt."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +18,7 @@ SIDE, STEPS = 64, 10
 QWEN, LUMINA = "QwenImagePipeline", "Lumina2Pipeline"
 
 
-def drawn_levels(pipeline: Any) -> torch.Tensor:
+def drawn_levels(pipeline):
     """The noise levels that a pipeline goes through in as many steps as its scheduler has."""
     family = of(pipeline)
     sampler = _sampler(family, pipeline)
@@ -38,7 +34,7 @@ def drawn_levels(pipeline: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["Krea2Pipeline", LUMINA])
-def test_levels_that_depend_on_the_resolution_are_the_pipelines(kind: str) -> None:
+def test_levels_that_depend_on_the_resolution_are_the_pipelines(kind):
     pipeline = made(kind)
     if kind != LUMINA:
         pipeline.register_to_config(is_distilled=True)
@@ -52,13 +48,13 @@ def test_levels_that_depend_on_the_resolution_are_the_pipelines(kind: str) -> No
     torch.testing.assert_close(ours, drawn_levels(pipeline))
 
 
-def test_a_qwen_image_that_diffusers_cannot_run_is_refused(tmp_path: Path) -> None:
+def test_a_qwen_image_that_diffusers_cannot_run_is_refused(tmp_path):
     made(QWEN, guidance_embeds=True).save_pretrained(tmp_path / "qwen")
     with pytest.raises(UserError, match="Qwen-Image has guidance_embeds"):
         train(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "qwen", resolution=64)
 
 
-def test_prompts_longer_than_lumina_2_has_positions_are_refused() -> None:
+def test_prompts_longer_than_lumina_2_has_positions_are_refused():
     pipeline = made(LUMINA)
     family = of(pipeline)
     with pytest.raises(UserError, match=r"--max_sequence_length 300 .* give 299 at most"):
@@ -71,7 +67,7 @@ def test_prompts_longer_than_lumina_2_has_positions_are_refused() -> None:
 
 
 @torch.no_grad()
-def test_lumina_2s_system_prompt_is_not_put_before_what_guidance_leads_away_from() -> None:
+def test_lumina_2s_system_prompt_is_not_put_before_what_guidance_leads_away_from():
     pipeline = made(LUMINA)
     family = of(pipeline)
     (ours,) = family.negative(pipeline, family.embed(pipeline, [""]))["sequence"]
@@ -81,7 +77,7 @@ def test_lumina_2s_system_prompt_is_not_put_before_what_guidance_leads_away_from
 
 
 @pytest.mark.parametrize("scheme", ["none", "cosmap"])
-def test_preconditioned_the_error_is_that_of_the_clean_image(scheme: str) -> None:
+def test_preconditioned_the_error_is_that_of_the_clean_image(scheme):
     torch.manual_seed(0)
     x0, e = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
     config, index = {"num_train_timesteps": 10, "shift": 3.0}, torch.tensor([1, 5, 9])
@@ -100,7 +96,7 @@ def test_preconditioned_the_error_is_that_of_the_clean_image(scheme: str) -> Non
 
 
 @torch.no_grad()
-def test_an_image_is_one_frame_of_a_video() -> None:
+def test_an_image_is_one_frame_of_a_video():
     pipeline = made(QWEN)
     vae, pixels = pipeline.vae, torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     mean, std = of(pipeline).space(vae).distribution(vae, pixels)

@@ -1,9 +1,6 @@
 """Which layers a word of --lora_layers stands for, in each kind of model."""
 
-from __future__ import annotations
-
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ from torch import nn
 from bilora_diffusion.adapters import AdapterSpec, adaptable, target_layers
 from bilora_diffusion.choices import LAYER_GROUPS
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families import SDXL, of
 from bilora_diffusion.image.layers import chosen
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -33,18 +29,18 @@ FEED_FORWARD = {
 each_kind = pytest.mark.parametrize("kind", [SDXL, *FILES])
 
 
-def pipeline(kind: str) -> Any:
+def pipeline(kind):
     return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else made(kind)
 
 
-def layers(pipeline: Any, *words: str) -> set[str]:
+def layers(pipeline, *words):
     model = of(pipeline).model(pipeline)
     spec = AdapterSpec(target_modules=chosen(words, of(pipeline), model))
     return set(target_layers(model, spec))
 
 
 @each_kind
-def test_groups_and_names(kind: str) -> None:
+def test_groups_and_names(kind):
     made = pipeline(kind)
     model: nn.Module = of(made).model(made)
     every = {name: type(module) for name, module in model.named_modules()}
@@ -80,20 +76,6 @@ def test_groups_and_names(kind: str) -> None:
         ("xyz", f"give {', '.join(LAYER_GROUPS)}, or the ends"),
     ],
 )
-def test_a_word_that_is_nothing_beside_one_that_is(word: str, said: str) -> None:
+def test_a_word_that_is_nothing_beside_one_that_is(word, said):
     with pytest.raises(UserError, match=f'--lora_layers "{word}".*{said}'):
         layers(pipeline(SDXL), "to_k", word)
-
-
-@pytest.mark.parametrize(
-    ("given", "means"),
-    [
-        (["attention+feed-forward"], ["attention", "feed-forward"]),
-        (["attention, ff.net.2", "attention"], ["attention", "ff.net.2"]),
-        (["attention"], []),
-        ([], []),
-    ],
-)
-def test_a_list_on_a_command_line(given: list[str], means: list[str]) -> None:
-    words = ["--lora_target_modules", *given] if given else []
-    assert resolve(["--dataset", "mini", *words]).lora_layers == means

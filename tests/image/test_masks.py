@@ -1,9 +1,6 @@
 """Which part of an image is learned: where masks come from, and what they do to the loss."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,13 +21,13 @@ from tests.scripts.runs import column, resumes_exactly, train
 SIDE = 64
 
 
-def picture(folder: Path, name: str, mask: Image.Image | None = None) -> None:
+def picture(folder, name, mask=None):
     Image.effect_noise((SIDE, SIDE), 60).convert("RGB").save(folder / f"{name}.jpg")
     if mask is not None:
         mask.save(folder / f"{name}.mask.png")
 
 
-def half(box: tuple[int, int, int, int] = (0, 0, SIDE // 2, SIDE)) -> Image.Image:
+def half(box=(0, 0, SIDE // 2, SIDE)):
     """Bright in one half, dark in the other."""
     mask = Image.new("L", (SIDE, SIDE), 0)
     mask.paste(255, box)
@@ -38,7 +35,7 @@ def half(box: tuple[int, int, int, int] = (0, 0, SIDE // 2, SIDE)) -> Image.Imag
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     picture(folder, "a", half())
@@ -46,7 +43,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_masks_lie_beside_images_and_are_no_images(photos: Path) -> None:
+def test_masks_lie_beside_images_and_are_no_images(photos):
     half().save(photos / "alone.mask.png")  # of no image: so it is one
     found = open_images(str(photos))
     assert [found.name(i) for i in range(len(found))] == ["a.jpg", "alone.mask.png", "b.jpg"]
@@ -58,9 +55,7 @@ def test_masks_lie_beside_images_and_are_no_images(photos: Path) -> None:
     assert open_images(str(photos)).fingerprint() != before
 
 
-def test_masks_are_named_in_metadata_columns_of_sets_and_alpha(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_masks_are_named_in_metadata_columns_of_sets_and_alpha(photos, tmp_path):
     (photos / "a.mask.png").rename(photos / "hides.png")
     rows: list[dict[str, Any]] = [{"file_name": "a.jpg", "m": "hides.png"}, {"file_name": "b.jpg"}]
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -80,7 +75,6 @@ def test_masks_are_named_in_metadata_columns_of_sets_and_alpha(
     with_alpha.convert("RGB").save(clear / "b.png")
     for found in (listed, loaded, open_images(str(clear), alpha_mask=True)):
         mask = found.mask(0)
-        assert mask is not None
         assert mask.tobytes() == half().tobytes()
         assert found.mask(1) is None
 
@@ -93,13 +87,13 @@ def test_masks_are_named_in_metadata_columns_of_sets_and_alpha(
         (lambda p: (p / "a.mask.png").write_bytes(b"no picture"), "can't be read"),
     ],
 )
-def test_a_mask_that_does_not_fit_is_refused(photos: Path, spoil: Any, said: str) -> None:
+def test_a_mask_that_does_not_fit_is_refused(photos, spoil, said):
     spoil(photos)
     with pytest.raises(UserError, match=said):
         open_images(str(photos))
 
 
-def test_masks_from_nowhere_are_refused(photos: Path) -> None:
+def test_masks_from_nowhere_are_refused(photos):
     with pytest.raises(UserError, match="--mask_column"):
         open_images(str(photos), mask_column="m")
     Image.new("L", (SIDE, SIDE), 255).save(photos / "a.mask.png")
@@ -107,7 +101,7 @@ def test_masks_from_nowhere_are_refused(photos: Path) -> None:
         open_images(str(photos)).require_masks()
 
 
-def test_a_mask_is_cut_as_its_image_is() -> None:
+def test_a_mask_is_cut_as_its_image_is():
     gray = Image.effect_noise((90, 70), 60)
     crop = crops.Crop(0, 7, True)
     image, mask = (
@@ -117,7 +111,7 @@ def test_a_mask_is_cut_as_its_image_is() -> None:
     assert torch.equal(mask, image[:1])
 
 
-def test_the_loss_is_the_mean_of_what_is_shown_and_has_no_gradient_elsewhere() -> None:
+def test_the_loss_is_the_mean_of_what_is_shown_and_has_no_gradient_elsewhere():
     squares = torch.rand(3, 4, 8, 8, dtype=torch.float64)
     whole = crops.fitted(half(), (SIDE, SIDE), "bilinear")
     mask = crops.cut(whole, crops.Crop(0, 0, False), (SIDE, SIDE))
@@ -145,7 +139,7 @@ def test_the_loss_is_the_mean_of_what_is_shown_and_has_no_gradient_elsewhere() -
 
 
 @pytest.mark.slow
-def test_a_run_learns_what_is_shown(photos: Path, tmp_path: Path) -> None:
+def test_a_run_learns_what_is_shown(photos, tmp_path):
     shared = {
         **{"dataset": photos, "pretrained_model_name_or_path": "mini", "checkpointing_steps": 1},
         **{"instance_prompt": "a TOK", "train_batch_size": 1},

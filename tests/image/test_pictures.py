@@ -1,8 +1,5 @@
 """Files of every kind become upright RGB on white; crops, flips and resizing are torchvision's."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -25,15 +22,15 @@ SIDES = st.integers(1, 400)
 RESOLUTIONS = st.integers(1, 32).map(lambda k: 8 * k)
 
 
-def picture(height: int, width: int) -> Image.Image:
+def picture(height, width):
     values = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3))
     return Image.fromarray(values.astype(np.uint8), "RGB")
 
 
 @given(SIDES, SIDES, RESOLUTIONS, st.booleans(), st.booleans(), st.integers(0, 99))
 def test_every_crop_lies_inside_an_image_whose_shorter_side_is_the_resolution(
-    height: int, width: int, side: int, center: bool, flip: bool, key: int
-) -> None:
+    height, width, side, center, flip, key
+):
     high, wide = resized((height, width), (side, side))
     by_torchvision = transforms.Resize(side)(Image.new("L", (width, height)))
     assert (high, wide) == (by_torchvision.height, by_torchvision.width)
@@ -46,7 +43,7 @@ def test_every_crop_lies_inside_an_image_whose_shorter_side_is_the_resolution(
     assert flip or not crop.flipped
 
 
-def test_random_crops_reach_every_place_and_flips_are_even() -> None:
+def test_random_crops_reach_every_place_and_flips_are_even():
     options = {"center_crop": False, "random_flip": True}
     crops = [draw((8, 11), (8, 8), generator=generator(i), **options) for i in range(2000)]
     lefts = np.bincount([crop.left for crop in crops], minlength=4)
@@ -55,8 +52,8 @@ def test_random_crops_reach_every_place_and_flips_are_even() -> None:
     assert abs(np.mean([crop.flipped for crop in crops]) - 0.5) < 0.05
 
 
-def test_an_option_leaves_the_other_draws_alone() -> None:
-    def drawn(center_crop: bool, random_flip: bool) -> tuple[Crop, float]:
+def test_an_option_leaves_the_other_draws_alone():
+    def drawn(center_crop, random_flip):
         draws, options = generator("same"), {"center_crop": center_crop, "random_flip": random_flip}
         return draw((40, 90), (16, 16), generator=draws, **options), float(
             torch.rand(1, generator=draws)
@@ -72,7 +69,7 @@ def test_an_option_leaves_the_other_draws_alone() -> None:
 
 @pytest.mark.parametrize("size", [(40, 60), (60, 40), (41, 67), (16, 16), (7, 5)])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_a_centered_cut_equals_torchvisions(size: tuple[int, int], interpolation: str) -> None:
+def test_a_centered_cut_equals_torchvisions(size, interpolation):
     crop = draw(size, (16, 16), center_crop=True, random_flip=False, generator=generator(0))
     mode = InterpolationMode(interpolation.replace("_", "-"))
     reference = transforms.Compose(
@@ -87,7 +84,7 @@ def test_a_centered_cut_equals_torchvisions(size: tuple[int, int], interpolation
     torch.testing.assert_close(pixels, reference(image), rtol=0, atol=1e-6)
 
 
-def test_the_crop_position_is_that_of_the_mirrored_image() -> None:
+def test_the_crop_position_is_that_of_the_mirrored_image():
     image = picture(16, 40)
     whole = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
     small = fitted(image, (16, 16), "lanczos")
@@ -95,7 +92,7 @@ def test_the_crop_position_is_that_of_the_mirrored_image() -> None:
     torch.testing.assert_close(pixels, whole.flip(-1)[:, :, 3:19], rtol=0, atol=1e-6)
 
 
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (12, 8), "white")
     image.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
@@ -109,7 +106,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
-def test_transparency_is_laid_on_white(mode: str, tmp_path: Path) -> None:
+def test_transparency_is_laid_on_white(mode, tmp_path):
     options: dict[str, Any] = {}
     if mode == "RGB":  # one color is declared transparent
         image, options = Image.new("RGB", (4, 4), (9, 9, 9)), {"transparency": (9, 9, 9)}
@@ -125,13 +122,13 @@ def test_transparency_is_laid_on_white(mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV"])
-def test_other_modes_become_rgb(mode: str) -> None:
+def test_other_modes_become_rgb(mode):
     image = to_rgb(Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode))
     assert (image.mode, image.size) == ("RGB", (4, 4))
     assert min(cast(Any, image.getpixel((1, 1)))) > 250
 
 
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     values = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
     for name in ("a.png", "a.tif"):
         Image.fromarray(values).save(tmp_path / name)
@@ -139,11 +136,11 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
         assert red.tolist() == [[0, 100], [200, 255]]
 
 
-def test_an_image_is_decoded_once_while_there_is_room(tmp_path: Path) -> None:
+def test_an_image_is_decoded_once_while_there_is_room(tmp_path):
     picture(96, 64).save(tmp_path / "odd.png")
     images = open_images(str(tmp_path))
 
-    def cached(room: int) -> bool:
+    def cached(room):
         call = Resized(room)
         first, second = (call(images, 0, (64, 64), "lanczos")[0] for _ in range(2))
         assert torch.equal(first, second)

@@ -1,10 +1,6 @@
 """Prompt embeddings and images, against diffusers' own pipeline."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +10,8 @@ import pytest
 import torch
 
 from bilora_diffusion.errors import TrainingError
-from bilora_diffusion.image import latents
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.disk_cache import DiskCache
-from bilora_diffusion.image.families.base import Family
 from bilora_diffusion.image.families.lumina2 import Lumina2
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.image.latents import Encoder, LatentSpace
@@ -26,24 +20,24 @@ from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.image.task import DreamBooth
-from bilora_diffusion.image.visits import Visit, VisitStream
+from bilora_diffusion.image.visits import VisitStream
 from tests.scripts.runs import flags
 
 PROMPTS = ["a TOK icon of a rabbit, in the style of TOK", ""]
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Any:
+def pipeline():
     return load_pipeline("mini", dtype=torch.float32)
 
 
-def picture(name: str, pixels: torch.Tensor | None = None) -> Any:
+def picture(name, pixels=None) -> Any:
     """A draw of an image, black by default."""
     pixels = torch.zeros(3, 64, 64) if pixels is None else pixels
     return SimpleNamespace(name=name, content=(name,), read=lambda: (pixels, None))
 
 
-def test_embeddings_equal_the_pipelines(pipeline: Any) -> None:
+def test_embeddings_equal_the_pipelines(pipeline):
     theirs = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=True)
     ours, kept = embed(pipeline, PROMPTS), PromptCache(pipeline, torch.device("cpu"))(PROMPTS)
     for name, part in {"sequence": theirs[0], "pooled": theirs[2]}.items():
@@ -55,7 +49,7 @@ def test_embeddings_equal_the_pipelines(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize("zeros", [True, False])
-def test_a_dropped_caption_is_what_guidance_leads_away_from(zeros: bool, tmp_path: Path) -> None:
+def test_a_dropped_caption_is_what_guidance_leads_away_from(zeros, tmp_path):
     pipeline = load_pipeline("mini", dtype=torch.float32)
     pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
     images = open_images("mini", caption_column="prompt")
@@ -83,7 +77,7 @@ def test_a_dropped_caption_is_what_guidance_leads_away_from(zeros: bool, tmp_pat
     torch.testing.assert_close(*losses)
 
 
-def test_images_equal_the_pipelines(pipeline: Any) -> None:
+def test_images_equal_the_pipelines(pipeline):
     before = torch.get_rng_state()
     ours = generate(pipeline, PROMPTS[:1], [7], size=64, steps=3, guidance_scale=4.0)
     assert torch.equal(before, torch.get_rng_state())
@@ -93,7 +87,7 @@ def test_images_equal_the_pipelines(pipeline: Any) -> None:
     assert np.array_equal(np.asarray(ours[0]), np.asarray(theirs[0]))
 
 
-def test_an_image_does_not_depend_on_its_batch(pipeline: Any) -> None:
+def test_an_image_does_not_depend_on_its_batch(pipeline):
     prompts, seeds = [PROMPTS[0]] * 3, [1, 2, 3]
     whole = generate(pipeline, prompts, seeds, size=64, steps=2, batch=3)
     single = generate(pipeline, prompts, seeds, size=64, steps=2, batch=1)
@@ -102,19 +96,7 @@ def test_an_image_does_not_depend_on_its_batch(pipeline: Any) -> None:
         assert difference.max() <= 1
 
 
-def test_an_autoencoder_comes_to_the_device_for_the_while_of_encoding(pipeline: Any) -> None:
-    vae, moves = pipeline.vae, []
-    resting: Any = SimpleNamespace(
-        device="elsewhere", dtype=vae.dtype, encode=vae.encode, to=moves.append
-    )
-    space, here = LatentSpace.of(vae), torch.device("cpu")
-    (known,) = Encoder(vae, space, here)([picture("x")])
-    (posterior,) = Encoder(resting, space, here)([picture("x")])
-    assert torch.equal(posterior.mean, known.mean)
-    assert moves == [here, "elsewhere"]
-
-
-def test_an_image_that_is_not_finite_is_refused_by_its_name(pipeline: Any, tmp_path: Path) -> None:
+def test_an_image_that_is_not_finite_is_refused_by_its_name(pipeline, tmp_path):
     space, here = LatentSpace.of(pipeline.vae), torch.device("cpu")
     visit = picture("a.png")
     disk = DiskCache(tmp_path)
@@ -133,9 +115,7 @@ def test_an_image_that_is_not_finite_is_refused_by_its_name(pipeline: Any, tmp_p
 
 @pytest.mark.parametrize("family", [StableDiffusionXL, Lumina2])
 @pytest.mark.parametrize("bf16", [True, False])
-def test_flow_models_make_their_images_in_no_fp16(
-    family: type[Family], bf16: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flow_models_make_their_images_in_no_fp16(family, bf16, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
     half = torch.float16 if family is StableDiffusionXL else torch.bfloat16
     expected = half if bf16 or family is StableDiffusionXL else torch.float32
@@ -143,29 +123,7 @@ def test_flow_models_make_their_images_in_no_fp16(
     assert family().precision(torch.device("cpu")) == torch.float32
 
 
-def test_large_images_are_encoded_one_by_one(
-    pipeline: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
-
-    class Counting(LatentSpace):
-        def distribution(self, vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            seen.append(len(pixels))
-            return super().distribution(vae, pixels)
-
-    visits = [picture(str(i), pixels) for i, pixels in enumerate(torch.rand(3, 3, 64, 64))]
-    encode = Encoder(pipeline.vae, Counting.of(pipeline.vae), torch.device("cpu"))
-    together = encode(visits)
-    monkeypatch.setattr(latents, "AT_ONCE", 64 * 64)
-    for one, other in zip(encode(visits), together, strict=True):
-        assert torch.allclose(one.mean, other.mean, atol=1e-5)
-        assert torch.allclose(one.std, other.std, atol=1e-5)
-    assert seen == [3, 1, 1, 1]
-
-
-def test_one_odd_image_keeps_no_other_from_being_encoded_once(
-    pipeline: Any, tmp_path: Path
-) -> None:
+def test_one_odd_image_keeps_no_other_from_being_encoded_once(pipeline, tmp_path):
     for name, size in {"a": (64, 64), "b": (90, 90), "wide": (96, 64)}.items():
         PIL.Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{name}.png")
     given = {"dataset": tmp_path, "instance_prompt": "x", "pretrained_model_name_or_path": "mini"}
@@ -173,7 +131,7 @@ def test_one_odd_image_keeps_no_other_from_being_encoded_once(
     encoded: list[str] = []
 
     class Counting(Encoder):
-        def _encoded(self, visits: Sequence[Visit], at_once: int) -> Any:
+        def _encoded(self, visits, at_once):
             encoded.extend(visit.name for visit in visits)
             return super()._encoded(visits, at_once)
 

@@ -1,9 +1,6 @@
 """Settings of single validation prompts: kohya's form, recipes, what is refused, and the images."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +40,7 @@ SETTINGS = {
         ),
     ],
 )
-def test_a_prompt_in_kohyas_form(given: str, prompt: str, settings: dict[str, Any]) -> None:
+def test_a_prompt_in_kohyas_form(given, prompt, settings):
     cfg = resolve([*DATA, "--validation_prompts", given])
     (found,) = cfg.validation_settings
     assert cfg.validation_prompts == [prompt]
@@ -51,7 +48,7 @@ def test_a_prompt_in_kohyas_form(given: str, prompt: str, settings: dict[str, An
     assert all(value in (..., found[name]) for name, value in settings.items())
 
 
-def test_a_recipe_a_file_and_several_flags_give_the_same(tmp_path: Path) -> None:
+def test_a_recipe_a_file_and_several_flags_give_the_same(tmp_path):
     """Images without a seed of their own have the run's, so that paired runs stay paired."""
     recipe, lines = tmp_path / "run.yaml", tmp_path / "prompts.txt"
     items = [{"prompt": "a photo of TOK dog", **SETTINGS, "height": None}, "a lion"]
@@ -94,9 +91,7 @@ def test_a_recipe_a_file_and_several_flags_give_the_same(tmp_path: Path) -> None
     ],
     ids=str,
 )
-def test_bad_settings_are_a_sentence_with_their_place(
-    item: Any, named: str, tmp_path: Path, capsys: Any
-) -> None:
+def test_bad_settings_are_a_sentence_with_their_place(item, named, tmp_path, capsys):
     recipe = tmp_path / "run.yaml"
     recipe.write_text(json.dumps({"dataset": "mini", "validation_prompts": ["a", item]}))
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
@@ -110,20 +105,15 @@ def test_bad_settings_are_a_sentence_with_their_place(
 
 @pytest.mark.parametrize(
     ("more", "named"),
-    [
-        (("--method", "full"), "--method full"),
-        (("--init_lora_weights", "pissa"), "pissa"),
-    ],
+    [(("--method", "full"), "--method full"), (("--init_lora_weights", "pissa"), "pissa")],
 )
-def test_what_a_strength_does_not_go_with(more: Any, named: str) -> None:
+def test_what_a_strength_does_not_go_with(more, named):
     with pytest.raises(UserError, match=named):
         resolve([*DATA, "--validation_prompts", "a --am 0.5", *more])
 
 
 @pytest.mark.parametrize("pipeline", ["FluxPipeline", "Lumina2Pipeline"])
-def test_a_negative_prompt_where_none_is_read(
-    pipeline: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_negative_prompt_where_none_is_read(pipeline, monkeypatch):
     model = BaseModel("some/model", {"_class_name": pipeline}, {"transformer": {}, "vae": {}})
     monkeypatch.setattr(inputs, "describe", lambda *_: model)
     assert resolve([*DATA, "--resolution", "64", "--validation_prompts", "a --l 9"])
@@ -131,7 +121,7 @@ def test_a_negative_prompt_where_none_is_read(
         resolve([*DATA, "--resolution", "64", "--validation_prompts", "a --l 9 --n b"])
 
 
-def test_images_equal_the_pipelines_with_the_same_settings(tmp_path: Path) -> None:
+def test_images_equal_the_pipelines_with_the_same_settings(tmp_path):
     """Two prompts of different settings, one seed given and one the run's; sizes, file, record."""
     own = "a TOK icon of a frog --n a lion --w 96 --h 48 --s 3 --l 3 --d 5 --am 0.5"
     prompts = ["--validation_prompts", own, "a TOK icon of a sun --s 2"]

@@ -1,7 +1,5 @@
 """inits: PiSSA and LoRA-GA against PEFT, whole decompositions and a literal reference."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any, cast
@@ -9,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bilora_diffusion import adapters, inits
@@ -20,23 +18,23 @@ from bilora_diffusion.train.gradients import collecting
 from tests.references import lora_ga as reference
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
+def random(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def assert_same_components(rows: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def assert_same_components(rows, expected, tolerance=1e-5):
     """Equal up to the sign of each row, which a singular value decomposition leaves open."""
     signs = (rows * expected).sum(1).sign()
     torch.testing.assert_close(signs[:, None] * rows, expected, rtol=tolerance, atol=tolerance)
 
 
-def weight_of(model: nn.Module, index: int = 0) -> Tensor:
+def weight_of(model, index=0):
     """The weight of one layer of a sequence, without adapters."""
     return cast(Any, model)[index].weight.detach()
 
 
-def start(model: nn.Module, spec: AdapterSpec, gradients: dict[str, Tensor] | None = None) -> None:
+def start(model, spec, gradients=None):
     """Start from an init as a method and a fresh run do, without a method."""
     adapters.inject(model, spec)
     inits.prepare(model, spec)
@@ -45,7 +43,7 @@ def start(model: nn.Module, spec: AdapterSpec, gradients: dict[str, Tensor] | No
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_pissa_is_pefts_up_to_signs(transposed: bool) -> None:
+def test_pissa_is_pefts_up_to_signs(transposed):
     torch.manual_seed(0)
     model = nn.Sequential(Conv1D(12, 9) if transposed else nn.Linear(9, 12))
     own = copy.deepcopy(model)
@@ -60,7 +58,7 @@ def test_pissa_is_pefts_up_to_signs(transposed: bool) -> None:
 
 
 @pytest.mark.parametrize("init", [pissa, lora_ga])
-def test_of_a_large_weight_it_is_close_repeatable_and_quiet(init, monkeypatch) -> None:
+def test_of_a_large_weight_it_is_close_repeatable_and_quiet(init, monkeypatch):
     U, V = (torch.linalg.qr(random(60, 60, seed=s))[0] for s in (1, 2))
     weight = U * torch.logspace(0, -3, 60, dtype=torch.float64) @ V.T
     rest, near = ((2.0,), 1e-5) if init is pissa else ((), 1e-3)
@@ -76,7 +74,7 @@ def test_of_a_large_weight_it_is_close_repeatable_and_quiet(init, monkeypatch) -
 
 
 @pytest.mark.parametrize(("shape", "rank"), [((16, 30), 1), ((30, 16), 8), ((20, 20), 4)])
-def test_lora_ga_has_the_papers_components_and_size(shape, rank) -> None:
+def test_lora_ga_has_the_papers_components_and_size(shape, rank):
     U, V = (torch.linalg.qr(random(n, 16, seed=n))[0] for n in shape)
     gradient = U * torch.logspace(0, -4, 16, dtype=torch.float64) @ V.T
     A, B = lora_ga(gradient, rank)
@@ -90,7 +88,7 @@ def test_lora_ga_has_the_papers_components_and_size(shape, rank) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda W: pissa(W, 3, 2.0), lambda W: lora_ga(W, 3)])
-def test_rounding_of_the_input_turns_no_sign(make) -> None:
+def test_rounding_of_the_input_turns_no_sign(make):
     U, V = (torch.linalg.qr(random(12, 12, seed=s))[0] for s in (1, 2))
     matrix = U * torch.logspace(0, -4, 12, dtype=torch.float64) @ V.T
     exact = make(matrix)
@@ -99,7 +97,7 @@ def test_rounding_of_the_input_turns_no_sign(make) -> None:
         torch.testing.assert_close(noisy, exact, rtol=1e-5, atol=1e-5)
 
 
-def test_lora_ga_is_the_reference_from_the_loss_on() -> None:
+def test_lora_ga_is_the_reference_from_the_loss_on():
     W1, W2 = random(10, 12, seed=1), random(9, 10, seed=2)
     x, y = random(6, 12, seed=3), random(6, 9, seed=4)
     model = nn.Sequential(nn.Linear(12, 10, bias=False), nn.Tanh(), nn.Linear(10, 9, bias=False))
@@ -132,7 +130,7 @@ def test_lora_ga_is_the_reference_from_the_loss_on() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("init", CHANGE_BASE)
-def test_a_convolution_is_a_matrix_of_its_kernels(layout, use_dora, init) -> None:
+def test_a_convolution_is_a_matrix_of_its_kernels(layout, use_dora, init):
     torch.manual_seed(0)
     model = cast(Any, nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))).to(memory_format=layout)
     x, weight = torch.randn(2, 3, 6, 6), weight_of(model).clone()
@@ -153,7 +151,7 @@ def test_a_convolution_is_a_matrix_of_its_kernels(layout, use_dora, init) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_narrow_base_moves_by_one_rounding(dtype) -> None:
+def test_a_narrow_base_moves_by_one_rounding(dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 48)).to(dtype)
     weight = weight_of(model).float()

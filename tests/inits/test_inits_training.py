@@ -1,9 +1,5 @@
 """The inits in use: on models, under methods, from a task's loss, through the API, and refused."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,18 +13,18 @@ from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.methods import Target, create
 from bilora_diffusion.train import gradients as gradients_module
-from bilora_diffusion.train.gradients import collecting, initialise, mean_gradients
+from bilora_diffusion.train.gradients import collecting, mean_gradients
 from bilora_diffusion.train.task import MicroBatch
 from tests.contract.models import CASES, tiny_mlp
 
 TARGETS = ("first", "conv", "last")
 
 
-def test_collecting_gives_the_gradients_of_the_model_as_it_came() -> None:
+def test_collecting_gives_the_gradients_of_the_model_as_it_came():
     case = CASES["unet"]
     base, model = case.make().train(), case.make().train()
 
-    def backward(of: nn.Module) -> None:
+    def backward(of):
         (case.output(of) - 1).square().mean().backward()
 
     backward(base)
@@ -60,39 +56,37 @@ class Toy:
 
     num_samples = 5
 
-    def __init__(self, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, scale=1.0, dtype=torch.float32):
         self.model = tiny_mlp().to(dtype)
         self.asked: list[tuple[int, tuple[int, ...]]] = []
         self.scale, self.dtype = scale, dtype
 
     @property
-    def module(self) -> Callable[[dict[str, Any]], Tensor]:
+    def module(self):
         return lambda inputs: self.model(inputs["x"]).float().square().mean(1) * self.scale
 
-    def micro_batches(
-        self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
-    ) -> Iterator[MicroBatch]:
+    def micro_batches(self, schedule, step_size):
         for step, slots in schedule:
             self.asked.append((step * step_size, slots))
             known = tuple(str(slot) for slot in slots)
             yield MicroBatch(slots, known, known, {"x": self.rows(slots)})
 
-    def rows(self, slots: Sequence[int]) -> Tensor:
+    def rows(self, slots):
         made = [torch.randn(6, generator=torch.Generator().manual_seed(slot)) for slot in slots]
         return torch.stack(made).to(self.dtype)
 
-    def targets(self) -> list[Target]:
+    def targets(self):
         return [Target("toy", self.model, AdapterSpec(2, 3, 0, "lora-ga", False, TARGETS), 1e-2)]
 
 
-def gradient_of(task: Toy, micro_batch: int = 2) -> dict[str, Tensor]:
+def gradient_of(task, micro_batch=2):
     create("lora").setup(task.targets())
     given: dict[str, Any] = {"samples": 7, "seed": 0, "device": torch.device("cpu")}
     models = {"toy": task.model}
     return mean_gradients(cast(Any, task), models, micro_batch=micro_batch, **given)["toy"]
 
 
-def test_the_tasks_mean_gradient_depends_on_the_samples_alone() -> None:
+def test_the_tasks_mean_gradient_depends_on_the_samples_alone():
     tasks, plain = [Toy(), Toy()], Toy()
     one, other = (gradient_of(t, micro_batch=m) for t, m in zip(tasks, (1, 3), strict=True))
     plain.module({"x": plain.rows(range(7))}).mean().backward()
@@ -105,25 +99,7 @@ def test_the_tasks_mean_gradient_depends_on_the_samples_alone() -> None:
     assert [s for _, slots in tasks[1].asked for s in slots] == list(range(7))
 
 
-def test_initialise_is_repeatable_and_leaves_no_trace_in_random_state() -> None:
-    states: list[dict[str, Tensor]] = []
-    cfg: Any = SimpleNamespace(lora_ga_samples=7, train_batch_size=2, seed=4)
-    engine: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
-    for _ in range(2):
-        task, method = Toy(), create("bilora")
-        torch.manual_seed(5)
-        method.setup(task.targets())
-        before = torch.random.get_rng_state()
-        assert initialise(cast(Any, task), method.targets, cfg, engine)
-        assert torch.equal(torch.random.get_rng_state(), before)
-        states.append(method.tensors())
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    full = create("full")
-    full.setup(Toy().targets())
-    assert not initialise(cast(Any, Toy()), full.targets, cfg, engine)
-
-
-def test_fp16_gradients_are_scaled_and_scaled_back(monkeypatch) -> None:
+def test_fp16_gradients_are_scaled_and_scaled_back(monkeypatch):
     exact = gradient_of(Toy())
     for scale in (1.0, 1e4):  # the second overflows at first
         half = gradient_of(Toy(scale=scale, dtype=torch.float16))
@@ -136,7 +112,7 @@ def test_fp16_gradients_are_scaled_and_scaled_back(monkeypatch) -> None:
         gradient_of(Toy(scale=1e4, dtype=torch.float16))
 
 
-def test_lora_ga_through_the_api_needs_a_gradient_and_leaves_other_layers_alone() -> None:
+def test_lora_ga_through_the_api_needs_a_gradient_and_leaves_other_layers_alone():
     model, usual = tiny_mlp(), tiny_mlp()
     torch.manual_seed(1)
     bilora = attach(model, BiLoRAConfig(rank=2, init="lora-ga", target_modules=TARGETS))
@@ -170,24 +146,24 @@ def test_lora_ga_through_the_api_needs_a_gradient_and_leaves_other_layers_alone(
         bilora.initialise(lambda: None)
 
 
-def tied() -> nn.Module:
+def tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     cast(Any, model[1]).weight = model[0].weight
     return model
 
 
-def quantized() -> nn.Module:
+def quantized():
     model = nn.Sequential(nn.Linear(8, 8))
     quantize(model, torch.float32)
     return model
 
 
-def brought() -> nn.Module:
+def brought():
     """A model with an adapter of its own."""
     return get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
 
 
-def test_what_an_init_can_not_start_is_refused() -> None:
+def test_what_an_init_can_not_start_is_refused():
     for make, init, rank, word in (
         (tiny_mlp, "lora-ga", 3, r"last is 5 x 8.*needs 6 on each"),
         (tied, "pissa", 2, "weight of 0 is shared"),
@@ -199,7 +175,7 @@ def test_what_an_init_can_not_start_is_refused() -> None:
             attach(make(), BiLoRAConfig(rank=rank, alpha=8, init=init, target_modules=targets))
 
 
-def test_the_initial_adapter_never_acts() -> None:
+def test_the_initial_adapter_never_acts():
     model = tiny_mlp()
     attach(model, BiLoRAConfig(rank=2, init="pissa", target_modules=TARGETS))
     with pytest.raises(UserError, match="counted twice"):

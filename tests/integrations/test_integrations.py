@@ -1,7 +1,5 @@
 """integrations: a trainer with Bi-LoRA takes the steps of the loop that one would write by hand."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,7 @@ NUMBERS = [(7 * row) % 11 for row in range(STEPS * BATCH)]
 AUTO = BiLoRAConfig(rank=4, alpha=8, rho="auto", loss_rise=0.2)
 
 
-def peft_llm() -> Any:
+def peft_llm():
     return get_peft_model(tiny_llm(), PEFT)
 
 
@@ -65,14 +63,8 @@ def peft_llm() -> Any:
     ],
 )
 def test_a_trainer_takes_the_steps_of_a_loop(
-    kind: str,
-    make: Any,
-    config: BiLoRAConfig,
-    given: dict[str, Any],
-    asked: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    kind, make, config, given, asked, tmp_path, monkeypatch
+):
     if config is AUTO:  # the weights of so small a model are small, too
         monkeypatch.setattr(radius, "MOST", 10.0)
     bilora, reference, untrained = (attached(make(), config) for _ in range(3))
@@ -93,24 +85,21 @@ def test_a_trainer_takes_the_steps_of_a_loop(
 
 
 @pytest.mark.parametrize(
-    ("kind", "make"),
-    [("trainer", peft_llm), pytest.param("sft", tiny_llm, marks=pytest.mark.slow)],
+    ("kind", "make"), [("trainer", peft_llm), pytest.param("sft", tiny_llm, marks=pytest.mark.slow)]
 )
-def test_what_is_evaluated_and_saved_is_the_primary_alone(
-    kind: str, make: Any, tmp_path: Path
-) -> None:
+def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
     bilora = attached(make(), replace(CONFIG, rho=0.5))
     held_out = rows(8, seed=1)
     seen: list[tuple[tuple[str, ...], str]] = []
 
     class Look(TrainerCallback):
-        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        def on_prediction_step(self, *args, **kwargs):
             seen.append((adapters.active(bilora.model), "step"))
 
-        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        def on_evaluate(self, *args, **kwargs):
             seen.append((adapters.active(bilora.model), "end"))
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_end(self, *args, **kwargs):
             assert adapters.active(bilora.model) == (PRIMARY, AUXILIARY)
 
     values = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps"}
@@ -146,7 +135,7 @@ def test_what_is_evaluated_and_saved_is_the_primary_alone(
         assert float(exported.eval()(**batch).loss) == float(own)
 
 
-def test_the_best_model_comes_back(tmp_path: Path) -> None:
+def test_the_best_model_comes_back(tmp_path):
     bilora = attached(tiny_llm())
     trainer = with_bilora(
         tmp_path,
@@ -169,7 +158,7 @@ def test_the_best_model_comes_back(tmp_path: Path) -> None:
     assert all(torch.equal(best[f"base_model.model.{key}"], value) for key, value in own.items())
 
 
-def test_a_classifier_trains_its_head_beside_the_adapters(tmp_path: Path) -> None:
+def test_a_classifier_trains_its_head_beside_the_adapters(tmp_path):
     model = AutoModelForSequenceClassification.from_config(tiny_llm().config)
     before = model.score.weight.detach().clone()
     tokens = rows()["input_ids"]

@@ -1,7 +1,5 @@
 """integrations: resumes are exact, and what would be silently wrong is refused in a sentence."""
 
-from __future__ import annotations
-
 import random
 import shutil
 from collections.abc import Callable
@@ -18,7 +16,6 @@ from transformers import TrainerCallback
 
 from bilora_diffusion import BiLoRAConfig, adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
-from bilora_diffusion.api import BiLoRA
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.integrations import trainer as integration
 from bilora_diffusion.integrations import use_bilora
@@ -39,17 +36,11 @@ STOP = 4
 
 
 class Stop(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == STOP
 
 
-def make(
-    folder: Path,
-    config: BiLoRAConfig = CONFIG,
-    kind: str = "trainer",
-    seed: int = 7,
-    **values: Any,
-) -> tuple[Any, BiLoRA]:
+def make(folder, config=CONFIG, kind="trainer", seed=7, **values):
     """A trainer as a new process would make it; `seed` is of what the process did before."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -83,9 +74,7 @@ def make(
     ],
     ids=str,
 )
-def test_resumed_equals_uninterrupted(
-    kind: str, changes: dict[str, Any], values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_resumed_equals_uninterrupted(kind, changes, values, tmp_path):
     """Transformers alone would leave the auxiliary as it was made, and frozen."""
     config = replace(CONFIG, **changes)
     whole, expected = make(tmp_path / "whole", config, kind, **values)
@@ -99,10 +88,10 @@ def test_resumed_equals_uninterrupted(
     seen: list[tuple[str, ...]] = []
 
     class Look(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        def on_train_begin(self, *args, **kwargs):
             assert difference(bilora, before) == 0
 
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_begin(self, *args, **kwargs):
             seen.append(adapters.active(bilora.model))
             assert all(p.requires_grad for p in adapters.parameters(bilora.model, AUXILIARY))
 
@@ -119,7 +108,7 @@ def test_resumed_equals_uninterrupted(
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     trainer, _ = make(folder)
     trainer.add_callback(Stop())
@@ -127,14 +116,14 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / f"checkpoint-{STOP}"
 
 
-def cut(size: int) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
+def cut(size):
+    def change(folder):
         (folder / STATE).write_bytes((folder / STATE).read_bytes()[:size])
 
     return change
 
 
-def lack(name: str) -> Callable[[Path], None]:
+def lack(name):
     return lambda folder: (folder / name).unlink()
 
 
@@ -147,8 +136,8 @@ def lack(name: str) -> Callable[[Path], None]:
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
-    damage: Callable[[Path], None], word: str, config: BiLoRAConfig, stopped: Path, tmp_path: Path
-) -> None:
+    damage, word, config, stopped, tmp_path
+):
     checkpoint = shutil.copytree(stopped, tmp_path / stopped.name)
     damage(checkpoint)
     trainer, bilora = make(tmp_path, config, seed=99)
@@ -163,7 +152,7 @@ TARGETS = LoraConfig(target_modules=["q_proj"])
 HEAD = BiLoRAConfig(target_modules=("q_proj", "lm_head"))  # which TRL would pass by
 
 
-def changed(folder: Path, name: str, value: Any) -> Any:
+def changed(folder, name, value):
     trainer = plain(folder, tiny_llm())
     setattr(trainer, name, value)
     return trainer
@@ -186,14 +175,14 @@ USES: list[tuple[Callable[[Path, Any], object], str]] = [
 
 
 @pytest.mark.parametrize(("use", "word"), USES)
-def test_a_trainer_that_would_be_wrong(use: Any, word: str, tmp_path: Path) -> None:
+def test_a_trainer_that_would_be_wrong(use, word, tmp_path):
     bilora = attached(tiny_llm())
     with pytest.raises(UserError, match=word):
         use(tmp_path, bilora)
 
 
 @pytest.mark.parametrize("descends", [False, True])
-def test_a_wrong_optimizer(descends: bool, tmp_path: Path) -> None:
+def test_a_wrong_optimizer(descends, tmp_path):
     bilora = attached(tiny_llm())
     groups: Any = [{"params": [p for p in bilora.model.parameters() if p.requires_grad]}]
     if descends:
@@ -205,7 +194,7 @@ def test_a_wrong_optimizer(descends: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("binds", [False, True])
-def test_an_optimizer_of_ones_own(binds: bool, tmp_path: Path) -> None:
+def test_an_optimizer_of_ones_own(binds, tmp_path):
     bilora = attached(tiny_llm())
     optimizer = torch.optim.AdamW(bilora.param_groups(lr=RATE))
     if binds:
@@ -225,9 +214,7 @@ SPOILS: list[tuple[Callable[[Any], object], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("spoil", "word", "values"), SPOILS)
-def test_what_was_spoiled_after_use_bilora(
-    spoil: Callable[[Any], None], word: str, values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_was_spoiled_after_use_bilora(spoil, word, values, tmp_path):
     trainer = with_bilora(tmp_path, attached(tiny_llm()), max_steps=1, **values)
     spoil(trainer)
     with pytest.raises(UserError, match=word):

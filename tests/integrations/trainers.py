@@ -1,7 +1,5 @@
 """Data for small text models, trainers with Bi-LoRA, and the loop to compare them with."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Sequence

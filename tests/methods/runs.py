@@ -1,7 +1,5 @@
 """A method in float64 on two layers, beside which the literal references are run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

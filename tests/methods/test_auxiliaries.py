@@ -1,20 +1,15 @@
 """An auxiliary for each sample against per-sample loops, and what it must not depend on."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.methods import Method, MethodOptions
+from bilora_diffusion.methods import MethodOptions
 from bilora_diffusion.methods.auxiliaries import deal
 from tests.contract.harness import Run as Small
 from tests.contract.models import ROWS
@@ -24,13 +19,13 @@ from tests.references import methods as reference
 COUNT = 5
 
 
-def samples(k: int, rows: int = 7) -> list[int | None]:
+def samples(k, rows=7):
     """Samples of step k: some twice, some not at all, and one row that is none."""
     drawn = torch.randint(2 * COUNT, (rows,), generator=torch.Generator().manual_seed(k))
     return [None if i == 0 and k % 3 == 0 else int(s) for i, s in enumerate(drawn)]
 
 
-def backward(run: Run, k: int, cuts: Sequence[int] = ()) -> Tensor:
+def backward(run, k, cuts=()):
     """One pass over `batch(k)`, cut before these rows."""
     x, y = batch(k)
     whole, total = samples(k), torch.zeros((), dtype=torch.float64)
@@ -43,15 +38,13 @@ def backward(run: Run, k: int, cuts: Sequence[int] = ()) -> Tensor:
     return total
 
 
-def flats(method: Method) -> dict[str, Tensor]:
+def flats(method):
     return {k: v.clone() for k, v in method.tensors().items() if "/auxiliary/" in k}
 
 
 @pytest.mark.parametrize("cuts", [(), (2, 5), tuple(range(1, 7))], ids=["one", "three", "rows"])
 @pytest.mark.parametrize(("kind", "lr", "rho"), [("SGD", 0.1, 0.05), ("AdamW", 5e-3, 0.3)])
-def test_50_steps_follow_per_sample_loops(
-    kind: str, lr: float, rho: float, cuts: tuple[int, ...]
-) -> None:
+def test_50_steps_follow_per_sample_loops(kind, lr, rho, cuts):
     """Acceptance: float64, to 1e-10, however the batch is cut."""
     given: dict[str, Any] = {"auxiliary_rank": 2, "auxiliary_alpha": 3, "rho": rho}
     given["auxiliary_learning_rate"] = 2 * lr
@@ -77,7 +70,7 @@ def test_50_steps_follow_per_sample_loops(
 
 
 @pytest.mark.parametrize("option", ["default", "dora", "pissa", "nf4"])
-def test_a_batch_of_several_samples_is_what_they_are_one_by_one(option: str) -> None:
+def test_a_batch_of_several_samples_is_what_they_are_one_by_one(option):
     """On convolutions and linear layers of one shape and of several."""
     losses, tensors = [], []
     for pieces in (1, ROWS):
@@ -91,7 +84,7 @@ def test_a_batch_of_several_samples_is_what_they_are_one_by_one(option: str) -> 
     assert len(set(losses[0])) == len(losses[0])
 
 
-def test_what_is_not_seen_stands_still_and_each_stays_in_its_ball() -> None:
+def test_what_is_not_seen_stands_still_and_each_stays_in_its_ball():
     run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho=0.01), "AdamW", 0.02)
     for k in range(12):
         before, steps = flats(run.method), counts(run)
@@ -103,12 +96,12 @@ def test_what_is_not_seen_stands_still_and_each_stays_in_its_ball() -> None:
     assert 0.0099 < run.method.metrics()["auxiliary_norm"] <= 0.01 * (1 + 1e-6)
 
 
-def counts(run: Run) -> list[float]:
+def counts(run):
     own = run.optimizer.param_groups[-1]["params"]
     return [float(run.optimizer.state.get(p, {}).get("step", 0)) for p in own]
 
 
-def test_evaluation_and_what_is_saved_see_none() -> None:
+def test_evaluation_and_what_is_saved_see_none():
     run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho=1.0), "AdamW", 0.02)
     run.train(8, backward=lambda k: backward(run, k))
     x, _ = batch(0)
@@ -121,12 +114,12 @@ def test_evaluation_and_what_is_saved_see_none() -> None:
 
 
 @pytest.mark.parametrize("rho", [0.05, "auto"])
-def test_a_step_of_no_samples_moves_the_primary_alone(rho: float | str) -> None:
+def test_a_step_of_no_samples_moves_the_primary_alone(rho):
     run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho=rho))
     run.train(3, backward=lambda k: backward(run, k))
     before, primary = flats(run.method), {k: v.clone() for k, v in run.primary().items()}
 
-    def without(k: int) -> Tensor:
+    def without(k):
         with run.method.seen([None] * 7):
             return run.backward(k)
 
@@ -135,7 +128,7 @@ def test_a_step_of_no_samples_moves_the_primary_alone(rho: float | str) -> None:
     assert any(not torch.equal(value, primary[key]) for key, value in run.primary().items())
 
 
-def test_those_that_wait_in_the_cpus_memory_learn_the_same() -> None:
+def test_those_that_wait_in_the_cpus_memory_learn_the_same():
     """Without a GPU the copies go from memory to memory; that they overlap is not shown."""
     runs = [
         Run("bilora", MethodOptions(auxiliaries=COUNT, auxiliaries_on=place, rho=0.05))
@@ -150,33 +143,7 @@ def test_those_that_wait_in_the_cpus_memory_learn_the_same() -> None:
         assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
 
 
-class Operations(TorchDispatchMode):
-    """Counts operations."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_takes_as_many_operations_however_many_there_are() -> None:
-    counted = []
-    for number in (8, 80):
-        run = Run("bilora", MethodOptions(auxiliaries=number))
-
-        def forward_backward(run: Run = run) -> Tensor:
-            with run.method.seen(range(7)):
-                return run.backward()
-
-        run.method.step(forward_backward, run.optimizer)
-        with Operations() as operations:
-            run.method.step(forward_backward, run.optimizer)
-        counted.append(operations.count)
-    assert counted[0] == counted[1] > 0
-
-
-def test_samples_are_dealt_by_name_as_evenly_as_can_be() -> None:
+def test_samples_are_dealt_by_name_as_evenly_as_can_be():
     names = [f"{n}.png" for n in (7, 2, 9, 4, 5)]
     assert deal(2, names) == (2, [1, 0, 0, 1, 0])
     assert deal(9, names)[0] == 5
@@ -185,7 +152,7 @@ def test_samples_are_dealt_by_name_as_evenly_as_can_be() -> None:
     assert len(flats(method)) == 5
 
 
-def test_more_than_can_be_kept_and_rows_that_are_not_the_samples_are_refused() -> None:
+def test_more_than_can_be_kept_and_rows_that_are_not_the_samples_are_refused():
     many = tuple(map(str, range(513)))
     for names, fix in (((), "give that number"), (many, "512")):
         with pytest.raises(UserError, match=fix):

@@ -1,19 +1,12 @@
 """ball: the norm by Gram matrices, and the projection of Eq. 10."""
 
-from __future__ import annotations
-
 import copy
 import math
-from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from bilora_diffusion.adapters import Factors
 from bilora_diffusion.methods import ball
@@ -21,22 +14,16 @@ from bilora_diffusion.methods import ball
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def true_norm(factors: list[Factors]) -> float:
+def true_norm(factors):
     """Every product formed in float64."""
     squares = [(f.scale * (f.B.double() @ f.A.double())).square().sum() for f in factors]
     return math.sqrt(math.fsum(float(square) for square in squares))
 
 
-def random_factors(
-    shapes: list[tuple[int, int, int]],
-    scales: list[float],
-    dtypes: list[torch.dtype],
-    seed: int,
-    sizes: tuple[float, float] = (1.0, 1.0),
-) -> list[Factors]:
+def random_factors(shapes, scales, dtypes, seed, sizes=(1.0, 1.0)):
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(rows: int, columns: int, size: float, dtype: torch.dtype) -> Tensor:
+    def draw(rows, columns, size, dtype):
         values = torch.randn(rows, columns, dtype=torch.float64, generator=generator) * size
         return values.to(dtype)
 
@@ -47,7 +34,7 @@ def random_factors(
 
 
 @st.composite
-def many_factors(draw: st.DrawFn) -> list[Factors]:
+def many_factors(draw):
     """Layers of mixed shapes, ranks, scales, sizes and precisions; some repeated."""
     dimension = st.integers(1, 40)
     kinds = draw(st.lists(st.tuples(dimension, dimension, st.integers(1, 9)), min_size=1))
@@ -66,14 +53,8 @@ def many_factors(draw: st.DrawFn) -> list[Factors]:
 
 
 @settings(max_examples=150)
-@given(
-    factors=many_factors(),
-    rho=st.floats(1e-3, 100, allow_nan=False),
-    scaled=st.booleans(),
-)
-def test_the_norm_is_within_rho_after_projection(
-    factors: list[Factors], rho: float, scaled: bool
-) -> None:
+@given(factors=many_factors(), rho=st.floats(1e-3, 100, allow_nan=False), scaled=st.booleans())
+def test_the_norm_is_within_rho_after_projection(factors, rho, scaled):
     copies = copy.deepcopy(factors)
     if not scaled:
         factors = [f._replace(scale=1.0) for f in factors]
@@ -94,7 +75,7 @@ def test_the_norm_is_within_rho_after_projection(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cancel", [1e-1, 1e-2, 1e-3])
-def test_bound_holds_where_columns_cancel(dtype: torch.dtype, cancel: float) -> None:
+def test_bound_holds_where_columns_cancel(dtype, cancel):
     """B @ A far smaller than B and A: rounding the factors weighs more, and the bound knows it."""
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
@@ -107,9 +88,7 @@ def test_bound_holds_where_columns_cancel(dtype: torch.dtype, cancel: float) -> 
 
 
 @pytest.mark.parametrize(("dtype", "low"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
-def test_projection_reaches_the_sphere_by_one_root_for_both_factors_and_once(
-    dtype: torch.dtype, low: float
-) -> None:
+def test_projection_reaches_the_sphere_by_one_root_for_both_factors_and_once(dtype, low):
     factors = random_factors([(30, 20, 4)] * 3 + [(8, 50, 2)], [2.0] * 3 + [0.5], [dtype] * 4, 1)
     old = copy.deepcopy(factors)
     before = true_norm(factors)
@@ -127,7 +106,7 @@ def test_projection_reaches_the_sphere_by_one_root_for_both_factors_and_once(
         assert all(torch.equal(f.A, was.A) for f, was in zip(factors, once, strict=True))
 
 
-def test_zero_factors_and_no_factors() -> None:
+def test_zero_factors_and_no_factors():
     factors = [Factors("0", torch.randn(2, 3), torch.zeros(4, 2), 1.0)]
     kept = factors[0].A.clone()
     assert float(ball.frobenius_norm(factors)) == 0
@@ -138,31 +117,8 @@ def test_zero_factors_and_no_factors() -> None:
             call([])
 
 
-def test_large_groups_are_measured_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_groups_are_measured_in_pieces(monkeypatch):
     factors = random_factors([(6, 5, 2)] * 7, [1.5] * 7, [torch.float32] * 7, seed=4)
     whole = float(ball.frobenius_norm(factors))
     monkeypatch.setitem(ball._STACK_ELEMENTS, "cpu", 50)
     assert float(ball.frobenius_norm(factors)) == pytest.approx(whole, rel=1e-12)
-
-
-def test_factors_split_over_processes_are_measured_whole() -> None:
-    """FSDP2's DTensors, here over one process; nothing else about them is special."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        factors = random_factors([(6, 5, 2)] * 3, [1.5] * 3, [torch.float32] * 3, seed=5)
-        split = [
-            f._replace(
-                A=distribute_tensor(f.A.clone(), mesh, [Shard(0)]),
-                B=distribute_tensor(f.B.clone(), mesh),
-            )
-            for f in factors
-        ]
-        assert float(ball.frobenius_norm(split)) == float(ball.frobenius_norm(factors))
-        ball.project_(split, 0.05)
-        ball.project_(factors, 0.05)
-        for a, b in zip(split, factors, strict=True):
-            assert torch.equal(cast(Any, a.A).full_tensor(), b.A)
-            assert torch.equal(cast(Any, a.B).full_tensor(), b.B)
-    finally:
-        dist.destroy_process_group()

@@ -1,7 +1,5 @@
 """Promises of the baselines beside their references: limits, perturbations, refusals."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from prodigyopt import Prodigy
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from bilora_diffusion import adapters
@@ -22,7 +20,7 @@ from tests.references import methods as reference
 
 
 @pytest.mark.parametrize("name", ["oBAR", "nBAR"])
-def test_bar_follows_a_warm_up_although_the_optimizers_groups_are_replaced(name: str) -> None:
+def test_bar_follows_a_warm_up_although_the_optimizers_groups_are_replaced(name):
     """accelerate's `prepare` and a resume put new dictionaries into `param_groups`."""
     run = Run(f"lora-{name}".lower(), MethodOptions(bar_alpha=2.0), "SGD", 0.1)
     net, schedule = naive(run), LambdaLR(run.optimizer, lambda k: min(1.0, k / 25))
@@ -37,7 +35,7 @@ def test_bar_follows_a_warm_up_although_the_optimizers_groups_are_replaced(name:
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in ("lora", "full")])
-def test_a_layer_without_a_gradient_is_left_alone_and_the_others_go_on(name: str) -> None:
+def test_a_layer_without_a_gradient_is_left_alone_and_the_others_go_on(name):
     """The output does not reach the last layer (SDXL's text encoders have such a one)."""
     options = MethodOptions(rho=0.3, bar_alpha=2.0, num_steps=STEPS)
     run = Run(name, options, "AdamW", 0.05, 0.01)
@@ -48,7 +46,7 @@ def test_a_layer_without_a_gradient_is_left_alone_and_the_others_go_on(name: str
     losses = []
     for each in (run, without):
 
-        def backward(k: int, first: Any = each.model[:2]) -> Tensor:
+        def backward(k, first=each.model[:2]):
             loss = (first(batch(0)[0]) - 1).square().mean()
             loss.backward()
             return loss.detach()
@@ -63,13 +61,13 @@ def test_a_layer_without_a_gradient_is_left_alone_and_the_others_go_on(name: str
     ("name", "number"),
     [("lora-sam", 2), ("flat-lora", 1), ("lora-msam", 1), ("efm-lora", 1), ("lora-looksam", 2)],
 )
-def test_a_failing_pass_leaves_no_perturbation(name: str, number: int) -> None:
+def test_a_failing_pass_leaves_no_perturbation(name, number):
     run = Run(name, MethodOptions(rho=0.5, num_steps=STEPS), "AdamW", 0.01)
     run.train(5)  # the next is a look of LookSAM
     before = copy.deepcopy(run.model.state_dict())
     run.passes = 0
 
-    def fails(k: int) -> Tensor:
+    def fails(k):
         if run.passes == number - 1:
             raise RuntimeError("boom")
         return run.backward(k)
@@ -80,7 +78,7 @@ def test_a_failing_pass_leaves_no_perturbation(name: str, number: int) -> None:
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-def test_flat_lora_restores_bf16_weights_exactly_after_200_steps() -> None:
+def test_flat_lora_restores_bf16_weights_exactly_after_200_steps():
     """Acceptance: the difference is 0, where adding and subtracting in bf16 would drift."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).bfloat16()
@@ -90,7 +88,7 @@ def test_flat_lora_restores_bf16_weights_exactly_after_200_steps() -> None:
     base = [weight.detach().clone() for weight in weights]
     x, moves = torch.randn(16, 64).bfloat16(), []
 
-    def forward_backward() -> Tensor:
+    def forward_backward():
         pairs = zip(weights, base, strict=True)
         moves.append(max(float((now - w).float().norm() / w.float().norm()) for now, w in pairs))
         loss = model(x).float().square().mean()
@@ -104,7 +102,7 @@ def test_flat_lora_restores_bf16_weights_exactly_after_200_steps() -> None:
     assert moves[0] < 1e-3
 
 
-def test_full_fine_tuning_needs_float32_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_fine_tuning_needs_float32_and_its_memory(monkeypatch):
     model = nn.Linear(3, 3)
     with pytest.raises(UserError, match="float32"):
         create("full").setup([Target("unet", model.bfloat16(), SPEC, 1e-3)])
@@ -115,7 +113,7 @@ def test_full_fine_tuning_needs_float32_and_its_memory(monkeypatch: pytest.Monke
     assert create("full", less).setup([Target("unet", model, SPEC, 1e-3)])
 
 
-def test_a_schedule_without_a_length_is_refused() -> None:
+def test_a_schedule_without_a_length_is_refused():
     run = Run("flat-lora")
     with pytest.raises(UserError, match="num_steps"):
         run.train(1)
@@ -123,8 +121,8 @@ def test_a_schedule_without_a_length_is_refused() -> None:
     assert not any(create(name).depends_on_length for name in ("bilora", "lora-obar"))
 
 
-def test_looking_at_every_step_is_lora_sam_and_looks_are_logged() -> None:
-    def look(every: int) -> Run:
+def test_looking_at_every_step_is_lora_sam_and_looks_are_logged():
+    def look(every):
         options = MethodOptions(rho=0.2, own=LookSAMOptions(looksam_k=every))
         return Run("lora-looksam", options, "AdamW", 5e-3)
 
@@ -144,11 +142,11 @@ MOMENTA: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", MOMENTA)
-def test_msam_moves_by_rho_against_the_momentum_of_any_optimizer(name: str) -> None:
+def test_msam_moves_by_rho_against_the_momentum_of_any_optimizer(name):
     run = Run("lora-msam", MethodOptions(rho=0.3), MOMENTA[name])
     weights, momenta, before = run.method.clip_parameters(), [], []
 
-    def backward(k: int) -> Tensor:
+    def backward(k):
         steps = [w.detach() - b for w, b in zip(weights, before, strict=True)]
         norm = torch.cat([v.flatten() for v in momenta]).norm() if k else 1.0
         for step, v in zip(steps, momenta, strict=True):
@@ -161,7 +159,7 @@ def test_msam_moves_by_rho_against_the_momentum_of_any_optimizer(name: str) -> N
         run.train(1, first=k, backward=backward)
 
 
-def test_msam_refuses_an_optimizer_without_momentum() -> None:
+def test_msam_refuses_an_optimizer_without_momentum():
     with pytest.raises(UserError, match=r"SGD as it is set keeps none.*momentum=0\.9"):
         Run("lora-msam", kind="SGD")
     run = Run("lora-msam")
@@ -171,11 +169,11 @@ def test_msam_refuses_an_optimizer_without_momentum() -> None:
         run.train(1)
 
 
-def test_efm_lora_moves_layers_of_any_shape_and_none_without_a_gradient() -> None:
+def test_efm_lora_moves_layers_of_any_shape_and_none_without_a_gradient():
     torch.manual_seed(0)
     shapes = [(3, 7, 5, 2.0), (3, 7, 5, 2.0), (2, 4, 9, 0.5), (4, 3, 3, 1.0), (3, 7, 5, 2.0)]
 
-    def drawn(r: int, n: int, m: int, s: float) -> Factors:
+    def drawn(r, n, m, s):
         return Factors("", torch.randn(r, n).double(), torch.randn(m, r).double(), s)
 
     layers, gradients = ([drawn(*shape) for shape in shapes] for _ in range(2))
@@ -184,7 +182,6 @@ def test_efm_lora_moves_layers_of_any_shape_and_none_without_a_gradient() -> Non
         gradient.zero_()
     *found, zero, missing = perturbations(layers, [*gradients[:-1], None], 0.3)
     assert missing is None
-    assert zero is not None
     assert not zero.any()
     for f, g, E in zip(layers, gradients, found, strict=False):
         layer = reference.Layer(torch.zeros(0), torch.zeros(0), f.A, f.B, f.scale)

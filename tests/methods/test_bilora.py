@@ -1,9 +1,6 @@
 """Bi-LoRA: its ball after every step, the radius that sets itself, and its optimizers."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -36,15 +33,8 @@ ALPHAS = st.sampled_from([0.5, 2.0, 32.0])
     layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
 )
 def test_the_norm_is_measured_and_within_rho_after_every_step(
-    sizes: tuple[int, int, int],
-    ranks: tuple[int, int],
-    alphas: tuple[float, float],
-    rho: float,
-    rho_norm: str,
-    dtype: torch.dtype,
-    kind: str,
-    layout: Any,
-) -> None:
+    sizes, ranks, alphas, rho, rho_norm, dtype, kind, layout
+):
     """Acceptance: the norm of the weights' changes themselves, in float64; Conv2d among them."""
     n, h, m = sizes
     torch.manual_seed(0)
@@ -71,20 +61,20 @@ def test_the_norm_is_measured_and_within_rho_after_every_step(
         assert method.auxiliary_norm() == pytest.approx(norm, rel=1e-5, abs=1e-9)
 
 
-def change(layer: Any, scaled: bool) -> Tensor:
+def change(layer, scaled):
     """The auxiliary's change of a linear or convolution layer's weight, formed in float64."""
     A, B = (f[AUXILIARY].weight.detach().double() for f in (layer.lora_A, layer.lora_B))
     scale = layer.scaling[AUXILIARY] if scaled else 1.0
     return scale * torch.einsum("mr,rnk->mnk", B.flatten(1), A.reshape(*A.shape[:2], -1))
 
 
-def test_the_unit_of_the_loss_plays_no_part_in_the_radius() -> None:
+def test_the_unit_of_the_loss_plays_no_part_in_the_radius():
     curves = []
     for unit in (1.0, 10.0):
         options = MethodOptions(rho="auto", loss_rise=0.3)
         run = Run("bilora", options, lambda g, unit=unit: torch.optim.AdamW(g, eps=1e-8 * unit))
 
-        def backward(k: int, run: Run = run, unit: float = unit) -> Tensor:
+        def backward(k, run=run, unit=unit):
             loss = unit * (run.model(batch(k)[0]) - batch(k)[1]).square().mean()
             loss.backward()
             return loss.detach()
@@ -95,7 +85,7 @@ def test_the_unit_of_the_loss_plays_no_part_in_the_radius() -> None:
 
 
 @pytest.mark.parametrize("init", ["default", "pissa"])
-def test_the_radius_never_passes_a_share_of_the_primarys_change(init: str) -> None:
+def test_the_radius_never_passes_a_share_of_the_primarys_change(init):
     """However little the loss moves in comparison to what is asked for."""
     run = Run("bilora", MethodOptions(rho="auto", loss_rise=10.0), spec=replace(SPEC, init=init))
     weights = [layer.weight.detach() for layer in cast(Any, two_layers())[::2]]
@@ -108,7 +98,7 @@ def test_the_radius_never_passes_a_share_of_the_primarys_change(init: str) -> No
     assert run.method.metrics()["rho"] == pytest.approx(radius.MOST * moved)
 
 
-def effective(layer: Any) -> Tensor:
+def effective(layer):
     """The weight that acts where the primary alone does."""
     inputs = torch.eye(layer.in_features, dtype=torch.float64)
     with torch.no_grad():
@@ -116,7 +106,7 @@ def effective(layer: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_ball_shrinks_where_the_loss_moves_too_much_either_way(sign: int) -> None:
+def test_the_ball_shrinks_where_the_loss_moves_too_much_either_way(sign):
     """A negative slope is that of a primary which leans on the auxiliary."""
     auto = radius.AutoRadius(0.1)
     norm = torch.tensor(2.0, dtype=torch.float64)
@@ -127,7 +117,7 @@ def test_the_ball_shrinks_where_the_loss_moves_too_much_either_way(sign: int) ->
     assert float(norm) == pytest.approx(0.2, rel=1e-2)
 
 
-def test_a_loop_of_ones_own_gives_the_loss() -> None:
+def test_a_loop_of_ones_own_gives_the_loss():
     model = two_layers()
     bilora = attach(model, BiLoRAConfig(rank=3, rho="auto", target_modules=("0", "2")))
     optimizer = torch.optim.AdamW(bilora.param_groups(lr=5e-3))
@@ -144,7 +134,7 @@ def test_a_loop_of_ones_own_gives_the_loss() -> None:
 
 
 @pytest.mark.parametrize("name", ["lora-sam", "flat-lora"])
-def test_a_method_whose_radius_can_not_set_itself_refuses(name: str) -> None:
+def test_a_method_whose_radius_can_not_set_itself_refuses(name):
     with pytest.raises(UserError, match=f"auto.*{name}"):
         create(name, MethodOptions(rho="auto"))
 
@@ -152,10 +142,10 @@ def test_a_method_whose_radius_can_not_set_itself_refuses(name: str) -> None:
 class Plain(torch.optim.Optimizer):
     """Gradient descent that knows no `maximize`, as Prodigy and 8-bit AdamW."""
 
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
+    def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure=None):  # type: ignore[override]
         if closure is not None:
             closure()
         with torch.no_grad():
@@ -165,12 +155,12 @@ class Plain(torch.optim.Optimizer):
                         parameter -= group["lr"] * parameter.grad
 
 
-def made(kind: Any = "SGD", bound: bool = True) -> Any:
+def made(kind: Any = "SGD", bound=True) -> Any:
     return Run("bilora", MethodOptions(rho=RHO), kind, 0.1, bound=bound)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrapped: bool) -> None:
+def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrapped):
     run = made("AdamW", bound=False)
     assert run.method.metrics() == {}
     optimizer = Accelerator(cpu=True).prepare(run.optimizer) if wrapped else run.optimizer
@@ -195,7 +185,7 @@ def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrap
         run.method.bind(run.optimizer)
 
 
-def test_bind_moves_to_a_new_optimizer_and_refuses_what_it_cannot_hook() -> None:
+def test_bind_moves_to_a_new_optimizer_and_refuses_what_it_cannot_hook():
     run = made()
     second = torch.optim.SGD(run.groups)
     run.method.bind(second)
@@ -222,14 +212,14 @@ UP = {"maximize": True}
         (lambda p, a: [{"params": p, **UP}, {"params": a, **UP}], "of the primary"),
     ],
 )
-def test_bind_refuses_groups_that_would_train_otherwise(build: Any, word: str) -> None:
+def test_bind_refuses_groups_that_would_train_otherwise(build, word):
     run = made(bound=False)
     optimizer = torch.optim.SGD(build(*(group["params"] for group in run.groups)), lr=0.1)
     with pytest.raises(UserError, match=word):
         run.method.bind(optimizer)
 
 
-def test_an_optimizer_without_maximize_ascends_all_the_same() -> None:
+def test_an_optimizer_without_maximize_ascends_all_the_same():
     reached = []
     for kind in (torch.optim.SGD, Plain):
         run = made(kind)
@@ -248,7 +238,7 @@ def test_an_optimizer_without_maximize_ascends_all_the_same() -> None:
     torch.testing.assert_close(reached[0], reached[1], rtol=1e-12, atol=0)
 
 
-def test_a_closure_is_refused_where_gradients_must_be_turned() -> None:
+def test_a_closure_is_refused_where_gradients_must_be_turned():
     run = made(Plain)
     with pytest.raises(UserError, match="closure"):
         run.optimizer.step(lambda: float(run.backward()))

@@ -1,14 +1,11 @@
 """The controls of `benchmarks/controls.py` do what their names say."""
 
-from __future__ import annotations
-
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
@@ -22,12 +19,12 @@ HALVES = (slice(0, 4), slice(4, 7))
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def registered(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     runpy.run_path(str(CONTROLS))
 
 
-def test_t_lora_masks_the_last_ranks_of_the_noisiest_rows() -> None:
+def test_t_lora_masks_the_last_ranks_of_the_noisiest_rows():
     model, method = tiny_unet(), create("t-lora")
     spec = AdapterSpec(rank=8, alpha=8, target_modules=UNET_TARGETS)
     method.setup([Target("unet", model, spec, 1e-3)])
@@ -37,16 +34,15 @@ def test_t_lora_masks_the_last_ranks_of_the_noisiest_rows() -> None:
         model(latents, torch.tensor([timestep]), context).sample.square().sum().backward()
         for name, layer in method.layers():
             gradient = adapters.weights(layer, PRIMARY)[1].grad
-            assert gradient is not None
             columns = gradient.flatten(1).abs().sum(0) > 0
             if "conv" in name or "to_out" in name:  # where every hidden channel matters
                 assert columns.tolist() == [True] * acting + [False] * (8 - acting), timestep
 
 
-def halves(run: Run) -> Any:
+def halves(run):
     """A pass over two micro-batches of 4 and 3 rows, as the loop makes them."""
 
-    def work(k: int) -> Tensor:
+    def work(k):
         x, y = batch(k)
         losses = []
         for rows in HALVES:
@@ -59,7 +55,7 @@ def halves(run: Run) -> Any:
     return work
 
 
-def test_sam_by_batch_perturbs_each_micro_batch_by_its_own_gradient() -> None:
+def test_sam_by_batch_perturbs_each_micro_batch_by_its_own_gradient():
     run = Run("sam-by-batch", MethodOptions(rho=0.2), "SGD", 0.1)
     net = naive(run)
     for k in range(10):
@@ -71,7 +67,7 @@ def test_sam_by_batch_perturbs_each_micro_batch_by_its_own_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", ["bilora-random", "bilora-frozen"])
-def test_auxiliaries_that_are_no_memory_of_their_sample(name: str) -> None:
+def test_auxiliaries_that_are_no_memory_of_their_sample(name):
     names = tuple(map(str, range(7)))
     options = MethodOptions(rho=0.5, auxiliaries="sample", sample_names=names)
     run: Any = Run(name, options)

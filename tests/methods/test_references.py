@@ -1,7 +1,5 @@
 """Every method against its naive reference, step by step in float64."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,12 +30,12 @@ FALLS: dict[str, Callable[[float], float]] = {
 }
 
 
-def bar(net: Net, x: Tensor, y: Tensor, kind: str, schedule: str) -> float:
+def bar(net, x, y, kind, schedule):
     strength = 2.0 * FALLS[schedule]((net.k + 1) / STEPS)
     return reference.bar(net, x, y, kind, strength)
 
 
-def flat_lora(net: Net, x: Tensor, y: Tensor) -> float:
+def flat_lora(net, x, y):
     """With the noise of seed 5."""
     normal = []
     for layer, path in zip(net.layers, ("0", "2"), strict=True):
@@ -93,11 +91,7 @@ CASES: list[Case] = [
         for ball in ("per-layer", "none")
     ),
     ("bilora", BALL | {"auxiliary_direction": "descent"}, partial(reference.bilora, rho=0.05)),
-    (
-        "bilora",
-        BALL | {"rho_norm": "unscaled"},
-        partial(reference.bilora, rho=0.05, scaled=False),
-    ),
+    ("bilora", BALL | {"rho_norm": "unscaled"}, partial(reference.bilora, rho=0.05, scaled=False)),
     *(
         (
             "bilora",
@@ -120,9 +114,7 @@ OPTIMIZERS = [("SGD", 0.1, 0.0), ("AdamW", 5e-3, 0.01)]
         if optimizer[0] == "AdamW" or not ("msam" in case[0] or case[1].get("ball") == "none")
     ],
 )
-def test_50_steps_follow_the_naive_reference(
-    case: Case, optimizer: tuple[str, float, float]
-) -> None:
+def test_50_steps_follow_the_naive_reference(case, optimizer):
     """Acceptance: float64; an auxiliary has another rank, scale and learning rate. MSAM needs a
     momentum, and without a ball gradient ascent diverges.
     """
@@ -140,5 +132,5 @@ def test_50_steps_follow_the_naive_reference(
         assert run.method.metrics() == pytest.approx({"perturbation_norm": math.hypot(*moves)})
 
 
-def test_every_method_has_a_reference() -> None:
+def test_every_method_has_a_reference():
     assert {name for name, *_ in CASES} == set(names())

@@ -1,7 +1,5 @@
 """Meaning of a command line of diffusers' train_dreambooth_lora_sdxl.py (0.42), there and here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

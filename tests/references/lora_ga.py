@@ -4,8 +4,6 @@ Slow and literal on purpose; written from Section 3 and Algorithm 1 of Wang et a
 (https://arxiv.org/abs/2407.05000), without the product's code.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

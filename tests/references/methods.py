@@ -5,12 +5,10 @@ network is layer2(tanh(layer1(x))) with the mean squared error. A method is a fu
 one step of a `Net` on rows x and y and returns the loss.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -101,11 +99,11 @@ class Net:
         loss, full = backward(at or [la.weight() for la in self.layers], self.layers, x, y)
         return loss, [to_factors(la, g["W0"]) for la, g in zip(self.layers, full, strict=True)]
 
-    def moved(self, factor: float, by: Gradients) -> Net:
+    def moved(self, factor: float, by: Gradients) -> Self:
         """The same with its factors moved."""
         own = [{name: getattr(la, name) for name in d} for la, d in self.beside(by)]
         pairs = self.beside(plus(own, factor, by))
-        return Net([replace(la, **factors) for la, factors in pairs], self.rules)
+        return replace(self, layers=[replace(la, **factors) for la, factors in pairs])
 
     def beside(self, values: Gradients) -> Iterable[tuple[Layer, dict[str, Tensor]]]:
         return zip(self.layers, values, strict=True)

@@ -1,7 +1,5 @@
 """A checkpoint in a folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

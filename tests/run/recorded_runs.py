@@ -1,7 +1,5 @@
 """Run folders as training leaves them, made in no time: record, metrics and snapshots."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,11 +1,8 @@
 """Model cards of images and text: front matter the hub reads, code that runs, no local paths."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +33,7 @@ MINI = ["--dataset", "mini"]
 VAE = ["--pretrained_vae_model_name_or_path", "madebyollin/sdxl-vae-fp16-fix"]
 
 
-def card(
-    folder: Path,
-    flags: Sequence[str],
-    repo: str | None = None,
-    results: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> ModelCard:
+def card(folder, flags, repo=None, results=None, **options):
     """The card of a run of 500 steps, with whatever images lie in its folder."""
     folder.mkdir(exist_ok=True)
     cfg = resolve([*flags, "--output_dir", str(folder), "--mixed_precision", "no"])
@@ -51,21 +42,21 @@ def card(
     return ModelCard.load(folder / "README.md")
 
 
-def sampled(folder: Path, count: int) -> None:
+def sampled(folder, count):
     images = folder / "validation" / "step-500"
     images.mkdir(parents=True)
     for number in range(count):
         (images / f"{number}.png").touch()
 
 
-def code(text: str) -> str:
+def code(text):
     """The Python block of a card; raises when it is not Python."""
     block = text.split("```python\n")[1].split("\n```")[0]
     ast.parse(block)
     return block
 
 
-def test_a_full_card(tmp_path: Path) -> None:
+def test_a_full_card(tmp_path):
     folder, prompts = tmp_path / "my run", ("a TOK icon of a frog: green", 'a "TOK" icon')
     sampled(folder, 2)
     found = card(
@@ -97,7 +88,7 @@ def test_a_full_card(tmp_path: Path) -> None:
     assert "image = pipeline('a TOK icon of a frog: green').images[0]" in snippet
 
 
-def run(snippet: str, replaced: Mapping[str, str] | None = None) -> None:
+def run(snippet, replaced=None):
     """Run a card's code on the miniature and the CPU, with two steps instead of fifty."""
     for old, new in {'"cuda"': '"cpu"', ").images": ", num_inference_steps=2).images"}.items():
         snippet = snippet.replace(old, new)
@@ -114,21 +105,19 @@ def run(snippet: str, replaced: Mapping[str, str] | None = None) -> None:
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Any:
+def pipeline():
     return DiffusionPipeline.from_pretrained(pipeline_dir(), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory, pipeline: Any) -> Path:
+def weights(tmp_path_factory, pipeline):
     """A folder with a LoRA for the miniature in both formats."""
     folder = tmp_path_factory.mktemp("icons")
     write_lora(folder, pipeline, components=("unet", "text_encoder"), kohya=True)
     return folder
 
 
-def test_the_code_for_sdxl_runs_in_its_precision(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_code_for_sdxl_runs_in_its_precision(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(weights)  # "this folder"
     snippet = code(card(tmp_path, [*ICONS, *VAE]).text)
     assert snippet.count("dtype=torch.float16") == 2
@@ -137,8 +126,8 @@ def test_the_code_for_sdxl_runs_in_its_precision(
 
 
 def test_the_code_for_the_miniature_and_for_whole_models_runs(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: Any
-) -> None:
+    weights, tmp_path, monkeypatch, pipeline
+):
     monkeypatch.chdir(weights)
     run(code(card(tmp_path, MINI).text))
     models = {name: getattr(pipeline, name) for name in ("unet", "text_encoder")}
@@ -147,7 +136,7 @@ def test_the_code_for_the_miniature_and_for_whole_models_runs(
     run(code(card(tmp_path, [*MINI, "--method", "full"], results={"export": models}).text))
 
 
-def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path: Path) -> None:
+def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path):
     save_file({"transformer.a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / FILE_NAME)
     flow = ["--pretrained_model_name_or_path", "black-forest-labs/FLUX.1-dev", *ICONS[2:], *VAE]
     plain, dora = card(tmp_path, flow).text, card(tmp_path, [*flow, "--use_dora"]).text
@@ -159,7 +148,7 @@ def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path: P
     assert "magnitudes" in dora
 
 
-def test_only_what_is_given_is_said(tmp_path: Path) -> None:
+def test_only_what_is_given_is_said(tmp_path):
     sampled(tmp_path, 1)  # of another setting, before a resume
     found = card(tmp_path, [*MINI, "--method", "lora"], repo="me/icons", instance_prompt=None)
     data = found.data.to_dict()
@@ -170,7 +159,7 @@ def test_only_what_is_given_is_said(tmp_path: Path) -> None:
     assert f"load_lora_weights('me/icons', weight_name='{FILE_NAME}')\n" in code(found.text)
 
 
-def test_local_paths_stay_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths_stay_private(tmp_path, monkeypatch):
     (tmp_path / "secret" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     places = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name")
@@ -183,7 +172,7 @@ def test_local_paths_stay_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @settings(max_examples=10, deadline=None)
 @given(prompt=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
-def test_any_prompt_survives(tmp_path_factory: pytest.TempPathFactory, prompt: str) -> None:
+def test_any_prompt_survives(tmp_path_factory, prompt):
     folder = tmp_path_factory.mktemp("card")
     sampled(folder, 1)
     options = {"validation_prompts": (prompt,), "instance_prompt": prompt}
@@ -194,9 +183,7 @@ def test_any_prompt_survives(tmp_path_factory: pytest.TempPathFactory, prompt: s
         assert f"pipeline({prompt!r})" in code(found.text)
 
 
-def text_card(
-    folder: Path, kind: str, model: str, *more: str, repo: str | None = None
-) -> ModelCard:
+def text_card(folder, kind, model, *more, repo=None):
     argv = ["--model_name_or_path", model, "--task_type", kind, "--task", "sst2", *more]
     labels = ["negative", "positive"] if kind == "classification" else []
     results = {"steps": 30, "export": {"labels": labels, "layers": 3}}
@@ -212,7 +199,7 @@ def text_card(
         ("classification", "FacebookAI/roberta-base", "text-classification"),
     ],
 )
-def test_a_text_card(tmp_path: Path, kind: str, model: str, tag: str) -> None:
+def test_a_text_card(tmp_path, kind, model, tag):
     adapter = text_card(tmp_path, kind, model, repo="me/my-model")
     assert adapter.data.to_dict() == {
         "library_name": "peft",
@@ -233,7 +220,7 @@ def test_a_text_card(tmp_path: Path, kind: str, model: str, tag: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "method"), [("causal", "bilora"), ("classification", "full")])
-def test_the_code_runs_on_what_a_text_run_left(tmp_path: Path, kind: str, method: str) -> None:
+def test_the_code_runs_on_what_a_text_run_left(tmp_path, kind, method):
     base = SAVERS[kind](tmp_path / "my-base")
     run = train_text(
         tmp_path / "run",

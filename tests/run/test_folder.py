@@ -1,35 +1,27 @@
 """Which output folders are refused, what a fresh start deletes; refusing changes nothing."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.run.folder import (
-    clear,
-    guard,
-    refuse_unusable,
-)
+from bilora_diffusion.run.folder import clear, guard, refuse_unusable
 from bilora_diffusion.run.runlog import RunLog
 from tests.run.checkpoints import save
 
 
-def start(folder: Path) -> RunLog:
+def start(folder):
     log = RunLog(folder)
     log.start({}, method="lora", seed=0, resume_step=None)
     return log
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def files(folder):
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(
-    *parts: object, folder: Path, resume: str | Path | None = None, overwrite: bool = False
-) -> None:
+def refused(*parts, folder, resume=None, overwrite=False):
     """The folder is refused by a sentence that has these parts."""
     with pytest.raises(UserError) as error:
         guard(folder, resume, overwrite)
@@ -39,11 +31,9 @@ def refused(
 
 @pytest.mark.parametrize(
     "name",
-    [
-        *("run.json", "README.md", "validation/mine.png", "run.safetensors", "checkpoints/step-1"),
-    ],
+    [*("run.json", "README.md", "validation/mine.png", "run.safetensors", "checkpoints/step-1")],
 )
-def test_what_no_run_has_written_is_refused(tmp_path: Path, name: str) -> None:
+def test_what_no_run_has_written_is_refused(tmp_path, name):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.write_text("{}")
@@ -54,7 +44,7 @@ def test_what_no_run_has_written_is_refused(tmp_path: Path, name: str) -> None:
     assert files(tmp_path) == before
 
 
-def test_a_card_is_replaced_only_by_the_run_that_wrote_it(tmp_path: Path) -> None:
+def test_a_card_is_replaced_only_by_the_run_that_wrote_it(tmp_path):
     log = start(tmp_path)
     save(tmp_path, 5)
     card = tmp_path / "README.md"
@@ -68,7 +58,7 @@ def test_a_card_is_replaced_only_by_the_run_that_wrote_it(tmp_path: Path) -> Non
     guard(tmp_path, None, True)
 
 
-def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path: Path) -> None:
+def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "photo.png").write_bytes(b"mine")
     clear(tmp_path)
@@ -82,14 +72,12 @@ def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["/", "/usr/share/run", "/tmp", str(Path.home())])
-def test_folders_of_the_system_are_refused(folder: str) -> None:
+def test_folders_of_the_system_are_refused(folder):
     with pytest.raises(UserError, match=f"{folder} .*give a new folder"):
         refuse_unusable(Path(folder))
 
 
-def test_files_and_folders_without_rights_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_and_folders_without_rights_are_refused(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("x")
     for folder in (file, file / "run"):
@@ -100,7 +88,7 @@ def test_files_and_folders_without_rights_are_refused(
         refuse_unusable(tmp_path / "run")
 
 
-def test_what_is_resumed_lies_in_the_folder(tmp_path: Path) -> None:
+def test_what_is_resumed_lies_in_the_folder(tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     log = start(run)
     refused(run, "another --output_dir", "--resume_from_checkpoint latest", folder=run)

@@ -1,6 +1,4 @@
-"""The lock of a run folder: who gets it, when it is free again, and what it leaves."""
-
-from __future__ import annotations
+"""The lock of a run folder, and what a signal does to a run."""
 
 import contextlib
 import errno
@@ -8,16 +6,14 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.export import main as export
 from bilora_diffusion.image.script import main as train
-from bilora_diffusion.run import lock
+from bilora_diffusion.run import interruption, lock
+from bilora_diffusion.run.interruption import Interruption, resuming
 from bilora_diffusion.run.lock import hold
 from bilora_diffusion.run.runlog import RunLog
 from bilora_diffusion.train import running
@@ -25,13 +21,13 @@ from tests.run.checkpoints import save
 from tests.scripts.runs import flags
 
 
-def refused(folder: Path) -> None:
+def refused(folder):
     with pytest.raises(UserError, match=str(folder)), hold(folder):
         pass
 
 
 @contextlib.contextmanager
-def forked(act: Callable[[], object]) -> Iterator[None]:
+def forked(act):
     """A child process that has done this and sleeps; it is killed at the end of the context."""
     ready, done = os.pipe()
     child = os.fork()
@@ -52,7 +48,7 @@ def forked(act: Callable[[], object]) -> Iterator[None]:
         os.waitpid(child, 0)
 
 
-def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path):
     folder = tmp_path / "a" / "b"
     with hold(folder):
         assert [path.name for path in folder.iterdir()] == [lock.FILE]
@@ -68,10 +64,10 @@ def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
-def test_a_killed_process_holds_nothing_and_what_it_forked_neither(tmp_path: Path) -> None:
+def test_a_killed_process_holds_nothing_and_what_it_forked_neither(tmp_path):
     held, worker = hold(tmp_path), tmp_path / "worker"
 
-    def act() -> None:
+    def act():
         held.__enter__()
         if (number := os.fork()) == 0:  # as a data loader's worker
             signal.pause()
@@ -88,9 +84,7 @@ def test_a_killed_process_holds_nothing_and_what_it_forked_neither(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK"])
-def test_of_several_processes_only_the_main_one_takes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_of_several_processes_only_the_main_one_takes_it(tmp_path, monkeypatch, name):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with hold(tmp_path):
         with monkeypatch.context() as patch:
@@ -100,10 +94,8 @@ def test_of_several_processes_only_the_main_one_takes_it(
         assert (tmp_path / lock.FILE).exists()
 
 
-def test_without_locks_a_fresh_record_of_a_run_that_goes_on_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flock(*_: object) -> NoReturn:
+def test_without_locks_a_fresh_record_of_a_run_that_goes_on_refuses(tmp_path, monkeypatch):
+    def flock(*_):
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", flock)
@@ -131,12 +123,10 @@ class Reached(Exception):
 
 
 @pytest.mark.parametrize(("first", "second"), [("start", "fit"), ("fit", "resume")])
-def test_a_second_run_is_refused_before_it_reads_or_deletes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str
-) -> None:
+def test_a_second_run_is_refused_before_it_reads_or_deletes(tmp_path, monkeypatch, first, second):
     folder = tmp_path / "run"
 
-    def goes_on(_: object) -> NoReturn:
+    def goes_on(_):
         with monkeypatch.context() as patch:
             patch.setattr(running, "build_accelerator", lambda _: pytest.fail("was let in"))
             with pytest.raises(UserError, match=f"writing into {folder}"):
@@ -151,3 +141,53 @@ def test_a_second_run_is_refused_before_it_reads_or_deletes(
     with pytest.raises(Reached):
         train(flags(folder, **ORDERS[first]))
     assert folder.exists() == (first != "start")
+
+
+@pytest.mark.parametrize("number", interruption.SIGNALS)
+def test_the_first_signal_waits_for_the_loop_once_something_can_be_saved(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), Interruption() as run:
+        os.kill(os.getpid(), number)
+    assert run.number == number
+    with Interruption(patient=True) as run:
+        assert run.number is None
+        os.kill(os.getpid(), number)
+        assert run.number == number
+    assert signal.getsignal(number) is before
+
+
+def test_only_a_second_press_of_ctrl_c_stops_at_once(monkeypatch):
+    """A launcher passes Ctrl-C on, as a SIGTERM or a second SIGINT right after the first."""
+    with Interruption(patient=True) as run:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert run.number == signal.SIGTERM
+        monkeypatch.setattr(interruption, "ONE_PRESS_SECONDS", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    """A shell makes its background jobs ignore SIGINT; SIGTERM ends them all the same."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interruption(patient=True) as run:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.number is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert run.number == signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("given", "overwrites", "expected"),
+    [
+        (["--rank", "2"], False, ["--rank", "2"]),
+        (["--overwrite_output_dir", "--rank", "2"], True, ["--rank", "2"]),
+        (["--resume_from_checkpoint", "auto", "-x"], False, ["-x"]),
+        (["--config", "r.yaml"], True, ["--config", "r.yaml", "--overwrite_output_dir", "false"]),
+        (["--hub_token", "secret"], False, ["--hub_token", "$HF_TOKEN"]),
+    ],
+)
+def test_the_command_that_goes_on(given, overwrites, expected):
+    line = ["accelerate", "launch", "train.py"]
+    found = resuming([*line, *given], len(given), "latest", overwrites)
+    assert found == [*line, *expected, "--resume_from_checkpoint", "latest"]

@@ -1,12 +1,9 @@
-"""run.json and metrics.jsonl: strict JSON, whole after a kill, continued on resume; and what they
-say of versions, commit and machine.
-"""
-
-from __future__ import annotations
+"""Records of a run, whole after a kill; what its end says, and what is published of it."""
 
 import json
 import math
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,14 @@ import pytest
 import torch
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.run import provenance, runlog
+from bilora_diffusion.run import console, provenance, publish, runlog
 from bilora_diffusion.run.record import read_fit
 from bilora_diffusion.run.runlog import RunLog, read_metrics, read_run
 
 CONFIG = {"rank": 4, "betas": (0.9, 0.999), "hub_token": "hf_secret", "output_dir": Path("out")}
 
 
-def start(folder: Path, resume_step: int | None = None, **values: Any) -> RunLog:
+def start(folder, resume_step=None, **values):
     log = RunLog(folder)
     log.start(
         **{"config": CONFIG, "method": "bilora", "seed": 3, **values}, resume_step=resume_step
@@ -31,12 +28,12 @@ def start(folder: Path, resume_step: int | None = None, **values: Any) -> RunLog
     return log
 
 
-def strict(text: str) -> Any:
+def strict(text):
     """Parse JSON that has neither NaN nor Infinity."""
     return json.loads(text, parse_constant=pytest.fail)
 
 
-def test_a_whole_run(tmp_path: Path) -> None:
+def test_a_whole_run(tmp_path):
     folder = tmp_path / "new" / "run"
     log = start(folder)
     assert read_run(folder)["status"] == "running"
@@ -66,7 +63,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == ["metrics.jsonl", "run.json"]
 
 
-def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path: Path) -> None:
+def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path):
     log = start(tmp_path)
     for step in range(1, 8):
         log.metric(step, loss=step / 3)
@@ -91,7 +88,7 @@ def test_a_resume_drops_later_lines_a_torn_one_and_the_error(tmp_path: Path) -> 
     assert read_metrics(tmp_path) == kept + later
 
 
-def test_wall_time_and_peak_memory_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wall_time_and_peak_memory_add_up(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(provenance, "peak_memory", lambda device: int(clock[0]))
@@ -152,7 +149,7 @@ ODD = [
 
 
 @pytest.mark.parametrize(("name", "content", "said"), ODD)
-def test_what_does_not_fit_is_named(tmp_path: Path, name: str, content: Any, said: str) -> None:
+def test_what_does_not_fit_is_named(tmp_path, name, content, said):
     (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     readers = {"run.json": read_run, "metrics.jsonl": read_metrics}
     read = readers.get(name, lambda folder: read_fit(folder / name))
@@ -160,7 +157,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, name: str, content: Any, sai
         read(tmp_path)
 
 
-def test_what_is_not_there_and_what_another_version_added(tmp_path: Path) -> None:
+def test_what_is_not_there_and_what_another_version_added(tmp_path):
     assert read_metrics(tmp_path) == []
     assert read_fit(tmp_path / "fit.json") is None
     with pytest.raises(UserError, match=r"no run\.json"):
@@ -175,14 +172,14 @@ def test_what_is_not_there_and_what_another_version_added(tmp_path: Path) -> Non
     assert read_fit(tmp_path / "fit.json") == FIT
 
 
-def git(folder: Path, *arguments: str) -> str:
+def git(folder, *arguments):
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
     command = ["git", *identity, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
-def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit(tmp_path, monkeypatch):
     package = tmp_path / "checkout" / "package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -195,3 +192,78 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (package / "__init__.py").write_text("x = 1")
     monkeypatch.setenv("GIT_DIR", str(tmp_path))  # as in a hook of another repository
     assert provenance.commit(package) == (head, True)
+
+
+NAN = float("nan")
+LOSSES = [
+    ({0: 0.5, 5: 0.4, 10: 0.5}, [5], {}, "step 5 was 20.0 % better than step 10: export it with"),
+    ({0: 0.5, 5: 0.4, 10: 0.5}, [10], {}, "--keep_best"),
+    ({0: 0.5, 5: 0.4, 10: 0.5}, [], {"best_step": 5}, "what is saved is of it"),
+    ({0: 0.5, 5: 0.6}, [], {}, "nothing was gained"),
+    ({0: 0.5, 5: 0.4, 10: NAN}, [], {}, "step 5, .*more steps may be better"),
+    ({}, [], {}, "--fit chooses .*--validation_dataset"),
+]
+
+
+@pytest.mark.parametrize(("losses", "kept", "results", "words"), LOSSES)
+def test_the_end_names_the_files_the_best_step_and_how_to_have_it(
+    tmp_path, losses, kept, results, words
+):
+    run = tmp_path / "my run"
+    log = RunLog(run)
+    log.start({}, method="lora", seed=0, resume_step=None)
+    for step, loss in losses.items():
+        log.metric(step, heldout_loss=loss)
+    log.close("finished", **results)
+    for step in kept:
+        (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    (run / "weights.safetensors").touch()
+    files = {"for diffusers": "weights.safetensors", "model card": "README.md"}
+    block = console.closing(run, files, "eval.clip_scores")
+    assert re.search(words, block.splitlines()[-1])
+    assert str(run / "weights.safetensors") in block
+    assert "model card" not in block  # it is not there
+    assert f"python -m eval.clip_scores '{run}' base" in block
+    assert ("0.5000 at step 10, lowest 0.4000 at step 5" in block) == (losses.get(10) == 0.5)
+
+
+def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
+    home = str(Path("/", "home", "Jane Doe", "clients", "acme"))
+    log = RunLog(tmp_path)
+    config = {
+        "pretrained_model_name_or_path": "owner/base",
+        "instance_data_dir": f"{home}/images",
+        "output_dir": str(tmp_path),
+        "validation_prompts": ["a cat and/or a dog"],
+        "learning_rate": 1e-4,
+    }
+    log.start(config, method="lora", seed=0, resume_step=None)
+    log.metric(1, loss=0.5)
+    log.close("finished")
+    own = {"_name_or_path": f"{home}/base", "sample_size": 64}
+    for name in ("unet/config.json", "adapter_config.json", "checkpoints/step-1/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(own))
+    (tmp_path / "fit.json").write_text(json.dumps({"settings": config, "steps": [0]}))
+    sent: dict[str, bytes] = {}
+    folders: list[dict[str, Any]] = []
+
+    def commit(repo_id, operations, **_):
+        sent.update((one.path_in_repo, one.path_or_fileobj) for one in operations)
+
+    monkeypatch.setattr(publish, "upload_folder", lambda **given: folders.append(given))
+    monkeypatch.setattr(publish, "create_commit", commit)
+    publish.push(tmp_path, "me/run", None)
+    assert set(sent) == {"run.json", "fit.json", "unet/config.json", "adapter_config.json"}
+    left = publish.filter_repo_objects(
+        [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()],
+        ignore_patterns=folders[0]["ignore_patterns"],
+    )
+    assert list(left) == ["metrics.jsonl"]
+    for content in sent.values():
+        assert b"Jane" not in content
+        assert str(tmp_path).encode() not in content
+    assert json.loads(sent["adapter_config.json"]) == own | {"_name_or_path": "base"}
+    told = json.loads(sent["run.json"])["config"]
+    assert told == config | {"instance_data_dir": "images", "output_dir": tmp_path.name}
+    assert read_run(tmp_path)["config"] == config, "the folder itself keeps them"

@@ -1,7 +1,5 @@
 """What the tests of scores share: two short runs, and models that score in no time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -6,8 +6,6 @@ accelerate 1.15 makes the plugin from ACCELERATE_USE_FSDP, but keeps DDP on CPUs
 told FSDP as it is for every other device; all the rest is accelerate's and torch's own.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

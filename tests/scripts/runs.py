@@ -1,13 +1,11 @@
 """Short runs on the miniature, and comparisons of what they exported."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +135,14 @@ def difference(a: Path, b: Path) -> float:
     left, right = weights(a), weights(b)
     assert left.keys() == right.keys()
     return max((left[key] - right[key]).abs().max().item() for key in left)
+
+
+def reading(rows: Sequence[tuple[int, float | None]], patience: int) -> tuple[Any, Any]:
+    """The step of the lowest held-out loss, and that at which the patience ended, or None."""
+    lowest, best, since = float("inf"), None, 0
+    for step, loss in rows:
+        value = float("inf") if loss is None else loss
+        lowest, best, since = (value, step, 0) if value < lowest else (lowest, best, since + 1)
+        if since == patience:
+            return best, step
+    return best, None

@@ -4,13 +4,10 @@ What a command line itself can have wrong stands in tests/config/test_refusals.p
 images or a file of rows can, beside the tests of their readers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,7 +52,7 @@ DIVERGING = {"learning_rate": 1e4, "lora_alpha": 1e6, "max_train_steps": 6}
 
 
 @pytest.fixture(scope="module")
-def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wrong(tmp_path_factory):
     """Folders and files that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("bad")
     for name in ("damaged", "unknown"):
@@ -78,7 +75,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def snapshot(folder: Path) -> dict[str, str]:
+def snapshot(folder):
     """A digest of every file below a folder."""
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -87,7 +84,7 @@ def snapshot(folder: Path) -> dict[str, str]:
     }
 
 
-def refused(argv: list[str], capsys: Any) -> str:
+def refused(argv, capsys):
     """The one sentence that a script refuses a command line with."""
     of_text = "--model_name_or_path" in argv
     code = (train_text_bilora if of_text else train_dreambooth_bilora).main(argv)
@@ -99,14 +96,7 @@ def refused(argv: list[str], capsys: Any) -> str:
 
 
 @pytest.mark.parametrize(("kind", "values", "named"), CASES)
-def test_bad_input_is_one_sentence_and_exit_code_2(
-    kind: str,
-    values: dict[str, Any],
-    named: tuple[str, ...],
-    wrong: Path,
-    tmp_path: Path,
-    capsys: Any,
-) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2(kind, values, named, wrong, tmp_path, capsys):
     values = {k: v.format(tmp=wrong) if isinstance(v, str) else v for k, v in values.items()}
     before = snapshot(wrong)
     if kind == IMAGE:
@@ -123,7 +113,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_finished_run_is_kept_and_only_the_same_run_goes_on(tmp_path: Path, capsys: Any) -> None:
+def test_a_finished_run_is_kept_and_only_the_same_run_goes_on(tmp_path, capsys):
     run, latest = copied(train_once(checkpointing_steps=1), tmp_path / "run"), "latest"
     whole = snapshot(run)
     for values in (
@@ -148,7 +138,7 @@ def test_a_finished_run_is_kept_and_only_the_same_run_goes_on(tmp_path: Path, ca
     assert snapshot(run) == whole
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path: Path, capsys: Any) -> None:
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path, capsys):
     shared = {**DIVERGING, "checkpointing_steps": 1, "lr_scheduler": "constant"}
     given = {**material(LLAMA), "train_batch_size": 1}
     image, text = tmp_path / "image", tmp_path / "text"
@@ -163,9 +153,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path: Path, c
         assert checkpoint.steps(folder)[-1] == step - 1
 
 
-def test_several_processes_of_an_unknown_number_are_refused(
-    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_of_an_unknown_number_are_refused(tmp_path, capsys, monkeypatch):
     for name, value in {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     said = refused(flags(tmp_path / "run"), capsys)

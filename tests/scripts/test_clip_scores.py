@@ -1,7 +1,5 @@
 """``python -m eval.clip_scores`` on runs of the miniature: whole, killed, repeated, refused."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -11,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +21,6 @@ from bilora_diffusion.durable import TEMPORARY
 from bilora_diffusion.run.runlog import read_metrics
 from eval import clip_scores, table
 from eval.sources import find
-from eval.table import Result
 from tests.scripts.conftest import ROOT
 from tests.scripts.runs import train_once
 
@@ -36,7 +32,7 @@ LORA = "pytorch_lora_weights.safetensors"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
-def words(output: Path, *more: str, steps: int = 2, seeds: str = "0") -> list[str]:
+def words(output, *more, steps=2, seeds="0"):
     prompts = output.parent / "prompts.txt"
     prompts.write_text(PROMPTS)
     return [
@@ -46,13 +42,13 @@ def words(output: Path, *more: str, steps: int = 2, seeds: str = "0") -> list[st
     ]
 
 
-def run(*argv: str) -> Result:
+def run(*argv):
     """Score in this process and read the result."""
     assert clip_scores.main(argv) == 0
     return table.read(Path(argv[argv.index("--output_dir") + 1]))
 
 
-def pictures(folder: Path) -> dict[str, int]:
+def pictures(folder):
     """Every whole image, and when it was written."""
     files = [
         file for file in (folder / "images").glob("**/*.png") if not file.name.startswith(TEMPORARY)
@@ -60,7 +56,7 @@ def pictures(folder: Path) -> dict[str, int]:
     return {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in files}
 
 
-def require_close(one: Result, other: Result, without: str = "") -> None:
+def require_close(one, other, without=""):
     """Every value is the other's too, but for a subject that only the other has."""
     left, right = (
         {(r.subject, r.metric, r.item, r.seed): r.value for r in found.rows if r.subject != without}
@@ -70,8 +66,8 @@ def require_close(one: Result, other: Result, without: str = "") -> None:
 
 
 def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
-    scored_runs: Path, tiny_models: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
+    scored_runs, tiny_models, tmp_path, monkeypatch, capsys
+):
     output = tmp_path / "scores"
     monkeypatch.chdir(scored_runs)
     argv = words(output, *tiny_models)
@@ -118,9 +114,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
 
 
 @pytest.mark.slow
-def test_every_checkpoint_is_scored_and_its_images_are_made_once(
-    tiny_models: list[str], tmp_path: Path, capsys: Any
-) -> None:
+def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tmp_path, capsys):
     steps = {"max_train_steps": 2, "checkpointing_steps": 1, "validation_loss_steps": 1}
     trained = train_once("dog", learning_rate=3e-2, validation_dataset="mini", **steps)
     output = tmp_path / "scores"
@@ -151,7 +145,7 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(
 
 
 @pytest.mark.slow
-def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs: Path, tmp_path: Path) -> None:
+def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs, tmp_path):
     lora, broken = scored_runs / "demo" / "lora", tmp_path / "broken.safetensors"
     with safe_open(lora / LORA, framework="pt") as content:
         metadata = content.metadata()
@@ -173,14 +167,13 @@ def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs: Path, tmp_pa
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert grid.size == (int(120 * (1.5 * 3 + 1.2)), int(120 * (1.5 * 6 + 0.4)))
     line = made.summary("broken", "i2t")
-    assert line is not None
     assert line.higher < line.lower
     text = (tmp_path / "out" / table.REPORT).read_text()
     for shown in ("broken is worse than LoRA", "never set beside the paper's"):
         assert shown in text
 
 
-def start(argv: list[str], *launcher: str) -> subprocess.Popen[str]:
+def start(argv, *launcher):
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "eval.clip_scores", *argv],
         cwd=ROOT,
@@ -190,7 +183,7 @@ def start(argv: list[str], *launcher: str) -> subprocess.Popen[str]:
     )
 
 
-def record(folder: Path) -> tuple[Any, ...]:
+def record(folder):
     """A result without its provenance, which names the folder and the commit."""
     head = json.loads((folder / table.FILE).read_text())
     del head["provenance"]
@@ -200,8 +193,8 @@ def record(folder: Path) -> tuple[Any, ...]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
-    scored_runs: Path, tiny_models: list[str], tmp_path: Path, capsys: Any
-) -> None:
+    scored_runs, tiny_models, tmp_path, capsys
+):
     adapters = [str(scored_runs / "demo" / name) for name in ("lora", "bilora")]
     output, more = tmp_path / "killed", (*adapters, *tiny_models, "--batch_size", "2")
     argv = words(output, *more, steps=3)
@@ -253,8 +246,8 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_made(
-    line: str, named: str, scored_runs: Path, tiny_models: Any, tmp_path: Path, capsys: Any
-) -> None:
+    line, named, scored_runs, tiny_models, tmp_path, capsys
+):
     lora = scored_runs / "demo" / "lora"
     (tmp_path / "file").touch()
     (tmp_path / "unfinished").mkdir()

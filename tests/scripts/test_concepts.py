@@ -1,11 +1,8 @@
 """Runs of several concepts from the command line: resumed, paired, searched, with class images."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
-from typing import Any
+from collections import Counter
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -15,6 +12,9 @@ import train_dreambooth_bilora
 from bilora_diffusion import mini
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import BY_CONCEPT, read_fit
+from eval.clip_scores.measure import training_sets
+from eval.landscape.models import points
+from eval.subjects import gather
 from tests.scripts.runs import column, flags, resumes_exactly, train
 
 COUNTS = {"dog": (2, 3), "cat": (3, 1), "owl": (1, 5)}
@@ -22,7 +22,7 @@ COUNTS = {"dog": (2, 3), "cat": (3, 1), "owl": (1, 5)}
 
 
 @pytest.fixture(scope="module")
-def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def concepts(tmp_path_factory):
     """Three concepts of the miniature's icons, of which two have held-out ones."""
     root = tmp_path_factory.mktemp("concepts")
     icons, held = (
@@ -41,7 +41,7 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "concepts.yaml"
 
 
-def values(concepts: Path, **more: Any) -> dict[str, Any]:
+def values(concepts, **more):
     """Flags of a short run, with an auxiliary for each image."""
     shared = {"dataset": concepts, "pretrained_model_name_or_path": "mini", "max_train_steps": 4}
     shared |= {"auxiliaries": "sample", "train_batch_size": 2, "validation_dataset": None}
@@ -49,9 +49,10 @@ def values(concepts: Path, **more: Any) -> dict[str, Any]:
     return {**shared, "validation_loss_steps": 2, **more}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(
-    concepts: Path, tmp_path: Path, caplog: Any, capsys: Any
-) -> None:
+    concepts, tmp_path, caplog, capsys
+):
     caplog.set_level("INFO", logger="bilora_diffusion")
     drawn = {"num_validation_images": 1, "validation_num_inference_steps": 2}
     whole = train(tmp_path / "whole", **values(concepts, **drawn))
@@ -73,6 +74,11 @@ def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(
 
     lora = train(tmp_path / "lora", **values(concepts, method="lora"))
     assert column(lora, "digest") == column(whole, "digest")
+    for subject in (subjects := gather([str(whole), str(lora)], weights=True)):
+        seen = training_sets(subjects, None)[subject.label]
+        counts = Counter(seen.name(i).split("/")[0] for i in range(len(seen)))
+        assert counts == {name: count for name, (count, _) in COUNTS.items()}
+        assert len(points(subjects, "heldout")[subject.label].images) == 5
     resumes_exactly(whole, 2, **values(concepts, **drawn))
     changed = json.loads(concepts.read_text())
     changed[1]["repeats"] = "2"
@@ -84,7 +90,7 @@ def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(
     assert "concepts was" in capsys.readouterr().err
 
 
-def test_a_dry_run_knows_concepts(concepts: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_dry_run_knows_concepts(concepts, tmp_path, capsys):
     AcceleratorState._reset_state()
     argv = flags(tmp_path / "none", **values(concepts), dry_run=True)
     assert train_dreambooth_bilora.main(argv) == 0
@@ -94,9 +100,7 @@ def test_a_dry_run_knows_concepts(concepts: Path, tmp_path: Path, capsys: Any) -
 
 
 @pytest.mark.slow
-def test_a_search_deals_the_images_of_all_concepts_into_folds(
-    concepts: Path, tmp_path: Path
-) -> None:
+def test_a_search_deals_the_images_of_all_concepts_into_folds(concepts, tmp_path):
     rows = [{**row, "validation_dataset": None} for row in json.loads(concepts.read_text())]
     unseen = tmp_path / "unseen.yaml"
     unseen.write_text(json.dumps(rows))
@@ -110,7 +114,7 @@ def test_a_search_deals_the_images_of_all_concepts_into_folds(
 
 
 @pytest.mark.slow
-def test_class_images_are_made_for_each_concept(concepts: Path, tmp_path: Path) -> None:
+def test_class_images_are_made_for_each_concept(concepts, tmp_path):
     rows = json.loads(concepts.read_text())
     for row, name in zip(rows, COUNTS, strict=True):
         row |= {"class_data_dir": str(tmp_path / name), "class_prompt": f"a flat icon of a {name}"}

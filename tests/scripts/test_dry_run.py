@@ -1,11 +1,8 @@
 """``--dry_run`` as a user runs it: every kind of model, without weights, and nothing is written."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,12 +26,12 @@ from tests.text.text_builders import KINDS, material, text_flags
 SD3 = "StableDiffusion3Pipeline"
 
 
-def without_weights(model: Any, folder: Path) -> Path:
+def without_weights(model, folder):
     """A copy of a model's folder without its weights."""
     return shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
 
 
-def image_run(capsys: Any, folder: Path, code: int = 0, **values: Any) -> str:
+def image_run(capsys, folder, code=0, **values):
     """Output of a dry run of images, which writes nothing."""
     AcceleratorState._reset_state()
     argv = [*flags(folder, **values), "--dry_run"]
@@ -43,20 +40,20 @@ def image_run(capsys: Any, folder: Path, code: int = 0, **values: Any) -> str:
     return "".join(capsys.readouterr())
 
 
-def parts_of(said: str) -> dict[str, str]:
+def parts_of(said):
     """The printed parts of the memory, by name."""
     lines = (line.split(maxsplit=2) for line in said.splitlines() if line.startswith("  "))
     return {name: f"{size} {unit}" for size, unit, name in lines}
 
 
-def needed(said: str) -> float:
+def needed(said):
     """Bytes that a dry run says."""
     found = re.search(r"the run needs about ([\d.]+) (MB|GB),", said)
     assert found is not None, said
     return float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
 
 
-def sdxl(folder: Path) -> Path:
+def sdxl(folder):
     """SDXL at its full size, of which there are configurations and small tokenizers only."""
     base = without_weights(pipeline_dir(), folder)
     published = MODELS["Stable Diffusion XL"]
@@ -76,7 +73,7 @@ def sdxl(folder: Path) -> Path:
     return base
 
 
-def near(name: str, *words: object) -> str:
+def near(name, *words):
     """Output of a dry run in a process of its own, whose memory is near what the run took."""
     done = process(*words, "--dry_run")
     assert done.returncode == 0, done.stderr
@@ -86,7 +83,7 @@ def near(name: str, *words: object) -> str:
 
 
 @pytest.mark.slow
-def test_the_miniature_is_near_what_a_run_takes(tmp_path: Path) -> None:
+def test_the_miniature_is_near_what_a_run_takes(tmp_path):
     words = ("--config", "recipes/mini.yaml", "--max_train_steps", "3")
     said = near("mini.json", SCRIPT, *words, "--output_dir", tmp_path / "run")
     assert "Bi-LoRA on unet (UNet2DConditionModel): 56 layers, 89,600 parameters" in said
@@ -96,18 +93,16 @@ def test_the_miniature_is_near_what_a_run_takes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sdxl_is_near_what_a_run_takes(tmp_path: Path) -> None:
+def test_sdxl_is_near_what_a_run_takes(tmp_path):
     base, row = sdxl(tmp_path / "sdxl"), json.loads((FOLDER / "sdxl_256.json").read_text())
     words = row["command"].replace("random_sdxl", str(base)).replace("sdxl_out", f"{tmp_path}/run")
     near("sdxl_256.json", *words.split())
 
 
-def test_of_a_model_on_the_hub_no_weights_are_downloaded(
-    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_model_on_the_hub_no_weights_are_downloaded(capsys, tmp_path, monkeypatch):
     whole, here = shared(SD3), tmp_path / "here"
 
-    def download(name: str, allow_patterns: list[str], **_: Any) -> str:
+    def download(name, allow_patterns, **_):
         assert name == "somebody/sd3"
         names = [str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file()]
         for file in filter_repo_objects(names, allow_patterns=allow_patterns):
@@ -124,7 +119,7 @@ def test_of_a_model_on_the_hub_no_weights_are_downloaded(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_text_model_runs_dry(kind: str, capsys: Any, tmp_path: Path) -> None:
+def test_each_kind_of_text_model_runs_dry(kind, capsys, tmp_path):
     AcceleratorState._reset_state()
     given = material(kind)
     given["model_name_or_path"] = without_weights(given["model_name_or_path"], tmp_path / "base")
@@ -172,14 +167,12 @@ below are what real models and methods hold.
     ],
     ids=str,
 )
-def test_what_options_keep_is_counted(
-    values: dict[str, Any], parts: dict[str, str], capsys: Any, tmp_path: Path
-) -> None:
+def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
     said = parts_of(image_run(capsys, tmp_path / "run", train_batch_size=4, **values))
     assert {name: said[name] for name in parts} == parts
 
 
-def test_bad_input_is_one_sentence(capsys: Any, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence(capsys, tmp_path):
     accelerator: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(UserError, match="one process"):
         main(lambda *_: None, None, resolve(["--dataset", "mini"]), accelerator)

@@ -1,9 +1,6 @@
 """Recorded runs on the miniature, killed; and the two command lines that read them."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,12 +21,12 @@ SHORT: dict[str, Any] = {
 }
 
 
-def files(folder: Path) -> dict[int, bytes]:
+def files(folder):
     return {step: path.read_bytes() for step, path in snapshots.steps(folder).items()}
 
 
 @pytest.mark.slow
-def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path: Path) -> None:
+def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path):
     shared = {**SHORT, "method": "lora-sam", "max_train_steps": 4, "checkpointing_steps": 2}
     whole = train(tmp_path / "whole", **shared)
     off = train(tmp_path / "off", **{**shared, "log_dynamics": None, "dynamics_steps": None})
@@ -54,7 +51,7 @@ def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path: Path) -
     assert list(files(again)) == [0, 1]
 
 
-def test_snapshots_are_of_what_was_trained_and_not_of_its_average(tmp_path: Path) -> None:
+def test_snapshots_are_of_what_was_trained_and_not_of_its_average(tmp_path):
     options = {"init_lora_weights": "pissa", "use_dora": True, "use_ema": True}
     run = train(tmp_path / "run", **SHORT, **options, max_train_steps=2, checkpointing_steps=2)
     saved = load_file(run / "checkpoints" / "step-2" / "adapters.safetensors")
@@ -86,7 +83,7 @@ BAD: list[tuple[str, list[str], str]] = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs") / "runs"
     root.mkdir()
     recorded_runs.make(root / "a", steps=(0, 2, 4))
@@ -99,9 +96,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("which", "words", "named"), BAD)
-def test_bad_input_is_one_sentence(
-    which: str, words: list[str], named: str, runs: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_bad_input_is_one_sentence(which, words, named, runs, tmp_path, capsys):
     given = [word.format(runs=runs, **{p.name: str(p) for p in runs.iterdir()}) for word in words]
     if "--output_dir" not in given:
         given += ["--output_dir", str(tmp_path / "out")]

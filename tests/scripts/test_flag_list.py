@@ -4,15 +4,12 @@ The parsers are those that the commands really make, taken at the moment when on
 arguments; flags may be added at any time.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import runpy
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,13 +26,13 @@ class _Parser(BaseException):
     """Carries a parser out of a command that was about to read its arguments."""
 
 
-def parser_of(command: str) -> argparse.ArgumentParser:
+def parser_of(command):
     """The parser that a command makes, as it is when the arguments are to be read."""
 
-    def carry(self: argparse.ArgumentParser, *args: Any, **settings: Any) -> Any:
+    def carry(self, *args, **settings):
         raise _Parser(self)
 
-    place = MOVED.get(command, command)
+    place = str(MOVED.get(command, command))
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
         patch.setattr(argparse.ArgumentParser, "parse_args", carry)
@@ -54,7 +51,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     raise AssertionError(f"{place} read no arguments")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value):
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -63,12 +60,12 @@ def _plain(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("command", RECORDED)
-def test_no_flag_is_lost(command: str) -> None:
+def test_no_flag_is_lost(command):
     today = parser_of(command)._actions
     assert not [old for old in RECORDED[command] if not any(_serves(new, old) for new in today)]
 
 
-def _serves(new: argparse.Action, old: dict[str, Any]) -> bool:
+def _serves(new, old):
     """Test that a flag of today takes all that a recorded one took, and has its default."""
     return (
         {*(new.option_strings or [new.dest])} >= set(old["flags"])

@@ -1,7 +1,5 @@
 """Flow-matching models through the script, on tiny random weights; SD3 and Qwen-Image most."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -39,16 +37,14 @@ each_kind = pytest.mark.parametrize(
 )
 
 
-def on(kind: str, **values: Any) -> dict[str, Any]:
+def on(kind, **values):
     """Flags of a run on such a model."""
     base = {"pretrained_model_name_or_path": shared(kind)}
     return {**base, "resolution": 64, "train_batch_size": 2, **values}
 
 
 @each_kind
-def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(
-    kind: str, tmp_path: Path
-) -> None:
+def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, tmp_path):
     values = on(kind, checkpointing_steps=1, learning_rate=3e-2, validation_loss_steps=1)
     values |= {"validation_dataset": "mini-heldout", "validation_part": "1/32"}
     values |= {"validation_prompt": "a TOK icon of a rabbit", "num_validation_images": 1}
@@ -70,7 +66,7 @@ def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(
 
 
 @pytest.mark.parametrize("kind", [SD3, pytest.param(VIDEO, marks=pytest.mark.matrix)])
-def test_methods_masks_and_a_kept_class(kind: str, tmp_path: Path) -> None:
+def test_methods_masks_and_a_kept_class(kind, tmp_path):
     """Methods see the same; a class that is kept and the hidden half of an image cost a loss."""
     icons = two_icons(tmp_path / "icons")
     values = on(kind, **{**icons, "validation_dataset": "none", "learning_rate": 3e-2})
@@ -91,12 +87,10 @@ def test_methods_masks_and_a_kept_class(kind: str, tmp_path: Path) -> None:
     assert hidden[0] == pytest.approx(plain[0], rel=0.5)
 
 
-def test_the_noise_levels_in_the_log_are_those_that_were_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_noise_levels_in_the_log_are_those_that_were_drawn(tmp_path, monkeypatch):
     drawn, draw = [], FlowMatching.draw
 
-    def drawing(self: FlowMatching, random: torch.Generator) -> torch.Tensor:
+    def drawing(self, random):
         index = draw(self, random)
         drawn.append(1000 * self.sigmas[index].item())
         return index
@@ -116,9 +110,7 @@ def test_the_noise_levels_in_the_log_are_those_that_were_drawn(
 
 
 @pytest.mark.slow
-def test_images_are_drawn_as_the_command_line_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_drawn_as_the_command_line_says(tmp_path, monkeypatch):
     calls, dot = list[dict[str, Any]](), Image.new("RGB", (8, 8))
     monkeypatch.setattr(task, "generate", lambda *_, **told: calls.append(told) or [dot])
     values = on(SD3, num_validation_images=1, final_validation_prompt="a TOK icon")
@@ -128,7 +120,7 @@ def test_images_are_drawn_as_the_command_line_says(
     assert [(call["steps"], call["guidance_scale"]) for call in calls] == [(3, 2.0)]
 
 
-def test_what_others_leave_out_is_a_line(tmp_path: Path, caplog: Any) -> None:
+def test_what_others_leave_out_is_a_line(tmp_path, caplog):
     """ComfyUI the magnitudes of DoRA; a model without an embedding of guidance the guidance."""
     values = on(SD3, use_dora=True, guidance_scale=2.0, max_train_steps=1)
     folder = train(tmp_path / SD3, **values)
@@ -143,7 +135,7 @@ def test_what_others_leave_out_is_a_line(tmp_path: Path, caplog: Any) -> None:
 
 
 @pytest.mark.slow
-def test_four_bits_and_two_processes(tmp_path: Path) -> None:
+def test_four_bits_and_two_processes(tmp_path):
     values = on(VIDEO, quantize="nf4", checkpointing_steps=1)
     folder = train(tmp_path / "nf4", **values)
     resumes_exactly(folder, 1, **values)
@@ -172,7 +164,7 @@ def test_four_bits_and_two_processes(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_the_model_can_not_take_is_a_sentence(values: dict[str, Any], tmp_path: Path) -> None:
+def test_what_the_model_can_not_take_is_a_sentence(values, tmp_path):
     ((name, value),) = values.items()
     with pytest.raises(UserError, match=f"{name}|{value}"):
         train(tmp_path / "run", **on(SD3, **values))

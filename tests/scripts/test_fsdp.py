@@ -1,7 +1,5 @@
 """FSDP2 on two processes gives what one process gives: losses, norms, weights, files, answers."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -39,11 +37,11 @@ class Setting(NamedTuple):
     folder: Path
     said: str
 
-    def run(self, name: str, processes: str) -> Path:
+    def run(self, name, processes):
         return self.folder / processes / name
 
 
-def options(folder: Path, name: str, processes: int) -> dict[str, Any]:
+def options(folder, name, processes):
     """Flags of one case; a step is of eight rows on any number of processes."""
     kind, _, method = name.partition("-")
     return {
@@ -62,7 +60,7 @@ def options(folder: Path, name: str, processes: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+def setting(tmp_path_factory):
     """Every case on one process and, under FSDP2, on two; and a resumed run on two."""
     folder = tmp_path_factory.mktemp("fsdp")
     for kind, save in SAVERS.items():
@@ -84,7 +82,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(folder, said.stdout)
 
 
-def test_frozen_weights_are_split(setting: Setting) -> None:
+def test_frozen_weights_are_split(setting):
     """Each process keeps half of an untied model, and of T5 all that is not its tied embedding."""
     shares = [int(a) / int(b) for a, b in re.findall(r"kept (\d+) of (\d+)", setting.said)]
     assert len(shares) == 2 * (len(CASES) + 1)
@@ -93,7 +91,7 @@ def test_frozen_weights_are_split(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_leave_what_one_leaves(setting: Setting, name: str) -> None:
+def test_two_processes_leave_what_one_leaves(setting, name):
     """Data, losses, norms before and after projection, gradient norm, metrics, weights, answers;
     checkpoints with whole tensors; files of the main process alone.
     """
@@ -122,7 +120,7 @@ def test_two_processes_leave_what_one_leaves(setting: Setting, name: str) -> Non
                 torch.testing.assert_close(held[key], value, rtol=0, atol=close)
 
 
-def test_a_resumed_run_is_exact_and_one_process_goes_on_where_two_stopped(setting: Setting) -> None:
+def test_a_resumed_run_is_exact_and_one_process_goes_on_where_two_stopped(setting):
     whole, resumed = (setting.run(name, "two") for name in ("causal-bilora", "resumed"))
     assert difference(whole, resumed) == 0
     assert column(whole, "loss")[-2:] == column(resumed, "loss")[-2:]
@@ -131,7 +129,7 @@ def test_a_resumed_run_is_exact_and_one_process_goes_on_where_two_stopped(settin
     assert difference(train_text(setting.run("resumed", "one"), **flags), whole) < 1e-5
 
 
-def test_cpus_are_refused_before_anything_is_written(setting: Setting) -> None:
+def test_cpus_are_refused_before_anything_is_written(setting):
     """Without the help of these tests accelerate splits nothing on CPUs."""
     out = setting.folder / "refused"
     argv = text_flags(out, **options(setting.folder, "causal-bilora", 2))

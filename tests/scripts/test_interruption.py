@@ -1,6 +1,4 @@
-"""Runs that are killed or interrupted, and those shared by two processes, end as one whole run."""
-
-from __future__ import annotations
+"""Runs that are killed, interrupted or out of disk, and those of two processes, end as one."""
 
 import os
 import random
@@ -8,10 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
+from bilora_diffusion.errors import TrainingError
+from bilora_diffusion.image import script
+from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.run import checkpoint, runlog, snapshots
 from tests.scripts.runs import (
     ROOT,
@@ -29,12 +31,12 @@ from tests.text.text_builders import material, text_flags, train_text_once
 STEPS, KILLS = 18, 2
 
 
-def steps_logged(folder: Path) -> int:
+def steps_logged(folder):
     file = folder / runlog.METRICS
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def start(argv: list[str]) -> subprocess.Popen[bytes]:
+def start(argv):
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *argv],
         cwd=ROOT,
@@ -44,7 +46,7 @@ def start(argv: list[str]) -> subprocess.Popen[bytes]:
     )
 
 
-def kill_at_random(argv: list[str], folder: Path, chance: random.Random) -> bool:
+def kill_at_random(argv, folder, chance):
     """Kill the run some steps (or none) after it went on; True if it was still running."""
     began = steps_logged(folder)
     process = start(argv)
@@ -64,7 +66,7 @@ def kill_at_random(argv: list[str], folder: Path, chance: random.Random) -> bool
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_kills_change_no_bit(tmp_path: Path) -> None:
+def test_kills_change_no_bit(tmp_path):
     whole = train_once(max_train_steps=STEPS)
     folder = tmp_path / "killed"
     argv = flags(
@@ -82,7 +84,7 @@ def test_kills_change_no_bit(tmp_path: Path) -> None:
         assert column(whole, key) == column(folder, key)
 
 
-def interrupt_and_go_on(command: list[str], folder: Path, number: signal.Signals) -> str:
+def interrupt_and_go_on(command, folder, number):
     """Start a run as in a terminal, send it a signal after three steps, and run the command that it
     prints, which is returned.
     """
@@ -112,7 +114,7 @@ def interrupt_and_go_on(command: list[str], folder: Path, number: signal.Signals
 
 
 @pytest.mark.slow
-def test_the_printed_command_ends_as_the_whole_run(tmp_path: Path) -> None:
+def test_the_printed_command_ends_as_the_whole_run(tmp_path):
     shared = {**material("causal"), "max_train_steps": 300}
     whole, folder = train_text_once("causal", **shared), tmp_path / "it's interrupted"
     command = [sys.executable, str(TEXT_SCRIPT), *text_flags(folder, **shared)]
@@ -124,7 +126,7 @@ def test_the_printed_command_ends_as_the_whole_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path: Path) -> None:
+def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path):
     """With a record of the perturbations, and the best step by the held-out loss."""
     shared = {
         **{**two_icons(tmp_path / "icons"), "validation_loss_steps": 2, "keep_best": True},
@@ -155,3 +157,75 @@ def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path: Path) -> None:
     assert difference(two, parts) == 0
     for key in ("step", "loss", "digest"):
         assert column(two, key) == column(parts, key)
+
+
+SHORT = {
+    **{"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 1},
+    **{"validation_prompt": "a TOK icon", "num_validation_images": 1},
+    **{"log_dynamics": True, "dynamics_steps": 1},
+}
+WRITERS: list[tuple[Any, str, int, int]] = [
+    (runlog.RunLog, "metric", 3, 2),
+    (snapshots, "write", 2, 2),
+    (DreamBooth, "validate", 1, 2),
+    (checkpoint, "save", 1, 2),
+    (script, "save_diffusers", 1, 4),
+]
+"""Who writes, the call of his at which the disk is full, and the step of the last checkpoint."""
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A real disk of 24 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("making a small disk needs the right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk):
+    with open(disk / "filler", "wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                pass
+
+
+@contextmanager
+def full_at(disk, owner, writer, call):
+    """Fills the disk right before that call of a writer."""
+    write, calls = getattr(owner, writer), []
+
+    def after_filling(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            fill(disk)
+        return write(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, writer, after_filling)
+        yield
+    (disk / "filler").unlink()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_whenever_there_is_room_again(tmp_path, disk):
+    whole, folder = train(tmp_path / "whole", **SHORT), disk / "run"
+    resume: dict[str, Any] = {}
+    for owner, writer, call, kept in WRITERS:
+        full = pytest.raises(TrainingError, match=rf"{folder} is full \(0 bytes.* make about ")
+        with full_at(disk, owner, writer, call), full:
+            train(folder, **SHORT, **resume)
+        assert runlog.read_run(folder)["status"] == "failed"
+        assert checkpoint.steps(folder)[-1] == kept
+        assert checkpoint.load(folder / "checkpoints" / f"step-{kept}").step == kept
+        resume = {"resume_from_checkpoint": "latest"}
+    train(folder, **SHORT, **resume)
+    assert runlog.read_run(folder)["status"] == "finished"
+    assert difference(whole, folder) == 0
+    assert not list(folder.rglob(".*"))

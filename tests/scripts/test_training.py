@@ -1,7 +1,5 @@
 """Whole runs on the miniature: what the image script and the loop promise whatever the method."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -10,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -36,7 +33,7 @@ from tests.scripts.runs import (
 )
 
 
-def test_arms_are_paired_and_seeds_are_not(tmp_path: Path) -> None:
+def test_arms_are_paired_and_seeds_are_not(tmp_path):
     shared = {"max_train_steps": 3, "train_batch_size": 1}
     plain, folder = train_once(method="lora", **shared), train_once(rho=0.01, **shared)
     other = train(tmp_path, method="lora", seed=1, train_batch_size=1)
@@ -64,20 +61,18 @@ class Asked(TorchFunctionMode):
 
     names: tuple[str, ...] = ()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__bool__):
             Asked.names += (func.__name__,)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", ["bilora", pytest.param("lora-sam", marks=pytest.mark.slow)])
-def test_no_number_is_asked_for_before_a_step_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+def test_no_number_is_asked_for_before_a_step_is_made(tmp_path, monkeypatch, method):
     kind = get(method)
     step, steps = kind.step, []
 
-    def watched(*args: Any) -> Tensor:
+    def watched(*args):
         with Asked():
             steps.append(step(*args))
         return steps[-1]
@@ -132,8 +127,8 @@ MATRIX: list[dict[str, Any]] = [
     ids=lambda values: "-".join(map(str, values.values())),
 )
 def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
-) -> None:
+    tmp_path, monkeypatch, values
+):
     shared = {"max_train_steps": 3, "checkpointing_steps": 1, "train_batch_size": 1, **values}
     whole = train(tmp_path / "whole", **shared)
     for name in ("compute", "mean_gradients"):  # a resumed run does not compute its init anew
@@ -157,17 +152,12 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
     assert export([str(whole), "--step", "3"]) == 0
     made = whole / "exports" / "step-3"
     assert difference(made, whole) == 0
-    kohya = whole / "whole.safetensors"
-    if kohya.exists():
-        left, right = load_file(made / "whole-step-3.safetensors"), load_file(kohya)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(value, right[key]) for key, value in left.items())
     facts = [inspect(folder / FILE_NAME).metadata for folder in (made, whole)]
     for key in ("bilora.steps", "bilora.original_alpha", "ss_network_dim", "sshs_model_hash"):
         assert facts[0].get(key) == facts[1].get(key)
 
 
-def test_an_early_step_in_a_format_and_refusals(tmp_path: Path, capsys: Any) -> None:
+def test_an_early_step_in_a_format_and_refusals(tmp_path, capsys):
     run, early = train_once(checkpointing_steps=1), tmp_path / "early.safetensors"
     assert export([str(run), "--step", "1", "--to", "kohya", "--output", str(early)]) == 0
     facts, last = inspect(early), inspect(run / "run.safetensors")
@@ -188,7 +178,7 @@ def test_an_early_step_in_a_format_and_refusals(tmp_path: Path, capsys: Any) -> 
 
 
 @pytest.mark.slow
-def test_prior_preservation_makes_and_uses_class_images(tmp_path: Path) -> None:
+def test_prior_preservation_makes_and_uses_class_images(tmp_path):
     values = {
         "with_prior_preservation": True,
         "class_data_dir": tmp_path / "class",
@@ -207,9 +197,7 @@ def test_prior_preservation_makes_and_uses_class_images(tmp_path: Path) -> None:
     assert column(free, "loss")[0] == pytest.approx(column(plain, "loss")[0], rel=1e-5)
 
 
-def test_validation_images_and_heldout_loss_do_not_disturb_training(
-    tmp_path: Path, caplog: Any, capsys: Any
-) -> None:
+def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path, caplog, capsys):
     icons = two_icons(tmp_path / "icons")
     shared = {**icons, "max_train_steps": 3, "train_batch_size": 1}
     quiet = train(tmp_path / "quiet", **{**shared, "validation_dataset": "none"})
@@ -253,9 +241,7 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(
     assert (shown.step, shown.width, shown.height) == (3, 64, 64)
 
 
-def test_in_fp16_steps_without_a_finite_loss_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch):
     """With a gradient scaler on the CPU; the run ends when no loss is finite any more."""
     build, whole, optimizer = (
         running.build_accelerator,
@@ -263,16 +249,16 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(
         trainer.build_optimizer,
     )
 
-    def with_scaler(cfg: Any) -> Any:
+    def with_scaler(cfg):
         accelerator = build(cfg)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         return accelerator
 
-    def forward(self: Any, inputs: Any) -> torch.Tensor:
+    def forward(self, inputs):
         calls.append(len(calls) - 1)  # -1 is the probe before the first step
         return whole(self, inputs) * (float("nan") if calls[-1] in spoilt else 1)
 
-    def in_fp16(cfg: Any, groups: Any) -> torch.optim.Optimizer:
+    def in_fp16(cfg, groups):
         return optimizer(dataclasses.replace(cfg, mixed_precision="fp16"), groups)
 
     monkeypatch.setattr(trainer, "build_optimizer", in_fp16)
@@ -292,7 +278,7 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_a_smaller_card(tmp_path: Path) -> None:
+def test_a_run_goes_on_on_a_smaller_card(tmp_path):
     """With checkpointing, other workers, and without kept latents and the images of before."""
     shared = {"checkpointing_steps": 1, "validation_prompt": "a TOK icon", "random_flip": True}
     whole = train(tmp_path / "whole", **shared, num_validation_images=1)

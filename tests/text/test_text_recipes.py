@@ -1,7 +1,5 @@
 """Recipes of the text path: the figures of the paper's tables, and those without a hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +50,7 @@ NOT_IN_THE_RECIPE = {"LoRA-SAM rho", "Full FT Learning Rate", "Full FT Micro-Bat
 METRICS = {"Accuracy": "accuracy", "Matthews Corr.": "matthews_correlation"}
 
 
-def compare(row: str, figure: Any, values: dict[str, Any]) -> None:
+def compare(row, figure, values):
     """Hold ``values`` (a recipe, or what a run takes from it) to a row of its column."""
     if row in KEYS:
         assert float(values[KEYS[row]]) == figure
@@ -64,7 +62,7 @@ def compare(row: str, figure: Any, values: dict[str, Any]) -> None:
         assert values["train_batch_size"] * values["gradient_accumulation_steps"] == figure
 
 
-def test_every_column_has_its_recipe_and_no_other() -> None:
+def test_every_column_has_its_recipe_and_no_other():
     folders = ("t5_base", "llama2_7b", "llama31_8b")
     found = {f"{f}/{path.stem}" for f in folders for path in (RECIPES / f).iterdir()}
     assert found == set(COLUMNS)
@@ -73,7 +71,7 @@ def test_every_column_has_its_recipe_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_a_recipe_and_its_run_hold_every_figure_of_the_column(name: str) -> None:
+def test_a_recipe_and_its_run_hold_every_figure_of_the_column(name):
     table, column = COLUMNS[name]
     figures = TABLES[table][column]
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -1,10 +1,6 @@
 """Rows of local files, and each way in which they can be wrong."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -19,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("hub")
 ROWS = [{"question": 'Say "a, b".\nNow \u2028', "answer": "ä 🍎"}, {"question": "x", "answer": "y"}]
 
 
-def write(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
+def write(folder, suffix, rows):
     path = folder / f"train{suffix}"
     if suffix == ".parquet":
         Dataset.from_list(rows).to_parquet(path)
@@ -34,12 +30,12 @@ def write(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_each_format_gives_the_same_examples(suffix: str, tmp_path: Path) -> None:
+def test_each_format_gives_the_same_examples(suffix, tmp_path):
     examples = open_file(write(tmp_path, suffix, ROWS))
     assert examples == [Example(row["question"], row["answer"]) for row in ROWS]
 
 
-def test_conversations_end_with_the_assistant(tmp_path: Path) -> None:
+def test_conversations_end_with_the_assistant(tmp_path):
     turns = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v")]
     messages = [{"role": role, "content": content} for role, content in turns]
     path = write(tmp_path, ".jsonl", [{"messages": messages}, {"messages": messages[1:]}])
@@ -58,14 +54,12 @@ def test_conversations_end_with_the_assistant(tmp_path: Path) -> None:
         ({"instruction": "i", "context": "j", "response": "o"}, "i\n\nj", "o"),
     ],
 )
-def test_columns_are_found_by_name(
-    row: dict[str, Any], question: str, answer: str, tmp_path: Path
-) -> None:
+def test_columns_are_found_by_name(row, question, answer, tmp_path):
     (example,) = open_file(write(tmp_path, ".jsonl", [row]))
     assert (example.question, example.answer) == (question, answer)
 
 
-def test_named_columns_go_before_usual_ones(tmp_path: Path) -> None:
+def test_named_columns_go_before_usual_ones(tmp_path):
     path = write(tmp_path, ".jsonl", [{"input": "i", "output": "o", "a": "x", "b": "y"}])
     assert open_file(path, input_column="a", target_column="b") == [Example("x", "y")]
     assert open_file(path, input_column="a") == [Example("x", "o")]
@@ -88,15 +82,13 @@ REFUSED: list[tuple[str, str, dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("name", "content", "columns", "sentence"), REFUSED)
-def test_refusals_name_the_row_and_the_column(
-    name: str, content: str, columns: dict[str, str], sentence: str, tmp_path: Path
-) -> None:
+def test_refusals_name_the_row_and_the_column(name, content, columns, sentence, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=sentence):
         open_file(tmp_path / name, **columns)
 
 
-def test_label_words_are_the_answers_in_order() -> None:
+def test_label_words_are_the_answers_in_order():
     assert label_words_of([Example("", a) for a in ("b", "a", "b")]) == ("a", "b")
     assert label_words_of([Example("", a) for a in ("10", "9", "-1")]) == ("-1", "9", "10")
     labelled = with_labels([Example("x", "b"), Example("y", "a")], ("a", "b"))
@@ -105,12 +97,12 @@ def test_label_words_are_the_answers_in_order() -> None:
         with_labels([Example("y", "yess", where="row 2")], ("no", "yes"))
 
 
-def test_each_held_out_row_is_in_one_part(tmp_path: Path) -> None:
+def test_each_held_out_row_is_in_one_part(tmp_path):
     rows = [{"question": f"q{n}", "answer": "a"} for n in range(40)]
     file = str(write(tmp_path, ".csv", rows))
     words = ["--model_name_or_path", "smollm2", "--train_file", file, "--validation_file", file]
 
-    def held(*more: str) -> list[str]:
+    def held(*more):
         found = open_rows(resolve_text([*words, *more]))
         assert len(found.train) == 40
         return [example.prompt for example in found.validation or ()]

@@ -1,18 +1,14 @@
 """The text task: losses as Transformers has them, however cut or packed; and its measures."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +21,7 @@ from transformers import (
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.config import resolve as resolve_text
-from bilora_diffusion.text.encode import Encoded, best_fit, pack, require_packable
+from bilora_diffusion.text.encode import best_fit, pack, require_packable
 from bilora_diffusion.text.examples import Example, from_turns
 from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import collate
@@ -43,7 +39,7 @@ from tests.text.text_builders import (
 from tests.text.text_tokenizers import chat_tokenizer
 
 
-def task_of(folder: Path, kind: str, base: Path | None = None, **values: Any) -> TextTask:
+def task_of(folder, kind, base=None, **values):
     """A task on 24 rows with 7 held-out ones."""
     base = base or SAVERS[kind](folder / "base")
     train = write_rows(folder / "train.jsonl", rows_for(kind, 24))
@@ -60,7 +56,7 @@ def task_of(folder: Path, kind: str, base: Path | None = None, **values: Any) ->
     return TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
 
 
-def step_losses(task: TextTask, size: int, pieces: int) -> torch.Tensor:
+def step_losses(task, size, pieces):
     """The losses of the slots of the first step of ``size`` samples, cut into ``pieces``."""
     slots = torch.arange(size).chunk(pieces)
     schedule = [(0, tuple(part.tolist())) for part in slots]
@@ -68,7 +64,7 @@ def step_losses(task: TextTask, size: int, pieces: int) -> torch.Tensor:
         return torch.cat([task.module(b.inputs) for b in task.micro_batches(schedule, size)])
 
 
-def their_loss(task: TextTask, rows: Encoded, count: int) -> float:
+def their_loss(task, rows, count):
     """The loss that Transformers' model gives the first rows as one batch."""
     batch = collate([rows.row(i) for i in range(count)], task.loaded.kind, 0)
     with torch.no_grad():
@@ -76,9 +72,7 @@ def their_loss(task: TextTask, rows: Encoded, count: int) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_measures_are_transformers_however_they_are_cut(
-    tmp_path: Path, kind: str
-) -> None:
+def test_losses_and_measures_are_transformers_however_they_are_cut(tmp_path, kind):
     task = task_of(tmp_path, kind, eval_train_samples=5)
     (batch,) = task.micro_batches([(0, tuple(range(8)))], 8)
     given = {name: value for name, value in batch.inputs.items() if name != "weights"}
@@ -91,7 +85,6 @@ def test_losses_and_measures_are_transformers_however_they_are_cut(
     if kind != "classification":  # the targets are of different lengths, so a mean of means is not
         assert len({task.data.train.target_tokens[i] for i in range(8)}) > 1
     evaluation = task.evaluation
-    assert evaluation is not None
     measured = evaluation.measure()
     theirs = their_loss(task, evaluation.rows, 7)
     assert measured["heldout_loss"] == pytest.approx(theirs, abs=1e-6)
@@ -101,33 +94,18 @@ def test_losses_and_measures_are_transformers_however_they_are_cut(
     assert evaluation.measure() == pytest.approx(measured, abs=1e-6)
 
 
-def test_the_digest_knows_the_rows_and_not_the_cut(tmp_path: Path) -> None:
-    task = task_of(tmp_path, "causal", validation_file=None)
-    (whole,) = task.micro_batches([(0, (0, 1, 2, 3))], 4)
-    parts = list(task.micro_batches([(0, (0, 1)), (0, (2, 3))], 4))
-    assert whole.digests == parts[0].digests + parts[1].digests
-    assert whole.names == parts[0].names + parts[1].names
-    assert len(set(whole.digests)) == 4
-    assert all(
-        name.startswith("line ") and name.endswith(" of train.jsonl") for name in whole.names
-    )
-    nothing: Any = contextlib.nullcontext()  # is measured without held-out rows
-    assert task.heldout_loss(nothing) == task.validate(1, tmp_path / "run", nothing) == {}
-    assert not (tmp_path / "run").exists()
-
-
-def test_group_by_length_brings_like_lengths_together(tmp_path: Path) -> None:
+def test_group_by_length_brings_like_lengths_together(tmp_path):
     plain = task_of(tmp_path, "causal")
     grouped = task_of(tmp_path, "causal", tmp_path / "base", group_by_length=True)
 
-    def padding(task: TextTask) -> int:
+    def padding(task):
         batches = task.micro_batches([(step, (0, 1, 2, 3)) for step in range(6)], 4)
         return sum(int((b.inputs["attention_mask"] == 0).sum()) for b in batches)
 
     assert padding(grouped) < padding(plain) / 2
 
 
-def test_predictions_are_those_of_single_generation(tmp_path: Path) -> None:
+def test_predictions_are_those_of_single_generation(tmp_path):
     """Left padding must not change what a causal model answers."""
     task = task_of(tmp_path, "causal", generation_max_new_tokens=6)
     values = task.validate(3, tmp_path / "run", contextlib.nullcontext())
@@ -148,7 +126,7 @@ def test_predictions_are_those_of_single_generation(tmp_path: Path) -> None:
         assert line["prediction"] == text.strip()
 
 
-def test_prompts_and_answers_stay_within_learned_positions(tmp_path: Path) -> None:
+def test_prompts_and_answers_stay_within_learned_positions(tmp_path):
     """GPT-2 has no position beyond its last; a long prompt is cut from the left, as in training."""
     base = save_gpt2(tmp_path / "base")
     long = [{"prompt": "say hello to me " * 40 + str(n), "answer": "one"} for n in range(3)]
@@ -191,11 +169,11 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def rows() -> Encoded:
+def rows():
     return encoded(EXAMPLES, chat_tokenizer(), max_length=64)
 
 
-def model(kind: str, attention: str | None = None) -> Any:
+def model(kind, attention=None):
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation=attention)
     if kind in ("llama", "mistral", "gpt2"):
@@ -204,7 +182,7 @@ def model(kind: str, attention: str | None = None) -> Any:
     return network.eval()
 
 
-def token_losses(network: Any, batch: dict[str, Tensor]) -> list[float]:
+def token_losses(network, batch):
     """The loss of each token that has one, row by row."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
@@ -215,7 +193,7 @@ def token_losses(network: Any, batch: dict[str, Tensor]) -> list[float]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
-def test_each_tokens_loss_is_the_same_as_alone(kind: str, attention: str) -> None:
+def test_each_tokens_loss_is_the_same_as_alone(kind, attention):
     single, network = rows(), model(kind, attention)
     packed = pack(single, 100)
     assert len(packed) < len(single)
@@ -233,7 +211,7 @@ def test_each_tokens_loss_is_the_same_as_alone(kind: str, attention: str) -> Non
     require_packable(network)
 
 
-def test_a_packed_row_says_what_is_in_it() -> None:
+def test_a_packed_row_says_what_is_in_it():
     single = rows()
     packed = pack(single, 100)
     row, members = packed.row(0), packed.sources[0]
@@ -246,7 +224,7 @@ def test_a_packed_row_says_what_is_in_it() -> None:
 
 
 @given(st.lists(st.integers(1, 20), max_size=60))
-def test_each_example_is_packed_once_and_no_row_is_too_long(lengths: list[int]) -> None:
+def test_each_example_is_packed_once_and_no_row_is_too_long(lengths):
     packed = best_fit(lengths, 20)
     assert sorted(example for row in packed for example in row) == list(range(len(lengths)))
     sizes = [sum(lengths[example] for example in row) for row in packed]
@@ -255,7 +233,7 @@ def test_each_example_is_packed_once_and_no_row_is_too_long(lengths: list[int]) 
     assert sum(size <= 10 for size in sizes) <= 1
 
 
-def test_examples_go_where_they_leave_the_least_room() -> None:
+def test_examples_go_where_they_leave_the_least_room():
     assert best_fit([6, 7, 3, 4], 10) == [[1, 2], [0, 3]]
 
 
@@ -267,7 +245,7 @@ def test_examples_go_where_they_leave_the_least_room() -> None:
         ("llama", "--attn_implementation sdpa"),
     ],
 )
-def test_models_that_mix_examples_are_refused(kind: str, reason: str) -> None:
+def test_models_that_mix_examples_are_refused(kind, reason):
     network = model(kind)
     if kind == "llama":
         network.config._attn_implementation = "flash_attention_2"  # which takes no mask

@@ -1,7 +1,5 @@
 """Tiny random language models and classifiers in folders, files of rows, and short runs on them."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterable
@@ -33,12 +31,7 @@ from bilora_diffusion.text.module import TextModule
 from bilora_diffusion.text.rows import encode_rows, open_rows
 from bilora_diffusion.train.running import DTYPES
 from tests.scripts.runs import once, words
-from tests.text.text_tokenizers import (
-    bert_tokenizer,
-    chat_tokenizer,
-    plain_tokenizer,
-    t5_tokenizer,
-)
+from tests.text.text_tokenizers import bert_tokenizer, chat_tokenizer, plain_tokenizer, t5_tokenizer
 
 WORDS = [
     *("what", "is", "the", "colour", "of", "this", "apple", "it", "red"),

@@ -1,7 +1,5 @@
 """Small tokenizers, made on the spot: of a chat model, of T5's kind, and of a classifier."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 from pathlib import Path

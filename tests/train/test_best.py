@@ -1,7 +1,5 @@
 """The lowest held-out loss: its step, where the patience ends, which weights are kept; averages."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -12,15 +10,13 @@ from torch import nn
 
 from bilora_diffusion.train.averaging import Average
 from bilora_diffusion.train.outcome import Best
-from tests.train.stopping import reading
+from tests.scripts.runs import reading
 
 LOSSES = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf]), min_size=1)
 
 
 @given(LOSSES, st.integers(1, 4))
-def test_it_stops_and_keeps_as_a_reading_of_the_record_would(
-    losses: list[float], patience: int
-) -> None:
+def test_it_stops_and_keeps_as_a_reading_of_the_record_would(losses, patience):
     weight = nn.Parameter(torch.zeros(2))
     best = Best([weight], patience)
     taken = []
@@ -39,25 +35,7 @@ def test_it_stops_and_keeps_as_a_reading_of_the_record_would(
     assert weight.tolist() == [taken[-1][0]] * 2
 
 
-def test_a_new_one_goes_on_where_another_was_left() -> None:
-    weight = nn.Parameter(torch.ones(2))
-    first, second = Best([weight], 2), Best([weight], 2)
-    assert first.lowered_by(0.5, 10)
-    first.keep()
-    first.lowered_by(0.7, 20)
-    with torch.no_grad():
-        weight.zero_()
-    for name, value in second.tensors().items():
-        value.copy_(first.tensors()[name])
-    second.load_state_dict(first.state_dict())
-    assert (second.step, second.loss, second.since) == (10, 0.5, 1)
-    second.lowered_by(0.6, 30)
-    assert second.exhausted
-    with second.applied():
-        assert weight.tolist() == [1.0, 1.0]
-
-
-def test_an_average_is_there_within_its_context_only() -> None:
+def test_an_average_is_there_within_its_context_only():
     weight = nn.Parameter(torch.zeros(2))
     average = Average([weight], 0.5)
     for _ in range(20):  # the decay grows to its limit

@@ -1,10 +1,7 @@
 """Compiled blocks, on a small UNet without a compiler and through the script with one."""
 
-from __future__ import annotations
-
 import logging
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,15 +36,13 @@ blocks share none."""
 
 
 @pytest.fixture
-def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_compiler(monkeypatch):
     """The same graphs, run operation by operation."""
     torch._dynamo.reset()
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
 
 
-def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(
-    without_compiler: None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(without_compiler, caplog):
     plain, run = (Run("bilora", "default", "unet", compiled=is_so) for is_so in (False, True))
     assert run.model.state_dict().keys() == plain.model.state_dict().keys()
     assert (plain.blocks.count, run.blocks.count) == (0, 4)
@@ -73,9 +68,7 @@ def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(
     + [pytest.param(*run, marks=pytest.mark.matrix) for run in RUNS[1:]],
     ids=[",".join(values) for values, _ in RUNS],
 )
-def test_a_run_is_the_same_and_goes_on(
-    values: dict[str, Any], most: int, without_compiler: None, tmp_path: Path
-) -> None:
+def test_a_run_is_the_same_and_goes_on(values, most, without_compiler, tmp_path):
     icons = two_icons(tmp_path / "icons")
     shared = {**icons, "max_train_steps": 2, "train_batch_size": 1, **values}
     plain = train(tmp_path / "plain", **shared)
@@ -95,7 +88,7 @@ def test_a_run_is_the_same_and_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's inductor needs a C++ compiler")
-def test_losses_are_those_without(tmp_path: Path) -> None:
+def test_losses_are_those_without(tmp_path):
     shared = {"max_train_steps": 4, "train_batch_size": 1}
     plain = train(tmp_path / "plain", **shared)
     compiled = train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=2)
@@ -105,10 +98,8 @@ def test_losses_are_those_without(tmp_path: Path) -> None:
     resumes_exactly(compiled, 2, **shared, compile=True)
 
 
-def test_a_compiler_that_fails_is_told_in_a_sentence(
-    without_compiler: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: Any) -> None:
+def test_a_compiler_that_fails_is_told_in_a_sentence(without_compiler, monkeypatch):
+    def fails(*_):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(compiling, "BACKEND", fails)

@@ -1,11 +1,7 @@
 """The memory that a dry run says, against what a tracer of every tensor found (commit 48c0e54)."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -33,7 +29,7 @@ for fp32.
 SLOW = ("Stable", "FLUX", "Z-Image", "Qwen-Image", "Krea", "Llama")
 
 
-def rows(named: Any) -> list[Any]:
+def rows(named):
     """The rows by these names, of which the large models' are slow."""
     marks = [[pytest.mark.slow] * name.startswith(SLOW) for name in named]
     cases = named.values() if named is TEXT else named
@@ -43,7 +39,7 @@ def rows(named: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", rows(TABLE))
-def test_each_image_model_is_within_15_percent(name: str) -> None:
+def test_each_image_model_is_within_15_percent(name):
     model, weights = name.rsplit(", ", 1)
     over = next((size for kind, size in POSITIONS.items() if model.endswith(kind)), 0)
     expected = TABLE[name]
@@ -55,7 +51,7 @@ def test_each_image_model_is_within_15_percent(name: str) -> None:
         assert row(model, weights)["lora"] == pytest.approx(whole - over, rel=0.15)
 
 
-def text_task(case: dict[str, Any], folder: Path) -> Any:
+def text_task(case, folder):
     """What a dry run looks at of a task, with rows of one length."""
     rows = folder / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
@@ -78,7 +74,7 @@ def text_task(case: dict[str, Any], folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("case", rows(TEXT))
-def test_each_text_model_is_within_15_percent(case: dict[str, Any], tmp_path: Path) -> None:
+def test_each_text_model_is_within_15_percent(case, tmp_path):
     task = text_task(case, tmp_path)
     step = moments(task, None)[STEP]
     said = sum(step.values()) + sum(attached(task, 1)[1].values())

@@ -1,9 +1,6 @@
 """dynamics and snapshots: every figure against full matrices in float64, and what a flag costs."""
 
-from __future__ import annotations
-
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import subspace_angles
-from torch import Tensor, nn
+from torch import Tensor
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec, Factors
@@ -26,19 +23,17 @@ from tests.run import recorded_runs
 TARGETS, DUE = ("first", "conv", "last"), 2
 
 
-def product(f: Factors) -> Tensor:
+def product(f):
     return f.scale * f.B.double() @ f.A.double()
 
 
 @pytest.fixture
-def pair() -> tuple[list[Factors], list[Factors]]:
+def pair():
     generator = torch.Generator().manual_seed(3)
     return recorded_runs.factors(generator), recorded_runs.factors(generator, rank=3)
 
 
-def test_figures_of_a_pair_are_those_of_full_matrices(
-    pair: tuple[list[Factors], list[Factors]],
-) -> None:
+def test_figures_of_a_pair_are_those_of_full_matrices(pair):
     """And the overlap is that of scipy's principal angles."""
     one, other = pair
     expected = [float((product(f) * product(g)).sum()) for f, g in zip(one, other, strict=True)]
@@ -60,9 +55,7 @@ def test_figures_of_a_pair_are_those_of_full_matrices(
     assert total["norm_primary"] == pytest.approx(whole[0])
 
 
-def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(
-    pair: tuple[list[Factors], list[Factors]],
-) -> None:
+def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(pair):
     one, other = pair
     other[1] = other[1]._replace(B=torch.zeros_like(other[1].B))
     found = dynamics.alignment(one, other)
@@ -77,7 +70,7 @@ def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(
 class Training:
     """A method on a small model, with or without a record; the batch is always the same."""
 
-    def __init__(self, name: str, record: bool, folder: Path | None = None, **options: Any) -> None:
+    def __init__(self, name, record, folder=None, **options):
         self.model = tiny_mlp()
         self.x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
         self.method = create(name, MethodOptions(num_steps=9, **options))
@@ -91,15 +84,15 @@ class Training:
         self.dynamics = Dynamics.of(cast(Any, self), self.optimizer)
         self.method.bind(self.optimizer)
 
-    def loss(self, model: nn.Module) -> Tensor:
+    def loss(self, model):
         return (model(self.x) - 1).square().mean()
 
-    def _forward_backward(self) -> Tensor:
+    def _forward_backward(self):
         loss = self.loss(self.model)
         loss.backward()
         return loss.detach()
 
-    def train(self, steps: int = 5) -> list[dict[str, Any]]:
+    def train(self, steps=5):
         lines = []
         for _ in range(steps):
             if self.dynamics and self.folder and self.step == 0:
@@ -111,7 +104,7 @@ class Training:
                 self.dynamics.write(self.folder)
         return lines
 
-    def full_gradients(self) -> dict[str, Tensor]:
+    def full_gradients(self):
         """dL/dW of every layer's weight, at the weights as they act now; on a copy."""
         model = copy.deepcopy(self.model)
         found = adapters.layers(model, PRIMARY)
@@ -125,7 +118,7 @@ class Training:
 
 
 @pytest.mark.parametrize("name", ["lora-sam", "bilora"])
-def test_the_record_changes_no_bit(name: str, tmp_path: Path) -> None:
+def test_the_record_changes_no_bit(name, tmp_path):
     off, on = Training(name, False), Training(name, True, tmp_path)
     losses = [[line["loss"] for line in run.train()] for run in (off, on)]
     assert losses[0] == losses[1]
@@ -137,10 +130,8 @@ def test_the_record_changes_no_bit(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "figure"), [("bilora", "ascent_gain"), ("lora-sam", "norm_first_order")]
 )
-def test_a_layer_without_a_gradient_counts_as_zero(
-    name: str, figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def loss(run: Training, model: Any) -> Tensor:
+def test_a_layer_without_a_gradient_counts_as_zero(name, figure, tmp_path, monkeypatch):
+    def loss(run, model):
         return (model.first(run.x) - 1).square().mean()  # nothing reaches the other two
 
     monkeypatch.setattr(Training, "loss", loss)
@@ -152,7 +143,7 @@ def test_a_layer_without_a_gradient_counts_as_zero(
     assert line[figure] == pytest.approx(float(layers[figure][0]))
 
 
-def test_the_terms_of_equation_5_are_measured_at_the_perturbation(tmp_path: Path) -> None:
+def test_the_terms_of_equation_5_are_measured_at_the_perturbation(tmp_path):
     run = Training("lora-sam", True, tmp_path, rho=0.03)
     run.train(1)
     copied = copy.deepcopy(run.model)
@@ -180,9 +171,7 @@ def test_the_terms_of_equation_5_are_measured_at_the_perturbation(tmp_path: Path
 
 
 @pytest.mark.parametrize("options", [{"auxiliary_rank": 3}, {"auxiliary_direction": "descent"}])
-def test_the_ascent_gain_is_the_gradient_times_the_weight(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_ascent_gain_is_the_gradient_times_the_weight(options, tmp_path):
     run = Training("bilora", True, tmp_path, rho=0.3, **options)
     run.train(1)
     gradients = run.full_gradients()
@@ -201,19 +190,7 @@ def test_the_ascent_gain_is_the_gradient_times_the_weight(
         assert kept.scale == left.scale
 
 
-def test_about_forty_are_taken_by_default() -> None:
-    for steps, every in ((500, 13), (200, 5), (40, 1), (3, 1)):
-        run = Training("lora", True)
-        run.num_steps, run.cfg.dynamics_steps = steps, None
-        recorder = Dynamics(cast(Any, run), run.optimizer)
-        assert recorder.every == every
-        due = [step for step in range(steps + 1) if recorder.due(step)]
-        assert due[0] == 0
-        assert due[-1] == steps
-        assert len(due) <= dynamics.SNAPSHOTS + 2
-
-
-def test_snapshots_come_back_and_are_cut_and_damage_is_named(tmp_path: Path) -> None:
+def test_snapshots_come_back_and_are_cut_and_damage_is_named(tmp_path):
     run = recorded_runs.make(tmp_path / "run", steps=(0, 2, 9, 10))
     assert list(snapshots.steps(run)) == [0, 2, 9, 10]
     path = snapshots.steps(run)[9]

@@ -1,28 +1,23 @@
 """The search of --fit as functions of numbers: what it runs, what it drops, what it chooses."""
 
-from __future__ import annotations
-
 import zlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.train.fit.search import Curve, Plan, Search, Work, lowest
+from bilora_diffusion.train.fit.search import Plan, Search, Work, lowest
 from bilora_diffusion.train.fit.space import Options, Space, default_values, read_values, title
 
 READS = {"lora": frozenset[str](), "bilora": frozenset({"rho", "auxiliaries"})}
 PLAN = Plan(folds=4, steps=300, every=20, budget=3000)
-Loss = Callable[[Options, int], float]
 
 
-def space(**values: Sequence[str]) -> Space:
+def space(**values):
     return Space({name: tuple(own) for name, own in values.items()}, READS)
 
 
-def overfitting(options: Options, step: int) -> float:
+def overfitting(options, step):
     """Falls and rises again, the sooner the higher the rate; lowest of all at a rate of 0.0008."""
     values = dict(options)
     speed = float(values.get("learning_rate", "0.0002")) / 1e-3
@@ -31,14 +26,14 @@ def overfitting(options: Options, step: int) -> float:
     return floor + 0.04 * np.exp(-step * speed / 25) + 5e-5 * speed * step
 
 
-def measured(loss: Loss, calls: list[Work], noise: float = 5e-4) -> Callable[..., list[Curve]]:
+def measured(loss, calls, noise=5e-4):
     """Curves of a loss with its own noise for each image and configuration."""
 
-    def draw(*key: object) -> np.ndarray:
+    def draw(*key):
         seed = zlib.crc32(repr(key).encode())
         return np.random.default_rng(seed).normal(size=12)
 
-    def measure(works: Sequence[Work]) -> list[Curve]:
+    def measure(works):
         calls.extend(works)
         return [
             {
@@ -51,14 +46,14 @@ def measured(loss: Loss, calls: list[Work], noise: float = 5e-4) -> Callable[...
     return measure
 
 
-def searched(loss: Loss = overfitting, plan: Plan = PLAN, **values: Sequence[str]) -> Search:
+def searched(loss=overfitting, plan=PLAN, **values):
     own = values or default_values((), 2e-4, 23, True)
     search = Search(plan, measured(loss, []))
     search.run(space(**own))
     return search
 
 
-def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates() -> None:
+def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates():
     calls: list[Work] = []
     search = Search(PLAN, measured(overfitting, calls))
     search.run(space(**default_values((), 2e-4, 23, True)))
@@ -82,13 +77,12 @@ def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates() -> No
     chosen, *others, given = search.standings()
     assert (chosen.options, chosen.steps, chosen.difference) == (options, step, 0.0)
     assert (given.options, given.steps) == ((), PLAN.steps)
-    assert given.interval is not None
     assert given.interval.low < given.difference < given.interval.high
     folds = [row.folds for row in others]
     assert folds == sorted(folds, reverse=True)
 
 
-def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve() -> None:
+def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve():
     search = searched(plan=Plan(1, 300, 20, 300), rank=["8"])
     curve = search.curves[(("rank", "8"),)][0]
     assert search.chosen == ((("rank", "8"),), lowest(curve)[1])
@@ -98,8 +92,8 @@ def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve() -> 
     assert quick.spent == 160  # half, by twenties: it has turned
 
 
-def test_only_what_is_worse_beyond_doubt_is_out() -> None:
-    def loss(options: Options, step: int) -> float:
+def test_only_what_is_worse_beyond_doubt_is_out():
+    def loss(options, step):
         return (
             1
             + abs(step - 60) / 1e3
@@ -115,10 +109,10 @@ def test_only_what_is_worse_beyond_doubt_is_out() -> None:
     }
 
 
-def test_a_configuration_that_cannot_go_on_takes_no_other_down() -> None:
+def test_a_configuration_that_cannot_go_on_takes_no_other_down():
     measure = measured(overfitting, [])
 
-    def failing(works: Sequence[Work]) -> list[Curve | str]:
+    def failing(works):
         bad = [dict(work.options).get("learning_rate") == "0.0004" for work in works]
         pairs = zip(bad, measure(works), strict=True)
         return ["the loss is not finite" if b else curve for b, curve in pairs]
@@ -135,7 +129,7 @@ def test_a_configuration_that_cannot_go_on_takes_no_other_down() -> None:
     assert list(infinite.out) == [(("rank", "4"),)]
 
 
-def test_options_that_a_method_does_not_read_are_no_difference() -> None:
+def test_options_that_a_method_does_not_read_are_no_difference():
     every = space(method=["lora", "bilora"], rho=["0.1", "1"], rank=["4"]).all(9)
     assert [title(options) for options in every] == [
         "lora, rank 4",
@@ -144,7 +138,7 @@ def test_options_that_a_method_does_not_read_are_no_difference() -> None:
     ]
 
 
-def test_what_the_user_gave_is_fixed_but_for_the_rate() -> None:
+def test_what_the_user_gave_is_fixed_but_for_the_rate():
     values = default_values({"rank", "method", "learning_rate"}, 1e-3, 23, True)
     assert values == {"learning_rate": ("0.0005", "0.001", "0.002")}
     assert "auxiliaries" not in default_values((), 1e-3, 513, True)
@@ -167,7 +161,7 @@ BAD_SPACES = {
 
 
 @pytest.mark.parametrize("text", BAD_SPACES)
-def test_a_bad_space_is_one_sentence(tmp_path: Path, text: str) -> None:
+def test_a_bad_space_is_one_sentence(tmp_path, text):
     file = tmp_path / "space.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=BAD_SPACES[text]) as refused:
@@ -175,7 +169,7 @@ def test_a_bad_space_is_one_sentence(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_a_space_has_values_and_lists(tmp_path: Path) -> None:
+def test_a_space_has_values_and_lists(tmp_path):
     file = tmp_path / "space.yaml"
     file.write_text("rank: [4, 8, 4]\nuse_dora: [true, false]\nrho: auto\n")
     values = read_values(file, {"rank", "use_dora", "rho"})

@@ -1,7 +1,5 @@
 """Pipelines that load but can't be trained: one sentence with the model, the part and the fix."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -23,11 +21,10 @@ from tests.image.tiny import made_part, shared
 from tests.scripts.runs import train
 
 Damage = Callable[[Path], None]
-Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """The miniature's pipeline with copies of its small files and links to its weights."""
     copy = tmp_path / "model"
     for file in sorted(pipeline_dir().rglob("*")):
@@ -40,10 +37,10 @@ def folder(tmp_path: Path) -> Path:
     return copy
 
 
-def configured(file: str, **values: Any) -> Damage:
+def configured(file, **values):
     """Other values in a configuration; None takes one out."""
 
-    def damage(folder: Path) -> None:
+    def damage(folder):
         path = folder / file
         config = {**json.loads(path.read_text()), **values}
         path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
@@ -51,10 +48,10 @@ def configured(file: str, **values: Any) -> Damage:
     return damage
 
 
-def weighed(part: str, change: Callable[[Tensors, str], None]) -> Damage:
+def weighed(part, change):
     """Other weights; ``change`` is told the name of one of them."""
 
-    def damage(folder: Path) -> None:
+    def damage(folder):
         (path,) = (folder / part).glob("*.safetensors")
         tensors = load_file(path)
         path.unlink()
@@ -64,8 +61,8 @@ def weighed(part: str, change: Callable[[Tensors, str], None]) -> Damage:
     return damage
 
 
-def pickled(part: str) -> Damage:
-    def damage(folder: Path) -> None:
+def pickled(part):
+    def damage(folder):
         (path,) = (folder / part).glob("*.safetensors")
         path.unlink()
         torch.save({}, path.with_name("pytorch_model.bin"))
@@ -73,8 +70,8 @@ def pickled(part: str) -> Damage:
     return damage
 
 
-def written(file: str, content: str | None) -> Damage:
-    def damage(folder: Path) -> None:
+def written(file, content):
+    def damage(folder):
         (folder / file).unlink(missing_ok=True)
         if content is not None:
             (folder / file).write_text(content)
@@ -82,15 +79,15 @@ def written(file: str, content: str | None) -> Damage:
     return damage
 
 
-def drop(tensors: Tensors, name: str) -> None:
+def drop(tensors, name):
     del tensors[name]
 
 
-def spoil(tensors: Tensors, name: str) -> None:
+def spoil(tensors, name):
     tensors[name][..., 0] = float("-inf")
 
 
-def inpainting(folder: Path) -> None:
+def inpainting(folder):
     configured("unet/config.json", in_channels=17)(folder)
     wide = {"conv_in.weight": torch.zeros(128, 17, 3, 3)}
     weighed("unet", lambda tensors, _: tensors.update(wide))(folder)
@@ -101,7 +98,7 @@ DDPM, FLOW = ["diffusers", "DDPMScheduler"], "FlowMatchEulerDiscreteScheduler"
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
-def channels_of_another(folder: Path) -> None:
+def channels_of_another(folder):
     shutil.rmtree(folder / "vae")
     vae = made_part("StableDiffusion3Pipeline", "vae", latent_channels=8)
     vae.save_pretrained(folder / "vae")
@@ -128,9 +125,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
-    name: str, folder: Path, tmp_path: Path
-) -> None:
+def test_a_pipeline_that_cannot_be_trained_is_a_sentence(name, folder, tmp_path):
     damage, parts = CASES[name]
     if name.startswith("SD3"):
         folder = Path(shutil.copytree(shared("StableDiffusion3Pipeline"), tmp_path / "flow"))
@@ -143,7 +138,7 @@ def test_a_pipeline_that_cannot_be_trained_is_a_sentence(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_another_autoencoder_has_to_fit_and_is_of_the_models_class(tmp_path: Path) -> None:
+def test_another_autoencoder_has_to_fit_and_is_of_the_models_class(tmp_path):
     AutoencoderKL(latent_channels=4).save_pretrained(tmp_path / "four")
     with pytest.raises(UserError, match=r'"mini" can.t be trained so .*channels'):
         train(tmp_path / "run", pretrained_vae_model_name_or_path=tmp_path / "four")
@@ -153,8 +148,8 @@ def test_another_autoencoder_has_to_fit_and_is_of_the_models_class(tmp_path: Pat
             load_pipeline("mini", dtype=torch.float32, vae=str(folder))
 
 
-def test_a_gated_model_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gated(*_: Any, **__: Any) -> None:
+def test_a_gated_model_is_told_how_to_get_it(monkeypatch):
+    def gated(*_, **__):
         raise GatedRepoError("403", response=cast(Any, SimpleNamespace(headers={}, request=None)))
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", gated)
@@ -164,7 +159,7 @@ def test_a_gated_model_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) ->
             load("org/gated")
 
 
-def test_a_variant_is_taken_where_there_is_one(folder: Path) -> None:
+def test_a_variant_is_taken_where_there_is_one(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
     assert load_pipeline(str(folder), dtype=torch.float32, variant="fp16").unet

@@ -1,9 +1,6 @@
 """What a run says before it (how much it will write) and to the trackers."""
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +13,7 @@ from bilora_diffusion.train import recording
 MB = 10**6
 
 
-def trainer(**options: Any) -> Any:
+def trainer(**options) -> Any:
     """8 images, 4 a step, 1000 steps, 1 MB of trained weights."""
     cfg = {
         **{"optimizer": "adamw", "checkpointing_steps": 100},
@@ -52,18 +49,14 @@ def trainer(**options: Any) -> Any:
         ({"checkpointing_steps": 1001, "sampled_prompts": ["a", "b", "c"]}, 1 + 60 * recording.PNG),
     ],
 )
-def test_what_a_run_will_write(options: dict[str, Any], least: float) -> None:
+def test_what_a_run_will_write(options, least):
     assert least * MB <= recording.bytes_to_write(trainer(**options)) <= (least + 0.5) * MB
 
 
 @pytest.mark.parametrize(("left", "warned"), [(5 * MB, True), (50 * MB, False), (None, False)])
 def test_a_run_that_will_not_fit_is_warned_about_at_the_start(
-    left: int | None,
-    warned: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    left, warned, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(recording, "free_bytes", lambda path: left)
     recording.announce(trainer(), tmp_path)
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
@@ -72,9 +65,7 @@ def test_a_run_that_will_not_fit_is_warned_about_at_the_start(
         assert part in warnings[0]
 
 
-def test_wandb_gets_each_image_with_its_prompt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gets_each_image_with_its_prompt(tmp_path, monkeypatch):
     # a stand-in of which only what makes an image is called: its service is not here
     module = SimpleNamespace(Image=lambda image, caption: (image.size, caption))
     monkeypatch.setitem(sys.modules, "wandb", module)

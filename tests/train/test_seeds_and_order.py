@@ -1,8 +1,5 @@
 """Randomness that depends on its key alone, and the order in which samples are visited."""
 
-from __future__ import annotations
-
-import random
 from collections import Counter
 
 import pytest
@@ -19,12 +16,12 @@ LENGTHS = [(7 * i) % 101 for i in range(500)]
 
 
 @given(KEYS, KEYS)
-def test_different_keys_have_different_seeds(a: tuple[int | str, ...], b: tuple[int | str, ...]):
+def test_different_keys_have_different_seeds(a, b):
     assert (seed_of(*a) == seed_of(*b)) == (a == b)
     assert 0 <= seed_of(*a) < 2**63
 
 
-def test_a_generator_ignores_and_spares_global_randomness() -> None:
+def test_a_generator_ignores_and_spares_global_randomness():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = torch.randn(5, generator=generator(7, "noise", 3, 2))
@@ -35,15 +32,13 @@ def test_a_generator_ignores_and_spares_global_randomness() -> None:
     assert not torch.equal(first, torch.randn(5, generator=generator(7, "noise", 3, 3)))
 
 
-def test_seeds_are_the_same_in_every_process_and_version() -> None:
+def test_seeds_are_the_same_in_every_process_and_version():
     """A resumed run draws what the interrupted one would have drawn: the value is fixed here."""
     assert seed_of(0, "noise", 12, "a") == 5504335286977931919
 
 
 @given(st.sets(st.text(max_size=8), min_size=1, max_size=30), st.integers(1, 8), st.randoms())
-def test_parts_are_disjoint_even_and_independent_of_order(
-    names: set[str], count: int, shuffle: random.Random
-) -> None:
+def test_parts_are_disjoint_even_and_independent_of_order(names, count, shuffle):
     listed = sorted(names)
     if count > len(listed):
         with pytest.raises(ValueError, match=str(count)):
@@ -57,7 +52,7 @@ def test_parts_are_disjoint_even_and_independent_of_order(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
-def test_a_digest_sees_every_bit_the_shape_and_the_dtype(dtype: torch.dtype) -> None:
+def test_a_digest_sees_every_bit_the_shape_and_the_dtype(dtype):
     values = torch.arange(6).to(dtype)
     base = digest(values)
     assert base == digest(values.clone())
@@ -69,9 +64,7 @@ def test_a_digest_sees_every_bit_the_shape_and_the_dtype(dtype: torch.dtype) -> 
 
 
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 4), st.integers(0, 3))
-def test_each_epoch_shows_each_sample_equally_often(
-    n: int, seed: int, repeats: int, epoch: int
-) -> None:
+def test_each_epoch_shows_each_sample_equally_often(n, seed, repeats, epoch):
     order = SampleOrder(n, seed, repeats)
     start = epoch * len(order)
     seen = [order.sample(position) for position in range(start, start + len(order))]
@@ -79,18 +72,13 @@ def test_each_epoch_shows_each_sample_equally_often(
 
 
 @given(st.integers(2, 30), st.integers(0, 5), st.lists(st.integers(0, 200), max_size=20))
-def test_a_position_depends_on_nothing_that_was_asked_before(
-    n: int, seed: int, positions: list[int]
-) -> None:
-    for make in (
-        lambda: SampleOrder(n, seed),
-        lambda: LengthGroupedOrder(LENGTHS[:n], seed, 4, 5),
-    ):
+def test_a_position_depends_on_nothing_that_was_asked_before(n, seed, positions):
+    for make in (lambda: SampleOrder(n, seed), lambda: LengthGroupedOrder(LENGTHS[:n], seed, 4, 5)):
         shared = make()
         assert [shared.sample(p) for p in positions] == [make().sample(p) for p in positions]
 
 
-def test_orders_differ_between_epochs_seeds_and_purposes() -> None:
+def test_orders_differ_between_epochs_seeds_and_purposes():
     orders = [
         SampleOrder(50, 0),
         SampleOrder(50, 1),
@@ -108,8 +96,8 @@ def test_orders_differ_between_epochs_seeds_and_purposes() -> None:
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(1, 7), st.integers(1, 4))
 def test_each_epoch_grouped_by_length_shows_each_sample_once_and_the_longest_first(
-    lengths: list[int], batch: int, group: int
-) -> None:
+    lengths, batch, group
+):
     order = LengthGroupedOrder(lengths, 3, batch, group)
     n = len(order)
     assert n == len(lengths)
@@ -125,9 +113,7 @@ def test_each_epoch_grouped_by_length_shows_each_sample_once_and_the_longest_fir
     st.integers(1, 3),
     st.integers(0, 9),
 )
-def test_steps_of_one_kind_show_every_sample_equally_often(
-    kinds: list[int], step_size: int, repeats: int, seed: int
-) -> None:
+def test_steps_of_one_kind_show_every_sample_equally_often(kinds, step_size, repeats, seed):
     order = KindsOrder(kinds, seed, step_size, repeats)
     passes = 4 * step_size
     total = passes * len(order)  # as many steps as make every kind's share whole

@@ -1,7 +1,5 @@
 """Tiny pipelines of the flow-matching models, genuine but for their size and random weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Small tokenizers of the classes that the models have, made in code."""
 
-from __future__ import annotations
-
 import re
 import string
 from collections.abc import Callable

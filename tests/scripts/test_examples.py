@@ -1,23 +1,23 @@
-"""The scripts in examples/, as a person would start them, on small models and data on the disk."""
-
-from __future__ import annotations
+"""What examples/ holds, as a person would start it, on small models and data on the disk."""
 
 import importlib
 import json
-from pathlib import Path
-from typing import Any
+import re
 
+import nbformat
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from nbclient import NotebookClient
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.errors import UserError
+from examples.demo_text import main
 from tests.integrations.trainers import tiny_llm, tiny_t5, tiny_tokenizer
 from tests.scripts.runs import ROOT, TORCHRUN, process
+from tests.text.text_builders import save_llama
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ TRAINER = "trainer_bilora"
 TEXT = {"text": "w3 w4 w5 w6 w7"}
 
 
-def given(folder: Path, model: Any, columns: dict[str, str]) -> dict[str, Any]:
+def given(folder, model, columns):
     """Flags for a model and 24 rows."""
     for part in (model, tiny_tokenizer()):
         part.save_pretrained(folder / "model")
@@ -34,17 +34,17 @@ def given(folder: Path, model: Any, columns: dict[str, str]) -> dict[str, Any]:
     return {"model": folder / "model", "data": folder / "data.jsonl"}
 
 
-def words(values: dict[str, Any]) -> list[str]:
+def words(values):
     always = {"use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2}
     return [str(w) for key, value in {**always, **values}.items() for w in (f"--{key}", value)]
 
 
-def start(name: str, values: dict[str, Any]) -> None:
+def start(name, values):
     AcceleratorState._reset_state(True)
     importlib.import_module(f"examples.{name}").main(words(values))
 
 
-def test_trainer_stopped_and_resumed(tmp_path: Path, capsys: Any) -> None:
+def test_trainer_stopped_and_resumed(tmp_path, capsys):
     common = {**given(tmp_path, tiny_llm(), TEXT), "max_steps": 6, "learning_rate": 1e-2}
     cut = tmp_path / "cut"
     for folder in (tmp_path / "whole", cut):
@@ -63,7 +63,7 @@ def test_trainer_stopped_and_resumed(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["seq2seq_bilora", "sft_bilora"])
-def test_the_others_leave_an_adapter(name: str, tmp_path: Path, capsys: Any) -> None:
+def test_the_others_leave_an_adapter(name, tmp_path, capsys):
     run, answer = tmp_path / "run", "w9 w10"
     values = {"output_dir": run, "max_steps": 4, "learning_rate": 1e-2}
     if seq2seq := name.startswith("seq2seq"):
@@ -79,7 +79,7 @@ def test_the_others_leave_an_adapter(name: str, tmp_path: Path, capsys: Any) -> 
         assert len((run / "predictions.jsonl").read_text().splitlines()) == 4
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+def test_two_processes_take_the_steps_of_one(tmp_path):
     common = {
         **given(tmp_path, tiny_llm(), TEXT),
         **{"max_steps": 4, "save_steps": 4, "train_sampling_strategy": "sequential"},
@@ -87,7 +87,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
         **{"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.1},
     }
 
-    def last(folder: str, processes: int) -> dict[str, Tensor]:
+    def last(folder, processes):
         """What the last checkpoint holds."""
         own = {"per_device_train_batch_size": 4 // processes, "output_dir": tmp_path / folder}
         if processes == 1:
@@ -106,3 +106,42 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     for adapter in (PRIMARY, AUXILIARY):
         ends = [v for key, v in two.items() if key[0] == "1" and adapter in key and "lora_B" in key]
         assert max(value.abs().max().item() for value in ends) > 1e-4, adapter
+
+
+FLAGS = (
+    *("--max_train_steps", "2", "--max_train_samples", "8", "--train_batch_size", "1"),
+    *("--max_eval_samples", "2", "--max_predictions", "1", "--generation_max_new_tokens", "8"),
+)
+
+
+def test_it_trains_and_shows_answers_before_and_after(tmp_path, capsys):
+    folder, model = tmp_path / "demo", save_llama(tmp_path / "model", chat=True)
+    argv = ["--output_dir", str(folder), "--model_name_or_path", str(model), *FLAGS]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    for part in ("Problem:", "Before:", "After:", "Wanted:", "####", "Held-out loss per token"):
+        assert part in said
+    assert (folder / "adapter_model.safetensors").exists()
+    for step in (0, 2):
+        assert (folder / "validation" / f"step-{step}" / "predictions.jsonl").exists()
+
+
+NOTEBOOK = ROOT / "examples" / "miniature.ipynb"
+FEW = 'shared += " --max_train_steps 8 --validation_loss_steps 8 --validation_part 1/16"\n'
+
+
+def test_the_notebook_shows_curves_and_icons_of_both_methods(tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # a notebook draws into its page
+    for name in ("recipes", "train_dreambooth_bilora.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (trains,) = (cell for cell in notebook.cells if "shared = (" in cell.source)
+    trains.source = trains.source.replace("runs = ", f"{FEW}runs = ")
+    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    printed = "".join(output.get("text", "") for output in outputs)
+    lowest = dict(re.findall(r"^(LoRA|Bi-LoRA): lowest held-out loss (0\.\d+)$", printed, re.M))
+    assert lowest.keys() == {"LoRA", "Bi-LoRA"}
+    assert all(0 < float(loss) < 0.12 for loss in lowest.values())  # the base model's is 0.12
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3

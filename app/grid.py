@@ -1,0 +1,169 @@
+"""The Compare tab's grid: one prompt and seed, drawn on demand by checkpoints of a run (rows) at
+strengths of their adapters (columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.files import quoted
+from bilora_diffusion.values import STRENGTHS, Range
+
+from . import parts
+from .drawing import BaseChoice, checked, exported, size_of, usual
+from .generate import PROMPT
+from .parts import QUIET, Update
+from .runs import RunItem, ordered
+from .work import Stopped, Work, message
+
+COUNTS = Range(64, "each takes as long as one in the tab Generate", at_least=1)
+ROWS = 4
+"""Checkpoints that are chosen at first."""
+
+
+class Grid:
+    """The widgets, and what happens when they are used."""
+
+    def __init__(self, work: Work, changed: Any) -> None:
+        self.work, self.catalog = work, work.catalog
+        title = "Checkpoints against strengths"
+        with (
+            gr.Accordion(title, open=False, visible=False, elem_id="grid") as self.body,
+            gr.Row(equal_height=False),
+        ):
+            with gr.Column(scale=2, min_width=300) as form:
+                self.run = gr.Dropdown([], label="Run", elem_id="grid-run")
+                self.steps = gr.Dropdown(
+                    [], label="Checkpoints", multiselect=True, elem_id="grid-steps"
+                )
+                place: dict[str, Any] = {"elem_id": "grid-strengths"}
+                strengths = gr.Textbox("0.5, 0.75, 1, 1.25", label="Strengths", **place)
+                self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="grid-prompt")
+                seed = gr.Number(0, label="Seed", precision=0, elem_id="grid-seed")
+            with gr.Column(scale=5, min_width=300):
+                outputs = [parts.html("grid-status"), parts.html("grid-images")]
+        choice = [self.run, self.steps, self.prompt]
+        gr.on([changed, self.run.input], self.choices, choice, [self.body, *choice], **QUIET)
+        with form:
+            asked = [self.run, self.steps, strengths, self.prompt, seed]
+            work.events("grid", self.draw, self.prompt, asked, outputs)
+
+    def choices(self, path: str | None, steps: list[int], prompt: str | None) -> Update:
+        """Fill the form; what is chosen already stays where the run has it."""
+        runs = {run.path: run for run in ordered(with_checkpoints(self.catalog.now.runs))}
+        if not runs:
+            return {self.body: gr.update(visible=False)}
+        run = runs.get(path or "") or next(iter(runs.values()))
+        chosen = [step for step in steps if step in run.checkpoints]
+        is_filled_in = not prompt or prompt in map(first_prompt, runs.values())
+        return {
+            self.body: gr.update(visible=True),
+            self.run: gr.update(choices=[(r.name, r.path) for r in runs.values()], value=run.path),
+            self.steps: gr.update(
+                choices=[*run.checkpoints], value=chosen or spread(run.checkpoints, ROWS)
+            ),
+            self.prompt: first_prompt(run) if is_filled_in else prompt,
+        }
+
+    def draw(
+        self,
+        number: int,
+        path: str,
+        steps: list[int],
+        strengths: str,
+        prompt: str,
+        seed: float | None,
+        request: gr.Request,
+        progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
+    ) -> Iterator[Any]:
+        """Draw the grid; yields each row as soon as it is there."""
+        images: dict[tuple[int, float], str] = {}
+        try:
+            with self.work.reported():
+                columns, (run, rows) = read_strengths(strengths), self._chosen(path, steps)
+                COUNTS.check("the number of images", len(rows) * len(columns))
+                base = BaseChoice.of(run.record["config"])
+                drawing = checked(prompt, seed, *usual(base), columns[0])
+                drawing = replace(drawing, size=size_of(run))
+                requests = [replace(drawing, scale=strength) for strength in columns]
+                total = len(rows) * len(columns) * drawing.steps
+                for row, step in enumerate(rows):
+
+                    def on_step(done: int, before: int = row * total // len(rows)) -> None:
+                        self.work.check(number, request)
+                        progress((before + done, total), desc=run.name, unit="steps")
+
+                    on_step(0)
+                    yield gr.skip(), table(rows, columns, images)
+                    with exported(self.catalog, run, step) as file:
+                        drawn = self.work.models.draw(base, file, requests, on_step)
+                    cells = [(step, strength) for strength in columns]
+                    images |= dict(zip(cells, map(parts.data_uri, drawn), strict=True))
+            about = f"Done: {drawing.prompt}, seed {drawing.seed}, by {run.name}."
+            yield message(about), table(rows, columns, images)
+        except Stopped:
+            yield message("Cancelled."), gr.skip()
+
+    def _chosen(self, path: str, steps: Sequence[int]) -> tuple[RunItem, list[int]]:
+        runs = {run.path: run for run in with_checkpoints(self.catalog.now.runs)}
+        if path not in runs:
+            raise UserError(f"the run {quoted(path)} has gone: choose another")
+        if not steps:
+            raise UserError("no checkpoint is chosen: choose one or more")
+        if gone := sorted({*steps}.difference(runs[path].checkpoints)):
+            raise UserError(f"the checkpoint of step {gone[0]} has gone: choose others")
+        return runs[path], sorted({*steps})
+
+
+def with_checkpoints(runs: Sequence[RunItem]) -> list[RunItem]:
+    """The runs on images that have checkpoints."""
+    return [run for run in runs if run.checkpoints and not run.is_text]
+
+
+def first_prompt(run: RunItem) -> str:
+    """The first prompt of a run's validation images, else that of the tab Generate."""
+    return next((prompt for prompt, _ in run.images), PROMPT)
+
+
+def spread(steps: Sequence[int], most: int) -> list[int]:
+    """At most so many of the steps, evenly apart, with the last."""
+    return [*steps[:: -max(1, -(-len(steps) // most))]][::-1]
+
+
+def read_strengths(text: str) -> list[float]:
+    """Numbers with commas between them, each once.
+
+    Raises:
+        UserError: one sentence with the value and the fix.
+    """
+    strengths = []
+    for word in text.split(","):
+        try:
+            strengths.append(float(word))
+        except ValueError:
+            fix = "write numbers with commas, such as 0.5, 1"
+            raise UserError(f"the strength {quoted(word)} is not a number: {fix}") from None
+        STRENGTHS.check("a strength", strengths[-1])
+    return list(dict.fromkeys(strengths))
+
+
+def table(
+    rows: Sequence[int], columns: Sequence[float], images: Mapping[tuple[int, float], str]
+) -> str:
+    """The grid as HTML; ``images`` are addresses by step and strength."""
+    head = "".join(f'<th scope="col">{strength:g}</th>' for strength in columns)
+    body = ""
+    for step in rows:
+        names = {(step, s): f"step {step}, strength {s:g}" for s in columns}
+        cells = (parts.image(images.get(key), name) for key, name in names.items())
+        body += f'<tr><th scope="row">{step}</th><td>{"</td><td>".join(cells)}</td></tr>'
+    return (
+        f'<div class="scroll"><table class="grid" style="--columns: {len(columns)}">'
+        f'<thead><tr><th scope="col">step \\ strength</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
