@@ -23,7 +23,7 @@ from bilora_diffusion.export import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.heldout import GridLoss, grid_levels
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
-from bilora_diffusion.image.script import images
+from bilora_diffusion.image.script import training_images
 from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
@@ -36,6 +36,7 @@ from .weights import Weight
 LOSS_OPTIONS = (
     "resolution",
     "aspect_ratio_buckets",
+    "concepts",
     "instance_prompt",
     "trigger_word",
     "unmasked_weight",
@@ -46,6 +47,7 @@ LOSS_OPTIONS = (
 )
 """Options beside base model and images that decide what the loss is a function of."""
 SET_OPTIONS = (
+    "concepts",
     "dataset_name",
     "dataset_config_name",
     "instance_data_dir",
@@ -88,9 +90,9 @@ def points(subjects: Sequence[Subject]) -> dict[str, Point]:
     opened = {}
     for subject in subjects:
         config = configs.get(subject.label, first)
-        key = tuple(getattr(config, name) for name in SET_OPTIONS)
+        key = tuple(repr(getattr(config, name)) for name in SET_OPTIONS)
         if key not in sets:
-            sets[key] = images(config, config.source, config.dataset_config_name)
+            sets[key] = training_images(config)
         opened[subject.label] = Point(subject, config, sets[key])
     _require_comparable(opened)
     return opened
