@@ -15,17 +15,7 @@ from bilora_diffusion.errors import TrainingError
 from bilora_diffusion.image import script
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.run import checkpoint, runlog, snapshots
-from tests.scripts.runs import (
-    ROOT,
-    SCRIPT,
-    TEXT_SCRIPT,
-    column,
-    difference,
-    flags,
-    train,
-    train_once,
-    two_icons,
-)
+from tests.scripts import runs
 from tests.text.text_builders import material, text_flags, train_text_once
 
 STEPS, KILLS = 18, 2
@@ -38,8 +28,8 @@ def steps_logged(folder):
 
 def start(argv):
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *argv],
-        cwd=ROOT,
+        [sys.executable, str(runs.SCRIPT), *argv],
+        cwd=runs.ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -67,9 +57,9 @@ def kill_at_random(argv, folder, chance):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_kills_change_no_bit(tmp_path):
-    whole = train_once(max_train_steps=STEPS)
+    whole = runs.train_once(max_train_steps=STEPS)
     folder = tmp_path / "killed"
-    argv = flags(
+    argv = runs.flags(
         folder, max_train_steps=STEPS, checkpointing_steps=2, resume_from_checkpoint="auto"
     )
     chance = random.Random(0)
@@ -79,9 +69,9 @@ def test_kills_change_no_bit(tmp_path):
     last = start(argv)
     assert last.wait(timeout=600) == 0
     assert len(runlog.read_run(folder)["resumed"]) >= KILLS // 2
-    assert difference(whole, folder) == 0
+    assert runs.difference(whole, folder) == 0
     for key in ("step", "loss", "digest", "auxiliary_norm"):
-        assert column(whole, key) == column(folder, key)
+        assert runs.column(whole, key) == runs.column(folder, key)
 
 
 def interrupt_and_go_on(command, folder, number):
@@ -90,7 +80,7 @@ def interrupt_and_go_on(command, folder, number):
     """
     process = subprocess.Popen(
         [*command, "--overwrite_output_dir"],
-        cwd=ROOT,
+        cwd=runs.ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -109,7 +99,7 @@ def interrupt_and_go_on(command, folder, number):
         time.sleep(0.1)  # a launcher may end before what it launched
     assert runlog.read_run(folder)["status"] == "interrupted", said
     (printed,) = [line for line in said.splitlines() if "--resume_from_checkpoint latest" in line]
-    subprocess.run(printed, shell=True, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(printed, shell=True, cwd=runs.ROOT, check=True, capture_output=True)
     return printed
 
 
@@ -117,11 +107,11 @@ def interrupt_and_go_on(command, folder, number):
 def test_the_printed_command_ends_as_the_whole_run(tmp_path):
     shared = {**material("causal"), "max_train_steps": 300}
     whole, folder = train_text_once("causal", **shared), tmp_path / "it's interrupted"
-    command = [sys.executable, str(TEXT_SCRIPT), *text_flags(folder, **shared)]
+    command = [sys.executable, str(runs.TEXT_SCRIPT), *text_flags(folder, **shared)]
     interrupt_and_go_on(command, folder, signal.SIGTERM)
-    assert difference(whole, folder) == 0
+    assert runs.difference(whole, folder) == 0
     for key in ("step", "loss", "digest"):
-        assert column(whole, key) == column(folder, key)
+        assert runs.column(whole, key) == runs.column(folder, key)
 
 
 @pytest.mark.slow
@@ -129,34 +119,34 @@ def test_the_printed_command_ends_as_the_whole_run(tmp_path):
 def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path):
     """With a record of the perturbations, and the best step by the held-out loss."""
     shared = {
-        **{**two_icons(tmp_path / "icons"), "validation_loss_steps": 2, "keep_best": True},
+        **{**runs.two_icons(tmp_path / "icons"), "validation_loss_steps": 2, "keep_best": True},
         **{"max_train_steps": 8, "train_batch_size": 1, "learning_rate": 2e-4},
         **{"method": "lora-sam", "log_dynamics": True, "dynamics_steps": 1, "optimizer": "AdamW"},
     }
-    one = train(tmp_path / "one", **shared, gradient_accumulation_steps=4)
+    one = runs.train(tmp_path / "one", **shared, gradient_accumulation_steps=4)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
     two, parts = tmp_path / "two", tmp_path / "parts"
     lines = [
-        [*launch, str(SCRIPT), *flags(folder, **shared, gradient_accumulation_steps=2)]
+        [*launch, str(runs.SCRIPT), *runs.flags(folder, **shared, gradient_accumulation_steps=2)]
         for folder in (two, parts)
     ]
-    subprocess.run(lines[0], cwd=ROOT, check=True, capture_output=True)
-    assert column(one, "step") == column(two, "step")
-    assert column(one, "digest") == column(two, "digest")
+    subprocess.run(lines[0], cwd=runs.ROOT, check=True, capture_output=True)
+    assert runs.column(one, "step") == runs.column(two, "step")
+    assert runs.column(one, "digest") == runs.column(two, "digest")
     for key in ("loss", "heldout_loss"):
-        assert column(one, key) == pytest.approx(column(two, key), abs=1e-5)
-    assert difference(one, two) < 1e-5
+        assert runs.column(one, key) == pytest.approx(runs.column(two, key), abs=1e-5)
+    assert runs.difference(one, two) < 1e-5
     best = [runlog.read_run(folder)["results"]["best_step"] for folder in (one, two)]
     assert best[0] == best[1]
     assert list(snapshots.steps(one)) == list(snapshots.steps(two))
-    for a, b in zip(column(one, "dynamics"), column(two, "dynamics"), strict=True):
+    for a, b in zip(runs.column(one, "dynamics"), runs.column(two, "dynamics"), strict=True):
         assert a == {
             k: v if v is None else pytest.approx(v, rel=1e-2, abs=1e-7) for k, v in b.items()
         }
     assert "accelerate" in interrupt_and_go_on(lines[1], parts, signal.SIGINT)
-    assert difference(two, parts) == 0
+    assert runs.difference(two, parts) == 0
     for key in ("step", "loss", "digest"):
-        assert column(two, key) == column(parts, key)
+        assert runs.column(two, key) == runs.column(parts, key)
 
 
 SHORT = {
@@ -215,17 +205,17 @@ def full_at(disk, owner, writer, call):
 
 @pytest.mark.slow
 def test_a_run_goes_on_whenever_there_is_room_again(tmp_path, disk):
-    whole, folder = train(tmp_path / "whole", **SHORT), disk / "run"
+    whole, folder = runs.train(tmp_path / "whole", **SHORT), disk / "run"
     resume: dict[str, Any] = {}
     for owner, writer, call, kept in WRITERS:
         full = pytest.raises(TrainingError, match=rf"{folder} is full \(0 bytes.* make about ")
         with full_at(disk, owner, writer, call), full:
-            train(folder, **SHORT, **resume)
+            runs.train(folder, **SHORT, **resume)
         assert runlog.read_run(folder)["status"] == "failed"
         assert checkpoint.steps(folder)[-1] == kept
         assert checkpoint.load(folder / "checkpoints" / f"step-{kept}").step == kept
         resume = {"resume_from_checkpoint": "latest"}
-    train(folder, **SHORT, **resume)
+    runs.train(folder, **SHORT, **resume)
     assert runlog.read_run(folder)["status"] == "finished"
-    assert difference(whole, folder) == 0
+    assert runs.difference(whole, folder) == 0
     assert not list(folder.rglob(".*"))

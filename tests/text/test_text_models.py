@@ -8,18 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BertForMaskedLM,
-    BertModel,
-    DistilBertConfig,
-    DistilBertModel,
-    GPT2Config,
-    LlamaConfig,
-    RobertaConfig,
-    T5Config,
-    ViTConfig,
-)
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.models import TextModel, kind_of, load_text_model
@@ -36,16 +26,16 @@ CLASSIFIER = "ForSequenceClassification"
 @pytest.mark.parametrize(
     ("config", "task_type", "kind"),
     [
-        (T5Config(), "auto", "seq2seq"),
-        (LlamaConfig(), "auto", "causal"),
+        (hf.T5Config(), "auto", "seq2seq"),
+        (hf.LlamaConfig(), "auto", "causal"),
         (bert_config(), "auto", "classification"),
-        (RobertaConfig(architectures=[f"Roberta{CLASSIFIER}"]), "auto", "classification"),
-        (LlamaConfig(architectures=[f"Llama{CLASSIFIER}"]), "auto", "classification"),
-        (LlamaConfig(), "classification", "classification"),
+        (hf.RobertaConfig(architectures=[f"Roberta{CLASSIFIER}"]), "auto", "classification"),
+        (hf.LlamaConfig(architectures=[f"Llama{CLASSIFIER}"]), "auto", "classification"),
+        (hf.LlamaConfig(), "classification", "classification"),
         (OWN_CODE, "auto", "causal"),
-        (LlamaConfig(), "seq2seq", "--task_type seq2seq .*causal, classification"),
-        (T5Config(), "causal", "--task_type causal .*seq2seq"),
-        (ViTConfig(), "auto", '"it" is a vit model.*--model_name_or_path'),
+        (hf.LlamaConfig(), "seq2seq", "--task_type seq2seq .*causal, classification"),
+        (hf.T5Config(), "causal", "--task_type causal .*seq2seq"),
+        (hf.ViTConfig(), "auto", '"it" is a vit model.*--model_name_or_path'),
     ],
 )
 def test_the_configuration_tells_the_kind_or_is_refused(config, task_type, kind):
@@ -59,11 +49,11 @@ def test_the_configuration_tells_the_kind_or_is_refused(config, task_type, kind)
 @pytest.mark.parametrize(
     ("config", "limit"),
     [
-        (T5Config(), None),
-        (LlamaConfig(max_position_embeddings=77), 77),
-        (GPT2Config(n_positions=55), 55),
+        (hf.T5Config(), None),
+        (hf.LlamaConfig(max_position_embeddings=77), 77),
+        (hf.GPT2Config(n_positions=55), 55),
         (bert_config(), 64),
-        (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (hf.RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
     ],
 )
 def test_the_longest_input(config, limit):
@@ -81,7 +71,7 @@ def test_padding_is_settled_where_the_model_has_none(tmp_path):
 
 
 def test_a_new_head_depends_on_the_seed_alone(tmp_path):
-    base = str(save_bert(tmp_path / "it", BertModel))
+    base = str(save_bert(tmp_path / "it", hf.BertModel))
 
     def head(seed):
         loaded = load_text_model(base, labels=("bad", "middling", "good"), seed=seed)
@@ -104,12 +94,12 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path):
 def test_new_layers_of_a_classifier_are_trained_whole(tmp_path):
     """Else its adapter would belong to random weights that nobody else has."""
     sizes: dict[str, Any] = {"dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
-    config = DistilBertConfig(vocab_size=len(bert_tokenizer()), **sizes)
-    DistilBertModel(config).save_pretrained(tmp_path)
+    config = hf.DistilBertConfig(vocab_size=len(bert_tokenizer()), **sizes)
+    hf.DistilBertModel(config).save_pretrained(tmp_path)
     bert_tokenizer().save_pretrained(tmp_path)
     loaded = load_text_model(str(tmp_path), labels=("no", "yes"))
     assert loaded.new_modules == loaded.whole_modules == ("classifier", "pre_classifier")
-    base = save_bert(tmp_path / "bert", BertForMaskedLM)  # which has no pooler
+    base = save_bert(tmp_path / "bert", hf.BertForMaskedLM)  # which has no pooler
     assert load_text_model(str(base)).whole_modules == ("classifier", "bert.pooler.dense")
     assert load_text_model(str(save_bert(tmp_path / "whole"))).whole_modules == ("classifier",)
 

@@ -8,18 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers as hf
 from accelerate.state import AcceleratorState
 from peft import PeftModel
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text.config import TextConfig
@@ -47,7 +38,7 @@ def save_t5(folder: Path, **settings: Any) -> Path:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     numbers = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     given = {**sizes, **numbers, "dropout_rate": 0.0, **settings}
-    return _save(folder, T5ForConditionalGeneration, T5Config, t5_tokenizer(), given)
+    return _save(folder, hf.T5ForConditionalGeneration, hf.T5Config, t5_tokenizer(), given)
 
 
 def save_llama(folder: Path, *, chat: bool = False, **settings: Any) -> Path:
@@ -55,7 +46,7 @@ def save_llama(folder: Path, *, chat: bool = False, **settings: Any) -> Path:
     tokenizer = chat_tokenizer() if chat else plain_tokenizer()
     numbers = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     given = {**SIZES, "max_position_embeddings": 512, **numbers, **settings}
-    return _save(folder, LlamaForCausalLM, LlamaConfig, tokenizer, given)
+    return _save(folder, hf.LlamaForCausalLM, hf.LlamaConfig, tokenizer, given)
 
 
 def save_gpt2(folder: Path, **settings: Any) -> Path:
@@ -65,17 +56,19 @@ def save_gpt2(folder: Path, **settings: Any) -> Path:
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     numbers = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
     given = {**sizes, **rates, **numbers, **settings}
-    return _save(folder, GPT2LMHeadModel, GPT2Config, tokenizer, given)
+    return _save(folder, hf.GPT2LMHeadModel, hf.GPT2Config, tokenizer, given)
 
 
-def save_bert(folder: Path, architecture: Any = BertForSequenceClassification, **more: Any) -> Path:
+def save_bert(
+    folder: Path, architecture: Any = hf.BertForSequenceClassification, **more: Any
+) -> Path:
     """A BERT without dropout of two classes, or another model of its configuration."""
-    return _save(folder, architecture, BertConfig, bert_tokenizer(), {**BERT, **more})
+    return _save(folder, architecture, hf.BertConfig, bert_tokenizer(), {**BERT, **more})
 
 
-def bert_config(**settings: Any) -> BertConfig:
+def bert_config(**settings: Any) -> hf.BertConfig:
     """Of a BERT without dropout that reads words."""
-    return BertConfig(vocab_size=len(bert_tokenizer()), **{**BERT, **settings})
+    return hf.BertConfig(vocab_size=len(bert_tokenizer()), **{**BERT, **settings})
 
 
 SIZES = {
