@@ -1,11 +1,7 @@
 """Data and HTML of the Compare tab."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
@@ -27,7 +23,7 @@ from app.compare_data import (
     rows,
     times_100,
 )
-from app.scored import Key, Scored, ScoredImage
+from app.scored import Key, ScoredImage
 from eval.clip_scores.prompts import Prompt
 from tests.app.folders import scores_of, write, write_bomb
 
@@ -43,9 +39,7 @@ I2T = {
 VIEW = View("scores", LORA, BILORA, (), RABBIT, 0, "i2t")
 
 
-def made(
-    i2t: Mapping[str, Mapping[int, Sequence[float]]],
-) -> Scored:
+def made(i2t):
     """Three adapters, of which the last has no scores."""
     images: dict[Key, ScoredImage] = {}
     for text, seeds in i2t.items():
@@ -58,14 +52,12 @@ def made(
 
 
 @pytest.fixture
-def result() -> Scored:
+def result():
     """Three prompts, up to two seeds."""
     return made(I2T)
 
 
-def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(
-    result: Scored,
-) -> None:
+def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(result):
     assert metrics(result) == ["i2t", "nearest"]
     assert [times_100(value) for value in (0.31417, -0.005, None)] == ["31.42", "-0.50", "–"]
     found = rows(result, LORA, BILORA, "i2t")
@@ -80,8 +72,8 @@ def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(
         assert listed(replace(VIEW, order=order), some)[-1].text == LION
 
 
-def test_prompts_are_sorted_filtered_and_stepped_through(result: Scored) -> None:
-    def texts(metric: str, order: str, words: str = "") -> list[str]:
+def test_prompts_are_sorted_filtered_and_stepped_through(result):
+    def texts(metric, order, words=""):
         view = replace(VIEW, metric=metric, order=order, words=words)
         return [row.text for row in listed(view, result)]
 
@@ -104,7 +96,7 @@ def test_prompts_are_sorted_filtered_and_stepped_through(result: Scored) -> None
     assert neighbour([], CLOUD, 1) == CLOUD
 
 
-def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result: Scored) -> None:
+def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result):
     first = first_view("scores", result)
     about = {"a": BILORA, "b": LORA, "also": (BASE,), "prompt": CLOUD, "seed": 1}
     view = replace(first, **about, order="name", words="n")
@@ -119,9 +111,7 @@ def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result: Score
     assert all(f'"{word}"' in said for word, said in zip(lost.values(), missing, strict=True))
 
 
-def test_a_notice_holds_no_markup(
-    result: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_notice_holds_no_markup(result, tmp_path, monkeypatch):
     write(result, tmp_path / "scores")
     notices: list[str] = []
     monkeypatch.setattr(gr, "Warning", notices.append)
@@ -134,7 +124,7 @@ def test_a_notice_holds_no_markup(
     assert all("evil.example" in text and "<" not in text for text in notices)
 
 
-def test_html_holds_scores_and_no_foreign_markup(result: Scored) -> None:
+def test_html_holds_scores_and_no_foreign_markup(result):
     evil = "<img src=x onerror=alert(1)>"
     image = ScoredImage("x.png", {"i2t": 0.3142}, caption=evil, nearest_image=evil)
     cards = parts.card(evil, None, "A", evil, compare.facts(result, image, None))
@@ -157,14 +147,12 @@ def test_html_holds_scores_and_no_foreign_markup(result: Scored) -> None:
         ((-0.1, -0.11, -0.09), "down"),
     ],
 )
-def test_a_difference_that_chance_explains_has_no_colour(
-    gains: tuple[float, ...], tone: str
-) -> None:
+def test_a_difference_that_chance_explains_has_no_colour(gains, tone):
     scores = {RABBIT: {seed: (0.3, 0.3 + gain) for seed, gain in enumerate(gains)}}
     assert rows(made(scores), LORA, BILORA, "i2t")[0].tone == tone
 
 
-def test_a_picture_that_is_none_too_large_or_a_program_is_not_opened(tmp_path: Path) -> None:
+def test_a_picture_that_is_none_too_large_or_a_program_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "folder.png").mkdir()

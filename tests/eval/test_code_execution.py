@@ -14,8 +14,6 @@ import pytest
 
 from bilora_diffusion.errors import UserError
 from eval.text_scores import humaneval
-from eval.text_scores.humaneval import HumanEval
-from eval.text_scores.models import Decoding
 from eval.text_scores.sandbox import Execution, Sandbox
 
 PROGRAMS = {
@@ -160,21 +158,3 @@ def test_pass_at_k_is_the_mean_over_all_draws_of_k():
             draws = [any(draw) for draw in itertools.combinations(drawn, k)]
             expected = sum(draws) / len(draws)
             assert humaneval.pass_at_k(samples, correct, k) == pytest.approx(expected)
-
-
-def test_a_score_is_the_mean_over_problems_and_code_that_is_none_is_counted():
-    asked = HumanEval([{"task_id": name} for name in "ab"], Sandbox(""), Decoding(8), 10)
-    keys = [f"{name}#{n}" for name in "ab" for n in range(10)]
-    programs: dict[str, str | None] = dict.fromkeys(keys, "def f(:")
-    programs["a#3"] = "x = 1"
-    ended = dict.fromkeys(keys, Execution("failed", "no")) | {"a#3": Execution("passed")}
-    measured = asked.assess(dict.fromkeys(keys, "    return 1\n"), programs, ended)
-    assert measured.value == pytest.approx(0.05)
-    assert [item.score for item in measured.items] == [0.1, 0.0]
-    assert measured.further() == {
-        "items": 2,
-        "without an answer": 1,
-        "pass@10": pytest.approx(0.5),
-        "programs failed": 19,
-        "programs passed": 1,
-    }

@@ -1,7 +1,5 @@
 """Sets of images that can't be one: each is refused in one sentence with the value and the fix."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,29 +18,29 @@ Spoil = Callable[[Path], Any]
 PICTURE = {"image_column": "picture"}
 
 
-def write(name: str, content: str | bytes) -> Spoil:
+def write(name, content):
     """A file beside the images, or in place of one."""
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
     return lambda folder: (folder / name).write_bytes(data)
 
 
-def row(text: str) -> Spoil:
+def row(text):
     """A metadata file of one row."""
     return write("metadata.jsonl", text)
 
 
-def pipe(name: str) -> Spoil:
-    def put(folder: Path) -> None:
+def pipe(name):
+    def put(folder):
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
 
     return put
 
 
-def alone(*names: str) -> Spoil:
+def alone(*names):
     """These files and nothing else."""
 
-    def put(folder: Path) -> None:
+    def put(folder):
         for path in folder.iterdir():
             path.unlink()
         for name in names:
@@ -51,7 +49,7 @@ def alone(*names: str) -> Spoil:
     return put
 
 
-def circle(folder: Path) -> None:
+def circle(folder):
     (folder / "circle.png").symlink_to("circle.png")
     row('{"file_name": "circle.png"}')(folder)
 
@@ -129,7 +127,7 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
 ]
 
 
-def refused(dataset: str | Path, parts: list[str], **options: Any) -> None:
+def refused(dataset, parts, **options):
     with pytest.raises(UserError) as caught:
         open_images(str(dataset), **options)
     message = str(caught.value)
@@ -140,15 +138,13 @@ def refused(dataset: str | Path, parts: list[str], **options: Any) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "options", "parts"), FOLDERS)
-def test_a_folder(spoil: Spoil, options: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
+def test_a_folder(spoil, options, parts, tmp_path):
     folder = photos(tmp_path / "photos")
     spoil(folder)
     refused(folder, parts, cache_dir=str(tmp_path / "cache"), **options)
 
 
-def test_what_is_no_folder_and_an_image_of_absurd_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_folder_and_an_image_of_absurd_size(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     refused(photos(tmp_path / "photos"), ["a.jpg"])
     refused(tmp_path / "nowhere", ["nowhere", "does not exist", "hub id"])
@@ -168,7 +164,7 @@ def test_what_is_no_folder_and_an_image_of_absurd_size(
         ("test", PICTURE, ['"train"', "only test"]),
     ],
 )
-def test_a_table(split: str, options: dict[str, str], parts: list[str], tmp_path: Path) -> None:
+def test_a_table(split, options, parts, tmp_path):
     table(tmp_path / "set" / f"{split}.parquet", {"x": Image.new("RGB", (8, 8))})
     refused(tmp_path / "set", parts, cache_dir=str(tmp_path / "cache"), **options)
 
@@ -182,10 +178,8 @@ def test_a_table(split: str, options: dict[str, str], parts: list[str], tmp_path
         (RuntimeError("Dataset scripts are no longer supported"), ["scripts"]),
     ],
 )
-def test_a_set_on_the_hub_that_can_not_be_had(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, parts: list[str]
-) -> None:
-    def load(*_: Any, **__: Any) -> Any:
+def test_a_set_on_the_hub_that_can_not_be_had(monkeypatch, error, parts):
+    def load(*_, **__):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load)

@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from tests.scripts import runs
 from tests.text.text_builders import material, text_flags, train_text_once
 
 STEPS, KILLS = 18, 2
+QUIET: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def steps_logged(folder):
@@ -26,20 +26,10 @@ def steps_logged(folder):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def start(argv):
-    return subprocess.Popen(
-        [sys.executable, str(runs.SCRIPT), *argv],
-        cwd=runs.ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
 def kill_at_random(argv, folder, chance):
     """Kill the run some steps (or none) after it went on; True if it was still running."""
     began = steps_logged(folder)
-    process = start(argv)
+    process = runs.started(runs.SCRIPT, *argv, **QUIET)
     ahead, patience = chance.randint(0, 7), time.monotonic() + 600
     while ahead and process.poll() is None and time.monotonic() < patience:
         # A resumed run first drops the lines after its checkpoint, so the count may fall.
@@ -66,25 +56,19 @@ def test_kills_change_no_bit(tmp_path):
     kills = sum(kill_at_random(argv, folder, chance) for _ in range(KILLS))
     assert kills == KILLS
     assert checkpoint.latest(folder) is not None
-    last = start(argv)
-    assert last.wait(timeout=600) == 0
+    assert runs.started(runs.SCRIPT, *argv, **QUIET).wait(timeout=600) == 0
     assert len(runlog.read_run(folder)["resumed"]) >= KILLS // 2
-    assert runs.difference(whole, folder) == 0
-    for key in ("step", "loss", "digest", "auxiliary_norm"):
-        assert runs.column(whole, key) == runs.column(folder, key)
+    runs.alike(whole, folder, "auxiliary_norm")
 
 
 def interrupt_and_go_on(command, folder, number):
     """Start a run as in a terminal, send it a signal after three steps, and run the command that it
     prints, which is returned.
     """
-    process = subprocess.Popen(
-        [*command, "--overwrite_output_dir"],
-        cwd=runs.ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    process = runs.started(
+        *(*command, "--overwrite_output_dir"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        text=True,
         start_new_session=True,  # a process group of its own, which Ctrl-C reaches as a whole
     )
     patience = time.monotonic() + 600
@@ -107,11 +91,9 @@ def interrupt_and_go_on(command, folder, number):
 def test_the_printed_command_ends_as_the_whole_run(tmp_path):
     shared = {**material("causal"), "max_train_steps": 300}
     whole, folder = train_text_once("causal", **shared), tmp_path / "it's interrupted"
-    command = [sys.executable, str(runs.TEXT_SCRIPT), *text_flags(folder, **shared)]
+    command = [runs.TEXT_SCRIPT, *text_flags(folder, **shared)]
     interrupt_and_go_on(command, folder, signal.SIGTERM)
-    assert runs.difference(whole, folder) == 0
-    for key in ("step", "loss", "digest"):
-        assert runs.column(whole, key) == runs.column(folder, key)
+    runs.alike(whole, folder)
 
 
 @pytest.mark.slow
@@ -124,13 +106,13 @@ def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path):
         **{"method": "lora-sam", "log_dynamics": True, "dynamics_steps": 1, "optimizer": "AdamW"},
     }
     one = runs.train(tmp_path / "one", **shared, gradient_accumulation_steps=4)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
     two, parts = tmp_path / "two", tmp_path / "parts"
     lines = [
         [*launch, str(runs.SCRIPT), *runs.flags(folder, **shared, gradient_accumulation_steps=2)]
         for folder in (two, parts)
     ]
-    subprocess.run(lines[0], cwd=runs.ROOT, check=True, capture_output=True)
+    assert runs.process(*lines[0]).returncode == 0
     assert runs.column(one, "step") == runs.column(two, "step")
     assert runs.column(one, "digest") == runs.column(two, "digest")
     for key in ("loss", "heldout_loss"):
@@ -144,9 +126,7 @@ def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path):
             k: v if v is None else pytest.approx(v, rel=1e-2, abs=1e-7) for k, v in b.items()
         }
     assert "accelerate" in interrupt_and_go_on(lines[1], parts, signal.SIGINT)
-    assert runs.difference(two, parts) == 0
-    for key in ("step", "loss", "digest"):
-        assert runs.column(two, key) == runs.column(parts, key)
+    runs.alike(two, parts)
 
 
 SHORT = {

@@ -1,10 +1,7 @@
 """``python -m eval.text_scores`` on a small language model: what it scores, keeps and refuses."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,7 +13,7 @@ from eval import table, text_scores
 from eval.text_scores import harness, models
 from eval.text_scores.sandbox import Sandbox
 from tests.eval.text_score_models import judge, save_adapter, save_base, save_run, save_tasks
-from tests.scripts.conftest import ROOT
+from tests.scripts.runs import process
 from tests.text.text_builders import ADAPTER, train_text_once, write_rows
 
 pytest.importorskip("lm_eval")
@@ -74,19 +71,9 @@ def test_local_tasks_without_the_network(folder, tmp_path):
     """In a process of its own that may use the hub: nothing of it is asked."""
     out, runs = tmp_path / "out", [folder / f"{m}-{n}" for m in ("lora", "bilora") for n in (0, 1)]
     online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", WATCHED, *map(str, runs), "base", "--benchmarks", TOY),
-            *("--include_path", str(folder / "tasks"), "--num_fewshot", "toy_text=2"),
-            *("--output_dir", str(out), "--control", "LoRA"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, **online, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=840,
-    )
+    words = ["--include_path", folder / "tasks", "--num_fewshot", "toy_text=2"]
+    words += ["--benchmarks", TOY, "--output_dir", out, "--control", "LoRA"]
+    done = process("-c", WATCHED, *runs, "base", *words, **online)
     assert done.returncode == 0, done.stderr
     found = table.read(out)
     assert [one.group for one in found.subjects] == ["LoRA", "LoRA", "Bi-LoRA", "Bi-LoRA", "base"]
@@ -98,10 +85,7 @@ def test_local_tasks_without_the_network(folder, tmp_path):
     effects = found.select("toy_text effect of adapter")
     assert len(effects) == 4
     assert all(row.value and row.value > 0 for row in effects)
-    report = (out / "report.md").read_text(encoding="utf-8")
-    head = "| run | seeds | cost | peak memory | toy_choice | difference | toy_text | difference |"
-    assert head in report
-    assert str(tmp_path) not in report + (out / "result.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in (out / "result.json").read_text(encoding="utf-8")
 
 
 def answers(found):

@@ -172,13 +172,9 @@ def test_an_early_step_in_a_format_and_refusals(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_prior_preservation_makes_and_uses_class_images(tmp_path):
-    values = {
-        "with_prior_preservation": True,
-        "class_data_dir": tmp_path / "class",
-        "class_prompt": "a flat icon of a rabbit",
-        "num_class_images": 2,
-        "train_batch_size": 1,
-    }
+    values = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class"}
+    values |= {"class_prompt": "a flat icon of a rabbit", "num_class_images": 2}
+    values |= {"train_batch_size": 1}
     folder = runs.train(tmp_path / "run", **values)
     images = sorted((tmp_path / "class").glob("*.png"))
     assert len(images) == 2
@@ -190,22 +186,14 @@ def test_prior_preservation_makes_and_uses_class_images(tmp_path):
     assert runs.column(free, "loss")[0] == pytest.approx(runs.column(plain, "loss")[0], rel=1e-5)
 
 
-def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path, caplog, capsys):
+def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
     icons = runs.two_icons(tmp_path / "icons")
     shared = {**icons, "max_train_steps": 3, "train_batch_size": 1}
     quiet = runs.train(tmp_path / "quiet", **{**shared, "validation_dataset": "none"})
-    caplog.clear()
-    caplog.set_level("INFO", logger="bilora_diffusion")
-    looked = runs.train(
-        tmp_path / "looked",
-        **shared,
-        report_to="tensorboard",
-        validation_prompt="a TOK icon of a rabbit",
-        num_validation_images=1,
-        validation_num_inference_steps=4,
-        validation_epochs=3,
-        validation_loss_steps=2,
-    )
+    shown = {"report_to": "tensorboard", "validation_prompt": "a TOK icon of a rabbit"}
+    shown |= {"num_validation_images": 1, "validation_num_inference_steps": 4}
+    measured = {"validation_epochs": 3, "validation_loss_steps": 2}
+    looked = runs.train(tmp_path / "looked", **shared, **shown, **measured)
     assert runs.difference(quiet, looked) == 0
     assert len(list((looked / "validation").rglob("*.png"))) == 1
     rows = [row for row in runlog.read_metrics(looked) if "heldout_loss" in row]
@@ -216,18 +204,6 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path, ca
         assert sum(levels) / NOISE_LEVELS == pytest.approx(row["heldout_loss"], rel=1e-5)
     assert runlog.read_run(looked)["results"]["heldout_loss"] > 0
 
-    opening = next(r.message for r in caplog.records if str(looked) in r.message)
-    for fact in ("2 images", "3 steps", "rank 4"):
-        assert fact in opening
-    assert "held-out loss" in capsys.readouterr().err  # the bar
-    closing = caplog.records[-1].message
-    for fact in (
-        f"{rows[-1]['heldout_loss']:.4f} at step 3",
-        str(looked / "pytorch_lora_weights.safetensors"),
-        f"python -m app.viewer {tmp_path}",
-        f"python -m eval.clip_scores {looked} base",
-    ):
-        assert fact in closing
     events = EventAccumulator(str(looked / "logs" / "dreambooth-bilora")).Reload()
     assert f"{BY_LEVEL}25" in events.Tags()["scalars"]
     (shown,) = events.Images("validation")
@@ -236,11 +212,8 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path, ca
 
 def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch):
     """With a gradient scaler on the CPU; the run ends when no loss is finite any more."""
-    build, whole, optimizer = (
-        running.build_accelerator,
-        DreamBoothModule.forward,
-        trainer.build_optimizer,
-    )
+    build, whole = running.build_accelerator, DreamBoothModule.forward
+    optimizer = trainer.build_optimizer
 
     def with_scaler(cfg):
         accelerator = build(cfg)

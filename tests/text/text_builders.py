@@ -49,26 +49,25 @@ def save_llama(folder: Path, *, chat: bool = False, **settings: Any) -> Path:
     return _save(folder, hf.LlamaForCausalLM, hf.LlamaConfig, tokenizer, given)
 
 
-def save_gpt2(folder: Path, **settings: Any) -> Path:
+def save_gpt2(folder: Path) -> Path:
     """A GPT-2 without dropout, whose positions are learned and few."""
     tokenizer = plain_tokenizer()
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     numbers = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
-    given = {**sizes, **rates, **numbers, **settings}
-    return _save(folder, hf.GPT2LMHeadModel, hf.GPT2Config, tokenizer, given)
+    return _save(
+        folder, hf.GPT2LMHeadModel, hf.GPT2Config, tokenizer, {**sizes, **rates, **numbers}
+    )
 
 
-def save_bert(
-    folder: Path, architecture: Any = hf.BertForSequenceClassification, **more: Any
-) -> Path:
+def save_bert(folder: Path, architecture: Any = hf.BertForSequenceClassification) -> Path:
     """A BERT without dropout of two classes, or another model of its configuration."""
-    return _save(folder, architecture, hf.BertConfig, bert_tokenizer(), {**BERT, **more})
+    return _save(folder, architecture, hf.BertConfig, bert_tokenizer(), BERT)
 
 
-def bert_config(**settings: Any) -> hf.BertConfig:
+def bert_config() -> hf.BertConfig:
     """Of a BERT without dropout that reads words."""
-    return hf.BertConfig(vocab_size=len(bert_tokenizer()), **{**BERT, **settings})
+    return hf.BertConfig(vocab_size=len(bert_tokenizer()), **BERT)
 
 
 SIZES = {
