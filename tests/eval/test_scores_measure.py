@@ -163,7 +163,6 @@ def test_a_csv_has_columns(tmp_path):
 
 
 REFUSED = {
-    "empty.txt": (b"\n# nothing\n", None, ["empty.txt", "one a line"]),
     "twice.txt": (b"a cat\n\na dog\na cat\n", None, ["line 1", "line 4", '"a cat"']),
     "column.csv": (b"promt,id\na cat,1\n", None, ['"prompt"', 'did you mean "promt"', "id"]),
     "gone.csv": (b"prompt,reference\na cat,cat.png\n", None, ["line 2", '"cat.png"']),

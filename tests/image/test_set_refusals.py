@@ -49,30 +49,20 @@ def alone(*names):
     return put
 
 
-def circle(folder):
-    (folder / "circle.png").symlink_to("circle.png")
-    row('{"file_name": "circle.png"}')(folder)
-
-
 FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
     # images
     (write("c.png", b"x"), {}, ["c.png", "--skip_bad_images"]),
-    (write("c.png", b""), {}, ["c.png", "--skip_bad_images"]),
-    (write("d.gif", b"GIF89a"), {}, ["d.gif", "--skip_bad_images"]),
     (write(os.fsdecode(b"\xff.png"), b"x"), {}, ["no file is called"]),
     (lambda f: save(f / "d.png", size=(2000, 1)), {}, ["d.png", "2000 pixels wide and 1 high"]),
     (lambda f: Image.new("F", (4, 4), 0.5).save(f / "d.tif"), {}, ["d.tif", "8 bits"]),
     (alone("x.heic"), {}, ["pillow-heif"]),
     (alone("a.png"), {"skip_bad_images": True}, ["no readable image"]),
     (alone(), {}, ["holds no images"]),
-    (alone("notes.txt"), {}, ['"image"']),
     # captions beside them
     (write("a.txt", b"\xff"), {}, ["a.txt", "UTF-8"]),
-    (write("a.txt", b"a\0"), {}, ["a.txt", "NUL"]),
     (write("a.txt", b"a" * 200_000), {}, ["a.txt", "larger"]),
     (pipe("a.txt"), {}, ["a.txt", "no regular file"]),
     # columns
-    (write("n", ""), {"caption_column": "prompt"}, ['"prompt"', "--caption_column", "text"]),
     (write("n", ""), {"image_column": "picture"}, ['"picture"', "--image_column"]),
     (
         row('{"file_name": "c.png", "text": "", "label": 1}'),
@@ -88,21 +78,15 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
     (row('{"file_name": "gone.png"}'), {}, ['"gone.png"', "not a file there"]),
     (row('{"file_name": "../x.png"}'), {}, ["../x.png", "outside"]),
     (row('{"name": "c.png"}'), {}, ["line 1", '"file_name"']),
-    (row('{"file_name": ["a.jpg"]}'), {}, ["line 1", '"file_name"']),
     (row('{"file_name": \n'), {}, ["line 1", "not JSON"]),
-    (row("[1]\n"), {}, ["line 1", "not a JSON object"]),
     (row("\n"), {}, ["metadata.jsonl", "no image"]),
     (write("metadata.jsonl", b"\xff\xfe"), {}, ["metadata.jsonl", "UTF-8"]),
-    (lambda f: ((f / "d").mkdir(), row('{"file_name": "d"}')(f)), {}, ["not a file there"]),
     (row('{"file_name": "a\\u0000.jpg"}'), {}, ["no file is called"]),
-    (row('{"file_name": "\\ud800.jpg"}'), {}, ["no file is called"]),
-    (row(f'{{"file_name": "{"a" * 9999}.jpg"}}'), {}, ["not a file there"]),
     (
         lambda f: (pipe("p.png")(f), row('{"file_name": "p.png"}')(f)),
         {},
         ["p.png", "not a file there"],
     ),
-    (circle, {}, ["circle.png", "not a file there"]),
     (
         row('{"file_name": "a.jpg", "text": "\\u0000"}'),
         {"caption_column": "text"},
@@ -113,9 +97,7 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
         (write("metadata.csv", text), {}, parts)
         for text, parts in [
             ("file_name,text\nc.png,a,b\n", ["line 2", "comma"]),
-            ("file_name,text\nc.png\n", ["line 2", "fields"]),
             ("file_name,text,text\na.jpg,b,c", ['several columns "text"']),
-            ("file_name,text\na.jpg,b\0", ["NUL"]),
             ('file_name,text\na.jpg,"b', ["unexpected end of data"]),
         ]
     ),

@@ -70,7 +70,6 @@ def test_snapshots_are_of_what_was_trained_and_not_of_its_average(tmp_path):
 
 BAD: list[tuple[str, list[str], str]] = [
     ("both", [], "no runs"),
-    ("both", ["{runs}/nothing"], "nothing"),
     ("both", ["{a}", "{runs}/../runs/a"], "twice"),
     ("dynamics", ["{a}", "--output_dir", "{runs}/a/run.json"], "run.json"),
     ("dynamics", ["{bare}"], "--log_dynamics"),
