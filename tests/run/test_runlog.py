@@ -28,11 +28,6 @@ def start(folder, resume_step=None, **values):
     return log
 
 
-def strict(text):
-    """Parse JSON that has neither NaN nor Infinity."""
-    return json.loads(text, parse_constant=pytest.fail)
-
-
 def test_a_whole_run(tmp_path):
     folder = tmp_path / "new" / "run"
     log = start(folder)
@@ -48,7 +43,7 @@ def test_a_whole_run(tmp_path):
         {"step": 2, "loss": 0.25, "taken": True, "note": None},
         {"step": 3, "loss": None, "nonfinite": True},
     ]
-    record = strict((folder / "run.json").read_text())
+    record = json.loads((folder / "run.json").read_text(), parse_constant=pytest.fail)
     assert record == read_run(folder)
     assert record["config"] == {"rank": 4, "betas": [0.9, 0.999], "output_dir": "out"}
     assert (record["method"], record["seed"], record["status"]) == ("bilora", 3, "finished")

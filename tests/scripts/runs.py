@@ -98,13 +98,15 @@ def alike(one: Path, other: Path, *keys: str) -> None:
         assert column(one, key) == column(other, key)
 
 
-def process(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``python WORDS`` in a process of its own."""
+def process(
+    *words: object, fails: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """``python WORDS`` in a process of its own, which must end well or fail."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **own}, check=False
-    )
+    command, env = [sys.executable, *map(str, words)], {**os.environ, **own}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert (done.returncode != 0) == fails, done.stderr[-2000:]
+    return done
 
 
 def started(*words: object, **how: Any) -> subprocess.Popen[str]:

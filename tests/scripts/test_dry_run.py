@@ -76,7 +76,6 @@ def sdxl(folder):
 def near(name, *words):
     """Hold the memory of a dry run in a process of its own to what the run took."""
     done = process(*words, "--dry_run")
-    assert done.returncode == 0, done.stderr
     measured = json.loads((FOLDER / name).read_text(encoding="utf-8"))["measured_bytes"]
     assert needed(done.stdout) == pytest.approx(measured, rel=0.15)
 

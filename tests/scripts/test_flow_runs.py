@@ -132,8 +132,7 @@ def test_four_bits_and_two_processes(tmp_path):
     assert max(value.abs().max() for value in runs.weights(folder).values()) > 0
     one, two = runs.train(tmp_path / "one", **on(SD3)), tmp_path / "two"
     argv = runs.flags(two, **on(SD3, train_batch_size=1))
-    done = runs.process(*runs.TORCHRUN, 2, runs.SCRIPT, *argv, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr[-2000:]
+    runs.process(*runs.TORCHRUN, 2, runs.SCRIPT, *argv, ACCELERATE_USE_CPU="true")
     assert runs.column(one, "digest") == runs.column(two, "digest")
     assert runs.column(one, "loss") == pytest.approx(runs.column(two, "loss"), abs=1e-5)
     assert runs.difference(one, two) < 1e-5

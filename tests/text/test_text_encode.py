@@ -10,10 +10,10 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.text import tokenizing
 from bilora_diffusion.text.examples import Example, from_turns
 from bilora_diffusion.text.tokenizing import generation_prompt
-from tests.text.text_builders import encoded
-from tests.text.text_tokenizers import (
+from tests.text.text_builders import (
     bert_tokenizer,
     chat_tokenizer,
+    encoded,
     plain_tokenizer,
     smollm2_tokenizer,
     t5_tokenizer,

@@ -14,8 +14,14 @@ from safetensors.torch import load_file, save_file
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.models import TextModel, kind_of, load_text_model
 from bilora_diffusion.text.places import PACKAGED
-from tests.text.text_builders import KINDS, bert_config, save_bert, save_llama, save_t5
-from tests.text.text_tokenizers import bert_tokenizer
+from tests.text.text_builders import (
+    KINDS,
+    bert_config,
+    bert_tokenizer,
+    save_bert,
+    save_llama,
+    save_t5,
+)
 
 OWN_CODE = SimpleNamespace(  # of a repository that brings it; Transformers does not know such
     is_encoder_decoder=False, model_type="own", auto_map={"AutoModelForCausalLM": "modeling.Own"}

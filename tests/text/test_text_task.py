@@ -21,7 +21,7 @@ from bilora_diffusion.text.module import collate
 from bilora_diffusion.text.rows import encode_rows, open_rows
 from bilora_diffusion.text.task import TextTask
 from tests.text import text_builders as texts
-from tests.text.text_tokenizers import chat_tokenizer
+from tests.text.text_builders import chat_tokenizer
 
 
 def task_of(folder, kind, base=None, **values):
