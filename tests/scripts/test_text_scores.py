@@ -153,7 +153,7 @@ def test_humaneval(look, tmp_path):
     flags = ["--limit", "2", "--max_new_tokens", "8", "--allow_code_execution"]
     flags += ["--num_samples", "2", "--temperature", "0.8", "--template", "none"]
     try:
-        version = Sandbox.tried().version
+        Sandbox.tried()
     except UserError as error:
         pytest.skip(f"no sandbox on this machine: {error}")
     found = look("lora-0", *flags, benchmarks="humaneval")
@@ -162,7 +162,6 @@ def test_humaneval(look, tmp_path):
     assert rows[0].value == 0  # of a model that knows nothing
     ended = [row for row in found.rows if row.metric.startswith("humaneval programs ")]
     assert sum(row.value or 0 for row in ended) == 4
-    assert f"sandbox {version}" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     written = [
         entry["value"]
         for path in (tmp_path / "out" / "kept").iterdir()
@@ -186,7 +185,6 @@ def test_mtbench(look, tmp_path, monkeypatch):
     assert {one["authorization"] for one in endpoint.headers} == {"Bearer sk-very-secret"}
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or "sk-very-secret" not in path.read_text(encoding="utf-8")
-    assert "5.00" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
