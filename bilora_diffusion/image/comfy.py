@@ -83,7 +83,8 @@ def write(cfg: Any, folder: Path, pipeline: Any) -> None:
         return
     steps, guidance = of(pipeline).drawing(pipeline)
     first = next(iter(cfg.samples), cfg.usual_sample)
-    prompts = [first["prompt"], cfg.trigger_word, cfg.instance_prompt, "a photo"]
+    own = cfg.each[0]
+    prompts = [first["prompt"], own.trigger_word, own.instance_prompt, "a photo"]
     graph = workflow(
         pipeline,
         checkpoint=CHECKPOINTS.get(base, Path(base).name.lower()),
