@@ -2,6 +2,7 @@
 
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,11 @@ from bilora_diffusion.image.opening import open_images
 ICONS = open_images("mini", caption_column="prompt")
 
 
-def captions(images=ICONS, **values):
+def captions(images: Any = ICONS, **values):
     return Captions(settings(**values), images)
 
 
-def settings(**values):
+def settings(**values) -> Any:
     options = {"trigger_word": None, "shuffle_tags": False, "caption_dropout": 0.0, "seed": 0}
     cfg = SimpleNamespace(**{"instance_prompt": None, **options, **values})
     return SimpleNamespace(**vars(cfg), each=[cfg])

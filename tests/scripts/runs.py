@@ -99,7 +99,7 @@ def alike(one: Path, other: Path, *keys: str) -> None:
 
 
 def process(
-    *words: object, fails: bool = False, **environment: str
+    *words: object, fails: object = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """``python WORDS`` in a process of its own, which must end well or fail."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
