@@ -143,11 +143,8 @@ def test_right_solutions_pass_and_wrong_ones_fail(count, sandbox):
             p["task_id"]: humaneval.program(p, f"```\n{body or p['canonical_solution']}```")
             for p in (problems[:9] if body else problems)
         }
-        assert outcomes(sandbox, programs) == {solved}
-
-
-def outcomes(sandbox, programs):
-    return {run.outcome for run in humaneval.run_all(sandbox, programs).values()}
+        ended = humaneval.run_all(sandbox, programs).values()
+        assert {run.outcome for run in ended} == {solved}
 
 
 def test_a_score_is_the_mean_over_problems_and_code_that_is_none_is_counted():
