@@ -51,8 +51,8 @@ class Sentences(argparse.ArgumentParser):
         try:
             return read(text)
         except ValueError as error:
-            flag = action.option_strings[0]
-            raise UserError(f"{flag} is {quoted(text)}: {error}.") from error
+            flag, fix = action.option_strings[0], "give a whole number" if read is int else error
+            raise UserError(f"{flag} is {quoted(text)}: {fix}.") from error
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a ``UserError``."""
@@ -103,7 +103,7 @@ class CommandLine(Sentences):
                 that can't be read.
         """
         flags = self.explicit(argv)
-        recipe = self._recipe(find_recipe(flags["config"])) if flags.get("config") else {}
+        recipe = self._recipe(find_recipe(flags["config"])) if "config" in flags else {}
         for one, other in (*alternatives, *((b, a) for a, b in alternatives)):
             if one in flags and other not in flags:
                 recipe.pop(other, None)
@@ -150,8 +150,7 @@ class CommandLine(Sentences):
         if not isinstance(loaded, dict):
             raise UserError(f'the recipe "{path}" holds no options: write lines like "rank: 4".')
         names = {n: field for n, field in self._names().items() if n[:3] != "no_" and n != "config"}
-        words: dict[str, str] = {}
-        lists: dict[str, list[Any] | None] = {}
+        words, lists = dict[str, str](), dict[str, list[Any] | None]()
         try:
             for key, value in loaded.items():
                 if (name := names.get(key.replace("-", "_"))) is None:
@@ -174,13 +173,14 @@ class CommandLine(Sentences):
         """
         field = self._fields[name]
         items = value if isinstance(value, list) else [value]
-        takes_list = field.default_factory is not dataclasses.MISSING
+        many = field.default_factory is not dataclasses.MISSING
         if value is None and field.default is None:
             return None
-        if (isinstance(value, list) and not takes_list) or not all(
+        if (isinstance(value, list) and not many) or not all(
             isinstance(item, bool | str) or (option_of(field).itemized and isinstance(item, dict))
             for item in items
         ):
-            raise UserError(f'"{name}" is {quoted(value)}: give a single value.')
+            fix = "single values in one list" if many else "a single value"
+            raise UserError(f'"{name}" is {quoted(value)}: give {fix}.')
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
-        return texts if takes_list else texts[0]
+        return texts if many else texts[0]

@@ -83,12 +83,11 @@ def write(cfg: Any, folder: Path, pipeline: Any) -> None:
         return
     steps, guidance = of(pipeline).drawing(pipeline)
     first = next(iter(cfg.samples), cfg.usual_sample)
-    prompts = [first["prompt"], cfg.trigger_word, cfg.instance_prompt, "a photo"]
     graph = workflow(
         pipeline,
         checkpoint=CHECKPOINTS.get(base, Path(base).name.lower()),
         lora=kohya_file_name(folder),
-        prompt=next(filter(None, prompts)),
+        prompt=first["prompt"] or cfg.trigger_word or cfg.instance_prompt or "a photo",
         seed=first["seed"],
         size={side: first[side] for side in ("width", "height")},
         steps=first["steps"] or steps,

@@ -141,6 +141,8 @@ class ClipScores(OverSteps):
         args = self.args
         if args.skip_captions and args.captioner_revision is not None:
             raise UserError("--captioner_revision is for captions: drop it or --skip_captions.")
+        if texts := [run.folder for run in subjects if run.is_text]:
+            raise UserError(f"{texts[0]} is a run on text: use python -m eval.text_scores.")
         self.seeds = settings.read_seeds(args.seeds)
         base = settings.base_model(subjects, args.base_model)
         self.names = settings.models(args, base)

@@ -64,6 +64,8 @@ def test_the_icons_recipe_is_the_command_of_one_flag():
         ("dataset: mini\nrank: [1, 2]\n", '"rank".*1.*single value'),
         ("dataset: mini\nrank: {a: 1}\n", '"rank".*single value'),
         ("dataset: mini\nrank: null\n", '"rank".*single value'),
+        ("dataset: mini\nvalidation_prompts: [null, a]\n", "single values in one list"),
+        ("dataset: mini\ntask: glue/cola\n", "task is no option here.*text models"),
         ("dataset: mini\ndataset_name: x/y\n", '"dataset_name".*second time'),
         ("dataset: mini\nconfig: other.yaml\n", 'unknown option "config"'),
         # what is no file of options
@@ -99,6 +101,8 @@ def test_only_regular_files_are_read(tmp_path):
     for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
         with pytest.raises(UserError, match="of --config is "):
             resolve(["--config", path])
+    with pytest.raises(UserError, match='--config "" is neither'):
+        resolve(["--config", "", "--dataset", "mini"])
 
 
 PIECES = st.sampled_from(
