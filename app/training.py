@@ -83,7 +83,9 @@ def look(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
     if not values:
         return {"visible": False}
     top, colors = ceiling(values), {line.name: line.color for line in lines if line.points}
-    return {"visible": True, "color_map": colors, "y_lim": None if top is None else [None, top]}
+    limits = None if top is None else [None, top]
+    legend = [line.name for line in lines if line.in_legend]
+    return {"visible": True, "color_map": colors, "y_lim": limits, "colors_in_legend": legend}
 
 
 def _key(run: Shown) -> Any:
@@ -114,6 +116,7 @@ class Tab:
                         color="run",
                         label=title,
                         caption=caption,
+                        color_title="concept",
                         colors_in_legend=[],
                         elem_id=f"training-{name}",
                         min_width=320,

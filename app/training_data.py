@@ -9,6 +9,7 @@ is faint, and what belongs to no run is grey.
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 import time
@@ -23,6 +24,7 @@ import pandas as pd
 from bilora_diffusion.image.heldout import BY_LEVEL
 from bilora_diffusion.run.durations import duration
 from bilora_diffusion.run.lock import STALE_SECONDS
+from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
 
 from .runs import CONTROL, RunItem
@@ -136,11 +138,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve with the name that is shown where a pointer is on it."""
+    """A curve with the name that is shown where a pointer is on it, or in the legend too."""
 
     name: str
     points: Points
     color: str = GREY
+    in_legend: bool = False
 
 
 def series(rows: Sequence[Row], key: str) -> Points:
@@ -239,6 +242,23 @@ def by_level(rows: Sequence[Row]) -> Points:
     return [(level, end - start) for level, end, start in both if None not in (end, start)]
 
 
+def by_concept(runs: Sequence[Shown]) -> list[Line]:
+    """The held-out loss of each concept of each run, in the concept's colour; first the names for
+    the legend.
+    """
+    names = [(run, key) for run in runs for key in dict.fromkeys(itertools.chain(*run.rows))]
+    lines: list[Line] = []
+    legend: dict[str, Line] = {}
+    for run, key in names:
+        name, points = key.removeprefix(BY_CONCEPT), series(run.rows, key)
+        if name != key and points:
+            color = COLORS[len(legend) % len(COLORS)]
+            first = legend.setdefault(name, Line(name, points[:1], color, in_legend=True))
+            end = WIDE if run.run.method == CONTROL else ""
+            lines.append(Line(f"{run.run.name}, {name}", points, first.color + end))
+    return [*legend.values(), *lines]
+
+
 def of_fits(runs: Sequence[Shown]) -> list[Line]:
     """The held-out losses of a search's runs over the steps; those of the choice stand out, or of
     the lowest so far.
@@ -288,6 +308,7 @@ def charts(runs: Sequence[Shown], window: int) -> dict[str, list[Line]]:
         "loss-difference": differences(runs, "loss", window),
         "heldout": curves(runs, "heldout_loss", behind=("train_grid_loss", "training set")),
         "heldout-difference": differences(runs, "heldout_loss"),
+        "concepts": by_concept(runs),
         "levels": over_zero(levels, "base model"),
         "fit": of_fits(runs),
         **{name: curves(runs, name) for name in METRICS},
@@ -303,6 +324,7 @@ TITLES = {
     "loss-difference": ("Training loss, difference to LoRA", BELOW),
     "heldout": ("Held-out loss", "Faint: on the training set."),
     "heldout-difference": ("Held-out loss, difference to LoRA", BELOW),
+    "concepts": ("Held-out loss of each concept", "Colours are of concepts here; broad: LoRA."),
     "levels": (
         "Held-out loss at each noise level",
         "The last measurement minus the base model's; across: the timestep.",

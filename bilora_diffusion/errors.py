@@ -69,6 +69,15 @@ def translated(sentence: str, fix: str) -> Iterator[None]:
         raise UserError(f"{sentence} ({reason(error)}): {fix}.") from error
 
 
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """Within the context, the sentence of a ``UserError`` begins with a place."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}{error}") from error
+
+
 def reading(what: str, fix: str, load: Callable[[], T]) -> T:
     """Read a part of a model, or a file, by ``load``, with what it raises `translated`."""
     with translated(f"{what} can't be read", fix):

@@ -59,7 +59,7 @@ class Option:
         choices: what it may be.
         words: what it may be instead of a number.
         aliases: further flags.
-        itemized: whether a list's flag may come several times, and a recipe's items be mappings.
+        itemized: whether a list's flag may come several times, and a recipe have lists of mappings.
     """
 
     help: str

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, placed
 from ..fields import add_flags, check, default_of, option_of, options_of
 from ..files import quoted
 from ..values import check_choice
@@ -149,22 +149,28 @@ class CommandLine(Sentences):
         loaded = read_options(path, f'the recipe "{path}"', "--config")
         if not isinstance(loaded, dict):
             raise UserError(f'the recipe "{path}" holds no options: write lines like "rank: 4".')
+        with placed(f'in the recipe "{path}", '):
+            return self.mapped(loaded)
+
+    def mapped(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that a mapping of a YAML file gives, as `explicit` has them.
+
+        Raises:
+            UserError: an unknown option, one that stands twice, a value of the wrong type.
+        """
         names = {n: field for n, field in self._names().items() if n[:3] != "no_" and n != "config"}
         words, lists = dict[str, str](), dict[str, list[Any] | None]()
-        try:
-            for key, value in loaded.items():
-                if (name := names.get(key.replace("-", "_"))) is None:
-                    self._refuse(key or '""', names)
-                if name in words or name in lists:
-                    raise UserError(f'"{key}" gives {name} a second time: keep one of the two.')
-                texts = self._texts(name, value)
-                if isinstance(texts, str):
-                    words[name] = texts
-                else:
-                    lists[name] = texts
-            given = self.explicit([f"--{name}={text}" for name, text in words.items()])
-        except UserError as error:
-            raise UserError(f'in the recipe "{path}", {error}') from None
+        for key, value in loaded.items():
+            if (name := names.get(key.replace("-", "_"))) is None:
+                self._refuse(key or '""', names)
+            if name in words or name in lists:
+                raise UserError(f'"{key}" gives {name} a second time: keep one of the two.')
+            texts = self._texts(name, value)
+            if isinstance(texts, str):
+                words[name] = texts
+            else:
+                lists[name] = texts
+        given = self.explicit([f"--{name}={text}" for name, text in words.items()])
         return {**given, **{name: texts for name, texts in lists.items() if texts is not None}}
 
     def _texts(self, name: str, value: Any) -> str | list[Any] | None:
@@ -172,15 +178,17 @@ class CommandLine(Sentences):
         where it is that of nobody's choice.
         """
         field = self._fields[name]
+        itemized, listed = option_of(field).itemized, isinstance(value, list)
         items = value if isinstance(value, list) else [value]
-        many = field.default_factory is not dataclasses.MISSING
+        takes_list = field.default_factory is not dataclasses.MISSING
         if value is None and field.default is None:
             return None
-        if (isinstance(value, list) and not many) or not all(
-            isinstance(item, bool | str) or (option_of(field).itemized and isinstance(item, dict))
+        if (listed and not (takes_list or itemized)) or not all(
+            isinstance(item, bool | str)
+            or (itemized and (listed or takes_list) and isinstance(item, dict))
             for item in items
         ):
-            fix = "single values in one list" if many else "a single value"
+            fix = "single values in one list" if takes_list else "a single value"
             raise UserError(f'"{name}" is {quoted(value)}: give {fix}.')
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
-        return texts if many else texts[0]
+        return texts if takes_list or listed else texts[0]

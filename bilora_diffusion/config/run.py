@@ -77,7 +77,7 @@ class RunConfig(
         values, given = cls.parser().read(argv, cls.alternatives)
         values = cls.complete(_completed(values, given, cls.modality), given)
         values["validation_loss_steps"] = _measured_every(values, given)
-        values, notes = _without_idle(fields.options_of(kind.groups), values, given)
+        values, notes = without_idle(fields.options_of(kind.groups), values, given)
         notes += _remarks(values, given)
         about = {"device": machine.device_type(), "modality": cls.modality, **machine.launch()}
         refusals.check({**values, **about})
@@ -209,7 +209,7 @@ def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
     return values
 
 
-def _without_idle(
+def without_idle(
     options: Mapping[str, dataclasses.Field[Any]], values: Values, given: frozenset[str]
 ) -> tuple[Values, list[str]]:
     """Take back the options that have no effect, so that the run's record does not claim them.

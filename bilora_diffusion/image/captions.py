@@ -22,8 +22,8 @@ class Captions:
     """The texts of a training set.
 
     Args:
-        cfg: with ``instance_prompt``, ``trigger_word``, ``shuffle_tags``, ``caption_dropout`` and
-            ``seed``.
+        cfg: with ``seed`` and, of each concept, ``instance_prompt``, ``trigger_word``,
+            ``shuffle_tags`` and ``caption_dropout``.
         images: whose captions they are.
 
     Raises:
@@ -31,41 +31,47 @@ class Captions:
     """
 
     def __init__(self, cfg: DreamBoothConfig, images: ImageSet) -> None:
-        self._cfg = cfg
-        plain, orders = images.prompts(cfg.instance_prompt), range(1)
-        if cfg.shuffle_tags:
-            orders = range(max(1, min(ORDERS, MOST_TEXTS // len(plain))))
-            if not any("," in text for text in plain):
-                raise UserError(
-                    f"--shuffle_tags has nothing to shuffle: no caption of {images.label} has tags"
-                    " with commas between them; drop it."
-                )
+        self._own = images.of_each(cfg.each)
+        plain = images.prompts(*(own.instance_prompt for own in cfg.each))
+        orders = range(max(1, min(ORDERS, MOST_TEXTS // len(plain))))
+        shuffled = [text for text, own in zip(plain, self._own, strict=True) if own.shuffle_tags]
+        if shuffled and not any("," in text for text in shuffled):
+            raise UserError(
+                f"--shuffle_tags has nothing to shuffle: no caption of {images.label} has tags"
+                " with commas between them; drop it."
+            )
         self._texts = [
-            [with_trigger(self._shuffled(text, i, order), cfg.trigger_word) for order in orders]
-            for i, text in enumerate(plain)
+            [
+                with_trigger(self._shuffled(text, i, order), own.trigger_word)
+                for order in (orders if own.shuffle_tags else range(1))
+            ]
+            for i, (text, own) in enumerate(zip(plain, self._own, strict=True))
         ]
 
     def _shuffled(self, text: str, sample: int, order: int) -> str:
-        if not self._cfg.shuffle_tags:
+        own = self._own[sample]
+        if not own.shuffle_tags:
             return text
         tags = [tag.strip() for tag in text.split(",")]
-        trigger = self._cfg.trigger_word
+        trigger = own.trigger_word
         front = [tag for tag in tags if trigger and has_word(tag, trigger)]
         tags = [tag for tag in tags if tag not in front]
-        random = generator(self._cfg.seed, "tags", sample, order)
+        random = generator(own.seed, "tags", sample, order)
         places = torch.randperm(len(tags), generator=random)
         return ", ".join([*front, *(tags[place] for place in places)])
 
     def every(self) -> list[str]:
         """Every text that training can meet, without repetition."""
         shown = [text for orders in self._texts for text in orders]
-        return list(dict.fromkeys([*shown, *([""] if self._cfg.caption_dropout else [])]))
+        dropped = any(own.caption_dropout for own in self._own)
+        return list(dict.fromkeys([*shown, *([""] if dropped else [])]))
 
     def draw(self, sample: int, step: int, slot: int) -> str:
         """The text of one visit; it depends on the seed and the visit alone."""
-        random = generator(self._cfg.seed, "caption", step, sample, slot)
+        own = self._own[sample]
+        random = generator(own.seed, "caption", step, sample, slot)
         dropped, order = torch.rand(2, generator=random, dtype=torch.float64).tolist()
-        if dropped < self._cfg.caption_dropout:
+        if dropped < own.caption_dropout:
             return ""
         orders = self._texts[sample]
         return orders[int(order * len(orders))]
@@ -77,7 +83,9 @@ def texts(cfg: DreamBoothConfig, images: ImageSet) -> list[str]:
     Raises:
         UserError: an image has none.
     """
-    return [with_trigger(text, cfg.trigger_word) for text in images.prompts(cfg.instance_prompt)]
+    plain = images.prompts(*(own.instance_prompt for own in cfg.each))
+    triggers = images.of_each([own.trigger_word for own in cfg.each])
+    return [with_trigger(text, word) for text, word in zip(plain, triggers, strict=True)]
 
 
 def with_trigger(text: str, trigger: str | None) -> str:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from .. import methods
 from ..lora_names import FILE_NAME, kohya_file_name, workflow_file_name
 from ..mini import FLOW, MINI, PIPELINES
+from ..run.record import BY_CONCEPT
 from ..train.card import is_hub_id, loaded_from, source, write_card
 from .config import DreamBoothConfig
 
@@ -31,7 +32,7 @@ def write_dreambooth_card(
         repo_id: hub repository the folder goes to.
     """
     base = source(cfg.pretrained_model_name_or_path)
-    data = source(cfg.source)
+    sources = [source(own.source) for own in cfg.each]
     whole, flow = methods.get(cfg.method).exports_weights, _of_transformer(folder)
     step = results.get("best_step", results["steps"])
     files = sorted((folder / "validation" / f"step-{step}").glob("*.png"))
@@ -40,9 +41,12 @@ def write_dreambooth_card(
         files = prompts = []
     urls = [quote(file.relative_to(folder).as_posix()) for file in files]
     gallery = list(zip(prompts, urls, strict=True))
-    trigger = cfg.trigger_word or cfg.instance_prompt
+    words = [own.trigger_word or own.instance_prompt for own in cfg.each]
+    triggers = list(dict.fromkeys(filter(None, words)))
     workflow = workflow_file_name(folder)
     vae = cfg.pretrained_vae_model_name_or_path
+    concepts = [own.concept for own in cfg.each if own.concept]
+    measured = MEASURED | {f"held-out loss of {name}": f"{BY_CONCEPT}{name}" for name in concepts}
     tags = ["text-to-image", "diffusers"]
     tags += ["full-fine-tuning"] if whole else ["lora", "template:sd-lora"]
     # The miniature has SDXL's architecture, but its weights fit nothing else.
@@ -55,17 +59,17 @@ def write_dreambooth_card(
         meta=ModelCardData(
             library_name="diffusers",
             base_model=base if is_hub_id(base) else None,
-            datasets=[data] if is_hub_id(data) else None,
+            datasets=list(filter(is_hub_id, sources)) or None,
             tags=list(dict.fromkeys([*tags, cfg.method])),
-            instance_prompt=cfg.instance_prompt,
+            instance_prompt=next(filter(None, (own.instance_prompt for own in cfg.each)), None),
             widget=[{"text": text, "output": {"url": url}} for text, url in gallery] or None,
         ),
         heading="Results",
-        measured={title: results[key] for title, key in MEASURED.items() if key in results},
+        measured={title: results[key] for title, key in measured.items() if key in results},
         title=OURS.get(base, base),
-        data=OURS.get(data, data),
-        trigger=trigger,
-        prompt=(prompts or [trigger or "a photo"])[0],
+        data=", ".join(OURS.get(data, data) for data in sources),
+        triggers=triggers,
+        prompt=(prompts or triggers or ["a photo"])[0],
         gallery=gallery,
         miniature=PIPELINES[base].__name__ if base in PIPELINES else None,
         base=loaded_from(base),

@@ -83,11 +83,12 @@ def write(cfg: Any, folder: Path, pipeline: Any) -> None:
         return
     steps, guidance = of(pipeline).drawing(pipeline)
     first = next(iter(cfg.samples), cfg.usual_sample)
+    own = cfg.each[0]
     graph = workflow(
         pipeline,
         checkpoint=CHECKPOINTS.get(base, Path(base).name.lower()),
         lora=kohya_file_name(folder),
-        prompt=first["prompt"] or cfg.trigger_word or cfg.instance_prompt or "a photo",
+        prompt=first["prompt"] or own.trigger_word or own.instance_prompt or "a photo",
         seed=first["seed"],
         size={side: first[side] for side in ("width", "height")},
         steps=first["steps"] or steps,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
 from ..config.run import RunConfig, without_influence
 from ..methods.options import AdapterOptions, MethodFlags
-from . import inputs
+from . import concept_list, inputs
 from .families import SDXL, named
 from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
 from .options import DataOptions, ImageOutputOptions, ModelOptions, ValidationOptions
@@ -52,11 +52,16 @@ class DreamBoothConfig(
     Attributes:
         validation_settings: the settings of each of ``validation_prompts`` (`PromptOptions`); []
             where none has any.
+        concepts: the options that each has of its own, with its name as "concept"; [] of a run of
+            one set of images.
+        concept: the name of the one that `each` made this of.
         pipeline: the class of the base model's pipeline.
         told_guidance: whether it is told its guidance in training.
     """
 
     validation_settings: list[dict[str, Any]] = field(default_factory=list)
+    concepts: list[dict[str, Any]] = field(default_factory=list)
+    concept: str = ""
     pipeline: str = ""
     told_guidance: bool = False
 
@@ -77,7 +82,7 @@ class DreamBoothConfig(
         " meaning; defaults are those of the Bi-LoRA paper's Table A8."
     )
     usage: ClassVar[str] = "%(prog)s --dataset {mini,HUB_ID,FOLDER} [flags]"
-    complete = staticmethod(inputs.complete)
+    complete = staticmethod(concept_list.complete)
     check_inputs = staticmethod(inputs.check_inputs)
 
     @property
@@ -105,6 +110,11 @@ class DreamBoothConfig(
     def cache(self) -> Path | None:
         """Folder in which the run caches what it encodes; None where it does not."""
         return None if self.dry_run else inputs.cache_folder(self.disk_cache)
+
+    @property
+    def each(self) -> list[Self]:
+        """The configuration as each concept has it; itself where there are none."""
+        return [replace(self, concepts=[], **own) for own in self.concepts] or [self]
 
     @property
     def source(self) -> str:
@@ -138,7 +148,13 @@ class DreamBoothConfig(
         return [{**sample, "seed": sample["seed"] + n} for sample in each for n in numbers]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "validation_settings": self.validation_settings}
+        values = {**super().to_dict(), "validation_settings": self.validation_settings}
+        return {**values, "concepts": self.concepts} if self.concepts else values
+
+    def fingerprint(self) -> dict[str, Any]:
+        free = self.without_influence
+        each = [{k: v for k, v in own.items() if k not in free} for own in self.concepts]
+        return {**super().fingerprint(), **({"concepts": each} if each else {})}
 
 
 def resolve(argv: Sequence[str] | None = None) -> DreamBoothConfig:

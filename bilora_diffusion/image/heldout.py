@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ..choices import NOISE_LEVELS
+from ..run.record import BY_CONCEPT
 from ..seeds import generator
 from ..train.task import inference, loss_by_part
 from .config import DreamBoothConfig
@@ -51,13 +52,16 @@ class Conditioned(Protocol):
 
 @dataclass(frozen=True)
 class GridImage:
-    """One image of the grid: its clean latent (c, h, w), caption, micro-conditioning and mask."""
+    """One image of the grid: its clean latent (c, h, w), caption, micro-conditioning, mask and the
+    name of its concept.
+    """
 
     name: str
     latent: Tensor
     caption: str
     time_ids: tuple[float, ...]
     mask: Tensor | None = None
+    concept: str = ""
 
 
 class GridLoss:
@@ -86,26 +90,29 @@ class GridLoss:
         for visit in centered_visits(images, self.task.cfg):
             (posterior,) = encoder([visit])
             latent = encoder.space.encode(posterior.mean[None])[0]
-            grid.append(
-                GridImage(visit.name, latent, visit.caption, visit.time_ids, posterior.mask)
-            )
+            about = visit.caption, visit.time_ids, posterior.mask, visit.cfg.concept
+            grid.append(GridImage(visit.name, latent, *about))
         return grid
 
     def __call__(self) -> dict[str, float]:
         """``heldout_loss`` and ``train_grid_loss``, each a mean over images and noise levels; and
-        ``heldout_loss_by_level/LEVEL`` of each level, a mean over the held-out images, or that of
-        each image (`loss_by_part`).
+        ``heldout_loss_by_level/LEVEL`` of each level, a mean over the held-out images, with
+        ``heldout_loss_by_concept/NAME`` of the images of each concept; or that of each image
+        (`loss_by_part`).
         """
         with inference(self.task.module):
             tables = {name: self.table(images) for name, images in self.sets.items()}
         names = self.task.module.denoising.level(torch.tensor(self._known())).round().int().tolist()
         held = tables["heldout_loss"]
         levels = zip(names, held.mean(1).tolist(), strict=True)
-        own = loss_by_part(held.mean(0).tolist(), held.shape[1])
-        return {
-            **{name: float(losses.mean(0).mean()) for name, losses in tables.items()},
-            **({f"{BY_LEVEL}{level}": loss for level, loss in levels} if len(tables) > 1 else own),
-        }
+        means = {name: float(losses.mean(0).mean()) for name, losses in tables.items()}
+        if len(tables) == 1:
+            return means | loss_by_part(held.mean(0).tolist(), held.shape[1])
+        concepts = [image.concept for image in self.sets["heldout_loss"]]
+        for concept in filter(None, dict.fromkeys(concepts)):
+            its = torch.tensor([name == concept for name in concepts])
+            means[f"{BY_CONCEPT}{concept}"] = float(held[:, its].mean(0).mean())
+        return means | {f"{BY_LEVEL}{level}": loss for level, loss in levels}
 
     def _known(self) -> list[int]:
         return grid_levels(self.task.module.denoising.num_timesteps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,10 @@ FLOW_TOKENS = 16
 CHECKPOINTING_FROM = 512
 CACHE, CACHE_AUTO = "bilora-diffusion", "auto"
 MOST_PROMPT_BYTES = 1_000_000
-PLACES = (
-    *("pretrained_vae_model_name_or_path", "dataset_name", "instance_data_dir"),
-    *("validation_dataset", "hub_model_id"),
-)
+PLACES = ("pretrained_vae_model_name_or_path", "hub_model_id")
 """Options that name a folder or a repository on the hub."""
+IMAGES = ("dataset_name", "instance_data_dir", "validation_dataset")
+"""Those of images."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,16 @@ PRESETS = {
 
 
 def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    """Fill in what was not given, of what only images have.
+    """Fill in what was not given, of what only image models have, after `complete_images`.
 
     Args:
         values: every option's value or default.
         given: names of the options that the user gave.
 
     Raises:
-        UserError: the file of validation prompts, or of settings for bitsandbytes, can't be read.
+        UserError: the file of settings for bitsandbytes can't be read.
     """
     values = dict(values)
-    for name in ("instance_data_dir", "class_data_dir"):
-        if values[name] in FOLDERS:
-            values[name] = f"./{values[name]}"  # a folder of that name, not the built-in set
-    _apply_preset(values, given)
     if values["bnb_quantization_config_path"] is not None:
         values["quantize"] = _quantization(values["bnb_quantization_config_path"])
     for one, other in (BATCH, BATCH[::-1]):
@@ -126,9 +122,11 @@ def _for_model(values: dict[str, Any], given: frozenset[str], model: BaseModel) 
         guidance = settings.get("guidance", values["validation_guidance_scale"])
         guidance = family.guidance if guidance is None else guidance
         if settings.get("negative_prompt") and guidance <= family.unguided:
+            of = settings.get("concept")
+            whose = f"a prompt of {of}" if of else f"number {number} of --validation_prompts"
             raise UserError(
-                f"number {number} of --validation_prompts has a negative prompt, and"
-                f" {family.title} reads none at a guidance of {guidance:g}: drop it."
+                f"{whose} has a negative prompt, and {family.title} reads none at a guidance of"
+                f" {guidance:g}: drop it."
             )
     for edge in edges:
         family.require_resolution(edge, model.configs)
@@ -141,7 +139,15 @@ def _for_model(values: dict[str, Any], given: frozenset[str], model: BaseModel) 
     return values
 
 
-def _apply_preset(values: dict[str, Any], given: frozenset[str]) -> None:
+def complete_images(values: dict[str, Any], given: frozenset[str]) -> None:
+    """Fill in what was not given of images and prompts, in place.
+
+    Raises:
+        UserError: the file of validation prompts can't be read.
+    """
+    for name in ("instance_data_dir", "class_data_dir"):
+        if values[name] in FOLDERS:
+            values[name] = f"./{values[name]}"  # a folder of that name, not the built-in set
     preset = PRESETS.get(values["dataset_name"] or "")
     _apply_prompts(values)
     if values["final_validation_prompt"] and not values["validation_prompts"]:
@@ -217,14 +223,36 @@ def _quantization(path: str) -> str:
 
 
 def check_inputs(values: dict[str, Any]) -> None:
-    """Refuse images without a prompt, places that can't be a folder, and malformed ids.
+    """Refuse what `check_images` does, places that can't be a folder, and malformed ids.
 
     Raises:
         UserError: one sentence with the option, its value and the fix.
     """
     if values["validation_part"] is not None:
         read_part(values["validation_part"])
+    if not values["concepts"]:
+        check_images(values)
     for name in PLACES:
+        if values[name] is not None:
+            folder_or_id(values[name], f"--{name}")
+    cache, shown = cache_folder(values["disk_cache"]), quoted(values["disk_cache"])
+    if cache is None or values["disk_cache"] == CACHE_AUTO:  # which is only missed
+        return
+    there = next(path for path in (cache, *cache.absolute().parents) if os.path.lexists(path))
+    writable = is_folder(there) and os.access(there, os.W_OK | os.X_OK)
+    if not (writable and values["disk_cache"].strip()):
+        raise UserError(
+            f"--disk_cache {shown} is not a folder that can be written: give another, auto, or no."
+        )
+
+
+def check_images(values: Mapping[str, Any]) -> None:
+    """Refuse images without a prompt or a place, of a run or of a concept.
+
+    Raises:
+        UserError: one sentence with the option, its value and the fix.
+    """
+    for name in IMAGES:
         value = values[name]
         if value is None or value in FOLDERS:
             continue
@@ -244,15 +272,6 @@ def check_inputs(values: dict[str, Any]) -> None:
         raise UserError(
             f'"{source}" has no prompt: add --instance_prompt, for example "a photo of TOK dog",'
             " --caption_column, or a .txt file with its caption beside each image."
-        )
-    cache, shown = cache_folder(values["disk_cache"]), quoted(values["disk_cache"])
-    if cache is None or values["disk_cache"] == CACHE_AUTO:  # which is only missed
-        return
-    there = next(path for path in (cache, *cache.absolute().parents) if os.path.lexists(path))
-    writable = is_folder(there) and os.access(there, os.W_OK | os.X_OK)
-    if not (writable and values["disk_cache"].strip()):
-        raise UserError(
-            f"--disk_cache {shown} is not a folder that can be written: give another, auto, or no."
         )
 
 

@@ -90,9 +90,11 @@ class DataOptions:
         None,
         "Images to learn from: hub id, local folder (images alone, or with metadata.jsonl or"
         " metadata.csv), mini, or mini-animals (12 pictures, soon overfitted). linoyts/3d_icon and"
-        " mini bring the paper's prompts along.",
+        " mini bring the paper's prompts along. Or a YAML file with a list of concepts, each with"
+        " such options of its own (docs/data.md).",
         aliases=("--dataset",),
         place=True,
+        itemized=True,
     )
     dataset_config_name: str | None = option(
         None, "Configuration of a set that has several.", idle=(ON_ONE_CONFIGURATION,)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..adapters.quantize import quantize
+from ..errors import placed
 from ..export import (
     FILE_NAME,
     kohya_file_name,
@@ -33,6 +34,7 @@ from ..train import running
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from . import comfy
+from .captions import Captions
 from .card import write_dreambooth_card
 from .config import DreamBoothConfig, resolve
 from .dry_run import moments
@@ -52,8 +54,7 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     """Data first, since it is quick to refuse; then the models; then both on the device, where
     prompts are embedded. In a dry run models have no weights, and stay where they are.
     """
-    instance = images(cfg, cfg.source, cfg.dataset_config_name)
-    instance.require_masks()
+    instance = training_images(cfg)
     validation = heldout_images(cfg)
     held = None if validation is None else validation.pictures()
     if (held is not None or cfg.fit) and (line := copies("images", instance.pictures(), held)):
@@ -75,7 +76,8 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
             logger.warning("%s", remark)
     classes = None
     if cfg.with_prior_preservation:
-        classes = instance if cfg.dry_run else class_images(cfg, accelerator)
+        made = partial(class_images, accelerator=accelerator)
+        classes = instance if cfg.dry_run else joined(cfg, made)
     task = DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
     if not cfg.dry_run:
         if cfg.quantize != "none":
@@ -115,7 +117,8 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
                 image.save(folder / f"{number}-{mark}.png")
     accelerator.wait_for_everyone()
     plain = {"image_column": "image", "caption_column": "none", "mask_column": None}
-    return images(cfg, str(cfg.class_data_dir), **plain, alpha_mask=False)
+    made = images(cfg, str(cfg.class_data_dir), **plain, alpha_mask=False)
+    return made.only(range(min(len(made), cfg.num_class_images)))
 
 
 def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
@@ -154,13 +157,44 @@ def images(
     return opened
 
 
+def joined(
+    cfg: DreamBoothConfig, opened: Callable[[DreamBoothConfig], ImageSet | None]
+) -> ImageSet | None:
+    """One set of what is opened for each concept, whose place begins what is refused of it; that of
+    a run without concepts as it is.
+    """
+    if not cfg.concepts:
+        return opened(cfg)
+    sets = {}
+    for number, own in enumerate(cfg.each, start=1):
+        with placed(f"{cfg.source}, concept {number}: "):
+            sets[own.concept] = opened(own)
+    return ImageSet.joined(cfg.source, sets)
+
+
+def training_images(cfg: DreamBoothConfig) -> ImageSet:
+    """The images that the run learns from, of all concepts."""
+
+    def opened(own: DreamBoothConfig) -> ImageSet:
+        its = images(own, own.source, own.dataset_config_name)
+        its.require_masks()
+        Captions(own, its)  # which refuses an image without a prompt
+        return its
+
+    return joined(cfg, opened) or opened(cfg)
+
+
 def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
-    """The images that the run measures its loss on; None where it has none."""
-    if not cfg.validation_dataset:
-        return None
-    opened = images(cfg, cfg.validation_dataset)
-    names = [opened.name(i) for i in range(len(opened))]
-    return opened.only(chosen(cfg.validation_part, names, opened.label))
+    """The images that the run measures its loss on, of all concepts; None where it has none."""
+
+    def opened(own: DreamBoothConfig) -> ImageSet | None:
+        if not own.validation_dataset:
+            return None
+        its = images(own, own.validation_dataset)
+        names = [its.name(i) for i in range(len(its))]
+        return its.only(chosen(own.validation_part, names, its.label))
+
+    return joined(cfg, opened)
 
 
 def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -18,6 +19,7 @@ FULL_CHECK_LIMIT = 2000
 """Up to this many images are decoded whole when opened; of more, only the headers are read."""
 MOST_ELONGATED = 64
 """Times a side may be longer than the other: resizing makes of it what memory can't hold."""
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -31,6 +33,7 @@ class Entry:
         mask: gives the mask of what is learned of it, mode "L"; None to learn all of it, as
             where the mask hides nothing of it.
         size: (height, width) once upright; known when it was checked.
+        concept: the number of its concept, from 0.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Entry:
     caption: str | None = None
     mask: Callable[[], Image.Image | None] | None = None
     size: tuple[int, int] = (0, 0)
+    concept: int = 0
 
     def encoded(self) -> Path | bytes:
         """Its file, or its encoded content.
@@ -148,6 +152,27 @@ class ImageSet:
         part._fingerprint = None
         return part
 
+    @classmethod
+    def joined(cls, label: str, sets: Mapping[str, ImageSet | None]) -> ImageSet | None:
+        """The images of several concepts as one set, each called CONCEPT/NAME.
+
+        Args:
+            label: what to call it in messages.
+            sets: by the names of all concepts; None of one that has none. None is joined to None.
+        """
+        there = [images for images in sets.values() if images is not None]
+        if not there:
+            return None
+        whole = there[0].only([])
+        whole.label, whole.skipped, whole._remarks = label, [], ()
+        whole._masks_from = whole._captions_from = None
+        for number, (concept, images) in enumerate(sets.items()):
+            for entry in images._entries if images else ():
+                own = copy.copy(entry)
+                own.name, own.concept = f"{concept}/{entry.name}", number
+                whole._entries.append(own)
+        return whole
+
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -207,13 +232,18 @@ class ImageSet:
                 " not to be learned, or drop the masks."
             )
 
-    def prompts(self, instance_prompt: str | None) -> list[str]:
-        """The text of every image: its caption, else the instance prompt.
+    def of_each(self, values: Sequence[T]) -> list[T]:
+        """For each image the value that belongs to its concept."""
+        return [values[entry.concept] for entry in self._entries]
+
+    def prompts(self, *instance_prompts: str | None) -> list[str]:
+        """The text of every image: its caption, else the instance prompt of its concept.
 
         Raises:
             UserError: an image has no caption and there is no instance prompt.
         """
-        texts = [self.caption(i) or instance_prompt for i in range(len(self))]
+        usual = enumerate(self.of_each(instance_prompts))
+        texts = [self.caption(i) or prompt for i, prompt in usual]
         if None in texts:
             raise UserError(
                 f"{self.name(texts.index(None))} in {self.label} has no caption: give it one, or"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -93,10 +94,11 @@ class DreamBooth:
         sizes = sorted(set(self.stream.sizes))
         square = sizes == [(self.cfg.resolution,) * 2]
         shown = ", ".join(f"{height} x {width}" for height, width in sizes)
-        return (
-            f"{len(self.stream.images)} images{prior} at"
-            f" {self.cfg.resolution if square else shown} px"
-        )
+        images, each = self.stream.images, [own.concept for own in self.cfg.each]
+        counts = Counter(images.of_each(each))
+        of = [f"{own.concept} {counts[own.concept]} x {own.repeats}" for own in self.cfg.each]
+        of = f" of {len(each)} concepts ({', '.join(of)})" if self.cfg.concepts else ""
+        return f"{len(images)} images{of}{prior} at {self.cfg.resolution if square else shown} px"
 
     def targets(self) -> list[Target]:
         """The denoiser's layers that were asked for, and the attention projections of the text
@@ -243,7 +245,7 @@ class DreamBooth:
         instance = torch.tensor([v.kind == "instance" for v in visits])
         inputs = self.inputs(*parts, instance=instance, images=visits, masks=masks)
         if self.cfg.prior_prediction_weight:
-            inputs["prior"] = self.condition([str(self.cfg.class_prompt)] * len(visits))
+            inputs["prior"] = self.condition([str(visit.cfg.class_prompt) for visit in visits])
         joined = tuple("".join(digests[s :: len(slots)]) for s in range(len(slots)))
         names = tuple(v.name for v in visits[: len(slots)])
         levels = self.module.denoising.level(inputs["index"]).tolist()

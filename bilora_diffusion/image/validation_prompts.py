@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ..config.command_line import CommandLine
 from ..config.options import StepOptions
-from ..errors import UserError
+from ..errors import UserError, placed
 from ..fields import check, like, option, options_of
 from ..files import quoted
 from ..values import GUIDANCES, SAMPLER_STEPS, SIDES, STRENGTHS
@@ -50,14 +50,12 @@ def read_prompts(
     """
     parser, prompts, settings = CommandLine([PromptOptions], "", "", FOREIGN), [], []
     for number, item in enumerate(given, start=1):
-        try:
+        with placed(f"in number {number} of --validation_prompts, "):
             prompt, words = _split(item)
             settings.append(parser.explicit(words))
             if len(settings[-1]) < len(words):
                 raise UserError("a setting stands twice: keep one.")
             check(options_of([PromptOptions]), {**parser.defaults(), **settings[-1]})
-        except UserError as error:
-            raise UserError(f"in number {number} of --validation_prompts, {error}") from None
         prompts.append(prompt)
     return prompts, settings
 

@@ -137,12 +137,16 @@ class VisitStream:
         self._captions = Captions(cfg, images)
         self.sizes = _sizes(cfg, images)
         self._of_one_size = len(set(self.sizes)) == 1
-        self._order = SampleOrder(len(images), cfg.seed, cfg.repeats)
+        self._own = images.of_each(cfg.each)
+        self._class_own = classes.of_each(cfg.each) if classes else []
+        self._repeats = [own.repeats for own in self._own]
+        self._order = SampleOrder(len(images), cfg.seed, self._repeats)
         self._by_size: KindsOrder | None = None
         # Class images have a stream of their own, so that all of them are seen however few the
         # instance images are.
+        most = sum(own.num_class_images for own in cfg.each)
         self._class_order = (
-            SampleOrder(min(len(classes), cfg.num_class_images), cfg.seed, purpose="class order")
+            SampleOrder(min(len(classes), most), cfg.seed, purpose="class order")
             if classes
             else None
         )
@@ -171,9 +175,8 @@ class VisitStream:
 
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""
-        of_classes = (
-            [str(self.cfg.class_prompt)] if self.classes or self.cfg.prior_prediction_weight else []
-        )
+        told = self.classes or self.cfg.prior_prediction_weight
+        of_classes = [str(own.class_prompt) for own in self.cfg.each] if told else []
         return list(dict.fromkeys(self._captions.every() + of_classes))
 
     def visits(
@@ -197,26 +200,25 @@ class VisitStream:
         assert order is not None
         assert images is not None
         sample = order.sample(step * step_size + slot)
+        own = (self._own if instance else self._class_own)[sample]
         # Class images are cut as the instance images of their step are.
         size = self.sizes[sample if instance else whole.sample(step * step_size)]
         crop = crops.draw(
             images.size(sample),
             size,
             center_crop=self.cfg.center_crop,
-            random_flip=self.cfg.random_flip,
+            random_flip=own.random_flip,
             generator=generator(self.cfg.seed, "crop", step, sample, slot, kind),
         )
-        caption = (
-            self._captions.draw(sample, step, slot) if instance else str(self.cfg.class_prompt)
-        )
-        return Visit(images, self.cfg, kind, sample, slot, crop, size, caption)
+        caption = self._captions.draw(sample, step, slot) if instance else str(own.class_prompt)
+        return Visit(images, own, kind, sample, slot, crop, size, caption)
 
     def _whole_order(self, step_size: int) -> SampleOrder | KindsOrder:
         """The instance images' order; with several sizes those of a step are of one."""
         if self._of_one_size:
             return self._order
         if self._by_size is None or self._by_size.step_size != step_size:
-            self._by_size = KindsOrder(self.sizes, self.cfg.seed, step_size, self.cfg.repeats)
+            self._by_size = KindsOrder(self.sizes, self.cfg.seed, step_size, self._repeats)
         return self._by_size
 
 
@@ -251,7 +253,7 @@ class _Visits(Dataset):
 
 def centered_visits(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[Visit]:
     """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
-    sizes = _sizes(cfg, images)
+    sizes, own = _sizes(cfg, images), images.of_each(cfg.each)
     for sample, caption in enumerate(texts(cfg, images)):
         crop = crops.draw(
             images.size(sample),
@@ -260,7 +262,7 @@ def centered_visits(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[Visit]:
             random_flip=False,
             generator=generator("grid"),
         )
-        yield Visit(images, cfg, "grid", sample, 0, crop, sizes[sample], caption)
+        yield Visit(images, own[sample], "grid", sample, 0, crop, sizes[sample], caption)
 
 
 def _sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[buckets.Size]:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, runlog
 from .durations import duration
+from .record import BY_CONCEPT
 
 SMOOTHING = 0.95  # of the loss that the bar shows: a mean over about 20 steps
 
@@ -86,13 +87,11 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     record = runlog.read_run(folder)
     config, last = record["config"], []
     if losses:
-        first, final, best = min(losses), max(losses), min(losses, key=lambda step: losses[step])
-        low = (
-            f"lowest {losses[best]:.4f} at step {best}" if best != final else "the lowest measured"
-        )
-        lines["held-out loss"] = (
-            f"{losses[first]:.4f} at step {first}, {losses[final]:.4f} at step {final}, {low}"
-        )
+        final, best = max(losses), min(losses, key=lambda step: losses[step])
+        lines["held-out loss"] = _curve(losses)
+        for key in dict.fromkeys(key for row in rows for key in row if key.startswith(BY_CONCEPT)):
+            own = {row["step"]: row[key] for row in rows if row.get(key) is not None}
+            lines[f"  {key.removeprefix(BY_CONCEPT)}"] = _curve(own) if own else "not finite"
         gain = 100 * (1 - losses[best] / losses[final])
         last = [_advice(quoted, best, final, gain, kept, "best_step" in record["results"])]
     elif not config.get("fit"):
@@ -108,6 +107,13 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     took = duration(record["wall_seconds"])
     block = [f"done in {took}", *(f"  {k:<{width}}  {v}" for k, v in lines.items())]
     return "\n".join([*block, *last])
+
+
+def _curve(losses: Mapping[int, float]) -> str:
+    """First, last and lowest of losses by their steps."""
+    first, final, best = min(losses), max(losses), min(losses, key=lambda step: losses[step])
+    low = f"lowest {losses[best]:.4f} at step {best}" if best != final else "the lowest measured"
+    return f"{losses[first]:.4f} at step {first}, {losses[final]:.4f} at step {final}, {low}"
 
 
 def in_repository() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..files import finite
 
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
+BY_CONCEPT = "heldout_loss_by_concept/"
+"""Stands before a concept's name in the name of its held-out loss."""
 PICTURES = 10_000
 """Most validation images of one prompt, as of the option."""
 
@@ -40,6 +43,12 @@ class _Strict(BaseModel):
 class Options(_Strict):
     """Options of a run that evaluation and viewer rely on; a script has only some of them."""
 
+    concepts: list[Options] = []
+    concept: Text | None = None
+    dataset_name: Text | None = None
+    dataset_config_name: Text | None = None
+    instance_data_dir: Text | None = None
+    image_column: Text | None = None
     pretrained_model_name_or_path: Text | None = None
     pretrained_vae_model_name_or_path: Text | None = None
     model_name_or_path: Text | None = None
@@ -52,10 +61,6 @@ class Options(_Strict):
     trust_remote_code: bool | None = None
     quantize: Text | None = None
     template: Text | None = None
-    dataset_name: Text | None = None
-    dataset_config_name: Text | None = None
-    instance_data_dir: Text | None = None
-    image_column: Text | None = None
     task: Text | None = None
     train_file: Text | None = None
     validation_prompts: list[Text] | None = None
@@ -225,7 +230,7 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
         for row in read_metrics(folder)
         for key, value in row.items()
         if row["step"] <= step
-        and (key == "train_grid_loss" or (key.startswith("heldout_") and "/" not in key))
+        and (key.startswith(("train_grid_loss", BY_CONCEPT)) or re.fullmatch(r"heldout_[^/]*", key))
     }
 
 

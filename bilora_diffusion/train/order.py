@@ -10,33 +10,39 @@ from torch import Tensor
 
 from ..seeds import generator
 
+Repeats = int | Sequence[int]
+"""How often a sample appears in one pass over the data: all alike, or each."""
+
 
 class SampleOrder:
     """A stream of sample numbers: one shuffled pass over the data after the other.
 
-    Every epoch is a permutation drawn from (seed, epoch) in which each sample appears ``repeats``
-    times. A position is absolute, so a resumed run needs nothing but its step count.
+    Every epoch is a permutation drawn from (seed, epoch) in which each sample appears as often as
+    its ``repeats`` say. A position is absolute, so a resumed run needs nothing but its step count.
 
     Args:
         n: samples in the data set.
         purpose: keeps two streams of the same run apart (instance and class images).
     """
 
-    def __init__(self, n: int, seed: int, repeats: int = 1, purpose: str = "order") -> None:
-        self.n, self.seed, self.repeats, self.purpose = n, seed, repeats, purpose
+    def __init__(self, n: int, seed: int, repeats: Repeats = 1, purpose: str = "order") -> None:
+        self.seed, self.purpose = seed, purpose
+        counts = torch.as_tensor(repeats).expand(n)
+        turns = range(int(counts.max()))
+        self._samples = torch.cat([(counts > turn).nonzero()[:, 0] for turn in turns])
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
     def __len__(self) -> int:
-        """Positions of one epoch: ``n * repeats``."""
-        return self.n * self.repeats
+        """Positions of one epoch: the sum of all samples' repeats."""
+        return len(self._samples)
 
     def sample(self, position: int) -> int:
         """The sample, in [0, n), at the absolute ``position`` (0 is the first of epoch 0)."""
         epoch, offset = divmod(position, len(self))
-        return int(self.permutation(epoch)[offset]) % self.n
+        return int(self._samples[self.permutation(epoch)[offset]])
 
     def permutation(self, epoch: int) -> Tensor:
-        """The shuffled positions of one epoch, (n * repeats,); sample number is value modulo n."""
+        """The shuffled positions of one epoch, (len(self),), in passes over all samples."""
         if epoch != self._epoch:
             draws = generator(self.purpose, self.seed, epoch)
             self._epoch, self._permutation = epoch, self._draw(draws)
@@ -51,24 +57,24 @@ class KindsOrder:
 
     Each kind has a shuffled stream of its own, which its steps go on with. In every pass over the
     data it gets as many steps as its share makes whole, so that in the long run all samples appear
-    equally often, however few are of a kind; the steps of a pass are shuffled.
+    as often as they repeat, however few are of a kind; the steps of a pass are shuffled.
 
     Args:
         kinds: of each sample.
         step_size: samples of a step.
-        repeats: how often each sample appears in one pass.
     """
 
     def __init__(
-        self, kinds: Sequence[Hashable], seed: int, step_size: int, repeats: int = 1
+        self, kinds: Sequence[Hashable], seed: int, step_size: int, repeats: Repeats = 1
     ) -> None:
-        self.seed, self.step_size, self._length = seed, step_size, len(kinds) * repeats
+        self.seed, self.step_size = seed, step_size
+        counts = torch.as_tensor(repeats).expand(len(kinds))
         self._members: dict[Hashable, list[int]] = {}
         for sample, kind in enumerate(kinds):
             self._members.setdefault(kind, []).append(sample)
         self._orders = {
-            kind: SampleOrder(len(members), seed, repeats, f"order of {kind}")
-            for kind, members in self._members.items()
+            kind: SampleOrder(len(own), seed, counts[own].tolist(), f"order of {kind}")
+            for kind, own in self._members.items()
         }
         self._passes = 0
         self._steps: list[tuple[Hashable, int]] = []  # a kind, and the how manieth of its steps
@@ -76,7 +82,7 @@ class KindsOrder:
 
     def __len__(self) -> int:
         """Samples of one pass."""
-        return self._length
+        return sum(map(len, self._orders.values()))
 
     def kind(self, step: int) -> Hashable:
         """Kind of all samples of a step."""

@@ -28,6 +28,8 @@ from .prompts import Prompt
 CHUNK = 64
 """Images that are held in memory at once."""
 NONE = "none"
+OF_IMAGES = ("concept", "dataset_name", "instance_data_dir", "dataset_config_name", "image_column")
+"""Options of a run, or of one of its concepts, that say which images it has."""
 
 
 class Seen(NamedTuple):
@@ -187,35 +189,43 @@ def training_sets(subjects: Sequence[Subject], given: str | None) -> dict[str, I
         return {}
     if given is not None:
         return dict.fromkeys((subject.label for subject in subjects), open_images(given))
-    opened: dict[tuple[str, ...], ImageSet] = {}
+    opened: dict[str, ImageSet] = {}
     sets: dict[str, ImageSet] = {}
     for subject in subjects:
         if subject.folder is not None:
-            names = ("dataset_name", "instance_data_dir", "dataset_config_name", "image_column")
-            key = tuple(str(subject.option(name)) for name in names)
-            sets[subject.label] = opened[key] = opened.get(key) or _open(subject)
+            config = subject.record.get("config", {})
+            each = config.get("concepts") or [config]
+            parts = [{name: own.get(name) for name in OF_IMAGES} for own in each]
+            key = repr(parts)
+            sets[subject.label] = opened[key] = opened.get(key) or _open(subject, parts)
     if len(opened) == 1:
         (shared,) = opened.values()
         sets |= {subject.label: shared for subject in subjects if subject.kind == BASE}
     return sets
 
 
-def _open(subject: Subject) -> ImageSet:
-    name = subject.option("dataset_name") or subject.option("instance_data_dir")
+def _open(subject: Subject, parts: Sequence[Mapping[str, str | None]]) -> ImageSet:
+    """The images of all concepts of a run."""
     left_out = f"or --train_data {NONE} to leave memorization out."
-    if not name:
+    places = [own["dataset_name"] or own["instance_data_dir"] for own in parts]
+    if not all(places):
         raise UserError(
             f"{subject.folder} does not say what it was trained on: give --train_data, {left_out}"
         )
     try:
-        return open_images(
-            name,
-            image_column=subject.option("image_column") or "image",
-            config_name=subject.option("dataset_config_name"),
-            skip_bad_images=True,
-        )
+        sets = {
+            f"{own['concept']}": open_images(
+                str(place),
+                image_column=own["image_column"] or "image",
+                config_name=own["dataset_config_name"],
+                skip_bad_images=True,
+            )
+            for place, own in zip(places, parts, strict=True)
+        }
     except UserError as error:
         raise UserError(
             f"the training images of {subject.label} can't be opened ({str(error).rstrip('.')}):"
             f" give their folder as --train_data, {left_out}"
         ) from error
+    joined = ImageSet.joined(subject.label, sets)
+    return next(iter(sets.values())) if joined is None or len(sets) == 1 else joined

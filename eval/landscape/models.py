@@ -23,7 +23,7 @@ from bilora_diffusion.export import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.heldout import GridLoss, grid_levels
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
-from bilora_diffusion.image.script import heldout_images, images
+from bilora_diffusion.image.script import heldout_images, training_images
 from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
@@ -36,6 +36,7 @@ from .weights import Weight
 LOSS_OPTIONS = (
     "resolution",
     "aspect_ratio_buckets",
+    "concepts",
     "instance_prompt",
     "trigger_word",
     "unmasked_weight",
@@ -46,6 +47,7 @@ LOSS_OPTIONS = (
 )
 """Options beside base model and images that decide what the loss is a function of."""
 SET_OPTIONS = (
+    "concepts",
     "dataset_name",
     "dataset_config_name",
     "instance_data_dir",
@@ -90,7 +92,7 @@ def points(subjects: Sequence[Subject], split: str) -> dict[str, Point]:
     opened = {}
     for subject in subjects:
         config = configs.get(subject.label, first)
-        key = tuple(getattr(config, name) for name in SET_OPTIONS)
+        key = tuple(repr(getattr(config, name)) for name in SET_OPTIONS)
         if key not in sets:
             sets[key] = open_set(config, split)
         opened[subject.label] = Point(subject, config, sets[key])
@@ -106,8 +108,7 @@ def has_factors(subject: Subject) -> bool:
 def open_set(config: DreamBoothConfig, split: str) -> ImageSet:
     """The images that the loss is measured on."""
     if split == "train":
-        source = str(config.dataset_name or config.instance_data_dir)
-        return images(config, source, config.dataset_config_name)
+        return training_images(config)
     heldout = heldout_images(config)
     if heldout is None:
         raise UserError(

@@ -21,7 +21,7 @@ from typing import Any
 
 from bilora_diffusion import methods
 from bilora_diffusion.config import run as resolving
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.errors import UserError, did_you_mean, placed
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.run.paths import ROOT, without_paths
 from bilora_diffusion.text.config import TextConfig
@@ -213,10 +213,8 @@ class Planner:
         flags = to_flags(merged)
         own = ("--output_dir=run", "--overwrite_output_dir")
         script = CONFIGS.get(self.script.name, DreamBoothConfig)
-        try:
+        with placed(f'in the variant "{label}": '):
             config = script.resolve(["--config", str(self.recipe), *flags, *own])
-        except UserError as error:
-            raise UserError(f'in the variant "{label}": {error}') from None
         if self.metric == HELDOUT and getattr(config, "validation_dataset", "") is None:
             raise UserError(
                 f'the variant "{label}" would have no {HELDOUT}: add --set validation_dataset=...,'

@@ -142,6 +142,28 @@ def test_noise_levels_are_a_change_since_the_start_and_a_choice_stands_out_of_it
         ]
 
 
+def test_concepts_have_colours_and_a_legend_of_their_own():
+    key = "heldout_loss_by_concept/"
+    found = [
+        {"step": 0, "heldout_loss": 0.5, f"{key}dog": 1.0, f"{key}a/b": 2.0, f"{key}owl": None},
+        {"step": 9, "heldout_loss": 0.5, f"{key}dog": 0.5, f"{key}a/b": 2.5, f"{key}owl": None},
+    ]
+    runs = [shown("ours", found), shown("plain", found, record("lora"), 1), shown("one", rows(1.0))]
+    dog, ab = [(0, 1.0), (9, 0.5)], [(0, 2.0), (9, 2.5)]
+    expected = [
+        Line("dog", dog[:1], COLORS[0], in_legend=True),
+        Line("a/b", ab[:1], COLORS[1], in_legend=True),
+        Line("ours, dog", dog, COLORS[0]),
+        Line("ours, a/b", ab, COLORS[1]),
+        Line("plain, dog", dog, COLORS[0] + WIDE),
+        Line("plain, a/b", ab, COLORS[1] + WIDE),
+    ]
+    lines = charts(runs, window=1)["concepts"]
+    assert lines == expected
+    assert training.look(lines, [1.0])["colors_in_legend"] == ["dog", "a/b"]
+    assert charts(runs[2:], window=1)["concepts"] == []
+
+
 def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     make_run(tmp_path / "text", config={"model_name_or_path": "t5"}, seed=1)
     text = [{"step": 1, "loss": 0.5, "accuracy": 0.75}]

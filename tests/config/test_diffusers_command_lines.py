@@ -77,6 +77,9 @@ class Images(list[None]):
     def prompts(self, default):
         return [default] * len(self)
 
+    def of_each(self, values):
+        return values * len(self)
+
     def size(self, _):
         return 1024, 1024
 

@@ -98,11 +98,9 @@ def test_what_is_no_recipe_is_a_sentence(tmp_path, text, pattern):
 
 def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
-        with pytest.raises(UserError, match="of --config is "):
-            resolve(["--config", path])
-    with pytest.raises(UserError, match='--config "" is neither'):
-        resolve(["--config", "", "--dataset", "mini"])
+    for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path), ""):
+        with pytest.raises(UserError, match='of --config is |--config "" is neither'):
+            resolve(["--config", path, "--dataset", "mini"])
 
 
 PIECES = st.sampled_from(

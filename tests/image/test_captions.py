@@ -21,7 +21,8 @@ def captions(images: Any = ICONS, **values: Any) -> Captions:
 
 def settings(**values: Any) -> Any:
     options = {"trigger_word": None, "shuffle_tags": False, "caption_dropout": 0.0, "seed": 0}
-    return SimpleNamespace(**{"instance_prompt": None, **options, **values})
+    cfg = SimpleNamespace(**{"instance_prompt": None, **options, **values})
+    return SimpleNamespace(**vars(cfg), each=[cfg])
 
 
 def test_a_trigger_word_comes_first_unless_it_is_there() -> None:
@@ -54,7 +55,8 @@ def test_a_trigger_word_inside_of_another_is_none(trigger: str, text: str, there
 
 @pytest.mark.parametrize("first", ["TOK", "a photo of TOK"])
 def test_a_trigger_word_that_a_caption_has_stays_in_front_of_shuffled_tags(first: str) -> None:
-    tagged = SimpleNamespace(label="x", prompts=lambda _: [f"red, {first}, sky, dog"])
+    prompts = [f"red, {first}, sky, dog"]
+    tagged = SimpleNamespace(label="x", prompts=lambda _: prompts, of_each=list)
     orders = captions(tagged, trigger_word="TOK", shuffle_tags=True).every()
     assert {text.split(", ")[0] for text in orders} == {first}
     assert {tuple(sorted(text.split(", "))) for text in orders} == {
@@ -91,6 +93,8 @@ def test_dropout_leaves_its_share_empty_and_changes_no_other_draw() -> None:
 
 
 def test_what_has_no_tags_is_refused() -> None:
-    plain = SimpleNamespace(label="photos", prompts=lambda _: ["a dog", "a cat"])
+    plain = SimpleNamespace(
+        label="photos", prompts=lambda _: ["a dog", "a cat"], of_each=lambda own: own * 2
+    )
     with pytest.raises(UserError, match="--shuffle_tags has nothing to shuffle: no caption of ph"):
         captions(plain, shuffle_tags=True)

@@ -106,10 +106,10 @@ def test_bad_settings_are_a_sentence_with_their_place(item, named, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("path", ["prompts.txt", "/no/such/prompts"])
-def test_a_file_of_prompts_that_is_not_there_is_no_prompt(path):
-    with pytest.raises(UserError, match=f'"{path}" is not there'):
-        resolve([*DATA, "--validation_prompts", path])
+def test_a_file_of_prompts_that_is_not_there_is_no_prompt():
+    for path in ("prompts.txt", "/no/such/prompts"):
+        with pytest.raises(UserError, match=f'"{path}" is not there'):
+            resolve([*DATA, "--validation_prompts", path])
     assert resolve([*DATA, "--validation_prompts", "a page that says prompts.txt"])
 
 

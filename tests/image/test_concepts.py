@@ -1,0 +1,268 @@
+"""Lists of concepts: what is read of them, how it is dealt, and what is refused with its place."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+
+import train_dreambooth_bilora
+from bilora_diffusion import mini
+from bilora_diffusion.errors import UserError
+from bilora_diffusion.image.config import resolve
+from bilora_diffusion.image.script import (
+    class_images,
+    heldout_images,
+    joined,
+    training_images,
+)
+from bilora_diffusion.image.visits import VisitStream, centered_visits
+
+MINI = ["--pretrained_model_name_or_path", "mini", "--disk_cache", "no"]
+DOG = "- {dataset: dog, instance_prompt: a TOK dog}\n"
+CAT = "- {dataset: cat, instance_prompt: a SKS cat, %s}\n"
+PRIOR = "--with_prior_preservation"
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """Folders of pictures in the working directory, some of them wrong in one way."""
+    monkeypatch.chdir(tmp_path)
+    icons = sorted(mini.train_dir().glob("*.png"))
+    pictures = {"dog": icons[:3], "cat": icons[3:5], "held/dog": icons[5:7], "bare": icons[7:8]}
+    for name in (*pictures, "empty", "broken", "half", "dark", "class"):
+        (tmp_path / name).mkdir(parents=True)
+        for picture in pictures.get(name, icons[8:9] if name in ("half", "dark") else []):
+            shutil.copy(picture, tmp_path / name)
+    shutil.copy(icons[9], tmp_path / "half" / "other.png")
+    (tmp_path / "half" / "other.txt").write_text("a caption")
+    (tmp_path / "broken" / "broken.png").write_bytes(icons[0].read_bytes()[:200])
+    black = f"{icons[8].stem}.mask.png"
+    Image.new("L", Image.open(icons[8]).size).save(tmp_path / "dark" / black)
+    (tmp_path / "file.txt").write_text("a file")
+    return tmp_path
+
+
+def read(text, *flags):
+    Path("concepts.yaml").write_text(text)
+    return resolve(["--dataset", "concepts.yaml", *MINI, *flags])
+
+
+def test_options_of_the_command_line_are_the_defaults_of_each_concept():
+    text = DOG + CAT % "repeats: 7, caption_dropout: 0.5, validation_dataset: held/dog"
+    cfg = read(text, "--repeats", "3", "--trigger_word", "TOK", "--rank", "2")
+    dog, cat = cfg.each
+    assert [own.concept for own in cfg.each] == ["dog", "cat"]
+    assert (dog.repeats, dog.trigger_word, dog.caption_dropout, dog.rank) == (3, "TOK", 0.0, 2)
+    assert (cat.repeats, cat.caption_dropout, cat.instance_prompt) == (7, 0.5, "a SKS cat")
+    assert (dog.validation_dataset, cat.validation_dataset) == (None, "held/dog")
+    assert cfg.source == cfg.validation_dataset == "concepts.yaml"
+    assert (dog.source, cat.source) == ("dog", "cat")
+    assert resolve(["--dataset", "mini"]).each == [resolve(["--dataset", "mini"])]
+
+    recipe = json.dumps({"dataset": [{"dataset": "dog", "instance_prompt": "a", "repeats": "2"}]})
+    Path("run.yaml").write_text(recipe)
+    cfg = resolve(["--config", "run.yaml", *MINI])
+    assert (cfg.source, cfg.each[0].source, cfg.each[0].repeats) == ("run.yaml", "dog", 2)
+    assert resolve(["--config", "run.yaml", "--dataset", "mini"]).concepts == []
+
+
+def test_a_set_that_brings_captions_and_held_out_images_does_so_as_a_concept():
+    cfg = read("- dataset: mini\n- {dataset: mini-animals, instance_prompt: an animal}\n")
+    icons, animals = cfg.each
+    assert (icons.caption_column, icons.validation_dataset) == ("prompt", "mini-heldout")
+    assert (animals.caption_column, animals.instance_prompt) == (None, "an animal")
+    assert cfg.validation_prompts == []
+    assert read("- dataset: mini\n", "--validation_dataset", "none").validation_dataset is None
+
+
+def test_names_are_the_folders_or_their_paths_where_these_are_alike():
+    same = "- {dataset: dog, instance_prompt: a}\n- {dataset: held/dog, instance_prompt: b}\n"
+    assert [own.concept for own in read(same).each] == ["dog", "held/dog"]
+
+
+def test_prompts_of_a_concept_are_drawn_with_those_of_the_run():
+    prompts = "validation_prompts: [{prompt: a SKS cat at sea, seed: 4}], validation_prompt: a cat"
+    cfg = read(DOG + CAT % prompts, "--validation_prompts", "a bird", "--num_validation_images=1")
+    drawn = [(s["prompt"], s["seed"], s.get("concept")) for s in cfg.samples]
+    assert drawn == [("a bird", 0, None), ("a cat", 0, "cat"), ("a SKS cat at sea", 4, "cat")]
+
+
+def test_a_resume_needs_the_same_concepts_but_for_what_is_only_looked_at():
+    found = [
+        read(DOG + CAT % more).fingerprint()
+        for more in ("repeats: 2", "repeats: 2, validation_dataset: held/dog", "repeats: 3")
+    ]
+    assert found[0] == found[1] != found[2]
+    assert "concepts" not in resolve(["--dataset", "mini"]).fingerprint()
+
+
+def test_what_has_no_effect_in_a_concept_is_said_with_its_place(caplog):
+    cfg = read(DOG + CAT % "class_prompt: a cat")
+    assert cfg.each[1].class_prompt is None
+    assert "concepts.yaml, concept 2: --class_prompt" in caplog.text
+
+
+def test_each_image_is_seen_as_often_as_its_concept_repeats_and_with_its_text():
+    text = "- {dataset: dog, instance_prompt: 'a, b, c', shuffle_tags: true, trigger_word: TOK}\n"
+    held = "repeats: 4, validation_dataset: held/dog, random_flip: true"
+    for shapes in ([], ["--aspect_ratio_buckets", "64,64;32,64"]):
+        cfg = read(text + CAT % held, *shapes)
+        stream = VisitStream(cfg, training_images(cfg))
+        assert stream.num_samples == 3 + 4 * 2
+        visits = [stream.draw(position, 0, 1, "instance") for position in range(22)]
+        times = Counter(visit.name for visit in visits)
+        assert sorted(times.values()) == [2, 2, 2, 8, 8]
+        assert {name[:4] for name, count in times.items() if count == 8} == {"cat/"}
+        for visit in visits:
+            own = visit.name[:3]
+            tags = visit.caption.split(", ")
+            assert sorted(tags) == (["TOK", "a", "b", "c"] if own == "dog" else ["a SKS cat"])
+            assert visit.cfg.concept == own
+        assert {visit.name[:3] for visit in visits if visit.crop.flipped} == {"cat"}
+        assert set(stream.captions()) > {visit.caption for visit in visits} - {visits[0].caption}
+        found = heldout_images(cfg)
+        assert found is not None
+        (texts,) = {visit.caption for visit in centered_visits(found, cfg)}
+        assert texts == "a SKS cat"
+
+
+def test_class_images_have_the_prompt_of_their_concept():
+    both = DOG + CAT % ""
+    for name, source, count in (("dog", "dog", 2), ("cat", "held/dog", 9)):
+        own = f"class_data_dir: {name}s, class_prompt: a {name}, num_class_images: {count}"
+        shutil.copytree(source, f"{name}s")
+        both = both.replace(f"{{dataset: {name},", f"{{dataset: {name}, {own},")
+    for number in range(7):
+        shutil.copy(next(Path("bare").glob("*.png")), Path("cats", f"{number}.png"))
+    cfg = read(both, PRIOR)
+    classes = joined(cfg, lambda own: class_images(own, Accelerator()))
+    stream = VisitStream(cfg, training_images(cfg), classes)
+    drawn = Counter(stream.draw(n, 0, 1, "class").caption for n in range(11))
+    assert drawn == {"a dog": 2, "a cat": 9}
+    assert stream.num_samples == 11
+    assert {"a dog", "a cat"} < set(stream.captions())
+
+
+def of(second):
+    """Two concepts, of which the second has these options."""
+    return DOG + f"- {{{second}}}\n"
+
+
+BAD = [
+    # the file
+    ("", "", "concepts.yaml holds no list"),
+    ("[]", "", "concepts.yaml holds no list"),
+    ("dataset: dog", "", "concepts.yaml holds no list"),
+    ("- dataset: [", "", "concepts.yaml.* can't be read .line 1"),
+    ("- {dataset: dog, dataset: cat}", "", "a second time"),
+    ("- &one {dataset: dog}", "", "anchor"),
+    ("caf\xe9", "", "UTF-8"),
+    (DOG + "- cat", "", 'concept 2: it is "cat"'),
+    (DOG, "--dataset none.yaml", 'list of concepts "none.yaml".* is not there'),
+    (DOG, "--validation_dataset held/dog", "list of concepts .*--validation_dataset.*refused"),
+    (DOG, "--instance_data_dir dog", "--dataset_name.* with --instance_data_dir"),
+    # options
+    (of("dataset: cat, instance_prompt: a, repeat: 2"), "", 'concept 2: .*"repeats"'),
+    (
+        of("dataset: cat, instance_prompt: a, num_repeats: 2"),
+        "",
+        'concept 2: .*"num_repeats".*"repeats"',
+    ),
+    (of("dataset: cat, instance_prompt: a, rank: 2"), "", "concept 2: rank .* all concepts"),
+    (of("dataset: cat, unmasked-weight: 0.5"), "", "concept 2: unmasked_weight .* all concepts"),
+    (of("dataset: cat, dataset_name: cat"), "", "concept 2: .*second time"),
+    (of("dataset: cat, instance_prompt: a, repeats: 0"), "", "concept 2: --repeats is 0"),
+    (of("dataset: cat, instance_prompt: a, repeats: 2.5"), "", 'concept 2: --repeats is "2.5"'),
+    (of("dataset: cat, instance_prompt: a, repeats: null"), "", "concept 2: .*single value"),
+    (of("dataset: cat, instance_prompt: [a, b]"), "", "concept 2: .*single value"),
+    (of("dataset: {a: b}"), "", "concept 2: .*single value"),
+    (of("dataset: [{dataset: cat}]"), "", "concept 2: its dataset is a list"),
+    (of("dataset: cat, instance_prompt: a, alpha_mask: maybe"), "", 'concept 2: .*"maybe"'),
+    (of("dataset: cat, instance_prompt: a, caption_dropout: 2"), "", "concept 2: --caption_dr"),
+    (of("dataset: cat, validation_prompts: [{prompt: a, width: 3}]"), "", "concept 2: in number 1"),
+    # what they name
+    (of("instance_prompt: a"), "", "concept 2: no --dataset_name and no --instance_data_dir"),
+    (of("dataset: cat, instance_data_dir: cat"), "", "concept 2: --dataset_name cat with"),
+    (of("dataset: ./nowhere, instance_prompt: a"), "", 'concept 2: .*"./nowhere" does not'),
+    (of("instance_data_dir: nowhere, instance_prompt: a"), "", 'concept 2: .*"nowhere" does not'),
+    (of("dataset: file.txt, instance_prompt: a"), "", "concept 2: .*is a file"),
+    (of("dataset: concepts.yaml, instance_prompt: a"), "", "concept 2: .*is a file"),
+    (of("dataset: a b, instance_prompt: a"), "", "concept 2: .*possible hub id"),
+    (of("dataset: cat"), "", 'concept 2: "cat" has no prompt'),
+    (
+        of("dataset: ./dog/, instance_prompt: a"),
+        "",
+        'concept 2: .*"./dog/", are those of concept 1',
+    ),
+    (
+        of("dataset: cat, instance_prompt: a, mask_column: m, alpha_mask: true"),
+        "",
+        "concept 2: .*ma",
+    ),
+    (of("dataset: cat, caption_column: image"), "", "concept 2: --caption_column image"),
+    (of("dataset: cat, instance_prompt: a, validation_dataset: ./no"), "", 'concept 2: .*"./no"'),
+    # the class
+    (of("dataset: cat, instance_prompt: a"), PRIOR, "concept 1: .*no --class_data_dir"),
+    (
+        of("dataset: cat, instance_prompt: a, class_data_dir: cat"),
+        f"{PRIOR} --class_data_dir class --class_prompt a",
+        "concept 2: .*is the folder of the training images",
+    ),
+    (
+        of("dataset: cat, instance_prompt: a, class_data_dir: dog"),
+        f"{PRIOR} --class_data_dir class --class_prompt a",
+        "concept 2: .*training images of concept 1",
+    ),
+    (
+        of("dataset: cat, instance_prompt: a, class_prompt: b"),
+        f"{PRIOR} --class_data_dir class --class_prompt a",
+        "concept 2: .*prompts differ",
+    ),
+    (
+        of("dataset: cat, instance_prompt: a"),
+        "--prior_prediction_weight 1",
+        "concept 1: .*no --class_prompt",
+    ),
+    # the images, before a model is read
+    (of("dataset: broken, instance_prompt: a"), "", "concept 2: the image broken.png"),
+    (of("dataset: empty, instance_prompt: a"), "", 'concept 2: "empty" holds no images'),
+    (of("dataset: half"), "", "concept 2: .* in half has no caption"),
+    (of("dataset: dark, instance_prompt: a"), "", "concept 2: .*mask is black"),
+    (of("dataset: cat, instance_prompt: a, caption_column: text"), "", 'concept 2: .*"text"'),
+    (of("dataset: cat, instance_prompt: a, shuffle_tags: true"), "", "concept 2: --shuffle_tags"),
+    (of("dataset: cat, instance_prompt: a, validation_dataset: empty"), "", "concept 2: .*empty"),
+]
+
+
+@pytest.mark.parametrize(("text", "flags", "named"), BAD)
+def test_a_bad_list_is_one_sentence_with_its_place_before_a_model_is_read(
+    text, flags, named, folders, capsys, monkeypatch
+):
+    def loaded(*_, **__):
+        pytest.fail("a model was read")
+
+    monkeypatch.setattr("bilora_diffusion.image.script.load_base", loaded)
+    Path("concepts.yaml").write_text(text, encoding="latin-1")
+    argv = ["--dataset", "concepts.yaml", *MINI, "--output_dir", "run", *flags.split()]
+    assert train_dreambooth_bilora.main(argv) == 2
+    said = capsys.readouterr().err
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert re.search(named, error), error
+    if named.startswith("concept "):
+        assert error.startswith("error: concepts.yaml, concept "), error
+    assert "Traceback" not in said
+    assert not (folders / "run" / "run.json").exists()
+
+
+def test_a_bad_concept_of_a_recipe_has_the_recipes_name():
+    Path("run.yaml").write_text("dataset:\n" + DOG + "- {dataset: cat}\n")
+    with pytest.raises(UserError, match=r'^run.yaml, concept 2: "cat" has no prompt'):
+        resolve(["--config", "run.yaml", *MINI])
+    Path("run.yaml").write_text("image_column: [{a: b}]\n")
+    with pytest.raises(UserError, match="single value"):
+        resolve(["--config", "run.yaml", *MINI])
