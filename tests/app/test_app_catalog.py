@@ -5,11 +5,10 @@ import shutil
 from html import unescape
 from pathlib import Path
 
-import gradio as gr
 import pytest
 
 from app import catalog as catalogs
-from app import parts, results, training, validation, vote
+from app import parts, validation
 from app.catalog import DEPTH, Catalog
 from app.runs import ordered
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
@@ -86,21 +85,6 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path,
     monkeypatch.setattr(catalogs, "read_run", lambda path: pytest.fail(f"{path} was read again"))
     assert after(lambda: shutil.rmtree(run)) == {"runs"}
     assert paths(catalog) == ["other"]
-
-
-def test_the_tabs_of_an_empty_root_name_the_commands_that_fill_it(tmp_path):
-    catalog, changed = Catalog(tmp_path), gr.State().change
-    with gr.Blocks():
-        training_tab, vote_tab = training.Tab(catalog, changed), vote.Tab(catalog, changed)
-    for shown, command in (
-        (
-            training_tab._load(None)[training_tab.notice],
-            "accelerate launch train_dreambooth_bilora",
-        ),
-        (vote_tab._load(None, None)[vote_tab.notice], f"eval.clip_scores {tmp_path}/lora"),
-        ({"value": results._empty(catalog)}, f"eval.landscape {tmp_path}/lora {tmp_path}/bilora"),
-    ):
-        assert command in shown["value"]
 
 
 def test_commands_have_the_paths_that_a_shell_needs(tmp_path, monkeypatch):

@@ -1,11 +1,7 @@
 """Data and HTML of the Compare tab."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
@@ -14,20 +10,9 @@ import pytest
 from PIL import Image
 
 from app import compare, parts
+from app import compare_data as data
 from app.catalog import Catalog
-from app.compare_data import (
-    ORDERS,
-    View,
-    first_view,
-    link,
-    listed,
-    metrics,
-    neighbour,
-    opened,
-    rows,
-    times_100,
-)
-from app.scored import Key, Scored, ScoredImage
+from app.scored import Key, ScoredImage
 from eval.clip_scores.prompts import Prompt
 from tests.app.folders import scores_of, write, write_bomb
 
@@ -40,12 +25,10 @@ I2T = {
     LION: {0: (0.20, 0.29)},
 }
 """Prompt -> seed -> score of the first and the second adapter."""
-VIEW = View("scores", LORA, BILORA, (), RABBIT, 0, "i2t")
+VIEW = data.View("scores", LORA, BILORA, (), RABBIT, 0, "i2t")
 
 
-def made(
-    i2t: Mapping[str, Mapping[int, Sequence[float]]],
-) -> Scored:
+def made(i2t):
     """Three adapters, of which the last has no scores."""
     images: dict[Key, ScoredImage] = {}
     for text, seeds in i2t.items():
@@ -58,32 +41,30 @@ def made(
 
 
 @pytest.fixture
-def result() -> Scored:
+def result():
     """Three prompts, up to two seeds."""
     return made(I2T)
 
 
-def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(
-    result: Scored,
-) -> None:
-    assert metrics(result) == ["i2t", "nearest"]
-    assert [times_100(value) for value in (0.31417, -0.005, None)] == ["31.42", "-0.50", "–"]
-    found = rows(result, LORA, BILORA, "i2t")
+def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(result):
+    assert data.metrics(result) == ["i2t", "nearest"]
+    assert [data.times_100(value) for value in (0.31417, -0.005, None)] == ["31.42", "-0.50", "–"]
+    found = data.rows(result, LORA, BILORA, "i2t")
     assert [row.text for row in found] == list(TEXTS)
     assert [row.change for row in found] == pytest.approx([0.01, -0.05, 0.09])
-    assert rows(result, LORA, LORA, "i2t")[0].change == 0
+    assert data.rows(result, LORA, LORA, "i2t")[0].change == 0
     lonely = made({**I2T, RABBIT: {**I2T[RABBIT], 7: (0.9,)}})
-    assert rows(lonely, LORA, BILORA, "i2t")[0].a == pytest.approx(0.3), "one adapter's seed"
-    assert {(row.b, row.change) for row in rows(result, LORA, BASE, "i2t")} == {(None, None)}
+    assert data.rows(lonely, LORA, BILORA, "i2t")[0].a == pytest.approx(0.3), "one adapter's seed"
+    assert {(row.b, row.change) for row in data.rows(result, LORA, BASE, "i2t")} == {(None, None)}
     some = made({**I2T, LION: {0: (0.2,)}})
     for order in ("gain", "loss"):
-        assert listed(replace(VIEW, order=order), some)[-1].text == LION
+        assert data.listed(replace(VIEW, order=order), some)[-1].text == LION
 
 
-def test_prompts_are_sorted_filtered_and_stepped_through(result: Scored) -> None:
-    def texts(metric: str, order: str, words: str = "") -> list[str]:
+def test_prompts_are_sorted_filtered_and_stepped_through(result):
+    def texts(metric, order, words=""):
         view = replace(VIEW, metric=metric, order=order, words=words)
-        return [row.text for row in listed(view, result)]
+        return [row.text for row in data.listed(view, result)]
 
     orders = {
         "gain": [LION, RABBIT, CLOUD],
@@ -91,37 +72,35 @@ def test_prompts_are_sorted_filtered_and_stepped_through(result: Scored) -> None
         "name": [CLOUD, LION, RABBIT],
         "list": [RABBIT, CLOUD, LION],
     }
-    assert {order: texts("i2t", order) for order in ORDERS} == orders
+    assert {order: texts("i2t", order) for order in data.ORDERS} == orders
     assert texts("nearest", "gain") == orders["loss"], "less memorization is the gain"
     assert texts("nearest", "loss") == orders["gain"]
     assert texts("i2t", "list", "ICON cloud") == [CLOUD]
     assert texts("i2t", "list", "cloud lion") == []
-    some = listed(VIEW, result)
-    assert neighbour(some, LION, 1) == RABBIT
-    assert neighbour(some, LION, -1) == LION
-    assert neighbour(some, CLOUD, 1) == CLOUD
-    assert neighbour(some[:1], CLOUD, 1) == LION  # filtered away: the list's first
-    assert neighbour([], CLOUD, 1) == CLOUD
+    some = data.listed(VIEW, result)
+    assert data.neighbour(some, LION, 1) == RABBIT
+    assert data.neighbour(some, LION, -1) == LION
+    assert data.neighbour(some, CLOUD, 1) == CLOUD
+    assert data.neighbour(some[:1], CLOUD, 1) == LION  # filtered away: the list's first
+    assert data.neighbour([], CLOUD, 1) == CLOUD
 
 
-def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result: Scored) -> None:
-    first = first_view("scores", result)
+def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result):
+    first = data.first_view("scores", result)
     about = {"a": BILORA, "b": LORA, "also": (BASE,), "prompt": CLOUD, "seed": 1}
     view = replace(first, **about, order="name", words="n")
-    query = link(view)
+    query = data.link(view)
     assert query.startswith("?scores=scores&a=bilora&b=lora&also=base%2C+plain&prompt=")
-    assert opened(dict(parse_qsl(query[1:])), "scores", result) == (view, [])
-    assert opened({}, "scores", result) == (first, [])
+    assert data.opened(dict(parse_qsl(query[1:])), "scores", result) == (view, [])
+    assert data.opened({}, "scores", result) == (first, [])
     lost = {"a": "lora-2", "prompt": "gone", "seed": "x", "metric": "t2t", "order": "up"}
-    view, missing = opened(lost, "scores", result)
+    view, missing = data.opened(lost, "scores", result)
     assert view == replace(first, also=())
     assert len(missing) == 5
     assert all(f'"{word}"' in said for word, said in zip(lost.values(), missing, strict=True))
 
 
-def test_a_notice_holds_no_markup(
-    result: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_notice_holds_no_markup(result, tmp_path, monkeypatch):
     write(result, tmp_path / "scores")
     notices: list[str] = []
     monkeypatch.setattr(gr, "Warning", notices.append)
@@ -134,11 +113,13 @@ def test_a_notice_holds_no_markup(
     assert all("evil.example" in text and "<" not in text for text in notices)
 
 
-def test_html_holds_scores_and_no_foreign_markup(result: Scored) -> None:
+def test_html_holds_scores_and_no_foreign_markup(result):
     evil = "<img src=x onerror=alert(1)>"
     image = ScoredImage("x.png", {"i2t": 0.3142}, caption=evil, nearest_image=evil)
     cards = parts.card(evil, None, "A", evil, compare.facts(result, image, None))
-    some = [replace(row, name=evil, text=evil) for row in rows(result, LORA, BILORA, "i2t")[:1]]
+    some = [
+        replace(row, name=evil, text=evil) for row in data.rows(result, LORA, BILORA, "i2t")[:1]
+    ]
     prompts = compare.prompt_list(some, evil, evil, evil)
     cards += compare.legend(result)
     assert "<img src=x" not in cards + prompts
@@ -157,14 +138,12 @@ def test_html_holds_scores_and_no_foreign_markup(result: Scored) -> None:
         ((-0.1, -0.11, -0.09), "down"),
     ],
 )
-def test_a_difference_that_chance_explains_has_no_colour(
-    gains: tuple[float, ...], tone: str
-) -> None:
+def test_a_difference_that_chance_explains_has_no_colour(gains, tone):
     scores = {RABBIT: {seed: (0.3, 0.3 + gain) for seed, gain in enumerate(gains)}}
-    assert rows(made(scores), LORA, BILORA, "i2t")[0].tone == tone
+    assert data.rows(made(scores), LORA, BILORA, "i2t")[0].tone == tone
 
 
-def test_a_picture_that_is_none_too_large_or_a_program_is_not_opened(tmp_path: Path) -> None:
+def test_a_picture_that_is_none_too_large_or_a_program_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "folder.png").mkdir()

@@ -1,6 +1,5 @@
 """The viewer stays below its root, and says what is wrong with a root, an address or a set-up."""
 
-import os
 import re
 import socket
 import sys
@@ -66,19 +65,3 @@ def test_without_gradio_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(viewer, "check_address", lambda host, port: None)
     assert viewer.main([str(tmp_path)]) == 2
     assert "pip install 'bilora-diffusion[app]'" in capsys.readouterr().err
-
-
-def test_a_folder_that_can_not_be_read_is_named(tmp_path, monkeypatch):
-    make_run(tmp_path / "good")
-    (tmp_path / "locked").mkdir()
-    scandir = os.scandir
-
-    def refuse(path):  # stands for missing rights, which root always has
-        if Path(path).name == "locked":
-            raise PermissionError(13, "Permission denied")
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    catalog = Catalog(tmp_path)
-    assert [run.path for run in catalog.now.runs] == ["good"]
-    assert [row.path for row in catalog.now.broken] == ["locked"]

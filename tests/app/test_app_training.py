@@ -186,14 +186,6 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     before = tab._draw(*chosen)
     means = [[1, 0.5, "Bi-LoRA, seed 0"], [1, 0.5, "LoRA, seed 1"]]
     assert drawn(before, "loss")[2:] == means, "without what is not finite"
-    norms = [f"Bi-LoRA, seed 0{what}" for what in (", before the projection", "")]
-    expected = [
-        [1, 0.05, "ρ = 0.05"],
-        [2, 0.05, "ρ = 0.05"],
-        [1, 0.2, norms[0]],
-        [1, 0.05, norms[1]],
-    ]
-    assert drawn(before, "norm") == expected
     assert drawn(before, "accuracy") == [[1, 0.75, "LoRA, seed 1"]]
     assert drawn(before, "heldout") == []
     assert "2 of 9 steps" in before[tab.cards]

@@ -5,9 +5,7 @@ import csv
 import io
 import math
 import multiprocessing
-import os
 import random
-import signal
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -138,24 +136,6 @@ def test_threads_and_processes_lose_nothing(tmp_path):
     for worker in workers:
         worker.join(120)
     assert Counter(v.session for v in polls.votes()) == {name: 9 for _, name, _ in jobs}
-
-
-def cast_and_die(root):
-    polls = Polls(Catalog(root), random.Random())
-    polls.cast(booth(0, "me"), "left")
-    with polls._file() as file:
-        file.execute("DELETE FROM votes")  # under way when the crash comes
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_votes_survive_a_crash(tmp_path):
-    polls = made(tmp_path, prompts=1)
-    worker = multiprocessing.get_context("fork").Process(target=cast_and_die, args=(tmp_path,))
-    worker.start()
-    worker.join(60)
-    assert [one.seed for one in polls.votes()] == [0]
-    polls.cast(booth(1, "me"), "tie")
-    assert len(polls.votes()) == 2
 
 
 def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -256,9 +255,3 @@ def test_accelerate_on_the_cpu_is_the_cpu(monkeypatch):
     assert device_type() == "cuda"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert device_type() == "cpu"
-
-
-def test_a_configuration_can_be_sent_to_a_worker():
-    for config in (resolve(["--dataset", "mini"]), DreamBoothConfig()):
-        sent = pickle.loads(pickle.dumps(config))
-        assert (type(sent), sent) == (type(config), config)

@@ -25,26 +25,19 @@ CONFIGS: dict[Any, tuple[Read, list[str]]] = {
     TextConfig: (TextConfig.resolve, ["--model_name_or_path", "gpt2", "--task", "sst2"]),
 }
 LATIN = os.fsdecode(b"caf\xe9")  # as Python hands over an argument in Latin-1
-PACKAGES = frozenset({"bitsandbytes", "prodigyopt", "xformers", "wandb"})
+PACKAGES = frozenset({"prodigyopt", "xformers"})
 PRIOR = "--with_prior_preservation --class_data_dir {tmp}/class"
 
 BOTH: list[tuple[str, str]] = [
     # what argparse sees
     ("--rnk 4", '"--rnk".*did you mean "--rank"'),
     ("--rank 4 stray", '"stray".*flag'),
-    ("--rank 4.5", '--rank.*"4.5".*whole number'),
-    ("--rho small", "--rho.*small.*a number or auto"),
     ("--rho", "--rho has no value"),
-    ("--use_dora perhaps", '--use_dora.*"perhaps".*True or False'),
     # names and ranges
     ("--quantize nf8", '"nf8".*did you mean "nf4"'),
-    ("--method bilra", '--method.*"bilra".*did you mean "bilora"'),
-    ("--optimizer adam", '"adam".*did you mean "adamw"'),
-    ("--report_to tensorbord", '"tensorbord".*"tensorboard"'),
     ("--rho 0", "--rho is 0.0.*above 0.*lora"),
     ("--rho nan", "--rho is nan.*finite"),
     (f"--rank=-{'1' * 400}", "a number of 400 digits.*1 or more"),
-    ("--lora_dropout 1", "--lora_dropout is 1.0.*not including"),
     ("--learning_rate 1e-300", "32-bit"),
     ("--train_batch_size 60000 --gradient_accumulation_steps 60000", "samples a step"),
     # text and places
@@ -53,41 +46,28 @@ BOTH: list[tuple[str, str]] = [
     ("--resume_from_checkpoint ~no-such-user/x", "~no-such-user.*no such user"),
     # the machine
     ("--optimizer prodigy", "pip install 'prodigyopt'"),
-    ("--quantize nf4", "--quantize nf4.*pip install 'bitsandbytes"),
-    ("--report_to wandb", "--report_to wandb.*pip install 'wandb'"),
     ("--push_to_hub", "--push_to_hub.*hf auth login"),
     ("--mixed_precision fp16", "fp16 with the device cpu.*GPU"),
     # the table (each of its entries is tested below)
-    ("--method full --quantize nf4", "full with --quantize nf4.*quantized.*--method bilora"),
-    ("--keep_best --validation_loss_steps 0", "--validation_loss_steps 0.*steps 50"),
     ("--push_to_hub --hub_token hf_x --report_to wandb", "--hub_token with.*wandb.*auth login"),
     ("--output_dir=", "--output_dir.*name it"),
 ]
 IMAGES: list[tuple[str, str]] = [
     ("--resolution 100", "--resolution is 100.*multiple of 8.*96"),
     ("--resolution 1000000000000", "34 GB"),
-    ("--image_interpolation_mode lancos", '"lancos".*"lanczos"'),
     ("--dataset some/set", '"some/set".*--instance_prompt.*--caption_column'),
     ("--instance_prompt x --dataset ./nowhere", '"./nowhere".*not exist'),
-    ("--instance_prompt x --dataset a/b/c", '"a/b/c".*not exist'),
     (f"--instance_prompt x --dataset {'x' * 300}", "name too long"),
     ("--instance_prompt x --dataset {tmp}/a.zip", "is a file"),
-    ("--validation_dataset ./none", '--validation_dataset "./none"'),
     ("--validation_prompts {tmp}/empty.txt", "empty.txt.*empty file"),
-    ("--validation_prompts {tmp}/latin.txt", "latin.txt.*UTF-8"),
     ("--variant fp16", '--variant "fp16".*mini'),
     ("--pretrained_model_name_or_path {tmp}/full", "model_index.json of .*full.*can't be read"),
     ("--pretrained_model_name_or_path {tmp}/other", "it has no text_encoder_2"),
-    ("--pretrained_vae_model_name_or_path ../vae", '"../vae".*not exist'),
     ("--bnb_quantization_config_path {tmp}/int8.json", "int8.json.*--quantize nf4"),
-    ("--bnb_quantization_config_path {tmp}/empty.txt", "empty.txt.*--quantize nf4"),
-    ("--cache_latents perhaps", "perhaps.*auto, yes, no"),
     ("--disk_cache {tmp}/a.zip/cache", "--disk_cache.*auto, or no"),
-    ("--disk_cache=", "--disk_cache.*auto, or no"),
 ]
 FOLDERS: list[tuple[str, str]] = [
     ("--instance_data_dir {tmp}/nowhere", "nowhere.*not exist"),
-    ("--instance_data_dir {tmp}/a.zip", "is a file"),
     (
         "--instance_data_dir {tmp}/full --with_prior_preservation --class_data_dir {tmp}/full"
         " --class_prompt x",
@@ -95,15 +75,12 @@ FOLDERS: list[tuple[str, str]] = [
     ),
 ]
 TEXTS: list[tuple[str, str]] = [
-    ("--resolution 64", "unknown option"),
     ("--compile", "--compile is no option here.*image models.*drop it"),
     ("--task sst-2", 'did you mean "sst2"'),
 ]
 ROWS: list[tuple[str, str]] = [
-    ("--train_file {tmp}/full", "is a folder"),
     ("--train_file {tmp}/none.jsonl", "none.jsonl.*does not exist"),
     ("--train_file {tmp}/pipe.jsonl", "--train_file.*pipe.jsonl.*regular file"),
-    ("--train_file {tmp}/a.zip", "a.zip.*.parquet"),
 ]
 IMAGE, TEXT = CONFIGS.values()
 CASES: list[tuple[Read, list[str], tuple[str, str]]] = [
@@ -127,7 +104,6 @@ def folder(tmp_path):
     for name in ("full/a.png", "a.zip"):
         (tmp_path / name).touch()
     (tmp_path / "empty.txt").write_text("\n\n")
-    (tmp_path / "latin.txt").write_bytes("a café\n".encode("latin-1"))
     (tmp_path / "int8.json").write_text('{"load_in_8bit": true}')
     os.mkfifo(tmp_path / "pipe.jsonl")
     index = json.loads((mini.pipeline_dir() / "model_index.json").read_text())

@@ -33,9 +33,9 @@ HF |= {"num_attention_heads": HEADS, "projection_dim": DIMENSION}
 HF_VISION = HF | {"image_size": SIZE, "patch_size": PATCH}
 
 
-def pictures(count: int, size: int | None = SIZE, seed: int = 0) -> list[Image.Image]:
+def pictures(count: int, size: int | None = SIZE) -> list[Image.Image]:
     """Random images with large and small structure; of random width and height without a size."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     made = []
     for _ in range(count):
         shape = (size, size) if size else random.integers(33, 90, 2).tolist()
@@ -53,57 +53,40 @@ def sentences(count: int) -> list[str]:
     return [f"a ToK icon of {n} {things[n % 7]}{styles[n % 4]}" for n in range(count)]
 
 
-def shake(model: nn.Module, seed: int, scale: float = 0.2) -> None:
+def shake(model: nn.Module, scale: float = 0.2) -> None:
     """Weights so large that embeddings differ between images and between texts."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     model.eval()
 
 
-def save_open_clip(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A folder of open_clip with a random CLIP: configuration, weights and tokenizer.
-
-    Args:
-        changes: other entries of the configuration, or "preprocess_cfg".
-    """
-    preprocess = changes.pop("preprocess_cfg", {})
-    config = open_clip_config(**changes)
-    torch.manual_seed(seed)
+def save_open_clip(folder: Path) -> Path:
+    """A folder of open_clip with a random CLIP: configuration, weights and tokenizer."""
+    config: dict[str, Any] = {"embed_dim": DIMENSION, "vision_cfg": VISION, "text_cfg": TEXT}
+    torch.manual_seed(0)
     model = open_clip.CLIP(**config)
-    shake(model, seed)
+    shake(model)
     folder.mkdir(parents=True)
-    record = {"model_cfg": config, "preprocess_cfg": preprocess}
+    record = {"model_cfg": config, "preprocess_cfg": {}}
     (folder / "open_clip_config.json").write_text(json.dumps(record))
-    save_file(
-        {key: value.contiguous() for key, value in model.state_dict().items()},
-        folder / "open_clip_model.safetensors",
-    )
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
     shutil.copytree(pipeline_dir() / "tokenizer", folder, dirs_exist_ok=True)
     return folder
 
 
-def open_clip_config(**changes: Any) -> dict[str, Any]:
-    """The configuration of a small model, shaped as open_clip's own ones."""
-    return {"embed_dim": DIMENSION, "vision_cfg": VISION, "text_cfg": TEXT} | changes
-
-
-def make_hf_clip(seed: int = 0) -> Any:
-    """A random ``CLIPModel`` of transformers with the miniature's vocabulary."""
-    torch.manual_seed(seed)
+def save_hf_clip(folder: Path) -> Path:
+    """A folder of transformers with a random ``CLIPModel``, its tokenizer and image processor."""
+    torch.manual_seed(0)
     words = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT}
     words |= {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
     config = hf.CLIPConfig(
         text_config=HF | words, vision_config=HF_VISION, projection_dim=DIMENSION
     )
     model = hf.CLIPModel(config)
-    shake(model, seed)
-    return model
-
-
-def save_hf_clip(folder: Path, model: Any) -> Path:
-    """A folder of transformers: configuration, weights, tokenizer and image processor."""
+    shake(model)
     side = {"height": SIZE, "width": SIZE}
     processor = hf.CLIPProcessor(
         hf.CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=side),
@@ -114,17 +97,17 @@ def save_hf_clip(folder: Path, model: Any) -> Path:
     return folder
 
 
-def save_blip(folder: Path, seed: int = 0) -> Path:
+def save_blip(folder: Path) -> Path:
     """A folder of transformers with a random BLIP and a small vocabulary."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(40))]
     words += ["[DEC]", "[ENC]"]
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     text = {"bos_token_id": 45, "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 2}
     text |= {"vocab_size": 47, "encoder_hidden_size": WIDTH}
     model = hf.BlipForConditionalGeneration(
         hf.BlipConfig(text_config=HF | text, vision_config=HF_VISION)
     )
-    shake(model, seed, scale=0.3)
+    shake(model, scale=0.3)
     model.save_pretrained(folder)
     processor = hf.BlipProcessor(
         hf.BlipImageProcessor(size={"height": SIZE, "width": SIZE}),

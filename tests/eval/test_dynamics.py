@@ -126,10 +126,6 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
     names = ["fig2_lora_sam.png", "figA4_layers.png", "figA2_convergence.png", "auxiliary.png"]
     assert result.figures == names
     out = folder / "out"
-    report = (out / table.REPORT).read_text()
-    assert "## Auxiliary, of 10 steps" in report
-    assert "| LoRA-SAM | 2 |" in report
-    assert "% of layers above 10000" in report
     assert all((out / name).stat().st_size > 10_000 for name in names)
     tables = [table.FILE, table.REPORT, table.ROWS, table.SUMMARY]
     assert {path.name for path in out.iterdir()} == {*names, *tables}

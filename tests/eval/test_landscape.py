@@ -149,8 +149,6 @@ def test_what_is_measured_is_kept_and_only_the_rest_is_measured(
 CASES: list[tuple[list[str], str]] = [
     (["base"], "no training images"),
     (["{runs}/text"], "not a run of SDXL DreamBooth"),
-    (["{runs}/lora-0", "--space", "lora,ful"], '"ful"'),
-    (["{runs}/lora-0", "--points", "4"], "--points is 4: give an odd number"),
     (["{runs}/lora-0", "--split", "heldout"], "--validation_dataset"),
     (["{runs}/lora-0", "{runs}/other-images"], "other images"),
     (["{runs}/lora-0", "{runs}/small"], "resolution 32 and not 64"),

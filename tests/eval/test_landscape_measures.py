@@ -7,16 +7,8 @@ from scipy.optimize import minimize
 from torch import nn
 from torch.func import functional_call, hessian
 
+from eval.landscape import weights as spaces
 from eval.landscape.sharpness import sharpness, top_eigenvalue
-from eval.landscape.weights import (
-    Direction,
-    Weight,
-    coordinates,
-    evaluate,
-    filter_normalized,
-    line,
-    plane,
-)
 
 RHO = 0.3
 
@@ -34,8 +26,12 @@ class Quadratic:
             return torch.randn(*shape, generator=random, dtype=torch.float64)
 
         self.tensors = [draw(4, 3), draw(2, 4)]
-        unused = Weight("unused", torch.zeros(1, 1, dtype=torch.float64))
-        self.weights = [Weight("a", self.tensors[0], 0), Weight("b", self.tensors[1], 1), unused]
+        unused = spaces.Weight("unused", torch.zeros(1, 1, dtype=torch.float64))
+        self.weights = [
+            spaces.Weight("a", self.tensors[0], 0),
+            spaces.Weight("b", self.tensors[1], 1),
+            unused,
+        ]
         root = draw(20, 20)
         self._matrix, self._slope = root @ root.T if convex else root + root.T, draw(20)
 
@@ -57,20 +53,20 @@ class Quadratic:
 
 
 def directions(weights):
-    return Direction(weights, 0, 0), Direction(weights, 0, 1)
+    return spaces.Direction(weights, 0, 0), spaces.Direction(weights, 0, 1)
 
 
 def test_each_filter_gets_the_norm_of_its_weight_by_hand():
     weight = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.6, 0.8]])
     noise = torch.tensor([[1.0, 0.0], [5.0, 5.0], [3.0, -4.0]])
     rows = torch.tensor([[5.0, 0.0], [0.0, 0.0], [0.6, -0.8]])
-    torch.testing.assert_close(filter_normalized(noise, weight), rows)
-    columns = filter_normalized(noise, weight, filter_dim=1)
+    torch.testing.assert_close(spaces.filter_normalized(noise, weight), rows)
+    columns = spaces.filter_normalized(noise, weight, filter_dim=1)
     # Squared norms of the columns by hand: 9.36 and 16.64 of the weight, 35 and 41 of the noise.
     expected = noise * torch.tensor([(9.36 / 35) ** 0.5, (16.64 / 41) ** 0.5])
     torch.testing.assert_close(columns, expected)
     kernel, noise = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
-    found = filter_normalized(noise, kernel).flatten(1)  # an output channel is a filter
+    found = spaces.filter_normalized(noise, kernel).flatten(1)  # an output channel is a filter
     torch.testing.assert_close(found.norm(dim=1), kernel.flatten(1).norm(dim=1))
     assert torch.cosine_similarity(found, noise.flatten(1)).min() > 0.9999
 
@@ -79,29 +75,35 @@ def test_a_quadratics_profile_and_plane_have_the_curvature_of_its_hessian():
     problem = Quadratic(seed=4)
     both = directions(problem.weights)
     d = np.stack([problem.flat(one) for one in both])
-    positions = coordinates(0.5, 21)
+    positions = spaces.coordinates(0.5, 21)
     assert (positions[0], positions[10], positions[20]) == (-0.5, 0.0, 0.5)
-    losses = line(problem.weights, problem.loss, both[1], positions)
+    losses = spaces.line(problem.weights, problem.loss, both[1], positions)
     fitted = np.polyfit(positions, losses, 2)
     assert 2 * fitted[0] == pytest.approx(d[1] @ problem.hessian @ d[1], rel=0.01)
     assert fitted[1] == pytest.approx(problem.gradient() @ d[1], rel=0.01)
-    positions = coordinates(1.0, 5)
-    found = np.array(plane(problem.weights, problem.loss, both, positions))
+    positions = spaces.coordinates(1.0, 5)
+    found = np.array(spaces.plane(problem.weights, problem.loss, both, positions))
     step = positions[1] - positions[0]
     for axis, column in ((0, found[:, 2]), (1, found[2, :])):
         curvature = (column[3] - 2 * column[2] + column[1]) / step**2
         assert curvature == pytest.approx(d[axis] @ problem.hessian @ d[axis], rel=0.01)
     corners = found[3, 3] - found[3, 1] - found[1, 3] + found[1, 1]
     assert corners / (4 * step**2) == pytest.approx(d[0] @ problem.hessian @ d[1], rel=0.01)
-    assert losses[10] == found[2, 2] == evaluate(problem.loss)
+    assert losses[10] == found[2, 2] == spaces.evaluate(problem.loss)
 
 
 @pytest.mark.parametrize("fails_at", [None, 2])
 @pytest.mark.parametrize(
     ("look", "dtype"),
     [
-        (lambda w, f: line(w, f, directions(w)[0], coordinates(1.0, 5)), torch.bfloat16),
-        (lambda w, f: plane(w, f, directions(w), coordinates(1.0, 3)), torch.bfloat16),
+        (
+            lambda w, f: spaces.line(w, f, directions(w)[0], spaces.coordinates(1.0, 5)),
+            torch.bfloat16,
+        ),
+        (
+            lambda w, f: spaces.plane(w, f, directions(w), spaces.coordinates(1.0, 3)),
+            torch.bfloat16,
+        ),
         (lambda w, f: sharpness(w, f, RHO), torch.float32),
         (top_eigenvalue, torch.float32),
     ],
@@ -118,7 +120,7 @@ def test_weights_and_flags_are_restored_bit_for_bit(look, dtype, fails_at):
         calls += 1
         return layer(torch.ones(2, 5, dtype=dtype)).pow(2).sum()
 
-    weights = [Weight("layer", layer.weight)]
+    weights = [spaces.Weight("layer", layer.weight)]
     if fails_at is None:
         look(weights, loss)
     else:
@@ -150,12 +152,12 @@ def test_a_quadratics_sharpness_agrees_with_scipy(convex, rho):
 
 def test_where_the_rise_is_known():
     w = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
-    found = sharpness([Weight("w", w)], lambda: -(w**2).sum(), 5.0, steps=60)
+    found = sharpness([spaces.Weight("w", w)], lambda: -(w**2).sum(), 5.0, steps=60)
     assert found.value == pytest.approx(0.13, rel=1e-6)  # a maximum inside the ball is not left
     assert found.distance == pytest.approx(0.13**0.5, rel=1e-3)
     w = torch.zeros(1, 3, dtype=torch.float64)  # at a stationary point only a restart finds a rise
     for restarts, rise in ((0, 0.0), (1, RHO**2)):
-        found = sharpness([Weight("w", w)], lambda: (w**2).sum(), RHO, restarts=restarts)
+        found = sharpness([spaces.Weight("w", w)], lambda: (w**2).sum(), RHO, restarts=restarts)
         assert found.value == pytest.approx(rise)
 
 
@@ -195,8 +197,8 @@ def small_network(sign):
 
     flat = torch.cat([p.detach().flatten() for p in own.values()])
     with torch.no_grad():
-        assert evaluate(loss) == pytest.approx(float(of(flat)), rel=1e-12)
-    weights = [Weight(name, parameter) for name, parameter in own.items()]
+        assert spaces.evaluate(loss) == pytest.approx(float(of(flat)), rel=1e-12)
+    weights = [spaces.Weight(name, parameter) for name, parameter in own.items()]
     return weights, loss, hessian(of)(flat).detach().numpy()
 
 

@@ -61,7 +61,6 @@ def test_the_digest_is_of_the_weights_alone(files, tmp_path):
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        (["bse"], ['"bse"', 'did you mean "base"']),
         (["runs/bilroa"], ['did you mean "runs/bilora"']),  # and the hub is not asked
         (["runs/bilora"], ["runs/bilora", "run.json"]),
         (["pickle.bin"], ["pickle.bin", ".safetensors"]),

@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     return {
         "open_clip": save_open_clip(root / "ours"),
-        "hf": clip_models.save_hf_clip(root / "theirs", clip_models.make_hf_clip()),
+        "hf": clip_models.save_hf_clip(root / "theirs"),
         "blip": clip_models.save_blip(root / "blip"),
     }
 

@@ -31,14 +31,11 @@ class ColorScorer(Scorer):
 
     def __init__(self):
         super().__init__(ENTRY, self._mean, self._named, lambda text: False)
-        self.embedded: list[Image.Image | str] = []
 
     def _mean(self, images):
-        self.embedded += images
         return torch.tensor(np.stack([np.asarray(i, np.float32).mean((0, 1)) for i in images]))
 
     def _named(self, texts):
-        self.embedded += texts
         named = [next(c for word, c in COLORS.items() if word in text) for text in texts]
         return torch.tensor(named, dtype=torch.float32)
 
@@ -163,7 +160,6 @@ def test_a_csv_has_columns(tmp_path):
 
 
 REFUSED = {
-    "empty.txt": (b"\n# nothing\n", None, ["empty.txt", "one a line"]),
     "twice.txt": (b"a cat\n\na dog\na cat\n", None, ["line 1", "line 4", '"a cat"']),
     "column.csv": (b"promt,id\na cat,1\n", None, ['"prompt"', 'did you mean "promt"', "id"]),
     "gone.csv": (b"prompt,reference\na cat,cat.png\n", None, ["line 2", '"cat.png"']),

@@ -75,19 +75,6 @@ def test_a_failing_cell_leaves_the_others_and_only_it_is_repeated(runner):
     assert (runner.runs_dir / "b.log").read_text().count("hello") == 1
 
 
-def test_the_command_line_starts_afresh_or_goes_on(tmp_path):
-    runner = Runner(Path("train.py"), Path("r.yaml"), tmp_path, ["--num_processes", "2"])
-    own = cell("a", "--rank=2")
-    folder = tmp_path / "a"
-    assert runner.command(own) == [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "train.py"),
-        *("--config", "r.yaml", "--rank=2", "--output_dir", str(folder), "--overwrite_output_dir"),
-    ]
-    (folder / "checkpoints" / "step-2").mkdir(parents=True)
-    assert cells.state(folder) == "checkpoint"
-    assert runner.command(own)[-2:] == ["--resume_from_checkpoint", "auto"]
-
-
 def when(files, act):
     """Acts in a thread of its own once the files are there."""
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +182,3 @@ def test_items_are_paired_where_there_are_not_and_the_score_is_their_mean():
     assert (base.over, base.pairs, base.difference, base.count) == ("item", 4, -0.25, 1)
     assert (bilora.difference, bilora.higher) == (0.5, 2)
     assert bilora.difference_low == pytest.approx(0.5 - 3.182446 * (1 / 3) ** 0.5 / 2)
-    rows = [
-        replace(row, value=0.9) if (row.group, row.item) == ("bilora", "") else row
-        for row in found.rows
-    ]
-    lines = reporting.summaries(rows, ["b"], "lora")
-    assert [one.group for one in lines if one.difference is not None] == ["base"]

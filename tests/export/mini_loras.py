@@ -27,21 +27,19 @@ def write_lora(
     pipeline: Any,
     *,
     size: float = 0.3,
-    seed: int = 0,
     components: tuple[str, ...] = ("unet",),
-    method: str = "lora",
     kohya: bool = False,
 ) -> Path:
     """Export a LoRA of rank 2 for the pipeline's models; B is drawn with deviation ``size``."""
     models = {name: copy.deepcopy(getattr(pipeline, name)) for name in components}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for name, model in models.items():
         adapters.inject(model, AdapterSpec(rank=2, alpha=4, target_modules=TARGETS[name]), PRIMARY)
         with torch.no_grad():
             for key, parameter in adapters.named_parameters(model, PRIMARY).items():
                 scale = size if "lora_B" in key else 0.1
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    facts = {"bilora.method": method, "modelspec.date": "2026-01-31"}
+    facts = {"bilora.method": "lora", "modelspec.date": "2026-01-31"}
     save_diffusers(folder, models, base_model="mini", kohya=kohya, extra_metadata=facts)
     return folder / FILE_NAME
 

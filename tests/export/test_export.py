@@ -22,22 +22,13 @@ from bilora_diffusion.image import layers as choice
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
+from tests.export import export_models as small
 from tests.export.comfy_names import SDXL_ENDINGS, SDXL_KEYS
-from tests.export.export_models import (
-    ATTENTION,
-    FACTS,
-    UNET_TARGETS,
-    add_adapters,
-    export_all,
-    make_unet,
-    read_metadata,
-    rewrite,
-)
 
 
 @pytest.fixture(scope="module")
 def plain_unet():
-    return make_unet()
+    return small.make_unet()
 
 
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -50,7 +41,7 @@ def plain_unet():
 def test_change_is_scale_times_b_a(plain_unet, tmp_path_factory, rank, alpha, dora, double):
     model = copy.deepcopy(plain_unet).to(torch.float64 if double else torch.float32)
     spec = AdapterSpec(rank=rank, alpha=alpha, use_dora=dora, target_modules=("to_q", "conv1"))
-    add_adapters(model, spec, seed=rank)
+    small.add_adapters(model, spec, seed=rank)
     folder = tmp_path_factory.mktemp("property")
     save_diffusers(folder, {"unet": model}, base_model="base", kohya=True)
     report = verify(folder, {"unet": model})
@@ -92,7 +83,7 @@ def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
     for name in names:
         targets = places if name == "unet" else "all-linear"
         spec = AdapterSpec(rank=4, alpha=alpha, use_dora=dora, target_modules=targets)
-        model = models[name] = add_adapters(getattr(trained, name), spec)
+        model = models[name] = small.add_adapters(getattr(trained, name), spec)
         with torch.no_grad():
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 parameter.mul_(0.05 if parameter.dim() > 1 else 1)
@@ -101,7 +92,7 @@ def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
                 weight = adapters.base_weight(layer).detach()
                 magnitude = cast(Any, layer).lora_magnitude_vector[PRIMARY].weight
                 magnitude.data = weight.flatten(1).norm(dim=1).view(magnitude.shape)
-    export_all(tmp_path / "dog", models)
+    small.export_all(tmp_path / "dog", models)
     before, both = draw(loaded), draw(trained)
     with adapters.only(nn.ModuleDict(models), [PRIMARY]):
         expected = draw(trained)
@@ -134,7 +125,7 @@ def test_kohyas_file_is_named_after_the_run():
 
 
 def test_metadata(models, folder):
-    plain, kohya = (read_metadata(folder / file) for file in (FILE_NAME, "icons.safetensors"))
+    plain, kohya = (small.read_metadata(folder / file) for file in (FILE_NAME, "icons.safetensors"))
     expected = {
         "format": "pt",
         "ss_sd_model_name": "some/base",
@@ -146,7 +137,7 @@ def test_metadata(models, folder):
         "modelspec.implementation": "diffusers",
         "modelspec.title": "icons",
         "bilora.original_alpha": '{"unet": 6.0, "text_encoder": 6.0, "text_encoder_2": 6.0}',
-        **FACTS,
+        **small.FACTS,
     }
     assert {key: kohya[key] for key in expected} == expected
     assert kohya.keys() == {*expected, "sshs_model_hash"}  # too small to be called SDXL's
@@ -154,7 +145,7 @@ def test_metadata(models, folder):
     config = json.loads(plain["lora_adapter_metadata"])
     assert {key.partition(".")[0] for key in config} == set(models)
     assert config["unet.r"] == config["unet.lora_alpha"] == 4
-    assert all(name.endswith(UNET_TARGETS) for name in config["unet.target_modules"])
+    assert all(name.endswith(small.UNET_TARGETS) for name in config["unet.target_modules"])
     for file, metadata in ((FILE_NAME, plain), ("icons.safetensors", kohya)):
         content = (folder / file).read_bytes()
         body = content[8 + int.from_bytes(content[:8], "little") :]
@@ -169,19 +160,19 @@ def test_files_are_reproducible_and_nothing_else_is_left(models, folder, tmp_pat
     assert sorted(p.name for p in again.iterdir()) == sorted((FILE_NAME, "icons.safetensors"))
     save_diffusers(again, models, base_model="b")
     assert [p.name for p in again.iterdir()] == [FILE_NAME]  # no kohya file of other weights
-    hashes = {read_metadata(f / FILE_NAME)["sshs_model_hash"] for f in (again, folder)}
+    hashes = {small.read_metadata(f / FILE_NAME)["sshs_model_hash"] for f in (again, folder)}
     assert len(hashes) == 1
 
 
 def test_refusals_of_save(models, tmp_path):
-    broken = add_adapters(make_unet(), AdapterSpec(target_modules=ATTENTION))
+    broken = small.add_adapters(small.make_unet(), AdapterSpec(target_modules=small.ATTENTION))
     with torch.no_grad():
         adapters.parameters(broken, PRIMARY)[0].fill_(float("nan"))
     (tmp_path / "file").write_text("")
     for name, chosen, word in (
         ("new", {}, "no model"),
         ("new", {"text_encodr": models["unet"]}, "text_encodr.*text_encoder"),
-        ("new", {"unet": make_unet()}, 'no adapter "default"'),
+        ("new", {"unet": small.make_unet()}, 'no adapter "default"'),
         ("new", {"unet": broken}, "not finite"),
         ("file", models, "is a file"),
     ):
@@ -201,7 +192,9 @@ def test_verify_finds_what_is_wrong(models, folder, tmp_path):
         (FILE_NAME, FILE_NAME, lambda t: t.update({hidden: t[name].clone()}), "alone"),
         (kohyas, own, lambda t: t["lora_unet_time_embed_0.alpha"].add_(1), "differs"),
     ):
-        rewrite(folder / FILE_NAME, tmp_path / FILE_NAME, lambda *_: None)
-        rewrite(folder / file, tmp_path / target, lambda tensors, _, change=change: change(tensors))
+        small.rewrite(folder / FILE_NAME, tmp_path / FILE_NAME, lambda *_: None)
+        small.rewrite(
+            folder / file, tmp_path / target, lambda tensors, _, change=change: change(tensors)
+        )
         with pytest.raises(TrainingError, match=word):
             verify(tmp_path, models)

@@ -1,7 +1,5 @@
 """Folders of small images for tests."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

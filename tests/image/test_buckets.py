@@ -1,10 +1,6 @@
 """Images of several shapes in one run: sizes, crops, conditioning, batches."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,7 +20,7 @@ BUCKETS = "64,64;48,80;80,48;32,64;64,32"
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for name, size in SHAPES.items():
@@ -32,13 +28,13 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def settings(photos: Path, **values: Any) -> dict[str, Any]:
+def settings(photos, **values):
     shared = {"dataset": photos, "instance_prompt": "a TOK", "aspect_ratio_buckets": BUCKETS}
     return {**shared, "pretrained_model_name_or_path": "mini", "report_to": "none", **values}
 
 
 @given(st.sampled_from([64, 256, 512, 768, 1024]))
-def test_sizes_that_are_chosen_have_the_squares_pixels_at_most(side: int) -> None:
+def test_sizes_that_are_chosen_have_the_squares_pixels_at_most(side):
     sizes = around(side)
     assert (side, side) in sizes
     assert {(width, height) for height, width in sizes} == set(sizes)
@@ -49,13 +45,13 @@ def test_sizes_that_are_chosen_have_the_squares_pixels_at_most(side: int) -> Non
 
 
 @given(st.integers(16, 4000), st.integers(16, 4000))
-def test_an_image_gets_the_shape_most_like_its_own(height: int, width: int) -> None:
+def test_an_image_gets_the_shape_most_like_its_own(height, width):
     chosen = nearest((height, width), around(1024))
     off = [abs(math.log(h / w * width / height)) for h, w in around(1024)]
     assert abs(math.log(chosen[0] / chosen[1] * width / height)) <= min(off) + 1e-6
 
 
-def test_each_step_is_of_one_size_and_told_what_it_sees(photos: Path, tmp_path: Path) -> None:
+def test_each_step_is_of_one_size_and_told_what_it_sees(photos, tmp_path):
     images = open_images(str(photos))
     cfg = resolve(flags(tmp_path / "run", **settings(photos, random_flip=True)))
     stream = VisitStream(cfg, images)
@@ -79,7 +75,7 @@ def test_each_step_is_of_one_size_and_told_what_it_sees(photos: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_five_shapes_train_however_a_step_is_divided(photos: Path, tmp_path: Path) -> None:
+def test_five_shapes_train_however_a_step_is_divided(photos, tmp_path):
     shared = settings(photos, max_train_steps=3, validation_dataset=photos)
     shared |= {"validation_loss_steps": 3, "trigger_word": "TOK"}
     whole, other = (
@@ -98,7 +94,7 @@ def test_five_shapes_train_however_a_step_is_divided(photos: Path, tmp_path: Pat
     assert column(whole, "heldout_loss") == column(whole, "train_grid_loss")  # the same images
 
 
-def test_class_images_are_cut_as_their_steps_are(photos: Path, tmp_path: Path) -> None:
+def test_class_images_are_cut_as_their_steps_are(photos, tmp_path):
     asked = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a thing"}
     cfg = resolve(flags(tmp_path / "run", **settings(photos, **asked)))
     stream = VisitStream(cfg, open_images(str(photos)), open_images("mini"))
@@ -108,6 +104,6 @@ def test_class_images_are_cut_as_their_steps_are(photos: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ["square", "64", "64,64;", "70,64", "0,64"])
-def test_what_is_not_a_bucket_is_refused(text: str) -> None:
+def test_what_is_not_a_bucket_is_refused(text):
     with pytest.raises(UserError, match=f'"{text}.*--?aspect_ratio_buckets|buckets "{text}"'):
         read(text)

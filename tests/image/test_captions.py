@@ -1,7 +1,5 @@
 """What is told of an image at each visit: trigger word, order of tags, dropout."""
 
-from __future__ import annotations
-
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +13,17 @@ from bilora_diffusion.image.opening import open_images
 ICONS = open_images("mini", caption_column="prompt")
 
 
-def captions(images: Any = ICONS, **values: Any) -> Captions:
+def captions(images: Any = ICONS, **values):
     return Captions(settings(**values), images)
 
 
-def settings(**values: Any) -> Any:
+def settings(**values) -> Any:
     options = {"trigger_word": None, "shuffle_tags": False, "caption_dropout": 0.0, "seed": 0}
     cfg = SimpleNamespace(**{"instance_prompt": None, **options, **values})
     return SimpleNamespace(**vars(cfg), each=[cfg])
 
 
-def test_a_trigger_word_comes_first_unless_it_is_there() -> None:
+def test_a_trigger_word_comes_first_unless_it_is_there():
     assert texts(settings(trigger_word="TOK"), ICONS) == ICONS.prompts(None)
     told = texts(settings(trigger_word="sks"), ICONS)
     assert told == [f"sks, {text}" for text in ICONS.prompts(None)]
@@ -49,12 +47,12 @@ def test_a_trigger_word_comes_first_unless_it_is_there() -> None:
         ("a.c", "abc", False),
     ],
 )
-def test_a_trigger_word_inside_of_another_is_none(trigger: str, text: str, there: bool) -> None:
+def test_a_trigger_word_inside_of_another_is_none(trigger, text, there):
     assert with_trigger(text, trigger) == (text if there else f"{trigger}, {text}")
 
 
 @pytest.mark.parametrize("first", ["TOK", "a photo of TOK"])
-def test_a_trigger_word_that_a_caption_has_stays_in_front_of_shuffled_tags(first: str) -> None:
+def test_a_trigger_word_that_a_caption_has_stays_in_front_of_shuffled_tags(first):
     prompts = [f"red, {first}, sky, dog"]
     tagged = SimpleNamespace(label="x", prompts=lambda _: prompts, of_each=list)
     orders = captions(tagged, trigger_word="TOK", shuffle_tags=True).every()
@@ -65,7 +63,7 @@ def test_a_trigger_word_that_a_caption_has_stays_in_front_of_shuffled_tags(first
     assert len(orders) > 1
 
 
-def test_tags_are_shuffled_and_all_texts_are_known_beforehand() -> None:
+def test_tags_are_shuffled_and_all_texts_are_known_beforehand():
     drawn = captions(shuffle_tags=True, trigger_word="sks")
     met = {drawn.draw(sample, step, 0) for sample in range(len(ICONS)) for step in range(60)}
     assert met == set(drawn.every())
@@ -81,7 +79,7 @@ def test_tags_are_shuffled_and_all_texts_are_known_beforehand() -> None:
     ]
 
 
-def test_dropout_leaves_its_share_empty_and_changes_no_other_draw() -> None:
+def test_dropout_leaves_its_share_empty_and_changes_no_other_draw():
     full, dropped = captions(shuffle_tags=True), captions(shuffle_tags=True, caption_dropout=0.3)
     visits = [(i, step, slot) for i in range(10) for step in range(50) for slot in range(4)]
     pairs = [(full.draw(*visit), dropped.draw(*visit)) for visit in visits]
@@ -92,7 +90,7 @@ def test_dropout_leaves_its_share_empty_and_changes_no_other_draw() -> None:
     assert "" not in full.every()
 
 
-def test_what_has_no_tags_is_refused() -> None:
+def test_what_has_no_tags_is_refused():
     plain = SimpleNamespace(
         label="photos", prompts=lambda _: ["a dog", "a cat"], of_each=lambda own: own * 2
     )

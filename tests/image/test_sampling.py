@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 
@@ -121,25 +120,3 @@ def test_flow_models_make_their_images_in_no_fp16(family, bf16, monkeypatch):
     expected = half if bf16 or family is StableDiffusionXL else torch.float32
     assert family().precision(torch.device("cuda")) == expected
     assert family().precision(torch.device("cpu")) == torch.float32
-
-
-def test_one_odd_image_keeps_no_other_from_being_encoded_once(pipeline, tmp_path):
-    for name, size in {"a": (64, 64), "b": (90, 90), "wide": (96, 64)}.items():
-        PIL.Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{name}.png")
-    given = {"dataset": tmp_path, "instance_prompt": "x", "pretrained_model_name_or_path": "mini"}
-    stream = VisitStream(resolve(flags(tmp_path / "run", **given)), open_images(str(tmp_path)))
-    encoded: list[str] = []
-
-    class Counting(Encoder):
-        def _encoded(self, visits, at_once):
-            encoded.extend(visit.name for visit in visits)
-            return super()._encoded(visits, at_once)
-
-    space = LatentSpace.of(pipeline.vae)
-    encode = Counting(pipeline.vae, space, torch.device("cpu"), stream.caches)
-    plain = Encoder(pipeline.vae, space, torch.device("cpu"))
-    schedule = [(step, (0, 1, 2)) for step in range(3)]
-    for _, visits in stream.visits(schedule, 3):
-        for one, other in zip(encode(visits), plain(visits), strict=True):
-            assert torch.allclose(one.mean, other.mean, atol=1e-5)
-    assert sorted(encoded) == ["a.png", "b.png", "wide.png", "wide.png", "wide.png"]

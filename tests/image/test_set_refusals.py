@@ -1,7 +1,5 @@
 """Sets of images that can't be one: each is refused in one sentence with the value and the fix."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,29 +18,29 @@ Spoil = Callable[[Path], Any]
 PICTURE = {"image_column": "picture"}
 
 
-def write(name: str, content: str | bytes) -> Spoil:
+def write(name, content):
     """A file beside the images, or in place of one."""
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
     return lambda folder: (folder / name).write_bytes(data)
 
 
-def row(text: str) -> Spoil:
+def row(text):
     """A metadata file of one row."""
     return write("metadata.jsonl", text)
 
 
-def pipe(name: str) -> Spoil:
-    def put(folder: Path) -> None:
+def pipe(name):
+    def put(folder):
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
 
     return put
 
 
-def alone(*names: str) -> Spoil:
+def alone(*names):
     """These files and nothing else."""
 
-    def put(folder: Path) -> None:
+    def put(folder):
         for path in folder.iterdir():
             path.unlink()
         for name in names:
@@ -51,30 +49,20 @@ def alone(*names: str) -> Spoil:
     return put
 
 
-def circle(folder: Path) -> None:
-    (folder / "circle.png").symlink_to("circle.png")
-    row('{"file_name": "circle.png"}')(folder)
-
-
 FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
     # images
     (write("c.png", b"x"), {}, ["c.png", "--skip_bad_images"]),
-    (write("c.png", b""), {}, ["c.png", "--skip_bad_images"]),
-    (write("d.gif", b"GIF89a"), {}, ["d.gif", "--skip_bad_images"]),
     (write(os.fsdecode(b"\xff.png"), b"x"), {}, ["no file is called"]),
     (lambda f: save(f / "d.png", size=(2000, 1)), {}, ["d.png", "2000 pixels wide and 1 high"]),
     (lambda f: Image.new("F", (4, 4), 0.5).save(f / "d.tif"), {}, ["d.tif", "8 bits"]),
     (alone("x.heic"), {}, ["pillow-heif"]),
     (alone("a.png"), {"skip_bad_images": True}, ["no readable image"]),
     (alone(), {}, ["holds no images"]),
-    (alone("notes.txt"), {}, ['"image"']),
     # captions beside them
     (write("a.txt", b"\xff"), {}, ["a.txt", "UTF-8"]),
-    (write("a.txt", b"a\0"), {}, ["a.txt", "NUL"]),
     (write("a.txt", b"a" * 200_000), {}, ["a.txt", "larger"]),
     (pipe("a.txt"), {}, ["a.txt", "no regular file"]),
     # columns
-    (write("n", ""), {"caption_column": "prompt"}, ['"prompt"', "--caption_column", "text"]),
     (write("n", ""), {"image_column": "picture"}, ['"picture"', "--image_column"]),
     (
         row('{"file_name": "c.png", "text": "", "label": 1}'),
@@ -90,21 +78,15 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
     (row('{"file_name": "gone.png"}'), {}, ['"gone.png"', "not a file there"]),
     (row('{"file_name": "../x.png"}'), {}, ["../x.png", "outside"]),
     (row('{"name": "c.png"}'), {}, ["line 1", '"file_name"']),
-    (row('{"file_name": ["a.jpg"]}'), {}, ["line 1", '"file_name"']),
     (row('{"file_name": \n'), {}, ["line 1", "not JSON"]),
-    (row("[1]\n"), {}, ["line 1", "not a JSON object"]),
     (row("\n"), {}, ["metadata.jsonl", "no image"]),
     (write("metadata.jsonl", b"\xff\xfe"), {}, ["metadata.jsonl", "UTF-8"]),
-    (lambda f: ((f / "d").mkdir(), row('{"file_name": "d"}')(f)), {}, ["not a file there"]),
     (row('{"file_name": "a\\u0000.jpg"}'), {}, ["no file is called"]),
-    (row('{"file_name": "\\ud800.jpg"}'), {}, ["no file is called"]),
-    (row(f'{{"file_name": "{"a" * 9999}.jpg"}}'), {}, ["not a file there"]),
     (
         lambda f: (pipe("p.png")(f), row('{"file_name": "p.png"}')(f)),
         {},
         ["p.png", "not a file there"],
     ),
-    (circle, {}, ["circle.png", "not a file there"]),
     (
         row('{"file_name": "a.jpg", "text": "\\u0000"}'),
         {"caption_column": "text"},
@@ -115,9 +97,7 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
         (write("metadata.csv", text), {}, parts)
         for text, parts in [
             ("file_name,text\nc.png,a,b\n", ["line 2", "comma"]),
-            ("file_name,text\nc.png\n", ["line 2", "fields"]),
             ("file_name,text,text\na.jpg,b,c", ['several columns "text"']),
-            ("file_name,text\na.jpg,b\0", ["NUL"]),
             ('file_name,text\na.jpg,"b', ["unexpected end of data"]),
         ]
     ),
@@ -129,7 +109,7 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
 ]
 
 
-def refused(dataset: str | Path, parts: list[str], **options: Any) -> None:
+def refused(dataset, parts, **options):
     with pytest.raises(UserError) as caught:
         open_images(str(dataset), **options)
     message = str(caught.value)
@@ -140,15 +120,13 @@ def refused(dataset: str | Path, parts: list[str], **options: Any) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "options", "parts"), FOLDERS)
-def test_a_folder(spoil: Spoil, options: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
+def test_a_folder(spoil, options, parts, tmp_path):
     folder = photos(tmp_path / "photos")
     spoil(folder)
     refused(folder, parts, cache_dir=str(tmp_path / "cache"), **options)
 
 
-def test_what_is_no_folder_and_an_image_of_absurd_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_folder_and_an_image_of_absurd_size(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     refused(photos(tmp_path / "photos"), ["a.jpg"])
     refused(tmp_path / "nowhere", ["nowhere", "does not exist", "hub id"])
@@ -168,7 +146,7 @@ def test_what_is_no_folder_and_an_image_of_absurd_size(
         ("test", PICTURE, ['"train"', "only test"]),
     ],
 )
-def test_a_table(split: str, options: dict[str, str], parts: list[str], tmp_path: Path) -> None:
+def test_a_table(split, options, parts, tmp_path):
     table(tmp_path / "set" / f"{split}.parquet", {"x": Image.new("RGB", (8, 8))})
     refused(tmp_path / "set", parts, cache_dir=str(tmp_path / "cache"), **options)
 
@@ -182,10 +160,8 @@ def test_a_table(split: str, options: dict[str, str], parts: list[str], tmp_path
         (RuntimeError("Dataset scripts are no longer supported"), ["scripts"]),
     ],
 )
-def test_a_set_on_the_hub_that_can_not_be_had(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, parts: list[str]
-) -> None:
-    def load(*_: Any, **__: Any) -> Any:
+def test_a_set_on_the_hub_that_can_not_be_had(monkeypatch, error, parts):
+    def load(*_, **__):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load)

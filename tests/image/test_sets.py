@@ -1,7 +1,5 @@
 """Images and captions of the miniature, of folders in every layout, and of the hub."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import json
@@ -9,8 +7,6 @@ import os
 import pickle
 import shutil
 import socket
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -21,17 +17,16 @@ from PIL import Image
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import decode, listing, sets
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.image.sets import ImageSet
 from tests.image.image_folders import photos, save, table
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return photos(tmp_path / "photos")
 
 
 @pytest.fixture
-def listed(folder: Path) -> Path:
+def listed(folder):
     """The same with a metadata file, in an order of its own."""
     rows = [
         {"file_name": "c.png", "text": "a red c", "number": 1},
@@ -42,15 +37,15 @@ def listed(folder: Path) -> Path:
     return folder
 
 
-def names(images: ImageSet) -> list[str]:
+def names(images):
     return [images.name(i) for i in range(len(images))]
 
 
-def captions(images: ImageSet) -> list[str | None]:
+def captions(images):
     return [images.caption(i) for i in range(len(images))]
 
 
-def test_images_alone_have_the_captions_beside_them(folder: Path) -> None:
+def test_images_alone_have_the_captions_beside_them(folder):
     images = open_images(str(folder))
     assert names(images) == ["a.jpg", "b.webp", "c.png"]
     assert captions(images) == ["a red square ä", "b", None]
@@ -66,7 +61,7 @@ def test_images_alone_have_the_captions_beside_them(folder: Path) -> None:
     assert "2 files (a.txt, b.TXT)" in unread.remarks()[0]
 
 
-def test_a_metadata_file_rules(listed: Path) -> None:
+def test_a_metadata_file_rules(listed):
     images = open_images(str(listed), caption_column="text")
     assert names(images) == ["c.png", "a.jpg", "b.webp"]
     assert captions(images) == ["a red c", None, None]
@@ -82,7 +77,7 @@ def test_a_metadata_file_rules(listed: Path) -> None:
     assert [skipped.partition(":")[0] for skipped in kept.skipped] == ["c.png"]
 
 
-def test_metadata_may_be_csv_and_name_subfolders(tmp_path: Path) -> None:
+def test_metadata_may_be_csv_and_name_subfolders(tmp_path):
     save(tmp_path / "deep" / "a.png")
     save(tmp_path / "b.png")
     with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8-sig") as file:
@@ -93,7 +88,7 @@ def test_metadata_may_be_csv_and_name_subfolders(tmp_path: Path) -> None:
     assert "1 file (b.png)" in images.remarks()[0]
 
 
-def test_images_are_read_when_needed(folder: Path) -> None:
+def test_images_are_read_when_needed(folder):
     images = open_images(str(folder))
     save(folder / "a.jpg", 250)
     assert np.asarray(images.image(0))[0, 0, 0] > 240
@@ -105,8 +100,8 @@ def test_images_are_read_when_needed(folder: Path) -> None:
         images.image(0)
 
 
-def test_a_fingerprint_is_of_content_not_of_place(listed: Path, tmp_path: Path) -> None:
-    def fingerprint(path: Path) -> str:
+def test_a_fingerprint_is_of_content_not_of_place(listed, tmp_path):
+    def fingerprint(path):
         return open_images(str(path), caption_column="text").fingerprint()
 
     copy = tmp_path / "copy"
@@ -120,9 +115,7 @@ def test_a_fingerprint_is_of_content_not_of_place(listed: Path, tmp_path: Path) 
     assert len({original, recaptioned, fingerprint(copy)}) == 3
 
 
-def test_of_many_images_only_the_headers_are_read(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_many_images_only_the_headers_are_read(folder, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     Image.fromarray(noise).save(folder / "c.png")
     whole = (folder / "c.png").read_bytes()
@@ -136,7 +129,7 @@ def test_of_many_images_only_the_headers_are_read(
         images.image(2)
 
 
-def test_whatever_is_left_out_is_named_in_one_line(folder: Path) -> None:
+def test_whatever_is_left_out_is_named_in_one_line(folder):
     for name in ("x.heic", "c.caption", "notes.txt", ".hidden"):
         (folder / name).write_bytes(b"content")
     os.mkfifo(folder / "pipe.png")
@@ -149,7 +142,7 @@ def test_whatever_is_left_out_is_named_in_one_line(folder: Path) -> None:
     assert f"6 files ({names}); `pip install pillow-heif` makes HEIC readable" in line
 
 
-def test_heic_is_read_where_pillow_can(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_is_read_where_pillow_can(folder, monkeypatch):
     save(folder / "d.png")
     (folder / "d.png").rename(folder / "d.heic")  # Pillow goes by the content
     assert len(open_images(str(folder))) == 3
@@ -157,7 +150,7 @@ def test_heic_is_read_where_pillow_can(folder: Path, monkeypatch: pytest.MonkeyP
     assert len(open_images(str(folder))) == 4
 
 
-def test_a_disk_is_no_set_of_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_is_no_set_of_images(folder, monkeypatch):
     """Its root, or a home: looking through it ends after so many files."""
     for number in range(60):
         (folder / "lib" / str(number)).mkdir(parents=True)
@@ -168,7 +161,7 @@ def test_a_disk_is_no_set_of_images(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert len(open_images(str(folder))) == 1
 
 
-def _socket(folder: Path) -> None:
+def _socket(folder):
     with contextlib.chdir(folder):  # an address may have 100 bytes
         socket.socket(socket.AF_UNIX).bind("s.png")
 
@@ -183,14 +176,12 @@ def _socket(folder: Path) -> None:
         _socket,
     ],
 )
-def test_oddities_beside_images_keep_nobody_waiting(
-    odd: Callable[[Path], Any], folder: Path
-) -> None:
+def test_oddities_beside_images_keep_nobody_waiting(odd, folder):
     odd(folder)
     assert len(open_images(str(folder))) == 3
 
 
-def test_subfolders_are_read_by_datasets_with_the_captions_in_them(tmp_path: Path) -> None:
+def test_subfolders_are_read_by_datasets_with_the_captions_in_them(tmp_path):
     for name in ("cat", "dog"):
         save(tmp_path / "set" / name / "1.png")
         (tmp_path / "set" / name / "1.txt").write_text(f"a {name}")
@@ -204,9 +195,7 @@ def test_subfolders_are_read_by_datasets_with_the_captions_in_them(tmp_path: Pat
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix == ".png"]
 
 
-def test_a_set_on_the_hub_is_read_as_its_tables_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_set_on_the_hub_is_read_as_its_tables_are(tmp_path, monkeypatch):
     """The hub is played by a folder of Parquet files, with a preview beside them."""
     pictures = [Image.new("RGB", (10 + i, 8), (60 * i, 0, 0)) for i in range(3)]
     rows: dict[str, Any] = dict(zip(("zero", "", "two", "nothing"), [*pictures, None], strict=True))
@@ -214,7 +203,7 @@ def test_a_set_on_the_hub_is_read_as_its_tables_are(
     save(tmp_path / "set" / "preview.png")
     real, asked, cache = datasets.load_dataset, [], str(tmp_path / "cache")
 
-    def load(path: str, name: str | None, *, cache_dir: str) -> Any:
+    def load(path, name, *, cache_dir):
         asked.append((path, name, cache_dir))
         return real(str(tmp_path / "set"), cache_dir=cache_dir)
 

@@ -14,20 +14,7 @@ from bilora_diffusion import BiLoRAConfig, adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.methods import radius
 from tests.contract.models import tiny_llm, tiny_t5
-from tests.integrations.trainers import (
-    BATCH,
-    CONFIG,
-    RHO,
-    STEPS,
-    attached,
-    batches,
-    by_hand,
-    difference,
-    losses,
-    plain,
-    rows,
-    with_bilora,
-)
+from tests.integrations import trainers
 
 PEFT = LoraConfig(
     r=4,
@@ -36,7 +23,7 @@ PEFT = LoraConfig(
 )
 FOUR = {"gradient_accumulation_steps": 4, "max_steps": 5, "max_grad_norm": 0.05}
 SAME = {"accumulate": 4, "clip": 0.05}
-NUMBERS = [(7 * row) % 11 for row in range(STEPS * BATCH)]
+NUMBERS = [(7 * row) % 11 for row in range(trainers.STEPS * trainers.BATCH)]
 AUTO = BiLoRAConfig(rank=4, alpha=8, rho="auto", loss_rise=0.2)
 
 
@@ -50,16 +37,22 @@ def peft_llm():
         (
             "trainer",
             tiny_llm,
-            CONFIG,
+            trainers.CONFIG,
             FOUR | {"weight_decay": 0.3, "lr_scheduler_type": "cosine", "warmup_steps": 2},
             SAME | {"decay": 0.3, "schedule": "cosine", "warmup": 2},
         ),
-        ("seq2seq", tiny_t5, CONFIG, {"max_steps": 8}, {"shifts": False}),
-        ("sft", peft_llm, CONFIG, {"gradient_checkpointing": True, "max_steps": 8}, {}),
+        ("seq2seq", tiny_t5, trainers.CONFIG, {"max_steps": 8}, {"shifts": False}),
+        ("sft", peft_llm, trainers.CONFIG, {"gradient_checkpointing": True, "max_steps": 8}, {}),
         # a radius that sets itself goes by the loss of the whole step
         ("sft", tiny_llm, AUTO, FOUR | {"max_grad_norm": 0.0}, {"accumulate": 4}),
         # each sample has its own auxiliary by a column
-        ("sft", tiny_llm, replace(CONFIG, auxiliaries=6), {"max_steps": 6}, {"samples": NUMBERS}),
+        (
+            "sft",
+            tiny_llm,
+            replace(trainers.CONFIG, auxiliaries=6),
+            {"max_steps": 6},
+            {"samples": NUMBERS},
+        ),
     ],
 )
 def test_a_trainer_takes_the_steps_of_a_loop(
@@ -67,19 +60,23 @@ def test_a_trainer_takes_the_steps_of_a_loop(
 ):
     if config is AUTO:  # the weights of so small a model are small, too
         monkeypatch.setattr(radius, "MOST", 10.0)
-    bilora, reference, untrained = (attached(make(), config) for _ in range(3))
-    data: Any = rows()
+    bilora, reference, untrained = (trainers.attached(make(), config) for _ in range(3))
+    data: Any = trainers.rows()
     if config.auxiliaries != 1:
         data = data.add_column("sample_id", NUMBERS)
-    trainer = with_bilora(tmp_path, bilora, kind, data=data, optim="adamw_torch_fused", **given)
+    trainer = trainers.with_bilora(
+        tmp_path, bilora, kind, data=data, optim="adamw_torch_fused", **given
+    )
     trainer.train()
-    whole = batches(rows())[: given["max_steps"] * asked.get("accumulate", 1)]
-    expected = by_hand(reference, whole, **asked)
+    whole = trainers.batches(trainers.rows())[: given["max_steps"] * asked.get("accumulate", 1)]
+    expected = trainers.by_hand(reference, whole, **asked)
     assert trainer.state.global_step == len(expected)
-    assert losses(trainer) == pytest.approx(expected, abs=2e-4 if "samples" in asked else 1e-5)
-    assert difference(bilora, reference) < 1e-5
-    assert difference(bilora, untrained) > 1e-3
-    radii = losses(trainer, "rho") if config is AUTO else [RHO]
+    assert trainers.losses(trainer) == pytest.approx(
+        expected, abs=2e-4 if "samples" in asked else 1e-5
+    )
+    assert trainers.difference(bilora, reference) < 1e-5
+    assert trainers.difference(bilora, untrained) > 1e-3
+    radii = trainers.losses(trainer, "rho") if config is AUTO else [trainers.RHO]
     assert len(set(radii)) == len(radii)
     assert 0 < bilora.auxiliary_norm() <= radii[-1] * (1 + 1e-4)
 
@@ -88,8 +85,8 @@ def test_a_trainer_takes_the_steps_of_a_loop(
     ("kind", "make"), [("trainer", peft_llm), pytest.param("sft", tiny_llm, marks=pytest.mark.slow)]
 )
 def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
-    bilora = attached(make(), replace(CONFIG, rho=0.5))
-    held_out = rows(8, seed=1)
+    bilora = trainers.attached(make(), replace(trainers.CONFIG, rho=0.5))
+    held_out = trainers.rows(8, seed=1)
     seen: list[tuple[tuple[str, ...], str]] = []
 
     class Look(TrainerCallback):
@@ -104,7 +101,7 @@ def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
 
     values = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps"}
     values |= {"save_steps": 10, "eval_dataset": held_out, "callbacks": [Look()]}
-    trainer = with_bilora(tmp_path, bilora, kind, **values)
+    trainer = trainers.with_bilora(tmp_path, bilora, kind, **values)
     trainer.train()
     trainer.save_model()
     assert set(seen) == {((PRIMARY,), "step"), ((PRIMARY,), "end")}
@@ -120,14 +117,14 @@ def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
 
     exported = PeftModel.from_pretrained(tiny_llm(), str(tmp_path / "checkpoint-20"))
     assert list(exported.peft_config) == [PRIMARY]
-    other = plain(tmp_path / "plain", exported, kind, eval_dataset=held_out)
+    other = trainers.plain(tmp_path / "plain", exported, kind, eval_dataset=held_out)
     expected = other.evaluate()["eval_loss"]
-    assert losses(trainer, "eval_loss")[-1] == expected
+    assert trainers.losses(trainer, "eval_loss")[-1] == expected
     assert trainer.evaluate()["eval_loss"] == expected
     if kind == "trainer":
         logits = trainer.predict(held_out).predictions
         assert (logits == other.predict(held_out).predictions).all()
-    batch = batches(rows(4, seed=1))[0]
+    batch = trainers.batches(trainers.rows(4, seed=1))[0]
     with torch.no_grad():  # and so does what comes after training
         own = bilora.model.eval()(**batch).loss
         adapters.activate(bilora.model, (PRIMARY, AUXILIARY))
@@ -136,8 +133,8 @@ def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
 
 
 def test_the_best_model_comes_back(tmp_path):
-    bilora = attached(tiny_llm())
-    trainer = with_bilora(
+    bilora = trainers.attached(tiny_llm())
+    trainer = trainers.with_bilora(
         tmp_path,
         bilora,
         learning_rate=3e-2,
@@ -146,11 +143,11 @@ def test_the_best_model_comes_back(tmp_path):
         save_strategy="steps",
         save_steps=5,
         load_best_model_at_end=True,
-        data=rows(4),  # so few that the loss on other rows rises
-        eval_dataset=rows(8, seed=1),
+        data=trainers.rows(4),  # so few that the loss on other rows rises
+        eval_dataset=trainers.rows(8, seed=1),
     )
     trainer.train()
-    scores = losses(trainer, "eval_loss")
+    scores = trainers.losses(trainer, "eval_loss")
     assert min(scores) < scores[-1]
     assert trainer.evaluate()["eval_loss"] == min(scores)
     best = load_file(Path(str(trainer.state.best_model_checkpoint)) / "adapter_model.safetensors")
@@ -161,14 +158,14 @@ def test_the_best_model_comes_back(tmp_path):
 def test_a_classifier_trains_its_head_beside_the_adapters(tmp_path):
     model = AutoModelForSequenceClassification.from_config(tiny_llm().config)
     before = model.score.weight.detach().clone()
-    tokens = rows()["input_ids"]
+    tokens = trainers.rows()["input_ids"]
     examples = [{"input_ids": ids, "labels": n % 2} for n, ids in enumerate(tokens)]
-    bilora = attached(model, replace(CONFIG, modules_to_save=("score",)))
-    trainer = with_bilora(tmp_path, bilora, data=examples, max_steps=4)
+    bilora = trainers.attached(model, replace(trainers.CONFIG, modules_to_save=("score",)))
+    trainer = trainers.with_bilora(tmp_path, bilora, data=examples, max_steps=4)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     assert not torch.equal(model.score.weight, before)
     assert not any("score" in name for name, _ in adapters.layers(model))
     stored = load_file(tmp_path / "saved" / "adapter_model.safetensors")
     torch.testing.assert_close(stored["base_model.model.score.weight"], model.score.weight.detach())
-    assert bilora.auxiliary_norm() <= RHO * (1 + 1e-6)
+    assert bilora.auxiliary_norm() <= trainers.RHO * (1 + 1e-6)

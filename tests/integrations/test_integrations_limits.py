@@ -21,16 +21,7 @@ from bilora_diffusion.integrations import trainer as integration
 from bilora_diffusion.integrations import use_bilora
 from bilora_diffusion.integrations.state import STATE
 from tests.contract.models import tiny_llm
-from tests.integrations.trainers import (
-    CONFIG,
-    RATE,
-    RHO,
-    attached,
-    difference,
-    plain,
-    rows,
-    with_bilora,
-)
+from tests.integrations import trainers
 
 STOP = 4
 
@@ -40,14 +31,14 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == STOP
 
 
-def make(folder, config=CONFIG, kind="trainer", seed=7, **values):
+def make(folder, config=trainers.CONFIG, kind="trainer", seed=7, **values):
     """A trainer as a new process would make it; `seed` is of what the process did before."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     for setter in (torch.manual_seed, random.seed, np.random.seed):
         setter(seed)
     model: Any = tiny_llm()
-    bilora = attached(model.bfloat16() if values.get("bf16") else model, config, seed)
+    bilora = trainers.attached(model.bfloat16() if values.get("bf16") else model, config, seed)
     chosen = {
         "train_sampling_strategy": "random",
         "lr_scheduler_type": "cosine",
@@ -56,9 +47,9 @@ def make(folder, config=CONFIG, kind="trainer", seed=7, **values):
         "save_strategy": "steps",
         "save_steps": STOP,
         "max_steps": 9,
-        "data": rows(24),
+        "data": trainers.rows(24),
     }
-    return with_bilora(folder, bilora, kind, **(chosen | values)), bilora
+    return trainers.with_bilora(folder, bilora, kind, **(chosen | values)), bilora
 
 
 @pytest.mark.parametrize(
@@ -76,7 +67,7 @@ def make(folder, config=CONFIG, kind="trainer", seed=7, **values):
 )
 def test_resumed_equals_uninterrupted(kind, changes, values, tmp_path):
     """Transformers alone would leave the auxiliary as it was made, and frozen."""
-    config = replace(CONFIG, **changes)
+    config = replace(trainers.CONFIG, **changes)
     whole, expected = make(tmp_path / "whole", config, kind, **values)
     whole.train()
     first, before = make(tmp_path / "cut", config, kind, **values)
@@ -84,12 +75,12 @@ def test_resumed_equals_uninterrupted(kind, changes, values, tmp_path):
     first.train()
     assert first.state.global_step == STOP
     second, bilora = make(tmp_path / "cut", config, kind, seed=99, **values)
-    assert difference(bilora, expected) > 1e-3
+    assert trainers.difference(bilora, expected) > 1e-3
     seen: list[tuple[str, ...]] = []
 
     class Look(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
-            assert difference(bilora, before) == 0
+            assert trainers.difference(bilora, before) == 0
 
         def on_step_begin(self, *args, **kwargs):
             seen.append(adapters.active(bilora.model))
@@ -99,12 +90,12 @@ def test_resumed_equals_uninterrupted(kind, changes, values, tmp_path):
     second.train(resume_from_checkpoint=True)
     assert set(seen) == {(PRIMARY, AUXILIARY)}
     assert second.state.global_step == whole.state.global_step
-    assert difference(bilora, expected) == 0
+    assert trainers.difference(bilora, expected) == 0
     assert bilora._method.taken == expected._method.taken == whole.state.global_step
     group = second.optimizer.param_groups[1]
     assert (group["maximize"], group["weight_decay"]) == (True, 0)
     assert all(p.dtype == torch.float32 for p in bilora.clip_parameters())
-    assert 0 < bilora.auxiliary_norm() <= RHO * (1 + 1e-6)
+    assert 0 < bilora.auxiliary_norm() <= trainers.RHO * (1 + 1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +121,9 @@ def lack(name):
 @pytest.mark.parametrize(
     ("damage", "word", "config"),
     [
-        (lack("optimizer.pt"), "optimizer.pt", CONFIG),
-        (cut(-1), "truncated or altered", CONFIG),
-        (lambda _: None, r"rho was 0\.02 and is 0\.5", replace(CONFIG, rho=0.5)),
+        (lack("optimizer.pt"), "optimizer.pt", trainers.CONFIG),
+        (cut(-1), "truncated or altered", trainers.CONFIG),
+        (lambda _: None, r"rho was 0\.02 and is 0\.5", replace(trainers.CONFIG, rho=0.5)),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
@@ -153,54 +144,71 @@ HEAD = BiLoRAConfig(target_modules=("q_proj", "lm_head"))  # which TRL would pas
 
 
 def changed(folder, name, value):
-    trainer = plain(folder, tiny_llm())
+    trainer = trainers.plain(folder, tiny_llm())
     setattr(trainer, name, value)
     return trainer
 
 
 USES: list[tuple[Callable[[Path, Any], object], str]] = [
-    (lambda f, b: use_bilora(changed(f, "is_deepspeed_enabled", True), CONFIG), "DeepSpeed"),
-    (lambda f, b: use_bilora(changed(f, "is_fsdp_enabled", True), CONFIG), "FSDP"),
-    (lambda f, b: use_bilora(changed(f, "model_init", tiny_llm), CONFIG), "model_init.*model="),
+    (
+        lambda f, b: use_bilora(changed(f, "is_deepspeed_enabled", True), trainers.CONFIG),
+        "DeepSpeed",
+    ),
+    (lambda f, b: use_bilora(changed(f, "is_fsdp_enabled", True), trainers.CONFIG), "FSDP"),
+    (
+        lambda f, b: use_bilora(changed(f, "model_init", tiny_llm), trainers.CONFIG),
+        "model_init.*model=",
+    ),
     # it has weights of its own
-    (lambda f, b: use_bilora(plain(f, tiny_llm(), optim="galore_adamw"), CONFIG), "galore_adamw"),
-    (lambda f, b: use_bilora({}, CONFIG), "got a dict"),  # type: ignore[arg-type]
+    (
+        lambda f, b: use_bilora(
+            trainers.plain(f, tiny_llm(), optim="galore_adamw"), trainers.CONFIG
+        ),
+        "galore_adamw",
+    ),
+    (lambda f, b: use_bilora({}, trainers.CONFIG), "got a dict"),  # type: ignore[arg-type]
     (lambda f, b: integration._check_version(object), "has no train"),  # type: ignore[arg-type]
-    (lambda f, b: use_bilora(with_bilora(f, b), b), "already"),
-    (lambda f, b: use_bilora(plain(f, tiny_llm()), b), "gave to attach"),
-    (lambda f, b: use_bilora(plain(f, b.model, "sft", peft_config=TARGETS), b), "peft_config"),
-    (lambda f, b: use_bilora(plain(f, get_peft_model(b.model, TARGETS)), b), "peft_config"),
-    (lambda f, b: use_bilora(plain(f, tiny_llm(), "sft"), HEAD), "target_modules"),
+    (lambda f, b: use_bilora(trainers.with_bilora(f, b), b), "already"),
+    (lambda f, b: use_bilora(trainers.plain(f, tiny_llm()), b), "gave to attach"),
+    (
+        lambda f, b: use_bilora(trainers.plain(f, b.model, "sft", peft_config=TARGETS), b),
+        "peft_config",
+    ),
+    (
+        lambda f, b: use_bilora(trainers.plain(f, get_peft_model(b.model, TARGETS)), b),
+        "peft_config",
+    ),
+    (lambda f, b: use_bilora(trainers.plain(f, tiny_llm(), "sft"), HEAD), "target_modules"),
 ]
 
 
 @pytest.mark.parametrize(("use", "word"), USES)
 def test_a_trainer_that_would_be_wrong(use, word, tmp_path):
-    bilora = attached(tiny_llm())
+    bilora = trainers.attached(tiny_llm())
     with pytest.raises(UserError, match=word):
         use(tmp_path, bilora)
 
 
 @pytest.mark.parametrize("descends", [False, True])
 def test_a_wrong_optimizer(descends, tmp_path):
-    bilora = attached(tiny_llm())
+    bilora = trainers.attached(tiny_llm())
     groups: Any = [{"params": [p for p in bilora.model.parameters() if p.requires_grad]}]
     if descends:
-        groups = [{**group, "maximize": False} for group in bilora.param_groups(lr=RATE)]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=0.0)
-    trainer = with_bilora(tmp_path, bilora, optimizers=(optimizer, None))
+        groups = [{**group, "maximize": False} for group in bilora.param_groups(lr=trainers.RATE)]
+    optimizer = torch.optim.AdamW(groups, lr=trainers.RATE, weight_decay=0.0)
+    trainer = trainers.with_bilora(tmp_path, bilora, optimizers=(optimizer, None))
     with pytest.raises(UserError, match="param_groups"):
         trainer.train()
 
 
 @pytest.mark.parametrize("binds", [False, True])
 def test_an_optimizer_of_ones_own(binds, tmp_path):
-    bilora = attached(tiny_llm())
-    optimizer = torch.optim.AdamW(bilora.param_groups(lr=RATE))
+    bilora = trainers.attached(tiny_llm())
+    optimizer = torch.optim.AdamW(bilora.param_groups(lr=trainers.RATE))
     if binds:
         bilora.bind(optimizer)
-    with_bilora(tmp_path, bilora, optimizers=(optimizer, None), max_steps=2).train()
-    assert 0 < bilora.auxiliary_norm() <= RHO * (1 + 1e-6)
+    trainers.with_bilora(tmp_path, bilora, optimizers=(optimizer, None), max_steps=2).train()
+    assert 0 < bilora.auxiliary_norm() <= trainers.RHO * (1 + 1e-6)
     assert bilora._method.taken == 2
 
 
@@ -208,14 +216,14 @@ SPOILS: list[tuple[Callable[[Any], object], str, dict[str, Any]]] = [
     (lambda t: t.create_optimizer().param_groups[1].update(maximize=False), "maximize=False", {}),
     (lambda t: t.create_optimizer()._optimizer_step_post_hooks.clear(), "not projected", {}),
     (lambda t: t.model.lm_head.weight.requires_grad_(True), r"lm_head\.weight", {}),
-    (lambda t: t.evaluate(rows(4)), "bfloat16", {"bf16_full_eval": True}),
+    (lambda t: t.evaluate(trainers.rows(4)), "bfloat16", {"bf16_full_eval": True}),
     (lambda t: None, "groups of its own", {"optimizer_cls_and_kwargs": (lambda: None, {})}),
 ]
 
 
 @pytest.mark.parametrize(("spoil", "word", "values"), SPOILS)
 def test_what_was_spoiled_after_use_bilora(spoil, word, values, tmp_path):
-    trainer = with_bilora(tmp_path, attached(tiny_llm()), max_steps=1, **values)
+    trainer = trainers.with_bilora(tmp_path, trainers.attached(tiny_llm()), max_steps=1, **values)
     spoil(trainer)
     with pytest.raises(UserError, match=word):
         trainer.train()

@@ -19,7 +19,7 @@ from bilora_diffusion.run.checkpoint import (
     require_same_settings,
     resolve,
 )
-from tests.run.checkpoints import save
+from tests.run.recorded_runs import save
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),

@@ -8,7 +8,7 @@ import pytest
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run.folder import clear, guard, refuse_unusable
 from bilora_diffusion.run.runlog import RunLog
-from tests.run.checkpoints import save
+from tests.run.recorded_runs import save
 
 
 def start(folder):

@@ -17,7 +17,7 @@ from bilora_diffusion.run.interruption import Interruption, resuming
 from bilora_diffusion.run.lock import hold
 from bilora_diffusion.run.runlog import RunLog
 from bilora_diffusion.train import running
-from tests.run.checkpoints import save
+from tests.run.recorded_runs import save
 from tests.scripts.runs import flags
 
 

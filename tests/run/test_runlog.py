@@ -28,11 +28,6 @@ def start(folder, resume_step=None, **values):
     return log
 
 
-def strict(text):
-    """Parse JSON that has neither NaN nor Infinity."""
-    return json.loads(text, parse_constant=pytest.fail)
-
-
 def test_a_whole_run(tmp_path):
     folder = tmp_path / "new" / "run"
     log = start(folder)
@@ -48,7 +43,7 @@ def test_a_whole_run(tmp_path):
         {"step": 2, "loss": 0.25, "taken": True, "note": None},
         {"step": 3, "loss": None, "nonfinite": True},
     ]
-    record = strict((folder / "run.json").read_text())
+    record = json.loads((folder / "run.json").read_text(), parse_constant=pytest.fail)
     assert record == read_run(folder)
     assert record["config"] == {"rank": 4, "betas": [0.9, 0.999], "output_dir": "out"}
     assert (record["method"], record["seed"], record["status"]) == ("bilora", 3, "finished")
@@ -194,13 +189,9 @@ def test_commit(tmp_path, monkeypatch):
     assert provenance.commit(package) == (head, True)
 
 
-NAN = float("nan")
 LOSSES = [
     ({0: 0.5, 5: 0.4, 10: 0.5}, [5], {}, "step 5 was 20.0 % better than step 10: export it with"),
-    ({0: 0.5, 5: 0.4, 10: 0.5}, [10], {}, "--keep_best"),
     ({0: 0.5, 5: 0.4, 10: 0.5}, [], {"best_step": 5}, "what is saved is of it"),
-    ({0: 0.5, 5: 0.6}, [], {}, "nothing was gained"),
-    ({0: 0.5, 5: 0.4, 10: NAN}, [], {}, "step 5, .*more steps may be better"),
     ({}, [], {}, "--fit chooses .*--validation_dataset"),
 ]
 

@@ -26,6 +26,6 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     from tests.eval import clip_models
 
     folder = tmp_path_factory.mktemp("models")
-    clip = clip_models.save_hf_clip(folder / "clip", clip_models.make_hf_clip())
+    clip = clip_models.save_hf_clip(folder / "clip")
     blip = clip_models.save_blip(folder / "blip")
     return ["--scorer", f"hf:{clip}", "--captioner", f"blip:{blip}"]

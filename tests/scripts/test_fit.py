@@ -112,7 +112,6 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"train_file": "one"}, "rank: [4]", "2 folds of 1 rows"),
     ({"fit_space": "nowhere.yaml"}, "", "nowhere.yaml"),
     ({}, "rank: [0]", "in a run of --fit, --rank is 0"),
-    ({}, "rank: [many]", "in a run of --fit, .*rank"),
     ({}, "method: [loar]", 'did you mean "lora"'),
     ({}, "method: [full]", "--fit with --method full|--method full.*--fit"),
     ({}, "method: [lora-sam]\nrho: [auto]", "only bilora can follow"),

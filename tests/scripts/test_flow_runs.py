@@ -16,18 +16,7 @@ from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run import runlog
 from tests.image.tiny import FILES, shared
-from tests.scripts.runs import (
-    SCRIPT,
-    TORCHRUN,
-    column,
-    difference,
-    flags,
-    process,
-    resumes_exactly,
-    train,
-    two_icons,
-    weights,
-)
+from tests.scripts import runs
 
 SD3, VIDEO = "StableDiffusion3Pipeline", "QwenImagePipeline"
 MARKS = {SD3: (), VIDEO: pytest.mark.slow}
@@ -48,15 +37,15 @@ def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, t
     values = on(kind, checkpointing_steps=1, learning_rate=3e-2, validation_loss_steps=1)
     values |= {"validation_dataset": "mini-heldout", "validation_part": "1/32"}
     values |= {"validation_prompt": "a TOK icon of a rabbit", "num_validation_images": 1}
-    folder = train(tmp_path / "run", **values)
-    resumes_exactly(folder, 1, **values)
+    folder = runs.train(tmp_path / "run", **values)
+    runs.resumes_exactly(folder, 1, **values)
     first = next(row for row in runlog.read_metrics(folder) if "heldout_loss" in row)
     levels = [int(name.rpartition("/")[2]) for name in first if "by_level/" in name]
     assert (len(levels), levels) == (10, sorted(levels, reverse=True))
     assert 0 < levels[-1] < levels[0] <= 1000
-    assert len(set(column(folder, "heldout_loss"))) == 3
+    assert len(set(runs.column(folder, "heldout_loss"))) == 3
     assert len(list(folder.glob("validation/*/*.png"))) == 1
-    assert all(name.startswith("transformer.") for name in weights(folder))
+    assert all(name.startswith("transformer.") for name in runs.weights(folder))
     pipeline = load_pipeline(str(shared(kind)), dtype=torch.float32)
     if not hasattr(pipeline, "load_lora_weights"):
         return
@@ -68,21 +57,21 @@ def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, t
 @pytest.mark.parametrize("kind", [SD3, pytest.param(VIDEO, marks=pytest.mark.matrix)])
 def test_methods_masks_and_a_kept_class(kind, tmp_path):
     """Methods see the same; a class that is kept and the hidden half of an image cost a loss."""
-    icons = two_icons(tmp_path / "icons")
+    icons = runs.two_icons(tmp_path / "icons")
     values = on(kind, **{**icons, "validation_dataset": "none", "learning_rate": 3e-2})
     values |= {"pretrained_model_name_or_path": shared(kind), "class_prompt": "an icon"}
-    plain, sam = (train(tmp_path / m, method=m, **values) for m in ("bilora", "lora-sam"))
-    assert column(plain, "digest") == column(sam, "digest")
-    plain, sam = column(plain, "loss"), column(sam, "loss")
+    plain, sam = (runs.train(tmp_path / m, method=m, **values) for m in ("bilora", "lora-sam"))
+    assert runs.column(plain, "digest") == runs.column(sam, "digest")
+    plain, sam = runs.column(plain, "loss"), runs.column(sam, "loss")
     assert plain[0] == pytest.approx(sam[0], abs=1e-6)
-    kept = column(train(tmp_path / "kept", **values, prior_prediction_weight=1.0), "loss")
+    kept = runs.column(runs.train(tmp_path / "kept", **values, prior_prediction_weight=1.0), "loss")
     assert kept[0] == pytest.approx(plain[0], rel=1e-5)  # the adapters change nothing yet
     assert kept[1] > plain[1]
     for picture in Path(icons["dataset"]).glob("*.png"):
         mask = Image.new("L", (64, 64), 0)
         mask.paste(255, (0, 0, 32, 64))
         mask.save(picture.with_suffix(".mask.png"))
-    hidden = column(train(tmp_path / "hidden", **values), "loss")
+    hidden = runs.column(runs.train(tmp_path / "hidden", **values), "loss")
     assert hidden[0] != plain[0]
     assert hidden[0] == pytest.approx(plain[0], rel=0.5)
 
@@ -97,16 +86,16 @@ def test_the_noise_levels_in_the_log_are_those_that_were_drawn(tmp_path, monkeyp
 
     monkeypatch.setattr(FlowMatching, "draw", drawing)
     values = on(SD3, max_train_steps=3)
-    whole = train(tmp_path / "whole", **values)
+    whole = runs.train(tmp_path / "whole", **values)
     values |= {"train_batch_size": 1, "gradient_accumulation_steps": 2}
-    cut = train(tmp_path / "cut", **values)
+    cut = runs.train(tmp_path / "cut", **values)
     assert len(drawn) == 14
     del drawn[7], drawn[0]  # of the row that each run is probed with
     steps = [drawn[i : i + 2] for i in range(0, 6, 2)]
     for name, of in {"mean": lambda pair: sum(pair) / 2, "min": min, "max": max}.items():
-        logged = column(whole, f"noise_level_{name}")
+        logged = runs.column(whole, f"noise_level_{name}")
         assert logged == pytest.approx([of(pair) for pair in steps], rel=1e-6)
-        assert logged == column(cut, f"noise_level_{name}")
+        assert logged == runs.column(cut, f"noise_level_{name}")
 
 
 @pytest.mark.slow
@@ -115,21 +104,21 @@ def test_images_are_drawn_as_the_command_line_says(tmp_path, monkeypatch):
     monkeypatch.setattr(task, "generate", lambda *_, **told: calls.append(told) or [dot])
     values = on(SD3, num_validation_images=1, final_validation_prompt="a TOK icon")
     given = {"validation_guidance_scale": 2.0, "validation_num_inference_steps": 3}
-    train(tmp_path / "given", **values, **given, max_train_steps=1)
-    train(tmp_path / "skipped", **values, skip_final_inference=True, max_train_steps=1)
+    runs.train(tmp_path / "given", **values, **given, max_train_steps=1)
+    runs.train(tmp_path / "skipped", **values, skip_final_inference=True, max_train_steps=1)
     assert [(call["steps"], call["guidance_scale"]) for call in calls] == [(3, 2.0)]
 
 
 def test_what_others_leave_out_is_a_line(tmp_path, caplog):
     """ComfyUI the magnitudes of DoRA; a model without an embedding of guidance the guidance."""
     values = on(SD3, use_dora=True, guidance_scale=2.0, max_train_steps=1)
-    folder = train(tmp_path / SD3, **values)
+    folder = runs.train(tmp_path / SD3, **values)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert all("magnitudes" in text and "use_dora" in text for text in (caplog.text, card))
     assert "no embedding of guidance" in caplog.text
     assert runlog.read_run(folder)["config"]["guidance_scale"] is None
     caplog.clear()
-    cfg = resolve(flags(tmp_path / "flux", **on("FluxPipeline", guidance_scale=2.0)))
+    cfg = resolve(runs.flags(tmp_path / "flux", **on("FluxPipeline", guidance_scale=2.0)))
     assert "no embedding of guidance" not in caplog.text
     assert cfg.guidance_scale == 2.0
 
@@ -137,17 +126,16 @@ def test_what_others_leave_out_is_a_line(tmp_path, caplog):
 @pytest.mark.slow
 def test_four_bits_and_two_processes(tmp_path):
     values = on(VIDEO, quantize="nf4", checkpointing_steps=1)
-    folder = train(tmp_path / "nf4", **values)
-    resumes_exactly(folder, 1, **values)
-    assert all(math.isfinite(loss) for loss in column(folder, "loss"))
-    assert max(value.abs().max() for value in weights(folder).values()) > 0
-    one, two = train(tmp_path / "one", **on(SD3)), tmp_path / "two"
-    argv = flags(two, **on(SD3, train_batch_size=1))
-    done = process(*TORCHRUN, 2, SCRIPT, *argv, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert column(one, "digest") == column(two, "digest")
-    assert column(one, "loss") == pytest.approx(column(two, "loss"), abs=1e-5)
-    assert difference(one, two) < 1e-5
+    folder = runs.train(tmp_path / "nf4", **values)
+    runs.resumes_exactly(folder, 1, **values)
+    assert all(math.isfinite(loss) for loss in runs.column(folder, "loss"))
+    assert max(value.abs().max() for value in runs.weights(folder).values()) > 0
+    one, two = runs.train(tmp_path / "one", **on(SD3)), tmp_path / "two"
+    argv = runs.flags(two, **on(SD3, train_batch_size=1))
+    runs.process(*runs.TORCHRUN, 2, runs.SCRIPT, *argv, ACCELERATE_USE_CPU="true")
+    assert runs.column(one, "digest") == runs.column(two, "digest")
+    assert runs.column(one, "loss") == pytest.approx(runs.column(two, "loss"), abs=1e-5)
+    assert runs.difference(one, two) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -167,5 +155,5 @@ def test_four_bits_and_two_processes(tmp_path):
 def test_what_the_model_can_not_take_is_a_sentence(values, tmp_path):
     ((name, value),) = values.items()
     with pytest.raises(UserError, match=f"{name}|{value}"):
-        train(tmp_path / "run", **on(SD3, **values))
+        runs.train(tmp_path / "run", **on(SD3, **values))
     assert not (tmp_path / "run" / "run.json").exists()

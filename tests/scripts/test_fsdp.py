@@ -76,7 +76,6 @@ def setting(tmp_path_factory):
     file.write_text(json.dumps([[str(word) for word in line] for line in lines]))
     under = Path(__file__).with_name("fsdp_on_cpu.py")
     said = process(*TORCHRUN, 2, under, file, **ENGINE)  # FSDP2 as accelerate has it
-    assert said.returncode == 0, said.stderr
     for name in CASES:
         train_text(folder / "one" / name, **options(folder, name, 1))
     return Setting(folder, said.stdout)
@@ -133,7 +132,6 @@ def test_cpus_are_refused_before_anything_is_written(setting):
     """Without the help of these tests accelerate splits nothing on CPUs."""
     out = setting.folder / "refused"
     argv = text_flags(out, **options(setting.folder, "causal-bilora", 2))
-    said = process(*TORCHRUN, 2, TEXT_SCRIPT, *argv, **ENGINE)
-    assert said.returncode != 0
+    said = process(*TORCHRUN, 2, TEXT_SCRIPT, *argv, fails=True, **ENGINE)
     assert len(re.findall("error: the engine FSDP on .* is refused, since", said.stderr)) == 1
     assert not out.exists()

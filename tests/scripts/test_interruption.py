@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from typing import Any
@@ -15,20 +14,11 @@ from bilora_diffusion.errors import TrainingError
 from bilora_diffusion.image import script
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.run import checkpoint, runlog, snapshots
-from tests.scripts.runs import (
-    ROOT,
-    SCRIPT,
-    TEXT_SCRIPT,
-    column,
-    difference,
-    flags,
-    train,
-    train_once,
-    two_icons,
-)
+from tests.scripts import runs
 from tests.text.text_builders import material, text_flags, train_text_once
 
 STEPS, KILLS = 18, 2
+QUIET: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def steps_logged(folder):
@@ -36,20 +26,10 @@ def steps_logged(folder):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def start(argv):
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
 def kill_at_random(argv, folder, chance):
     """Kill the run some steps (or none) after it went on; True if it was still running."""
     began = steps_logged(folder)
-    process = start(argv)
+    process = runs.started(runs.SCRIPT, *argv, **QUIET)
     ahead, patience = chance.randint(0, 7), time.monotonic() + 600
     while ahead and process.poll() is None and time.monotonic() < patience:
         # A resumed run first drops the lines after its checkpoint, so the count may fall.
@@ -67,34 +47,28 @@ def kill_at_random(argv, folder, chance):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_kills_change_no_bit(tmp_path):
-    whole = train_once(max_train_steps=STEPS)
+    whole = runs.train_once(max_train_steps=STEPS)
     folder = tmp_path / "killed"
-    argv = flags(
+    argv = runs.flags(
         folder, max_train_steps=STEPS, checkpointing_steps=2, resume_from_checkpoint="auto"
     )
     chance = random.Random(0)
     kills = sum(kill_at_random(argv, folder, chance) for _ in range(KILLS))
     assert kills == KILLS
     assert checkpoint.latest(folder) is not None
-    last = start(argv)
-    assert last.wait(timeout=600) == 0
+    assert runs.started(runs.SCRIPT, *argv, **QUIET).wait(timeout=600) == 0
     assert len(runlog.read_run(folder)["resumed"]) >= KILLS // 2
-    assert difference(whole, folder) == 0
-    for key in ("step", "loss", "digest", "auxiliary_norm"):
-        assert column(whole, key) == column(folder, key)
+    runs.alike(whole, folder, "auxiliary_norm")
 
 
 def interrupt_and_go_on(command, folder, number):
     """Start a run as in a terminal, send it a signal after three steps, and run the command that it
     prints, which is returned.
     """
-    process = subprocess.Popen(
-        [*command, "--overwrite_output_dir"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    process = runs.started(
+        *(*command, "--overwrite_output_dir"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        text=True,
         start_new_session=True,  # a process group of its own, which Ctrl-C reaches as a whole
     )
     patience = time.monotonic() + 600
@@ -109,7 +83,7 @@ def interrupt_and_go_on(command, folder, number):
         time.sleep(0.1)  # a launcher may end before what it launched
     assert runlog.read_run(folder)["status"] == "interrupted", said
     (printed,) = [line for line in said.splitlines() if "--resume_from_checkpoint latest" in line]
-    subprocess.run(printed, shell=True, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(printed, shell=True, cwd=runs.ROOT, check=True, capture_output=True)
     return printed
 
 
@@ -117,11 +91,9 @@ def interrupt_and_go_on(command, folder, number):
 def test_the_printed_command_ends_as_the_whole_run(tmp_path):
     shared = {**material("causal"), "max_train_steps": 300}
     whole, folder = train_text_once("causal", **shared), tmp_path / "it's interrupted"
-    command = [sys.executable, str(TEXT_SCRIPT), *text_flags(folder, **shared)]
+    command = [runs.TEXT_SCRIPT, *text_flags(folder, **shared)]
     interrupt_and_go_on(command, folder, signal.SIGTERM)
-    assert difference(whole, folder) == 0
-    for key in ("step", "loss", "digest"):
-        assert column(whole, key) == column(folder, key)
+    runs.alike(whole, folder)
 
 
 @pytest.mark.slow
@@ -129,34 +101,32 @@ def test_the_printed_command_ends_as_the_whole_run(tmp_path):
 def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path):
     """With a record of the perturbations, and the best step by the held-out loss."""
     shared = {
-        **{**two_icons(tmp_path / "icons"), "validation_loss_steps": 2, "keep_best": True},
+        **{**runs.two_icons(tmp_path / "icons"), "validation_loss_steps": 2, "keep_best": True},
         **{"max_train_steps": 8, "train_batch_size": 1, "learning_rate": 2e-4},
         **{"method": "lora-sam", "log_dynamics": True, "dynamics_steps": 1, "optimizer": "AdamW"},
     }
-    one = train(tmp_path / "one", **shared, gradient_accumulation_steps=4)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    one = runs.train(tmp_path / "one", **shared, gradient_accumulation_steps=4)
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
     two, parts = tmp_path / "two", tmp_path / "parts"
     lines = [
-        [*launch, str(SCRIPT), *flags(folder, **shared, gradient_accumulation_steps=2)]
+        [*launch, str(runs.SCRIPT), *runs.flags(folder, **shared, gradient_accumulation_steps=2)]
         for folder in (two, parts)
     ]
-    subprocess.run(lines[0], cwd=ROOT, check=True, capture_output=True)
-    assert column(one, "step") == column(two, "step")
-    assert column(one, "digest") == column(two, "digest")
+    runs.process(*lines[0])
+    assert runs.column(one, "step") == runs.column(two, "step")
+    assert runs.column(one, "digest") == runs.column(two, "digest")
     for key in ("loss", "heldout_loss"):
-        assert column(one, key) == pytest.approx(column(two, key), abs=1e-5)
-    assert difference(one, two) < 1e-5
+        assert runs.column(one, key) == pytest.approx(runs.column(two, key), abs=1e-5)
+    assert runs.difference(one, two) < 1e-5
     best = [runlog.read_run(folder)["results"]["best_step"] for folder in (one, two)]
     assert best[0] == best[1]
     assert list(snapshots.steps(one)) == list(snapshots.steps(two))
-    for a, b in zip(column(one, "dynamics"), column(two, "dynamics"), strict=True):
+    for a, b in zip(runs.column(one, "dynamics"), runs.column(two, "dynamics"), strict=True):
         assert a == {
             k: v if v is None else pytest.approx(v, rel=1e-2, abs=1e-7) for k, v in b.items()
         }
     assert "accelerate" in interrupt_and_go_on(lines[1], parts, signal.SIGINT)
-    assert difference(two, parts) == 0
-    for key in ("step", "loss", "digest"):
-        assert column(two, key) == column(parts, key)
+    runs.alike(two, parts)
 
 
 SHORT = {
@@ -215,17 +185,17 @@ def full_at(disk, owner, writer, call):
 
 @pytest.mark.slow
 def test_a_run_goes_on_whenever_there_is_room_again(tmp_path, disk):
-    whole, folder = train(tmp_path / "whole", **SHORT), disk / "run"
+    whole, folder = runs.train(tmp_path / "whole", **SHORT), disk / "run"
     resume: dict[str, Any] = {}
     for owner, writer, call, kept in WRITERS:
         full = pytest.raises(TrainingError, match=rf"{folder} is full \(0 bytes.* make about ")
         with full_at(disk, owner, writer, call), full:
-            train(folder, **SHORT, **resume)
+            runs.train(folder, **SHORT, **resume)
         assert runlog.read_run(folder)["status"] == "failed"
         assert checkpoint.steps(folder)[-1] == kept
         assert checkpoint.load(folder / "checkpoints" / f"step-{kept}").step == kept
         resume = {"resume_from_checkpoint": "latest"}
-    train(folder, **SHORT, **resume)
+    runs.train(folder, **SHORT, **resume)
     assert runlog.read_run(folder)["status"] == "finished"
-    assert difference(whole, folder) == 0
+    assert runs.difference(whole, folder) == 0
     assert not list(folder.rglob(".*"))

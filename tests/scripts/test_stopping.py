@@ -4,33 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import FILE_NAME
 from bilora_diffusion.export import main as export
 from bilora_diffusion.run import runlog
-from tests.scripts.runs import (
-    SCRIPT,
-    column,
-    difference,
-    flags,
-    process,
-    reading,
-    train,
-    two_icons,
-    weights,
-)
-from tests.text.text_builders import (
-    ADAPTER,
-    heldout,
-    heldout_of,
-    material,
-    rows_for,
-    train_text,
-    write_rows,
-)
+from tests.scripts import runs
+from tests.text import text_builders as texts
 
 PATIENCE = 3
 STOPPING = {"early_stopping_patience": PATIENCE, "keep_best": True}
@@ -49,7 +28,7 @@ def results(folder):
 def icons(tmp_path):
     """Two icons to learn and two to be measured on, at a rate that overfits at once."""
     return {
-        **two_icons(tmp_path / "icons"),
+        **runs.two_icons(tmp_path / "icons"),
         "train_batch_size": 1,
         "learning_rate": 1e-2,
         "validation_loss_steps": 1,
@@ -68,58 +47,55 @@ def icons(tmp_path):
 )
 def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind, method, values):
     given = {
-        **material(kind),
-        **{"validation_file": heldout(kind)},
+        **texts.material(kind),
+        **{"validation_file": texts.heldout(kind)},
         **{"method": method, "learning_rate": 3e-2, "lr_scheduler": "constant", **values},
         **{"max_train_steps": 30, "validation_loss_steps": 2, "max_new_tokens": 2},
         **{"checkpointing_steps": 2, "checkpoints_total_limit": 0},
     }
-    plain = train_text(tmp_path / "plain", **given)
-    best, stop = reading(losses(plain), PATIENCE)
+    plain = texts.train_text(tmp_path / "plain", **given)
+    best, stop = runs.reading(losses(plain), PATIENCE)
     assert 0 < best < stop < 30  # else nothing is proven
-    run = train_text(tmp_path / "run", **given, **STOPPING)
+    run = texts.train_text(tmp_path / "run", **given, **STOPPING)
     found = results(run)
     assert (found["best_step"], found["steps"], found["stopped_early"]) == (best, stop, True)
     assert losses(run) == [pair for pair in losses(plain) if pair[0] <= stop]
     assert found["best_heldout_loss"] == found["heldout_loss"] == dict(losses(plain))[best]
-    measured = heldout_of(given["model_name_or_path"], run)
+    measured = texts.heldout_of(given["model_name_or_path"], run)
     assert {key: found[key] for key in measured} == pytest.approx(measured, abs=1e-6)
     if kind != "classification":
         assert [path.parent.name for path in run.rglob("predictions.jsonl")] == [f"step-{best}"]
     if method != "full":
         assert export([str(plain), "--step", str(best)]) == 0
-        made = load_file(plain / "exports" / f"step-{best}" / ADAPTER)
-        assert all(torch.equal(made[key], value) for key, value in load_file(run / ADAPTER).items())
+        assert runs.difference(plain / "exports" / f"step-{best}", run) == 0
     assert f"| {best} |" in (run / "README.md").read_text()
 
     parts = Path(shutil.copytree(run, tmp_path / "parts"))
     for step in (f"step-{stop - 2}", f"step-{stop}"):  # after the best; where all is over
         again = parts / "checkpoints" / step
-        train_text(parts, **given, **STOPPING, resume_from_checkpoint=again)
-        assert difference(run, parts) == 0
-        assert column(run, "digest") == column(parts, "digest")
+        texts.train_text(parts, **given, **STOPPING, resume_from_checkpoint=again)
+        assert runs.difference(run, parts) == 0
+        assert runs.column(run, "digest") == runs.column(parts, "digest")
         assert {**results(parts), "export": 0} == {**found, "export": 0}
 
 
 @pytest.mark.slow
 def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
     given = {**icons, "max_train_steps": 12, "use_ema": True, "ema_decay": 0.9}
-    plain = train(tmp_path / "plain", **given)
-    best, stop = reading(losses(plain), PATIENCE)
+    plain = runs.train(tmp_path / "plain", **given)
+    best, stop = runs.reading(losses(plain), PATIENCE)
     assert 0 < best < stop < 12
     shown = {"validation_prompt": "a TOK icon", "num_validation_images": 1}
     shown |= {"validation_num_inference_steps": 2}
-    run = train(tmp_path / "run", **given, **shown, **STOPPING)
+    run = runs.train(tmp_path / "run", **given, **shown, **STOPPING)
     assert (results(run)["best_step"], results(run)["steps"]) == (best, stop)
     assert export([str(plain), "--step", str(best), "--to", "diffusers"]) == 0
-    made, kept = load_file(plain / "exports" / f"step-{best}" / FILE_NAME), weights(run)
-    assert made.keys() == kept.keys()
-    assert all(torch.equal(made[key], kept[key]) for key in made)
+    assert runs.difference(plain / "exports" / f"step-{best}", run) == 0
     assert [p.parent.name for p in run.glob("validation/*/*.png")] == [f"step-{best}"]
     assert f"validation/step-{best}/000.png" in (run / "README.md").read_text()
     parts = Path(shutil.copytree(run, tmp_path / "parts"))
-    train(parts, **given, **shown, **STOPPING, resume_from_checkpoint=f"step-{stop - 1}")
-    assert difference(run, parts) == 0
+    runs.train(parts, **given, **shown, **STOPPING, resume_from_checkpoint=f"step-{stop - 1}")
+    assert runs.difference(run, parts) == 0
     assert losses(run) == losses(parts)
 
 
@@ -132,21 +108,21 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplo
         return [line.message for line in caplog.records if "copies of" in line.message]
 
     learned, held = icons["dataset"], icons["validation_dataset"]
-    assert lines(train, "apart", **icons) == []
+    assert lines(runs.train, "apart", **icons) == []
     one, two = sorted(learned.glob("*.png"))
     shutil.copy(two, held / "another.png")
-    (line,) = lines(train, "one", **icons)
+    (line,) = lines(runs.train, "one", **icons)
     assert all(part in line for part in ("1 of the 3", "another.png", two.name))
     shutil.copy(one, learned / "third.png")
     fit = {**icons, "validation_dataset": "none", "fit": True, "fit_budget": 1}
     caplog.clear()
     with pytest.raises(UserError, match="--fit_budget 1 is too small"):
-        lines(train, "fit", **fit)
+        lines(runs.train, "fit", **fit)
     (line,) = [one.message for one in caplog.records if "copies of" in one.message]
     assert all(part in line for part in ("1 of the 3", "third.png", one.name))
-    rows = material("classification")
-    again = write_rows(tmp_path / "held.jsonl", rows_for("classification", 3, 22))
-    (line,) = lines(train_text, "text", **rows, validation_file=again)
+    rows = texts.material("classification")
+    again = texts.write_rows(tmp_path / "held.jsonl", texts.rows_for("classification", 3, 22))
+    (line,) = lines(texts.train_text, "text", **rows, validation_file=again)
     assert all(part in line for part in ("2 of the 3", "line 1 of held.jsonl", "of rows.jsonl"))
 
 
@@ -155,10 +131,9 @@ def test_two_processes_choose_as_one(tmp_path, icons):
     (tmp_path / "space.yaml").write_text("rank: [2, 4]\n")
     fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 8}
     given = {**icons, **fit, "max_train_steps": 4, "train_batch_size": 2}
-    one, two = train(tmp_path / "one", **given), tmp_path / "two"
+    one, two = runs.train(tmp_path / "one", **given), tmp_path / "two"
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    said = process(*launcher, SCRIPT, *flags(two, **{**given, "train_batch_size": 1}))
-    assert said.returncode == 0, said.stderr
+    runs.process(*launcher, runs.SCRIPT, *runs.flags(two, **{**given, "train_batch_size": 1}))
     for key in ("steps", "chosen_steps"):
         assert results(one)[key] == results(two)[key]
-    assert difference(one, two) < given["learning_rate"] / 10
+    assert runs.difference(one, two) < given["learning_rate"] / 10

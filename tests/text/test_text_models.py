@@ -8,24 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BertForMaskedLM,
-    BertModel,
-    DistilBertConfig,
-    DistilBertModel,
-    GPT2Config,
-    LlamaConfig,
-    RobertaConfig,
-    T5Config,
-    ViTConfig,
-)
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.models import TextModel, kind_of, load_text_model
 from bilora_diffusion.text.places import PACKAGED
-from tests.text.text_builders import KINDS, bert_config, save_bert, save_llama, save_t5
-from tests.text.text_tokenizers import bert_tokenizer
+from tests.text import text_builders as texts
 
 OWN_CODE = SimpleNamespace(  # of a repository that brings it; Transformers does not know such
     is_encoder_decoder=False, model_type="own", auto_map={"AutoModelForCausalLM": "modeling.Own"}
@@ -36,20 +25,20 @@ CLASSIFIER = "ForSequenceClassification"
 @pytest.mark.parametrize(
     ("config", "task_type", "kind"),
     [
-        (T5Config(), "auto", "seq2seq"),
-        (LlamaConfig(), "auto", "causal"),
-        (bert_config(), "auto", "classification"),
-        (RobertaConfig(architectures=[f"Roberta{CLASSIFIER}"]), "auto", "classification"),
-        (LlamaConfig(architectures=[f"Llama{CLASSIFIER}"]), "auto", "classification"),
-        (LlamaConfig(), "classification", "classification"),
+        (hf.T5Config(), "auto", "seq2seq"),
+        (hf.LlamaConfig(), "auto", "causal"),
+        (texts.bert_config(), "auto", "classification"),
+        (hf.RobertaConfig(architectures=[f"Roberta{CLASSIFIER}"]), "auto", "classification"),
+        (hf.LlamaConfig(architectures=[f"Llama{CLASSIFIER}"]), "auto", "classification"),
+        (hf.LlamaConfig(), "classification", "classification"),
         (OWN_CODE, "auto", "causal"),
-        (LlamaConfig(), "seq2seq", "--task_type seq2seq .*causal, classification"),
-        (T5Config(), "causal", "--task_type causal .*seq2seq"),
-        (ViTConfig(), "auto", '"it" is a vit model.*--model_name_or_path'),
+        (hf.LlamaConfig(), "seq2seq", "--task_type seq2seq .*causal, classification"),
+        (hf.T5Config(), "causal", "--task_type causal .*seq2seq"),
+        (hf.ViTConfig(), "auto", '"it" is a vit model.*--model_name_or_path'),
     ],
 )
 def test_the_configuration_tells_the_kind_or_is_refused(config, task_type, kind):
-    if kind in KINDS:
+    if kind in texts.KINDS:
         assert kind_of(config, "it", task_type) == kind
         return
     with pytest.raises(UserError, match=kind):
@@ -59,11 +48,11 @@ def test_the_configuration_tells_the_kind_or_is_refused(config, task_type, kind)
 @pytest.mark.parametrize(
     ("config", "limit"),
     [
-        (T5Config(), None),
-        (LlamaConfig(max_position_embeddings=77), 77),
-        (GPT2Config(n_positions=55), 55),
-        (bert_config(), 64),
-        (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (hf.T5Config(), None),
+        (hf.LlamaConfig(max_position_embeddings=77), 77),
+        (hf.GPT2Config(n_positions=55), 55),
+        (texts.bert_config(), 64),
+        (hf.RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
     ],
 )
 def test_the_longest_input(config, limit):
@@ -71,7 +60,7 @@ def test_the_longest_input(config, limit):
 
 
 def test_padding_is_settled_where_the_model_has_none(tmp_path):
-    base = save_llama(tmp_path / "it")
+    base = texts.save_llama(tmp_path / "it")
     bare = load_text_model(str(base)).tokenizer
     bare.pad_token = None
     bare.save_pretrained(tmp_path / "bare")
@@ -81,7 +70,7 @@ def test_padding_is_settled_where_the_model_has_none(tmp_path):
 
 
 def test_a_new_head_depends_on_the_seed_alone(tmp_path):
-    base = str(save_bert(tmp_path / "it", BertModel))
+    base = str(texts.save_bert(tmp_path / "it", hf.BertModel))
 
     def head(seed):
         loaded = load_text_model(base, labels=("bad", "middling", "good"), seed=seed)
@@ -96,7 +85,9 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path):
     assert first.shape == (3, 32)
     assert torch.equal(head(0), first)
     assert not torch.equal(head(1), first)
-    stored = str(save_bert(tmp_path / "other"))  # has a head, which is kept where its classes fit
+    stored = str(
+        texts.save_bert(tmp_path / "other")
+    )  # has a head, which is kept where its classes fit
     kept, same = (load_text_model(stored, labels=labels) for labels in (None, ("no", "yes")))
     assert torch.equal(kept.model.classifier.weight, same.model.classifier.weight)
 
@@ -104,14 +95,16 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path):
 def test_new_layers_of_a_classifier_are_trained_whole(tmp_path):
     """Else its adapter would belong to random weights that nobody else has."""
     sizes: dict[str, Any] = {"dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}
-    config = DistilBertConfig(vocab_size=len(bert_tokenizer()), **sizes)
-    DistilBertModel(config).save_pretrained(tmp_path)
-    bert_tokenizer().save_pretrained(tmp_path)
+    config = hf.DistilBertConfig(vocab_size=len(texts.bert_tokenizer()), **sizes)
+    hf.DistilBertModel(config).save_pretrained(tmp_path)
+    texts.bert_tokenizer().save_pretrained(tmp_path)
     loaded = load_text_model(str(tmp_path), labels=("no", "yes"))
     assert loaded.new_modules == loaded.whole_modules == ("classifier", "pre_classifier")
-    base = save_bert(tmp_path / "bert", BertForMaskedLM)  # which has no pooler
+    base = texts.save_bert(tmp_path / "bert", hf.BertForMaskedLM)  # which has no pooler
     assert load_text_model(str(base)).whole_modules == ("classifier", "bert.pooler.dense")
-    assert load_text_model(str(save_bert(tmp_path / "whole"))).whole_modules == ("classifier",)
+    assert load_text_model(str(texts.save_bert(tmp_path / "whole"))).whole_modules == (
+        "classifier",
+    )
 
 
 def loses_its_words(base):
@@ -134,20 +127,20 @@ def changes(key, *shape):
 LAYER = "bert.encoder.layer.1.output.dense.weight"
 DAMAGES: list[tuple[Any, Callable[[Path], object], str]] = [
     (  # of which the tokenizer knows more words than the model
-        lambda base: save_llama(base, vocab_size=7),
+        lambda base: texts.save_llama(base, vocab_size=7),
         lambda base: None,
         r"the model knows 7 tokens only: .*--tokenizer_name",
     ),
     # Of these Transformers makes empty ones.
-    (save_t5, loses_its_words, "knows no words.*--tokenizer_name"),
+    (texts.save_t5, loses_its_words, "knows no words.*--tokenizer_name"),
     (
-        save_t5,
+        texts.save_t5,
         lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
         r"pytorch_model\.bin.* convert it",
     ),
     # A head may be new; whatever else is missing would be drawn at random without a word.
-    (save_t5, changes("decoder.block.1"), r"holds no weights for decoder\.block\.1"),
-    (save_bert, changes(LAYER, 3, 3), "no weights for bert.encoder.layer.1"),
+    (texts.save_t5, changes("decoder.block.1"), r"holds no weights for decoder\.block\.1"),
+    (texts.save_bert, changes(LAYER, 3, 3), "no weights for bert.encoder.layer.1"),
 ]
 
 
@@ -155,7 +148,7 @@ DAMAGES: list[tuple[Any, Callable[[Path], object], str]] = [
 def test_damage_is_a_sentence(tmp_path, save, damage, sentence):
     base = save(tmp_path / "it")
     damage(base)
-    labels = ("a", "b", "c") if save is save_bert else None
+    labels = ("a", "b", "c") if save is texts.save_bert else None
     with pytest.raises(UserError, match=sentence):
         load_text_model(str(base), labels=labels)
 

