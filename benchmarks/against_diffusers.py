@@ -39,12 +39,14 @@ import torch
 from measure import KIBI, GPUMemory, circumstances, interleave, paired_ratio, watched
 
 from bilora_diffusion import mini
+from bilora_diffusion.config.command_line import Sentences
 from bilora_diffusion.durable import write_text
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.image.config import resolve as parse_run
 from bilora_diffusion.image.script import build_task
 from bilora_diffusion.run.record import read_metrics
 from bilora_diffusion.train.running import build_accelerator
+from bilora_diffusion.values import STEPS
 
 OURS = str(Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py")
 PEER = "diffusers, LoRA"
@@ -91,16 +93,17 @@ def command(
 ) -> list[str]:
     """Words of this project's command line after ``python``; diffusers' without a variant."""
     same = (
-        f"--pretrained_model_name_or_path {args.model} --instance_data_dir {images}"
-        f" --resolution {args.resolution} --train_batch_size {args.batch} --rank {RANK}"
+        f"--instance_data_dir {images} --rank {RANK}"
+        f" --resolution {args.resolution} --train_batch_size {args.batch}"
         f" --max_train_steps {args.steps} --checkpointing_steps {args.steps + 1}"
         f" --mixed_precision {args.mixed_precision} --seed {seed} --output_dir {folder}"
         " --gradient_accumulation_steps 1 --learning_rate 1e-3 --lr_scheduler constant"
         " --lr_warmup_steps 0 --num_validation_images 0"
     )
     words = [*same.split(), "--instance_prompt", PROMPT]
+    words += ["--pretrained_model_name_or_path", args.model]
     if variant is None:
-        return [str(args.script), *words, *shlex.split(args.peer_flags)]
+        return [str(args.script), *words, *args.peer_flags]
     ours = f"{VARIANTS[variant]} --lora_alpha {RANK} --init_lora_weights gaussian"
     ours += " --no_output_kohya_format --validation_dataset none --disk_cache no"
     return [OURS, *words, *ours.split()]
@@ -170,7 +173,7 @@ def taken_at(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float]
             bars[-1].setdefault(done, now)
     bars = [bar for bar in bars if bar.get(steps)]
     if not bars:
-        raise TrainingError(f"the command shows no progress bar of {steps} steps.")
+        raise TrainingError(f"no bar of {steps} steps is shown: give diffusers' own as --script.")
     longest = max(bars, key=lambda bar: bar[steps] - min(bar.values()))
     return [longest[done] for done in sorted(longest) if done]
 
@@ -272,12 +275,8 @@ def _figure(cell: dict[str, Any] | None, unit: float, label: str) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line to settings.
-
-    Raises:
-        UserError: no such script, or no GPU.
-    """
-    parser = argparse.ArgumentParser(description="diffusers' script and this one, side by side.")
+    """Command line to settings; refuses in one sentence what could not be measured or written."""
+    parser = Sentences(description="diffusers' script and this one, side by side.")
     parser.add_argument("--script", type=Path, required=True, help="copy of diffusers' script")
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="the options that follow")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -286,15 +285,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int)
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=VARIANTS,
-        metavar="NAME",
-        help="some of " + ", ".join(VARIANTS),
-    )
+    variants: dict[str, Any] = {"nargs": "+", "metavar": "NAME", "choices": VARIANTS}
+    parser.add_argument("--variants", **variants, help="some of " + ", ".join(VARIANTS))
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
-    parser.add_argument("--peer_flags", default="", help="more flags for diffusers' script")
+    parser.add_argument("--peer_flags", type=shlex.split, default=[], help="for diffusers' script")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)
@@ -302,6 +296,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--script is {args.script}, which is not a file; give your copy of it.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but PyTorch finds no GPU; give --device cpu.")
+    for name in ("batch", "steps", "rounds"):
+        STEPS.check(f"--{name}", getattr(args, name))
+    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise UserError(f"--json is {args.json}; name a file in a folder that exists.")
     return args
 
 

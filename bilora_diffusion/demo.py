@@ -9,7 +9,6 @@ Both runs see the same data and noise; the digests in their ``metrics.jsonl`` pr
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -20,6 +19,7 @@ import matplotlib
 import torch
 from PIL.Image import Image
 
+from .config.command_line import Sentences
 from .errors import TrainingError, UserError, run_cli
 from .image import script as train
 from .image.opening import open_images
@@ -49,13 +49,13 @@ MEASURED = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Sentences(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", type=Path, default=Path("mini"), help="recipe of both runs")
-    args, flags = parser.parse_known_args(argv)
 
     def work() -> None:
+        args, flags = parser.parse_known_args(argv)
         with ends_in("interrupted: the same command starts the demo anew"):
             demo(args.output_dir, args.seed, args.config, flags)
 

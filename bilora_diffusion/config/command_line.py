@@ -51,8 +51,8 @@ class Sentences(argparse.ArgumentParser):
         try:
             return read(text)
         except ValueError as error:
-            flag = action.option_strings[0]
-            raise UserError(f"{flag} is {quoted(text)}: {error}.") from error
+            flag, fix = action.option_strings[0], "give a whole number" if read is int else error
+            raise UserError(f"{flag} is {quoted(text)}: {fix}.") from error
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a ``UserError``."""
@@ -103,7 +103,7 @@ class CommandLine(Sentences):
                 that can't be read.
         """
         flags = self.explicit(argv)
-        recipe = self._recipe(find_recipe(flags["config"])) if flags.get("config") else {}
+        recipe = self._recipe(find_recipe(flags["config"])) if "config" in flags else {}
         for one, other in (*alternatives, *((b, a) for a, b in alternatives)):
             if one in flags and other not in flags:
                 recipe.pop(other, None)
@@ -159,8 +159,7 @@ class CommandLine(Sentences):
             UserError: an unknown option, one that stands twice, a value of the wrong type.
         """
         names = {n: field for n, field in self._names().items() if n[:3] != "no_" and n != "config"}
-        words: dict[str, str] = {}
-        lists: dict[str, list[Any] | None] = {}
+        words, lists = dict[str, str](), dict[str, list[Any] | None]()
         for key, value in loaded.items():
             if (name := names.get(key.replace("-", "_"))) is None:
                 self._refuse(key or '""', names)
@@ -189,6 +188,7 @@ class CommandLine(Sentences):
             or (itemized and (listed or takes_list) and isinstance(item, dict))
             for item in items
         ):
-            raise UserError(f'"{name}" is {quoted(value)}: give a single value.')
+            fix = "single values in one list" if takes_list else "a single value"
+            raise UserError(f'"{name}" is {quoted(value)}: give {fix}.')
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
         return texts if takes_list or listed else texts[0]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ..config.command_line import Sentences
 from ..errors import UserError, run_cli, strip_controls
 from ..lora_names import ADAPTER_METADATA, FORMATS
 from .lorafile import LoraFile, inspect, lora_files
@@ -23,7 +24,7 @@ _WIDTH = 72  # of a metadata entry
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 and one sentence for an unreadable file."""
-    parser = argparse.ArgumentParser(
+    parser = Sentences(
         prog="python -m bilora_diffusion.export",
         description="Print what is inside a LoRA file, convert it, or export a run's checkpoint.",
     )
@@ -49,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         " RUN/exports/step-N",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args(argv)
-    return run_cli(lambda: _run(options))
+    return run_cli(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(options: argparse.Namespace) -> None:

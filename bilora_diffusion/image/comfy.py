@@ -84,12 +84,11 @@ def write(cfg: Any, folder: Path, pipeline: Any) -> None:
     steps, guidance = of(pipeline).drawing(pipeline)
     first = next(iter(cfg.samples), cfg.usual_sample)
     own = cfg.each[0]
-    prompts = [first["prompt"], own.trigger_word, own.instance_prompt, "a photo"]
     graph = workflow(
         pipeline,
         checkpoint=CHECKPOINTS.get(base, Path(base).name.lower()),
         lora=kohya_file_name(folder),
-        prompt=next(filter(None, prompts)),
+        prompt=first["prompt"] or own.trigger_word or own.instance_prompt or "a photo",
         seed=first["seed"],
         size={side: first[side] for side in ("width", "height")},
         steps=first["steps"] or steps,

@@ -184,10 +184,12 @@ def _apply_prompts(values: dict[str, Any]) -> None:
 
 
 def _prompts(given: list[Any]) -> list[Any]:
-    if len(given) != 1 or not isinstance(given[0], str) or not is_file(Path(given[0])):
+    path = Path(given[0] if len(given) == 1 and isinstance(given[0], str) else "")
+    named = path.is_absolute() or (path.suffix == ".txt" and len(path.name.split()) == 1)
+    if not named and not is_file(path):
         return list(given)
-    name = f'--validation_prompts "{given[0]}"'
-    lines = read_text(Path(given[0]), name, MOST_PROMPT_BYTES).splitlines()
+    name = f'--validation_prompts "{path}"'
+    lines = read_text(path, name, MOST_PROMPT_BYTES).splitlines()
     prompts = [line.strip() for line in lines if line.strip() and line[0] != "#"]
     if not prompts:
         raise UserError(f"{name} is an empty file: write one prompt on each line.")

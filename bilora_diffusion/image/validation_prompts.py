@@ -33,9 +33,7 @@ class PromptOptions:
     height: int | None = option(None, "In pixels.", range=SIDES, aliases=("--h",))
     guidance: float | None = option(None, "Guidance.", range=GUIDANCES, aliases=("--l",))
     steps: int | None = option(None, "Of the sampler.", range=SAMPLER_STEPS, aliases=("--s",))
-    strength: float | None = option(
-        None, "Factor on the adapter.", range=STRENGTHS, aliases=("--am",)
-    )
+    strength: float | None = option(None, "Of the adapter.", range=STRENGTHS, aliases=("--am",))
 
 
 def read_prompts(
@@ -55,6 +53,8 @@ def read_prompts(
         with placed(f"in number {number} of --validation_prompts, "):
             prompt, words = _split(item)
             settings.append(parser.explicit(words))
+            if len(settings[-1]) < len(words):
+                raise UserError("a setting stands twice: keep one.")
             check(options_of([PromptOptions]), {**parser.defaults(), **settings[-1]})
         prompts.append(prompt)
     return prompts, settings
@@ -64,15 +64,14 @@ def _split(item: str | dict[str, Any]) -> tuple[str, list[str]]:
     """A prompt and the words of its settings."""
     if isinstance(item, str):
         text, *flags = _FLAG.split(item)
-        prompt = text.strip() or None if flags else text
-        pairs = [(*flag.split(None, 1), "")[:2] for flag in flags]
-        given = {name.lower(): value for name, value in pairs}
+        prompt = text.strip() if flags else text
+        given = [(n.lower(), v) for n, v in ((*f.split(None, 1), "")[:2] for f in flags)]
     else:
-        given = {name: value for name, value in item.items() if value is not None}
-        prompt = given.pop("prompt", None)
-    if not isinstance(prompt, str):
+        prompt = item.get("prompt")
+        given = [(n, v) for n, v in item.items() if v is not None and n != "prompt"]
+    if not isinstance(prompt, str) or not prompt.strip():
         raise UserError("there is no prompt: put one text before its settings.")
-    for name, value in given.items():
+    for name, value in given:
         if not isinstance(value, str):
             raise UserError(f"{quoted(name)} is {quoted(value)}: give a single value.")
-    return prompt, [f"--{name}={value}" for name, value in given.items()]
+    return prompt, [f"--{name}={value}" for name, value in given]

@@ -34,9 +34,8 @@ from ..files import finite
 from .state_codec import join, separate, split
 
 SCHEMA_VERSION = 2
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, DIGESTS = "checkpoints", "digests.json"
 ADAPTERS, OPTIMIZER, STATE = "adapters.safetensors", "optimizer.safetensors", "state.json"
-DIGESTS = "digests.json"
 FILES = (ADAPTERS, OPTIMIZER, STATE)
 _PARTS = ("scheduler", "scaler", "extra")
 _NAME = re.compile(r"step-(\d+)")

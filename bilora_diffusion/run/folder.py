@@ -108,7 +108,8 @@ def _refuse_foreign(folder: Path, resume: str | Path | None) -> None:
     if record is not None or (resume is not None and checkpoint.latest(folder) is not None):
         suspects = [] if wrote_card(record or {}) else [CARD]
     else:
-        suspects = [RUN, *RESULTS, kohya_file_name(folder), *BESIDES, CARD]
+        named = kohya_file_name(folder), workflow_file_name(folder)
+        suspects = [RUN, *RESULTS, *named, *BESIDES, CARD]
     for name in suspects:
         if os.path.lexists(folder / name):
             raise UserError(

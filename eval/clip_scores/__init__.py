@@ -135,6 +135,8 @@ class ClipScores(OverSteps):
         from . import measure, settings
 
         args = self.args
+        if texts := [run.folder for run in subjects if run.is_text]:
+            raise UserError(f"{texts[0]} is a run on text: use python -m eval.text_scores.")
         self.seeds = settings.read_seeds(args.seeds)
         base = settings.base_model(subjects, args.base_model)
         self.names = settings.models(args, base)

@@ -47,12 +47,8 @@ def gather(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Subject, 
     if not args.runs and not args.group:
         raise UserError("nothing is given to score: name run folders, adapters, or base.")
     given = subjects.gather(words, args.group, weights=whole) if words or args.group else []
-    for subject in given:
-        if subject.record and not subject.is_text:
-            raise UserError(
-                f"{subject.folder} is a run that makes images: score it by python -m"
-                f" eval.clip_scores {subject.folder}."
-            )
+    if images := [run.folder for run in given if run.record and not run.is_text]:
+        raise UserError(f"{images[0]} is a run that makes images: use python -m eval.clip_scores.")
     given = _in_rows(given, {label for label, _ in subjects.read_groups(args.group)}, only_heldout)
     given = given if whole else checkpoints.of_runs(given, args.steps)
     runs = {s.label: _of_config(s.record["config"], args) for s in given if s.record}

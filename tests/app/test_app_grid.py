@@ -1,8 +1,8 @@
 """The grid of checkpoints against strengths, on a run of the miniature."""
 
+from __future__ import annotations
+
 import re
-import shutil
-from collections.abc import Iterator
 from html import unescape
 from types import SimpleNamespace
 from typing import Any
@@ -12,21 +12,21 @@ import pytest
 
 from app.catalog import Catalog
 from app.drawing import BaseChoice, Pipelines, Request, exported
-from app.grid import Grid, read_strengths, spread
+from app.grid import Grid, spread
 from app.parts import data_uri
 from app.work import Work
-from bilora_diffusion.errors import UserError
 from bilora_diffusion.run.checkpoint import CHECKPOINTS
 from tests.app.folders import make_run
 from tests.scripts.runs import copied, train_once
 
 REQUEST: Any = SimpleNamespace(session_hash="me")
-ALT = re.compile(r'<img src="([^"]*)" alt="([^"]*)"')
+IMAGE = re.compile(r'<img src="([^"]*)" alt="([^"]*)"')
 
 
 @pytest.fixture
-def grid(tmp_path):
+def grid(tmp_path, monkeypatch):
     """A grid of a run of two steps, each with a checkpoint, beside a run without any."""
+    monkeypatch.setattr("app.grid.usual", lambda _: (2, 4.0))
     copied(train_once(checkpointing_steps=1), tmp_path / "run")
     make_run(tmp_path / "young")
     with gr.Blocks() as page:
@@ -35,45 +35,33 @@ def grid(tmp_path):
 
 def draw(grid, *, steps=(2, 1), strengths="0.5, 2", run="run"):
     """What a grid of two sampler steps yields."""
-    done = lambda *_, **__: None  # noqa: E731
-    number = grid.work.begin(REQUEST)
-    return grid.draw(number, run, list(steps), strengths, "a fox", 3, REQUEST, done)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("app.grid.usual", lambda _: (2, 4.0))
+    asked = run, list(steps), strengths, "a fox", 3, REQUEST
+    return grid.draw(grid.work.begin(REQUEST), *asked, lambda *_, **__: None)
 
 
 def test_each_image_is_that_of_its_checkpoint_at_its_strength(grid):
     *rows, (told, last) = draw(grid)
     assert [table.count("<img") for _, table in rows] == [0, 2]
     assert "a fox, seed 3, by Bi-LoRA, seed 0" in told
-    images = {name: address for address, name in ALT.findall(last)}
+    images = {name: address for address, name in IMAGE.findall(last)}
     names = [f"step {step}, strength {strength}" for step in (1, 2) for strength in ("0.5", "2")]
-    assert [*images] == names
-    assert len({*images.values()}) == len(names)
+    assert ([*images], len({*images.values()})) == (names, 4)
     run = next(run for run in grid.catalog.now.runs if run.path == "run")
     request = Request("a fox", 3, 2, 4.0, 2.0, run.record["config"]["resolution"])
-    models = Pipelines("cpu")
     with exported(grid.catalog, run, 1) as file:
-        (image,) = models.draw(BaseChoice("mini"), file, [request], lambda _: None)
-    assert images["step 1, strength 2"] == data_uri(image)
-    assert not file.exists()
+        (image,) = Pipelines("cpu").draw(BaseChoice("mini"), file, [request], lambda _: None)
+    assert (images["step 1, strength 2"], file.exists()) == (data_uri(image), False)
 
 
 def test_it_ends_between_steps_and_the_form_keeps_what_the_run_has(grid):
-    going: Iterator[Any] = draw(grid)
-    next(going)
+    next(going := draw(grid))
     grid.work.stop(REQUEST)
     assert "Cancelled." in next(going)[0]
-    first = grid.choices(None, [], "")
+    first, again = grid.choices(None, [], ""), grid.choices("run", [2, 9], "a cat")
     assert first[grid.run]["choices"] == [("Bi-LoRA, seed 0", "run")]
     assert first[grid.steps]["value"] == [1, 2]
-    again = grid.choices("run", [2, 9], "a cat")
     assert (again[grid.steps]["value"], again[grid.prompt]) == ([2], "a cat")
-    assert spread(range(10, 101, 10), 4) == [10, 40, 70, 100]
-    assert spread([5], 4) == [5]
+    assert (spread(range(10, 101, 10), 4), spread([5], 4)) == ([10, 40, 70, 100], [5])
 
 
 def test_bad_values_are_refused_in_one_sentence(grid):
@@ -81,7 +69,6 @@ def test_bad_values_are_refused_in_one_sentence(grid):
         'the strength "x"': {"strengths": "1, x"},
         'the strength ""': {"strengths": ""},
         "a strength is nan": {"strengths": "nan"},
-        "at most 10": {"strengths": "11"},
         "number of images is 66": {"strengths": ",".join(str(n / 10) for n in range(33))},
         "no checkpoint is chosen": {"steps": []},
         "checkpoint of step 7 has gone": {"steps": [1, 7]},
@@ -92,12 +79,9 @@ def test_bad_values_are_refused_in_one_sentence(grid):
         assert words in unescape(str(caught.value))
     checkpoint = grid.catalog.root / "run" / CHECKPOINTS / "step-1"
     (checkpoint / "state.json").write_text("{}")
-    with pytest.raises(gr.Error, match="resume from run/checkpoints/step-2") as caught:
+    with pytest.raises(gr.Error, match=r"'run/checkpoints/step-1/state.json can.*step-2 instead"):
         list(draw(grid))
-    assert str(grid.catalog.root) not in str(caught.value)
-    shutil.move(checkpoint, grid.catalog.root.parent / "outside")
+    checkpoint.rename(grid.catalog.root.parent / "outside")
     checkpoint.symlink_to(grid.catalog.root.parent / "outside")
     with pytest.raises(gr.Error, match="out of the root"):
         list(draw(grid))
-    with pytest.raises(UserError):
-        read_strengths("0,,5")

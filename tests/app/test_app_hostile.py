@@ -9,20 +9,11 @@ import gradio as gr
 import orjson
 import pytest
 
-from app import (
-    compare,
-    compare_data,
-    frame,
-    generate,
-    grid,
-    results,
-    training,
-    validation,
-    vote,
-    work,
-)
+from app import compare, compare_data, frame, generate, results, training, validation, vote
 from app.catalog import Catalog
+from app.grid import Grid
 from app.votes import ANY
+from app.work import Work
 from tests.app.hostile import HOSTILE, make_good
 
 pytestmark = pytest.mark.timeout(60)  # a pipe keeps its reader waiting
@@ -40,8 +31,8 @@ class Tabs:
         with gr.Blocks() as page:
             changed = gr.State().change
             self.compare = compare.Tab(self.catalog, changed)
-            self.drawing = work.Work(self.catalog, page, "cpu")
-            self.grid = grid.Grid(self.drawing, changed)
+            self.drawing = Work(self.catalog, page, "cpu")
+            self.grid = Grid(self.drawing, changed)
             self.generate = generate.Tab(self.drawing, changed)
             self.vote = vote.Tab(self.catalog, changed)
             self.training = training.Tab(self.catalog, changed)

@@ -108,8 +108,8 @@ def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method in ("lora", "bilora"):
         AcceleratorState._reset_state()
         values: dict[str, Any] = {"rho": 1.0} if method == "bilora" else {"eval_on_start": True}
-        values |= {"learning_rate": 0.02, "num_validation_images": 1}  # enough to see it
-        values |= {"checkpointing_steps": 2}
+        values |= {"learning_rate": 0.02}  # enough to see it
+        values |= {"num_validation_images": 1, "checkpointing_steps": 2}
         train.main(flags(root / method, method=method, **values))
     make_scores(root / "scores", ("lora", "bilora"), TEXTS, SEEDS)
     make_result(root / "landscape", f"| {'very wide ' * 30} |\n| --- |\n| 0.12 |\n")

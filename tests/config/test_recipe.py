@@ -63,6 +63,7 @@ def test_the_icons_recipe_is_the_command_of_one_flag():
         ("dataset: mini\nrank: four\n", '--rank.*"four".*whole number'),
         ("dataset: mini\nrank: [1, 2]\n", '"rank".*1.*single value'),
         ("dataset: mini\nrank: null\n", '"rank".*single value'),
+        ("dataset: mini\nvalidation_prompts: [null, a]\n", "single values in one list"),
         ("dataset: mini\ndataset_name: x/y\n", '"dataset_name".*second time'),
         # what is no file of options
         ("dataset: mini\n  rank: 4\n", "line 2"),
@@ -90,9 +91,9 @@ def test_what_is_no_recipe_is_a_sentence(tmp_path, text, pattern):
 
 def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
-        with pytest.raises(UserError, match="of --config is "):
-            resolve(["--config", path])
+    for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path), ""):
+        with pytest.raises(UserError, match=r'of --config is |--config "" is neither'):
+            resolve(["--config", path, "--dataset", "mini"])
 
 
 PIECES = st.sampled_from(

@@ -75,6 +75,8 @@ def test_a_run_without_held_out_figures_at_its_checkpoints_is_refused(tmp_path, 
     argv = [str(run), "--steps", "all", "--output_dir", str(tmp_path / "out")]
     assert text_scores.main(argv) == 2
     assert "no held-out figure" in capsys.readouterr().err
+    assert clip_scores.main([str(run), "--steps", "10", *argv[3:]]) == 2
+    assert "a run on text: use python -m eval.text_scores" in capsys.readouterr().err
 
 
 def test_runs_of_several_rows_stand_before_their_steps(tmp_path):

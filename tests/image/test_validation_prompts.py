@@ -79,6 +79,9 @@ def test_a_recipe_a_file_and_several_flags_give_the_same(tmp_path):
         ("a --am nan", "--strength"),
         ("a --n b --l 1", "guidance of 1"),
         ("--n b", "no prompt"),
+        (" ", "no prompt"),
+        ("a --w 64 --w 128", "twice"),
+        ("a --w 64 --width 128", "twice"),
         ({"negative_prompt": "b"}, "no prompt"),
         ({"prompt": "a", "widht": "64"}, "--width"),
         ({"prompt": "a", "width": ["64"]}, "single value"),
@@ -95,6 +98,13 @@ def test_bad_settings_are_a_sentence_with_their_place(item, named, tmp_path, cap
     assert named in sentence
     assert sentence.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_prompts_that_is_not_there_is_no_prompt():
+    for path in ("prompts.txt", "/no/such/prompts"):
+        with pytest.raises(UserError, match=f'"{path}" is not there'):
+            resolve([*DATA, "--validation_prompts", path])
+    assert resolve([*DATA, "--validation_prompts", "a page that says prompts.txt"])
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,10 @@ def refused(*parts, folder, resume=None, overwrite=False):
 
 @pytest.mark.parametrize(
     "name",
-    [*("run.json", "README.md", "validation/mine.png", "run.safetensors", "checkpoints/step-1")],
+    [
+        *("run.json", "README.md", "validation/mine.png", "run.safetensors", "checkpoints/step-1"),
+        *("run.comfy.json", "run.comfy.json/mine"),
+    ],
 )
 def test_what_no_run_has_written_is_refused(tmp_path, name):
     path = tmp_path / "run" / name

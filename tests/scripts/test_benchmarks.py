@@ -90,7 +90,13 @@ def test_both_forwards_of_bilora_are_the_same_training(shapes, layers, load, tmp
         ("step_cost --shapes mini --arms bilora", "--arms"),
         ("step_cost --shapes mini --json no/such/a.json", "no/such/a.json"),
         ("against_diffusers --script no.py", "no.py"),
-        ("against_diffusers --script {ROOT}/train_text_bilora.py --device cuda", "cuda"),
+        *(
+            (f"against_diffusers --script {{ROOT}}/train_text_bilora.py {words}", words.split()[0])
+            for words in (
+                *("--device cuda", "--preset sdxl", "--batch x", "--rounds 0"),
+                *("--json no/such/a.json", "--peer_flags it's"),
+            )
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(words, named, load, capsys):
