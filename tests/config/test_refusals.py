@@ -80,7 +80,7 @@ TEXTS: list[tuple[str, str]] = [
 ]
 ROWS: list[tuple[str, str]] = [
     ("--train_file {tmp}/none.jsonl", "none.jsonl.*does not exist"),
-    ("--train_file {tmp}/pipe.jsonl", "--train_file.*pipe.jsonl.*regular file"),
+    ("--train_file {tmp}/pipe.jsonl", "--train_file.*pipe.jsonl.*not a file of rows"),
 ]
 IMAGE, TEXT = CONFIGS.values()
 CASES: list[tuple[Read, list[str], tuple[str, str]]] = [
