@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import profile
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
@@ -141,6 +142,22 @@ def test_those_that_wait_in_the_cpus_memory_learn_the_same():
     states = [run.optimizer.state_dict()["state"] for run in runs]
     for key, state in states[0].items():
         assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
+
+
+def test_a_step_takes_as_many_operations_however_many_there_are():
+    counted = []
+    for number in (8, 80):
+        run = Run("bilora", MethodOptions(auxiliaries=number))
+
+        def forward_backward(run=run):
+            with run.method.seen(range(7)):
+                return run.backward()
+
+        run.method.step(forward_backward, run.optimizer)
+        with profile() as operations:
+            run.method.step(forward_backward, run.optimizer)
+        counted.append(sum(e.name.startswith("aten::") for e in operations.events()))
+    assert counted[0] == counted[1] > 0
 
 
 def test_samples_are_dealt_by_name_as_evenly_as_can_be():
