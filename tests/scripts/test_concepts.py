@@ -78,7 +78,7 @@ def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(
         seen = training_sets(subjects, None)[subject.label]
         counts = Counter(seen.name(i).split("/")[0] for i in range(len(seen)))
         assert counts == {name: count for name, (count, _) in COUNTS.items()}
-        assert len(points(subjects, "heldout")[subject.label].images) == 5
+        assert len(points(subjects)[subject.label].images) == len(seen)
     resumes_exactly(whole, 2, **values(concepts, **drawn))
     changed = json.loads(concepts.read_text())
     changed[1]["repeats"] = "2"
