@@ -132,7 +132,7 @@ def first_prompt(run: RunItem) -> str:
 
 def spread(steps: Sequence[int], most: int) -> list[int]:
     """At most so many of the steps, evenly apart, with the last."""
-    return [*steps[:: -max(1, -(-len(steps) // most))]][::-1]
+    return sorted(steps[:: -len(steps) // most])
 
 
 def read_strengths(text: str) -> list[float]:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -160,9 +160,7 @@ def images(
 def joined(
     cfg: DreamBoothConfig, opened: Callable[[DreamBoothConfig], ImageSet | None]
 ) -> ImageSet | None:
-    """One set of what is opened for each concept, whose place begins what is refused of it; that of
-    a run without concepts as it is.
-    """
+    """One set of what is opened for each concept, named where it is refused; else the run's own."""
     if not cfg.concepts:
         return opened(cfg)
     sets = {}
@@ -178,10 +176,10 @@ def training_images(cfg: DreamBoothConfig) -> ImageSet:
     def opened(own: DreamBoothConfig) -> ImageSet:
         its = images(own, own.source, own.dataset_config_name)
         its.require_masks()
-        Captions(own, its)  # which refuses an image without a prompt
+        Captions(own, its)  # refuses what the stream's would, with its place and before loading
         return its
 
-    return joined(cfg, opened) or opened(cfg)
+    return cast(ImageSet, joined(cfg, opened))  # no concept is without images
 
 
 def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
