@@ -21,9 +21,6 @@ def require(package: str, option: str) -> None:
     Args:
         package: its name, and the version that is needed where others are known not to do.
         option: it and its value, as the user wrote them.
-
-    Raises:
-        UserError: it says how to install it.
     """
     if not is_installed(package.partition(">")[0]):
         raise UserError(f"{option} needs a package that is missing: run `pip install '{package}'`.")
@@ -87,9 +84,6 @@ def default_precision() -> str:
     """The precision given to accelerate launch, else the best that the device has.
 
     ``accelerate launch`` says "no" where nobody chose, so "no" counts as not given.
-
-    Raises:
-        UserError: it was given a precision that training does not have.
     """
     given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if given in ("fp16", "bf16"):

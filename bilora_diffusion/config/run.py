@@ -185,12 +185,7 @@ def without_influence(groups: Sequence[Any]) -> frozenset[str]:
 
 
 def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
-    """Fill in what every script has: the adapter's scale, the radius, optimizer and precision.
-
-    Raises:
-        UserError: no such method or optimizer; accelerate was launched in a precision that training
-            does not have.
-    """
+    """Fill in what every script has: the adapter's scale, the radius, optimizer and precision."""
     values = {**values, "optimizer": values["optimizer"].lower()}
     for name, choices in (("method", methods.names()), ("optimizer", OPTIMIZERS)):
         check_choice(f"--{name}", values[name], choices)
@@ -295,11 +290,7 @@ def _remarks(values: Mapping[str, Any], given: frozenset[str]) -> list[str]:
 
 
 def _check_packages(values: Mapping[str, Any]) -> None:
-    """Refuse what needs a package that is missing, a token, or more memory than there is.
-
-    Raises:
-        UserError: it names the option and what to install or to use instead.
-    """
+    """Refuse what needs a package that is missing, a token, or more memory than there is."""
     tracker, optimizer = values["report_to"], values["optimizer"]
     check_choice("--report_to", tracker, (*TRACKERS, "all", "none"))
     xformers = "enable_xformers_memory_efficient_attention"

@@ -106,11 +106,7 @@ def _read(name: str, folder: Path | None, file: str, **places: Any) -> dict[str,
 
 
 def from_hub(name: str, load: Callable[[], Any]) -> Any:
-    """Download by ``load`` from a model's repository.
-
-    Raises:
-        UserError: it can't be downloaded.
-    """
+    """Download by ``load`` from a model's repository."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     def permitted() -> Any:

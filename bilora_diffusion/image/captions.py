@@ -78,11 +78,7 @@ class Captions:
 
 
 def texts(cfg: DreamBoothConfig, images: ImageSet) -> list[str]:
-    """The text of every image as it is where nothing is drawn: how held-out images are measured.
-
-    Raises:
-        UserError: an image has none.
-    """
+    """The text of every image as it is where nothing is drawn: how held-out images are measured."""
     plain = images.prompts(*(own.instance_prompt for own in cfg.each))
     triggers = images.of_each([own.trigger_word for own in cfg.each])
     return [with_trigger(text, word) for text, word in zip(plain, triggers, strict=True)]

@@ -67,11 +67,7 @@ class Listing:
         return any(stem(path) in self.texts for path in self._pictures)
 
     def captions(self, images: Sequence[Path]) -> list[str | None]:
-        """The text of the ``.txt`` file beside each image, as one line; None where there is none.
-
-        Raises:
-            UserError: a caption is not UTF-8 text, or far too long.
-        """
+        """The text of the ``.txt`` file beside each image, as one line; None where none is."""
         return [path and self._caption(path) for path in map(self.texts.get, map(stem, images))]
 
     def _caption(self, path: Path) -> str:
@@ -94,11 +90,7 @@ class Listing:
 
 
 def look(folder: Path) -> Listing:
-    """List a folder and, without metadata, its subfolders; links to folders are not followed.
-
-    Raises:
-        UserError: it may not be read, or holds more than a set of images would.
-    """
+    """List a folder and, without metadata, its subfolders; links to folders are not followed."""
     folder = folder.resolve()
     files, count, alone = list[Path](), 0, bool(Listing(folder, ()).metadata)
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -35,25 +34,20 @@ MOST_BYTES = 500_000_000
 Source = Callable[[], Path | bytes | None]
 
 
-@dataclass
-class Table:
-    """A set as it is stored, a row for each image.
+class Table(NamedTuple):
+    """A set as it is stored.
 
     Args:
-        names: for messages.
-        sources: of the images.
+        entries: its images, without captions.
         columns: what gives the values of each column.
         files: of the images, where they lie in the set's folder.
-        masks: their sources; [] where there are none.
-        masks_from: where these come from.
+        masks_from: where masks come from.
     """
 
-    names: list[str]
-    sources: Sequence[Source]
+    entries: list[Entry]
     columns: dict[str, Callable[[], list[Any]]]
-    files: list[Path] = field(default_factory=list)
-    masks: Sequence[Source | None] = ()
-    masks_from: str | None = None
+    files: list[Path]
+    masks_from: str | None
 
 
 def open_images(
@@ -101,18 +95,13 @@ def open_images(
         table.columns[TEXT] = partial(listing.captions, table.files)
         caption_column = caption_column or TEXT
         beside = caption_column == TEXT
-    captions = _captions(dataset, table, caption_column)
+    _caption(dataset, table, caption_column)
     left_out = listing.left_out(table.files, captioned=beside) if listing and table.files else None
-    masks = table.sources if alpha_mask else table.masks or [None] * len(table.names)
-    entries = [
-        Entry(name, source, text, mask and partial(_mask, mask, alpha_mask))
-        for name, source, text, mask in zip(
-            table.names, table.sources, captions, masks, strict=True
-        )
-    ]
+    for entry in table.entries if alpha_mask else ():
+        entry.mask = partial(_mask, entry.source, True)
     return ImageSet(
         dataset,
-        entries,
+        table.entries,
         remarks=[f"left out of {dataset}: {left_out}"] if left_out else [],
         masks_from="their alpha channel" if alpha_mask else table.masks_from,
         captions_from=BESIDE if beside else None,
@@ -139,14 +128,15 @@ def _listed(label: str, listing: Listing, mask_column: str | None) -> Table:
             _file(listing.folder, where, row, mask_column) if row.get(mask_column) else None
             for where, row in rows
         ]
-    return Table(
-        [str(row["file_name"]) for _, row in rows],
-        [partial(Path, path) for path in files],
-        columns,
-        files,
-        [path and partial(Path, path) for path in masks],
-        masks_from if any(masks) or mask_column else None,
-    )
+    entries = [
+        Entry(
+            str(row["file_name"]),
+            partial(Path, file),
+            mask=mask and partial(_mask, partial(Path, mask)),
+        )
+        for (_, row), file, mask in zip(rows, files, masks, strict=True)
+    ]
+    return Table(entries, columns, files, masks_from if any(masks) or mask_column else None)
 
 
 def _keys(rows: Rows) -> dict[str, int]:
@@ -184,13 +174,18 @@ def _loaded(label: str, data: Any, image_column: str, mask_column: str | None) -
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
     masks = mask_column and _undecoded(label, data, mask_column, "--mask_column")
     files = [Path(row["path"]) for row in rows if row and row["bytes"] is None and row["path"]]
-    numbers = range(len(data))
+    entries = [
+        Entry(
+            f"{label}[{i}]",
+            partial(_stored, rows, i),
+            mask=masks and partial(_mask, partial(_stored, masks, i)),
+        )
+        for i in range(len(data))
+    ]
     return Table(
-        [f"{label}[{i}]" for i in numbers],
-        [partial(_stored, rows, i) for i in numbers],
+        entries,
         {key: partial(data.__getitem__, key) for key in data.column_names},
         files if len(files) == len(data) else [],
-        [partial(_stored, masks, i) for i in numbers] if masks else [],
         f'column "{mask_column}"' if masks else None,
     )
 
@@ -214,27 +209,26 @@ def _stored(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | byt
     return None if stored.get("path") is None else Path(stored["path"])
 
 
-def _mask(source: Source, alpha: bool) -> Image.Image | None:
+def _mask(source: Source, alpha: bool = False) -> Image.Image | None:
     encoded = source()
     return None if encoded is None else read_mask(encoded, alpha=alpha)
 
 
-def _captions(label: str, table: Table, column: str | None) -> list[str | None]:
-    """The texts of a column, one for each image; all None where no column is asked for."""
+def _caption(label: str, table: Table, column: str | None) -> None:
+    """Give the images the texts of a column that are more than blank, if one is asked for."""
     if column is None or (column == NO_CAPTIONS and NO_CAPTIONS not in table.columns):
-        return [None] * len(table.names)
+        return
     require_column(column, table.columns, "--caption_column", label)
-    captions = list(table.columns[column]())
-    for value, name in zip(captions, table.names, strict=True):
+    for entry, value in zip(table.entries, table.columns[column](), strict=True):
         if value is not None and not (
             isinstance(value, str) and is_text(value) and "\0" not in value
         ):
             raise UserError(
-                f'the caption of {name} in {label}, column "{column}", is {kind_of(value)}'
+                f'the caption of {entry.name} in {label}, column "{column}", is {kind_of(value)}'
                 f" ({quoted(value)}) that is not UTF-8 text: set --caption_column to a column of"
                 " texts."
             )
-    return captions
+        entry.caption = value if value and value.strip() else None
 
 
 def _load(

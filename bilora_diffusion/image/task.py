@@ -24,12 +24,12 @@ from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
 from .captions import texts
 from .config import DreamBoothConfig
-from .denoising import Denoising, DreamBoothModule
+from .denoising import Denoising, DreamBoothModule, Schedule
 from .families import of
 from .families.base import Family
 from .families.sdxl import tokenize
-from .flow import FlowMatching, Schedule
-from .heldout import GridImage, GridLoss
+from .flow import FlowMatching
+from .heldout import GridLoss
 from .latents import Encoder, weight_map
 from .layers import chosen
 from .prompts import PromptCache
@@ -83,7 +83,7 @@ class DreamBooth:
         self._source: DreamBooth | None = None  # whose prompts and latents these are
         self._searches = False
         self.num_samples = stream.num_samples
-        self.sample_names = [stream.images.name(i) for i in range(len(stream.images))]
+        self.names = self.sample_names = [entry.name for entry in stream.images.entries]
         self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
         self.models |= dict(zip(self.family.encoders, trained, strict=False))
 
@@ -126,11 +126,6 @@ class DreamBooth:
             Target(*denoiser, spec(self.layers), cfg.learning_rate, cfg.adam_weight_decay),
             *(Target(*encoder, text, rate, decay) for encoder in encoders),
         ]
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all images, by which they are dealt into folds."""
-        return self.sample_names
 
     @property
     def has_heldout(self) -> bool:
@@ -209,7 +204,7 @@ class DreamBooth:
         noise: Tensor,
         index: Tensor,
         instance: Tensor,
-        images: Sequence[Visit | GridImage],
+        images: Sequence[Visit],
         masks: Sequence[Tensor | None],
     ) -> dict[str, Any]:
         """A module's inputs for some images, whose masks are on the grid of their latents."""
@@ -282,7 +277,7 @@ class DreamBooth:
     def _draw(self, samples: Sequence[Mapping[str, Any]]) -> list[Image]:
         """Images of samples that share what is `ALIKE`."""
         prompts, negatives = ([s[name] for s in samples] for name in ("prompt", "negative_prompt"))
-        first = samples[0]
+        first, known = samples[0], self.prompts
         factor, models = first["strength"], nn.ModuleList(self.models.values())
         with nullcontext() if factor == 1 else rescale_adapter_scale(models, factor):
             return generate(
@@ -293,7 +288,7 @@ class DreamBooth:
                 negatives=negatives,
                 steps=first["steps"],
                 guidance_scale=first["guidance"],
-                embeddings=self.prompts.with_negative(prompts, negatives) if self.prompts else None,
+                embeddings=known and (known(prompts), known.conditions(negatives)),
                 batch=self.cfg.sample_batch_size,
             )
 

@@ -84,18 +84,18 @@ class Visit:
     @property
     def name(self) -> str:
         """The image's name, for messages."""
-        return self.images.name(self.sample)
+        return self.images.entries[self.sample].name
 
     @property
     def content(self) -> tuple[str, ...]:
         """Draws with the same content see the same pixels, in whichever run and set."""
         seen = repr((tuple(self.crop), tuple(self.size)))
-        return self.images.content(self.sample).hex(), seen
+        return self.images.entries[self.sample].content.hex(), seen
 
     @property
     def time_ids(self) -> tuple[int, ...]:
         """SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w)."""
-        return *self.images.size(self.sample), self.crop.top, self.crop.left, *self.size
+        return *self.images.entries[self.sample].size, self.crop.top, self.crop.left, *self.size
 
     def read(self, resized: Resized | None = None) -> tuple[Tensor, Tensor | None]:
         """The image as it is seen, (3, H, W) in [-1, 1], and its mask, (1, H, W) in [0, 1] or None;
@@ -154,10 +154,10 @@ class VisitStream:
         self.num_samples = max(len(self._order), len(self._class_order or ()))
         sets = [s for s in (images, classes) if s is not None]
         odd = [
-            s.name(i)
+            entry.name
             for s in sets
-            for i, size in enumerate(_sizes(cfg, s))
-            if not _cropped_alike(cfg, s.size(i), size)
+            for entry, size in zip(s.entries, _sizes(cfg, s), strict=True)
+            if not _cropped_alike(cfg, entry.size, size)
         ]
         if cfg.cache_latents == "yes" and odd:
             raise UserError(
@@ -170,8 +170,8 @@ class VisitStream:
 
     def caches(self, visit: Visit) -> bool:
         """Test that the latents of a draw are cached for the draws that see the same."""
-        size = visit.images.size(visit.sample)
-        return self._caches and _cropped_alike(self.cfg, size, visit.size)
+        seen = visit.images.entries[visit.sample].size
+        return self._caches and _cropped_alike(self.cfg, seen, visit.size)
 
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""
@@ -204,7 +204,7 @@ class VisitStream:
         # Class images are cut as the instance images of their step are.
         size = self.sizes[sample if instance else whole.sample(step * step_size)]
         crop = crops.draw(
-            images.size(sample),
+            images.entries[sample].size,
             size,
             center_crop=self.cfg.center_crop,
             random_flip=own.random_flip,
@@ -256,7 +256,7 @@ def centered_visits(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[Visit]:
     sizes, own = _sizes(cfg, images), images.of_each(cfg.each)
     for sample, caption in enumerate(texts(cfg, images)):
         crop = crops.draw(
-            images.size(sample),
+            images.entries[sample].size,
             sizes[sample],
             center_crop=True,
             random_flip=False,
@@ -268,7 +268,7 @@ def centered_visits(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[Visit]:
 def _sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[buckets.Size]:
     """Size that each image is cut to."""
     sizes = buckets.sizes(cfg.resolution, cfg.aspect_ratio_buckets)
-    return [buckets.nearest(images.size(i), sizes) for i in range(len(images))]
+    return [buckets.nearest(entry.size, sizes) for entry in images.entries]
 
 
 def _cropped_alike(cfg: DreamBoothConfig, size: buckets.Size, target: buckets.Size) -> bool:

@@ -74,14 +74,15 @@ IMAGES, CLASS_IMAGES = 5, 200
 class Images(list[None]):
     """So many images without any pixels."""
 
+    @property
+    def entries(self):
+        return [SimpleNamespace(size=(1024, 1024))] * len(self)
+
     def prompts(self, default):
         return [default] * len(self)
 
     def of_each(self, values):
         return values * len(self)
-
-    def size(self, _):
-        return 1024, 1024
 
 
 @pytest.fixture(autouse=True)

@@ -99,7 +99,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees
     image.save(tmp_path / "a.png", exif=exif)
     images = open_images(str(tmp_path))
-    assert images.size(0) == (12, 8)
+    assert images.entries[0].size == (12, 8)
     turned = images.image(0)
     assert turned.size == (8, 12)
     assert turned.getpixel((7, 0)) == (255, 0, 0)
