@@ -78,7 +78,6 @@ def option(default: Any, help: str, **settings: Any) -> Any:
 
     Args:
         default: its value when nobody gives one; a list for an option that takes several.
-        help: one or two sentences for ``--help``.
         **settings: what `Option` has; a number needs a ``range``.
     """
     metadata = {"option": Option(help, **settings)}
@@ -123,8 +122,6 @@ def check(
     """Refuse values that no run can mean; None is no value.
 
     Args:
-        fields: options by name.
-        values: theirs, by the same names.
         dashes: what stands before a name where the user wrote it.
         smallest: below it, a number other than 0 is refused too.
     """

@@ -46,12 +46,7 @@ class Range:
         return dataclasses.replace(self, at_least=0, above=None)
 
     def check(self, shown: str, value: Any, smallest: float = SMALLEST) -> None:
-        """Refuse a number out of the range.
-
-        Args:
-            shown: the option as the user wrote it.
-            smallest: below it, a number other than 0 is refused too.
-        """
+        """Refuse a number out of the range, and one other than 0 below ``smallest``."""
         fix = self._fix(value)
         if not fix and 0 < abs(value) < smallest:
             fix = "give a larger number, or 0, which it is in 32-bit arithmetic"

@@ -16,12 +16,7 @@ def is_installed(package: str) -> bool:
 
 
 def require(package: str, option: str) -> None:
-    """Refuse an option whose package is missing.
-
-    Args:
-        package: its name, and the version that is needed where others are known not to do.
-        option: it and its value, as the user wrote them.
-    """
+    """Refuse an option, in the user's words, whose package, perhaps of a version, is missing."""
     if not is_installed(package.partition(">")[0]):
         raise UserError(f"{option} needs a package that is missing: run `pip install '{package}'`.")
 
@@ -51,9 +46,7 @@ def is_on(variable: str) -> bool:
 
 
 def launch() -> dict[str, Any]:
-    """Facts of `refusals` about accelerate's launch, from the variables that its launcher
-    sets and it reads.
-    """
+    """Facts of `refusals` about accelerate's launch, from its launcher's variables."""
 
     def word(name: str) -> str:
         return os.environ.get(name, "no").upper()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from .. import fields, methods
@@ -41,6 +41,9 @@ class RunConfig(
         without_influence: options that a resumed run may change freely: they do not touch what is
             learned, or only in the last digits, as another card does.
         without_samples: values with which no images or answers are made.
+        complete: fills in what was not given, of what only this script has, and what the model's
+            files say.
+        check_inputs: refuses what only this script can be given: files, folders, hub ids.
     """
 
     modality: ClassVar[str]
@@ -50,6 +53,8 @@ class RunConfig(
     usage: ClassVar[str]
     without_influence: ClassVar[frozenset[str]]
     without_samples: ClassVar[Mapping[str, Any]]
+    complete: ClassVar[Callable[[Values, frozenset[str]], Values]]
+    check_inputs: ClassVar[Callable[[Values], None]]
 
     # what only one script has as an option, or in another form
     train_text_encoder: bool = False
@@ -94,20 +99,6 @@ class RunConfig(
         return CommandLine(
             groups, cls.description, cls.usage, refusals.table().foreign[cls.modality]
         )
-
-    @staticmethod
-    def complete(values: Values, given: frozenset[str]) -> Values:
-        """Fill in what was not given, of what only this script has, and what the model's files say.
-
-        Raises:
-            UserError: there is no such model, or it can't be trained as asked.
-        """
-        raise NotImplementedError
-
-    @staticmethod
-    def check_inputs(values: Values) -> None:
-        """Refuse what only this script can be given: files, folders, hub ids."""
-        raise NotImplementedError
 
     @classmethod
     def with_own_options(cls) -> type[Self]:

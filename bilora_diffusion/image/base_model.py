@@ -25,12 +25,8 @@ _GIVE_ONE = (
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A pipeline in diffusers' format, of a kind that is known.
-
-    Args:
-        name: as the user gave it.
-        index: its ``model_index.json``.
-        configs: the ``config.json`` of denoiser and autoencoder, by the part.
+    """A pipeline in diffusers' format, of a kind that is known: its name as the user gave it, its
+    ``model_index.json``, and the ``config.json`` of denoiser and autoencoder, by the part.
     """
 
     name: str

@@ -21,11 +21,6 @@ MOST_TEXTS = 2000
 class Captions:
     """The texts of a training set.
 
-    Args:
-        cfg: with ``seed`` and, of each concept, ``instance_prompt``, ``trigger_word``,
-            ``shuffle_tags`` and ``caption_dropout``.
-        images: whose captions they are.
-
     Raises:
         UserError: an image has no text, or none has tags that could be shuffled.
     """

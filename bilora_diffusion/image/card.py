@@ -22,13 +22,8 @@ OURS = {MINI: "bilora_diffusion's miniature", FLOW: "bilora_diffusion's mini-flo
 def write_dreambooth_card(
     cfg: DreamBoothConfig, folder: Path, results: dict[str, Any], repo_id: str | None
 ) -> None:
-    """Write ``folder/README.md`` with the last validation images.
-
-    Args:
-        cfg: the run's configuration.
-        folder: the run folder.
-        results: steps, the held-out figures, and under "export" what was found of each model.
-        repo_id: hub repository the folder goes to.
+    """Write ``folder/README.md`` with the last validation images; ``results`` has steps, held-out
+    figures and, under "export", what was found of each model.
     """
     base = source(cfg.pretrained_model_name_or_path)
     sources = [source(own.source) for own in cfg.each]

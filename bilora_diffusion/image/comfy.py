@@ -94,13 +94,8 @@ def write(cfg: Any, folder: Path, pipeline: Any) -> None:
 
 
 def workflow(pipeline: Any, checkpoint: str, lora: str, sample: Mapping[str, Any]) -> Graph:
-    """The nodes that draw one image.
-
-    Args:
-        pipeline: whose scheduler is to be followed.
-        checkpoint: file of the model, without its ending.
-        lora: the file of the adapter.
-        sample: as `DreamBoothConfig.samples` has them, without None.
+    """The nodes that draw one image of `DreamBoothConfig.samples` as the pipeline does, by the file
+    of the model, without its ending, and that of the adapter.
     """
     kind, graph = type(pipeline).__name__, Graph()
     size = {side: sample[side] for side in ("width", "height")}

@@ -40,7 +40,7 @@ class GridLoss:
     """Mean loss over images x noise levels with fixed noise, the same for every run and seed.
 
     Args:
-        task: a `DreamBooth`: its module, text conditioning and autoencoder.
+        task: a `DreamBooth`.
         train: the training images, measured on the same grid so that two runs can be compared at
             equal training loss; None to measure each held-out image instead.
         validation: held-out images.
@@ -50,6 +50,7 @@ class GridLoss:
 
     def __init__(self, task: Any, train: Any, validation: Any) -> None:
         self.task = task
+        self.levels = grid_levels(task.module.denoising.num_timesteps)
         vae = task.pipeline.vae
         space, disk = task.module.family.space(vae), task.encoder.disk
         encoder = Encoder(vae, space, task.device, lambda _: True, disk, task.encoder.cached)
@@ -73,7 +74,7 @@ class GridLoss:
         """
         with inference(self.task.module):
             tables = {name: self.table(images) for name, images in self.sets.items()}
-        names = self.task.module.denoising.level(torch.tensor(self._known())).round().int().tolist()
+        names = self.task.module.denoising.level(torch.tensor(self.levels)).round().int().tolist()
         held = tables["heldout_loss"]
         levels = zip(names, held.mean(1).tolist(), strict=True)
         means = {name: float(losses.mean(0).mean()) for name, losses in tables.items()}
@@ -85,13 +86,10 @@ class GridLoss:
             means[f"{BY_CONCEPT}{concept}"] = float(held[:, its].mean(0).mean())
         return means | {f"{BY_LEVEL}{level}": loss for level, loss in levels}
 
-    def _known(self) -> list[int]:
-        return grid_levels(self.task.module.denoising.num_timesteps)
-
     def table(self, images: Sequence[GridImage]) -> Tensor:
         """Loss at each noise level of each image, (levels, images)."""
         parts = [
-            torch.stack([self.losses(chunk, level) for level in self._known()])
+            torch.stack([self.losses(chunk, level) for level in self.levels])
             for chunk in self.batches(images)
         ]
         return torch.cat(parts, dim=1)

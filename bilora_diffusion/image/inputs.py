@@ -70,12 +70,7 @@ PRESETS = {
 
 
 def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    """Fill in what was not given, of what only image models have, after `complete_images`.
-
-    Args:
-        values: every option's value or default.
-        given: names of the options that the user gave.
-    """
+    """Fill in what was not given, of what only image models have, after `complete_images`."""
     values = dict(values)
     if values["bnb_quantization_config_path"] is not None:
         values["quantize"] = _quantization(values["bnb_quantization_config_path"])

@@ -38,11 +38,6 @@ class Listing:
         """The metadata files in it."""
         return [self.folder / name for name in METADATA if is_file(self.folder / name)]
 
-    @property
-    def tables(self) -> bool:
-        """Test for Parquet or Arrow: images beside these are no data (a preview, say)."""
-        return any(path.suffix in (".parquet", ".arrow") for path in self.files)
-
     @cached_property
     def images(self) -> list[Path]:
         """The images directly in it, without the masks that lie beside them."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ..errors import UserError, translated
-from ..files import Rows, folder_or_id, is_file, is_text, kind_of, quoted, read_rows, require_column
+from ..files import folder_or_id, is_file, is_text, kind_of, quoted, read_rows, require_column
 from ..mini import FOLDERS
 from .decode import read_mask
 from .listing import METADATA, Listing, look, stem
@@ -39,13 +39,13 @@ class Table(NamedTuple):
 
     Args:
         entries: its images, without captions.
-        columns: what gives the values of each column.
+        columns: the values of each column.
         files: of the images, where they lie in the set's folder.
         masks_from: where masks come from.
     """
 
     entries: list[Entry]
-    columns: dict[str, Callable[[], list[Any]]]
+    columns: dict[str, Sequence[Any]]
     files: list[Path]
     masks_from: str | None
 
@@ -82,7 +82,9 @@ def open_images(
     folder = FOLDERS[dataset] if dataset in FOLDERS else folder_or_id(dataset, "the set")
     listing = None if folder is None or config_name is not None else look(folder)
     captioned = listing is not None and listing.has_captions
-    if listing and (listing.metadata or (listing.images and not listing.tables)):
+    # Images beside Parquet or Arrow are no data (a preview, say).
+    stored = listing and any(path.suffix in (".parquet", ".arrow") for path in listing.files)
+    if listing and (listing.metadata or (listing.images and not stored)):
         require_column(image_column, ["image"], "--image_column", dataset)
         table = _listed(dataset, listing, mask_column)
     else:
@@ -92,9 +94,9 @@ def open_images(
     beside = False
     unread = caption_column is None or TEXT not in table.columns
     if listing and captioned and unread and table.files and not listing.metadata:
-        table.columns[TEXT] = partial(listing.captions, table.files)
         caption_column = caption_column or TEXT
         beside = caption_column == TEXT
+        table.columns[TEXT] = listing.captions(table.files) if beside else []
     _caption(dataset, table, caption_column)
     left_out = listing.left_out(table.files, captioned=beside) if listing and table.files else None
     for entry in table.entries if alpha_mask else ():
@@ -118,10 +120,11 @@ def _listed(label: str, listing: Listing, mask_column: str | None) -> Table:
         if not (rows := read_rows(metadata, str(metadata), most_bytes=MOST_BYTES)):
             raise UserError(f"{metadata} lists no image: add some.")
     files = [_file(listing.folder, where, row, "file_name") for where, row in rows]
-    columns = {key: partial(_values, rows, key) for key in {"image": 0} | _keys(rows)}
+    keys = {key: 0 for _, row in rows for key in row if key != "file_name"}
+    columns = {key: [row.get(key) for _, row in rows] for key in {"image": 0} | keys}
     masks, masks_from = [listing.masks.get(stem(path)) for path in files], MASKS_BESIDE
     if mask_column is not None:
-        require_column(mask_column, _keys(rows), "--mask_column", label)
+        require_column(mask_column, keys, "--mask_column", label)
         del columns[mask_column]
         masks_from = f'column "{mask_column}"'
         masks = [
@@ -137,15 +140,6 @@ def _listed(label: str, listing: Listing, mask_column: str | None) -> Table:
         for (_, row), file, mask in zip(rows, files, masks, strict=True)
     ]
     return Table(entries, columns, files, masks_from if any(masks) or mask_column else None)
-
-
-def _keys(rows: Rows) -> dict[str, int]:
-    """The columns of rows beside the file's name, in their order."""
-    return {key: 0 for _, row in rows for key in row if key != "file_name"}
-
-
-def _values(rows: Rows, key: str) -> list[Any]:
-    return [row.get(key) for _, row in rows]
 
 
 def _file(folder: Path, where: str, row: Mapping[str, Any], column: str) -> Path:
@@ -184,7 +178,7 @@ def _loaded(label: str, data: Any, image_column: str, mask_column: str | None) -
     ]
     return Table(
         entries,
-        {key: partial(data.__getitem__, key) for key in data.column_names},
+        {key: data[key] for key in data.column_names},  # read when they are needed
         files if len(files) == len(data) else [],
         f'column "{mask_column}"' if masks else None,
     )
@@ -219,7 +213,7 @@ def _caption(label: str, table: Table, column: str | None) -> None:
     if column is None or (column == NO_CAPTIONS and NO_CAPTIONS not in table.columns):
         return
     require_column(column, table.columns, "--caption_column", label)
-    for entry, value in zip(table.entries, table.columns[column](), strict=True):
+    for entry, value in zip(table.entries, table.columns[column], strict=True):
         if value is not None and not (
             isinstance(value, str) and is_text(value) and "\0" not in value
         ):

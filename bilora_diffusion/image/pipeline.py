@@ -28,11 +28,8 @@ Dtypes = torch.dtype | dict[str, torch.dtype]
 
 @dataclass(frozen=True)
 class Origin:
-    """Origin of a pipeline.
-
-    Args:
-        folder: of the whole.
-        later: functions that read the parts that were left without weights (`train.empty`).
+    """The folder of a pipeline, and functions that read the parts which were left without weights
+    (`train.empty`).
     """
 
     folder: Path

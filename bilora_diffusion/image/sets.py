@@ -150,11 +150,8 @@ class ImageSet:
 
     @classmethod
     def joined(cls, label: str, sets: Mapping[str, ImageSet | None]) -> ImageSet | None:
-        """The images of several concepts as one set, each called CONCEPT/NAME.
-
-        Args:
-            label: what to call it in messages.
-            sets: by the names of all concepts; None of one that has none. None is joined to None.
+        """The images of several concepts, by their names, as one set, each called CONCEPT/NAME;
+        None where no concept has any.
         """
         there = [images for images in sets.values() if images is not None]
         if not there:

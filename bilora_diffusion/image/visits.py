@@ -38,24 +38,17 @@ class Resized:
         self._room = most_bytes
         self._cached: dict[tuple[int, int, buckets.Size], tuple[Tensor, Tensor | None]] = {}
 
-    def __call__(
-        self, images: ImageSet, sample: int, target: buckets.Size, interpolation: str
-    ) -> tuple[Tensor, Tensor | None]:
-        """An image, (3, H, W) in 0 to 255, and its mask, (1, H, W), if it has one.
-
-        Args:
-            images: a set that lives as long as this.
-            sample: which of them.
-            target: (height, width) of what will be cut out.
-            interpolation: a choice of ``--image_interpolation_mode``.
+    def __call__(self, visit: Visit) -> tuple[Tensor, Tensor | None]:
+        """The image of a draw, (3, H, W) in 0 to 255, and its mask, (1, H, W), if it has one; its
+        set lives as long as this.
         """
-        key = id(images), sample, target
+        images, key = visit.images, (id(visit.images), visit.sample, visit.size)
         if key in self._cached:
             return self._cached[key]
-        mask = images.mask(sample)
+        mask, how = images.mask(visit.sample), visit.cfg.image_interpolation_mode
         made = (
-            crops.fitted(images.image(sample), target, interpolation),
-            None if mask is None else crops.fitted(mask, target, "bilinear"),
+            crops.fitted(images.image(visit.sample), visit.size, how),
+            None if mask is None else crops.fitted(mask, visit.size, "bilinear"),
         )
         size = sum(part.nbytes for part in made if part is not None)
         if size <= self._room:
@@ -100,14 +93,10 @@ class Visit:
     def read(self, resized: Resized | None = None) -> tuple[Tensor, Tensor | None]:
         """The image as it is seen, (3, H, W) in [-1, 1], and its mask, (1, H, W) in [0, 1] or None;
         read now unless they were read before.
-
-        Args:
-            resized: the cache of what it is cut from.
         """
         if self.loaded is not None:
             return self.loaded
-        how = self.cfg.image_interpolation_mode
-        image, mask = (resized or Resized(0))(self.images, self.sample, self.size, how)
+        image, mask = (resized or Resized(0))(self)
         pixels = crops.cut(image, self.crop, self.size) * 2 - 1
         return pixels, None if mask is None else crops.cut(mask, self.crop, self.size)
 
@@ -120,11 +109,6 @@ class Visit:
 
 class VisitStream:
     """Instance images, and class images beside them, in an order that depends on the seed alone.
-
-    Args:
-        cfg: the command line's configuration.
-        images: the instance images.
-        classes: the class images of prior preservation, or None.
 
     Raises:
         UserError: an image without a prompt, or latents that can't be cached.

@@ -78,18 +78,13 @@ MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (icons, "--fit", {"validation_loss_steps": 25}),
     (mini, "--keep_best --max_train_steps 9", {"validation_loss_steps": 1}),
     (mini, "--keep_best --validation_loss_steps 3", {"validation_loss_steps": 3}),
-    (icons, "", {"validation_loss_steps": 0}),
     # booleans
     (mini, "", {"output_kohya_format": True}),
-    (mini, "--output_kohya_format", {"output_kohya_format": True}),  # as in diffusers' script
     (mini, "--no_output_kohya_format", {"output_kohya_format": False}),
     (mini, "--method full", {"output_kohya_format": False}),  # which leaves whole models
     (mini, "--optimizer Prodigy", {"prodigy_decouple": True, "learning_rate": 1.0}),
-    (mini, "--optimizer prodigy --prodigy_decouple False", {"prodigy_decouple": False}),
     (mini, "--optimizer prodigy --no_prodigy_decouple", {"prodigy_decouple": False}),
-    (mini, "--center_crop", {"center_crop": True}),
     (mini, "--lora_target_modules attention+feed-forward", {"lora_layers": GROUPS}),
-    (mini, "", {"lora_layers": []}),
     (mini, "--center_crop false", {"center_crop": False}),
     # steps and epochs; those of images, and rates, are compared in test_diffusers_command_lines.py
     (text, "--max_train_steps 9", {"max_train_steps": 9, "num_train_epochs": None}),
@@ -175,14 +170,6 @@ def test_what_a_machine_decides(here, launch, read, words, expected, machine, mo
 )
 def test_warm_up_as_a_share_or_in_steps(argv, steps, warm):
     assert text(*argv).warmup_steps(steps) == warm
-
-
-def test_validation_prompts_from_a_file(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a lion\n\n  a frog \n")
-    cfg = mini("--validation_prompts", str(tmp_path / "prompts.txt"))
-    assert (cfg.validation_prompts, cfg.validation_settings) == (["a lion", "a frog"], [])
-    long = "a TOK icon of a frog, " * 20  # longer than a file's name
-    assert mini("--validation_prompts", long).validation_prompts == [long]
 
 
 def test_local_folders_take_the_place_of_the_hub(tmp_path, monkeypatch):

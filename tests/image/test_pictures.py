@@ -1,5 +1,6 @@
 """Files of every kind become upright RGB on white; crops, flips and resizing are torchvision's."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -141,8 +142,9 @@ def test_an_image_is_decoded_once_while_there_is_room(tmp_path):
     images = open_images(str(tmp_path))
 
     def cached(room):
-        call = Resized(room)
-        first, second = (call(images, 0, (64, 64), "lanczos")[0] for _ in range(2))
+        call, cfg = Resized(room), SimpleNamespace(image_interpolation_mode="lanczos")
+        visit: Any = SimpleNamespace(images=images, sample=0, size=(64, 64), cfg=cfg)
+        first, second = (call(visit)[0] for _ in range(2))
         assert torch.equal(first, second)
         return second is first
 

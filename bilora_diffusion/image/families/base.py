@@ -86,11 +86,9 @@ class Family:
     Attributes:
         title: its name for people.
         pipeline: name of diffusers' class, as ``model_index.json`` has it.
-        parts: the models of the pipeline and the names of their classes, in diffusers or
-            Transformers.
+        parts: the models of the pipeline and their classes, in diffusers or Transformers.
         optional: those that a pipeline may lack.
         denoiser: the part that is trained; adapters' keys in files begin with its name.
-        encoders: the text encoders among the parts.
         targets: the projections of attention, which get adapters by default.
         feed_forward: the modules that are its feed-forward parts, with all linear layers in them.
         flow: whether it predicts a velocity along straight paths (``flow``).
