@@ -125,7 +125,6 @@ ON_MACHINES: list[tuple[dict[str, Any], dict[str, str], Callable[..., Any], str,
     (CUDA, {}, mini, "--resolution 504", NOT),
     (CPU, {}, mini, "--resolution 512", NOT),
     (CUDA, {}, mini, "--resolution 512 --gradient_checkpointing False", NOT),
-    (CPU, {}, mini, "--gradient_checkpointing", HAS),
     # the autoencoder that is mended for fp16 is for the base model of SDXL in fp16 alone
     (CPU, {}, icons, "", FP32),
     (CUDA, {}, icons, "", BF16),
@@ -133,9 +132,7 @@ ON_MACHINES: list[tuple[dict[str, Any], dict[str, str], Callable[..., Any], str,
     ({**CUDA, "bf16": False}, {}, mini, "", {**FP16, "pretrained_vae_model_name_or_path": None}),
     (CUDA, launched("no"), icons, "", BF16),
     (CUDA, launched("fp16"), icons, "", FP16),
-    (CUDA, launched("fp16"), icons, "--mixed_precision no", FP32),
     (CPU, launched("bf16"), icons, "", BF16),
-    ({"kind": "mps"}, {}, icons, "", FP32),
     # --scale_lr counts batch, accumulation and processes; the rate of text encoders stays
     (CUDA, THREE, mini, SCALED, {"auxiliary_learning_rate": None, "learning_rate": 24e-4}),
     (

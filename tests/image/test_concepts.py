@@ -25,6 +25,7 @@ MINI = ["--pretrained_model_name_or_path", "mini", "--disk_cache", "no"]
 DOG = "- {dataset: dog, instance_prompt: a TOK dog}\n"
 CAT = "- {dataset: cat, instance_prompt: a SKS cat, %s}\n"
 PRIOR = "--with_prior_preservation"
+CLASS = f"{PRIOR} --class_data_dir class --class_prompt a"
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +150,10 @@ def of(second):
     return DOG + f"- {{{second}}}\n"
 
 
+def cat(more):
+    return of(f"dataset: cat, instance_prompt: a, {more}")
+
+
 BAD = [
     # the file
     ("[]", "", "concepts.yaml holds no list"),
@@ -158,9 +163,9 @@ BAD = [
     (DOG, "--dataset none.yaml", 'list of concepts "none.yaml".* is not there'),
     (DOG, "--validation_dataset held/dog", "list of concepts .*--validation_dataset.*refused"),
     # options
-    (of("dataset: cat, instance_prompt: a, repeat: 2"), "", 'concept 2: .*"repeats"'),
+    (cat("repeat: 2"), "", 'concept 2: .*"repeats"'),
     (of("dataset: cat, unmasked-weight: 0.5"), "", "concept 2: unmasked_weight .* all concepts"),
-    (of("dataset: cat, instance_prompt: a, repeats: 0"), "", "concept 2: --repeats is 0"),
+    (cat("repeats: 0"), "", "concept 2: --repeats is 0"),
     (of("dataset: {a: b}"), "", "concept 2: .*single value"),
     (of("dataset: [{dataset: cat}]"), "", "concept 2: its dataset is a list"),
     (of("dataset: cat, validation_prompts: [{prompt: a, width: 3}]"), "", "concept 2: in number 1"),
@@ -176,26 +181,14 @@ BAD = [
     ),
     # the class
     (of("dataset: cat, instance_prompt: a"), PRIOR, "concept 1: .*no --class_data_dir"),
-    (
-        of("dataset: cat, instance_prompt: a, class_data_dir: cat"),
-        f"{PRIOR} --class_data_dir class --class_prompt a",
-        "concept 2: .*is the folder of the training images",
-    ),
-    (
-        of("dataset: cat, instance_prompt: a, class_data_dir: dog"),
-        f"{PRIOR} --class_data_dir class --class_prompt a",
-        "concept 2: .*training images of concept 1",
-    ),
-    (
-        of("dataset: cat, instance_prompt: a, class_prompt: b"),
-        f"{PRIOR} --class_data_dir class --class_prompt a",
-        "concept 2: .*prompts differ",
-    ),
+    (cat("class_data_dir: cat"), CLASS, "concept 2: .*is the folder of the training images"),
+    (cat("class_data_dir: dog"), CLASS, "concept 2: .*training images of concept 1"),
+    (cat("class_prompt: b"), CLASS, "concept 2: .*prompts differ"),
     # the images, before a model is read
     (of("dataset: broken, instance_prompt: a"), "", "concept 2: the image broken.png"),
     (of("dataset: half"), "", "concept 2: .* in half has no caption"),
-    (of("dataset: cat, instance_prompt: a, shuffle_tags: true"), "", "concept 2: --shuffle_tags"),
-    (of("dataset: cat, instance_prompt: a, validation_dataset: empty"), "", "concept 2: .*empty"),
+    (cat("shuffle_tags: true"), "", "concept 2: --shuffle_tags"),
+    (cat("validation_dataset: empty"), "", "concept 2: .*empty"),
 ]
 
 
