@@ -132,6 +132,7 @@ ON_MACHINES: list[tuple[dict[str, Any], dict[str, str], Callable[..., Any], str,
     ({**CUDA, "bf16": False}, {}, mini, "", {**FP16, "pretrained_vae_model_name_or_path": None}),
     (CUDA, launched("no"), icons, "", BF16),
     (CUDA, launched("fp16"), icons, "", FP16),
+    (CUDA, launched("fp16"), icons, "--mixed_precision no", FP32),
     (CPU, launched("bf16"), icons, "", BF16),
     # --scale_lr counts batch, accumulation and processes; the rate of text encoders stays
     (CUDA, THREE, mini, SCALED, {"auxiliary_learning_rate": None, "learning_rate": 24e-4}),
