@@ -126,11 +126,6 @@ class RunConfig(
         """The prompt of each validation image, in their order; none for text."""
         return []
 
-    @property
-    def log_with(self) -> str | None:
-        """The tracker for ``Accelerator(log_with=...)``."""
-        return None if self.report_to == "none" else self.report_to
-
     def warmup_steps(self, num_steps: int) -> int:
         """Steps in which the learning rate rises from 0, of ``num_steps`` in all."""
         return self.lr_warmup_steps or 0

@@ -65,7 +65,7 @@ MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     *((text, f"--method {m}", {"rho": rho}) for m, rho in RADII["text"].items()),
     # the miniature, and what wins over it
     (mini, "", {"pretrained_model_name_or_path": "mini", "validation_dataset": "mini-heldout"}),
-    (mini, "", {"resolution": 64, "caption_column": "prompt", "log_with": "tensorboard"}),
+    (mini, "", {"resolution": 64, "caption_column": "prompt", "report_to": "tensorboard"}),
     (mini, "--instance_prompt icon", {"instance_prompt": "icon", "caption_column": None}),
     (mini, "--resolution 128 --validation_dataset none", {"validation_dataset": None}),
     (mini, "--validation_prompt lion", {"validation_prompts": ["lion"]}),
@@ -142,7 +142,7 @@ ON_MACHINES: list[tuple[dict[str, Any], dict[str, str], Callable[..., Any], str,
     ),
     (CUDA, THREE, mini, "", {"learning_rate": 2e-4}),
     (CUDA, THREE, text, "--scale_lr", {"learning_rate": 5e-4 * 8 * 3}),
-    ({**CPU, "missing": {"tensorboard"}}, {}, mini, "", {"log_with": None}),
+    ({**CPU, "missing": {"tensorboard"}}, {}, mini, "", {"report_to": "none"}),
 ]
 
 
