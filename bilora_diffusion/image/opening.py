@@ -45,7 +45,7 @@ class Table(NamedTuple):
     """
 
     entries: list[Entry]
-    columns: dict[str, Sequence[Any]]
+    columns: dict[str, Any]
     files: list[Path]
     masks_from: str | None
 
@@ -166,7 +166,7 @@ def _loaded(label: str, data: Any, image_column: str, mask_column: str | None) -
     rows = _undecoded(label, data, image_column, "--image_column")
     if not len(data):
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
-    masks = mask_column and _undecoded(label, data, mask_column, "--mask_column")
+    masks = _undecoded(label, data, mask_column, "--mask_column") if mask_column else None
     files = [Path(row["path"]) for row in rows if row and row["bytes"] is None and row["path"]]
     entries = [
         Entry(
