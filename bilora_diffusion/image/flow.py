@@ -80,6 +80,12 @@ class FlowMatching:
         """Noise levels as logs name them, by their numbers."""
         return 1000 * self.sigmas[index]
 
+    def snr(self, index: Tensor) -> Tensor | None:
+        """Signal-to-noise ratios by the levels' numbers, (n,), where a model predicts noise, of
+        which it errs the less the less signal there is; else None, as here.
+        """
+        return None
+
     def loss(self, model: Predict, inputs: Mapping[str, Tensor]) -> Tensor:
         """w(s) times the mean square of the velocity's error, (n,) in float32.
 
