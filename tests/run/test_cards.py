@@ -20,8 +20,8 @@ from bilora_diffusion.export import FILE_NAME, save_models
 from bilora_diffusion.image.card import write_dreambooth_card
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.mini import pipeline_dir
-from bilora_diffusion.text.card import write_text_card
 from bilora_diffusion.text.config import resolve as resolve_text
+from bilora_diffusion.text.script import write_text_card
 from tests.export.mini_loras import write_lora
 from tests.text.text_builders import SAVERS, rows_for, train_text, write_rows
 
