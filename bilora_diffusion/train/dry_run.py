@@ -52,15 +52,7 @@ def main(
     method, trained = attached(task, steps)
     on_cuda = device.type == "cuda"
     process = CUDA_CONTEXT if on_cuda else psutil.Process().memory_info().rss + CPU_LIBRARIES
-    taken = {
-        name: {
-            **parts,
-            "the process": process,
-            **({} if name == BEFORE else trained),
-            "gradients": trained["gradients"] if name == STEP else 0,
-        }
-        for name, parts in parts_of.items()
-    }
+    taken = complete(parts_of, trained, process)
     peaks = {name: sum(parts.values()) for name, parts in taken.items()}
     most, room = max(peaks, key=lambda name: peaks[name]), free_memory(device) + process
     verdict = "fits" if peaks[most] <= room else "does not fit (try --quantize or a smaller model)"
@@ -97,6 +89,19 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
+
+
+def complete(taken: Moments, trained: dict[str, int], process: int) -> Moments:
+    """With what the process takes and, in all but `BEFORE`, what is trained."""
+    return {
+        name: {
+            **parts,
+            "the process": process,
+            **({} if name == BEFORE else trained),
+            "gradients": trained["gradients"] if name == STEP else 0,
+        }
+        for name, parts in taken.items()
+    }
 
 
 def _search_size(budget: int, steps: int) -> str:
