@@ -182,7 +182,7 @@ class Trainer:
                 # Gradients are exchanged in the last pass, if by DDP.
                 local = not last and not self.accelerator.is_fsdp2
                 apart = self.accelerator.no_sync(self.module) if local else nullcontext()
-                with apart, self.method.seen(batch.samples):
+                with apart, self.method.seen(batch.samples, batch.snr):
                     losses = self.module(batch.on(device))
                     self._passed.append((losses.detach(), batch))
                     loss = losses.mean() / len(batches)
