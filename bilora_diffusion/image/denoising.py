@@ -20,15 +20,15 @@ from ..errors import UserError
 from ..train.task import precision
 from .families.base import Conditions, Family, moved
 from .families.sdxl import encode
-from .flow import Predict, Schedule, mean_of_shown
+from .flow import FlowMatching, Predict, mean_of_shown
 
 _DRAWN = ("latents", "noise", "index", "instance", "ids", "told", "shown", "prior")
 """Inputs that are not conditions."""
 
 
 @dataclass(frozen=True)
-class Denoising(Schedule):
-    """A noise schedule with the loss that belongs to it.
+class Denoising:
+    """A noise schedule with the loss that belongs to it, as `FlowMatching` has them.
 
     Args:
         scheduler: DDPM for the standard formulation, Euler or EDM-Euler for the EDM one.
@@ -99,10 +99,15 @@ class Denoising(Schedule):
         if self.snr_gamma is None:
             return loss
         floored = self.snr_weighting == "diffusers"
-        weights = min_snr_weights(self._snr(index), self.snr_gamma, velocity, floored)
+        weights = min_snr_weights(self._ratio(index), self.snr_gamma, velocity, floored)
         return torch.where(inputs["instance"], loss * weights, loss)
 
-    def _snr(self, index: Tensor) -> Tensor:
+    def snr(self, index: Tensor) -> Tensor | None:
+        if self.kind == "edm_native" or self.scheduler.config["prediction_type"] != "epsilon":
+            return None
+        return self._ratio(index) if self.kind == "standard" else self.scheduler.sigmas[index] ** -2
+
+    def _ratio(self, index: Tensor) -> Tensor:
         alphas = self.scheduler.alphas_cumprod.to(index.device)[index].float()
         return alphas / (1 - alphas)
 
@@ -121,6 +126,10 @@ class Denoising(Schedule):
         else:
             denoised = noisy / (sigma**2 + 1) - prediction * sigma / (sigma**2 + 1).sqrt()
         return sigma**-2 * (denoised - clean) ** 2
+
+
+Schedule = Denoising | FlowMatching
+"""Noise levels, and the loss that belongs to them."""
 
 
 def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = False) -> Tensor:

@@ -28,7 +28,8 @@ class MicroBatch:
     identify data and noise of each slot, so that two runs can be proven to have seen the same.
     ``samples`` are the numbers of the samples in the training set, row by row as the module sees
     them; None for rows that are no samples, such as class images.
-    ``levels`` are the noise levels that its images are seen at, as logs name them, if it has any.
+    ``levels`` are the noise levels that its images are seen at, as logs name them, if it has any,
+    and ``snr`` their signal-to-noise ratios where the model predicts noise.
     """
 
     slots: tuple[int, ...]
@@ -37,6 +38,7 @@ class MicroBatch:
     inputs: dict[str, Any] = field(repr=False)
     levels: tuple[float, ...] = ()
     samples: tuple[int | None, ...] = ()
+    snr: tuple[float, ...] = ()
 
     def on(self, device: torch.device) -> dict[str, Any]:
         """The inputs on a device. A GPU's copies are not waited for, which takes pinned memory."""
@@ -46,8 +48,14 @@ class MicroBatch:
         return cast(dict[str, Any], send_to_device(inputs, device, non_blocking=is_gpu))
 
 
+Fold = tuple[Sequence[int], Sequence[int]]
+"""Positions of the samples to learn from, and of those to hold out."""
+
+
 class Task(Protocol):
-    """A thing that can be trained by ``loop.fit``."""
+    """A thing that can be trained by ``loop.fit``; its models, and what is encoded of its data,
+    serve several runs.
+    """
 
     @property
     def module(self) -> nn.Module:
@@ -72,10 +80,6 @@ class Task(Protocol):
         """The models that get adapters, with their learning rates."""
         ...
 
-    def to_device(self, device: torch.device) -> None:
-        """Move frozen parts that are not in ``module`` and prepare caches."""
-        ...
-
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
     ) -> Iterator[MicroBatch]:
@@ -94,14 +98,6 @@ class Task(Protocol):
         """
         ...
 
-
-Fold = tuple[Sequence[int], Sequence[int]]
-"""Positions of the samples to learn from, and of those to hold out."""
-
-
-class ReusableTask(Task, Protocol):
-    """A task whose models, and what is encoded of its data, serve several runs."""
-
     @property
     def models(self) -> dict[str, nn.Module]:
         """The models that are trained, by name."""
@@ -117,7 +113,7 @@ class ReusableTask(Task, Protocol):
         """Test that a loss can be measured on samples that are not learned from."""
         ...
 
-    def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> ReusableTask:
+    def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> Task:
         """A task of another configuration on the same models and what is encoded.
 
         Args:
