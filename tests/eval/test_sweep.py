@@ -100,27 +100,6 @@ def test_a_missing_cell_leaves_the_other_seeds(swept, capsys):
     assert (code, result.provenance) == (1, None)
 
 
-REFUSED: list[tuple[list[str], str]] = [
-    ([RECIPE, "--over", "metod=lora"], 'unknown option "--metod" (did you mean "--method"?)'),
-    ([RECIPE, "--over", "method=lora", "--control", "method=full"], "is none of the variants"),
-    (["none.yaml"], 'there is no recipe "none.yaml"'),
-    ([RECIPE, "--runs_dir", "{tmp}/file"], "is not a folder that can be written"),
-]
-
-
-@pytest.mark.parametrize(("words", "told"), REFUSED)
-def test_bad_input_is_one_sentence_before_anything_runs(words, told, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    words = [word.format(tmp=tmp_path) for word in words]
-    folders = ["--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")]
-    assert sweep.main([*words[:1], *folders, *words[1:]]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert told in error
-    assert error.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_a_dry_run_lists_the_cells_and_an_interrupt_says_how_to_go_on(
     tmp_path, capsys, monkeypatch
 ):

@@ -90,12 +90,11 @@ def test_both_forwards_of_bilora_are_the_same_training(shapes, layers, load, tmp
         ("step_cost --shapes mini --arms bilora", "--arms"),
         ("step_cost --shapes mini --json no/such/a.json", "no/such/a.json"),
         ("against_diffusers --script no.py", "no.py"),
-        *(
-            (f"against_diffusers --script {{ROOT}}/train_text_bilora.py {words}", words.split()[0])
-            for words in (
-                *("--device cuda", "--preset sdxl", "--batch x", "--rounds 0"),
-                *("--json no/such/a.json", "--peer_flags it's"),
-            )
+        ("against_diffusers --script {ROOT}/train_text_bilora.py --device cuda", "--device"),
+        ("against_diffusers --script {ROOT}/train_text_bilora.py --preset sdxl", "--preset"),
+        (
+            "against_diffusers --script {ROOT}/train_text_bilora.py --peer_flags it's",
+            "--peer_flags",
         ),
     ],
 )
@@ -118,10 +117,7 @@ def test_rounds_are_fair_and_the_ratio_is_paired(load):
 
     times = measure.interleave([arm("A"), arm("B"), arm("C")], rounds=3, warmup=1)
     assert times == [[0.0, 1.0, 2.0]] * 3  # warming up does not count
-    orders = [
-        "".join(name for name, number in seen if number == wanted) for wanted in (-1, 0, 1, 2)
-    ]
-    assert orders == ["CAB", "ABC", "BCA", "CAB"]
+    assert "".join(name for name, _ in seen) == "CABABCBCACAB"
     baseline = [1.0, 2.0, 1.0, 4.0, 1.0, 1.0]  # a machine that is slow now and then
     ratio, interval = measure.paired_ratio([1.1 * value for value in baseline], baseline)
     assert ratio == pytest.approx(1.1)

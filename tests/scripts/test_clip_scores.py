@@ -1,6 +1,5 @@
 """``python -m eval.clip_scores`` on runs of the miniature: whole, killed, repeated, refused."""
 
-import contextlib
 import json
 import shutil
 import signal
@@ -186,36 +185,3 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     assert (launched.returncode, printed.count("written: ")) == (0, 1)
     assert len(pictures(two)) == 15
     require_close(table.read(two), continued)
-
-
-@pytest.mark.parametrize(
-    ("line", "named"),
-    [
-        ("RUN --prompt x", 'did you mean "--prompts"'),
-        ("RUN --prompts nowhere.txt", "nowhere.txt"),
-        ("RUN --control LoRa", 'did you mean "LoRA"'),
-        ("RUN --adapter_scale nan", "--adapter_scale"),
-        ("RUN --device cuda:99", "cuda:99"),
-        ("RUN --output_dir file", "file"),
-        ("", "make demo"),
-        ("unfinished", LORA),
-        (f"RUN --base_model {SDXL}", SDXL),
-        (f"base --base_model {SDXL} --scorer embedded", "--scorer embedded"),
-    ],
-)
-def test_bad_input_is_one_sentence_before_anything_is_made(
-    line, named, scored_runs, tiny_models, tmp_path, capsys
-):
-    lora = scored_runs / "demo" / "lora"
-    (tmp_path / "file").touch()
-    (tmp_path / "unfinished").mkdir()
-    shutil.copy(lora / "run.json", tmp_path / "unfinished")
-    models = [] if "embedded" in line or not line else tiny_models
-    argv = [*models, "--output_dir", "out", *line.replace("RUN", str(lora)).split()]
-    capsys.readouterr()
-    with contextlib.chdir(tmp_path):
-        assert clip_scores.main(argv) == 2
-    (sentence,) = capsys.readouterr().err.splitlines()
-    assert sentence.startswith("error: ")
-    assert named in sentence
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "unfinished"}

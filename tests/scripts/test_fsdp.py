@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from bilora_diffusion.run import runlog
-from tests.scripts.runs import TEXT_SCRIPT, TORCHRUN, column, difference, process, weights
+from tests.scripts.runs import TORCHRUN, column, difference, process, weights
 from tests.text.text_builders import SAVERS, rows_for, text_flags, train_text, write_rows
 
 ENGINE = {
@@ -126,12 +126,3 @@ def test_a_resumed_run_is_exact_and_one_process_goes_on_where_two_stopped(settin
     step = {"resume_from_checkpoint": whole / "checkpoints" / "step-2"}
     flags = options(setting.folder, "causal-bilora", 1) | step
     assert difference(train_text(setting.run("resumed", "one"), **flags), whole) < 1e-5
-
-
-def test_cpus_are_refused_before_anything_is_written(setting):
-    """Without the help of these tests accelerate splits nothing on CPUs."""
-    out = setting.folder / "refused"
-    argv = text_flags(out, **options(setting.folder, "causal-bilora", 2))
-    said = process(*TORCHRUN, 2, TEXT_SCRIPT, *argv, fails=True, **ENGINE)
-    assert len(re.findall("error: the engine FSDP on .* is refused, since", said.stderr)) == 1
-    assert not out.exists()
