@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 
 from bilora_diffusion.errors import run_cli
 from bilora_diffusion.methods import names
-from tests.scripts.runs import ROOT
+from tests.scripts.runs import ROOT, TEXT_SCRIPT
 
 BENCHMARKS = ROOT / "benchmarks"
 CLIP = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
@@ -90,16 +90,14 @@ def test_both_forwards_of_bilora_are_the_same_training(shapes, layers, load, tmp
         ("step_cost --shapes mini --arms bilora", "--arms"),
         ("step_cost --shapes mini --json no/such/a.json", "no/such/a.json"),
         ("against_diffusers --script no.py", "no.py"),
-        ("against_diffusers --script {ROOT}/train_text_bilora.py --device cuda", "--device"),
-        ("against_diffusers --script {ROOT}/train_text_bilora.py --preset sdxl", "--preset"),
-        (
-            "against_diffusers --script {ROOT}/train_text_bilora.py --peer_flags it's",
-            "--peer_flags",
+        *(
+            (f"against_diffusers --script {TEXT_SCRIPT} {words}", words.split()[0])
+            for words in ("--device cuda", "--preset sdxl", "--rounds 0", "--peer_flags it's")
         ),
     ],
 )
 def test_bad_input_is_one_sentence(words, named, load, capsys):
-    program, *arguments = words.format(ROOT=ROOT).split(" ")
+    program, *arguments = words.split(" ")
     main = load(program).main
     assert run_cli(lambda: main(arguments)) == 2
     captured = capsys.readouterr()
