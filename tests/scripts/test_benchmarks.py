@@ -19,6 +19,7 @@ CLIP = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32}
 CLIP |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4}
 LLAMA |= {"num_hidden_layers": 2, "vocab_size": 256}
+VAE = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "sample_size": 64}
 TINY = {
     "unet": {
         "sample_size": 8,
@@ -30,8 +31,7 @@ TINY = {
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 80,  # 32 + 6 * 8
     },
-    "vae": {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "sample_size": 64}
-    | {"norm_num_groups": 4},
+    "vae": VAE | {"norm_num_groups": 4},
     "text_encoder": CLIP,
     "text_encoder_2": CLIP,
 }
