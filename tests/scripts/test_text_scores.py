@@ -102,10 +102,6 @@ def zero_of(run, folder):
     return folder
 
 
-def effects(found):
-    return {row.subject: row.value for row in found.select("toy_text effect of adapter")}
-
-
 CHANGED = {"learning_rate": 0.1}
 """A rate at which two steps change the answers."""
 
@@ -119,9 +115,10 @@ def test_an_adapter_acts_and_one_of_zeros_does_not(kind, look, tmp_path):
     if kind == "causal":
         runs.append(train_text_once(kind, "full", method="full", **CHANGED))
     found = look(*map(str, runs), "base")
-    changed, told = effects(found), answers(found)
+    changed = {row.subject: row.value for row in found.select("toy_text effect of adapter")}
     assert changed.pop("bilora")
     assert changed == {"none": 0}
+    told = answers(found)
     assert told["none"] == told["base"]
     assert told["bilora"] != told["base"]
     assert told.get("full") not in (told["base"], told["bilora"])
