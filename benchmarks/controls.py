@@ -104,14 +104,16 @@ class RandomAuxiliary(BiLoRA):
     def expect(self, samples: Sequence[int | None]) -> None:
         """Nobody knows what will be drawn."""
 
-    def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
+    def seen(
+        self, samples: Sequence[int | None], snr: Sequence[float] = ()
+    ) -> AbstractContextManager[None]:
         count = len(self.options.sample_names)
         drawn: list[int | None] = []
         for sample in samples:
             self.draws += 1
             place = seed_of(self.options.seed, "bilora-random", self.draws)
             drawn.append(None if sample is None else place % count)
-        return super().seen(drawn)
+        return super().seen(drawn, snr)
 
 
 @register("bilora-frozen")
@@ -144,7 +146,9 @@ class SAMByBatch(Method):
         self._own: list[list[Tensor]] = []  # the gradient of each micro-batch of the step
         self._next: Iterator[list[Tensor]] | None = None  # in the second pass
 
-    def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
+    def seen(
+        self, samples: Sequence[int | None], snr: Sequence[float] = ()
+    ) -> AbstractContextManager[None]:
         return self._measure() if self._next is None else self._perturb(next(self._next))
 
     @contextmanager
