@@ -78,7 +78,6 @@ def option(default: Any, help: str, **settings: Any) -> Any:
 
     Args:
         default: its value when nobody gives one; a list for an option that takes several.
-        help: one or two sentences for ``--help``.
         **settings: what `Option` has; a number needs a ``range``.
     """
     metadata = {"option": Option(help, **settings)}
@@ -123,13 +122,8 @@ def check(
     """Refuse values that no run can mean; None is no value.
 
     Args:
-        fields: options by name.
-        values: theirs, by the same names.
         dashes: what stands before a name where the user wrote it.
         smallest: below it, a number other than 0 is refused too.
-
-    Raises:
-        UserError: one sentence with the value and the fix.
     """
     for name, field in fields.items():
         value, declared = values[name], option_of(field)
@@ -210,7 +204,7 @@ def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, 
     declared = option_of(field)
     usual = {"default": default_of(field), "choices": declared.choices}
     if field.default_factory is not dataclasses.MISSING:
-        action = _Append if declared.itemized else "store"
+        action = "extend" if declared.itemized else "store"
         return {**usual, "type": typing.get_args(hint)[0], "nargs": "+", "action": action}
     if isinstance(hint, types.UnionType):  # of a type and None, or a number and words
         hint = typing.get_args(hint)[0]
@@ -223,15 +217,6 @@ def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, 
     if bare:
         return {"action": "store_true"}
     return {**usual, "type": _truth, "nargs": "?", "const": True}
-
-
-class _Append(argparse.Action):
-    """Adds to what the flag gave before."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        before = getattr(namespace, self.dest)
-        more: Any = before if isinstance(before, list) and before is not self.default else []
-        setattr(namespace, self.dest, [*more, *values])
 
 
 def _number(kind: Callable[[str], float], words: tuple[str, ...]) -> Callable[[str], float | str]:

@@ -145,11 +145,7 @@ def refused(facts: Facts) -> Refusal | None:
 
 
 def check(facts: Facts) -> None:
-    """Refuse what does not go together.
-
-    Raises:
-        UserError: one sentence that names the values, the reason and the fix.
-    """
+    """Refuse what does not go together."""
     if (entry := refused(facts)) is not None:
         raise UserError(entry.sentence(facts))
 

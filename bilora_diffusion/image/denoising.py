@@ -20,15 +20,15 @@ from ..errors import UserError
 from ..train.task import precision
 from .families.base import Conditions, Family, moved
 from .families.sdxl import encode
-from .flow import Predict, Schedule, mean_of_shown
+from .flow import FlowMatching, Predict, mean_of_shown
 
 _DRAWN = ("latents", "noise", "index", "instance", "ids", "told", "shown", "prior")
 """Inputs that are not conditions."""
 
 
 @dataclass(frozen=True)
-class Denoising(Schedule):
-    """A noise schedule with the loss that belongs to it.
+class Denoising:
+    """A noise schedule with the loss that belongs to it, as `FlowMatching` has them.
 
     Args:
         scheduler: DDPM for the standard formulation, Euler or EDM-Euler for the EDM one.
@@ -126,6 +126,10 @@ class Denoising(Schedule):
         else:
             denoised = noisy / (sigma**2 + 1) - prediction * sigma / (sigma**2 + 1).sqrt()
         return sigma**-2 * (denoised - clean) ** 2
+
+
+Schedule = Denoising | FlowMatching
+"""Noise levels, and the loss that belongs to them."""
 
 
 def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = False) -> Tensor:

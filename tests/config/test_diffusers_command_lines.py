@@ -24,8 +24,7 @@ from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
-from bilora_diffusion.train.optimizers import build_optimizer, build_scheduler
-from bilora_diffusion.train.stepping import Schedule, total_steps
+from bilora_diffusion.train.stepping import Schedule, build_optimizer, build_scheduler, total_steps
 from tests.references.diffusers_flags import (
     DEFAULTS,
     TABLES,
@@ -74,14 +73,15 @@ IMAGES, CLASS_IMAGES = 5, 200
 class Images(list[None]):
     """So many images without any pixels."""
 
+    @property
+    def entries(self):
+        return [SimpleNamespace(size=(1024, 1024))] * len(self)
+
     def prompts(self, default):
         return [default] * len(self)
 
     def of_each(self, values):
         return values * len(self)
-
-    def size(self, _):
-        return 1024, 1024
 
 
 @pytest.fixture(autouse=True)

@@ -28,10 +28,9 @@ def pipeline_of(kind):
 
 
 def graph_of(pipeline):
-    names: Any = {"checkpoint": "model", "lora": "dog.safetensors", "prompt": "a fox"}
-    return comfy.workflow(
-        pipeline, **names, seed=3, size={"width": SIDE, "height": SIDE}, steps=STEPS, guidance=2.5
-    )
+    sample = {"prompt": "a fox", "negative_prompt": "", "seed": 3, "width": SIDE, "height": SIDE}
+    sample |= {"steps": STEPS, "guidance": 2.5, "strength": 1.0}
+    return comfy.workflow(pipeline, "model", "dog.safetensors", sample)
 
 
 def nodes(graph, *kinds):

@@ -75,7 +75,7 @@ def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(concepts, t
     assert column(lora, "digest") == column(whole, "digest")
     for subject in (subjects := gather([str(whole), str(lora)], weights=True)):
         seen = training_sets(subjects, None)[subject.label]
-        counts = Counter(seen.name(i).split("/")[0] for i in range(len(seen)))
+        counts = Counter(entry.name.split("/")[0] for entry in seen.entries)
         assert counts == {name: count for name, (count, _) in COUNTS.items()}
         assert len(points(subjects)[subject.label].images) == len(seen)
     resumes_exactly(whole, 2, **values(concepts, **drawn))
