@@ -8,7 +8,8 @@ import torch
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
-from bilora_diffusion.export import FILE_NAME, save_diffusers
+from bilora_diffusion.export.writer import save_diffusers
+from bilora_diffusion.lora_names import FILE_NAME
 from eval.sources import find
 from eval.subjects import Subject
 from tests.export.export_models import rewrite

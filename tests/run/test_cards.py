@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from bilora_diffusion.export import FILE_NAME, save_models
+from bilora_diffusion.export.writer import save_models
 from bilora_diffusion.image.card import write_dreambooth_card
 from bilora_diffusion.image.config import resolve
+from bilora_diffusion.lora_names import FILE_NAME
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.text.card import write_text_card
 from bilora_diffusion.text.config import resolve as resolve_text
