@@ -35,6 +35,10 @@ POLICY = (
 )
 """The browser itself then refuses whatever is not from this server, and to show the page in
 another. Gradio's page needs inline scripts and styles."""
+HEADERS = {
+    **{"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"},
+    "Referrer-Policy": "same-origin",
+}
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]+)?")
 
 
@@ -91,27 +95,20 @@ class Guard:
 def _with_policy(send: Send) -> Send:
     async def answer(message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            headers["Content-Security-Policy"] = POLICY
-            headers["X-Content-Type-Options"] = "nosniff"
-            headers["Referrer-Policy"] = "same-origin"
+            MutableHeaders(scope=message).update(HEADERS)
         await send(message)
 
     return answer
 
 
-def lifespan(host: str, public: bool) -> Any:
+@contextlib.asynccontextmanager
+async def guarded(app: Any, host: str, public: bool) -> AsyncIterator[None]:
     """A lifespan that puts the guard before all else, Gradio's own CORS headers included.
 
     A middleware that Gradio is given comes after Gradio's own.
     """
-
-    @contextlib.asynccontextmanager
-    async def guarded(app: Any) -> AsyncIterator[None]:
-        app.middleware_stack = Guard(app.middleware_stack, host, public)
-        yield
-
-    return guarded
+    app.middleware_stack = Guard(app.middleware_stack, host, public)
+    yield
 
 
 def close_downloads() -> None:

@@ -80,8 +80,7 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
         }
     )
     fused_head = any(kind.__module__.partition(".")[0] == "trl" for kind in type(trainer).__mro__)
-    getter = getattr(trainer.model, "get_output_embeddings", None)
-    if fused_head and callable(getter) and isinstance(getter(), adapters.LoraLayer):
+    if fused_head and isinstance(adapters.output_head(trainer.model), adapters.LoraLayer):
         raise UserError(
             "target_modules names the output layer, whose weight TRL's trainers read past the "
             'adapter; take it out of target_modules ("all-linear" leaves it out).'

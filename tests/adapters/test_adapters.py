@@ -133,7 +133,6 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("values", "word"),
     [
-        ({"init": "gausian"}, 'did you mean "gaussian"'),
         ({"target_modules": "to_q("}, "regular expression"),
         ({"target_modules": ("attention.out_proj",)}, "MultiheadAttention"),
         *(({"target_modules": (name,)}, name) for name in ("grouped", "dilated", "circular")),

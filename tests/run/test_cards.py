@@ -23,7 +23,7 @@ from bilora_diffusion.lora_names import FILE_NAME
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.text.card import write_text_card
 from bilora_diffusion.text.config import resolve as resolve_text
-from tests.export.mini_loras import write_lora
+from tests.export.export_models import write_lora
 from tests.text.text_builders import SAVERS, rows_for, train_text, write_rows
 
 pytestmark = pytest.mark.usefixtures("hub")
