@@ -131,13 +131,8 @@ class Tab:
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
         changed(self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
         # Where another base model is chosen; else what was set stays.
-        gr.on(
-            [self.a.change, self.b.change],
-            self.usual,
-            [self.a, self.b, base],
-            [steps, guidance, base],
-            **QUIET,
-        )
+        both, others = [self.a, self.b], [self.a.change, self.b.change]
+        gr.on(others, self.usual, [*both, base], [steps, guidance, base], **QUIET)
         asked = [prompt, self.a, self.b, seed, steps, guidance, scale]
         with form:
             work.events("generate", self.generate, prompt, asked, outputs)

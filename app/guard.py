@@ -71,25 +71,21 @@ class Guard:
     def _refusal(self, scope: Scope) -> str:
         hosts, origins = (Headers(scope=scope).getlist(name) for name in ("host", "origin"))
         host = hosts[0].lower() if len(hosts) == 1 else ""
-        if not self._is_ours(host):
+        match = _HOST.fullmatch(host)
+        # A web site can let its own name lead to this machine, but no address and no name of ours.
+        if match is None or not self._is_ours(match[1].strip("[]")):
             return f"The viewer is not called {host!r}: start it with --host and this name."
         if any(one.lower() not in (f"http://{host}", f"https://{host}") for one in origins):
             return "The viewer answers no page but its own."
         path = scope["path"]
         return "" if OPEN.fullmatch(path) or path.startswith(self._files) else "This is closed."
 
-    def _is_ours(self, host: str) -> bool:
-        """Test that a page that was asked for at this host comes from here.
-
-        A web site can let its own name lead to this machine, but no address and no name of ours.
-        """
-        match = _HOST.fullmatch(host)
-        name = match[1].strip("[]") if match else ""
+    def _is_ours(self, name: str) -> bool:
         if self._public:
             with contextlib.suppress(ValueError):
                 ipaddress.ip_address(name)
                 return True
-        return bool(name) and name in self._names
+        return name in self._names
 
 
 def _with_policy(send: Send) -> Send:

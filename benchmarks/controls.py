@@ -139,19 +139,15 @@ class SAMByBatch(Method):
         self._own: list[list[Tensor]] = []  # the gradient of each micro-batch of the step
         self._next: Iterator[list[Tensor]] | None = None  # in the second pass
 
-    def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
-        return self._measure() if self._next is None else self._perturb(next(self._next))
-
     @contextmanager
-    def _measure(self) -> Iterator[None]:
-        before = self._gradients()
-        yield
-        self._own.append([g - b for g, b in zip(self._gradients(), before, strict=True)])
-
-    @contextmanager
-    def _perturb(self, gradients: list[Tensor]) -> Iterator[None]:
+    def seen(self, samples: Sequence[int | None]) -> Iterator[None]:
+        if self._next is None:
+            before = self._gradients()
+            yield
+            self._own.append([g - b for g, b in zip(self._gradients(), before, strict=True)])
+            return
         with perturb.restored(self.weights):
-            perturb.move_(self.weights, gradients, self.rho)
+            perturb.move_(self.weights, next(self._next), self.rho)
             fused.forget()
             yield
 
