@@ -25,7 +25,6 @@ from .catalog import Catalog, ResultItem
 from .parts import QUIET, Update
 from .scored import PromptRow, Scored, ScoredImage, View, times_100
 
-UNSCORED = "no image has a score"
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
 """One after the other, so that the last choice is the one that stays on the screen."""
 
@@ -97,16 +96,17 @@ class Tab:
             return {self.empty: parts.notice(text), self.body: gr.update(visible=False)}
         asked = query.get("scores")
         item = items.get(asked or "") or next(iter(items.values()))
-        absent = []
         if asked and asked not in items:
             what = "have no images" if asked in there else "are not there"
-            absent, query = [f'The link names the scores "{asked}", which {what}.'], {}
+            parts.warn(f'The link names the scores "{asked}", which {what}.')
+            query = {}
         view, missing = data.opened(query, item.path, item.result)
-        for sentence in [*absent, *missing]:
+        for sentence in missing:
             parts.warn(sentence)
         names = item.result.labels
         scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]
-        scores = scores or [(UNSCORED, view.metric)]  # else Gradio calls every choice an error
+        # Without any Gradio would call every choice an error.
+        scores = scores or [("no image has a score", view.metric)]
         seeds = [(str(seed), seed) for seed in item.result.settings.seeds]
         folders = [(item.name, path) for path, item in items.items()]
         return {

@@ -28,9 +28,7 @@ from .runs import RunItem, pair
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Properties of events that fill the page without anyone waiting for them."""
-SMALLEST, LARGEST = 256, 768
-"""Sides in pixels between which a picture is shown."""
-SLIDER_SMALLEST = 384
+SMALLEST, LARGEST, SLIDER_SMALLEST = 256, 768, 384  # sides in pixels with which a picture is shown
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats of pictures; for others Pillow starts programs, such as an interpreter of PostScript."""
 MOST_PIXELS = 2**26
@@ -72,8 +70,6 @@ def fitted(picture: Image.Image, smallest: int = SMALLEST) -> Image.Image:
     """The picture with its longer side between ``smallest`` and ``LARGEST``, by Lanczos."""
     side = max(picture.size)
     new = min(max(side, smallest), LARGEST)
-    if new == side:
-        return picture
     width, height = (max(1, round(n * new / side)) for n in picture.size)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 

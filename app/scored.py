@@ -23,8 +23,7 @@ from eval.table import FILE, Result, Summary
 
 NOTES = {"t2t": "caption", "nearest": "nearest_image"}
 """Metric -> the fact of an image that is the note beside its value."""
-LARGEST_SEED = 2**53
-"""JavaScript's whole numbers end there."""
+LARGEST_SEED = 2**53  # where JavaScript's whole numbers end
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,6 @@ class View:
     Args:
         scores: path of the score folder.
         a, b, also: adapters of the pair, whose change is b minus a, and those shown beside them.
-        prompt, seed: of the images.
         metric, order: by which the prompts are listed (:data:`ORDERS`).
         words: only prompts that contain all of these are listed.
     """
@@ -266,14 +264,8 @@ def link(view: View) -> str:
 
 
 def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View, list[str]]:
-    """The view that a link asks for.
-
-    Args:
-        query: see :func:`link`; every part may be missing.
-        scores, result: the score folder that it names.
-
-    Returns:
-        The view, and a sentence for each part that is not there (any more).
+    """The view of a score folder that a :func:`link` asks for, of which every part may be missing;
+    and a sentence for each part that is not there (any more).
     """
     first, missing = first_view(scores, result), []
     also = first.also

@@ -58,9 +58,8 @@ class Progress:
         status: "running", "finished", "interrupted", "failed" or "stalled"; of a running one that
             is busy with something else than steps, its name, such as "validation images".
         reason: of a failed or a stalled run, in one sentence; "" otherwise.
-        steps, total: steps done and to do; ``total`` None where it is not known.
-        wall_seconds: spent so far, over all resumes.
-        left_seconds: of a running run, by its recent steps; None where it can't be told.
+        total: steps to do; None where it is not known.
+        wall_seconds, left_seconds: spent over all resumes; and to go, by the recent steps.
         peak_memory_bytes: of the accelerator, or of the process on a CPU.
     """
 

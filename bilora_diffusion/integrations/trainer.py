@@ -98,10 +98,15 @@ class WithBiLoRA(Trainer):
             kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, cast(Any, self.bilora.model)
             )
+            if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+                raise UserError(
+                    f"optimizer_cls_and_kwargs names {kind!r}, which makes parameter groups of its"
+                    " own; give a subclass of torch.optim.Optimizer."
+                )
             groups = self.bilora.param_groups(
                 lr=options.get("lr", self.args.learning_rate), weight_decay=self.args.weight_decay
             )
-            self.optimizer = checks.check_class(kind)(groups, **options)
+            self.optimizer = kind(groups, **options)
         if not checks.is_bound(self.optimizer, self.bilora):
             self.bilora.bind(self.optimizer)
         return self.optimizer
