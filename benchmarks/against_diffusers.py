@@ -66,8 +66,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"steps": 69, "rounds": 3, "mixed_precision": "bf16", "variants": list(VARIANTS)},
     },
 }
-PROMPT = "a TOK icon, in the style of TOK"
-RANK = 4
+PROMPT, RANK = "a TOK icon, in the style of TOK", 4
 STEP = re.compile(rb"(\d+)/(\d+) \[")
 FIGURES = {
     "seconds": ("whole command (s)", 1),
@@ -274,10 +273,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="the options that follow")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", help="folder or hub id")
-    parser.add_argument("--resolution", type=int)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--rounds", type=int)
+    for name in ("resolution", "batch", "steps", "rounds"):
+        parser.add_argument(f"--{name}", type=int)
     variants: dict[str, Any] = {"nargs": "+", "metavar": "NAME", "choices": VARIANTS}
     parser.add_argument("--variants", **variants, help="some of " + ", ".join(VARIANTS))
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))

@@ -125,10 +125,10 @@ def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
 
 def test_the_best_model_comes_back(tmp_path):
     bilora = trainers.attached(tiny_llm())
-    values = {"learning_rate": 3e-2, "load_best_model_at_end": True}
+    values: dict[str, Any] = {"learning_rate": 3e-2, "load_best_model_at_end": True}
     values |= {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
-    data = {"data": trainers.rows(4), "eval_dataset": trainers.rows(8, seed=1)}  # whose loss rises
-    trainer = trainers.with_bilora(tmp_path, bilora, **values, **data)
+    values |= {"data": trainers.rows(4), "eval_dataset": trainers.rows(8, seed=1)}  # its loss rises
+    trainer = trainers.with_bilora(tmp_path, bilora, **values)
     trainer.train()
     scores = trainers.losses(trainer, "eval_loss")
     assert min(scores) < scores[-1]
