@@ -99,14 +99,16 @@ class RandomAuxiliary(BiLoRA):
     def expect(self, samples: Sequence[int | None]) -> None:
         """Nobody knows what will be drawn."""
 
-    def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
+    def seen(
+        self, samples: Sequence[int | None], snr: Sequence[float] = ()
+    ) -> AbstractContextManager[None]:
         count = len(self.options.sample_names)
         drawn: list[int | None] = []
         for sample in samples:
             self.draws += 1
             place = seed_of(self.options.seed, "bilora-random", self.draws)
             drawn.append(None if sample is None else place % count)
-        return super().seen(drawn)
+        return super().seen(drawn, snr)
 
 
 @register("bilora-frozen")
@@ -140,7 +142,7 @@ class SAMByBatch(Method):
         self._next: Iterator[list[Tensor]] | None = None  # in the second pass
 
     @contextmanager
-    def seen(self, samples: Sequence[int | None]) -> Iterator[None]:
+    def seen(self, samples: Sequence[int | None], snr: Sequence[float] = ()) -> Iterator[None]:
         if self._next is None:
             before = self._gradients()
             yield

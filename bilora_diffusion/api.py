@@ -38,6 +38,8 @@ class BiLoRAConfig:
             B2 @ A2.
         loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it;
             None is 0.2, with several auxiliaries 0.4.
+        auxiliary_snr_gamma: of several auxiliaries, an image sees its own times
+            sqrt(min(SNR, gamma) / gamma), where `BiLoRA.samples` is given ratios; 0: the whole.
         auxiliary_learning_rate: learning rate of the auxiliary; None is the one given to
             `param_groups`.
         target_modules: "all-linear", a regular expression for module names, or a tuple of names or
@@ -62,6 +64,7 @@ class BiLoRAConfig:
     rho: float | str = like(MethodFlags, "rho", default=_Method.default_rho)
     rho_norm: str = like(MethodFlags, "rho_norm")
     loss_rise: float | None = like(MethodFlags, "loss_rise")
+    auxiliary_snr_gamma: float = like(MethodFlags, "auxiliary_snr_gamma")
     auxiliary_learning_rate: float | None = like(MethodFlags, "auxiliary_learning_rate")
     target_modules: str | tuple[str, ...] = adapters.ALL_LINEAR
     modules_to_save: tuple[str, ...] = ()
@@ -145,11 +148,17 @@ class BiLoRA:
         """Have the auxiliary projected onto the ball after every `optimizer.step()` (Eq. 10)."""
         self._method.bind(optimizer)
 
-    def samples(self, numbers: Iterable[int]) -> AbstractContextManager[None]:
+    def samples(
+        self, numbers: Iterable[int], snr: Iterable[float] = ()
+    ) -> AbstractContextManager[None]:
         """A context for the forward and backward pass of a micro-batch, where there are several
-        auxiliaries; ``numbers`` are those of the sample in each row, such as its place in the set.
+        auxiliaries.
+
+        Args:
+            numbers: of the sample in each row, such as its place in the set.
+            snr: signal-to-noise ratio of each row, where a model learns to predict noise.
         """
-        return self._method.seen([int(number) for number in numbers])
+        return self._method.seen([int(number) for number in numbers], [float(own) for own in snr])
 
     def observe(self, loss: Tensor) -> None:
         """Tell the loss before each `optimizer.step()`, 0-d, the mean over what the step's gradient

@@ -99,10 +99,15 @@ class Denoising(Schedule):
         if self.snr_gamma is None:
             return loss
         floored = self.snr_weighting == "diffusers"
-        weights = min_snr_weights(self._snr(index), self.snr_gamma, velocity, floored)
+        weights = min_snr_weights(self._ratio(index), self.snr_gamma, velocity, floored)
         return torch.where(inputs["instance"], loss * weights, loss)
 
-    def _snr(self, index: Tensor) -> Tensor:
+    def snr(self, index: Tensor) -> Tensor | None:
+        if self.kind == "edm_native" or self.scheduler.config["prediction_type"] != "epsilon":
+            return None
+        return self._ratio(index) if self.kind == "standard" else self.scheduler.sigmas[index] ** -2
+
+    def _ratio(self, index: Tensor) -> Tensor:
         alphas = self.scheduler.alphas_cumprod.to(index.device)[index].float()
         return alphas / (1 - alphas)
 

@@ -39,6 +39,12 @@ class Schedule(ABC):
     def level(self, index: Tensor) -> Tensor:
         """Noise levels as logs name them, by their numbers."""
 
+    def snr(self, index: Tensor) -> Tensor | None:
+        """Signal-to-noise ratios by the levels' numbers, (n,), where the model predicts noise, of
+        which it errs the less the less signal there is; else None.
+        """
+        return None
+
     @abstractmethod
     def loss(self, model: Predict, inputs: Mapping[str, Tensor]) -> Tensor:
         """Loss of each sample.

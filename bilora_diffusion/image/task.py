@@ -250,7 +250,9 @@ class DreamBooth:
         names = tuple(v.name for v in visits[: len(slots)])
         levels = self.module.denoising.level(inputs["index"]).tolist()
         samples = tuple(v.sample if v.kind == "instance" else None for v in visits)
-        return MicroBatch(slots, names, joined, inputs, tuple(map(float, levels)), samples)
+        snr = self.module.denoising.snr(inputs["index"])
+        ratios = () if snr is None else tuple(snr.tolist())
+        return MicroBatch(slots, names, joined, inputs, tuple(map(float, levels)), samples, ratios)
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
         """Loss on held-out and on training images over the fixed grid; {} without a set."""

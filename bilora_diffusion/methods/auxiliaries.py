@@ -125,8 +125,10 @@ class _Flat:
         return zip(self.layers, views[:count], views[count:], strict=True)
 
     @contextmanager
-    def one(self, group: int) -> Iterator[None]:
-        """Within the context the layers' parameters and gradients are views of one auxiliary's."""
+    def one(self, group: int, share: float) -> Iterator[None]:
+        """Within the context the layers' parameters and gradients are views of one auxiliary's, of
+        which a share acts.
+        """
         flat = self.parameters[group]
         if flat.grad is None:
             flat.grad = torch.zeros_like(flat)
@@ -136,22 +138,27 @@ class _Flat:
             A, B = adapters.weights(layer, AUXILIARY)
             A.data, A.grad = down, g_down
             B.data, B.grad = up.transpose(0, 1), g_up.transpose(0, 1)
+            layer.scaling[AUXILIARY] = share * self.scale
         try:
             yield
         finally:
             for layer in self.layers:
+                layer.scaling[AUXILIARY] = self.scale
                 for own in adapters.weights(layer, AUXILIARY):
                     own.grad = None
 
     @contextmanager
-    def several(self, groups: Sequence[int | None]) -> Iterator[None]:
-        """Within the context row i of every layer's input sees the auxiliary `groups[i]`."""
+    def several(self, groups: Sequence[int | None], shares: Sequence[float]) -> Iterator[None]:
+        """Within the context row i of every layer's input sees `shares[i]` of the auxiliary
+        `groups[i]`.
+        """
         flats = [None if g is None else self.parameters[g] for g in groups]
         one = next((flat for flat in flats if flat is not None), self.parameters[0])
         nothing = torch.zeros_like(one.data)
         values = torch.stack([nothing if flat is None else flat.data for flat in flats])
         gradients = torch.zeros_like(values)
-        values[:, self.up :].mul_(self.scale)
+        scales = self.scale * values.new_tensor(shares)[:, None]
+        values[:, self.up :].mul_(scales)
         both = zip(self.views(values), self.views(gradients), strict=True)
         rows = {
             layer: by_row.Rows(A, up, g_A, g_up, cast(Any, layer).lora_A[AUXILIARY])
@@ -159,7 +166,7 @@ class _Flat:
         }
         with by_row.acting(rows, AUXILIARY):
             yield
-        gradients[:, self.up :].mul_(self.scale)
+        gradients[:, self.up :].mul_(scales)
         for flat, gradient in zip(flats, gradients.unbind(), strict=True):
             if flat is not None:
                 flat.grad = gradient if flat.grad is None else flat.grad + gradient
@@ -261,20 +268,22 @@ class Auxiliaries(Auxiliary):
         return [flat.parameters[g] for flat in self._models for g in distinct]
 
     @contextmanager
-    def seen(self, samples: Sequence[int | None]) -> Iterator[None]:
-        """Within the context, for a forward and a backward pass, row i of a micro-batch sees the
-        auxiliary of `samples[i]`, or none.
+    def seen(self, samples: Sequence[int | None], shares: Sequence[float]) -> Iterator[None]:
+        """Within the context, for a forward and a backward pass, row i of a micro-batch sees
+        `shares[i]` of the auxiliary of `samples[i]`, or none.
 
         Raises:
             UserError: there are several, and a layer to which rows can't be added.
         """
         groups = self._groups(samples)
-        first = groups[0] if len(set(groups)) == 1 else None
+        first = groups[0] if len(set(zip(groups, shares, strict=True))) == 1 else None
         if self._parking is not None:
             self._parking.fetch(self._of(groups))
         with ExitStack() as stack:
             for flat in self._models:
-                stack.enter_context(flat.several(groups) if first is None else flat.one(first))
+                stack.enter_context(
+                    flat.several(groups, shares) if first is None else flat.one(first, shares[0])
+                )
             yield
 
     def norm(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -48,7 +49,9 @@ class Auxiliary:
     def expect(self, samples: Sequence[int | None]) -> None:
         """Prepare for `seen` with these samples, later in the same step."""
 
-    def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
+    def seen(
+        self, samples: Sequence[int | None], shares: Sequence[float]
+    ) -> AbstractContextManager[None]:
         """A context for the forward and backward pass of a micro-batch of these samples."""
         return nullcontext()
 
@@ -121,8 +124,12 @@ class WithAuxiliary(Counting):
     def expect(self, samples: Sequence[int | None]) -> None:
         self.auxiliary.expect(samples)
 
-    def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
-        return self.auxiliary.seen(samples)
+    def seen(
+        self, samples: Sequence[int | None], snr: Sequence[float] = ()
+    ) -> AbstractContextManager[None]:
+        gamma = self.options.auxiliary_snr_gamma
+        shares = [math.sqrt(min(own, gamma) / gamma) for own in snr if gamma]
+        return self.auxiliary.seen(samples, shares or [1.0] * len(samples))
 
     def apart(self) -> list[nn.Parameter]:
         return self.auxiliary.apart()

@@ -155,11 +155,14 @@ class Method:
     def expect(self, samples: Sequence[int | None]) -> None:
         """Prepare for `seen` with these samples, later in the same step."""
 
-    def seen(self, samples: Sequence[int | None]) -> AbstractContextManager[None]:
+    def seen(
+        self, samples: Sequence[int | None], snr: Sequence[float] = ()
+    ) -> AbstractContextManager[None]:
         """A context for the forward and backward pass of a micro-batch.
 
         Args:
             samples: which sample of the training set each row is; None for one that is no sample.
+            snr: signal-to-noise ratio of each row, where the model predicts noise; else ().
         """
         return nullcontext()
 

@@ -42,7 +42,7 @@ class BiLoRA(WithAuxiliary):
         (
             *("rho", "loss_rise", "rho_norm", "ball", "auxiliaries", "auxiliaries_on"),
             *("auxiliary_rank", "auxiliary_alpha", "auxiliary_learning_rate"),
-            "auxiliary_direction",
+            *("auxiliary_direction", "auxiliary_snr_gamma"),
         )
     )
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"auxiliary_learning_rate": 0.0})

@@ -30,6 +30,15 @@ RADII = Range(
     instead="; for plain LoRA use the method lora",
 )
 
+ON_A_SINGLE_ONE = Idle(
+    lambda values: values["auxiliaries"] == 1,
+    "on a single auxiliary",
+    "use `--auxiliaries sample` or drop it",
+)
+WITHOUT_NOISE = Idle(
+    lambda values: values.get("pipeline") != "StableDiffusionXLPipeline",
+    "where a model does not predict noise",
+)
 COUNTS = Range(10**6, "none would be seen twice", at_least=1)
 
 
@@ -138,14 +147,17 @@ class MethodFlags:
         "bilora with several auxiliaries: keep all on the device, or those that a step does not see"
         " in the CPU's memory.",
         choices=("device", "cpu"),
-        idle=(
-            Idle(
-                lambda values: values["auxiliaries"] == 1,
-                "on a single auxiliary",
-                "use `--auxiliaries sample` or drop it",
-            ),
-        ),
+        idle=(ON_A_SINGLE_ONE,),
         free=True,
+    )
+    auxiliary_snr_gamma: float = option(
+        5.0,
+        "bilora with several auxiliaries, on a model that predicts noise: an image sees its"
+        " auxiliary times sqrt(min(SNR, gamma) / gamma), since the loss falls with the"
+        " signal-to-noise ratio, and the whole would drown it where images take shape. 0: the whole"
+        " at every noise level.",
+        range=FACTORS,
+        idle=(ON_A_SINGLE_ONE, WITHOUT_NOISE),
     )
     auxiliary_rank: int | None = option(
         None,

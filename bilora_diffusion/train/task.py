@@ -28,7 +28,8 @@ class MicroBatch:
     identify data and noise of each slot, so that two runs can be proven to have seen the same.
     ``samples`` are the numbers of the samples in the training set, row by row as the module sees
     them; None for rows that are no samples, such as class images.
-    ``levels`` are the noise levels that its images are seen at, as logs name them, if it has any.
+    ``levels`` are the noise levels that its images are seen at, as logs name them, if it has any,
+    and ``snr`` their signal-to-noise ratios where the model predicts noise.
     """
 
     slots: tuple[int, ...]
@@ -37,6 +38,7 @@ class MicroBatch:
     inputs: dict[str, Any] = field(repr=False)
     levels: tuple[float, ...] = ()
     samples: tuple[int | None, ...] = ()
+    snr: tuple[float, ...] = ()
 
     def on(self, device: torch.device) -> dict[str, Any]:
         """The inputs on a device. A GPU's copies are not waited for, which takes pinned memory."""

@@ -155,7 +155,7 @@ class Trainer:
                 last = number == len(batches) - 1
                 with (
                     sharding.accumulating(self.accelerator, self.module, last),
-                    self.method.seen(batch.samples),
+                    self.method.seen(batch.samples, batch.snr),
                 ):
                     losses = self.module(batch.on(device))
                     self._passed.append((losses.detach(), batch))

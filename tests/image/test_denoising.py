@@ -71,6 +71,13 @@ def test_standard_loss_is_the_formula(prediction, gamma, weighting):
             else:
                 expected = expected * (min(snr, gamma) / snr + 1)
         assert loss[row].item() == pytest.approx(expected.item(), rel=1e-4)
+    ratios = denoising.snr(INDEX)
+    if prediction == "epsilon":
+        torch.testing.assert_close(
+            ratios, (alphas() / (1 - alphas()))[INDEX].float(), rtol=1e-3, atol=0
+        )
+    else:
+        assert ratios is None
 
 
 def test_min_snr_weights():
@@ -95,6 +102,9 @@ def test_edm_loss_is_the_weighted_error_of_the_denoised_image():
         expected = (((noisy - sigma * prediction - latents[row].double()) / sigma) ** 2).mean()
         assert loss[row].item() == pytest.approx(expected.item(), rel=1e-3)
     scheduler = denoising.scheduler  # whose levels fall with their index
+    ratios = denoising.snr(INDEX)
+    assert ratios is not None
+    torch.testing.assert_close(ratios, scheduler.sigmas[INDEX] ** -2)
     assert scheduler.sigmas[0] > scheduler.sigmas[999]
     assert scheduler.timesteps[0] > scheduler.timesteps[999]
 
@@ -105,6 +115,7 @@ def test_native_edm_is_chosen_by_the_pipeline():
     denoising = Denoising.from_config({**config, "prediction_type": "epsilon"})
     loss = denoising.loss(predict, inputs())
     assert denoising.kind == "edm_native"
+    assert denoising.snr(INDEX) is None, "it does not predict noise"
     assert torch.isfinite(loss).all()
 
 

@@ -26,12 +26,18 @@ def samples(k, rows=7):
     return [None if i == 0 and k % 3 == 0 else int(s) for i, s in enumerate(drawn)]
 
 
+def ratios(k, rows=7):
+    """Signal-to-noise ratios of the rows of step k, from 0.01 to 100."""
+    drawn = torch.rand(rows, generator=torch.Generator().manual_seed(100 + k))
+    return (10 ** (4 * drawn - 2)).tolist()
+
+
 def backward(run, k, cuts=()):
     """One pass over `batch(k)`, cut before these rows."""
     x, y = batch(k)
-    whole, total = samples(k), torch.zeros((), dtype=torch.float64)
+    whole, snr, total = samples(k), ratios(k), torch.zeros((), dtype=torch.float64)
     for start, stop in zip((0, *cuts), (*cuts, len(x)), strict=True):
-        with run.method.seen(whole[start:stop]):
+        with run.method.seen(whole[start:stop], snr[start:stop]):
             errors = (run.model(x[start:stop]) - y[start:stop]).square().mean(1)
             loss = errors.sum() / len(x)
             loss.backward()
@@ -44,20 +50,24 @@ def flats(method):
 
 
 @pytest.mark.parametrize("cuts", [(), (2, 5), tuple(range(1, 7))], ids=["one", "three", "rows"])
-@pytest.mark.parametrize(("kind", "lr", "rho"), [("SGD", 0.1, 0.05), ("AdamW", 5e-3, 0.3)])
-def test_50_steps_follow_per_sample_loops(kind, lr, rho, cuts):
+@pytest.mark.parametrize(
+    ("kind", "lr", "rho", "gamma"), [("SGD", 0.1, 0.05, 0), ("AdamW", 5e-3, 0.3, 2)]
+)
+def test_50_steps_follow_per_sample_loops(kind, lr, rho, gamma, cuts):
     """Acceptance: float64, to 1e-10, however the batch is cut."""
     given: dict[str, Any] = {"auxiliary_rank": 2, "auxiliary_alpha": 3, "rho": rho}
     given["auxiliary_learning_rate"] = 2 * lr
     one = Run("bilora", MethodOptions(**given), kind, lr)
-    run = Run("bilora", MethodOptions(auxiliaries=COUNT, **given), kind, lr)
+    options = MethodOptions(auxiliaries=COUNT, auxiliary_snr_gamma=gamma, **given)
+    run = Run("bilora", options, kind, lr)
     first, *others = (naive(one) for _ in range(1 + COUNT))
     net = reference.Net([replace(la, A2=None, B2=None) for la in first.layers], first.rules)
     expected, moved = [], 0
     for k in range(STEPS):
         before = [other.layers[0].A2 for other in others]
         groups = [None if s is None else s % COUNT for s in samples(k)]
-        expected.append(reference.by_sample(net, *batch(k), rho, others, groups))
+        shares = [(min(own / gamma, 1) if gamma else 1) ** 0.5 for own in ratios(k)]
+        expected.append(reference.by_sample(net, *batch(k), rho, others, groups, shares))
         moved += sum(a is not o.layers[0].A2 for a, o in zip(before, others, strict=True))
     assert moved < STEPS * COUNT, "some must have stood still"
     losses = run.train(backward=lambda k: backward(run, k, cuts))
