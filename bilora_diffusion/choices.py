@@ -29,7 +29,7 @@ OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
         "prodigy": OptimizerKind(4, "prodigyopt"),
     }
 )
-"""They are made in `train.optimizers`."""
+"""They are made in `train.stepping`."""
 
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output head."""

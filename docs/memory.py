@@ -18,8 +18,7 @@ from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.dry_run import moments
 from bilora_diffusion.image.families import named
 from bilora_diffusion.methods import Target
-from bilora_diffusion.train.dry_run import BEFORE, STEP, attached
-from bilora_diffusion.train.empty import empty
+from bilora_diffusion.train.dry_run import BEFORE, STEP, attached, empty
 
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "dry_run_memory"
 MODELS = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))

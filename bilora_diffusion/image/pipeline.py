@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 
 from ..errors import UserError, reading
 from ..mini import PIPELINES
-from ..train.empty import empty
+from ..train.dry_run import empty
 from ..train.soundness import require_safetensors, require_whole, require_words
 from .base_model import ANOTHER, describe, folder_of, from_hub
 from .config import DreamBoothConfig
@@ -32,7 +32,7 @@ class Origin:
 
     Args:
         folder: of the whole.
-        later: functions that read the parts that were left without weights (`train.empty`).
+        later: functions that read the parts that were left without weights (`train.dry_run`).
     """
 
     folder: Path
@@ -61,8 +61,8 @@ def load_pipeline(
         name: folder, hub id, or one of `mini.PIPELINES`.
         dtype: of all parts, or of each by name with "default" for the rest.
         vae: another autoencoder (``--pretrained_vae_model_name_or_path``).
-        weights: whether to load any; the models are empty (`train.empty`) without, and no more than
-            configurations and tokenizers is downloaded.
+        weights: whether to load any; the models are empty (`dry_run.empty`) without, and no more
+            than configurations and tokenizers is downloaded.
         later: parts that are left without weights until somebody reads them (`Origin`).
 
     Returns:

@@ -20,8 +20,7 @@ from ..api import BiLoRA
 from ..durable import readable_as, replacing
 from ..errors import UserError, reading, translated
 from ..lora_names import CONFIG, WEIGHTS
-from ..run.checkpoint import load_tensors, require_same_settings
-from ..run.state_codec import separate
+from ..run.checkpoint import load_tensors, require_same_settings, separate
 
 STATE = "bilora_state.safetensors"
 BESIDE = ("optimizer.pt", "scheduler.pt")

@@ -85,11 +85,7 @@ class _Flat:
     """
 
     def __init__(
-        self,
-        layers: Layers,
-        measures: Sequence[float],
-        count: int,
-        device: str | None,
+        self, layers: Layers, measures: Sequence[float], count: int, device: str | None
     ) -> None:
         factors = adapters.factors_of(layers, AUXILIARY)
         groups = alike((f.A.shape, f.B.shape) for f in factors)

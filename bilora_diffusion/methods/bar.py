@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..adapters import PRIMARY, LoraLayer
+from ..adapters import PRIMARY, weights
 from ..errors import UserError
 from .base import Counting
 from .hooks import BeforeStep, unwrapped
@@ -41,7 +41,7 @@ class _BAR(BeforeStep, Counting, ABC):
         """
         rates = _rates(unwrapped(optimizer))
         for name, layer in self.layers():
-            if any(id(factor) not in rates for factor in _factors(layer)):
+            if any(id(factor) not in rates for factor in weights(layer, PRIMARY)):
                 raise UserError(f"The optimizer lacks {name}; make it from param_groups().")
         super().bind(optimizer)
 
@@ -57,7 +57,7 @@ class _BAR(BeforeStep, Counting, ABC):
             progress = self.options.progress(self.taken)
             strength *= falling(self.options.bar_schedule, progress)
         # A layer without a gradient is one that no step moves: SAM's would not balance it either.
-        pairs = [_factors(layer) for _, layer in self._layers]
+        pairs = [weights(layer, PRIMARY) for _, layer in self.primary_layers]
         pairs = [(a, b) for a, b in pairs if a.grad is not None and b.grad is not None]
         if not pairs:
             return
@@ -92,11 +92,6 @@ class LoRAnBAR(_BAR):
 
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
         return _norms(_gradients(A)) < _norms(_gradients(B))
-
-
-def _factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
-    A, B = (cast(nn.Parameter, side[PRIMARY].weight) for side in (layer.lora_A, layer.lora_B))
-    return A, B
 
 
 def _rates(optimizer: Optimizer) -> dict[int, float]:

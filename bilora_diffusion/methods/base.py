@@ -46,33 +46,24 @@ class Method:
     """A way to fine-tune adapters; plain LoRA, where a method does not override it.
 
     Attributes:
-        name: the name it is registered under.
-        title: its name in tables and model cards.
-        summary: a sentence or two about it, for model cards.
-        adapters: the adapters it trains, in the order in which they act; what a checkpoint holds.
-        reads: the fields of `MethodFlags` that make a difference to it; registering it adds those
-            of `own_options`.
-        own_options: the options that it alone has, if any.
-        default_rho: its radius where `MethodOptions.rho` is None.
-        default_text_rho: that of the text script, where it is another.
-        passes: gradients that a step takes: the "Cost" of the paper's Table 3.
-        exports_weights: whether it leaves whole models behind, not adapters.
-        limit: options under which it trains as plain LoRA does, None if there are none.
         targets: the models given to `setup`.
         on_perturbed: called within a step while the primaries hold A + e_A and B + e_B, and their
             `.grad` holds e, where somebody wants to know (`train.dynamics`).
     """
 
-    name: ClassVar[str] = ""
-    title: ClassVar[str] = ""
-    summary: ClassVar[str] = ""
+    name: ClassVar[str] = ""  # the one it is registered under
+    title: ClassVar[str] = ""  # its name in tables and model cards
+    summary: ClassVar[str] = ""  # a sentence or two about it, for model cards
+    # The adapters it trains, in the order in which they act; what a checkpoint holds.
     adapters: ClassVar[tuple[str, ...]] = (PRIMARY,)
+    # Fields of `MethodFlags` that matter to it; registering it adds those of `own_options`.
     reads: ClassVar[frozenset[str]] = frozenset()
-    own_options: ClassVar[type[OwnOptions] | None] = None
-    default_rho: ClassVar[float] = 0.05
-    default_text_rho: ClassVar[float | None] = None
-    passes: ClassVar[int] = 1
-    exports_weights: ClassVar[bool] = False
+    own_options: ClassVar[type[OwnOptions] | None] = None  # those that it alone has
+    default_rho: ClassVar[float] = 0.05  # its radius where `MethodOptions.rho` is None
+    default_text_rho: ClassVar[float | None] = None  # that of the text script, if another
+    passes: ClassVar[int] = 1  # gradients that a step takes: the "Cost" of the paper's Table 3
+    exports_weights: ClassVar[bool] = False  # leaves whole models behind, not adapters
+    # Options under which it trains as plain LoRA does, None if there are none.
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
 
     def __init__(self, options: MethodOptions | None = None) -> None:
@@ -183,10 +174,15 @@ class Method:
         Returns:
             The loss, a 0-d tensor.
         """
-        loss = forward_backward()
+        with self.moved():
+            loss = forward_backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss
+
+    def moved(self) -> AbstractContextManager[None]:
+        """A context in which the weights are those that a step's gradient is taken at."""
+        return nullcontext()
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of the models for a checkpoint: every trained parameter, and what was taken out
@@ -228,6 +224,11 @@ class Method:
         """
         return self.clip_parameters()
 
+    @cached_property
+    def primary_layers(self) -> list[tuple[str, adapters.LoraLayer]]:
+        """`layers()` of the primary; after `setup`."""
+        return self.layers()
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within the context only the primary acts, by PEFT's own forward, as in use."""
@@ -261,9 +262,7 @@ class Method:
 class Counting(Method):
     """A method whose steps depend on how many were taken; a resume goes on counting."""
 
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        super().__init__(options)
-        self.taken = 0
+    taken = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}

@@ -15,10 +15,11 @@ from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY
 from ..choices import AUTO
 from ..errors import UserError
-from . import auxiliaries, ball, radius
+from . import auxiliaries, ball
 from .auxiliary import WithAuxiliary, learning_rate
-from .base import MethodOptions, StepOptimizer, Target
+from .base import StepOptimizer, Target
 from .hooks import ascend, unwrapped
+from .radius import AutoRadius
 from .registry import register
 
 
@@ -47,12 +48,10 @@ class BiLoRA(WithAuxiliary):
     )
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"auxiliary_learning_rate": 0.0})
 
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        super().__init__(options)
-        self.radius: radius.AutoRadius | None = None
-        self._optimizer: Optimizer | None = None
-        self._hooks: list[RemovableHandle] = []
-        self._last: ball.Projection | None = None
+    radius: AutoRadius | None = None
+    _optimizer: Optimizer | None = None
+    _hooks: Sequence[RemovableHandle] = ()
+    _last: ball.Projection | None = None
 
     def inject_others(self) -> None:
         # Eq. 7. B2 starts at zero; whatever the primary's init, A2 is kaiming-uniform.
@@ -69,7 +68,7 @@ class BiLoRA(WithAuxiliary):
         layers = [adapters.layers(target.model, AUXILIARY) for target in self.targets]
         self.auxiliary = auxiliaries.create(layers, self.options)
         if self.options.rho == AUTO:
-            self.radius = radius.create(layers, self.options, self.auxiliary.count)
+            self.radius = AutoRadius(layers, self.options, self.auxiliary.count)
 
     def param_groups(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         # Eq. 9: descent on B1, A1 with eta_1, ascent on B2, A2 with eta_2, both from one gradient.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from .. import adapters
 from ..adapters import PRIMARY, Factors
 from . import EFMLoRAOptions, ball, perturb
-from .base import Counting, MethodOptions, StepOptimizer
+from .base import Counting
 from .hooks import BeforeStep
 from .registry import register
 
@@ -51,51 +52,34 @@ class EFMLoRA(BeforeStep, Counting):
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
 
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        super().__init__(options)
-        self._moves: dict[str, Tensor] = {}
-
-    def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
-        with self._moved():
-            loss = forward_backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
     def tensors(self) -> dict[str, Tensor]:
-        return {**super().tensors(), **self._E()}
+        return {**super().tensors(), **self._E}
 
     def metrics(self) -> dict[str, float]:
         """Length of the next perturbation of the weights."""
-        moves = [
-            factors._replace(B=E.flatten(1))
-            for factors, E in zip(self._factors(), self._E().values(), strict=True)
-        ]
+        factors = adapters.factors_of(self.primary_layers, PRIMARY)
+        moves = [f._replace(B=E.flatten(1)) for f, E in zip(factors, self._E.values(), strict=True)]
         return {"perturbation_norm": float(ball.frobenius_norm(moves))}
 
-    def _factors(self) -> list[Factors]:
-        return adapters.factors_of(self._layers, PRIMARY)
-
-    def _weights(self) -> list[Tensor]:
-        return [cast(Tensor, layer.lora_B[PRIMARY].weight) for _, layer in self._layers]
-
+    @cached_property
     def _E(self) -> dict[str, Tensor]:
         """E of each layer by name, like its B; zero before the first step."""
-        if not self._moves:
-            for target in self.targets:
-                for path, layer in adapters.layers(target.model, PRIMARY):
-                    weight = cast(Tensor, layer.lora_B[PRIMARY].weight)
-                    name = f"{target.name}/{PERTURBATION}/{path}.lora_B.weight"
-                    self._moves[name] = torch.zeros_like(weight, requires_grad=False)
-        return self._moves
+        return {
+            f"{target.name}/{PERTURBATION}/{path}.lora_B.weight": torch.zeros_like(
+                adapters.weights(layer, PRIMARY)[1], requires_grad=False
+            )
+            for target in self.targets
+            for path, layer in adapters.layers(target.model, PRIMARY)
+        }
 
     @contextmanager
-    def _moved(self) -> Iterator[None]:
+    def moved(self) -> Iterator[None]:
         """Within the context the layers hold B + E."""
-        weights = self._weights()
+        layers = self.primary_layers
+        weights: list[Tensor] = [adapters.weights(layer, PRIMARY)[1] for _, layer in layers]
         with perturb.restored(weights):
             with torch.no_grad():
-                torch._foreach_add_(weights, list(self._E().values()))
+                torch._foreach_add_(weights, list(self._E.values()))
             yield
 
     @torch.no_grad()
@@ -104,10 +88,10 @@ class EFMLoRA(BeforeStep, Counting):
         rho, beta = self.rho, self.own.efm_beta
         if self.own.efm_schedule == "sqrt":
             rho /= math.sqrt(self.taken)
-        with self._moved():  # the gradients are of these weights
-            gradients = adapters.gradients_of(self._layers, PRIMARY)
-            steps = perturbations(self._factors(), gradients, rho)
-        for E, step in zip(self._E().values(), steps, strict=True):
+        with self.moved():  # the gradients are of these weights
+            gradients = adapters.gradients_of(self.primary_layers, PRIMARY)
+            steps = perturbations(adapters.factors_of(self.primary_layers, PRIMARY), gradients, rho)
+        for E, step in zip(self._E.values(), steps, strict=True):
             if step is not None:
                 E.lerp_(step.view_as(E), beta if self.taken > 1 else 1.0)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
@@ -15,7 +16,7 @@ from .. import adapters
 from ..adapters import PRIMARY
 from ..seeds import seed_of
 from . import perturb
-from .base import Counting, MethodOptions, StepOptimizer
+from .base import Counting
 from .options import rising
 from .registry import register
 
@@ -40,41 +41,31 @@ class FlatLoRA(Counting):
     default_rho: ClassVar[float] = 0.1
     default_text_rho: ClassVar[float | None] = 0.05
 
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        super().__init__(options)
-        self._layers: list[tuple[str, adapters.LoraLayer]] = []
-        self._buffers: list[Tensor] = []
+    _buffers: Sequence[Tensor] = ()
 
     @property
     def depends_on_length(self) -> bool:
         return True
 
-    def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
+    def moved(self) -> AbstractContextManager[None]:
         self.taken += 1
-        weights = [adapters.base_weight(layer) for _, layer in self._layers]
-        with perturb.replaced(weights, self._noisy_weights(weights)):
-            loss = forward_backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
+        weights = [adapters.base_weight(layer) for _, layer in self.primary_layers]
+        return perturb.replaced(weights, self._noisy_weights(weights))
 
-    def inject_others(self) -> None:
-        self._layers = self.layers()
-
-    def _noisy_weights(self, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+    def _noisy_weights(self, weights: Sequence[nn.Parameter]) -> Sequence[Tensor]:
         if not self._buffers:  # kept from step to step: fresh memory costs time too
             self._buffers = [torch.empty_like(w, requires_grad=False) for w in weights]
         strength = self.rho * rising("cosine", self.options.progress(self.taken))
 
         def make(index: int) -> None:
-            path, layer = self._layers[index]
+            path, layer = self.primary_layers[index]
             seed = seed_of(self.options.seed, "flat-lora", self.taken, path)
             noisy_weight(layer, strength, seed, out=self._buffers[index])
 
         # torch draws normal numbers on one CPU thread; layers are independent, so they share all.
         threads = torch.get_num_threads() if weights[0].device.type == "cpu" else 1
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(make, range(len(self._layers))))
+            list(pool.map(make, range(len(weights))))
         return self._buffers
 
 

@@ -10,9 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .. import adapters
 from ..errors import UserError
-from .base import Method, MethodOptions
+from .base import Method
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
@@ -34,10 +33,7 @@ def unwrapped(optimizer: Any) -> Optimizer:
 class BeforeStep(Method):
     """A method that acts on the layers' gradients or factors before each step that is taken."""
 
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        super().__init__(options)
-        self._layers: list[tuple[str, adapters.LoraLayer]] = []
-        self._hook: RemovableHandle | None = None
+    _hook: RemovableHandle | None = None
 
     def bind(self, optimizer: Optimizer) -> None:
         """Call `before_step` before every step of `optimizer`.
@@ -47,7 +43,6 @@ class BeforeStep(Method):
         """
         if self._hook is not None:
             self._hook.remove()
-        self._layers = self.layers()
         self._hook = unwrapped(optimizer).register_step_pre_hook(self.before_step)
 
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:

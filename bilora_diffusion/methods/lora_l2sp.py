@@ -39,9 +39,9 @@ class LoRAL2SP(BeforeStep):
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        scales = auxiliary.scales(self._layers, "scaled", PRIMARY)
-        changes = radius.changes(self._layers, scales)
-        for (_name, layer), change in zip(self._layers, changes, strict=True):
+        scales = auxiliary.scales(self.primary_layers, "scaled", PRIMARY)
+        changes = radius.changes(self.primary_layers, scales)
+        for (_name, layer), change in zip(self.primary_layers, changes, strict=True):
             weights = adapters.weights(layer, PRIMARY)
             A, B = (weight.flatten(1) for weight in weights)
             factor = 2 * self.own.l2sp_lambda * change.scale**2

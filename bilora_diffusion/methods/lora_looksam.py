@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..adapters import PRIMARY
 from . import LookSAMOptions, perturb
-from .base import Counting, MethodOptions, StepOptimizer
+from .base import Counting, StepOptimizer
 from .lora_sam import LoRASAM
 from .registry import register
 
@@ -45,11 +46,6 @@ class LoRALookSAM(LoRASAM, Counting):
         {"rho": 1e-30, "own": LookSAMOptions(looksam_alpha=0.0)}
     )
 
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        super().__init__(options)
-        self._weights: dict[str, nn.Parameter] = {}
-        self._directions: dict[str, Tensor] = {}
-
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         looks = self.taken % self.own.looksam_k == 0
         self.taken += 1
@@ -64,41 +60,40 @@ class LoRALookSAM(LoRASAM, Counting):
         return loss
 
     def tensors(self) -> dict[str, Tensor]:
-        return {**super().tensors(), **self._g_v()}
+        return {**super().tensors(), **self._g_v}
 
     def _look(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         """A step of SAM from the gradients that are there; returns the loss uphill."""
-        directions = self._g_v()
-        weights = list(self._weights.values())
+        weights = list(self._named.values())
         g = _gradients(weights)
         with perturb.restored(weights):
             perturb.move_(weights, g, self.rho)
             optimizer.zero_grad()
             perturbed = forward_backward()
         across = orthogonal(_gradients(weights), g)
-        torch._foreach_copy_(list(directions.values()), across)
+        torch._foreach_copy_(list(self._g_v.values()), across)
         return perturbed
 
     def _reuse(self) -> None:
-        pairs = zip(self._weights.values(), self._g_v().values(), strict=True)
+        pairs = zip(self._named.values(), self._g_v.values(), strict=True)
         moved = [(w.grad, direction) for w, direction in pairs if w.grad is not None]
         g = [gradient for gradient, _ in moved]
         length = self.own.looksam_alpha * perturb.norm(g)
         perturb.move_(g, [direction for _, direction in moved], length)
 
+    @cached_property
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{target.name}/{DIRECTION}/{name}": weight
+            for target in self.targets
+            for own in (adapters.named_parameters, adapters.whole)
+            for name, weight in own(target.model, PRIMARY).items()
+        }
+
+    @cached_property
     def _g_v(self) -> dict[str, Tensor]:
         """g_v by name, zero before the first step."""
-        if not self._directions:
-            for target in self.targets:
-                named = adapters.named_parameters(target.model, PRIMARY)
-                named = {**named, **adapters.whole(target.model, PRIMARY)}
-                start = f"{target.name}/{DIRECTION}/"
-                self._weights |= {start + name: weight for name, weight in named.items()}
-            self._directions = {
-                name: torch.zeros_like(weight, requires_grad=False)
-                for name, weight in self._weights.items()
-            }
-        return self._directions
+        return {n: torch.zeros_like(w, requires_grad=False) for n, w in self._named.items()}
 
 
 def _gradients(weights: list[nn.Parameter]) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..errors import UserError
 from . import perturb
-from .base import Method, MethodOptions, StepOptimizer
+from .base import Method
 from .hooks import unwrapped
 from .registry import register
 
@@ -40,9 +41,7 @@ class LoRAMSAM(Method):
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
 
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        super().__init__(options)
-        self._optimizer: Optimizer | None = None
+    _optimizer: Optimizer | None = None
 
     def bind(self, optimizer: Optimizer) -> None:
         """Read the momentum of `optimizer` before each step.
@@ -60,15 +59,13 @@ class LoRAMSAM(Method):
                 )
         self._optimizer = optimizer
 
-    def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
+    @contextmanager
+    def moved(self) -> Iterator[None]:
         momenta = [(w, v) for w in self.weights if (v := self._momentum(w)) is not None]
         weights = [weight for weight, _ in momenta]
         with perturb.restored(weights):
             perturb.move_(weights, [momentum for _, momentum in momenta], -self.rho)
-            loss = forward_backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
+            yield
 
     def _momentum(self, weight: nn.Parameter) -> Tensor | None:
         """v of one weight; None before the first step that moved it."""

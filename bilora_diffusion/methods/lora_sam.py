@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from . import perturb
-from .base import Method, MethodOptions, StepOptimizer
+from .base import Method, StepOptimizer
 from .registry import register
 
 
@@ -36,9 +36,7 @@ class LoRASAM(Method):
     default_text_rho: ClassVar[float | None] = 0.01
     passes: ClassVar[int] = 2
 
-    def __init__(self, options: MethodOptions | None = None) -> None:
-        super().__init__(options)
-        self._rise: tuple[Tensor, Tensor] | None = None
+    _rise: tuple[Tensor, Tensor] | None = None
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         loss = forward_backward()

@@ -9,15 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..choices import (
-    AUTO,
-    BALLS,
-    DIRECTIONS,
-    INITS,
-    RHO_NORMS,
-    SAMPLE,
-    SCHEDULES,
-)
+from ..choices import AUTO, BALLS, DIRECTIONS, INITS, RHO_NORMS, SAMPLE, SCHEDULES
 from ..errors import UserError
 from ..fields import Idle, check, option, options_of, unless
 from ..values import FACTORS, RANKS, RATES, SCALES, SHARES, Range
@@ -160,19 +152,13 @@ class MethodFlags:
         idle=(ON_A_SINGLE_ONE, WITHOUT_NOISE),
     )
     auxiliary_rank: int | None = option(
-        None,
-        "bilora: rank r2 of the auxiliary (Section 5.7). Default: the primary's.",
-        range=RANKS,
+        None, "bilora: rank r2 of the auxiliary (Section 5.7). Default: the primary's.", range=RANKS
     )
     auxiliary_alpha: float | None = option(
-        None,
-        "bilora: alpha of the auxiliary. Default: the primary's.",
-        range=SCALES,
+        None, "bilora: alpha of the auxiliary. Default: the primary's.", range=SCALES
     )
     auxiliary_learning_rate: float | None = option(
-        None,
-        "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G).",
-        range=RATES.or_zero,
+        None, "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G).", range=RATES.or_zero
     )
     auxiliary_direction: str = option(
         "ascent",
@@ -180,9 +166,7 @@ class MethodFlags:
         choices=DIRECTIONS,
     )
     bar_alpha: float = option(
-        0.25,
-        "lora-obar, lora-nbar: strength of the balancing (Appendix H.4).",
-        range=FACTORS,
+        0.25, "lora-obar, lora-nbar: strength of the balancing (Appendix H.4).", range=FACTORS
     )
     bar_schedule: str = option(
         "constant",
@@ -209,21 +193,15 @@ class OwnOptions:
 class MethodOptions(MethodFlags):
     """Options given to a method.
 
-    Attributes:
-        num_steps: optimizer steps of the whole run, which schedules need.
-        sample_names: of the training samples, by which they are dealt to auxiliaries; () where
-            samples are known by number alone.
-        seed: of the random numbers that a method itself draws (Flat-LoRA's noise).
-        own: the options that the method alone has; None for their defaults.
-
     Raises:
         UserError: a value outside its range.
     """
 
-    num_steps: int | None = None
+    num_steps: int | None = None  # of the whole run, which schedules need
+    # Of the training samples, by which they are dealt to auxiliaries, where they have names.
     sample_names: tuple[str, ...] = ()
-    seed: int = 0
-    own: Any = None
+    seed: int = 0  # of the random numbers that a method itself draws (Flat-LoRA's noise)
+    own: Any = None  # the options that the method alone has; None for their defaults
 
     def __post_init__(self) -> None:
         # However small: a limiting case of the method may be asked for.

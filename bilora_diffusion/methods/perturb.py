@@ -41,7 +41,7 @@ def replaced(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Itera
 
 
 @torch.no_grad()
-def climb_(weights: Sequence[Tensor], rho: float) -> Tensor:
+def climb_(weights: Sequence[Tensor], rho: float) -> None:
     """Equation 3 and 4's step, in place: add e = rho g / ||g||, one norm over all weights.
 
     The gradients are consumed: `.grad` holds e afterwards, so that no memory is taken.
@@ -49,16 +49,11 @@ def climb_(weights: Sequence[Tensor], rho: float) -> Tensor:
     Args:
         weights: parameters with their gradients in `.grad`; those without one are left alone.
         rho: length of the step, over all weights together.
-
-    Returns:
-        ||g||, a 0-d tensor.
     """
     moved = [weight for weight in weights if weight.grad is not None]
     gradients = [weight.grad for weight in moved if weight.grad is not None]
-    length = norm(gradients)
-    torch._foreach_mul_(gradients, rho / (length + 1e-12))
+    torch._foreach_mul_(gradients, rho / (norm(gradients) + 1e-12))
     torch._foreach_add_(moved, gradients)
-    return length
 
 
 @torch.no_grad()
@@ -80,8 +75,8 @@ def move_(tensors: Sequence[Tensor], along: Sequence[Tensor], length: float | Te
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """sqrt(sum_i ||t_i||^2) in fp32 or wider, 0-d."""
-    wide = _wide(tensors)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), dtype=wide)))
+    norms = torch._foreach_norm(list(tensors), dtype=_wide(tensors))
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 @torch.no_grad()

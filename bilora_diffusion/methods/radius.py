@@ -69,36 +69,25 @@ def changes(layers: Layers, measures: Sequence[float]) -> list[adapters.Factors]
     ]
 
 
-def create(layers: Sequence[Layers], options: MethodOptions, count: int) -> AutoRadius:
-    """A radius for adapters that are injected already.
-
-    Args:
-        layers: of each trained model, those that have the adapters.
-        count: how many auxiliaries there are.
-    """
-    every = [pair for own in layers for pair in own]
-    tau = options.loss_rise or (RISE if count == 1 else RISE_BY_SAMPLE)
-    return AutoRadius(tau, every, scales(every, options.rho_norm, PRIMARY))
-
-
 class AutoRadius:
     """Follows the slope of the loss along the auxiliary; all its numbers stay on the device.
 
     Args:
-        tau: the share of the loss by which the auxiliary is to move it.
-        layers: that have the primary.
-        measures: what the norm of each one's B A is multiplied with.
+        layers: of each trained model, those that have the adapters, which are injected already.
+        options: the method's.
+        count: how many auxiliaries there are.
 
     Attributes:
         rho: the bound of Equation 10 in the coming projection; infinite before the first step.
         rise: gamma of the last step over its loss, 0-d; None before the second.
     """
 
-    def __init__(self, tau: float, layers: Layers = (), measures: Sequence[float] = ()) -> None:
-        self.tau = tau
+    def __init__(self, layers: Sequence[Layers], options: MethodOptions, count: int) -> None:
+        self.tau = options.loss_rise or (RISE if count == 1 else RISE_BY_SAMPLE)
         self.rho: float | Tensor = math.inf
         self.rise: Tensor | None = None
-        self._layers, self._measures = layers, measures
+        self._layers = [pair for own in layers for pair in own]
+        self._measures = scales(self._layers, options.rho_norm, PRIMARY)
         self._step_loss: Tensor | None = None  # of the step that is being taken, as is gamma
         self._gamma: Tensor | None = None
         self._rho: Tensor | None = None
@@ -125,33 +114,22 @@ class AutoRadius:
         moving = auxiliary.moving()
         self._gamma = auxiliary.rise(moving) if moving else None
 
+    @torch.no_grad()
     def after_step(self, auxiliary: Auxiliary) -> float | Tensor:
         """Set `rho`, before the projection, and give it."""
-        if self._step_loss is not None and self._gamma is not None:
-            moved = ball.frobenius_norm(changes(self._layers, self._measures))
-            self.rho = self.update(self._step_loss, self._gamma, moved, auxiliary.seen_norm())
+        loss, gamma = self._step_loss, self._gamma
         self._step_loss = None  # each step tells its own
-        return self.rho
-
-    @torch.no_grad()
-    def update(
-        self, loss: Tensor, gamma: Tensor, moved: Tensor, norm: Tensor | None = None
-    ) -> Tensor:
-        """Set the radius after one more step, and give it.
-
-        Args:
-            loss: of the step, 0-d.
-            gamma: <G, E> of the step, before its update, 0-d.
-            moved: norm of the primary's change of the weights after the step, 0-d.
-            norm: of the auxiliaries that the step's gradient saw, 0-d, where these are others than
-                those that were projected last. A step that saw none yet says nothing.
-        """
-        most = MOST * moved
+        if loss is None or gamma is None:
+            return self.rho
+        most = MOST * ball.frobenius_norm(changes(self._layers, self._measures))
         if self._rho is None or self._norm is None:
-            return most  # the auxiliary was zero in the first step
+            self.rho = most  # the auxiliary was zero in the first step
+            return self.rho
         loss, gamma = loss.to(self._rho), gamma.to(self._rho)
-        norm = self._norm if norm is None else norm.to(self._rho)
-        share = torch.where(norm > 0, 1 - DECAY, 0.0).to(self._rho)
+        # Those that the gradient saw may be others than those that were projected last.
+        seen = auxiliary.seen_norm()
+        norm = self._norm if seen is None else seen.to(self._rho)
+        share = torch.where(norm > 0, 1 - DECAY, 0.0).to(self._rho)  # a zero one says nothing
         slope = gamma / norm.clamp_min(_LEAST)
         self._weight = self._mean(self._weight, torch.ones_like(loss), share)
         self._square = self._mean(self._square, slope * slope, share)
@@ -162,7 +140,8 @@ class AutoRadius:
         ratio = (self.tau * self._loss / expected.clamp_min(_LEAST)).clamp_min(0).sqrt()
         ratio = torch.where(self._weight > 0, ratio, 1.0)
         self._rho = torch.minimum(self._rho * ratio.clamp(DOWN, UP), most.to(self._rho))
-        return self._rho
+        self.rho = self._rho
+        return self.rho
 
     def projected(self, norm: Tensor) -> None:
         """Take the auxiliary's norm, 0-d, once it was clipped to `rho`."""

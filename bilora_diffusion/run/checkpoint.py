@@ -27,11 +27,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..durable import TEMPORARY, discard, dump_json, readable_as, remove_leftovers, sync
 from ..errors import TrainingError, UserError, translated
 from ..files import finite
-from .state_codec import join, separate, split
 
 SCHEMA_VERSION = 2
 CHECKPOINTS, DIGESTS = "checkpoints", "digests.json"
@@ -43,23 +43,14 @@ _NAME = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run. Loaded tensors are on the CPU, in the dtypes they were saved in.
+    """The state of a run. Loaded tensors are on the CPU, in the dtypes they were saved in."""
 
-    Attributes:
-        step: optimizer steps taken.
-        tensors: adapter tensors by name.
-        optimizer: ``state_dict`` of the torch optimizer.
-        scheduler: ``state_dict`` of the learning rate scheduler.
-        scaler: ``state_dict`` of the gradient scaler, None without fp16.
-        extra: what else the run needs (config, method state, position in the data), as JSON has it.
-    """
-
-    step: int
-    tensors: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    step: int  # optimizer steps taken
+    tensors: dict[str, Tensor]  # of the adapters
+    optimizer: dict[str, Any]  # its ``state_dict``, as of the next two
     scheduler: dict[str, Any]
-    scaler: dict[str, Any] | None
-    extra: dict[str, Any]
+    scaler: dict[str, Any] | None  # None without fp16
+    extra: dict[str, Any]  # what else the run needs (config, method state), as JSON has it
 
 
 def save(folder: Path, state: Checkpoint) -> Path:
@@ -267,3 +258,52 @@ def load_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> 
             )
     for name, parameter in current.items():
         parameter.copy_(saved[name])
+
+
+def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """JSON of a ``state_dict``, and its tensors by path, such as "state/0/exp_avg".
+
+    Null stands in a tensor's place. Tuples come back as lists.
+
+    Raises:
+        TypeError: for a value that would not come back.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def plain(value: Any, *path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors["/".join(path)] = value
+            return None
+        if isinstance(value, Mapping):
+            return {str(key): plain(item, *path, str(key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item, *path, str(number)) for number, item in enumerate(value)]
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"{'/'.join(path)} is a {type(value).__name__}, which JSON can't hold")
+
+    return plain(state), tensors
+
+
+def join(rest: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state that `split` took apart; ``rest`` is changed."""
+    for path, tensor in tensors.items():
+        place: Any = rest
+        *way, last = path.split("/")
+        for key in way:
+            place = place[int(key) if isinstance(place, list) else key]
+        place[int(last) if isinstance(place, list) else last] = tensor
+    return {**rest, "state": {int(number): own for number, own in rest["state"].items()}}
+
+
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU: safetensors refuses tensors that share memory.
+
+    Raises:
+        TypeError: for a tensor of a subclass (sharded, quantized), of which a part would be lost.
+    """
+    for name, tensor in tensors.items():
+        if type(tensor) not in (Tensor, Parameter):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, not a plain tensor")
+    layout: Any = {"copy": True, "memory_format": torch.contiguous_format}
+    return {name: tensor.detach().to("cpu", **layout) for name, tensor in tensors.items()}

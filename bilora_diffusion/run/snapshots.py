@@ -33,17 +33,11 @@ _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One recorded step.
+    """One recorded step."""
 
-    Args:
-        step: optimizer steps taken.
-        factors: of each adapter ("default", "auxiliary") on every layer, A (r, n) and B (m, r).
-        layers: figures of each layer, (layers,) float64, nan where one is not defined.
-    """
-
-    step: int
-    factors: dict[str, list[Factors]]
-    layers: dict[str, Tensor]
+    step: int  # optimizer steps taken
+    factors: dict[str, list[Factors]]  # of each adapter on every layer, A (r, n) and B (m, r)
+    layers: dict[str, Tensor]  # figures of each layer, (layers,) float64, nan where undefined
 
     @property
     def names(self) -> list[str]:

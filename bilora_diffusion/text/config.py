@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -136,6 +136,4 @@ class TextConfig(
         return math.ceil((self.warmup_ratio or 0) * num_steps)
 
 
-def resolve(argv: Sequence[str] | None = None) -> TextConfig:
-    """Make the configuration of a command line of the text script (`RunConfig.resolve`)."""
-    return TextConfig.resolve(argv)
+resolve = TextConfig.resolve

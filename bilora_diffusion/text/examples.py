@@ -21,23 +21,16 @@ CONTEXTS = ("input", "context")
 
 @dataclass(frozen=True)
 class Example:
-    """A model's input and the answer that it should give.
-
-    Attributes:
-        label: the class number where there are classes.
-        pair: the second sentence, for a classifier.
-        turns: (role, content) of a conversation that is more than one question and its answer.
-        input: what the prompt is about, where a set keeps the two apart as Alpaca's does, or "".
-        where: what to call it in messages, such as "line 3 of answers.csv".
-    """
+    """A model's input and the answer that it should give."""
 
     prompt: str
     answer: str
-    label: int | None = None
-    pair: str | None = None
+    label: int | None = None  # the class number where there are classes
+    pair: str | None = None  # the second sentence, for a classifier
+    # (role, content) of a conversation that is more than one question and its answer.
     turns: tuple[tuple[str, str], ...] = ()
-    input: str = ""
-    where: str = field(default="the row", compare=False, repr=False)
+    input: str = ""  # what the prompt is about, where a set keeps the two apart as Alpaca's does
+    where: str = field(default="the row", compare=False, repr=False)  # its name in messages
 
     @property
     def question(self) -> str:

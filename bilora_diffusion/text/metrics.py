@@ -11,7 +11,6 @@ from typing import Any
 from ..errors import UserError
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
-
 MOST_DIGITS = 1000
 
 
@@ -78,10 +77,6 @@ def _equal(given: list[Any], right: list[Any], *_: Any) -> float:
     return sum(a == b for a, b in zip(given, right, strict=True)) / len(right)
 
 
-def _matthews(given: list[str], right: list[str], *_: Any) -> float:
-    return _sklearn().matthews_corrcoef(right, given)
-
-
 def _f1(given: list[str], right: list[str], labels: Sequence[str], *_: Any) -> float:
     """F1 of the last of two classes, else the mean over the classes."""
     words = list(labels) or sorted(set(right))
@@ -104,7 +99,7 @@ def _answer_match(
 
 METRICS: dict[str, Callable[[list[str], list[str], Sequence[str], str | None], float]] = {
     "accuracy": _equal,
-    "matthews_correlation": _matthews,
+    "matthews_correlation": lambda given, right, *_: _sklearn().matthews_corrcoef(right, given),
     "f1": _f1,
     "exact_match": _equal,
     "answer_match": _answer_match,

@@ -20,7 +20,7 @@ from torch import nn
 from ..choices import KINDS
 from ..errors import UserError
 from ..seeds import seed_of
-from ..train.empty import empty
+from ..train.dry_run import empty
 from ..train.soundness import reading, require_safetensors, require_words
 from .options import TextModelOptions
 from .places import gguf_file, locate
@@ -107,7 +107,7 @@ class TextSource:
 
         Args:
             labels: names of the classes, for a classifier, whose new head depends on the seed.
-            weights: whether to read any; the model is empty without (`train.empty`).
+            weights: whether to read any; the model is empty without (`dry_run.empty`).
 
         Raises:
             UserError: weights or tokenizer can't be read, are damaged, or don't fit.

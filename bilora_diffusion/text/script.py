@@ -14,21 +14,28 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
+from huggingface_hub import ModelCardData
 
 from ..adapters.quantize import quantize
 from ..export import conversion, writer
 from ..methods import get
 from ..run.heldout_part import copies
 from ..train import running
+from ..train.card import is_hub_id, loaded_from, source, write_card
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
-from .card import write_text_card
 from .config import TextConfig, resolve
 from .dry_run import moments
-from .models import TextSource
+from .models import AUTO_CLASSES, TextSource
+from .places import PACKAGED
 from .rows import encode_rows, open_rows
 from .task import NAME, TextTask
 
+PIPELINE_TAGS = {
+    "seq2seq": "text2text-generation",
+    "causal": "text-generation",
+    "classification": "text-classification",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -75,6 +82,40 @@ def export(cfg: TextConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
     return {"labels": list(task.data.rows.label_words), **report}
 
 
+def write_text_card(
+    cfg: TextConfig, folder: Path, results: dict[str, Any], repo_id: str | None
+) -> None:
+    """Write ``README.md`` of a run folder, which may go to a hub repository."""
+    trained = get(cfg.method)
+    base, kind = source(cfg.model_name_or_path), cfg.task_type
+    write_card(
+        cfg,
+        folder,
+        results,
+        meta=ModelCardData(
+            library_name="transformers" if trained.exports_weights else "peft",
+            base_model=base if is_hub_id(base) else None,
+            pipeline_tag=PIPELINE_TAGS[kind],
+            tags=list(dict.fromkeys(["bilora-diffusion", trained.name])),
+        ),
+        heading="Results on held-out rows",
+        measured={
+            key.removeprefix("heldout_").replace("_", " "): value
+            for key, value in results.items()
+            if key.startswith("heldout_")
+        },
+        title=base,
+        data=cfg.task or Path(str(cfg.train_file)).name,
+        auto=f"Auto{AUTO_CLASSES[kind]}",
+        kind=kind,
+        whole=trained.exports_weights,
+        base=loaded_from(base),
+        packaged=base if cfg.model_name_or_path in PACKAGED else None,
+        labels=results["export"].get("labels"),
+        here=repo_id or "path/to/this/folder",
+    )
+
+
 def files(folder: Path) -> dict[str, str]:
     """Files that a run leaves, by their purpose."""
     return {
@@ -86,14 +127,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 TEXT = Script(
-    "text-bilora",
-    resolve,
-    build_task,
-    export,
-    write_text_card,
-    "eval.text_scores",
-    files,
-    moments,
+    "text-bilora", resolve, build_task, export, write_text_card, "eval.text_scores", files, moments
 )
 
 

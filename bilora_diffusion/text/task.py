@@ -101,25 +101,15 @@ class TextTask:
         )
         for step, slots in schedule:
             samples = [order.sample(step * step_size + slot) for slot in range(step_size)]
-            yield self.micro_batch(slots, samples)
-
-    def micro_batch(self, slots: tuple[int, ...], samples: Sequence[int]) -> MicroBatch:
-        """Some slots of a step of these samples."""
-        train = self.data.train
-        mine = [samples[slot] for slot in slots]
-        rows = [train.row(sample) for sample in mine]
-        weight = len(samples) / sum(train.target_tokens[sample] for sample in samples)
-        inputs = {
-            **collate(rows, self.loaded.kind, self.loaded.tokenizer.pad_token_id),
-            "weights": torch.full((len(slots),), weight),
-        }
-        digests = tuple(self._hash(sample, row) for sample, row in zip(mine, rows, strict=True))
-        names = tuple(train.name(s) for s in mine)
-        return MicroBatch(slots, names, digests, inputs, samples=tuple(mine))
-
-    def _hash(self, sample: int, row: dict[str, Any]) -> str:
-        tokens = {name: torch.as_tensor(values) for name, values in sorted(row.items())}
-        return digest_texts([str(sample), *tokens, digest(*tokens.values())])
+            mine = tuple(samples[slot] for slot in slots)
+            rows = [train.row(sample) for sample in mine]
+            weight = step_size / sum(train.target_tokens[sample] for sample in samples)
+            inputs = {
+                **collate(rows, self.loaded.kind, self.loaded.tokenizer.pad_token_id),
+                "weights": torch.full((len(slots),), weight),
+            }
+            hashes = tuple(_hash(sample, row) for sample, row in zip(mine, rows, strict=True))
+            yield MicroBatch(slots, tuple(map(train.name, mine)), hashes, inputs, samples=mine)
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
         """Mean loss per target token of the held-out rows, and a classifier's metrics."""
@@ -138,3 +128,8 @@ class TextTask:
             return {}
         with evaluating:
             return self.evaluation.answer(folder / "validation" / f"step-{step}")
+
+
+def _hash(sample: int, row: dict[str, Any]) -> str:
+    tokens = {name: torch.as_tensor(values) for name, values in sorted(row.items())}
+    return digest_texts([str(sample), *tokens, digest(*tokens.values())])

@@ -120,11 +120,7 @@ def causal_rows(
     return rows
 
 
-ROWS = {
-    "seq2seq": seq2seq_rows,
-    "classification": classification_rows,
-    "causal": causal_rows,
-}
+ROWS = {"seq2seq": seq2seq_rows, "classification": classification_rows, "causal": causal_rows}
 """Functions that make rows of examples, by kind of model."""
 
 

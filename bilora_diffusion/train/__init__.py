@@ -1,1 +1,1 @@
-"""Training any model: task contract, the one loop, stepping, optimizers, averaging, dynamics."""
+"""Training any model: task contract, the one loop, stepping, outcome, dynamics."""

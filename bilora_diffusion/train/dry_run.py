@@ -10,7 +10,8 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
+from torch import nn
 
 from .. import adapters
 from ..adapters import AUXILIARY, INITIAL, PRIMARY
@@ -62,7 +63,7 @@ def main(
         f"{method.title} on {models}: {len(method.layers())} layers, {count:,} parameters",
         f"data: {task.data_summary()}",
         f"steps: {steps:,} of {size}, {steps * size / task.num_samples:.3g} epochs",
-        *(searched(cfg, steps) if cfg.fit else ()),
+        *([_search_size(cfg.fit_budget or BUDGET * steps, steps)] if cfg.fit else ()),
         f"memory of {provenance.device(device)['name']} when it is highest ({most}):",
         *(f"  {bytes_for_people(n):>8}  {part}" for part, n in taken[most].items() if n),
         *(f"peak of {name}: {bytes_for_people(peak)}" for name, peak in peaks.items()),
@@ -72,21 +73,22 @@ def main(
     print("\n".join(lines), flush=True)
 
 
+def empty(build: Callable[[], Any], dtype: torch.dtype) -> Any:
+    """``build()`` in evaluation mode, with frozen weights of a dtype that take no memory, on
+    PyTorch's device "meta".
+    """
+    with init_empty_weights(include_buffers=True):
+        model = build()
+    if tie := getattr(model, "tie_weights", None):
+        tie()  # each use of a shared matrix was made on its own
+    return nn.Module.to(model, dtype).requires_grad_(False).eval()
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def searched(cfg: Any, steps: int) -> list[str]:
-    """Size of the search before a run."""
-    budget = cfg.fit_budget or BUDGET * steps
-    return [
-        f"--fit: before them at most {budget:,} steps, in up to {budget * 2 // steps} runs of"
-        f" {steps // 2:,} steps and more; with the last one that is {(budget + steps) / 3600:.2g}"
-        " hours for each second that a step takes"
-    ]
 
 
 def complete(taken: Moments, trained: dict[str, int], process: int) -> Moments:
@@ -100,6 +102,14 @@ def complete(taken: Moments, trained: dict[str, int], process: int) -> Moments:
         }
         for name, parts in taken.items()
     }
+
+
+def _search_size(budget: int, steps: int) -> str:
+    return (
+        f"--fit: before them at most {budget:,} steps, in up to {budget * 2 // steps} runs of"
+        f" {steps // 2:,} steps and more; with the last one that is {(budget + steps) / 3600:.2g}"
+        " hours for each second that a step takes"
+    )
 
 
 def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:

@@ -84,14 +84,8 @@ def initialise(
     wanted = [target for target in targets if adapters.layers(target.model, INITIAL)]
     gradients: Mapping[str, Mapping[str, Tensor]] = {}
     if any(needs_gradient(target.spec.init) for target in wanted):
-        gradients = mean_gradients(
-            task,
-            {target.name: target.model for target in wanted},
-            samples=cfg.lora_ga_samples,
-            micro_batch=cfg.train_batch_size,
-            seed=cfg.seed,
-            device=accelerator.device,
-        )
+        models = {target.name: target.model for target in wanted}
+        gradients = mean_gradients(task, models, cfg, accelerator.device)
     for target in wanted:
         seed = seed_of(cfg.seed, target.name)
         compute(target.model, target.spec, gradients.get(target.name), seed)
@@ -103,24 +97,16 @@ def initialise(
 
 
 def mean_gradients(
-    task: Task,
-    models: Mapping[str, nn.Module],
-    *,
-    samples: int,
-    micro_batch: int,
-    seed: int,
-    device: torch.device,
+    task: Task, models: Mapping[str, nn.Module], cfg: RunConfig, device: torch.device
 ) -> dict[str, dict[str, Tensor]]:
-    """The mean gradient of a task's own loss over some samples, at the base weights.
+    """The mean gradient of a task's own loss over `lora_ga_samples`, at the base weights.
 
     The samples are those of a step that no run reaches, so that training sees the data that it
-    would see without; they depend neither on `micro_batch` nor on how many processes there are.
+    would see without; they depend neither on how they are cut nor on how many processes there are.
 
     Args:
         task: gives samples, noise and loss; its module runs as in training.
         models: the adapted models by name.
-        samples: how many; Wang et al. 2024 take 128.
-        seed: of dropout in the models themselves.
 
     Returns:
         By model and by module path, in the weight's shape, fp32 or wider, on the CPU. A layer that
@@ -129,6 +115,9 @@ def mean_gradients(
     Raises:
         TrainingError: a loss or a gradient is not finite.
     """
+    samples, size = cfg.lora_ga_samples, cfg.train_batch_size
+    step = task.num_samples << 32  # a whole number of epochs, beyond every run
+    plan = [(step, tuple(range(i, min(i + size, samples)))) for i in range(0, samples, size)]
     logger.info("lora-ga: the mean gradient of %d samples", samples)
     half = any(
         adapters.base_weight(layer).dtype == torch.float16
@@ -138,7 +127,16 @@ def mean_gradients(
     for scale in FP16_SCALES if half else (1.0,):
         with contextlib.ExitStack() as stack:
             sums = {n: stack.enter_context(collecting(m)) for n, m in models.items()}
-            for losses in _losses(task, samples, micro_batch, seed, device):
+            for batch in task.micro_batches(plan, samples):
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    torch.manual_seed(seed_of(cfg.seed, "lora-ga", batch.slots[0]))
+                    losses = task.module(batch.on(device))
+                if not losses.isfinite().all():
+                    raise TrainingError(
+                        "the loss that lora-ga starts from is not finite for"
+                        f" {', '.join(batch.names)}: look at these samples or use"
+                        " --init_lora_weights default."
+                    )
                 (losses.sum() * (scale / samples)).backward()
         every = [(f"{n}.{p}", g) for n, own in sums.items() for p, g in own.items()]
         bad = [name for name, gradient in every if not gradient.isfinite().all()]
@@ -148,22 +146,3 @@ def mean_gradients(
         f"the gradient of {bad[0]} is not finite, so lora-ga can't start from it: use"
         " --mixed_precision bf16 or no, or another --init_lora_weights."
     )
-
-
-def _losses(
-    task: Task, samples: int, micro_batch: int, seed: int, device: torch.device
-) -> Iterator[Tensor]:
-    """The loss of each of the samples, (micro_batch,) at a time."""
-    step = task.num_samples << 32  # a whole number of epochs, beyond every run
-    slots = range(samples)
-    plan = [(step, tuple(slots[i : i + micro_batch])) for i in range(0, samples, micro_batch)]
-    for batch in task.micro_batches(plan, samples):
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed_of(seed, "lora-ga", batch.slots[0]))
-            losses = task.module(batch.on(device))
-        if not losses.isfinite().all():
-            raise TrainingError(
-                f"the loss that lora-ga starts from is not finite for {', '.join(batch.names)}:"
-                " look at these samples or use --init_lora_weights default."
-            )
-        yield losses

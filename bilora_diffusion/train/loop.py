@@ -29,7 +29,8 @@ def fit(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
         if trainer.step == 0:
             with bar.waiting_for("starting values"):
                 trainer.initialise()
-            _snapshot(trainer, folder)
+            if trainer.dynamics is not None:
+                trainer.dynamics.write(folder)
             _heldout(trainer, log, bar)
             if trainer.cfg.eval_on_start:
                 _validate(trainer, folder, log, bar)
@@ -55,7 +56,8 @@ def _after_step(
     trainer.accelerator.log(numbers, step=trainer.step)
     if log is not None:
         log.metric(trainer.step, **values)
-    _snapshot(trainer, folder)
+    if trainer.dynamics is not None:
+        trainer.dynamics.write(folder)
     if trainer.finished or _due(trainer.step, cfg.validation_loss_steps):
         _heldout(trainer, log, bar)
     last = trainer.finished and not cfg.skip_final_inference
@@ -67,11 +69,6 @@ def _after_step(
             log.sync()
         trainer.save(folder)
     return stops or trainer.finished
-
-
-def _snapshot(trainer: Trainer, folder: Path) -> None:
-    if trainer.dynamics is not None:
-        trainer.dynamics.write(folder)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -129,15 +129,8 @@ class LengthGroupedOrder(SampleOrder):
         group: batches that are sorted together.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        seed: int,
-        batch_size: int,
-        group: int = 50,
-        purpose: str = "order",
-    ) -> None:
-        super().__init__(len(lengths), seed, purpose=purpose)
+    def __init__(self, lengths: Sequence[int], seed: int, batch_size: int, group: int = 50) -> None:
+        super().__init__(len(lengths), seed)
         self.lengths, self.batch_size, self.group = list(lengths), batch_size, group
 
     def _draw(self, draws: torch.Generator) -> Tensor:

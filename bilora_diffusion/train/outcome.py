@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from .. import adapters
@@ -17,7 +18,8 @@ from ..config.run import RunConfig
 from ..errors import UserError
 from ..methods import Method
 from ..methods.perturb import replaced
-from .averaging import Average
+
+_COUNTED = ("step", "loss", "since")
 
 
 class Best:
@@ -28,13 +30,13 @@ class Best:
     not finite do. The first is the base model's, at step 0.
 
     Args:
-        parameters: whose values are kept at each new lowest, on the CPU; none to only count. Their
-            order identifies them in a checkpoint.
+        parameters: whose values are kept at each new lowest, on the CPU; none to only count.
         patience: measurements in a row without a new lowest that end a run; None for no end.
 
     Attributes:
         step, loss: of the lowest measurement; None before the first.
         since: measurements after it.
+        kept: the parameters' values at it, in their order.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], patience: int | None) -> None:
@@ -54,7 +56,7 @@ class Best:
 
     def keep(self) -> None:
         """Keep the values that the parameters hold now."""
-        self._kept = [p.detach().to("cpu", copy=True) for p in self.parameters]
+        self.kept = [p.detach().to("cpu", copy=True) for p in self.parameters]
 
     @property
     def exhausted(self) -> bool:
@@ -63,24 +65,16 @@ class Best:
 
     def applied(self) -> AbstractContextManager[None]:
         """Within the context the parameters hold what was kept; then their own values again."""
-        own = zip(self.parameters, self._kept, strict=True)
+        own = zip(self.parameters, self.kept, strict=True)
         return replaced(self.parameters, [value.to(p.device) for p, value in own])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The kept weights, by "best/number"."""
-        return {f"best/{i}": value for i, value in enumerate(self._kept)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """State that a resume needs beside the tensors."""
-        return {"step": self.step, "loss": self.loss, "since": self.since}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        self.step, self.loss, self.since = (state[key] for key in ("step", "loss", "since"))
 
 
 class Outcome:
     """The average of what is trained and the best of its steps, as far as a run keeps them.
+
+    The average is a flat minimum for next to nothing (Izmailov et al. 2018,
+    https://arxiv.org/abs/1803.05407), of A and of B each on its own. Its decay at step t is
+    min(decay, (1 + t) / (10 + t)), so that the start is forgotten soon.
 
     Args:
         method: of which the adapters are attached.
@@ -97,14 +91,16 @@ class Outcome:
 
     def begin(self) -> None:
         """Start from the weights as they are now."""
-        weights, cfg = self._method.clip_parameters(), self._cfg
-        self.average = Average(weights, cfg.ema_decay) if cfg.use_ema else None
-        self.best = Best(weights if cfg.keep_best else (), cfg.early_stopping_patience)
+        self._weights, cfg = self._method.clip_parameters(), self._cfg
+        self.average = (
+            EMAModel(self._weights, decay=cfg.ema_decay, foreach=True) if cfg.use_ema else None
+        )
+        self.best = Best(self._weights if cfg.keep_best else (), cfg.early_stopping_patience)
 
     def update(self) -> None:
         """Take in the weights of one more step."""
         if self.average is not None:
-            self.average.update()
+            self.average.step(self._weights)
 
     def measured(self, loss: float | None, step: int) -> None:
         """Take note of a held-out loss of the weights as they are, in every process.
@@ -129,7 +125,9 @@ class Outcome:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the context what is trained holds its average, where averages are kept."""
-        return contextlib.nullcontext() if self.average is None else self.average.applied()
+        if self.average is None:
+            return contextlib.nullcontext()
+        return replaced(self._weights, self.average.shadow_params)
 
     def applied(self) -> AbstractContextManager[None]:
         """Within the context what is trained holds what the run leaves."""
@@ -140,9 +138,7 @@ class Outcome:
         return last if self.best.step is None or not self._cfg.keep_best else self.best.step
 
     def results(self) -> dict[str, Any]:
-        """The early end, and the best step where that is what it leaves; for its
-        record.
-        """
+        """The early end, and the best step where that is what it leaves; for its record."""
         best = self.best
         kept = {"best_step": best.step, "best_heldout_loss": best.loss}
         return {
@@ -151,23 +147,25 @@ class Outcome:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors for a checkpoint, by name."""
-        averages = {} if self.average is None else self.average.tensors()
-        return {**averages, **self.best.tensors()}
+        """Tensors for a checkpoint, by kind and place among the weights."""
+        averages = self.average.shadow_params if self.average is not None else ()
+        kinds = {"average": averages, "best": self.best.kept}
+        return {f"{kind}/{i}": t for kind, own in kinds.items() for i, t in enumerate(own)}
 
     def state_dict(self) -> dict[str, Any]:
         """State that a resume needs beside the tensors, and an export (`described`)."""
         return {
-            "average": None if self.average is None else self.average.state_dict(),
-            "best": self.best.state_dict(),
+            "average": self.average and {"steps": self.average.optimization_step},
+            "best": {name: getattr(self.best, name) for name in _COUNTED},
             "result": described(self._method),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.best.load_state_dict(state["best"])
+            self.average.optimization_step = state["average"]["steps"]
+        for name in _COUNTED:
+            setattr(self.best, name, state["best"][name])
 
 
 def described(method: Method) -> dict[str, Any]:

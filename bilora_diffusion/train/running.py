@@ -12,6 +12,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,7 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from .. import adapters
 from ..config.run import RunConfig
-from ..errors import UserError
+from ..errors import UserError, translated
 from ..methods import for_run, get
 from ..run import checkpoint, console, interruption, lock, publish, runlog
 from ..run.folder import FIT_RECORD, OF_FIT, clear, guard, refuse_foreign_models, refuse_unusable
@@ -32,11 +33,10 @@ from . import dry_run, sharding
 from .fit import report
 from .fit.runs import Fit
 from .loop import fit
-from .probe import probe, trainable
 from .recording import announce, recorded
 from .stepping import Schedule, total_steps
 from .task import Task
-from .trainer import Trainer
+from .trainer import UNSUITED, Trainer
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Config = TypeVar("Config", bound=RunConfig)
@@ -45,28 +45,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Script(Generic[Config]):
-    """A training script.
+    """A training script."""
 
-    Args:
-        project: its name for trackers.
-        resolve: arguments -> the configuration.
-        build_task: configuration, accelerator -> the task.
-        export: writes what was trained into the run folder and reads it back; returns what that
-            showed.
-        card: configuration, folder, results, hub repository or None -> writes ``README.md``.
-        scores: the module that scores its runs.
-        files: what a file of the run folder is for -> its name, to be told at the end.
-        moments: what a dry run of the task takes.
-    """
-
-    project: str
+    project: str  # its name for trackers
     resolve: Callable[[Sequence[str] | None], Config]
     build_task: Callable[[Config, Accelerator], Task]
+    # Writes what was trained into the run folder and reads it back; returns what that showed.
     export: Callable[[Config, Trainer, Path], dict[str, Any]]
+    # Writes the model card, of results and of a hub repository, if any.
     card: Callable[[Config, Path, dict[str, Any], str | None], None]
-    scores: str
-    files: Callable[[Path], dict[str, str]]
-    moments: Callable[[Any, torch.device], dry_run.Moments]
+    scores: str  # the module that scores its runs
+    files: Callable[[Path], dict[str, str]]  # uses of files that a run leaves -> their names
+    moments: Callable[[Any, torch.device], dry_run.Moments]  # what a dry run of the task takes
 
 
 def main(
@@ -108,7 +98,7 @@ def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str
     repo_id = None
     if cfg.push_to_hub:
         repo_id = publish.repository(cfg.hub_model_id or folder.name, cfg.hub_token)
-    with trainable(cfg.base_model):
+    with _training(cfg.base_model):
         task: Any = script.build_task(cfg, accelerator)
     stop, what = None, ""
     if cfg.fit:
@@ -122,9 +112,17 @@ def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str
         stop = _run(script, task, accelerator, folder, resume, repo_id=repo_id)
     if cfg.fit and stop is None and accelerator.is_main_process:
         logger.info("\n".join(report.lines(folder, what)))
-    _let_go(accelerator)
+    # DDP's reducer must be gone before the process group is taken down: the other way round, its
+    # end waits for the group's thread while that waits for the interpreter.
+    accelerator.free_memory()
+    gc.collect()
     accelerator.end_training()
     return stop
+
+
+def _training(model: str) -> AbstractContextManager[None]:
+    """A context in which an error of a library says that a model can't be trained as asked."""
+    return translated(f'"{model}" can\'t be trained so', UNSUITED)
 
 
 def _run_of_fit(script: Script[Config], task: Any, folder: Path, last_step: int) -> Stop | None:
@@ -134,19 +132,10 @@ def _run_of_fit(script: Script[Config], task: Any, folder: Path, last_step: int)
         stack.enter_context(lock.hold(folder))
         for target in task.targets():
             stack.enter_context(adapters.restored(target.model, target.spec))
-        resume = checkpoint.latest(folder)
-        stop = _run(script, task, accelerator, folder, resume, last_step)
-        _let_go(accelerator)
+        stop = _run(script, task, accelerator, folder, checkpoint.latest(folder), last_step)
+        accelerator.free_memory()
+        gc.collect()
     return stop
-
-
-def _let_go(accelerator: Accelerator) -> None:
-    """Forget models and optimizer. DDP's reducer must be gone before the process group is taken
-    down: the other way round, its end waits for the group's thread while that waits for the
-    interpreter.
-    """
-    accelerator.free_memory()
-    gc.collect()
 
 
 def _run(
@@ -165,12 +154,12 @@ def _run(
         repo_id: hub repository the folder goes to.
     """
     cfg = task.cfg
-    with trainable(cfg.base_model):
+    with _training(cfg.base_model):
         steps = total_steps(cfg, task.num_samples, Schedule.of(cfg, accelerator).step_size)
         method = for_run(vars(cfg), steps, task.sample_names)
         trainer = Trainer(task, method, cfg, accelerator, last_step)
         if resume is None:
-            probe(trainer, cfg.base_model)
+            trainer.probe()
     if resume is not None:
         trainer.load(resume)
         if last_step is None:
@@ -186,18 +175,16 @@ def _run(
             announce(trainer, folder)
     try:
         with trainer.interruption, recorded(log, folder, trainer):
-            values = cfg.to_dict()  # of the kinds that every tracker can show
-            shown = {
-                k: v if isinstance(v, int | float | str) else repr(v) for k, v in values.items()
-            }
-            accelerator.init_trackers(script.project, config=shown)
+            kinds = int | float | str  # that every tracker can show
+            values = {k: v if isinstance(v, kinds) else repr(v) for k, v in cfg.to_dict().items()}
+            accelerator.init_trackers(script.project, config=values)
             fit(trainer, folder, log)
             if not trainer.finished:
                 raise KeyboardInterrupt
-            results = _measured(trainer, folder, log)
-            if last_step is None:
-                results |= _export(script, cfg, trainer, folder, log, results, repo_id)
-            elif checkpoint.steps(folder)[-1:] != [trainer.step]:  # a search goes on from it
+            results = {} if log is None else _results(trainer, folder)
+            if last_step is None and log is not None:
+                results |= _export(script, trainer, folder, log, results, repo_id)
+            elif last_step and checkpoint.steps(folder)[-1:] != [trainer.step]:  # to go on from
                 if log is not None:
                     log.sync()
                 trainer.save(folder)
@@ -242,29 +229,25 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     return accelerator
 
 
-def _measured(trainer: Trainer, folder: Path, log: runlog.RunLog | None) -> dict[str, Any]:
-    """The results of a run: its steps, and what was measured last of the weights it leaves."""
-    results: dict[str, Any] = {"steps": trainer.step, **trainer.outcome.results()}
-    if log is not None:
-        measured = last_measured(folder, trainer.outcome.step(trainer.step))
-        results |= {name: value for name, (_, value) in measured.items()}
-    return results
+def _results(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """The steps of a run, and what was measured last of the weights it leaves."""
+    measured = last_measured(folder, trainer.outcome.step(trainer.step))
+    last = {name: value for name, (_, value) in measured.items()}
+    return {"steps": trainer.step, **trainer.outcome.results(), **last}
 
 
 def _export(
-    script: Script[Config],
-    cfg: Config,
+    script: Script[Any],
     trainer: Trainer,
     folder: Path,
-    log: runlog.RunLog | None,
+    log: runlog.RunLog,
     measured: dict[str, Any],
     repo_id: str | None,
 ) -> dict[str, Any]:
     """Export the primary, prove it from the file and write the model card; returns what to add to
     the results.
     """
-    if log is None:
-        return {}
+    cfg = trainer.cfg
     results: dict[str, Any] = {"chosen_steps": trainer.last_step} if cfg.fit else {}
     log.writes_card()
     with trainer.outcome.applied():

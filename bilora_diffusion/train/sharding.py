@@ -20,12 +20,11 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..adapters import fused
@@ -128,15 +127,6 @@ def owners(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Modu
     ]
 
 
-def accumulating(
-    accelerator: Accelerator, module: nn.Module, last: bool
-) -> AbstractContextManager[Any]:
-    """The context of one of a step's passes; gradients are exchanged in the last one, if by DDP."""
-    if last or accelerator.is_fsdp2:
-        return nullcontext()
-    return accelerator.no_sync(module)
-
-
 @torch.no_grad()
 def average_gradients(
     accelerator: Accelerator, optimizer: Optimizer, apart: Sequence[nn.Parameter] = ()
@@ -164,12 +154,6 @@ def average_gradients(
     mean: Any = accelerator.reduce(torch.cat(parts), reduction="mean")
     means = mean.split([p.numel() for p in mine])
     for parameter, values in zip(mine, means, strict=True):
-        _set_gradient(parameter, values)
-
-
-def _set_gradient(parameter: nn.Parameter, values: Tensor) -> None:
-    values = values.view_as(parameter)
-    if parameter.grad is None:
-        parameter.grad = values.to(parameter.dtype, copy=True)
-    else:
-        parameter.grad.copy_(values)
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+        parameter.grad.copy_(values.view_as(parameter))

@@ -1,12 +1,15 @@
-"""One optimizer step: its samples, its pieces, and the update."""
+"""One optimizer step: its samples, its pieces, and the update by what the command line names."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch.optim import Optimizer
 
 from ..config.run import RunConfig
 from ..methods import Method
@@ -14,18 +17,12 @@ from ..methods import Method
 
 @dataclass(frozen=True)
 class Schedule:
-    """Slots of a step that each process computes, and their pieces.
+    """Slots of a step that each process computes, and their pieces."""
 
-    Args:
-        micro_batch: samples of one forward pass on one process.
-        accumulation: forward passes of one step on one process.
-        processes, rank: how many processes share a step, and which one this is.
-    """
-
-    micro_batch: int
-    accumulation: int
-    processes: int = 1
-    rank: int = 0
+    micro_batch: int  # samples of one forward pass on one process
+    accumulation: int  # forward passes of one step on one process
+    processes: int = 1  # that share a step
+    rank: int = 0  # of this one
 
     @classmethod
     def of(cls, cfg: RunConfig, accelerator: Accelerator) -> Schedule:
@@ -113,3 +110,44 @@ def total_steps(cfg: RunConfig, num_samples: int, step_size: int) -> int:
         return cfg.max_train_steps
     assert cfg.num_train_epochs is not None  # one of the two is there
     return cfg.num_train_epochs * -(-num_samples // step_size)
+
+
+def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer, one of `choices.OPTIMIZERS`, for a method's parameter groups, each of which
+    brings its learning rate and weight decay.
+    """
+    adam: dict[str, Any] = {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon}
+    match cfg.optimizer.lower():
+        case "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, **adam)
+        case "prodigy":
+            from prodigyopt import Prodigy
+
+            return Prodigy(
+                groups,
+                **adam,
+                beta3=cfg.prodigy_beta3,
+                decouple=cfg.prodigy_decouple,
+                use_bias_correction=cfg.prodigy_use_bias_correction,
+                safeguard_warmup=cfg.prodigy_safeguard_warmup,
+            )
+    # One kernel for all parameters: on a CPU the default takes them one by one, and twice as many
+    # cost twice as much.
+    optimizer = torch.optim.AdamW(groups, **adam, fused=True)
+    # A gradient scaler would let its kernel leave a step out, and the hooks after a step would run.
+    cast(Any, optimizer)._step_supports_amp_scaling = False
+    return optimizer
+
+
+def build_scheduler(cfg: RunConfig, optimizer: Optimizer, steps: int) -> Any:
+    """The learning-rate schedule over ``steps`` optimizer steps, warm-up included."""
+    return get_scheduler(
+        cfg.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=cfg.warmup_steps(steps),
+        num_training_steps=steps,
+        num_cycles=cfg.lr_num_cycles,
+        power=cfg.lr_power,
+    )

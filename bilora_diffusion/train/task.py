@@ -48,8 +48,14 @@ class MicroBatch:
         return cast(dict[str, Any], send_to_device(inputs, device, non_blocking=is_gpu))
 
 
+Fold = tuple[Sequence[int], Sequence[int]]
+"""Positions of the samples to learn from, and of those to hold out."""
+
+
 class Task(Protocol):
-    """A thing that can be trained by ``loop.fit``."""
+    """A thing that can be trained by ``loop.fit``; its models, and what is encoded of its data,
+    serve several runs.
+    """
 
     @property
     def module(self) -> nn.Module:
@@ -74,10 +80,6 @@ class Task(Protocol):
         """The models that get adapters, with their learning rates."""
         ...
 
-    def to_device(self, device: torch.device) -> None:
-        """Move frozen parts that are not in ``module`` and prepare caches."""
-        ...
-
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
     ) -> Iterator[MicroBatch]:
@@ -96,14 +98,6 @@ class Task(Protocol):
         """
         ...
 
-
-Fold = tuple[Sequence[int], Sequence[int]]
-"""Positions of the samples to learn from, and of those to hold out."""
-
-
-class ReusableTask(Task, Protocol):
-    """A task whose models, and what is encoded of its data, serve several runs."""
-
     @property
     def models(self) -> dict[str, nn.Module]:
         """The models that are trained, by name."""
@@ -119,7 +113,7 @@ class ReusableTask(Task, Protocol):
         """Test that a loss can be measured on samples that are not learned from."""
         ...
 
-    def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> ReusableTask:
+    def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> Task:
         """A task of another configuration on the same models and what is encoded.
 
         Args:

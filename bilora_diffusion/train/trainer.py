@@ -8,10 +8,10 @@ processes, nor on where a run was interrupted.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import adapters
 from ..adapters import fused
 from ..config.run import RunConfig
-from ..errors import Diverged
+from ..errors import Diverged, UserError
 from ..methods import Method
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
@@ -33,13 +33,20 @@ from . import sharding
 from .compiling import eager
 from .dynamics import Dynamics
 from .gradients import initialise
-from .optimizers import build_optimizer, build_scheduler
 from .outcome import Outcome
-from .stepping import ClippedOptimizer, Remaining, Schedule, total_steps
+from .stepping import (
+    ClippedOptimizer,
+    Remaining,
+    Schedule,
+    build_optimizer,
+    build_scheduler,
+    total_steps,
+)
 from .task import MicroBatch, Task
 
 SPOILT_STEPS = 10
 """So many steps in a row without a finite loss are left out in fp16; then the run ends."""
+UNSUITED = "give another model or other parts of it, or other options"
 
 
 class Trainer:
@@ -101,6 +108,25 @@ class Trainer:
         if initialise(self.task, self.method.targets, self.cfg, self.accelerator):
             self.outcome.begin()
 
+    def probe(self) -> None:
+        """Take one row forward and backward, as a step does, and forget its gradients.
+
+        Raises:
+            UserError: its loss or a gradient is not finite.
+        """
+        slot = self.schedule.slots()[0][0]
+        (batch,) = self.task.micro_batches([(0, (slot,))], self.schedule.step_size)
+        finite = [self.forward_backward([batch])().isfinite()]
+        if self.accelerator.scaler is None:  # one starts too high, and finds a scale that fits
+            weights = self.method.clip_parameters()
+            finite += [w.grad.isfinite().all() for w in weights if w.grad is not None]
+        self.clipped.zero_grad()
+        if not all(one.item() for one in finite):
+            raise UserError(
+                f'"{self.cfg.base_model}" gives {batch.names[0]} a loss or gradients that are not'
+                f" finite: {UNSUITED}."
+            )
+
     def micro_batches(self) -> Iterator[list[MicroBatch]]:
         """The remaining steps, each as this process's micro-batches."""
         slots = self.schedule.slots()
@@ -153,10 +179,10 @@ class Trainer:
             self.method.expect([sample for batch in batches for sample in batch.samples])
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
-                with (
-                    sharding.accumulating(self.accelerator, self.module, last),
-                    self.method.seen(batch.samples, batch.snr),
-                ):
+                # Gradients are exchanged in the last pass, if by DDP.
+                local = not last and not self.accelerator.is_fsdp2
+                apart = self.accelerator.no_sync(self.module) if local else nullcontext()
+                with apart, self.method.seen(batch.samples, batch.snr):
                     losses = self.module(batch.on(device))
                     self._passed.append((losses.detach(), batch))
                     loss = losses.mean() / len(batches)
@@ -203,7 +229,7 @@ class Trainer:
         """Test that the run ends here: at its last step, or earlier by its held-out loss."""
         return self.step >= self.last_step or self.outcome.best.exhausted
 
-    @contextlib.contextmanager
+    @contextmanager
     def evaluating(self, result: bool = False) -> Iterator[None]:
         """Within the context the models act as in use: the primary alone.
 

@@ -24,8 +24,7 @@ from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.image.visits import VisitStream
-from bilora_diffusion.train.optimizers import build_optimizer, build_scheduler
-from bilora_diffusion.train.stepping import Schedule, total_steps
+from bilora_diffusion.train.stepping import Schedule, build_optimizer, build_scheduler, total_steps
 from tests.references.diffusers_flags import (
     DEFAULTS,
     TABLES,

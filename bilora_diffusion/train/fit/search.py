@@ -42,19 +42,12 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Size of a search.
+    """Size of a search."""
 
-    Args:
-        folds: of the samples; 1 where a held-out set takes their place.
-        steps: optimizer steps of a run at most.
-        every: steps from one measurement to the next.
-        budget: optimizer steps of all runs.
-    """
-
-    folds: int
-    steps: int
-    every: int
-    budget: int
+    folds: int  # of the samples; 1 where a held-out set takes their place
+    steps: int  # optimizer steps of a run at most
+    every: int  # steps from one measurement to the next
+    budget: int  # optimizer steps of all runs
 
     def rounded(self, steps: float) -> int:
         """A number of steps as a multiple of `every`, within the run."""
@@ -147,8 +140,8 @@ class Search:
         ordered = self._ordered()
         for options in ordered[1:]:
             differences, folds = self._differences(options, ordered[0]), len(self.curves[options])
-            is_whole = self._needed(options) <= max(pooled(self.curves[options]))
-            if is_whole and folds <= len(self.curves[ordered[0]]):
+            whole = self._needed(options) <= max(pooled(self.curves[options]))
+            if whole and folds <= len(self.curves[ordered[0]]):
                 interval = bootstrap_interval(differences)
                 if interval is not None and interval.low > 0:
                     ends = f"{interval.low:.4g} to {interval.high:.4g}"
@@ -189,17 +182,15 @@ class Search:
         return [Work(options, len(own), needed)] if len(own) < self.plan.folds else []
 
     def _differences(
-        self, options: Options, best: Options, step: int | None = None, at: int | None = None
+        self, options: Options, best: Options, step: int = -1, at: int = -1
     ) -> np.ndarray:
         """Losses of a configuration less another's on the folds that both have, by sample: at given
         steps, or at those where each is lowest.
         """
         count = min(len(self.curves[options]), len(self.curves[best]))
         one, other = (pooled(self.curves[o][:count]) for o in (options, best))
-        mine, its = (
-            s if s in curve else lowest(curve)[1] for s, curve in ((step, one), (at, other))
-        )
-        return one[mine] - other[its]
+        mine = step if step in one else lowest(one)[1]
+        return one[mine] - other[at if at in other else lowest(other)[1]]
 
     def _ordered(self) -> list[Options]:
         """Configurations that are not out: the lowest of those on at least as many folds as all but

@@ -41,15 +41,10 @@ def folder_name(options: Options) -> str:
 
 @dataclass(frozen=True)
 class Space:
-    """Options and the values that each may have.
+    """Options and the values that each may have."""
 
-    Args:
-        values: of each option, in the order in which they are searched.
-        read_by: by method, the options that it reads of those that some methods read.
-    """
-
-    values: Mapping[str, tuple[str, ...]]
-    read_by: Mapping[str, frozenset[str]]
+    values: Mapping[str, tuple[str, ...]]  # in the order in which they are searched
+    read_by: Mapping[str, frozenset[str]]  # by method, the options that it reads of all methods'
 
     def configuration(self, values: Mapping[str, str]) -> Options:
         """Values as a configuration, without the options that its method does not read."""
@@ -68,10 +63,9 @@ class Space:
     def starts(self) -> list[Options]:
         """The middle of the space for each method."""
         middle = {name: values[(len(values) - 1) // 2] for name, values in self.values.items()}
-        methods = self.values.get(METHOD)
-        return (
-            self.along(METHOD, tuple(middle.items())) if methods else [self.configuration(middle)]
-        )
+        if METHOD in self.values:
+            return self.along(METHOD, tuple(middle.items()))
+        return [self.configuration(middle)]
 
     def along(self, name: str, start: Options) -> list[Options]:
         """A configuration with each value of one option."""
