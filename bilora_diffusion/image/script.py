@@ -183,7 +183,7 @@ def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
         if not own.validation_dataset:
             return None
         its = images(own, own.validation_dataset)
-        names = [its.name(i) for i in range(len(its))]
+        names = [entry.name for entry in its.entries]
         return its.only(chosen(own.validation_part, names, its.label))
 
     return joined(cfg, opened)

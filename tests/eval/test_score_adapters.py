@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,30 +56,6 @@ def test_the_digest_is_of_the_weights_alone(files, tmp_path):
     assert altered(rescale) != digest
     assert altered(lambda tensors, _: tensors[key][0].add_(1e-6)) != digest
     assert altered(lambda t, _: t.update({key: t[key].half()})) != digest
-
-
-@pytest.mark.parametrize(
-    ("words", "shown"),
-    [
-        (["runs/bilroa"], ['did you mean "runs/bilora"']),  # and the hub is not asked
-        (["runs/bilora"], ["runs/bilora", "run.json"]),
-        (["pickle.bin"], ["pickle.bin", ".safetensors"]),
-        (["plain.safetensors"], ["plain.safetensors", "no LoRA"]),
-    ],
-)
-def test_a_bad_argument_is_refused_in_one_sentence(
-    words, shown, files, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    Path("runs/bilora").mkdir(parents=True)
-    Path("pickle.bin").write_bytes(b"x")
-    Path("cut.safetensors").write_bytes((files / "unet" / FILE).read_bytes()[:-100])
-    save_file({"weight": torch.zeros(2)}, "plain.safetensors")
-    with pytest.raises(UserError) as caught:
-        single(words)
-    assert "\n" not in str(caught.value)
-    assert all(word in str(caught.value) for word in shown), caught.value
-    assert capsys.readouterr() == ("", "")
 
 
 def test_all_adapters_belong_to_one_base(files, tmp_path):
