@@ -1,5 +1,6 @@
 """Runs that are killed, interrupted or out of disk, and those of two processes, end as one."""
 
+import json
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from bilora_diffusion.errors import TrainingError
 from bilora_diffusion.image import script
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.run import checkpoint, runlog, snapshots
+from bilora_diffusion.run.record import BY_CONCEPT
 from tests.scripts import runs
 from tests.text.text_builders import material, text_flags, train_text_once
 
@@ -89,9 +91,14 @@ def test_the_printed_command_ends_as_the_whole_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path):
-    """With a record of the perturbations, and the best step by the held-out loss."""
+    """Of two concepts, with a record of the perturbations, and the best step by held-out loss."""
+    concepts = [runs.two_icons(tmp_path / name) for name in ("icons", "again")]
+    model = {concept.pop("pretrained_model_name_or_path") for concept in concepts}.pop()
+    concepts[1]["repeats"] = 2
+    (tmp_path / "concepts.yaml").write_text(json.dumps(concepts, default=str))
     shared = {
-        **{**runs.two_icons(tmp_path / "icons"), "validation_loss_steps": 2, "keep_best": True},
+        **{"dataset": tmp_path / "concepts.yaml", "validation_dataset": None},
+        **{"pretrained_model_name_or_path": model, "validation_loss_steps": 2, "keep_best": True},
         **{"max_train_steps": 8, "train_batch_size": 1, "learning_rate": 2e-4},
         **{"method": "lora-sam", "log_dynamics": True, "dynamics_steps": 1, "optimizer": "AdamW"},
     }
@@ -105,7 +112,9 @@ def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path):
     runs.process(*lines[0])
     assert runs.column(one, "step") == runs.column(two, "step")
     assert runs.column(one, "digest") == runs.column(two, "digest")
-    for key in ("loss", "heldout_loss"):
+    parts_of_loss = {key for key in runlog.read_metrics(one)[0] if key.startswith(BY_CONCEPT)}
+    assert len(parts_of_loss) == 2
+    for key in ("loss", "heldout_loss", *parts_of_loss):
         assert runs.column(one, key) == pytest.approx(runs.column(two, key), abs=1e-5)
     assert runs.difference(one, two) < 1e-5
     best = [runlog.read_run(folder)["results"]["best_step"] for folder in (one, two)]
