@@ -121,12 +121,6 @@ def test_a_loop_of_ones_own_gives_the_loss():
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["lora-sam", "flat-lora"])
-def test_a_method_whose_radius_can_not_set_itself_refuses(name):
-    with pytest.raises(UserError, match=f"auto.*{name}"):
-        create(name, MethodOptions(rho="auto"))
-
-
 class Plain(torch.optim.Optimizer):
     """Gradient descent that knows no `maximize`, as Prodigy and 8-bit AdamW."""
 
