@@ -42,10 +42,8 @@ def test_the_norm_is_measured_and_within_rho_after_every_step(
     model: Any = nn.Sequential(*layers).to(dtype)
     model = model.to(memory_format=layout)
     given: dict[str, Any] = {"auxiliary_rank": ranks[1], "auxiliary_alpha": alphas[1]}
-    # slow for the primary, that no run diverges
-    method: Any = create(
-        "bilora", MethodOptions(rho, rho_norm, auxiliary_learning_rate=0.3, **given)
-    )
+    given["auxiliary_learning_rate"] = 0.3  # slow for the primary, that no run diverges
+    method: Any = create("bilora", MethodOptions(rho, rho_norm, **given))
     spec = AdapterSpec(rank=ranks[0], alpha=alphas[0], target_modules=("0", "2", "3"))
     optimizer = getattr(torch.optim, kind)(method.setup([Target("model", model, spec, 1e-4)]))
     method.bind(optimizer)
@@ -210,10 +208,8 @@ def test_an_optimizer_without_maximize_ascends_all_the_same():
             parameters = adapters.parameters(run.model, AUXILIARY)
             before = [cast(Tensor, p.grad).clone() for p in parameters]
             run.optimizer.step()
-            assert all(
-                torch.equal(cast(Tensor, p.grad), g)
-                for p, g in zip(parameters, before, strict=True)
-            )
+            pairs = zip(parameters, before, strict=True)
+            assert all(torch.equal(cast(Tensor, p.grad), g) for p, g in pairs)
             run.optimizer.zero_grad()
         pair = (adapters.state_dict(run.model, name) for name in (PRIMARY, AUXILIARY))
         reached.append([value for state in pair for value in state.values()])

@@ -48,12 +48,10 @@ def test_instruction_sets():
 
 
 def test_rows_of_another_set_are_refused():
+    unlabelled, other = {"sentence": "a", "label": -1}, {"text": "a", "label": 1}
     for row, sentence in (
-        (
-            {"sentence": "a", "label": -1},
-            "label.* of row 7 holds -1, none of the 2 classes of cola",
-        ),
-        ({"text": "a", "label": 1}, 'row 7 has no "sentence", only text, label'),
+        (unlabelled, "label.* of row 7 holds -1, none of the 2 classes of cola"),
+        (other, 'row 7 has no "sentence", only text, label'),
     ):
         with pytest.raises(UserError, match=sentence):
             catalog.get("cola").example(row, "seq2seq", "row 7")
@@ -165,13 +163,7 @@ TEN = ["acceptable"] * 6 + ["unacceptable"] * 4
 SCORES: list[tuple[str, list[str], list[str], tuple[str, ...], float]] = [
     ("accuracy", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
     ("exact_match", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
-    (
-        "matthews_correlation",
-        [*TEN[1:], TEN[0]],
-        TEN,
-        (),
-        (5 * 3 - 1) / 24,
-    ),  # 5, 3 right, 1, 1 wrong
+    ("matthews_correlation", [*TEN[1:], TEN[0]], TEN, (), 14 / 24),  # 5 and 3 right, 1 and 1 wrong
     ("matthews_correlation", TEN[:1] * 10, TEN, (), 0.0),
     ("f1", ["b", "b", "a", "what?"], ["b", "a", "b", "b"], ("a", "b"), 2 / 5),  # of the last of two
     ("f1", ["a", "b", "b"], ["a", "b", "c"], ("a", "b", "c"), (1 + 2 / 3) / 3),  # the mean of more
