@@ -50,25 +50,11 @@ def _train(modality: str, argv: Words | None) -> int:
     return run_cli(work)
 
 
-def export(argv: Words | None = None) -> int:
-    """Print what is inside a LoRA file, convert it, or export a run's checkpoint."""
-    from .export.cli import main
-
-    return main(argv)
-
-
-def demo(argv: Words | None = None) -> int:
-    """Train LoRA and Bi-LoRA on 23 icons and draw what they make."""
-    from .demo import main
-
-    return main(argv)
-
-
-COMMANDS: dict[str, Callable[..., int]] = {
+COMMANDS: dict[str, Callable[[], int]] = {
     "train": train,
     "text": text,
-    "export": export,
-    "demo": demo,
+    "export": lambda: import_module(".export.cli", __package__).main(),
+    "demo": lambda: import_module(".demo", __package__).main(),
 }
 
 

@@ -73,9 +73,8 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
         train.main([*words, *MEASURED, *flags])
     steps = require_paired([folder / method for method in METHODS])
     picture = folder / "grid.png"
-    rows, labels = make_icons(folder)
     curves = {TITLES[method]: read_curve(folder / method) for method in METHODS}
-    draw(rows, labels, curves, picture)
+    draw(*make_icons(folder), curves, picture)
     print(f"\nBoth runs saw the same data and noise in all {steps} steps (equal digests).")
     print(as_table(curves))
     print("\nRun folders:")
@@ -83,18 +82,13 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
         print(f"  {TITLES[method]:8} {folder / method}")
     print(f"Their held-out loss, and six icons that no run has seen: {picture}")
     if in_repository():
-        print(
-            f"\nScore both: python -m eval.clip_scores {' '.join(str(folder / m) for m in METHODS)}"
-        )
+        both = " ".join(str(folder / method) for method in METHODS)
+        print(f"\nScore both: python -m eval.clip_scores {both}")
         print(f"Look at them: python -m app.viewer {folder}")
 
 
 def require_paired(folders: Sequence[Path]) -> int:
-    """Check that runs saw the same inputs at every step; returns the number of steps.
-
-    Raises:
-        TrainingError: a step's digests differ.
-    """
+    """Check that runs saw the same inputs at every step; returns the number of steps."""
     digests = [
         [row["digest"] for row in runlog.read_metrics(folder) if "digest" in row]
         for folder in folders
@@ -118,7 +112,8 @@ def make_icons(folder: Path) -> tuple[dict[str, list[Image]], list[str]]:
         for column in ("label", config["caption_column"])
     )
     labels, prompts = (
-        [str(pictures.caption(i)) for i in range(SUBJECTS)] for pictures in (heldout, prompted)
+        [str(entry.caption) for entry in pictures.entries[:SUBJECTS]]
+        for pictures in (heldout, prompted)
     )
     pipeline = load_pipeline(config["pretrained_model_name_or_path"], dtype=torch.float32)
     how: Any = {"seeds": range(SUBJECTS), "size": 64, "steps": 25, "guidance_scale": 4.0}
@@ -176,11 +171,7 @@ def _draw_curves(axis: Any, curves: dict[str, Curve]) -> None:
 
 
 def read_curve(folder: Path) -> Curve:
-    """(step, held-out loss) of a run, in its order.
-
-    Raises:
-        UserError: it has none.
-    """
+    """(step, held-out loss) of a run, in its order."""
     rows = [row for row in runlog.read_metrics(folder) if "heldout_loss" in row]
     if not rows:
         raise UserError(f"{folder} has no held-out loss: set --validation_dataset.")

@@ -53,9 +53,6 @@ def translated(sentence: str, fix: str) -> Iterator[None]:
     Args:
         sentence: what can't be done, in the user's words, such as "config.json can't be read".
         fix: what to do, without a period.
-
-    Raises:
-        UserError: something was raised.
     """
     try:
         yield

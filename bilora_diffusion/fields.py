@@ -24,19 +24,12 @@ FALSE = ("no", "false", "f", "n", "off", "0")
 
 @dataclass(frozen=True)
 class Idle:
-    """A case in which an option has no effect: it is then named in one line and ignored.
+    """A case in which an option has no effect: it is then named in one line and ignored."""
 
-    Args:
-        when: whether it has none, from all options' values.
-        where: a clause that follows "has no effect".
-        fix: what to do about it, in the imperative, with options in backquotes.
-        becomes: the option whose value it takes then; None for its default.
-    """
-
-    when: Callable[[Mapping[str, Any]], bool]
-    where: str
-    fix: str = "drop it"
-    becomes: str | None = None
+    when: Callable[[Mapping[str, Any]], bool]  # whether it has none, from all options' values
+    where: str  # a clause that follows "has no effect"
+    fix: str = "drop it"  # in the imperative, with options in backquotes
+    becomes: str | None = None  # the option whose value it takes then; None for its default
 
 
 def unless(name: str, value: Any, where: str) -> Idle:
@@ -47,30 +40,17 @@ def unless(name: str, value: Any, where: str) -> Idle:
 
 @dataclass(frozen=True)
 class Option:
-    """Metadata of a field under "option".
+    """Metadata of a field under "option"."""
 
-    Args:
-        help: one or two sentences for ``--help``.
-        idle: where it has no effect.
-        range: the numbers that it may be.
-        place: whether it may name a file or a folder.
-        free: whether a resumed run may change it, since it does not touch what is learned, or only
-            in the last digits, as another card does.
-        choices: what it may be.
-        words: what it may be instead of a number.
-        aliases: further flags.
-        itemized: whether a list's flag may come several times, and a recipe have lists of mappings.
-    """
-
-    help: str
-    idle: tuple[Idle, ...] = ()
-    range: Range | None = None
-    place: bool = False
-    free: bool = False
-    choices: tuple[str, ...] | None = None
-    words: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    itemized: bool = False
+    help: str  # one or two sentences for ``--help``
+    idle: tuple[Idle, ...] = ()  # where it has no effect
+    range: Range | None = None  # the numbers that it may be
+    place: bool = False  # it may name a file or a folder
+    free: bool = False  # a resumed run may change it: it touches at most the last digits
+    choices: tuple[str, ...] | None = None  # what it may be
+    words: tuple[str, ...] = ()  # what it may be instead of a number
+    aliases: tuple[str, ...] = ()  # further flags
+    itemized: bool = False  # its flag may come several times, and a recipe have lists of mappings
 
 
 def option(default: Any, help: str, **settings: Any) -> Any:
@@ -78,7 +58,6 @@ def option(default: Any, help: str, **settings: Any) -> Any:
 
     Args:
         default: its value when nobody gives one; a list for an option that takes several.
-        help: one or two sentences for ``--help``.
         **settings: what `Option` has; a number needs a ``range``.
     """
     metadata = {"option": Option(help, **settings)}
@@ -123,13 +102,8 @@ def check(
     """Refuse values that no run can mean; None is no value.
 
     Args:
-        fields: options by name.
-        values: theirs, by the same names.
         dashes: what stands before a name where the user wrote it.
         smallest: below it, a number other than 0 is refused too.
-
-    Raises:
-        UserError: one sentence with the value and the fix.
     """
     for name, field in fields.items():
         value, declared = values[name], option_of(field)
@@ -210,7 +184,7 @@ def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, 
     declared = option_of(field)
     usual = {"default": default_of(field), "choices": declared.choices}
     if field.default_factory is not dataclasses.MISSING:
-        action = _Append if declared.itemized else "store"
+        action = "extend" if declared.itemized else "store"
         return {**usual, "type": typing.get_args(hint)[0], "nargs": "+", "action": action}
     if isinstance(hint, types.UnionType):  # of a type and None, or a number and words
         hint = typing.get_args(hint)[0]
@@ -223,15 +197,6 @@ def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, 
     if bare:
         return {"action": "store_true"}
     return {**usual, "type": _truth, "nargs": "?", "const": True}
-
-
-class _Append(argparse.Action):
-    """Adds to what the flag gave before."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        before = getattr(namespace, self.dest)
-        more: Any = before if isinstance(before, list) and before is not self.default else []
-        setattr(namespace, self.dest, [*more, *values])
 
 
 def _number(kind: Callable[[str], float], words: tuple[str, ...]) -> Callable[[str], float | str]:

@@ -9,6 +9,7 @@ import csv
 import errno
 import io
 import json
+import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,16 +28,10 @@ Rows = list[tuple[str, dict[str, Any]]]
 """The rows of a table, each with what to call it in messages: "line 3 of answers.csv"."""
 
 
-def is_file(path: Path) -> bool:
-    """Test for a file that has an end: not a folder, device, pipe or socket; False for what
-    can be no path, such as a name that is too long or has a NUL.
-    """
-    return _mode(path) == stat.S_IFREG
-
-
-def is_folder(path: Path) -> bool:
-    """Test for a folder; False for what can't be a path."""
-    return _mode(path) == stat.S_IFDIR
+is_file, is_folder = os.path.isfile, os.path.isdir
+"""Tests for a file that has an end, not a device, pipe or socket, and for a folder. Unlike Path's
+they are False for what can be no path, such as a name that is too long or has a NUL.
+"""
 
 
 def finite(path: Path) -> Path:
@@ -57,8 +52,10 @@ def read_text(path: Path, name: str, most_bytes: int) -> str:
             ``name``, and names the first line that is not.
     """
     if not is_file(path):
-        kind = {None: "not there", stat.S_IFDIR: "a folder"}.get(_mode(path), "no regular file")
-        raise UserError(f"{name} is {kind}: give a text file.")
+        there = "a folder" if is_folder(path) else "no regular file"
+        raise UserError(
+            f"{name} is {there if os.path.exists(path) else 'not there'}: give a text file."
+        )
     try:
         with path.open("rb") as file:
             content = file.read(most_bytes + 1)
@@ -106,7 +103,7 @@ def folder_or_id(value: str, option: str) -> Path | None:
     if is_folder(path):
         return path
     shown = f"{option} {quoted(value)}"
-    if _mode(path) is not None:
+    if os.path.exists(path):
         raise UserError(f"{shown} is a file: give a folder or a hub id.")
     if value.startswith((".", "/", "~")) or "\\" in value or value.count("/") > 1:
         raise UserError(f"{shown} does not exist: correct the path, or give a hub id.")
@@ -138,8 +135,8 @@ def read_rows(
     """
     name = path.name if name is None else name
     kind = kind or path.suffix.lower()
-    if kind not in _READERS:
-        raise UserError(f"{name} is none of {', '.join(_READERS)}: convert it to one of them.")
+    if kind not in TABLES:
+        raise UserError(f"{name} is none of {', '.join(TABLES)}: convert it to one of them.")
     if not is_file(path):
         raise UserError(f"there is no file {quoted(path)} that can be read: correct the path.")
     if kind == ".parquet":
@@ -245,14 +242,6 @@ def _parquet(path: Path, name: str) -> Rows:
     return [(f"row {number} of {name}", row) for number, row in enumerate(rows, start=1)]
 
 
-_READERS: dict[str, Any] = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv}
-_READERS[".parquet"] = _parquet
-TABLES = tuple(_READERS)
+_READERS = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv}
+TABLES = (*_READERS, ".parquet")
 """Endings of a table's name."""
-
-
-def _mode(path: Path) -> int | None:
-    try:
-        return stat.S_IFMT(path.stat().st_mode)
-    except (OSError, ValueError):
-        return None

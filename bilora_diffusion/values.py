@@ -22,23 +22,15 @@ SMALLEST = 1.2e-38
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may have.
+    """The numbers that an option may have."""
 
-    Args:
-        most: the largest.
-        reason: why none is larger, as the end of a sentence.
-        at_least, above, below: further bounds, ``below`` beside ``at_least``.
-        multiple_of: what divides it.
-        instead: what to do instead of giving a number in the range.
-    """
-
-    most: int | float
-    reason: str
+    most: int | float  # the largest
+    reason: str  # why none is larger, as the end of a sentence
     at_least: int | None = None
     above: int | None = None
-    below: int | None = None
-    multiple_of: int | None = None
-    instead: str = ""
+    below: int | None = None  # beside ``at_least``
+    multiple_of: int | None = None  # what divides it
+    instead: str = ""  # what to do instead of giving a number in the range
 
     @property
     def or_zero(self) -> Range:
@@ -46,15 +38,7 @@ class Range:
         return dataclasses.replace(self, at_least=0, above=None)
 
     def check(self, shown: str, value: Any, smallest: float = SMALLEST) -> None:
-        """Refuse a number out of the range.
-
-        Args:
-            shown: the option as the user wrote it.
-            smallest: below it, a number other than 0 is refused too.
-
-        Raises:
-            UserError: one sentence with the value and the fix.
-        """
+        """Refuse a number out of the range, and one other than 0 below ``smallest``."""
         fix = self._fix(value)
         if not fix and 0 < abs(value) < smallest:
             fix = "give a larger number, or 0, which it is in 32-bit arithmetic"
@@ -109,11 +93,7 @@ STRENGTHS = Range(10, "images are spoiled by far less", at_least=-10)
 
 
 def check_choice(shown: str, value: Any, choices: Iterable[Any]) -> None:
-    """Refuse a value that is none of the choices.
-
-    Raises:
-        UserError: one sentence with the value and the choices.
-    """
+    """Refuse a value that is none of the choices."""
     names = [str(choice) for choice in choices]
     if value not in names:
         hint = did_you_mean(str(value), names)

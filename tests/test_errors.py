@@ -11,13 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from bilora_diffusion import durable
-from bilora_diffusion.errors import Interrupted, TrainingError, UserError, did_you_mean, run_cli
-
-
-def test_hint_names_the_nearest():
-    assert did_you_mean("bilroa", ("lora", "bilora", "full")) == ' (did you mean "bilora"?)'
-    assert did_you_mean("zzzzzz", ("lora", "bilora")) == ""
-    assert did_you_mean("lora", ()) == ""
+from bilora_diffusion.errors import Interrupted, TrainingError, UserError, run_cli
 
 
 @pytest.mark.parametrize(

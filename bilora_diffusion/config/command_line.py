@@ -19,8 +19,6 @@ from ..files import quoted
 from ..values import check_choice
 from .recipe import find_recipe, read_options
 
-UNSET = object()
-
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each option under one spelling, and its default only where it says something."""
@@ -117,14 +115,14 @@ class CommandLine(Sentences):
 
     def explicit(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The options that the arguments give, without a recipe's."""
-        namespace = argparse.Namespace(**dict.fromkeys(self._fields, UNSET))
+        namespace = argparse.Namespace(**dict.fromkeys(self._fields))
         _, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
             if not word.startswith("-"):
                 raise UserError(f'unexpected "{word}": put the flag that it belongs to before it.')
             self._refuse(word, self._names())
-        return {name: value for name, value in vars(namespace).items() if value is not UNSET}
+        return {name: value for name, value in vars(namespace).items() if value is not None}
 
     def _refuse(self, given: str, names: Mapping[str, str]) -> NoReturn:
         """Refuse an option that is none of those, as a flag or as the key of a recipe."""

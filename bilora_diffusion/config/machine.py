@@ -16,15 +16,7 @@ def is_installed(package: str) -> bool:
 
 
 def require(package: str, option: str) -> None:
-    """Refuse an option whose package is missing.
-
-    Args:
-        package: its name, and the version that is needed where others are known not to do.
-        option: it and its value, as the user wrote them.
-
-    Raises:
-        UserError: it says how to install it.
-    """
+    """Refuse an option, in the user's words, whose package, perhaps of a version, is missing."""
     if not is_installed(package.partition(">")[0]):
         raise UserError(f"{option} needs a package that is missing: run `pip install '{package}'`.")
 
@@ -54,9 +46,7 @@ def is_on(variable: str) -> bool:
 
 
 def launch() -> dict[str, Any]:
-    """Facts of `refusals` about accelerate's launch, from the variables that its launcher
-    sets and it reads.
-    """
+    """Facts of `refusals` about accelerate's launch, from its launcher's variables."""
 
     def word(name: str) -> str:
         return os.environ.get(name, "no").upper()
@@ -87,9 +77,6 @@ def default_precision() -> str:
     """The precision given to accelerate launch, else the best that the device has.
 
     ``accelerate launch`` says "no" where nobody chose, so "no" counts as not given.
-
-    Raises:
-        UserError: it was given a precision that training does not have.
     """
     given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if given in ("fp16", "bf16"):

@@ -10,16 +10,10 @@ from ..values import BATCHES, DECAYS, RATES, SHARES, STEPS, Range
 
 PRECISIONS = ("no", "fp16", "bf16")
 LR_SCHEDULERS = (
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
+    *("constant", "constant_with_warmup"),
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
 )
 ON_OTHERS = unless("optimizer", "prodigy", "on another optimizer")
-
-
 AT_A_CONSTANT_RATE = Idle(
     lambda v: v["lr_scheduler"] == "constant",
     "on a constant learning rate",

@@ -25,11 +25,7 @@ _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
 def find_recipe(name: str) -> Path:
-    """The file that ``--config`` names: a path, or one of `RECIPES` such as t5_base/mrpc.
-
-    Raises:
-        UserError: a name that is neither.
-    """
+    """The file that ``--config`` names: a path, or one of `RECIPES` such as t5_base/mrpc."""
     path, packaged = Path(name), RECIPES / f"{name}.yaml"
     if is_file(path) or path.is_absolute() or path.suffix:
         return path

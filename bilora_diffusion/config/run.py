@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from .. import fields, methods
@@ -31,25 +31,18 @@ logger = logging.getLogger(__name__)
 class RunConfig(
     AdapterOptions, MethodFlags, StepOptions, StoppingOptions, OptimizerOptions, OutputOptions
 ):
-    """Base of both scripts' configurations: flat frozen dataclasses, made of groups of options.
+    """Base of both scripts' configurations: flat frozen dataclasses, made of groups of options."""
 
-    Attributes:
-        modality: "image" or "text".
-        groups: the option dataclasses it is made of, in the order of ``--help``.
-        alternatives: pairs of options of which one replaces the other (`CommandLine.read`).
-        description, usage: of ``--help``.
-        without_influence: options that a resumed run may change freely: they do not touch what is
-            learned, or only in the last digits, as another card does.
-        without_samples: values with which no images or answers are made.
-    """
-
-    modality: ClassVar[str]
-    groups: ClassVar[tuple[Any, ...]]
-    alternatives: ClassVar[tuple[tuple[str, str], ...]]
+    modality: ClassVar[str]  # image or text
+    groups: ClassVar[tuple[Any, ...]]  # the option dataclasses, in the order of ``--help``
+    alternatives: ClassVar[tuple[tuple[str, str], ...]]  # as `CommandLine.read` takes them
     description: ClassVar[str]
     usage: ClassVar[str]
-    without_influence: ClassVar[frozenset[str]]
-    without_samples: ClassVar[Mapping[str, Any]]
+    without_influence: ClassVar[frozenset[str]]  # a resumed run may change these freely
+    without_samples: ClassVar[Mapping[str, Any]]  # with which no images or answers are made
+    # fills in what was not given, of what only this script has, and what the model's files say
+    complete: ClassVar[Callable[[Values, frozenset[str]], Values]]
+    check_inputs: ClassVar[Callable[[Values], None]]  # of what only this script can be given
 
     # what only one script has as an option, or in another form
     train_text_encoder: bool = False
@@ -95,20 +88,6 @@ class RunConfig(
             groups, cls.description, cls.usage, refusals.table().foreign[cls.modality]
         )
 
-    @staticmethod
-    def complete(values: Values, given: frozenset[str]) -> Values:
-        """Fill in what was not given, of what only this script has, and what the model's files say.
-
-        Raises:
-            UserError: there is no such model, or it can't be trained as asked.
-        """
-        raise NotImplementedError
-
-    @staticmethod
-    def check_inputs(values: Values) -> None:
-        """Refuse what only this script can be given: files, folders, hub ids."""
-        raise NotImplementedError
-
     @classmethod
     def with_own_options(cls) -> type[Self]:
         """This class with the options that single methods have."""
@@ -134,11 +113,6 @@ class RunConfig(
     def sampled_prompts(self) -> list[str]:
         """The prompt of each validation image, in their order; none for text."""
         return []
-
-    @property
-    def log_with(self) -> str | None:
-        """The tracker for ``Accelerator(log_with=...)``."""
-        return None if self.report_to == "none" else self.report_to
 
     def warmup_steps(self, num_steps: int) -> int:
         """Steps in which the learning rate rises from 0, of ``num_steps`` in all."""
@@ -185,12 +159,7 @@ def without_influence(groups: Sequence[Any]) -> frozenset[str]:
 
 
 def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
-    """Fill in what every script has: the adapter's scale, the radius, optimizer and precision.
-
-    Raises:
-        UserError: no such method or optimizer; accelerate was launched in a precision that training
-            does not have.
-    """
+    """Fill in what every script has: the adapter's scale, the radius, optimizer and precision."""
     values = {**values, "optimizer": values["optimizer"].lower()}
     for name, choices in (("method", methods.names()), ("optimizer", OPTIMIZERS)):
         check_choice(f"--{name}", values[name], choices)
@@ -295,11 +264,7 @@ def _remarks(values: Mapping[str, Any], given: frozenset[str]) -> list[str]:
 
 
 def _check_packages(values: Mapping[str, Any]) -> None:
-    """Refuse what needs a package that is missing, a token, or more memory than there is.
-
-    Raises:
-        UserError: it names the option and what to install or to use instead.
-    """
+    """Refuse what needs a package that is missing, a token, or more memory than there is."""
     tracker, optimizer = values["report_to"], values["optimizer"]
     check_choice("--report_to", tracker, (*TRACKERS, "all", "none"))
     xformers = "enable_xformers_memory_efficient_attention"

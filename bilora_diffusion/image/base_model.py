@@ -25,12 +25,8 @@ _GIVE_ONE = (
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A pipeline in diffusers' format, of a kind that is known.
-
-    Args:
-        name: as the user gave it.
-        index: its ``model_index.json``.
-        configs: the ``config.json`` of denoiser and autoencoder, by the part.
+    """A pipeline in diffusers' format, of a kind that is known: its name as the user gave it, its
+    ``model_index.json``, and the ``config.json`` of denoiser and autoencoder, by the part.
     """
 
     name: str
@@ -106,11 +102,7 @@ def _read(name: str, folder: Path | None, file: str, **places: Any) -> dict[str,
 
 
 def from_hub(name: str, load: Callable[[], Any]) -> Any:
-    """Download by ``load`` from a model's repository.
-
-    Raises:
-        UserError: it can't be downloaded.
-    """
+    """Download by ``load`` from a model's repository."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     def permitted() -> Any:

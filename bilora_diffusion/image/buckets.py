@@ -17,22 +17,14 @@ MOST_ELONGATED = 2.0
 
 
 def sizes(side: int, buckets: str | None) -> list[Size]:
-    """The sizes that a run's images are cut to; the square of ``--resolution`` alone by default.
-
-    Raises:
-        UserError: ``--aspect_ratio_buckets`` is not a list of sizes, or they don't divide.
-    """
+    """The sizes that a run's images are cut to; the square of ``--resolution`` alone by default."""
     if buckets is None:
         return [(side, side)]
     return around(side) if buckets == AUTO else read(buckets)
 
 
 def read(text: str) -> list[Size]:
-    """Sizes as diffusers' scripts take them: "height,width;height,width".
-
-    Raises:
-        UserError: that is something else, or a side is not a multiple of 16.
-    """
+    """Sizes as diffusers' scripts take them: "height,width;height,width"."""
     sizes = []
     for part in text.split(";"):
         sides = part.split(",")

@@ -21,11 +21,6 @@ MOST_TEXTS = 2000
 class Captions:
     """The texts of a training set.
 
-    Args:
-        cfg: with ``seed`` and, of each concept, ``instance_prompt``, ``trigger_word``,
-            ``shuffle_tags`` and ``caption_dropout``.
-        images: whose captions they are.
-
     Raises:
         UserError: an image has no text, or none has tags that could be shuffled.
     """
@@ -78,11 +73,7 @@ class Captions:
 
 
 def texts(cfg: DreamBoothConfig, images: ImageSet) -> list[str]:
-    """The text of every image as it is where nothing is drawn: how held-out images are measured.
-
-    Raises:
-        UserError: an image has none.
-    """
+    """The text of every image as it is where nothing is drawn: how held-out images are measured."""
     plain = images.prompts(*(own.instance_prompt for own in cfg.each))
     triggers = images.of_each([own.trigger_word for own in cfg.each])
     return [with_trigger(text, word) for text, word in zip(plain, triggers, strict=True)]

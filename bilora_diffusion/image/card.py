@@ -7,7 +7,6 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
-from safetensors import safe_open
 
 from .. import methods
 from ..lora_names import FILE_NAME, kohya_file_name, workflow_file_name
@@ -23,17 +22,12 @@ OURS = {MINI: "bilora_diffusion's miniature", FLOW: "bilora_diffusion's mini-flo
 def write_dreambooth_card(
     cfg: DreamBoothConfig, folder: Path, results: dict[str, Any], repo_id: str | None
 ) -> None:
-    """Write ``folder/README.md`` with the last validation images.
-
-    Args:
-        cfg: the run's configuration.
-        folder: the run folder.
-        results: steps, the held-out figures, and under "export" what was found of each model.
-        repo_id: hub repository the folder goes to.
+    """Write ``folder/README.md`` with the last validation images; ``results`` has steps, held-out
+    figures and, under "export", what was found of each model.
     """
     base = source(cfg.pretrained_model_name_or_path)
     sources = [source(own.source) for own in cfg.each]
-    whole, flow = methods.get(cfg.method).exports_weights, _of_transformer(folder)
+    whole, flow = methods.get(cfg.method).exports_weights, cfg.family.flow
     step = results.get("best_step", results["steps"])
     files = sorted((folder / "validation" / f"step-{step}").glob("*.png"))
     prompts = cfg.sampled_prompts
@@ -85,12 +79,3 @@ def write_dreambooth_card(
         lora=kohya_file_name(folder),
         workflow=workflow if (folder / workflow).is_file() else None,
     )
-
-
-def _of_transformer(folder: Path) -> bool:
-    """Test that a run trained a flow-matching transformer, by the weights that it left."""
-    file = folder / FILE_NAME
-    if not file.is_file():
-        return (folder / "transformer").is_dir()
-    with safe_open(file, framework="pt") as weights:
-        return any(key.startswith("transformer.") for key in weights.keys())  # noqa: SIM118

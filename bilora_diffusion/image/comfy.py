@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,46 +83,24 @@ def write(cfg: Any, folder: Path, pipeline: Any) -> None:
     if unread or embedded(base) or (kind == SDXL and not cfg.output_kohya_format):
         return
     steps, guidance = of(pipeline).drawing(pipeline)
-    first = next(iter(cfg.samples), cfg.usual_sample)
     own = cfg.each[0]
-    graph = workflow(
-        pipeline,
-        checkpoint=CHECKPOINTS.get(base, Path(base).name.lower()),
-        lora=kohya_file_name(folder),
-        prompt=first["prompt"] or own.trigger_word or own.instance_prompt or "a photo",
-        seed=first["seed"],
-        size={side: first[side] for side in ("width", "height")},
-        steps=first["steps"] or steps,
-        guidance=guidance if first["guidance"] is None else first["guidance"],
-        against=first["negative_prompt"],
-        strength=first["strength"],
-    )
+    prompt = own.trigger_word or own.instance_prompt or "a photo"
+    sample = {"prompt": prompt, "steps": steps, "guidance": guidance}
+    first = next(iter(cfg.samples), cfg.usual_sample)
+    sample |= {name: value for name, value in first.items() if value is not None}
+    checkpoint = CHECKPOINTS.get(base, Path(base).name.lower())
+    graph = workflow(pipeline, checkpoint, kohya_file_name(folder), sample)
     write_text(path, json.dumps(graph, indent=1) + "\n")
 
 
-def workflow(
-    pipeline: Any,
-    *,
-    checkpoint: str,
-    lora: str,
-    prompt: str,
-    seed: int,
-    size: dict[str, int],
-    steps: int,
-    guidance: float,
-    against: str = "",
-    strength: float = 1.0,
-) -> Graph:
-    """The nodes that draw one image.
-
-    Args:
-        pipeline: whose scheduler is to be followed.
-        checkpoint: file of the model, without its ending.
-        size: width and height in pixels.
-        guidance: as diffusers' pipeline is told.
-        against: negative prompt.
+def workflow(pipeline: Any, checkpoint: str, lora: str, sample: Mapping[str, Any]) -> Graph:
+    """The nodes that draw one image of `DreamBoothConfig.samples` as the pipeline does, by the file
+    of the model, without its ending, and that of the adapter.
     """
     kind, graph = type(pipeline).__name__, Graph()
+    size = {side: sample[side] for side in ("width", "height")}
+    steps, guidance, strength = (sample[name] for name in ("steps", "guidance", "strength"))
+    prompt, against = sample["prompt"], sample["negative_prompt"]
     model, clip, vae = _loaded(graph, kind, checkpoint)
     given = {"model": model, "lora_name": lora, "strength_model": strength}
     if kind == SDXL:  # adapters of the text encoders may be in the file
@@ -143,7 +122,7 @@ def workflow(
     if kind == FLUX2:
         latent = graph.add(
             "SamplerCustomAdvanced",
-            noise=graph.add("RandomNoise", noise_seed=seed),
+            noise=graph.add("RandomNoise", noise_seed=sample["seed"]),
             guider=graph.add("CFGGuider", **told),
             sampler=graph.add("KSamplerSelect", sampler_name="euler"),
             sigmas=graph.add("Flux2Scheduler", steps=steps, **size),
@@ -155,7 +134,7 @@ def workflow(
             "KSampler",
             **told,
             latent_image=graph.add(empty, **size, batch_size=1),
-            seed=seed,
+            seed=sample["seed"],
             steps=steps,
             sampler_name="euler",
             scheduler=_scheduler(kind, steps),

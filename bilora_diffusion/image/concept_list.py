@@ -37,10 +37,8 @@ logger = logging.getLogger(__name__)
 
 
 def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    """Fill in what was not given, and read the concepts where ``--dataset`` has a list of them.
-
-    Raises:
-        UserError: one sentence, which begins with the place of a wrong concept.
+    """Fill in what was not given, and read the concepts where ``--dataset`` has a list of them; an
+    error's sentence begins with the place of a wrong concept.
     """
     values, listed = {**values, "concepts": []}, values["dataset_name"]
     if not isinstance(listed, list) and Path(listed or "").suffix.lower() not in (".yaml", ".yml"):

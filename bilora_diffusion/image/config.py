@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
@@ -157,6 +157,5 @@ class DreamBoothConfig(
         return {**super().fingerprint(), **({"concepts": each} if each else {})}
 
 
-def resolve(argv: Sequence[str] | None = None) -> DreamBoothConfig:
-    """Make the configuration of a command line of the image script (`RunConfig.resolve`)."""
-    return DreamBoothConfig.resolve(argv)
+resolve = DreamBoothConfig.resolve
+"""Makes the configuration of a command line of the image script."""

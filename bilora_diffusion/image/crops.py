@@ -54,8 +54,8 @@ def draw(
     is about and not the draws that follow.
 
     Args:
-        size: (height, width) of the image, before resizing.
-        target: (height, width) of what is cut out, in pixels.
+        size: of the image, before resizing.
+        target: of what is cut out.
         center_crop: cut the middle instead of a random place.
         random_flip: mirror half of the visits left to right.
         generator: where the numbers come from.
@@ -76,8 +76,6 @@ def fitted(image: Image.Image, target: Size, interpolation: str) -> Tensor:
     """An image made as small as covers a target: (c, h, w), in 0 to 255.
 
     Args:
-        image: RGB or gray.
-        target: (height, width) of what is cut out.
         interpolation: a choice of ``--image_interpolation_mode``.
     """
     size = list(resized((image.height, image.width), target))
@@ -93,7 +91,6 @@ def cut(image: Tensor, crop: Crop, target: Size) -> Tensor:
     Args:
         image: ``fitted`` to this target.
         crop: from ``draw`` for the size of this image before resizing.
-        target: (height, width) of what is cut out.
     """
     pixels = functional.horizontal_flip(image) if crop.flipped else image
     pixels = functional.crop(pixels, crop.top, crop.left, *target)

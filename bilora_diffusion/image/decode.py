@@ -23,18 +23,8 @@ HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 """Of telephones; Pillow reads it where the package pillow-heif is installed."""
 
 DECODE_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-    zlib.error,
-    struct.error,
-    Image.DecompressionBombError,
+    *(OSError, EOFError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError),
+    *(RuntimeError, MemoryError, zlib.error, struct.error, Image.DecompressionBombError),
 )
 """Errors of Pillow on files that are damaged, of an unknown kind, or absurdly large."""
 

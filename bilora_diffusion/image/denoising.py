@@ -20,27 +20,20 @@ from ..errors import UserError
 from ..train.task import precision
 from .families.base import Conditions, Family, moved
 from .families.sdxl import encode
-from .flow import Predict, Schedule, mean_of_shown
+from .flow import FlowMatching, Predict, mean_of_shown
 
 _DRAWN = ("latents", "noise", "index", "instance", "ids", "told", "shown", "prior")
 """Inputs that are not conditions."""
 
 
 @dataclass(frozen=True)
-class Denoising(Schedule):
-    """A noise schedule with the loss that belongs to it.
+class Denoising:
+    """A noise schedule with the loss that belongs to it, as `FlowMatching` has them."""
 
-    Args:
-        scheduler: DDPM for the standard formulation, Euler or EDM-Euler for the EDM one.
-        kind: "standard", "edm" (EDM loss on a variance-preserving model) or "edm_native".
-        snr_gamma: cap of the signal-to-noise weights, or None for no weights.
-        snr_weighting: "published" or "diffusers", which differ for velocity.
-    """
-
-    scheduler: Any
-    kind: str = "standard"
-    snr_gamma: float | None = None
-    snr_weighting: str = "published"
+    scheduler: Any  # DDPM for the standard formulation, Euler or EDM-Euler for the EDM one
+    kind: str = "standard"  # or "edm", on a variance-preserving model, or "edm_native"
+    snr_gamma: float | None = None  # cap of the signal-to-noise weights; None for no weights
+    snr_weighting: str = "published"  # or "diffusers", which differ for velocity
 
     @classmethod
     def from_config(
@@ -126,6 +119,10 @@ class Denoising(Schedule):
         else:
             denoised = noisy / (sigma**2 + 1) - prediction * sigma / (sigma**2 + 1).sqrt()
         return sigma**-2 * (denoised - clean) ** 2
+
+
+Schedule = Denoising | FlowMatching
+"""Noise levels, and the loss that belongs to them."""
 
 
 def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = False) -> Tensor:

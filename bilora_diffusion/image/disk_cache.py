@@ -86,10 +86,10 @@ def _marks(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def of_prompts(
-    place: Path | None, cfg: DreamBoothConfig, family: Any, pipeline: Any, device: torch.device
+    cfg: DreamBoothConfig, family: Any, pipeline: Any, device: torch.device
 ) -> DiskCache:
     """The cache of what the text encoders of a run make of prompts."""
-    if place is None:
+    if cfg.cache is None:
         return DiskCache()
     names = [name for name in family.encoders if getattr(pipeline, name) is not None]
     parts = [*names, *(name.replace("text_encoder", "tokenizer") for name in names)]
@@ -101,21 +101,19 @@ def of_prompts(
     except OSError:
         return DiskCache()  # reading the encoders will be refused with the reason
     index = {name: value for name, value in pipeline.config.items() if name != "_name_or_path"}
-    return DiskCache(place / "prompts", *settings, weights, repr(index), *_machine(cfg, device))
+    return DiskCache(cfg.cache / "prompts", *settings, weights, repr(index), *_machine(cfg, device))
 
 
-def of_latents(
-    place: Path | None, cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device
-) -> DiskCache:
+def of_latents(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device) -> DiskCache:
     """The cache of what the autoencoder of a run makes of images."""
-    if place is None:
+    if cfg.cache is None:
         return DiskCache()
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     state = vae.state_dict()
     about = [type(vae).__name__, json.dumps(config, default=str, sort_keys=True), *state]
     settings = [str(space.drawn), cfg.image_interpolation_mode, version("pillow")]
     weights = digest(*state.values())
-    return DiskCache(place / "latents", *settings, *about, weights, *_machine(cfg, device))
+    return DiskCache(cfg.cache / "latents", *settings, *about, weights, *_machine(cfg, device))
 
 
 def hash_files(folders: Iterable[Path]) -> str:

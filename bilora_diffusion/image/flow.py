@@ -6,7 +6,6 @@ https://arxiv.org/abs/2209.03003; Esser et al. 2024, https://arxiv.org/abs/2403.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -23,45 +22,8 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 """A model: noisy latents, (n, c, h, w), and noise levels, (n,), to its prediction."""
 
 
-class Schedule(ABC):
-    """Noise levels, and the loss that belongs to them."""
-
-    @property
-    @abstractmethod
-    def num_timesteps(self) -> int:
-        """Number of noise levels."""
-
-    @abstractmethod
-    def draw(self, random: torch.Generator) -> Tensor:
-        """The number of a noise level, 0-d."""
-
-    @abstractmethod
-    def level(self, index: Tensor) -> Tensor:
-        """Noise levels as logs name them, by their numbers."""
-
-    def snr(self, index: Tensor) -> Tensor | None:
-        """Signal-to-noise ratios by the levels' numbers, (n,), where the model predicts noise, of
-        which it errs the less the less signal there is; else None.
-        """
-        return None
-
-    @abstractmethod
-    def loss(self, model: Predict, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Loss of each sample.
-
-        Args:
-            model: maps noisy latents and levels to its prediction.
-            inputs: clean ``latents`` and standard normal ``noise``, (n, c, h, w); the ``index`` of
-                each sample's noise level, (n,); True in ``instance``, (n,), for images that are not
-                class images; and, with masks, ``shown``, weights of the places, (n, 1, h, w).
-
-        Returns:
-            (n,) in float32.
-        """
-
-
 @dataclass(frozen=True)
-class FlowMatching(Schedule):
+class FlowMatching:
     """Noise levels of a model's own schedule, drawn and weighed by a scheme; class images are
     weighed like the others.
 
@@ -104,19 +66,35 @@ class FlowMatching(Schedule):
 
     @property
     def num_timesteps(self) -> int:
+        """Number of noise levels."""
         return len(self.sigmas)
 
     def draw(self, random: torch.Generator) -> Tensor:
+        """The number of a noise level, 0-d."""
         share = compute_density_for_timestep_sampling(
             self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=random
         )
         return (share * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)[0]
 
     def level(self, index: Tensor) -> Tensor:
+        """Noise levels as logs name them, by their numbers."""
         return 1000 * self.sigmas[index]
 
+    def snr(self, index: Tensor) -> Tensor | None:
+        """Signal-to-noise ratios by the levels' numbers, (n,), where a model predicts noise, of
+        which it errs the less the less signal there is; else None, as here.
+        """
+        return None
+
     def loss(self, model: Predict, inputs: Mapping[str, Tensor]) -> Tensor:
-        """w(s) times the mean square of the velocity's error; ``model`` is given s in [0, 1]."""
+        """w(s) times the mean square of the velocity's error, (n,) in float32.
+
+        Args:
+            model: is given noisy latents and s in [0, 1].
+            inputs: clean ``latents`` and standard normal ``noise``, (n, c, h, w); the ``index`` of
+                each sample's noise level, (n,); True in ``instance``, (n,), for images that are not
+                class images; and, with masks, ``shown``, weights of the places, (n, 1, h, w).
+        """
         latents, noise, index = (inputs[name] for name in ("latents", "noise", "index"))
         sigma = self.sigmas.to(latents.device)[index]
         along = sigma.view(-1, 1, 1, 1)

@@ -38,10 +38,6 @@ FLOW_TOKENS = 16
 CHECKPOINTING_FROM = 512
 CACHE, CACHE_AUTO = "bilora-diffusion", "auto"
 MOST_PROMPT_BYTES = 1_000_000
-PLACES = ("pretrained_vae_model_name_or_path", "hub_model_id")
-"""Options that name a folder or a repository on the hub."""
-IMAGES = ("dataset_name", "instance_data_dir", "validation_dataset")
-"""Those of images."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +70,7 @@ PRESETS = {
 
 
 def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    """Fill in what was not given, of what only image models have, after `complete_images`.
-
-    Args:
-        values: every option's value or default.
-        given: names of the options that the user gave.
-
-    Raises:
-        UserError: the file of settings for bitsandbytes can't be read.
-    """
+    """Fill in what was not given, of what only image models have, after `complete_images`."""
     values = dict(values)
     if values["bnb_quantization_config_path"] is not None:
         values["quantize"] = _quantization(values["bnb_quantization_config_path"])
@@ -101,10 +89,7 @@ def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
 def _for_model(values: dict[str, Any], given: frozenset[str], model: BaseModel) -> dict[str, Any]:
     """Fill in what depends on the base model, and refuse what it can't take."""
     family, folder = model.family, folder_of(model.name)
-    values["pipeline"], values["told_guidance"] = (
-        model.pipeline,
-        family.told_guidance(model.configs),
-    )
+    values |= {"pipeline": model.pipeline, "told_guidance": family.told_guidance(model.configs)}
     if "output_kohya_format" not in given:  # which is for adapters, and written for SDXL alone
         values["output_kohya_format"] = values["method"] != "full" and not family.flow
     if values["train_text_encoder"] and values["text_encoder_lr"] is None:
@@ -140,11 +125,7 @@ def _for_model(values: dict[str, Any], given: frozenset[str], model: BaseModel) 
 
 
 def complete_images(values: dict[str, Any], given: frozenset[str]) -> None:
-    """Fill in what was not given of images and prompts, in place.
-
-    Raises:
-        UserError: the file of validation prompts can't be read.
-    """
+    """Fill in what was not given of images and prompts, in place."""
     for name in ("instance_data_dir", "class_data_dir"):
         if values[name] in FOLDERS:
             values[name] = f"./{values[name]}"  # a folder of that name, not the built-in set
@@ -201,9 +182,6 @@ def _quantization(path: str) -> str:
 
     It may ask for double quantization or not: ``--quantize nf4`` always quantizes twice. The dtype
     of the arithmetic follows ``--mixed_precision``, as in diffusers' scripts.
-
-    Raises:
-        UserError: no JSON, or one that asks for something else.
     """
     shown, fix = f'--bnb_quantization_config_path "{path}"', "or use --quantize nf4 instead"
     file = Path(path).expanduser()
@@ -223,16 +201,12 @@ def _quantization(path: str) -> str:
 
 
 def check_inputs(values: dict[str, Any]) -> None:
-    """Refuse what `check_images` does, places that can't be a folder, and malformed ids.
-
-    Raises:
-        UserError: one sentence with the option, its value and the fix.
-    """
+    """Refuse what `check_images` does, places that can't be a folder, and malformed ids."""
     if values["validation_part"] is not None:
         read_part(values["validation_part"])
     if not values["concepts"]:
         check_images(values)
-    for name in PLACES:
+    for name in ("pretrained_vae_model_name_or_path", "hub_model_id"):
         if values[name] is not None:
             folder_or_id(values[name], f"--{name}")
     cache, shown = cache_folder(values["disk_cache"]), quoted(values["disk_cache"])
@@ -247,12 +221,8 @@ def check_inputs(values: dict[str, Any]) -> None:
 
 
 def check_images(values: Mapping[str, Any]) -> None:
-    """Refuse images without a prompt or a place, of a run or of a concept.
-
-    Raises:
-        UserError: one sentence with the option, its value and the fix.
-    """
-    for name in IMAGES:
+    """Refuse images without a prompt or a place, of a run or of a concept."""
+    for name in ("dataset_name", "instance_data_dir", "validation_dataset"):
         value = values[name]
         if value is None or value in FOLDERS:
             continue

@@ -35,11 +35,7 @@ class Posterior(NamedTuple):
 
 
 def require_finite(what: str, fix: str, *tensors: Tensor) -> None:
-    """Refuse what an autoencoder gives that has numbers which are none.
-
-    Raises:
-        TrainingError: it names what and the fix.
-    """
+    """Refuse what an autoencoder gives that has numbers which are none."""
     if not all(bool(values.isfinite().all()) for values in tensors):
         raise TrainingError(f"{what} is not finite: {fix}.")
 

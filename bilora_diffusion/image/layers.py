@@ -28,7 +28,8 @@ def chosen(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str,
         UserError: a word is neither a group nor the end of a layer's name, or a group is empty.
     """
     linear = adaptable(model)
-    convolutions = list(filter(_in_block, adaptable(model, convolutions=True)))
+    every = adaptable(model, convolutions=True)
+    convolutions = [name for name in every if any(map(str.isdigit, name.split(".")))]
     groups = {
         ATTENTION: family.targets,
         FEED_FORWARD: [name for name in linear if within(name, family.feed_forward)],
@@ -38,7 +39,8 @@ def chosen(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str,
     }
     kind = type(model).__name__
     for word in words:
-        if word not in groups and not any(_ends(name, word) for name, _ in model.named_modules()):
+        names = (f".{name}" for name, _ in model.named_modules())
+        if word not in groups and not any(name.endswith(f".{word}") for name in names):
             raise UserError(
                 f'{FLAG} "{word}" is not a layer of the {kind}{_hint(word, groups[ALL])}: give'
                 f" {', '.join(LAYER_GROUPS)}, or the ends of layers' names such as"
@@ -47,14 +49,6 @@ def chosen(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str,
         if not groups.get(word, word):
             raise UserError(f"{FLAG} {word}: the {kind} has no such layer; give {ALL_LINEAR}.")
     return tuple(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
-
-
-def _in_block(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
-
-
-def _ends(name: str, word: str) -> bool:
-    return f".{name}".endswith(f".{word}")
 
 
 def _hint(word: str, names: Sequence[str]) -> str:

@@ -38,11 +38,6 @@ class Listing:
         """The metadata files in it."""
         return [self.folder / name for name in METADATA if is_file(self.folder / name)]
 
-    @property
-    def tables(self) -> bool:
-        """Test for Parquet or Arrow: images beside these are no data (a preview, say)."""
-        return any(path.suffix in (".parquet", ".arrow") for path in self.files)
-
     @cached_property
     def images(self) -> list[Path]:
         """The images directly in it, without the masks that lie beside them."""
@@ -67,11 +62,7 @@ class Listing:
         return any(stem(path) in self.texts for path in self._pictures)
 
     def captions(self, images: Sequence[Path]) -> list[str | None]:
-        """The text of the ``.txt`` file beside each image, as one line; None where there is none.
-
-        Raises:
-            UserError: a caption is not UTF-8 text, or far too long.
-        """
+        """The text of the ``.txt`` file beside each image, as one line; None where none is."""
         return [path and self._caption(path) for path in map(self.texts.get, map(stem, images))]
 
     def _caption(self, path: Path) -> str:
@@ -94,11 +85,7 @@ class Listing:
 
 
 def look(folder: Path) -> Listing:
-    """List a folder and, without metadata, its subfolders; links to folders are not followed.
-
-    Raises:
-        UserError: it may not be read, or holds more than a set of images would.
-    """
+    """List a folder and, without metadata, its subfolders; links to folders are not followed."""
     folder = folder.resolve()
     files, count, alone = list[Path](), 0, bool(Listing(folder, ()).metadata)
 

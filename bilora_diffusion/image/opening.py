@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from ..errors import UserError, translated
-from ..files import Rows, folder_or_id, is_file, is_text, kind_of, quoted, read_rows, require_column
+from ..files import folder_or_id, is_file, is_text, kind_of, quoted, read_rows, require_column
 from ..mini import FOLDERS
 from .decode import read_mask
 from .listing import METADATA, Listing, look, stem
@@ -35,25 +34,13 @@ MOST_BYTES = 500_000_000
 Source = Callable[[], Path | bytes | None]
 
 
-@dataclass
-class Table:
-    """A set as it is stored, a row for each image.
+class Table(NamedTuple):
+    """A set as it is stored."""
 
-    Args:
-        names: for messages.
-        sources: of the images.
-        columns: what gives the values of each column.
-        files: of the images, where they lie in the set's folder.
-        masks: their sources; [] where there are none.
-        masks_from: where these come from.
-    """
-
-    names: list[str]
-    sources: Sequence[Source]
-    columns: dict[str, Callable[[], list[Any]]]
-    files: list[Path] = field(default_factory=list)
-    masks: Sequence[Source | None] = ()
-    masks_from: str | None = None
+    entries: list[Entry]  # its images, without captions
+    columns: dict[str, Any]  # the values of each column
+    files: list[Path]  # of the images, where they lie in the set's folder
+    masks_from: str | None  # where masks come from
 
 
 def open_images(
@@ -88,7 +75,9 @@ def open_images(
     folder = FOLDERS[dataset] if dataset in FOLDERS else folder_or_id(dataset, "the set")
     listing = None if folder is None or config_name is not None else look(folder)
     captioned = listing is not None and listing.has_captions
-    if listing and (listing.metadata or (listing.images and not listing.tables)):
+    # Images beside Parquet or Arrow are no data (a preview, say).
+    stored = listing and any(path.suffix in (".parquet", ".arrow") for path in listing.files)
+    if listing and (listing.metadata or (listing.images and not stored)):
         require_column(image_column, ["image"], "--image_column", dataset)
         table = _listed(dataset, listing, mask_column)
     else:
@@ -98,21 +87,16 @@ def open_images(
     beside = False
     unread = caption_column is None or TEXT not in table.columns
     if listing and captioned and unread and table.files and not listing.metadata:
-        table.columns[TEXT] = partial(listing.captions, table.files)
         caption_column = caption_column or TEXT
         beside = caption_column == TEXT
-    captions = _captions(dataset, table, caption_column)
+        table.columns[TEXT] = listing.captions(table.files) if beside else []
+    _caption(dataset, table, caption_column)
     left_out = listing.left_out(table.files, captioned=beside) if listing and table.files else None
-    masks = table.sources if alpha_mask else table.masks or [None] * len(table.names)
-    entries = [
-        Entry(name, source, text, mask and partial(_mask, mask, alpha_mask))
-        for name, source, text, mask in zip(
-            table.names, table.sources, captions, masks, strict=True
-        )
-    ]
+    for entry in table.entries if alpha_mask else ():
+        entry.mask = partial(_mask, entry.source, True)
     return ImageSet(
         dataset,
-        entries,
+        table.entries,
         remarks=[f"left out of {dataset}: {left_out}"] if left_out else [],
         masks_from="their alpha channel" if alpha_mask else table.masks_from,
         captions_from=BESIDE if beside else None,
@@ -129,33 +113,26 @@ def _listed(label: str, listing: Listing, mask_column: str | None) -> Table:
         if not (rows := read_rows(metadata, str(metadata), most_bytes=MOST_BYTES)):
             raise UserError(f"{metadata} lists no image: add some.")
     files = [_file(listing.folder, where, row, "file_name") for where, row in rows]
-    columns = {key: partial(_values, rows, key) for key in {"image": 0} | _keys(rows)}
+    keys = {key: 0 for _, row in rows for key in row if key != "file_name"}
+    columns = {key: [row.get(key) for _, row in rows] for key in {"image": 0} | keys}
     masks, masks_from = [listing.masks.get(stem(path)) for path in files], MASKS_BESIDE
     if mask_column is not None:
-        require_column(mask_column, _keys(rows), "--mask_column", label)
+        require_column(mask_column, keys, "--mask_column", label)
         del columns[mask_column]
         masks_from = f'column "{mask_column}"'
         masks = [
             _file(listing.folder, where, row, mask_column) if row.get(mask_column) else None
             for where, row in rows
         ]
-    return Table(
-        [str(row["file_name"]) for _, row in rows],
-        [partial(Path, path) for path in files],
-        columns,
-        files,
-        [path and partial(Path, path) for path in masks],
-        masks_from if any(masks) or mask_column else None,
-    )
-
-
-def _keys(rows: Rows) -> dict[str, int]:
-    """The columns of rows beside the file's name, in their order."""
-    return {key: 0 for _, row in rows for key in row if key != "file_name"}
-
-
-def _values(rows: Rows, key: str) -> list[Any]:
-    return [row.get(key) for _, row in rows]
+    entries = [
+        Entry(
+            str(row["file_name"]),
+            partial(Path, file),
+            mask=mask and partial(_mask, partial(Path, mask)),
+        )
+        for (_, row), file, mask in zip(rows, files, masks, strict=True)
+    ]
+    return Table(entries, columns, files, masks_from if any(masks) or mask_column else None)
 
 
 def _file(folder: Path, where: str, row: Mapping[str, Any], column: str) -> Path:
@@ -182,15 +159,20 @@ def _loaded(label: str, data: Any, image_column: str, mask_column: str | None) -
     rows = _undecoded(label, data, image_column, "--image_column")
     if not len(data):
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
-    masks = mask_column and _undecoded(label, data, mask_column, "--mask_column")
+    masks = _undecoded(label, data, mask_column, "--mask_column") if mask_column else None
     files = [Path(row["path"]) for row in rows if row and row["bytes"] is None and row["path"]]
-    numbers = range(len(data))
+    entries = [
+        Entry(
+            f"{label}[{i}]",
+            partial(_stored, rows, i),
+            mask=masks and partial(_mask, partial(_stored, masks, i)),
+        )
+        for i in range(len(data))
+    ]
     return Table(
-        [f"{label}[{i}]" for i in numbers],
-        [partial(_stored, rows, i) for i in numbers],
-        {key: partial(data.__getitem__, key) for key in data.column_names},
+        entries,
+        {key: data[key] for key in data.column_names},  # read when they are needed
         files if len(files) == len(data) else [],
-        [partial(_stored, masks, i) for i in numbers] if masks else [],
         f'column "{mask_column}"' if masks else None,
     )
 
@@ -214,27 +196,26 @@ def _stored(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | byt
     return None if stored.get("path") is None else Path(stored["path"])
 
 
-def _mask(source: Source, alpha: bool) -> Image.Image | None:
+def _mask(source: Source, alpha: bool = False) -> Image.Image | None:
     encoded = source()
     return None if encoded is None else read_mask(encoded, alpha=alpha)
 
 
-def _captions(label: str, table: Table, column: str | None) -> list[str | None]:
-    """The texts of a column, one for each image; all None where no column is asked for."""
+def _caption(label: str, table: Table, column: str | None) -> None:
+    """Give the images the texts of a column that are more than blank, if one is asked for."""
     if column is None or (column == NO_CAPTIONS and NO_CAPTIONS not in table.columns):
-        return [None] * len(table.names)
+        return
     require_column(column, table.columns, "--caption_column", label)
-    captions = list(table.columns[column]())
-    for value, name in zip(captions, table.names, strict=True):
+    for entry, value in zip(table.entries, table.columns[column], strict=True):
         if value is not None and not (
             isinstance(value, str) and is_text(value) and "\0" not in value
         ):
             raise UserError(
-                f'the caption of {name} in {label}, column "{column}", is {kind_of(value)}'
+                f'the caption of {entry.name} in {label}, column "{column}", is {kind_of(value)}'
                 f" ({quoted(value)}) that is not UTF-8 text: set --caption_column to a column of"
                 " texts."
             )
-    return captions
+        entry.caption = value if value and value.strip() else None
 
 
 def _load(

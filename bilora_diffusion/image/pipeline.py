@@ -28,11 +28,8 @@ Dtypes = torch.dtype | dict[str, torch.dtype]
 
 @dataclass(frozen=True)
 class Origin:
-    """Origin of a pipeline.
-
-    Args:
-        folder: of the whole.
-        later: functions that read the parts that were left without weights (`train.dry_run`).
+    """The folder of a pipeline, and functions that read the parts which were left without weights
+    (`train.dry_run`).
     """
 
     folder: Path
@@ -74,14 +71,13 @@ def load_pipeline(
     """
     model = describe(name, revision, cache_dir)
     folder = folder_of(name)
-    if folder is None and weights:
-        options: dict[str, Any] = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
-        options |= {"vae": None} if vae else {}
-        get = partial(DiffusionPipeline.download, name, use_safetensors=True, **options)
-        folder = Path(from_hub(name, get))
-    elif folder is None:
-        options = {"revision": revision, "cache_dir": cache_dir}
-        get = partial(snapshot_download, name, allow_patterns=list(WITHOUT_WEIGHTS), **options)
+    if folder is None:
+        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+        if weights:
+            options |= {"variant": variant, **({"vae": None} if vae else {})}
+            get = partial(DiffusionPipeline.download, name, use_safetensors=True, **options)
+        else:
+            get = partial(snapshot_download, name, allow_patterns=list(WITHOUT_WEIGHTS), **options)
         folder = Path(from_hub(name, get))
     if weights and name not in PIPELINES and variant and not any(folder.glob(f"*/*.{variant}.*")):
         raise UserError(f'--variant "{variant}" is of no file of "{name}": {ANOTHER}, or drop it.')
@@ -96,11 +92,8 @@ def load_pipeline(
         options = {"dtype": torch.float32 if part == "vae" else own}
         what, place, fix = f'the {part} of "{name}"', folder, f"download it again, or {ANOTHER}"
         if part == "vae" and vae:
-            what, place, fix = (
-                f'the autoencoder "{vae}"',
-                vae,
-                f"give a folder or a hub id of a {kind}",
-            )
+            what, place = f'the autoencoder "{vae}"', vae
+            fix = f"give a folder or a hub id of a {kind}"
             options["cache_dir"] = cache_dir
         else:
             options["subfolder"] = part
@@ -145,18 +138,9 @@ def load_base(cfg: DreamBoothConfig, dtype: Dtypes, **options: Any) -> Any:
     )
 
 
-def _empty(
-    what: str,
-    kind: Any,
-    place: str | Path,
-    fix: str,
-    dtype: torch.dtype,
-    subfolder: str = "",
-    cache_dir: str | None = None,
-    **_: Any,
-) -> Any:
+def _empty(what: str, kind: Any, place: str | Path, fix: str, dtype: torch.dtype, **at: Any) -> Any:
     """One model without its weights."""
-    at: dict[str, Any] = {"subfolder": subfolder, "cache_dir": cache_dir}
+    at.pop("variant", None)  # of weights
 
     def build() -> Any:
         if hasattr(kind, "load_config"):  # a model of diffusers

@@ -103,14 +103,6 @@ class PromptCache:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def with_negative(
-        self, prompts: Sequence[str], negatives: Sequence[str] = ()
-    ) -> tuple[Conditions, Conditions]:
-        """Embeddings of ``prompts`` and of their negatives, empty ones unless given, as
-        ``sampling.generate`` takes.
-        """
-        return self(prompts), self.conditions(negatives or [""] * len(prompts))
-
 
 LISTED = "[]"
 """Ends the name of what is a list in a row."""
@@ -118,11 +110,10 @@ LISTED = "[]"
 
 def _parts(row: Conditions) -> dict[str, Tensor]:
     """One row as tensors by name."""
+    lists = {name: values for name, values in row.items() if isinstance(values, list)}
     return {
-        **{name: values for name, values in row.items() if isinstance(values, Tensor)},
-        **{
-            f"{name}{LISTED}": values[0] for name, values in row.items() if isinstance(values, list)
-        },
+        **{name: values for name, values in row.items() if name not in lists},
+        **{f"{name}{LISTED}": values[0] for name, values in lists.items()},
     }
 
 

@@ -105,11 +105,7 @@ def _sampler(family: Family, pipeline: Any) -> Any:
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[Image]:
-    """Latents of the denoiser, (n, c, h, w), to PIL images, decoded in the autoencoder's dtype.
-
-    Raises:
-        TrainingError: an image is not finite; it is named.
-    """
+    """Latents of the denoiser, (n, c, h, w), to PIL images, decoded in the autoencoder's dtype."""
     vae = pipeline.vae
     home = vae.device
     vae.to(latents.device)

@@ -24,31 +24,17 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Entry:
-    """One image of a set.
+    """One image of a set."""
 
-    Args:
-        name: for messages and logs.
-        source: gives its file, or its encoded content; None where the set has none.
-        caption: None or blank if it has none.
-        mask: gives the mask of what is learned of it, mode "L"; None to learn all of it, as
-            where the mask hides nothing of it.
-        size: (height, width) once upright; known when it was checked.
-        concept: the number of its concept, from 0.
-    """
-
-    name: str
-    source: Callable[[], Path | bytes | None]
+    name: str  # for messages and logs
+    source: Callable[[], Path | bytes | None]  # its file, or its encoded content; None without one
     caption: str | None = None
-    mask: Callable[[], Image.Image | None] | None = None
-    size: tuple[int, int] = (0, 0)
-    concept: int = 0
+    mask: Callable[[], Image.Image | None] | None = None  # of what is learned, mode L; None: all
+    size: tuple[int, int] = (0, 0)  # (height, width) once upright; known when it was checked
+    concept: int = 0  # the number of its concept, from 0
 
     def encoded(self) -> Path | bytes:
-        """Its file, or its encoded content.
-
-        Raises:
-            ValueError: the set has none.
-        """
+        """Its file, or its encoded content."""
         if (source := self.source()) is None:
             raise ValueError("the row holds no image")
         return source
@@ -123,7 +109,7 @@ class ImageSet:
     ) -> None:
         self.label, self._remarks, self.skipped = label, remarks, list[str]()
         self._masks_from, self._captions_from = masks_from, captions_from
-        self._entries: list[Entry] = []
+        self.entries: list[Entry] = []
         self._fingerprint: str | None = None
         for entry in entries:
             try:
@@ -133,8 +119,8 @@ class ImageSet:
                     raise self._unreadable(entry, error) from error
                 self.skipped.append(f"{entry.name}: {reason(error)}")
             else:
-                self._entries.append(entry)
-        if not self._entries:
+                self.entries.append(entry)
+        if not self.entries:
             raise UserError(
                 f"{label} has no readable image: all {len(entries)} are damaged; replace them."
             )
@@ -148,17 +134,14 @@ class ImageSet:
     def only(self, chosen: Sequence[int]) -> ImageSet:
         """A set of some of the images, in the given order; they are not looked at again."""
         part = copy.copy(self)
-        part._entries = [self._entries[i] for i in chosen]
+        part.entries = [self.entries[i] for i in chosen]
         part._fingerprint = None
         return part
 
     @classmethod
     def joined(cls, label: str, sets: Mapping[str, ImageSet | None]) -> ImageSet | None:
-        """The images of several concepts as one set, each called CONCEPT/NAME.
-
-        Args:
-            label: what to call it in messages.
-            sets: by the names of all concepts; None of one that has none. None is joined to None.
+        """The images of several concepts, by their names, as one set, each called CONCEPT/NAME;
+        None where no concept has any.
         """
         there = [images for images in sets.values() if images is not None]
         if not there:
@@ -167,27 +150,14 @@ class ImageSet:
         whole.label, whole.skipped, whole._remarks = label, [], ()
         whole._masks_from = whole._captions_from = None
         for number, (concept, images) in enumerate(sets.items()):
-            for entry in images._entries if images else ():
+            for entry in images.entries if images else ():
                 own = copy.copy(entry)
                 own.name, own.concept = f"{concept}/{entry.name}", number
-                whole._entries.append(own)
+                whole.entries.append(own)
         return whole
 
     def __len__(self) -> int:
-        return len(self._entries)
-
-    def name(self, i: int) -> str:
-        """Name of image ``i``."""
-        return self._entries[i].name
-
-    def caption(self, i: int) -> str | None:
-        """Caption of image ``i``, or None if the set has none for it."""
-        text = self._entries[i].caption
-        return text if text and text.strip() else None
-
-    def size(self, i: int) -> tuple[int, int]:
-        """(height, width) of image ``i`` once upright; known without decoding it."""
-        return self._entries[i].size
+        return len(self.entries)
 
     def image(self, i: int) -> Image.Image:
         """Image ``i``: RGB, upright, transparent parts on white. It is read at each call.
@@ -195,7 +165,7 @@ class ImageSet:
         Raises:
             UserError: it has become unreadable, or another size, since the set was opened.
         """
-        entry = self._entries[i]
+        entry = self.entries[i]
         try:
             image = read_rgb(entry.encoded())
         except DECODE_ERRORS as error:
@@ -209,24 +179,16 @@ class ImageSet:
         return image
 
     def mask(self, i: int) -> Image.Image | None:
-        """Mask of image ``i``, mode "L" and of its size; None if all of it is learned.
-
-        Raises:
-            UserError: it has become unreadable since the set was opened.
-        """
-        entry = self._entries[i]
+        """Mask of image ``i``, mode "L" and of its size; None if all of it is learned."""
+        entry = self.entries[i]
         try:
             return None if entry.mask is None else entry.mask()
         except DECODE_ERRORS as error:
             raise self._unreadable(entry, error) from error
 
     def require_masks(self) -> None:
-        """Refuse masks that hide nothing of any image.
-
-        Raises:
-            UserError: there are such.
-        """
-        if self._masks_from and not any(entry.mask for entry in self._entries):
+        """Refuse masks that hide nothing of any image."""
+        if self._masks_from and not any(entry.mask for entry in self.entries):
             raise UserError(
                 f"no mask of {self.label}, from {self._masks_from}, hides anything: blacken what is"
                 " not to be learned, or drop the masks."
@@ -234,7 +196,7 @@ class ImageSet:
 
     def of_each(self, values: Sequence[T]) -> list[T]:
         """For each image the value that belongs to its concept."""
-        return [values[entry.concept] for entry in self._entries]
+        return [values[entry.concept] for entry in self.entries]
 
     def prompts(self, *instance_prompts: str | None) -> list[str]:
         """The text of every image: its caption, else the instance prompt of its concept.
@@ -242,27 +204,28 @@ class ImageSet:
         Raises:
             UserError: an image has no caption and there is no instance prompt.
         """
-        usual = enumerate(self.of_each(instance_prompts))
-        texts = [self.caption(i) or prompt for i, prompt in usual]
-        if None in texts:
-            raise UserError(
-                f"{self.name(texts.index(None))} in {self.label} has no caption: give it one, or"
-                " give --instance_prompt for the images without."
-            )
-        return [text for text in texts if text is not None]
+        texts = []
+        for entry in self.entries:
+            if (text := entry.caption or instance_prompts[entry.concept]) is None:
+                raise UserError(
+                    f"{entry.name} in {self.label} has no caption: give it one, or give"
+                    " --instance_prompt for the images without."
+                )
+            texts.append(text)
+        return texts
 
     def remarks(self) -> list[str]:
         """Facts of the set that would surprise, a line each."""
         lines = []
         if self._captions_from:
-            count = sum(self.caption(i) is not None for i in range(len(self)))
+            count = sum(entry.caption is not None for entry in self.entries)
             others = "" if count == len(self) else ", the others get --instance_prompt"
             lines.append(
                 f"captions of {self.label}: {count} of {len(self)} images have theirs from"
                 f" {self._captions_from}{others} (--caption_column none reads none)"
             )
         if self._masks_from:
-            count = sum(entry.mask is not None for entry in self._entries)
+            count = sum(entry.mask is not None for entry in self.entries)
             lines.append(
                 f"masks of {self.label}: {count} of {len(self)} images have theirs from"
                 f" {self._masks_from}"
@@ -277,20 +240,16 @@ class ImageSet:
         """
         if self._fingerprint is None:
             state = hashlib.blake2b(digest_size=16)
-            for i, entry in enumerate(self._entries):
-                state.update(repr((entry.name, self.caption(i), entry.size)).encode())
+            for entry in self.entries:
+                state.update(repr((entry.name, entry.caption, entry.size)).encode())
                 if len(self) <= FULL_CHECK_LIMIT:
                     state.update(entry.content)
             self._fingerprint = state.hexdigest()
         return self._fingerprint
 
-    def content(self, i: int) -> bytes:
-        """A hash of the file of image ``i`` and of what its mask shows, wherever they lie."""
-        return self._entries[i].content
-
     def pictures(self) -> list[tuple[str, bytes]]:
         """Name of each image and a hash of its file without its mask; [] of more than
         ``FULL_CHECK_LIMIT`` images, whose files are not all read beforehand.
         """
-        few = self._entries if len(self) <= FULL_CHECK_LIMIT else []
+        few = self.entries if len(self) <= FULL_CHECK_LIMIT else []
         return [(entry.name, entry.file_hash) for entry in few]

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
 from .captions import texts
 from .config import DreamBoothConfig
-from .denoising import Denoising, DreamBoothModule
+from .denoising import Denoising, DreamBoothModule, Schedule
 from .families import of
 from .families.base import Family
 from .families.sdxl import tokenize
-from .flow import FlowMatching, Schedule
-from .heldout import GridImage, GridLoss
+from .flow import FlowMatching
+from .heldout import GridLoss
 from .latents import Encoder, weight_map
 from .layers import chosen
 from .prompts import PromptCache
@@ -43,14 +44,7 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class DreamBooth:
-    """Instance images, optional class and validation images, and the models they train.
-
-    Args:
-        cfg: the command line's configuration.
-        pipeline: loaded, of a known kind.
-        stream: the training images in their drawn order.
-        validation: held-out images with captions, or None.
-    """
+    """Instance images, optional class and validation images, and the models they train."""
 
     def __init__(
         self,
@@ -63,11 +57,8 @@ class DreamBooth:
         self.family: Family = type(of(pipeline))(**cfg.family_settings)
         denoiser = self.family.model(pipeline)
         self.layers = chosen(cfg.lora_layers or [ATTENTION], self.family, denoiser)
-        trained = (
-            [getattr(pipeline, name) for name in self.family.encoders]
-            if cfg.train_text_encoder
-            else []
-        )
+        names = self.family.encoders if cfg.train_text_encoder else ()
+        trained = [getattr(pipeline, name) for name in names]
         weight = cfg.prior_loss_weight if cfg.with_prior_preservation else None
         schedule = _schedule(cfg, self.family, pipeline)
         self.module = DreamBoothModule(
@@ -80,12 +71,12 @@ class DreamBooth:
         if cfg.enable_xformers_memory_efficient_attention:
             denoiser.enable_xformers_memory_efficient_attention()
         self.prompts: PromptCache | None = None
-        self._source: DreamBooth | None = None  # whose prompts and latents these are
+        self._source: Encoder | None = None  # whose latents these are
         self._searches = False
-        self.num_samples = stream.num_samples
-        self.sample_names = [stream.images.name(i) for i in range(len(stream.images))]
+        self.num_samples, self.has_heldout = stream.num_samples, validation is not None
+        self.names = self.sample_names = [entry.name for entry in stream.images.entries]
         self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
-        self.models |= dict(zip(self.family.encoders, trained, strict=False))
+        self.models |= dict(zip(names, trained, strict=True))
 
     def data_summary(self) -> str:
         """A summary of the training images, in a few words."""
@@ -105,37 +96,24 @@ class DreamBooth:
         encoders where they are trained.
         """
         cfg = self.cfg
-
-        def spec(modules: tuple[str, ...]) -> AdapterSpec:
-            return AdapterSpec(
-                rank=cfg.rank,
-                alpha=cfg.lora_alpha,
-                dropout=cfg.lora_dropout,
-                init=cfg.init_lora_weights,
-                use_dora=cfg.use_dora,
-                target_modules=modules,
-            )
-
+        spec = AdapterSpec(
+            rank=cfg.rank,
+            alpha=cfg.lora_alpha,
+            dropout=cfg.lora_dropout,
+            init=cfg.init_lora_weights,
+            use_dora=cfg.use_dora,
+            target_modules=self.layers,
+        )
         rate = cfg.text_encoder_lr
         if cfg.optimizer.lower() == "prodigy" or not rate:
             # Prodigy estimates one step size and takes the learning rate as a common factor.
             rate = cfg.learning_rate
         denoiser, *encoders = self.models.items()
-        text, decay = spec(TEXT_TARGETS), cfg.adam_weight_decay_text_encoder
+        text, decay = replace(spec, target_modules=TEXT_TARGETS), cfg.adam_weight_decay_text_encoder
         return [
-            Target(*denoiser, spec(self.layers), cfg.learning_rate, cfg.adam_weight_decay),
+            Target(*denoiser, spec, cfg.learning_rate, cfg.adam_weight_decay),
             *(Target(*encoder, text, rate, decay) for encoder in encoders),
         ]
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all images, by which they are dealt into folds."""
-        return self.sample_names
-
-    @property
-    def has_heldout(self) -> bool:
-        """Test for held-out images."""
-        return self.validation is not None
 
     def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> DreamBooth:
         """The same models, latents and prompts for a run of another configuration; see `Task`."""
@@ -143,13 +121,13 @@ class DreamBooth:
         if fold is not None:
             images, held = map(images.only, fold)
         task = DreamBooth(cfg, self.pipeline, VisitStream(cfg, images, self.stream.classes), held)
-        task.prompts, task._source, task._searches = self.prompts, self, searches
+        task.prompts, task._source, task._searches = self.prompts, self.encoder, searches
         task.to_device(self.device)
         return task
 
     def embed(self, device: torch.device) -> None:
         """Embed all prompts that the run can meet; a flow model's encoders are let go of then."""
-        disk = disk_cache.of_prompts(self.cfg.cache, self.cfg, self.family, self.pipeline, device)
+        disk = disk_cache.of_prompts(self.cfg, self.family, self.pipeline, device)
         self.prompts = PromptCache(self.pipeline, device, self.family, disk, self.read_encoders)
         # Each on its own: what is measured and drawn must not change how captions are rounded.
         self.prompts.add(self.stream.captions())
@@ -172,14 +150,11 @@ class DreamBooth:
         self.device = device
         vae = self.pipeline.vae
         space = self.family.space(vae)
-        disk = (
-            disk_cache.of_latents(self.cfg.cache, self.cfg, space, vae, device)
-            if self._source is None
-            else self._source.encoder.disk
-        )
+        source = self._source
+        disk = source.disk if source else disk_cache.of_latents(self.cfg, space, vae, device)
         if not self.cfg.offload:
             vae.to(device)
-        cached = None if self._source is None else self._source.encoder.cached
+        cached = source.cached if source else None
         self.encoder = Encoder(vae, space, device, self.stream.caches, disk, cached)
         if self.cfg.train_text_encoder:
             for encoder in self.module.text_encoders:
@@ -209,7 +184,7 @@ class DreamBooth:
         noise: Tensor,
         index: Tensor,
         instance: Tensor,
-        images: Sequence[Visit | GridImage],
+        images: Sequence[Visit],
         masks: Sequence[Tensor | None],
     ) -> dict[str, Any]:
         """A module's inputs for some images, whose masks are on the grid of their latents."""
@@ -284,7 +259,7 @@ class DreamBooth:
     def _draw(self, samples: Sequence[Mapping[str, Any]]) -> list[Image]:
         """Images of samples that share what is `ALIKE`."""
         prompts, negatives = ([s[name] for s in samples] for name in ("prompt", "negative_prompt"))
-        first = samples[0]
+        first, known = samples[0], self.prompts
         factor, models = first["strength"], nn.ModuleList(self.models.values())
         with nullcontext() if factor == 1 else rescale_adapter_scale(models, factor):
             return generate(
@@ -295,7 +270,7 @@ class DreamBooth:
                 negatives=negatives,
                 steps=first["steps"],
                 guidance_scale=first["guidance"],
-                embeddings=self.prompts.with_negative(prompts, negatives) if self.prompts else None,
+                embeddings=known and (known(prompts), known.conditions(negatives)),
                 batch=self.cfg.sample_batch_size,
             )
 

@@ -38,24 +38,17 @@ class Resized:
         self._room = most_bytes
         self._cached: dict[tuple[int, int, buckets.Size], tuple[Tensor, Tensor | None]] = {}
 
-    def __call__(
-        self, images: ImageSet, sample: int, target: buckets.Size, interpolation: str
-    ) -> tuple[Tensor, Tensor | None]:
-        """An image, (3, H, W) in 0 to 255, and its mask, (1, H, W), if it has one.
-
-        Args:
-            images: a set that lives as long as this.
-            sample: which of them.
-            target: (height, width) of what will be cut out.
-            interpolation: a choice of ``--image_interpolation_mode``.
+    def __call__(self, visit: Visit) -> tuple[Tensor, Tensor | None]:
+        """The image of a draw, (3, H, W) in 0 to 255, and its mask, (1, H, W), if it has one; its
+        set lives as long as this.
         """
-        key = id(images), sample, target
+        images, key = visit.images, (id(visit.images), visit.sample, visit.size)
         if key in self._cached:
             return self._cached[key]
-        mask = images.mask(sample)
+        mask, how = images.mask(visit.sample), visit.cfg.image_interpolation_mode
         made = (
-            crops.fitted(images.image(sample), target, interpolation),
-            None if mask is None else crops.fitted(mask, target, "bilinear"),
+            crops.fitted(images.image(visit.sample), visit.size, how),
+            None if mask is None else crops.fitted(mask, visit.size, "bilinear"),
         )
         size = sum(part.nbytes for part in made if part is not None)
         if size <= self._room:
@@ -84,30 +77,26 @@ class Visit:
     @property
     def name(self) -> str:
         """The image's name, for messages."""
-        return self.images.name(self.sample)
+        return self.images.entries[self.sample].name
 
     @property
     def content(self) -> tuple[str, ...]:
         """Draws with the same content see the same pixels, in whichever run and set."""
         seen = repr((tuple(self.crop), tuple(self.size)))
-        return self.images.content(self.sample).hex(), seen
+        return self.images.entries[self.sample].content.hex(), seen
 
     @property
     def time_ids(self) -> tuple[int, ...]:
         """SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w)."""
-        return *self.images.size(self.sample), self.crop.top, self.crop.left, *self.size
+        return *self.images.entries[self.sample].size, self.crop.top, self.crop.left, *self.size
 
     def read(self, resized: Resized | None = None) -> tuple[Tensor, Tensor | None]:
         """The image as it is seen, (3, H, W) in [-1, 1], and its mask, (1, H, W) in [0, 1] or None;
         read now unless they were read before.
-
-        Args:
-            resized: the cache of what it is cut from.
         """
         if self.loaded is not None:
             return self.loaded
-        how = self.cfg.image_interpolation_mode
-        image, mask = (resized or Resized(0))(self.images, self.sample, self.size, how)
+        image, mask = (resized or Resized(0))(self)
         pixels = crops.cut(image, self.crop, self.size) * 2 - 1
         return pixels, None if mask is None else crops.cut(mask, self.crop, self.size)
 
@@ -120,11 +109,6 @@ class Visit:
 
 class VisitStream:
     """Instance images, and class images beside them, in an order that depends on the seed alone.
-
-    Args:
-        cfg: the command line's configuration.
-        images: the instance images.
-        classes: the class images of prior preservation, or None.
 
     Raises:
         UserError: an image without a prompt, or latents that can't be cached.
@@ -154,10 +138,10 @@ class VisitStream:
         self.num_samples = max(len(self._order), len(self._class_order or ()))
         sets = [s for s in (images, classes) if s is not None]
         odd = [
-            s.name(i)
+            entry.name
             for s in sets
-            for i, size in enumerate(_sizes(cfg, s))
-            if not _cropped_alike(cfg, s.size(i), size)
+            for entry, size in zip(s.entries, _sizes(cfg, s), strict=True)
+            if not _cropped_alike(cfg, entry.size, size)
         ]
         if cfg.cache_latents == "yes" and odd:
             raise UserError(
@@ -170,8 +154,8 @@ class VisitStream:
 
     def caches(self, visit: Visit) -> bool:
         """Test that the latents of a draw are cached for the draws that see the same."""
-        size = visit.images.size(visit.sample)
-        return self._caches and _cropped_alike(self.cfg, size, visit.size)
+        seen = visit.images.entries[visit.sample].size
+        return self._caches and _cropped_alike(self.cfg, seen, visit.size)
 
     def captions(self) -> list[str]:
         """Every caption that training can meet, without repetition."""
@@ -204,7 +188,7 @@ class VisitStream:
         # Class images are cut as the instance images of their step are.
         size = self.sizes[sample if instance else whole.sample(step * step_size)]
         crop = crops.draw(
-            images.size(sample),
+            images.entries[sample].size,
             size,
             center_crop=self.cfg.center_crop,
             random_flip=own.random_flip,
@@ -256,7 +240,7 @@ def centered_visits(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[Visit]:
     sizes, own = _sizes(cfg, images), images.of_each(cfg.each)
     for sample, caption in enumerate(texts(cfg, images)):
         crop = crops.draw(
-            images.size(sample),
+            images.entries[sample].size,
             sizes[sample],
             center_crop=True,
             random_flip=False,
@@ -268,7 +252,7 @@ def centered_visits(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[Visit]:
 def _sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[buckets.Size]:
     """Size that each image is cut to."""
     sizes = buckets.sizes(cfg.resolution, cfg.aspect_ratio_buckets)
-    return [buckets.nearest(images.size(i), sizes) for i in range(len(images))]
+    return [buckets.nearest(entry.size, sizes) for entry in images.entries]
 
 
 def _cropped_alike(cfg: DreamBoothConfig, size: buckets.Size, target: buckets.Size) -> bool:

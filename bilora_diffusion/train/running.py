@@ -215,7 +215,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=cfg.mixed_precision,
-            log_with=cfg.log_with,
+            log_with=None if cfg.report_to == "none" else cfg.report_to,
             project_config=project,
             kwargs_handlers=[distributed],
         )

@@ -126,7 +126,7 @@ def _embedded(images: ImageSet, scorer: Scorer) -> tuple[list[str], Tensor]:
     """Names and embeddings (n, d) of a set."""
     numbers = range(len(images))
     parts = [scorer.images([images.image(i) for i in part]) for part in in_batches(numbers, CHUNK)]
-    return [images.name(i) for i in numbers], torch.cat(parts)
+    return [entry.name for entry in images.entries], torch.cat(parts)
 
 
 def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:

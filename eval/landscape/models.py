@@ -19,9 +19,9 @@ from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.errors import UserError, translated
-from bilora_diffusion.export import inspect
+from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
-from bilora_diffusion.image.heldout import GridLoss, grid_levels
+from bilora_diffusion.image.heldout import GridLoss
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 from bilora_diffusion.image.script import training_images
 from bilora_diffusion.image.sets import ImageSet
@@ -161,7 +161,7 @@ class LevelGrid(GridLoss):
     def __init__(self, task: Any, chosen: ImageSet, levels: int) -> None:
         super().__init__(task, SimpleNamespace(images=chosen), chosen.only(()))
         self.images = self.sets["train_grid_loss"]
-        known = grid_levels(task.module.denoising.num_timesteps)
+        known = self.levels
         self.levels = [known[NOISE_LEVELS * (2 * k + 1) // (2 * levels)] for k in range(levels)]
 
     def terms(self) -> Iterator[Tensor]:

@@ -26,7 +26,6 @@ def resolved(words, caplog):
         (MINI, "--class_data_dir x", "--with_prior_preservation"),
         (MINI, "--text_encoder_lr 5e-06", "--train_text_encoder"),
         (MINI, "--prodigy_decouple False", "--optimizer prodigy"),
-        (MINI, "--lr_power 2.0", "polynomial"),
         (MINI, "--lr_warmup_steps 10", "constant_with_warmup"),
         (PRODIGY, "--use_8bit_adam", "--optimizer adamw"),
         (f"{PRODIGY} --train_text_encoder", "--text_encoder_lr 5e-06", "--learning_rate"),
@@ -37,10 +36,7 @@ def resolved(words, caplog):
         (HUB, "--skip_final_inference", "--validation_prompt"),
         (MINI, "--hub_token hf_x", "--push_to_hub"),
         (MINI, "--revision main", "hub id"),
-        (MINI, "--lora_ga_samples 8", "--init_lora_weights lora-ga"),
-        (MINI, "--dynamics_steps 8", "--log_dynamics"),
         (f"{MINI} --validation_dataset none", "--validation_loss_steps 5", "--validation_dataset"),
-        (HUB, "--validation_epochs 3", "--validation_prompt"),
         (f"{TASK} --lr_scheduler constant", "--warmup_ratio 0.1", "constant_with_warmup"),
     ],
 )
@@ -77,8 +73,6 @@ def test_an_evaluation_without_rows_is_named(tmp_path, caplog):
         (f"{MINI} --lr_scheduler constant_with_warmup", ["--lr_warmup_steps"]),
         (f"{MINI} --use_dora", ["0.3.30", "A1111"]),
         (f"{MINI} --use_dora --no_output_kohya_format", []),
-        (f"{MINI} --rank 16 --lora_alpha 16", []),
-        (PRODIGY, []),
         (MINI, []),
     ],
 )

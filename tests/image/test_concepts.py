@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from PIL import Image
 
 import train_dreambooth_bilora
 from bilora_diffusion import mini
@@ -26,6 +25,7 @@ MINI = ["--pretrained_model_name_or_path", "mini", "--disk_cache", "no"]
 DOG = "- {dataset: dog, instance_prompt: a TOK dog}\n"
 CAT = "- {dataset: cat, instance_prompt: a SKS cat, %s}\n"
 PRIOR = "--with_prior_preservation"
+CLASS = f"{PRIOR} --class_data_dir class --class_prompt a"
 
 
 @pytest.fixture(autouse=True)
@@ -34,16 +34,13 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     icons = sorted(mini.train_dir().glob("*.png"))
     pictures = {"dog": icons[:3], "cat": icons[3:5], "held/dog": icons[5:7], "bare": icons[7:8]}
-    for name in (*pictures, "empty", "broken", "half", "dark", "class"):
+    for name in (*pictures, "empty", "broken", "half", "class"):
         (tmp_path / name).mkdir(parents=True)
-        for picture in pictures.get(name, icons[8:9] if name in ("half", "dark") else []):
+        for picture in pictures.get(name, icons[8:9] if name == "half" else []):
             shutil.copy(picture, tmp_path / name)
     shutil.copy(icons[9], tmp_path / "half" / "other.png")
     (tmp_path / "half" / "other.txt").write_text("a caption")
     (tmp_path / "broken" / "broken.png").write_bytes(icons[0].read_bytes()[:200])
-    black = f"{icons[8].stem}.mask.png"
-    Image.new("L", Image.open(icons[8]).size).save(tmp_path / "dark" / black)
-    (tmp_path / "file.txt").write_text("a file")
     return tmp_path
 
 
@@ -153,89 +150,45 @@ def of(second):
     return DOG + f"- {{{second}}}\n"
 
 
+def cat(more):
+    return of(f"dataset: cat, instance_prompt: a, {more}")
+
+
 BAD = [
     # the file
-    ("", "", "concepts.yaml holds no list"),
     ("[]", "", "concepts.yaml holds no list"),
     ("dataset: dog", "", "concepts.yaml holds no list"),
     ("- dataset: [", "", "concepts.yaml.* can't be read .line 1"),
-    ("- {dataset: dog, dataset: cat}", "", "a second time"),
-    ("- &one {dataset: dog}", "", "anchor"),
-    ("caf\xe9", "", "UTF-8"),
     (DOG + "- cat", "", 'concept 2: it is "cat"'),
     (DOG, "--dataset none.yaml", 'list of concepts "none.yaml".* is not there'),
     (DOG, "--validation_dataset held/dog", "list of concepts .*--validation_dataset.*refused"),
-    (DOG, "--instance_data_dir dog", "--dataset_name.* with --instance_data_dir"),
     # options
-    (of("dataset: cat, instance_prompt: a, repeat: 2"), "", 'concept 2: .*"repeats"'),
-    (
-        of("dataset: cat, instance_prompt: a, num_repeats: 2"),
-        "",
-        'concept 2: .*"num_repeats".*"repeats"',
-    ),
-    (of("dataset: cat, instance_prompt: a, rank: 2"), "", "concept 2: rank .* all concepts"),
+    (cat("repeat: 2"), "", 'concept 2: .*"repeats"'),
     (of("dataset: cat, unmasked-weight: 0.5"), "", "concept 2: unmasked_weight .* all concepts"),
-    (of("dataset: cat, dataset_name: cat"), "", "concept 2: .*second time"),
-    (of("dataset: cat, instance_prompt: a, repeats: 0"), "", "concept 2: --repeats is 0"),
-    (of("dataset: cat, instance_prompt: a, repeats: 2.5"), "", 'concept 2: --repeats is "2.5"'),
-    (of("dataset: cat, instance_prompt: a, repeats: null"), "", "concept 2: .*single value"),
-    (of("dataset: cat, instance_prompt: [a, b]"), "", "concept 2: .*single value"),
+    (cat("repeats: 0"), "", "concept 2: --repeats is 0"),
     (of("dataset: {a: b}"), "", "concept 2: .*single value"),
     (of("dataset: [{dataset: cat}]"), "", "concept 2: its dataset is a list"),
-    (of("dataset: cat, instance_prompt: a, alpha_mask: maybe"), "", 'concept 2: .*"maybe"'),
-    (of("dataset: cat, instance_prompt: a, caption_dropout: 2"), "", "concept 2: --caption_dr"),
     (of("dataset: cat, validation_prompts: [{prompt: a, width: 3}]"), "", "concept 2: in number 1"),
     # what they name
     (of("instance_prompt: a"), "", "concept 2: no --dataset_name and no --instance_data_dir"),
-    (of("dataset: cat, instance_data_dir: cat"), "", "concept 2: --dataset_name cat with"),
     (of("dataset: ./nowhere, instance_prompt: a"), "", 'concept 2: .*"./nowhere" does not'),
     (of("instance_data_dir: nowhere, instance_prompt: a"), "", 'concept 2: .*"nowhere" does not'),
-    (of("dataset: file.txt, instance_prompt: a"), "", "concept 2: .*is a file"),
-    (of("dataset: concepts.yaml, instance_prompt: a"), "", "concept 2: .*is a file"),
-    (of("dataset: a b, instance_prompt: a"), "", "concept 2: .*possible hub id"),
     (of("dataset: cat"), "", 'concept 2: "cat" has no prompt'),
     (
         of("dataset: ./dog/, instance_prompt: a"),
         "",
         'concept 2: .*"./dog/", are those of concept 1',
     ),
-    (
-        of("dataset: cat, instance_prompt: a, mask_column: m, alpha_mask: true"),
-        "",
-        "concept 2: .*ma",
-    ),
-    (of("dataset: cat, caption_column: image"), "", "concept 2: --caption_column image"),
-    (of("dataset: cat, instance_prompt: a, validation_dataset: ./no"), "", 'concept 2: .*"./no"'),
     # the class
     (of("dataset: cat, instance_prompt: a"), PRIOR, "concept 1: .*no --class_data_dir"),
-    (
-        of("dataset: cat, instance_prompt: a, class_data_dir: cat"),
-        f"{PRIOR} --class_data_dir class --class_prompt a",
-        "concept 2: .*is the folder of the training images",
-    ),
-    (
-        of("dataset: cat, instance_prompt: a, class_data_dir: dog"),
-        f"{PRIOR} --class_data_dir class --class_prompt a",
-        "concept 2: .*training images of concept 1",
-    ),
-    (
-        of("dataset: cat, instance_prompt: a, class_prompt: b"),
-        f"{PRIOR} --class_data_dir class --class_prompt a",
-        "concept 2: .*prompts differ",
-    ),
-    (
-        of("dataset: cat, instance_prompt: a"),
-        "--prior_prediction_weight 1",
-        "concept 1: .*no --class_prompt",
-    ),
+    (cat("class_data_dir: cat"), CLASS, "concept 2: .*is the folder of the training images"),
+    (cat("class_data_dir: dog"), CLASS, "concept 2: .*training images of concept 1"),
+    (cat("class_prompt: b"), CLASS, "concept 2: .*prompts differ"),
     # the images, before a model is read
     (of("dataset: broken, instance_prompt: a"), "", "concept 2: the image broken.png"),
-    (of("dataset: empty, instance_prompt: a"), "", 'concept 2: "empty" holds no images'),
     (of("dataset: half"), "", "concept 2: .* in half has no caption"),
-    (of("dataset: dark, instance_prompt: a"), "", "concept 2: .*mask is black"),
-    (of("dataset: cat, instance_prompt: a, caption_column: text"), "", 'concept 2: .*"text"'),
-    (of("dataset: cat, instance_prompt: a, shuffle_tags: true"), "", "concept 2: --shuffle_tags"),
-    (of("dataset: cat, instance_prompt: a, validation_dataset: empty"), "", "concept 2: .*empty"),
+    (cat("shuffle_tags: true"), "", "concept 2: --shuffle_tags"),
+    (cat("validation_dataset: empty"), "", "concept 2: .*empty"),
 ]
 
 
@@ -247,7 +200,7 @@ def test_a_bad_list_is_one_sentence_with_its_place_before_a_model_is_read(
         pytest.fail("a model was read")
 
     monkeypatch.setattr("bilora_diffusion.image.script.load_base", loaded)
-    Path("concepts.yaml").write_text(text, encoding="latin-1")
+    Path("concepts.yaml").write_text(text)
     argv = ["--dataset", "concepts.yaml", *MINI, "--output_dir", "run", *flags.split()]
     assert train_dreambooth_bilora.main(argv) == 2
     said = capsys.readouterr().err

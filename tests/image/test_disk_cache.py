@@ -96,14 +96,15 @@ def test_weights_are_known_by_every_bit_and_not_by_dates(tmp_path):
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 4
     assert disk_cache.hash_files([tmp_path / "3" / "vae"]) == hashes[3]
-    cfg: Any = SimpleNamespace(image_interpolation_mode="lanczos", allow_tf32=False)
+    settings = {"image_interpolation_mode": "lanczos", "allow_tf32": False}
+    cfg: Any = SimpleNamespace(**settings, cache=tmp_path)
     vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
     space, here = LatentSpace.of(vae), torch.device("cpu")
-    disk_cache.of_latents(tmp_path, cfg, space, vae, here).put(TENSORS, "image")
-    assert disk_cache.of_latents(tmp_path, cfg, space, vae, here).get("image")
+    disk_cache.of_latents(cfg, space, vae, here).put(TENSORS, "image")
+    assert disk_cache.of_latents(cfg, space, vae, here).get("image")
     with torch.no_grad():
         next(vae.parameters()).view(-1)[:1].add_(1)
-    assert disk_cache.of_latents(tmp_path, cfg, space, vae, here).get("image") is None
+    assert disk_cache.of_latents(cfg, space, vae, here).get("image") is None
 
 
 @pytest.mark.parametrize(

@@ -93,13 +93,3 @@ def test_preconditioned_the_error_is_that_of_the_clean_image(scheme):
     loss = flow.loss(lambda x, _: x.tanh(), inputs)
     expected = weight * ((clean - x0) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-7)
-
-
-@torch.no_grad()
-def test_an_image_is_one_frame_of_a_video():
-    pipeline = made(QWEN)
-    vae, pixels = pipeline.vae, torch.rand(2, 3, SIDE, SIDE) * 2 - 1
-    mean, std = of(pipeline).space(vae).distribution(vae, pixels)
-    posterior = vae.encode(pixels[:, :, None]).latent_dist
-    assert torch.equal(mean, posterior.mean[:, :, 0])
-    assert torch.equal(std, posterior.std[:, :, 0])

@@ -71,7 +71,6 @@ def test_groups_and_names(kind):
     ("word", "said"),
     [
         ("to_qq", 'did you mean "to_q"'),
-        ("feedforward", 'did you mean "feed-forward"'),
         ("resnets.0.con1", 'did you mean "resnets.0.conv1"'),
         ("xyz", f"give {', '.join(LAYER_GROUPS)}, or the ends"),
     ],

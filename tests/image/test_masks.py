@@ -46,7 +46,8 @@ def photos(tmp_path):
 def test_masks_lie_beside_images_and_are_no_images(photos):
     half().save(photos / "alone.mask.png")  # of no image: so it is one
     found = open_images(str(photos))
-    assert [found.name(i) for i in range(len(found))] == ["a.jpg", "alone.mask.png", "b.jpg"]
+    names = [entry.name for entry in found.entries]
+    assert names == ["a.jpg", "alone.mask.png", "b.jpg"]
     assert [found.mask(i) is None for i in range(3)] == [False, True, True]
     (said,) = [line for line in found.remarks() if line.startswith("masks")]
     assert "1 of 3 images have theirs from the .mask.png files beside them" in said

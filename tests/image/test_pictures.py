@@ -1,5 +1,6 @@
 """Files of every kind become upright RGB on white; crops, flips and resizing are torchvision's."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees
     image.save(tmp_path / "a.png", exif=exif)
     images = open_images(str(tmp_path))
-    assert images.size(0) == (12, 8)
+    assert images.entries[0].size == (12, 8)
     turned = images.image(0)
     assert turned.size == (8, 12)
     assert turned.getpixel((7, 0)) == (255, 0, 0)
@@ -141,8 +142,9 @@ def test_an_image_is_decoded_once_while_there_is_room(tmp_path):
     images = open_images(str(tmp_path))
 
     def cached(room):
-        call = Resized(room)
-        first, second = (call(images, 0, (64, 64), "lanczos")[0] for _ in range(2))
+        call, cfg = Resized(room), SimpleNamespace(image_interpolation_mode="lanczos")
+        visit: Any = SimpleNamespace(images=images, sample=0, size=(64, 64), cfg=cfg)
+        first, second = (call(visit)[0] for _ in range(2))
         assert torch.equal(first, second)
         return second is first
 

@@ -38,11 +38,11 @@ def listed(folder):
 
 
 def names(images):
-    return [images.name(i) for i in range(len(images))]
+    return [entry.name for entry in images.entries]
 
 
 def captions(images):
-    return [images.caption(i) for i in range(len(images))]
+    return [entry.caption for entry in images.entries]
 
 
 def test_images_alone_have_the_captions_beside_them(folder):
@@ -50,7 +50,7 @@ def test_images_alone_have_the_captions_beside_them(folder):
     assert names(images) == ["a.jpg", "b.webp", "c.png"]
     assert captions(images) == ["a red square ä", "b", None]
     assert images.prompts("TOK") == ["a red square ä", "b", "TOK"]
-    assert images.size(0) == (8, 12)
+    assert images.entries[0].size == (8, 12)
     assert images.image(0).mode == "RGB"
     (line,) = images.remarks()
     for part in ("2 of 3", ".txt", "--instance_prompt"):
@@ -73,7 +73,8 @@ def test_a_metadata_file_rules(listed):
     assert sent.image(1).tobytes() == images.image(1).tobytes()
     (listed / "c.png").write_bytes(b"broken")  # the captions stay with their images
     kept = open_images(str(listed), caption_column="text", skip_bad_images=True)
-    assert (names(kept), captions(kept), kept.size(0)) == (["a.jpg", "b.webp"], [None] * 2, (8, 12))
+    assert (names(kept), captions(kept)) == (["a.jpg", "b.webp"], [None] * 2)
+    assert kept.entries[0].size == (8, 12)
     assert [skipped.partition(":")[0] for skipped in kept.skipped] == ["c.png"]
 
 
@@ -221,7 +222,7 @@ def test_a_set_on_the_hub_is_read_as_its_tables_are(tmp_path, monkeypatch):
     assert names(images) == [f"someone/icons[{i}]" for i in range(3)]
     assert len(images.skipped) == 1
     assert captions(images) == ["zero", None, "two"]
-    assert [images.size(i) for i in range(3)] == [(8, 10), (8, 11), (8, 12)]
+    assert [entry.size for entry in images.entries] == [(8, 10), (8, 11), (8, 12)]
     sent = pickle.loads(pickle.dumps(images))
     assert sent.image(2).getpixel((0, 0)) == (120, 0, 0)
     assert sent.fingerprint() == images.fingerprint()

@@ -73,17 +73,11 @@ def test_a_recipe_a_file_and_several_flags_give_the_same(tmp_path):
         ("a --negativ x", "--negative_prompt"),
         ("a --g 3.5", "--l"),
         ("a --help", "--help"),
-        ("a --w", "--width"),
         ("a --w 833", "832"),
-        ("a --s 0", "--steps"),
-        ("a --am nan", "--strength"),
         ("a --n b --l 1", "guidance of 1"),
         ("--n b", "no prompt"),
-        (" ", "no prompt"),
-        ("a --w 64 --w 128", "twice"),
         ("a --w 64 --width 128", "twice"),
         ({"negative_prompt": "b"}, "no prompt"),
-        ({"prompt": "a", "widht": "64"}, "--width"),
         ({"prompt": "a", "width": ["64"]}, "single value"),
     ],
     ids=str,
@@ -104,16 +98,13 @@ def test_a_file_of_prompts_that_is_not_there_is_no_prompt():
     for path in ("prompts.txt", "/no/such/prompts"):
         with pytest.raises(UserError, match=f'"{path}" is not there'):
             resolve([*DATA, "--validation_prompts", path])
-    assert resolve([*DATA, "--validation_prompts", "a page that says prompts.txt"])
+    for text in ("a page that says prompts.txt", "longer than a file's name, " * 20):
+        assert resolve([*DATA, "--validation_prompts", text]).validation_prompts == [text]
 
 
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [(("--method", "full"), "--method full"), (("--init_lora_weights", "pissa"), "pissa")],
-)
-def test_what_a_strength_does_not_go_with(more, named):
-    with pytest.raises(UserError, match=named):
-        resolve([*DATA, "--validation_prompts", "a --am 0.5", *more])
+def test_what_a_strength_does_not_go_with():
+    with pytest.raises(UserError, match="--method full"):
+        resolve([*DATA, "--validation_prompts", "a --am 0.5", "--method", "full"])
 
 
 @pytest.mark.parametrize("pipeline", ["FluxPipeline", "Lumina2Pipeline"])

@@ -59,7 +59,7 @@ def test_held_out_icons_are_others_and_come_in_two_halves(name):
     assert cfg.validation_dataset == f"{name}-heldout"
     assert set(cfg.validation_prompts) < {row["prompt"] for row in heldout}
     parts = [resolve(["--dataset", name, "--validation_part", part]) for part in ("1/2", "2/2")]
-    names = [half.name(i) for half in map(heldout_images, parts) if half for i in range(len(half))]
+    names = [entry.name for half in map(heldout_images, parts) if half for entry in half.entries]
     assert sorted(names) == sorted(row["file_name"] for row in heldout)
     if name == "mini":  # those of the paper's Table 4
         subjects = ["rabbit", "cloud", "lion", "droplet", "frog", "sun"]

@@ -14,15 +14,15 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
 
-from bilora_diffusion.export import FILE_NAME, save_models
+from bilora_diffusion.export.writer import save_models
 from bilora_diffusion.image.card import write_dreambooth_card
 from bilora_diffusion.image.config import resolve
+from bilora_diffusion.lora_names import FILE_NAME
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.script import write_text_card
-from tests.export.mini_loras import write_lora
+from tests.export.export_models import write_lora
 from tests.text.text_builders import SAVERS, rows_for, train_text, write_rows
 
 pytestmark = pytest.mark.usefixtures("hub")
@@ -131,9 +131,11 @@ def test_the_code_for_the_miniature_and_for_whole_models_runs(
 
 
 def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path):
-    save_file({"transformer.a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / FILE_NAME)
     flow = ["--pretrained_model_name_or_path", "black-forest-labs/FLUX.1-dev", *ICONS[2:], *VAE]
-    plain, dora = card(tmp_path, flow).text, card(tmp_path, [*flow, "--use_dora"]).text
+    plain, dora = (
+        card(tmp_path, [*flow, *more], pipeline="FluxPipeline").text
+        for more in ([], ["--use_dora"])
+    )
     for text in (plain, dora):
         assert code(text).count("torch.bfloat16") == 2
         assert "float16" not in code(text).replace("bfloat16", "")

@@ -26,14 +26,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
 
 
 def named(pipeline: str, model: str) -> Any:
-    """The kind of a pipeline, a ``base.Family``, by the name of its class.
-
-    Args:
-        pipeline: such as "StableDiffusionXLPipeline".
-        model: the model that it is of, in the user's words.
-
-    Raises:
-        UserError: no kind that is known.
+    """The kind of a pipeline, a ``base.Family``, by the name of its class; one that is not known is
+    refused by the ``model`` that it is of, in the user's words.
     """
     if pipeline not in FAMILIES:
         raise UserError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -28,10 +27,9 @@ Configs = Mapping[str, Mapping[str, Any]]
 
 def rows(conditions: Conditions) -> list[Conditions]:
     """Each row on its own, on the CPU."""
-    count = len(next(iter(conditions.values())))
-    return [
-        {name: _cpu(values[i : i + 1]) for name, values in conditions.items()} for i in range(count)
-    ]
+    there = moved(conditions, torch.device("cpu"), None)
+    count = len(next(iter(there.values())))
+    return [{name: values[i : i + 1] for name, values in there.items()} for i in range(count)]
 
 
 def joined(parts: Sequence[Conditions]) -> Conditions:
@@ -44,8 +42,8 @@ def joined(parts: Sequence[Conditions]) -> Conditions:
     }
 
 
-def moved(conditions: Conditions, device: torch.device, dtype: torch.dtype) -> Conditions:
-    """On a device, floating-point values in a dtype."""
+def moved(conditions: Conditions, device: torch.device, dtype: torch.dtype | None) -> Conditions:
+    """On a device, floating-point values in a dtype or as they are."""
 
     def move(value: Tensor) -> Tensor:
         return value.to(device, dtype if value.is_floating_point() else None)
@@ -81,55 +79,29 @@ def scale_of(vae: Mapping[str, Any]) -> int:
     return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def _cpu(values: Any) -> Any:
-    return values.cpu() if isinstance(values, Tensor) else [value.cpu() for value in values]
-
-
 @dataclass(frozen=True)
 class Family:
-    """A kind of image model, with what a run may change about it.
-
-    Attributes:
-        title: its name for people.
-        pipeline: name of diffusers' class, as ``model_index.json`` has it.
-        parts: the models of the pipeline and the names of their classes, in diffusers or
-            Transformers.
-        optional: those that a pipeline may lack.
-        denoiser: the part that is trained; adapters' keys in files begin with its name.
-        encoders: the text encoders among the parts.
-        targets: the projections of attention, which get adapters by default.
-        feed_forward: the modules that are its feed-forward parts, with all linear layers in them.
-        flow: whether it predicts a velocity along straight paths (``flow``).
-        guidance: with which its images are drawn by default.
-        unguided: up to this guidance no negative prompt is read.
-        few_steps: in which its distilled models draw.
-        undistilled: the model that these were made from.
-        patch: pixels a side of the smallest patch that it sees, which divides the resolution.
-        packing: places of a latent whose channels are those of one token.
-        max_sequence_length: tokens of a prompt, where the model leaves that open.
-        guidance_scale: that a model with a guidance embedding is told in training.
-    """
+    """A kind of image model, with what a run may change about it."""
 
     title: ClassVar[str]
-    pipeline: ClassVar[str]
-    parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    optional: ClassVar[frozenset[str]] = frozenset()
-    denoiser: ClassVar[str] = "transformer"
+    pipeline: ClassVar[str]  # diffusers' class, as ``model_index.json`` has it
+    parts: ClassVar[Mapping[str, str]] = {}  # its models and their classes
+    optional: ClassVar[frozenset[str]] = frozenset()  # those that a pipeline may lack
+    denoiser: ClassVar[str] = "transformer"  # trained; keys in adapters' files begin with its name
+    # projections of attention, which get adapters by default
     targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
-    feed_forward: ClassVar[tuple[str, ...]] = ("ff",)
-    flow: ClassVar[bool] = True
-    weighting: ClassVar[str] = "none"
-    guidance: ClassVar[float] = 5.0
-    unguided: ClassVar[float] = 1.0
-    few_steps: ClassVar[int] = STEPS
+    feed_forward: ClassVar[tuple[str, ...]] = ("ff",)  # modules, with all their linear layers
+    flow: ClassVar[bool] = True  # predicts a velocity along straight paths (``flow``)
+    weighting: ClassVar[str] = "none"  # of noise levels, by default
+    guidance: ClassVar[float] = 5.0  # with which its images are drawn by default
+    unguided: ClassVar[float] = 1.0  # up to this guidance no negative prompt is read
+    few_steps: ClassVar[int] = STEPS  # in which its distilled models draw
     undistilled: ClassVar[str] = "the model that it was made from"
-    patch: ClassVar[int] = 16
-    packing: ClassVar[int] = 1
-    side: ClassVar[int] = 1024
-    trains_encoders: ClassVar[bool] = False
+    patch: ClassVar[int] = 16  # pixels a side of the smallest patch, which divides the resolution
+    side: ClassVar[int] = 1024  # pixels, where the configuration does not say
 
-    max_sequence_length: int = 512
-    guidance_scale: float = 3.5
+    max_sequence_length: int = 512  # tokens of a prompt, where the model leaves that open
+    guidance_scale: float = 3.5  # that a model with a guidance embedding is told in training
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -197,9 +169,9 @@ class Family:
 
     def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Latents (n, c, h, w) of what the pipeline gives as ``output_type="latent"`` for images of
-        so many pixels.
+        so many pixels: these, or tokens of 2 x 2 of them.
         """
-        return latents
+        return latents if latents.ndim == 4 else unpacked(latents, height // 8, width // 8)
 
     def pixels(self, pipeline: Any) -> int:
         """Side of the images that a loaded pipeline was made for."""
@@ -261,11 +233,7 @@ class Family:
         )
 
     def require_resolution(self, resolution: int, configs: Configs) -> None:
-        """Refuse a side that the model can't take.
-
-        Raises:
-            UserError: it is not a multiple of ``patch``.
-        """
+        """Refuse a side that the model can't take."""
         if resolution % self.patch:
             nearest = max(self.patch, resolution // self.patch * self.patch)
             raise UserError(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -26,14 +25,12 @@ class Flux(Family):
 
     title: ClassVar[str] = "FLUX.1"
     pipeline: ClassVar[str] = "FluxPipeline"
-    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {
-            "transformer": "FluxTransformer2DModel",
-            "vae": "AutoencoderKL",
-            "text_encoder": "CLIPTextModel",
-            "text_encoder_2": "T5EncoderModel",
-        }
-    )
+    parts: ClassVar[dict[str, str]] = {
+        "transformer": "FluxTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+    }
     targets: ClassVar[tuple[str, ...]] = (
         *("to_k", "to_q", "to_v", "to_out.0"),
         *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
@@ -42,7 +39,6 @@ class Flux(Family):
         *("ff", "ff_context", "proj_mlp"),
         *(f"single_transformer_blocks.{i}.proj_out" for i in range(SINGLE_BLOCKS)),
     )
-    packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 3.5
     unguided: ClassVar[float] = 100.0  # it is told its guidance, and reads one prompt
     few_steps: ClassVar[int] = 4  # of FLUX.1-schnell
@@ -76,9 +72,6 @@ class Flux(Family):
             "pooled_prompt_embeds": positive["pooled"],
             "guidance_scale": guidance,
         }
-
-    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
-        return unpacked(latents, height // 8, width // 8)
 
     def is_distilled(self, pipeline: Any) -> bool:
         return not self.told_guidance({"transformer": pipeline.transformer.config})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -40,13 +40,11 @@ class Flux2Klein(Family):
 
     title: ClassVar[str] = "FLUX.2 klein"
     pipeline: ClassVar[str] = "Flux2KleinPipeline"
-    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {
-            "transformer": "Flux2Transformer2DModel",
-            "vae": "AutoencoderKLFlux2",
-            "text_encoder": "Qwen3ForCausalLM",
-        }
-    )
+    parts: ClassVar[dict[str, str]] = {
+        "transformer": "Flux2Transformer2DModel",
+        "vae": "AutoencoderKLFlux2",
+        "text_encoder": "Qwen3ForCausalLM",
+    }
     targets: ClassVar[tuple[str, ...]] = (
         *("to_k", "to_q", "to_v", "to_out.0"),
         *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
@@ -55,7 +53,6 @@ class Flux2Klein(Family):
         *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(SINGLE_BLOCKS)),
     )
     feed_forward: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
-    packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 4.0
     few_steps: ClassVar[int] = 4  # of klein without "base"
     undistilled: ClassVar[str] = "its base model, such as FLUX.2-klein-base-4B"

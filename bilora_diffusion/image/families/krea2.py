@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -26,15 +25,12 @@ class Krea2(Family):
 
     title: ClassVar[str] = "Krea 2"
     pipeline: ClassVar[str] = "Krea2Pipeline"
-    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {
-            "transformer": "Krea2Transformer2DModel",
-            "vae": "AutoencoderKLQwenImage",
-            "text_encoder": "Qwen3VLModel",
-        }
-    )
+    parts: ClassVar[dict[str, str]] = {
+        "transformer": "Krea2Transformer2DModel",
+        "vae": "AutoencoderKLQwenImage",
+        "text_encoder": "Qwen3VLModel",
+    }
     targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0", "to_gate")
-    packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 4.5
     unguided: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Krea 2 Turbo
@@ -78,6 +74,3 @@ class Krea2(Family):
             "negative_prompt_embeds_mask": the_other,
             "guidance_scale": guidance,
         }
-
-    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
-        return unpacked(latents, height // 8, width // 8)

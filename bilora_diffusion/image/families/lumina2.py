@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -20,13 +19,11 @@ class Lumina2(Family):
 
     title: ClassVar[str] = "Lumina 2"
     pipeline: ClassVar[str] = "Lumina2Pipeline"
-    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {
-            "transformer": "Lumina2Transformer2DModel",
-            "vae": "AutoencoderKL",
-            "text_encoder": "Gemma2Model",
-        }
-    )
+    parts: ClassVar[dict[str, str]] = {
+        "transformer": "Lumina2Transformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "Gemma2Model",
+    }
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     guidance: ClassVar[float] = 4.0
     unguided: ClassVar[float] = 100.0  # prompts are embedded with the system prompt here

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -32,13 +31,11 @@ class QwenImage(Family):
 
     title: ClassVar[str] = "Qwen-Image"
     pipeline: ClassVar[str] = "QwenImagePipeline"
-    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {
-            "transformer": "QwenImageTransformer2DModel",
-            "vae": "AutoencoderKLQwenImage",
-            "text_encoder": "Qwen2_5_VLForConditionalGeneration",
-        }
-    )
+    parts: ClassVar[dict[str, str]] = {
+        "transformer": "QwenImageTransformer2DModel",
+        "vae": "AutoencoderKLQwenImage",
+        "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+    }
     # Not to_add_out: nothing reads the last block's, and several processes would wait for its
     # gradient.
     targets: ClassVar[tuple[str, ...]] = (
@@ -46,7 +43,6 @@ class QwenImage(Family):
         *("add_k_proj", "add_q_proj", "add_v_proj"),
     )
     feed_forward: ClassVar[tuple[str, ...]] = ("img_mlp", "txt_mlp")
-    packing: ClassVar[int] = 4
     guidance: ClassVar[float] = 4.0
 
     @torch.no_grad()
@@ -83,9 +79,6 @@ class QwenImage(Family):
             # Else the pipeline cuts to 512 tokens what is embedded already.
             "max_sequence_length": max(sequence.shape[1], against.shape[1]),
         }
-
-    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
-        return unpacked(latents, height // 8, width // 8)
 
     def told_guidance(self, configs: Configs) -> bool:
         if configs["transformer"].get("guidance_embeds"):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -20,15 +19,13 @@ class StableDiffusion3(Family):
 
     title: ClassVar[str] = "Stable Diffusion 3"
     pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
-    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {
-            "transformer": "SD3Transformer2DModel",
-            "vae": "AutoencoderKL",
-            "text_encoder": "CLIPTextModelWithProjection",
-            "text_encoder_2": "CLIPTextModelWithProjection",
-            "text_encoder_3": "T5EncoderModel",
-        }
-    )
+    parts: ClassVar[dict[str, str]] = {
+        "transformer": "SD3Transformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+    }
     optional: ClassVar[frozenset[str]] = frozenset({"text_encoder_3", "tokenizer_3"})
     targets: ClassVar[tuple[str, ...]] = (
         *("to_k", "to_q", "to_v", "to_out.0"),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -21,18 +20,15 @@ class StableDiffusionXL(Family):
 
     title: ClassVar[str] = "Stable Diffusion XL"
     pipeline: ClassVar[str] = "StableDiffusionXLPipeline"
-    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {
-            "unet": "UNet2DConditionModel",
-            "vae": "AutoencoderKL",
-            "text_encoder": "CLIPTextModel",
-            "text_encoder_2": "CLIPTextModelWithProjection",
-        }
-    )
+    parts: ClassVar[dict[str, str]] = {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+    }
     denoiser: ClassVar[str] = "unet"
     flow: ClassVar[bool] = False
     patch: ClassVar[int] = 8
-    trains_encoders: ClassVar[bool] = True
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -21,13 +20,11 @@ class ZImage(Family):
 
     title: ClassVar[str] = "Z-Image"
     pipeline: ClassVar[str] = "ZImagePipeline"
-    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {
-            "transformer": "ZImageTransformer2DModel",
-            "vae": "AutoencoderKL",
-            "text_encoder": "Qwen3Model",
-        }
-    )
+    parts: ClassVar[dict[str, str]] = {
+        "transformer": "ZImageTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "Qwen3Model",
+    }
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     guidance: ClassVar[float] = 5.0
     unguided: ClassVar[float] = 0.0
