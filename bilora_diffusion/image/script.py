@@ -19,15 +19,9 @@ from tqdm.auto import tqdm
 
 from ..adapters.quantize import quantize
 from ..errors import placed
-from ..export import (
-    FILE_NAME,
-    kohya_file_name,
-    save_diffusers,
-    save_models,
-    training_facts,
-    verify,
-)
-from ..lora_names import workflow_file_name
+from ..export.readback import verify
+from ..export.writer import save_diffusers, save_models, training_facts
+from ..lora_names import FILE_NAME, kohya_file_name, workflow_file_name
 from ..methods import get
 from ..run.heldout_part import chosen, copies
 from ..train import running
@@ -71,7 +65,7 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     unguided = family.drawing(pipeline)[1] == 0
     if unguided and any(s["negative_prompt"] and not s["guidance"] for s in cfg.samples):
         logger.warning("%s draws without guidance, so negative prompts do nothing.", family.title)
-    for remark in (of_model, comfy.remark(family.title, family.pipeline, cfg.use_dora)):
+    for remark in (of_model, comfy.remark(cfg)):
         if remark is not None:
             logger.warning("%s", remark)
     classes = None

@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import convert
+from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import embed
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores.settings import base_model
 from eval.load import applied
+from eval.sources import find
 from eval.subjects import single
-from tests.export.mini_loras import one, rewrite, write_lora
+from tests.export.export_models import rewrite, write_lora
 from tests.scripts.runs import train_once
 
 PROMPT = "a ToK icon of a Owl, in the style of ToK"
@@ -48,9 +49,9 @@ def test_the_digest_is_of_the_weights_alone(files, tmp_path):
         metadata["lora_adapter_metadata"] = json.dumps(described)
 
     def altered(change):
-        return one(rewrite(source, tmp_path / "altered.safetensors", change)).digest
+        return find(str(rewrite(source, tmp_path / "altered.safetensors", change))).digest
 
-    digest = one(source).digest
+    digest = find(str(source)).digest
     assert altered(lambda tensors, metadata: metadata.pop("modelspec.date")) == digest
     assert altered(rescale) != digest
     assert altered(lambda tensors, _: tensors[key][0].add_(1e-6)) != digest
@@ -90,7 +91,7 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
     own = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     state = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
     image, text = picture(pipeline), embed(pipeline, [PROMPT])
-    with applied(pipeline, one(run)):
+    with applied(pipeline, find(str(run))):
         inside = picture(pipeline)
         assert not np.array_equal(inside, image)
         same = torch.equal(embed(pipeline, [PROMPT])["sequence"], text["sequence"])
@@ -104,13 +105,13 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
             other = load_pipeline("mini", dtype=torch.float32)
             other.load_lora_weights(str(run), weight_name=FILE)
             assert np.array_equal(inside, picture(other))
-    with pytest.raises(ZeroDivisionError), applied(pipeline, one(run)):
+    with pytest.raises(ZeroDivisionError), applied(pipeline, find(str(run))):
         raise ZeroDivisionError
     if name == "whole":
-        with pytest.raises(UserError, match="no scale"), applied(pipeline, one(run), 0.5):
+        with pytest.raises(UserError, match="no scale"), applied(pipeline, find(str(run)), 0.5):
             pass
     elif name == "unet":
-        with applied(pipeline, one(run), 0.0):
+        with applied(pipeline, find(str(run)), 0.0):
             assert np.array_equal(picture(pipeline), image)
     assert (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) == own
     assert not any(pipeline.get_list_adapters().values())
@@ -150,11 +151,22 @@ def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(pipeline, tmp_path
         own["dora_scale"] = (torch.rand(m, generator=draw) + 0.5).reshape(-1, 1, *ones)
         weight *= own["dora_scale"] / weight.flatten(1).norm(dim=1).reshape(-1, 1, *ones)
         tensors |= {f"{name}.{kind}": value for kind, value in own.items()}
+<<<<<<< HEAD
     file = tmp_path / "locon.safetensors"
     save_file(tensors, file)
     base, expected, found = predicted(pipeline.unet), predicted(by_hand), []
     for same in (file, convert(file, "diffusers")):
         with applied(pipeline, one(same)):
+=======
+    save_file(tensors, tmp_path / "locon.safetensors")
+    base, expected = predicted(pipeline.unet), predicted(by_hand)
+    found = []
+    for file in (
+        tmp_path / "locon.safetensors",
+        convert(tmp_path / "locon.safetensors", "diffusers"),
+    ):
+        with applied(pipeline, find(str(file))):
+>>>>>>> main
             found.append(predicted(pipeline.unet))
         assert (found[-1] - expected).norm() < 1e-5 * (expected - base).norm()
     assert torch.equal(*found)
@@ -177,7 +189,7 @@ def test_a_file_that_does_not_fit_is_refused(old, new, message, pipeline, files,
     rewrite(files / "unet" / FILE, tmp_path / "bad.safetensors", change)
     with (
         pytest.raises(UserError, match=message),
-        applied(pipeline, one(tmp_path / "bad.safetensors")),
+        applied(pipeline, find(str(tmp_path / "bad.safetensors"))),
     ):
         pass
     assert not any(pipeline.get_list_adapters().values())

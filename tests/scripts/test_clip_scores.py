@@ -16,7 +16,7 @@ from bilora_diffusion.run.runlog import read_metrics
 from eval import clip_scores, table
 from eval.sources import find
 from tests.eval.clip_models import save_blip, save_open_clip
-from tests.export.mini_loras import rewrite
+from tests.export.export_models import rewrite
 from tests.scripts.runs import copied, started, train_once
 
 PROMPTS = """a ToK icon of a Fluffy Rabbit, in the style of ToK

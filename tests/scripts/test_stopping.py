@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import main as export
+from bilora_diffusion.export.cli import main as export
 from bilora_diffusion.run import runlog
 from tests.scripts import runs
 from tests.text import text_builders as texts

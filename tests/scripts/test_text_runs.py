@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, BertForMaskedLM
 
-from bilora_diffusion.export import main as export_step
+from bilora_diffusion.export.cli import main as export_step
 from bilora_diffusion.methods import names
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text.models import load_text_model

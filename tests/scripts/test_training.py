@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.errors import TrainingError, UserError
-from bilora_diffusion.export import FILE_NAME, inspect
-from bilora_diffusion.export import main as export
+from bilora_diffusion.export.cli import main as export
+from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.denoising import DreamBoothModule
 from bilora_diffusion.image.heldout import BY_LEVEL
+from bilora_diffusion.lora_names import FILE_NAME
 from bilora_diffusion.methods import get, names
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import runlog
