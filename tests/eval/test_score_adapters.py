@@ -151,22 +151,11 @@ def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(pipeline, tmp_path
         own["dora_scale"] = (torch.rand(m, generator=draw) + 0.5).reshape(-1, 1, *ones)
         weight *= own["dora_scale"] / weight.flatten(1).norm(dim=1).reshape(-1, 1, *ones)
         tensors |= {f"{name}.{kind}": value for kind, value in own.items()}
-<<<<<<< HEAD
     file = tmp_path / "locon.safetensors"
     save_file(tensors, file)
     base, expected, found = predicted(pipeline.unet), predicted(by_hand), []
     for same in (file, convert(file, "diffusers")):
-        with applied(pipeline, one(same)):
-=======
-    save_file(tensors, tmp_path / "locon.safetensors")
-    base, expected = predicted(pipeline.unet), predicted(by_hand)
-    found = []
-    for file in (
-        tmp_path / "locon.safetensors",
-        convert(tmp_path / "locon.safetensors", "diffusers"),
-    ):
-        with applied(pipeline, find(str(file))):
->>>>>>> main
+        with applied(pipeline, find(str(same))):
             found.append(predicted(pipeline.unet))
         assert (found[-1] - expected).norm() < 1e-5 * (expected - base).norm()
     assert torch.equal(*found)
