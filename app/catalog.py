@@ -15,9 +15,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.files import is_folder, is_text
@@ -36,8 +36,7 @@ IMAGES, CHECKPOINTS = "validation/step-*/000.png", "checkpoints/step-*/digests.j
 EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
 """Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
 
-DEPTH = 6
-"""Levels of folders below the root that are looked at."""
+DEPTH = 6  # levels of folders below the root that are looked at
 SKIPPED = frozenset(
     {"checkpoints", "images", "validation", "logs", *COMPONENTS}
     | {"node_modules", "__pycache__", "site-packages", "build", "dist"}
@@ -45,13 +44,9 @@ SKIPPED = frozenset(
 """Folders that hold no run or result of their own; hidden ones are skipped as well."""
 
 LINK = "it is a link out of the root: copy it, or give its own folder as the root"
-DIGITS = 15
-"""Most digits of a step; JavaScript's numbers end there."""
+DIGITS = 15  # of a step at most; JavaScript's numbers end there
 RENAME = "its name is not UTF-8: give it another"
-FRESH_SECONDS = 2.0
-"""Time for which a look at the root serves all visitors."""
-Item = TypeVar("Item")
-Stamp = tuple[int, int, int]
+FRESH_SECONDS = 2.0  # for which a look at the root serves all visitors
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ class Catalog:
             raise UserError(f"{root} is a file: give the folder that holds your runs")
         self.root, self._public = root.resolve(), public
         self._lock = threading.Lock()
-        self._read: dict[Path, tuple[Stamp, Any]] = {}
+        self._read: dict[Path, tuple[Any, Any]] = {}
         self.now, self._looked = Scan(), 0.0
         self.refresh()
 
@@ -129,19 +124,21 @@ class Catalog:
             place = Path(self.name)
         return str(PurePosixPath(place.as_posix()) / path)
 
+    def plain(self, error: Exception, folder: str = ".") -> str:
+        """An error as one line without a folder's place on the machine."""
+        text = " ".join(str(error).split())
+        return text.replace(f"{self.root / folder}/", "").replace(str(self.root), self.name)
+
     def sign(self, kind: str) -> str:
         """Changes whenever there is something else among the "runs", "scores" or "figures".
 
         A run that goes on counts as the same until its status, weights, images or checkpoints
         change.
         """
-        now = self.now
         if kind == "runs":
-            parts = [
-                (r.path, r.name, r.status, r.weights, r.steps, r.checkpoints) for r in now.runs
-            ]
+            parts = [replace(run, record={"status": run.status}) for run in self.now.runs]
         else:
-            parts = [(item.path, id(item.result)) for item in getattr(now, kind)]
+            parts = [(item.path, id(item.result)) for item in getattr(self.now, kind)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def resolve(self, relative: str) -> Path:
@@ -161,7 +158,7 @@ class Catalog:
             raise UserError(f"{relative!r} leads out of the root: copy it into the root instead")
         return place
 
-    def cached(self, file: Path, read: Callable[[], Item]) -> Item:
+    def cached(self, file: Path, read: Callable[[], Any]) -> Any:
         """A file by ``read``, called again only where the file has changed.
 
         Raises:
@@ -222,9 +219,7 @@ class Catalog:
             record = self._one(folder, RUN, read_run, scan)
             if record is not None:
                 weights = next((_join(folder, file) for file in EXPORTED if file in names), None)
-                steps = [
-                    read_steps(self.root / folder, pattern) for pattern in (IMAGES, CHECKPOINTS)
-                ]
+                steps = (read_steps(self.root / folder, by) for by in (IMAGES, CHECKPOINTS))
                 scan.runs.append(RunItem(folder, name, record, weights, *steps))
         result = self._one(folder, FILE, read_result, scan) if FILE in names else None
         if result is not None:
@@ -236,20 +231,19 @@ class Catalog:
             scan.figures.append(ResultItem(folder, name, about["kind"], result, pictures))
             scan.scores += scan.figures[-1:] if isinstance(result, Scored) else []
 
-    def _one(self, folder: str, file: str, read: Callable[[Path], Item], scan: Scan) -> Item | None:
+    def _one(self, folder: str, file: str, read: Callable[[Path], Any], scan: Scan) -> Any:
         """A folder's file by ``read``, or None and a line among the broken ones."""
         try:
             # The reader gets the folder's own name, so that messages have it too.
             place = self.resolve(_join(folder, file))
             return self.cached(place, lambda: read(self.root / folder))
         except UserError as error:
-            reason = " ".join(str(error).split())
+            reason = self.plain(error, folder)
         except OSError as error:
             reason = f"{file} can't be read ({error.strerror})"
         except Exception as error:
             # One damaged folder never hides the good ones, whatever is in it.
             reason = f"{file} is damaged ({type(error).__name__})"
-        reason = reason.replace(f"{self.root / folder}/", "").replace(str(self.root), self.name)
         scan.broken.append(Broken(folder, reason))
         return None
 

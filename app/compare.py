@@ -1,6 +1,6 @@
 """The Compare tab's lower part: scored images side by side and a slider over a pair.
 
-Its data are computed in ``compare_data``.
+Its data are computed in ``scored``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from bilora_diffusion import mini
 from bilora_diffusion.errors import UserError
 from eval.clip_scores.names import METRICS
 
-from . import compare_data as data
 from . import parts
+from . import scored as data
 from .catalog import Catalog, ResultItem
-from .compare_data import PromptRow, View, times_100
 from .parts import QUIET, Update
-from .scored import Scored, ScoredImage
+from .scored import PromptRow, Scored, ScoredImage, View, times_100
 
-UNSCORED = "no image has a score"
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
 """One after the other, so that the last choice is the one that stays on the screen."""
 
@@ -46,17 +44,14 @@ class Tab:
                     self.a, self.b = _list("a", "A", 120), _list("b", "B", 120)
                 self.also = _list("also", "Also show", multiselect=True)
                 with gr.Row():
-                    self.seed, self.metric = (
-                        _list("seed", "Seed", 90),
-                        _list("metric", "Score", 120),
-                    )
+                    self.seed = _list("seed", "Seed", 90)
+                    self.metric = _list("metric", "Score", 120)
                 orders = [(text, key) for key, text in data.ORDERS.items()]
                 self.order = _list("order", "Sort by the change from A to B", choices=orders)
                 words: dict[str, Any] = {"label": "Filter", "placeholder": "words of the prompt"}
                 self.words = gr.Textbox(elem_id="compare-words", **words)
-                self.list = parts.html(
-                    "compare-list", js_on_load="bilora.pick(element, trigger, watch)"
-                )
+                pick = "bilora.pick(element, trigger, watch)"
+                self.list = parts.html("compare-list", js_on_load=pick)
             with gr.Column(scale=5, min_width=300, elem_id="compare-view"):
                 with gr.Row(elem_id="compare-steps"):
                     previous = gr.Button("← Previous", elem_id="compare-previous", size="sm")
@@ -96,22 +91,22 @@ class Tab:
         there = {item.path: item for item in self.catalog.now.scores}
         items = {path: item for path, item in there.items() if item.result.images}
         if not items:
-            runs = parts.measurable(self.catalog, "clip_scores")
-            text = "No scored images yet"
-            text = parts.empty(self.catalog, text, "clip_scores") if runs else ""
+            runs, title = parts.measurable(self.catalog, "clip_scores"), "No scored images yet"
+            text = parts.empty(self.catalog, title, "clip_scores") if runs else ""
             return {self.empty: parts.notice(text), self.body: gr.update(visible=False)}
         asked = query.get("scores")
         item = items.get(asked or "") or next(iter(items.values()))
-        absent = []
         if asked and asked not in items:
             what = "have no images" if asked in there else "are not there"
-            absent, query = [f'The link names the scores "{asked}", which {what}.'], {}
+            parts.warn(f'The link names the scores "{asked}", which {what}.')
+            query = {}
         view, missing = data.opened(query, item.path, item.result)
-        for sentence in [*absent, *missing]:
+        for sentence in missing:
             parts.warn(sentence)
         names = item.result.labels
         scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]
-        scores = scores or [(UNSCORED, view.metric)]  # else Gradio calls every choice an error
+        # Without any Gradio would call every choice an error.
+        scores = scores or [("no image has a score", view.metric)]
         seeds = [(str(seed), seed) for seed in item.result.settings.seeds]
         folders = [(item.name, path) for path, item in items.items()]
         return {
@@ -173,12 +168,11 @@ class Tab:
         }
 
     def _picture(self, item: ResultItem, view: View, label: str) -> Image.Image | None:
-        image = item.result.images.get((label, view.prompt, view.seed))
-        try:
-            return parts.read(self.catalog.resolve(item.file(image.file))) if image else None
-        except UserError as error:
-            parts.warn(str(error))
-            return None
+        if image := item.result.images.get((label, view.prompt, view.seed)):
+            try:
+                return parts.read(self.catalog.resolve(item.file(image.file)))
+            except UserError as error:
+                parts.warn(str(error))
 
     def _cards(self, item: ResultItem, view: View, pictures: dict[str, Image.Image | None]) -> str:
         cards = ""
@@ -202,10 +196,8 @@ class Tab:
         """
         if not name:
             return None
-        is_plain = name == Path(name).name
-        return parts.below(self.catalog, item.file(name)) or (
-            parts.address(package / name) if is_plain else None
-        )
+        there = parts.below(self.catalog, item.file(name))
+        return there or (parts.address(package / name) if name == Path(name).name else None)
 
 
 def _list(name: str, label: str, min_width: int = 160, **more: Any) -> gr.Dropdown:
@@ -216,21 +208,19 @@ def prompt_list(listed: Sequence[PromptRow], chosen: str, a: str, b: str) -> str
     """The prompts with their scores; a row is a button that carries its position."""
     if not listed:
         return '<p class="quiet">No prompt contains these words.</p>'
-    rows = "".join(_row(row, row.text == chosen) for row in listed)
+    rows = ""
+    for row in listed:
+        change = "–" if row.change is None else f"{100 * row.change:+.2f}"
+        current = ' aria-current="true"' if row.text == chosen else ""
+        rows += (
+            f'<button type="button" class="prompt" data-prompt="{row.at}"{current}><span'
+            f' title="{escape(row.text)}">{escape(row.name)}</span><span>{times_100(row.a)}</span>'
+            f'<span>{times_100(row.b)}</span><span class="{row.tone}">{change}</span></button>'
+        )
     return (
         '<div class="prompts-head"><span>Prompt</span>'
         f'<span title="{escape(a)}">A</span><span title="{escape(b)}">B</span><span>B − A</span>'
         f'</div><div class="prompts">{rows}</div>'
-    )
-
-
-def _row(row: PromptRow, chosen: bool) -> str:
-    change = "–" if row.change is None else f"{100 * row.change:+.2f}"
-    current = ' aria-current="true"' if chosen else ""
-    return (
-        f'<button type="button" class="prompt" data-prompt="{row.at}"{current}>'
-        f'<span title="{escape(row.text)}">{escape(row.name)}</span><span>{times_100(row.a)}</span>'
-        f'<span>{times_100(row.b)}</span><span class="{row.tone}">{change}</span></button>'
     )
 
 

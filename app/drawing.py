@@ -35,8 +35,7 @@ from eval.sources import find
 from .catalog import Catalog
 from .runs import RunItem
 
-BASE = ""
-"""Stands for the base model among the paths of runs."""
+BASE = ""  # stands for the base model among the paths of runs
 MAX_SEED = 2**32 - 1
 
 
@@ -71,11 +70,7 @@ class Request:
 
 
 class Pipelines:
-    """Keeps one pipeline loaded.
-
-    Args:
-        device: such as "cuda:1"; None for a GPU where there is one.
-    """
+    """Keeps one pipeline loaded, on a device such as "cuda:1", or by default the best."""
 
     def __init__(self, device: str | None = None) -> None:
         self.device = open_device(device)
@@ -162,27 +157,23 @@ def sides(
         a, b: paths of runs, or ``BASE``.
     """
     runs = {run.path: run for run in catalog.now.runs if drawable(run)}
-    chosen: list[tuple[str, Path | None]] = []
-    bases, size = list[BaseChoice](), None
-    for path in (a, b):
-        if path == BASE:
-            chosen.append(("base model", None))
-            continue
-        if path not in runs:
-            raise UserError(f'the run "{path}" has gone: choose another')
-        run = runs[path]
-        catalog.resolve(run.weights or path)  # a link out of the root is refused
-        chosen.append((run.name, catalog.resolve(path)))
-        bases.append(BaseChoice.of(run.record["config"]))
-        size = size or size_of(run)
+    if gone := [path for path in (a, b) if path not in (BASE, *runs)]:
+        raise UserError(f'the run "{gone[0]}" has gone: choose another')
+    there = [runs[path] for path in (a, b) if path != BASE]
+    bases = [BaseChoice.of(run.record["config"]) for run in there]
     if len(set(bases)) > 1:
         raise UserError(
             f"the two runs have different base models, {bases[0].name} and {bases[1].name}:"
             " choose two of one"
         )
+    sides: dict[str, tuple[str, Path | None]] = {BASE: ("base model", None)}
+    for run in there:
+        catalog.resolve(run.weights or run.path)  # a link out of the root is refused
+        sides[run.path] = (run.name, catalog.resolve(run.path))
     # Of the base model alone: that of the first run, or the miniature.
     bases += [BaseChoice.of(run.record["config"]) for run in runs.values()]
-    return (bases or [BaseChoice(MINI)])[0], chosen, size
+    size = next((size for run in there if (size := size_of(run))), None)
+    return (bases or [BaseChoice(MINI)])[0], [sides[a], sides[b]], size
 
 
 def size_of(run: RunItem) -> int | None:

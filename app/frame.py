@@ -8,13 +8,14 @@ a tab fills its lists at the event ``changed``: once after the load, and wheneve
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from . import compare, generate, grid, guard, parts, results, training, validation, vote, work
+from . import compare, generate, grid, guard, parts, results, training, validation, vote
 from .catalog import Catalog
 from .parts import QUIET, html
 
@@ -28,12 +29,7 @@ MONO = ("ui-monospace", "Consolas", "monospace")
 
 
 def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
-    """The whole page.
-
-    Args:
-        catalog: what there is to show.
-        device: that draws images; None for the best.
-    """
+    """The whole page; ``device`` draws images, None is the best."""
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
     ) as page:
@@ -42,7 +38,7 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
         kinds = ("runs", "scores", "figures")
         seen = {kind: gr.Textbox("", visible=False, elem_id=f"frame-{kind}") for kind in kinds}
         runs, scores, figures = (seen[kind].change for kind in kinds)
-        drawing = work.Work(catalog, page, device)
+        drawing = generate.Work(catalog, page, device)
         tabs: dict[str, Callable[[], object]] = {
             "Compare": lambda: (
                 validation.build(catalog, runs),
@@ -61,19 +57,11 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
         def look() -> list[Any]:
             catalog.look()
-            return [
-                title(catalog),
-                parts.notice(notices(catalog)),
-                *(catalog.sign(kind) for kind in seen),
-            ]
+            signs = (catalog.sign(kind) for kind in seen)
+            return [title(catalog), parts.notice(notices(catalog)), *signs]
 
-        gr.on(
-            [page.load, gr.Timer(RESCAN_SECONDS).tick],
-            look,
-            inputs=[],
-            outputs=[heading, notice, *seen.values()],
-            **QUIET,
-        )
+        looks = [page.load, gr.Timer(RESCAN_SECONDS).tick]
+        gr.on(looks, look, [], [heading, notice, *seen.values()], **QUIET)
     return page
 
 
@@ -99,22 +87,14 @@ def notices(catalog: Catalog) -> str:
     return f'<section class="broken"><b>{what} not shown</b><ul>{rows}</ul></section>'
 
 
-def _head() -> str:
-    """Style and script as they are: in `css` Gradio would change the weight of the rules."""
-    style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
-    return f"<style>{style}</style><script>{script}</script>"
-
-
 def launch(catalog: Catalog, *, host: str, port: int, public: bool, device: str | None) -> None:
     """Serve until interrupted.
 
     Args:
         public: whether other machines may look.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C.
     """
     guard.close_downloads()
+    style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
     hues: dict[str, Any] = {"primary_hue": "teal", "secondary_hue": "teal", "neutral_hue": "slate"}
     page = build(catalog, device).queue(default_concurrency_limit=8, api_open=False)
     where = f"[{host}]" if ":" in host else host
@@ -129,12 +109,11 @@ def launch(catalog: Catalog, *, host: str, port: int, public: bool, device: str 
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,
-        pwa=False,
-        allowed_paths=[],
         max_file_size="1kb",
-        app_kwargs={"lifespan": guard.lifespan(host, public)},
+        app_kwargs={"lifespan": partial(guard.guarded, host=host, public=public)},
         theme=gr.themes.Default(**hues, font=FONT, font_mono=MONO),
-        head=_head(),
+        # In `css` Gradio would change the weight of the rules.
+        head=f"<style>{style}</style><script>{script}</script>",
     )
     print(f"{TITLE}: http://{where}:{port} shows {catalog.name}; Ctrl-C ends it.", flush=True)
     page.block_thread()

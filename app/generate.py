@@ -1,24 +1,108 @@
-"""The Generate tab: one prompt, two adapters, the same noise."""
+"""The Generate tab: one prompt, two adapters, the same noise. And drawing that a browser asks for
+in any tab: one piece of work at a time, shown as it goes on, and ended by whoever asked for it.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from html import escape
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.mini import MINI
 
 from . import parts
-from .drawing import BASE, checked, drawable, sides, usual
+from .catalog import Catalog
+from .drawing import BASE, Pipelines, checked, drawable, sides, usual
 from .parts import QUIET
 from .runs import ordered, pair
-from .work import Stopped, Work, message
 
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
+
+
+class Stopped(Exception):
+    """Work was stopped by whoever asked for it."""
+
+
+class Work:
+    """The pipeline that all parts of the page draw with, and each browser's current work.
+
+    Args:
+        device: such as "cuda:1"; None for the best.
+    """
+
+    def __init__(self, catalog: Catalog, page: gr.Blocks, device: str | None) -> None:
+        self.catalog, self.models = catalog, Pipelines(device)
+        self.numbers, self.current = itertools.count(1), dict[str | None, int]()
+        page.unload(self.stop)
+
+    def events(
+        self,
+        name: str,
+        draw: Callable[..., Iterator[Any]],
+        prompt: gr.Textbox,
+        asked: Sequence[Any],
+        outputs: Sequence[Any],
+    ) -> None:
+        """Two buttons, and what they and the prompt's Enter key do.
+
+        Args:
+            name: begins the buttons' ids.
+            draw: called with the work's number and what is ``asked``.
+            outputs: of ``draw``; progress is shown on the first.
+        """
+        with gr.Row():
+            go = gr.Button("Generate", variant="primary", elem_id=f"{name}-go")
+            cancel = gr.Button("Cancel", elem_id=f"{name}-cancel")
+        number = gr.Number(0, visible=False)
+        # No `cancels` of Gradio's here: it leaves the next event in error now and then.
+        started = gr.on([go.click, prompt.submit], self.begin, [], number, queue=False, **QUIET)
+        started.then(
+            draw,
+            [number, *asked],
+            [*outputs],
+            show_progress="minimal",
+            show_progress_on=outputs[0],
+            trigger_mode="multiple",
+            concurrency_id="drawing",
+            concurrency_limit=1,
+            api_visibility="private",
+        )
+        cancel.click(self.stop, [], [], queue=False, **QUIET)
+
+    def begin(self, request: gr.Request) -> int:
+        """A number for new work, which ends this browser's earlier work."""
+        self.current[request.session_hash] = number = next(self.numbers)
+        return number
+
+    def stop(self, request: gr.Request) -> None:
+        """End what this browser asked for, before its next step."""
+        self.current.pop(request.session_hash, None)
+
+    def check(self, number: int, request: gr.Request) -> None:
+        """Raise ``Stopped`` unless this is still the browser's current work."""
+        if self.current.get(request.session_hash) != number:
+            raise Stopped
+
+    @contextmanager
+    def reported(self) -> Iterator[None]:
+        """Context whose errors the page shows in one sentence."""
+        try:
+            yield
+        except (UserError, TrainingError) as error:
+            text = escape(self.catalog.plain(error))
+            raise gr.Error(text, print_exception=False) from error
+
+
+def message(text: str) -> str:
+    """What became of the work, as HTML."""
+    return f'<p class="quiet">{escape(text)}</p>'
 
 
 class Tab:
@@ -47,13 +131,8 @@ class Tab:
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
         changed(self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
         # Where another base model is chosen; else what was set stays.
-        gr.on(
-            [self.a.change, self.b.change],
-            self.usual,
-            [self.a, self.b, base],
-            [steps, guidance, base],
-            **QUIET,
-        )
+        both, others = [self.a, self.b], [self.a.change, self.b.change]
+        gr.on(others, self.usual, [*both, base], [steps, guidance, base], **QUIET)
         asked = [prompt, self.a, self.b, seed, steps, guidance, scale]
         with form:
             work.events("generate", self.generate, prompt, asked, outputs)

@@ -16,10 +16,9 @@ from bilora_diffusion.values import STRENGTHS, Range
 
 from . import parts
 from .drawing import BaseChoice, checked, exported, size_of, usual
-from .generate import PROMPT
+from .generate import PROMPT, Stopped, Work, message
 from .parts import QUIET, Update
 from .runs import RunItem, ordered
-from .work import Stopped, Work, message
 
 COUNTS = Range(64, "each takes as long as one in the tab Generate", at_least=1)
 ROWS = 4

@@ -35,6 +35,10 @@ POLICY = (
 )
 """The browser itself then refuses whatever is not from this server, and to show the page in
 another. Gradio's page needs inline scripts and styles."""
+HEADERS = {
+    **{"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"},
+    "Referrer-Policy": "same-origin",
+}
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]+)?")
 
 
@@ -67,51 +71,40 @@ class Guard:
     def _refusal(self, scope: Scope) -> str:
         hosts, origins = (Headers(scope=scope).getlist(name) for name in ("host", "origin"))
         host = hosts[0].lower() if len(hosts) == 1 else ""
-        if not self._is_ours(host):
+        match = _HOST.fullmatch(host)
+        # A web site can let its own name lead to this machine, but no address and no name of ours.
+        if match is None or not self._is_ours(match[1].strip("[]")):
             return f"The viewer is not called {host!r}: start it with --host and this name."
         if any(one.lower() not in (f"http://{host}", f"https://{host}") for one in origins):
             return "The viewer answers no page but its own."
         path = scope["path"]
         return "" if OPEN.fullmatch(path) or path.startswith(self._files) else "This is closed."
 
-    def _is_ours(self, host: str) -> bool:
-        """Test that a page that was asked for at this host comes from here.
-
-        A web site can let its own name lead to this machine, but no address and no name of ours.
-        """
-        match = _HOST.fullmatch(host)
-        name = match[1].strip("[]") if match else ""
+    def _is_ours(self, name: str) -> bool:
         if self._public:
             with contextlib.suppress(ValueError):
                 ipaddress.ip_address(name)
                 return True
-        return bool(name) and name in self._names
+        return name in self._names
 
 
 def _with_policy(send: Send) -> Send:
     async def answer(message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            headers["Content-Security-Policy"] = POLICY
-            headers["X-Content-Type-Options"] = "nosniff"
-            headers["Referrer-Policy"] = "same-origin"
+            MutableHeaders(scope=message).update(HEADERS)
         await send(message)
 
     return answer
 
 
-def lifespan(host: str, public: bool) -> Any:
+@contextlib.asynccontextmanager
+async def guarded(app: Any, host: str, public: bool) -> AsyncIterator[None]:
     """A lifespan that puts the guard before all else, Gradio's own CORS headers included.
 
     A middleware that Gradio is given comes after Gradio's own.
     """
-
-    @contextlib.asynccontextmanager
-    async def guarded(app: Any) -> AsyncIterator[None]:
-        app.middleware_stack = Guard(app.middleware_stack, host, public)
-        yield
-
-    return guarded
+    app.middleware_stack = Guard(app.middleware_stack, host, public)
+    yield
 
 
 def close_downloads() -> None:

@@ -28,9 +28,7 @@ from .runs import RunItem, pair
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Properties of events that fill the page without anyone waiting for them."""
-SMALLEST, LARGEST = 256, 768
-"""Sides in pixels between which a picture is shown."""
-SLIDER_SMALLEST = 384
+SMALLEST, LARGEST, SLIDER_SMALLEST = 256, 768, 384  # sides in pixels with which a picture is shown
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats of pictures; for others Pillow starts programs, such as an interpreter of PostScript."""
 MOST_PIXELS = 2**26
@@ -47,12 +45,6 @@ def html(elem_id: str | None = None, **more: Any) -> gr.HTML:
 def notice(text: str) -> Any:
     """HTML that takes no place while it is empty."""
     return gr.update(value=text, visible=bool(text))
-
-
-def plain(error: Exception, catalog: Catalog) -> str:
-    """An error as one line without the root's place on the machine."""
-    text = " ".join(str(error).split())
-    return text.replace(f"{catalog.root}/", "").replace(str(catalog.root), catalog.name)
 
 
 def warn(text: str) -> None:
@@ -78,8 +70,6 @@ def fitted(picture: Image.Image, smallest: int = SMALLEST) -> Image.Image:
     """The picture with its longer side between ``smallest`` and ``LARGEST``, by Lanczos."""
     side = max(picture.size)
     new = min(max(side, smallest), LARGEST)
-    if new == side:
-        return picture
     width, height = (max(1, round(n * new / side)) for n in picture.size)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
@@ -177,43 +167,37 @@ COMMANDS = {
         "Let a run make images while it trains:",
         f"{TRAIN} --validation_prompt 'a photo of TOK'",
     ),
-    "vote": (
-        "A vote needs images of two runs from the same prompts and seeds:",
-        "python -m eval.clip_scores {}",
-    ),
-    "clip_scores": (
-        "Draw images with each run and score them (a try: add --max_prompts 6 --seeds 0):",
-        "python -m eval.clip_scores {}",
-    ),
-    "landscape": ("How flat the minima are that runs end in:", "python -m eval.landscape {}"),
-    "dynamics": (
-        "How the adapters moved, of runs with --log_dynamics:",
-        "python -m eval.dynamics {}",
-    ),
-    "generalization": (
-        "Training and held-out loss over time, of runs that measured it:",
-        "python -m eval.generalization {}",
-    ),
-    "text_scores": (
-        "Scores of text runs by what they recorded:",
-        "python -m eval.text_scores {} --benchmarks heldout",
-    ),
 }
-"""Advice where nothing is yet, and its command, to be filled with the root or with runs."""
+"""Advice where nothing is yet, and its command, to be filled with the root."""
+EVALUATIONS = {
+    "vote": "A vote needs images of two runs from the same prompts and seeds:",
+    "clip_scores": (
+        "Draw images with each run and score them (a try: add --max_prompts 6 --seeds 0):"
+    ),
+    "landscape": "How flat the minima are that runs end in:",
+    "dynamics": "How the adapters moved, of runs with --log_dynamics:",
+    "generalization": "Training and held-out loss over time, of runs that measured it:",
+    "text_scores": "Scores of text runs by what they recorded:",
+}
+"""The same of commands of ``eval``, which are given runs."""
 
 
 def empty(catalog: Catalog, title: str, *names: str) -> str:
-    """A notice that nothing is there yet, with some of :data:`COMMANDS`."""
+    """A notice that nothing is there yet, with some of these commands."""
     rows = ""
     for name in names:
-        what, command = COMMANDS[name]
-        if "eval." in command:
+        if name in EVALUATIONS:
             runs = [catalog.place(run.path) for run in measurable(catalog, name)]
             place = shlex.join(runs or [catalog.place("lora"), catalog.place("bilora")])
+            what, tool = EVALUATIONS[name], "clip_scores" if name == "vote" else name
+            more = " --benchmarks heldout" if name == "text_scores" else ""
+            command = f"python -m eval.{tool} {place}{more}"
         else:
-            place = shlex.quote("demo" if catalog.place() == "." else catalog.place())
+            what, command = COMMANDS[name]
+            place = "demo" if catalog.place() == "." else catalog.place()
+            command = command.format(shlex.quote(place))
         rows += (
-            f'<li>{escape(what)}<div class="command"><code>{escape(command.format(place))}</code>'
+            f'<li>{escape(what)}<div class="command"><code>{escape(command)}</code>'
             '<button type="button" data-copy>Copy</button></div></li>'
         )
     return (

@@ -32,12 +32,13 @@ def build(catalog: Catalog, changed: Any) -> None:
     def load(now: str | None) -> Update:
         results = sorted(catalog.now.figures, key=lambda item: (item.kind, item.path))
         if not results:
-            return {notice: parts.notice(_empty(catalog))}
+            names = [name for name in RESULTS if parts.measurable(catalog, name)] or RESULTS[:2]
+            return {notice: parts.notice(parts.empty(catalog, "No results yet", *names))}
         choices = [
             (f"{item.kind.replace('_', ' ').capitalize()}: {item.name}", item.path)
             for item in results
         ]
-        keys = [key for _, key in choices]
+        keys = [item.path for item in results]
         return {
             notice: parts.notice(""),
             body: gr.update(visible=True),
@@ -51,11 +52,6 @@ def build(catalog: Catalog, changed: Any) -> None:
         item = next((item for item in catalog.now.figures if item.path == key), None)
         if item is not None:
             _show(catalog, item)
-
-
-def _empty(catalog: Catalog) -> str:
-    names = [name for name in RESULTS if parts.measurable(catalog, name)]
-    return parts.empty(catalog, "No results yet", *(names or RESULTS[:2]))
 
 
 def _show(catalog: Catalog, item: ResultItem) -> None:

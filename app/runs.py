@@ -125,9 +125,4 @@ def pair(runs: Sequence[RunItem]) -> list[RunItem]:
     couples = [(a, b) for a in controls for b in ours if a.seed == b.seed]
     if not couples:
         return ordered(runs)[:2]
-
-    def apart(couple: tuple[RunItem, RunItem]) -> bool:
-        a, b = couple
-        return PurePosixPath(a.path).parent != PurePosixPath(b.path).parent
-
-    return list(min(couples, key=apart))
+    return list(min(couples, key=lambda two: len({PurePosixPath(one.path).parent for one in two})))

@@ -1,22 +1,29 @@
-"""A result of ``eval.clip_scores`` image by image, as the Compare and Vote tabs look at it."""
+"""A result of ``eval.clip_scores`` image by image, as the tabs Compare and Vote look at it; and
+what Compare shows of it: scores per prompt, order, one view, its link.
+
+No files and no widgets. Adapters are called by their labels and prompts by their texts, so that a
+link survives scoring again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any
+from urllib.parse import urlencode
 
 from pydantic import TypeAdapter
 
 from bilora_diffusion.errors import UserError
+from eval import compare
+from eval.clip_scores.names import METRICS
 from eval.clip_scores.prompts import Prompt
-from eval.table import FILE, Result
+from eval.table import FILE, Result, Summary
 
 NOTES = {"t2t": "caption", "nearest": "nearest_image"}
 """Metric -> the fact of an image that is the note beside its value."""
-LARGEST_SEED = 2**53
-"""JavaScript's whole numbers end there."""
+LARGEST_SEED = 2**53  # where JavaScript's whole numbers end
 
 
 @dataclass(frozen=True)
@@ -100,3 +107,183 @@ def scored(result: Result) -> Scored:
     if not all(known) or any(abs(seed) > LARGEST_SEED for seed in seeds):
         raise UserError(again)
     return scores
+
+
+ORDERS = {
+    "gain": "Largest gain first",
+    "loss": "Largest loss first",
+    "name": "By name",
+    "list": "As in the prompt set",
+}
+"""Orders of the prompts, by the change from the first adapter to the second."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One comparison on the screen; its link has the same parts in the same order.
+
+    Args:
+        scores: path of the score folder.
+        a, b, also: adapters of the pair, whose change is b minus a, and those shown beside them.
+        metric, order: by which the prompts are listed (:data:`ORDERS`).
+        words: only prompts that contain all of these are listed.
+    """
+
+    scores: str
+    a: str
+    b: str
+    also: tuple[str, ...]
+    prompt: str
+    seed: int
+    metric: str
+    order: str = "gain"
+    words: str = ""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """All that are shown, each once, the pair first."""
+        return tuple(dict.fromkeys((self.a, self.b, *self.also)))
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt in the list; scores are means over the seeds that both adapters have.
+
+    Args:
+        at: its place among the prompts.
+        name: the prompt's instance, where the prompt set says, else its text.
+        tone: of the change, see :func:`tone`.
+    """
+
+    at: int
+    name: str
+    text: str
+    a: float | None
+    b: float | None
+    tone: str = "even"
+
+    @property
+    def change(self) -> float | None:
+        """b minus a."""
+        return None if self.a is None or self.b is None else self.b - self.a
+
+
+def metrics(result: Scored) -> list[str]:
+    """Scores that any image has, in their usual order."""
+    there = {name for image in result.images.values() for name in image.scores}
+    return [name for name in METRICS if name in there]
+
+
+def times_100(value: float | None) -> str:
+    """A cosine as it is shown; a dash where there is none."""
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def tone(line: Summary | None) -> str:
+    """A difference as "up" (better), "down", or "even", which chance alone explains."""
+    known = METRICS.get(line.metric) if line else None
+    judged = compare.verdict(line, known.higher_is_better) if line and known else None
+    return {compare.BETTER: "up", compare.WORSE: "down"}.get(judged or "", "even")
+
+
+@lru_cache(maxsize=16)
+def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
+    """All prompts with the pair's scores, in the prompt set's order."""
+    values = [row for row in result.result.select(metric) if row.value is not None]
+    seeds = {(row.subject, row.item, row.seed) for row in values}
+
+    def counts(item: str, seed: int | None) -> bool:
+        # A seed that one of the two lacks would make the difference one of noise.
+        return (a, item, seed) in seeds and (b, item, seed) in seeds
+
+    paired = {row.item for row in values if counts(row.item, row.seed)}
+    values = [
+        replace(row, group=row.subject)
+        for row in values
+        if row.subject in (a, b) and (row.item not in paired or counts(row.item, row.seed))
+    ]
+    interval = compare.student_interval
+    lines = {(s.group, s.item): s for s in compare.summaries(values, a, interval=interval)}
+
+    def row(text: str) -> PromptRow:
+        one, two = lines.get((a, text)), lines.get((b, text))
+        means = (one.mean if one else None, two.mean if two else None)
+        name = result.prompt(text).instance or text
+        return PromptRow(result.texts.index(text), name, text, *means, tone=tone(two))
+
+    with_image = {text for _, text, _ in result.images}
+    return [row(text) for text in dict.fromkeys(result.texts) if text in with_image]
+
+
+def listed(view: View, result: Scored) -> list[PromptRow]:
+    """The prompts of a view, sorted and filtered; those without a score come last.
+
+    A gain is a change for the better: for memorization, where lower is better, a decrease.
+    """
+    words = view.words.casefold().split()
+    matching = [
+        row
+        for row in rows(result, view.a, view.b, view.metric)
+        if all(word in row.text.casefold() for word in words)
+    ]
+    known = METRICS.get(view.metric)
+    sign = -1 if known is not None and known.higher_is_better is False else 1
+    sign = -sign if view.order == "gain" else sign
+    keys = {
+        "name": lambda row: row.name.casefold(),
+        "list": lambda row: 0,
+        "gain": lambda row: (row.change is None, sign * (row.change or 0.0), row.name.casefold()),
+    }
+    return sorted(matching, key=keys.get(view.order, keys["gain"]))
+
+
+def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
+    """The prompt ``step`` rows on, at most the last or first; the first when it is not listed."""
+    order = [row.text for row in listed]
+    if prompt not in order:
+        return order[0] if order else prompt
+    return order[min(max(order.index(prompt) + step, 0), len(order) - 1)]
+
+
+def first_view(scores: str, result: Scored) -> View:
+    """The view before anything is chosen: the first two adapters, the largest gain."""
+    with_image = {label for label, _, _ in result.images}
+    there = [label for label in result.labels if label in with_image] or result.labels
+    a, b = (there * 2)[:2]
+    metric, seeds = next(iter(metrics(result)), "i2t"), result.settings.seeds or [0]
+    view = View(scores, a, b, tuple(there[2:4]), next(iter(result.texts), ""), seeds[0], metric)
+    order = listed(view, result)
+    return replace(view, prompt=order[0].text) if order else view
+
+
+def link(view: View) -> str:
+    """The query that reopens a view, such as ``?scores=...&a=...&b=...&prompt=...&seed=...``."""
+    words = {one.name: getattr(view, one.name) for one in fields(View)}
+    words |= {"also": ",".join(view.also), "seed": str(view.seed)}
+    return "?" + urlencode({key: value for key, value in words.items() if value})
+
+
+def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View, list[str]]:
+    """The view of a score folder that a :func:`link` asks for, of which every part may be missing;
+    and a sentence for each part that is not there (any more).
+    """
+    first, missing = first_view(scores, result), []
+    also = first.also
+    if "a" in query:
+        # Labels may hold commas, so they are looked for and the text is not cut apart.
+        named = f",{query.get('also', '')},"
+        also = tuple(label for label in result.labels if f",{label}," in named)
+    choices: dict[str, Sequence[str]] = {
+        "a": result.labels,
+        "b": result.labels,
+        "prompt": result.texts,
+        "seed": [str(seed) for seed in result.settings.seeds],
+        "metric": metrics(result),
+        "order": list(ORDERS),
+    }
+    parts = {key: query[key] for key in choices if key in query}
+    for key in [key for key, value in parts.items() if value not in choices[key]]:
+        missing.append(f'The link names "{parts.pop(key)}" as {key}, which is not there.')
+    seed = int(parts.pop("seed", first.seed))
+    view = replace(first, **parts, seed=seed, words=query.get("words", ""))
+    return replace(view, also=tuple(one for one in also if one not in (view.a, view.b))), missing

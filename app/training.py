@@ -34,8 +34,7 @@ from .training_data import (
 )
 
 TICK_SECONDS = 3.0
-CHOSEN = 4
-"""Number of runs that are shown before any is chosen."""
+CHOSEN = 4  # runs that are shown before any is chosen
 WINDOW = 25
 
 
@@ -86,12 +85,6 @@ def look(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
     limits = None if top is None else [None, top]
     legend = [line.name for line in lines if line.in_legend]
     return {"visible": True, "color_map": colors, "y_lim": limits, "colors_in_legend": legend}
-
-
-def _key(run: Shown) -> Any:
-    """A value that changes where a run has something new to show."""
-    fit = run.fit.get("spent"), len(run.fit.get("runs", ()))
-    return run.run.name, len(run.rows), run.state, fit
 
 
 class Tab:
@@ -160,12 +153,13 @@ class Tab:
 
     def _draw(self, paths: Sequence[str] | None, window: int, drawn: Any = None) -> Update:
         """The chosen runs as they are now; nothing where all is as it was ``drawn``."""
-        runs = self._read(paths or [])
-        keys = [_key(run) for run in runs]
-        if (window, *keys) == drawn:
+        runs = [self._read(path, at) for at, path in enumerate((paths or [])[: len(COLORS)])]
+        fits = [(run.fit.get("spent"), len(run.fit.get("runs", ()))) for run in runs]
+        new = window, fits, [(run.run.name, len(run.rows), run.state) for run in runs]
+        if new == drawn:
             return {self.cards: gr.skip()}
         shown: Update = dict(zip((self.cards, self.legend), cards(runs), strict=True))
-        shown[self.drawn], looks = (window, *keys), []
+        shown[self.drawn], looks = new, []
         shown[self.looks] = looks
         for name, lines in charts([run for run in runs if run.read], int(window)).items():
             frame = table(lines)
@@ -173,15 +167,9 @@ class Tab:
             shown[self.plots[name]] = gr.skip() if frame.empty else frame
         return shown
 
-    def _read(self, paths: Sequence[str]) -> list[Shown]:
-        runs = {run.path: run for run in self.catalog.now.runs}
-        return [
-            self._one(runs.get(path) or RunItem(path, path, {"config": {}}, None), color)
-            for color, path in enumerate(paths[: len(COLORS)])
-        ]
-
-    def _one(self, run: RunItem, color: int) -> Shown:
-        path = run.path
+    def _read(self, path: str, color: int) -> Shown:
+        gone = RunItem(path, path, {"config": {}}, None)
+        run = next((run for run in self.catalog.now.runs if run.path == path), gone)
         try:
             folder = self.catalog.resolve(path)
             files = [self.catalog.resolve(f"{path}/{name}") for name in (RUN, METRICS)]
@@ -193,6 +181,6 @@ class Tab:
             fit = read_fit(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
             return Shown(replace(run, record=record), color, rows, state, fit)
         except Exception as error:  # whatever is in one folder, the other runs stay
-            reason = parts.plain(error, self.catalog)
+            reason = self.catalog.plain(error)
             state = Progress("failed", reason, 0, None, 0.0, None, 0)
             return Shown(run, color, [], state, read=False)

@@ -9,6 +9,7 @@ is faint, and what belongs to no run is grey.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import statistics
@@ -42,8 +43,7 @@ FAINT, WIDE = "80", "c0"
 of a colour ``style.css`` knows them, and draws them thin and broad.
 """
 LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
-MOST_POINTS = 400
-"""Points of one line, about."""
+MOST_POINTS = 400  # of one line, about
 BUSY_SECONDS = 3600.0
 """``STALE_SECONDS`` of a run that said that it does something else than steps, such as images."""
 TRAINING = "training"
@@ -58,9 +58,8 @@ class Progress:
         status: "running", "finished", "interrupted", "failed" or "stalled"; of a running one that
             is busy with something else than steps, its name, such as "validation images".
         reason: of a failed or a stalled run, in one sentence; "" otherwise.
-        steps, total: steps done and to do; ``total`` None where it is not known.
-        wall_seconds: spent so far, over all resumes.
-        left_seconds: of a running run, by its recent steps; None where it can't be told.
+        total: steps to do; None where it is not known.
+        wall_seconds, left_seconds: spent over all resumes; and to go, by the recent steps.
         peak_memory_bytes: of the accelerator, or of the process on a CPU.
     """
 
@@ -76,18 +75,12 @@ class Progress:
 def progress(
     record: Row, rows: Sequence[Row], last_written: float, now: float | None = None
 ) -> Progress:
-    """The state of a run.
-
-    Args:
-        record: ``run.json``.
-        rows: of ``metrics.jsonl``.
-        last_written: time of the last change of either file, in seconds as ``time.time`` counts.
-        now: by default ``time.time()``.
+    """The state of a run by ``run.json`` and ``metrics.jsonl``, of which one was last written at a
+    time as ``time.time`` counts.
     """
     now = time.time() if now is None else now
     silent = max(0.0, now - last_written)
-    taken = [row for row in rows if row.get("seconds") is not None]
-    recent = [row["seconds"] for row in taken[-RECENT_STEPS:]]
+    recent = [row["seconds"] for row in rows if row.get("seconds") is not None][-RECENT_STEPS:]
     usual = statistics.median(recent) if recent else 0.0
     steps = max((row["step"] for row in rows), default=0)
     total = record.get("num_steps") or record["config"].get("max_train_steps")
@@ -99,21 +92,15 @@ def progress(
         running, status = False, "stalled"
         reason = f"it has written nothing for {duration(silent)}: it was probably killed"
     elif running and doing != TRAINING:
-        status, since = doing, _seconds(record.get("doing_since"))
-        reason = f"since {duration(max(0.0, now - since))}" if since is not None else ""
+        status, reason = doing, ""
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            since = datetime.fromisoformat(record["doing_since"]).timestamp()
+            reason = f"since {duration(max(0.0, now - since))}"
     left = None
     if running and total is not None and recent:
         left = max(0, total - steps) * usual
     wall, peak = record.get("wall_seconds", 0.0), record.get("peak_memory_bytes", 0)
     return Progress(status, reason, steps, total, wall, left, peak)
-
-
-def _seconds(moment: Any) -> float | None:
-    """A time of the record as ``time.time`` counts; None where it is none."""
-    try:
-        return datetime.fromisoformat(moment).timestamp()
-    except (TypeError, ValueError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -148,12 +135,8 @@ class Line:
 
 def series(rows: Sequence[Row], key: str) -> Points:
     """A metric over the steps; rows without it, or with null for a non-finite number, left out."""
-    numbers = [(row["step"], row.get(key)) for row in rows]
-    return [
-        (step, float(value))
-        for step, value in numbers
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    ]
+    there = [row for row in rows if type(row.get(key)) in (int, float)]
+    return [(row["step"], float(row[key])) for row in there]
 
 
 def smooth(points: Points, window: int) -> Points:
@@ -210,15 +193,12 @@ def curves(
 
 def differences(runs: Sequence[Shown], key: str, window: int = 1) -> list[Line]:
     """Each run minus plain LoRA of the same seed, step by step: paired runs see the same noise."""
-
-    def pair(run: Shown) -> tuple[int | None, bool]:
-        return run.run.seed, run.run.is_text
-
-    controls = {pair(run): run for run in reversed(runs) if run.run.method == CONTROL}
+    plain = [run for run in reversed(runs) if run.run.method == CONTROL]
+    controls = {(run.run.seed, run.run.is_text): run for run in plain}
     lines = []
     for run in runs:
-        control = controls.get(pair(run))
-        if control is None or control is run:
+        control = controls.get((run.run.seed, run.run.is_text), run)
+        if control is run:
             continue
         other = dict(series(control.rows, key))
         points = [(at, value - other[at]) for at, value in series(run.rows, key) if at in other]
@@ -265,16 +245,17 @@ def of_fits(runs: Sequence[Shown]) -> list[Line]:
     """
     lines = []
     for run in runs:
-        searched: list[tuple[str, str, Points]] = []
+        searched: list[tuple[str, Line]] = []
         for one in run.fit.get("runs", ()):
             both = zip(one["steps"], one["losses"], strict=True)
             points = [(step, value) for step, value in both if step and value is not None]
-            searched.append((one["title"], f"{one['title']}, fold {one['fold']}", points))
-        lows = [(value, title) for title, _, points in searched for _, value in points]
+            line = run.line(points, f"{one['title']}, fold {one['fold']}")
+            searched.append((one["title"], line))
+        lows = [(value, title) for title, line in searched for _, value in line.points]
         best = (run.fit.get("choice") or {}).get("title") or min(lows, default=(0, ""))[1]
-        for title, name, points in sorted(searched, key=lambda one: one[0] == best):
-            line = run.line(points, name)
-            lines.append(replace(line, color=COLORS[run.color]) if title == best else line)
+        strong = COLORS[run.color]
+        lines += [line for title, line in searched if title != best]
+        lines += [replace(line, color=strong) for title, line in searched if title == best]
     return lines
 
 

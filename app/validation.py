@@ -71,24 +71,19 @@ def common_steps(runs: Sequence[RunItem]) -> list[int]:
 
 def table(catalog: Catalog, runs: Sequence[RunItem], at: int) -> str:
     """One block for each prompt, with the images of the base model and each run, as HTML."""
-    base = next((run for run in runs if 0 in run.steps), None) if at else None
-    columns = [("base model", base, 0)] if base else []
+    columns = [("base model", run, 0) for run in runs if at and 0 in run.steps][:1]
     columns += [(run.name, run, at) for run in runs]
     blocks = ""
     for prompt, place in dict.fromkeys(key for run in runs for key in run.images):
-        cells = "".join(
-            _cell(catalog, name, run, step, (prompt, place)) for name, run, step in columns if run
-        )
+        cells = ""
+        for name, run, step in columns:
+            number = run.images.get((prompt, place))
+            address = None if number is None else parts.below(catalog, run.image(step, number))
+            picture = parts.image(address, f"{name}: {prompt}", f"none at step {step}")
+            cells += f"<figure>{picture}<figcaption>{escape(name)}</figcaption></figure>"
         which = f" ({place + 1})" if place else ""
         blocks += (
             f'<section class="subject"><h4>{escape(prompt)}{which}</h4>'
             f'<div class="row" style="--columns: {len(columns)}">{cells}</div></section>'
         )
     return f'<div class="subjects" style="--columns: {len(columns)}">{blocks}</div>'
-
-
-def _cell(catalog: Catalog, name: str, run: RunItem, step: int, key: tuple[str, int]) -> str:
-    number = run.images.get(key)
-    address = None if number is None else parts.below(catalog, run.image(step, number))
-    picture = parts.image(address, f"{name}: {key[0]}", f"none at step {step}")
-    return f"<figure>{picture}<figcaption>{escape(name)}</figcaption></figure>"

@@ -31,15 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after a sentence that says what to mend.
     """
-
-    def work() -> None:
-        with contextlib.suppress(KeyboardInterrupt):  # how a server is ended
-            serve(_parser().read(argv))
-
-    return run_cli(work)
-
-
-def _parser() -> Parser:
     parser = Parser("app.viewer", __doc__)
     parser.add_argument(
         "root", nargs="?", type=Path, default=Path("."), metavar="ROOT", help="default: this folder"
@@ -47,16 +38,16 @@ def _parser() -> Parser:
     parser.add_argument("--host", default=LOCAL, help=f"address to listen on; default: {LOCAL}")
     parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}")
     parser.add_argument("--device", help="that generates images, such as cuda:1; default: the best")
-    return parser
+
+    def work() -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # how a server is ended
+            serve(parser.read(argv))
+
+    return run_cli(work)
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Check the arguments, find the folders, and serve.
-
-    Raises:
-        UserError: bad input, or Gradio is not installed.
-        KeyboardInterrupt: Ctrl-C.
-    """
+    """Check the arguments, find the folders, and serve until Ctrl-C."""
     from .catalog import Catalog
 
     public = args.host not in (LOCAL, "localhost", "::1")
@@ -84,12 +75,9 @@ def be_private(cache: Path) -> None:
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False",
         HF_HUB_DISABLE_TELEMETRY="1",
-        GRADIO_SHARE="False",
         GRADIO_TEMP_DIR=str(cache / "files"),
         GRADIO_EXAMPLES_CACHE=str(cache / "examples"),
         GRADIO_ALLOWED_PATHS="",
-        GRADIO_SSR_MODE="False",
-        GRADIO_MCP_SERVER="False",
     )
 
 

@@ -56,8 +56,8 @@ class Tab:
             self.standing = parts.html("vote-standing")
         with gr.Row(visible=False) as self.below:
             small: dict[str, Any] = {"size": "sm", "min_width": 140}
-            other: dict[str, Any] = {"visible": False, "elem_id": "vote-stop", **small}
-            self.stop = gr.Button("Choose other adapters", **other)
+            hidden: dict[str, Any] = {"visible": False, "elem_id": "vote-stop", **small}
+            self.stop = gr.Button("Choose other adapters", **hidden)
             show = gr.Button("Show the result so far", elem_id="vote-show", **small)
             export = gr.Button("Votes as CSV", elem_id="vote-export", **small)
         self.file = gr.DownloadButton("votes.csv", visible="hidden", elem_id="vote-file")
@@ -118,9 +118,8 @@ class Tab:
         return self._or_notice(lambda: self._voting(self.polls.cast(booth, choice)))
 
     def _report(self, path: str | None, pair: str) -> Update:
-        return self._or_notice(
-            lambda: {self.result: parts.notice(table(*self.polls.result(path, pair)))}
-        )
+        result = self.polls.result
+        return self._or_notice(lambda: {self.result: parts.notice(table(*result(path, pair)))})
 
     def _export(self) -> Update:
         folder = Path(self.file.GRADIO_CACHE)
@@ -130,7 +129,7 @@ class Tab:
         try:
             return {self.notice: parts.notice(""), **act()}
         except (UserError, OSError) as error:
-            text = escape(parts.plain(error, self.catalog))
+            text = escape(self.catalog.plain(error))
             return {self.notice: parts.notice(f'<section class="broken"><b>{text}</b></section>')}
 
     def _stage(self, voting: bool) -> Update:
@@ -152,10 +151,8 @@ class Tab:
 
 
 def ballot(booth: Booth) -> str:
-    """A ballot as HTML; "" when all are done.
-
-    The images are in it, so that both sides and the prompt change at once: a vote while one of two
-    images was still on its way would be about two ballots.
+    """A ballot as HTML; "" when all are done. The images are in it, so that both sides and the
+    prompt change at once: a vote while one was still on its way would be about two ballots.
     """
     if booth.ballot is None:
         return ""

@@ -16,7 +16,7 @@ import json
 import random
 import secrets
 import sqlite3
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -36,11 +36,9 @@ ANY = ""
 """The value of "any pair"."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """Beginnings of a text that a spreadsheet computes."""
-COLUMNS = (
-    *("time UTC", "score folder", "prompt", "seed", "adapter left", "adapter right"),
-    *("choice", "winner", "session"),
-)
-"""Columns of the CSV file."""
+COLUMNS = ("time UTC", "score folder", "prompt", "seed", "adapter left", "adapter right")
+COLUMNS += ("choice", "winner", "session")
+"""Columns of the CSV file, which are all but the last of a :class:`Vote`."""
 
 
 class Side(NamedTuple):
@@ -69,12 +67,7 @@ class Ballot:
 
 
 class Vote(NamedTuple):
-    """A row of the table: the columns of the CSV file, and :attr:`Ballot.pair`.
-
-    Args:
-        time: UTC, ISO 8601.
-        left, right, winner: labels; no winner is a tie.
-    """
+    """A row of the table; adapters are called by their labels, and no winner is a tie."""
 
     time: str
     scores: str
@@ -88,37 +81,27 @@ class Vote(NamedTuple):
     pair: str
 
 
-class Tally(NamedTuple):
-    """Votes between two adapters, seen from the first."""
-
-    adapter: str
-    other: str
-    wins: int
-    ties: int
-    losses: int
+Tally = tuple[str, str, int, int, int]
+"""Two adapters, and how often the first won, neither, and the other."""
 
 
 def tallies(votes: Iterable[Vote]) -> list[Tally]:
     """The votes of each two adapters, by their labels."""
-    counts: dict[tuple[str, ...], Counter[str]] = {}
+    counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for vote in votes:
-        counts.setdefault(tuple(sorted((vote.left, vote.right))), Counter())[vote.winner] += 1
-    return [Tally(a, b, c[a], c[""], c[b]) for (a, b), c in sorted(counts.items())]
+        counts[tuple(sorted((vote.left, vote.right)))][vote.winner] += 1
+    return [(a, b, c[a], c[""], c[b]) for (a, b), c in sorted(counts.items())]
 
 
 def ballots(scores: str, result: Scored, labels: Sequence[str] | None = None) -> list[Ballot]:
-    """All ballots of a score folder, general prompts left out; no side is drawn yet.
-
-    Args:
-        scores: the folder's name.
-        labels: of the two adapters to compare; None for any two.
+    """All ballots of a score folder, or of two adapters, general prompts left out; no side is drawn
+    yet.
     """
     digests = {entry.label: entry.digest for entry in result.result.subjects}
-    images: dict[tuple[str, int], list[Side]] = {}
+    images: dict[tuple[str, int], list[Side]] = defaultdict(list)
     for (label, text, seed), image in result.images.items():
         if not result.prompt(text).general and label in (labels or digests):
-            side = Side(label, digests[label], image.file)
-            images.setdefault((text, seed), []).append(side)
+            images[text, seed].append(Side(label, digests[label], image.file))
     return [
         Ballot(scores, text, seed, *pair)
         for (text, seed), sides in images.items()
@@ -132,8 +115,7 @@ class Booth:
 
     Args:
         labels: of the adapters to compare; None for any two.
-        done, total: pairs voted on in this session, and all.
-        ballot: None when all are done.
+        done, total: pairs voted on in this session, and all; without a ballot all are done.
         images: of both sides, as ``data:`` addresses with nothing in them but pixels.
         token: names the ballot to the browser.
     """
@@ -149,12 +131,7 @@ class Booth:
 
 
 class Polls:
-    """Votes on the score folders of a root.
-
-    Args:
-        catalog: where the score folders are.
-        rng: of pairs and sides.
-    """
+    """Votes on the score folders of a root; ``rng`` draws pairs and sides."""
 
     def __init__(self, catalog: Catalog, rng: random.Random) -> None:
         self._catalog, self._rng = catalog, rng
@@ -165,28 +142,22 @@ class Polls:
         return [("any pair", ANY), *((f"{a} and {b}", json.dumps([a, b])) for a, b in labels)]
 
     def open(self, path: str | None, pair: str, session: str) -> Booth:
-        """The first ballot of a session, or the next of one that goes on.
-
-        Args:
-            path: of the score folder.
-            pair: a value from :meth:`pairs`.
+        """The first ballot of a session, or the next of one that goes on; ``pair`` is a value from
+        :meth:`pairs`.
         """
         with self._file() as file:
             file.execute("DELETE FROM votes WHERE FALSE")  # fails where nothing can be written
         return self._booth(session, self._item(path).path, _labels(pair))
 
     def cast(self, booth: Booth, choice: str) -> Booth:
-        """Keep a vote and draw the next ballot; of two votes of one session on a pair, the first
-        stays.
-
-        Args:
-            choice: "left", "right" or "tie".
+        """Keep a vote ("left", "right" or "tie") and draw the next ballot; of two votes of one
+        session on a pair, the first stays.
         """
         if (ballot := booth.ballot) is not None:
-            winner = {"left": ballot.left.label, "right": ballot.right.label}.get(choice, "")
-            about = (ballot.scores, ballot.prompt, ballot.seed, ballot.left.label)
-            about = (*about, ballot.right.label, choice, winner, booth.session, ballot.pair)
-            vote = Vote(datetime.now(UTC).isoformat(timespec="seconds"), *about)
+            left, right, now = ballot.left.label, ballot.right.label, datetime.now(UTC)
+            winner = {"left": left, "right": right}.get(choice, "")
+            about = (now.isoformat(timespec="seconds"), ballot.scores, ballot.prompt, ballot.seed)
+            vote = Vote(*about, left, right, choice, winner, booth.session, ballot.pair)
             with self._file() as file:
                 marks = ", ".join("?" * len(vote))
                 file.execute(f"INSERT OR IGNORE INTO votes VALUES ({marks})", vote)
@@ -235,10 +206,10 @@ class Polls:
         return path
 
     def _item(self, path: str | None) -> ResultItem:
-        for item in self._catalog.now.scores:
-            if item.path == path:
-                return item
-        raise UserError(f"there is no score folder {path!r} any more: choose another")
+        items = {item.path: item for item in self._catalog.now.scores}
+        if path not in items:
+            raise UserError(f"there is no score folder {path!r} any more: choose another")
+        return items[path]
 
     def _booth(self, session: str, path: str, labels: Sequence[str] | None) -> Booth:
         item = self._item(path)

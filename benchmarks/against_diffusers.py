@@ -20,7 +20,6 @@ held-out loss of what each round made is measured on this project's grid. Random
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -36,17 +35,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import KIBI, GPUMemory, circumstances, interleave, paired_ratio, watched
+from measure import KIBI, GPUMemory, check, circumstances, finish, interleave, paired_ratio, watched
 
 from bilora_diffusion import mini
 from bilora_diffusion.config.command_line import Sentences
-from bilora_diffusion.durable import write_text
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.image.config import resolve as parse_run
 from bilora_diffusion.image.script import build_task
 from bilora_diffusion.run.record import read_metrics
 from bilora_diffusion.train.running import build_accelerator
-from bilora_diffusion.values import STEPS
 
 OURS = str(Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py")
 PEER = "diffusers, LoRA"
@@ -69,8 +66,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"steps": 69, "rounds": 3, "mixed_precision": "bf16", "variants": list(VARIANTS)},
     },
 }
-PROMPT = "a TOK icon, in the style of TOK"
-RANK = 4
+PROMPT, RANK = "a TOK icon, in the style of TOK", 4
 STEP = re.compile(rb"(\d+)/(\d+) \[")
 FIGURES = {
     "seconds": ("whole command (s)", 1),
@@ -89,9 +85,9 @@ NEEDED = re.compile(r"the run needs about ([0-9.]+) (\w+)")
 
 
 def command(
-    variant: str | None, folder: Path, seed: int, images: Path, args: argparse.Namespace
+    label: str, folder: Path, seed: int, images: Path, args: argparse.Namespace
 ) -> list[str]:
-    """Words of this project's command line after ``python``; diffusers' without a variant."""
+    """Words after ``python`` of a variant's command line, or of diffusers' script (``PEER``)."""
     same = (
         f"--instance_data_dir {images} --rank {RANK}"
         f" --resolution {args.resolution} --train_batch_size {args.batch}"
@@ -102,9 +98,9 @@ def command(
     )
     words = [*same.split(), "--instance_prompt", PROMPT]
     words += ["--pretrained_model_name_or_path", args.model]
-    if variant is None:
+    if label == PEER:
         return [str(args.script), *words, *args.peer_flags]
-    ours = f"{VARIANTS[variant]} --lora_alpha {RANK} --init_lora_weights gaussian"
+    ours = f"{VARIANTS[label]} --lora_alpha {RANK} --init_lora_weights gaussian"
     ours += " --no_output_kohya_format --validation_dataset none --disk_cache no"
     return [OURS, *words, *ours.split()]
 
@@ -165,12 +161,10 @@ def taken_at(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float]
     Args:
         ticks: steps done, of how many, and when.
     """
-    bars: list[dict[int, float]] = []
-    for done, total, now in ticks:
-        if total == steps:
-            if done == 0 or not bars:
-                bars.append({})
-            bars[-1].setdefault(done, now)
+    bars: list[dict[int, float]] = [{}]
+    for done, _, now in (tick for tick in ticks if tick[1] == steps):
+        bars += [{}] if done == 0 else []
+        bars[-1].setdefault(done, now)
     bars = [bar for bar in bars if bar.get(steps)]
     if not bars:
         raise TrainingError(f"no bar of {steps} steps is shown: give diffusers' own as --script.")
@@ -198,24 +192,22 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         environment["HF_HUB_OFFLINE"] = "1"
     if args.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    variants: dict[str, str | None] = {PEER: None, **{name: name for name in args.variants}}
-    measured: dict[str, list[dict[str, float]]] = {label: [] for label in variants}
+    measured: dict[str, list[dict[str, float]]] = {label: [] for label in (PEER, *args.variants)}
     needed = {
         name: estimate(command(name, folder / "dry", 0, images, args), environment)
         for name in args.variants
     }
 
     def work(label: str, number: int) -> float:
-        variant = variants[label]
-        out = folder / f"{variant}-{number}"
-        words = command(variant, out, number, images, args)
+        out = folder / f"{label.split(',')[0]}-{number}"
+        words = command(label, out, number, images, args)
         figures = run(words, args.steps, folder / f"{out.name}.log", environment)
         figures["images_per_second"] = args.batch / figures["step"]
         if args.model == PRESETS["mini"]["model"]:
             figures["heldout_loss"] = heldout_loss(out)
-        if variant is not None:
+        if label != PEER:
             skipped = sum(row.get("skipped", False) for row in read_metrics(out))
-            figures |= {"estimate": needed[variant], "skipped": skipped}
+            figures |= {"estimate": needed[label], "skipped": skipped}
         measured[label].append(figures)
         print(f"round {number + 1}, {label}: {figures}", file=sys.stderr, flush=True)
         shutil.rmtree(out)
@@ -223,7 +215,7 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     works = [lambda number, label=label: work(label, number) for label in measured]
     interleave(works, rounds=args.rounds, warmup=0)
-    rows = {label: summary(measured[label], measured[PEER]) for label in measured}
+    rows = {label: summary(rounds, measured[PEER]) for label, rounds in measured.items()}
     flags = {k: v for k, v in vars(args).items() if k != "json"}  # without paths of this machine
     model = Path(args.model).name if Path(args.model).is_dir() else args.model
     flags |= {"model": model, "script": args.script.name}
@@ -247,11 +239,11 @@ def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     rows = result["arms"]
     columns = {k: v for k, v in FIGURES.items() if any(k in row for row in rows.values())}
-    titles = " | ".join(title for title, _ in columns.values())
-    lines = [f"| | {titles} |", "|---|" + "---|" * len(columns)]
+    cells = [["", *(title for title, _ in columns.values())], ["---"] * (1 + len(columns))]
     for label, row in rows.items():
-        figures = [_figure(row.get(name), unit, label) for name, (_, unit) in columns.items()]
-        lines.append(f"| {label} | {' | '.join(figures)} |")
+        figures = (_figure(row.get(name), unit, label) for name, (_, unit) in columns.items())
+        cells.append([label, *figures])
+    lines = [f"| {' | '.join(row)} |" for row in cells]
     flags, device = result["flags"], result["device"]
     lines += [
         "",
@@ -281,10 +273,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="the options that follow")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", help="folder or hub id")
-    parser.add_argument("--resolution", type=int)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--rounds", type=int)
+    for name in ("resolution", "batch", "steps", "rounds"):
+        parser.add_argument(f"--{name}", type=int)
     variants: dict[str, Any] = {"nargs": "+", "metavar": "NAME", "choices": VARIANTS}
     parser.add_argument("--variants", **variants, help="some of " + ", ".join(VARIANTS))
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
@@ -296,10 +286,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--script is {args.script}, which is not a file; give your copy of it.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but PyTorch finds no GPU; give --device cpu.")
-    for name in ("batch", "steps", "rounds"):
-        STEPS.check(f"--{name}", getattr(args, name))
-    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
-        raise UserError(f"--json is {args.json}; name a file in a folder that exists.")
+    check(args, "batch", "steps", "rounds")
     return args
 
 
@@ -307,10 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a table."""
     args = parse(argv)
     with TemporaryDirectory() as folder:
-        result = benchmark(args, Path(folder))
-    print(table(result))
-    if args.json is not None:
-        write_text(args.json, json.dumps(result, indent=2) + "\n")
+        finish(benchmark(args, Path(folder)), table, args.json)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,34 +66,28 @@ class TLoRA(Method):
     def inject_others(self) -> None:
         self._masks: dict[str, Tensor] = {}
         for target in self.targets:
-            name = target.name
-            target.model.register_forward_pre_hook(self._note_level(name), with_kwargs=True)
+            note = partial(self._note_level, target.name)
+            target.model.register_forward_pre_hook(note, with_kwargs=True)
         for path, layer in self.layers():
             down: Any = layer.lora_A[PRIMARY]
-            down.register_forward_hook(self._mask_ranks(path.split(".")[0]))
+            down.register_forward_hook(partial(self._mask_ranks, path.split(".")[0]))
 
-    def _note_level(self, name: str) -> Callable[..., None]:
-        def note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            # A UNet is given timesteps of 1000, a flow transformer sigma.
-            total = 1000.0 if isinstance(model, UNet2DConditionModel) else 1.0
-            self._masks[name] = 1 - torch.as_tensor(timestep).float().reshape(-1) / total
+    def _note_level(self, name: str, model: nn.Module, args: Any, kwargs: Any) -> None:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        # A UNet is given timesteps of 1000, a flow transformer sigma.
+        total = 1000.0 if isinstance(model, UNet2DConditionModel) else 1.0
+        self._masks[name] = 1 - torch.as_tensor(timestep).float().reshape(-1) / total
 
-        return note
-
-    def _mask_ranks(self, name: str) -> Callable[..., Tensor]:
-        def mask(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
-            channels = 1 if hidden.dim() == 4 else hidden.dim() - 1
-            rank = hidden.shape[channels]
-            least = max(1, round(self.own.tlora_least * rank))
-            clear = self._masks[name].to(hidden.device)
-            acting = ((rank - least) * clear).floor() + least
-            active = torch.arange(rank, device=hidden.device) < acting[:, None]
-            shape = [len(active), *[1] * (hidden.dim() - 1)]
-            shape[channels] = rank
-            return hidden * active.view(shape).to(hidden.dtype)
-
-        return mask
+    def _mask_ranks(self, name: str, _: nn.Module, __: Any, hidden: Tensor) -> Tensor:
+        channels = 1 if hidden.dim() == 4 else hidden.dim() - 1
+        rank = hidden.shape[channels]
+        least = max(1, round(self.own.tlora_least * rank))
+        clear = self._masks[name].to(hidden.device)
+        acting = ((rank - least) * clear).floor() + least
+        active = torch.arange(rank, device=hidden.device) < acting[:, None]
+        shape = [len(active), *[1] * (hidden.dim() - 1)]
+        shape[channels] = rank
+        return hidden * active.view(shape).to(hidden.dtype)
 
 
 @register("bilora-random")
@@ -146,21 +141,15 @@ class SAMByBatch(Method):
         self._own: list[list[Tensor]] = []  # the gradient of each micro-batch of the step
         self._next: Iterator[list[Tensor]] | None = None  # in the second pass
 
-    def seen(
-        self, samples: Sequence[int | None], snr: Sequence[float] = ()
-    ) -> AbstractContextManager[None]:
-        return self._measure() if self._next is None else self._perturb(next(self._next))
-
     @contextmanager
-    def _measure(self) -> Iterator[None]:
-        before = self._gradients()
-        yield
-        self._own.append([g - b for g, b in zip(self._gradients(), before, strict=True)])
-
-    @contextmanager
-    def _perturb(self, gradients: list[Tensor]) -> Iterator[None]:
+    def seen(self, samples: Sequence[int | None], snr: Sequence[float] = ()) -> Iterator[None]:
+        if self._next is None:
+            before = self._gradients()
+            yield
+            self._own.append([g - b for g, b in zip(self._gradients(), before, strict=True)])
+            return
         with perturb.restored(self.weights):
-            perturb.move_(self.weights, gradients, self.rho)
+            perturb.move_(self.weights, next(self._next), self.rho)
             fused.forget()
             yield
 

@@ -34,6 +34,7 @@ IMAGE, TEXT = "train_dreambooth_bilora.py", "train_text_bilora.py"
 COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 ICONS = ["--pretrained_model_name_or_path", "mini", "--learning_rate", "1e-3"]
 REVIEWS = ["--model_name_or_path", "minilm", "--task_type", "classification", "--max_length", "64"]
+DATASETS = {"icons": "mini", "animals": "mini-animals"}
 COLUMNS = ("set", "seed", "choice", "steps", "loss", "given", "best", "regret")
 
 
@@ -41,21 +42,18 @@ def command(name: str, folder: Path) -> tuple[str, list[str], list[str], list[st
     """Script and options of a set; what holds nothing out; and what holds the truth out."""
     images = [*COMMON, *ICONS, "--num_validation_images", "0"]
     none, part = ["--validation_dataset", "none"], ["--validation_part", "1/4"]
-    heldout = ["--validation_dataset", "mini-heldout", *part]
-    if name == "animals":
-        animals = ["--validation_dataset", "mini-animals-heldout", *part]
-        return IMAGE, [*images, "--dataset", "mini-animals"], none, animals
-    if name == "icons":
-        return IMAGE, [*images, "--dataset", "mini"], none, heldout
+    if name in DATASETS:
+        heldout = ["--validation_dataset", f"{DATASETS[name]}-heldout", *part]
+        return IMAGE, [*images, "--dataset", DATASETS[name]], none, heldout
+    folder.mkdir(parents=True, exist_ok=True)
     if name == "icons8":
         lines = (mini.train_dir() / "metadata.jsonl").read_text().splitlines()[:8]
-        folder.mkdir(parents=True, exist_ok=True)
         for row in map(json.loads, lines):
             file = folder / row["file_name"]
             file.write_bytes((mini.train_dir() / file.name).read_bytes())
             file.with_suffix(".txt").write_text(row["prompt"])
+        heldout = ["--validation_dataset", "mini-heldout", *part]
         return IMAGE, [*images, "--dataset", str(folder)], none, heldout
-    folder.mkdir(parents=True, exist_ok=True)
     rows = catalog.packaged_rows(catalog.get("rotten_tomatoes"), "train")
     # The file is sorted by class.
     for split, every, count in (("train", 133, 64), ("validation", 29, 290)):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from scipy.stats import bootstrap
 
+from bilora_diffusion.durable import write_text
+from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import provenance
+from bilora_diffusion.values import STEPS
 
 KIBI = 1024  # Linux tells resident memory in kibibytes
 
@@ -113,6 +119,21 @@ def paired_ratio(
         (ratios,), np.median, method="percentile", n_resamples=9999, rng=np.random.default_rng(0)
     ).confidence_interval
     return float(np.median(ratios)), (float(interval.low), float(interval.high))
+
+
+def check(args: argparse.Namespace, *counts: str) -> None:
+    """Refuse counts out of their range, and a file that could not be written in the end."""
+    for name in counts:
+        STEPS.check(f"--{name}", getattr(args, name))
+    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise UserError(f"--json is {args.json}; name a file in a folder that exists.")
+
+
+def finish(result: Any, table: Callable[[Any], str], file: Path | None) -> None:
+    """Print the table of a result, and write the result where it is wanted."""
+    print(table(result))
+    if file is not None:
+        write_text(file, json.dumps(result, indent=2) + "\n")
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

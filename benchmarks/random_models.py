@@ -19,15 +19,15 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import diffusers
 import torch
 import transformers
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -42,6 +42,8 @@ SDXL = json.loads(
 BLOCK = 1_000_003
 """Random values that are drawn once and repeated; a prime, so that rows of a matrix differ."""
 TEXT_LENGTH = 77
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+"""Models of the pipeline."""
 ROTARY = ("inv_freq", "original_inv_freq")  # frequencies of positions
 VAE: dict[str, Any] = {
     "latent_channels": 4,
@@ -55,24 +57,15 @@ VAE: dict[str, Any] = {
 }
 
 
-def sdxl_unet(**changes: Any) -> Any:
-    """The UNet of SDXL base 1.0 (2.57 B parameters)."""
-    kind, config = SDXL["denoiser"]
-    return getattr(diffusers, kind)(**{**config, **changes})
-
-
-def sdxl_vae(**changes: Any) -> Any:
-    """SDXL's autoencoder: 8x downsampling to 4 channels."""
-    return diffusers.AutoencoderKL(**{**VAE, **changes})
-
-
-def sdxl_text_encoder(number: int = 0, **changes: Any) -> Any:
-    """SDXL's first text encoder, CLIP ViT-L/14's."""
-    kind, config, values = SDXL["encoders"][number]
+def sdxl(part: str, **changes: Any) -> Any:
+    """A model of SDXL base 1.0, by its name in the pipeline."""
+    if part == "vae":
+        return diffusers.AutoencoderKL(**{**VAE, **changes})
+    if part == "unet":
+        kind, config = SDXL["denoiser"]
+        return getattr(diffusers, kind)(**{**config, **changes})
+    kind, config, values = SDXL["encoders"][part == "text_encoder_2"]
     return getattr(transformers, kind)(getattr(transformers, config)(**{**values, **changes}))
-
-
-sdxl_text_encoder_2 = functools.partial(sdxl_text_encoder, number=1)  # OpenCLIP ViT-bigG/14's
 
 
 def t5_base() -> Any:
@@ -115,10 +108,10 @@ def materialize(
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(BLOCK, generator=generator).to(device=device, dtype=dtype)
     for module in model.modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            _fill(module, parameter_name, parameter.data, block)
-        for buffer_name, buffer in module.named_buffers(recurse=False):
-            if buffer_name == "position_ids":
+        for name, parameter in module.named_parameters(recurse=False):
+            _fill(module, name, parameter.data, block)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name == "position_ids":
                 buffer.copy_(torch.arange(buffer.numel(), device=buffer.device).view_as(buffer))
     return model
 
@@ -133,16 +126,10 @@ def _fill(module: nn.Module, name: str, values: Tensor, block: Tensor) -> None:
         part.copy_(block[: part.numel()] * scale)
 
 
-BUILDERS: dict[str, Callable[..., Any]] = {
-    "unet": sdxl_unet,
-    "vae": sdxl_vae,
-    "text_encoder": sdxl_text_encoder,
-    "text_encoder_2": sdxl_text_encoder_2,
-}
-
-
 def write_pipeline(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str, int]:
     """Write the pipeline into ``folder``; returns how many parameters each model has.
+
+    All but the models is the miniature's, whose vocabulary takes any string, byte by byte.
 
     Args:
         changes: of the models' configurations, by the models' names.
@@ -154,44 +141,20 @@ def write_pipeline(folder: Path, changes: Mapping[str, Any] | None = None) -> di
         raise UserError(
             f"{folder} already exists and is not an empty folder; name a new one or remove it."
         )
-    builders = {
-        name: functools.partial(build, **(changes or {}).get(name, {}))
-        for name, build in BUILDERS.items()
-    }
-    with torch.device("meta"):
-        empty = {name: build() for name, build in builders.items()}
-    for seed, (name, build) in enumerate(builders.items()):
+    shutil.copytree(pipeline_dir(), folder, ignore=shutil.ignore_patterns(*PARTS))
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = CLIPTokenizer.from_pretrained(
+            pipeline_dir(), subfolder=name, model_max_length=TEXT_LENGTH
+        )
+        tokenizer.save_pretrained(folder / name)
+    counts = {}
+    for seed, name in enumerate(PARTS):
+        build = functools.partial(sdxl, name, **(changes or {}).get(name, {}))
         model = materialize(build, dtype=torch.bfloat16, seed=seed)
         model.save_pretrained(folder / name, max_shard_size="2GB")
+        counts[name] = sum(p.numel() for p in model.parameters())
         del model
-    _write_rest(folder, empty)
-    return {name: sum(p.numel() for p in model.parameters()) for name, model in empty.items()}
-
-
-def _write_rest(folder: Path, parts: dict[str, Any]) -> None:
-    """Tokenizers, scheduler and ``model_index.json``, from a pipeline that takes no memory."""
-    pipeline = StableDiffusionXLPipeline(
-        **parts,
-        tokenizer=_tokenizer(),
-        tokenizer_2=_tokenizer(pad_token="!"),
-        scheduler=cast(Any, EulerDiscreteScheduler)(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            timestep_spacing="leading",
-        ),
-        add_watermarker=False,
-    )
-    for name in ("tokenizer", "tokenizer_2", "scheduler"):
-        getattr(pipeline, name).save_pretrained(folder / name)
-    pipeline.save_config(folder)
-
-
-def _tokenizer(**special_tokens: Any) -> CLIPTokenizer:
-    """The miniature's vocabulary (it takes any string, byte by byte) with CLIP's own length."""
-    place: dict[str, Any] = {"subfolder": "tokenizer", "model_max_length": TEXT_LENGTH}
-    return CLIPTokenizer.from_pretrained(pipeline_dir(), **place, **special_tokens)
+    return counts
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,31 +18,137 @@ a process, so each arm is also run for two steps in a process of its own.
 from __future__ import annotations
 
 import argparse
-import json
+import copy
+import itertools
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
-from arms import BASELINE, KINDS, METHODS, Arm, make
-from measure import circumstances, interleave, paired_ratio, seconds
+from measure import check, circumstances, finish, interleave, paired_ratio, seconds
+from random_models import materialize
 from shapes import DTYPES, SHAPES
+from torch import Tensor, nn
 
-from bilora_diffusion.durable import write_text
+from bilora_diffusion import adapters, methods
+from bilora_diffusion.adapters.fused import unfuse
+from bilora_diffusion.config.command_line import Sentences
 from bilora_diffusion.errors import TrainingError, UserError, run_cli
+from bilora_diffusion.methods import MethodOptions, Target
 from bilora_diffusion.run import provenance
+from bilora_diffusion.train.compiling import Blocks
 
 SEED = 0
+MAX_GRAD_NORM = 1.0
+SAMPLES = 20  # that have an auxiliary each; every step sees the next ones
+SCHEDULED_STEPS = 10_000  # more than any benchmark takes: what schedules think a run has
 
 
-def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+class ArmKind(NamedTuple):
+    """A row of the result; not fused is PEFT's own forward, compiled is as by ``--compile``."""
+
+    label: str
+    method: str
+    fused: bool = True
+    compiled: bool = False
+    options: Mapping[str, Any] = MappingProxyType({})  # of the method, where not its defaults
+
+
+METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
+"""Methods of `--methods all`: those that train adapters. `full` is run by name only."""
+KINDS = {
+    **{name: ArmKind(methods.get(name).title, name) for name in methods.names()},
+    "bilora-auto": ArmKind("Bi-LoRA, rho auto", "bilora", options={"rho": "auto"}),
+    "bilora-sample": ArmKind(
+        "Bi-LoRA, an auxiliary for each of 20 samples", "bilora", options={"auxiliaries": SAMPLES}
+    ),
+    "bilora-peft": ArmKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
+    "lora-peft": ArmKind("LoRA, PEFT's forward", "lora", fused=False),
+    "bilora-compiled": ArmKind("Bi-LoRA, compiled", "bilora", compiled=True),
+    "lora-compiled": ArmKind("LoRA, compiled", "lora", compiled=True),
+}
+BASELINE = "lora"
+
+
+class Arm:
+    """One method on its own copy of ``base``'s modules; the base weights are shared between arms,
+    but for full fine-tuning, which gets its own.
+
+    Args:
+        kind: a key of ``KINDS``.
+        args: of the command line.
+        base: the frozen model without adapters.
+        inputs: the batch of every step.
+    """
+
+    def __init__(
+        self, kind: str, args: argparse.Namespace, base: nn.Module, inputs: dict[str, Any]
+    ) -> None:
+        self.kind, self.shape, self.inputs = kind, SHAPES[args.shapes], inputs
+        self.batch, self.dtype = args.batch, DTYPES[args.dtype]
+        options = MethodOptions(num_steps=SCHEDULED_STEPS, **KINDS[kind].options)
+        self.method = methods.create(KINDS[kind].method, options)
+        shared: dict[int, Any] = {}  # so that the copy takes no memory for these
+        if not self.method.exports_weights:
+            shared = {id(t): t for t in itertools.chain(base.parameters(), base.buffers())}
+        self.model = copy.deepcopy(base, shared)
+        torch.manual_seed(SEED)  # every arm starts from the same primary
+        target = Target("model", self.model, self.shape.spec, self.shape.lr, 1e-2)
+        groups = self.method.setup([target])
+        if not KINDS[kind].fused:
+            unfuse(self.model)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)  # as in training
+        self.method.bind(self.optimizer)
+        Blocks([self.model] if KINDS[kind].compiled else [])
+        self.losses: list[float] = []
+        self.layers = len(adapters.factors(self.model, adapters.PRIMARY))
+        self.trainable = sum(p.numel() for group in groups for p in group["params"])
+
+    def train_step(self) -> Tensor:
+        """One whole step: forward, backward, clip, update with projection, gradients forgotten."""
+        loss = self.method.step(self.forward_backward, self)
+        self.zero_grad()
+        return loss
+
+    def step(self) -> None:
+        """Clip what the method wants clipped, then update; called by the method."""
+        torch.nn.utils.clip_grad_norm_(self.method.weights, MAX_GRAD_NORM)
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; called by the method too."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def forward_backward(self) -> Tensor:
+        """Loss and gradients of the batch, under autocast but for fp32; called by the method."""
+        device = next(self.model.parameters()).device.type
+        amp = torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
+        first = len(self.losses) * self.batch
+        with self.method.seen([n % SAMPLES for n in range(first, first + self.batch)]):
+            with amp:
+                loss = self.shape.loss(self.model, self.inputs)
+            loss.backward()
+        return loss.detach()
+
+
+def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -> list[Arm]:
+    """Arms on one base model and one batch."""
+    shape, dtype = SHAPES[args.shapes], DTYPES[args.dtype]
+    base = materialize(shape.build, dtype=dtype, device=device, seed=SEED)
+    base.train().requires_grad_(False)
+    generator = torch.Generator().manual_seed(SEED)
+    inputs = shape.inputs(base, args.batch, dtype, device, generator)
+    return [Arm(kind, args, base, inputs) for kind in kinds]
+
+
+def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measure everything that the command line asks for; returns what is printed and written."""
     memory = {kind: memory_of(kind, args) for kind in args.arms}
-    device, shape = _device(), SHAPES[args.shapes]
-    arms = make(args.arms, shape, args.batch, DTYPES[args.dtype], device, SEED)
+    arms, shape = make(args.arms, args, device), SHAPES[args.shapes]
 
     def work(arm: Arm, number: int) -> float:
         torch.manual_seed(shape.warmup + number)  # one dropout for all arms of a round
@@ -74,10 +180,6 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "arms": rows,
         **circumstances(device),
     }
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def memory_of(kind: str, args: argparse.Namespace) -> int:
@@ -115,19 +217,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line to settings; what the shape decides is filled in.
-
-    Raises:
-        UserError: an unknown arm, a number out of range.
-    """
-    parser = argparse.ArgumentParser(description="Time and memory of a step, method by method.")
+    """Command line to settings; what the shape decides is filled in."""
+    parser = Sentences(description="Time and memory of a step, method by method.")
     parser.add_argument("--shapes", required=True, choices=SHAPES)
     parser.add_argument("--steps", type=int, help="measured rounds")
     parser.add_argument("--batch", type=int, help="samples of a step; default: the shapes' own")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base weights; bf16: autocast")
-    parser.add_argument(
-        "--arms", default="lora,bilora,bilora-peft", help=f"some of {','.join(KINDS)}"
-    )
+    usual = "lora,bilora,bilora-peft"
+    parser.add_argument("--arms", default=usual, help=f"some of {','.join(KINDS)}")
     parser.add_argument(
         "--methods", help=f"instead of --arms: all ({','.join(METHODS)}), or some of them"
     )
@@ -145,28 +242,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(
             f"--arms is {','.join(args.arms)}; name {BASELINE} and others of {', '.join(KINDS)}."
         )
-    for name in ("steps", "batch"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; use at least 1.")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise UserError(f"--json is {args.json}; name a file in a folder that exists.")
+    check(args, "steps", "batch")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a Markdown table; of a single arm this process's peak memory in bytes."""
-    args = parse(argv)
+    args, device = parse(argv), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.arm:
-        dtype, device = DTYPES[args.dtype], _device()
-        (arm,) = make([args.arm], SHAPES[args.shapes], args.batch, dtype, device, SEED)
+        (arm,) = make([args.arm], args, device)
         for _ in range(2):
             arm.train_step()
         return print(provenance.peak_memory(device))
-    result = benchmark(args)
-    print(table(result))
-    if args.json is not None:
-        write_text(args.json, json.dumps(result, indent=2) + "\n")
-    return None
+    return finish(benchmark(args, device), table, args.json)
 
 
 if __name__ == "__main__":

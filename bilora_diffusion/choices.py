@@ -11,15 +11,10 @@ from typing import NamedTuple
 
 
 class OptimizerKind(NamedTuple):
-    """Facts about an optimizer before it is made.
+    """Facts about an optimizer before it is made."""
 
-    Args:
-        state: what it keeps, in units of the weights that it trains, roughly.
-        package: that it needs beside this one's dependencies.
-    """
-
-    state: float
-    package: str | None = None
+    state: float  # what it keeps, in units of the weights that it trains, roughly
+    package: str | None = None  # that it needs beside this one's dependencies
 
 
 OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(

@@ -82,9 +82,8 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
         print(f"  {TITLES[method]:8} {folder / method}")
     print(f"Their held-out loss, and six icons that no run has seen: {picture}")
     if in_repository():
-        print(
-            f"\nScore both: python -m eval.clip_scores {' '.join(str(folder / m) for m in METHODS)}"
-        )
+        both = " ".join(str(folder / method) for method in METHODS)
+        print(f"\nScore both: python -m eval.clip_scores {both}")
         print(f"Look at them: python -m app.viewer {folder}")
 
 

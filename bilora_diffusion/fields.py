@@ -24,19 +24,12 @@ FALSE = ("no", "false", "f", "n", "off", "0")
 
 @dataclass(frozen=True)
 class Idle:
-    """A case in which an option has no effect: it is then named in one line and ignored.
+    """A case in which an option has no effect: it is then named in one line and ignored."""
 
-    Args:
-        when: whether it has none, from all options' values.
-        where: a clause that follows "has no effect".
-        fix: what to do about it, in the imperative, with options in backquotes.
-        becomes: the option whose value it takes then; None for its default.
-    """
-
-    when: Callable[[Mapping[str, Any]], bool]
-    where: str
-    fix: str = "drop it"
-    becomes: str | None = None
+    when: Callable[[Mapping[str, Any]], bool]  # whether it has none, from all options' values
+    where: str  # a clause that follows "has no effect"
+    fix: str = "drop it"  # in the imperative, with options in backquotes
+    becomes: str | None = None  # the option whose value it takes then; None for its default
 
 
 def unless(name: str, value: Any, where: str) -> Idle:
@@ -47,30 +40,17 @@ def unless(name: str, value: Any, where: str) -> Idle:
 
 @dataclass(frozen=True)
 class Option:
-    """Metadata of a field under "option".
+    """Metadata of a field under "option"."""
 
-    Args:
-        help: one or two sentences for ``--help``.
-        idle: where it has no effect.
-        range: the numbers that it may be.
-        place: whether it may name a file or a folder.
-        free: whether a resumed run may change it, since it does not touch what is learned, or only
-            in the last digits, as another card does.
-        choices: what it may be.
-        words: what it may be instead of a number.
-        aliases: further flags.
-        itemized: whether a list's flag may come several times, and a recipe have lists of mappings.
-    """
-
-    help: str
-    idle: tuple[Idle, ...] = ()
-    range: Range | None = None
-    place: bool = False
-    free: bool = False
-    choices: tuple[str, ...] | None = None
-    words: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
-    itemized: bool = False
+    help: str  # one or two sentences for ``--help``
+    idle: tuple[Idle, ...] = ()  # where it has no effect
+    range: Range | None = None  # the numbers that it may be
+    place: bool = False  # it may name a file or a folder
+    free: bool = False  # a resumed run may change it: it touches at most the last digits
+    choices: tuple[str, ...] | None = None  # what it may be
+    words: tuple[str, ...] = ()  # what it may be instead of a number
+    aliases: tuple[str, ...] = ()  # further flags
+    itemized: bool = False  # its flag may come several times, and a recipe have lists of mappings
 
 
 def option(default: Any, help: str, **settings: Any) -> Any:

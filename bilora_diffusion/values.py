@@ -22,23 +22,15 @@ SMALLEST = 1.2e-38
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may have.
+    """The numbers that an option may have."""
 
-    Args:
-        most: the largest.
-        reason: why none is larger, as the end of a sentence.
-        at_least, above, below: further bounds, ``below`` beside ``at_least``.
-        multiple_of: what divides it.
-        instead: what to do instead of giving a number in the range.
-    """
-
-    most: int | float
-    reason: str
+    most: int | float  # the largest
+    reason: str  # why none is larger, as the end of a sentence
     at_least: int | None = None
     above: int | None = None
-    below: int | None = None
-    multiple_of: int | None = None
-    instead: str = ""
+    below: int | None = None  # beside ``at_least``
+    multiple_of: int | None = None  # what divides it
+    instead: str = ""  # what to do instead of giving a number in the range
 
     @property
     def or_zero(self) -> Range:

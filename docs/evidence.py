@@ -17,6 +17,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from eval.compare import ITEM, SEED, bootstrap_interval, mean, units
+from eval.report import table
 from eval.table import read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,10 +171,3 @@ def _line(check: Check, found: Figure, result: str) -> tuple[str, ...]:
     else:
         bound = f"below {check.below:g}" if check.below < inf else f"above {check.above:g}"
     return check.what, f"`{check.result}`", number, str(found.count), bound, result
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = (head, ["---"] * len(head), *body)
-    rows = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
-    return "\n".join(f"| {row} |" for row in rows)

@@ -24,9 +24,9 @@ from bilora_diffusion.fields import default_of, option_of, options_of, sections
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.methods import own_options
 from bilora_diffusion.text.config import TextConfig
+from eval.report import table
 
 from . import evidence, recipes
-from .evidence import table
 from .memory import row
 
 FOLDER = Path(__file__).parent

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from bilora_diffusion.errors import UserError, translated
-from bilora_diffusion.export import inspect
+from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.peft_config import read_config
 from bilora_diffusion.lora_names import ADAPTER_METADATA
 from bilora_diffusion.lora_names import CONFIG as PEFT_CONFIG

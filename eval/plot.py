@@ -178,7 +178,7 @@ def line(
     axis: Any, curve: Sequence[Summary], color: Any, label: str | None = None, **style: Any
 ) -> None:
     """A curve with a band of one standard error, or the ``interval``; undefined points are gaps."""
-    alpha, interval = style.pop("alpha", 0.15), style.pop("interval", False)
+    interval = style.pop("interval", False)
     steps = [point.step for point in curve]
     means = [math.nan if point.mean is None else point.mean for point in curve]
     errors = [math.nan if point.error is None else point.error for point in curve]
@@ -188,7 +188,7 @@ def line(
         bands = [point.interval or (math.nan, math.nan) for point in curve]
     if any(low < high for low, high in bands):
         low, high = zip(*bands, strict=True)
-        axis.fill_between(steps, low, high, color=color, alpha=alpha, lw=0)
+        axis.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
 
 
 def finish(

@@ -44,15 +44,10 @@ def of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance | 
     if not records:
         return None
     keys = ("versions", "commit", "uncommitted_changes", "device")
-    first = {key: records[0].get(key) for key in keys}
-    return Provenance(
-        command=command,
-        versions=first["versions"] or {},
-        commit=first["commit"],
-        uncommitted_changes=first["uncommitted_changes"],
-        device=first["device"] or {},
-        differing=[key for key in keys if any(r.get(key) != first[key] for r in records)],
-    )
+    first: dict[str, Any] = {key: records[0].get(key) for key in keys}
+    differing = [key for key in keys if any(r.get(key) != first[key] for r in records)]
+    first |= {key: first[key] or {} for key in ("versions", "device")}
+    return Provenance(command=command, differing=differing, **first)
 
 
 def of_this_process(command: str, device: Any, packages: Sequence[str] = ()) -> Provenance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .provenance import Provenance
@@ -31,10 +31,10 @@ class Column:
     interval: bool = True
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; what could break it in a cell is escaped."""
-    body = ["| " + " | ".join(escaped(cell) for cell in line) + " |" for line in [head, *rows]]
-    return "\n".join([body[0], "|" + "---|" * len(head), *body[1:]])
+    lines = (head, ["---"] * len(head), *rows)
+    return "\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines)
 
 
 def escaped(text: str) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 from bilora_diffusion import methods
 from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.export import FILE_NAME, inspect
+from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.base_model import describe, folder_of
 from bilora_diffusion.image.config import DreamBoothConfig
-from bilora_diffusion.lora_names import DENOISERS, ENCODERS
+from bilora_diffusion.lora_names import DENOISERS, ENCODERS, FILE_NAME
 from bilora_diffusion.run.record import RUN, read_metrics, read_run
 from bilora_diffusion.text.config import TextConfig
 from bilora_diffusion.train.soundness import PICKLES

@@ -198,15 +198,9 @@ class Result:
 
     def over_training(self, group: str, metric: str, item: str = "") -> list[Summary]:
         """The summaries of a metric at each step, in order."""
-        return sorted(
-            (
-                line
-                for line in self.summaries
-                if line.step is not None
-                and (line.group, line.metric, line.item) == (group, metric, item)
-            ),
-            key=lambda line: line.step or 0,
-        )
+        key = group, metric, item
+        lines = [s for s in self.summaries if (s.group, s.metric, s.item) == key]
+        return sorted((s for s in lines if s.step is not None), key=lambda s: s.step or 0)
 
     def curve(self, group: str, metric: str, item: str = "") -> list[Summary]:
         """A metric over training at the steps that all have of the group which were measured."""

@@ -6,6 +6,7 @@ model, a `PeftModel`). Where they say "or several" it may also be a module that 
 base layer does: bf16 would lose small updates.
 """
 
+from peft.functional import cast_adapter_dtype
 from peft.tuners.lora import LoraLayer
 
 from ..choices import ALL_LINEAR, INITS
@@ -34,7 +35,7 @@ from .initial import (
     start_from_initial,
     subtract_initial,
 )
-from .injection import adopt, inject, restored, to_full_precision
+from .injection import adopt, inject, restored
 from .saving import (
     lora_config,
     peft_key,
@@ -48,4 +49,4 @@ from .saving import (
     write_pretrained,
 )
 from .switching import activate, active, off, only
-from .targets import CHANGE_BASE, AdapterSpec, adaptable, target_layers
+from .targets import CHANGE_BASE, AdapterSpec, adaptable, output_head, target_layers

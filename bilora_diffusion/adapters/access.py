@@ -9,8 +9,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..errors import UserError
-
 
 class Factors(NamedTuple):
     """The two matrices of one adapter on one layer, as views of the parameters."""
@@ -62,8 +60,7 @@ def gradients_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[F
     gradients: list[Factors | None] = []
     for path, layer in found:
         A, B = (weight.grad for weight in weights(layer, adapter))
-        missing = A is None or B is None
-        scale = float(layer.scaling[adapter])
+        scale, missing = float(layer.scaling[adapter]), A is None or B is None
         gradients.append(None if missing else Factors(path, _as_matrix(A), _as_matrix(B), scale))
     return gradients
 
@@ -116,15 +113,6 @@ def within(path: str, modules: Collection[str]) -> bool:
 def parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
     """The values of `named_parameters`."""
     return list(named_parameters(model, adapter).values())
-
-
-def check_known(model: nn.Module, wanted: Sequence[str]) -> None:
-    known = names(model)
-    for name in wanted:
-        if name not in known:
-            raise UserError(
-                f'There is no adapter "{name}"; the model has: {", ".join(known) or "none"}.'
-            )
 
 
 def is_quantized(layer: Any) -> bool:

@@ -9,14 +9,13 @@ the same base weights, and `portable_state_dict` needs it to say what the primar
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..lora_names import INITIAL, PRIMARY
-from .access import base_weight, from_rows, layers
+from .access import base_weight, from_rows, layers, weights
 from .injection import inject
 from .targets import AdapterSpec
 
@@ -37,8 +36,7 @@ def keep_initial(model: nn.Module, spec: AdapterSpec) -> None:
 @torch.no_grad()
 def set_initial(layer: LoraLayer, A: Tensor, B: Tensor) -> None:
     """Write A0 (r, n) and B0 (m, r) into the layer's adapter `INITIAL`, of whatever shape it is."""
-    for holder, value in ((layer.lora_A, A), (layer.lora_B, B)):
-        parameter: Any = holder[INITIAL].weight
+    for parameter, value in zip(weights(layer, INITIAL), (A, B), strict=True):
         parameter.copy_(value.reshape(parameter.shape))
 
 
@@ -49,16 +47,10 @@ def start_from_initial(model: nn.Module) -> None:
     A layer whose B0 is zero keeps the primary that it has, which then becomes its A0, B0.
     """
     for _, layer in layers(model, INITIAL):
-        pairs: list[tuple[Any, Any]] = [
-            (holder[PRIMARY].weight, holder[INITIAL].weight)
-            for holder in (layer.lora_A, layer.lora_B)
-        ]
-        empty = not bool(pairs[1][1].any())
-        for own, initial in pairs:
-            if empty:
-                initial.copy_(own)
-            else:
-                own.copy_(initial)
+        own, initial = weights(layer, PRIMARY), weights(layer, INITIAL)
+        pairs = (own, initial) if initial[1].any() else (initial, own)
+        for to, values in zip(*pairs, strict=True):
+            to.copy_(values)
     subtract_initial(model)
 
 
@@ -73,7 +65,7 @@ def subtract_initial(model: nn.Module) -> None:
     """
     for _, layer in layers(model, INITIAL):
         weight = base_weight(layer)
-        A, B = (cast(Tensor, side[INITIAL].weight) for side in (layer.lora_A, layer.lora_B))
+        A, B = weights(layer, INITIAL)
         wide = torch.float32 if weight.device.type == "mps" else torch.float64
         change = B.flatten(1).to(wide) @ A.flatten(1).to(wide) * layer.scaling[INITIAL]
         weight.copy_(weight.to(wide) - from_rows(layer, change))

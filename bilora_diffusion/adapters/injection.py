@@ -58,7 +58,7 @@ def inject(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> None:
         # what add_adapter of diffusers and Transformers sets
         if hasattr(model, "_hf_peft_config_loaded"):
             cast(Any, model)._hf_peft_config_loaded = True
-    to_full_precision(model, name)
+    cast_adapter_dtype(model, name)  # to fp32 where they are narrower, by new parameters
     _reset_magnitudes(model, name)
     _mark_whole(model, spec, name)
     activate(model, before)
@@ -97,6 +97,7 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
         )
     config = cast(Any, model).peft_config[name]
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
+    targets = sorted(prefix + key for key in target_layers(model, spec))
     pairs: dict[str, tuple[Any, Any]] = {
         "rank": (config.r, spec.rank),
         "alpha": (config.lora_alpha, spec.alpha),
@@ -104,10 +105,7 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
         "use_dora": (config.use_dora, spec.use_dora),
         "bias": (config.bias, "none"),
         "modules_to_save": (config.modules_to_save or [], []),
-        "target_modules": (
-            sorted(found),
-            sorted(prefix + key for key in target_layers(model, spec)),
-        ),
+        "target_modules": (sorted(found), targets),
     }
     for key, (has, wanted) in pairs.items():
         if has != wanted:
@@ -115,7 +113,7 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
                 f'The model\'s adapter "{name}" has {key} {has} where {wanted} was asked for; '
                 "ask for the same or give the model without adapters."
             )
-    to_full_precision(model, name)
+    cast_adapter_dtype(model, name)
     return True
 
 
@@ -142,11 +140,6 @@ def restored(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def to_full_precision(model: nn.Module, name: str) -> None:
-    """Make the adapter's parameters fp32 where they are narrower, by new parameters."""
-    cast_adapter_dtype(model, name)
-
-
 def _reset_magnitudes(model: nn.Module, name: str) -> None:
     """Take DoRA's first magnitudes in fp32.
 
@@ -154,12 +147,11 @@ def _reset_magnitudes(model: nn.Module, name: str) -> None:
     divides by norms in fp32: a bf16 model would start up to 0.4 % beside its base.
     """
     for _, layer in layers(model, name):
-        if name in layer.lora_magnitude_vector and base_of(layer).weight.dtype not in (
-            torch.float32,
-            torch.float64,
-        ):
+        base = base_of(layer)
+        narrow = base.weight.dtype not in (torch.float32, torch.float64)
+        if narrow and name in layer.lora_magnitude_vector:
             cast(Any, layer.lora_magnitude_vector[name]).update_layer(
-                base_layer=base_of(layer),
+                base_layer=base,
                 lora_A=layer.lora_A[name].weight,
                 lora_B=layer.lora_B[name].weight,
                 scaling=layer.scaling[name],

@@ -8,7 +8,7 @@ magnitudes although the norms of rounded rows differ by up to 2 %.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import UserError
 from .access import within
+from .targets import output_head
 
 # The two ends of a diffusers UNet's transformers, through which all that these compute passes, and
 # the embedding of image size and pooled prompt, on which every layer depends: on the miniature they
@@ -84,21 +85,15 @@ def held_bytes(model: nn.Module, kind: str, skip: Collection[str] = KEPT) -> int
 def _places(model: nn.Module, skip: Collection[str]) -> dict[nn.Linear, list[str]]:
     """The layers that are quantized, each with its paths."""
     places: dict[nn.Linear, list[str]] = {}
-    for path, layer in _linear_layers(model, skip):
-        places.setdefault(layer, []).append(path)
-    return places
-
-
-def _linear_layers(model: nn.Module, skip: Collection[str]) -> Iterator[tuple[str, nn.Linear]]:
     names = {*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())}
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    head = output_head(model)
     # A layer that stands in two places comes twice. Of a subclass one can't know how its weight is
     # used: nn.MultiheadAttention reads that of its last layer and never calls it.
     for path, module in model.named_modules(remove_duplicate=False):
         spared = module is head or within(path, names)
         if path and type(module) is nn.Linear and not spared:
-            yield path, module
+            places.setdefault(module, []).append(path)
+    return places
 
 
 def _four_bit(

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..lora_names import INITIAL, PRIMARY
-from .access import check_known, layers, whole
+from . import access
+from .access import layers, whole
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
@@ -85,9 +86,12 @@ def off(found: Sequence[LoraLayer]) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _check(model: nn.Module, names: Sequence[str]) -> None:
-    check_known(model, names)
-    if INITIAL in names:
+def _check(model: nn.Module, wanted: Sequence[str]) -> None:
+    known = access.names(model)
+    if odd := [name for name in wanted if name not in known]:
+        has = ", ".join(known) or "none"
+        raise UserError(f'There is no adapter "{odd[0]}"; the model has: {has}.')
+    if INITIAL in wanted:
         raise UserError(
             f'The adapter "{INITIAL}" is what was taken out of the base weights, and would be '
             "counted twice if it acted; leave it out."

@@ -28,19 +28,12 @@ _TEXT = re.compile(r"(given|absent|above|other than|equal to)(?: (.+))?")
 
 
 class Condition(NamedTuple):
-    """A condition on one fact.
-
-    Args:
-        name: of the fact.
-        test: "given", "absent", "above", "other than" or "equal to"; "" where values are listed.
-        argument: of the test: a number, words with commas between them, or ``--option``.
-        values: those that meet it, where they are listed.
-    """
+    """A condition on one fact."""
 
     name: str
-    test: str = ""
-    argument: str = ""
-    values: tuple[Any, ...] = ()
+    test: str = ""  # given, absent, above, other than or equal to; "" where values are listed
+    argument: str = ""  # of the test: a number, words with commas between them, or ``--option``
+    values: tuple[Any, ...] = ()  # those that meet it, where they are listed
 
     def holds(self, facts: Facts) -> bool:
         """Test that the fact is known and meets the condition."""
@@ -75,17 +68,11 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True)
 class Refusal:
-    """Facts that are refused together.
+    """Facts that are refused together."""
 
-    Args:
-        when: what is asked of them; the entry holds where every condition is met.
-        reason: a clause that follows "since", with options in backquotes.
-        instead: what to do about it, in the imperative, likewise.
-    """
-
-    when: tuple[Condition, ...]
-    reason: str
-    instead: str
+    when: tuple[Condition, ...]  # the entry holds where every one is met
+    reason: str  # a clause that follows "since", with options in backquotes
+    instead: str  # what to do about it, in the imperative, likewise
 
     def holds(self, facts: Facts) -> bool:
         """Test that these facts are refused."""
@@ -106,18 +93,11 @@ class Refusal:
 
 
 class Table(NamedTuple):
-    """Content of `refusals.toml`.
+    """Content of `refusals.toml`."""
 
-    Args:
-        facts: facts that are no options, and how a sentence calls them.
-        refused: the entries, in the order in which they are asked.
-        foreign: by modality, flags of other scripts that are none here: a clause that follows
-            "since", and what to do, with options in backquotes.
-    """
-
-    facts: dict[str, str]
-    refused: tuple[Refusal, ...]
-    foreign: dict[str, dict[str, tuple[str, str]]]
+    facts: dict[str, str]  # that are no options, and how a sentence calls them
+    refused: tuple[Refusal, ...]  # in the order in which they are asked
+    foreign: dict[str, dict[str, tuple[str, str]]]  # flags by modality: reason, instead
 
 
 @functools.cache

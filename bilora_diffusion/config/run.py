@@ -31,30 +31,18 @@ logger = logging.getLogger(__name__)
 class RunConfig(
     AdapterOptions, MethodFlags, StepOptions, StoppingOptions, OptimizerOptions, OutputOptions
 ):
-    """Base of both scripts' configurations: flat frozen dataclasses, made of groups of options.
+    """Base of both scripts' configurations: flat frozen dataclasses, made of groups of options."""
 
-    Attributes:
-        modality: "image" or "text".
-        groups: the option dataclasses it is made of, in the order of ``--help``.
-        alternatives: pairs of options of which one replaces the other (`CommandLine.read`).
-        description, usage: of ``--help``.
-        without_influence: options that a resumed run may change freely: they do not touch what is
-            learned, or only in the last digits, as another card does.
-        without_samples: values with which no images or answers are made.
-        complete: fills in what was not given, of what only this script has, and what the model's
-            files say.
-        check_inputs: refuses what only this script can be given: files, folders, hub ids.
-    """
-
-    modality: ClassVar[str]
-    groups: ClassVar[tuple[Any, ...]]
-    alternatives: ClassVar[tuple[tuple[str, str], ...]]
+    modality: ClassVar[str]  # image or text
+    groups: ClassVar[tuple[Any, ...]]  # the option dataclasses, in the order of ``--help``
+    alternatives: ClassVar[tuple[tuple[str, str], ...]]  # as `CommandLine.read` takes them
     description: ClassVar[str]
     usage: ClassVar[str]
-    without_influence: ClassVar[frozenset[str]]
-    without_samples: ClassVar[Mapping[str, Any]]
+    without_influence: ClassVar[frozenset[str]]  # a resumed run may change these freely
+    without_samples: ClassVar[Mapping[str, Any]]  # with which no images or answers are made
+    # fills in what was not given, of what only this script has, and what the model's files say
     complete: ClassVar[Callable[[Values, frozenset[str]], Values]]
-    check_inputs: ClassVar[Callable[[Values], None]]
+    check_inputs: ClassVar[Callable[[Values], None]]  # of what only this script can be given
 
     # what only one script has as an option, or in another form
     train_text_encoder: bool = False

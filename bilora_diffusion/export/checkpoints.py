@@ -5,9 +5,7 @@ No model is loaded: a checkpoint holds the tensors, and what PEFT must know of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY, peft_key
@@ -32,7 +30,16 @@ def export_checkpoint(
     folder = Path(folder)
     record = runlog.read_run(folder)
     config, place = record["config"], Path(output or folder / EXPORTS / f"step-{step}")
-    primaries = _primaries(_load(folder, step, record))
+    if get(record["method"]).exports_weights:
+        raise UserError(
+            f"{folder} trains whole models, and checkpoints of these are not exported; let the run"
+            " end at the step you want, by --max_train_steps."
+        )
+    steps = checkpoint.steps(folder)
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {there}.")
+    primaries = _primaries(checkpoint.load(folder / checkpoint.CHECKPOINTS / f"step-{step}"))
     if "model_name_or_path" in config:
         if to not in (None, "peft"):
             raise UserError(
@@ -51,27 +58,11 @@ def export_checkpoint(
         target: part_of(target, tensors, peft, peft["lora_alpha"] / peft["r"])
         for target, (tensors, peft, _) in primaries.items()
     }
-    contents = Contents(
-        parts, training_facts(config, step), config["pretrained_model_name_or_path"]
-    )
+    base = config["pretrained_model_name_or_path"]
+    contents = Contents(parts, training_facts(config, step), base)
     formats = [to] if to else ["diffusers", *(["kohya"] if config["output_kohya_format"] else [])]
     stem = Path(kohya_file_name(folder, step)).stem
     return [write(contents, kind, place, stem) for kind in formats]
-
-
-def _load(folder: Path, step: int, record: Mapping[str, Any]) -> checkpoint.Checkpoint:
-    if get(record["method"]).exports_weights:
-        raise UserError(
-            f"{folder} trains whole models, and checkpoints of these are not exported; let the run"
-            " end at the step you want, by --max_train_steps."
-        )
-    steps = checkpoint.steps(folder)
-    if step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"{folder} has no checkpoint of step {step}; it has {there}.")
-    path = checkpoint.resolve(folder, f"step-{step}")
-    assert path is not None
-    return checkpoint.load(path)
 
 
 def _primaries(saved: checkpoint.Checkpoint) -> dict[str, tuple[dict, dict, bool]]:

@@ -97,7 +97,7 @@ def write(contents: Contents, to: str, place: Path, stem: str) -> Path:
         refuse_existing(place, *folders.values())
         for name, folder in folders.items():
             tensors, config = _for_peft(name, parts[name], contents.base_model)
-            check = _check({name: parts[name]})
+            check = partial(compare, expected={name: parts[name].layers})
             place_adapter(folder, tensors, config, known | {COMPONENT: name}, check)
         return place
     if to == "kohya":
@@ -111,13 +111,8 @@ def write(contents: Contents, to: str, place: Path, stem: str) -> Path:
         raise UserError(f"{path} exists; name another --output, or delete it.")
     metadata = file_metadata(parts, contents.base_model, path.stem, known)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, parts, to, metadata, _check(parts))
+    write_file(path, parts, to, metadata)
     return path
-
-
-def _check(parts: Mapping[str, Part]) -> Any:
-    """The comparison of a file with what it should hold."""
-    return partial(compare, expected={name: part.layers for name, part in parts.items()})
 
 
 def _for_peft(component: str, part: Part, base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -132,16 +132,15 @@ def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
     and can't read text encoders with adapters on some of q, k and v alone; other readers can.
     """
     tensors: dict[str, Tensor] = {}
-    for component, layer in (
-        (name, layer) for name, part in parts.items() for layer in part.layers
-    ):
-        name = kohya_name(component, layer.name)
-        tensors[f"{name}.lora_down.weight"] = layer.A
-        tensors[f"{name}.lora_up.weight"] = layer.B
-        tensors[f"{name}.alpha"] = torch.tensor(float(layer.A.shape[0]))
-        if layer.magnitude is not None:
-            ones = [1] * (layer.A.dim() - 1)
-            tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *ones)
+    for component, part in parts.items():
+        for layer in part.layers:
+            name = kohya_name(component, layer.name)
+            tensors[f"{name}.lora_down.weight"] = layer.A
+            tensors[f"{name}.lora_up.weight"] = layer.B
+            tensors[f"{name}.alpha"] = torch.tensor(float(len(layer.A)))
+            if layer.magnitude is not None:
+                ones = [1] * (layer.A.dim() - 1)
+                tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *ones)
     return tensors
 
 

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
@@ -203,7 +203,7 @@ def _read(path: Path) -> tuple[list[Entry], list[str], dict[str, str]]:
 
 
 def _entry(
-    path: Path, key: str, match: re.Match[str], shape: tuple[int, ...], dtype: str, scalar: object
+    path: Path, key: str, match: re.Match[str], shape: tuple[int, ...], dtype: str, scalar: Any
 ) -> Entry:
     """One tensor, where it can be a part of a LoRA."""
     role, layer = _ROLES[match["kind"]], match["layer"]
@@ -214,11 +214,8 @@ def _entry(
     if role == "alpha":
         count = math.prod(shape)
         require(count == 1, path, f"has {count} values as {key}, which is one number")
-        alpha = getattr(scalar, "item", lambda: None)()
-        number = (
-            alpha if isinstance(alpha, int | float) and not isinstance(alpha, bool) else math.nan
-        )
-        finite = math.isfinite(number)
+        alpha = scalar.item()
+        finite = type(alpha) in (int, float) and math.isfinite(alpha)
         require(finite, path, f"has {alpha} as {key}, which is no finite number")
     else:
         floats = f"has {key} as {dtype}, and LoRA is made of floats"

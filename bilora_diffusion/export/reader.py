@@ -21,7 +21,6 @@ from ..errors import UserError
 from ..lora_names import COMPONENTS, ENCODERS
 from .layers import Layer, Part, plain_name
 from .lorafile import Look, LoraFile, look, require
-from .peft_config import PeftConfig
 
 COMPONENT = "bilora.component"
 """Metadata entry: which model PEFT's file, whose keys do not say it, is for."""
@@ -132,7 +131,10 @@ def _parts(path: Path, found: Look) -> dict[str, Part]:
             full = f"{component}.{name}"
             both = f"has {full} as {sources.get(full)} and as {source}"
             require(sources.setdefault(full, source) is source, path, both, "leave one out")
-            scale = _scale(source, tensors, config)
+            rank = len(tensors["A"])
+            scale = 1.0 if config is None else config.scale(source, rank)
+            if "alpha" in tensors:
+                scale = float(tensors["alpha"]) / rank
             parts[component][name] = _layer(path, name, tensors, scale)
     return {component: Part(list(layers.values())) for component, layers in parts.items()}
 
@@ -173,7 +175,10 @@ def _canonical(component: str, name: str) -> str:
 
 
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -> Layer:
-    A, B, magnitude = tensors["A"], _scaled(tensors["B"], scale), tensors.get("magnitude")
+    A, B, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
+    wide = B.double() * scale
+    exact = wide.to(B.dtype)
+    B = exact if torch.equal(exact.double(), wide) else wide.float()
     for tensor in (A, B, *(() if magnitude is None else (magnitude,))):
         # a comparison that NaN does not pass
         finite = bool(tensor.double().abs().max() <= _LARGEST)
@@ -185,20 +190,6 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -
         ones = [1] * (A.dim() - 2)
         magnitude = magnitude.reshape(1, -1, *ones) if ones else magnitude.flatten()
     return Layer(name, A, B, magnitude)
-
-
-def _scale(name: str, tensors: Mapping[str, Tensor], config: PeftConfig | None) -> float:
-    """alpha / rank of a layer, from the file or from PEFT's configuration."""
-    rank = tensors["A"].shape[0]
-    if "alpha" in tensors:
-        return float(tensors["alpha"]) / rank
-    return 1.0 if config is None else config.scale(name, rank)
-
-
-def _scaled(B: Tensor, scale: float) -> Tensor:
-    wide = B.double() * scale
-    exact = wide.to(B.dtype)
-    return exact if torch.equal(exact.double(), wide) else wide.float()
 
 
 def module_names(model: str, names: Iterable[str]) -> dict[str, str]:

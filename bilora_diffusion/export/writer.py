@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from ..lora_names import (
     kohya_file_name,
 )
 from .layers import Part, diffusers_tensors, kohya_tensors, primary_part
-from .readback import require_equal
+from .readback import compare, require_equal
 
 _SDXL = {
     "ss_base_model_version": "sdxl_base_v1-0",
@@ -105,24 +105,16 @@ def refuse_kohya(components: Iterable[str]) -> None:
         )
 
 
-def write_file(
-    path: Path,
-    parts: Mapping[str, Part],
-    to: str,
-    metadata: Mapping[str, str],
-    check: Callable[[Path], object] = bool,
-) -> None:
+def write_file(path: Path, parts: Mapping[str, Part], to: str, metadata: Mapping[str, str]) -> None:
     """Write aside under a name that no loader matches, check what is there, rename."""
-    build: Callable[[Mapping[str, Part]], dict[str, Tensor]]
-    build = diffusers_tensors if to == "diffusers" else kohya_tensors
-    tensors = build(parts)
+    tensors = diffusers_tensors(parts) if to == "diffusers" else kohya_tensors(parts)
     entries = {**metadata, "sshs_model_hash": model_hash(tensors)}
     # Of several ranks diffusers reads shapes; and it refuses a file of kohya's with PEFT's entry.
     if to == "diffusers" and all(part.file_rank is not None for part in parts.values()):
         entries[ADAPTER_METADATA] = adapter_metadata(parts)
     with replacing(path, ".partial") as aside:
         aside.write_bytes(safetensors.torch.save(tensors, entries))
-        check(aside)
+        compare(aside, {name: part.layers for name, part in parts.items()})
 
 
 def training_facts(config: Mapping[str, Any], steps: int) -> dict[str, str]:
@@ -224,20 +216,14 @@ def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str
         shutil.rmtree(aside, ignore_errors=True)
         cast(Any, model).save_pretrained(aside, safe_serialization=True)
         readable_as(aside / "config.json", *aside.glob("*.safetensors"))
-        _compare(final, aside, model)
+        stored = {k: v for file in aside.glob("*.safetensors") for k, v in load_file(file).items()}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        # Transformers leaves out what is tied to another weight.
+        written = {id(value) for key, value in parameters.items() if key in stored}
+        expected = {k: v for k, v in parameters.items() if k in stored or id(v) not in written}
+        require_equal(final, {k: v for k, v in stored.items() if k in parameters}, expected)
         weights = sum(p.numel() for p in model.parameters())
         report[name] = {"weights": weights, "readback_difference": 0.0}
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
     return report
-
-
-def _compare(folder: Path, aside: Path, model: nn.Module) -> None:
-    stored = {}
-    for file in sorted(aside.glob("*.safetensors")):
-        stored |= load_file(file)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    # Transformers leaves out what is tied to another weight.
-    written = {id(value) for key, value in parameters.items() if key in stored}
-    expected = {k: v for k, v in parameters.items() if k in stored or id(v) not in written}
-    require_equal(folder, {k: v for k, v in stored.items() if k in parameters}, expected)

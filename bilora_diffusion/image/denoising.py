@@ -28,19 +28,12 @@ _DRAWN = ("latents", "noise", "index", "instance", "ids", "told", "shown", "prio
 
 @dataclass(frozen=True)
 class Denoising:
-    """A noise schedule with the loss that belongs to it, as `FlowMatching` has them.
+    """A noise schedule with the loss that belongs to it, as `FlowMatching` has them."""
 
-    Args:
-        scheduler: DDPM for the standard formulation, Euler or EDM-Euler for the EDM one.
-        kind: "standard", "edm" (EDM loss on a variance-preserving model) or "edm_native".
-        snr_gamma: cap of the signal-to-noise weights, or None for no weights.
-        snr_weighting: "published" or "diffusers", which differ for velocity.
-    """
-
-    scheduler: Any
-    kind: str = "standard"
-    snr_gamma: float | None = None
-    snr_weighting: str = "published"
+    scheduler: Any  # DDPM for the standard formulation, Euler or EDM-Euler for the EDM one
+    kind: str = "standard"  # or "edm", on a variance-preserving model, or "edm_native"
+    snr_gamma: float | None = None  # cap of the signal-to-noise weights; None for no weights
+    snr_weighting: str = "published"  # or "diffusers", which differ for velocity
 
     @classmethod
     def from_config(

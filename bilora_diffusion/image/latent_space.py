@@ -11,20 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Encoding of images by an autoencoder, scaling for the denoiser, and the way back.
+    """Encoding of images by an autoencoder, scaling for the denoiser, and the way back."""
 
-    Args:
-        scale: what centered latents are multiplied with.
-        mean, std: of each channel, (1, c, 1, 1), if the autoencoder has them.
-        shift: of all channels.
-        drawn: whether an image's latents are drawn from its Gaussian; else they are its mean.
-    """
-
-    scale: float
-    mean: Tensor | None = None
-    std: Tensor | None = None
-    shift: float = 0.0
-    drawn: bool = True
+    scale: float  # what centered latents are multiplied with
+    mean: Tensor | None = None  # of each channel, (1, c, 1, 1), if the autoencoder has it
+    std: Tensor | None = None  # likewise
+    shift: float = 0.0  # of all channels
+    drawn: bool = True  # latents are drawn from an image's Gaussian; else they are its mean
 
     @classmethod
     def of(cls, vae: Any, *, drawn: bool = True) -> Self:

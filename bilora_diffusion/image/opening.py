@@ -35,19 +35,12 @@ Source = Callable[[], Path | bytes | None]
 
 
 class Table(NamedTuple):
-    """A set as it is stored.
+    """A set as it is stored."""
 
-    Args:
-        entries: its images, without captions.
-        columns: the values of each column.
-        files: of the images, where they lie in the set's folder.
-        masks_from: where masks come from.
-    """
-
-    entries: list[Entry]
-    columns: dict[str, Any]
-    files: list[Path]
-    masks_from: str | None
+    entries: list[Entry]  # its images, without captions
+    columns: dict[str, Any]  # the values of each column
+    files: list[Path]  # of the images, where they lie in the set's folder
+    masks_from: str | None  # where masks come from
 
 
 def open_images(

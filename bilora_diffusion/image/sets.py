@@ -24,24 +24,14 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Entry:
-    """One image of a set.
+    """One image of a set."""
 
-    Args:
-        name: for messages and logs.
-        source: gives its file, or its encoded content; None where the set has none.
-        caption: None if it has none.
-        mask: gives the mask of what is learned of it, mode "L"; None to learn all of it, as
-            where the mask hides nothing of it.
-        size: (height, width) once upright; known when it was checked.
-        concept: the number of its concept, from 0.
-    """
-
-    name: str
-    source: Callable[[], Path | bytes | None]
+    name: str  # for messages and logs
+    source: Callable[[], Path | bytes | None]  # its file, or its encoded content; None without one
     caption: str | None = None
-    mask: Callable[[], Image.Image | None] | None = None
-    size: tuple[int, int] = (0, 0)
-    concept: int = 0
+    mask: Callable[[], Image.Image | None] | None = None  # of what is learned, mode L; None: all
+    size: tuple[int, int] = (0, 0)  # (height, width) once upright; known when it was checked
+    concept: int = 0  # the number of its concept, from 0
 
     def encoded(self) -> Path | bytes:
         """Its file, or its encoded content."""

@@ -35,12 +35,8 @@ def prepare(model: nn.Module, spec: AdapterSpec) -> None:
     Raises:
         UserError: a layer is too small, quantized or tied.
     """
-    if spec.changes_base:
-        _check_weights(model, spec)
-        adapters.keep_initial(model, spec)
-
-
-def _check_weights(model: nn.Module, spec: AdapterSpec) -> None:
+    if not spec.changes_base:
+        return
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     least = COMPONENTS[spec.init] * spec.rank
     for path, layer in adapters.layers(model, PRIMARY):
@@ -58,6 +54,7 @@ def _check_weights(model: nn.Module, spec: AdapterSpec) -> None:
                 f'The layer {path} is {m} x {n}, and init "{spec.init}" at rank {spec.rank} needs '
                 f"{least} on each side; lower the rank or take the layer out of target_modules."
             )
+    adapters.keep_initial(model, spec)
 
 
 def compute(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
-from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
 
@@ -80,8 +79,7 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
         }
     )
     fused_head = any(kind.__module__.partition(".")[0] == "trl" for kind in type(trainer).__mro__)
-    getter = getattr(trainer.model, "get_output_embeddings", None)
-    if fused_head and callable(getter) and isinstance(getter(), adapters.LoraLayer):
+    if fused_head and isinstance(adapters.output_head(trainer.model), adapters.LoraLayer):
         raise UserError(
             "target_modules names the output layer, whose weight TRL's trainers read past the "
             'adapter; take it out of target_modules ("all-linear" leaves it out).'
@@ -120,13 +118,3 @@ def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
 def is_bound(optimizer: Any, bilora: BiLoRA) -> bool:
     """Test that the auxiliary is projected after the steps of this optimizer."""
     return bilora._method._optimizer is unwrapped(optimizer)
-
-
-def check_class(kind: Any) -> type[Optimizer]:
-    """The class of optimizer that a trainer names; one that makes its own groups is refused."""
-    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
-        raise UserError(
-            f"optimizer_cls_and_kwargs names {kind!r}, which makes parameter groups of its own; "
-            "give a subclass of torch.optim.Optimizer."
-        )
-    return kind

@@ -19,13 +19,13 @@ from ..adapters import INITIAL, PRIMARY
 from ..api import BiLoRA
 from ..durable import readable_as, replacing
 from ..errors import UserError, reading, translated
+from ..lora_names import CONFIG, WEIGHTS
 from ..run.checkpoint import load_tensors, require_same_settings, separate
 
 STATE = "bilora_state.safetensors"
 BESIDE = ("optimizer.pt", "scheduler.pt")
 """The trainer's own files without which it would go on with a fresh optimizer and not say so."""
 
-_WEIGHTS = "adapter_model.safetensors"
 _VERSION = 1
 
 
@@ -39,7 +39,7 @@ def write(folder: Path, bilora: BiLoRA) -> None:
     metadata = {"format": "pt", "bilora": json.dumps(settings)}
     with replacing(folder / STATE) as aside:
         save_file(separate(bilora._method.tensors()), aside, metadata=metadata)
-        readable_as(folder / "adapter_config.json", aside)
+        readable_as(folder / CONFIG, aside)
 
 
 def restore(folder: Path, bilora: BiLoRA) -> None:
@@ -65,7 +65,7 @@ def restore(folder: Path, bilora: BiLoRA) -> None:
 
 def load_primary(folder: Path, bilora: BiLoRA) -> None:
     """Put the primary of a folder back, which `bilora.save_pretrained` wrote, if it fits."""
-    path = folder / _WEIGHTS
+    path = folder / WEIGHTS
     saved = reading(str(path), "keep it in place", lambda: load_file(path))
     named = adapters.named_parameters(bilora.model, PRIMARY)
     own = {adapters.peft_key(key): value for key, value in named.items()}

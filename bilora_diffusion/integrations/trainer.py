@@ -12,7 +12,6 @@ import torch
 import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.training_args import TrainingArguments
 
 from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY
@@ -55,7 +54,7 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
         bilora = attach(cast(nn.Module, trainer.model), bilora)
     checks.check_model(trainer, bilora)
     for name in (PRIMARY, AUXILIARY):  # TRL rounds those of a quantized model to bf16
-        adapters.to_full_precision(bilora.model, name)
+        adapters.cast_adapter_dtype(bilora.model, name)
     trainer.__class__ = _with_bilora(type(trainer))
     cast(WithBiLoRA, trainer).bilora = bilora
     if bilora.config.auxiliaries > 1:
@@ -99,10 +98,15 @@ class WithBiLoRA(Trainer):
             kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, cast(Any, self.bilora.model)
             )
+            if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+                raise UserError(
+                    f"optimizer_cls_and_kwargs names {kind!r}, which makes parameter groups of its"
+                    " own; give a subclass of torch.optim.Optimizer."
+                )
             groups = self.bilora.param_groups(
                 lr=options.get("lr", self.args.learning_rate), weight_decay=self.args.weight_decay
             )
-            self.optimizer = checks.check_class(kind)(groups, **options)
+            self.optimizer = kind(groups, **options)
         if not checks.is_bound(self.optimizer, self.bilora):
             self.bilora.bind(self.optimizer)
         return self.optimizer
@@ -210,21 +214,15 @@ class _Watch(TrainerCallback):
         self.bilora, self.trainer = bilora, trainer
         self.taken = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         checks.check_optimizer(kwargs["optimizer"], self.bilora)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.taken = self.bilora._method.taken
         if self.bilora.config.rho == "auto":
             self.bilora.observe(self.trainer.step_loss())
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
         for parameter in self.bilora._method.apart() if skipped else ():
             parameter.grad = None  # the trainer forgets those of the model's parameters alone
@@ -242,9 +240,9 @@ def _with_bilora(kind: type[Trainer]) -> type[Trainer]:
 
 def _check_version(kind: type[Trainer]) -> None:
     """Refuse a Transformers that would pass by what `WithBiLoRA` does otherwise."""
-    own = [name for name, value in vars(WithBiLoRA).items() if callable(value)]
-    for name in own:
-        if name not in ("_primary_alone", "step_loss") and not hasattr(kind, name):
+    for name, value in vars(WithBiLoRA).items():
+        own = name in ("_primary_alone", "step_loss") or not callable(value)
+        if not own and not hasattr(kind, name):
             raise UserError(
                 f"The trainer of Transformers {transformers.__version__} has no {name}, where "
                 "Bi-LoRA comes in; install Transformers 5.24."

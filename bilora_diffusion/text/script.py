@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from huggingface_hub import ModelCardData
 
 from ..adapters.quantize import quantize
-from ..export import save_adapter, save_models
+from ..export import conversion, writer
 from ..methods import get
 from ..run.heldout_part import copies
 from ..train import running
@@ -74,11 +74,11 @@ def export(cfg: TextConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
     task: Any = trainer.task
     model, tokenizer = task.loaded.model, task.loaded.tokenizer
     if trainer.method.exports_weights:
-        report = save_models(folder, task.models)
+        report = writer.save_models(folder, task.models)
         tokenizer.save_pretrained(folder / NAME)
         return report
     base, kind = cfg.model_name_or_path, task.loaded.kind
-    report = save_adapter(folder, model, base_model=base, kind=kind)
+    report = conversion.save_adapter(folder, model, base_model=base, kind=kind)
     return {"labels": list(task.data.rows.label_words), **report}
 
 

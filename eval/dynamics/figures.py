@@ -12,17 +12,12 @@ from ..report import Column
 from ..table import Metric, Result
 from .curves import CROSS, NEGLIGIBLE
 
-TERM_LOOKS = dict(
-    zip(
-        TERMS,
-        (
-            (r"$\|B\epsilon_A\|_F$", "tab:red"),
-            (r"$\|\epsilon_B A\|_F$", "tab:blue"),
-            (r"$\|\epsilon_B \epsilon_A\|_F$", "tab:green"),
-        ),
-        strict=True,
-    )
-)
+TERM_LOOKS = {
+    r"$\|B\epsilon_A\|_F$": "tab:red",
+    r"$\|\epsilon_B A\|_F$": "tab:blue",
+    r"$\|\epsilon_B \epsilon_A\|_F$": "tab:green",
+}
+"""Label and color of each of the `TERMS`."""
 RATIO_TITLE = r"$\|B\epsilon_A + \epsilon_B A\|_F \,/\, \|\epsilon_B \epsilon_A\|_F$"
 ROLES = {
     "primary": ("primary", "tab:red"),
@@ -104,8 +99,8 @@ def panels(result: Result) -> dict[str, list[list[Panel]]]:
 
 
 def _terms(group: str, title: str, layer: str = "") -> Panel:
-    looks = TERM_LOOKS.items()
-    curves = [Curve(group, name, layer, label, color) for name, (label, color) in looks]
+    looks = zip(TERMS, TERM_LOOKS.items(), strict=True)
+    curves = [Curve(group, name, layer, *look) for name, look in looks]
     return Panel(title, "Frobenius norm", curves, log=True)
 
 
@@ -171,31 +166,21 @@ def _auxiliary(result: Result, groups: Sequence[str]) -> list[list[Panel]]:
             for name, style in styles.items()
         ]
 
+    overlap = "overlap, Col(B) solid, Row(A) dashed, random dotted\nall layers"
+    angles = "mean squared cosine of principal angles"
+    random = [line.mean for line in chances if line is not None and line.mean is not None]
+    gain = r"first-order ascent gain $\langle G, s_2 B_2 A_2 \rangle$"
+    norm = r"$\|s_2 B_2 A_2\|_F$ : projected solid, before dashed"
+    norms = curves("auxiliary_norm", "auxiliary_norm_before")
+    radii = [rho for rho in rhos if isinstance(rho, int | float)]
+    cosines = curves(COSINE, labelled=True)
     return [
         [
-            Panel(
-                "overlap, Col(B) solid, Row(A) dashed, random dotted\nall layers",
-                "mean squared cosine of principal angles",
-                curves(COLUMNS, ROWS),
-                levels=[
-                    line.mean for line in chances if line is not None and line.mean is not None
-                ],
-            ),
-            Panel("cosine of B1 A1 and B2 A2", "cosine", curves(COSINE, labelled=True), levels=[0]),
+            Panel(overlap, angles, curves(COLUMNS, ROWS), levels=random),
+            Panel("cosine of B1 A1 and B2 A2", "cosine", cosines, levels=[0]),
         ],
         [
-            Panel(
-                r"first-order ascent gain $\langle G, s_2 B_2 A_2 \rangle$",
-                "loss",
-                curves(GAIN),
-                levels=[0],
-            ),
-            Panel(
-                r"$\|s_2 B_2 A_2\|_F$ : projected solid, before dashed",
-                "norm",
-                curves("auxiliary_norm", "auxiliary_norm_before"),
-                log=True,
-                levels=[rho for rho in rhos if isinstance(rho, int | float)],
-            ),
+            Panel(gain, "loss", curves(GAIN), levels=[0]),
+            Panel(norm, "norm", norms, log=True, levels=radii),
         ],
     ]

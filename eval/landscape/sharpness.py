@@ -36,10 +36,10 @@ def sharpness(weights: Sequence[Weight], loss: Loss, rho: float, steps: int = 10
     A height that is not finite counts as no rise. The weights are bit for bit what they were
     afterwards, also after an exception. Takes the memory of about six copies of the weights.
     """
-    with differentiable(weights), displaceable(weights) as place:
+    with differentiable(weights), displaceable(weights) as move:
 
         def look(e: list[Tensor]) -> _Point:
-            place.move((1.0, e))
+            move((1.0, e))
             height, gradient = loss_and_gradient(loss, weights)
             steepness = norm(gradient)
             if not math.isfinite(height) or not math.isfinite(steepness):

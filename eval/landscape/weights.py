@@ -73,33 +73,24 @@ def differentiable(weights: Sequence[Weight]) -> Iterator[None]:
 
 
 @contextmanager
-def displaceable(weights: Sequence[Weight]) -> Iterator[Place]:
-    """Within the context the weights are copies that :class:`Place` moves; their own memory is not
-    touched, so afterwards they are bit for bit what they were, also after an exception.
+def displaceable(weights: Sequence[Weight]) -> Iterator[Callable[..., None]]:
+    """Within the context the weights are copies that ``move((t, d), ...)`` puts at w + sum of t d,
+    d with a tensor per weight; their own memory is not touched, so afterwards they are bit for bit
+    what they were, also after an exception.
     """
     own = [weight.tensor.data for weight in weights]
     copies = [tensor.clone() for tensor in own]
-    parameters = cast(Any, [weight.tensor for weight in weights])
-    with replaced(parameters, copies):
-        yield Place(own, copies)
-
-
-class Place:
-    """Place of the weights: their own values plus a displacement."""
-
-    def __init__(self, own: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-        self.own, self.copies = own, copies
 
     @torch.no_grad()
-    def move(self, *displacements: tuple[float, Iterable[Tensor]]) -> None:
-        """Put the weights at w + sum of t * d over the pairs (t, d); d has a tensor per weight."""
-        for own, copy in zip(self.own, self.copies, strict=True):
-            copy.copy_(own)
+    def move(*displacements: tuple[float, Iterable[Tensor]]) -> None:
+        for copy, tensor in zip(copies, own, strict=True):
+            copy.copy_(tensor)
         for factor, direction in displacements:
-            if factor == 0:
-                continue
-            for copy, part in zip(self.copies, direction, strict=True):
+            for copy, part in zip(copies, direction, strict=True) if factor else ():
                 copy.add_(part.to(copy), alpha=factor)
+
+    with replaced(cast(Any, [weight.tensor for weight in weights]), copies):
+        yield move
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
@@ -176,16 +167,20 @@ def coordinates(radius: float, points: int) -> list[float]:
 
 
 def line(
-    weights: Sequence[Weight], loss: Loss, direction: Iterable[Tensor], positions: Sequence[float]
+    weights: Sequence[Weight],
+    loss: Loss,
+    direction: Iterable[Tensor],
+    positions: Sequence[float],
+    aside: Sequence[tuple[float, Iterable[Tensor]]] = (),
 ) -> list[float]:
-    """The loss at w + t d for each position t.
+    """The loss at w + t d for each position t, or at so much beside it.
 
     The weights are bit for bit what they were afterwards, also after an exception.
     """
     losses = []
-    with displaceable(weights) as place:
+    with displaceable(weights) as move:
         for position in positions:
-            place.move((position, direction))
+            move(*aside, (position, direction))
             losses.append(evaluate(loss))
     return losses
 
@@ -196,17 +191,6 @@ def plane(
     directions: tuple[Iterable[Tensor], Iterable[Tensor]],
     positions: Sequence[float],
 ) -> list[list[float]]:
-    """The loss at w + s d1 + t d2; row s, column t, each over the positions.
-
-    The weights are bit for bit what they were afterwards, also after an exception.
-    """
+    """The loss at w + s d1 + t d2; row s, column t, each over the positions."""
     first, second = directions
-    rows = []
-    with displaceable(weights) as place:
-        for s in positions:
-            row = []
-            for t in positions:
-                place.move((s, first), (t, second))
-                row.append(evaluate(loss))
-            rows.append(row)
-    return rows
+    return [line(weights, loss, second, positions, [(s, first)]) for s in positions]

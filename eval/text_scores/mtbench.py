@@ -31,6 +31,8 @@ HUB = "HuggingFaceH4/mt_bench_prompts"
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 """Category -> temperature, as MT-Bench sets it; 0 for others, which have one right answer."""
 ASKED_AGAIN = 3
+MOST_TOKENS, SECONDS = 2048, 120.0
+"""Of a judge's reply, and of the time in which it is to come."""
 _GRADING = (
     "Rate how well an assistant answered a user's question. Judge usefulness, relevance,"
     " correctness, depth, originality and level of detail; do not let length or style"
@@ -70,16 +72,12 @@ class Judge:
         key: sent as bearer token; "" sends none. Never shown.
         attempts: requests per rating before it is given up, ever longer apart, or as far as the
             endpoint asks for.
-        timeout: seconds of one request.
-        max_tokens: longest reply.
     """
 
     base_url: str
     model: str
     key: str = field(default="", repr=False)
     attempts: int = 8
-    timeout: float = 120.0
-    max_tokens: int = 2048
 
     def ask(self, prompt: str) -> str:
         """The judge's reply at temperature 0."""
@@ -90,7 +88,7 @@ class Judge:
                 model=self.model,
                 messages=[{"role": "user", "content": prompt}],
                 temperature=0,
-                max_tokens=self.max_tokens,
+                max_tokens=MOST_TOKENS,
                 extra_headers=self._headers,
             )
             return (reply.choices[0].message.content or "") if len(reply.choices) else ""
@@ -118,9 +116,7 @@ class Judge:
         from openai import OpenAI  # here, since only MT-Bench needs the package
 
         key, retries = self.key or "none", self.attempts - 1
-        return OpenAI(
-            base_url=self.base_url, api_key=key, max_retries=retries, timeout=self.timeout
-        )
+        return OpenAI(base_url=self.base_url, api_key=key, max_retries=retries, timeout=SECONDS)
 
 
 def connect(base_url: str | None, model: str | None) -> Judge:

@@ -14,6 +14,9 @@ from ..table import Metric, Result, Row, Summary
 from .benchmarks import EFFECT, UNPARSED
 
 ABSENT = "–"
+COMPARED = ("control", "difference", "difference_low", "difference_high")
+COMPARED += ("higher", "equal", "lower")
+"""Of a summary, what says how it differs from the control's."""
 
 
 def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) -> list[Summary]:
@@ -59,18 +62,8 @@ def _exact(items: Sequence[Row], scores: Sequence[Row]) -> list[Row]:
 
 
 def _over_items(line: Summary, items: Summary | None) -> Summary:
-    items = items or Summary(line.group, line.metric)
-    return replace(
-        line,
-        over=compare.ITEM,
-        control=items.control,
-        difference=items.difference,
-        difference_low=items.difference_low,
-        difference_high=items.difference_high,
-        higher=items.higher,
-        equal=items.equal,
-        lower=items.lower,
-    )
+    compared = vars(items or Summary(line.group, line.metric))
+    return replace(line, over=compare.ITEM, **{name: compared[name] for name in COMPARED})
 
 
 def notes(rows: Sequence[Row], titles: Mapping[str, Metric], limit: int | None) -> list[str]:

@@ -113,10 +113,6 @@ def test_x_is_not_copied_to_fp32(layer, shape):
     assert [t for t in kept if t.data_ptr() == x.data_ptr()]
 
 
-def layer_of(model):
-    return model[0]
-
-
 def _third(model):
     adapters.inject(model, AdapterSpec(target_modules=("0",)), "third")
     adapters.activate(model, (*BOTH, "third"))
@@ -127,15 +123,15 @@ def _dora(model):
     fuse(model)
 
 
-STATES: dict[str, Callable[[nn.Module], Any]] = {
-    "dropout": lambda m: layer_of(m).lora_dropout.update({PRIMARY: nn.Dropout(1e-9)}),
+STATES: dict[str, Callable[[Any], Any]] = {
+    "dropout": lambda m: m[0].lora_dropout.update({PRIMARY: nn.Dropout(1e-9)}),
     "one in evaluation": lambda m: adapters.activate(m.eval(), (PRIMARY,)),
     "a hook on A": lambda m: (
-        layer_of(m).lora_A[PRIMARY].register_forward_hook(lambda module, args, output: output * 2)
+        m[0].lora_A[PRIMARY].register_forward_hook(lambda module, args, output: output * 2)
     ),
     "a third": _third,
-    "disabled": lambda m: layer_of(m).enable_adapters(False),
-    "merged": lambda m: layer_of(m).merge(adapter_names=[PRIMARY]),
+    "disabled": lambda m: m[0].enable_adapters(False),
+    "merged": lambda m: m[0].merge(adapter_names=[PRIMARY]),
     "dora": _dora,
     "half": lambda m: m.half(),
 }

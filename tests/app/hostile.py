@@ -25,12 +25,8 @@ def replaced(make: Callable[[Path], Any], file: str, by: Callable[[Path], Any]) 
     return damage
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-
-
-def _at_step(folder: Path, step: str) -> None:
-    make_images(make_run(folder), step)
+def written(text: str) -> Any:
+    return partial(Path.write_text, data=text)
 
 
 def changed(file: str, old: str, new: str) -> Any:
@@ -147,13 +143,16 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
     },
     **{what: partial(make_run, **changes) for what, changes in RECORDS.items()},
     **{
-        what: replaced(make_run, "metrics.jsonl", partial(_write, text=f"{text}\n"))
+        what: replaced(make_run, "metrics.jsonl", written(f"{text}\n"))
         for what, text in METRICS.items()
     },
-    "fit without runs": replaced(make_run, "fit.json", partial(_write, text='{"spent": 1}')),
+    "fit without runs": replaced(make_run, "fit.json", written('{"spent": 1}')),
     # validation images, results and scores
-    **{f"step {step[:9]}": partial(_at_step, step=step) for step in ("9" * 30, "٣", "<script>")},
-    "result is a list": replaced(make_result, "result.json", partial(_write, text="[]")),
+    **{
+        f"step {step[:9]}": lambda folder, step=step: make_images(make_run(folder), step)
+        for step in ("9" * 30, "٣", "<script>")
+    },
+    "result is a list": replaced(make_result, "result.json", written("[]")),
     "kind is markup": partial(make_result, kind=EVIL),
     "figures are numbers": partial(make_result, figures=[1, {}]),
     "figure is half a letter": partial(make_result, figures=[f"{HALF}.png"]),

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from app import compare, parts
-from app import compare_data as data
+from app import scored as data
 from app.catalog import Catalog
 from app.scored import Key, ScoredImage
 from eval.clip_scores.prompts import Prompt

@@ -12,8 +12,7 @@ import torch
 
 from app.catalog import Catalog
 from app.drawing import BASE, BaseChoice, Pipelines, Request, checked, drawable, local, sides, usual
-from app.generate import Tab
-from app.work import Stopped, Work
+from app.generate import Stopped, Tab, Work
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
@@ -56,19 +55,16 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path):
     It is asked without weights.
     """
     sd3 = str(saved("StableDiffusion3Pipeline", tmp_path / "sd3"))
-    usual_ones = {"mini": (25, 4.0), sd3: (25, 7.0)}
     turbo = tmp_path / "snapshots" / "3a1f"  # as the hub's cache calls it
     saved("ZImagePipeline", turbo)
     assert settings.usual(str(turbo), "owner/Z-Image-Turbo")[1:] == (8, 0.0)
     given = {"resolution": None, "adapter_scale": 1.0, "dtype": "float32", "lanes": 4}
-    for base, (steps, guidance) in usual_ones.items():
-        assert usual(BaseChoice(base)) == (steps, guidance)
-        free = Namespace(num_inference_steps=None, guidance_scale=None, **given)
-        sampling = settings.sampling(free, base)
-        assert (sampling.steps, sampling.guidance_scale) == (steps, guidance)
-        set_ = Namespace(num_inference_steps=3, guidance_scale=0.0, **given)
-        sampling = settings.sampling(set_, base)
-        assert (sampling.steps, sampling.guidance_scale) == (3, 0.0)
+    for base, own in {"mini": (25, 4.0), sd3: (25, 7.0)}.items():
+        assert usual(BaseChoice(base)) == own
+        for asked in ((None, None), (3, 0.0)):
+            flags = dict(zip(("num_inference_steps", "guidance_scale"), asked, strict=True))
+            sampling = settings.sampling(Namespace(**flags, **given), base)
+            assert (sampling.steps, sampling.guidance_scale) == (own if None in asked else asked)
 
 
 def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ import pytest
 
 from app.catalog import Catalog
 from app.drawing import BaseChoice, Pipelines, Request, exported
+from app.generate import Work
 from app.grid import Grid, spread
 from app.parts import data_uri
-from app.work import Work
 from bilora_diffusion.run.checkpoint import CHECKPOINTS
 from tests.app.folders import make_run
 from tests.scripts.runs import copied, train_once

@@ -9,11 +9,11 @@ import gradio as gr
 import orjson
 import pytest
 
-from app import compare, compare_data, frame, generate, results, training, validation, vote
+from app import compare, frame, generate, results, scored, training, validation, vote
 from app.catalog import Catalog
+from app.generate import Work
 from app.grid import Grid
 from app.votes import ANY
-from app.work import Work
 from tests.app.hostile import HOSTILE, make_good
 
 pytestmark = pytest.mark.timeout(60)  # a pipe keeps its reader waiting
@@ -45,7 +45,7 @@ class Tabs:
         scores = [self.compare.open(SimpleNamespace(query_params={}))]  # pyright: ignore
         votes = [self.vote._load(None, None)]
         for item in now.scores:
-            first = compare_data.first_view(item.path, item.result)
+            first = scored.first_view(item.path, item.result)
             scores += [self.compare._opened({"scores": item.path})]
             scores += [self.compare.step(1, *vars(first).values())]
             votes += [{0: self.vote.polls.pairs(item.path)}, self.vote._begin(item.path, ANY, "")]

@@ -1,11 +1,10 @@
 """The viewer in a process of its own, and a real browser that looks at it."""
 
+import contextlib
 import shutil
 import socket
 import subprocess
-import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,24 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from accelerate.state import AcceleratorState
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from bilora_diffusion.image import script as train
 from tests.app.folders import make_result, make_scores
-from tests.scripts.runs import flags
+from tests.scripts.runs import started, train
 
-ROOT = Path(__file__).resolve().parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
 TEXTS = tuple(f"an icon of a {name}" for name in ("rabbit", "cloud", "lion", "frog"))
 SEEDS = (0, 1)
 PATIENCE = 280.0
@@ -74,12 +63,15 @@ def serving(root: Path, log: Path) -> Iterator[Viewer]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "app.viewer", str(root), "--port", str(port)]
-    viewer = Viewer(f"http://127.0.0.1:{port}", root)
+    viewer, until = Viewer(f"http://127.0.0.1:{port}", root), time.monotonic() + PATIENCE
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        how = {"stdout": output, "stderr": subprocess.STDOUT}
+        process = started("-m", "app.viewer", root, "--port", port, **how)
         try:
-            _wait(viewer.url, process, log)
+            while not _answers(viewer.url):
+                if time.monotonic() > until or process.poll() is not None:
+                    pytest.fail(f"the viewer ended or did not start: {log.read_text('utf-8')}")
+                time.sleep(0.2)
             yield viewer
         finally:
             process.terminate()
@@ -90,27 +82,20 @@ def serving(root: Path, log: Path) -> Iterator[Viewer]:
                 process.wait()
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    pytest.fail(f"the viewer ended or did not start: {log.read_text('utf-8')}")
+def _answers(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+        return True
+    return False
 
 
 @pytest.fixture(scope="session")
 def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of two steps with a checkpoint (``lora``, ``bilora``), ``scores``, a wide report."""
     root = tmp_path_factory.mktemp("viewer") / "studio"
-    for method in ("lora", "bilora"):
-        AcceleratorState._reset_state()
-        values: dict[str, Any] = {"rho": 1.0} if method == "bilora" else {"eval_on_start": True}
-        values |= {"learning_rate": 0.02}  # enough to see it
-        values |= {"num_validation_images": 1, "checkpointing_steps": 2}
-        train.main(flags(root / method, method=method, **values))
+    values: dict[str, Any] = {"learning_rate": 0.02}  # enough to see it
+    values |= {"num_validation_images": 1, "checkpointing_steps": 2}
+    train(root / "lora", method="lora", eval_on_start=True, **values)
+    train(root / "bilora", method="bilora", rho=1.0, **values)
     make_scores(root / "scores", ("lora", "bilora"), TEXTS, SEEDS)
     make_result(root / "landscape", f"| {'very wide ' * 30} |\n| --- |\n| 0.12 |\n")
     return root
@@ -142,7 +127,7 @@ def browser() -> Iterator[Browser]:
         pytest.fail("the browser tests need Chromium: install it (apt-get install chromium)")
     expect.set_options(timeout=LOADED)
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=list(ARGUMENTS))
+        chromium = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
         yield chromium
         chromium.close()
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Response, expect
 
-from app.compare_data import first_view, listed, times_100
-from app.scored import scored
+from app.scored import first_view, listed, scored, times_100
 from app.votes import COLUMNS, FILE
 from bilora_diffusion.run.runlog import RunLog
 from eval import table

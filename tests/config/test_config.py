@@ -51,11 +51,7 @@ MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     # Tables A4 to A7
     (text, "", {"rank": 8, "lora_alpha": 16.0, "learning_rate": 5e-4, "lr_scheduler": "cosine"}),
     (text, "", {"rho": 0.05, "method": "bilora", "adam_weight_decay": 0.0, "warmup_ratio": 0.03}),
-    (
-        text,
-        "",
-        {"max_length": 256, "task_type": "causal", "template": "auto", "targets": ALL_LINEAR},
-    ),
+    (text, "", {"max_length": 256, "task_type": "causal", "targets": ALL_LINEAR}),
     (text, "", {"max_train_steps": None, "num_train_epochs": 3}),
     # a batch that is Transformers' default stays beside an accumulation, unlike diffusers'
     (text, "--gradient_accumulation_steps 4", {"train_batch_size": 8}),

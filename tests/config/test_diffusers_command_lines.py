@@ -19,6 +19,7 @@ from torch import nn
 
 from bilora_diffusion.config import refusals
 from bilora_diffusion.config.command_line import CommandLine
+from bilora_diffusion.config.options import LR_SCHEDULERS
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
@@ -57,10 +58,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "gradient_accumulation_steps": (1, 2, 5),
     "learning_rate": (1e-4, 5e-5, 1.0),
     "text_encoder_lr": (5e-6, 1e-5),
-    "lr_scheduler": (
-        *("constant", "constant_with_warmup", "linear"),
-        *("cosine", "cosine_with_restarts", "polynomial"),
-    ),
+    "lr_scheduler": LR_SCHEDULERS,
     "lr_warmup_steps": (0, 2, 100),
     "lr_num_cycles": (1, 3),
     "lr_power": (0.5, 2.0),

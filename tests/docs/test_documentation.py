@@ -93,7 +93,8 @@ def check(words, monkeypatch):
     elif program == "bilora":
         check_script(program, rest, monkeypatch)
     elif rest[0] == "-m":
-        check_module(importlib.import_module(rest[1]), rest[2:], monkeypatch)
+        name = "bilora_diffusion.export.cli" if "export" in rest[1] else rest[1]
+        check_module(importlib.import_module(name), rest[2:], monkeypatch)
     else:
         check_script(rest[0], rest[1:], monkeypatch)
 

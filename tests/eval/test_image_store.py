@@ -15,7 +15,7 @@ from eval.clip_scores import images as images_module
 from eval.clip_scores.images import Sampling, Store, jobs
 from eval.clip_scores.prompts import Prompt
 from eval.subjects import single
-from tests.export.mini_loras import write_lora
+from tests.export.export_models import write_lora
 
 PROMPTS = [Prompt(f"a ToK icon of a {name}, in the style of ToK") for name in ("Owl", "Cat", "Sun")]
 SAMPLING = Sampling("mini", size=64, steps=2, guidance_scale=4.0)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import convert
+from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import embed
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores.settings import base_model
 from eval.load import applied
+from eval.sources import find
 from eval.subjects import single
-from tests.export.mini_loras import one, rewrite, write_lora
+from tests.export.export_models import rewrite, write_lora
 from tests.scripts.runs import train_once
 
 PROMPT = "a ToK icon of a Owl, in the style of ToK"
@@ -49,37 +49,13 @@ def test_the_digest_is_of_the_weights_alone(files, tmp_path):
         metadata["lora_adapter_metadata"] = json.dumps(described)
 
     def altered(change):
-        return one(rewrite(source, tmp_path / "altered.safetensors", change)).digest
+        return find(str(rewrite(source, tmp_path / "altered.safetensors", change))).digest
 
-    digest = one(source).digest
+    digest = find(str(source)).digest
     assert altered(lambda tensors, metadata: metadata.pop("modelspec.date")) == digest
     assert altered(rescale) != digest
     assert altered(lambda tensors, _: tensors[key][0].add_(1e-6)) != digest
     assert altered(lambda t, _: t.update({key: t[key].half()})) != digest
-
-
-@pytest.mark.parametrize(
-    ("words", "shown"),
-    [
-        (["runs/bilroa"], ['did you mean "runs/bilora"']),  # and the hub is not asked
-        (["runs/bilora"], ["runs/bilora", "run.json"]),
-        (["pickle.bin"], ["pickle.bin", ".safetensors"]),
-        (["plain.safetensors"], ["plain.safetensors", "no LoRA"]),
-    ],
-)
-def test_a_bad_argument_is_refused_in_one_sentence(
-    words, shown, files, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    Path("runs/bilora").mkdir(parents=True)
-    Path("pickle.bin").write_bytes(b"x")
-    Path("cut.safetensors").write_bytes((files / "unet" / FILE).read_bytes()[:-100])
-    save_file({"weight": torch.zeros(2)}, "plain.safetensors")
-    with pytest.raises(UserError) as caught:
-        single(words)
-    assert "\n" not in str(caught.value)
-    assert all(word in str(caught.value) for word in shown), caught.value
-    assert capsys.readouterr() == ("", "")
 
 
 def test_all_adapters_belong_to_one_base(files, tmp_path):
@@ -115,7 +91,7 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
     own = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     state = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
     image, text = picture(pipeline), embed(pipeline, [PROMPT])
-    with applied(pipeline, one(run)):
+    with applied(pipeline, find(str(run))):
         inside = picture(pipeline)
         assert not np.array_equal(inside, image)
         same = torch.equal(embed(pipeline, [PROMPT])["sequence"], text["sequence"])
@@ -129,13 +105,13 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
             other = load_pipeline("mini", dtype=torch.float32)
             other.load_lora_weights(str(run), weight_name=FILE)
             assert np.array_equal(inside, picture(other))
-    with pytest.raises(ZeroDivisionError), applied(pipeline, one(run)):
+    with pytest.raises(ZeroDivisionError), applied(pipeline, find(str(run))):
         raise ZeroDivisionError
     if name == "whole":
-        with pytest.raises(UserError, match="no scale"), applied(pipeline, one(run), 0.5):
+        with pytest.raises(UserError, match="no scale"), applied(pipeline, find(str(run)), 0.5):
             pass
     elif name == "unet":
-        with applied(pipeline, one(run), 0.0):
+        with applied(pipeline, find(str(run)), 0.0):
             assert np.array_equal(picture(pipeline), image)
     assert (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) == own
     assert not any(pipeline.get_list_adapters().values())
@@ -185,7 +161,7 @@ def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(odd, dora, pipelin
         tmp_path / "locon.safetensors",
         convert(tmp_path / "locon.safetensors", "diffusers"),
     ):
-        with applied(pipeline, one(file)):
+        with applied(pipeline, find(str(file))):
             found.append(predicted(pipeline.unet))
         assert (found[-1] - expected).norm() < 1e-5 * (expected - base).norm()
     assert torch.equal(*found)
@@ -208,7 +184,7 @@ def test_a_file_that_does_not_fit_is_refused(old, new, message, pipeline, files,
     rewrite(files / "unet" / FILE, tmp_path / "bad.safetensors", change)
     with (
         pytest.raises(UserError, match=message),
-        applied(pipeline, one(tmp_path / "bad.safetensors")),
+        applied(pipeline, find(str(tmp_path / "bad.safetensors"))),
     ):
         pass
     assert not any(pipeline.get_list_adapters().values())

@@ -68,16 +68,13 @@ def test_a_folders_name_tells_what_is_run(tmp_path):
     assert first != name("rank: 4\n", shared={"max_train_steps": "7"})
 
 
+UNMEASURED = {"validation_dataset": "none", "validation_loss_steps": "0"}
 REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (["seed"], {}, 'has "seed": write name=value'),
     (["rho=1", "rho=2"], {}, 'gives "rho" twice'),
     (["seed=0..99999"], {}, "at most 10000 values"),
     (["rank=2,4"], {"arms": {"a": {"rank": 8}}}, '"rank" is an axis of --over and set'),
-    (
-        ["seed=0"],
-        {"shared": {"validation_dataset": "none", "validation_loss_steps": "0"}},
-        "would have no heldout_loss",
-    ),
+    (["seed=0"], {"shared": UNMEASURED}, "would have no heldout_loss"),
     ([], {"arms": {"odd": {"method": "lorra"}}}, r'did you mean "lora"'),
 ]
 

@@ -74,21 +74,12 @@ def test_what_a_subject_and_its_base_model_are(tmp_path):
         assert (told.name, told.revision, told.quantize) == ("local/copy", None, "none")
 
 
-def test_what_can_not_be_scored_is_refused(tmp_path):
-    images = make_run(tmp_path / "images")
-    record = json.loads((images / "run.json").read_text())
-    del record["config"]["model_name_or_path"]
-    (images / "run.json").write_text(json.dumps(record))
-    lora = {f"unet.a.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
-    save_file(lora, images / "pytorch_lora_weights.safetensors")
-    bare = make_run(tmp_path / "bare")
+def test_what_has_no_one_base_model_is_refused(tmp_path):
+    bare, nameless = make_run(tmp_path / "bare"), make_adapter(tmp_path / "nameless")
     (bare / "adapter_model.safetensors").unlink()
-    nameless = make_adapter(tmp_path / "nameless")
     (nameless / "adapter_config.json").write_text("{}")
     one, other = make_run(tmp_path / "one"), make_run(tmp_path / "b", model_name_or_path="o/other")
     cases: list[tuple[list[Path | str], str]] = [
-        ([], "nothing is given"),
-        ([images], "images.* eval.clip_scores"),
         ([bare], "bare .*adapter_model.safetensors"),
         ([nameless], "nameless .*--model_name_or_path"),
         (["base"], '"base".*--model_name_or_path'),

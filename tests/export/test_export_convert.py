@@ -1,7 +1,6 @@
 """`python -m bilora_diffusion.export FILE --to FORMAT`: the same change in each format."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -13,34 +12,19 @@ from torch import nn
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.errors import TrainingError, UserError
-from bilora_diffusion.export import (
-    FILE_NAME,
-    conversion,
-    convert,
-    inspect,
-    main,
-    reader,
-    save_adapter,
-)
+from bilora_diffusion.export import conversion, reader
+from bilora_diffusion.export.cli import main
+from bilora_diffusion.export.conversion import convert, save_adapter
 from bilora_diffusion.export.layers import kohya_name, plain_name
-from bilora_diffusion.lora_names import CONFIG, WEIGHTS
+from bilora_diffusion.export.lorafile import inspect
+from bilora_diffusion.lora_names import CONFIG, FILE_NAME, WEIGHTS
 from bilora_diffusion.text.models import load_text_model
 from tests.export.export_models import add_adapters, all_models, equal, export_all, plain_models
+from tests.scripts.runs import ROOT
 from tests.text.text_builders import save_llama
 
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+MODELS = ROOT / "results" / "dry_run_memory" / "models.json"
+"""Configurations of published models."""
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
@@ -154,7 +138,8 @@ def test_all_names_of_the_models_come_back_from_kohyas():
         return [plain_name(n) for n, module in model.named_modules() if isinstance(module, kinds)]
 
     with torch.device("meta"):
-        sdxl = UNet2DConditionModel(**SDXL)
+        config = json.loads(MODELS.read_text())["Stable Diffusion XL"]["denoiser"][1]
+        sdxl = UNet2DConditionModel(**config)
         models = [*plain_models().items(), ("unet", sdxl)]
     for component, model in models:
         prefix = kohya_name(component, "").removesuffix("text_model_")

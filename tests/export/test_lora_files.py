@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 
 from bilora_diffusion.adapters import AUXILIARY
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import FILE_NAME, convert, inspect, main
+from bilora_diffusion.export.cli import main
+from bilora_diffusion.export.conversion import convert
+from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.reader import read
-from bilora_diffusion.lora_names import CONFIG, FORMATS, WEIGHTS
+from bilora_diffusion.lora_names import CONFIG, FILE_NAME, FORMATS, WEIGHTS
 from eval.digests import of_lora, peft_config
 from tests.export.export_models import rewrite
 

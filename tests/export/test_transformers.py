@@ -2,27 +2,30 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import FILE_NAME, convert, inspect, main, save_diffusers, verify
+from bilora_diffusion.export.cli import main
+from bilora_diffusion.export.conversion import convert
+from bilora_diffusion.export.lorafile import inspect
+from bilora_diffusion.export.readback import verify
+from bilora_diffusion.export.writer import save_diffusers
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.layers import chosen
 from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.lora_names import FILE_NAME
 from bilora_diffusion.run.folder import clear, refuse_foreign_models
 from eval.load import applied
+from eval.sources import find
 from tests.export.comfy_names import NAMES
 from tests.export.export_models import FACTS, add_adapters, equal
-from tests.export.mini_loras import one
 from tests.image.tiny import FILES, made, shared
 from tests.scripts.runs import copied, train_once
 
@@ -123,23 +126,6 @@ def test_keys_and_metadata_are_diffusers_and_those_that_the_docs_name_for_comfyu
         assert equal(convert(given, "diffusers", given.with_name(f"back-{given.name}")), file)
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_around_the_formats(dora, tmp_path):
-    pipeline = trained(SD3, use_dora=dora)
-    source = exported(tmp_path / "run", pipeline)
-    peft = convert(source, "peft", tmp_path / "peft")
-    back = convert(peft, "diffusers", tmp_path / "back.safetensors")
-    assert equal(back, source)
-    assert inspect(back).metadata["bilora.rho"] == inspect(source).metadata["bilora.rho"]
-    loaded: Any = PeftModel.from_pretrained(made(SD3).transformer, str(peft))
-    other = made(SD3)
-    other.load_lora_weights(source)
-    assert len(adapters.factors(loaded, PRIMARY)) == inspect(source).layers["transformer"]
-    expected = output(other)
-    other.transformer = loaded.base_model.model
-    torch.testing.assert_close(output(other), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_kohyas_format_is_refused_in_one_sentence(tmp_path, capsys):
     pipeline = trained(SD3)
     models = {"transformer": pipeline.transformer}
@@ -157,14 +143,6 @@ def test_kohyas_format_is_refused_in_one_sentence(tmp_path, capsys):
     assert main([str(tmp_path / "flux.safetensors")]) == 0  # a look at it needs no names
     with pytest.raises(UserError, match="double_blocks_0_img_attn_proj is no layer of SDXL"):
         convert(tmp_path / "flux.safetensors", "diffusers")
-
-
-def test_a_folder_of_whole_models_is_no_adapter(tmp_path):
-    made(SD3).transformer.save_pretrained(tmp_path / "transformer")
-    with pytest.raises(UserError, match="is a folder without"):
-        convert(tmp_path, "peft")
-    shutil.copy(exported(tmp_path / "run", trained(SD3)), tmp_path)
-    assert set(inspect(tmp_path / FILE_NAME).layers) == {"transformer"}
 
 
 RUNS: dict[str, dict[str, Any]] = {"lora": {"checkpointing_steps": 1}, "whole": {"method": "full"}}
@@ -196,7 +174,7 @@ def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(tmp_path
 def test_the_weights_act_within_the_context_and_on_no_other_kind_of_model(name, word):
     pipeline = load_pipeline(str(shared(SD3)), dtype=torch.float32)
     before, own = output(pipeline), pipeline.transformer
-    with applied(pipeline, one(run(name))):
+    with applied(pipeline, find(str(run(name)))):
         inside = output(pipeline)
         assert not torch.equal(inside, before)
     assert pipeline.transformer is own
@@ -205,7 +183,7 @@ def test_the_weights_act_within_the_context_and_on_no_other_kind_of_model(name, 
         pipeline.load_lora_weights(run(name), weight_name=FILE_NAME)
         assert torch.equal(output(pipeline), inside)
     mini = load_pipeline("mini", dtype=torch.float32)
-    with pytest.raises(UserError, match=word), applied(mini, one(run(name))):
+    with pytest.raises(UserError, match=word), applied(mini, find(str(run(name)))):
         pass
 
 

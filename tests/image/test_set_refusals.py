@@ -70,16 +70,6 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
     (row('{"name": "c.png"}'), {}, ["line 1", '"file_name"']),
     (row('{"file_name": \n'), {}, ["line 1", "not JSON"]),
     (row("\n"), {}, ["metadata.jsonl", "no image"]),
-    (
-        lambda f: (os.mkfifo(f / "p.png"), row('{"file_name": "p.png"}')(f)),
-        {},
-        ["p.png", "not a file there"],
-    ),
-    (
-        row('{"file_name": "a.jpg", "text": "\\u0000"}'),
-        {"caption_column": "text"},
-        ["a.jpg", "text"],
-    ),
     # metadata.csv
     (write("metadata.csv", "file_name,text\nc.png,a,b\n"), {}, ["line 2", "comma"]),
     (write("metadata.csv", "file_name,text,text\na.jpg,b,c"), {}, ['several columns "text"']),

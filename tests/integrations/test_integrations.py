@@ -16,15 +16,12 @@ from bilora_diffusion.methods import radius
 from tests.contract.models import tiny_llm, tiny_t5
 from tests.integrations import trainers
 
-PEFT = LoraConfig(
-    r=4,
-    lora_alpha=8,
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-)
+PEFT = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 FOUR = {"gradient_accumulation_steps": 4, "max_steps": 5, "max_grad_norm": 0.05}
 SAME = {"accumulate": 4, "clip": 0.05}
 NUMBERS = [(7 * row) % 11 for row in range(trainers.STEPS * trainers.BATCH)]
 AUTO = BiLoRAConfig(rank=4, alpha=8, rho="auto", loss_rise=0.2)
+SEVERAL = replace(trainers.CONFIG, auxiliaries=6)
 
 
 def peft_llm():
@@ -46,13 +43,7 @@ def peft_llm():
         # a radius that sets itself goes by the loss of the whole step
         ("sft", tiny_llm, AUTO, FOUR | {"max_grad_norm": 0.0}, {"accumulate": 4}),
         # each sample has its own auxiliary by a column
-        (
-            "sft",
-            tiny_llm,
-            replace(trainers.CONFIG, auxiliaries=6),
-            {"max_steps": 6},
-            {"samples": NUMBERS},
-        ),
+        ("sft", tiny_llm, SEVERAL, {"max_steps": 6}, {"samples": NUMBERS}),
     ],
 )
 def test_a_trainer_takes_the_steps_of_a_loop(
@@ -134,18 +125,10 @@ def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
 
 def test_the_best_model_comes_back(tmp_path):
     bilora = trainers.attached(tiny_llm())
-    trainer = trainers.with_bilora(
-        tmp_path,
-        bilora,
-        learning_rate=3e-2,
-        eval_strategy="steps",
-        eval_steps=5,
-        save_strategy="steps",
-        save_steps=5,
-        load_best_model_at_end=True,
-        data=trainers.rows(4),  # so few that the loss on other rows rises
-        eval_dataset=trainers.rows(8, seed=1),
-    )
+    values: dict[str, Any] = {"learning_rate": 3e-2, "load_best_model_at_end": True}
+    values |= {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
+    values |= {"data": trainers.rows(4), "eval_dataset": trainers.rows(8, seed=1)}  # its loss rises
+    trainer = trainers.with_bilora(tmp_path, bilora, **values)
     trainer.train()
     scores = trainers.losses(trainer, "eval_loss")
     assert min(scores) < scores[-1]

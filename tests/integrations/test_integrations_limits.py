@@ -52,17 +52,12 @@ def make(folder, config=trainers.CONFIG, kind="trainer", seed=7, **values):
     return trainers.with_bilora(folder, bilora, kind, **(chosen | values)), bilora
 
 
+OWN = {"init": "pissa", "auxiliary_rank": 2, "auxiliary_learning_rate": 2e-3}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "values"),
-    [
-        pytest.param(
-            "trainer",
-            {"init": "pissa", "auxiliary_rank": 2, "auxiliary_learning_rate": 2e-3},
-            {},
-            marks=pytest.mark.slow,
-        ),
-        ("sft", {}, {"bf16": True}),
-    ],
+    [pytest.param("trainer", OWN, {}, marks=pytest.mark.slow), ("sft", {}, {"bf16": True})],
     ids=str,
 )
 def test_resumed_equals_uninterrupted(kind, changes, values, tmp_path):
@@ -107,31 +102,23 @@ def stopped(tmp_path_factory):
     return folder / f"checkpoint-{STOP}"
 
 
-def cut(size):
-    def change(folder):
-        (folder / STATE).write_bytes((folder / STATE).read_bytes()[:size])
-
-    return change
-
-
-def lack(name):
-    return lambda folder: (folder / name).unlink()
-
-
 @pytest.mark.parametrize(
-    ("damage", "word", "config"),
+    ("damaged", "word", "rho"),
     [
-        (lack("optimizer.pt"), "optimizer.pt", trainers.CONFIG),
-        (cut(-1), "truncated or altered", trainers.CONFIG),
-        (lambda _: None, r"rho was 0\.02 and is 0\.5", replace(trainers.CONFIG, rho=0.5)),
+        ("optimizer.pt", "optimizer.pt", trainers.RHO),
+        (STATE, "truncated or altered", trainers.RHO),
+        (None, r"rho was 0\.02 and is 0\.5", 0.5),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(
-    damage, word, config, stopped, tmp_path
+    damaged, word, rho, stopped, tmp_path
 ):
-    checkpoint = shutil.copytree(stopped, tmp_path / stopped.name)
-    damage(checkpoint)
-    trainer, bilora = make(tmp_path, config, seed=99)
+    checkpoint = Path(shutil.copytree(stopped, tmp_path / stopped.name))
+    if damaged == STATE:
+        (checkpoint / STATE).write_bytes((checkpoint / STATE).read_bytes()[:-1])
+    elif damaged:
+        (checkpoint / damaged).unlink()
+    trainer, bilora = make(tmp_path, replace(trainers.CONFIG, rho=rho), seed=99)
     before = adapters.state_dict(bilora.model, PRIMARY)
     with pytest.raises(UserError, match=word):
         trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -143,50 +130,38 @@ TARGETS = LoraConfig(target_modules=["q_proj"])
 HEAD = BiLoRAConfig(target_modules=("q_proj", "lm_head"))  # which TRL would pass by
 
 
-def changed(folder, name, value):
-    trainer = trainers.plain(folder, tiny_llm())
-    setattr(trainer, name, value)
-    return trainer
+def changed(name, value):
+    def make(folder, _):
+        trainer = trainers.plain(folder, tiny_llm())
+        setattr(trainer, name, value)
+        return trainer
+
+    return make
 
 
-USES: list[tuple[Callable[[Path, Any], object], str]] = [
-    (
-        lambda f, b: use_bilora(changed(f, "is_deepspeed_enabled", True), trainers.CONFIG),
-        "DeepSpeed",
-    ),
-    (lambda f, b: use_bilora(changed(f, "is_fsdp_enabled", True), trainers.CONFIG), "FSDP"),
-    (
-        lambda f, b: use_bilora(changed(f, "model_init", tiny_llm), trainers.CONFIG),
-        "model_init.*model=",
-    ),
+USES: list[tuple[Callable[[Path, Any], Any], BiLoRAConfig | None, str]] = [
+    (changed("is_deepspeed_enabled", True), trainers.CONFIG, "DeepSpeed"),
+    (changed("is_fsdp_enabled", True), trainers.CONFIG, "FSDP"),
+    (changed("model_init", tiny_llm), trainers.CONFIG, "model_init.*model="),
     # it has weights of its own
-    (
-        lambda f, b: use_bilora(
-            trainers.plain(f, tiny_llm(), optim="galore_adamw"), trainers.CONFIG
-        ),
-        "galore_adamw",
-    ),
-    (lambda f, b: use_bilora({}, trainers.CONFIG), "got a dict"),  # type: ignore[arg-type]
-    (lambda f, b: integration._check_version(object), "has no train"),  # type: ignore[arg-type]
-    (lambda f, b: use_bilora(trainers.with_bilora(f, b), b), "already"),
-    (lambda f, b: use_bilora(trainers.plain(f, tiny_llm()), b), "gave to attach"),
-    (
-        lambda f, b: use_bilora(trainers.plain(f, b.model, "sft", peft_config=TARGETS), b),
-        "peft_config",
-    ),
-    (
-        lambda f, b: use_bilora(trainers.plain(f, get_peft_model(b.model, TARGETS)), b),
-        "peft_config",
-    ),
-    (lambda f, b: use_bilora(trainers.plain(f, tiny_llm(), "sft"), HEAD), "target_modules"),
+    (lambda f, b: trainers.plain(f, tiny_llm(), optim="galore_adamw"), trainers.CONFIG, "galore"),
+    (lambda f, b: {}, None, "got a dict"),
+    (lambda f, b: trainers.with_bilora(f, b), None, "already"),
+    (lambda f, b: trainers.plain(f, tiny_llm()), None, "gave to attach"),
+    (lambda f, b: trainers.plain(f, b.model, "sft", peft_config=TARGETS), None, "peft_config"),
+    (lambda f, b: trainers.plain(f, get_peft_model(b.model, TARGETS)), None, "peft_config"),
+    (lambda f, b: trainers.plain(f, tiny_llm(), "sft"), HEAD, "target_modules"),
 ]
 
 
-@pytest.mark.parametrize(("use", "word"), USES)
-def test_a_trainer_that_would_be_wrong(use, word, tmp_path):
+@pytest.mark.parametrize(("make", "config", "word"), USES)
+def test_a_trainer_that_would_be_wrong(make, config, word, tmp_path):
     bilora = trainers.attached(tiny_llm())
+    trainer = make(tmp_path, bilora)
     with pytest.raises(UserError, match=word):
-        use(tmp_path, bilora)
+        use_bilora(trainer, config or bilora)
+    with pytest.raises(UserError, match="has no train"):
+        integration._check_version(object)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("descends", [False, True])

@@ -22,9 +22,7 @@ from transformers import (
 from bilora_diffusion import BiLoRAConfig, attach
 from bilora_diffusion.api import BiLoRA
 from bilora_diffusion.integrations import use_bilora
-from tests.contract.models import WORDS, tiny_llm, tiny_t5
-
-__all__ = ["tiny_llm", "tiny_t5"]
+from tests.contract.models import WORDS
 
 RHO = 0.02
 CONFIG = BiLoRAConfig(rank=4, alpha=8, rho=RHO)

@@ -15,16 +15,9 @@ DEFAULTS = {name: flag.get("default") for name, flag in TABLES["sdxl"].items()}
 
 @dataclass(frozen=True)
 class Meaning:
-    """The training that a command line asks for.
-
-    Args:
-        batch: images of one optimizer step, over all processes.
-        steps: optimizer steps of the run.
-        epochs: passes over the data that are begun.
-        alpha: of the adapters.
-        rate, text_encoder_rate: learning rates, before their course; None for a frozen encoder.
-        warmup: steps in which the rate rises.
-        course: the factor on the rate at each step.
+    """The training that a command line asks for: images of a step over all processes, steps, begun
+    passes over the data, the adapters' alpha, rates before their course (None if frozen), steps in
+    which they rise, and the factor on them at each step.
     """
 
     batch: int
@@ -38,12 +31,7 @@ class Meaning:
 
 
 def default_here(values: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    """Defaults of flags that a command line leaves out, where diffusers has another.
-
-    Args:
-        values: of every flag, with diffusers' defaults.
-        given: the flags that the command line gives.
-    """
+    """Defaults of flags that are not given, where diffusers has another."""
     defaults = {
         "train_batch_size": 1,
         "max_train_steps": 500,
@@ -67,13 +55,8 @@ def refuses(values: Mapping[str, Any]) -> bool:
 
 
 def meaning(values: Mapping[str, Any], images: int, class_images: int, processes: int) -> Meaning:
-    """The script's training with these values of all flags, and ``lora_alpha`` where it had it.
-
-    Args:
-        values: by the names of the flags.
-        images: instance images.
-        class_images: files in the class folder.
-        processes: that train together.
+    """The script's training with these values of all flags, and ``lora_alpha`` where it had it;
+    ``class_images`` is the number of files in the class folder.
     """
     length = images * values["repeats"]
     if values["with_prior_preservation"]:

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import main as export
+from bilora_diffusion.export.cli import main as export
 from bilora_diffusion.image.script import main as train
 from bilora_diffusion.run import interruption, lock
 from bilora_diffusion.run.interruption import Interruption, resuming

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+SHARES: list[float] = []
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
@@ -39,8 +40,8 @@ def allow_fsdp_on_cpus() -> None:
     AcceleratorState.__init__ = initialise
 
 
-def report_shares() -> None:
-    """From now on every run says how much of its frozen weights this process keeps."""
+def note_shares() -> None:
+    """From now on every run notes which share of its frozen weights this process keeps."""
     from bilora_diffusion.train import sharding
 
     original = sharding.prepare
@@ -49,7 +50,7 @@ def report_shares() -> None:
         made = original(accelerator, module, *args)
         frozen = [p for p in module.parameters() if not p.requires_grad]
         kept = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in frozen)
-        print(f"kept {kept} of {sum(p.numel() for p in frozen)}", flush=True)
+        SHARES.append(kept / sum(p.numel() for p in frozen))
         return made
 
     sharding.prepare = prepare
@@ -69,8 +70,13 @@ def run(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     allow_fsdp_on_cpus()
-    report_shares()
+    note_shares()
     end, Accelerator.end_training = Accelerator.end_training, lambda self: None
-    for command_line in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+    command_lines = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    for command_line in command_lines:
         run(command_line)
+    # Half of an untied model, and of T5 all that is not its tied embedding.
+    assert len(SHARES) == len(command_lines), SHARES
+    assert max(SHARES) < 0.62, SHARES
+    assert abs(min(SHARES) - 0.5) < 0.02, SHARES
     end(Accelerator())

@@ -1,6 +1,5 @@
 """``python -m eval.clip_scores`` on runs of the miniature: whole, killed, repeated, refused."""
 
-import contextlib
 import json
 import shutil
 import signal
@@ -16,8 +15,9 @@ from bilora_diffusion.durable import TEMPORARY
 from bilora_diffusion.run.runlog import read_metrics
 from eval import clip_scores, table
 from eval.sources import find
-from tests.export.mini_loras import rewrite
-from tests.scripts.runs import started, train_once
+from tests.eval.clip_models import save_blip, save_open_clip
+from tests.export.export_models import rewrite
+from tests.scripts.runs import copied, started, train_once
 
 PROMPTS = """a ToK icon of a Fluffy Rabbit, in the style of ToK
 a ToK icon of a red car, in the style of ToK
@@ -28,13 +28,30 @@ SCORES = ("-m", "eval.clip_scores")
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
-def words(output, *more, steps=2, seeds="0"):
+@pytest.fixture(scope="module")
+def scored_runs(tmp_path_factory):
+    """Two runs of two steps as `make demo` leaves them, at a rate that changes images visibly."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("lora", "bilora"):
+        copied(train_once(method, method=method, learning_rate=3e-2), folder / "demo" / method)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory):
+    """Flags for a small random scorer and captioner of the real classes."""
+    folder = tmp_path_factory.mktemp("models")
+    clip, blip = save_open_clip(folder / "clip"), save_blip(folder / "blip")
+    return ["--scorer", f"open_clip:{clip}", "--captioner", f"blip:{blip}"]
+
+
+def words(output, *more, steps=2):
     prompts = output.parent / "prompts.txt"
     prompts.write_text(PROMPTS)
     return [
         *more,
         *("--prompts", str(prompts), "--general_prompts", "general", "--max_prompts", "3"),
-        *("--num_inference_steps", str(steps), "--seeds", seeds, "--output_dir", str(output)),
+        *("--num_inference_steps", str(steps), "--seeds", "0", "--output_dir", str(output)),
     ]
 
 
@@ -46,10 +63,9 @@ def run(*argv):
 
 def pictures(folder):
     """Every whole image, and when it was written."""
-    files = [
-        file for file in (folder / "images").glob("**/*.png") if not file.name.startswith(TEMPORARY)
-    ]
-    return {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in files}
+    files = (folder / "images").glob("**/*.png")
+    whole = [file for file in files if not file.name.startswith(TEMPORARY)]
+    return {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in whole}
 
 
 def require_close(one, other, without=""):
@@ -116,10 +132,9 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tm
     recorded = {row["step"]: row.get("heldout_loss") for row in read_metrics(trained)}
     found = {row.subject: row.value for row in made.select("heldout_loss")}
     assert found == {f"step {step}": recorded[step] for step in (1, 2)}
-    counts = {name: len(made.select(name)) for name in ("image", "i2t", "nearest", "drift")}
-    assert counts == {"image": 8, "i2t": 4, "nearest": 4, "drift": 4}
-    compared = {(line.group, line.control) for line in made.summaries if line.pairs}
-    assert compared == {("step 1", "step 2")}
+    assert {(line.group, line.control) for line in made.summaries if line.pairs} == {
+        ("step 1", "step 2")
+    }
     assert made.figures == ["grid.png", "steps.png"]
     assert len(made.settings["best_steps"]) == len({line.metric for line in made.summaries})
     assert scored(made).labels == ["step 1", "step 2"]  # as the viewer reads it
@@ -186,36 +201,3 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     assert (launched.returncode, printed.count("written: ")) == (0, 1)
     assert len(pictures(two)) == 15
     require_close(table.read(two), continued)
-
-
-@pytest.mark.parametrize(
-    ("line", "named"),
-    [
-        ("RUN --prompt x", 'did you mean "--prompts"'),
-        ("RUN --prompts nowhere.txt", "nowhere.txt"),
-        ("RUN --control LoRa", 'did you mean "LoRA"'),
-        ("RUN --adapter_scale nan", "--adapter_scale"),
-        ("RUN --device cuda:99", "cuda:99"),
-        ("RUN --output_dir file", "file"),
-        ("", "make demo"),
-        ("unfinished", LORA),
-        (f"RUN --base_model {SDXL}", SDXL),
-        (f"base --base_model {SDXL} --scorer embedded", "--scorer embedded"),
-    ],
-)
-def test_bad_input_is_one_sentence_before_anything_is_made(
-    line, named, scored_runs, tiny_models, tmp_path, capsys
-):
-    lora = scored_runs / "demo" / "lora"
-    (tmp_path / "file").touch()
-    (tmp_path / "unfinished").mkdir()
-    shutil.copy(lora / "run.json", tmp_path / "unfinished")
-    models = [] if "embedded" in line or not line else tiny_models
-    argv = [*models, "--output_dir", "out", *line.replace("RUN", str(lora)).split()]
-    capsys.readouterr()
-    with contextlib.chdir(tmp_path):
-        assert clip_scores.main(argv) == 2
-    (sentence,) = capsys.readouterr().err.splitlines()
-    assert sentence.startswith("error: ")
-    assert named in sentence
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "unfinished"}

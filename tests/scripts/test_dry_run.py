@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub.utils import filter_repo_objects
 
@@ -15,12 +16,12 @@ import train_text_bilora
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image import pipeline
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.families.sdxl import StableDiffusionXL
-from bilora_diffusion.mini import pipeline_dir
-from bilora_diffusion.train.dry_run import main
-from docs.memory import FOLDER, MODELS
+from bilora_diffusion.image.dry_run import moments
+from bilora_diffusion.train.dry_run import STEP, attached, complete, main
+from docs import memory
+from docs.memory import FOLDER
 from tests.image.tiny import shared
-from tests.scripts.runs import SCRIPT, flags, process
+from tests.scripts.runs import flags, process
 from tests.text.text_builders import KINDS, material, text_flags
 
 SD3 = "StableDiffusion3Pipeline"
@@ -46,52 +47,18 @@ def parts_of(said):
     return {name: f"{size} {unit}" for size, unit, name in lines}
 
 
-def needed(said):
-    """Bytes that a dry run says."""
-    found = re.search(r"the run needs about ([\d.]+) (MB|GB),", said)
-    assert found is not None, said
-    return float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
-
-
-def sdxl(folder):
-    """SDXL at its full size, of which there are configurations and small tokenizers only."""
-    base = without_weights(pipeline_dir(), folder)
-    published = MODELS["Stable Diffusion XL"]
-    (_, unet), encoders = published["denoiser"], published["encoders"]
-    vae = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
-    changes = {
-        "unet": unet,
-        "vae": vae,
-        **dict(zip(StableDiffusionXL().encoders, (e[2] for e in encoders), strict=True)),
-    }
-    for part, values in changes.items():
-        file = base / part / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if part == "unet":
-            config = {"_class_name": config["_class_name"]}
-        file.write_text(json.dumps({**config, **values}), encoding="utf-8")
-    return base
-
-
-def near(name, *words):
-    """Hold the memory of a dry run in a process of its own to what the run took."""
-    done = process(*words, "--dry_run")
-    measured = json.loads((FOLDER / name).read_text(encoding="utf-8"))["measured_bytes"]
-    assert needed(done.stdout) == pytest.approx(measured, rel=0.15)
-
-
 @pytest.mark.slow
-def test_the_miniature_is_near_what_a_run_takes(tmp_path):
-    words = ("--config", "recipes/mini.yaml", "--max_train_steps", "3")
-    near("mini.json", SCRIPT, *words, "--output_dir", tmp_path / "run")
+def test_memory_is_near_what_runs_took(tmp_path):
+    """Of the miniature, in a process of its own, and of SDXL at its full size."""
+    mini, sdxl = (json.loads((FOLDER / f"{n}.json").read_text()) for n in ("mini", "sdxl_256"))
+    said = process(*mini["command"].replace("mini_run", f"{tmp_path}/run").split(), "--dry_run")
+    found = re.search(r"the run needs about (\d+) MB,", said.stdout)
+    assert float(found[1]) * 1e6 == pytest.approx(mini["measured_bytes"], rel=0.15)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_sdxl_is_near_what_a_run_takes(tmp_path):
-    base, row = sdxl(tmp_path / "sdxl"), json.loads((FOLDER / "sdxl_256.json").read_text())
-    words = row["command"].replace("random_sdxl", str(base)).replace("sdxl_out", f"{tmp_path}/run")
-    near("sdxl_256.json", *words.split())
+    words = re.findall(r"--(?:resolution|mixed_precision|train_batch_size) \w+", sdxl["command"])
+    run = memory.task("Stable Diffusion XL", *" ".join(words).split())
+    taken = complete(moments(run, torch.device("cpu")), attached(run, 2)[1], process=600_000_000)
+    assert sum(taken[STEP].values()) == pytest.approx(sdxl["measured_bytes"], rel=0.15)
 
 
 def test_of_a_model_on_the_hub_no_weights_are_downloaded(capsys, tmp_path, monkeypatch):
@@ -167,14 +134,7 @@ def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
     assert {name: said[name] for name in parts} == parts
 
 
-def test_bad_input_is_one_sentence(capsys, tmp_path):
+def test_several_processes_are_refused():
     accelerator: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(UserError, match="one process"):
         main(lambda *_: None, None, resolve(["--dataset", "mini"]), accelerator)
-    given = {
-        "pretrained_model_name_or_path": without_weights(shared(SD3), tmp_path / "base"),
-        "resolution": 64,
-    }
-    for wrong in ({"resolution": 72}, {"lora_layers": "to_z"}):
-        said = image_run(capsys, tmp_path / "run", code=2, **{**given, **wrong})
-        assert all(str(value) in said for value in wrong.values())

@@ -9,9 +9,7 @@ from safetensors.torch import load_file
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.run import snapshots
-from eval import dynamics, generalization
-from tests.run import recorded_runs
-from tests.scripts.runs import alike, column, train
+from tests.scripts.runs import alike, column, copied, train
 
 SHORT: dict[str, Any] = {
     "train_batch_size": 1,
@@ -32,10 +30,8 @@ def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path):
     off = train(tmp_path / "off", **{**shared, "log_dynamics": None, "dynamics_steps": None})
     alike(whole, off, "grad_norm", "sharpness")
     assert not (off / "dynamics").exists()
-    assert column(off, "dynamics") == []
 
-    parts = tmp_path / "parts"
-    shutil.copytree(whole, parts)
+    parts = copied(whole, tmp_path / "parts")
     shutil.rmtree(parts / "checkpoints" / "step-4")
     assert list(files(parts)) == [0, 1, 2, 3, 4]
     for step in (3, 4):  # what a kill may leave; it has to be taken anew
@@ -66,43 +62,3 @@ def test_snapshots_are_of_what_was_trained_and_not_of_its_average(tmp_path):
     assert second["ascent_gain"] != 0
     assert 0 < second["column_overlap"] < 1
     assert second["norm_auxiliary"] == pytest.approx(column(run, "auxiliary_norm")[1], rel=1e-5)
-
-
-BAD: list[tuple[str, list[str], str]] = [
-    ("both", [], "no runs"),
-    ("both", ["{a}", "{runs}/../runs/a"], "twice"),
-    ("dynamics", ["{a}", "--output_dir", "{runs}/a/run.json"], "run.json"),
-    ("dynamics", ["{bare}"], "--log_dynamics"),
-    ("dynamics", ["{a}", "{late}"], "no recorded step in common"),
-    ("dynamics", ["{torn}"], "step-5.safetensors"),
-    ("generalization", ["{a}"], "heldout_loss"),
-]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs") / "runs"
-    root.mkdir()
-    recorded_runs.make(root / "a", steps=(0, 2, 4))
-    recorded_runs.make(root / "late", seed=1, steps=(1, 3, 5))
-    recorded_runs.make(root / "bare", "lora", steps=())
-    torn = recorded_runs.make(root / "torn", steps=(0, 5, 6))
-    path = snapshots.steps(torn)[5]
-    path.write_bytes(path.read_bytes()[:-40])
-    return root
-
-
-@pytest.mark.parametrize(("which", "words", "named"), BAD)
-def test_bad_input_is_one_sentence(which, words, named, runs, tmp_path, capsys):
-    given = [word.format(runs=runs, **{p.name: str(p) for p in runs.iterdir()}) for word in words]
-    if "--output_dir" not in given:
-        given += ["--output_dir", str(tmp_path / "out")]
-    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
-    commands = {"dynamics": dynamics, "generalization": generalization}
-    for module in [commands[which]] if which in commands else commands.values():
-        assert module.main(given) == 2
-        said = capsys.readouterr()
-        assert said.err.startswith("error: ")
-        assert named in said.err
-        assert (said.err.count("\n"), said.out) == (1, "")
-    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.errors import UserError
 from examples.demo_text import main
-from tests.integrations.trainers import tiny_llm, tiny_t5, tiny_tokenizer
+from tests.contract.models import tiny_llm, tiny_t5
+from tests.integrations.trainers import tiny_tokenizer
 from tests.scripts.runs import ROOT, TORCHRUN, process
 from tests.text.text_builders import save_llama
 

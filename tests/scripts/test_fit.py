@@ -5,23 +5,21 @@ import signal
 from typing import Any
 
 import pytest
-import torch
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import read_fit
 from bilora_diffusion.train.trainer import Trainer
-from tests.scripts.runs import column, weights
-from tests.text.text_builders import heldout, material, rows_for, train_text, write_rows
+from tests.scripts.runs import column, difference
+from tests.text.text_builders import heldout, material, train_text
 
-SPACE = "method: [lora, bilora]\n"
 FIT = {"max_train_steps": 6, "validation_loss_steps": 2, "lr_scheduler": "constant"}
 
 
 @pytest.fixture
 def given(tmp_path):
     """A classifier of 24 rows, and a space of two methods."""
-    (tmp_path / "space.yaml").write_text(SPACE)
+    (tmp_path / "space.yaml").write_text("method: [lora, bilora]\n")
     fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 36, "fit_folds": 2}
     return {**material("classification"), **FIT, **fit}
 
@@ -62,10 +60,7 @@ def test_a_fit_goes_on_where_it_was_interrupted_and_trains_what_it_chose(
     # The last run is what a command with these options makes.
     own = {**given, **choice["options"], "max_train_steps": choice["steps"]}
     no_fit = dict.fromkeys(("fit", "fit_space", "fit_budget", "fit_folds"))
-    plain = train_text(tmp_path / "plain", **{**own, **no_fit})
-    left, right = weights(whole), weights(plain)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[key], right[key]) for key in left)
+    assert difference(whole, train_text(tmp_path / "plain", **{**own, **no_fit})) == 0
 
     # Each part begins with models that no run had before: the same bytes, and no step twice.
     taken = interrupt(monkeypatch, 3, 12, spent + 1)
@@ -79,11 +74,10 @@ def test_a_fit_goes_on_where_it_was_interrupted_and_trains_what_it_chose(
     assert len(taken) == spent + choice["steps"]
     again = record(parts)
     assert {**again, "settings": 0} == {**found, "settings": 0}
-    assert all(torch.equal(left[key], value) for key, value in weights(parts).items())
+    assert difference(whole, parts) == 0
     for run in found["runs"]:
         for name in ("loss", "digest", "heldout_loss"):
-            folders = (folder / "fit" / run["name"] for folder in (whole, parts))
-            one, two = (column(folder, name) for folder in folders)
+            one, two = (column(folder / "fit" / run["name"], name) for folder in (whole, parts))
             assert one == two
     with pytest.raises(UserError, match="holds another run"):
         train_text(parts, **given)
@@ -107,27 +101,17 @@ def test_a_run_of_a_search_is_that_of_its_own_command(tmp_path):
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
-    ({"fit_budget": 1}, "rank: [4]", "--fit_budget 1 is too small.*at least"),
     ({"fit_folds": 25}, "rank: [4]", "25 folds of 24 rows"),
-    ({"train_file": "one"}, "rank: [4]", "2 folds of 1 rows"),
     ({"fit_space": "nowhere.yaml"}, "", "nowhere.yaml"),
     ({}, "rank: [0]", "in a run of --fit, --rank is 0"),
-    ({}, "method: [loar]", 'did you mean "lora"'),
-    ({}, "method: [full]", "--fit with --method full|--method full.*--fit"),
     ({}, "method: [lora-sam]\nrho: [auto]", "only bilora can follow"),
-    ({}, "lr_scheduler: [cosine]", "the same for all runs"),
 ]
 
 
 @pytest.mark.parametrize(("values", "space", "words"), BAD)
-def test_what_cannot_be_searched_is_one_sentence(tmp_path, values, space, words):
+def test_what_cannot_be_searched_is_one_sentence(tmp_path, given, values, space, words):
     (tmp_path / "space.yaml").write_text(space)
-    one = write_rows(tmp_path / "one.jsonl", rows_for("causal", 1))
-    kind = "causal" if "train_file" in values else "classification"
-    given = {**material(kind), "fit": True, "fit_space": tmp_path / "space.yaml", **FIT, **values}
-    if "train_file" in values:
-        given["train_file"] = one
     with pytest.raises(UserError, match=words) as refused:
-        train_text(tmp_path / "run", **given)
+        train_text(tmp_path / "run", **{**given, **values})
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()

@@ -18,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "tests" / "references" / "flag_list.json"
 
 RECORDED = json.loads(RECORD.read_text(encoding="utf-8"))
-MOVED = {"bilora_diffusion.demo_text": "examples.demo_text"}
-"""Recorded names of what is elsewhere today."""
 
 
 class _Parser(BaseException):
@@ -32,23 +30,22 @@ def parser_of(command):
     def carry(self, *args, **settings):
         raise _Parser(self)
 
-    place = str(MOVED.get(command, command))
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
         patch.setattr(argparse.ArgumentParser, "parse_args", carry)
         patch.setattr(argparse.ArgumentParser, "parse_known_args", carry)
         patch.setattr(torch.cuda, "is_available", lambda: False)  # the defaults of one machine
-        patch.setattr(sys, "argv", [place])
+        patch.setattr(sys, "argv", [command])
         patch.chdir(ROOT)
         try:
-            if place.endswith(".py"):
-                patch.syspath_prepend(str((ROOT / place).parent))
-                runpy.run_path(str(ROOT / place), run_name="__main__")
+            if command.endswith(".py"):
+                patch.syspath_prepend(str((ROOT / command).parent))
+                runpy.run_path(str(ROOT / command), run_name="__main__")
             else:
-                runpy.run_module(place, run_name="__main__", alter_sys=True)
+                runpy.run_module(command, run_name="__main__", alter_sys=True)
         except _Parser as caught:
             return caught.args[0]
-    raise AssertionError(f"{place} read no arguments")
+    raise AssertionError(f"{command} read no arguments")
 
 
 def _plain(value):

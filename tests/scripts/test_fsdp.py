@@ -1,16 +1,15 @@
 """FSDP2 on two processes gives what one process gives: losses, norms, weights, files, answers."""
 
 import json
-import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from bilora_diffusion.run import runlog
-from tests.scripts.runs import TEXT_SCRIPT, TORCHRUN, column, difference, process, weights
+from tests.scripts.runs import TORCHRUN, column, difference, process, weights
 from tests.text.text_builders import SAVERS, rows_for, text_flags, train_text, write_rows
 
 ENGINE = {
@@ -29,16 +28,6 @@ CASES: dict[str, dict[str, Any]] = {
     "causal-lora": {"mixed_precision": "bf16"},
 }
 """Flags of the runs, by kind of model and method."""
-
-
-class Setting(NamedTuple):
-    """Folders of models, rows and runs, and what the two processes printed."""
-
-    folder: Path
-    said: str
-
-    def run(self, name, processes):
-        return self.folder / processes / name
 
 
 def options(folder, name, processes):
@@ -75,18 +64,10 @@ def setting(tmp_path_factory):
     file = folder / "lines.json"
     file.write_text(json.dumps([[str(word) for word in line] for line in lines]))
     under = Path(__file__).with_name("fsdp_on_cpu.py")
-    said = process(*TORCHRUN, 2, under, file, **ENGINE)  # FSDP2 as accelerate has it
+    process(*TORCHRUN, 2, under, file, **ENGINE)  # FSDP2 as accelerate has it; it is split
     for name in CASES:
         train_text(folder / "one" / name, **options(folder, name, 1))
-    return Setting(folder, said.stdout)
-
-
-def test_frozen_weights_are_split(setting):
-    """Each process keeps half of an untied model, and of T5 all that is not its tied embedding."""
-    shares = [int(a) / int(b) for a, b in re.findall(r"kept (\d+) of (\d+)", setting.said)]
-    assert len(shares) == 2 * (len(CASES) + 1)
-    assert max(shares) < 0.62
-    assert min(shares) == pytest.approx(0.5, abs=0.02)
+    return folder
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,7 +75,7 @@ def test_two_processes_leave_what_one_leaves(setting, name):
     """Data, losses, norms before and after projection, gradient norm, metrics, weights, answers;
     checkpoints with whole tensors; files of the main process alone.
     """
-    one, two = (setting.run(name, processes) for processes in ("one", "two"))
+    one, two = (setting / processes / name for processes in ("one", "two"))
     close = 1e-5 if "mixed_precision" not in CASES[name] else 2e-3
     rows = [runlog.read_metrics(folder) for folder in (one, two)]
     assert len(rows[0]) == len(rows[1]) > 4
@@ -120,18 +101,9 @@ def test_two_processes_leave_what_one_leaves(setting, name):
 
 
 def test_a_resumed_run_is_exact_and_one_process_goes_on_where_two_stopped(setting):
-    whole, resumed = (setting.run(name, "two") for name in ("causal-bilora", "resumed"))
+    whole, resumed = (setting / "two" / name for name in ("causal-bilora", "resumed"))
     assert difference(whole, resumed) == 0
     assert column(whole, "loss")[-2:] == column(resumed, "loss")[-2:]
     step = {"resume_from_checkpoint": whole / "checkpoints" / "step-2"}
-    flags = options(setting.folder, "causal-bilora", 1) | step
-    assert difference(train_text(setting.run("resumed", "one"), **flags), whole) < 1e-5
-
-
-def test_cpus_are_refused_before_anything_is_written(setting):
-    """Without the help of these tests accelerate splits nothing on CPUs."""
-    out = setting.folder / "refused"
-    argv = text_flags(out, **options(setting.folder, "causal-bilora", 2))
-    said = process(*TORCHRUN, 2, TEXT_SCRIPT, *argv, fails=True, **ENGINE)
-    assert len(re.findall("error: the engine FSDP on .* is refused, since", said.stderr)) == 1
-    assert not out.exists()
+    flags = options(setting, "causal-bilora", 1) | step
+    assert difference(train_text(setting / "one" / "resumed", **flags), whole) < 1e-5

@@ -17,7 +17,7 @@ from bilora_diffusion.run import checkpoint, runlog, snapshots
 from tests.scripts import runs
 from tests.text.text_builders import material, text_flags, train_text_once
 
-STEPS, KILLS = 18, 2
+STEPS = 18
 QUIET: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
@@ -26,38 +26,30 @@ def steps_logged(folder):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def kill_at_random(argv, folder, chance):
-    """Kill the run some steps (or none) after it went on; True if it was still running."""
-    began = steps_logged(folder)
-    process = runs.started(runs.SCRIPT, *argv, **QUIET)
-    ahead, patience = chance.randint(0, 7), time.monotonic() + 600
-    while ahead and process.poll() is None and time.monotonic() < patience:
-        # A resumed run first drops the lines after its checkpoint, so the count may fall.
-        began = min(began, steps_logged(folder))
-        if steps_logged(folder) >= began + ahead:
-            break
+def until(ready, process, patience=600.0):
+    """Wait for something of a process that goes on."""
+    end = time.monotonic() + patience
+    while not ready() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
-    time.sleep(chance.uniform(0, 0.4))
-    alive = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return alive
+    assert process.poll() is None, process.communicate()[1]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_kills_change_no_bit(tmp_path):
-    whole = runs.train_once(max_train_steps=STEPS)
-    folder = tmp_path / "killed"
-    argv = runs.flags(
-        folder, max_train_steps=STEPS, checkpointing_steps=2, resume_from_checkpoint="auto"
-    )
-    chance = random.Random(0)
-    kills = sum(kill_at_random(argv, folder, chance) for _ in range(KILLS))
-    assert kills == KILLS
+    """One before there is a checkpoint or after, as it comes, and one soon after it went on."""
+    whole, folder = runs.train_once(max_train_steps=STEPS), tmp_path / "killed"
+    given = {"max_train_steps": STEPS, "checkpointing_steps": 2, "resume_from_checkpoint": "auto"}
+    argv, chance = runs.flags(folder, **given), random.Random(0)
+    for least in (3, 7):
+        process = runs.started(runs.SCRIPT, *argv, **QUIET)
+        until(lambda least=least: steps_logged(folder) >= least, process)
+        time.sleep(chance.uniform(0, 0.4))
+        process.kill()
+        process.wait()
     assert checkpoint.latest(folder) is not None
     assert runs.started(runs.SCRIPT, *argv, **QUIET).wait(timeout=600) == 0
-    assert len(runlog.read_run(folder)["resumed"]) >= KILLS // 2
+    assert len(runlog.read_run(folder)["resumed"]) >= 1
     runs.alike(whole, folder, "auxiliary_norm")
 
 
@@ -71,16 +63,14 @@ def interrupt_and_go_on(command, folder, number):
         stderr=subprocess.PIPE,
         start_new_session=True,  # a process group of its own, which Ctrl-C reaches as a whole
     )
-    patience = time.monotonic() + 600
-    while steps_logged(folder) < 3 and process.poll() is None and time.monotonic() < patience:
-        time.sleep(0.01)
-    assert process.poll() is None, process.communicate()[1]
+    until(lambda: steps_logged(folder) >= 3, process)
     os.killpg(process.pid, number)
     said = process.communicate(timeout=600)[1]
     launched = "accelerate.commands.launch" in command  # ends as it likes
     assert launched or process.returncode == 128 + number, said
+    patience = time.monotonic() + 600  # a launcher may end before what it launched
     while runlog.read_run(folder)["status"] == "running" and time.monotonic() < patience:
-        time.sleep(0.1)  # a launcher may end before what it launched
+        time.sleep(0.1)
     assert runlog.read_run(folder)["status"] == "interrupted", said
     (printed,) = [line for line in said.splitlines() if "--resume_from_checkpoint latest" in line]
     subprocess.run(printed, shell=True, cwd=runs.ROOT, check=True, capture_output=True)

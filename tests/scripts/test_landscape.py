@@ -34,34 +34,36 @@ def runs(tmp_path_factory):
     return root
 
 
-def opened(folder):
-    """With all images and levels, as training measures its loss."""
-    (point,) = points(gather([str(folder)], weights=True)).values()
-    return models.load(point, ("lora", "full"))
+@pytest.fixture
+def opened(runs):
+    """A run's model by its name, with all images and levels, as training measures its loss."""
+
+    def load(name):
+        (point,) = points(gather([str(runs / name)], weights=True)).values()
+        return models.load(point, ("lora", "full"))
+
+    return load
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_the_loss_of_all_images_and_levels_is_that_of_the_runs_log(runs, name):
+def test_the_loss_of_all_images_and_levels_is_that_of_the_runs_log(runs, opened, name):
     logged = runlog.read_run(runs / name)["results"]["train_grid_loss"]
-    model = opened(runs / name)
+    model = opened(name)
     assert evaluate(model.loss.terms) == pytest.approx(logged, rel=1e-5)
     assert ("lora" in model.spaces) == (name != "full")
 
 
-def test_the_spaces_hold_the_trained_factors_and_the_weights_beneath(runs):
-    model = opened(runs / "lora")
-    factors, full = model.spaces["lora"], model.spaces["full"]
+def test_the_spaces_hold_the_trained_factors_and_the_weights_beneath(runs, opened):
+    factors, full = (opened("lora").spaces[space] for space in ("lora", "full"))
     names = {weight.name for weight in full}
-    assert len(factors) == 112
     assert {weight.name.rpartition(".lora_")[0] for weight in factors} < names
-    assert len(names) == len(full)
-    for weight in factors:
-        assert weight.tensor.shape[weight.filter_dim] == 4
+    assert (len(factors), len(names)) == (112, len(full))
+    assert {weight.tensor.shape[weight.filter_dim] for weight in factors} == {4}
     # As trained, with alpha 8 at rank 4 and so a scale of 2, though the file has it in B.
     stored = load_file(runs / "lora" / "pytorch_lora_weights.safetensors")
     assert torch.equal(factors[0].tensor, stored[f"{factors[0].name}.weight"])
     assert torch.equal(2 * factors[1].tensor, stored[f"{factors[1].name}.weight"])
-    pissa = opened(runs / "pissa").spaces["lora"]
+    pissa = opened("pissa").spaces["lora"]
     assert (len(pissa), pissa[0].tensor.shape[0]) == (112, 8)
-    text = {weight.name.split(".")[0] for weight in opened(runs / "text").spaces["full"]}
+    text = {weight.name.split(".")[0] for weight in opened("text").spaces["full"]}
     assert text == {"unet", "text_encoder", "text_encoder_2"}

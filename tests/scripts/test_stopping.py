@@ -1,12 +1,11 @@
 """Runs that their held-out loss ends, and what they leave: images and text, whole and resumed."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.export import main as export
+from bilora_diffusion.export.cli import main as export
 from bilora_diffusion.run import runlog
 from tests.scripts import runs
 from tests.text import text_builders as texts
@@ -70,9 +69,9 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
         assert runs.difference(plain / "exports" / f"step-{best}", run) == 0
     assert f"| {best} |" in (run / "README.md").read_text()
 
-    parts = Path(shutil.copytree(run, tmp_path / "parts"))
-    for step in (f"step-{stop - 2}", f"step-{stop}"):  # after the best; where all is over
-        again = parts / "checkpoints" / step
+    parts = runs.copied(run, tmp_path / "parts")
+    for step in (stop - 2, stop):  # after the best; where all is over
+        again = parts / "checkpoints" / f"step-{step}"
         texts.train_text(parts, **given, **STOPPING, resume_from_checkpoint=again)
         assert runs.difference(run, parts) == 0
         assert runs.column(run, "digest") == runs.column(parts, "digest")
@@ -82,19 +81,17 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
 @pytest.mark.slow
 def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
     given = {**icons, "max_train_steps": 12, "use_ema": True, "ema_decay": 0.9}
-    plain = runs.train(tmp_path / "plain", **given)
-    best, stop = runs.reading(losses(plain), PATIENCE)
+    given |= {"validation_prompt": "a TOK icon", "num_validation_images": 1}
+    given |= {"validation_num_inference_steps": 2, **STOPPING}
+    run = runs.train(tmp_path / "run", **given)
+    best, stop = runs.reading(losses(run), PATIENCE)
     assert 0 < best < stop < 12
-    shown = {"validation_prompt": "a TOK icon", "num_validation_images": 1}
-    shown |= {"validation_num_inference_steps": 2}
-    run = runs.train(tmp_path / "run", **given, **shown, **STOPPING)
     assert (results(run)["best_step"], results(run)["steps"]) == (best, stop)
-    assert export([str(plain), "--step", str(best), "--to", "diffusers"]) == 0
-    assert runs.difference(plain / "exports" / f"step-{best}", run) == 0
+    assert export([str(run), "--step", str(best), "--to", "diffusers"]) == 0
+    assert runs.difference(run / "exports" / f"step-{best}", run) == 0
     assert [p.parent.name for p in run.glob("validation/*/*.png")] == [f"step-{best}"]
     assert f"validation/step-{best}/000.png" in (run / "README.md").read_text()
-    parts = Path(shutil.copytree(run, tmp_path / "parts"))
-    runs.train(parts, **given, **shown, **STOPPING, resume_from_checkpoint=f"step-{stop - 1}")
+    parts = runs.resumed(run, stop - 1, **given)
     assert runs.difference(run, parts) == 0
     assert losses(run) == losses(parts)
 

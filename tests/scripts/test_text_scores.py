@@ -33,13 +33,12 @@ sys.exit(code or (f"the network was asked: {met}" if met else 0))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base model, runs of two methods and two seeds, a zero adapter, and two harness tasks."""
+    """A base model, runs of two methods and two seeds, and two harness tasks."""
     root = tmp_path_factory.mktemp("text")
     base = save_base(root / "base")
     for method in ("lora", "bilora"):
         for seed in (0, 1):
             save_run(base, root / f"{method}-{seed}", method=method, seed=seed, scale=3.0)
-    save_adapter(base, root / "zero", scale=0.0)
     save_tasks(root / "tasks")
     return root
 
@@ -103,10 +102,6 @@ def zero_of(run, folder):
     return folder
 
 
-def effects(found):
-    return {row.subject: row.value for row in found.select("toy_text effect of adapter")}
-
-
 CHANGED = {"learning_rate": 0.1}
 """A rate at which two steps change the answers."""
 
@@ -120,9 +115,10 @@ def test_an_adapter_acts_and_one_of_zeros_does_not(kind, look, tmp_path):
     if kind == "causal":
         runs.append(train_text_once(kind, "full", method="full", **CHANGED))
     found = look(*map(str, runs), "base")
-    changed, told = effects(found), answers(found)
+    changed = {row.subject: row.value for row in found.select("toy_text effect of adapter")}
     assert changed.pop("bilora")
     assert changed == {"none": 0}
+    told = answers(found)
     assert told["none"] == told["base"]
     assert told["bilora"] != told["base"]
     assert told.get("full") not in (told["base"], told["bilora"])
@@ -174,21 +170,6 @@ def test_mtbench(look, tmp_path, monkeypatch):
         assert path.is_dir() or "sk-very-secret" not in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("line", "named"),
-    [
-        ("mmlu --limit 0", "--limit"),
-        pytest.param("gsm8", 'did you mean "gsm8k"', marks=pytest.mark.slow),
-        ("mtbench", "--judge_base_url"),
-        ("mmlu --include_path nowhere", '"nowhere"'),
-        ("mmlu", 'the data of "mmlu"'),
-    ],
-)
-def test_bad_input_is_refused_in_a_sentence(line, named, folder, tmp_path, capsys):
-    given = [folder / "lora-0", "--output_dir", tmp_path / "out", "--benchmarks", *line.split()]
-    assert named in refuse(capsys, *given)
-
-
 def refuse(capsys, *words):
     assert text_scores.main([str(word) for word in words]) == 2
     *progress, said = capsys.readouterr().err.strip().splitlines()
@@ -197,7 +178,14 @@ def refuse(capsys, *words):
     return said
 
 
-def test_an_adapter_of_another_model_and_a_classifier_are_refused(folder, tmp_path, capsys):
+def test_what_can_not_be_scored_is_refused(folder, tmp_path, capsys):
+    lora, out = folder / "lora-0", ["--output_dir", tmp_path / "out", "--benchmarks"]
+    for name, said in {
+        "mmlu --include_path nowhere": '"nowhere"',
+        "mmlu": 'the data of "mmlu"',
+        "gsm8": 'did you mean "gsm8k"',
+    }.items():
+        assert said in refuse(capsys, lora, *out, *name.split())
     local = ["--benchmarks", "toy_choice", "--include_path", folder / "tasks"]
     local += ["--output_dir", tmp_path / "out"]
     adapter = save_adapter(folder / "base", tmp_path / "adapter")

@@ -2,23 +2,25 @@
 
 import dataclasses
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilora_diffusion.choices import NOISE_LEVELS
 from bilora_diffusion.errors import TrainingError, UserError
-from bilora_diffusion.export import FILE_NAME, inspect
-from bilora_diffusion.export import main as export
+from bilora_diffusion.export.cli import main as export
+from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.denoising import DreamBoothModule
 from bilora_diffusion.image.heldout import BY_LEVEL
-from bilora_diffusion.methods import get
+from bilora_diffusion.lora_names import FILE_NAME
+from bilora_diffusion.methods import get, names
+from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import runlog
 from bilora_diffusion.train import running, trainer
 from tests.scripts import runs
@@ -95,6 +97,8 @@ SLOW: list[dict[str, Any]] = [
     {"use_8bit_adam": True, "mixed_precision": "bf16", **TEXT_ENCODERS},
     {**GA, "lora_layers": "convolutions"},
     {"quantize": "nf4", "lora_layers": "all", "lora_alpha": 6},
+    {"method": "lora-sam"},
+    {"method": "flat-lora"},
 ]
 MATRIX: list[dict[str, Any]] = [
     {**PISSA, "use_dora": True, "lora_alpha": 6, "use_ema": True},
@@ -105,6 +109,7 @@ MATRIX: list[dict[str, Any]] = [
     {**GA, "method": "lora", **TEXT_ENCODERS, "gradient_checkpointing": True},
     {"quantize": "nf4", "use_dora": True, **TEXT_ENCODERS},
     {"quantize": "nf4", "mixed_precision": "bf16", "gradient_checkpointing": True},
+    *({"method": name} for name in names() if name not in ("bilora", "full")),
 ]
 
 
@@ -127,20 +132,22 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
     runs.resumes_exactly(whole, 2, **shared)
     file = runs.weights(whole)
     assert all(torch.isfinite(value).all() for value in file.values())
+    if set(values) == {"method"}:  # what is seen does not depend on it
+        plain = runs.train_once(method="lora", max_train_steps=3, train_batch_size=1)
+        assert runs.column(whole, "digest") == runs.column(plain, "digest")
     models = {"unet", *(["text_encoder", "text_encoder_2"] if "text_encoder_lr" in values else [])}
     assert {key.split(".")[0] for key in file} == models
     exported = runlog.read_run(whole)["results"]["export"]
     assert exported["auxiliary_keys"] == 0
     assert exported["max_relative_difference"] < 1e-6
-    rank = (
-        8 if values.get("init_lora_weights") in ("pissa", "lora-ga") else 4
-    )  # the first values go too
+    # Of these the first values go too.
+    rank = 8 if values.get("init_lora_weights") in ("pissa", "lora-ga") else 4
     assert {value.shape[0] for key, value in file.items() if "lora_A" in key} == {rank}
     assert ("| rank of the file | 8 |" in (whole / "README.md").read_text()) == (rank == 8)
-    with pytest.raises(UserError, match="rank"):
-        runs.train(
-            tmp_path / "whole-parts", **{**shared, "rank": 2}, resume_from_checkpoint="latest"
-        )
+    flat = values.get("method") == "flat-lora"  # whose noise depends on how long the run is
+    other = {**shared, **({"max_train_steps": 4} if flat else {"rank": 2})}
+    with pytest.raises(UserError, match="num_steps was 3 and is 4" if flat else "rank"):
+        runs.train(tmp_path / "whole-parts", **other, resume_from_checkpoint="latest")
 
     assert export([str(whole), "--step", "3"]) == 0
     made = whole / "exports" / "step-3"
@@ -174,7 +181,7 @@ def test_an_early_step_in_a_format_and_refusals(tmp_path, capsys):
 def test_prior_preservation_makes_and_uses_class_images(tmp_path):
     values = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class"}
     values |= {"class_prompt": "a flat icon of a rabbit", "num_class_images": 2}
-    values |= {"train_batch_size": 1}
+    values |= {"train_batch_size": 1, "auxiliaries": "sample", "checkpointing_steps": 2}
     folder = runs.train(tmp_path / "run", **values)
     images = sorted((tmp_path / "class").glob("*.png"))
     assert len(images) == 2
@@ -182,6 +189,8 @@ def test_prior_preservation_makes_and_uses_class_images(tmp_path):
     free = runs.train(tmp_path / "free", **values, prior_loss_weight=0.0)
     assert [file.stat().st_mtime_ns for file in images] == times
     assert runs.column(folder, "loss") != runs.column(free, "loss")
+    held = load_file(folder / "checkpoints" / "step-2" / "adapters.safetensors")
+    assert sum("/auxiliary/" in key for key in held) == 23  # none of an image of the class
     plain = runs.train_once(train_batch_size=1)
     assert runs.column(free, "loss")[0] == pytest.approx(runs.column(plain, "loss")[0], rel=1e-5)
 
@@ -248,11 +257,20 @@ def test_a_run_goes_on_on_a_smaller_card(tmp_path):
     """With checkpointing, other workers, and without kept latents and the images of before."""
     shared = {"checkpointing_steps": 1, "validation_prompt": "a TOK icon", "random_flip": True}
     whole = runs.train(tmp_path / "whole", **shared, num_validation_images=1)
-    parts = Path(shutil.copytree(whole, tmp_path / "parts"))
-    changed = {"gradient_checkpointing": True, "cache_latents": "no", "dataloader_num_workers": 2}
-    for step in ("step-1", "latest"):  # also when nothing is left to train
-        runs.train(parts, **shared, **changed, num_validation_images=0, resume_from_checkpoint=step)
-        assert runlog.read_run(parts)["status"] == "finished"
-        assert runs.column(whole, "digest") == runs.column(parts, "digest")
-        assert runs.difference(whole, parts) < 1e-6
-        assert "validation/" not in (parts / "README.md").read_text()
+    shared |= {"gradient_checkpointing": True, "cache_latents": "no", "dataloader_num_workers": 2}
+    parts = runs.resumed(whole, 1, **shared, num_validation_images=0)
+    assert runs.column(whole, "digest") == runs.column(parts, "digest")
+    assert runs.difference(whole, parts) < 1e-6
+    assert "validation/" not in (parts / "README.md").read_text()
+
+
+def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path):
+    folder = runs.train(tmp_path / "run", method="full", learning_rate=1e-5)
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    base = StableDiffusionXLPipeline.from_pretrained(pipeline_dir()).unet.float()
+    pairs = zip(unet.parameters(), base.parameters(), strict=True)
+    assert 0 < max((a - b).abs().max() for a, b in pairs) < 1e-4
+    report = runlog.read_run(folder)["results"]["export"]["unet"]
+    assert report == {"weights": 17317128, "readback_difference": 0.0}
+    assert "subfolder='unet'" in (folder / "README.md").read_text()
+    assert len({file.stat().st_mode for file in (folder / "unet").iterdir()}) == 1

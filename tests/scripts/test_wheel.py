@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from tests.scripts.runs import ROOT
+from tests.scripts.runs import ROOT, process
 
 pytestmark = pytest.mark.slow
 ALONE = """
@@ -27,12 +27,7 @@ finally:
 
 
 def pip(*words):
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", *map(str, words), "--no-deps", "--no-index", "-q"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    process("-m", "pip", *words, "--no-deps", "--no-index", "-q")
 
 
 @pytest.fixture(scope="module")

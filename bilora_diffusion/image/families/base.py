@@ -81,44 +81,27 @@ def scale_of(vae: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of image model, with what a run may change about it.
-
-    Attributes:
-        title: its name for people.
-        pipeline: name of diffusers' class, as ``model_index.json`` has it.
-        parts: the models of the pipeline and their classes, in diffusers or Transformers.
-        optional: those that a pipeline may lack.
-        denoiser: the part that is trained; adapters' keys in files begin with its name.
-        targets: the projections of attention, which get adapters by default.
-        feed_forward: the modules that are its feed-forward parts, with all linear layers in them.
-        flow: whether it predicts a velocity along straight paths (``flow``).
-        guidance: with which its images are drawn by default.
-        unguided: up to this guidance no negative prompt is read.
-        few_steps: in which its distilled models draw.
-        undistilled: the model that these were made from.
-        patch: pixels a side of the smallest patch that it sees, which divides the resolution.
-        max_sequence_length: tokens of a prompt, where the model leaves that open.
-        guidance_scale: that a model with a guidance embedding is told in training.
-    """
+    """A kind of image model, with what a run may change about it."""
 
     title: ClassVar[str]
-    pipeline: ClassVar[str]
-    parts: ClassVar[Mapping[str, str]] = {}
-    optional: ClassVar[frozenset[str]] = frozenset()
-    denoiser: ClassVar[str] = "transformer"
+    pipeline: ClassVar[str]  # diffusers' class, as ``model_index.json`` has it
+    parts: ClassVar[Mapping[str, str]] = {}  # its models and their classes
+    optional: ClassVar[frozenset[str]] = frozenset()  # those that a pipeline may lack
+    denoiser: ClassVar[str] = "transformer"  # trained; keys in adapters' files begin with its name
+    # projections of attention, which get adapters by default
     targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
-    feed_forward: ClassVar[tuple[str, ...]] = ("ff",)
-    flow: ClassVar[bool] = True
-    weighting: ClassVar[str] = "none"
-    guidance: ClassVar[float] = 5.0
-    unguided: ClassVar[float] = 1.0
-    few_steps: ClassVar[int] = STEPS
+    feed_forward: ClassVar[tuple[str, ...]] = ("ff",)  # modules, with all their linear layers
+    flow: ClassVar[bool] = True  # predicts a velocity along straight paths (``flow``)
+    weighting: ClassVar[str] = "none"  # of noise levels, by default
+    guidance: ClassVar[float] = 5.0  # with which its images are drawn by default
+    unguided: ClassVar[float] = 1.0  # up to this guidance no negative prompt is read
+    few_steps: ClassVar[int] = STEPS  # in which its distilled models draw
     undistilled: ClassVar[str] = "the model that it was made from"
-    patch: ClassVar[int] = 16
-    side: ClassVar[int] = 1024
+    patch: ClassVar[int] = 16  # pixels a side of the smallest patch, which divides the resolution
+    side: ClassVar[int] = 1024  # pixels, where the configuration does not say
 
-    max_sequence_length: int = 512
-    guidance_scale: float = 3.5
+    max_sequence_length: int = 512  # tokens of a prompt, where the model leaves that open
+    guidance_scale: float = 3.5  # that a model with a guidance embedding is told in training
 
     @property
     def encoders(self) -> tuple[str, ...]:

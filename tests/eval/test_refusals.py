@@ -1,0 +1,128 @@
+"""Bad input of every command: one sentence, exit code 2, and nothing made or changed."""
+
+import json
+from importlib import import_module
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bilora_diffusion.run import snapshots
+from bilora_diffusion.run.paths import ROOT
+from tests.eval.test_checkpoints import make_run as checkpointed
+from tests.eval.test_landscape import icons_run
+from tests.eval.test_text_scores import make_run as text_run
+from tests.eval.text_score_models import save_record
+from tests.run import recorded_runs
+from tests.scripts.runs import two_icons
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+RECIPE = str(ROOT / "recipes" / "mini.yaml")
+STEPS = {
+    "": "name run folders",
+    "steps base": "base is not a run folder",
+    "file": "file is not a run folder",
+}
+CASES: dict[str, dict[str, str]] = {
+    "clip_scores": {
+        "icons --prompt x": 'did you mean "--prompts"',
+        "icons --prompts nowhere.txt": "nowhere.txt",
+        "icosn": 'did you mean "icons"',  # and the hub is not asked
+        "dataset": "dataset is not a run folder (it has no run.json)",
+        "file": "file",
+        "plain.safetensors": "no LoRA",
+        "icons --adapter_scale nan": "--adapter_scale",
+        "icons --device cuda:99": "cuda:99",
+        "": "make demo",
+        "unfinished": "pytorch_lora_weights.safetensors",
+        f"base --base_model {SDXL} --scorer embedded": "--scorer embedded",
+        "damaged": "damaged/run.json is ",
+        "steps --steps 10": "a run on text: use python -m eval.text_scores",
+        **{f"{words} --steps all": named for words, named in STEPS.items()},
+    },
+    "text_scores": {
+        "steps --steps 10,15": "no checkpoint of step 15; it has 10, 20",
+        "empty --steps all": "has no checkpoints",
+        "--benchmarks toy": "nothing is given",
+        "icons --benchmarks heldout": "eval.clip_scores",
+        "steps --steps soon": '"soon"',
+        "damaged --benchmarks heldout": "damaged/run.json is ",
+        **{f"{words} --steps all": named for words, named in STEPS.items()},
+    },
+    "landscape": {
+        "base": "no training images",
+        "text": "not a run of SDXL DreamBooth",
+        "icons other-images": "differ in images",
+        "icons small": "differ in --resolution",
+        "full --space lora": "has no adapter",
+        "newer": "warp_factor",
+        "damaged": "damaged/run.json is ",
+    },
+    "dynamics": {
+        "": "no runs",
+        "a ../runs/a": "twice",
+        "a --output_dir file": "file",
+        "bare": "--log_dynamics",
+        "a late": "no recorded step in common",
+        "torn": "step-5.safetensors",
+        "unseeded": "unseeded/run.json is ",
+        "nested": "nested/metrics.jsonl is ",
+    },
+    "generalization": {
+        "": "no runs",
+        "a": "heldout_loss",
+        "words": "words/metrics.jsonl is ",
+    },
+    "sweep": {
+        f"{RECIPE} --over metod=lora": 'unknown option "--metod" (did you mean "--method"?)',
+        f"{RECIPE} --over method=lora --control method=full": "is none of the variants",
+        "none.yaml": 'there is no recipe "none.yaml"',
+        f"{RECIPE} --runs_dir file": "is not a folder that can be written",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Runs that are wrong in one way each, and some that are not."""
+    root = tmp_path_factory.mktemp("inputs") / "runs"
+    images = {**two_icons(root), "validation_dataset": "none"}
+    icons_run(root / "icons", images)
+    icons_run(root / "full", images, "full")
+    icons_run(root / "newer", images, warp_factor=9)
+    icons_run(root / "small", images, resolution=32)
+    icons_run(root / "other-images", images, dataset_name=str(root / "validation_dataset"))
+    (icons_run(root / "unfinished", images) / "pytorch_lora_weights.safetensors").unlink()
+    text_run(root / "text")
+    save_record(root / "empty")
+    checkpointed(root / "steps")
+    recorded_runs.make(root / "a", steps=(0, 2, 4))
+    recorded_runs.make(root / "late", seed=1, steps=(1, 3, 5))
+    recorded_runs.make(root / "bare", "lora", steps=())
+    torn = snapshots.steps(recorded_runs.make(root / "torn", steps=(0, 5, 6)))[5]
+    torn.write_bytes(torn.read_bytes()[:-40])
+    for name, change in {"damaged": {"config": None}, "unseeded": {"seed": "x"}}.items():
+        file = recorded_runs.make(root / name) / "run.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    words = '{"step": 1, "heldout_loss": "x"}'
+    for name, line in {"nested": "[" * 100_000, "words": words}.items():
+        run = recorded_runs.make(root / name, losses={0: (1.0, 1.0), 10: (0.5, 0.5)})
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(f"{line}\n")
+    (root / "file").touch()
+    save_file({"weight": torch.zeros(2)}, root / "plain.safetensors")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("command", "line"), [(command, line) for command, lines in CASES.items() for line in lines]
+)
+def test_bad_input_is_one_sentence(command, line, place, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    monkeypatch.chdir(place)
+    elsewhere = [] if "--output_dir" in line else ["--output_dir", "out"]
+    assert import_module(f"eval.{command}").main([*line.split(), *elsewhere]) == 2
+    *_, sentence = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("error: ")
+    assert CASES[command][line] in sentence
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
