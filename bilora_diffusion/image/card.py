@@ -13,6 +13,7 @@ from ..lora_names import FILE_NAME, kohya_file_name, workflow_file_name
 from ..mini import FLOW, MINI, PIPELINES
 from ..run.record import BY_CONCEPT
 from ..train.card import is_hub_id, loaded_from, source, write_card
+from . import comfy
 from .config import DreamBoothConfig
 
 MEASURED = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
@@ -71,6 +72,7 @@ def write_dreambooth_card(
         dtype="torch.bfloat16" if flow else "torch.float16",  # see `Family.precision`
         flow=flow,
         dora=cfg.use_dora,
+        misread=comfy.remark(cfg),
         models=list(results["export"]) if whole else [],
         here=repo_id or ".",
         note="" if repo_id else "  # this folder",

@@ -2,8 +2,8 @@
 
 It is in ComfyUI's API format, which its window takes like any other: nodes by their numbers, and
 where an input is another node's output, that node's number and the output's. The names of nodes and
-files are those of Comfy-Org's templates and model repositories in 2026; noise levels and guidance
-were worked out from the sources of both programs, and nothing was drawn in ComfyUI itself.
+files are those of Comfy-Org's templates and model repositories in 2026; nodes, inputs and noise
+levels are tested in ComfyUI's code, where a copy is at hand, and no image was drawn in it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..choices import ALL, ALL_LINEAR
 from ..durable import write_text
 from ..lora_names import kohya_file_name, workflow_file_name
 from ..methods import get
@@ -59,19 +60,25 @@ class Graph(dict[str, Any]):
         return [number, 0]
 
 
-def remark(title: str, pipeline: str, dora: bool) -> str | None:
+def remark(cfg: Any) -> str | None:
     """The sentence on a model of flow matching whose file ComfyUI misreads; None for others."""
-    if pipeline != SDXL and pipeline not in ENCODERS:
+    if cfg.pipeline == SDXL:
+        return None
+    if cfg.pipeline not in ENCODERS:
         return (
-            f"ComfyUI has no names for the layers of {title} and finds nothing in the file: draw"
-            " with diffusers, which reads it as trained."
+            f"ComfyUI has no names for the layers of {cfg.family.title} and finds nothing in the"
+            " file: draw with diffusers, which reads it as trained."
         )
-    if pipeline != SDXL and dora:
-        return (
-            "--use_dora: diffusers reads the file as trained; ComfyUI leaves out its magnitudes, so"
-            " what that draws is not what was trained."
-        )
-    return None
+    if cfg.use_dora:
+        flag, what = "use_dora", "its magnitudes"
+    elif cfg.pipeline == FLUX2 and {ALL, ALL_LINEAR}.intersection(cfg.lora_layers):
+        flag, what = "lora_layers", "the layers of modulation and time"
+    else:
+        return None
+    return (
+        f"--{flag}: diffusers reads the file as trained; ComfyUI leaves out {what}, so what that"
+        " draws is not what was trained."
+    )
 
 
 def write(cfg: Any, folder: Path, pipeline: Any) -> None:
@@ -79,7 +86,7 @@ def write(cfg: Any, folder: Path, pipeline: Any) -> None:
     path, kind = folder / workflow_file_name(folder), type(pipeline).__name__
     path.unlink(missing_ok=True)
     base = cfg.pretrained_model_name_or_path
-    unread = remark("", kind, cfg.use_dora) or get(cfg.method).exports_weights
+    unread = remark(cfg) or get(cfg.method).exports_weights
     if unread or embedded(base) or (kind == SDXL and not cfg.output_kohya_format):
         return
     steps, guidance = of(pipeline).drawing(pipeline)

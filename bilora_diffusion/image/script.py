@@ -65,7 +65,7 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     unguided = family.drawing(pipeline)[1] == 0
     if unguided and any(s["negative_prompt"] and not s["guidance"] for s in cfg.samples):
         logger.warning("%s draws without guidance, so negative prompts do nothing.", family.title)
-    for remark in (of_model, comfy.remark(family.title, family.pipeline, cfg.use_dora)):
+    for remark in (of_model, comfy.remark(cfg)):
         if remark is not None:
             logger.warning("%s", remark)
     classes = None

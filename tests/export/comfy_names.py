@@ -1,10 +1,13 @@
 """ComfyUI's names of the layers that get adapters by default, by their names in diffusers.
 
-Facts read in its comfy/lora.py and comfy/utils.py of 2026: for these models it takes a key
-"transformer.LAYER.lora_A.weight" (or lora_B) of a LoRA file, and changes the weight of the layer of
-its own that the table names. "#" stands for a number and "[i]" for the i-th part of a weight that
-several of diffusers' layers are fused in. Lumina 2 is missing: ComfyUI has no such names for it.
+Facts of its comfy/lora.py and comfy/utils.py of 2026, to which test_comfyui.py compares: for these
+models it takes a key "transformer.LAYER.lora_A.weight" (or lora_B) of a LoRA file, and changes the
+weight of the layer of its own that the table names. "#" stands for a number and "[i]" for the i-th
+part of a weight that several of diffusers' layers are fused in. Lumina 2 is missing: ComfyUI has no
+such names for it.
 """
+
+import re
 
 _TEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
 _IMAGE = ("to_q", "to_k", "to_v")
@@ -63,6 +66,16 @@ NAMES: dict[str, dict[str, str]] = {
     },
 }
 """By the class of the transformer in diffusers."""
+_NUMBER = re.compile(r"(?<=s\.)\d+|(?<=refiner\.)\d+")
+
+
+def place(transformer: str, layer: str) -> tuple[str, int]:
+    """ComfyUI's layer that holds one of diffusers', and which part of it that is."""
+    theirs, _, part = NAMES[transformer][_NUMBER.sub("#", layer)].partition("[")
+    for number in _NUMBER.findall(layer):
+        theirs = theirs.replace("#", number, 1)
+    return theirs, int(part.rstrip("]") or 0)
+
 
 _PLACE = r"(down_blocks_\d+|up_blocks_\d+|mid_block)_(attentions|resnets)_\d+"
 _BLOCK_SDXL = r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_0_proj|ff_net_2)"

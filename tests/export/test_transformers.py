@@ -24,7 +24,7 @@ from bilora_diffusion.lora_names import FILE_NAME
 from bilora_diffusion.run.folder import clear, refuse_foreign_models
 from eval.load import applied
 from eval.sources import find
-from tests.export.comfy_names import NAMES
+from tests.export.comfy_names import NAMES, place
 from tests.export.export_models import FACTS, add_adapters, equal
 from tests.image.tiny import FILES, made, shared
 from tests.scripts.runs import copied, train_once
@@ -112,11 +112,10 @@ def test_keys_and_metadata_are_diffusers_and_those_that_the_docs_name_for_comfyu
     page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|", page, re.MULTILINE)
     reads = {title: comfyui for title, _, comfyui in rows}
-    known = NAMES.get(type(pipeline.transformer).__name__)
-    assert reads[of(pipeline).title] == ("yes" if known else "no")
-    number = re.compile(r"(?<=s\.)\d+|(?<=refiner\.)\d+")
-    places = {(known[number.sub("#", n)], *number.findall(n)) for n in layers if known}
-    assert len(places) == (len(layers) if known else 0)  # no two of them in one place
+    model = type(pipeline.transformer).__name__
+    assert reads[of(pipeline).title] == ("yes" if model in NAMES else "no")
+    places = {place(model, name) for name in layers if model in NAMES}
+    assert len(places) == (len(layers) if model in NAMES else 0)  # no two of them in one place
     # PEFT's keys, and those that diffusers' `save_lora_adapter` writes, do not say the model.
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
     for prefix in ("", "base_model.model."):

@@ -5,6 +5,7 @@ ComfyUI's formulas are those of its comfy/samplers.py, comfy/model_sampling.py a
 
 import functools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from bilora_diffusion.image import comfy
 from bilora_diffusion.image.families import SDXL
+from bilora_diffusion.image.families import named as family_of
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from tests.export.comfy_names import NAMES
@@ -103,7 +105,11 @@ def test_a_workflow_hangs_together(kind):
 def test_every_model_that_comfyui_reads_has_a_workflow_and_no_other():
     named = {kind for kind in FILES if type(made(kind).transformer).__name__ in NAMES}
     assert named == set(comfy.ENCODERS)
-    for kind in FILES:
-        assert (comfy.remark("Lumina 2", kind, False) is None) == (kind in named)
-        assert comfy.remark("", kind, True) is not None
-    assert comfy.remark("", SDXL, True) is None
+    cases = {"plain": ([], False), "all": (["to_q", "all"], False), "dora": ([], True)}
+    misread = {(c, kind) for c in cases for kind in FILES if c == "dora" or kind not in named}
+    for case, (layers, dora) in cases.items():
+        for kind in (*FILES, SDXL):
+            facts = {"pipeline": kind, "family": family_of(kind, kind)()}
+            cfg = SimpleNamespace(**facts, lora_layers=layers, use_dora=dora)
+            reads = (case, kind) not in misread | {("all", comfy.FLUX2)}
+            assert (comfy.remark(cfg) is None) == reads, (case, kind)

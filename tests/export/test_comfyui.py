@@ -1,0 +1,113 @@
+"""Files and workflows in ComfyUI's own code, where the environment names a copy of it.
+
+COMFYUI=~/ComfyUI make test PYTEST_ARGS="-k comfyui", with its requirements in the environment.
+"""
+
+import asyncio
+import os
+import sys
+from collections import defaultdict
+from importlib import import_module as load
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from bilora_diffusion.adapters import AdapterSpec
+from bilora_diffusion.export.layers import primary_part
+from bilora_diffusion.export.writer import save_diffusers
+from bilora_diffusion.image.families import SDXL, of
+from bilora_diffusion.image.layers import chosen
+from bilora_diffusion.lora_names import FILE_NAME
+from tests.export.comfy_names import place
+from tests.export.export_models import add_adapters
+from tests.image.test_comfy import comfy_levels, graph_of, pipeline_of
+from tests.image.tiny import made
+
+COMFYUI = os.environ.get("COMFYUI", "")
+MODELS = yaml.safe_load(Path(__file__).with_name("comfyui.yaml").read_text(encoding="utf-8"))
+ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+FOLDERS = ("loras", "checkpoints", "diffusion_models", "text_encoders", "vae")
+pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI names no copy of ComfyUI")
+
+
+@pytest.fixture(params=MODELS)
+def model(request, monkeypatch):
+    """ComfyUI's model, without weights; as `of`, the class of the pipeline."""
+    monkeypatch.setattr(sys, "path", [*sys.path, COMFYUI])  # the last: it has an `app` too
+    load("comfy.cli_args").args.cpu = True
+    sizes = MODELS[request.param]
+    config = getattr(load("comfy.supported_models"), sizes["class"])(sizes["config"])
+    model = config.get_model({}, device="meta")
+    model.of = request.param
+    return model
+
+
+def test_comfyui_adds_what_was_trained(model, tmp_path, caplog):
+    sdxl, lora = model.of == SDXL, load("comfy.lora")
+    pipeline = pipeline_of(SDXL) if sdxl else made(model.of, **MODELS[model.of].get("ours", {}))
+    names = ("unet", *ENCODERS) if sdxl else ("transformer",)
+    for name in names:
+        ours = getattr(pipeline, name)
+        layers = chosen(["all" if sdxl else "attention"], of(pipeline), ours)
+        targets = "all-linear" if name in ENCODERS else layers
+        add_adapters(ours, AdapterSpec(rank=2, alpha=3, target_modules=targets))
+    models = {name: getattr(pipeline, name) for name in names}
+    save_diffusers(tmp_path / "dog", models, base_model="some/base", kohya=sdxl)
+    file = tmp_path / "dog" / ("dog.safetensors" if sdxl else FILE_NAME)
+    keys, weights = lora.model_lora_keys_unet(model, {}), model.diffusion_model.state_dict()
+    if sdxl:
+        lora.model_lora_keys_clip(load("comfy.sdxl_clip").SDXLClipModel("meta"), keys)
+        native = load("comfy.utils").unet_to_diffusers(model.model_config.unet_config)
+    patches, expected = defaultdict(list), defaultdict(dict)
+    converted = load("comfy.lora_convert").convert_lora(load_file(file))
+    for key, patch in lora.load_lora(converted, keys).items():
+        key, offset = (key, None) if isinstance(key, str) else key
+        patches[key.removeprefix("diffusion_model.")].append((1.0, patch, 1.0, offset, None))
+    assert not [line for line in caplog.messages if "not loaded" in line]
+    for name, ours in models.items():
+        for layer in primary_part(name, ours).layers:
+            if name == "unet":
+                key, part = native[f"{layer.name}.weight"].removesuffix(".weight"), 0
+            elif name in ENCODERS:
+                inner = "" if layer.name == "text_projection" else "text_model."
+                key, part = f"{ENCODERS[name]}.transformer.{inner}{layer.name}", 0
+            else:
+                key, part = place(type(ours).__name__, layer.name)
+            expected[f"{key}.weight"][part] = layer.B.flatten(1) @ layer.A.flatten(1)
+    assert patches.keys() == expected.keys()
+    for key, parts in expected.items():
+        change = torch.zeros(weights[key].shape if key in weights else parts[0].shape)
+        for part, delta in parts.items():
+            change.flatten(1)[part * len(delta) :][: len(delta)] = delta
+        result = lora.calculate_weight(patches[key], torch.zeros_like(change), key)
+        torch.testing.assert_close(result, change)
+
+
+def test_comfyui_takes_the_workflow_and_has_its_noise_levels(model, tmp_path, monkeypatch):
+    nodes, known = load("nodes"), load("folder_paths").folder_names_and_paths
+    for name in ("flux", "model_advanced", "sd3", "custom_sampler"):
+        file = f"{COMFYUI}/comfy_extras/nodes_{name}.py"
+        assert asyncio.run(nodes.load_custom_node(file, module_parent="comfy_extras"))
+    for folder in FOLDERS:
+        monkeypatch.setitem(known, folder, ([str(tmp_path)], {".safetensors"}))
+    graph, levels = graph_of(pipeline_of(model.of)), None
+    patched = load("comfy.model_patcher").ModelPatcher(model, "cpu", "cpu")
+    for kind, inputs in [(node["class_type"], node["inputs"]) for node in graph.values()]:
+        declared = nodes.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()
+        assert inputs.keys() <= {**declared["required"], **declared.get("optional", {})}.keys()
+        for value in inputs.values():
+            if str(value).endswith(".safetensors"):
+                (tmp_path / value).touch()
+        if kind.startswith("ModelSampling"):
+            (patched,) = nodes.NODE_CLASS_MAPPINGS[kind]().patch(**{**inputs, "model": patched})
+        elif kind == "KSampler":
+            sampling = patched.get_model_object("model_sampling"), inputs["scheduler"]
+            levels = load("comfy.samplers").calculate_sigmas(*sampling, inputs["steps"])
+        elif kind == "Flux2Scheduler":
+            (levels,) = nodes.NODE_CLASS_MAPPINGS[kind].execute(**inputs).args
+    valid, *_, problems = asyncio.run(load("execution").validate_prompt("dog", graph, None))
+    assert valid, problems
+    torch.testing.assert_close(levels[:-1], comfy_levels(graph))
