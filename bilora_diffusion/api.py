@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import adapters, inits
-from .adapters import PRIMARY, AdapterSpec
+from .adapters import AdapterSpec
 from .errors import UserError
 from .fields import check, like, options_of
 from .methods.base import MethodOptions, Target
@@ -182,7 +182,7 @@ class BiLoRA:
         """The trained LoRA under PEFT's keys, for the base weights that the model came with. Of an
         init that changed these it has twice the rank and alpha (`adapters.portable_state_dict`).
         """
-        return adapters.portable_state_dict(self.model, PRIMARY)
+        return adapters.portable_state_dict(self.model)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the primary as a plain PEFT LoRA adapter that `PeftModel.from_pretrained` loads.

@@ -28,15 +28,14 @@ def state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     }
 
 
-def portable_state_dict(model: nn.Module, adapter: str = PRIMARY) -> dict[str, Tensor]:
-    """The adapter's tensors as they act on the base weights that the model came with.
+def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The primary's tensors as they act on the base weights that the model came with.
 
-    Where the primary's first values A0, B0 were taken out of the base weights, W' = W - s B0 A0,
+    Where its first values A0, B0 were taken out of the base weights, W' = W - s B0 A0,
     what it adds to W is s (B A - B0 A0) = s [B, -B0] [A; A0], of twice the rank; elsewhere this is
     `state_dict`. DoRA's magnitude is the same for both, as W' + s B A is its direction.
     """
-    initial = state_dict(model, INITIAL) if adapter == PRIMARY else {}
-    return portable(state_dict(model, adapter), initial)
+    return portable(state_dict(model, PRIMARY), state_dict(model, INITIAL))
 
 
 def portable(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -54,23 +53,19 @@ def lora_config(model: nn.Module, adapter: str) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict(), default=sorted, sort_keys=True))  # sets
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, adapter: str = PRIMARY) -> None:
-    """Write one adapter as PEFT does: adapter_model.safetensors and adapter_config.json.
+def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+    """Write the primary as PEFT does: adapter_model.safetensors and adapter_config.json.
 
     It is written as it acts on the base weights that the model came with (`portable_state_dict`).
     """
-    write_pretrained(folder, *pretrained(model, adapter))
+    write_pretrained(folder, *pretrained(model))
 
 
-def pretrained(
-    model: nn.Module, adapter: str = PRIMARY
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pretrained(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Contents of `save_pretrained`: tensors by PEFT's keys, and fields of its `LoraConfig`."""
-    tensors = {**portable_state_dict(model, adapter), **whole(model, adapter)}
-    config = cast(Any, model).peft_config[adapter].to_dict()
-    if adapter == PRIMARY and layers(model, INITIAL):
-        config = twice_the_rank(config)
-    return tensors, config
+    config = cast(Any, model).peft_config[PRIMARY].to_dict()
+    config = twice_the_rank(config) if layers(model, INITIAL) else config
+    return {**portable_state_dict(model), **whole(model, PRIMARY)}, config
 
 
 def twice_the_rank(config: Mapping[str, Any]) -> dict[str, Any]:

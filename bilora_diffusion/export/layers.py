@@ -70,7 +70,7 @@ def primary_part(component: str, model: nn.Module) -> Part:
         raise UserError(f'{component} has no adapter "{PRIMARY}"; leave it out of the export.')
     if len(kinds) > 1:
         raise UserError(f"{component} mixes (rank, scale) {sorted(kinds)}; use one for all layers.")
-    tensors, config = portable_state_dict(model, PRIMARY), lora_config(model, PRIMARY)
+    tensors, config = portable_state_dict(model), lora_config(model, PRIMARY)
     return part_of(component, tensors, config, kinds.pop()[1])
 
 

@@ -14,10 +14,8 @@ GAMMA = 16.0
 OVERSAMPLING, ITERATIONS = 4, 4
 
 
-def lora_ga(
-    gradient: Tensor, rank: int, seed: int = 0, gamma: float = GAMMA
-) -> tuple[Tensor, Tensor]:
-    """A0 = c V[1..r]^T and B0 = c U[r+1..2r] with c = m^(1/4) / sqrt(gamma), where G = U S V^T.
+def lora_ga(gradient: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A0 = c V[1..r]^T and B0 = c U[r+1..2r] with c = m^(1/4) / sqrt(GAMMA), where G = U S V^T.
 
     With A0 and B0 from different components, r for the rows and r for the columns, the first step
     of the adapter is the best approximation of rank 2r of the full gradient's step (Theorem 3.1);
@@ -28,7 +26,6 @@ def lora_ga(
         gradient: G = dL/dW, the mean over some samples, (m, n); its scale plays no part.
         rank: r <= min(m, n) / 2.
         seed: of the randomized decomposition.
-        gamma: larger is smaller first values.
 
     Returns:
         A0 (r, n) and B0 (m, r).
@@ -36,6 +33,6 @@ def lora_ga(
     m = gradient.shape[0]
     size = min(OVERSAMPLING * rank, *gradient.shape)
     U, _, V = seeded_svd(gradient, size, ITERATIONS, seed)
-    c = m**0.25 / gamma**0.5
+    c = m**0.25 / GAMMA**0.5
     V, U = V[:, :rank], U[:, rank : 2 * rank]
     return c * (V * signs(V)).T, c * (U * signs(U))

@@ -6,8 +6,8 @@ python train_text_bilora.py --model_name_or_path smollm2 --train_file answers.js
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
         skipped, device = loaded.whole_modules, accelerator.device
         count = quantize(loaded.model, dtype, skip=skipped, device=device)
         logger.info("the weights of %d layers are held in NF4", count)
-    task.to_device(accelerator.device)
+    task.module.to(accelerator.device)
     return task
 
 
@@ -129,13 +129,4 @@ def files(folder: Path) -> dict[str, str]:
 TEXT = Script(
     "text-bilora", resolve, build_task, export, write_text_card, "eval.text_scores", files, moments
 )
-
-
-def main(argv: Sequence[str] | None = None, config: TextConfig | None = None) -> None:
-    """Train as the command line, or a ``config`` read from it, says, and leave a run folder.
-
-    Raises:
-        UserError: bad input; nothing was written.
-        TrainingError: training could not go on; checkpoints and metrics are kept.
-    """
-    running.main(TEXT, argv, config)
+main = functools.partial(running.main, TEXT)

@@ -39,7 +39,9 @@ class TextTask:
             )
         self.num_samples = len(data.train)
         self.sample_names = [data.train.name(i) for i in range(len(data.train))]
+        self.names = [example.where for example in data.rows.train]  # before packing
         self.evaluation = Evaluation(cfg, loaded, self.module, data) if data.validation else None
+        self.has_heldout = self.evaluation is not None
         self._folds: dict[tuple[int, ...], TextData] = {}
 
     def data_summary(self) -> str:
@@ -60,16 +62,6 @@ class TextTask:
         )
         return [Target(NAME, self.loaded.model, spec, cfg.learning_rate, cfg.adam_weight_decay)]
 
-    @property
-    def names(self) -> list[str]:
-        """Of all rows before packing, by which they are dealt into folds."""
-        return [example.where for example in self.data.rows.train]
-
-    @property
-    def has_heldout(self) -> bool:
-        """True if there are held-out rows."""
-        return self.evaluation is not None
-
     def again(self, cfg: TextConfig, fold: Fold | None = None, searches: bool = False) -> TextTask:
         """The same model and rows for a run of another configuration; see `Task`."""
         data = self.data
@@ -84,10 +76,6 @@ class TextTask:
         if task.evaluation is not None:
             task.evaluation.by_row = searches
         return task
-
-    def to_device(self, device: torch.device) -> None:
-        """Move the model."""
-        self.module.to(device)
 
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from ..errors import TrainingError, reason
@@ -90,8 +89,3 @@ def _compiled() -> tuple[int, float]:
     from torch._dynamo.utils import calculate_time_spent, counters
 
     return counters["stats"]["unique_graphs"], calculate_time_spent()["total_wall_time"]
-
-
-def eager(compiled: bool) -> AbstractContextManager[Any]:
-    """Within the context compiled blocks run as they are, if there are any."""
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

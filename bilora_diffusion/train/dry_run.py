@@ -54,7 +54,9 @@ def main(
     process = CUDA_CONTEXT if on_cuda else psutil.Process().memory_info().rss + CPU_LIBRARIES
     taken = complete(parts_of, trained, process)
     peaks = {name: sum(parts.values()) for name, parts in taken.items()}
-    most, room = max(peaks, key=lambda name: peaks[name]), free_memory(device) + process
+    most = max(peaks, key=lambda name: peaks[name])
+    free = torch.cuda.mem_get_info(device)[0] if on_cuda else psutil.virtual_memory().available
+    room = free + process
     verdict = "fits" if peaks[most] <= room else "does not fit (try --quantize or a smaller model)"
     models = ", ".join(f"{t.name} ({type(t.model).__name__})" for t in method.targets)
     count = sum(p.numel() for p in method.clip_parameters())
@@ -82,13 +84,6 @@ def empty(build: Callable[[], Any], dtype: torch.dtype) -> Any:
     if tie := getattr(model, "tie_weights", None):
         tie()  # each use of a shared matrix was made on its own
     return nn.Module.to(model, dtype).requires_grad_(False).eval()
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def complete(taken: Moments, trained: dict[str, int], process: int) -> Moments:

@@ -36,7 +36,8 @@ NORMS = (*TERMS, FIRST_ORDER, PRODUCT, "norm_primary", "norm_auxiliary")
 
 
 class Dynamics:
-    """Records a run; made by :meth:`of` before the method binds its own hooks.
+    """Records a run; made before the method binds its own hooks, in the main process, as the
+    others' primaries are the same.
 
     Args:
         trainer: whose steps are recorded.
@@ -53,15 +54,6 @@ class Dynamics:
         trainer.method.on_perturbed = self.perturbed
         if AUXILIARY in trainer.method.adapters:
             optimizer.register_step_pre_hook(self._before_step)
-
-    @classmethod
-    def of(cls, trainer: Any, optimizer: Optimizer) -> Dynamics | None:
-        """The recorder of a run with ``--log_dynamics``; None without, and in other processes than
-        the main one, whose primaries are the same.
-        """
-        if not trainer.cfg.log_dynamics or not trainer.accelerator.is_main_process:
-            return None
-        return cls(trainer, optimizer)
 
     def due(self, step: int) -> bool:
         """Test that a step (0: before training) is recorded; the last one always is."""

@@ -84,20 +84,13 @@ class KindsOrder:
         """Samples of one pass."""
         return sum(map(len, self._orders.values()))
 
-    def kind(self, step: int) -> Hashable:
-        """Kind of all samples of a step."""
-        return self._step(step)[0]
-
     def sample(self, position: int) -> int:
         """The sample at the absolute ``position`` (0 is the first of the first step)."""
         step, slot = divmod(position, self.step_size)
-        kind, turn = self._step(step)
-        return self._members[kind][self._orders[kind].sample(turn * self.step_size + slot)]
-
-    def _step(self, number: int) -> tuple[Hashable, int]:
-        while len(self._steps) <= number:
+        while len(self._steps) <= step:
             self._pass()
-        return self._steps[number]
+        kind, turn = self._steps[step]
+        return self._members[kind][self._orders[kind].sample(turn * self.step_size + slot)]
 
     def _pass(self) -> None:
         kinds: list[Hashable] = []

@@ -71,7 +71,12 @@ def prepare(
 
     (model,) = models
     plugin: Any = accelerator.state.fsdp_plugin
-    plugin.ignored_modules = owners(model, [*parameters_of(optimizer), *tied(model)])
+    whole = {id(p) for p in (*parameters_of(optimizer), *tied(model))}
+    plugin.ignored_modules = [
+        part
+        for part in model.modules()
+        if any(id(p) in whole for p in part.parameters(recurse=False))
+    ]
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = blocks(model)
     # Weights are computed with as they were loaded, under autocast, as in one process.
@@ -115,16 +120,6 @@ def tied(model: nn.Module) -> list[nn.Parameter]:
     held = [p for module in model.modules() for p in module.parameters(recurse=False)]
     holders = Counter(id(p) for p in held)
     return [p for p in dict.fromkeys(held) if holders[id(p)] > 1]
-
-
-def owners(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Module]:
-    """The modules that hold some of these parameters themselves."""
-    wanted = {id(p) for p in parameters}
-    return [
-        module
-        for module in model.modules()
-        if any(id(p) in wanted for p in module.parameters(recurse=False))
-    ]
 
 
 @torch.no_grad()

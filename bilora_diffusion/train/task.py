@@ -21,24 +21,18 @@ MOST_PARTS = 128
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Frozen inputs of one forward and backward pass.
+    """Frozen inputs of one forward and backward pass."""
 
-    ``inputs`` goes to the task's module as it is; ``slots`` are the positions of its samples in the
-    step's whole batch, ``names`` say which samples they are (for error messages), and ``digests``
-    identify data and noise of each slot, so that two runs can be proven to have seen the same.
-    ``samples`` are the numbers of the samples in the training set, row by row as the module sees
-    them; None for rows that are no samples, such as class images.
-    ``levels`` are the noise levels that its images are seen at, as logs name them, if it has any,
-    and ``snr`` their signal-to-noise ratios where the model predicts noise.
-    """
-
-    slots: tuple[int, ...]
-    names: tuple[str, ...]
+    slots: tuple[int, ...]  # positions of its samples in the step's whole batch
+    names: tuple[str, ...]  # of its samples, for error messages
+    # Identify data and noise of each slot, so that two runs can be proven to have seen the same.
     digests: tuple[str, ...]
-    inputs: dict[str, Any] = field(repr=False)
-    levels: tuple[float, ...] = ()
+    inputs: dict[str, Any] = field(repr=False)  # go to the task's module as they are
+    levels: tuple[float, ...] = ()  # noise levels that its images are seen at, as logs name them
+    # Numbers of the samples in the training set, row by row as the module sees them; None for rows
+    # that are no samples, such as class images.
     samples: tuple[int | None, ...] = ()
-    snr: tuple[float, ...] = ()
+    snr: tuple[float, ...] = ()  # signal-to-noise ratios where the model predicts noise
 
     def on(self, device: torch.device) -> dict[str, Any]:
         """The inputs on a device. A GPU's copies are not waited for, which takes pinned memory."""

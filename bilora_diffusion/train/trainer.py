@@ -30,7 +30,6 @@ from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
 from ..run.interruption import Interruption
 from ..seeds import digest_texts, seed_of
 from . import sharding
-from .compiling import eager
 from .dynamics import Dynamics
 from .gradients import initialise
 from .outcome import Outcome
@@ -76,7 +75,9 @@ class Trainer:
         torch.manual_seed(seed_of(cfg.seed, "adapters"))
         raw = build_optimizer(cfg, method.setup(task.targets()))
         self.step = 0
-        self.dynamics = Dynamics.of(self, raw)  # its hook sees the gradients before the method's
+        # Its hook sees the gradients before the method's.
+        records = cfg.log_dynamics and accelerator.is_main_process
+        self.dynamics = Dynamics(self, raw) if records else None
         method.bind(raw)
         self.lr_scheduler = build_scheduler(cfg, raw, self.num_steps)
         task.module.train()  # loaded models come in evaluation mode, in which some never checkpoint
@@ -238,7 +239,9 @@ class Trainer:
                 averaged where averages are kept.
         """
         held = self.outcome.applied() if result else self.outcome.averaged()
-        with self.method.evaluating(), held, eager(self.cfg.compile):
+        compiled = self.cfg.compile  # whose blocks then run as they are
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with self.method.evaluating(), held, eager:
             yield
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -36,11 +36,8 @@ def record(method="bilora", status="running", **config):
     return {"method": method, "status": status, "config": values, "seed": 0}
 
 
-def rows(*losses, first=1):
-    return [
-        {"step": step, "loss": loss, "seconds": 0.5}
-        for step, loss in enumerate(losses, start=first)
-    ]
+def rows(*losses):
+    return [{"step": at, "loss": loss, "seconds": 0.5} for at, loss in enumerate(losses, start=1)]
 
 
 def shown(name, found, run=None, color=0):

@@ -1,4 +1,4 @@
-"""A small language model, adapters on it, runs, harness tasks and a judge, for text scores."""
+"""Records of runs, harness tasks and a judge, for text scores."""
 
 import json
 import threading
@@ -9,35 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
-
 from bilora_diffusion.run.runlog import RunLog
-from tests.text.text_builders import save_llama, write_rows
+from tests.text.text_builders import write_rows
 
 Rows = Sequence[tuple[int, dict[str, float]]]
 ROWS: Rows = [(1, {"loss": 1.0}), (2, {"heldout_loss": 2.0, "heldout_accuracy": 0.5})]
-
-
-def save_base(folder: Path) -> Path:
-    """A random Llama of two layers, with its tokenizer and room for long prompts."""
-    return save_llama(folder, max_position_embeddings=4096)
-
-
-def save_adapter(base: Path, folder: Path, scale: float = 1.0, seed: int = 0) -> Path:
-    """A LoRA adapter on the base model's attention; ``scale`` 0 makes one that does nothing."""
-    torch.manual_seed(seed)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_().mul_(scale)
-    model.save_pretrained(str(folder))
-    return folder
 
 
 def save_record(
@@ -52,16 +28,6 @@ def save_record(
         log.metric(step, **figures)
     log.close("finished")
     return folder
-
-
-def save_run(
-    base: Path, folder: Path, method: str = "lora", seed: int = 0, scale: float = 1.0, **config: Any
-) -> Path:
-    """A run folder as training leaves it: adapter, record, recorded figures."""
-    rows = [(5, {"heldout_accuracy": 0.5}), (10, {"heldout_accuracy": 0.75 + seed / 100})]
-    usual = {"model_name_or_path": str(base), "task": "toy", "template": "plain"}
-    save_record(folder, method, seed, rows, **usual | config)
-    return save_adapter(base, folder, scale, seed=100 * seed + len(method))
 
 
 def save_tasks(folder: Path) -> Path:

@@ -101,12 +101,9 @@ def with_bilora(folder: Path, bilora: BiLoRA, kind: str = "trainer", **values: A
     return trainer
 
 
-def batches(data: Dataset, size: int = BATCH) -> list[dict[str, Tensor]]:
-    whole = {key: torch.tensor(data[key][:]) for key in data.column_names}
-    return [
-        {key: value[start : start + size] for key, value in whole.items()}
-        for start in range(0, len(data), size)
-    ]
+def batches(data: Dataset) -> list[dict[str, Tensor]]:
+    whole = {key: torch.tensor(data[key][:]).split(BATCH) for key in data.column_names}
+    return [dict(zip(whole, parts, strict=True)) for parts in zip(*whole.values(), strict=True)]
 
 
 def attached(model: Any, config: BiLoRAConfig = CONFIG, seed: int = 7) -> BiLoRA:

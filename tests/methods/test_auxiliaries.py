@@ -95,35 +95,6 @@ def test_a_batch_of_several_samples_is_what_they_are_one_by_one(option):
     assert len(set(losses[0])) == len(losses[0])
 
 
-def test_what_is_not_seen_stands_still_and_each_stays_in_its_ball():
-    run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho=0.01), "AdamW", 0.02)
-    for k in range(12):
-        before, steps = flats(run.method), counts(run)
-        run.train(1, first=k, backward=lambda k: backward(run, k))
-        seen = {s % COUNT for s in samples(k) if s is not None}
-        for group, (key, value) in enumerate(flats(run.method).items()):
-            assert torch.equal(value, before[key]) == (group not in seen)
-            assert counts(run)[group] == steps[group] + (group in seen)
-    assert 0.0099 < run.method.metrics()["auxiliary_norm"] <= 0.01 * (1 + 1e-6)
-
-
-def counts(run):
-    own = run.optimizer.param_groups[-1]["params"]
-    return [float(run.optimizer.state.get(p, {}).get("step", 0)) for p in own]
-
-
-def test_evaluation_and_what_is_saved_see_none():
-    run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho=1.0), "AdamW", 0.02)
-    run.train(8, backward=lambda k: backward(run, k))
-    x, _ = batch(0)
-    with run.method.evaluating(), torch.no_grad():
-        alone = run.model(x)
-    with torch.no_grad(), run.method.seen([None] * len(x)):
-        torch.testing.assert_close(run.model(x), alone)
-    with torch.no_grad(), run.method.seen([1] * len(x)):
-        assert not torch.allclose(run.model(x), alone, atol=1e-4)
-
-
 @pytest.mark.parametrize("rho", [0.05, "auto"])
 def test_a_step_of_no_samples_moves_the_primary_alone(rho):
     run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho=rho))

@@ -325,27 +325,21 @@ def by_sample(
     groups: Sequence[int | None],
     shares: Sequence[float],
 ) -> float:
-    """Bi-LoRA with an auxiliary for each group of samples, one row after the other.
-
-    Args:
-        others: A2 and B2 of each group, with their rules.
-        groups: of the rows; None sees no auxiliary.
-        shares: of the auxiliary that each row sees.
+    """Bi-LoRA with an auxiliary for each group of samples, one row after the other: `others` hold
+    A2 and B2 of each group, with their rules; a row sees a share of its group's, or none.
     """
     total, sums = 0.0, dict[int | None, Gradients]()
     for row, (group, share) in enumerate(zip(groups, shares, strict=True)):
-        pairs: list[Any] = (
-            [{}, {}]
-            if group is None
-            else [{"A2": la.A2, "B2": share * la.B2} for la in others[group].layers]
-        )
+        pairs: list[Any] = [{}, {}]
+        if group is not None:
+            pairs = [{"A2": la.A2, "B2": share * la.B2} for la in others[group].layers]
         seen = Net([replace(la, **own) for la, own in net.beside(pairs)], net.rules)
         loss, gradients = seen.gradients(x[row : row + 1], y[row : row + 1])
         total += loss / len(x)
         for key in {None, group}:
             names = ("A", "B") if key is None else ("A2", "B2")
-            times = {"A": 1.0, "B": 1.0, "A2": 1.0, "B2": share}
-            own = [{n: times[n] * g[n] / len(x) for n in names} for g in gradients]
+            times = {"B2": share}
+            own = [{n: times.get(n, 1.0) * g[n] / len(x) for n in names} for g in gradients]
             sums[key] = plus(sums[key], 1.0, own) if key in sums else own
     net.descend(sums.pop(None))
     for group, own in sums.items():

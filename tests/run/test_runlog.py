@@ -22,9 +22,8 @@ CONFIG = {"rank": 4, "betas": (0.9, 0.999), "hub_token": "hf_secret", "output_di
 
 def start(folder, resume_step=None, **values):
     log = RunLog(folder)
-    log.start(
-        **{"config": CONFIG, "method": "bilora", "seed": 3, **values}, resume_step=resume_step
-    )
+    given = {"config": CONFIG, "method": "bilora", "seed": 3, **values}
+    log.start(**given, resume_step=resume_step)
     return log
 
 
@@ -115,15 +114,12 @@ def test_wall_time_and_peak_memory_add_up(tmp_path, monkeypatch):
 FIT_RUN = {"name": "a", "title": "lora", "fold": 1, "steps": [0, 5], "losses": [1.0, None]}
 FIT: dict[str, Any] = {"settings": {}, "spent": 5, "runs": [FIT_RUN], "out": {}, "standings": []}
 FIT["choice"] = {"options": {"rank": "4"}, "title": "rank 4", "steps": 5, "loss": 0.5}
+RECORD = {"schema_version": 1, "method": "a", "status": "failed", "config": {}}
 ODD = [
     ("run.json", "{", "damaged"),
     ("run.json", '{"schema_version": 2}', "schema version 2"),
     *(
-        (
-            "run.json",
-            {"schema_version": 1, "method": "a", "status": "failed", "config": {}} | odd,
-            at,
-        )
+        ("run.json", RECORD | odd, at)
         for odd, at in (
             ({"seed": 10**400}, "'seed' is 1000"),
             ({"config": {"rho": [1]}}, r"'config\.rho' is \[1\]"),

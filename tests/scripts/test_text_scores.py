@@ -11,13 +11,22 @@ from bilora_diffusion.errors import UserError
 from eval import table, text_scores
 from eval.text_scores import models
 from eval.text_scores.sandbox import Sandbox
-from tests.eval.text_score_models import judge, save_adapter, save_base, save_run, save_tasks
-from tests.scripts.runs import process
-from tests.text.text_builders import ADAPTER, train_text_once, write_rows
+from tests.eval.text_score_models import judge, save_tasks
+from tests.scripts.runs import copied, process
+from tests.text.text_builders import (
+    ADAPTER,
+    material,
+    save_llama,
+    train_text,
+    train_text_once,
+    write_rows,
+)
 
 pytest.importorskip("lm_eval")
 
 TOY = "toy_choice,toy_text"
+CHANGED = {"learning_rate": 0.1}
+"""A rate at which two steps change the answers."""
 WATCHED = """
 import sys
 from eval.text_scores import main
@@ -35,10 +44,11 @@ sys.exit(code or (f"the network was asked: {met}" if met else 0))
 def folder(tmp_path_factory):
     """A base model, runs of two methods and two seeds, and two harness tasks."""
     root = tmp_path_factory.mktemp("text")
-    base = save_base(root / "base")
+    base = save_llama(root / "base", max_position_embeddings=4096)  # room for long prompts
+    given = {**material("causal"), "model_name_or_path": base, **CHANGED}
     for method in ("lora", "bilora"):
         for seed in (0, 1):
-            save_run(base, root / f"{method}-{seed}", method=method, seed=seed, scale=3.0)
+            train_text(root / f"{method}-{seed}", **given, method=method, seed=seed)
     save_tasks(root / "tasks")
     return root
 
@@ -100,10 +110,6 @@ def zero_of(run, folder):
     weights = load_file(run / ADAPTER)
     save_file({k: v * 0 if "lora_B" in k else v for k, v in weights.items()}, folder / ADAPTER)
     return folder
-
-
-CHANGED = {"learning_rate": 0.1}
-"""A rate at which two steps change the answers."""
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
@@ -188,7 +194,7 @@ def test_what_can_not_be_scored_is_refused(folder, tmp_path, capsys):
         assert said in refuse(capsys, lora, *out, *name.split())
     local = ["--benchmarks", "toy_choice", "--include_path", folder / "tasks"]
     local += ["--output_dir", tmp_path / "out"]
-    adapter = save_adapter(folder / "base", tmp_path / "adapter")
+    adapter = copied(folder / "lora-0", tmp_path / "adapter")
     file = adapter / ADAPTER
     whole = load_file(file)
     renamed = {name.replace("layers.1", "layers.7"): value for name, value in whole.items()}
@@ -198,5 +204,4 @@ def test_what_can_not_be_scored_is_refused(folder, tmp_path, capsys):
         assert told in refuse(capsys, adapter, *local)
     file.write_bytes(b"damaged")
     assert "adapter_model.safetensors is not a whole" in refuse(capsys, adapter, *local)
-    run = save_run(folder / "base", tmp_path / "run", task_type="classification")
-    assert "is a classifier" in refuse(capsys, run, *local)
+    assert "is a classifier" in refuse(capsys, train_text_once("classification"), *local)

@@ -48,12 +48,10 @@ def test_instruction_sets():
 
 
 def test_rows_of_another_set_are_refused():
+    unlabelled, other = {"sentence": "a", "label": -1}, {"text": "a", "label": 1}
     for row, sentence in (
-        (
-            {"sentence": "a", "label": -1},
-            "label.* of row 7 holds -1, none of the 2 classes of cola",
-        ),
-        ({"text": "a", "label": 1}, 'row 7 has no "sentence", only text, label'),
+        (unlabelled, "label.* of row 7 holds -1, none of the 2 classes of cola"),
+        (other, 'row 7 has no "sentence", only text, label'),
     ):
         with pytest.raises(UserError, match=sentence):
             catalog.get("cola").example(row, "seq2seq", "row 7")
@@ -161,26 +159,21 @@ def test_a_missing_or_damaged_package_is_named(tmp_path, monkeypatch):
         open_task(task, "causal")
 
 
-def test_accuracy_and_exact_match_ignore_white_space_around():
-    figures = score(("accuracy", "exact_match"), [" yes\n", "no", "maybe"], ["yes", "no ", "no"])
-    assert figures == pytest.approx({"accuracy": 2 / 3, "exact_match": 2 / 3})
+TEN = ["acceptable"] * 6 + ["unacceptable"] * 4
+SCORES: list[tuple[str, list[str], list[str], tuple[str, ...], float]] = [
+    ("accuracy", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
+    ("exact_match", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
+    ("matthews_correlation", [*TEN[1:], TEN[0]], TEN, (), 14 / 24),  # 5 and 3 right, 1 and 1 wrong
+    ("matthews_correlation", TEN[:1] * 10, TEN, (), 0.0),
+    ("f1", ["b", "b", "a", "what?"], ["b", "a", "b", "b"], ("a", "b"), 2 / 5),  # of the last of two
+    ("f1", ["a", "b", "b"], ["a", "b", "c"], ("a", "b", "c"), (1 + 2 / 3) / 3),  # the mean of more
+    ("answer_match", ["I think\n#### 72.0", "72", "#### 71"], ["#### 72"] * 3, (), 1 / 3),
+]
 
 
-def test_matthews_correlation_from_its_counts():
-    right = ["acceptable"] * 6 + ["unacceptable"] * 4
-    given = ["acceptable"] * 5 + ["unacceptable"] * 4 + ["acceptable"]
-    tp, fn, tn, fp = 5, 1, 3, 1
-    by_hand = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
-    figures = score(["matthews_correlation"], given, right, ("unacceptable", "acceptable"))
-    assert figures["matthews_correlation"] == pytest.approx(by_hand)
-    assert score(["matthews_correlation"], right[:1] * 10, right) == {"matthews_correlation": 0.0}
-
-
-def test_f1_is_that_of_the_last_of_two_classes_or_the_mean_of_more():
-    given, right = ["b", "b", "a", "what?"], ["b", "a", "b", "b"]
-    assert score(["f1"], given, right, ("a", "b"))["f1"] == pytest.approx(2 * 1 / (2 + 1 + 2))
-    figures = score(["f1"], ["a", "b", "b"], ["a", "b", "c"], ("a", "b", "c"))
-    assert figures["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+@pytest.mark.parametrize(("metric", "given", "right", "labels", "value"), SCORES)
+def test_scores(metric, given, right, labels, value):
+    assert score([metric], given, right, labels, "####") == {metric: pytest.approx(value)}
 
 
 @pytest.mark.parametrize(
@@ -200,12 +193,6 @@ def test_f1_is_that_of_the_last_of_two_classes_or_the_mean_of_more():
 )
 def test_the_answer_after_a_marker(text, answer):
     assert answer_after(text, "####") == answer
-
-
-def test_answer_match():
-    given = ["I think\n#### 72.0", "72", "#### 71"]
-    figures = score(["answer_match"], given, ["#### 72"] * 3, answer_marker="####")
-    assert figures == {"answer_match": pytest.approx(1 / 3)}
 
 
 def test_a_missing_package_or_marker_is_named(monkeypatch):

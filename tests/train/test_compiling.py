@@ -49,7 +49,7 @@ def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(without_compiler,
     (said,) = (line for line in caplog.messages if line.startswith("step "))
     assert said.startswith("step 1: compiled 4 blocks in ")
     assert said.endswith("s, to 1 graph")
-    with compiling.eager(True), torch.no_grad():
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
         run.case.output(run.model, slice(1))
     assert counters["stats"]["unique_graphs"] - before == 1
 

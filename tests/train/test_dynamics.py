@@ -2,7 +2,7 @@
 
 import copy
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -78,10 +78,9 @@ class Training:
         torch.manual_seed(2)
         groups = self.method.setup([Target("model", self.model, spec, 1e-2)])
         self.optimizer = torch.optim.AdamW(groups)
-        self.cfg = SimpleNamespace(log_dynamics=record, dynamics_steps=DUE)
-        self.accelerator = SimpleNamespace(is_main_process=True)
+        self.cfg = SimpleNamespace(dynamics_steps=DUE)
         self.num_steps, self.step, self.folder = 5, 0, folder
-        self.dynamics = Dynamics.of(cast(Any, self), self.optimizer)
+        self.dynamics = Dynamics(self, self.optimizer) if record else None
         self.method.bind(self.optimizer)
 
     def loss(self, model):

@@ -94,19 +94,13 @@ def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve():
 
 def test_only_what_is_worse_beyond_doubt_is_out():
     def loss(options, step):
-        return (
-            1
-            + abs(step - 60) / 1e3
-            + {"4": 0.0, "8": 1e-5, "16": 0.05}[dict(options).get("rank", "8")]
-        )
+        by_rank = {"4": 0.0, "8": 1e-5, "16": 0.05}
+        return 1 + abs(step - 60) / 1e3 + by_rank[dict(options).get("rank", "8")]
 
     search = searched(loss, rank=["4", "8", "16"])
     assert [dict(options)["rank"] for options in search.out] == ["16"]
-    assert {dict(o)["rank"]: len(c) for o, c in search.curves.items() if o} == {
-        "4": 4,
-        "8": 4,
-        "16": 1,
-    }
+    folds = {dict(o)["rank"]: len(c) for o, c in search.curves.items() if o}
+    assert folds == {"4": 4, "8": 4, "16": 1}
 
 
 def test_a_configuration_that_cannot_go_on_takes_no_other_down():

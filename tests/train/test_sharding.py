@@ -31,11 +31,10 @@ USUAL = {"method": "bilora", "init_lora_weights": "default", "modality": "text"}
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
+    def device_type():
+        return "cpu" if machine.is_on("ACCELERATE_USE_CPU") else "cuda"
+
     monkeypatch.setattr(machine, "device_type", device_type)
-
-
-def device_type():
-    return "cpu" if machine.is_on("ACCELERATE_USE_CPU") else "cuda"
 
 
 @pytest.mark.parametrize("name", WRONG)
