@@ -66,14 +66,15 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
     """Train both runs, with more flags of ``train_dreambooth_bilora.py``, compare what they saw,
     draw the grid and say where everything is.
     """
+    curves = {}
     for method in METHODS:
         print(f"\n== {TITLES[method]}")
         words = ["--config", str(recipe), "--method", method, *OWN[method], "--seed", str(seed)]
         words += ["--output_dir", str(folder / method), "--overwrite_output_dir"]
         train.main([*words, *MEASURED, *flags])
+        curves[TITLES[method]] = read_curve(folder / method)
     steps = require_paired([folder / method for method in METHODS])
     picture = folder / "grid.png"
-    curves = {TITLES[method]: read_curve(folder / method) for method in METHODS}
     draw(*make_icons(folder), curves, picture)
     print(f"\nBoth runs saw the same data and noise in all {steps} steps (equal digests).")
     print(as_table(curves))
