@@ -63,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> None:
-    """Train both runs, with more flags of ``train_dreambooth_bilora.py``, compare what they saw,
-    draw the grid and say where everything is.
-    """
+    """Train both runs, with more flags of the script, compare, draw and say where everything is."""
     curves = {}
     for method in METHODS:
         print(f"\n== {TITLES[method]}")
