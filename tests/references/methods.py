@@ -321,7 +321,7 @@ def by_sample(
     x: Tensor,
     y: Tensor,
     rho: float,
-    others: list[Net],
+    others: list[Any],
     groups: Sequence[int | None],
     shares: Sequence[float],
 ) -> float:
