@@ -274,3 +274,22 @@ def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path):
     assert report == {"weights": 17317128, "readback_difference": 0.0}
     assert "subfolder='unet'" in (folder / "README.md").read_text()
     assert len({file.stat().st_mode for file in (folder / "unet").iterdir()}) == 1
+
+
+@pytest.mark.slow
+def test_class_images_see_no_samples_auxiliary(tmp_path):
+    """Beside images of the class the auxiliaries move as without them."""
+    shared = {"auxiliaries": "sample", "rho": 0.5, "checkpointing_steps": 1, "max_train_steps": 3}
+    own = runs.two_icons(tmp_path / "own")
+    prior = {"with_prior_preservation": True, "class_data_dir": own["validation_dataset"]}
+    prior |= {"class_prompt": "an icon", "num_class_images": 2, "prior_loss_weight": 1e-9}
+    shared |= own | {"validation_dataset": "none", "train_batch_size": 2}
+    plain, beside = (
+        runs.train(tmp_path / name, **shared, **further)
+        for name, further in (("plain", {}), ("beside", prior))
+    )
+    kept = [load_file(run / "checkpoints/step-3/adapters.safetensors") for run in (plain, beside)]
+    moved = [key for key in kept[0] if "/auxiliary/" in key]
+    assert len(moved) == 2
+    for key in moved:
+        torch.testing.assert_close(kept[0][key], kept[1][key], rtol=1e-3, atol=1e-5)
