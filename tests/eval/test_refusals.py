@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, str]] = {
     "text_scores": {
         "steps --steps 10,15": "no checkpoint of step 15; it has 10, 20",
         "empty --steps all": "has no checkpoints",
-        "--benchmarks toy": "nothing is given",
+        "--benchmarks heldout": "nothing is given",
         "icons --benchmarks heldout": "eval.clip_scores",
         "steps --steps soon": '"soon"',
         "damaged --benchmarks heldout": "damaged/run.json is ",
