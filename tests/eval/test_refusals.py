@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, str]] = {
         "steps --steps 10,15": "no checkpoint of step 15; it has 10, 20",
         "empty --steps all": "has no checkpoints",
         "--benchmarks heldout": "nothing is given",
+        "steps --benchmarks toy": 'no benchmark "toy"',
         "icons --benchmarks heldout": "eval.clip_scores",
         "steps --steps soon": '"soon"',
         "damaged --benchmarks heldout": "damaged/run.json is ",
