@@ -12,9 +12,9 @@ version that is installed. Both see the same folder of images, with the same bat
 rate, start and layers, and write one LoRA file. Whole processes take turns, in rotating order:
 LoRA there, and here what ``--variants`` names, a seed for each round. Steps are timed by their
 progress bars. Memory is the highest resident one; that of a GPU, of which nobody else may use any,
-is looked at every few milliseconds, and stands beside what ``--dry_run`` says. On the miniature the
-held-out loss of what each round made is measured on this project's grid. Random weights come from
-``random_models.py``. The JSON file holds no paths, so it can be posted.
+stands beside what ``--dry_run`` says. On the miniature the held-out loss of what each round made is
+measured too. Random weights are ``random_models.py``'s; ``lora-again`` finds what its first round
+left on disk. The JSON file holds no paths, so it can be posted.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ OURS = str(Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py")
 PEER = "diffusers, LoRA"
 VARIANTS = {
     "lora": "--method lora",
+    "lora-again": "--method lora --disk_cache auto",
     "bilora": "--method bilora",
     "bilora-sample": "--method bilora --auxiliaries sample --rho auto",
     "bilora-fp16": "--method bilora --mixed_precision fp16",
@@ -100,8 +101,8 @@ def command(
     words += ["--pretrained_model_name_or_path", args.model]
     if label == PEER:
         return [str(args.script), *words, *args.peer_flags]
-    ours = f"{VARIANTS[label]} --lora_alpha {RANK} --init_lora_weights gaussian"
-    ours += " --no_output_kohya_format --validation_dataset none --disk_cache no"
+    ours = f"--lora_alpha {RANK} --init_lora_weights gaussian --no_output_kohya_format"
+    ours += f" --validation_dataset none --disk_cache no {VARIANTS[label]}"
     return [OURS, *words, *ours.split()]
 
 
