@@ -12,9 +12,8 @@ version that is installed. Both see the same folder of images, with the same bat
 rate, start and layers, and write one LoRA file. Whole processes take turns, in rotating order:
 LoRA there, and here what ``--variants`` names, a seed for each round. Steps are timed by their
 progress bars. Memory is the highest resident one; that of a GPU, of which nobody else may use any,
-stands beside what ``--dry_run`` says. On the miniature the held-out loss of what each round made is
-measured too. Random weights are ``random_models.py``'s; ``lora-again`` finds what its first round
-left on disk. The JSON file holds no paths, so it can be posted.
+stands beside what ``--dry_run`` says; on the miniature the held-out loss does. ``lora-again`` finds
+what its first round left on disk. The JSON file holds no paths, so it can be posted.
 """
 
 from __future__ import annotations
