@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -24,29 +24,29 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class AdapterSpec:
     """The shape of one LoRA adapter: W + (alpha / rank) * B @ A on every target.
 
-    Args:
-        rank: inner size r of A (r, n) and B (m, r).
-        alpha: numerator of the scale s = alpha / rank.
-        dropout: probability of dropping an input of A, in training mode.
-        init: "default" (A kaiming-uniform, B zero), "gaussian" (A normal with deviation 1 / rank, B
-            zero), or one that `inits/` puts in the place of the default: "pissa", "lora-ga".
-        use_dora: learn the magnitude of each output separately (DoRA).
-        target_modules: "all-linear" (every linear layer but the output head), a regular expression
-            for full module names, or a tuple of names or name endings such as ("to_q", "to_out.0").
-        modules_to_save: names of modules that are trained whole beside the adapter and saved with
-            it, such as a classifier's new head; no adapter goes on them.
-
     Raises:
         UserError: targets that are no names and no expression.
     """
 
-    rank: int = 4
-    alpha: float = 8
-    dropout: float = 0.0
+    rank: int = 4  # inner size r of A (r, n) and B (m, r)
+    alpha: float = 8  # numerator of the scale s = alpha / rank
+    dropout: float = 0.0  # probability of dropping an input of A, in training mode
+    # "default" (A kaiming-uniform, B zero), "gaussian" (A normal with deviation 1 / rank, B zero),
+    # or one that `inits/` puts in the place of the default: "pissa", "lora-ga".
     init: str = "default"
-    use_dora: bool = False
+    use_dora: bool = False  # learn the magnitude of each output separately
+    # "all-linear" (every linear layer but the output head), a regular expression for full module
+    # names, or a tuple of names or name endings such as ("to_q", "to_out.0").
     target_modules: str | tuple[str, ...] = ALL_LINEAR
+    # Modules that are trained whole beside the adapter and saved with it, such as a classifier's
+    # new head; no adapter goes on them.
     modules_to_save: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, cfg: Any, **own: Any) -> Self:
+        """The shape that a run's configuration asks for, and what it does not say."""
+        shape = cfg.rank, cfg.lora_alpha, cfg.lora_dropout, cfg.init_lora_weights, cfg.use_dora
+        return cls(*shape, **own)
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):

@@ -96,14 +96,7 @@ class DreamBooth:
         encoders where they are trained.
         """
         cfg = self.cfg
-        spec = AdapterSpec(
-            rank=cfg.rank,
-            alpha=cfg.lora_alpha,
-            dropout=cfg.lora_dropout,
-            init=cfg.init_lora_weights,
-            use_dora=cfg.use_dora,
-            target_modules=self.layers,
-        )
+        spec = AdapterSpec.of(cfg, target_modules=self.layers)
         rate = cfg.text_encoder_lr
         if cfg.optimizer.lower() == "prodigy" or not rate:
             # Prodigy estimates one step size and takes the learning rate as a common factor.

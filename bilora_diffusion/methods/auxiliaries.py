@@ -122,9 +122,7 @@ class _Flat:
 
     @contextmanager
     def one(self, group: int, share: float) -> Iterator[None]:
-        """Within the context the layers' parameters and gradients are views of one auxiliary's, of
-        which a share acts.
-        """
+        """Within the context the layers hold views of an auxiliary, of which a share acts."""
         flat = self.parameters[group]
         if flat.grad is None:
             flat.grad = torch.zeros_like(flat)
@@ -145,9 +143,7 @@ class _Flat:
 
     @contextmanager
     def several(self, groups: Sequence[int | None], shares: Sequence[float]) -> Iterator[None]:
-        """Within the context row i of every layer's input sees `shares[i]` of the auxiliary
-        `groups[i]`.
-        """
+        """Within the context row i of every input sees the share `shares[i]` of `groups[i]`."""
         flats = [None if g is None else self.parameters[g] for g in groups]
         one = next((flat for flat in flats if flat is not None), self.parameters[0])
         nothing = torch.zeros_like(one.data)
@@ -191,6 +187,7 @@ class Auxiliaries(Auxiliary):
         count: how many auxiliaries there are.
         dealt: which of them each sample sees; [] for sample i % count.
         parked: whether they wait in the CPU's memory for the steps that see them.
+        gamma: above this signal-to-noise ratio a row sees the whole; 0 where every row does.
 
     Attributes:
         norms: of each auxiliary after its last projection, (count,).
@@ -203,9 +200,10 @@ class Auxiliaries(Auxiliary):
         count: int,
         dealt: Sequence[int] = (),
         parked: bool = False,
+        gamma: float = 0.0,
     ) -> None:
         rest, first = iter(measures), "cpu" if parked else None
-        self.count, self._dealt = count, dealt
+        self.count, self._dealt, self._gamma = count, dealt, gamma
         self._models = [_Flat(own, [next(rest) for _ in own], count, first) for own in layers]
         device = self._models[0].device
         self._parking = Parking(device) if parked else None
@@ -264,14 +262,18 @@ class Auxiliaries(Auxiliary):
         return [flat.parameters[g] for flat in self._models for g in distinct]
 
     @contextmanager
-    def seen(self, samples: Sequence[int | None], shares: Sequence[float]) -> Iterator[None]:
-        """Within the context, for a forward and a backward pass, row i of a micro-batch sees
-        `shares[i]` of the auxiliary of `samples[i]`, or none.
+    def seen(self, samples: Sequence[int | None], snr: Sequence[float] = ()) -> Iterator[None]:
+        """Within the context, for a forward and a backward pass, row i of a micro-batch sees the
+        auxiliary of `samples[i]`, or none; of `snr[i]` the share sqrt(min(snr, gamma) / gamma).
 
         Raises:
-            UserError: there are several, and a layer to which rows can't be added.
+            UserError: several, and a layer to which rows can't be added; ratios of other rows.
         """
-        groups = self._groups(samples)
+        if snr and len(snr) != len(samples):
+            raise UserError(f"snr has {len(snr)} ratios for {len(samples)} samples; give one each.")
+        gamma, groups = self._gamma, self._groups(samples)
+        shares = [math.sqrt(min(own, gamma) / gamma) if gamma else 1.0 for own in snr]
+        shares = shares or [1.0] * len(samples)
         first = groups[0] if len(set(zip(groups, shares, strict=True))) == 1 else None
         if self._parking is not None:
             self._parking.fetch(self._of(groups))
@@ -338,6 +340,7 @@ def create(layers: Sequence[Layers], options: MethodOptions) -> Auxiliary:
     measures = [scale for own in layers for scale in scales(own, options.rho_norm)]
     count, dealt = deal(options.auxiliaries, options.sample_names)
     if count > 1:
-        return Auxiliaries(layers, measures, count, dealt, options.auxiliaries_on == "cpu")
+        parked, gamma = options.auxiliaries_on == "cpu", options.auxiliary_snr_gamma
+        return Auxiliaries(layers, measures, count, dealt, parked, gamma)
     kind = {"global": Auxiliary, "per-layer": PerLayer, "none": Unbounded}[options.ball]
     return kind(layers, measures)

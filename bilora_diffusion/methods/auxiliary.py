@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -50,9 +49,9 @@ class Auxiliary:
         """Prepare for `seen` with these samples, later in the same step."""
 
     def seen(
-        self, samples: Sequence[int | None], shares: Sequence[float]
+        self, samples: Sequence[int | None], snr: Sequence[float]
     ) -> AbstractContextManager[None]:
-        """A context for the forward and backward pass of a micro-batch of these samples."""
+        """A context for the forward and backward pass of a micro-batch; see `Method.seen`."""
         return nullcontext()
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -127,9 +126,7 @@ class WithAuxiliary(Counting):
     def seen(
         self, samples: Sequence[int | None], snr: Sequence[float] = ()
     ) -> AbstractContextManager[None]:
-        gamma = self.options.auxiliary_snr_gamma
-        shares = [math.sqrt(min(own, gamma) / gamma) for own in snr if gamma]
-        return self.auxiliary.seen(samples, shares or [1.0] * len(samples))
+        return self.auxiliary.seen(samples, snr)
 
     def apart(self) -> list[nn.Parameter]:
         return self.auxiliary.apart()

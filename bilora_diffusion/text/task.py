@@ -50,16 +50,8 @@ class TextTask:
 
     def targets(self) -> list[Target]:
         """The one model; what a classifier has of new layers is trained whole beside adapters."""
-        cfg = self.cfg
-        spec = AdapterSpec(
-            rank=cfg.rank,
-            alpha=cfg.lora_alpha,
-            dropout=cfg.lora_dropout,
-            init=cfg.init_lora_weights,
-            use_dora=cfg.use_dora,
-            target_modules=cfg.targets,
-            modules_to_save=self.loaded.whole_modules,
-        )
+        cfg, whole = self.cfg, self.loaded.whole_modules
+        spec = AdapterSpec.of(cfg, target_modules=cfg.targets, modules_to_save=whole)
         return [Target(NAME, self.loaded.model, spec, cfg.learning_rate, cfg.adam_weight_decay)]
 
     def again(self, cfg: TextConfig, fold: Fold | None = None, searches: bool = False) -> TextTask:

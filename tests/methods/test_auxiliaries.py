@@ -26,10 +26,9 @@ def samples(k, rows=7):
     return [None if i == 0 and k % 3 == 0 else int(s) for i, s in enumerate(drawn)]
 
 
-def ratios(k, rows=7):
+def ratios(k):
     """Signal-to-noise ratios of the rows of step k, from 0.01 to 100."""
-    drawn = torch.rand(rows, generator=torch.Generator().manual_seed(100 + k))
-    return (10 ** (4 * drawn - 2)).tolist()
+    return (10 ** (4 * torch.rand(7, generator=torch.Generator().manual_seed(k)) - 2)).tolist()
 
 
 def backward(run, k, cuts=()):
@@ -146,8 +145,7 @@ def test_samples_are_dealt_by_name_as_evenly_as_can_be():
     assert deal(2, names) == (2, [1, 0, 0, 1, 0])
     assert deal(9, names)[0] == 5
     options = MethodOptions(auxiliaries="sample", sample_names=tuple(names))
-    method = Run("bilora", options).method
-    assert len(flats(method)) == 5
+    assert len(flats(Run("bilora", options).method)) == 5
 
 
 def test_more_than_can_be_kept_and_rows_that_are_not_the_samples_are_refused():
@@ -158,3 +156,5 @@ def test_more_than_can_be_kept_and_rows_that_are_not_the_samples_are_refused():
     run = Run("bilora", MethodOptions(auxiliaries=COUNT))
     with pytest.raises(UserError, match="7 rows for 3 samples"), run.method.seen([0, 1, 2]):
         run.model(batch(0)[0])
+    with pytest.raises(UserError, match="2 ratios for 3"), run.method.seen([0, 1, 2], [1, 2]):
+        pass
