@@ -17,24 +17,27 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bilora_diffusion import mini
+from bilora_diffusion.run.folder import FIT_RECORD
 from bilora_diffusion.run.paths import ROOT
 from bilora_diffusion.run.record import read_fit, read_metrics
 from bilora_diffusion.run.runlog import is_finished
 from bilora_diffusion.text import catalog
-from bilora_diffusion.train.fit.space import folder_name, words
+from bilora_diffusion.train.fit.space import words
 
 IMAGE, TEXT = "train_dreambooth_bilora.py", "train_text_bilora.py"
 COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 ICONS = ["--pretrained_model_name_or_path", "mini", "--learning_rate", "1e-3"]
 REVIEWS = ["--model_name_or_path", "minilm", "--task_type", "classification", "--max_length", "64"]
 DATASETS = {"icons": "mini", "animals": "mini-animals"}
+TRUTH_BUDGET = 15
+"""Runs of the whole length that the search by the truth may cost."""
 COLUMNS = ("set", "seed", "choice", "steps", "loss", "given", "best", "regret")
 
 
@@ -48,12 +51,11 @@ def command(name: str, folder: Path) -> tuple[str, list[str], list[str], list[st
     folder.mkdir(parents=True, exist_ok=True)
     if name == "icons8":
         lines = (mini.train_dir() / "metadata.jsonl").read_text().splitlines()[:8]
-        for row in map(json.loads, lines):
-            file = folder / row["file_name"]
-            file.write_bytes((mini.train_dir() / file.name).read_bytes())
-            file.with_suffix(".txt").write_text(row["prompt"])
-        heldout = ["--validation_dataset", "mini-heldout", *part]
-        return IMAGE, [*images, "--dataset", str(folder)], none, heldout
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        for file_name in (json.loads(line)["file_name"] for line in lines):
+            (folder / Path(file_name).name).write_bytes((mini.train_dir() / file_name).read_bytes())
+        images += ["--dataset", str(folder), "--caption_column", "prompt"]
+        return IMAGE, images, none, ["--validation_dataset", "mini-heldout", *part]
     rows = catalog.packaged_rows(catalog.get("rotten_tomatoes"), "train")
     # The file is sorted by class.
     for split, every, count in (("train", 133, 64), ("validation", 29, 290)):
@@ -73,31 +75,30 @@ def run(script: str, options: Sequence[str], folder: Path) -> None:
         subprocess.run([*line, "--resume_from_checkpoint", "auto"], check=True, cwd=ROOT)
 
 
-def curve(folder: Path) -> dict[int, float]:
-    """Held-out loss by step."""
-    rows = [row for row in read_metrics(folder) if row.get("heldout_loss") is not None]
-    return {row["step"]: row["heldout_loss"] for row in rows if row["step"]}
-
-
 def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[Any, ...]:
     """The row of one set and seed."""
     script, base, none, truth = command(name, folder / name / "data")
     base += ["--seed", str(seed), "--max_train_steps", str(steps)]
     place = folder / name / f"seed-{seed}"
     run(script, [*base, *none, "--fit"], place / "fit")
-    record: Any = read_fit(place / "fit" / "fit.json")
-    every = str(record["settings"]["every"])
-    curves: dict[str, Mapping[int, float]] = {}
-    for options in (tuple(one["options"].items()) for one in record["runs"]):
-        key = folder_name(options)
-        if key not in curves:
-            own = [*words(options), *truth, "--validation_loss_steps", every]
-            run(script, [*base, *own], place / "truth" / key)
-            curves[key] = curve(place / "truth" / key)
-    choice, given = record["choice"], curves.pop("as_given", None)
-    loss = curves[folder_name(tuple(choice["options"].items()))][choice["steps"]]
-    best = min(value for one in curves.values() for value in one.values())
-    last = given[max(given)] if given else None
+    record: Any = read_fit(place / "fit" / FIT_RECORD)
+    choice = record["choice"]
+    every = ["--validation_loss_steps", str(record["settings"]["every"])]
+    budget = ["--fit_budget", str(TRUTH_BUDGET * steps)]
+    run(script, [*base, *truth, *every, *budget, "--fit"], place / "truth")
+    known: Any = read_fit(place / "truth" / FIT_RECORD)
+    curves = {
+        one["title"]: dict(zip(one["steps"], one["losses"], strict=True)) for one in known["runs"]
+    }
+    last = curves.pop("as given")[steps]
+    own = curves.setdefault(choice["title"], {})
+    if choice["steps"] not in own:
+        alone = [*words(tuple(choice["options"].items())), *truth, *every]
+        run(script, [*base, *alone], place / "choice")
+        rows = read_metrics(place / "choice")
+        own |= {row["step"]: row["heldout_loss"] for row in rows if row.get("heldout_loss")}
+    loss = own[choice["steps"]]
+    best = min(value for one in curves.values() for step, value in one.items() if step)
     return name, seed, choice["title"], choice["steps"], loss, last, best, loss / best - 1
 
 

@@ -102,7 +102,7 @@ def show_images(trainer: Trainer, folder: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def recorded(log: RunLog | None, folder: Path, trainer: Trainer) -> Iterator[None]:
+def recorded(log: RunLog | None, folder: Path, trainer: Trainer | None = None) -> Iterator[None]:
     """Within the context, whatever ends the run is written into its record, which the main process
     has, and goes on its way. The trace of an error that nobody foresaw is kept in the run folder.
 
@@ -116,7 +116,8 @@ def recorded(log: RunLog | None, folder: Path, trainer: Trainer) -> Iterator[Non
         raise
     except Exception as error:
         if disk_is_full(error):
-            reason = full_disk_sentence(error, folder, bytes_to_write(trainer))
+            needed = None if trainer is None else bytes_to_write(trainer)
+            reason = full_disk_sentence(error, folder, needed)
             _close(log, "failed", reason)
             raise TrainingError(reason) from error
         foreseen = isinstance(error, UserError | TrainingError)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -47,27 +46,6 @@ class Schedule:
             tuple(range(first + m * stride, first + m * stride + self.micro_batch))
             for m in range(self.accumulation)
         ]
-
-
-class Remaining(Sequence[tuple[int, tuple[int, ...]]]):
-    """(step, slots) of every micro-batch from one step to another, counted and not listed.
-
-    Args:
-        first: the first step.
-        last: the step that is no longer among them.
-        slots: one process's micro-batches of any step, as ``Schedule.slots`` gives them.
-    """
-
-    def __init__(self, first: int, last: int, slots: Sequence[tuple[int, ...]]) -> None:
-        self._first, self._slots = first, slots
-        self._count = max(0, last - first) * len(slots)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        step, part = divmod(range(self._count)[index], len(self._slots))
-        return self._first + step, self._slots[part]
 
 
 class ClippedOptimizer:

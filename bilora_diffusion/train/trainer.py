@@ -35,7 +35,6 @@ from .gradients import initialise
 from .outcome import Outcome
 from .stepping import (
     ClippedOptimizer,
-    Remaining,
     Schedule,
     build_optimizer,
     build_scheduler,
@@ -130,10 +129,10 @@ class Trainer:
 
     def micro_batches(self) -> Iterator[list[MicroBatch]]:
         """The remaining steps, each as this process's micro-batches."""
-        slots = self.schedule.slots()
-        plan = Remaining(self.step, self.num_steps, slots)
-        stream = iter(self.task.micro_batches(plan, self.schedule.step_size))
-        for _ in range(self.step, self.num_steps):
+        slots, steps = self.schedule.slots(), range(self.step, self.num_steps)
+        plan = [(step, own) for step in steps for own in slots]
+        stream = self.task.micro_batches(plan, self.schedule.step_size)
+        for _ in steps:
             yield [next(stream) for _ in slots]
 
     def train_step(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ...run import provenance
 from ...run.durations import duration
 from ...run.folder import FIT, FIT_FIGURE, FIT_RECORD
 from ...run.record import read_fit, read_run
-from .search import Curve, Search, lowest, pooled
+from .search import Search, Work, lowest, pooled
 from .space import METHOD, Options, title
 
 SHOWN, RESAMPLES = 5, 999
@@ -22,24 +22,25 @@ SHOWN, RESAMPLES = 5, 999
 def write(
     folder: Path,
     settings: Mapping[str, Any],
-    runs: Mapping[tuple[Options, int], tuple[str, Curve]],
     search: Search,
+    name_of: Callable[[Work], str],
     done: bool = False,
 ) -> None:
     """Write ``fit.json``: what was measured so far, and in the end what was chosen.
 
     Args:
-        runs: by configuration and fold, the run's folder and curve.
+        name_of: the folder of a run.
     """
 
     def described(options: Options, **values: Any) -> dict[str, Any]:
         return {"title": title(options), **values, "options": dict(options)}
 
     curves = []
-    for (options, fold), (name, curve) in runs.items():
-        losses = [float(values.mean()) for values in curve.values()]
-        run = {"name": name, "fold": fold + 1, "steps": list(curve), "losses": losses}
-        curves.append(described(options, **run))
+    for options, own in search.curves.items():
+        for fold, curve in enumerate(own):
+            steps, losses = [*curve], [float(values.mean()) for values in curve.values()]
+            run = {"name": name_of(Work(options, fold, steps[-1])), "fold": fold + 1}
+            curves.append(described(options, **run, steps=steps, losses=losses))
     choice, standings = None, search.standings() if done else []
     if standings:
         options, step, *_ = standings[0]

@@ -32,6 +32,7 @@ from ...run.folder import FIT, FIT_RECORD, OF_FIT, clear
 from ...run.interruption import Interruption, Stop
 from ...run.record import read_fit
 from ...seeds import digest_texts, parts
+from ..recording import recorded
 from ..stepping import Schedule, total_steps
 from ..task import BY_SAMPLE, Task
 from . import report
@@ -56,7 +57,7 @@ Train = Callable[[Any, Path, int], Stop | None]
 logger = logging.getLogger(__name__)
 
 
-class _Stopped(Exception):
+class _Stopped(KeyboardInterrupt):
     """A signal ended a run."""
 
     def __init__(self, stop: Stop) -> None:
@@ -127,7 +128,6 @@ class Fit:
         self._typed = frozenset(type(cfg).parser().explicit(argv))
         self._configs: dict[Options, Any] = {}
         self._names: dict[str, Options] = {}
-        self._runs: dict[tuple[Options, int], tuple[str, Curve]] = {}
         self.what = "images" if cfg.modality == "image" else "rows"
         self._folds: list[Any] = [None]
         if not task.has_heldout:
@@ -222,30 +222,24 @@ class Fit:
             log.start(self.cfg.to_dict(), self.cfg.method, self.cfg.seed, None)
             log.doing("search")
             self._write()
-        status, reason = "running", None
         try:
-            with Interruption(patient=True) as self._interruption:
+            with recorded(log, self.folder), Interruption(patient=True) as self._interruption:
                 self.search.run(self.space)
-            chosen = self.search.chosen
-            if log is not None:
-                self._write(done=True)
-                report.draw(self.folder, self.search)
-                for place in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
-                    discard(place)
+                chosen = self.search.chosen
+                if log is not None:
+                    self._write(done=True)
+                    report.draw(self.folder, self.search)
+                    for place in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
+                        discard(place)
         except _Stopped as stopped:
-            status = "interrupted"
             return stopped.stop
-        except BaseException as error:
-            status, reason = "failed", str(error) or None
-            raise
-        finally:
-            if log is not None:
-                log.close(status, reason)
+        if log is not None:
+            log.close("running")
         return self._final(*chosen)
 
     def _write(self, done: bool = False) -> None:
         if self._rank == 0:
-            report.write(self.folder, self._settings(), self._runs, self.search, done)
+            report.write(self.folder, self._settings(), self.search, self._name, done)
 
     def _final(self, options: Options, steps: int) -> Any:
         """The configuration with the user's own schedule, rescaled to the chosen steps."""
@@ -269,20 +263,25 @@ class Fit:
             name += "+"
         return f"{name}_fold{work.fold + 1}" if self.plan.folds > 1 else name
 
-    def _measure(self, works: Sequence[Work]) -> list[Curve | str]:
-        """Train runs, each process some of them, and gather what all have measured."""
-        names, size = [self._name(work) for work in works], self._processes
-        results, end = [], None
+    def _measure(self, works: Sequence[Work]) -> Iterator[Curve | str]:
+        """Train runs, at a time one on each process, and give what was measured."""
+        for first in range(0, len(works), self._processes):
+            yield from self._together(works[first : first + self._processes])
+            self._write()  # which the viewer shows
+
+    def _together(self, works: Sequence[Work]) -> list[Curve | str]:
+        """Train one run on each process, and gather what all have measured."""
+        names, curve, end = [self._name(work) for work in works], "", None
         try:
-            with alone():
-                for work, name in list(zip(works, names, strict=True))[self._rank :: size]:
-                    results.append(self._one(work, name))
+            if self._rank < len(works):
+                with alone():
+                    curve = self._one(works[self._rank], names[self._rank])
             if number := self._interruption.number:
                 raise _Stopped(Stop(number, 0, self.plan.steps, "the next run"))
-        except Exception as error:  # the others are to know it, who would wait for ever
+        except (Exception, _Stopped) as error:  # the others are to know it, who would wait for ever
             end = error
         reason = getattr(end, "stop", None) or (end and (str(end) or repr(end)))
-        shared = gather_object([(results, reason)])
+        shared = gather_object([(curve, reason)])
         if end is not None:
             raise end
         for _, other in shared:
@@ -290,20 +289,14 @@ class Fit:
                 raise _Stopped(other)
             if other is not None:
                 raise TrainingError(f"another process could not go on: {other}")
-        curves = [shared[i % size][0][i // size] for i in range(len(works))]
-        for work, name, curve in zip(works, names, curves, strict=True):
-            if not isinstance(curve, str):
-                self._runs[work.options, work.fold] = (name, curve)
-        self._write()
-        return curves
+        return [curve for curve, _ in shared[: len(works)]]
 
     def _one(self, work: Work, name: str) -> Curve | str:
         """Bring one run to its steps, or read it where that was done before."""
         place = self.folder / FIT / name
         curve = read_curve(place, work.steps)
         if curve is None:
-            fold = self._folds[work.fold]
-            task = self.task.again(self._of_run(work, place), fold, searches=True)
+            task = self.task.again(self._of_run(work, place), self._folds[work.fold], searches=True)
             with suppress(Diverged):  # its record has the reason
                 if (stop := self._train(task, place, work.steps)) is not None:
                     raise _Stopped(stop._replace(run=f"{FIT}/{name}"))
@@ -312,8 +305,6 @@ class Fit:
         if not isinstance(curve, str):
             loss, step = lowest(curve)
             logger.info("fit: %s, %d steps: lowest %.4f at step %d", name, work.steps, loss, step)
-            self._runs[work.options, work.fold] = (name, curve)
-            self._write()  # the viewer shows it before the others are there
         return curve
 
 

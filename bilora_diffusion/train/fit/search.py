@@ -89,7 +89,7 @@ class Search:
 
     Args:
         plan: its size.
-        measure: trains runs and returns the curve of each, or why the run could not go on.
+        measure: trains runs and gives the curve of each, or why the run could not go on.
 
     Attributes:
         curves: by configuration, of its folds in order.
@@ -98,7 +98,7 @@ class Search:
     """
 
     def __init__(
-        self, plan: Plan, measure: Callable[[Sequence[Work]], Sequence[Curve | str]]
+        self, plan: Plan, measure: Callable[[Sequence[Work]], Iterable[Curve | str]]
     ) -> None:
         self.plan, self._measure = plan, measure
         self.curves: dict[Options, list[Curve]] = {}
@@ -156,7 +156,7 @@ class Search:
             if cost and work.options not in self.out and self.spent + cost <= most:
                 self.spent += cost
                 todo.append(work)
-        for work, curve in zip(todo, self._measure(todo) if todo else (), strict=True):
+        for work, curve in zip(todo, self._measure(todo), strict=True):
             if isinstance(curve, str):
                 self.out[work.options] = curve
             elif not math.isfinite(lowest(curve)[0]):
