@@ -240,9 +240,7 @@ def by_concept(runs: Sequence[Shown]) -> list[Line]:
 
 
 def of_fits(runs: Sequence[Shown]) -> list[Line]:
-    """The held-out losses of a search's runs over the steps; those of the choice stand out, or of
-    the lowest so far.
-    """
+    """A search's held-out losses up to twice its lowest; last the choice's, or the lowest so far."""
     lines = []
     for run in runs:
         searched: list[tuple[str, Line]] = []
@@ -252,10 +250,12 @@ def of_fits(runs: Sequence[Shown]) -> list[Line]:
             line = run.line(points, f"{one['title']}, fold {one['fold']}")
             searched.append((one["title"], line))
         lows = [(value, title) for title, line in searched for _, value in line.points]
-        best = (run.fit.get("choice") or {}).get("title") or min(lows, default=(0, ""))[1]
-        strong = COLORS[run.color]
-        lines += [line for title, line in searched if title != best]
-        lines += [replace(line, color=strong) for title, line in searched if title == best]
+        low, first = min(lows, default=(0.0, ""))
+        best = (run.fit.get("choice") or {}).get("title", first)
+        for title, line in sorted(searched, key=lambda pair: pair[0] == best):
+            points = [point for point in line.points if point[1] <= 2 * low]
+            color = COLORS[run.color] if title == best else line.color
+            lines.append(replace(line, points=points, color=color))
     return lines
 
 
@@ -312,7 +312,7 @@ TITLES = {
     ),
     "fit": (
         "Search of --fit",
-        "Held-out loss of each run; strong: the choice, or the lowest so far.",
+        "Held-out loss, up to twice the lowest; strong: the choice, or the lowest so far.",
     ),
     **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
     "norm": (
