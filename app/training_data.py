@@ -240,7 +240,7 @@ def by_concept(runs: Sequence[Shown]) -> list[Line]:
 
 
 def of_fits(runs: Sequence[Shown]) -> list[Line]:
-    """A search's held-out losses up to twice its lowest; last the choice's, or the lowest so far."""
+    """A search's held-out losses up to twice its lowest; the choice's last, or the lowest's."""
     lines = []
     for run in runs:
         searched: list[tuple[str, Line]] = []
