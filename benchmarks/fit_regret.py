@@ -3,17 +3,17 @@
     python -m benchmarks.fit_regret --output_dir results/fit_regret    # many hours on two cores
     python -m benchmarks.fit_regret --sets animals --seeds 0 --steps 60 --output_dir results/try
 
-For each set and seed: one fit on folds of the set; then each configuration that it tried, and the
-command as given, trained on the whole set and measured on the miniature's held-out pictures (or
-reviews) all along. Regret is the loss of the choice at its step minus the lowest of all
-configurations and steps, as a share of that. What is finished is not repeated, so that the same
-command goes on. Writes rows.csv and report.md.
+For each set and seed: one fit on folds of the set; then the same search by the truth, which is the
+miniature's held-out pictures (or reviews) that no fold has seen, on the whole set and with half as
+much budget again; both measured at the same steps. Regret is the loss on the truth of the choice at
+its step minus the lowest of all that was measured there, as a share of that.
+
+What is finished is not repeated, so that the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -26,10 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bilora_diffusion import mini
 from bilora_diffusion.run.folder import FIT_RECORD
 from bilora_diffusion.run.paths import ROOT
-from bilora_diffusion.run.record import read_fit, read_metrics
+from bilora_diffusion.run.record import read_fit, read_metrics, read_run
 from bilora_diffusion.run.runlog import is_finished
 from bilora_diffusion.text import catalog
 from bilora_diffusion.train.fit.space import words
+from eval import compare, report, table
+from eval.provenance import command_line, of_runs
+from eval.table import Entry, Metric, Result, Row
 
 IMAGE, TEXT = "train_dreambooth_bilora.py", "train_text_bilora.py"
 COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"]
@@ -38,7 +41,13 @@ REVIEWS = ["--model_name_or_path", "minilm", "--task_type", "classification", "-
 DATASETS = {"icons": "mini", "animals": "mini-animals"}
 TRUTH_BUDGET = 15
 """Runs of the whole length that the search by the truth may cost."""
-COLUMNS = ("set", "seed", "choice", "steps", "loss", "given", "best", "regret")
+LOSS: Any = {"scale": 1000, "form": ".2f"}
+METRICS = {
+    "regret": Metric("regret, %", scale=100, form=".2f"),
+    "choice": Metric("held-out loss x 1000 of its choice", **LOSS),
+    "best": Metric("lowest in hindsight", **LOSS),
+    "given": Metric("as given, at its end", **LOSS),
+}
 
 
 def command(name: str, folder: Path) -> tuple[str, list[str], list[str], list[str]]:
@@ -75,8 +84,8 @@ def run(script: str, options: Sequence[str], folder: Path) -> None:
         subprocess.run([*line, "--resume_from_checkpoint", "auto"], check=True, cwd=ROOT)
 
 
-def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[Any, ...]:
-    """The row of one set and seed."""
+def measure(name: str, seed: int, steps: int, folder: Path) -> list[Row]:
+    """What one set and seed gives."""
     script, base, none, truth = command(name, folder / name / "data")
     base += ["--seed", str(seed), "--max_train_steps", str(steps)]
     place = folder / name / f"seed-{seed}"
@@ -90,20 +99,44 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[Any, ...]:
     curves = {
         one["title"]: dict(zip(one["steps"], one["losses"], strict=True)) for one in known["runs"]
     }
-    last = curves.pop("as given")[steps]
+    given = curves.pop("as given")[steps]
     own = curves.setdefault(choice["title"], {})
     if choice["steps"] not in own:
         alone = [*words(tuple(choice["options"].items())), *truth, *every]
         run(script, [*base, *alone], place / "choice")
         rows = read_metrics(place / "choice")
         own |= {row["step"]: row["heldout_loss"] for row in rows if row.get("heldout_loss")}
-    loss = own[choice["steps"]]
+    loss, title = own[choice["steps"]], f"{choice['title']}, {choice['steps']} steps"
     best = min(value for one in curves.values() for step, value in one.items() if step)
-    return name, seed, choice["title"], choice["steps"], loss, last, best, loss / best - 1
+    values = {"regret": loss / best - 1, "choice": loss, "best": best, "given": given}
+    label = f"{name}-{seed}"
+    return [Row(label, name, seed, n, value=v, note=title) for n, v in values.items()]
+
+
+def write(rows: Sequence[Row], records: Sequence[Any], argv: Sequence[str], folder: Path) -> None:
+    """The result of all that was measured so far."""
+    chosen = [row for row in rows if row.metric == "choice"]
+    entries = [Entry(row.subject, row.group, seed=row.seed) for row in chosen]
+    origin = of_runs(command_line("benchmarks.fit_regret", argv), records)
+    kind, lines = "fit_regret", compare.summaries(rows)
+    result = Result(kind, entries, METRICS, provenance=origin, rows=rows, summaries=lines)
+    values: Any = [[result.select(n)[i].value for n in METRICS] for i in range(len(chosen))]
+    below = sum(choice < given for _, choice, _, given in values)
+    texts = [[row.subject, row.note, f"{v[0]:.2%}"] for row, v in zip(chosen, values, strict=True)]
+    text = report.page(
+        "# Regret of --fit",
+        str(__doc__).split("\n\n")[2],
+        report.comparison(result, [report.Column(name) for name in METRICS]),
+        f"Its choice is below the command as given in {below} of {len(chosen)}.",
+        report.table(["set and seed", "choice", "regret"], texts),
+        report.closing(result),
+    )
+    table.write(result, folder, text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is missing and write the table after each row."""
+    """Measure what is missing and write the result after each set and seed."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sets", nargs="+", default=["icons", "icons8", "animals", "reviews"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -112,17 +145,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, records, runs = [], [], args.runs_dir.absolute()
     for seed in args.seeds:
         for name in args.sets:
-            rows.append(measure(name, seed, args.steps, args.runs_dir.absolute()))
-            with (args.output_dir / "rows.csv").open("w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *rows])
-            shown = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-            lines = [" | ".join(row) for row in (COLUMNS, ["---"] * len(COLUMNS), *shown)]
-            table = "\n".join(f"| {line} |" for line in lines)
-            (args.output_dir / "report.md").write_text(f"# Regret of --fit\n\n{table}\n")
-            print(table, flush=True)
+            rows += measure(name, seed, args.steps, runs)
+            records.append(read_run(runs / name / f"seed-{seed}" / "fit"))
+            write(rows, records, argv, args.output_dir)
 
 
 if __name__ == "__main__":
