@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 from pydantic import TypeAdapter
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.intervals import student_interval
 from eval import compare
 from eval.clip_scores.names import METRICS
 from eval.clip_scores.prompts import Prompt
@@ -202,7 +203,7 @@ def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
         for row in values
         if row.subject in (a, b) and (row.item not in paired or counts(row.item, row.seed))
     ]
-    interval = compare.student_interval
+    interval = student_interval
     lines = {(s.group, s.item): s for s in compare.summaries(values, a, interval=interval)}
 
     def row(text: str) -> PromptRow:

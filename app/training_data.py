@@ -247,8 +247,7 @@ def of_fits(runs: Sequence[Shown]) -> list[Line]:
         for one in run.fit.get("runs", ()):
             both = zip(one["steps"], one["losses"], strict=True)
             points = [(step, value) for step, value in both if step and value is not None]
-            line = run.line(points, f"{one['title']}, fold {one['fold']}")
-            searched.append((one["title"], line))
+            searched.append((one["title"], run.line(points, f"{one['title']}, fold {one['fold']}")))
         lows = [(value, title) for title, line in searched for _, value in line.points]
         low, first = min(lows, default=(0.0, ""))
         best = (run.fit.get("choice") or {}).get("title", first)

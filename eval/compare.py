@@ -9,6 +9,7 @@ seeds are averaged first.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.intervals import LEVEL, Interval, bootstrap_interval
+from bilora_diffusion.intervals import LEVEL, Interval
 
 from .table import Entry, Row, Summary
 
 SEED, ITEM = "seed", "item"
+RESAMPLES = 9999
 BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 
@@ -29,15 +31,36 @@ Units = Mapping[Any, float | None]
 """Seed or item, which is averaged and paired -> its value."""
 
 
-def student_interval(values: Sequence[float]) -> Interval | None:
-    """95 % interval of the mean of many values, by Student's t; None below two."""
+def bootstrap_interval(values: Sequence[float]) -> Interval | None:
+    """95 % interval of the mean of independent values by ``scipy.stats.bootstrap`` (BCa).
+
+    Where all values are equal, for which BCa is not defined, it has no width. Where it is not
+    defined otherwise, the percentile interval stands in. With few values a bootstrap interval is
+    too narrow: of 95 % intervals of normal values, 72 % cover the mean for 3, 84 % for 5 and 91 %
+    for 10.
+    """
     from scipy import stats  # in functions, so that --help does not wait for it
 
-    if len(values) < 2:
-        return None
     array = np.asarray(values, dtype=np.float64)
-    reach = float(stats.sem(array) * stats.t.ppf((1 + LEVEL) / 2, len(array) - 1))
-    return Interval(float(array.mean()) - reach, float(array.mean()) + reach)
+    if len(array) < 2:
+        return None
+    # Equal up to rounding: what is left of differences of equal numbers has no distribution.
+    if np.ptp(array) <= 1e-12 * np.abs(array).max():
+        return Interval(float(array.mean()), float(array.mean()))
+    for method in ("BCa", "percentile"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the degenerate case is handled by the second method
+            interval = stats.bootstrap(
+                (array,),
+                np.mean,
+                confidence_level=LEVEL,
+                n_resamples=RESAMPLES,
+                method=method,
+                rng=np.random.default_rng(0),
+            ).confidence_interval
+        if math.isfinite(interval.low) and math.isfinite(interval.high):
+            return Interval(float(interval.low), float(interval.high))
+    return None
 
 
 def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:

@@ -8,6 +8,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from bilora_diffusion.intervals import student_interval
+
 from .. import compare
 from ..report import INTERVALS, escaped, listed
 from ..table import Metric, Result, Row, Summary
@@ -34,7 +36,7 @@ def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) ->
             _exact(items, [row for row in rows if row.metric == name and not row.item]),
             control,
             compare.ITEM,
-            interval=compare.student_interval,
+            interval=student_interval,
         )
     }
     lines = []

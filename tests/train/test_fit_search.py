@@ -94,13 +94,18 @@ def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve():
 
 def test_only_what_is_worse_beyond_doubt_is_out():
     def loss(options, step):
-        by_rank = {"4": 0.0, "8": 1e-5, "16": 0.05}
+        by_rank = {"4": 0.0, "8": 1e-5, "16": 0.003}
         return 1 + abs(step - 60) / 1e3 + by_rank[dict(options).get("rank", "8")]
 
     search = searched(loss, rank=["4", "8", "16"])
     assert [dict(options)["rank"] for options in search.out] == ["16"]
     folds = {dict(o)["rank"]: len(c) for o, c in search.curves.items() if o}
     assert folds == {"4": 4, "8": 4, "16": 1}
+    # Of two samples both say so by chance in half of all cases.
+    whole = measured(loss, [])
+    two = Search(PLAN, lambda works: [{s: v[:2] for s, v in c.items()} for c in whole(works)])
+    two.run(space(rank=["4", "8", "16"]))
+    assert not two.out
 
 
 def test_a_configuration_that_cannot_go_on_takes_no_other_down():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...durable import dump_json, replacing, strict_json, write_text
-from ...intervals import bootstrap_interval
+from ...intervals import student_interval
 from ...run import provenance
 from ...run.durations import duration
 from ...run.folder import FIT, FIT_FIGURE, FIT_RECORD
@@ -15,8 +15,8 @@ from ...run.record import read_fit, read_run
 from .search import Search, Work, lowest, pooled
 from .space import METHOD, Options, title
 
-SHOWN, RESAMPLES = 5, 999
-"""Curves in the figure; of each of its intervals, of which there are a hundred."""
+SHOWN = 5
+"""Curves in the figure."""
 
 
 def write(
@@ -71,7 +71,7 @@ def draw(folder: Path, search: Search) -> None:
         means = [loss + float(values.mean()) for values in differences.values()]
         (line,) = axis.plot([*differences], means, marker=".", label=title(row.options))
         least = min(least, *means)
-        found = [bootstrap_interval(v, resamples=RESAMPLES) for v in differences.values()]
+        found = [student_interval(values) for values in differences.values()]
         ends = [(loss + interval.low, loss + interval.high) for interval in found if interval]
         if row.options != chosen and len(ends) == len(found):
             low, high = zip(*ends, strict=True)

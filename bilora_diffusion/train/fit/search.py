@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import TrainingError
-from ...intervals import Interval, bootstrap_interval
+from ...intervals import Interval, student_interval
 from .space import METHOD, RATE, Options, Space
 
 BUDGET = 10
@@ -142,7 +142,7 @@ class Search:
             differences, folds = self._differences(options, ordered[0]), len(self.curves[options])
             whole = self._needed(options) <= max(pooled(self.curves[options]))
             if whole and folds <= len(self.curves[ordered[0]]):
-                interval = bootstrap_interval(differences)
+                interval = student_interval(differences)
                 if interval is not None and interval.low > 0:
                     ends = f"{interval.low:.4g} to {interval.high:.4g}"
                     self.out[options] = f"worse by {differences.mean():.4g} ({ends})"
@@ -232,7 +232,7 @@ class Search:
             its = lowest(pooled(own))[1] if options else max(pooled(own))
             differences = self._differences(options, chosen, its, step)
             folds = min(len(own), len(self.curves[chosen]))
-            mean, interval = float(differences.mean()), bootstrap_interval(differences)
+            mean, interval = float(differences.mean()), student_interval(differences)
             rows.append(Standing(options, its, folds, mean, interval))
         return sorted(
             rows, key=lambda r: (r.options != chosen, not r.options, -r.folds, r.difference)
