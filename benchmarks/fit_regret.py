@@ -4,9 +4,9 @@
     python -m benchmarks.fit_regret --sets animals --seeds 0 --steps 60 --output_dir results/try
 
 For each set and seed: one fit on folds of the set; then the same search by the truth, which is the
-miniature's held-out pictures (or reviews) that no fold has seen, on the whole set and with half as
-much budget again; both measured at the same steps. Regret is the loss on the truth of the choice at
-its step minus the lowest of all that was measured there, as a share of that.
+miniature's held-out pictures (or reviews) that no fold has seen, on the whole set; both
+measured at the same steps. Regret is the loss on the truth of the choice at its step minus the
+lowest of all that was measured there, as a share of that.
 
 What is finished is not repeated, so that the same command goes on.
 """
@@ -39,8 +39,6 @@ COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--re
 ICONS = ["--pretrained_model_name_or_path", "mini", "--learning_rate", "1e-3"]
 REVIEWS = ["--model_name_or_path", "minilm", "--task_type", "classification", "--max_length", "64"]
 DATASETS = {"icons": "mini", "animals": "mini-animals"}
-TRUTH_BUDGET = 15
-"""Runs of the whole length that the search by the truth may cost."""
 LOSS: Any = {"scale": 1000, "form": ".2f"}
 METRICS = {
     "regret": Metric("regret, %", scale=100, form=".2f"),
@@ -93,8 +91,7 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> list[Row]:
     record: Any = read_fit(place / "fit" / FIT_RECORD)
     choice = record["choice"]
     every = ["--validation_loss_steps", str(record["settings"]["every"])]
-    budget = ["--fit_budget", str(TRUTH_BUDGET * steps)]
-    run(script, [*base, *truth, *every, *budget, "--fit"], place / "truth")
+    run(script, [*base, *truth, *every, "--fit"], place / "truth")
     known: Any = read_fit(place / "truth" / FIT_RECORD)
     curves = {
         one["title"]: dict(zip(one["steps"], one["losses"], strict=True)) for one in known["runs"]
