@@ -38,7 +38,14 @@ IMAGE, TEXT = "train_dreambooth_bilora.py", "train_text_bilora.py"
 COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 ICONS = ["--pretrained_model_name_or_path", "mini", "--learning_rate", "1e-3"]
 REVIEWS = ["--model_name_or_path", "minilm", "--task_type", "classification", "--max_length", "64"]
-DATASETS = {"icons": "mini", "animals": "mini-animals"}
+SAMPLE = ["--method", "bilora", "--rho", "auto", "--auxiliaries", "sample"]
+DATASETS = {
+    "icons": ["mini"],
+    "icons-lora": ["mini", "--method", "lora"],
+    "icons-sample": ["mini", *SAMPLE],
+    "animals": ["mini-animals"],
+}
+"""Data and what is fixed."""
 LOSS: Any = {"scale": 1000, "form": ".2f"}
 METRICS = {
     "regret": Metric("regret, %", scale=100, form=".2f"),
@@ -53,8 +60,8 @@ def command(name: str, folder: Path) -> tuple[str, list[str], list[str], list[st
     images = [*COMMON, *ICONS, "--num_validation_images", "0"]
     none, part = ["--validation_dataset", "none"], ["--validation_part", "1/4"]
     if name in DATASETS:
-        heldout = ["--validation_dataset", f"{DATASETS[name]}-heldout", *part]
-        return IMAGE, [*images, "--dataset", DATASETS[name]], none, heldout
+        heldout = ["--validation_dataset", f"{DATASETS[name][0]}-heldout", *part]
+        return IMAGE, [*images, "--dataset", *DATASETS[name]], none, heldout
     folder.mkdir(parents=True, exist_ok=True)
     if name == "icons8":
         lines = (mini.train_dir() / "metadata.jsonl").read_text().splitlines()[:8]
