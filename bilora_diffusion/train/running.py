@@ -14,12 +14,17 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from .. import adapters
 from ..config.run import RunConfig
@@ -210,6 +215,8 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
     distributed = DistributedDataParallelKwargs(
         find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
     )
+    # What one process does alone, drawing or a run of a search, the others wait for.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
     logs = str(Path(cfg.output_dir, cfg.logging_dir))
     project = ProjectConfiguration(project_dir=cfg.output_dir, logging_dir=logs)
     try:
@@ -217,7 +224,7 @@ def build_accelerator(cfg: RunConfig) -> Accelerator:
             mixed_precision=cfg.mixed_precision,
             log_with=None if cfg.report_to == "none" else cfg.report_to,
             project_config=project,
-            kwargs_handlers=[distributed],
+            kwargs_handlers=[distributed, waiting],
         )
     except ValueError as error:
         raise UserError(
