@@ -59,11 +59,22 @@ class Plan:
         return self.rounded(self.steps / 2)
 
 
-def pooled(curves: Iterable[Curve]) -> dict[int, np.ndarray]:
-    """The losses of all samples of some folds at each step that all were measured at."""
-    listed = list(curves)
-    common = sorted(set.intersection(*(set(curve) for curve in listed)))
-    return {step: np.concatenate([curve[step] for curve in listed]) for step in common}
+def expected(curves: Sequence[Curve], folds: int) -> Curve:
+    """Losses that a run on the whole set is expected to leave on the samples of some of its folds,
+    at each step that all of these were measured at.
+
+    It overfits later than a run on a part of it: after as many epochs where each sample has
+    something of its own, after as many steps where they are alike. So the loss is the mean over the
+    steps from the one to the other.
+    """
+    common = sorted(set.intersection(*(set(curve) for curve in curves)))
+    losses = np.array([np.concatenate([curve[step] for curve in curves]) for step in common])
+    found = {}
+    for step, own in zip(common, losses, strict=True):
+        between = np.linspace(step * (1 - 1 / folds), step, 9)
+        shares = np.array([[np.interp(between, common, one).mean()] for one in np.eye(len(common))])
+        found[step] = own if folds == 1 else (shares * np.where(shares > 0, losses, 0)).sum(0)
+    return found
 
 
 def lowest(curve: Curve) -> tuple[float, int]:
@@ -105,6 +116,10 @@ class Search:
         self.out: dict[Options, str] = {}
         self.spent = 0
 
+    def expected(self, options: Options, folds: int | None = None) -> Curve:
+        """What `expected` says of a configuration by its first ``folds``, or by all."""
+        return expected(self.curves[options][:folds], self.plan.folds)
+
     def run(self, space: Space) -> None:
         """Search a space, and measure the command line as it was given if the budget has room."""
         given = self.plan.steps if self.plan.budget >= 4 * self.plan.steps else 0
@@ -140,7 +155,7 @@ class Search:
         ordered = self._ordered()
         for options in ordered[1:]:
             differences, folds = self._differences(options, ordered[0]), len(self.curves[options])
-            whole = self._needed(options) <= max(pooled(self.curves[options]))
+            whole = self._needed(options) <= max(self.expected(options))
             if whole and folds <= len(self.curves[ordered[0]]):
                 interval = student_interval(differences)
                 if interval is not None and interval.low > 0:
@@ -172,12 +187,12 @@ class Search:
 
     def _needed(self, options: Options) -> int:
         """Steps at which a configuration's curve is whole."""
-        return self.plan.rounded(BEYOND * lowest(pooled(self.curves[options]))[1])
+        return self.plan.rounded(BEYOND * lowest(self.expected(options))[1])
 
     def _next(self, options: Options) -> list[Work]:
         """Works that bring a configuration on: its folds to more steps, or one more fold."""
         own, needed = self.curves[options], self._needed(options)
-        if needed > max(pooled(own)):
+        if needed > max(self.expected(options)):
             return [Work(options, fold, needed) for fold in range(len(own))]
         return [Work(options, len(own), needed)] if len(own) < self.plan.folds else []
 
@@ -188,7 +203,7 @@ class Search:
         steps, or at those where each is lowest.
         """
         count = min(len(self.curves[options]), len(self.curves[best]))
-        one, other = (pooled(self.curves[o][:count]) for o in (options, best))
+        one, other = (self.expected(o, count) for o in (options, best))
         mine = step if step in one else lowest(one)[1]
         return one[mine] - other[at if at in other else lowest(other)[1]]
 
@@ -199,7 +214,7 @@ class Search:
         alive = [options for options in self.curves if options and options not in self.out]
         folds = sorted(len(self.curves[options]) for options in alive)[-2:][:1]
         enough = [o for o in alive if [len(self.curves[o])] >= folds]
-        best = min(enough, key=lambda o: lowest(pooled(self.curves[o][: folds[0]])), default=())
+        best = min(enough, key=lambda o: lowest(self.expected(o, folds[0])), default=())
         return sorted(alive, key=lambda o: (o != best, self._differences(o, best).mean()))
 
     def _leaders(self) -> list[Options]:
@@ -220,7 +235,7 @@ class Search:
         if not ordered:
             reason = next(iter(self.out.values()), "")
             raise TrainingError(f"no configuration could be trained ({reason}): lower the rates.")
-        return ordered[0], lowest(pooled(self.curves[ordered[0]]))[1]
+        return ordered[0], lowest(self.expected(ordered[0]))[1]
 
     def standings(self) -> list[Standing]:
         """The choice first, then all others that were measured: those on more folds first, then
@@ -229,7 +244,7 @@ class Search:
         chosen, step = self.chosen
         rows = []
         for options, own in self.curves.items():
-            its = lowest(pooled(own))[1] if options else max(pooled(own))
+            its = lowest(self.expected(options))[1] if options else max(self.expected(options))
             differences = self._differences(options, chosen, its, step)
             folds = min(len(own), len(self.curves[chosen]))
             mean, interval = float(differences.mean()), student_interval(differences)
