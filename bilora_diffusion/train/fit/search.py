@@ -64,14 +64,14 @@ def expected(curves: Sequence[Curve], folds: int) -> Curve:
     at each step that all of these were measured at.
 
     It overfits later than a run on a part of it: after as many epochs where each sample has
-    something of its own, after as many steps where they are alike. So the loss is the mean over the
-    steps from the one to the other.
+    something of its own, after as many steps where they are alike. So the loss of a step is the
+    mean over those from half way between the two to it.
     """
     common = sorted(set.intersection(*(set(curve) for curve in curves)))
     losses = np.array([np.concatenate([curve[step] for curve in curves]) for step in common])
     found = {}
     for step, own in zip(common, losses, strict=True):
-        between = np.linspace(step * (1 - 1 / folds), step, 9)
+        between = np.linspace(step * (1 - 0.5 / folds), step, 9)
         shares = np.array([[np.interp(between, common, one).mean()] for one in np.eye(len(common))])
         found[step] = own if folds == 1 else (shares * np.where(shares > 0, losses, 0)).sum(0)
     return found
