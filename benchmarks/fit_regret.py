@@ -14,6 +14,7 @@ What is finished is not repeated, so that the same command goes on.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from bilora_diffusion.run.runlog import is_finished
 from bilora_diffusion.text import catalog
 from bilora_diffusion.train.fit.space import words
 from eval import compare, report, table
+from eval.compare import summaries
 from eval.provenance import command_line, of_runs
 from eval.table import Entry, Metric, Result, Row
 
@@ -46,9 +48,13 @@ DATASETS = {
     "animals": ["mini-animals"],
 }
 """Data and what is fixed."""
+SHARE: Any = {"scale": 100, "form": ".2f"}
 LOSS: Any = {"scale": 1000, "form": ".2f"}
 METRICS = {
-    "regret": Metric("regret, %", scale=100, form=".2f"),
+    "regret": Metric("regret, %", **SHARE),
+    "configuration": Metric("of its configuration at the best step, %", **SHARE),
+    "other": Metric("of what is best with another seed, %", **SHARE),
+    "gain": Metric("below the command as given, %", **SHARE),
     "choice": Metric("held-out loss x 1000 of its choice", **LOSS),
     "best": Metric("lowest in hindsight", **LOSS),
     "given": Metric("as given, at its end", **LOSS),
@@ -89,8 +95,8 @@ def run(script: str, options: Sequence[str], folder: Path) -> None:
         subprocess.run([*line, "--resume_from_checkpoint", "auto"], check=True, cwd=ROOT)
 
 
-def measure(name: str, seed: int, steps: int, folder: Path) -> list[Row]:
-    """What one set and seed gives."""
+def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, float], str, Any]:
+    """Figures of one set and seed, the choice, and all curves on the truth by configuration."""
     script, base, none, truth = command(name, folder / name / "data")
     base += ["--seed", str(seed), "--max_train_steps", str(steps)]
     place = folder / name / f"seed-{seed}"
@@ -100,9 +106,8 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> list[Row]:
     every = ["--validation_loss_steps", str(record["settings"]["every"])]
     run(script, [*base, *truth, *every, "--fit"], place / "truth")
     known: Any = read_fit(place / "truth" / FIT_RECORD)
-    curves = {
-        one["title"]: dict(zip(one["steps"], one["losses"], strict=True)) for one in known["runs"]
-    }
+    pairs = ((one["title"], zip(one["steps"], one["losses"], strict=True)) for one in known["runs"])
+    curves = {title: dict(curve) for title, curve in pairs}
     given = curves.pop("as given")[steps]
     own = curves.setdefault(choice["title"], {})
     if choice["steps"] not in own:
@@ -110,32 +115,47 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> list[Row]:
         run(script, [*base, *alone], place / "choice")
         rows = read_metrics(place / "choice")
         own |= {row["step"]: row["heldout_loss"] for row in rows if row.get("heldout_loss")}
-    loss, title = own[choice["steps"]], f"{choice['title']}, {choice['steps']} steps"
-    best = min(value for one in curves.values() for step, value in one.items() if step)
-    values = {"regret": loss / best - 1, "choice": loss, "best": best, "given": given}
-    label = f"{name}-{seed}"
-    return [Row(label, name, seed, n, value=v, note=title) for n, v in values.items()]
+    loss, (best, *_) = own[choice["steps"]], lowest(curves)
+    least, *_ = lowest({"": own})
+    values = {"regret": loss / best - 1, "configuration": least / best - 1}
+    values |= {"choice": loss, "best": best, "given": given, "gain": 1 - loss / given}
+    return values, f"{choice['title']}, {choice['steps']} steps", curves
 
 
-def write(rows: Sequence[Row], records: Sequence[Any], argv: Sequence[str], folder: Path) -> None:
+def lowest(curves: dict[str, dict[int, float]]) -> tuple[float, str, int]:
+    """The lowest loss, its configuration and its step."""
+    return min((v, title, s) for title, curve in curves.items() for s, v in curve.items() if s)
+
+
+def result_of(measured: dict[tuple[str, int], Any], records: Any, argv: Sequence[str]) -> Result:
     """The result of all that was measured so far."""
-    chosen = [row for row in rows if row.metric == "choice"]
-    entries = [Entry(row.subject, row.group, seed=row.seed) for row in chosen]
-    origin = of_runs(command_line("benchmarks.fit_regret", argv), records)
-    kind, lines = "fit_regret", compare.summaries(rows)
-    result = Result(kind, entries, METRICS, provenance=origin, rows=rows, summaries=lines)
-    values: Any = [[result.select(n)[i].value for n in METRICS] for i in range(len(chosen))]
-    below = sum(choice < given for _, choice, _, given in values)
-    texts = [[row.subject, row.note, f"{v[0]:.2%}"] for row, v in zip(chosen, values, strict=True)]
-    text = report.page(
+    rows, entries = [], []
+    for (name, seed), (values, title, curves) in measured.items():
+        others = [lowest(m[2]) for (n, s), m in measured.items() if n == name and s != seed]
+        there = [curves.get(config, {}).get(step) for _, config, step in others]
+        if losses := [loss for loss in there if loss]:
+            values["other"] = compare.mean(losses) / values["best"] - 1
+        label = f"{name}-{seed}"
+        entries.append(Entry(label, name, seed=seed))
+        rows += [Row(label, name, seed, n, value=v, note=title) for n, v in values.items()]
+    origin, lines = of_runs(command_line("benchmarks.fit_regret", argv), records), summaries(rows)
+    return Result("fit_regret", entries, METRICS, provenance=origin, rows=rows, summaries=lines)
+
+
+def page(result: Result) -> str:
+    """``report.md``."""
+    chosen = {row.subject: row.note for row in result.select("choice")}
+    regrets: Any = {row.subject: row.value for row in result.select("regret")}
+    gains: Any = [row.value for row in result.select("gain")]
+    rows = [[name, title, f"{regrets[name]:.2%}"] for name, title in chosen.items()]
+    return report.page(
         "# Regret of --fit",
         str(__doc__).split("\n\n")[2],
         report.comparison(result, [report.Column(name) for name in METRICS]),
-        f"Its choice is below the command as given in {below} of {len(chosen)}.",
-        report.table(["set and seed", "choice", "regret"], texts),
+        f"Its choice is below the command as given in {sum(g > 0 for g in gains)} of {len(gains)}.",
+        report.table(["set and seed", "choice", "regret"], rows),
         report.closing(result),
     )
-    table.write(result, folder, text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,15 +166,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--runs_dir", type=Path, default=Path("runs/fit_regret"))
+    parser.add_argument("--finished", action="store_true", help="leave out what is not finished")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    rows, records, runs = [], [], args.runs_dir.absolute()
-    for seed in args.seeds:
-        for name in args.sets:
-            rows += measure(name, seed, args.steps, runs)
-            records.append(read_run(runs / name / f"seed-{seed}" / "fit"))
-            write(rows, records, argv, args.output_dir)
+    measured, records, runs = {}, [], args.runs_dir.absolute()
+    for seed, name in itertools.product(args.seeds, args.sets):
+        if args.finished and not is_finished(runs / name / f"seed-{seed}" / "truth"):
+            continue
+        measured[name, seed] = measure(name, seed, args.steps, runs)
+        records.append(read_run(runs / name / f"seed-{seed}" / "fit"))
+        result = result_of(measured, records, argv)
+        table.write(result, args.output_dir, page(result))
 
 
 if __name__ == "__main__":
