@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROW = re.compile(r"^\| `([\w/*. ]+)` \| ([\d,]+) \|", re.MULTILINE)
+ROW = re.compile(r"^\| `([\w/*. ]+)` \| *([\d,]*) \|", re.MULTILINE)
 
 
 def budgets(text: str) -> dict[str, int]:
     """Folders or files -> lines, from the table below "## Budgets"."""
     table = text.partition("## Budgets")[2]
-    return {name: int(lines.replace(",", "")) for name, lines in ROW.findall(table)}
+    return {name: int(lines.replace(",", "") or 0) for name, lines in ROW.findall(table)}
 
 
 def lines_of(root: Path, row: str, others: Sequence[str]) -> int:
