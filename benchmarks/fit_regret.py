@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.finished and not is_finished(runs / name / f"seed-{seed}" / "truth"):
             continue
         measured[name, seed] = measure(name, seed, args.steps, runs)
-        records.append(read_run(runs / name / f"seed-{seed}" / "fit"))
+        records += [read_run(runs / name / f"seed-{seed}" / part) for part in ("fit", "truth")]
         result = result_of(measured, records, argv)
         table.write(result, args.output_dir, page(result))
 
