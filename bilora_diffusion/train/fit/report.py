@@ -79,7 +79,7 @@ def draw(folder: Path, search: Search) -> None:
     axis.axvline(step, color="0.3", ls=":", label=f"chosen: {step} steps")
     axis.set(xlabel="optimizer step", ylabel="held-out loss", ylim=(0.97 * least, 1.25 * loss))
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(framealpha=0.9, edgecolor="none", fontsize="small")
     with replacing(folder / FIT_FIGURE) as aside:
         figure.savefig(aside, dpi=120)
 
