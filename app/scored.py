@@ -203,8 +203,8 @@ def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
         for row in values
         if row.subject in (a, b) and (row.item not in paired or counts(row.item, row.seed))
     ]
-    interval = student_interval
-    lines = {(s.group, s.item): s for s in compare.summaries(values, a, interval=interval)}
+    found = compare.summaries(values, a, interval=student_interval)
+    lines = {(s.group, s.item): s for s in found}
 
     def row(text: str) -> PromptRow:
         one, two = lines.get((a, text)), lines.get((b, text))

@@ -31,8 +31,8 @@ from bilora_diffusion.run.record import read_fit, read_metrics, read_run
 from bilora_diffusion.run.runlog import is_finished
 from bilora_diffusion.text import catalog
 from bilora_diffusion.train.fit.space import words
-from eval import compare, report, table
-from eval.compare import summaries
+from eval import report, table
+from eval.compare import mean, summaries
 from eval.provenance import command_line, of_runs
 from eval.table import Entry, Metric, Result, Row
 
@@ -112,12 +112,12 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, f
     own = curves.setdefault(choice["title"], {})
     if choice["steps"] not in own:
         alone = [*words(tuple(choice["options"].items())), *truth, *every]
-        alone += ["--lora_alpha", str(2 * int(choice["options"]["rank"]))]  # as a fit has it
+        alone += ["--lora_alpha", str(read_run(place / "fit")["config"]["lora_alpha"])]
         run(script, [*base, *alone], place / "choice")
         rows = read_metrics(place / "choice")
         own |= {row["step"]: row["heldout_loss"] for row in rows if row.get("heldout_loss")}
     loss, (best, *_) = own[choice["steps"]], lowest(curves)
-    least, *_ = lowest({"": own})
+    least = min(value for step, value in own.items() if step)
     values = {"regret": loss / best - 1, "configuration": least / best - 1}
     values |= {"choice": loss, "best": best, "given": given, "gain": 1 - loss / given}
     return values, f"{choice['title']}, {choice['steps']} steps", curves
@@ -135,7 +135,7 @@ def result_of(measured: dict[tuple[str, int], Any], records: Any, argv: Sequence
         others = [lowest(m[2]) for (n, s), m in measured.items() if n == name and s != seed]
         there = [curves.get(config, {}).get(step) for _, config, step in others]
         if losses := [loss for loss in there if loss]:
-            values["other"] = compare.mean(losses) / values["best"] - 1
+            values["other"] = mean(losses) / values["best"] - 1
         label = f"{name}-{seed}"
         entries.append(Entry(label, name, seed=seed))
         rows += [Row(label, name, seed, n, value=v, note=title) for n, v in values.items()]

@@ -63,17 +63,16 @@ def expected(curves: Sequence[Curve], folds: int) -> Curve:
     """Losses that a run on the whole set is expected to leave on the samples of some of its folds,
     at each step that all of these were measured at.
 
-    It overfits later than a run on a part of it: after as many epochs where each sample has
-    something of its own, after as many steps where they are alike. So the loss of a step is the
-    mean over those from half way between the two to it.
+    It overfits later than a run on a part of it: after as many epochs where samples differ, after
+    as many steps where they are alike. So a step's loss is the mean from half way between to it.
     """
     common = sorted(set.intersection(*(set(curve) for curve in curves)))
     losses = np.array([np.concatenate([curve[step] for curve in curves]) for step in common])
-    found = {}
-    for step, own in zip(common, losses, strict=True):
+    found = dict(zip(common, losses, strict=True))
+    for step in common if folds > 1 else ():  # one is the whole set
         between = np.linspace(step * (1 - 0.5 / folds), step, 9)
         shares = np.array([[np.interp(between, common, one).mean()] for one in np.eye(len(common))])
-        found[step] = own if folds == 1 else (shares * np.where(shares > 0, losses, 0)).sum(0)
+        found[step] = (shares * np.where(shares > 0, losses, 0)).sum(0)
     return found
 
 
@@ -155,8 +154,7 @@ class Search:
         ordered = self._ordered()
         for options in ordered[1:]:
             differences, folds = self._differences(options, ordered[0]), len(self.curves[options])
-            whole = self._needed(options) <= max(self.expected(options))
-            if whole and folds <= len(self.curves[ordered[0]]):
+            if self._whole(options)[1] and folds <= len(self.curves[ordered[0]]):
                 interval = student_interval(differences)
                 if interval is not None and interval.low > 0:
                     ends = f"{interval.low:.4g} to {interval.high:.4g}"
@@ -185,14 +183,16 @@ class Search:
         own = self.curves.get(work.options, [])
         return max(0, work.steps - (max(own[work.fold]) if work.fold < len(own) else 0))
 
-    def _needed(self, options: Options) -> int:
-        """Steps at which a configuration's curve is whole."""
-        return self.plan.rounded(BEYOND * lowest(self.expected(options))[1])
+    def _whole(self, options: Options) -> tuple[int, bool]:
+        """Steps at which a configuration's curve is whole, and whether it goes so far."""
+        curve = self.expected(options)
+        needed = self.plan.rounded(BEYOND * lowest(curve)[1])
+        return needed, needed <= max(curve)
 
     def _next(self, options: Options) -> list[Work]:
         """Works that bring a configuration on: its folds to more steps, or one more fold."""
-        own, needed = self.curves[options], self._needed(options)
-        if needed > max(self.expected(options)):
+        own, (needed, whole) = self.curves[options], self._whole(options)
+        if not whole:
             return [Work(options, fold, needed) for fold in range(len(own))]
         return [Work(options, len(own), needed)] if len(own) < self.plan.folds else []
 
