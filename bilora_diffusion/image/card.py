@@ -11,8 +11,8 @@ from huggingface_hub import ModelCardData
 from .. import methods
 from ..lora_names import FILE_NAME, kohya_file_name, workflow_file_name
 from ..mini import FLOW, MINI, PIPELINES
+from ..run.card import is_hub_id, loaded_from, source, write_card
 from ..run.record import BY_CONCEPT
-from ..train.card import is_hub_id, loaded_from, source, write_card
 from . import comfy
 from .config import DreamBoothConfig
 
@@ -48,7 +48,7 @@ def write_dreambooth_card(
     if base not in PIPELINES and not flow:
         tags += ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
     write_card(
-        cfg,
+        vars(cfg),
         folder,
         results,
         meta=ModelCardData(

@@ -19,9 +19,9 @@ from huggingface_hub import ModelCardData
 from ..adapters.quantize import quantize
 from ..export import conversion, writer
 from ..methods import get
+from ..run.card import is_hub_id, loaded_from, source, write_card
 from ..run.heldout_part import copies
 from ..train import running
-from ..train.card import is_hub_id, loaded_from, source, write_card
 from ..train.running import DTYPES, Script
 from ..train.trainer import Trainer
 from .config import TextConfig, resolve
@@ -89,7 +89,7 @@ def write_text_card(
     trained = get(cfg.method)
     base, kind = source(cfg.model_name_or_path), cfg.task_type
     write_card(
-        cfg,
+        vars(cfg),
         folder,
         results,
         meta=ModelCardData(

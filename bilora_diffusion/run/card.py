@@ -11,15 +11,14 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from ..adapters import CHANGE_BASE
-from ..config.run import RunConfig
 from ..durable import write_text
 from ..methods import get
 from ..mini import embedded
-from ..run.folder import FIT_FIGURE
+from .folder import FIT_FIGURE
 
 
 def write_card(
-    cfg: RunConfig,
+    options: Mapping[str, Any],
     folder: Path,
     results: Mapping[str, Any],
     meta: ModelCardData,
@@ -29,7 +28,7 @@ def write_card(
     """Write ``folder/README.md`` from ``card.jinja``; only what is given is said.
 
     Args:
-        cfg: the run's configuration.
+        options: of the run, by name.
         folder: the run folder.
         results: steps taken, and what else the record of the run has.
         meta: the front matter.
@@ -37,7 +36,7 @@ def write_card(
         facts: what base model and data are called, without paths of this machine, and how the
             weights are loaded, under the names that the template has.
     """
-    method = get(cfg.method)
+    method = get(options["method"])
     early = results["steps"] if results.get("stopped_early") else None
     stopped = {
         "step of these weights, with the lowest held-out loss": results.get("best_step"),
@@ -51,9 +50,9 @@ def write_card(
     text = environment.get_template("card.jinja").render(
         meta=meta,
         method=method,
-        settings=_given(_settings(cfg, results["steps"])),
+        settings=_given(_settings(options, results["steps"])),
         results=_given({**measured, **stopped}),
-        fit=FIT_FIGURE if cfg.fit else None,
+        fit=FIT_FIGURE if options["fit"] else None,
         **facts,
     )
     write_text(folder / "README.md", re.sub("\n{3,}", "\n\n", text.strip()) + "\n")
@@ -63,32 +62,33 @@ def _given(rows: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in rows.items() if value is not None}
 
 
-def _settings(cfg: RunConfig, steps: int) -> dict[str, Any]:
+def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Settings of the run; of the method's own options its radius, and what is not as usual."""
-    method = get(cfg.method)
+    method = get(options["method"])
     own = {
-        name.replace("_", " "): getattr(cfg, name)
+        name.replace("_", " "): options[name]
         for name, usual in method.usual().items()
-        if name == "rho" or getattr(cfg, name) != usual
+        if name == "rho" or options[name] != usual
     }
     if "auxiliary_rank" in method.reads:
-        own["auxiliary rank"] = cfg.auxiliary_rank or cfg.rank
+        own["auxiliary rank"] = options["auxiliary_rank"] or options["rank"]
+    init, quantized = options["init_lora_weights"], options["quantize"]
     adapter = {
-        "rank": cfg.rank,
-        "alpha": cfg.lora_alpha,
-        "init": None if cfg.init_lora_weights == "default" else cfg.init_lora_weights,
-        "rank of the file": 2 * cfg.rank if cfg.init_lora_weights in CHANGE_BASE else None,
-        "DoRA": "yes" if cfg.use_dora else None,
-        "quantized base": None if cfg.quantize == "none" else cfg.quantize,
+        "rank": options["rank"],
+        "alpha": options["lora_alpha"],
+        "init": None if init == "default" else init,
+        "rank of the file": 2 * options["rank"] if init in CHANGE_BASE else None,
+        "DoRA": "yes" if options["use_dora"] else None,
+        "quantized base": None if quantized == "none" else quantized,
     }
     return {
         "method": method.title,
         **({} if method.exports_weights else adapter),
-        "learning rate": cfg.learning_rate,
+        "learning rate": options["learning_rate"],
         "optimizer steps": steps,
-        "seed": cfg.seed,
+        "seed": options["seed"],
         **own,
-        "weight averaging, decay": cfg.ema_decay if cfg.use_ema else None,
+        "weight averaging, decay": options["ema_decay"] if options["use_ema"] else None,
     }
 
 
