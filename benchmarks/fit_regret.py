@@ -38,6 +38,7 @@ from eval.table import Entry, Metric, Result, Row
 
 IMAGE, TEXT = "train_dreambooth_bilora.py", "train_text_bilora.py"
 COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"]
+COMMON += ["--use_ema"]  # which a fit does of its own; the command as given is averaged too
 ICONS = ["--pretrained_model_name_or_path", "mini", "--learning_rate", "1e-3"]
 REVIEWS = ["--model_name_or_path", "minilm", "--task_type", "classification", "--max_length", "64"]
 SAMPLE = ["--method", "bilora", "--rho", "auto", "--auxiliaries", "sample"]

@@ -7,7 +7,14 @@ import pytest
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.train.fit.search import Plan, Search, Work, expected, lowest
-from bilora_diffusion.train.fit.space import Options, Space, default_values, read_values, title
+from bilora_diffusion.train.fit.space import (
+    Options,
+    Space,
+    default_values,
+    folder_name,
+    read_values,
+    title,
+)
 
 READS = {"lora": frozenset[str](), "bilora": frozenset({"rho", "auxiliaries"})}
 PLAN = Plan(folds=4, steps=300, every=20, budget=3000)
@@ -142,17 +149,26 @@ def test_a_configuration_that_cannot_go_on_takes_no_other_down():
 
 
 def test_options_that_a_method_does_not_read_are_no_difference():
-    every = space(method=["lora", "bilora"], rho=["0.1", "1"], rank=["4"]).all(9)
+    values = {"method": ["lora", "bilora"], "rho": ["0.1", "1"], "rank": ["4"]}
+    every = space(**values, use_ema=["true"]).all(9)
     assert [title(options) for options in every] == [
-        "lora, rank 4",
-        "bilora (rho 0.1), rank 4",
-        "bilora (rho 1), rank 4",
+        "lora, rank 4, use_ema",
+        "bilora (rho 0.1), rank 4, use_ema",
+        "bilora (rho 1), rank 4, use_ema",
     ]
+
+
+def test_runs_of_different_values_have_folders_of_their_own():
+    values = ("a/b", "a-b", "a b", "x" * 300 + "1", "x" * 300 + "2")
+    names = {folder_name((("target_modules", value),)) for value in values}
+    assert len(names) == len(values)
+    assert all(len(name) < 120 and not set("/\\: ") & set(name) for name in names)
 
 
 def test_what_the_user_gave_is_fixed_but_for_the_rate():
     values = default_values({"rank", "method", "learning_rate"}, 1e-3, 23, True)
-    assert values == {"learning_rate": ("0.0005", "0.001", "0.002")}
+    assert values == {"learning_rate": ("0.0005", "0.001", "0.002"), "use_ema": ("true",)}
+    assert "use_ema" not in default_values({"use_ema"}, 1e-3, 23, True)
     assert "auxiliaries" not in default_values((), 1e-3, 513, True)
     assert "auxiliaries" not in default_values((), 1e-3, 23, False)
     assert "rho" not in default_values({"rho"}, 1e-3, 23, True)

@@ -127,7 +127,6 @@ class Fit:
         self.folder, self._script, self._argv = Path(cfg.output_dir), script, argv
         self._typed = frozenset(type(cfg).parser().explicit(argv))
         self._configs: dict[Options, Any] = {}
-        self._names: dict[str, Options] = {}
         self.what = "images" if cfg.modality == "image" else "rows"
         self._folds: list[Any] = [None]
         if not task.has_heldout:
@@ -259,8 +258,6 @@ class Fit:
 
     def _name(self, work: Work) -> str:
         name = folder_name(work.options)
-        while self._names.setdefault(name, work.options) != work.options:
-            name += "+"
         return f"{name}_fold{work.fold + 1}" if self.plan.folds > 1 else name
 
     def _measure(self, works: Sequence[Work]) -> Iterator[Curve | str]:

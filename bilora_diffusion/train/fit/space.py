@@ -7,10 +7,12 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from ...config.recipe import read_options
 from ...errors import UserError, did_you_mean
 from ...methods.auxiliaries import MOST
+from ...seeds import digest_texts
 
 RATE, METHOD = "learning_rate", "method"
 RANKS = ("4", "8", "16")
@@ -29,14 +31,14 @@ def title(options: Options) -> str:
     method = values.pop(METHOD, "")
     form = ", ".join(f"{n} {values.pop(n)}" for n in ("rho", "auxiliaries") if n in values)
     first = f"{method} ({form})" if method and form else method or form
-    rest = (f"{name} {value}" for name, value in values.items())
+    rest = (name if value == "true" else f"{name} {value}" for name, value in values.items())
     return ", ".join(filter(None, (first, *rest))) or "as given"
 
 
 def folder_name(options: Options) -> str:
-    """A name for a run's folder: the values, of letters that every file system knows."""
-    text = "_".join(value for _, value in options) or "as_given"
-    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in text)[:100]
+    """A name for a run's folder: the values, in letters that every file system knows."""
+    name = quote("_".join(value for _, value in options) or "as_given", safe="+")
+    return name if len(name) <= 100 else f"{name[:80]}-{digest_texts([name])}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Space:
 def default_values(
     typed: Collection[str], rate: float, samples: int, supports_sample: bool
 ) -> dict[str, tuple[str, ...]]:
-    """The space of a fit without a file; what the user typed is fixed, but for the rate.
+    """The space of a fit without a file; what the user typed is fixed, but for the rate. Weights
+    are averaged, as those of a single step are lower or higher by chance.
 
     Args:
         typed: names of options.
@@ -106,6 +109,7 @@ def default_values(
         values = {METHOD: ("lora", "bilora"), "rho": ("auto",)}
         values |= {"auxiliaries": ("sample",)} if samples <= MOST and supports_sample else {}
     values |= {RATE: tuple(f"{rate * by:.6g}" for by in (0.5, 1.0, 2.0)), "rank": RANKS}
+    values |= {"use_ema": ("true",)}
     return {name: own for name, own in values.items() if name == RATE or name not in typed}
 
 
