@@ -7,14 +7,7 @@ import pytest
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.train.fit.search import Plan, Search, Work, lowest
-from bilora_diffusion.train.fit.space import (
-    Options,
-    Space,
-    default_values,
-    folder_name,
-    read_values,
-    title,
-)
+from bilora_diffusion.train.fit.space import Space, default_values, folder_name, read_values, title
 
 READS = {"lora": frozenset[str](), "bilora": frozenset({"rho", "auxiliaries"})}
 PLAN = Plan(folds=4, steps=300, every=20, budget=3000)
@@ -73,7 +66,7 @@ def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates():
     assert overfitting(options, step) < 1.01 * best
     assert len(search.curves[options]) == PLAN.folds
     # Each run is asked for more steps only, and all of them together for no more than the budget.
-    reached: dict[tuple[Options, int], int] = {}
+    reached = dict[tuple, int]()
     for work in calls:
         assert reached.get(work[:2], 0) < work.steps <= PLAN.steps
         reached[work[:2]] = work.steps
