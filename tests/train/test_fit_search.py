@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.train.fit.search import Plan, Search, Work, lowest
+from bilora_diffusion.train.fit.search import Plan, Search, Work, expected, lowest
 from bilora_diffusion.train.fit.space import Space, default_values, folder_name, read_values, title
 
 READS = {"lora": frozenset[str](), "bilora": frozenset({"rho", "auxiliaries"})}
@@ -80,6 +80,16 @@ def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates():
     assert given.interval.low < given.difference < given.interval.high
     folds = [row.folds for row in others]
     assert folds == sorted(folds, reverse=True)
+
+
+def test_a_run_on_all_samples_is_between_as_many_epochs_and_as_many_steps():
+    fold = {step: np.full(3, float(step)) for step in range(0, 201, 20)}
+    of_four = expected([fold, fold], 4)
+    assert of_four[200] == pytest.approx(np.full(6, 187.5))  # the mean from 175 to 200
+    assert expected([fold], 1)[200].tolist() == [200.0] * 3
+    fold[100][:] = np.inf
+    finite = [step for step, losses in expected([fold], 4).items() if np.isfinite(losses).all()]
+    assert finite == [0, 20, 40, 60, 80, 140, 160, 180, 200]
 
 
 def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve():

@@ -44,7 +44,7 @@ def write(
     choice, standings = None, search.standings() if done else []
     if standings:
         options, step, *_ = standings[0]
-        loss = lowest(search.curve(options))[0]
+        loss = lowest(search.expected(options))[0]
         choice = described(options, steps=step, loss=loss)
     content = {
         **{"settings": settings, "spent": search.spent, "runs": curves, "choice": choice},
@@ -62,11 +62,11 @@ def draw(folder: Path, search: Search) -> None:
     from matplotlib.figure import Figure  # here, as it takes a while and fits are rare
 
     chosen, step = search.chosen
-    loss, _ = lowest(search.curve(chosen))
+    loss, _ = lowest(search.expected(chosen))
     figure, least = Figure(figsize=(7, 4), layout="constrained"), loss
     axis = figure.add_subplot()
     for row in [row for row in search.standings() if row.options][:SHOWN]:
-        one, other = (search.curve(o, row.folds) for o in (row.options, chosen))
+        one, other = (search.expected(o, row.folds) for o in (row.options, chosen))
         differences = {at: one[at] - other[step] for at in one if at > 0}
         means = [loss + float(values.mean()) for values in differences.values()]
         (line,) = axis.plot([*differences], means, marker=".", label=title(row.options))

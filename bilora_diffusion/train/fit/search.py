@@ -1,10 +1,9 @@
-"""A race of configurations over steps and folds, by paired held-out losses.
+"""Successive halving over configurations, steps and folds, by paired held-out losses.
 
 All configurations start on the first fold for half of the steps: fewer favour fast rates. Then the
-best and its closest rival go on again and again (as in LUCB, Kalyanakrishnan et al., ICML 2012): to
-more steps while the loss still falls, else to the next fold. A configuration is out where the
-interval of its difference to the best, paired by held-out sample, says that it is worse; the others
-wait, and go on when they come near the best or all before them are measured.
+better half goes on again and again: to more steps while its loss still falls, else to the next
+fold. A configuration is out where the interval of its difference to the best, paired by held-out
+sample, says that it is worse; the others wait, and go on when there are steps left in the budget.
 
 Everything follows from the numbers that ``measure`` gives, so that a search which is begun anew
 asks for the same runs in the same order.
@@ -60,6 +59,23 @@ class Plan:
         return self.rounded(self.steps / 2)
 
 
+def expected(curves: Sequence[Curve], folds: int) -> Curve:
+    """Losses that a run on the whole set is expected to leave on the samples of some of its folds,
+    at each step that all of these were measured at.
+
+    It overfits later than a run on a part of it: after as many epochs where samples differ, after
+    as many steps where they are alike. So a step's loss is the mean from half way between to it.
+    """
+    common = sorted(set.intersection(*(set(curve) for curve in curves)))
+    losses = np.array([np.concatenate([curve[step] for curve in curves]) for step in common])
+    found = dict(zip(common, losses, strict=True))
+    for step in common if folds > 1 else ():  # one is the whole set
+        between = np.linspace(step * (1 - 0.5 / folds), step, 9)
+        shares = np.array([[np.interp(between, common, one).mean()] for one in np.eye(len(common))])
+        found[step] = (shares * np.where(shares > 0, losses, 0)).sum(0)
+    return found
+
+
 def lowest(curve: Curve) -> tuple[float, int]:
     """The lowest mean of a curve and its step, of equal ones the first; that at step 0 is the base
     model's and does not count.
@@ -99,13 +115,9 @@ class Search:
         self.out: dict[Options, str] = {}
         self.spent = 0
 
-    def curve(self, options: Options, folds: int | None = None) -> Curve:
-        """A configuration's losses on the samples of its first ``folds``, or of all, at each step
-        that these were measured at.
-        """
-        curves = self.curves[options][:folds]
-        common = sorted(set.intersection(*map(set, curves)))
-        return {step: np.concatenate([curve[step] for curve in curves]) for step in common}
+    def expected(self, options: Options, folds: int | None = None) -> Curve:
+        """What `expected` says of a configuration by its first ``folds``, or by all."""
+        return expected(self.curves[options][:folds], self.plan.folds)
 
     def run(self, space: Space) -> None:
         """Search a space, and measure the command line as it was given if the budget has room."""
@@ -128,8 +140,13 @@ class Search:
                 pass
 
     def _narrow(self, most: int) -> None:
-        while works := [work for o in self._unfinished()[:2] for work in self._next(o)]:
-            if not self._go(works, most):
+        size = len(self._ordered())
+        while group := self._unfinished():
+            size = max(2, math.ceil(size / 2))
+            first, *others = (self._next(options) for options in group[:size])
+            share = max(sum(map(self._cost, first)), (most - self.spent) // 2)
+            works = [*first, *(work for works in others for work in works)]
+            if not (self._go(works, min(most, self.spent + share)) or self._go(works, most)):
                 return
 
     def _unfinished(self) -> list[Options]:
@@ -168,7 +185,7 @@ class Search:
 
     def _whole(self, options: Options) -> tuple[int, bool]:
         """Steps at which a configuration's curve is whole, and whether it goes so far."""
-        curve = self.curve(options)
+        curve = self.expected(options)
         needed = self.plan.rounded(BEYOND * lowest(curve)[1])
         return needed, needed <= max(curve)
 
@@ -186,7 +203,7 @@ class Search:
         steps, or at those where each is lowest.
         """
         count = min(len(self.curves[options]), len(self.curves[best]))
-        one, other = (self.curve(o, count) for o in (options, best))
+        one, other = (self.expected(o, count) for o in (options, best))
         mine = step if step in one else lowest(one)[1]
         return one[mine] - other[at if at in other else lowest(other)[1]]
 
@@ -197,7 +214,7 @@ class Search:
         alive = [options for options in self.curves if options and options not in self.out]
         folds = sorted(len(self.curves[options]) for options in alive)[-2:][:1]
         enough = [o for o in alive if [len(self.curves[o])] >= folds]
-        best = min(enough, key=lambda o: lowest(self.curve(o, folds[0])), default=())
+        best = min(enough, key=lambda o: lowest(self.expected(o, folds[0])), default=())
         return sorted(alive, key=lambda o: (o != best, self._differences(o, best).mean()))
 
     def _leaders(self) -> list[Options]:
@@ -218,7 +235,7 @@ class Search:
         if not ordered:
             reason = next(iter(self.out.values()), "")
             raise TrainingError(f"no configuration could be trained ({reason}): lower the rates.")
-        return ordered[0], lowest(self.curve(ordered[0]))[1]
+        return ordered[0], lowest(self.expected(ordered[0]))[1]
 
     def standings(self) -> list[Standing]:
         """The choice first, then all others that were measured: those on more folds first, then
@@ -227,7 +244,7 @@ class Search:
         chosen, step = self.chosen
         rows = []
         for options, own in self.curves.items():
-            its = lowest(self.curve(options))[1] if options else max(self.curve(options))
+            its = lowest(self.expected(options))[1] if options else max(self.expected(options))
             differences = self._differences(options, chosen, its, step)
             folds = min(len(own), len(self.curves[chosen]))
             mean, interval = float(differences.mean()), student_interval(differences)
