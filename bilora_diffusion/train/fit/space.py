@@ -95,8 +95,7 @@ class Space:
 def default_values(
     typed: Collection[str], rate: float, samples: int, supports_sample: bool
 ) -> dict[str, tuple[str, ...]]:
-    """The space of a fit without a file; what the user typed is fixed, but for the rate. Weights
-    are averaged, as those of a single step are lower or higher by chance.
+    """The space of a fit without a file; what the user typed is fixed, but for the rate.
 
     Args:
         typed: names of options.
@@ -109,7 +108,7 @@ def default_values(
         values = {METHOD: ("lora", "bilora"), "rho": ("auto",)}
         values |= {"auxiliaries": ("sample",)} if samples <= MOST and supports_sample else {}
     values |= {RATE: tuple(f"{rate * by:.6g}" for by in (0.5, 1.0, 2.0)), "rank": RANKS}
-    values |= {"use_ema": ("true",)}
+    values |= {"use_ema": ("true",)}  # a single step is lower or higher by chance
     return {name: own for name, own in values.items() if name == RATE or name not in typed}
 
 
