@@ -4,9 +4,9 @@
     python -m benchmarks.fit_regret --sets animals --seeds 0 --steps 60 --output_dir results/try
 
 For each set and seed: one fit on folds of the set; then the same search by the truth, which is the
-miniature's held-out pictures (or reviews) that no fold has seen, on the whole set; all with
-averaged weights, the command as given too. Regret is the loss on the truth of the choice at its
-step minus the lowest of all that was measured there, as a share of that.
+miniature's held-out pictures (or reviews) that no fold has seen, on the whole set; both
+measured at the same steps. Regret is the loss on the truth of the choice at its step minus the
+lowest of all that was measured there, as a share of that.
 
 What is finished is not repeated, so that the same command goes on.
 """
@@ -98,7 +98,7 @@ def run(script: str, options: Sequence[str], folder: Path) -> None:
 def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, float], str, Any]:
     """Figures of one set and seed, the choice, and all curves on the truth by configuration."""
     script, base, none, truth = command(name, folder / name / "data")
-    base += ["--seed", str(seed), "--max_train_steps", str(steps), "--use_ema"]
+    base += ["--seed", str(seed), "--max_train_steps", str(steps)]
     place = folder / name / f"seed-{seed}"
     run(script, [*base, *none, "--fit"], place / "fit")
     record: Any = read_fit(place / "fit" / FIT_RECORD)

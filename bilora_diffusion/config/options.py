@@ -119,8 +119,8 @@ class StoppingOptions:
     fit_space: str | None = option(
         None,
         "YAML file of what --fit searches: option -> values. Default: three rates around"
-        " --learning_rate and further where the best is at an edge; ranks 4, 8, 16, lora and bilora"
-        " --rho auto, and --use_ema, unless these are given.",
+        " --learning_rate and further where the best is at an edge; ranks 4, 8, 16, and lora and"
+        " bilora --rho auto, unless --rank or --method is given.",
         place=True,
         free=True,
         idle=(WITHOUT_FIT,),

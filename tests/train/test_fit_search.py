@@ -151,8 +151,7 @@ def test_runs_of_different_values_have_folders_of_their_own():
 
 def test_what_the_user_gave_is_fixed_but_for_the_rate():
     values = default_values({"rank", "method", "learning_rate"}, 1e-3, 23, True)
-    assert values == {"learning_rate": ("0.0005", "0.001", "0.002"), "use_ema": ("true",)}
-    assert "use_ema" not in default_values({"use_ema"}, 1e-3, 23, True)
+    assert values == {"learning_rate": ("0.0005", "0.001", "0.002")}
     for more in ((513, True), (23, False)):
         assert "auxiliaries" not in default_values((), 1e-3, *more)
     assert "rho" not in default_values({"rho"}, 1e-3, 23, True)

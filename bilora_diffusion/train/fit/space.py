@@ -108,7 +108,6 @@ def default_values(
         values = {METHOD: ("lora", "bilora"), "rho": ("auto",)}
         values |= {"auxiliaries": ("sample",)} if samples <= MOST and supports_sample else {}
     values |= {RATE: tuple(f"{rate * by:.6g}" for by in (0.5, 1.0, 2.0)), "rank": RANKS}
-    values |= {"use_ema": ("true",)}  # a single step is lower or higher by chance
     return {name: own for name, own in values.items() if name == RATE or name not in typed}
 
 
