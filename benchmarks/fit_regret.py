@@ -112,7 +112,6 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, f
     own = curves.setdefault(choice["title"], {})
     if choice["steps"] not in own:
         alone = [*words(tuple(choice["options"].items())), *truth, *every]
-        alone += ["--lora_alpha", str(read_run(place / "fit")["config"]["lora_alpha"])]
         run(script, [*base, *alone], place / "choice")
         rows = read_metrics(place / "choice")
         own |= {row["step"]: row["heldout_loss"] for row in rows if row.get("heldout_loss")}
