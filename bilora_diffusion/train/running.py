@@ -107,7 +107,7 @@ def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str
         task: Any = script.build_task(cfg, accelerator)
     stop, what = None, ""
     if cfg.fit:
-        fit = Fit(cfg, script, argv, task, functools.partial(_run_of_fit, script), accelerator)
+        fit = Fit(script, argv, task, functools.partial(_run_of_fit, script), accelerator)
         chosen, what = fit.choose(goes_on=resume_from is not None), fit.what
         if isinstance(chosen, Stop):
             stop = chosen

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,8 @@ SHOWN = 5
 """Curves in the figure."""
 
 
-def write(
-    folder: Path,
-    settings: Mapping[str, Any],
-    search: Search,
-    name_of: Callable[[Work], str],
-    done: bool = False,
-) -> None:
-    """Write ``fit.json``: what was measured so far, and in the end what was chosen.
-
-    Args:
-        name_of: the folder of a run.
-    """
+def write(folder: Path, settings: Mapping[str, Any], search: Search, done: bool) -> None:
+    """Write ``fit.json``: what was measured so far, and where that is done, what was chosen."""
 
     def described(options: Options, **values: Any) -> dict[str, Any]:
         return {"title": title(options), **values, "options": dict(options)}
@@ -39,13 +30,12 @@ def write(
     for options, own in search.curves.items():
         for fold, curve in enumerate(own):
             steps, losses = [*curve], [float(values.mean()) for values in curve.values()]
-            run = {"name": name_of(Work(options, fold, steps[-1])), "fold": fold + 1}
+            run = {"name": search.plan.name(Work(options, fold, steps[-1])), "fold": fold + 1}
             curves.append(described(options, **run, steps=steps, losses=losses))
-    choice, standings = None, search.standings() if done else []
+    standings, choice = search.standings() if done else [], None
     if standings:
-        options, step, *_ = standings[0]
-        loss = lowest(search.expected(options))[0]
-        choice = described(options, steps=step, loss=loss)
+        chosen, step = search.chosen
+        choice = described(chosen, steps=step, loss=lowest(search.expected(chosen))[0])
     content = {
         **{"settings": settings, "spent": search.spent, "runs": curves, "choice": choice},
         "out": {title(options): reason for options, reason in search.out.items()},
@@ -67,15 +57,13 @@ def draw(folder: Path, search: Search) -> None:
     axis = figure.add_subplot()
     for row in [row for row in search.standings() if row.options][:SHOWN]:
         one, other = (search.expected(o, row.folds) for o in (row.options, chosen))
-        differences = {at: one[at] - other[step] for at in one if at > 0}
-        means = [loss + float(values.mean()) for values in differences.values()]
+        differences = {at: loss + one[at] - other[step] for at in one if at > 0}
+        means = [float(values.mean()) for values in differences.values()]
         (line,) = axis.plot([*differences], means, marker=".", label=title(row.options))
         least = min(least, *means)
-        found = [student_interval(values) for values in differences.values()]
-        ends = [(loss + interval.low, loss + interval.high) for interval in found if interval]
-        if row.options != chosen and len(ends) == len(found):
-            low, high = zip(*ends, strict=True)
-            axis.fill_between([*differences], low, high, color=line.get_color(), alpha=0.12, lw=0)
+        ends = [student_interval(values) or (nan, nan) for values in differences.values()]
+        low, high = zip(*ends, strict=True)
+        axis.fill_between([*differences], low, high, color=line.get_color(), alpha=0.12, lw=0)
     axis.axvline(step, color="0.3", ls=":", label=f"chosen: {step} steps")
     axis.set(xlabel="optimizer step", ylabel="held-out loss", ylim=(0.97 * least, 1.25 * loss))
     axis.grid(alpha=0.3)
@@ -85,34 +73,27 @@ def draw(folder: Path, search: Search) -> None:
 
 
 def lines(folder: Path, what: str) -> list[str]:
-    """The end of a fit in lines: how much was searched, what was chosen, and what is next to it.
-
-    Args:
-        what: the samples are called, such as "images".
+    """The end of a fit in lines: how much was searched of ``what``, such as "images", what was
+    chosen, and what is next to it.
     """
-    record = read_fit(folder / FIT_RECORD)
-    assert record is not None
+    record: Any = read_fit(folder / FIT_RECORD)
     runs, settings, (first, *others) = record["runs"], record["settings"], record["standings"]
     seconds = sum(read_run(folder / FIT / run["name"])["wall_seconds"] for run in runs)
-    folds = settings["folds"]
+    folds, count = settings["folds"], len({run["title"] for run in runs})
     where = f"{folds} folds of {settings['samples']} {what}" if folds > 1 else "a held-out set"
-    count = len({run["title"] for run in runs})
     loss = f"held-out loss {record['choice']['loss']:.4f}"
     rows, seen = [("chosen", first, loss)], {first["options"].get(METHOD)}
     for row in others:
-        within = " ({:.4f} to {:.4f})".format(*row["interval"]) if row["interval"] else ""
-        part = f", on {row['folds']} of {folds} folds" if row["folds"] < folds else ""
         method = row["options"].get(METHOD) if row["options"] else "as given"
-        label = "next" if row is others[0] and row["options"] else method
+        label = "next" if row is others[0] and row["options"] else str(method)
         if label == "next" or method not in seen:
-            rows.append((str(label), row, f"{row['difference']:+.4f}{within}{part}"))
+            within = " ({:.4f} to {:.4f})".format(*row["interval"]) if row["interval"] else ""
+            part = f", on {row['folds']} of {folds} folds" if row["folds"] < folds else ""
+            rows.append((label, row, f"{row['difference']:+.4f}{within}{part}"))
             seen.add(method)
-    texts = [
-        (label, f"{row['title']}, {row['steps']} steps".removeprefix("as given, "), end)
-        for label, row, end in rows
-    ]
-    widths = [max(len(text[i]) for text in texts) for i in (0, 1)]
+    titles = [f"{r['title']}, {r['steps']} steps".removeprefix("as given, ") for _, r, _ in rows]
+    wide, wider = max(len(label) for label, *_ in rows), max(map(len, titles))
     return [
         f"fit: {where}, {count} configurations, {len(runs)} runs in {duration(seconds)}",
-        *(f"{one:<{widths[0]}}  {two:<{widths[1]}}  {three}" for one, two, three in texts),
+        *(f"{a:<{wide}}  {t:<{wider}}  {end}" for (a, _, end), t in zip(rows, titles, strict=True)),
     ]

@@ -20,12 +20,13 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 
 from ...config.options import OptimizerOptions
-from ...config.run import RunConfig, twentieth
+from ...config.run import twentieth
 from ...durable import discard, strict_json
 from ...errors import Diverged, TrainingError, UserError
 from ...fields import options_of
-from ...methods import names as method_names
+from ...methods import names as methods
 from ...methods import reads
+from ...methods.auxiliaries import deal as deal_auxiliaries
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
 from ...run.folder import FIT, FIT_RECORD, OF_FIT, clear
@@ -34,10 +35,10 @@ from ...run.record import read_fit
 from ...seeds import digest_texts, parts
 from ..recording import recorded
 from ..stepping import Schedule, total_steps
-from ..task import BY_SAMPLE, Task
+from ..task import BY_SAMPLE
 from . import report
 from .search import BUDGET, Curve, Plan, Search, Work, lowest
-from .space import Options, Space, default_values, folder_name, read_values, words
+from .space import Options, Space, Values, default_values, read_values, words
 
 FOLDS, LEAVE_ONE_OUT = 4, 8
 """Folds; below so many samples each is one."""
@@ -58,10 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Stopped(KeyboardInterrupt):
-    """A signal ended a run."""
-
-    def __init__(self, stop: Stop) -> None:
-        self.stop = stop
+    """A signal ended a run; the argument is its `Stop`."""
 
 
 @contextmanager
@@ -69,10 +67,10 @@ def alone() -> Iterator[None]:
     """Within the context accelerate takes this process for the only one."""
     states: list[Any] = [PartialState._shared_state, AcceleratorState._shared_state]
     before = [dict(state) for state in states]
+    lone = {"num_processes": 1, "process_index": 0, "distributed_type": DistributedType.NO}
     try:
         for state in states:
-            state |= {"num_processes": 1, "process_index": 0}
-            state["distributed_type"] = DistributedType.NO
+            state.update(lone)
         yield
     finally:
         for state, values in zip(states, before, strict=True):
@@ -81,109 +79,83 @@ def alone() -> Iterator[None]:
 
 def deal(names: Sequence[str], folds: int | None, what: str) -> list[tuple[list[int], list[int]]]:
     """The positions that each fold learns from, and those that it holds out; both in order. They
-    are dealt by the samples' names, not by their order or the run's seed.
-
-    Args:
-        folds: how many; None for `FOLDS`, or one for each of fewer than `LEAVE_ONE_OUT` samples.
-        what: they are called, such as "images".
-
-    Raises:
-        UserError: there are fewer of them than folds, or than two, or one stands twice.
+    are dealt by the samples' names, not by their order or the run's seed; a `UserError` if there
+    are fewer of them than folds, or than two, or one stands twice.
     """
     count = folds or (FOLDS if len(names) >= LEAVE_ONE_OUT else max(2, len(names)))
     try:
         dealt = parts(names, count)
     except ValueError as error:
-        raise UserError(
-            f"--fit by {count} folds of {len(names)} {what} is refused: {error} Give more of them,"
-            " each once, or a held-out set."
-        ) from None
+        fault = f"--fit by {count} folds of {len(names)} {what} is refused: {error}"
+        raise UserError(f"{fault} Give more, each once, or a held-out set.") from None
     return [(sorted(set(range(len(names))) - set(held)), held) for held in dealt]
 
 
 class Fit:
-    """A search with its runs, in a run folder.
-
-    Args:
-        cfg: the configuration of the command line ``argv``, as the ``script`` resolves it.
-        train: trains a task in a folder up to a step.
-        accelerator: of all processes.
+    """A search with its runs, in a run folder; the ``script`` resolves the command line ``argv`` to
+    the configuration of the ``task``, and ``train`` brings a task in a folder to a step.
 
     Raises:
         UserError: a space or a budget that can't be searched, or samples that can't be dealt.
     """
 
     def __init__(
-        self,
-        cfg: RunConfig,
-        script: Any,
-        argv: Sequence[str],
-        task: Task,
-        train: Train,
-        accelerator: Accelerator,
+        self, script: Any, argv: Sequence[str], task: Any, train: Train, accelerator: Accelerator
     ) -> None:
+        cfg, names = task.cfg, task.names
         self.cfg, self.task, self._train, self._accelerator = cfg, task, train, accelerator
         self._rank, self._processes = accelerator.process_index, accelerator.num_processes
         self.folder, self._script, self._argv = Path(cfg.output_dir), script, argv
         self._typed = frozenset(type(cfg).parser().explicit(argv))
-        self._configs: dict[Options, Any] = {}
         self.what = "images" if cfg.modality == "image" else "rows"
-        self._folds: list[Any] = [None]
-        if not task.has_heldout:
-            self._folds = deal(task.names, cfg.fit_folds, self.what)
+        self._folds: Any = [None] if task.has_heldout else deal(names, cfg.fit_folds, self.what)
         self._step_size = Schedule.of(cfg, accelerator).step_size
         steps = total_steps(cfg, task.num_samples, self._step_size)
-        every = cfg.validation_loss_steps if "validation_loss_steps" in self._typed else 0
-        every = min(steps, every or twentieth(steps))
-        self.plan = Plan(len(self._folds), steps, every, cfg.fit_budget or BUDGET * steps)
-        self.space = Space(self._values(), {name: reads(name) for name in method_names()})
+        given = cfg.validation_loss_steps if "validation_loss_steps" in self._typed else 0
+        every, budget = min(steps, given or twentieth(steps)), cfg.fit_budget or BUDGET * steps
+        self.plan = Plan(len(self._folds), steps, every, budget)
+        self.space = Space(self._values(), {name: reads(name) for name in methods()})
         self._check()
         self.search = Search(self.plan, self._measure)
 
-    def _values(self) -> dict[str, tuple[str, ...]]:
-        cfg, count = self.cfg, len(self.task.names)
-        if not cfg.fit_space:
-            rate, supported = cfg.learning_rate, self._fault(SAMPLE) is None
-            return default_values(self._typed, rate, count, supported)
-        sections = (SECTION, OptimizerOptions.section)
-        searchable = options_of([group for group in cfg.groups if group.section in sections])
-        return read_values(Path(cfg.fit_space), searchable.keys() - FIXED)
+    def _values(self) -> Values:
+        cfg = self.cfg
+        if cfg.fit_space:
+            sections = (SECTION, OptimizerOptions.section)
+            searchable = options_of([group for group in cfg.groups if group.section in sections])
+            return read_values(Path(cfg.fit_space), searchable.keys() - FIXED)
+        supports = False
+        with suppress(UserError):
+            supports = bool(deal_auxiliaries("sample", self.task.names) and self._config(SAMPLE))
+        return default_values(self._typed, cfg.learning_rate, supports)
 
     def _check(self) -> None:
         """Refuse values that the command line would, and a budget for less than a search."""
         plan, starts = self.plan, self.space.starts()
-        for start, name in itertools.product(starts, self.space.values):
-            for options in self.space.along(name, start):
-                if fault := self._fault(options):
-                    raise UserError(f"in a run of --fit, {fault}")
+        try:
+            for start, name in itertools.product(starts, self.space.values):
+                for options in self.space.along(name, start):
+                    self._config(options)
+        except UserError as error:
+            raise UserError(f"in a run of --fit, {error}") from None
         if plan.budget < (least := max(plan.folds, len(starts)) * plan.first):
             raise UserError(
                 f"--fit_budget {plan.budget} is too small for runs of {plan.steps} steps on"
                 f" {plan.folds} folds: give at least {least}, or fewer --max_train_steps."
             )
 
-    def _fault(self, options: Options) -> str | None:
-        """Why the command line would refuse a configuration; None where it would not."""
-        try:
-            self._config(options)
-        except UserError as error:
-            return str(error)
-        return None
-
     def _config(self, options: Options) -> Any:
         """The command line with further options, of which it says nothing once more; a scale of
         the adapters that is not typed follows the rank.
         """
-        if options not in self._configs:
-            rank, line = dict(options).get("rank", ""), list(self._argv)
-            if rank.isdecimal() and "lora_alpha" not in self._typed:
-                line += ["--lora_alpha", str(2 * int(rank))]
-            logging.disable(logging.WARNING)
-            try:
-                self._configs[options] = self._script.resolve([*line, *words(options)])
-            finally:
-                logging.disable(logging.NOTSET)
-        return self._configs[options]
+        rank, alpha = dict(options).get("rank", ""), []
+        if rank.isdecimal() and "lora_alpha" not in self._typed:
+            alpha = ["--lora_alpha", str(2 * int(rank))]
+        logging.disable(logging.WARNING)
+        try:
+            return self._script.resolve([*self._argv, *alpha, *words(options)])
+        finally:
+            logging.disable(logging.NOTSET)
 
     def _settings(self) -> dict[str, Any]:
         """Settings that the choice depends on."""
@@ -195,23 +167,13 @@ class Fit:
         }
 
     def choose(self, goes_on: bool) -> Any:
-        """Search, or go on with a search.
-
-        Args:
-            goes_on: from what the folder holds.
-
-        Returns:
-            The configuration to train with; or the `Stop` of what stopped the search.
-
-        Raises:
-            UserError: the search that was begun in the folder had other settings.
-            TrainingError: no configuration could be trained.
+        """Search, or go on with what the folder holds of a search with the same settings: the
+        configuration to train with, or the `Stop` of what stopped the search.
         """
         earlier = read_fit(self.folder / FIT_RECORD) if goes_on else None
         self._accelerator.wait_for_everyone()  # before the main process writes what all have read
         if earlier is not None:
-            settings, _ = strict_json(self._settings())
-            checkpoint.require_same_settings(earlier["settings"], settings)
+            checkpoint.require_same_settings(earlier["settings"], strict_json(self._settings())[0])
             if (choice := earlier["choice"]) is not None:
                 return self._final(tuple(choice["options"].items()), choice["steps"])
         log = None
@@ -224,21 +186,20 @@ class Fit:
         try:
             with recorded(log, self.folder), Interruption(patient=True) as self._interruption:
                 self.search.run(self.space)
-                chosen = self.search.chosen
                 if log is not None:
                     self._write(done=True)
                     report.draw(self.folder, self.search)
                     for place in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
                         discard(place)
         except _Stopped as stopped:
-            return stopped.stop
+            return stopped.args[0]
         if log is not None:
             log.close("running")
-        return self._final(*chosen)
+        return self._final(*self.search.chosen)
 
     def _write(self, done: bool = False) -> None:
         if self._rank == 0:
-            report.write(self.folder, self._settings(), self.search, self._name, done)
+            report.write(self.folder, self._settings(), self.search, done)
 
     def _final(self, options: Options, steps: int) -> Any:
         """The configuration with the user's own schedule, rescaled to the chosen steps."""
@@ -256,10 +217,6 @@ class Fit:
         warm = self.cfg.warmup_steps(plan.steps)
         return replace(cfg, **{**QUIET, **cfg.without_samples, **own, "lr_warmup_steps": warm})
 
-    def _name(self, work: Work) -> str:
-        name = folder_name(work.options)
-        return f"{name}_fold{work.fold + 1}" if self.plan.folds > 1 else name
-
     def _measure(self, works: Sequence[Work]) -> Iterator[Curve | str]:
         """Train runs, at a time one on each process, and give what was measured."""
         for first in range(0, len(works), self._processes):
@@ -268,31 +225,28 @@ class Fit:
 
     def _together(self, works: Sequence[Work]) -> list[Curve | str]:
         """Train one run on each process, and gather what all have measured."""
-        names, curve, end = [self._name(work) for work in works], "", None
+        curve, end, sent = "", None, None
         try:
             if self._rank < len(works):
                 with alone():
-                    curve = self._one(works[self._rank], names[self._rank])
+                    curve = self._one(works[self._rank])
             if number := self._interruption.number:
                 raise _Stopped(Stop(number, 0, self.plan.steps, "the next run"))
-        except (Exception, _Stopped) as error:  # the others are to know it, who would wait for ever
-            end = error
-        reason = getattr(end, "stop", None) or (end and (str(end) or repr(end)))
-        shared = gather_object([(curve, reason)])
-        if end is not None:
-            raise end
-        for _, other in shared:
-            if isinstance(other, Stop):
-                raise _Stopped(other)
-            if other is not None:
-                raise TrainingError(f"another process could not go on: {other}")
-        return [curve for curve, _ in shared[: len(works)]]
+        except _Stopped as error:
+            end = sent = error
+        except Exception as error:  # the others are to know it, who would wait for ever
+            end, reason = error, str(error) or repr(error)
+            sent = TrainingError(f"another process could not go on: {reason}")
+        curves, errors = zip(*gather_object([(curve, sent)]), strict=True)
+        for error in filter(None, (end, *errors)):
+            raise error
+        return list(curves[: len(works)])
 
-    def _one(self, work: Work, name: str) -> Curve | str:
+    def _one(self, work: Work) -> Curve | str:
         """Bring one run to its steps, or read it where that was done before."""
+        name = self.plan.name(work)
         place = self.folder / FIT / name
-        curve = read_curve(place, work.steps)
-        if curve is None:
+        if (curve := read_curve(place, work.steps)) is None:
             task = self.task.again(self._of_run(work, place), self._folds[work.fold], searches=True)
             with suppress(Diverged):  # its record has the reason
                 if (stop := self._train(task, place, work.steps)) is not None:

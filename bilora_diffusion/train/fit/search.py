@@ -20,7 +20,7 @@ import numpy as np
 
 from ...errors import TrainingError
 from ...intervals import Interval, student_interval
-from .space import METHOD, RATE, Options, Space
+from .space import METHOD, RATE, Options, Space, folder_name
 
 BUDGET = 10
 """Runs of the whole length that a search costs at most, unless it is told otherwise."""
@@ -40,6 +40,10 @@ class Work(NamedTuple):
     steps: int
 
 
+Measure = Callable[[Sequence[Work]], Iterable[Curve | str]]
+"""Trains runs and gives the curve of each, or why it could not go on."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Size of a search."""
@@ -57,6 +61,11 @@ class Plan:
     def first(self) -> int:
         """Steps of the first round."""
         return self.rounded(self.steps / 2)
+
+    def name(self, work: Work) -> str:
+        """The name of a run's folder."""
+        name = folder_name(work.options)
+        return f"{name}_fold{work.fold + 1}" if self.folds > 1 else name
 
 
 def expected(curves: Sequence[Curve], folds: int) -> Curve:
@@ -95,25 +104,13 @@ class Standing(NamedTuple):
 
 
 class Search:
-    """A search and all that it measured.
+    """A search and all that it measured."""
 
-    Args:
-        plan: its size.
-        measure: trains runs and gives the curve of each, or why the run could not go on.
-
-    Attributes:
-        curves: by configuration, of its folds in order.
-        out: configurations that could not go on or are worse, and why.
-        spent: optimizer steps so far.
-    """
-
-    def __init__(
-        self, plan: Plan, measure: Callable[[Sequence[Work]], Iterable[Curve | str]]
-    ) -> None:
+    def __init__(self, plan: Plan, measure: Measure) -> None:
         self.plan, self._measure = plan, measure
-        self.curves: dict[Options, list[Curve]] = {}
-        self.out: dict[Options, str] = {}
-        self.spent = 0
+        self.curves: dict[Options, list[Curve]] = {}  # of the folds in order
+        self.out: dict[Options, str] = {}  # why a configuration could not go on, or is worse
+        self.spent = 0  # optimizer steps
 
     def expected(self, options: Options, folds: int | None = None) -> Curve:
         """What `expected` says of a configuration by its first ``folds``, or by all."""
@@ -128,15 +125,15 @@ class Search:
             self._go([Work((), 0, self.plan.steps)], self.plan.budget)
 
     def _explore(self, space: Space, most: int) -> None:
-        def begin(options: Iterable[Options | None]) -> bool:
-            return self._go([Work(o, 0, self.plan.first) for o in options if o is not None], most)
+        def begin(options: Iterable[Options]) -> bool:
+            return self._go([Work(one, 0, self.plan.first) for one in options], most)
 
         most = max(most, len(space.starts()) * self.plan.first)
         every = begin(space.all(most / self.plan.first)) or not begin(space.starts())
         for name in space.axes():
             if not every:
                 begin(options for start in self._leaders() for options in space.along(name, start))
-            while name == RATE and begin(space.beyond(o, self.curves) for o in self._leaders()):
+            while name == RATE and begin(space.beyond(self._leaders(), self.curves)):
                 pass
 
     def _narrow(self, most: int) -> None:
@@ -154,7 +151,8 @@ class Search:
         ordered = self._ordered()
         for options in ordered[1:]:
             differences, folds = self._differences(options, ordered[0]), len(self.curves[options])
-            if self._whole(options)[1] and folds <= len(self.curves[ordered[0]]):
+            falls = any(work.fold < folds for work in self._next(options))
+            if not falls and folds <= len(self.curves[ordered[0]]):
                 interval = student_interval(differences)
                 if interval is not None and interval.low > 0:
                     ends = f"{interval.low:.4g} to {interval.high:.4g}"
@@ -175,35 +173,29 @@ class Search:
             elif not math.isfinite(lowest(curve)[0]):
                 self.out[work.options] = "no step has a finite held-out loss"
             else:
-                own = self.curves.setdefault(work.options, [])
-                own[work.fold :] = [curve, *own[work.fold + 1 :]]
+                self.curves.setdefault(work.options, [])[work.fold : work.fold + 1] = [curve]
         return bool(todo)
 
     def _cost(self, work: Work) -> int:
         own = self.curves.get(work.options, [])
         return max(0, work.steps - (max(own[work.fold]) if work.fold < len(own) else 0))
 
-    def _whole(self, options: Options) -> tuple[int, bool]:
-        """Steps at which a configuration's curve is whole, and whether it goes so far."""
-        curve = self.expected(options)
-        needed = self.plan.rounded(BEYOND * lowest(curve)[1])
-        return needed, needed <= max(curve)
-
     def _next(self, options: Options) -> list[Work]:
-        """Works that bring a configuration on: its folds to more steps, or one more fold."""
-        own, (needed, whole) = self.curves[options], self._whole(options)
-        if not whole:
-            return [Work(options, fold, needed) for fold in range(len(own))]
-        return [Work(options, len(own), needed)] if len(own) < self.plan.folds else []
+        """Works that bring a configuration on: its folds to more steps until its curve is whole,
+        then one more fold.
+        """
+        curve, count = self.expected(options), len(self.curves[options])
+        needed = self.plan.rounded(BEYOND * lowest(curve)[1])
+        folds = range(count) if needed > max(curve) else range(count, self.plan.folds)[:1]
+        return [Work(options, fold, needed) for fold in folds]
 
-    def _differences(
-        self, options: Options, best: Options, step: int = -1, at: int = -1
-    ) -> np.ndarray:
+    def _differences(self, options: Options, best: Options, *steps: int) -> np.ndarray:
         """Losses of a configuration less another's on the folds that both have, by sample: at given
-        steps, or at those where each is lowest.
+        steps, or where each is lowest.
         """
         count = min(len(self.curves[options]), len(self.curves[best]))
         one, other = (self.expected(o, count) for o in (options, best))
+        step, at = steps or (-1, -1)
         mine = step if step in one else lowest(one)[1]
         return one[mine] - other[at if at in other else lowest(other)[1]]
 
@@ -226,11 +218,7 @@ class Search:
 
     @property
     def chosen(self) -> tuple[Options, int]:
-        """The first of all configurations, and its lowest step.
-
-        Raises:
-            TrainingError: none could be trained.
-        """
+        """The first of all configurations, and its lowest step; a `TrainingError` without any."""
         ordered = self._ordered()
         if not ordered:
             reason = next(iter(self.out.values()), "")
@@ -249,6 +237,4 @@ class Search:
             folds = min(len(own), len(self.curves[chosen]))
             mean, interval = float(differences.mean()), student_interval(differences)
             rows.append(Standing(options, its, folds, mean, interval))
-        return sorted(
-            rows, key=lambda r: (r.options != chosen, not r.options, -r.folds, r.difference)
-        )
+        return sorted(rows, key=lambda r: (r[0] != chosen, not r[0], -r.folds, r.difference))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from ...config.recipe import read_options
 from ...errors import UserError, did_you_mean
-from ...methods.auxiliaries import MOST
 from ...seeds import digest_texts
 
 RATE, METHOD = "learning_rate", "method"
 RANKS = ("4", "8", "16")
+Values = Mapping[str, tuple[str, ...]]
 Options = tuple[tuple[str, str], ...]
 """A configuration: what it sets, beside what the user gave; () is the command line as given."""
 
@@ -45,7 +45,7 @@ def folder_name(options: Options) -> str:
 class Space:
     """Options and the values that each may have."""
 
-    values: Mapping[str, tuple[str, ...]]  # in the order in which they are searched
+    values: Values  # in the order in which they are searched
     read_by: Mapping[str, frozenset[str]]  # by method, the options that it reads of all methods'
 
     def configuration(self, values: Mapping[str, str]) -> Options:
@@ -56,62 +56,49 @@ class Space:
 
     def all(self, most: float) -> list[Options]:
         """Every configuration once; none if there are more than ``most``."""
-        if math.prod(map(len, self.values.values())) > most:
-            return []
-        rows = itertools.product(*self.values.values())
-        every = (dict(zip(self.values, row, strict=True)) for row in rows)
-        return list(dict.fromkeys(map(self.configuration, every)))
+        few = math.prod(map(len, self.values.values())) <= most
+        rows = itertools.product(*self.values.values()) if few else ()
+        return [*{self.configuration(dict(zip(self.values, row, strict=True))): 0 for row in rows}]
 
     def starts(self) -> list[Options]:
         """The middle of the space for each method."""
         middle = {name: values[(len(values) - 1) // 2] for name, values in self.values.items()}
-        if METHOD in self.values:
-            return self.along(METHOD, tuple(middle.items()))
-        return [self.configuration(middle)]
+        return self.along(METHOD, tuple(middle.items()))
 
     def along(self, name: str, start: Options) -> list[Options]:
-        """A configuration with each value of one option."""
-        return [self.configuration({**dict(start), name: value}) for value in self.values[name]]
+        """A configuration with each value of one option; alone where the space lacks that."""
+        rows = [{name: value} for value in self.values.get(name, ())] or [{}]
+        return [self.configuration({**dict(start), **row}) for row in rows]
 
     def axes(self) -> list[str]:
         """The options with several values, the rate first; the method is none of them."""
         names = [name for name, values in self.values.items() if len(values) > 1 and name != METHOD]
         return sorted(names, key=lambda name: name != RATE)
 
-    def beyond(self, start: Options, tried: Collection[Options]) -> Options | None:
+    def beyond(self, starts: Iterable[Options], tried: Collection[Options]) -> Iterator[Options]:
         """The next rate beyond those tried, where a configuration is at an edge of them."""
-        rates = sorted({float(rate) for rate in self.values.get(RATE, ())})
-        if len(rates) < 2:
-            return None
-        others = {**dict(start), RATE: ""}
-        near = [float(dict(o)[RATE]) for o in tried if {**dict(o), RATE: ""} == others]
-        rate, factor = float(dict(start)[RATE]), rates[-1] / rates[-2]
-        if len(near) < 2 or min(near) < rate < max(near):
-            return None
-        further = rate * factor if rate == max(near) else rate / factor
-        return self.configuration({**dict(start), RATE: f"{further:.6g}"})
+        for start in starts:
+            rate, others = float(dict(start)[RATE]), {**dict(start), RATE: ""}
+            near = {float(dict(o)[RATE]) for o in tried if {**dict(o), RATE: ""} == others}
+            if len(near) > 1 and rate in (min(near), max(near)):
+                second, most = sorted(set(map(float, self.values[RATE])))[-2:]
+                further = rate * (most / second if rate == max(near) else second / most)
+                yield self.configuration({**others, RATE: f"{further:.6g}"})
 
 
-def default_values(
-    typed: Collection[str], rate: float, samples: int, supports_sample: bool
-) -> dict[str, tuple[str, ...]]:
-    """The space of a fit without a file; what the user typed is fixed, but for the rate.
-
-    Args:
-        typed: names of options.
-        rate: the given or usual one.
-        samples: that are learned from.
-        supports_sample: whether the run can have an auxiliary for each sample.
+def default_values(typed: Collection[str], rate: float, supports_sample: bool) -> Values:
+    """The space of a fit without a file; what the user typed is fixed, but for the rate. Each
+    sample has an auxiliary of its own where the run supports that.
     """
-    values: dict[str, tuple[str, ...]] = {}
-    if METHOD not in typed:
-        values = {METHOD: ("lora", "bilora"), "rho": ("auto",)}
-        values |= {"auxiliaries": ("sample",)} if samples <= MOST and supports_sample else {}
-    values |= {RATE: tuple(f"{rate * by:.6g}" for by in (0.5, 1.0, 2.0)), "rank": RANKS}
+    forms = {METHOD: ("lora", "bilora"), "rho": ("auto",), "auxiliaries": ("sample",)}
+    if not supports_sample:
+        del forms["auxiliaries"]
+    rates = tuple(f"{rate * by:.6g}" for by in (0.5, 1.0, 2.0))
+    values = {**({} if METHOD in typed else forms), RATE: rates, "rank": RANKS}
     return {name: own for name, own in values.items() if name == RATE or name not in typed}
 
 
-def read_values(path: Path, searchable: Collection[str]) -> dict[str, tuple[str, ...]]:
+def read_values(path: Path, searchable: Collection[str]) -> Values:
     """Read a file of values: option -> value or list of values.
 
     Raises:
@@ -121,7 +108,7 @@ def read_values(path: Path, searchable: Collection[str]) -> dict[str, tuple[str,
     loaded = read_options(path, what, "--fit_space")
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(f'{what} has no options: write lines like "rank: [4, 8]".')
-    space: dict[str, tuple[str, ...]] = {}
+    space = {}
     for name, given in loaded.items():
         values = given if isinstance(given, list) else [given]
         if name not in searchable:
