@@ -16,19 +16,19 @@ and projections take as many operations for one auxiliary as for those of a whol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import adapters
-from ..adapters import AUXILIARY, Factors, alike, by_row, fused
+from ..adapters import AUXILIARY, alike, by_row, fused
 from ..choices import SAMPLE
 from ..errors import UserError
-from . import ball, perturb
+from . import ball
 from .ablations import PerLayer, Unbounded
 from .auxiliary import Auxiliary, Layers, scales
 from .options import MethodOptions
@@ -65,15 +65,6 @@ def deal(asked: int | str, names: Sequence[str]) -> tuple[int, list[int]]:
     return count, groups
 
 
-class _Block(NamedTuple):
-    """Layers of one shape: where their A, (layers, r, n), and B^T, (layers, r, m), lie."""
-
-    A: slice
-    B: slice
-    one: Factors  # any of them, for its shapes
-    scales: Tensor  # what the norm of each one's B A is multiplied with
-
-
 class _Flat:
     """The auxiliaries of one trained model.
 
@@ -91,20 +82,16 @@ class _Flat:
         groups = alike((f.A.shape, f.B.shape) for f in factors)
         self.layers = [layers[i][1] for group in groups for i in group]
         self.scale = factors[0].scale  # of all: they have one rank and alpha
-        self.blocks: list[_Block] = []
+        every = torch.tensor(measures, dtype=torch.float64)
+        self._scales = [every[group] for group in groups]
+        firsts = [(len(group), factors[group[0]]) for group in groups]
+        # Layers of one shape lie side by side: their A, (layers, r, n), and B^T, (layers, r, m).
+        self._blocks = [(many, *one.A.shape) for many, one in firsts]
+        self._blocks += [(many, *one.B.T.shape) for many, one in firsts]
         pairs = [adapters.weights(layer, AUXILIARY) for layer in self.layers]
         weights = [A.detach() for A, _ in pairs] + [B.detach().transpose(0, 1) for _, B in pairs]
         self.shapes = [weight.shape for weight in weights]
         self.up = sum(A.numel() for A, _ in pairs)  # where the B^T begin
-        at_A, at_B = 0, self.up
-        for group in groups:
-            one = factors[group[0]]
-            end_A, end_B = (
-                at + len(group) * side.numel() for at, side in ((at_A, one.A), (at_B, one.B))
-            )
-            scales = torch.tensor([measures[i] for i in group], dtype=torch.float64)
-            self.blocks.append(_Block(slice(at_A, end_A), slice(at_B, end_B), one, scales))
-            at_A, at_B = end_A, end_B
         first = torch.cat([weight.flatten() for weight in weights]).to(device)
         self.parameters = [nn.Parameter(first.clone()) for _ in range(count)]
 
@@ -166,15 +153,13 @@ class _Flat:
     def squares(self, groups: Sequence[int]) -> ball.Squares:
         """Terms of the norms of these auxiliaries, each (layers, groups)."""
         flats = torch.stack([self.parameters[g].data for g in groups])
-        columns = []
-        for block in self.blocks:
-            (r, n), m = block.one.A.shape, block.one.B.shape[0]
-            A, up = (
-                flats[:, own].unflatten(1, (len(block.scales), *shape)).to(ball.wide(flats.device))
-                for own, shape in ((block.A, (r, n)), (block.B, (r, m)))
-            )
-            squares = ball.of_grams(A @ A.mT, up @ up.mT, (r, n, m), flats.dtype)
-            columns.append((squares * block.scales.to(squares).square()).transpose(1, 2))
+        sides = zip(flats.split([*map(math.prod, self._blocks)], 1), self._blocks, strict=True)
+        values = [side.unflatten(1, shape).to(ball.wide(flats.device)) for side, shape in sides]
+        columns, half = [], len(self._scales)
+        for A, up, factor in zip(values[:half], values[half:], self._scales, strict=True):
+            n, m = A.shape[-1], up.shape[-1]
+            squares = ball.of_grams(A @ A.mT, up @ up.mT, n, m, flats.dtype)
+            columns.append((squares * factor.to(squares).square()).transpose(1, 2))
         return ball.Squares(*torch.cat(columns, dim=1))
 
 
@@ -206,7 +191,7 @@ class Auxiliaries(Auxiliary):
         self.count, self._dealt, self._gamma = count, dealt, gamma
         self._models = [_Flat(own, [next(rest) for _ in own], count, first) for own in layers]
         device = self._models[0].device
-        self._parking = Parking(device) if parked else None
+        self._parked, self._parking = parked, Parking(device, parked)
         self.norms = torch.zeros(count, dtype=ball.wide(device), device=device)
 
     def parameters(self, model: int | None = None) -> list[nn.Parameter]:
@@ -219,11 +204,8 @@ class Auxiliaries(Auxiliary):
 
     def follow(self) -> None:
         device = self._models[0].device
-        self.norms = self.norms.to(device)
-        if self._parking is not None:
-            self._parking = Parking(device)
-            return
-        for parameter in self.parameters():
+        self.norms, self._parking = self.norms.to(device), Parking(device, self._parked)
+        for parameter in () if self._parked else self.parameters():
             parameter.data = parameter.data.to(device)
 
     def _groups(self, samples: Sequence[int | None]) -> list[int | None]:
@@ -232,8 +214,7 @@ class Auxiliaries(Auxiliary):
         return [None if i is None else dealt[i] if dealt else i % count for i in samples]
 
     def expect(self, samples: Sequence[int | None]) -> None:
-        if self._parking is not None:
-            self._parking.expect(self._of(self._groups(samples)))
+        self._parking.expect(self._of(self._groups(samples)))
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Have the optimizer's state where the step is taken.
@@ -247,15 +228,13 @@ class Auxiliaries(Auxiliary):
                 "A backward pass did not say whose samples its rows are, so no auxiliary was moved:"
                 ' run it within samples(ids), or give a trainer\'s data set a column "sample_id".'
             )
-        if self._parking is not None:
-            self._parking.fetch_state(optimizer)
+        self._parking.fetch_state(optimizer)
 
     def release(self, optimizer: Optimizer) -> None:
         """After a step: forget the gradients, and let those wait that wait elsewhere."""
         for parameter in self.parameters():
             parameter.grad = None  # as model.zero_grad() would, did the model hold it
-        if self._parking is not None:
-            self._parking.park(optimizer)
+        self._parking.park(optimizer)
 
     def _of(self, groups: Sequence[int | None]) -> list[nn.Parameter]:
         distinct = sorted({g for g in groups if g is not None})
@@ -275,8 +254,7 @@ class Auxiliaries(Auxiliary):
         shares = [math.sqrt(min(own, gamma) / gamma) if gamma else 1.0 for own in snr]
         shares = shares or [1.0] * len(samples)
         first = groups[0] if len(set(zip(groups, shares, strict=True))) == 1 else None
-        if self._parking is not None:
-            self._parking.fetch(self._of(groups))
+        self._parking.fetch(self._of(groups))
         with ExitStack() as stack:
             for flat in self._models:
                 stack.enter_context(
@@ -311,15 +289,11 @@ class Auxiliaries(Auxiliary):
         self.norms[groups] = after
         return ball.Projection(before.amax(), after.amax(), factor.amin())
 
-    @torch.no_grad()
-    def rise(self, groups: Sequence[int]) -> Tensor:
-        both = [
-            (p.data[flat.up :], p.grad[flat.up :])
-            for flat in self._models
-            for p in (flat.parameters[g] for g in groups)
-            if p.grad is not None
-        ]
-        return perturb.dot([B for B, _ in both], [g for _, g in both])
+    def _slopes(self, groups: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
+        for flat in self._models:
+            for p in (flat.parameters[g] for g in groups):
+                if p.grad is not None:
+                    yield p.data[flat.up :], p.grad[flat.up :]
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -77,9 +77,11 @@ class Auxiliary:
     @torch.no_grad()
     def rise(self, groups: Sequence[int]) -> Tensor:
         """By how much it raises the loss of the step to first order: sum of <g_B, B>, 0-d."""
+        return perturb.dot(*zip(*self._slopes(groups), strict=True))
+
+    def _slopes(self, groups: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
         ups = [adapters.weights(layer, AUXILIARY)[1] for _, layer in self._own()]
-        both = [(ball.whole(B), ball.whole(B.grad)) for B in ups if B.grad is not None]
-        return perturb.dot([B for B, _ in both], [g for _, g in both])
+        return [(ball.whole(B), ball.whole(B.grad)) for B in ups if B.grad is not None]
 
     def project_(self, groups: Sequence[int], rho: float | Tensor) -> ball.Projection:
         """Equation 10."""

@@ -142,26 +142,24 @@ def _grams(layers: Sequence[Factors]) -> tuple[Tensor, Tensor]:
 
 def _squares(layers: Sequence[Factors], gram_A: Tensor, gram_B: Tensor) -> Tensor:
     """`Squares` of layers of one rank and dtype, one below the other: (4, layers)."""
-    r, dtype = len(layers[0].A), layers[0].A.dtype
+    dtype = layers[0].A.dtype
     n, m = max(f.A.shape[1] for f in layers), max(f.B.shape[0] for f in layers)
-    rows = of_grams(gram_A, gram_B, (r, n, m), dtype)
+    rows = of_grams(gram_A, gram_B, n, m, dtype)
     scales = [f.scale for f in layers]
     if len(set(scales)) == 1:
         return rows * scales[0] ** 2
     return rows * torch.tensor(scales, dtype=gram_A.dtype, device=gram_A.device) ** 2
 
 
-def of_grams(
-    gram_A: Tensor, gram_B: Tensor, shape: tuple[int, int, int], dtype: torch.dtype
-) -> Tensor:
+def of_grams(gram_A: Tensor, gram_B: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
     """The columns of `Squares` without scales, (4, ...), of Gram matrices (..., r, r).
 
     Args:
         gram_A, gram_B: A A^T and B^T B, in the precision to compute in.
-        shape: r, and the largest n and m.
+        n, m: the largest.
         dtype: that the factors are stored in.
     """
-    r, n, m = shape
+    r = gram_A.shape[-1]
     diagonal_A, diagonal_B = (gram.diagonal(dim1=-2, dim2=-1) for gram in (gram_A, gram_B))
     rounding = torch.finfo(dtype).eps / 2
     least = torch.finfo(dtype).smallest_normal * rounding

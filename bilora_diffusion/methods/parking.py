@@ -6,7 +6,7 @@ memory, and whoever uses a parameter waits for its own copy alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,27 +19,27 @@ class Parking:
 
     Args:
         device: where they are computed with.
+        parks: False where they are there all along, and nothing is to be done.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, parks: bool) -> None:
+        self.device, self._parks = device, parks
         self._cuda = device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
         self._homes: dict[tuple[nn.Parameter, str], Tensor] = {}
         self._away: dict[nn.Parameter, Any] = {}  # those on the device, with when they are there
 
-    def expect(self, parameters: Iterable[nn.Parameter]) -> None:
+    def expect(self, parameters: Sequence[nn.Parameter]) -> None:
         """Begin to bring these to the device."""
-        for parameter in parameters:
+        for parameter in parameters if self._parks else ():
             if parameter not in self._away:
                 self._homes.setdefault((parameter, ""), parameter.data)
                 parameter.data, self._away[parameter] = self._brought(parameter.data)
 
-    def fetch(self, parameters: Iterable[nn.Parameter]) -> None:
+    def fetch(self, parameters: Sequence[nn.Parameter]) -> None:
         """Have these on the device for what is computed next."""
-        wanted = list(parameters)
-        self.expect(wanted)
-        for parameter in wanted:
+        self.expect(parameters)
+        for parameter in parameters if self._parks else ():
             self._await(parameter.data, self._away[parameter])
 
     def fetch_state(self, optimizer: Optimizer) -> None:
@@ -60,7 +60,7 @@ class Parking:
             for name, value in state.items():
                 if isinstance(value, Tensor):
                     state[name] = self._home((parameter, name), value)
-        if self._cuda:  # what is read at home, by a checkpoint, has arrived
+        if self._cuda and self._away:  # what is read at home, by a checkpoint, has arrived
             torch.cuda.current_stream(self.device).synchronize()
         self._away.clear()
 
