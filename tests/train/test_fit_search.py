@@ -7,14 +7,13 @@ import pytest
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.train.fit.search import Plan, Search, Work, expected, lowest
-from bilora_diffusion.train.fit.space import Space, default_values, folder_name, read_values, title
+from bilora_diffusion.train.fit.space import Space, default_values, read_values, title
 
-READS = {"lora": frozenset[str](), "bilora": frozenset({"rho", "auxiliaries"})}
 PLAN = Plan(folds=4, steps=300, every=20, budget=3000)
 
 
 def space(**values):
-    return Space({name: tuple(own) for name, own in values.items()}, READS)
+    return Space({name: tuple(own) for name, own in values.items()})
 
 
 def overfitting(options, step):
@@ -145,7 +144,7 @@ def test_options_that_a_method_does_not_read_are_no_difference():
 
 def test_runs_of_different_values_have_folders_of_their_own():
     values = ("a/b", "a-b", "x" * 300 + "1", "x" * 300 + "2")
-    names = {folder_name((("target_modules", value),)) for value in values}
+    names = {PLAN.name(Work((("target_modules", value),), 0, 20)) for value in values}
     assert [len(name) < 120 and "/" not in name for name in names] == [True] * 4
 
 

@@ -7,6 +7,8 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...durable import dump_json, replacing, strict_json, write_text
 from ...intervals import student_interval
 from ...run import provenance
@@ -16,8 +18,7 @@ from ...run.record import read_fit, read_run
 from .search import Search, Work, lowest
 from .space import METHOD, Options, title
 
-SHOWN = 5
-"""Curves in the figure."""
+SHOWN, HIGHEST = 5, 1.25  # curves in the figure; what they are drawn up to, of the chosen loss
 
 
 def write(folder: Path, settings: Mapping[str, Any], search: Search, done: bool) -> None:
@@ -46,26 +47,23 @@ def write(folder: Path, settings: Mapping[str, Any], search: Search, done: bool)
 
 
 def draw(folder: Path, search: Search) -> None:
-    """Draw the best curves as ``fit.png``: each by its difference to the choice, paired by sample,
-    with its 95 % interval.
-    """
+    """Draw the best curves, each by its paired difference to the choice, with 95 % intervals."""
     from matplotlib.figure import Figure  # here, as it takes a while and fits are rare
 
     chosen, step = search.chosen
     loss, _ = lowest(search.expected(chosen))
-    figure, least = Figure(figsize=(7, 4), layout="constrained"), loss
-    axis = figure.add_subplot()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.add_subplot(xlabel="optimizer step", ylabel="held-out loss")
     for row in [row for row in search.standings() if row.options][:SHOWN]:
         one, other = (search.expected(o, row.folds) for o in (row.options, chosen))
-        differences = {at: loss + one[at] - other[step] for at in one if at > 0}
-        means = [float(values.mean()) for values in differences.values()]
-        (line,) = axis.plot([*differences], means, marker=".", label=title(row.options))
-        least = min(least, *means)
-        ends = [student_interval(values) or (nan, nan) for values in differences.values()]
-        low, high = zip(*ends, strict=True)
-        axis.fill_between([*differences], low, high, color=line.get_color(), alpha=0.12, lw=0)
+        losses = {at: loss + one[at] - other[step] for at in one if at > 0}
+        near = {at: values for at, values in losses.items() if values.mean() < HIGHEST * loss}
+        means = [values.mean() for values in near.values()]
+        (line,) = axis.plot([*near], means, marker=".", label=title(row.options))
+        ends = [student_interval(values) or (nan, nan) for values in near.values()]
+        low, high = np.array(ends).reshape(-1, 2).T
+        axis.fill_between([*near], low, high, color=line.get_color(), alpha=0.12, lw=0)
     axis.axvline(step, color="0.3", ls=":", label=f"chosen: {step} steps")
-    axis.set(xlabel="optimizer step", ylabel="held-out loss", ylim=(0.97 * least, 1.25 * loss))
     axis.grid(alpha=0.3)
     axis.legend(framealpha=0.9, edgecolor="none", fontsize="small")
     with replacing(folder / FIT_FIGURE) as aside:
@@ -73,27 +71,25 @@ def draw(folder: Path, search: Search) -> None:
 
 
 def lines(folder: Path, what: str) -> list[str]:
-    """The end of a fit in lines: how much was searched of ``what``, such as "images", what was
-    chosen, and what is next to it.
-    """
+    """The end of a fit in lines: how many ``what``, as "images", the choice, and what is next."""
     record: Any = read_fit(folder / FIT_RECORD)
-    runs, settings, (first, *others) = record["runs"], record["settings"], record["standings"]
+    runs, folds, loss = record["runs"], record["settings"]["folds"], record["choice"]["loss"]
+    count, samples = len({run["title"] for run in runs}), record["settings"]["samples"]
+    where = f"{folds} folds of {samples} {what}" if folds > 1 else "a held-out set"
     seconds = sum(read_run(folder / FIT / run["name"])["wall_seconds"] for run in runs)
-    folds, count = settings["folds"], len({run["title"] for run in runs})
-    where = f"{folds} folds of {settings['samples']} {what}" if folds > 1 else "a held-out set"
-    loss = f"held-out loss {record['choice']['loss']:.4f}"
-    rows, seen = [("chosen", first, loss)], {first["options"].get(METHOD)}
-    for row in others:
+    rows, seen = [], set()
+    for place, row in enumerate(record["standings"]):
         method = row["options"].get(METHOD) if row["options"] else "as given"
-        label = "next" if row is others[0] and row["options"] else str(method)
-        if label == "next" or method not in seen:
+        label = ("chosen", "next")[place] if place < 2 and row["options"] else str(method)
+        if label in ("chosen", "next") or method not in seen:
             within = " ({:.4f} to {:.4f})".format(*row["interval"]) if row["interval"] else ""
             part = f", on {row['folds']} of {folds} folds" if row["folds"] < folds else ""
-            rows.append((label, row, f"{row['difference']:+.4f}{within}{part}"))
+            gap = f"{row['difference']:+.4f}{within}{part}"
+            steps = f"{row['title']}, {row['steps']} steps".removeprefix("as given, ")
+            rows.append((label, steps, gap if place else f"held-out loss {loss:.4f}"))
             seen.add(method)
-    titles = [f"{r['title']}, {r['steps']} steps".removeprefix("as given, ") for _, r, _ in rows]
-    wide, wider = max(len(label) for label, *_ in rows), max(map(len, titles))
+    wide, wider, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
         f"fit: {where}, {count} configurations, {len(runs)} runs in {duration(seconds)}",
-        *(f"{a:<{wide}}  {t:<{wider}}  {end}" for (a, _, end), t in zip(rows, titles, strict=True)),
+        *(f"{label:<{wide}}  {steps:<{wider}}  {end}" for label, steps, end in rows),
     ]

@@ -24,8 +24,6 @@ from ...config.run import twentieth
 from ...durable import discard, strict_json
 from ...errors import Diverged, TrainingError, UserError
 from ...fields import options_of
-from ...methods import names as methods
-from ...methods import reads
 from ...methods.auxiliaries import deal as deal_auxiliaries
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
@@ -40,26 +38,18 @@ from . import report
 from .search import BUDGET, Curve, Plan, Search, Work, lowest
 from .space import Options, Space, Values, default_values, read_values, words
 
-FOLDS, LEAVE_ONE_OUT = 4, 8
-"""Folds; below so many samples each is one."""
-FIXED = {
-    *("quantize", "auxiliaries_on", "lr_scheduler", "lr_warmup_steps", "warmup_ratio"),
-    *("lr_num_cycles", "lr_power", "scale_lr", "use_8bit_adam"),
-}
-"""Options of methods and optimizers that all runs of a fit share."""
+FOLDS, LEAVE_ONE_OUT = 4, 8  # folds; below so many samples each is one
+# Options of methods and optimizers that all runs of a fit share.
+SCHEDULE = {"lr_scheduler", "lr_warmup_steps", "warmup_ratio", "lr_num_cycles", "lr_power"}
+FIXED = {"quantize", "auxiliaries_on", "scale_lr", "use_8bit_adam", *SCHEDULE}
 SAMPLE = (("method", "bilora"), ("rho", "auto"), ("auxiliaries", "sample"))
-QUIET = {
+QUIET = {  # every run of a search: at a constant rate, with nothing to look at
     **{"report_to": "none", "push_to_hub": False, "log_dynamics": False, "eval_on_start": False},
     **{"resume_from_checkpoint": None, "overwrite_output_dir": False, "num_train_epochs": None},
     **{"lr_scheduler": "constant_with_warmup", "checkpoints_total_limit": 1},
 }
-"""Options of every run of a search: at a constant rate, with nothing to look at."""
 Train = Callable[[Any, Path, int], Stop | None]
 logger = logging.getLogger(__name__)
-
-
-class _Stopped(KeyboardInterrupt):
-    """A signal ended a run; the argument is its `Stop`."""
 
 
 @contextmanager
@@ -67,10 +57,9 @@ def alone() -> Iterator[None]:
     """Within the context accelerate takes this process for the only one."""
     states: list[Any] = [PartialState._shared_state, AcceleratorState._shared_state]
     before = [dict(state) for state in states]
-    lone = {"num_processes": 1, "process_index": 0, "distributed_type": DistributedType.NO}
     try:
         for state in states:
-            state.update(lone)
+            state.update(num_processes=1, process_index=0, distributed_type=DistributedType.NO)
         yield
     finally:
         for state, values in zip(states, before, strict=True):
@@ -78,9 +67,8 @@ def alone() -> Iterator[None]:
 
 
 def deal(names: Sequence[str], folds: int | None, what: str) -> list[tuple[list[int], list[int]]]:
-    """The positions that each fold learns from, and those that it holds out; both in order. They
-    are dealt by the samples' names, not by their order or the run's seed; a `UserError` if there
-    are fewer of them than folds, or than two, or one stands twice.
+    """The positions that each fold learns from, and those that it holds out, dealt by the samples'
+    names; a `UserError` if there are fewer than folds, or than two, or one stands twice.
     """
     count = folds or (FOLDS if len(names) >= LEAVE_ONE_OUT else max(2, len(names)))
     try:
@@ -94,9 +82,6 @@ def deal(names: Sequence[str], folds: int | None, what: str) -> list[tuple[list[
 class Fit:
     """A search with its runs, in a run folder; the ``script`` resolves the command line ``argv`` to
     the configuration of the ``task``, and ``train`` brings a task in a folder to a step.
-
-    Raises:
-        UserError: a space or a budget that can't be searched, or samples that can't be dealt.
     """
 
     def __init__(
@@ -114,7 +99,7 @@ class Fit:
         given = cfg.validation_loss_steps if "validation_loss_steps" in self._typed else 0
         every, budget = min(steps, given or twentieth(steps)), cfg.fit_budget or BUDGET * steps
         self.plan = Plan(len(self._folds), steps, every, budget)
-        self.space = Space(self._values(), {name: reads(name) for name in methods()})
+        self.space = Space(self._values())
         self._check()
         self.search = Search(self.plan, self._measure)
 
@@ -145,13 +130,11 @@ class Fit:
             )
 
     def _config(self, options: Options) -> Any:
-        """The command line with further options, of which it says nothing once more; a scale of
-        the adapters that is not typed follows the rank.
-        """
+        """The command line with further options; an alpha that is not typed follows the rank."""
         rank, alpha = dict(options).get("rank", ""), []
         if rank.isdecimal() and "lora_alpha" not in self._typed:
             alpha = ["--lora_alpha", str(2 * int(rank))]
-        logging.disable(logging.WARNING)
+        logging.disable(logging.WARNING)  # it has said everything once
         try:
             return self._script.resolve([*self._argv, *alpha, *words(options)])
         finally:
@@ -191,7 +174,9 @@ class Fit:
                     report.draw(self.folder, self.search)
                     for place in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
                         discard(place)
-        except _Stopped as stopped:
+        except KeyboardInterrupt as stopped:
+            if not stopped.args:  # Ctrl-C again, which waits for nothing
+                raise
             return stopped.args[0]
         if log is not None:
             log.close("running")
@@ -231,8 +216,8 @@ class Fit:
                 with alone():
                     curve = self._one(works[self._rank])
             if number := self._interruption.number:
-                raise _Stopped(Stop(number, 0, self.plan.steps, "the next run"))
-        except _Stopped as error:
+                raise KeyboardInterrupt(Stop(number, 0, self.plan.steps, "the next run"))
+        except KeyboardInterrupt as error:
             end = sent = error
         except Exception as error:  # the others are to know it, who would wait for ever
             end, reason = error, str(error) or repr(error)
@@ -250,12 +235,12 @@ class Fit:
             task = self.task.again(self._of_run(work, place), self._folds[work.fold], searches=True)
             with suppress(Diverged):  # its record has the reason
                 if (stop := self._train(task, place, work.steps)) is not None:
-                    raise _Stopped(stop._replace(run=f"{FIT}/{name}"))
+                    raise KeyboardInterrupt(stop._replace(run=f"{FIT}/{name}"))
             curve = read_curve(place, work.steps)
             assert curve is not None
         if not isinstance(curve, str):
-            loss, step = lowest(curve)
-            logger.info("fit: %s, %d steps: lowest %.4f at step %d", name, work.steps, loss, step)
+            said = "fit: %s, %d steps: lowest %.4f at step %d"
+            logger.info(said, name, work.steps, *lowest(curve))
         return curve
 
 

@@ -4,9 +4,7 @@ All configurations start on the first fold for half of the steps: fewer favour f
 better half goes on again and again: to more steps while its loss still falls, else to the next
 fold. A configuration is out where the interval of its difference to the best, paired by held-out
 sample, says that it is worse; the others wait, and go on when there are steps left in the budget.
-
-Everything follows from the numbers that ``measure`` gives, so that a search which is begun anew
-asks for the same runs in the same order.
+Everything follows from the numbers that are measured: begun anew, it asks for the same runs.
 """
 
 from __future__ import annotations
@@ -15,19 +13,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 
 from ...errors import TrainingError
 from ...intervals import Interval, student_interval
-from .space import METHOD, RATE, Options, Space, folder_name
+from ...seeds import digest_texts
+from .space import METHOD, RATE, Options, Space
 
-BUDGET = 10
-"""Runs of the whole length that a search costs at most, unless it is told otherwise."""
-EXPLORED = 0.6
-"""Share of the budget that the first rounds, on one fold, may take."""
-BEYOND = 1.5
-"""A curve is whole where it goes on for so many times the step of its lowest point."""
+BUDGET = 10  # runs of the whole length that a search costs at most, unless it is told otherwise
+EXPLORED = 0.6  # share of the budget that the first rounds, on one fold, may take
+BEYOND = 1.5  # a curve is whole where it goes on for so many times the step of its lowest point
 Curve = Mapping[int, np.ndarray]
 """Step -> held-out loss of each sample, (n,); their mean is the held-out loss."""
 
@@ -63,8 +60,9 @@ class Plan:
         return self.rounded(self.steps / 2)
 
     def name(self, work: Work) -> str:
-        """The name of a run's folder."""
-        name = folder_name(work.options)
+        """A name for a run's folder: its values, in letters that every file system knows."""
+        name = quote("_".join(value for _, value in work.options) or "as_given", safe="+")
+        name = name if len(name) <= 100 else f"{name[:80]}-{digest_texts([name])}"
         return f"{name}_fold{work.fold + 1}" if self.folds > 1 else name
 
 
@@ -89,8 +87,8 @@ def lowest(curve: Curve) -> tuple[float, int]:
     """The lowest mean of a curve and its step, of equal ones the first; that at step 0 is the base
     model's and does not count.
     """
-    means = [(float(np.mean(losses)), step) for step, losses in curve.items() if step > 0]
-    return min((mean if math.isfinite(mean) else math.inf, step) for mean, step in means)
+    means = {step: float(np.mean(losses)) for step, losses in curve.items() if step > 0}
+    return min((mean if math.isfinite(mean) else math.inf, step) for step, mean in means.items())
 
 
 class Standing(NamedTuple):
@@ -152,11 +150,11 @@ class Search:
         for options in ordered[1:]:
             differences, folds = self._differences(options, ordered[0]), len(self.curves[options])
             falls = any(work.fold < folds for work in self._next(options))
-            if not falls and folds <= len(self.curves[ordered[0]]):
-                interval = student_interval(differences)
-                if interval is not None and interval.low > 0:
-                    ends = f"{interval.low:.4g} to {interval.high:.4g}"
-                    self.out[options] = f"worse by {differences.mean():.4g} ({ends})"
+            decided = not falls and folds <= len(self.curves[ordered[0]])
+            interval = student_interval(differences) if decided else None
+            if interval is not None and interval.low > 0:
+                ends = "{:.4g} to {:.4g}".format(*interval)
+                self.out[options] = f"worse by {differences.mean():.4g} ({ends})"
         return [options for options in ordered if options not in self.out and self._next(options)]
 
     def _go(self, works: Sequence[Work], most: int) -> bool:
@@ -195,9 +193,8 @@ class Search:
         """
         count = min(len(self.curves[options]), len(self.curves[best]))
         one, other = (self.expected(o, count) for o in (options, best))
-        step, at = steps or (-1, -1)
-        mine = step if step in one else lowest(one)[1]
-        return one[mine] - other[at if at in other else lowest(other)[1]]
+        step, at = steps or (lowest(one)[1], lowest(other)[1])
+        return one[step] - other[at]
 
     def _ordered(self) -> list[Options]:
         """Configurations that are not out: the lowest of those on at least as many folds as all but

@@ -7,11 +7,10 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 from ...config.recipe import read_options
 from ...errors import UserError, did_you_mean
-from ...seeds import digest_texts
+from ...methods import names, reads
 
 RATE, METHOD = "learning_rate", "method"
 RANKS = ("4", "8", "16")
@@ -35,23 +34,17 @@ def title(options: Options) -> str:
     return ", ".join(filter(None, (first, *rest))) or "as given"
 
 
-def folder_name(options: Options) -> str:
-    """A name for a run's folder: the values, in letters that every file system knows."""
-    name = quote("_".join(value for _, value in options) or "as_given", safe="+")
-    return name if len(name) <= 100 else f"{name[:80]}-{digest_texts([name])}"
-
-
 @dataclass(frozen=True)
 class Space:
     """Options and the values that each may have."""
 
     values: Values  # in the order in which they are searched
-    read_by: Mapping[str, frozenset[str]]  # by method, the options that it reads of all methods'
 
     def configuration(self, values: Mapping[str, str]) -> Options:
         """Values as a configuration, without the options that its method does not read."""
-        of_methods = frozenset[str]().union(*self.read_by.values())
-        idle = of_methods - self.read_by.get(values.get(METHOD, ""), of_methods)
+        read_by = {name: reads(name) for name in names()}
+        of_methods = frozenset[str]().union(*read_by.values())
+        idle = of_methods - read_by.get(values.get(METHOD, ""), of_methods)
         return tuple(pair for pair in values.items() if pair[0] not in idle)
 
     def all(self, most: float) -> list[Options]:
@@ -72,8 +65,8 @@ class Space:
 
     def axes(self) -> list[str]:
         """The options with several values, the rate first; the method is none of them."""
-        names = [name for name, values in self.values.items() if len(values) > 1 and name != METHOD]
-        return sorted(names, key=lambda name: name != RATE)
+        several = (name for name, values in self.values.items() if len(values) > 1)
+        return sorted((name for name in several if name != METHOD), key=lambda name: name != RATE)
 
     def beyond(self, starts: Iterable[Options], tried: Collection[Options]) -> Iterator[Options]:
         """The next rate beyond those tried, where a configuration is at an edge of them."""
@@ -87,9 +80,7 @@ class Space:
 
 
 def default_values(typed: Collection[str], rate: float, supports_sample: bool) -> Values:
-    """The space of a fit without a file; what the user typed is fixed, but for the rate. Each
-    sample has an auxiliary of its own where the run supports that.
-    """
+    """The space of a fit without a file; what the user typed is fixed, but for the rate."""
     forms = {METHOD: ("lora", "bilora"), "rho": ("auto",), "auxiliaries": ("sample",)}
     if not supports_sample:
         del forms["auxiliaries"]
@@ -99,11 +90,7 @@ def default_values(typed: Collection[str], rate: float, supports_sample: bool) -
 
 
 def read_values(path: Path, searchable: Collection[str]) -> Values:
-    """Read a file of values: option -> value or list of values.
-
-    Raises:
-        UserError: it can't be read, or names an option that is not ``searchable``.
-    """
+    """Read a file of values, option -> value or list of values, of ``searchable`` options."""
     what = f'the space "{path}"'
     loaded = read_options(path, what, "--fit_space")
     if not isinstance(loaded, dict) or not loaded:
@@ -118,6 +105,5 @@ def read_values(path: Path, searchable: Collection[str]) -> Values:
             )
         if not values or not all(isinstance(v, bool | str) and v != "" for v in values):
             raise UserError(f"{what}, {name} has something else than values: write [4, 8].")
-        texts = (str(v).lower() if isinstance(v, bool) else v for v in values)
-        space[name] = tuple(dict.fromkeys(texts))
+        space[name] = (*{str(v).lower() if isinstance(v, bool) else v: 0 for v in values},)
     return space
