@@ -131,10 +131,8 @@ class _Flat:
     @contextmanager
     def several(self, groups: Sequence[int | None], shares: Sequence[float]) -> Iterator[None]:
         """Within the context row i of every input sees the share `shares[i]` of `groups[i]`."""
-        flats = [None if g is None else self.parameters[g] for g in groups]
-        one = next((flat for flat in flats if flat is not None), self.parameters[0])
-        nothing = torch.zeros_like(one.data)
-        values = torch.stack([nothing if flat is None else flat.data for flat in flats])
+        nothing = torch.zeros_like(self.parameters[0], device=self.device)  # which may be parked
+        values = torch.stack([nothing if g is None else self.parameters[g].data for g in groups])
         gradients = torch.zeros_like(values)
         scales = self.scale * values.new_tensor(shares)[:, None]
         values[:, self.up :].mul_(scales)
@@ -146,8 +144,9 @@ class _Flat:
         with by_row.acting(rows, AUXILIARY):
             yield
         gradients[:, self.up :].mul_(scales)
-        for flat, gradient in zip(flats, gradients.unbind(), strict=True):
-            if flat is not None:
+        for group, gradient in zip(groups, gradients.unbind(), strict=True):
+            if group is not None:
+                flat = self.parameters[group]
                 flat.grad = gradient if flat.grad is None else flat.grad + gradient
 
     def squares(self, groups: Sequence[int]) -> ball.Squares:

@@ -44,25 +44,25 @@ class Parking:
 
     def fetch_state(self, optimizer: Optimizer) -> None:
         """Have the optimizer's state of all that are on the device there too."""
-        for parameter in self._away:
-            state = optimizer.state.get(parameter, {})
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    state[name], arrival = self._brought(value)
-                    self._await(state[name], arrival)
+        for parameter, name, value in self._state(optimizer):
+            copy, arrival = self._brought(value)
+            self._await(copy, arrival)
+            optimizer.state[parameter][name] = copy
 
     def park(self, optimizer: Optimizer) -> None:
         """Let all go home that are on the device, without gradients."""
         for parameter in self._away:
             parameter.grad = None
             parameter.data = self._home((parameter, ""), parameter.data)
-            state = optimizer.state.get(parameter, {})
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    state[name] = self._home((parameter, name), value)
+        for parameter, name, value in self._state(optimizer):
+            optimizer.state[parameter][name] = self._home((parameter, name), value)
         if self._cuda and self._away:  # what is read at home, by a checkpoint, has arrived
             torch.cuda.current_stream(self.device).synchronize()
         self._away.clear()
+
+    def _state(self, optimizer: Optimizer) -> list[tuple[nn.Parameter, str, Tensor]]:
+        pairs = [(p, optimizer.state[p]) for p in self._away if p in optimizer.state]
+        return [(p, n, v) for p, own in pairs for n, v in own.items() if isinstance(v, Tensor)]
 
     def _brought(self, value: Tensor) -> tuple[Tensor, Any]:
         if not self._cuda:
