@@ -22,9 +22,9 @@ class Rows(NamedTuple):
     """An adapter of which each row of a layer's input has factors of its own.
 
     Attributes:
-        A: (rows, r, n), of a convolution (rows, r, channels, height, width).
-        up: B^T times the adapter's scale, (rows, r, m); of a convolution (rows, r, m, 1, 1).
-        g_A, g_up: to which a backward pass adds their gradients.
+        A: (rows, r, n); n of a convolution is that of its patches.
+        up: B^T times the adapter's scale, (rows, r, m).
+        g_A, g_up: to which a backward pass adds their gradients; fast on a CPU if contiguous.
         along: A's own module, which says how a convolution moves.
     """
 
@@ -77,10 +77,10 @@ def rows_of(layer: nn.Module, x: Tensor) -> Rows | None:
 
 def add_rows(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
     """The layer's output with each row's own product added."""
-    if rows.A.dim() == 3:
+    along: Any = rows.along
+    if along.weight.dim() == 2:
         made: Any = _RowProduct.apply(x, result, rows)
         return made
-    along: Any = rows.along
     patches = F.unfold(x, along.kernel_size, along.dilation, along.padding, along.stride).mT
     made = _RowProduct.apply(patches, result.flatten(2).mT, rows)
     return made.mT.unflatten(2, result.shape[2:])
@@ -107,8 +107,8 @@ class _RowProduct(torch.autograd.Function):
 
 def add_(made: Tensor, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Add the rows' product to y in place; what its backward pass needs."""
-    A, up = rows.A.flatten(2).to(x.dtype), rows.up.flatten(2).to(x.dtype)
-    hidden = _by_row(x, A) @ A.mT
+    A, up = rows.A.to(x.dtype), rows.up.to(x.dtype)
+    hidden = torch.bmm(_by_row(x, A), A.mT)
     made.view(len(A), -1, made.shape[-1]).baddbmm_(hidden, up)
     return A, up, hidden
 
@@ -119,17 +119,17 @@ def add_gradients_(
     """Add to the gradients of the rows' factors, and to that of x."""
     A, up, hidden = saved
     above = _by_row(above, A)
-    below = above @ up.mT
+    below = torch.bmm(above, up.mT)
     if through is not None:
         through.view(len(A), -1, through.shape[-1]).baddbmm_(below, A)
     for kept, left, right in (
-        (rows.g_A.flatten(2), below, _by_row(x, A)),
-        (rows.g_up.flatten(2), hidden, above),
+        (rows.g_A, below, _by_row(x, A)),
+        (rows.g_up, hidden, above),
     ):
         if kept.dtype == left.dtype:
             kept.baddbmm_(left.mT, right)
         else:
-            kept.add_(left.mT @ right)
+            kept.add_(torch.bmm(left.mT, right))
 
 
 def _by_row(values: Tensor, A: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ class _Flat:
         pairs = [adapters.weights(layer, AUXILIARY) for layer in self.layers]
         weights = [A.detach() for A, _ in pairs] + [B.detach().transpose(0, 1) for _, B in pairs]
         self.shapes = [weight.shape for weight in weights]
+        self.sizes = [weight.numel() for weight in weights]
         self.up = sum(A.numel() for A, _ in pairs)  # where the B^T begin
         first = torch.cat([weight.flatten() for weight in weights]).to(device)
         self.parameters = [nn.Parameter(first.clone()) for _ in range(count)]
@@ -102,8 +103,8 @@ class _Flat:
 
     def views(self, flat: Tensor) -> Iterator[tuple[adapters.LoraLayer, Tensor, Tensor]]:
         """Each layer with its A and B^T in a flat tensor, (numbers,) or (rows, numbers)."""
-        parts = flat.split([math.prod(shape) for shape in self.shapes], dim=-1)
-        views = [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        parts = zip(flat.split(self.sizes, dim=-1), self.shapes, strict=True)
+        views = [part.unflatten(-1, shape) for part, shape in parts]
         count = len(self.layers)
         return zip(self.layers, views[:count], views[count:], strict=True)
 
@@ -133,16 +134,19 @@ class _Flat:
         """Within the context row i of every input sees the share `shares[i]` of `groups[i]`."""
         nothing = torch.zeros_like(self.parameters[0], device=self.device)  # which may be parked
         values = torch.stack([nothing if g is None else self.parameters[g].data for g in groups])
-        gradients = torch.zeros_like(values)
         scales = self.scale * values.new_tensor(shares)[:, None]
         values[:, self.up :].mul_(scales)
-        both = zip(self.views(values), self.views(gradients), strict=True)
-        rows = {
-            layer: by_row.Rows(A, up, g_A, g_up, cast(Any, layer).lora_A[AUXILIARY])
-            for (layer, A, up), (_, g_A, g_up) in both
-        }
+        (count, numbers), rank, rows = values.shape, self.shapes[0][0], {}
+        pieces = values.new_zeros(count * numbers).split([count * size for size in self.sizes])
+        blocks = [piece.view(count, rank, -1) for piece in pieces]
+        half = len(self.layers)
+        both = zip(self.views(values), blocks[:half], blocks[half:], strict=True)
+        for (layer, A, up), g_A, g_up in both:
+            along = cast(Any, layer).lora_A[AUXILIARY]
+            rows[layer] = by_row.Rows(A.flatten(2), up.flatten(2), g_A, g_up, along)
         with by_row.acting(rows, AUXILIARY):
             yield
+        gradients = torch.cat([block.flatten(1) for block in blocks], dim=1)
         gradients[:, self.up :].mul_(scales)
         for group, gradient in zip(groups, gradients.unbind(), strict=True):
             if group is not None:
