@@ -175,7 +175,7 @@ class Fit:
                     for place in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
                         discard(place)
         except KeyboardInterrupt as stopped:
-            if not stopped.args:  # Ctrl-C again, which waits for nothing
+            if not stopped.args:
                 raise
             return stopped.args[0]
         if log is not None:
@@ -218,6 +218,8 @@ class Fit:
             if number := self._interruption.number:
                 raise KeyboardInterrupt(Stop(number, 0, self.plan.steps, "the next run"))
         except KeyboardInterrupt as error:
+            if not error.args:  # Ctrl-C again, which waits for nobody
+                raise
             end = sent = error
         except Exception as error:  # the others are to know it, who would wait for ever
             end, reason = error, str(error) or repr(error)
@@ -239,8 +241,7 @@ class Fit:
             curve = read_curve(place, work.steps)
             assert curve is not None
         if not isinstance(curve, str):
-            said = "fit: %s, %d steps: lowest %.4f at step %d"
-            logger.info(said, name, work.steps, *lowest(curve))
+            logger.info("fit: %s to step %d, lowest %.4f at %d", name, work.steps, *lowest(curve))
         return curve
 
 
