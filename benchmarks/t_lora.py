@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -62,8 +62,8 @@ class TLoRA(Method):
 
     def _note_level(self, name: str, model: nn.Module, args: Any, kwargs: Any) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        # A UNet is given timesteps of 1000, a flow transformer sigma.
-        total = 1000.0 if isinstance(model, UNet2DConditionModel) else 1.0
+        # Other flow transformers than SD3's are given sigma (Lumina 2: what is left of 1).
+        total = 1000.0 if isinstance(model, UNet2DConditionModel | SD3Transformer2DModel) else 1.0
         self._masks[name] = 1 - torch.as_tensor(timestep).float().reshape(-1) / total
 
     def _mask_ranks(self, name: str, _: nn.Module, __: Any, hidden: Tensor) -> Tensor:
