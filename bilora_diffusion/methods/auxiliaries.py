@@ -102,10 +102,9 @@ class _Flat:
         return adapters.weights(self.layers[0], AUXILIARY)[0].device
 
     def views(self, flat: Tensor) -> Iterator[tuple[adapters.LoraLayer, Tensor, Tensor]]:
-        """Each layer with its A and B^T in a flat tensor, (numbers,) or (rows, numbers)."""
-        parts = zip(flat.split(self.sizes, dim=-1), self.shapes, strict=True)
-        views = [part.unflatten(-1, shape) for part, shape in parts]
-        count = len(self.layers)
+        """Each layer with its A and B^T in a flat tensor, (numbers,)."""
+        parts, count = zip(flat.split(self.sizes), self.shapes, strict=True), len(self.layers)
+        views = [part.view(shape) for part, shape in parts]
         return zip(self.layers, views[:count], views[count:], strict=True)
 
     @contextmanager
@@ -136,14 +135,15 @@ class _Flat:
         values = torch.stack([nothing if g is None else self.parameters[g].data for g in groups])
         scales = self.scale * values.new_tensor(shares)[:, None]
         values[:, self.up :].mul_(scales)
-        (count, numbers), rank, rows = values.shape, self.shapes[0][0], {}
+        (count, numbers), rank, half = values.shape, self.shapes[0][0], len(self.layers)
+        factors = [part.unflatten(1, (rank, -1)) for part in values.split(self.sizes, dim=1)]
         pieces = values.new_zeros(count * numbers).split([count * size for size in self.sizes])
         blocks = [piece.view(count, rank, -1) for piece in pieces]
-        half = len(self.layers)
-        both = zip(self.views(values), blocks[:half], blocks[half:], strict=True)
-        for (layer, A, up), g_A, g_up in both:
-            along = cast(Any, layer).lora_A[AUXILIARY]
-            rows[layer] = by_row.Rows(A.flatten(2), up.flatten(2), g_A, g_up, along)
+        sides = factors[:half], factors[half:], blocks[:half], blocks[half:]
+        rows = {
+            layer: by_row.Rows(A, up, g_A, g_up, cast(Any, layer).lora_A[AUXILIARY])
+            for layer, A, up, g_A, g_up in zip(self.layers, *sides, strict=True)
+        }
         with by_row.acting(rows, AUXILIARY):
             yield
         gradients = torch.cat([block.flatten(1) for block in blocks], dim=1)
@@ -194,7 +194,7 @@ class Auxiliaries(Auxiliary):
         self.count, self._dealt, self._gamma = count, dealt, gamma
         self._models = [_Flat(own, [next(rest) for _ in own], count, first) for own in layers]
         device = self._models[0].device
-        self._parked, self._parking = parked, Parking(device, parked)
+        self._parking = Parking(device, parked)
         self.norms = torch.zeros(count, dtype=ball.wide(device), device=device)
 
     def parameters(self, model: int | None = None) -> list[nn.Parameter]:
@@ -207,8 +207,8 @@ class Auxiliaries(Auxiliary):
 
     def follow(self) -> None:
         device = self._models[0].device
-        self.norms, self._parking = self.norms.to(device), Parking(device, self._parked)
-        for parameter in () if self._parked else self.parameters():
+        self.norms, self._parking = self.norms.to(device), Parking(device, self._parking.parks)
+        for parameter in () if self._parking.parks else self.parameters():
             parameter.data = parameter.data.to(device)
 
     def _groups(self, samples: Sequence[int | None]) -> list[int | None]:

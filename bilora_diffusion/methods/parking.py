@@ -23,7 +23,7 @@ class Parking:
     """
 
     def __init__(self, device: torch.device, parks: bool) -> None:
-        self.device, self._parks = device, parks
+        self.device, self.parks = device, parks
         self._cuda = device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
         self._homes: dict[tuple[nn.Parameter, str], Tensor] = {}
@@ -31,7 +31,7 @@ class Parking:
 
     def expect(self, parameters: Sequence[nn.Parameter]) -> None:
         """Begin to bring these to the device."""
-        for parameter in parameters if self._parks else ():
+        for parameter in parameters if self.parks else ():
             if parameter not in self._away:
                 self._homes.setdefault((parameter, ""), parameter.data)
                 parameter.data, self._away[parameter] = self._brought(parameter.data)
@@ -39,7 +39,7 @@ class Parking:
     def fetch(self, parameters: Sequence[nn.Parameter]) -> None:
         """Have these on the device for what is computed next."""
         self.expect(parameters)
-        for parameter in parameters if self._parks else ():
+        for parameter in parameters if self.parks else ():
             self._await(parameter.data, self._away[parameter])
 
     def fetch_state(self, optimizer: Optimizer) -> None:

@@ -51,6 +51,21 @@ def tiny_unet(**more: Any) -> nn.Module:
     )
 
 
+def tiny_sd3() -> Any:
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=8,
+        pooled_projection_dim=8,
+    )
+
+
 def tiny_t5() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -5,29 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.methods import Target, create, registry
-from tests.contract.models import UNET_TARGETS, tiny_unet
+from tests.contract.models import UNET_TARGETS, tiny_sd3, tiny_unet
 
 T_LORA = Path(__file__).resolve().parents[2] / "benchmarks" / "t_lora.py"
-
-
-def tiny_sd3():
-    torch.manual_seed(0)
-    return SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        caption_projection_dim=8,
-        pooled_projection_dim=8,
-        out_channels=4,
-    )
 
 
 @pytest.mark.parametrize("build", [tiny_unet, tiny_sd3])
@@ -37,12 +21,13 @@ def test_t_lora_masks_the_last_ranks_of_the_noisiest_rows(monkeypatch, build):
     model, method = build(), create("t-lora")
     spec = AdapterSpec(rank=8, alpha=8, target_modules=UNET_TARGETS)
     method.setup([Target("model", model, spec, 1e-3)])
-    inputs = {"sample" if build is tiny_unet else "hidden_states": torch.randn(1, 4, 8, 8)}
-    pooled = {} if build is tiny_unet else {"pooled_projections": torch.randn(1, 8)}
-    inputs |= pooled | {"encoder_hidden_states": torch.randn(1, 3, 8)}
+    latents, context = torch.randn(1, 4, 8, 8), {"encoder_hidden_states": torch.randn(1, 3, 8)}
+    context |= {} if build is tiny_unet else {"pooled_projections": torch.randn(1, 8)}
     for timestep, acting in ((0, 8), (499, 6), (500, 6), (501, 5), (999, 4)):
         model.zero_grad()
-        model(**inputs, timestep=torch.tensor([timestep])).sample.square().sum().backward()
+        model(
+            latents, timestep=torch.tensor([timestep]), **context
+        ).sample.square().sum().backward()
         for name, layer in method.layers():
             gradient = adapters.weights(layer, PRIMARY)[1].grad
             columns = gradient.flatten(1).abs().sum(0) > 0

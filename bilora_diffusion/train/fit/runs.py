@@ -36,13 +36,12 @@ from ..stepping import Schedule, total_steps
 from ..task import BY_SAMPLE
 from . import report
 from .search import BUDGET, Curve, Plan, Search, Work, lowest
-from .space import Options, Space, Values, default_values, read_values, words
+from .space import FORM, Options, Space, Values, default_values, read_values, words
 
 FOLDS, LEAVE_ONE_OUT = 4, 8  # folds; below so many samples each is one
 # Options of methods and optimizers that all runs of a fit share.
 SCHEDULE = {"lr_scheduler", "lr_warmup_steps", "warmup_ratio", "lr_num_cycles", "lr_power"}
 FIXED = {"quantize", "auxiliaries_on", "scale_lr", "use_8bit_adam", *SCHEDULE}
-SAMPLE = (("method", "bilora"), ("rho", "auto"), ("auxiliaries", "sample"))
 QUIET = {  # every run of a search: at a constant rate, with nothing to look at
     **{"report_to": "none", "push_to_hub": False, "log_dynamics": False, "eval_on_start": False},
     **{"resume_from_checkpoint": None, "overwrite_output_dir": False, "num_train_epochs": None},
@@ -50,6 +49,10 @@ QUIET = {  # every run of a search: at a constant rate, with nothing to look at
 }
 Train = Callable[[Any, Path, int], Stop | None]
 logger = logging.getLogger(__name__)
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal ended a run; the argument is its `Stop`."""
 
 
 @contextmanager
@@ -111,7 +114,7 @@ class Fit:
             return read_values(Path(cfg.fit_space), searchable.keys() - FIXED)
         supports = False
         with suppress(UserError):
-            supports = bool(deal_auxiliaries("sample", self.task.names) and self._config(SAMPLE))
+            supports = bool(deal_auxiliaries(self._config(FORM).auxiliaries, self.task.names))
         return default_values(self._typed, cfg.learning_rate, supports)
 
     def _check(self) -> None:
@@ -174,9 +177,7 @@ class Fit:
                     report.draw(self.folder, self.search)
                     for place in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
                         discard(place)
-        except KeyboardInterrupt as stopped:
-            if not stopped.args:
-                raise
+        except _Stopped as stopped:
             return stopped.args[0]
         if log is not None:
             log.close("running")
@@ -216,10 +217,8 @@ class Fit:
                 with alone():
                     curve = self._one(works[self._rank])
             if number := self._interruption.number:
-                raise KeyboardInterrupt(Stop(number, 0, self.plan.steps, "the next run"))
-        except KeyboardInterrupt as error:
-            if not error.args:  # Ctrl-C again, which waits for nobody
-                raise
+                raise _Stopped(Stop(number, 0, self.plan.steps, "the next run"))
+        except _Stopped as error:
             end = sent = error
         except Exception as error:  # the others are to know it, who would wait for ever
             end, reason = error, str(error) or repr(error)
@@ -237,7 +236,7 @@ class Fit:
             task = self.task.again(self._of_run(work, place), self._folds[work.fold], searches=True)
             with suppress(Diverged):  # its record has the reason
                 if (stop := self._train(task, place, work.steps)) is not None:
-                    raise KeyboardInterrupt(stop._replace(run=f"{FIT}/{name}"))
+                    raise _Stopped(stop._replace(run=f"{FIT}/{name}"))
             curve = read_curve(place, work.steps)
             assert curve is not None
         if not isinstance(curve, str):

@@ -8,12 +8,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...choices import AUTO, SAMPLE
 from ...config.recipe import read_options
 from ...errors import UserError, did_you_mean
 from ...methods import names, reads
 
 RATE, METHOD = "learning_rate", "method"
 RANKS = ("4", "8", "16")
+FORM = ((METHOD, "bilora"), ("rho", AUTO), ("auxiliaries", SAMPLE))  # that little data asks for
 Values = Mapping[str, tuple[str, ...]]
 Options = tuple[tuple[str, str], ...]
 """A configuration: what it sets, beside what the user gave; () is the command line as given."""
@@ -42,9 +44,8 @@ class Space:
 
     def configuration(self, values: Mapping[str, str]) -> Options:
         """Values as a configuration, without the options that its method does not read."""
-        read_by = {name: reads(name) for name in names()}
-        of_methods = frozenset[str]().union(*read_by.values())
-        idle = of_methods - read_by.get(values.get(METHOD, ""), of_methods)
+        method = values.get(METHOD, "")
+        idle = {o for n in names() for o in reads(n) - reads(method)} if method in names() else ()
         return tuple(pair for pair in values.items() if pair[0] not in idle)
 
     def all(self, most: float) -> list[Options]:
@@ -81,7 +82,7 @@ class Space:
 
 def default_values(typed: Collection[str], rate: float, supports_sample: bool) -> Values:
     """The space of a fit without a file; what the user typed is fixed, but for the rate."""
-    forms = {METHOD: ("lora", "bilora"), "rho": ("auto",), "auxiliaries": ("sample",)}
+    forms = {name: (value,) for name, value in FORM} | {METHOD: ("lora", "bilora")}
     if not supports_sample:
         del forms["auxiliaries"]
     rates = tuple(f"{rate * by:.6g}" for by in (0.5, 1.0, 2.0))
