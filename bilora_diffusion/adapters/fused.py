@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .access import weights
-from .by_row import Rows, add_, add_gradients_, add_rows, rows_of
+from .by_row import RowProduct, Rows, add_rows, rows_of
 
 
 class _Fused:
@@ -67,11 +67,15 @@ class _Fused:
             weight, bias, x = None, None, x.to(result.dtype)
         factors: list[Tensor] = [w for name in active for w in weights(self, name)]
         scales = tuple([self.scaling[name] for name in active])
+        made: Any
         if factors[0].dim() > 2:
             assert result is not None
-            made: Any = _Convolution.apply(x, result, base.stride, base.padding, scales, *factors)
-            return made if rows is None else add_rows(x, made, rows)
-        return _Product.apply(x, result, weight, bias, scales, rows, *factors)  # type: ignore[no-any-return]
+            made = _Convolution.apply(x, result, base.stride, base.padding, scales, *factors)
+        elif rows is not None and len(active) == 1:
+            return RowProduct.apply(x, result, weight, bias, rows, scales[0], *factors)  # type: ignore[no-any-return]
+        else:
+            made = _Product.apply(x, result, weight, bias, scales, *factors)
+        return made if rows is None else add_rows(x, made, rows)
 
 
 class _Product(torch.autograd.Function):
@@ -90,7 +94,6 @@ class _Product(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         scales: tuple[float, ...],
-        own: Rows | None,
         *factors: Tensor,
     ) -> Tensor:
         A, up = _side_by_side(factors, scales, x.dtype)
@@ -104,27 +107,23 @@ class _Product(torch.autograd.Function):
         else:
             made = torch.addmm(result.reshape(len(rows), -1), hidden, up, alpha=s)
             shape = result.shape
-        each = () if own is None else add_(made, rows, own)
-        ctx.save_for_backward(rows, weight, A, up, hidden, *each)
-        ctx.scales, ctx.ranks, ctx.shape, ctx.own = scales, _ranks(factors), x.shape, own
+        ctx.save_for_backward(rows, weight, A, up, hidden)
+        ctx.scales, ctx.ranks, ctx.shape = scales, _ranks(factors), x.shape
         return made.view(shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        rows, weight, A, up, hidden, *each = ctx.saved_tensors
+        rows, weight, A, up, hidden = ctx.saved_tensors
         above = gradient.reshape(-1, gradient.shape[-1])
         below = (above @ up.t()).mul_(ctx.scales[0])
         through = None
         if ctx.needs_input_grad[0]:
             through = below @ A if weight is None else (above @ weight).addmm_(below, A)
-        if ctx.own is not None:
-            add_gradients_(ctx.own, rows, above, through, *each)
-        if through is not None:
             through = through.view(ctx.shape)
         g_A, g_up = below.t() @ rows, (hidden.t() @ above).mul_(ctx.scales[0])
         given = gradient if ctx.needs_input_grad[1] else None
-        return through, given, None, None, None, None, *_apart(ctx, g_A, g_up)
+        return through, given, None, None, None, *_apart(ctx, g_A, g_up)
 
 
 class _Convolution(torch.autograd.Function):

@@ -5,9 +5,8 @@ gradients move.
 
 Each auxiliary is one flat parameter of the optimizer for each trained model, so one whose samples
 are not in a step has no gradient, and every optimizer leaves it, its moments and its count alone.
-Within `Auxiliaries.seen` the layers compute with these: where all rows of a micro-batch see one
-auxiliary, the layers' own parameters become views of it, and the forward is that of a single
-auxiliary; else each layer adds one batched product (`adapters.by_row`).
+Within `Auxiliaries.seen` each layer computes with views of those that its rows see, in one batched
+product with the primary (`adapters.by_row`); the layers' own parameters are not used.
 
 In a flat parameter lie the A of all layers, then their B^T, layers of one shape side by side: norms
 and projections take as many operations for one auxiliary as for those of a whole step.
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import adapters
-from ..adapters import AUXILIARY, alike, by_row, fused
+from ..adapters import AUXILIARY, alike, by_row
 from ..choices import SAMPLE
 from ..errors import UserError
 from . import ball
@@ -80,75 +79,61 @@ class _Flat:
     ) -> None:
         factors = adapters.factors_of(layers, AUXILIARY)
         groups = alike((f.A.shape, f.B.shape) for f in factors)
-        self.layers = [layers[i][1] for group in groups for i in group]
+        order = [i for group in groups for i in group]
+        self.layers = [layers[i][1] for i in order]
+        self.held = [w for one in self.layers for w in adapters.weights(one, AUXILIARY)]
         self.scale = factors[0].scale  # of all: they have one rank and alpha
-        every = torch.tensor(measures, dtype=torch.float64)
-        self._scales = [every[group] for group in groups]
-        firsts = [(len(group), factors[group[0]]) for group in groups]
+        self._squared = torch.tensor([measures[i] for i in order], dtype=torch.float64).square()
         # Layers of one shape lie side by side: their A, (layers, r, n), and B^T, (layers, r, m).
+        firsts = [(len(group), factors[group[0]]) for group in groups]
         self._blocks = [(many, *one.A.shape) for many, one in firsts]
         self._blocks += [(many, *one.B.T.shape) for many, one in firsts]
-        pairs = [adapters.weights(layer, AUXILIARY) for layer in self.layers]
-        weights = [A.detach() for A, _ in pairs] + [B.detach().transpose(0, 1) for _, B in pairs]
-        self.shapes = [weight.shape for weight in weights]
-        self.sizes = [weight.numel() for weight in weights]
-        self.up = sum(A.numel() for A, _ in pairs)  # where the B^T begin
-        first = torch.cat([weight.flatten() for weight in weights]).to(device)
+        self._sizes = [*map(math.prod, self._blocks)]
+        self.up = sum(factors[i].A.numel() for i in order)  # where the B^T begin
+        weights = [factors[i].A for i in order] + [factors[i].B.T for i in order]
+        first = torch.cat([weight.detach().flatten() for weight in weights]).to(device)
         self.parameters = [nn.Parameter(first.clone()) for _ in range(count)]
 
     @property
     def device(self) -> torch.device:
         """Of the layers."""
-        return adapters.weights(self.layers[0], AUXILIARY)[0].device
+        return self.held[0].device
 
-    def views(self, flat: Tensor) -> Iterator[tuple[adapters.LoraLayer, Tensor, Tensor]]:
-        """Each layer with its A and B^T in a flat tensor, (numbers,)."""
-        parts, count = zip(flat.split(self.sizes), self.shapes, strict=True), len(self.layers)
-        views = [part.view(shape) for part, shape in parts]
-        return zip(self.layers, views[:count], views[count:], strict=True)
-
-    @contextmanager
-    def one(self, group: int, share: float) -> Iterator[None]:
-        """Within the context the layers hold views of an auxiliary, of which a share acts."""
-        flat = self.parameters[group]
-        if flat.grad is None:
-            flat.grad = torch.zeros_like(flat)
-        fused.forget()
-        both = zip(self.views(flat.data), self.views(flat.grad), strict=True)
-        for (layer, down, up), (_, g_down, g_up) in both:
-            A, B = adapters.weights(layer, AUXILIARY)
-            A.data, A.grad = down, g_down
-            B.data, B.grad = up.transpose(0, 1), g_up.transpose(0, 1)
-            layer.scaling[AUXILIARY] = share * self.scale
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                layer.scaling[AUXILIARY] = self.scale
-                for own in adapters.weights(layer, AUXILIARY):
-                    own.grad = None
+    def _split(self, flats: Tensor) -> list[Tensor]:
+        """The A of the layers of each shape, then their B^T, in flat tensors, (..., numbers)."""
+        parts = zip(flats.split(self._sizes, -1), self._blocks, strict=True)
+        return [part.unflatten(-1, shape) for part, shape in parts]
 
     @contextmanager
-    def several(self, groups: Sequence[int | None], shares: Sequence[float]) -> Iterator[None]:
-        """Within the context row i of every input sees the share `shares[i]` of `groups[i]`."""
-        nothing = torch.zeros_like(self.parameters[0], device=self.device)  # which may be parked
-        values = torch.stack([nothing if g is None else self.parameters[g].data for g in groups])
-        scales = self.scale * values.new_tensor(shares)[:, None]
-        values[:, self.up :].mul_(scales)
-        (count, numbers), rank, half = values.shape, self.shapes[0][0], len(self.layers)
-        factors = [part.unflatten(1, (rank, -1)) for part in values.split(self.sizes, dim=1)]
-        pieces = values.new_zeros(count * numbers).split([count * size for size in self.sizes])
-        blocks = [piece.view(count, rank, -1) for piece in pieces]
-        sides = factors[:half], factors[half:], blocks[:half], blocks[half:]
+    def seen(self, groups: Sequence[int | None], shares: Sequence[float]) -> Iterator[None]:
+        """Within the context row i of every input sees the share `shares[i]` of `groups[i]`, or
+        every row those of the only one.
+        """
+        shown = [g for g in groups if g is not None]
+        if not shown:
+            with by_row.acting(dict.fromkeys(self.layers), AUXILIARY):
+                yield
+            return
+        flats = [self.parameters[shown[0] if g is None else g].data for g in groups]
+        pairs = zip(groups, shares, strict=True)
+        own = [0.0 if g is None else share * self.scale for g, share in pairs]
+        scales = by_row.Scales(flats[0].new_tensor(own))
+        half, parts = len(self.layers), map(self._split, flats)
+        views = [[view for part in own for view in part] for own in parts]
         rows = {
-            layer: by_row.Rows(A, up, g_A, g_up, cast(Any, layer).lora_A[AUXILIARY])
-            for layer, A, up, g_A, g_up in zip(self.layers, *sides, strict=True)
+            layer: by_row.Rows(
+                [own[i] for own in views],
+                [own[half + i] for own in views],
+                scales,
+                cast(Any, layer).lora_A[AUXILIARY],
+            )
+            for i, layer in enumerate(self.layers)
         }
         with by_row.acting(rows, AUXILIARY):
             yield
-        gradients = torch.cat([block.flatten(1) for block in blocks], dim=1)
-        gradients[:, self.up :].mul_(scales)
-        for group, gradient in zip(groups, gradients.unbind(), strict=True):
+        made = zip(*(own.gathered() for own in rows.values()), strict=True)
+        gradients = torch.cat([g.flatten(1) for side in made for g in side], dim=1).unbind()
+        for group, gradient in zip(groups, gradients, strict=True):
             if group is not None:
                 flat = self.parameters[group]
                 flat.grad = gradient if flat.grad is None else flat.grad + gradient
@@ -156,14 +141,13 @@ class _Flat:
     def squares(self, groups: Sequence[int]) -> ball.Squares:
         """Terms of the norms of these auxiliaries, each (layers, groups)."""
         flats = torch.stack([self.parameters[g].data for g in groups])
-        sides = zip(flats.split([*map(math.prod, self._blocks)], 1), self._blocks, strict=True)
-        values = [side.unflatten(1, shape).to(ball.wide(flats.device)) for side, shape in sides]
-        columns, half = [], len(self._scales)
-        for A, up, factor in zip(values[:half], values[half:], self._scales, strict=True):
-            n, m = A.shape[-1], up.shape[-1]
-            squares = ball.of_grams(A @ A.mT, up @ up.mT, n, m, flats.dtype)
-            columns.append((squares * factor.to(squares).square()).transpose(1, 2))
-        return ball.Squares(*torch.cat(columns, dim=1))
+        values = [part.to(ball.wide(flats.device)) for part in self._split(flats)]
+        half = len(values) // 2
+        sides = values[:half], values[half:]
+        A, B = (torch.cat([one @ one.mT for one in side], dim=1) for side in sides)
+        n, m = (max(one.shape[-1] for one in side) for side in sides)
+        squares = ball.of_grams(A, B, n, m, flats.dtype)
+        return ball.Squares(*(squares * self._squared.to(squares)).transpose(1, 2))
 
 
 class Auxiliaries(Auxiliary):
@@ -225,8 +209,7 @@ class Auxiliaries(Auxiliary):
         Raises:
             UserError: gradients came from elsewhere than a pass within `seen`.
         """
-        layers = [layer for flat in self._models for layer in flat.layers]
-        if any(w.grad is not None for layer in layers for w in adapters.weights(layer, AUXILIARY)):
+        if any(weight.grad is not None for flat in self._models for weight in flat.held):
             raise UserError(
                 "A backward pass did not say whose samples its rows are, so no auxiliary was moved:"
                 ' run it within samples(ids), or give a trainer\'s data set a column "sample_id".'
@@ -249,20 +232,19 @@ class Auxiliaries(Auxiliary):
         auxiliary of `samples[i]`, or none; of `snr[i]` the share sqrt(min(snr, gamma) / gamma).
 
         Raises:
-            UserError: several, and a layer to which rows can't be added; ratios of other rows.
+            UserError: a layer to which rows can't be added; ratios of other rows.
         """
         if snr and len(snr) != len(samples):
             raise UserError(f"snr has {len(snr)} ratios for {len(samples)} samples; give one each.")
         gamma, groups = self._gamma, self._groups(samples)
         shares = [math.sqrt(min(own, gamma) / gamma) if gamma else 1.0 for own in snr]
         shares = shares or [1.0] * len(samples)
-        first = groups[0] if len(set(zip(groups, shares, strict=True))) == 1 else None
+        if len(set(zip(groups, shares, strict=True))) == 1:
+            groups, shares = groups[:1], shares[:1]
         self._parking.fetch(self._of(groups))
         with ExitStack() as stack:
             for flat in self._models:
-                stack.enter_context(
-                    flat.several(groups, shares) if first is None else flat.one(first, shares[0])
-                )
+                stack.enter_context(flat.seen(groups, shares))
             yield
 
     def norm(self) -> Tensor:

@@ -168,7 +168,7 @@ class WithAuxiliary(Counting):
     def tensors(self) -> dict[str, Tensor]:
         tensors = super().tensors()
         if own := self.auxiliary.tensors([target.name for target in self.targets]):
-            # The layers' own parameters are views of the last ones seen.
+            # The layers' own parameters are not used.
             tensors = {key: t for key, t in tensors.items() if key.split("/")[1] != AUXILIARY}
         return tensors | own
 
