@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,18 +24,18 @@ class Scales:
     """What the rows' products are multiplied with, of all layers.
 
     Args:
-        own: of each row, (rows,).
+        each: of each row, (rows,).
     """
 
-    def __init__(self, own: Tensor) -> None:
-        self._own = own[:, None, None]
+    def __init__(self, each: Tensor) -> None:
+        self.each = each
         self._made: dict[tuple[float, int, int], Tensor] = {}
 
     def beside(self, scale: float, primary: int, rank: int) -> Tensor:
         """For a primary of that scale and rank, and then the rows' own: (rows, 1, ranks)."""
         key = (scale, primary, rank)
         if key not in self._made:
-            own = self._own.expand(-1, -1, rank)
+            own = self.each[:, None, None].expand(-1, -1, rank)
             first = own.new_full((len(own), 1, primary), scale)
             self._made[key] = torch.cat((first, own), 2)
         return self._made[key]
@@ -56,26 +57,27 @@ class Rows:
     up: Sequence[Tensor]
     scales: Scales
     along: nn.Module
-    gradients: list[Tensor] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def side_by_side(self, primary: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[A1; A2] and [B1, B2]^T of each row, of a primary's A1 and B1 or of none."""
         ups = [B.transpose(0, 1) for B in primary[1:]]
         pairs = (primary[:1], self.A), (ups, self.up)
         sides = [torch.cat([t for own in each for t in (*first, own)]) for first, each in pairs]
-        A, up = (side.unflatten(0, (len(self.A), -1)).to(dtype) for side in sides)
+        A, up = (_by_row(side, self).to(dtype) for side in sides)
         return A, up
 
-    def add(self, g_A: Tensor, g_up: Tensor) -> None:
-        """Take gradients of a backward pass, in the precision of the factors."""
-        own = [g.to(self.A[0].dtype) for g in (g_A, g_up)]
-        before = self.gradients
-        self.gradients = [a + b for a, b in zip(before, own, strict=True)] if before else own
+    def add(self, side: str, gradient: Tensor) -> None:
+        """Take a backward pass's gradient of a side."""
+        before = self.gradients.get(side)
+        self.gradients[side] = gradient if before is None else before + gradient
 
-    def gathered(self) -> list[Tensor]:
-        """All gradients; zeros where no backward pass was here."""
-        each = (self.A, self.up)
-        return self.gradients or [torch.zeros_like(torch.stack(tuple(side))) for side in each]
+    def gathered(self, side: str) -> Tensor:
+        """A side's gradient of all rows, (rows, numbers); zeros where no backward pass was here."""
+        made, own = self.gradients.get(side), getattr(self, side)
+        if made is None:
+            made = own[0].new_zeros(len(own), *own[0].shape)
+        return made.reshape(len(own), -1)
 
 
 @contextmanager
@@ -126,9 +128,16 @@ def add_rows(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
     x = x.to(result.dtype)
     if along.weight.dim() == 2:
         return RowProduct.apply(x, result, None, None, rows, 1.0)  # type: ignore[no-any-return]
-    patches = F.unfold(x, along.kernel_size, along.dilation, along.padding, along.stride).mT
-    made: Any = RowProduct.apply(patches, result.flatten(2).mT, None, None, rows, 1.0)
-    return made.mT.unflatten(2, result.shape[2:])
+    A, up = (torch.stack(tuple(side)).requires_grad_() for side in (rows.A, rows.up))
+    A.register_hook(partial(rows.add, "A"))
+    up.register_hook(partial(rows.add, "up"))
+    # Rows become groups of channels.
+    count, shape = len(A), along.weight.shape[1:]
+    moves = {"stride": along.stride, "padding": along.padding, "dilation": along.dilation}
+    x = x.reshape(-1, count * shape[0], *x.shape[2:])
+    hidden = F.conv2d(x, A.reshape(-1, *shape).to(x.dtype), groups=count, **moves)
+    B = (up * rows.scales.each[:, None, None]).mT.reshape(-1, up.shape[1], 1, 1)
+    return result + F.conv2d(hidden, B.to(x.dtype), groups=count).reshape(result.shape)
 
 
 class RowProduct(torch.autograd.Function):
@@ -148,38 +157,48 @@ class RowProduct(torch.autograd.Function):
         *primary: Tensor,
     ) -> Tensor:
         A, up = rows.side_by_side(primary, x.dtype)
-        own = rows.A[0].shape[0]
-        scales = rows.scales.beside(scale, A.shape[1] - own, own)
-        x_rows = x.reshape(len(A), -1, x.shape[-1])
-        hidden = torch.bmm(x_rows, A.mT).mul_(scales)
+        rank = A.shape[-2] - len(rows.A[0])
+        scales = rows.scales.beside(scale, rank, len(rows.A[0]))
+        scales = scales if A.dim() > 2 else scales[0]
+        x_rows = _by_row(x, rows)
+        hidden = (x_rows @ A.mT).mul_(scales)
         if result is None:
             assert weight is not None
-            made = F.linear(x_rows, weight, bias).baddbmm_(hidden, up)
+            made = F.linear(x_rows, weight, bias)
         else:
-            made = torch.baddbmm(result.reshape(len(A), -1, result.shape[-1]), hidden, up)
+            made = _by_row(result, rows).clone(memory_format=torch.contiguous_format)
+        _add_product_(made, hidden, up)
         ctx.save_for_backward(x_rows, weight, A, up, hidden, scales)
-        ctx.rows, ctx.rank, ctx.shape = rows, A.shape[1] - own, x.shape
-        ctx.dtypes = [factor.dtype for factor in primary]
+        ctx.rows, ctx.rank, ctx.shape = rows, rank, x.shape
         return made.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, A, up, hidden, scales = ctx.saved_tensors
-        above = gradient.reshape(len(A), -1, gradient.shape[-1])
-        below = torch.bmm(above, up.mT).mul_(scales)
+        above, rank, dtype = _by_row(gradient, ctx.rows), ctx.rank, ctx.rows.A[0].dtype
+        below = (above @ up.mT).mul_(scales)
         through = None
         if ctx.needs_input_grad[0]:
             straight = None if weight is None else above @ weight
-            through = torch.bmm(below, A) if straight is None else straight.baddbmm_(below, A)
+            through = below @ A if straight is None else _add_product_(straight, below, A)
             through = through.view(ctx.shape)
         given = gradient if ctx.needs_input_grad[1] else None
-        sides, rank = (torch.bmm(below.mT, x), torch.bmm(hidden.mT, above)), ctx.rank
-        ctx.rows.add(*(side[:, rank:] for side in sides))
+        g_A, g_up = (below.mT @ x).to(dtype), (hidden.mT @ above).to(dtype)
+        ctx.rows.add("A", g_A[..., rank:, :])
+        ctx.rows.add("up", g_up[..., rank:, :])
         first: list[Tensor] = []
         if rank:
-            g_A, g_up = (s[0, :rank] if len(s) == 1 else s[:, :rank].sum(0) for s in sides)
-            of_A, of_B = ctx.dtypes
-            g_B = g_up.transpose(0, 1).to(of_B, memory_format=torch.contiguous_format)
-            first = [g_A.to(of_A), g_B]
+            g_A, g_up = (g[:rank] if g.dim() == 2 else g[:, :rank].sum(0) for g in (g_A, g_up))
+            first = [g_A, g_up.transpose(0, 1).contiguous()]
         return through, given, None, None, None, None, *first
+
+
+def _by_row(values: Tensor, rows: Rows) -> Tensor:
+    """(rows, ..., features); of one alone, whose products are then plain ones, (..., features)."""
+    lead = (len(rows.A),) if len(rows.A) > 1 else ()
+    return values.reshape(*lead, -1, values.shape[-1])
+
+
+def _add_product_(to: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return to.addmm_(left, right) if to.dim() == 2 else to.baddbmm_(left, right)

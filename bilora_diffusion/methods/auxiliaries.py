@@ -118,21 +118,16 @@ class _Flat:
         pairs = zip(groups, shares, strict=True)
         own = [0.0 if g is None else share * self.scale for g, share in pairs]
         scales = by_row.Scales(flats[0].new_tensor(own))
-        half, parts = len(self.layers), map(self._split, flats)
-        views = [[view for part in own for view in part] for own in parts]
+        views = [[view for part in self._split(flat) for view in part] for flat in flats]
+        each = list(zip(*views, strict=True))  # of each layer those of all rows: A, then B^T
         rows = {
-            layer: by_row.Rows(
-                [own[i] for own in views],
-                [own[half + i] for own in views],
-                scales,
-                cast(Any, layer).lora_A[AUXILIARY],
-            )
-            for i, layer in enumerate(self.layers)
+            layer: by_row.Rows(A, up, scales, cast(Any, layer).lora_A[AUXILIARY])
+            for layer, A, up in zip(self.layers, each, each[len(self.layers) :])  # noqa: B905
         }
         with by_row.acting(rows, AUXILIARY):
             yield
-        made = zip(*(own.gathered() for own in rows.values()), strict=True)
-        gradients = torch.cat([g.flatten(1) for side in made for g in side], dim=1).unbind()
+        blocks = [own.gathered(side) for side in ("A", "up") for own in rows.values()]
+        gradients = torch.cat(blocks, dim=1).unbind()
         for group, gradient in zip(groups, gradients, strict=True):
             if group is not None:
                 flat = self.parameters[group]
@@ -140,14 +135,12 @@ class _Flat:
 
     def squares(self, groups: Sequence[int]) -> ball.Squares:
         """Terms of the norms of these auxiliaries, each (layers, groups)."""
-        flats = torch.stack([self.parameters[g].data for g in groups])
-        values = [part.to(ball.wide(flats.device)) for part in self._split(flats)]
-        half = len(values) // 2
-        sides = values[:half], values[half:]
-        A, B = (torch.cat([one @ one.mT for one in side], dim=1) for side in sides)
-        n, m = (max(one.shape[-1] for one in side) for side in sides)
-        squares = ball.of_grams(A, B, n, m, flats.dtype)
-        return ball.Squares(*(squares * self._squared.to(squares)).transpose(1, 2))
+        parts = list(zip(*(self._split(self.parameters[g].data) for g in groups), strict=True))
+        sides = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+        A, B = (torch.cat([ball.grams(part) for part in side]) for side in sides)
+        n, m = (max(part[0].shape[-1] for part in side) for side in sides)
+        squares = ball.of_grams(A, B, n, m, parts[0][0].dtype)
+        return ball.Squares(*squares * self._squared.to(squares)[:, None])
 
 
 class Auxiliaries(Auxiliary):

@@ -140,6 +140,19 @@ def _grams(layers: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     return A @ A.mT, B.mT @ B
 
 
+def grams(blocks: Sequence[Tensor]) -> Tensor:
+    """V V^T of the V (layers, r, n) in several blocks, in the precision to compute in: (layers,
+    blocks, r, r).
+    """
+    one = blocks[0]
+    stacks = zip(
+        *(block.split(_at_once(one.device, one[0].numel() * len(blocks))) for block in blocks),
+        strict=True,
+    )
+    values = (torch.stack(stack, 1).to(wide(one.device)) for stack in stacks)
+    return torch.cat([V @ V.mT for V in values])
+
+
 def _squares(layers: Sequence[Factors], gram_A: Tensor, gram_B: Tensor) -> Tensor:
     """`Squares` of layers of one rank and dtype, one below the other: (4, layers)."""
     dtype = layers[0].A.dtype
@@ -177,11 +190,15 @@ def _stacks(factors: Sequence[Factors]) -> Iterable[list[list[int]]]:
     ranks: dict[tuple[object, ...], list[list[int]]] = {}
     for group in alike((f.A.shape, f.B.shape, f.A.dtype, f.A.device) for f in factors):
         A, B = factors[group[0]].A, factors[group[0]].B
-        most = _STACK_ELEMENTS.get(A.device.type, _STACK_ELEMENTS_ELSEWHERE)
-        at_once = max(1, most // (A.numel() + B.numel()))
+        at_once = _at_once(A.device, A.numel() + B.numel())
         stacks = ranks.setdefault((len(A), A.dtype, A.device), [])
         stacks += [group[start : start + at_once] for start in range(0, len(group), at_once)]
     return ranks.values()
+
+
+def _at_once(device: torch.device, elements: int) -> int:
+    """How many layers of so many elements to stack."""
+    return max(1, _STACK_ELEMENTS.get(device.type, _STACK_ELEMENTS_ELSEWHERE) // elements)
 
 
 def multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
