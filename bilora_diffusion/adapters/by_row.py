@@ -1,6 +1,6 @@
 """An adapter of which each row of a layer's input has factors of its own.
 
-Side by side with the primary's, in one batched product; B is held as rows, (r, m), as in `fused`.
+B is held as rows, (r, m), as in `fused`.
 """
 
 from __future__ import annotations
@@ -59,13 +59,34 @@ class Rows:
     along: nn.Module
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    def side_by_side(self, primary: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[A1; A2] and [B1, B2]^T of each row, of a primary's A1 and B1 or of none."""
-        ups = [B.transpose(0, 1) for B in primary[1:]]
+    def side_by_side(
+        self, primary: Sequence[Tensor], scale: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[A1; A2] and [B1, B2]^T of each row, of a primary's A1 and B1 or of none, and what the
+        product of each rank is multiplied with; of one row alone without a dimension for rows.
+        """
+        ups, count, rank = [B.transpose(0, 1) for B in primary[1:]], len(self.A), len(self.A[0])
         pairs = (primary[:1], self.A), (ups, self.up)
-        sides = [torch.cat([t for own in each for t in (*first, own)]) for first, each in pairs]
-        A, up = (_by_row(side, self).to(dtype) for side in sides)
-        return A, up
+        A, up = (
+            torch.cat([t for own in each for t in (*first, own)]).to(dtype) for first, each in pairs
+        )
+        scales = self.scales.beside(scale, len(A) // count - rank, rank)
+        if count == 1:
+            return A, up, scales[0]
+        return A.unflatten(0, (count, -1)), up.unflatten(0, (count, -1)), scales
+
+    def apart(self, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
+        """Take the gradients of what `side_by_side` gave, and give those of the primary's A and B,
+        in the precision of the factors.
+        """
+        rank, dtype = g_A.shape[-2] - len(self.A[0]), self.A[0].dtype
+        g_A, g_up = g_A.to(dtype), g_up.to(dtype)
+        self.add("A", g_A[..., rank:, :])
+        self.add("up", g_up[..., rank:, :])
+        if not rank:
+            return []
+        g_A, g_up = (g[:rank] if g.dim() == 2 else g[:, :rank].sum(0) for g in (g_A, g_up))
+        return [g_A, g_up.transpose(0, 1).contiguous()]
 
     def add(self, side: str, gradient: Tensor) -> None:
         """Take a backward pass's gradient of a side."""
@@ -75,8 +96,7 @@ class Rows:
     def gathered(self, side: str) -> Tensor:
         """A side's gradient of all rows, (rows, numbers); zeros where no backward pass was here."""
         made, own = self.gradients.get(side), getattr(self, side)
-        if made is None:
-            made = own[0].new_zeros(len(own), *own[0].shape)
+        made = own[0].new_zeros(len(own), own[0].numel()) if made is None else made
         return made.reshape(len(own), -1)
 
 
@@ -122,83 +142,15 @@ def rows_of(layer: nn.Module, x: Tensor) -> Rows | None:
     return rows
 
 
-def add_rows(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
-    """The layer's output with each row's own product added."""
+def add_convolutions(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
+    """A convolution's output with each row's own product added; rows become groups of channels."""
     along: Any = rows.along
-    x = x.to(result.dtype)
-    if along.weight.dim() == 2:
-        return RowProduct.apply(x, result, None, None, rows, 1.0)  # type: ignore[no-any-return]
     A, up = (torch.stack(tuple(side)).requires_grad_() for side in (rows.A, rows.up))
     A.register_hook(partial(rows.add, "A"))
     up.register_hook(partial(rows.add, "up"))
-    # Rows become groups of channels.
     count, shape = len(A), along.weight.shape[1:]
     moves = {"stride": along.stride, "padding": along.padding, "dilation": along.dilation}
     x = x.reshape(-1, count * shape[0], *x.shape[2:])
     hidden = F.conv2d(x, A.reshape(-1, *shape).to(x.dtype), groups=count, **moves)
     B = (up * rows.scales.each[:, None, None]).mT.reshape(-1, up.shape[1], 1, 1)
     return result + F.conv2d(hidden, B.to(x.dtype), groups=count).reshape(result.shape)
-
-
-class RowProduct(torch.autograd.Function):
-    """y_i + s x_i A^T B^T + x_i A_i^T B_i^T of `Rows` and perhaps a primary, its scale s; y is
-    W x + b, or given.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        result: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        rows: Rows,
-        scale: float,
-        *primary: Tensor,
-    ) -> Tensor:
-        A, up = rows.side_by_side(primary, x.dtype)
-        rank = A.shape[-2] - len(rows.A[0])
-        scales = rows.scales.beside(scale, rank, len(rows.A[0]))
-        scales = scales if A.dim() > 2 else scales[0]
-        x_rows = _by_row(x, rows)
-        hidden = (x_rows @ A.mT).mul_(scales)
-        if result is None:
-            assert weight is not None
-            made = F.linear(x_rows, weight, bias)
-        else:
-            made = _by_row(result, rows).clone(memory_format=torch.contiguous_format)
-        _add_product_(made, hidden, up)
-        ctx.save_for_backward(x_rows, weight, A, up, hidden, scales)
-        ctx.rows, ctx.rank, ctx.shape = rows, rank, x.shape
-        return made.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight, A, up, hidden, scales = ctx.saved_tensors
-        above, rank, dtype = _by_row(gradient, ctx.rows), ctx.rank, ctx.rows.A[0].dtype
-        below = (above @ up.mT).mul_(scales)
-        through = None
-        if ctx.needs_input_grad[0]:
-            straight = None if weight is None else above @ weight
-            through = below @ A if straight is None else _add_product_(straight, below, A)
-            through = through.view(ctx.shape)
-        given = gradient if ctx.needs_input_grad[1] else None
-        g_A, g_up = (below.mT @ x).to(dtype), (hidden.mT @ above).to(dtype)
-        ctx.rows.add("A", g_A[..., rank:, :])
-        ctx.rows.add("up", g_up[..., rank:, :])
-        first: list[Tensor] = []
-        if rank:
-            g_A, g_up = (g[:rank] if g.dim() == 2 else g[:, :rank].sum(0) for g in (g_A, g_up))
-            first = [g_A, g_up.transpose(0, 1).contiguous()]
-        return through, given, None, None, None, None, *first
-
-
-def _by_row(values: Tensor, rows: Rows) -> Tensor:
-    """(rows, ..., features); of one alone, whose products are then plain ones, (..., features)."""
-    lead = (len(rows.A),) if len(rows.A) > 1 else ()
-    return values.reshape(*lead, -1, values.shape[-1])
-
-
-def _add_product_(to: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return to.addmm_(left, right) if to.dim() == 2 else to.baddbmm_(left, right)

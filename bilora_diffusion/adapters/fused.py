@@ -1,11 +1,11 @@
 """One low-rank product for both adapters: W0 x + [s1 B1, s2 B2] [A1; A2] x, PEFT's sum of two.
 
-The parameters stay separate; they are put side by side in each forward, or once for all forwards
-within `held`. The product runs in the precision of the base's output (autocast's where it is on),
-so x is not copied to fp32 as PEFT does. Forward and backward are written out, for autograd would
-add the product to the base's output through a view, at the price of six more operations on all of
-the activations. Of a convolution, A's are one with as many channels as both ranks. Where a layer is
-in a state that one product can't express, that call goes to PEFT's own forward.
+The parameters stay separate; they are put side by side in each forward. The product runs in the
+precision of the base's output (autocast's where it is on), so x is not copied to fp32 as PEFT does.
+Forward and backward are written out, for autograd would add the product to the base's output
+through a view, at the price of six more operations on all of the activations. Of a convolution, A's
+are one with as many channels as both ranks. Where a layer is in a state that one product can't
+express, that call goes to PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .access import weights
-from .by_row import RowProduct, Rows, add_rows, rows_of
+from .by_row import Rows, add_convolutions, rows_of
 
 
 class _Fused:
@@ -38,7 +38,7 @@ class _Fused:
         active = None if args or kwargs else _plain_adapters(self, x)
         if active is None:
             result = self._peft(x, *args, **kwargs)
-            return result if rows is None else add_rows(x, result, rows)
+            return result if rows is None else _add_rows(x, result, rows)
         return self._product(x, active, rows)
 
     def _peft(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,17 +69,16 @@ class _Fused:
         scales = tuple([self.scaling[name] for name in active])
         made: Any
         if factors[0].dim() > 2:
-            assert result is not None
             made = _Convolution.apply(x, result, base.stride, base.padding, scales, *factors)
-        elif rows is not None and len(active) == 1:
-            return RowProduct.apply(x, result, weight, bias, rows, scales[0], *factors)  # type: ignore[no-any-return]
         else:
-            made = _Product.apply(x, result, weight, bias, scales, *factors)
-        return made if rows is None else add_rows(x, made, rows)
+            own, rows = (rows, None) if len(active) == 1 else (None, rows)
+            made = _Product.apply(x, result, weight, bias, scales, own, *factors)
+        return made if rows is None else _add_rows(x, made, rows)
 
 
 class _Product(torch.autograd.Function):
-    """y + s x A^T B^T, of y = W x + b or given; A (R, n) and B (m, R) of all adapters side by side.
+    """y + s x A^T B^T, of y = W x + b or given; A (R, n) and B (m, R) of all adapters side by side,
+    or (rows, R, n) and (rows, m, R) where rows see one of their own.
 
     B is held and its gradient made as rows, (R, m): on a CPU a product with few columns takes two
     to four times as long. The gradients are those of the single adapters' factors, in their own
@@ -90,40 +89,60 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        result: Tensor | None,
+        result: Any,
         weight: Tensor | None,
         bias: Tensor | None,
         scales: tuple[float, ...],
+        own: Rows | None,
         *factors: Tensor,
     ) -> Tensor:
-        A, up = _side_by_side(factors, scales, x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        hidden = rows @ A.t()
-        s = scales[0]
-        if result is None:
-            assert weight is not None
-            made = F.linear(rows, weight, bias).addmm_(hidden, up, alpha=s)
-            shape = (*x.shape[:-1], len(weight))
+        if own is None:
+            A, up = _side_by_side(factors, scales, x.dtype)
+            ctx.scale = scales[0]
         else:
-            made = torch.addmm(result.reshape(len(rows), -1), hidden, up, alpha=s)
-            shape = result.shape
+            A, up, ctx.scale = own.side_by_side(factors, scales[0], x.dtype)
+        rows = _by_row(x, A)
+        hidden = (rows @ A.mT).mul_(ctx.scale)
+        if weight is not None:
+            made = F.linear(rows, weight, bias)
+        else:
+            made = _by_row(result, A).contiguous().clone()
+        _add_product_(made, hidden, up)
         ctx.save_for_backward(rows, weight, A, up, hidden)
-        ctx.scales, ctx.ranks, ctx.shape = scales, _ranks(factors), x.shape
-        return made.view(shape)
+        ctx.scales, ctx.ranks, ctx.shape, ctx.own = scales, _ranks(factors), x.shape, own
+        return made.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         rows, weight, A, up, hidden = ctx.saved_tensors
-        above = gradient.reshape(-1, gradient.shape[-1])
-        below = (above @ up.t()).mul_(ctx.scales[0])
+        above = _by_row(gradient, A)
+        below = (above @ up.mT).mul_(ctx.scale)
         through = None
         if ctx.needs_input_grad[0]:
-            through = below @ A if weight is None else (above @ weight).addmm_(below, A)
+            through = below @ A if weight is None else _add_product_(above @ weight, below, A)
             through = through.view(ctx.shape)
-        g_A, g_up = below.t() @ rows, (hidden.t() @ above).mul_(ctx.scales[0])
+        g_A, g_up = below.mT @ rows, hidden.mT @ above
+        each = _apart(ctx, g_A, g_up) if ctx.own is None else ctx.own.apart(g_A, g_up)
         given = gradient if ctx.needs_input_grad[1] else None
-        return through, given, None, None, None, *_apart(ctx, g_A, g_up)
+        return through, given, None, None, None, None, *each
+
+
+def _by_row(values: Tensor, A: Tensor) -> Tensor:
+    """(tokens, features), or (rows, tokens, features) for an A with a dimension for rows."""
+    return values.reshape(*A.shape[:-2], -1, values.shape[-1])
+
+
+def _add_product_(to: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return to.addmm_(left, right) if to.dim() == 2 else to.baddbmm_(left, right)
+
+
+def _add_rows(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
+    """The layer's output with each row's own product added."""
+    x = x.to(result.dtype)
+    if rows.along.weight.dim() > 2:  # type: ignore[operator]
+        return add_convolutions(x, result, rows)
+    return _Product.apply(x, result, None, None, (1.0,), rows)  # type: ignore[no-any-return]
 
 
 class _Convolution(torch.autograd.Function):
@@ -176,28 +195,6 @@ def _apart(ctx: Any, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
     return parts
 
 
-_kept: dict[tuple[Any, ...], tuple[tuple[Tensor, Tensor], Sequence[Tensor]]] | None = None
-
-
-@contextmanager
-def held() -> Iterator[None]:
-    """Within the context no factor changes, so each layer's are put side by side only once, however
-    many micro-batches and recomputed forwards there are.
-    """
-    global _kept
-    before, _kept = _kept, {}
-    try:
-        yield
-    finally:
-        _kept = before
-
-
-def forget() -> None:
-    """Within `held`: a factor has changed after all."""
-    if _kept is not None:
-        _kept.clear()
-
-
 class FusedLinear(_Fused, lora.Linear):
     """PEFT's LoRA layer over a linear layer, with the fused forward."""
 
@@ -207,15 +204,12 @@ class FusedConv2d(_Fused, lora.Conv2d):
 
 
 def fuse(model: nn.Module) -> int:
-    """Give LoRA layers over linear layers and Conv2d the fused forward; returns how many have it
-    now.
-    """
-    count = 0
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and (kind := _fused_class(type(module))) is not None:
-            module.__class__ = kind
-            count += 1
-    return count
+    """Give LoRA layers over linear layers and Conv2d the fused forward; returns of how many."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    kinds = [(layer, kind) for layer in layers if (kind := _fused_class(type(layer))) is not None]
+    for layer, kind in kinds:
+        layer.__class__ = kind
+    return len(kinds)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -303,18 +297,6 @@ def _side_by_side(
     """[A1; A2] (r1 + r2, n) and [B1, B2 s2 / s1]^T (r1 + r2, m) of A1, B1, A2, B2; of one adapter
     A and B^T.
     """
-    # A graph that asked for what is kept, or for ids, would serve no other step and no other layer.
-    if torch.compiler.is_compiling() or _kept is None:
-        return _joined(factors, scales, dtype)
-    key = (dtype, *map(id, factors))
-    if key not in _kept:  # with the factors, whose ids are theirs as long as they live
-        _kept[key] = (_joined(factors, scales, dtype), factors)
-    return _kept[key][0]
-
-
-def _joined(
-    factors: Sequence[Tensor], scales: tuple[float, ...], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
     if len(scales) == 1:
         down, up = factors[0], factors[1].transpose(0, 1)
     else:

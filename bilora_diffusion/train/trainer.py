@@ -21,7 +21,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .. import adapters
-from ..adapters import fused
 from ..config.run import RunConfig
 from ..errors import Diverged, UserError
 from ..methods import Method
@@ -171,7 +170,6 @@ class Trainer:
         """A closure that leaves the whole step's mean gradient in ``.grad``, as often as called."""
         step, device = self.step, self.accelerator.device
 
-        @fused.held()
         def forward_backward() -> Tensor:
             # Dropout sees the same random numbers at each call and after each resume.
             torch.manual_seed(seed_of(self.cfg.seed, "forward", step, self.schedule.rank))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
-from bilora_diffusion.adapters.fused import FusedLinear, fuse, held, unfuse, unfused
+from bilora_diffusion.adapters.fused import FusedLinear, fuse, unfuse, unfused
 
 BOTH = (PRIMARY, AUXILIARY)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -202,25 +202,3 @@ def test_checkpointed_or_compiled_it_is_the_same(wrap, autocast, layer, shape):
     expected = results(model, x, autocast)
     made = {key.replace("inner.", ""): v for key, v in results(wrap(model), x, autocast).items()}
     assert_same(made, expected, TOLERANCE[torch.bfloat16] if autocast else 1e-6)
-
-
-def test_held_factors_are_put_side_by_side_once_and_anew_afterwards():
-    torch.manual_seed(0)
-    model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
-    fuse(model)
-    wrapped = Checkpointed(model)
-    expected = results(wrapped, x)
-    puts = mock.Mock(side_effect=torch.cat)
-    with held(), mock.patch.object(torch, "cat", puts):
-        for _ in range(2):  # micro-batches, each with a forward that is made again
-            assert_same(results(wrapped, x), expected, 1e-6)
-        assert puts.call_count == 2  # A and B
-    with torch.no_grad():
-        for parameter in adapters.parameters(model, PRIMARY):
-            parameter.mul_(2)
-    with unfused(model):
-        changed = model(x)
-    assert not torch.allclose(changed, expected["output"])
-    torch.testing.assert_close(model(x), changed)
-    with held():
-        torch.testing.assert_close(model(x), changed)
