@@ -111,8 +111,7 @@ def acting(rows: Mapping[Any, Rows | None], adapter: str) -> Iterator[None]:
     before: dict[Any, list[str]] = {layer: layer.active_adapters for layer in rows}
     try:
         for layer, own in rows.items():
-            takes_rows = getattr(layer, "takes_rows", False)
-            if own and not (takes_rows and getattr(own.along, "groups", 1) == 1):
+            if own is not None and not getattr(layer, "takes_rows", False):
                 raise UserError(
                     f"An auxiliary for each sample can't be added in a {type(layer).__name__}; "
                     "leave it out of the target modules, or have one auxiliary (auxiliaries 1)."
@@ -149,8 +148,7 @@ def add_convolutions(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
     A.register_hook(partial(rows.add, "A"))
     up.register_hook(partial(rows.add, "up"))
     count, shape = len(A), along.weight.shape[1:]
-    moves = {"stride": along.stride, "padding": along.padding, "dilation": along.dilation}
-    x = x.reshape(-1, count * shape[0], *x.shape[2:])
-    hidden = F.conv2d(x, A.reshape(-1, *shape).to(x.dtype), groups=count, **moves)
+    x, down = x.reshape(-1, count * shape[0], *x.shape[2:]), A.reshape(-1, *shape).to(x.dtype)
+    hidden = F.conv2d(x, down, None, along.stride, along.padding, groups=count)
     B = (up * rows.scales.each[:, None, None]).mT.reshape(-1, up.shape[1], 1, 1)
     return result + F.conv2d(hidden, B.to(x.dtype), groups=count).reshape(result.shape)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
+from bilora_diffusion.adapters.by_row import Rows, Scales, acting
 from bilora_diffusion.adapters.fused import FusedLinear, fuse, unfuse, unfused
 
 BOTH = (PRIMARY, AUXILIARY)
@@ -35,11 +36,11 @@ def adapted(base, ranks=(3, 2), alphas=(6, 3), active=BOTH, **options):
     return model
 
 
-def results(model, x, autocast=None):
+def results(model, x, autocast=None, forward=None):
     """Output, and gradients of every factor and of x, for a fixed loss."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        output = model(x)
+        output = (forward or model)(x)
     direction = torch.linspace(-1, 1, output.numel()).view(output.shape)
     model.zero_grad()
     (output.double() * direction).sum().backward()
@@ -202,3 +203,50 @@ def test_checkpointed_or_compiled_it_is_the_same(wrap, autocast, layer, shape):
     expected = results(model, x, autocast)
     made = {key.replace("inner.", ""): v for key, v in results(wrap(model), x, autocast).items()}
     assert_same(made, expected, TOLERANCE[torch.bfloat16] if autocast else 1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["one of all rows", "one of each row"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(12, 7), (3, 5, 12)),
+        (nn.Conv2d(12, 7, (3, 2), 2, 1), (3, 12, 6, 5)),
+    ],
+    ids=["linear", "convolution"],
+)
+def test_rows_add_products_with_factors_of_their_own(layer, shape, dora, rows):
+    """Against autograd through each row's own two layers, in two passes."""
+    torch.manual_seed(0)
+    model = adapted(copy.deepcopy(layer).double(), use_dora=dora, active=(PRIMARY,))
+    fuse(model)
+    along: Any = cast(Any, model[0]).lora_A[AUXILIARY]
+    scales = torch.linspace(0.5, 2, rows).double()
+    A, B = (
+        torch.randn(rows, *weight.shape).double().requires_grad_()
+        for weight in adapters.weights(cast(Any, model[0]), AUXILIARY)
+    )
+
+    def each(x):
+        own = [i % rows for i in range(len(x))]
+        if isinstance(layer, nn.Linear):
+            products = [row @ A[i].T @ B[i].T for i, row in zip(own, x, strict=True)]
+        else:
+            moves = (along.bias, along.stride, along.padding, along.dilation)
+            convolved = [
+                nn.functional.conv2d(row, A[i], *moves) for i, row in zip(own, x, strict=True)
+            ]
+            products = [nn.functional.conv2d(h, B[i]) for i, h in zip(own, convolved, strict=True)]
+        return model(x) + torch.stack([scales[i] * p for i, p in zip(own, products, strict=True)])
+
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = [results(model, x * k, forward=each) for k in (1, 2)]
+    flat = A.detach().flatten(2), B.detach().flatten(2).mT
+    acted = Rows(list(flat[0]), list(flat[1]), Scales(scales), along)
+    with acting({model[0]: acted}, AUXILIARY):
+        made = [results(model, x * k) for k in (1, 2)]
+    for k in range(2):
+        assert_same(made[k], expected[k], 1e-12)
+    gathered = [acted.gathered(side) for side in ("A", "up")]
+    g_A, g_B = (cast(Tensor, t.grad) for t in (A, B))
+    torch.testing.assert_close(gathered, [g_A.flatten(1), g_B.flatten(2).mT.flatten(1)])
