@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 from unittest import mock
 
@@ -114,26 +115,19 @@ def test_x_is_not_copied_to_fp32(layer, shape):
     assert [t for t in kept if t.data_ptr() == x.data_ptr()]
 
 
-def _third(model):
-    adapters.inject(model, AdapterSpec(target_modules=("0",)), "third")
-    adapters.activate(model, (*BOTH, "third"))
-
-
-def _dora(model):
-    model[0] = adapted(nn.Linear(12, 7), use_dora=True)[0]
-    fuse(model)
-
-
 STATES: dict[str, Callable[[Any], Any]] = {
     "dropout": lambda m: m[0].lora_dropout.update({PRIMARY: nn.Dropout(1e-9)}),
     "one in evaluation": lambda m: adapters.activate(m.eval(), (PRIMARY,)),
     "a hook on A": lambda m: (
         m[0].lora_A[PRIMARY].register_forward_hook(lambda module, args, output: output * 2)
     ),
-    "a third": _third,
+    "a third": lambda m: (
+        adapters.inject(m, AdapterSpec(target_modules=("0",)), "third"),
+        adapters.activate(m, (*BOTH, "third")),
+    ),
     "disabled": lambda m: m[0].enable_adapters(False),
     "merged": lambda m: m[0].merge(adapter_names=[PRIMARY]),
-    "dora": _dora,
+    "dora": lambda m: (m.__setitem__(0, adapted(nn.Linear(12, 7), use_dora=True)[0]), fuse(m)),
     "half": lambda m: m.half(),
 }
 
@@ -178,21 +172,15 @@ def test_unfuse_gives_pefts_class_back_and_copies_are_fused_too():
     assert type(model[0]) is lora.Linear
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return checkpoint(self.inner, x, use_reentrant=False)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "wrap",
-    [Checkpointed, lambda model: torch.compile(model, backend="aot_eager", fullgraph=True)],
+    [
+        lambda model: partial(checkpoint, model, use_reentrant=False),
+        lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
+    ],
     ids=["checkpointed", "compiled without breaks"],
 )
 @each_layer
@@ -201,52 +189,38 @@ def test_checkpointed_or_compiled_it_is_the_same(wrap, autocast, layer, shape):
     model, x = adapted(copy.deepcopy(layer)), torch.randn(shape)
     fuse(model)
     expected = results(model, x, autocast)
-    made = {key.replace("inner.", ""): v for key, v in results(wrap(model), x, autocast).items()}
+    made = results(model, x, autocast, wrap(model))
     assert_same(made, expected, TOLERANCE[torch.bfloat16] if autocast else 1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 3], ids=["one of all rows", "one of each row"])
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        (nn.Linear(12, 7), (3, 5, 12)),
-        (nn.Conv2d(12, 7, (3, 2), 2, 1), (3, 12, 6, 5)),
-    ],
-    ids=["linear", "convolution"],
-)
-def test_rows_add_products_with_factors_of_their_own(layer, shape, dora, rows):
+@each_layer
+def test_rows_add_products_with_factors_of_their_own(layer, shape, dora, alone):
     """Against autograd through each row's own two layers, in two passes."""
     torch.manual_seed(0)
     model = adapted(copy.deepcopy(layer).double(), use_dora=dora, active=(PRIMARY,))
     fuse(model)
-    along: Any = cast(Any, model[0]).lora_A[AUXILIARY]
-    scales = torch.linspace(0.5, 2, rows).double()
-    A, B = (
-        torch.randn(rows, *weight.shape).double().requires_grad_()
-        for weight in adapters.weights(cast(Any, model[0]), AUXILIARY)
-    )
+    lora_layer: Any = model[0]
+    pair = [side[AUXILIARY] for side in (lora_layer.lora_A, lora_layer.lora_B)]
+    scales = torch.linspace(0.5, 2, 1 if alone else shape[0]).double()
+    factors = [torch.randn(len(scales), *m.weight.shape).double().requires_grad_() for m in pair]
 
     def each(x):
-        own = [i % rows for i in range(len(x))]
-        if isinstance(layer, nn.Linear):
-            products = [row @ A[i].T @ B[i].T for i, row in zip(own, x, strict=True)]
-        else:
-            moves = (along.bias, along.stride, along.padding, along.dilation)
-            convolved = [
-                nn.functional.conv2d(row, A[i], *moves) for i, row in zip(own, x, strict=True)
-            ]
-            products = [nn.functional.conv2d(h, B[i]) for i, h in zip(own, convolved, strict=True)]
-        return model(x) + torch.stack([scales[i] * p for i, p in zip(own, products, strict=True)])
+        rows = [i % len(scales) for i in range(len(x))]
+        products = [x[i : i + 1] for i in range(len(x))]
+        for module, own in zip(pair, factors, strict=True):
+            made = [(module, {"weight": own[i]}, p) for i, p in zip(rows, products, strict=True)]
+            products = [torch.func.functional_call(*one) for one in made]
+        return model(x) + torch.cat([scales[i] * p for i, p in zip(rows, products, strict=True)])
 
     x = torch.randn(shape, dtype=torch.float64)
     expected = [results(model, x * k, forward=each) for k in (1, 2)]
-    flat = A.detach().flatten(2), B.detach().flatten(2).mT
-    acted = Rows(list(flat[0]), list(flat[1]), Scales(scales), along)
-    with acting({model[0]: acted}, AUXILIARY):
-        made = [results(model, x * k) for k in (1, 2)]
-    for k in range(2):
-        assert_same(made[k], expected[k], 1e-12)
-    gathered = [acted.gathered(side) for side in ("A", "up")]
-    g_A, g_B = (cast(Tensor, t.grad) for t in (A, B))
-    torch.testing.assert_close(gathered, [g_A.flatten(1), g_B.flatten(2).mT.flatten(1)])
+    A, B = (own.detach().flatten(2) for own in factors)
+    rows = Rows(list(A), list(B.mT), Scales(scales), pair[0])
+    with acting({lora_layer: rows}, AUXILIARY):
+        for k in (1, 2):
+            assert_same(results(model, x * k), expected[k - 1], 1e-12)
+    g_A, g_B = (cast(Tensor, own.grad).flatten(2) for own in factors)
+    gathered = [rows.gathered(side) for side in ("A", "up")]
+    torch.testing.assert_close(gathered, [g_A.flatten(1), g_B.mT.flatten(1)])
