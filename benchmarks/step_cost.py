@@ -3,10 +3,7 @@
     python benchmarks/step_cost.py --shapes mini                     # a minute or two on a CPU
     python benchmarks/step_cost.py --shapes t5-base --methods all --json t5.json
     python benchmarks/step_cost.py --shapes t5-base --methods all --batch 32   # as in Table A4
-    python benchmarks/step_cost.py --shapes llama-7b-layer --methods all   # fp32, 5 GB
-    python benchmarks/step_cost.py --shapes mini --arms lora,lora-compiled,bilora,bilora-compiled
     python benchmarks/step_cost.py --shapes sdxl-unet                # 2.57 B parameters, 6 GB
-    python benchmarks/step_cost.py --shapes sdxl-unet --dtype fp32   # 11 GB; for CPUs without bf16
 
 All arms live in one process on the same base weights and take turns, one step each, in rotating
 order; the ratio to LoRA is the median over rounds, its interval a 95 % bootstrap. A step is
@@ -67,7 +64,9 @@ KINDS = {
         "Bi-LoRA, an auxiliary for each of 20 samples", "bilora", options={"auxiliaries": SAMPLES}
     ),
     "bilora-sample-rank1": ArmKind(
-        "the same, of rank 1", "bilora", options={"auxiliaries": SAMPLES, "auxiliary_rank": 1}
+        "Bi-LoRA, the same of rank 1",
+        "bilora",
+        options={"auxiliaries": SAMPLES, "auxiliary_rank": 1},
     ),
     "bilora-peft": ArmKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
     "lora-peft": ArmKind("LoRA, PEFT's forward", "lora", fused=False),
