@@ -117,7 +117,8 @@ class _Flat:
         flats = [self.parameters[shown[0] if g is None else g].data for g in groups]
         pairs = zip(groups, shares, strict=True)
         own = [0.0 if g is None else share * self.scale for g, share in pairs]
-        scales = by_row.Scales(flats[0].new_tensor(own))
+        here = torch.tensor(own, dtype=flats[0].dtype)
+        scales = by_row.Scales(here.to(flats[0].device, non_blocking=True))
         views = [[view for part in self._split(flat) for view in part] for flat in flats]
         each = list(zip(*views, strict=True))  # of each layer those of all rows: A, then B^T
         rows = {
@@ -140,7 +141,8 @@ class _Flat:
         A, B = (torch.cat([ball.grams(part) for part in side]) for side in sides)
         n, m = (max(part[0].shape[-1] for part in side) for side in sides)
         squares = ball.of_grams(A, B, n, m, parts[0][0].dtype)
-        return ball.Squares(*squares * self._squared.to(squares)[:, None])
+        self._squared = self._squared.to(squares)  # a copy in each step would wait for the device
+        return ball.Squares(*squares * self._squared[:, None])
 
 
 class Auxiliaries(Auxiliary):
