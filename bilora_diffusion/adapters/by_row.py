@@ -29,15 +29,18 @@ class Scales:
 
     def __init__(self, each: Tensor) -> None:
         self.each = each
-        self._made: dict[tuple[float, int, int], Tensor] = {}
+        self._made: dict[tuple[Any, ...], Tensor] = {}
 
-    def beside(self, scale: float, primary: int, rank: int) -> Tensor:
-        """For a primary of that scale and rank, and then the rows' own: (rows, 1, ranks)."""
-        key = (scale, primary, rank)
+    def beside(self, scales: tuple[float, ...], ranks: tuple[int, ...]) -> Tensor:
+        """Behind those of adapters that act for all rows: (rows, 1, sum of `ranks`), of which the
+        last is the rows' own.
+        """
+        key = (scales, ranks)
         if key not in self._made:
-            own = self.each[:, None, None].expand(-1, -1, rank)
-            first = own.new_full((len(own), 1, primary), scale)
-            self._made[key] = torch.cat((first, own), 2)
+            own = self.each[:, None, None]
+            each = [*(torch.full_like(own, scale) for scale in scales), own]
+            parts = [one.expand(-1, -1, rank) for one, rank in zip(each, ranks, strict=True)]
+            self._made[key] = torch.cat(parts, 2)
         return self._made[key]
 
 
@@ -60,33 +63,31 @@ class Rows:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def side_by_side(
-        self, primary: Sequence[Tensor], scale: float, dtype: torch.dtype
+        self, shared: Sequence[Tensor], scales: tuple[float, ...], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[A1; A2] and [B1, B2]^T of each row, of a primary's A1 and B1 or of none, and what the
-        product of each rank is multiplied with; of one row alone without a dimension for rows.
+        """[A1; A2] and [B1, B2]^T of each row, of the A1, B1, ... of adapters of all rows, and what
+        the product of each rank is multiplied with; of one row alone without a dimension for rows.
         """
-        ups, count, rank = [B.transpose(0, 1) for B in primary[1:]], len(self.A), len(self.A[0])
-        pairs = (primary[:1], self.A), (ups, self.up)
+        count, ups = len(self.A), [B.transpose(0, 1) for B in shared[1::2]]
+        pairs = (shared[::2], self.A), (ups, self.up)
         A, up = (
             torch.cat([t for own in each for t in (*first, own)]).to(dtype) for first, each in pairs
         )
-        scales = self.scales.beside(scale, len(A) // count - rank, rank)
+        by = self.scales.beside(scales, tuple([len(one) for one in (*shared[::2], self.A[0])]))
         if count == 1:
-            return A, up, scales[0]
-        return A.unflatten(0, (count, -1)), up.unflatten(0, (count, -1)), scales
+            return A, up, by[0]
+        return A.unflatten(0, (count, -1)), up.unflatten(0, (count, -1)), by
 
-    def apart(self, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
-        """Take the gradients of what `side_by_side` gave, and give those of the primary's A and B,
-        in the precision of the factors.
+    def take(self, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
+        """Take the rows' own of the gradients of what `side_by_side` gave, in the precision of the
+        factors, and give the rest, summed over the rows.
         """
-        rank, dtype = g_A.shape[-2] - len(self.A[0]), self.A[0].dtype
-        g_A, g_up = g_A.to(dtype), g_up.to(dtype)
-        self.add("A", g_A[..., rank:, :])
-        self.add("up", g_up[..., rank:, :])
-        if not rank:
-            return []
-        g_A, g_up = (g[:rank] if g.dim() == 2 else g[:, :rank].sum(0) for g in (g_A, g_up))
-        return [g_A, g_up.transpose(0, 1).contiguous()]
+        dtype, rank, rest = self.A[0].dtype, g_A.shape[-2] - len(self.A[0]), []
+        for side, gradient in (("A", g_A.to(dtype)), ("up", g_up.to(dtype))):
+            self.add(side, gradient[..., rank:, :])
+            shared = gradient[..., :rank, :]
+            rest.append(shared if shared.dim() == 2 else shared.sum(0))
+        return rest
 
     def add(self, side: str, gradient: Tensor) -> None:
         """Take a backward pass's gradient of a side."""

@@ -67,13 +67,10 @@ class _Fused:
             weight, bias, x = None, None, x.to(result.dtype)
         factors: list[Tensor] = [w for name in active for w in weights(self, name)]
         scales = tuple([self.scaling[name] for name in active])
-        made: Any
         if factors[0].dim() > 2:
-            made = _Convolution.apply(x, result, base.stride, base.padding, scales, *factors)
-        else:
-            own, rows = (rows, None) if len(active) == 1 else (None, rows)
-            made = _Product.apply(x, result, weight, bias, scales, own, *factors)
-        return made if rows is None else _add_rows(x, made, rows)
+            made: Any = _Convolution.apply(x, result, base.stride, base.padding, scales, *factors)
+            return made if rows is None else add_convolutions(x, made, rows)
+        return _Product.apply(x, result, weight, bias, scales, rows, *factors)  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
@@ -100,7 +97,8 @@ class _Product(torch.autograd.Function):
             A, up = _side_by_side(factors, scales, x.dtype)
             ctx.scale = scales[0]
         else:
-            A, up, ctx.scale = own.side_by_side(factors, scales[0], x.dtype)
+            A, up, ctx.scale = own.side_by_side(factors, scales, x.dtype)
+            scales = (1.0,) * len(scales)  # each rank has its own
         rows = _by_row(x, A)
         hidden = (rows @ A.mT).mul_(ctx.scale)
         if weight is not None:
@@ -123,9 +121,10 @@ class _Product(torch.autograd.Function):
             through = below @ A if weight is None else _add_product_(above @ weight, below, A)
             through = through.view(ctx.shape)
         g_A, g_up = below.mT @ rows, hidden.mT @ above
-        each = _apart(ctx, g_A, g_up) if ctx.own is None else ctx.own.apart(g_A, g_up)
+        if ctx.own is not None:
+            g_A, g_up = ctx.own.take(g_A, g_up)
         given = gradient if ctx.needs_input_grad[1] else None
-        return through, given, None, None, None, None, *each
+        return through, given, None, None, None, None, *_apart(ctx, g_A, g_up)
 
 
 def _by_row(values: Tensor, A: Tensor) -> Tensor:
@@ -142,7 +141,7 @@ def _add_rows(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
     x = x.to(result.dtype)
     if rows.along.weight.dim() > 2:  # type: ignore[operator]
         return add_convolutions(x, result, rows)
-    return _Product.apply(x, result, None, None, (1.0,), rows)  # type: ignore[no-any-return]
+    return _Product.apply(x, result, None, None, (), rows)  # type: ignore[no-any-return]
 
 
 class _Convolution(torch.autograd.Function):

@@ -120,10 +120,11 @@ class _Flat:
         here = torch.tensor(own, dtype=flats[0].dtype)
         scales = by_row.Scales(here.to(flats[0].device, non_blocking=True))
         views = [[view for part in self._split(flat) for view in part] for flat in flats]
-        each = list(zip(*views, strict=True))  # of each layer those of all rows: A, then B^T
+        # Of each layer those of all rows: first every A, then every B^T.
+        each, half = list(zip(*views, strict=True)), len(self.layers)
         rows = {
             layer: by_row.Rows(A, up, scales, cast(Any, layer).lora_A[AUXILIARY])
-            for layer, A, up in zip(self.layers, each, each[len(self.layers) :])  # noqa: B905
+            for layer, A, up in zip(self.layers, each[:half], each[half:], strict=True)
         }
         with by_row.acting(rows, AUXILIARY):
             yield

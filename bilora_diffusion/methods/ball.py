@@ -135,22 +135,21 @@ def squares(factors: Sequence[Factors]) -> Squares:
 def _grams(layers: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     """A A^T and B^T B of layers of one shape, dtype and device, each (layers, r, r)."""
     A, B = (torch.stack([whole(getattr(f, side)) for f in layers]) for side in "AB")
-    precision = wide(A.device)
-    A, B = A.to(precision), B.to(precision)
-    return A @ A.mT, B.mT @ B
+    return _gram(A), _gram(B.mT)
+
+
+def _gram(V: Tensor) -> Tensor:
+    V = V.to(wide(V.device))
+    return V @ V.mT
 
 
 def grams(blocks: Sequence[Tensor]) -> Tensor:
     """V V^T of the V (layers, r, n) in several blocks, in the precision to compute in: (layers,
     blocks, r, r).
     """
-    one = blocks[0]
-    stacks = zip(
-        *(block.split(_at_once(one.device, one[0].numel() * len(blocks))) for block in blocks),
-        strict=True,
-    )
-    values = (torch.stack(stack, 1).to(wide(one.device)) for stack in stacks)
-    return torch.cat([V @ V.mT for V in values])
+    at_once = _at_once(blocks[0].device, blocks[0][0].numel() * len(blocks))
+    stacks = zip(*(block.split(at_once) for block in blocks), strict=True)
+    return torch.cat([_gram(torch.stack(stack, 1)) for stack in stacks])
 
 
 def _squares(layers: Sequence[Factors], gram_A: Tensor, gram_B: Tensor) -> Tensor:

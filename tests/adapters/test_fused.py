@@ -194,12 +194,13 @@ def test_checkpointed_or_compiled_it_is_the_same(wrap, autocast, layer, shape):
 
 
 @pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("active", [(PRIMARY,), BOTH], ids=["one", "two"])
 @pytest.mark.parametrize("dora", [False, True])
 @each_layer
-def test_rows_add_products_with_factors_of_their_own(layer, shape, dora, alone):
+def test_rows_add_products_with_factors_of_their_own(layer, shape, dora, active, alone):
     """Against autograd through each row's own two layers, in two passes."""
     torch.manual_seed(0)
-    model = adapted(copy.deepcopy(layer).double(), use_dora=dora, active=(PRIMARY,))
+    model = adapted(copy.deepcopy(layer).double(), active=active, use_dora=dora)
     fuse(model)
     lora_layer: Any = model[0]
     pair = [side[AUXILIARY] for side in (lora_layer.lora_A, lora_layer.lora_B)]
@@ -218,7 +219,7 @@ def test_rows_add_products_with_factors_of_their_own(layer, shape, dora, alone):
     expected = [results(model, x * k, forward=each) for k in (1, 2)]
     A, B = (own.detach().flatten(2) for own in factors)
     rows = Rows(list(A), list(B.mT), Scales(scales), pair[0])
-    with acting({lora_layer: rows}, AUXILIARY):
+    with acting({lora_layer: rows}, "a third"):
         for k in (1, 2):
             assert_same(results(model, x * k), expected[k - 1], 1e-12)
     g_A, g_B = (cast(Tensor, own.grad).flatten(2) for own in factors)

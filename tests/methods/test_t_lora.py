@@ -25,9 +25,8 @@ def test_t_lora_masks_the_last_ranks_of_the_noisiest_rows(monkeypatch, build):
     context |= {} if build is tiny_unet else {"pooled_projections": torch.randn(1, 8)}
     for timestep, acting in ((0, 8), (499, 6), (500, 6), (501, 5), (999, 4)):
         model.zero_grad()
-        model(
-            latents, timestep=torch.tensor([timestep]), **context
-        ).sample.square().sum().backward()
+        made = model(latents, timestep=torch.tensor([timestep]), **context).sample
+        made.square().sum().backward()
         for name, layer in method.layers():
             gradient = adapters.weights(layer, PRIMARY)[1].grad
             columns = gradient.flatten(1).abs().sum(0) > 0
