@@ -66,7 +66,7 @@ class _Fused:
             result = base(x)
             weight, bias, x = None, None, x.to(result.dtype)
         factors: list[Tensor] = [w for name in active for w in weights(self, name)]
-        scales = tuple([self.scaling[name] for name in active])
+        scales = [self.scaling[name] for name in active]
         if factors[0].dim() > 2:
             made: Any = _Convolution.apply(x, result, base.stride, base.padding, scales, *factors)
             return made if rows is None else add_convolutions(x, made, rows)
@@ -89,16 +89,11 @@ class _Product(torch.autograd.Function):
         result: Any,
         weight: Tensor | None,
         bias: Tensor | None,
-        scales: tuple[float, ...],
+        scales: list[float],
         own: Rows | None,
         *factors: Tensor,
     ) -> Tensor:
-        if own is None:
-            A, up = _side_by_side(factors, scales, x.dtype)
-            ctx.scale = scales[0]
-        else:
-            A, up, ctx.scale = own.side_by_side(factors, scales, x.dtype)
-            scales = (1.0,) * len(scales)  # each rank has its own
+        A, up = _side_by_side(ctx, factors, scales, own, x.dtype)
         rows = _by_row(x, A)
         hidden = (rows @ A.mT).mul_(ctx.scale)
         if weight is not None:
@@ -107,7 +102,7 @@ class _Product(torch.autograd.Function):
             made = _by_row(result, A).contiguous().clone()
         _add_product_(made, hidden, up)
         ctx.save_for_backward(rows, weight, A, up, hidden)
-        ctx.scales, ctx.ranks, ctx.shape, ctx.own = scales, _ranks(factors), x.shape, own
+        ctx.shape = x.shape
         return made.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -121,8 +116,6 @@ class _Product(torch.autograd.Function):
             through = below @ A if weight is None else _add_product_(above @ weight, below, A)
             through = through.view(ctx.shape)
         g_A, g_up = below.mT @ rows, hidden.mT @ above
-        if ctx.own is not None:
-            g_A, g_up = ctx.own.take(g_A, g_up)
         given = gradient if ctx.needs_input_grad[1] else None
         return through, given, None, None, None, None, *_apart(ctx, g_A, g_up)
 
@@ -154,16 +147,15 @@ class _Convolution(torch.autograd.Function):
         result: Tensor,
         stride: tuple[int, int],
         padding: tuple[int, int],
-        scales: tuple[float, ...],
+        scales: list[float],
         *factors: Tensor,
     ) -> Tensor:
-        A, up = _side_by_side(factors, scales, x.dtype)
+        A, up = _side_by_side(ctx, factors, scales, None, x.dtype)
         B = up.transpose(0, 1)
         hidden = F.conv2d(x, A, stride=stride, padding=padding)
         ctx.save_for_backward(x, A, B, hidden)
-        ctx.scales, ctx.ranks = scales, _ranks(factors)
         ctx.stride, ctx.padding = stride, padding
-        return torch.add(result, F.conv2d(hidden, B), alpha=scales[0])
+        return torch.add(result, F.conv2d(hidden, B), alpha=ctx.scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -177,20 +169,51 @@ class _Convolution(torch.autograd.Function):
             return torch.ops.aten.convolution_backward(above, below, weight, None, *asked)[:2]
 
         g_hidden, g_B = back(gradient, hidden, B, (1, 1), (0, 0), True)
-        g_hidden, g_B = g_hidden.mul_(ctx.scales[0]), g_B.mul_(ctx.scales[0])
+        g_hidden, g_B = g_hidden.mul_(ctx.scale), g_B.mul_(ctx.scale)
         through, g_A = back(g_hidden, x, A, ctx.stride, ctx.padding, ctx.needs_input_grad[0])
         given = gradient if ctx.needs_input_grad[1] else None
         return through, given, None, None, None, *_apart(ctx, g_A, g_B.transpose(0, 1))
 
 
+def _side_by_side(
+    ctx: Any, factors: tuple[Tensor, ...], scales: list[float], own: Rows | None, to: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[A1; A2] (r1 + r2, n) and [B1, B2 s2 / s1]^T (r1 + r2, m) of A1, B1, A2, B2; those that rows
+    have of their own come last, of several rows in a dimension before these.
+    """
+    downs, ups = list(factors[::2]), [B.transpose(0, 1) for B in factors[1::2]]
+    ranks, rows = [len(A) for A in downs], 1
+    if own is not None:
+        scales = [*scales, own.scale]
+        rows = len(own.A)
+        ranks.append(len(own.A[0]))
+        downs = [A for last in own.A for A in (*downs, last)]
+        ups = [up for last in own.up for up in (*ups, last)]
+    ratios = None
+    if scales.count(scales[0]) < len(scales):
+        ratios = [scale / scales[0] for scale in scales]
+        ups = [up * ratio for up, ratio in zip(ups, ratios * rows, strict=True)]
+    A, up = (downs[0], ups[0]) if len(ups) == 1 else (torch.cat(downs), torch.cat(ups))
+    A, up = A.to(to), up.to(to, memory_format=torch.contiguous_format)
+    ctx.scale, ctx.ratios, ctx.ranks = scales[0], ratios, ranks
+    ctx.own, ctx.stored = own, (own.A if own else factors)[0].dtype
+    return (A, up) if rows == 1 else (A.unflatten(0, (rows, -1)), up.unflatten(0, (rows, -1)))
+
+
 def _apart(ctx: Any, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
-    """Gradients of `_side_by_side` as those of each adapter's A and B."""
-    parts, start = [], 0
-    for (rank, dtype), scale in zip(ctx.ranks, ctx.scales, strict=True):
-        own = slice(start, start := start + rank)
-        of_B = g_up[own].transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
-        ratio = scale / ctx.scales[0]
-        parts += [g_A[own].to(dtype), of_B if ratio == 1 else of_B * ratio]
+    """Gradients of `_side_by_side` as those of each adapter's A and B; rows take their own."""
+    of_A, of_up, several = [g_A], [g_up], g_up.dim() == 3
+    if len(ctx.ranks) > 1:
+        of_A, of_up = (list(g.split(ctx.ranks, int(several))) for g in (g_A, g_up))
+    if ctx.ratios is not None:
+        of_up = [up * ratio for up, ratio in zip(of_up, ctx.ratios, strict=True)]
+    if ctx.own is not None:
+        ctx.own.add_(of_A.pop(), of_up.pop())
+    if several:
+        of_A, of_up = ([g.sum(0, dtype=ctx.stored) for g in side] for side in (of_A, of_up))
+    parts: list[Tensor] = []
+    for A, up in zip(of_A, of_up, strict=True):
+        parts += A, up.transpose(0, 1).contiguous()
     return parts
 
 
@@ -288,24 +311,3 @@ def _computes_in(x: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype
-
-
-def _side_by_side(
-    factors: Sequence[Tensor], scales: tuple[float, ...], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """[A1; A2] (r1 + r2, n) and [B1, B2 s2 / s1]^T (r1 + r2, m) of A1, B1, A2, B2; of one adapter
-    A and B^T.
-    """
-    if len(scales) == 1:
-        down, up = factors[0], factors[1].transpose(0, 1)
-    else:
-        A, B, A_2, B_2 = factors
-        if scales[1] != scales[0]:
-            B_2 = B_2 * (scales[1] / scales[0])
-        down, up = torch.cat((A, A_2)), torch.cat((B.transpose(0, 1), B_2.transpose(0, 1)))
-    return down.to(dtype), up.to(dtype, memory_format=torch.contiguous_format)
-
-
-def _ranks(factors: Sequence[Tensor]) -> list[tuple[int, torch.dtype]]:
-    """Rank and dtype of each adapter."""
-    return [(len(A), A.dtype) for A in factors[::2]]

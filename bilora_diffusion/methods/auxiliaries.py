@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import groupby, repeat, starmap
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import adapters
-from ..adapters import AUXILIARY, alike, by_row
+from ..adapters import AUXILIARY, by_row
 from ..choices import SAMPLE
 from ..errors import UserError
 from . import ball
@@ -78,20 +79,20 @@ class _Flat:
         self, layers: Layers, measures: Sequence[float], count: int, device: str | None
     ) -> None:
         factors = adapters.factors_of(layers, AUXILIARY)
-        groups = alike((f.A.shape, f.B.shape) for f in factors)
-        order = [i for group in groups for i in group]
+        order = sorted(range(len(factors)), key=lambda i: (factors[i].A.shape, factors[i].B.shape))
         self.layers = [layers[i][1] for i in order]
         self.held = [w for one in self.layers for w in adapters.weights(one, AUXILIARY)]
+        self._along = [cast(Any, one).lora_A[AUXILIARY] for one in self.layers]
         self.scale = factors[0].scale  # of all: they have one rank and alpha
         self._squared = torch.tensor([measures[i] for i in order], dtype=torch.float64).square()
         # Layers of one shape lie side by side: their A, (layers, r, n), and B^T, (layers, r, m).
-        firsts = [(len(group), factors[group[0]]) for group in groups]
-        self._blocks = [(many, *one.A.shape) for many, one in firsts]
-        self._blocks += [(many, *one.B.T.shape) for many, one in firsts]
+        sides = [factors[i].A for i in order], [factors[i].B.T for i in order]
+        alike = [[list(group) for _, group in groupby(side, lambda w: w.shape)] for side in sides]
+        self._kinds_of_A = len(alike[0])
+        self._blocks = [(len(group), *group[0].shape) for side in alike for group in side]
         self._sizes = [*map(math.prod, self._blocks)]
-        self.up = sum(factors[i].A.numel() for i in order)  # where the B^T begin
-        weights = [factors[i].A for i in order] + [factors[i].B.T for i in order]
-        first = torch.cat([weight.detach().flatten() for weight in weights]).to(device)
+        self.up = sum(weight.numel() for weight in sides[0])  # where the B^T begin
+        first = torch.cat([w.detach().flatten() for side in sides for w in side]).to(device)
         self.parameters = [nn.Parameter(first.clone()) for _ in range(count)]
 
     @property
@@ -99,10 +100,14 @@ class _Flat:
         """Of the layers."""
         return self.held[0].device
 
-    def _split(self, flats: Tensor) -> list[Tensor]:
-        """The A of the layers of each shape, then their B^T, in flat tensors, (..., numbers)."""
-        parts = zip(flats.split(self._sizes, -1), self._blocks, strict=True)
+    def _blocks_of(self, flat: Tensor) -> list[Tensor]:
+        """The A of the layers of each shape, then their B^T, each (..., layers, r, n)."""
+        parts = zip(flat.split(self._sizes, -1), self._blocks, strict=True)
         return [part.unflatten(-1, shape) for part, shape in parts]
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        """The A of all layers, then their B^T, each (..., r, n)."""
+        return [one for block in self._blocks_of(flat) for one in block.unbind(-3)]
 
     @contextmanager
     def seen(self, groups: Sequence[int | None], shares: Sequence[float]) -> Iterator[None]:
@@ -114,31 +119,32 @@ class _Flat:
             with by_row.acting(dict.fromkeys(self.layers), AUXILIARY):
                 yield
             return
-        flats = [self.parameters[shown[0] if g is None else g].data for g in groups]
-        pairs = zip(groups, shares, strict=True)
-        own = [0.0 if g is None else share * self.scale for g, share in pairs]
-        here = torch.tensor(own, dtype=flats[0].dtype)
-        scales = by_row.Scales(here.to(flats[0].device, non_blocking=True))
-        views = [[view for part in self._split(flat) for view in part] for flat in flats]
+        # Rows without a sample see nothing of any.
+        pairs = [
+            (shown[0], 0.0) if g is None else (g, s) for g, s in zip(groups, shares, strict=True)
+        ]
+        flats = [self._part(self.parameters[group].data, share) for group, share in pairs]
+        gradients = flats[0].new_zeros(len(flats), len(flats[0]))
         # Of each layer those of all rows: first every A, then every B^T.
-        each, half = list(zip(*views, strict=True)), len(self.layers)
-        rows = {
-            layer: by_row.Rows(A, up, scales, cast(Any, layer).lora_A[AUXILIARY])
-            for layer, A, up in zip(self.layers, each[:half], each[half:], strict=True)
-        }
+        each, half = list(zip(*map(self._split, flats), strict=True)), len(self.layers)
+        to = self._split(gradients)
+        own = zip(each[:half], each[half:], to[:half], to[half:], repeat(self.scale), self._along)
+        rows = dict(zip(self.layers, starmap(by_row.Rows, own), strict=True))
         with by_row.acting(rows, AUXILIARY):
             yield
-        blocks = [own.gathered(side) for side in ("A", "up") for own in rows.values()]
-        gradients = torch.cat(blocks, dim=1).unbind()
-        for group, gradient in zip(groups, gradients, strict=True):
+        for group, (_, share), gradient in zip(groups, pairs, gradients, strict=True):
             if group is not None:
-                flat = self.parameters[group]
+                gradient, flat = self._part(gradient, share), self.parameters[group]
                 flat.grad = gradient if flat.grad is None else flat.grad + gradient
+
+    def _part(self, flat: Tensor, share: float) -> Tensor:
+        """So much of its B."""
+        return flat if share == 1 else torch.cat((flat[: self.up], flat[self.up :] * share))
 
     def squares(self, groups: Sequence[int]) -> ball.Squares:
         """Terms of the norms of these auxiliaries, each (layers, groups)."""
-        parts = list(zip(*(self._split(self.parameters[g].data) for g in groups), strict=True))
-        sides = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+        parts = list(zip(*(self._blocks_of(self.parameters[g].data) for g in groups), strict=True))
+        sides = parts[: self._kinds_of_A], parts[self._kinds_of_A :]
         A, B = (torch.cat([ball.grams(part) for part in side]) for side in sides)
         n, m = (max(part[0].shape[-1] for part in side) for side in sides)
         squares = ball.of_grams(A, B, n, m, parts[0][0].dtype)
