@@ -38,11 +38,6 @@ class Rows:
     scale: float
     along: nn.Module
 
-    def add_(self, g_A: Tensor, g_up: Tensor) -> None:
-        """Take the gradients of a backward pass."""
-        self.g_A.add_(g_A)
-        self.g_up.add_(g_up)
-
 
 @contextmanager
 def acting(rows: Mapping[Any, Rows | None], adapter: str) -> Iterator[None]:

@@ -208,7 +208,8 @@ def _apart(ctx: Any, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
     if ctx.ratios is not None:
         of_up = [up * ratio for up, ratio in zip(of_up, ctx.ratios, strict=True)]
     if ctx.own is not None:
-        ctx.own.add_(of_A.pop(), of_up.pop())
+        ctx.own.g_A.add_(of_A.pop())
+        ctx.own.g_up.add_(of_up.pop())
     if several:
         of_A, of_up = ([g.sum(0, dtype=ctx.stored) for g in side] for side in (of_A, of_up))
     parts: list[Tensor] = []

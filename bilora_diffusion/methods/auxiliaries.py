@@ -95,11 +95,6 @@ class _Flat:
         first = torch.cat([w.detach().flatten() for side in sides for w in side]).to(device)
         self.parameters = [nn.Parameter(first.clone()) for _ in range(count)]
 
-    @property
-    def device(self) -> torch.device:
-        """Of the layers."""
-        return self.held[0].device
-
     def _blocks_of(self, flat: Tensor) -> list[Tensor]:
         """The A of the layers of each shape, then their B^T, each (..., layers, r, n)."""
         parts = zip(flat.split(self._sizes, -1), self._blocks, strict=True)
@@ -141,15 +136,15 @@ class _Flat:
         """So much of its B."""
         return flat if share == 1 else torch.cat((flat[: self.up], flat[self.up :] * share))
 
-    def squares(self, groups: Sequence[int]) -> ball.Squares:
-        """Terms of the norms of these auxiliaries, each (layers, groups)."""
+    def squares(self, groups: Sequence[int]) -> Tensor:
+        """`ball.Squares` of these auxiliaries, (4, layers, groups)."""
         parts = list(zip(*(self._blocks_of(self.parameters[g].data) for g in groups), strict=True))
         sides = parts[: self._kinds_of_A], parts[self._kinds_of_A :]
         A, B = (torch.cat([ball.grams(part) for part in side]) for side in sides)
         n, m = (max(part[0].shape[-1] for part in side) for side in sides)
         squares = ball.of_grams(A, B, n, m, parts[0][0].dtype)
         self._squared = self._squared.to(squares)  # a copy in each step would wait for the device
-        return ball.Squares(*squares * self._squared[:, None])
+        return squares * self._squared[:, None]
 
 
 class Auxiliaries(Auxiliary):
@@ -179,7 +174,7 @@ class Auxiliaries(Auxiliary):
         rest, first = iter(measures), "cpu" if parked else None
         self.count, self._dealt, self._gamma = count, dealt, gamma
         self._models = [_Flat(own, [next(rest) for _ in own], count, first) for own in layers]
-        device = self._models[0].device
+        device = self._models[0].held[0].device
         self._parking = Parking(device, parked)
         self.norms = torch.zeros(count, dtype=ball.wide(device), device=device)
 
@@ -192,7 +187,7 @@ class Auxiliaries(Auxiliary):
         return self.parameters()
 
     def follow(self) -> None:
-        device = self._models[0].device
+        device = self._models[0].held[0].device
         self.norms, self._parking = self.norms.to(device), Parking(device, self._parking.parks)
         for parameter in () if self._parking.parks else self.parameters():
             parameter.data = parameter.data.to(device)
@@ -262,8 +257,7 @@ class Auxiliaries(Auxiliary):
 
     def squares(self, groups: Sequence[int]) -> ball.Squares:
         """Of the norms of these auxiliaries over all layers, each (groups,)."""
-        parts = [torch.stack(tuple(flat.squares(groups))) for flat in self._models]
-        return ball.Squares(*torch.cat(parts, dim=1).sum(1))
+        return ball.Squares(*torch.cat([f.squares(groups) for f in self._models], dim=1).sum(1))
 
     @torch.no_grad()
     def project_(self, groups: Sequence[int], rho: float | Tensor) -> ball.Projection:
