@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..fields import Idle, option, unless
 from ..values import BATCHES, DECAYS, RATES, SHARES, STEPS, Range
@@ -19,7 +19,7 @@ AT_A_CONSTANT_RATE = Idle(
     "on a constant learning rate",
     "use `--lr_scheduler constant_with_warmup` or drop it",
 )
-WITHOUT_FIT = unless("fit", True, "without a search")
+OF_FIT: Any = {"free": True, "idle": (unless("fit", True, "without a search"),)}
 WITHOUT_UPLOAD = unless("push_to_hub", True, "without an upload")
 
 
@@ -122,22 +122,19 @@ class StoppingOptions:
         " --learning_rate and further where the best is at an edge; ranks 4, 8, 16, and lora and"
         " bilora --rho auto, unless --rank or --method is given.",
         place=True,
-        free=True,
-        idle=(WITHOUT_FIT,),
+        **OF_FIT,
     )
     fit_budget: int | None = option(
         None,
         "Optimizer steps of all runs of --fit but the last. Default: 10 times --max_train_steps.",
         range=STEPS,
-        free=True,
-        idle=(WITHOUT_FIT,),
+        **OF_FIT,
     )
     fit_folds: int | None = option(
         None,
         "Folds of --fit. Default: 4, or as many as there are samples below 8.",
         range=Range(1000, "each is several runs", at_least=2),
-        free=True,
-        idle=(WITHOUT_FIT,),
+        **OF_FIT,
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.train.fit.search import Plan, Search, Work, expected, lowest
+from bilora_diffusion.train.fit.search import Plan, Search, Work, lowest
 from bilora_diffusion.train.fit.space import Space, default_values, read_values, title
 
 PLAN = Plan(folds=4, steps=300, every=20, budget=3000)
@@ -69,21 +69,23 @@ def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates():
     assert sum(reached.values()) == search.spent <= PLAN.budget
     searched(calls=again)
     assert again == calls
-    chosen, *others, given = search.standings()
-    assert (chosen.options, chosen.steps, chosen.difference) == (options, step, 0.0)
-    assert (given.options, given.steps) == ((), PLAN.steps)
-    assert given.interval.low < given.difference < given.interval.high
-    folds = [row.folds for row in others]
+    (chosen, first), *others, (given, last) = search.standings().items()
+    assert (chosen, first["steps"], first["difference"]) == (options, step, 0.0)
+    assert (given, last["steps"]) == ((), PLAN.steps)
+    assert last["interval"].low < last["difference"] < last["interval"].high
+    folds = [row["folds"] for _, row in others]
     assert folds == sorted(folds, reverse=True)
 
 
 def test_a_run_on_all_samples_is_between_as_many_epochs_and_as_many_steps():
     fold = {step: np.full(3, float(step)) for step in range(0, 201, 20)}
-    of_four = expected([fold, fold], 4)
-    assert of_four[200] == pytest.approx(np.full(6, 187.5))  # the mean from 175 to 200
-    assert expected([fold], 1)[200].tolist() == [200.0] * 3
+    whole, of_four = Search(Plan(1, 200, 20, 0), measured({}, [])), Search(PLAN, measured({}, []))
+    whole.curves = of_four.curves = {(): [fold, fold]}
+    assert of_four.expected(())[200] == pytest.approx(np.full(6, 187.5))  # the mean from 175 to 200
+    assert whole.expected((), 1)[200].tolist() == [200.0] * 3
     fold[100][:] = np.inf
-    finite = [step for step, losses in expected([fold], 4).items() if np.isfinite(losses).all()]
+    curve = of_four.expected((), 1)
+    finite = [step for step, losses in curve.items() if np.isfinite(losses).all()]
     assert finite == [0, 20, 40, 60, 80, 140, 160, 180, 200]
 
 

@@ -33,14 +33,14 @@ def write(folder: Path, settings: Mapping[str, Any], search: Search, done: bool)
             steps, losses = [*curve], [float(values.mean()) for values in curve.values()]
             run = {"name": search.plan.name(Work(options, fold, steps[-1])), "fold": fold + 1}
             curves.append(described(options, **run, steps=steps, losses=losses))
-    standings, choice = search.standings() if done else [], None
+    standings, choice = search.standings() if done else {}, None
     if standings:
         chosen, step = search.chosen
         choice = described(chosen, steps=step, loss=lowest(search.expected(chosen))[0])
     content = {
         **{"settings": settings, "spent": search.spent, "runs": curves, "choice": choice},
         "out": {title(options): reason for options, reason in search.out.items()},
-        "standings": [described(**row._asdict()) for row in standings],
+        "standings": [described(options, **row) for options, row in standings.items()],
         "versions": provenance.versions(),
     }
     write_text(folder / FIT_RECORD, dump_json(strict_json(content)[0]))
@@ -54,12 +54,12 @@ def draw(folder: Path, search: Search) -> None:
     loss, _ = lowest(search.expected(chosen))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.add_subplot(xlabel="optimizer step", ylabel="held-out loss")
-    for row in [row for row in search.standings() if row.options][:SHOWN]:
-        one, other = (search.expected(o, row.folds) for o in (row.options, chosen))
+    for options, row in [pair for pair in search.standings().items() if pair[0]][:SHOWN]:
+        one, other = (search.expected(o, row["folds"]) for o in (options, chosen))
         losses = {at: loss + one[at] - other[step] for at in one if at > 0}
         near = {at: values for at, values in losses.items() if values.mean() < HIGHEST * loss}
         means = [values.mean() for values in near.values()]
-        (line,) = axis.plot([*near], means, marker=".", label=title(row.options))
+        (line,) = axis.plot([*near], means, marker=".", label=title(options))
         ends = [student_interval(values) or (nan, nan) for values in near.values()]
         low, high = np.array(ends).reshape(-1, 2).T
         axis.fill_between([*near], low, high, color=line.get_color(), alpha=0.12, lw=0)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 
 from ...errors import TrainingError
-from ...intervals import Interval, student_interval
+from ...intervals import student_interval
 from ...seeds import digest_texts
 from .space import METHOD, RATE, Options, Space
 
@@ -66,39 +66,11 @@ class Plan:
         return f"{name}_fold{work.fold + 1}" if self.folds > 1 else name
 
 
-def expected(curves: Sequence[Curve], folds: int) -> Curve:
-    """Losses that a run on the whole set is expected to leave on the samples of some of its folds,
-    at each step that all of these were measured at.
-
-    It overfits later than a run on a part of it: after as many epochs where samples differ, after
-    as many steps where they are alike. So a step's loss is the mean from half way between to it.
-    """
-    common = sorted(set.intersection(*(set(curve) for curve in curves)))
-    losses = np.array([np.concatenate([curve[step] for curve in curves]) for step in common])
-    found = dict(zip(common, losses, strict=True))
-    for step in common if folds > 1 else ():  # one is the whole set
-        between = np.linspace(step * (1 - 0.5 / folds), step, 9)
-        shares = np.array([[np.interp(between, common, one).mean()] for one in np.eye(len(common))])
-        found[step] = (shares * np.where(shares > 0, losses, 0)).sum(0)
-    return found
-
-
 def lowest(curve: Curve) -> tuple[float, int]:
     """The lowest mean of a curve and its step, of equal ones the first; that at step 0 is the base
     model's and does not count.
     """
-    means = {step: float(np.mean(losses)) for step, losses in curve.items() if step > 0}
-    return min((mean if math.isfinite(mean) else math.inf, step) for step, mean in means.items())
-
-
-class Standing(NamedTuple):
-    """A configuration at a step beside the chosen one, paired on the folds that both have."""
-
-    options: Options
-    steps: int
-    folds: int
-    difference: float
-    interval: Interval | None
+    return min((float(losses.mean()), step) for step, losses in curve.items() if step > 0)
 
 
 class Search:
@@ -111,8 +83,22 @@ class Search:
         self.spent = 0  # optimizer steps
 
     def expected(self, options: Options, folds: int | None = None) -> Curve:
-        """What `expected` says of a configuration by its first ``folds``, or by all."""
-        return expected(self.curves[options][:folds], self.plan.folds)
+        """Losses that a run on the whole set is expected to leave on the samples of the first
+        ``folds`` of a configuration, or of all, at each step that all of these were measured at.
+
+        It overfits later than a run on a part of it: after as many epochs where samples differ,
+        after as many steps where they are alike. So a step's loss is the mean from half way between
+        to it.
+        """
+        curves = self.curves[options][:folds]
+        common = sorted(set.intersection(*map(set, curves)))
+        losses = np.array([np.concatenate([curve[step] for curve in curves]) for step in common])
+        found = dict(zip(common, losses, strict=True))
+        for step in common if self.plan.folds > 1 else ():  # one is the whole set
+            between = np.linspace(step * (1 - 0.5 / self.plan.folds), step, 9)
+            shares = np.array([[np.interp(between, common, o).mean()] for o in np.eye(len(common))])
+            found[step] = (shares * np.where(shares > 0, losses, 0)).sum(0)
+        return found
 
     def run(self, space: Space) -> None:
         """Search a space, and measure the command line as it was given if the budget has room."""
@@ -153,8 +139,8 @@ class Search:
             decided = not falls and folds <= len(self.curves[ordered[0]])
             interval = student_interval(differences) if decided else None
             if interval is not None and interval.low > 0:
-                ends = "{:.4g} to {:.4g}".format(*interval)
-                self.out[options] = f"worse by {differences.mean():.4g} ({ends})"
+                gap = differences.mean()
+                self.out[options] = "worse by {:.4g} ({:.4g} to {:.4g})".format(gap, *interval)
         return [options for options in ordered if options not in self.out and self._next(options)]
 
     def _go(self, works: Sequence[Work], most: int) -> bool:
@@ -208,10 +194,9 @@ class Search:
 
     def _leaders(self) -> list[Options]:
         """The best configuration of each method, the lowest first."""
-        best: dict[str | None, Options] = {}
-        for options in self._ordered():
-            best.setdefault(dict(options).get(METHOD), options)
-        return list(best.values())
+        ordered = self._ordered()
+        best = {dict(options).get(METHOD): options for options in reversed(ordered)}
+        return sorted(best.values(), key=ordered.index)
 
     @property
     def chosen(self) -> tuple[Options, int]:
@@ -222,16 +207,23 @@ class Search:
             raise TrainingError(f"no configuration could be trained ({reason}): lower the rates.")
         return ordered[0], lowest(self.expected(ordered[0]))[1]
 
-    def standings(self) -> list[Standing]:
-        """The choice first, then all others that were measured: those on more folds first, then
-        the lower ones; last the command line as it was given, at its last step.
+    def standings(self) -> dict[Options, dict[str, Any]]:
+        """The choice first, then all others that were measured, each by its paired difference to
+        the choice on the folds that both have: those on more folds first, then the lower ones; last
+        the command line as it was given, at its last step.
         """
         chosen, step = self.chosen
-        rows = []
+        rows: dict[Options, dict[str, Any]] = {}
         for options, own in self.curves.items():
             its = lowest(self.expected(options))[1] if options else max(self.expected(options))
             differences = self._differences(options, chosen, its, step)
-            folds = min(len(own), len(self.curves[chosen]))
-            mean, interval = float(differences.mean()), student_interval(differences)
-            rows.append(Standing(options, its, folds, mean, interval))
-        return sorted(rows, key=lambda r: (r[0] != chosen, not r[0], -r.folds, r.difference))
+            row = {
+                "difference": float(differences.mean()),
+                "interval": student_interval(differences),
+            }
+            rows[options] = {"steps": its, "folds": min(len(own), len(self.curves[chosen])), **row}
+
+        def place(pair: tuple[Options, dict[str, Any]]) -> tuple[Any, ...]:
+            return pair[0] != chosen, not pair[0], -pair[1]["folds"], pair[1]["difference"]
+
+        return dict(sorted(rows.items(), key=place))
