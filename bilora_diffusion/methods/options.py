@@ -158,7 +158,10 @@ class MethodFlags:
         None, "bilora: alpha of the auxiliary. Default: the primary's.", range=SCALES
     )
     auxiliary_learning_rate: float | None = option(
-        None, "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G).", range=RATES.or_zero
+        None,
+        "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G); of several auxiliaries on"
+        " images three times that.",
+        range=RATES.or_zero,
     )
     auxiliary_direction: str = option(
         "ascent",
