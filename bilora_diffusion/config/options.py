@@ -111,9 +111,8 @@ class StoppingOptions:
     )
     fit: bool = option(
         False,
-        "Choose rate, rank, method and steps first, by paired runs on folds of what is learned from"
-        " (or on a validation set), of --max_train_steps at most; then train on everything with"
-        " them. The same command goes on where it was interrupted.",
+        "Choose rate, rank, method and steps first, by paired runs of --max_train_steps at most on"
+        " folds, or on a validation set; then train on everything. The same command goes on.",
         free=True,
     )
     fit_space: str | None = option(

@@ -21,7 +21,6 @@ from .refusals import said
 Values = dict[str, Any]
 SAMPLES_OF_A_STEP = 10**6
 LOW_FOR_PRODIGY = 0.1
-FASTER = 3.0  # than the primary, where each image has an auxiliary, which moves once an epoch
 TRACKERS = (
     *("tensorboard", "wandb", "comet_ml", "aim", "clearml", "dvclive", "mlflow", "swanlab"),
     "trackio",
@@ -173,20 +172,14 @@ def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
         values |= {"optimizer": "adamw8bit", "use_8bit_adam": False}
     if values["optimizer"] == "prodigy" and "learning_rate" not in given:
         values["learning_rate"] = 1.0  # Prodigy estimates the rate; this is a factor on it
-    if values["auxiliary_learning_rate"] is None and _has_fast_auxiliaries(values, modality):
-        values["auxiliary_learning_rate"] = float(f"{FASTER * values['learning_rate']:.9g}")
+    several = values["method"] == "bilora" and values["auxiliaries"] != 1 and modality == "image"
+    if several and values["auxiliary_learning_rate"] is None:
+        # At the primary's rate those that move once an epoch fall behind, and rho auto overshoots.
+        values["auxiliary_learning_rate"] = float(f"{3 * values['learning_rate']:.9g}")
     values["mixed_precision"] = values["mixed_precision"] or machine.default_precision()
     if "report_to" not in given and not machine.is_installed(values["report_to"]):
         values["report_to"] = "none"
     return values
-
-
-def _has_fast_auxiliaries(values: Values, modality: str) -> bool:
-    """Test for auxiliaries of images' own. At the primary's rate they fall behind their ball, and a
-    radius that sets itself overshoots; of texts they then keep a classifier from learning at all.
-    """
-    several = values["method"] == "bilora" and values["auxiliaries"] != 1
-    return several and modality == "image" and values["optimizer"] != "prodigy"
 
 
 def without_idle(

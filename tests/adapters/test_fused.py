@@ -208,10 +208,9 @@ def test_rows_add_products_with_factors_of_their_own(layer, shape, dora, active,
     factors = [torch.randn(count, *m.weight.shape).double().requires_grad_() for m in pair]
 
     def each(x):
-        rows = [i % count for i in range(len(x))]
         products = [x[i : i + 1] for i in range(len(x))]
         for module, own in zip(pair, factors, strict=True):
-            made = [(module, {"weight": own[i]}, p) for i, p in zip(rows, products, strict=True)]
+            made = [(module, {"weight": own[i % count]}, p) for i, p in enumerate(products)]
             products = [torch.func.functional_call(*one) for one in made]
         return model(x) + scale * torch.cat(products)
 

@@ -32,6 +32,7 @@ READ: list[tuple[str, str, dict[str, Any]]] = [
     ("dataset: mini\nrank: 8\n", "--rank 16", {"dataset_name": "mini", "lora_alpha": 32}),
     ("cache_latents: no\ncenter-crop: true\n", "", {"cache_latents": "no", "center_crop": True}),
     ("auxiliary_rank: null\nrho: ~\n", "", {"auxiliary_rank": None, "rho": 0.05}),
+    ("auxiliaries: sample", "--learning_rate 2e-3", {"auxiliary_learning_rate": 6e-3}),
     ("validation_prompts: [a lion, a frog]", "", {"validation_prompts": ["a lion", "a frog"]}),
     (f"validation_prompts: [{', '.join(TEXTS)}]", "", {"validation_prompts": TEXTS}),
     ("rank: 010\nlearning_rate: 1e-3", "", {"rank": 10, "learning_rate": 1e-3}),  # as by a flag
