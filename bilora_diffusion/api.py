@@ -41,7 +41,7 @@ class BiLoRAConfig:
         auxiliary_snr_gamma: of several auxiliaries, an image sees its own times
             sqrt(min(SNR, gamma) / gamma), where `BiLoRA.samples` is given ratios; 0: the whole.
         auxiliary_learning_rate: learning rate of the auxiliary; None is the one given to
-            `param_groups`.
+            `param_groups`; several auxiliaries on images want three times that.
         target_modules: "all-linear", a regular expression for module names, or a tuple of names or
             name endings.
         modules_to_save: names of modules that are trained whole beside the primary and saved with

@@ -107,15 +107,14 @@ class Fit:
         self.search = Search(self.plan, self._measure)
 
     def _values(self) -> Values:
-        cfg = self.cfg
-        if cfg.fit_space:
+        if self.cfg.fit_space:
             sections = (SECTION, OptimizerOptions.section)
-            searchable = options_of([group for group in cfg.groups if group.section in sections])
-            return read_values(Path(cfg.fit_space), searchable.keys() - FIXED)
+            searchable = options_of([g for g in self.cfg.groups if g.section in sections])
+            return read_values(Path(self.cfg.fit_space), searchable.keys() - FIXED)
         supports = False
         with suppress(UserError):
             supports = bool(deal_auxiliaries(self._config(FORM).auxiliaries, self.task.names))
-        return default_values(self._typed, cfg.learning_rate, supports)
+        return default_values(self._typed, self.cfg.learning_rate, supports)
 
     def _check(self) -> None:
         """Refuse values that the command line would, and a budget for less than a search."""

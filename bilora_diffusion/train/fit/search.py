@@ -213,17 +213,12 @@ class Search:
         the command line as it was given, at its last step.
         """
         chosen, step = self.chosen
-        rows: dict[Options, dict[str, Any]] = {}
+        rows = []
         for options, own in self.curves.items():
             its = lowest(self.expected(options))[1] if options else max(self.expected(options))
-            differences = self._differences(options, chosen, its, step)
-            row = {
-                "difference": float(differences.mean()),
-                "interval": student_interval(differences),
-            }
-            rows[options] = {"steps": its, "folds": min(len(own), len(self.curves[chosen])), **row}
-
-        def place(pair: tuple[Options, dict[str, Any]]) -> tuple[Any, ...]:
-            return pair[0] != chosen, not pair[0], -pair[1]["folds"], pair[1]["difference"]
-
-        return dict(sorted(rows.items(), key=place))
+            gaps, folds = self._differences(options, chosen, its, step), len(self.curves[chosen])
+            row = {"steps": its, "folds": min(len(own), folds), "difference": float(gaps.mean())}
+            row["interval"] = student_interval(gaps)
+            last = (options != chosen, not options, -row["folds"], row["difference"])
+            rows.append((last, options, row))
+        return {options: row for _, options, row in sorted(rows, key=lambda r: r[0])}
