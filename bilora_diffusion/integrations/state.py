@@ -26,7 +26,7 @@ STATE = "bilora_state.safetensors"
 BESIDE = ("optimizer.pt", "scheduler.pt")
 """The trainer's own files without which it would go on with a fresh optimizer and not say so."""
 
-_VERSION = 1
+_VERSION = 2
 
 
 def write(folder: Path, bilora: BiLoRA) -> None:
