@@ -26,9 +26,9 @@ class Rows:
     Attributes:
         A: of each row (r, n), n of a convolution that of its patches; of one alone, all rows'.
         up: B^T of each, (r, m).
+        g_A, g_up: what backward passes add their gradients to, (rows, r, n) and (rows, r, m).
         scale: of the products.
         along: A's own module, which says how a convolution moves.
-        g_A, g_up: what backward passes add their gradients to, (rows, r, n) and (rows, r, m).
     """
 
     A: Sequence[Tensor]

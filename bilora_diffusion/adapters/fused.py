@@ -178,8 +178,8 @@ class _Convolution(torch.autograd.Function):
 def _side_by_side(
     ctx: Any, factors: tuple[Tensor, ...], scales: list[float], own: Rows | None, to: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """[A1; A2] (r1 + r2, n) and [B1, B2 s2 / s1]^T (r1 + r2, m) of A1, B1, A2, B2; those that rows
-    have of their own come last, of several rows in a dimension before these.
+    """[A1; A2] (r1 + r2, n) and [B1, B2 s2 / s1]^T (r1 + r2, m) of A1, B1, A2, B2, and last those
+    that rows have of their own, of several in a dimension before; `ctx` keeps what `_apart` needs.
     """
     downs, ups = list(factors[::2]), [B.transpose(0, 1) for B in factors[1::2]]
     ranks, rows = [len(A) for A in downs], 1

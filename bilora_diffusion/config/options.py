@@ -19,7 +19,7 @@ AT_A_CONSTANT_RATE = Idle(
     "on a constant learning rate",
     "use `--lr_scheduler constant_with_warmup` or drop it",
 )
-OF_FIT: Any = {"free": True, "idle": (unless("fit", True, "without a search"),)}
+FOR_FIT: Any = {"free": True, "idle": (unless("fit", True, "without a search"),)}
 WITHOUT_UPLOAD = unless("push_to_hub", True, "without an upload")
 
 
@@ -121,19 +121,19 @@ class StoppingOptions:
         " --learning_rate and further where the best is at an edge; ranks 4, 8, 16, and lora and"
         " bilora --rho auto, unless --rank or --method is given.",
         place=True,
-        **OF_FIT,
+        **FOR_FIT,
     )
     fit_budget: int | None = option(
         None,
         "Optimizer steps of all runs of --fit but the last. Default: 10 times --max_train_steps.",
         range=STEPS,
-        **OF_FIT,
+        **FOR_FIT,
     )
     fit_folds: int | None = option(
         None,
         "Folds of --fit. Default: 4, or as many as there are samples below 8.",
         range=Range(1000, "each is several runs", at_least=2),
-        **OF_FIT,
+        **FOR_FIT,
     )
 
 

@@ -159,7 +159,7 @@ def without_influence(groups: Sequence[Any]) -> frozenset[str]:
 
 
 def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
-    """Fill in what every script has: the adapter's scale, the radius, optimizer and precision."""
+    """Fill in what every script has: the adapter's scale, radius, rates, optimizer, precision."""
     values = {**values, "optimizer": values["optimizer"].lower()}
     for name, choices in (("method", methods.names()), ("optimizer", OPTIMIZERS)):
         check_choice(f"--{name}", values[name], choices)
@@ -174,7 +174,7 @@ def _completed(values: Values, given: frozenset[str], modality: str) -> Values:
         values["learning_rate"] = 1.0  # Prodigy estimates the rate; this is a factor on it
     several = values["method"] == "bilora" and values["auxiliaries"] != 1 and modality == "image"
     if several and values["auxiliary_learning_rate"] is None:
-        # At the primary's rate those that move once an epoch fall behind, and rho auto overshoots.
+        # Auxiliaries that move once an epoch point less well uphill at the primary's rate.
         values["auxiliary_learning_rate"] = float(f"{3 * values['learning_rate']:.9g}")
     values["mixed_precision"] = values["mixed_precision"] or machine.default_precision()
     if "report_to" not in given and not machine.is_installed(values["report_to"]):

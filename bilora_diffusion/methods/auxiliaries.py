@@ -87,9 +87,9 @@ class _Flat:
         self._squared = torch.tensor([measures[i] for i in order], dtype=torch.float64).square()
         # Layers of one shape lie side by side: their A, (layers, r, n), and B^T, (layers, r, m).
         sides = [factors[i].A for i in order], [factors[i].B.T for i in order]
-        alike = [[list(group) for _, group in groupby(side, lambda w: w.shape)] for side in sides]
-        self._kinds_of_A = len(alike[0])
-        self._blocks = [(len(group), *group[0].shape) for side in alike for group in side]
+        shapes = (groupby(weight.shape for weight in side) for side in sides)
+        A, B = ([(len([*own]), *shape) for shape, own in side] for side in shapes)
+        self._blocks, self._first_up = A + B, len(A)
         self._sizes = [*map(math.prod, self._blocks)]
         self.up = sum(weight.numel() for weight in sides[0])  # where the B^T begin
         first = torch.cat([w.detach().flatten() for side in sides for w in side]).to(device)
@@ -139,7 +139,7 @@ class _Flat:
     def squares(self, groups: Sequence[int]) -> Tensor:
         """`ball.Squares` of these auxiliaries, (4, layers, groups)."""
         parts = list(zip(*(self._blocks_of(self.parameters[g].data) for g in groups), strict=True))
-        sides = parts[: self._kinds_of_A], parts[self._kinds_of_A :]
+        sides = parts[: self._first_up], parts[self._first_up :]
         A, B = (torch.cat([ball.grams(part) for part in side]) for side in sides)
         n, m = (max(part[0].shape[-1] for part in side) for side in sides)
         squares = ball.of_grams(A, B, n, m, parts[0][0].dtype)

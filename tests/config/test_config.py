@@ -116,7 +116,7 @@ def launched(precision):
     return {"ACCELERATE_MIXED_PRECISION": precision}
 
 
-OTHER = "auxiliary_learning_rate"
+ETA_2 = "auxiliary_learning_rate"
 ON_MACHINES: list[tuple[dict[str, Any], dict[str, str], Callable[..., Any], str, Any]] = [
     (CUDA, {}, mini, "--resolution 512", HAS),
     (CUDA, {}, mini, "--resolution 504", NOT),
@@ -132,11 +132,11 @@ ON_MACHINES: list[tuple[dict[str, Any], dict[str, str], Callable[..., Any], str,
     (CUDA, launched("fp16"), icons, "--mixed_precision no", FP32),
     (CPU, launched("bf16"), icons, "", BF16),
     # --scale_lr counts batch, accumulation and processes; the rate of text encoders stays
-    (CUDA, THREE, mini, SCALED, {OTHER: None, "learning_rate": 24e-4}),
-    (CUDA, THREE, mini, f"{SCALED} --{OTHER} 1e-4", {OTHER: 12e-4, "text_encoder_lr": 5e-6}),
+    (CUDA, THREE, mini, SCALED, {ETA_2: None, "learning_rate": 24e-4}),
+    (CUDA, THREE, mini, f"{SCALED} --{ETA_2} 1e-4", {ETA_2: 12e-4, "text_encoder_lr": 5e-6}),
     (CUDA, THREE, mini, "", {"learning_rate": 2e-4}),
     (CUDA, THREE, text, "--scale_lr", {"learning_rate": 5e-4 * 8 * 3}),
-    (CUDA, THREE, text, "--auxiliaries sample", {OTHER: None}),
+    (CUDA, THREE, text, "--auxiliaries sample", {ETA_2: None}),
     ({**CPU, "missing": {"tensorboard"}}, {}, mini, "", {"report_to": "none"}),
 ]
 
