@@ -31,17 +31,24 @@ class _Fused:
     """
 
     quantized: ClassVar[bool] = False
-    takes_rows: ClassVar[bool] = True
+    rows: Rows | None = None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rows = None if self._disable_adapters else rows_of(self, x)
-        active = None if args or kwargs else _plain_adapters(self, x)
-        if active is None:
-            result = self._peft(x, *args, **kwargs)
+        rows, without = (None, None) if self._disable_adapters else rows_of(self, x)
+        active = None if args or kwargs else _plain_adapters(self, x, without)
+        if active is None or (rows is not None and active != rows.seen.beside):
+            result = self._peft(x, without, *args, **kwargs)
             return result if rows is None else _add_rows(x, result, rows)
         return self._product(x, active, rows)
 
-    def _peft(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _peft(self: Any, x: Tensor, without: str | None, *args: Any, **kwargs: Any) -> Tensor:
+        if without is not None:
+            before = self._active_adapter
+            self._active_adapter = [name for name in self.active_adapters if name != without]
+            try:
+                return self._peft(x, None, *args, **kwargs)
+            finally:
+                self._active_adapter = before
         if self.quantized and self.lora_variant and torch.is_autocast_enabled(x.device.type):
             # Under CUDA's autocast PEFT's 4-bit layer takes DoRA's norms in half precision,
             # which is up to 0.4 % off; its float layer takes them in fp32.
@@ -70,7 +77,9 @@ class _Fused:
         if factors[0].dim() > 2:
             made: Any = _Convolution.apply(x, result, base.stride, base.padding, scales, *factors)
             return made if rows is None else add_convolutions(x, made, rows)
-        return _Product.apply(x, result, weight, bias, scales, rows, *factors)  # type: ignore[no-any-return]
+        if rows is not None:
+            factors, scales = [*rows.sides(True, x.dtype)], [rows.seen.scale]
+        return _Product.apply(x, result, weight, bias, scales, rows is not None, *factors)  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
@@ -90,10 +99,11 @@ class _Product(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         scales: list[float],
-        own: Rows | None,
+        beside: bool,
         *factors: Tensor,
     ) -> Tensor:
-        A, up = _side_by_side(ctx, factors, scales, own, x.dtype)
+        ctx.scale, ctx.beside = scales[0], beside
+        A, up = factors if beside else _side_by_side(ctx, factors, scales, x.dtype)
         rows = _by_row(x, A)
         hidden = (rows @ A.mT).mul_(ctx.scale)
         if weight is not None:
@@ -117,7 +127,8 @@ class _Product(torch.autograd.Function):
             through = through.view(ctx.shape)
         g_A, g_up = below.mT @ rows, hidden.mT @ above
         given = gradient if ctx.needs_input_grad[1] else None
-        return through, given, None, None, None, None, *_apart(ctx, g_A, g_up)
+        parts = (g_A, g_up) if ctx.beside else _apart(ctx, g_A, g_up)
+        return through, given, None, None, None, None, *parts
 
 
 def _by_row(values: Tensor, A: Tensor) -> Tensor:
@@ -134,7 +145,8 @@ def _add_rows(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
     x = x.to(result.dtype)
     if rows.along.weight.dim() > 2:  # type: ignore[operator]
         return add_convolutions(x, result, rows)
-    return _Product.apply(x, result, None, None, (), rows)  # type: ignore[no-any-return]
+    factors, scales = rows.sides(False, x.dtype), [rows.seen.scale]
+    return _Product.apply(x, result, None, None, scales, True, *factors)  # type: ignore[no-any-return]
 
 
 class _Convolution(torch.autograd.Function):
@@ -150,7 +162,8 @@ class _Convolution(torch.autograd.Function):
         scales: list[float],
         *factors: Tensor,
     ) -> Tensor:
-        A, up = _side_by_side(ctx, factors, scales, None, x.dtype)
+        ctx.scale = scales[0]
+        A, up = _side_by_side(ctx, factors, scales, x.dtype)
         B = up.transpose(0, 1)
         hidden = F.conv2d(x, A, stride=stride, padding=padding)
         ctx.save_for_backward(x, A, B, hidden)
@@ -176,42 +189,26 @@ class _Convolution(torch.autograd.Function):
 
 
 def _side_by_side(
-    ctx: Any, factors: tuple[Tensor, ...], scales: list[float], own: Rows | None, to: torch.dtype
+    ctx: Any, factors: tuple[Tensor, ...], scales: list[float], to: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """[A1; A2] (r1 + r2, n) and [B1, B2 s2 / s1]^T (r1 + r2, m) of A1, B1, A2, B2, and last those
-    that rows have of their own, of several in a dimension before; `ctx` keeps what `_apart` needs.
-    """
+    """[A1; A2] (r1 + r2, n), [B1, B2 s2 / s1]^T (r1 + r2, m); `ctx` keeps what `_apart` needs."""
     downs, ups = list(factors[::2]), [B.transpose(0, 1) for B in factors[1::2]]
-    ranks, rows = [len(A) for A in downs], 1
-    if own is not None:
-        scales = [*scales, own.scale]
-        rows = len(own.A)
-        ranks.append(len(own.A[0]))
-        downs = [A for last in own.A for A in (*downs, last)]
-        ups = [up for last in own.up for up in (*ups, last)]
     ratios = None
     if scales.count(scales[0]) < len(scales):
         ratios = [scale / scales[0] for scale in scales]
-        ups = [up * ratio for up, ratio in zip(ups, ratios * rows, strict=True)]
+        ups = [up * ratio for up, ratio in zip(ups, ratios, strict=True)]
+    ctx.ratios, ctx.ranks = ratios, [len(A) for A in downs]
     A, up = (downs[0], ups[0]) if len(ups) == 1 else (torch.cat(downs), torch.cat(ups))
-    A, up = A.to(to), up.to(to, memory_format=torch.contiguous_format)
-    ctx.scale, ctx.ratios, ctx.ranks = scales[0], ratios, ranks
-    ctx.own, ctx.stored = own, (own.A if own else factors)[0].dtype
-    return (A, up) if rows == 1 else (A.unflatten(0, (rows, -1)), up.unflatten(0, (rows, -1)))
+    return A.to(to), up.to(to, memory_format=torch.contiguous_format)
 
 
 def _apart(ctx: Any, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
-    """Gradients of `_side_by_side` as those of each adapter's A and B; rows take their own."""
-    of_A, of_up, several = [g_A], [g_up], g_up.dim() == 3
+    """Gradients of `_side_by_side` as those of each adapter's A and B."""
+    of_A, of_up = [g_A], [g_up]
     if len(ctx.ranks) > 1:
-        of_A, of_up = (list(g.split(ctx.ranks, int(several))) for g in (g_A, g_up))
+        of_A, of_up = (list(g.split(ctx.ranks)) for g in (g_A, g_up))
     if ctx.ratios is not None:
         of_up = [up * ratio for up, ratio in zip(of_up, ctx.ratios, strict=True)]
-    if ctx.own is not None:
-        ctx.own.g_A.add_(of_A.pop())
-        ctx.own.g_up.add_(of_up.pop())
-    if several:
-        of_A, of_up = ([g.sum(0, dtype=ctx.stored) for g in side] for side in (of_A, of_up))
     parts: list[Tensor] = []
     for A, up in zip(of_A, of_up, strict=True):
         parts += A, up.transpose(0, 1).contiguous()
@@ -266,13 +263,15 @@ def _fused_class(kind: type) -> type | None:
     return None
 
 
-def _plain_adapters(layer: Any, x: Tensor) -> list[str] | None:
-    """The one or two adapters to run as one product, or None if this call is PEFT's."""
+def _plain_adapters(layer: Any, x: Tensor, without: str | None) -> list[str] | None:
+    """The one or two adapters to run as one product, or None if this call is PEFT's; `without` that
+    in whose place rows have others.
+    """
     if layer._disable_adapters or layer.merged_adapters:
         return None
     # Looked up where modules keep them, as `access.weights` does.
     A, B, dropout = (layer._modules[kind]._modules for kind in ("lora_A", "lora_B", "lora_dropout"))
-    active = [name for name in layer.active_adapters if name in A]
+    active = [name for name in layer.active_adapters if name in A and name != without]
     if not 1 <= len(active) <= 2:
         return None
     training = layer.training

@@ -21,9 +21,7 @@ class Unbounded(Auxiliary):
 
 
 class PerLayer(Auxiliary):
-    """An auxiliary whose norm in each layer is clipped to rho / sqrt(layers)
-    (`--ball per-layer`).
-    """
+    """An auxiliary clipped to rho / sqrt(layers) in each layer (`--ball per-layer`)."""
 
     @torch.no_grad()
     def project_(self, groups: Sequence[int], rho: float | Tensor) -> ball.Projection:

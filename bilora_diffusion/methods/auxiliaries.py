@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import groupby, repeat, starmap
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache, partial
+from itertools import groupby, islice, repeat
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import adapters
-from ..adapters import AUXILIARY, by_row
+from ..adapters import AUXILIARY, PRIMARY, by_row
 from ..choices import SAMPLE
 from ..errors import UserError
 from . import ball
@@ -36,6 +37,7 @@ from .parking import Parking
 
 MOST = 512
 """So many auxiliaries are kept for the samples without being asked for by number."""
+_Row = tuple[int | None, float]  # the auxiliary that a row sees, and how much of it
 
 
 def deal(asked: int | str, names: Sequence[str]) -> tuple[int, list[int]]:
@@ -78,63 +80,68 @@ class _Flat:
     def __init__(
         self, layers: Layers, measures: Sequence[float], count: int, device: str | None
     ) -> None:
-        factors = adapters.factors_of(layers, AUXILIARY)
+        factors, others = (adapters.factors_of(layers, name) for name in (AUXILIARY, PRIMARY))
         order = sorted(range(len(factors)), key=lambda i: (factors[i].A.shape, factors[i].B.shape))
         self.layers = [layers[i][1] for i in order]
-        self.held = [w for one in self.layers for w in adapters.weights(one, AUXILIARY)]
-        self._along = [cast(Any, one).lora_A[AUXILIARY] for one in self.layers]
-        self.scale = factors[0].scale  # of all: they have one rank and alpha
+        self.held = [adapters.weights(one, AUXILIARY)[1] for one in self.layers]
+        self._primary = [adapters.weights(one, PRIMARY)[i] for i in (0, 1) for one in self.layers]
+        # All auxiliaries have one rank and scale. Where all primaries have too, the two products
+        # are made as one, with the quotient of their scales in the auxiliary's B.
+        rank, scale = len(factors[0].A), factors[0].scale
+        kinds = {(len(other.A), other.scale) for other in others}
+        beside, shared = ([PRIMARY], others[0].scale) if len(kinds) == 1 else ([], scale)
+        self._seen, self._quotient = by_row.Seen(AUXILIARY, beside, rank, shared), scale / shared
+        for i, layer in enumerate(cast(list[Any], self.layers)):
+            layer.rows = by_row.Rows(self._seen, i, i + len(order), layer.lora_A[AUXILIARY])
         self._squared = torch.tensor([measures[i] for i in order], dtype=torch.float64).square()
         # Layers of one shape lie side by side: their A, (layers, r, n), and B^T, (layers, r, m).
         sides = [factors[i].A for i in order], [factors[i].B.T for i in order]
         shapes = (groupby(weight.shape for weight in side) for side in sides)
         A, B = ([(len([*own]), *shape) for shape, own in side] for side in shapes)
         self._blocks, self._first_up = A + B, len(A)
-        self._sizes = [*map(math.prod, self._blocks)]
         self.up = sum(weight.numel() for weight in sides[0])  # where the B^T begin
         first = torch.cat([w.detach().flatten() for side in sides for w in side]).to(device)
         self.parameters = [nn.Parameter(first.clone()) for _ in range(count)]
 
     def _blocks_of(self, flat: Tensor) -> list[Tensor]:
         """The A of the layers of each shape, then their B^T, each (..., layers, r, n)."""
-        parts = zip(flat.split(self._sizes, -1), self._blocks, strict=True)
+        parts = zip(flat.split([*map(math.prod, self._blocks)], -1), self._blocks, strict=True)
         return [part.unflatten(-1, shape) for part, shape in parts]
 
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        """The A of all layers, then their B^T, each (..., r, n)."""
-        return [one for block in self._blocks_of(flat) for one in block.unbind(-3)]
-
-    @contextmanager
-    def seen(self, groups: Sequence[int | None], shares: Sequence[float]) -> Iterator[None]:
-        """Within the context row i of every input sees the share `shares[i]` of `groups[i]`, or
-        every row those of the only one.
-        """
-        shown = [g for g in groups if g is not None]
-        if not shown:
-            with by_row.acting(dict.fromkeys(self.layers), AUXILIARY):
-                yield
-            return
-        # Rows without a sample see nothing of any.
-        pairs = [
-            (shown[0], 0.0) if g is None else (g, s) for g, s in zip(groups, shares, strict=True)
-        ]
-        flats = [self._part(self.parameters[group].data, share) for group, share in pairs]
-        gradients = flats[0].new_zeros(len(flats), len(flats[0]))
-        # Of each layer those of all rows: first every A, then every B^T.
-        each, half = list(zip(*map(self._split, flats), strict=True)), len(self.layers)
-        to = self._split(gradients)
-        own = zip(each[:half], each[half:], to[:half], to[half:], repeat(self.scale), self._along)
-        rows = dict(zip(self.layers, starmap(by_row.Rows, own), strict=True))
-        with by_row.acting(rows, AUXILIARY):
-            yield
-        for group, (_, share), gradient in zip(groups, pairs, gradients, strict=True):
-            if group is not None:
-                gradient, flat = self._part(gradient, share), self.parameters[group]
-                flat.grad = gradient if flat.grad is None else flat.grad + gradient
+    def _sides(self, rows: Sequence[_Row], beside: bool, to: torch.dtype) -> list[Tensor]:
+        """`by_row.Seen.sides` of these rows."""
+        made: list[Tensor] = []
+        nothing = next(self.parameters[g].detach() for g, _ in rows if g is not None), 0.0
+        with torch.enable_grad():  # whichever of the passes asks first
+            own = (nothing if g is None else (self.parameters[g], share) for g, share in rows)
+            blocks = zip(*(self._blocks_of(self._part(*one)) for one in own), strict=True)
+            primary = iter(self._primary)
+            for number, parts in enumerate(blocks):
+                block = torch.stack(parts)
+                if beside:
+                    first = torch.stack([*islice(primary, block.shape[1])]).flatten(2)
+                    first = first if number < self._first_up else first.mT
+                    block = torch.cat((first.expand(len(rows), -1, -1, -1), block), -2)
+                made += block.to(to).squeeze(0).unbind(-3)
+        return made
 
     def _part(self, flat: Tensor, share: float) -> Tensor:
-        """So much of its B."""
-        return flat if share == 1 else torch.cat((flat[: self.up], flat[self.up :] * share))
+        """So much of its B, for products with the scale of what is seen."""
+        if (share := share * self._quotient) == 1:
+            return flat
+        # In contrast to * it keeps no tensor, so that several backward passes can go through it.
+        return torch.cat((flat[: self.up], torch.ops.aten.mul.Scalar(flat[self.up :], share)))
+
+    def seen(self, rows: Sequence[_Row]) -> AbstractContextManager[None]:
+        """Within the context every input has these rows, or sees the same in all if it is one."""
+        if all(group is None for group, _ in rows):
+            return self._seen.taken()
+        if odd := {type(one).__name__ for one in self.layers if not hasattr(type(one), "rows")}:
+            raise UserError(
+                f"An auxiliary for each sample can't be added in a {odd.pop()}; leave it out of "
+                "the target modules, or have one auxiliary (auxiliaries 1)."
+            )
+        return self._seen.taken(cache(partial(self._sides, rows)), len(rows))
 
     def squares(self, groups: Sequence[int]) -> Tensor:
         """`ball.Squares` of these auxiliaries, (4, layers, groups)."""
@@ -157,9 +164,6 @@ class Auxiliaries(Auxiliary):
         dealt: which of them each sample sees; [] for sample i % count.
         parked: whether they wait in the CPU's memory for the steps that see them.
         gamma: above this signal-to-noise ratio a row sees the whole; 0 where every row does.
-
-    Attributes:
-        norms: of each auxiliary after its last projection, (count,).
     """
 
     def __init__(
@@ -176,7 +180,7 @@ class Auxiliaries(Auxiliary):
         self._models = [_Flat(own, [next(rest) for _ in own], count, first) for own in layers]
         device = self._models[0].held[0].device
         self._parking = Parking(device, parked)
-        self.norms = torch.zeros(count, dtype=ball.wide(device), device=device)
+        self.norms = torch.zeros(count, dtype=ball.wide(device), device=device)  # when projected
 
     def parameters(self, model: int | None = None) -> list[nn.Parameter]:
         """The flat parameters, of one of the models or of all."""
@@ -233,15 +237,14 @@ class Auxiliaries(Auxiliary):
         """
         if snr and len(snr) != len(samples):
             raise UserError(f"snr has {len(snr)} ratios for {len(samples)} samples; give one each.")
-        gamma, groups = self._gamma, self._groups(samples)
+        gamma = self._gamma
         shares = [math.sqrt(min(own, gamma) / gamma) if gamma else 1.0 for own in snr]
-        shares = shares or [1.0] * len(samples)
-        if len(set(zip(groups, shares, strict=True))) == 1:
-            groups, shares = groups[:1], shares[:1]
-        self._parking.fetch(self._of(groups))
+        rows = [*zip(self._groups(samples), shares or repeat(1.0), strict=False)]
+        rows = rows[:1] if len(set(rows)) == 1 else rows
+        self._parking.fetch(self._of([group for group, _ in rows]))
         with ExitStack() as stack:
             for flat in self._models:
-                stack.enter_context(flat.seen(groups, shares))
+                stack.enter_context(flat.seen(rows))
             yield
 
     def norm(self) -> Tensor:

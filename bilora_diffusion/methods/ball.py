@@ -149,7 +149,8 @@ def grams(blocks: Sequence[Tensor]) -> Tensor:
     """
     at_once = _at_once(blocks[0].device, blocks[0][0].numel() * len(blocks))
     stacks = zip(*(block.split(at_once) for block in blocks), strict=True)
-    return torch.cat([_gram(torch.stack(stack, 1)) for stack in stacks])
+    each = [_gram(torch.stack(stack, 1).flatten(0, 1)) for stack in stacks]
+    return torch.cat(each).unflatten(0, (-1, len(blocks)))
 
 
 def _squares(layers: Sequence[Factors], gram_A: Tensor, gram_B: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
-from bilora_diffusion.adapters.by_row import Rows, acting
 from bilora_diffusion.adapters.fused import FusedLinear, fuse, unfuse, unfused
+from bilora_diffusion.methods.auxiliaries import Auxiliaries
 
 BOTH = (PRIMARY, AUXILIARY)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -48,7 +48,8 @@ def results(model, x, autocast=None, forward=None):
     found = {"output": output.detach(), "x": cast(Tensor, x.grad)}
     for name in adapters.active(model):
         for key, parameter in adapters.named_parameters(model, name).items():
-            found[f"{name}.{key}"] = cast(Tensor, parameter.grad).clone()
+            if parameter.grad is not None:
+                found[f"{name}.{key}"] = parameter.grad.clone()
     return found
 
 
@@ -82,9 +83,7 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
     transposed=st.booleans(),
 )
 def test_same_as_peft(dtypes, ranks, alphas, shape, kernel, bias, active, transposed):
-    """`dtypes` are of the weights, of x, and of autocast; `kernel` is that of a convolution, with
-    stride and padding.
-    """
+    """`dtypes`: of the weights, x, autocast; `kernel`: a convolution's, with stride and padding."""
     torch.manual_seed(0)
     base, own, autocast = dtypes
     layer: nn.Module = nn.Linear(12, 7, bias=bias)
@@ -194,33 +193,39 @@ def test_checkpointed_or_compiled_it_is_the_same(wrap, autocast, layer, shape):
 
 
 @pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("active", [(PRIMARY,), BOTH], ids=["one", "two"])
+@pytest.mark.parametrize("beside", [[PRIMARY], []], ids=["at once", "apart"])
 @pytest.mark.parametrize("dora", [False, True])
 @each_layer
-def test_rows_add_products_with_factors_of_their_own(layer, shape, dora, active, alone):
-    """Against autograd through each row's own two layers, in two passes."""
+def test_rows_add_products_with_factors_of_their_own(layer, shape, dora, beside, alone):
+    """Against autograd through each row's own two layers, in two passes, one checkpointed."""
     torch.manual_seed(0)
-    model = adapted(copy.deepcopy(layer).double(), active=active, use_dora=dora)
+    model = adapted(copy.deepcopy(layer).double(), active=(PRIMARY,), use_dora=dora)
     fuse(model)
     lora_layer: Any = model[0]
     pair = [side[AUXILIARY] for side in (lora_layer.lora_A, lora_layer.lora_B)]
-    count, scale = 1 if alone else shape[0], 1.7
+    count, scale = 1 if alone else shape[0], lora_layer.scaling[AUXILIARY]
     factors = [torch.randn(count, *m.weight.shape).double().requires_grad_() for m in pair]
 
-    def each(x):
-        products = [x[i : i + 1] for i in range(len(x))]
+    def row(x, i):
         for module, own in zip(pair, factors, strict=True):
-            made = [(module, {"weight": own[i % count]}, p) for i, p in enumerate(products)]
-            products = [torch.func.functional_call(*one) for one in made]
-        return model(x) + scale * torch.cat(products)
+            x = torch.func.functional_call(module, {"weight": own[i % count]}, x)
+        return x
+
+    def each(x):
+        return model(x) + scale * torch.cat([row(x[i : i + 1], i) for i in range(len(x))])
 
     x = torch.randn(shape, dtype=torch.float64)
     expected = [results(model, x * k, forward=each) for k in (1, 2)]
-    A, B = (own.detach().flatten(2) for own in factors)
-    gathered = torch.zeros_like(A), torch.zeros_like(B.mT)
-    rows = Rows(list(A), list(B.mT), *gathered, scale, pair[0])
-    with acting({lora_layer: rows}, "a third"):
-        for k in (1, 2):
-            assert_same(results(model, x * k), expected[k - 1], 1e-12)
-    g_A, g_B = (cast(Tensor, own.grad).flatten(2) for own in factors)
-    torch.testing.assert_close(gathered, (g_A, g_B.mT))
+
+    def flat(A, B):
+        return torch.cat((A.flatten(), B.flatten(1).T.flatten()))
+
+    own = Auxiliaries([adapters.layers(model, AUXILIARY)], [1.0], count)
+    lora_layer.rows.seen.beside, lora_layer._active_adapter = beside, list(BOTH)
+    for i, parameter in enumerate(own.parameters()):
+        parameter.data = flat(*(factor.detach()[i] for factor in factors))
+    with own.seen(range(count)):
+        for k, forward in enumerate((model, partial(checkpoint, model, use_reentrant=False))):
+            assert_same(results(model, x * (k + 1), forward=forward), expected[k], 1e-12)
+    for i, parameter in enumerate(own.parameters()):
+        torch.testing.assert_close(parameter.grad, flat(*(f.grad[i] for f in cast(Any, factors))))

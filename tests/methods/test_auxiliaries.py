@@ -54,10 +54,9 @@ def flats(method):
 )
 def test_50_steps_follow_per_sample_loops(kind, lr, rho, gamma, cuts):
     """Acceptance: float64, to 1e-10, however the batch is cut."""
-    given: dict[str, Any] = {"auxiliary_rank": 2, "auxiliary_alpha": 3, "rho": rho}
-    given["auxiliary_learning_rate"] = 2 * lr
-    one = Run("bilora", MethodOptions(**given), kind, lr)
-    options = MethodOptions(auxiliaries=COUNT, auxiliary_snr_gamma=gamma, **given)
+    given: Any = {"auxiliary_rank": 2, "auxiliary_alpha": 3, "auxiliary_learning_rate": 2 * lr}
+    one = Run("bilora", MethodOptions(rho=rho, **given), kind, lr)
+    options = MethodOptions(auxiliaries=COUNT, auxiliary_snr_gamma=gamma, rho=rho, **given)
     run = Run("bilora", options, kind, lr)
     first, *others = (naive(one) for _ in range(1 + COUNT))
     net = reference.Net([replace(la, A2=None, B2=None) for la in first.layers], first.rules)
@@ -83,10 +82,9 @@ def test_50_steps_follow_per_sample_loops(kind, lr, rho, gamma, cuts):
 def test_a_batch_of_several_samples_is_what_they_are_one_by_one(option):
     """On convolutions and linear layers of one shape and of several."""
     losses, tensors = [], []
+    given: Any = {"options": {"auxiliaries": 3, "rho": 0.5}, "optimizer": "SGD", "lr": 0.1}
     for pieces in (1, ROWS):
-        options = {"auxiliaries": 3, "rho": 0.5}
-        given: Any = {"options": options, "optimizer": "SGD", "lr": 0.1, "micro_batches": pieces}
-        run = Small("bilora", option, "unet", **given).initialise()
+        run = Small("bilora", option, "unet", micro_batches=pieces, **given).initialise()
         losses.append(run.train(2))
         tensors.append(run.tensors())
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
@@ -117,11 +115,8 @@ def test_those_that_wait_in_the_cpus_memory_learn_the_same():
     ]
     losses = [run.train(20, backward=lambda k, run=run: backward(run, k, (3,))) for run in runs]
     assert losses[0] == losses[1]
-    here, there = (flats(run.method) for run in runs)
-    assert all(torch.equal(value, there[key]) for key, value in here.items())
-    states = [run.optimizer.state_dict()["state"] for run in runs]
-    for key, state in states[0].items():
-        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
+    here, there = ((flats(run.method), run.optimizer.state_dict()["state"]) for run in runs)
+    torch.testing.assert_close(here, there, rtol=0, atol=0)
 
 
 def test_a_step_takes_as_many_operations_however_many_there_are():
@@ -149,8 +144,7 @@ def test_samples_are_dealt_by_name_as_evenly_as_can_be():
 
 
 def test_more_than_can_be_kept_and_rows_that_are_not_the_samples_are_refused():
-    many = tuple(map(str, range(513)))
-    for names, fix in (((), "give that number"), (many, "512")):
+    for names, fix in (((), "give that number"), (tuple(map(str, range(513))), "512")):
         with pytest.raises(UserError, match=fix):
             Run("bilora", MethodOptions(auxiliaries="sample", sample_names=names))
     run = Run("bilora", MethodOptions(auxiliaries=COUNT))
