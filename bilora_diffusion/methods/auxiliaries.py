@@ -117,12 +117,12 @@ class _Flat:
             blocks = zip(*(self._blocks_of(self._part(*one)) for one in own), strict=True)
             primary = iter(self._primary)
             for number, parts in enumerate(blocks):
-                block = torch.stack(parts)
                 if beside:
-                    first = torch.stack([*islice(primary, block.shape[1])]).flatten(2)
+                    first = torch.stack([*islice(primary, self._blocks[number][0])]).flatten(2)
                     first = first if number < self._first_up else first.mT
-                    block = torch.cat((first.expand(len(rows), -1, -1, -1), block), -2)
-                made += block.to(to).squeeze(0).unbind(-3)
+                    parts = [side for part in parts for side in (first, part)]
+                block = torch.cat(parts, 1).unflatten(1, (len(rows), -1))
+                made += block.to(to).squeeze(1).unbind()
         return made
 
     def _part(self, flat: Tensor, share: float) -> Tensor:
