@@ -63,9 +63,6 @@ KINDS = {
     "bilora-sample": ArmKind(
         "Bi-LoRA, an auxiliary for each of 20 samples", "bilora", options={"auxiliaries": SAMPLES}
     ),
-    "bilora-sample-rank1": ArmKind(
-        "Bi-LoRA, these at rank 1", "bilora", options={"auxiliaries": SAMPLES, "auxiliary_rank": 1}
-    ),
     "bilora-peft": ArmKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
     "lora-peft": ArmKind("LoRA, PEFT's forward", "lora", fused=False),
     "bilora-compiled": ArmKind("Bi-LoRA, compiled", "bilora", compiled=True),
