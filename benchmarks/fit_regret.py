@@ -4,8 +4,8 @@
     python -m benchmarks.fit_regret --sets animals --seeds 0 --steps 60 --output_dir results/try
 
 For each set and seed: one fit on folds of the set; then the same search by the truth, which is the
-miniature's held-out pictures (or reviews) that no fold has seen, on the whole set; both
-measured at the same steps. Regret is the loss on the truth of the choice at its step minus the
+miniature's held-out pictures (or reviews) that no fold has seen, on the whole set; both measured
+at the same steps. Regret is the loss on the truth of what the fit's last run leaves, minus the
 lowest of all that was measured there, as a share of that.
 
 What is finished is not repeated, so that the same command goes on.
@@ -41,17 +41,17 @@ COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--re
 ICONS = ["--pretrained_model_name_or_path", "mini", "--learning_rate", "1e-3"]
 REVIEWS = ["--model_name_or_path", "minilm", "--task_type", "classification", "--max_length", "64"]
 SAMPLE = ["--method", "bilora", "--rho", "auto", "--auxiliaries", "sample"]
-DATASETS = {
+DATASETS = {  # and what is fixed
     "icons": ["mini"],
     "icons-lora": ["mini", "--method", "lora"],
     "icons-sample": ["mini", *SAMPLE],
     "animals": ["mini-animals"],
 }
-"""Data and what is fixed."""
 SHARE: Any = {"scale": 100, "form": ".2f"}
 LOSS: Any = {"scale": 1000, "form": ".2f"}
 METRICS = {
     "regret": Metric("regret, %", **SHARE),
+    "constant": Metric("of its choice at its step, at the constant rate, %", **SHARE),
     "configuration": Metric("of its configuration at the best step, %", **SHARE),
     "other": Metric("of what is best with another seed, %", **SHARE),
     "gain": Metric("below the command as given, %", **SHARE),
@@ -108,17 +108,20 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, f
     known: Any = read_fit(place / "truth" / FIT_RECORD)
     pairs = ((one["title"], zip(one["steps"], one["losses"], strict=True)) for one in known["runs"])
     curves = {title: dict(curve) for title, curve in pairs}
-    given = curves.pop("as given")[steps]
-    own = curves.setdefault(choice["title"], {})
+    given, own = curves.pop("as given")[steps], curves.setdefault(choice["title"], {})
+    alone = [*base, *words(tuple(choice["options"].items())), *truth]
     if choice["steps"] not in own:
-        alone = [*words(tuple(choice["options"].items())), *truth, *every]
-        run(script, [*base, *alone], place / "choice")
+        run(script, [*alone, *every], place / "choice")
         rows = read_metrics(place / "choice")
         own |= {row["step"]: row["heldout_loss"] for row in rows if row.get("heldout_loss")}
-    loss, (best, *_) = own[choice["steps"]], lowest(curves)
-    least = min(value for step, value in own.items() if step)
-    values = {"regret": loss / best - 1, "configuration": least / best - 1}
-    values |= {"choice": loss, "best": best, "given": given, "gain": 1 - loss / given}
+    left, (best, *_) = own[choice["steps"]], lowest(curves)
+    if "--auxiliaries" in alone and "--lr_scheduler" not in base:  # as its last run
+        course = ["--lr_scheduler", "linear", "--max_train_steps", str(2 * choice["steps"])]
+        run(script, [*alone, *course], place / "last")
+        left = read_metrics(place / "last")[-1]["heldout_loss"]
+    values = {"regret": left / best - 1, "constant": own[choice["steps"]] / best - 1}
+    values |= {"configuration": lowest({"": own})[0] / best - 1, "gain": 1 - left / given}
+    values |= {"choice": left, "best": best, "given": given}
     return values, f"{choice['title']}, {choice['steps']} steps", curves
 
 

@@ -55,8 +55,8 @@ class ArmKind(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})  # of the method, where not its defaults
 
 
+# Of `--methods all`: those that train adapters; `full` is run by name only.
 METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
-"""Methods of `--methods all`: those that train adapters. `full` is run by name only."""
 KINDS = {
     **{name: ArmKind(methods.get(name).title, name) for name in methods.names()},
     "bilora-auto": ArmKind("Bi-LoRA, rho auto", "bilora", options={"rho": "auto"}),

@@ -111,15 +111,12 @@ class StoppingOptions:
     )
     fit: bool = option(
         False,
-        "Choose rate, rank, method and steps first, by paired runs of --max_train_steps at most on"
-        " folds, or on a validation set; then train on everything. The same command goes on.",
+        "Choose rate, rank, method, steps by paired runs on folds or a held-out set, then train.",
         free=True,
     )
     fit_space: str | None = option(
         None,
-        "YAML file of what --fit searches: option -> values. Default: three rates around"
-        " --learning_rate and further where the best is at an edge; ranks 4, 8, 16, and lora and"
-        " bilora --rho auto, unless --rank or --method is given.",
+        "YAML file of what --fit searches: option -> values. Default: rates, ranks, methods.",
         place=True,
         **FOR_FIT,
     )

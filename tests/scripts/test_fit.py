@@ -18,9 +18,11 @@ FIT = {"max_train_steps": 6, "validation_loss_steps": 2, "lr_scheduler": "consta
 
 @pytest.fixture
 def given(tmp_path):
-    """A classifier of 24 rows, and a space of two methods."""
-    (tmp_path / "space.yaml").write_text("method: [lora, bilora]\n")
+    """A classifier of 24 rows, a space of two methods, and a schedule that is not typed."""
+    (tmp_path / "space.yaml").write_text("method: [lora, bilora]\nauxiliaries: sample\n")
+    (tmp_path / "recipe.yaml").write_text("lr_scheduler: constant\n")
     fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 36, "fit_folds": 2}
+    fit |= {"config": tmp_path / "recipe.yaml", "lr_scheduler": None}
     return {**material("classification"), **FIT, **fit}
 
 
@@ -54,26 +56,25 @@ def test_a_fit_goes_on_where_it_was_interrupted_and_trains_what_it_chose(
     assert not list(whole.glob("fit/*/checkpoints"))
     assert (whole / "fit.png").stat().st_size > 5_000
     assert "](fit.png)" in (whole / "README.md").read_text()
-    results = runlog.read_run(whole)["results"]
-    assert results["chosen_steps"] == results["steps"] == choice["steps"]
+    results, length = runlog.read_run(whole)["results"], 2 * choice["steps"]
+    assert results["chosen_steps"] == results["steps"] == length
 
     # The last run is what a command with these options makes.
-    own = {**given, **choice["options"], "max_train_steps": choice["steps"]}
+    own = {**given, **choice["options"], "max_train_steps": length, "lr_scheduler": "linear"}
     no_fit = dict.fromkeys(("fit", "fit_space", "fit_budget", "fit_folds"))
     assert difference(whole, train_text(tmp_path / "plain", **{**own, **no_fit})) == 0
 
     # Each part begins with models that no run had before: the same bytes, and no step twice.
     taken = interrupt(monkeypatch, 3, 12, spent + 1)
     parts = tmp_path / "parts"
-    for where in ("fit/", "fit/", f"of {choice['steps']},"):
+    for where in ("fit/", "fit/", f"of {length},"):
         with pytest.raises(KeyboardInterrupt, match=where):
             train_text(parts, **given)
     with pytest.raises(UserError, match="learning_rate was"):
         train_text(parts, **given, learning_rate=3e-2)
     train_text(parts, **given)
-    assert len(taken) == spent + choice["steps"]
-    again = record(parts)
-    assert {**again, "settings": 0} == {**found, "settings": 0}
+    assert len(taken) == spent + length
+    assert {**record(parts), "settings": 0} == {**found, "settings": 0}
     assert difference(whole, parts) == 0
     for run in found["runs"]:
         for name in ("loss", "digest", "heldout_loss"):

@@ -152,9 +152,7 @@ class Fit:
         }
 
     def choose(self, goes_on: bool) -> Any:
-        """Search, or go on with what the folder holds of a search with the same settings: the
-        configuration to train with, or the `Stop` of what stopped the search.
-        """
+        """Search, or go on with the folder's: the configuration to train with, or a `Stop`."""
         earlier = read_fit(self.folder / FIT_RECORD) if goes_on else None
         self._accelerator.wait_for_everyone()  # before the main process writes what all have read
         if earlier is not None:
@@ -189,6 +187,9 @@ class Fit:
     def _final(self, options: Options, steps: int) -> Any:
         """The configuration with the user's own schedule, rescaled to the chosen steps."""
         cfg, warm = self._config(options), self.cfg.lr_warmup_steps
+        free = cfg.lr_scheduler.startswith("constant") and "lr_scheduler" not in self._typed
+        if free and cfg.auxiliaries != 1:  # lower by 1 % on pictures; LoRA's is higher by that
+            cfg, steps = replace(cfg, lr_scheduler="linear"), 2 * steps
         rescaled = warm and round(warm * steps / self.plan.steps)
         return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=rescaled)
 

@@ -25,8 +25,7 @@ from .space import METHOD, RATE, Options, Space
 BUDGET = 10  # runs of the whole length that a search costs at most, unless it is told otherwise
 EXPLORED = 0.6  # share of the budget that the first rounds, on one fold, may take
 BEYOND = 1.5  # a curve is whole where it goes on for so many times the step of its lowest point
-Curve = Mapping[int, np.ndarray]
-"""Step -> held-out loss of each sample, (n,); their mean is the held-out loss."""
+Curve = Mapping[int, np.ndarray]  # step -> held-out loss of each sample, (n,)
 
 
 class Work(NamedTuple):
@@ -37,8 +36,8 @@ class Work(NamedTuple):
     steps: int
 
 
+# Trains runs and gives the curve of each, or why it could not go on.
 Measure = Callable[[Sequence[Work]], Iterable[Curve | str]]
-"""Trains runs and gives the curve of each, or why it could not go on."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,7 @@ class Plan:
 
 
 def lowest(curve: Curve) -> tuple[float, int]:
-    """The lowest mean of a curve and its step, of equal ones the first; that at step 0 is the base
-    model's and does not count.
-    """
+    """The lowest mean of a curve, but for the base model's at step 0, and its first step."""
     return min((float(losses.mean()), step) for step, losses in curve.items() if step > 0)
 
 
@@ -86,9 +83,8 @@ class Search:
         """Losses that a run on the whole set is expected to leave on the samples of the first
         ``folds`` of a configuration, or of all, at each step that all of these were measured at.
 
-        It overfits later than a run on a part of it: after as many epochs where samples differ,
-        after as many steps where they are alike. So a step's loss is the mean from half way between
-        to it.
+        It overfits later than a run on a part: by epochs where samples differ, by steps where they
+        are alike. So a step's loss is the mean from half way between to it.
         """
         curves = self.curves[options][:folds]
         common = sorted(set.intersection(*map(set, curves)))
@@ -165,27 +161,21 @@ class Search:
         return max(0, work.steps - (max(own[work.fold]) if work.fold < len(own) else 0))
 
     def _next(self, options: Options) -> list[Work]:
-        """Works that bring a configuration on: its folds to more steps until its curve is whole,
-        then one more fold.
-        """
+        """Works that bring one on: to more steps, or where its curve is whole to one more fold."""
         curve, count = self.expected(options), len(self.curves[options])
         needed = self.plan.rounded(BEYOND * lowest(curve)[1])
         folds = range(count) if needed > max(curve) else range(count, self.plan.folds)[:1]
         return [Work(options, fold, needed) for fold in folds]
 
     def _differences(self, options: Options, best: Options, *steps: int) -> np.ndarray:
-        """Losses of a configuration less another's on the folds that both have, by sample: at given
-        steps, or where each is lowest.
-        """
+        """Losses less another's on folds of both, by sample, at given steps or the lowest."""
         count = min(len(self.curves[options]), len(self.curves[best]))
         one, other = (self.expected(o, count) for o in (options, best))
         step, at = steps or (lowest(one)[1], lowest(other)[1])
         return one[step] - other[at]
 
     def _ordered(self) -> list[Options]:
-        """Configurations that are not out: the lowest of those on at least as many folds as all but
-        one, then the others by their difference to it.
-        """
+        """Those not out: the lowest on as many folds as all but one, then by difference to it."""
         alive = [options for options in self.curves if options and options not in self.out]
         folds = sorted(len(self.curves[options]) for options in alive)[-2:][:1]
         enough = [o for o in alive if [len(self.curves[o])] >= folds]
@@ -208,17 +198,16 @@ class Search:
         return ordered[0], lowest(self.expected(ordered[0]))[1]
 
     def standings(self) -> dict[Options, dict[str, Any]]:
-        """The choice first, then all others that were measured, each by its paired difference to
-        the choice on the folds that both have: those on more folds first, then the lower ones; last
-        the command line as it was given, at its last step.
+        """The choice, then the others by their paired difference to it on the folds of both, those
+        on more folds first; last the command line as it was given, at its last step.
         """
         chosen, step = self.chosen
         rows = []
         for options, own in self.curves.items():
             its = lowest(self.expected(options))[1] if options else max(self.expected(options))
             gaps, folds = self._differences(options, chosen, its, step), len(self.curves[chosen])
-            row = {"steps": its, "folds": min(len(own), folds), "difference": float(gaps.mean())}
-            row["interval"] = student_interval(gaps)
+            row: dict[str, Any] = {"steps": its, "folds": min(len(own), folds)}
+            row |= {"difference": float(gaps.mean()), "interval": student_interval(gaps)}
             last = (options != chosen, not options, -row["folds"], row["difference"])
             rows.append((last, options, row))
         return {options: row for _, options, row in sorted(rows, key=lambda r: r[0])}

@@ -82,9 +82,8 @@ class Space:
 
 def default_values(typed: Collection[str], rate: float, supports_sample: bool) -> Values:
     """The space of a fit without a file; what the user typed is fixed, but for the rate."""
-    forms = {name: (value,) for name, value in FORM} | {METHOD: ("lora", "bilora")}
-    if not supports_sample:
-        del forms["auxiliaries"]
+    form = FORM if supports_sample else FORM[:-1]
+    forms = {name: (value,) for name, value in form} | {METHOD: ("lora", "bilora")}
     rates = tuple(f"{rate * by:.6g}" for by in (0.5, 1.0, 2.0))
     values = {**({} if METHOD in typed else forms), RATE: rates, "rank": RANKS}
     return {name: own for name, own in values.items() if name == RATE or name not in typed}
