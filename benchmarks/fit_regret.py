@@ -114,11 +114,10 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, f
         run(script, [*alone, *every], place / "choice")
         rows = read_metrics(place / "choice")
         own |= {row["step"]: row["heldout_loss"] for row in rows if row.get("heldout_loss")}
-    left, (best, *_) = own[choice["steps"]], lowest(curves)
-    if "--auxiliaries" in alone and "--lr_scheduler" not in base:  # as its last run
-        course = ["--lr_scheduler", "linear", "--max_train_steps", str(2 * choice["steps"])]
-        run(script, [*alone, *course], place / "last")
-        left = read_metrics(place / "last")[-1]["heldout_loss"]
+    last: Any = read_run(place / "fit")["config"]  # of its last run, which saw no truth
+    course = ((name, str(last[name])) for name in ("lr_scheduler", "max_train_steps"))
+    run(script, [*alone, *words(tuple(course))], place / "last")
+    left, (best, *_) = read_metrics(place / "last")[-1]["heldout_loss"], lowest(curves)
     values = {"regret": left / best - 1, "constant": own[choice["steps"]] / best - 1}
     values |= {"configuration": lowest({"": own})[0] / best - 1, "gain": 1 - left / given}
     values |= {"choice": left, "best": best, "given": given}

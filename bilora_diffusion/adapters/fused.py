@@ -1,11 +1,11 @@
 """One low-rank product for both adapters: W0 x + [s1 B1, s2 B2] [A1; A2] x, PEFT's sum of two.
 
-The parameters stay separate; they are put side by side in each forward. The product runs in the
-precision of the base's output (autocast's where it is on), so x is not copied to fp32 as PEFT does.
-Forward and backward are written out, for autograd would add the product to the base's output
-through a view, at the price of six more operations on all of the activations. Of a convolution, A's
-are one with as many channels as both ranks. Where a layer is in a state that one product can't
-express, that call goes to PEFT's own forward.
+The parameters stay separate; each forward puts them side by side, or takes what `by_row` made. The
+product runs in the precision of the base's output (autocast's where it is on), so x is not copied
+to fp32 as PEFT does. Forward and backward are written out, for autograd would add the product to
+the base's output through a view, at the price of six more operations on all of the activations. Of
+a convolution, A's are one with as many channels as both ranks. Where a layer is in a state that one
+product can't express, that call goes to PEFT's own forward.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ gradients move.
 
 Each auxiliary is one flat parameter of the optimizer for each trained model, so one whose samples
 are not in a step has no gradient, and every optimizer leaves it, its moments and its count alone.
-Within `Auxiliaries.seen` each layer computes with views of those that its rows see, in one batched
-product with the primary (`adapters.by_row`); the layers' own parameters are not used.
+Within `Auxiliaries.seen` those that rows see are put beside the primary for all layers at once, and
+autograd takes the gradients apart (`adapters.by_row`); the layers' own parameters are not used.
 
 In a flat parameter lie the A of all layers, then their B^T, layers of one shape side by side: norms
 and projections take as many operations for one auxiliary as for those of a whole step.

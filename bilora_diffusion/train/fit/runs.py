@@ -185,10 +185,10 @@ class Fit:
             report.write(self.folder, self._settings(), self.search, done)
 
     def _final(self, options: Options, steps: int) -> Any:
-        """The configuration with the user's own schedule, rescaled to the chosen steps."""
+        """The configuration with the user's schedule, if any, rescaled to the chosen steps."""
         cfg, warm = self._config(options), self.cfg.lr_warmup_steps
         free = cfg.lr_scheduler.startswith("constant") and "lr_scheduler" not in self._typed
-        if free and cfg.auxiliaries != 1:  # lower by 1 % on pictures; LoRA's is higher by that
+        if free and cfg.auxiliaries != 1:  # LoRA would learn by heart while it falls
             cfg, steps = replace(cfg, lr_scheduler="linear"), 2 * steps
         rescaled = warm and round(warm * steps / self.plan.steps)
         return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=rescaled)
