@@ -280,17 +280,12 @@ class Auxiliaries(Auxiliary):
                     yield p.data[flat.up :], p.grad[flat.up :]
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return {
+        own = {
             f"{name}/{AUXILIARY}/{number}": parameter.detach()
             for name, flat in zip(names, self._models, strict=True)
             for number, parameter in enumerate(flat.parameters)
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"norms": self.norms.tolist()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.norms.copy_(torch.tensor(state["norms"]))
+        return own | {f"{AUXILIARY}/norms": self.norms}
 
 
 def create(layers: Sequence[Layers], options: MethodOptions) -> Auxiliary:

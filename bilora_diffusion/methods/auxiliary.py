@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,13 +95,6 @@ class Auxiliary:
         """Tensors for a checkpoint beside the layers' parameters."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """State for a resume beside them."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-
     def _own(self, model: int | None = None) -> Layers:
         own = self._layers if model is None else self._layers[model : model + 1]
         return [pair for layers in own for pair in layers]
@@ -171,13 +163,6 @@ class WithAuxiliary(Counting):
             # The layers' own parameters are not used.
             tensors = {key: t for key, t in tensors.items() if key.split("/")[1] != AUXILIARY}
         return tensors | own
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | self.auxiliary.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.auxiliary.load_state_dict(state)
 
 
 def scales(layers: Layers, rho_norm: str, adapter: str = AUXILIARY) -> list[float]:

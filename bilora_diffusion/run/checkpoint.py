@@ -33,7 +33,7 @@ from ..durable import TEMPORARY, discard, dump_json, readable_as, remove_leftove
 from ..errors import TrainingError, UserError, translated
 from ..files import finite
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 CHECKPOINTS, DIGESTS = "checkpoints", "digests.json"
 ADAPTERS, OPTIMIZER, STATE = "adapters.safetensors", "optimizer.safetensors", "state.json"
 FILES = (ADAPTERS, OPTIMIZER, STATE)

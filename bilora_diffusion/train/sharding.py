@@ -140,8 +140,9 @@ def average_gradients(
     parameters = parameters_of(optimizer) if accelerator.is_fsdp2 else list(apart)
     if not parameters:
         return
-    reached = parameters[0].new_tensor([0.0 if p.grad is None else 1.0 for p in parameters])
-    anywhere: Any = accelerator.reduce(reached, reduction="sum")
+    reached = [0.0 if p.grad is None else 1.0 for p in parameters]
+    on_device = torch.tensor(reached, device=accelerator.device)
+    anywhere: Any = accelerator.reduce(on_device, reduction="sum")
     mine = [p for p, count in zip(parameters, anywhere.tolist(), strict=True) if count]
     if not mine:
         return

@@ -168,7 +168,7 @@ def test_what_is_no_checkpoint_is_refused_with_one_that_is(tmp_path):
         run: ("not a checkpoint folder", str(good)),
         good / checkpoint.STATE: ("not a checkpoint folder",),
         good.parent / "step-7": ("does not exist", str(good)),
-        foreign: ("schema version 1", "reads 3", "the version that wrote it"),
+        foreign: ("schema version 1", "reads 4", "the version that wrote it"),
     }.items():
         with pytest.raises(UserError) as error:
             load(path)
