@@ -38,6 +38,7 @@ from bilora_diffusion.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.methods import MethodOptions, Target
 from bilora_diffusion.run import provenance
 from bilora_diffusion.train.compiling import Blocks
+from bilora_diffusion.train.running import keep_freed_memory
 
 SEED = 0
 MAX_GRAD_NORM = 1.0
@@ -134,6 +135,7 @@ class Arm:
 
 def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -> list[Arm]:
     """Arms on one base model and one batch."""
+    keep_freed_memory(device)  # as training does
     shape, dtype = SHAPES[args.shapes], DTYPES[args.dtype]
     base = materialize(shape.build, dtype=dtype, device=device, seed=SEED)
     base.train().requires_grad_(False)
