@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 from typing import Any
 
 import pytest
@@ -217,6 +218,15 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
     assert f"{BY_LEVEL}25" in events.Tags()["scalars"]
     (shown,) = events.Images("validation")
     assert (shown.step, shown.width, shown.height) == (3, 64, 64)
+
+
+def test_on_a_cpu_freed_memory_is_there_for_the_next_step():
+    running.keep_freed_memory(torch.device("cpu"))
+    faults = []
+    for _ in range(2):
+        torch.ones(2**24).sum()  # 64 MiB are 16,384 pages
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[1] - faults[0] < 1000
 
 
 def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch):
