@@ -24,7 +24,8 @@ class Parking:
 
     def __init__(self, device: torch.device, parks: bool) -> None:
         self.device, self.parks = device, parks
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._cuda = device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
         self._here: dict[nn.Parameter, Any] = {}  # on the device, with their copies' events
 
     def expect(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -63,8 +64,8 @@ class Parking:
             state.update({name: to(v) for name, v in state.items() if isinstance(v, Tensor)})
 
     def _brought(self, value: Tensor) -> Tensor:
-        return value.to(self.device, non_blocking=True, copy=True)
+        return value.to(self.device, non_blocking=self._cuda, copy=True)
 
     def _home(self, value: Tensor) -> Tensor:
-        pinned = torch.empty_like(value, device="cpu", pin_memory=self._stream is not None)
-        return pinned.copy_(value, non_blocking=True)
+        pinned = torch.empty_like(value, device="cpu", pin_memory=self._cuda)
+        return pinned.copy_(value, non_blocking=self._cuda)
