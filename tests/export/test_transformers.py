@@ -63,13 +63,6 @@ def output(pipeline):
     return family.predict(pipeline.transformer, latents, torch.tensor([0.3, 0.8]), told)
 
 
-def pipeline_that_loads(kind):
-    pipeline = made(kind)
-    if not hasattr(pipeline, "load_lora_weights"):
-        pytest.skip(f"diffusers' {kind} has no load_lora_weights")
-    return pipeline
-
-
 @pytest.mark.parametrize(
     ("kind", "layers", "dora"),
     [
@@ -78,7 +71,11 @@ def pipeline_that_loads(kind):
     ],
 )
 def test_the_pipeline_loads_what_was_trained(kind, layers, dora, tmp_path):
-    source, other = trained(kind, layers, use_dora=dora), pipeline_that_loads(kind)
+    source, other = trained(kind, layers, use_dora=dora), made(kind)
+    if not hasattr(other, "load_lora_weights"):
+        pytest.skip(f"diffusers' {kind} has no load_lora_weights")
+    # As PEFT leaves it: torch takes another kernel for a weight that requires gradients.
+    other.transformer.requires_grad_(False)
     with adapters.only(source.transformer, [PRIMARY]):
         expected = output(source)
     exported(tmp_path, source)
@@ -90,7 +87,7 @@ def test_the_pipeline_loads_what_was_trained(kind, layers, dora, tmp_path):
     assert size > 1e-2
     torch.testing.assert_close(output(other), expected, rtol=1e-5, atol=3e-5)
     other.unload_lora_weights()
-    torch.testing.assert_close(output(other), before, rtol=1e-5, atol=1e-6)  # weights moved
+    assert torch.equal(output(other), before)
 
 
 @pytest.mark.parametrize("kind", FILES)

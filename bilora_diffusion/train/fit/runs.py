@@ -187,8 +187,8 @@ class Fit:
     def _final(self, options: Options, steps: int) -> Any:
         """The configuration with the user's schedule, if any, rescaled to the chosen steps."""
         cfg, warm = self._config(options), self.cfg.lr_warmup_steps
-        free = cfg.lr_scheduler.startswith("constant") and "lr_scheduler" not in self._typed
-        if free and cfg.auxiliaries != 1:  # LoRA would learn by heart while it falls
+        many = cfg.method == "bilora" and cfg.auxiliaries != 1  # LoRA learns by heart as it falls
+        if many and "lr_scheduler" not in self._typed and cfg.lr_scheduler.startswith("constant"):
             cfg, steps = replace(cfg, lr_scheduler="linear"), 2 * steps
         rescaled = warm and round(warm * steps / self.plan.steps)
         return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=rescaled)
