@@ -65,7 +65,6 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m docs.scope
 
 format: $(VENV)/.installed-dev  ## let ruff mend style and order of imports
 	$(BIN)/ruff check --fix .

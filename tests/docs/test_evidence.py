@@ -1,10 +1,10 @@
-"""The page of evidence, and the budgets of the folders."""
+"""The page of evidence."""
 
 from math import inf
 
 import pytest
 
-from docs import evidence, scope
+from docs import evidence
 from docs.evidence import FAILS, HOLDS, OPEN, Check, Figure
 from eval.table import Entry, Result, Row, write
 
@@ -61,37 +61,3 @@ def test_every_claim_of_the_paper_is_there_and_each_check_asks_for_one_side():
         assert claim.checks
         for check in claim.checks:
             assert (check.below < inf) + (check.above > -inf) + (check.within is not None) == 1
-
-
-TABLE = """
-## Budgets
-
-| folder | lines |
-|---|---|
-| `house/*.py` | 3 |
-| `house` | 5 |
-| `house/room` | 4 |
-"""
-
-
-def test_every_file_of_the_product_has_a_budget():
-    table = scope.budgets((scope.ROOT / "SCOPE.md").read_text("utf-8"))
-    assert scope.main([]) == 0
-    covered = {
-        file for row in table for part in row.split() for file in scope._files(scope.ROOT, part)
-    }
-    product = [p for top in ("bilora_diffusion", "eval", "app", "benchmarks", "docs", "examples")
-               for p in (scope.ROOT / top).rglob("*.py")]  # fmt: skip
-    assert set(product) <= covered
-
-
-def test_a_folder_above_its_budget_fails(tmp_path, monkeypatch, capsys):
-    (tmp_path / "SCOPE.md").write_text(TABLE)
-    for name, lines in {"house/a.py": 3, "house/hall/b.py": 2, "house/room/c.py": 4}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x\n" * lines)
-    monkeypatch.setattr(scope, "ROOT", tmp_path)
-    assert scope.main([]) == 0
-    (tmp_path / "house/room/d.py").write_text("x\n")
-    assert scope.main([]) == 1
-    assert capsys.readouterr().out == "house/room: 5 lines, 4 in SCOPE.md: take something out.\n"
