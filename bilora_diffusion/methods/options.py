@@ -86,7 +86,8 @@ class AdapterOptions:
     )
     ema_decay: float = option(
         0.99,
-        "Decay of that average, in [0, 1); it averages over about 1 / (1 - decay) steps.",
+        "Decay of that average, in [0, 1), from the first step on; it averages over about"
+        " 1 / (1 - decay) steps.",
         idle=(unless("use_ema", True, "without an average"),),
         range=SHARES,
     )

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from .. import adapters
@@ -69,12 +69,44 @@ class Best:
         return replaced(self.parameters, [value.to(p.device) for p, value in own])
 
 
+class Average:
+    """Exponential moving average of parameters, corrected for its start.
+
+    After step t it is (1 - d) / (1 - d^t) sum_i d^(t - i) w_i over the steps i = 1 ... t, with
+    decay d: the same correction as that of Adam's moments (Kingma and Ba 2015, Section 3,
+    https://arxiv.org/abs/1412.6980). So the weights before the first step have no part in it, and
+    the decay holds from the first step on.
+
+    Args:
+        parameters: what is averaged; until the first step the average is their values now.
+        decay: d, in [0, 1).
+
+    Attributes:
+        values: the average of each parameter, in their order, dtypes and devices.
+        steps: optimizer steps in it.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.parameters = list(parameters)
+        self.decay = decay
+        self.values = [parameter.detach().clone() for parameter in self.parameters]
+        self.steps = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the parameters' values after one more step."""
+        self.steps += 1
+        # avg_t = (1 - weight) avg_(t-1) + weight w_t gives the sum above; weight is 1 at step 1.
+        weight = (1 - self.decay) / (1 - self.decay**self.steps)
+        torch._foreach_mul_(self.values, 1 - weight)
+        torch._foreach_add_(self.values, self.parameters, alpha=weight)
+
+
 class Outcome:
     """The average of what is trained and the best of its steps, as far as a run keeps them.
 
     The average is a flat minimum for next to nothing (Izmailov et al. 2018,
-    https://arxiv.org/abs/1803.05407), of A and of B each on its own. Its decay at step t is
-    min(decay, (1 + t) / (10 + t)), so that the start is forgotten soon.
+    https://arxiv.org/abs/1803.05407), of A and of B each on its own.
 
     Args:
         method: of which the adapters are attached.
@@ -92,15 +124,13 @@ class Outcome:
     def begin(self) -> None:
         """Start from the weights as they are now."""
         self._weights, cfg = self._method.clip_parameters(), self._cfg
-        self.average = (
-            EMAModel(self._weights, decay=cfg.ema_decay, foreach=True) if cfg.use_ema else None
-        )
+        self.average = Average(self._weights, cfg.ema_decay) if cfg.use_ema else None
         self.best = Best(self._weights if cfg.keep_best else (), cfg.early_stopping_patience)
 
     def update(self) -> None:
         """Take in the weights of one more step."""
         if self.average is not None:
-            self.average.step(self._weights)
+            self.average.update()
 
     def measured(self, loss: float | None, step: int) -> None:
         """Take note of a held-out loss of the weights as they are, in every process.
@@ -127,7 +157,7 @@ class Outcome:
         """Within the context what is trained holds its average, where averages are kept."""
         if self.average is None:
             return contextlib.nullcontext()
-        return replaced(self._weights, self.average.shadow_params)
+        return replaced(self._weights, self.average.values)
 
     def applied(self) -> AbstractContextManager[None]:
         """Within the context what is trained holds what the run leaves."""
@@ -148,14 +178,14 @@ class Outcome:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint, by kind and place among the weights."""
-        averages = self.average.shadow_params if self.average is not None else ()
+        averages = self.average.values if self.average is not None else ()
         kinds = {"average": averages, "best": self.best.kept}
         return {f"{kind}/{i}": t for kind, own in kinds.items() for i, t in enumerate(own)}
 
     def state_dict(self) -> dict[str, Any]:
         """State that a resume needs beside the tensors, and an export (`described`)."""
         return {
-            "average": self.average and {"steps": self.average.optimization_step},
+            "average": None if self.average is None else {"steps": self.average.steps},
             "best": {name: getattr(self.best, name) for name in _COUNTED},
             "result": described(self._method),
         }
@@ -163,7 +193,7 @@ class Outcome:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         if self.average is not None:
-            self.average.optimization_step = state["average"]["steps"]
+            self.average.steps = state["average"]["steps"]
         for name in _COUNTED:
             setattr(self.best, name, state["best"][name])
 

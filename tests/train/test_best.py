@@ -36,15 +36,25 @@ def test_it_stops_and_keeps_as_a_reading_of_the_record_would(losses, patience):
     assert weight.tolist() == [taken[-1][0]] * 2
 
 
-def test_an_average_is_there_within_its_context_only():
-    weight = nn.Parameter(torch.zeros(2))
-    kept = {"use_ema": True, "ema_decay": 0.5, "keep_best": False, "early_stopping_patience": None}
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.99, 0.9999])
+@pytest.mark.parametrize("steps", [1, 2, 40])
+def test_the_average_is_the_weighted_mean_of_the_steps_with_the_decay_as_given(decay, steps):
+    weight = nn.Parameter(torch.full((2,), 100.0))  # the value before training has no part in it
+    options = {"use_ema": True, "ema_decay": decay}
+    options |= {"keep_best": False, "early_stopping_patience": None}
     method: Any = SimpleNamespace(clip_parameters=lambda: [weight])
-    average = Outcome(method, cast(Any, SimpleNamespace(**kept)))
-    for _ in range(20):  # the decay grows to its limit
+    outcome = Outcome(method, cast(Any, SimpleNamespace(**options)))
+    trajectory = torch.randn(steps, 2, generator=torch.manual_seed(steps)).tolist()
+    for values in trajectory:
         with torch.no_grad():
-            weight.add_(1.0)
-        average.update()
-    with average.averaged():
-        assert weight.tolist() == pytest.approx([19.0] * 2, abs=1e-2)
-    assert weight.tolist() == [20.0] * 2
+            weight.copy_(torch.tensor(values))
+        outcome.update()
+    shares = [decay ** (steps - step) for step in range(1, steps + 1)]
+    expected = [
+        math.fsum(share * values[i] for share, values in zip(shares, trajectory, strict=True))
+        / math.fsum(shares)
+        for i in range(2)
+    ]
+    with outcome.averaged():
+        assert weight.tolist() == pytest.approx(expected, abs=1e-5)
+    assert weight.tolist() == pytest.approx(trajectory[-1])
