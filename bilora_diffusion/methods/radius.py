@@ -10,10 +10,10 @@ unit. After each step
 with tau the wanted share. The slope gamma / ||E|| is averaged and not gamma itself, which follows
 each change of rho late and so would overshoot; and its root mean square and not its mean, since a
 primary that leans on the auxiliary makes it negative, which is a reason to shrink the ball, not to
-widen it. The radius starts at the norm that the auxiliary has after its first step, and never
-passes a share of how far the primary has come: where the loss is flat at first, as of a classifier
-that knows nothing yet, no radius would move it by tau, and a ball that grew all the same would keep
-the primary from learning.
+widen it. The radius starts at the norm that the auxiliary has after the first step that moves it
+(a warm-up's first step has rate 0 and moves nothing), and never passes a share of how far the
+primary has come: where the loss is flat at first, as of a classifier that knows nothing yet, no
+radius would move it by tau, and a ball that grew all the same would keep the primary from learning.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class AutoRadius:
 
     Attributes:
         rho: the bound of Equation 10 in the coming projection; infinite before the first step.
-        rise: gamma of the last step over its loss, 0-d; None before the second.
+        rise: gamma of the last step over its loss, 0-d; None before the first.
     """
 
     def __init__(self, layers: Sequence[Layers], options: MethodOptions, count: int) -> None:
@@ -90,7 +90,7 @@ class AutoRadius:
         self._measures = scales(self._layers, options.rho_norm, PRIMARY)
         self._step_loss: Tensor | None = None  # of the step that is being taken, as is gamma
         self._gamma: Tensor | None = None
-        self._rho: Tensor | None = None
+        self._rho: Tensor | None = None  # 0 until a step has moved the auxiliary
         self._norm: Tensor | None = None  # of the auxiliary that the coming gradient sees
         self._weight: Tensor | None = None  # of all steps so far in either mean
         self._square: Tensor | None = None  # mean of the squared slope
@@ -121,11 +121,10 @@ class AutoRadius:
         self._step_loss = None  # each step tells its own
         if loss is None or gamma is None:
             return self.rho
-        most = MOST * ball.frobenius_norm(changes(self._layers, self._measures))
+        limit = MOST * ball.frobenius_norm(changes(self._layers, self._measures))
         if self._rho is None or self._norm is None:
-            self.rho = most  # the auxiliary was zero in the first step
-            return self.rho
-        loss, gamma = loss.to(self._rho), gamma.to(self._rho)
+            self._rho, self._norm = torch.zeros_like(limit), torch.zeros_like(limit)
+        loss, gamma, limit = loss.to(self._rho), gamma.to(self._rho), limit.to(self._rho)
         # Those that the gradient saw may be others than those that were projected last.
         seen = auxiliary.seen_norm()
         norm = self._norm if seen is None else seen.to(self._rho)
@@ -139,15 +138,17 @@ class AutoRadius:
         expected = self._rho * (self._square * self._weight).sqrt()
         ratio = (self.tau * self._loss / expected.clamp_min(_LEAST)).clamp_min(0).sqrt()
         ratio = torch.where(self._weight > 0, ratio, 1.0)
-        self._rho = torch.minimum(self._rho * ratio.clamp(DOWN, UP), most.to(self._rho))
-        self.rho = self._rho
+        next_rho = torch.minimum(self._rho * ratio.clamp(DOWN, UP), limit)
+        # While the auxiliary has not moved there is no radius to multiply, only its limit.
+        self.rho = torch.where(self._rho > 0, next_rho, limit)
+        self._rho = torch.where(self._rho > 0, next_rho, 0.0)
         return self.rho
 
     def projected(self, norm: Tensor) -> None:
         """Take the auxiliary's norm, 0-d, once it was clipped to `rho`."""
         self._norm = norm
-        if self._rho is None:
-            self._rho = norm
+        if self._rho is not None:
+            self._rho = torch.where(self._rho > 0, self._rho, norm)
 
     def metrics(self) -> dict[str, float]:
         """The radius and the rise; waits for the device."""
