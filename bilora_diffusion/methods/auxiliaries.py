@@ -118,7 +118,9 @@ class _Flat:
             primary = iter(self._primary)
             for number, parts in enumerate(blocks):
                 if beside:
-                    first = torch.stack([*islice(primary, self._blocks[number][0])]).flatten(2)
+                    layers = islice(primary, self._blocks[number][0])
+                    # A 1 x 1 convolution shares its block with linear layers of its size.
+                    first = torch.stack([weight.flatten(1) for weight in layers])
                     first = first if number < self._first_up else first.mT
                     parts = [side for part in parts for side in (first, part)]
                 block = torch.cat(parts, 1).unflatten(1, (len(rows), -1))

@@ -17,6 +17,7 @@ from ..durable import bytes_for_people, disk_is_full, free_bytes, full_disk_sent
 from ..errors import Diverged, TrainingError, UserError, keep_trace, unexpected
 from ..methods import Method
 from ..run import provenance
+from ..run.record import read_metrics
 from ..run.runlog import RunLog
 from .trainer import Trainer
 
@@ -77,6 +78,17 @@ def bytes_to_write(trainer: Trainer) -> int:
     images = len(cfg.sampled_prompts) * (max(ahead // every, 1) if every else 1)
     pixels = images * cfg.resolution**2
     return int(tensors + pixels * PNG + ahead * LINE)
+
+
+def warn_of_zero_auxiliary(folder: Path) -> None:
+    """Say that a run with an auxiliary was plain LoRA, where its norm was 0 in every step."""
+    norms = [row["auxiliary_norm"] for row in read_metrics(folder) if "auxiliary_norm" in row]
+    if norms and all(norm == 0 for norm in norms):
+        logger.warning(
+            "the auxiliary was 0 in every step of %s, so this run is plain LoRA: look at --rho,"
+            " --auxiliary_learning_rate and the schedule of the learning rate",
+            folder,
+        )
 
 
 def show_images(trainer: Trainer, folder: Path, step: int) -> None:

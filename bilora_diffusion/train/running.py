@@ -39,7 +39,7 @@ from . import dry_run, sharding
 from .fit import report
 from .fit.runs import Fit
 from .loop import fit
-from .recording import announce, recorded
+from .recording import announce, recorded, warn_of_zero_auxiliary
 from .stepping import Schedule, total_steps
 from .task import Task
 from .trainer import UNSUITED, Trainer
@@ -201,6 +201,7 @@ def _run(
         return Stop(number, trainer.step, trainer.last_step)
     if log is not None:
         log.close("finished", **results)
+        warn_of_zero_auxiliary(folder)
         if last_step is None:
             logger.info(console.closing(folder, script.files(folder), script.scores))
     late = trainer.interruption.number  # too late to stop the run, but not what comes after it

@@ -15,10 +15,12 @@ from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.choices import AUTO, BALLS, DIRECTIONS, RHO_NORMS, SAMPLE
 from bilora_diffusion.config import refusals
-from bilora_diffusion.methods import Method, MethodOptions, Target, create, names
+from bilora_diffusion.config.run import RunConfig
+from bilora_diffusion.methods import Method, MethodOptions, Target, create, for_run, names
 from bilora_diffusion.train.compiling import Blocks
 from bilora_diffusion.train.gradients import collecting
 from bilora_diffusion.train.sharding import average_gradients
+from bilora_diffusion.train.stepping import build_scheduler
 from tests.contract.models import CASES, ROWS
 
 STEPS = 3
@@ -85,6 +87,7 @@ class Run:
         micro_batches: micro-batches of a step.
         overflow: steps (from 0) whose gradient overflows; then a gradient scaler is at work.
         compiled: its repeated blocks are, by `compiling.BACKEND`.
+        config: of a script, whose method, learning rate and schedule over `steps` hold instead.
     """
 
     def __init__(
@@ -100,13 +103,19 @@ class Run:
         overflow: tuple[int, ...] | None = None,
         compiled: bool = False,
         dtype: torch.dtype = torch.float32,
+        config: RunConfig | None = None,
+        steps: int = 10,
     ) -> None:
         self.case, self.micro_batches, self.overflow = CASES[kind], micro_batches, overflow
         self.model = self.case.make().train().to(dtype)
         self.original = copy.deepcopy(self.model)
         if option == "nf4":
             quantize(self.model, torch.float32, skip=())
-        self.method: Method = create(name, MethodOptions(num_steps=10, **(options or {})))
+        if config is None:
+            self.method: Method = create(name, MethodOptions(num_steps=steps, **(options or {})))
+        else:
+            self.method = for_run(vars(config), steps, [f"sample {row}" for row in range(ROWS)])
+            lr = config.learning_rate
         spec = AdapterSpec(rank=4, alpha=6, target_modules=self.case.targets, **SPECS[option])
         torch.manual_seed(3)
         groups = self.method.setup([Target("model", self.model, spec, lr, 0.01)])
@@ -116,6 +125,7 @@ class Run:
         make = getattr(torch.optim, optimizer) if isinstance(optimizer, str) else optimizer
         self.optimizer: torch.optim.Optimizer = make(groups, **settings)
         self.method.bind(self.optimizer)
+        self.scheduler = None if config is None else build_scheduler(config, self.optimizer, steps)
         self.forward_model: nn.Module = self.model
         self.accelerator: Accelerator | None = None
         self.rows = slice(0, ROWS)
@@ -181,6 +191,8 @@ class Run:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        if self.scheduler is not None:
+            self.scheduler.step()
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

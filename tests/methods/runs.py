@@ -114,11 +114,31 @@ def same(run: Run, net: reference.Net) -> None:
                 torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
 
-def follow(run: Run, step: Callable[[reference.Net, Tensor, Tensor], float]) -> reference.Net:
-    """The run takes the reference's steps, which is returned."""
+def follow(
+    run: Run, step: Callable[[reference.Net, Tensor, Tensor], float], warmup: int = 0
+) -> reference.Net:
+    """The run takes the reference's steps, which is returned.
+
+    Args:
+        warmup: steps in which all learning rates rise from 0, linearly.
+    """
     net, expected = naive(run), []
+    rules = [rule for of_layer in net.rules for rule in of_layer.values()]
+    rates = [rule.lr for rule in rules]
     for net.k in range(STEPS):
+        for rule, rate in zip(rules, rates, strict=True):
+            rule.lr = rate * rising(net.k, warmup)
         expected.append(step(net, *batch(net.k)))
-    torch.testing.assert_close(run.train(), expected, rtol=1e-10, atol=1e-10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda k: rising(k, warmup))
+    losses = []
+    for k in range(STEPS):
+        losses += run.train(1, first=k)
+        schedule.step()
+    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
     same(run, net)
     return net
+
+
+def rising(step: int, warmup: int) -> float:
+    """Factor on the learning rate at a step, from 0."""
+    return min(1.0, step / warmup) if warmup else 1.0

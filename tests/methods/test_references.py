@@ -105,6 +105,7 @@ PASSES = {"lora-sam": 2 * STEPS, "lora-looksam": STEPS + math.ceil(STEPS / 3)}
 OPTIMIZERS = [("SGD", 0.1, 0.0), ("AdamW", 5e-3, 0.01)]
 
 
+@pytest.mark.parametrize("warmup", [0, 5])
 @pytest.mark.parametrize(
     ("case", "optimizer"),
     [
@@ -114,7 +115,7 @@ OPTIMIZERS = [("SGD", 0.1, 0.0), ("AdamW", 5e-3, 0.01)]
         if optimizer[0] == "AdamW" or not ("msam" in case[0] or case[1].get("ball") == "none")
     ],
 )
-def test_50_steps_follow_the_naive_reference(case, optimizer):
+def test_50_steps_follow_the_naive_reference(case, optimizer, warmup):
     """Acceptance: float64; an auxiliary has another rank, scale and learning rate. MSAM needs a
     momentum, and without a ball gradient ascent diverges.
     """
@@ -124,7 +125,7 @@ def test_50_steps_follow_the_naive_reference(case, optimizer):
     if given.get("auxiliary_rank"):
         given["auxiliary_learning_rate"] = 2 * lr
     run = Run(name, MethodOptions(**given), kind, lr, decay, spec)
-    net = follow(run, step)
+    net = follow(run, step, warmup)
     assert run.passes == PASSES.get(name, STEPS)
     assert sum(net.numbers.get("outside", [5])) >= 5, "the ball must have been at work"
     if name == "efm-lora":

@@ -298,8 +298,9 @@ def auto_radius(
     primary = [(la.s if scaled else 1.0) * la.B @ la.A for la in net.layers]
     limit = most * math.sqrt(sum(float((change**2).sum()) for change in primary))
     if not net.numbers:
+        net.numbers = {"slopes": [], "losses": [], "outside": [], "radius": [0.0, 0.0]}
+    if net.numbers["radius"][1] == 0:  # no step has moved the auxiliary yet
         rho = limit
-        net.numbers = {"slopes": [], "losses": [], "outside": []}
     else:
         (rho, norm), slopes, losses = (net.numbers[n] for n in ("radius", "slopes", "losses"))
         slopes.append(gamma / norm)

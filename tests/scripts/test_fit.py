@@ -101,6 +101,21 @@ def test_a_run_of_a_search_is_that_of_its_own_command(tmp_path):
     assert found["runs"][1]["losses"] == pytest.approx(losses, rel=1e-12)
 
 
+def test_a_search_under_the_scripts_own_warm_up_compares_two_methods(tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text("method: [lora, bilora]\nrho: [auto]\n")
+    own_schedule = {"lr_scheduler": None, "warmup_ratio": None}
+    given = {**material("classification"), **FIT, **own_schedule, "max_train_steps": 12}
+    given |= {"validation_file": heldout("classification"), "validation_loss_steps": 3}
+    fit = train_text(tmp_path / "fit", **given, fit=True, fit_space=space, fit_budget=36)
+    lora, bilora = (fit / "fit" / name for name in ("lora", "bilora_auto"))
+    rates = column(bilora, "lr")
+    assert rates[0] == 0 < rates[1]
+    assert max(column(bilora, "auxiliary_norm")) > 0
+    assert column(lora, "digest") == column(bilora, "digest")
+    assert column(lora, "loss") != column(bilora, "loss")
+
+
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"fit_folds": 25}, "rank: [4]", "25 folds of 24 rows"),
     ({"fit_space": "nowhere.yaml"}, "", "nowhere.yaml"),

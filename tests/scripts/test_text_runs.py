@@ -181,3 +181,25 @@ def test_a_small_t5_learns_64_answers_by_heart(tmp_path):
     assert column(folder, "heldout_loss")[-1] < 0.05
     lines = (folder / "validation" / "step-400" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["prediction"] for line in lines] == answers
+
+
+@pytest.mark.parametrize("auxiliaries", [1, "sample"])
+def test_a_radius_that_sets_itself_acts_under_the_scripts_own_warm_up(
+    given_by_kind, tmp_path, auxiliaries
+):
+    own_schedule = {"warmup_ratio": None, "learning_rate": None, "max_train_steps": 4}
+    given = {**given_by_kind["seq2seq"], **own_schedule, "rho": "auto", "auxiliaries": auxiliaries}
+    folder = texts.train_text(tmp_path / "run", **given)
+    assert column(folder, "lr")[0] == 0
+    assert column(folder, "auxiliary_norm")[0] == 0
+    assert max(column(folder, "auxiliary_norm")) > 0
+
+
+@pytest.mark.parametrize(("steps", "is_lora"), [(1, True), (2, False)])
+def test_a_run_whose_auxiliary_was_always_zero_says_so(
+    given_by_kind, tmp_path, caplog, steps, is_lora
+):
+    warm_up = {"warmup_ratio": None, "lr_warmup_steps": 1}  # its only step has rate 0
+    given = {**given_by_kind["seq2seq"], **warm_up, "max_train_steps": steps}
+    texts.train_text(tmp_path / "run", **given)
+    assert ("plain LoRA" in caplog.text) == is_lora
