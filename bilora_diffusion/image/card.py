@@ -61,6 +61,7 @@ def write_dreambooth_card(
         ),
         heading="Results",
         measured={title: results[key] for title, key in measured.items() if key in results},
+        loss_ranks_no_images="heldout_loss" in results,
         title=OURS.get(base, base),
         data=", ".join(OURS.get(data, data) for data in sources),
         triggers=triggers,

@@ -93,7 +93,8 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
             own = {row["step"]: row[key] for row in rows if row.get(key) is not None}
             lines[f"  {key.removeprefix(BY_CONCEPT)}"] = _curve(own) if own else "not finite"
         gain = 100 * (1 - losses[best] / losses[final])
-        last = [_advice(quoted, best, final, gain, kept, "best_step" in record["results"])]
+        saved, images = "best_step" in record["results"], "validation_dataset" in config
+        last = [_advice(quoted, best, final, gain, kept, saved, images)]
     elif not config.get("fit"):
         flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
         last = [
@@ -122,25 +123,32 @@ def in_repository() -> bool:
 
 
 def _advice(
-    folder: str, best: int, last: int, gain: float, kept: Collection[int], saved: bool
+    folder: str, best: int, last: int, gain: float, kept: Collection[int], saved: bool, images: bool
 ) -> str:
-    """Loss that the last step gave away, and how to have it back.
+    """The step with the lowest held-out loss, and how to have its weights.
 
     Args:
         gain: of the best step over the last, in percent.
         kept: steps of which there are checkpoints.
         saved: whether what the run leaves is of the lowest.
+        images: whether the run makes images, which the loss does not rank.
     """
     if best == last:
-        return f"step {last}, the last, was the best measured: more steps may be better still"
-    said = f"step {best} was {gain:.1f} % better than step {last}"
-    if saved:
-        return f"{said}, and what is saved is of it"
+        return (
+            f"by the held-out loss step {last}, the last, was the best measured: more steps may be"
+            " better still"
+        )
+    comparison = f"by the held-out loss step {best} was {gain:.1f} % better than step {last}"
     if best == 0:
-        return f"{said}, so nothing was gained: lower --learning_rate"
+        return f"{comparison}, so nothing was gained: lower --learning_rate"
+    if images:
+        comparison += "; the images of later steps can be better, so compare them"
+    if saved:
+        return f"{comparison}. What is saved is of step {best}"
     if best in kept:
-        return f"{said}: export it with python -m bilora_diffusion.export {folder} --step {best}"
-    return f"{said}: to have it, train again with --keep_best, or with --fit"
+        export = f"python -m bilora_diffusion.export {folder} --step {best}"
+        return f"{comparison}. Export it with {export}"
+    return f"{comparison}. To have it, train again with --keep_best, or with --fit"
 
 
 def quiet() -> None:

@@ -185,20 +185,23 @@ def test_commit(tmp_path, monkeypatch):
     assert provenance.commit(package) == (head, True)
 
 
+IMAGES = {"validation_dataset": "held_out"}
 LOSSES = [
-    ({0: 0.5, 5: 0.4, 10: 0.5}, [5], {}, "step 5 was 20.0 % better than step 10: export it with"),
-    ({0: 0.5, 5: 0.4, 10: 0.5}, [], {"best_step": 5}, "what is saved is of it"),
-    ({}, [], {}, "--fit chooses .*--validation_dataset"),
+    ({}, {0: 0.5, 5: 0.4, 10: 0.5}, [5], {}, "loss step 5 was 20.0 % better than .* --step 5$"),
+    ({}, {0: 0.5, 5: 0.4, 10: 0.5}, [], {"best_step": 5}, "saved is of step 5"),
+    (IMAGES, {0: 0.5, 5: 0.4, 10: 0.5}, [5], {}, "held-out loss .*images .* compare .*--step 5$"),
+    (IMAGES, {0: 0.5, 5: 0.4}, [], {}, "held-out loss .* last, was the best measured"),
+    ({}, {}, [], {}, "--fit chooses .*--validation_dataset"),
 ]
 
 
-@pytest.mark.parametrize(("losses", "kept", "results", "words"), LOSSES)
+@pytest.mark.parametrize(("config", "losses", "kept", "results", "words"), LOSSES)
 def test_the_end_names_the_files_the_best_step_and_how_to_have_it(
-    tmp_path, losses, kept, results, words
+    tmp_path, config, losses, kept, results, words
 ):
     run = tmp_path / "my run"
     log = RunLog(run)
-    log.start({}, method="lora", seed=0, resume_step=None)
+    log.start(config, method="lora", seed=0, resume_step=None)
     for step, loss in losses.items():
         log.metric(step, heldout_loss=loss)
     log.close("finished", **results)
