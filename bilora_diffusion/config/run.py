@@ -21,6 +21,10 @@ from .refusals import said
 Values = dict[str, Any]
 SAMPLES_OF_A_STEP = 10**6
 LOW_FOR_PRODIGY = 0.1
+HELDOUT_OPTIONS = frozenset(
+    {"validation_dataset", "validation_file", "validation_part", "max_eval_samples"}
+)
+"""Options that say which samples are held out."""
 TRACKERS = (
     *("tensorboard", "wandb", "comet_ml", "aim", "clearml", "dvclive", "mlflow", "swanlab"),
     "trackio",
@@ -38,7 +42,7 @@ class RunConfig(
     alternatives: ClassVar[tuple[tuple[str, str], ...]]  # as `CommandLine.read` takes them
     description: ClassVar[str]
     usage: ClassVar[str]
-    without_influence: ClassVar[frozenset[str]]  # a resumed run may change these freely
+    without_influence: ClassVar[frozenset[str]]  # see `free_options`
     without_samples: ClassVar[Mapping[str, Any]]  # with which no images or answers are made
     # fills in what was not given, of what only this script has, and what the model's files say
     complete: ClassVar[Callable[[Values, frozenset[str]], Values]]
@@ -128,6 +132,23 @@ class RunConfig(
     def fingerprint(self) -> Values:
         """The options that decide what is learned: a resumed run must have the same."""
         return {k: v for k, v in self.to_dict().items() if k not in self.without_influence}
+
+    def resume_settings(self) -> Values:
+        """`fingerprint` with the held-out options; a resumed run may change `free_options`."""
+        heldout = {k: v for k, v in self.to_dict().items() if k in HELDOUT_OPTIONS}
+        return {**self.fingerprint(), **heldout}
+
+    @property
+    def depends_on_heldout(self) -> bool:
+        """The held-out loss decides what the run leaves."""
+        return _goes_by_the_loss(vars(self))
+
+    @property
+    def free_options(self) -> frozenset[str]:
+        """The options that a resumed run may change."""
+        if self.depends_on_heldout:
+            return self.without_influence - HELDOUT_OPTIONS
+        return self.without_influence
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from typing import TypeVar
 from PIL import Image
 
 from ..errors import UserError, reason
+from ..run.content import SampleContent, hash_samples
+from ..seeds import digest_texts
 from .decode import DECODE_ERRORS, read_rgb, upright_size
 
 FULL_CHECK_LIMIT = 2000
@@ -32,6 +34,8 @@ class Entry:
     mask: Callable[[], Image.Image | None] | None = None  # of what is learned, mode L; None: all
     size: tuple[int, int] = (0, 0)  # (height, width) once upright; known when it was checked
     concept: int = 0  # the number of its concept, from 0
+    num_bytes: int = 0  # of its file; known when it was checked
+    mask_hash: bytes = b""  # of a mask that hides something; known when it was checked
 
     def encoded(self) -> Path | bytes:
         """Its file, or its encoded content."""
@@ -45,7 +49,9 @@ class Entry:
         Raises:
             One of ``DECODE_ERRORS`` if it can't be read, or has a mask that does not fit.
         """
-        self.size = height, width = upright_size(self.encoded(), whole=whole)
+        source = self.encoded()
+        self.size = height, width = upright_size(source, whole=whole)
+        self.num_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
         if max(self.size) > MOST_ELONGATED * min(self.size):
             raise ValueError(
                 f"it is {width} pixels wide and {height} high, more than {MOST_ELONGATED} to 1;"
@@ -63,6 +69,8 @@ class Entry:
             raise ValueError("its mask is black all over, so nothing of it would be learned")
         if mask.getextrema() == (255, 255):
             self.mask = None
+        else:
+            self.mask_hash = hashlib.blake2b(mask.tobytes()).digest()
 
     @cached_property
     def file_hash(self) -> bytes:
@@ -74,9 +82,7 @@ class Entry:
     @cached_property
     def content(self) -> bytes:
         """Hashes of the file and of what the mask shows, wherever they lie."""
-        if (mask := self.mask and self.mask()) is None:
-            return self.file_hash
-        return self.file_hash + hashlib.blake2b(mask.tobytes()).digest()
+        return self.file_hash + self.mask_hash
 
 
 class ImageSet:
@@ -234,18 +240,30 @@ class ImageSet:
         return [*lines, *self._remarks, *left_out]
 
     def fingerprint(self) -> str:
-        """A hash of the content: names, captions, image files, masks; not where they lie.
-
-        Sets of more than ``FULL_CHECK_LIMIT`` images count with names, captions and sizes only.
-        """
+        """A hash of `sample_contents`."""
         if self._fingerprint is None:
-            state = hashlib.blake2b(digest_size=16)
-            for entry in self.entries:
-                state.update(repr((entry.name, entry.caption, entry.size)).encode())
-                if len(self) <= FULL_CHECK_LIMIT:
-                    state.update(entry.content)
-            self._fingerprint = state.hexdigest()
+            self._fingerprint = hash_samples(self.sample_contents())
         return self._fingerprint
+
+    def sample_contents(self) -> list[SampleContent]:
+        """Name of each image, and hashes of its file, caption and mask; not where they lie.
+
+        In a set of more than ``FULL_CHECK_LIMIT`` images, whose files are not all read beforehand,
+        the size in pixels and bytes stands for a file's content.
+        """
+        samples: list[SampleContent] = []
+        for entry in self.entries:
+            if len(self) <= FULL_CHECK_LIMIT:
+                picture = entry.file_hash.hex()
+            else:
+                picture = digest_texts([str(entry.size), str(entry.num_bytes)])
+            hashes = {"picture": picture}
+            if entry.caption is not None:
+                hashes["caption"] = digest_texts([entry.caption])
+            if entry.mask_hash:
+                hashes["mask"] = entry.mask_hash.hex()
+            samples.append(SampleContent(entry.name, hashes))
+        return samples
 
     def pictures(self) -> list[tuple[str, bytes]]:
         """Name of each image and a hash of its file without its mask; [] of more than

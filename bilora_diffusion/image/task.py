@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..adapters import AdapterSpec
 from ..choices import ATTENTION
 from ..methods import Target
+from ..run.content import SampleContent
 from ..seeds import digest, generator
 from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
@@ -107,6 +108,19 @@ class DreamBooth:
             Target(*denoiser, spec, cfg.learning_rate, cfg.adam_weight_decay),
             *(Target(*encoder, text, rate, decay) for encoder in encoders),
         ]
+
+    def training_content(self) -> list[SampleContent]:
+        """Names and hashes of the training images, and of the class images beside them."""
+        samples = self.stream.images.sample_contents()
+        if self.stream.classes is not None:
+            for class_image in self.stream.classes.sample_contents():
+                hashes = {"class image": class_image.hashes["picture"]}
+                samples.append(SampleContent(f"class/{class_image.name}", hashes))
+        return samples
+
+    def heldout_content(self) -> list[SampleContent]:
+        """Names and hashes of the held-out images."""
+        return [] if self.validation is None else self.validation.sample_contents()
 
     def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> DreamBooth:
         """The same models, latents and prompts for a run of another configuration; see `Task`."""

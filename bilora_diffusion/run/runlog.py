@@ -47,6 +47,7 @@ class RunLog:
         seed: int | None,
         resume_step: int | None,
         num_steps: int | None = None,
+        content: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the record.
 
@@ -57,6 +58,7 @@ class RunLog:
             resume_step: step of the checkpoint that is continued; None for a fresh start, in a
                 folder without an earlier run (see `folder.clear`).
             num_steps: optimizer steps of the whole run.
+            content: number and hash of the training and of the held-out samples.
 
         Raises:
             UserError: when the earlier record is damaged.
@@ -76,6 +78,7 @@ class RunLog:
             "method": method,
             "seed": seed,
             "num_steps": num_steps,
+            "content": content,
             "versions": provenance.versions(),
             "commit": commit,
             "uncommitted_changes": differs,

@@ -13,11 +13,13 @@ from torch import nn
 
 from ..adapters import AdapterSpec
 from ..methods import Target
+from ..run.content import SampleContent
 from ..seeds import digest, digest_texts
 from ..train.order import LengthGroupedOrder, SampleOrder
 from ..train.task import Fold, MicroBatch
 from .config import TextConfig
 from .evaluation import Evaluation
+from .examples import Example
 from .models import TextModel
 from .module import TextModule, collate
 from .rows import TextData, encode_rows
@@ -53,6 +55,14 @@ class TextTask:
         cfg, whole = self.cfg, self.loaded.whole_modules
         spec = AdapterSpec.of(cfg, target_modules=cfg.targets, modules_to_save=whole)
         return [Target(NAME, self.loaded.model, spec, cfg.learning_rate, cfg.adam_weight_decay)]
+
+    def training_content(self) -> list[SampleContent]:
+        """Names and hashes of the training rows, before they are packed."""
+        return _contents(self.data.rows.train)
+
+    def heldout_content(self) -> list[SampleContent]:
+        """Names and hashes of the held-out rows."""
+        return _contents(self.data.rows.validation or [])
 
     def again(self, cfg: TextConfig, fold: Fold | None = None, searches: bool = False) -> TextTask:
         """The same model and rows for a run of another configuration; see `Task`."""
@@ -108,6 +118,13 @@ class TextTask:
             return {}
         with evaluating:
             return self.evaluation.answer(folder / "validation" / f"step-{step}")
+
+
+def _contents(examples: Sequence[Example]) -> list[SampleContent]:
+    return [
+        SampleContent(example.where, {"text": digest_texts([repr(example)])})
+        for example in examples
+    ]
 
 
 def _hash(sample: int, row: dict[str, Any]) -> str:

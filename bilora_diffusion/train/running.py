@@ -32,6 +32,7 @@ from ..config.run import RunConfig
 from ..errors import UserError, translated
 from ..methods import for_run, get
 from ..run import checkpoint, console, interruption, lock, publish, runlog
+from ..run.content import summarize
 from ..run.folder import FIT_RECORD, OF_FIT, clear, guard, refuse_foreign_models, refuse_unusable
 from ..run.interruption import Stop
 from ..run.record import last_measured
@@ -177,7 +178,8 @@ def _run(
             clear(folder, keep=OF_FIT if cfg.fit and last_step is None else ())
         log = runlog.RunLog(folder, accelerator.device)
         resumed, steps = trainer.step if resume else None, trainer.last_step
-        log.start(cfg.to_dict(), cfg.method, cfg.seed, resumed, num_steps=steps)
+        content = summarize(trainer.content)
+        log.start(cfg.to_dict(), cfg.method, cfg.seed, resumed, num_steps=steps, content=content)
         if last_step is None:
             announce(trainer, folder)
     try:

@@ -13,6 +13,7 @@ from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 
 from ..methods import Target
+from ..run.content import SampleContent
 
 BY_SAMPLE = "heldout_loss_of/"
 """Stands before the number of a part of the held-out samples in the name of its loss."""
@@ -105,6 +106,14 @@ class Task(Protocol):
     @property
     def has_heldout(self) -> bool:
         """Test that a loss can be measured on samples that are not learned from."""
+        ...
+
+    def training_content(self) -> Sequence[SampleContent]:
+        """Names and hashes of all that is learned from, in order."""
+        ...
+
+    def heldout_content(self) -> Sequence[SampleContent]:
+        """Names and hashes of the held-out samples, in order; [] without a set."""
         ...
 
     def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> Task:

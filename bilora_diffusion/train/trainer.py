@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .. import adapters
-from ..config.run import RunConfig
+from ..config.run import HELDOUT_OPTIONS, RunConfig
 from ..errors import Diverged, UserError
 from ..methods import Method
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
+from ..run.content import record_content, require_same_content
 from ..run.interruption import Interruption
 from ..seeds import digest_texts, seed_of
 from . import sharding
@@ -265,7 +267,8 @@ class Trainer:
             scaler=None if scaler is None else scaler.state_dict(),
             extra={
                 **self._size(),
-                "config": self.cfg.fingerprint(),
+                "config": self.cfg.resume_settings(),
+                "content": self.content,
                 "method": self.method.state_dict(),
                 **self.outcome.state_dict(),
             },
@@ -274,24 +277,33 @@ class Trainer:
     def _size(self) -> dict[str, int]:
         return {"step_size": self.schedule.step_size, "num_steps": self.num_steps}
 
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """Record of the training and the held-out samples (`run.content`)."""
+        return record_content(self.task.training_content(), self.task.heldout_content())
+
     def load(self, path: Path) -> None:
         """Continue exactly where the checkpoint ``path`` was written; once, on a new trainer.
 
         Raises:
-            UserError: it is damaged, or belongs to a run with another configuration.
+            UserError: it is damaged, or belongs to a run with another configuration or other data.
         """
         saved = checkpoint.load(path)
         with checkpoint.unaltered(path):
             self._restore(saved)
 
     def _restore(self, saved: Checkpoint) -> None:
+        content = saved.extra.get("content")
+        # Checkpoints of earlier versions hold options that count for less today, and have neither
+        # a record of the data nor held-out options.
+        free = self._may_change() | self.cfg.free_options
+        if content is None:
+            free |= HELDOUT_OPTIONS
+        require_same_settings(saved.extra["config"], self.cfg.resume_settings(), free)
+        require_same_content(content, self.content, self.cfg.depends_on_heldout)
+        # After the data, since the number of steps can follow from that of the samples.
         size = self._size()
-        require_same_settings(
-            {**saved.extra["config"], **{key: saved.extra[key] for key in size}},
-            {**self.cfg.fingerprint(), **size},
-            # Checkpoints of earlier versions hold options that count for less today.
-            free=self._may_change() | self.cfg.without_influence,
-        )
+        require_same_settings({key: saved.extra[key] for key in size}, size, free)
         load_tensors(self._tensors(), saved.tensors)
         for target in self.method.targets:
             adapters.subtract_initial(target.model)

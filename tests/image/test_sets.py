@@ -126,6 +126,11 @@ def test_of_many_images_only_the_headers_are_read(folder, monkeypatch):
     monkeypatch.setattr(sets, "FULL_CHECK_LIMIT", 2)
     images = open_images(str(folder))
     assert images.fingerprint()
+    replaced = noise.copy()
+    replaced[:8] = 0  # of the same size in pixels, and of another in bytes
+    Image.fromarray(replaced).save(folder / "c.png")
+    assert open_images(str(folder)).fingerprint() != images.fingerprint()
+    (folder / "c.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"c\.png"):
         images.image(2)
 

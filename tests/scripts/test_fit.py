@@ -11,7 +11,7 @@ from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import read_fit
 from bilora_diffusion.train.trainer import Trainer
 from tests.scripts.runs import column, difference
-from tests.text.text_builders import heldout, material, train_text
+from tests.text.text_builders import heldout, material, rows_for, train_text, write_rows
 
 FIT = {"max_train_steps": 6, "validation_loss_steps": 2, "lr_scheduler": "constant"}
 
@@ -131,3 +131,31 @@ def test_what_cannot_be_searched_is_one_sentence(tmp_path, given, values, space,
         train_text(tmp_path / "run", **{**given, **values})
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_search_on_other_data_is_refused(tmp_path, monkeypatch):
+    kind = "classification"
+    (tmp_path / "space.yaml").write_text("method: [bilora, lora]\n")
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train_file", "validation_file")}
+    rows, held = rows_for(kind, 8), rows_for(kind, 8, 24)
+    write_rows(files["train_file"], rows)
+    write_rows(files["validation_file"], held)
+    given = {**material(kind), **FIT, **files, "validation_part": "1/2", "fit": True}
+    given |= {"fit_space": tmp_path / "space.yaml", "fit_budget": 12}
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        with pytest.raises(KeyboardInterrupt, match="fit/"):
+            train_text(folder, **given)
+    with pytest.raises(UserError, match='validation_part was "1/2" and is "2/2"'):
+        train_text(folder, **{**given, "validation_part": "2/2"})
+    edits = (("train_file", rows[1:], "training"), ("validation_file", held[::-1], "held-out"))
+    for option, edited, words in edits:
+        before = files[option].read_text()
+        write_rows(files[option], edited)
+        with pytest.raises(UserError, match=f"in the {words} data"):
+            train_text(folder, **given)
+        files[option].write_text(before)
+    train_text(folder, **given)
+    assert record(folder)["choice"]

@@ -6,7 +6,7 @@ import pytest
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.export.cli import main as export
-from bilora_diffusion.run import runlog
+from bilora_diffusion.run import checkpoint, runlog
 from tests.scripts import runs
 from tests.text import text_builders as texts
 
@@ -134,3 +134,73 @@ def test_two_processes_choose_as_one(tmp_path, icons):
     for key in ("steps", "chosen_steps"):
         assert results(one)[key] == results(two)[key]
     assert runs.difference(one, two) < given["learning_rate"] / 10
+
+
+@pytest.mark.slow
+def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
+    folder, held = icons["dataset"], icons["validation_dataset"]
+    one, two = sorted(folder.glob("*.png"))
+    caption = two.with_suffix(".txt")
+    caption.write_text("an icon")
+    shared = {**icons, "auxiliaries": "sample"}
+    run = runs.train(tmp_path / "run", **shared)
+    record = runlog.read_run(run)["content"]
+    assert [record[name]["count"] for name in ("training", "held-out")] == [2, 2]
+    go_on = {**shared, "resume_from_checkpoint": run / "checkpoints" / "step-1"}
+
+    picture = one.read_bytes()
+    shutil.copy(next(held.glob("*.png")), one)
+    with pytest.raises(UserError, match=f"the picture of {one.name} changed"):
+        runs.train(run, **go_on)
+    one.write_bytes(picture)
+    renamed = one.rename(folder / "zz.png")  # it would see the auxiliary of the other
+    with pytest.raises(UserError, match=f"renamed .{one.name} to zz.png"):
+        runs.train(run, **go_on)
+    renamed.rename(one)
+    caption.write_text("a dog")
+    with pytest.raises(UserError, match=f"the caption of {two.name} changed"):
+        runs.train(run, **go_on)
+    caption.write_text("an icon")
+
+    # Held-out pictures may change, unless the run leaves the best of its steps.
+    runs.train(run, **go_on, validation_part="1/2")
+    assert any("in the held-out data" in line.message for line in caplog.records)
+    best = runs.train(tmp_path / "best", **shared, keep_best=True, validation_part="2/2")
+    go_on = {**shared, "resume_from_checkpoint": best / "checkpoints" / "step-1"}
+    with pytest.raises(UserError, match="validation_part was"):
+        runs.train(best, **go_on, keep_best=True, validation_part="1/2")
+
+
+@pytest.mark.slow
+def test_a_resume_on_other_rows_is_refused(tmp_path):
+    kind = "seq2seq"
+    rows, held = texts.rows_for(kind, 8), texts.rows_for(kind, 4, 24)
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train_file", "validation_file")}
+    texts.write_rows(files["train_file"], rows)
+    texts.write_rows(files["validation_file"], held)
+    given = {**texts.material(kind), **files, "checkpointing_steps": 1, "max_predictions": 0}
+    run = texts.train_text(tmp_path / "run", **given, early_stopping_patience=3)
+    go_on = {**given, "resume_from_checkpoint": "step-1", "early_stopping_patience": 3}
+    edited = [*rows[:2], {**rows[2], "answer": "five five"}, *rows[3:]]
+    for changed, words in (
+        (edited, "the text of line 3 of train_file.jsonl changed"),
+        (rows[1:], "removed .line 1 of train_file.jsonl"),
+        ([texts.rows_for(kind, 1, 99)[0], *rows], "added .line 1 of train_file.jsonl"),
+        (rows[::-1], "another order"),
+    ):
+        texts.write_rows(files["train_file"], changed)
+        with pytest.raises(UserError, match=words):
+            texts.train_text(run, **go_on)
+    texts.write_rows(files["train_file"], rows)
+    with pytest.raises(UserError, match="max_eval_samples was null and is 2"):
+        texts.train_text(run, **go_on, max_eval_samples=2)
+    texts.write_rows(files["validation_file"], held[:3])
+    with pytest.raises(UserError, match="in the held-out data, 1 sample was removed"):
+        texts.train_text(run, **go_on)
+    texts.train_text(run, **{**go_on, "early_stopping_patience": None})
+
+    # A checkpoint of an earlier version has no record of its data, and nothing is compared.
+    saved = checkpoint.load(run / "checkpoints" / "step-1")
+    del saved.extra["content"], saved.extra["config"]["validation_file"]
+    checkpoint.save(run, saved)
+    texts.train_text(run, **go_on)

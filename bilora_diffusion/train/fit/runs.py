@@ -20,17 +20,18 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 
 from ...config.options import OptimizerOptions
-from ...config.run import twentieth
+from ...config.run import HELDOUT_OPTIONS, twentieth
 from ...durable import discard, strict_json
 from ...errors import Diverged, TrainingError, UserError
 from ...fields import options_of
 from ...methods.auxiliaries import deal as deal_auxiliaries
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
+from ...run.content import record_content, require_same_content, summarize
 from ...run.folder import FIT, FIT_RECORD, OF_FIT, clear
 from ...run.interruption import Interruption, Stop
 from ...run.record import read_fit
-from ...seeds import digest_texts, parts
+from ...seeds import parts
 from ..recording import recorded
 from ..stepping import Schedule, total_steps
 from ..task import BY_SAMPLE
@@ -104,6 +105,7 @@ class Fit:
         self.plan = Plan(len(self._folds), steps, every, budget)
         self.space = Space(self._values())
         self._check()
+        self._content = record_content(task.training_content(), task.heldout_content())
         self.search = Search(self.plan, self._measure)
 
     def _values(self) -> Values:
@@ -144,26 +146,41 @@ class Fit:
 
     def _settings(self) -> dict[str, Any]:
         """Settings that the choice depends on."""
-        names, cut = self.task.names, ("train_batch_size", "gradient_accumulation_steps")
+        options = self.cfg.resume_settings()
+        del options["train_batch_size"], options["gradient_accumulation_steps"]
         return {
-            **{key: value for key, value in self.cfg.fingerprint().items() if key not in cut},
-            **{"step_size": self._step_size, "samples": len(names), "names": digest_texts(names)},
-            **{**vars(self.plan), "space": self.space.values},
+            **options,
+            **{"step_size": self._step_size, "samples": len(self.task.names)},
+            **{**vars(self.plan), "space": self.space.values, "content": self._content},
         }
+
+    def _require_same_search(self, saved: dict[str, Any]) -> None:
+        """Refuse to go on with a search of other settings or other data."""
+        current = strict_json(self._settings())[0]
+        # Searches of earlier versions have neither a record of the data nor held-out options.
+        free = {"names", "content"}
+        if "content" not in saved:
+            free |= HELDOUT_OPTIONS
+        options = self.cfg.resume_settings().keys()
+        checkpoint.require_same_settings(saved, current, free | (current.keys() - options))
+        require_same_content(saved.get("content"), current["content"], depends_on_heldout=True)
+        # After the data, since the number of steps can follow from that of the samples.
+        checkpoint.require_same_settings(saved, current, free)
 
     def choose(self, goes_on: bool) -> Any:
         """Search, or go on with the folder's: the configuration to train with, or a `Stop`."""
         earlier = read_fit(self.folder / FIT_RECORD) if goes_on else None
         self._accelerator.wait_for_everyone()  # before the main process writes what all have read
         if earlier is not None:
-            checkpoint.require_same_settings(earlier["settings"], strict_json(self._settings())[0])
+            self._require_same_search(earlier["settings"])
             if (choice := earlier["choice"]) is not None:
                 return self._final(tuple(choice["options"].items()), choice["steps"])
         log = None
         if self._rank == 0:
             clear(self.folder, keep=OF_FIT if earlier else ())
             log = runlog.RunLog(self.folder, self._accelerator.device)
-            log.start(self.cfg.to_dict(), self.cfg.method, self.cfg.seed, None)
+            content = summarize(self._content)
+            log.start(self.cfg.to_dict(), self.cfg.method, self.cfg.seed, None, content=content)
             log.doing("search")
             self._write()
         try:
