@@ -147,7 +147,7 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
     assert ("| rank of the file | 8 |" in (whole / "README.md").read_text()) == (rank == 8)
     flat = values.get("method") == "flat-lora"  # whose noise depends on how long the run is
     other = {**shared, **({"max_train_steps": 4} if flat else {"rank": 2})}
-    with pytest.raises(UserError, match="num_steps was 3 and is 4" if flat else "rank"):
+    with pytest.raises(UserError, match="max_train_steps was 3 and is 4" if flat else "rank"):
         runs.train(tmp_path / "whole-parts", **other, resume_from_checkpoint="latest")
 
     assert export([str(whole), "--step", "3"]) == 0
