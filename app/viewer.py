@@ -67,8 +67,8 @@ def serve(args: argparse.Namespace) -> None:
 
     public = args.host not in (LOCAL, "localhost", "::1")
     catalog = Catalog(args.root, public=public or bool(args.allow_host))
-    check_address(args.host, args.port)
     check_names(args.allow_host)
+    check_address(args.host, args.port)
     with tempfile.TemporaryDirectory(prefix="bilora-viewer-") as cache:
         be_private(Path(cache))
         try:
