@@ -150,7 +150,9 @@ def shorten_tracebacks() -> None:
         if error is not None:
             print_failure(error)
 
-    queueing.traceback = routes.traceback = SimpleNamespace(print_exc=print_exc)
+    modules: tuple[Any, ...] = (queueing, routes)
+    for module in modules:
+        module.traceback = SimpleNamespace(print_exc=print_exc)
 
 
 def close_downloads() -> None:

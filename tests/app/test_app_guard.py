@@ -288,8 +288,9 @@ sys.exit(viewer.main([sys.argv[1]]))
     [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGHUP, True)],
 )
 def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, sent, ignored):
+    before = signal.getsignal(sent)
     if ignored:  # as nohup does
-        before = signal.signal(sent, signal.SIG_IGN)
+        signal.signal(sent, signal.SIG_IGN)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     process = subprocess.Popen(
@@ -298,8 +299,7 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, sent, ignored):
         stdout=subprocess.PIPE,
         text=True,
     )
-    if ignored:
-        signal.signal(sent, before)
+    signal.signal(sent, before)
     with process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
