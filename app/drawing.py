@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL.Image import Image
 
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.errors import UserError, reason, strip_controls
 from bilora_diffusion.export.checkpoints import export_checkpoint
 from bilora_diffusion.files import is_file
 from bilora_diffusion.image.base_model import describe
@@ -114,16 +116,28 @@ class Pipelines:
         if self._base != base:
             self._base = self._pipeline = None  # frees the memory before the next one takes it
             quiet()
-            folder = local(base)
-            dtype = describe(folder).family.precision(self.device)
-            pipeline = load_pipeline(
-                folder,
-                dtype=torch.float32 if base.name in PIPELINES else dtype,
-                variant=base.variant,
-                vae=local(BaseChoice(base.vae, cache_dir=base.cache_dir)) if base.vae else None,
-            )
+            try:
+                pipeline = self._read(base)
+            except (UserError, OSError) as error:
+                # The reason tells whether a folder outside of the root exists and what is in it.
+                # It is for who started the viewer, not for its visitors.
+                print(strip_controls(f"{base.name}: {reason(error)}"), file=sys.stderr, flush=True)
+                raise UserError(
+                    f"the base model {base.name} can't be loaded (the terminal has the reason):"
+                    f" download it with hf download {base.name}, or put its folder there"
+                ) from error
             self._pipeline, self._base = pipeline.to(self.device), base
         return self._pipeline
+
+    def _read(self, base: BaseChoice) -> Any:
+        folder = local(base)
+        dtype = describe(folder).family.precision(self.device)
+        return load_pipeline(
+            folder,
+            dtype=torch.float32 if base.name in PIPELINES else dtype,
+            variant=base.variant,
+            vae=local(BaseChoice(base.vae, cache_dir=base.cache_dir)) if base.vae else None,
+        )
 
 
 @cache
@@ -135,7 +149,8 @@ def usual(base: BaseChoice) -> tuple[int, float]:
 
 def local(base: BaseChoice) -> str:
     """The folder of a base model: the viewer itself downloads nothing."""
-    if base.name in PIPELINES or Path(base.name).exists():
+    # Path.exists would raise where the folder above may not be entered.
+    if base.name in PIPELINES or os.path.exists(base.name):
         return base.name
     try:
         return snapshot_download(

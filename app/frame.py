@@ -7,7 +7,7 @@ a tab fills its lists at the event ``changed``: once after the load, and wheneve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -87,16 +87,27 @@ def notices(catalog: Catalog) -> str:
     return f'<section class="broken"><b>{what} not shown</b><ul>{rows}</ul></section>'
 
 
-def launch(catalog: Catalog, *, host: str, port: int, public: bool, device: str | None) -> None:
+def launch(
+    catalog: Catalog,
+    *,
+    host: str,
+    port: int,
+    public: bool,
+    device: str | None,
+    allowed_hosts: Sequence[str] = (),
+) -> None:
     """Serve until interrupted.
 
     Args:
         public: whether other machines may look.
+        allowed_hosts: names to answer to, besides those of this machine.
     """
     guard.close_downloads()
+    guard.shorten_tracebacks()
     style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
     hues: dict[str, Any] = {"primary_hue": "teal", "secondary_hue": "teal", "neutral_hue": "slate"}
     page = build(catalog, device).queue(default_concurrency_limit=8, api_open=False)
+    names: dict[str, Any] = {"host": host, "public": public, "allowed_hosts": allowed_hosts}
     where = f"[{host}]" if ":" in host else host
     page.launch(
         server_name=where,
@@ -110,7 +121,7 @@ def launch(catalog: Catalog, *, host: str, port: int, public: bool, device: str 
         ssr_mode=False,
         mcp_server=False,
         max_file_size="1kb",
-        app_kwargs={"lifespan": partial(guard.guarded, host=host, public=public)},
+        app_kwargs={"lifespan": partial(guard.guarded, **names)},
         theme=gr.themes.Default(**hues, font=FONT, font_mono=MONO),
         # In `css` Gradio would change the weight of the rules.
         head=f"<style>{style}</style><script>{script}</script>",

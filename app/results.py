@@ -20,7 +20,9 @@ from .parts import QUIET, Update
 
 RESULTS = ("landscape", "generalization", "text_scores", "dynamics")
 REPORT_BYTES = 1_000_000
-_PICTURE = re.compile(r"!\[[^\]]*\]\([^)]*\)|<img[^>]*>", re.IGNORECASE)
+_INERT = {"<": "&lt;", "![": "&#33;[", "```": "&#96;&#96;&#96;", "~~~": "&#126;&#126;&#126;"}
+"""What Gradio's page makes HTML, requests and diagrams of, as entities, which it shows as text."""
+_PICTURE = re.compile(r"!\[[^\[\]]*\]\([^()]*\)")  # linear also in a megabyte of "!["
 
 
 def build(catalog: Catalog, changed: Any) -> None:
@@ -67,7 +69,8 @@ def _show(catalog: Catalog, item: ResultItem) -> None:
                 buttons=["download", "fullscreen"],
                 min_width=320,
             )
-    gr.Markdown("\n\n".join([*unread, text(catalog, item)]), elem_id="results-report")
+    report = "\n\n".join([*unread, text(catalog, item)])
+    gr.Markdown(report, elem_id="results-report", latex_delimiters=[])
 
 
 def pictures(catalog: Catalog, item: ResultItem) -> tuple[list[tuple[Image.Image, str]], list[str]]:
@@ -78,18 +81,25 @@ def pictures(catalog: Catalog, item: ResultItem) -> tuple[list[tuple[Image.Image
         with contextlib.suppress(UserError):  # a link out of the root
             picture = parts.read(catalog.resolve(path), "RGBA")
         if picture is None:
-            unread.append(f"The figure {name}.png can't be read: make the result again.")
+            unread.append(inert(f"The figure {name}.png can't be read: make the result again."))
         else:
             figures.append((picture, name.replace("_", " ").replace("-", " ")))
     return figures, unread
 
 
 def text(catalog: Catalog, item: ResultItem) -> str:
-    """The report of a result, its pictures left out, since they stand above it."""
+    """The report of a result, inert, without its pictures, since they stand above it."""
     try:
         path = finite(catalog.resolve(f"{item.path}/{REPORT}"))
         with path.open(encoding="utf-8", errors="replace") as file:
             report = file.read(REPORT_BYTES)
     except (UserError, OSError):
         return f"The report {REPORT} can't be read: run `python -m eval.{item.kind}` again."
-    return _PICTURE.sub("", report)
+    return inert(_PICTURE.sub("", report))
+
+
+def inert(markdown: str) -> str:
+    """Markdown of which Gradio's page makes no HTML of its own, no request and no diagram."""
+    for beginning, entities in _INERT.items():
+        markdown = markdown.replace(beginning, entities)
+    return markdown

@@ -2,9 +2,11 @@
 
     python -m app.viewer                       # finds run and result folders below this folder
     python -m app.viewer demo --port 7861
-    python -m app.viewer demo --host 0.0.0.0   # other machines may look, too
+    python -m app.viewer demo --host 0.0.0.0   # other machines may look, generate and vote, too
+    python -m app.viewer demo --allow_host lab.example   # behind a proxy of this name
 
-Reads the files below ROOT and serves nothing else. No telemetry, nothing from the network.
+Reads the files below ROOT and the base models that its runs name, and serves nothing else. No
+telemetry, nothing from the network.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
+import signal
 import socket
 import sys
 import tempfile
@@ -23,10 +27,11 @@ from eval.command import Parser
 
 PORT = 7860
 LOCAL = "127.0.0.1"
+HOST_NAME = re.compile(r"[a-z0-9._-]+", re.IGNORECASE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until interrupted.
+    """Serve until interrupted, by Ctrl-C, SIGTERM or SIGHUP.
 
     Returns:
         The exit code: 0, or 2 after a sentence that says what to mend.
@@ -36,10 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "root", nargs="?", type=Path, default=Path("."), metavar="ROOT", help="default: this folder"
     )
     parser.add_argument("--host", default=LOCAL, help=f"address to listen on; default: {LOCAL}")
+    parser.add_argument(
+        "--allow_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another host name to answer to, such as a proxy's; can be given several times",
+    )
     parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}")
     parser.add_argument("--device", help="that generates images, such as cuda:1; default: the best")
 
     def work() -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):  # how a server is ended
             serve(parser.read(argv))
 
@@ -47,11 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Check the arguments, find the folders, and serve until Ctrl-C."""
+    """Check the arguments, find the folders, and serve until interrupted."""
     from .catalog import Catalog
 
     public = args.host not in (LOCAL, "localhost", "::1")
-    catalog = Catalog(args.root, public=public)
+    catalog = Catalog(args.root, public=public or bool(args.allow_host))
+    check_names(args.allow_host)
     check_address(args.host, args.port)
     with tempfile.TemporaryDirectory(prefix="bilora-viewer-") as cache:
         be_private(Path(cache))
@@ -63,7 +79,14 @@ def serve(args: argparse.Namespace) -> None:
             raise UserError(
                 f"the viewer needs {error.name}: run pip install 'bilora-diffusion[app]'"
             ) from error
-        frame.launch(catalog, host=args.host, port=args.port, public=public, device=args.device)
+        frame.launch(
+            catalog,
+            host=args.host,
+            port=args.port,
+            public=public,
+            device=args.device,
+            allowed_hosts=args.allow_host,
+        )
 
 
 def be_private(cache: Path) -> None:
@@ -91,6 +114,16 @@ def check_address(host: str, port: int) -> None:
             f"--host {host} --port {port} can't be listened on ({error}): give an address of this"
             f" machine, such as {LOCAL}, and a free port from 1024 to 65535"
         ) from error
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse what is no host name, which would match no request."""
+    for name in names:
+        if not HOST_NAME.fullmatch(name):
+            raise UserError(
+                f"--allow_host {name} is no host name: give the name alone, without http:// and"
+                " port, such as lab.example"
+            )
 
 
 if __name__ == "__main__":

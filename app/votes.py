@@ -16,6 +16,7 @@ import json
 import random
 import secrets
 import sqlite3
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,14 +32,19 @@ from .catalog import Catalog, ResultItem
 from .scored import Scored
 
 FILE = "votes.db"
-BUSY_SECONDS = 30.0
+BUSY_SECONDS = 5.0
+"""Seconds to wait for another program that holds the file."""
+QUERY_SECONDS = 10.0
+"""Seconds until a query is ended; those of this module take milliseconds."""
+MAX_VALUE_BYTES = 1_000_000
+QUERY_STEPS = 100_000  # of SQLite's machine between two looks at the clock
 ANY = ""
 """The value of "any pair"."""
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""Beginnings of a text that a spreadsheet computes."""
+FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""Beginnings of a text that a spreadsheet computes, also in full width and after blanks."""
 COLUMNS = ("time UTC", "score folder", "prompt", "seed", "adapter left", "adapter right")
-COLUMNS += ("choice", "winner", "session")
-"""Columns of the CSV file, which are all but the last of a :class:`Vote`."""
+COLUMNS += ("choice", "winner", "voter")
+"""Columns of the CSV file: those of a :class:`Vote`, with a number for the session."""
 
 
 class Side(NamedTuple):
@@ -169,7 +175,7 @@ class Polls:
             return []
         which = "(?1 IS NULL OR scores = ?1) AND (?2 IS NULL OR session = ?2)"
         with self._file() as file:
-            query = f"SELECT * FROM votes WHERE {which} ORDER BY rowid"
+            query = f"SELECT {', '.join(Vote._fields)} FROM votes WHERE {which} ORDER BY rowid"
             return [Vote(*row) for row in file.execute(query, (scores, session))]
 
     @contextlib.contextmanager
@@ -178,12 +184,15 @@ class Polls:
         columns = f"{', '.join(Vote._fields)}, UNIQUE (session, pair)"
         try:
             with contextlib.closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as file, file:
+                _limit_queries(file)
                 file.execute(f"CREATE TABLE IF NOT EXISTS votes ({columns})")
+                _require_table(file)
                 yield file
         except sqlite3.DatabaseError as error:
             raise UserError(
                 f"{FILE} can't be used ({error}): give the viewer a root folder that you may"
-                " write to, with free space, and move the file away if it has no votes"
+                " write to, with free space, close other programs that use the file, and move it"
+                " away if it has no votes"
             ) from error
 
     def result(self, path: str | None, pair: str) -> tuple[list[Tally], int]:
@@ -196,9 +205,14 @@ class Polls:
     def export(self, folder: Path) -> Path:
         """Write all votes of this root as ``votes.csv`` into a new folder below ``folder``.
 
+        Voters are numbered by their first vote: whoever knows a session can vote as its voter.
         A text that a spreadsheet would compute as a formula gets an apostrophe before it.
         """
-        rows = [vote[: len(COLUMNS)] for vote in self.votes()]
+        numbers: dict[str, int] = {}
+        rows: list[tuple[str | int, ...]] = []
+        for vote in self.votes():
+            number = numbers.setdefault(vote.session, len(numbers) + 1)
+            rows.append((*vote[: len(COLUMNS) - 1], number))
         path = folder / secrets.token_hex(8) / "votes.csv"
         path.parent.mkdir(parents=True)
         with path.open("w", encoding="utf-8", newline="") as file:
@@ -228,9 +242,31 @@ class Polls:
         return booth
 
 
+def _limit_queries(file: sqlite3.Connection) -> None:
+    """End a connection's queries after QUERY_SECONDS, and refuse values above MAX_VALUE_BYTES.
+
+    The file may be a stranger's: a view or a trigger can be endless, a computed column huge.
+    """
+    end = time.monotonic() + QUERY_SECONDS
+    file.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+    file.set_progress_handler(lambda: time.monotonic() > end, QUERY_STEPS)
+
+
+def _require_table(file: sqlite3.Connection) -> None:
+    """Refuse a view or a virtual table in place of the votes."""
+    tables = file.execute(
+        "SELECT 1 FROM sqlite_master WHERE name = 'votes' COLLATE NOCASE"
+        " AND type = 'table' AND sql LIKE 'CREATE TABLE%'"
+    )
+    if tables.fetchone() is None:
+        raise sqlite3.DatabaseError("it has a view or a virtual table in place of its votes")
+
+
 def _labels(pair: str) -> Sequence[str] | None:
     return None if pair == ANY else json.loads(pair)
 
 
 def _inert(cell: str | int) -> str | int:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+    if isinstance(cell, str) and (cell[:1].isspace() or cell.startswith(FORMULA)):
+        return f"'{cell}"
+    return cell

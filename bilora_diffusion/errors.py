@@ -179,7 +179,12 @@ def _reader_left() -> bool:
     return True
 
 
-def _ended(error: BaseException, code: int) -> int:
+def print_trace_if_asked(error: BaseException) -> None:
+    """Print an exception's trace where ``BILORA_TRACEBACK`` asks for it."""
     if os.environ.get("BILORA_TRACEBACK", "0") not in ("", "0"):
         traceback.print_exception(error)
+
+
+def _ended(error: BaseException, code: int) -> int:
+    print_trace_if_asked(error)
     return code

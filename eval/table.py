@@ -243,7 +243,8 @@ def head(folder: Path) -> dict[str, Any]:
         version, kind = record.pop("schema_version"), record["kind"]
         # JSON can say half a letter, which nothing can print.
         json.dumps(record, ensure_ascii=False).encode()
-        if not isinstance(kind, str):
+        # Sentences say "run python -m eval.KIND again", which users copy into a terminal.
+        if not isinstance(kind, str) or not kind.isidentifier():
             raise TypeError(kind)
     except OSError as error:
         raise UserError(f"{folder} holds no {FILE} that can be read: give another") from error

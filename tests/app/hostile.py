@@ -11,6 +11,14 @@ from tests.app.folders import make_whole_run as make_run
 
 EVIL = '<img src=x onerror="window.evil=1"><script>window.evil=1</script>'
 
+COMMAND = "../../x; rm -rf ~"
+OVERLAY = '<div style="position:fixed;inset:0;background:red;z-index:99999">overlay</div>'
+FORM = '<form action="http://evil.example/"><button>log in</button></form>'
+PICTURES = "!![a](b)[x](http://evil.example/a.png) ![y][1] <im<img x>g src=//evil.example>\n\n"
+PICTURES += "[1]: http://evil.example/b.png"
+DIAGRAM = "> ~~~mermaid\n> graph TD; A-->B\n> ~~~\n\n```mermaid\ngraph TD; A-->B\n```"
+FORMULA = r"$$\rlap{\smash{\rule{999em}{999em}}}$$"
+
 
 def replaced(make: Callable[[Path], Any], file: str, by: Callable[[Path], Any]) -> Any:
     """A good folder in which ``by`` makes something else in place of a file."""
@@ -154,13 +162,15 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
     },
     "result is a list": replaced(make_result, "result.json", written("[]")),
     "kind is markup": partial(make_result, kind=EVIL),
+    "kind is a command": replaced(partial(make_result, kind=COMMAND), "report.md", Path.mkdir),
     "figures are numbers": partial(make_result, figures=[1, {}]),
     "figure is half a letter": partial(make_result, figures=[f"{HALF}.png"]),
     "figures lead out": partial(make_result, figures=["../../x.png", "/etc/passwd"]),
     "report is a page": partial(
         make_result,
-        report=f'{EVIL}<form action="http://evil.example/"><button>log in</button></form>',
+        report=f"{EVIL}\n\n{OVERLAY}\n\n{FORM}\n\n{PICTURES}\n\n{DIAGRAM}\n\n{FORMULA}",
     ),
+    "report of pictures without end": partial(make_result, report="![" * 400_000),
     "scores of markup": partial(make_scores, labels=(EVIL, f"b{EVIL}"), texts=(EVIL,)),
     "score is not a number": changed("rows.csv", "0.25", "nan"),
     "huge scores": changed("rows.csv", "0.25", "1e308"),

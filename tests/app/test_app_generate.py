@@ -117,6 +117,18 @@ def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_ro
             sides(catalog, a, b)
 
 
+def test_a_message_does_not_tell_what_lies_outside_of_the_root(models, tmp_path, capfd):
+    (tmp_path / "there").mkdir()
+    messages = []
+    for name in ("there", "absent"):
+        base = BaseChoice(str(tmp_path / name))
+        with pytest.raises(UserError, match="hf download") as caught:
+            models.draw(base, None, [REQUEST], print)
+        messages.append(str(caught.value).replace(name, "NAME"))
+        assert f"{tmp_path / name}: " in capfd.readouterr().err
+    assert messages[0] == messages[1]
+
+
 def test_bad_values_and_what_is_not_here_are_refused():
     for name, value in (
         ("prompt", " "),

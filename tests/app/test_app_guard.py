@@ -1,10 +1,16 @@
 """The viewer's server: it answers nobody's page but its own, and asks nobody anything."""
 
+import contextlib
 import http.client
 import json
+import os
 import random
 import re
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -15,9 +21,9 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from app import frame
+from app import frame, viewer
 from app.catalog import Catalog
-from app.guard import Guard
+from app.guard import MAX_BODY_BYTES, Guard
 from app.votes import Polls
 from tests.app.folders import make_run, make_scores
 
@@ -218,6 +224,95 @@ def test_other_web_sites_are_refused(started, host, origin, status):
         pass
 
 
+def test_a_name_can_be_allowed_apart_from_the_address(tmp_path, capsys):
+    guard = Guard(PlainTextResponse("here"), LOCAL, public=False, allowed_hosts=["Lab.Example"])
+    client = TestClient(guard)
+    for host, status in {
+        "lab.example": 200,
+        "lab.example:443": 200,
+        "localhost:7860": 200,
+        "www.lab.example": 403,
+        "192.168.0.5": 403,
+    }.items():
+        assert client.get("/config", headers={"Host": host}).status_code == status, host
+    for name in ("http://lab.example", "lab.example:80", "*", ""):
+        assert viewer.main([str(tmp_path), "--allow_host", name]) == 2
+        assert f"--allow_host {name}" in capsys.readouterr().err
+
+
+def test_large_and_endless_bodies_are_refused_and_what_is_sent_is_not_printed(served, capfd):
+    path, value = "/gradio_api/queue/join", "refused value "
+    body = {"fn_index": 1, "session_hash": "large", "data": [value * (MAX_BODY_BYTES // 20)]}
+    assert served.ask(path, "POST", body).status == 200
+    body["data"] *= 2
+    answer = served.ask(path, "POST", body)
+    assert (answer.status, str(MAX_BODY_BYTES) in answer.read().decode()) == (413, True)
+    connection = http.client.HTTPConnection(LOCAL, served.port, timeout=30)
+    connection.request("POST", path, iter([b"a", b"b"]), encode_chunked=True)
+    assert connection.getresponse().status == 411
+    text = served.ask("/gradio_api/queue/data?session_hash=large").read().decode()
+    assert "process_completed" in text  # without the values that the event needs
+    for number in (-1, 10**9):
+        event = {"fn_index": number, "session_hash": "large", "data": []}
+        assert served.ask(path, "POST", event).status == 500
+    with contextlib.suppress(http.client.IncompleteRead):  # of a session that there is not
+        served.ask("/gradio_api/queue/data?session_hash=gone").read()
+    time.sleep(0.2)
+    printed = capfd.readouterr().err
+    assert "KeyError: -1" in printed
+    assert "Traceback" not in printed
+    assert len(printed) < 2000
+
+
+SIGNALLED = """
+import sys, time
+from types import ModuleType
+from app import viewer
+
+def launch(*_, **__):
+    print("ready", flush=True)
+    time.sleep(60)
+
+frame = ModuleType("frame")
+frame.launch = launch
+sys.modules["app.frame"] = sys.modules["gradio"] = frame
+viewer.check_address = lambda host, port: None
+sys.exit(viewer.main([sys.argv[1]]))
+"""
+"""A viewer in which no page is made."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "ignored"),
+    [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGHUP, True)],
+)
+def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, sent, ignored):
+    before = signal.getsignal(sent)
+    if ignored:  # as nohup does
+        signal.signal(sent, signal.SIG_IGN)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED, str(tmp_path)],
+        env=os.environ | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    signal.signal(sent, before)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        assert [*temporary.glob("bilora-viewer-*")]
+        process.send_signal(sent)
+        if ignored:
+            time.sleep(0.5)
+            assert process.poll() is None
+            process.terminate()
+        assert process.wait(60) == 0
+    assert not [*temporary.glob("bilora-viewer-*")]
+
+
 def test_no_answer_lets_another_web_site_read_it(served):
     own = f"{LOCAL}:{served.port}"
     for path in ("/", "/config", "/gradio_api/queue/data?session_hash=x"):
@@ -227,5 +322,6 @@ def test_no_answer_lets_another_web_site_read_it(served):
         assert not [name for name in answer.headers if "access-control" in name.lower()]
     answer = served.ask("/config", Origin=f"http://{own}")
     assert answer.status == 200
+    assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
     for rule in ("frame-ancestors 'none'", "form-action 'none'", "base-uri 'self'"):
         assert rule in answer.headers["Content-Security-Policy"]

@@ -132,4 +132,6 @@ def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(tabs, root, 
         assert all(f"{name}, seed 0" in shown[part] for name in ("LoRA", "Bi-LoRA"))
     for tab in ("page", "images", "cards"):  # the others' texts are no HTML
         assert "<script" not in shown[tab], tab
+    assert "<" not in shown["reports"], "Markdown passes HTML on"
+    assert not [part for part, text in shown.items() if "rm -rf" in text], "a command to copy"
     assert not [part for part, text in shown.items() if str(root) in text], "no place is told"

