@@ -47,7 +47,7 @@ def measured(loss, calls, noise=5e-4):
 
 def searched(loss=overfitting, plan=PLAN, calls=None, **values):
     search = Search(plan, measured(loss, [] if calls is None else calls))
-    search.run(space(**(values or default_values((), 2e-4, True))))
+    search.run(space(**(values or default_values((), 2e-4, 4, True))))
     return search
 
 
@@ -150,10 +150,10 @@ def test_runs_of_different_values_have_folders_of_their_own():
 
 
 def test_what_the_user_gave_is_fixed_but_for_the_rate():
-    values = default_values({"rank", "method", "learning_rate"}, 1e-3, True)
+    values = default_values({"rank", "method", "learning_rate"}, 1e-3, 4, True)
     assert values == {"learning_rate": ("0.0005", "0.001", "0.002")}
-    assert "auxiliaries" not in default_values((), 1e-3, supports_sample=False)
-    assert "rho" not in default_values({"rho"}, 1e-3, True)
+    assert "auxiliaries" not in default_values((), 1e-3, 4, supports_sample=False)
+    assert "rho" not in default_values({"rho"}, 1e-3, 4, True)
 
 
 BAD_SPACES = {
