@@ -96,7 +96,7 @@ def main(
         f" {bytes_for_people(room)} for it.",
     ]
     if waiting:
-        lines.append(f"Beside that, auxiliaries wait in {bytes_for_people(waiting)} of the CPU's.")
+        lines.append(f"{bytes_for_people(waiting)} of auxiliaries wait in the CPU's memory.")
     if cfg.fit and on_cuda and peaks[most] > room:
         lines.append("--fit leaves out of its search what runs out of memory.")
     print("\n".join(lines), flush=True)

@@ -151,6 +151,7 @@ class Search:
         for work, curve in zip(todo, self._measure(todo), strict=True):
             if isinstance(curve, str):
                 self.out[work.options] = curve
+                self.spent -= self._cost(work)  # it ended early, if it began at all
             elif not math.isfinite(lowest(curve)[0]):
                 self.out[work.options] = "no step has a finite held-out loss"
             else:
