@@ -112,7 +112,8 @@ below are what real models and methods hold.
     [
         ({}, MINI),
         ({"auxiliaries": "sample"}, {"adapters: auxiliary": "8.24 MB", "gradients": "1.79 MB"}),
-        ({"auxiliaries": "sample", "auxiliaries_on": "cpu"}, {"adapters: auxiliary": "1.43 MB"}),
+        # On a CPU those that wait are in the same memory.
+        ({"auxiliaries": "sample", "auxiliaries_on": "cpu"}, {"adapters: auxiliary": "8.24 MB"}),
         ({"use_ema": True, "use_dora": True}, {"adapters: primary": "403 kB"}),
         ({"optimizer": "adamw8bit"}, {"the optimizer's state": "358 kB"}),
         ({"init_lora_weights": "pissa"}, {"adapters: first values": "358 kB"}),
@@ -134,7 +135,30 @@ def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
     assert {name: said[name] for name in parts} == parts
 
 
+def test_auxiliaries_that_wait_are_counted_in_the_memory_where_they_are(tmp_path):
+    def taken(*words):
+        run = memory.task("Stable Diffusion XL", "--auxiliaries", "sample", *words)
+        return attached(run, 1, torch.device("cuda"))[1:]
+
+    parts, waiting = taken()
+    on_device, on_cpu = taken("--auxiliaries_on", "cpu")
+    names = ("adapters: auxiliary", "the optimizer's state")
+    assert waiting == 0
+    assert on_cpu == sum(parts[name] - on_device[name] for name in names) > 0
+
+
+@pytest.mark.parametrize("fixed", [{}, {"rank": 4}])
+def test_a_search_takes_what_its_largest_run_does(fixed, capsys, tmp_path):
+    given = {"train_batch_size": 4, **fixed}
+    search = image_run(capsys, tmp_path / "run", fit=True, **given)
+    form = {"method": "bilora", "rho": "auto", "auxiliaries": "sample"}
+    largest = image_run(capsys, tmp_path / "run", **{"rank": 16, **form, **given})
+    assert "bilora (rho auto, auxiliaries sample)" in search
+    for name in ("adapters: auxiliary", "the optimizer's state", "gradients"):
+        assert parts_of(search)[name] == parts_of(largest)[name]
+
+
 def test_several_processes_are_refused():
     accelerator: Any = SimpleNamespace(num_processes=2)
     with pytest.raises(UserError, match="one process"):
-        main(lambda *_: None, None, resolve(["--dataset", "mini"]), accelerator)
+        main(lambda *_: None, None, resolve(["--dataset", "mini"]), accelerator, lambda _: None)
