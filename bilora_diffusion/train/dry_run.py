@@ -184,7 +184,8 @@ def attached(
     seen = min(count, cfg.train_batch_size * cfg.gradient_accumulation_steps)
     on_cpu = device is not None and device.type == "cpu"
     here = seen if cfg.auxiliaries_on == "cpu" and not on_cpu else count
-    method.setup([replace(t, model=copy.deepcopy(t.model)) for t in task.targets()])
+    targets = task.targets()
+    method.setup([replace(target, model=copy.deepcopy(target.model)) for target in targets])
     models = [target.model for target in method.targets]
     primary, auxiliary, first = (
         sum(p.nbytes for model in models for p in adapters.parameters(model, name))
