@@ -161,5 +161,6 @@ def test_a_search_takes_what_its_largest_run_does(capsys, tmp_path):
 
 def test_several_processes_are_refused():
     accelerator: Any = SimpleNamespace(num_processes=2)
+    search: Any = None
     with pytest.raises(UserError, match="one process"):
-        main(lambda *_: None, None, resolve(["--dataset", "mini"]), accelerator, lambda _: None)
+        main(lambda *_: None, None, resolve(["--dataset", "mini"]), accelerator, search)
