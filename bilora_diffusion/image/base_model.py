@@ -26,7 +26,8 @@ _GIVE_ONE = (
 @dataclass(frozen=True)
 class BaseModel:
     """A pipeline in diffusers' format, of a kind that is known: its name as the user gave it, its
-    ``model_index.json``, and the ``config.json`` of denoiser and autoencoder, by the part.
+    ``model_index.json``, and the configurations of denoiser, autoencoder and scheduler, by the
+    part; the scheduler's is there for models that may predict noise.
     """
 
     name: str
@@ -42,6 +43,14 @@ class BaseModel:
     def family(self) -> Any:
         """Facts of its kind, a `families.base.Family`."""
         return named(self.pipeline, self.name)()
+
+    @property
+    def predicts_noise(self) -> bool:
+        """Test that the denoiser predicts noise; with velocity, EDM and flows it does not."""
+        scheduler = self.configs.get("scheduler", {})
+        is_edm = "EDM" in str(scheduler.get("_class_name", ""))
+        is_epsilon = scheduler.get("prediction_type", "epsilon") == "epsilon"
+        return is_epsilon and not is_edm and not self.family.flow
 
     @property
     def side(self) -> int:
@@ -83,6 +92,8 @@ def describe(name: str, revision: str | None = None, cache_dir: str | None = Non
                 f" {part}): give one, for example mini."
             )
     configs = {part: load(f"{part}/config.json") for part in (family.denoiser, "vae")}
+    if not family.flow:
+        configs["scheduler"] = load("scheduler/scheduler_config.json")
     return BaseModel(name, index, configs)
 
 

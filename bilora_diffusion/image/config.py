@@ -57,6 +57,7 @@ class DreamBoothConfig(
         concept: the name of the one that `each` made this of.
         pipeline: the class of the base model's pipeline.
         told_guidance: whether it is told its guidance in training.
+        predicts_noise: whether its denoiser predicts noise, neither velocity nor a flow.
     """
 
     validation_settings: list[dict[str, Any]] = field(default_factory=list)
@@ -64,6 +65,7 @@ class DreamBoothConfig(
     concept: str = ""
     pipeline: str = ""
     told_guidance: bool = False
+    predicts_noise: bool = True
 
     modality: ClassVar[str] = "image"
     groups: ClassVar[tuple[Any, ...]] = GROUPS

@@ -89,7 +89,8 @@ def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
 def _for_model(values: dict[str, Any], given: frozenset[str], model: BaseModel) -> dict[str, Any]:
     """Fill in what depends on the base model, and refuse what it can't take."""
     family, folder = model.family, folder_of(model.name)
-    values |= {"pipeline": model.pipeline, "told_guidance": family.told_guidance(model.configs)}
+    values |= {"pipeline": model.pipeline, "predicts_noise": model.predicts_noise}
+    values["told_guidance"] = family.told_guidance(model.configs)
     if "output_kohya_format" not in given:  # which is for adapters, and written for SDXL alone
         values["output_kohya_format"] = values["method"] != "full" and not family.flow
     if values["train_text_encoder"] and values["text_encoder_lr"] is None:

@@ -28,7 +28,7 @@ ON_A_SINGLE_ONE = Idle(
     "use `--auxiliaries sample` or drop it",
 )
 WITHOUT_NOISE = Idle(
-    lambda values: values.get("pipeline") != "StableDiffusionXLPipeline",
+    lambda values: not values.get("predicts_noise"),
     "where a model does not predict noise",
 )
 COUNTS = Range(10**6, "none would be seen twice", at_least=1)

@@ -41,7 +41,7 @@ def write_card(
     stopped = {
         "step of these weights, with the lowest held-out loss": results.get("best_step"),
         "stopped early, after steps": early,
-        "steps chosen by --fit": results.get("chosen_steps"),
+        "steps chosen by --fit": _chosen_steps(options, results),
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
@@ -56,6 +56,14 @@ def write_card(
         **facts,
     )
     write_text(folder / "README.md", re.sub("\n{3,}", "\n\n", text.strip()) + "\n")
+
+
+def _chosen_steps(options: Mapping[str, Any], results: Mapping[str, Any]) -> str | int | None:
+    """Steps that a fit chose, with those that it trained where its rate falls; None without one."""
+    chosen, trained = results.get("chosen_steps"), options["max_train_steps"]
+    if chosen in (None, trained):
+        return chosen
+    return f"{chosen} at a constant rate, trained as {trained} at a rate that falls to zero"
 
 
 def _given(rows: Mapping[str, Any]) -> dict[str, Any]:

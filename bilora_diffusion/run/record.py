@@ -144,6 +144,8 @@ class FitChoice(FitRow):
 
     steps: Annotated[Count, Field(ge=1)]
     loss: Number
+    base_loss: Number | None = None  # of the base model on the same samples
+    rate_edge: Literal["lowest", "highest"] | None = None  # of the rates that were tried
 
 
 class FitStanding(FitRow):

@@ -5,7 +5,10 @@ trained and kept is counted. What a step holds beside that comes from coefficien
 model, fitted to what a tracer of every tensor gave (commit 48c0e54; results/dry_run_memory).
 """
 
+import copy
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -22,7 +25,8 @@ from ..errors import UserError
 from ..methods import Method, for_run
 from ..methods.auxiliaries import deal
 from ..run import provenance
-from .fit.search import BUDGET
+from .fit.runs import Fit
+from .fit.space import RATE, Options, title
 from .stepping import Schedule, total_steps
 
 CUDA_CONTEXT, CPU_LIBRARIES = 600_000_000, 100_000_000
@@ -36,9 +40,20 @@ all but `BEFORE`; its gradients are there in `STEP`.
 
 
 def main(
-    build_task: Callable[..., Any], moments: Any, cfg: RunConfig, accelerator: Accelerator
+    build_task: Callable[..., Any],
+    moments: Any,
+    cfg: RunConfig,
+    accelerator: Accelerator,
+    search: Callable[[Any], Fit],
 ) -> None:
-    """Print what a run would do and take.
+    """Print what a run would do and take; of a search, what the largest of its runs takes.
+
+    Args:
+        build_task: as `running.Script` has it.
+        moments: as `running.Script` has it.
+        cfg: configuration of the run.
+        accelerator: engine of the run.
+        search: makes the search of a task, where the run begins with one.
 
     Raises:
         UserError: bad input; several processes.
@@ -48,8 +63,15 @@ def main(
     task, device = build_task(cfg, accelerator), accelerator.device
     size = Schedule.of(cfg, accelerator).step_size
     steps = total_steps(cfg, task.num_samples, size)
-    parts_of: Moments = moments(task, device)  # before adapters hide what is to be quantized
-    method, trained = attached(task, steps)
+    parts_of: Moments = moments(task, device)
+    largest, search_size = [], []
+    if cfg.fit:
+        fit = search(task)
+        options = largest_configuration(fit, task, steps, device)
+        task = with_config(task, fit.config(options))
+        largest = [f"what follows is about the largest run of --fit: {title(options)}"]
+        search_size = [_search_size(fit.plan.budget, steps)]
+    method, trained, waiting = attached(task, steps, device)
     on_cuda = device.type == "cuda"
     process = CUDA_CONTEXT if on_cuda else psutil.Process().memory_info().rss + CPU_LIBRARIES
     taken = complete(parts_of, trained, process)
@@ -62,16 +84,21 @@ def main(
     count = sum(p.numel() for p in method.clip_parameters())
     lines = [
         "--dry_run: nothing is loaded, trained or written.",
+        *largest,
         f"{method.title} on {models}: {len(method.layers())} layers, {count:,} parameters",
         f"data: {task.data_summary()}",
         f"steps: {steps:,} of {size}, {steps * size / task.num_samples:.3g} epochs",
-        *([_search_size(cfg.fit_budget or BUDGET * steps, steps)] if cfg.fit else ()),
+        *search_size,
         f"memory of {provenance.device(device)['name']} when it is highest ({most}):",
         *(f"  {bytes_for_people(n):>8}  {part}" for part, n in taken[most].items() if n),
         *(f"peak of {name}: {bytes_for_people(peak)}" for name, peak in peaks.items()),
         f"It {verdict}: the run needs about {bytes_for_people(peaks[most])}, and {device.type} has"
         f" {bytes_for_people(room)} for it.",
     ]
+    if waiting:
+        lines.append(f"{bytes_for_people(waiting)} of auxiliaries wait in the CPU's memory.")
+    if cfg.fit and on_cuda and peaks[most] > room:
+        lines.append("--fit leaves out of its search what runs out of memory.")
     print("\n".join(lines), flush=True)
 
 
@@ -107,28 +134,72 @@ def _search_size(budget: int, steps: int) -> str:
     )
 
 
-def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
-    """The method on a task's models, and bytes of what is trained and kept of it."""
+def largest_configuration(fit: Fit, task: Any, steps: int, device: torch.device) -> Options:
+    """The configuration of a search that takes most memory, with all samples as in the last run.
+
+    Memory rises with each option whatever the others are, so each is set to its largest value in
+    turn, for each method.
+    """
+
+    @functools.cache
+    def trained_bytes(options: Options) -> int:
+        _, trained, _ = attached(with_config(task, fit.config(options)), steps, device)
+        return sum(trained.values())
+
+    configurations: list[Options] = [()]
+    for configuration in fit.space.starts():
+        for name in fit.space.axes():
+            if name != RATE:
+                configuration = max(fit.space.along(name, configuration), key=trained_bytes)
+        configurations.append(configuration)
+    return max(configurations, key=trained_bytes)
+
+
+def with_config(task: Any, cfg: RunConfig) -> Any:
+    """The task with another configuration, on the same empty models."""
+    changed = copy.copy(task)
+    changed.cfg = cfg
+    return changed
+
+
+def attached(
+    task: Any, steps: int, device: torch.device | None = None
+) -> tuple[Method, dict[str, int], int]:
+    """Put a method on copies of a task's models.
+
+    Args:
+        task: whose models are empty.
+        steps: optimizer steps of the run.
+        device: on which it is trained; None for one with memory of its own.
+
+    Returns:
+        The method; bytes of what is trained and kept of it on the device; bytes of auxiliaries and
+        their optimizer state that wait in the memory of the CPU, where the device is another.
+    """
     cfg = task.cfg
     # Several auxiliaries are counted and not made; weights without values have no norm.
     method = for_run({**vars(cfg), "auxiliaries": 1, "rho_norm": "scaled"}, steps)
     several = "auxiliaries" in method.reads
     count = deal(cfg.auxiliaries, task.sample_names)[0] if several else 1
     seen = min(count, cfg.train_batch_size * cfg.gradient_accumulation_steps)
-    here = seen if cfg.auxiliaries_on == "cpu" else count
-    method.setup(task.targets())
+    on_cpu = device is not None and device.type == "cpu"
+    here = seen if cfg.auxiliaries_on == "cpu" and not on_cpu else count
+    targets = task.targets()
+    method.setup([replace(target, model=copy.deepcopy(target.model)) for target in targets])
     models = [target.model for target in method.targets]
     primary, auxiliary, first = (
         sum(p.nbytes for model in models for p in adapters.parameters(model, name))
         for name in (PRIMARY, AUXILIARY, INITIAL)
     )
     result = sum(p.nbytes for p in method.clip_parameters())
-    state = OPTIMIZERS[cfg.optimizer.lower()].state * (result + auxiliary * here)
-    return method, {
+    moments_of_byte = OPTIMIZERS[cfg.optimizer.lower()].state
+    trained = {
         "adapters: primary": primary,
         "adapters: auxiliary": auxiliary * here,
         "adapters: first values": first,
         "gradients": result + auxiliary * seen,
-        "the optimizer's state": int(state),
+        "the optimizer's state": int(moments_of_byte * (result + auxiliary * here)),
         "averages and best weights": result * (cfg.use_ema + cfg.keep_best),
     }
+    waiting = auxiliary * (count - here) * (1 + moments_of_byte)
+    return method, trained, int(waiting)

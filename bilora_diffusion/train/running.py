@@ -35,7 +35,7 @@ from ..run import checkpoint, console, interruption, lock, publish, runlog
 from ..run.content import summarize
 from ..run.folder import FIT_RECORD, OF_FIT, clear, guard, refuse_foreign_models, refuse_unusable
 from ..run.interruption import Stop
-from ..run.record import last_measured
+from ..run.record import last_measured, read_fit
 from . import dry_run, sharding
 from .fit import report
 from .fit.runs import Fit
@@ -100,8 +100,10 @@ def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str
         refuse_foreign_models(folder)
     resume = checkpoint.resolve(folder, resume_from)
     accelerator = build_accelerator(cfg)
+    run = functools.partial(_run_of_fit, script)
+    search = functools.partial(Fit, script, argv, train=run, accelerator=accelerator)
     if cfg.dry_run:
-        dry_run.main(script.build_task, script.moments, cfg, accelerator)
+        dry_run.main(script.build_task, script.moments, cfg, accelerator, search)
         return None
     repo_id = None
     if cfg.push_to_hub:
@@ -110,7 +112,7 @@ def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str
         task: Any = script.build_task(cfg, accelerator)
     stop, what = None, ""
     if cfg.fit:
-        fit = Fit(script, argv, task, functools.partial(_run_of_fit, script), accelerator)
+        fit = search(task)
         chosen, what = fit.choose(goes_on=resume_from is not None), fit.what
         if isinstance(chosen, Stop):
             stop = chosen
@@ -271,7 +273,10 @@ def _export(
     the results.
     """
     cfg = trainer.cfg
-    results: dict[str, Any] = {"chosen_steps": trainer.last_step} if cfg.fit else {}
+    record = read_fit(folder / FIT_RECORD) if cfg.fit else None
+    results: dict[str, Any] = {}
+    if record and record["choice"]:
+        results["chosen_steps"] = record["choice"]["steps"]
     log.writes_card()
     with trainer.outcome.applied():
         results["export"] = script.export(cfg, trainer, folder)

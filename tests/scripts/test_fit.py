@@ -5,6 +5,7 @@ import signal
 from typing import Any
 
 import pytest
+import torch
 
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.run import runlog
@@ -57,7 +58,9 @@ def test_a_fit_goes_on_where_it_was_interrupted_and_trains_what_it_chose(
     assert (whole / "fit.png").stat().st_size > 5_000
     assert "](fit.png)" in (whole / "README.md").read_text()
     results, length = runlog.read_run(whole)["results"], 2 * choice["steps"]
-    assert results["chosen_steps"] == results["steps"] == length
+    assert (results["chosen_steps"], results["steps"]) == (choice["steps"], length)
+    card = (whole / "README.md").read_text()
+    assert f"{choice['steps']} at a constant rate, trained as {length}" in card
 
     # The last run is what a command with these options makes.
     own = {**given, **choice["options"], "max_train_steps": length, "lr_scheduler": "linear"}
@@ -114,6 +117,31 @@ def test_a_search_under_the_scripts_own_warm_up_compares_two_methods(tmp_path):
     assert max(column(bilora, "auxiliary_norm")) > 0
     assert column(lora, "digest") == column(bilora, "digest")
     assert column(lora, "loss") != column(bilora, "loss")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["probe", "train_step"])
+def test_a_run_that_does_not_fit_the_memory_leaves_the_others_as_they_are(
+    place, tmp_path, given, monkeypatch
+):
+    """An error in the first pass is a sentence about the model by then, one in a step is not."""
+    function = getattr(Trainer, place)
+
+    def in_memory(self, *batches):
+        if self.cfg.rank == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return function(self, *batches)
+
+    monkeypatch.setattr(Trainer, place, in_memory)
+    space = tmp_path / "space.yaml"
+    values = {**given, "method": "lora", "rank": None, "fit_budget": 12}
+    space.write_text("rank: [8, 4]\n")
+    fit = record(train_text(tmp_path / "both", **values))
+    assert [run["title"] for run in fit["runs"]] == ["rank 4", "rank 4"]
+    assert list(fit["out"]) == ["rank 8"]
+    space.write_text("rank: [4]\n")
+    alone = record(train_text(tmp_path / "alone", **values))
+    assert fit["runs"] == alone["runs"]
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [

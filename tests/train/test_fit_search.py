@@ -1,13 +1,15 @@
 """The search of --fit as functions of numbers: what it runs, what it drops, what it chooses."""
 
+import re
 import zlib
 
 import numpy as np
 import pytest
 
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.train.fit import report
 from bilora_diffusion.train.fit.search import Plan, Search, Work, lowest
-from bilora_diffusion.train.fit.space import Space, default_values, read_values, title
+from bilora_diffusion.train.fit.space import RATE, Space, default_values, read_values, title
 
 PLAN = Plan(folds=4, steps=300, every=20, budget=3000)
 
@@ -47,7 +49,7 @@ def measured(loss, calls, noise=5e-4):
 
 def searched(loss=overfitting, plan=PLAN, calls=None, **values):
     search = Search(plan, measured(loss, [] if calls is None else calls))
-    search.run(space(**(values or default_values((), 2e-4, True))))
+    search.run(space(**(values or default_values((), 2e-4, 4, True))))
     return search
 
 
@@ -137,6 +139,22 @@ def test_a_configuration_that_cannot_go_on_takes_no_other_down():
     assert list(infinite.out) == [(("rank", "4"),)]
 
 
+def test_a_method_whose_start_cannot_be_trained_is_tried_with_smaller_values():
+    measure = measured(overfitting, [])
+
+    def in_memory(works):
+        large = [{("method", "bilora"), ("rank", "8")} <= {*work.options} for work in works]
+        pairs = zip(large, measure(works), strict=True)
+        return ["does not fit" if is_large else curve for is_large, curve in pairs]
+
+    search = Search(PLAN, in_memory)
+    search.run(Space(default_values((), 2e-4, 4, True)))
+    tried = {(o["method"], o["rank"]) for o in map(dict, search.curves) if o}
+    assert {("bilora", "4"), ("lora", "8")} <= tried
+    assert ("bilora", "8") not in tried
+    assert "does not fit" in search.out.values()
+
+
 def test_options_that_a_method_does_not_read_are_no_difference():
     every = space(method=["lora", "bilora"], rho=["0.1", "1"], use_ema=["true"]).all(9)
     titles = ["lora, use_ema", "bilora (rho 0.1), use_ema", "bilora (rho 1), use_ema"]
@@ -150,10 +168,73 @@ def test_runs_of_different_values_have_folders_of_their_own():
 
 
 def test_what_the_user_gave_is_fixed_but_for_the_rate():
-    values = default_values({"rank", "method", "learning_rate"}, 1e-3, True)
+    values = default_values({"rank", "method", "learning_rate"}, 1e-3, 4, True)
     assert values == {"learning_rate": ("0.0005", "0.001", "0.002")}
-    assert "auxiliaries" not in default_values((), 1e-3, supports_sample=False)
-    assert "rho" not in default_values({"rho"}, 1e-3, True)
+    assert "auxiliaries" not in default_values((), 1e-3, 4, supports_sample=False)
+    assert "rho" not in default_values({"rho"}, 1e-3, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks"),
+    [
+        (4, ("4", "8", "16")),  # of recorded results
+        (8, ("4", "8", "16")),
+        (32, ("16", "32", "64")),
+        (1, ("1", "2")),
+        (16_384, ("8192", "16384")),
+    ],
+)
+def test_ranks_are_searched_around_that_of_a_recipe(rank, ranks):
+    assert default_values((), 1e-3, rank, True)["rank"] == ranks
+
+
+CONFIG = {"max_train_steps": 300, "lora_alpha": 8.0, "lr_scheduler": "constant"}
+CONFIG["lr_warmup_steps"] = 0
+
+
+def ending(search, folder, monkeypatch, **config):
+    """The lines at the end of a search whose last run has this configuration."""
+    record = {"wall_seconds": 1.0, "config": {**CONFIG, **config}}
+    monkeypatch.setattr(report, "read_run", lambda _: record)
+    settings = {**CONFIG, **vars(search.plan), "samples": 12}
+    report.write(folder, settings, search, done=True)
+    return "\n".join(report.lines(folder, "images"))
+
+
+def test_the_end_says_where_a_choice_is_unsure(tmp_path, monkeypatch):
+    def end(loss, plan=PLAN, **values):
+        return ending(searched(loss, plan, **values), tmp_path, monkeypatch)
+
+    doubts = ("raise --max_train_steps", "no training", "folds", "rate is the")
+
+    def doubts_of(text):
+        return {doubt for doubt in doubts if doubt in text.partition("same without")[2]}
+
+    turns = {"loss": lambda _, step: 1 + abs(step - 60) / 1e3, "rank": ["8"]}
+    assert doubts_of(end(**turns)) == set()
+    falls = {**turns, "loss": lambda _, step: 1 - step / 1e3}
+    assert doubts_of(end(**falls)) == {"raise --max_train_steps"}
+    rises = {**turns, "loss": lambda _, step: 1 + step / 1e3}
+    assert doubts_of(end(**rises)) == {"no training"}
+    short = end(**turns, plan=Plan(4, 300, 20, 160))
+    assert doubts_of(short) == {"folds"}
+    assert "1 of 4 folds was" in short
+    assert "1 configuration, 1 run in" in short
+    faster = {
+        "loss": lambda o, step: 1 + abs(step - 60) / 1e3 - float(dict(o)[RATE]),
+        RATE: ["1e-3", "2e-3"],
+    }
+    assert doubts_of(end(**faster, plan=Plan(1, 300, 20, 600))) == {"rate is the"}
+
+
+def test_the_end_has_the_options_that_make_the_last_run_again(tmp_path, monkeypatch):
+    search = searched(lambda _, step: 1 + abs(step - 60) / 1e3, rank=["16"])
+    last = {"max_train_steps": 120, "lr_scheduler": "linear", "lora_alpha": 32.0}
+    text = ending(search, tmp_path, monkeypatch, **last)
+    (typed,) = re.findall("without --fit: (.*)", text)
+    parsed = dict(re.findall(r"--(\w+) (\S+)", typed))
+    assert parsed == {"rank": "16", **{name: str(value) for name, value in last.items()}}
+    assert all(steps in text for steps in ("120 steps", "60 steps"))
 
 
 BAD_SPACES = {

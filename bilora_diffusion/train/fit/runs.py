@@ -5,6 +5,7 @@ Several processes each train some of the runs, alone; all of them learn what all
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
@@ -37,7 +39,7 @@ from ..stepping import Schedule, total_steps
 from ..task import BY_SAMPLE
 from . import report
 from .search import BUDGET, Curve, Plan, Search, Work, lowest
-from .space import FORM, Options, Space, Values, default_values, read_values, words
+from .space import FORM, Options, Space, Values, default_values, read_values, title, words
 
 FOLDS, LEAVE_ONE_OUT = 4, 8  # folds; below so many samples each is one
 # Options of methods and optimizers that all runs of a fit share.
@@ -48,6 +50,7 @@ QUIET = {  # every run of a search: at a constant rate, with nothing to look at
     **{"resume_from_checkpoint": None, "overwrite_output_dir": False, "num_train_epochs": None},
     **{"lr_scheduler": "constant_with_warmup", "checkpoints_total_limit": 1},
 }
+TOO_LARGE = "does not fit the memory of the device"
 Train = Callable[[Any, Path, int], Stop | None]
 logger = logging.getLogger(__name__)
 
@@ -115,8 +118,10 @@ class Fit:
             return read_values(Path(self.cfg.fit_space), searchable.keys() - FIXED)
         supports = False
         with suppress(UserError):
-            supports = bool(deal_auxiliaries(self._config(FORM).auxiliaries, self.task.names))
-        return default_values(self._typed, self.cfg.learning_rate, supports)
+            supports = bool(deal_auxiliaries(self.config(FORM).auxiliaries, self.task.names))
+        # --scale_lr multiplies the rate of each run, so the space has rates before that.
+        rate = self.config((("scale_lr", "false"),)).learning_rate
+        return default_values(self._typed, rate, self.cfg.rank, supports)
 
     def _check(self) -> None:
         """Refuse values that the command line would, and a budget for less than a search."""
@@ -124,7 +129,7 @@ class Fit:
         try:
             for start, name in itertools.product(starts, self.space.values):
                 for options in self.space.along(name, start):
-                    self._config(options)
+                    self.config(options)
         except UserError as error:
             raise UserError(f"in a run of --fit, {error}") from None
         if plan.budget < (least := max(plan.folds, len(starts)) * plan.first):
@@ -133,11 +138,14 @@ class Fit:
                 f" {plan.folds} folds: give at least {least}, or fewer --max_train_steps."
             )
 
-    def _config(self, options: Options) -> Any:
-        """The command line with further options; an alpha that is not typed follows the rank."""
+    def config(self, options: Options) -> Any:
+        """The command line with further options. An alpha that is not typed keeps its ratio to the
+        rank: two, or the recipe's.
+        """
         rank, alpha = dict(options).get("rank", ""), []
         if rank.isdecimal() and "lora_alpha" not in self._typed:
-            alpha = ["--lora_alpha", str(2 * int(rank))]
+            ratio = self.cfg.lora_alpha / self.cfg.rank
+            alpha = ["--lora_alpha", f"{ratio * int(rank):.9g}"]
         logging.disable(logging.WARNING)  # it has said everything once
         try:
             return self._script.resolve([*self._argv, *alpha, *words(options)])
@@ -203,7 +211,7 @@ class Fit:
 
     def _final(self, options: Options, steps: int) -> Any:
         """The configuration with the user's schedule, if any, rescaled to the chosen steps."""
-        cfg, warm = self._config(options), self.cfg.lr_warmup_steps
+        cfg, warm = self.config(options), self.cfg.lr_warmup_steps
         many = cfg.method == "bilora" and cfg.auxiliaries != 1  # LoRA learns by heart as it falls
         if many and "lr_scheduler" not in self._typed and cfg.lr_scheduler.startswith("constant"):
             cfg, steps = replace(cfg, lr_scheduler="linear"), 2 * steps
@@ -212,7 +220,7 @@ class Fit:
 
     def _of_run(self, work: Work, place: Path) -> Any:
         """The configuration of a run of the search."""
-        cfg, plan = self._config(work.options), self.plan
+        cfg, plan = self.config(work.options), self.plan
         # One process takes the steps that all of them take together in the last run.
         pieces = cfg.gradient_accumulation_steps * self._processes
         own = {"max_train_steps": plan.steps, "validation_loss_steps": plan.every}
@@ -250,15 +258,37 @@ class Fit:
         name = self.plan.name(work)
         place = self.folder / FIT / name
         if (curve := read_curve(place, work.steps)) is None:
-            task = self.task.again(self._of_run(work, place), self._folds[work.fold], searches=True)
-            with suppress(Diverged):  # its record has the reason
-                if (stop := self._train(task, place, work.steps)) is not None:
-                    raise _Stopped(stop._replace(run=f"{FIT}/{name}"))
-            curve = read_curve(place, work.steps)
+            fits = self._train_within_memory(work, place)
+            curve = read_curve(place, work.steps) if fits else TOO_LARGE
             assert curve is not None
         if not isinstance(curve, str):
             logger.info("fit: %s to step %d, lowest %.4f at %d", name, work.steps, *lowest(curve))
         return curve
+
+    def _train_within_memory(self, work: Work, place: Path) -> bool:
+        """Bring a run to its steps; False where the device's memory does not suffice for it."""
+        name, fits = place.name, True
+        task = self.task.again(self._of_run(work, place), self._folds[work.fold], searches=True)
+        try:
+            with suppress(Diverged):  # its record has the reason
+                if (stop := self._train(task, place, work.steps)) is not None:
+                    raise _Stopped(stop._replace(run=f"{FIT}/{name}"))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        if not fits:  # here the error is gone, and with it the frames that hold the run's tensors
+            gc.collect()
+            torch.cuda.empty_cache()
+            logger.warning("fit: %s %s, so it is left out", title(work.options), TOO_LARGE)
+        return fits
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Test that an error, or one that it was raised from, says that a device's memory is full."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__
+    return error is not None
 
 
 def read_curve(folder: Path, steps: int) -> Curve | str | None:

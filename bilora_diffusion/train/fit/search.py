@@ -112,8 +112,9 @@ class Search:
         every = begin(space.all(most / self.plan.first)) or not begin(space.starts())
         for name in space.axes():
             if not every:
-                begin(options for start in self._leaders() for options in space.along(name, start))
-            while name == RATE and begin(space.beyond(self._leaders(), self.curves)):
+                leaders = self._leaders(space)
+                begin(options for start in leaders for options in space.along(name, start))
+            while name == RATE and begin(space.beyond(self._leaders(space), self.curves)):
                 pass
 
     def _narrow(self, most: int) -> None:
@@ -150,6 +151,7 @@ class Search:
         for work, curve in zip(todo, self._measure(todo), strict=True):
             if isinstance(curve, str):
                 self.out[work.options] = curve
+                self.spent -= self._cost(work)  # it ended early, if it began at all
             elif not math.isfinite(lowest(curve)[0]):
                 self.out[work.options] = "no step has a finite held-out loss"
             else:
@@ -182,11 +184,14 @@ class Search:
         best = min(enough, key=lambda o: lowest(self.expected(o, folds[0])), default=())
         return sorted(alive, key=lambda o: (o != best, self._differences(o, best).mean()))
 
-    def _leaders(self) -> list[Options]:
-        """The best configuration of each method, the lowest first."""
+    def _leaders(self, space: Space) -> list[Options]:
+        """The best configuration of each method, the lowest first; then the starts of methods that
+        have none yet, since their starts could not be trained.
+        """
         ordered = self._ordered()
         best = {dict(options).get(METHOD): options for options in reversed(ordered)}
-        return sorted(best.values(), key=ordered.index)
+        untrained = [start for start in space.starts() if dict(start).get(METHOD) not in best]
+        return [*sorted(best.values(), key=ordered.index), *untrained]
 
     @property
     def chosen(self) -> tuple[Options, int]:
@@ -194,7 +199,10 @@ class Search:
         ordered = self._ordered()
         if not ordered:
             reason = next(iter(self.out.values()), "")
-            raise TrainingError(f"no configuration could be trained ({reason}): lower the rates.")
+            raise TrainingError(
+                f"no configuration could be trained ({reason}): give --fit_space lower rates or"
+                " smaller ranks."
+            )
         return ordered[0], lowest(self.expected(ordered[0]))[1]
 
     def standings(self) -> dict[Options, dict[str, Any]]:

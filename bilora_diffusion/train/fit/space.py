@@ -12,9 +12,10 @@ from ...choices import AUTO, SAMPLE
 from ...config.recipe import read_options
 from ...errors import UserError, did_you_mean
 from ...methods import names, reads
+from ...values import RANKS
 
 RATE, METHOD = "learning_rate", "method"
-RANKS = ("4", "8", "16")
+LOWEST_RANK, MIDDLE_RANK = 4, 8  # of the ranks that are searched by default
 FORM = ((METHOD, "bilora"), ("rho", AUTO), ("auxiliaries", SAMPLE))  # that little data asks for
 Values = Mapping[str, tuple[str, ...]]
 Options = tuple[tuple[str, str], ...]
@@ -80,12 +81,23 @@ class Space:
                 yield self.configuration({**others, RATE: f"{further:.6g}"})
 
 
-def default_values(typed: Collection[str], rate: float, supports_sample: bool) -> Values:
-    """The space of a fit without a file; what the user typed is fixed, but for the rate."""
+def default_values(typed: Collection[str], rate: float, rank: int, supports_sample: bool) -> Values:
+    """The space of a fit without a file; what the user typed is fixed, but for the rate.
+
+    Args:
+        typed: options on the command line.
+        rate: learning rate of the command or its recipe, the middle of the rates.
+        rank: rank of the recipe, or the default.
+        supports_sample: whether each sample can have its own auxiliary.
+    """
     form = FORM if supports_sample else FORM[:-1]
     forms = {name: (value,) for name, value in form} | {METHOD: ("lora", "bilora")}
     rates = tuple(f"{rate * by:.6g}" for by in (0.5, 1.0, 2.0))
-    values = {**({} if METHOD in typed else forms), RATE: rates, "rank": RANKS}
+    # Below 4, the default of images, nothing is searched: it is the lowest of its three ranks.
+    middle = MIDDLE_RANK if rank == LOWEST_RANK else rank
+    ranks = {max(1, middle // 2), middle, min(2 * middle, RANKS.most)}
+    values = {**({} if METHOD in typed else forms), RATE: rates}
+    values["rank"] = tuple(str(rank) for rank in sorted(ranks))
     return {name: own for name, own in values.items() if name == RATE or name not in typed}
 
 
