@@ -27,7 +27,7 @@ from ...fields import options_of
 from ...methods.auxiliaries import deal as deal_auxiliaries
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
-from ...run.folder import FIT, FIT_RECORD, OF_FIT, clear
+from ...run.folder import FIT, FIT_RECORD, clear
 from ...run.interruption import Interruption, Stop
 from ...run.record import read_fit
 from ...seeds import digest_texts, parts
@@ -151,9 +151,10 @@ class Fit:
             **{**vars(self.plan), "space": self.space.values},
         }
 
-    def choose(self, goes_on: bool) -> Any:
+    def choose(self) -> Any:
         """Search, or go on with the folder's: the configuration to train with, or a `Stop`."""
-        earlier = read_fit(self.folder / FIT_RECORD) if goes_on else None
+        overwrite = self.cfg.overwrite_output_dir
+        earlier = None if overwrite else read_fit(self.folder / FIT_RECORD)
         self._accelerator.wait_for_everyone()  # before the main process writes what all have read
         if earlier is not None:
             checkpoint.require_same_settings(earlier["settings"], strict_json(self._settings())[0])
@@ -161,7 +162,7 @@ class Fit:
                 return self._final(tuple(choice["options"].items()), choice["steps"])
         log = None
         if self._rank == 0:
-            clear(self.folder, keep=OF_FIT if earlier else ())
+            clear(self.folder, overwrite)
             log = runlog.RunLog(self.folder, self._accelerator.device)
             log.start(self.cfg.to_dict(), self.cfg.method, self.cfg.seed, None)
             log.doing("search")

@@ -1,0 +1,136 @@
+"""Every kind of start in every state of its folder: nothing is lost, and a refusal is one sentence."""
+
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+
+import train_text_bilora
+from bilora_diffusion.run import runlog
+from bilora_diffusion.run.record import read_fit
+from bilora_diffusion.train import running
+from bilora_diffusion.train.trainer import Trainer
+from tests.scripts.runs import copied, once
+from tests.text.text_builders import material, text_flags, train_text
+
+SETTINGS: dict[str, Any] = {
+    "method": "lora",
+    "lr_scheduler": "constant",
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 0,
+}
+STARTS: dict[str, dict[str, Any]] = {
+    "run": {},
+    "run latest": {"resume_from_checkpoint": "latest"},
+    "run auto": {"resume_from_checkpoint": "auto"},
+    "fit": {},
+    "fit latest": {"resume_from_checkpoint": "latest"},
+    "fit auto": {"resume_from_checkpoint": "auto"},
+    "dry run": {"dry_run": True},
+}
+REFUSED, BEGINS, RESUMES, DRY = "refused", "begins", "resumes", "dry"
+OUTCOMES = {
+    "empty": (BEGINS, REFUSED, BEGINS, BEGINS, REFUSED, BEGINS, DRY),
+    "begun run": (REFUSED, REFUSED, BEGINS, REFUSED, REFUSED, REFUSED, DRY),
+    "interrupted run": (REFUSED, RESUMES, RESUMES, REFUSED, REFUSED, REFUSED, DRY),
+    "finished run": (REFUSED, RESUMES, RESUMES, REFUSED, REFUSED, REFUSED, DRY),
+    "interrupted search": (REFUSED, REFUSED, REFUSED, RESUMES, RESUMES, RESUMES, DRY),
+    "interrupted last run": (REFUSED, REFUSED, REFUSED, RESUMES, RESUMES, RESUMES, DRY),
+    "finished fit": (REFUSED, REFUSED, REFUSED, REFUSED, RESUMES, RESUMES, DRY),
+}
+# Where Ctrl-C ends a run: in which call of which function.
+INTERRUPTIONS: dict[str, tuple[Any, str, int]] = {
+    "begun run": (Trainer, "train_step", 1),
+    "interrupted run": (Trainer, "train_step", 2),
+    "interrupted search": (Trainer, "train_step", 3),
+    "interrupted last run": (running, "_export", 1),
+}
+
+
+def settings(fit: bool) -> dict[str, Any]:
+    """Options of a short run, or of a short search."""
+    values = {**material("classification"), **SETTINGS}
+    if not fit:
+        return values
+    space = once("space.yaml", lambda path: path.write_text("rank: [2]\n"))
+    return {**values, "fit": True, "fit_space": space, "fit_folds": 2, "fit_budget": 4}
+
+
+def make(state: str, folder) -> None:
+    """Bring a run or a search to a state."""
+    values = settings(fit=state in ("interrupted search", "interrupted last run", "finished fit"))
+    if state not in INTERRUPTIONS:
+        train_text(folder, **values)
+        return
+    owner, name, last_call = INTERRUPTIONS[state]
+    function, calls = getattr(owner, name), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == last_call:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, interrupted)
+        train_text(folder, **values)
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def cells():
+    for state, outcomes in OUTCOMES.items():
+        for start, outcome in zip(STARTS, outcomes, strict=True):
+            marks = [pytest.mark.slow] if outcome in (BEGINS, RESUMES) else []
+            yield pytest.param(state, start, outcome, marks=marks, id=f"{state}, {start}")
+
+
+@pytest.mark.parametrize(("state", "start", "outcome"), cells())
+def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
+    folder = tmp_path / "run"
+    if state != "empty":
+        copied(once("run", lambda path: make(state, path), "folders", state), folder)
+    before = files(folder)
+    fit = start.startswith("fit")
+    capsys.readouterr()
+    AcceleratorState._reset_state()
+
+    code = train_text_bilora.main(text_flags(folder, **settings(fit), **STARTS[start]))
+
+    said, after = capsys.readouterr().err, files(folder)
+    if outcome == REFUSED:
+        assert code == 2
+        assert said.startswith("error: ")
+        assert len(said.splitlines()) == 1
+        assert "--output_dir" in said or "use auto" in said
+    else:
+        assert code == 0
+    if outcome in (REFUSED, DRY):
+        assert after == before
+        assert folder.exists() == (state != "empty")
+        return
+
+    assert runlog.read_run(folder)["status"] == "finished"
+    assert bool(runlog.read_run(folder)["resumed"]) == (
+        outcome == RESUMES and state != "interrupted search"
+    )
+    for name, content in before.items():
+        if name.startswith("fit/") and "/checkpoints/" in name:
+            continue  # which a search deletes at its end
+        assert name in after
+        if "checkpoints/" in name:
+            assert after[name] == content
+    if fit:
+        record: Any = read_fit(folder / "fit.json")
+        assert record["choice"] is not None
+    if state == "interrupted search":
+        # What was measured before is measured once.
+        lines = runlog.read_metrics(folder / "fit" / "2_fold1")
+        steps = [line["step"] for line in lines if "loss" in line]
+        assert steps == sorted(set(steps))
