@@ -1,5 +1,6 @@
-"""Every kind of start in every state of its folder: nothing is lost, and a refusal is one sentence."""
+"""Every kind of start in every state of its folder: nothing is lost, refusals are one sentence."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,14 @@ INTERRUPTIONS: dict[str, tuple[Any, str, int]] = {
 }
 
 
+# A folder with a search that is cheap to make: a search is put beside a run, which is in this state.
+CHEAP_RUNS = {
+    "interrupted search": "begun run",
+    "interrupted last run": "interrupted run",
+    "finished fit": "finished run",
+}
+
+
 def settings(fit: bool) -> dict[str, Any]:
     """Options of a short run, or of a short search."""
     values = {**material("classification"), **SETTINGS}
@@ -56,9 +65,9 @@ def settings(fit: bool) -> dict[str, Any]:
     return {**values, "fit": True, "fit_space": space, "fit_folds": 2, "fit_budget": 4}
 
 
-def make(state: str, folder) -> None:
+def make(state: str, folder: Path) -> None:
     """Bring a run or a search to a state."""
-    values = settings(fit=state in ("interrupted search", "interrupted last run", "finished fit"))
+    values = settings(fit=state in CHEAP_RUNS)
     if state not in INTERRUPTIONS:
         train_text(folder, **values)
         return
@@ -71,12 +80,31 @@ def make(state: str, folder) -> None:
             raise KeyboardInterrupt
         return function(*args)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, interrupted)
-        train_text(folder, **values)
+        with pytest.raises(KeyboardInterrupt):
+            train_text(folder, **values)
 
 
-def files(folder):
+def made(state: str) -> Path:
+    """A folder in a state, to be copied."""
+    return once("run", lambda folder: make(state, folder), "folders", state)
+
+
+def put(state: str, folder: Path, trains: bool) -> None:
+    """Make a folder in a state. Where nothing is trained, a search is only looked at."""
+    if state == "empty":
+        return
+    if trains or state not in CHEAP_RUNS:
+        copied(made(state), folder)
+        return
+    copied(made(CHEAP_RUNS[state]), folder)
+    copied(made("finished run"), folder / "fit" / "lora")
+    (folder / "fit.json").write_text("{}")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Content of each file below a folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -84,18 +112,20 @@ def files(folder):
     }
 
 
-def cells():
+def cells() -> list[Any]:
+    """All pairs; those that train are slow."""
+    pairs = []
     for state, outcomes in OUTCOMES.items():
         for start, outcome in zip(STARTS, outcomes, strict=True):
             marks = [pytest.mark.slow] if outcome in (BEGINS, RESUMES) else []
-            yield pytest.param(state, start, outcome, marks=marks, id=f"{state}, {start}")
+            pairs.append(pytest.param(state, start, outcome, marks=marks, id=f"{state}, {start}"))
+    return pairs
 
 
 @pytest.mark.parametrize(("state", "start", "outcome"), cells())
 def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
     folder = tmp_path / "run"
-    if state != "empty":
-        copied(once("run", lambda path: make(state, path), "folders", state), folder)
+    put(state, folder, trains=outcome in (BEGINS, RESUMES))
     before = files(folder)
     fit = start.startswith("fit")
     capsys.readouterr()
@@ -117,9 +147,8 @@ def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
         return
 
     assert runlog.read_run(folder)["status"] == "finished"
-    assert bool(runlog.read_run(folder)["resumed"]) == (
-        outcome == RESUMES and state != "interrupted search"
-    )
+    from_checkpoint = outcome == RESUMES and state != "interrupted search"
+    assert bool(runlog.read_run(folder)["resumed"]) == from_checkpoint
     for name, content in before.items():
         if name.startswith("fit/") and "/checkpoints/" in name:
             continue  # which a search deletes at its end
