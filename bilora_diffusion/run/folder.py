@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from ..lora_names import (
 )
 from ..methods import get
 from . import checkpoint, snapshots
-from .runlog import CARD, ERROR, METRICS, RUN, is_finished, read_run, wrote_card
+from .record import read_fit
+from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
 
 # By these a folder is known to hold a run.
 RESULTS = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, KOHYA_FILE_NAME_BEFORE, WEIGHTS, CONFIG)
@@ -68,54 +69,170 @@ def refuse_unusable(folder: Path) -> None:
         raise UserError(f"{existing} is not writable: give another --output_dir")
 
 
-def guard(folder: Path, resume: str | Path | None, overwrite: bool) -> None:
-    """Refuse an output folder whose content forbids it, before anything is loaded or trained.
+class State(Enum):
+    """Content of an output folder, as far as a run would replace it."""
+
+    EMPTY = "nothing that a run would replace"
+    FOREIGN = "something that no run wrote, under a name that a run writes"
+    CHECKPOINTS = "checkpoints without the record of their run"
+    BEGUN = "an unfinished run without a checkpoint"
+    INTERRUPTED = "an unfinished run with a checkpoint"
+    FINISHED = "a finished run"
+    INTERRUPTED_FIT = "an unfinished search, or one whose last run is unfinished"
+    FINISHED_FIT = "a finished search and its last run"
+
+
+class Start(Enum):
+    """Options by which a command says what to do in its output folder."""
+
+    RUN = "none of them"
+    RESUME = "--resume_from_checkpoint latest, or a checkpoint by its name or path"
+    AUTO = "--resume_from_checkpoint auto"
+    FIT = "--fit"
+    FIT_RESUME = "--fit with RESUME"
+    FIT_AUTO = "--fit with AUTO"
+    OVERWRITE = "--overwrite_output_dir, with --fit or without"
+
+
+class Action(Enum):
+    """What is done where nothing is refused."""
+
+    BEGIN = "begin at step 0; `clear` may delete"
+    RESUME = "go on from a checkpoint, which must exist"
+    SEARCH = "go on with a search, or with its last run from the newest checkpoint, if any"
+
+
+OR_ANOTHER = "give another --output_dir, or delete it with --overwrite_output_dir"
+FOREIGN = (
+    "{foreign} was not written by a run, which would replace it: move it away, or give another"
+    " --output_dir"
+)
+NO_RECORD = (
+    "{folder} holds checkpoints without the run.json of their run: go on with"
+    " --resume_from_checkpoint latest, move them away, or give another --output_dir"
+)
+REPEAT = (
+    "{folder} holds a run without a checkpoint: repeat it with --resume_from_checkpoint auto, "
+    + OR_ANOTHER
+)
+OCCUPIED = (
+    "{folder} holds another run: continue it with --resume_from_checkpoint latest, " + OR_ANOTHER
+)
+NO_CHECKPOINT = "{folder} holds a finished run without a checkpoint: " + OR_ANOTHER
+NO_FIT = (
+    "{folder} holds no search to go on with: drop --resume_from_checkpoint, or give the"
+    " --output_dir of an interrupted --fit"
+)
+NOT_A_FIT = "{folder} holds a run without a search, which --fit can't go on with: " + OR_ANOTHER
+FIT_ONLY = "{folder} holds an interrupted --fit: go on with it by --fit, " + OR_ANOTHER
+FIT_DONE = (
+    "{folder} holds a finished --fit: give another --output_dir, where its checkpoints can be"
+    " resumed by their path, or delete it with --overwrite_output_dir"
+)
+BEGIN, RESUME, SEARCH = Action.BEGIN, Action.RESUME, Action.SEARCH
+# A column for each `Start`, in its order. A sentence refuses the command.
+TABLE: dict[State, tuple[Action | str, ...]] = {
+    State.EMPTY: (BEGIN, RESUME, BEGIN, BEGIN, NO_FIT, BEGIN, BEGIN),
+    State.FOREIGN: (FOREIGN,) * 7,
+    State.CHECKPOINTS: (NO_RECORD, RESUME, RESUME, NO_RECORD, NO_RECORD, NO_RECORD, NO_RECORD),
+    State.BEGUN: (REPEAT, RESUME, BEGIN, NOT_A_FIT, NOT_A_FIT, NOT_A_FIT, BEGIN),
+    State.INTERRUPTED: (OCCUPIED, RESUME, RESUME, NOT_A_FIT, NOT_A_FIT, NOT_A_FIT, BEGIN),
+    State.FINISHED: (OCCUPIED, RESUME, RESUME, NOT_A_FIT, NOT_A_FIT, NOT_A_FIT, BEGIN),
+    State.INTERRUPTED_FIT: (FIT_ONLY, FIT_ONLY, FIT_ONLY, SEARCH, SEARCH, SEARCH, BEGIN),
+    State.FINISHED_FIT: (FIT_DONE, FIT_DONE, FIT_DONE, FIT_DONE, RESUME, RESUME, BEGIN),
+}
+
+
+def guard(
+    folder: Path,
+    resume: str | Path | None,
+    *,
+    fit: bool = False,
+    overwrite: bool = False,
+    exports_weights: bool = False,
+) -> Path | None:
+    """Decide by `TABLE` what a command does in its output folder; nothing in it is changed.
 
     Args:
-        folder: ``--output_dir``, locked; need not exist. Nothing in it is changed.
-        resume: ``--resume_from_checkpoint`` as given, or the checkpoint it was resolved to.
+        folder: ``--output_dir``, locked; need not exist.
+        resume: ``--resume_from_checkpoint``.
+        fit: ``--fit``.
         overwrite: ``--overwrite_output_dir``.
+        exports_weights: Whether the method leaves whole models.
+
+    Returns:
+        The checkpoint to go on from; None where the run, or the last one of a search, begins.
 
     Raises:
-        UserError: when ``folder`` holds files that a run would replace and did not write, or a run
-            that is neither resumed nor to be overwritten.
+        UserError: the folder's content forbids it, or the checkpoint does not exist.
     """
-    _refuse_foreign(folder, resume)
-    if overwrite or not holds_run(folder):
-        return
+    state = classify(folder)
+    row = dict(zip(Start, TABLE[state], strict=True))
+    action = row[_start(resume, fit, overwrite)]
+    if isinstance(action, str):
+        raise UserError(action.format(folder=folder, foreign=_foreign(folder)))
+    if exports_weights:
+        _refuse_foreign_models(folder)
+    if action is BEGIN:
+        return None
+
+    if fit:
+        read_fit(folder / FIT_RECORD)  # refuses a damaged one before the data are read
+    newest = checkpoint.latest(folder)
+    if action is SEARCH and resume in (None, "auto", "latest"):
+        return newest
+    if newest is None and state in (State.FINISHED, State.FINISHED_FIT):
+        raise UserError(NO_CHECKPOINT.format(folder=folder))
+    chosen = checkpoint.resolve(folder, resume)
+    root = folder / checkpoint.CHECKPOINTS
+    if state is not State.EMPTY and chosen and root.resolve() not in chosen.resolve().parents:
+        raise UserError(
+            f"{folder} holds another run than checkpoint {chosen}: give another --output_dir, or a "
+            f"checkpoint in {root}"
+        )
+    return chosen
+
+
+def classify(folder: Path) -> State:
+    """State of an output folder, which need not exist.
+
+    Raises:
+        UserError: its ``run.json`` is damaged, or of another version.
+    """
+    if _foreign(folder) is not None:
+        return State.FOREIGN
+    record, has_checkpoint = _own(folder), checkpoint.latest(folder) is not None
+    if record is None:
+        return State.CHECKPOINTS if has_checkpoint else State.EMPTY
+    is_finished = record["status"] == "finished"
+    if (folder / FIT_RECORD).exists():
+        return State.FINISHED_FIT if is_finished else State.INTERRUPTED_FIT
+    if is_finished:
+        return State.FINISHED
+    return State.INTERRUPTED if has_checkpoint else State.BEGUN
+
+
+def _start(resume: str | Path | None, fit: bool, overwrite: bool) -> Start:
+    if overwrite:
+        return Start.OVERWRITE
     if resume is None:
-        raise UserError(
-            f"{folder} holds another run: give another --output_dir, continue it with "
-            "--resume_from_checkpoint latest, or delete it with --overwrite_output_dir"
-        )
-    found = checkpoint.resolve(folder, resume)
-    # Starting afresh is right after a kill before the first checkpoint, not after a whole run.
-    if found is None and is_finished(folder):
-        raise UserError(
-            f"{folder} holds a finished run without a checkpoint: give another --output_dir, "
-            "or delete it with --overwrite_output_dir"
-        )
-    if found is not None and folder.resolve() not in found.resolve().parents:
-        raise UserError(
-            f"{folder} holds another run than checkpoint {found}: give another --output_dir, or a "
-            f"checkpoint in {folder / checkpoint.CHECKPOINTS}"
-        )
+        return Start.FIT if fit else Start.RUN
+    if resume == "auto":
+        return Start.FIT_AUTO if fit else Start.AUTO
+    return Start.FIT_RESUME if fit else Start.RESUME
 
 
-def _refuse_foreign(folder: Path, resume: str | Path | None) -> None:
-    """Refuse a folder that holds what a run would replace and no run has written."""
+def _foreign(folder: Path) -> Path | None:
+    """First entry that a run would replace and no run wrote, None without one."""
     record = _own(folder)
-    if record is not None or (resume is not None and checkpoint.latest(folder) is not None):
-        suspects = [] if wrote_card(record or {}) else [CARD]
+    if record is not None:
+        suspects = [] if wrote_card(record) else [CARD]
+    elif checkpoint.latest(folder) is not None:
+        suspects = [RUN, FIT_RECORD, CARD]
     else:
         named = kohya_file_name(folder), workflow_file_name(folder)
         suspects = [RUN, *RESULTS, *named, *BESIDES, CARD]
-    for name in suspects:
-        if os.path.lexists(folder / name):
-            raise UserError(
-                f"{folder / name} was not written by a run, which would replace it: move it away,"
-                " or give another --output_dir"
-            )
+    return next((folder / name for name in suspects if os.path.lexists(folder / name)), None)
 
 
 def _own(folder: Path) -> dict[str, Any] | None:
@@ -133,7 +250,7 @@ def _own(folder: Path) -> dict[str, Any] | None:
     return read_run(folder)
 
 
-def refuse_foreign_models(folder: Path) -> None:
+def _refuse_foreign_models(folder: Path) -> None:
     """Refuse a folder in which full fine-tuning would replace models that are not its own.
 
     Raises:
@@ -157,18 +274,24 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (RUN, *RESULTS, kohya_file_name(folder)))
 
 
-def clear(folder: Path, keep: Collection[str] = ()) -> None:
-    """Delete an earlier run but for ``keep``, which `guard` must have allowed; ``run.json`` goes
-    last, so that a crash leaves it known.
+def clear(folder: Path, overwrite: bool) -> None:
+    """Delete the earlier run where `guard` let one begin.
+
+    ``run.json`` goes last, so that a crash leaves the folder known as a run's.
+
+    Args:
+        overwrite: Whether to delete all of it. Otherwise it has no checkpoint, and its record stays
+            until the next one replaces it, as does a search whose last run begins.
     """
     if not holds_run(folder):
         return
+    kept = () if overwrite else (RUN, checkpoint.CHECKPOINTS, *OF_FIT)
     whole = WHOLE_MODELS if trained_whole(folder) else ()
     card = (CARD,) if wrote_card(_own(folder) or {}) else ()
     named = kohya_file_name(folder), workflow_file_name(folder)
     for name in (*BESIDES, *card, *whole, *RESULTS, *named, RUN):
         path = folder / name
-        if name in keep:
+        if name in kept:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -87,7 +87,7 @@ class Average:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         self.decay = decay
         self.values = [parameter.detach().clone() for parameter in self.parameters]
         self.steps = 0

@@ -33,7 +33,7 @@ from ..errors import UserError, translated
 from ..methods import for_run, get
 from ..run import checkpoint, console, interruption, lock, publish, runlog
 from ..run.content import summarize
-from ..run.folder import FIT_RECORD, OF_FIT, clear, guard, refuse_foreign_models, refuse_unusable
+from ..run.folder import FIT_RECORD, clear, guard, refuse_unusable
 from ..run.interruption import Stop
 from ..run.record import last_measured, read_fit
 from . import dry_run, sharding
@@ -82,29 +82,38 @@ def main(
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
     cfg = script.resolve(argv) if config is None else config
+    flags = sys.argv[1:] if argv is None else argv
+    if cfg.dry_run:
+        accelerator = build_accelerator(cfg)
+        search = _prepare_search(script, flags, accelerator)
+        dry_run.main(script.build_task, script.moments, cfg, accelerator, search)
+        return
     folder = Path(cfg.output_dir)
     refuse_unusable(folder)
-    with contextlib.nullcontext() if cfg.dry_run else lock.hold(folder):
-        stop = _train(script, cfg, folder, sys.argv[1:] if argv is None else argv)
+    with lock.hold(folder):
+        stop = _train(script, cfg, folder, flags)
         if stop is not None:
             raise interruption.farewell(folder, stop, typed, cfg.overwrite_output_dir)
 
 
+def _prepare_search(
+    script: Script[Any], argv: Sequence[str], accelerator: Accelerator
+) -> Callable[[Any], Fit]:
+    """A function that makes the search of ``--fit`` for a task."""
+    train = functools.partial(_run_of_fit, script)
+    return functools.partial(Fit, script, argv, train=train, accelerator=accelerator)
+
+
 def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str]) -> Stop | None:
     """Train in a folder that is locked; returns what stopped it, if anything did."""
-    begun = cfg.fit and (folder / FIT_RECORD).exists() and not runlog.is_finished(folder)
-    goes_on = "auto" if begun and not cfg.overwrite_output_dir else None
-    resume_from = cfg.resume_from_checkpoint or goes_on
-    guard(folder, resume_from, cfg.overwrite_output_dir)
-    if get(cfg.method).exports_weights:
-        refuse_foreign_models(folder)
-    resume = checkpoint.resolve(folder, resume_from)
+    resume = guard(
+        folder,
+        cfg.resume_from_checkpoint,
+        fit=cfg.fit,
+        overwrite=cfg.overwrite_output_dir,
+        exports_weights=get(cfg.method).exports_weights,
+    )
     accelerator = build_accelerator(cfg)
-    run = functools.partial(_run_of_fit, script)
-    search = functools.partial(Fit, script, argv, train=run, accelerator=accelerator)
-    if cfg.dry_run:
-        dry_run.main(script.build_task, script.moments, cfg, accelerator, search)
-        return None
     repo_id = None
     if cfg.push_to_hub:
         repo_id = publish.repository(cfg.hub_model_id or folder.name, cfg.hub_token)
@@ -112,8 +121,8 @@ def _train(script: Script[Config], cfg: Config, folder: Path, argv: Sequence[str
         task: Any = script.build_task(cfg, accelerator)
     stop, what = None, ""
     if cfg.fit:
-        fit = search(task)
-        chosen, what = fit.choose(goes_on=resume_from is not None), fit.what
+        fit = _prepare_search(script, argv, accelerator)(task)
+        chosen, what = fit.choose(), fit.what
         if isinstance(chosen, Stop):
             stop = chosen
         else:
@@ -177,7 +186,8 @@ def _run(
     log = None
     if accelerator.is_main_process:
         if resume is None:
-            clear(folder, keep=OF_FIT if cfg.fit and last_step is None else ())
+            # The last run of a search begins beside it: `Fit.choose` has overwritten what it may.
+            clear(folder, overwrite=cfg.overwrite_output_dir and not cfg.fit)
         log = runlog.RunLog(folder, accelerator.device)
         resumed, steps = trainer.step if resume else None, trainer.last_step
         content = summarize(trainer.content)

@@ -21,7 +21,7 @@ from bilora_diffusion.image.families import of
 from bilora_diffusion.image.layers import chosen
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.lora_names import FILE_NAME
-from bilora_diffusion.run.folder import clear, refuse_foreign_models
+from bilora_diffusion.run.folder import clear, guard
 from eval.load import applied
 from eval.sources import find
 from tests.export.comfy_names import NAMES, place
@@ -186,8 +186,8 @@ def test_the_weights_act_within_the_context_and_on_no_other_kind_of_model(name, 
 def test_a_fresh_start_deletes_a_runs_own_transformer_only(tmp_path):
     (tmp_path / "transformer").mkdir()
     with pytest.raises(UserError, match="not of a run of full fine-tuning"):
-        refuse_foreign_models(tmp_path)
+        guard(tmp_path, None, exports_weights=True)
     (tmp_path / "run.json").write_text((run("whole") / "run.json").read_text())
     (tmp_path / f"{tmp_path.name}.comfy.json").touch()
-    clear(tmp_path)
+    clear(tmp_path, overwrite=True)
     assert not list(tmp_path.iterdir())

@@ -24,7 +24,7 @@ def files(folder):
 def refused(*parts, folder, resume=None, overwrite=False):
     """The folder is refused by a sentence that has these parts."""
     with pytest.raises(UserError) as error:
-        guard(folder, resume, overwrite)
+        guard(folder, resume, overwrite=overwrite)
     for part in parts:
         assert str(part) in str(error.value)
 
@@ -55,22 +55,22 @@ def test_a_card_is_replaced_only_by_the_run_that_wrote_it(tmp_path):
     refused(card, folder=tmp_path, resume="latest")
     refused(card, folder=tmp_path, overwrite=True)
     log.writes_card()
-    guard(tmp_path, "latest", False)
+    guard(tmp_path, "latest")
     RunLog(tmp_path).start({}, method="lora", seed=0, resume_step=5)  # its mark stays
-    guard(tmp_path, "latest", False)
-    guard(tmp_path, None, True)
+    guard(tmp_path, "latest")
+    guard(tmp_path, None, overwrite=True)
 
 
 def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "photo.png").write_bytes(b"mine")
-    clear(tmp_path)
+    clear(tmp_path, overwrite=True)
     start(tmp_path).close("finished")
     (tmp_path / "README.md").write_text("the finished run's card")
     save(tmp_path, 1)
     (tmp_path / "validation").mkdir()
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"old")
-    clear(tmp_path)
+    clear(tmp_path, overwrite=True)
     assert os.listdir(tmp_path) == ["photo.png"]
 
 
@@ -91,18 +91,40 @@ def test_files_and_folders_without_rights_are_refused(tmp_path, monkeypatch):
         refuse_unusable(tmp_path / "run")
 
 
+def test_without_overwriting_neither_checkpoints_nor_a_search_are_deleted(tmp_path):
+    start(tmp_path).metric(1, loss=1.0)
+    kept = [save(tmp_path, 1), tmp_path / "fit", tmp_path / "fit.json", tmp_path / "run.json"]
+    (tmp_path / "fit").mkdir()
+    (tmp_path / "fit.json").touch()
+    clear(tmp_path, overwrite=False)
+    assert all(path.exists() for path in kept)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_what_is_resumed_lies_in_the_folder(tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     log = start(run)
-    refused(run, "another --output_dir", "--resume_from_checkpoint latest", folder=run)
-    guard(run, None, True)
-    guard(run, "auto", False)  # killed before its first checkpoint
+    refused(run, "another --output_dir", "--resume_from_checkpoint auto", folder=run)
+    assert guard(run, None, overwrite=True) is None
+    assert guard(run, "auto") is None  # killed before its first checkpoint
     refused("latest", folder=run, resume="latest")
     log.close("finished")
-    refused("a finished run without a checkpoint", folder=run, resume="auto")
+    for value in ("auto", "latest"):
+        refused("a finished run without a checkpoint", folder=run, resume=value)
     path = save(run, 5)
     for value in ("auto", "latest", "step-5", path, str(path)):
-        guard(run, value, False)
-    guard(other, path, False)
+        assert guard(run, value) == path
+    assert guard(other, path) == path
     start(other).close("finished")
+    save(other, 1)
     refused(other, path, "--output_dir", folder=other, resume=path)
+    refused(run / "fit", folder=run, resume=save(run / "fit" / "lora"))
+
+
+def test_checkpoints_whose_record_is_lost_are_resumed_and_else_kept(tmp_path):
+    path = save(tmp_path, 5)
+    assert guard(tmp_path, "auto") == path
+    for overwrite in (False, True):
+        refused(tmp_path, "--resume_from_checkpoint latest", folder=tmp_path, overwrite=overwrite)
+    (tmp_path / "run.json").write_text("{")
+    refused("run.json", folder=tmp_path, resume="latest")

@@ -83,7 +83,7 @@ def test_a_fit_goes_on_where_it_was_interrupted_and_trains_what_it_chose(
         for name in ("loss", "digest", "heldout_loss"):
             one, two = (column(folder / "fit" / run["name"], name) for folder in (whole, parts))
             assert one == two
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="holds a finished --fit"):
         train_text(parts, **given)
 
 

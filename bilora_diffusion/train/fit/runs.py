@@ -30,7 +30,7 @@ from ...methods.auxiliaries import deal as deal_auxiliaries
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
 from ...run.content import record_content, require_same_content, summarize
-from ...run.folder import FIT, FIT_RECORD, OF_FIT, clear
+from ...run.folder import FIT, FIT_RECORD, clear
 from ...run.interruption import Interruption, Stop
 from ...run.record import read_fit
 from ...seeds import parts
@@ -175,9 +175,10 @@ class Fit:
         # After the data, since the number of steps can follow from that of the samples.
         checkpoint.require_same_settings(saved, current, free)
 
-    def choose(self, goes_on: bool) -> Any:
+    def choose(self) -> Any:
         """Search, or go on with the folder's: the configuration to train with, or a `Stop`."""
-        earlier = read_fit(self.folder / FIT_RECORD) if goes_on else None
+        overwrite = self.cfg.overwrite_output_dir
+        earlier = None if overwrite else read_fit(self.folder / FIT_RECORD)
         self._accelerator.wait_for_everyone()  # before the main process writes what all have read
         if earlier is not None:
             self._require_same_search(earlier["settings"])
@@ -185,7 +186,7 @@ class Fit:
                 return self._final(tuple(choice["options"].items()), choice["steps"])
         log = None
         if self._rank == 0:
-            clear(self.folder, keep=OF_FIT if earlier else ())
+            clear(self.folder, overwrite)
             log = runlog.RunLog(self.folder, self._accelerator.device)
             content = summarize(self._content)
             log.start(self.cfg.to_dict(), self.cfg.method, self.cfg.seed, None, content=content)

@@ -1,0 +1,165 @@
+"""Every kind of start in every state of its folder: nothing is lost, refusals are one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+
+import train_text_bilora
+from bilora_diffusion.run import runlog
+from bilora_diffusion.run.record import read_fit
+from bilora_diffusion.train import running
+from bilora_diffusion.train.trainer import Trainer
+from tests.scripts.runs import copied, once
+from tests.text.text_builders import material, text_flags, train_text
+
+SETTINGS: dict[str, Any] = {
+    "method": "lora",
+    "lr_scheduler": "constant",
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 0,
+}
+STARTS: dict[str, dict[str, Any]] = {
+    "run": {},
+    "run latest": {"resume_from_checkpoint": "latest"},
+    "run auto": {"resume_from_checkpoint": "auto"},
+    "fit": {},
+    "fit latest": {"resume_from_checkpoint": "latest"},
+    "fit auto": {"resume_from_checkpoint": "auto"},
+    "dry run": {"dry_run": True},
+}
+REFUSED, BEGINS, RESUMES, DRY = "refused", "begins", "resumes", "dry"
+OUTCOMES = {
+    "empty": (BEGINS, REFUSED, BEGINS, BEGINS, REFUSED, BEGINS, DRY),
+    "begun run": (REFUSED, REFUSED, BEGINS, REFUSED, REFUSED, REFUSED, DRY),
+    "interrupted run": (REFUSED, RESUMES, RESUMES, REFUSED, REFUSED, REFUSED, DRY),
+    "finished run": (REFUSED, RESUMES, RESUMES, REFUSED, REFUSED, REFUSED, DRY),
+    "interrupted search": (REFUSED, REFUSED, REFUSED, RESUMES, RESUMES, RESUMES, DRY),
+    "interrupted last run": (REFUSED, REFUSED, REFUSED, RESUMES, RESUMES, RESUMES, DRY),
+    "finished fit": (REFUSED, REFUSED, REFUSED, REFUSED, RESUMES, RESUMES, DRY),
+}
+# Where Ctrl-C ends a run: in which call of which function.
+INTERRUPTIONS: dict[str, tuple[Any, str, int]] = {
+    "begun run": (Trainer, "train_step", 1),
+    "interrupted run": (Trainer, "train_step", 2),
+    "interrupted search": (Trainer, "train_step", 3),
+    "interrupted last run": (running, "_export", 1),
+}
+
+
+# A folder with a search is cheap to make from a run in this state, beside which one is put.
+CHEAP_RUNS = {
+    "interrupted search": "begun run",
+    "interrupted last run": "interrupted run",
+    "finished fit": "finished run",
+}
+
+
+def settings(fit: bool) -> dict[str, Any]:
+    """Options of a short run, or of a short search."""
+    values = {**material("classification"), **SETTINGS}
+    if not fit:
+        return values
+    space = once("space.yaml", lambda path: path.write_text("rank: [2]\n"))
+    return {**values, "fit": True, "fit_space": space, "fit_folds": 2, "fit_budget": 4}
+
+
+def make(state: str, folder: Path) -> None:
+    """Bring a run or a search to a state."""
+    values = settings(fit=state in CHEAP_RUNS)
+    if state not in INTERRUPTIONS:
+        train_text(folder, **values)
+        return
+    owner, name, last_call = INTERRUPTIONS[state]
+    function, calls = getattr(owner, name), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == last_call:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_text(folder, **values)
+
+
+def made(state: str) -> Path:
+    """A folder in a state, to be copied."""
+    return once("run", lambda folder: make(state, folder), "folders", state)
+
+
+def put(state: str, folder: Path, trains: bool) -> None:
+    """Make a folder in a state. Where nothing is trained, a search is only looked at."""
+    if state == "empty":
+        return
+    if trains or state not in CHEAP_RUNS:
+        copied(made(state), folder)
+        return
+    copied(made(CHEAP_RUNS[state]), folder)
+    copied(made("finished run"), folder / "fit" / "lora")
+    (folder / "fit.json").write_text("{}")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Content of each file below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def cells() -> list[Any]:
+    """All pairs; those that train are slow."""
+    pairs = []
+    for state, outcomes in OUTCOMES.items():
+        for start, outcome in zip(STARTS, outcomes, strict=True):
+            marks = [pytest.mark.slow] if outcome in (BEGINS, RESUMES) else []
+            pairs.append(pytest.param(state, start, outcome, marks=marks, id=f"{state}, {start}"))
+    return pairs
+
+
+@pytest.mark.parametrize(("state", "start", "outcome"), cells())
+def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
+    folder = tmp_path / "run"
+    put(state, folder, trains=outcome in (BEGINS, RESUMES))
+    before = files(folder)
+    fit = start.startswith("fit")
+    capsys.readouterr()
+    AcceleratorState._reset_state()
+
+    code = train_text_bilora.main(text_flags(folder, **settings(fit), **STARTS[start]))
+
+    said, after = capsys.readouterr().err, files(folder)
+    if outcome == REFUSED:
+        assert code == 2
+        (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert str(folder) in sentence
+        assert "Traceback" not in said
+    else:
+        assert code == 0
+    if outcome in (REFUSED, DRY):
+        assert after == before
+        assert folder.exists() == (state != "empty")
+        return
+
+    assert runlog.read_run(folder)["status"] == "finished"
+    from_checkpoint = outcome == RESUMES and state != "interrupted search"
+    assert bool(runlog.read_run(folder)["resumed"]) == from_checkpoint
+    for name, content in before.items():
+        if name.startswith("fit/") and "/checkpoints/" in name:
+            continue  # which a search deletes at its end
+        assert name in after
+        if "checkpoints/" in name:
+            assert after[name] == content
+    if fit:
+        record: Any = read_fit(folder / "fit.json")
+        assert record["choice"] is not None
+    if state == "interrupted search":
+        # What was measured before is measured once.
+        lines = runlog.read_metrics(folder / "fit" / "2_fold1")
+        steps = [line["step"] for line in lines if "loss" in line]
+        assert steps == sorted(set(steps))
