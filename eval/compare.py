@@ -9,7 +9,6 @@ seeds are averaged first.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,35 +31,48 @@ Units = Mapping[Any, float | None]
 
 
 def bootstrap_interval(values: Sequence[float]) -> Interval | None:
-    """95 % interval of the mean of independent values by ``scipy.stats.bootstrap`` (BCa).
+    """95 % interval of the mean of independent values by a bias-corrected, accelerated bootstrap.
 
-    Where all values are equal, for which BCa is not defined, it has no width. Where it is not
-    defined otherwise, the percentile interval stands in. With few values a bootstrap interval is
-    too narrow: of 95 % intervals of normal values, 72 % cover the mean for 3, 84 % for 5 and 91 %
-    for 10.
+    BCa (Efron, "Better Bootstrap Confidence Intervals", 1987) over all n**n resamples of up to
+    five values, and over 9999 random resamples of more. The order of the values has no influence,
+    and the interval follows their unit and offset. ``scipy.stats.bootstrap`` compares the resampled
+    means with the mean exactly: of few values many are equal to it, and rounding would decide.
+
+    Equal values have an interval without width, since BCa is not defined for them. With few values
+    a bootstrap interval is too narrow: of 95 % intervals of normal values, 72 % cover the mean for
+    3, 84 % for 5 and 90 % for 10.
     """
-    from scipy import stats  # in functions, so that --help does not wait for it
+    from scipy.special import ndtr, ndtri  # in functions, so that --help does not wait for it
 
-    array = np.asarray(values, dtype=np.float64)
-    if len(array) < 2:
+    array = np.sort(np.asarray(values, dtype=np.float64))
+    count = len(array)
+    if count < 2 or not np.isfinite(array).all():
         return None
+    center, spread = float(array.mean()), float(np.ptp(array))
     # Equal up to rounding: what is left of differences of equal numbers has no distribution.
-    if np.ptp(array) <= 1e-12 * np.abs(array).max():
-        return Interval(float(array.mean()), float(array.mean()))
-    for method in ("BCa", "percentile"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the degenerate case is handled by the second method
-            interval = stats.bootstrap(
-                (array,),
-                np.mean,
-                confidence_level=LEVEL,
-                n_resamples=RESAMPLES,
-                method=method,
-                rng=np.random.default_rng(0),
-            ).confidence_interval
-        if math.isfinite(interval.low) and math.isfinite(interval.high):
-            return Interval(float(interval.low), float(interval.high))
-    return None
+    if spread <= 1e-12 * np.abs(array).max():
+        return Interval(center, center)
+    deviations = (array - center) / spread
+
+    if count**count <= RESAMPLES:
+        indices = np.indices((count,) * count).reshape(count, -1).T  # (resamples, n)
+    else:
+        indices = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    means = deviations[indices].mean(axis=1)  # (resamples,); 0 is the mean of the values
+
+    # z0 = Phi^-1(share of resampled means below the mean); ties count half.
+    is_tie = np.abs(means) < 1e-9
+    is_below = (means < 0) & ~is_tie
+    bias = ndtri(is_below.mean() + is_tie.mean() / 2)
+    # a = sum(d^3) / (6 sum(d^2)^1.5), the jackknife's acceleration of a mean.
+    acceleration = np.sum(deviations**3) / (6 * np.sum(deviations**2) ** 1.5)
+    # The levels of the bounds: Phi(z0 + (z0 + z) / (1 - a (z0 + z))).
+    shifted = bias + ndtri([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    levels = ndtr(bias + shifted / (1 - acceleration * shifted))
+
+    # No interpolation: the few means that five values can have are far apart.
+    low, high = np.quantile(means, levels, method="averaged_inverted_cdf")
+    return Interval(center + spread * float(low), center + spread * float(high))
 
 
 def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:
@@ -88,21 +100,15 @@ def units(rows: Iterable[Row], over: str = SEED) -> dict[str, Units]:
 
     Args:
         rows: of one metric and one step.
-        over: "seed", in their order; a row without one counts by its subject. Or "item", averaged
-            over seeds.
+        over: "seed"; a row without one counts by its subject. Or "item", averaged over seeds.
     """
     values: dict[str, dict[Any, list[float | None]]] = {}
     for row in rows:
         unit = row.item if over == ITEM else row.subject if row.seed is None else row.seed
         values.setdefault(row.group, {}).setdefault(unit, []).append(row.value)
     return {
-        # a bootstrap depends on the order of its values: seeds in theirs, then subjects
-        group: {
-            unit: _mean(own[unit]) for unit in sorted(own, key=lambda u: (isinstance(u, str), u))
-        }
-        if over == SEED
-        else {unit: _mean(some) for unit, some in own.items()}
-        for group, own in values.items()
+        group: {unit: _mean(unit_values) for unit, unit_values in by_unit.items()}
+        for group, by_unit in values.items()
     }
 
 

@@ -12,7 +12,7 @@ from .table import Metric, Result, Summary
 Interval = tuple[float, float]
 UNKNOWN = "n/a"
 FEW = 10
-INTERVALS = "its 95 % interval (bootstrap, BCa, 9999 resamples)"
+INTERVALS = "its 95 % interval (bootstrap, BCa)"
 
 
 @dataclass(frozen=True)

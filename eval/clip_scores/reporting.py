@@ -58,7 +58,7 @@ def legend(result: Result) -> str:
     sentences = [f"{m.title}: {m.explanation}." for n, m in result.metrics.items() if n in measured]
     return (
         "Cosines x 100, each prompt's the mean over seeds, with 95 % intervals of the mean by"
-        f" bootstrap over prompts (BCa, 9999 resamples). Difference: to {escaped(result.control)},"
+        f" bootstrap over prompts (BCa). Difference: to {escaped(result.control)},"
         " paired by prompt, and in how many prompts it is better. " + " ".join(sentences)
     )
 

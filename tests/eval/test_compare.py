@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from bilora_diffusion.errors import UserError
@@ -19,17 +21,54 @@ from eval.table import Entry, Row, Summary
 VALUES = [0.3, -0.1, 0.8, 0.4, 0.2]
 
 
-def test_intervals_are_scipys():
+@pytest.mark.parametrize("values", [VALUES, [*VALUES, -0.7, 1.9, 0.05, 1.1, 0.66]])
+def test_the_bootstrap_interval_is_scipys_without_ties(values):
     expected = stats.bootstrap(
-        (np.array(VALUES),),
+        (np.array(values),),
         np.mean,
         n_resamples=9999,
         confidence_level=0.95,
         method="BCa",
         rng=np.random.default_rng(0),
     ).confidence_interval
+    tolerance = 0.1 * (expected.high - expected.low)
     for _ in range(2):
-        assert bootstrap_interval(VALUES) == Interval(float(expected.low), float(expected.high))
+        interval = bootstrap_interval(values)
+        assert interval == bootstrap_interval(values)
+        assert interval == pytest.approx((expected.low, expected.high), abs=tolerance)
+
+
+@given(
+    values=st.lists(st.integers(-20, 20), min_size=2, max_size=6),
+    unit=st.floats(1e-6, 1e6),
+    offset=st.integers(-1000, 1000),
+    random=st.randoms(use_true_random=False),
+)
+def test_the_bootstrap_interval_depends_on_neither_order_nor_unit_nor_offset(
+    values, unit, offset, random
+):
+    interval = bootstrap_interval(values)
+    assert interval is not None
+    low, high = interval
+    moved = [unit * (value + offset) for value in random.sample(values, len(values))]
+    expected = (unit * (low + offset), unit * (high + offset))
+    assert bootstrap_interval(moved) == pytest.approx(expected, rel=1e-9, abs=1e-9 * unit)
+    if len(values) <= 5:  # of more, the resamples are random
+        assert bootstrap_interval([-value for value in values]) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize(("count", "expected"), [(3, 0.72), (5, 0.84)])
+def test_the_coverage_of_few_values_is_as_documented(count, expected):
+    draws = np.random.default_rng(0).normal(size=(800, count))
+    covered = 0
+    for values in draws:
+        interval = bootstrap_interval(values)
+        assert interval is not None
+        covered += interval.low <= 0 <= interval.high
+    assert covered / len(draws) == pytest.approx(expected, abs=0.04)  # 2.5 standard errors
+
+
+def test_other_intervals_are_scipys():
     expected = stats.ttest_1samp(VALUES, 0).confidence_interval(0.95)
     assert student_interval(VALUES) == pytest.approx((expected.low, expected.high))
     wilson = stats.binomtest(3, 4).proportion_ci(0.95, method="wilson")
@@ -39,7 +78,9 @@ def test_intervals_are_scipys():
 
 def test_there_is_no_interval_without_two_values_and_no_width_without_two_that_differ():
     assert bootstrap_interval([]) is bootstrap_interval([1.0]) is student_interval([1.0]) is None
-    assert win_rate_interval(0, 1, 0) is student_interval([1.0, float("inf")]) is None
+    infinite = [1.0, float("inf")]
+    assert win_rate_interval(0, 1, 0) is None
+    assert bootstrap_interval(infinite) is student_interval(infinite) is None
     assert bootstrap_interval([0.0] * 5) == Interval(0.0, 0.0)
     assert bootstrap_interval([0.25] * 5) == Interval(0.25, 0.25)
     noise = bootstrap_interval([0.1 + 0.2, 0.3, 0.3])  # equal but for rounding
@@ -64,7 +105,7 @@ def test_only_common_units_are_paired():
     assert line.error == pytest.approx(np.std([1, 2, 9], ddof=1) / np.sqrt(3))
     assert (line.difference, line.difference_interval) == (-0.5, (-0.5, -0.5))
     assert (line.higher, line.equal, line.lower) == (0, 0, 2)
-    assert line.interval == bootstrap_interval([1.0, 2.0, 9.0])  # in the seeds' order
+    assert line.interval == bootstrap_interval([1.0, 2.0, 9.0])
     apart = compared({0: 1.0}, {1: 1.0})
     assert (apart.mean, apart.interval, apart.control, apart.difference) == (1.0, None, "", None)
     alone = compared({4: 1.0}, {4: 3.0})
