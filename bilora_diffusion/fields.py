@@ -51,6 +51,7 @@ class Option:
     words: tuple[str, ...] = ()  # what it may be instead of a number
     aliases: tuple[str, ...] = ()  # further flags
     itemized: bool = False  # its flag may come several times, and a recipe have lists of mappings
+    one_value: str = ""  # its flag is refused with a second value; what to give instead
 
 
 def option(default: Any, help: str, **settings: Any) -> Any:
@@ -150,6 +151,23 @@ def sections(groups: Iterable[Any]) -> dict[str, list[Any]]:
     return by_name
 
 
+class OneValue(argparse.Action):
+    """Stores a value, and refuses another one where a user may mean both."""
+
+    def __init__(self, *args: Any, fix: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fix = fix
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, flag: str | None = None) -> None:
+        """Store the value under the option's name, where there is none yet or the same."""
+        earlier = getattr(namespace, self.dest)
+        if earlier not in (None, value):
+            raise UserError(
+                f"{flag} stands twice, for {quoted(earlier)} and {quoted(value)}: {self.fix}."
+            )
+        setattr(namespace, self.dest, value)
+
+
 def add_flags(parser: argparse.ArgumentParser, groups: Iterable[Any], bare: bool = False) -> None:
     """Add a flag for each option of some groups, dataclasses with a ``section``.
 
@@ -192,6 +210,8 @@ def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, 
         return {**usual, "type": _number(hint, declared.words)}
     if {"yes", "no"} <= set(declared.choices or ()):
         return {**usual, "type": _yes_or_no, "nargs": "?", "const": "yes"}
+    if declared.one_value:
+        return {**usual, "type": hint, "action": OneValue, "fix": declared.one_value}
     if hint is not bool:
         return {**usual, "type": hint}
     if bare:

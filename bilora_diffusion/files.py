@@ -160,6 +160,11 @@ def listed(columns: Sequence[str]) -> str:
     return ", ".join([*shown, *(["..."] if len(columns) > COLUMNS else [])])
 
 
+def counted(count: int | str, noun: str) -> str:
+    """A number, or its text, with a noun that has a plural in s: "1 image", "2 images"."""
+    return f"{count} {noun}" if str(count) == "1" else f"{count} {noun}s"
+
+
 def kind_of(value: object) -> str:
     """The kind of a value, for a sentence: "a list", "empty"."""
     names = {type(None): "empty", list: "a list", dict: "an object"}

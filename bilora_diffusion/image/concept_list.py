@@ -23,6 +23,7 @@ from ..files import quoted
 from . import inputs
 from .loss_options import PriorOptions
 from .options import DataOptions, ValidationOptions
+from .sets import ImageSet
 
 OWN = (
     *("dataset_name", "instance_data_dir", "dataset_config_name", "image_column"),
@@ -124,6 +125,21 @@ def _require_apart(own: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) 
             raise UserError(
                 f"its class images lie in {quoted(own['class_data_dir'])} as those of concept"
                 f" {number}, and their prompts differ: give it a class_data_dir of its own."
+            )
+
+
+def require_disjoint(place: str, images: ImageSet) -> None:
+    """Refuse an image that two concepts have: folders may lie in one another, or be links."""
+    concepts = dict[Path, int]()
+    for entry in images.entries:
+        source = entry.encoded()
+        if isinstance(source, bytes):
+            continue
+        first = concepts.setdefault(source.resolve(), entry.concept)
+        if first != entry.concept:
+            raise UserError(
+                f"{place}, concept {entry.concept + 1}: its image {quoted(source)} is one of"
+                f" concept {first + 1} too: give each image one concept."
             )
 
 

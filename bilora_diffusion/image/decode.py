@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from ..files import is_file
 
@@ -79,7 +80,10 @@ def read_mask(source: Path | bytes, *, alpha: bool = False) -> Image.Image:
         return read_rgb(source).convert("L")
     with _opened(source) as image:
         image.load()
-        return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+        image = ImageOps.exif_transpose(image)
+        if image.mode in _SIXTEEN_BIT:
+            image = _eight_bit(image)
+        return image.convert("RGBA").getchannel("A")
 
 
 def upright_size(source: Path | bytes, *, whole: bool) -> tuple[int, int]:
@@ -95,7 +99,12 @@ def upright_size(source: Path | bytes, *, whole: bool) -> tuple[int, int]:
         # Pillow's own getexif of a PNG would decode it, for metadata behind the pixels.
         exif = image.getexif() if whole else Image.Image.getexif(image)
         turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        return image.size if turned else (image.height, image.width)
+        width, height = image.size
+        if isinstance(image, TiffImageFile) and not whole:
+            # Most versions of Pillow turn a TIFF's size when they open it, its pixels when they
+            # decode it, and drop the orientation only then.
+            width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
+        return (width, height) if turned else (height, width)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -117,8 +126,15 @@ def _require_known_range(image: Image.Image) -> None:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
+    """16-bit gray as mode "L", or "LA" where a level is declared transparent."""
+    levels = np.asarray(image)
+    values = levels.astype(np.float64)
     # Mode I may hold 8-bit values as well; everything above 255 is 16-bit.
     if image.mode != "I" or values.max(initial=0) > 255:
         values = values / 257
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8), mode="L")
+    gray = Image.fromarray(values.round().clip(0, 255).astype(np.uint8), mode="L")
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        opacity = np.where(levels == transparent, 0, 255).astype(np.uint8)
+        gray.putalpha(Image.fromarray(opacity))
+    return gray

@@ -19,7 +19,7 @@ from ..mini import ANIMALS, ANIMALS_HELDOUT, FLOW, FOLDERS, HELDOUT, MINI
 from ..run.heldout_part import read_part
 from .base_model import SDXL_BASE, BaseModel, describe, folder_of
 from .buckets import sizes
-from .listing import look
+from .listing import folder_of_set, look
 from .validation_prompts import read_prompts
 
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
@@ -225,9 +225,11 @@ def check_images(values: Mapping[str, Any]) -> None:
     """Refuse images without a prompt or a place, of a run or of a concept."""
     for name in ("dataset_name", "instance_data_dir", "validation_dataset"):
         value = values[name]
-        if value is None or value in FOLDERS:
+        if value is None:
             continue
-        if folder_or_id(value, f"--{name}") is None and name == "instance_data_dir":
+        if name != "instance_data_dir":
+            folder_of_set(value, f"--{name}")
+        elif folder_or_id(value, f"--{name}") is None:
             raise UserError(f"--{name} {quoted(value)} does not exist: correct the path.")
     source = str(values["dataset_name"] or values["instance_data_dir"])
     folder, classes = Path(source).expanduser(), values["class_data_dir"]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import UserError
-from ..files import is_file, quoted, read_text
+from ..errors import UserError, did_you_mean
+from ..files import counted, folder_or_id, is_file, quoted, read_text
+from ..mini import FOLDERS
 from .decode import HEIF_SUFFIXES, image_suffixes
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 MASK = ".mask"
-"""End of a mask's name, before .png."""
+"""End of a mask's name before its suffix: dog.mask.png is the mask of dog.jpg."""
 NAMED = 8
+_OF_KOHYA = re.compile(r"\d{1,3}_.+")
+"""Names of folders in kohya's layout, REPEATS_PROMPT, such as "10_TOK dog"."""
 MOST_CAPTION_BYTES = 100_000
 MOST_ENTRIES = 200_000
 """Files and folders below a set of images; more are the root of a disk, or somebody's home."""
@@ -30,8 +34,8 @@ class Listing:
 
     @cached_property
     def _pictures(self) -> list[Path]:
-        suffixes = image_suffixes()
-        return [p for p in self.files if p.suffix.lower() in suffixes and is_file(p)]
+        """Images that can be read, without masks."""
+        return [p for p in self.files if _is_image(p) and stem_of_masked(p) is None]
 
     @cached_property
     def metadata(self) -> list[Path]:
@@ -40,16 +44,8 @@ class Listing:
 
     @cached_property
     def images(self) -> list[Path]:
-        """The images directly in it, without the masks that lie beside them."""
-        masks = set(self.masks.values())
-        return [p for p in self._pictures if p.parent == self.folder and p not in masks]
-
-    @cached_property
-    def masks(self) -> dict[str, Path]:
-        """Masks by the stem of the image beside them, as name.mask.png is of name.jpg."""
-        stems = {stem(path) for path in self._pictures if path.parent == self.folder}
-        pngs = [path for path in self._pictures if path.name.lower().endswith(f"{MASK}.png")]
-        return {name: path for path in pngs if (name := stem(path)[: -len(MASK)]) in stems}
+        """The images directly in it, without masks."""
+        return [path for path in self._pictures if path.parent == self.folder]
 
     @cached_property
     def texts(self) -> dict[str, Path]:
@@ -69,19 +65,40 @@ class Listing:
         name = f"the caption {path.relative_to(self.folder)}"
         return " ".join(read_text(path, name, MOST_CAPTION_BYTES).split())
 
-    def left_out(self, used: Sequence[Path], *, captioned: bool) -> str | None:
+    def left_out(
+        self, images: Sequence[Path], masks: Collection[Path], *, captioned: bool
+    ) -> str | None:
         """Number and names of the files that are not read, or None."""
-        taken = {*used, *self.masks.values()}
+        taken = {*images, *masks}
         if captioned:
-            taken |= {self.texts.get(stem(path), path) for path in used}
+            taken |= {self.texts.get(stem(path), path) for path in images}
         rest = [p for p in self.files if p not in taken and p.name not in METADATA]
         if not rest:
             return None
         names = [quoted(path.relative_to(self.folder)).strip('"') for path in rest[:NAMED]]
         heif = any(path.suffix.lower() in HEIF_SUFFIXES - image_suffixes() for path in rest)
-        count = f"{len(rest)} file{'s' if len(rest) > 1 else ''}"
         hint = "; `pip install pillow-heif` makes HEIC readable" if heif else ""
+        count = counted(len(rest), "file")
         return f"{count} ({', '.join(names)}{', ...' if len(rest) > NAMED else ''}){hint}"
+
+
+def folder_of_set(name: str, option: str) -> Path | None:
+    """The folder that the name of a set stands for, or None of a set on the hub.
+
+    Raises:
+        UserError: it can be none of both; the sentence names the ``option``.
+    """
+    if name in FOLDERS:
+        return FOLDERS[name]
+    folder = folder_or_id(name, option)
+    if folder is None and "/" not in name:  # ids of sets have an owner
+        folders_here = _names_in(Path())[0]
+        raise UserError(
+            f"{option} {quoted(name)} is no folder here"
+            f"{did_you_mean(name, [*folders_here, *FOLDERS])}: give the path of a folder, or"
+            " OWNER/NAME of a set on the hub."
+        )
+    return folder
 
 
 def look(folder: Path) -> Listing:
@@ -111,3 +128,48 @@ def look(folder: Path) -> Listing:
 def stem(path: Path) -> str:
     """A file's path without its ending."""
     return os.path.splitext(path)[0]
+
+
+def stem_of_masked(path: Path) -> str | None:
+    """The stem of the image whose mask a file is by its name; None of what is no mask."""
+    name = stem(path)
+    return name[: -len(MASK)] if name.lower().endswith(MASK) else None
+
+
+def masks_beside(images: Sequence[Path]) -> dict[Path, Path]:
+    """The masks that lie beside images, by their images.
+
+    Raises:
+        UserError: an image has several.
+    """
+    stems = {stem(image) for image in images}
+    masks = dict[str | None, Path]()
+    for folder in {image.parent for image in images}:
+        for name in sorted(_names_in(folder)[1]):
+            mask = folder / name
+            masked = stem_of_masked(mask)
+            if masked not in stems or not _is_image(mask):
+                continue
+            if masked in masks:
+                raise UserError(
+                    f'"{masks[masked]}" and "{mask}" are masks of one image: keep one of them.'
+                )
+            masks[masked] = mask
+    return {image: masks[stem(image)] for image in images if stem(image) in masks}
+
+
+def unread_folder_name(images: Sequence[Path]) -> str | None:
+    """The name of a folder with images that gives repeats and a prompt to kohya's scripts."""
+    names = {image.parent.name for image in images}
+    return min((name for name in names if _OF_KOHYA.fullmatch(name)), default=None)
+
+
+def _is_image(path: Path) -> bool:
+    """Test for a file with the name of an image that can be read."""
+    return path.suffix.lower() in image_suffixes() and is_file(path)
+
+
+def _names_in(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in a folder; none where it may not be listed."""
+    _, folders, files = next(os.walk(folder), ("", [], []))
+    return folders, files

@@ -7,6 +7,7 @@ layout are read by ``datasets``, which keeps no copy of images that lie in a fol
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,14 +17,22 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ..errors import UserError, translated
-from ..files import folder_or_id, is_file, is_text, kind_of, quoted, read_rows, require_column
-from ..mini import FOLDERS
+from ..files import is_file, is_text, kind_of, listed, quoted, read_rows, require_column
 from .decode import read_mask
-from .listing import METADATA, Listing, look, stem
+from .listing import (
+    METADATA,
+    Listing,
+    folder_of_set,
+    look,
+    masks_beside,
+    stem,
+    stem_of_masked,
+    unread_folder_name,
+)
 from .sets import Entry, ImageSet
 
 BESIDE = "the .txt files beside them"
-MASKS_BESIDE = "the .mask.png files beside them"
+MASKS_BESIDE = "the .mask files beside them"
 TEXT = "text"
 """The column of the captions that lie beside the images."""
 NO_CAPTIONS = "none"
@@ -39,8 +48,9 @@ class Table(NamedTuple):
 
     entries: list[Entry]  # its images, without captions
     columns: dict[str, Any]  # the values of each column
-    files: list[Path]  # of the images, where they lie in the set's folder
-    masks_from: str | None  # where masks come from
+    files: list[Path]  # of the images, where each is a file
+    masks_from: str | None  # the column of the masks
+    mask_files: list[Path]  # that a metadata file names
 
 
 def open_images(
@@ -72,7 +82,7 @@ def open_images(
     Raises:
         UserError: no such set, column, split or image; the message names it and the fix.
     """
-    folder = FOLDERS[dataset] if dataset in FOLDERS else folder_or_id(dataset, "the set")
+    folder = folder_of_set(dataset, "the set")
     listing = None if folder is None or config_name is not None else look(folder)
     captioned = listing is not None and listing.has_captions
     # Images beside Parquet or Arrow are no data (a preview, say).
@@ -91,14 +101,34 @@ def open_images(
         beside = caption_column == TEXT
         table.columns[TEXT] = listing.captions(table.files) if beside else []
     _caption(dataset, table, caption_column)
-    left_out = listing.left_out(table.files, captioned=beside) if listing and table.files else None
-    for entry in table.entries if alpha_mask else ():
-        entry.mask = partial(_mask, entry.source, True)
+
+    masks = dict[Path, Path]()
+    masks_from = table.masks_from
+    if alpha_mask:
+        masks_from = "their alpha channel"
+        for entry in table.entries:
+            entry.mask = partial(_mask, entry.source, True)
+    elif mask_column is None and (masks := masks_beside(table.files)):
+        masks_from = MASKS_BESIDE
+        for entry, file in zip(table.entries, table.files, strict=True):
+            if file in masks:
+                entry.mask = partial(_mask, partial(Path, masks[file]))
+
+    remarks = []
+    if name := unread_folder_name(table.files):
+        remarks.append(
+            f"names of folders, such as {quoted(name)}, are not read, neither as repeats nor as a"
+            " prompt: give --repeats and --instance_prompt, or a list of concepts (docs/data.md)"
+        )
+    if listing and table.files:
+        used_masks = [*masks.values(), *table.mask_files]
+        if left_out := listing.left_out(table.files, used_masks, captioned=beside):
+            remarks.append(f"left out of {dataset}: {left_out}")
     return ImageSet(
         dataset,
         table.entries,
-        remarks=[f"left out of {dataset}: {left_out}"] if left_out else [],
-        masks_from="their alpha channel" if alpha_mask else table.masks_from,
+        remarks=remarks,
+        masks_from=masks_from,
         captions_from=BESIDE if beside else None,
         skip_bad_images=skip_bad_images,
     )
@@ -113,26 +143,28 @@ def _listed(label: str, listing: Listing, mask_column: str | None) -> Table:
         if not (rows := read_rows(metadata, str(metadata), most_bytes=MOST_BYTES)):
             raise UserError(f"{metadata} lists no image: add some.")
     files = [_file(listing.folder, where, row, "file_name") for where, row in rows]
+    for (where, row), file in zip(rows, files, strict=True):
+        if stem_of_masked(file) is not None:
+            raise UserError(
+                f"{where} names {quoted(row['file_name'])}, a mask by its name: drop the row, or"
+                " rename the file."
+            )
     keys = {key: 0 for _, row in rows for key in row if key != "file_name"}
     columns = {key: [row.get(key) for _, row in rows] for key in {"image": 0} | keys}
-    masks, masks_from = [listing.masks.get(stem(path)) for path in files], MASKS_BESIDE
-    if mask_column is not None:
-        require_column(mask_column, keys, "--mask_column", label)
-        del columns[mask_column]
-        masks_from = f'column "{mask_column}"'
-        masks = [
-            _file(listing.folder, where, row, mask_column) if row.get(mask_column) else None
-            for where, row in rows
-        ]
     entries = [
-        Entry(
-            str(row["file_name"]),
-            partial(Path, file),
-            mask=mask and partial(_mask, partial(Path, mask)),
-        )
-        for (_, row), file, mask in zip(rows, files, masks, strict=True)
+        Entry(str(row["file_name"]), partial(Path, file))
+        for (_, row), file in zip(rows, files, strict=True)
     ]
-    return Table(entries, columns, files, masks_from if any(masks) or mask_column else None)
+    if mask_column is None:
+        return Table(entries, columns, files, None, [])
+    require_column(mask_column, keys, "--mask_column", label)
+    del columns[mask_column]
+    mask_files = list[Path]()
+    for entry, (where, row) in zip(entries, rows, strict=True):
+        if row.get(mask_column):
+            mask_files.append(_file(listing.folder, where, row, mask_column))
+            entry.mask = partial(_mask, partial(Path, mask_files[-1]))
+    return Table(entries, columns, files, f'column "{mask_column}"', mask_files)
 
 
 def _file(folder: Path, where: str, row: Mapping[str, Any], column: str) -> Path:
@@ -159,8 +191,29 @@ def _loaded(label: str, data: Any, image_column: str, mask_column: str | None) -
     rows = _undecoded(label, data, image_column, "--image_column")
     if not len(data):
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
+    pictures = list[int]()  # rows that are no masks
+    files = list[Path]()
+    names_in_table = list[Path]()  # of images whose content is in the table
+    for number, row in enumerate(rows):
+        path = Path(row["path"]) if row and row["path"] else None
+        if path is None:
+            pictures.append(number)
+        elif row["bytes"] is not None:
+            pictures.append(number)
+            names_in_table.append(path)
+        elif stem_of_masked(path) is None:
+            pictures.append(number)
+            files.append(path)
+    if len(pictures) < len(data):
+        return _loaded(label, data.select(pictures), image_column, mask_column)
+    stems = {stem(path) for path in names_in_table}
+    for path in names_in_table:
+        if stem_of_masked(path) in stems:
+            raise UserError(
+                f"{label} has the mask {quoted(path)} among its images: put masks into a column of"
+                " their own, and name it by --mask_column."
+            )
     masks = _undecoded(label, data, mask_column, "--mask_column") if mask_column else None
-    files = [Path(row["path"]) for row in rows if row and row["bytes"] is None and row["path"]]
     entries = [
         Entry(
             f"{label}[{i}]",
@@ -174,6 +227,7 @@ def _loaded(label: str, data: Any, image_column: str, mask_column: str | None) -
         {key: data[key] for key in data.column_names},  # read when they are needed
         files if len(files) == len(data) else [],
         f'column "{mask_column}"' if masks else None,
+        [],
     )
 
 
@@ -181,11 +235,14 @@ def _undecoded(label: str, data: Any, column: str, option: str) -> Any:
     """A column of images that ``datasets`` does not decode."""
     import datasets
 
+    images = [c for c, kind in data.features.items() if isinstance(kind, datasets.Image)]
+    if not images:
+        raise _without_images(label, f", only columns ({listed(data.column_names)})")
     require_column(column, data.column_names, option, label)
-    if not isinstance(data.features[column], datasets.Image):
-        images = [c for c, kind in data.features.items() if isinstance(kind, datasets.Image)]
-        hint = f"set {option} to {' or '.join(images)}" if images else "use another set"
-        raise UserError(f'column "{column}" of {label} holds no images: {hint}.')
+    if column not in images:
+        raise UserError(
+            f'column "{column}" of {label} holds no images: set {option} to {" or ".join(images)}.'
+        )
     return data.select_columns(column).cast_column(column, datasets.Image(decode=False))[column]
 
 
@@ -227,6 +284,13 @@ def _load(
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
     place = str(folder.resolve() if folder else label)
+    if folder and glob.has_magic(place):
+        # Escaped, it would be read after a walk through all that lies beside it, which takes
+        # minutes in a large folder.
+        raise UserError(
+            f'the path "{place}" has "*", "?" or "[", which the package datasets takes for a'
+            " pattern: rename the folder, or put its images directly into it."
+        )
     with translated(
         f'the dataset "{label}" can\'t be loaded',
         "check its files or the connection, --dataset and --dataset_config_name",
@@ -237,10 +301,7 @@ def _load(
             else:
                 splits = datasets.load_dataset(place, config_name, cache_dir=cache)
         except (DataFilesNotFoundError, EmptyDatasetError) as error:
-            raise UserError(
-                f'"{label}" holds no images and nothing else that can be read: put images into it'
-                " (of HEIC, `pip install pillow-heif` makes them readable)."
-            ) from error
+            raise _without_images(label) from error
         except DatasetNotFoundError as error:
             raise UserError(
                 f'the hub has no dataset "{label}" that you may read: check its name, log in with'
@@ -250,3 +311,10 @@ def _load(
         known = ", ".join(map(str, splits))
         raise UserError(f'{label} has no split "{SPLIT}", only {known}: give a set that has it.')
     return splits[SPLIT]
+
+
+def _without_images(label: str, content: str = "") -> UserError:
+    return UserError(
+        f'"{label}" holds no images{content}: put some into it, or give another set'
+        " (`pip install pillow-heif` makes HEIC readable)."
+    )

@@ -16,6 +16,7 @@ INTERPOLATIONS = (
     *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),
     "nearest_exact",
 )
+SEVERAL_SETS = "write them into a YAML file with a list of concepts, and give that (docs/data.md)"
 ON_A_FOLDER_OF_FILES = Idle(
     lambda v: bool(v["instance_data_dir"]), "on a folder, whose images are files"
 )
@@ -95,12 +96,16 @@ class DataOptions:
         aliases=("--dataset",),
         place=True,
         itemized=True,
+        one_value=SEVERAL_SETS,
     )
     dataset_config_name: str | None = option(
         None, "Configuration of a set that has several.", idle=(ON_ONE_CONFIGURATION,)
     )
     instance_data_dir: str | None = option(
-        None, "Local folder of images to learn from; give either this or --dataset.", place=True
+        None,
+        "Local folder of images to learn from; give either this or --dataset.",
+        place=True,
+        one_value=SEVERAL_SETS,
     )
     image_column: str = option(
         "image", "Column that holds the images.", idle=(ON_A_FOLDER_OF_FILES,)

@@ -30,6 +30,7 @@ from ..train.trainer import Trainer
 from . import comfy
 from .captions import Captions
 from .card import write_dreambooth_card
+from .concept_list import require_disjoint
 from .config import DreamBoothConfig, resolve
 from .dry_run import moments
 from .listing import look
@@ -173,7 +174,10 @@ def training_images(cfg: DreamBoothConfig) -> ImageSet:
         Captions(own, its)  # refuses what the stream's would, with its place and before loading
         return its
 
-    return cast(ImageSet, joined(cfg, opened))  # no concept is without images
+    training = cast(ImageSet, joined(cfg, opened))  # no concept is without images
+    if cfg.concepts:
+        require_disjoint(cfg.source, training)
+    return training
 
 
 def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterSpec
 from ..choices import ATTENTION
+from ..files import counted
 from ..methods import Target
 from ..run.content import SampleContent
 from ..seeds import digest, generator
@@ -82,15 +83,16 @@ class DreamBooth:
     def data_summary(self) -> str:
         """A summary of the training images, in a few words."""
         classes = self.stream.classes
-        prior = f" and {len(classes)} class images" if classes else ""
+        prior = f" and {counted(len(classes), 'class image')}" if classes else ""
         sizes = sorted(set(self.stream.sizes))
         square = sizes == [(self.cfg.resolution,) * 2]
         shown = ", ".join(f"{height} x {width}" for height, width in sizes)
         images, each = self.stream.images, [own.concept for own in self.cfg.each]
         counts = Counter(images.of_each(each))
         of = [f"{own.concept} {counts[own.concept]} x {own.repeats}" for own in self.cfg.each]
-        of = f" of {len(each)} concepts ({', '.join(of)})" if self.cfg.concepts else ""
-        return f"{len(images)} images{of}{prior} at {self.cfg.resolution if square else shown} px"
+        of = f" of {counted(len(each), 'concept')} ({', '.join(of)})" if self.cfg.concepts else ""
+        count = counted(len(images), "image")
+        return f"{count}{of}{prior} at {self.cfg.resolution if square else shown} px"
 
     def targets(self) -> list[Target]:
         """The denoiser's layers that were asked for, and the attention projections of the text

@@ -67,7 +67,10 @@ class TextDataOptions:
         None, "A known task, for example sst2, metamath or rotten_tomatoes; or give --train_file."
     )
     train_file: str | None = option(
-        None, "Rows to learn from: JSONL, JSON, CSV or Parquet.", place=True
+        None,
+        "Rows to learn from: JSONL, JSON, CSV or Parquet.",
+        place=True,
+        one_value="put the rows of both into one file",
     )
     validation_file: str | None = option(
         None, "Held-out rows, in such a file.", place=True, free=True

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..adapters import AdapterSpec
+from ..files import counted
 from ..methods import Target
 from ..run.content import SampleContent
 from ..seeds import digest, digest_texts
@@ -48,7 +49,8 @@ class TextTask:
 
     def data_summary(self) -> str:
         """The training set, in a few words."""
-        return f"{self.num_samples:,} rows of at most {self.cfg.max_length} tokens"
+        rows = counted(f"{self.num_samples:,}", "row")
+        return f"{rows} of at most {self.cfg.max_length} tokens"
 
     def targets(self) -> list[Target]:
         """The one model; what a classifier has of new layers is trained whole beside adapters."""

@@ -22,6 +22,7 @@ from ..choices import OPTIMIZERS
 from ..config.run import RunConfig
 from ..durable import bytes_for_people
 from ..errors import UserError
+from ..files import counted
 from ..methods import Method, for_run
 from ..methods.auxiliaries import deal
 from ..run import provenance
@@ -82,12 +83,13 @@ def main(
     verdict = "fits" if peaks[most] <= room else "does not fit (try --quantize or a smaller model)"
     models = ", ".join(f"{t.name} ({type(t.model).__name__})" for t in method.targets)
     count = sum(p.numel() for p in method.clip_parameters())
+    epochs = steps * size / task.num_samples
     lines = [
         "--dry_run: nothing is loaded, trained or written.",
         *largest,
         f"{method.title} on {models}: {len(method.layers())} layers, {count:,} parameters",
         f"data: {task.data_summary()}",
-        f"steps: {steps:,} of {size}, {steps * size / task.num_samples:.3g} epochs",
+        f"steps: {steps:,} of {size}, {counted(f'{epochs:.3g}', 'epoch')}",
         *search_size,
         f"memory of {provenance.device(device)['name']} when it is highest ({most}):",
         *(f"  {bytes_for_people(n):>8}  {part}" for part, n in taken[most].items() if n),

@@ -15,6 +15,7 @@ from ..choices import OPTIMIZERS
 from ..config.run import RunConfig
 from ..durable import bytes_for_people, disk_is_full, free_bytes, full_disk_sentence
 from ..errors import Diverged, TrainingError, UserError, keep_trace, unexpected
+from ..files import counted
 from ..methods import Method
 from ..run import provenance
 from ..run.record import read_metrics
@@ -36,7 +37,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
     processes = f"{many} processes on " if many > 1 else ""
     facts = [
         trainer.task.data_summary(),
-        f"{steps:,} step{'s' * (steps != 1)} of {size} ({epochs:.3g} epochs)",
+        f"{counted(f'{steps:,}', 'step')} of {size} ({counted(f'{epochs:.3g}', 'epoch')})",
         _trained(trainer.method, cfg),
         f"{processes}{provenance.device(device)['name']},"
         f" {cfg.mixed_precision.replace('no', 'fp32')}",

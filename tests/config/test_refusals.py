@@ -55,10 +55,8 @@ BOTH: list[tuple[str, str]] = [
 IMAGES: list[tuple[str, str]] = [
     ("--resolution 100", "--resolution is 100.*multiple of 8.*96"),
     ("--resolution 1000000000000", "34 GB"),
-    ("--dataset some/set", '"some/set".*--instance_prompt.*--caption_column'),
-    ("--instance_prompt x --dataset ./nowhere", '"./nowhere".*not exist'),
-    (f"--instance_prompt x --dataset {'x' * 300}", "name too long"),
-    ("--instance_prompt x --dataset {tmp}/a.zip", "is a file"),
+    ("--dataset {tmp}/full", "--dataset stands twice.*list of concepts"),
+    ("--validation_dataset held_out", '"held_out" is no folder here.*OWNER/NAME'),
     ("--validation_prompts {tmp}/empty.txt", "empty.txt.*empty file"),
     ("--variant fp16", '--variant "fp16".*mini'),
     ("--pretrained_model_name_or_path {tmp}/full", "model_index.json of .*full.*can't be read"),
@@ -67,6 +65,11 @@ IMAGES: list[tuple[str, str]] = [
     ("--disk_cache {tmp}/a.zip/cache", "--disk_cache.*auto, or no"),
 ]
 FOLDERS: list[tuple[str, str]] = [
+    ("--dataset ./nowhere", '"./nowhere".*not exist'),
+    ("--dataset my_phots", '"my_phots" is no folder here.*OWNER/NAME'),
+    (f"--dataset {'x' * 300}", "name too long"),
+    ("--dataset {tmp}/a.zip", "is a file"),
+    ("--instance_data_dir {tmp}/full --instance_data_dir {tmp}/empty", "stands twice.*concepts"),
     ("--instance_data_dir {tmp}/nowhere", "nowhere.*not exist"),
     (
         "--instance_data_dir {tmp}/full --with_prior_preservation --class_data_dir {tmp}/full"
@@ -80,6 +83,7 @@ TEXTS: list[tuple[str, str]] = [
 ]
 ROWS: list[tuple[str, str]] = [
     ("--train_file {tmp}/none.jsonl", "none.jsonl.*does not exist"),
+    ("--train_file a.jsonl --train_file b.jsonl", "--train_file stands twice.*one file"),
     ("--train_file {tmp}/pipe.jsonl", "--train_file.*pipe.jsonl.*not a file of rows"),
 ]
 IMAGE, TEXT = CONFIGS.values()
@@ -91,6 +95,7 @@ CASES: list[tuple[Read, list[str], tuple[str, str]]] = [
     *((TextConfig.resolve, ["--model_name_or_path", "gpt2"], case) for case in ROWS),
     # what a command line needs
     (resolve, [], ("", "--instance_data_dir")),
+    (resolve, ["--dataset", "a/b"], ("", '"a/b" has no prompt.*--instance_prompt.*--caption_col')),
     (TextConfig.resolve, ["--task", "sst2"], ("", "--model_name_or_path")),
     (TextConfig.resolve, ["--model_name_or_path", "gpt2"], ("", "--train_file")),
 ]

@@ -40,6 +40,11 @@ def folders(tmp_path, monkeypatch):
             shutil.copy(picture, tmp_path / name)
     shutil.copy(icons[9], tmp_path / "half" / "other.png")
     (tmp_path / "half" / "other.txt").write_text("a caption")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "dog").rename(tmp_path / "whole" / "dog")
+    (tmp_path / "dog").symlink_to(tmp_path / "whole" / "dog")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "other.png").symlink_to(tmp_path / "dog" / icons[0].name)
     (tmp_path / "broken" / "broken.png").write_bytes(icons[0].read_bytes()[:200])
     return tmp_path
 
@@ -160,7 +165,6 @@ BAD = [
     ("dataset: dog", "", "concepts.yaml holds no list"),
     ("- dataset: [", "", "concepts.yaml.* can't be read .line 1"),
     (DOG + "- cat", "", 'concept 2: it is "cat"'),
-    (DOG, "--dataset none.yaml", 'list of concepts "none.yaml".* is not there'),
     (DOG, "--validation_dataset held/dog", "list of concepts .*--validation_dataset.*refused"),
     # options
     (cat("repeat: 2"), "", 'concept 2: .*"repeats"'),
@@ -185,6 +189,12 @@ BAD = [
     (cat("class_data_dir: dog"), CLASS, "concept 2: .*training images of concept 1"),
     (cat("class_prompt: b"), CLASS, "concept 2: .*prompts differ"),
     # the images, before a model is read
+    (
+        of("dataset: whole, instance_prompt: a"),
+        "--cache_dir cache",
+        "concept 2: .* is one of concept 1 too",
+    ),
+    (of("dataset: links, instance_prompt: a"), "", "concept 2: .* is one of concept 1 too"),
     (of("dataset: broken, instance_prompt: a"), "", "concept 2: the image broken.png"),
     (of("dataset: half"), "", "concept 2: .* in half has no caption"),
     (cat("shuffle_tags: true"), "", "concept 2: --shuffle_tags"),
@@ -216,6 +226,8 @@ def test_a_bad_concept_of_a_recipe_has_the_recipes_name():
     Path("run.yaml").write_text("dataset:\n" + DOG + "- {dataset: cat}\n")
     with pytest.raises(UserError, match=r'^run.yaml, concept 2: "cat" has no prompt'):
         resolve(["--config", "run.yaml", *MINI])
+    with pytest.raises(UserError, match=r'list of concepts "none\.yaml".* is not there'):
+        resolve(["--dataset", "none.yaml", *MINI])
     Path("run.yaml").write_text("image_column: [{a: b}]\n")
     with pytest.raises(UserError, match="single value"):
         resolve(["--config", "run.yaml", *MINI])

@@ -19,6 +19,7 @@ from bilora_diffusion.image.opening import open_images
 from tests.scripts.runs import column, resumes_exactly, train
 
 SIDE = 64
+FILES = ("a.jpg", "a.mask.png", "b.jpg")
 
 
 def picture(folder, name, mask=None):
@@ -44,18 +45,57 @@ def photos(tmp_path):
 
 
 def test_masks_lie_beside_images_and_are_no_images(photos):
-    half().save(photos / "alone.mask.png")  # of no image: so it is one
+    half().save(photos / "alone.mask.png")
     found = open_images(str(photos))
-    names = [entry.name for entry in found.entries]
-    assert names == ["a.jpg", "alone.mask.png", "b.jpg"]
-    assert [found.mask(i) is None for i in range(3)] == [False, True, True]
-    (said,) = [line for line in found.remarks() if line.startswith("masks")]
-    assert "1 of 3 images have theirs from the .mask.png files beside them" in said
+    assert [entry.name for entry in found.entries] == ["a.jpg", "b.jpg"]
+    assert [found.mask(i) is None for i in range(2)] == [False, True]
+    masks, left_out = found.remarks()
+    assert "1 of 2 images" in masks
+    assert "1 file (alone.mask.png)" in left_out
     half((0, 0, SIDE, SIDE // 2)).save(photos / "a.mask.png")
     edited = open_images(str(photos))
     assert edited.fingerprint() != found.fingerprint()
     names = [sample.hashes.keys() for sample in edited.sample_contents()]
-    assert ["mask" in parts for parts in names] == [True, False, False]
+    assert ["mask" in parts for parts in names] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("folder", "metadata", "content"),
+    [
+        ("", "", ""),
+        ("x/y", "", ""),
+        ("x", "x/a.txt", "a caption"),
+        ("x", "metadata.jsonl", '{"file_name": "x/a.jpg"}\n{"file_name": "x/b.jpg"}'),
+        ("x/y", "metadata.csv", "file_name\nx/y/a.jpg\nx/y/b.jpg"),
+        ("train", "train/metadata.jsonl", '{"file_name": "a.jpg"}\n{"file_name": "b.jpg"}'),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".mask.png", ".Mask.WEBP"])
+def test_a_mask_beside_an_image_is_its_mask_in_every_layout(
+    folder, metadata, content, suffix, tmp_path
+):
+    place = tmp_path / "set" / folder
+    place.mkdir(parents=True)
+    picture(place, "a")
+    picture(place, "b")
+    half().convert("RGB").save(place / f"a{suffix}", lossless=True)
+    half().save(place / "alone.mask.png")
+    if metadata:
+        (tmp_path / "set" / metadata).write_text(content)
+    found = open_images(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    assert len(found) == 2
+    assert found.mask(0).tobytes() == half().tobytes()
+    assert found.mask(1) is None
+    assert any(line.startswith("masks") and "1 of 2" in line for line in found.remarks())
+
+
+def test_masks_in_a_table_of_images_are_refused(photos, tmp_path):
+    stored = [{"path": name, "bytes": (photos / name).read_bytes()} for name in FILES]
+    (tmp_path / "set").mkdir()
+    table = Dataset.from_dict({"image": stored}, Features({"image": ImageFeature()}))
+    table.to_parquet(tmp_path / "set" / "train.parquet")
+    with pytest.raises(UserError, match=r'"a\.mask\.png" among its images.*--mask_column'):
+        open_images(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
 
 
 def test_masks_are_named_in_metadata_columns_of_sets_and_alpha(photos, tmp_path):
@@ -63,6 +103,7 @@ def test_masks_are_named_in_metadata_columns_of_sets_and_alpha(photos, tmp_path)
     rows: list[dict[str, Any]] = [{"file_name": "a.jpg", "m": "hides.png"}, {"file_name": "b.jpg"}]
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     listed = open_images(str(photos), mask_column="m")
+    assert not any("left out" in line for line in listed.remarks())
     pictures = [str(photos / name) for name in ("a.jpg", "b.jpg")]
     columns = {"image": pictures, "m": [str(photos / "hides.png"), None], "text": ["x", "y"]}
     features = Features({"image": ImageFeature(), "m": ImageFeature(), "text": Value("string")})
@@ -88,6 +129,8 @@ def test_masks_are_named_in_metadata_columns_of_sets_and_alpha(photos, tmp_path)
         (lambda p: half().resize((32, 32)).save(p / "a.mask.png"), "its mask is 32 x 32 pixels"),
         (lambda p: Image.new("L", (SIDE, SIDE)).save(p / "a.mask.png"), "black all over"),
         (lambda p: (p / "a.mask.png").write_bytes(b"no picture"), "can't be read"),
+        (lambda p: half().save(p / "a.mask.bmp"), "a.mask.bmp.*a.mask.png.*keep one"),
+        (lambda p: (p / "metadata.csv").write_text("file_name\na.mask.png"), "line 2.*a mask by"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(photos, spoil, said):
@@ -100,7 +143,7 @@ def test_masks_from_nowhere_are_refused(photos):
     with pytest.raises(UserError, match="--mask_column"):
         open_images(str(photos), mask_column="m")
     Image.new("L", (SIDE, SIDE), 255).save(photos / "a.mask.png")
-    with pytest.raises(UserError, match=r"no mask of .*photos, from the .mask.png files"):
+    with pytest.raises(UserError, match=r"no mask of .*photos, from the .mask files"):
         open_images(str(photos)).require_masks()
 
 

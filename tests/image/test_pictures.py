@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from bilora_diffusion.image.crops import Crop, cut, draw, fitted, resized
-from bilora_diffusion.image.decode import read_rgb, to_rgb
+from bilora_diffusion.image.decode import read_mask, read_rgb, to_rgb, upright_size
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.visits import Resized
 from bilora_diffusion.seeds import generator
@@ -106,11 +106,26 @@ def test_exif_orientation_is_applied(tmp_path):
     assert turned.getpixel((7, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_a_size_is_upright_whether_pixels_are_decoded_or_not(orientation, suffix, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"a{suffix}"
+    Image.new("RGB", (12, 8)).save(file, exif=exif)
+    image = read_rgb(file)
+    sizes = [upright_size(file, whole=whole) for whole in (False, True)]
+    assert sizes == [(image.height, image.width)] * 2
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])
 def test_transparency_is_laid_on_white(mode, tmp_path):
     options: dict[str, Any] = {}
     if mode == "RGB":  # one color is declared transparent
         image, options = Image.new("RGB", (4, 4), (9, 9, 9)), {"transparency": (9, 9, 9)}
+    elif mode == "I;16":
+        gray = np.full((4, 4), 3000, dtype=np.uint16)
+        image, options = Image.fromarray(gray), {"transparency": 3000}
     elif mode == "P":
         image, options = Image.new("P", (4, 4), 3), {"transparency": 3}
         image.putpalette([level for level in range(256) for _ in "rgb"])
@@ -118,6 +133,7 @@ def test_transparency_is_laid_on_white(mode, tmp_path):
         image = Image.new("RGBA", (4, 4), (200, 10, 10, 0)).convert(mode)
     image.save(tmp_path / "a.png", **options)
     assert read_rgb(tmp_path / "a.png").getpixel((1, 1)) == (255, 255, 255)
+    assert read_mask(tmp_path / "a.png", alpha=True).getpixel((1, 1)) == 0
     half = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
     assert to_rgb(half).getpixel((0, 0)) == (127, 127, 127)
 

@@ -50,6 +50,8 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
     (alone("x.heic"), {}, ["pillow-heif"]),
     (alone("a.png"), {"skip_bad_images": True}, ["no readable image"]),
     (alone(), {}, ["holds no images"]),
+    (alone("a.txt"), {}, ["holds no images", "put some into it"]),
+    (alone("a.txt", "a.heic"), {}, ["holds no images", "pillow-heif"]),
     # captions beside them
     (write("a.txt", b"\xff"), {}, ["a.txt", "UTF-8"]),
     # columns
@@ -106,6 +108,11 @@ def test_what_is_no_folder_and_an_image_of_absurd_size(tmp_path, monkeypatch):
     (tmp_path / "a.zip").touch()
     refused(tmp_path / "a.zip", ["a.zip", "is a file", "folder"])
     refused("no id", ["no id", "hub id"])
+    save(tmp_path / "photo*" / "x" / "a.png")  # not those of photos
+    refused(tmp_path / "photo*", ["photo*", "pattern", "rename"])
+    monkeypatch.chdir(tmp_path)
+    refused("fotos", ['"fotos"', 'did you mean "photos"', "path of a folder", "OWNER/NAME"])
+    refused("mini-animls", ['did you mean "mini-animals"'])
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,9 @@ def test_subfolders_are_read_by_datasets_with_the_captions_in_them(tmp_path):
     assert images.image(0).size == (12, 8)
     line, left_out = images.remarks()
     assert "2 of 2 images" in line
+    (tmp_path / "set" / "cat").rename(tmp_path / "set" / "10_TOK cat")
+    renamed = open_images(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    assert any('"10_TOK cat"' in line and "not read" in line for line in renamed.remarks())
     assert "1 file (dog/x.heic); `pip install pillow-heif`" in left_out
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix == ".png"]
 

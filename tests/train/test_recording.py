@@ -65,6 +65,17 @@ def test_a_run_that_will_not_fit_is_warned_about_at_the_start(
         assert part in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("steps", "said"), [(1, "1 step of 4 (0.5 epochs)"), (2, "2 steps of 4 (1 epoch)")]
+)
+def test_a_count_of_one_is_singular(steps, said, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = trainer()
+    run.last_step = steps
+    recording.announce(run, tmp_path)
+    assert said in caplog.text
+
+
 def test_wandb_gets_each_image_with_its_prompt(tmp_path, monkeypatch):
     # a stand-in of which only what makes an image is called: its service is not here
     module = SimpleNamespace(Image=lambda image, caption: (image.size, caption))
