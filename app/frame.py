@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import uvicorn
+from fastapi import FastAPI
 
 from . import compare, generate, grid, guard, parts, results, training, validation, vote
 from .catalog import Catalog
@@ -87,8 +89,11 @@ def notices(catalog: Catalog) -> str:
     return f'<section class="broken"><b>{what} not shown</b><ul>{rows}</ul></section>'
 
 
-def launch(catalog: Catalog, *, host: str, port: int, public: bool, device: str | None) -> None:
-    """Serve until interrupted.
+def server(catalog: Catalog, *, host: str, public: bool, device: str | None) -> uvicorn.Server:
+    """Return the server of the page, which serves when it is run.
+
+    Gradio's own ``launch`` asks the new server for its page and gives up after some seconds, or
+    when a proxy is set. Its app as a part of another does not.
 
     Args:
         public: whether other machines may look.
@@ -96,24 +101,21 @@ def launch(catalog: Catalog, *, host: str, port: int, public: bool, device: str 
     guard.close_downloads()
     style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
     hues: dict[str, Any] = {"primary_hue": "teal", "secondary_hue": "teal", "neutral_hue": "slate"}
-    page = build(catalog, device).queue(default_concurrency_limit=8, api_open=False)
-    where = f"[{host}]" if ":" in host else host
-    page.launch(
-        server_name=where,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
+    app = gr.mount_gradio_app(
+        FastAPI(lifespan=partial(guard.guarded, host=host, public=public)),
+        build(catalog, device).queue(default_concurrency_limit=8, api_open=False),
+        path="",
         footer_links=[],
         run_history=False,
+        show_error=False,
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,
         max_file_size="1kb",
-        app_kwargs={"lifespan": partial(guard.guarded, host=host, public=public)},
         theme=gr.themes.Default(**hues, font=FONT, font_mono=MONO),
         # In `css` Gradio would change the weight of the rules.
         head=f"<style>{style}</style><script>{script}</script>",
     )
-    print(f"{TITLE}: http://{where}:{port} shows {catalog.name}; Ctrl-C ends it.", flush=True)
-    page.block_thread()
+    # A page that stays open would keep its streams, and so the server, forever.
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    return uvicorn.Server(config)

@@ -24,7 +24,7 @@ from starlette.websockets import WebSocketClose
 OPEN = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)"
     "|/(assets|static|svelte)/.*"
-    r"|/gradio_api/(startup-events|theme\.css|cancel|reset/?|heartbeat/[^/]*)"
+    r"|/gradio_api/(app_id|theme\.css|cancel|reset/?|heartbeat/[^/]*)"
     "|/gradio_api/(queue/(join|data)|run/predict)"
 )
 """The routes that the page asks for; files are served from Gradio's own folder besides."""

@@ -1,8 +1,10 @@
 """Folders under the viewer's root: found, checked, and never left; a wrong root or address."""
 
+import http.client
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from html import unescape
 from pathlib import Path
@@ -15,6 +17,7 @@ from app.catalog import DEPTH, Catalog
 from app.runs import ordered
 from bilora_diffusion.errors import UserError
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
+from tests.scripts.runs import started
 
 
 def paths(catalog):
@@ -192,8 +195,31 @@ def test_a_bad_root_or_address_is_refused(tmp_path, monkeypatch, capsys, words, 
     assert sentence.replace("TAKEN", port) in capsys.readouterr().err
 
 
+def free_port():
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_it_serves_where_a_proxy_is_set_that_does_not_answer(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    port = free_port()
+    process = started("-m", "app.viewer", tmp_path, "--port", port, stdout=subprocess.PIPE)
+    try:
+        assert f"http://127.0.0.1:{port} shows" in process.stdout.readline()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request("GET", "/config")
+        assert connection.getresponse().status == 200
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 def test_without_gradio_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)  # importing it now raises ImportError
-    monkeypatch.setattr(viewer, "check_address", lambda host, port: None)
-    assert viewer.main([str(tmp_path)]) == 2
+    assert viewer.main([str(tmp_path), "--port", str(free_port())]) == 2
     assert "pip install 'bilora-diffusion[app]'" in capsys.readouterr().err

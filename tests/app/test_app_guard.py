@@ -5,11 +5,11 @@ import json
 import random
 import re
 import socket
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import gradio as gr
 import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
@@ -69,9 +69,9 @@ def served(tmp_path_factory):
     (root.parent / "secret.txt").write_text(SECRET)
     (root / "link.txt").symlink_to(root.parent / "secret.txt")
     (root / "link").symlink_to(root.parent, target_is_directory=True)
-    with socket.create_server((LOCAL, 0)) as listener:
-        port = listener.getsockname()[1]
-    asked, pages = [], []
+    listener = socket.create_server((LOCAL, 0))
+    port = listener.getsockname()[1]
+    asked = []
     connect, look_up = socket.socket.connect, socket.getaddrinfo
 
     def connected(self, address):
@@ -90,11 +90,15 @@ def served(tmp_path_factory):
         patch.setattr(socket.socket, "connect", connected)
         patch.setattr(socket.socket, "connect_ex", connected)
         patch.setattr(socket, "getaddrinfo", looked_up)
-        patch.setattr(gr.Blocks, "block_thread", lambda page: pages.append(page))
-        frame.launch(Catalog(root), host=LOCAL, port=port, public=False, device=None)
+        server = frame.server(Catalog(root), host=LOCAL, public=False, device=None)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        served = Served(port, root, asked)
+        assert served.ask("/").status == 200
         assert asked == []
-        yield Served(port, root, asked)
-        pages[0].close(verbose=False)
+        yield served
+        server.should_exit = True
+        thread.join(20)
 
 
 ADDRESSES = (
