@@ -7,10 +7,12 @@ a tab fills its lists at the event ``changed``: once after the load, and wheneve
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from html import escape
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import gradio as gr
@@ -89,7 +91,16 @@ def notices(catalog: Catalog) -> str:
     return f'<section class="broken"><b>{what} not shown</b><ul>{rows}</ul></section>'
 
 
-def server(catalog: Catalog, *, host: str, public: bool, device: str | None) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """A server that prints no traceback for each stream of an open page when it ends."""
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Close all connections, those that stay open after a second by force."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
+
+
+def server(catalog: Catalog, *, host: str, public: bool, device: str | None) -> Server:
     """Return the server of the page, which serves when it is run.
 
     Gradio's own ``launch`` asks the new server for its page and gives up after some seconds, or
@@ -117,5 +128,4 @@ def server(catalog: Catalog, *, host: str, public: bool, device: str | None) -> 
         head=f"<style>{style}</style><script>{script}</script>",
     )
     # A page that stays open would keep its streams, and so the server, forever.
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    return uvicorn.Server(config)
+    return Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
