@@ -226,7 +226,8 @@ class Catalog:
                 weights = next((_join(folder, file) for file in EXPORTED if file in names), None)
                 steps = (read_steps(self.root / folder, by) for by in (IMAGES, CHECKPOINTS))
                 data_hash = self._data_hash(folder) if METRICS in names else None
-                run = RunItem(folder, label(name, record), record, weights, *steps, data_hash)
+                title = label(name, record)
+                run = RunItem(folder, title, record, weights, *steps, data_hash=data_hash)
                 scan.runs.append(run)
         result = self._one(folder, FILE, read_result, scan) if FILE in names else None
         if result is not None:

@@ -294,7 +294,8 @@ def of_fits(runs: Sequence[Shown]) -> list[Line]:
         lowest: dict[str, float] = {}
         for line in searched:
             loss = min(value for _, value in line.points)
-            lowest[line.label] = min(loss, lowest.get(line.label, loss))
+            lowest.setdefault(line.label, loss)
+            lowest[line.label] = min(loss, lowest[line.label])
         ranking = sorted(lowest, key=lambda title: lowest[title])
         limit = 2 * min(lowest.values(), default=0.0)
         chosen = (run.fit.get("choice") or {}).get("title", next(iter(ranking), ""))
