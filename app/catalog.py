@@ -10,8 +10,10 @@ by what :meth:`Catalog.resolve` returns for it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,14 +22,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bilora_diffusion.errors import UserError
-from bilora_diffusion.files import is_folder, is_text
+from bilora_diffusion.files import is_file, is_folder, is_text
 from bilora_diffusion.lora_names import COMPONENTS, DENOISERS, FILE_NAME, WEIGHTS
 from bilora_diffusion.run.folder import FIT
-from bilora_diffusion.run.record import RUN, read_run
+from bilora_diffusion.run.record import METRICS, RUN, read_run
 from eval import table
 from eval.table import FILE
 
-from .runs import RunItem, named
+from .runs import RunItem, label
 from .scored import Scored, scored
 
 SCORES = "clip_scores"
@@ -35,6 +37,10 @@ IMAGES, CHECKPOINTS = "validation/step-*/000.png", "checkpoints/step-*/digests.j
 """Files by which a run's steps are known."""
 EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
 """Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
+
+DATA_HASH = re.compile(rb'"digest": "([0-9a-f]{1,128})"')
+HEAD_BYTES = 8_192
+"""Bytes at the beginning of a log, which have its first step."""
 
 DEPTH = 6  # levels of folders below the root that are looked at
 SKIPPED = frozenset(
@@ -181,7 +187,6 @@ class Catalog:
             scan = Scan()
             for folder, names in self._folders(scan):
                 self._look(folder, names, scan)
-            scan.runs = named(scan.runs)
             self.now, self._looked = scan, time.monotonic()
 
     def _folders(self, scan: Scan) -> Iterator[tuple[str, set[str]]]:
@@ -220,7 +225,10 @@ class Catalog:
             if record is not None:
                 weights = next((_join(folder, file) for file in EXPORTED if file in names), None)
                 steps = (read_steps(self.root / folder, by) for by in (IMAGES, CHECKPOINTS))
-                scan.runs.append(RunItem(folder, name, record, weights, *steps))
+                data_hash = self._data_hash(folder) if METRICS in names else None
+                title = label(name, record)
+                run = RunItem(folder, title, record, weights, *steps, data_hash=data_hash)
+                scan.runs.append(run)
         result = self._one(folder, FILE, read_result, scan) if FILE in names else None
         if result is not None:
             about = vars(result.result) if isinstance(result, Scored) else result
@@ -230,6 +238,11 @@ class Catalog:
             pictures = [_join(folder, file) for file in about["figures"] if file in names]
             scan.figures.append(ResultItem(folder, name, about["kind"], result, pictures))
             scan.scores += scan.figures[-1:] if isinstance(result, Scored) else []
+
+    def _data_hash(self, folder: str) -> str | None:
+        with contextlib.suppress(UserError, OSError):
+            return read_data_hash(self.resolve(_join(folder, METRICS)))
+        return None
 
     def _one(self, folder: str, file: str, read: Callable[[Path], Any], scan: Scan) -> Any:
         """A folder's file by ``read``, or None and a line among the broken ones."""
@@ -256,6 +269,15 @@ def read_steps(folder: Path, pattern: str) -> tuple[int, ...]:
     """The steps of a run that have a file of this pattern, in order."""
     names = [path.parent.name.removeprefix("step-") for path in folder.glob(pattern)]
     return tuple(sorted(int(name) for name in names if name.isdecimal() and len(name) <= DIGITS))
+
+
+def read_data_hash(file: Path) -> str | None:
+    """The hash of the data of a log's first step; None where the log has none yet."""
+    if not is_file(file):
+        return None
+    with file.open("rb") as log:
+        match = DATA_HASH.search(log.read(HEAD_BYTES))
+    return match[1].decode() if match else None
 
 
 def read_result(folder: Path) -> Scored | dict[str, Any]:

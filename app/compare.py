@@ -36,8 +36,10 @@ class Tab:
         self.catalog = catalog
         self.prompt = gr.State("")
         self.empty = parts.html(visible=False)
-        self.means = parts.html("compare-means", visible=False)
-        with gr.Column(visible=False) as self.body, gr.Row(equal_height=False):
+        with (
+            gr.Accordion("Scored images", visible=False, elem_id="compare-body") as self.body,
+            gr.Row(equal_height=False),
+        ):
             with gr.Column(scale=2, min_width=300, elem_id="compare-choice"):
                 self.scores = _list("scores", "Scores")
                 with gr.Row():
@@ -67,8 +69,8 @@ class Tab:
         chosen = [self.a, self.b, self.also, self.seed, self.metric, self.order]
         choice = [self.scores, self.a, self.b, self.also, self.prompt]
         choice += [self.seed, self.metric, self.order, self.words]  # as View has them
-        view = [self.prompt, self.title, self.place, self.list, self.cards, self.slider]
-        view += [self.query, self.means]
+        view = [self.prompt, self.title, self.place, self.list, self.cards]
+        view += [self.slider, self.query]
         everything = list(dict.fromkeys([self.empty, self.body, *choice, *view]))
         changed(self.open, [], everything, **ORDERED)
         self.scores.input(
@@ -111,7 +113,7 @@ class Tab:
         folders = [(item.name, path) for path, item in items.items()]
         return {
             self.empty: gr.update(visible=False),
-            self.body: gr.update(visible=True),
+            self.body: gr.update(visible=True, label=f"Scored images: {item.name}"),
             self.scores: gr.update(choices=folders, value=view.scores, visible=len(items) > 1),
             self.a: gr.update(choices=names, value=view.a),
             self.b: gr.update(choices=names, value=view.b),
@@ -155,16 +157,14 @@ class Tab:
         pictures = {label: self._picture(item, view, label) for label in view.adapters}
         order = [row.text for row in listed]
         place = f"{order.index(view.prompt) + 1} of {len(order)}" if view.prompt in order else "–"
-        means = f'<h3 id="scores">Scored images</h3><p class="quiet">{escape(item.name)}</p>'
         return {
             self.prompt: view.prompt,
-            self.title: f"<h3>{escape(view.prompt)}</h3>",
+            self.title: f"<h2>{escape(view.prompt)}</h2>",
             self.place: place,
             self.list: prompt_list(listed, view.prompt, *pair),
             self.cards: self._cards(item, view, pictures),
             self.slider: parts.slider(pair, [pictures[label] for label in pair]),
             self.query: data.link(view),
-            self.means: parts.notice(means),
         }
 
     def _picture(self, item: ResultItem, view: View, label: str) -> Image.Image | None:

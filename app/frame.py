@@ -7,13 +7,16 @@ a tab fills its lists at the event ``changed``: once after the load, and wheneve
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from html import escape
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import gradio as gr
+import uvicorn
+from fastapi import FastAPI
 
 from . import compare, generate, grid, guard, parts, results, training, validation, vote
 from .catalog import Catalog
@@ -87,16 +90,27 @@ def notices(catalog: Catalog) -> str:
     return f'<section class="broken"><b>{what} not shown</b><ul>{rows}</ul></section>'
 
 
-def launch(
+class Server(uvicorn.Server):
+    """A server that prints no traceback for each stream of an open page when it ends."""
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Close all connections, those that stay open after a second by force."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
+
+
+def server(
     catalog: Catalog,
     *,
     host: str,
-    port: int,
     public: bool,
     device: str | None,
     allowed_hosts: Sequence[str] = (),
-) -> None:
-    """Serve until interrupted.
+) -> Server:
+    """Return the server of the page, which serves when it is run.
+
+    Gradio's own ``launch`` asks the new server for its page and gives up after some seconds, or
+    when a proxy is set. Its app as a part of another does not.
 
     Args:
         public: whether other machines may look.
@@ -106,25 +120,22 @@ def launch(
     guard.shorten_tracebacks()
     style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
     hues: dict[str, Any] = {"primary_hue": "teal", "secondary_hue": "teal", "neutral_hue": "slate"}
-    page = build(catalog, device).queue(default_concurrency_limit=8, api_open=False)
-    names: dict[str, Any] = {"host": host, "public": public, "allowed_hosts": allowed_hosts}
-    where = f"[{host}]" if ":" in host else host
-    page.launch(
-        server_name=where,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
+    app = gr.mount_gradio_app(
+        FastAPI(),
+        build(catalog, device).queue(default_concurrency_limit=8, api_open=False),
+        path="",
         footer_links=[],
         run_history=False,
+        show_error=False,
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,
         max_file_size="1kb",
-        app_kwargs={"lifespan": partial(guard.guarded, **names)},
         theme=gr.themes.Default(**hues, font=FONT, font_mono=MONO),
         # In `css` Gradio would change the weight of the rules.
         head=f"<style>{style}</style><script>{script}</script>",
     )
-    print(f"{TITLE}: http://{where}:{port} shows {catalog.name}; Ctrl-C ends it.", flush=True)
-    page.block_thread()
+    # Before all else, Gradio's own CORS headers included: its middleware would come after them.
+    guarded = guard.Guard(app, host, public, allowed_hosts)
+    # A page that stays open would keep its streams, and so the server, forever.
+    return Server(uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=1))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -21,9 +21,7 @@ from . import parts
 from .catalog import Catalog
 from .drawing import BASE, Pipelines, checked, drawable, sides, usual
 from .parts import QUIET
-from .runs import ordered, pair
-
-PROMPT = "a TOK icon of a rabbit, in the style of TOK"
+from .runs import PROMPT, ordered, pair, suggest_prompt
 
 
 class Stopped(Exception):
@@ -55,14 +53,19 @@ class Work:
         Args:
             name: begins the buttons' ids.
             draw: called with the work's number and what is ``asked``.
-            outputs: of ``draw``; progress is shown on the first.
+            outputs: HTML of ``draw``, which is cleared first; progress is shown on the first.
         """
+
+        def start(request: gr.Request) -> list[Any]:
+            return [self.begin(request), *([""] * len(outputs))]
+
         with gr.Row():
             go = gr.Button("Generate", variant="primary", elem_id=f"{name}-go")
             cancel = gr.Button("Cancel", elem_id=f"{name}-cancel")
         number = gr.Number(0, visible=False)
         # No `cancels` of Gradio's here: it leaves the next event in error now and then.
-        started = gr.on([go.click, prompt.submit], self.begin, [], number, queue=False, **QUIET)
+        pressed = [go.click, prompt.submit]
+        started = gr.on(pressed, start, [], [number, *outputs], queue=False, **QUIET)
         started.then(
             draw,
             [number, *asked],
@@ -130,9 +133,10 @@ class Tab:
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
         changed(self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
-        # Where another base model is chosen; else what was set stays.
-        both, others = [self.a, self.b], [self.a.change, self.b.change]
-        gr.on(others, self.usual, [*both, base], [steps, guidance, base], **QUIET)
+        chosen = [self.a.change, self.b.change]
+        suggested = [prompt, steps, guidance, base]
+        inputs = [self.a, self.b, base, prompt]
+        gr.on(chosen, self.suggest, inputs, suggested, **QUIET)
         asked = [prompt, self.a, self.b, seed, steps, guidance, scale]
         with form:
             work.events("generate", self.generate, prompt, asked, outputs)
@@ -148,15 +152,20 @@ class Tab:
         text = "" if runs else parts.empty(self.catalog, "No trained run yet", "demo")
         return [*(gr.update(choices=named, value=one) for one in (a, b)), parts.notice(text)]
 
-    def usual(self, a: str, b: str, before: str) -> list[Any]:
-        """Steps and guidance that are usual for the base model, if it is another than before."""
-        try:
+    def suggest(self, a: str, b: str, before: str, prompt: str) -> list[Any]:
+        """The first chosen run's prompt, unless the user has written one; and steps and guidance
+        that are usual for the base model, if it is another than before.
+        """
+        runs = {run.path: run for run in self.catalog.now.runs if drawable(run)}
+        chosen = [runs[path] for path in (a, b) if path in runs]
+        if chosen:
+            prompt = suggest_prompt(prompt, chosen[0], [*runs.values()])
+        settings: list[Any] = [gr.skip()] * 3
+        with suppress(UserError):  # Generate will say it
             base, _, _ = sides(self.catalog, a, b)
             if base.name != before:
-                return [*usual(base), base.name]
-        except UserError:  # Generate will say it
-            pass
-        return [gr.skip()] * 3
+                settings = [*usual(base), base.name]
+        return [prompt, *settings]
 
     def generate(
         self,

@@ -16,9 +16,9 @@ from bilora_diffusion.values import STRENGTHS, Range
 
 from . import parts
 from .drawing import BaseChoice, checked, exported, size_of, usual
-from .generate import PROMPT, Stopped, Work, message
+from .generate import Stopped, Work, message
 from .parts import QUIET, Update
-from .runs import RunItem, ordered
+from .runs import RunItem, ordered, suggest_prompt
 
 COUNTS = Range(64, "each takes as long as one in the tab Generate", at_least=1)
 ROWS = 4
@@ -59,14 +59,13 @@ class Grid:
             return {self.body: gr.update(visible=False)}
         run = runs.get(path or "") or next(iter(runs.values()))
         chosen = [step for step in steps if step in run.checkpoints]
-        is_filled_in = not prompt or prompt in map(first_prompt, runs.values())
         return {
             self.body: gr.update(visible=True),
             self.run: gr.update(choices=[(r.name, r.path) for r in runs.values()], value=run.path),
             self.steps: gr.update(
                 choices=[*run.checkpoints], value=chosen or spread(run.checkpoints, ROWS)
             ),
-            self.prompt: first_prompt(run) if is_filled_in else prompt,
+            self.prompt: suggest_prompt(prompt, run, [*runs.values()]),
         }
 
     def draw(
@@ -122,11 +121,6 @@ class Grid:
 def with_checkpoints(runs: Sequence[RunItem]) -> list[RunItem]:
     """The runs on images that have checkpoints."""
     return [run for run in runs if run.checkpoints and not run.is_text]
-
-
-def first_prompt(run: RunItem) -> str:
-    """The first prompt of a run's validation images, else that of the tab Generate."""
-    return next((prompt for prompt, _ in run.images), PROMPT)
 
 
 def spread(steps: Sequence[int], most: int) -> list[int]:

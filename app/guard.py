@@ -12,7 +12,7 @@ import ipaddress
 import re
 import socket
 import sys
-from collections.abc import AsyncIterator, Collection
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -29,7 +29,7 @@ from bilora_diffusion.errors import print_trace_if_asked, reason, strip_controls
 OPEN = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)"
     "|/(assets|static|svelte)/.*"
-    r"|/gradio_api/(startup-events|theme\.css|cancel|reset/?|heartbeat/[^/]*)"
+    r"|/gradio_api/(app_id|theme\.css|cancel|reset/?|heartbeat/[^/]*)"
     "|/gradio_api/(queue/(join|data)|run/predict)"
 )
 """The routes that the page asks for; files are served from Gradio's own folder besides."""
@@ -121,18 +121,6 @@ def _with_policy(send: Send) -> Send:
         await send(message)
 
     return answer
-
-
-@contextlib.asynccontextmanager
-async def guarded(
-    app: Any, host: str, public: bool, allowed_hosts: Collection[str]
-) -> AsyncIterator[None]:
-    """A lifespan that puts the guard before all else, Gradio's own CORS headers included.
-
-    A middleware that Gradio is given comes after Gradio's own.
-    """
-    app.middleware_stack = Guard(app.middleware_stack, host, public, allowed_hosts)
-    yield
 
 
 def print_failure(error: BaseException) -> None:

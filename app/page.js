@@ -56,6 +56,9 @@ const bilora = {
       query.set("tab", named(tab));
       window.history.pushState(null, "", `${window.location.pathname}?${query}`);
     }
+    // A message is about the form that it came from.
+    if (tab || event.target.closest("#generate-go, #grid-go"))
+      for (const close of document.querySelectorAll(".toast-close")) close.click();
     const copy = event.target.closest("[data-copy]");
     if (copy) copied(copy);
     if (event.target.matches(PICTURE)) enlarge(event.target);
@@ -72,6 +75,19 @@ const bilora = {
     }
     setTimeout(() => { button.textContent = "Copy"; }, 2000);
   };
+
+  // Names for a screen reader, which Gradio leaves out.
+  const NAMES = {
+    "#compare-link input": "Link to this view",
+    "#results-figures .download-link": "Download the figure",
+    "#results-figures button:has(img)": "Enlarge the figure",
+  };
+  const name = () => {
+    for (const [place, text] of Object.entries(NAMES))
+      for (const element of document.querySelectorAll(`${place}:not([aria-label])`))
+        element.setAttribute("aria-label", text);
+  };
+  new MutationObserver(name).observe(document.documentElement, { childList: true, subtree: true });
 
   // Enlarged pictures: Escape closes, the arrow keys go to the next one that is on the page.
   let shown = null;

@@ -24,7 +24,7 @@ from bilora_diffusion.files import is_file
 from bilora_diffusion.image.decode import DECODE_ERRORS
 
 from .catalog import Catalog
-from .runs import RunItem, pair
+from .runs import CONTROL, OURS, RunItem, pair
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Properties of events that fill the page without anyone waiting for them."""
@@ -154,19 +154,18 @@ def slider(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str
 # commands to copy, with the paths of what is there
 
 TRAIN = (
-    "accelerate launch train_dreambooth_bilora.py --method bilora"
-    " --instance_data_dir PICTURES --instance_prompt 'a photo of TOK' --output_dir {}/bilora"
+    "python train_dreambooth_bilora.py --method {method}"
+    " --instance_data_dir PICTURES --instance_prompt 'a photo of TOK'"
+    " --validation_prompt 'a photo of TOK on a beach' --output_dir {root}/{method}"
 )
+BOTH = "\n".join(TRAIN.replace("{method}", method) for method in (CONTROL, OURS))
 COMMANDS = {
     "demo": (
         "Train LoRA and Bi-LoRA on the miniature (make demo does it into demo):",
-        "python -m bilora_diffusion.demo --output_dir {}",
+        "python -m bilora_diffusion.demo --output_dir {root}",
     ),
-    "train": ("Or train on pictures of your own:", TRAIN),
-    "images": (
-        "Let a run make images while it trains:",
-        f"{TRAIN} --validation_prompt 'a photo of TOK'",
-    ),
+    "train": ("Or train both on pictures of your own:", BOTH),
+    "images": ("Let both make images while they train:", BOTH),
 }
 """Advice where nothing is yet, and its command, to be filled with the root."""
 EVALUATIONS = {
@@ -195,7 +194,7 @@ def empty(catalog: Catalog, title: str, *names: str) -> str:
         else:
             what, command = COMMANDS[name]
             place = "demo" if catalog.place() == "." else catalog.place()
-            command = command.format(shlex.quote(place))
+            command = command.format(root=shlex.quote(place))
         rows += (
             f'<li>{escape(what)}<div class="command"><code>{escape(command)}</code>'
             '<button type="button" data-copy>Copy</button></div></li>'

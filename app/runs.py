@@ -1,11 +1,11 @@
-"""A run as the viewer's lists have it: its name by method and seed, and the pair to see first."""
+"""A run as the viewer's lists have it: its name, its first prompt, and the pair to see first."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,6 +17,8 @@ CONTROL, OURS = "lora", "bilora"
 """The pair that is shown before anything is chosen."""
 MOST_IMAGES = 10_000
 """Images of one step; a page holds no more."""
+PROMPT = "a TOK icon of a rabbit, in the style of TOK"
+"""A prompt for the miniature, where a run has none."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,12 @@ class RunItem:
 
     Args:
         path: of the folder.
-        name: what lists and legends show, such as "Bi-LoRA, seed 0"; unique.
+        name: what lists and legends show, such as "dog (Bi-LoRA, seed 0)"; unique.
         record: ``run.json``.
         weights: file of the exported LoRA, or the folder of whole models; None while there is none.
         steps: at which validation images were made, in order.
         checkpoints: steps of the checkpoints that are there, in order.
+        data_hash: of the samples and noise of the first step; None before it.
     """
 
     path: str
@@ -38,6 +41,7 @@ class RunItem:
     weights: str | None
     steps: tuple[int, ...] = ()
     checkpoints: tuple[int, ...] = ()
+    data_hash: str | None = None
 
     @property
     def method(self) -> str:
@@ -72,6 +76,20 @@ class RunItem:
             before[prompt] += 1
         return numbers
 
+    @cached_property
+    def prompts(self) -> frozenset[str]:
+        """The prompts of its validation images."""
+        return frozenset(prompt for prompt, _ in self.images)
+
+    @property
+    def first_prompt(self) -> str:
+        """The first prompt of its validation images, else the prompt that it is trained on."""
+        prompts = [prompt for prompt, _ in self.images]
+        instance_prompt = self.record["config"].get("instance_prompt")
+        if isinstance(instance_prompt, str):
+            prompts.append(instance_prompt)
+        return (prompts or [PROMPT])[0]
+
     def image(self, step: int, number: int) -> str:
         """A validation image, relative to the root."""
         return str(PurePosixPath(self.path) / "validation" / f"step-{step}" / f"{number:03d}.png")
@@ -90,27 +108,12 @@ def short(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def named(runs: Sequence[RunItem]) -> list[RunItem]:
-    """The runs, named by method and seed, by rho where it tells runs of one method apart, and by
-    the folder where two would still be called alike.
-
-    Args:
-        runs: the names they have are their folders'.
-    """
-
-    def rho(run: RunItem) -> str:
-        value = run.record["config"].get("rho")
-        others = [other for other in runs if other.method == run.method]
-        if value is None or all(other.record["config"].get("rho") == value for other in others):
-            return ""
-        return f", ρ {short(value)}"
-
-    names = [f"{title(run.method)}{rho(run)}, seed {run.seed}" for run in runs]
-    count = Counter(names)
-    return [
-        replace(run, name=name if count[name] == 1 else f"{name} ({run.name})")
-        for run, name in zip(runs, names, strict=True)
-    ]
+def label(folder: str, record: dict[str, Any]) -> str:
+    """A run's name: the folder that the user chose first, so that typing it finds the run."""
+    about = title(record["method"])
+    if record.get("seed") is not None:
+        about += f", seed {record['seed']}"
+    return f"{folder} ({about})"
 
 
 def ordered(runs: Sequence[RunItem]) -> list[RunItem]:
@@ -119,10 +122,31 @@ def ordered(runs: Sequence[RunItem]) -> list[RunItem]:
 
 
 def pair(runs: Sequence[RunItem]) -> list[RunItem]:
-    """LoRA and Bi-LoRA of one seed, best in one folder; else the first two runs there are."""
-    controls = [run for run in ordered(runs) if run.method == CONTROL]
-    ours = [run for run in ordered(runs) if run.method == OURS]
-    couples = [(a, b) for a in controls for b in ours if a.seed == b.seed]
-    if not couples:
-        return ordered(runs)[:2]
-    return list(min(couples, key=lambda two: len({PurePosixPath(one.path).parent for one in two})))
+    """The two runs that are compared at first; fewer where there are fewer.
+
+    Best are LoRA and Bi-LoRA on the same data, then two runs that have images of the same prompts.
+    """
+    couples = itertools.combinations(ordered(runs), 2)
+    return list(max(couples, key=likeness, default=runs))
+
+
+def likeness(couple: tuple[RunItem, RunItem]) -> tuple[int, ...]:
+    """How well two runs compare, by what matters most first."""
+    a, b = couple
+    shared_prompts = len(a.prompts & b.prompts)
+    return (
+        a.data_hash is not None and a.data_hash == b.data_hash,
+        shared_prompts > 0,
+        {a.method, b.method} == {CONTROL, OURS},
+        shared_prompts,
+        a.seed == b.seed,
+        PurePosixPath(a.path).parent == PurePosixPath(b.path).parent,
+    )
+
+
+def suggest_prompt(prompt: str | None, run: RunItem, runs: Sequence[RunItem]) -> str:
+    """The run's first prompt, unless the user has written another than those of the runs."""
+    suggestions = {PROMPT, *(run.first_prompt for run in runs)}
+    if prompt and prompt.strip() not in suggestions:
+        return prompt
+    return run.first_prompt

@@ -23,11 +23,14 @@ from .runs import RunItem, ordered, short
 from .training_data import (
     COLORS,
     TITLES,
+    WITH_LEGEND,
     Line,
     Progress,
     Shown,
     ceiling,
     charts,
+    differing_settings,
+    legend,
     progress,
     radii,
     table,
@@ -63,7 +66,7 @@ def _lines(run: Shown) -> list[str]:
         facts.append(f"about {duration(state.left_seconds)} left")
     if state.peak_memory_bytes:
         facts.append(f"peak {bytes_for_people(state.peak_memory_bytes)}")
-    about = [run.run.path]
+    about = []
     if radii([run]):
         norm = config.get("rho_norm", "scaled")
         about.append(f"ρ {short(config['rho'])}" + ("" if norm == "scaled" else f", {norm} norm"))
@@ -77,14 +80,44 @@ def _lines(run: Shown) -> list[str]:
     return [line for line in lines if line]
 
 
+def settings(runs: Sequence[Shown]) -> str:
+    """The settings that differ between the runs, as HTML; "" where none does."""
+    rows = ""
+    for name, values in differing_settings(runs).items():
+        cells = "".join(f"<td>{escape(value)}</td>" for value in values)
+        rows += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+    if not rows:
+        return ""
+    names = "".join(f'<th scope="col">{escape(run.run.name)}</th>' for run in runs)
+    return (
+        "<details><summary>Settings that differ</summary>"
+        f'<div class="scroll"><table><tr><th></th>{names}</tr>{rows}</table></div></details>'
+    )
+
+
 def look(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
     """The properties of a plot with these lines; one without a value is hidden."""
     if not values:
         return {"visible": False}
     top, colors = ceiling(values), {line.name: line.color for line in lines if line.points}
     limits = None if top is None else [None, top]
-    legend = [line.name for line in lines if line.in_legend]
-    return {"visible": True, "color_map": colors, "y_lim": limits, "colors_in_legend": legend}
+    return {"visible": True, "color_map": colors, "y_lim": limits}
+
+
+def legend_html(lines: Sequence[Line]) -> str:
+    """The legend of a plot; its strokes get their dashes by the same rules as the plot's lines."""
+    entries = ""
+    for name, color in legend(lines):
+        sample = f'<svg width="28" height="8"><path d="M0 4h28" stroke="{color}"/></svg>'
+        entries += f"<span>{sample}{escape(name)}</span>"
+    return entries
+
+
+def _plot(name: str) -> gr.LinePlot:
+    title, caption = TITLES[name]
+    axes: dict[str, Any] = {"x": "step", "y": "value", "color": "run", "colors_in_legend": []}
+    place: dict[str, Any] = {"elem_id": f"training-{name}", "min_width": 320, "visible": False}
+    return gr.LinePlot(**axes, **place, label=title, caption=caption)
 
 
 class Tab:
@@ -95,31 +128,27 @@ class Tab:
         self.notice = parts.html("training-notice", visible=False)
         with gr.Column(visible=False) as self.body:
             with gr.Row():
-                many: dict[str, Any] = {"multiselect": True, "max_choices": len(COLORS), "scale": 3}
+                many: dict[str, Any] = {"multiselect": True, "max_choices": len(COLORS)}
+                many |= {"scale": 3, "min_width": 320}
                 self.runs = gr.Dropdown([], label="Runs", elem_id="training-runs", **many)
                 mean: dict[str, Any] = {"label": "Running mean over steps", "min_width": 200}
                 window = gr.Slider(1, 200, WINDOW, step=1, elem_id="training-window", **mean)
             self.cards = parts.html("training-cards")
+            self.settings = parts.html("training-settings")
             self.legend = parts.html("training-legend")
+            self.plots: dict[str, gr.LinePlot] = {}
+            self.legends: dict[str, gr.HTML] = {}
             with gr.Row(elem_id="training-plots"):
-                self.plots = {
-                    name: gr.LinePlot(
-                        x="step",
-                        y="value",
-                        color="run",
-                        label=title,
-                        caption=caption,
-                        color_title="concept",
-                        colors_in_legend=[],
-                        elem_id=f"training-{name}",
-                        min_width=320,
-                        visible=False,
-                    )
-                    for name, (title, caption) in TITLES.items()
-                }
+                for name in TITLES:
+                    with gr.Column(min_width=320):
+                        self.plots[name] = _plot(name)
+                        if name in WITH_LEGEND:
+                            place = f"training-{name}-legend"
+                            self.legends[name] = parts.html(place, visible=False)
         self.drawn, self.looks = gr.State(None), gr.State([])
-        chosen, outputs = [self.runs, window], [self.cards, self.legend, self.drawn, self.looks]
-        outputs += self.plots.values()
+        chosen, outputs = [self.runs, window], [self.cards, self.legend]
+        outputs += [self.settings, self.drawn, self.looks]
+        outputs += [*self.plots.values(), *self.legends.values()]
         changed(self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
         gr.on([self.runs.change, window.release], self._draw, chosen, outputs, **QUIET)
         # After the values: a plot that gets both at once keeps the old values in the new colours.
@@ -159,12 +188,15 @@ class Tab:
         if new == drawn:
             return {self.cards: gr.skip()}
         shown: Update = dict(zip((self.cards, self.legend), cards(runs), strict=True))
+        shown[self.settings] = settings(runs)
         shown[self.drawn], looks = new, []
         shown[self.looks] = looks
         for name, lines in charts([run for run in runs if run.read], int(window)).items():
             frame = table(lines)
             looks.append(look(lines, frame["value"].tolist()))
             shown[self.plots[name]] = gr.skip() if frame.empty else frame
+            if name in self.legends:
+                shown[self.legends[name]] = parts.notice(legend_html(lines))
         return shown
 
     def _read(self, path: str, color: int) -> Shown:

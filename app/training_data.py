@@ -4,7 +4,8 @@
         TITLES[name], table(lines)
 
 Colours are of runs, the same in every plot; what stands behind (each step's loss, the training set)
-is faint, and what belongs to no run is grey.
+is faint, and what belongs to no run is grey. In the plots of :data:`WITH_LEGEND` colours are of
+concepts or configurations, and runs differ by their dashes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import itertools
 import re
 import statistics
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,16 +40,28 @@ COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7
 """Colours of runs; each has a contrast of at least 3 to a light and to a dark page."""
 GREY = "#808890"
 """Colour of lines that belong to no run."""
+LABEL_COLORS = (
+    *("#3b82f6", "#ef4444", "#16a34a", "#8b5cf6", "#d97706", "#8d6e63", "#c0568f", "#0891b2"),
+)
+"""Colours of concepts and configurations, of the same contrast."""
 FAINT, WIDE = "80", "c0"
 """Opacity of a faint line, and of the control's, upon which others are often drawn; by these ends
 of a colour ``style.css`` knows them, and draws them thin and broad.
 """
+DASHES = ("", "fe", "fd", "fc")
+BROAD_DASHES = ("fb", "fa", "f9", "f8")
+"""Such ends of a line that is solid, dashed, dotted, or dashed and dotted, by the run's place."""
+WITH_LEGEND = ("concepts", "fit")
+OTHERS = "other configurations"
 LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 MOST_POINTS = 400  # of one line, about
 BUSY_SECONDS = 3600.0
 """``STALE_SECONDS`` of a run that said that it does something else than steps, such as images."""
 TRAINING = "training"
 RECENT_STEPS = 50
+FOLDER_SETTINGS = ("output_dir", "logging_dir")
+"""Settings that differ between any two runs."""
+SETTING_WIDTH = 60
 
 
 @dataclass(frozen=True)
@@ -125,12 +139,30 @@ class Shown:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve with the name that is shown where a pointer is on it, or in the legend too."""
+    """A curve with the name that is shown where a pointer is on it.
+
+    Args:
+        label, run: names of its colour and of its dashes, in a plot with a legend.
+        is_broad: drawn broad there.
+    """
 
     name: str
     points: Points
     color: str = GREY
-    in_legend: bool = False
+    label: str = ""
+    run: str = ""
+    is_broad: bool = False
+
+
+def differing_settings(runs: Sequence[Shown]) -> dict[str, list[str]]:
+    """The settings that the runs do not share: each one's value in every run, as text."""
+    configs = [run.run.record["config"] for run in runs]
+    result = {}
+    for name in dict.fromkeys(itertools.chain(*configs)):
+        values = ["–" if config.get(name) is None else str(config[name]) for config in configs]
+        if len(set(values)) > 1 and name not in FOLDER_SETTINGS:
+            result[name] = [textwrap.shorten(value, SETTING_WIDTH) for value in values]
+    return result
 
 
 def series(rows: Sequence[Row], key: str) -> Points:
@@ -192,18 +224,30 @@ def curves(
 
 
 def differences(runs: Sequence[Shown], key: str, window: int = 1) -> list[Line]:
-    """Each run minus plain LoRA of the same seed, step by step: paired runs see the same noise."""
-    plain = [run for run in reversed(runs) if run.run.method == CONTROL]
-    controls = {(run.run.seed, run.run.is_text): run for run in plain}
+    """Each run minus plain LoRA of the same seed on the same data, step by step: such runs see the
+    same noise.
+    """
+    controls: dict[tuple[Any, ...], Shown] = {}
+    for run in runs:
+        if run.run.method == CONTROL:
+            controls.setdefault(_pairing(run.run), run)
     lines = []
     for run in runs:
-        control = controls.get((run.run.seed, run.run.is_text), run)
+        control = controls.get(_pairing(run.run), run)
         if control is run:
             continue
-        other = dict(series(control.rows, key))
-        points = [(at, value - other[at]) for at, value in series(run.rows, key) if at in other]
+        control_values = dict(series(control.rows, key))
+        points = [
+            (step, value - control_values[step])
+            for step, value in series(run.rows, key)
+            if step in control_values
+        ]
         lines.append(run.line(smooth(points, window)))
     return over_zero(lines, "LoRA of the same seed")
+
+
+def _pairing(run: RunItem) -> tuple[Any, ...]:
+    return run.seed, run.is_text, run.data_hash
 
 
 def over_zero(lines: list[Line], name: str) -> list[Line]:
@@ -223,39 +267,71 @@ def by_level(rows: Sequence[Row]) -> Points:
 
 
 def by_concept(runs: Sequence[Shown]) -> list[Line]:
-    """The held-out loss of each concept of each run, in the concept's colour; first the names for
-    the legend.
-    """
-    names = [(run, key) for run in runs for key in dict.fromkeys(itertools.chain(*run.rows))]
-    lines: list[Line] = []
-    legend: dict[str, Line] = {}
-    for run, key in names:
-        name, points = key.removeprefix(BY_CONCEPT), series(run.rows, key)
-        if name != key and points:
-            color = COLORS[len(legend) % len(COLORS)]
-            first = legend.setdefault(name, Line(name, points[:1], color, in_legend=True))
-            end = WIDE if run.run.method == CONTROL else ""
-            lines.append(Line(f"{run.run.name}, {name}", points, first.color + end))
-    return [*legend.values(), *lines]
+    """The held-out loss of each concept of each run."""
+    lines = []
+    for run in runs:
+        for key in dict.fromkeys(itertools.chain(*run.rows)):
+            concept, points = key.removeprefix(BY_CONCEPT), series(run.rows, key)
+            if concept != key and points:
+                name = f"{run.run.name}, {concept}"
+                lines.append(Line(name, points, label=concept, run=run.run.name))
+    return colored(lines)
 
 
 def of_fits(runs: Sequence[Shown]) -> list[Line]:
-    """A search's held-out losses up to twice its lowest; the choice's last, or the lowest's."""
+    """The held-out losses of each search up to twice its lowest; broad: the choice, or the lowest
+    while there is none.
+    """
     lines = []
     for run in runs:
-        searched: list[tuple[str, Line]] = []
-        for one in run.fit.get("runs", ()):
-            both = zip(one["steps"], one["losses"], strict=True)
+        searched = []
+        for candidate in run.fit.get("runs", ()):
+            both = zip(candidate["steps"], candidate["losses"], strict=True)
             points = [(step, value) for step, value in both if step and value is not None]
-            searched.append((one["title"], run.line(points, f"{one['title']}, fold {one['fold']}")))
-        lows = [(value, title) for title, line in searched for _, value in line.points]
-        low, first = min(lows, default=(0.0, ""))
-        best = (run.fit.get("choice") or {}).get("title", first)
-        for title, line in sorted(searched, key=lambda pair: pair[0] == best):
-            points = [point for point in line.points if point[1] <= 2 * low]
-            color = COLORS[run.color] if title == best else line.color
-            lines.append(replace(line, points=points, color=color))
-    return lines
+            if points:
+                name = f"{run.run.name}, {candidate['title']}, fold {candidate['fold']}"
+                searched.append(Line(name, points, label=candidate["title"], run=run.run.name))
+        lowest: dict[str, float] = {}
+        for line in searched:
+            loss = min(value for _, value in line.points)
+            lowest.setdefault(line.label, loss)
+            lowest[line.label] = min(loss, lowest[line.label])
+        ranking = sorted(lowest, key=lambda title: lowest[title])
+        limit = 2 * min(lowest.values(), default=0.0)
+        chosen = (run.fit.get("choice") or {}).get("title", next(iter(ranking), ""))
+        best = [chosen, *(title for title in ranking if title != chosen)][: len(LABEL_COLORS)]
+        for line in searched:
+            points = [point for point in line.points if point[1] <= limit]
+            label = line.label if line.label in best else OTHERS
+            if points:
+                is_broad = line.label == chosen
+                lines.append(replace(line, points=points, label=label, is_broad=is_broad))
+    lines.sort(key=lambda line: line.is_broad)  # on top of the others
+    return colored(lines)
+
+
+def colored(lines: Sequence[Line]) -> list[Line]:
+    """The lines, each in the colour of its label and with the dashes of its run."""
+    labels = list(dict.fromkeys(line.label for line in lines if line.label != OTHERS))
+    runs = list(dict.fromkeys(line.run for line in lines))
+    result = []
+    for line in lines:
+        color = GREY
+        if line.label != OTHERS:
+            color = LABEL_COLORS[labels.index(line.label) % len(LABEL_COLORS)]
+        ends = BROAD_DASHES if line.is_broad else DASHES
+        result.append(replace(line, color=color + ends[runs.index(line.run) % len(ends)]))
+    return result
+
+
+def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
+    """The name and the colour of each label and, where several are drawn, of each run."""
+    colors = {line.label: line.color[: len(GREY)] for line in lines}
+    entries = sorted(colors.items(), key=lambda entry: entry[0] == OTHERS)
+    runs = list(dict.fromkeys(line.run for line in lines))
+    if len(runs) > 1:
+        entries += [(run, GREY + DASHES[at % len(DASHES)]) for at, run in enumerate(runs)]
+    return entries
 
 
 def radii(runs: Sequence[Shown]) -> list[Line]:
@@ -301,17 +377,20 @@ def charts(runs: Sequence[Shown], window: int) -> dict[str, list[Line]]:
 BELOW = "Below zero: better than LoRA of the same seed."
 TITLES = {
     "loss": ("Training loss", "Running mean; faint: each step."),
-    "loss-difference": ("Training loss, difference to LoRA", BELOW),
+    "loss-difference": (
+        "Training loss, difference to LoRA",
+        "Below zero: fits the training data better; says nothing of other data.",
+    ),
     "heldout": ("Held-out loss", "Faint: on the training set."),
     "heldout-difference": ("Held-out loss, difference to LoRA", BELOW),
-    "concepts": ("Held-out loss of each concept", "Colours are of concepts here; broad: LoRA."),
+    "concepts": ("Held-out loss of each concept", "Colours are of concepts here."),
     "levels": (
         "Held-out loss at each noise level",
         "The last measurement minus the base model's; across: the timestep.",
     ),
     "fit": (
         "Search of --fit",
-        "Held-out loss, up to twice the lowest; strong: the choice, or the lowest so far.",
+        "Held-out loss, up to twice the lowest; broad: the choice, or the lowest so far.",
     ),
     **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
     "norm": (

@@ -18,16 +18,19 @@ from .runs import RunItem, ordered, pair
 
 COLUMNS = 6
 """Runs that fit side by side."""
+LISTED = 6
+"""Runs without images that are named; the others are counted."""
 
 
 def build(catalog: Catalog, changed: Any) -> None:
     """Build the part inside the current ``gr.Tab``."""
     empty = parts.html("validation-empty", visible=False)
-    with gr.Column(visible=False, elem_id="validation") as body:
+    with gr.Accordion("Validation images", visible=False, elem_id="validation") as body:
         with gr.Row(equal_height=True):
             place: dict[str, Any] = {"elem_id": "validation-runs", "scale": 2, "min_width": 300}
             chosen = gr.Dropdown([], label="Runs", multiselect=True, max_choices=COLUMNS, **place)
             step = gr.Radio([], label="Images at step", elem_id="validation-step")
+        without = parts.html("validation-without", visible=False)
         images = parts.html("validation-images")
 
     def fill(paths: list[str], at: int | None) -> Update:
@@ -43,6 +46,7 @@ def build(catalog: Catalog, changed: Any) -> None:
             empty: gr.update(visible=False),
             body: gr.update(visible=True),
             chosen: gr.update(choices=[(run.name, run.path) for run in runs], value=paths),
+            without: parts.notice(without_images(catalog)),
             **show(paths, at),
         }
 
@@ -54,13 +58,28 @@ def build(catalog: Catalog, changed: Any) -> None:
         choice = gr.update(choices=steps, value=at, visible=len(steps) > 1)
         return {step: choice, images: table(catalog, there, at)}
 
-    changed(fill, [chosen, step], [empty, body, chosen, step, images], **QUIET)
+    changed(fill, [chosen, step], [empty, body, chosen, without, step, images], **QUIET)
     gr.on([chosen.input, step.input], show, [chosen, step], [step, images], **QUIET)
 
 
 def with_images(catalog: Catalog) -> list[RunItem]:
     """Runs that have validation images."""
     return [run for run in catalog.now.runs if run.steps]
+
+
+def without_images(catalog: Catalog) -> str:
+    """The runs that can't be shown here and the reason, as HTML; "" without one."""
+    runs = [run for run in catalog.now.runs if not (run.steps or run.prompts or run.is_text)]
+    names = [run.name for run in runs]
+    if not names:
+        return ""
+    listed = ", ".join(map(escape, names[:LISTED]))
+    if len(names) > LISTED:
+        listed += f" and {len(names) - LISTED} more"
+    return (
+        f'<p class="quiet">Without validation images: {listed}.'
+        " Train with <code>--validation_prompt</code> to see a run here.</p>"
+    )
 
 
 def common_steps(runs: Sequence[RunItem]) -> list[int]:
@@ -79,11 +98,12 @@ def table(catalog: Catalog, runs: Sequence[RunItem], at: int) -> str:
         for name, run, step in columns:
             number = run.images.get((prompt, place))
             address = None if number is None else parts.below(catalog, run.image(step, number))
-            picture = parts.image(address, f"{name}: {prompt}", f"none at step {step}")
+            missing = "not a prompt of this run" if number is None else f"no image at step {step}"
+            picture = parts.image(address, f"{name}: {prompt}", missing)
             cells += f"<figure>{picture}<figcaption>{escape(name)}</figcaption></figure>"
         which = f" ({place + 1})" if place else ""
         blocks += (
-            f'<section class="subject"><h4>{escape(prompt)}{which}</h4>'
+            f'<section class="subject"><h2>{escape(prompt)}{which}</h2>'
             f'<div class="row" style="--columns: {len(columns)}">{cells}</div></section>'
         )
     return f'<div class="subjects" style="--columns: {len(columns)}">{blocks}</div>'

@@ -68,8 +68,10 @@ def serve(args: argparse.Namespace) -> None:
     public = args.host not in (LOCAL, "localhost", "::1")
     catalog = Catalog(args.root, public=public or bool(args.allow_host))
     check_names(args.allow_host)
-    check_address(args.host, args.port)
-    with tempfile.TemporaryDirectory(prefix="bilora-viewer-") as cache:
+    with (
+        listen(args.host, args.port) as listener,
+        tempfile.TemporaryDirectory(prefix="bilora-viewer-") as cache,
+    ):
         be_private(Path(cache))
         try:
             import gradio  # noqa: F401
@@ -79,14 +81,21 @@ def serve(args: argparse.Namespace) -> None:
             raise UserError(
                 f"the viewer needs {error.name}: run pip install 'bilora-diffusion[app]'"
             ) from error
-        frame.launch(
+        server = frame.server(
             catalog,
             host=args.host,
-            port=args.port,
             public=public,
             device=args.device,
             allowed_hosts=args.allow_host,
         )
+        address = f"[{args.host}]" if ":" in args.host else args.host
+        print(
+            f"{frame.TITLE}: http://{address}:{args.port} shows {catalog.name}; Ctrl-C ends it.",
+            flush=True,
+        )
+        server.run(sockets=[listener])
+        if not server.started:
+            raise UserError("the viewer's server did not start: its message is above")
 
 
 def be_private(cache: Path) -> None:
@@ -104,11 +113,15 @@ def be_private(cache: Path) -> None:
     )
 
 
-def check_address(host: str, port: int) -> None:
-    """Refuse an address that can't be listened on."""
+def listen(host: str, port: int) -> socket.socket:
+    """Open the socket that the server listens on.
+
+    Raises:
+        UserError: the address can't be listened on.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        socket.create_server((host, port or -1), family=family).close()
+        return socket.create_server((host, port or -1), family=family)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"--host {host} --port {port} can't be listened on ({error}): give an address of this"

@@ -162,7 +162,7 @@ def ballot(booth: Booth) -> str:
     )
     return (
         f'<p data-ballot="{booth.token}">Which is the better image of</p>'
-        f'<h3>{escape(booth.ballot.prompt)}</h3><div class="ballot">{sides}</div>'
+        f'<h2>{escape(booth.ballot.prompt)}</h2><div class="ballot">{sides}</div>'
     )
 
 

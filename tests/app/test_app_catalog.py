@@ -1,8 +1,10 @@
 """Folders under the viewer's root: found, checked, and never left; a wrong root or address."""
 
+import http.client
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from html import unescape
 from pathlib import Path
@@ -12,9 +14,10 @@ import pytest
 from app import catalog as catalogs
 from app import parts, validation, viewer
 from app.catalog import DEPTH, Catalog
-from app.runs import ordered
+from app.runs import ordered, pair
 from bilora_diffusion.errors import UserError
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
+from tests.scripts.runs import started
 
 
 def paths(catalog):
@@ -44,26 +47,60 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
     assert [(item.kind, item.figures) for item in now.figures] == results
     assert now.broken == []
     (run,) = Catalog(tmp_path / "a").now.runs
-    assert (run.path, run.name, run.weights) == (".", "Bi-LoRA, seed 0", WEIGHTS)
+    assert (run.path, run.name, run.weights) == (".", "a (Bi-LoRA, seed 0)", WEIGHTS)
 
 
-def test_runs_are_named_by_method_and_seed_and_by_more_where_that_is_not_enough(tmp_path):
-    def names():
-        return {run.path: run.name for run in Catalog(tmp_path).now.runs}
-
-    make_run(tmp_path / "a")
-    make_run(tmp_path / "b", method="bilora", config={"rho": 0.05})
-    assert names() == {"a": "LoRA, seed 0", "b": "Bi-LoRA, seed 0"}
-    make_run(tmp_path / "c", method="bilora", config={"rho": 1.0})
-    make_run(tmp_path / "d")
+def test_runs_are_named_by_their_folder_first(tmp_path):
+    make_run(tmp_path / "dog")
+    make_run(tmp_path / "tries" / "dog", method="bilora")
     make_run(tmp_path / "e", method="of the future", seed=3)
-    assert names() == {
-        "a": "LoRA, seed 0 (a)",
-        "b": "Bi-LoRA, ρ 0.05, seed 0",
-        "c": "Bi-LoRA, ρ 1, seed 0",
-        "d": "LoRA, seed 0 (d)",
-        "e": "of the future, seed 3",
-    }
+    make_run(tmp_path / "f", seed=None)
+    assert [run.name for run in Catalog(tmp_path).now.runs] == [
+        "dog (LoRA, seed 0)",
+        "e (of the future, seed 3)",
+        "f (LoRA)",
+        "tries/dog (Bi-LoRA, seed 0)",
+    ]
+
+
+def test_first_compared_are_runs_on_the_same_data_then_of_the_same_prompts(
+    tmp_path,
+):
+    def make(name, method, data_hash=None, prompt="a dog", **changes):
+        config = {"validation_prompts": [prompt], "num_validation_images": 1}
+        run = make_run(tmp_path / name, method, config=config, **changes)
+        if data_hash:
+            rows = f'{{"step": 0, "loss": 1}}\n{{"step": 1, "digest": "{data_hash}"}}\n'
+            (run / "metrics.jsonl").write_text(rows)
+
+    def first():
+        return {run.path for run in pair(Catalog(tmp_path).now.runs)}
+
+    assert first() == set()
+    make("concepts", "bilora", "c0", prompt="a cat")
+    assert first() == {"concepts"}
+    make("dog", "bilora", "d0", prompt="a bird")
+    make("dog-lora", "lora", "d0")
+    assert first() == {"dog", "dog-lora"}
+    for path in ("dog", "dog-lora", "concepts"):
+        (tmp_path / path / "metrics.jsonl").unlink()
+    make("other", "bilora")
+    assert first() == {"other", "dog-lora"}, "the same prompts"
+    make("again", "bilora", seed=1)
+    assert first() == {"other", "dog-lora"}, "and the same seed"
+
+
+def test_runs_without_images_are_named_with_the_flag_that_makes_them(tmp_path):
+    config = {"validation_prompts": ["a dog"], "num_validation_images": 1}
+    make_images(make_run(tmp_path / "shown", config=config), 2)
+    make_run(tmp_path / "going-on", config=config)
+    assert validation.without_images(Catalog(tmp_path)) == ""
+    make_run(tmp_path / "plain", "bilora")
+    text = validation.without_images(Catalog(tmp_path))
+    assert "plain (Bi-LoRA, seed 0)" in text
+    assert "--validation_prompt" in text
+    assert "going-on" not in text
+    assert "shown (" not in text
 
 
 def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path, monkeypatch):
@@ -97,7 +134,9 @@ def test_commands_have_the_paths_that_a_shell_needs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = unescape(parts.empty(Catalog(root), "", "clip_scores", "train"))
     assert "<code>python -m eval.clip_scores 'my runs/lora' 'my runs/bilora'</code>" in text
-    assert "--output_dir 'my runs'/bilora</code>" in text
+    for method in ("lora", "bilora"):
+        assert f"--output_dir 'my runs'/{method}" in text
+    assert text.count("--validation_prompt") == 2
     monkeypatch.chdir(root)
     assert Catalog(root).place("lora") == "lora"
     monkeypatch.chdir("/")
@@ -120,8 +159,8 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path):
     assert table.count("<img") == 6
     assert "<b>" not in table
     columns = re.findall("<figcaption>([^<]*)", table)[:3]
-    assert columns == ["base model", "LoRA, seed 0", "Bi-LoRA, seed 0"]
-    assert validation.table(catalog, runs, 100).count("none at step 100") == 2
+    assert columns == ["base model", "lora (LoRA, seed 0)", "bilora (Bi-LoRA, seed 0)"]
+    assert validation.table(catalog, runs, 100).count("no image at step 100") == 2
 
 
 def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
@@ -192,8 +231,31 @@ def test_a_bad_root_or_address_is_refused(tmp_path, monkeypatch, capsys, words, 
     assert sentence.replace("TAKEN", port) in capsys.readouterr().err
 
 
+def free_port():
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_it_serves_where_a_proxy_is_set_that_does_not_answer(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    port = free_port()
+    process = started("-m", "app.viewer", tmp_path, "--port", port, stdout=subprocess.PIPE)
+    try:
+        assert f"http://127.0.0.1:{port} shows" in process.stdout.readline()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request("GET", "/config")
+        assert connection.getresponse().status == 200
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 def test_without_gradio_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)  # importing it now raises ImportError
-    monkeypatch.setattr(viewer, "check_address", lambda host, port: None)
-    assert viewer.main([str(tmp_path)]) == 2
+    assert viewer.main([str(tmp_path), "--port", str(free_port())]) == 2
     assert "pip install 'bilora-diffusion[app]'" in capsys.readouterr().err

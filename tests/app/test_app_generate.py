@@ -94,6 +94,24 @@ def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkey
     assert str(tmp_path) not in str(caught.value)
 
 
+def test_the_prompt_is_that_of_the_chosen_run_until_the_user_writes_one(tmp_path):
+    images = {"validation_prompts": ["a cat", "a hat"], "num_validation_images": 1}
+    configs = {"cat": images, "dog": {"instance_prompt": "a photo of TOK"}, "old": {}}
+    for name, config in configs.items():
+        make_run(tmp_path / name, config={"pretrained_model_name_or_path": "mini", **config})
+    with gr.Blocks() as page:
+        tab = Tab(Work(Catalog(tmp_path), page, "cpu"), page.load)
+
+    def suggested(a, b, prompt):
+        return tab.suggest(a, b, "mini", prompt)[0]
+
+    assert suggested("cat", "dog", PROMPT) == "a cat"
+    assert suggested("dog", "cat", "a cat") == "a photo of TOK"
+    assert suggested(BASE, "old", "a cat") == PROMPT
+    assert suggested(BASE, "cat", "a fox") == "a fox"
+    assert suggested(BASE, BASE, "a fox") == "a fox"
+
+
 def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_root(tmp_path):
     root = tmp_path / "root"
     make_run(root / "a", config={"pretrained_model_name_or_path": "mini", "resolution": 64})
@@ -107,7 +125,7 @@ def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_ro
     assert [run.path for run in catalog.now.runs if drawable(run)] == ["a", "b", "linked"]
     base, chosen, size = sides(catalog, "a", BASE)
     assert (base, size) == (BaseChoice("mini"), 64)
-    assert chosen == [("LoRA, seed 0 (a)", root / "a"), ("base model", None)]
+    assert chosen == [("a (LoRA, seed 0)", root / "a"), ("base model", None)]
     for a, b, words in (
         ("a", "b", "mini and owner/other"),
         ("young", "a", '"young"'),

@@ -10,12 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import gradio as gr
 import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
@@ -75,9 +75,9 @@ def served(tmp_path_factory):
     (root.parent / "secret.txt").write_text(SECRET)
     (root / "link.txt").symlink_to(root.parent / "secret.txt")
     (root / "link").symlink_to(root.parent, target_is_directory=True)
-    with socket.create_server((LOCAL, 0)) as listener:
-        port = listener.getsockname()[1]
-    asked, pages = [], []
+    listener = socket.create_server((LOCAL, 0))
+    port = listener.getsockname()[1]
+    asked = []
     connect, look_up = socket.socket.connect, socket.getaddrinfo
 
     def connected(self, address):
@@ -96,11 +96,15 @@ def served(tmp_path_factory):
         patch.setattr(socket.socket, "connect", connected)
         patch.setattr(socket.socket, "connect_ex", connected)
         patch.setattr(socket, "getaddrinfo", looked_up)
-        patch.setattr(gr.Blocks, "block_thread", lambda page: pages.append(page))
-        frame.launch(Catalog(root), host=LOCAL, port=port, public=False, device=None)
+        server = frame.server(Catalog(root), host=LOCAL, public=False, device=None)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        served = Served(port, root, asked)
+        assert served.ask("/").status == 200
         assert asked == []
-        yield Served(port, root, asked)
-        pages[0].close(verbose=False)
+        yield served
+        server.should_exit = True
+        thread.join(20)
 
 
 ADDRESSES = (
@@ -264,24 +268,6 @@ def test_large_and_endless_bodies_are_refused_and_what_is_sent_is_not_printed(se
     assert len(printed) < 2000
 
 
-SIGNALLED = """
-import sys, time
-from types import ModuleType
-from app import viewer
-
-def launch(*_, **__):
-    print("ready", flush=True)
-    time.sleep(60)
-
-frame = ModuleType("frame")
-frame.launch = launch
-sys.modules["app.frame"] = sys.modules["gradio"] = frame
-viewer.check_address = lambda host, port: None
-sys.exit(viewer.main([sys.argv[1]]))
-"""
-"""A viewer in which no page is made."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "ignored"),
@@ -293,24 +279,40 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, sent, ignored):
         signal.signal(sent, signal.SIG_IGN)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
+    with socket.create_server((LOCAL, 0)) as listener:
+        port = listener.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-c", SIGNALLED, str(tmp_path)],
+        [sys.executable, "-m", "app.viewer", str(tmp_path), "--port", str(port)],
         env=os.environ | {"TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     signal.signal(sent, before)
     with process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        assert str(port) in process.stdout.readline()
         assert [*temporary.glob("bilora-viewer-*")]
+        while not answers(port):
+            assert process.poll() is None
         process.send_signal(sent)
         if ignored:
             time.sleep(0.5)
             assert process.poll() is None
             process.terminate()
         assert process.wait(60) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
     assert not [*temporary.glob("bilora-viewer-*")]
+
+
+def answers(port):
+    """Test that a viewer answers there."""
+    connection = http.client.HTTPConnection(LOCAL, port)
+    with contextlib.suppress(OSError), contextlib.closing(connection):
+        connection.request("GET", "/theme.css")
+        return connection.getresponse().status == 200
+    return False
 
 
 def test_no_answer_lets_another_web_site_read_it(served):

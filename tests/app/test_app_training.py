@@ -11,10 +11,14 @@ from app import training
 from app.catalog import Catalog
 from app.runs import RunItem
 from app.training_data import (
+    BROAD_DASHES,
     BUSY_SECONDS,
     COLORS,
+    DASHES,
     FAINT,
     GREY,
+    LABEL_COLORS,
+    OTHERS,
     STALE_SECONDS,
     TITLES,
     WIDE,
@@ -23,6 +27,8 @@ from app.training_data import (
     by_level,
     ceiling,
     charts,
+    differing_settings,
+    legend,
     progress,
     table,
     thin,
@@ -40,9 +46,9 @@ def rows(*losses):
     return [{"step": at, "loss": loss, "seconds": 0.5} for at, loss in enumerate(losses, start=1)]
 
 
-def shown(name, found, run=None, color=0):
+def shown(name, found, run=None, color=0, data_hash=None):
     run = run or record()
-    item = RunItem(name, name, run, None)
+    item = RunItem(name, name, run, None, data_hash=data_hash)
     return Shown(item, color, found, progress(run, found, 0.0, 0.0))
 
 
@@ -111,14 +117,16 @@ def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_se
         Line("ours", [(1, -0.25), (2, -0.25)], COLORS[2]),
     ]
     text = shown("text", rows(9.0, 9.0), record("lora", model_name_or_path="t5"), 3)
-    for others in (runs[1:], [text, runs[2]]):
+    other_data = shown("other", rows(1.0, 0.5), lora, data_hash="d0")
+    for others in (runs[1:], [text, runs[2]], [other_data, runs[2]]):
         assert table(charts(others, window=1)["loss-difference"]).empty
     assert all(table(lines).empty for lines in charts([], 5).values())
     assert charts([], 5).keys() == TITLES.keys()
-    assert not [color for color in (*COLORS, GREY) if color.endswith((FAINT, WIDE))], "style.css"
+    ends = (FAINT, WIDE, *BROAD_DASHES, *DASHES[1:])
+    assert not [color for color in (*COLORS, *LABEL_COLORS, GREY) if color.endswith(ends)], "style"
 
 
-def test_noise_levels_are_a_change_since_the_start_and_a_choice_stands_out_of_its_search():
+def test_noise_levels_are_a_change_since_the_start():
     key = "heldout_loss_by_level/"
     found = [
         {"step": 0, "heldout_loss": 0.5, f"{key}25": 1.0, f"{key}75": 2.0, f"{key}125": None},
@@ -126,20 +134,31 @@ def test_noise_levels_are_a_change_since_the_start_and_a_choice_stands_out_of_it
     ]
     assert by_level(found) == [(25, -0.5), (75, 0.5)]
     assert by_level(rows(1.0)) == []
+
+
+def test_a_search_has_a_colour_for_each_configuration_and_the_choice_is_broad():
     searched = [
-        {"title": title, "fold": 1, "steps": [0, 5, 9], "losses": [9.0, loss, None]}
-        for title, loss in (("lora", 0.5), ("bilora", 0.7))
+        {"title": title, "fold": fold, "steps": [0, 5, 9], "losses": [9.0, loss, None]}
+        for title, fold, loss in (("lora", 1, 0.5), ("bilora", 1, 0.7), ("lora", 2, 0.6))
     ]
     fit = {"runs": searched}
     for choice in ({"title": "lora"}, None):  # the lowest so far, while there is none
         runs = [shown("a", []), replace(shown("b", []), fit={**fit, "choice": choice})]
-        assert charts(runs, 1)["fit"] == [
-            Line("b, bilora, fold 1", [(5, 0.7)], COLORS[0] + FAINT),
-            Line("b, lora, fold 1", [(5, 0.5)], COLORS[0]),
+        lines = charts(runs, 1)["fit"]
+        assert [(line.name, line.points, line.color) for line in lines] == [
+            ("b, bilora, fold 1", [(5, 0.7)], LABEL_COLORS[0]),
+            ("b, lora, fold 1", [(5, 0.5)], LABEL_COLORS[1] + BROAD_DASHES[0]),
+            ("b, lora, fold 2", [(5, 0.6)], LABEL_COLORS[1] + BROAD_DASHES[0]),
         ]
+        assert legend(lines) == [("bilora", LABEL_COLORS[0]), ("lora", LABEL_COLORS[1])]
+    many = [{**searched[0], "title": str(number)} for number in range(len(LABEL_COLORS) + 3)]
+    lines = charts([replace(shown("b", []), fit={"runs": many})], 1)["fit"]
+    names, colors = zip(*legend(lines), strict=True)
+    assert (names[-1], colors[-1]) == (OTHERS, GREY)
+    assert len(set(colors)) == len(LABEL_COLORS) + 1
 
 
-def test_concepts_have_colours_and_a_legend_of_their_own():
+def test_concepts_have_colours_and_runs_have_dashes_and_both_are_in_the_legend():
     key = "heldout_loss_by_concept/"
     found = [
         {"step": 0, "heldout_loss": 0.5, f"{key}dog": 1.0, f"{key}a/b": 2.0, f"{key}owl": None},
@@ -147,18 +166,32 @@ def test_concepts_have_colours_and_a_legend_of_their_own():
     ]
     runs = [shown("ours", found), shown("plain", found, record("lora"), 1), shown("one", rows(1.0))]
     dog, ab = [(0, 1.0), (9, 0.5)], [(0, 2.0), (9, 2.5)]
-    expected = [
-        Line("dog", dog[:1], COLORS[0], in_legend=True),
-        Line("a/b", ab[:1], COLORS[1], in_legend=True),
-        Line("ours, dog", dog, COLORS[0]),
-        Line("ours, a/b", ab, COLORS[1]),
-        Line("plain, dog", dog, COLORS[0] + WIDE),
-        Line("plain, a/b", ab, COLORS[1] + WIDE),
-    ]
+    first, second = LABEL_COLORS[:2]
     lines = charts(runs, window=1)["concepts"]
-    assert lines == expected
-    assert training.look(lines, [1.0])["colors_in_legend"] == ["dog", "a/b"]
+    assert [(line.name, line.points, line.color) for line in lines] == [
+        ("ours, dog", dog, first),
+        ("ours, a/b", ab, second),
+        ("plain, dog", dog, first + DASHES[1]),
+        ("plain, a/b", ab, second + DASHES[1]),
+    ]
+    colors = [("dog", first), ("a/b", second)]
+    assert legend(lines) == [*colors, ("ours", GREY), ("plain", GREY + DASHES[1])]
+    assert legend(charts(runs[:1], window=1)["concepts"]) == colors
     assert charts(runs[2:], window=1)["concepts"] == []
+
+
+def test_only_settings_that_differ_are_listed():
+    runs = [
+        shown("a", [], record(rank=4, output_dir="a", concepts=[])),
+        shown("<b>", [], record("lora", rank=8, output_dir="b", rho=None)),
+    ]
+    assert differing_settings(runs) == {
+        "rho": ["0.05", "–"],
+        "rank": ["4", "8"],
+        "concepts": ["[]", "–"],
+    }
+    assert differing_settings(runs[:1]) == {}
+    assert "<b>" not in training.settings(runs)
 
 
 def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
@@ -167,6 +200,7 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     (tmp_path / "text" / "metrics.jsonl").write_text(f"{json.dumps(text[0])}\n")
     log = RunLog(tmp_path / "bilora")
     log.start({"rho": 0.05, "max_train_steps": 9}, method="bilora", seed=0, resume_step=None)
+    log.doing("training")
     log.metric(1, loss=0.5, auxiliary_norm_before=0.2, auxiliary_norm=0.05, seconds=0.1)
     log.metric(2, loss=math.nan, seconds=0.1)
     with gr.Blocks():
@@ -181,9 +215,10 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
 
     chosen = (["bilora", "text"], 1)
     before = tab._draw(*chosen)
-    means = [[1, 0.5, "Bi-LoRA, seed 0"], [1, 0.5, "LoRA, seed 1"]]
+    ours, plain = "bilora (Bi-LoRA, seed 0)", "text (LoRA, seed 1)"
+    means = [[1, 0.5, ours], [1, 0.5, plain]]
     assert drawn(before, "loss")[2:] == means, "without what is not finite"
-    assert drawn(before, "accuracy") == [[1, 0.75, "LoRA, seed 1"]]
+    assert drawn(before, "accuracy") == [[1, 0.75, plain]]
     assert drawn(before, "heldout") == []
     assert "2 of 9 steps" in before[tab.cards]
     assert before[tab.cards].count("<li") == before[tab.legend].count("<span") == 2
@@ -196,7 +231,7 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     with log.folder.joinpath("metrics.jsonl").open("a") as file:
         file.write('ss": 0.25}\n')
     after = tab._draw(*chosen, before[tab.drawn])
-    assert [3, 0.25, "Bi-LoRA, seed 0"] in drawn(after, "loss")
+    assert [3, 0.25, ours] in drawn(after, "loss")
     with log.folder.joinpath("metrics.jsonl").open("a") as file:
         file.write("nonsense\n")
     broken = tab._draw(*chosen, after[tab.drawn])

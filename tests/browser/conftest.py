@@ -57,12 +57,16 @@ def fits(page: Page) -> bool:
     return widths[0] <= widths[1]
 
 
-@contextmanager
-def serving(root: Path, log: Path) -> Iterator[Viewer]:
-    """A viewer on a free port, ended afterwards."""
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def serving(root: Path, log: Path, port: int) -> Iterator[Viewer]:
+    """A viewer on this port, ended afterwards."""
     viewer, until = Viewer(f"http://127.0.0.1:{port}", root), time.monotonic() + PATIENCE
     with log.open("wb") as output:
         how = {"stdout": output, "stderr": subprocess.STDOUT}
@@ -97,7 +101,8 @@ def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(root / "lora", method="lora", eval_on_start=True, **values)
     train(root / "bilora", method="bilora", rho=1.0, **values)
     make_scores(root / "scores", ("lora", "bilora"), TEXTS, SEEDS)
-    make_result(root / "landscape", f"| {'very wide ' * 30} |\n| --- |\n| 0.12 |\n")
+    wide = "very wide " * 30
+    make_result(root / "landscape", f"| run | {wide} |\n| --- | --- |\n| LoRA | 0.12 |\n")
     return root
 
 
@@ -108,7 +113,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path],
     with ExitStack() as stack:
 
         def run(root: Path) -> Viewer:
-            return stack.enter_context(serving(root, logs / f"{len(list(logs.iterdir()))}.log"))
+            log = logs / f"{len(list(logs.iterdir()))}.log"
+            return stack.enter_context(serving(root, log, free_port()))
 
         yield run
 

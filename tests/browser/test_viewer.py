@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Response, expect
 
+from app.catalog import Catalog
 from app.scored import first_view, listed, scored, times_100
 from app.votes import COLUMNS, FILE
 from bilora_diffusion.run.runlog import RunLog
 from eval import table
 from tests.app.folders import make_scores
-from tests.browser.conftest import SEEDS, TEXTS, fits, go, pick
+from tests.browser.conftest import SEEDS, TEXTS, fits, free_port, go, pick, serving
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +44,20 @@ CONTRAST = """() => {
   return low;
 }"""
 """Visible text whose contrast with its background is below WCAG's 4.5."""
+LINES = """(cell) => {
+  const range = document.createRange();
+  range.selectNodeContents(cell);
+  return new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size;
+}"""
+"""Lines of text in a cell."""
+NAMELESS = """() => [...document.querySelectorAll("a, button, input, textarea, [role=button]")]
+  .filter((element) => element.checkVisibility({ opacityProperty: true, visibilityProperty: true }))
+  .filter((element) => ![
+    element.ariaLabel, element.alt, element.textContent, element.querySelector("img")?.alt,
+    ...[...(element.labels || [])].map((label) => label.textContent),
+  ].some((name) => name && name.trim()))
+  .map((element) => element.outerHTML.slice(0, 200))"""
+"""Visible controls without a name for a screen reader."""
 FILLED = {
     "Compare": "#compare-cards figure.card img",
     "Generate": "#generate-a input",
@@ -87,7 +102,11 @@ def test_every_tab_is_in_the_address_readable_fits_and_asks_nothing_of_others(vi
             if tab == "Results":
                 pick(page, "results-result", "Landscape: landscape")
                 expect(page.locator("#results-figures img")).to_have_count(1)
-                expect(page.locator("#results-report table")).to_contain_text("very wide")
+                table = page.locator("#results-report table")
+                expect(table).to_contain_text("very wide")
+                lines = table.locator("th").last.evaluate(LINES)
+                assert lines == 1, "a table scrolls and its words are not broken"
+            assert page.evaluate(NAMELESS) == [], tab
             assert fits(page), tab
             assert page.evaluate(CONTRAST) == [], tab
             expect(page.get_by_test_id("toast-body")).to_have_count(0)
@@ -108,7 +127,7 @@ def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
     page = go(visit(), viewer.url)
     subjects = page.locator("#validation-images section.subject")
     expect(subjects).to_have_count(6)
-    names = ["base model", "LoRA, seed 0", "Bi-LoRA, seed 0"]
+    names = ["base model", "lora (LoRA, seed 0)", "bilora (Bi-LoRA, seed 0)"]
     expect(subjects.first.locator("figcaption")).to_have_text(names)
     result = scored(table.read(viewer.root / "scores"))
     view = first_view("scores", result)
@@ -167,7 +186,7 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     first, second = (go(visit(one, one), viewer.url, "Generate") for one in (False, True))
 
     def begin(page, steps):
-        expect(page.locator("#generate-b input")).to_have_value("Bi-LoRA, seed 0")
+        expect(page.locator("#generate-b input")).to_have_value("bilora (Bi-LoRA, seed 0)")
         field = page.locator("#generate-steps input")
         field.fill(str(steps))
         field.blur()
@@ -185,8 +204,19 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     expect(second.locator("#generate-slider img")).to_have_count(2)
     pictures = second.locator("#generate-cards figure.card > img").all()
     assert len({picture.get_attribute("src") for picture in pictures}) == 2
+    runs = {run.path: run for run in Catalog(viewer.root).now.runs}
+    expect(second.locator("#generate-prompt textarea")).to_have_value(runs["lora"].first_prompt)
+    field = second.locator("#generate-steps input")
+    field.fill("100000")
+    field.blur()
+    second.locator("#generate-go").click()
+    toast = second.get_by_test_id("toast-body")
+    expect(toast).to_contain_text("the number of steps is 100000")
+    expect(second.locator("#generate-status")).not_to_contain_text("Done.")
+    expect(second.locator("#generate-cards img, #generate-slider img")).to_have_count(0)
 
     second.get_by_role("tab", name="Compare").click()
+    expect(toast).to_have_count(0)
     second.locator("#grid > button").click()
     strengths = second.locator("#grid-strengths").get_by_role("textbox")
     strengths.fill("0.5, 1")
@@ -300,3 +330,13 @@ def test_votes_are_blind_kept_and_exported_and_a_session_goes_on(small, visit):
     assert tuple(rows[0]) == COLUMNS
     assert [row["choice"] for row in rows[: len(votes)]] == [keys.get(how, how) for how in votes]
     assert len({(row["prompt"], row["seed"]) for row in rows}) == len(rows) == pairs
+
+
+def test_a_page_loads_again_by_itself_when_its_server_was_started_again(tmp_path, visit):
+    port, page = free_port(), visit()
+    with serving(tmp_path, tmp_path / "first.log", port) as viewer:
+        go(page, viewer.url, "Vote")
+        page.evaluate("window.isOld = true")
+    with serving(tmp_path, tmp_path / "second.log", port):
+        page.wait_for_function("window.isOld === undefined")
+        expect(page.locator("#frame-tabs [role=tab][aria-selected=true]")).to_have_text("Vote")
