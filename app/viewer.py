@@ -93,6 +93,8 @@ def serve(args: argparse.Namespace) -> None:
             f"{frame.TITLE}: http://{address}:{args.port} shows {catalog.name}; Ctrl-C ends it.",
             flush=True,
         )
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn handles the other two
         server.run(sockets=[listener])
         if not server.started:
             raise UserError("the viewer's server did not start: its message is above")

@@ -289,7 +289,8 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, sent, ignored):
         text=True,
     )
     signal.signal(sent, before)
-    with process:
+    with process, contextlib.ExitStack() as stack:
+        stack.callback(process.kill)
         assert process.stdout is not None
         assert str(port) in process.stdout.readline()
         assert [*temporary.glob("bilora-viewer-*")]
@@ -308,9 +309,9 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, sent, ignored):
 
 def answers(port):
     """Test that a viewer answers there."""
-    connection = http.client.HTTPConnection(LOCAL, port)
+    connection = http.client.HTTPConnection(LOCAL, port, timeout=10)
     with contextlib.suppress(OSError), contextlib.closing(connection):
-        connection.request("GET", "/theme.css")
+        connection.request("GET", "/")
         return connection.getresponse().status == 200
     return False
 
