@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,6 @@ class Fit:
         self.plan = Plan(len(self._folds), steps, every, budget)
         self.space = Space(self._values())
         self._check()
-        self._content = record_content(task.training_content(), task.heldout_content())
         self.search = Search(self.plan, self._measure)
 
     def _values(self) -> Values:
@@ -151,6 +151,11 @@ class Fit:
             return self._script.resolve([*self._argv, *alpha, *words(options)])
         finally:
             logging.disable(logging.NOTSET)
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        """The record of the data, which a dry run does not need."""
+        return record_content(self.task.training_content(), self.task.heldout_content())
 
     def _settings(self) -> dict[str, Any]:
         """Settings that the choice depends on."""
