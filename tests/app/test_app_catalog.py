@@ -3,9 +3,11 @@
 import http.client
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from html import unescape
 from pathlib import Path
 
@@ -253,6 +255,41 @@ def test_it_serves_where_a_proxy_is_set_that_does_not_answer(tmp_path, monkeypat
     finally:
         process.terminate()
         process.wait(20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "ignored"),
+    [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGHUP, True)],
+)
+def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, sent, ignored):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    port = free_port()
+    before = signal.getsignal(sent)
+    if ignored:  # as nohup does
+        signal.signal(sent, signal.SIG_IGN)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = started("-m", "app.viewer", tmp_path, "--port", port, **pipes)
+    signal.signal(sent, before)
+    try:
+        assert str(port) in process.stdout.readline()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request("GET", "/config")
+        assert connection.getresponse().status == 200
+        connection.close()
+        assert [*temporary.glob("bilora-viewer-*")]
+        process.send_signal(sent)
+        if ignored:
+            time.sleep(0.5)
+            assert process.poll() is None
+            process.terminate()
+        assert process.wait(60) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+    assert not [*temporary.glob("bilora-viewer-*")]
 
 
 def test_without_gradio_it_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -3,12 +3,9 @@
 import contextlib
 import http.client
 import json
-import os
 import random
 import re
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -266,54 +263,6 @@ def test_large_and_endless_bodies_are_refused_and_what_is_sent_is_not_printed(se
     assert "KeyError: -1" in printed
     assert "Traceback" not in printed
     assert len(printed) < 2000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sent", "ignored"),
-    [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGHUP, True)],
-)
-def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, sent, ignored):
-    before = signal.getsignal(sent)
-    if ignored:  # as nohup does
-        signal.signal(sent, signal.SIG_IGN)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    with socket.create_server((LOCAL, 0)) as listener:
-        port = listener.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app.viewer", str(tmp_path), "--port", str(port)],
-        env=os.environ | {"TMPDIR": str(temporary)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    signal.signal(sent, before)
-    with process, contextlib.ExitStack() as stack:
-        stack.callback(process.kill)
-        assert process.stdout is not None
-        assert str(port) in process.stdout.readline()
-        assert [*temporary.glob("bilora-viewer-*")]
-        while not answers(port):
-            assert process.poll() is None
-        process.send_signal(sent)
-        if ignored:
-            time.sleep(0.5)
-            assert process.poll() is None
-            process.terminate()
-        assert process.wait(60) == 0
-        assert process.stderr is not None
-        assert "Traceback" not in process.stderr.read()
-    assert not [*temporary.glob("bilora-viewer-*")]
-
-
-def answers(port):
-    """Test that a viewer answers there."""
-    connection = http.client.HTTPConnection(LOCAL, port, timeout=10)
-    with contextlib.suppress(OSError), contextlib.closing(connection):
-        connection.request("GET", "/")
-        return connection.getresponse().status == 200
-    return False
 
 
 def test_no_answer_lets_another_web_site_read_it(served):
