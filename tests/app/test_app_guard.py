@@ -6,7 +6,6 @@ import json
 import random
 import re
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
