@@ -171,7 +171,7 @@ class TextScores(OverSteps):
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
         return {
-            "seeds": lambda group: str(len(result.members(group))),
+            "seeds": lambda group: str(len({entry.seed for entry in result.members(group)})),
             "cost": lambda group: reporting.cost(result, group),
             "peak memory": lambda group: reporting.memory(result, group),
         }

@@ -17,7 +17,7 @@ from eval.table import Metric, Result
 from eval.text_scores import TextScores, bases, benchmarks, reporting
 from tests.eval.text_score_models import ROWS, save_record
 
-MATTHEWS, LOSS = "heldout_matthews", "heldout_loss"
+MATTHEWS, LOSS = "heldout_matthews_correlation", "heldout_loss"
 
 
 def pairs(*words, only_heldout=False):
@@ -113,6 +113,17 @@ def test_the_last_recorded_value_of_each_run(tmp_path):
     for words in ([silent], ["base", "--model_name_or_path", "x"]):
         with pytest.raises(UserError, match="recorded"):
             benchmarks.columns(gather(*words), ["heldout"])
+
+
+def test_a_seed_of_several_tasks_counts_once(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{task}{seed}", seed=seed, task=task)
+        for task in ("cola", "mrpc")
+        for seed in range(3)
+    ]
+    where = ["--output_dir", str(tmp_path / "out")]
+    assert TextScores.main([*map(str, runs), "--benchmarks", "heldout", *where]) == 0
+    assert "| LoRA (control) | 3 |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_base_model_is_what_the_runs_of_each_seed_met(tmp_path):
