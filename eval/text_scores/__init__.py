@@ -184,6 +184,7 @@ class TextScores(OverSteps):
         versions = result.provenance.versions if result.provenance else {}
         packages = [name for name, version in versions.items() if version]
         return [
+            report.section("Average", reporting.averages(result)),
             self.best_steps(result),
             report.section("How it was asked", reporting.asked(result)),
             report.closing(replace(result, notes=[]), packages, report.sources(result)),
