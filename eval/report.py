@@ -14,7 +14,7 @@ from .table import Metric, Result, Summary
 Interval = tuple[float, float]
 UNKNOWN = "n/a"
 FEW = 10
-MOST_FURTHER = 4
+MOST_FURTHER = 2
 """Decimals beyond a metric's own; a smaller interval is one of rounding errors."""
 INTERVALS = "its 95 % interval (bootstrap, BCa, 9999 resamples)"
 

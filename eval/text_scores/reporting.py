@@ -13,7 +13,7 @@ from bilora_diffusion.intervals import student_interval
 from .. import compare
 from ..report import INTERVALS, escaped, listed, table
 from ..table import Metric, Result, Row, Summary
-from .benchmarks import EFFECT, UNPARSED
+from .benchmarks import EFFECT, HELDOUT_LOSS, UNPARSED
 
 ABSENT = "–"
 COMPARED = ("control", "difference", "difference_low", "difference_high")
@@ -108,12 +108,12 @@ def introduction(result: Result) -> str:
 
 
 def averages(result: Result) -> str:
-    """Mean over training sets of each row's first recorded figure, as in the paper's Tables 1, 2
-    and 6; "" where there are not several sets.
+    """Mean over training sets of each row's first recorded metric, as in the paper's Tables 1, 2
+    and 6; "" where there are not several sets with one.
     """
     first: dict[str, str] = {}
     for name, settings in result.settings["benchmarks"].items():
-        if "training_set" in settings:
+        if "training_set" in settings and settings["metric"] != HELDOUT_LOSS:
             first.setdefault(settings["training_set"], name)
     if len(first) < 2:
         return ""

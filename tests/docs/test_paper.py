@@ -2,7 +2,7 @@
 
 The walk through the page takes place in one folder, with these differences to a reader's:
 
-- The recipes train for two steps on short rows, and of each range of seeds the first is taken.
+- The recipes train for two steps on short rows, with the first seed and two values of each axis.
 - Folders with the names of the hub's models and data sets lie in it: tiny random models, the
   miniature for SDXL, and made-up rows with the columns of each set.
 - Runs of a sweep are trained in this process, and so are those of `accelerate launch`.
@@ -134,7 +134,7 @@ SHORT_TEXT = SHORT | {
     "max_target_length": 4,
     "max_train_samples": 4,
     "max_eval_samples": 4,
-    "max_predictions": 0,
+    "max_predictions": 1,
     "generation_max_new_tokens": 2,
     "lora_ga_samples": 2,
 }
@@ -168,7 +168,7 @@ def made_up(task: catalog.CatalogTask, count: int) -> list[dict[str, Any]]:
     columns += [task.group, *([task.extra] if task.extra else [])]
     rows = []
     for number in range(count):
-        row: dict[str, Any] = {column: f"apple {number} is red" for column in columns}
+        row: dict[str, Any] = dict.fromkeys(columns, f"apple {number} is red")
         row[task.target] = number % len(task.label_words) if task.label_words else "one two"
         rows.append(row)
     return rows
@@ -213,11 +213,8 @@ class RunInThisProcess:
 def train(script: str, argv: Sequence[str]) -> None:
     # accelerate keeps one precision for a whole process.
     AcceleratorState._reset_state()
-    main = {
-        "train_dreambooth_bilora.py": image_script.main,
-        "train_text_bilora.py": text_script.main,
-    }
-    main[script](list(argv))
+    main = text_script.main if script == "train_text_bilora.py" else image_script.main
+    main(list(argv))
 
 
 def asked(self: harness.Harness, *_: Any) -> Measured:
@@ -268,9 +265,10 @@ def world(folder, monkeypatch):
 
 
 def shortened(words: Sequence[str]) -> list[str]:
-    """A command for the first seed, in which what is measured every 100 steps is at each."""
-    every = [re.sub(r"^validation_loss_steps=.*", "validation_loss_steps=1", w) for w in words]
-    return [re.sub(r"^(seed=\d+)\.\.\d+$", r"\1", word) for word in every]
+    """A command for the first seed and two values of each axis, which measures at every step."""
+    words = [re.sub(r"^validation_loss_steps=.*", "validation_loss_steps=1", w) for w in words]
+    words = [re.sub(r"^(seed=\d+)\.\.\d+$", r"\1", word) for word in words]
+    return [re.sub(r"^(?!method)(\w+=[^,]+,[^,]+),.*", r"\1", word) for word in words]
 
 
 def execute(words: Sequence[str], further: dict[str, list[str]]) -> None:
@@ -299,7 +297,7 @@ def test_the_commands_of_the_page_run_one_after_another_in_one_folder(folder, wo
 
     runs = folder / "runs"
     glue = table.read(runs / "scores" / "glue")
-    assert set(glue.groups) == {"LoRA", "LoRA-SAM", "Bi-LoRA", "Full fine-tuning"}
+    assert set(glue.groups) == {"LoRA", "LoRA-SAM", "Bi-LoRA", "Full FT"}
     assert all(len(glue.members(group)) == 5 for group in glue.groups)
     assert "## Average" in (runs / "scores" / "glue" / "report.md").read_text(encoding="utf-8")
     for path in runs.rglob("result.json"):
