@@ -141,8 +141,8 @@ SHORT_TEXT = SHORT | {
 SHORT_IMAGES = SHORT | {"resolution": 64, "num_validation_images": 0}
 MODELS: dict[str, Callable[[Path], object]] = {
     "google-t5/t5-base": save_t5,
-    "meta-llama/Llama-2-7b-hf": save_llama,
-    "meta-llama/Llama-3.1-8B": save_llama,
+    "meta-llama/Llama-2-7b-hf": partial(save_llama, max_position_embeddings=4096),
+    "meta-llama/Llama-3.1-8B": partial(save_llama, max_position_embeddings=4096),
 }
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 ICONS = "linoyts/3d_icon"
