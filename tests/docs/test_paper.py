@@ -169,7 +169,8 @@ def made_up(task: catalog.CatalogTask, count: int) -> list[dict[str, Any]]:
     rows = []
     for number in range(count):
         row: dict[str, Any] = dict.fromkeys(columns, f"apple {number} is red")
-        row[task.target] = number % len(task.label_words) if task.label_words else "one two"
+        answer = f"{task.answer_marker or ''} 2".strip()
+        row[task.target] = number % len(task.label_words) if task.label_words else answer
         rows.append(row)
     return rows
 
