@@ -13,6 +13,7 @@ from bilora_diffusion.config import command_line
 from bilora_diffusion.errors import Interrupted, UserError, did_you_mean, run_cli
 from bilora_diffusion.fields import add_flags, check, options_of
 from bilora_diffusion.run.record import RUN
+from bilora_diffusion.train.soundness import PICKLES
 from bilora_diffusion.values import Range
 
 from . import table
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
+ADAPTER_FILES = (".safetensors", *PICKLES)
 COUNTS = Range(10**9, "no machine comes to the end of more", at_least=1)
 POSITIVE = Range(1e9, "nothing is measured that far out", above=0)
 
@@ -100,15 +102,19 @@ def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
 
 
 def _runs_alone(words: Sequence[str]) -> list[str]:
-    """The words without logs and folders of results, which are named in one line."""
+    """The words without what lies among runs: results, logs and records, named in one line.
 
-    def other(word: str) -> bool:
+    A plain file is left out only beside a folder, so that a single wrong word is refused by name.
+    """
+    has_folders = any(Path(word).is_dir() for word in words)
+
+    def is_left_out(word: str) -> bool:
         path = Path(word)
         if path.is_file():
-            return path.suffix == ".log" or path.name == table.FILE
+            return has_folders and path.suffix.lower() not in ADAPTER_FILES
         return not (path / RUN).exists() and (path / table.FILE).is_file()
 
-    left = [word for word in words if other(word)]
+    left = [word for word in words if is_left_out(word)]
     if left:
         print(f"left out, since they are no runs: {', '.join(left)}", file=sys.stderr)
     return [word for word in words if word not in left]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .provenance import Provenance
 from .table import Metric, Result, Summary
@@ -12,6 +14,8 @@ from .table import Metric, Result, Summary
 Interval = tuple[float, float]
 UNKNOWN = "n/a"
 FEW = 10
+MOST_FURTHER = 2
+"""Decimals beyond a metric's own; a smaller interval is one of rounding errors."""
 INTERVALS = "its 95 % interval (bootstrap, BCa)"
 
 
@@ -67,18 +71,40 @@ def interval(ends: Interval | None, metric: Metric, sign: str = "") -> str:
     return "[" + ", ".join(number(end, metric, sign) for end in ends or [None]) + "]"
 
 
+def resolved(metric: Metric, size: float) -> Metric:
+    """The metric with as many decimals as show two digits of ``size``, and no fewer than its own.
+
+    Args:
+        metric: whose form is a number of decimals; another form is left as it is.
+        size: of an interval, or of a difference without one.
+    """
+    form = re.fullmatch(r"\.(\d+)f", metric.form)
+    size = abs(metric.scale * size)
+    if form is None or size == 0 or not math.isfinite(size):
+        return metric
+    decimals = int(form[1])
+    needed = 1 - math.floor(math.log10(size))
+    decimals = min(max(decimals, needed), decimals + MOST_FURTHER)
+    return replace(metric, form=f".{decimals}f")
+
+
 def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
     """A group's mean, with its interval."""
     if line is None or line.mean is None:
         return UNKNOWN
-    text = number(line.mean, metric)
-    return f"{text} {interval(line.interval, metric)}" if intervals and line.interval else text
+    if not intervals or line.interval is None:
+        return number(line.mean, metric)
+    low, high = line.interval
+    metric = resolved(metric, high - low)
+    return f"{number(line.mean, metric)} {interval(line.interval, metric)}"
 
 
 def difference(line: Summary | None, metric: Metric) -> str:
     """A mean difference with its interval, and in how many pairs the group is better."""
     if line is None or line.difference is None:
         return UNKNOWN
+    low, high = line.difference_interval or (0.0, 0.0)
+    metric = resolved(metric, high - low or line.difference)
     text = (
         f"{number(line.difference, metric, '+')} {interval(line.difference_interval, metric, '+')}"
     )

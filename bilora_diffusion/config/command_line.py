@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -87,7 +87,10 @@ class CommandLine(Sentences):
         self._foreign = foreign
 
     def read(
-        self, argv: Sequence[str] | None, alternatives: Sequence[tuple[str, str]] = ()
+        self,
+        argv: Sequence[str] | None,
+        alternatives: Sequence[tuple[str, str]] = (),
+        ignored: Callable[[Mapping[str, Any], Mapping[str, Any]], Collection[str]] | None = None,
     ) -> tuple[dict[str, Any], frozenset[str]]:
         """Values of all options, and the names of those that the arguments or the recipe give.
 
@@ -95,6 +98,8 @@ class CommandLine(Sentences):
             argv: arguments without the program's name; None for ``sys.argv``.
             alternatives: pairs of options of which one replaces the other: given on the command
                 line, it overrules its partner in the recipe.
+            ignored: names the options of a recipe that do not hold beside the options on the
+                command line, of which it is called with both.
 
         Raises:
             UserError: an unknown option, a value of the wrong type or beyond all range, a recipe
@@ -105,6 +110,8 @@ class CommandLine(Sentences):
         for one, other in (*alternatives, *((b, a) for a, b in alternatives)):
             if one in flags and other not in flags:
                 recipe.pop(other, None)
+        for name in ignored(recipe, flags) if ignored else ():
+            recipe.pop(name, None)
         values = {**self.defaults(), **recipe, **flags}
         check(self._fields, values)
         return values, frozenset((*recipe, *flags))

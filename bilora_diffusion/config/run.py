@@ -71,7 +71,7 @@ class RunConfig(
             UserError: a value or a combination that can't be honoured; it names the fix.
         """
         kind = cls.with_own_options()
-        values, given = cls.parser().read(argv, cls.alternatives)
+        values, given = cls.parser().read(argv, cls.alternatives, _of_another_method)
         values = cls.complete(_completed(values, given, cls.modality), given)
         values["validation_loss_steps"] = _measured_every(values, given)
         values, notes = without_idle(fields.options_of(kind.groups), values, given)
@@ -177,6 +177,28 @@ def without_influence(groups: Sequence[Any]) -> frozenset[str]:
         for name, field in fields.options_of([group]).items()
         if getattr(group, "free", False) or fields.option_of(field).free
     )
+
+
+def _of_another_method(recipe: Mapping[str, Any], flags: Mapping[str, Any]) -> frozenset[str]:
+    """The options that a recipe sets for its method, where the command line takes another one.
+
+    A radius is a different quantity in each method, so the default of the new method holds.
+    """
+    before = recipe.get("method", AdapterOptions.method)
+    method = flags.get("method", before)
+    if method == before or not {before, method} <= set(methods.names()):
+        return frozenset()
+    shared = methods.reads(before) & methods.reads(method) & (recipe.keys() - flags.keys())
+    for name in sorted(shared) if is_main_process() else ():
+        logger.warning(
+            "the recipe's %s %s is for %s, so %s takes its default: change it by --%s.",
+            name,
+            recipe[name],
+            before,
+            method,
+            name,
+        )
+    return frozenset(shared)
 
 
 def _completed(values: Values, given: frozenset[str], modality: str) -> Values:

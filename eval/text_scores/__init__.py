@@ -171,7 +171,7 @@ class TextScores(OverSteps):
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
         return {
-            "seeds": lambda group: str(len(result.members(group))),
+            "seeds": lambda group: str(len({entry.seed for entry in result.members(group)})),
             "cost": lambda group: reporting.cost(result, group),
             "peak memory": lambda group: reporting.memory(result, group),
         }
@@ -184,6 +184,7 @@ class TextScores(OverSteps):
         versions = result.provenance.versions if result.provenance else {}
         packages = [name for name, version in versions.items() if version]
         return [
+            report.section("Average", reporting.averages(result)),
             self.best_steps(result),
             report.section("How it was asked", reporting.asked(result)),
             report.closing(replace(result, notes=[]), packages, report.sources(result)),

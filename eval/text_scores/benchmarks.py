@@ -168,7 +168,7 @@ def _one(word: str, known: Sequence[str]) -> Benchmark:
 
 PREFIX = "heldout_"
 TITLES = {
-    "matthews": "Matthews",
+    "matthews_correlation": "Matthews",
     "exact_match": "exact match",
     "answer_match": "answer match",
     "f1": "F1",

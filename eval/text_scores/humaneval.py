@@ -27,6 +27,7 @@ INSTRUCTION = (
     "Complete this Python function. Answer with the whole function in one code block.\n\n"
     "```python\n{code}```"
 )
+INDENT = "    "
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 Problem = Mapping[str, str]
@@ -81,7 +82,11 @@ def assess(
 
 
 def program(problem: Problem, text: str) -> str | None:
-    """Function and its test, to be run; None where an answer holds no code."""
+    """Function and its test, to be run; None where an answer holds no code.
+
+    An answer without a code block is taken for the function's body, as in the original harness, if
+    it continues the prompt to a valid program.
+    """
     blocks, head = _BLOCK.findall(text), f"def {problem['entry_point']}("
     block = next((b for b in blocks if head in b), blocks[0] if blocks else text)
     if head in block:
@@ -89,7 +94,9 @@ def program(problem: Problem, text: str) -> str | None:
     elif blocks:
         code = problem["prompt"] + block
     else:
-        return None
+        code = problem["prompt"] + INDENT + text.strip()  # answers come without their margins
+        if not _is_code(code):
+            return None
     return f"{code}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
 
 

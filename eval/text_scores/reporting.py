@@ -11,9 +11,9 @@ from dataclasses import replace
 from bilora_diffusion.intervals import student_interval
 
 from .. import compare
-from ..report import INTERVALS, escaped, listed
+from ..report import INTERVALS, escaped, listed, table
 from ..table import Metric, Result, Row, Summary
-from .benchmarks import EFFECT, UNPARSED
+from .benchmarks import EFFECT, HELDOUT_LOSS, UNPARSED
 
 ABSENT = "–"
 COMPARED = ("control", "difference", "difference_low", "difference_high")
@@ -105,6 +105,30 @@ def introduction(result: Result) -> str:
         " run took to train, on a CPU by its process."
     )
     return "\n\n".join([*(f"> {note}" for note in result.notes), legend])
+
+
+def averages(result: Result) -> str:
+    """Mean over training sets of each row's first recorded metric, as in the paper's Tables 1, 2
+    and 6; "" where there are not several sets with one.
+    """
+    first: dict[str, str] = {}
+    for name, settings in result.settings["benchmarks"].items():
+        if "training_set" in settings and settings["metric"] != HELDOUT_LOSS:
+            first.setdefault(settings["training_set"], name)
+    if len(first) < 2:
+        return ""
+    rows = []
+    for group in result.groups:
+        lines = [result.summary(group, name) for name in first.values()]
+        values = [
+            line.mean * result.metric(line.metric).scale
+            for line in lines
+            if line is not None and line.mean is not None
+        ]
+        average = f"{compare.mean(values):.2f}" if len(values) == len(first) else ABSENT
+        rows.append([group, average])
+    titles = [result.metric(name).title for name in first.values()]
+    return table(["run", f"mean of {', '.join(titles)}"], rows)
 
 
 def cost(result: Result, group: str) -> str:

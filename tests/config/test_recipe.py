@@ -36,6 +36,13 @@ READ: list[tuple[str, str, dict[str, Any]]] = [
     ("validation_prompts: [a lion, a frog]", "", {"validation_prompts": ["a lion", "a frog"]}),
     (f"validation_prompts: [{', '.join(TEXTS)}]", "", {"validation_prompts": TEXTS}),
     ("rank: 010\nlearning_rate: 1e-3", "", {"rank": 10, "learning_rate": 1e-3}),  # as by a flag
+    # a radius is that of the recipe's method
+    ("dataset: mini\nrho: 0.3\n", "--method flat-lora", {"rho": 0.1}),
+    ("dataset: mini\nrho: auto\n", "--method lora-sam", {"rho": 0.05}),
+    ("dataset: mini\nrho: 0.3\n", "--method lora-sam --rho 0.2", {"rho": 0.2}),
+    ("dataset: mini\nrho: 0.3\nmethod: lora-sam", "--method bilora", {"rho": 0.05}),
+    ("dataset: mini\nrho: 0.3\n", "--method bilora --rank 8", {"rho": 0.3}),
+    ("dataset: mini\nbar_alpha: 0.5\n", "--method lora-obar", {"bar_alpha": 0.5}),
     # a flag replaces its alternative
     ("max_train_steps: 9", "--num_train_epochs 2", {"max_train_steps": None}),
     ("instance_data_dir: images", "", {"dataset_name": "mini", "instance_data_dir": None}),
@@ -47,6 +54,16 @@ def test_a_recipe_gives_values_as_their_text_and_flags_win(text, words, expected
     start = [] if "dataset: " in text else ["--dataset", "mini"]
     cfg = resolve([*recipe(tmp_path, text), *start, *words.split()])
     assert {name: getattr(cfg, name) for name in expected} == expected
+
+
+def test_a_radius_that_is_not_taken_over_is_named(caplog, tmp_path):
+    start = recipe(tmp_path, "dataset: mini\nrho: 0.3\n")
+    for words in ("--method lora", "--method lora-sam --rho 0.2"):
+        resolve([*start, *words.split()])
+    assert not caplog.messages
+    resolve([*start, "--method", "lora-sam"])
+    (remark,) = caplog.messages
+    assert "rho 0.3" in remark
 
 
 def test_the_icons_recipe_is_the_command_of_one_flag():

@@ -1,15 +1,11 @@
 """Every command in README and docs is understood by what it calls, and every Python block runs.
 
-Bash expands the commands as a reader's shell would, with functions in the place of the programs,
-which write down the arguments that they got; these go through the parsers of the real commands.
+Bash expands the commands (`tests.docs.pages`), and the parsers of the real commands read them.
 """
 
 import argparse
 import importlib
 import re
-import shlex
-import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,51 +20,19 @@ from bilora_diffusion.config import refusals
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.text.config import resolve as resolve_text
 from docs import make
+from tests.docs.pages import BLOCK, commands, scripts
 from tests.references.diffusers_flags import DEFAULTS
 
 pytestmark = pytest.mark.usefixtures("hub")
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(
-    r"`((?:python -m|python \w+/|accelerate launch|make |pip install|for |\$SWEEP)[^`]*)`"
-)
-PROGRAMS = ("python", "accelerate", "make", "pip", "pre-commit", "bilora")
 TRAINING = {"train_dreambooth_bilora.py": resolve, "train_text_bilora.py": resolve_text}
 TRAINING |= {"train": resolve, "text": resolve_text}  # of the command `bilora`
-END = "\x1e"
-BASH = shutil.which("bash") or "bash"
 
 
 class Understood(BaseException):
     """A parser has taken all of its arguments."""
-
-
-def scripts(page):
-    """The bash blocks of a page, and the commands within its sentences."""
-    text = page.read_text(encoding="utf-8").replace(".venv/bin/", "")
-    blocks = [body for language, body in BLOCK.findall(text) if language == "bash"]
-    yield from blocks
-    variables = "\n".join(re.findall(r"^[A-Z]+=.*$", "\n".join(blocks), re.MULTILINE))
-    for command in INLINE.findall(BLOCK.sub("", text)):
-        # An ellipsis stands for whatever else a reader wants.
-        yield f"{variables}\n{' '.join(command.replace(' ...', '').split())}"
-
-
-def commands(page, folder):
-    """Commands that a reader's shell would start."""
-    record = folder / "started"
-    started = shlex.quote(str(record))
-    functions = "".join(
-        f"{name}() {{ printf '%s\\0' {name} \"$@\" '{END}' >> {started}; }}\n" for name in PROGRAMS
-    )
-    record.touch()
-    for script in scripts(page):
-        command, alone = [BASH, "-e", "-c", functions + script], {"PATH": "/nonexistent"}
-        run = subprocess.run(command, cwd=folder, env=alone, capture_output=True, text=True)
-        assert run.returncode == 0, f"{page.name}: {script}\n{run.stderr}"
-    return [words.split("\0")[:-1] for words in record.read_text().split(f"{END}\0")[:-1]]
 
 
 def check(words, monkeypatch):
@@ -138,7 +102,7 @@ def test_every_command_is_understood(page, tmp_path, monkeypatch):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "eval").symlink_to(ROOT / "eval")
     monkeypatch.chdir(tmp_path)
-    found = commands(page, tmp_path)
+    found = [words for script in scripts(page) for words in commands(script, tmp_path)]
     for words in found:
         check(words, monkeypatch)
     if page.name in ("README.md", "paper.md", "measure.md", "text.md"):

@@ -134,17 +134,24 @@ def test_where_there_is_no_sandbox_nothing_is_run(command, named, tmp_path, monk
 
 
 @needs_problems
+@pytest.mark.parametrize("form", ["```\n{}```", "{}"])
 @pytest.mark.parametrize("count", [4, pytest.param(164, marks=pytest.mark.slow)])
-def test_right_solutions_pass_and_wrong_ones_fail(count, sandbox):
+def test_right_solutions_pass_and_wrong_ones_fail(count, form, sandbox):
     problems = humaneval.problems(count)
     assert len(problems) == count
     for solved, body in (("passed", None), ("failed", "    return None\n")):
         programs = {
-            p["task_id"]: humaneval.program(p, f"```\n{body or p['canonical_solution']}```")
+            p["task_id"]: humaneval.program(p, form.format(body or p["canonical_solution"]).strip())
             for p in (problems[:9] if body else problems)
         }
         ended = humaneval.run_all(sandbox, programs).values()
         assert {run.outcome for run in ended} == {solved}
+
+
+@needs_problems
+def test_prose_is_no_program():
+    (problem,) = humaneval.problems(1)
+    assert humaneval.program(problem, "I can not help with this.") is None
 
 
 def test_a_score_is_the_mean_over_problems_and_code_that_is_none_is_counted():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bilora_diffusion.errors import UserError
-from eval import command, table
+from eval import command, report, table
 from eval.cache import FOLDER, Cache
 from eval.provenance import Provenance
 from eval.subjects import by_group, gather, paired
@@ -75,6 +75,29 @@ def test_a_curve_has_the_steps_that_all_of_a_group_have():
     lines = [Summary("LoRA", "loss", step=s, count=c, mean=m) for s, c, m in points]
     curve = replace(WHOLE, summaries=lines).curve("LoRA", "loss")
     assert [(point.step, point.mean) for point in curve] == [(0, None), (5, 1.0)]
+
+
+SMALL: list[tuple[tuple[float, ...], str]] = [
+    ((-4e-6, -8e-6, -1e-6), "-0.0040 [-0.0080, -0.0010], 5/5"),  # by its interval
+    ((-4e-6,), "-0.0040 [n/a], 5/5"),  # by itself
+    ((-1e-2, -3e-2, 1e-2), "-10.00 [-30.00, +10.00], 5/5"),
+    ((0.0, 0.0, 0.0), "+0.00 [+0.00, +0.00], 5/5"),
+    ((1e-17, 0.0, 3e-17), "+0.0000 [+0.0000, +0.0000], 5/5"),  # no more than rounding
+]
+
+
+@pytest.mark.parametrize(("values", "shown"), SMALL)
+def test_a_difference_is_shown_with_the_digits_of_its_interval(values, shown):
+    difference, low, high = (*values, None, None)[:3]
+    line = Summary("a", "loss", difference=difference, lower=5)
+    line = replace(line, difference_low=low, difference_high=high)
+    assert report.difference(line, WHOLE.metrics["loss"]) == shown
+
+
+def test_a_mean_is_shown_with_the_digits_of_its_interval():
+    line, metric = Summary("a", "loss", mean=0.5, low=0.49999, high=0.50001), WHOLE.metrics["loss"]
+    assert report.mean(line, metric) == "500.000 [499.990, 500.010]"
+    assert report.mean(line, metric, intervals=False) == "500.00"
 
 
 def test_one_result_does_not_replace_another(tmp_path):
@@ -152,11 +175,15 @@ def test_results_and_logs_among_runs_are_left_out(parsers, capsys):
     for name in ("scores", "sweep"):
         Path("demo", name).mkdir()
         Path("demo", name, table.FILE).touch()
-    Path("demo", "lora.log").touch()
+    for name in ("lora.log", "sweep.json", "notes", "adapter.safetensors"):
+        Path("demo", name).touch()
     words = [str(path) for path in sorted(Path("demo").iterdir())]
     read = parsers("dynamics").read([*words, "demo/missing"])
-    assert read.runs == ["demo/bilora", "demo/lora", "demo/missing"]
-    assert "demo/lora.log, demo/scores, demo/sweep" in capsys.readouterr().err
+    named = ["demo/adapter.safetensors", "demo/bilora", "demo/lora", "demo/missing"]
+    assert read.runs == named
+    left_out = "demo/lora.log, demo/notes, demo/scores, demo/sweep, demo/sweep.json"
+    assert left_out in capsys.readouterr().err
+    assert parsers("dynamics").read(["demo/notes"]).runs == ["demo/notes"]  # to be refused by name
 
 
 def test_groups_by_setting(tmp_path):

@@ -17,7 +17,7 @@ from eval.table import Metric, Result
 from eval.text_scores import TextScores, bases, benchmarks, reporting
 from tests.eval.text_score_models import ROWS, save_record
 
-MATTHEWS, LOSS = "heldout_matthews", "heldout_loss"
+MATTHEWS, LOSS = "heldout_matthews_correlation", "heldout_loss"
 
 
 def pairs(*words, only_heldout=False):
@@ -113,6 +113,19 @@ def test_the_last_recorded_value_of_each_run(tmp_path):
     for words in ([silent], ["base", "--model_name_or_path", "x"]):
         with pytest.raises(UserError, match="recorded"):
             benchmarks.columns(gather(*words), ["heldout"])
+
+
+def test_a_seed_of_several_tasks_counts_once_and_their_scores_are_averaged(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{task}{seed}", seed=seed, task=task, rows=[(1, {MATTHEWS: score})])
+        for task, score in (("cola", 0.25), ("mrpc", 0.5))
+        for seed in range(3)
+    ]
+    where = ["--output_dir", str(tmp_path / "out")]
+    assert TextScores.main([*map(str, runs), "--benchmarks", "heldout", *where]) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| LoRA (control) | 3 |" in report
+    assert "| LoRA | 37.50 |" in report
 
 
 def test_the_base_model_is_what_the_runs_of_each_seed_met(tmp_path):
