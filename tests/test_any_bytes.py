@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.runs import RunItem, named
+from app.runs import RunItem, label
 from app.training_data import Shown, charts, progress, table
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
@@ -86,7 +86,8 @@ def read_run(path):
     run = find_run(folder, "run")
     run.settings()
     lines = read_metrics(folder)
-    (item,) = named([RunItem(".", "run", dict(run.record), None)])
+    record = dict(run.record)
+    item = RunItem(".", label("run", record), record, None)
     assert len(item.images) <= 10_000
     state = progress(run.record, lines, 0.0, 0.0)
     shown = Shown(item, 0, lines, state, read_fit(folder / "fit.json") or {})
