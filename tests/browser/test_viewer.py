@@ -53,7 +53,8 @@ LINES = """(cell) => {
 NAMELESS = """() => [...document.querySelectorAll("a, button, input, textarea, [role=button]")]
   .filter((element) => element.checkVisibility({ opacityProperty: true, visibilityProperty: true }))
   .filter((element) => ![
-    element.ariaLabel, element.alt, element.textContent, element.querySelector("img")?.alt,
+    element.ariaLabel, element.alt, element.title, element.textContent,
+    element.querySelector("img")?.alt,
     ...[...(element.labels || [])].map((label) => label.textContent),
   ].some((name) => name && name.trim()))
   .map((element) => element.outerHTML.slice(0, 200))"""
