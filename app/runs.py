@@ -1,22 +1,32 @@
-"""A run as the viewer's lists have it: its name, its first prompt, and the pair to see first."""
+"""A run as the viewer has it: its name, first prompt and state, and the pair to see first."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import statistics
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
 from bilora_diffusion import methods
 from bilora_diffusion.errors import UserError
+from bilora_diffusion.run.durations import duration
+from bilora_diffusion.run.lock import STALE_SECONDS
 
 CONTROL, OURS = "lora", "bilora"
 """The pair that is shown before anything is chosen."""
 MOST_IMAGES = 10_000
 """Images of one step; a page holds no more."""
+BUSY_SECONDS = 3600.0
+"""``STALE_SECONDS`` of a run that said that it does something else than steps, such as images."""
+TRAINING = "training"
+RECENT_STEPS = 50
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 """A prompt for the miniature, where a run has none."""
 
@@ -150,3 +160,59 @@ def suggest_prompt(prompt: str | None, run: RunItem, runs: Sequence[RunItem]) ->
     if prompt and prompt.strip() not in suggestions:
         return prompt
     return run.first_prompt
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a run.
+
+    Args:
+        status: "running", "finished", "interrupted", "failed" or "stalled"; of a running one that
+            is busy with something else than steps, its name, such as "validation images".
+        reason: of a failed or a stalled run, in one sentence; "" otherwise.
+        total: steps to do; None where it is not known.
+        wall_seconds, left_seconds: spent over all resumes; and to go, by the recent steps.
+        peak_memory_bytes: of the accelerator, or of the process on a CPU.
+    """
+
+    status: str
+    reason: str
+    steps: int
+    total: int | None
+    wall_seconds: float
+    left_seconds: float | None
+    peak_memory_bytes: int
+
+
+def progress(
+    record: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    last_written: float,
+    now: float | None = None,
+) -> Progress:
+    """The state of a run by ``run.json`` and ``metrics.jsonl``, of which one was last written at a
+    time as ``time.time`` counts.
+    """
+    now = time.time() if now is None else now
+    silent = max(0.0, now - last_written)
+    recent = [row["seconds"] for row in rows if row.get("seconds") is not None][-RECENT_STEPS:]
+    usual = statistics.median(recent) if recent else 0.0
+    steps = max((row["step"] for row in rows), default=0)
+    total = record.get("num_steps") or record["config"].get("max_train_steps")
+    status, reason = record["status"], record.get("error") or ""
+    doing = record.get("doing") or TRAINING
+    patience = STALE_SECONDS if doing == TRAINING else BUSY_SECONDS
+    running = status == "running"
+    if running and silent > max(patience, 10 * usual):
+        running, status = False, "stalled"
+        reason = f"it has written nothing for {duration(silent)}: it was probably killed"
+    elif running and doing != TRAINING:
+        status, reason = doing, ""
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            since = datetime.fromisoformat(record["doing_since"]).timestamp()
+            reason = f"since {duration(max(0.0, now - since))}"
+    left = None
+    if running and total is not None and recent:
+        left = max(0, total - steps) * usual
+    wall, peak = record.get("wall_seconds", 0.0), record.get("peak_memory_bytes", 0)
+    return Progress(status, reason, steps, total, wall, left, peak)

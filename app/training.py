@@ -19,19 +19,17 @@ from bilora_diffusion.train.fit.search import BUDGET
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET, Update
-from .runs import RunItem, ordered, short
+from .runs import Progress, RunItem, ordered, progress, short
 from .training_data import (
     COLORS,
     TITLES,
     WITH_LEGEND,
     Line,
-    Progress,
     Shown,
     ceiling,
     charts,
     differing_settings,
     legend,
-    progress,
     radii,
     table,
 )

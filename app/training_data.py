@@ -10,27 +10,21 @@ concepts or configurations, and runs differ by their dashes.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import re
-import statistics
 import textwrap
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from bilora_diffusion.image.heldout import BY_LEVEL
-from bilora_diffusion.run.durations import duration
-from bilora_diffusion.run.lock import STALE_SECONDS
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
 
-from .runs import CONTROL, RunItem
+from .runs import CONTROL, Progress, RunItem
 
 Row = Mapping[str, Any]
 Points = list[tuple[int, float]]
@@ -55,66 +49,9 @@ WITH_LEGEND = ("concepts", "fit")
 OTHERS = "other configurations"
 LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 MOST_POINTS = 400  # of one line, about
-BUSY_SECONDS = 3600.0
-"""``STALE_SECONDS`` of a run that said that it does something else than steps, such as images."""
-TRAINING = "training"
-RECENT_STEPS = 50
 FOLDER_SETTINGS = ("output_dir", "logging_dir")
 """Settings that differ between any two runs."""
 SETTING_WIDTH = 60
-
-
-@dataclass(frozen=True)
-class Progress:
-    """State of a run.
-
-    Args:
-        status: "running", "finished", "interrupted", "failed" or "stalled"; of a running one that
-            is busy with something else than steps, its name, such as "validation images".
-        reason: of a failed or a stalled run, in one sentence; "" otherwise.
-        total: steps to do; None where it is not known.
-        wall_seconds, left_seconds: spent over all resumes; and to go, by the recent steps.
-        peak_memory_bytes: of the accelerator, or of the process on a CPU.
-    """
-
-    status: str
-    reason: str
-    steps: int
-    total: int | None
-    wall_seconds: float
-    left_seconds: float | None
-    peak_memory_bytes: int
-
-
-def progress(
-    record: Row, rows: Sequence[Row], last_written: float, now: float | None = None
-) -> Progress:
-    """The state of a run by ``run.json`` and ``metrics.jsonl``, of which one was last written at a
-    time as ``time.time`` counts.
-    """
-    now = time.time() if now is None else now
-    silent = max(0.0, now - last_written)
-    recent = [row["seconds"] for row in rows if row.get("seconds") is not None][-RECENT_STEPS:]
-    usual = statistics.median(recent) if recent else 0.0
-    steps = max((row["step"] for row in rows), default=0)
-    total = record.get("num_steps") or record["config"].get("max_train_steps")
-    status, reason = record["status"], record.get("error") or ""
-    doing = record.get("doing") or TRAINING
-    patience = STALE_SECONDS if doing == TRAINING else BUSY_SECONDS
-    running = status == "running"
-    if running and silent > max(patience, 10 * usual):
-        running, status = False, "stalled"
-        reason = f"it has written nothing for {duration(silent)}: it was probably killed"
-    elif running and doing != TRAINING:
-        status, reason = doing, ""
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            since = datetime.fromisoformat(record["doing_since"]).timestamp()
-            reason = f"since {duration(max(0.0, now - since))}"
-    left = None
-    if running and total is not None and recent:
-        left = max(0, total - steps) * usual
-    wall, peak = record.get("wall_seconds", 0.0), record.get("peak_memory_bytes", 0)
-    return Progress(status, reason, steps, total, wall, left, peak)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # in functions, so that --help does not wait for torch
+    import torch
+    from torch import Tensor
 
 
 def seed_of(*key: int | str) -> int:
@@ -21,6 +23,8 @@ def seed_of(*key: int | str) -> int:
 
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by ``key`` alone, for example ``(seed, "noise", step, sample)``."""
+    import torch
+
     return torch.Generator().manual_seed(seed_of(*key))
 
 
@@ -53,6 +57,8 @@ def parts(names: Iterable[str], count: int) -> list[list[int]]:
 
 
 def _tensor_parts(tensor: Tensor) -> tuple[bytes, bytes]:
+    import torch
+
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     values = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return _encode(f"{tensor.dtype} {tuple(tensor.shape)}"), values

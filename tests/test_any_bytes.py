@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.runs import RunItem, label
-from app.training_data import Shown, charts, progress, table
+from app.runs import RunItem, label, progress
+from app.training_data import Shown, charts, table
 from bilora_diffusion.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.run.record import Fit, Options, Record, read_fit, read_metrics

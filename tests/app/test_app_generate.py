@@ -136,9 +136,9 @@ def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_ro
 
 
 def test_a_message_does_not_tell_what_lies_outside_of_the_root(models, tmp_path, capfd):
-    (tmp_path / "there").mkdir()
+    (tmp_path / "present").mkdir()
     messages = []
-    for name in ("there", "absent"):
+    for name in ("present", "absent"):
         base = BaseChoice(str(tmp_path / name))
         with pytest.raises(UserError, match="hf download") as caught:
             models.draw(base, None, [REQUEST], print)

@@ -9,17 +9,15 @@ import pytest
 
 from app import training
 from app.catalog import Catalog
-from app.runs import RunItem
+from app.runs import BUSY_SECONDS, STALE_SECONDS, RunItem, progress
 from app.training_data import (
     BROAD_DASHES,
-    BUSY_SECONDS,
     COLORS,
     DASHES,
     FAINT,
     GREY,
     LABEL_COLORS,
     OTHERS,
-    STALE_SECONDS,
     TITLES,
     WIDE,
     Line,
@@ -29,7 +27,6 @@ from app.training_data import (
     charts,
     differing_settings,
     legend,
-    progress,
     table,
     thin,
 )

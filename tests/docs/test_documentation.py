@@ -95,8 +95,9 @@ def check_module(module, argv, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_understood(page, tmp_path, monkeypatch):
-    (tmp_path / "my_photos").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "my_photos" / "1.png")
+    for name in ("my_photos", "held_out"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
     for name in ("answers.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text('{"prompt": "1 + 1", "answer": "2"}\n')
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
