@@ -302,4 +302,5 @@ def test_class_images_see_no_samples_auxiliary(tmp_path):
     moved = [key for key in kept[0] if "/auxiliary/" in key]
     assert len(moved) == 2
     for key in moved:
-        torch.testing.assert_close(kept[0][key], kept[1][key], rtol=1e-3, atol=1e-5)
+        # Adam makes a step of the rounding of a small gradient; kernels round by the processor.
+        torch.testing.assert_close(kept[0][key], kept[1][key], rtol=1e-3, atol=5e-5)
