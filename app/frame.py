@@ -18,6 +18,8 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
+from bilora_diffusion.files import counted
+
 from . import compare, generate, grid, guard, parts, results, training, validation, vote
 from .catalog import Catalog
 from .parts import QUIET, html
@@ -72,7 +74,7 @@ def title(catalog: Catalog) -> str:
     """The page's heading: the root's name and the numbers of folders there."""
     now = catalog.now
     items = {"run": now.runs, "score folder": now.scores, "result": now.figures}
-    counts = [f"{len(some)} {what}{'s' * (len(some) != 1)}" for what, some in items.items()]
+    counts = [counted(len(folders), kind) for kind, folders in items.items()]
     return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {', '.join(counts)}</p>"
 
 

@@ -138,10 +138,9 @@ class AutoRadius:
         expected = self._rho * (self._square * self._weight).sqrt()
         ratio = (self.tau * self._loss / expected.clamp_min(_LEAST)).clamp_min(0).sqrt()
         ratio = torch.where(self._weight > 0, ratio, 1.0)
-        next_rho = torch.minimum(self._rho * ratio.clamp(DOWN, UP), limit)
+        self._rho = torch.minimum(self._rho * ratio.clamp(DOWN, UP), limit)
         # While the auxiliary has not moved there is no radius to multiply, only its limit.
-        self.rho = torch.where(self._rho > 0, next_rho, limit)
-        self._rho = torch.where(self._rho > 0, next_rho, 0.0)
+        self.rho = torch.where(self._rho > 0, self._rho, limit)
         return self.rho
 
     def projected(self, norm: Tensor) -> None:

@@ -110,13 +110,13 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
             return f"some of the {saved['count']} samples changed"
         return f"the number of samples was {saved['count']} and is {current['count']}"
 
-    before, now = saved["samples"], current["samples"]
-    removed = [name for name in before if now.get(name) != before[name]]
-    added = [name for name in now if before.get(name) != now[name]]
+    before, after = saved["samples"], current["samples"]
+    removed = [name for name in before if after.get(name) != before[name]]
+    added = [name for name in after if before.get(name) != after[name]]
     # Rows are named by their numbers, so one that is inserted renames all that follow it.
     renamed: list[tuple[str, str]] = []
     for name in list(added):
-        earlier_name = next((n for n in removed if before[n] == now[name]), None)
+        earlier_name = next((n for n in removed if before[n] == after[name]), None)
         if earlier_name is not None:
             renamed.append((earlier_name, name))
             removed.remove(earlier_name)
@@ -131,9 +131,9 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     if removed:
         phrases.append(f"{_count(removed)} removed ({_enumerate(removed)})")
     if changed:
-        phrases.append(_describe_changes(changed, before, now))
+        phrases.append(_describe_changes(changed, before, after))
     if renamed and not phrases:
-        if before.keys() == now.keys():
+        if before.keys() == after.keys():
             return f"{_count(renamed)} put in another order"
         pairs = [f"{earlier_name} to {name}" for earlier_name, name in renamed]
         return f"{_count(renamed)} renamed ({_enumerate(pairs)})"
@@ -146,13 +146,13 @@ def _lists_all(record: Mapping[str, Any]) -> bool:
 
 
 def _describe_changes(
-    names: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]
+    names: Sequence[str], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> str:
     """Say which parts changed of samples that kept their names."""
     parts: list[str] = []
     for name in names:
-        for part in {**before[name], **now[name]}:
-            if part not in parts and before[name].get(part) != now[name].get(part):
+        for part in {**before[name], **after[name]}:
+            if part not in parts and before[name].get(part) != after[name].get(part):
                 parts.append(part)
     if len(names) == 1:
         return f"the {' and '.join(parts)} of {names[0]} changed"
@@ -164,5 +164,5 @@ def _count(samples: Sequence[Any]) -> str:
 
 
 def _enumerate(names: Sequence[str]) -> str:
-    more = ", ..." if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    ellipsis = ", ..." if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + ellipsis

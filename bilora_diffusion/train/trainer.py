@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -293,17 +293,16 @@ class Trainer:
             self._restore(saved)
 
     def _restore(self, saved: Checkpoint) -> None:
-        content = saved.extra.get("content")
-        # Checkpoints of earlier versions hold options that count for less today, and have neither
-        # a record of the data nor held-out options.
-        free = self._may_change() | self.cfg.free_options
-        if content is None:
-            free |= HELDOUT_OPTIONS
-        require_same_settings(saved.extra["config"], self.cfg.resume_settings(), free)
-        require_same_content(content, self.content, self.cfg.depends_on_heldout)
-        # After the data, since the number of steps can follow from that of the samples.
-        size = self._size()
-        require_same_settings({key: saved.extra[key] for key in size}, size, free)
+        options, size = self.cfg.resume_settings(), self._size()
+        saved_size = {key: saved.extra[key] for key in size}
+        require_same_work(
+            {**saved.extra["config"], **saved_size, "content": saved.extra.get("content")},
+            {**options, **size, "content": self.content},
+            options=options.keys(),
+            # Checkpoints of earlier versions hold options that count for less today.
+            free=self._may_change() | self.cfg.free_options,
+            depends_on_heldout=self.cfg.depends_on_heldout,
+        )
         load_tensors(self._tensors(), saved.tensors)
         for target in self.method.targets:
             adapters.subtract_initial(target.model)
@@ -323,6 +322,38 @@ class Trainer:
         if constant and not self.method.depends_on_length:
             free |= {"max_train_steps", "num_train_epochs", "num_steps"}
         return free
+
+
+def require_same_work(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    *,
+    options: Collection[str],
+    free: Set[str],
+    depends_on_heldout: bool,
+) -> None:
+    """Refuse to go on with a run or a search of other options, other data or another size.
+
+    Args:
+        saved: options, sizes that follow from them and from the data, and under "content" the
+            record of the data. Earlier versions saved neither that nor the held-out options.
+        current: the same of this run.
+        options: the keys of options.
+        free: keys that may differ.
+        depends_on_heldout: as `run.content.require_same_content` takes it.
+
+    Raises:
+        UserError: the sentence says what differs.
+    """
+    content = saved.get("content")
+    free = free | {"content"}
+    if content is None:
+        free |= HELDOUT_OPTIONS
+    sizes = current.keys() - set(options)
+    require_same_settings(saved, current, free | sizes)
+    require_same_content(content, current["content"], depends_on_heldout)
+    # After the data, since the number of steps can follow from that of the samples.
+    require_same_settings(saved, current, free)
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -29,10 +29,7 @@ from bilora_diffusion.text.config import TextConfig
 from .axes import SEED, Values
 from .reporting import HELDOUT
 
-MEASURED = (
-    *("validation_dataset", "validation_file", "validation_part", "max_eval_samples"),
-    "validation_loss_steps",
-)
+MEASURED = (*sorted(resolving.HELDOUT_OPTIONS), "validation_loss_steps")
 """Options that don't touch what is learned, but decide what there is to compare."""
 CONFIGS = {"train_dreambooth_bilora.py": DreamBoothConfig, "train_text_bilora.py": TextConfig}
 """Training script -> what its command line is read as."""

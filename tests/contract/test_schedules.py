@@ -4,6 +4,7 @@ A warm-up's first step has rate 0. Twice a method took its scale from that step 
 rest of the run.
 """
 
+import functools
 import math
 
 import pytest
@@ -64,17 +65,10 @@ def primary(run):
     return torch.cat([tensors[key].flatten() for key in sorted(tensors)])
 
 
-@pytest.fixture(scope="module")
-def lora():
-    """Cached result of `train` for LoRA, by script and schedule."""
-    results = {}
-
-    def of(script, schedule):
-        if (script, schedule) not in results:
-            results[script, schedule] = train(script, "lora", [], schedule)
-        return results[script, schedule]
-
-    return of
+@functools.cache
+def train_lora(script, schedule):
+    """`train` for LoRA, once for all methods that are compared with it."""
+    return train(script, "lora", [], schedule)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +77,8 @@ def lora():
 )
 @pytest.mark.parametrize("script", ["image", "text"])
 @pytest.mark.parametrize(("method", "options"), VARIANTS, ids=str)
-def test_the_method_differs_from_lora(script, method, options, schedule, lora):
-    start, learned, _ = lora(script, schedule)
+def test_the_method_differs_from_lora(script, method, options, schedule):
+    start, learned, _ = train_lora(script, schedule)
     same_start, differently_learned, norms = train(script, method, options, schedule)
     assert torch.equal(start, same_start)
     difference = float((differently_learned - learned).norm() / (learned - start).norm())

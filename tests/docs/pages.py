@@ -36,7 +36,8 @@ def commands(script: str, folder: Path) -> list[list[str]]:
     functions = "".join(
         f"{name}() {{ printf '%s\\0' {name} \"$@\" '{END}' >> {started}; }}\n" for name in PROGRAMS
     )
-    bash, alone = [BASH, "-e", "-c", functions + script], {"PATH": "/nonexistent"}
-    run = subprocess.run(bash, cwd=folder, env=alone, capture_output=True, text=True)
+    bash = [BASH, "-e", "-c", functions + script]
+    without_programs = {"PATH": "/nonexistent"}
+    run = subprocess.run(bash, cwd=folder, env=without_programs, capture_output=True, text=True)
     assert run.returncode == 0, f"{script}\n{run.stderr}"
     return [words.split("\0")[:-1] for words in record.read_text().split(f"{END}\0")[:-1]]

@@ -218,7 +218,7 @@ def train(script: str, argv: Sequence[str]) -> None:
     main(list(argv))
 
 
-def asked(self: harness.Harness, *_: Any) -> Measured:
+def measure_two_items(self: harness.Harness, *_: Any) -> Measured:
     """A score of two items in the place of a task's."""
     return Measured(0.5, [Item("0", 1.0), Item("1", 0.0)])
 
@@ -242,7 +242,7 @@ def world(folder, monkeypatch):
     monkeypatch.setattr(cells, "_Run", RunInThisProcess)
     manager = SimpleNamespace(all_tasks=[], all_tags=[])
     monkeypatch.setattr(harness, "manager", lambda *_: manager)
-    monkeypatch.setattr(harness.Harness, "measure", asked)
+    monkeypatch.setattr(harness.Harness, "measure", measure_two_items)
     monkeypatch.setattr(Sandbox, "tried", lambda *_: Sandbox("true"))
     monkeypatch.setattr(Sandbox, "run", lambda *_: Execution("failed", "not run"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -253,12 +253,12 @@ def world(folder, monkeypatch):
         monkeypatch.setitem(step_cost.SHAPES, name, shape)
     monkeypatch.setattr(step_cost, "memory_of", lambda *_: 0)
     clip, blip = save_open_clip(folder / "clip"), save_blip(folder / "blip")
-    few = "--seeds 0 --max_prompts 2 --num_inference_steps 1 --general_prompts none"
+    two_images = "--seeds 0 --max_prompts 2 --num_inference_steps 1 --general_prompts none"
     with judge("[[8]]") as endpoint:
         text = f"--limit 1 --max_new_tokens 2 --mtbench_questions {folder / 'questions.jsonl'}"
         further = {
             "eval.text_scores": f"{text} --judge_base_url {endpoint.url}",
-            "eval.clip_scores": f"{few} --scorer open_clip:{clip} --captioner blip:{blip}",
+            "eval.clip_scores": f"{two_images} --scorer open_clip:{clip} --captioner blip:{blip}",
             "eval.landscape": "--directions 1 --points 3 --grid 0 --max_images 1 --levels 1"
             " --ascent_steps 1",
         }
@@ -274,15 +274,15 @@ def shortened(words: Sequence[str]) -> list[str]:
 
 def execute(words: Sequence[str], further: dict[str, list[str]]) -> None:
     """Run one command of the page."""
-    program, *rest = shortened(words)
+    program, *arguments = shortened(words)
     if program == "accelerate":
-        assert rest[0] == "launch"
-        train(rest[1], rest[2:])
-    elif rest[0] == "-m":
-        main = importlib.import_module(rest[1]).main
-        assert not main([*rest[2:], *further.get(rest[1], [])]), " ".join(words)
+        assert arguments[0] == "launch"
+        train(arguments[1], arguments[2:])
+    elif arguments[0] == "-m":
+        main = importlib.import_module(arguments[1]).main
+        assert not main([*arguments[2:], *further.get(arguments[1], [])]), " ".join(words)
     else:
-        importlib.import_module(Path(rest[0]).stem).main(rest[1:])
+        importlib.import_module(Path(arguments[0]).stem).main(arguments[1:])
 
 
 @pytest.mark.slow

@@ -55,8 +55,8 @@ def test_a_change_of_the_samples_is_named(samples, sentence):
 def test_a_row_that_is_removed_does_not_change_those_that_follow():
     rows = {f"line {n} of rows.jsonl": {"text": str(n) * 32} for n in range(9)}
     shorter = dict(zip(rows, [*rows.values()][:3] + [*rows.values()][4:], strict=False))
-    found = describe_difference(record(rows), record(shorter))
-    assert found == "1 sample was removed (line 3 of rows.jsonl)"
+    difference = describe_difference(record(rows), record(shorter))
+    assert difference == "1 sample was removed (line 3 of rows.jsonl)"
 
 
 def test_the_record_of_a_large_set_is_small_and_notices_every_change(monkeypatch):

@@ -86,7 +86,7 @@ def make(state: str, folder: Path) -> None:
             train_text(folder, **values)
 
 
-def made(state: str) -> Path:
+def example(state: str) -> Path:
     """A folder in a state, to be copied."""
     return once("run", lambda folder: make(state, folder), "folders", state)
 
@@ -96,10 +96,10 @@ def put(state: str, folder: Path, trains: bool) -> None:
     if state == "empty":
         return
     if trains or state not in CHEAP_RUNS:
-        copied(made(state), folder)
+        copied(example(state), folder)
         return
-    copied(made(CHEAP_RUNS[state]), folder)
-    copied(made("finished run"), folder / "fit" / "lora")
+    copied(example(CHEAP_RUNS[state]), folder)
+    copied(example("finished run"), folder / "fit" / "lora")
     (folder / "fit.json").write_text("{}")
 
 
@@ -133,12 +133,13 @@ def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
 
     code = train_text_bilora.main(text_flags(folder, **settings(fit), **STARTS[start]))
 
-    said, after = capsys.readouterr().err, files(folder)
+    output = capsys.readouterr().err
+    after = files(folder)
     if outcome == REFUSED:
         assert code == 2
-        (sentence,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        (sentence,) = [line for line in output.splitlines() if line.startswith("error: ")]
         assert str(folder) in sentence
-        assert "Traceback" not in said
+        assert "Traceback" not in output
     else:
         assert code == 0
     if outcome in (REFUSED, DRY):

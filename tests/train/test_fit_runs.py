@@ -46,8 +46,8 @@ def test_rates_are_scaled_once_and_are_what_a_command_with_them_trains_at(
     if auxiliary_rates is None:
         assert all(cfg.auxiliary_learning_rate is None for cfg in runs)
     else:
-        found = [cfg.auxiliary_learning_rate for cfg in runs]
-        assert found == pytest.approx(auxiliary_rates)
+        trained_rates = [cfg.auxiliary_learning_rate for cfg in runs]
+        assert trained_rates == pytest.approx(auxiliary_rates)
     for options, cfg in zip(configurations, runs, strict=True):
         assert resolve([*argv, *words(options)]) == cfg
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...durable import dump_json, replacing, strict_json, write_text
+from ...files import counted
 from ...intervals import student_interval
 from ...run import provenance
 from ...run.durations import duration
@@ -66,7 +67,7 @@ def draw(folder: Path, search: Search) -> None:
         ends = [student_interval(values) or (nan, nan) for values in near.values()]
         low, high = np.array(ends).reshape(-1, 2).T
         axis.fill_between([*near], low, high, color=line.get_color(), alpha=0.12, lw=0)
-    axis.axvline(step, color="0.3", ls=":", label=f"chosen: {_counted(step, 'step')}")
+    axis.axvline(step, color="0.3", ls=":", label=f"chosen: {counted(step, 'step')}")
     axis.grid(alpha=0.3)
     axis.legend(framealpha=0.9, edgecolor="none", fontsize="small")
     with replacing(folder / FIT_FIGURE) as aside:
@@ -94,21 +95,17 @@ def lines(folder: Path, samples_name: str) -> list[str]:
             within = " ({:.4f} to {:.4f})".format(*row["interval"]) if row["interval"] else ""
             part = f", on {row['folds']} of {folds} folds" if row["folds"] < folds else ""
             gap = f"{row['difference']:+.4f}{within}{part}"
-            steps = f"{row['title']}, {_counted(row['steps'], 'step')}".removeprefix("as given, ")
+            steps = f"{row['title']}, {counted(row['steps'], 'step')}".removeprefix("as given, ")
             rows.append((label, steps, gap if place else f"held-out loss {loss:.4f}"))
             seen.add(method)
     wide, wider, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-    configurations, number = _counted(count, "configuration"), _counted(len(runs), "run")
+    configurations, number = counted(count, "configuration"), counted(len(runs), "run")
     return [
         f"fit: {where}, {configurations}, {number} in {duration(seconds)}",
         *(f"{label:<{wide}}  {steps:<{wider}}  {end}" for label, steps, end in rows),
         *_last_run(record, read_run(folder)["config"]),
         *_doubts(record),
     ]
-
-
-def _counted(count: int, name: str) -> str:
-    return f"{count} {name}{'s' * (count != 1)}"
 
 
 def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
@@ -120,8 +117,8 @@ def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
     """
     choice, settings, sentences = record["choice"], record["settings"], []
     if config["max_train_steps"] != choice["steps"]:
-        trained = _counted(config["max_train_steps"], "step")
-        chosen = _counted(choice["steps"], "step")
+        trained = counted(config["max_train_steps"], "step")
+        chosen = counted(choice["steps"], "step")
         sentences.append(
             f"trained: {trained} at a rate that falls to zero, which sum up to {chosen} at a"
             " constant rate"
@@ -155,7 +152,7 @@ def _doubts(record: Mapping[str, Any]) -> list[str]:
             " answer"
         )
     if untrained := record["out"].keys() - {row["title"] for row in record["standings"]}:
-        number = _counted(len(untrained), "configuration")
+        number = counted(len(untrained), "configuration")
         sentences.append(f"{number} could not be trained: {FIT_RECORD} has the reasons")
     return sentences
 

@@ -23,14 +23,14 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
 
 from ...config.options import OptimizerOptions
-from ...config.run import HELDOUT_OPTIONS, twentieth
+from ...config.run import twentieth
 from ...durable import discard, strict_json
 from ...errors import Diverged, TrainingError, UserError
 from ...fields import options_of
 from ...methods.auxiliaries import deal as deal_auxiliaries
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
-from ...run.content import record_content, require_same_content, summarize
+from ...run.content import record_content, summarize
 from ...run.folder import FIT, FIT_RECORD, clear
 from ...run.interruption import Interruption, Stop
 from ...run.record import read_fit
@@ -38,6 +38,7 @@ from ...seeds import parts
 from ..recording import recorded
 from ..stepping import Schedule, total_steps
 from ..task import BY_SAMPLE
+from ..trainer import require_same_work
 from . import report
 from .search import BUDGET, Curve, Plan, Search, Work, lowest
 from .space import FORM, Options, Space, Values, default_values, read_values, title, words
@@ -169,16 +170,13 @@ class Fit:
 
     def _require_same_search(self, saved: dict[str, Any]) -> None:
         """Refuse to go on with a search of other settings or other data."""
-        current = strict_json(self._settings())[0]
-        # Searches of earlier versions have neither a record of the data nor held-out options.
-        free = {"names", "content"}
-        if "content" not in saved:
-            free |= HELDOUT_OPTIONS
-        options = self.cfg.resume_settings().keys()
-        checkpoint.require_same_settings(saved, current, free | (current.keys() - options))
-        require_same_content(saved.get("content"), current["content"], depends_on_heldout=True)
-        # After the data, since the number of steps can follow from that of the samples.
-        checkpoint.require_same_settings(saved, current, free)
+        require_same_work(
+            saved,
+            strict_json(self._settings())[0],
+            options=self.cfg.resume_settings().keys(),
+            free={"names"},  # which the record of the data has replaced
+            depends_on_heldout=True,
+        )
 
     def choose(self) -> Any:
         """Search, or go on with the folder's: the configuration to train with, or a `Stop`."""
