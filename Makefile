@@ -58,13 +58,14 @@ test-all: test  ## and then the rest: kills, several processes, all of the brows
 test-matrix: $(VENV)/.installed-dev  ## every method with every option on every kind of model, for a release
 	$(PYTEST) -m matrix $(PYTEST_ARGS)
 
-lint: style  ## ruff, pyright, and who may import whom
+lint: style  ## ruff, pyright, names, and who may import whom
 	$(TYPES)
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m docs.name_lint
 
 format: $(VENV)/.installed-dev  ## let ruff mend style and order of imports
 	$(BIN)/ruff check --fix .

@@ -21,9 +21,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.files import is_file, is_folder, is_text
-from bilora_diffusion.lora_names import COMPONENTS, DENOISERS, FILE_NAME, WEIGHTS
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import is_file, is_folder, is_text
+from bilora_diffusion.core.lora_names import (
+    COMPONENTS,
+    DENOISERS,
+    FILE_NAME,
+    WEIGHTS,
+)
 from bilora_diffusion.run.folder import FIT
 from bilora_diffusion.run.record import METRICS, RUN, read_run
 from eval import table

@@ -16,7 +16,7 @@ import gradio as gr
 from PIL import Image
 
 from bilora_diffusion import mini
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from eval.clip_scores.names import METRICS
 
 from . import parts

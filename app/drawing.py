@@ -18,9 +18,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL.Image import Image
 
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.errors import UserError, reason, strip_controls
+from bilora_diffusion.core.errors import UserError, reason, strip_controls
+from bilora_diffusion.core.files import is_file
+from bilora_diffusion.core.values import GUIDANCES, SAMPLER_STEPS, STRENGTHS
 from bilora_diffusion.export.checkpoints import export_checkpoint
-from bilora_diffusion.files import is_file
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -28,7 +29,6 @@ from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.mini import MINI, PIPELINES
 from bilora_diffusion.run.checkpoint import CHECKPOINTS, DIGESTS, FILES
 from bilora_diffusion.run.console import quiet
-from bilora_diffusion.values import GUIDANCES, SAMPLER_STEPS, STRENGTHS
 from eval.clip_scores import settings
 from eval.command import open_device
 from eval.load import applied

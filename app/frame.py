@@ -18,7 +18,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from bilora_diffusion.files import counted
+from bilora_diffusion.core.files import counted
 
 from . import compare, generate, grid, guard, parts, results, training, validation, vote
 from .catalog import Catalog

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from bilora_diffusion.errors import TrainingError, UserError
+from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.mini import MINI
 
 from . import parts

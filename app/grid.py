@@ -10,9 +10,9 @@ from typing import Any
 
 import gradio as gr
 
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.files import quoted
-from bilora_diffusion.values import STRENGTHS, Range
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import quoted
+from bilora_diffusion.core.values import STRENGTHS, Range
 
 from . import parts
 from .drawing import BaseChoice, checked, exported, size_of, usual

@@ -24,7 +24,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from bilora_diffusion.errors import print_trace_if_asked, reason, strip_controls
+from bilora_diffusion.core.errors import print_trace_if_asked, reason, strip_controls
 
 OPEN = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)"

@@ -19,8 +19,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.files import is_file
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import is_file
 from bilora_diffusion.image.decode import DECODE_ERRORS
 
 from .catalog import Catalog

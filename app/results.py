@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.files import finite
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import finite
 from eval.table import REPORT
 
 from . import parts

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from bilora_diffusion import methods
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run.durations import duration
 from bilora_diffusion.run.lock import STALE_SECONDS
 

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bilora_diffusion.errors import UserError, run_cli
+from bilora_diffusion.core.errors import UserError, run_cli
 from eval.command import Parser
 
 PORT = 7860

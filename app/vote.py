@@ -18,7 +18,7 @@ from typing import Any
 
 import gradio as gr
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from eval.compare import win_rate_interval
 
 from . import parts

@@ -25,7 +25,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 
 from . import parts
 from .catalog import Catalog, ResultItem

@@ -38,7 +38,7 @@ from measure import KIBI, GPUMemory, check, circumstances, finish, interleave, p
 
 from bilora_diffusion import mini
 from bilora_diffusion.config.command_line import Sentences
-from bilora_diffusion.errors import TrainingError, UserError, run_cli
+from bilora_diffusion.core.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.image.config import resolve as parse_run
 from bilora_diffusion.image.script import build_task
 from bilora_diffusion.run.record import read_metrics

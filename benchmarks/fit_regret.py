@@ -30,7 +30,7 @@ from bilora_diffusion.run.paths import ROOT
 from bilora_diffusion.run.record import read_fit, read_metrics, read_run
 from bilora_diffusion.run.runlog import is_finished
 from bilora_diffusion.text import catalog
-from bilora_diffusion.train.fit.space import words
+from bilora_diffusion.train.search.space import words
 from eval import report, table
 from eval.compare import mean, summaries
 from eval.provenance import command_line, of_runs

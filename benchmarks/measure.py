@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 
-from bilora_diffusion.durable import write_text
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.durable import write_text
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.values import STEPS
 from bilora_diffusion.run import provenance
-from bilora_diffusion.values import STEPS
 
 KIBI = 1024  # Linux tells resident memory in kibibytes
 

@@ -31,7 +31,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from bilora_diffusion.errors import UserError, run_cli
+from bilora_diffusion.core.errors import UserError, run_cli
 from bilora_diffusion.mini import pipeline_dir
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters.fused import unfuse
 from bilora_diffusion.config.command_line import Sentences
-from bilora_diffusion.errors import TrainingError, UserError, run_cli
+from bilora_diffusion.core.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.methods import MethodOptions, Target
 from bilora_diffusion.run import provenance
 from bilora_diffusion.train.compiling import Blocks

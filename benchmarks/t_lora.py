@@ -23,11 +23,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.fields import option
+from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.values import SHARES
 from bilora_diffusion.methods.base import Method
 from bilora_diffusion.methods.options import OwnOptions
 from bilora_diffusion.methods.registry import register
-from bilora_diffusion.values import SHARES
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from . import adapters, inits
 from .adapters import AdapterSpec
-from .errors import UserError
-from .fields import check, like, options_of
+from .core.errors import UserError
+from .core.fields import check, like, options_of
 from .methods.base import MethodOptions, Target
 from .methods.bilora import BiLoRA as _Method
 from .methods.options import AdapterOptions, MethodFlags

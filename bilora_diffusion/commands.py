@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from .errors import run_cli
-from .values import check_choice
+from .core.errors import run_cli
+from .core.values import check_choice
 
 Words = Sequence[str]
 

@@ -20,7 +20,7 @@ import torch
 from PIL.Image import Image
 
 from .config.command_line import Sentences
-from .errors import TrainingError, UserError, run_cli
+from .core.errors import TrainingError, UserError, run_cli
 from .image import script as train
 from .image.opening import open_images
 from .image.pipeline import load_pipeline

@@ -20,7 +20,12 @@ import yaml
 from bilora_diffusion.api import BiLoRAConfig
 from bilora_diffusion.config import refusals
 from bilora_diffusion.config.run import RunConfig
-from bilora_diffusion.fields import default_of, option_of, options_of, sections
+from bilora_diffusion.core.fields import (
+    default_of,
+    option_of,
+    options_of,
+    sections,
+)
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.methods import own_options
 from bilora_diffusion.text.config import TextConfig

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.durable import strict_json, write_text
+from bilora_diffusion.core.durable import strict_json, write_text
 
 FOLDER = "kept"
 

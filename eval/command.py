@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.config import command_line
-from bilora_diffusion.errors import Interrupted, UserError, did_you_mean, run_cli
-from bilora_diffusion.fields import add_flags, check, options_of
+from bilora_diffusion.core.errors import (
+    Interrupted,
+    UserError,
+    did_you_mean,
+    run_cli,
+)
+from bilora_diffusion.core.fields import add_flags, check, options_of
+from bilora_diffusion.core.values import Range
 from bilora_diffusion.run.record import RUN
 from bilora_diffusion.train.soundness import PICKLES
-from bilora_diffusion.values import Range
 
 from . import table
 from .subjects import read_groups
@@ -38,7 +43,7 @@ class Parser(command_line.Sentences):
     Args:
         module: as in ``python -m MODULE``.
         described: its first paragraph stands above the flags, the rest below them.
-        groups: dataclasses of options; see `bilora_diffusion.fields`.
+        groups: dataclasses of options; see `bilora_diffusion.core.fields`.
     """
 
     def __init__(self, module: str, described: str | None, groups: Sequence[Any] = ()) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.intervals import LEVEL, Interval
+from bilora_diffusion.core.errors import UserError, did_you_mean
+from bilora_diffusion.core.intervals import LEVEL, Interval
 
 from .table import Entry, Row, Summary
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from safetensors import safe_open
 
-from bilora_diffusion.errors import UserError, translated
+from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.lora_names import ADAPTER_METADATA
+from bilora_diffusion.core.lora_names import CONFIG as PEFT_CONFIG
+from bilora_diffusion.core.lora_names import WEIGHTS as PEFT_FILE
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.peft_config import read_config
-from bilora_diffusion.lora_names import ADAPTER_METADATA
-from bilora_diffusion.lora_names import CONFIG as PEFT_CONFIG
-from bilora_diffusion.lora_names import WEIGHTS as PEFT_FILE
 
 _ACTING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 """Names of PEFT's options that change how the tensors act."""

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bilora_diffusion.errors import UserError, strip_controls
+from bilora_diffusion.core.errors import UserError, strip_controls
 
 from . import compare, plot, report, table
 from .command import Parser, open_folder, require_free, run
@@ -44,7 +44,7 @@ class Evaluation:
     Attributes:
         name: of the module in ``eval``, and the result's kind.
         described: by default the module's docstring; its first paragraph stands above the flags.
-        options: dataclasses of its flags; see `bilora_diffusion.fields`.
+        options: dataclasses of its flags; see `bilora_diffusion.core.fields`.
         runs: help of the argument that names the runs.
         title: of the report; by default the name.
         metrics: how its metrics are shown.

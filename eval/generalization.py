@@ -18,8 +18,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.fields import option
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.fields import option
 
 from . import compare, report
 from .evaluation import Evaluation, require_common_steps

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.errors import UserError, translated
+from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.lora_names import COMPONENTS
 from bilora_diffusion.export.layers import diffusers_tensors
 from bilora_diffusion.export.reader import read
-from bilora_diffusion.lora_names import COMPONENTS
 from bilora_diffusion.text.models import TextModel
 from bilora_diffusion.train.task import precision
 

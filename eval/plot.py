@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.durable import replacing
+from bilora_diffusion.core.durable import replacing
 
 from .table import Result, Summary
 

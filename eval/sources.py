@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion import methods
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.core.errors import UserError, did_you_mean
+from bilora_diffusion.core.lora_names import DENOISERS, ENCODERS, FILE_NAME
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.base_model import describe, folder_of
 from bilora_diffusion.image.config import DreamBoothConfig
-from bilora_diffusion.lora_names import DENOISERS, ENCODERS, FILE_NAME
 from bilora_diffusion.run.record import RUN, read_metrics, read_run
 from bilora_diffusion.text.config import TextConfig
 from bilora_diffusion.train.soundness import PICKLES

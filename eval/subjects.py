@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 
 from .sources import BASE, Subject, find, run
 

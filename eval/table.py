@@ -20,9 +20,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bilora_diffusion.durable import dump_json, strict_json, write_text
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.files import finite
+from bilora_diffusion.core.durable import dump_json, strict_json, write_text
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import finite
 
 from .provenance import Provenance
 

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
 from bilora_diffusion import BiLoRAConfig
-from bilora_diffusion.errors import run_cli
+from bilora_diffusion.core.errors import run_cli
 from bilora_diffusion.integrations import use_bilora
 
 

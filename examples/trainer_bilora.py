@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from bilora_diffusion import BiLoRAConfig
-from bilora_diffusion.errors import run_cli
+from bilora_diffusion.core.errors import run_cli
 from bilora_diffusion.integrations import use_bilora
 
 

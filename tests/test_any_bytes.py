@@ -13,7 +13,7 @@ from PIL import Image
 
 from app.runs import RunItem, label, progress
 from app.training_data import Shown, charts, table
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.run.record import Fit, Options, Record, read_fit, read_metrics
 from bilora_diffusion.text.examples import open_file

@@ -13,7 +13,7 @@ from torch import nn
 import bilora_diffusion
 from bilora_diffusion import BiLoRAConfig, adapters, attach
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from tests.contract.models import CASES, tiny_mlp
 
 

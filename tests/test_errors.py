@@ -10,8 +10,13 @@ import tempfile
 import pytest
 from safetensors import SafetensorError
 
-from bilora_diffusion import durable
-from bilora_diffusion.errors import Interrupted, TrainingError, UserError, run_cli
+from bilora_diffusion.core import durable
+from bilora_diffusion.core.errors import (
+    Interrupted,
+    TrainingError,
+    UserError,
+    run_cli,
+)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +59,7 @@ def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
 
 def test_output_that_nobody_reads_ends_a_script_in_silence():
     printing = "run_cli(lambda: print('x' * 2**20))"
-    code = f"import sys; from bilora_diffusion.errors import run_cli; sys.exit({printing})"
+    code = f"import sys; from bilora_diffusion.core.errors import run_cli; sys.exit({printing})"
     script = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

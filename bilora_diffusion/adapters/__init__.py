@@ -9,8 +9,8 @@ base layer does: bf16 would lose small updates.
 from peft.functional import cast_adapter_dtype
 from peft.tuners.lora import LoraLayer
 
-from ..choices import ALL_LINEAR, INITS
-from ..lora_names import AUXILIARY, INITIAL, PRIMARY
+from ..core.choices import ALL_LINEAR, INITS
+from ..core.lora_names import AUXILIARY, INITIAL, PRIMARY
 from .access import (
     Factors,
     alike,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 Sides = Callable[[bool, torch.dtype], list[Tensor]]
 

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..lora_names import INITIAL, PRIMARY
+from ..core.lora_names import INITIAL, PRIMARY
 from .access import base_weight, from_rows, layers, weights
 from .injection import inject
 from .targets import AdapterSpec

@@ -13,8 +13,8 @@ from peft.functional import cast_adapter_dtype
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UserError
-from ..lora_names import PRIMARY
+from ..core.errors import UserError
+from ..core.lora_names import PRIMARY
 from .access import layers, names, whole, within
 from .saving import PEFT_PREFIX
 from .switching import activate, active

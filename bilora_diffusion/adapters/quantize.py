@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .access import within
 from .targets import output_head
 

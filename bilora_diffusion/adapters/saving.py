@@ -13,8 +13,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..durable import readable_as
-from ..lora_names import INITIAL, PRIMARY
+from ..core.durable import readable_as
+from ..core.lora_names import INITIAL, PRIMARY
 from .access import layers, named_parameters, whole
 
 PEFT_PREFIX = "base_model.model."

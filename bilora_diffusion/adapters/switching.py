@@ -10,8 +10,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..errors import UserError
-from ..lora_names import INITIAL, PRIMARY
+from ..core.errors import UserError
+from ..core.lora_names import INITIAL, PRIMARY
 from . import access
 from .access import layers, whole
 

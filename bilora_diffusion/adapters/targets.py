@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..choices import ALL_LINEAR
-from ..errors import UserError
+from ..core.choices import ALL_LINEAR
+from ..core.errors import UserError
 from .access import within
 
 CHANGE_BASE = ("pissa", "lora-ga")

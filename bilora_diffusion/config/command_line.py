@@ -13,10 +13,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from ..errors import UserError, did_you_mean, placed
-from ..fields import add_flags, check, default_of, option_of, options_of
-from ..files import quoted
-from ..values import check_choice
+from ..core.errors import UserError, did_you_mean, placed
+from ..core.fields import (
+    add_flags,
+    check,
+    default_of,
+    option_of,
+    options_of,
+)
+from ..core.files import quoted
+from ..core.values import check_choice
 from .recipe import find_recipe, read_options
 
 

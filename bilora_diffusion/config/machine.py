@@ -6,8 +6,8 @@ import importlib.util
 import os
 from typing import Any
 
-from ..errors import UserError
-from ..fields import TRUE
+from ..core.errors import UserError
+from ..core.fields import TRUE
 
 
 def is_installed(package: str) -> bool:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..fields import Idle, option, unless
-from ..values import BATCHES, DECAYS, RATES, SHARES, STEPS, Range
+from ..core.fields import Idle, option, unless
+from ..core.values import (
+    BATCHES,
+    DECAYS,
+    RATES,
+    SHARES,
+    STEPS,
+    Range,
+)
 
 PRECISIONS = ("no", "fp16", "bf16")
 LR_SCHEDULERS = (

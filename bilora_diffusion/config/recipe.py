@@ -13,8 +13,13 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError, did_you_mean, reason
-from ..files import is_file, is_text, quoted, read_text
+from ..core.errors import UserError, did_you_mean, reason
+from ..core.files import (
+    is_file,
+    is_text,
+    quoted,
+    read_text,
+)
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 """The repository's recipes, which an installed package brings along."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 TABLE = Path(__file__).with_name("refusals.toml")
 Facts = Mapping[str, Any]

@@ -8,11 +8,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from .. import fields, methods
-from ..choices import OPTIMIZERS
-from ..errors import UserError, is_main_process
+from .. import methods
+from ..core import fields
+from ..core.choices import OPTIMIZERS
+from ..core.errors import UserError, is_main_process
+from ..core.values import check_choice
 from ..methods.options import AdapterOptions, MethodFlags
-from ..values import check_choice
 from . import machine, refusals
 from .command_line import CommandLine
 from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptions

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY, peft_key
-from ..errors import UserError
-from ..lora_names import kohya_file_name
+from ..core.errors import UserError
+from ..core.lora_names import kohya_file_name
 from ..methods import get
 from ..run import checkpoint, runlog
 from ..run.folder import EXPORTS

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..config.command_line import Sentences
-from ..errors import UserError, run_cli, strip_controls
-from ..lora_names import ADAPTER_METADATA, FORMATS
+from ..core.errors import UserError, run_cli, strip_controls
+from ..core.lora_names import ADAPTER_METADATA, FORMATS
 from .lorafile import LoraFile, inspect, lora_files
 
 _WIDTH = 72  # of a metadata entry

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import adapters
-from ..durable import sync
-from ..errors import UserError
-from ..lora_names import (
+from ..core.durable import sync
+from ..core.errors import UserError
+from ..core.lora_names import (
     ADAPTER_METADATA,
     COMPONENTS,
     CONFIG,

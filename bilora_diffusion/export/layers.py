@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import factors, lora_config, portable_state_dict
-from ..errors import TrainingError, UserError
-from ..lora_names import ENCODERS, PRIMARY
+from ..core.errors import TrainingError, UserError
+from ..core.lora_names import ENCODERS, PRIMARY
 
 _KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 # Readers of kohya files know these four by SDXL's original names only; all others also by

@@ -15,8 +15,14 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from ..errors import UserError, translated
-from ..lora_names import ADAPTER_METADATA, AUXILIARY, COMPONENTS, FILE_NAME, WEIGHTS
+from ..core.errors import UserError, translated
+from ..core.lora_names import (
+    ADAPTER_METADATA,
+    AUXILIARY,
+    COMPONENTS,
+    FILE_NAME,
+    WEIGHTS,
+)
 from .peft_config import PeftConfig, adapter_config
 
 UNNAMED = "unnamed"

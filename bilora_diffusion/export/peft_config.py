@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
-from ..errors import UserError, translated
-from ..lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
+from ..core.errors import UserError, translated
+from ..core.lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
 
 # Such expressions may take longer to search a name than anybody waits.
 _COSTLY = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import INITIAL, PRIMARY, factors, state_dict
-from ..errors import TrainingError
-from ..lora_names import FILE_NAME, kohya_file_name
+from ..core.errors import TrainingError
+from ..core.lora_names import FILE_NAME, kohya_file_name
 from .layers import Layer, plain_name
 from .lorafile import inspect
 from .reader import read

@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import UserError
-from ..lora_names import COMPONENTS, ENCODERS
+from ..core.errors import UserError
+from ..core.lora_names import COMPONENTS, ENCODERS
 from .layers import Layer, Part, plain_name
 from .lorafile import Look, LoraFile, look, require
 

@@ -14,9 +14,9 @@ import safetensors.torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..durable import readable_as, replacing
-from ..errors import UserError
-from ..lora_names import (
+from ..core.durable import readable_as, replacing
+from ..core.errors import UserError
+from ..core.lora_names import (
     ADAPTER_METADATA,
     COMPONENTS,
     FILE_NAME,

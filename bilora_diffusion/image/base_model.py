@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, reading
-from ..files import folder_or_id
+from ..core.errors import UserError, reading
+from ..core.files import folder_or_id
 from ..mini import PIPELINES
 from .families import SDXL, named
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 Size = tuple[int, int]
 """(height, width) in pixels."""

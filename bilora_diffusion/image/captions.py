@@ -7,8 +7,8 @@ import unicodedata
 
 import torch
 
-from ..errors import UserError
-from ..seeds import generator
+from ..core.errors import UserError
+from ..core.seeds import generator
 from .config import DreamBoothConfig
 from .sets import ImageSet
 

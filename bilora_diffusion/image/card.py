@@ -9,7 +9,7 @@ from urllib.parse import quote
 from huggingface_hub import ModelCardData
 
 from .. import methods
-from ..lora_names import FILE_NAME, kohya_file_name, workflow_file_name
+from ..core.lora_names import FILE_NAME, kohya_file_name, workflow_file_name
 from ..mini import FLOW, MINI, PIPELINES
 from ..run.card import is_hub_id, loaded_from, source, write_card
 from ..run.record import BY_CONCEPT

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..choices import ALL, ALL_LINEAR
-from ..durable import write_text
-from ..lora_names import kohya_file_name, workflow_file_name
+from ..core.choices import ALL, ALL_LINEAR
+from ..core.durable import write_text
+from ..core.lora_names import kohya_file_name, workflow_file_name
 from ..methods import get
 from ..mini import embedded
 from .families import SDXL, of

@@ -17,9 +17,9 @@ from ..config import refusals
 from ..config.command_line import CommandLine
 from ..config.recipe import read_options
 from ..config.run import without_idle
-from ..errors import UserError, is_main_process, placed
-from ..fields import check, options_of
-from ..files import quoted
+from ..core.errors import UserError, is_main_process, placed
+from ..core.fields import check, options_of
+from ..core.files import quoted
 from . import inputs
 from .loss_options import PriorOptions
 from .options import DataOptions, ValidationOptions

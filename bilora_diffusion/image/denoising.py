@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
 from .. import adapters
-from ..errors import UserError
+from ..core.errors import UserError
 from ..train.task import precision
 from .families.base import Conditions, Family, moved
 from .families.sdxl import encode

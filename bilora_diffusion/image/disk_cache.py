@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..durable import replacing
-from ..seeds import digest, digest_texts
+from ..core.durable import replacing
+from ..core.seeds import digest, digest_texts
 from .config import DreamBoothConfig
 
 FORMAT = "2"

@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ..choices import NOISE_LEVELS
+from ..core.choices import NOISE_LEVELS
+from ..core.seeds import generator
 from ..run.record import BY_CONCEPT
-from ..seeds import generator
 from ..train.task import inference, loss_by_part
 from .latents import Encoder
 from .sets import ImageSet

@@ -10,11 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..choices import ATTENTION
 from ..config import refusals
 from ..config.machine import device_type
-from ..errors import UserError, reading
-from ..files import folder_or_id, is_file, is_folder, quoted, read_text
+from ..core.choices import ATTENTION
+from ..core.errors import UserError, reading
+from ..core.files import (
+    folder_or_id,
+    is_file,
+    is_folder,
+    quoted,
+    read_text,
+)
 from ..mini import ANIMALS, ANIMALS_HELDOUT, FLOW, FOLDERS, HELDOUT, MINI
 from ..run.heldout_part import read_part
 from .base_model import SDXL_BASE, BaseModel, describe, folder_of

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import TrainingError
+from ..core.errors import TrainingError
 from .disk_cache import DiskCache
 from .latent_space import LatentSpace
 from .visits import Visit

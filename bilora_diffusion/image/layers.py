@@ -8,8 +8,15 @@ from torch import nn
 
 from ..adapters import adaptable
 from ..adapters.access import within
-from ..choices import ALL, ALL_LINEAR, ATTENTION, CONVOLUTIONS, FEED_FORWARD, LAYER_GROUPS
-from ..errors import UserError, did_you_mean
+from ..core.choices import (
+    ALL,
+    ALL_LINEAR,
+    ATTENTION,
+    CONVOLUTIONS,
+    FEED_FORWARD,
+    LAYER_GROUPS,
+)
+from ..core.errors import UserError, did_you_mean
 from .families.base import Family
 
 FLAG = "--lora_layers"

@@ -9,8 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import UserError, did_you_mean
-from ..files import counted, folder_or_id, is_file, quoted, read_text
+from ..core.errors import UserError, did_you_mean
+from ..core.files import (
+    counted,
+    folder_or_id,
+    is_file,
+    quoted,
+    read_text,
+)
 from ..mini import FOLDERS
 from .decode import HEIF_SUFFIXES, image_suffixes
 

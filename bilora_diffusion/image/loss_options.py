@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..fields import Idle, option, unless
-from ..values import BATCHES, DECAYS, FACTORS, GUIDANCES, RATES, Range
+from ..core.fields import Idle, option, unless
+from ..core.values import (
+    BATCHES,
+    DECAYS,
+    FACTORS,
+    GUIDANCES,
+    RATES,
+    Range,
+)
 from .families import SDXL
 
 WITHOUT_PRIOR = unless("with_prior_preservation", True, "without prior preservation")

@@ -16,8 +16,16 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..errors import UserError, translated
-from ..files import is_file, is_text, kind_of, listed, quoted, read_rows, require_column
+from ..core.errors import UserError, translated
+from ..core.files import (
+    is_file,
+    is_text,
+    kind_of,
+    listed,
+    quoted,
+    read_rows,
+    require_column,
+)
 from .decode import read_mask
 from .listing import (
     METADATA,

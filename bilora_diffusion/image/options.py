@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..config.options import HeldOutOptions, OutputOptions
-from ..fields import Idle, like, option
+from ..core.fields import Idle, like, option
+from ..core.values import (
+    GUIDANCES,
+    SAMPLER_STEPS,
+    SHARES,
+    SIDES,
+    STEPS,
+    WORKERS,
+    Range,
+)
 from ..mini import FOLDERS
-from ..values import GUIDANCES, SAMPLER_STEPS, SHARES, SIDES, STEPS, WORKERS, Range
 from . import inputs
 from .base_model import SDXL_BASE, folder_of
 

@@ -14,7 +14,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from ..errors import UserError, reading
+from ..core.errors import UserError, reading
 from ..mini import PIPELINES
 from ..train.dry_run import empty
 from ..train.soundness import require_safetensors, require_whole, require_words

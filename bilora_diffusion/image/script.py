@@ -18,10 +18,10 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..adapters.quantize import quantize
-from ..errors import placed
+from ..core.errors import placed
+from ..core.lora_names import FILE_NAME, kohya_file_name, workflow_file_name
 from ..export.readback import verify
 from ..export.writer import save_diffusers, save_models, training_facts
-from ..lora_names import FILE_NAME, kohya_file_name, workflow_file_name
 from ..methods import get
 from ..run.heldout_part import chosen, copies
 from ..train import running

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from PIL import Image
 
-from ..errors import UserError, reason
+from ..core.errors import UserError, reason
+from ..core.seeds import digest_texts
 from ..run.content import SampleContent, hash_samples
-from ..seeds import digest_texts
 from .decode import DECODE_ERRORS, read_rgb, upright_size
 
 FULL_CHECK_LIMIT = 2000

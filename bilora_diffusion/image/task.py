@@ -18,11 +18,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from ..adapters import AdapterSpec
-from ..choices import ATTENTION
-from ..files import counted
+from ..core.choices import ATTENTION
+from ..core.files import counted
+from ..core.seeds import digest, generator
 from ..methods import Target
 from ..run.content import SampleContent
-from ..seeds import digest, generator
 from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
 from .captions import texts

@@ -9,10 +9,20 @@ from typing import Any, ClassVar
 
 from ..config.command_line import CommandLine
 from ..config.options import StepOptions
-from ..errors import UserError, placed
-from ..fields import check, like, option, options_of
-from ..files import quoted
-from ..values import GUIDANCES, SAMPLER_STEPS, SIDES, STRENGTHS
+from ..core.errors import UserError, placed
+from ..core.fields import (
+    check,
+    like,
+    option,
+    options_of,
+)
+from ..core.files import quoted
+from ..core.values import (
+    GUIDANCES,
+    SAMPLER_STEPS,
+    SIDES,
+    STRENGTHS,
+)
 
 FOREIGN: dict[str, tuple[str, str]] = dict.fromkeys(
     ("g", "ss", "cn", "i", "ctr", "rcfg", "fs"),

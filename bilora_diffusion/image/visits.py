@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.seeds import digest_texts, generator
 from ..run.interruption import SIGNALS
-from ..seeds import digest_texts, generator
 from ..train.order import KindsOrder, SampleOrder
 from . import buckets, crops
 from .captions import Captions, texts

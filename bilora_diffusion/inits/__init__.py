@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY, AdapterSpec
-from ..errors import TrainingError, UserError
-from ..seeds import seed_of
+from ..core.errors import TrainingError, UserError
+from ..core.seeds import seed_of
 from . import lora_ga, pissa
 
 COMPONENTS = {"pissa": 1, "lora-ga": 2}

@@ -14,7 +14,7 @@ from .. import adapters
 from ..adapters import AUXILIARY
 from ..api import BiLoRA
 from ..config import refusals
-from ..errors import UserError
+from ..core.errors import UserError
 from ..methods.hooks import unwrapped
 
 _OTHER_WEIGHTS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")

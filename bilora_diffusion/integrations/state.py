@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY
 from ..api import BiLoRA
-from ..durable import readable_as, replacing
-from ..errors import UserError, reading, translated
-from ..lora_names import CONFIG, WEIGHTS
+from ..core.durable import readable_as, replacing
+from ..core.errors import UserError, reading, translated
+from ..core.lora_names import CONFIG, WEIGHTS
 from ..run.checkpoint import load_tensors, require_same_settings, separate
 
 STATE = "bilora_state.safetensors"

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY
 from ..api import BiLoRA, BiLoRAConfig, attach
-from ..errors import UserError
+from ..core.errors import UserError
 from . import checks, state
 
 SAMPLES = "sample_id"

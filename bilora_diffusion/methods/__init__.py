@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..fields import option
-from ..values import FACTORS, STEPS, Range
+from ..core.fields import option
+from ..core.values import FACTORS, STEPS, Range
 from .options import MethodOptions as MethodOptions
 from .options import OwnOptions
 

@@ -27,8 +27,8 @@ from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY, by_row
-from ..choices import SAMPLE
-from ..errors import UserError
+from ..core.choices import SAMPLE
+from ..core.errors import UserError
 from . import ball
 from .ablations import PerLayer, Unbounded
 from .auxiliary import Auxiliary, Layers, scales

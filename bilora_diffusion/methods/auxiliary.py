@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import AUXILIARY
-from ..errors import UserError
+from ..core.errors import UserError
 from . import ball, perturb
 from .base import Counting, Target
 from .options import MethodOptions

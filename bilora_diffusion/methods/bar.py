@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..adapters import PRIMARY, weights
-from ..errors import UserError
+from ..core.errors import UserError
 from .base import Counting
 from .hooks import BeforeStep, unwrapped
 from .options import falling

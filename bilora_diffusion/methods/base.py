@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .. import adapters, inits
 from ..adapters import INITIAL, PRIMARY, AdapterSpec, fused
-from ..errors import UserError
+from ..core.errors import UserError
 from .options import MethodOptions, OwnOptions
 
 

@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY
-from ..choices import AUTO
-from ..errors import UserError
+from ..core.choices import AUTO
+from ..core.errors import UserError
 from . import auxiliaries, ball
 from .auxiliary import WithAuxiliary, learning_rate
 from .base import StepOptimizer, Target

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import PRIMARY
-from ..seeds import seed_of
+from ..core.seeds import seed_of
 from . import perturb
 from .base import Counting
 from .options import rising

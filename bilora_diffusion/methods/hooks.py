@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .base import Method
 
 

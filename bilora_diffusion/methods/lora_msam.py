@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import UserError
+from ..core.errors import UserError
 from . import perturb
 from .base import Method
 from .hooks import unwrapped

@@ -9,10 +9,31 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..choices import AUTO, BALLS, DIRECTIONS, INITS, RHO_NORMS, SAMPLE, SCHEDULES
-from ..errors import UserError
-from ..fields import Idle, check, option, options_of, unless
-from ..values import FACTORS, RANKS, RATES, SCALES, SHARES, Range
+from ..core.choices import (
+    AUTO,
+    BALLS,
+    DIRECTIONS,
+    INITS,
+    RHO_NORMS,
+    SAMPLE,
+    SCHEDULES,
+)
+from ..core.errors import UserError
+from ..core.fields import (
+    Idle,
+    check,
+    option,
+    options_of,
+    unless,
+)
+from ..core.values import (
+    FACTORS,
+    RANKS,
+    RATES,
+    SCALES,
+    SHARES,
+    Range,
+)
 
 SECTION = "adapters and method"
 RADII = Range(

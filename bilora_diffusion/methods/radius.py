@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY
-from ..errors import UserError
+from ..core.errors import UserError
 from . import ball
 from .auxiliary import Auxiliary, Layers, scales
 from .options import MethodOptions

@@ -13,7 +13,7 @@ from typing import Any, cast
 from PIL import Image
 from torch import Tensor, nn
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 
 NAME = "mini-CLIP"
 CAPTIONS_FILE = "captions.txt"

@@ -11,7 +11,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from ..adapters import CHANGE_BASE
-from ..durable import write_text
+from ..core.durable import write_text
 from ..methods import get
 from ..mini import embedded
 from .folder import FIT_FIGURE

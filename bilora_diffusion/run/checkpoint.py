@@ -29,9 +29,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..durable import TEMPORARY, discard, dump_json, readable_as, remove_leftovers, sync
-from ..errors import TrainingError, UserError, translated
-from ..files import finite
+from ..core.durable import (
+    TEMPORARY,
+    discard,
+    dump_json,
+    readable_as,
+    remove_leftovers,
+    sync,
+)
+from ..core.errors import TrainingError, UserError, translated
+from ..core.files import finite
 
 SCHEMA_VERSION = 4
 CHECKPOINTS, DIGESTS = "checkpoints", "digests.json"

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import UserError
-from ..seeds import digest_texts
+from ..core.errors import UserError
+from ..core.seeds import digest_texts
 
 TRAINING, HELDOUT = "training", "held-out"
 MOST_LISTED = 1000

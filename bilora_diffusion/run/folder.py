@@ -14,8 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..lora_names import (
+from ..core.errors import UserError
+from ..core.lora_names import (
     COMPONENTS,
     CONFIG,
     FILE_NAME,

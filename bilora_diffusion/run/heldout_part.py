@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Sequence
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 MOST_PARTS = 1000
 Contents = Sequence[tuple[str, Hashable]]
@@ -39,7 +39,7 @@ def chosen(part: str | None, names: Sequence[str], what: str) -> list[int]:
     """
     if part is None:
         return list(range(len(names)))
-    from ..seeds import parts  # which takes torch, and a command line is read before
+    from ..core.seeds import parts  # which takes torch, and a command line is read before
 
     number, count = read_part(part)
     different = list(dict.fromkeys(names))

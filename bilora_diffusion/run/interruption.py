@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from ..errors import Interrupted, is_main_process
+from ..core.errors import Interrupted, is_main_process
 from . import checkpoint, runlog
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

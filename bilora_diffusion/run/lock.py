@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
-from ..durable import disk_is_full
-from ..errors import UserError, is_main_process
+from ..core.durable import disk_is_full
+from ..core.errors import UserError, is_main_process
 from .runlog import HEARTBEAT_SECONDS, RUN, read_run
 
 FILE = ".run.lock"  # hidden, so that it is neither uploaded nor looked at

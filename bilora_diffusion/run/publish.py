@@ -10,8 +10,8 @@ from huggingface_hub import CommitOperationAdd, create_commit, create_repo, uplo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 
-from ..durable import dump_json
-from ..errors import UserError, reason
+from ..core.durable import dump_json
+from ..core.errors import UserError, reason
 from .paths import without_paths
 
 # Of exports, diffusers would load one by its name where no file is named.

@@ -17,7 +17,14 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..durable import discard, dump_json, overwrite_text, strict_json, sync, write_text
+from ..core.durable import (
+    discard,
+    dump_json,
+    overwrite_text,
+    strict_json,
+    sync,
+    write_text,
+)
 from . import provenance, snapshots
 from .record import METRICS, RUN, SCHEMA_VERSION, read_metrics, read_run
 

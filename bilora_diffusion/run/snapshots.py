@@ -23,8 +23,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..adapters import Factors
-from ..durable import discard, remove_leftovers, sync, write_bytes
-from ..errors import TrainingError, UserError, translated
+from ..core.durable import (
+    discard,
+    remove_leftovers,
+    sync,
+    write_bytes,
+)
+from ..core.errors import TrainingError, UserError, translated
 
 FOLDER = "dynamics"
 SCHEMA_VERSION = 1

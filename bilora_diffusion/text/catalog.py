@@ -15,8 +15,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from ..errors import UserError, did_you_mean
-from ..files import MOST_BYTES, read_rows, read_text
+from ..core.errors import UserError, did_you_mean
+from ..core.files import MOST_BYTES, read_rows, read_text
 from .examples import Example, text_of
 from .places import package_folder
 

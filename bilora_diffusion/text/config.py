@@ -9,12 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from ..choices import ALL_LINEAR
 from ..config.options import StoppingOptions
 from ..config.run import RunConfig, without_influence
-from ..errors import UserError
-from ..fields import options_of
-from ..files import TABLES, is_file
+from ..core.choices import ALL_LINEAR
+from ..core.errors import UserError
+from ..core.fields import options_of
+from ..core.files import TABLES, is_file
 from ..run.heldout_part import read_part
 from .options import (
     EvaluationOptions,

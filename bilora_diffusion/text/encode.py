@@ -21,8 +21,8 @@ from accelerate.utils import send_to_device
 from datasets import config
 from torch import Tensor
 
-from ..errors import UserError
-from ..seeds import digest_texts
+from ..core.errors import UserError
+from ..core.seeds import digest_texts
 from ..train.task import inference
 from .config import TextConfig
 from .examples import Example

@@ -9,8 +9,8 @@ from typing import Any
 
 from accelerate.utils import send_to_device
 
-from ..durable import write_text
-from ..errors import UserError
+from ..core.durable import write_text
+from ..core.errors import UserError
 from ..train.task import inference, loss_by_part
 from .config import TextConfig
 from .encode import Encoded

@@ -8,8 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, did_you_mean
-from ..files import is_text, kind_of, listed, quoted, read_rows, require_column
+from ..core.errors import UserError, did_you_mean
+from ..core.files import (
+    is_text,
+    kind_of,
+    listed,
+    quoted,
+    read_rows,
+    require_column,
+)
 
 CONVERSATION = "messages"
 INPUTS = ("input", "prompt", "question", "instruction", "text", "sentence")

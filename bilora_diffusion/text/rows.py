@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import UserError, translated
+from ..core.errors import UserError, translated
+from ..core.seeds import digest_texts, generator, seed_of
 from ..run.heldout_part import chosen
-from ..seeds import digest_texts, generator, seed_of
 from . import catalog
 from .catalog import OTHER_SET, CatalogTask, packaged_rows
 from .config import TextConfig

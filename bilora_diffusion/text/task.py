@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ..adapters import AdapterSpec
-from ..files import counted
+from ..core.files import counted
+from ..core.seeds import digest, digest_texts
 from ..methods import Target
 from ..run.content import SampleContent
-from ..seeds import digest, digest_texts
 from ..train.order import LengthGroupedOrder, SampleOrder
 from ..train.task import Fold, MicroBatch
 from .config import TextConfig

@@ -12,8 +12,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..errors import UserError, translated
-from ..seeds import digest_texts
+from ..core.errors import UserError, translated
+from ..core.seeds import digest_texts
 from .examples import Example
 
 IGNORED = -100

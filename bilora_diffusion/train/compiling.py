@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..errors import TrainingError, reason
+from ..core.errors import TrainingError, reason
 from ..run.durations import duration
 
 BACKEND = "inductor"

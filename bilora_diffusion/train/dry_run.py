@@ -18,16 +18,16 @@ from torch import nn
 
 from .. import adapters
 from ..adapters import AUXILIARY, INITIAL, PRIMARY
-from ..choices import OPTIMIZERS
 from ..config.run import RunConfig
-from ..durable import bytes_for_people
-from ..errors import UserError
-from ..files import counted
+from ..core.choices import OPTIMIZERS
+from ..core.durable import bytes_for_people
+from ..core.errors import UserError
+from ..core.files import counted
 from ..methods import Method, for_run
 from ..methods.auxiliaries import deal
 from ..run import provenance
-from .fit.runs import Fit
-from .fit.space import RATE, Options, title
+from .search.runs import Fit
+from .search.space import RATE, Options, title
 from .stepping import Schedule, total_steps
 
 CUDA_CONTEXT, CPU_LIBRARIES = 600_000_000, 100_000_000

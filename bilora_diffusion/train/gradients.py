@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .. import adapters
 from ..adapters import INITIAL
 from ..config.run import RunConfig
-from ..errors import TrainingError
+from ..core.errors import TrainingError
+from ..core.seeds import seed_of
 from ..inits import compute, needs_gradient
 from ..methods import Target
-from ..seeds import seed_of
 from .task import Task
 
 FP16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..config import machine
-from ..errors import UserError
+from ..core.errors import UserError
 
 NOT_COMPILED = "TORCHDYNAMO_DISABLE"
 """torch's switch: where it is "1", `torch.compile` gives back what it is given."""

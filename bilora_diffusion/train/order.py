@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from ..seeds import generator
+from ..core.seeds import generator
 
 Repeats = int | Sequence[int]
 """How often a sample appears in one pass over the data: all alike, or each."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..adapters import PRIMARY
 from ..config.run import RunConfig
-from ..errors import UserError
+from ..core.errors import UserError
 from ..methods import Method
 from ..methods.perturb import replaced
 

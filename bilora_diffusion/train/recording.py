@@ -11,11 +11,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..choices import OPTIMIZERS
 from ..config.run import RunConfig
-from ..durable import bytes_for_people, disk_is_full, free_bytes, full_disk_sentence
-from ..errors import Diverged, TrainingError, UserError, keep_trace, unexpected
-from ..files import counted
+from ..core.choices import OPTIMIZERS
+from ..core.durable import (
+    bytes_for_people,
+    disk_is_full,
+    free_bytes,
+    full_disk_sentence,
+)
+from ..core.errors import (
+    Diverged,
+    TrainingError,
+    UserError,
+    keep_trace,
+    unexpected,
+)
+from ..core.files import counted
 from ..methods import Method
 from ..run import provenance
 from ..run.record import read_metrics

@@ -29,7 +29,7 @@ from accelerate.utils import (
 
 from .. import adapters
 from ..config.run import RunConfig
-from ..errors import UserError, translated
+from ..core.errors import UserError, translated
 from ..methods import for_run, get
 from ..run import checkpoint, console, interruption, lock, publish, runlog
 from ..run.content import summarize
@@ -37,10 +37,10 @@ from ..run.folder import FIT_RECORD, clear, guard, refuse_unusable
 from ..run.interruption import Stop
 from ..run.record import last_measured, read_fit
 from . import dry_run, sharding
-from .fit import report
-from .fit.runs import Fit
 from .loop import fit
 from .recording import announce, recorded, warn_of_zero_auxiliary
+from .search import report
+from .search.runs import Fit
 from .stepping import Schedule, total_steps
 from .task import Task
 from .trainer import UNSUITED, Trainer

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import PICKLED, UserError, reading
+from ..core.errors import PICKLED, UserError, reading
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from .. import adapters
 from ..config.run import HELDOUT_OPTIONS, RunConfig
-from ..errors import Diverged, UserError
+from ..core.errors import Diverged, UserError
+from ..core.seeds import digest_texts, seed_of
 from ..methods import Method
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
 from ..run.content import record_content, require_same_content
 from ..run.interruption import Interruption
-from ..seeds import digest_texts, seed_of
 from . import sharding
 from .dynamics import Dynamics
 from .gradients import initialise

@@ -25,10 +25,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_diffusion.errors import UserError, translated
-from bilora_diffusion.fields import option
+from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.values import (
+    GUIDANCES,
+    SAMPLER_STEPS,
+    SIDES,
+    STRENGTHS,
+    WORKERS,
+)
 from bilora_diffusion.run.record import RUN
-from bilora_diffusion.values import GUIDANCES, SAMPLER_STEPS, SIDES, STRENGTHS, WORKERS
 
 from .. import checkpoints, compare, report
 from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps

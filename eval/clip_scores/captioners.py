@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from PIL.Image import Image
 
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.train.soundness import require_whole, require_words
 
 from ..digests import of_files

@@ -32,15 +32,15 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from bilora_diffusion import methods, mini
-from bilora_diffusion.durable import write_bytes
-from bilora_diffusion.errors import translated
+from bilora_diffusion.core.durable import write_bytes
+from bilora_diffusion.core.errors import translated
+from bilora_diffusion.core.seeds import seed_of
 from bilora_diffusion.image.families.base import joined
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 from bilora_diffusion.image.prompts import embed, embed_negative
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run.console import quiet
 from bilora_diffusion.run.provenance import device, versions
-from bilora_diffusion.seeds import seed_of
 
 from ..digests import of_folders
 from ..load import applied

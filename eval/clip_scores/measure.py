@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from bilora_diffusion import mini
-from bilora_diffusion.errors import UserError, translated
+from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.image.decode import read_rgb
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet

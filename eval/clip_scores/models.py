@@ -23,7 +23,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.train.soundness import require_words
 
 from ..digests import of_files

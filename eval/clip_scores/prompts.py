@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.files import is_file, read_rows, read_text
+from bilora_diffusion.core.errors import UserError, did_you_mean
+from bilora_diffusion.core.files import is_file, read_rows, read_text
 from bilora_diffusion.mini import heldout_dir
 
 FOLDER = Path(__file__).resolve().parents[1] / "prompts"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bilora_diffusion import mini
 from bilora_diffusion.config.machine import default_precision
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 

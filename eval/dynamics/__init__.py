@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from bilora_diffusion import methods
-from bilora_diffusion.lora_names import AUXILIARY
+from bilora_diffusion.core.lora_names import AUXILIARY
 
 from .. import report
 from ..evaluation import Evaluation, require_common_steps

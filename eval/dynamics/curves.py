@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, Factors
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import snapshots
 from bilora_diffusion.run.snapshots import Snapshot
 from bilora_diffusion.train.dynamics import (

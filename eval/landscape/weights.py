@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from bilora_diffusion.core.seeds import generator
 from bilora_diffusion.methods.perturb import replaced
-from bilora_diffusion.seeds import generator
 
 Loss = Callable[[], Iterable[Tensor]]
 """The 0-d tensors that add up to it. They come one by one (a generator), so that only one term's

@@ -28,9 +28,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_diffusion.errors import UserError, did_you_mean
-from bilora_diffusion.fields import option
-from bilora_diffusion.values import WORKERS
+from bilora_diffusion.core.errors import UserError, did_you_mean
+from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.values import WORKERS
 
 from .. import compare, plot
 from ..command import Parser, open_folder, require_free
@@ -59,7 +59,7 @@ class SweepOptions:
         "Axes: name=v1,v2 or name=a..b (whole numbers, b included); seed is the axis of pairs.",
     )
     arms: Path | None = option(None, "YAML file: label to mapping of options.")  # noqa: RUF009
-    set: list[str] = option([], "SweepOptions of all runs, NAME=VALUE.")  # noqa: RUF009
+    set: list[str] = option([], "Options of all runs, NAME=VALUE.")  # noqa: RUF009
     control: str | None = option(None, "Label of the variant to compare with (default: first).")
     metric: str = option(HELDOUT, "Key in metrics.jsonl.")
     higher_is_better: bool = option(False, "Of the metric, such as accuracy.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion.config.recipe import read_options
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 
 SEED = "seed"
 MOST_VALUES = 10_000

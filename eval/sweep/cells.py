@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from bilora_diffusion.durable import dump_json, write_text
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.durable import dump_json, write_text
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import checkpoint, runlog
 
 from ..provenance import without_paths

@@ -29,8 +29,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from bilora_diffusion.fields import option
-from bilora_diffusion.values import BATCHES, TOKENS
+from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.values import BATCHES, TOKENS
 
 from .. import checkpoints, compare, report
 from ..checkpoints import OverSteps

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion import methods
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 
 from .. import checkpoints, subjects
 from ..provenance import without_paths

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bilora_diffusion.errors import UserError, did_you_mean
+from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.run.record import last_measured
 
 from ..subjects import BASE, Subject

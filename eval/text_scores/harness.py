@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion.config.machine import require
-from bilora_diffusion.errors import UserError, translated
+from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import context_text, resolve_template
 

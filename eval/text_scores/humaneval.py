@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bilora_diffusion.config.machine import require
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 
 from .benchmarks import SHOWN, Item, Measured
 from .models import CacheOf, Decoding, Loaded, answers

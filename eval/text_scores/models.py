@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from bilora_diffusion.adapters.quantize import quantize
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.seeds import seed_of
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.seeds import seed_of
 from bilora_diffusion.text.evaluation import generate
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.models import TextModel, load_text_model

@@ -20,9 +20,9 @@ from typing import Any
 from tqdm import tqdm
 
 from bilora_diffusion.config.machine import require
-from bilora_diffusion.errors import UserError, translated
-from bilora_diffusion.files import read_rows
-from bilora_diffusion.seeds import digest_texts
+from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.files import read_rows
+from bilora_diffusion.core.seeds import digest_texts
 
 from .benchmarks import SHOWN, Item, Measured
 from .models import CacheOf, Decoding, Loaded, answers

@@ -13,7 +13,7 @@ import torch
 from pydantic import TypeAdapter
 from tqdm import tqdm
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 
 from ..cache import Cache
 from ..subjects import Subject

@@ -22,7 +22,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 FOLDER = "/scratch"

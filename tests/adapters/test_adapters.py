@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import Target, create
 from tests.contract.models import tiny_clip, tiny_mlp, tiny_t5, tiny_unet
 from tests.export.export_models import add_adapters

@@ -14,7 +14,7 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec, is_quantized
 from bilora_diffusion.adapters.fused import fuse, unfused
 from bilora_diffusion.adapters.quantize import KEPT, quantize
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
 from tests.adapters.test_fused import BOTH, TOLERANCE, assert_same, results
 from tests.contract.harness import Run

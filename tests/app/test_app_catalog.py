@@ -17,7 +17,7 @@ from app import catalog as catalogs
 from app import parts, validation, viewer
 from app.catalog import DEPTH, Catalog
 from app.runs import ordered, pair
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
 from tests.scripts.runs import started
 

@@ -13,7 +13,7 @@ import torch
 from app.catalog import Catalog
 from app.drawing import BASE, BaseChoice, Pipelines, Request, checked, drawable, local, sides, usual
 from app.generate import Stopped, Tab, Work
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores import settings

@@ -20,7 +20,7 @@ from PIL import Image, ImageColor
 from app import parts, vote, votes
 from app.catalog import Catalog
 from app.votes import ANY, FILE, Ballot, Booth, Polls, Side, Vote, ballots, tallies
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from eval.compare import win_rate_interval
 from tests.app.folders import make_scores
 

@@ -12,8 +12,8 @@ from torchvision.transforms import InterpolationMode
 
 from bilora_diffusion.adapters import ALL_LINEAR
 from bilora_diffusion.config.machine import device_type
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.fields import options_of
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.fields import options_of
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.inputs import FP16_FIX, SDXL_BASE
 from bilora_diffusion.image.options import INTERPOLATIONS

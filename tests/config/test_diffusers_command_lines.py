@@ -20,7 +20,7 @@ from torch import nn
 from bilora_diffusion.config import refusals
 from bilora_diffusion.config.command_line import CommandLine
 from bilora_diffusion.config.options import LR_SCHEDULERS
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.image.task import DreamBooth

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilora_diffusion.config.recipe import MOST_BYTES, read_options
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
 
 ROOT = Path(__file__).resolve().parents[2]

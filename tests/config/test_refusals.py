@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from bilora_diffusion import BiLoRAConfig, mini
 from bilora_diffusion.config.refusals import Refusal, refused, table
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.fields import option_of, options_of
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.fields import option_of, options_of
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.methods import names
 from bilora_diffusion.text.config import TextConfig

@@ -13,9 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from bilora_diffusion import adapters, inits
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.adapters.quantize import quantize
-from bilora_diffusion.choices import AUTO, BALLS, DIRECTIONS, RHO_NORMS, SAMPLE
 from bilora_diffusion.config import refusals
 from bilora_diffusion.config.run import RunConfig
+from bilora_diffusion.core.choices import (
+    AUTO,
+    BALLS,
+    DIRECTIONS,
+    RHO_NORMS,
+    SAMPLE,
+)
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, for_run, names
 from bilora_diffusion.train.compiling import Blocks
 from bilora_diffusion.train.gradients import collecting

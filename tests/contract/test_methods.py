@@ -9,8 +9,8 @@ from peft import PeftModel
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY
 from bilora_diffusion.adapters.quantize import quantize
-from bilora_diffusion.choices import SAMPLE
 from bilora_diffusion.config import refusals
+from bilora_diffusion.core.choices import SAMPLE
 from bilora_diffusion.methods import create, names
 from bilora_diffusion.train import compiling
 from tests.contract.harness import SHARED, SPECS, Run, combos, compared, pairwise, rotation

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import checkpoint
 from eval import checkpoints, compare, table, text_scores
 from eval.checkpoints import HELDOUT_LOSS, LOSS

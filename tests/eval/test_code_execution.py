@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from eval.text_scores import humaneval
 from eval.text_scores.sandbox import Execution, Sandbox
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import snapshots
 from eval import dynamics, generalization, table
 from eval.dynamics import curves

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from eval import command, report, table
 from eval.cache import FOLDER, Cache
 from eval.provenance import Provenance

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.mini import scorer as mini
 from eval.clip_scores import captioners, load_models, models
 from eval.clip_scores.models import ModelEntry

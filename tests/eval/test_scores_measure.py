@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.mini import heldout_dir, train_dir
 from eval.clip_scores.captioners import Captioner

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from bilora_diffusion import methods
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from eval import compare
 from eval.subjects import Subject
 from eval.table import Metric, Result

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from eval.cache import Cache
 from eval.text_scores import mtbench
 from eval.text_scores.models import Decoding

@@ -14,8 +14,8 @@ from torch import nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
+from bilora_diffusion.core.lora_names import FILE_NAME
 from bilora_diffusion.export.writer import save_diffusers
-from bilora_diffusion.lora_names import FILE_NAME
 from tests.contract.models import tiny_clip, tiny_unet
 
 FACTS = {"modelspec.date": "2026-01-31", "bilora.method": "bilora", "bilora.rho": "0.05"}

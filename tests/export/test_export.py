@@ -16,14 +16,14 @@ from torch import nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
-from bilora_diffusion.errors import TrainingError, UserError
+from bilora_diffusion.core.errors import TrainingError, UserError
+from bilora_diffusion.core.lora_names import FILE_NAME, kohya_file_name
 from bilora_diffusion.export.readback import verify
 from bilora_diffusion.export.writer import save_diffusers
 from bilora_diffusion.image import layers as choice
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
-from bilora_diffusion.lora_names import FILE_NAME, kohya_file_name
 from tests.export import export_models as small
 from tests.export.comfy_names import SDXL_ENDINGS, SDXL_KEYS
 

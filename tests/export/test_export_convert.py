@@ -11,13 +11,13 @@ from torch import nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
-from bilora_diffusion.errors import TrainingError, UserError
+from bilora_diffusion.core.errors import TrainingError, UserError
+from bilora_diffusion.core.lora_names import CONFIG, FILE_NAME, WEIGHTS
 from bilora_diffusion.export import conversion, reader
 from bilora_diffusion.export.cli import main
 from bilora_diffusion.export.conversion import convert, save_adapter
 from bilora_diffusion.export.layers import kohya_name, plain_name
 from bilora_diffusion.export.lorafile import inspect
-from bilora_diffusion.lora_names import CONFIG, FILE_NAME, WEIGHTS
 from bilora_diffusion.text.models import load_text_model
 from tests.export.export_models import add_adapters, all_models, equal, export_all, plain_models
 from tests.scripts.runs import ROOT

@@ -12,12 +12,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from bilora_diffusion.adapters import AUXILIARY
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.lora_names import (
+    CONFIG,
+    FILE_NAME,
+    FORMATS,
+    WEIGHTS,
+)
 from bilora_diffusion.export.cli import main
 from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.reader import read
-from bilora_diffusion.lora_names import CONFIG, FILE_NAME, FORMATS, WEIGHTS
 from eval.digests import of_lora, peft_config
 from tests.export.export_models import rewrite
 

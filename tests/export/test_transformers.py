@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.lora_names import FILE_NAME
 from bilora_diffusion.export.cli import main
 from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.export.lorafile import inspect
@@ -20,7 +21,6 @@ from bilora_diffusion.export.writer import save_diffusers
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.layers import chosen
 from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.lora_names import FILE_NAME
 from bilora_diffusion.run.folder import clear, guard
 from eval.load import applied
 from eval.sources import find

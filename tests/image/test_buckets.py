@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.buckets import around, nearest, read
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.captions import ORDERS, Captions, texts, with_trigger
 from bilora_diffusion.image.opening import open_images
 

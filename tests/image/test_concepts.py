@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 import train_dreambooth_bilora
 from bilora_diffusion import mini
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.script import (
     class_images,

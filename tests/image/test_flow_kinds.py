@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.families import of
 from bilora_diffusion.image.families.base import Family
 from bilora_diffusion.image.flow import FlowMatching

@@ -10,7 +10,7 @@ from datasets import Image as ImageFeature
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image import crops
 from bilora_diffusion.image.denoising import Denoising
 from bilora_diffusion.image.flow import FlowMatching, mean_of_shown

@@ -12,11 +12,11 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from bilora_diffusion.core.seeds import generator
 from bilora_diffusion.image.crops import Crop, cut, draw, fitted, resized
 from bilora_diffusion.image.decode import read_mask, read_rgb, to_rgb, upright_size
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.visits import Resized
-from bilora_diffusion.seeds import generator
 
 INTERPOLATIONS = [mode.value.replace("-", "_") for mode in InterpolationMode]
 SIDES = st.integers(1, 400)

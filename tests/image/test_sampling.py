@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bilora_diffusion.errors import TrainingError
+from bilora_diffusion.core.errors import TrainingError
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.disk_cache import DiskCache
 from bilora_diffusion.image.families.lumina2 import Lumina2

@@ -10,7 +10,7 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from tests.image.image_folders import photos, save, table
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image import decode, listing, sets
 from bilora_diffusion.image.opening import open_images
 from tests.image.image_folders import photos, save, table

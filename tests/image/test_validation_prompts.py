@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from bilora_diffusion.errors import UserError, run_cli
+from bilora_diffusion.core.errors import UserError, run_cli
 from bilora_diffusion.image import inputs
 from bilora_diffusion.image.base_model import BaseModel
 from bilora_diffusion.image.config import resolve

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from bilora_diffusion import BiLoRAConfig, adapters, attach, inits
 from bilora_diffusion.adapters import AUXILIARY, CHANGE_BASE, INITIAL, PRIMARY, AdapterSpec
 from bilora_diffusion.adapters.quantize import quantize
-from bilora_diffusion.errors import TrainingError, UserError
+from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.inits.lora_ga import lora_ga
 from bilora_diffusion.inits.pissa import pissa
 from bilora_diffusion.methods import Target, create

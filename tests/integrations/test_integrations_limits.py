@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from bilora_diffusion import BiLoRAConfig, adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.integrations import trainer as integration
 from bilora_diffusion.integrations import use_bilora
 from bilora_diffusion.integrations.state import STATE

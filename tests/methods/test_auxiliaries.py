@@ -9,7 +9,7 @@ from torch.profiler import profile
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import MethodOptions
 from bilora_diffusion.methods.auxiliaries import deal
 from tests.contract.harness import Run as Small

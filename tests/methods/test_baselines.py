@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from bilora_diffusion.adapters import Factors
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import LookSAMOptions, MethodOptions, Target, create, names
 from bilora_diffusion.methods.efm_lora import perturbations
 from tests.methods.runs import SPEC, STEPS, Run, batch, naive, same

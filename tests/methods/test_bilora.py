@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bilora_diffusion import BiLoRAConfig, adapters, attach
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import MethodOptions, Target, ball, create, radius
 from tests.methods.runs import SPEC, STEPS, Run, batch, two_layers
 

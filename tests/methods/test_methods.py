@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY, AdapterSpec
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import (
     Method,
     MethodOptions,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bilora_diffusion.core.seeds import seed_of
 from bilora_diffusion.methods import (
     EFMLoRAOptions,
     L2SPOptions,
@@ -18,7 +19,6 @@ from bilora_diffusion.methods import (
     names,
     radius,
 )
-from bilora_diffusion.seeds import seed_of
 from tests.methods.runs import SPEC, STEPS, Run, follow
 from tests.references import methods as reference
 from tests.references.methods import Net

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bilora_diffusion import mini
+from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.demo import require_paired
-from bilora_diffusion.errors import TrainingError, UserError
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.script import heldout_images

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from bilora_diffusion.core.lora_names import FILE_NAME
 from bilora_diffusion.export.writer import save_models
 from bilora_diffusion.image.card import write_dreambooth_card
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.lora_names import FILE_NAME
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.script import write_text_card

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bilora_diffusion.durable import TEMPORARY
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.durable import TEMPORARY
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import checkpoint
 from bilora_diffusion.run.checkpoint import (
     latest,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import content
 from bilora_diffusion.run.content import (
     SampleContent,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run.folder import clear, guard, refuse_unusable
 from bilora_diffusion.run.runlog import RunLog
 from tests.run.recorded_runs import save

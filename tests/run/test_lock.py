@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.export.cli import main as export
 from bilora_diffusion.image.script import main as train
 from bilora_diffusion.run import interruption, lock

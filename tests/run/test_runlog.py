@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import console, provenance, publish, runlog
 from bilora_diffusion.run.record import read_fit
 from bilora_diffusion.run.runlog import RunLog, read_metrics, read_run

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from bilora_diffusion.errors import run_cli
+from bilora_diffusion.core.errors import run_cli
 from bilora_diffusion.methods import names
 from tests.scripts.runs import ROOT, TEXT_SCRIPT
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from app.scored import scored
-from bilora_diffusion.durable import TEMPORARY
+from bilora_diffusion.core.durable import TEMPORARY
 from bilora_diffusion.run.runlog import read_metrics
 from eval import clip_scores, table
 from eval.sources import find

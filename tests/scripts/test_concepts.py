@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train_dreambooth_bilora
 from bilora_diffusion import mini
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import BY_CONCEPT, read_fit
 from eval.clip_scores.measure import training_sets

@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 import train_dreambooth_bilora
 import train_text_bilora
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image import pipeline
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.dry_run import moments

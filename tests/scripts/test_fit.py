@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import read_fit
 from bilora_diffusion.train.trainer import Trainer

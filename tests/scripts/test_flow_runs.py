@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image import task
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.flow import FlowMatching

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion.errors import TrainingError
+from bilora_diffusion.core.errors import TrainingError
 from bilora_diffusion.image import script
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.run import checkpoint, runlog, snapshots

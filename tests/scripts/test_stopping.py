@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.export.cli import main as export
 from bilora_diffusion.run import checkpoint, runlog
 from tests.scripts import runs

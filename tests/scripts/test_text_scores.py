@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from eval import table, text_scores
 from eval.text_scores import models
 from eval.text_scores.sandbox import Sandbox

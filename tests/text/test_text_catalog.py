@@ -10,7 +10,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.text import catalog
 from bilora_diffusion.text.catalog import CatalogTask
 from bilora_diffusion.text.examples import Example

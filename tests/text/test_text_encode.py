@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.text import tokenizing
 from bilora_diffusion.text.examples import Example, from_turns
 from bilora_diffusion.text.tokenizing import generation_prompt

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.examples import Example, label_words_of, open_file, with_labels
 from bilora_diffusion.text.rows import open_rows

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.encode import best_fit, pack, require_packable
 from bilora_diffusion.text.examples import Example, from_turns

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from bilora_diffusion.errors import TrainingError
+from bilora_diffusion.core.errors import TrainingError
 from bilora_diffusion.train import compiling
 from tests.contract.harness import Run
 from tests.scripts import runs

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec, Factors
-from bilora_diffusion.errors import TrainingError, UserError
+from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.methods import MethodOptions, Target, create
 from bilora_diffusion.run import snapshots
 from bilora_diffusion.train import dynamics

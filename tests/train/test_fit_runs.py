@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.train.fit.runs import Fit
-from bilora_diffusion.train.fit.space import words
+from bilora_diffusion.train.search.runs import Fit
+from bilora_diffusion.train.search.space import words
 
 
 def fit_of(*typed):

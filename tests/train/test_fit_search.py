@@ -6,10 +6,21 @@ import zlib
 import numpy as np
 import pytest
 
-from bilora_diffusion.errors import UserError
-from bilora_diffusion.train.fit import report
-from bilora_diffusion.train.fit.search import Plan, Search, Work, lowest
-from bilora_diffusion.train.fit.space import RATE, Space, default_values, read_values, title
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.train.search import report
+from bilora_diffusion.train.search.halving import (
+    Plan,
+    Search,
+    Work,
+    lowest,
+)
+from bilora_diffusion.train.search.space import (
+    RATE,
+    Space,
+    default_values,
+    read_values,
+    title,
+)
 
 PLAN = Plan(folds=4, steps=300, every=20, budget=3000)
 

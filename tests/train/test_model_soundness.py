@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.mini import pipeline_dir

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilora_diffusion.seeds import digest, parts, seed_of
+from bilora_diffusion.core.seeds import digest, parts, seed_of
 from bilora_diffusion.train.order import KindsOrder, LengthGroupedOrder, SampleOrder
 
 PARTS = st.one_of(st.integers(), st.text(max_size=8))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.config import machine, refusals
-from bilora_diffusion.errors import UserError
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import names
 from bilora_diffusion.train import sharding
 

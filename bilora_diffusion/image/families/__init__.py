@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from ...errors import UserError, did_you_mean
+from ...core.errors import UserError, did_you_mean
 
 SDXL = "StableDiffusionXLPipeline"
 FAMILIES: dict[str, tuple[str, str]] = {

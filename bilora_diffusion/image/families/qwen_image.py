@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
+from ...core.errors import UserError
 from ..latent_space import LatentSpace
 from .base import Conditions, Configs, Family, packed, padded, unpacked
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
+from ...core.errors import UserError
 from .base import Conditions, Configs, Family, scale_of
 
 

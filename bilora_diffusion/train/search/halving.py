@@ -17,10 +17,15 @@ from urllib.parse import quote
 
 import numpy as np
 
-from ...errors import TrainingError
-from ...intervals import student_interval
-from ...seeds import digest_texts
-from .space import METHOD, RATE, Options, Space
+from ...core.errors import TrainingError
+from ...core.intervals import student_interval
+from ...core.seeds import digest_texts
+from .space import (
+    METHOD,
+    RATE,
+    Options,
+    Space,
+)
 
 BUDGET = 10  # runs of the whole length that a search costs at most, unless it is told otherwise
 EXPLORED = 0.6  # share of the budget that the first rounds, on one fold, may take

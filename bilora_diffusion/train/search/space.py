@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...choices import AUTO, SAMPLE
 from ...config.recipe import read_options
-from ...errors import UserError, did_you_mean
+from ...core.choices import AUTO, SAMPLE
+from ...core.errors import UserError, did_you_mean
+from ...core.values import RANKS
 from ...methods import names, reads
-from ...values import RANKS
 
 RATE, METHOD = "learning_rate", "method"
 LOWEST_RANK, MIDDLE_RANK = 4, 8  # of the ranks that are searched by default

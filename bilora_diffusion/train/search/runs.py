@@ -24,9 +24,10 @@ from accelerate.utils import DistributedType, gather_object
 
 from ...config.options import OptimizerOptions
 from ...config.run import twentieth
-from ...durable import discard, strict_json
-from ...errors import Diverged, TrainingError, UserError
-from ...fields import options_of
+from ...core.durable import discard, strict_json
+from ...core.errors import Diverged, TrainingError, UserError
+from ...core.fields import options_of
+from ...core.seeds import parts
 from ...methods.auxiliaries import deal as deal_auxiliaries
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
@@ -34,14 +35,29 @@ from ...run.content import record_content, summarize
 from ...run.folder import FIT, FIT_RECORD, clear
 from ...run.interruption import Interruption, Stop
 from ...run.record import read_fit
-from ...seeds import parts
 from ..recording import recorded
 from ..stepping import Schedule, total_steps
 from ..task import BY_SAMPLE
 from ..trainer import require_same_work
 from . import report
-from .search import BUDGET, Curve, Plan, Search, Work, lowest
-from .space import FORM, Options, Space, Values, default_values, read_values, title, words
+from .halving import (
+    BUDGET,
+    Curve,
+    Plan,
+    Search,
+    Work,
+    lowest,
+)
+from .space import (
+    FORM,
+    Options,
+    Space,
+    Values,
+    default_values,
+    read_values,
+    title,
+    words,
+)
 
 FOLDS, LEAVE_ONE_OUT = 4, 8  # folds; below so many samples each is one
 # Options of methods and optimizers that all runs of a fit share.

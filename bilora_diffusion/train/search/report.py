@@ -10,15 +10,26 @@ from typing import Any
 
 import numpy as np
 
-from ...durable import dump_json, replacing, strict_json, write_text
-from ...files import counted
-from ...intervals import student_interval
+from ...core.durable import (
+    dump_json,
+    replacing,
+    strict_json,
+    write_text,
+)
+from ...core.files import counted
+from ...core.intervals import student_interval
 from ...run import provenance
 from ...run.durations import duration
 from ...run.folder import FIT, FIT_FIGURE, FIT_RECORD
 from ...run.record import read_fit, read_run
-from .search import Search, Work, lowest
-from .space import METHOD, RATE, Options, title, words
+from .halving import Search, Work, lowest
+from .space import (
+    METHOD,
+    RATE,
+    Options,
+    title,
+    words,
+)
 
 SHOWN, HIGHEST = 5, 1.25  # curves in the figure; what they are drawn up to, of the chosen loss
 

@@ -1,0 +1,1 @@
+"""Shared by every folder: errors, files, options, values and seeds. Imports no other folder."""

@@ -1,0 +1,66 @@
+"""Refuse names that are no nouns: pronouns, prepositions, bare participles.
+
+    python -m docs.name_lint                  # the folders that are done; part of `make lint`
+    python -m docs.name_lint bilora_diffusion # any files or folders
+
+A value is named by a noun of the field: `candidate`, not `one`; `layer_factors`, not `own`.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS_THAT_NAME_NOTHING = frozenset(
+    """
+    own one ones other others what which that this its it each every all any some such same
+    whole rest more most less least many few much enough
+    of at by without within beside beyond above below around between apart along
+    again now then here there once already alone away back
+    given taken made found shown said told asked wanted held kept seen known drawn dealt done gone
+    meant named used lent begun stolen
+    odd wrong untold unseen unsaid unknown idle alive
+    """.split()  # noqa: SIM905
+)
+DONE_PATHS = ("docs/name_lint.py",)
+"""Files and folders whose names are done. The list only grows."""
+
+
+def main(paths: Sequence[str]) -> int:
+    """Print each name that is no noun, with file and line; the exit code is 1 if there is one."""
+    count = 0
+    for path in tracked_files(paths or DONE_PATHS):
+        for line, name in sorted(set(new_names(ast.parse(path.read_text(encoding="utf-8"))))):
+            if name.strip("_").lower() in WORDS_THAT_NAME_NOTHING:
+                print(f"{path.relative_to(ROOT)}:{line}: the name {name!r} names nothing")
+                count += 1
+    return int(count > 0)
+
+
+def tracked_files(paths: Sequence[str]) -> list[Path]:
+    """The Python files in git that lie in these files and folders."""
+    command = ["git", "ls-files", "--", *paths]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [ROOT / name for name in listing.stdout.splitlines() if name.endswith(".py")]
+    return [path for path in files if path.exists()]
+
+
+def new_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and name of every variable, argument, attribute, function and class that is defined."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
