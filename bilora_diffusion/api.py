@@ -16,7 +16,7 @@ from .adapters import AdapterSpec
 from .core.errors import UserError
 from .core.fields import check, like, options_of
 from .methods.base import MethodOptions, Target
-from .methods.bilora import BiLoRA as _Method
+from .methods.bilora.algorithm import BiLoRA as _Method
 from .methods.options import AdapterOptions, MethodFlags
 from .train.gradients import collecting
 

@@ -40,7 +40,7 @@ LAZY = {
 }
 """Names of this package by the module that holds them."""
 FILES = (
-    *("bar", "bilora", "efm_lora", "flat_lora", "full"),
+    *("bar", "bilora.algorithm", "efm_lora", "flat_lora", "full"),
     *("lora", "lora_l2sp", "lora_looksam", "lora_msam", "lora_sam"),
 )
 

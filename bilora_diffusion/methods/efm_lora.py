@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import PRIMARY, Factors
-from . import EFMLoRAOptions, ball, perturb
+from . import EFMLoRAOptions, perturb
 from .base import Counting
+from .bilora import ball
 from .hooks import BeforeStep
 from .registry import register
 

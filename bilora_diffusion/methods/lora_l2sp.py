@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import PRIMARY
-from . import L2SPOptions, auxiliary, radius
+from . import L2SPOptions
+from .bilora import auxiliary, radius
 from .hooks import BeforeStep
 from .registry import register
 

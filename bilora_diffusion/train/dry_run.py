@@ -24,7 +24,7 @@ from ..core.durable import bytes_for_people
 from ..core.errors import UserError
 from ..core.files import counted
 from ..methods import Method, for_run
-from ..methods.auxiliaries import deal
+from ..methods.bilora.per_sample import deal
 from ..run import provenance
 from .search.runs import Fit
 from .search.space import RATE, Options, title

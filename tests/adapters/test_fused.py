@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
 from bilora_diffusion.adapters.fused import FusedLinear, fuse, unfuse, unfused
-from bilora_diffusion.methods.auxiliaries import Auxiliaries
+from bilora_diffusion.methods.bilora.per_sample import Auxiliaries
 
 BOTH = (PRIMARY, AUXILIARY)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from bilora_diffusion import BiLoRAConfig, adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
-from bilora_diffusion.methods import radius
+from bilora_diffusion.methods.bilora import radius
 from tests.contract.models import tiny_llm, tiny_t5
 from tests.integrations import trainers
 

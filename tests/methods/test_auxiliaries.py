@@ -11,7 +11,7 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import MethodOptions
-from bilora_diffusion.methods.auxiliaries import deal
+from bilora_diffusion.methods.bilora.per_sample import deal
 from tests.contract.harness import Run as Small
 from tests.contract.models import ROWS
 from tests.methods.runs import STEPS, Run, batch, naive

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilora_diffusion.adapters import Factors
-from bilora_diffusion.methods import ball
+from bilora_diffusion.methods.bilora import ball
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

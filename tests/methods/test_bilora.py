@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from bilora_diffusion import BiLoRAConfig, adapters, attach
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.methods import MethodOptions, Target, ball, create, radius
+from bilora_diffusion.methods import MethodOptions, Target, create
+from bilora_diffusion.methods.bilora import ball, radius
 from tests.methods.runs import SPEC, STEPS, Run, batch, two_layers
 
 RHO = 0.01

@@ -17,8 +17,8 @@ from bilora_diffusion.methods import (
     LookSAMOptions,
     MethodOptions,
     names,
-    radius,
 )
+from bilora_diffusion.methods.bilora import radius
 from tests.methods.runs import SPEC, STEPS, Run, follow
 from tests.references import methods as reference
 from tests.references.methods import Net

@@ -28,7 +28,7 @@ from ...core.durable import discard, strict_json
 from ...core.errors import Diverged, TrainingError, UserError
 from ...core.fields import options_of
 from ...core.seeds import parts
-from ...methods.auxiliaries import deal as deal_auxiliaries
+from ...methods.bilora.per_sample import deal as deal_auxiliaries
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
 from ...run.content import record_content, summarize

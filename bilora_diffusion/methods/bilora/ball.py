@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters import Factors, alike
+from ...adapters import Factors, alike
 
 # Elements of one stack. On a CPU it should stay in the cache, which halves the time; elsewhere few
 # large kernels are best, and this bounds a stack to 128 MiB in float64.

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import adapters
-from ..adapters import INITIAL, PRIMARY
-from ..core.errors import UserError
+from ... import adapters
+from ...adapters import INITIAL, PRIMARY
+from ...core.errors import UserError
+from ..options import MethodOptions
 from . import ball
 from .auxiliary import Auxiliary, Layers, scales
-from .options import MethodOptions
 
 RISE, RISE_BY_SAMPLE = 0.2, 0.4
 """The wanted share of one auxiliary, and of several: what is bent at one sample alone may be bent

@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .. import adapters
-from ..adapters import AUXILIARY, PRIMARY
-from ..core.choices import AUTO
-from ..core.errors import UserError
-from . import auxiliaries, ball
+from ... import adapters
+from ...adapters import AUXILIARY, PRIMARY
+from ...core.choices import AUTO
+from ...core.errors import UserError
+from ..base import StepOptimizer, Target
+from ..hooks import ascend, unwrapped
+from ..registry import register
+from . import ball
+from . import per_sample as auxiliaries
 from .auxiliary import WithAuxiliary, learning_rate
-from .base import StepOptimizer, Target
-from .hooks import ascend, unwrapped
 from .radius import AutoRadius
-from .registry import register
 
 
 @register("bilora")

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import adapters
-from ..adapters import AUXILIARY, PRIMARY, by_row
-from ..core.choices import SAMPLE
-from ..core.errors import UserError
+from ... import adapters
+from ...adapters import AUXILIARY, PRIMARY, by_row
+from ...core.choices import SAMPLE
+from ...core.errors import UserError
+from ..options import MethodOptions
+from ..parking import Parking
 from . import ball
 from .ablations import PerLayer, Unbounded
 from .auxiliary import Auxiliary, Layers, scales
-from .options import MethodOptions
-from .parking import Parking
 
 MOST = 512
 """So many auxiliaries are kept for the samples without being asked for by number."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import adapters
-from ..adapters import AUXILIARY
-from ..core.errors import UserError
-from . import ball, perturb
-from .base import Counting, Target
-from .options import MethodOptions
+from ... import adapters
+from ...adapters import AUXILIARY
+from ...core.errors import UserError
+from .. import perturb
+from ..base import Counting, Target
+from ..options import MethodOptions
+from . import ball
 
 Layers = Sequence[tuple[str, adapters.LoraLayer]]
 
