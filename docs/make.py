@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from bilora_diffusion.api import BiLoRAConfig
-from bilora_diffusion.config import refusals
+from bilora_diffusion.config import constraints
 from bilora_diffusion.config.run import RunConfig
 from bilora_diffusion.core.fields import (
     default_of,
@@ -47,7 +47,9 @@ def options() -> Iterable[str]:
         "An option that the chosen method does not read stands without complaint, so that runs that"
         " differ only in `--method` can share a recipe."
     )
-    body = [(entry.shown(), entry.reason, entry.instead) for entry in refusals.table().refused]
+    body = [
+        (entry.markdown(), entry.reason, entry.instead) for entry in constraints.table().constraints
+    ]
     yield table(("together", "why they are refused", "instead"), body)
     yield "## Options without effect"
     yield (
@@ -66,7 +68,7 @@ def diffusers() -> Iterable[str]:
     yield known["others"]
     yield _flags(known["flow"])
     yield known["apart"]
-    foreign = refusals.table().foreign["image"].items()
+    foreign = constraints.table().foreign["image"].items()
     body = [(f"`--{name}`", *sentence) for name, sentence in foreign]
     yield table(("flag", "why it is no option here", "instead"), body)
 

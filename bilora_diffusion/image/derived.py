@@ -105,7 +105,7 @@ def with_validation_prompts(cfg: Config) -> Config:
     epochs = cfg.validation_epochs
     if cfg.final_validation_prompt and not prompts:
         prompts = [cfg.final_validation_prompt]
-        if "validation_epochs" not in cfg.given:
+        if "validation_epochs" not in cfg.given_options:
             epochs = None  # at the end alone
     if not any(settings):
         settings = []
@@ -134,7 +134,7 @@ def lines_of_prompts(items: list[str]) -> list[str]:
 def default_caption_column(cfg: ImageOptions) -> str | None:
     """The preset's; an instance prompt that is given is meant to be used, so captions give way."""
     preset = preset_of(cfg)
-    if preset is None or "instance_prompt" in cfg.given:
+    if preset is None or "instance_prompt" in cfg.given_options:
         return cfg.caption_column
     return preset.caption_column
 
@@ -148,7 +148,7 @@ def default_instance_prompt(cfg: ImageOptions) -> str | None:
 def default_num_validation_images(cfg: ImageOptions) -> int:
     """The preset's, beside its own prompts."""
     preset = preset_of(cfg)
-    if preset is None or PROMPT_OPTIONS & cfg.given:
+    if preset is None or PROMPT_OPTIONS & cfg.given_options:
         return cfg.num_validation_images
     return preset.num_validation_images
 
@@ -156,7 +156,7 @@ def default_num_validation_images(cfg: ImageOptions) -> int:
 def default_validation_prompts(cfg: ImageOptions) -> list[str]:
     """The preset's, unless any prompt is given."""
     preset = preset_of(cfg)
-    if preset is None or PROMPT_OPTIONS & cfg.given:
+    if preset is None or PROMPT_OPTIONS & cfg.given_options:
         return cfg.validation_prompts
     return preset.validation_prompts
 
@@ -243,12 +243,12 @@ def words_of_layers(values: list[str]) -> list[str]:
 
 def default_train_batch_size(cfg: ImageOptions) -> int:
     """1 where the accumulation is given, which then means a step of that many images."""
-    return 1 if "gradient_accumulation_steps" in cfg.given else cfg.train_batch_size
+    return 1 if "gradient_accumulation_steps" in cfg.given_options else cfg.train_batch_size
 
 
 def default_gradient_accumulation_steps(cfg: ImageOptions) -> int:
     """1 where the batch is given, which then means a step of that many images."""
-    return 1 if "train_batch_size" in cfg.given else cfg.gradient_accumulation_steps
+    return 1 if "train_batch_size" in cfg.given_options else cfg.gradient_accumulation_steps
 
 
 def default_max_train_steps(cfg: ImageOptions) -> int | None:

@@ -338,7 +338,7 @@ class ImageOptions(
     """Every option of the script, flat, and what the base model's files say.
 
     Attributes:
-        given: Names of the options that the command line or its recipe has.
+        given_options: Names of the options that the command line or its recipe has.
         validation_settings: Settings of each of ``validation_prompts`` (`PromptOptions`); [] where
             none has any.
         concepts: Options that each concept has of its own, with its name as "concept"; [] of a run
@@ -349,7 +349,7 @@ class ImageOptions(
         predicts_noise: True if the denoiser predicts noise, neither velocity nor a flow.
     """
 
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     validation_settings: list[dict[str, Any]] = field(default_factory=list)
     concepts: list[dict[str, Any]] = field(default_factory=list)
     concept: str = ""
