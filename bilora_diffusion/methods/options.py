@@ -159,14 +159,6 @@ class MethodFlags:
         range=COUNTS,
         words=(SAMPLE,),
     )
-    auxiliaries_on: str = option(
-        "device",
-        "bilora with several auxiliaries: keep all on the device, or those that a step does not see"
-        " in the CPU's memory.",
-        choices=("device", "cpu"),
-        idle=(ON_A_SINGLE_ONE,),
-        free=True,
-    )
     auxiliary_snr_gamma: float = option(
         5.0,
         "bilora with several auxiliaries, on a model that predicts noise: an image sees its"
