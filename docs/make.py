@@ -55,7 +55,7 @@ def options() -> Iterable[str]:
     yield (
         "They are named in one line and ignored: the run is that of the command line without them."
     )
-    yield table(("option", "has no effect", "instead"), _idle())
+    yield table(("option", "has no effect", "instead"), _ignored_cases())
 
 
 def diffusers() -> Iterable[str]:
@@ -171,13 +171,13 @@ def _option(field: dataclasses.Field[Any]) -> tuple[str, str, str]:
     return names, _value(default), option.help + (f" One of {choices}." if choices else "")
 
 
-def _idle() -> Iterable[tuple[str, str, str]]:
+def _ignored_cases() -> Iterable[tuple[str, str, str]]:
     """Options that have no effect under one condition, where, and what to do."""
     rows: dict[tuple[str, str], dict[str, None]] = {}
     for config in (DreamBoothConfig, TextConfig):
         for name, field in options_of(config.groups).items():
-            for idle in option_of(field).idle:
-                rows.setdefault((idle.where, idle.fix), {})[f"`--{name}`"] = None
+            for case in option_of(field).ignored:
+                rows.setdefault((case.where, case.fix), {})[f"`--{name}`"] = None
     return [(", ".join(names), where, fix) for (where, fix), names in rows.items()]
 
 

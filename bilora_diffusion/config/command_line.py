@@ -119,6 +119,7 @@ class CommandLine(Sentences):
         """
         flags = self.explicit(argv)
         recipe = self._recipe(find_recipe(flags["config"])) if "config" in flags else {}
+        # A flag is meant to be used: it overrules its alternative in the recipe, in either order.
         for first, second in alternatives:
             for option, alternative in ((first, second), (second, first)):
                 if option in flags and alternative not in flags:
@@ -126,6 +127,7 @@ class CommandLine(Sentences):
         if ignored is not None:
             for name in ignored(recipe, flags):
                 recipe.pop(name, None)
+        # Flags win over the recipe, and that over the defaults.
         values = {**self.defaults(), **recipe, **flags}
         check(self._fields, values)
         return values, frozenset((*recipe, *flags))
@@ -136,6 +138,7 @@ class CommandLine(Sentences):
 
     def explicit(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The options that the arguments give, without a recipe's."""
+        # argparse sets no default where an attribute is there already, so None is "not given".
         namespace = argparse.Namespace(**dict.fromkeys(self._fields))
         _, unknown_words = self.parse_known_args(argv, namespace)
         if unknown_words:
@@ -178,6 +181,7 @@ class CommandLine(Sentences):
         Raises:
             UserError: an unknown option, one that stands twice, a value of the wrong type.
         """
+        # A recipe says `center_crop: false`, so it has no use for --no_ forms; nor for recipes.
         names = {
             spelling: name
             for spelling, name in self._names().items()
@@ -196,6 +200,7 @@ class CommandLine(Sentences):
                 words[name] = texts
             else:
                 lists[name] = texts
+        # Single values are read as flags are, by the option's own type; lists are texts already.
         values = self.explicit([f"--{name}={text}" for name, text in words.items()])
         for name, texts in lists.items():
             if texts is not None:

@@ -95,6 +95,7 @@ class Constraint:
 
     def sentence(self, facts: Facts) -> str:
         """The sentence for the user, for facts that are refused."""
+        # "A with B and C", "no D and no E".
         subject = ""
         for condition in self.conditions:
             is_absent = condition.test == "absent"

@@ -41,6 +41,7 @@ def processes() -> int:
     is_on_cpu = is_on("ACCELERATE_USE_CPU")
     if not is_on_cpu and ("LOCAL_RANK" not in os.environ or device_type() == "cpu"):
         return 1
+    # The variables of MPI count on CPUs alone.
     variables = [*MPI_SIZES, "WORLD_SIZE"] if is_on_cpu else ["WORLD_SIZE"]
     for variable in variables:
         if variable in os.environ:
@@ -55,7 +56,6 @@ def is_on(variable: str) -> bool:
 
 def launch() -> dict[str, Any]:
     """Facts of `constraints` about accelerate's launch, from its launcher's variables."""
-
     is_compiled = _variable("ACCELERATE_DYNAMO_BACKEND") not in ("", "NO")
     engine = "DDP"
     fsdp_setting = None
@@ -64,6 +64,7 @@ def launch() -> dict[str, Any]:
         if engine == "FSDP" and os.environ.get("FSDP_VERSION") == "2":
             engine = "FSDP2"
             fsdp_setting = _unsuited_fsdp_setting(is_compiled)
+    # Each of these replaces DDP and FSDP.
     for name in OTHER_ENGINES:
         if is_on(f"ACCELERATE_USE_{name}"):
             engine = name
@@ -111,6 +112,7 @@ def default_precision() -> str:
         )
     if device_type() != "cuda":
         return "no"
+    # Emulated bf16, on cards before Ampere, is slower than fp16.
     import torch
 
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

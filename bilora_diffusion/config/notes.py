@@ -29,7 +29,7 @@ def without_ignored_options(cfg: Config, groups: Sequence[type]) -> tuple[Config
         value = getattr(cfg, name)
         if name not in cfg.given_options or value == default_of(field):
             continue
-        for case in option_of(field).idle:
+        for case in option_of(field).ignored:
             # Each case sees all options as they were given, also those that are ignored.
             if case.when(vars(cfg)):
                 changes[name] = getattr(cfg, case.becomes) if case.becomes else default_of(field)

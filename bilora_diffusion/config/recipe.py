@@ -32,6 +32,7 @@ _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 def find_recipe(name: str) -> Path:
     """The file that ``--config`` names: a path, or one of `RECIPES` such as t5_base/mrpc."""
     path = Path(name)
+    # A file wins over a recipe of its name; a path that is none is refused where it is read.
     if is_file(path) or path.is_absolute() or path.suffix:
         return path
     packaged_path = RECIPES / f"{name}.yaml"
@@ -77,12 +78,14 @@ class _Loader(yaml.BaseLoader):
     """PyYAML's loader that leaves values text, without the parts that options have no use for."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        # Aliases of aliases can grow to gigabytes, and a tag could name a Python object.
         event = self.peek_event()
         if event.anchor is not None or getattr(event, "tag", None) is not None:
             raise _invalid("an anchor, an alias or a tag, or a text like one without quotes", event)
         return super().compose_node(parent, index)
 
     def construct_scalar(self, node: Any) -> Any:
+        # A word in quotes is text.
         is_word = node.style is None and node.value in _WORDS
         return _WORDS[node.value] if is_word else _text(node)
 

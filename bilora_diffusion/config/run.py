@@ -97,6 +97,7 @@ class RunConfig(
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON values; the hub token is left out."""
         values = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
+        # In the order of --help; what is derived and no option is not recorded here.
         names = [name for name in fields.options_of(self.groups) if name != "hub_token"]
         return {name: values[name] for name in names}
 

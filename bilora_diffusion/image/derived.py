@@ -98,6 +98,7 @@ def with_local_folders(cfg: Config) -> Config:
 
 def with_validation_prompts(cfg: Config) -> Config:
     """The prompts of all three options in one list, with the settings that single ones have."""
+    # One entry of `settings` for each prompt.
     prompts, settings = read_prompts(lines_of_prompts(cfg.validation_prompts))
     if cfg.validation_prompt:
         prompts = [cfg.validation_prompt, *prompts]
@@ -107,6 +108,7 @@ def with_validation_prompts(cfg: Config) -> Config:
         prompts = [cfg.final_validation_prompt]
         if "validation_epochs" not in cfg.given_options:
             epochs = None  # at the end alone
+    # A record of many empty mappings would say nothing.
     if not any(settings):
         settings = []
     return replace(
@@ -119,6 +121,7 @@ def with_validation_prompts(cfg: Config) -> Config:
 
 def lines_of_prompts(items: list[str]) -> list[str]:
     """The prompts of ``--validation_prompts``, or those of the text file that it names."""
+    # An absolute path, or a single word that ends in .txt, means a file even where none is there.
     path = Path(items[0] if len(items) == 1 and isinstance(items[0], str) else "")
     is_file_name = path.suffix == ".txt" and len(path.name.split()) == 1
     if not path.is_absolute() and not is_file_name and not is_file(path):
