@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..config import refusals
+from ..config import constraints
 from ..core.errors import UserError
 from ..core.files import folder_or_id, is_folder, quoted
 from ..run.heldout_part import read_part
@@ -67,7 +67,7 @@ def check_strengths(cfg: ImageOptions) -> None:
     """Refuse a strength of the adapter for a prompt where more than the adapter was trained."""
     for settings in cfg.validation_settings:
         if settings.get("strength", 1.0) != 1.0:
-            refusals.check({**vars(cfg), "strength": settings["strength"]})
+            constraints.check({**vars(cfg), "strength": settings["strength"]})
 
 
 def check_cache(disk_cache: str) -> None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bilora_diffusion import adapters, inits
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.adapters.quantize import quantize
-from bilora_diffusion.config import refusals
+from bilora_diffusion.config import constraints
 from bilora_diffusion.config.run import RunConfig
 from bilora_diffusion.core.choices import (
     AUTO,
@@ -54,7 +54,7 @@ def allowed(name: str, option: str, **own: Any) -> bool:
     """Test that the table of combinations lets these through."""
     facts = {{"init": "init_lora_weights"}.get(key, key): v for key, v in SPECS[option].items()}
     weights = "nf4" if option == "nf4" else "none"
-    return refusals.refused({"method": name, "quantize": weights, **facts, **own}) is None
+    return constraints.first_violated({"method": name, "quantize": weights, **facts, **own}) is None
 
 
 def combos() -> list[tuple[str, str, str]]:

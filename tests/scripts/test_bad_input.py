@@ -1,6 +1,6 @@
 """Bad input that is found behind a command line: one sentence, exit code 2, nothing touched.
 
-What a command line itself can have wrong stands in tests/config/test_refusals.py, what a set of
+What a command line itself can have wrong stands in tests/config/test_constraints.py, what a set of
 images or a file of rows can, beside the tests of their readers.
 """
 
