@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from ..adapters import CHANGE_BASE
 from ..core.durable import write_text
 from ..methods import get
+from ..methods.registry import default_options
 from ..mini import embedded
 from .folder import FIT_FIGURE
 
@@ -75,7 +76,7 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     method = get(options["method"])
     own = {
         name.replace("_", " "): options[name]
-        for name, usual in method.usual().items()
+        for name, usual in default_options(method).items()
         if name == "rho" or options[name] != usual
     }
     if "auxiliary_rank" in method.reads:

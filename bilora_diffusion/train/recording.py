@@ -70,7 +70,7 @@ def _trained(method: Method, cfg: RunConfig) -> str:
     weights = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
     if method.exports_weights:
         return f"{method.title} of {weights} weights"
-    layers = len(method.layers())
+    layers = len(method.layers)
     return f"{method.title} of rank {cfg.rank} on {layers:,} layers ({weights} parameters)"
 
 
