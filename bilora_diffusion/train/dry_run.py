@@ -20,9 +20,8 @@ from .. import adapters
 from ..adapters import AUXILIARY, INITIAL, PRIMARY
 from ..config.run import RunConfig
 from ..core.choices import OPTIMIZERS
-from ..core.durable import bytes_for_people
 from ..core.errors import UserError
-from ..core.files import counted
+from ..core.files import bytes_for_people, counted
 from ..methods import Method, for_run
 from ..methods.bilora.per_sample import deal
 from ..run import provenance

@@ -94,7 +94,7 @@ def test_the_icons_recipe_is_the_command_of_one_flag():
         ("a: " + "[" * 100_000, "nested too deeply"),
         ("x" * (MOST_BYTES + 1), "larger than 0.2 MB"),
         ("rank: 4\n---\nrank: 8", "line 2.*another document"),
-        (r'instance_prompt: "a\0b"', "line 1.*no text"),
+        (r'instance_prompt: "a\0b"', "--instance_prompt.*no text"),
         (r'instance_prompt: "\UFFFFFFFF"', "not valid YAML"),
         ("x" * 1000 + ": 1", "1000 letters"),
     ],
