@@ -19,9 +19,8 @@ from torch import nn
 from ..adapters import INITIAL, PRIMARY
 from ..config.run import RunConfig
 from ..core.choices import OPTIMIZERS
-from ..core.durable import bytes_for_people
 from ..core.errors import UserError
-from ..core.files import counted
+from ..core.files import bytes_for_people, counted
 from ..methods import Method, for_run
 from ..run import provenance
 from .search.runs import Fit

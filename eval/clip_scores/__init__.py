@@ -165,12 +165,12 @@ class ClipScores(OverSteps):
         from accelerate import PartialState
 
         from bilora_diffusion.config.machine import device_type
-        from bilora_diffusion.train.launching import start_missing_processes
+        from bilora_diffusion.train.launching import refuse_separate_processes
 
         from .images import Store, jobs
         from .measure import ImageJudge, truth_pictures
 
-        start_missing_processes()
+        refuse_separate_processes()
         args, subjects = self.args, self.subjects()
         self.prepare(subjects)
         # else one CPU process is seen

@@ -22,8 +22,8 @@ from typing import Any
 from bilora_diffusion import methods
 from bilora_diffusion.config import run as resolving
 from bilora_diffusion.core.errors import UserError, did_you_mean, placed
+from bilora_diffusion.core.files import ROOT, without_paths
 from bilora_diffusion.image.config import DreamBoothConfig
-from bilora_diffusion.run.paths import ROOT, without_paths
 from bilora_diffusion.text.config import TextConfig
 
 from .axes import SEED, Values

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from bilora_diffusion.run.paths import ROOT
+from bilora_diffusion.core.files import ROOT
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep, table
 from eval.sweep.cells import Outcome, Runner

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.run.paths import ROOT
+from bilora_diffusion.core.files import ROOT
 from eval.sweep import axes
 from eval.sweep.grid import Grid, Planner, Variant, open_script
 
