@@ -2,8 +2,7 @@
 mask of ranks is applied too, which no program that loads LoRA files does.
 
     python benchmarks/t_lora.py --config recipes/mini.yaml --method t-lora
-    python -m eval.sweep recipes/mini.yaml --script benchmarks/t_lora.py \\
-        --over method=lora,t-lora seed=0..4
+    python -m eval.sweep eval/experiments/flow_judged.yaml
 
 Takes the options of ``train_dreambooth_bilora.py``.
 """

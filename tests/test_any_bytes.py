@@ -13,13 +13,14 @@ from PIL import Image
 
 from app.runs import RunItem, label, progress
 from app.training_data import Shown, charts, table
+from bilora_diffusion.config.recipe import read_options
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.run.record import Fit, Options, Record, read_fit, read_metrics
 from bilora_diffusion.text.examples import open_file
 from eval.clip_scores import prompts
 from eval.sources import run as find_run
-from eval.sweep import axes
+from eval.sweep import experiment
 
 COLUMNS = ("file_name", "text", "instruction", "input", "output", "messages", "role", "content")
 KEYS = st.sampled_from(COLUMNS) | st.text(max_size=3)
@@ -62,6 +63,10 @@ FIT: dict[str, Any] = {"settings": {}, "spent": 0, "runs": [], "out": {}, "choic
 FIT["standings"] = []
 VARIANT = st.dictionaries(st.sampled_from(["method", "rank", "seed", "rho"]), VALUES)
 VARIANTS = st.dictionaries(st.sampled_from(["lora", "LoRA", "options"]), VARIANT | VALUES)
+EXPERIMENTS = st.fixed_dictionaries(
+    {"recipe": st.just("mini.yaml") | VALUES},
+    optional={"variants": VARIANTS, "options": VARIANT, "axes": VARIANT, "seeds": VALUES},
+)
 
 
 def odd(names):
@@ -95,6 +100,12 @@ def read_run(path):
         table(curves)
 
 
+def read_experiment(path):
+    content = read_options(path, "the experiment", "the command line")
+    if isinstance(content, dict):
+        experiment.parse(content, {})
+
+
 READERS: list[tuple[str, Callable[[Path], object]]] = [
     *((name, read_images) for name in ("metadata.jsonl", "metadata.csv", "a.txt", "a.png")),
     *((f"rows.{suffix}", read_rows) for suffix in ("jsonl", "json", "csv", "parquet")),
@@ -109,7 +120,7 @@ ANY_VALUES: dict[str, st.SearchStrategy[Any]] = {
         odd(STEP).map(lambda line: {"step": 1, "loss": 1} | line), max_size=4
     ),
     "fit.json": odd(Fit.model_fields).map(lambda fit: FIT | fit),
-    "variants.yaml": VARIANTS | VALUES,
+    "experiment.yaml": EXPERIMENTS | VALUES,
 }
 
 
@@ -156,7 +167,7 @@ def test_what_has_been_a_surprise(name, read, folder):
 
 @pytest.mark.parametrize(
     ("name", "read"),
-    [("variants.yaml", axes.load_variants), *(r for r in READERS if r[0] in ANY_VALUES)],
+    [("experiment.yaml", read_experiment), *(r for r in READERS if r[0] in ANY_VALUES)],
 )
 @SETTINGS
 @given(data=st.data())
@@ -172,5 +183,6 @@ def test_a_file_of_any_values(name, read, data, folder):
     content=st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20)
     | st.from_regex(r"[a-z]+=-?[0-9.,]{1,40}", fullmatch=True)
 )
-def test_an_axis_of_any_text(content):
-    survives(lambda: axes.axes([content]))
+def test_settings_and_seeds_of_any_text(content):
+    survives(lambda: experiment.read_settings([content]))
+    survives(lambda: experiment.read_seeds(content))

@@ -27,6 +27,8 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from eval.sweep.grid import Planner, open_script
+from eval.text_scores.sandbox import Execution, Sandbox
 
 from bilora_diffusion import mini
 from bilora_diffusion.image import script as image_script
@@ -34,10 +36,8 @@ from bilora_diffusion.text import catalog
 from bilora_diffusion.text import script as text_script
 from eval import sweep, table
 from eval.sweep import axes, cells
-from eval.sweep.grid import Planner, open_script
 from eval.text_scores import harness
 from eval.text_scores.benchmarks import Item, Measured
-from eval.text_scores.sandbox import Execution, Sandbox
 from tests.docs.pages import commands, scripts
 from tests.eval.clip_models import save_blip, save_open_clip
 from tests.eval.text_score_models import judge
