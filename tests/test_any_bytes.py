@@ -71,7 +71,7 @@ def odd(names):
 
 def read_images(path):
     column = None if path.name.startswith("a.") else "text"
-    open_images(str(path.parent), caption_column=column).prompts("TOK")
+    open_images(str(path.parent), caption_column=column)
 
 
 def read_rows(path):

@@ -25,8 +25,8 @@ from ..mini import ANIMALS, ANIMALS_HELDOUT, FLOW, FOLDERS, HELDOUT, MINI
 from ..run.heldout_part import read_part
 from .base_model import SDXL_BASE, BaseModel, describe, folder_of
 from .buckets import sizes
-from .listing import folder_of_set, look
-from .validation_prompts import read_prompts
+from .listing import folder_of_set, list_folder
+from .validation import read_prompts
 
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
 ICONS = "linoyts/3d_icon"
@@ -247,7 +247,7 @@ def check_images(values: Mapping[str, Any]) -> None:
                 " class images a folder of their own."
             )
     bare = values["caption_column"] is None and not values["instance_prompt"]
-    if bare and not (is_folder(folder) and look(folder).has_captions):
+    if bare and not (is_folder(folder) and list_folder(folder).has_captions):
         raise UserError(
             f'"{source}" has no prompt: add --instance_prompt, for example "a photo of TOK dog",'
             " --caption_column, or a .txt file with its caption beside each image."
