@@ -72,15 +72,15 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
 def title(catalog: Catalog) -> str:
     """The page's heading: the root's name and the numbers of folders there."""
-    now = catalog.now
-    items = {"run": now.runs, "score folder": now.scores, "result": now.figures}
+    scan = catalog.scan
+    items = {"run": scan.runs, "score folder": scan.scores, "result": scan.figures}
     counts = [counted(len(folders), kind) for kind, folders in items.items()]
     return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {', '.join(counts)}</p>"
 
 
 def notices(catalog: Catalog) -> str:
     """The list of broken folders; "" without one."""
-    broken = catalog.now.broken
+    broken = catalog.scan.broken
     if not broken:
         return ""
     rows = "".join(

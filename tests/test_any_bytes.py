@@ -41,7 +41,7 @@ CONTENT = st.binary(max_size=60) | TEXTS.map(str.encode)
 
 def read_images(path):
     column = None if path.name.startswith("a.") else "text"
-    open_images(str(path.parent), caption_column=column).prompts("TOK")
+    open_images(str(path.parent), caption_column=column)
 
 
 def read_run(path):

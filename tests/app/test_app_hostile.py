@@ -33,22 +33,22 @@ class Tabs:
 
     def shown(self):
         """The contents of each when it is opened and everything in it is chosen once."""
-        now, runs = self.catalog.now, validation.with_images(self.catalog)
+        scan, runs = self.catalog.scan, validation.with_images(self.catalog)
         steps = validation.common_steps(runs)
         images = [validation.table(self.catalog, runs, step) for step in steps]
         scores = [self.compare.open(SimpleNamespace(query_params={}))]  # pyright: ignore
         votes = [self.vote._load(None, None)]
-        for item in now.scores:
+        for item in scan.scores:
             first = scored.first_view(item.path, item.result)
             scores += [self.compare._opened({"scores": item.path})]
             scores += [self.compare.step(1, *vars(first).values())]
             votes += [{0: self.vote.polls.pairs(item.path)}, self.vote._begin(item.path, ANY, "")]
-        paths = [run.path for run in now.runs]
+        paths = [run.path for run in scan.runs]
         good = [path for path in paths if path.startswith("good/")]
         starts = range(0, len(paths), 6)
         draws = [self.training._draw([*good, *paths[start : start + 6]], 5) for start in starts]
         cards = [draw.pop(self.training.cards) + draw.pop(self.training.legend) for draw in draws]
-        figures = [len(results.pictures(self.catalog, item)[0]) for item in now.figures]
+        figures = [len(results.pictures(self.catalog, item)[0]) for item in scan.figures]
         return {
             "page": sent([frame.title(self.catalog), frame.notices(self.catalog)]),
             "images": sent(images),
@@ -60,9 +60,9 @@ class Tabs:
             "Vote": sent(value for update in votes for value in update.values()),
             "Training": sent(self.training._load(None).values()),
             "Results": sent(
-                f"{item.path} {n}" for item, n in zip(now.figures, figures, strict=True)
+                f"{item.path} {n}" for item, n in zip(scan.figures, figures, strict=True)
             ),
-            "reports": sent(results.text(self.catalog, item) for item in now.figures),
+            "reports": sent(results.text(self.catalog, item) for item in scan.figures),
         }
 
     def chosen(self, path):
