@@ -27,7 +27,6 @@ from bilora_diffusion.core.fields import (
     sections,
 )
 from bilora_diffusion.image.config import DreamBoothConfig
-from bilora_diffusion.methods import own_options
 from bilora_diffusion.text.config import TextConfig
 from eval.report import table
 
@@ -156,7 +155,7 @@ def page(name: str) -> str:
 
 def _script(name: str, config: type[RunConfig]) -> Iterable[str]:
     yield f"## {name}"
-    for title, groups in sections((*config.groups, *own_options())).items():
+    for title, groups in sections(config.groups).items():
         yield f"### {title.capitalize()}"
         fields = options_of(groups).values()
         yield table(("option", "default", "what it does"), map(_option, fields))

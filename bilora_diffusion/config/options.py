@@ -14,6 +14,7 @@ from ..core.values import (
     STEPS,
     Range,
 )
+from . import machine
 
 PRECISIONS = ("no", "fp16", "bf16")
 LR_SCHEDULERS = (
@@ -96,6 +97,11 @@ class StepOptions:
         range=Range(10**6, "launchers count processes from 0"),
         free=True,
     )
+
+
+def default_mixed_precision(options: StepOptions) -> str:
+    """What accelerate's launcher was told, else what the device is best at."""
+    return machine.default_precision()
 
 
 @dataclass(frozen=True)
@@ -277,3 +283,8 @@ class OutputOptions:
         " flux2_klein; options on the command line win.",
         place=True,
     )
+
+
+def default_report_to(options: OutputOptions) -> str:
+    """The declared tracker, TensorBoard, where it is installed."""
+    return options.report_to if machine.is_installed(options.report_to) else "none"

@@ -1,11 +1,12 @@
-"""Options that only the image script has."""
+"""Options that only the image script has, and all of its options as one class."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from ..config.options import HeldOutOptions, OutputOptions
+from ..config.run import RunConfig
 from ..core.fields import Idle, like, option
 from ..core.values import (
     GUIDANCES,
@@ -17,11 +18,19 @@ from ..core.values import (
     Range,
 )
 from ..mini import FOLDERS
-from . import inputs
 from .base_model import SDXL_BASE, folder_of
+from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
 
+CACHE_AUTO = "auto"
+CACHE_FOLDER = "bilora-diffusion"
+"""Its name, in the user's folder of caches."""
 INTERPOLATIONS = (
-    *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),
+    "lanczos",
+    "bicubic",
+    "bilinear",
+    "box",
+    "hamming",
+    "nearest",
     "nearest_exact",
 )
 SEVERAL_SETS = "write them into a YAML file with a list of concepts, and give that (docs/data.md)"
@@ -190,9 +199,9 @@ class DataOptions:
         free=True,
     )
     disk_cache: str = option(
-        inputs.CACHE_AUTO,
+        CACHE_AUTO,
         "Folder in which latents and prompt embeddings stay for the next run, no for none, or auto:"
-        f" ~/.cache/{inputs.CACHE}, or below $XDG_CACHE_HOME.",
+        f" ~/.cache/{CACHE_FOLDER}, or below $XDG_CACHE_HOME.",
         place=True,
         free=True,
     )
@@ -313,3 +322,39 @@ class ImageOutputOptions(OutputOptions):
             ),
         ),
     )
+
+
+@dataclass(frozen=True)
+class ImageOptions(
+    ModelOptions,
+    DataOptions,
+    DiffusionOptions,
+    FlowOptions,
+    PriorOptions,
+    ValidationOptions,
+    ImageOutputOptions,
+    RunConfig,
+):
+    """Every option of the script, flat, and what the base model's files say.
+
+    Attributes:
+        given: Names of the options that the command line or its recipe has.
+        validation_settings: Settings of each of ``validation_prompts`` (`PromptOptions`); [] where
+            none has any.
+        concepts: Options that each concept has of its own, with its name as "concept"; [] of a run
+            of one set of images.
+        concept: Name of the concept that `DreamBoothConfig.each` made this of.
+        pipeline: Class of the base model's pipeline.
+        told_guidance: True if the denoiser is told its guidance in training.
+        predicts_noise: True if the denoiser predicts noise, neither velocity nor a flow.
+    """
+
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    validation_settings: list[dict[str, Any]] = field(default_factory=list)
+    concepts: list[dict[str, Any]] = field(default_factory=list)
+    concept: str = ""
+    pipeline: str = ""
+    told_guidance: bool = False
+    predicts_noise: bool = True
+
+    modality: ClassVar[str] = "image"

@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from ..adapters import AdapterSpec
+from ..config.rates import text_encoder_rate
 from ..core.choices import ATTENTION
 from ..core.files import counted
 from ..core.seeds import digest, generator
@@ -100,15 +101,11 @@ class DreamBooth:
         """
         cfg = self.cfg
         spec = AdapterSpec.of(cfg, target_modules=self.layers)
-        rate = cfg.text_encoder_lr
-        if cfg.optimizer.lower() == "prodigy" or not rate:
-            # Prodigy estimates one step size and takes the learning rate as a common factor.
-            rate = cfg.learning_rate
         denoiser, *encoders = self.models.items()
         text, decay = replace(spec, target_modules=TEXT_TARGETS), cfg.adam_weight_decay_text_encoder
         return [
             Target(*denoiser, spec, cfg.learning_rate, cfg.adam_weight_decay),
-            *(Target(*encoder, text, rate, decay) for encoder in encoders),
+            *(Target(*encoder, text, text_encoder_rate(cfg), decay) for encoder in encoders),
         ]
 
     def training_content(self) -> list[SampleContent]:

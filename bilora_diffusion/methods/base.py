@@ -143,9 +143,6 @@ class Method:
     def bind(self, optimizer: Optimizer) -> None:
         """See the raw torch optimizer once, before the first step (for hooks on its steps)."""
 
-    def expect(self, samples: Sequence[int | None]) -> None:
-        """Prepare for `seen` with these samples, later in the same step."""
-
     def seen(
         self, samples: Sequence[int | None], snr: Sequence[float] = ()
     ) -> AbstractContextManager[None]:

@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import PRIMARY, Factors
-from . import EFMLoRAOptions, perturb
+from . import perturb
 from .base import Counting
 from .bilora import ball
 from .hooks import BeforeStep
+from .options import EFMLoRAOptions
 from .registry import register
 
 PERTURBATION = "perturbation"

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import PRIMARY
-from . import L2SPOptions
 from .bilora import auxiliary, radius
 from .hooks import BeforeStep
+from .options import L2SPOptions
 from .registry import register
 
 

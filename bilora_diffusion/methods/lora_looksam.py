@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import PRIMARY
-from . import LookSAMOptions, perturb
+from . import perturb
 from .base import Counting, StepOptimizer
 from .lora_sam import LoRASAM
+from .options import LookSAMOptions
 from .registry import register
 
 DIRECTION = "direction"

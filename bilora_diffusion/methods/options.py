@@ -1,7 +1,4 @@
-"""The options of adapters and methods; importing this needs no torch.
-
-The options that one method alone has stand beside its name, in `methods/__init__.py`.
-"""
+"""The options of adapters and methods; importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -32,6 +29,7 @@ from ..core.values import (
     RATES,
     SCALES,
     SHARES,
+    STEPS,
     Range,
 )
 
@@ -114,6 +112,11 @@ class AdapterOptions:
     )
 
 
+def default_lora_alpha(options: AdapterOptions) -> float:
+    """Twice the rank, as in the paper's tables."""
+    return 2.0 * options.rank
+
+
 @dataclass(frozen=True)
 class MethodFlags:
     """Options of the methods on the command line; each reads its own part (`Method.reads`)."""
@@ -156,14 +159,6 @@ class MethodFlags:
         range=COUNTS,
         words=(SAMPLE,),
     )
-    auxiliaries_on: str = option(
-        "device",
-        "bilora with several auxiliaries: keep all on the device, or those that a step does not see"
-        " in the CPU's memory.",
-        choices=("device", "cpu"),
-        idle=(ON_A_SINGLE_ONE,),
-        free=True,
-    )
     auxiliary_snr_gamma: float = option(
         5.0,
         "bilora with several auxiliaries, on a model that predicts noise: an image sees its"
@@ -202,16 +197,56 @@ class MethodFlags:
 
 @dataclass(frozen=True)
 class OwnOptions:
-    """Base of the options that one method alone has (`Method.own_options`).
-
-    Raises:
-        UserError: a value outside its range.
-    """
+    """Base of the options that one method alone has (`Method.own_options`)."""
 
     section: ClassVar[str] = SECTION
 
-    def __post_init__(self) -> None:
-        check(options_of([type(self)]), vars(self), dashes="")
+
+@dataclass(frozen=True)
+class EFMLoRAOptions(OwnOptions):
+    """Options of EFMLoRA alone."""
+
+    efm_beta: float = option(
+        0.9,
+        "efm-lora: share of the newest perturbation in the average, in (0, 1] (Equation 18).",
+        range=Range(1, "it is a share", above=0),
+    )
+    efm_schedule: str = option(
+        "constant",
+        "efm-lora: rho constant, or falling as rho / sqrt(step) (its Theorem 2).",
+        choices=("constant", "sqrt"),
+    )
+
+
+@dataclass(frozen=True)
+class L2SPOptions(OwnOptions):
+    """Options of LoRA + L2-SP alone."""
+
+    l2sp_lambda: float = option(
+        1e-3,
+        "lora-l2sp: weight of the penalty, lambda times the squared norm of the change of the"
+        " weights (Li et al. 2018).",
+        range=FACTORS,
+    )
+
+
+@dataclass(frozen=True)
+class LookSAMOptions(OwnOptions):
+    """Options of LoRA-LookSAM alone."""
+
+    looksam_k: int = option(
+        5, "lora-looksam: steps from one look uphill to the next (Liu et al. 2022).", range=STEPS
+    )
+    looksam_alpha: float = option(
+        0.7,
+        "lora-looksam: weight, in the steps between, of the direction kept from the last look.",
+        range=FACTORS,
+    )
+
+
+@dataclass(frozen=True)
+class SingleMethodOptions(LookSAMOptions, L2SPOptions, EFMLoRAOptions):
+    """The options that single methods have, as the configuration of a run has them."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +266,8 @@ class MethodOptions(MethodFlags):
     def __post_init__(self) -> None:
         # However small: a limiting case of the method may be asked for.
         check(options_of([MethodFlags]), vars(self), dashes="", smallest=0.0)
+        if self.own is not None:
+            check(options_of([type(self.own)]), vars(self.own), dashes="")
 
     def progress(self, step: int) -> float:
         """`step` as a share of the whole run, in (0, 1] for steps 1, 2, ... num_steps.

@@ -68,11 +68,11 @@ def main(
     largest, search_size = [], []
     if cfg.fit:
         fit = search(task)
-        options = largest_configuration(fit, task, steps, device)
+        options = largest_configuration(fit, task, steps)
         task = with_config(task, fit.config(options))
         largest = [f"what follows is about the largest run of --fit: {title(options)}"]
         search_size = [_search_size(fit.plan.budget, steps)]
-    method, trained, waiting = attached(task, steps, device)
+    method, trained = attached(task, steps)
     on_cuda = device.type == "cuda"
     process = CUDA_CONTEXT if on_cuda else psutil.Process().memory_info().rss + CPU_LIBRARIES
     taken = complete(parts_of, trained, process)
@@ -97,8 +97,6 @@ def main(
         f"It {verdict}: the run needs about {bytes_for_people(peaks[most])}, and {device.type} has"
         f" {bytes_for_people(room)} for it.",
     ]
-    if waiting:
-        lines.append(f"{bytes_for_people(waiting)} of auxiliaries wait in the CPU's memory.")
     if cfg.fit and on_cuda and peaks[most] > room:
         lines.append("--fit leaves out of its search what runs out of memory.")
     print("\n".join(lines), flush=True)
@@ -136,7 +134,7 @@ def _search_size(budget: int, steps: int) -> str:
     )
 
 
-def largest_configuration(fit: Fit, task: Any, steps: int, device: torch.device) -> Options:
+def largest_configuration(fit: Fit, task: Any, steps: int) -> Options:
     """The configuration of a search that takes most memory, with all samples as in the last run.
 
     Memory rises with each option whatever the others are, so each is set to its largest value in
@@ -145,7 +143,7 @@ def largest_configuration(fit: Fit, task: Any, steps: int, device: torch.device)
 
     @functools.cache
     def trained_bytes(options: Options) -> int:
-        _, trained, _ = attached(with_config(task, fit.config(options)), steps, device)
+        _, trained = attached(with_config(task, fit.config(options)), steps)
         return sum(trained.values())
 
     configurations: list[Options] = [()]
@@ -164,19 +162,15 @@ def with_config(task: Any, cfg: RunConfig) -> Any:
     return changed
 
 
-def attached(
-    task: Any, steps: int, device: torch.device | None = None
-) -> tuple[Method, dict[str, int], int]:
+def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
     """Put a method on copies of a task's models.
 
     Args:
         task: whose models are empty.
         steps: optimizer steps of the run.
-        device: on which it is trained; None for one with memory of its own.
 
     Returns:
-        The method; bytes of what is trained and kept of it on the device; bytes of auxiliaries and
-        their optimizer state that wait in the memory of the CPU, where the device is another.
+        The method, and the bytes of what is trained and stored with it.
     """
     cfg = task.cfg
     # Several auxiliaries are counted and not made; weights without values have no norm.
@@ -184,8 +178,6 @@ def attached(
     several = "auxiliaries" in method.reads
     count = deal(cfg.auxiliaries, task.sample_names)[0] if several else 1
     seen = min(count, cfg.train_batch_size * cfg.gradient_accumulation_steps)
-    on_cpu = device is not None and device.type == "cpu"
-    here = seen if cfg.auxiliaries_on == "cpu" and not on_cpu else count
     targets = task.targets()
     method.setup([replace(target, model=copy.deepcopy(target.model)) for target in targets])
     models = [target.model for target in method.targets]
@@ -197,11 +189,10 @@ def attached(
     moments_of_byte = OPTIMIZERS[cfg.optimizer.lower()].state
     trained = {
         "adapters: primary": primary,
-        "adapters: auxiliary": auxiliary * here,
+        "adapters: auxiliary": auxiliary * count,
         "adapters: first values": first,
         "gradients": result + auxiliary * seen,
-        "the optimizer's state": int(moments_of_byte * (result + auxiliary * here)),
+        "the optimizer's state": int(moments_of_byte * (result + auxiliary * count)),
         "averages and best weights": result * (cfg.use_ema + cfg.keep_best),
     }
-    waiting = auxiliary * (count - here) * (1 + moments_of_byte)
-    return method, trained, int(waiting)
+    return method, trained

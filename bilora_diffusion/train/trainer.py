@@ -176,10 +176,6 @@ class Trainer:
             # Dropout sees the same random numbers at each call and after each resume.
             torch.manual_seed(seed_of(self.cfg.seed, "forward", step, self.schedule.rank))
             total = torch.zeros((), device=device)
-            samples = [sample for batch in batches for sample in batch.samples]
-            # Whose auxiliaries wait elsewhere: the step moves those of all processes in each.
-            everyone = self.cfg.auxiliaries_on == "cpu"
-            self.method.expect(gather_object(samples) if everyone else samples)
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
                 # Gradients are exchanged in the last pass, if by DDP.

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from bilora_diffusion.core.errors import UserError, run_cli
-from bilora_diffusion.image import inputs
+from bilora_diffusion.image import config
 from bilora_diffusion.image.base_model import BaseModel
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -110,7 +110,7 @@ def test_what_a_strength_does_not_go_with():
 @pytest.mark.parametrize("pipeline", ["FluxPipeline", "Lumina2Pipeline"])
 def test_a_negative_prompt_where_none_is_read(pipeline, monkeypatch):
     model = BaseModel("some/model", {"_class_name": pipeline}, {"transformer": {}, "vae": {}})
-    monkeypatch.setattr(inputs, "describe", lambda *_: model)
+    monkeypatch.setattr(config, "describe", lambda *_: model)
     assert resolve([*DATA, "--resolution", "64", "--validation_prompts", "a --l 9"])
     with pytest.raises(UserError, match=r"number 1 .* negative prompt.* reads none"):
         resolve([*DATA, "--resolution", "64", "--validation_prompts", "a --l 9 --n b"])

@@ -107,18 +107,6 @@ def test_a_step_of_no_samples_moves_the_primary_alone(rho):
     assert any(not torch.equal(value, primary[key]) for key, value in run.primary().items())
 
 
-def test_those_that_wait_in_the_cpus_memory_learn_the_same():
-    """Without a GPU the copies go from memory to memory; that they overlap is not shown."""
-    runs = [
-        Run("bilora", MethodOptions(auxiliaries=COUNT, auxiliaries_on=place, rho=0.05))
-        for place in ("device", "cpu")
-    ]
-    losses = [run.train(20, backward=lambda k, run=run: backward(run, k, (3,))) for run in runs]
-    assert losses[0] == losses[1]
-    here, there = ((flats(run.method), run.optimizer.state_dict()["state"]) for run in runs)
-    torch.testing.assert_close(here, there, rtol=0, atol=0)
-
-
 def test_a_step_takes_as_many_operations_however_many_there_are():
     counted = []
     for number in (8, 80):

@@ -1,5 +1,6 @@
 """Runs that their held-out loss ends, and what they leave: images and text, whole and resumed."""
 
+import json
 import shutil
 
 import pytest
@@ -199,8 +200,12 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
         texts.train_text(run, **go_on)
     texts.train_text(run, **{**go_on, "early_stopping_patience": None})
 
-    # A checkpoint of an earlier version has no record of its data, and nothing is compared.
+    # A checkpoint of an earlier version has no record of its data, and nothing is compared. The
+    # run's record has an option that left since; no checkpoint ever held that.
     saved = checkpoint.load(run / "checkpoints" / "step-1")
     del saved.extra["content"], saved.extra["config"]["validation_file"]
     checkpoint.save(run, saved)
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["auxiliaries_on"] = "cpu"
+    (run / "run.json").write_text(json.dumps(record))
     texts.train_text(run, **go_on)

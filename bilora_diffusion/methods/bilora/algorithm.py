@@ -42,7 +42,7 @@ class BiLoRA(WithAuxiliary):
     adapters = (PRIMARY, AUXILIARY)
     reads: ClassVar[frozenset[str]] = frozenset(
         (
-            *("rho", "loss_rise", "rho_norm", "ball", "auxiliaries", "auxiliaries_on"),
+            *("rho", "loss_rise", "rho_norm", "ball", "auxiliaries"),
             *("auxiliary_rank", "auxiliary_alpha", "auxiliary_learning_rate"),
             *("auxiliary_direction", "auxiliary_snr_gamma"),
         )

@@ -45,9 +45,6 @@ class Auxiliary:
     def follow(self) -> None:
         """Move to where the models are now; before an optimizer knows the parameters."""
 
-    def expect(self, samples: Sequence[int | None]) -> None:
-        """Prepare for `seen` with these samples, later in the same step."""
-
     def seen(
         self, samples: Sequence[int | None], snr: Sequence[float]
     ) -> AbstractContextManager[None]:
@@ -114,9 +111,6 @@ class WithAuxiliary(Counting):
     @property
     def _climbs(self) -> bool:
         return self.options.auxiliary_direction == "ascent"
-
-    def expect(self, samples: Sequence[int | None]) -> None:
-        self.auxiliary.expect(samples)
 
     def seen(
         self, samples: Sequence[int | None], snr: Sequence[float] = ()

@@ -30,7 +30,6 @@ from ...adapters import AUXILIARY, PRIMARY, by_row
 from ...core.choices import SAMPLE
 from ...core.errors import UserError
 from ..options import MethodOptions
-from ..parking import Parking
 from . import ball
 from .ablations import PerLayer, Unbounded
 from .auxiliary import Auxiliary, Layers, scales
@@ -74,12 +73,9 @@ class _Flat:
         layers: those that have the adapter.
         measures: what the norm of each one's B A is multiplied with.
         count: how many auxiliaries there are.
-        device: where they begin; None is where the layers are.
     """
 
-    def __init__(
-        self, layers: Layers, measures: Sequence[float], count: int, device: str | None
-    ) -> None:
+    def __init__(self, layers: Layers, measures: Sequence[float], count: int) -> None:
         factors, others = (adapters.factors_of(layers, name) for name in (AUXILIARY, PRIMARY))
         order = sorted(range(len(factors)), key=lambda i: (factors[i].A.shape, factors[i].B.shape))
         self.layers = [layers[i][1] for i in order]
@@ -100,7 +96,7 @@ class _Flat:
         A, B = ([(len([*own]), *shape) for shape, own in side] for side in shapes)
         self._blocks, self._first_up = A + B, len(A)
         self.up = sum(weight.numel() for weight in sides[0])  # where the B^T begin
-        first = torch.cat([w.detach().flatten() for side in sides for w in side]).to(device)
+        first = torch.cat([w.detach().flatten() for side in sides for w in side])
         self.parameters = [nn.Parameter(first.clone()) for _ in range(count)]
 
     def _blocks_of(self, flat: Tensor) -> list[Tensor]:
@@ -164,7 +160,6 @@ class Auxiliaries(Auxiliary):
         measures: what the norm of each layer's B A is multiplied with, model by model.
         count: how many auxiliaries there are.
         dealt: which of them each sample sees; [] for sample i % count.
-        parked: whether they wait in the CPU's memory for the steps that see them.
         gamma: above this signal-to-noise ratio a row sees the whole; 0 where every row does.
     """
 
@@ -174,14 +169,12 @@ class Auxiliaries(Auxiliary):
         measures: Sequence[float],
         count: int,
         dealt: Sequence[int] = (),
-        parked: bool = False,
         gamma: float = 0.0,
     ) -> None:
-        rest, first = iter(measures), "cpu" if parked else None
+        rest = iter(measures)
         self.count, self._dealt, self._gamma = count, dealt, gamma
-        self._models = [_Flat(own, [next(rest) for _ in own], count, first) for own in layers]
+        self._models = [_Flat(own, [next(rest) for _ in own], count) for own in layers]
         device = self._models[0].held[0].device
-        self._parking = Parking(device, parked)
         self.norms = torch.zeros(count, dtype=ball.wide(device), device=device)  # when projected
 
     def parameters(self, model: int | None = None) -> list[nn.Parameter]:
@@ -194,8 +187,8 @@ class Auxiliaries(Auxiliary):
 
     def follow(self) -> None:
         device = self._models[0].held[0].device
-        self.norms, self._parking = self.norms.to(device), Parking(device, self._parking.parks)
-        for parameter in () if self._parking.parks else self.parameters():
+        self.norms = self.norms.to(device)
+        for parameter in self.parameters():
             parameter.data = parameter.data.to(device)
 
     def _groups(self, samples: Sequence[int | None]) -> list[int | None]:
@@ -203,11 +196,8 @@ class Auxiliaries(Auxiliary):
         dealt, count = self._dealt, self.count
         return [None if i is None else dealt[i] if dealt else i % count for i in samples]
 
-    def expect(self, samples: Sequence[int | None]) -> None:
-        self._parking.expect(self._of(self._groups(samples)))
-
     def before_step(self, optimizer: Optimizer) -> None:
-        """Have the optimizer's state where the step is taken.
+        """Refuse a step without samples.
 
         Raises:
             UserError: gradients came from elsewhere than a pass within `seen`.
@@ -217,17 +207,11 @@ class Auxiliaries(Auxiliary):
                 "A backward pass did not say whose samples its rows are, so no auxiliary was moved:"
                 ' run it within samples(ids), or give a trainer\'s data set a column "sample_id".'
             )
-        self._parking.fetch_state(optimizer)
 
     def release(self, optimizer: Optimizer) -> None:
-        """After a step: forget the gradients, and let those wait that wait elsewhere."""
+        """After a step: forget the gradients."""
         for parameter in self.parameters():
             parameter.grad = None  # as model.zero_grad() would, did the model hold it
-        self._parking.park(optimizer)
-
-    def _of(self, groups: Sequence[int | None]) -> list[nn.Parameter]:
-        distinct = sorted({g for g in groups if g is not None})
-        return [flat.parameters[g] for flat in self._models for g in distinct]
 
     @contextmanager
     def seen(self, samples: Sequence[int | None], snr: Sequence[float] = ()) -> Iterator[None]:
@@ -243,7 +227,6 @@ class Auxiliaries(Auxiliary):
         shares = [math.sqrt(min(own, gamma) / gamma) if gamma else 1.0 for own in snr]
         rows = [*zip(self._groups(samples), shares or repeat(1.0), strict=False)]
         rows = rows[:1] if len(set(rows)) == 1 else rows
-        self._parking.fetch(self._of([group for group, _ in rows]))
         with ExitStack() as stack:
             for flat in self._models:
                 stack.enter_context(flat.seen(rows))
@@ -295,7 +278,6 @@ def create(layers: Sequence[Layers], options: MethodOptions) -> Auxiliary:
     measures = [scale for own in layers for scale in scales(own, options.rho_norm)]
     count, dealt = deal(options.auxiliaries, options.sample_names)
     if count > 1:
-        parked, gamma = options.auxiliaries_on == "cpu", options.auxiliary_snr_gamma
-        return Auxiliaries(layers, measures, count, dealt, parked, gamma)
+        return Auxiliaries(layers, measures, count, dealt, options.auxiliary_snr_gamma)
     kind = {"global": Auxiliary, "per-layer": PerLayer, "none": Unbounded}[options.ball]
     return kind(layers, measures)

@@ -62,7 +62,7 @@ from .space import (
 FOLDS, LEAVE_ONE_OUT = 4, 8  # folds; below so many samples each is one
 # Options of methods and optimizers that all runs of a fit share.
 SCHEDULE = {"lr_scheduler", "lr_warmup_steps", "warmup_ratio", "lr_num_cycles", "lr_power"}
-FIXED = {"quantize", "auxiliaries_on", "scale_lr", "use_8bit_adam", *SCHEDULE}
+FIXED = {"quantize", "scale_lr", "use_8bit_adam", *SCHEDULE}
 QUIET = {  # every run of a search: at a constant rate, with nothing to look at
     **{"report_to": "none", "push_to_hub": False, "log_dynamics": False, "eval_on_start": False},
     **{"resume_from_checkpoint": None, "overwrite_output_dir": False, "num_train_epochs": None},
