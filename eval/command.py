@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 ADAPTER_FILES = (".safetensors", *PICKLES)
+LARGEST_RANGE = 10_000
 COUNTS = Range(10**9, "no machine comes to the end of more", at_least=1)
 POSITIVE = Range(1e9, "nothing is measured that far out", above=0)
 
@@ -123,6 +125,27 @@ def _runs_alone(words: Sequence[str]) -> list[str]:
     if left:
         print(f"left out, since they are no runs: {', '.join(left)}", file=sys.stderr)
     return [word for word in words if word not in left]
+
+
+def read_integers(text: str, place: str) -> list[int]:
+    """The whole numbers of ``0,1,5`` or ``0..4``, 4 included.
+
+    Args:
+        place: the beginning of a sentence about the text.
+    """
+    integers: list[int] = []
+    for word in text.split(","):
+        numbers = re.fullmatch(r"\s*(-?\d{1,18})(?:\.\.(-?\d{1,18}))?\s*", word)
+        if numbers is None:
+            raise UserError(f"{place}: write whole numbers, such as 0,1 or 0..3.")
+        low, high = int(numbers[1]), int(numbers[2] or numbers[1])
+        if not 0 <= high - low < LARGEST_RANGE:
+            raise UserError(f"{place}: write a..b with a <= b, at most {LARGEST_RANGE} numbers.")
+        integers += range(low, high + 1)
+    for integer in integers:
+        if integers.count(integer) > 1:
+            raise UserError(f"{place}, with {integer} twice: keep one.")
+    return integers
 
 
 def run(work: Callable[[], int | None]) -> int:
