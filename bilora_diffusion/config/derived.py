@@ -55,6 +55,6 @@ DERIVED_DEFAULTS: tuple[Rule[RunConfig], ...] = (  # in this order: each may rea
 def derive(cfg: Config, rules: Sequence[Rule[Config]]) -> Config:
     """Fill in by rules, in their order, the options that nobody gave."""
     for option, default in rules:
-        if option not in cfg.given:
+        if option not in cfg.given_options:
             cfg = replace(cfg, **{option: default(cfg)})
     return cfg

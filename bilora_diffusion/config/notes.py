@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..core.fields import default_of, option_of, options_of
+from .constraints import fact_text
 from .rates import LOW_PRODIGY_RATE
-from .refusals import said
 from .run import RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -27,14 +27,14 @@ def without_ignored_options(cfg: Config, groups: Sequence[type]) -> tuple[Config
     notes: list[str] = []
     for name, field in options_of(groups).items():
         value = getattr(cfg, name)
-        if name not in cfg.given or value == default_of(field):
+        if name not in cfg.given_options or value == default_of(field):
             continue
-        for case in option_of(field).idle:
+        for case in option_of(field).ignored:
             # Each case sees all options as they were given, also those that are ignored.
             if case.when(vars(cfg)):
                 changes[name] = getattr(cfg, case.becomes) if case.becomes else default_of(field)
                 fix = case.fix.replace("`", "")
-                notes.append(f"{said(name, value)} has no effect {case.where}: {fix}.")
+                notes.append(f"{fact_text(name, value)} has no effect {case.where}: {fix}.")
                 break
     return replace(cfg, **changes), notes
 
@@ -43,19 +43,19 @@ def notes_on_defaults(cfg: RunConfig) -> list[str]:
     """A sentence for each default that follows from what was given and might surprise."""
     notes: list[str] = []
     steps = cfg.validation_loss_steps
-    if steps and cfg.depends_on_heldout and "validation_loss_steps" not in cfg.given:
+    if steps and cfg.depends_on_heldout and "validation_loss_steps" not in cfg.given_options:
         notes.append(
             f"the held-out loss is measured every {steps} steps: change it with"
             " --validation_loss_steps."
         )
-    if "rank" in cfg.given and "lora_alpha" not in cfg.given:
+    if "rank" in cfg.given_options and "lora_alpha" not in cfg.given_options:
         notes.append(
             f"--rank {cfg.rank} comes with --lora_alpha {cfg.lora_alpha:g}, the paper's ratio: for"
             f" diffusers' add --lora_alpha {cfg.rank}."
         )
     if cfg.optimizer == "prodigy" and cfg.learning_rate <= LOW_PRODIGY_RATE:
         notes.append(
-            f"{said('learning_rate', cfg.learning_rate)} is low for prodigy, which multiplies"
+            f"{fact_text('learning_rate', cfg.learning_rate)} is low for prodigy, which multiplies"
             " it with a rate of its own: 1.0 is usual."
         )
     has_warmup = cfg.lr_warmup_steps or cfg.warmup_ratio

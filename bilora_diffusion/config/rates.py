@@ -51,8 +51,10 @@ def with_scaled_rates(cfg: Config, processes: int) -> Config:
     """
     if not cfg.scale_lr:
         return cfg
+    # Samples of one optimizer step over all processes, as diffusers' scripts count them.
     samples = cfg.gradient_accumulation_steps * cfg.train_batch_size * processes
     cfg = replace(cfg, learning_rate=cfg.learning_rate * samples)
     if cfg.auxiliary_learning_rate is not None:
+        # None is the primary's rate, which is scaled already.
         cfg = replace(cfg, auxiliary_learning_rate=cfg.auxiliary_learning_rate * samples)
     return cfg

@@ -19,7 +19,7 @@ from ..core.choices import OPTIMIZERS
 from ..core.errors import UserError, is_main_process
 from ..core.values import check_choice
 from ..methods.options import AdapterOptions
-from . import machine, refusals
+from . import constraints, machine
 from .derived import DERIVED_DEFAULTS, derive
 from .notes import notes_on_defaults, without_ignored_options
 from .rates import with_scaled_rates
@@ -54,8 +54,10 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     Raises:
         UserError: A value or a combination that can't be honoured; it names the fix.
     """
-    values, given = script.parser().read(argv, script.alternatives, recipe_options_of_other_method)
-    cfg = script(**{**values, "given": given})
+    values, given_options = script.parser().read(
+        argv, script.alternatives, recipe_options_of_other_method
+    )
+    cfg = script(**{**values, "given_options": given_options})
 
     cfg = with_optimizer_name(cfg)
     check_method(cfg)
@@ -64,7 +66,7 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     cfg, notes = without_ignored_options(cfg, cfg.groups)
     notes += notes_on_defaults(cfg)
     launch = {"device": machine.device_type(), "modality": cfg.modality, **machine.launch()}
-    refusals.check({**vars(cfg), **launch})
+    constraints.check({**vars(cfg), **launch})
     cfg.check_inputs()
     check_packages(cfg)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from ..core import fields
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
-from . import refusals
+from . import constraints
 from .command_line import CommandLine
 from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
 
@@ -37,7 +37,7 @@ class RunConfig(
     without_influence: ClassVar[frozenset[str]]  # see `free_options`
     without_samples: ClassVar[Mapping[str, Any]]  # with which no images or answers are made
 
-    given: frozenset[str]  # names of the options that the command line or its recipe has
+    given_options: frozenset[str]  # names of the options that the command line or its recipe has
 
     # What only one script has as an option, or in another form.
     train_text_encoder: bool = False
@@ -55,7 +55,7 @@ class RunConfig(
     @classmethod
     def parser(cls) -> CommandLine:
         """The parser of this script's command lines."""
-        foreign_flags = refusals.table().foreign[cls.modality]
+        foreign_flags = constraints.table().foreign[cls.modality]
         return CommandLine(cls.groups, cls.description, cls.usage, foreign_flags)
 
     def derived(self) -> Self:
@@ -97,6 +97,7 @@ class RunConfig(
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON values; the hub token is left out."""
         values = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
+        # In the order of --help; what is derived and no option is not recorded here.
         names = [name for name in fields.options_of(self.groups) if name != "hub_token"]
         return {name: values[name] for name in names}
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config import refusals
+from ..config import constraints
 from ..config.command_line import CommandLine
 from ..config.notes import without_ignored_options
 from ..config.recipe import read_options
@@ -71,7 +71,7 @@ def with_sets_of_images(cfg: Config) -> Config:
         return with_set_defaults(cfg)
     place, items = read_concepts(cfg)
     cfg = replace(cfg, dataset_name=place)
-    refusals.check({"concepts_of": place, "validation_dataset": cfg.validation_dataset})
+    constraints.check({"concepts_of": place, "validation_dataset": cfg.validation_dataset})
     concepts: list[Config] = []
     for number, item in enumerate(items, start=1):
         with placed(f"{place}, concept {number}: "):
@@ -124,13 +124,13 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
         "validation_prompts": [],
         "final_validation_prompt": None,
     }
-    given = run.given | explicit.keys() | {"validation_prompts"}
-    concept = replace(run, **{**without_prompts, **explicit, "given": given})
+    given_options = run.given_options | explicit.keys() | {"validation_prompts"}
+    concept = replace(run, **{**without_prompts, **explicit, "given_options": given_options})
     concept = with_set_defaults(concept)
     check_strengths(concept)
-    refusals.check({name: getattr(concept, name) for name in FACTS})
+    constraints.check({name: getattr(concept, name) for name in FACTS})
 
-    own_options = replace(concept, given=frozenset(explicit))
+    own_options = replace(concept, given_options=frozenset(explicit))
     concept, notes = without_ignored_options(own_options, CONCEPT_GROUPS)
     check_images(concept)
     return concept, notes

@@ -22,7 +22,7 @@ from ..mini import ANIMALS, ANIMALS_HELDOUT, FLOW, FOLDERS, HELDOUT, MINI
 from .base_model import SDXL_BASE, BaseModel
 from .families import SDXL
 from .options import ImageOptions
-from .validation_prompts import read_prompts
+from .validation import read_prompts
 
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
 ICONS = "linoyts/3d_icon"
@@ -98,6 +98,7 @@ def with_local_folders(cfg: Config) -> Config:
 
 def with_validation_prompts(cfg: Config) -> Config:
     """The prompts of all three options in one list, with the settings that single ones have."""
+    # One entry of `settings` for each prompt.
     prompts, settings = read_prompts(lines_of_prompts(cfg.validation_prompts))
     if cfg.validation_prompt:
         prompts = [cfg.validation_prompt, *prompts]
@@ -105,8 +106,9 @@ def with_validation_prompts(cfg: Config) -> Config:
     epochs = cfg.validation_epochs
     if cfg.final_validation_prompt and not prompts:
         prompts = [cfg.final_validation_prompt]
-        if "validation_epochs" not in cfg.given:
+        if "validation_epochs" not in cfg.given_options:
             epochs = None  # at the end alone
+    # A record of many empty mappings would say nothing.
     if not any(settings):
         settings = []
     return replace(
@@ -119,6 +121,7 @@ def with_validation_prompts(cfg: Config) -> Config:
 
 def lines_of_prompts(items: list[str]) -> list[str]:
     """The prompts of ``--validation_prompts``, or those of the text file that it names."""
+    # An absolute path, or a single word that ends in .txt, means a file even where none is there.
     path = Path(items[0] if len(items) == 1 and isinstance(items[0], str) else "")
     is_file_name = path.suffix == ".txt" and len(path.name.split()) == 1
     if not path.is_absolute() and not is_file_name and not is_file(path):
@@ -134,7 +137,7 @@ def lines_of_prompts(items: list[str]) -> list[str]:
 def default_caption_column(cfg: ImageOptions) -> str | None:
     """The preset's; an instance prompt that is given is meant to be used, so captions give way."""
     preset = preset_of(cfg)
-    if preset is None or "instance_prompt" in cfg.given:
+    if preset is None or "instance_prompt" in cfg.given_options:
         return cfg.caption_column
     return preset.caption_column
 
@@ -148,7 +151,7 @@ def default_instance_prompt(cfg: ImageOptions) -> str | None:
 def default_num_validation_images(cfg: ImageOptions) -> int:
     """The preset's, beside its own prompts."""
     preset = preset_of(cfg)
-    if preset is None or PROMPT_OPTIONS & cfg.given:
+    if preset is None or PROMPT_OPTIONS & cfg.given_options:
         return cfg.num_validation_images
     return preset.num_validation_images
 
@@ -156,7 +159,7 @@ def default_num_validation_images(cfg: ImageOptions) -> int:
 def default_validation_prompts(cfg: ImageOptions) -> list[str]:
     """The preset's, unless any prompt is given."""
     preset = preset_of(cfg)
-    if preset is None or PROMPT_OPTIONS & cfg.given:
+    if preset is None or PROMPT_OPTIONS & cfg.given_options:
         return cfg.validation_prompts
     return preset.validation_prompts
 
@@ -243,12 +246,12 @@ def words_of_layers(values: list[str]) -> list[str]:
 
 def default_train_batch_size(cfg: ImageOptions) -> int:
     """1 where the accumulation is given, which then means a step of that many images."""
-    return 1 if "gradient_accumulation_steps" in cfg.given else cfg.train_batch_size
+    return 1 if "gradient_accumulation_steps" in cfg.given_options else cfg.train_batch_size
 
 
 def default_gradient_accumulation_steps(cfg: ImageOptions) -> int:
     """1 where the batch is given, which then means a step of that many images."""
-    return 1 if "train_batch_size" in cfg.given else cfg.gradient_accumulation_steps
+    return 1 if "train_batch_size" in cfg.given_options else cfg.gradient_accumulation_steps
 
 
 def default_max_train_steps(cfg: ImageOptions) -> int | None:

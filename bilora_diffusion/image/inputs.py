@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..config import refusals
+from ..config import constraints
 from ..core.errors import UserError
 from ..core.files import folder_or_id, is_folder, quoted
 from ..run.heldout_part import read_part
 from .base_model import BaseModel, folder_of
 from .buckets import sizes
-from .listing import folder_of_set, look
+from .listing import folder_of_set, list_folder
 from .options import CACHE_AUTO, CACHE_FOLDER, ImageOptions
 
 
@@ -67,7 +67,7 @@ def check_strengths(cfg: ImageOptions) -> None:
     """Refuse a strength of the adapter for a prompt where more than the adapter was trained."""
     for settings in cfg.validation_settings:
         if settings.get("strength", 1.0) != 1.0:
-            refusals.check({**vars(cfg), "strength": settings["strength"]})
+            constraints.check({**vars(cfg), "strength": settings["strength"]})
 
 
 def check_cache(disk_cache: str) -> None:
@@ -104,7 +104,7 @@ def check_images(cfg: ImageOptions) -> None:
                 " images: give the class images a folder of their own."
             )
     has_prompt = cfg.caption_column is not None or cfg.instance_prompt
-    if not has_prompt and not (is_folder(folder) and look(folder).has_captions):
+    if not has_prompt and not (is_folder(folder) and list_folder(folder).has_captions):
         raise UserError(
             f'"{source}" has no prompt: add --instance_prompt, for example "a photo of TOK dog",'
             " --caption_column, or a .txt file with its caption beside each image."

@@ -17,7 +17,7 @@ from ..core.choices import (
 )
 from ..core.errors import UserError
 from ..core.fields import (
-    Idle,
+    IgnoredCase,
     check,
     option,
     options_of,
@@ -41,12 +41,12 @@ RADII = Range(
     instead="; for plain LoRA use the method lora",
 )
 
-ON_A_SINGLE_ONE = Idle(
+ON_A_SINGLE_ONE = IgnoredCase(
     lambda values: values["auxiliaries"] == 1,
     "on a single auxiliary",
     "use `--auxiliaries sample` or drop it",
 )
-WITHOUT_NOISE = Idle(
+WITHOUT_NOISE = IgnoredCase(
     lambda values: not values.get("predicts_noise"),
     "where a model does not predict noise",
 )
@@ -69,6 +69,7 @@ class AdapterOptions:
         " the other methods may stand.",
     )
     rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
+    # Derived: `default_lora_alpha`.
     lora_alpha: float = option(
         None,
         "Alpha; the adapter's output is scaled by alpha/r. Default: twice the rank (8).",
@@ -87,7 +88,7 @@ class AdapterOptions:
         128,
         "Samples whose mean gradient lora-ga starts from (Wang et al. 2024).",
         range=Range(10**6, "each is a backward pass before the first step", at_least=1),
-        idle=(unless("init_lora_weights", "lora-ga", "on this start"),),
+        ignored=(unless("init_lora_weights", "lora-ga", "on this start"),),
     )
     use_dora: bool = option(
         False, "Train the primary as a DoRA: magnitude and direction apart (Liu et al. 2024)."
@@ -107,7 +108,7 @@ class AdapterOptions:
         0.99,
         "Decay of that average, in [0, 1), from the first step on; it averages over about"
         " 1 / (1 - decay) steps.",
-        idle=(unless("use_ema", True, "without an average"),),
+        ignored=(unless("use_ema", True, "without an average"),),
         range=SHARES,
     )
 
@@ -123,6 +124,7 @@ class MethodFlags:
 
     section: ClassVar[str] = SECTION
 
+    # Derived: `registry.default_rho`, the method's own radius.
     rho: float | str | None = option(
         None,
         "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
@@ -143,7 +145,7 @@ class MethodFlags:
         "bilora with --rho auto: the share of the loss by which the auxiliary is to move it."
         " Default: 0.2, with several auxiliaries 0.4.",
         range=Range(10, "the auxiliary would drown what is learned", above=0),
-        idle=(unless("rho", AUTO, "on a radius that is given"),),
+        ignored=(unless("rho", AUTO, "on a radius that is given"),),
     )
     ball: str = option(
         "global",
@@ -166,7 +168,7 @@ class MethodFlags:
         " signal-to-noise ratio, and the whole would drown it where images take shape. 0: the whole"
         " at every noise level.",
         range=FACTORS,
-        idle=(ON_A_SINGLE_ONE, WITHOUT_NOISE),
+        ignored=(ON_A_SINGLE_ONE, WITHOUT_NOISE),
     )
     auxiliary_rank: int | None = option(
         None, "bilora: rank r2 of the auxiliary (Section 5.7). Default: the primary's.", range=RANKS
@@ -174,6 +176,7 @@ class MethodFlags:
     auxiliary_alpha: float | None = option(
         None, "bilora: alpha of the auxiliary. Default: the primary's.", range=SCALES
     )
+    # Derived for several auxiliaries on images: `bilora.options`.
     auxiliary_learning_rate: float | None = option(
         None,
         "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G); of several auxiliaries on"

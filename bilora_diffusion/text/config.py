@@ -63,7 +63,7 @@ class TextConfig(
     case, and ``num_train_epochs`` is None only where steps count.
     """
 
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     modality: ClassVar[str] = "text"
     groups: ClassVar[tuple[type, ...]] = GROUPS

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bilora_diffusion.core.files import ROOT
 from bilora_diffusion.run import snapshots
-from bilora_diffusion.run.paths import ROOT
 from tests.eval.test_checkpoints import make_run as checkpointed
 from tests.eval.test_landscape import icons_run
 from tests.eval.test_text_scores import make_run as text_run

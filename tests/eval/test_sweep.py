@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bilora_diffusion.run.paths import ROOT
+from bilora_diffusion.core.files import ROOT
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep, table
 from eval.sweep.runs import Outcome, Runner
