@@ -35,6 +35,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from bilora_diffusion import methods
+from bilora_diffusion.config import resolving
 from bilora_diffusion.config import run as run_config
 from bilora_diffusion.config.recipe import read_options
 from bilora_diffusion.core.errors import UserError, did_you_mean, placed
@@ -43,17 +44,17 @@ from bilora_diffusion.core.files import ROOT, without_paths
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.text.config import TextConfig
 
+from ..command import read_integers
 from .reporting import HELDOUT
 
 IMAGE_SCRIPT = "train_dreambooth_bilora.py"
+# Training script -> what its command line is read as
 CONFIGS = {IMAGE_SCRIPT: DreamBoothConfig, "train_text_bilora.py": TextConfig}
-"""Training script -> what its command line is read as."""
 SEED = "seed"
+# Options of the training script that the sweep sets
 SWEEP_OPTIONS = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
-"""Options of the training script that the sweep sets."""
+# Options that do not touch what is learned, but decide what there is to compare
 MEASURING_OPTIONS = (*sorted(run_config.HELDOUT_OPTIONS), "validation_loss_steps")
-"""Options that do not touch what is learned, but decide what there is to compare."""
-LARGEST_RANGE = 10_000
 
 
 def read_value(value: Any) -> bool | str:
@@ -82,19 +83,8 @@ def read_options_of(mapping: Any) -> Any:
 
 def read_seeds(value: Any) -> tuple[int, ...]:
     """The seeds of ``0..4`` (4 included), of ``0,1,5``, or of a list."""
-    words = [str(word) for word in value] if isinstance(value, list) else str(value).split(",")
-    seeds: list[int] = []
-    for word in words:
-        numbers = re.fullmatch(r"\s*(-?\d{1,18})(?:\.\.(-?\d{1,18}))?\s*", word)
-        if numbers is None:
-            raise UserError(f'"{word}" is no seed: give whole numbers, as in 0..4 or 0,1,5.')
-        low, high = int(numbers[1]), int(numbers[2] or numbers[1])
-        if not 0 <= high - low < LARGEST_RANGE:
-            raise UserError(
-                f'"{word}" is no range of seeds: give a..b with a <= b, at most {LARGEST_RANGE}.'
-            )
-        seeds += range(low, high + 1)
-    return tuple(require_different(seeds))
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return tuple(read_integers(text, f'"{text}" is no list of seeds'))
 
 
 def require_different(values: list[Any]) -> list[Any]:
@@ -136,38 +126,32 @@ class Variant:
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run."""
 
-    Args:
-        name: of its folder: the variant, the seed, and a hash of the options.
-        variant: label of its variant.
-        seed: of data, noise and initialization.
-        flags: for the training script, beside the recipe and the run folder.
-    """
-
+    # Of its folder: the variant, the seed, and a hash of the options
     name: str
+    # Label of its variant
     variant: str
+    # Of data, noise and initialization
     seed: int
+    # For the training script, beside the recipe and the run folder
     flags: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of an experiment on one recipe.
+    """The runs of an experiment on one recipe."""
 
-    Args:
-        name: folder of the runs: the file's name, and the recipe's where the file lists several.
-        runs: seed by seed, so that pairs are finished early.
-        control: label of the variant that the others are compared with.
-    """
-
+    # Folder of the runs: the file's name, and the recipe's where the file lists several
     name: Path
     experiment: Experiment
     recipe: Path
     script: Path
     variants: Sequence[Variant]
     seeds: Sequence[int]
+    # Seed by seed, so that pairs are finished early
     runs: Sequence[Run]
+    # Label of the variant that the others are compared with
     control: str
 
 
@@ -289,7 +273,7 @@ def make_plan(experiment: Experiment, name: Path, recipe: Path, script: Path) ->
     configs: dict[str, Any] = {}
     variants: list[Variant] = []
     points = list(itertools.product(*experiment.axes.values()))
-    logger, remarks = logging.getLogger(run_config.__name__), RemarkedOnce()
+    logger, remarks = logging.getLogger(resolving.__name__), RemarkedOnce()
     logger.addFilter(remarks)
     for variant_name, options in (experiment.variants or {"": {}}).items():
         for point in points:

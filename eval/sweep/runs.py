@@ -31,10 +31,10 @@ from .reporting import FAILED, FINISHED, WAITING
 SCHEMA_VERSION = 1
 RECORD = "sweep.json"
 LAUNCHER = "accelerate.commands.launch"
+# Time between asking a run to end and killing it
 PATIENCE_SECONDS = 30.0
-"""Time between asking a run to end and killing it."""
+# Between two looks at the running processes
 POLL_SECONDS = 0.05
-"""Between two looks at the running processes."""
 THREADS = "OMP_NUM_THREADS"
 ERROR_MARK = "error: "
 ERROR_LETTERS = 300
@@ -42,22 +42,19 @@ ERROR_LETTERS = 300
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a run.
+    """Outcome of a run."""
 
-    Args:
-        cell: name of the run folder.
-        arm: label of its variant.
-        seed: its seed.
-        status: finished, failed, or waiting.
-        exit_code: of a failed one; negative for a signal.
-        error: its last sentence, without machine paths.
-    """
-
+    # Name of the run folder
     cell: str
+    # Label of its variant
     arm: str
+    # Its seed
     seed: int
+    # Finished, failed, or waiting
     status: str
+    # Of a failed one; negative for a signal
     exit_code: int | None = None
+    # Its last sentence, without machine paths
     error: str | None = None
 
 
@@ -73,18 +70,15 @@ def state(folder: Path) -> str:
 
 @dataclass
 class Runner:
-    """Trains runs and keeps ``<runs_dir>/sweep.json``, the record of what became of each.
+    """Trains runs and keeps ``<runs_dir>/sweep.json``, the record of what became of each."""
 
-    Args:
-        script: the training script.
-        recipe: its ``--config``.
-        runs_dir: folder of the run folders; must exist.
-        jobs: runs at a time; several share the cores among them.
-    """
-
+    # The training script
     script: Path
+    # Its ``--config``
     recipe: Path
+    # Folder of the run folders; must exist
     runs_dir: Path
+    # Runs at a time; several share the cores among them
     jobs: int = 1
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 

@@ -63,8 +63,8 @@ if TYPE_CHECKING:  # imported where it is used, so that --help does not wait for
 
 PACKAGES = ("lm_eval", "datasets")
 MTBENCH_TOKENS = 1024
+# Key of a measurement in its cache
 SCORE = "score"
-"""Key of a measurement in its cache."""
 
 
 @dataclass(frozen=True)

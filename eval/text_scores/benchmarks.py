@@ -31,40 +31,37 @@ HARNESS, MTBENCH, HELDOUT = "harness", "mtbench", "heldout"
 HUMANEVAL = "humaneval"
 HELDOUT_LOSS = "heldout_loss"
 TEMPLATE_OF_RUN, NO_TEMPLATE = "run", "none"
+# Largest change of a probe's logits by it
 EFFECT = "effect of adapter"
-"""Largest change of a probe's logits by it."""
+# Items in which no answer could be read
 UNPARSED = "without an answer"
-"""Items in which no answer could be read."""
+# Letters of an answer that the result shows
 ANSWER_LETTERS = 200
-"""Letters of an answer that the result shows."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Settings of a benchmark.
+    """Settings of a benchmark."""
 
-    Args:
-        name: as the command line names it.
-        title: for tables.
-        engine: what scores it.
-        task: the harness's name for it.
-        num_fewshot: examples in the prompt; None is the task's own number.
-        metric: the harness's "metric,filter"; None is the task's first.
-        template: around each prompt: "run" is that of training, "none" the bare prompt.
-        scale: of its value in tables: 100 for a share, 1 for points.
-        generation: overrides the task's arguments of generation.
-        runs_code: it runs what the model writes.
-    """
-
+    # As the command line names it
     name: str
+    # For tables
     title: str
+    # What scores it
     engine: str = HARNESS
+    # The harness's name for it
     task: str = ""
+    # Examples in the prompt; None is the task's own number
     num_fewshot: int | None = None
+    # The harness's "metric,filter"; None is the task's first
     metric: str | None = None
+    # Around each prompt: "run" is that of training, "none" the bare prompt
     template: str = NO_TEMPLATE
+    # Of its value in tables: 100 for a share, 1 for points
     scale: float = 100.0
+    # Overrides the task's arguments of generation
     generation: Mapping[str, Any] = field(default_factory=dict)
+    # It runs what the model writes
     runs_code: bool = False
 
     @property
@@ -75,34 +72,28 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
+    """One question."""
 
-    Args:
-        id: the same for every run; pairs are made by it.
-        score: None where it is not a number of its own.
-        parsed: whether an answer was found in what the model or the judge wrote.
-        answer: its beginning.
-    """
-
+    # The same for every run; pairs are made by it
     id: str
+    # None where it is not a number of its own
     score: float | None
+    # Whether an answer was found in what the model or the judge wrote
     parsed: bool = True
+    # Its beginning
     answer: str = ""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model on a benchmark.
+    """A model on a benchmark."""
 
-    Args:
-        value: a share, or points.
-        figures: further figures by name.
-        settings: how the benchmark was asked, as far as it is known only now.
-    """
-
+    # A share, or points
     value: float
     items: list[Item]
+    # Further figures by name
     figures: dict[str, float] = field(default_factory=dict)
+    # How the benchmark was asked, as far as it is known only now
     settings: dict[str, Any] = field(default_factory=dict)
 
     def all_figures(self) -> dict[str, float]:

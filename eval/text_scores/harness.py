@@ -24,13 +24,13 @@ from ..digests import of_folders
 from .benchmarks import ANSWER_LETTERS, NO_TEMPLATE, Benchmark, Item, Measurement
 from .models import CacheFor, LoadedModel
 
+# Result of the harness's filters where they find no answer
 INVALID = "[invalid]"
-"""Result of the harness's filters where they find no answer."""
+# Folders of the harness that hold the paper's benchmarks
 FOLDERS = ("gsm8k", "mmlu", "drop", "bbh", "humaneval")
-"""Folders of the harness that hold the paper's benchmarks."""
 FEWSHOT_SEED = 1234
+# Environment variable without which the harness's metric runs no program
 CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
-"""Environment variable without which the harness's metric runs no program."""
 
 
 def task_manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
@@ -57,17 +57,14 @@ def task_manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
 
 @dataclass(frozen=True)
 class Harness:
-    """A task or group of the harness as an `Engine`.
-
-    Args:
-        limit: items of each task; None for all.
-        allow_code: programs that the model writes may be run.
-    """
+    """A task or group of the harness as an `Engine`."""
 
     benchmark: Benchmark
     manager: Any
+    # Items of each task; None for all
     limit: int | None
     include_path: Sequence[Path]
+    # Programs that the model writes may be run
     allow_code: bool = False
 
     def __post_init__(self) -> None:

@@ -28,12 +28,12 @@ from ..subjects import Subject
 from .base_models import BaseModel
 from .benchmarks import NO_TEMPLATE
 
+# Folder of a run that trained all weights
 WHOLE_MODEL = "model"
-"""Folder of a run that trained all weights."""
 PROBE = "What is 2 + 3? Say why the sky is blue, and count to five."
 
+# Further circumstances -> the cache of a subject and a benchmark under them
 CacheFor = Callable[[Mapping[str, Any]], Cache]
-"""Further circumstances -> the cache of a subject and a benchmark under them."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +130,13 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Choice of the next token.
+    """Choice of the next token."""
 
-    Args:
-        max_new_tokens: longest answer.
-        temperature: 0 takes the likeliest token.
-        seed: of the sampling.
-    """
-
+    # Longest answer
     max_new_tokens: int
+    # 0 takes the likeliest token
     temperature: float = 0.0
+    # Of the sampling
     seed: int = 0
 
 

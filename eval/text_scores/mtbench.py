@@ -28,10 +28,10 @@ from .benchmarks import ANSWER_LETTERS, Item, Measurement
 from .models import CacheFor, Decoding, LoadedModel, answers
 
 HUB = "HuggingFaceH4/mt_bench_prompts"
+# Category -> temperature, as MT-Bench sets it; 0 for others, which have one right answer
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-"""Category -> temperature, as MT-Bench sets it; 0 for others, which have one right answer."""
+# Times that the judge is asked for one rating, where its words hold none
 RATING_ATTEMPTS = 3
-"""Times that the judge is asked for one rating, where its words hold none."""
 REPLY_TOKENS = 2048
 REPLY_SECONDS = 120.0
 _GRADING = (
@@ -45,12 +45,12 @@ _GRADING = (
 # The key has a variable of its own, so that no other service's key is sent to the judge.
 KEY = "JUDGE_API_KEY"
 _RATING = r"(\d+(?:\.\d+)?)\s*(?:/\s*10\s*)?"
+# Forms of a rating, the asked one first
 _FORMS = (
     re.compile(rf"\[\[\s*(?:rating:?\s*)?{_RATING}\]\]", re.IGNORECASE),
     re.compile(rf"rating\W{{0,6}}{_RATING}", re.IGNORECASE),
     re.compile(rf"\[\s*{_RATING}\]"),
 )
-"""Forms of a rating, the asked one first."""
 
 
 def rating(text: str) -> float | None:
@@ -65,19 +65,16 @@ def rating(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Judge:
-    """Source of ratings.
+    """Source of ratings."""
 
-    Args:
-        base_url: up to and with "/v1".
-        model: the endpoint's name for it.
-        key: sent as bearer token; "" sends none. Never shown.
-        attempts: requests per rating before it is given up, ever longer apart, or as far as the
-            endpoint asks for.
-    """
-
+    # Up to and with "/v1"
     base_url: str
+    # The endpoint's name for it
     model: str
+    # Sent as bearer token; "" sends none. Never shown.
     key: str = field(default="", repr=False)
+    # Requests per rating before it is given up, ever longer apart, or as far as the endpoint asks
+    # for
     attempts: int = 8
 
     def ask(self, prompt: str) -> str:

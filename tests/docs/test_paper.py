@@ -32,6 +32,7 @@ from bilora_diffusion import mini
 from bilora_diffusion.image import script as image_script
 from bilora_diffusion.text import catalog
 from bilora_diffusion.text import script as text_script
+from bilora_diffusion.text.config import TextConfig
 from eval import table
 from eval.sweep import experiment, runs
 from eval.sweep.experiment import Plan, Run
@@ -204,7 +205,7 @@ class CopiedRun:
     def __init__(self, runner: runs.Runner, run: Run) -> None:
         self.run, self.popen = run, None
         folder, command = runner.runs_dir / run.name, runner.command(run)
-        config = text_script.resolve(command[4:])
+        config = TextConfig.resolve(command[4:])
         metrics = self.trained.get(runner.recipe)
         source: Any = runner.recipe
         if config.method == "full":  # it leaves a whole model
