@@ -27,6 +27,7 @@ from bilora_diffusion.core.fields import (
     sections,
 )
 from bilora_diffusion.image.config import DreamBoothConfig
+from bilora_diffusion.image.families import FAMILIES, family_class
 from bilora_diffusion.text.config import TextConfig
 from eval.report import table
 
@@ -82,29 +83,20 @@ def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
     return table(("flag", "default there", "default here", "what differs"), body)
 
 
-EXAMPLES = {
-    "Stable Diffusion XL": "stabilityai/stable-diffusion-xl-base-1.0",
-    "Stable Diffusion 3.5 medium": "stabilityai/stable-diffusion-3.5-medium",
-    "Stable Diffusion 3.5 large": "stabilityai/stable-diffusion-3.5-large",
-    "FLUX.1-dev": "black-forest-labs/FLUX.1-dev",
-    "FLUX.2 klein 9B": "black-forest-labs/FLUX.2-klein-base-9B",
-    "Z-Image": "Tongyi-MAI/Z-Image",
-    "Qwen-Image": "Qwen/Qwen-Image",
-    "Krea 2": "krea/Krea-2-Raw",
-    "Lumina 2": "Alpha-VLLM/Lumina-Image-2.0",
-}
-"""Model -> what names it on the hub."""
+KINDS = [family_class(pipeline, pipeline) for pipeline in FAMILIES]
+EXAMPLES = {model: hub_id for family in KINDS for model, hub_id in family.examples.items()}
+"""Model -> its id on the hub."""
 
 
 def readme() -> Iterable[str]:
     """The table of models."""
     body = []
-    for model, name in EXAMPLES.items():
-        rows = [memory_of(model, weights) for weights in ("bf16", "nf4")]
-        # SDXL's encoders only visit the device; those of the others are gone before the step.
-        needed = [f"{max(row['bilora'], row['encoders']) / 1e9:.0f} GB" for row in rows]
-        tested = "full size, random weights" if model == "Stable Diffusion XL" else "tiny weights"
-        body.append((model, f"`{name}`", *needed, tested))
+    for family in KINDS:
+        for model, hub_id in family.examples.items():
+            rows = [memory_of(model, weights) for weights in ("bf16", "nf4")]
+            # SDXL's encoders only visit the device; those of the others are gone before the step.
+            needed = [f"{max(row['bilora'], row['encoders']) / 1e9:.0f} GB" for row in rows]
+            body.append((model, f"`{hub_id}`", *needed, family.tested_on))
     heads = ("model", "`--pretrained_model_name_or_path`", "bf16", "NF4", "tested on")
     yield table(heads, body)
 

@@ -168,7 +168,7 @@ def test_the_own_option_is_an_option_like_any_other(capsys):
     cfg = resolve([*ARGV, "--eta", "0.5"])
     assert cfg.to_dict()["eta"] == cfg.fingerprint()["eta"] == 0.5
     assert (resolve(ARGV).to_dict()["eta"], cfg.rho) == (0.01, 0.5)
-    assert for_run(vars(cfg), 10).own.eta == 0.5
+    assert for_run(vars(cfg), 10).settings.eta == 0.5
     with pytest.raises(UserError, match="--eta is -1.0: give 0 or more"):
         resolve([*ARGV, "--eta=-1"])
     with pytest.raises(SystemExit):

@@ -16,7 +16,6 @@ import yaml
 from ..core.errors import UserError, did_you_mean, reason
 from ..core.files import (
     is_file,
-    is_text,
     quoted,
     read_text,
 )
@@ -103,7 +102,7 @@ class _Loader(yaml.BaseLoader):
 
 def _text(node: Any) -> str:
     text = node.value  # of a list or a mapping it is one of nodes
-    if not isinstance(text, str) or "\0" in text or not is_text(text):
+    if not isinstance(text, str):
         raise _invalid("no text where one is expected", node)
     return text
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -17,9 +16,10 @@ from . import inputs
 from .base_model import describe
 from .concept_list import with_sets_of_images
 from .derived import with_model_defaults
-from .families import SDXL, named
+from .families import SDXL, family_class
 from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
 from .options import DataOptions, ImageOptions, ImageOutputOptions, ModelOptions, ValidationOptions
+from .validation import ValidationSample, samples_of
 
 GROUPS = (
     ModelOptions,
@@ -90,7 +90,8 @@ class DreamBoothConfig(ImageOptions):
     @property
     def family(self) -> Any:
         """Facts of the base model's kind, with the run's settings of it."""
-        return named(self.pipeline, self.pretrained_model_name_or_path)(**self.family_settings)
+        family = family_class(self.pipeline, self.pretrained_model_name_or_path)
+        return family(**self.family_settings)
 
     @property
     def family_settings(self) -> dict[str, Any]:
@@ -117,28 +118,12 @@ class DreamBoothConfig(ImageOptions):
     @property
     def sampled_prompts(self) -> list[str]:
         """The prompt of each validation image, in their order."""
-        return [sample["prompt"] for sample in self.samples]
+        return [sample.prompt for sample in self.samples]
 
     @property
-    def usual_sample(self) -> dict[str, Any]:
-        """What a validation image is drawn with that has no settings; None is the model's."""
-        return {
-            **{"prompt": None, "negative_prompt": "", "seed": self.seed, "strength": 1.0},
-            **{"width": self.resolution, "height": self.resolution},
-            "guidance": self.validation_guidance_scale,
-            "steps": self.validation_num_inference_steps,
-        }
-
-    @property
-    def samples(self) -> list[dict[str, Any]]:
-        """What each validation image is drawn with, in their order."""
-        prompts, usual = self.validation_prompts, self.usual_sample
-        each = [
-            {**usual, **own, "prompt": prompt}
-            for prompt, own in zip(prompts, self.validation_settings or cycle([{}]), strict=False)
-        ]
-        numbers = range(self.num_validation_images)
-        return [{**sample, "seed": sample["seed"] + n} for sample in each for n in numbers]
+    def samples(self) -> list[ValidationSample]:
+        """How each validation image is sampled, in their order."""
+        return samples_of(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         values = {**super().to_dict(), "validation_settings": self.validation_settings}

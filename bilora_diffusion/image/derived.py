@@ -22,7 +22,7 @@ from ..mini import ANIMALS, ANIMALS_HELDOUT, FLOW, FOLDERS, HELDOUT, MINI
 from .base_model import SDXL_BASE, BaseModel
 from .families import SDXL
 from .options import ImageOptions
-from .validation_prompts import read_prompts
+from .validation import read_prompts
 
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
 ICONS = "linoyts/3d_icon"

@@ -11,20 +11,6 @@ from . import buckets
 from .config import DreamBoothConfig
 from .latents import AT_ONCE
 
-HELD = {
-    "StableDiffusionXLPipeline": (0, 46, 7, 540),  # all of a UNet is one block
-    "StableDiffusion3Pipeline": (154, 1, 25, 21),
-    "FluxPipeline": (512, 1, 27, 14.6),
-    "Flux2KleinPipeline": (512, 1, 100, 24),
-    "ZImagePipeline": (64, 1, 37, 29),
-    "QwenImagePipeline": (64, 1, 26, 17),
-    "Krea2Pipeline": (64, 1.2, 29, 22),
-    "Lumina2Pipeline": (64, 3.3, 45, 35),
-}
-"""By the class of the pipeline: a prompt's tokens; then numbers for each token (or place of SDXL's
-latents) and unit of width that each block keeps with gradient checkpointing, that one holds
-beside, and that each keeps without.
-"""
 ENCODED, DECODED = 20, 24
 """Bytes of an autoencoder in fp32 for each pixel and channel of its outermost layer."""
 
@@ -48,7 +34,7 @@ def moments(task: Any, device: torch.device) -> Moments:
     cut = buckets.sizes(cfg.resolution, cfg.aspect_ratio_buckets)
     pixels, config = max(h * w for h, w in cut), pipeline.vae.config
     encoded = ENCODED * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
-    drawn = DECODED * max((s["width"] * s["height"] for s in cfg.samples), default=0)
+    drawn = DECODED * max((sample.width * sample.height for sample in cfg.samples), default=0)
     channels = config.get("base_dim") or config["block_out_channels"][0]
     denoiser, places = task.models[family.denoiser], pixels // family.patch**2
     return {
@@ -59,11 +45,17 @@ def moments(task: Any, device: torch.device) -> Moments:
 
 
 def _held(family: Any, denoiser: Any, places: int, cfg: DreamBoothConfig) -> int:
-    config, (text, kept, more, block) = denoiser.config, HELD[family.pipeline]
-    blocks = sum(len(m) for m in denoiser.children() if isinstance(m, nn.ModuleList))
-    width = config.get("dim") or config.get("hidden_size")
-    if not family.flow:
+    """Bytes of the activations of a micro-batch, by the family's coefficients."""
+    config, numbers = denoiser.config, family.activations
+    if family.flow:
+        lists = [child for child in denoiser.children() if isinstance(child, nn.ModuleList)]
+        blocks = sum(len(blocks) for blocks in lists)
+        width = config.get("dim") or config.get("hidden_size")
+        width = width or config["num_attention_heads"] * config["attention_head_dim"]
+    else:  # a UNet, whose coefficients are of the whole
         width, blocks = config["block_out_channels"][0], 1
-    width = width or config["num_attention_heads"] * config["attention_head_dim"]
-    each = blocks * kept + more if cfg.gradient_checkpointing else blocks * block
-    return int(cfg.train_batch_size * (places + text) * width * NUMBER[cfg.mixed_precision] * each)
+    per_token = blocks * numbers.block
+    if cfg.gradient_checkpointing:
+        per_token = blocks * numbers.checkpointed + numbers.recomputed
+    tokens = cfg.train_batch_size * (places + numbers.prompt_tokens)
+    return int(tokens * width * NUMBER[cfg.mixed_precision] * per_token)

@@ -11,7 +11,7 @@ from ..core.files import folder_or_id, is_folder, quoted
 from ..run.heldout_part import read_part
 from .base_model import BaseModel, folder_of
 from .buckets import sizes
-from .listing import folder_of_set, look
+from .listing import folder_of_set, list_folder
 from .options import CACHE_AUTO, CACHE_FOLDER, ImageOptions
 
 
@@ -104,7 +104,7 @@ def check_images(cfg: ImageOptions) -> None:
                 " images: give the class images a folder of their own."
             )
     has_prompt = cfg.caption_column is not None or cfg.instance_prompt
-    if not has_prompt and not (is_folder(folder) and look(folder).has_captions):
+    if not has_prompt and not (is_folder(folder) and list_folder(folder).has_captions):
         raise UserError(
             f'"{source}" has no prompt: add --instance_prompt, for example "a photo of TOK dog",'
             " --caption_column, or a .txt file with its caption beside each image."

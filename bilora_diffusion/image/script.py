@@ -33,13 +33,13 @@ from .card import write_dreambooth_card
 from .concept_list import require_disjoint
 from .config import DreamBoothConfig, resolve
 from .dry_run import moments
-from .listing import look
+from .listing import list_folder
 from .opening import open_images
 from .pipeline import load_base
 from .sampling import generate
 from .sets import ImageSet
+from .stream import TrainingStream
 from .task import DreamBooth
-from .visits import VisitStream
 
 PRECISIONS = DTYPES | {"fp32": torch.float32}
 logger = logging.getLogger(__name__)
@@ -63,8 +63,8 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     later = family.encoders if cfg.cache and not cfg.train_text_encoder else ()
     pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, later=later)
     of_model = family.remark(cfg.pretrained_model_name_or_path, pipeline)
-    unguided = family.drawing(pipeline)[1] == 0
-    if unguided and any(s["negative_prompt"] and not s["guidance"] for s in cfg.samples):
+    unguided = family.usual_sampling(pipeline)[1] == 0
+    if unguided and any(sample.negative_prompt and not sample.guidance for sample in cfg.samples):
         logger.warning("%s draws without guidance, so negative prompts do nothing.", family.title)
     for remark in (of_model, comfy.remark(cfg)):
         if remark is not None:
@@ -73,7 +73,7 @@ def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
     if cfg.with_prior_preservation:
         made = partial(class_images, accelerator=accelerator)
         classes = instance if cfg.dry_run else joined(cfg, made)
-    task = DreamBooth(cfg, pipeline, VisitStream(cfg, instance, classes), validation)
+    task = DreamBooth(cfg, pipeline, TrainingStream(cfg, instance, classes), validation)
     if not cfg.dry_run:
         if cfg.quantize != "none":
             quantize_models(task, dtypes["default"], accelerator.device)
@@ -89,7 +89,7 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
     """
     folder = Path(str(cfg.class_data_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = range(len(look(folder).images), cfg.num_class_images)
+    numbers = range(len(list_folder(folder).images), cfg.num_class_images)
     # Nobody may count after another process has begun to write.
     accelerator.wait_for_everyone()
     mine = numbers[accelerator.process_index :: accelerator.num_processes]

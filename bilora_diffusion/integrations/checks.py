@@ -117,4 +117,4 @@ def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
 
 def is_bound(optimizer: Any, bilora: BiLoRA) -> bool:
     """Test that the auxiliary is projected after the steps of this optimizer."""
-    return bilora._method._optimizer is unwrapped(optimizer)
+    return bilora._method.optimizer is unwrapped(optimizer)

@@ -89,6 +89,15 @@ def default_rho(name: str, modality: str = "image") -> float | None:
     return method.default_rho if rho is None else rho
 
 
+def default_options(method: type[Method]) -> dict[str, Any]:
+    """The options that a method reads, with their defaults."""
+    defaults: dict[str, Any] = {}
+    for group in (MethodOptions, method.own_options):
+        for field in fields(group) if group is not None else ():
+            defaults[field.name] = field.default
+    return {name: defaults[name] for name in sorted(method.reads)}
+
+
 def option_names() -> frozenset[str]:
     """The options that make a difference to some method."""
     return frozenset[str]().union(*(method.reads for method in _METHODS.values()))

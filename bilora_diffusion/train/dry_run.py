@@ -16,15 +16,12 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from torch import nn
 
-from .. import adapters
-from ..adapters import AUXILIARY, INITIAL, PRIMARY
+from ..adapters import INITIAL, PRIMARY
 from ..config.run import RunConfig
 from ..core.choices import OPTIMIZERS
-from ..core.durable import bytes_for_people
 from ..core.errors import UserError
-from ..core.files import counted
+from ..core.files import bytes_for_people, counted
 from ..methods import Method, for_run
-from ..methods.bilora.per_sample import deal
 from ..run import provenance
 from .search.runs import Fit
 from .search.space import RATE, Options, title
@@ -33,6 +30,8 @@ from .stepping import Schedule, total_steps
 CUDA_CONTEXT, CPU_LIBRARIES = 600_000_000, 100_000_000
 """Bytes that a process takes on a GPU, of 0.4 to 0.8 GB; that a run loads beside this process."""
 NUMBER = {"no": 4, "fp16": 2, "bf16": 2}  # bytes
+ADAPTER_TITLES = {PRIMARY: "primary", INITIAL: "first values"}
+"""Words for adapters in the printed lines, where they are not the adapter's name."""
 BEFORE, STEP = "before training", "a training step"
 Moments = dict[str, dict[str, int]]
 """Bytes by part at one time or another, without those of what is trained, which is there in
@@ -87,7 +86,7 @@ def main(
     lines = [
         "--dry_run: nothing is loaded, trained or written.",
         *largest,
-        f"{method.title} on {models}: {len(method.layers())} layers, {count:,} parameters",
+        f"{method.title} on {models}: {len(method.layers)} layers, {count:,} parameters",
         f"data: {task.data_summary()}",
         f"steps: {steps:,} of {size}, {counted(f'{epochs:.3g}', 'epoch')}",
         *search_size,
@@ -173,26 +172,16 @@ def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
         The method, and the bytes of what is trained and stored with it.
     """
     cfg = task.cfg
-    # Several auxiliaries are counted and not made; weights without values have no norm.
-    method = for_run({**vars(cfg), "auxiliaries": 1, "rho_norm": "scaled"}, steps)
-    several = "auxiliaries" in method.reads
-    count = deal(cfg.auxiliaries, task.sample_names)[0] if several else 1
-    seen = min(count, cfg.train_batch_size * cfg.gradient_accumulation_steps)
+    method = for_run(vars(cfg), steps, task.sample_names)
     targets = task.targets()
     method.setup([replace(target, model=copy.deepcopy(target.model)) for target in targets])
-    models = [target.model for target in method.targets]
-    primary, auxiliary, first = (
-        sum(p.nbytes for model in models for p in adapters.parameters(model, name))
-        for name in (PRIMARY, AUXILIARY, INITIAL)
-    )
-    result = sum(p.nbytes for p in method.clip_parameters())
-    moments_of_byte = OPTIMIZERS[cfg.optimizer.lower()].state
+    memory = method.memory(cfg.train_batch_size * cfg.gradient_accumulation_steps)
     trained = {
-        "adapters: primary": primary,
-        "adapters: auxiliary": auxiliary * count,
-        "adapters: first values": first,
-        "gradients": result + auxiliary * seen,
-        "the optimizer's state": int(moments_of_byte * (result + auxiliary * count)),
-        "averages and best weights": result * (cfg.use_ema + cfg.keep_best),
+        f"adapters: {ADAPTER_TITLES.get(adapter, adapter)}": size
+        for adapter, size in memory.adapters.items()
     }
+    moments_per_byte = OPTIMIZERS[cfg.optimizer.lower()].state
+    trained["gradients"] = memory.gradients
+    trained["the optimizer's state"] = int(moments_per_byte * memory.optimized)
+    trained["averages and best weights"] = memory.result * (cfg.use_ema + cfg.keep_best)
     return method, trained

@@ -181,13 +181,15 @@ class Trainer:
                 # Gradients are exchanged in the last pass, if by DDP.
                 local = not last and not self.accelerator.is_fsdp2
                 apart = self.accelerator.no_sync(self.module) if local else nullcontext()
-                with apart, self.method.seen(batch.samples, batch.snr):
+                with apart, self.method.around_batch(batch.samples, batch.snr):
                     losses = self.module(batch.on(device))
                     self._passed.append((losses.detach(), batch))
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total += loss.detach()
-            sharding.average_gradients(self.accelerator, self.optimizer, self.method.apart())
+            sharding.average_gradients(
+                self.accelerator, self.optimizer, self.method.loose_parameters
+            )
             return self.accelerator.reduce(total, reduction="mean")  # pyright: ignore
 
         return forward_backward

@@ -25,8 +25,8 @@ from bilora_diffusion.image.heldout import GridLoss
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 from bilora_diffusion.image.script import training_images
 from bilora_diffusion.image.sets import ImageSet
+from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
-from bilora_diffusion.image.visits import VisitStream
 from bilora_diffusion.run.record import RUN
 
 from ..load import put_lora, put_models
@@ -213,7 +213,7 @@ def load(
     weights = None if subject.weights is None else Path(subject.weights)
     if weights is not None and not has_factors(subject):
         put_models(pipeline, weights)
-    task = DreamBooth(config, pipeline, VisitStream(config, point.images))
+    task = DreamBooth(config, pipeline, TrainingStream(config, point.images))
     if weights is not None and has_factors(subject):
         put_lora(pipeline, weights)
         for name, model in task.models.items():

@@ -23,8 +23,8 @@ from bilora_diffusion.config.options import LR_SCHEDULERS
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
+from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
-from bilora_diffusion.image.visits import VisitStream
 from bilora_diffusion.train.stepping import Schedule, build_optimizer, build_scheduler, total_steps
 from tests.references.diffusers_flags import (
     DEFAULTS,
@@ -71,12 +71,12 @@ IMAGES, CLASS_IMAGES = 5, 200
 class Images(list[None]):
     """So many images without any pixels."""
 
+    label = "dog"
+
     @property
     def entries(self):
-        return [SimpleNamespace(size=(1024, 1024))] * len(self)
-
-    def prompts(self, default):
-        return [default] * len(self)
+        entry = SimpleNamespace(name="", size=(1024, 1024), caption="a dog", concept=0)
+        return [entry] * len(self)
 
     def of_each(self, values):
         return values * len(self)
@@ -112,7 +112,7 @@ def ours(flags, processes, images, class_images):
     cfg = dataclasses.replace(cfg, cache_latents="no", optimizer=cfg.optimizer.replace("8bit", ""))
     instance: Any = Images([None] * images)
     classes: Any = Images([None] * class_images) if cfg.with_prior_preservation else None
-    stream = VisitStream(cfg, instance, classes)
+    stream = TrainingStream(cfg, instance, classes)
     batch = Schedule(cfg.train_batch_size, cfg.gradient_accumulation_steps, processes).step_size
     steps = total_steps(cfg, stream.num_samples, batch)
     models = ("unet", "text_encoder", "text_encoder_2")[: 3 if cfg.train_text_encoder else 1]

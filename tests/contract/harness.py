@@ -211,7 +211,7 @@ class Run:
         total = torch.zeros(())
         for number in range(self.micro_batches):
             start = first + number * count
-            with self.method.seen(range(start, start + count)):
+            with self.method.around_batch(range(start, start + count)):
                 loss = self._loss(slice(start, start + count)) / self.micro_batches
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
@@ -220,7 +220,7 @@ class Run:
                 if parameter.grad is not None:
                     parameter.grad.fill_(float("inf"))
         if self.accelerator is not None:
-            average_gradients(self.accelerator, self.optimizer, self.method.apart())
+            average_gradients(self.accelerator, self.optimizer, self.method.loose_parameters)
         if torch.distributed.is_initialized():  # the loss is that of all processes, as the loop's
             torch.distributed.all_reduce(total)
             total /= torch.distributed.get_world_size()

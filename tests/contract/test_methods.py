@@ -75,7 +75,7 @@ def clipping_sees_the_result_only(run):
     clipped = {id(p) for p in run.method.clip_parameters()}
     primary = {id(p) for p in adapters.parameters(run.model, PRIMARY)}
     assert clipped == (trained if run.method.exports_weights else primary)
-    if own := {id(p) for p in run.method.apart()}:  # in place of the layers' own
+    if own := {id(p) for p in run.method.loose_parameters}:  # in place of the layers' own
         trained |= {id(p) for p in adapters.parameters(run.model, AUXILIARY)}
     assert trained - own == {id(p) for p in run.model.parameters() if p.requires_grad}
 

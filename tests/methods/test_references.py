@@ -91,7 +91,9 @@ CASES: list[Case] = [
         (
             "bilora",
             {"rho": "auto", "loss_rise": 0.3, "rho_norm": norm},
-            partial(reference.auto_radius, tau=0.3, most=radius.MOST, scaled=norm == "scaled"),
+            partial(
+                reference.auto_radius, tau=0.3, most=radius.LARGEST_SHARE, scaled=norm == "scaled"
+            ),
         )
         for norm in ("scaled", "unscaled")
     ),
