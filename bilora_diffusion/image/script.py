@@ -159,7 +159,7 @@ def joined(
     if not cfg.concepts:
         return opened(cfg)
     sets = {}
-    for number, own in enumerate(cfg.each, start=1):
+    for number, own in enumerate(cfg.concept_configs, start=1):
         with placed(f"{cfg.source}, concept {number}: "):
             sets[own.concept] = opened(own)
     return ImageSet.joined(cfg.source, sets)

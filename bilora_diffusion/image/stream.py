@@ -103,8 +103,8 @@ class TrainingStream:
         self._captions = Captions(cfg, images)
         self.sizes = bucket_sizes(cfg, images)
         self._has_one_size = len(set(self.sizes)) == 1  # as without buckets
-        self._configs = images.of_each(cfg.each)
-        self._class_configs = classes.of_each(cfg.each) if classes else []
+        self._configs = images.of_each(cfg.concept_configs)
+        self._class_configs = classes.of_each(cfg.concept_configs) if classes else []
         self._class_texts = classes.of_each(class_texts(cfg)) if classes else []
         self._repeats = [config.repeats for config in self._configs]
         self._order = SampleOrder(len(images), cfg.seed, self._repeats)
@@ -113,7 +113,7 @@ class TrainingStream:
         # instance images are.
         self._class_order: SampleOrder | None = None
         if classes:
-            num_class_images = sum(concept.num_class_images for concept in cfg.each)
+            num_class_images = sum(concept.num_class_images for concept in cfg.concept_configs)
             count = min(len(classes), num_class_images)
             self._class_order = SampleOrder(count, cfg.seed, purpose="class order")
         # The pass over the larger set is an epoch, as in diffusers' script.
@@ -233,7 +233,7 @@ class _Batches(Dataset):
 
 def centered_samples(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[TrainingSample]:
     """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
-    target_sizes, configs = bucket_sizes(cfg, images), images.of_each(cfg.each)
+    target_sizes, configs = bucket_sizes(cfg, images), images.of_each(cfg.concept_configs)
     for index, caption in enumerate(fixed_texts(cfg, images)):
         size = target_sizes[index]
         crop = sample_crop(

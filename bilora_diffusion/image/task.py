@@ -85,7 +85,7 @@ class DreamBooth:
         """A summary of the training images, in a few words."""
         summary = counted(len(self.stream.images), "image")
         if self.cfg.concepts:
-            concepts = self.cfg.each
+            concepts = self.cfg.concept_configs
             names = [concept.concept for concept in concepts]
             counts = Counter(self.stream.images.of_each(names))
             parts = [f"{c.concept} {counts[c.concept]} x {c.repeats}" for c in concepts]
