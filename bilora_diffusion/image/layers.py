@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..adapters import adaptable
-from ..adapters.access import within
+from ..adapters.access import is_within
 from ..core.choices import (
     ALL,
     ALL_LINEAR,
@@ -42,7 +42,7 @@ def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tup
             convolutions.append(name)
     groups = {
         ATTENTION: family.targets,
-        FEED_FORWARD: [name for name in linear if within(name, family.feed_forward)],
+        FEED_FORWARD: [name for name in linear if is_within(name, family.feed_forward)],
         CONVOLUTIONS: convolutions,
         ALL_LINEAR: linear,
         ALL: [*linear, *convolutions],

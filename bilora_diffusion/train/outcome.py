@@ -216,7 +216,7 @@ def described(method: Method) -> dict[str, Any]:
             for name, model in models.items()
             for key in (
                 *(f"{name}/{PRIMARY}/{p}" for p in adapters.named_parameters(model, PRIMARY)),
-                *(f"{name}/whole/{p}" for p in adapters.whole(model, PRIMARY)),
+                *(f"{name}/whole/{p}" for p in adapters.head_parameters(model, PRIMARY)),
             )
         ],
     }
