@@ -118,8 +118,6 @@ def server(
         public: whether other machines may look.
         allowed_hosts: names to answer to, besides those of this machine.
     """
-    guard.close_downloads()
-    guard.shorten_tracebacks()
     style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
     hues: dict[str, Any] = {"primary_hue": "teal", "secondary_hue": "teal", "neutral_hue": "slate"}
     app = gr.mount_gradio_app(
@@ -138,6 +136,6 @@ def server(
         head=f"<style>{style}</style><script>{script}</script>",
     )
     # Before all else, Gradio's own CORS headers included: its middleware would come after them.
-    guarded = guard.Guard(app, host, public, allowed_hosts)
+    guarded = guard.guarded(app, host, public, allowed_hosts)
     # A page that stays open would keep its streams, and so the server, forever.
     return Server(uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=1))

@@ -15,13 +15,15 @@ from typing import Any
 
 from bilora_diffusion import methods
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.run.durations import duration
-from bilora_diffusion.run.lock import STALE_SECONDS
+from bilora_diffusion.core.files import duration
+from bilora_diffusion.run.record import HEARTBEAT_SECONDS
 
 CONTROL, OURS = "lora", "bilora"
 """The pair that is shown before anything is chosen."""
+STALE_SECONDS = 12 * HEARTBEAT_SECONDS
+"""A run that trained and was silent for so long is shown as stalled."""
 BUSY_SECONDS = 3600.0
-"""``STALE_SECONDS`` of a run that said that it does something else than steps, such as images."""
+"""The same for a run that said that it does something else than steps, such as images."""
 TRAINING = "training"
 RECENT_STEPS = 50
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"

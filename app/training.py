@@ -10,8 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from bilora_diffusion.core.durable import bytes_for_people
-from bilora_diffusion.run.durations import duration
+from bilora_diffusion.core.files import bytes_for_people, duration
 from bilora_diffusion.run.folder import FIT_RECORD
 from bilora_diffusion.run.record import METRICS, RUN, read_fit, read_metrics, read_run
 from bilora_diffusion.train.search.halving import BUDGET

@@ -37,10 +37,10 @@ def text(argv: Words | None = None) -> int:
 
 
 def _train(modality: str, argv: Words | None) -> int:
-    from .train.launching import importing, start_missing_processes
+    from .train.launching import importing, refuse_separate_processes
 
     def work() -> None:
-        start_missing_processes()
+        refuse_separate_processes()
         with importing():
             # Before all else, so that a typo is answered at once.
             config = import_module(f".{modality}.config", __package__).resolve(argv)

@@ -120,12 +120,12 @@ class Evaluation:
         rows: Sequence[Row],
         summaries: Sequence[Summary],
         control: str = "",
-        **more: Any,
+        **fields: Any,
     ) -> Result:
-        """A result with what this command knows; ``more`` are other fields of it."""
+        """A result with what this command knows; ``fields`` are further ones of it."""
         records = [subject.record for subject in subjects if subject.record]
         provenance = of_runs(self.command, records)
-        fields = {"metrics": dict(self.metrics), "provenance": provenance, **more}
+        fields = {"metrics": dict(self.metrics), "provenance": provenance, **fields}
         return Result(
             kind=self.name,
             subjects=subjects,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+from ..config import resolving
 from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
-from ..config.run import RunConfig, without_influence
-from ..methods.options import AdapterOptions, MethodFlags
-from . import concept_list, inputs
+from ..config.run import without_influence
+from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
+from . import inputs
+from .base_model import describe
+from .concept_list import with_sets_of_images
+from .derived import with_model_defaults
 from .families import SDXL, family_class
 from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
-from .options import DataOptions, ImageOutputOptions, ModelOptions, ValidationOptions
+from .options import DataOptions, ImageOptions, ImageOutputOptions, ModelOptions, ValidationOptions
 from .validation import ValidationSample, samples_of
 
 GROUPS = (
@@ -30,45 +34,19 @@ GROUPS = (
     PriorOptions,
     ValidationOptions,
     ImageOutputOptions,
+    SingleMethodOptions,
 )
 
 
 @dataclass(frozen=True)
-class DreamBoothConfig(
-    ModelOptions,
-    DataOptions,
-    DiffusionOptions,
-    FlowOptions,
-    PriorOptions,
-    ValidationOptions,
-    ImageOutputOptions,
-    RunConfig,
-):
-    """Every option of the script, flat, and what the base model's files say. Made by `resolve`.
+class DreamBoothConfig(ImageOptions):
+    """`ImageOptions` as a run reads them; made by `resolve`.
 
     All that a run reads is decided: ``optimizer`` is in lower case, ``validation_prompts`` holds
     the text of all prompts, and ``max_train_steps`` is None only where epochs count.
-
-    Attributes:
-        validation_settings: the settings of each of ``validation_prompts`` (`PromptOptions`); []
-            where none has any.
-        concepts: the options that each has of its own, with its name as "concept"; [] of a run of
-            one set of images.
-        concept: the name of the one that `each` made this of.
-        pipeline: the class of the base model's pipeline.
-        told_guidance: whether it is told its guidance in training.
-        predicts_noise: whether its denoiser predicts noise, neither velocity nor a flow.
     """
 
-    validation_settings: list[dict[str, Any]] = field(default_factory=list)
-    concepts: list[dict[str, Any]] = field(default_factory=list)
-    concept: str = ""
-    pipeline: str = ""
-    told_guidance: bool = False
-    predicts_noise: bool = True
-
-    modality: ClassVar[str] = "image"
-    groups: ClassVar[tuple[Any, ...]] = GROUPS
+    groups: ClassVar[tuple[type, ...]] = GROUPS
     without_influence: ClassVar[frozenset[str]] = frozenset(
         {*without_influence(GROUPS), "validation_settings"}
     )
@@ -84,8 +62,21 @@ class DreamBoothConfig(
         " meaning; defaults are those of the Bi-LoRA paper's Table A8."
     )
     usage: ClassVar[str] = "%(prog)s --dataset {mini,HUB_ID,FOLDER} [flags]"
-    complete = staticmethod(concept_list.complete)
-    check_inputs = staticmethod(inputs.check_inputs)
+
+    @classmethod
+    def resolve(cls, argv: Sequence[str] | None = None) -> Self:
+        """The configuration of a command line; see `config.resolving`."""
+        return resolving.resolve(cls, argv)
+
+    def derived(self) -> Self:
+        cfg = with_sets_of_images(self)
+        model = describe(cfg.pretrained_model_name_or_path, cfg.revision, cfg.cache_dir)
+        cfg = with_model_defaults(cfg, model)
+        inputs.check_base_model(cfg, model)
+        return cfg
+
+    def check_inputs(self) -> None:
+        inputs.check_inputs(self)
 
     @property
     def base_model(self) -> str:

@@ -19,7 +19,6 @@ from PIL import Image
 from ..core.errors import UserError, translated
 from ..core.files import (
     is_file,
-    is_text,
     kind_of,
     listed,
     quoted,
@@ -184,7 +183,7 @@ def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table
 
 def _file(folder: Path, where: str, row: Mapping[str, Any], column: str) -> Path:
     name = row.get(column)
-    if not isinstance(name, str) or not name or "\0" in name or not is_text(name):
+    if not isinstance(name, str) or not name:
         fault = "names no file"
         if name is not None:
             fault = f"names {quoted(name)}, which no file is called"
@@ -279,13 +278,10 @@ def _set_captions(label: str, table: Table, column: str | None) -> None:
         return
     require_column(column, table.columns, "--caption_column", label)
     for entry, value in zip(table.entries, table.columns[column], strict=True):
-        if value is not None and not (
-            isinstance(value, str) and is_text(value) and "\0" not in value
-        ):
+        if value is not None and not isinstance(value, str):
             raise UserError(
                 f'the caption of {entry.name} in {label}, column "{column}", is {kind_of(value)}'
-                f" ({quoted(value)}) that is not UTF-8 text: set --caption_column to a column of"
-                " texts."
+                f" ({quoted(value)}), not a text: set --caption_column to a column of texts."
             )
         entry.caption = value if value and value.strip() else None
 

@@ -16,6 +16,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from ..adapters import AdapterSpec
+from ..config.rates import text_encoder_rate
 from ..core.choices import ATTENTION
 from ..core.files import counted
 from ..core.seeds import digest, generator
@@ -102,16 +103,13 @@ class DreamBooth:
         """
         cfg = self.cfg
         spec = AdapterSpec.of(cfg, target_modules=self.layers)
-        encoder_rate = cfg.text_encoder_lr
-        if cfg.optimizer.lower() == "prodigy" or not encoder_rate:
-            # Prodigy estimates one step size and takes the learning rate as a common factor.
-            encoder_rate = cfg.learning_rate
         (name, denoiser), *encoders = self.models.items()
         targets = [Target(name, denoiser, spec, cfg.learning_rate, cfg.adam_weight_decay)]
         encoder_spec = replace(spec, target_modules=TEXT_TARGETS)
         for name, encoder in encoders:
             weight_decay = cfg.adam_weight_decay_text_encoder
-            targets.append(Target(name, encoder, encoder_spec, encoder_rate, weight_decay))
+            rate = text_encoder_rate(cfg)
+            targets.append(Target(name, encoder, encoder_spec, rate, weight_decay))
         return targets
 
     def training_content(self) -> list[SampleContent]:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..core.errors import TrainingError, reason
-from ..run.durations import duration
+from ..core.files import duration
 
 BACKEND = "inductor"
 GRAPHS = 64

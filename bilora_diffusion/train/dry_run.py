@@ -16,15 +16,12 @@ import torch
 from accelerate import Accelerator, init_empty_weights
 from torch import nn
 
-from .. import adapters
-from ..adapters import AUXILIARY, INITIAL, PRIMARY
+from ..adapters import INITIAL, PRIMARY
 from ..config.run import RunConfig
 from ..core.choices import OPTIMIZERS
-from ..core.durable import bytes_for_people
 from ..core.errors import UserError
-from ..core.files import counted
+from ..core.files import bytes_for_people, counted
 from ..methods import Method, for_run
-from ..methods.bilora.per_sample import deal
 from ..run import provenance
 from .search.runs import Fit
 from .search.space import RATE, Options, title
@@ -33,6 +30,8 @@ from .stepping import Schedule, total_steps
 CUDA_CONTEXT, CPU_LIBRARIES = 600_000_000, 100_000_000
 """Bytes that a process takes on a GPU, of 0.4 to 0.8 GB; that a run loads beside this process."""
 NUMBER = {"no": 4, "fp16": 2, "bf16": 2}  # bytes
+ADAPTER_TITLES = {PRIMARY: "primary", INITIAL: "first values"}
+"""Words for adapters in the printed lines, where they are not the adapter's name."""
 BEFORE, STEP = "before training", "a training step"
 Moments = dict[str, dict[str, int]]
 """Bytes by part at one time or another, without those of what is trained, which is there in
@@ -68,11 +67,11 @@ def main(
     largest, search_size = [], []
     if cfg.fit:
         fit = search(task)
-        options = largest_configuration(fit, task, steps, device)
+        options = largest_configuration(fit, task, steps)
         task = with_config(task, fit.config(options))
         largest = [f"what follows is about the largest run of --fit: {title(options)}"]
         search_size = [_search_size(fit.plan.budget, steps)]
-    method, trained, waiting = attached(task, steps, device)
+    method, trained = attached(task, steps)
     on_cuda = device.type == "cuda"
     process = CUDA_CONTEXT if on_cuda else psutil.Process().memory_info().rss + CPU_LIBRARIES
     taken = complete(parts_of, trained, process)
@@ -87,7 +86,7 @@ def main(
     lines = [
         "--dry_run: nothing is loaded, trained or written.",
         *largest,
-        f"{method.title} on {models}: {len(method.layers())} layers, {count:,} parameters",
+        f"{method.title} on {models}: {len(method.layers)} layers, {count:,} parameters",
         f"data: {task.data_summary()}",
         f"steps: {steps:,} of {size}, {counted(f'{epochs:.3g}', 'epoch')}",
         *search_size,
@@ -97,8 +96,6 @@ def main(
         f"It {verdict}: the run needs about {bytes_for_people(peaks[most])}, and {device.type} has"
         f" {bytes_for_people(room)} for it.",
     ]
-    if waiting:
-        lines.append(f"{bytes_for_people(waiting)} of auxiliaries wait in the CPU's memory.")
     if cfg.fit and on_cuda and peaks[most] > room:
         lines.append("--fit leaves out of its search what runs out of memory.")
     print("\n".join(lines), flush=True)
@@ -136,7 +133,7 @@ def _search_size(budget: int, steps: int) -> str:
     )
 
 
-def largest_configuration(fit: Fit, task: Any, steps: int, device: torch.device) -> Options:
+def largest_configuration(fit: Fit, task: Any, steps: int) -> Options:
     """The configuration of a search that takes most memory, with all samples as in the last run.
 
     Memory rises with each option whatever the others are, so each is set to its largest value in
@@ -145,7 +142,7 @@ def largest_configuration(fit: Fit, task: Any, steps: int, device: torch.device)
 
     @functools.cache
     def trained_bytes(options: Options) -> int:
-        _, trained, _ = attached(with_config(task, fit.config(options)), steps, device)
+        _, trained = attached(with_config(task, fit.config(options)), steps)
         return sum(trained.values())
 
     configurations: list[Options] = [()]
@@ -164,44 +161,27 @@ def with_config(task: Any, cfg: RunConfig) -> Any:
     return changed
 
 
-def attached(
-    task: Any, steps: int, device: torch.device | None = None
-) -> tuple[Method, dict[str, int], int]:
+def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
     """Put a method on copies of a task's models.
 
     Args:
         task: whose models are empty.
         steps: optimizer steps of the run.
-        device: on which it is trained; None for one with memory of its own.
 
     Returns:
-        The method; bytes of what is trained and kept of it on the device; bytes of auxiliaries and
-        their optimizer state that wait in the memory of the CPU, where the device is another.
+        The method, and the bytes of what is trained and stored with it.
     """
     cfg = task.cfg
-    # Several auxiliaries are counted and not made; weights without values have no norm.
-    method = for_run({**vars(cfg), "auxiliaries": 1, "rho_norm": "scaled"}, steps)
-    several = "auxiliaries" in method.reads
-    count = deal(cfg.auxiliaries, task.sample_names)[0] if several else 1
-    seen = min(count, cfg.train_batch_size * cfg.gradient_accumulation_steps)
-    on_cpu = device is not None and device.type == "cpu"
-    here = seen if cfg.auxiliaries_on == "cpu" and not on_cpu else count
+    method = for_run(vars(cfg), steps, task.sample_names)
     targets = task.targets()
     method.setup([replace(target, model=copy.deepcopy(target.model)) for target in targets])
-    models = [target.model for target in method.targets]
-    primary, auxiliary, first = (
-        sum(p.nbytes for model in models for p in adapters.parameters(model, name))
-        for name in (PRIMARY, AUXILIARY, INITIAL)
-    )
-    result = sum(p.nbytes for p in method.clip_parameters())
-    moments_of_byte = OPTIMIZERS[cfg.optimizer.lower()].state
+    memory = method.memory(cfg.train_batch_size * cfg.gradient_accumulation_steps)
     trained = {
-        "adapters: primary": primary,
-        "adapters: auxiliary": auxiliary * here,
-        "adapters: first values": first,
-        "gradients": result + auxiliary * seen,
-        "the optimizer's state": int(moments_of_byte * (result + auxiliary * here)),
-        "averages and best weights": result * (cfg.use_ema + cfg.keep_best),
+        f"adapters: {ADAPTER_TITLES.get(adapter, adapter)}": size
+        for adapter, size in memory.adapters.items()
     }
-    waiting = auxiliary * (count - here) * (1 + moments_of_byte)
-    return method, trained, int(waiting)
+    moments_per_byte = OPTIMIZERS[cfg.optimizer.lower()].state
+    trained["gradients"] = memory.gradients
+    trained["the optimizer's state"] = int(moments_per_byte * memory.optimized)
+    trained["averages and best weights"] = memory.result * (cfg.use_ema + cfg.keep_best)
+    return method, trained

@@ -12,13 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..config.run import RunConfig
-from ..core.choices import OPTIMIZERS
-from ..core.durable import (
-    bytes_for_people,
-    disk_is_full,
-    free_bytes,
-    full_disk_sentence,
-)
+from ..core.durable import disk_is_full
 from ..core.errors import (
     Diverged,
     TrainingError,
@@ -33,15 +27,11 @@ from ..run.record import read_metrics
 from ..run.runlog import RunLog
 from .trainer import Trainer
 
-LINE = 400  # bytes of a line of metrics
-PNG = 1.5  # bytes of a pixel
 logger = logging.getLogger(__name__)
 
 
 def announce(trainer: Trainer, folder: Path) -> None:
-    """Say what is about to be trained on what, for how long, where, and where to; and whether the
-    disk will plainly not hold it.
-    """
+    """Say what is about to be trained on what, for how long, where, and where to."""
     cfg, steps, size = trainer.cfg, trainer.last_step, trainer.schedule.step_size
     epochs = steps * size / trainer.task.num_samples
     many, device = trainer.accelerator.num_processes, trainer.accelerator.device
@@ -56,13 +46,6 @@ def announce(trainer: Trainer, folder: Path) -> None:
         f"into {folder}",
     ]
     logger.info("; ".join(facts))
-    left, needed = free_bytes(folder), bytes_to_write(trainer)
-    if left is not None and left < needed:
-        logger.warning(
-            "the disk that holds %s has %s left, and this run writes about %s: make room, or save"
-            " less with --checkpoints_total_limit 1",
-            *(folder, bytes_for_people(left), bytes_for_people(needed)),
-        )
 
 
 def _trained(method: Method, cfg: RunConfig) -> str:
@@ -70,26 +53,8 @@ def _trained(method: Method, cfg: RunConfig) -> str:
     weights = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
     if method.exports_weights:
         return f"{method.title} of {weights} weights"
-    layers = len(method.layers())
+    layers = len(method.layers)
     return f"{method.title} of rank {cfg.rank} on {layers:,} layers ({weights} parameters)"
-
-
-def bytes_to_write(trainer: Trainer) -> int:
-    """Bytes that a run still writes, roughly: checkpoints, exported file, images, snapshots."""
-    cfg, method = trainer.cfg, trainer.method
-    ahead = trainer.last_step - trainer.step
-    trained = sum(t.numel() * t.element_size() for t in method.tensors().values())
-    state = OPTIMIZERS[cfg.optimizer.lower()].state
-    saved = ahead // cfg.checkpointing_steps
-    if cfg.checkpoints_total_limit:  # one more is written before the oldest goes
-        saved = min(saved, cfg.checkpoints_total_limit + 1)
-    snapshots = 0 if trainer.dynamics is None else ahead // trainer.dynamics.every
-    each = 1 + state + (1 if cfg.keep_best else 0)
-    tensors = (saved * each + snapshots + 1) * trained
-    every = trainer.validation_steps
-    images = len(cfg.sampled_prompts) * (max(ahead // every, 1) if every else 1)
-    pixels = images * cfg.resolution**2
-    return int(tensors + pixels * PNG + ahead * LINE)
 
 
 def warn_of_zero_auxiliary(folder: Path) -> None:
@@ -126,7 +91,7 @@ def show_images(trainer: Trainer, folder: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def recorded(log: RunLog | None, folder: Path, trainer: Trainer | None = None) -> Iterator[None]:
+def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
     """Within the context, whatever ends the run is written into its record, which the main process
     has, and goes on its way. The trace of an error that nobody foresaw is kept in the run folder.
 
@@ -140,8 +105,10 @@ def recorded(log: RunLog | None, folder: Path, trainer: Trainer | None = None) -
         raise
     except Exception as error:
         if disk_is_full(error):
-            needed = None if trainer is None else bytes_to_write(trainer)
-            reason = full_disk_sentence(error, folder, needed)
+            reason = (
+                f"the disk that holds {folder} is full: make room and go on with"
+                " --resume_from_checkpoint auto"
+            )
             _close(log, "failed", reason)
             raise TrainingError(reason) from error
         foreseen = isinstance(error, UserError | TrainingError)

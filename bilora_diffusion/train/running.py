@@ -77,8 +77,7 @@ def main(
         TrainingError: training could not go on; checkpoints and metrics are kept.
         Interrupted: a signal ended it; it says how to go on.
     """
-    called = argv is not None
-    typed = None if called else interruption.command_line(sys.orig_argv, sys.argv[1:])
+    typed = sys.argv[1:] if argv is None else None
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
     cfg = script.resolve(argv) if config is None else config
@@ -195,7 +194,7 @@ def _run(
         if last_step is None:
             announce(trainer, folder)
     try:
-        with trainer.interruption, recorded(log, folder, trainer):
+        with trainer.interruption, recorded(log, folder):
             kinds = int | float | str  # that every tracker can show
             values = {k: v if isinstance(v, kinds) else repr(v) for k, v in cfg.to_dict().items()}
             accelerator.init_trackers(script.project, config=values)

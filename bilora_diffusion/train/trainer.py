@@ -176,22 +176,20 @@ class Trainer:
             # Dropout sees the same random numbers at each call and after each resume.
             torch.manual_seed(seed_of(self.cfg.seed, "forward", step, self.schedule.rank))
             total = torch.zeros((), device=device)
-            samples = [sample for batch in batches for sample in batch.samples]
-            # Whose auxiliaries wait elsewhere: the step moves those of all processes in each.
-            everyone = self.cfg.auxiliaries_on == "cpu"
-            self.method.expect(gather_object(samples) if everyone else samples)
             for number, batch in enumerate(batches):
                 last = number == len(batches) - 1
                 # Gradients are exchanged in the last pass, if by DDP.
                 local = not last and not self.accelerator.is_fsdp2
                 apart = self.accelerator.no_sync(self.module) if local else nullcontext()
-                with apart, self.method.seen(batch.samples, batch.snr):
+                with apart, self.method.around_batch(batch.samples, batch.snr):
                     losses = self.module(batch.on(device))
                     self._passed.append((losses.detach(), batch))
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total += loss.detach()
-            sharding.average_gradients(self.accelerator, self.optimizer, self.method.apart())
+            sharding.average_gradients(
+                self.accelerator, self.optimizer, self.method.loose_parameters
+            )
             return self.accelerator.reduce(total, reduction="mean")  # pyright: ignore
 
         return forward_backward

@@ -142,9 +142,9 @@ class ClipScores(OverSteps):
         parser.add_output("scores", DEMO)
 
     def subjects(self) -> list[Subject]:
-        from bilora_diffusion.train.launching import start_missing_processes
+        from bilora_diffusion.train.launching import refuse_separate_processes
 
-        start_missing_processes()  # first, since it may start this process again
+        refuse_separate_processes()
         if self.args.steps is not None:
             return checkpoints.of_runs(single(self.args.runs, weights=False), self.args.steps)
         if self.args.runs:

@@ -13,8 +13,8 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 
+from ..command import read_integers
 from ..subjects import Subject
-from ..sweep.axes import listed
 from .images import Sampling
 from .names import GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
 from .prompts import Prompt, read
@@ -25,10 +25,10 @@ MINI_GUIDANCE = 4.0
 
 def read_seeds(text: str) -> list[int]:
     """``0,1`` or ``0..3`` as numbers."""
-    words = listed(text, f'--seeds is "{text}"')
-    if not all(word.isdecimal() for word in words):
+    seeds = read_integers(text, f'--seeds is "{text}"')
+    if min(seeds) < 0:
         raise UserError(f'--seeds is "{text}": write numbers from 0 on, such as 0,1 or 0..3.')
-    return [int(word) for word in words]
+    return seeds
 
 
 def base_model(subjects: Sequence[Subject], name: str | None) -> str:

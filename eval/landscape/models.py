@@ -117,8 +117,7 @@ def _config(subject: Subject) -> DreamBoothConfig:
     folder, values = subject.folder, subject.record.get("config", {})
     if values.get("pretrained_model_name_or_path") is None:
         raise UserError(f"{subject.source} is not a run of SDXL DreamBooth: give another.")
-    kind = DreamBoothConfig.with_own_options()
-    if unknown := sorted(values.keys() - {field.name for field in fields(kind)}):
+    if unknown := sorted(values.keys() - {field.name for field in fields(DreamBoothConfig)}):
         raise UserError(
             f"{folder} was trained with the option {unknown[0]}, which this version does not know:"
             " read it with the version that trained it."
@@ -129,7 +128,7 @@ def _config(subject: Subject) -> DreamBoothConfig:
             " again."
         )
     with translated(f"{RUN} of {folder} is damaged", "give another run"):
-        return TypeAdapter(kind).validate_python(values)
+        return TypeAdapter(DreamBoothConfig).validate_python(values)
 
 
 def _require_comparable(opened: Mapping[str, Point]) -> None:

@@ -10,7 +10,7 @@ from bilora_diffusion.run import checkpoint
 from eval import checkpoints, compare, table, text_scores
 from eval.checkpoints import HELDOUT_LOSS, LOSS
 from eval.table import Entry, Metric, Result, Row
-from eval.text_scores import bases
+from eval.text_scores import base_models
 from tests.eval.text_score_models import save_record
 
 ACCURACY = "heldout_accuracy"
@@ -71,7 +71,7 @@ def test_runs_of_several_rows_stand_before_their_steps(tmp_path):
     runs = [str(make_run(tmp_path / name)) for name in "ab"]
     groups = [word for run in runs for word in ("--group", f"row {Path(run).name}={run}")]
     args = text_scores.TextScores.parser().read([*groups, "--steps", "all"])
-    subjects = [subject for subject, _ in bases.gather(args, True)]
+    subjects = [subject for subject, _ in base_models.read_subjects(args, True)]
     assert [subject.group for subject in subjects] == [
         f"row {r} step {s}" for r in "ab" for s in (10, 20)
     ]

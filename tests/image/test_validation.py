@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from bilora_diffusion.core.errors import UserError, run_cli
-from bilora_diffusion.image import inputs
+from bilora_diffusion.image import config
 from bilora_diffusion.image.base_model import BaseModel
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -104,7 +104,7 @@ def test_settings_that_can_have_no_effect_are_refused(pipeline, monkeypatch):
     with pytest.raises(UserError, match="--method full"):
         samples("a --am 0.5", method="full")
     model = BaseModel("some/model", {"_class_name": pipeline}, {"transformer": {}, "vae": {}})
-    monkeypatch.setattr(inputs, "describe", lambda *_: model)
+    monkeypatch.setattr(config, "describe", lambda *_: model)
     assert samples("a --l 9", resolution=64)
     with pytest.raises(UserError, match=r"number 1 .* negative prompt.* reads none"):
         samples("a --l 9 --n b", resolution=64)

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from eval import clip_scores, table
 from eval.sources import find
 from tests.eval.clip_models import save_blip, save_open_clip
 from tests.export.export_models import rewrite
-from tests.scripts.runs import copied, started, train_once
+from tests.scripts.runs import ON_CPUS, TORCHRUN, copied, process, started, train_once
 
 PROMPTS = """a ToK icon of a Fluffy Rabbit, in the style of ToK
 a ToK icon of a red car, in the style of ToK
@@ -116,7 +115,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     repeated = run(*words_again, "--train_data", "mini", *argv)  # another name is no other image
     assert capsys.readouterr().out.count("0 of 18 images are to be made") == 2
     assert pictures(output) == before
-    require_close(result, repeated, without="copy")
+    require_close(result, repeated, left_out="copy")
     even = [line for line in repeated.summaries if line.group == "copy"]
     assert {line.metric for line in even} == {*clip_scores.METRICS} - {"truth"}
     for line in even:
@@ -200,10 +199,8 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     assert record(uninterrupted) == record(output)
 
     two = tmp_path / "two"
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
     argv = words(two, *options, steps=3)
-    launched = started(*launcher, *SCORES, *argv, stdout=subprocess.PIPE)
-    printed, _ = launched.communicate()
-    assert (launched.returncode, printed.count("written: ")) == (0, 1)
+    launched = process(*TORCHRUN, 2, *SCORES, *argv, **ON_CPUS)
+    assert launched.stdout.count("written: ") == 1
     assert len(pictures(two)) == 15
     require_close(table.read(two), continued)

@@ -38,34 +38,6 @@ def trainer(**options) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("options", "least"),
-    [
-        ({}, 3 * 3 + 1),  # two checkpoints and a third in the making, with both moments
-        ({"checkpoints_total_limit": 0}, 10 * 3 + 1),
-        ({"checkpoints_total_limit": 1, "optimizer": "prodigy"}, 2 * 5 + 1),
-        ({"optimizer": "adamw8bit"}, 3 * 1.5 + 1),
-        ({"checkpointing_steps": 1001}, 1),
-        # 20 validations of 3 images
-        ({"checkpointing_steps": 1001, "sampled_prompts": ["a", "b", "c"]}, 1 + 60 * recording.PNG),
-    ],
-)
-def test_what_a_run_will_write(options, least):
-    assert least * MB <= recording.bytes_to_write(trainer(**options)) <= (least + 0.5) * MB
-
-
-@pytest.mark.parametrize(("left", "warned"), [(5 * MB, True), (50 * MB, False), (None, False)])
-def test_a_run_that_will_not_fit_is_warned_about_at_the_start(
-    left, warned, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(recording, "free_bytes", lambda path: left)
-    recording.announce(trainer(), tmp_path)
-    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert bool(warnings) is warned
-    for part in (str(tmp_path), "5 MB", "10.4 MB") if warned else ():
-        assert part in warnings[0]
-
-
-@pytest.mark.parametrize(
     ("steps", "said"), [(1, "1 step of 4 (0.5 epochs)"), (2, "2 steps of 4 (1 epoch)")]
 )
 def test_a_count_of_one_is_singular(steps, said, tmp_path, caplog):

@@ -28,7 +28,7 @@ from ...core.durable import discard, strict_json
 from ...core.errors import Diverged, TrainingError, UserError
 from ...core.fields import options_of
 from ...core.seeds import parts
-from ...methods.bilora.per_sample import deal as deal_auxiliaries
+from ...methods import for_run
 from ...methods.options import SECTION
 from ...run import checkpoint, runlog
 from ...run.content import record_content, summarize
@@ -49,10 +49,10 @@ from .halving import (
     lowest,
 )
 from .space import (
-    FORM,
     Options,
     Space,
     Values,
+    bilora_form,
     default_values,
     read_values,
     title,
@@ -62,7 +62,7 @@ from .space import (
 FOLDS, LEAVE_ONE_OUT = 4, 8  # folds; below so many samples each is one
 # Options of methods and optimizers that all runs of a fit share.
 SCHEDULE = {"lr_scheduler", "lr_warmup_steps", "warmup_ratio", "lr_num_cycles", "lr_power"}
-FIXED = {"quantize", "auxiliaries_on", "scale_lr", "use_8bit_adam", *SCHEDULE}
+FIXED = {"quantize", "scale_lr", "use_8bit_adam", *SCHEDULE}
 QUIET = {  # every run of a search: at a constant rate, with nothing to look at
     **{"report_to": "none", "push_to_hub": False, "log_dynamics": False, "eval_on_start": False},
     **{"resume_from_checkpoint": None, "overwrite_output_dir": False, "num_train_epochs": None},
@@ -135,7 +135,7 @@ class Fit:
             return read_values(Path(self.cfg.fit_space), searchable.keys() - FIXED)
         supports = False
         with suppress(UserError):
-            supports = bool(deal_auxiliaries(self.config(FORM).auxiliaries, self.task.names))
+            supports = bool(for_run(vars(self.config(bilora_form())), 1, self.task.names))
         # --scale_lr multiplies the rate of each run, so the space has rates before that.
         rate = self.config((("scale_lr", "false"),)).learning_rate
         return default_values(self._typed, rate, self.cfg.rank, supports)
@@ -232,8 +232,9 @@ class Fit:
     def _final(self, options: Options, steps: int) -> Any:
         """The configuration with the user's schedule, if any, rescaled to the chosen steps."""
         cfg, warm = self.config(options), self.cfg.lr_warmup_steps
-        many = cfg.method == "bilora" and cfg.auxiliaries != 1  # LoRA learns by heart as it falls
-        if many and "lr_scheduler" not in self._typed and cfg.lr_scheduler.startswith("constant"):
+        # Plain LoRA learns by heart while the rate falls.
+        gains = for_run(vars(cfg), steps, self.task.names).gains_from_decay
+        if gains and "lr_scheduler" not in self._typed and cfg.lr_scheduler.startswith("constant"):
             cfg, steps = replace(cfg, lr_scheduler="linear"), 2 * steps
         rescaled = warm and round(warm * steps / self.plan.steps)
         return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=rescaled)

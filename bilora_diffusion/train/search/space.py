@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...config.recipe import read_options
-from ...core.choices import AUTO, SAMPLE
+from ...core.choices import SAMPLE
 from ...core.errors import UserError, did_you_mean
 from ...core.values import RANKS
-from ...methods import names, reads
+from ...methods import get, names, reads
 
 RATE, METHOD = "learning_rate", "method"
 LOWEST_RANK, MIDDLE_RANK = 4, 8  # of the ranks that are searched by default
-FORM = ((METHOD, "bilora"), ("rho", AUTO), ("auxiliaries", SAMPLE))  # that little data asks for
 Values = Mapping[str, tuple[str, ...]]
 Options = tuple[tuple[str, str], ...]
 """A configuration: what it sets, beside what the user gave; () is the command line as given."""
+
+
+def bilora_form() -> Options:
+    """Bi-LoRA with the options that little data asks for."""
+    return ((METHOD, "bilora"), *get("bilora").search_options.items())
 
 
 def words(options: Options) -> list[str]:
@@ -90,8 +94,8 @@ def default_values(typed: Collection[str], rate: float, rank: int, supports_samp
         rank: rank of the recipe, or the default.
         supports_sample: whether each sample can have its own auxiliary.
     """
-    form = FORM if supports_sample else FORM[:-1]
-    forms = {name: (value,) for name, value in form} | {METHOD: ("lora", "bilora")}
+    form = {name: (value,) for name, value in bilora_form() if supports_sample or value != SAMPLE}
+    forms = form | {METHOD: ("lora", "bilora")}
     rates = tuple(f"{rate * by:.6g}" for by in (0.5, 1.0, 2.0))
     # Below 4, the default of images, nothing is searched: it is the lowest of its three ranks.
     middle = MIDDLE_RANK if rank == LOWEST_RANK else rank
