@@ -77,6 +77,7 @@ class DreamBooth:
         self._source: Encoder | None = None  # of the run before, whose latents are used again
         self._searches = False
         self.num_samples, self.has_heldout = stream.num_samples, validation is not None
+        # Folds are dealt by name, and each sample is one image.
         self.names = self.sample_names = [entry.name for entry in stream.images.entries]
         self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
         self.models |= dict(zip(names, encoders, strict=True))
@@ -201,7 +202,7 @@ class DreamBooth:
         masks: Sequence[Tensor | None],
     ) -> dict[str, Any]:
         """A module's inputs for some images, whose masks are on the grid of their latents."""
-        time_ids = [sample.time_ids for sample in samples]
+        time_ids = [sample.time_ids for sample in samples]  # (n, 6)
         inputs = {
             "latents": latents,
             "noise": noise,
