@@ -40,8 +40,8 @@ from bilora_diffusion.config import run as run_config
 from bilora_diffusion.config.recipe import read_options
 from bilora_diffusion.core.errors import UserError, did_you_mean, placed
 from bilora_diffusion.core.fields import default_of
+from bilora_diffusion.core.files import ROOT, without_paths
 from bilora_diffusion.image.config import DreamBoothConfig
-from bilora_diffusion.run.paths import ROOT, without_paths
 from bilora_diffusion.text.config import TextConfig
 
 from ..command import read_integers

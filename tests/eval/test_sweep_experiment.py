@@ -4,7 +4,7 @@ import pytest
 
 from bilora_diffusion.config.recipe import read_options
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.run.paths import ROOT
+from bilora_diffusion.core.files import ROOT
 from eval.sweep import experiment
 
 EXPERIMENTS = sorted((ROOT / "eval" / "experiments").rglob("*.yaml"))
