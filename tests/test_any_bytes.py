@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from app.runs import RunItem, label, progress
-from app.training_data import Shown, charts, table
+from app.training_data import TrainingRun, charts, table
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.run.record import read_fit, read_metrics
@@ -52,7 +52,7 @@ def read_run(path):
     lines, record = read_metrics(folder), dict(run.record)
     item = RunItem(".", label("run", record), record, None)
     state = progress(record, lines, 0.0, 0.0)
-    shown = Shown(item, 0, lines, state, read_fit(folder / "fit.json") or {})
+    shown = TrainingRun(item, 0, lines, state, read_fit(folder / "fit.json") or {})
     for curves in charts([shown], 5).values():
         table(curves)
 

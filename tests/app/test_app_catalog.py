@@ -11,6 +11,7 @@ import sys
 import time
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -287,7 +288,7 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, sent, ignored):
     before = signal.getsignal(sent)
     if ignored:  # as nohup does
         signal.signal(sent, signal.SIG_IGN)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = started("-m", "app.viewer", tmp_path, "--port", port, **pipes)
     signal.signal(sent, before)
     try:

@@ -115,7 +115,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     repeated = run(*words_again, "--train_data", "mini", *argv)  # another name is no other image
     assert capsys.readouterr().out.count("0 of 18 images are to be made") == 2
     assert pictures(output) == before
-    require_close(result, repeated, without="copy")
+    require_close(result, repeated, left_out="copy")
     even = [line for line in repeated.summaries if line.group == "copy"]
     assert {line.metric for line in even} == {*clip_scores.METRICS} - {"truth"}
     for line in even:
