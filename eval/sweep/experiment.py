@@ -105,13 +105,20 @@ class Experiment(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    # YAML file of options that all runs share, or several of them
     recipe: str | list[str]
     script: str = IMAGE_SCRIPT
+    # Further options of all runs; those of a variant win
     options: Values = {}
+    # Label -> options
     variants: dict[str, Values] = {}
+    # Option -> its values
     axes: Annotated[dict[str, Axis], BeforeValidator(read_options_of)] = {}
+    # None for the recipe's seed
     seeds: Annotated[tuple[int, ...] | None, BeforeValidator(read_seeds)] = None
+    # Label of the variant that the others are compared with; None for the first
     control: str | None = None
+    # Key of ``metrics.jsonl``
     metric: str = HELDOUT
     higher_is_better: bool = False
 
@@ -128,13 +135,13 @@ class Variant:
 class Run:
     """One run."""
 
-    # Of its folder: the variant, the seed, and a hash of the options
+    # Name of its folder: the variant, the seed, and a hash of the options
     name: str
     # Label of its variant
     variant: str
-    # Of data, noise and initialization
+    # Seed of data, noise and initialization
     seed: int
-    # For the training script, beside the recipe and the run folder
+    # Flags of the training script, beside the recipe and the run folder
     flags: tuple[str, ...]
 
 
@@ -169,6 +176,7 @@ def load(path: Path, settings: Sequence[str] = (), **overrides: Any) -> list[Pla
     with placed(f"{path}: "):
         if not isinstance(content, dict):
             raise UserError("an experiment is a mapping: write lines like recipe: FILE.yaml.")
+        # Flags are keys of the file that the command line gives, so they are checked as such.
         content |= {key: value for key, value in overrides.items() if value is not None}
         experiment = parse(content, read_settings(settings))
         script = find_script(experiment.script)
@@ -186,6 +194,7 @@ def parse(content: Mapping[str, Any], options: Mapping[str, str]) -> Experiment:
     except ValidationError as error:
         raise UserError(describe(error)) from error
     experiment = experiment.model_copy(update={"options": {**experiment.options, **options}})
+    # An option has one value in a run.
     for name, values in experiment.axes.items():
         require_different(values)
         in_variants = any(name in options for options in experiment.variants.values())
@@ -275,6 +284,7 @@ def make_plan(experiment: Experiment, name: Path, recipe: Path, script: Path) ->
     points = list(itertools.product(*experiment.axes.values()))
     logger, remarks = logging.getLogger(resolving.__name__), RemarkedOnce()
     logger.addFilter(remarks)
+    # Without named variants the axes alone make them.
     for variant_name, options in (experiment.variants or {"": {}}).items():
         for point in points:
             axis_values = dict(zip(experiment.axes, point, strict=True))
@@ -294,6 +304,7 @@ def make_plan(experiment: Experiment, name: Path, recipe: Path, script: Path) ->
     seeds = experiment.seeds
     if seeds is None:
         seeds = (int(configs[variants[0].label].seed),)
+    # Seed by seed, so that the first pairs are complete early.
     runs: list[Run] = []
     for seed in seeds:
         for variant in variants:
@@ -333,12 +344,10 @@ def label_of(name: str, axis_values: Mapping[str, Any], ignored: frozenset[str])
 
 
 def to_flags(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Options as ``--name=value``.
-
-    YAML reads a bare yes or no as a boolean; said as a word it fits a switch and an option alike.
-    """
+    """Options as ``--name=value``; booleans are yes and no."""
     flags = []
     for name, value in values.items():
+        # A word fits a switch and an option with choices alike.
         if isinstance(value, bool):
             value = "yes" if value else "no"
         flags.append(f"--{name}={value}")
@@ -352,6 +361,7 @@ def identity_of(config: Any, script: Path) -> dict[str, Any]:
     recipe; defaults are not, so that a new option of the script renames no run.
     """
     values = config.fingerprint()
+    # What is measured decides what there is to compare.
     for name in MEASURING_OPTIONS:
         values[name] = config.to_dict().get(name)
     for option in dataclasses.fields(config):
@@ -364,6 +374,7 @@ def identity_of(config: Any, script: Path) -> dict[str, Any]:
 
 def folder_name(label: str, seed: int, identity: Mapping[str, Any]) -> str:
     """Name of a run's folder, which tells what is run."""
+    # Letters, digits and points, at most 60 of them
     slug = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")[:60] or "variant"
     text = json.dumps(identity, sort_keys=True, default=str)
     return f"{slug}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
