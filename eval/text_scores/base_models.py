@@ -15,6 +15,9 @@ from .. import checkpoints, subjects
 from ..provenance import without_paths
 from ..subjects import BASE, Subject
 
+# The bare prompt
+NO_TEMPLATE = "none"
+
 
 @dataclass(frozen=True)
 class BaseModel:

@@ -22,7 +22,7 @@ from bilora_diffusion.run.record import last_measured
 
 from ..subjects import BASE, Subject
 from ..table import Metric
-from .base_models import training_set
+from .base_models import NO_TEMPLATE, training_set
 
 if TYPE_CHECKING:  # they need torch
     from .models import CacheFor, LoadedModel
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # they need torch
 HARNESS, MTBENCH, HELDOUT = "harness", "mtbench", "heldout"
 HUMANEVAL = "humaneval"
 HELDOUT_LOSS = "heldout_loss"
-TEMPLATE_OF_RUN, NO_TEMPLATE = "run", "none"
+TEMPLATE_OF_RUN = "run"
 # Largest change of a probe's logits by it
 EFFECT = "effect of adapter"
 # Items in which no answer could be read

@@ -21,7 +21,8 @@ from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import context_text, resolve_template
 
 from ..digests import of_folders
-from .benchmarks import ANSWER_LETTERS, NO_TEMPLATE, Benchmark, Item, Measurement
+from .base_models import NO_TEMPLATE
+from .benchmarks import ANSWER_LETTERS, Benchmark, Item, Measurement
 from .models import CacheFor, LoadedModel
 
 # Result of the harness's filters where they find no answer

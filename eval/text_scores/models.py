@@ -25,8 +25,7 @@ from ..cache import Cache
 from ..digests import PEFT_FILE
 from ..load import put_peft
 from ..subjects import Subject
-from .base_models import BaseModel
-from .benchmarks import NO_TEMPLATE
+from .base_models import NO_TEMPLATE, BaseModel
 
 # Folder of a run that trained all weights
 WHOLE_MODEL = "model"
