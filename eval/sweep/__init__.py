@@ -52,7 +52,7 @@ from . import reporting
 from .reporting import FINISHED, SECONDS, TRAINING, WAITING
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
-    from .experiment import Plan
+    from .plan import Plan
     from .runs import Outcome
 
 
@@ -257,11 +257,11 @@ class Sweep(Evaluation):
 
 def load_plans(args: argparse.Namespace) -> list[Plan]:
     """The plans of a command line, one for each recipe of each experiment."""
-    from . import experiment
+    from .plan import load
 
     plans: list[Plan] = []
     for path in args.experiments:
-        plans += experiment.load(path, args.set, seeds=args.seeds, metric=args.metric)
+        plans += load(path, args.set, seeds=args.seeds, metric=args.metric)
     if args.output_dir is not None and len(plans) > 1:
         raise UserError(
             f"--output_dir is one folder for {len(plans)} comparisons: leave it out, then each is"

@@ -25,7 +25,7 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import checkpoint, runlog
 
 from ..provenance import without_paths
-from .experiment import Run
+from .plan import Run
 from .reporting import FAILED, FINISHED, WAITING
 
 SCHEMA_VERSION = 1

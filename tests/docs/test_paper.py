@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState
 from bilora_diffusion.image import script as image_script
 from bilora_diffusion.text.config import TextConfig
 from eval import table
-from eval.sweep import experiment, runs
+from eval.sweep import plan, runs
 from eval.text_scores import harness
 from eval.text_scores.benchmarks import Item, Measurement
 from tests.docs.pages import commands, scripts
@@ -80,23 +80,23 @@ def family(recipe: Path) -> str:
 
 
 def test_every_variant_has_the_paper_s_radius_rate_and_number_of_runs(folder, hub):
-    radii: dict[tuple[str, str], float] = {}
+    radii: dict[tuple[str, str], Any] = {}
     rates: dict[str, float] = {}
     seeds: dict[str, int] = {}
-    for plan in itertools.chain.from_iterable(map(experiment.load, EXPERIMENTS)):
-        group = family(plan.recipe)
+    for planned in itertools.chain.from_iterable(map(plan.load, EXPERIMENTS)):
+        group = family(planned.recipe)
         if group == "superglue":
-            seeds[plan.recipe.stem] = len(plan.seeds)
-        if "rho" in plan.experiment.axes:
-            assert set(plan.experiment.axes["rho"]) == TABLE_A1
+            seeds[planned.recipe.stem] = len(planned.seeds)
+        if "rho" in planned.experiment.axes:
+            assert set(planned.experiment.axes["rho"]) == TABLE_A1
             continue
-        for run in plan.runs[: len(plan.variants)]:
-            config = TextConfig.resolve(["--config", str(plan.recipe), *run.flags, *OUTPUT])
+        for run in planned.runs[: len(planned.variants)]:
+            config = TextConfig.resolve(["--config", str(planned.recipe), *run.flags, *OUTPUT])
             if config.method == "full":
                 rates[group] = config.learning_rate
             elif (group, config.method) in RADII:
                 radius = radii.setdefault((group, config.method), config.rho)
-                assert config.rho == radius, f"{plan.recipe}, {config.method}: two radii"
+                assert config.rho == radius, f"{planned.recipe}, {config.method}: two radii"
             else:
                 assert config.method in ("lora", "lora-obar", "lora-nbar")  # without a radius
     assert radii == RADII
@@ -123,7 +123,7 @@ SCORES = {"heldout_accuracy": 0.5, "heldout_matthews_correlation": 0.25}
 class RecordedRun:
     """A run of a sweep that is over when it was started: a record and the weights of another."""
 
-    def __init__(self, runner: runs.Runner, run: experiment.Run) -> None:
+    def __init__(self, runner: runs.Runner, run: plan.Run) -> None:
         self.run, self.popen = run, None
         folder = runner.runs_dir / run.name
         base = material("causal")["model_name_or_path"]

@@ -180,7 +180,8 @@ def test_humaneval_runs_code_only_where_it_is_allowed(tmp_path, monkeypatch):
         harness.Harness(PAPER["humaneval"], manager, None, [])
     engine = harness.Harness(PAPER["humaneval"], manager, None, [], allow_code=True)
     model: Any = SimpleNamespace(effective_template=str)
-    measurement = engine.measure(model, "none", 2, lambda _: None)
+    no_cache: Any = None
+    measurement = engine.measure(model, "none", 2, no_cache)
     assert measurement.value == 0.5
     assert [item.score for item in measurement.items] == [1, 0]
     assert measurement.items[0].answer == "def add(a, b):\n    return a + b\n"
