@@ -116,8 +116,8 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplo
 @pytest.mark.slow
 def test_two_processes_choose_as_one(tmp_path, icons):
     (tmp_path / "space.yaml").write_text("rank: [2, 4]\n")
-    fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 8}
-    options = {**icons, **fit, "max_train_steps": 4}
+    fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 4}
+    options = {**icons, **fit, "max_train_steps": 2}
     single = runs.train(tmp_path / "one", **{**options, "train_batch_size": 2})
     double = tmp_path / "two"
     runs.process(*runs.TORCHRUN, 2, runs.SCRIPT, *runs.flags(double, **options), **runs.ON_CPUS)
