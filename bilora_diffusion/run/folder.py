@@ -159,6 +159,7 @@ def guard(
     if action is BEGIN:
         return None
 
+    # From here on the command goes on with what the folder holds.
     if fit:
         read_fit(folder / FIT_RECORD)  # refuses a damaged one before the data are read
     newest = checkpoint.latest(folder)
@@ -167,6 +168,7 @@ def guard(
     if newest is None and state in (State.FINISHED, State.FINISHED_FIT):
         raise UserError(NO_CHECKPOINT.format(folder=folder))
     chosen = checkpoint.resolve(folder, resume)
+    # The checkpoint of another run may start a run in an empty folder, but not join a second one.
     root = folder / checkpoint.CHECKPOINTS
     if state is not State.EMPTY and chosen and root.resolve() not in chosen.resolve().parents:
         raise UserError(

@@ -23,11 +23,10 @@ import os, signal, sys, time
 from pathlib import Path
 from bilora_diffusion.run.lock import hold
 with hold(Path(sys.argv[1])):
-    worker = os.fork()  # as a data loader's worker
-    if worker == 0:
+    if os.fork() == 0:  # as a data loader's worker
+        print(os.getpid(), flush=True)
         time.sleep(60)
         os._exit(0)
-    print(worker, flush=True)
     signal.pause()
 """
 
