@@ -13,7 +13,7 @@ import gradio as gr
 from bilora_diffusion.core.durable import bytes_for_people
 from bilora_diffusion.run.durations import duration
 from bilora_diffusion.run.folder import FIT_RECORD
-from bilora_diffusion.run.record import METRICS, RUN, read_fit, read_metrics, read_run
+from bilora_diffusion.run.record import METRICS, RUN, read_metrics, read_run, read_search
 from bilora_diffusion.train.search.halving import BUDGET
 
 from . import parts
@@ -208,7 +208,7 @@ class Tab:
             rows = self.catalog.cached(files[1], read) if files[1] in there else []
             written = max(file.stat().st_mtime for file in there)
             state = progress(record, rows, written)
-            fit = read_fit(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
+            fit = read_search(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
             return Shown(replace(run, record=record), color, rows, state, fit)
         except Exception as error:  # whatever is in one folder, the other runs stay
             reason = self.catalog.plain(error)

@@ -15,7 +15,7 @@ from app.runs import RunItem, label, progress
 from app.training_data import Shown, charts, table
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.run.record import Fit, Options, Record, read_fit, read_metrics
+from bilora_diffusion.run.record import Options, Record, SearchRecord, read_metrics, read_search
 from bilora_diffusion.text.examples import open_file
 from eval.clip_scores import prompts
 from eval.sources import run as find_run
@@ -90,7 +90,7 @@ def read_run(path):
     item = RunItem(".", label("run", record), record, None)
     assert len(item.images) <= 10_000
     state = progress(run.record, lines, 0.0, 0.0)
-    shown = Shown(item, 0, lines, state, read_fit(folder / "fit.json") or {})
+    shown = Shown(item, 0, lines, state, read_search(folder / "fit.json") or {})
     for curves in charts([shown], 5).values():
         table(curves)
 
@@ -108,7 +108,7 @@ ANY_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "metrics.jsonl": st.lists(
         odd(STEP).map(lambda line: {"step": 1, "loss": 1} | line), max_size=4
     ),
-    "fit.json": odd(Fit.model_fields).map(lambda fit: FIT | fit),
+    "fit.json": odd(SearchRecord.model_fields).map(lambda fit: FIT | fit),
     "variants.yaml": VARIANTS | VALUES,
 }
 

@@ -124,13 +124,13 @@ class DreamBooth:
         """Names and hashes of the held-out images."""
         return [] if self.validation is None else self.validation.sample_contents()
 
-    def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> DreamBooth:
+    def with_config(self, cfg: Any, fold: Fold | None = None, is_trial: bool = False) -> DreamBooth:
         """The same models, latents and prompts for a run of another configuration; see `Task`."""
         images, held = self.stream.images, self.validation
         if fold is not None:
             images, held = map(images.only, fold)
         task = DreamBooth(cfg, self.pipeline, VisitStream(cfg, images, self.stream.classes), held)
-        task.prompts, task._source, task._searches = self.prompts, self.encoder, searches
+        task.prompts, task._source, task._searches = self.prompts, self.encoder, is_trial
         task.to_device(self.device)
         return task
 

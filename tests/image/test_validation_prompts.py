@@ -14,7 +14,7 @@ from bilora_diffusion.image import inputs
 from bilora_diffusion.image.base_model import BaseModel
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.script import main
+from bilora_diffusion.image.script import train
 from bilora_diffusion.run.runlog import read_run
 from tests.scripts.runs import flags
 
@@ -86,7 +86,7 @@ def test_bad_settings_are_a_sentence_with_their_place(item, named, tmp_path, cap
     recipe = tmp_path / "run.yaml"
     recipe.write_text(json.dumps({"dataset": "mini", "validation_prompts": ["a", item]}))
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
-    assert run_cli(lambda: main(argv)) == 2
+    assert run_cli(lambda: train(argv)) == 2
     sentence = capsys.readouterr().err
     assert "number 2 of --validation_prompts" in sentence
     assert named in sentence
@@ -122,7 +122,7 @@ def test_images_equal_the_pipelines_with_the_same_settings(tmp_path):
     prompts = ["--validation_prompts", own, "a TOK icon of a sun --s 2"]
     given = {"num_validation_images": 1, "seed": 11, "report_to": "tensorboard", "rank": 2}
     AcceleratorState._reset_state()  # of other tests in this process
-    main([*flags(tmp_path, **given), *prompts])
+    train([*flags(tmp_path, **given), *prompts])
     files = sorted(tmp_path.glob("validation/step-2/*.png"))
     images = [Image.open(file) for file in files]
     assert [image.size for image in images] == [(96, 48), (64, 64)]

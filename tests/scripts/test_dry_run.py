@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,10 @@ import train_text_bilora
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image import pipeline
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.dry_run import moments
-from bilora_diffusion.image.script import build_task
-from bilora_diffusion.train.dry_run import STEP, attached, complete, main
+from bilora_diffusion.image.dry_run import memory_by_phase
+from bilora_diffusion.image.script import DREAMBOOTH
+from bilora_diffusion.train import dry_run
+from bilora_diffusion.train.dry_run import STEP, attached, complete
 from docs import memory
 from docs.memory import FOLDER
 from tests.image.tiny import shared
@@ -59,7 +59,9 @@ def test_memory_is_near_what_runs_took(tmp_path):
     assert not (tmp_path / "run").exists()
     words = re.findall(r"--(?:resolution|mixed_precision|train_batch_size) \w+", sdxl["command"])
     run = memory.task("Stable Diffusion XL", *" ".join(words).split())
-    taken = complete(moments(run, torch.device("cpu")), attached(run, 2)[1], process=600_000_000)
+    taken = complete(
+        memory_by_phase(run, torch.device("cpu")), attached(run, 2)[1], process=600_000_000
+    )
     assert sum(taken[STEP].values()) == pytest.approx(sdxl["measured_bytes"], rel=0.15)
 
 
@@ -140,7 +142,7 @@ def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
 def test_auxiliaries_that_wait_are_counted_in_the_memory_where_they_are(tmp_path):
     def taken(**values):
         cfg = resolve([*flags(tmp_path / "run", auxiliaries="sample", **values), "--dry_run"])
-        task = build_task(cfg, Accelerator(cpu=True))
+        task = DREAMBOOTH.build_task(cfg, Accelerator(cpu=True))
         return attached(task, 1, torch.device("cuda"))[1:]
 
     parts, waiting = taken()
@@ -159,8 +161,7 @@ def test_a_search_takes_what_its_largest_run_does(capsys, tmp_path):
         assert parts_of(search)[name] == parts_of(largest)[name]
 
 
-def test_several_processes_are_refused():
-    accelerator: Any = SimpleNamespace(num_processes=2)
-    search: Any = None
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(dry_run, "build_accelerator", lambda _: SimpleNamespace(num_processes=2))
     with pytest.raises(UserError, match="one process"):
-        main(lambda *_: None, None, resolve(["--dataset", "mini"]), accelerator, search)
+        dry_run.run(DREAMBOOTH, resolve(["--dataset", "mini"]), [])

@@ -9,8 +9,8 @@ import torch
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import runlog
-from bilora_diffusion.run.record import read_fit
-from bilora_diffusion.train.trainer import Trainer
+from bilora_diffusion.run.record import read_search
+from bilora_diffusion.train.loop import Trainer
 from tests.scripts.runs import column, difference
 from tests.text.text_builders import heldout, material, rows_for, train_text, write_rows
 
@@ -28,7 +28,7 @@ def given(tmp_path):
 
 
 def record(folder) -> Any:
-    return read_fit(folder / "fit.json")
+    return read_search(folder / "fit.json")
 
 
 def interrupt(monkeypatch, *at):

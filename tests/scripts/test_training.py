@@ -23,7 +23,7 @@ from bilora_diffusion.image.heldout import BY_LEVEL
 from bilora_diffusion.methods import get, names
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import runlog
-from bilora_diffusion.train import running, trainer
+from bilora_diffusion.train import command, loop, setup
 from tests.scripts import runs
 
 
@@ -129,7 +129,7 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
     shared = {"max_train_steps": 3, "checkpointing_steps": 1, "train_batch_size": 1, **values}
     whole = runs.train(tmp_path / "whole", **shared)
     for name in ("compute", "mean_gradients"):  # a resumed run does not compute its init anew
-        monkeypatch.setattr(f"bilora_diffusion.train.gradients.{name}", pytest.fail)
+        monkeypatch.setattr(f"bilora_diffusion.train.initialisation.{name}", pytest.fail)
     runs.resumes_exactly(whole, 2, **shared)
     file = runs.weights(whole)
     assert all(torch.isfinite(value).all() for value in file.values())
@@ -221,7 +221,7 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
 
 
 def test_on_a_cpu_freed_memory_is_there_for_the_next_step():
-    running.keep_freed_memory(torch.device("cpu"))
+    setup.keep_freed_memory(torch.device("cpu"))
     faults = []
     for _ in range(2):
         torch.ones(2**24).sum()  # 64 MiB are 16,384 pages
@@ -231,8 +231,8 @@ def test_on_a_cpu_freed_memory_is_there_for_the_next_step():
 
 def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch):
     """With a gradient scaler on the CPU; the run ends when no loss is finite any more."""
-    build, whole = running.build_accelerator, DreamBoothModule.forward
-    optimizer = trainer.build_optimizer
+    build, whole = command.build_accelerator, DreamBoothModule.forward
+    optimizer = loop.build_optimizer
 
     def with_scaler(cfg):
         accelerator = build(cfg)
@@ -246,8 +246,8 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch)
     def in_fp16(cfg, groups):
         return optimizer(dataclasses.replace(cfg, mixed_precision="fp16"), groups)
 
-    monkeypatch.setattr(trainer, "build_optimizer", in_fp16)
-    monkeypatch.setattr(running, "build_accelerator", with_scaler)
+    monkeypatch.setattr(loop, "build_optimizer", in_fp16)
+    monkeypatch.setattr(command, "build_accelerator", with_scaler)
     monkeypatch.setattr(DreamBoothModule, "forward", forward)
     shared = {"gradient_accumulation_steps": 1, "train_batch_size": 1, "max_train_steps": 14}
     calls: list[int] = []
@@ -257,7 +257,9 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch)
     assert all(torch.isfinite(value).all() for value in runs.weights(folder).values())
     calls.clear()
     spoilt = set(range(2, 100))
-    with pytest.raises(TrainingError, match=f"step {2 + trainer.SPOILT_STEPS + 1} is not finite"):
+    with pytest.raises(
+        TrainingError, match=f"step {2 + loop.MAX_NONFINITE_STEPS + 1} is not finite"
+    ):
         runs.train(tmp_path / "all", **shared)
     assert runlog.read_run(tmp_path / "all")["status"] == "failed"
 

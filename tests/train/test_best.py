@@ -24,12 +24,12 @@ def test_it_stops_and_keeps_as_a_reading_of_the_record_would(losses, patience):
     for step, loss in enumerate(losses):
         with torch.no_grad():
             weight.fill_(step)
-        if best.lowered_by(loss, step):
-            best.keep()
+        if best.is_lowered_by(loss, step):
+            best.store()
         taken.append((step, None if not math.isfinite(loss) else loss))
-        if best.exhausted:
+        if best.is_exhausted:
             break
-    assert (best.step, taken[-1][0] if best.exhausted else None) == reading(taken, patience)
+    assert (best.step, taken[-1][0] if best.is_exhausted else None) == reading(taken, patience)
     if best.step is not None:
         with best.applied():
             assert weight.tolist() == [best.step] * 2

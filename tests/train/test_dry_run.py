@@ -10,7 +10,7 @@ import transformers
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.methods import Target
 from bilora_diffusion.text.config import resolve as resolve_text
-from bilora_diffusion.text.dry_run import moments
+from bilora_diffusion.text.dry_run import memory_by_phase
 from bilora_diffusion.train.dry_run import STEP, attached, empty
 from docs.memory import FOLDER, row
 
@@ -75,6 +75,6 @@ def text_task(case, folder):
 @pytest.mark.parametrize("case", rows(TEXT))
 def test_each_text_model_is_within_15_percent(case, tmp_path):
     task = text_task(case, tmp_path)
-    step = moments(task, None)[STEP]
+    step = memory_by_phase(task, None)[STEP]
     said = sum(step.values()) + sum(attached(task, 1)[1].values())
     assert said == pytest.approx(case["lora"], rel=0.15)

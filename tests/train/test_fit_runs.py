@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.train.search.runs import Fit
-from bilora_diffusion.train.search.space import words
+from bilora_diffusion.train.search.runs import Search
+from bilora_diffusion.train.search.space import arguments
 
 
 def fit_of(*typed):
@@ -18,8 +18,8 @@ def fit_of(*typed):
         cfg=resolve(argv), names=names, num_samples=len(names), has_heldout=False
     )
     accelerator: Any = SimpleNamespace(process_index=0, num_processes=1)
-    script = SimpleNamespace(resolve=resolve)
-    return Fit(script, argv, task, lambda *_: None, accelerator), argv
+    script: Any = SimpleNamespace(resolve=resolve)
+    return Search(script, argv, task, accelerator), argv
 
 
 SCALED = "--scale_lr --train_batch_size 4"
@@ -49,7 +49,7 @@ def test_rates_are_scaled_once_and_are_what_a_command_with_them_trains_at(
         trained_rates = [cfg.auxiliary_learning_rate for cfg in runs]
         assert trained_rates == pytest.approx(auxiliary_rates)
     for options, cfg in zip(configurations, runs, strict=True):
-        assert resolve([*argv, *words(options)]) == cfg
+        assert resolve([*argv, *arguments(options)]) == cfg
 
 
 def test_an_alpha_keeps_the_ratio_to_the_rank_that_a_recipe_has(tmp_path):
