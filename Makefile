@@ -47,7 +47,7 @@ demo-text: $(VENV)/.installed-text  ## train SmolLM2 on sums in words and show i
 	$(BIN)/python -m examples.demo_text --output_dir "$(DEMO_TEXT_DIR)"
 
 # pyright runs beside the tests: it takes one core for a minute.
-test: style $(BROWSER_READY) $(VENV)/.sandbox  ## ruff, pyright, the floors, and the tests of a few seconds each
+test: style $(BROWSER_READY)  ## ruff, pyright, the floors, and the tests of a few seconds each
 	@$(TYPES) > $(VENV)/types.log 2>&1 & types=$$!; trap 'kill $$types' INT TERM; \
 	$(PYTEST) -m "not slow and not matrix" $(PYTEST_ARGS); tests=$$?; \
 	wait $$types; typed=$$?; cat $(VENV)/types.log; exit $$((tests + typed))
@@ -99,8 +99,7 @@ $(VENV)/.installed-dev: pyproject.toml data-packages.txt | $(VENV)/.created
 	$(DATA_PACKAGES)
 	@touch $(VENV)/.installed $(VENV)/.installed-text $@
 
-# The viewer's tests drive a real browser, those of the sandbox run bubblewrap. Debian's are installed
-# where there is none and this user may; without bubblewrap its tests say why they are skipped.
+# The viewer's tests drive a real browser. Debian's is installed where there is none and this user may.
 APT_INSTALL = sudo=""; test "$$(id -u)" = 0 || sudo="sudo -n"; \
 	$$sudo apt-get update -q && $$sudo apt-get install -y -q --no-install-recommends
 
@@ -111,10 +110,4 @@ $(VENV)/.browser: | $(VENV)/.created
 	{ $(APT_INSTALL) chromium; } || { \
 		echo "error: the viewer's tests need chromium, and it could not be installed; install it and try again, or leave them out: make test BROWSER=no" >&2; \
 		exit 1; }
-	@touch $@
-
-$(VENV)/.sandbox: | $(VENV)/.created
-	@command -v bwrap >/dev/null || { \
-		echo "installing Debian's bubblewrap for the tests of the sandbox"; \
-		{ $(APT_INSTALL) bubblewrap; } || echo "it could not be installed" >&2; }
 	@touch $@

@@ -1,7 +1,7 @@
 """Run folders, results and figures under the viewer's root. No widgets here.
 
     catalog = Catalog(Path("demo"))
-    catalog.now.runs, catalog.now.scores, catalog.now.figures, catalog.now.broken
+    catalog.scan.runs, catalog.scan.scores, catalog.scan.figures, catalog.scan.broken
     catalog.resolve("lora/metrics.jsonl")        # refuses whatever leads out of the root
 
 All paths in the items are POSIX and relative to the root ("." is the root itself). Open a file only
@@ -100,7 +100,7 @@ class Scan:
 
 
 class Catalog:
-    """The folders under a root; ``now`` has them as they were at the last :meth:`refresh`.
+    """The folders under a root; ``scan`` has them as they were at the last :meth:`refresh`.
 
     Args:
         root: an existing folder.
@@ -116,7 +116,7 @@ class Catalog:
         self.root, self._public = root.resolve(), public
         self._lock = threading.Lock()
         self._read: dict[Path, tuple[Any, Any]] = {}
-        self.now, self._looked = Scan(), 0.0
+        self.scan, self._scan_time = Scan(), 0.0
         self.refresh()
 
     @property
@@ -129,8 +129,10 @@ class Catalog:
 
         Where others may see it, a root that lies elsewhere is called by its name alone.
         """
-        root, here = self.root, Path.cwd()
-        place = root.relative_to(here) if root.is_relative_to(here) else root
+        root, working_folder = self.root, Path.cwd()
+        place = root
+        if root.is_relative_to(working_folder):
+            place = root.relative_to(working_folder)
         if self._public and place.is_absolute():
             place = Path(self.name)
         return str(PurePosixPath(place.as_posix()) / path)
@@ -147,9 +149,9 @@ class Catalog:
         change.
         """
         if kind == "runs":
-            parts = [replace(run, record={"status": run.status}) for run in self.now.runs]
+            parts = [replace(run, record={"status": run.status}) for run in self.scan.runs]
         else:
-            parts = [(item.path, id(item.result)) for item in getattr(self.now, kind)]
+            parts = [(item.path, id(item.result)) for item in getattr(self.scan, kind)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def resolve(self, relative: str) -> Path:
@@ -183,7 +185,7 @@ class Catalog:
 
     def look(self) -> None:
         """:meth:`refresh`, unless that was a moment ago."""
-        if time.monotonic() - self._looked > FRESH_SECONDS:
+        if time.monotonic() - self._scan_time > FRESH_SECONDS:
             self.refresh()
 
     def refresh(self) -> None:
@@ -191,8 +193,8 @@ class Catalog:
         with self._lock:
             scan = Scan()
             for folder, names in self._folders(scan):
-                self._look(folder, names, scan)
-            self.now, self._looked = scan, time.monotonic()
+                self._read_folder(folder, names, scan)
+            self.scan, self._scan_time = scan, time.monotonic()
 
     def _folders(self, scan: Scan) -> Iterator[tuple[str, set[str]]]:
         """Folders below the root and the names of the files in each, by path."""
@@ -205,11 +207,11 @@ class Catalog:
             except OSError as error:
                 scan.broken.append(Broken(folder, f"it can't be read ({error.strerror})"))
                 continue
-            below, names = [], {entry.name for entry in entries}
+            subfolders, names = [], {entry.name for entry in entries}
             for entry in entries:
                 path = _join(folder, entry.name)
-                of_a_run = entry.name == FIT and RUN in names
-                if entry.name in SKIPPED or entry.name.startswith(".") or of_a_run:
+                is_search = entry.name == FIT and RUN in names
+                if entry.name in SKIPPED or entry.name.startswith(".") or is_search:
                     continue
                 if not is_text(entry.name) and is_folder(Path(entry.path)):
                     scan.broken.append(Broken(_join(folder, ascii(entry.name)), RENAME))
@@ -218,38 +220,51 @@ class Catalog:
                     if not Path(entry.path).resolve().is_relative_to(self.root):
                         scan.broken.append(Broken(path, LINK))
                 elif entry.is_dir(follow_symlinks=False) and depth < DEPTH:
-                    below.append((path, depth + 1))
+                    subfolders.append((path, depth + 1))
             if "pyvenv.cfg" not in names:
-                waiting += reversed(below)
+                waiting += reversed(subfolders)
                 yield folder, names
 
-    def _look(self, folder: str, names: set[str], scan: Scan) -> None:
+    def _read_folder(self, folder: str, names: set[str], scan: Scan) -> None:
         name = self.name if folder == "." else folder
         if RUN in names:
-            record = self._one(folder, RUN, read_run, scan)
+            record = self._read_file(folder, RUN, read_run, scan)
             if record is not None:
-                weights = next((_join(folder, file) for file in EXPORTED if file in names), None)
-                steps = (read_steps(self.root / folder, by) for by in (IMAGES, CHECKPOINTS))
-                data_hash = self._data_hash(folder) if METRICS in names else None
-                title = label(name, record)
-                run = RunItem(folder, title, record, weights, *steps, data_hash=data_hash)
+                exported = [_join(folder, file) for file in EXPORTED if file in names]
+                run = RunItem(
+                    path=folder,
+                    name=label(name, record),
+                    record=record,
+                    weights=exported[0] if exported else None,
+                    steps=read_steps(self.root / folder, IMAGES),
+                    checkpoints=read_steps(self.root / folder, CHECKPOINTS),
+                    data_hash=self._data_hash(folder) if METRICS in names else None,
+                )
                 scan.runs.append(run)
-        result = self._one(folder, FILE, read_result, scan) if FILE in names else None
+        result = self._read_file(folder, FILE, read_result, scan) if FILE in names else None
         if result is not None:
-            about = vars(result.result) if isinstance(result, Scored) else result
-            if missing := [file for file in about["figures"] if file not in names]:
+            head = vars(result.result) if isinstance(result, Scored) else result
+            pictures = []
+            missing = []
+            for file in head["figures"]:
+                if file in names:
+                    pictures.append(_join(folder, file))
+                else:
+                    missing.append(file)
+            if missing:
                 reason = f"{FILE} names {missing[0]}, which is not there: make the result again"
                 scan.broken.append(Broken(folder, reason))
-            pictures = [_join(folder, file) for file in about["figures"] if file in names]
-            scan.figures.append(ResultItem(folder, name, about["kind"], result, pictures))
-            scan.scores += scan.figures[-1:] if isinstance(result, Scored) else []
+            item = ResultItem(folder, name, head["kind"], result, pictures)
+            scan.figures.append(item)
+            if isinstance(result, Scored):
+                scan.scores.append(item)
 
     def _data_hash(self, folder: str) -> str | None:
         with contextlib.suppress(UserError, OSError):
             return read_data_hash(self.resolve(_join(folder, METRICS)))
         return None
 
-    def _one(self, folder: str, file: str, read: Callable[[Path], Any], scan: Scan) -> Any:
+    def _read_file(self, folder: str, file: str, read: Callable[[Path], Any], scan: Scan) -> Any:
         """A folder's file by ``read``, or None and a line among the broken ones."""
         try:
             # The reader gets the folder's own name, so that messages have it too.

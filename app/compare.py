@@ -80,9 +80,9 @@ class Tab:
         changes = [*(widget.input for widget in chosen), self.words.change]
         gr.on(changes, self.show, choice, view, **last)
         self.list.select(self.pick, choice, view, **ORDERED)
-        every: dict[str, Any] = {"trigger_mode": "multiple", **ORDERED}
-        for button, by in ((previous, -1), (following, 1)):
-            button.click(partial(self.step, by), choice, view, **every)
+        for button, offset in ((previous, -1), (following, 1)):
+            step = partial(self.step, offset)
+            button.click(step, choice, view, trigger_mode="multiple", **ORDERED)
         self.query.change(None, self.query, link, js="(query) => bilora.address(query)")
 
     def open(self, request: gr.Request) -> Update:
@@ -90,17 +90,17 @@ class Tab:
         return self._opened(dict(request.query_params))
 
     def _opened(self, query: dict[str, str]) -> Update:
-        there = {item.path: item for item in self.catalog.now.scores}
-        items = {path: item for path, item in there.items() if item.result.images}
+        all_items = {item.path: item for item in self.catalog.scan.scores}
+        items = {path: item for path, item in all_items.items() if item.result.images}
         if not items:
             runs, title = parts.measurable(self.catalog, "clip_scores"), "No scored images yet"
             text = parts.empty(self.catalog, title, "clip_scores") if runs else ""
             return {self.empty: parts.notice(text), self.body: gr.update(visible=False)}
-        asked = query.get("scores")
-        item = items.get(asked or "") or next(iter(items.values()))
-        if asked and asked not in items:
-            what = "have no images" if asked in there else "are not there"
-            parts.warn(f'The link names the scores "{asked}", which {what}.')
+        path = query.get("scores")
+        item = items.get(path or "") or next(iter(items.values()))
+        if path and path not in items:
+            fault = "have no images" if path in all_items else "are not there"
+            parts.warn(f'The link names the scores "{path}", which {fault}.')
             query = {}
         view, missing = data.opened(query, item.path, item.result)
         for sentence in missing:
@@ -122,37 +122,37 @@ class Tab:
             self.metric: gr.update(choices=scores, value=view.metric),
             self.order: view.order,
             self.words: view.words,
-            **self._shown(view, item),
+            **self._update(view, item),
         }
 
     def show(self, *values: Any) -> Update:
         """Show what the widgets choose; nothing while the page is being filled."""
-        return self._shown(*self._view(*values)) if values[0] else {self.query: gr.skip()}
+        return self._update(*self._view(*values)) if values[0] else {self.query: gr.skip()}
 
     def pick(self, event: gr.EventData, *values: Any) -> Update:
         """Show a prompt of the list."""
         view, item = self._view(*values)
-        at, texts = event._data["prompt"], item.result.texts
-        if not isinstance(at, int) or not 0 <= at < len(texts):
+        number, texts = event._data["prompt"], item.result.texts
+        if not isinstance(number, int) or not 0 <= number < len(texts):
             raise gr.Error("There is no such prompt.")
-        return self._shown(replace(view, prompt=texts[at]), item)
+        return self._update(replace(view, prompt=texts[number]), item)
 
-    def step(self, by: int, *values: Any) -> Update:
+    def step(self, offset: int, *values: Any) -> Update:
         """Show the next or the previous prompt of the list."""
         view, item = self._view(*values)
-        prompt = data.neighbour(data.listed(view, item.result), view.prompt, by)
-        return self._shown(replace(view, prompt=prompt), item)
+        prompt = data.neighbour(data.listed(view, item.result), view.prompt, offset)
+        return self._update(replace(view, prompt=prompt), item)
 
     def _view(self, *values: Any) -> tuple[View, ResultItem]:
         view = View(*values)
-        for item in self.catalog.now.scores:
-            known, prompts = item.result.labels, item.result.texts
-            if item.path == view.scores and view.prompt in prompts and {view.a, view.b} <= {*known}:
-                also = tuple(label for label in view.also or () if label in known)
+        for item in self.catalog.scan.scores:
+            labels, prompts = set(item.result.labels), item.result.texts
+            if item.path == view.scores and view.prompt in prompts and {view.a, view.b} <= labels:
+                also = tuple(label for label in view.also or () if label in labels)
                 return replace(view, also=also, words=view.words or ""), item
         raise gr.Error("These scores have gone or changed: load the page again.")
 
-    def _shown(self, view: View, item: ResultItem) -> Update:
+    def _update(self, view: View, item: ResultItem) -> Update:
         listed, pair = data.listed(view, item.result), (view.a, view.b)
         pictures = {label: self._picture(item, view, label) for label in view.adapters}
         order = [row.text for row in listed]
@@ -179,29 +179,31 @@ class Tab:
         for label, picture in pictures.items():
             image, about = item.result.images.get((label, view.prompt, view.seed)), ""
             if image is not None:
-                near = self._named(item, image.nearest_image, mini.train_dir())
+                near = self._picture_address(item, image.nearest_image, mini.train_dir())
                 about = facts(item.result, image, near)
             role = "A" if label == view.a else "B" if label == view.b else ""
             address = parts.data_uri(picture) if picture else None
             cards += parts.card(label, address, role, "no image", about)
         reference = item.result.prompt(view.prompt).reference
-        if truth := self._named(item, reference and reference.name, mini.heldout_dir()):
+        if truth := self._picture_address(item, reference and reference.name, mini.heldout_dir()):
             line = '<p class="quiet">the held-out picture that the prompt describes</p>'
             cards += parts.card("ground truth", truth, facts=line)
         return f'<div class="cards">{cards}</div>{legend(item.result)}'
 
-    def _named(self, item: ResultItem, name: str | None, package: Path) -> str | None:
+    def _picture_address(self, item: ResultItem, name: str | None, package: Path) -> str | None:
         """The picture of a name in a result: a file of its folder, else, for a plain name, one of
         the package.
         """
         if not name:
             return None
-        there = parts.below(self.catalog, item.file(name))
-        return there or (parts.address(package / name) if name == Path(name).name else None)
+        address = parts.below(self.catalog, item.file(name))
+        if address is None and name == Path(name).name:
+            address = parts.address(package / name)
+        return address
 
 
-def _list(name: str, label: str, min_width: int = 160, **more: Any) -> gr.Dropdown:
-    return gr.Dropdown(label=label, elem_id=f"compare-{name}", min_width=min_width, **more)
+def _list(name: str, label: str, min_width: int = 160, **options: Any) -> gr.Dropdown:
+    return gr.Dropdown(label=label, elem_id=f"compare-{name}", min_width=min_width, **options)
 
 
 def prompt_list(listed: Sequence[PromptRow], chosen: str, a: str, b: str) -> str:

@@ -23,7 +23,7 @@ from bilora_diffusion.core.files import is_file
 from bilora_diffusion.core.values import GUIDANCES, SAMPLER_STEPS, STRENGTHS
 from bilora_diffusion.export.checkpoints import export_checkpoint
 from bilora_diffusion.image.base_model import describe
-from bilora_diffusion.image.families import of
+from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.mini import MINI, PIPELINES
@@ -105,7 +105,7 @@ class Pipelines:
                     pipeline,
                     [request.prompt],
                     [request.seed],
-                    size=request.size or of(pipeline).pixels(pipeline),
+                    size=request.size or family_of(pipeline).pixels(pipeline),
                     steps=request.steps,
                     guidance_scale=request.guidance_scale,
                     on_step=lambda step, before=number * request.steps: on_step(before + step),
@@ -171,7 +171,7 @@ def sides(
     Args:
         a, b: paths of runs, or ``BASE``.
     """
-    runs = {run.path: run for run in catalog.now.runs if drawable(run)}
+    runs = {run.path: run for run in catalog.scan.runs if drawable(run)}
     if gone := [path for path in (a, b) if path not in (BASE, *runs)]:
         raise UserError(f'the run "{gone[0]}" has gone: choose another')
     there = [runs[path] for path in (a, b) if path != BASE]

@@ -72,15 +72,15 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
 def title(catalog: Catalog) -> str:
     """The page's heading: the root's name and the numbers of folders there."""
-    now = catalog.now
-    items = {"run": now.runs, "score folder": now.scores, "result": now.figures}
+    scan = catalog.scan
+    items = {"run": scan.runs, "score folder": scan.scores, "result": scan.figures}
     counts = [counted(len(folders), kind) for kind, folders in items.items()]
     return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {', '.join(counts)}</p>"
 
 
 def notices(catalog: Catalog) -> str:
     """The list of broken folders; "" without one."""
-    broken = catalog.now.broken
+    broken = catalog.scan.broken
     if not broken:
         return ""
     rows = "".join(
@@ -118,8 +118,6 @@ def server(
         public: whether other machines may look.
         allowed_hosts: names to answer to, besides those of this machine.
     """
-    guard.close_downloads()
-    guard.shorten_tracebacks()
     style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
     hues: dict[str, Any] = {"primary_hue": "teal", "secondary_hue": "teal", "neutral_hue": "slate"}
     app = gr.mount_gradio_app(
@@ -138,6 +136,6 @@ def server(
         head=f"<style>{style}</style><script>{script}</script>",
     )
     # Before all else, Gradio's own CORS headers included: its middleware would come after them.
-    guarded = guard.Guard(app, host, public, allowed_hosts)
+    guarded = guard.guarded(app, host, public, allowed_hosts)
     # A page that stays open would keep its streams, and so the server, forever.
     return Server(uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=1))

@@ -143,7 +143,7 @@ class Tab:
 
     def choices(self, a: str | None, b: str | None) -> list[Any]:
         """Fill the two lists; what is chosen already stays, and first are LoRA and Bi-LoRA."""
-        runs = ordered([run for run in self.catalog.now.runs if drawable(run)])
+        runs = ordered([run for run in self.catalog.scan.runs if drawable(run)])
         named = [("base model", BASE), *((run.name, run.path) for run in runs)]
         first = [BASE, BASE, *(run.path for run in pair(runs))][-2:]
         there = {path for _, path in named}
@@ -156,7 +156,7 @@ class Tab:
         """The first chosen run's prompt, unless the user has written one; and steps and guidance
         that are usual for the base model, if it is another than before.
         """
-        runs = {run.path: run for run in self.catalog.now.runs if drawable(run)}
+        runs = {run.path: run for run in self.catalog.scan.runs if drawable(run)}
         chosen = [runs[path] for path in (a, b) if path in runs]
         if chosen:
             prompt = suggest_prompt(prompt, chosen[0], [*runs.values()])

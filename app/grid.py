@@ -54,7 +54,7 @@ class Grid:
 
     def choices(self, path: str | None, steps: list[int], prompt: str | None) -> Update:
         """Fill the form; what is chosen already stays where the run has it."""
-        runs = {run.path: run for run in ordered(with_checkpoints(self.catalog.now.runs))}
+        runs = {run.path: run for run in ordered(with_checkpoints(self.catalog.scan.runs))}
         if not runs:
             return {self.body: gr.update(visible=False)}
         run = runs.get(path or "") or next(iter(runs.values()))
@@ -108,7 +108,7 @@ class Grid:
             yield message("Cancelled."), gr.skip()
 
     def _chosen(self, path: str, steps: Sequence[int]) -> tuple[RunItem, list[int]]:
-        runs = {run.path: run for run in with_checkpoints(self.catalog.now.runs)}
+        runs = {run.path: run for run in with_checkpoints(self.catalog.scan.runs)}
         if path not in runs:
             raise UserError(f"the run {quoted(path)} has gone: choose another")
         if not steps:

@@ -1,5 +1,4 @@
-"""Guard of the viewer's server: it refuses pages of others, routes that its page does not ask for,
-large bodies, and downloads.
+"""Guard of the viewer's server: it answers to its own names and its own page, on the page's routes.
 
 Gradio's server also takes files, fetches the addresses that it is sent, and on any host but
 "localhost" lets every web site read its answers.
@@ -7,26 +6,19 @@ Gradio's server also takes files, fetches the addresses that it is sent, and on 
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 import re
 import socket
-import sys
 from collections.abc import Collection
-from types import SimpleNamespace
-from typing import Any, NoReturn
 
-import safehttpx
-from gradio import queueing, routes
+import psutil
 from gradio.utils import get_upload_folder
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocketClose
 
-from bilora_diffusion.core.errors import print_trace_if_asked, reason, strip_controls
-
-OPEN = re.compile(
+OPEN_ROUTES = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)"
     "|/(assets|static|svelte)/.*"
     r"|/gradio_api/(app_id|theme\.css|cancel|reset/?|heartbeat/[^/]*)"
@@ -43,110 +35,73 @@ POLICY = (
 """The browser itself then refuses whatever is not from this server, and to show the page in
 another. Gradio's page needs inline scripts and styles."""
 HEADERS = {
-    **{"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"},
-    **{"Referrer-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin"},
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
 }
-_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]+)?")
 
 
-class Guard:
-    """ASGI application: answers what may be asked by another, with the policy above.
+def guarded(app: ASGIApp, host: str, public: bool, allowed_hosts: Collection[str] = ()) -> ASGIApp:
+    """The application ``app`` behind all guards.
 
     Args:
-        app: the other.
         host: that it listens on.
         public: whether other machines may ask.
         allowed_hosts: other names of this server, such as a proxy's.
     """
+    # A web site can let its own name lead to this machine, but no address and no name of ours.
+    names = {"localhost", "127.0.0.1", "[::1]", host, *allowed_hosts}
+    if public:
+        names |= {socket.gethostname(), *_addresses()}
+    limited = RequestBodyLimitMiddleware(PageGuard(app), MAX_BODY_BYTES)
+    return TrustedHostMiddleware(limited, sorted(names), www_redirect=False)
 
-    def __init__(
-        self, app: ASGIApp, host: str, public: bool, allowed_hosts: Collection[str] = ()
-    ) -> None:
-        self._app, self._public = app, public
-        self._names = {"localhost", "127.0.0.1", "::1", host.lower()}
-        self._names |= {name.lower() for name in allowed_hosts}
-        self._names |= {socket.gethostname().lower()} if public else set()
+
+def _addresses() -> set[str]:
+    """Addresses of this machine, as a browser writes them."""
+    addresses: set[str] = set()
+    for interface in psutil.net_if_addrs().values():
+        for entry in interface:
+            if entry.family == socket.AF_INET:
+                addresses.add(entry.address)
+            elif entry.family == socket.AF_INET6:
+                addresses.add(f"[{entry.address.partition('%')[0]}]")
+    return addresses
+
+
+class PageGuard:
+    """ASGI middleware: no page of others, no route that the own page does not ask for, and the
+    policy on every answer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
         self._files = f"/gradio_api/file={get_upload_folder()}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] == "lifespan":
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":  # the page opens none
-            await WebSocketClose()(scope, receive, send)
-        elif refusal := self._refusal(scope):
-            sentence, status = refusal
-            await PlainTextResponse(sentence, status)(scope, receive, send)
-        else:
-            await self._answer(scope, receive, _with_policy(send))
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._app(scope, receive, send)
-        except Exception as error:  # the browser has its answer already: 500, or it left
-            print_failure(error.__cause__ or error)
-
-    def _refusal(self, scope: Scope) -> tuple[str, int] | None:
+            return
         headers = Headers(scope=scope)
-        hosts, origins = headers.getlist("host"), headers.getlist("origin")
-        host = hosts[0].lower() if len(hosts) == 1 else ""
-        match = _HOST.fullmatch(host)
-        # A web site can let its own name lead to this machine, but no address and no name of ours.
-        if match is None or not self._is_ours(match[1].strip("[]")):
-            return f"The viewer is not called {host!r}: start it with --allow_host NAME.", 403
-        if any(one.lower() not in (f"http://{host}", f"https://{host}") for one in origins):
-            return "The viewer answers no page but its own.", 403
+        host = headers["host"].lower()
+        own_origins = (f"http://{host}", f"https://{host}")
         path = scope["path"]
-        if not OPEN.fullmatch(path) and not path.startswith(self._files):
-            return "This is closed.", 403
-        if "transfer-encoding" in headers:  # a body that may be endless
-            return "The viewer reads no body without a Content-Length.", 411
-        # The server below has refused a length that is no number or not the body's.
-        if int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
-            return f"The viewer reads at most {MAX_BODY_BYTES} bytes.", 413
-        return None
-
-    def _is_ours(self, name: str) -> bool:
-        if self._public:
-            with contextlib.suppress(ValueError):
-                ipaddress.ip_address(name)
-                return True
-        return name in self._names
+        if any(origin.lower() not in own_origins for origin in headers.getlist("origin")):
+            refusal = "The viewer answers no page but its own."
+        elif not OPEN_ROUTES.fullmatch(path) and not path.startswith(self._files):
+            refusal = "This is closed."
+        else:
+            await self._app(scope, receive, _with_policy(send))
+            return
+        await PlainTextResponse(refusal, 403)(scope, receive, send)
 
 
 def _with_policy(send: Send) -> Send:
-    async def answer(message: Message) -> None:
+    async def send_with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":
             MutableHeaders(scope=message).update(HEADERS)
         await send(message)
 
-    return answer
-
-
-def print_failure(error: BaseException) -> None:
-    """Print an error as one short line: its message may repeat what a browser sent."""
-    line = f"a request failed: {type(error).__name__}: {reason(error)}"
-    print(strip_controls(line), file=sys.stderr, flush=True)
-    print_trace_if_asked(error)
-
-
-def shorten_tracebacks() -> None:
-    """Print the error of an event by :func:`print_failure` where Gradio prints its trace."""
-
-    def print_exc() -> None:
-        error = sys.exception()
-        if error is not None:
-            print_failure(error)
-
-    modules: tuple[Any, ...] = (queueing, routes)
-    for module in modules:
-        module.traceback = SimpleNamespace(print_exc=print_exc)
-
-
-def close_downloads() -> None:
-    """Take away the client by which Gradio fetches addresses, also of files that events name."""
-
-    async def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise ValueError("the viewer fetches nothing")
-
-    safehttpx.get = safehttpx.async_validate_url = refuse
+    return send_with_policy

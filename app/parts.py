@@ -207,7 +207,7 @@ def empty(catalog: Catalog, title: str, *names: str) -> str:
 
 def measurable(catalog: Catalog, name: str) -> Sequence[RunItem]:
     """The two runs that a command is shown with: of text for text_scores, else of images."""
-    runs = catalog.now.runs
+    runs = catalog.scan.runs
     if name == "dynamics":
         runs = [run for run in runs if run.record["config"].get("log_dynamics")]
     elif name != "generalization":

@@ -32,7 +32,7 @@ def build(catalog: Catalog, changed: Any) -> None:
         chosen = gr.Dropdown([], label="Result", elem_id="results-result")
 
     def load(now: str | None) -> Update:
-        results = sorted(catalog.now.figures, key=lambda item: (item.kind, item.path))
+        results = sorted(catalog.scan.figures, key=lambda item: (item.kind, item.path))
         if not results:
             names = [name for name in RESULTS if parts.measurable(catalog, name)] or RESULTS[:2]
             return {notice: parts.notice(parts.empty(catalog, "No results yet", *names))}
@@ -51,7 +51,7 @@ def build(catalog: Catalog, changed: Any) -> None:
 
     @gr.render([chosen], triggers=[chosen.change, changed], show_progress="hidden")
     def show(key: str | None) -> None:
-        item = next((item for item in catalog.now.figures if item.path == key), None)
+        item = next((item for item in catalog.scan.figures if item.path == key), None)
         if item is not None:
             _show(catalog, item)
 

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,15 +15,15 @@ from typing import Any
 
 from bilora_diffusion import methods
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.run.durations import duration
-from bilora_diffusion.run.lock import STALE_SECONDS
+from bilora_diffusion.core.files import duration
+from bilora_diffusion.run.record import HEARTBEAT_SECONDS
 
 CONTROL, OURS = "lora", "bilora"
 """The pair that is shown before anything is chosen."""
-MOST_IMAGES = 10_000
-"""Images of one step; a page holds no more."""
+STALE_SECONDS = 12 * HEARTBEAT_SECONDS
+"""A run that trained and was silent for so long is shown as stalled."""
 BUSY_SECONDS = 3600.0
-"""``STALE_SECONDS`` of a run that said that it does something else than steps, such as images."""
+"""The same for a run that said that it does something else than steps, such as images."""
 TRAINING = "training"
 RECENT_STEPS = 50
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
@@ -74,35 +73,20 @@ class RunItem:
         return "model_name_or_path" in self.record["config"]
 
     @cached_property
-    def images(self) -> dict[tuple[str, int], int]:
-        """The number of each validation image, by its prompt and how many of it come before."""
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts of its validation images, in order; none where it makes no images."""
         config = self.record["config"]
-        prompts, count = config.get("validation_prompts"), config.get("num_validation_images")
-        asked = (prompt for prompt in prompts or () for _ in range(count or 0))
-        numbers: dict[tuple[str, int], int] = {}
-        before: Counter[str] = Counter()
-        for number, prompt in enumerate(itertools.islice(asked, MOST_IMAGES)):
-            numbers[prompt, before[prompt]] = number
-            before[prompt] += 1
-        return numbers
-
-    @cached_property
-    def prompts(self) -> frozenset[str]:
-        """The prompts of its validation images."""
-        return frozenset(prompt for prompt, _ in self.images)
+        if not config.get("num_validation_images"):
+            return ()
+        return tuple(dict.fromkeys(config.get("validation_prompts") or ()))
 
     @property
     def first_prompt(self) -> str:
         """The first prompt of its validation images, else the prompt that it is trained on."""
-        prompts = [prompt for prompt, _ in self.images]
+        if self.prompts:
+            return self.prompts[0]
         instance_prompt = self.record["config"].get("instance_prompt")
-        if isinstance(instance_prompt, str):
-            prompts.append(instance_prompt)
-        return (prompts or [PROMPT])[0]
-
-    def image(self, step: int, number: int) -> str:
-        """A validation image, relative to the root."""
-        return str(PurePosixPath(self.path) / "validation" / f"step-{step}" / f"{number:03d}.png")
+        return instance_prompt if isinstance(instance_prompt, str) else PROMPT
 
 
 def title(method: str) -> str:
@@ -120,10 +104,10 @@ def short(value: float | str) -> str:
 
 def label(folder: str, record: dict[str, Any]) -> str:
     """A run's name: the folder that the user chose first, so that typing it finds the run."""
-    about = title(record["method"])
+    description = title(record["method"])
     if record.get("seed") is not None:
-        about += f", seed {record['seed']}"
-    return f"{folder} ({about})"
+        description += f", seed {record['seed']}"
+    return f"{folder} ({description})"
 
 
 def ordered(runs: Sequence[RunItem]) -> list[RunItem]:
@@ -143,8 +127,9 @@ def pair(runs: Sequence[RunItem]) -> list[RunItem]:
 def likeness(couple: tuple[RunItem, RunItem]) -> tuple[int, ...]:
     """How well two runs compare, by what matters most first."""
     a, b = couple
-    shared_prompts = len(a.prompts & b.prompts)
+    shared_prompts = len(set(a.prompts) & set(b.prompts))
     return (
+        # on the same samples with the same noise
         a.data_hash is not None and a.data_hash == b.data_hash,
         shared_prompts > 0,
         {a.method, b.method} == {CONTROL, OURS},
@@ -188,19 +173,20 @@ def progress(
     record: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     last_written: float,
-    now: float | None = None,
+    current_time: float | None = None,
 ) -> Progress:
     """The state of a run by ``run.json`` and ``metrics.jsonl``, of which one was last written at a
     time as ``time.time`` counts.
     """
-    now = time.time() if now is None else now
-    silent = max(0.0, now - last_written)
+    current_time = time.time() if current_time is None else current_time
+    silent = max(0.0, current_time - last_written)
     recent = [row["seconds"] for row in rows if row.get("seconds") is not None][-RECENT_STEPS:]
     usual = statistics.median(recent) if recent else 0.0
     steps = max((row["step"] for row in rows), default=0)
     total = record.get("num_steps") or record["config"].get("max_train_steps")
     status, reason = record["status"], record.get("error") or ""
     doing = record.get("doing") or TRAINING
+    # A run that trains writes at every step; one that makes images may be silent for long.
     patience = STALE_SECONDS if doing == TRAINING else BUSY_SECONDS
     running = status == "running"
     if running and silent > max(patience, 10 * usual):
@@ -210,7 +196,7 @@ def progress(
         status, reason = doing, ""
         with contextlib.suppress(KeyError, TypeError, ValueError):
             since = datetime.fromisoformat(record["doing_since"]).timestamp()
-            reason = f"since {duration(max(0.0, now - since))}"
+            reason = f"since {duration(max(0.0, current_time - since))}"
     left = None
     if running and total is not None and recent:
         left = max(0, total - steps) * usual

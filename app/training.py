@@ -10,8 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from bilora_diffusion.core.durable import bytes_for_people
-from bilora_diffusion.run.durations import duration
+from bilora_diffusion.core.files import bytes_for_people, duration
 from bilora_diffusion.run.folder import FIT_RECORD
 from bilora_diffusion.run.record import METRICS, RUN, read_metrics, read_run, read_search
 from bilora_diffusion.train.search.halving import BUDGET
@@ -25,7 +24,7 @@ from .training_data import (
     TITLES,
     WITH_LEGEND,
     Line,
-    Shown,
+    TrainingRun,
     ceiling,
     charts,
     differing_settings,
@@ -39,7 +38,7 @@ CHOSEN = 4  # runs that are shown before any is chosen
 WINDOW = 25
 
 
-def cards(runs: Sequence[Shown]) -> tuple[str, str]:
+def cards(runs: Sequence[TrainingRun]) -> tuple[str, str]:
     """The state of each run, as HTML, and the legend of the plots."""
     items = names = ""
     for run in runs:
@@ -54,9 +53,9 @@ def cards(runs: Sequence[Shown]) -> tuple[str, str]:
     return f"<ul>{items}</ul>", names
 
 
-def _lines(run: Shown) -> list[str]:
+def _lines(run: TrainingRun) -> list[str]:
     state, config = run.state, run.run.record["config"]
-    if not run.read:
+    if not run.is_readable:
         return [state.reason]
     steps = f"{state.steps} of {state.total} steps" if state.total else f"{state.steps} steps"
     facts = [steps, duration(state.wall_seconds)] if state.steps or not run.fit else []
@@ -71,14 +70,14 @@ def _lines(run: Shown) -> list[str]:
     if run.fit:
         choice, budget = run.fit["choice"], config.get("fit_budget") or BUDGET * (state.total or 0)
         title = f"{choice['title']}, {choice['steps']} steps" if choice else "still searching"
-        most = f" of at most {budget:,}" if budget and not choice else ""
+        limit = f" of at most {budget:,}" if budget and not choice else ""
         count = len(run.fit["runs"])
-        about.append(f"--fit: {title} ({count} runs, {run.fit['spent']:,}{most} steps)")
+        about.append(f"--fit: {title} ({count} runs, {run.fit['spent']:,}{limit} steps)")
     lines = [" · ".join(about), " · ".join(facts), state.reason]
     return [line for line in lines if line]
 
 
-def settings(runs: Sequence[Shown]) -> str:
+def settings(runs: Sequence[TrainingRun]) -> str:
     """The settings that differ between the runs, as HTML; "" where none does."""
     rows = ""
     for name, values in differing_settings(runs).items():
@@ -126,11 +125,24 @@ class Tab:
         self.notice = parts.html("training-notice", visible=False)
         with gr.Column(visible=False) as self.body:
             with gr.Row():
-                many: dict[str, Any] = {"multiselect": True, "max_choices": len(COLORS)}
-                many |= {"scale": 3, "min_width": 320}
-                self.runs = gr.Dropdown([], label="Runs", elem_id="training-runs", **many)
-                mean: dict[str, Any] = {"label": "Running mean over steps", "min_width": 200}
-                window = gr.Slider(1, 200, WINDOW, step=1, elem_id="training-window", **mean)
+                self.runs = gr.Dropdown(
+                    [],
+                    label="Runs",
+                    elem_id="training-runs",
+                    multiselect=True,
+                    max_choices=len(COLORS),
+                    scale=3,
+                    min_width=320,
+                )
+                window = gr.Slider(
+                    1,
+                    200,
+                    WINDOW,
+                    step=1,
+                    elem_id="training-window",
+                    label="Running mean over steps",
+                    min_width=200,
+                )
             self.cards = parts.html("training-cards")
             self.settings = parts.html("training-settings")
             self.legend = parts.html("training-legend")
@@ -143,74 +155,79 @@ class Tab:
                         if name in WITH_LEGEND:
                             place = f"training-{name}-legend"
                             self.legends[name] = parts.html(place, visible=False)
-        self.drawn, self.looks = gr.State(None), gr.State([])
+        self.last_state, self.looks = gr.State(None), gr.State([])
         chosen, outputs = [self.runs, window], [self.cards, self.legend]
-        outputs += [self.settings, self.drawn, self.looks]
+        outputs += [self.settings, self.last_state, self.looks]
         outputs += [*self.plots.values(), *self.legends.values()]
         changed(self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
         gr.on([self.runs.change, window.release], self._draw, chosen, outputs, **QUIET)
         # After the values: a plot that gets both at once keeps the old values in the new colours.
         plots = [*self.plots.values()]
         self.looks.change(
-            lambda looks: [gr.update(**one) for one in looks], self.looks, plots, **QUIET
+            lambda looks: [gr.update(**look) for look in looks], self.looks, plots, **QUIET
         )
-        gr.Timer(TICK_SECONDS).tick(self._draw, [*chosen, self.drawn], outputs, **QUIET)
+        gr.Timer(TICK_SECONDS).tick(self._draw, [*chosen, self.last_state], outputs, **QUIET)
 
     def _load(self, chosen: Sequence[str] | None) -> Update:
         runs = sorted(
-            self.catalog.now.runs, key=lambda run: str(run.record.get("started_at")), reverse=True
+            self.catalog.scan.runs, key=lambda run: str(run.record.get("started_at")), reverse=True
         )
         if not runs:
             text = parts.empty(self.catalog, "No runs yet", "demo", "train")
             return {self.notice: parts.notice(text)}
-        there = {run.path for run in runs}
-        going = [run.path for run in runs if run.status == "running"]
-        latest = sorted(runs, key=lambda run: run.status != "running")[:CHOSEN]
-        first = [run.path for run in ordered(latest)]
-        stay = [path for path in chosen or [] if path in there]
-        new = [path for path in going if path not in stay][: len(COLORS) - len(stay)]
-        now = [*stay, *new] if stay else first
+        paths = {run.path for run in runs}
+        selection = [path for path in chosen or [] if path in paths]
+        if selection:  # runs that are going on join those that are still there
+            running = [run.path for run in runs if run.status == "running"]
+            new = [path for path in running if path not in selection]
+            selection += new[: len(COLORS) - len(selection)]
+        else:
+            latest = sorted(runs, key=lambda run: run.status != "running")[:CHOSEN]
+            selection = [run.path for run in ordered(latest)]
         # What is the same is not sent: someone may be choosing just now.
-        value: dict[str, Any] = {} if now == chosen else {"value": now}
+        value: dict[str, Any] = {} if selection == chosen else {"value": selection}
         return {
             self.notice: parts.notice(""),
             self.body: gr.update(visible=True),
             self.runs: gr.update(choices=[(run.name, run.path) for run in runs], **value),
         }
 
-    def _draw(self, paths: Sequence[str] | None, window: int, drawn: Any = None) -> Update:
-        """The chosen runs as they are now; nothing where all is as it was ``drawn``."""
-        runs = [self._read(path, at) for at, path in enumerate((paths or [])[: len(COLORS)])]
+    def _draw(self, paths: Sequence[str] | None, window: int, last_state: Any = None) -> Update:
+        """The chosen runs as they are now; nothing where all is as in the last state."""
+        runs = []
+        for color, path in enumerate((paths or [])[: len(COLORS)]):
+            runs.append(self._read(path, color))
         fits = [(run.fit.get("spent"), len(run.fit.get("runs", ()))) for run in runs]
-        new = window, fits, [(run.run.name, len(run.rows), run.state) for run in runs]
-        if new == drawn:
+        state = window, fits, [(run.run.name, len(run.rows), run.state) for run in runs]
+        if state == last_state:
             return {self.cards: gr.skip()}
-        shown: Update = dict(zip((self.cards, self.legend), cards(runs), strict=True))
-        shown[self.settings] = settings(runs)
-        shown[self.drawn], looks = new, []
-        shown[self.looks] = looks
-        for name, lines in charts([run for run in runs if run.read], int(window)).items():
+        looks: list[dict[str, Any]] = []
+        update: Update = dict(zip((self.cards, self.legend), cards(runs), strict=True))
+        update |= {self.settings: settings(runs), self.last_state: state, self.looks: looks}
+        for name, lines in charts([run for run in runs if run.is_readable], int(window)).items():
             frame = table(lines)
             looks.append(look(lines, frame["value"].tolist()))
-            shown[self.plots[name]] = gr.skip() if frame.empty else frame
+            update[self.plots[name]] = gr.skip() if frame.empty else frame
             if name in self.legends:
-                shown[self.legends[name]] = parts.notice(legend_html(lines))
-        return shown
+                update[self.legends[name]] = parts.notice(legend_html(lines))
+        return update
 
-    def _read(self, path: str, color: int) -> Shown:
-        gone = RunItem(path, path, {"config": {}}, None)
-        run = next((run for run in self.catalog.now.runs if run.path == path), gone)
+    def _read(self, path: str, color: int) -> TrainingRun:
+        missing_run = RunItem(path, path, {"config": {}}, None)
+        run = next((run for run in self.catalog.scan.runs if run.path == path), missing_run)
         try:
             folder = self.catalog.resolve(path)
-            files = [self.catalog.resolve(f"{path}/{name}") for name in (RUN, METRICS)]
-            record, there = read_run(folder), [file for file in files if file.exists()]
-            read = partial(read_metrics, folder)
-            rows = self.catalog.cached(files[1], read) if files[1] in there else []
-            written = max(file.stat().st_mtime for file in there)
-            state = progress(record, rows, written)
+            record_file = self.catalog.resolve(f"{path}/{RUN}")
+            metrics_file = self.catalog.resolve(f"{path}/{METRICS}")
+            record, rows = read_run(folder), []
+            last_written = record_file.stat().st_mtime
+            if metrics_file.exists():
+                rows = self.catalog.cached(metrics_file, partial(read_metrics, folder))
+                last_written = max(last_written, metrics_file.stat().st_mtime)
+            state = progress(record, rows, last_written)
             fit = read_search(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
-            return Shown(replace(run, record=record), color, rows, state, fit)
+            return TrainingRun(replace(run, record=record), color, rows, state, fit)
         except Exception as error:  # whatever is in one folder, the other runs stay
             reason = self.catalog.plain(error)
             state = Progress("failed", reason, 0, None, 0.0, None, 0)
-            return Shown(run, color, [], state, read=False)
+            return TrainingRun(run, color, [], state, is_readable=False)

@@ -46,7 +46,7 @@ DASHES = ("", "fe", "fd", "fc")
 BROAD_DASHES = ("fb", "fa", "f9", "f8")
 """Such ends of a line that is solid, dashed, dotted, or dashed and dotted, by the run's place."""
 WITH_LEGEND = ("concepts", "fit")
-OTHERS = "other configurations"
+OTHER_LABEL = "other configurations"
 LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 MOST_POINTS = 400  # of one line, about
 FOLDER_SETTINGS = ("output_dir", "logging_dir")
@@ -55,9 +55,9 @@ SETTING_WIDTH = 60
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A chosen run as it is now; ``color`` is a place among :data:`COLORS`. One that can't be
-    ``read`` has the reason in its state.
+class TrainingRun:
+    """A chosen run as it is now; ``color`` is a place among :data:`COLORS`. One that is not
+    readable has the reason in its state.
     """
 
     run: RunItem
@@ -65,7 +65,7 @@ class Shown:
     rows: list[dict[str, Any]]
     state: Progress
     fit: Row = field(default_factory=dict)
-    read: bool = True
+    is_readable: bool = True
 
     def line(self, points: Points, faint: str = "") -> Line:
         """A line of this run; ``faint`` names a faint one."""
@@ -91,7 +91,7 @@ class Line:
     is_broad: bool = False
 
 
-def differing_settings(runs: Sequence[Shown]) -> dict[str, list[str]]:
+def differing_settings(runs: Sequence[TrainingRun]) -> dict[str, list[str]]:
     """The settings that the runs do not share: each one's value in every run, as text."""
     configs = [run.run.record["config"] for run in runs]
     result = {}
@@ -104,8 +104,11 @@ def differing_settings(runs: Sequence[Shown]) -> dict[str, list[str]]:
 
 def series(rows: Sequence[Row], key: str) -> Points:
     """A metric over the steps; rows without it, or with null for a non-finite number, left out."""
-    there = [row for row in rows if type(row.get(key)) in (int, float)]
-    return [(row["step"], float(row[key])) for row in there]
+    points = []
+    for row in rows:
+        if type(row.get(key)) in (int, float):  # and not bool, which is an int
+            points.append((row["step"], float(row[key])))
+    return points
 
 
 def smooth(points: Points, window: int) -> Points:
@@ -124,18 +127,18 @@ def thin(points: Points, limit: int = MOST_POINTS) -> Points:
         return points
     chosen = {0, len(points) - 1}
     values = np.asarray([value for _, value in points])
+    # The lowest and the highest point of each stretch stay.
     for stretch in np.array_split(np.arange(len(points)), limit // 2):
         chosen |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
-    return [points[at] for at in sorted(chosen)]
+    return [points[index] for index in sorted(chosen)]
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:
     """The points of lines by "step", "value" (of five digits) and "run"."""
-    rows = [
-        (step, float(f"{value:.5g}"), line.name)
-        for line in lines
-        for step, value in thin(line.points)
-    ]
+    rows = []
+    for line in lines:
+        for step, value in thin(line.points):
+            rows.append((step, float(f"{value:.5g}"), line.name))
     return pd.DataFrame(rows, columns=["step", "value", "run"])
 
 
@@ -147,7 +150,7 @@ def ceiling(values: Sequence[float]) -> float | None:
 
 
 def curves(
-    runs: Sequence[Shown], key: str, window: int = 1, behind: tuple[str, str] | None = None
+    runs: Sequence[TrainingRun], key: str, window: int = 1, behind: tuple[str, str] | None = None
 ) -> list[Line]:
     """The running mean of one key of the log.
 
@@ -160,11 +163,11 @@ def curves(
     return [*(run.line(series(run.rows, behind[0]), behind[1]) for run in runs), *lines]
 
 
-def differences(runs: Sequence[Shown], key: str, window: int = 1) -> list[Line]:
+def differences(runs: Sequence[TrainingRun], key: str, window: int = 1) -> list[Line]:
     """Each run minus plain LoRA of the same seed on the same data, step by step: such runs see the
     same noise.
     """
-    controls: dict[tuple[Any, ...], Shown] = {}
+    controls: dict[tuple[Any, ...], TrainingRun] = {}
     for run in runs:
         if run.run.method == CONTROL:
             controls.setdefault(_pairing(run.run), run)
@@ -174,11 +177,10 @@ def differences(runs: Sequence[Shown], key: str, window: int = 1) -> list[Line]:
         if control is run:
             continue
         control_values = dict(series(control.rows, key))
-        points = [
-            (step, value - control_values[step])
-            for step, value in series(run.rows, key)
-            if step in control_values
-        ]
+        points = []
+        for step, value in series(run.rows, key):
+            if step in control_values:
+                points.append((step, value - control_values[step]))
         lines.append(run.line(smooth(points, window)))
     return over_zero(lines, "LoRA of the same seed")
 
@@ -190,20 +192,23 @@ def _pairing(run: RunItem) -> tuple[Any, ...]:
 def over_zero(lines: list[Line], name: str) -> list[Line]:
     """The lines, and behind them one at 0."""
     steps = [step for line in lines for step, _ in line.points]
-    zero = [(at, 0.0) for at in (min(steps), max(steps))] if steps else []
-    return [Line(name, zero), *lines]
+    ends = (min(steps), max(steps)) if steps else ()
+    return [Line(name, [(step, 0.0) for step in ends]), *lines]
 
 
 def by_level(rows: Sequence[Row]) -> Points:
     """Held-out loss at each noise level: the last measurement minus the first."""
     measured = [row for row in rows if "heldout_loss" in row] or [{}]
     first, last = measured[0], measured[-1]
-    levels = {key: int(level[1]) for key in last if (level := LEVEL.fullmatch(key))}
-    both = [(level, last[key], first.get(key)) for key, level in levels.items()]
-    return [(level, end - start) for level, end, start in both if None not in (end, start)]
+    points = []
+    for key, value in last.items():
+        level, start = LEVEL.fullmatch(key), first.get(key)
+        if level and value is not None and start is not None:
+            points.append((int(level[1]), value - start))
+    return points
 
 
-def by_concept(runs: Sequence[Shown]) -> list[Line]:
+def by_concept(runs: Sequence[TrainingRun]) -> list[Line]:
     """The held-out loss of each concept of each run."""
     lines = []
     for run in runs:
@@ -215,7 +220,7 @@ def by_concept(runs: Sequence[Shown]) -> list[Line]:
     return colored(lines)
 
 
-def of_fits(runs: Sequence[Shown]) -> list[Line]:
+def of_fits(runs: Sequence[TrainingRun]) -> list[Line]:
     """The held-out losses of each search up to twice its lowest; broad: the choice, or the lowest
     while there is none.
     """
@@ -239,7 +244,7 @@ def of_fits(runs: Sequence[Shown]) -> list[Line]:
         best = [chosen, *(title for title in ranking if title != chosen)][: len(LABEL_COLORS)]
         for line in searched:
             points = [point for point in line.points if point[1] <= limit]
-            label = line.label if line.label in best else OTHERS
+            label = line.label if line.label in best else OTHER_LABEL
             if points:
                 is_broad = line.label == chosen
                 lines.append(replace(line, points=points, label=label, is_broad=is_broad))
@@ -249,12 +254,12 @@ def of_fits(runs: Sequence[Shown]) -> list[Line]:
 
 def colored(lines: Sequence[Line]) -> list[Line]:
     """The lines, each in the colour of its label and with the dashes of its run."""
-    labels = list(dict.fromkeys(line.label for line in lines if line.label != OTHERS))
+    labels = list(dict.fromkeys(line.label for line in lines if line.label != OTHER_LABEL))
     runs = list(dict.fromkeys(line.run for line in lines))
     result = []
     for line in lines:
         color = GREY
-        if line.label != OTHERS:
+        if line.label != OTHER_LABEL:
             color = LABEL_COLORS[labels.index(line.label) % len(LABEL_COLORS)]
         ends = BROAD_DASHES if line.is_broad else DASHES
         result.append(replace(line, color=color + ends[runs.index(line.run) % len(ends)]))
@@ -264,14 +269,15 @@ def colored(lines: Sequence[Line]) -> list[Line]:
 def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
     """The name and the colour of each label and, where several are drawn, of each run."""
     colors = {line.label: line.color[: len(GREY)] for line in lines}
-    entries = sorted(colors.items(), key=lambda entry: entry[0] == OTHERS)
+    entries = sorted(colors.items(), key=lambda entry: entry[0] == OTHER_LABEL)
     runs = list(dict.fromkeys(line.run for line in lines))
     if len(runs) > 1:
-        entries += [(run, GREY + DASHES[at % len(DASHES)]) for at, run in enumerate(runs)]
+        for number, run in enumerate(runs):
+            entries.append((run, GREY + DASHES[number % len(DASHES)]))
     return entries
 
 
-def radii(runs: Sequence[Shown]) -> list[Line]:
+def radii(runs: Sequence[TrainingRun]) -> list[Line]:
     """rho: one line for all runs with the same constant one, one a run where it changes."""
     lines: dict[str, Points] = {}
     for run in runs:
@@ -288,7 +294,7 @@ def radii(runs: Sequence[Shown]) -> list[Line]:
     return [Line(name, points) for name, points in lines.items()]
 
 
-def charts(runs: Sequence[Shown], window: int) -> dict[str, list[Line]]:
+def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     """Each plot's lines, those behind first, by the names of :data:`TITLES`.
 
     Args:
@@ -311,7 +317,7 @@ def charts(runs: Sequence[Shown], window: int) -> dict[str, list[Line]]:
     }
 
 
-BELOW = "Below zero: better than LoRA of the same seed."
+BELOW_ZERO = "Below zero: better than LoRA of the same seed."
 TITLES = {
     "loss": ("Training loss", "Running mean; faint: each step."),
     "loss-difference": (
@@ -319,7 +325,7 @@ TITLES = {
         "Below zero: fits the training data better; says nothing of other data.",
     ),
     "heldout": ("Held-out loss", "Faint: on the training set."),
-    "heldout-difference": ("Held-out loss, difference to LoRA", BELOW),
+    "heldout-difference": ("Held-out loss, difference to LoRA", BELOW_ZERO),
     "concepts": ("Held-out loss of each concept", "Colours are of concepts here."),
     "levels": (
         "Held-out loss at each noise level",

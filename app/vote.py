@@ -88,7 +88,7 @@ class Tab:
         )
 
     def _load(self, booth: Booth | None, chosen: str | None) -> Update:
-        items = [one for one in self.catalog.now.scores if ballots(one.path, one.result)]
+        items = [one for one in self.catalog.scan.scores if ballots(one.path, one.result)]
         if not items:
             text = parts.empty(self.catalog, "Nothing to vote on yet", "vote")
             return {self.notice: parts.notice(text)}

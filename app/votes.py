@@ -220,7 +220,7 @@ class Polls:
         return path
 
     def _item(self, path: str | None) -> ResultItem:
-        items = {item.path: item for item in self._catalog.now.scores}
+        items = {item.path: item for item in self._catalog.scan.scores}
         if path not in items:
             raise UserError(f"there is no score folder {path!r} any more: choose another")
         return items[path]

@@ -25,8 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bilora_diffusion import mini
+from bilora_diffusion.core.files import ROOT
 from bilora_diffusion.run.folder import FIT_RECORD
-from bilora_diffusion.run.paths import ROOT
 from bilora_diffusion.run.record import read_metrics, read_run, read_search
 from bilora_diffusion.run.runlog import is_finished
 from bilora_diffusion.text import catalog

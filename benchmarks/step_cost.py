@@ -126,7 +126,7 @@ class Arm:
         device = next(self.model.parameters()).device.type
         amp = torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
         first = len(self.losses) * self.batch
-        with self.method.seen([n % SAMPLES for n in range(first, first + self.batch)]):
+        with self.method.around_batch([n % SAMPLES for n in range(first, first + self.batch)]):
             with amp:
                 loss = self.shape.loss(self.model, self.inputs)
             loss.backward()

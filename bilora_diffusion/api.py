@@ -158,7 +158,9 @@ class BiLoRA:
             numbers: of the sample in each row, such as its place in the set.
             snr: signal-to-noise ratio of each row, where a model learns to predict noise.
         """
-        return self._method.seen([int(number) for number in numbers], [float(own) for own in snr])
+        return self._method.around_batch(
+            [int(number) for number in numbers], [float(own) for own in snr]
+        )
 
     def observe(self, loss: Tensor) -> None:
         """Tell the loss before each `optimizer.step()`, 0-d, the mean over what the step's gradient

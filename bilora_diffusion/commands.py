@@ -37,9 +37,9 @@ def text(argv: Sequence[str] | None = None) -> int:
 
 def run_script(modality: str, argv: Sequence[str] | None) -> None:
     """Resolve the command line, then import the libraries and run the training script."""
-    from .train.launching import importing, start_missing_processes
+    from .train.launching import importing, refuse_separate_processes
 
-    start_missing_processes()
+    refuse_separate_processes()
     with importing():
         # Before all else, so that a typo is answered at once.
         config = import_module(f".{modality}.config", __package__).resolve(argv)

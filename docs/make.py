@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from bilora_diffusion.api import BiLoRAConfig
-from bilora_diffusion.config import refusals
+from bilora_diffusion.config import constraints
 from bilora_diffusion.config.run import RunConfig
 from bilora_diffusion.core.fields import (
     default_of,
@@ -27,7 +27,7 @@ from bilora_diffusion.core.fields import (
     sections,
 )
 from bilora_diffusion.image.config import DreamBoothConfig
-from bilora_diffusion.methods import own_options
+from bilora_diffusion.image.families import FAMILIES, family_class
 from bilora_diffusion.text.config import TextConfig
 from eval.report import table
 
@@ -48,13 +48,15 @@ def options() -> Iterable[str]:
         "An option that the chosen method does not read stands without complaint, so that runs that"
         " differ only in `--method` can share a recipe."
     )
-    body = [(entry.shown(), entry.reason, entry.instead) for entry in refusals.table().refused]
+    body = [
+        (entry.markdown(), entry.reason, entry.instead) for entry in constraints.table().constraints
+    ]
     yield table(("together", "why they are refused", "instead"), body)
     yield "## Options without effect"
     yield (
         "They are named in one line and ignored: the run is that of the command line without them."
     )
-    yield table(("option", "has no effect", "instead"), _idle())
+    yield table(("option", "has no effect", "instead"), _ignored_cases())
 
 
 def diffusers() -> Iterable[str]:
@@ -67,7 +69,7 @@ def diffusers() -> Iterable[str]:
     yield known["others"]
     yield _flags(known["flow"])
     yield known["apart"]
-    foreign = refusals.table().foreign["image"].items()
+    foreign = constraints.table().foreign["image"].items()
     body = [(f"`--{name}`", *sentence) for name, sentence in foreign]
     yield table(("flag", "why it is no option here", "instead"), body)
 
@@ -81,29 +83,20 @@ def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
     return table(("flag", "default there", "default here", "what differs"), body)
 
 
-EXAMPLES = {
-    "Stable Diffusion XL": "stabilityai/stable-diffusion-xl-base-1.0",
-    "Stable Diffusion 3.5 medium": "stabilityai/stable-diffusion-3.5-medium",
-    "Stable Diffusion 3.5 large": "stabilityai/stable-diffusion-3.5-large",
-    "FLUX.1-dev": "black-forest-labs/FLUX.1-dev",
-    "FLUX.2 klein 9B": "black-forest-labs/FLUX.2-klein-base-9B",
-    "Z-Image": "Tongyi-MAI/Z-Image",
-    "Qwen-Image": "Qwen/Qwen-Image",
-    "Krea 2": "krea/Krea-2-Raw",
-    "Lumina 2": "Alpha-VLLM/Lumina-Image-2.0",
-}
-"""Model -> what names it on the hub."""
+KINDS = [family_class(pipeline, pipeline) for pipeline in FAMILIES]
+EXAMPLES = {model: hub_id for family in KINDS for model, hub_id in family.examples.items()}
+"""Model -> its id on the hub."""
 
 
 def readme() -> Iterable[str]:
     """The table of models."""
     body = []
-    for model, name in EXAMPLES.items():
-        rows = [memory_of(model, weights) for weights in ("bf16", "nf4")]
-        # SDXL's encoders only visit the device; those of the others are gone before the step.
-        needed = [f"{max(row['bilora'], row['encoders']) / 1e9:.0f} GB" for row in rows]
-        tested = "full size, random weights" if model == "Stable Diffusion XL" else "tiny weights"
-        body.append((model, f"`{name}`", *needed, tested))
+    for family in KINDS:
+        for model, hub_id in family.examples.items():
+            rows = [memory_of(model, weights) for weights in ("bf16", "nf4")]
+            # SDXL's encoders only visit the device; those of the others are gone before the step.
+            needed = [f"{max(row['bilora'], row['encoders']) / 1e9:.0f} GB" for row in rows]
+            body.append((model, f"`{hub_id}`", *needed, family.tested_on))
     heads = ("model", "`--pretrained_model_name_or_path`", "bf16", "NF4", "tested on")
     yield table(heads, body)
 
@@ -156,7 +149,7 @@ def page(name: str) -> str:
 
 def _script(name: str, config: type[RunConfig]) -> Iterable[str]:
     yield f"## {name}"
-    for title, groups in sections((*config.groups, *own_options())).items():
+    for title, groups in sections(config.groups).items():
         yield f"### {title.capitalize()}"
         fields = options_of(groups).values()
         yield table(("option", "default", "what it does"), map(_option, fields))
@@ -170,13 +163,13 @@ def _option(field: dataclasses.Field[Any]) -> tuple[str, str, str]:
     return names, _value(default), option.help + (f" One of {choices}." if choices else "")
 
 
-def _idle() -> Iterable[tuple[str, str, str]]:
+def _ignored_cases() -> Iterable[tuple[str, str, str]]:
     """Options that have no effect under one condition, where, and what to do."""
     rows: dict[tuple[str, str], dict[str, None]] = {}
     for config in (DreamBoothConfig, TextConfig):
         for name, field in options_of(config.groups).items():
-            for idle in option_of(field).idle:
-                rows.setdefault((idle.where, idle.fix), {})[f"`--{name}`"] = None
+            for case in option_of(field).ignored:
+                rows.setdefault((case.where, case.fix), {})[f"`--{name}`"] = None
     return [(", ".join(names), where, fix) for (where, fix), names in rows.items()]
 
 

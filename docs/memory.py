@@ -16,7 +16,7 @@ import transformers
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.dry_run import memory_by_phase
-from bilora_diffusion.image.families import named
+from bilora_diffusion.image.families import family_class
 from bilora_diffusion.methods import Target
 from bilora_diffusion.train.dry_run import BEFORE, STEP, attached, empty
 
@@ -70,7 +70,7 @@ def task(name: str, *words: str) -> Any:
         given = ["--dataset", "mini", "--validation_dataset", "none", "--dry_run"]
         given += ["--output_dir", folder, *words]
         cfg = resolve([*given, "--pretrained_model_name_or_path", "mini"])  # without the hub
-    family: Any = named(MODELS[name]["pipeline"], name)()
+    family: Any = family_class(MODELS[name]["pipeline"], name)()
     part, config = MODELS[name]["denoiser"]
     denoiser = empty(lambda: getattr(diffusers, part)(**config), torch.bfloat16)
     spec = AdapterSpec(cfg.rank, cfg.lora_alpha or cfg.rank, target_modules=family.targets)

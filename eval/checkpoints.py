@@ -23,18 +23,18 @@ from .subjects import Subject
 from .table import Entry, Metric, Result, Row, Summary
 
 HELP = "Score these checkpoints of each run: all, or steps such as 40,80."
-ALL, FIGURE = "all", "steps.png"
+ALL_STEPS, FIGURE = "all", "steps.png"
 HELDOUT_LOSS = "heldout_loss"
 LOSS = Metric(
     "held-out loss", "that of the run at this step, in metrics.jsonl, one number", form=".4f"
 )
 Summarize = Callable[..., Sequence[Summary]]
 """Rows, and the group that is the ``control`` -> their summaries."""
-CHOSEN = (
+BEST_STEPS_NOTE = (
     "The best step by each score, and its difference to the run's last step here. To be the best of"
     " several by the same measurements flatters it. Differences are paired, the figure's bands not."
 )
-_SHOWN = ("mean", "error", "low", "high", "difference", "difference_low", "difference_high")
+SCALED_FIELDS = ("mean", "error", "low", "high", "difference", "difference_low", "difference_high")
 
 
 class OverSteps(Evaluation):
@@ -55,13 +55,13 @@ class OverSteps(Evaluation):
     def best_steps(self, result: Result) -> str:
         """The best steps of a result of checkpoints; "" of others."""
         steps = result.settings.get("best_steps")
-        return report.section("Best steps", CHOSEN, report.listed(steps)) if steps else ""
+        return report.section("Best steps", BEST_STEPS_NOTE, report.listed(steps)) if steps else ""
 
 
 def read_steps(text: str) -> list[int] | None:
     """``40,80`` as numbers in order; None for ``all``."""
     words = [word.strip() for word in text.split(",")]
-    if words == [ALL]:
+    if words == [ALL_STEPS]:
         return None
     if not all(word.isdecimal() and len(word) < 10 for word in words):
         raise UserError(f'--steps is "{text}": write all, or steps with commas, such as 40,80.')
@@ -79,57 +79,82 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
 
     if not runs:
         raise UserError("--steps is given without runs: name run folders.")
-    given, several = read_steps(text), len({run.group for run in runs}) > 1
-    place = Path(tempfile.mkdtemp(prefix="checkpoints-"))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
-    made = []
+    chosen_steps = read_steps(text)
+    has_groups = len({run.group for run in runs}) > 1
+    # The exported files are needed until the images or answers are made.
+    folder = Path(tempfile.mkdtemp(prefix="checkpoints-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    subjects: list[Subject] = []
     for run in runs:
         assert run.folder is not None
-        kind, digest = ("peft", digests.of_peft) if run.is_text else ("diffusers", digests.of_lora)
-        steps = checkpoint.steps(run.folder) if given is None else given
+        steps = checkpoint.steps(run.folder) if chosen_steps is None else chosen_steps
         if not steps:
             raise UserError(f"{run.folder} has no checkpoints: train with --checkpointing_steps.")
         for step in steps:
-            output, name = place / str(len(made)), f"step {step}"
-            (weights,) = export_checkpoint(run.folder, step, kind, output)
-            own = {"weights": weights, "digest": digest(weights)}
-            own["label"] = f"{run.label} {name}" if len(runs) > 1 else name
-            own["group"] = f"{run.group} {name}" if several else name
-            made.append(replace(run, about={"run": run.group, "step": step}, **own))
-    return made
+            output, name = folder / str(len(subjects)), f"step {step}"
+            if run.is_text:
+                (weights,) = export_checkpoint(run.folder, step, "peft", output)
+                digest = digests.of_peft(weights)
+            else:
+                (weights,) = export_checkpoint(run.folder, step, "diffusers", output)
+                digest = digests.of_lora(weights)
+            subject = replace(
+                run,
+                weights=weights,
+                digest=digest,
+                label=f"{run.label} {name}" if len(runs) > 1 else name,
+                group=f"{run.group} {name}" if has_groups else name,
+                about={"run": run.group, "step": step},
+            )
+            subjects.append(subject)
+    return subjects
 
 
 def last_group(subjects: Sequence[Entry]) -> str | None:
     """Group of the first run's last step, the usual control; None without checkpoints."""
-    first = subjects[0].about.get("run")
-    own = [one for one in subjects if first and one.about["run"] == first]
-    return max(own, key=lambda one: one.about["step"]).group if own else None
+    run = subjects[0].about.get("run")
+    if run is None:
+        return None
+    checkpoints = [subject for subject in subjects if subject.about["run"] == run]
+    return max(checkpoints, key=lambda subject: subject.about["step"]).group
 
 
 def heldout_loss(subject: Subject) -> list[Row]:
     """A row with the run's held-out loss at the checkpoint's step, if it was measured there."""
     assert subject.folder is not None
-    at = subject.about["step"]
-    step, value = last_measured(subject.folder, at).get(HELDOUT_LOSS, (None, None))
-    return [subject.row(HELDOUT_LOSS, value, seed=None)] if step == at else []
+    checkpoint_step = subject.about["step"]
+    measured = last_measured(subject.folder, checkpoint_step)
+    step, value = measured.get(HELDOUT_LOSS, (None, None))
+    if step != checkpoint_step:
+        return []
+    return [subject.row(HELDOUT_LOSS, value, seed=None)]
 
 
 def curves(result: Result, summarize: Summarize) -> Result:
     """The result over steps: groups are runs, values as shown, differences to a run's last step."""
     runs: dict[str, dict[str, int]] = {}  # run -> group -> step
-    for one in result.subjects:
-        runs.setdefault(one.about["run"], {})[one.group] = one.about["step"]
-    lines = []
+    for subject in result.subjects:
+        runs.setdefault(subject.about["run"], {})[subject.group] = subject.about["step"]
+    lines: list[Summary] = []
     for run, steps in runs.items():
-        rows = [row for row in result.rows if row.group in steps and row.metric in result.metrics]
-        for line in summarize(rows, control=max(steps, key=steps.__getitem__)):
-            scale, values = result.metric(line.metric).scale, vars(line)
-            shown = {n: None if values[n] is None else scale * values[n] for n in _SHOWN}
-            lines.append(replace(line, group=run, step=steps[line.group], **shown))
-    if not (measured := {line.metric for line in lines}):
+        rows = []
+        for row in result.rows:
+            if row.group in steps and row.metric in result.metrics:
+                rows.append(row)
+        last_group = max(steps, key=steps.__getitem__)
+        for line in summarize(rows, control=last_group):
+            scaled = {}
+            for name in SCALED_FIELDS:
+                value = getattr(line, name)
+                scaled[name] = None if value is None else result.metric(line.metric).scale * value
+            lines.append(replace(line, group=run, step=steps[line.group], **scaled))
+    measured = {line.metric for line in lines}
+    if not measured:
         raise UserError("the runs recorded no held-out figure at these steps: give --benchmarks.")
-    names = sorted(result.metrics, key=lambda name: name.endswith("loss"))
-    metrics = {n: replace(result.metrics[n], scale=1.0) for n in names if n in measured}
+    metrics = {}
+    for name in sorted(result.metrics, key=lambda name: name.endswith("loss")):  # losses last
+        if name in measured:
+            metrics[name] = replace(result.metrics[name], scale=1.0)  # values are scaled above
     entries = [Entry(run, run) for run in runs]
     return replace(result, subjects=entries, metrics=metrics, summaries=lines, rows=())
 
@@ -139,10 +164,11 @@ def draw(curves: Result, folder: Path) -> str:
     panels = []
     for name, metric in curves.metrics.items():
         title = f"{metric.title}, {'higher' if metric.higher_is_better else 'lower'} is better"
-        banded = any(line.interval for line in curves.summaries if line.metric == name)
+        has_bands = any(line.interval for line in curves.summaries if line.metric == name)
         lines = [Curve(run, name, label=run, interval=True) for run in curves.groups]
-        label, legend = "mean and 95 % interval" if banded else "", len(lines) > 1 and not panels
-        panels.append(Panel(title, label, lines, legend=legend))
+        label = "mean and 95 % interval" if has_bands else ""
+        # One legend, in the first panel, serves all.
+        panels.append(Panel(title, label, lines, legend=len(lines) > 1 and not panels))
     rows = [panels[start : start + 3] for start in range(0, len(panels), 3)]
     plot.panels(curves, folder / FIGURE, rows)
     return FIGURE
@@ -153,17 +179,20 @@ def best(curves: Result) -> list[str]:
     sentences = []
     for run in curves.groups:
         for name, metric in curves.metrics.items():
-            points = [p for p in curves.over_training(run, name) if p.mean is not None]
+            points = [point for point in curves.over_training(run, name) if point.mean is not None]
             if not points:
                 continue
-            sign = 1 if metric.higher_is_better else -1
-            top = max(points, key=lambda point: sign * (point.mean or 0.0))
+            means = [point.mean or 0.0 for point in points]
+            best_mean = max(means) if metric.higher_is_better else min(means)
+            best_point = points[means.index(best_mean)]
             change = "the last"
-            if top.control:
-                change = f"to the last step {report.difference(top, metric)} {top.over}s better"
-            if ends := top.difference_interval:
-                change += f": the interval {'in' if ends[0] <= 0 <= ends[1] else 'ex'}cludes zero"
-            head = f"{run}: " * (len(curves.groups) > 1) + metric.title
-            mean = report.number(top.mean, metric)
-            sentences.append(f"{head}: best at step {top.step} ({mean}), {change}.")
+            if best_point.control:
+                difference = report.difference(best_point, metric)
+                change = f"to the last step {difference} {best_point.over}s better"
+            if interval := best_point.difference_interval:
+                verb = "includes" if interval[0] <= 0 <= interval[1] else "excludes"
+                change += f": the interval {verb} zero"
+            head = f"{run}: {metric.title}" if len(curves.groups) > 1 else metric.title
+            mean = report.number(best_mean, metric)
+            sentences.append(f"{head}: best at step {best_point.step} ({mean}), {change}.")
     return sentences

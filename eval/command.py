@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 
 ADAPTER_FILES = (".safetensors", *PICKLES)
+LARGEST_RANGE = 10_000
 COUNTS = Range(10**9, "no machine comes to the end of more", at_least=1)
 POSITIVE = Range(1e9, "nothing is measured that far out", above=0)
 
@@ -47,11 +50,11 @@ class Parser(command_line.Sentences):
     """
 
     def __init__(self, module: str, described: str | None, groups: Sequence[Any] = ()) -> None:
-        summary, _, rest = (described or "").partition("\n\n")
+        summary, _, epilog = (described or "").partition("\n\n")
         super().__init__(
             prog=f"python -m {module}",
             description=summary,
-            epilog=rest,
+            epilog=epilog,
             formatter_class=CommandHelp,
             allow_abbrev=False,
         )
@@ -79,31 +82,45 @@ class Parser(command_line.Sentences):
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The arguments; results and logs among the runs, which ``runs/*`` brings, are left out."""
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            hint = did_you_mean(unknown[0], flags)
-            raise UserError(f'unexpected "{unknown[0]}"{hint}: --help lists all flags.')
+        args, extra_words = self.parse_known_args(argv)
+        if extra_words:
+            flags: list[str] = []
+            for action in self._actions:
+                flags += action.option_strings
+            word = extra_words[0]
+            raise UserError(
+                f'unexpected "{word}"{did_you_mean(word, flags)}: --help lists all flags.'
+            )
         check(self._fields, vars(args))
         if getattr(args, "runs", None):
             args.runs = _runs_alone(args.runs)
         if self._output is not None and args.output_dir is None:
-            groups = [run for _, runs in read_groups(getattr(args, "group", [])) for run in runs]
-            args.output_dir = folder_of([*args.runs, *groups], self._output[1]) / self._output[0]
+            runs = list(args.runs)
+            for _, members in read_groups(getattr(args, "group", [])):
+                runs += members
+            name, otherwise = self._output
+            args.output_dir = folder_of(runs, otherwise) / name
         return args
 
 
 def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
     """The folder that holds all of some runs, where their results are put and the viewer looks."""
-    places = [(word, word.partition("=")[2]) for word in runs]  # LABEL=RUN is a run too
-    named = [next((w for w in words if w and Path(w).exists()), None) for words in places]
-    paths = [Path(os.path.normpath(word)) for word in named if word is not None]
-    parents = [(path.parent if path.is_file() else path).absolute().parent for path in paths]
+    parents: list[Path] = []
+    for word in runs:
+        # LABEL=RUN is a run too; what is no place, such as base, has no folder.
+        for place in (word, word.partition("=")[2]):
+            if place and Path(place).exists():
+                path = Path(os.path.normpath(place))
+                folder = path.parent if path.is_file() else path
+                parents.append(folder.absolute().parent)
+                break
     if not parents:
         return otherwise
     common = Path(os.path.commonpath(parents))
-    here = Path.cwd()
-    return common.relative_to(here) if common.is_relative_to(here) else common
+    working_folder = Path.cwd()
+    if common.is_relative_to(working_folder):
+        return common.relative_to(working_folder)
+    return common
 
 
 def _runs_alone(words: Sequence[str]) -> list[str]:
@@ -123,6 +140,27 @@ def _runs_alone(words: Sequence[str]) -> list[str]:
     if left:
         print(f"left out, since they are no runs: {', '.join(left)}", file=sys.stderr)
     return [word for word in words if word not in left]
+
+
+def read_integers(text: str, place: str) -> list[int]:
+    """The whole numbers of ``0,1,5`` or ``0..4``, 4 included.
+
+    Args:
+        place: the beginning of a sentence about the text.
+    """
+    integers: list[int] = []
+    for word in text.split(","):
+        numbers = re.fullmatch(r"\s*(-?\d{1,18})(?:\.\.(-?\d{1,18}))?\s*", word)
+        if numbers is None:
+            raise UserError(f"{place}: write whole numbers, such as 0,1 or 0..3.")
+        low, high = int(numbers[1]), int(numbers[2] or numbers[1])
+        if not 0 <= high - low < LARGEST_RANGE:
+            raise UserError(f"{place}: write a..b with a <= b, at most {LARGEST_RANGE} numbers.")
+        integers += range(low, high + 1)
+    for integer, count in Counter(integers).items():
+        if count > 1:
+            raise UserError(f"{place}, with {integer} twice: keep one.")
+    return integers
 
 
 def run(work: Callable[[], int | None]) -> int:
@@ -160,8 +198,11 @@ def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
 
 def require_free(folder: Path, kind: str) -> None:
     """Refuse a folder that holds the result of another command, which would be lost."""
-    if (folder / table.FILE).exists() and (other := table.head(folder)["kind"]) != kind:
-        raise UserError(f"{folder} holds a result of eval.{other}: give another --output_dir.")
+    if not (folder / table.FILE).exists():
+        return
+    found_kind = table.head(folder)["kind"]
+    if found_kind != kind:
+        raise UserError(f"{folder} holds a result of eval.{found_kind}: give another --output_dir.")
 
 
 def open_device(name: str | None) -> torch.device:

@@ -38,8 +38,9 @@ from .table import Metric, Result, Row, Summary
 class Evaluation:
     """One command: subclass it, and override what it does otherwise.
 
-    The hooks are called in this order: ``arguments``, ``subjects``, ``prepare``, ``rows`` of each
-    subject, ``complete``, ``figures``, ``report``. Up to ``prepare`` nothing is written.
+    The hooks are called in this order: ``arguments``, ``subjects``, ``prepare``, ``produce``,
+    ``rows`` of each subject, ``complete``, ``figures``, ``report``. Up to ``prepare`` nothing is
+    written.
 
     Attributes:
         name: of the module in ``eval``, and the result's kind.
@@ -51,6 +52,7 @@ class Evaluation:
         over: what is averaged and paired: "seed" or "item".
         args, command, folder: of the command line; the command without machine paths.
         settings, notes: for the result; hooks add to them.
+        exit_code: of the command, where it is another than 0 although the result was written.
     """
 
     name: ClassVar[str]
@@ -66,6 +68,7 @@ class Evaluation:
         self.folder: Path = args.output_dir
         self.settings: dict[str, Any] = {}
         self.notes: list[str] = []
+        self.exit_code: int | None = None
 
     @classmethod
     def main(cls, argv: Sequence[str] | None = None) -> int:
@@ -95,6 +98,14 @@ class Evaluation:
     def prepare(self, subjects: Sequence[Subject]) -> None:
         """Check what can be checked, before anything is measured or written."""
 
+    def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject] | None:
+        """Make what is measured, such as runs or images, in every process of the command.
+
+        Returns:
+            The subjects to measure; None in a process whose share another one measures.
+        """
+        return subjects
+
     def rows(self, subject: Subject) -> Iterable[Row]:
         """Measurements of one subject."""
         raise NotImplementedError
@@ -109,11 +120,12 @@ class Evaluation:
         rows: Sequence[Row],
         summaries: Sequence[Summary],
         control: str = "",
-        **more: Any,
+        **fields: Any,
     ) -> Result:
-        """A result with what this command knows; ``more`` are other fields of it."""
-        origin = of_runs(self.command, [one.record for one in subjects if one.record])
-        fields = {"metrics": dict(self.metrics), "provenance": origin, **more}
+        """A result with what this command knows; ``fields`` are further ones of it."""
+        records = [subject.record for subject in subjects if subject.record]
+        provenance = of_runs(self.command, records)
+        fields = {"metrics": dict(self.metrics), "provenance": provenance, **fields}
         return Result(
             kind=self.name,
             subjects=subjects,
@@ -131,10 +143,10 @@ class Evaluation:
 
     def figures(self, result: Result, folder: Path) -> list[str]:
         """Draw into the folder; returns the pictures' names."""
-        drawn = self.panels(result)
-        for name, rows in drawn.items():
+        pictures = self.panels(result)
+        for name, rows in pictures.items():
             plot.panels(result, folder / name, rows)
-        return list(drawn)
+        return list(pictures)
 
     def introduction(self, result: Result) -> str:
         """Text above the tables."""
@@ -142,9 +154,12 @@ class Evaluation:
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
         """Heading of a table, or "" for none, -> its columns; by default all metrics in one."""
-        whole = [line for line in result.summaries if line.step is None]
-        names = dict.fromkeys((line.metric, line.item) for line in whole)
-        return {"": [Column(*pair) for pair in names]}
+        # Lines with a step belong to curves.
+        names: dict[tuple[str, str], Column] = {}
+        for line in result.summaries:
+            if line.step is None:
+                names[line.metric, line.item] = Column(line.metric, line.item)
+        return {"": list(names.values())}
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]] | None:
         """Head of a column -> what it says of a group; see :func:`~eval.report.comparison`."""
@@ -153,16 +168,11 @@ class Evaluation:
     def report(self, result: Result) -> str:
         """``report.md``."""
         title = self.title or self.name.replace("_", " ").capitalize()
-        tables = {
-            heading: report.comparison(result, columns, self.facts(result))
-            for heading, columns in self.columns(result).items()
-        }
-        return report.page(
-            f"# {title}",
-            self.introduction(result),
-            *(report.section(*pair) if pair[0] else pair[1] for pair in tables.items()),
-            *self.further(result),
-        )
+        parts = [f"# {title}", self.introduction(result)]
+        for heading, columns in self.columns(result).items():
+            table = report.comparison(result, columns, self.facts(result))
+            parts.append(report.section(heading, table) if heading else table)
+        return report.page(*parts, *self.further(result))
 
     def further(self, result: Result) -> list[str]:
         """Parts below the tables: figures, notes and origin at the end."""
@@ -174,9 +184,14 @@ class Evaluation:
         self.prepare(subjects)
         open_folder(self.folder)
         require_free(self.folder, self.name)
-        rows = [row for subject in subjects for row in self.rows(subject)]
-        self.write(self.complete(subjects, rows))
-        return None
+        subjects_to_measure = self.produce(subjects)
+        if subjects_to_measure is None:
+            return None
+        rows: list[Row] = []
+        for subject in subjects_to_measure:
+            rows += self.rows(subject)
+        self.write(self.complete(subjects_to_measure, rows))
+        return self.exit_code
 
     def write(self, result: Result) -> None:
         """Draw, write all files, and print the report and where they are."""

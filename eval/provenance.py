@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bilora_diffusion.run.paths import without_paths
+from bilora_diffusion.core.files import without_paths
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ def read_groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Label and runs of each ``--group``."""
     groups = []
     for word in words:
-        label, equals, rest = word.partition("=")
-        runs = [run.strip() for run in rest.split(",")]
+        label, equals, members = word.partition("=")
+        runs = [run.strip() for run in members.split(",")]
         if not (equals and label.strip() and all(runs)):
             raise UserError(f'--group "{word}" names no runs: write LABEL=RUN,RUN.')
         groups.append((label.strip(), runs))
@@ -43,23 +43,28 @@ def gather(
         weights: the weights are needed: they and their digest are filled in, and files of adapters
             and "base" may be named too.
     """
-    named = read_groups(groups)
-    if not words and not named:
+    labelled_groups = read_groups(groups)
+    if not words and not labelled_groups:
         raise UserError("no runs are given: name run folders, or use --group LABEL=RUN,RUN.")
-    _refuse_twice([*words, *(word for _, runs in named for word in runs)])
+    words_of_groups: list[str] = []
+    for _, runs in labelled_groups:
+        words_of_groups += runs
+    _refuse_twice([*words, *words_of_groups])
+
     subjects = _by_setting([_open(word, weights) for word in words])
     labels = list(dict.fromkeys(subject.group for subject in subjects))
-    for label, runs in named:
+    for label, runs in labelled_groups:
         subjects += [replace(_open(word, weights), group=label) for word in runs]
         labels.append(label)
     for label in labels:
         if labels.count(label) > 1:
             raise UserError(f'two groups are called "{label}": give one another name by --group.')
-        _check_group(label, [one for one in subjects if one.group == label])
+        _check_group(label, [subject for subject in subjects if subject.group == label])
+    # Groups stand in the order of the command line, their runs in the order of their seeds.
     order = {label: place for place, label in enumerate(labels)}
     subjects.sort(key=lambda subject: (order[subject.group], subject.seed or 0))
     labels = _unique([subject.label for subject in subjects])
-    return [replace(one, label=label) for one, label in zip(subjects, labels, strict=True)]
+    return [replace(subject, label=label) for subject, label in zip(subjects, labels, strict=True)]
 
 
 def single(words: Sequence[str], weights: bool = True) -> list[Subject]:
@@ -69,20 +74,28 @@ def single(words: Sequence[str], weights: bool = True) -> list[Subject]:
     called alike.
     """
     pairs = [_split(word) for word in words]
-    given = Counter(label for label, _ in pairs if label is not None)
-    if repeated := [label for label, count in given.items() if count > 1]:
-        raise UserError(f'the label "{repeated[0]}" is given twice: give each adapter its own.')
+    user_labels = Counter(label for label, _ in pairs if label is not None)
+    for label, count in user_labels.items():
+        if count > 1:
+            raise UserError(f'the label "{label}" is given twice: give each adapter its own.')
     _refuse_twice([word for _, word in pairs])
+
     subjects = [_open(word, weights) for _, word in pairs]
-    titles = [label or one.group for (label, _), one in zip(pairs, subjects, strict=True)]
-    names = [
-        f"{title} ({one.label})" if titles.count(title) > 1 and title != one.label else title
-        for title, one in zip(titles, subjects, strict=True)
-    ]
-    unlabelled = [name for name, (label, _) in zip(names, pairs, strict=True) if label is None]
-    free = iter(_unique(unlabelled, given, " "))
-    labels = [label or next(free) for label, _ in pairs]
-    return [replace(one, label=n, group=n) for one, n in zip(subjects, labels, strict=True)]
+    titles: list[str] = []
+    for (label, _), subject in zip(pairs, subjects, strict=True):
+        titles.append(label or subject.group)
+    names: list[str] = []
+    for (label, _), title, subject in zip(pairs, titles, subjects, strict=True):
+        if label is None:
+            is_ambiguous = titles.count(title) > 1 and title != subject.label
+            names.append(f"{title} ({subject.label})" if is_ambiguous else title)
+
+    unique_names = iter(_unique(names, user_labels, " "))
+    labelled: list[Subject] = []
+    for (label, _), subject in zip(pairs, subjects, strict=True):
+        name = label or next(unique_names)
+        labelled.append(replace(subject, label=name, group=name))
+    return labelled
 
 
 def by_group(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
@@ -99,12 +112,15 @@ def paired(subjects: Sequence[Subject], control: str) -> dict[str, bool | None]:
     None for the control, and where no seed has both; a run without digests is not paired.
     """
     groups = by_group(subjects)
-    others = {subject.seed: _digests(subject) for subject in groups[control]}
+    control_digests = {subject.seed: _digests(subject) for subject in groups[control]}
     pairs: dict[str, bool | None] = {}
-    for group, runs in groups.items():
-        common = [run for run in runs if run.seed in others and group != control]
-        same = [_same(_digests(run), others[run.seed]) for run in common]
-        pairs[group] = all(same) if same else None
+    for group, members in groups.items():
+        matches: list[bool] = []
+        for subject in members:
+            if group != control and subject.seed in control_digests:
+                digests = _digests(subject)
+                matches.append(_agree(digests, control_digests[subject.seed]))
+        pairs[group] = all(matches) if matches else None
     return pairs
 
 
@@ -112,9 +128,9 @@ def _digests(subject: Subject) -> dict[int, str]:
     return {line["step"]: line["digest"] for line in subject.log() if line.get("digest")}
 
 
-def _same(one: Mapping[int, str], other: Mapping[int, str]) -> bool:
-    steps = one.keys() & other.keys()
-    return bool(steps) and all(one[step] == other[step] for step in steps)
+def _agree(digests: Mapping[int, str], control_digests: Mapping[int, str]) -> bool:
+    steps = digests.keys() & control_digests.keys()
+    return bool(steps) and all(digests[step] == control_digests[step] for step in steps)
 
 
 def _open(word: str, weights: bool) -> Subject:
@@ -136,11 +152,14 @@ def _by_setting(subjects: Sequence[Subject]) -> list[Subject]:
     grouped = []
     for subject in subjects:
         options = settings.get(subject.folder, {}) if subject.record else {}
-        others = [settings[run.folder] for run in runs if run.method == subject.method]
-        differing = [name for name in options if any(o.get(name) != options[name] for o in others)]
-        distinction = ", ".join(f"{name}={_as_text(options[name])}" for name in differing)
+        peers = [settings[run.folder] for run in runs if run.method == subject.method]
+        distinctions: list[str] = []
+        for name, value in options.items():
+            if any(peer.get(name) != value for peer in peers):
+                distinctions.append(f"{name}={_as_text(value)}")
         label = BASE if subject.kind == BASE else subject.group
-        label = f"{label} ({distinction})" if distinction else label
+        if distinctions:
+            label = f"{label} ({', '.join(distinctions)})"
         grouped.append(replace(subject, group=label))
     return grouped
 
@@ -161,32 +180,33 @@ def _check_group(label: str, members: Sequence[Subject]) -> None:
     for subject in members:
         if subject.seed is None:
             continue
-        other = seeds.setdefault(subject.seed, subject)
-        if other is not subject:
+        earlier = seeds.setdefault(subject.seed, subject)
+        if earlier is not subject:
             raise UserError(
-                f"{other.folder} and {subject.folder} are both seed {subject.seed} of"
+                f"{earlier.folder} and {subject.folder} are both seed {subject.seed} of"
                 f' "{label}": leave one out, or give it a name of its own by --group LABEL=RUN.'
             )
 
 
-def _unique(names: Sequence[str], taken: Iterable[str] = (), before: str = "-") -> list[str]:
-    """The names, with a number where one is taken already."""
-    used, unique = set(taken), []
+def _unique(names: Sequence[str], reserved: Iterable[str] = (), separator: str = "-") -> list[str]:
+    """The names, with a number where one stands already."""
+    assigned, unique = set(reserved), []
     for name in names:
-        number, free = 1, name
-        while free in used:
+        number, candidate = 1, name
+        while candidate in assigned:
             number += 1
-            free = f"{name}{before}{number}"
-        used.add(free)
-        unique.append(free)
+            candidate = f"{name}{separator}{number}"
+        assigned.add(candidate)
+        unique.append(candidate)
     return unique
 
 
 def _split(word: str) -> tuple[str | None, str]:
-    label, equals, rest = word.partition("=")
+    label, equals, adapter = word.partition("=")
+    # A place with an equals sign in its name is no label.
     if not equals or "/" in label or Path(word).expanduser().exists():
         return None, word
-    label, rest = " ".join(label.split()), rest.strip()
-    if not label or not rest:
+    label, adapter = " ".join(label.split()), adapter.strip()
+    if not label or not adapter:
         raise UserError(f'"{word}" lacks a label or an adapter: write LABEL=ADAPTER.')
-    return label, rest
+    return label, adapter

@@ -24,7 +24,7 @@ from bilora_diffusion.core.errors import (
     [
         (UserError("rho is 0;\n  use more."), 2, "error: rho is 0; use more."),
         (TrainingError("the loss is not finite"), 2, "error: the loss is not finite"),
-        (OSError(errno.ENOSPC, "full", "some/file"), 2, "error: the disk that holds some/file"),
+        (OSError(errno.ENOSPC, "full", "some/file"), 2, "error: the disk is full"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (Interrupted("saved: go on with x", signal.SIGTERM), 143, "saved: go on with x"),
     ],

@@ -131,16 +131,15 @@ def test_every_image_model_has_a_tiny_pipeline_to_be_tested_on():
 def run_example(folder, module, *arguments):
     """Write down CONTRIBUTING's examples, import one, run pytest, and return what that printed."""
     guide = (ROOT / "CONTRIBUTING.md").read_text()
-    package, _, name = module.rpartition(".")
-    additions = ""
+    name = module.rpartition(".")[2]
+    runner = "import importlib.util as u, importlib, sys, pytest\n"
     for text, file in re.findall(r"```python\n(# (\S+)\n.*?)```", guide, re.DOTALL):
-        if Path(file).name != "__init__.py":
+        if (ROOT / file).exists():
+            extended = file.removesuffix(".py").replace("/", ".")
+            runner += f"exec({text!r}, vars(importlib.import_module({extended!r})))\n"
+        else:
             (folder / Path(file).name).write_text(text)
-        elif Path(file).parent == Path(package.replace(".", "/")):
-            additions = text
-    runner = (
-        f"import importlib.util as u, sys, pytest, {package}\n"
-        f"exec({additions!r}, vars({package}))\n"
+    runner += (
         f"path = {str(folder / name) + '.py'!r}\n"
         f"spec = u.spec_from_file_location({module!r}, path)\n"
         "module = sys.modules[spec.name] = u.module_from_spec(spec)\n"
@@ -169,7 +168,7 @@ def test_the_own_option_is_an_option_like_any_other(capsys):
     cfg = resolve([*ARGV, "--eta", "0.5"])
     assert cfg.to_dict()["eta"] == cfg.fingerprint()["eta"] == 0.5
     assert (resolve(ARGV).to_dict()["eta"], cfg.rho) == (0.01, 0.5)
-    assert for_run(vars(cfg), 10).own.eta == 0.5
+    assert for_run(vars(cfg), 10).settings.eta == 0.5
     with pytest.raises(UserError, match="--eta is -1.0: give 0 or more"):
         resolve([*ARGV, "--eta=-1"])
     with pytest.raises(SystemExit):

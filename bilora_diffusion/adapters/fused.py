@@ -1,11 +1,11 @@
 """One low-rank product for both adapters: W0 x + [s1 B1, s2 B2] [A1; A2] x, PEFT's sum of two.
 
-The parameters stay separate; each forward puts them side by side, or takes what `by_row` made. The
-product runs in the precision of the base's output (autocast's where it is on), so x is not copied
-to fp32 as PEFT does. Forward and backward are written out, for autograd would add the product to
-the base's output through a view, at the price of six more operations on all of the activations. Of
-a convolution, A's are one with as many channels as both ranks. Where a layer is in a state that one
-product can't express, that call goes to PEFT's own forward.
+The parameters stay separate. Each forward joins them, or takes the joined factors of the samples
+from a `SampleAdapter`. The product runs in the precision of the base's output (autocast's where it
+is on), so x is not copied to fp32 as PEFT does. Forward and backward are written out: autograd
+would add the product to the base's output through a view, and pay six more operations on all of the
+activations. The A of a convolution's adapters become one convolution with as many channels as both
+ranks. A layer in a state that one product can't express is left to PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -22,33 +22,37 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .access import weights
-from .by_row import Rows, add_convolutions, rows_of
+from .per_sample_factors import LayerSlot, acting_slot, add_per_sample_convolution
 
 
-class _Fused:
-    """Comes before the class of a PEFT layer over a linear layer or a convolution; the layer's
-    state is untouched.
-    """
+class FusedLayer:
+    """Base that is put before the class of a PEFT layer; the layer's state stays as it is."""
 
     quantized: ClassVar[bool] = False
-    rows: Rows | None = None
+    sample_slot: LayerSlot | None = None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rows, without = (None, None) if self._disable_adapters else rows_of(self, x)
-        active = None if args or kwargs else _plain_adapters(self, x, without)
-        if active is None or (rows is not None and active != rows.seen.beside):
-            result = self._peft(x, without, *args, **kwargs)
-            return result if rows is None else _add_rows(x, result, rows)
-        return self._product(x, active, rows)
+        slot = None if self._disable_adapters else acting_slot(self, x)
+        replaced = None if slot is None else slot.adapter.name
+        if slot is not None and slot.adapter.factors is None:
+            slot = None  # no sample of the batch has factors: the adapter is only left out
+        active = None if args or kwargs else _active_plain_adapters(self, x, replaced)
+        if active is None or (slot is not None and active != slot.adapter.fused_with):
+            output = self._peft_forward(x, replaced, *args, **kwargs)
+            return output if slot is None else _add_sample_product(x, output, slot)
+        return self._fused_forward(x, active, slot)
 
-    def _peft(self: Any, x: Tensor, without: str | None, *args: Any, **kwargs: Any) -> Tensor:
-        if without is not None:
-            before = self._active_adapter
-            self._active_adapter = [name for name in self.active_adapters if name != without]
+    def _peft_forward(
+        self: Any, x: Tensor, replaced: str | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """PEFT's own forward, without the adapter `replaced`."""
+        if replaced is not None:
+            active_adapters = self._active_adapter
+            self._active_adapter = [name for name in self.active_adapters if name != replaced]
             try:
-                return self._peft(x, None, *args, **kwargs)
+                return self._peft_forward(x, None, *args, **kwargs)
             finally:
-                self._active_adapter = before
+                self._active_adapter = active_adapters
         if self.quantized and self.lora_variant and torch.is_autocast_enabled(x.device.type):
             # Under CUDA's autocast PEFT's 4-bit layer takes DoRA's norms in half precision,
             # which is up to 0.4 % off; its float layer takes them in fp32.
@@ -56,242 +60,294 @@ class _Fused:
                 return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
-    def _product(self: Any, x: Tensor, active: Sequence[str], rows: Rows | None) -> Tensor:
+    def _fused_forward(
+        self: Any, x: Tensor, active: Sequence[str], slot: LayerSlot | None
+    ) -> Tensor:
+        """The base's output plus one product for the active adapters and the samples' factors."""
         base = self.base_layer
-        linear = type(base) is nn.Linear
+        is_linear = type(base) is nn.Linear
         if (
             (self.quantized or type(base) in (nn.Linear, nn.Conv2d))
             and x.dtype == torch.float32
             and torch.is_autocast_enabled(x.device.type)
         ):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the base and the adapters
-        if linear and not base._forward_hooks and _frozen(base):  # its output is nobody else's
-            dtype = _computes_in(x, base.weight)
-            weight, bias = (t if t is None else t.to(dtype) for t in (base.weight, base.bias))
-            result, x = None, x.to(dtype)
+        if is_linear and not base._forward_hooks and _is_frozen(base):
+            # The base's product belongs to the function below, which adds to it in place.
+            dtype = _output_dtype(x, base.weight)
+            weight = base.weight.to(dtype)
+            bias = None if base.bias is None else base.bias.to(dtype)
+            output, x = None, x.to(dtype)
         else:
-            result = base(x)
-            weight, bias, x = None, None, x.to(result.dtype)
-        factors: list[Tensor] = [w for name in active for w in weights(self, name)]
+            output = base(x)
+            weight, bias, x = None, None, x.to(output.dtype)
+        factors: list[Tensor] = []
+        for name in active:
+            factors += weights(self, name)
         scales = [self.scaling[name] for name in active]
         if factors[0].dim() > 2:
-            made: Any = _Convolution.apply(x, result, base.stride, base.padding, scales, *factors)
-            return made if rows is None else add_convolutions(x, made, rows)
-        if rows is not None:
-            factors, scales = [*rows.sides(True, x.dtype)], [rows.seen.scale]
-        return _Product.apply(x, result, weight, bias, scales, rows is not None, *factors)  # type: ignore[no-any-return]
+            output = _Convolution.apply(x, output, base.stride, base.padding, scales, *factors)
+            return output if slot is None else add_per_sample_convolution(x, output, slot)  # type: ignore[arg-type]
+        if slot is not None:
+            joined = slot.factors(x.dtype, with_primary=True)
+            factors = [joined.A, joined.B_transposed]
+            scales = [slot.adapter.scale]
+        return _Product.apply(x, output, weight, bias, scales, slot is not None, *factors)  # type: ignore[no-any-return]
 
 
 class _Product(torch.autograd.Function):
-    """y + s x A^T B^T, of y = W x + b or given; A (R, n) and B (m, R) of all adapters side by side,
-    or (rows, R, n) and (rows, m, R) where rows see one of their own.
+    """y + s x A^T B^T with y = W x + b, or y given.
 
-    B is held and its gradient made as rows, (R, m): on a CPU a product with few columns takes two
-    to four times as long. The gradients are those of the single adapters' factors, in their own
-    precision.
+    A is (R, in) and B (out, R) of all adapters, joined here or given joined (`is_joined`); R is the
+    sum of their ranks. Where each sample has factors of its own they are (samples, R, in) and
+    (samples, R, out).
+
+    B is stored and its gradient computed transposed, (R, out): a product with few columns takes two
+    to four times as long on a CPU. The gradients are those of the single adapters' factors, in
+    their own precision.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        result: Any,
+        output: Any,
         weight: Tensor | None,
         bias: Tensor | None,
         scales: list[float],
-        beside: bool,
+        is_joined: bool,
         *factors: Tensor,
     ) -> Tensor:
-        ctx.scale, ctx.beside = scales[0], beside
-        A, up = factors if beside else _side_by_side(ctx, factors, scales, x.dtype)
-        rows = _by_row(x, A)
-        hidden = (rows @ A.mT).mul_(ctx.scale)
+        ctx.scale, ctx.is_joined = scales[0], is_joined
+        A, B_transposed = factors if is_joined else _join(ctx, factors, scales, x.dtype)
+        inputs = _split_samples(x, A)  # (tokens, in) or (samples, tokens, in)
+        hidden = (inputs @ A.mT).mul_(ctx.scale)  # (..., tokens, R)
         if weight is not None:
-            made = F.linear(rows, weight, bias)
+            result = F.linear(inputs, weight, bias)
         else:
-            made = _by_row(result, A).contiguous().clone()
-        _add_product_(made, hidden, up)
-        ctx.save_for_backward(rows, weight, A, up, hidden)
+            result = _split_samples(output, A).contiguous().clone()
+        _add_product_(result, hidden, B_transposed)
+        ctx.save_for_backward(inputs, weight, A, B_transposed, hidden)
         ctx.shape = x.shape
-        return made.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        rows, weight, A, up, hidden = ctx.saved_tensors
-        above = _by_row(gradient, A)
-        below = (above @ up.mT).mul_(ctx.scale)
-        through = None
+        inputs, weight, A, B_transposed, hidden = ctx.saved_tensors
+        g_output = _split_samples(gradient, A)  # (..., tokens, out)
+        g_hidden = (g_output @ B_transposed.mT).mul_(ctx.scale)  # (..., tokens, R)
+        g_x = None
         if ctx.needs_input_grad[0]:
-            through = below @ A if weight is None else _add_product_(above @ weight, below, A)
-            through = through.view(ctx.shape)
-        g_A, g_up = below.mT @ rows, hidden.mT @ above
-        given = gradient if ctx.needs_input_grad[1] else None
-        parts = (g_A, g_up) if ctx.beside else _apart(ctx, g_A, g_up)
-        return through, given, None, None, None, None, *parts
+            g_x = g_hidden @ A if weight is None else _add_product_(g_output @ weight, g_hidden, A)
+            g_x = g_x.view(ctx.shape)
+        g_A = g_hidden.mT @ inputs  # (..., R, in)
+        g_B_transposed = hidden.mT @ g_output  # (..., R, out); `hidden` has the scale
+        g_base = gradient if ctx.needs_input_grad[1] else None
+        g_factors = [g_A, g_B_transposed]
+        if not ctx.is_joined:
+            g_factors = _separate(ctx, g_A, g_B_transposed)
+        return g_x, g_base, None, None, None, None, *g_factors
 
 
-def _by_row(values: Tensor, A: Tensor) -> Tensor:
-    """(tokens, features), or (rows, tokens, features) for an A with a dimension for rows."""
+def _split_samples(values: Tensor, A: Tensor) -> Tensor:
+    """(tokens, features), or (samples, tokens, features) for an A of (samples, R, in)."""
     return values.reshape(*A.shape[:-2], -1, values.shape[-1])
 
 
-def _add_product_(to: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return to.addmm_(left, right) if to.dim() == 2 else to.baddbmm_(left, right)
+def _add_product_(result: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add left @ right in place."""
+    if result.dim() == 2:
+        return result.addmm_(left, right)
+    return result.baddbmm_(left, right)
 
 
-def _add_rows(x: Tensor, result: Tensor, rows: Rows) -> Tensor:
-    """The layer's output with each row's own product added."""
-    x = x.to(result.dtype)
-    if rows.along.weight.dim() > 2:  # type: ignore[operator]
-        return add_convolutions(x, result, rows)
-    factors, scales = rows.sides(False, x.dtype), [rows.seen.scale]
-    return _Product.apply(x, result, None, None, scales, True, *factors)  # type: ignore[no-any-return]
+def _add_sample_product(x: Tensor, output: Tensor, slot: LayerSlot) -> Tensor:
+    """Add the product of each sample's own factors to the output of a layer."""
+    x = x.to(output.dtype)
+    if slot.is_convolution:
+        return add_per_sample_convolution(x, output, slot)
+    factors = slot.factors(x.dtype, with_primary=False)
+    scales = [slot.adapter.scale]
+    return _Product.apply(x, output, None, None, scales, True, factors.A, factors.B_transposed)  # type: ignore[no-any-return]
 
 
 class _Convolution(torch.autograd.Function):
-    """y + s B (A * x) of A (R, channels, height, width) and B (m, R, 1, 1), y given."""
+    """y + s B (A * x) with A (R, channels, height, width) and B (out, R, 1, 1), y given."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        result: Tensor,
+        output: Tensor,
         stride: tuple[int, int],
         padding: tuple[int, int],
         scales: list[float],
         *factors: Tensor,
     ) -> Tensor:
         ctx.scale = scales[0]
-        A, up = _side_by_side(ctx, factors, scales, x.dtype)
-        B = up.transpose(0, 1)
+        A, B_transposed = _join(ctx, factors, scales, x.dtype)
+        B = B_transposed.transpose(0, 1)
         hidden = F.conv2d(x, A, stride=stride, padding=padding)
         ctx.save_for_backward(x, A, B, hidden)
         ctx.stride, ctx.padding = stride, padding
-        return torch.add(result, F.conv2d(hidden, B), alpha=ctx.scale)
+        return torch.add(output, F.conv2d(hidden, B), alpha=ctx.scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, A, B, hidden = ctx.saved_tensors
-
-        def back(
-            above: Tensor, below: Tensor, weight: Tensor, stride: Any, padding: Any, wanted: bool
-        ) -> tuple[Tensor, Tensor]:
-            asked = (stride, padding, (1, 1), False, (0, 0), 1, (wanted, True, False))
-            return torch.ops.aten.convolution_backward(above, below, weight, None, *asked)[:2]
-
-        g_hidden, g_B = back(gradient, hidden, B, (1, 1), (0, 0), True)
+        g_hidden, g_B = _convolution_gradients(gradient, hidden, B, (1, 1), (0, 0), True)
         g_hidden, g_B = g_hidden.mul_(ctx.scale), g_B.mul_(ctx.scale)
-        through, g_A = back(g_hidden, x, A, ctx.stride, ctx.padding, ctx.needs_input_grad[0])
-        given = gradient if ctx.needs_input_grad[1] else None
-        return through, given, None, None, None, *_apart(ctx, g_A, g_B.transpose(0, 1))
+        g_x, g_A = _convolution_gradients(
+            g_hidden, x, A, ctx.stride, ctx.padding, ctx.needs_input_grad[0]
+        )
+        g_base = gradient if ctx.needs_input_grad[1] else None
+        g_factors = _separate(ctx, g_A, g_B.transpose(0, 1))
+        return g_x, g_base, None, None, None, *g_factors
 
 
-def _side_by_side(
-    ctx: Any, factors: tuple[Tensor, ...], scales: list[float], to: torch.dtype
+def _convolution_gradients(
+    gradient: Tensor, inputs: Tensor, weight: Tensor, stride: Any, padding: Any, with_inputs: bool
 ) -> tuple[Tensor, Tensor]:
-    """[A1; A2] (r1 + r2, n), [B1, B2 s2 / s1]^T (r1 + r2, m); `ctx` keeps what `_apart` needs."""
-    downs, ups = list(factors[::2]), [B.transpose(0, 1) for B in factors[1::2]]
+    """The gradients of a convolution's input, if asked for, and of its weight."""
+    dilation, transposed, output_padding, groups = (1, 1), False, (0, 0), 1
+    outputs_wanted = (with_inputs, True, False)  # of the input, the weight, the bias
+    g_inputs, g_weight, _ = torch.ops.aten.convolution_backward(
+        gradient,
+        inputs,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        outputs_wanted,
+    )
+    return g_inputs, g_weight
+
+
+def _join(
+    ctx: Any, factors: tuple[Tensor, ...], scales: list[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[A1; A2], (R, in), and [B1, B2 s2 / s1]^T, (R, out), of A1, B1, A2, B2.
+
+    `ctx` keeps what `_separate` needs.
+    """
+    A_parts, B_parts = list(factors[::2]), [B.transpose(0, 1) for B in factors[1::2]]
     ratios = None
     if scales.count(scales[0]) < len(scales):
         ratios = [scale / scales[0] for scale in scales]
-        ups = [up * ratio for up, ratio in zip(ups, ratios, strict=True)]
-    ctx.ratios, ctx.ranks = ratios, [len(A) for A in downs]
-    A, up = (downs[0], ups[0]) if len(ups) == 1 else (torch.cat(downs), torch.cat(ups))
-    return A.to(to), up.to(to, memory_format=torch.contiguous_format)
+        B_parts = [B * ratio for B, ratio in zip(B_parts, ratios, strict=True)]
+    ctx.ratios, ctx.ranks = ratios, [len(A) for A in A_parts]
+    if len(A_parts) == 1:
+        A, B_transposed = A_parts[0], B_parts[0]
+    else:
+        A, B_transposed = torch.cat(A_parts), torch.cat(B_parts)
+    return A.to(dtype), B_transposed.to(dtype, memory_format=torch.contiguous_format)
 
 
-def _apart(ctx: Any, g_A: Tensor, g_up: Tensor) -> list[Tensor]:
-    """Gradients of `_side_by_side` as those of each adapter's A and B."""
-    of_A, of_up = [g_A], [g_up]
+def _separate(ctx: Any, g_A: Tensor, g_B_transposed: Tensor) -> list[Tensor]:
+    """The gradients of what `_join` made as those of each adapter's A and B, in its order."""
+    A_parts, B_parts = [g_A], [g_B_transposed]
     if len(ctx.ranks) > 1:
-        of_A, of_up = (list(g.split(ctx.ranks)) for g in (g_A, g_up))
+        A_parts, B_parts = list(g_A.split(ctx.ranks)), list(g_B_transposed.split(ctx.ranks))
     if ctx.ratios is not None:
-        of_up = [up * ratio for up, ratio in zip(of_up, ctx.ratios, strict=True)]
-    parts: list[Tensor] = []
-    for A, up in zip(of_A, of_up, strict=True):
-        parts += A, up.transpose(0, 1).contiguous()
-    return parts
+        B_parts = [B * ratio for B, ratio in zip(B_parts, ctx.ratios, strict=True)]
+    gradients: list[Tensor] = []
+    for A, B_transposed in zip(A_parts, B_parts, strict=True):
+        gradients += A, B_transposed.transpose(0, 1).contiguous()
+    return gradients
 
 
-class FusedLinear(_Fused, lora.Linear):
+class FusedLinear(FusedLayer, lora.Linear):
     """PEFT's LoRA layer over a linear layer, with the fused forward."""
 
 
-class FusedConv2d(_Fused, lora.Conv2d):
+class FusedConv2d(FusedLayer, lora.Conv2d):
     """PEFT's LoRA layer over a convolution, with the fused forward."""
 
 
 def fuse(model: nn.Module) -> int:
     """Give LoRA layers over linear layers and Conv2d the fused forward; returns of how many."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    kinds = [(layer, kind) for layer in layers if (kind := _fused_class(type(layer))) is not None]
-    for layer, kind in kinds:
-        layer.__class__ = kind
-    return len(kinds)
+    count = 0
+    # A list first: a module's class must not change while the modules are walked.
+    for module in list(model.modules()):
+        fused_class = _fused_class(type(module)) if isinstance(module, LoraLayer) else None
+        if fused_class is not None:
+            module.__class__ = fused_class
+            count += 1
+    return count
 
 
 def unfuse(model: nn.Module) -> None:
     """Give every LoRA layer PEFT's own forward back."""
     for module in model.modules():
-        if isinstance(module, _Fused):
+        if isinstance(module, FusedLayer):
             module.__class__ = type(module).__mro__[2]
 
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """Within the context PEFT's own forward runs; afterwards all is as it was."""
-    before = [module for module in model.modules() if isinstance(module, _Fused)]
+    fused_layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
     unfuse(model)
     try:
         yield
     finally:
-        for module in before:
-            fuse(cast(nn.Module, module))
+        for layer in fused_layers:
+            fuse(cast(nn.Module, layer))
 
 
 @cache
-def _fused_class(kind: type) -> type | None:
-    if issubclass(kind, _Fused):
-        return kind
-    if kind in (lora.Linear, lora.Conv2d):
-        return FusedLinear if kind is lora.Linear else FusedConv2d
-    if kind.__module__.startswith("peft.") and kind.__name__ == "Linear4bit":
-        own = {"__module__": __name__, "quantized": True}
-        return type(f"Fused{kind.__name__}", (_Fused, kind), own)
+def _fused_class(peft_class: type) -> type | None:
+    """The class with the fused forward for a class of PEFT; None where there is none."""
+    if issubclass(peft_class, FusedLayer):
+        return peft_class
+    if peft_class is lora.Linear:
+        return FusedLinear
+    if peft_class is lora.Conv2d:
+        return FusedConv2d
+    if peft_class.__module__.startswith("peft.") and peft_class.__name__ == "Linear4bit":
+        members = {"__module__": __name__, "quantized": True}
+        return type(f"Fused{peft_class.__name__}", (FusedLayer, peft_class), members)
     return None
 
 
-def _plain_adapters(layer: Any, x: Tensor, without: str | None) -> list[str] | None:
-    """The one or two adapters to run as one product, or None if this call is PEFT's; `without` that
-    in whose place rows have others.
+def _active_plain_adapters(layer: Any, x: Tensor, replaced: str | None) -> list[str] | None:
+    """The one or two adapters to compute as one product, or None if this call is PEFT's.
+
+    Args:
+        layer: a LoRA layer of PEFT.
+        x: its input.
+        replaced: an active adapter to leave out, whose place the samples' factors take.
     """
     if layer._disable_adapters or layer.merged_adapters:
         return None
     # Looked up where modules keep them, as `access.weights` does.
     A, B, dropout = (layer._modules[kind]._modules for kind in ("lora_A", "lora_B", "lora_dropout"))
-    active = [name for name in layer.active_adapters if name in A and name != without]
+    active = [name for name in layer.active_adapters if name in A and name != replaced]
     if not 1 <= len(active) <= 2:
         return None
-    training = layer.training
-    if len(active) == 1 and not training:
-        return None  # to the bit what PEFT makes of the exported file
+    if len(active) == 1 and not layer.training:
+        return None  # to the bit what PEFT computes with the exported file
     if x.dtype == torch.float16 and not torch.is_autocast_enabled(x.device.type):
         return None  # fp16 alone would lose small B; PEFT computes in fp32
     for name in active:
         if name in layer.lora_variant or layer.lora_bias[name]:
             return None
-        if training and type(dropout[name]) is not nn.Identity:
+        if layer.training and type(dropout[name]) is not nn.Identity:
             return None
-        if not (_ordinary(A[name]) and _ordinary(B[name])):
+        if not (_is_plain(A[name]) and _is_plain(B[name])):
             return None
     return active
 
 
-def _ordinary(module: nn.Module) -> bool:
-    """Test that no hook or wrapper (offloading, tensor parallelism) adds to the weight and padding
-    is in numbers.
+def _is_plain(module: nn.Module) -> bool:
+    """Whether no hook or wrapper (offloading, tensor parallelism) adds to the weight, and the
+    padding is in numbers.
     """
     return (
         type(module) in (nn.Linear, nn.Conv2d)
@@ -302,11 +358,11 @@ def _ordinary(module: nn.Module) -> bool:
     )
 
 
-def _frozen(base: nn.Linear) -> bool:
+def _is_frozen(base: nn.Linear) -> bool:
     return not any(p is not None and p.requires_grad for p in base._parameters.values())
 
 
-def _computes_in(x: Tensor, weight: Tensor) -> torch.dtype:
+def _output_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The precision of a linear layer's output."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)

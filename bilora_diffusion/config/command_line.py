@@ -30,17 +30,23 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each option under one spelling, and its default only where it says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.default == []:
+        says_nothing = action.default is None or action.default is False or action.default == []
+        if says_nothing:
             return action.help
         return super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        strings = action.option_strings
-        action.option_strings = [s for s in strings if s[:2] != "--" or "-" not in s[2:]]
+        # Of --dataset_name and --dataset-name, which mean the same, the help shows the first.
+        spellings = action.option_strings
+        action.option_strings = [
+            spelling
+            for spelling in spellings
+            if not spelling.startswith("--") or "-" not in spelling.removeprefix("--")
+        ]
         try:
             return super()._format_action_invocation(action)
         finally:
-            action.option_strings = strings
+            action.option_strings = spellings
 
 
 class Sentences(argparse.ArgumentParser):
@@ -72,7 +78,7 @@ class CommandLine(Sentences):
         description: first lines of ``--help``.
         usage: the shortest complete command line.
         foreign: options of other scripts that are none here, with the reason and what to use
-            instead (`refusals.Table`).
+            instead (`constraints.Table`).
     """
 
     def __init__(
@@ -113,11 +119,15 @@ class CommandLine(Sentences):
         """
         flags = self.explicit(argv)
         recipe = self._recipe(find_recipe(flags["config"])) if "config" in flags else {}
-        for one, other in (*alternatives, *((b, a) for a, b in alternatives)):
-            if one in flags and other not in flags:
-                recipe.pop(other, None)
-        for name in ignored(recipe, flags) if ignored else ():
-            recipe.pop(name, None)
+        # A flag is meant to be used: it overrules its alternative in the recipe, in either order.
+        for first, second in alternatives:
+            for option, alternative in ((first, second), (second, first)):
+                if option in flags and alternative not in flags:
+                    recipe.pop(alternative, None)
+        if ignored is not None:
+            for name in ignored(recipe, flags):
+                recipe.pop(name, None)
+        # Flags win over the recipe, and that over the defaults.
         values = {**self.defaults(), **recipe, **flags}
         check(self._fields, values)
         return values, frozenset((*recipe, *flags))
@@ -128,24 +138,26 @@ class CommandLine(Sentences):
 
     def explicit(self, argv: Sequence[str] | None) -> dict[str, Any]:
         """The options that the arguments give, without a recipe's."""
+        # argparse sets no default where an attribute is there already, so None is "not given".
         namespace = argparse.Namespace(**dict.fromkeys(self._fields))
-        _, unknown = self.parse_known_args(argv, namespace)
-        if unknown:
-            word = unknown[0].split("=")[0]
+        _, unknown_words = self.parse_known_args(argv, namespace)
+        if unknown_words:
+            word = unknown_words[0].split("=")[0]
             if not word.startswith("-"):
                 raise UserError(f'unexpected "{word}": put the flag that it belongs to before it.')
             self._refuse(word, self._names())
         return {name: value for name, value in vars(namespace).items() if value is not None}
 
-    def _refuse(self, given: str, names: Mapping[str, str]) -> NoReturn:
+    def _refuse(self, word: str, names: Mapping[str, str]) -> NoReturn:
         """Refuse an option that is none of those, as a flag or as the key of a recipe."""
-        name, dashes = given.lstrip("-").replace("-", "_"), "--" if given[0] == "-" else ""
+        name = word.lstrip("-").replace("-", "_")
+        dashes = "--" if word.startswith("-") else ""
         if name in self._foreign:
             reason, instead = self._foreign[name]
             sentence = f"{dashes}{name} is no option here, since {reason}: {instead}."
             raise UserError(sentence.replace("`", ""))
-        hint = did_you_mean(f"{dashes}{name}", [f"{dashes}{known}" for known in names])
-        raise UserError(f'unknown option "{given}"{hint}: --help lists all of them.')
+        hint = did_you_mean(f"{dashes}{name}", [f"{dashes}{option}" for option in names])
+        raise UserError(f'unknown option "{word}"{hint}: --help lists all of them.')
 
     def _names(self) -> dict[str, str]:
         """Every spelling of an option without its dashes -> the field's name."""
@@ -169,10 +181,17 @@ class CommandLine(Sentences):
         Raises:
             UserError: an unknown option, one that stands twice, a value of the wrong type.
         """
-        names = {n: field for n, field in self._names().items() if n[:3] != "no_" and n != "config"}
-        words, lists = dict[str, str](), dict[str, list[Any] | None]()
+        # A recipe says `center_crop: false`, so it has no use for --no_ forms; nor for recipes.
+        names = {
+            spelling: name
+            for spelling, name in self._names().items()
+            if not spelling.startswith("no_") and spelling != "config"
+        }
+        words: dict[str, str] = {}
+        lists: dict[str, list[Any] | None] = {}
         for key, value in loaded.items():
-            if (name := names.get(key.replace("-", "_"))) is None:
+            name = names.get(key.replace("-", "_"))
+            if name is None:
                 self._refuse(key or '""', names)
             if name in words or name in lists:
                 raise UserError(f'"{key}" gives {name} a second time: keep one of the two.')
@@ -181,25 +200,32 @@ class CommandLine(Sentences):
                 words[name] = texts
             else:
                 lists[name] = texts
-        given = self.explicit([f"--{name}={text}" for name, text in words.items()])
-        return {**given, **{name: texts for name, texts in lists.items() if texts is not None}}
+        # Single values are read as flags are, by the option's own type; lists are texts already.
+        values = self.explicit([f"--{name}={text}" for name, text in words.items()])
+        for name, texts in lists.items():
+            if texts is not None:
+                values[name] = texts
+        return values
 
     def _texts(self, name: str, value: Any) -> str | list[Any] | None:
-        """A value of a recipe as on a command line, or with mappings for an itemized option; None
-        where it is that of nobody's choice.
+        """A value of a recipe as on a command line, or with mappings for an itemized option.
+
+        Returns:
+            None where it is null, as where nobody gives the option.
         """
         field = self._fields[name]
-        itemized, listed = option_of(field).itemized, isinstance(value, list)
-        items = value if isinstance(value, list) else [value]
+        is_itemized = option_of(field).itemized
         takes_list = field.default_factory is not dataclasses.MISSING
         if value is None and field.default is None:
             return None
-        if (listed and not (takes_list or itemized)) or not all(
-            isinstance(item, bool | str)
-            or (itemized and (listed or takes_list) and isinstance(item, dict))
-            for item in items
-        ):
+        is_list = isinstance(value, list)
+        items = value if isinstance(value, list) else [value]
+        # A mapping stands for an item of a list, never for a single value.
+        takes_mappings = is_itemized and (is_list or takes_list)
+        kinds = (bool, str, dict) if takes_mappings else (bool, str)
+        is_readable = all(isinstance(item, kinds) for item in items)
+        if not is_readable or (is_list and not (takes_list or is_itemized)):
             fix = "single values in one list" if takes_list else "a single value"
             raise UserError(f'"{name}" is {quoted(value)}: give {fix}.')
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
-        return texts if takes_list or listed else texts[0]
+        return texts if takes_list or is_list else texts[0]

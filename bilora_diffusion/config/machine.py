@@ -9,6 +9,11 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.fields import TRUE
 
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables in which the kinds of MPI say how many processes there are."""
+OTHER_ENGINES = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+"""Engines of accelerate, by the ends of the variables that turn them on."""
+
 
 def is_installed(package: str) -> bool:
     """Test that a top-level package can be imported, without importing it."""
@@ -33,11 +38,15 @@ def device_type() -> str:
 
 def processes() -> int:
     """Number of processes that train together, as accelerate finds it."""
-    on_cpu = is_on("ACCELERATE_USE_CPU")
-    mpi = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE") if on_cpu else ()
-    together = on_cpu or ("LOCAL_RANK" in os.environ and device_type() != "cpu")
-    sizes = [os.environ[name] for name in (*mpi, "WORLD_SIZE") if name in os.environ]
-    return int(sizes[0]) if sizes and together else 1
+    is_on_cpu = is_on("ACCELERATE_USE_CPU")
+    if not is_on_cpu and ("LOCAL_RANK" not in os.environ or device_type() == "cpu"):
+        return 1
+    # The variables of MPI count on CPUs alone.
+    variables = [*MPI_SIZES, "WORLD_SIZE"] if is_on_cpu else ["WORLD_SIZE"]
+    for variable in variables:
+        if variable in os.environ:
+            return int(os.environ[variable])
+    return 1
 
 
 def is_on(variable: str) -> bool:
@@ -46,31 +55,46 @@ def is_on(variable: str) -> bool:
 
 
 def launch() -> dict[str, Any]:
-    """Facts of `refusals` about accelerate's launch, from its launcher's variables."""
-
-    def word(name: str) -> str:
-        return os.environ.get(name, "no").upper()
-
-    compiled = word("ACCELERATE_DYNAMO_BACKEND") not in ("", "NO")
-    engine, bad = "DDP", dict[str, bool]()
+    """Facts of `constraints` about accelerate's launch, from its launcher's variables."""
+    is_compiled = _variable("ACCELERATE_DYNAMO_BACKEND") not in ("", "NO")
+    engine = "DDP"
+    fsdp_setting = None
     if is_on("ACCELERATE_USE_FSDP"):
         engine = "FSDP on CPUs" if device_type() == "cpu" else "FSDP"
         if engine == "FSDP" and os.environ.get("FSDP_VERSION") == "2":
-            names = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
-            engine, bad = "FSDP2", {name: is_on(name) for name in names}
-            bad |= {
-                "FSDP_IGNORED_MODULES": "FSDP_IGNORED_MODULES" in os.environ,
-                "SIZE_BASED_WRAP": word("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP",
-                "ACCELERATE_DYNAMO_BACKEND": compiled,
-            }
-    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
+            engine = "FSDP2"
+            fsdp_setting = _unsuited_fsdp_setting(is_compiled)
+    # Each of these replaces DDP and FSDP.
+    for name in OTHER_ENGINES:
         if is_on(f"ACCELERATE_USE_{name}"):
             engine = name
     if importlib.util.find_spec("torch_xla"):
         engine = "XLA"
-    setting = next((name for name, given in bad.items() if given), None)
-    alone = "LOCAL_RANK" not in os.environ
-    return {"engine": engine, "fsdp_setting": setting, "compiled": compiled, "alone": alone}
+    return {
+        "engine": engine,
+        "fsdp_setting": fsdp_setting,
+        "compiled": is_compiled,
+        "alone": "LOCAL_RANK" not in os.environ,
+    }
+
+
+def _unsuited_fsdp_setting(is_compiled: bool) -> str | None:
+    """The first setting of FSDP2 that splits or moves more than frozen layers, if any."""
+    is_set = {
+        "FSDP_OFFLOAD_PARAMS": is_on("FSDP_OFFLOAD_PARAMS"),
+        "FSDP_ACTIVATION_CHECKPOINTING": is_on("FSDP_ACTIVATION_CHECKPOINTING"),
+        "FSDP_IGNORED_MODULES": "FSDP_IGNORED_MODULES" in os.environ,
+        "SIZE_BASED_WRAP": _variable("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP",
+        "ACCELERATE_DYNAMO_BACKEND": is_compiled,
+    }
+    for name, value in is_set.items():
+        if value:
+            return name
+    return None
+
+
+def _variable(name: str) -> str:
+    return os.environ.get(name, "no").upper()
 
 
 def default_precision() -> str:
@@ -78,16 +102,17 @@ def default_precision() -> str:
 
     ``accelerate launch`` says "no" where nobody chose, so "no" counts as not given.
     """
-    given = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if given in ("fp16", "bf16"):
-        return given
-    if given != "no":
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision in ("fp16", "bf16"):
+        return precision
+    if precision != "no":
         raise UserError(
-            f'accelerate is set to mixed precision "{given}", which training does not have:'
+            f'accelerate is set to mixed precision "{precision}", which training does not have:'
             " give --mixed_precision bf16, fp16 or no."
         )
     if device_type() != "cuda":
         return "no"
+    # Emulated bf16, on cards before Ampere, is slower than fp16.
     import torch
 
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..core.fields import Idle, option, unless
+from ..core.fields import IgnoredCase, option, unless
 from ..core.values import (
     BATCHES,
     DECAYS,
@@ -14,19 +14,25 @@ from ..core.values import (
     STEPS,
     Range,
 )
+from . import machine
 
 PRECISIONS = ("no", "fp16", "bf16")
 LR_SCHEDULERS = (
-    *("constant", "constant_with_warmup"),
-    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
 )
+# Cases in which options have no effect.
 ON_OTHERS = unless("optimizer", "prodigy", "on another optimizer")
-AT_A_CONSTANT_RATE = Idle(
+AT_A_CONSTANT_RATE = IgnoredCase(
     lambda v: v["lr_scheduler"] == "constant",
     "on a constant learning rate",
     "use `--lr_scheduler constant_with_warmup` or drop it",
 )
-FOR_FIT: Any = {"free": True, "idle": (unless("fit", True, "without a search"),)}
+FOR_FIT: Any = {"free": True, "ignored": (unless("fit", True, "without a search"),)}
 WITHOUT_UPLOAD = unless("push_to_hub", True, "without an upload")
 
 
@@ -36,6 +42,7 @@ class StepOptions:
 
     section: ClassVar[str] = "steps and precision"
 
+    # Random numbers and the size of a step.
     seed: int = option(
         0,
         "Seed of everything random: data, noise, adapters, images.",
@@ -52,6 +59,8 @@ class StepOptions:
         "Forward passes of one optimizer step; 1 where only --train_batch_size is given.",
         range=Range(65_536, "one step would take so many forward passes", at_least=1),
     )
+    # Length of the run. Without either the script's own default holds: `image.derived` for steps,
+    # `text.config` for epochs.
     max_train_steps: int | None = option(
         None,
         "Optimizer steps in all. Default: 500, unless --num_train_epochs is given.",
@@ -62,8 +71,8 @@ class StepOptions:
         "Passes over the images, or over the class images where these are more; not beside"
         " --max_train_steps.",
         range=Range(10**6, "no run sees its data more often", at_least=1),
-        idle=(
-            Idle(
+        ignored=(
+            IgnoredCase(
                 lambda v: v["max_train_steps"] is not None,
                 "beside the number of steps, which counts",
                 "drop `--max_train_steps` or the epochs",
@@ -77,6 +86,7 @@ class StepOptions:
             1e30, "norms in 32 bits end there; it clips nothing far below already", above=0
         ),
     )
+    # Derived: `default_mixed_precision`.
     mixed_precision: str = option(
         None,
         "Precision of the frozen weights and of the arithmetic. Default: what accelerate launch"
@@ -84,18 +94,25 @@ class StepOptions:
         " no elsewhere.",
         choices=PRECISIONS,
     )
+    # Derived for images: `image.derived.default_gradient_checkpointing`.
     gradient_checkpointing: bool = option(
         None,
         "Compute activations twice to save memory. Default: on for CUDA from 512 pixels on.",
         free=True,
     )
     allow_tf32: bool = option(False, "Let CUDA multiply fp32 matrices in TF32.", free=True)
+    # Read by no code here: a constraint refuses it where the launcher's variable is missing.
     local_rank: int = option(
         -1,
         "Set by old launchers; accelerate and torchrun say it by the variable LOCAL_RANK.",
         range=Range(10**6, "launchers count processes from 0"),
         free=True,
     )
+
+
+def default_mixed_precision(options: StepOptions) -> str:
+    """What accelerate's launcher was told, else what the device is best at."""
+    return machine.default_precision()
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,7 @@ class StoppingOptions:
         "Choose rate, rank, method, steps by paired runs on folds or a held-out set, then train.",
         free=True,
     )
+    # The search of --fit.
     fit_space: str | None = option(
         None,
         "YAML file of what --fit searches: option -> values. Default: rates, ranks, methods.",
@@ -159,31 +177,34 @@ class OptimizerOptions:
 
     section: ClassVar[str] = "optimizer"
 
+    # Derived for Prodigy: `rates.default_learning_rate`.
     learning_rate: float = option(2e-4, "Learning rate; 1.0 by default for prodigy.", range=RATES)
     scale_lr: bool = option(
         False,
-        "Multiply --learning_rate, and --auxiliary_learning_rate where it is given, by batch size,"
-        " accumulation and processes; --text_encoder_lr stays.",
+        "Multiply --learning_rate and --auxiliary_learning_rate by batch size, accumulation and"
+        " processes; --text_encoder_lr stays.",
     )
+    # The schedule of all rates.
     lr_scheduler: str = option("constant", "Course of the learning rate.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int | None = option(
         0,
         "Steps in which it rises from 0; not for constant.",
         range=STEPS.or_zero,
-        idle=(AT_A_CONSTANT_RATE,),
+        ignored=(AT_A_CONSTANT_RATE,),
     )
     lr_num_cycles: int = option(
         1,
         "Cycles of cosine_with_restarts.",
         range=STEPS,
-        idle=(unless("lr_scheduler", "cosine_with_restarts", "on this course of the rate"),),
+        ignored=(unless("lr_scheduler", "cosine_with_restarts", "on this course of the rate"),),
     )
     lr_power: float = option(
         1.0,
         "Power of polynomial.",
         range=Range(100, "the rate would fall to 0 within the first steps", above=0),
-        idle=(unless("lr_scheduler", "polynomial", "on this course of the rate"),),
+        ignored=(unless("lr_scheduler", "polynomial", "on this course of the rate"),),
     )
+    # The optimizer, whose name is put into lower case, and its moments.
     optimizer: str = option(
         "AdamW",
         "AdamW, adamw8bit or prodigy, in upper or lower case (docs/guide.md says which for what).",
@@ -191,7 +212,7 @@ class OptimizerOptions:
     use_8bit_adam: bool = option(
         False,
         "The same as --optimizer adamw8bit.",
-        idle=(unless("optimizer", "adamw", "on another optimizer"),),
+        ignored=(unless("optimizer", "adamw", "on another optimizer"),),
     )
     adam_beta1: float = option(0.9, "First beta.", range=SHARES)
     adam_beta2: float = option(0.999, "Second beta.", range=SHARES)
@@ -201,22 +222,23 @@ class OptimizerOptions:
         range=Range(1e3, "the optimizer would hardly move anything", above=0),
     )
     adam_weight_decay: float = option(1e-4, "Weight decay of the adapters.", range=DECAYS)
+    # Of Prodigy alone.
     prodigy_beta3: float | None = option(
         None,
         "Beta of Prodigy's step size estimate. Default: the square root of the second beta.",
-        idle=(ON_OTHERS,),
+        ignored=(ON_OTHERS,),
         range=SHARES,
     )
     prodigy_decouple: bool = option(
-        True, "Decay weights apart from the gradient, as AdamW does.", idle=(ON_OTHERS,)
+        True, "Decay weights apart from the gradient, as AdamW does.", ignored=(ON_OTHERS,)
     )
     prodigy_use_bias_correction: bool = option(
-        True, "Correct Prodigy's averages for their start.", idle=(ON_OTHERS,)
+        True, "Correct Prodigy's averages for their start.", ignored=(ON_OTHERS,)
     )
     prodigy_safeguard_warmup: bool = option(
         True,
         "Keep the learning rate out of Prodigy's estimate while it warms up.",
-        idle=(ON_OTHERS,),
+        ignored=(ON_OTHERS,),
     )
 
 
@@ -227,6 +249,7 @@ class OutputOptions:
     section: ClassVar[str] = "output"
     free: ClassVar[bool] = True
 
+    # The run folder and its checkpoints.
     output_dir: str = option("lora-dreambooth-model", "Folder of the run.", place=True)
     overwrite_output_dir: bool = option(False, "Replace the run that the folder holds.")
     checkpointing_steps: int = option(
@@ -242,6 +265,7 @@ class OutputOptions:
         "Continue a run: latest, auto (latest if there is one), or a checkpoint's name or folder.",
         place=True,
     )
+    # What is recorded beside losses.
     log_dynamics: bool = option(
         False,
         "Record how the adapters move, for python -m eval.dynamics (Figs. 2, A2, A4): the factors"
@@ -251,13 +275,15 @@ class OutputOptions:
         None,
         "Record them every so many steps. Default: about 40 times in all.",
         range=STEPS,
-        idle=(unless("log_dynamics", True, "on a run that records none"),),
+        ignored=(unless("log_dynamics", True, "on a run that records none"),),
     )
+    # Without training.
     dry_run: bool = option(
         False,
         "Only check the options, and say what would be trained and what memory that takes; of a"
         " model no weights are read or downloaded, and nothing is written.",
     )
+    # Trackers and the hub. Derived where TensorBoard is missing: `default_report_to`.
     logging_dir: str = option("logs", "Folder of the trackers' logs, within the run folder.")
     report_to: str = option(
         "tensorboard",
@@ -266,10 +292,10 @@ class OutputOptions:
     )
     push_to_hub: bool = option(False, "Upload the run folder to the hub at the end.")
     hub_token: str | None = option(
-        None, "Token for the upload; it is never written down.", idle=(WITHOUT_UPLOAD,)
+        None, "Token for the upload; it is never written down.", ignored=(WITHOUT_UPLOAD,)
     )
     hub_model_id: str | None = option(
-        None, "Repository to upload to. Default: the folder's name.", idle=(WITHOUT_UPLOAD,)
+        None, "Repository to upload to. Default: the folder's name.", ignored=(WITHOUT_UPLOAD,)
     )
     config: str | None = option(
         None,
@@ -277,3 +303,8 @@ class OutputOptions:
         " flux2_klein; options on the command line win.",
         place=True,
     )
+
+
+def default_report_to(options: OutputOptions) -> str:
+    """The declared tracker, TensorBoard, where it is installed."""
+    return options.report_to if machine.is_installed(options.report_to) else "none"

@@ -16,77 +16,85 @@ import yaml
 from ..core.errors import UserError, did_you_mean, reason
 from ..core.files import (
     is_file,
-    is_text,
     quoted,
     read_text,
 )
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 """The repository's recipes, which an installed package brings along."""
-MOST_BYTES = 200_000
-MOST_LETTERS = 200
+MAX_BYTES = 200_000
+MAX_KEY_LETTERS = 200
 """Of a key: an option of a recipe, or the label of a variant."""
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
 def find_recipe(name: str) -> Path:
     """The file that ``--config`` names: a path, or one of `RECIPES` such as t5_base/mrpc."""
-    path, packaged = Path(name), RECIPES / f"{name}.yaml"
+    path = Path(name)
+    # A file wins over a recipe of its name; a path that is none is refused where it is read.
     if is_file(path) or path.is_absolute() or path.suffix:
         return path
-    if is_file(packaged):
-        return packaged
-    known = [
-        file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.rglob("*.yaml")
-    ]
+    packaged_path = RECIPES / f"{name}.yaml"
+    if is_file(packaged_path):
+        return packaged_path
+    names = [file.relative_to(RECIPES).with_suffix("").as_posix() for file in recipe_files()]
+    top_names = sorted(recipe for recipe in names if "/" not in recipe)
     raise UserError(
-        f"--config {quoted(name)} is neither a file nor a recipe{did_you_mean(name, known)}: give a"
-        f" path or one of {', '.join(sorted(n for n in known if '/' not in n))}."
+        f"--config {quoted(name)} is neither a file nor a recipe{did_you_mean(name, names)}: give a"
+        f" path or one of {', '.join(top_names)}."
     )
 
 
-def read_options(path: Path, what: str, flag: str) -> Any:
+def recipe_files() -> list[Path]:
+    """All of `RECIPES`."""
+    return list(RECIPES.rglob("*.yaml"))
+
+
+def read_options(path: Path, label: str, flag: str) -> Any:
     """The content of a YAML file: mappings, lists, texts, True, False and None.
 
     Args:
         path: the file.
-        what: it in the user's words, for messages.
+        label: it in the user's words, for messages.
         flag: the option that names it.
 
     Raises:
         UserError: no regular file, too large, no text, no YAML, or YAML that is more than options.
     """
-    text = read_text(path, f"{what} of {flag}", MOST_BYTES)
+    text = read_text(path, f"{label} of {flag}", MAX_BYTES)
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError as error:
-        raise UserError(f"{what} is nested too deeply: flatten it.") from error
+        raise UserError(f"{label} is nested too deeply: flatten it.") from error
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{what} can't be read ({line}{error.problem}): correct it.") from error
+        raise UserError(f"{label} can't be read ({line}{error.problem}): correct it.") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # an escape beyond all range
-        raise UserError(f"{what} is not valid YAML ({reason(error)}): correct it.") from error
+        raise UserError(f"{label} is not valid YAML ({reason(error)}): correct it.") from error
 
 
 class _Loader(yaml.BaseLoader):
     """PyYAML's loader that leaves values text, without the parts that options have no use for."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        # Aliases of aliases can grow to gigabytes, and a tag could name a Python object.
         event = self.peek_event()
         if event.anchor is not None or getattr(event, "tag", None) is not None:
             raise _invalid("an anchor, an alias or a tag, or a text like one without quotes", event)
         return super().compose_node(parent, index)
 
     def construct_scalar(self, node: Any) -> Any:
-        plain = node.style is None and node.value in _WORDS
-        return _WORDS[node.value] if plain else _text(node)
+        # A word in quotes is text.
+        is_word = node.style is None and node.value in _WORDS
+        return _WORDS[node.value] if is_word else _text(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         values: dict[str, Any] = {}
         for key, value in node.value:
-            if (name := _text(key)) in values:
+            name = _text(key)
+            if name in values:
                 raise _invalid(f"{quoted(name)} a second time", key)
-            if len(name) > MOST_LETTERS:
+            if len(name) > MAX_KEY_LETTERS:
                 raise _invalid(f"a key of {len(name)} letters", key)
             values[name] = self.construct_object(value)
         return values
@@ -94,7 +102,7 @@ class _Loader(yaml.BaseLoader):
 
 def _text(node: Any) -> str:
     text = node.value  # of a list or a mapping it is one of nodes
-    if not isinstance(text, str) or "\0" in text or not is_text(text):
+    if not isinstance(text, str):
         raise _invalid("no text where one is expected", node)
     return text
 

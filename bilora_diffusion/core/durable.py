@@ -1,4 +1,4 @@
-"""Files that survive a crash: written aside, flushed, then renamed into place; and full disks.
+"""Files that survive a crash: written aside, flushed, then renamed into place.
 
 `replacing` is the one way to write a file whole; `write_text` and `write_bytes` are it for what is
 in memory.
@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp-"  # prefix of everything that is not finished, or is being deleted
-FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-FULL_IN_WORDS = os.strerror(errno.ENOSPC)
 
 
 def sync(path: Path) -> None:
@@ -58,19 +56,6 @@ def write_bytes(path: Path, data: bytes) -> None:
         aside.write_bytes(data)
 
 
-def overwrite_text(path: Path, text: str) -> None:
-    """Write ``text`` into the room that ``path`` has, where a full disk has none for a second file;
-    raises OSError if it is longer.
-    """
-    data = text.encode("utf-8")
-    with open(path, "r+b", buffering=0) as file:
-        if len(data) > os.fstat(file.fileno()).st_size:
-            raise OSError(errno.ENOSPC, FULL_IN_WORDS, str(path))
-        file.write(data)
-        file.truncate()
-        os.fsync(file.fileno())
-
-
 def readable_as(pattern: Path, *paths: Path) -> None:
     """Give files the permissions of one that was written by ``open``.
 
@@ -108,9 +93,9 @@ def strict_json(value: Any) -> tuple[Any, bool]:
     Tuples become lists, ``os.PathLike`` strings, 0-d tensors and NumPy scalars numbers. Raises
     TypeError for anything else.
     """
-    odd: list[str] = []
+    constants: list[str] = []  # NaN and infinities
     text = json.dumps(value, default=_plain)
-    return json.loads(text, parse_constant=odd.append), bool(odd)  # `append` gives None
+    return json.loads(text, parse_constant=constants.append), bool(constants)  # `append` gives None
 
 
 def _plain(value: Any) -> Any:
@@ -128,51 +113,14 @@ def dump_json(value: Any) -> str:
 
 def disk_is_full(error: BaseException) -> bool:
     """Test that an exception, or one that it came from, says that a disk or a quota is full."""
-    current: BaseException | None = error
+    cause: BaseException | None = error
     for _ in range(100):  # causes may run in a circle
-        if current is None:
+        if cause is None:
             break
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
         # safetensors says it in words only
-        if type(current).__name__ == "SafetensorError" and FULL_IN_WORDS in str(current):
+        if type(cause).__name__ == "SafetensorError" and os.strerror(errno.ENOSPC) in str(cause):
             return True
-        if isinstance(current, OSError) and current.errno in FULL:
-            return True
-        current = current.__cause__ or current.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
-
-
-def free_bytes(path: Path) -> int | None:
-    """Free bytes where ``path`` is or would be made; None where the system does not say."""
-    path = Path(path).absolute()
-    try:
-        place = next(place for place in (path, *path.parents) if place.exists())
-        return shutil.disk_usage(place).free
-    except OSError:
-        return None
-
-
-def bytes_for_people(count: float) -> str:
-    """Bytes for people, such as "1.5 GB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def full_disk_sentence(
-    error: BaseException, folder: Path | None = None, needed: int | None = None
-) -> str:
-    """Say that the disk is full, where (by default where the exception says), and how much of the
-    bytes that are ``needed`` is missing.
-    """
-    named = getattr(error, "filename", None)
-    place = folder or (Path(os.fsdecode(named)) if named else None)
-    if place is None:
-        return "the disk is full: make room and give the same command again"
-    left = free_bytes(place)
-    there = "" if left is None else f" ({bytes_for_people(left)} are left)"
-    missing = None if needed is None or left is None else max(needed - left, 0)
-    want = f"about {bytes_for_people(missing)} more" if missing else "room"
-    how = "give the same command again" if needed is None else "--resume_from_checkpoint latest"
-    return f"the disk that holds {place} is full{there}: make {want} and go on with {how}"

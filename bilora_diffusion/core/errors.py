@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from .durable import disk_is_full, full_disk_sentence
+from .durable import disk_is_full
 
 RANKS = ("RANK", "LOCAL_RANK")
 MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -75,9 +75,9 @@ def placed(place: str) -> Iterator[None]:
         raise UserError(f"{place}{error}") from error
 
 
-def reading(what: str, fix: str, load: Callable[[], T]) -> T:
-    """Read a part of a model, or a file, by ``load``, with what it raises `translated`."""
-    with translated(f"{what} can't be read", fix):
+def reading(subject: str, fix: str, load: Callable[[], T]) -> T:
+    """Read a part of a model, or a file, by ``load``, with its errors `translated`."""
+    with translated(f"{subject} can't be read", fix):
         return load()
 
 
@@ -134,7 +134,7 @@ def run_cli(main: Callable[[], None]) -> int:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 141
         if disk_is_full(error):
-            _say(full_disk_sentence(error))
+            _say("the disk is full: make room and give the same command again")
             return _ended(error, 2)
         trace = getattr(error, TRACE, None) or keep_trace(error)
         _say(f"{unexpected(error)}; the trace is in {trace}")

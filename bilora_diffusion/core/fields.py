@@ -23,7 +23,7 @@ FALSE = ("no", "false", "f", "n", "off", "0")
 
 
 @dataclass(frozen=True)
-class Idle:
+class IgnoredCase:
     """A case in which an option has no effect: it is then named in one line and ignored."""
 
     when: Callable[[Mapping[str, Any]], bool]  # whether it has none, from all options' values
@@ -32,10 +32,10 @@ class Idle:
     becomes: str | None = None  # the option whose value it takes then; None for its default
 
 
-def unless(name: str, value: Any, where: str) -> Idle:
+def unless(name: str, value: Any, where: str) -> IgnoredCase:
     """No effect unless another option has one value."""
     fix = f"add `--{name}`" if value is True else f"use `--{name} {value}`"
-    return Idle(lambda values: values[name] != value, where, f"{fix} or drop it")
+    return IgnoredCase(lambda values: values[name] != value, where, f"{fix} or drop it")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Option:
     """Metadata of a field under "option"."""
 
     help: str  # one or two sentences for ``--help``
-    idle: tuple[Idle, ...] = ()  # where it has no effect
+    ignored: tuple[IgnoredCase, ...] = ()  # where it has no effect
     range: Range | None = None  # the numbers that it may be
     place: bool = False  # it may name a file or a folder
     free: bool = False  # a resumed run may change it: it touches at most the last digits

@@ -1,4 +1,5 @@
-"""Files that others wrote, texts and tables: read whole, or refused in one sentence.
+"""Files that others wrote, texts and tables: read whole, or refused in one sentence. And words of
+such sentences: numbers with their nouns, bytes, durations.
 
 Rows keep the types and the line that they have in the file, as pandas would not.
 """
@@ -10,13 +11,14 @@ import errno
 import io
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, translated
 
 LETTERS = 80
 """Letters that a sentence quotes of a wrong text."""
@@ -24,14 +26,19 @@ MOST_BYTES = 2_000_000_000
 """Of a table; it is read into memory."""
 COLUMNS = 20
 """Columns that a sentence lists at most."""
+ROOT = Path(__file__).resolve().parents[2]
+"""The repository, or the folder into which the package is installed."""
+# A path follows no letter, but for the schemes of models in a folder (``hf:FOLDER``): another word
+# before a colon may begin an address.
+_PATH_START = r"(?:(?<![\w./:~-])|(?<=\bopen_clip:)|(?<=\bhf:)|(?<=\bblip:))"
+_PATH_LETTERS = r"[^\s'\"<>|:,;()\[\]]"
+_ABSOLUTE_PATH = re.compile(rf"{_PATH_START}~?/(?:{_PATH_LETTERS}+/)*((?:(?!/){_PATH_LETTERS})+)/?")
 Rows = list[tuple[str, dict[str, Any]]]
 """The rows of a table, each with what to call it in messages: "line 3 of answers.csv"."""
 
 
 is_file, is_folder = os.path.isfile, os.path.isdir
-"""Tests for a file that has an end, not a device, pipe or socket, and for a folder. Unlike Path's
-they are False for what can be no path, such as a name that is too long or has a NUL.
-"""
+"""Tests for a regular file and for a folder; False for what can be no path, where Path's raise."""
 
 
 def finite(path: Path) -> Path:
@@ -48,14 +55,14 @@ def read_text(path: Path, name: str, most_bytes: int) -> str:
     """The text of a file in UTF-8, without its byte order mark.
 
     Raises:
-        UserError: no file, no end to it, more than ``most_bytes``, or no text; it calls the file
-            ``name``, and names the first line that is not.
+        UserError: no regular file, more than ``most_bytes``, or no text; it calls the file
+            ``name``, and names the first line that is not UTF-8.
     """
     if not is_file(path):
-        there = "a folder" if is_folder(path) else "no regular file"
-        raise UserError(
-            f"{name} is {there if os.path.exists(path) else 'not there'}: give a text file."
-        )
+        kind = "not there"
+        if os.path.exists(path):
+            kind = "a folder" if is_folder(path) else "no regular file"
+        raise UserError(f"{name} is {kind}: give a text file.")
     try:
         with path.open("rb") as file:
             content = file.read(most_bytes + 1)
@@ -67,14 +74,13 @@ def read_text(path: Path, name: str, most_bytes: int) -> str:
             " several, or check that it is the right file."
         )
     try:
-        text, place, what = content.decode("utf-8-sig"), content.find(b"\0"), "has a NUL"
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        content, place = error.object, error.start
-        text, what = "", f"is not UTF-8 (byte {content[place]:#04x})"
-    if place >= 0:
-        line = content.count(b"\n", 0, place) + 1
-        raise UserError(f"line {line} of {name} {what}: save the whole file as UTF-8.")
-    return text
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"line {line} of {name} is not UTF-8 (byte {error.object[error.start]:#04x}): save the"
+            " whole file as UTF-8."
+        ) from error
 
 
 def is_text(value: str) -> bool:
@@ -87,7 +93,6 @@ def is_text(value: str) -> bool:
 def quoted(value: object) -> str:
     """A wrong value for a sentence: printable, on one line, and not longer than that takes."""
     text = " ".join(str(value).split()).encode("utf-8", "backslashreplace").decode()
-    text = text.replace("\0", "\\0")
     return f'"{text if len(text) <= LETTERS else text[: LETTERS - 3] + "..."}"'
 
 
@@ -102,16 +107,16 @@ def folder_or_id(value: str, option: str) -> Path | None:
     path = Path(value).expanduser()
     if is_folder(path):
         return path
-    shown = f"{option} {quoted(value)}"
+    named_value = f"{option} {quoted(value)}"
     if os.path.exists(path):
-        raise UserError(f"{shown} is a file: give a folder or a hub id.")
+        raise UserError(f"{named_value} is a file: give a folder or a hub id.")
     if value.startswith((".", "/", "~")) or "\\" in value or value.count("/") > 1:
-        raise UserError(f"{shown} does not exist: correct the path, or give a hub id.")
+        raise UserError(f"{named_value} does not exist: correct the path, or give a hub id.")
     try:
         validate_repo_id(value)
     except HFValidationError as error:
         raise UserError(
-            f"{shown} is neither a folder here nor a possible hub id: correct it."
+            f"{named_value} is neither a folder here nor a possible hub id: correct it."
         ) from error
     return None
 
@@ -156,13 +161,44 @@ def require_column(column: str, columns: Iterable[str], option: str, name: str) 
 
 def listed(columns: Sequence[str]) -> str:
     """Names of columns for a sentence, not more than it can hold."""
-    shown = [quoted(column).strip('"') for column in columns[:COLUMNS]]
-    return ", ".join([*shown, *(["..."] if len(columns) > COLUMNS else [])])
+    names = [quoted(column).strip('"') for column in columns[:COLUMNS]]
+    if len(columns) > COLUMNS:
+        names.append("...")
+    return ", ".join(names)
 
 
 def counted(count: int | str, noun: str) -> str:
     """A number, or its text, with a noun that has a plural in s: "1 image", "2 images"."""
     return f"{count} {noun}" if str(count) == "1" else f"{count} {noun}s"
+
+
+def bytes_for_people(count: float) -> str:
+    """Bytes for people, such as "1.5 GB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: "48 s", "3 min 12 s", "2 h 5 min"."""
+    minutes, full_seconds = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{full_seconds} s"
+    if minutes < 60:
+        return f"{minutes} min {full_seconds} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def without_paths(text: str) -> str:
+    """``text`` for others: each absolute path cut to its place in this repository, or to its last
+    name.
+    """
+    for root in (ROOT, Path.cwd()):
+        if root != Path(root.anchor):
+            text = text.replace(f"{root}/", "")
+    return _ABSOLUTE_PATH.sub(r"\1", text)
 
 
 def kind_of(value: object) -> str:
@@ -233,17 +269,10 @@ def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet(path: Path, name: str) -> Rows:
-    import pyarrow
     from pyarrow import parquet
 
-    # Damaged pages, texts that are not UTF-8, dates that Python does not have, two columns of one
-    # name: Arrow has an exception for each, and derives most of them from Python's.
-    errors = (OSError, ArithmeticError, LookupError, TypeError, ValueError)
-    try:
+    with translated(f"{name} can't be read as Parquet", "save it anew"):
         rows = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, *errors) as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} can't be read as Parquet ({text}): save it anew.") from error
     return [(f"row {number} of {name}", row) for number, row in enumerate(rows, start=1)]
 
 

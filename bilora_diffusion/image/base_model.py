@@ -12,7 +12,7 @@ from typing import Any
 from ..core.errors import UserError, reading
 from ..core.files import folder_or_id
 from ..mini import PIPELINES
-from .families import SDXL, named
+from .families import SDXL, family_class
 
 FLAG = "--pretrained_model_name_or_path"
 ANOTHER = f"give another {FLAG}"
@@ -42,7 +42,7 @@ class BaseModel:
     @property
     def family(self) -> Any:
         """Facts of its kind, a `families.base.Family`."""
-        return named(self.pipeline, self.name)()
+        return family_class(self.pipeline, self.name)()
 
     @property
     def predicts_noise(self) -> bool:
@@ -82,7 +82,7 @@ def describe(name: str, revision: str | None = None, cache_dir: str | None = Non
     places = {"revision": revision, "cache_dir": cache_dir}
     load = partial(_read, name, folder, **places)
     index = load("model_index.json")
-    family = named(str(index.get("_class_name")), f"{FLAG} {name}")()
+    family = family_class(str(index.get("_class_name")), f"{FLAG} {name}")()
     tokenizers = {part.replace("text_encoder", "tokenizer") for part in family.encoders}
     needed = sorted((set(family.parts) | tokenizers) - family.optional)
     for part in needed:

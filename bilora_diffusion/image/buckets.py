@@ -12,18 +12,18 @@ Size = tuple[int, int]
 AUTO = "auto"
 MULTIPLE = 16
 """Pixels that divide every side: a latent has 8, and most transformers see two by two of them."""
-MOST_ELONGATED = 2.0
-"""Most by which one side of an automatic bucket is longer than the other."""
+MAX_ASPECT_RATIO = 2.0
+"""Of the longer side of an automatic bucket to the shorter."""
 
 
 def sizes(side: int, buckets: str | None) -> list[Size]:
     """The sizes that a run's images are cut to; the square of ``--resolution`` alone by default."""
     if buckets is None:
         return [(side, side)]
-    return around(side) if buckets == AUTO else read(buckets)
+    return sizes_around(side) if buckets == AUTO else read_sizes(buckets)
 
 
-def read(text: str) -> list[Size]:
+def read_sizes(text: str) -> list[Size]:
     """Sizes as diffusers' scripts take them: "height,width;height,width"."""
     sizes = []
     for part in text.split(";"):
@@ -37,29 +37,36 @@ def read(text: str) -> list[Size]:
         if not height or not width or height % MULTIPLE or width % MULTIPLE:
             raise UserError(
                 f'"{part}" of --aspect_ratio_buckets has a side that is not a multiple of'
-                f" {MULTIPLE}: give {_near(height)},{_near(width)}."
+                f" {MULTIPLE}: give {nearest_multiple(height)},{nearest_multiple(width)}."
             )
         sizes.append((height, width))
     return list(dict.fromkeys(sizes))
 
 
-def around(side: int) -> list[Size]:
+def sizes_around(side: int) -> list[Size]:
     """The square of a side, and sizes up to 1:2 and 2:1 with no more pixels than it, in steps of
     a sixteenth of the side, in the manner of Stable Diffusion XL (Appendix I of
     https://arxiv.org/abs/2307.01952).
     """
     step = max(MULTIPLE, side // 16 // MULTIPLE * MULTIPLE)
-    long = range(side, int(side * math.sqrt(MOST_ELONGATED)) + step, step)
-    tall = {(height, side * side // height // step * step) for height in long}
-    tall = {size for size in tall if size[1] and size[0] <= MOST_ELONGATED * size[1]}
-    return sorted({(side, side)} | tall | {(width, height) for height, width in tall})
+    buckets = {(side, side)}
+    for long in range(side, int(side * math.sqrt(MAX_ASPECT_RATIO)) + step, step):
+        short = side * side // long // step * step
+        if short and long <= MAX_ASPECT_RATIO * short:
+            buckets |= {(long, short), (short, long)}
+    return sorted(buckets)
 
 
 def nearest(size: Size, sizes: Sequence[Size]) -> Size:
     """The bucket whose shape is most like an image's; of several the largest."""
-    shape = math.log(size[0] / size[1])
-    return min(sizes, key=lambda s: (round(abs(math.log(s[0] / s[1]) - shape), 6), -s[0] * s[1], s))
+
+    def rank(bucket: Size) -> tuple[float, int, Size]:
+        # Shapes differ by the logarithm of their aspect ratios: tall and wide count the same.
+        difference = math.log(bucket[0] / bucket[1]) - math.log(size[0] / size[1])
+        return round(abs(difference), 6), -bucket[0] * bucket[1], bucket
+
+    return min(sizes, key=rank)
 
 
-def _near(side: int) -> int:
+def nearest_multiple(side: int) -> int:
     return max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,9 +16,21 @@ from ..run.card import is_hub_id, loaded_from, source, write_card
 from ..run.record import BY_CONCEPT
 from . import comfy
 from .config import DreamBoothConfig
+from .validation import INDEX, read_index, step_folder
 
 MEASURED = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
 OURS = {MINI: "bilora_diffusion's miniature", FLOW: "bilora_diffusion's mini-flow"}
+
+
+def _gallery(folder: Path, step: int, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Prompt and address of each validation image of a step."""
+    images_folder = step_folder(folder, step)
+    gallery = []
+    for image in read_index(images_folder / INDEX, config):
+        file = images_folder / image.file
+        if file.is_file():
+            gallery.append((image.prompt, quote(file.relative_to(folder).as_posix())))
+    return gallery
 
 
 def write_dreambooth_card(
@@ -27,25 +40,26 @@ def write_dreambooth_card(
     figures and, under "export", what was found of each model.
     """
     base = source(cfg.pretrained_model_name_or_path)
-    sources = [source(own.source) for own in cfg.each]
-    whole, flow = methods.get(cfg.method).exports_weights, cfg.family.flow
+    sources = [source(concept.source) for concept in cfg.each]
+    exports_models, is_flow = methods.get(cfg.method).exports_weights, cfg.family.flow
     step = results.get("best_step", results["steps"])
-    files = sorted((folder / "validation" / f"step-{step}").glob("*.png"))
     prompts = cfg.sampled_prompts
-    if len(files) != len(prompts):  # they are of an earlier setting of a resumed run
-        files = prompts = []
-    urls = [quote(file.relative_to(folder).as_posix()) for file in files]
-    gallery = list(zip(prompts, urls, strict=True))
-    words = [own.trigger_word or own.instance_prompt for own in cfg.each]
+    gallery = _gallery(folder, step, vars(cfg))
+    if [prompt for prompt, _ in gallery] != prompts:  # of an earlier setting of a resumed run
+        gallery, prompts = [], []
+    words = [concept.trigger_word or concept.instance_prompt for concept in cfg.each]
     triggers = list(dict.fromkeys(filter(None, words)))
+    instance_prompts = [concept.instance_prompt for concept in cfg.each]
     workflow = workflow_file_name(folder)
     vae = cfg.pretrained_vae_model_name_or_path
-    concepts = [own.concept for own in cfg.each if own.concept]
-    measured = MEASURED | {f"held-out loss of {name}": f"{BY_CONCEPT}{name}" for name in concepts}
+    metrics = dict(MEASURED)
+    for concept in cfg.concepts:
+        name = concept["concept"]
+        metrics[f"held-out loss of {name}"] = f"{BY_CONCEPT}{name}"
     tags = ["text-to-image", "diffusers"]
-    tags += ["full-fine-tuning"] if whole else ["lora", "template:sd-lora"]
+    tags += ["full-fine-tuning"] if exports_models else ["lora", "template:sd-lora"]
     # The miniature has SDXL's architecture, but its weights fit nothing else.
-    if base not in PIPELINES and not flow:
+    if base not in PIPELINES and not is_flow:
         tags += ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
     write_card(
         vars(cfg),
@@ -56,11 +70,11 @@ def write_dreambooth_card(
             base_model=base if is_hub_id(base) else None,
             datasets=list(filter(is_hub_id, sources)) or None,
             tags=list(dict.fromkeys([*tags, cfg.method])),
-            instance_prompt=next(filter(None, (own.instance_prompt for own in cfg.each)), None),
+            instance_prompt=next(filter(None, instance_prompts), None),
             widget=[{"text": text, "output": {"url": url}} for text, url in gallery] or None,
         ),
         heading="Results",
-        measured={title: results[key] for title, key in measured.items() if key in results},
+        measured={title: results[key] for title, key in metrics.items() if key in results},
         loss_ranks_no_images="heldout_loss" in results,
         title=OURS.get(base, base),
         data=", ".join(OURS.get(data, data) for data in sources),
@@ -70,11 +84,11 @@ def write_dreambooth_card(
         miniature=PIPELINES[base].__name__ if base in PIPELINES else None,
         base=loaded_from(base),
         vae=loaded_from(source(vae)) if vae else None,
-        dtype="torch.bfloat16" if flow else "torch.float16",  # see `Family.precision`
-        flow=flow,
+        dtype="torch.bfloat16" if is_flow else "torch.float16",  # see `Family.precision`
+        flow=is_flow,
         dora=cfg.use_dora,
         misread=comfy.remark(cfg),
-        models=list(results["export"]) if whole else [],
+        models=list(results["export"]) if exports_models else [],
         here=repo_id or ".",
         note="" if repo_id else "  # this folder",
         file=FILE_NAME,

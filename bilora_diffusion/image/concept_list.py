@@ -3,134 +3,178 @@
     - {dataset: photos/dog, instance_prompt: a photo of TOK dog, repeats: 4}
     - {dataset: photos/castle, trigger_word: SKS}
 
-Options of the command line are the defaults of each. What was read is `DreamBoothConfig.concepts`.
+Options of the command line are the defaults of each. What was read is `ImageOptions.concepts`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ..config import refusals
+from ..config import constraints
 from ..config.command_line import CommandLine
+from ..config.notes import without_ignored_options
 from ..config.recipe import read_options
-from ..config.run import without_idle
 from ..core.errors import UserError, is_main_process, placed
 from ..core.fields import check, options_of
 from ..core.files import quoted
-from . import inputs
+from .derived import with_set_defaults
+from .inputs import check_images, check_strengths
 from .loss_options import PriorOptions
-from .options import DataOptions, ValidationOptions
+from .options import DataOptions, ImageOptions, ValidationOptions
 from .sets import ImageSet
 
-OWN = (
-    *("dataset_name", "instance_data_dir", "dataset_config_name", "image_column"),
-    *("caption_column", "mask_column", "alpha_mask", "instance_prompt", "trigger_word"),
-    *("shuffle_tags", "caption_dropout", "random_flip", "repeats", "class_prompt"),
-    *("class_data_dir", "num_class_images", "validation_dataset"),
+CONCEPT_OPTIONS = (
+    "dataset_name",
+    "instance_data_dir",
+    "dataset_config_name",
+    "image_column",
+    "caption_column",
+    "mask_column",
+    "alpha_mask",
+    "instance_prompt",
+    "trigger_word",
+    "shuffle_tags",
+    "caption_dropout",
+    "random_flip",
+    "repeats",
+    "class_prompt",
+    "class_data_dir",
+    "num_class_images",
+    "validation_dataset",
 )
-PROMPTS = ("validation_prompt", "validation_prompts")
+"""Options that each concept has for itself."""
+PROMPT_OPTIONS = ("validation_prompt", "validation_prompts")
 """Options of a concept that join those of the run."""
-GROUPS = (DataOptions, PriorOptions, ValidationOptions)
+CONCEPT_GROUPS = (DataOptions, PriorOptions, ValidationOptions)
+FACTS = (*CONCEPT_OPTIONS, "with_prior_preservation", "prior_prediction_weight")
+"""Options whose combinations are refused for each concept."""
+Config = TypeVar("Config", bound=ImageOptions)
 logger = logging.getLogger(__name__)
 
 
-def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    """Fill in what was not given, and read the concepts where ``--dataset`` has a list of them; an
-    error's sentence begins with the place of a wrong concept.
+def with_sets_of_images(cfg: Config) -> Config:
+    """The configuration with the defaults of its set of images, or of each of its concepts.
+
+    Raises:
+        UserError: The list of concepts can't be read, or a concept can't be trained; the sentence
+            begins with its place.
     """
-    values, listed = {**values, "concepts": []}, values["dataset_name"]
-    if not isinstance(listed, list) and Path(listed or "").suffix.lower() not in (".yaml", ".yml"):
-        inputs.complete_images(values, given)
-        return inputs.complete(values, given)
-    values["dataset_name"], items = _read(values)
-    place = values["dataset_name"]
-    refusals.check({"concepts_of": place, "validation_dataset": values["validation_dataset"]})
-    every: list[dict[str, Any]] = []
+    dataset: Any = cfg.dataset_name  # a list in a recipe
+    if not isinstance(dataset, list) and Path(dataset or "").suffix.lower() not in (
+        ".yaml",
+        ".yml",
+    ):
+        return with_set_defaults(cfg)
+    place, items = read_concepts(cfg)
+    cfg = replace(cfg, dataset_name=place)
+    constraints.check({"concepts_of": place, "validation_dataset": cfg.validation_dataset})
+    concepts: list[Config] = []
     for number, item in enumerate(items, start=1):
         with placed(f"{place}, concept {number}: "):
-            own, notes = _concept(values, item, given)
-            _require_apart(own, every)
-            every.append(own)
-        for note in notes if is_main_process() else ():
-            logger.warning("%s, concept %d: %s", place, number, note)
-    inputs.complete_images(values, given)
-    _join(values, every)
-    return inputs.complete(values, given)
+            concept, notes = read_concept(cfg, item)
+            require_other_folders(concept, concepts)
+            concepts.append(concept)
+        if is_main_process():
+            for note in notes:
+                logger.warning("%s, concept %d: %s", place, number, note)
+    return joined(with_set_defaults(cfg), concepts)
 
 
-def _read(values: Mapping[str, Any]) -> tuple[str, list[Any]]:
+def has_concepts(cfg: ImageOptions) -> bool:
+    """Test that ``--dataset`` is a list of concepts, in the recipe or in a file."""
+    dataset: Any = cfg.dataset_name
+    return isinstance(dataset, list) or Path(dataset or "").suffix.lower() in (".yaml", ".yml")
+
+
+def read_concepts(cfg: ImageOptions) -> tuple[str, list[Any]]:
     """The file in which the concepts stand, and what it says of each."""
-    place = items = values["dataset_name"]
-    if isinstance(items, list):
-        place = str(values["config"])
+    dataset: Any = cfg.dataset_name
+    if isinstance(dataset, list):
+        place, items = str(cfg.config), dataset
     else:
+        place = dataset
         items = read_options(Path(place), f'the list of concepts "{place}"', "--dataset")
     if not isinstance(items, list) or not items:
         raise UserError(f'{place} holds no list of concepts: write "- dataset: FOLDER" for each.')
     return place, items
 
 
-def _concept(
-    run: Mapping[str, Any], item: Any, given: frozenset[str]
-) -> tuple[dict[str, Any], list[str]]:
-    """The options of the run as a concept has them, and a sentence for each that has no effect."""
+def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
+    """The run's configuration with a concept's options, and a sentence for each without effect."""
     if not isinstance(item, dict):
         raise UserError(f'it is {quoted(item)}: write options, such as "dataset: FOLDER".')
     names = {name.replace("-", "_") for name in item}
-    if others := sorted((names & run.keys()).difference(OWN, PROMPTS)):
-        raise UserError(f"{others[0]} holds for all concepts: give it on the command line.")
-    parser, fields = CommandLine(GROUPS, "", ""), options_of(GROUPS)
+    shared = (names & options_of(run.groups).keys()).difference(CONCEPT_OPTIONS, PROMPT_OPTIONS)
+    if shared:
+        raise UserError(f"{min(shared)} holds for all concepts: give it on the command line.")
+    parser = CommandLine(CONCEPT_GROUPS, "", "")
     explicit = parser.mapped(item)
     if isinstance(explicit.get("dataset_name"), list):
         raise UserError("its dataset is a list: give a single folder or hub id.")
-    check(fields, {**parser.defaults(), **explicit})
-    own = {**run, **dict.fromkeys(("dataset_name", *PROMPTS, "final_validation_prompt"))}
-    own |= {"validation_prompts": [], **explicit}
-    inputs.complete_images(own, given | explicit.keys() | {"validation_prompts"})
-    facts = (*OWN, "with_prior_preservation", "prior_prediction_weight")
-    refusals.check({name: own[name] for name in facts})
-    own, notes = without_idle(fields, own, frozenset(explicit))
-    inputs.check_images(own)
-    return own, notes
+    check(options_of(CONCEPT_GROUPS), {**parser.defaults(), **explicit})
+
+    # The run's prompts are not sampled for each concept, and no preset adds some.
+    without_prompts = {
+        "dataset_name": None,
+        "validation_prompt": None,
+        "validation_prompts": [],
+        "final_validation_prompt": None,
+    }
+    given_options = run.given_options | explicit.keys() | {"validation_prompts"}
+    concept = replace(run, **{**without_prompts, **explicit, "given_options": given_options})
+    concept = with_set_defaults(concept)
+    check_strengths(concept)
+    constraints.check({name: getattr(concept, name) for name in FACTS})
+
+    own_options = replace(concept, given_options=frozenset(explicit))
+    concept, notes = without_ignored_options(own_options, CONCEPT_GROUPS)
+    check_images(concept)
+    return concept, notes
 
 
-def _source(own: Mapping[str, Any]) -> str:
-    return str(own["dataset_name"] or own["instance_data_dir"])
+def source_of(concept: ImageOptions) -> str:
+    """Name or place of a concept's images."""
+    return str(concept.dataset_name or concept.instance_data_dir)
 
 
-def _require_apart(own: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> None:
+def require_other_folders(concept: ImageOptions, earlier: Sequence[ImageOptions]) -> None:
     """Refuse images that an earlier concept has, or class images that belong to something else."""
-
-    def folders(one: Mapping[str, Any]) -> list[Path | None]:
-        places = _source(one), one["class_data_dir"]
-        return [Path(place).expanduser().resolve() if place else None for place in places]
-
-    images, classes = folders(own)
-    for number, other in enumerate(before, start=1):
-        its_images, its_classes = folders(other)
-        if images == its_images:
+    images, classes = folders_of(concept)
+    for number, other in enumerate(earlier, start=1):
+        other_images, other_classes = folders_of(other)
+        if images == other_images:
             raise UserError(
-                f"its images, {quoted(_source(own))}, are those of concept {number}: give each"
-                " image one concept."
+                f"its images, {quoted(source_of(concept))}, are those of concept {number}: give"
+                " each image one concept."
             )
-        if classes == its_images or images == its_classes:
+        if classes == other_images or images == other_classes:
             raise UserError(
                 f"class images and training images of concept {number} lie in one folder: give the"
                 " class images a folder of their own."
             )
-        if classes and classes == its_classes and own["class_prompt"] != other["class_prompt"]:
+        differs = concept.class_prompt != other.class_prompt
+        if classes is not None and classes == other_classes and differs:
             raise UserError(
-                f"its class images lie in {quoted(own['class_data_dir'])} as those of concept"
+                f"its class images lie in {quoted(concept.class_data_dir)} as those of concept"
                 f" {number}, and their prompts differ: give it a class_data_dir of its own."
             )
 
 
+def folders_of(concept: ImageOptions) -> tuple[Path, Path | None]:
+    """Where a concept's images and its class images lie."""
+    images = Path(source_of(concept)).expanduser().resolve()
+    if not concept.class_data_dir:
+        return images, None
+    return images, Path(concept.class_data_dir).expanduser().resolve()
+
+
 def require_disjoint(place: str, images: ImageSet) -> None:
     """Refuse an image that two concepts have: folders may lie in one another, or be links."""
-    concepts = dict[Path, int]()
+    concepts: dict[Path, int] = {}
     for entry in images.entries:
         source = entry.encoded()
         if isinstance(source, bytes):
@@ -143,20 +187,30 @@ def require_disjoint(place: str, images: ImageSet) -> None:
             )
 
 
-def _join(values: dict[str, Any], every: Sequence[Mapping[str, Any]]) -> None:
-    """Put the concepts, with their names, and their validation prompts into the run's values."""
-    places = [_source(own) for own in every]
-    names = [Path(place).name or place for place in places]
-    names = names if len(set(names)) == len(names) else places
-    settings = values["validation_settings"] or [{} for _ in values["validation_prompts"]]
-    for name, own in zip(names, every, strict=True):
-        values["concepts"].append({"concept": name, **{option: own[option] for option in OWN}})
-        prompts = own["validation_prompts"]
-        its = own["validation_settings"] or [{} for _ in prompts]
-        settings += [{**each, "concept": name} for each in its]
-        values["validation_prompts"] = [*values["validation_prompts"], *prompts]
-    values["validation_settings"] = settings if any(settings) else []
+def joined(run: Config, concepts: Sequence[Config]) -> Config:
+    """The run's configuration with its concepts, by their names, and their validation prompts."""
+    sources = [source_of(concept) for concept in concepts]
+    names = [Path(source).name or source for source in sources]
+    if len(set(names)) < len(names):
+        names = sources
+    records: list[dict[str, Any]] = []
+    prompts = list(run.validation_prompts)
+    settings = list(run.validation_settings) or [{} for _ in prompts]
+    for name, concept in zip(names, concepts, strict=True):
+        options = {option: getattr(concept, option) for option in CONCEPT_OPTIONS}
+        records.append({"concept": name, **options})
+        concept_settings = concept.validation_settings or [{} for _ in concept.validation_prompts]
+        settings += [{**setting, "concept": name} for setting in concept_settings]
+        prompts += concept.validation_prompts
+    run = replace(
+        run,
+        concepts=records,
+        validation_prompts=prompts,
+        validation_settings=settings if any(settings) else [],
+    )
     # The file's name stands where a run has what its concepts have, so that checks of the run hold.
     for option in ("validation_dataset", "class_prompt", "class_data_dir"):
-        if values[option] is None and any(own[option] for own in every):
-            values[option] = values["dataset_name"]
+        is_in_concept = any(getattr(concept, option) for concept in concepts)
+        if getattr(run, option) is None and is_in_concept:
+            run = replace(run, **{option: run.dataset_name})
+    return run

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from itertools import cycle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
+from ..config import resolving
 from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
-from ..config.run import RunConfig, without_influence
-from ..methods.options import AdapterOptions, MethodFlags
-from . import concept_list, inputs
-from .families import SDXL, named
+from ..config.run import without_influence
+from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
+from . import inputs
+from .base_model import describe
+from .concept_list import with_sets_of_images
+from .derived import with_model_defaults
+from .families import SDXL, family_class
 from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
-from .options import DataOptions, ImageOutputOptions, ModelOptions, ValidationOptions
+from .options import DataOptions, ImageOptions, ImageOutputOptions, ModelOptions, ValidationOptions
+from .validation import ValidationSample, samples_of
 
 GROUPS = (
     ModelOptions,
@@ -30,45 +34,19 @@ GROUPS = (
     PriorOptions,
     ValidationOptions,
     ImageOutputOptions,
+    SingleMethodOptions,
 )
 
 
 @dataclass(frozen=True)
-class DreamBoothConfig(
-    ModelOptions,
-    DataOptions,
-    DiffusionOptions,
-    FlowOptions,
-    PriorOptions,
-    ValidationOptions,
-    ImageOutputOptions,
-    RunConfig,
-):
-    """Every option of the script, flat, and what the base model's files say. Made by `resolve`.
+class DreamBoothConfig(ImageOptions):
+    """`ImageOptions` as a run reads them; made by `resolve`.
 
     All that a run reads is decided: ``optimizer`` is in lower case, ``validation_prompts`` holds
     the text of all prompts, and ``max_train_steps`` is None only where epochs count.
-
-    Attributes:
-        validation_settings: the settings of each of ``validation_prompts`` (`PromptOptions`); []
-            where none has any.
-        concepts: the options that each has of its own, with its name as "concept"; [] of a run of
-            one set of images.
-        concept: the name of the one that `each` made this of.
-        pipeline: the class of the base model's pipeline.
-        told_guidance: whether it is told its guidance in training.
-        predicts_noise: whether its denoiser predicts noise, neither velocity nor a flow.
     """
 
-    validation_settings: list[dict[str, Any]] = field(default_factory=list)
-    concepts: list[dict[str, Any]] = field(default_factory=list)
-    concept: str = ""
-    pipeline: str = ""
-    told_guidance: bool = False
-    predicts_noise: bool = True
-
-    modality: ClassVar[str] = "image"
-    groups: ClassVar[tuple[Any, ...]] = GROUPS
+    groups: ClassVar[tuple[type, ...]] = GROUPS
     without_influence: ClassVar[frozenset[str]] = frozenset(
         {*without_influence(GROUPS), "validation_settings"}
     )
@@ -84,8 +62,21 @@ class DreamBoothConfig(
         " meaning; defaults are those of the Bi-LoRA paper's Table A8."
     )
     usage: ClassVar[str] = "%(prog)s --dataset {mini,HUB_ID,FOLDER} [flags]"
-    complete = staticmethod(concept_list.complete)
-    check_inputs = staticmethod(inputs.check_inputs)
+
+    @classmethod
+    def resolve(cls, argv: Sequence[str] | None = None) -> Self:
+        """The configuration of a command line; see `config.resolving`."""
+        return resolving.resolve(cls, argv)
+
+    def derived(self) -> Self:
+        cfg = with_sets_of_images(self)
+        model = describe(cfg.pretrained_model_name_or_path, cfg.revision, cfg.cache_dir)
+        cfg = with_model_defaults(cfg, model)
+        inputs.check_base_model(cfg, model)
+        return cfg
+
+    def check_inputs(self) -> None:
+        inputs.check_inputs(self)
 
     @property
     def base_model(self) -> str:
@@ -99,7 +90,8 @@ class DreamBoothConfig(
     @property
     def family(self) -> Any:
         """Facts of the base model's kind, with the run's settings of it."""
-        return named(self.pipeline, self.pretrained_model_name_or_path)(**self.family_settings)
+        family = family_class(self.pipeline, self.pretrained_model_name_or_path)
+        return family(**self.family_settings)
 
     @property
     def family_settings(self) -> dict[str, Any]:
@@ -126,28 +118,12 @@ class DreamBoothConfig(
     @property
     def sampled_prompts(self) -> list[str]:
         """The prompt of each validation image, in their order."""
-        return [sample["prompt"] for sample in self.samples]
+        return [sample.prompt for sample in self.samples]
 
     @property
-    def usual_sample(self) -> dict[str, Any]:
-        """What a validation image is drawn with that has no settings; None is the model's."""
-        return {
-            **{"prompt": None, "negative_prompt": "", "seed": self.seed, "strength": 1.0},
-            **{"width": self.resolution, "height": self.resolution},
-            "guidance": self.validation_guidance_scale,
-            "steps": self.validation_num_inference_steps,
-        }
-
-    @property
-    def samples(self) -> list[dict[str, Any]]:
-        """What each validation image is drawn with, in their order."""
-        prompts, usual = self.validation_prompts, self.usual_sample
-        each = [
-            {**usual, **own, "prompt": prompt}
-            for prompt, own in zip(prompts, self.validation_settings or cycle([{}]), strict=False)
-        ]
-        numbers = range(self.num_validation_images)
-        return [{**sample, "seed": sample["seed"] + n} for sample in each for n in numbers]
+    def samples(self) -> list[ValidationSample]:
+        """How each validation image is sampled, in their order."""
+        return samples_of(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         values = {**super().to_dict(), "validation_settings": self.validation_settings}

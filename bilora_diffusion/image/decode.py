@@ -47,7 +47,7 @@ def image_suffixes() -> frozenset[str]:
     return IMAGE_SUFFIXES | HEIF_SUFFIXES if reads_heif() else IMAGE_SUFFIXES
 
 
-def _opened(source: Path | bytes) -> Image.Image:
+def _open(source: Path | bytes) -> Image.Image:
     reads_heif()
     if isinstance(source, bytes):
         return Image.open(BytesIO(source))
@@ -65,7 +65,7 @@ def read_rgb(source: Path | bytes) -> Image.Image:
     Raises:
         One of ``DECODE_ERRORS`` if it can't be decoded.
     """
-    with _opened(source) as image:
+    with _open(source) as image:
         image.load()
         return to_rgb(image)
 
@@ -78,7 +78,7 @@ def read_mask(source: Path | bytes, *, alpha: bool = False) -> Image.Image:
     """
     if not alpha:
         return read_rgb(source).convert("L")
-    with _opened(source) as image:
+    with _open(source) as image:
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode in _SIXTEEN_BIT:
@@ -86,21 +86,21 @@ def read_mask(source: Path | bytes, *, alpha: bool = False) -> Image.Image:
         return image.convert("RGBA").getchannel("A")
 
 
-def upright_size(source: Path | bytes, *, whole: bool) -> tuple[int, int]:
-    """(height, width) after the EXIF orientation; ``whole`` decodes every pixel as a check.
+def upright_size(source: Path | bytes, *, decode: bool) -> tuple[int, int]:
+    """(height, width) after the EXIF orientation; ``decode`` reads every pixel as a check.
 
     Raises:
         One of ``DECODE_ERRORS`` if it can't be read.
     """
-    with _opened(source) as image:
-        if whole:
+    with _open(source) as image:
+        if decode:
             image.load()
             _require_known_range(image)
         # Pillow's own getexif of a PNG would decode it, for metadata behind the pixels.
-        exif = image.getexif() if whole else Image.Image.getexif(image)
+        exif = image.getexif() if decode else Image.Image.getexif(image)
         turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
         width, height = image.size
-        if isinstance(image, TiffImageFile) and not whole:
+        if isinstance(image, TiffImageFile) and not decode:
             # Most versions of Pillow turn a TIFF's size when they open it, its pixels when they
             # decode it, and drop the orientation only then.
             width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from .. import adapters
 from ..core.errors import UserError
 from ..train.task import precision
-from .families.base import Conditions, Family, moved
+from .families.base import Conditions, Family, move
 from .families.sdxl import encode
-from .flow import FlowMatching, Predict, mean_of_shown
+from .flow import FlowMatching, Predict, weighted_mean
 
-_DRAWN = ("latents", "noise", "index", "instance", "ids", "told", "shown", "prior")
+OTHER_INPUTS = frozenset(
+    ("latents", "noise", "index", "instance", "ids", "has_text", "mask_weights", "prior")
+)
 """Inputs that are not conditions."""
 
 
@@ -49,20 +51,21 @@ class Denoising:
         Raises:
             UserError: min-SNR weights together with the EDM formulation, or an unknown target.
         """
-        native = "EDM" in (kind := str(config.get("_class_name", "")))
-        if (edm or native) and snr_gamma is not None:
+        class_name = str(config.get("_class_name", ""))
+        is_native = "EDM" in class_name
+        if (edm or is_native) and snr_gamma is not None:
             raise UserError(
                 f"--snr_gamma {snr_gamma} cannot be combined with EDM-style training: drop one."
             )
         if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
             raise ValueError(f"it predicts '{config['prediction_type']}', not noise or velocity")
-        if native:
+        if is_native:
             return cls(EDMEulerScheduler.from_config(config), "edm_native")
         standard: Any = DDPMScheduler.from_config(config)
         levels = standard.alphas_cumprod
-        known = "FlowMatch" not in kind and "beta_start" in config and len(levels) > 0
-        if not known or not bool(((levels >= 0) & (levels < 1)).all()):
-            raise ValueError(f"its scheduler, a {kind}, has no noise levels from 0 to 1")
+        has_levels = "FlowMatch" not in class_name and "beta_start" in config and len(levels) > 0
+        if not has_levels or not bool(((levels >= 0) & (levels < 1)).all()):
+            raise ValueError(f"its scheduler, a {class_name}, has no noise levels from 0 to 1")
         if edm:
             return cls(EulerDiscreteScheduler.from_config(config), "edm")
         return cls(standard, "standard", snr_gamma, snr_weighting)
@@ -79,20 +82,21 @@ class Denoising:
 
     def loss(self, model: Predict, inputs: Mapping[str, Tensor]) -> Tensor:
         """Mean square of each sample's error; ``model`` is given timesteps."""
-        latents, noise, index = (inputs[name] for name in ("latents", "noise", "index"))
-        shown = inputs.get("shown")
+        latents, noise, index = inputs["latents"], inputs["noise"], inputs["index"]
+        mask_weights = inputs.get("mask_weights")
         if self.kind != "standard":
-            return mean_of_shown(self._edm_squares(model, latents, noise, index), shown)
+            return weighted_mean(self._edm_squares(model, latents, noise, index), mask_weights)
         scheduler = self.scheduler
         noisy = scheduler.add_noise(latents, noise, index)
         prediction = model(noisy, index).float()
         velocity = scheduler.config["prediction_type"] == "v_prediction"
         target = scheduler.get_velocity(latents, noise, index) if velocity else noise
-        loss = mean_of_shown((prediction - target.float()) ** 2, shown)
+        loss = weighted_mean((prediction - target.float()) ** 2, mask_weights)
         if self.snr_gamma is None:
             return loss
-        floored = self.snr_weighting == "diffusers"
-        weights = min_snr_weights(self._ratio(index), self.snr_gamma, velocity, floored)
+        is_floored = self.snr_weighting == "diffusers"
+        weights = min_snr_weights(self._ratio(index), self.snr_gamma, velocity, is_floored)
+        # Class images have no weights, as in diffusers' scripts.
         return torch.where(inputs["instance"], loss * weights, loss)
 
     def snr(self, index: Tensor) -> Tensor | None:
@@ -105,6 +109,7 @@ class Denoising:
         return alphas / (1 - alphas)
 
     def _edm_squares(self, model: Predict, latents: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        """Weighted squares of the denoised image's error, (n, c, h, w), at x + sigma e."""
         scheduler = self.scheduler
         sigma = scheduler.sigmas.to(latents.device)[index].view(-1, 1, 1, 1).float()
         timesteps = scheduler.timesteps.to(latents.device)[index]
@@ -113,6 +118,7 @@ class Denoising:
         if self.kind == "edm_native":
             prediction = model(scheduler.precondition_inputs(noisy, sigma), timesteps).float()
             return (scheduler.precondition_outputs(noisy, prediction, sigma) - clean) ** 2
+        # A variance-preserving model takes the noisy image scaled to unit variance.
         prediction = model(noisy / (sigma**2 + 1).sqrt(), timesteps).float()
         if scheduler.config["prediction_type"] == "epsilon":
             denoised = noisy - sigma * prediction
@@ -121,7 +127,7 @@ class Denoising:
         return sigma**-2 * (denoised - clean) ** 2
 
 
-Schedule = Denoising | FlowMatching
+NoiseSchedule = Denoising | FlowMatching
 """Noise levels, and the loss that belongs to them."""
 
 
@@ -142,9 +148,9 @@ class DreamBoothModule(nn.Module):
     """The trained models and their loss.
 
     ``forward`` takes a micro-batch's inputs: ``latents`` and ``noise`` (n, c, h, w), ``index`` and
-    ``instance`` (n,), ``time_ids`` (n, 6), with masks ``shown`` (n, 1, h, w), and either the
+    ``instance`` (n,), ``time_ids`` (n, 6), with masks ``mask_weights`` (n, 1, h, w), and either the
     family's conditions or, where the text encoders are trained, ``ids`` (two tensors (n, tokens))
-    and ``told`` (n,), False where zeros stand for the text.
+    and ``has_text`` (n,), False where zeros stand for the text.
     The first rows are instance images; with prior preservation as many class images follow. It
     returns (slots,): the instance loss plus ``prior_loss_weight`` times the class loss, or plus
     ``prior_prediction_weight`` times the `departures`, which read the class's conditions ``prior``.
@@ -155,7 +161,7 @@ class DreamBoothModule(nn.Module):
         family: Family,
         denoiser: nn.Module,
         text_encoders: Sequence[nn.Module],
-        denoising: Schedule,
+        denoising: NoiseSchedule,
         prior_loss_weight: float | None = None,
         prior_prediction_weight: float = 0.0,
     ) -> None:
@@ -176,7 +182,7 @@ class DreamBoothModule(nn.Module):
             return losses + self.prior_prediction_weight * self.departures(inputs, *calls[0])
         if self.prior_loss_weight is None:
             return losses
-        instance, prior = losses.chunk(2)
+        instance, prior = losses.chunk(2)  # (slots,) each
         return instance + self.prior_loss_weight * prior
 
     def departures(self, inputs: dict[str, Any], noisy: Tensor, levels: Tensor) -> Tensor:
@@ -192,19 +198,20 @@ class DreamBoothModule(nn.Module):
 
     def _predictor(self, text: Conditions, time_ids: Tensor, device: torch.device) -> Predict:
         dtype = precision(self.denoiser)
-        conditions = moved({**text, "time_ids": time_ids}, device, dtype)
+        conditions = move({**text, "time_ids": time_ids}, device, dtype)
 
         def predict(noisy: Tensor, levels: Tensor) -> Tensor:
             return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
 
         return predict
 
-    def _encoded(self, ids: Sequence[Tensor], told: Tensor) -> Conditions:
-        text = encode(list(self.text_encoders), ids)
-        return {
-            name: values.where(told.view(-1, *[1] * (values.ndim - 1)), 0.0)
-            for name, values in text.items()
-        }
+    def _encode(self, ids: Sequence[Tensor], has_text: Tensor) -> Conditions:
+        """Embeddings of token ids by the trained encoders, zeros where ``has_text`` is False."""
+        conditions = {}
+        for name, values in encode(list(self.text_encoders), ids).items():
+            rows = has_text.view(-1, *[1] * (values.ndim - 1))  # (n, 1, ...)
+            conditions[name] = values.where(rows, 0.0)
+        return conditions
 
     def sample_losses(
         self, inputs: dict[str, Any], calls: list[tuple[Tensor, Tensor]] | None = None
@@ -212,13 +219,15 @@ class DreamBoothModule(nn.Module):
         """One loss per row, (n,), in float32; ``calls`` gets what the denoiser was given: noisy
         latents and levels.
         """
-        text = self._encoded(inputs["ids"], inputs["told"]) if "ids" in inputs else inputs
-        text = {name: values for name, values in text.items() if name not in _DRAWN}
-        predict = self._predictor(text, inputs["time_ids"], inputs["latents"].device)
+        if "ids" in inputs:
+            conditions = self._encode(inputs["ids"], inputs["has_text"])
+        else:
+            conditions = {k: values for k, values in inputs.items() if k not in OTHER_INPUTS}
+        predict = self._predictor(conditions, inputs["time_ids"], inputs["latents"].device)
 
-        def recorded(noisy: Tensor, levels: Tensor) -> Tensor:
+        def record_call(noisy: Tensor, levels: Tensor) -> Tensor:
             if calls is not None:
                 calls.append((noisy, levels))
             return predict(noisy, levels)
 
-        return self.denoising.loss(recorded, inputs)
+        return self.denoising.loss(record_call, inputs)

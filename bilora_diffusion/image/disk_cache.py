@@ -61,18 +61,19 @@ class DiskCache:
         if self.folder is None or not self._writable:
             return
         name, file = self._file(self.folder, key)
-        whole = {part: values.contiguous() for part, values in tensors.items()}
+        contiguous = {part: values.contiguous() for part, values in tensors.items()}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             # Under a name of its own: another process may be writing the same.
             with replacing(file, f".{uuid.uuid4().hex}") as aside:
-                save_file(whole, aside, metadata=_marks(name, whole))
+                save_file(contiguous, aside, metadata=_marks(name, contiguous))
         except (OSError, SafetensorError) as error:
             self._writable = False
             logger.warning(
                 "%s can't be written (%s), so the next run encodes again: make room there, or give"
                 " another --disk_cache.",
-                *(self.folder, error),
+                self.folder,
+                error,
             )
 
     def _file(self, folder: Path, key: tuple[str, ...]) -> tuple[str, Path]:
@@ -92,7 +93,8 @@ def of_prompts(
     if cfg.cache is None:
         return DiskCache()
     names = [name for name in family.encoders if getattr(pipeline, name) is not None]
-    parts = [*names, *(name.replace("text_encoder", "tokenizer") for name in names)]
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in names]
+    parts = names + tokenizers
     dtypes = [str(getattr(pipeline, name).dtype) for name in names]
     quantized = cfg.quantize if family.flow else "none"
     settings = [family.pipeline, str(family.max_sequence_length), quantized, *dtypes]
@@ -110,10 +112,12 @@ def of_latents(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device
         return DiskCache()
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     state = vae.state_dict()
-    about = [type(vae).__name__, json.dumps(config, default=str, sort_keys=True), *state]
-    settings = [str(space.drawn), cfg.image_interpolation_mode, version("pillow")]
-    weights = digest(*state.values())
-    return DiskCache(cfg.cache / "latents", *settings, *about, weights, *_machine(cfg, device))
+    # All that decides a latent: how images are read, the model and its weights, the machine.
+    facts = [str(space.samples_posterior), cfg.image_interpolation_mode, version("pillow")]
+    facts += [type(vae).__name__, json.dumps(config, default=str, sort_keys=True)]
+    facts += [*state, digest(*state.values())]
+    facts += _machine(cfg, device)
+    return DiskCache(cfg.cache / "latents", *facts)
 
 
 def hash_files(folders: Iterable[Path]) -> str:
@@ -138,9 +142,9 @@ def hash_files(folders: Iterable[Path]) -> str:
 
 def _machine(cfg: DreamBoothConfig, device: torch.device) -> list[str]:
     """Facts of the machine that decide the last digits of what is encoded."""
-    cuda = device.type == "cuda"
-    return [
-        *(torch.__version__, version("diffusers"), version("transformers"), device.type),
-        torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
-        str(cfg.allow_tf32),
-    ]
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = torch.backends.cpu.get_cpu_capability()
+    versions = [torch.__version__, version("diffusers"), version("transformers")]
+    return [*versions, device.type, processor, str(cfg.allow_tf32)]

@@ -1,6 +1,5 @@
 """Memory of a dry run of images beside what is trained: models, pictures, activations."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,35 +11,6 @@ from . import buckets
 from .config import DreamBoothConfig
 from .latents import AT_ONCE
 
-
-@dataclass(frozen=True)
-class ActivationCounts:
-    """Numbers that a denoiser holds for each token, or place of SDXL's latents, and unit of width.
-
-    Attributes:
-        prompt_tokens: Tokens of a prompt, which come to those of the image.
-        checkpointed: Stored by each block with gradient checkpointing.
-        recomputed: Held beside them by the block whose backward pass runs.
-        stored: Stored by each block without gradient checkpointing.
-    """
-
-    prompt_tokens: int
-    checkpointed: float
-    recomputed: float
-    stored: float
-
-
-ACTIVATIONS = {
-    "StableDiffusionXLPipeline": ActivationCounts(0, 46, 7, 540),  # all of a UNet is one block
-    "StableDiffusion3Pipeline": ActivationCounts(154, 1, 25, 21),
-    "FluxPipeline": ActivationCounts(512, 1, 27, 14.6),
-    "Flux2KleinPipeline": ActivationCounts(512, 1, 100, 24),
-    "ZImagePipeline": ActivationCounts(64, 1, 37, 29),
-    "QwenImagePipeline": ActivationCounts(64, 1, 26, 17),
-    "Krea2Pipeline": ActivationCounts(64, 1.2, 29, 22),
-    "Lumina2Pipeline": ActivationCounts(64, 3.3, 45, 35),
-}
-"""By the class of the pipeline; fitted to a tracer of every tensor (results/dry_run_memory)."""
 ENCODED_BYTES, DECODED_BYTES = 20, 24
 """Bytes of an autoencoder in fp32 for each pixel and channel of its outermost layer."""
 
@@ -77,7 +47,7 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
     vae_config = pipeline.vae.config
     channels = vae_config.get("base_dim") or vae_config["block_out_channels"][0]
     encoded = ENCODED_BYTES * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
-    sampled_pixels = [sample["width"] * sample["height"] for sample in cfg.samples]
+    sampled_pixels = [sample.width * sample.height for sample in cfg.samples]
     decoded = DECODED_BYTES * max(sampled_pixels, default=0)
     pictures = channels * max(encoded, decoded)
 
@@ -99,17 +69,17 @@ def activation_bytes(family: Any, denoiser: Any, places: int, cfg: DreamBoothCon
         places: Places of the latents, or tokens of the image.
         cfg: Configuration of the run.
     """
-    config, counts = denoiser.config, ACTIVATIONS[family.pipeline]
+    config, counts = denoiser.config, family.activations
     if family.flow:
         lists = [module for module in denoiser.children() if isinstance(module, nn.ModuleList)]
         blocks = sum(map(len, lists))
         heads, head_width = config.get("num_attention_heads"), config.get("attention_head_dim")
         width = config.get("dim") or config.get("hidden_size") or heads * head_width
-    else:
+    else:  # a UNet, whose coefficients are of the whole
         blocks, width = 1, config["block_out_channels"][0]
     if cfg.gradient_checkpointing:
         numbers = blocks * counts.checkpointed + counts.recomputed
     else:
-        numbers = blocks * counts.stored
+        numbers = blocks * counts.block
     tokens = cfg.train_batch_size * (places + counts.prompt_tokens)
     return int(tokens * width * NUMBER_BYTES[cfg.mixed_precision] * numbers)

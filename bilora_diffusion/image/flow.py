@@ -24,14 +24,14 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Noise levels of a model's own schedule, drawn and weighed by a scheme; class images are
-    weighed like the others.
+    """Noise levels of a model's own schedule, sampled and weighted by a scheme; class images have
+    the same weights.
 
     Args:
         sigmas: noise levels from 1 downwards, (T,).
-        scheme: how levels are drawn and weighed (Section 3.1 of Esser et al. 2024): "none" draws
-            all alike, "logit_normal" and "mode" draw the middle more often, "sigma_sqrt" and
-            "cosmap" weigh.
+        scheme: how levels are sampled and weighted (Section 3.1 of Esser et al. 2024): "none"
+            samples all alike, "logit_normal" and "mode" the middle more often, "sigma_sqrt" and
+            "cosmap" weight the loss.
         logit_mean, logit_std: of "logit_normal".
         mode_scale: of "mode".
         preconditioned: weigh by s^2 as well: the error of x_s - s v, the clean image (Section 5 of
@@ -93,22 +93,25 @@ class FlowMatching:
             model: is given noisy latents and s in [0, 1].
             inputs: clean ``latents`` and standard normal ``noise``, (n, c, h, w); the ``index`` of
                 each sample's noise level, (n,); True in ``instance``, (n,), for images that are not
-                class images; and, with masks, ``shown``, weights of the places, (n, 1, h, w).
+                class images; and, with masks, ``mask_weights`` of the places, (n, 1, h, w).
         """
-        latents, noise, index = (inputs[name] for name in ("latents", "noise", "index"))
-        sigma = self.sigmas.to(latents.device)[index]
-        along = sigma.view(-1, 1, 1, 1)
-        velocity = model((1 - along) * latents + along * noise, sigma).float()
+        latents, noise = inputs["latents"], inputs["noise"]
+        sigma = self.sigmas.to(latents.device)[inputs["index"]]  # (n,)
+        s = sigma.view(-1, 1, 1, 1)
+        # x_s = (1 - s) x0 + s e, and the velocity e - x0
+        velocity = model((1 - s) * latents + s * noise, sigma).float()
         squares = (velocity - (noise - latents).float()) ** 2
         weights = compute_loss_weighting_for_sd3(self.scheme, sigma)
         if self.preconditioned:
             weights = weights * sigma**2
-        return weights.float() * mean_of_shown(squares, inputs.get("shown"))
+        return weights.float() * weighted_mean(squares, inputs.get("mask_weights"))
 
 
-def mean_of_shown(squares: Tensor, shown: Tensor | None) -> Tensor:
-    """Mean over each sample of (n, c, h, w), weighted by (n, 1, h, w): (n,); 0 where nothing is."""
-    if shown is None:
+def weighted_mean(squares: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean over each sample of (n, c, h, w), weighted by (n, 1, h, w): (n,); 0 without a weight."""
+    if weights is None:
         return squares.flatten(1).mean(dim=1)
-    count = squares.shape[1] * shown.flatten(1).sum(dim=1)
-    return (squares * shown).flatten(1).sum(dim=1) / count.clamp_min(torch.finfo(count.dtype).tiny)
+    # The weights are the same for all channels.
+    total = squares.shape[1] * weights.flatten(1).sum(dim=1)
+    smallest = torch.finfo(total.dtype).tiny
+    return (squares * weights).flatten(1).sum(dim=1) / total.clamp_min(smallest)

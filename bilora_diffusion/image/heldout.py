@@ -16,22 +16,27 @@ from ..run.record import BY_CONCEPT
 from ..train.task import inference, loss_by_part
 from .latents import Encoder
 from .sets import ImageSet
-from .visits import Visit, centered_visits
+from .stream import TrainingSample, centered_samples
 
 BY_LEVEL = "heldout_loss_by_level/"
 """Stands before a noise level in the name of the loss at it."""
+HELDOUT, TRAINING = "heldout_loss", "train_grid_loss"
+PIXELS_AT_ONCE = 2**18
+"""Pixels of the images that are measured together; memory is sure to hold them."""
 
 
 def grid_levels(total: int) -> list[int]:
-    """The noise levels of the grid, for a schedule of ``total`` timesteps."""
+    """The noise levels of the grid, for a schedule of ``total`` timesteps: the middle of each of
+    `NOISE_LEVELS` equal parts, brought down by a fortieth of the whole.
+    """
     levels = range(NOISE_LEVELS)
     return [total * (2 * k + 1) // (2 * NOISE_LEVELS) - total // 40 for k in levels]
 
 
 class GridImage(NamedTuple):
-    """One image of the grid: what is seen of it, its clean latent (c, h, w), and its mask there."""
+    """One image of the grid: its sample, its clean latent (c, h, w), and its mask there."""
 
-    visit: Visit
+    sample: TrainingSample
     latent: Tensor
     mask: Tensor | None
 
@@ -52,18 +57,19 @@ class GridLoss:
         self.task = task
         self.levels = grid_levels(task.module.denoising.num_timesteps)
         vae = task.pipeline.vae
-        space, disk = task.module.family.space(vae), task.encoder.disk
-        encoder = Encoder(vae, space, task.device, lambda _: True, disk, task.encoder.cached)
-        self.sets = {"heldout_loss": self._load(encoder, validation)}
+        space, disk = task.module.family.latent_space(vae), task.encoder.disk
+        encoder = Encoder(vae, space, task.device, lambda _: True, disk, task.encoder.cache)
+        self.sets = {HELDOUT: self._load(encoder, validation)}
         if train is not None:
-            self.sets["train_grid_loss"] = self._load(encoder, train.images)
+            self.sets[TRAINING] = self._load(encoder, train.images)
 
     def _load(self, encoder: Encoder, images: ImageSet) -> list[GridImage]:
         grid = []
-        for visit in centered_visits(images, self.task.cfg):
-            (posterior,) = encoder([visit])
+        for sample in centered_samples(images, self.task.cfg):
+            (posterior,) = encoder([sample])
+            # The mean of the posterior: nothing about the grid is random.
             latent = encoder.space.encode(posterior.mean[None])[0]
-            grid.append(GridImage(visit, latent, posterior.mask))
+            grid.append(GridImage(sample, latent, posterior.mask))
         return grid
 
     def __call__(self) -> dict[str, float]:
@@ -74,40 +80,43 @@ class GridLoss:
         """
         with inference(self.task.module):
             tables = {name: self.table(images) for name, images in self.sets.items()}
-        names = self.task.module.denoising.level(torch.tensor(self.levels)).round().int().tolist()
-        held = tables["heldout_loss"]
-        levels = zip(names, held.mean(1).tolist(), strict=True)
-        means = {name: float(losses.mean(0).mean()) for name, losses in tables.items()}
-        if len(tables) == 1:
-            return means | loss_by_part(held.mean(0).tolist(), held.shape[1])
-        concepts = [image.visit.cfg.concept for image in self.sets["heldout_loss"]]
+        heldout = tables[HELDOUT]  # (levels, images)
+        # First over the levels, then over the images, as the means by concept are.
+        losses = {name: float(table.mean(0).mean()) for name, table in tables.items()}
+        if TRAINING not in tables:
+            return losses | loss_by_part(heldout.mean(0).tolist(), heldout.shape[1])
+        concepts = [image.sample.cfg.concept for image in self.sets[HELDOUT]]
         for concept in filter(None, dict.fromkeys(concepts)):
-            its = torch.tensor([name == concept for name in concepts])
-            means[f"{BY_CONCEPT}{concept}"] = float(held[:, its].mean(0).mean())
-        return means | {f"{BY_LEVEL}{level}": loss for level, loss in levels}
+            is_of_concept = torch.tensor([name == concept for name in concepts])
+            losses[f"{BY_CONCEPT}{concept}"] = float(heldout[:, is_of_concept].mean(0).mean())
+        names = self.task.module.denoising.level(torch.tensor(self.levels)).round().int().tolist()
+        for name, loss in zip(names, heldout.mean(1).tolist(), strict=True):
+            losses[f"{BY_LEVEL}{name}"] = loss
+        return losses
 
     def table(self, images: Sequence[GridImage]) -> Tensor:
         """Loss at each noise level of each image, (levels, images)."""
-        parts = [
-            torch.stack([self.losses(chunk, level) for level in self.levels])
-            for chunk in self.batches(images)
-        ]
+        parts = []
+        for batch in self.batches(images):
+            parts.append(torch.stack([self.losses(batch, level) for level in self.levels]))
         return torch.cat(parts, dim=1)
 
     def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
-        """As many images at a time as the memory is sure to hold."""
-        batch = max(1, 2**18 // self.task.cfg.resolution**2)
-        for _, alike in itertools.groupby(images, key=lambda image: image.latent.shape):
-            group = list(alike)
-            for start in range(0, len(group), batch):
-                yield group[start : start + batch]
+        """Images of one shape, as many at a time as the memory is sure to hold."""
+        size = max(1, PIXELS_AT_ONCE // self.task.cfg.resolution**2)
+        for _, group in itertools.groupby(images, key=lambda image: image.latent.shape):
+            same_shape = list(group)
+            for start in range(0, len(same_shape), size):
+                yield same_shape[start : start + size]
 
     def losses(self, images: Sequence[GridImage], level: int) -> Tensor:
         """Loss of each image at one noise level, (images,), on the CPU."""
-        latents = torch.stack([image.latent for image in images])
-        visits, masks = [image.visit for image in images], [image.mask for image in images]
-        random = [generator("grid", visit.name, level) for visit in visits]
-        noise = torch.stack([torch.randn(latents[0].shape, generator=each) for each in random])
+        samples, masks = [image.sample for image in images], [image.mask for image in images]
+        latents = torch.stack([image.latent for image in images])  # (n, c, h, w)
+        noise = []
+        for sample in samples:  # by name: the same noise in every run and set
+            random = generator("grid", sample.name, level)
+            noise.append(torch.randn(latents[0].shape, generator=random))
         index, instance = torch.full((len(images),), level), torch.ones(len(images)).bool()
-        inputs = self.task.inputs(latents, noise, index, instance, visits, masks)
+        inputs = self.task.inputs(latents, torch.stack(noise), index, instance, samples, masks)
         return self.task.module.sample_losses(send_to_device(inputs, self.task.device)).cpu()

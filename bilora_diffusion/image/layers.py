@@ -22,7 +22,7 @@ from .families.base import Family
 FLAG = "--lora_layers"
 
 
-def chosen(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str, ...]:
+def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str, ...]:
     """Names or ends of names, as an `AdapterSpec` takes them, of what the words stand for.
 
     - attention: the family's ``targets``.
@@ -35,8 +35,11 @@ def chosen(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str,
         UserError: a word is neither a group nor the end of a layer's name, or a group is empty.
     """
     linear = adaptable(model)
-    every = adaptable(model, convolutions=True)
-    convolutions = [name for name in every if any(map(str.isdigit, name.split(".")))]
+    # Layers in blocks have a number in their names.
+    convolutions = []
+    for name in adaptable(model, convolutions=True):
+        if any(part.isdigit() for part in name.split(".")):
+            convolutions.append(name)
     groups = {
         ATTENTION: family.targets,
         FEED_FORWARD: [name for name in linear if within(name, family.feed_forward)],
@@ -45,9 +48,10 @@ def chosen(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str,
         ALL: [*linear, *convolutions],
     }
     kind = type(model).__name__
+    module_names = [f".{name}" for name, _ in model.named_modules()]
+    layers: dict[str, None] = {}  # in order, without repetition
     for word in words:
-        names = (f".{name}" for name, _ in model.named_modules())
-        if word not in groups and not any(name.endswith(f".{word}") for name in names):
+        if word not in groups and not any(name.endswith(f".{word}") for name in module_names):
             raise UserError(
                 f'{FLAG} "{word}" is not a layer of the {kind}{_hint(word, groups[ALL])}: give'
                 f" {', '.join(LAYER_GROUPS)}, or the ends of layers' names such as"
@@ -55,10 +59,14 @@ def chosen(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str,
             )
         if not groups.get(word, word):
             raise UserError(f"{FLAG} {word}: the {kind} has no such layer; give {ALL_LINEAR}.")
-    return tuple(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
+        layers |= dict.fromkeys(groups.get(word, [word]))
+    return tuple(layers)
 
 
 def _hint(word: str, names: Sequence[str]) -> str:
-    parts = [name.split(".") for name in names]
-    ends = {".".join(name[start:]) for name in parts for start in range(len(name))}
+    """The end of a layer's name that a wrong word is most like."""
+    ends: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        ends |= {".".join(parts[start:]) for start in range(len(parts))}
     return did_you_mean(word, [*LAYER_GROUPS, *sorted(ends, key=len)])

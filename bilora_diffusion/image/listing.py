@@ -23,11 +23,12 @@ from .decode import HEIF_SUFFIXES, image_suffixes
 METADATA = ("metadata.jsonl", "metadata.csv")
 MASK = ".mask"
 """End of a mask's name before its suffix: dog.mask.png is the mask of dog.jpg."""
-NAMED = 8
-_OF_KOHYA = re.compile(r"\d{1,3}_.+")
+NAMES_IN_SENTENCE = 8
+"""Files that a sentence names at most."""
+KOHYA_FOLDER = re.compile(r"\d{1,3}_.+")
 """Names of folders in kohya's layout, REPEATS_PROMPT, such as "10_TOK dog"."""
-MOST_CAPTION_BYTES = 100_000
-MOST_ENTRIES = 200_000
+MAX_CAPTION_BYTES = 100_000
+MAX_ENTRIES = 200_000
 """Files and folders below a set of images; more are the root of a disk, or somebody's home."""
 
 
@@ -56,6 +57,7 @@ class Listing:
     @cached_property
     def texts(self) -> dict[str, Path]:
         """``.txt`` files by their stems."""
+        # In any case of letters: cameras and old systems write .TXT.
         return {stem(path): path for path in self.files if path.suffix.lower() == ".txt"}
 
     @property
@@ -65,27 +67,39 @@ class Listing:
 
     def captions(self, images: Sequence[Path]) -> list[str | None]:
         """The text of the ``.txt`` file beside each image, as one line; None where none is."""
-        return [path and self._caption(path) for path in map(self.texts.get, map(stem, images))]
-
-    def _caption(self, path: Path) -> str:
-        name = f"the caption {path.relative_to(self.folder)}"
-        return " ".join(read_text(path, name, MOST_CAPTION_BYTES).split())
+        captions: list[str | None] = []
+        for image in images:
+            path = self.texts.get(stem(image))
+            caption = None
+            if path is not None:
+                name = f"the caption {path.relative_to(self.folder)}"
+                caption = " ".join(read_text(path, name, MAX_CAPTION_BYTES).split())
+            captions.append(caption)
+        return captions
 
     def left_out(
         self, images: Sequence[Path], masks: Collection[Path], *, captioned: bool
     ) -> str | None:
         """Number and names of the files that are not read, or None."""
-        taken = {*images, *masks}
+        read_files = {*images, *masks}
         if captioned:
-            taken |= {self.texts.get(stem(path), path) for path in images}
-        rest = [p for p in self.files if p not in taken and p.name not in METADATA]
-        if not rest:
+            read_files |= {self.texts.get(stem(path), path) for path in images}
+        unread = []
+        for path in self.files:
+            if path not in read_files and path.name not in METADATA:
+                unread.append(path)
+        if not unread:
             return None
-        names = [quoted(path.relative_to(self.folder)).strip('"') for path in rest[:NAMED]]
-        heif = any(path.suffix.lower() in HEIF_SUFFIXES - image_suffixes() for path in rest)
-        hint = "; `pip install pillow-heif` makes HEIC readable" if heif else ""
-        count = counted(len(rest), "file")
-        return f"{count} ({', '.join(names)}{', ...' if len(rest) > NAMED else ''}){hint}"
+        names = []
+        for path in unread[:NAMES_IN_SENTENCE]:
+            names.append(quoted(path.relative_to(self.folder)).strip('"'))
+        if len(unread) > NAMES_IN_SENTENCE:
+            names.append("...")
+        sentence = f"{counted(len(unread), 'file')} ({', '.join(names)})"
+        unreadable = HEIF_SUFFIXES - image_suffixes()
+        if any(path.suffix.lower() in unreadable for path in unread):
+            sentence += "; `pip install pillow-heif` makes HEIC readable"
+        return sentence
 
 
 def folder_of_set(name: str, option: str) -> Path | None:
@@ -107,10 +121,11 @@ def folder_of_set(name: str, option: str) -> Path | None:
     return folder
 
 
-def look(folder: Path) -> Listing:
+def list_folder(folder: Path) -> Listing:
     """List a folder and, without metadata, its subfolders; links to folders are not followed."""
     folder = folder.resolve()
-    files, count, alone = list[Path](), 0, bool(Listing(folder, ()).metadata)
+    files, count = list[Path](), 0
+    has_metadata = bool(Listing(folder, ()).metadata)
 
     def refuse(error: OSError) -> None:
         if Path(error.filename) == folder:
@@ -119,14 +134,16 @@ def look(folder: Path) -> Listing:
             ) from error
 
     for place, folders, names in os.walk(folder, onerror=refuse):
-        if (count := count + len(folders) + len(names)) > MOST_ENTRIES and not alone:
+        count += len(folders) + len(names)
+        if count > MAX_ENTRIES and not has_metadata:
             raise UserError(
-                f'"{folder}" holds more than {MOST_ENTRIES:,} files and folders, which is hardly a'
+                f'"{folder}" holds more than {MAX_ENTRIES:,} files and folders, which is hardly a'
                 " set of images: give the folder of the images alone, or put a metadata.jsonl that"
                 " lists them into it."
             )
         names += [name for name in folders if Path(place, name).is_symlink()]
-        folders[:] = [name for name in folders if not name.startswith(".") and not alone]
+        # In place: `os.walk` goes on with what is left.
+        folders[:] = [name for name in folders if not name.startswith(".") and not has_metadata]
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return Listing(folder, sorted(files, key=lambda path: (path.parent != folder, path)))
 
@@ -153,7 +170,7 @@ def masks_beside(images: Sequence[Path]) -> dict[Path, Path]:
     for folder in {image.parent for image in images}:
         for name in sorted(_names_in(folder)[1]):
             mask = folder / name
-            masked = stem_of_masked(mask)
+            masked = stem_of_masked(mask)  # dog for dog.mask.png
             if masked not in stems or not _is_image(mask):
                 continue
             if masked in masks:
@@ -166,8 +183,9 @@ def masks_beside(images: Sequence[Path]) -> dict[Path, Path]:
 
 def unread_folder_name(images: Sequence[Path]) -> str | None:
     """The name of a folder with images that gives repeats and a prompt to kohya's scripts."""
+    # kohya's scripts would take "10_TOK dog" for ten repeats with the prompt "TOK dog".
     names = {image.parent.name for image in images}
-    return min((name for name in names if _OF_KOHYA.fullmatch(name)), default=None)
+    return min((name for name in names if KOHYA_FOLDER.fullmatch(name)), default=None)
 
 
 def _is_image(path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.fields import Idle, option, unless
+from ..core.fields import IgnoredCase, option, unless
 from ..core.values import (
     BATCHES,
     DECAYS,
@@ -17,17 +17,17 @@ from ..core.values import (
 from .families import SDXL
 
 WITHOUT_PRIOR = unless("with_prior_preservation", True, "without prior preservation")
-WITHOUT_ANY_PRIOR = Idle(
+WITHOUT_ANY_PRIOR = IgnoredCase(
     lambda v: not v["with_prior_preservation"] and not v["prior_prediction_weight"],
     "without prior preservation",
     "add `--prior_prediction_weight 1` or `--with_prior_preservation`, or drop it",
 )
 ON_FROZEN_ENCODERS = unless("train_text_encoder", True, "on frozen text encoders")
-ON_SDXL = Idle(
+ON_SDXL = IgnoredCase(
     lambda v: v["pipeline"] == SDXL,
     "on Stable Diffusion XL, which is not a flow model",
 )
-WITHOUT_GUIDANCE = Idle(
+WITHOUT_GUIDANCE = IgnoredCase(
     lambda v: not v["told_guidance"], "on a model that has no embedding of guidance"
 )
 
@@ -39,13 +39,14 @@ class DiffusionOptions:
     section: ClassVar[str] = "text encoders and loss"
 
     train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
+    # Derived: `config.rates.default_text_encoder_lr`.
     text_encoder_lr: float | None = option(
         None,
         "Learning rate of the text encoders. Default: 5e-6; on prodigy --learning_rate.",
         range=RATES,
-        idle=(
+        ignored=(
             ON_FROZEN_ENCODERS,
-            Idle(
+            IgnoredCase(
                 lambda v: (
                     v["optimizer"] == "prodigy" and v["text_encoder_lr"] != v["learning_rate"]
                 ),
@@ -59,7 +60,7 @@ class DiffusionOptions:
         1e-3,
         "Weight decay of the text encoders' adapters.",
         range=DECAYS,
-        idle=(ON_FROZEN_ENCODERS,),
+        ignored=(ON_FROZEN_ENCODERS,),
     )
     do_edm_style_training: bool = option(
         False, "Use the EDM formulation (arXiv 2206.00364) on any base model."
@@ -75,8 +76,8 @@ class DiffusionOptions:
         " of arXiv 2303.09556 has it, by which they weigh the error of the clean image as models"
         " that predict noise do; or min(snr, gamma) / snr + 1, as diffusers' script.",
         choices=("published", "diffusers"),
-        idle=(
-            Idle(
+        ignored=(
+            IgnoredCase(
                 lambda v: v["snr_gamma"] is None,
                 "on an unweighted loss",
                 "add `--snr_gamma 5` or drop it",
@@ -113,14 +114,14 @@ class FlowOptions:
         "Tokens of a prompt that are read. Default: as diffusers' script for the model (SD3 77,"
         " Lumina 2 256, others 512).",
         range=Range(4096, "no text encoder of these models reads more", at_least=1),
-        idle=(ON_SDXL,),
+        ignored=(ON_SDXL,),
     )
     guidance_scale: float | None = option(
         None,
         "Guidance that a distilled model with an embedding of it (FLUX.1-dev) is told in training."
         " Default: 3.5, as diffusers' script.",
         range=GUIDANCES,
-        idle=(ON_SDXL, WITHOUT_GUIDANCE),
+        ignored=(ON_SDXL, WITHOUT_GUIDANCE),
     )
     weighting_scheme: str | None = option(
         None,
@@ -128,38 +129,38 @@ class FlowOptions:
         " 2403.03206, Section 3.1). Default: as diffusers' script for the model (SD3 logit_normal,"
         " others none).",
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
-        idle=(ON_SDXL,),
+        ignored=(ON_SDXL,),
     )
     logit_mean: float = option(
         0.0,
         "Mean of logit_normal.",
         range=Range(20, "all levels would be alike", at_least=-20),
-        idle=(ON_SDXL,),
+        ignored=(ON_SDXL,),
     )
     logit_std: float = option(
         1.0,
         "Standard deviation of logit_normal.",
         range=Range(100, "only the two ends would be drawn", above=0),
-        idle=(ON_SDXL,),
+        ignored=(ON_SDXL,),
     )
     mode_scale: float = option(
         1.29,
         "Scale of mode.",
         range=Range(1.75, "the density is negative beyond", at_least=-1),
-        idle=(ON_SDXL,),
+        ignored=(ON_SDXL,),
     )
     precondition_outputs: bool = option(
         False,
         "Weigh the error of the velocity by the square of the noise level, so that it is that of"
         " the clean image, as diffusers' script for SD3 does unless it is given 0.",
-        idle=(ON_SDXL,),
+        ignored=(ON_SDXL,),
     )
     timestep_shift: str = option(
         "pipeline",
         "Noise levels: shifted as the pipeline shifts them at this resolution, or, where that"
         " depends on the resolution (FLUX, Qwen-Image), none, as in diffusers' scripts.",
         choices=("pipeline", "none"),
-        idle=(ON_SDXL,),
+        ignored=(ON_SDXL,),
     )
 
 
@@ -176,10 +177,10 @@ class PriorOptions:
         None,
         "Folder of the class images; it is made and filled if need be.",
         place=True,
-        idle=(WITHOUT_PRIOR,),
+        ignored=(WITHOUT_PRIOR,),
     )
     class_prompt: str | None = option(
-        None, "Prompt that stands for the class.", idle=(WITHOUT_ANY_PRIOR,)
+        None, "Prompt that stands for the class.", ignored=(WITHOUT_ANY_PRIOR,)
     )
     prior_prediction_weight: float = option(
         0.0,
@@ -192,19 +193,19 @@ class PriorOptions:
         100,
         "How many class images there must be.",
         range=Range(100_000, "each lacking one is generated, in a second or more", at_least=1),
-        idle=(WITHOUT_PRIOR,),
+        ignored=(WITHOUT_PRIOR,),
     )
     prior_loss_weight: float = option(
         1.0,
         "Weight of the class images in the loss.",
         range=FACTORS,
-        idle=(WITHOUT_PRIOR,),
+        ignored=(WITHOUT_PRIOR,),
     )
     sample_batch_size: int = option(
         4,
         "Images that are generated at a time, on each device.",
         range=BATCHES,
-        idle=(WITHOUT_PRIOR,),
+        ignored=(WITHOUT_PRIOR,),
         free=True,
     )
     prior_generation_precision: str | None = option(
@@ -212,5 +213,5 @@ class PriorOptions:
         "Precision in which class images are generated. Default: on an accelerator fp16, for"
         " flow-matching models bf16, where it has that; else fp32.",
         choices=("no", "fp32", "fp16", "bf16"),
-        idle=(WITHOUT_PRIOR,),
+        ignored=(WITHOUT_PRIOR,),
     )

@@ -1,13 +1,13 @@
 """From what ``--dataset`` names to a set of images with captions.
 
-A folder of images alone or with a metadata file is read here, so that texts stay texts, a missing
-file is named, and ``datasets``, whose import takes seconds, is not needed; hub ids and every other
-layout are read by ``datasets``, which keeps no copy of images that lie in a folder.
+A folder of images alone or with a metadata file is read here; hub ids and every other layout are
+read by ``datasets``, which keeps no copy of images that lie in a folder.
 """
 
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +19,6 @@ from PIL import Image
 from ..core.errors import UserError, translated
 from ..core.files import (
     is_file,
-    is_text,
     kind_of,
     listed,
     quoted,
@@ -31,7 +30,7 @@ from .listing import (
     METADATA,
     Listing,
     folder_of_set,
-    look,
+    list_folder,
     masks_beside,
     stem,
     stem_of_masked,
@@ -39,14 +38,14 @@ from .listing import (
 )
 from .sets import Entry, ImageSet
 
-BESIDE = "the .txt files beside them"
-MASKS_BESIDE = "the .mask files beside them"
+CAPTION_FILES = "the .txt files beside them"
+MASK_FILES = "the .mask files beside them"
 TEXT = "text"
 """The column of the captions that lie beside the images."""
 NO_CAPTIONS = "none"
 """The ``--caption_column`` of one who wants no captions, wherever they lie."""
 SPLIT = "train"
-MOST_BYTES = 500_000_000
+MAX_BYTES = 500_000_000
 """Largest metadata file."""
 Source = Callable[[], Path | bytes | None]
 
@@ -91,24 +90,27 @@ def open_images(
         UserError: no such set, column, split or image; the message names it and the fix.
     """
     folder = folder_of_set(dataset, "the set")
-    listing = None if folder is None or config_name is not None else look(folder)
+    listing = None if folder is None or config_name is not None else list_folder(folder)
     captioned = listing is not None and listing.has_captions
     # Images beside Parquet or Arrow are no data (a preview, say).
     stored = listing and any(path.suffix in (".parquet", ".arrow") for path in listing.files)
     if listing and (listing.metadata or (listing.images and not stored)):
         require_column(image_column, ["image"], "--image_column", dataset)
-        table = _listed(dataset, listing, mask_column)
+        # Not by imagefolder of `datasets`: it makes 2.0 of the caption "002" and nothing of
+        # "null", does not miss a file that is not there, lists masks as images, and takes 1.6 s
+        # to import.
+        table = _read_folder(dataset, listing, mask_column)
     else:
-        # Else datasets may take the captions beside images in subfolders for the data.
+        # imagefolder, where captions lie beside images: else they may be taken for the data.
         data = _load(dataset, folder, config_name, captioned, cache_dir)
-        table = _loaded(dataset, data, image_column, mask_column)
-    beside = False
-    unread = caption_column is None or TEXT not in table.columns
-    if listing and captioned and unread and table.files and not listing.metadata:
+        table = _read_split(dataset, data, image_column, mask_column)
+    reads_caption_files = False
+    has_no_column = caption_column is None or TEXT not in table.columns
+    if listing and captioned and has_no_column and table.files and not listing.metadata:
         caption_column = caption_column or TEXT
-        beside = caption_column == TEXT
-        table.columns[TEXT] = listing.captions(table.files) if beside else []
-    _caption(dataset, table, caption_column)
+        reads_caption_files = caption_column == TEXT
+        table.columns[TEXT] = listing.captions(table.files) if reads_caption_files else []
+    _set_captions(dataset, table, caption_column)
 
     masks = dict[Path, Path]()
     masks_from = table.masks_from
@@ -117,7 +119,7 @@ def open_images(
         for entry in table.entries:
             entry.mask = partial(_mask, entry.source, True)
     elif mask_column is None and (masks := masks_beside(table.files)):
-        masks_from = MASKS_BESIDE
+        masks_from = MASK_FILES
         for entry, file in zip(table.entries, table.files, strict=True):
             if file in masks:
                 entry.mask = partial(_mask, partial(Path, masks[file]))
@@ -130,25 +132,25 @@ def open_images(
         )
     if listing and table.files:
         used_masks = [*masks.values(), *table.mask_files]
-        if left_out := listing.left_out(table.files, used_masks, captioned=beside):
+        if left_out := listing.left_out(table.files, used_masks, captioned=reads_caption_files):
             remarks.append(f"left out of {dataset}: {left_out}")
     return ImageSet(
         dataset,
         table.entries,
         remarks=remarks,
         masks_from=masks_from,
-        captions_from=BESIDE if beside else None,
+        captions_from=CAPTION_FILES if reads_caption_files else None,
         skip_bad_images=skip_bad_images,
     )
 
 
-def _listed(label: str, listing: Listing, mask_column: str | None) -> Table:
+def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table:
     """The images that a metadata file lists, in its order; without one, by their names."""
     if len(listing.metadata) > 1:
         raise UserError(f"{label} has both {' and '.join(METADATA)}: keep one of them.")
     rows = [(label, {"file_name": path.name}) for path in listing.images]
     for metadata in listing.metadata:
-        if not (rows := read_rows(metadata, str(metadata), most_bytes=MOST_BYTES)):
+        if not (rows := read_rows(metadata, str(metadata), most_bytes=MAX_BYTES)):
             raise UserError(f"{metadata} lists no image: add some.")
     files = [_file(listing.folder, where, row, "file_name") for where, row in rows]
     for (where, row), file in zip(rows, files, strict=True):
@@ -157,31 +159,35 @@ def _listed(label: str, listing: Listing, mask_column: str | None) -> Table:
                 f"{where} names {quoted(row['file_name'])}, a mask by its name: drop the row, or"
                 " rename the file."
             )
-    keys = {key: 0 for _, row in rows for key in row if key != "file_name"}
-    columns = {key: [row.get(key) for _, row in rows] for key in {"image": 0} | keys}
-    entries = [
-        Entry(str(row["file_name"]), partial(Path, file))
-        for (_, row), file in zip(rows, files, strict=True)
-    ]
-    if mask_column is None:
-        return Table(entries, columns, files, None, [])
-    require_column(mask_column, keys, "--mask_column", label)
-    del columns[mask_column]
-    mask_files = list[Path]()
-    for entry, (where, row) in zip(entries, rows, strict=True):
-        if row.get(mask_column):
-            mask_files.append(_file(listing.folder, where, row, mask_column))
-            entry.mask = partial(_mask, partial(Path, mask_files[-1]))
-    return Table(entries, columns, files, f'column "{mask_column}"', mask_files)
+    columns: dict[str, list[Any]] = {}  # but for file_name
+    keys = dict.fromkeys(itertools.chain(*(row for _, row in rows)))
+    for key in keys:
+        if key != "file_name":
+            columns[key] = [row.get(key) for _, row in rows]
+    entries, mask_files = [], list[Path]()
+    for (_, row), file in zip(rows, files, strict=True):
+        entries.append(Entry(str(row["file_name"]), partial(Path, file)))
+    masks_from = None
+    if mask_column is not None:
+        require_column(mask_column, columns, "--mask_column", label)
+        del columns[mask_column]
+        masks_from = f'column "{mask_column}"'
+        for entry, (where, row) in zip(entries, rows, strict=True):
+            if row.get(mask_column):
+                mask_files.append(_file(listing.folder, where, row, mask_column))
+                entry.mask = partial(_mask, partial(Path, mask_files[-1]))
+    # The images themselves are in the column "image", as imagefolder calls it.
+    columns = {"image": [None] * len(rows), **columns}
+    return Table(entries, columns, files, masks_from, mask_files)
 
 
 def _file(folder: Path, where: str, row: Mapping[str, Any], column: str) -> Path:
     name = row.get(column)
-    if not isinstance(name, str) or not name or "\0" in name or not is_text(name):
-        given = (
-            "names no file" if name is None else f"names {quoted(name)}, which no file is called"
-        )
-        raise UserError(f'"{column}" of {where} {given}: give the name of an image.')
+    if not isinstance(name, str) or not name:
+        fault = "names no file"
+        if name is not None:
+            fault = f"names {quoted(name)}, which no file is called"
+        raise UserError(f'"{column}" of {where} {fault}: give the name of an image.')
     path = folder / name
     if not Path(os.path.normpath(path)).is_relative_to(folder):
         raise UserError(
@@ -194,7 +200,7 @@ def _file(folder: Path, where: str, row: Mapping[str, Any], column: str) -> Path
     return path
 
 
-def _loaded(label: str, data: Any, image_column: str, mask_column: str | None) -> Table:
+def _read_split(label: str, data: Any, image_column: str, mask_column: str | None) -> Table:
     """The images of a split, which stay encoded until they are needed."""
     rows = _undecoded(label, data, image_column, "--image_column")
     if not len(data):
@@ -213,7 +219,7 @@ def _loaded(label: str, data: Any, image_column: str, mask_column: str | None) -
             pictures.append(number)
             files.append(path)
     if len(pictures) < len(data):
-        return _loaded(label, data.select(pictures), image_column, mask_column)
+        return _read_split(label, data.select(pictures), image_column, mask_column)
     stems = {stem(path) for path in names_in_table}
     for path in names_in_table:
         if stem_of_masked(path) in stems:
@@ -266,19 +272,16 @@ def _mask(source: Source, alpha: bool = False) -> Image.Image | None:
     return None if encoded is None else read_mask(encoded, alpha=alpha)
 
 
-def _caption(label: str, table: Table, column: str | None) -> None:
+def _set_captions(label: str, table: Table, column: str | None) -> None:
     """Give the images the texts of a column that are more than blank, if one is asked for."""
     if column is None or (column == NO_CAPTIONS and NO_CAPTIONS not in table.columns):
         return
     require_column(column, table.columns, "--caption_column", label)
     for entry, value in zip(table.entries, table.columns[column], strict=True):
-        if value is not None and not (
-            isinstance(value, str) and is_text(value) and "\0" not in value
-        ):
+        if value is not None and not isinstance(value, str):
             raise UserError(
                 f'the caption of {entry.name} in {label}, column "{column}", is {kind_of(value)}'
-                f" ({quoted(value)}) that is not UTF-8 text: set --caption_column to a column of"
-                " texts."
+                f" ({quoted(value)}), not a text: set --caption_column to a column of texts."
             )
         entry.caption = value if value and value.strip() else None
 
@@ -316,8 +319,8 @@ def _load(
                 " `hf auth login` if it is private or gated, or give a local folder."
             ) from error
     if SPLIT not in splits:
-        known = ", ".join(map(str, splits))
-        raise UserError(f'{label} has no split "{SPLIT}", only {known}: give a set that has it.')
+        names = ", ".join(map(str, splits))
+        raise UserError(f'{label} has no split "{SPLIT}", only {names}: give a set that has it.')
     return splits[SPLIT]
 
 

@@ -1,12 +1,13 @@
-"""Options that only the image script has."""
+"""Options that only the image script has, and all of its options as one class."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from ..config.options import HeldOutOptions, OutputOptions
-from ..core.fields import Idle, like, option
+from ..config.run import RunConfig
+from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
     GUIDANCES,
     SAMPLER_STEPS,
@@ -17,22 +18,30 @@ from ..core.values import (
     Range,
 )
 from ..mini import FOLDERS
-from . import inputs
 from .base_model import SDXL_BASE, folder_of
+from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
 
+CACHE_AUTO = "auto"
+CACHE_FOLDER = "bilora-diffusion"
+"""Its name, in the user's folder of caches."""
 INTERPOLATIONS = (
-    *("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"),
+    "lanczos",
+    "bicubic",
+    "bilinear",
+    "box",
+    "hamming",
+    "nearest",
     "nearest_exact",
 )
 SEVERAL_SETS = "write them into a YAML file with a list of concepts, and give that (docs/data.md)"
-ON_A_FOLDER_OF_FILES = Idle(
+ON_A_FOLDER_OF_FILES = IgnoredCase(
     lambda v: bool(v["instance_data_dir"]), "on a folder, whose images are files"
 )
-ON_ONE_CONFIGURATION = Idle(
+ON_ONE_CONFIGURATION = IgnoredCase(
     lambda v: bool(v["instance_data_dir"]) or v["dataset_name"] in FOLDERS,
     "on a folder or a built-in set, which has one",
 )
-ON_A_LOCAL_MODEL = Idle(
+ON_A_LOCAL_MODEL = IgnoredCase(
     lambda v: (
         v["pretrained_vae_model_name_or_path"] is None
         and folder_of(v["pretrained_model_name_or_path"]) is not None
@@ -40,7 +49,7 @@ ON_A_LOCAL_MODEL = Idle(
     "on a local model",
     "give a hub id or drop it",
 )
-WITHOUT_PROMPT = Idle(
+WITHOUT_PROMPT = IgnoredCase(
     lambda v: not v["validation_prompts"] and v["num_validation_images"] > 0,
     "without a prompt",
     "add `--validation_prompt` or drop it",
@@ -66,7 +75,7 @@ class ModelOptions:
         place=True,
     )
     revision: str | None = option(
-        None, "Branch, tag or commit of a model on the hub.", idle=(ON_A_LOCAL_MODEL,)
+        None, "Branch, tag or commit of a model on the hub.", ignored=(ON_A_LOCAL_MODEL,)
     )
     offload: bool = option(
         False,
@@ -107,7 +116,7 @@ class DataOptions:
         one_value=SEVERAL_SETS,
     )
     dataset_config_name: str | None = option(
-        None, "Configuration of a set that has several.", idle=(ON_ONE_CONFIGURATION,)
+        None, "Configuration of a set that has several.", ignored=(ON_ONE_CONFIGURATION,)
     )
     instance_data_dir: str | None = option(
         None,
@@ -116,7 +125,7 @@ class DataOptions:
         one_value=SEVERAL_SETS,
     )
     image_column: str = option(
-        "image", "Column that holds the images.", idle=(ON_A_FOLDER_OF_FILES,)
+        "image", "Column that holds the images.", ignored=(ON_A_FOLDER_OF_FILES,)
     )
     caption_column: str | None = option(
         None,
@@ -161,6 +170,7 @@ class DataOptions:
             10_000, "the order of a whole epoch is drawn at once; use more epochs", at_least=1
         ),
     )
+    # Derived: the side of the base model, in `derived.with_model_defaults`.
     resolution: int = option(
         None,
         "Side of the training images in pixels, a multiple of 8. Default: the size that the"
@@ -190,9 +200,9 @@ class DataOptions:
         free=True,
     )
     disk_cache: str = option(
-        inputs.CACHE_AUTO,
+        CACHE_AUTO,
         "Folder in which latents and prompt embeddings stay for the next run, no for none, or auto:"
-        f" ~/.cache/{inputs.CACHE}, or below $XDG_CACHE_HOME.",
+        f" ~/.cache/{CACHE_FOLDER}, or below $XDG_CACHE_HOME.",
         place=True,
         free=True,
     )
@@ -217,13 +227,14 @@ class ValidationOptions:
     final_validation_prompt: str | None = option(
         None,
         "Prompt to generate images for at the end alone, unless --validation_epochs is given.",
-        idle=(
-            Idle(
+        ignored=(
+            IgnoredCase(
                 lambda v: v["final_validation_prompt"] not in v["validation_prompts"],
                 "beside `--validation_prompt`, whose images are made at the end too",
             ),
         ),
     )
+    # All prompts stand here in the end: `derived.with_validation_prompts`.
     validation_prompts: list[str] = option(  # noqa: RUF009
         [],
         "Several such prompts, or one text file with a prompt on each line, with settings of their"
@@ -236,29 +247,29 @@ class ValidationOptions:
         "Images for each prompt; 0 for none. The six prompts that linoyts/3d_icon and mini bring"
         " get 1 each by default.",
         range=Range(10_000, "so many of each prompt are generated, one by one", at_least=0),
-        idle=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_PROMPT,),
     )
     validation_epochs: int | None = option(
-        25, "Generate them every so many epochs.", range=STEPS, idle=(WITHOUT_PROMPT,)
+        25, "Generate them every so many epochs.", range=STEPS, ignored=(WITHOUT_PROMPT,)
     )
     validation_num_inference_steps: int | None = option(
         None,
         "Steps of the sampler in which they are generated. Default: 25; of models that are"
         " distilled to a few steps as many as these take.",
         range=SAMPLER_STEPS,
-        idle=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_PROMPT,),
     )
     validation_guidance_scale: float | None = option(
         None,
         "Guidance with which they are generated. Default: what is usual for the model, and none for"
         " distilled ones that take none (docs/models.md).",
         range=GUIDANCES,
-        idle=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_PROMPT,),
     )
     skip_final_inference: bool = option(
         False,
         "Generate none at the end, but where an epoch of --validation_epochs ends there.",
-        idle=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_PROMPT,),
     )
     eval_on_start: bool = option(
         False, "Let the untrained model make them, too: the viewer's column of the base model."
@@ -272,8 +283,8 @@ class ValidationOptions:
     validation_part: str | None = like(
         HeldOutOptions,
         "validation_part",
-        idle=(
-            Idle(
+        ignored=(
+            IgnoredCase(
                 lambda v: not v["validation_dataset"],
                 "without held-out images",
                 "add `--validation_dataset` or drop it",
@@ -285,8 +296,8 @@ class ValidationOptions:
         "Measure that loss every so many steps; 0 measures it at the start and the end only."
         " --fit, --keep_best and --early_stopping_patience measure it twenty times by default.",
         range=STEPS.or_zero,
-        idle=(
-            Idle(
+        ignored=(
+            IgnoredCase(
                 lambda v: not v["validation_dataset"] and not v["fit"],
                 "without held-out images",
                 "add `--validation_dataset`, `--fit`, or drop it",
@@ -307,9 +318,45 @@ class ImageOutputOptions(OutputOptions):
     upcast_before_saving: bool = option(
         False,
         "Taken for the sake of diffusers' scripts: what is trained is kept and saved in 32 bits.",
-        idle=(
-            Idle(
+        ignored=(
+            IgnoredCase(
                 lambda _: True, "on what is trained here, which is kept and saved in 32 bits anyway"
             ),
         ),
     )
+
+
+@dataclass(frozen=True)
+class ImageOptions(
+    ModelOptions,
+    DataOptions,
+    DiffusionOptions,
+    FlowOptions,
+    PriorOptions,
+    ValidationOptions,
+    ImageOutputOptions,
+    RunConfig,
+):
+    """Every option of the script, flat, and what the base model's files say.
+
+    Attributes:
+        given_options: Names of the options that the command line or its recipe has.
+        validation_settings: Settings of each of ``validation_prompts`` (`PromptOptions`); [] where
+            none has any.
+        concepts: Options that each concept has of its own, with its name as "concept"; [] of a run
+            of one set of images.
+        concept: Name of the concept that `DreamBoothConfig.each` made this of.
+        pipeline: Class of the base model's pipeline.
+        told_guidance: True if the denoiser is told its guidance in training.
+        predicts_noise: True if the denoiser predicts noise, neither velocity nor a flow.
+    """
+
+    given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    validation_settings: list[dict[str, Any]] = field(default_factory=list)
+    concepts: list[dict[str, Any]] = field(default_factory=list)
+    concept: str = ""
+    pipeline: str = ""
+    told_guidance: bool = False
+    predicts_noise: bool = True
+
+    modality: ClassVar[str] = "image"

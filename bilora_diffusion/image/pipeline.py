@@ -82,17 +82,20 @@ def load_pipeline(
     if weights and name not in PIPELINES and variant and not any(folder.glob(f"*/*.{variant}.*")):
         raise UserError(f'--variant "{variant}" is of no file of "{name}": {ANOTHER}, or drop it.')
     family, index, load = model.family, model.index, _load if weights else _empty
+    # Optional parts that the pipeline goes without, such as SD3's T5.
     absent = [part for part in family.optional if (index.get(part) or [None])[0] is None]
     origin, parts = Origin(folder), dict[str, Any]()
     for part, kind in family.parts.items():
         if part in absent:
             continue
-        # Autoencoders overflow in half precision: latents are made and decoded in float32.
-        own = dtype.get(part, dtype["default"]) if isinstance(dtype, dict) else dtype
-        options = {"dtype": torch.float32 if part == "vae" else own}
-        what, place, fix = f'the {part} of "{name}"', folder, f"download it again, or {ANOTHER}"
+        part_dtype = dtype.get(part, dtype["default"]) if isinstance(dtype, dict) else dtype
+        if part == "vae":
+            # Autoencoders overflow in half precision: latents are made and decoded in float32.
+            part_dtype = torch.float32
+        options = {"dtype": part_dtype}
+        label, place, fix = f'the {part} of "{name}"', folder, f"download it again, or {ANOTHER}"
         if part == "vae" and vae:
-            what, place = f'the autoencoder "{vae}"', vae
+            label, place = f'the autoencoder "{vae}"', vae
             fix = f"give a folder or a hub id of a {kind}"
             options["cache_dir"] = cache_dir
         else:
@@ -100,17 +103,17 @@ def load_pipeline(
             if variant and any((folder / part).glob(f"*.{variant}.*")):
                 options["variant"] = variant
         loader = getattr(diffusers, kind, None) or getattr(transformers, kind)
-        read = partial(load, what, loader, place, fix, **options)
+        read = partial(load, label, loader, place, fix, **options)
         if part in later:
             origin.later[part] = read
             parts[part] = _empty(*read.args, **read.keywords)
         else:
             parts[part] = read()
-    whole: Any = getattr(diffusers, family.pipeline)
+    pipeline_class: Any = getattr(diffusers, family.pipeline)
     pipeline = reading(
         f'the base model "{name}"',
         f"correct its files, or {ANOTHER}",
-        lambda: whole.from_pretrained(
+        lambda: pipeline_class.from_pretrained(
             folder, **parts, **dict.fromkeys(absent), use_safetensors=True
         ),
     )
@@ -138,22 +141,24 @@ def load_base(cfg: DreamBoothConfig, dtype: Dtypes, **options: Any) -> Any:
     )
 
 
-def _empty(what: str, kind: Any, place: str | Path, fix: str, dtype: torch.dtype, **at: Any) -> Any:
+def _empty(
+    label: str, kind: Any, place: str | Path, fix: str, dtype: torch.dtype, **options: Any
+) -> Any:
     """One model without its weights."""
-    at.pop("variant", None)  # of weights
+    options.pop("variant", None)  # of weights
 
     def build() -> Any:
         if hasattr(kind, "load_config"):  # a model of diffusers
-            return kind.from_config(kind.load_config(place, **at))
-        return kind(kind.config_class.from_pretrained(place, **at))
+            return kind.from_config(kind.load_config(place, **options))
+        return kind(kind.config_class.from_pretrained(place, **options))
 
-    return reading(what, fix, lambda: empty(build, dtype))
+    return reading(label, fix, lambda: empty(build, dtype))
 
 
-def _load(what: str, kind: Any, place: str | Path, fix: str, **options: Any) -> Any:
+def _load(label: str, kind: Any, place: str | Path, fix: str, **options: Any) -> Any:
     """One model with all of its weights, from safetensors."""
-    require_safetensors(what, Path(place).expanduser() / options.get("subfolder", ""))
+    require_safetensors(label, Path(place).expanduser() / options.get("subfolder", ""))
     options |= {"use_safetensors": True, "output_loading_info": True}
-    model, loaded = reading(what, fix, lambda: kind.from_pretrained(place, **options))
-    require_whole(what, loaded["missing_keys"])
+    model, loaded = reading(label, fix, lambda: kind.from_pretrained(place, **options))
+    require_whole(label, loaded["missing_keys"])
     return model.requires_grad_(False).eval()

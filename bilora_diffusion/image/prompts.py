@@ -10,24 +10,28 @@ import torch
 from torch import Tensor
 
 from .disk_cache import DiskCache
-from .families import of
-from .families.base import Conditions, Family, joined, rows
+from .families import family_of
+from .families.base import Conditions, Family, join_rows, split_rows
 
 
 def embed(pipeline: Any, prompts: Sequence[str]) -> Conditions:
     """Embed prompts with the pipeline's own text encoders as and where they are now."""
-    return of(pipeline).embed(pipeline, prompts)
+    return family_of(pipeline).embed(pipeline, prompts)
 
 
 def embed_negative(pipeline: Any, count: int, prompts: Sequence[str] = ()) -> Conditions:
     """Embeddings of ``count`` negative prompts, empty ones unless given, with the pipeline's own
     text encoders.
     """
-    empty = of(pipeline).negative(pipeline, embed(pipeline, [""] * count))
+    empty = family_of(pipeline).negative(pipeline, embed(pipeline, [""] * count))
     if not any(prompts):
         return empty
-    told = zip(prompts, rows(embed(pipeline, prompts)), rows(empty), strict=True)
-    return joined([row if prompt else nothing for prompt, row, nothing in told])
+    rows = split_rows(embed(pipeline, prompts))
+    # An empty prompt is what guidance leads away from, not the embedding of "".
+    for number, (prompt, empty_row) in enumerate(zip(prompts, split_rows(empty), strict=True)):
+        if not prompt:
+            rows[number] = empty_row
+    return join_rows(rows)
 
 
 class PromptCache:
@@ -36,9 +40,9 @@ class PromptCache:
     Args:
         pipeline: with its encoders.
         device: where they are moved to for the while of embedding.
-        family: the pipeline's kind, with the run's settings; its usual ones by default.
+        family: of the pipeline, with the run's settings; its usual ones by default.
         disk: where embeddings stay for the next run.
-        ready: called before the encoders are used.
+        prepare: called before the encoders are used.
     """
 
     def __init__(
@@ -47,12 +51,12 @@ class PromptCache:
         device: torch.device,
         family: Family | None = None,
         disk: DiskCache | None = None,
-        ready: Callable[[], None] = lambda: None,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._pipeline, self._device = pipeline, device
-        self.family = family or of(pipeline)
-        self._disk, self._ready = disk or DiskCache(), ready
-        self._known: dict[str, Conditions] = {}
+        self.family = family or family_of(pipeline)
+        self._disk, self._prepare = disk or DiskCache(), prepare
+        self._embeddings: dict[str, Conditions] = {}
 
     def add(self, prompts: Sequence[str]) -> None:
         """Embed those of ``prompts`` that are new; the encoders visit the device for it only.
@@ -61,29 +65,30 @@ class PromptCache:
         """
         missing = []
         for prompt in dict.fromkeys(prompts):
-            if prompt in self._known:
+            if prompt in self._embeddings:
                 continue
-            if parts := self._disk.get(prompt):
-                self._known[prompt] = _row(parts)
+            if parts := self._disk.get(prompt):  # of an earlier run
+                self._embeddings[prompt] = _row_of_tensors(parts)
             else:
                 missing.append(prompt)
         if not missing:
             return
-        self._ready()
+        self._prepare()
         parts = [getattr(self._pipeline, name) for name in self.family.encoders]
         encoders = [encoder for encoder in parts if encoder is not None]
         for encoder in encoders:
             encoder.to(self._device)
+        # One by one: batched products are rounded by the shape of the batch.
         for prompt in missing:
-            (self._known[prompt],) = rows(self.family.embed(self._pipeline, [prompt]))
-            self._disk.put(_parts(self._known[prompt]), prompt)
+            (self._embeddings[prompt],) = split_rows(self.family.embed(self._pipeline, [prompt]))
+            self._disk.put(_row_to_tensors(self._embeddings[prompt]), prompt)
         for encoder in encoders:
             encoder.to("cpu")
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
         """Embeddings of ``prompts`` on the CPU, in order."""
         self.add(prompts)
-        return joined([self._known[prompt] for prompt in prompts])
+        return join_rows([self._embeddings[prompt] for prompt in prompts])
 
     def conditions(self, captions: Sequence[str]) -> Conditions:
         """Embeddings of captions as training reads them, on the CPU: an empty one is what guidance
@@ -92,34 +97,40 @@ class PromptCache:
         self.add(captions)
         if "" not in captions:
             return self(captions)
-        negative = self.family.negative(self._pipeline, self._known[""])
-        return joined([self._known[text] if text else negative for text in captions])
+        # A dropped caption is embedded as the negative prompt of guidance.
+        negative = self.family.negative(self._pipeline, self._embeddings[""])
+        return join_rows([self._embeddings[text] if text else negative for text in captions])
 
     def release(self) -> None:
-        """Let go of the encoders, of which those of a flow model are as large as the denoiser."""
+        """Drop the encoders, of which those of a flow model are as large as the denoiser."""
         for name in self.family.encoders:
             setattr(self._pipeline, name, None)
-        gc.collect()
+        gc.collect()  # models refer to themselves
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-LISTED = "[]"
-"""Ends the name of what is a list in a row."""
+LIST_SUFFIX = "[]"
+"""Ends the name of a list in a row, as files of tensors have it."""
 
 
-def _parts(row: Conditions) -> dict[str, Tensor]:
+def _row_to_tensors(row: Conditions) -> dict[str, Tensor]:
     """One row as tensors by name."""
-    lists = {name: values for name, values in row.items() if isinstance(values, list)}
-    return {
-        **{name: values for name, values in row.items() if name not in lists},
-        **{f"{name}{LISTED}": values[0] for name, values in lists.items()},
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, values in row.items():
+        if isinstance(values, list):
+            tensors[name + LIST_SUFFIX] = values[0]
+        else:
+            tensors[name] = values
+    return tensors
 
 
-def _row(parts: dict[str, Tensor]) -> Conditions:
+def _row_of_tensors(tensors: dict[str, Tensor]) -> Conditions:
     """The reverse."""
-    return {
-        name.removesuffix(LISTED): [values] if name.endswith(LISTED) else values
-        for name, values in parts.items()
-    }
+    row: Conditions = {}
+    for name, values in tensors.items():
+        if name.endswith(LIST_SUFFIX):
+            row[name.removesuffix(LIST_SUFFIX)] = [values]
+        else:
+            row[name] = values
+    return row

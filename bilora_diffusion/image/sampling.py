@@ -10,12 +10,12 @@ import torch
 from PIL.Image import Image
 
 from ..train.task import precision
-from .families import of
-from .families.base import Conditions, Family, moved
+from .families import family_of
+from .families.base import Conditions, Family, move
 from .latents import require_finite
 from .prompts import embed, embed_negative
 
-OVERFLOW = "the model or what it is trained to overflows, so use bf16 or fp32 instead of fp16"
+OVERFLOW_FIX = "the model or what it is trained to overflows, so use bf16 or fp32 instead of fp16"
 
 
 @torch.no_grad()
@@ -51,17 +51,18 @@ def generate(
     Raises:
         TrainingError: an image is not finite.
     """
-    positive, negative = embeddings or (
-        embed(pipeline, prompts),
-        embed_negative(pipeline, len(prompts), negatives),
-    )
+    if embeddings is None:
+        positive = embed(pipeline, prompts)
+        negative = embed_negative(pipeline, len(prompts), negatives)
+    else:
+        positive, negative = embeddings
     height, width = (size, size) if isinstance(size, int) else size
-    family = of(pipeline)
+    family: Family = family_of(pipeline)
     model = family.model(pipeline)
     dtype = precision(model)
-    usual_steps, usual_guidance = family.drawing(pipeline)
+    usual_steps, usual_guidance = family.usual_sampling(pipeline)
     guidance = usual_guidance if guidance_scale is None else guidance_scale
-    sampler = _sampler(family, pipeline)
+    sampler = bare_sampler(family, pipeline)
 
     def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
@@ -71,12 +72,15 @@ def generate(
     images: list[Image] = []
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
-        told, untold = (
-            moved({name: values[rows] for name, values in side.items()}, model.device, dtype)
-            for side in (positive, negative)
-        )
+        conditional = {name: values[rows] for name, values in positive.items()}
+        unconditional = {name: values[rows] for name, values in negative.items()}
         output: Any = sampler(
-            **family.sampling(told, untold, guidance),
+            **family.sampling(
+                move(conditional, model.device, dtype),
+                move(unconditional, model.device, dtype),
+                guidance,
+            ),
+            # A generator on the CPU for each image: its noise does not depend on the device.
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]],
             height=height,
             width=width,
@@ -84,21 +88,29 @@ def generate(
             output_type="latent",
             callback_on_step_end=callback,
         )
-        names = [f"'{p}' with seed {s}" for p, s in zip(prompts[rows], seeds[rows], strict=True)]
-        images += decode(pipeline, family.unpacked(output.images, height, width), names)
+        names = []
+        for prompt, seed in zip(prompts[rows], seeds[rows], strict=True):
+            names.append(f"'{prompt}' with seed {seed}")
+        latents = family.unpack_output(output.images, height, width)  # (n, c, h, w)
+        images += decode(pipeline, latents, names)
     return images
 
 
-def _sampler(family: Family, pipeline: Any) -> Any:
-    # Without encoders and autoencoder the pipeline's device is the denoiser's, wherever they rest.
+def bare_sampler(family: Family, pipeline: Any) -> Any:
+    """A pipeline like the given one with denoiser and scheduler only.
+
+    Without encoders and autoencoder the pipeline's device is the denoiser's, wherever they rest.
+    """
     kind: Any = type(pipeline)
-    known = inspect.signature(kind.__init__).parameters
-    settings = {name: value for name, value in pipeline.config.items() if name in known}
-    settings |= dict.fromkeys(set(pipeline.components) & set(known))
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    sampler = kind(**settings | {family.denoiser: family.model(pipeline), "scheduler": scheduler})
+    arguments = inspect.signature(kind.__init__).parameters
+    settings = {name: value for name, value in pipeline.config.items() if name in arguments}
+    settings |= dict.fromkeys(set(pipeline.components) & set(arguments))  # None
+    # A scheduler has a state: the pipeline's own is left alone.
+    settings["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    settings[family.denoiser] = family.model(pipeline)
+    sampler = kind(**settings)
     sampler.vae_scale_factor = pipeline.vae_scale_factor
-    family.ready(sampler)
+    family.prepare_sampler(sampler)
     sampler.set_progress_bar_config(disable=True)
     return sampler
 
@@ -107,13 +119,13 @@ def _sampler(family: Family, pipeline: Any) -> Any:
 def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[Image]:
     """Latents of the denoiser, (n, c, h, w), to PIL images, decoded in the autoencoder's dtype."""
     vae = pipeline.vae
-    home = vae.device
+    home_device = vae.device
     vae.to(latents.device)
-    space = of(pipeline).space(vae)
+    space = family_of(pipeline).latent_space(vae)
     scaled = space.decode(latents.to(vae.dtype))
     # One at a time: in float32 a 1024-pixel image alone takes gigabytes.
     pixels = torch.cat([space.pixels(vae, latent[None]).cpu() for latent in scaled])
-    vae.to(home)
+    vae.to(home_device)
     for name, image in zip(names, pixels, strict=True):
-        require_finite(f"the image of {name}", OVERFLOW, image)
+        require_finite(f"the image of {name}", OVERFLOW_FIX, image)
     return pipeline.image_processor.postprocess(pixels, output_type="pil")

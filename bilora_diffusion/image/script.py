@@ -33,13 +33,13 @@ from .card import write_dreambooth_card
 from .concept_list import require_disjoint
 from .config import DreamBoothConfig, resolve
 from .dry_run import memory_by_phase
-from .listing import look
+from .listing import list_folder
 from .opening import open_images
 from .pipeline import load_base
 from .sampling import generate
 from .sets import ImageSet
+from .stream import TrainingStream
 from .task import DreamBooth
-from .visits import VisitStream
 
 PRECISIONS = DTYPES | {"fp32": torch.float32}
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
                 class_set = instance
             else:
                 class_set = joined(cfg, partial(class_images, accelerator=accelerator))
-        task = DreamBooth(cfg, pipeline, VisitStream(cfg, instance, class_set), heldout)
+        task = DreamBooth(cfg, pipeline, TrainingStream(cfg, instance, class_set), heldout)
         if not cfg.dry_run:
             if cfg.quantize != "none":
                 quantize_models(task, dtypes["default"], accelerator.device)
@@ -138,8 +138,10 @@ def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
     """Warn of what the base model or ComfyUI will not do as the options might suggest."""
     family = cfg.family
     model_remark = family.remark(cfg.pretrained_model_name_or_path, pipeline)
-    has_no_guidance = family.drawing(pipeline)[1] == 0
-    if has_no_guidance and any(s["negative_prompt"] and not s["guidance"] for s in cfg.samples):
+    has_no_guidance = family.usual_sampling(pipeline)[1] == 0
+    if has_no_guidance and any(
+        sample.negative_prompt and not sample.guidance for sample in cfg.samples
+    ):
         logger.warning("%s draws without guidance, so negative prompts do nothing.", family.title)
     for remark in (model_remark, comfy.remark(cfg)):
         if remark is not None:
@@ -154,7 +156,7 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
     """
     folder = Path(str(cfg.class_data_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = range(len(look(folder).images), cfg.num_class_images)
+    numbers = range(len(list_folder(folder).images), cfg.num_class_images)
     # Nobody may count after another process has begun to write.
     accelerator.wait_for_everyone()
     own_numbers = numbers[accelerator.process_index :: accelerator.num_processes]

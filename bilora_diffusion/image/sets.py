@@ -19,8 +19,8 @@ from .decode import DECODE_ERRORS, read_rgb, upright_size
 
 FULL_CHECK_LIMIT = 2000
 """Up to this many images are decoded whole when opened; of more, only the headers are read."""
-MOST_ELONGATED = 64
-"""Times a side may be longer than the other: resizing makes of it what memory can't hold."""
+MAX_ASPECT_RATIO = 64
+"""Times a side may be longer than the other: memory can't hold what resizing makes of more."""
 T = TypeVar("T")
 
 
@@ -43,18 +43,18 @@ class Entry:
             raise ValueError("the row holds no image")
         return source
 
-    def check(self, *, whole: bool) -> None:
-        """Read its size, and drop a mask that hides nothing of it; ``whole`` decodes every pixel.
+    def check(self, *, decode: bool) -> None:
+        """Read its size, and drop a mask that hides nothing; ``decode`` reads every pixel, too.
 
         Raises:
             One of ``DECODE_ERRORS`` if it can't be read, or has a mask that does not fit.
         """
         source = self.encoded()
-        self.size = height, width = upright_size(source, whole=whole)
+        self.size = height, width = upright_size(source, decode=decode)
         self.num_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
-        if max(self.size) > MOST_ELONGATED * min(self.size):
+        if max(self.size) > MAX_ASPECT_RATIO * min(self.size):
             raise ValueError(
-                f"it is {width} pixels wide and {height} high, more than {MOST_ELONGATED} to 1;"
+                f"it is {width} pixels wide and {height} high, more than {MAX_ASPECT_RATIO} to 1;"
                 " cut it"
             )
         if (mask := self.mask and self.mask()) is None:
@@ -65,9 +65,9 @@ class Entry:
                 f"its mask is {mask.width} x {mask.height} pixels and it is {width} x {height};"
                 " make them alike"
             )
-        if mask.getbbox() is None:
+        if mask.getbbox() is None:  # no pixel above 0
             raise ValueError("its mask is black all over, so nothing of it would be learned")
-        if mask.getextrema() == (255, 255):
+        if mask.getextrema() == (255, 255):  # all of the image is learned
             self.mask = None
         else:
             self.mask_hash = hashlib.blake2b(mask.tobytes()).digest()
@@ -119,7 +119,7 @@ class ImageSet:
         self._fingerprint: str | None = None
         for entry in entries:
             try:
-                entry.check(whole=len(entries) <= FULL_CHECK_LIMIT)
+                entry.check(decode=len(entries) <= FULL_CHECK_LIMIT)
             except DECODE_ERRORS as error:
                 if not skip_bad_images:
                     raise self._unreadable(entry, error) from error
@@ -149,18 +149,18 @@ class ImageSet:
         """The images of several concepts, by their names, as one set, each called CONCEPT/NAME;
         None where no concept has any.
         """
-        there = [images for images in sets.values() if images is not None]
-        if not there:
+        first = next((images for images in sets.values() if images is not None), None)
+        if first is None:
             return None
-        whole = there[0].only([])
-        whole.label, whole.skipped, whole._remarks = label, [], ()
-        whole._masks_from = whole._captions_from = None
+        joint_set = first.only([])  # images that were checked are not checked again
+        joint_set.label, joint_set.skipped, joint_set._remarks = label, [], ()
+        joint_set._masks_from = joint_set._captions_from = None
         for number, (concept, images) in enumerate(sets.items()):
             for entry in images.entries if images else ():
-                own = copy.copy(entry)
-                own.name, own.concept = f"{concept}/{entry.name}", number
-                whole.entries.append(own)
-        return whole
+                joint_entry = copy.copy(entry)
+                joint_entry.name, joint_entry.concept = f"{concept}/{entry.name}", number
+                joint_set.entries.append(joint_entry)
+        return joint_set
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -204,31 +204,15 @@ class ImageSet:
         """For each image the value that belongs to its concept."""
         return [values[entry.concept] for entry in self.entries]
 
-    def prompts(self, *instance_prompts: str | None) -> list[str]:
-        """The text of every image: its caption, else the instance prompt of its concept.
-
-        Raises:
-            UserError: an image has no caption and there is no instance prompt.
-        """
-        texts = []
-        for entry in self.entries:
-            if (text := entry.caption or instance_prompts[entry.concept]) is None:
-                raise UserError(
-                    f"{entry.name} in {self.label} has no caption: give it one, or give"
-                    " --instance_prompt for the images without."
-                )
-            texts.append(text)
-        return texts
-
     def remarks(self) -> list[str]:
         """Facts of the set that would surprise, a line each."""
         lines = []
         if self._captions_from:
             count = sum(entry.caption is not None for entry in self.entries)
-            others = "" if count == len(self) else ", the others get --instance_prompt"
+            fallback = "" if count == len(self) else ", the others get --instance_prompt"
             lines.append(
                 f"captions of {self.label}: {count} of {len(self)} images have theirs from"
-                f" {self._captions_from}{others} (--caption_column none reads none)"
+                f" {self._captions_from}{fallback} (--caption_column none reads none)"
             )
         if self._masks_from:
             count = sum(entry.mask is not None for entry in self.entries)
@@ -236,8 +220,9 @@ class ImageSet:
                 f"masks of {self.label}: {count} of {len(self)} images have theirs from"
                 f" {self._masks_from}"
             )
-        left_out = (f"left out of {self.label}: {what}" for what in self.skipped)
-        return [*lines, *self._remarks, *left_out]
+        lines += self._remarks
+        lines += [f"left out of {self.label}: {skipped}" for skipped in self.skipped]
+        return lines
 
     def fingerprint(self) -> str:
         """A hash of `sample_contents`."""
@@ -269,5 +254,6 @@ class ImageSet:
         """Name of each image and a hash of its file without its mask; [] of more than
         ``FULL_CHECK_LIMIT`` images, whose files are not all read beforehand.
         """
-        few = self.entries if len(self) <= FULL_CHECK_LIMIT else []
-        return [(entry.name, entry.file_hash) for entry in few]
+        if len(self) > FULL_CHECK_LIMIT:
+            return []
+        return [(entry.name, entry.file_hash) for entry in self.entries]

@@ -13,7 +13,7 @@ from transformers.utils import is_sagemaker_mp_enabled
 from .. import adapters
 from ..adapters import AUXILIARY
 from ..api import BiLoRA
-from ..config import refusals
+from ..config import constraints
 from ..core.errors import UserError
 from ..methods.hooks import unwrapped
 
@@ -34,7 +34,7 @@ def check_trainer(trainer: Any) -> None:
         raise UserError("use_bilora was called for this trainer already; call it once.")
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     other_weights = optim.startswith(_OTHER_WEIGHTS) or optim.endswith("layerwise")
-    refusals.check(
+    constraints.check(
         {
             "trainer_engine": engine_name(trainer),
             "model_init": trainer.model_init is not None,
@@ -71,7 +71,7 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
             f"The trainer's model is a {type(trainer.model).__name__}, not the "
             f"{type(bilora.model).__name__} that attach was called for; {fix}."
         )
-    refusals.check(
+    constraints.check(
         {
             "method": "bilora",
             "auxiliaries": bilora.config.auxiliaries,
@@ -117,4 +117,4 @@ def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
 
 def is_bound(optimizer: Any, bilora: BiLoRA) -> bool:
     """Test that the auxiliary is projected after the steps of this optimizer."""
-    return bilora._method._optimizer is unwrapped(optimizer)
+    return bilora._method.optimizer is unwrapped(optimizer)

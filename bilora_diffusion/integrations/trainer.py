@@ -212,21 +212,21 @@ class _Watch(TrainerCallback):
 
     def __init__(self, bilora: BiLoRA, trainer: WithBiLoRA) -> None:
         self.bilora, self.trainer = bilora, trainer
-        self.taken = 0
+        self.steps_before = 0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         checks.check_optimizer(kwargs["optimizer"], self.bilora)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.taken = self.bilora._method.taken
+        self.steps_before = self.bilora._method.steps_taken
         if self.bilora.config.rho == "auto":
             self.bilora.observe(self.trainer.step_loss())
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
-        for parameter in self.bilora._method.apart() if skipped else ():
+        for parameter in self.bilora._method.loose_parameters if skipped else ():
             parameter.grad = None  # the trainer forgets those of the model's parameters alone
-        if self.bilora._method.taken == self.taken and not skipped:
+        if self.bilora._method.steps_taken == self.steps_before and not skipped:
             raise UserError(
                 f"{type(kwargs['optimizer']).__name__} took a step after which the auxiliary was "
                 "not projected; use an optimizer of torch.optim."

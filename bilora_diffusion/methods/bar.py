@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from ..adapters import PRIMARY, weights
 from ..core.errors import UserError
-from .base import Counting
-from .hooks import BeforeStep, unwrapped
-from .options import falling
+from .base import CountingMethod
+from .hooks import HookedMethod, unwrapped
+from .options import MethodOptions, falling
 from .registry import register
 
 
-class _BAR(BeforeStep, Counting, ABC):
+class BAR(HookedMethod, CountingMethod, ABC):
     """Before each optimizer step one factor of a layer shrinks by 1 - alpha_t lr_t, the other grows
     by 1 + alpha_t lr_t, with the rate that this step has; which one is the subclass's choice.
     Steps that a gradient scaler skips change nothing, nor does a step without a layer's gradient
@@ -29,9 +29,9 @@ class _BAR(BeforeStep, Counting, ABC):
     reads: ClassVar[frozenset[str]] = frozenset({"bar_alpha", "bar_schedule"})
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"bar_alpha": 0.0})
 
-    @property
-    def depends_on_length(self) -> bool:
-        return self.options.bar_schedule != "constant"
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self.depends_on_length = self.options.bar_schedule != "constant"
 
     def bind(self, optimizer: Optimizer) -> None:
         """Balance before every step of `optimizer`.
@@ -39,8 +39,8 @@ class _BAR(BeforeStep, Counting, ABC):
         Raises:
             UserError: it lacks a parameter of the adapters, or can't be hooked.
         """
-        rates = _rates(unwrapped(optimizer))
-        for name, layer in self.layers():
+        rates = _learning_rates(unwrapped(optimizer))
+        for name, layer in self.layers:
             if any(id(factor) not in rates for factor in weights(layer, PRIMARY)):
                 raise UserError(f"The optimizer lacks {name}; make it from param_groups().")
         super().bind(optimizer)
@@ -51,27 +51,30 @@ class _BAR(BeforeStep, Counting, ABC):
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self.taken += 1
+        self.steps_taken += 1
         strength = self.options.bar_alpha
         if self.depends_on_length:
-            progress = self.options.progress(self.taken)
+            progress = self.options.progress(self.steps_taken)
             strength *= falling(self.options.bar_schedule, progress)
-        # A layer without a gradient is one that no step moves: SAM's would not balance it either.
-        pairs = [weights(layer, PRIMARY) for _, layer in self.primary_layers]
-        pairs = [(a, b) for a, b in pairs if a.grad is not None and b.grad is not None]
-        if not pairs:
+        # A layer without a gradient is one that no step moves: SAM would not balance it either.
+        layers_A, layers_B = [], []
+        for _path, layer in self.layers:
+            A, B = weights(layer, PRIMARY)
+            if A.grad is not None and B.grad is not None:
+                layers_A.append(A)
+                layers_B.append(B)
+        if not layers_A:
             return
-        rates = _rates(optimizer)
-        shrinks = self.shrinks_A([a for a, _ in pairs], [b for _, b in pairs])
-        signs = torch.where(shrinks, -1.0, 1.0).unbind()
-        for sign, (a, b) in zip(signs, pairs, strict=True):
-            change = sign.to(a.dtype) * (strength * rates[id(a)])
-            a.mul_(1 + change)
-            b.mul_(1 - change)
+        rates = _learning_rates(optimizer)
+        signs = torch.where(self.shrinks_A(layers_A, layers_B), -1.0, 1.0).unbind()
+        for sign, A, B in zip(signs, layers_A, layers_B, strict=True):
+            change = sign.to(A.dtype) * (strength * rates[id(A)])
+            A.mul_(1 + change)
+            B.mul_(1 - change)
 
 
 @register("lora-obar")
-class LoRAoBAR(_BAR):
+class LoRAoBAR(BAR):
     """The factor of the larger norm shrinks (Algorithm 2 of Li et al. 2024a,
     https://arxiv.org/abs/2410.14802, for problems of one sample or of overparameterized kind).
     """
@@ -84,7 +87,7 @@ class LoRAoBAR(_BAR):
 
 
 @register("lora-nbar")
-class LoRAnBAR(_BAR):
+class LoRAnBAR(BAR):
     """The factor of the smaller gradient shrinks (Algorithm 3 of Li et al. 2024a)."""
 
     title = "LoRA-nBAR"
@@ -94,13 +97,13 @@ class LoRAnBAR(_BAR):
         return _norms(_gradients(A)) < _norms(_gradients(B))
 
 
-def _rates(optimizer: Optimizer) -> dict[int, float]:
+def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
     """The learning rate now of each parameter, by its id; Prodigy's is its estimate d times lr."""
-    return {
-        id(parameter): group["lr"] * group.get("d", 1.0)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    rates: dict[int, float] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            rates[id(parameter)] = group["lr"] * group.get("d", 1.0)
+    return rates
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

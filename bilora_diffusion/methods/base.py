@@ -1,16 +1,15 @@
 """The interface of a fine-tuning method: one file, one class, one registration (`registry`).
 
-The loop draws the micro-batches, noise and timesteps of one optimizer step, freezes them in a
+The loop takes the micro-batches, noise and timesteps of one optimizer step, freezes them in a
 `forward_backward` closure, and calls `Method.step(forward_backward, optimizer)`. A method may call
-the closure once (LoRA, Bi-LoRA) or several times; the same inputs come each time.
+the closure once (LoRA, Bi-LoRA) or several times; each call sees the same inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
@@ -34,6 +33,23 @@ class Target:
     weight_decay: float = 0.0
 
 
+@dataclass(frozen=True)
+class TrainedBytes:
+    """Bytes that a method takes beside the models (`Method.memory`).
+
+    Attributes:
+        adapters: parameters of each adapter, by its name.
+        gradients: gradients of one step.
+        optimized: parameters of which the optimizer keeps moments.
+        result: parameters that the result consists of.
+    """
+
+    adapters: Mapping[str, int]
+    gradients: int
+    optimized: int
+    result: int
+
+
 class StepOptimizer(Protocol):
     """The optimizer as `Method.step` uses it: `step` clips `clip_parameters()` and then steps."""
 
@@ -43,17 +59,28 @@ class StepOptimizer(Protocol):
 
 
 class Method:
-    """A way to fine-tune adapters; plain LoRA, where a method does not override it.
+    """A way to fine-tune adapters. The defaults are plain LoRA.
 
     Attributes:
+        options: options of all methods, of which this one reads some (`reads`).
+        settings: options that this method alone has, of the type `own_options`.
+        rho: the radius given, or the method's default; not that of a radius that sets itself.
         targets: the models given to `setup`.
+        layers: ("target.module path", layer) of each adapted layer of all targets, after `setup`.
+        weights: `clip_parameters()`, after `bind`. To collect them takes a walk through the models.
+        loose_parameters: trained parameters that no module of the models holds. Nobody else
+            averages their gradients over processes.
+        depends_on_length: whether a step depends on the length of the run
+            (`MethodOptions.num_steps`).
+        gains_from_decay: whether a rate that falls to zero over twice the best step gives a better
+            result than a constant rate up to that step; `--fit` then trains so.
         on_perturbed: called within a step while the primaries hold A + e_A and B + e_B, and their
             `.grad` holds e, where somebody wants to know (`train.dynamics`).
     """
 
-    name: ClassVar[str] = ""  # the one it is registered under
-    title: ClassVar[str] = ""  # its name in tables and model cards
-    summary: ClassVar[str] = ""  # a sentence or two about it, for model cards
+    name: ClassVar[str] = ""  # under which it is registered
+    title: ClassVar[str] = ""  # in tables and model cards
+    summary: ClassVar[str] = ""  # a sentence or two for model cards
     # The adapters it trains, in the order in which they act; what a checkpoint holds.
     adapters: ClassVar[tuple[str, ...]] = (PRIMARY,)
     # Fields of `MethodFlags` that matter to it; registering it adds those of `own_options`.
@@ -65,42 +92,23 @@ class Method:
     exports_weights: ClassVar[bool] = False  # leaves whole models behind, not adapters
     # Options under which it trains as plain LoRA does, None if there are none.
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
+    # Options, as words of a command line, with which `--fit` tries it.
+    search_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or MethodOptions()
-        self.targets: tuple[Target, ...] = ()
-        self.on_perturbed: Callable[[], None] | None = None
-
-    @property
-    def rho(self) -> float:
-        """The radius asked for, or the method's own; not for one that sets itself."""
+        self.settings: Any = self.options.own
+        if self.settings is None and self.own_options is not None:
+            self.settings = self.own_options()
         rho = self.options.rho
-        return self.default_rho if rho is None or isinstance(rho, str) else rho
-
-    @property
-    def own(self) -> Any:
-        """Its own options, of the type `own_options`."""
-        return self.options.own or (self.own_options() if self.own_options else None)
-
-    @classmethod
-    def usual(cls) -> dict[str, Any]:
-        """Options that it reads, with their defaults."""
-        groups = (MethodOptions, *([cls.own_options] if cls.own_options else []))
-        defaults = {field.name: field.default for group in groups for field in fields(group)}
-        return {name: defaults[name] for name in sorted(cls.reads)}
-
-    @property
-    def depends_on_length(self) -> bool:
-        """True if a step depends on the number of steps (`MethodOptions.num_steps`)."""
-        return False
-
-    def layers(self, adapter: str = PRIMARY) -> list[tuple[str, adapters.LoraLayer]]:
-        """("target.module path", layer) of each layer of all targets that has the adapter."""
-        return [
-            (f"{target.name}.{path}", layer)
-            for target in self.targets
-            for path, layer in adapters.layers(target.model, adapter)
-        ]
+        self.rho = self.default_rho if rho is None or isinstance(rho, str) else rho
+        self.targets: tuple[Target, ...] = ()
+        self.layers: list[tuple[str, adapters.LoraLayer]] = []
+        self.weights: list[nn.Parameter] = []
+        self.loose_parameters: Sequence[nn.Parameter] = ()
+        self.depends_on_length = False
+        self.gains_from_decay = False
+        self.on_perturbed: Callable[[], None] | None = None
 
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         """Inject the adapters into every target, activate them, and speed up their forward.
@@ -115,24 +123,26 @@ class Method:
             UserError: a target that the adapters can't be put on.
         """
         self.targets = tuple(targets)
-        for target in self.targets:
-            if not adapters.adopt(target.model, target.spec, PRIMARY):
-                adapters.inject(target.model, target.spec, PRIMARY)
-        self.inject_others()
+        self.inject_adapters()
         for target in self.targets:
             inits.prepare(target.model, target.spec)
             adapters.activate(target.model, self.adapters)
             fused.fuse(target.model)
+            for path, layer in adapters.layers(target.model, PRIMARY):
+                self.layers.append((f"{target.name}.{path}", layer))
         return self.param_groups(self.targets)
 
-    def inject_others(self) -> None:
-        """Inject what a method needs beside the primaries, when all of these are in."""
+    def inject_adapters(self) -> None:
+        """Put the primary on every target; a method with further adapters adds them after it."""
+        for target in self.targets:
+            if not adapters.adopt(target.model, target.spec, PRIMARY):
+                adapters.inject(target.model, target.spec, PRIMARY)
 
     def param_groups(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         """The optimizer's parameter groups, for the rates and decays of `targets`."""
         return [
             {
-                "params": self.trained(target.model),
+                "params": self.clip_parameters([target]),
                 "lr": target.lr,
                 "weight_decay": target.weight_decay,
                 "name": target.name,
@@ -140,13 +150,27 @@ class Method:
             for target in targets
         ]
 
+    def clip_parameters(self, targets: Sequence[Target] | None = None) -> list[nn.Parameter]:
+        """The parameters that the result consists of: what gradient clipping sees and what weight
+        averaging averages. The primary's come first, then those of modules that are trained whole
+        beside it (`AdapterSpec.modules_to_save`).
+
+        Args:
+            targets: whose parameters; None for all.
+        """
+        parameters: list[nn.Parameter] = []
+        for target in self.targets if targets is None else targets:
+            parameters += adapters.parameters(target.model, PRIMARY)
+            parameters += adapters.whole(target.model, PRIMARY).values()
+        return parameters
+
     def bind(self, optimizer: Optimizer) -> None:
-        """See the raw torch optimizer once, before the first step (for hooks on its steps)."""
+        """See the raw torch optimizer once, before the first step: to check it, read it or put
+        hooks on its steps.
+        """
+        self.weights = self.clip_parameters()
 
-    def expect(self, samples: Sequence[int | None]) -> None:
-        """Prepare for `seen` with these samples, later in the same step."""
-
-    def seen(
+    def around_batch(
         self, samples: Sequence[int | None], snr: Sequence[float] = ()
     ) -> AbstractContextManager[None]:
         """A context for the forward and backward pass of a micro-batch.
@@ -157,14 +181,8 @@ class Method:
         """
         return nullcontext()
 
-    def apart(self) -> list[nn.Parameter]:
-        """The trained parameters that no module holds, whose gradients nobody else averages over
-        processes.
-        """
-        return []
-
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
-        """One optimizer step.
+        """Take one optimizer step.
 
         Args:
             forward_backward: runs all micro-batches of this step; leaves the mean gradient in
@@ -174,15 +192,10 @@ class Method:
         Returns:
             The loss, a 0-d tensor.
         """
-        with self.moved():
-            loss = forward_backward()
+        loss = forward_backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss
-
-    def moved(self) -> AbstractContextManager[None]:
-        """A context in which the weights are those that a step's gradient is taken at."""
-        return nullcontext()
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of the models for a checkpoint: every trained parameter, and what was taken out
@@ -190,44 +203,15 @@ class Method:
 
         Keys are "target/adapter/module path.lora_A.weight" and so on.
         """
-        factors = {
-            f"{target.name}/{adapter}/{name}": parameter.detach()
-            for target in self.targets
-            for adapter in (*self.adapters, INITIAL)
-            for name, parameter in adapters.named_parameters(target.model, adapter).items()
-        }
-        heads = {
-            f"{target.name}/whole/{name}": parameter.detach()
-            for target in self.targets
-            for name, parameter in adapters.whole(target.model, PRIMARY).items()
-        }
-        return factors | heads
-
-    def clip_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the result is made of: what gradient clipping sees and what weight
-        averaging averages.
-        """
-        return [p for target in self.targets for p in self.trained(target.model)]
-
-    @staticmethod
-    def trained(model: nn.Module) -> list[nn.Parameter]:
-        """A model's parameters of the result: the primary's, then those of modules that are trained
-        whole beside it (`AdapterSpec.modules_to_save`).
-        """
-        head = adapters.whole(model, PRIMARY).values()
-        return [*adapters.parameters(model, PRIMARY), *head]
-
-    @cached_property
-    def weights(self) -> list[nn.Parameter]:
-        """`clip_parameters()` of the first step, after which they are the same ones for ever: to
-        find them is to walk through the whole model.
-        """
-        return self.clip_parameters()
-
-    @cached_property
-    def primary_layers(self) -> list[tuple[str, adapters.LoraLayer]]:
-        """`layers()` of the primary; after `setup`."""
-        return self.layers()
+        tensors: dict[str, Tensor] = {}
+        for target in self.targets:
+            for adapter in (*self.adapters, INITIAL):
+                for path, parameter in adapters.named_parameters(target.model, adapter).items():
+                    tensors[f"{target.name}/{adapter}/{path}"] = parameter.detach()
+        for target in self.targets:
+            for path, parameter in adapters.whole(target.model, PRIMARY).items():
+                tensors[f"{target.name}/whole/{path}"] = parameter.detach()
+        return tensors
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -247,7 +231,7 @@ class Method:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave.
+        """Take back what `state_dict` returned.
 
         Raises:
             UserError: the state is of another method.
@@ -258,15 +242,31 @@ class Method:
                 f" {sorted(self.state_dict())}; resume with the method of the run's start."
             )
 
+    def memory(self, step_samples: int) -> TrainedBytes:
+        """Bytes that the method takes beside the models, after `setup`; weights without memory
+        (device "meta") count like others.
 
-class Counting(Method):
+        Args:
+            step_samples: samples of one optimizer step.
+        """
+        by_adapter: dict[str, int] = {}
+        for adapter in (*self.adapters, INITIAL):
+            by_adapter[adapter] = 0
+            for target in self.targets:
+                parameters = adapters.parameters(target.model, adapter)
+                by_adapter[adapter] += sum(parameter.nbytes for parameter in parameters)
+        result = sum(parameter.nbytes for parameter in self.clip_parameters())
+        return TrainedBytes(by_adapter, gradients=result, optimized=result, result=result)
+
+
+class CountingMethod(Method):
     """A method whose steps depend on how many were taken; a resume goes on counting."""
 
-    taken = 0
+    steps_taken = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"taken": self.taken}
+        return {"taken": self.steps_taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.taken = state["taken"]
+        self.steps_taken = state["taken"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from types import MappingProxyType
@@ -15,17 +15,18 @@ from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import PRIMARY, Factors
-from . import EFMLoRAOptions, perturb
-from .base import Counting
+from . import perturb
+from .base import CountingMethod, StepOptimizer
 from .bilora import ball
-from .hooks import BeforeStep
+from .hooks import HookedMethod
+from .options import EFMLoRAOptions
 from .registry import register
 
 PERTURBATION = "perturbation"
 
 
 @register("efm-lora")
-class EFMLoRA(BeforeStep, Counting):
+class EFMLoRA(HookedMethod, CountingMethod):
     """The gradient at W0 + s (B + E) A, E on average the best step of the whole weight, one pass.
 
     For each layer, with G the mean of what dL/dB and dL/dA tell of dL/dW (Equation 12),
@@ -58,43 +59,52 @@ class EFMLoRA(BeforeStep, Counting):
 
     def metrics(self) -> dict[str, float]:
         """Length of the next perturbation of the weights."""
-        factors = adapters.factors_of(self.primary_layers, PRIMARY)
-        moves = [f._replace(B=E.flatten(1)) for f, E in zip(factors, self._E.values(), strict=True)]
-        return {"perturbation_norm": float(ball.frobenius_norm(moves))}
+        factors = adapters.factors_of(self.layers, PRIMARY)
+        perturbations = [
+            layer._replace(B=E.flatten(1))
+            for layer, E in zip(factors, self._E.values(), strict=True)
+        ]
+        return {"perturbation_norm": float(ball.frobenius_norm(perturbations))}
 
     @cached_property
     def _E(self) -> dict[str, Tensor]:
         """E of each layer by name, like its B; zero before the first step."""
-        return {
-            f"{target.name}/{PERTURBATION}/{path}.lora_B.weight": torch.zeros_like(
-                adapters.weights(layer, PRIMARY)[1], requires_grad=False
-            )
-            for target in self.targets
-            for path, layer in adapters.layers(target.model, PRIMARY)
-        }
+        perturbations: dict[str, Tensor] = {}
+        for target in self.targets:
+            for path, layer in adapters.layers(target.model, PRIMARY):
+                _, B = adapters.weights(layer, PRIMARY)
+                key = f"{target.name}/{PERTURBATION}/{path}.lora_B.weight"
+                perturbations[key] = torch.zeros_like(B, requires_grad=False)
+        return perturbations
 
     @contextmanager
-    def moved(self) -> Iterator[None]:
+    def _perturbed(self) -> Iterator[None]:
         """Within the context the layers hold B + E."""
-        layers = self.primary_layers
-        weights: list[Tensor] = [adapters.weights(layer, PRIMARY)[1] for _, layer in layers]
+        weights: list[Tensor] = [adapters.weights(layer, PRIMARY)[1] for _, layer in self.layers]
         with perturb.restored(weights):
             with torch.no_grad():
                 torch._foreach_add_(weights, list(self._E.values()))
             yield
 
+    def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
+        with self._perturbed():
+            loss = forward_backward()
+        optimizer.step()  # with `before_step`, unless a scaler skips it
+        optimizer.zero_grad()
+        return loss
+
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self.taken += 1
-        rho, beta = self.rho, self.own.efm_beta
-        if self.own.efm_schedule == "sqrt":
-            rho /= math.sqrt(self.taken)
-        with self.moved():  # the gradients are of these weights
-            gradients = adapters.gradients_of(self.primary_layers, PRIMARY)
-            steps = perturbations(adapters.factors_of(self.primary_layers, PRIMARY), gradients, rho)
-        for E, step in zip(self._E.values(), steps, strict=True):
-            if step is not None:
-                E.lerp_(step.view_as(E), beta if self.taken > 1 else 1.0)
+        self.steps_taken += 1
+        rho, beta = self.rho, self.settings.efm_beta
+        if self.settings.efm_schedule == "sqrt":
+            rho /= math.sqrt(self.steps_taken)
+        with self._perturbed():  # the gradients are of these weights
+            gradients = adapters.gradients_of(self.layers, PRIMARY)
+            best_steps = perturbations(adapters.factors_of(self.layers, PRIMARY), gradients, rho)
+        for E, best_step in zip(self._E.values(), best_steps, strict=True):
+            if best_step is not None:  # Equation 18
+                E.lerp_(best_step.view_as(E), beta if self.steps_taken > 1 else 1.0)
 
 
 @torch.no_grad()
@@ -118,30 +128,37 @@ def perturbations(
     Returns:
         (m, r) of each layer, zero for a zero gradient; None for a layer without one.
     """
-    found: list[Tensor | None] = [None] * len(factors)
-    for group in adapters.alike(
-        (f.A.shape, f.B.shape, f.A.dtype, f.A.device, f.scale, gradient is None)
-        for f, gradient in zip(factors, gradients, strict=True)
-    ):
-        first = group[0]
-        if gradients[first] is None:
+    best_steps: list[Tensor | None] = [None] * len(factors)
+    keys = []
+    for layer, gradient in zip(factors, gradients, strict=True):
+        is_missing = gradient is None
+        shapes = (layer.A.shape, layer.B.shape)
+        keys.append((*shapes, layer.A.dtype, layer.A.device, layer.scale, is_missing))
+    for group in adapters.alike(keys):
+        group_gradients = [gradient for i in group if (gradient := gradients[i]) is not None]
+        if not group_gradients:
             continue
-        A, B, g_A, g_B = (
-            torch.stack([getattr(each[i], side) for i in group])
-            for each in (factors, gradients)
-            for side in "AB"
-        )
-        dtype, wide = B.dtype, torch.promote_types(B.dtype, torch.float32)
-        A, B, g_A, g_B = (stack.to(wide) for stack in (A, B, g_A, g_B))
-        (Q, R), (P, S) = torch.linalg.qr(A.mT), torch.linalg.qr(B)
+        scale, dtype = factors[group[0]].scale, factors[group[0]].B.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        A = torch.stack([factors[i].A for i in group]).to(wide)  # (layers, r, n)
+        B = torch.stack([factors[i].B for i in group]).to(wide)  # (layers, m, r)
+        g_A = torch.stack([gradient.A for gradient in group_gradients]).to(wide)
+        g_B = torch.stack([gradient.B for gradient in group_gradients]).to(wide)
+        Q, R = torch.linalg.qr(A.mT)
+        P, S = torch.linalg.qr(B)
         # What a gradient says along a direction that a factor hardly has is its rounding.
-        R, S = (torch.linalg.pinv(x, rtol=torch.finfo(wide).eps ** 0.5) for x in (R, S))
-        U, V = g_B @ R, S.mT @ g_A
-        inner = V @ Q  # (r, r)
-        square = (U * U).sum((1, 2)) + (V * V).sum((1, 2)) + 2 * ((P.mT @ U) * inner).sum((1, 2))
-        norm = square.clamp_min(0).sqrt()[:, None, None]
-        step = (U + P @ inner) @ R.mT * (rho / factors[first].scale)
+        tolerance = torch.finfo(wide).eps ** 0.5
+        R_inverse = torch.linalg.pinv(R, rtol=tolerance)
+        S_inverse = torch.linalg.pinv(S, rtol=tolerance)
+        U = g_B @ R_inverse  # (layers, m, r)
+        V = S_inverse.mT @ g_A  # (layers, r, n)
+        inner = V @ Q  # (layers, r, r)
+        # ||U Q^T + P V||^2 = ||U||^2 + ||V||^2 + 2 <P^T U, V Q>, as Q and P are orthonormal.
+        squares = (U * U).sum((1, 2)) + (V * V).sum((1, 2))
+        squares = squares + 2 * ((P.mT @ U) * inner).sum((1, 2))
+        norm = squares.clamp_min(0).sqrt()[:, None, None]
+        step = (U + P @ inner) @ R_inverse.mT * (rho / scale)
         step = torch.where(norm > 0, step / norm, 0.0).to(dtype)
-        for i, own in zip(group, step, strict=True):
-            found[i] = own
-    return found
+        for i, layer_step in zip(group, step, strict=True):
+            best_steps[i] = layer_step
+    return best_steps

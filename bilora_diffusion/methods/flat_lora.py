@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
@@ -16,14 +15,14 @@ from .. import adapters
 from ..adapters import PRIMARY
 from ..core.seeds import seed_of
 from . import perturb
-from .base import Counting
-from .options import rising
+from .base import CountingMethod, StepOptimizer
+from .options import MethodOptions, rising
 from .registry import register
 
 
 @register("flat-lora")
-class FlatLoRA(Counting):
-    """min over B, A of E_N L(W0 + s B A + N), one draw of N in each optimizer step.
+class FlatLoRA(CountingMethod):
+    """min over B, A of E_N L(W0 + s B A + N), with a new N in each optimizer step.
 
     Row i of N has the standard deviation f rho ||W'_i|| / sqrt(n) with W' = W0 + s B A of n columns
     and f = (1 - cos(pi t / T)) / 2. The noise stands while all micro-batches of a step run; it is
@@ -41,31 +40,36 @@ class FlatLoRA(Counting):
     default_rho: ClassVar[float] = 0.1
     default_text_rho: ClassVar[float | None] = 0.05
 
-    _buffers: Sequence[Tensor] = ()
+    _buffers: Sequence[Tensor] = ()  # reused from step to step: fresh memory costs time too
 
-    @property
-    def depends_on_length(self) -> bool:
-        return True
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self.depends_on_length = True
 
-    def moved(self) -> AbstractContextManager[None]:
-        self.taken += 1
-        weights = [adapters.base_weight(layer) for _, layer in self.primary_layers]
-        return perturb.replaced(weights, self._noisy_weights(weights))
+    def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
+        self.steps_taken += 1
+        weights = [adapters.base_weight(layer) for _, layer in self.layers]
+        with perturb.replaced(weights, self._noisy_weights(weights)):
+            loss = forward_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
 
     def _noisy_weights(self, weights: Sequence[nn.Parameter]) -> Sequence[Tensor]:
-        if not self._buffers:  # kept from step to step: fresh memory costs time too
+        """The base weights with the noise of this step."""
+        if not self._buffers:
             self._buffers = [torch.empty_like(w, requires_grad=False) for w in weights]
-        strength = self.rho * rising("cosine", self.options.progress(self.taken))
+        strength = self.rho * rising("cosine", self.options.progress(self.steps_taken))
 
-        def make(index: int) -> None:
-            path, layer = self.primary_layers[index]
-            seed = seed_of(self.options.seed, "flat-lora", self.taken, path)
+        def fill_buffer(index: int) -> None:
+            path, layer = self.layers[index]
+            seed = seed_of(self.options.seed, "flat-lora", self.steps_taken, path)
             noisy_weight(layer, strength, seed, out=self._buffers[index])
 
-        # torch draws normal numbers on one CPU thread; layers are independent, so they share all.
+        # torch makes normal numbers on one CPU thread; layers are independent, so all threads work.
         threads = torch.get_num_threads() if weights[0].device.type == "cpu" else 1
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(make, range(len(weights))))
+            list(pool.map(fill_buffer, range(len(weights))))
         return self._buffers
 
 
@@ -78,10 +82,11 @@ def noisy_weight(layer: adapters.LoraLayer, strength: float, seed: int, out: Ten
         seed: of this layer's noise in this step.
         out: like the weight.
     """
-    rows = adapters.base_rows(layer)
-    sides = (layer.lora_A, layer.lora_B)
-    A, B = (cast(Tensor, side[PRIMARY].weight).detach().flatten(1) for side in sides)
-    deviation = strength * row_norms(rows, A, B * layer.scaling[PRIMARY]) / math.sqrt(rows.shape[1])
+    rows = adapters.base_rows(layer)  # (m, n)
+    A = cast(Tensor, layer.lora_A[PRIMARY].weight).detach().flatten(1)
+    B = cast(Tensor, layer.lora_B[PRIMARY].weight).detach().flatten(1)
+    norms = row_norms(rows, A, B * layer.scaling[PRIMARY])  # (m,)
+    deviation = strength * norms / math.sqrt(rows.shape[1])
     generator = torch.Generator(rows.device).manual_seed(seed)
     noise = torch.randn(rows.shape, generator=generator, device=rows.device, dtype=rows.dtype)
     out.copy_(adapters.from_rows(layer, noise.mul_(deviation[:, None]).add_(rows)))
@@ -97,7 +102,7 @@ def row_norms(rows: Tensor, A: Tensor, B: Tensor) -> Tensor:
         A, B: (r, n) and (m, r); the scale is in B.
     """
     A, B = A.to(rows.dtype), B.to(rows.dtype)
-    squares = torch.linalg.vector_norm(rows, dim=1).square()
-    cross = (B * (rows @ A.T)).sum(1)
-    own = ((B @ (A @ A.T)) * B).sum(1)
-    return (squares + 2 * cross + own).clamp_min(0).sqrt()
+    base_squares = torch.linalg.vector_norm(rows, dim=1).square()
+    cross_terms = (B * (rows @ A.T)).sum(1)
+    change_squares = ((B @ (A @ A.T)) * B).sum(1)
+    return (base_squares + 2 * cross_terms + change_squares).clamp_min(0).sqrt()

@@ -29,6 +29,11 @@ class FullFineTuning(Method):
     limit: ClassVar[Mapping[str, Any] | None] = None
 
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
+        """Make every weight of the targets trainable.
+
+        Raises:
+            UserError: a weight is in half precision.
+        """
         self.targets = tuple(targets)
         for target in self.targets:
             for name, parameter in target.model.named_parameters():
@@ -41,15 +46,17 @@ class FullFineTuning(Method):
         return self.param_groups(self.targets)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{target.name}/full/{name}": parameter.detach()
-            for target in self.targets
-            for name, parameter in target.model.named_parameters()
-        }
+        tensors: dict[str, Tensor] = {}
+        for target in self.targets:
+            for path, parameter in target.model.named_parameters():
+                tensors[f"{target.name}/full/{path}"] = parameter.detach()
+        return tensors
 
-    @staticmethod
-    def trained(model: nn.Module) -> list[nn.Parameter]:
-        return [p for p in model.parameters() if p.requires_grad]
+    def clip_parameters(self, targets: Sequence[Target] | None = None) -> list[nn.Parameter]:
+        parameters: list[nn.Parameter] = []
+        for target in self.targets if targets is None else targets:
+            parameters += [p for p in target.model.parameters() if p.requires_grad]
+        return parameters
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Reaching the optimizer's own steps, and what an optimizer must be for that."""
+"""Hooks on the optimizer's own steps."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ def unwrapped(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-class BeforeStep(Method):
-    """A method that acts on the layers' gradients or factors before each step that is taken."""
+class HookedMethod(Method):
+    """A method that acts on the layers' gradients or factors before each step that is taken.
+
+    Steps that a gradient scaler skips call nothing.
+    """
 
     _hook: RemovableHandle | None = None
 
@@ -41,27 +44,31 @@ class BeforeStep(Method):
         Raises:
             UserError: it can't be hooked.
         """
+        super().bind(optimizer)
         if self._hook is not None:
             self._hook.remove()
         self._hook = unwrapped(optimizer).register_step_pre_hook(self.before_step)
 
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Act before a step of `optimizer`."""
+        """Act before a step of `optimizer`; torch also hands over the step's arguments."""
         raise NotImplementedError
 
 
-def ascend(
+def turn_gradients(
     optimizer: Optimizer, parameters: Callable[[], Sequence[nn.Parameter]]
 ) -> list[RemovableHandle]:
-    """Turn these gradients around during each step, for an optimizer that knows no ``maximize``:
-    the same for a group without weight decay.
+    """Change the sign of these gradients during each step, and change it back after it.
+
+    For an optimizer that does not know ``maximize`` that is the same, as long as the group has no
+    weight decay.
 
     Raises (from the steps):
         UserError: `step` was given a closure, which is called too late.
     """
 
-    def turn(*_: Any) -> None:
-        if gradients := [p.grad for p in parameters() if p.grad is not None]:
+    def change_signs(*_: Any) -> None:
+        gradients = [p.grad for p in parameters() if p.grad is not None]
+        if gradients:
             torch._foreach_neg_(gradients)
 
     def refuse_closure(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -73,6 +80,6 @@ def ascend(
 
     return [
         optimizer.register_step_pre_hook(refuse_closure),
-        optimizer.register_step_pre_hook(turn),
-        optimizer.register_step_post_hook(turn),
+        optimizer.register_step_pre_hook(change_signs),
+        optimizer.register_step_post_hook(change_signs),
     ]

@@ -11,14 +11,15 @@ from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import PRIMARY
-from . import L2SPOptions
-from .bilora import auxiliary, radius
-from .hooks import BeforeStep
+from .bilora.auxiliary import norm_scales
+from .bilora.radius import weight_changes
+from .hooks import HookedMethod
+from .options import L2SPOptions
 from .registry import register
 
 
 @register("lora-l2sp")
-class LoRAL2SP(BeforeStep):
+class LoRAL2SP(HookedMethod):
     """min over B, A of L(W0 + s B A) + lambda ||dW||_F^2 with dW = s B A, over all layers.
 
     With G = 2 lambda s dW the gradient of the penalty is G A^T of B and B^T G of A; dW is never
@@ -40,13 +41,15 @@ class LoRAL2SP(BeforeStep):
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        scales = auxiliary.scales(self.primary_layers, "scaled", PRIMARY)
-        changes = radius.changes(self.primary_layers, scales)
-        for (_name, layer), change in zip(self.primary_layers, changes, strict=True):
-            weights = adapters.weights(layer, PRIMARY)
-            A, B = (weight.flatten(1) for weight in weights)
-            factor = 2 * self.own.l2sp_lambda * change.scale**2
-            gradients = (B.T @ change.B) @ change.A, change.B @ (change.A @ A.T)
-            for weight, moved in zip(weights, gradients, strict=True):
-                if (gradient := weight.grad) is not None:  # else no step moves the layer
-                    gradient.add_(moved.view_as(weight), alpha=factor)
+        scales = norm_scales(self.layers, "scaled", PRIMARY)
+        changes = weight_changes(self.layers, scales)
+        for (_path, layer), change in zip(self.layers, changes, strict=True):
+            A, B = adapters.weights(layer, PRIMARY)
+            factor = 2 * self.settings.l2sp_lambda * change.scale**2
+            # s dW = s^2 (change.B change.A), so the penalty's gradients are factor times these.
+            if A.grad is not None:  # else no step moves the layer
+                g_A = (B.flatten(1).T @ change.B) @ change.A  # (r, n)
+                A.grad.add_(g_A.view_as(A), alpha=factor)
+            if B.grad is not None:
+                g_B = change.B @ (change.A @ A.flatten(1).T)  # (m, r)
+                B.grad.add_(g_B.view_as(B), alpha=factor)

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import PRIMARY
-from . import LookSAMOptions, perturb
-from .base import Counting, StepOptimizer
+from . import perturb
+from .base import CountingMethod, StepOptimizer
 from .lora_sam import LoRASAM
+from .options import LookSAMOptions
 from .registry import register
 
 DIRECTION = "direction"
 
 
 @register("lora-looksam")
-class LoRALookSAM(LoRASAM, Counting):
+class LoRALookSAM(LoRASAM, CountingMethod):
     """LoRA-SAM at steps 1, k + 1, 2 k + 1, ...; at the others, with g the gradient of the step,
 
         g + alpha ||g|| / ||g_v|| g_v,    g_v = g_s - <g_s, g> / ||g||^2 g
@@ -47,14 +48,14 @@ class LoRALookSAM(LoRASAM, Counting):
     )
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
-        looks = self.taken % self.own.looksam_k == 0
-        self.taken += 1
+        is_sam_step = self.steps_taken % self.settings.looksam_k == 0
+        self.steps_taken += 1
         loss = forward_backward()
-        if looks:
-            self._rise = loss, self._look(forward_backward, optimizer)
+        if is_sam_step:
+            self.losses = (loss, self._sam_gradient(forward_backward, optimizer))
         else:
-            self._rise = None
-            self._reuse()
+            self.losses = None
+            self._add_direction()
         optimizer.step()
         optimizer.zero_grad()
         return loss
@@ -62,38 +63,48 @@ class LoRALookSAM(LoRASAM, Counting):
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), **self._g_v}
 
-    def _look(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
-        """A step of SAM from the gradients that are there; returns the loss uphill."""
-        weights = list(self._named.values())
+    def _sam_gradient(
+        self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer
+    ) -> Tensor:
+        """Replace the gradients by SAM's, and store g_v; returns the loss uphill."""
+        weights = list(self._named_weights.values())
         g = _gradients(weights)
         with perturb.restored(weights):
             perturb.move_(weights, g, self.rho)
             optimizer.zero_grad()
             perturbed = forward_backward()
-        across = orthogonal(_gradients(weights), g)
-        torch._foreach_copy_(list(self._g_v.values()), across)
+        g_v = orthogonal(_gradients(weights), g)
+        torch._foreach_copy_(list(self._g_v.values()), g_v)
         return perturbed
 
-    def _reuse(self) -> None:
-        pairs = zip(self._named.values(), self._g_v.values(), strict=True)
-        moved = [(w.grad, direction) for w, direction in pairs if w.grad is not None]
-        g = [gradient for gradient, _ in moved]
-        length = self.own.looksam_alpha * perturb.norm(g)
-        perturb.move_(g, [direction for _, direction in moved], length)
+    def _add_direction(self) -> None:
+        """Add alpha ||g|| / ||g_v|| g_v to the gradients."""
+        gradients, directions = [], []
+        for weight, direction in zip(self._named_weights.values(), self._g_v.values(), strict=True):
+            if weight.grad is not None:
+                gradients.append(weight.grad)
+                directions.append(direction)
+        length = self.settings.looksam_alpha * perturb.norm(gradients)
+        perturb.move_(gradients, directions, length)
 
     @cached_property
-    def _named(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{target.name}/{DIRECTION}/{name}": weight
-            for target in self.targets
-            for own in (adapters.named_parameters, adapters.whole)
-            for name, weight in own(target.model, PRIMARY).items()
-        }
+    def _named_weights(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the keys of g_v in a checkpoint."""
+        weights: dict[str, nn.Parameter] = {}
+        for target in self.targets:
+            factors = adapters.named_parameters(target.model, PRIMARY)
+            heads = adapters.whole(target.model, PRIMARY)
+            for path, weight in (*factors.items(), *heads.items()):
+                weights[f"{target.name}/{DIRECTION}/{path}"] = weight
+        return weights
 
     @cached_property
     def _g_v(self) -> dict[str, Tensor]:
         """g_v by name, zero before the first step."""
-        return {n: torch.zeros_like(w, requires_grad=False) for n, w in self._named.items()}
+        return {
+            key: torch.zeros_like(weight, requires_grad=False)
+            for key, weight in self._named_weights.items()
+        }
 
 
 def _gradients(weights: list[nn.Parameter]) -> list[Tensor]:
@@ -102,15 +113,15 @@ def _gradients(weights: list[nn.Parameter]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def orthogonal(vectors: list[Tensor], along: list[Tensor]) -> list[Tensor]:
+def orthogonal(vectors: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
     """v - <v, g> / ||g||^2 g, over all tensors together; v itself where g is zero.
 
     Args:
         vectors: v, changed in place.
-        along: g, of the same shapes.
+        gradients: g, of the same shapes.
     """
-    square = perturb.dot(along, along)
-    share = torch.where(square > 0, perturb.dot(vectors, along) / square, 0.0)
-    taken = torch._foreach_mul(along, [share.to(g.device, g.dtype) for g in along])
-    torch._foreach_sub_(vectors, taken)
+    square = perturb.dot(gradients, gradients)
+    factor = torch.where(square > 0, perturb.dot(vectors, gradients) / square, 0.0)
+    factors = [factor.to(g.device, g.dtype) for g in gradients]
+    torch._foreach_sub_(vectors, torch._foreach_mul(gradients, factors))
     return vectors

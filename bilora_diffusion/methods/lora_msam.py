@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..core.errors import UserError
 from . import perturb
-from .base import Method
+from .base import Method, StepOptimizer
 from .hooks import unwrapped
 from .registry import register
 
@@ -41,7 +40,7 @@ class LoRAMSAM(Method):
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
 
-    _optimizer: Optimizer | None = None
+    optimizer: Optimizer | None = None
 
     def bind(self, optimizer: Optimizer) -> None:
         """Read the momentum of `optimizer` before each step.
@@ -49,35 +48,43 @@ class LoRAMSAM(Method):
         Raises:
             UserError: it keeps none, or none that can be read.
         """
+        super().bind(optimizer)
         optimizer = unwrapped(optimizer)
         for group in optimizer.param_groups:
-            if not any(group.get("betas", (group.get("momentum", 0),))[:1]):
+            momentum = group["betas"][0] if "betas" in group else group.get("momentum", 0)
+            if not momentum:
                 raise UserError(
                     "lora-msam moves the weights by the momentum, of which "
                     f"{type(optimizer).__name__} as it is set keeps none; use AdamW, or SGD with "
                     "momentum=0.9."
                 )
-        self._optimizer = optimizer
+        self.optimizer = optimizer
 
-    @contextmanager
-    def moved(self) -> Iterator[None]:
-        momenta = [(w, v) for w in self.weights if (v := self._momentum(w)) is not None]
-        weights = [weight for weight, _ in momenta]
+    def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
+        weights, momenta = [], list[Tensor]()
+        for weight in self.weights:
+            momentum = self._momentum(weight)
+            if momentum is not None:
+                weights.append(weight)
+                momenta.append(momentum)
         with perturb.restored(weights):
-            perturb.move_(weights, [momentum for _, momentum in momenta], -self.rho)
-            yield
+            perturb.move_(weights, momenta, -self.rho)  # w - rho v / ||v||
+            loss = forward_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
 
     def _momentum(self, weight: nn.Parameter) -> Tensor | None:
         """v of one weight; None before the first step that moved it."""
-        assert self._optimizer is not None, "bind() comes first"
+        assert self.optimizer is not None, "bind() comes first"
         # Read anew each time: a resume replaces the state.
-        state = self._optimizer.state.get(weight)
+        state = self.optimizer.state.get(weight)
         if not state:
             return None
         for name in MOMENTA:
             if state.get(name) is not None:
                 return state[name]
         raise UserError(
-            f"lora-msam moves the weights by the momentum, and {type(self._optimizer).__name__} "
+            f"lora-msam moves the weights by the momentum, and {type(self.optimizer).__name__} "
             f"keeps none that can be read, only {', '.join(map(str, state))}; use AdamW."
         )

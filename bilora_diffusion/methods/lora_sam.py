@@ -36,10 +36,12 @@ class LoRASAM(Method):
     default_text_rho: ClassVar[float | None] = 0.01
     passes: ClassVar[int] = 2
 
-    _rise: tuple[Tensor, Tensor] | None = None
+    # Losses of the last step before and after the step uphill; None where it did not look there.
+    losses: tuple[Tensor, Tensor] | None = None
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         loss = forward_backward()
+        # Eqs. 3 and 4: e = rho g / ||g||; Eq. 5: the gradient at A + e_A, B + e_B.
         with perturb.restored(self.weights):
             perturb.climb_(self.weights, self.rho)
             if self.on_perturbed is not None:
@@ -48,12 +50,12 @@ class LoRASAM(Method):
             perturbed = forward_backward()
         optimizer.step()
         optimizer.zero_grad()
-        self._rise = (loss, perturbed)
+        self.losses = (loss, perturbed)
         return loss
 
     def metrics(self) -> dict[str, float]:
         """Rise of the loss uphill, if the step looked there: SAM's sharpness on the batch."""
-        if self._rise is None:
+        if self.losses is None:
             return {}
-        before, after = self._rise
+        before, after = self.losses
         return {"sharpness": float(after - before)}

@@ -1,7 +1,4 @@
-"""The options of adapters and methods; importing this needs no torch.
-
-The options that one method alone has stand beside its name, in `methods/__init__.py`.
-"""
+"""The options of adapters and methods; importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from ..core.choices import (
 )
 from ..core.errors import UserError
 from ..core.fields import (
-    Idle,
+    IgnoredCase,
     check,
     option,
     options_of,
@@ -32,6 +29,7 @@ from ..core.values import (
     RATES,
     SCALES,
     SHARES,
+    STEPS,
     Range,
 )
 
@@ -43,12 +41,12 @@ RADII = Range(
     instead="; for plain LoRA use the method lora",
 )
 
-ON_A_SINGLE_ONE = Idle(
+ON_A_SINGLE_ONE = IgnoredCase(
     lambda values: values["auxiliaries"] == 1,
     "on a single auxiliary",
     "use `--auxiliaries sample` or drop it",
 )
-WITHOUT_NOISE = Idle(
+WITHOUT_NOISE = IgnoredCase(
     lambda values: not values.get("predicts_noise"),
     "where a model does not predict noise",
 )
@@ -71,6 +69,7 @@ class AdapterOptions:
         " the other methods may stand.",
     )
     rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
+    # Derived: `default_lora_alpha`.
     lora_alpha: float = option(
         None,
         "Alpha; the adapter's output is scaled by alpha/r. Default: twice the rank (8).",
@@ -89,7 +88,7 @@ class AdapterOptions:
         128,
         "Samples whose mean gradient lora-ga starts from (Wang et al. 2024).",
         range=Range(10**6, "each is a backward pass before the first step", at_least=1),
-        idle=(unless("init_lora_weights", "lora-ga", "on this start"),),
+        ignored=(unless("init_lora_weights", "lora-ga", "on this start"),),
     )
     use_dora: bool = option(
         False, "Train the primary as a DoRA: magnitude and direction apart (Liu et al. 2024)."
@@ -109,9 +108,14 @@ class AdapterOptions:
         0.99,
         "Decay of that average, in [0, 1), from the first step on; it averages over about"
         " 1 / (1 - decay) steps.",
-        idle=(unless("use_ema", True, "without an average"),),
+        ignored=(unless("use_ema", True, "without an average"),),
         range=SHARES,
     )
+
+
+def default_lora_alpha(options: AdapterOptions) -> float:
+    """Twice the rank, as in the paper's tables."""
+    return 2.0 * options.rank
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class MethodFlags:
 
     section: ClassVar[str] = SECTION
 
+    # Derived: `registry.default_rho`, the method's own radius.
     rho: float | str | None = option(
         None,
         "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
@@ -140,7 +145,7 @@ class MethodFlags:
         "bilora with --rho auto: the share of the loss by which the auxiliary is to move it."
         " Default: 0.2, with several auxiliaries 0.4.",
         range=Range(10, "the auxiliary would drown what is learned", above=0),
-        idle=(unless("rho", AUTO, "on a radius that is given"),),
+        ignored=(unless("rho", AUTO, "on a radius that is given"),),
     )
     ball: str = option(
         "global",
@@ -156,14 +161,6 @@ class MethodFlags:
         range=COUNTS,
         words=(SAMPLE,),
     )
-    auxiliaries_on: str = option(
-        "device",
-        "bilora with several auxiliaries: keep all on the device, or those that a step does not see"
-        " in the CPU's memory.",
-        choices=("device", "cpu"),
-        idle=(ON_A_SINGLE_ONE,),
-        free=True,
-    )
     auxiliary_snr_gamma: float = option(
         5.0,
         "bilora with several auxiliaries, on a model that predicts noise: an image sees its"
@@ -171,7 +168,7 @@ class MethodFlags:
         " signal-to-noise ratio, and the whole would drown it where images take shape. 0: the whole"
         " at every noise level.",
         range=FACTORS,
-        idle=(ON_A_SINGLE_ONE, WITHOUT_NOISE),
+        ignored=(ON_A_SINGLE_ONE, WITHOUT_NOISE),
     )
     auxiliary_rank: int | None = option(
         None, "bilora: rank r2 of the auxiliary (Section 5.7). Default: the primary's.", range=RANKS
@@ -179,6 +176,7 @@ class MethodFlags:
     auxiliary_alpha: float | None = option(
         None, "bilora: alpha of the auxiliary. Default: the primary's.", range=SCALES
     )
+    # Derived for several auxiliaries on images: `bilora.options`.
     auxiliary_learning_rate: float | None = option(
         None,
         "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G); of several auxiliaries on"
@@ -202,16 +200,56 @@ class MethodFlags:
 
 @dataclass(frozen=True)
 class OwnOptions:
-    """Base of the options that one method alone has (`Method.own_options`).
-
-    Raises:
-        UserError: a value outside its range.
-    """
+    """Base of the options that one method alone has (`Method.own_options`)."""
 
     section: ClassVar[str] = SECTION
 
-    def __post_init__(self) -> None:
-        check(options_of([type(self)]), vars(self), dashes="")
+
+@dataclass(frozen=True)
+class EFMLoRAOptions(OwnOptions):
+    """Options of EFMLoRA alone."""
+
+    efm_beta: float = option(
+        0.9,
+        "efm-lora: share of the newest perturbation in the average, in (0, 1] (Equation 18).",
+        range=Range(1, "it is a share", above=0),
+    )
+    efm_schedule: str = option(
+        "constant",
+        "efm-lora: rho constant, or falling as rho / sqrt(step) (its Theorem 2).",
+        choices=("constant", "sqrt"),
+    )
+
+
+@dataclass(frozen=True)
+class L2SPOptions(OwnOptions):
+    """Options of LoRA + L2-SP alone."""
+
+    l2sp_lambda: float = option(
+        1e-3,
+        "lora-l2sp: weight of the penalty, lambda times the squared norm of the change of the"
+        " weights (Li et al. 2018).",
+        range=FACTORS,
+    )
+
+
+@dataclass(frozen=True)
+class LookSAMOptions(OwnOptions):
+    """Options of LoRA-LookSAM alone."""
+
+    looksam_k: int = option(
+        5, "lora-looksam: steps from one look uphill to the next (Liu et al. 2022).", range=STEPS
+    )
+    looksam_alpha: float = option(
+        0.7,
+        "lora-looksam: weight, in the steps between, of the direction kept from the last look.",
+        range=FACTORS,
+    )
+
+
+@dataclass(frozen=True)
+class SingleMethodOptions(LookSAMOptions, L2SPOptions, EFMLoRAOptions):
+    """The options that single methods have, as the configuration of a run has them."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +269,8 @@ class MethodOptions(MethodFlags):
     def __post_init__(self) -> None:
         # However small: a limiting case of the method may be asked for.
         check(options_of([MethodFlags]), vars(self), dashes="", smallest=0.0)
+        if self.own is not None:
+            check(options_of([type(self.own)]), vars(self.own), dashes="")
 
     def progress(self, step: int) -> float:
         """`step` as a share of the whole run, in (0, 1] for steps 1, 2, ... num_steps.

@@ -50,42 +50,47 @@ def climb_(weights: Sequence[Tensor], rho: float) -> None:
         weights: parameters with their gradients in `.grad`; those without one are left alone.
         rho: length of the step, over all weights together.
     """
-    moved = [weight for weight in weights if weight.grad is not None]
-    gradients = [weight.grad for weight in moved if weight.grad is not None]
+    with_gradient, gradients = list[Tensor](), list[Tensor]()
+    for weight in weights:
+        if weight.grad is not None:
+            with_gradient.append(weight)
+            gradients.append(weight.grad)
     torch._foreach_mul_(gradients, rho / (norm(gradients) + 1e-12))
-    torch._foreach_add_(moved, gradients)
+    torch._foreach_add_(with_gradient, gradients)
 
 
 @torch.no_grad()
-def move_(tensors: Sequence[Tensor], along: Sequence[Tensor], length: float | Tensor) -> None:
+def move_(tensors: Sequence[Tensor], directions: Sequence[Tensor], length: float | Tensor) -> None:
     """Add length v / ||v||, one norm over all of v, in place; nothing where v is zero.
 
     Args:
         tensors: what is moved.
-        along: v, a tensor of the same shape for each; left as they are.
+        directions: v, a tensor of the same shape for each; left as they are.
         length: of the step over all tensors together; a negative one goes the other way.
     """
-    if not along:
+    if not directions:
         return
-    whole = norm(along)
-    factor = torch.where(whole > 0, length / whole, 0.0)
-    steps = torch._foreach_mul(list(along), [factor.to(v.device, v.dtype) for v in along])
-    torch._foreach_add_(list(tensors), steps)
+    total = norm(directions)
+    factor = torch.where(total > 0, length / total, 0.0)
+    factors = [factor.to(v.device, v.dtype) for v in directions]
+    torch._foreach_add_(list(tensors), torch._foreach_mul(list(directions), factors))
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """sqrt(sum_i ||t_i||^2) in fp32 or wider, 0-d."""
-    norms = torch._foreach_norm(list(tensors), dtype=_wide(tensors))
+    norms = torch._foreach_norm(list(tensors), dtype=_wide_dtype(tensors))
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 @torch.no_grad()
-def dot(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """sum_i <t_i, o_i> in fp32 or wider, 0-d."""
-    wide = _wide(tensors)
-    both = (torch.cat([t.flatten() for t in side]).to(wide) for side in (tensors, others))
-    return torch.dot(*both)
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """sum_i <left_i, right_i> in fp32 or wider, 0-d."""
+    dtype = _wide_dtype(left)
+    flat_left = torch.cat([tensor.flatten() for tensor in left]).to(dtype)
+    flat_right = torch.cat([tensor.flatten() for tensor in right]).to(dtype)
+    return torch.dot(flat_left, flat_right)
 
 
-def _wide(tensors: Sequence[Tensor]) -> torch.dtype:
+def _wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds all of them, at least fp32."""
     return functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from ..core.choices import AUTO
 from ..core.errors import UserError, did_you_mean
 from .base import Method
-from .options import MethodOptions, OwnOptions
+from .options import MethodOptions
 
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
@@ -89,14 +89,18 @@ def default_rho(name: str, modality: str = "image") -> float | None:
     return method.default_rho if rho is None else rho
 
 
+def default_options(method: type[Method]) -> dict[str, Any]:
+    """The options that a method reads, with their defaults."""
+    defaults: dict[str, Any] = {}
+    for group in (MethodOptions, method.own_options):
+        for field in fields(group) if group is not None else ():
+            defaults[field.name] = field.default
+    return {name: defaults[name] for name in sorted(method.reads)}
+
+
 def option_names() -> frozenset[str]:
     """The options that make a difference to some method."""
     return frozenset[str]().union(*(method.reads for method in _METHODS.values()))
-
-
-def own_options() -> tuple[type[OwnOptions], ...]:
-    """The options that single methods have, a dataclass for each."""
-    return tuple(m.own_options for m in _METHODS.values() if m.own_options is not None)
 
 
 def for_run(values: Mapping[str, Any], num_steps: int, sample_names: Sequence[str] = ()) -> Method:

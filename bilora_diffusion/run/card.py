@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from ..adapters import CHANGE_BASE
 from ..core.durable import write_text
 from ..methods import get
+from ..methods.registry import default_options
 from ..mini import embedded
 from .folder import FIT_FIGURE
 
@@ -37,10 +38,9 @@ def write_card(
             weights are loaded, under the names that the template has.
     """
     method = get(options["method"])
-    early = results["steps"] if results.get("stopped_early") else None
-    stopped = {
+    outcome = {
         "step of these weights, with the lowest held-out loss": results.get("best_step"),
-        "stopped early, after steps": early,
+        "stopped early, after steps": results["steps"] if results.get("stopped_early") else None,
         "steps chosen by --fit": _chosen_steps(options, results),
     }
     environment = jinja2.Environment(
@@ -50,8 +50,8 @@ def write_card(
     text = environment.get_template("card.jinja").render(
         meta=meta,
         method=method,
-        settings=_given(_settings(options, results["steps"])),
-        results=_given({**measured, **stopped}),
+        settings=_without_none(_settings(options, results["steps"])),
+        results=_without_none({**measured, **outcome}),
         fit=FIT_FIGURE if options["fit"] else None,
         **facts,
     )
@@ -66,20 +66,19 @@ def _chosen_steps(options: Mapping[str, Any], results: Mapping[str, Any]) -> str
     return f"{chosen} at a constant rate, trained as {trained} at a rate that falls to zero"
 
 
-def _given(rows: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(rows: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in rows.items() if value is not None}
 
 
 def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Settings of the run; of the method's own options its radius, and what is not as usual."""
     method = get(options["method"])
-    own = {
-        name.replace("_", " "): options[name]
-        for name, usual in method.usual().items()
-        if name == "rho" or options[name] != usual
-    }
+    method_settings: dict[str, Any] = {}
+    for name, usual in default_options(method).items():
+        if name == "rho" or options[name] != usual:
+            method_settings[name.replace("_", " ")] = options[name]
     if "auxiliary_rank" in method.reads:
-        own["auxiliary rank"] = options["auxiliary_rank"] or options["rank"]
+        method_settings["auxiliary rank"] = options["auxiliary_rank"] or options["rank"]
     init, quantized = options["init_lora_weights"], options["quantize"]
     adapter = {
         "rank": options["rank"],
@@ -95,16 +94,14 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
         "learning rate": options["learning_rate"],
         "optimizer steps": steps,
         "seed": options["seed"],
-        **own,
+        **method_settings,
         "weight averaging, decay": options["ema_decay"] if options["use_ema"] else None,
     }
 
 
 def source(name: str) -> str:
     """A model's or data set's name as it may be published: not where it lies on this machine."""
-    if known := embedded(name):
-        return known
-    return name if is_hub_id(name) else Path(name).name
+    return embedded(name) or (name if is_hub_id(name) else Path(name).name)
 
 
 def is_hub_id(name: str) -> bool:
@@ -137,6 +134,6 @@ def python_block(text: str) -> str:
     return f"{marks}python\n{text.strip()}\n{marks}\n"
 
 
-def _fence(text: str, least: int) -> str:
+def _fence(text: str, min_length: int) -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    return "`" * max(least, longest + 1)
+    return "`" * max(min_length, longest + 1)

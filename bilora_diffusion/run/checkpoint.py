@@ -5,7 +5,7 @@
     adapters.safetensors    every adapter's tensors (the auxiliary too)
     optimizer.safetensors   the optimizer's tensors, by their place in its ``state_dict``
     state.json              the rest of that, and the scheduler's, scaler's and extra state
-    digests.json            schema version, and SHA-256 of the other three and of these
+    digests.json            schema version, and SHA-256 of the other three
 
 A checkpoint is written to ``.tmp-step-N``, flushed, and renamed.
 """
@@ -44,7 +44,6 @@ SCHEMA_VERSION = 4
 CHECKPOINTS, DIGESTS = "checkpoints", "digests.json"
 ADAPTERS, OPTIMIZER, STATE = "adapters.safetensors", "optimizer.safetensors", "state.json"
 FILES = (ADAPTERS, OPTIMIZER, STATE)
-_PARTS = ("scheduler", "scaler", "extra")
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -72,21 +71,21 @@ def save(folder: Path, state: Checkpoint) -> Path:
     """
     root = Path(folder) / CHECKPOINTS
     final = root / f"step-{state.step}"
-    aside = final.with_name(TEMPORARY + final.name)
+    temporary = final.with_name(TEMPORARY + final.name)
     try:
         root.mkdir(parents=True, exist_ok=True)
         sync(root.parent)
         remove_leftovers(root)
-        aside.mkdir()
+        temporary.mkdir()
         try:
-            _write(aside, state)
+            _write(temporary, state)
             if final.exists():  # of a run that went on from an earlier one before
                 discard(final)
-            os.rename(aside, final)
+            os.rename(temporary, final)
             sync(root)
         finally:
-            if aside.exists():
-                shutil.rmtree(aside)
+            if temporary.exists():
+                shutil.rmtree(temporary)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TrainingError(
@@ -96,27 +95,28 @@ def save(folder: Path, state: Checkpoint) -> Path:
     return final
 
 
-def _write(aside: Path, state: Checkpoint) -> None:
-    rest, moments = split(state.optimizer)
-    parts = {name: getattr(state, name) for name in _PARTS}
-    # With NaN and infinities, of which Prodigy's state has one.
-    text = json.dumps({"step": state.step, **parts, "optimizer": rest}, indent=2) + "\n"
-    (aside / STATE).write_text(text, encoding="utf-8")
-    for name, content in ((ADAPTERS, state.tensors), (OPTIMIZER, moments)):
-        save_file(separate(content), aside / name, metadata={"format": "pt"})
-    readable_as(aside / STATE, aside / ADAPTERS, aside / OPTIMIZER)
-    (aside / DIGESTS).write_text(_index({n: _digest(aside / n) for n in FILES}), encoding="utf-8")
+def _write(folder: Path, state: Checkpoint) -> None:
+    optimizer_rest, optimizer_tensors = split(state.optimizer)
+    content = {
+        "step": state.step,
+        "scheduler": state.scheduler,
+        "scaler": state.scaler,
+        "extra": state.extra,
+        "optimizer": optimizer_rest,
+    }
+    # Python's JSON writes NaN and infinities, and Prodigy's state has one.
+    (folder / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name, tensors in ((ADAPTERS, state.tensors), (OPTIMIZER, optimizer_tensors)):
+        save_file(separate(tensors), folder / name, metadata={"format": "pt"})
+    readable_as(folder / STATE, folder / ADAPTERS, folder / OPTIMIZER)
+    hashes = {name: _hash_file(folder / name) for name in FILES}
+    index = dump_json({"schema_version": SCHEMA_VERSION, "sha256": hashes})
+    (folder / DIGESTS).write_text(index, encoding="utf-8")
     for name in (*FILES, DIGESTS, "."):
-        sync(aside / name)
+        sync(folder / name)
 
 
-def _index(digests: Mapping[str, str]) -> str:
-    own = hashlib.sha256(dump_json(digests).encode()).hexdigest()
-    index = {"schema_version": SCHEMA_VERSION, "sha256": digests, "sha256_of_sha256": own}
-    return dump_json(index)
-
-
-def _digest(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -126,77 +126,77 @@ def load(path: Path) -> Checkpoint:
 
     Raises:
         UserError: when the folder is none, a file is missing, truncated or altered, or the schema
-            version is unknown; it says what to resume from instead.
+            version is unknown.
     """
     if not any((path / name).exists() for name in (DIGESTS, *FILES)):
-        what = "is not a checkpoint folder" if path.exists() else "does not exist"
-        raise UserError(f"checkpoint {path} {what}: {_instead(path)}")
+        problem = "is not a checkpoint folder" if path.exists() else "does not exist"
+        raise UserError(
+            f"checkpoint {path} {problem}: give RUN/checkpoints/step-N, or start without resuming"
+        )
     with unaltered(path, DIGESTS):
-        text = finite(path / DIGESTS).read_bytes().decode("utf-8")
-        version, digests = (json.loads(text)[key] for key in ("schema_version", "sha256"))
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{path / DIGESTS} has schema version {version!r}, but this version of"
-                f" bilora_diffusion reads {SCHEMA_VERSION}: resume with the version that wrote it,"
-                " or start a new run in another folder"
-            )
-        if set(digests) != set(FILES) or text != _index(digests):
-            raise ValueError("not what was written")
+        index = json.loads(finite(path / DIGESTS).read_bytes())
+        version, hashes = index["schema_version"], index["sha256"]
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path / DIGESTS} has schema version {version!r}, but this version of"
+            f" bilora_diffusion reads {SCHEMA_VERSION}: resume with the version that wrote it,"
+            " or start a new run in another folder"
+        )
     for name in FILES:
         with unaltered(path, name):
-            if _digest(path / name) != digests[name]:
+            if _hash_file(path / name) != hashes[name]:
                 raise ValueError("not what was written")
     with unaltered(path):
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        # Cloned, since load_file returns views of the mapped file.
-        tensors, moments = (
-            {key: tensor.clone() for key, tensor in load_file(path / name).items()}
-            for name in (ADAPTERS, OPTIMIZER)
+        optimizer = join(state["optimizer"], _load_tensors(path / OPTIMIZER))
+        return Checkpoint(
+            step=state["step"],
+            tensors=_load_tensors(path / ADAPTERS),
+            optimizer=optimizer,
+            scheduler=state["scheduler"],
+            scaler=state["scaler"],
+            extra=state["extra"],
         )
-        parts = {name: state[name] for name in _PARTS}
-        parts["optimizer"] = join(state["optimizer"], moments)
-        return Checkpoint(step=state["step"], tensors=tensors, **parts)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    # Cloned: load_file returns views of the mapped file.
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def unaltered(path: Path, name: str = ".") -> AbstractContextManager[None]:
-    """Context of reading a checkpoint, or one file of it: an error says what to do instead."""
-    return translated(f"{path / name} can't be read", _instead(path))
+    """Context of reading a checkpoint or one of its files; an error names it and the way out."""
+    return translated(
+        f"{path / name} can't be read", "resume from an earlier checkpoint, or start a new run"
+    )
 
 
-def _instead(path: Path) -> str:
-    """Way out of an unusable checkpoint: the newest other one beside or inside it, if any."""
-    others = {**_steps(path.parent), **_steps(path / CHECKPOINTS)}
-    usable = [others[step] for step in sorted(others) if others[step] != path]
-    spoilt = _NAME.fullmatch(path.name) and path.exists()
-    if usable:
-        return f"resume from {usable[-1]} instead" + (f", or delete {path.name}" if spoilt else "")
-    if spoilt:
-        return f"delete {path.name} and start afresh, there is no other checkpoint beside it"
-    return "give the folder of a checkpoint (RUN/checkpoints/step-N), or start without resuming"
-
-
-def _steps(root: Path) -> dict[int, Path]:
-    """Checkpoints in ``root`` by step."""
-    entries = [entry for entry in root.glob("step-*") if entry.is_dir()]
-    return {int(match[1]): e for e in entries if (match := _NAME.fullmatch(e.name))}
+def _find_steps(root: Path) -> dict[int, Path]:
+    """Checkpoint folders in ``root`` by step."""
+    folders: dict[int, Path] = {}
+    for entry in root.glob("step-*"):
+        match = _NAME.fullmatch(entry.name)
+        if match is not None and entry.is_dir():
+            folders[int(match[1])] = entry
+    return folders
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of which run ``folder`` holds checkpoints, in order."""
-    return sorted(_steps(Path(folder) / CHECKPOINTS))
+    """Steps of which run ``folder`` holds checkpoints, in order."""
+    return sorted(_find_steps(Path(folder) / CHECKPOINTS))
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in run ``folder``, None without one."""
-    steps = _steps(Path(folder) / CHECKPOINTS)
-    return steps[max(steps)] if steps else None
+    """The checkpoint of the highest step in run ``folder``; None without one."""
+    folders = _find_steps(Path(folder) / CHECKPOINTS)
+    return folders[max(folders)] if folders else None
 
 
 def prune(folder: Path, limit: int) -> None:
     """Delete all but the newest ``limit`` checkpoints, of which there is at least 1."""
-    kept = _steps(Path(folder) / CHECKPOINTS)
-    for step in sorted(kept)[:-limit]:
-        discard(kept[step])
+    folders = _find_steps(Path(folder) / CHECKPOINTS)
+    for step in sorted(folders)[:-limit]:
+        discard(folders[step])
 
 
 def resolve(folder: Path, value: str | Path | None) -> Path | None:
@@ -208,13 +208,15 @@ def resolve(folder: Path, value: str | Path | None) -> Path | None:
             None gives None.
 
     Raises:
-        UserError: when there is none; those that exist are listed.
+        UserError: there is none; the sentence lists those that exist.
     """
+    if value is None:
+        return None
+    newest = latest(folder)
+    if value == "auto" or (value == "latest" and newest is not None):
+        return newest
     root = Path(folder) / CHECKPOINTS
-    if value is None or value == "auto":
-        return None if value is None else latest(folder)
-    newest = latest(folder) if value == "latest" else None
-    for path in (newest,) if newest else (root / value, Path(value)):
+    for path in (root / value, Path(value)):
         if path.is_dir():
             return path
     names = ", ".join(f"step-{step}" for step in steps(folder))
@@ -235,18 +237,23 @@ def require_same_settings(
     Raises:
         UserError: names up to three differing keys with both values.
     """
-
-    def shown(values: Mapping[str, Any], key: str) -> str:
-        return json.dumps(values[key], default=str) if key in values else "not set"
-
-    rows = [(k, shown(saved, k), shown(current, k)) for k in {**saved, **current} if k not in free]
-    wrong = [f"{key} was {was} and is {is_now}" for key, was, is_now in rows if was != is_now]
-    if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    differences: list[str] = []
+    for key in {**saved, **current}:
+        saved_text, current_text = _describe_setting(saved, key), _describe_setting(current, key)
+        if key not in free and saved_text != current_text:
+            differences.append(f"{key} was {saved_text} and is {current_text}")
+    if differences:
+        listed = "; ".join(differences[:3])
+        if len(differences) > 3:
+            listed += f"; and {len(differences) - 3} more"
         raise UserError(
-            f"the checkpoint is of another config ({'; '.join(wrong[:3])}{more}): use the same "
-            "values to resume, or start a new run in another --output_dir"
+            f"the checkpoint is of another config ({listed}): use the same values to resume, or"
+            " start a new run in another --output_dir"
         )
+
+
+def _describe_setting(settings: Mapping[str, Any], key: str) -> str:
+    return json.dumps(settings[key], default=str) if key in settings else "not set"
 
 
 @torch.no_grad()
@@ -257,14 +264,18 @@ def load_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> 
         UserError: a parameter is missing, superfluous, or of another shape.
     """
     for name in sorted(current.keys() | saved.keys()):
-        shapes = [str(tuple(t[name].shape)) if name in t else "none" for t in (saved, current)]
-        if shapes[0] != shapes[1]:
+        saved_shape, current_shape = _describe_shape(saved, name), _describe_shape(current, name)
+        if saved_shape != current_shape:
             raise UserError(
-                f"the parameter '{name}' has shape {shapes[0]} in the checkpoint and {shapes[1]} in"
-                " the model: resume with the run's own flags."
+                f"the parameter '{name}' has shape {saved_shape} in the checkpoint and"
+                f" {current_shape} in the model: resume with the run's own flags."
             )
     for name, parameter in current.items():
         parameter.copy_(saved[name])
+
+
+def _describe_shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else "none"
 
 
 def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -277,30 +288,32 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     tensors: dict[str, Tensor] = {}
 
-    def plain(value: Any, *path: str) -> Any:
+    def convert(value: Any, *keys: str) -> Any:
+        path = "/".join(keys)
         if isinstance(value, Tensor):
-            tensors["/".join(path)] = value
+            tensors[path] = value
             return None
         if isinstance(value, Mapping):
-            return {str(key): plain(item, *path, str(key)) for key, item in value.items()}
+            return {str(key): convert(item, *keys, str(key)) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [plain(item, *path, str(number)) for number, item in enumerate(value)]
+            return [convert(item, *keys, str(index)) for index, item in enumerate(value)]
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise TypeError(f"{'/'.join(path)} is a {type(value).__name__}, which JSON can't hold")
+        raise TypeError(f"{path} is a {type(value).__name__}, which JSON can't hold")
 
-    return plain(state), tensors
+    return convert(state), tensors
 
 
-def join(rest: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The state that `split` took apart; ``rest`` is changed."""
+def join(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The ``state_dict`` that `split` took apart; ``state`` is changed."""
     for path, tensor in tensors.items():
-        place: Any = rest
-        *way, last = path.split("/")
-        for key in way:
-            place = place[int(key) if isinstance(place, list) else key]
-        place[int(last) if isinstance(place, list) else last] = tensor
-    return {**rest, "state": {int(number): own for number, own in rest["state"].items()}}
+        *keys, last_key = path.split("/")
+        container: Any = state
+        for key in keys:
+            container = container[int(key) if isinstance(container, list) else key]
+        container[int(last_key) if isinstance(container, list) else last_key] = tensor
+    # JSON's keys are texts; an optimizer numbers its parameters.
+    return {**state, "state": {int(number): moments for number, moments in state["state"].items()}}
 
 
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -312,5 +325,8 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, Parameter):
             raise TypeError(f"{name} is a {type(tensor).__name__}, not a plain tensor")
-    layout: Any = {"copy": True, "memory_format": torch.contiguous_format}
-    return {name: tensor.detach().to("cpu", **layout) for name, tensor in tensors.items()}
+    layout = torch.contiguous_format
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=layout)
+        for name, tensor in tensors.items()
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from ..core.files import duration
 from . import checkpoint, runlog
-from .durations import duration
 from .record import BY_CONCEPT
 
 SMOOTHING = 0.95  # of the loss that the bar shows: a mean over about 20 steps
@@ -47,21 +47,23 @@ class Bar:
         if math.isfinite(values["loss"]):  # in fp16 a step without one is left out
             self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * values["loss"]
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-        shown = {"loss": f"{self._mean / self._weight:.4f}"} if self._weight else {}
-        shown["lr"] = f"{values['lr']:.1e}"
+        figures: dict[str, str] = {}
+        if self._weight:
+            figures["loss"] = f"{self._mean / self._weight:.4f}"
+        figures["lr"] = f"{values['lr']:.1e}"
         if "auxiliary_norm" in values:
-            shown["aux"] = f"{values['auxiliary_norm']:.4f}"
-        self._bar.set_postfix(shown, refresh=False)
+            figures["aux"] = f"{values['auxiliary_norm']:.4f}"
+        self._bar.set_postfix(figures, refresh=False)
         self._bar.update()
 
     @contextmanager
-    def waiting_for(self, what: str) -> Iterator[None]:
-        """Within the context the bar says that it waits for ``what``."""
+    def waiting_for(self, activity: str) -> Iterator[None]:
+        """Within the context the bar says that it waits for an activity."""
         if self._record is None:
             yield
             return
-        self._record(what)
-        self._bar.set_description_str(f"{self._name}: {what}")
+        self._record(activity)
+        self._bar.set_description_str(f"{self._name}: {activity}")
         try:
             yield
         finally:
@@ -77,44 +79,64 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
         files: what a file or folder in the run folder is for -> its name, if it is there.
         scores: the module that scores such runs, such as "eval.clip_scores".
     """
-    quoted = shlex.quote(str(folder))
-    lines = {use: str(folder / name) for use, name in files.items() if (folder / name).exists()}
-    if kept := checkpoint.steps(folder):
-        where = folder / checkpoint.CHECKPOINTS
-        lines["checkpoints"] = f"{where} (steps {', '.join(map(str, kept))})"
+    quoted_folder = shlex.quote(str(folder))
+    lines: dict[str, str] = {}
+    for use, name in files.items():
+        if (folder / name).exists():
+            lines[use] = str(folder / name)
+    saved_steps = checkpoint.steps(folder)
+    if saved_steps:
+        listed = ", ".join(map(str, saved_steps))
+        lines["checkpoints"] = f"{folder / checkpoint.CHECKPOINTS} (steps {listed})"
+
     rows = runlog.read_metrics(folder)
-    losses = {r["step"]: r["heldout_loss"] for r in rows if r.get("heldout_loss") is not None}
+    losses = _column(rows, "heldout_loss")
     record = runlog.read_run(folder)
-    config, last = record["config"], []
+    config, advice = record["config"], ""
     if losses:
-        final, best = max(losses), min(losses, key=lambda step: losses[step])
+        last_step, best_step = max(losses), min(losses, key=lambda step: losses[step])
         lines["held-out loss"] = _curve(losses)
         for key in dict.fromkeys(key for row in rows for key in row if key.startswith(BY_CONCEPT)):
-            own = {row["step"]: row[key] for row in rows if row.get(key) is not None}
-            lines[f"  {key.removeprefix(BY_CONCEPT)}"] = _curve(own) if own else "not finite"
-        gain = 100 * (1 - losses[best] / losses[final])
-        saved, images = "best_step" in record["results"], "validation_dataset" in config
-        last = [_advice(quoted, best, final, gain, kept, saved, images)]
+            concept_losses = _column(rows, key)
+            curve = _curve(concept_losses) if concept_losses else "not finite"
+            lines[f"  {key.removeprefix(BY_CONCEPT)}"] = curve
+        advice = _advice(
+            quoted_folder,
+            best_step,
+            last_step,
+            gain=100 * (1 - losses[best_step] / losses[last_step]),
+            saved_steps=saved_steps,
+            left_best="best_step" in record["results"],
+            has_images="validation_dataset" in config,
+        )
     elif not config.get("fit"):
         flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
-        last = [
+        advice = (
             "nothing was held out, and the training loss can't say when the model overfits:"
             f" --fit chooses the steps by folds of the same data, {flag} measures on other data"
-        ]
+        )
     if in_repository():
         lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
-        lines["score it"] = f"python -m {scores} {quoted} base"
+        lines["score it"] = f"python -m {scores} {quoted_folder} base"
+
     width = max(map(len, lines))
-    took = duration(record["wall_seconds"])
-    block = [f"done in {took}", *(f"  {k:<{width}}  {v}" for k, v in lines.items())]
-    return "\n".join([*block, *last])
+    block = [f"done in {duration(record['wall_seconds'])}"]
+    block += [f"  {use:<{width}}  {value}" for use, value in lines.items()]
+    if advice:
+        block.append(advice)
+    return "\n".join(block)
+
+
+def _column(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """One value of the metrics by step, where it was measured and finite."""
+    return {row["step"]: row[key] for row in rows if row.get(key) is not None}
 
 
 def _curve(losses: Mapping[int, float]) -> str:
     """First, last and lowest of losses by their steps."""
-    first, final, best = min(losses), max(losses), min(losses, key=lambda step: losses[step])
-    low = f"lowest {losses[best]:.4f} at step {best}" if best != final else "the lowest measured"
-    return f"{losses[first]:.4f} at step {first}, {losses[final]:.4f} at step {final}, {low}"
+    first, last, best = min(losses), max(losses), min(losses, key=lambda step: losses[step])
+    lowest = f"lowest {losses[best]:.4f} at step {best}" if best != last else "the lowest measured"
+    return f"{losses[first]:.4f} at step {first}, {losses[last]:.4f} at step {last}, {lowest}"
 
 
 def in_repository() -> bool:
@@ -123,30 +145,39 @@ def in_repository() -> bool:
 
 
 def _advice(
-    folder: str, best: int, last: int, gain: float, kept: Collection[int], saved: bool, images: bool
+    folder: str,
+    best_step: int,
+    last_step: int,
+    *,
+    gain: float,
+    saved_steps: Collection[int],
+    left_best: bool,
+    has_images: bool,
 ) -> str:
     """The step with the lowest held-out loss, and how to have its weights.
 
     Args:
         gain: of the best step over the last, in percent.
-        kept: steps of which there are checkpoints.
-        saved: whether what the run leaves is of the lowest.
-        images: whether the run makes images, which the loss does not rank.
+        saved_steps: steps of which there are checkpoints.
+        left_best: whether the run's file holds the weights of the best step.
+        has_images: whether the run makes images, which the loss does not rank.
     """
-    if best == last:
+    if best_step == last_step:
         return (
-            f"by the held-out loss step {last}, the last, was the best measured: more steps may be"
-            " better still"
+            f"by the held-out loss step {last_step}, the last, was the best measured: more steps"
+            " may be better still"
         )
-    comparison = f"by the held-out loss step {best} was {gain:.1f} % better than step {last}"
-    if best == 0:
+    comparison = (
+        f"by the held-out loss step {best_step} was {gain:.1f} % better than step {last_step}"
+    )
+    if best_step == 0:
         return f"{comparison}, so nothing was gained: lower --learning_rate"
-    if images:
+    if has_images:
         comparison += "; the images of later steps can be better, so compare them"
-    if saved:
-        return f"{comparison}. What is saved is of step {best}"
-    if best in kept:
-        export = f"python -m bilora_diffusion.export {folder} --step {best}"
+    if left_best:
+        return f"{comparison}. What is saved is of step {best_step}"
+    if best_step in saved_steps:
+        export = f"python -m bilora_diffusion.export {folder} --step {best_step}"
         return f"{comparison}. Export it with {export}"
     return f"{comparison}. To have it, train again with --keep_best, or with --fit"
 

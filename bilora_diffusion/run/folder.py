@@ -1,4 +1,4 @@
-"""The run folder: what lies in it, whose it is, and which folders can't become one.
+"""The run folder: what lies in it, whose it is, and what a command may do in it.
 
 A folder is a run's by its ``run.json``. What has a name that a run writes to and stands in a folder
 without one was made by somebody else, and is neither replaced nor deleted; so is a ``README.md``
@@ -29,39 +29,22 @@ from . import checkpoint, snapshots
 from .record import read_search
 from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
 
-# By these a folder is known to hold a run.
-RESULTS = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, KOHYA_FILE_NAME_BEFORE, WEIGHTS, CONFIG)
-# What else a run leaves, and a fresh start deletes.
 EXPORTS = "exports"  # adapters of checkpoints
 FIT, FIT_RECORD, FIT_FIGURE = "fit", "fit.json", "fit.png"
-OF_FIT = (FIT, FIT_RECORD, FIT_FIGURE)
-BESIDES = ("validation", "logs", EXPORTS, *OF_FIT, snapshots.FOLDER, ERROR)
+SEARCH_NAMES = (FIT, FIT_RECORD, FIT_FIGURE)
 WHOLE_MODELS = (*COMPONENTS, "model")  # what full fine-tuning leaves
-# Folders of the system, in which nobody keeps runs, but for the places named after them.
-SYSTEM = (
-    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys"),
-    *("/usr", "/System", "/Library", "/Applications"),
-)
-WITHIN_SYSTEM = ("/dev/shm", "/usr/local", "/usr/src")
-SHARED = ("/home", "/root", "/run", "/tmp", "/Users", "/var")  # only folders in them
+RUN_NAMES = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, KOHYA_FILE_NAME_BEFORE, WEIGHTS, CONFIG)
+"""By one of these, or by its ``run.json``, a folder is known to hold a run."""
+SIDE_NAMES = ("validation", "logs", EXPORTS, *SEARCH_NAMES, snapshots.FOLDER, ERROR)
+"""What else a run leaves, and a fresh start deletes."""
 
 
 def refuse_unusable(folder: Path) -> None:
-    """Refuse a place where no run folder can be: a file, a system folder, one without rights.
+    """Refuse a place where no run folder can be: a file, or a folder without rights.
 
     Raises:
         UserError: ``folder`` is such a place.
     """
-    path = folder.absolute().resolve()
-    try:
-        home = Path.home().resolve()
-    except RuntimeError:  # a user without one
-        home = None
-    itself = path in (Path(path.anchor), home, *map(Path, SHARED))
-    inside = any(path.is_relative_to(root) for root in SYSTEM)
-    if itself or (inside and not any(Path(free) in path.parents for free in WITHIN_SYSTEM)):
-        kind = "your home folder" if path == home else "a folder of the system"
-        raise UserError(f"--output_dir {folder} is {kind}: give a new folder, such as runs/icons")
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir():
         raise UserError(f"{existing} is a file: give a folder as --output_dir")
@@ -75,7 +58,7 @@ class State(Enum):
     EMPTY = "nothing that a run would replace"
     FOREIGN = "something that no run wrote, under a name that a run writes"
     CHECKPOINTS = "checkpoints without the record of their run"
-    BEGUN = "an unfinished run without a checkpoint"
+    UNSAVED = "an unfinished run without a checkpoint"
     INTERRUPTED = "an unfinished run with a checkpoint"
     FINISHED = "a finished run"
     INTERRUPTED_FIT = "an unfinished search, or one whose last run is unfinished"
@@ -135,7 +118,7 @@ TABLE: dict[State, tuple[Action | str, ...]] = {
     State.EMPTY: (BEGIN, RESUME, BEGIN, BEGIN, NO_FIT, BEGIN, BEGIN),
     State.FOREIGN: (FOREIGN,) * 7,
     State.CHECKPOINTS: (NO_RECORD, RESUME, RESUME, NO_RECORD, NO_RECORD, NO_RECORD, NO_RECORD),
-    State.BEGUN: (REPEAT, RESUME, BEGIN, NOT_A_FIT, NOT_A_FIT, NOT_A_FIT, BEGIN),
+    State.UNSAVED: (REPEAT, RESUME, BEGIN, NOT_A_FIT, NOT_A_FIT, NOT_A_FIT, BEGIN),
     State.INTERRUPTED: (OCCUPIED, RESUME, RESUME, NOT_A_FIT, NOT_A_FIT, NOT_A_FIT, BEGIN),
     State.FINISHED: (OCCUPIED, RESUME, RESUME, NOT_A_FIT, NOT_A_FIT, NOT_A_FIT, BEGIN),
     State.INTERRUPTED_FIT: (FIT_ONLY, FIT_ONLY, FIT_ONLY, SEARCH, SEARCH, SEARCH, BEGIN),
@@ -170,7 +153,7 @@ def guard(
     row = dict(zip(Start, TABLE[state], strict=True))
     action = row[_start(resume, fit, overwrite)]
     if isinstance(action, str):
-        raise UserError(action.format(folder=folder, foreign=_foreign(folder)))
+        raise UserError(action.format(folder=folder, foreign=_find_foreign(folder)))
     if exports_weights:
         _refuse_foreign_models(folder)
     if action is BEGIN:
@@ -199,9 +182,9 @@ def classify(folder: Path) -> State:
     Raises:
         UserError: its ``run.json`` is damaged, or of another version.
     """
-    if _foreign(folder) is not None:
+    if _find_foreign(folder) is not None:
         return State.FOREIGN
-    record, has_checkpoint = _own(folder), checkpoint.latest(folder) is not None
+    record, has_checkpoint = _read_record(folder), checkpoint.latest(folder) is not None
     if record is None:
         return State.CHECKPOINTS if has_checkpoint else State.EMPTY
     is_finished = record["status"] == "finished"
@@ -209,7 +192,7 @@ def classify(folder: Path) -> State:
         return State.FINISHED_FIT if is_finished else State.INTERRUPTED_FIT
     if is_finished:
         return State.FINISHED
-    return State.INTERRUPTED if has_checkpoint else State.BEGUN
+    return State.INTERRUPTED if has_checkpoint else State.UNSAVED
 
 
 def _start(resume: str | Path | None, fit: bool, overwrite: bool) -> Start:
@@ -222,21 +205,28 @@ def _start(resume: str | Path | None, fit: bool, overwrite: bool) -> Start:
     return Start.FIT_RESUME if fit else Start.RESUME
 
 
-def _foreign(folder: Path) -> Path | None:
+def _find_foreign(folder: Path) -> Path | None:
     """First entry that a run would replace and no run wrote, None without one."""
-    record = _own(folder)
+    record = _read_record(folder)
     if record is not None:
-        suspects = [] if wrote_card(record) else [CARD]
+        names = [] if wrote_card(record) else [CARD]
     elif checkpoint.latest(folder) is not None:
-        suspects = [RUN, FIT_RECORD, CARD]
+        names = [RUN, FIT_RECORD, CARD]
     else:
-        named = kohya_file_name(folder), workflow_file_name(folder)
-        suspects = [RUN, *RESULTS, *named, *BESIDES, CARD]
-    return next((folder / name for name in suspects if os.path.lexists(folder / name)), None)
+        names = [RUN, *RUN_NAMES, *_names_after_folder(folder), *SIDE_NAMES, CARD]
+    for name in names:
+        if os.path.lexists(folder / name):
+            return folder / name
+    return None
 
 
-def _own(folder: Path) -> dict[str, Any] | None:
-    """The folder's ``run.json``, None where there is none, or one of something else.
+def _names_after_folder(folder: Path) -> tuple[str, str]:
+    """Names of the files that a run names after its folder: kohya's, and ComfyUI's workflow."""
+    return kohya_file_name(folder), workflow_file_name(folder)
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """The folder's ``run.json``; None where there is none, or one that no run wrote.
 
     Raises:
         UserError: it is of another version.
@@ -256,26 +246,23 @@ def _refuse_foreign_models(folder: Path) -> None:
     Raises:
         UserError: it holds such models.
     """
+    if _trained_whole(folder):
+        return
     for name in WHOLE_MODELS:
-        if (folder / name).exists() and not trained_whole(folder):
+        if (folder / name).exists():
             raise UserError(
                 f"{folder / name} exists and is not of a run of full fine-tuning, which would "
                 "replace it: give another --output_dir"
             )
 
 
-def trained_whole(folder: Path) -> bool:
+def _trained_whole(folder: Path) -> bool:
     """Test that the folder's run trained all weights of its models."""
     return (folder / RUN).exists() and get(read_run(folder)["method"]).exports_weights
 
 
-def holds_run(folder: Path) -> bool:
-    """Test for anything by which a run is known."""
-    return any((folder / name).exists() for name in (RUN, *RESULTS, kohya_file_name(folder)))
-
-
 def clear(folder: Path, overwrite: bool) -> None:
-    """Delete the earlier run where `guard` let one begin.
+    """Delete the earlier run where `guard` let one begin; nothing that is no run's.
 
     ``run.json`` goes last, so that a crash leaves the folder known as a run's.
 
@@ -283,15 +270,19 @@ def clear(folder: Path, overwrite: bool) -> None:
         overwrite: Whether to delete all of it. Otherwise it has no checkpoint, and its record stays
             until the next one replaces it, as does a search whose last run begins.
     """
-    if not holds_run(folder):
+    known_names = (RUN, *RUN_NAMES, kohya_file_name(folder))
+    if not any((folder / name).exists() for name in known_names):
         return
-    kept = () if overwrite else (RUN, checkpoint.CHECKPOINTS, *OF_FIT)
-    whole = WHOLE_MODELS if trained_whole(folder) else ()
-    card = (CARD,) if wrote_card(_own(folder) or {}) else ()
-    named = kohya_file_name(folder), workflow_file_name(folder)
-    for name in (*BESIDES, *card, *whole, *RESULTS, *named, RUN):
+    names = [*SIDE_NAMES, *RUN_NAMES, *_names_after_folder(folder)]
+    if wrote_card(_read_record(folder) or {}):
+        names.append(CARD)
+    if _trained_whole(folder):
+        names.extend(WHOLE_MODELS)
+    names.append(RUN)
+    spared = () if overwrite else (RUN, checkpoint.CHECKPOINTS, *SEARCH_NAMES)
+    for name in names:
         path = folder / name
-        if name in kept:
+        if name in spared:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

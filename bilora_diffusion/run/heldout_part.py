@@ -12,13 +12,13 @@ from ..core.errors import UserError
 
 MOST_PARTS = 1000
 Contents = Sequence[tuple[str, Hashable]]
-"""Of each sample its name, and what tells its content from others."""
+"""The name of each sample, and a key of its content."""
 
 
 def read_part(text: str) -> tuple[int, int]:
     """Number of the part, from 1, and how many there are; refuses what is not such an i/n."""
-    found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
-    number, count = map(int, found.groups()) if found else (0, 0)
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
+    number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count <= MOST_PARTS:
         raise UserError(
             f'--validation_part is "{text}": write i/n with i from 1 to n and n up to {MOST_PARTS},'
@@ -27,12 +27,12 @@ def read_part(text: str) -> tuple[int, int]:
     return number, count
 
 
-def chosen(part: str | None, names: Sequence[str], what: str) -> list[int]:
+def chosen(part: str | None, names: Sequence[str], set_name: str) -> list[int]:
     """The positions of a part's samples, in order; all of them where ``part`` is None.
 
     Args:
-        names: what identifies each sample; samples of one name fall into one part.
-        what: the set, for a message.
+        names: an identifier of each sample; samples of one name fall into one part.
+        set_name: the set, for a message.
 
     Raises:
         UserError: there are not so many different samples as parts.
@@ -45,33 +45,35 @@ def chosen(part: str | None, names: Sequence[str], what: str) -> list[int]:
     different = list(dict.fromkeys(names))
     if len(different) < count:
         raise UserError(
-            f"--validation_part {part} asks for {count} parts of {what}, which has"
+            f"--validation_part {part} asks for {count} parts of {set_name}, which has"
             f" {len(different)}: ask for fewer."
         )
-    own = {different[i] for i in parts(different, count)[number - 1]}
-    return [i for i, name in enumerate(names) if name in own]
+    part_names = {different[index] for index in parts(different, count)[number - 1]}
+    return [index for index, name in enumerate(names) if name in part_names]
 
 
-def copies(what: str, learned: Contents, held: Contents | None = None) -> str | None:
-    """A sentence on held-out samples that are learned from too; None where none is.
+def copies(noun: str, training: Contents, heldout: Contents | None = None) -> str | None:
+    """A sentence on held-out samples that are trained on too; None where none is.
 
     Args:
-        what: they are called, such as "images".
-        learned: what is trained on.
-        held: what is held out; None where folds hold out parts of ``learned``.
+        noun: samples in the plural, such as "images".
+        training: samples that are trained on.
+        heldout: samples that are held out; None where folds hold out parts of ``training``.
     """
-    first: dict[Hashable, str] = {}
-    found: list[tuple[str, str]] = []
-    for name, content in learned:
-        if content in first:
-            found.append((name, first[content]))
-        first.setdefault(content, name)
-    if held is not None:
-        found = [(name, first[content]) for name, content in held if content in first]
-    if not found:
+    first_names: dict[Hashable, str] = {}
+    pairs: list[tuple[str, str]] = []  # a held-out sample, and the training sample it equals
+    for name, content in training:
+        if content in first_names:
+            pairs.append((name, first_names[content]))
+        first_names.setdefault(content, name)
+    count = f"{len(training)} {noun}"
+    if heldout is not None:
+        pairs = [(name, first_names[key]) for name, key in heldout if key in first_names]
+        count = f"{len(heldout)} held-out {noun}"
+    if not pairs:
         return None
-    count = f"{len(learned)} {what}" if held is None else f"{len(held)} held-out {what}"
+    heldout_name, training_name = pairs[0]
     return (
-        f"{len(found)} of the {count} are copies of what is learned from, such as {found[0][0]} of"
-        f" {found[0][1]}, so the held-out loss is too low: drop one of the two."
+        f"{len(pairs)} of the {count} are copies of what is learned from, such as {heldout_name} of"
+        f" {training_name}, so the held-out loss is too low: drop one of the two."
     )

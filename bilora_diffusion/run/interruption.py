@@ -10,14 +10,13 @@ import contextlib
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
-
-import psutil
 
 from ..core.errors import Interrupted, is_main_process
 from . import checkpoint, runlog
@@ -26,19 +25,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_PRESS_SECONDS = 1.0
 """Ctrl-C may come twice: from the terminal, and from a launcher that passes it on."""
 TOKEN = "$HF_TOKEN"
-CommandLine = tuple[list[str], int]
-"""A command, and how many of its last words are the script's arguments."""
+"""Stands for a secret in a printed command; the shell puts it in."""
 
 
 class Stop(NamedTuple):
-    """End of a run by a signal: its number, the steps taken, those of the whole run, and the name
-    of a run of ``--fit``.
-    """
+    """End of a run by a signal."""
 
-    number: int
-    step: int
-    num_steps: int
-    run: str | None = None
+    number: int  # of the signal
+    step: int  # optimizer steps taken
+    num_steps: int  # of the whole run
+    run: str | None = None  # name of a run of ``--fit``
 
 
 class Interruption:
@@ -55,111 +51,99 @@ class Interruption:
     def __init__(self, patient: bool = False) -> None:
         self.patient = patient
         self.number: int | None = None
-        self._pressed: float | None = None
-        self._before: dict[int, Any] = {}
+        self._first_press: float | None = None  # time of the first Ctrl-C
+        self._earlier_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._received)
+                    self._earlier_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._earlier_handlers.items():
             signal.signal(number, handler)
-        self._before.clear()
+        self._earlier_handlers.clear()
 
-    def _received(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a process that reads data: the run's own ends it
-            return
-        now, pressed = time.monotonic(), self._pressed
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a data loader's worker has the handlers, too; the run itself ends it
         if number == signal.SIGINT:
-            self._pressed = now if pressed is None else pressed
-            if pressed is not None and now - pressed > ONE_PRESS_SECONDS:
+            if self._first_press is None:
+                self._first_press = time.monotonic()
+            elif time.monotonic() - self._first_press > ONE_PRESS_SECONDS:
                 raise KeyboardInterrupt
-        if self.number is None:
-            self.number = number
-            if not self.patient:
-                raise KeyboardInterrupt
-            if is_main_process():  # not by print, which may itself have been interrupted
-                line = "\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
-                os.write(2, line.encode())
+        if self.number is not None:
+            return
+        self.number = number
+        if not self.patient:
+            raise KeyboardInterrupt
+        if is_main_process():
+            line = "\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
+            os.write(2, line.encode())  # `print` may itself have been interrupted
 
 
 @contextlib.contextmanager
-def ends_in(said: str) -> Iterator[None]:
-    """Within the context an interruption says ``said``, whatever ran says of itself."""
+def ends_in(sentence: str) -> Iterator[None]:
+    """Within the context an interruption ends in ``sentence``, whatever the run itself says."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise Interrupted(said, getattr(stop, "number", signal.SIGINT)) from None
+        raise Interrupted(sentence, getattr(stop, "number", signal.SIGINT)) from None
 
 
-def farewell(folder: Path, stop: Stop, typed: CommandLine | None, overwrites: bool) -> Interrupted:
+def farewell(
+    folder: Path, stop: Stop, arguments: Sequence[str] | None, overwrites: bool
+) -> Interrupted:
     """The last words of an interrupted run, with the command that goes on from what is saved.
 
     Args:
-        typed: the command that started it; None for a call from Python.
+        arguments: the script's, as they were typed; None for a call from Python.
         overwrites: whether the run was to replace an earlier one.
     """
-    number, step, num_steps, run = stop
-    if step == num_steps and runlog.is_finished(folder):
-        return Interrupted(f"interrupted when the run in {folder} had already finished", number)
-    saved = checkpoint.latest(folder / (run or ""))
-    value = "auto" if saved is None or run is not None else "latest"
-    kept = "nothing was saved yet" if saved is None else f"{saved} is saved"
-    how = f"the same arguments and --resume_from_checkpoint {value}"
-    if typed is not None:
-        words = resuming(*typed, value, overwrites)
-        how = shlex.join(words).replace(f"'{TOKEN}'", f'"{TOKEN}"')
-    where = "" if run is None else f" of {run}"
-    said = f"interrupted at step {step} of {num_steps}{where}, {kept}: go on with\n\n    {how}\n"
-    return Interrupted(said, number)
+    if stop.step == stop.num_steps and runlog.is_finished(folder):
+        sentence = f"interrupted when the run in {folder} had already finished"
+        return Interrupted(sentence, stop.number)
+
+    saved = checkpoint.latest(folder / (stop.run or ""))
+    state = "nothing was saved yet" if saved is None else f"{saved} is saved"
+    # "auto" also starts anew where there is no checkpoint, or where a search has only some runs.
+    value = "auto" if saved is None or stop.run is not None else "latest"
+    place = "" if stop.run is None else f" of {stop.run}"
+    if arguments is None:
+        command = f"the same arguments and --resume_from_checkpoint {value}"
+    else:
+        resumed = resuming(arguments, value, overwrites)
+        command = shlex.join([sys.argv[0], *resumed]).replace(f"'{TOKEN}'", f'"{TOKEN}"')
+    return Interrupted(
+        f"interrupted at step {stop.step} of {stop.num_steps}{place}, {state}: go on with the same"
+        f" launcher and\n\n    {command}\n",
+        stop.number,
+    )
 
 
-def command_line(own: Sequence[str], arguments: Sequence[str]) -> CommandLine:
-    """The command that was typed: the process's own, or that of the outermost launcher (accelerate
-    launch, torchrun, timeout), whose command line ends with the script's arguments, too.
+def resuming(arguments: Sequence[str], value: str, overwrites: bool) -> list[str]:
+    """A script's arguments that go on from a checkpoint instead of starting.
 
-    Ask at the start: Ctrl-C may end a launcher before what it launched.
-    """
-    line, count = list(own), len(arguments)
-    try:
-        ancestors = psutil.Process().parents() if count else []
-    except psutil.Error:
-        ancestors = []
-    for ancestor in ancestors:
-        with contextlib.suppress(psutil.Error):
-            words = ancestor.cmdline()
-            if ancestor.pid > 1 and len(words) > count and words[-count:] == list(arguments):
-                line = words
-    return line, count
-
-
-def resuming(line: Sequence[str], count: int, value: str, overwrites: bool) -> list[str]:
-    """A training command that goes on from a checkpoint instead of starting.
+    The last of two flags holds, so that what is added overrules the flags and the recipe.
 
     Args:
-        line, count: as of `CommandLine`.
         value: of ``--resume_from_checkpoint``.
-        overwrites: whether the run was to replace an earlier one, by a flag or by its recipe.
+        overwrites: whether the run was to replace an earlier one.
     """
-    start = len(line) - count
-    words, kept = list(line[start:]), []
-    while words:
-        word = words.pop(0)
-        name, _, given = word.partition("=")
-        name = name.replace("-", "_").removeprefix("__")
-        if name == "hub_token":  # a secret is not repeated
-            kept += ["--hub_token", TOKEN]
-        elif name in ("resume_from_checkpoint", "overwrite_output_dir"):
-            overwrites = overwrites and name != "overwrite_output_dir"
-        else:
-            kept.append(word)
-            continue
-        if not given and words and not words[0].startswith("-"):
-            words.pop(0)
-    off = ["--overwrite_output_dir", "false"] if overwrites else []
-    return [*line[:start], *kept, *off, "--resume_from_checkpoint", value]
+    added = ["--resume_from_checkpoint", value]
+    if overwrites:
+        added = ["--overwrite_output_dir", "false", *added]
+    words = list(arguments)
+    for position, word in enumerate(words):
+        flag, _, _ = word.partition("=")
+        if flag.replace("-", "_") == "__hub_token":  # a secret is not repeated
+            if "=" in word:
+                words[position] = f"{flag}={TOKEN}"
+            elif position + 1 < len(words):
+                words[position + 1] = TOKEN
+    if words[-len(added) :] == added:  # it was resumed before
+        return words
+    return words + added

@@ -18,14 +18,14 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safeten
 CAN_BE_BOUND = hasattr(os, "sched_getaffinity")  # to some of the cores; not everywhere
 
 
-def versions(*more: str) -> dict[str, str | None]:
-    """Versions of Python, of a run's packages and of ``more``; None for what is not installed."""
-    installed: dict[str, str | None] = dict.fromkeys((*PACKAGES, *more))
+def versions(*packages: str) -> dict[str, str | None]:
+    """Versions of Python, of a run's packages and of ``packages``; None if one is not installed."""
+    installed: dict[str, str | None] = dict.fromkeys((*PACKAGES, *packages))
     for name in installed:
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
-    own = sys.modules["bilora_diffusion"].__version__  # also where it is run from a checkout
-    return {"python": platform.python_version(), **installed, "bilora_diffusion": own}
+    toolkit = sys.modules["bilora_diffusion"].__version__  # also where it is run from a checkout
+    return {"python": platform.python_version(), **installed, "bilora_diffusion": toolkit}
 
 
 def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
@@ -48,7 +48,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     # A surrounding git command (a hook) would otherwise point this one to its own repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", *arguments],
             cwd=folder,
             env=environment,
@@ -60,14 +60,14 @@ def _git(folder: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
-def device(used: torch.device | str | None = None) -> dict[str, str | int | None]:
+def device(training_device: torch.device | str | None = None) -> dict[str, str | int | None]:
     """The machine: ``name`` of what computes (by default the GPU when there is one), CPU model,
     usable cores, torch threads, GPU.
     """
-    kind = torch.device(used or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = torch.device(training_device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = torch.cuda.get_device_name(kind) if kind.type == "cuda" else None
     model = _cpu_model()
     return {
@@ -90,9 +90,10 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_memory(used: torch.device | str | None = None) -> int:
-    """Most memory held so far, in bytes: the GPU's when a GPU is used, else this process'."""
-    if (used is None or torch.device(used).type == "cuda") and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated(used)
+def peak_memory(training_device: torch.device | str | None = None) -> int:
+    """Largest memory held so far, in bytes: the GPU's when a GPU trains, else this process'."""
+    on_gpu = training_device is None or torch.device(training_device).type == "cuda"
+    if on_gpu and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated(training_device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from ..core.durable import dump_json
 from ..core.errors import UserError, reason
-from .paths import without_paths
+from ..core.files import without_paths
 
 # Of exports, diffusers would load one by its name where no file is named.
 NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "fit/*", "logs/*", ".*"]

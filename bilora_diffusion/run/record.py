@@ -26,6 +26,8 @@ BY_CONCEPT = "heldout_loss_by_concept/"
 """Stands before a concept's name in the name of its held-out loss."""
 PICTURES = 10_000
 """Most validation images of one prompt, as of the option."""
+HEARTBEAT_SECONDS = 15.0
+"""Time between two writes of ``run.json`` while a run trains."""
 
 # Far above what training in 32 bits gives, and the square is a float still.
 Number = Annotated[float, Field(ge=-1e150, le=1e150)]
@@ -168,7 +170,7 @@ class SearchRecord(_Strict):
 
 
 @contextlib.contextmanager
-def _reading(place: object, fix: str, wrong: str = "is damaged") -> Iterator[None]:
+def _reading(place: object, fix: str, problem: str = "is damaged") -> Iterator[None]:
     """Make a sentence of what is raised within the context, but for a file that is not there."""
     try:
         yield
@@ -177,7 +179,7 @@ def _reading(place: object, fix: str, wrong: str = "is damaged") -> Iterator[Non
     except OSError as error:
         raise UserError(f"{place} cannot be read ({error.strerror}): check its rights") from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{place} {wrong}{fault(error)}: {fix}") from error
+        raise UserError(f"{place} {problem}{fault(error)}: {fix}") from error
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -208,7 +210,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: when another line does not fit `Line`.
     """
-    path, rows = Path(folder) / METRICS, []
+    path = Path(folder) / METRICS
+    rows: list[dict[str, Any]] = []
     fix = "delete it, or start a new run"
     try:
         with _reading(path, fix):
@@ -227,13 +230,15 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
     """The newest of each held-out loss and metric up to a step in the folder's metrics, with its
     step, but for those of single noise levels; {} without any.
     """
-    return {
-        key: (row["step"], value)
-        for row in read_metrics(folder)
-        for key, value in row.items()
-        if row["step"] <= step
-        and (key.startswith(("train_grid_loss", BY_CONCEPT)) or re.fullmatch(r"heldout_[^/]*", key))
-    }
+    newest: dict[str, tuple[int, float | None]] = {}
+    for row in read_metrics(folder):
+        if row["step"] > step:
+            continue
+        for key, value in row.items():
+            is_heldout = re.fullmatch(r"heldout_[^/]*", key) is not None
+            if is_heldout or key.startswith(("train_grid_loss", BY_CONCEPT)):
+                newest[key] = (row["step"], value)
+    return newest
 
 
 def read_search(path: Path) -> dict[str, Any] | None:
@@ -266,8 +271,11 @@ def fault(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return ""
     first = error.errors(include_url=False, include_context=False)[0]
-    place, value = first["loc"], reprlib.repr(first["input"])
-    name = ".".join(map(str, place[: 2 if place[:1] in (("config",), ("results",)) else 1]))
-    if not name or first["type"] == "missing":
-        return f" (it has no {name})" if name else ""
-    return f" ({reprlib.repr(name)} is {value})"
+    place = first["loc"]
+    depth = 2 if place[:1] in (("config",), ("results",)) else 1
+    name = ".".join(map(str, place[:depth]))
+    if not name:
+        return ""
+    if first["type"] == "missing":
+        return f" (it has no {name})"
+    return f" ({reprlib.repr(name)} is {reprlib.repr(first['input'])})"

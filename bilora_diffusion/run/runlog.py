@@ -6,7 +6,6 @@ written at once, so that a kill leaves at most one torn last line, which readers
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -20,17 +19,15 @@ import torch
 from ..core.durable import (
     discard,
     dump_json,
-    overwrite_text,
     strict_json,
     sync,
     write_text,
 )
 from . import provenance, snapshots
-from .record import METRICS, RUN, SCHEMA_VERSION, read_metrics, read_run
+from .record import HEARTBEAT_SECONDS, METRICS, RUN, SCHEMA_VERSION, read_metrics, read_run
 
 CARD, ERROR = "README.md", "error.txt"
 SECRETS = frozenset({"hub_token"})
-HEARTBEAT_SECONDS = 15.0
 
 
 class RunLog:
@@ -42,10 +39,12 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, device: torch.device | str | None = None) -> None:
-        self.folder, self._device = Path(folder), device
+        self.folder = Path(folder)
+        self._device = device
         self._run: dict[str, Any] = {}
         self._metrics: BinaryIO | None = None
-        self._began = self._written = self._before = 0.0
+        self._start_time = self._write_time = 0.0  # of the monotonic clock
+        self._earlier_seconds = 0.0  # that the run took before it was resumed
 
     def start(
         self,
@@ -76,9 +75,9 @@ class RunLog:
             earlier = read_run(self.folder) if (self.folder / RUN).exists() else {}
             (self.folder / ERROR).unlink(missing_ok=True)  # of an attempt that is made good
             self._truncate(resume_step)
-        now = _now()
+        date = _date()
         commit, differs = provenance.commit()
-        resumed = [{"step": resume_step, "at": now}] if resume_step is not None else []
+        resumed = [{"step": resume_step, "at": date}] if resume_step is not None else []
         self._run = {
             "schema_version": SCHEMA_VERSION,
             "config": {key: value for key, value in config.items() if key not in SECRETS},
@@ -90,18 +89,18 @@ class RunLog:
             "commit": commit,
             "uncommitted_changes": differs,
             "device": provenance.device(self._device),
-            "started_at": earlier.get("started_at", now),
+            "started_at": earlier.get("started_at", date),
             "resumed": [*earlier.get("resumed", []), *resumed],
             "wall_seconds": earlier.get("wall_seconds", 0.0),
             "peak_memory_bytes": earlier.get("peak_memory_bytes", 0),
             "status": "running",
             "card": wrote_card(earlier),
             "doing": "starting",
-            "doing_since": now,
+            "doing_since": date,
             "results": {},
         }
-        self._before = self._run["wall_seconds"]
-        self._began = time.monotonic()
+        self._earlier_seconds = self._run["wall_seconds"]
+        self._start_time = time.monotonic()
         self._write()
         self._metrics = (self.folder / METRICS).open("ab", buffering=0)
 
@@ -114,19 +113,20 @@ class RunLog:
             TypeError: for a value that JSON cannot hold.
         """
         assert self._metrics is not None, "it has been started"
-        line, odd = strict_json({"step": int(step), **values})
-        text = json.dumps({**line, **({"nonfinite": True} if odd else {})}) + "\n"
-        data = text.encode("ascii")  # unbuffered: one system call for one line
-        while data:  # a disk that is nearly full takes a part of it, and refuses the rest
+        line, has_nonfinite = strict_json({"step": int(step), **values})
+        if has_nonfinite:
+            line["nonfinite"] = True
+        data = (json.dumps(line) + "\n").encode("ascii")
+        while data:  # unbuffered: one system call, but for a part that still fits on a full disk
             data = data[self._metrics.write(data) :]
-        if time.monotonic() - self._written > HEARTBEAT_SECONDS:
+        if time.monotonic() - self._write_time > HEARTBEAT_SECONDS:
             self._write()
 
-    def doing(self, what: str) -> None:
-        """Write down what the run does from now on, such as "held-out loss", so that others can
+    def doing(self, activity: str) -> None:
+        """Write down the run's activity from now on, such as "held-out loss", so that others can
         tell a run that is busy with something long from one that hangs.
         """
-        self._run |= {"doing": what, "doing_since": _now()}
+        self._run |= {"doing": activity, "doing_since": _date()}
         self._write()
 
     def sync(self) -> None:
@@ -139,18 +139,13 @@ class RunLog:
 
     def close(self, status: str, reason: str | None = None, **results: Any) -> None:
         """Close the record as "finished", "failed" for a reason in one sentence, or "interrupted",
-        which goes on with the next resume; on a full disk it is written over the old one. What
-        came out is added to its results.
+        which goes on with the next resume; ``results`` are added to its own.
         """
         self._run["status"] = status
         self._run["results"] |= results
         if reason is not None:
             self._run["error"] = reason
-        try:
-            self.sync()
-        except OSError:  # a full disk: without spaces the record fits into the old one's room
-            with contextlib.suppress(OSError):
-                overwrite_text(self.folder / RUN, json.dumps(strict_json(self._run)[0]))
+        self.sync()
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
@@ -161,16 +156,17 @@ class RunLog:
         self._write()
 
     def _write(self) -> None:
-        self._written = time.monotonic()
-        self._run["wall_seconds"] = round(self._before + self._written - self._began, 3)
+        self._write_time = time.monotonic()
+        seconds = self._earlier_seconds + self._write_time - self._start_time
+        self._run["wall_seconds"] = round(seconds, 3)
         peak = provenance.peak_memory(self._device)
         self._run["peak_memory_bytes"] = max(self._run["peak_memory_bytes"], peak)
         record, _ = strict_json(self._run)
         write_text(self.folder / RUN, dump_json(record))
 
     def _truncate(self, step: int) -> None:
-        kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+        lines = [line for line in read_metrics(self.folder) if line["step"] <= step]
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         write_text(self.folder / METRICS, text)
         sync(self.folder)
         snapshots.truncate(self.folder, step)
@@ -180,7 +176,7 @@ class RunLog:
                 discard(images)
 
 
-def _now() -> str:
+def _date() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+from ..config import resolving
+from ..config.derived import Rule, default_validation_loss_steps, derive
 from ..config.options import StoppingOptions
 from ..config.run import RunConfig, without_influence
 from ..core.choices import ALL_LINEAR
 from ..core.errors import UserError
-from ..core.fields import options_of
 from ..core.files import TABLES, is_file
+from ..methods.options import SingleMethodOptions
 from ..run.heldout_part import read_part
 from .options import (
     EvaluationOptions,
@@ -37,6 +39,7 @@ GROUPS = (
     TextOptimizerOptions,
     EvaluationOptions,
     TextOutputOptions,
+    SingleMethodOptions,
 )
 EPOCHS = 3
 WARMUP_RATIO = 0.03  # Tables A4 to A7
@@ -60,8 +63,10 @@ class TextConfig(
     case, and ``num_train_epochs`` is None only where steps count.
     """
 
+    given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
     modality: ClassVar[str] = "text"
-    groups: ClassVar[tuple[Any, ...]] = GROUPS
+    groups: ClassVar[tuple[type, ...]] = GROUPS
     without_influence: ClassVar[frozenset[str]] = without_influence(GROUPS)
     without_samples: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {"max_predictions": 0, "eval_train_samples": 0}
@@ -80,41 +85,31 @@ class TextConfig(
         "%(prog)s --model_name_or_path MODEL {--task TASK,--train_file FILE} [flags]"
     )
 
-    @staticmethod
-    def complete(values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
-        """Fill in what was not given, of what only text has, and the kind of the model.
+    @classmethod
+    def resolve(cls, argv: Sequence[str] | None = None) -> Self:
+        """The configuration of a command line; see `config.resolving`."""
+        return resolving.resolve(cls, argv)
 
-        Raises:
-            UserError: there is no such model, or it is of another kind than ``--task_type``.
-        """
+    def derived(self) -> Self:
         from .models import TextSource  # which takes torch
 
-        values = dict(values)
-        if values["num_train_epochs"] is None and values["max_train_steps"] is None:
-            values["num_train_epochs"] = EPOCHS
-        if values["warmup_ratio"] is None and values["lr_warmup_steps"] is None:
-            values["warmup_ratio"] = 0.0 if values["lr_scheduler"] == "constant" else WARMUP_RATIO
-        if values["model_name_or_path"] is not None:
-            model = {name: values[name] for name in options_of([TextModelOptions])}
-            values["task_type"] = TextSource(TextModelOptions(**model)).kind
-        return values
+        cfg = derive(self, TEXT_DEFAULTS)
+        # Without a model the constraints refuse the run, in a sentence of their own.
+        if cfg.model_name_or_path is not None:
+            cfg = replace(cfg, task_type=TextSource(cfg).kind)
+        return cfg
 
-    @staticmethod
-    def check_inputs(values: dict[str, Any]) -> None:
-        """Refuse an unknown task, and what is no file of rows.
-
-        Raises:
-            UserError: one sentence with the value and the fix.
-        """
-        if values["task"]:
+    def check_inputs(self) -> None:
+        if self.task:
             from . import catalog
 
-            catalog.get(values["task"])
-        if values["validation_part"] is not None:
-            read_part(values["validation_part"])
+            catalog.get(self.task)
+        if self.validation_part is not None:
+            read_part(self.validation_part)
         for name in ("train_file", "validation_file"):
-            path = Path(values[name] or "").expanduser()
-            if values[name] and not (is_file(path) and path.suffix.lower() in TABLES):
+            value = getattr(self, name)
+            path = Path(value or "").expanduser()
+            if value and not (is_file(path) and path.suffix.lower() in TABLES):
                 fault = "is not a file of rows" if path.exists() else "does not exist"
                 kinds = ", ".join(TABLES)
                 raise UserError(f'--{name} "{path}" {fault}: give one that ends in {kinds}.')
@@ -135,5 +130,24 @@ class TextConfig(
             return self.lr_warmup_steps
         return math.ceil((self.warmup_ratio or 0) * num_steps)
 
+
+def default_num_train_epochs(cfg: TextConfig) -> int | None:
+    """Those of Tables A4 to A7, unless steps count."""
+    return EPOCHS if cfg.max_train_steps is None else None
+
+
+def default_warmup_ratio(cfg: TextConfig) -> float | None:
+    """The share of Tables A4 to A7 where the rate changes, unless warm-up is given in steps."""
+    if cfg.lr_warmup_steps is not None:
+        return None
+    return 0.0 if cfg.lr_scheduler == "constant" else WARMUP_RATIO
+
+
+TEXT_DEFAULTS: tuple[Rule[TextConfig], ...] = (
+    ("num_train_epochs", default_num_train_epochs),
+    ("warmup_ratio", default_warmup_ratio),
+    ("validation_loss_steps", default_validation_loss_steps),
+)
+"""They run after `config.derived.DERIVED_DEFAULTS`."""
 
 resolve = TextConfig.resolve

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..core.errors import UserError, did_you_mean
 from ..core.files import (
-    is_text,
     kind_of,
     listed,
     quoted,
@@ -138,7 +137,7 @@ def text_of(
         return str(value)
     if not isinstance(value, str):
         raise UserError(f'"{column}" of {where} is {kind_of(value)}, not text: {fix}.')
-    return _require_text(value, f'"{column}" of {where}')
+    return value
 
 
 def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, str]]:
@@ -154,18 +153,9 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, s
         parts = [turn.get(key) for key in ("role", "content")] if isinstance(turn, dict) else []
         if not parts or not all(isinstance(part, str) for part in parts):
             raise UserError(f'{place} has no "role" and "content" that are text: correct it.')
-        role, content = (_require_text(str(part), place) for part in parts)
+        role, content = map(str, parts)
         pairs.append((role, content))
     return pairs
-
-
-def _require_text(value: str, where: str) -> str:
-    if is_text(value):
-        return value
-    raise UserError(
-        f"{where} holds half a character (a lone surrogate, {quoted(value)}): write the text anew,"
-        " in UTF-8."
-    )
 
 
 def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from ..config.options import (
     StepOptions,
 )
 from ..core.choices import ALL_LINEAR, KINDS, TEMPLATES
-from ..core.fields import Idle, like, option
+from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
     BATCHES,
     ROWS,
@@ -24,7 +24,7 @@ from ..core.values import (
 )
 from ..methods.options import AdapterOptions, MethodFlags
 
-WITHOUT_ROWS = Idle(
+WITHOUT_ROWS = IgnoredCase(
     lambda v: not v["task"] and not v["validation_file"] and not v["fit"],
     "without held-out rows",
     "add `--validation_file`, `--fit`, or drop it",
@@ -205,7 +205,7 @@ class TextOptimizerOptions(OptimizerOptions):
     warmup_ratio: float | None = option(
         None,
         "Share of the steps in which it rises from 0. Default: 0.03; 0 for constant.",
-        idle=(AT_A_CONSTANT_RATE,),
+        ignored=(AT_A_CONSTANT_RATE,),
         range=SHARES,
     )
     lr_warmup_steps: int | None = like(
@@ -236,8 +236,8 @@ class EvaluationOptions:
     validation_part: str | None = like(
         HeldOutOptions,
         "validation_part",
-        idle=(
-            Idle(
+        ignored=(
+            IgnoredCase(
                 lambda v: not v["task"] and not v["validation_file"],
                 "without a validation set",
                 "add `--validation_file` or drop it",
@@ -249,28 +249,28 @@ class EvaluationOptions:
         "Measure the held-out loss every so many steps; 0: at the start and the end only.",
         aliases=("--eval_steps",),
         range=STEPS.or_zero,
-        idle=(WITHOUT_ROWS,),
+        ignored=(WITHOUT_ROWS,),
     )
     eval_train_samples: int = option(
         0,
         "Measure the loss on so many training rows too, for python -m eval.generalization.",
         range=ROWS.or_zero,
-        idle=(WITHOUT_ROWS,),
+        ignored=(WITHOUT_ROWS,),
     )
     validation_epochs: int | None = option(
         None,
         "Let the model answer the held-out rows every so many epochs. Default: at the end only.",
         range=STEPS,
-        idle=(WITHOUT_ROWS,),
+        ignored=(WITHOUT_ROWS,),
     )
     eval_on_start: bool = option(
-        False, "Let the untrained model answer them, too.", idle=(WITHOUT_ROWS,)
+        False, "Let the untrained model answer them, too.", ignored=(WITHOUT_ROWS,)
     )
     max_predictions: int | None = option(
         None,
         "Let it answer only so many held-out rows; 0 for none. Default: all.",
         range=ROWS.or_zero,
-        idle=(WITHOUT_ROWS,),
+        ignored=(WITHOUT_ROWS,),
     )
     generation_max_new_tokens: int | None = option(
         None,

@@ -36,8 +36,7 @@ def train(
         Interrupted: A signal ended it; it says how to go on.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    # Asked at the start: a signal may end a launcher before the process that it launched.
-    typed = interruption.command_line(sys.orig_argv, sys.argv[1:]) if argv is None else None
+    typed = arguments if argv is None else None
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
     cfg = script.resolve(argv) if config is None else config

@@ -14,8 +14,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..core.errors import TrainingError, reason
-from ..core.files import counted
-from ..run.durations import duration
+from ..core.files import counted, duration
 
 BACKEND = "inductor"
 MAX_GRAPHS = 64

@@ -16,15 +16,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from .. import adapters
-from ..adapters import AUXILIARY, INITIAL, PRIMARY
+from ..adapters import INITIAL, PRIMARY
 from ..config.run import RunConfig
 from ..core.choices import OPTIMIZERS
-from ..core.durable import bytes_for_people
 from ..core.errors import UserError
-from ..core.files import counted
+from ..core.files import bytes_for_people, counted
 from ..methods import Method, for_run
-from ..methods.bilora.per_sample import deal
 from ..run import provenance
 from .optimizers import StepLayout, total_steps
 from .search.runs import Search
@@ -37,6 +34,8 @@ CPU_LIBRARY_BYTES = 100_000_000
 """Bytes of libraries that a run on a CPU loads beside those of a dry run."""
 NUMBER_BYTES = {"no": 4, "fp16": 2, "bf16": 2}
 """Bytes of a number by ``--mixed_precision``."""
+ADAPTER_TITLES = {PRIMARY: "primary", INITIAL: "first values"}
+"""Words for adapters in the printed lines, where they are not the adapter's name."""
 BEFORE, STEP = "before training", "a training step"
 PhaseMemory = dict[str, dict[str, int]]
 """Bytes by part in each phase of a run, without those of what is trained, which is there in all but
@@ -67,15 +66,15 @@ def run(script: Script[Any], cfg: RunConfig, argv: Sequence[str]) -> None:
     search = None
     if cfg.fit:
         search = Search(script, argv, task, accelerator)
-        candidate = largest_candidate(search, task, steps, device)
+        candidate = largest_candidate(search, task, steps)
         task = with_config(task, search.config(candidate))
         lines.append(f"what follows is about the largest run of --fit: {title(candidate)}")
-    method, trained, waiting = attached(task, steps, device)
+    method, trained = attached(task, steps)
     models = ", ".join(f"{t.name} ({type(t.model).__name__})" for t in method.targets)
     count = sum(parameter.numel() for parameter in method.clip_parameters())
     epochs = steps * step_size / task.num_samples
     lines += [
-        f"{method.title} on {models}: {len(method.layers())} layers, {count:,} parameters",
+        f"{method.title} on {models}: {len(method.layers)} layers, {count:,} parameters",
         f"data: {task.data_summary()}",
         f"steps: {steps:,} of {step_size}, {counted(f'{epochs:.3g}', 'epoch')}",
     ]
@@ -101,8 +100,6 @@ def run(script: Script[Any], cfg: RunConfig, argv: Sequence[str]) -> None:
         f"It {verdict}: the run needs about {bytes_for_people(peaks[highest])}, and {device.type}"
         f" has {bytes_for_people(room)} for it."
     )
-    if waiting:
-        lines.append(f"{bytes_for_people(waiting)} of auxiliaries wait in the CPU's memory.")
     if search is not None and device.type == "cuda" and not fits:
         lines.append("--fit leaves out of its search what runs out of memory.")
     print("\n".join(lines), flush=True)
@@ -161,7 +158,7 @@ def describe_search(budget: int, steps: int) -> str:
     )
 
 
-def largest_candidate(search: Search, task: Any, steps: int, device: torch.device) -> Candidate:
+def largest_candidate(search: Search, task: Any, steps: int) -> Candidate:
     """The candidate of a search that takes most memory, with all samples as in the last run.
 
     Memory rises with each option whatever the others are, so each is set to its largest value in
@@ -170,7 +167,7 @@ def largest_candidate(search: Search, task: Any, steps: int, device: torch.devic
 
     @functools.cache
     def trained_bytes(candidate: Candidate) -> int:
-        _, trained, _ = attached(with_config(task, search.config(candidate)), steps, device)
+        _, trained = attached(with_config(task, search.config(candidate)), steps)
         return sum(trained.values())
 
     candidates: list[Candidate] = [()]
@@ -189,44 +186,28 @@ def with_config(task: Any, cfg: RunConfig) -> Any:
     return changed
 
 
-def attached(
-    task: Any, steps: int, device: torch.device | None = None
-) -> tuple[Method, dict[str, int], int]:
+def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
     """Put a method on copies of a task's models.
 
     Args:
-        task: whose models are empty.
-        steps: optimizer steps of the run.
-        device: on which it is trained; None for one with memory of its own.
+        task: Task whose models are empty.
+        steps: Optimizer steps of the run.
 
     Returns:
-        The method; bytes of what is trained and kept of it on the device; bytes of auxiliaries and
-        their optimizer state that wait in the memory of the CPU, where the device is another.
+        The method, and the bytes of what is trained and stored with it.
     """
     cfg = task.cfg
-    # Several auxiliaries are counted and not made; weights without values have no norm.
-    method = for_run({**vars(cfg), "auxiliaries": 1, "rho_norm": "scaled"}, steps)
-    several = "auxiliaries" in method.reads
-    count = deal(cfg.auxiliaries, task.sample_names)[0] if several else 1
-    seen = min(count, cfg.train_batch_size * cfg.gradient_accumulation_steps)
-    on_cpu = device is not None and device.type == "cpu"
-    here = seen if cfg.auxiliaries_on == "cpu" and not on_cpu else count
-    targets = task.targets()
-    method.setup([replace(target, model=copy.deepcopy(target.model)) for target in targets])
-    models = [target.model for target in method.targets]
-    primary, auxiliary, first = (
-        sum(p.nbytes for model in models for p in adapters.parameters(model, name))
-        for name in (PRIMARY, AUXILIARY, INITIAL)
-    )
-    result = sum(p.nbytes for p in method.clip_parameters())
-    moments_of_byte = OPTIMIZERS[cfg.optimizer.lower()].state
-    trained = {
-        "adapters: primary": primary,
-        "adapters: auxiliary": auxiliary * here,
-        "adapters: first values": first,
-        "gradients": result + auxiliary * seen,
-        "the optimizer's state": int(moments_of_byte * (result + auxiliary * here)),
-        "averages and best weights": result * (cfg.use_ema + cfg.keep_best),
-    }
-    waiting = auxiliary * (count - here) * (1 + moments_of_byte)
-    return method, trained, int(waiting)
+    method = for_run(vars(cfg), steps, task.sample_names)
+    targets = []
+    for target in task.targets():
+        targets.append(replace(target, model=copy.deepcopy(target.model)))
+    method.setup(targets)
+    memory = method.memory(cfg.train_batch_size * cfg.gradient_accumulation_steps)
+    trained = {}
+    for adapter, size in memory.adapters.items():
+        trained[f"adapters: {ADAPTER_TITLES.get(adapter, adapter)}"] = size
+    moments_per_byte = OPTIMIZERS[cfg.optimizer.lower()].state
+    trained["gradients"] = memory.gradients
+    trained["the optimizer's state"] = int(moments_per_byte * memory.optimized)
+    trained["averages and best weights"] = memory.result * (cfg.use_ema + cfg.keep_best)
+    return method, trained

@@ -52,7 +52,7 @@ class Dynamics:
     def __init__(self, trainer: Any, optimizer: Optimizer) -> None:
         self._trainer = trainer
         self.interval = trainer.cfg.dynamics_steps or -(-trainer.num_steps // SNAPSHOTS)
-        self._layers = trainer.method.layers(PRIMARY)
+        self._layers = trainer.method.layers
         self._figures: dict[str, Tensor] = {}
         self._snapshot: snapshots.Snapshot | None = None
         trainer.method.on_perturbed = self.record_perturbation

@@ -309,21 +309,19 @@ class Trainer:
             # Dropout sees the same random numbers at each call and after each resume.
             torch.manual_seed(seed_of(self.cfg.seed, "forward", step, self.layout.rank))
             total_loss = torch.zeros((), device=device)
-            samples = [sample for batch in batches for sample in batch.samples]
-            # Auxiliaries that wait in the CPU's memory are moved to every process that sees them.
-            is_shared = self.cfg.auxiliaries_on == "cpu" and self.accelerator.num_processes > 1
-            self.method.expect(gather_object(samples) if is_shared else samples)
             for number, batch in enumerate(batches):
                 # DDP averages gradients over processes in the last backward pass only.
                 is_local = number < len(batches) - 1 and not self.accelerator.is_fsdp2
                 no_sync = self.accelerator.no_sync(self.module) if is_local else nullcontext()
-                with no_sync, self.method.seen(batch.samples, batch.snr):
+                with no_sync, self.method.around_batch(batch.samples, batch.snr):
                     losses = self.module(batch.on(device))  # (slots,)
                     self._losses_of_step.append((losses.detach(), batch))
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total_loss += loss.detach()
-            sharding.average_gradients(self.accelerator, self.optimizer, self.method.apart())
+            sharding.average_gradients(
+                self.accelerator, self.optimizer, self.method.loose_parameters
+            )
             return self.accelerator.reduce(total_loss, reduction="mean")  # pyright: ignore
 
         return forward_backward

@@ -259,7 +259,7 @@ def describe_method(method: Method, rank: int) -> str:
     size = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
     if method.exports_weights:
         return f"{method.title} of {size} weights"
-    layers = len(method.layers())
+    layers = len(method.layers)
     return f"{method.title} of rank {rank} on {layers:,} layers ({size} parameters)"
 
 

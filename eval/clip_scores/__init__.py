@@ -19,6 +19,7 @@ Scorer and captioner default to the embedded ones for the miniature, and otherwi
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -38,7 +39,7 @@ from bilora_diffusion.run.record import RUN
 
 from .. import checkpoints, compare, report
 from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
-from ..command import COUNTS, Parser, open_device, open_folder, require_free
+from ..command import COUNTS, Parser, open_device
 from ..provenance import of_this_process, without_paths
 from ..report import Column
 from ..subjects import BASE, Subject, single
@@ -47,15 +48,19 @@ from . import reporting
 from .names import CAPTIONERS, DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, METRICS, PRECISIONS, SCORERS
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
+    from PIL.Image import Image
+
+    from bilora_diffusion.image.sets import ImageSet
+
     from .captioners import Captioner
-    from .images import Job
+    from .images import Job, Store
+    from .measure import ImageJudge
     from .models import Scorer
+    from .prompts import Prompt
 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
 IMAGES = "images"
 DEMO_METHODS = ("lora", "bilora")
-
-
 USUAL = "(default: as is usual for the model)"
 
 
@@ -113,6 +118,23 @@ class ClipScores(OverSteps):
     name, title, over = "clip_scores", "CLIP scores", "item"
     metrics, described, options = METRICS, DESCRIBED, (ScoringOptions, SamplingOptions)
 
+    def __init__(self, args: argparse.Namespace, command: str) -> None:
+        super().__init__(args, command)
+        # Set by `prepare`:
+        self.seeds: list[int] = []
+        self.prompts: list[Prompt] = []
+        self.sampling: Any = None  # an `images.Sampling`
+        self.control = ""  # group that the others are compared with
+        self.training_sets: dict[str, ImageSet] = {}  # by the subjects' labels
+        self.image_owners: dict[str, Subject] = {}  # by the hash of weights that share images
+        self.state: Any = None  # accelerate's, of this process
+        self.device = "cpu"
+        self.models: tuple[Scorer, Captioner | None] | None = None  # None but in the first process
+        # Set by `produce`:
+        self.truths: dict[str, Image] = {}  # held-out pictures by the prompts' texts
+        self.judge: ImageJudge | None = None
+        self.num_generated = 0
+
     @classmethod
     def arguments(cls, parser: Parser) -> None:
         help = "default: the demo's two runs and base"
@@ -120,6 +142,9 @@ class ClipScores(OverSteps):
         parser.add_output("scores", DEMO)
 
     def subjects(self) -> list[Subject]:
+        from bilora_diffusion.train.launching import refuse_separate_processes
+
+        refuse_separate_processes()
         if self.args.steps is not None:
             return checkpoints.of_runs(single(self.args.runs, weights=False), self.args.steps)
         if self.args.runs:
@@ -138,64 +163,61 @@ class ClipScores(OverSteps):
         return single([*runs, BASE])
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        from . import measure, settings
-
-        args = self.args
-        if texts := [run.folder for run in subjects if run.is_text]:
-            raise UserError(f"{texts[0]} is a run on text: use python -m eval.text_scores.")
-        self.seeds = settings.read_seeds(args.seeds)
-        base = settings.base_model(subjects, args.base_model)
-        self.names = settings.models(args, base)
-        given = args.control or checkpoints.last_group(subjects)
-        self.control = compare.control(subjects, given, prefer=None)
-        self.prompts = settings.prompts(args)
-        self.sampling = settings.sampling(args, base)
-        self.training = measure.training_sets(subjects, args.train_data)
-        # Subjects with equal weights share their images.
-        self.drawers = {subject.digest: subject for subject in reversed(subjects)}
-
-    def jobs(self, subject: Subject) -> list[Job]:
-        """The images of a subject."""
-        from .images import jobs
-
-        return jobs(self.drawers[subject.digest], self.prompts, self.seeds)
-
-    def work(self) -> None:
-        """Generate in all processes, and score in the first."""
+        """Read the settings, and load the models that score in the first process."""
         from accelerate import PartialState
 
         from bilora_diffusion.config.machine import device_type
-        from bilora_diffusion.train.launching import start_missing_processes
 
+        from . import measure, settings
+
+        args = self.args
+        text_runs = [subject.folder for subject in subjects if subject.is_text]
+        if text_runs:
+            raise UserError(f"{text_runs[0]} is a run on text: use python -m eval.text_scores.")
+        self.seeds = settings.read_seeds(args.seeds)
+        base = settings.base_model(subjects, args.base_model)
+        model_names = settings.models(args, base)
+        control = args.control or checkpoints.last_group(subjects)
+        self.control = compare.control(subjects, control, prefer=None)
+        self.prompts = settings.prompts(args)
+        self.sampling = settings.sampling(args, base)
+        self.training_sets = measure.training_sets(subjects, args.train_data)
+        for subject in reversed(subjects):  # so that the first of equal subjects stays
+            self.image_owners[subject.digest] = subject
+        # Without the argument accelerate sees one CPU process only.
+        self.state = PartialState(cpu="cpu" in (args.device, device_type()))
+        device = self.state.device if args.device is None else open_device(args.device)
+        self.device = str(device)
+        if self.state.is_main_process:
+            self.models = load_models(*model_names, device=self.device)
+
+    def jobs(self, subject: Subject) -> list[Job]:
+        """The images of a subject; subjects with equal weights share theirs."""
+        from .images import jobs
+
+        return jobs(self.image_owners[subject.digest], self.prompts, self.seeds)
+
+    def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject] | None:
+        """Generate the images, each process its share; the first process then scores them."""
         from .images import Store, jobs
         from .measure import ImageJudge, truth_pictures
 
-        start_missing_processes()
-        args, subjects = self.args, self.subjects()
-        self.prepare(subjects)
-        # else one CPU process is seen
-        state = PartialState(cpu="cpu" in (args.device, device_type()))
-        device = str(state.device if args.device is None else open_device(args.device))
-        models = load_models(*self.names, device=device) if state.is_main_process else None
-        open_folder(self.folder)
-        require_free(self.folder, self.name)
-        store = Store(self.folder / IMAGES, self.sampling, device)
-        general = [prompt for prompt in self.prompts if prompt.general]
-        originals = jobs(self.drawers.get("") or single([BASE])[0], general, self.seeds)
-        needed = [*(job for subject in subjects for job in self.jobs(subject)), *originals]
-        if state.is_main_process:
-            self._announce(subjects, len({job.file for job in needed}), len(store.missing(needed)))
-        made = self._generate(store, needed, (state.process_index, state.num_processes))
-        state.wait_for_everyone()
-        if models is None:
-            return
+        store = Store(self.folder / IMAGES, self.sampling, self.device)
+        # Drift is measured from the base model's images of the general prompts.
+        base = self.image_owners.get("") or single([BASE])[0]
+        originals = jobs(base, [prompt for prompt in self.prompts if prompt.general], self.seeds)
+        required = [job for subject in subjects for job in self.jobs(subject)] + originals
+        if self.state.is_main_process:
+            num_images = len({job.file for job in required})
+            self._announce(subjects, num_images, len(store.missing(required)))
+        self.num_generated = self._generate(store, required)
+        self.state.wait_for_everyone()
+        if self.models is None:
+            return None
         self.truths = truth_pictures(self.prompts, self.sampling.base_model)
-        self.judge = ImageJudge(store, *models, self.truths, self.training, originals)
-        self._describe(*models)
-        rows = [row for subject in subjects for row in self.rows(subject)]
-        self.origin = of_this_process(self.command, device)
-        self.write(self.complete(subjects, rows))
-        print(f"images made: {made}, in {self.folder / IMAGES}")
+        self.judge = ImageJudge(store, *self.models, self.truths, self.training_sets, originals)
+        self._describe(*self.models)
+        return subjects
 
     def _announce(self, subjects: Sequence[Subject], images: int, missing: int) -> None:
         scored = sum(not prompt.general for prompt in self.prompts)
@@ -206,21 +228,22 @@ class ClipScores(OverSteps):
         )
         print(*self.notes, plan, sep="\n")
 
-    def _generate(self, store: Any, jobs: Sequence[Job], process: tuple[int, int]) -> int:
-        """Make what is missing, or this process' share of it."""
+    def _generate(self, store: Store, jobs: Sequence[Job]) -> int:
+        """Generate the images that are missing, or this process' share of them; their number."""
         from .images import generate_in_processes
 
         batch = self.args.batch_size
-        if process[1] == 1:
+        rank, count = self.state.process_index, self.state.num_processes
+        if count == 1:
             return generate_in_processes(store, jobs, batch, self.args.processes)
-        return store.generate(jobs, batch=batch, process=process)
+        return store.generate(jobs, batch=batch, process=(rank, count))
 
     def _describe(self, scorer: Scorer, captioner: Captioner | None) -> None:
         """Fill in the settings."""
         prompts = [asdict(prompt) for prompt in self.prompts]
         for prompt in prompts:
-            known = prompt["text"] in self.truths and not prompt["general"]
-            prompt["reference"] = prompt["reference"].name if known else None
+            has_truth = prompt["text"] in self.truths and not prompt["general"]
+            prompt["reference"] = prompt["reference"].name if has_truth else None
             prompt["truncated"] = scorer.is_cut(prompt["text"])
         self.settings = {
             "prompts": prompts,
@@ -233,21 +256,28 @@ class ClipScores(OverSteps):
         }
 
     def rows(self, subject: Subject) -> Iterable[Row]:
+        assert self.judge is not None
         yield from self.judge.rows(subject, self.jobs(subject))
         if self.args.steps is not None:
             yield from checkpoints.heldout_loss(subject)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        shown = METRICS if self.args.steps is None else METRICS | {HELDOUT_LOSS: LOSS}
-        scores = [row for row in rows if row.metric in shown]
+        metrics = METRICS if self.args.steps is None else METRICS | {HELDOUT_LOSS: LOSS}
+        scores = [row for row in rows if row.metric in metrics]
         summarize = partial(compare.summaries, over=self.over)
-        lines = summarize(scores, control=self.control)
-        more = {"metrics": shown, "provenance": self.origin}
-        return self.over_steps(self.result(subjects, rows, lines, self.control, **more), summarize)
+        summaries = summarize(scores, control=self.control)
+        provenance = of_this_process(self.command, self.device)
+        fields = {"metrics": metrics, "provenance": provenance}
+        result = self.result(subjects, rows, summaries, self.control, **fields)
+        return self.over_steps(result, summarize)
+
+    def write(self, result: Result) -> None:
+        super().write(result)
+        print(f"images made: {self.num_generated}, in {self.folder / IMAGES}")
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        drawn = reporting.grid(result, folder, self.truths)
-        return [*([reporting.GRID] if drawn else []), *super().figures(result, folder)]
+        figures = [reporting.GRID] if reporting.grid(result, folder, self.truths) else []
+        return figures + super().figures(result, folder)
 
     def introduction(self, result: Result) -> str:
         return reporting.introduction(result)
@@ -258,7 +288,7 @@ class ClipScores(OverSteps):
         return {"Scores": [Column(name, difference=True) for name in names]}
 
     def further(self, result: Result) -> list[str]:
-        sentences = [*reporting.made(result), *report.sources(result)]
+        sentences = [*reporting.models(result), *report.sources(result)]
         return [
             reporting.legend(result),
             self.best_steps(result),
@@ -275,11 +305,11 @@ def load_models(
 
     fix = "check its name, its files, the connection to the hub, and that open_clip_torch is there"
     with translated(f'"{scorer}" can\'t be loaded', fix):
-        first = models.load(scorer, device)
+        loaded_scorer = models.load(scorer, device)
     if captioner is None:
-        return first, None
+        return loaded_scorer, None
     with translated(f'"{captioner}" can\'t be loaded', fix):
-        return first, captioners.load(captioner, first, device)
+        return loaded_scorer, captioners.load(captioner, loaded_scorer, device)
 
 
 main = ClipScores.main

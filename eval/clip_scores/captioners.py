@@ -76,19 +76,19 @@ def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
         bank: captions, at least one; repeated ones count once. The first of several equally near
             is taken.
     """
-    known = list(dict.fromkeys(bank))
+    captions = list(dict.fromkeys(bank))
 
     def caption(images: Sequence[Image]) -> list[str]:
-        cosine = scorer.images(images) @ scorer.texts(known).T
-        return [known[index] for index in cosine.argmax(dim=1).tolist()]
+        cosines = scorer.images(images) @ scorer.texts(captions).T  # (images, captions)
+        return [captions[index] for index in cosines.argmax(dim=1).tolist()]
 
-    scored, digest = scorer.entry, sha256("\n".join(known).encode()).hexdigest()[:12]
+    scored, digest = scorer.entry, sha256("\n".join(captions).encode()).hexdigest()[:12]
     entry = ModelEntry(
         f"{scored.name} retrieval",
         "retrieval",
         scored.model,
         ", ".join(part for part in (scored.revision, f"captions {digest}") if part),
-        f"Captions are the nearest of {len(known)}, not generated. {scored.note}".strip(),
+        f"Captions are the nearest of {len(captions)}, not generated. {scored.note}".strip(),
     )
     return Captioner(entry, caption)
 

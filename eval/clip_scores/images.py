@@ -35,7 +35,7 @@ from bilora_diffusion import methods, mini
 from bilora_diffusion.core.durable import write_bytes
 from bilora_diffusion.core.errors import translated
 from bilora_diffusion.core.seeds import seed_of
-from bilora_diffusion.image.families.base import joined
+from bilora_diffusion.image.families.base import join_rows
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 from bilora_diffusion.image.prompts import embed, embed_negative
 from bilora_diffusion.image.sampling import generate
@@ -83,7 +83,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Job:
-    """One image: who draws what from which noise, and its file relative to the store's root."""
+    """One image: whose, of which prompt and noise, and its file relative to the store's root."""
 
     subject: Subject
     prompt: Prompt
@@ -97,22 +97,25 @@ def jobs(subject: Subject, prompts: Sequence[Prompt], seeds: Sequence[int]) -> l
     Scored and general prompts are numbered apart, so that a change in one set leaves the images of
     the other as they are. The folder is the same for the same weights whatever their label.
     """
-    folder, counts, made = f"{_family(subject)}-{subject.digest[:8]}".strip("-"), [0, 0], []
+    folder = f"{_family(subject)}-{subject.digest[:8]}".strip("-")
+    counts = {True: 0, False: 0}  # of general prompts and of scored ones
+    subject_jobs = []
     for prompt in prompts:
         counts[prompt.general] += 1
-        number = f"{'general-' * prompt.general}{counts[prompt.general]:03d}"
+        number = f"{'general-' if prompt.general else ''}{counts[prompt.general]:03d}"
         for seed in seeds:
             file = Path(folder, f"seed-{seed}", f"{number}-{_slug(prompt.text)}.png")
-            made.append(Job(subject, prompt, seed, file))
-    return made
+            subject_jobs.append(Job(subject, prompt, seed, file))
+    return subject_jobs
 
 
 def _family(subject: Subject) -> str:
     """Kind of the weights, whatever they are called: a name may change and its images stay."""
     if subject.method is None:
         return "base-model" if subject.kind == BASE else subject.kind
-    known = subject.method in methods.names()
-    return _slug(methods.get(subject.method).title if known else subject.method)
+    if subject.method in methods.names():
+        return _slug(methods.get(subject.method).title)
+    return _slug(subject.method)
 
 
 def _slug(text: str) -> str:
@@ -137,8 +140,9 @@ class Store:
     def _base_digest(self) -> str | None:
         """Hash of the base model's folder, whose name is not enough; None for a hub id."""
         folder = Path(resolve(self.sampling.base_model)).expanduser()
-        there = folder.is_dir()
-        return of_folders(folder, suffixes=(".safetensors", ".json", ".txt")) if there else None
+        if not folder.is_dir():
+            return None
+        return of_folders(folder, suffixes=(".safetensors", ".json", ".txt"))
 
     def parameters(self, job: Job) -> dict[str, Any]:
         """All that determines an image."""
@@ -178,6 +182,7 @@ class Store:
         """
         rank, count = process
         distinct = list({job.file: job for job in jobs}.values())
+        # A process takes every count-th batch.
         share = [job for i, job in enumerate(distinct) if i // batch % count == rank]
         todo = self.missing(share)
         if not todo:
@@ -190,12 +195,12 @@ class Store:
             disable=not progress or rank > 0,
         )
         with bar, _one_thread(self.device):
-            for subject, own in groupby(todo, key=lambda job: job.subject):
+            for subject, group in groupby(todo, key=lambda job: job.subject):
                 with applied(self.pipeline, subject, self.sampling.scale):
-                    drawn = list(own)
-                    for start in range(0, len(drawn), batch):
-                        part = drawn[start : start + batch]
-                        self._write(part, _paint(self.pipeline, self.sampling, part))
+                    subject_jobs = list(group)
+                    for start in range(0, len(subject_jobs), batch):
+                        part = subject_jobs[start : start + batch]
+                        self._write(part, _sample(self.pipeline, self.sampling, part))
                         bar.update(len(part))
         return len(todo)
 
@@ -241,12 +246,13 @@ def generate_in_processes(
         count = min(cores, len(missing) // WORTHWHILE) if small else 1
     count = max(1, min(count, -(-len(missing) // batch)))  # none without a part of its own
     shared = (store, missing, batch, count)
-    others: Any = torch.multiprocessing.start_processes(
+    children: Any = torch.multiprocessing.start_processes(
         _generate_share, shared, nprocs=count - 1, join=False, daemon=True, start_method="spawn"
     )
     store.generate(missing, batch=batch, process=(0, count))
-    for process in others.processes:
+    for process in children.processes:
         process.join()
+    # What a process that ended early has left.
     store.generate(missing, batch=batch, progress=False)
     return len(missing)
 
@@ -255,12 +261,15 @@ def _generate_share(rank: int, store: Store, jobs: Sequence[Job], batch: int, co
     store.generate(jobs, batch=batch, process=(rank + 1, count))
 
 
-def _paint(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image.Image]:
+def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image.Image]:
     """Images from a pipeline as it is; each text is embedded alone: always the same shape."""
+    # Filled up with copies of the last, so that all batches have one shape.
     filled = [*jobs, *[jobs[-1]] * (-len(jobs) % sampling.lanes)]
     texts = [job.prompt.text for job in filled]
     embedded = {text: embed(pipeline, [text]) for text in dict.fromkeys(texts)}
     negative = embed_negative(pipeline, 1)
+    positives = join_rows([embedded[text] for text in texts])
+    negatives = join_rows([negative] * len(texts))
     images = generate(
         pipeline,
         texts,
@@ -268,7 +277,7 @@ def _paint(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image
         size=sampling.size,
         steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,
-        embeddings=(joined([embedded[t] for t in texts]), joined([negative] * len(texts))),
+        embeddings=(positives, negatives),
         batch=sampling.lanes,
     )
     return images[: len(jobs)]
@@ -276,6 +285,7 @@ def _paint(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image
 
 @contextmanager
 def _one_thread(device: str) -> Iterator[None]:
+    """Within the context a CPU uses one thread: sums are rounded by the number of threads."""
     before = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)

@@ -32,16 +32,25 @@ OF_IMAGES = ("concept", "dataset_name", "instance_data_dir", "dataset_config_nam
 """Options of a run, or of one of its concepts, that say which images it has."""
 
 
-class Seen(NamedTuple):
-    """An image as the models see it: embedding (d,), and the caption and its own if asked for."""
+class EmbeddedImage(NamedTuple):
+    """An image as the models see it: its embedding (d,); if asked for, its caption and the
+    caption's embedding (d,).
+    """
 
     vector: Tensor
     caption: str | None = None
-    words: Tensor | None = None
+    caption_vector: Tensor | None = None
+
+
+class EmbeddedSet(NamedTuple):
+    """Names of a set's images, and their embeddings, (n, d)."""
+
+    names: list[str]
+    vectors: Tensor
 
 
 class ImageJudge:
-    """Scores images by what they are held against."""
+    """Scores images against prompts, captions, held-out pictures and training images."""
 
     def __init__(
         self,
@@ -55,16 +64,19 @@ class ImageJudge:
     ) -> None:
         self._store, self._scorer, self._captioner = store, scorer, captioner
         self._progress = progress
-        self._seen: dict[tuple[bytes, bool], Seen] = {}
+        self._embedded: dict[tuple[bytes, bool], EmbeddedImage] = {}
         vectors = scorer.images(list(truths.values())) if truths else []
         self._truths = dict(zip(truths, vectors, strict=True))
-        distinct = {id(images): images for images in training.values()}
-        embedded = {number: _embedded(images, scorer) for number, images in distinct.items()}
-        self._training = {label: embedded[id(images)] for label, images in training.items()}
-        self._originals = {
-            (job.prompt.text, job.seed): image.vector
-            for job, image in self.look(originals, captioned=False)
-        }
+        # Runs on one set share its embeddings.
+        embedded_sets: dict[int, EmbeddedSet] = {}
+        self._training: dict[str, EmbeddedSet] = {}
+        for label, images in training.items():
+            if id(images) not in embedded_sets:
+                embedded_sets[id(images)] = embed_set(images, scorer)
+            self._training[label] = embedded_sets[id(images)]
+        self._originals: dict[tuple[str, int], Tensor] = {}  # by prompt and seed
+        for job, image in self.look(originals, captioned=False):
+            self._originals[job.prompt.text, job.seed] = image.vector
 
     def rows(self, subject: Subject, jobs: Sequence[Job]) -> Iterator[Row]:
         """The scores of each image, and a row "image" that names its file."""
@@ -77,56 +89,68 @@ class ImageJudge:
             yield from self._scores(subject, job, image, prompts[job.prompt.text])
         for job, image in self.look(general, captioned=False):
             yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
-            if subject.kind != BASE:
+            if subject.kind != BASE:  # whose drift from itself is none
                 original = self._originals[job.prompt.text, job.seed]
                 yield self._row(subject, job, "drift", cosine(image.vector, original))
 
-    def _scores(self, subject: Subject, job: Job, image: Seen, prompt: Tensor) -> Iterator[Row]:
+    def _scores(
+        self, subject: Subject, job: Job, image: EmbeddedImage, prompt: Tensor
+    ) -> Iterator[Row]:
         yield self._row(subject, job, "i2t", cosine(image.vector, prompt))
-        if image.caption is not None and image.words is not None:
-            yield self._row(subject, job, "t2t", cosine(prompt, image.words), image.caption)
+        if image.caption is not None and image.caption_vector is not None:
+            likeness = cosine(prompt, image.caption_vector)
+            yield self._row(subject, job, "t2t", likeness, image.caption)
         if job.prompt.text in self._truths:
             truth = self._truths[job.prompt.text]
             yield self._row(subject, job, "truth", cosine(image.vector, truth))
         if subject.label in self._training:
-            names, pictures = self._training[subject.label]
-            likeness, index = nearest(image.vector, pictures)
-            yield self._row(subject, job, "nearest", likeness, names[index])
+            training = self._training[subject.label]
+            likeness, index = nearest(image.vector, training.vectors)
+            yield self._row(subject, job, "nearest", likeness, training.names[index])
 
     @staticmethod
     def _row(subject: Subject, job: Job, metric: str, value: float | None, note: str = "") -> Row:
         return subject.row(metric, value, item=job.prompt.text, seed=job.seed, note=note)
 
-    def look(self, jobs: Sequence[Job], captioned: bool) -> Iterator[tuple[Job, Seen]]:
+    def look(self, jobs: Sequence[Job], captioned: bool) -> Iterator[tuple[Job, EmbeddedImage]]:
         """Each image, equal ones looked at once: they get equal scores to the last bit."""
-        what = "embedding and captioning" if captioned else "embedding"
-        with tqdm(total=len(jobs), desc=what, unit="image", disable=not self._progress) as bar:
+        title = "embedding and captioning" if captioned else "embedding"
+        with tqdm(total=len(jobs), desc=title, unit="image", disable=not self._progress) as bar:
             for chunk in in_batches(jobs, CHUNK):
                 pictures = [self._store.open(job) for job in chunk]
-                contents = [repr(p.size).encode() + p.tobytes() for p in pictures]
-                keys = [(blake2b(one, digest_size=16).digest(), captioned) for one in contents]
-                new = dict(zip(keys, pictures, strict=True))
-                new = {key: picture for key, picture in new.items() if key not in self._seen}
+                # By content: equal images of two adapters are embedded once.
+                keys = []
+                new: dict[tuple[bytes, bool], Image] = {}
+                for picture in pictures:
+                    content = repr(picture.size).encode() + picture.tobytes()
+                    key = blake2b(content, digest_size=16).digest(), captioned
+                    keys.append(key)
+                    if key not in self._embedded:
+                        new[key] = picture
                 if new:
-                    looked = self._looked_at(list(new.values()), captioned)
-                    self._seen.update(zip(new, looked, strict=True))
-                yield from ((job, self._seen[key]) for job, key in zip(chunk, keys, strict=True))
+                    embedded = self._embed(list(new.values()), captioned)
+                    self._embedded.update(zip(new, embedded, strict=True))
+                for job, key in zip(chunk, keys, strict=True):
+                    yield job, self._embedded[key]
                 bar.update(len(chunk))
 
-    def _looked_at(self, pictures: Sequence[Image], captioned: bool) -> list[Seen]:
+    def _embed(self, pictures: Sequence[Image], captioned: bool) -> list[EmbeddedImage]:
         vectors = self._scorer.images(pictures)
         if not captioned or self._captioner is None:
-            return [Seen(vector) for vector in vectors]
+            return [EmbeddedImage(vector) for vector in vectors]
         captions = self._captioner(pictures)
-        words = self._scorer.texts(captions)
-        return [Seen(*parts) for parts in zip(vectors, captions, words, strict=True)]
+        caption_vectors = self._scorer.texts(captions)
+        parts = zip(vectors, captions, caption_vectors, strict=True)
+        return [EmbeddedImage(*image) for image in parts]
 
 
-def _embedded(images: ImageSet, scorer: Scorer) -> tuple[list[str], Tensor]:
-    """Names and embeddings (n, d) of a set."""
-    numbers = range(len(images))
-    parts = [scorer.images([images.image(i) for i in part]) for part in in_batches(numbers, CHUNK)]
-    return [entry.name for entry in images.entries], torch.cat(parts)
+def embed_set(images: ImageSet, scorer: Scorer) -> EmbeddedSet:
+    """Embed all images of a set, `CHUNK` of them in memory at once."""
+    vectors = []
+    for numbers in in_batches(range(len(images)), CHUNK):
+        pictures = [images.image(number) for number in numbers]
+        vectors.append(scorer.images(pictures))
+    return EmbeddedSet([entry.name for entry in images.entries], torch.cat(vectors))
 
 
 def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
@@ -141,8 +165,8 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
             continue
         if base not in mini.PIPELINES and mini.heldout_dir() in file.resolve().parents:
             continue
-        what = f'the reference {file} of "{prompt.text}" can\'t be read'
-        with translated(what, "correct the file of prompts"):
+        sentence = f'the reference {file} of "{prompt.text}" can\'t be read'
+        with translated(sentence, "correct the file of prompts"):
             pictures[prompt.text] = read_rgb(file)
     return pictures
 
@@ -156,12 +180,12 @@ def nearest(image: Tensor, train: Tensor) -> tuple[float, int]:
     """Cosine of an image, (d,), with the training picture that is most like it, of (m, d), and that
     one's position: the first of several that are equally near.
     """
-    cosines = normalize(train.double(), dim=1) @ normalize(image.double(), dim=0)
+    cosines = normalize(train.double(), dim=1) @ normalize(image.double(), dim=0)  # (m,)
     index = int(cosines.argmax())  # documented: the first of equal maxima
     return max(-1.0, min(1.0, float(cosines[index]))), index
 
 
-def training_sets(subjects: Sequence[Subject], given: str | None) -> dict[str, ImageSet]:
+def training_sets(subjects: Sequence[Subject], dataset: str | None) -> dict[str, ImageSet]:
     """The training images by the subjects' labels.
 
     A run's folder says what it was trained on; a LoRA file does not. The base model is held
@@ -169,23 +193,24 @@ def training_sets(subjects: Sequence[Subject], given: str | None) -> dict[str, I
     shows how alike images are without any memory.
 
     Args:
-        given: ``--train_data``: a folder or set for all subjects, "none" for no memorization, or
+        dataset: ``--train_data``: a folder or set for all subjects, "none" for no memorization, or
             None.
     """
-    if given == NONE:
+    if dataset == NONE:
         return {}
-    if given is not None:
-        return dict.fromkeys((subject.label for subject in subjects), open_images(given))
+    if dataset is not None:
+        images = open_images(dataset)
+        return {subject.label: images for subject in subjects}
     opened: dict[str, ImageSet] = {}
     sets: dict[str, ImageSet] = {}
     for subject in subjects:
         if subject.folder is not None:
             config = subject.record.get("config", {})
-            each = config.get("concepts") or [config]
-            parts = [{name: own.get(name) for name in OF_IMAGES} for own in each]
+            concepts = config.get("concepts") or [config]
+            parts = [{name: concept.get(name) for name in OF_IMAGES} for concept in concepts]
             key = repr(parts)
             sets[subject.label] = opened[key] = opened.get(key) or _open(subject, parts)
-    if len(opened) == 1:
+    if len(opened) == 1:  # else the base model belongs to no set
         (shared,) = opened.values()
         sets |= {subject.label: shared for subject in subjects if subject.kind == BASE}
     return sets
@@ -194,21 +219,20 @@ def training_sets(subjects: Sequence[Subject], given: str | None) -> dict[str, I
 def _open(subject: Subject, parts: Sequence[Mapping[str, str | None]]) -> ImageSet:
     """The images of all concepts of a run."""
     left_out = f"or --train_data {NONE} to leave memorization out."
-    places = [own["dataset_name"] or own["instance_data_dir"] for own in parts]
+    places = [concept["dataset_name"] or concept["instance_data_dir"] for concept in parts]
     if not all(places):
         raise UserError(
             f"{subject.folder} does not say what it was trained on: give --train_data, {left_out}"
         )
     try:
-        sets = {
-            f"{own['concept']}": open_images(
+        sets = {}
+        for place, concept in zip(places, parts, strict=True):
+            sets[f"{concept['concept']}"] = open_images(
                 str(place),
-                image_column=own["image_column"] or "image",
-                config_name=own["dataset_config_name"],
+                image_column=concept["image_column"] or "image",
+                config_name=concept["dataset_config_name"],
                 skip_bad_images=True,
             )
-            for place, own in zip(places, parts, strict=True)
-        }
     except UserError as error:
         raise UserError(
             f"the training images of {subject.label} can't be opened ({str(error).rstrip('.')}):"

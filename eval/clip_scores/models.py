@@ -55,7 +55,7 @@ class ModelEntry:
     note: str = ""
 
 
-def _named(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[str, Any]]:
+def _pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[str, Any]]:
     """A model of open_clip's list, and how to create it."""
     import open_clip
 
@@ -116,7 +116,7 @@ class Scorer:
     ) -> None:
         self.entry, self.is_cut = entry, is_cut
         self._embed_images, self._embed_texts, self._batch = embed_images, embed_texts, batch
-        self._known: dict[str, Tensor] = {}
+        self._text_embeddings: dict[str, Tensor] = {}
 
     def images(self, images: Sequence[Image]) -> Tensor:
         """Embeddings of images of any size and mode, (n, d); at least one."""
@@ -125,10 +125,12 @@ class Scorer:
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts, (n, d); at least one."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        new = [text for text in dict.fromkeys(texts) if text not in self._text_embeddings]
         for part in in_batches(new, self._batch):
-            self._known.update(zip(part, self._unit(self._embed_texts, part), strict=True))
-        return torch.stack([self._known[text] for text in texts])
+            self._text_embeddings.update(
+                zip(part, self._unit(self._embed_texts, part), strict=True)
+            )
+        return torch.stack([self._text_embeddings[text] for text in texts])
 
     def _unit(self, embed: Callable[[Sequence[T]], Tensor], part: Sequence[T]) -> Tensor:
         # TF32 in convolutions is cudnn's default, and would show the batch size.
@@ -174,7 +176,7 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
     architecture, _, tag = source.partition("/")
     if architecture in open_clip.list_models():
         place = architecture
-        entry, options = _named(scheme, architecture, tag)
+        entry, options = _pretrained(scheme, architecture, tag)
     else:
         place, options = f"local-dir:{Path(source).expanduser()}", {}
         entry = _saved(scheme, source)
@@ -189,7 +191,8 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
     marks = tokenize([""])[0].tolist()
 
     def embed_images(images: Sequence[Image]) -> Tensor:
-        return model.encode_image(torch.stack([preprocess(i) for i in images]).to(device))
+        pixels = torch.stack([preprocess(image) for image in images])  # (n, 3, h, w)
+        return model.encode_image(pixels.to(device))
 
     def embed_texts(texts: Sequence[str]) -> Tensor:
         return model.encode_text(tokenize(list(texts)).to(device))
@@ -199,6 +202,7 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
         return sum(token not in marks for token in row.tolist())
 
     def is_cut(text: str) -> bool:
+        # With twice the room there are more words: some had no place.
         return words(text, len(marks)) < words(text, 2 * len(marks))
 
     return Scorer(entry, embed_images, embed_texts, is_cut, batch)

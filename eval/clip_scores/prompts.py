@@ -67,9 +67,10 @@ def read(source: str | Path) -> list[Prompt]:
         raise UserError(f"{name} holds no prompt: write one a line.")
     first: dict[str, str] = {}
     for where, prompt in prompts:
-        if (other := first.setdefault(prompt.text, where)) != where:
+        first_place = first.setdefault(prompt.text, where)
+        if first_place != where:
             raise UserError(
-                f'{name} has the prompt "{prompt.text[:200]}" at {other} and at {where}: drop'
+                f'{name} has the prompt "{prompt.text[:200]}" at {first_place} and at {where}: drop'
                 " one of them."
             )
     plain = [prompt for _, prompt in prompts]
@@ -117,8 +118,9 @@ def _of_csv(path: Path, name: str) -> list[tuple[str, Prompt]]:
 def _with_references(name: str, prompts: list[Prompt]) -> list[Prompt]:
     table = FOLDER / f"{name}_references.csv"
     rows = [row for _, row in read_rows(table)] if table.is_file() else []
-    known = {row["instance"]: heldout_dir() / row["reference"] for row in rows}
-    return [
-        replace(prompt, reference=known.get(prompt.instance or ""), general=name == GENERAL)
-        for prompt in prompts
-    ]
+    references = {row["instance"]: heldout_dir() / row["reference"] for row in rows}
+    described = []
+    for prompt in prompts:
+        reference = references.get(prompt.instance or "")
+        described.append(replace(prompt, reference=reference, general=name == GENERAL))
+    return described

@@ -34,28 +34,35 @@ def introduction(result: Result) -> str:
     """Sampling of the images, and sentences to be read before the scores."""
     settings, count = result.settings, len(names(result))
     sampling, scorer, seeds = settings["sampling"], settings["scorer"], settings["seeds"]
-    notes = [model["note"] for model in (scorer, settings["captioner"]) if model and model["note"]]
-    if scorer["kind"] == "embedded":
-        notes[: bool(scorer["note"])] = [
+    notes = []
+    if scorer["kind"] == "embedded":  # in place of the scorer's own note
+        notes.append(
             f"These are scores of {scorer['name']}, a small model that knows icons only. They carry"
             " its name and are never set beside the paper's."
-        ]
+        )
+    elif scorer["note"]:
+        notes.append(scorer["note"])
+    if settings["captioner"] and settings["captioner"]["note"]:
+        notes.append(settings["captioner"]["note"])
     if 1 < count < FEW_PROMPTS:
         notes.append(f"With fewer than {FEW_PROMPTS} prompts a bootstrap interval is too narrow.")
-    made = (
+    sentence = (
         f"{count} prompts ({settings['prompt_set']}), {len(seeds)} seed{'s' * (len(seeds) > 1)},"
         f" {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}, {sampling['size']}"
         f" pixels, base model {sampling['base_model']}. All adapters get the same prompts and the"
         " same initial noise."
     )
     quoted = (f"> {note}" for note in dict.fromkeys([*notes, *result.notes]))
-    return "\n\n".join([made, *quoted])
+    return "\n\n".join([sentence, *quoted])
 
 
 def legend(result: Result) -> str:
     """Explanation of the scores."""
     measured = {line.metric for line in result.summaries}
-    sentences = [f"{m.title}: {m.explanation}." for n, m in result.metrics.items() if n in measured]
+    sentences = []
+    for name, metric in result.metrics.items():
+        if name in measured:
+            sentences.append(f"{metric.title}: {metric.explanation}.")
     return (
         "Cosines x 100, each prompt's the mean over seeds, with 95 % intervals of the mean by"
         f" bootstrap over prompts (BCa). Difference: to {escaped(result.control)},"
@@ -65,17 +72,17 @@ def legend(result: Result) -> str:
 
 def scores(result: Result) -> str:
     """The first prompts and the average over all: a column per score and group, best in bold."""
-    shown = [name for name in PAPER if result.select(name)]
-    columns = [(name, group) for name in shown for group in result.groups]
+    scored = [name for name in PAPER if result.select(name)]
+    columns = [(name, group) for name in scored for group in result.groups]
     heads = [f"{result.metric(name).title} {group}" for name, group in columns]
-    values = {name: compare.units(result.select(name), over="item") for name in shown}
-    named, rows = names(result), []
-    for text in list(named)[:TABLE_ROWS]:
+    values = {name: compare.units(result.select(name), over="item") for name in scored}
+    row_names, rows = names(result), []
+    for text in list(row_names)[:TABLE_ROWS]:
         of_prompt = [values[name].get(group, {}).get(text) for name, group in columns]
-        rows.append([named[text], *_cells(result, columns, of_prompt)])
+        rows.append([row_names[text], *_cells(result, columns, of_prompt)])
     lines = [result.summary(group, name) for name, group in columns]
     means = _cells(result, columns, [None if line is None else line.mean for line in lines])
-    rows.append([f"average of {len(named)}", *means])
+    rows.append([f"average of {len(row_names)}", *means])
     return table(["prompt", *heads], rows)
 
 
@@ -89,12 +96,13 @@ def _cells(
             best[name] = max(value, best.get(name, value))
     cells = []
     for (name, _), value in zip(columns, values, strict=True):
-        shown = BLANK if value is None else number(value, result.metric(name))
-        cells.append(f"**{shown}**" if value is not None and value == best[name] else shown)
+        cell = BLANK if value is None else number(value, result.metric(name))
+        is_best = value is not None and value == best[name]
+        cells.append(f"**{cell}**" if is_best else cell)
     return cells
 
 
-def made(result: Result) -> list[str]:
+def models(result: Result) -> list[str]:
     """Models that scored, and the number of prompts that they did not read to their end."""
     prompts = result.settings["prompts"]
     sentences = [
@@ -138,9 +146,9 @@ def _show(axis: Any, image: Image.Image | None) -> None:
     if image is None:
         axis.set_frame_on(False)
         return
-    shown = image.convert("RGB")
-    shown.thumbnail((CELL_PIXELS, CELL_PIXELS))
-    axis.imshow(shown, interpolation="lanczos")
+    thumbnail = image.convert("RGB")
+    thumbnail.thumbnail((CELL_PIXELS, CELL_PIXELS))
+    axis.imshow(thumbnail, interpolation="lanczos")
 
 
 def _wrapped(text: str) -> str:

@@ -10,11 +10,11 @@ from pathlib import Path
 from bilora_diffusion import mini
 from bilora_diffusion.config.machine import default_precision
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image.families import of
+from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 
+from ..command import read_integers
 from ..subjects import Subject
-from ..sweep.axes import listed
 from .images import Sampling
 from .names import GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
 from .prompts import Prompt, read
@@ -25,41 +25,41 @@ MINI_GUIDANCE = 4.0
 
 def read_seeds(text: str) -> list[int]:
     """``0,1`` or ``0..3`` as numbers."""
-    words = listed(text, f'--seeds is "{text}"')
-    if not all(word.isdecimal() for word in words):
+    seeds = read_integers(text, f'--seeds is "{text}"')
+    if min(seeds) < 0:
         raise UserError(f'--seeds is "{text}": write numbers from 0 on, such as 0,1 or 0..3.')
-    return [int(word) for word in words]
+    return seeds
 
 
-def base_model(subjects: Sequence[Subject], given: str | None) -> str:
+def base_model(subjects: Sequence[Subject], name: str | None) -> str:
     """The base model that all subjects belong to.
 
     Args:
-        given: the user's own word; it says where the subjects do not, and may name a local copy
-            of the hub's model that they name.
+        name: ``--base_model``; it says where the subjects do not, and may name a local copy of the
+            hub's model that they name.
     """
-    named: dict[str, Subject] = {}
+    subject_of: dict[str, Subject] = {}  # the first subject of each base model
     for subject in subjects:
         if subject.base_model is not None:
-            named.setdefault(_place(subject.base_model), subject)
-    if len(named) > 1:
-        one, other = list(named.values())[:2]
+            subject_of.setdefault(_place(subject.base_model), subject)
+    if len(subject_of) > 1:
+        first, second = list(subject_of.values())[:2]
         raise UserError(
-            f'"{one.label}" was trained on {one.base_model} and "{other.label}" on'
-            f" {other.base_model}: compare adapters of one base model."
+            f'"{first.label}" was trained on {first.base_model} and "{second.label}" on'
+            f" {second.base_model}: compare adapters of one base model."
         )
-    if given is None and not named:
+    if name is None and not subject_of:
         raise UserError("no adapter says which base model it belongs to: give --base_model.")
-    for name, subject in named.items():
-        if given is None:
-            given = str(subject.base_model)
-        is_copy = Path(given).is_dir() and "/" in name and not Path(name).is_dir()
-        if name != _place(given) and not is_copy:
+    for place, subject in subject_of.items():
+        if name is None:
+            name = str(subject.base_model)
+        is_copy = Path(name).is_dir() and "/" in place and not Path(place).is_dir()
+        if place != _place(name) and not is_copy:
             raise UserError(
-                f'"{subject.label}" was trained on {subject.base_model}, not on {given}: drop'
+                f'"{subject.label}" was trained on {subject.base_model}, not on {name}: drop'
                 " --base_model, or give that."
             )
-    return mini.embedded(str(given)) or str(given)
+    return mini.embedded(str(name)) or str(name)
 
 
 def _place(base_model: str) -> str:
@@ -109,6 +109,6 @@ def usual(base: str, name: str | None = None) -> tuple[int, int, float]:
 
     pipeline = load_pipeline(base, dtype=torch.float32, weights=False)
     pipeline.register_to_config(_name_or_path=name or base)
-    family = of(pipeline)
-    steps, guidance = family.drawing(pipeline)
+    family = family_of(pipeline)
+    steps, guidance = family.usual_sampling(pipeline)
     return family.pixels(pipeline), steps, MINI_GUIDANCE if base in mini.PIPELINES else guidance

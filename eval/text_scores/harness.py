@@ -7,6 +7,7 @@ https://github.com/EleutherAI/lm-evaluation-harness.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,17 +21,19 @@ from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import context_text, resolve_template
 
 from ..digests import of_folders
-from .benchmarks import NONE, SHOWN, Benchmark, Item, Measured
-from .models import CacheOf, Loaded
+from .benchmarks import ANSWER_LETTERS, NO_TEMPLATE, Benchmark, Item, Measurement
+from .models import CacheFor, LoadedModel
 
+# Result of the harness's filters where they find no answer
 INVALID = "[invalid]"
-"""Result of the harness's filters where they find no answer."""
-FOLDERS = ("gsm8k", "mmlu", "drop", "bbh")
-"""Folders of the harness that hold the paper's benchmarks."""
+# Folders of the harness that hold the paper's benchmarks
+FOLDERS = ("gsm8k", "mmlu", "drop", "bbh", "humaneval")
 FEWSHOT_SEED = 1234
+# Environment variable without which the harness's metric runs no program
+CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
 
 
-def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
+def task_manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
     """The harness's own tasks and those of further folders.
 
     Args:
@@ -42,24 +45,27 @@ def manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
         if not folder.is_dir():
             raise UserError(f'--include_path "{folder}" is not a folder: give one with task YAMLs.')
     require("lm_eval>=0.4.13,<0.5", "--benchmarks")
-    import lm_eval.tasks as shipped
+    import lm_eval.tasks
 
-    root = Path(shipped.__file__).parent
-    few = [*(root / name for name in FOLDERS), *include_path]
-    small = shipped.TaskManager(include_path=list(few), include_defaults=False)
-    if set(tasks) <= set(small.all_tasks):
-        return small
-    return shipped.TaskManager(include_path=list(include_path))
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = [root / name for name in FOLDERS] + list(include_path)
+    manager = lm_eval.tasks.TaskManager(include_path=list(folders), include_defaults=False)
+    if set(tasks) <= set(manager.all_tasks):
+        return manager
+    return lm_eval.tasks.TaskManager(include_path=list(include_path))
 
 
 @dataclass(frozen=True)
 class Harness:
-    """A task or group, ready to be asked."""
+    """A task or group of the harness as an `Engine`."""
 
     benchmark: Benchmark
     manager: Any
+    # Items of each task; None for all
     limit: int | None
     include_path: Sequence[Path]
+    # Programs that the model writes may be run
+    allow_code: bool = False
 
     def __post_init__(self) -> None:
         task = self.benchmark.task
@@ -69,6 +75,8 @@ class Harness:
                 f'"{task}" is a tag of the harness, which has no score of its own: name some of its'
                 f" tasks ({members}, ...)."
             )
+        if self.benchmark.runs_code and not self.allow_code:
+            raise refuse_code(self.benchmark.name)
 
     def settings(self) -> dict[str, Any]:
         """All that a score depends on beside the model."""
@@ -82,52 +90,63 @@ class Harness:
             "include_path": of_folders(*self.include_path) if self.include_path else None,
         }
 
-    def measure(self, loaded: Loaded, template: str, batch_size: int, cache: CacheOf) -> Measured:
-        """Ask and score."""
+    def measure(
+        self, model: LoadedModel, template: str, batch_size: int, cache_for: CacheFor
+    ) -> Measurement:
+        """Ask and score; the harness's own metric runs programs, where there are any."""
         from lm_eval.evaluator import evaluate
 
-        tasks = _tasks(self.manager, self.benchmark)
-        _set(tasks["tasks"], self.benchmark)
-        template = loaded.template_used(template)
-        with _quiet():
+        template = model.effective_template(template)
+        with _quiet(), _code_switch(self.allow_code):
+            tasks = self._load_tasks()
             result = evaluate(
-                _model(loaded, template, batch_size),
+                _harness_model(model, template, batch_size),
                 tasks,
                 limit=self.limit,
                 bootstrap_iters=0,
-                apply_chat_template=template != NONE,
+                apply_chat_template=template != NO_TEMPLATE,
                 fewshot_as_multiturn=False,
+                confirm_run_unsafe_code=self.allow_code,
             )
-        return _measured(dict(result or {}), self.benchmark)
+        return _read_result(dict(result or {}), self.benchmark)
+
+    def _load_tasks(self) -> dict[str, Any]:
+        """The harness's tasks with their data, set as the benchmark says."""
+        benchmark = self.benchmark
+        with translated(
+            f'the data of "{benchmark.name}" can\'t be had',
+            "load it once with a connection to the hub, or give a task of your own by"
+            " --include_path",
+        ):
+            loaded = self.manager.load([benchmark.task])
+        for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False) and not self.allow_code:
+                raise refuse_code(name)
+            shots = benchmark.num_fewshot
+            if shots is None:
+                shots = task.get_config("num_fewshot") or 0
+            task.set_config(key="num_fewshot", value=shots)
+            # An update keeps the task's own words at which an answer ends.
+            if benchmark.generation and task.get_config("output_type") == "generate_until":
+                generation = dict(benchmark.generation)
+                task.set_config(key="generation_kwargs", value=generation, update=True)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        return loaded
 
 
-def _tasks(manager: Any, benchmark: Benchmark) -> dict[str, Any]:
-    fix = "load it once with a connection to the hub, or give a task of your own by --include_path"
-    with translated(f'the data of "{benchmark.name}" can\'t be had', fix), _quiet():
-        tasks = manager.load([benchmark.task])
-    for name, task in tasks["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(
-                f"{name} of the harness would run code that the model writes, without a sandbox:"
-                " use --benchmarks humaneval."
-            )
-    return tasks
+def refuse_code(name: str) -> UserError:
+    """The sentence for a task that would run programs which nobody has allowed."""
+    return UserError(
+        f"{name} runs programs that the model writes, with all rights of this process: start it in"
+        " a container without network and add --allow_code_execution."
+    )
 
 
-def _set(tasks: Mapping[str, Any], benchmark: Benchmark) -> None:
-    for task in tasks.values():
-        own = task.get_config("num_fewshot") or 0
-        shots = own if benchmark.num_fewshot is None else benchmark.num_fewshot
-        task.set_config(key="num_fewshot", value=shots)
-        if benchmark.generation and task.get_config("output_type") == "generate_until":
-            task.set_config(key="generation_kwargs", value=dict(benchmark.generation), update=True)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
-
-
-def _model(loaded: Loaded, template: str, batch_size: int) -> Any:
+def _harness_model(model: LoadedModel, template: str, batch_size: int) -> Any:
+    """The model as the harness takes it, with prompts under the template of training."""
     from lm_eval.models.huggingface import HFLM
 
-    class Templated(HFLM):
+    class TemplatedModel(HFLM):
         """Prompts under the template that the run was trained with."""
 
         def apply_chat_template(
@@ -136,28 +155,28 @@ def _model(loaded: Loaded, template: str, batch_size: int) -> Any:
             """One prompt; the harness puts its examples into it."""
             if not add_generation_prompt:
                 raise UserError("this task begins the model's answer itself: leave it out.")
-            turns = tuple((turn["role"], turn["content"]) for turn in chat_history)
+            turns = [(turn["role"], turn["content"]) for turn in chat_history]
             example = Example("", "", turns=(*turns, ("assistant", "")))
-            settled = resolve_template(template, loaded.tokenizer)
-            return context_text(example, loaded.tokenizer, settled)
+            resolved = resolve_template(template, model.tokenizer)
+            return context_text(example, model.tokenizer, resolved)
 
-    with _quiet():
-        # the decorated base is taken for an abstract one
-        made: Any = Templated
-        return made(
-            pretrained=loaded.model,
-            tokenizer=loaded.tokenizer,
-            backend="seq2seq" if loaded.kind == "seq2seq" else "causal",
-            batch_size=batch_size,
-        )
+    # The decorated base class is taken for an abstract one.
+    model_class: Any = TemplatedModel
+    return model_class(
+        pretrained=model.model,
+        tokenizer=model.tokenizer,
+        backend="seq2seq" if model.kind == "seq2seq" else "causal",
+        batch_size=batch_size,
+    )
 
 
-def _measured(result: dict[str, Any], benchmark: Benchmark) -> Measured:
-    figures = {
-        name: float(value)
-        for name, value in result["results"][benchmark.task].items()
-        if "," in name and "_stderr," not in name and isinstance(value, int | float)
-    }
+def _read_result(result: dict[str, Any], benchmark: Benchmark) -> Measurement:
+    """The score of a benchmark, its items and further figures from what the harness returns."""
+    # Its figures are named "metric,filter"; beside them are errors and counts.
+    figures = {}
+    for name, value in result["results"][benchmark.task].items():
+        if "," in name and "_stderr," not in name and isinstance(value, int | float):
+            figures[name] = float(value)
     if not figures:
         raise UserError(
             f'"{benchmark.name}" has no score of its own in the harness: name its tasks.'
@@ -168,43 +187,70 @@ def _measured(result: dict[str, Any], benchmark: Benchmark) -> Measured:
             f'"{benchmark.name}" gives no {metric} ({", ".join(figures)}): another version of the'
             " harness is installed."
         )
-    name, _, chosen = metric.partition(",")
-    items = [
-        _item(task, sample, name)
-        for task, samples in result["samples"].items()
-        for sample in samples
-        if sample["filter"] == chosen
-    ]
     value = figures.pop(metric)
+    metric_name, _, filter_name = metric.partition(",")
+
+    items = []
+    for task, samples in result["samples"].items():
+        for sample in samples:
+            if sample["filter"] == filter_name:
+                items.append(_read_item(task, sample, metric_name))
+
     shots = sorted({int(number) for number in result["n-shot"].values()})
-    directions = [of_task.get(name) for of_task in result["higher_is_better"].values()]
+    versions = {task: v for task, v in result["versions"].items() if v is not None}
+    directions = [by_metric.get(metric_name) for by_metric in result["higher_is_better"].values()]
     settings = {
         "metric": metric,
         "num_fewshot": shots[0] if len(shots) == 1 else shots,
-        "versions": {k: v for k, v in result["versions"].items() if v is not None},
+        "versions": versions,
         "higher_is_better": False not in directions,
     }
-    return Measured(value, items, figures, settings)
+    return Measurement(value, items, figures, settings)
 
 
-def _item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
-    score, answers = sample.get(metric), sample["filtered_resps"]
-    parsed = True
-    if all(isinstance(one, str) for one in answers):
-        answer = answers[0] if answers else ""
-        parsed = bool(answer.strip()) and answer != INVALID
-        answer = answer if parsed else str(sample["resps"][0][0])
+def _read_item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
+    """A question of the harness with its score and the model's answer."""
+    # One response per filter: a text, a list of programs, or the log-likelihood of each choice.
+    responses = sample["filtered_resps"]
+    if responses and isinstance(responses[0], list) and isinstance(responses[0][0], str):
+        responses = responses[0]
+    is_parsed = True
+    if all(isinstance(response, str) for response in responses):
+        answer = responses[0] if responses else ""
+        is_parsed = bool(answer.strip()) and answer != INVALID
+        if not is_parsed:
+            answer = str(sample["resps"][0][0])
     else:  # the number of the choice that the model finds likeliest
-        values = [float(one[0] if isinstance(one, list | tuple) else one) for one in answers]
-        answer = str(values.index(max(values)))
+        likelihoods = []
+        for response in responses:
+            is_pair = isinstance(response, list | tuple)
+            likelihoods.append(float(response[0] if is_pair else response))
+        answer = str(likelihoods.index(max(likelihoods)))
+    score = sample.get(metric)
     number = float(score) if isinstance(score, int | float) else None
-    return Item(f"{task}/{sample['doc_id']}", number, parsed, answer[:SHOWN])
+    return Item(f"{task}/{sample['doc_id']}", number, is_parsed, answer[:ANSWER_LETTERS])
+
+
+@contextmanager
+def _code_switch(allow_code: bool) -> Iterator[None]:
+    """Within the context the harness's metric runs programs, where they are allowed."""
+    before = os.environ.get(CODE_SWITCH)
+    if allow_code:
+        os.environ[CODE_SWITCH] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(CODE_SWITCH, None)
+        if before is not None:
+            os.environ[CODE_SWITCH] = before
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness warns of what is meant here, such as a model that is loaded already; and
-    ``datasets`` tells a server of every set that it opens, local files included.
+    """Within the context the harness does not warn, and ``datasets`` reports nothing.
+
+    The harness warns of what is meant here, such as a model that is loaded already; ``datasets``
+    tells a server of every set that it opens, local files included.
     """
     from datasets import config
 

@@ -1,7 +1,7 @@
 """Models under test: a base model with its adapter on, the proof that it acts, and its answers to
 prompts, in batches.
 
-with Models(device, dtype).ready(subject, base) as loaded: ...
+with Models(device, dtype).load(subject, base_model) as model: ...
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from ..cache import Cache
 from ..digests import PEFT_FILE
 from ..load import put_peft
 from ..subjects import Subject
-from .bases import Base
-from .benchmarks import NONE
+from .base_models import BaseModel
+from .benchmarks import NO_TEMPLATE
 
+# Folder of a run that trained all weights
 WHOLE_MODEL = "model"
-"""Folder of a run that trained all weights."""
 PROBE = "What is 2 + 3? Say why the sky is blue, and count to five."
+
+# Further circumstances -> the cache of a subject and a benchmark under them
+CacheFor = Callable[[Mapping[str, Any]], Cache]
 
 
 @dataclass(frozen=True)
-class Loaded(TextModel):
+class LoadedModel(TextModel):
     """A model in evaluation mode on its device, with the adapter on, if there is one.
 
     ``effect`` is the largest change of a probe's logits by the adapter; None without one.
@@ -42,9 +45,9 @@ class Loaded(TextModel):
 
     effect: float | None = None
 
-    def template_used(self, template: str) -> str:
+    def effective_template(self, template: str) -> str:
         """The template that is really used: T5 and its kin get the bare prompt, as in training."""
-        return template if self.kind == "causal" else NONE
+        return template if self.kind == "causal" else NO_TEMPLATE
 
 
 class Models:
@@ -52,17 +55,18 @@ class Models:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
-        self._key: Base | None = None
-        self._base: Loaded | None = None
+        self._spec: BaseModel | None = None
+        self._base: LoadedModel | None = None
 
     @contextmanager
-    def ready(self, subject: Subject, spec: Base) -> Iterator[Loaded]:
+    def load(self, subject: Subject, spec: BaseModel) -> Iterator[LoadedModel]:
         """A subject's model; the base model is bare again afterwards."""
         adapter = subject.weights
-        if adapter is not None and not (adapter / PEFT_FILE).is_file():  # trained whole
+        if adapter is not None and not (adapter / PEFT_FILE).is_file():
+            # The run trained all weights and left a model of its own.
             place = str(adapter / WHOLE_MODEL)
             spec, adapter = replace(spec, name=place, revision=None, quantize="none"), None
-        base = self._load(spec)
+        base = self._load_base(spec)
         if base.kind == "classification":
             raise UserError(
                 f"{subject.source} is a classifier, which writes no text: use --benchmarks heldout."
@@ -77,24 +81,25 @@ class Models:
             base.model.zero_grad()
             adapted.unload()
 
-    def _load(self, spec: Base) -> Loaded:
-        key = replace(spec, template="")
-        if self._base is None or self._key != key:
-            self._base = None  # never two at a time
-            self._base, self._key = load_base(spec, self._device, self._dtype), key
+    def _load_base(self, spec: BaseModel) -> LoadedModel:
+        # The template changes the prompts, not the weights.
+        spec = replace(spec, template="")
+        if self._base is None or self._spec != spec:
+            self._base = None  # frees the memory of the model before
+            self._base, self._spec = load_base(spec, self._device, self._dtype), spec
         return self._base
 
 
-def load_base(spec: Base, device: torch.device, dtype: torch.dtype) -> Loaded:
+def load_base(spec: BaseModel, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """A base model on its device, in 4 bits where training had it so."""
     options = asdict(spec)
-    name, quantized = options.pop("name"), options.pop("quantize") != "none"
+    name, is_quantized = options.pop("name"), options.pop("quantize") != "none"
     del options["template"]
     base = load_text_model(name, options.pop("task_type"), dtype=dtype, **options)
-    if quantized:
+    if is_quantized:
         quantize(base.model, dtype, skip=base.whole_modules, device=device)
     base.model.to(device)
-    return Loaded(**vars(base))
+    return LoadedModel(**vars(base))
 
 
 def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
@@ -107,12 +112,15 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
         start = base.model.config.decoder_start_token_id
         inputs["decoder_input_ids"] = torch.tensor([[start]], device=device)
     with torch.inference_mode():
-        with_it = adapted(**inputs).logits
+        adapted_logits = adapted(**inputs).logits  # (1, tokens, vocabulary)
         with adapted.disable_adapter():
-            without = adapted(**inputs).logits
-    effect = float((with_it.float() - without.float()).abs().max())
-    ups = [v for k, v in get_peft_model_state_dict(adapted).items() if "lora_B" in k]
-    if effect == 0 and any(bool(up.any()) for up in ups):
+            base_logits = adapted(**inputs).logits
+    effect = float((adapted_logits.float() - base_logits.float()).abs().max())
+
+    # B of zeros is an adapter that was not trained; it may change nothing.
+    weights = get_peft_model_state_dict(adapted)
+    is_trained = any(bool(weights[name].any()) for name in weights if "lora_B" in name)
+    if effect == 0 and is_trained:
         raise UserError(
             f"the adapter of {subject.source} changes nothing in the model although its weights are"
             " not zero: check that it belongs to this model."
@@ -120,27 +128,20 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
     return effect
 
 
-CacheOf = Callable[[Mapping[str, Any]], Cache]
-"""Further circumstances -> the cache of a subject and a benchmark under them."""
-
-
 @dataclass(frozen=True)
 class Decoding:
-    """Choice of the next token.
+    """Choice of the next token."""
 
-    Args:
-        max_new_tokens: longest answer.
-        temperature: 0 takes the likeliest token.
-        seed: of the draws.
-    """
-
+    # Longest answer
     max_new_tokens: int
+    # 0 takes the likeliest token
     temperature: float = 0.0
+    # Of the sampling
     seed: int = 0
 
 
 def answers(
-    loaded: Loaded,
+    model: LoadedModel,
     prompts: Mapping[str, str],
     decoding: Decoding,
     template: str,
@@ -151,35 +152,39 @@ def answers(
     missing = [key for key in prompts if key not in cache]
     for start in range(0, len(missing), batch_size):
         keys = missing[start : start + batch_size]
-        rows = [_tokens(loaded, prompts[key], template) for key in keys]
-        for key, text in zip(keys, _generate(loaded, keys, rows, decoding), strict=True):
+        token_rows = [_tokens(model, prompts[key], template) for key in keys]
+        texts = _generate(model, keys, token_rows, decoding)
+        for key, text in zip(keys, texts, strict=True):
             cache.put(key, text)
     return {key: cache.get(key) for key in prompts}
 
 
-def _tokens(loaded: Loaded, text: str, template: str) -> list[int]:
-    if loaded.kind == "seq2seq":
-        return list(loaded.tokenizer(text, verbose=False)["input_ids"])
-    return generation_prompt(Example(text, ""), loaded.tokenizer, template)
+def _tokens(model: LoadedModel, text: str, template: str) -> list[int]:
+    if model.kind == "seq2seq":
+        return list(model.tokenizer(text, verbose=False)["input_ids"])
+    return generation_prompt(Example(text, ""), model.tokenizer, template)
 
 
 def _generate(
-    loaded: Loaded, keys: Sequence[str], rows: Sequence[list[int]], decoding: Decoding
+    model: LoadedModel, keys: Sequence[str], token_rows: Sequence[list[int]], decoding: Decoding
 ) -> list[str]:
-    longest, room = max(map(len, rows)), decoding.max_new_tokens
-    if loaded.max_tokens is not None and loaded.kind == "causal":
-        room = min(room, loaded.max_tokens - longest)
+    longest, room = max(map(len, token_rows)), decoding.max_new_tokens
+    # Prompt and answer share the positions of a causal model.
+    if model.max_tokens is not None and model.kind == "causal":
+        room = min(room, model.max_tokens - longest)
     if room < 1:
         raise UserError(
             f'the prompt of "{keys[0]}" or one beside it has {longest} tokens, and the model takes'
-            f" {loaded.max_tokens}: leave this benchmark out."
+            f" {model.max_tokens}: leave this benchmark out."
         )
-    # not the model's own settings
+    # Each setting is named, since the model's own generation_config.json would fill the gaps.
     sampling: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
     if decoding.temperature > 0:
         sampling = {"temperature": decoding.temperature, "top_p": 1.0, "top_k": 0}
         sampling["do_sample"] = True
-    device = loaded.model.device
-    with torch.inference_mode(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    device = model.model.device
+    gpus = [device] if device.type == "cuda" else []
+    with torch.inference_mode(), torch.random.fork_rng(gpus):
+        # The answer of a prompt does not depend on what was asked before.
         torch.manual_seed(seed_of(decoding.seed, *keys))
-        return generate(loaded, rows, room, **sampling)
+        return generate(model, token_rows, room, **sampling)

@@ -7,7 +7,6 @@ scores are compared within one table only.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import urllib.parse
@@ -24,15 +23,17 @@ from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.files import read_rows
 from bilora_diffusion.core.seeds import digest_texts
 
-from .benchmarks import SHOWN, Item, Measured
-from .models import CacheOf, Decoding, Loaded, answers
+from ..compare import mean
+from .benchmarks import ANSWER_LETTERS, Item, Measurement
+from .models import CacheFor, Decoding, LoadedModel, answers
 
 HUB = "HuggingFaceH4/mt_bench_prompts"
+# Category -> temperature, as MT-Bench sets it; 0 for others, which have one right answer
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-"""Category -> temperature, as MT-Bench sets it; 0 for others, which have one right answer."""
-ASKED_AGAIN = 3
-MOST_TOKENS, SECONDS = 2048, 120.0
-"""Of a judge's reply, and of the time in which it is to come."""
+# Times that the judge is asked for one rating, where its words hold none
+RATING_ATTEMPTS = 3
+REPLY_TOKENS = 2048
+REPLY_SECONDS = 120.0
 _GRADING = (
     "Rate how well an assistant answered a user's question. Judge usefulness, relevance,"
     " correctness, depth, originality and level of detail; do not let length or style"
@@ -41,15 +42,15 @@ _GRADING = (
     " example [[5]].\n\n"
     "# Question\n{question}\n{reference}\n# The assistant's answer\n{answer}\n# End of the answer"
 )
+# The key has a variable of its own, so that no other service's key is sent to the judge.
 KEY = "JUDGE_API_KEY"
-"""The environment variable of the key. It is one of its own, so that no other service's is sent."""
 _RATING = r"(\d+(?:\.\d+)?)\s*(?:/\s*10\s*)?"
+# Forms of a rating, the asked one first
 _FORMS = (
     re.compile(rf"\[\[\s*(?:rating:?\s*)?{_RATING}\]\]", re.IGNORECASE),
     re.compile(rf"rating\W{{0,6}}{_RATING}", re.IGNORECASE),
     re.compile(rf"\[\s*{_RATING}\]"),
 )
-"""Forms of a rating, the asked one first."""
 
 
 def rating(text: str) -> float | None:
@@ -64,19 +65,16 @@ def rating(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Judge:
-    """Source of ratings.
+    """Source of ratings."""
 
-    Args:
-        base_url: up to and with "/v1".
-        model: the endpoint's name for it.
-        key: sent as bearer token; "" sends none. Never shown.
-        attempts: requests per rating before it is given up, ever longer apart, or as far as the
-            endpoint asks for.
-    """
-
+    # Up to and with "/v1"
     base_url: str
+    # The endpoint's name for it
     model: str
+    # Sent as bearer token; "" sends none. Never shown.
     key: str = field(default="", repr=False)
+    # Requests per rating before it is given up, ever longer apart, or as far as the endpoint asks
+    # for
     attempts: int = 8
 
     def ask(self, prompt: str) -> str:
@@ -88,15 +86,19 @@ class Judge:
                 model=self.model,
                 messages=[{"role": "user", "content": prompt}],
                 temperature=0,
-                max_tokens=MOST_TOKENS,
+                max_tokens=REPLY_TOKENS,
                 extra_headers=self._headers,
             )
-            return (reply.choices[0].message.content or "") if len(reply.choices) else ""
-        except (AttributeError, TypeError):  # the package hands on what is no such reply as it is
+            if len(reply.choices) == 0:
+                return ""
+            return reply.choices[0].message.content or ""
+        # The package hands on what is no chat completion as it is.
+        except (AttributeError, TypeError):
             reason = "its reply is not a chat completion"
         except (OpenAIError, ValueError) as error:
             reason = f"{error} {error.__cause__ or ''}"
-        reason = reason.replace(self.key, "***") if self.key else reason
+        if self.key:  # some endpoints repeat it in their message
+            reason = reason.replace(self.key, "***")
         raise UserError(
             f"the judge at {self.base_url} gave no answer ({' '.join(reason.split())[:240]}):"
             f" check that it runs, --judge_base_url, --judge_model and {KEY}; the same command"
@@ -107,16 +109,26 @@ class Judge:
     def _headers(self) -> dict[str, Any]:
         from openai import Omit
 
-        # What the package would send of another service that the environment names is left out.
-        of_others = dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), Omit())
-        return of_others | {"Authorization": f"Bearer {self.key}" if self.key else Omit()}
+        # The package would send what the environment says of another service.
+        headers: dict[str, Any] = {
+            "OpenAI-Organization": Omit(),
+            "OpenAI-Project": Omit(),
+            "Authorization": Omit(),
+        }
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        return headers
 
     @cached_property
     def _client(self) -> Any:
         from openai import OpenAI  # here, since only MT-Bench needs the package
 
-        key, retries = self.key or "none", self.attempts - 1
-        return OpenAI(base_url=self.base_url, api_key=key, max_retries=retries, timeout=SECONDS)
+        return OpenAI(
+            base_url=self.base_url,
+            api_key=self.key or "none",  # the package demands one; the header above decides
+            max_retries=self.attempts - 1,
+            timeout=REPLY_SECONDS,
+        )
 
 
 def connect(base_url: str | None, model: str | None) -> Judge:
@@ -164,49 +176,60 @@ def questions(source: str | None, limit: int | None = None) -> list[Question]:
     if source is None:
         import datasets
 
-        what = f"the questions of MT-Bench can't be loaded from the hub ({HUB})"
-        with translated(what, "give them as a JSONL file by --mtbench_questions"):
-            loaded: Any = datasets.load_dataset(HUB, split="train")
-        rows = [(f"question {n} of {HUB}", dict(row)) for n, row in enumerate(loaded, start=1)]
+        with translated(
+            f"the questions of MT-Bench can't be loaded from the hub ({HUB})",
+            "give them as a JSONL file by --mtbench_questions",
+        ):
+            dataset: Any = datasets.load_dataset(HUB, split="train")
+        rows = [(f"question {n} of {HUB}", dict(row)) for n, row in enumerate(dataset, start=1)]
     else:
         rows = read_rows(Path(source), kind=".jsonl")
-    asked = [_question(row, number, where) for number, (where, row) in enumerate(rows, start=1)]
-    ids = [question.id for question in asked]
-    if repeated := [name for name in ids if ids.count(name) > 1]:
-        raise UserError(f"{source or HUB} holds question {repeated[0]} twice: leave one out.")
-    if not asked:
+
+    parsed: list[Question] = []
+    ids: set[str] = set()
+    for number, (place, row) in enumerate(rows, start=1):
+        question = _parse_question(row, number, place)
+        if question.id in ids:
+            raise UserError(f"{source or HUB} holds question {question.id} twice: leave one out.")
+        ids.add(question.id)
+        parsed.append(question)
+    if not parsed:
         raise UserError(f"{source or HUB} holds no question: give another --mtbench_questions.")
-    return asked[:limit]
+    return parsed[:limit]
 
 
-def _question(row: dict[str, Any], number: int, where: str) -> Question:
-    first = _first(row.get("turns") or row.get("prompt"))
-    if not first or not isinstance(first, str):
+def _parse_question(row: dict[str, Any], number: int, place: str) -> Question:
+    text = _first_turn(row.get("turns") or row.get("prompt"))
+    if not text or not isinstance(text, str):
         raise UserError(
-            f"{where} has no first turn: give each line question_id, category and turns."
+            f"{place} has no first turn: give each line question_id, category and turns."
         )
     name = row.get("question_id", row.get("prompt_id", number))
-    right = _first(row.get("reference")) or ""
-    return Question(str(name), str(row.get("category", "")), first, str(right))
+    reference = _first_turn(row.get("reference")) or ""
+    return Question(str(name), str(row.get("category", "")), text, str(reference))
 
 
-def _first(turns: Any) -> Any:
+def _first_turn(turns: Any) -> Any:
     return turns[0] if isinstance(turns, list) and turns else turns
 
 
 def grading_prompt(question: Question, answer: str) -> str:
     """Prompt for the judge."""
-    reference = compare = ""
+    reference = instruction = ""
     if question.reference:
         reference = f"\n# A right answer, for comparison\n{question.reference}\n"
-        compare = " Compare it with the given right answer."
-    texts = {"question": question.text, "answer": answer, "reference": reference}
-    return _GRADING.format(**texts, with_reference=compare)
+        instruction = " Compare it with the given right answer."
+    return _GRADING.format(
+        question=question.text,
+        answer=answer,
+        reference=reference,
+        with_reference=instruction,
+    )
 
 
 @dataclass(frozen=True)
 class MTBench:
-    """The benchmark, ready to be asked."""
+    """The benchmark as an `Engine`."""
 
     questions: Sequence[Question]
     judge: Judge
@@ -214,7 +237,9 @@ class MTBench:
 
     def settings(self) -> dict[str, Any]:
         """All that a score depends on beside the model."""
-        texts = [part for q in self.questions for part in (q.id, q.category, q.text, q.reference)]
+        texts: list[str] = []
+        for question in self.questions:
+            texts += [question.id, question.category, question.text, question.reference]
         return {
             "decoding": asdict(self.decoding),
             "questions": digest_texts(texts),
@@ -222,24 +247,30 @@ class MTBench:
             "judge_base_url": self.judge.base_url,
         }
 
-    def measure(self, loaded: Loaded, template: str, batch_size: int, cache: CacheOf) -> Measured:
+    def measure(
+        self, model: LoadedModel, template: str, batch_size: int, cache_for: CacheFor
+    ) -> Measurement:
         """Answer and have rated what is not cached; the score is the mean rating."""
         replies: dict[str, str] = {}
+        # Prompts of one batch share a temperature.
         for temperature in sorted({question.temperature for question in self.questions}):
             decoding = replace(self.decoding, temperature=temperature)
             prompts = {q.id: q.text for q in self.questions if q.temperature == temperature}
-            written = cache({"decoding": asdict(decoding)})
-            replies |= answers(loaded, prompts, decoding, template, batch_size, written)
-        ratings = cache(self.settings())
-        for question in tqdm(self.questions, unit="answer", leave=False):
-            prompt = grading_prompt(question, replies[question.id].strip())
-            ratings.item(question.id, lambda prompt=prompt: self._judged(prompt))
-        return assess(self.questions, replies, {q.id: ratings.get(q.id) for q in self.questions})
+            cache = cache_for({"decoding": asdict(decoding)})
+            replies |= answers(model, prompts, decoding, template, batch_size, cache)
 
-    def _judged(self, prompt: str) -> str:
+        verdicts = cache_for(self.settings())
+        for question in tqdm(self.questions, unit="answer", leave=False):
+            if question.id not in verdicts:
+                prompt = grading_prompt(question, replies[question.id].strip())
+                verdicts.put(question.id, self._ask_judge(prompt))
+        verdict_by_id = {question.id: verdicts.get(question.id) for question in self.questions}
+        return assess(self.questions, replies, verdict_by_id)
+
+    def _ask_judge(self, prompt: str) -> str:
         """The judge's words; it is asked again where they hold no rating."""
         words = ""
-        for _ in range(ASKED_AGAIN):
+        for _ in range(RATING_ATTEMPTS):
             words = self.judge.ask(prompt)
             if rating(words) is not None:
                 break
@@ -247,22 +278,26 @@ class MTBench:
 
 
 def assess(
-    asked: Sequence[Question], replies: Mapping[str, str], ratings: Mapping[str, str]
-) -> Measured:
+    questions: Sequence[Question], replies: Mapping[str, str], verdicts: Mapping[str, str]
+) -> Measurement:
     """The mean of the ratings that could be read, and of each category's."""
-    items, by_category = [], {}
-    for question in asked:
-        score = rating(ratings[question.id])
-        answer = replies[question.id].strip()[:SHOWN]
+    items: list[Item] = []
+    scores: list[float] = []
+    scores_by_category: dict[str, list[float]] = {}
+    for question in questions:
+        score = rating(verdicts[question.id])
+        answer = replies[question.id].strip()[:ANSWER_LETTERS]
         items.append(Item(question.id, score, score is not None, answer))
         if score is not None:
-            by_category.setdefault(question.category, []).append(score)
-    scores = [score for of_one in by_category.values() for score in of_one]
+            scores.append(score)
+            scores_by_category.setdefault(question.category, []).append(score)
     if not scores:
         raise UserError(
             "no rating could be read in what the judge said (it is asked for [[N]]): give another"
             " --judge_model."
         )
-    means = {name: math.fsum(given) / len(given) for name, given in sorted(by_category.items())}
-    others = {f"category {name}": mean for name, mean in means.items()}
-    return Measured(math.fsum(scores) / len(scores), items, others)
+    figures = {
+        f"category {category}": mean(scores_by_category[category])
+        for category in sorted(scores_by_category)
+    }
+    return Measurement(mean(scores), items, figures)

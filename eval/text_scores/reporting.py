@@ -16,9 +16,6 @@ from ..table import Metric, Result, Row, Summary
 from .benchmarks import EFFECT, HELDOUT_LOSS, UNPARSED
 
 ABSENT = "–"
-COMPARED = ("control", "difference", "difference_low", "difference_high")
-COMPARED += ("higher", "equal", "lower")
-"""Of a summary, what says how it differs from the control's."""
 
 
 def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) -> list[Summary]:
@@ -28,47 +25,58 @@ def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) ->
         rows: those without an item are scores, those with one are questions.
         benchmarks: the metrics that have items.
     """
-    asked = {name: [r for r in rows if r.metric == name and r.item] for name in benchmarks}
-    by_item = {
-        (line.group, name): line
-        for name, items in asked.items()
-        for line in compare.summaries(
-            _exact(items, [row for row in rows if row.metric == name and not row.item]),
-            control,
-            compare.ITEM,
-            interval=student_interval,
-        )
-    }
-    lines = []
-    for line in compare.summaries([row for row in rows if not row.item], control):
-        has_items = any(row.group == line.group for row in asked.get(line.metric, ()))
-        if has_items and line.pairs < 2:
-            line = _over_items(line, by_item.get((line.group, line.metric)))
-        lines.append(line)
-    return lines
+    scores = [row for row in rows if not row.item]
+    groups_with_items = {(row.group, row.metric) for row in rows if row.item}
+    over_items: dict[tuple[str, str], Summary] = {}
+    for name in benchmarks:
+        items = averaged_items(rows, name)
+        lines = compare.summaries(items, control, compare.ITEM, interval=student_interval)
+        for line in lines:
+            over_items[line.group, name] = line
+
+    summaries = []
+    for line in compare.summaries(scores, control):
+        key = line.group, line.metric
+        # One pair of seeds has no interval; pairs of the same questions have one.
+        if line.metric in benchmarks and key in groups_with_items and line.pairs < 2:
+            line = with_difference(line, over_items.get(key, Summary(*key)))
+        summaries.append(line)
+    return summaries
 
 
-def _exact(items: Sequence[Row], scores: Sequence[Row]) -> list[Row]:
+def averaged_items(rows: Sequence[Row], benchmark: str) -> list[Row]:
     """The items of groups in which every score is the mean of its items, which pairs need."""
-    values = {row.subject: [] for row in scores}
+    items = [row for row in rows if row.metric == benchmark and row.item]
+    scores = [row for row in rows if row.metric == benchmark and not row.item]
+    values: dict[str, list[float]] = {row.subject: [] for row in scores}
     for row in items:
         if row.value is not None:
             values[row.subject].append(row.value)
-    other = {
-        row.group
-        for row in scores
-        if not values[row.subject]
-        or not math.isclose(compare.mean(values[row.subject]), row.value or 0.0, abs_tol=1e-9)
-    }
-    return [row for row in items if row.group not in other]
+
+    groups_without = set()
+    for row in scores:
+        of_items, score = values[row.subject], row.value or 0.0
+        if not of_items or not math.isclose(compare.mean(of_items), score, abs_tol=1e-9):
+            groups_without.add(row.group)
+    return [row for row in items if row.group not in groups_without]
 
 
-def _over_items(line: Summary, items: Summary | None) -> Summary:
-    compared = vars(items or Summary(line.group, line.metric))
-    return replace(line, over=compare.ITEM, **{name: compared[name] for name in COMPARED})
+def with_difference(line: Summary, over_items: Summary) -> Summary:
+    """A summary whose difference to the control is that over items."""
+    return replace(
+        line,
+        over=compare.ITEM,
+        control=over_items.control,
+        difference=over_items.difference,
+        difference_low=over_items.difference_low,
+        difference_high=over_items.difference_high,
+        higher=over_items.higher,
+        equal=over_items.equal,
+        lower=over_items.lower,
+    )
 
 
-def notes(rows: Sequence[Row], titles: Mapping[str, Metric], limit: int | None) -> list[str]:
+def notes(rows: Sequence[Row], metrics: Mapping[str, Metric], limit: int | None) -> list[str]:
     """Sentences to be read before the table."""
     sentences = []
     if limit is not None and any(row.item for row in rows):
@@ -76,21 +84,23 @@ def notes(rows: Sequence[Row], titles: Mapping[str, Metric], limit: int | None) 
             f"Only the first {limit} items of each task were asked (--limit): these are no results,"
             " only a trial."
         )
-    for name, metric in titles.items():
-        unparsed = sum(int(r.value or 0) for r in rows if r.metric == f"{name} {UNPARSED}")
+    for name, metric in metrics.items():
+        counts = [row.value or 0.0 for row in rows if row.metric == f"{name} {UNPARSED}"]
+        unparsed = int(sum(counts))
         if unparsed:
             items = [row for row in rows if row.metric == name and row.item]
-            counted = (
-                "are left out" if any(row.value is None for row in items) else "count as wrong"
-            )
+            # A judge's missing rating is no score; a harness's missing answer is a wrong one.
+            are_left_out = any(row.value is None for row in items)
+            consequence = "are left out" if are_left_out else "count as wrong"
             sentences.append(
                 f"{metric.title}: in {unparsed} of {len(items)} items no answer could be read; they"
-                f" {counted}."
+                f" {consequence}."
             )
-    idle = [row.subject for row in rows if row.metric.endswith(f" {EFFECT}") and row.value == 0]
-    sentences += [
-        f"The adapter of {label} is zero: it is the base model." for label in dict.fromkeys(idle)
+    without_effect = [
+        row.subject for row in rows if row.metric.endswith(f" {EFFECT}") and row.value == 0
     ]
+    for label in dict.fromkeys(without_effect):
+        sentences.append(f"The adapter of {label} is zero: it is the base model.")
     return sentences
 
 
@@ -104,46 +114,53 @@ def introduction(result: Result) -> str:
         " would bring. Cost: gradient steps per training iteration. Peak memory: the most that a"
         " run took to train, on a CPU by its process."
     )
-    return "\n\n".join([*(f"> {note}" for note in result.notes), legend])
+    quotes = [f"> {note}" for note in result.notes]
+    return "\n\n".join([*quotes, legend])
 
 
 def averages(result: Result) -> str:
     """Mean over training sets of each row's first recorded metric, as in the paper's Tables 1, 2
     and 6; "" where there are not several sets with one.
     """
-    first: dict[str, str] = {}
+    metric_by_set: dict[str, str] = {}
     for name, settings in result.settings["benchmarks"].items():
         if "training_set" in settings and settings["metric"] != HELDOUT_LOSS:
-            first.setdefault(settings["training_set"], name)
-    if len(first) < 2:
+            metric_by_set.setdefault(settings["training_set"], name)
+    names = list(metric_by_set.values())
+    if len(names) < 2:
         return ""
-    rows = []
+
+    lines = []
     for group in result.groups:
-        lines = [result.summary(group, name) for name in first.values()]
-        values = [
-            line.mean * result.metric(line.metric).scale
-            for line in lines
-            if line is not None and line.mean is not None
-        ]
-        average = f"{compare.mean(values):.2f}" if len(values) == len(first) else ABSENT
-        rows.append([group, average])
-    titles = [result.metric(name).title for name in first.values()]
-    return table(["run", f"mean of {', '.join(titles)}"], rows)
+        values = []
+        for name in names:
+            summary = result.summary(group, name)
+            if summary is not None and summary.mean is not None:
+                values.append(summary.mean * result.metric(name).scale)
+        is_complete = len(values) == len(names)
+        lines.append([group, f"{compare.mean(values):.2f}" if is_complete else ABSENT])
+    titles = ", ".join(result.metric(name).title for name in names)
+    return table(["run", f"mean of {titles}"], lines)
 
 
 def cost(result: Result, group: str) -> str:
+    """Gradient steps per iteration, where all runs of a group have the same."""
     costs = {entry.about.get("cost") for entry in result.members(group)}
-    return f"×{costs.pop()}" if len(costs) == 1 and None not in costs else ABSENT
+    if len(costs) != 1 or None in costs:
+        return ABSENT
+    return f"×{costs.pop()}"
 
 
 def memory(result: Result, group: str) -> str:
+    """The most memory that a run of the group took to train."""
     peak = max(entry.about.get("peak_memory") or 0 for entry in result.members(group))
     return f"{peak / 2**30:.2f} GiB" if peak else ABSENT
 
 
-def asked(result: Result) -> str:
+def settings_of_benchmarks(result: Result) -> str:
+    """A line per benchmark: how it was asked."""
     lines = []
     for name, settings in result.settings["benchmarks"].items():
-        words = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
-        lines.append(f"{escaped(result.metric(name).title)}: {words}.")
+        words = [f"{key} {value}" for key, value in settings.items() if value is not None]
+        lines.append(f"{escaped(result.metric(name).title)}: {', '.join(words)}.")
     return listed(lines)

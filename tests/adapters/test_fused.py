@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
 from bilora_diffusion.adapters.fused import FusedLinear, fuse, unfuse, unfused
-from bilora_diffusion.methods.bilora.per_sample import Auxiliaries
+from bilora_diffusion.methods.bilora.per_sample import Assignment, SampleAuxiliaries
 
 BOTH = (PRIMARY, AUXILIARY)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -220,11 +220,11 @@ def test_rows_add_products_with_factors_of_their_own(layer, shape, dora, beside,
     def flat(A, B):
         return torch.cat((A.flatten(), B.flatten(1).T.flatten()))
 
-    own = Auxiliaries([adapters.layers(model, AUXILIARY)], [1.0], count)
-    lora_layer.rows.seen.beside, lora_layer._active_adapter = beside, list(BOTH)
+    own = SampleAuxiliaries([adapters.layers(model, AUXILIARY)], [1.0], Assignment(count))
+    lora_layer.sample_slot.adapter.fused_with, lora_layer._active_adapter = beside, list(BOTH)
     for i, parameter in enumerate(own.parameters()):
         parameter.data = flat(*(factor.detach()[i] for factor in factors))
-    with own.seen(range(count)):
+    with own.around_batch(range(count), ()):
         for k, forward in enumerate((model, partial(checkpoint, model, use_reentrant=False))):
             assert_same(results(model, x * (k + 1), forward=forward), expected[k], 1e-12)
     for i, parameter in enumerate(own.parameters()):

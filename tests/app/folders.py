@@ -90,13 +90,13 @@ def make_scores(
     for number, label in enumerate(labels):
         written = PngImagePlugin.PngInfo()
         written.add_text("parameters", label)  # as in real files
-        for at, (text, seed) in enumerate(product(texts, seeds)):
-            scores = {"i2t": 0.25 + 0.01 * number * (at - 1), "nearest": 0.5}
-            name = file or f"{number}-{at}.png"
+        for position, (text, seed) in enumerate(product(texts, seeds)):
+            scores = {"i2t": 0.25 + 0.01 * number * (position - 1), "nearest": 0.5}
+            name = file or f"{number}-{position}.png"
             images[label, text, seed] = ScoredImage(name, scores, "a caption", "near.png")
             folder.mkdir(parents=True, exist_ok=True)
             image = Image.new("RGB", (8, 8), COLORS[number])
-            image.save(folder / f"{number}-{at}.png", pnginfo=written)
+            image.save(folder / f"{number}-{position}.png", pnginfo=written)
     for name in ("near.png", "truth.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
     prompts = [
@@ -120,7 +120,7 @@ def scores_of(
             values[metric] = (value, getattr(image, NOTES.get(metric, ""), None) or "")
         for metric, (value, note) in values.items():
             rows.append(Row(label, label, seed, metric, text, None, value, note))
-    entries = [Entry(one, one, method=one, digest=f"digest {one}") for one in labels]
+    entries = [Entry(label, label, method=label, digest=f"digest {label}") for label in labels]
     settings = Settings(list(prompts), list(seeds), ScoringModel("test-CLIP"), None)
     about = TypeAdapter(Settings).dump_python(settings, mode="json")
     return scored(Result("clip_scores", entries, settings=about, rows=rows))

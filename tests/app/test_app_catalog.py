@@ -1,6 +1,7 @@
 """Folders under the viewer's root: found, checked, and never left; a wrong root or address."""
 
 import http.client
+import json
 import re
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,12 +20,13 @@ from app import parts, validation, viewer
 from app.catalog import DEPTH, Catalog
 from app.runs import ordered, pair
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.image.validation import INDEX
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
 from tests.scripts.runs import started
 
 
 def paths(catalog):
-    return [run.path for run in catalog.now.runs]
+    return [run.path for run in catalog.scan.runs]
 
 
 def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_path):
@@ -38,17 +41,17 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
         make_run(tmp_path / name / "run")
     make_scores(tmp_path / "scores")
     make_result(tmp_path / "flat")
-    now = Catalog(tmp_path).now
-    assert [(run.path, run.method, run.status, run.weights) for run in now.runs] == [
+    scan = Catalog(tmp_path).scan
+    assert [(run.path, run.method, run.status, run.weights) for run in scan.runs] == [
         ("a", "bilora", "running", f"a/{WEIGHTS}"),
         ("b/lora", "lora", "finished", f"b/lora/{WEIGHTS}"),
         ("c/d/e/f/g/h", "lora", "finished", f"c/d/e/f/g/h/{WEIGHTS}"),
     ]
-    assert [item.file("images/0.png") for item in now.scores] == ["scores/images/0.png"]
+    assert [item.file("images/0.png") for item in scan.scores] == ["scores/images/0.png"]
     results = [("landscape", ["flat/figure.png"]), ("clip_scores", [])]
-    assert [(item.kind, item.figures) for item in now.figures] == results
-    assert now.broken == []
-    (run,) = Catalog(tmp_path / "a").now.runs
+    assert [(item.kind, item.figures) for item in scan.figures] == results
+    assert scan.broken == []
+    (run,) = Catalog(tmp_path / "a").scan.runs
     assert (run.path, run.name, run.weights) == (".", "a (Bi-LoRA, seed 0)", WEIGHTS)
 
 
@@ -57,7 +60,7 @@ def test_runs_are_named_by_their_folder_first(tmp_path):
     make_run(tmp_path / "tries" / "dog", method="bilora")
     make_run(tmp_path / "e", method="of the future", seed=3)
     make_run(tmp_path / "f", seed=None)
-    assert [run.name for run in Catalog(tmp_path).now.runs] == [
+    assert [run.name for run in Catalog(tmp_path).scan.runs] == [
         "dog (LoRA, seed 0)",
         "e (of the future, seed 3)",
         "f (LoRA)",
@@ -76,7 +79,7 @@ def test_first_compared_are_runs_on_the_same_data_then_of_the_same_prompts(
             (run / "metrics.jsonl").write_text(rows)
 
     def first():
-        return {run.path for run in pair(Catalog(tmp_path).now.runs)}
+        return {run.path for run in pair(Catalog(tmp_path).scan.runs)}
 
     assert first() == set()
     make("concepts", "bilora", "c0", prompt="a cat")
@@ -117,11 +120,11 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path,
 
     assert after(lambda: make_run(run, status="running", wall_seconds=9.0)) == set(), "a heartbeat"
     assert after(lambda: make_images(run, 50)) == {"runs"}
-    assert catalog.now.runs[0].steps == (50,)
+    assert catalog.scan.runs[0].steps == (50,)
     assert after(lambda: make_scores(tmp_path / "scores")) == {"scores", "figures"}
     assert after(lambda: make_result(tmp_path / "landscape")) == {"figures"}
     assert after(lambda: make_run(run, status="failed")) == {"runs"}
-    assert catalog.now.runs[0].status == "failed"
+    assert catalog.scan.runs[0].status == "failed"
     make_run(tmp_path / "other")
     catalog.refresh()
     monkeypatch.setattr(catalogs, "read_run", lambda path: pytest.fail(f"{path} was read again"))
@@ -165,14 +168,28 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path):
     assert validation.table(catalog, runs, 100).count("no image at step 100") == 2
 
 
+def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
+    config = {"validation_prompts": ["a rabbit"], "num_validation_images": 1}
+    make_images(make_run(tmp_path / "lora", config=config), 50, 2)
+    index = tmp_path / "lora" / "validation" / "step-50" / INDEX
+    entries = [{"file": "001.png", "prompt": "a cat"}, {"file": "000.png", "prompt": "a dog"}]
+    index.write_text(json.dumps({"images": entries}))
+    catalog = Catalog(tmp_path)
+    column = validation.read_column(catalog, catalog.scan.runs[0], 50, "")
+    folder = "lora/validation/step-50"
+    assert column.files == {("a cat", 0): f"{folder}/001.png", ("a dog", 0): f"{folder}/000.png"}
+    index.write_text('{"images": [{"file": "../../run.json", "prompt": "a cat"}]}')
+    assert validation.read_column(catalog, catalog.scan.runs[0], 50, "").files == {}
+    index.unlink()
+    index.symlink_to("/etc/hostname")
+    assert validation.read_column(catalog, catalog.scan.runs[0], 50, "").files == {}
+
+
 def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
     head = '{"schema_version": 1, "kind": '
     broken = [
-        ("run.json", "{", "run.json"),
         ("run.json", '{"schema_version": 1, "method": "lora"}', "status"),
-        ("result.json", f'{head}"clip_scores"}}', "result.json"),
         ("result.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
-        ("result.json", f'{head}"sweep"}}', "python -m eval.sweep"),
         ("result.json", f'{head}"a", "figures": ["../x.png"]}}', "eval.a"),
         ("result.json", f'{head}"sweep", "figures": ["x.png"]}}', "x.png"),
     ]
@@ -182,10 +199,12 @@ def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
         (tmp_path / str(number) / file).write_text(text)
     catalog = Catalog(tmp_path)
     assert paths(catalog) == ["good"]
-    assert [one.path for one in catalog.now.broken] == [str(number) for number in range(7)]
-    for one, (_, _, words) in zip(catalog.now.broken, broken, strict=True):
-        assert words in one.reason
-        assert str(tmp_path) not in one.reason
+    assert [broken_folder.path for broken_folder in catalog.scan.broken] == [
+        str(number) for number in range(4)
+    ]
+    for broken_folder, (_, _, words) in zip(catalog.scan.broken, broken, strict=True):
+        assert words in broken_folder.reason
+        assert str(tmp_path) not in broken_folder.reason
 
 
 def test_what_leads_out_of_the_root_is_refused_and_links_that_stay_are_followed(tmp_path):
@@ -207,8 +226,8 @@ def test_what_leads_out_of_the_root_is_refused_and_links_that_stay_are_followed(
                 catalog.resolve(path)
         assert catalog.resolve("kept/run.json") == inside.resolve() / "run.json"
         assert catalog.resolve("not/there").parent.parent == catalog.root
-        assert [run.path for run in catalog.now.runs] == ["inside"]
-        assert {row.path for row in catalog.now.broken} == {"folder", "record"}
+        assert [run.path for run in catalog.scan.runs] == ["inside"]
+        assert {row.path for row in catalog.scan.broken} == {"folder", "record"}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +235,6 @@ def test_what_leads_out_of_the_root_is_refused_and_links_that_stay_are_followed(
     [
         (["none"], "there is no folder none"),
         (["file"], "file is a file"),
-        ([".", "--port", "0"], "--port 0"),
         ([".", "--port", "TAKEN"], "--port TAKEN"),
         ([".", "--host", "no-such-host.invalid"], "--host no-such-host.invalid"),
         ([".", "--prot", "7861"], 'did you mean "--port"'),
@@ -260,7 +278,7 @@ def test_it_serves_where_a_proxy_is_set_that_does_not_answer(tmp_path, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "ignored"),
-    [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGHUP, True)],
+    [(signal.SIGTERM, False), (signal.SIGHUP, True)],
 )
 def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, sent, ignored):
     temporary = tmp_path / "temporary"
@@ -270,7 +288,7 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, sent, ignored):
     before = signal.getsignal(sent)
     if ignored:  # as nohup does
         signal.signal(sent, signal.SIG_IGN)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = started("-m", "app.viewer", tmp_path, "--port", port, **pipes)
     signal.signal(sent, before)
     try:

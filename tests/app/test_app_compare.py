@@ -28,7 +28,7 @@ I2T = {
 VIEW = data.View("scores", LORA, BILORA, (), RABBIT, 0, "i2t")
 
 
-def made(i2t):
+def make_scores(i2t):
     """Three adapters, of which the last has no scores."""
     images: dict[Key, ScoredImage] = {}
     for text, seeds in i2t.items():
@@ -43,22 +43,22 @@ def made(i2t):
 @pytest.fixture
 def result():
     """Three prompts, up to two seeds."""
-    return made(I2T)
+    return make_scores(I2T)
 
 
 def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(result):
     assert data.metrics(result) == ["i2t", "nearest"]
     assert [data.times_100(value) for value in (0.31417, -0.005, None)] == ["31.42", "-0.50", "–"]
-    found = data.rows(result, LORA, BILORA, "i2t")
-    assert [row.text for row in found] == list(TEXTS)
-    assert [row.change for row in found] == pytest.approx([0.01, -0.05, 0.09])
+    rows = data.rows(result, LORA, BILORA, "i2t")
+    assert [row.text for row in rows] == list(TEXTS)
+    assert [row.change for row in rows] == pytest.approx([0.01, -0.05, 0.09])
     assert data.rows(result, LORA, LORA, "i2t")[0].change == 0
-    lonely = made({**I2T, RABBIT: {**I2T[RABBIT], 7: (0.9,)}})
+    lonely = make_scores({**I2T, RABBIT: {**I2T[RABBIT], 7: (0.9,)}})
     assert data.rows(lonely, LORA, BILORA, "i2t")[0].a == pytest.approx(0.3), "one adapter's seed"
     assert {(row.b, row.change) for row in data.rows(result, LORA, BASE, "i2t")} == {(None, None)}
-    some = made({**I2T, LION: {0: (0.2,)}})
+    listed = make_scores({**I2T, LION: {0: (0.2,)}})
     for order in ("gain", "loss"):
-        assert data.listed(replace(VIEW, order=order), some)[-1].text == LION
+        assert data.listed(replace(VIEW, order=order), listed)[-1].text == LION
 
 
 def test_prompts_are_sorted_filtered_and_stepped_through(result):
@@ -77,11 +77,11 @@ def test_prompts_are_sorted_filtered_and_stepped_through(result):
     assert texts("nearest", "loss") == orders["gain"]
     assert texts("i2t", "list", "ICON cloud") == [CLOUD]
     assert texts("i2t", "list", "cloud lion") == []
-    some = data.listed(VIEW, result)
-    assert data.neighbour(some, LION, 1) == RABBIT
-    assert data.neighbour(some, LION, -1) == LION
-    assert data.neighbour(some, CLOUD, 1) == CLOUD
-    assert data.neighbour(some[:1], CLOUD, 1) == LION  # filtered away: the list's first
+    listed = data.listed(VIEW, result)
+    assert data.neighbour(listed, LION, 1) == RABBIT
+    assert data.neighbour(listed, LION, -1) == LION
+    assert data.neighbour(listed, CLOUD, 1) == CLOUD
+    assert data.neighbour(listed[:1], CLOUD, 1) == LION  # filtered away: the list's first
     assert data.neighbour([], CLOUD, 1) == CLOUD
 
 
@@ -97,7 +97,9 @@ def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result):
     view, missing = data.opened(lost, "scores", result)
     assert view == replace(first, also=())
     assert len(missing) == 5
-    assert all(f'"{word}"' in said for word, said in zip(lost.values(), missing, strict=True))
+    assert all(
+        f'"{word}"' in sentence for word, sentence in zip(lost.values(), missing, strict=True)
+    )
 
 
 def test_a_notice_holds_no_markup(result, tmp_path, monkeypatch):
@@ -117,16 +119,16 @@ def test_html_holds_scores_and_no_foreign_markup(result):
     evil = "<img src=x onerror=alert(1)>"
     image = ScoredImage("x.png", {"i2t": 0.3142}, caption=evil, nearest_image=evil)
     cards = parts.card(evil, None, "A", evil, compare.facts(result, image, None))
-    some = [
+    listed = [
         replace(row, name=evil, text=evil) for row in data.rows(result, LORA, BILORA, "i2t")[:1]
     ]
-    prompts = compare.prompt_list(some, evil, evil, evil)
+    prompts = compare.prompt_list(listed, evil, evil, evil)
     cards += compare.legend(result)
     assert "<img src=x" not in cards + prompts
     assert "31.42" in cards
     assert "test-CLIP" in cards
     assert prompts.count("aria-current") == 1
-    assert f'class="{some[0].tone}">+1.00' in prompts
+    assert f'class="{listed[0].tone}">+1.00' in prompts
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_html_holds_scores_and_no_foreign_markup(result):
 )
 def test_a_difference_that_chance_explains_has_no_colour(gains, tone):
     scores = {RABBIT: {seed: (0.3, 0.3 + gain) for seed, gain in enumerate(gains)}}
-    assert data.rows(made(scores), LORA, BILORA, "i2t")[0].tone == tone
+    assert data.rows(make_scores(scores), LORA, BILORA, "i2t")[0].tone == tone
 
 
 def test_a_picture_that_is_none_too_large_or_a_program_is_not_opened(tmp_path):

@@ -58,13 +58,15 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path):
     turbo = tmp_path / "snapshots" / "3a1f"  # as the hub's cache calls it
     saved("ZImagePipeline", turbo)
     assert settings.usual(str(turbo), "owner/Z-Image-Turbo")[1:] == (8, 0.0)
-    given = {"resolution": None, "adapter_scale": 1.0, "dtype": "float32", "lanes": 4}
-    for base, own in {"mini": (25, 4.0), sd3: (25, 7.0)}.items():
-        assert usual(BaseChoice(base)) == own
-        for asked in ((None, None), (3, 0.0)):
-            flags = dict(zip(("num_inference_steps", "guidance_scale"), asked, strict=True))
-            sampling = settings.sampling(Namespace(**flags, **given), base)
-            assert (sampling.steps, sampling.guidance_scale) == (own if None in asked else asked)
+    options = {"resolution": None, "adapter_scale": 1.0, "dtype": "float32", "lanes": 4}
+    for base, usual_values in {"mini": (25, 4.0), sd3: (25, 7.0)}.items():
+        assert usual(BaseChoice(base)) == usual_values
+        for values in ((None, None), (3, 0.0)):
+            flags = dict(zip(("num_inference_steps", "guidance_scale"), values, strict=True))
+            sampling = settings.sampling(Namespace(**flags, **options), base)
+            assert (sampling.steps, sampling.guidance_scale) == (
+                usual_values if None in values else values
+            )
 
 
 def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkeypatch):
@@ -76,13 +78,13 @@ def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkey
     steps: list[tuple[int, int]] = []
 
     def work(number, b=BASE):
-        shown = lambda done, desc, unit: steps.append(done)  # noqa: E731
-        return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, 1.0, request, shown)
+        updates = lambda progress, desc, unit: steps.append(progress)  # noqa: E731
+        return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, 1.0, request, updates)
 
-    shown = [*work(drawing.begin(request))]
-    assert [cards.count("<img") for _, cards, _ in shown if isinstance(cards, str)] == [0, 1, 2]
-    assert "Done." in shown[-1][0]
-    assert "<img" in shown[-1][2]
+    updates = [*work(drawing.begin(request))]
+    assert [cards.count("<img") for _, cards, _ in updates if isinstance(cards, str)] == [0, 1, 2]
+    assert "Done." in updates[-1][0]
+    assert "<img" in updates[-1][2]
     assert steps == [(0, 2), (1, 2), (2, 2)] * 2
     older, newer = work(drawing.begin(request)), work(drawing.begin(request))
     assert "Cancelled." in next(older)[0]
@@ -122,7 +124,7 @@ def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_ro
         (make_run(root / name) / WEIGHTS).unlink()
     (root / "linked" / WEIGHTS).symlink_to(make_run(tmp_path / "outside") / WEIGHTS)
     catalog = Catalog(root)
-    assert [run.path for run in catalog.now.runs if drawable(run)] == ["a", "b", "linked"]
+    assert [run.path for run in catalog.scan.runs if drawable(run)] == ["a", "b", "linked"]
     base, chosen, size = sides(catalog, "a", BASE)
     assert (base, size) == (BaseChoice("mini"), 64)
     assert chosen == [("a (LoRA, seed 0)", root / "a"), ("base model", None)]

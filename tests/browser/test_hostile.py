@@ -19,7 +19,7 @@ def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(tmp_path, s
     for number, damage in enumerate(HOSTILE.values()):
         damage(tmp_path / f"{number:03}")
     hostile, page, asked = start(tmp_path), visit(), list[str]()
-    names = {run.path: run.name for run in Catalog(tmp_path).now.runs}
+    names = {run.path: run.name for run in Catalog(tmp_path).scan.runs}
     page.on("request", lambda request: asked.append(request.url))
     go(page, hostile.url)
     expect(page.locator("#frame-notice")).to_contain_text("folders are not shown")

@@ -1,19 +1,11 @@
 """Smoke tests of the viewer in a real browser; its data are tested in ``tests/app``."""
 
-import csv
 import re
-import shutil
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Response, expect
 
-from app.catalog import Catalog
-from app.scored import first_view, listed, scored, times_100
-from app.votes import COLUMNS, FILE
 from bilora_diffusion.run.runlog import RunLog
-from eval import table
 from tests.app.folders import make_scores
 from tests.browser.conftest import SEEDS, TEXTS, fits, free_port, go, pick, serving
 
@@ -44,12 +36,6 @@ CONTRAST = """() => {
   return low;
 }"""
 """Visible text whose contrast with its background is below WCAG's 4.5."""
-LINES = """(cell) => {
-  const range = document.createRange();
-  range.selectNodeContents(cell);
-  return new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size;
-}"""
-"""Lines of text in a cell."""
 NAMELESS = """() => [...document.querySelectorAll("a, button, input, textarea, [role=button]")]
   .filter((element) => element.checkVisibility({ opacityProperty: true, visibilityProperty: true }))
   .filter((element) => ![
@@ -68,7 +54,7 @@ FILLED = {
 }
 """A part that is there when a tab has been filled."""
 CARD = "#compare-cards figure.card"
-DRAWN = 600_000
+PATIENCE_MS = 600_000
 """Milliseconds that two small images may take on a machine with other work."""
 LABELS = ("quagga-run", "zebra-run")
 """Words that stand nowhere else in the page."""
@@ -89,33 +75,26 @@ window.fetch = async (...request) => {
 """Keeps the server's answers, its streams of events too, which the browser itself forgets."""
 
 
-def test_every_tab_is_in_the_address_readable_fits_and_asks_nothing_of_others(viewer, visit):
+def test_every_tab_is_readable_fits_and_asks_nothing_of_others(viewer, visit):
     for dark in (False, True):
-        page, console, asked = visit(phone=dark, dark=dark), [], []
+        page, console, requests = visit(phone=dark, dark=dark), [], []
         answers: list[Response] = []
         page.on("console", lambda message, console=console: console.append(message.text))
-        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.on("request", lambda request, requests=requests: requests.append(request.url))
         page.on("response", lambda answer, answers=answers: answers.append(answer))
         go(page, viewer.url)
-        for tab, there in FILLED.items():
+        for tab, part in FILLED.items():
             page.get_by_role("tab", name=tab).click()
-            expect(page.locator(there).first).to_be_visible()
+            expect(page.locator(part).first).to_be_visible()
             if tab == "Results":
                 pick(page, "results-result", "Landscape: landscape")
-                expect(page.locator("#results-figures img")).to_have_count(1)
-                table = page.locator("#results-report table")
-                expect(table).to_contain_text("very wide")
-                lines = table.locator("th").last.evaluate(LINES)
-                assert lines == 1, "a table scrolls and its words are not broken"
+                expect(page.locator("#results-report table")).to_contain_text("very wide")
             assert page.evaluate(NAMELESS) == [], tab
             assert fits(page), tab
             assert page.evaluate(CONTRAST) == [], tab
             expect(page.get_by_test_id("toast-body")).to_have_count(0)
-        ink = page.locator("#frame-title h1").evaluate("element => getComputedStyle(element).color")
-        assert (sum(int(part) for part in ink[4:-1].split(",")) > 3 * 128) == dark, ink
-        own = ("data:", "blob:", viewer.url)
-        assert [address for address in asked if not address.startswith(own)] == []
-        assert len(asked) > 10
+        local = ("data:", "blob:", viewer.url)
+        assert [address for address in requests if not address.startswith(local)] == []
         expect(page).to_have_url(re.compile("tab=results"))
         page.go_back()
         expect(page.locator("#frame-tabs [role=tab][aria-selected=true]")).to_have_text("Training")
@@ -126,29 +105,15 @@ def test_every_tab_is_in_the_address_readable_fits_and_asks_nothing_of_others(vi
 
 def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
     page = go(visit(), viewer.url)
-    subjects = page.locator("#validation-images section.subject")
-    expect(subjects).to_have_count(6)
     names = ["base model", "lora (LoRA, seed 0)", "bilora (Bi-LoRA, seed 0)"]
-    expect(subjects.first.locator("figcaption")).to_have_text(names)
-    result = scored(table.read(viewer.root / "scores"))
-    view = first_view("scores", result)
-    cards, place = page.locator(CARD), page.locator("#compare-place")
-    expect(cards.locator(".name")).to_have_text(["Alora", "Bbilora", "ground truth"])
-    image = result.images["lora", listed(view, result)[0].text, 0]
-    score = cards.first.locator("tr", has_text="CLIP I2T").locator("td")
-    expect(score).to_have_text(times_100(image.scores["i2t"]))
-    shutil.copytree(viewer.root / "scores", viewer.root.parent / "aside")
-    (viewer.root.parent / "aside").rename(viewer.root / "scores-again")
-    expect(page.locator("#compare-scores")).to_be_visible()  # comes while the page is open
-
+    first_prompt = page.locator("#validation-images section.subject").first
+    expect(first_prompt.locator("figcaption")).to_have_text(names)
+    place = page.locator("#compare-place")
+    expect(page.locator(CARD).locator(".name")).to_have_text(["Alora", "Bbilora", "ground truth"])
     page.locator("#compare-next").click()
     page.keyboard.press("j")
     page.keyboard.press("k")
     expect(place).to_have_text("2 of 4")
-    pick(page, "compare-order", "Largest loss first")
-    first = listed(replace(view, order="loss"), result)[0].name
-    expect(page.locator("#compare-list button.prompt").first).to_contain_text(first)
-    pick(page, "compare-seed", "1")
     words = page.locator("#compare-words textarea, #compare-words input")
     words.click()
     page.keyboard.type("jk")  # a field keeps its keys
@@ -170,21 +135,15 @@ def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
     expect(zoom).to_be_hidden()
 
     link = page.locator("#compare-link textarea, #compare-link input")
-    expect(link).to_have_value(re.compile("a=lora.*b=bilora.*frog.*seed=1.*order=loss"))
-    other = go(visit(), link.input_value())
-    expect(other.locator("#compare-prompt")).to_contain_text("frog")
-    sources = [
-        picture.get_attribute("src") or "" for picture in page.locator(f"{CARD} > img").all()
-    ]
-    assert len(set(sources)) == 3
-    for at, source in enumerate(sources):
-        expect(other.locator(f"{CARD} > img").nth(at)).to_have_attribute("src", source)
+    expect(link).to_have_value(re.compile("a=lora.*b=bilora.*frog"))
+    linked = go(visit(), link.input_value())
+    expect(linked.locator("#compare-prompt")).to_contain_text("frog")
 
 
 def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_closed(
     viewer, visit
 ):
-    first, second = (go(visit(one, one), viewer.url, "Generate") for one in (False, True))
+    first, second = (go(visit(is_phone, is_phone), viewer.url, "Generate") for is_phone in (0, 1))
 
     def begin(page, steps):
         expect(page.locator("#generate-b input")).to_have_value("bilora (Bi-LoRA, seed 0)")
@@ -201,36 +160,8 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     begin(first, 1000)
     begin(second, 2)  # waits its turn, which comes when the first has gone
     first.close()
-    expect(second.locator("#generate-status")).to_contain_text("Done.", timeout=DRAWN)
+    expect(second.locator("#generate-status")).to_contain_text("Done.", timeout=PATIENCE_MS)
     expect(second.locator("#generate-slider img")).to_have_count(2)
-    pictures = second.locator("#generate-cards figure.card > img").all()
-    assert len({picture.get_attribute("src") for picture in pictures}) == 2
-    runs = {run.path: run for run in Catalog(viewer.root).now.runs}
-    expect(second.locator("#generate-prompt textarea")).to_have_value(runs["lora"].first_prompt)
-    field = second.locator("#generate-steps input")
-    field.fill("100000")
-    field.blur()
-    second.locator("#generate-go").click()
-    toast = second.get_by_test_id("toast-body")
-    expect(toast).to_contain_text("the number of steps is 100000")
-    expect(second.locator("#generate-status")).not_to_contain_text("Done.")
-    expect(second.locator("#generate-cards img, #generate-slider img")).to_have_count(0)
-
-    second.get_by_role("tab", name="Compare").click()
-    expect(toast).to_have_count(0)
-    second.locator("#grid > button").click()
-    strengths = second.locator("#grid-strengths").get_by_role("textbox")
-    strengths.fill("0.5, 1")
-    strengths.blur()
-    second.locator("#grid-go").click()
-    grid = second.locator("#grid-images img")
-    expect(grid).to_have_count(2, timeout=DRAWN)
-    assert fits(second)
-    assert second.evaluate(CONTRAST) == []
-    grid.first.focus()
-    second.keyboard.press("Enter")
-    second.keyboard.press("ArrowRight")
-    expect(second.locator("dialog#zoom p")).to_have_text("step 2, strength 1")
 
 
 @pytest.fixture(scope="module")
@@ -242,50 +173,42 @@ def small(tmp_path_factory, start):
 
 
 def test_curves_follow_a_run(small, visit):
-    logs = {method: RunLog(small.root / method, "cpu") for method in ("lora", "bilora")}
+    log = RunLog(small.root / "bilora", "cpu")
 
-    def train(method, first, last):
-        for at in range(first, last + 1):
-            norms = {"auxiliary_norm_before": 0.06 + 0.2 / at, "auxiliary_norm": 0.05}
-            more = norms if method == "bilora" else {}
-            logs[method].metric(at, loss=0.1 + 1 / at, lr=1e-3 / at, seconds=0.05, **more)
-        logs[method].sync()
+    def train(steps):
+        for step in steps:
+            norms = {"auxiliary_norm_before": 0.06 + 0.2 / step, "auxiliary_norm": 0.05}
+            log.metric(step, loss=0.1 + 1 / step, lr=1e-3 / step, seconds=0.05, **norms)
+        log.sync()
 
-    for method, log in logs.items():
-        config = {"pretrained_model_name_or_path": "mini", "rho": 0.05, "max_train_steps": 400}
-        log.start(config, method=method, seed=0, resume_step=None)
-        log.doing("training")
-        train(method, 1, 100)
+    config = {"pretrained_model_name_or_path": "mini", "rho": 0.05, "max_train_steps": 400}
+    log.start(config, method="bilora", seed=0, resume_step=None)
+    log.doing("training")
+    train(range(1, 101))
     page = go(visit(), small.url, "Training")
-    card = page.locator("#training-cards li").filter(has_text="Bi-LoRA, seed 0")
+    card = page.locator("#training-cards li")
     expect(card).to_contain_text("100 of 400 steps")
-    for chart, count in {"loss": 4, "loss-difference": 2, "norm": 3, "rate": 2}.items():
+    for chart, count in {"loss": 2, "norm": 3, "rate": 1}.items():
         expect(page.locator(f"#training-{chart} .mark-line path")).to_have_count(count)
-    loss = page.locator("#training-loss .mark-line path").last
-    before = loss.get_attribute("d") or ""
-    train("bilora", 101, 200)
+    curve = page.locator("#training-loss .mark-line path").last
+    path = curve.get_attribute("d") or ""
+    train(range(101, 201))
     expect(card).to_contain_text("200 of 400 steps")
-    expect(loss).not_to_have_attribute("d", before)
+    expect(curve).not_to_have_attribute("d", path)
     page.locator("#training-norm svg.marks").hover()
     expect(page.locator("#vg-tooltip-element")).to_contain_text("Bi-LoRA, seed 0")
-    logs["bilora"].close("failed", "the loss at step 201 is not finite: lower --learning_rate")
-    expect(card).to_contain_text("the loss at step 201 is not finite")
 
 
-def test_votes_are_blind_kept_and_exported_and_a_session_goes_on(small, visit):
+def test_votes_are_blind_and_a_session_goes_on(small, visit):
     page, pairs = visit(phone=True), len(TEXTS) * len(SEEDS)
     page.add_init_script(LISTEN)
-    booth, keys = page.locator("#vote-booth"), {"1": "left", "2": "right", "0": "tie"}
+    standing = page.locator("#vote-booth #vote-standing")
 
     def heard():
         return "".join(page.evaluate("window.heard"))
 
-    (small.root / FILE).mkdir()
     go(page, small.url, "Vote")
     pick(page, "vote-pair", " and ".join(LABELS))
-    page.locator("#vote-start").click()
-    expect(page.locator("#vote-notice")).to_contain_text("votes.db can't be used")
-    (small.root / FILE).rmdir()
     count, before = 0, -1
     while not count or count != before:  # the names for the lists of all tabs come before a ballot
         page.wait_for_timeout(4000)
@@ -298,39 +221,29 @@ def test_votes_are_blind_kept_and_exported_and_a_session_goes_on(small, visit):
     ]
     assert tops[0] == tops[1], "side by side"
     assert fits(page)
-    votes = ("1", "left", "0", "right", "2", "tie")
-    for number, how in enumerate(votes):
-        expect(booth.locator("#vote-standing")).to_contain_text(f"{number} of {pairs}")
-        ballot = booth.locator("[data-ballot]").get_attribute("data-ballot")
-        if how in keys:
-            page.keyboard.press(how)
+    choices = ("1", "left", "0", "tie")  # keys and buttons
+    for number, choice in enumerate(choices):
+        expect(standing).to_contain_text(f"{number} of {pairs}")
+        ballot = page.locator("#vote-booth [data-ballot]").get_attribute("data-ballot")
+        if choice.isdecimal():
+            page.keyboard.press(choice)
         else:
-            page.locator(f"#vote-{how}").click()
+            page.locator(f"#vote-{choice}").click()
         expect(page.locator(f"[data-ballot='{ballot}']")).to_have_count(0)
     text = heard()
-    assert text.count("data:image/webp;base64,") >= 2 * len(votes), "the ballots were read"
+    assert text.count("data:image/webp;base64,") >= 2 * len(choices), "the ballots were read"
     assert not [word for word in LABELS if word in text]
 
     go(page, small.url, "Vote")  # the same browser goes on
     page.locator("#vote-start").click()
-    expect(booth.locator("#vote-standing")).to_contain_text(f"{len(votes)} of {pairs}")
+    expect(standing).to_contain_text(f"{len(choices)} of {pairs}")
     page.evaluate(
         "for (const side of ['left', 'right', 'left'])"
         " document.getElementById(`vote-${side}`).click();"
     )
-    expect(booth.locator("#vote-standing")).to_contain_text(f"{len(votes) + 1} of {pairs}")
+    expect(standing).to_contain_text(f"{len(choices) + 1} of {pairs}")
     page.locator("#vote-show").click()
     expect(page.locator("#vote-result")).to_contain_text(f"{LABELS[0]} over {LABELS[1]}")
-    page.locator("#vote-tie").click()
-    expect(booth.locator("#vote-standing")).to_contain_text(f"All {pairs} pairs voted on")
-    expect(page.locator("#vote-result")).to_be_hidden()  # it would tell which side has just won
-    with page.expect_download() as download:
-        page.locator("#vote-export").click()
-    with Path(download.value.path()).open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COLUMNS
-    assert [row["choice"] for row in rows[: len(votes)]] == [keys.get(how, how) for how in votes]
-    assert len({(row["prompt"], row["seed"]) for row in rows}) == len(rows) == pairs
 
 
 def test_a_page_loads_again_by_itself_when_its_server_was_started_again(tmp_path, visit):

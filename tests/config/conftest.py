@@ -13,7 +13,6 @@ def machine(hub: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def pretend(kind: str, *, bf16: bool = True, missing: Collection[str] = ()) -> None:
         monkeypatch.setattr(module, "device_type", lambda: kind)
-        monkeypatch.setattr("bilora_diffusion.image.inputs.device_type", lambda: kind)
         monkeypatch.setattr(module, "is_installed", lambda name: name not in missing)
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: bf16)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ from bilora_diffusion.adapters import ALL_LINEAR
 from bilora_diffusion.config.machine import device_type
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import options_of
+from bilora_diffusion.image.base_model import SDXL_BASE
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
-from bilora_diffusion.image.inputs import FP16_FIX, SDXL_BASE
+from bilora_diffusion.image.derived import FP16_FIX
 from bilora_diffusion.image.options import INTERPOLATIONS
 from bilora_diffusion.text.config import TextConfig
 
@@ -141,9 +143,9 @@ ON_MACHINES: list[tuple[dict[str, Any], dict[str, str], Callable[..., Any], str,
 ]
 
 
-@pytest.mark.parametrize(("here", "launch", "read", "words", "expected"), ON_MACHINES)
-def test_what_a_machine_decides(here, launch, read, words, expected, machine, monkeypatch):
-    machine(**here)
+@pytest.mark.parametrize(("device", "launch", "read", "words", "expected"), ON_MACHINES)
+def test_what_a_machine_decides(device, launch, read, words, expected, machine, monkeypatch):
+    machine(**device)
     for name, value in launch.items():
         monkeypatch.setenv(name, value)
     cfg = read(*words.split())
@@ -183,19 +185,21 @@ def test_local_folders_take_the_place_of_the_hub(tmp_path, monkeypatch):
 
 
 def test_the_record_leads_back_to_the_same_configuration_without_the_token(tmp_path):
-    given = ["--lora_target_modules", "q", "v", "--packing", "--rho", "0.1"]
-    cfg = text(*given, "--push_to_hub", "--hub_token", "hf_secret")
+    flags = ["--lora_target_modules", "q", "v", "--packing", "--rho", "0.1"]
+    cfg = text(*flags, "--push_to_hub", "--hub_token", "hf_secret")
     assert cfg.hub_token == "hf_secret"
-    values = json.loads(json.dumps(cfg.to_dict()))
-    assert "hf_secret" not in json.dumps(values)
-    assert set(values) == {f.name for f in dataclasses.fields(cfg)} - {"hub_token"}
-    left = {
-        key: value for key, value in values.items() if key not in ("num_train_epochs", "config")
-    }
-    lines = [f"{key}: {json.dumps(value)}\n" for key, value in left.items() if value is not None]
-    (tmp_path / "recipe.yaml").write_text("".join(lines))
-    again = TextConfig.resolve(["--config", f"{tmp_path}/recipe.yaml", "--hub_token", "hf_secret"])
-    assert again.to_dict() == {**values, "config": str(tmp_path / "recipe.yaml")}
+    record = json.loads(json.dumps(cfg.to_dict()))
+    assert "hf_secret" not in json.dumps(record)
+    assert set(record) == options_of(cfg.groups).keys() - {"hub_token"}
+    recipe = tmp_path / "recipe.yaml"
+    lines = [
+        f"{name}: {json.dumps(value)}\n"
+        for name, value in record.items()
+        if value is not None and name not in ("num_train_epochs", "config")
+    ]
+    recipe.write_text("".join(lines))
+    repeated = TextConfig.resolve(["--config", str(recipe), "--hub_token", "hf_secret"])
+    assert repeated.to_dict() == {**record, "config": str(recipe)}
 
 
 RECORDING = "--allow_tf32 --cache_dir x --log_dynamics --dynamics_steps 3 --checkpointing_steps 7"
@@ -210,24 +214,25 @@ MEASURING = "--eval_steps 5 --max_eval_samples 9 --eval_batch_size 2 --preproces
     ],
 )
 def test_the_fingerprint_holds_what_is_learned_and_no_more(read, harmless, changes):
-    before = read().fingerprint()
-    same = read(*harmless.split(), "--output_dir", "x", "--report_to", "none")
-    assert same.fingerprint() == before
-    assert all(read(*change.split()).fingerprint() != before for change in changes)
+    default = read().fingerprint()
+    cfg = read(*harmless.split(), "--output_dir", "x", "--report_to", "none")
+    assert cfg.fingerprint() == default
+    assert all(read(*change.split()).fingerprint() != default for change in changes)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        same.rank = 5
+        cfg.rank = 5
+    assert pickle.loads(pickle.dumps(cfg)) == cfg  # for the workers that read images
 
 
 def test_help_groups_and_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as exit_:
         resolve(["--help"])
-    shown = capsys.readouterr().out
+    help_text = capsys.readouterr().out
     assert exit_.value.code == 0
     for name, field in options_of(DreamBoothConfig.groups).items():
-        assert f"  --{name}" in shown
+        assert f"  --{name}" in help_text
         assert field.metadata["option"].help
     for section in ("base model:", "training images:", "adapters and method:", "output:"):
-        assert shown.count(f"\n{section}\n") == 1
+        assert help_text.count(f"\n{section}\n") == 1
 
 
 def test_accelerate_on_the_cpu_is_the_cpu(monkeypatch):

@@ -17,14 +17,14 @@ import pytest
 import torch
 from torch import nn
 
-from bilora_diffusion.config import refusals
+from bilora_diffusion.config import constraints
 from bilora_diffusion.config.command_line import CommandLine
 from bilora_diffusion.config.options import LR_SCHEDULERS
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
+from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
-from bilora_diffusion.image.visits import VisitStream
 from bilora_diffusion.train.optimizers import (
     StepLayout,
     build_optimizer,
@@ -40,7 +40,7 @@ from tests.references.diffusers_flags import (
     refuses,
 )
 
-FOREIGN = refusals.table().foreign["image"]
+FOREIGN = constraints.table().foreign["image"]
 RECORD = Path(__file__).parents[1] / "references" / "diffusers_flags.json"
 OF_ALL_SCRIPTS = json.loads(RECORD.read_text(encoding="utf-8"))["flags"]
 # Where images and models come from, and what goes on from elsewhere or leaves the machine.
@@ -76,12 +76,12 @@ IMAGES, CLASS_IMAGES = 5, 200
 class Images(list[None]):
     """So many images without any pixels."""
 
+    label = "dog"
+
     @property
     def entries(self):
-        return [SimpleNamespace(size=(1024, 1024))] * len(self)
-
-    def prompts(self, default):
-        return [default] * len(self)
+        entry = SimpleNamespace(name="", size=(1024, 1024), caption="a dog", concept=0)
+        return [entry] * len(self)
 
     def of_each(self, values):
         return values * len(self)
@@ -96,7 +96,7 @@ def images(machine, monkeypatch, tmp_path):
     (tmp_path / "dog" / "1.png").touch()
 
 
-def drawn(seed):
+def random_flags(seed):
     """About a third of the flags with values, and a number of processes."""
     dice = random.Random(seed)
     return {
@@ -117,7 +117,7 @@ def ours(flags, processes, images, class_images):
     cfg = dataclasses.replace(cfg, cache_latents="no", optimizer=cfg.optimizer.replace("8bit", ""))
     instance: Any = Images([None] * images)
     classes: Any = Images([None] * class_images) if cfg.with_prior_preservation else None
-    stream = VisitStream(cfg, instance, classes)
+    stream = TrainingStream(cfg, instance, classes)
     batch = StepLayout(cfg.train_batch_size, cfg.gradient_accumulation_steps, processes).step_size
     steps = total_steps(cfg, stream.num_samples, batch)
     models = ("unet", "text_encoder", "text_encoder_2")[: 3 if cfg.train_text_encoder else 1]
@@ -151,14 +151,14 @@ def course(cfg, rate, steps):
     return tuple(factors)
 
 
-def same(one, other):
-    assert dataclasses.replace(one, course=()) == dataclasses.replace(other, course=())
-    assert one.course == pytest.approx(other.course, abs=1e-9)
+def require_equal(meaning, expected):
+    assert dataclasses.replace(meaning, course=()) == dataclasses.replace(expected, course=())
+    assert meaning.course == pytest.approx(expected.course, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(15))
 def test_a_command_line_drawn_at_random(seed):
-    flags, processes = drawn(seed)
+    flags, processes = random_flags(seed)
     theirs = {**DEFAULTS, **flags}
     if refuses(theirs):
         with pytest.raises(UserError):
@@ -168,12 +168,12 @@ def test_a_command_line_drawn_at_random(seed):
         theirs |= flags
     counts = {"images": IMAGES, "class_images": CLASS_IMAGES, "processes": processes}
     differing = default_here(theirs, frozenset(flags))
-    same(ours(flags, **counts), meaning({**theirs, **differing}, **counts))
+    require_equal(ours(flags, **counts), meaning({**theirs, **differing}, **counts))
     # Whoever spells out diffusers' defaults of what differs gets diffusers' run.
     spelled = {name: theirs.get(name, theirs["rank"]) for name in differing}
     if spelled.pop("max_train_steps", 0) is None:
         spelled["num_train_epochs"] = theirs["num_train_epochs"]
-    same(ours({**flags, **spelled}, **counts), meaning(theirs, **counts))
+    require_equal(ours({**flags, **spelled}, **counts), meaning(theirs, **counts))
 
 
 def test_epochs_over_more_class_images_than_instance_images():
@@ -197,8 +197,8 @@ def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(name, 
             with pytest.raises(UserError, match=f"{name}.*{re.escape(instead.replace('`', ''))}"):
                 line.read(words)
             continue
-        values, given = line.read(words)
-        assert given - {"config"} == {name, "method"}
+        values, given_options = line.read(words)
+        assert given_options - {"config"} == {name, "method"}
         if not value:
             assert values[name] in (True, "yes")
 
@@ -206,12 +206,12 @@ def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(name, 
 @pytest.mark.parametrize("twice", [True, False])
 def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice, tmp_path):
     file = tmp_path / "bnb.json"
-    asked = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": twice}
-    file.write_text(json.dumps(asked))
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": twice}
+    file.write_text(json.dumps(nf4))
     cfg = resolve(words({"bnb_quantization_config_path": file}))
     assert cfg.quantize == "nf4"
     assert cfg.fingerprint() == resolve(words({"quantize": "nf4"})).fingerprint()
-    file.write_text(json.dumps({**asked, "llm_int8_skip_modules": ["proj_out"]}))
+    file.write_text(json.dumps({**nf4, "llm_int8_skip_modules": ["proj_out"]}))
     with pytest.raises(UserError, match=r"bnb.json.*llm_int8_skip_modules"):
         resolve(words({"bnb_quantization_config_path": file}))
 
@@ -231,6 +231,6 @@ def test_the_tables_have_every_flag_and_name_every_default_that_differs():
     assert {
         n for n, flag in OF_ALL_SCRIPTS.items() if flag["of"] == "all" or "sdxl" in flag["of"]
     } == set(DEFAULTS)
-    here = {field.name: field.default for field in dataclasses.fields(DreamBoothConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(DreamBoothConfig)}
     for name, flag in (TABLES["sdxl"] | TABLES["flow"]).items():
-        assert flag.get("here") or here[name] == flag.get("default")
+        assert flag.get("here") or defaults[name] == flag.get("default")

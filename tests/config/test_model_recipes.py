@@ -52,9 +52,9 @@ def test_a_recipe_runs_dry_by_its_name(path, capsys, tmp_path, monkeypatch):
 def test_the_memory_in_its_head_is_that_of_a_dry_run_and_fits(path):
     text = path.read_text(encoding="utf-8")
     assert text == page(path, RECIPE_OF[path]), "run `python -m docs.make`"
-    found = [(int(line[1]), float(line[0].split()[-2])) for line in LINE.finditer(text)]
-    assert [size for size, _ in found] == [24, 16]
-    assert all(needed < 0.9 * size for size, needed in found)
+    memory = [(int(line[1]), float(line[0].split()[-2])) for line in LINE.finditer(text)]
+    assert [size for size, _ in memory] == [24, 16]
+    assert all(needed < 0.9 * size for size, needed in memory)
     assert "# Rate" in text  # and where it comes from
 
 

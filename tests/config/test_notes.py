@@ -19,24 +19,20 @@ TASK = "--model_name_or_path smollm2 --task sst2"
 def resolved(words, caplog):
     """The configuration of a command line, and the messages about it."""
     caplog.clear()
-    cfg = (resolve_text if "--model_name_or_path smollm2" in words else resolve)(words.split())
+    cfg = (resolve_text if words.startswith("--model_name_or_path") else resolve)(words.split())
     messages = [record.getMessage() for record in caplog.records]
     assert all(message.endswith(".") and "\n" not in message for message in messages)
     return cfg, messages
 
 
 @pytest.mark.parametrize(
-    ("words", "idle", "fix"),
+    ("words", "ignored", "fix"),
     [
         (MINI, "--class_data_dir x", "--with_prior_preservation"),
-        (MINI, "--text_encoder_lr 5e-06", "--train_text_encoder"),
-        (MINI, "--prodigy_decouple False", "--optimizer prodigy"),
         (MINI, "--lr_warmup_steps 10", "constant_with_warmup"),
         (PRODIGY, "--use_8bit_adam", "--optimizer adamw"),
         (f"{PRODIGY} --train_text_encoder", "--text_encoder_lr 5e-06", "--learning_rate"),
         (f"{MINI} --max_train_steps 9", "--num_train_epochs 2", "--max_train_steps"),
-        (MINI, "--snr_weighting diffusers", "--snr_gamma"),
-        (MINI, "--precondition_outputs", "drop it"),
         (f"{MINI} --validation_prompt x", "--final_validation_prompt y", "drop it"),
         (HUB, "--skip_final_inference", "--validation_prompt"),
         (MINI, "--hub_token hf_x", "--push_to_hub"),
@@ -45,66 +41,63 @@ def resolved(words, caplog):
         (f"{TASK} --lr_scheduler constant", "--warmup_ratio 0.1", "constant_with_warmup"),
     ],
 )
-def test_an_option_without_effect_is_named_and_ignored(words, idle, fix, caplog):
+def test_an_option_without_effect_is_named_and_ignored(words, ignored, fix, caplog):
     """One line, and the run is that of the command line without it; diffusers accepts them too."""
-    without, before = resolved(words, caplog)
-    cfg, messages = resolved(f"{words} {idle}", caplog)
+    cfg_without, messages_without = resolved(words, caplog)
+    cfg, messages = resolved(f"{words} {ignored}", caplog)
     if TASK not in words:  # there it takes the place of the default share
-        assert cfg == without
-    assert cfg.warmup_steps(100) == without.warmup_steps(100)
-    (message,) = [message for message in messages if message not in before]
-    shown = idle.replace(" hf_x", "")
-    assert message.replace('"', "").startswith(f"{shown} has no effect")
+        assert cfg == cfg_without
+    assert cfg.warmup_steps(100) == cfg_without.warmup_steps(100)
+    (message,) = [message for message in messages if message not in messages_without]
+    option = ignored.replace(" hf_x", "")  # a secret is not printed
+    assert message.replace('"', "").startswith(f"{option} has no effect")
     assert fix in message
     assert "hf_x" not in message
 
 
-@pytest.mark.parametrize("scheduler", [{}, {"prediction_type": "v_prediction"},
-                                       {"_class_name": "EDMEulerScheduler"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "scheduler",
+    [{}, {"prediction_type": "v_prediction"}, {"_class_name": "EDMEulerScheduler"}],
+)
 def test_a_share_by_noise_is_named_where_the_model_does_not_predict_noise(
     scheduler, tmp_path, caplog
 ):
-    ignored = shutil.ignore_patterns("*.safetensors")
-    base = Path(shutil.copytree(pipeline_dir(), tmp_path / "base", ignore=ignored))
+    weights = shutil.ignore_patterns("*.safetensors")
+    base = Path(shutil.copytree(pipeline_dir(), tmp_path / "base", ignore=weights))
     config = base / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **scheduler}))
     words = f"{MINI} --pretrained_model_name_or_path {base} --auxiliaries sample"
     cfg, messages = resolved(f"{words} --auxiliary_snr_gamma 3", caplog)
-    if scheduler:
-        assert cfg.auxiliary_snr_gamma == 5.0
-        assert [message.split(" has no effect")[0] for message in messages] == [
-            "--auxiliary_snr_gamma 3.0"
-        ]
-    else:
-        assert cfg.auxiliary_snr_gamma == 3.0
-        assert not messages
+    assert cfg.auxiliary_snr_gamma == (5.0 if scheduler else 3.0)
+    assert len(messages) == bool(scheduler)
 
 
 def test_an_evaluation_without_rows_is_named(tmp_path, caplog):
     (tmp_path / "rows.jsonl").write_text('{"input": "a", "target": "b"}\n')
     words = f"--model_name_or_path smollm2 --train_file {tmp_path / 'rows.jsonl'}"
-    idle = "--eval_steps 5 --validation_epochs 1 --eval_on_start --eval_train_samples 3"
-    without, _ = resolved(words, caplog)
-    cfg, messages = resolved(f"{words} {idle} --max_predictions 2", caplog)
-    assert cfg == without
+    ignored = "--eval_steps 5 --validation_epochs 1 --eval_on_start --eval_train_samples 3"
+    cfg_without, _ = resolved(words, caplog)
+    cfg, messages = resolved(f"{words} {ignored} --max_predictions 2", caplog)
+    assert cfg == cfg_without
     assert len(messages) == 5
-    assert all("--validation_file" in message for message in messages)
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("words", "part"),
     [
-        (f"{MINI} --rank 16", ["--rank 16", "--lora_alpha 32", "--lora_alpha 16"]),
-        (f"{PRODIGY} --learning_rate 1e-4", ["--learning_rate 0.0001", "1.0"]),
-        (f"{MINI} --lr_scheduler constant_with_warmup", ["--lr_warmup_steps"]),
-        (f"{MINI} --use_dora", ["0.3.30", "A1111"]),
-        (f"{MINI} --use_dora --no_output_kohya_format", []),
-        (MINI, []),
+        (f"{MINI} --rank 16", "--lora_alpha 32"),
+        (f"{PRODIGY} --learning_rate 1e-4", "--learning_rate 0.0001"),
+        (f"{MINI} --keep_best", "every 25 steps"),
+        (f"{MINI} --lr_scheduler constant_with_warmup", "--lr_warmup_steps"),
+        (f"{MINI} --use_dora", "A1111"),
+        (f"{MINI} --use_dora --no_output_kohya_format", None),
+        (MINI, None),
     ],
 )
-def test_defaults_that_might_surprise_are_named_once(words, parts, monkeypatch, caplog):
+def test_a_default_that_might_surprise_is_named_by_the_main_process(
+    words, part, monkeypatch, caplog
+):
     _, messages = resolved(words, caplog)
-    assert len(messages) == bool(parts)
-    assert all(part in messages[0] for part in parts)
+    assert [part in message for message in messages] == ([] if part is None else [True])
     monkeypatch.setenv("RANK", "1")
-    assert resolved(words, caplog)[1] == []  # the main process alone speaks
+    assert resolved(words, caplog)[1] == []

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilora_diffusion.config.recipe import MOST_BYTES, read_options
+from bilora_diffusion.config.recipe import MAX_BYTES, read_options
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
 
@@ -57,13 +56,12 @@ def test_a_recipe_gives_values_as_their_text_and_flags_win(text, words, expected
 
 
 def test_a_radius_that_is_not_taken_over_is_named(caplog, tmp_path):
-    start = recipe(tmp_path, "dataset: mini\nrho: 0.3\n")
-    for words in ("--method lora", "--method lora-sam --rho 0.2"):
-        resolve([*start, *words.split()])
+    flags = recipe(tmp_path, "dataset: mini\nrho: 0.3\n")
+    resolve([*flags, "--method", "lora-sam", "--rho", "0.2"])
     assert not caplog.messages
-    resolve([*start, "--method", "lora-sam"])
-    (remark,) = caplog.messages
-    assert "rho 0.3" in remark
+    resolve([*flags, "--method", "lora-sam"])
+    (message,) = caplog.messages
+    assert "rho 0.3" in message
 
 
 def test_the_icons_recipe_is_the_command_of_one_flag():
@@ -74,37 +72,31 @@ def test_the_icons_recipe_is_the_command_of_one_flag():
 
 
 @pytest.mark.parametrize(
-    ("text", "pattern"),
+    ("text", "part"),
     [
-        # what is no option
-        ("dataset: mini\nrnk: 4\n", '"rnk".*did you mean "rank"'),
-        ("dataset: mini\nrank: four\n", '--rank.*"four".*whole number'),
-        ("dataset: mini\nrank: [1, 2]\n", '"rank".*1.*single value'),
-        ("dataset: mini\nrank: null\n", '"rank".*single value'),
+        # An option that is none, or that has a value of another kind.
+        ("dataset: mini\nrnk: 4\n", 'did you mean "rank"'),
+        ("dataset: mini\nrank: [1, 2]\n", "single value"),
+        ("dataset: mini\nrank: null\n", "single value"),
         ("dataset: mini\nvalidation_prompts: [null, a]\n", "single values in one list"),
-        ("dataset: mini\ndataset_name: x/y\n", '"dataset_name".*second time'),
-        # what is no file of options
+        ("dataset: mini\ndataset_name: x/y\n", "second time"),
+        # No file of options.
         ("dataset: mini\n  rank: 4\n", "line 2"),
         ("", "holds no options"),
         (b"\xff\xfe\x00rank", "not UTF-8"),
-        ("rank: 4\nseed: 1\nrank: 8", 'line 3.*"rank" a second time'),
-        ("rank: &r 4\nauxiliary_rank: *r", "line 1.*an anchor"),
-        ("instance_prompt: !bang", "line 1.*a tag.*quotes"),
-        (BOMB, "line 1.*an anchor"),
+        ("rank: 4\nseed: 1\nrank: 8", "line 3"),
+        ("instance_prompt: !bang", "a tag"),
+        (BOMB, "an anchor"),
         ("a: " + "[" * 100_000, "nested too deeply"),
-        ("x" * (MOST_BYTES + 1), "larger than 0.2 MB"),
-        ("rank: 4\n---\nrank: 8", "line 2.*another document"),
-        (r'instance_prompt: "a\0b"', "line 1.*no text"),
-        (r'instance_prompt: "\UFFFFFFFF"', "not valid YAML"),
-        ("x" * 1000 + ": 1", "1000 letters"),
+        ("x" * (MAX_BYTES + 1), "larger than"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else None,
 )
-def test_what_is_no_recipe_is_a_sentence(tmp_path, text, pattern):
-    with pytest.raises(UserError) as refusal:
+def test_a_bad_recipe_is_one_short_sentence(tmp_path, text, part):
+    with pytest.raises(UserError) as error:
         resolve(recipe(tmp_path, text))
-    assert re.search(pattern, str(refusal.value))
-    assert len(str(refusal.value)) < 400 + len(str(tmp_path))
+    assert part in str(error.value)
+    assert len(str(error.value)) < 400 + len(str(tmp_path))
 
 
 def test_only_regular_files_are_read(tmp_path):
@@ -114,14 +106,12 @@ def test_only_regular_files_are_read(tmp_path):
             resolve(["--config", path, "--dataset", "mini"])
 
 
-PIECES = st.sampled_from(
-    [
-        *("rank", "rho", "seed", "dataset", "mini", "4", "1e-4", "~", "true", "&a", "*a", "!!int "),
-        *(": ", ":\n  ", "\n", "- ", "[", "]", "{", "}", ", ", "? ", "| ", ">", '"', "'", "\\x"),
-        *("#", "%YAML 1.1\n", "---\n", "...\n", "\t", "<<", "\0", "\x85", "\ud7ff", "\\ud800"),
-        "\\U99999999",
-    ]
-)
+TOKENS = r"""
+    rank rho seed dataset mini 4 1e-4 ~ true &a *a - [ ] { } , ? | > ' " # --- ... << \x \ud800
+    \U99999999 !!int
+"""
+SPACED = [": ", ":\n  ", "\n", "- ", "%YAML 1.1\n", "\t", "\0", "\x85", "\ud7ff"]
+PIECES = st.sampled_from([*TOKENS.split(), *SPACED])
 
 
 @settings(max_examples=100)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bilora_diffusion import adapters, inits
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.adapters.quantize import quantize
-from bilora_diffusion.config import refusals
+from bilora_diffusion.config import constraints
 from bilora_diffusion.config.run import RunConfig
 from bilora_diffusion.core.choices import (
     AUTO,
@@ -54,7 +54,7 @@ def allowed(name: str, option: str, **own: Any) -> bool:
     """Test that the table of combinations lets these through."""
     facts = {{"init": "init_lora_weights"}.get(key, key): v for key, v in SPECS[option].items()}
     weights = "nf4" if option == "nf4" else "none"
-    return refusals.refused({"method": name, "quantize": weights, **facts, **own}) is None
+    return constraints.first_violated({"method": name, "quantize": weights, **facts, **own}) is None
 
 
 def combos() -> list[tuple[str, str, str]]:
@@ -211,7 +211,7 @@ class Run:
         total = torch.zeros(())
         for number in range(self.micro_batches):
             start = first + number * count
-            with self.method.seen(range(start, start + count)):
+            with self.method.around_batch(range(start, start + count)):
                 loss = self._loss(slice(start, start + count)) / self.micro_batches
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
@@ -220,7 +220,7 @@ class Run:
                 if parameter.grad is not None:
                     parameter.grad.fill_(float("inf"))
         if self.accelerator is not None:
-            average_gradients(self.accelerator, self.optimizer, self.method.apart())
+            average_gradients(self.accelerator, self.optimizer, self.method.loose_parameters)
         if torch.distributed.is_initialized():  # the loss is that of all processes, as the loop's
             torch.distributed.all_reduce(total)
             total /= torch.distributed.get_world_size()

@@ -16,7 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
 from bilora_diffusion.api import BiLoRA
-from bilora_diffusion.config import refusals
+from bilora_diffusion.config import constraints
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.text.config import resolve as resolve_text
 from docs import make
@@ -154,6 +154,6 @@ def test_a_page_is_what_the_code_makes(name):
 def test_the_pages_leave_nothing_out():
     options, diffusers, python = map(make.page, ("options.md", "diffusers.md", "python.md"))
     assert all(f"`--{name}`" in options and f"| `--{name}` |" in diffusers for name in DEFAULTS)
-    assert all(entry.reason in options for entry in refusals.table().refused)
+    assert all(entry.reason in options for entry in constraints.table().constraints)
     assert "without prior preservation" in options
     assert all(f"| `{name}(" in python for name in vars(BiLoRA) if not name.startswith("_"))

@@ -1,20 +1,20 @@
-"""docs/paper.md: its commands train with the paper's radii and rates, and run one after another.
+"""docs/paper.md: its experiments have the paper's radii and rates, and its commands run.
 
 The walk through the page takes place in one folder, with these differences to a reader's:
 
-- The recipes train for two steps on short rows, with the first seed and two values of each axis.
+- The recipes train for two steps on short rows, with the first seed. One run per recipe is trained,
+  in this process; the other variants and methods of a sweep are copies of it with records of their
+  own. `tests/text` and `tests/contract` train the methods.
 - Folders with the names of the hub's models and data sets lie in it: tiny random models, the
   miniature for SDXL, and made-up rows with the columns of each set.
-- Runs of a sweep are trained in this process, and so are those of `accelerate launch`.
 - The harness's tasks have no rows here: they give every model the same score. A local judge takes
-  the place of the one that the page names, a sandbox that runs nothing that of bubblewrap.
+  the place of the one that the page names.
 - Scorer and captioner of images are tiny; steps are timed on one narrow layer.
 """
 
 import importlib
 import itertools
 import json
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,12 +32,12 @@ from bilora_diffusion import mini
 from bilora_diffusion.image import script as image_script
 from bilora_diffusion.text import catalog
 from bilora_diffusion.text import script as text_script
-from eval import sweep, table
-from eval.sweep import axes, cells
-from eval.sweep.grid import Planner, open_script
+from bilora_diffusion.text.config import TextConfig
+from eval import table
+from eval.sweep import experiment, runs
+from eval.sweep.experiment import Plan, Run
 from eval.text_scores import harness
-from eval.text_scores.benchmarks import Item, Measured
-from eval.text_scores.sandbox import Execution, Sandbox
+from eval.text_scores.benchmarks import Item, Measurement
 from tests.docs.pages import commands, scripts
 from tests.eval.clip_models import save_blip, save_open_clip
 from tests.eval.text_score_models import judge
@@ -45,6 +45,7 @@ from tests.text.text_builders import save_llama, save_t5, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "paper.md"
+EXPERIMENTS = sorted((ROOT / "eval" / "experiments" / "paper").glob("*.yaml"))
 GLUE = ("mnli", "sst2", "cola", "qnli", "mrpc")
 
 RADII: dict[tuple[str, str], float] = {
@@ -58,7 +59,7 @@ RADII: dict[tuple[str, str], float] = {
     ("llama31_8b", "lora-sam"): 0.01,  # Appendix H.2, for Table 3
     ("llama31_8b", "bilora"): 0.05,
 }
-TABLE_A1 = {0.01, 0.05, 0.1, 0.2}
+TABLE_A1 = {"0.01", "0.05", "0.1", "0.2"}
 RATES_OF_FULL = {"glue": 1e-4, "superglue": 1e-4, "llama2_7b": 5e-5, "llama31_8b": 5e-5}
 """Full FT's learning rates, Appendices H.1 and H.2."""
 RUNS_OF_TABLE_2 = {"boolq": 3, "wic": 3, "rte": 5, "cb": 20, "copa": 20}  # Section 5.2
@@ -66,9 +67,9 @@ RUNS_OF_TABLE_2 = {"boolq": 3, "wic": 3, "rte": 5, "cb": 20, "copa": 20}  # Sect
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working folder of a reader, with the repository's files for sweeps."""
+    """The working folder of a reader, with the repository's experiments and recipes."""
     (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "arms").symlink_to(ROOT / "eval" / "arms")
+    (tmp_path / "eval" / "experiments").symlink_to(ROOT / "eval" / "experiments")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -81,43 +82,43 @@ def family(recipe: Path) -> str:
     return "glue" if recipe.stem in GLUE else "superglue"
 
 
-def sweeps(folder: Path) -> list[Any]:
-    """The arguments of all sweeps of the page."""
-    words = [words for script in scripts(PAGE) for words in commands(script, folder)]
-    return [sweep.Sweep.parser().read(w[3:]) for w in words if w[1:3] == ["-m", "eval.sweep"]]
+def configs(plan: Plan) -> list[Any]:
+    """The configuration of each variant, as the training script has it."""
+    flags = [run.flags for run in plan.runs[: len(plan.variants)]]
+    return [
+        experiment.resolve("", plan.experiment, plan.recipe, plan.script, words) for words in flags
+    ]
 
 
-def test_every_arm_has_the_paper_s_radius_rate_and_number_of_runs(folder, hub):
+def test_every_variant_has_the_paper_s_radius_rate_and_number_of_runs(folder, hub):
     radii: dict[tuple[str, str], float] = {}
     rates: dict[str, float] = {}
-    runs: dict[str, int] = {}
-    for args in sweeps(folder):
-        over, group = axes.axes(args.over), family(args.recipe)
+    seeds: dict[str, int] = {}
+    for plan in itertools.chain.from_iterable(map(experiment.load, EXPERIMENTS)):
+        group = family(plan.recipe)
         if group == "superglue":
-            runs[args.recipe.stem] = len(over["seed"])
-        if "rho" in over:
-            assert set(map(float, over["rho"])) == TABLE_A1
+            seeds[plan.recipe.stem] = len(plan.seeds)
+        if "rho" in plan.experiment.axes:
+            assert set(plan.experiment.axes["rho"]) == TABLE_A1
             continue
-        planner = Planner(args.recipe, open_script(args.script), axes.settings(args.set, "--set"))
-        variants = axes.load_variants(args.arms) if args.arms else {}
-        variants |= {method: {"method": method} for method in over.get("method", ())}
-        for label, values in variants.items():
-            config, _ = planner.read(label, values, 0)
+        for config in configs(plan):
             if config.method == "full":
                 rates[group] = config.learning_rate
             elif (group, config.method) in RADII:
                 radius = radii.setdefault((group, config.method), config.rho)
-                assert config.rho == radius, f"{args.recipe}, {config.method}: two radii"
+                assert config.rho == radius, f"{plan.recipe}, {config.method}: two radii"
             else:
                 assert config.method in ("lora", "lora-obar", "lora-nbar")  # without a radius
     assert radii == RADII
     assert rates == RATES_OF_FULL
-    assert runs == RUNS_OF_TABLE_2
+    assert seeds == RUNS_OF_TABLE_2
 
 
-def test_no_command_writes_where_another_does(folder):
+def test_every_experiment_is_on_the_page_and_no_command_writes_where_another_does(folder):
     words = [words for script in scripts(PAGE) for words in commands(script, folder)]
-    flags = ("--runs_dir", "--output_dir", "--json")
+    used = [word for command in words for word in command if word.startswith("eval/experiments/")]
+    assert sorted(ROOT / word for word in used) == EXPERIMENTS
+    flags = ("--output_dir", "--json")
     places = [w[w.index(flag) + 1] for w in words for flag in flags if flag in w]
     assert len(set(places)) == len(places)
 
@@ -136,7 +137,6 @@ SHORT_TEXT = SHORT | {
     "max_eval_samples": 4,
     "max_predictions": 1,
     "generation_max_new_tokens": 2,
-    "lora_ga_samples": 2,
 }
 SHORT_IMAGES = SHORT | {"resolution": 64, "num_validation_images": 0}
 MODELS: dict[str, Callable[[Path], object]] = {
@@ -196,19 +196,38 @@ def save_tasks(folder: Path) -> None:
         (folder / dataset / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
 
 
-class RunInThisProcess:
-    """A run of a sweep that is over when it was started."""
+class CopiedRun:
+    """A run of a sweep that is over when it was started: trained, or a copy of one that was."""
 
-    def __init__(self, runner: cells.Runner, cell: cells.Cell) -> None:
-        self.cell, self.folder = cell, runner.runs_dir / cell.name
-        Path(f"{self.folder}.log").touch()
-        command = runner.command(cell)
-        train(Path(command[3]).name, command[4:])
-        self.process = SimpleNamespace(poll=lambda: 0)
+    trained: dict[Any, Path]
+    """Recipe, or whatever else the weights depend on -> a run."""
 
-    def outcome(self) -> cells.Outcome:
-        assert cells.state(self.folder) == cells.FINISHED
-        return cells.Outcome(self.cell.name, self.cell.variant, self.cell.seed, cells.FINISHED)
+    def __init__(self, runner: runs.Runner, run: Run) -> None:
+        self.run, self.popen = run, None
+        folder, command = runner.runs_dir / run.name, runner.command(run)
+        config = TextConfig.resolve(command[4:])
+        metrics = self.trained.get(runner.recipe)
+        source: Any = runner.recipe
+        if config.method == "full":  # it leaves a whole model
+            source = config.model_name_or_path
+        elif config.log_dynamics:  # the terms of Eq. 5 are the method's own
+            source = run.flags
+        if source not in self.trained:
+            self.trained[source] = folder
+            train(Path(command[3]).name, command[4:])
+            return
+        shutil.copytree(self.trained[source], folder)
+        if metrics is not None and not config.log_dynamics:
+            shutil.copy(metrics / "metrics.jsonl", folder)
+        record = json.loads((folder / "run.json").read_text())
+        record |= {"config": config.to_dict(), "method": config.method, "seed": config.seed}
+        (folder / "run.json").write_text(json.dumps(record))
+
+    def is_running(self) -> bool:
+        return False
+
+    def outcome(self) -> runs.Outcome:
+        return runs.Outcome(self.run.name, self.run.variant, self.run.seed, runs.FINISHED)
 
 
 def train(script: str, argv: Sequence[str]) -> None:
@@ -218,14 +237,14 @@ def train(script: str, argv: Sequence[str]) -> None:
     main(list(argv))
 
 
-def measure_two_items(self: harness.Harness, *_: Any) -> Measured:
+def measure_two_items(self: harness.Harness, *_: Any) -> Measurement:
     """A score of two items in the place of a task's."""
-    return Measured(0.5, [Item("0", 1.0), Item("1", 0.0)])
+    return Measurement(0.5, [Item("0", 1.0), Item("1", 0.0)])
 
 
 @pytest.fixture
 def world(folder, monkeypatch):
-    """Models, data and recipes in the folder; what can not be here is replaced."""
+    """Models, data and recipes in the folder; further flags for each command."""
     (folder / "recipes").unlink()
     save_recipes(folder / "recipes")
     save_tasks(folder)
@@ -239,12 +258,12 @@ def world(folder, monkeypatch):
         shutil.copy(picture, folder / ICONS)
     write_rows(folder / "questions.jsonl", QUESTIONS)
 
-    monkeypatch.setattr(cells, "_Run", RunInThisProcess)
+    monkeypatch.setattr(CopiedRun, "trained", {}, raising=False)
+    monkeypatch.setattr(runs, "RunProcess", CopiedRun)
+    monkeypatch.setattr(runs, "_end", lambda _: None)
     manager = SimpleNamespace(all_tasks=[], all_tags=[])
-    monkeypatch.setattr(harness, "manager", lambda *_: manager)
+    monkeypatch.setattr(harness, "task_manager", lambda *_: manager)
     monkeypatch.setattr(harness.Harness, "measure", measure_two_items)
-    monkeypatch.setattr(Sandbox, "tried", lambda *_: Sandbox("true"))
-    monkeypatch.setattr(Sandbox, "run", lambda *_: Execution("failed", "not run"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     step_cost = importlib.import_module("step_cost")
     narrow = partial(importlib.import_module("random_models").llama_7b, **NARROW)
@@ -257,6 +276,7 @@ def world(folder, monkeypatch):
     with judge("[[8]]") as endpoint:
         text = f"--limit 1 --max_new_tokens 2 --mtbench_questions {folder / 'questions.jsonl'}"
         further = {
+            "eval.sweep": "--seeds 0 --set validation_loss_steps=1",
             "eval.text_scores": f"{text} --judge_base_url {endpoint.url}",
             "eval.clip_scores": f"{two_images} --scorer open_clip:{clip} --captioner blip:{blip}",
             "eval.landscape": "--directions 1 --points 3 --grid 0 --max_images 1 --levels 1"
@@ -265,16 +285,9 @@ def world(folder, monkeypatch):
         yield {name: flags.split() for name, flags in further.items()}
 
 
-def shortened(words: Sequence[str]) -> list[str]:
-    """A command for the first seed and two values of each axis, which measures at every step."""
-    words = [re.sub(r"^validation_loss_steps=.*", "validation_loss_steps=1", w) for w in words]
-    words = [re.sub(r"^(seed=\d+)\.\.\d+$", r"\1", word) for word in words]
-    return [re.sub(r"^(?!method)(\w+=[^,]+,[^,]+),.*", r"\1", word) for word in words]
-
-
 def execute(words: Sequence[str], further: dict[str, list[str]]) -> None:
     """Run one command of the page."""
-    program, *arguments = shortened(words)
+    program, *arguments = words
     if program == "accelerate":
         assert arguments[0] == "launch"
         train(arguments[1], arguments[2:])
@@ -296,11 +309,12 @@ def test_the_commands_of_the_page_run_one_after_another_in_one_folder(folder, wo
                 break
             execute(expanded[place], world)
 
-    runs = folder / "runs"
-    glue = table.read(runs / "scores" / "glue")
+    glue = table.read(folder / "runs" / "scores" / "glue")
     assert set(glue.groups) == {"LoRA", "LoRA-SAM", "Bi-LoRA", "Full FT"}
     assert all(len(glue.members(group)) == 5 for group in glue.groups)
-    assert "## Average" in (runs / "scores" / "glue" / "report.md").read_text(encoding="utf-8")
-    for path in runs.rglob("result.json"):
+    report = folder / "runs" / "scores" / "glue" / "report.md"
+    assert "## Average" in report.read_text(encoding="utf-8")
+    for path in (folder / "runs").rglob("result.json"):
         assert table.read(path.parent).rows
-    assert len(json.loads((runs / "step_cost_mini.json").read_text())["arms"]) > 5
+    costs = json.loads((folder / "runs" / "step_cost_mini.json").read_text())
+    assert len(costs["arms"]) > 5

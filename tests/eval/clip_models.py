@@ -36,14 +36,14 @@ HF_VISION = HF | {"image_size": SIZE, "patch_size": PATCH}
 def pictures(count: int, size: int | None = SIZE) -> list[Image.Image]:
     """Random images with large and small structure; of random width and height without a size."""
     random = np.random.default_rng(0)
-    made = []
+    images = []
     for _ in range(count):
         shape = (size, size) if size else random.integers(33, 90, 2).tolist()
         coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize(shape, Image.Resampling.BICUBIC))
         noise = random.integers(-30, 31, smooth.shape)
-        made.append(Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8)))
-    return made
+        images.append(Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8)))
+    return images
 
 
 def sentences(count: int) -> list[str]:

@@ -10,7 +10,7 @@ from bilora_diffusion.run import checkpoint
 from eval import checkpoints, compare, table, text_scores
 from eval.checkpoints import HELDOUT_LOSS, LOSS
 from eval.table import Entry, Metric, Result, Row
-from eval.text_scores import bases
+from eval.text_scores import base_models
 from tests.eval.text_score_models import save_record
 
 ACCURACY = "heldout_accuracy"
@@ -42,16 +42,16 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path, capsys):
     runs = [str(make_run(tmp_path / name, seed)) for seed, name in enumerate("ab")]
     out = ["--output_dir", str(tmp_path / "out")]
     assert text_scores.main([runs[0], "--steps", "all", *out]) == 0
-    found = table.read(tmp_path / "out")
-    assert [one.label for one in found.subjects] == ["step 10", "step 20"]
-    assert len({one.digest for one in found.subjects}) == 2
-    assert found.control == "step 20"
-    accuracy = [row.value for row in found.rows if row.metric == "heldout:cola:accuracy"]
+    result = table.read(tmp_path / "out")
+    assert [subject.label for subject in result.subjects] == ["step 10", "step 20"]
+    assert len({subject.digest for subject in result.subjects}) == 2
+    assert result.control == "step 20"
+    accuracy = [row.value for row in result.rows if row.metric == "heldout:cola:accuracy"]
     assert accuracy == pytest.approx([0.4, 0.3])
-    assert [row.value for row in found.select("heldout:cola:loss")] == [0.1, 0.05]
-    assert found.figures == [checkpoints.FIGURE]
+    assert [row.value for row in result.select("heldout:cola:loss")] == [0.1, 0.05]
+    assert result.figures == [checkpoints.FIGURE]
     assert (tmp_path / "out" / checkpoints.FIGURE).stat().st_size > 1000
-    by_accuracy, by_loss = found.settings["best_steps"]
+    by_accuracy, by_loss = result.settings["best_steps"]
     assert "best at step 10 (40.00), to the last step +10.00" in by_accuracy
     assert "best at step 20 (0.0500), the last" in by_loss
     assert str(tmp_path) not in (tmp_path / "out" / table.FILE).read_text()
@@ -61,7 +61,7 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path, capsys):
     assert "no held-out figure" in capsys.readouterr().err
     assert text_scores.main([*runs, "--steps", "20", *out]) == 0  # seeds of one method: one row
     both = table.read(tmp_path / "out")
-    assert [one.label for one in both.subjects] == ["a step 20", "b step 20"]
+    assert [subject.label for subject in both.subjects] == ["a step 20", "b step 20"]
     assert both.groups == ["step 20"]
     line = both.summary("step 20", "heldout:cola:accuracy")
     assert line.interval == pytest.approx((0.3, 0.4))
@@ -71,21 +71,23 @@ def test_runs_of_several_rows_stand_before_their_steps(tmp_path):
     runs = [str(make_run(tmp_path / name)) for name in "ab"]
     groups = [word for run in runs for word in ("--group", f"row {Path(run).name}={run}")]
     args = text_scores.TextScores.parser().read([*groups, "--steps", "all"])
-    found = [subject for subject, _ in bases.gather(args, True)]
-    assert [one.group for one in found] == [f"row {r} step {s}" for r in "ab" for s in (10, 20)]
-    assert checkpoints.last_group(found) == "row a step 20"
+    subjects = [subject for subject, _ in base_models.read_subjects(args, True)]
+    assert [subject.group for subject in subjects] == [
+        f"row {r} step {s}" for r in "ab" for s in (10, 20)
+    ]
+    assert checkpoints.last_group(subjects) == "row a step 20"
 
 
 def over_steps(second):
     """Of one run whose scores of twelve prompts at step 20 are its last step's plus ``second``."""
     metrics = {"i2t": Metric("score", "", True, 100, ".1f"), HELDOUT_LOSS: LOSS}
     rows, entries = [], []
-    for step, more in ((10, -0.5), (20, second), (30, 0.0)):
+    for step, change in ((10, -0.5), (20, second), (30, 0.0)):
         name = f"step {step}"
         entries.append(Entry(name, name, about={"run": "dog", "step": step}))
         for n in range(12):
             noise = 0.01 * (-1) ** n * (step != 30)
-            rows.append(Row(name, name, 0, "i2t", f"prompt {n}", value=n / 100 + more + noise))
+            rows.append(Row(name, name, 0, "i2t", f"prompt {n}", value=n / 100 + change + noise))
         if step != 20:
             rows.append(Row(name, name, None, HELDOUT_LOSS, value=step / 10))
     result = Result("clip_scores", entries, metrics, rows=rows)

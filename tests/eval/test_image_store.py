@@ -33,7 +33,7 @@ def new_store(root, pipeline, **changes):
 
 
 @pytest.fixture(scope="module")
-def made(pipeline, tmp_path_factory):
+def store_and_jobs(pipeline, tmp_path_factory):
     """Four subjects, three prompts, two seeds, by label; tests only read it."""
     folder = tmp_path_factory.mktemp("loras")
     zero = write_lora(folder / "zero", pipeline, size=0.0)
@@ -42,21 +42,21 @@ def made(pipeline, tmp_path_factory):
     subjects = single(["base", f"Zero={zero}", f"Random={random}", f"Text={text}"])
     store = new_store(tmp_path_factory.mktemp("store"), pipeline)
     by_label = {subject.label: jobs(subject, PROMPTS, [0, 7]) for subject in subjects}
-    assert store.generate(every(by_label), progress=False) == 24
+    assert store.generate(all_jobs(by_label), progress=False) == 24
     return store, by_label
 
 
-def every(by_label):
-    return [job for own in by_label.values() for job in own]
+def all_jobs(by_label):
+    return [job for subject_jobs in by_label.values() for job in subject_jobs]
 
 
-def pixels(store, wanted):
-    return [store.open(job).tobytes() for job in wanted]
+def pixels(store, image_jobs):
+    return [store.open(job).tobytes() for job in image_jobs]
 
 
-def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(made):
-    store, by_label = made
-    files = [job.file for job in every(by_label)]
+def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(store_and_jobs):
+    store, by_label = store_and_jobs
+    files = [job.file for job in all_jobs(by_label)]
     assert len(set(files)) == 24
     assert sorted(path.relative_to(store.root) for path in store.root.rglob("*.*")) == sorted(files)
     base, zero = by_label["base model"], by_label["Zero"]
@@ -75,44 +75,44 @@ def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(made):
 
 
 def test_only_what_is_missing_or_damaged_is_made_again(
-    made, pipeline, tmp_path, monkeypatch, capsys
+    store_and_jobs, pipeline, tmp_path, monkeypatch, capsys
 ):
-    asked: list[int] = []
+    counts: list[int] = []
 
     def counted(pipeline, prompts, *args, **kwargs):
-        asked.append(len(prompts))
+        counts.append(len(prompts))
         return generate(pipeline, prompts, *args, **kwargs)
 
     monkeypatch.setattr(images_module, "generate", counted)
-    todo, store = made[1]["Zero"], new_store(tmp_path, pipeline)
+    todo, store = store_and_jobs[1]["Zero"], new_store(tmp_path, pipeline)
     files = [tmp_path / job.file for job in todo]
     for job, file in zip(todo, files, strict=True):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes((made[0].root / job.file).read_bytes())
+        file.write_bytes((store_and_jobs[0].root / job.file).read_bytes())
     assert store.missing(todo) == []
-    kept, cut, flipped, unlabelled, unfinished, other = files
-    before = kept.stat().st_mtime_ns
+    intact, cut, flipped, unlabelled, unfinished, no_picture = files
+    before = intact.stat().st_mtime_ns
     cut.write_bytes(cut.read_bytes()[:-20])
     flipped.write_bytes(flipped.read_bytes()[:-300] + bytes(8) + flipped.read_bytes()[-292:])
     Image.new("RGB", (64, 64)).save(unlabelled)
     unfinished.rename(unfinished.with_name(f".tmp-{unfinished.name}"))  # as a kill leaves it
-    other.write_bytes(b"no picture")
+    no_picture.write_bytes(b"no picture")
     assert store.missing(todo) == todo[1:]
     assert store.generate(todo) == 5
-    assert asked == [8]  # five images, and what fills the denoiser's batches
-    shown = capsys.readouterr().err
-    assert "1/6" in shown  # progress starts with what is there
-    assert "6/6" in shown
-    assert pixels(store, todo) == pixels(made[0], todo)
-    assert kept.stat().st_mtime_ns == before
+    assert counts == [8]  # five images, and what fills the denoiser's batches
+    stderr = capsys.readouterr().err
+    assert "1/6" in stderr  # progress starts with what is there
+    assert "6/6" in stderr
+    assert pixels(store, todo) == pixels(store_and_jobs[0], todo)
+    assert intact.stat().st_mtime_ns == before
     assert not list(tmp_path.rglob(".tmp-*"))
     monkeypatch.setattr(store, "pipeline", None)  # and none is asked for
     assert store.generate(todo) == 0
 
 
-def test_a_changed_parameter_makes_images_again(made, pipeline):
-    store, by_label = made
-    todo = every(by_label)
+def test_a_changed_parameter_makes_images_again(store_and_jobs, pipeline):
+    store, by_label = store_and_jobs
+    todo = all_jobs(by_label)
     changes: list[dict[str, Any]] = [
         *({"steps": 3}, {"size": 72}, {"guidance_scale": 5.0}, {"dtype": "bfloat16"}),
         *({"lanes": 2}, {"base_model": "owner/other"}),
@@ -121,8 +121,8 @@ def test_a_changed_parameter_makes_images_again(made, pipeline):
         assert new_store(store.root, pipeline, **change).missing(todo) == todo
     rescaled = new_store(store.root, pipeline, scale=0.5).missing(todo)
     assert rescaled == todo[6:]  # the base model has nothing to scale
-    for other in (
+    for changed_jobs in (
         [replace(job, subject=replace(job.subject, digest="0" * 64)) for job in todo],
         [replace(job, prompt=Prompt("a cat")) for job in todo],
     ):
-        assert store.missing(other) == other
+        assert store.missing(changed_jobs) == changed_jobs

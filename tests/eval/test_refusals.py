@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bilora_diffusion.core.files import ROOT
 from bilora_diffusion.run import snapshots
-from bilora_diffusion.run.paths import ROOT
 from tests.eval.test_checkpoints import make_run as checkpointed
 from tests.eval.test_landscape import icons_run
 from tests.eval.test_text_scores import make_run as text_run
@@ -17,7 +17,7 @@ from tests.run import recorded_runs
 from tests.scripts.runs import two_icons
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-RECIPE = str(ROOT / "recipes" / "mini.yaml")
+EXPERIMENT = str(ROOT / "eval" / "experiments" / "lora_bilora.yaml")
 STEPS = {
     "": "name run folders",
     "steps base": "base is not a run folder",
@@ -75,10 +75,9 @@ CASES: dict[str, dict[str, str]] = {
         "words": "words/metrics.jsonl is ",
     },
     "sweep": {
-        f"{RECIPE} --over metod=lora": 'unknown option "--metod" (did you mean "--method"?)',
-        f"{RECIPE} --over method=lora --control method=full": "is none of the variants",
-        "none.yaml": 'there is no recipe "none.yaml"',
-        f"{RECIPE} --runs_dir file": "is not a folder that can be written",
+        "none.yaml": 'there is no experiment "none.yaml"',
+        f"{EXPERIMENT} --set metod=lora": 'unknown option "--metod"',
+        f"{EXPERIMENT} --runs_dir file": "is not a folder that can be written",
     },
 }
 

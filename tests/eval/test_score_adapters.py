@@ -34,8 +34,8 @@ def files(pipeline, tmp_path_factory):
     """LoRA files in the folders "unet" and "text" (both text encoders as well)."""
     root = tmp_path_factory.mktemp("files")
     write_lora(root / "unet", pipeline, kohya=True)
-    every = ("unet", "text_encoder", "text_encoder_2")
-    write_lora(root / "text", pipeline, size=1.0, components=every)
+    components = ("unet", "text_encoder", "text_encoder_2")
+    write_lora(root / "text", pipeline, size=1.0, components=components)
     return root
 
 
@@ -61,20 +61,22 @@ def test_the_digest_is_of_the_weights_alone(files, tmp_path):
 def test_all_adapters_belong_to_one_base(files, tmp_path):
     weights = files / "unet" / FILE
     change = {"ss_sd_model_name": "owner/other"}
-    other = rewrite(weights, tmp_path / "o.safetensors", lambda _, m: m.update(change))
+    foreign_file = rewrite(weights, tmp_path / "o.safetensors", lambda _, m: m.update(change))
     silent = rewrite(weights, tmp_path / "s.safetensors", lambda _, m: m.pop("bilora.method"))
-    base, mini, foreign, unknown = single(["base", *map(str, (weights, other, silent))])
-    assert unknown.base_model is None
-    assert base_model([base, mini, unknown], None) == "mini"
-    assert base_model([base, unknown], "owner/x") == "owner/x"
+    base, mini, foreign, silent_subject = single(
+        ["base", *map(str, (weights, foreign_file, silent))]
+    )
+    assert silent_subject.base_model is None
+    assert base_model([base, mini, silent_subject], None) == "mini"
+    assert base_model([base, silent_subject], "owner/x") == "owner/x"
     assert base_model([foreign], str(tmp_path)) == str(tmp_path)  # a local copy
-    for subjects, given, shown in (
+    for subjects, base_name, sentence in (
         ([mini, foreign], None, "mini.*owner/other"),
-        ([base, unknown], None, "--base_model"),
+        ([base, silent_subject], None, "--base_model"),
         ([foreign], "mini", "owner/other.*mini"),
     ):
-        with pytest.raises(UserError, match=shown):
-            base_model(subjects, given)
+        with pytest.raises(UserError, match=sentence):
+            base_model(subjects, base_name)
 
 
 def picture(pipeline):
@@ -88,23 +90,23 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
     name, pipeline, files
 ):
     run = train_once("full", method="full") if name == "whole" else files / name
-    own = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     state = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
     image, text = picture(pipeline), embed(pipeline, [PROMPT])
     with applied(pipeline, find(str(run))):
         inside = picture(pipeline)
         assert not np.array_equal(inside, image)
-        same = torch.equal(embed(pipeline, [PROMPT])["sequence"], text["sequence"])
-        assert same == (name != "text")
+        is_same_text = torch.equal(embed(pipeline, [PROMPT])["sequence"], text["sequence"])
+        assert is_same_text == (name != "text")
         assert not any(p.requires_grad for p in pipeline.unet.parameters())
         assert not pipeline.unet.training
         if name == "whole":
             trained = load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
             assert all(torch.equal(p, trained[k]) for k, p in pipeline.unet.named_parameters())
         else:
-            other = load_pipeline("mini", dtype=torch.float32)
-            other.load_lora_weights(str(run), weight_name=FILE)
-            assert np.array_equal(inside, picture(other))
+            reference = load_pipeline("mini", dtype=torch.float32)
+            reference.load_lora_weights(str(run), weight_name=FILE)
+            assert np.array_equal(inside, picture(reference))
     with pytest.raises(ZeroDivisionError), applied(pipeline, find(str(run))):
         raise ZeroDivisionError
     if name == "whole":
@@ -113,7 +115,7 @@ def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_err
     elif name == "unet":
         with applied(pipeline, find(str(run)), 0.0):
             assert np.array_equal(picture(pipeline), image)
-    assert (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) == own
+    assert (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) == parts
     assert not any(pipeline.get_list_adapters().values())
     after = pipeline.unet.state_dict()
     assert after.keys() == state.keys()
@@ -143,22 +145,22 @@ def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(pipeline, tmp_path
             continue
         rank, alpha = (2, 4.0) if path.endswith(("to_q", "conv1")) else (4, 4.0)
         weight, name = module.weight.data, f"lora_unet_{path.replace('.', '_')}"
-        (m, n, *kernel), ones = weight.shape, [1] * (weight.dim() - 2)
+        (m, n, *kernel), trailing = weight.shape, [1] * (weight.dim() - 2)
         down = torch.randn(rank, n, *kernel, generator=draw) / 8
-        up = torch.randn(m, rank, *ones, generator=draw) / 8
-        own = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+        up = torch.randn(m, rank, *trailing, generator=draw) / 8
+        layer = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
         weight += alpha / rank * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
-        own["dora_scale"] = (torch.rand(m, generator=draw) + 0.5).reshape(-1, 1, *ones)
-        weight *= own["dora_scale"] / weight.flatten(1).norm(dim=1).reshape(-1, 1, *ones)
-        tensors |= {f"{name}.{kind}": value for kind, value in own.items()}
+        layer["dora_scale"] = (torch.rand(m, generator=draw) + 0.5).reshape(-1, 1, *trailing)
+        weight *= layer["dora_scale"] / weight.flatten(1).norm(dim=1).reshape(-1, 1, *trailing)
+        tensors |= {f"{name}.{kind}": value for kind, value in layer.items()}
     file = tmp_path / "locon.safetensors"
     save_file(tensors, file)
-    base, expected, found = predicted(pipeline.unet), predicted(by_hand), []
-    for same in (file, convert(file, "diffusers")):
-        with applied(pipeline, find(str(same))):
-            found.append(predicted(pipeline.unet))
-        assert (found[-1] - expected).norm() < 1e-5 * (expected - base).norm()
-    assert torch.equal(*found)
+    base, expected, predictions = predicted(pipeline.unet), predicted(by_hand), []
+    for source in (file, convert(file, "diffusers")):
+        with applied(pipeline, find(str(source))):
+            predictions.append(predicted(pipeline.unet))
+        assert (predictions[-1] - expected).norm() < 1e-5 * (expected - base).norm()
+    assert torch.equal(*predictions)
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def test_a_model_is_named_by_its_weights_or_its_commit(folders):
     for scheme, folder in folders.items():
         (weights,) = folder.glob("*.safetensors")
         entry = loaders[scheme].load(f"{scheme}:{folder}").entry
-        named = ModelEntry(f"{scheme}:{folder.name}", scheme, folder.name, of_files(weights))
-        assert replace(entry, note="") == named
+        expected = ModelEntry(f"{scheme}:{folder.name}", scheme, folder.name, of_files(weights))
+        assert replace(entry, note="") == expected
         assert ("search" in entry.note) == (scheme == "blip")
     commit = "0123456789abcdef0123456789abcdef01234567"
     put_on_hub(BLIP, folders["blip"], commit)  # in the real one's place
@@ -60,17 +60,19 @@ def i2t(folder, image, text):
 def test_i2t_is_the_librarys_whatever_the_batch_and_the_mode(folders):
     images, texts = [*pictures(3), *pictures(4, None)], sentences(7)
     ours = folders["open_clip"]
-    one, many = (models.load(f"open_clip:{ours}", batch=batch) for batch in (3, 20))
-    table = one.images(images) @ one.texts(texts).T
-    for at in (0, 1, 6):
-        expected = i2t(ours, images[at], texts[at])
-        assert float(table[at, at]) == pytest.approx(expected, abs=1e-6)
+    small_batches, large_batches = (
+        models.load(f"open_clip:{ours}", batch=batch) for batch in (3, 20)
+    )
+    table = small_batches.images(images) @ small_batches.texts(texts).T
+    for index in (0, 1, 6):
+        expected = i2t(ours, images[index], texts[index])
+        assert float(table[index, index]) == pytest.approx(expected, abs=1e-6)
     assert table.std() > 0.05  # so that the lines before could fail
-    embeddings = many.images([image.convert("RGBA") for image in images])
+    embeddings = large_batches.images([image.convert("RGBA") for image in images])
     assert (embeddings.shape, embeddings.dtype) == ((7, DIMENSION), torch.float32)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(7))
-    again = embeddings @ many.texts(texts[::-1]).flip(0).T
-    torch.testing.assert_close(again, table, atol=1e-6, rtol=0)
+    other_table = embeddings @ large_batches.texts(texts[::-1]).flip(0).T
+    torch.testing.assert_close(other_table, table, atol=1e-6, rtol=0)
 
 
 def test_blip_is_generate_of_transformers(folders, tmp_path):
@@ -96,7 +98,10 @@ def test_retrieval_takes_the_nearest_caption(tmp_path, monkeypatch):
     (folder / "captions.txt").write_text("\n".join(sentences(20)))
     monkeypatch.setattr(mini, "scorer_dir", lambda: folder)  # a random model of the same form
     scorer, bank, images = models.load("embedded"), sentences(20), pictures(9)
-    captioner, other = (captioners.retrieval(scorer, [*own, *own]) for own in (bank, bank[1:]))
+    captioner, other_captioner = (
+        captioners.retrieval(scorer, [*caption_bank, *caption_bank])
+        for caption_bank in (bank, bank[1:])
+    )
     captions = captioner(images)
     nearest = (scorer.images(images) @ scorer.texts(bank).T).argmax(dim=1)
     assert captions == [bank[index] for index in nearest.tolist()]
@@ -107,7 +112,7 @@ def test_retrieval_takes_the_nearest_caption(tmp_path, monkeypatch):
     entry = embedded.entry
     assert entry == captioner.entry
     assert str(entry.revision).startswith(f"{scorer.entry.revision}, captions ")
-    assert entry.revision != other.entry.revision
+    assert entry.revision != other_captioner.entry.revision
     assert entry.name == f"{mini.NAME} retrieval"
     assert "nearest of 20, not generated" in entry.note
 

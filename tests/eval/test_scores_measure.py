@@ -29,14 +29,14 @@ class ColorScorer(Scorer):
     """Embeds an image as its mean color, and a text as the color that it names."""
 
     def __init__(self):
-        super().__init__(ENTRY, self._mean, self._named, lambda text: False)
+        super().__init__(ENTRY, self._mean, self._embed_names, lambda text: False)
 
     def _mean(self, images):
         return torch.tensor(np.stack([np.asarray(i, np.float32).mean((0, 1)) for i in images]))
 
-    def _named(self, texts):
-        named = [next(c for word, c in COLORS.items() if word in text) for text in texts]
-        return torch.tensor(named, dtype=torch.float32)
+    def _embed_names(self, texts):
+        colors = [next(c for word, c in COLORS.items() if word in text) for text in texts]
+        return torch.tensor(colors, dtype=torch.float32)
 
 
 def strongest(images):
@@ -60,20 +60,27 @@ def subject(label):
     return Subject(label, label, method=label, digest=label * 8)
 
 
-def measured(prompts, colors, *subjects, seeds=1, **more):
+def measured(prompts, colors, *subjects, seeds=1, **options):
     """The rows of all subjects."""
     usual = {"scorer": ColorScorer(), "captioner": None, "truths": {}, "training": {}}
     originals = jobs(BASE, [prompt for prompt in prompts if prompt.general], range(seeds))
-    judge = ImageJudge(Colors(colors), originals=originals, progress=False, **usual | more)
-    return [row for one in subjects for row in judge.rows(one, jobs(one, prompts, range(seeds)))]
+    judge = ImageJudge(Colors(colors), originals=originals, progress=False, **usual | options)
+    return [
+        row
+        for adapter in subjects
+        for row in judge.rows(adapter, jobs(adapter, prompts, range(seeds)))
+    ]
 
 
 def test_each_score_is_the_cosine_that_it_says(tmp_path):
     for name, color in COLORS.items():
         Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
     colors = {("a", RED.text, 1): "green", ("a", GENERAL.text, 0): "blue"}
-    more = {"captioner": Captioner(ENTRY, strongest), "training": {"a": open_images(str(tmp_path))}}
-    rows = measured([RED, GENERAL], colors, subject("a"), BASE, seeds=2, **more)
+    options = {
+        "captioner": Captioner(ENTRY, strongest),
+        "training": {"a": open_images(str(tmp_path))},
+    }
+    rows = measured([RED, GENERAL], colors, subject("a"), BASE, seeds=2, **options)
     values = {(r.subject, r.metric, r.item, r.seed): r.value for r in rows}
     near, far = pytest.approx(1, abs=1e-6), pytest.approx(FAR, abs=1e-6)
     expected = {
@@ -94,16 +101,16 @@ def test_each_score_is_the_cosine_that_it_says(tmp_path):
 
 
 def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path):
-    own = tmp_path / "own.png"
-    Image.new("RGB", (8, 8), COLORS["red"]).save(own)
+    own_picture = tmp_path / "own.png"
+    Image.new("RGB", (8, 8), COLORS["red"]).save(own_picture)
     rabbit = Prompt("a red rabbit", reference=heldout_dir() / "1f407.png")
-    prompts = [rabbit, Prompt("a red own", reference=own), RED]
+    prompts = [rabbit, Prompt("a red own", reference=own_picture), RED]
     assert list(truth_pictures(prompts, "mini")) == ["a red rabbit", "a red own"]
     truths = truth_pictures(prompts, "some/model")
     rows = measured(prompts, {}, subject("a"), truths=truths)
     (row,) = [row for row in rows if row.metric == "truth"]
     assert (row.item, row.value) == ("a red own", pytest.approx(1))
-    own.write_bytes(b"no picture")
+    own_picture.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r'own\.png.*"a red own"'):
         truth_pictures(prompts, "mini")
 
@@ -132,11 +139,11 @@ def test_the_icons_are_200_of_one_form_and_were_not_trained_on(icons):
         assert str(prompt.instance)[0].isupper() or str(prompt.instance)[0].isdigit()
         assert not prompt.general
     assert tuple(prompt.instance for prompt in icons[:6]) == PAPER
-    asked = {str(prompt.instance).lower() for prompt in icons}
-    assert len(asked) == 200
-    assert asked.isdisjoint(labels(train_dir()))
-    found = {p.reference.name for p in icons if p.reference is not None}
-    assert found == set(labels(heldout_dir()).values())
+    instances = {str(prompt.instance).lower() for prompt in icons}
+    assert len(instances) == 200
+    assert instances.isdisjoint(labels(train_dir()))
+    references = {p.reference.name for p in icons if p.reference is not None}
+    assert references == set(labels(heldout_dir()).values())
     general = read("general")
     assert len({prompt.text for prompt in general}) == len(general) == 24
     assert all(p.general and p.reference is None and "tok" not in p.text.lower() for p in general)
@@ -159,7 +166,6 @@ def test_a_csv_has_columns(tmp_path):
 
 REFUSED = {
     "twice.txt": (b"a cat\n\na dog\na cat\n", ["line 1", "line 4", '"a cat"']),
-    "column.csv": (b"promt,id\na cat,1\n", ['"prompt"', 'did you mean "promt"', "id"]),
     "gone.csv": (b"prompt,reference\na cat,cat.png\n", ["line 2", '"cat.png"']),
     "3d_icons": (None, ['"3d_icons"', 'did you mean "3d_icon"']),
 }

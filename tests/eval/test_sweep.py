@@ -1,17 +1,16 @@
-"""eval.sweep from its command line to its result, with cells that are run in no time."""
+"""eval.sweep from its command line to its result, with runs that take no time."""
 
-from collections.abc import Mapping, Sequence
+import json
 
 import pytest
 
-from bilora_diffusion.run.paths import ROOT
+from bilora_diffusion.core.files import ROOT
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep, table
-from eval.sweep.cells import Outcome, Runner
+from eval.sweep.runs import Outcome, Runner
 
-RECIPE = str(ROOT / "recipes" / "mini.yaml")
-Curves = Mapping[str, Mapping[int, Sequence[tuple[float, float]]]]
-TWO: Curves = {
+RECIPE = ROOT / "recipes" / "mini.yaml"
+CURVES = {
     "lora": {
         0: [(0.10, 0.20), (0.08, 0.16), (0.09, 0.12)],
         1: [(0.10, 0.20), (0.07, 0.16), (0.08, 0.12)],
@@ -21,89 +20,93 @@ TWO: Curves = {
         1: [(0.10, 0.20), (0.08, 0.18), (0.06, 0.14)],
     },
 }
-"""Arm -> seed -> held-out and training loss before and after each step."""
+"""Variant -> seed -> held-out and training loss before and after each step."""
 
 
 @pytest.fixture
-def swept(tmp_path, monkeypatch):
-    """``swept(curves, *words)``: exit code and result; an empty curve is a cell that failed."""
+def train(tmp_path, monkeypatch):
+    """``train(curves)``: exit code and result of a sweep; an empty curve is a run that failed."""
 
-    def run(curves, *words):
-        def run_all(runner, cells):
-            return [_run(runner.runs_dir, cell, curves) for cell in cells]
+    def sweep_over(curves):
+        monkeypatch.setattr(
+            Runner,
+            "run_all",
+            lambda self, runs: [record_run(self.runs_dir, run, curves) for run in runs],
+        )
+        variants = {name: {"method": "lora", "rank": n + 2} for n, name in enumerate(curves)}
+        seeds = sorted({seed for by_seed in curves.values() for seed in by_seed})
+        content = {"recipe": str(RECIPE), "variants": variants, "seeds": seeds}
+        (tmp_path / "two.yaml").write_text(json.dumps(content))  # YAML reads JSON
+        code = sweep.main([str(tmp_path / "two.yaml"), "--runs_dir", str(tmp_path / "runs")])
+        return code, table.read(tmp_path / "runs" / "two" / "sweep")
 
-        monkeypatch.setattr(Runner, "run_all", run_all)
-        arms = tmp_path / "arms.yaml"
-        lines = [f'"{arm}": {{method: lora, rank: {n + 2}}}\n' for n, arm in enumerate(curves)]
-        arms.write_text("".join(lines))
-        seeds = ",".join(map(str, dict.fromkeys(seed for own in curves.values() for seed in own)))
-        given = ["--arms", str(arms), "--over", f"seed={seeds}", "--runs_dir", str(tmp_path / "r")]
-        code = sweep.main([RECIPE, *given, "--output_dir", str(tmp_path / "out"), *words])
-        return code, table.read(tmp_path / "out")
-
-    return run
+    return sweep_over
 
 
-def _run(runs, cell, curves):
-    curve = curves[cell.variant][cell.seed]
+def record_run(runs_dir, run, curves):
+    curve = curves[run.variant][run.seed]
     if not curve:
-        return Outcome(cell.name, cell.variant, cell.seed, "failed", 2, "the loss is not finite")
-    log = RunLog(runs / cell.name)
-    log.start({}, method="lora", seed=cell.seed, resume_step=None)
+        return Outcome(run.name, run.variant, run.seed, "failed", 2, "the loss is not finite")
+    log = RunLog(runs_dir / run.name)
+    log.start({}, method="lora", seed=run.seed, resume_step=None)
     for step, (heldout, training) in enumerate(curve):
         if step:
-            log.metric(step, digest=str(cell.seed), seconds=0.1 * step)
+            log.metric(step, digest=str(run.seed), seconds=0.1 * step)
         log.metric(step, heldout_loss=heldout, train_grid_loss=training)
     log.close("finished", steps=len(curve) - 1)
-    return Outcome(cell.name, cell.variant, cell.seed, "finished")
+    return Outcome(run.name, run.variant, run.seed, "finished")
 
 
-def test_arms_are_compared_seed_by_seed(swept, tmp_path, capsys):
-    code, result = swept(TWO)
+def test_variants_are_compared_seed_by_seed(train, tmp_path, capsys):
+    code, result = train(CURVES)
     assert code == 0
     assert result.summary("lora", "final heldout_loss").mean == pytest.approx(0.085)
-    assert result.summary("lora", "final heldout_loss").difference is None
     final = result.summary("bilora", "final heldout_loss")
     assert final.difference == pytest.approx(-0.015)
     assert final.difference_interval == pytest.approx((-0.02, -0.01))
     assert (final.lower, final.pairs) == (2, 2)
     best = result.summary("bilora", "best heldout_loss")
     assert best.difference == pytest.approx(-0.01)  # 0.07 - 0.08 and 0.06 - 0.07
-    assert result.summary("bilora", "final train_grid_loss").mean == pytest.approx(0.14)
     assert result.summary("bilora", "seconds_per_step").mean == pytest.approx(0.15)  # the median
-    assert [line.step for line in result.curve("bilora", "heldout_loss")] == [0, 1, 2]
-    # the slowest run sets the level, at which the others are between two points
+    # The slowest run sets the level, at which the others are between two points.
     level = {"training_loss": pytest.approx(0.14), "set_by": "bilora"}
     assert result.settings["equal_training"] == level
     equal = result.summary("lora", "equal_training heldout_loss")
     assert equal.mean == pytest.approx((0.085 + 0.075) / 2)
-    assert result.summary("bilora", "equal_training heldout_loss").mean == pytest.approx(0.07)
 
-    assert (tmp_path / "out" / "report.md").read_text() in capsys.readouterr().out
+    folder = tmp_path / "runs" / "two" / "sweep"
+    assert (folder / "report.md").read_text() in capsys.readouterr().out
     assert result.settings["arms"]["bilora"]["options"] == {"method": "lora", "rank": "3"}
-    for file in (tmp_path / "out").iterdir():
+    for file in folder.iterdir():
         assert file.suffix == ".png" or str(tmp_path) not in file.read_text()
 
 
-def test_a_missing_cell_leaves_the_other_seeds(swept, capsys):
-    curves = {"lora": TWO["lora"], "bilora": {0: TWO["bilora"][0], 1: []}, "no": {0: [], 1: []}}
-    code, result = swept(curves)
+def test_a_missing_run_leaves_the_other_seeds(train, capsys):
+    curves = {**CURVES, "bilora": {0: CURVES["bilora"][0], 1: []}, "no": {0: [], 1: []}}
+    code, result = train(curves)
     assert code == 1
-    told = capsys.readouterr()
-    assert "| bilora | 1/2 | 80.00 | -10.00 [n/a], 1/1 |" in told.out
-    assert "| no | 0/2 | n/a |" in told.out
-    assert "error: 3 of 6 runs failed: " in told.err
-    assert "(exit code 2: the loss is not finite)" in told.err
+    output = capsys.readouterr()
+    assert "| bilora | 1/2 | 80.00 | -10.00 [n/a], 1/1 |" in output.out
+    assert "| no | 0/2 | n/a |" in output.out
+    assert "error: 3 of 6 runs failed: " in output.err
+    assert "(exit code 2: the loss is not finite)" in output.err
     assert sum("failed (exit code 2): the loss is not finite" in n for n in result.notes) == 3
     assert result.settings["paired"]["bilora"] is True
-    code, result = swept({"lora": {0: []}, "bilora": {0: []}})  # nothing at all
+    code, result = train({"lora": {0: []}, "bilora": {0: []}})  # nothing at all
     assert (code, result.provenance) == (1, None)
 
 
-def test_a_dry_run_lists_the_cells(tmp_path, capsys):
-    words = ["--over", "method=lora,bilora", "seed=0..1", "rho=0.01,0.1", "--dry_run"]
-    assert sweep.main([RECIPE, *words, "--runs_dir", str(tmp_path / "runs")]) == 0
-    told = capsys.readouterr().out
-    assert "3 variants x 2 seeds = 6 runs" in told
-    assert told.count("accelerate.commands.launch") == 6
-    assert list(tmp_path.iterdir()) == []
+def test_a_dry_run_lists_the_runs_of_each_recipe(tmp_path, capsys):
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text("dataset: mini")
+    content = {"recipe": [str(RECIPE), str(recipe)], "axes": {"method": ["lora", "bilora"]}}
+    (tmp_path / "two.yaml").write_text(json.dumps(content))
+    words = [str(tmp_path / "two.yaml"), "--runs_dir", str(tmp_path / "runs"), "--seeds", "0..1"]
+    assert sweep.main([*words, "--dry_run"]) == 0
+    output = capsys.readouterr().out
+    for name in ("two/mini", "two/other"):
+        assert f"{name}: 2 variants x 2 seeds = 4 runs" in output
+        assert output.count(f"--output_dir {tmp_path}/runs/{name}/") == 4
+    assert not (tmp_path / "runs").exists()
+    assert sweep.main([*words, "--output_dir", str(tmp_path)]) == 2
+    assert "--output_dir is one folder for 2 comparisons" in capsys.readouterr().err

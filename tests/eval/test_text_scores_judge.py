@@ -107,12 +107,12 @@ def test_answers_are_rated_and_what_can_not_be_read_is_asked_again_and_counted(t
         with pytest.raises(UserError, match="gave no answer"):
             measure(endpoint.url, tmp_path)
         found = measure(endpoint.url, tmp_path)  # goes on where it stopped
-        assert len(endpoint.asked) == 2 + 3 + mtbench.ASKED_AGAIN
+        assert len(endpoint.asked) == 2 + 3 + mtbench.RATING_ATTEMPTS
         assert measure(endpoint.url, tmp_path) == found
-        assert len(endpoint.asked) == 2 + 3 + mtbench.ASKED_AGAIN  # nothing was asked twice
+        assert len(endpoint.asked) == 2 + 3 + mtbench.RATING_ATTEMPTS  # nothing was asked twice
     assert found.value == 6
     assert [item.score for item in found.items] == [8, 4, None]
-    assert found.further() == {
+    assert found.all_figures() == {
         "items": 3,
         "without an answer": 1,
         "category math": 4,

@@ -19,12 +19,12 @@ from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.core.lora_names import FILE_NAME
 from bilora_diffusion.export.layers import primary_part
 from bilora_diffusion.export.writer import save_diffusers
-from bilora_diffusion.image.families import SDXL, of
-from bilora_diffusion.image.layers import chosen
+from bilora_diffusion.image.families import SDXL, family_of
+from bilora_diffusion.image.layers import select_layers
 from tests.export.comfy_names import place
 from tests.export.export_models import add_adapters
 from tests.image.test_comfy import comfy_levels, graph_of, pipeline_of
-from tests.image.tiny import made
+from tests.image.tiny import make_pipeline
 
 COMFYUI = os.environ.get("COMFYUI", "")
 MODELS = yaml.safe_load(Path(__file__).with_name("comfyui.yaml").read_text(encoding="utf-8"))
@@ -47,11 +47,13 @@ def model(request, monkeypatch):
 
 def test_comfyui_adds_what_was_trained(model, tmp_path, caplog):
     sdxl, lora = model.of == SDXL, load("comfy.lora")
-    pipeline = pipeline_of(SDXL) if sdxl else made(model.of, **MODELS[model.of].get("ours", {}))
+    pipeline = (
+        pipeline_of(SDXL) if sdxl else make_pipeline(model.of, **MODELS[model.of].get("ours", {}))
+    )
     names = ("unet", *ENCODERS) if sdxl else ("transformer",)
     for name in names:
         ours = getattr(pipeline, name)
-        layers = chosen(["all" if sdxl else "attention"], of(pipeline), ours)
+        layers = select_layers(["all" if sdxl else "attention"], family_of(pipeline), ours)
         targets = "all-linear" if name in ENCODERS else layers
         add_adapters(ours, AdapterSpec(rank=2, alpha=3, target_modules=targets))
     models = {name: getattr(pipeline, name) for name in names}

@@ -21,7 +21,7 @@ from bilora_diffusion.core.lora_names import FILE_NAME, kohya_file_name
 from bilora_diffusion.export.readback import verify
 from bilora_diffusion.export.writer import save_diffusers
 from bilora_diffusion.image import layers as choice
-from bilora_diffusion.image.families import of
+from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from tests.export import export_models as small
@@ -80,7 +80,7 @@ def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
     names, layers, alpha, dora, tmp_path
 ):
     trained, loaded = (load_pipeline("mini", dtype=torch.float32) for _ in range(2))
-    places = choice.chosen([layers], of(trained), trained.unet)
+    places = choice.select_layers([layers], family_of(trained), trained.unet)
     models = {}
     for name in names:
         targets = places if name == "unet" else "all-linear"

@@ -18,15 +18,15 @@ from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.readback import verify
 from bilora_diffusion.export.writer import save_diffusers
-from bilora_diffusion.image.families import of
-from bilora_diffusion.image.layers import chosen
+from bilora_diffusion.image.families import family_of
+from bilora_diffusion.image.layers import select_layers
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.run.folder import clear, guard
 from eval.load import applied
 from eval.sources import find
 from tests.export.comfy_names import NAMES, place
 from tests.export.export_models import FACTS, add_adapters, equal
-from tests.image.tiny import FILES, made, shared
+from tests.image.tiny import FILES, make_pipeline, shared
 from tests.scripts.runs import copied, train_once
 
 SD3 = "StableDiffusion3Pipeline"
@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def trained(kind, layers="attention", **options):
     """A tiny pipeline whose transformer has a primary and an auxiliary of random values."""
-    pipeline = made(kind)
-    places = chosen([layers], of(pipeline), pipeline.transformer)
+    pipeline = make_pipeline(kind)
+    places = select_layers([layers], family_of(pipeline), pipeline.transformer)
     spec = AdapterSpec(target_modules=places, **{"rank": 2, "alpha": 3, **options})
     model = add_adapters(pipeline.transformer, spec)
     with torch.no_grad():
@@ -54,9 +54,9 @@ def exported(folder, pipeline):
 @torch.no_grad()
 def output(pipeline):
     """The transformer's prediction for latents of noise and two prompts."""
-    family, random = of(pipeline), torch.Generator().manual_seed(0)
+    family, random = family_of(pipeline), torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, 64, 64, generator=random)
-    space = family.space(pipeline.vae)
+    space = family.latent_space(pipeline.vae)
     latents = space.encode(space.distribution(pipeline.vae, pixels)[0])
     told = family.embed(pipeline, ["a fox", "an icon of a cat"])
     pipeline.transformer.eval()
@@ -71,7 +71,7 @@ def output(pipeline):
     ],
 )
 def test_the_pipeline_loads_what_was_trained(kind, layers, dora, tmp_path):
-    source, other = trained(kind, layers, use_dora=dora), made(kind)
+    source, other = trained(kind, layers, use_dora=dora), make_pipeline(kind)
     if not hasattr(other, "load_lora_weights"):
         pytest.skip(f"diffusers' {kind} has no load_lora_weights")
     # As PEFT leaves it: torch takes another kernel for a weight that requires gradients.
@@ -110,7 +110,7 @@ def test_keys_and_metadata_are_diffusers_and_those_that_the_docs_name_for_comfyu
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|", page, re.MULTILINE)
     reads = {title: comfyui for title, _, comfyui in rows}
     model = type(pipeline.transformer).__name__
-    assert reads[of(pipeline).title] == ("yes" if model in NAMES else "no")
+    assert reads[family_of(pipeline).title] == ("yes" if model in NAMES else "no")
     places = {place(model, name) for name in layers if model in NAMES}
     assert len(places) == (len(layers) if model in NAMES else 0)  # no two of them in one place
     # PEFT's keys, and those that diffusers' `save_lora_adapter` writes, do not say the model.
@@ -161,8 +161,8 @@ def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(tmp_path
     assert set(contents.layers) == {"transformer"}
     assert contents.metadata["modelspec.title"] == "lora"
     assert main([str(folder), "--step", "2"]) == 0
-    (made,) = (folder / "exports" / "step-2").iterdir()
-    assert equal(made, folder / FILE_NAME)
+    (make_pipeline,) = (folder / "exports" / "step-2").iterdir()
+    assert equal(make_pipeline, folder / FILE_NAME)
     assert main([str(folder), "--step", "2", "--to", "kohya"]) == 2
 
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image.buckets import around, nearest, read
+from bilora_diffusion.image.buckets import nearest, read_sizes, sizes_around
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.image.visits import VisitStream, centered_visits
+from bilora_diffusion.image.stream import TrainingStream, centered_samples
 from tests.scripts.runs import column, flags, train
 
 SHAPES = {"a": (64, 64), "b": (80, 53), "c": (53, 80), "d": (200, 100), "e": (100, 190)}
@@ -35,7 +35,7 @@ def settings(photos, **values):
 
 @given(st.sampled_from([64, 256, 512, 768, 1024]))
 def test_sizes_that_are_chosen_have_the_squares_pixels_at_most(side):
-    sizes = around(side)
+    sizes = sizes_around(side)
     assert (side, side) in sizes
     assert {(width, height) for height, width in sizes} == set(sizes)
     for height, width in sizes:
@@ -46,39 +46,41 @@ def test_sizes_that_are_chosen_have_the_squares_pixels_at_most(side):
 
 @given(st.integers(16, 4000), st.integers(16, 4000))
 def test_an_image_gets_the_shape_most_like_its_own(height, width):
-    chosen = nearest((height, width), around(1024))
-    off = [abs(math.log(h / w * width / height)) for h, w in around(1024)]
+    chosen = nearest((height, width), sizes_around(1024))
+    off = [abs(math.log(h / w * width / height)) for h, w in sizes_around(1024)]
     assert abs(math.log(chosen[0] / chosen[1] * width / height)) <= min(off) + 1e-6
 
 
 def test_each_step_is_of_one_size_and_told_what_it_sees(photos, tmp_path):
     images = open_images(str(photos))
     cfg = resolve(flags(tmp_path / "run", **settings(photos, random_flip=True)))
-    stream = VisitStream(cfg, images)
+    stream = TrainingStream(cfg, images)
     assert stream.sizes == [(64, 64), (48, 80), (80, 48), (32, 64), (64, 32)]
-    seen = []
-    for _, visits in stream.visits([(step, (0, 1)) for step in range(20)], 2):
-        assert len({visit.size for visit in visits}) == 1
-        for visit in visits:
-            seen.append(visit.name)
-            height, width = visit.size
-            pixels, _ = visit.read()
+    sample_names = []
+    for _, samples in stream.batches([(step, (0, 1)) for step in range(20)], 2):
+        assert len({sample.size for sample in samples}) == 1
+        for sample in samples:
+            sample_names.append(sample.name)
+            height, width = sample.size
+            pixels, _ = sample.read()
             assert pixels.shape == (3, height, width)
-            wide, high = SHAPES[visit.name[0]]
-            told = (high, wide, visit.crop.top, visit.crop.left, height, width)
-            assert visit.time_ids == told
+            wide, high = SHAPES[sample.name[0]]
+            conditioning = (high, wide, sample.crop.top, sample.crop.left, height, width)
+            assert sample.time_ids == conditioning
             scale = max(height / high, width / wide)
-            assert 0 <= visit.crop.top <= high * scale - height + 1e-9
-            assert 0 <= visit.crop.left <= wide * scale - width + 1e-9
-    assert {name: seen.count(name) for name in seen} == {f"{name}.png": 8 for name in SHAPES}
-    assert [visit.size for visit in centered_visits(images, cfg)] == stream.sizes
+            assert 0 <= sample.crop.top <= high * scale - height + 1e-9
+            assert 0 <= sample.crop.left <= wide * scale - width + 1e-9
+    assert {name: sample_names.count(name) for name in sample_names} == {
+        f"{name}.png": 8 for name in SHAPES
+    }
+    assert [sample.size for sample in centered_samples(images, cfg)] == stream.sizes
 
 
 @pytest.mark.slow
 def test_five_shapes_train_however_a_step_is_divided(photos, tmp_path):
     shared = settings(photos, max_train_steps=3, validation_dataset=photos)
     shared |= {"validation_loss_steps": 3, "trigger_word": "TOK"}
-    whole, other = (
+    run, divided_run = (
         train(
             tmp_path / f"{batch}",
             **shared,
@@ -87,23 +89,27 @@ def test_five_shapes_train_however_a_step_is_divided(photos, tmp_path):
         )
         for batch in (4, 2)
     )
-    assert column(whole, "digest") == column(other, "digest")
-    assert column(whole, "loss") == pytest.approx(column(other, "loss"), abs=1e-6)
-    assert column(whole, "grad_norm") == pytest.approx(column(other, "grad_norm"), rel=1e-4)
-    assert len(column(whole, "heldout_loss")) == 2
-    assert column(whole, "heldout_loss") == column(whole, "train_grid_loss")  # the same images
+    assert column(run, "digest") == column(divided_run, "digest")
+    assert column(run, "loss") == pytest.approx(column(divided_run, "loss"), abs=1e-6)
+    assert column(run, "grad_norm") == pytest.approx(column(divided_run, "grad_norm"), rel=1e-4)
+    assert len(column(run, "heldout_loss")) == 2
+    assert column(run, "heldout_loss") == column(run, "train_grid_loss")  # the same images
 
 
 def test_class_images_are_cut_as_their_steps_are(photos, tmp_path):
-    asked = {"with_prior_preservation": True, "class_data_dir": "class", "class_prompt": "a thing"}
-    cfg = resolve(flags(tmp_path / "run", **settings(photos, **asked)))
-    stream = VisitStream(cfg, open_images(str(photos)), open_images("mini"))
-    for _, visits in stream.visits([(step, (0, 1)) for step in range(10)], 2):
-        assert [visit.kind for visit in visits] == ["instance"] * 2 + ["class"] * 2
-        assert len({visit.size for visit in visits}) == 1
+    options = {
+        "with_prior_preservation": True,
+        "class_data_dir": "class",
+        "class_prompt": "a thing",
+    }
+    cfg = resolve(flags(tmp_path / "run", **settings(photos, **options)))
+    stream = TrainingStream(cfg, open_images(str(photos)), open_images("mini"))
+    for _, samples in stream.batches([(step, (0, 1)) for step in range(10)], 2):
+        assert [sample.kind for sample in samples] == ["instance"] * 2 + ["class"] * 2
+        assert len({sample.size for sample in samples}) == 1
 
 
 @pytest.mark.parametrize("text", ["square", "64", "64,64;", "70,64", "0,64"])
 def test_what_is_not_a_bucket_is_refused(text):
     with pytest.raises(UserError, match=f'"{text}.*--?aspect_ratio_buckets|buckets "{text}"'):
-        read(text)
+        read_sizes(text)

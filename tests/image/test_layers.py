@@ -9,10 +9,10 @@ from torch import nn
 from bilora_diffusion.adapters import AdapterSpec, adaptable, target_layers
 from bilora_diffusion.core.choices import LAYER_GROUPS
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image.families import SDXL, of
-from bilora_diffusion.image.layers import chosen
+from bilora_diffusion.image.families import SDXL, family_of
+from bilora_diffusion.image.layers import select_layers
 from bilora_diffusion.image.pipeline import load_pipeline
-from tests.image.tiny import FILES, made
+from tests.image.tiny import FILES, make_pipeline
 
 BOTH = {f"ff{c}.net.#{p}" for c in ("", "_context") for p in ("", ".proj")}
 FEED_FORWARD = {
@@ -30,51 +30,53 @@ each_kind = pytest.mark.parametrize("kind", [SDXL, *FILES])
 
 
 def pipeline(kind):
-    return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else made(kind)
+    return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else make_pipeline(kind)
 
 
 def layers(pipeline, *words):
-    model = of(pipeline).model(pipeline)
-    spec = AdapterSpec(target_modules=chosen(words, of(pipeline), model))
+    model = family_of(pipeline).model(pipeline)
+    spec = AdapterSpec(target_modules=select_layers(words, family_of(pipeline), model))
     return set(target_layers(model, spec))
 
 
 @each_kind
 def test_groups_and_names(kind):
-    made = pipeline(kind)
-    model: nn.Module = of(made).model(made)
-    every = {name: type(module) for name, module in model.named_modules()}
-    linear = {name for name, kind in every.items() if kind is nn.Linear}
+    base = pipeline(kind)
+    model: nn.Module = family_of(base).model(base)
+    module_types = {name: type(module) for name, module in model.named_modules()}
+    linear = {name for name, kind in module_types.items() if kind is nn.Linear}
     inner = {
-        name for name, kind in every.items() if kind is nn.Conv2d and re.search(r"\.\d+\.", name)
+        name
+        for name, kind in module_types.items()
+        if kind is nn.Conv2d and re.search(r"\.\d+\.", name)
     }
-    attention, feed_forward = layers(made, "attention"), layers(made, "feed-forward")
+    attention, feed_forward = layers(base, "attention"), layers(base, "feed-forward")
     ends = tuple(f".{end}" for end in FEED_FORWARD[kind])
     plain = {name: re.sub(r"(?<=\.)\d+(?=\.|$)", "#", f".{name}") for name in linear}
     assert feed_forward == {name for name in linear if plain[name].endswith(ends)}
     assert len({end for end in ends for n in feed_forward if plain[n].endswith(end)}) == len(ends)
     assert attention & feed_forward == set()
-    assert layers(made, "attention", "feed-forward") == attention | feed_forward
-    assert layers(made, "all-linear") == linear
-    assert layers(made, "all") == linear | inner
-    assert layers(made, "feed-forward", "to_k") > {n for n in linear if n.endswith(".to_k")}
+    assert layers(base, "attention", "feed-forward") == attention | feed_forward
+    assert layers(base, "all-linear") == linear
+    assert layers(base, "all") == linear | inner
+    assert layers(base, "feed-forward", "to_k") > {n for n in linear if n.endswith(".to_k")}
     if kind == SDXL:
-        assert layers(made, "convolutions") == inner
+        assert layers(base, "convolutions") == inner
         assert set(adaptable(model, convolutions=True)) == inner | {"conv_in", "conv_out"}
-        assert layers(made, "conv_in", "resnets.0.conv1") > {"conv_in"}
+        assert layers(base, "conv_in", "resnets.0.conv1") > {"conv_in"}
         return
     with pytest.raises(UserError, match=r"convolutions.*no such layer.*all-linear"):
-        layers(made, "convolutions")
+        layers(base, "convolutions")
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "sentence"),
     [
         ("to_qq", 'did you mean "to_q"'),
         ("resnets.0.con1", 'did you mean "resnets.0.conv1"'),
         ("xyz", f"give {', '.join(LAYER_GROUPS)}, or the ends"),
     ],
 )
-def test_a_word_that_is_nothing_beside_one_that_is(word, said):
-    with pytest.raises(UserError, match=f'--lora_layers "{word}".*{said}'):
+def test_a_word_that_is_nothing_beside_one_that_is(word, sentence):
+    with pytest.raises(UserError, match=f'--lora_layers "{word}".*{sentence}'):
         layers(pipeline(SDXL), "to_k", word)

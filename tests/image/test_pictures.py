@@ -1,7 +1,6 @@
 """Files of every kind become upright RGB on white; crops, flips and resizing are torchvision's."""
 
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +12,16 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from bilora_diffusion.core.seeds import generator
-from bilora_diffusion.image.crops import Crop, cut, draw, fitted, resized
+from bilora_diffusion.image.crops import (
+    Crop,
+    ResizedImages,
+    covering_size,
+    cut,
+    resize,
+    sample_crop,
+)
 from bilora_diffusion.image.decode import read_mask, read_rgb, to_rgb, upright_size
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.image.visits import Resized
 
 INTERPOLATIONS = [mode.value.replace("-", "_") for mode in InterpolationMode]
 SIDES = st.integers(1, 400)
@@ -32,11 +37,11 @@ def picture(height, width):
 def test_every_crop_lies_inside_an_image_whose_shorter_side_is_the_resolution(
     height, width, side, center, flip, key
 ):
-    high, wide = resized((height, width), (side, side))
+    high, wide = covering_size((height, width), (side, side))
     by_torchvision = transforms.Resize(side)(Image.new("L", (width, height)))
     assert (high, wide) == (by_torchvision.height, by_torchvision.width)
     draws = generator("test", key)
-    crop = draw(
+    crop = sample_crop(
         (height, width), (side, side), center_crop=center, random_flip=flip, generator=draws
     )
     assert 0 <= crop.top <= high - side
@@ -46,7 +51,7 @@ def test_every_crop_lies_inside_an_image_whose_shorter_side_is_the_resolution(
 
 def test_random_crops_reach_every_place_and_flips_are_even():
     options = {"center_crop": False, "random_flip": True}
-    crops = [draw((8, 11), (8, 8), generator=generator(i), **options) for i in range(2000)]
+    crops = [sample_crop((8, 11), (8, 8), generator=generator(i), **options) for i in range(2000)]
     lefts = np.bincount([crop.left for crop in crops], minlength=4)
     assert len(lefts) == 4
     assert np.all(np.abs(lefts / 2000 - 0.25) < 0.05)
@@ -54,24 +59,24 @@ def test_random_crops_reach_every_place_and_flips_are_even():
 
 
 def test_an_option_leaves_the_other_draws_alone():
-    def drawn(center_crop, random_flip):
+    def crop_and_number(center_crop, random_flip):
         draws, options = generator("same"), {"center_crop": center_crop, "random_flip": random_flip}
-        return draw((40, 90), (16, 16), generator=draws, **options), float(
+        return sample_crop((40, 90), (16, 16), generator=draws, **options), float(
             torch.rand(1, generator=draws)
         )
 
-    (both, after), (unflipped, same), (centered, alike) = (
-        drawn(*options) for options in ((False, True), (False, False), (True, True))
+    (both, after), (unflipped, second_number), (centered, alike) = (
+        crop_and_number(*options) for options in ((False, True), (False, False), (True, True))
     )
     assert (both.top, both.left) == (unflipped.top, unflipped.left)
     assert both.flipped == centered.flipped
-    assert after == same == alike
+    assert after == second_number == alike
 
 
 @pytest.mark.parametrize("size", [(40, 60), (60, 40), (41, 67), (16, 16), (7, 5)])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_a_centered_cut_equals_torchvisions(size, interpolation):
-    crop = draw(size, (16, 16), center_crop=True, random_flip=False, generator=generator(0))
+    crop = sample_crop(size, (16, 16), center_crop=True, random_flip=False, generator=generator(0))
     mode = InterpolationMode(interpolation.replace("_", "-"))
     reference = transforms.Compose(
         [
@@ -80,17 +85,17 @@ def test_a_centered_cut_equals_torchvisions(size, interpolation):
         ]
     )
     image = picture(*size)
-    pixels = cut(fitted(image, (16, 16), interpolation), crop, (16, 16)) * 2 - 1
+    pixels = cut(resize(image, (16, 16), interpolation), crop, (16, 16)) * 2 - 1
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, reference(image), rtol=0, atol=1e-6)
 
 
 def test_the_crop_position_is_that_of_the_mirrored_image():
     image = picture(16, 40)
-    whole = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
-    small = fitted(image, (16, 16), "lanczos")
+    pixels_before = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
+    small = resize(image, (16, 16), "lanczos")
     pixels = cut(small, Crop(0, 3, flipped=True), (16, 16)) * 2 - 1
-    torch.testing.assert_close(pixels, whole.flip(-1)[:, :, 3:19], rtol=0, atol=1e-6)
+    torch.testing.assert_close(pixels, pixels_before.flip(-1)[:, :, 3:19], rtol=0, atol=1e-6)
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -114,7 +119,7 @@ def test_a_size_is_upright_whether_pixels_are_decoded_or_not(orientation, suffix
     file = tmp_path / f"a{suffix}"
     Image.new("RGB", (12, 8)).save(file, exif=exif)
     image = read_rgb(file)
-    sizes = [upright_size(file, whole=whole) for whole in (False, True)]
+    sizes = [upright_size(file, decode=decode) for decode in (False, True)]
     assert sizes == [(image.height, image.width)] * 2
 
 
@@ -138,13 +143,6 @@ def test_transparency_is_laid_on_white(mode, tmp_path):
     assert to_rgb(half).getpixel((0, 0)) == (127, 127, 127)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV"])
-def test_other_modes_become_rgb(mode):
-    image = to_rgb(Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode))
-    assert (image.mode, image.size) == ("RGB", (4, 4))
-    assert min(cast(Any, image.getpixel((1, 1)))) > 250
-
-
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     values = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
     for name in ("a.png", "a.tif"):
@@ -157,12 +155,11 @@ def test_an_image_is_decoded_once_while_there_is_room(tmp_path):
     picture(96, 64).save(tmp_path / "odd.png")
     images = open_images(str(tmp_path))
 
-    def cached(room):
-        call, cfg = Resized(room), SimpleNamespace(image_interpolation_mode="lanczos")
-        visit: Any = SimpleNamespace(images=images, sample=0, size=(64, 64), cfg=cfg)
-        first, second = (call(visit)[0] for _ in range(2))
+    def is_cached(room):
+        cache = ResizedImages(room)
+        first, second = (cache.get(images, 0, (64, 64), "lanczos")[0] for _ in range(2))
         assert torch.equal(first, second)
         return second is first
 
     size = 96 * 64 * 3
-    assert [cached(room) for room in (0, size - 1, size)] == [False, False, True]
+    assert [is_cached(room) for room in (0, size - 1, size)] == [False, False, True]

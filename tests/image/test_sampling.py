@@ -18,8 +18,8 @@ from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
 from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
-from bilora_diffusion.image.visits import VisitStream
 from tests.scripts.runs import flags
 
 PROMPTS = ["a TOK icon of a rabbit, in the style of TOK", ""]
@@ -38,10 +38,10 @@ def picture(name, pixels=None) -> Any:
 
 def test_embeddings_equal_the_pipelines(pipeline):
     theirs = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=True)
-    ours, kept = embed(pipeline, PROMPTS), PromptCache(pipeline, torch.device("cpu"))(PROMPTS)
+    ours, cached = embed(pipeline, PROMPTS), PromptCache(pipeline, torch.device("cpu"))(PROMPTS)
     for name, part in {"sequence": theirs[0], "pooled": theirs[2]}.items():
         assert torch.equal(ours[name], part)
-        torch.testing.assert_close(kept[name], part)  # each is embedded on its own
+        torch.testing.assert_close(cached[name], part)  # each is embedded on its own
     negative = embed_negative(pipeline, 2)
     assert torch.equal(negative["sequence"], theirs[1])
     assert torch.equal(negative["pooled"], theirs[3])
@@ -61,16 +61,16 @@ def test_a_dropped_caption_is_what_guidance_leads_away_from(zeros, tmp_path):
     }
     losses = []
     for trained in (None, True):
-        given = {"train_text_encoder": trained, "caption_dropout": 0.5}
-        cfg = resolve(flags(tmp_path, **given))
-        task = DreamBooth(cfg, pipeline, VisitStream(cfg, images))
+        options = {"train_text_encoder": trained, "caption_dropout": 0.5}
+        cfg = resolve(flags(tmp_path, **options))
+        task = DreamBooth(cfg, pipeline, TrainingStream(cfg, images))
         if not trained:
             task.embed(torch.device("cpu"))
-            found, known = task.condition(PROMPTS), embed_negative(pipeline, 1)
-            assert (known["pooled"] == 0).all() == zeros
-            for name, values in known.items():
-                torch.testing.assert_close(found[name][1], values[0])
-                assert (found[name][0] != 0).any()
+            conditions, negative = task.condition(PROMPTS), embed_negative(pipeline, 1)
+            assert (negative["pooled"] == 0).all() == zeros
+            for name, values in negative.items():
+                torch.testing.assert_close(conditions[name][1], values[0])
+                assert (conditions[name][0] != 0).any()
         with torch.no_grad():
             losses.append(task.module.sample_losses({**inputs, **task.condition(PROMPTS)}))
     torch.testing.assert_close(*losses)
@@ -78,26 +78,28 @@ def test_a_dropped_caption_is_what_guidance_leads_away_from(zeros, tmp_path):
 
 def test_an_image_does_not_depend_on_its_batch(pipeline):
     prompts, seeds, before = [PROMPTS[0]] * 3, [1, 2, 3], torch.get_rng_state()
-    whole = generate(pipeline, prompts, seeds, size=64, steps=2, batch=3)
+    batched = generate(pipeline, prompts, seeds, size=64, steps=2, batch=3)
     single = generate(pipeline, prompts, seeds, size=64, steps=2, batch=1)
-    for a, b in zip(whole, single, strict=True):
+    for a, b in zip(batched, single, strict=True):
         difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
         assert difference.max() <= 1
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_an_image_that_is_not_finite_is_refused_by_its_name(pipeline, tmp_path):
-    space, here = LatentSpace.of(pipeline.vae), torch.device("cpu")
-    visit = picture("a.png")
+    space, device = LatentSpace.from_config(pipeline.vae), torch.device("cpu")
+    sample = picture("a.png")
     disk = DiskCache(tmp_path)
     nan = torch.full((4, 8, 8), math.nan)
-    disk.put({"mean": nan, "std": nan.clone()}, *visit.content)
+    disk.put({"mean": nan, "std": nan.clone()}, *sample.content)
     with pytest.raises(TrainingError, match=r"'a.png' is not finite.*--disk_cache"):
-        Encoder(pipeline.vae, space, here, lambda _: True, disk)([visit])
-    visit.read = lambda: (torch.full((3, 64, 64), math.inf), None)
+        Encoder(pipeline.vae, space, device, lambda _: True, disk)([sample])
+    sample.read = lambda: (torch.full((3, 64, 64), math.inf), None)
     with pytest.raises(TrainingError, match=r"'a.png' is not finite"):
-        Encoder(pipeline.vae, space, here)([visit])
-    overflowing = pipeline.unet.conv_out.register_forward_hook(lambda *given: given[2] * math.inf)
+        Encoder(pipeline.vae, space, device)([sample])
+    overflowing = pipeline.unet.conv_out.register_forward_hook(
+        lambda *options: options[2] * math.inf
+    )
     with pytest.raises(TrainingError, match=r"'an icon' with seed 5 is not finite.*bf16"):
         generate(pipeline, ["an icon"], [5], size=64, steps=1)
     overflowing.remove()

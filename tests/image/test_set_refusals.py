@@ -1,6 +1,5 @@
 """Sets of images that can't be one: each is refused in one sentence with the value and the fix."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from bilora_diffusion.image.opening import open_images
 from tests.image.image_folders import photos, save, table
 
 Spoil = Callable[[Path], Any]
-PICTURE = {"image_column": "picture"}
 
 
 def write(name, content):
@@ -29,7 +27,7 @@ def row(text):
     return write("metadata.jsonl", text)
 
 
-def alone(*names):
+def only_files(*names):
     """These files and nothing else."""
 
     def put(folder):
@@ -44,18 +42,12 @@ def alone(*names):
 FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
     # images
     (write("c.png", b"x"), {}, ["c.png", "--skip_bad_images"]),
-    (write(os.fsdecode(b"\xff.png"), b"x"), {}, ["no file is called"]),
     (lambda f: save(f / "d.png", size=(2000, 1)), {}, ["d.png", "2000 pixels wide and 1 high"]),
     (lambda f: Image.new("F", (4, 4), 0.5).save(f / "d.tif"), {}, ["d.tif", "8 bits"]),
-    (alone("x.heic"), {}, ["pillow-heif"]),
-    (alone("a.png"), {"skip_bad_images": True}, ["no readable image"]),
-    (alone(), {}, ["holds no images"]),
-    (alone("a.txt"), {}, ["holds no images", "put some into it"]),
-    (alone("a.txt", "a.heic"), {}, ["holds no images", "pillow-heif"]),
-    # captions beside them
+    (only_files("a.png"), {"skip_bad_images": True}, ["no readable image"]),
+    (only_files("a.txt", "a.heic"), {}, ["holds no images", "pillow-heif"]),
     (write("a.txt", b"\xff"), {}, ["a.txt", "UTF-8"]),
-    # columns
-    (write("n", ""), {"image_column": "picture"}, ['"picture"', "--image_column"]),
+    # metadata
     (
         row('{"file_name": "c.png", "text": "", "label": 1}'),
         {"caption_column": "texts"},
@@ -66,16 +58,10 @@ FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
         {"caption_column": "label"},
         ["c.png", '"label"', "a number", "text"],
     ),
-    # metadata.jsonl
     (row('{"file_name": "gone.png"}'), {}, ['"gone.png"', "not a file there"]),
     (row('{"file_name": "../x.png"}'), {}, ["../x.png", "outside"]),
     (row('{"name": "c.png"}'), {}, ["line 1", '"file_name"']),
-    (row('{"file_name": \n'), {}, ["line 1", "not JSON"]),
     (row("\n"), {}, ["metadata.jsonl", "no image"]),
-    # metadata.csv
-    (write("metadata.csv", "file_name,text\nc.png,a,b\n"), {}, ["line 2", "comma"]),
-    (write("metadata.csv", "file_name,text,text\na.jpg,b,c"), {}, ['several columns "text"']),
-    (write("metadata.csv", 'file_name,text\na.jpg,"b'), {}, ["unexpected end of data"]),
     (
         lambda f: (row('{"file_name": "a.jpg"}')(f), write("metadata.csv", "file_name\na.jpg")(f)),
         {},
@@ -101,18 +87,14 @@ def test_a_folder(spoil, options, parts, tmp_path):
     refused(folder, parts, cache_dir=str(tmp_path / "cache"), **options)
 
 
-def test_what_is_no_folder_and_an_image_of_absurd_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    refused(photos(tmp_path / "photos"), ["a.jpg"])
-    refused(tmp_path / "nowhere", ["nowhere", "does not exist", "hub id"])
+def test_what_is_no_folder_is_refused(tmp_path, monkeypatch):
+    photos(tmp_path / "photos")
     (tmp_path / "a.zip").touch()
     refused(tmp_path / "a.zip", ["a.zip", "is a file", "folder"])
-    refused("no id", ["no id", "hub id"])
     save(tmp_path / "photo*" / "x" / "a.png")  # not those of photos
     refused(tmp_path / "photo*", ["photo*", "pattern", "rename"])
     monkeypatch.chdir(tmp_path)
     refused("fotos", ['"fotos"', 'did you mean "photos"', "path of a folder", "OWNER/NAME"])
-    refused("mini-animls", ['did you mean "mini-animals"'])
 
 
 @pytest.mark.parametrize(
@@ -120,8 +102,7 @@ def test_what_is_no_folder_and_an_image_of_absurd_size(tmp_path, monkeypatch):
     [
         ("train", {}, ['"image"', "--image_column", "picture, prompt, number"]),
         ("train", {"image_column": "prompt"}, ['"prompt"', "holds no images", "picture"]),
-        ("train", PICTURE | {"config_name": "odd"}, ["odd", "--dataset_config_name"]),
-        ("test", PICTURE, ['"train"', "only test"]),
+        ("test", {"image_column": "picture"}, ['"train"', "only test"]),
     ],
 )
 def test_a_table(split, options, parts, tmp_path):

@@ -86,7 +86,7 @@ def test_resumed_equals_uninterrupted(kind, changes, values, tmp_path):
     assert set(seen) == {(PRIMARY, AUXILIARY)}
     assert second.state.global_step == whole.state.global_step
     assert trainers.difference(bilora, expected) == 0
-    assert bilora._method.taken == expected._method.taken == whole.state.global_step
+    assert bilora._method.steps_taken == expected._method.steps_taken == whole.state.global_step
     group = second.optimizer.param_groups[1]
     assert (group["maximize"], group["weight_decay"]) == (True, 0)
     assert all(p.dtype == torch.float32 for p in bilora.clip_parameters())
@@ -184,7 +184,7 @@ def test_an_optimizer_of_ones_own(binds, tmp_path):
         bilora.bind(optimizer)
     trainers.with_bilora(tmp_path, bilora, optimizers=(optimizer, None), max_steps=2).train()
     assert 0 < bilora.auxiliary_norm() <= trainers.RHO * (1 + 1e-6)
-    assert bilora._method.taken == 2
+    assert bilora._method.steps_taken == 2
 
 
 SPOILS: list[tuple[Callable[[Any], object], str, dict[str, Any]]] = [

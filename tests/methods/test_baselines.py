@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bilora_diffusion.adapters import Factors
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.methods import LookSAMOptions, MethodOptions, Target, create, names
+from bilora_diffusion.methods import MethodOptions, Target, create, names
 from bilora_diffusion.methods.efm_lora import perturbations
+from bilora_diffusion.methods.options import LookSAMOptions
 from tests.methods.runs import SPEC, STEPS, Run, batch, naive, same
 from tests.references import methods as reference
 

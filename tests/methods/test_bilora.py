@@ -93,8 +93,8 @@ def test_the_radius_never_passes_a_share_of_the_primarys_change(init):
         with run.method.evaluating():
             now = [effective(layer) for _, layer in adapters.layers(run.model)]
         moved = math.hypot(*(float((a - b).norm()) for a, b in zip(now, weights, strict=True)))
-        assert run.method.metrics()["rho"] <= radius.MOST * moved * (1 + 1e-9)
-    assert run.method.metrics()["rho"] == pytest.approx(radius.MOST * moved)
+        assert run.method.metrics()["rho"] <= radius.LARGEST_SHARE * moved * (1 + 1e-9)
+    assert run.method.metrics()["rho"] == pytest.approx(radius.LARGEST_SHARE * moved)
 
 
 def effective(layer):

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 
 from bilora_diffusion.core.seeds import seed_of
-from bilora_diffusion.methods import (
-    EFMLoRAOptions,
-    L2SPOptions,
-    LookSAMOptions,
-    MethodOptions,
-    names,
-)
+from bilora_diffusion.methods import MethodOptions, names
 from bilora_diffusion.methods.bilora import radius
+from bilora_diffusion.methods.options import EFMLoRAOptions, L2SPOptions, LookSAMOptions
 from tests.methods.runs import SPEC, STEPS, Run, follow
 from tests.references import methods as reference
 from tests.references.methods import Net
@@ -96,7 +91,9 @@ CASES: list[Case] = [
         (
             "bilora",
             {"rho": "auto", "loss_rise": 0.3, "rho_norm": norm},
-            partial(reference.auto_radius, tau=0.3, most=radius.MOST, scaled=norm == "scaled"),
+            partial(
+                reference.auto_radius, tau=0.3, most=radius.LARGEST_SHARE, scaled=norm == "scaled"
+            ),
         )
         for norm in ("scaled", "unscaled")
     ),

@@ -39,8 +39,8 @@ def factors(generator: torch.Generator, rank: int = 2) -> list[Factors]:
     ]
 
 
-def between(start: Sequence[Factors], end: Sequence[Factors], share: float) -> list[Factors]:
-    """On the straight line from one to the other."""
+def interpolate(start: Sequence[Factors], end: Sequence[Factors], share: float) -> list[Factors]:
+    """Factors on the straight line between two."""
     return [
         s._replace(A=s.A + share * (e.A - s.A), B=s.B + share * (e.B - s.B))
         for s, e in zip(start, end, strict=True)
@@ -78,37 +78,39 @@ def make(
             training, heldout = measured[step]
             log.metric(step, heldout_loss=heldout, train_grid_loss=training)
         if step in steps:
-            share = {n: (course or {}).get(n, lambda s: s / max(steps))(step) for n in names}
-            own = {n: between(*ends[n], share[n]) for n in names}
-            found = figures(own, method, step, ratio)
-            snapshots.write(folder, snapshots.Snapshot(step, own, found))
+            adapters: dict[str, list[Factors]] = {}
+            for name in names:
+                share_at = (course or {}).get(name, lambda step: step / max(steps))
+                adapters[name] = interpolate(*ends[name], share_at(step))
+            layers = layer_figures(adapters, method, step, ratio)
+            snapshots.write(folder, snapshots.Snapshot(step, adapters, layers))
     log.close("finished", steps=max(steps, default=0))
     return folder
 
 
-def figures(
-    own: Mapping[str, list[Factors]], method: str, step: int, ratio: Sequence[float]
+def layer_figures(
+    adapters: Mapping[str, list[Factors]], method: str, step: int, ratio: Sequence[float]
 ) -> dict[str, Tensor]:
-    """What training would have written beside the factors."""
-    ones = torch.ones(len(SHAPES), dtype=torch.float64)
+    """Figures of each layer, as training writes them beside the factors."""
+    unit = torch.ones(len(SHAPES), dtype=torch.float64)
     if method == "bilora":
-        gain = {GAIN: ones * 0.5} if step else {}
-        return {**alignment(own[PRIMARY], own[AUXILIARY]), **gain}
+        gain = {GAIN: unit * 0.5} if step else {}
+        return {**alignment(adapters[PRIMARY], adapters[AUXILIARY]), **gain}
     if method != "lora-sam" or step == 0:
         return {}
     first = torch.tensor(ratio, dtype=torch.float64)
-    values = (ones, first, ones, first, ones)
+    values = (unit, first, unit, first, unit)
     names = (*TERMS, FIRST_ORDER, PRODUCT)
     return {name: value.clone() for name, value in zip(names, values, strict=True)}
 
 
 def save(folder: Path, step: int = 1, value: float = 0.0, **parts: Any) -> Path:
     """A checkpoint that holds ``value`` in each part that is not given."""
-    given: dict[str, Any] = {
+    default_parts: dict[str, Any] = {
         "tensors": {"unet.default.a": torch.full((3, 2), value)},
         "optimizer": {"state": {0: {"step": torch.tensor(value)}}, "param_groups": []},
         "scheduler": {},
         "scaler": None,
         "extra": {"value": value},
     }
-    return checkpoint.save(folder, Checkpoint(step, **{**given, **parts}))
+    return checkpoint.save(folder, Checkpoint(step, **{**default_parts, **parts}))

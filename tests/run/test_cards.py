@@ -46,7 +46,7 @@ def sampled(folder, count):
     images = folder / "validation" / "step-500"
     images.mkdir(parents=True)
     for number in range(count):
-        (images / f"{number}.png").touch()
+        (images / f"{number:03d}.png").touch()
 
 
 def code(text):
@@ -69,7 +69,7 @@ def test_a_full_card(tmp_path):
     assert (data["base_model"], data["datasets"]) == (SDXL, ["linoyts/3d_icon"])
     assert {"text-to-image", "lora", "template:sd-lora", "bilora"} <= set(data["tags"])
     assert data["instance_prompt"] == "a TOK icon, in the style of TOK"
-    urls = [f"validation/step-500/{number}.png" for number in (0, 1)]
+    urls = [f"validation/step-500/{number:03d}.png" for number in (0, 1)]
     assert data["widget"] == [
         {"text": prompt, "output": {"url": url}} for prompt, url in zip(prompts, urls, strict=True)
     ]

@@ -1,11 +1,9 @@
 """The lock of a run folder, and what a signal does to a run."""
 
-import contextlib
-import errno
-import fcntl
 import os
 import signal
-import time
+import subprocess
+import sys
 
 import pytest
 
@@ -18,44 +16,30 @@ from bilora_diffusion.run.lock import hold
 from bilora_diffusion.run.runlog import RunLog
 from bilora_diffusion.train import command
 from tests.run.recorded_runs import save
-from tests.scripts.runs import flags
+from tests.scripts.runs import ROOT, flags
 
-
-def refused(folder):
-    with pytest.raises(UserError, match=str(folder)), hold(folder):
-        pass
-
-
-@contextlib.contextmanager
-def forked(act):
-    """A child process that has done this and sleeps; it is killed at the end of the context."""
-    ready, done = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            act()
-            os.write(done, b"x")
-            signal.pause()
-        finally:
-            os._exit(1)
-    os.close(done)
-    try:
-        assert os.read(ready, 1)
-        yield
-    finally:
-        os.close(ready)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+HOLD_AND_FORK = """
+import os, signal, sys, time
+from pathlib import Path
+from bilora_diffusion.run.lock import hold
+with hold(Path(sys.argv[1])):
+    worker = os.fork()  # as a data loader's worker
+    if worker == 0:
+        time.sleep(60)
+        os._exit(0)
+    print(worker, flush=True)
+    signal.pause()
+"""
 
 
 def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path):
     folder = tmp_path / "a" / "b"
     with hold(folder):
-        assert [path.name for path in folder.iterdir()] == [lock.FILE]
-        with pytest.raises(UserError, match=f"{os.getpid()} .*{folder}"), hold(folder):
+        assert [path.name for path in folder.iterdir()] == [lock.LOCK_FILE]
+        with pytest.raises(UserError, match=f"another command .*{folder}"), hold(folder):
             pass
-        assert (folder / lock.FILE).exists()
-        with hold(tmp_path / "other"):
+        assert (folder / lock.LOCK_FILE).exists()
+        with hold(folder / "fit" / "run"):  # as a search's run
             pass
     assert list(tmp_path.iterdir()) == []
     folder.mkdir(parents=True)
@@ -64,51 +48,32 @@ def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
-def test_a_killed_process_holds_nothing_and_what_it_forked_neither(tmp_path):
-    held, worker = hold(tmp_path), tmp_path / "worker"
-
-    def act():
-        held.__enter__()
-        if (number := os.fork()) == 0:  # as a data loader's worker
-            signal.pause()
-        worker.write_text(str(number))
-
-    with forked(act):
-        refused(tmp_path)
+def test_a_killed_process_and_what_it_forked_hold_nothing(tmp_path):
+    command = [sys.executable, "-c", HOLD_AND_FORK, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    worker = int(process.stdout.readline())
     try:
-        assert (tmp_path / lock.FILE).exists()
+        with pytest.raises(UserError, match=str(tmp_path)), hold(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+        assert (tmp_path / lock.LOCK_FILE).exists()
         with hold(tmp_path):
             pass
     finally:
-        os.kill(int(worker.read_text()), signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK"])
 def test_of_several_processes_only_the_main_one_takes_it(tmp_path, monkeypatch, name):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with hold(tmp_path):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, "1")
-            with hold(tmp_path):
-                pass
-        assert (tmp_path / lock.FILE).exists()
-
-
-def test_without_locks_a_fresh_record_of_a_run_that_goes_on_refuses(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "no locks")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    log = RunLog(tmp_path)
-    with hold(tmp_path):  # a new folder
-        log.start({}, method="lora", seed=0, resume_step=None)
-    refused(tmp_path)
-    then = time.time() - lock.STALE_SECONDS - 1
-    os.utime(tmp_path / "run.json", (then, then))
-    with hold(tmp_path):
-        log.close("finished")
-    with hold(tmp_path):
-        pass
+        monkeypatch.setenv(name, "1")
+        with hold(tmp_path):
+            pass
+        monkeypatch.delenv(name)
+        assert (tmp_path / lock.LOCK_FILE).exists()
 
 
 ORDERS = {
@@ -126,7 +91,7 @@ class Reached(Exception):
 def test_a_second_run_is_refused_before_it_reads_or_deletes(tmp_path, monkeypatch, first, second):
     folder = tmp_path / "run"
 
-    def goes_on(_):
+    def start_second(_):
         with monkeypatch.context() as patch:
             patch.setattr(command, "build_accelerator", lambda _: pytest.fail("was let in"))
             with pytest.raises(UserError, match=f"writing into {folder}"):
@@ -134,7 +99,7 @@ def test_a_second_run_is_refused_before_it_reads_or_deletes(tmp_path, monkeypatc
             assert first == "start" or export([str(folder), "--step", "1"]) == 2
         raise Reached
 
-    monkeypatch.setattr(command, "build_accelerator", goes_on)
+    monkeypatch.setattr(command, "build_accelerator", start_second)
     if first != "start":
         RunLog(folder).start({}, method="lora", seed=0, resume_step=None)
         save(folder, 1)
@@ -145,7 +110,7 @@ def test_a_second_run_is_refused_before_it_reads_or_deletes(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("number", interruption.SIGNALS)
 def test_the_first_signal_waits_for_the_loop_once_something_can_be_saved(number):
-    before = signal.getsignal(number)
+    handler = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt), Interruption() as run:
         os.kill(os.getpid(), number)
     assert run.number == number
@@ -153,7 +118,7 @@ def test_the_first_signal_waits_for_the_loop_once_something_can_be_saved(number)
         assert run.number is None
         os.kill(os.getpid(), number)
         assert run.number == number
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is handler
 
 
 def test_only_a_second_press_of_ctrl_c_stops_at_once(monkeypatch):
@@ -178,16 +143,15 @@ def test_an_ignored_ctrl_c_stays_ignored():
 
 
 @pytest.mark.parametrize(
-    ("given", "overwrites", "expected"),
+    ("arguments", "overwrites", "expected"),
     [
         (["--rank", "2"], False, ["--rank", "2"]),
-        (["--overwrite_output_dir", "--rank", "2"], True, ["--rank", "2"]),
-        (["--resume_from_checkpoint", "auto", "-x"], False, ["-x"]),
         (["--config", "r.yaml"], True, ["--config", "r.yaml", "--overwrite_output_dir", "false"]),
-        (["--hub_token", "secret"], False, ["--hub_token", "$HF_TOKEN"]),
+        (["--hub_token", "secret", "-x"], False, ["--hub_token", "$HF_TOKEN", "-x"]),
+        (["--hub-token=secret"], False, ["--hub-token=$HF_TOKEN"]),
     ],
 )
-def test_the_command_that_goes_on(given, overwrites, expected):
-    line = ["accelerate", "launch", "train.py"]
-    found = resuming([*line, *given], len(given), "latest", overwrites)
-    assert found == [*line, *expected, "--resume_from_checkpoint", "latest"]
+def test_the_arguments_that_go_on(arguments, overwrites, expected):
+    resumed = resuming(arguments, "latest", overwrites)
+    assert resumed == [*expected, "--resume_from_checkpoint", "latest"]
+    assert resuming(resumed, "latest", overwrites) == resumed

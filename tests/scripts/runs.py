@@ -5,8 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_dreambooth_bilora.py"
 TEXT_SCRIPT = ROOT / "train_text_bilora.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+ON_CPUS = {"ACCELERATE_USE_CPU": "true"}
+"""Joins torchrun's processes on CPUs to one run."""
 
 
 def flags(folder: Path, **values: Any) -> list[str]:
@@ -109,10 +112,13 @@ def process(
     return done
 
 
-def started(*words: object, **how: Any) -> subprocess.Popen[str]:
-    """``python WORDS``, begun in a process of its own."""
-    command, own = [sys.executable, *map(str, words)], {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, text=True, cwd=ROOT, env={**os.environ, **own}, **how)
+def started(
+    *words: object, environment: Mapping[str, str] = MappingProxyType({}), **options: Any
+) -> subprocess.Popen[str]:
+    """``python WORDS``, begun in a process of its own with options of `subprocess.Popen`."""
+    command = [sys.executable, *map(str, words)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, text=True, cwd=ROOT, env=variables, **options)
 
 
 def two_icons(folder: Path) -> dict[str, Any]:

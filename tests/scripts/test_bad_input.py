@@ -1,6 +1,6 @@
 """Bad input that is found behind a command line: one sentence, exit code 2, nothing touched.
 
-What a command line itself can have wrong stands in tests/config/test_refusals.py, what a set of
+What a command line itself can have wrong stands in tests/config/test_constraints.py, what a set of
 images or a file of rows can, beside the tests of their readers.
 """
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import train_dreambooth_bilora
 import train_text_bilora
+from bilora_diffusion.config import machine
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import checkpoint, runlog
 from tests.scripts.runs import copied, flags, train_once
@@ -87,12 +88,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(kind, values, named, wrong, t
 def test_a_finished_run_is_kept_and_only_the_same_run_goes_on(tmp_path, capsys):
     run, latest = copied(train_once(checkpointing_steps=1), tmp_path / "run"), "latest"
     whole = snapshot(run)
-    for values in (
-        {},
-        {"resume_from_checkpoint": latest, "overwrite_output_dir": True},
-        {"resume_from_checkpoint": "step-9"},
-        {"resume_from_checkpoint": latest, "method": "lora"},
-    ):
+    for values in ({}, {"resume_from_checkpoint": latest, "method": "lora"}):
         refused(flags(run, **values), capsys)
     assert snapshot(run) == whole
     file = run / "checkpoints" / "step-2" / "adapters.safetensors"
@@ -103,7 +99,7 @@ def test_a_finished_run_is_kept_and_only_the_same_run_goes_on(tmp_path, capsys):
     run = texts.train_text_once(LLAMA, checkpointing_steps=1)
     whole = snapshot(run)
     assert "holds another run" in refused(texts.text_flags(run, **given), capsys)
-    for name, value in {"rank": 2, "max_train_samples": 4, "group_by_length": True}.items():
+    for name, value in {"rank": 2, "max_train_samples": 4}.items():
         other = {**given, "resume_from_checkpoint": latest, name: value}
         assert name in refused(texts.text_flags(run, **other), capsys)
     assert snapshot(run) == whole
@@ -124,9 +120,18 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path, capsys)
         assert checkpoint.steps(folder)[-1] == step - 1
 
 
-def test_several_processes_of_an_unknown_number_are_refused(tmp_path, capsys, monkeypatch):
-    for name, value in {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}.items():
+@pytest.mark.parametrize(
+    "launch",
+    [
+        {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"},  # --cpu --num_processes 2
+        {"LOCAL_RANK": "0", "WORLD_SIZE": "2"},  # torchrun
+    ],
+)
+def test_processes_that_would_not_train_together_are_refused(launch, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "device_type", lambda: "cpu")
+    for name, value in launch.items():
         monkeypatch.setenv(name, value)
-    said = refused(flags(tmp_path / "run"), capsys)
-    assert "accelerate launch --cpu starts one process" in said
+    sentence = refused(flags(tmp_path / "run"), capsys)
+    assert "ACCELERATE_USE_CPU=true torchrun" in sentence
+    assert "accelerate launch" in sentence
     assert not (tmp_path / "run").exists()

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from eval import clip_scores, table
 from eval.sources import find
 from tests.eval.clip_models import save_blip, save_open_clip
 from tests.export.export_models import rewrite
-from tests.scripts.runs import copied, started, train_once
+from tests.scripts.runs import ON_CPUS, TORCHRUN, copied, process, started, train_once
 
 PROMPTS = """a ToK icon of a Fluffy Rabbit, in the style of ToK
 a ToK icon of a red car, in the style of ToK
@@ -45,11 +44,11 @@ def tiny_models(tmp_path_factory):
     return ["--scorer", f"open_clip:{clip}", "--captioner", f"blip:{blip}"]
 
 
-def words(output, *more, steps=2):
+def words(output, *options, steps=2):
     prompts = output.parent / "prompts.txt"
     prompts.write_text(PROMPTS)
     return [
-        *more,
+        *options,
         *("--prompts", str(prompts), "--general_prompts", "general", "--max_prompts", "3"),
         *("--num_inference_steps", str(steps), "--seeds", "0", "--output_dir", str(output)),
     ]
@@ -64,15 +63,19 @@ def run(*argv):
 def pictures(folder):
     """Every whole image, and when it was written."""
     files = (folder / "images").glob("**/*.png")
-    whole = [file for file in files if not file.name.startswith(TEMPORARY)]
-    return {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in whole}
+    pngs = [file for file in files if not file.name.startswith(TEMPORARY)]
+    return {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in pngs}
 
 
-def require_close(one, other, without=""):
+def require_close(first, second, left_out=""):
     """Every value is the other's too, but for a subject that only the other has."""
     left, right = (
-        {(r.subject, r.metric, r.item, r.seed): r.value for r in found.rows if r.subject != without}
-        for found in (one, other)
+        {
+            (r.subject, r.metric, r.item, r.seed): r.value
+            for r in result.rows
+            if r.subject != left_out
+        }
+        for result in (first, second)
     )
     assert left == pytest.approx(right, abs=1e-6)
 
@@ -83,24 +86,24 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     output = tmp_path / "scores"
     monkeypatch.chdir(scored_runs)
     argv = words(output, *tiny_models)
-    made = run(*argv)
-    told = capsys.readouterr().out
-    assert "18 of 18 images are to be made" in told
-    assert "No adapter was named" in told
+    result = run(*argv)
+    stdout = capsys.readouterr().out
+    assert "18 of 18 images are to be made" in stdout
+    assert "No adapter was named" in stdout
 
-    assert [(one.label, one.kind) for one in made.subjects] == [
+    assert [(subject.label, subject.kind) for subject in result.subjects] == [
         *(("LoRA", "run"), ("Bi-LoRA", "run"), ("base model", "base"))
     ]
-    assert made.settings["sampling"]["guidance_scale"] == 4.0
-    assert made.settings["sampling"]["size"] == 64
-    counts = {name: len(made.select(name)) for name in ("image", *clip_scores.METRICS)}
+    assert result.settings["sampling"]["guidance_scale"] == 4.0
+    assert result.settings["sampling"]["size"] == 64
+    counts = {name: len(result.select(name)) for name in ("image", *clip_scores.METRICS)}
     assert counts == {"image": 18, "i2t": 9, "t2t": 9, "truth": 0, "nearest": 9, "drift": 6}
-    assert all(row.note for name in ("t2t", "nearest") for row in made.select(name))
-    compared = {(line.group, line.control) for line in made.summaries if line.pairs}
+    assert all(row.note for name in ("t2t", "nearest") for row in result.select(name))
+    compared = {(line.group, line.control) for line in result.summaries if line.pairs}
     assert compared == {("Bi-LoRA", "LoRA"), ("base model", "LoRA")}
 
-    assert made.figures == ["grid.png"]
-    for name in (table.FILE, table.ROWS, table.SUMMARY, table.REPORT, *made.figures):
+    assert result.figures == ["grid.png"]
+    for name in (table.FILE, table.ROWS, table.SUMMARY, table.REPORT, *result.figures):
         assert str(tmp_path).encode() not in (output / name).read_bytes()
 
     before, first = pictures(output), (output / table.ROWS).read_bytes()
@@ -109,11 +112,11 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     assert (output / table.ROWS).read_bytes() == first
     copy = shutil.copyfile(scored_runs / "demo" / "lora" / LORA, tmp_path / "copy.safetensors")
     words_again = ["demo/bilora", "LoRA=demo/lora", "base", f"copy={copy}", "--control", "LoRA"]
-    again = run(*words_again, "--train_data", "mini", *argv)  # another name is no other image
+    repeated = run(*words_again, "--train_data", "mini", *argv)  # another name is no other image
     assert capsys.readouterr().out.count("0 of 18 images are to be made") == 2
     assert pictures(output) == before
-    require_close(made, again, without="copy")
-    even = [line for line in again.summaries if line.group == "copy"]
+    require_close(result, repeated, left_out="copy")
+    even = [line for line in repeated.summaries if line.group == "copy"]
     assert {line.metric for line in even} == {*clip_scores.METRICS} - {"truth"}
     for line in even:
         assert (line.difference, line.higher, line.equal, line.lower) == (0, 0, 3, 0)
@@ -125,36 +128,38 @@ def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tm
     trained = train_once("dog", learning_rate=3e-2, validation_dataset="mini", **steps)
     output = tmp_path / "scores"
     argv = [*words(output, str(trained), *tiny_models), "--max_prompts", "2", "--steps"]
-    made = run(*argv, "all")
+    result = run(*argv, "all")
     assert "10 of 10 images are to be made" in capsys.readouterr().out  # with the base model's
-    assert [one.label for one in made.subjects] == made.groups == ["step 1", "step 2"]
-    assert made.subjects[1].digest == find(str(trained)).digest  # the run's own end
+    assert [subject.label for subject in result.subjects] == result.groups == ["step 1", "step 2"]
+    assert result.subjects[1].digest == find(str(trained)).digest  # the run's own end
     recorded = {row["step"]: row.get("heldout_loss") for row in read_metrics(trained)}
-    found = {row.subject: row.value for row in made.select("heldout_loss")}
-    assert found == {f"step {step}": recorded[step] for step in (1, 2)}
-    assert {(line.group, line.control) for line in made.summaries if line.pairs} == {
+    losses = {row.subject: row.value for row in result.select("heldout_loss")}
+    assert losses == {f"step {step}": recorded[step] for step in (1, 2)}
+    assert {(line.group, line.control) for line in result.summaries if line.pairs} == {
         ("step 1", "step 2")
     }
-    assert made.figures == ["grid.png", "steps.png"]
-    assert len(made.settings["best_steps"]) == len({line.metric for line in made.summaries})
-    assert scored(made).labels == ["step 1", "step 2"]  # as the viewer reads it
+    assert result.figures == ["grid.png", "steps.png"]
+    assert len(result.settings["best_steps"]) == len({line.metric for line in result.summaries})
+    assert scored(result).labels == ["step 1", "step 2"]  # as the viewer reads it
 
 
 @pytest.mark.slow
 def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs, tmp_path):
     torch.manual_seed(0)
     lora, file = scored_runs / "demo" / "lora", tmp_path / "broken.safetensors"
-    broken = rewrite(lora / LORA, file, lambda own, _: [value.normal_() for value in own.values()])
-    made = run(
+    broken = rewrite(
+        lora / LORA, file, lambda tensors, _: [value.normal_() for value in tensors.values()]
+    )
+    result = run(
         *(f"LoRA={lora}", f"broken={broken}", "--output_dir", str(tmp_path / "out")),
         *("--max_prompts", "8", "--num_inference_steps", "8", "--seeds", "0"),
         *("--general_prompts", "none", "--train_data", "none"),
     )
-    assert made.settings["scorer"]["kind"] == "embedded"
-    assert made.settings["captioner"]["kind"] == "retrieval"
-    assert made.settings["prompts"][0]["reference"] == "1f407.png"
-    assert len(made.select("truth")) == 2 * 8
-    line = made.summary("broken", "i2t")
+    assert result.settings["scorer"]["kind"] == "embedded"
+    assert result.settings["captioner"]["kind"] == "retrieval"
+    assert result.settings["prompts"][0]["reference"] == "1f407.png"
+    assert len(result.select("truth")) == 2 * 8
+    line = result.summary("broken", "i2t")
     assert line.higher < line.lower
 
 
@@ -171,8 +176,8 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     scored_runs, tiny_models, tmp_path, capsys
 ):
     adapters = [str(scored_runs / "demo" / name) for name in ("lora", "bilora")]
-    output, more = tmp_path / "killed", (*adapters, *tiny_models, "--batch_size", "2")
-    argv = words(output, *more, steps=3)
+    output, options = tmp_path / "killed", (*adapters, *tiny_models, "--batch_size", "2")
+    argv = words(output, *options, steps=3)
     first = started(*SCORES, *argv)
     while not (before := pictures(output)) and first.poll() is None:
         time.sleep(0.02)
@@ -188,16 +193,14 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
     assert len(after) == 15
     assert {name: after[name] for name in before} == before
 
-    whole = tmp_path / "whole"
-    run(*words(whole, *more, "--processes", "2", steps=3))
-    assert len(pictures(whole)) == 15
-    assert record(whole) == record(output)
+    uninterrupted = tmp_path / "whole"
+    run(*words(uninterrupted, *options, "--processes", "2", steps=3))
+    assert len(pictures(uninterrupted)) == 15
+    assert record(uninterrupted) == record(output)
 
     two = tmp_path / "two"
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    argv = words(two, *more, steps=3)
-    launched = started(*launcher, *SCORES, *argv, stdout=subprocess.PIPE)
-    printed, _ = launched.communicate()
-    assert (launched.returncode, printed.count("written: ")) == (0, 1)
+    argv = words(two, *options, steps=3)
+    launched = process(*TORCHRUN, 2, *SCORES, *argv, **ON_CPUS)
+    assert launched.stdout.count("written: ") == 1
     assert len(pictures(two)) == 15
     require_close(table.read(two), continued)

@@ -26,14 +26,14 @@ COUNTS = {"dog": (2, 3), "cat": (3, 1), "owl": (1, 5)}
 def concepts(tmp_path_factory):
     """Three concepts of the miniature's icons, of which two have held-out ones."""
     root = tmp_path_factory.mktemp("concepts")
-    icons, held = (
+    icons, heldout_icons = (
         iter(sorted(place.glob("*.png"))) for place in (mini.train_dir(), mini.heldout_dir())
     )
     rows = []
     for name, (count, repeats) in COUNTS.items():
-        for place, source, many in ((name, icons, count), (f"{name}-held", held, count)):
+        for place, source, number in ((name, icons, count), (f"{name}-held", heldout_icons, count)):
             (root / place).mkdir()
-            for picture in [next(source) for _ in range(many)]:
+            for picture in [next(source) for _ in range(number)]:
                 shutil.copy(picture, root / place)
         row = {"dataset": str(root / name), "instance_prompt": f"a {name}", "repeats": str(repeats)}
         rows.append(row if name == "owl" else {**row, "validation_dataset": f"{root / name}-held"})
@@ -42,74 +42,76 @@ def concepts(tmp_path_factory):
     return root / "concepts.yaml"
 
 
-def values(concepts, **more):
+def values(concepts, **options):
     """Flags of a short run, with an auxiliary for each image."""
     shared = {"dataset": concepts, "pretrained_model_name_or_path": "mini", "max_train_steps": 4}
     shared |= {"auxiliaries": "sample", "train_batch_size": 2, "validation_dataset": None}
     shared |= {"gradient_accumulation_steps": 1, "checkpointing_steps": 2, "random_flip": True}
-    return {**shared, "validation_loss_steps": 2, **more}
+    return {**shared, "validation_loss_steps": 2, **options}
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(concepts, tmp_path, caplog):
     caplog.set_level("INFO", logger="bilora_diffusion")
-    drawn = {"num_validation_images": 1, "validation_num_inference_steps": 2}
-    whole = train(tmp_path / "whole", **values(concepts, **drawn))
+    image_options = {"num_validation_images": 1, "validation_num_inference_steps": 2}
+    run = train(tmp_path / "whole", **values(concepts, **image_options))
     assert "6 images of 3 concepts (dog 2 x 3, cat 3 x 1, owl 1 x 5)" in caplog.text
     assert "4 steps of 2 (0.571 epochs)" in caplog.text, "an epoch has 14 samples"
-    saved = load_file(whole / "checkpoints" / "step-4" / "adapters.safetensors")
+    saved = load_file(run / "checkpoints" / "step-4" / "adapters.safetensors")
     assert sum("/auxiliary/" in key for key in saved) == 6, "one for each image, not each repeat"
 
-    rows = [row for row in runlog.read_metrics(whole) if "heldout_loss" in row]
+    rows = [row for row in runlog.read_metrics(run) if "heldout_loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
     for row in rows:
         dog, cat = (row[f"{BY_CONCEPT}{name}"] for name in ("dog", "cat"))
         assert row["heldout_loss"] == pytest.approx((2 * dog + 3 * cat) / 5, rel=1e-5)
         assert f"{BY_CONCEPT}owl" not in row
     assert f"{rows[-1][f'{BY_CONCEPT}cat']:.4f} at step 4" in caplog.text
-    card = (whole / "README.md").read_text()
+    card = (run / "README.md").read_text()
     assert all(word in card for word in ("`a dog`", "`a cat`", "`a owl`", "held-out loss of cat"))
     assert "`a dog at sea`" in card
 
     lora = train(tmp_path / "lora", **values(concepts, method="lora"))
-    assert column(lora, "digest") == column(whole, "digest")
-    for subject in (subjects := gather([str(whole), str(lora)], weights=True)):
-        seen = training_sets(subjects, None)[subject.label]
-        counts = Counter(entry.name.split("/")[0] for entry in seen.entries)
+    assert column(lora, "digest") == column(run, "digest")
+    for subject in (subjects := gather([str(run), str(lora)], weights=True)):
+        images = training_sets(subjects, None)[subject.label]
+        counts = Counter(entry.name.split("/")[0] for entry in images.entries)
         assert counts == {name: count for name, (count, _) in COUNTS.items()}
-        assert len(points(subjects)[subject.label].images) == len(seen)
-    resumes_exactly(whole, 2, **values(concepts, **drawn))
+        assert len(points(subjects)[subject.label].images) == len(images)
+    resumes_exactly(run, 2, **values(concepts, **image_options))
     changed = json.loads(concepts.read_text())
     changed[1]["repeats"] = "2"
-    other = tmp_path / "other.yaml"
-    other.write_text(json.dumps(changed))
+    changed_list = tmp_path / "other.yaml"
+    changed_list.write_text(json.dumps(changed))
     with pytest.raises(UserError, match="concepts was"):
-        train(whole, **values(other, resume_from_checkpoint="latest", max_train_steps=6))
+        train(run, **values(changed_list, resume_from_checkpoint="latest", max_train_steps=6))
 
 
 def test_a_dry_run_knows_concepts(concepts, tmp_path, capsys):
     AcceleratorState._reset_state()
     argv = flags(tmp_path / "none", **values(concepts), dry_run=True)
     assert train_dreambooth_bilora.main(argv) == 0
-    said = capsys.readouterr().out
-    assert "data: 6 images of 3 concepts (dog 2 x 3, cat 3 x 1, owl 1 x 5) at 64 px" in said
+    stdout = capsys.readouterr().out
+    assert "data: 6 images of 3 concepts (dog 2 x 3, cat 3 x 1, owl 1 x 5) at 64 px" in stdout
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow
 def test_a_search_deals_the_images_of_all_concepts_into_folds(concepts, tmp_path):
     rows = [{**row, "validation_dataset": None} for row in json.loads(concepts.read_text())]
-    unseen = tmp_path / "unseen.yaml"
-    unseen.write_text(json.dumps(rows))
+    bare_list = tmp_path / "unseen.yaml"
+    bare_list.write_text(json.dumps(rows))
     (tmp_path / "space.yaml").write_text("method: [lora]\nrank: [2, 4]\n")
     fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 16, "fit_folds": 2}
-    run = train(tmp_path / "fit", **values(unseen, **fit))
-    found = read_search(run / "fit.json")
-    assert found is not None
+    run = train(tmp_path / "fit", **values(bare_list, **fit))
+    record = read_search(run / "fit.json")
+    assert record is not None
     # Auxiliaries that LoRA does not have leave its last run as it is.
-    assert runlog.read_run(run)["results"]["steps"] == found["choice"]["steps"]
-    chosen = [one for one in found["runs"] if one["title"] == found["choice"]["title"]]
-    assert {one["fold"] for one in chosen} == {1, 2}
+    assert runlog.read_run(run)["results"]["steps"] == record["choice"]["steps"]
+    chosen = [
+        fit_run for fit_run in record["runs"] if fit_run["title"] == record["choice"]["title"]
+    ]
+    assert {fit_run["fold"] for fit_run in chosen} == {1, 2}
 
 
 @pytest.mark.slow
@@ -117,13 +119,13 @@ def test_class_images_are_made_for_each_concept(concepts, tmp_path):
     rows = json.loads(concepts.read_text())
     for row, name in zip(rows, COUNTS, strict=True):
         row |= {"class_data_dir": str(tmp_path / name), "class_prompt": f"a flat icon of a {name}"}
-    own = tmp_path / "own.yaml"
-    own.write_text(json.dumps(rows))
+    class_list = tmp_path / "own.yaml"
+    class_list.write_text(json.dumps(rows))
     shared = {"with_prior_preservation": True, "num_class_images": 2}
-    run = train(tmp_path / "run", **values(own, **shared, checkpointing_steps=1))
-    made = [[file.read_bytes() for file in (tmp_path / n).glob("*.png")] for n in COUNTS]
-    assert [len(images) for images in made] == [2, 2, 2]
-    assert len({image for images in made for image in images}) == 6
-    resumes_exactly(run, 3, **values(own, **shared, checkpointing_steps=1))
-    kept = train(tmp_path / "kept", **values(own, prior_prediction_weight=1.0))
-    assert column(kept, "loss") != column(run, "loss")
+    run = train(tmp_path / "run", **values(class_list, **shared, checkpointing_steps=1))
+    class_files = [[file.read_bytes() for file in (tmp_path / n).glob("*.png")] for n in COUNTS]
+    assert [len(images) for images in class_files] == [2, 2, 2]
+    assert len({image for images in class_files for image in images}) == 6
+    resumes_exactly(run, 3, **values(class_list, **shared, checkpointing_steps=1))
+    kept_run = train(tmp_path / "kept", **values(class_list, prior_prediction_weight=1.0))
+    assert column(kept_run, "loss") != column(run, "loss")

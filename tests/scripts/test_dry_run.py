@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from huggingface_hub.utils import filter_repo_objects
 
@@ -116,8 +115,6 @@ below are what real models and methods hold.
     [
         ({}, MINI),
         ({"auxiliaries": "sample"}, {"adapters: auxiliary": "8.24 MB", "gradients": "1.79 MB"}),
-        # On a CPU those that wait are in the same memory.
-        ({"auxiliaries": "sample", "auxiliaries_on": "cpu"}, {"adapters: auxiliary": "8.24 MB"}),
         ({"use_ema": True, "use_dora": True}, {"adapters: primary": "403 kB"}),
         ({"optimizer": "adamw8bit"}, {"the optimizer's state": "358 kB"}),
         ({"init_lora_weights": "pissa"}, {"adapters: first values": "358 kB"}),
@@ -137,19 +134,6 @@ below are what real models and methods hold.
 def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
     said = parts_of(image_run(capsys, tmp_path / "run", train_batch_size=4, **values))
     assert {name: said[name] for name in parts} == parts
-
-
-def test_auxiliaries_that_wait_are_counted_in_the_memory_where_they_are(tmp_path):
-    def taken(**values):
-        cfg = resolve([*flags(tmp_path / "run", auxiliaries="sample", **values), "--dry_run"])
-        task = DREAMBOOTH.build_task(cfg, Accelerator(cpu=True))
-        return attached(task, 1, torch.device("cuda"))[1:]
-
-    parts, waiting = taken()
-    on_device, on_cpu = taken(auxiliaries_on="cpu")
-    names = ("adapters: auxiliary", "the optimizer's state")
-    assert waiting == 0
-    assert on_cpu == sum(parts[name] - on_device[name] for name in names) > 0
 
 
 def test_a_search_takes_what_its_largest_run_does(capsys, tmp_path):

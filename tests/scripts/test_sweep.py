@@ -1,20 +1,27 @@
 """A sweep of real runs: killed and started again, with a run that fails."""
 
+import json
 import signal
 import time
 
 import pytest
-import yaml
 
 from bilora_diffusion.run import runlog
 from eval import sweep, table
 from tests.scripts.runs import started, two_icons
 
-# The weights of the last leave the range of numbers at the first step.
-ARMS = """lora: {method: lora}
-bilora: {method: bilora}
-hot: {method: lora, learning_rate: 1e4, lora_alpha: 1e6, adam_weight_decay: 1e4}
-"""
+HOT = {"method": "lora", "learning_rate": 1e4, "lora_alpha": 1e6, "adam_weight_decay": 1e4}
+"""Its weights leave the range of numbers at the first step."""
+VARIANTS = {"lora": {"method": "lora"}, "bilora": {"method": "bilora"}, "hot": HOT}
+OPTIONS = {
+    "validation_loss_steps": 1,
+    "num_validation_images": 0,
+    "max_train_steps": 2,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+}
 
 
 def finished(runs):
@@ -28,29 +35,26 @@ def finished(runs):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_killed_sweep_repeats_nothing_and_a_failing_cell_is_told(tmp_path, capfd):
-    recipe, runs, results = tmp_path / "tiny.yaml", tmp_path / "runs", tmp_path / "results"
+def test_a_killed_sweep_repeats_nothing_and_a_failing_run_is_told(tmp_path, capfd):
     images = {name: str(value) for name, value in two_icons(tmp_path / "images").items()}
-    steps = {"validation_loss_steps": 1, "num_validation_images": 0, "max_train_steps": 2}
-    sizes = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
-    recipe.write_text(yaml.safe_dump({**images, **steps, **sizes, "report_to": "none"}))
-    (tmp_path / "arms.yaml").write_text(ARMS)
-    words = [str(recipe), "--arms", str(tmp_path / "arms.yaml"), "--over", "seed=0"]
-    words += ["--runs_dir", str(runs), "--output_dir", str(results)]
-    first = started("-m", "eval.sweep", *words)
-    while not (before := finished(runs)) and first.poll() is None:
+    recipe, file = tmp_path / "tiny.yaml", tmp_path / "three.yaml"
+    recipe.write_text(json.dumps({**images, **OPTIONS}))  # YAML reads JSON
+    file.write_text(json.dumps({"recipe": str(recipe), "variants": VARIANTS, "seeds": "0"}))
+    words, runs = [str(file), "--runs_dir", str(tmp_path / "runs")], tmp_path / "runs" / "three"
+    process = started("-m", "eval.sweep", *words)
+    while not (before := finished(runs)) and process.poll() is None:
         time.sleep(0.1)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert before
-    assert not results.exists() or not list(results.iterdir())
+    assert not list((runs / "sweep").iterdir())
 
     assert sweep.main(words) == 1
     errors = capfd.readouterr().err
     after = finished(runs)
     assert len(after) == 2
     assert {name: after[name] for name in before} == before
-    result = table.read(results)
+    result = table.read(runs / "sweep")
     assert result.groups == ["lora", "bilora", "hot"]
     assert result.settings["paired"] == {"lora": None, "bilora": True}
     assert result.provenance.versions["torch"]

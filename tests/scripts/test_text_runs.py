@@ -26,7 +26,7 @@ LIVES: list[tuple[str, str, Given]] = [
 ]
 SLOW_LIVES: list[tuple[str, str, Given]] = [
     ("causal", "bilora", {"rho": "auto", "loss_rise": 0.2}),
-    ("seq2seq", "bilora", {"auxiliaries": "sample", "auxiliaries_on": "cpu"}),
+    ("seq2seq", "bilora", {"auxiliaries": "sample"}),
     ("causal", "lora-sam", {"use_ema": True, "ema_decay": 0.5}),
     ("classification", "bilora", {"init_lora_weights": "pissa", "use_dora": True}),
     ("headless", "bilora", {}),  # its pooler is random: the next loader would draw it anew

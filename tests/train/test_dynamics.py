@@ -174,7 +174,7 @@ def test_the_ascent_gain_is_the_gradient_times_the_weight(options, tmp_path):
     run = Training("bilora", True, tmp_path, rho=0.3, **options)
     run.train(1)
     gradients = run.full_gradients()
-    auxiliary = adapters.factors_of(run.method.layers(AUXILIARY), AUXILIARY)
+    auxiliary = adapters.factors_of(run.method.layers, AUXILIARY)
     expected = [float((gradients[f.name] * product(f)).sum()) for f in auxiliary]
     assert max(map(abs, expected)) > 0
     line = run.train(1)[0]["dynamics"]
@@ -182,7 +182,7 @@ def test_the_ascent_gain_is_the_gradient_times_the_weight(options, tmp_path):
     assert snapshot.layers["ascent_gain"].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-9)
     assert line["ascent_gain"] == pytest.approx(sum(expected), rel=1e-4)
     assert snapshot.names == [f.name for f in auxiliary]
-    now = adapters.factors_of(run.method.layers(AUXILIARY), AUXILIARY)
+    now = adapters.factors_of(run.method.layers, AUXILIARY)
     for kept, left in zip(snapshot.factors[AUXILIARY], now, strict=True):
         assert torch.equal(kept.A, left.A)
         assert torch.equal(kept.B, left.B)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bilora_diffusion.config import machine, refusals
+from bilora_diffusion.config import constraints, machine
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import names
 from bilora_diffusion.train import sharding
@@ -39,23 +39,23 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_launch_that_would_be_wrong_is_refused(name, monkeypatch):
-    """The table's own entries are tested with it, in tests/config/test_refusals.py."""
+    """The table's own entries are tested with it, in tests/config/test_constraints.py."""
     launch, values = WRONG[name]
     for variable, value in launch.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda package: name == "XLA")
     with pytest.raises(UserError, match=name):
-        refusals.check({**USUAL, **values, **machine.launch()})
+        constraints.check({**USUAL, **values, **machine.launch()})
 
 
 def test_fsdp2_trains_adapters_of_text_models_and_ddp_everything(monkeypatch):
     for modality in ("image", "text"):
         pissa = {"method": "flat-lora", "init_lora_weights": "pissa", "modality": modality}
-        refusals.check({**pissa, **machine.launch()})
+        constraints.check({**pissa, **machine.launch()})
     for variable, value in FSDP.items():
         monkeypatch.setenv(variable, value)
     for method in set(names()) - {"flat-lora", "full"}:
-        refusals.check({**USUAL, "method": method, **machine.launch()})
+        constraints.check({**USUAL, "method": method, **machine.launch()})
     # under FSDP2 every process reads the weights
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     plugin = SimpleNamespace(cpu_ram_efficient_loading=True)

@@ -25,9 +25,12 @@ FAMILIES: dict[str, tuple[str, str]] = {
 """The class of a pipeline: the file here that knows it, and the class there."""
 
 
-def named(pipeline: str, model: str) -> Any:
-    """The kind of a pipeline, a ``base.Family``, by the name of its class; one that is not known is
-    refused by the ``model`` that it is of, in the user's words.
+def family_class(pipeline: str, model: str) -> Any:
+    """The family of a pipeline, a ``base.Family``, by the name of its class.
+
+    Args:
+        model: what the pipeline is of, in the user's words, for the sentence that refuses one that
+            is not known.
     """
     if pipeline not in FAMILIES:
         raise UserError(
@@ -38,7 +41,7 @@ def named(pipeline: str, model: str) -> Any:
     return getattr(import_module(f"{__name__}.{module}"), kind)
 
 
-def of(pipeline: Any) -> Any:
-    """The kind of a loaded pipeline with its usual settings: a ``base.Family``."""
-    kind = type(pipeline).__name__
-    return named(kind, getattr(pipeline, "name_or_path", kind))()
+def family_of(pipeline: Any) -> Any:
+    """The family of a loaded pipeline with its usual settings: a ``base.Family``."""
+    name = type(pipeline).__name__
+    return family_class(name, getattr(pipeline, "name_or_path", name))()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import Conditions, Configs, Family, packed, unpacked
+from .base import Activations, ComfyUI, Conditions, Configs, Family, pack, unpack
 
 SINGLE_BLOCKS = 38
 """Of FLUX.1, the most that there are."""
@@ -25,6 +25,7 @@ class Flux(Family):
 
     title: ClassVar[str] = "FLUX.1"
     pipeline: ClassVar[str] = "FluxPipeline"
+    examples: ClassVar[Mapping[str, str]] = {"FLUX.1-dev": "black-forest-labs/FLUX.1-dev"}
     parts: ClassVar[dict[str, str]] = {
         "transformer": "FluxTransformer2DModel",
         "vae": "AutoencoderKL",
@@ -32,20 +33,39 @@ class Flux(Family):
         "text_encoder_2": "T5EncoderModel",
     }
     targets: ClassVar[tuple[str, ...]] = (
-        *("to_k", "to_q", "to_v", "to_out.0"),
-        *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+        "to_k",
+        "to_q",
+        "to_v",
+        "to_out.0",
+        "add_k_proj",
+        "add_q_proj",
+        "add_v_proj",
+        "to_add_out",
     )
     feed_forward: ClassVar[tuple[str, ...]] = (
-        *("ff", "ff_context", "proj_mlp"),
+        "ff",
+        "ff_context",
+        "proj_mlp",
         *(f"single_transformer_blocks.{i}.proj_out" for i in range(SINGLE_BLOCKS)),
     )
     guidance: ClassVar[float] = 3.5
     unguided: ClassVar[float] = 100.0  # it is told its guidance, and reads one prompt
     few_steps: ClassVar[int] = 4  # of FLUX.1-schnell
+    activations: ClassVar[Activations] = Activations(
+        prompt_tokens=512, checkpointed=1, recomputed=27, block=14.6
+    )
+    comfyui: ClassVar[ComfyUI | None] = ComfyUI(
+        checkpoints={"black-forest-labs/FLUX.1-dev": "flux1-dev"},
+        text_encoders=("clip_l", "t5xxl_fp16"),
+        text_encoder_type="flux",
+        autoencoder="ae",
+        shift_node="ModelSamplingFlux",
+        embeds_guidance=True,
+    )
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        sequence, pooled, _ = self.encoded(pipeline, prompts)
+        sequence, pooled, _ = self.encode_prompts(pipeline, prompts)
         return {"sequence": sequence, "pooled": pooled}
 
     def predict(
@@ -54,17 +74,19 @@ class Flux(Family):
         config: Any = model.config
         count, _, height, width = noisy.shape
         sequence = conditions["sequence"]
-        told = noisy.new_full((count,), self.guidance_scale) if config.guidance_embeds else None
+        guidance = None
+        if config.guidance_embeds:
+            guidance = noisy.new_full((count,), self.guidance_scale)
         tokens = model(
-            hidden_states=packed(noisy),
+            hidden_states=pack(noisy),  # (n, h/2 w/2, 4 c)
             timestep=levels,  # the model takes it a thousandfold
-            guidance=told,
+            guidance=guidance,
             pooled_projections=conditions["pooled"],
             encoder_hidden_states=sequence,
-            txt_ids=levels.new_zeros(sequence.shape[1], 3),
-            img_ids=places(1, height // 2, width // 2, device=levels.device),
+            txt_ids=levels.new_zeros(sequence.shape[1], 3),  # text has no position
+            img_ids=positions(1, height // 2, width // 2, device=levels.device),
         ).sample
-        return unpacked(tokens, height, width)
+        return unpack(tokens, height, width)
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
         return {
@@ -88,6 +110,6 @@ class Flux(Family):
         )
 
 
-def places(*counts: int, device: torch.device) -> Tensor:
+def positions(*counts: int, device: torch.device) -> Tensor:
     """Positions of tokens on each axis, of ``counts`` places each: (product of counts, axes)."""
     return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,9 +11,9 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
-from ..latent_space import LatentSpace
-from .base import Conditions, Family
-from .flux import places
+from ...core.choices import ALL, ALL_LINEAR
+from .base import Activations, ComfyUI, Conditions, Family, LatentSpace
+from .flux import positions
 
 SINGLE_BLOCKS = 48
 """Of FLUX.2-dev, the most that there are; klein has 20 or 24."""
@@ -40,14 +40,23 @@ class Flux2Klein(Family):
 
     title: ClassVar[str] = "FLUX.2 klein"
     pipeline: ClassVar[str] = "Flux2KleinPipeline"
+    examples: ClassVar[Mapping[str, str]] = {
+        "FLUX.2 klein 9B": "black-forest-labs/FLUX.2-klein-base-9B"
+    }
     parts: ClassVar[dict[str, str]] = {
         "transformer": "Flux2Transformer2DModel",
         "vae": "AutoencoderKLFlux2",
         "text_encoder": "Qwen3ForCausalLM",
     }
     targets: ClassVar[tuple[str, ...]] = (
-        *("to_k", "to_q", "to_v", "to_out.0"),
-        *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+        "to_k",
+        "to_q",
+        "to_v",
+        "to_out.0",
+        "add_k_proj",
+        "add_q_proj",
+        "add_v_proj",
+        "to_add_out",
         "to_qkv_mlp_proj",
         # One by one: a "to_out" is a list in the other blocks.
         *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(SINGLE_BLOCKS)),
@@ -57,10 +66,27 @@ class Flux2Klein(Family):
     few_steps: ClassVar[int] = 4  # of klein without "base"
     undistilled: ClassVar[str] = "its base model, such as FLUX.2-klein-base-4B"
     steps: ClassVar[int] = 50  # the pipeline's own number, on which its shift depends
+    activations: ClassVar[Activations] = Activations(
+        prompt_tokens=512, checkpointed=1, recomputed=100, block=24
+    )
+    comfyui: ClassVar[ComfyUI | None] = ComfyUI(
+        checkpoints={
+            "black-forest-labs/FLUX.2-klein-base-4B": "flux-2-klein-base-4b",
+            "black-forest-labs/FLUX.2-klein-base-9B": "flux-2-klein-base-9b",
+        },
+        text_encoders=("qwen_3_8b",),
+        text_encoder_type="flux2",
+        text_encoders_by_size={"4b": ("qwen_3_4b",)},
+        autoencoder="flux2-vae",
+        latent_node="EmptyFlux2LatentImage",
+        scheduler_node="Flux2Scheduler",  # it shifts the noise levels, too
+        unread_groups=frozenset((ALL, ALL_LINEAR)),
+        unread_layers="the layers of modulation and time",
+    )
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        sequence, _ = self.encoded(pipeline, prompts)
+        sequence, _ = self.encode_prompts(pipeline, prompts)
         return {"sequence": sequence}
 
     def predict(
@@ -72,25 +98,26 @@ class Flux2Klein(Family):
             hidden_states=noisy.flatten(2).transpose(1, 2),
             timestep=levels,  # the model takes it a thousandfold
             encoder_hidden_states=sequence,
-            txt_ids=places(1, 1, 1, sequence.shape[1], device=levels.device),
-            img_ids=places(1, height, width, 1, device=levels.device),
+            txt_ids=positions(1, 1, 1, sequence.shape[1], device=levels.device),
+            img_ids=positions(1, height, width, 1, device=levels.device),
         ).sample
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
-    def space(self, vae: Any) -> LatentSpace:
-        mean, variance = (
-            values.view(1, -1, 1, 1) for values in (vae.bn.running_mean, vae.bn.running_var)
-        )
-        return PatchSpace(1.0, mean, (variance + vae.config.batch_norm_eps).sqrt(), drawn=False)
+    def latent_space(self, vae: Any) -> LatentSpace:
+        # Statistics of a batch normalization, of each channel of the patches: (1, 4 c, 1, 1).
+        mean = vae.bn.running_mean.view(1, -1, 1, 1)
+        variance = vae.bn.running_var.view(1, -1, 1, 1)
+        std = (variance + vae.config.batch_norm_eps).sqrt()
+        return PatchSpace(1.0, mean, std, samples_posterior=False)
 
     def mu(self, pipeline: Any, tokens: int) -> float:
         return compute_empirical_mu(tokens, self.steps)
 
-    def ready(self, sampler: Any) -> None:
+    def prepare_sampler(self, sampler: Any) -> None:
         # The pipeline hands latents back in the autoencoder's scale, as single pixels. With such
         # statistics it leaves their values alone.
         statistics = SimpleNamespace(running_mean=torch.zeros(1), running_var=torch.ones(1))
         sampler.vae = SimpleNamespace(bn=statistics, config=SimpleNamespace(batch_norm_eps=0.0))
 
-    def unpacked(self, latents: Tensor, height: int, width: int) -> Tensor:
+    def unpack_output(self, latents: Tensor, height: int, width: int) -> Tensor:
         return nn.functional.pixel_unshuffle(latents, 2)

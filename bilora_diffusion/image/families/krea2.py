@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,9 +10,19 @@ import torch
 from diffusers import Krea2Pipeline
 from torch import Tensor, nn
 
-from ..latent_space import LatentSpace
-from .base import Conditions, Family, packed, padded, unpacked
-from .qwen_image import VideoSpace, told, unpadded
+from .base import (
+    Activations,
+    ComfyUI,
+    Conditions,
+    Family,
+    LatentSpace,
+    pack,
+    pad,
+    pad_if_needed,
+    unpack,
+    unpad,
+)
+from .qwen_image import VideoSpace
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,7 @@ class Krea2(Family):
 
     title: ClassVar[str] = "Krea 2"
     pipeline: ClassVar[str] = "Krea2Pipeline"
+    examples: ClassVar[Mapping[str, str]] = {"Krea 2": "krea/Krea-2-Raw"}
     parts: ClassVar[dict[str, str]] = {
         "transformer": "Krea2Transformer2DModel",
         "vae": "AutoencoderKLQwenImage",
@@ -35,19 +46,29 @@ class Krea2(Family):
     unguided: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Krea 2 Turbo
     undistilled: ClassVar[str] = "the model that it was made from, Krea 2 RAW"
+    activations: ClassVar[Activations] = Activations(
+        prompt_tokens=64, checkpointed=1.2, recomputed=29, block=22
+    )
+    comfyui: ClassVar[ComfyUI | None] = ComfyUI(
+        checkpoints={"krea/Krea-2-Raw": "krea2_raw_bf16"},
+        text_encoders=("qwen3vl_4b_bf16",),
+        text_encoder_type="krea2",
+        autoencoder="qwen_image_vae",
+        shift_node="ModelSamplingFlux",
+    )
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        sequence, mask = self.encoded(pipeline, prompts)
-        return {"sequence": unpadded(sequence, mask)}
+        sequence, mask = self.encode_prompts(pipeline, prompts)
+        return {"sequence": unpad(sequence, mask)}
 
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
     ) -> Tensor:
         height, width = noisy.shape[2:]
-        sequence, mask = told(conditions["sequence"])
+        sequence, mask = pad_if_needed(conditions["sequence"])
         tokens = model(
-            hidden_states=packed(noisy),
+            hidden_states=pack(noisy),  # (n, h/2 w/2, 4 c)
             encoder_hidden_states=sequence,
             timestep=levels,
             position_ids=Krea2Pipeline.prepare_position_ids(
@@ -55,22 +76,23 @@ class Krea2(Family):
             ),
             encoder_attention_mask=mask,
         ).sample
-        return unpacked(tokens, height, width)
+        return unpack(tokens, height, width)
 
-    def space(self, vae: Any) -> LatentSpace:
-        return VideoSpace.of(vae)
+    def latent_space(self, vae: Any) -> LatentSpace:
+        return VideoSpace.from_config(vae)
 
     def mu(self, pipeline: Any, tokens: int) -> float:
         return 1.15 if self.is_distilled(pipeline) else super().mu(pipeline, tokens)
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
         # Equally long, since the pipeline gives both the same positions.
-        sequence, mask = padded([*positive["sequence"], *negative["sequence"]])
-        (wanted, unwanted), (its_mask, the_other) = sequence.chunk(2), mask.bool().chunk(2)
+        sequences, masks = pad([*positive["sequence"], *negative["sequence"]])
+        positive_sequence, negative_sequence = sequences.chunk(2)
+        positive_mask, negative_mask = masks.bool().chunk(2)
         return {
-            "prompt_embeds": wanted,
-            "prompt_embeds_mask": its_mask,
-            "negative_prompt_embeds": unwanted,
-            "negative_prompt_embeds_mask": the_other,
+            "prompt_embeds": positive_sequence,
+            "prompt_embeds_mask": positive_mask,
+            "negative_prompt_embeds": negative_sequence,
+            "negative_prompt_embeds_mask": negative_mask,
             "guidance_scale": guidance,
         }

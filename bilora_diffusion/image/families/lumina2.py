@@ -1,8 +1,8 @@
-"""Lumina-Image 2.0: time runs from noise to image, and Gemma 2 is told what it is there for."""
+"""Lumina-Image 2.0: time runs from noise to image, and a system prompt stands before prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UserError
-from .base import Conditions, Family, padded
+from .base import Activations, Conditions, Family, pad, unpad
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Lumina2(Family):
 
     title: ClassVar[str] = "Lumina 2"
     pipeline: ClassVar[str] = "Lumina2Pipeline"
+    examples: ClassVar[Mapping[str, str]] = {"Lumina 2": "Alpha-VLLM/Lumina-Image-2.0"}
     parts: ClassVar[dict[str, str]] = {
         "transformer": "Lumina2Transformer2DModel",
         "vae": "AutoencoderKL",
@@ -27,21 +28,25 @@ class Lumina2(Family):
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     guidance: ClassVar[float] = 4.0
     unguided: ClassVar[float] = 100.0  # prompts are embedded with the system prompt here
+    activations: ClassVar[Activations] = Activations(
+        prompt_tokens=64, checkpointed=3.3, recomputed=45, block=35
+    )
 
     max_sequence_length: int = 256
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         # The image's tokens come one position after the text's last.
-        most = pipeline.transformer.config.axes_lens[0] - 1
-        if self.max_sequence_length > most:
+        positions = pipeline.transformer.config.axes_lens[0] - 1
+        if self.max_sequence_length > positions:
             raise UserError(
                 f"--max_sequence_length {self.max_sequence_length} is more than this {self.title}"
-                f" has positions for: give {most} at most."
+                f" has positions for: give {positions} at most."
             )
-        alone = {"do_classifier_free_guidance": False}
-        sequence, mask, _, _ = self.encoded(pipeline, prompts, **alone)
-        return {"sequence": [row[real.bool()] for row, real in zip(sequence, mask, strict=True)]}
+        sequence, mask, _, _ = self.encode_prompts(
+            pipeline, prompts, do_classifier_free_guidance=False
+        )
+        return {"sequence": unpad(sequence, mask)}
 
     def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
         # The pipeline puts its system prompt before the prompt only. What is left of "" is the
@@ -51,7 +56,7 @@ class Lumina2(Family):
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
     ) -> Tensor:
-        sequence, mask = padded(conditions["sequence"])
+        sequence, mask = pad(conditions["sequence"])
         return -model(
             noisy,
             timestep=1 - levels,
@@ -65,12 +70,13 @@ class Lumina2(Family):
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
         # Equally long, as the pipeline demands.
-        sequence, mask = padded([*positive["sequence"], *negative["sequence"]])
-        (wanted, unwanted), (its_mask, the_other) = sequence.chunk(2), mask.chunk(2)
+        sequences, masks = pad([*positive["sequence"], *negative["sequence"]])
+        positive_sequence, negative_sequence = sequences.chunk(2)
+        positive_mask, negative_mask = masks.chunk(2)
         return {
-            "prompt_embeds": wanted,
-            "prompt_attention_mask": its_mask,
-            "negative_prompt_embeds": unwanted,
-            "negative_prompt_attention_mask": the_other,
+            "prompt_embeds": positive_sequence,
+            "prompt_attention_mask": positive_mask,
+            "negative_prompt_embeds": negative_sequence,
+            "negative_prompt_attention_mask": negative_mask,
             "guidance_scale": guidance,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,8 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UserError
-from ..latent_space import LatentSpace
-from .base import Conditions, Configs, Family, packed, padded, unpacked
+from .base import (
+    Activations,
+    ComfyUI,
+    Conditions,
+    Configs,
+    Family,
+    LatentSpace,
+    pack,
+    pad,
+    pad_if_needed,
+    unpack,
+    unpad,
+)
 
 
 class VideoSpace(LatentSpace):
@@ -31,6 +42,7 @@ class QwenImage(Family):
 
     title: ClassVar[str] = "Qwen-Image"
     pipeline: ClassVar[str] = "QwenImagePipeline"
+    examples: ClassVar[Mapping[str, str]] = {"Qwen-Image": "Qwen/Qwen-Image"}
     parts: ClassVar[dict[str, str]] = {
         "transformer": "QwenImageTransformer2DModel",
         "vae": "AutoencoderKLQwenImage",
@@ -39,45 +51,60 @@ class QwenImage(Family):
     # Not to_add_out: nothing reads the last block's, and several processes would wait for its
     # gradient.
     targets: ClassVar[tuple[str, ...]] = (
-        *("to_k", "to_q", "to_v", "to_out.0"),
-        *("add_k_proj", "add_q_proj", "add_v_proj"),
+        "to_k",
+        "to_q",
+        "to_v",
+        "to_out.0",
+        "add_k_proj",
+        "add_q_proj",
+        "add_v_proj",
     )
     feed_forward: ClassVar[tuple[str, ...]] = ("img_mlp", "txt_mlp")
     guidance: ClassVar[float] = 4.0
+    activations: ClassVar[Activations] = Activations(
+        prompt_tokens=64, checkpointed=1, recomputed=26, block=17
+    )
+    comfyui: ClassVar[ComfyUI | None] = ComfyUI(
+        checkpoints={"Qwen/Qwen-Image": "qwen_image_bf16"},
+        text_encoders=("qwen_2.5_vl_7b",),
+        text_encoder_type="qwen_image",
+        autoencoder="qwen_image_vae",
+        shift_node="ModelSamplingAuraFlow",
+    )
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        sequence, mask = self.encoded(pipeline, prompts)
-        return {"sequence": list(sequence) if mask is None else unpadded(sequence, mask)}
+        sequence, mask = self.encode_prompts(pipeline, prompts)
+        return {"sequence": list(sequence) if mask is None else unpad(sequence, mask)}
 
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
     ) -> Tensor:
         count, _, height, width = noisy.shape
-        sequence, mask = told(conditions["sequence"])
+        sequence, mask = pad_if_needed(conditions["sequence"])
         tokens = model(
-            hidden_states=packed(noisy),
+            hidden_states=pack(noisy),  # (n, h/2 w/2, 4 c)
             timestep=levels,
             encoder_hidden_states=sequence,
             encoder_hidden_states_mask=mask,
             img_shapes=[[(1, height // 2, width // 2)]] * count,
         ).sample
-        return unpacked(tokens, height, width)
+        return unpack(tokens, height, width)
 
-    def space(self, vae: Any) -> LatentSpace:
-        return VideoSpace.of(vae)
+    def latent_space(self, vae: Any) -> LatentSpace:
+        return VideoSpace.from_config(vae)
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
-        sequence, mask = padded(positive["sequence"])
-        against, its_mask = padded(negative["sequence"])
+        positive_sequence, positive_mask = pad(positive["sequence"])
+        negative_sequence, negative_mask = pad(negative["sequence"])
         return {
-            "prompt_embeds": sequence,
-            "prompt_embeds_mask": mask,
-            "negative_prompt_embeds": against,
-            "negative_prompt_embeds_mask": its_mask,
+            "prompt_embeds": positive_sequence,
+            "prompt_embeds_mask": positive_mask,
+            "negative_prompt_embeds": negative_sequence,
+            "negative_prompt_embeds_mask": negative_mask,
             "true_cfg_scale": guidance,
             # Else the pipeline cuts to 512 tokens what is embedded already.
-            "max_sequence_length": max(sequence.shape[1], against.shape[1]),
+            "max_sequence_length": max(positive_sequence.shape[1], negative_sequence.shape[1]),
         }
 
     def told_guidance(self, configs: Configs) -> bool:
@@ -87,14 +114,3 @@ class QwenImage(Family):
                 " another --pretrained_model_name_or_path."
             )
         return False
-
-
-def unpadded(sequence: Tensor, mask: Tensor) -> list[Tensor]:
-    """Of sequences (n, length, ...) the tokens that the mask (n, length) has, (count, ...) each."""
-    return [row[real.bool()] for row, real in zip(sequence, mask, strict=True)]
-
-
-def told(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """As ``padded``, without a mask where nothing is padded: attention is faster so."""
-    sequence, mask = padded(rows)
-    return sequence, None if all(len(row) == len(rows[0]) for row in rows) else mask.bool()

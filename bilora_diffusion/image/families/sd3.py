@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UserError
-from .base import Conditions, Configs, Family, scale_of
+from .base import Activations, ComfyUI, Conditions, Configs, Family, latent_pixels
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,10 @@ class StableDiffusion3(Family):
 
     title: ClassVar[str] = "Stable Diffusion 3"
     pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
+    examples: ClassVar[Mapping[str, str]] = {
+        "Stable Diffusion 3.5 medium": "stabilityai/stable-diffusion-3.5-medium",
+        "Stable Diffusion 3.5 large": "stabilityai/stable-diffusion-3.5-large",
+    }
     parts: ClassVar[dict[str, str]] = {
         "transformer": "SD3Transformer2DModel",
         "vae": "AutoencoderKL",
@@ -28,19 +32,37 @@ class StableDiffusion3(Family):
     }
     optional: ClassVar[frozenset[str]] = frozenset({"text_encoder_3", "tokenizer_3"})
     targets: ClassVar[tuple[str, ...]] = (
-        *("to_k", "to_q", "to_v", "to_out.0"),
-        *("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"),
+        "to_k",
+        "to_q",
+        "to_v",
+        "to_out.0",
+        "add_k_proj",
+        "add_q_proj",
+        "add_v_proj",
+        "to_add_out",
     )
     feed_forward: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
     weighting: ClassVar[str] = "logit_normal"
     guidance: ClassVar[float] = 7.0
+    activations: ClassVar[Activations] = Activations(
+        prompt_tokens=154, checkpointed=1, recomputed=25, block=21
+    )
+    comfyui: ClassVar[ComfyUI | None] = ComfyUI(
+        checkpoints={
+            "stabilityai/stable-diffusion-3.5-medium": "sd3.5_medium",
+            "stabilityai/stable-diffusion-3.5-large": "sd3.5_large",
+        },
+        text_encoders=("clip_l", "clip_g", "t5xxl_fp16"),
+        shift_node="ModelSamplingSD3",
+        scheduler="normal",
+    )
 
     max_sequence_length: int = 77
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         sequence, _, pooled, _ = pipeline.encode_prompt(
-            *[list(prompts)] * 3,
+            *[list(prompts)] * 3,  # one list for each encoder
             device=pipeline.text_encoder.device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
@@ -52,7 +74,7 @@ class StableDiffusion3(Family):
     ) -> Tensor:
         return model(
             noisy,
-            timestep=1000 * levels,
+            timestep=1000 * levels,  # its embedding of time goes to 1000
             encoder_hidden_states=conditions["sequence"],
             pooled_projections=conditions["pooled"],
         ).sample
@@ -61,9 +83,9 @@ class StableDiffusion3(Family):
         super().require_resolution(resolution, configs)
         config = configs["transformer"]
         places = config.get("pos_embed_max_size", 96) * config.get("patch_size", 2)
-        most = places * scale_of(configs["vae"])
-        if resolution > most:
+        largest_side = places * latent_pixels(configs["vae"])
+        if resolution > largest_side:
             raise UserError(
                 f"a side of {resolution} pixels is more than this {self.title} has positions for:"
-                f" give {most} at most."
+                f" give {largest_side} at most."
             )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import Conditions, Configs, Family, scale_of
+from .base import Activations, ComfyUI, Conditions, Configs, Family, latent_pixels
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -20,6 +20,10 @@ class StableDiffusionXL(Family):
 
     title: ClassVar[str] = "Stable Diffusion XL"
     pipeline: ClassVar[str] = "StableDiffusionXLPipeline"
+    examples: ClassVar[Mapping[str, str]] = {
+        "Stable Diffusion XL": "stabilityai/stable-diffusion-xl-base-1.0"
+    }
+    tested_on: ClassVar[str] = "full size, random weights"
     parts: ClassVar[dict[str, str]] = {
         "unet": "UNet2DConditionModel",
         "vae": "AutoencoderKL",
@@ -29,6 +33,14 @@ class StableDiffusionXL(Family):
     denoiser: ClassVar[str] = "unet"
     flow: ClassVar[bool] = False
     patch: ClassVar[int] = 8
+    activations: ClassVar[Activations] = Activations(  # the UNet is one block, a latent a token
+        prompt_tokens=0, checkpointed=46, recomputed=7, block=540
+    )
+    comfyui: ClassVar[ComfyUI | None] = ComfyUI(
+        checkpoints={"stabilityai/stable-diffusion-xl-base-1.0": "sd_xl_base_1.0"},
+        latent_node="EmptyLatentImage",
+        scheduler="normal",
+    )
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
@@ -51,7 +63,7 @@ class StableDiffusionXL(Family):
         side = configs["unet"].get("sample_size")
         if not (isinstance(side, int) and side > 0):
             raise ValueError(f"its sample_size is {side!r}, and that of Stable Diffusion XL 128")
-        return side * scale_of(configs["vae"])
+        return side * latent_pixels(configs["vae"])
 
 
 def tokenize(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, ...]:
@@ -78,7 +90,7 @@ def encode(encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
     states, pooled = [], None
     for encoder, tokens in zip(encoders, ids, strict=True):
         output = encoder(tokens, output_hidden_states=True)
-        pooled = output[0]
-        states.append(output.hidden_states[-2])
+        pooled = output[0]  # of the last encoder in the end
+        states.append(output.hidden_states[-2])  # the penultimate layer
     assert pooled is not None
     return {"sequence": torch.cat(states, dim=-1), "pooled": pooled}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..latent_space import LatentSpace
-from .base import Conditions, Family
+from .base import Activations, ComfyUI, Conditions, Family, LatentSpace
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,7 @@ class ZImage(Family):
 
     title: ClassVar[str] = "Z-Image"
     pipeline: ClassVar[str] = "ZImagePipeline"
+    examples: ClassVar[Mapping[str, str]] = {"Z-Image": "Tongyi-MAI/Z-Image"}
     parts: ClassVar[dict[str, str]] = {
         "transformer": "ZImageTransformer2DModel",
         "vae": "AutoencoderKL",
@@ -30,20 +30,31 @@ class ZImage(Family):
     unguided: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Z-Image-Turbo
     undistilled: ClassVar[str] = "Z-Image, the model that it was made from"
+    activations: ClassVar[Activations] = Activations(
+        prompt_tokens=64, checkpointed=1, recomputed=37, block=29
+    )
+    comfyui: ClassVar[ComfyUI | None] = ComfyUI(
+        checkpoints={"Tongyi-MAI/Z-Image": "z_image_bf16"},
+        text_encoders=("qwen_3_4b",),
+        text_encoder_type="lumina2",
+        autoencoder="ae",
+        shift_node="ModelSamplingAuraFlow",
+    )
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        sequences, _ = self.encoded(pipeline, prompts, do_classifier_free_guidance=False)
+        sequences, _ = self.encode_prompts(pipeline, prompts, do_classifier_free_guidance=False)
         return {"sequence": sequences}
 
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
     ) -> Tensor:
+        # A list of images of one frame, (c, 1, h, w) each; the velocity has the other sign.
         frames = model(list(noisy.unsqueeze(2)), 1 - levels, conditions["sequence"]).sample
         return -torch.stack(frames).squeeze(2)
 
-    def space(self, vae: Any) -> LatentSpace:
-        return LatentSpace.of(vae, drawn=False)
+    def latent_space(self, vae: Any) -> LatentSpace:
+        return LatentSpace.from_config(vae, samples_posterior=False)
 
     def is_distilled(self, pipeline: Any) -> bool:
         # Nothing in its files says so.

@@ -12,23 +12,24 @@ from . import ball
 from .auxiliary import Auxiliary
 
 
-class Unbounded(Auxiliary):
+class UnboundedAuxiliary(Auxiliary):
     """An auxiliary that nothing bounds (`--ball none`)."""
 
-    def project_(self, groups: Sequence[int], rho: float | Tensor) -> ball.Projection:
+    def project_(self, numbers: Sequence[int], rho: float | Tensor) -> ball.Projection:
         norm = self.norm()
-        return ball.Projection(norm, norm, torch.ones_like(norm))
+        return ball.Projection(before=norm, after=norm, factor=torch.ones_like(norm))
 
 
-class PerLayer(Auxiliary):
+class PerLayerAuxiliary(Auxiliary):
     """An auxiliary clipped to rho / sqrt(layers) in each layer (`--ball per-layer`)."""
 
     @torch.no_grad()
-    def project_(self, groups: Sequence[int], rho: float | Tensor) -> ball.Projection:
+    def project_(self, numbers: Sequence[int], rho: float | Tensor) -> ball.Projection:
         factors = self.factors()
         squares = ball.squares(factors)
-        bound = (rho.to(squares.norm) if isinstance(rho, Tensor) else rho) / math.sqrt(len(factors))
-        before, factor = ball.clipping(squares, bound)
+        if isinstance(rho, Tensor):
+            rho = rho.to(squares.norm)
+        norms, factor = ball.clipping(squares, rho / math.sqrt(len(factors)))  # each (layers,)
         ball.multiply_(factors, factor)
-        after = (before * factor * factor).norm()
-        return ball.Projection(squares.total(), after, factor.amin())
+        after = (norms * factor * factor).norm()
+        return ball.Projection(before=squares.total(), after=after, factor=factor.amin())

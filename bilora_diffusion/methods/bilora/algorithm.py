@@ -13,24 +13,22 @@ from torch.utils.hooks import RemovableHandle
 
 from ... import adapters
 from ...adapters import AUXILIARY, PRIMARY
-from ...core.choices import AUTO
+from ...core.choices import AUTO, SAMPLE
 from ...core.errors import UserError
-from ..base import StepOptimizer, Target
-from ..hooks import ascend, unwrapped
+from ..base import MethodOptions, StepOptimizer, Target
+from ..hooks import turn_gradients, unwrapped
 from ..registry import register
-from . import ball
-from . import per_sample as auxiliaries
-from .auxiliary import WithAuxiliary, learning_rate
+from .auxiliary import learning_rate
+from .per_sample import assign, create_auxiliary
 from .radius import AutoRadius
+from .state import AuxiliaryMethod
 
 
 @register("bilora")
-class BiLoRA(WithAuxiliary):
+class BiLoRA(AuxiliaryMethod):
     """min over B1, A1, max over ||B2 A2||_F <= rho of L(W0 + B1 A1 + B2 A2)  (Eqs. 7 and 8).
 
-    The total norm runs over the layers of all targets. The auxiliary's group of the optimizer has
-    `maximize=True` and no weight decay; the projection follows every optimizer step that is taken
-    (not one that a gradient scaler skips). Gradient clipping sees the primary only.
+    The total norm runs over the layers of all targets. Gradient clipping sees the primary only.
     """
 
     title = "Bi-LoRA"
@@ -41,112 +39,113 @@ class BiLoRA(WithAuxiliary):
     )
     adapters = (PRIMARY, AUXILIARY)
     reads: ClassVar[frozenset[str]] = frozenset(
-        (
-            *("rho", "loss_rise", "rho_norm", "ball", "auxiliaries", "auxiliaries_on"),
-            *("auxiliary_rank", "auxiliary_alpha", "auxiliary_learning_rate"),
-            *("auxiliary_direction", "auxiliary_snr_gamma"),
-        )
+        {
+            "rho",
+            "loss_rise",
+            "rho_norm",
+            "ball",
+            "auxiliaries",
+            "auxiliary_rank",
+            "auxiliary_alpha",
+            "auxiliary_learning_rate",
+            "auxiliary_direction",
+            "auxiliary_snr_gamma",
+        }
     )
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"auxiliary_learning_rate": 0.0})
+    # With little data each sample has its own auxiliary, within a radius that sets itself.
+    search_options: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"rho": AUTO, "auxiliaries": SAMPLE}
+    )
 
-    radius: AutoRadius | None = None
-    _optimizer: Optimizer | None = None
-    _hooks: Sequence[RemovableHandle] = ()
-    _last: ball.Projection | None = None
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        super().__init__(options)
+        self.assignment = assign(self.options.auxiliaries, self.options.sample_names)
+        self.gains_from_decay = self.options.auxiliaries != 1
+        self.optimizer: Optimizer | None = None
+        self._hooks: list[RemovableHandle] = []
 
-    def inject_others(self) -> None:
-        # Eq. 7. B2 starts at zero; whatever the primary's init, A2 is kaiming-uniform.
+    def inject_adapters(self) -> None:
+        # Eq. 7: W = W0 + s1 B1 A1 + s2 B2 A2. Whatever the primary's init, A2 is kaiming-uniform
+        # and B2 zero. Without dropout, since B2 A2 perturbs the weights for every input alike.
+        super().inject_adapters()
         for target in self.targets:
             spec = replace(
                 target.spec,
                 rank=self.options.auxiliary_rank or target.spec.rank,
                 alpha=self.options.auxiliary_alpha or target.spec.alpha,
-                dropout=0.0,  # a perturbation of the weights is the same for every input
+                dropout=0.0,
                 init="default",
                 use_dora=False,
             )
             adapters.inject(target.model, spec, AUXILIARY)
         layers = [adapters.layers(target.model, AUXILIARY) for target in self.targets]
-        self.auxiliary = auxiliaries.create(layers, self.options)
+        self.auxiliary = create_auxiliary(layers, self.options, self.assignment)
+        self.loose_parameters = self.auxiliary.loose_parameters
         if self.options.rho == AUTO:
             self.radius = AutoRadius(layers, self.options, self.auxiliary.count)
 
     def param_groups(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         # Eq. 9: descent on B1, A1 with eta_1, ascent on B2, A2 with eta_2, both from one gradient.
-        self.auxiliary.follow()
-        return super().param_groups(targets) + [
-            {
-                "params": self.auxiliary.parameters(number),
-                "lr": learning_rate(self.options, target, targets[0]),
-                "weight_decay": 0.0,
-                "maximize": self._climbs,
-                "name": f"{target.name}.{AUXILIARY}",
-            }
-            for number, target in enumerate(targets)
-        ]
+        self.auxiliary.follow_models()
+        groups = super().param_groups(targets)
+        for model, target in enumerate(targets):
+            groups.append(
+                {
+                    "params": self.auxiliary.parameters(model),
+                    "lr": learning_rate(self.options, target, targets[0]),
+                    "weight_decay": 0.0,
+                    "maximize": self.is_ascending,
+                    "name": f"{target.name}.{AUXILIARY}",
+                }
+            )
+        return groups
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Project after every step of `optimizer`, and see to it that it ascends on the auxiliary.
+        """Have every step of `optimizer` that is taken ascend on the auxiliary and project it. A
+        step that a gradient scaler skips does neither.
 
         Raises:
             UserError: bound to it already; its groups are not those of `param_groups`; it can't be
                 hooked.
         """
         optimizer = unwrapped(optimizer)
-        if optimizer is self._optimizer:
+        if optimizer is self.optimizer:
             raise UserError("bind got the same optimizer twice; call it once, after making it.")
         self.check_groups(optimizer)
+        super().bind(optimizer)
         for hook in self._hooks:
             hook.remove()
-        turns = self._climbs and "maximize" not in optimizer.defaults
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            *(ascend(optimizer, self.auxiliary.parameters) if turns else ()),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        self._optimizer = optimizer
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
+        if self.is_ascending and "maximize" not in optimizer.defaults:
+            self._hooks += turn_gradients(optimizer, self.auxiliary.parameters)
+        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self.optimizer = optimizer
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
-        def observed() -> Tensor:
-            loss = forward_backward()
-            self.observe(loss)
-            return loss
-
-        return super().step(observed, optimizer)
+        loss = forward_backward()
+        self.observe(loss)
+        optimizer.step()  # between `_before_step` and `_after_step`, unless a scaler skips it
+        optimizer.zero_grad()
+        return loss
 
     def observe(self, loss: Tensor) -> None:
         """Take the loss of the coming step, 0-d, over all micro-batches and processes."""
         if self.radius is not None:
             self.radius.observe(loss)
 
-    def metrics(self) -> dict[str, float]:
-        """Norms before and after the last projection (of several the largest), and the radius."""
-        if self._last is None:
-            return {}
-        return {
-            "auxiliary_norm_before": float(self._last.before),
-            "auxiliary_norm": float(self._last.after),
-            **({} if self.radius is None else self.radius.metrics()),
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | ({} if self.radius is None else self.radius.state_dict())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        if self.radius is not None:
-            self.radius.load_state_dict(state)
-
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self.auxiliary.before_step(optimizer)
+    def _before_step(self, *_: Any) -> None:
+        self.auxiliary.check_gradients()
         if self.radius is not None:
             self.radius.before_step(self.auxiliary)
 
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self.taken += 1
-        if moved := self.auxiliary.moving():  # else no row was a sample
+    def _after_step(self, *_: Any) -> None:
+        self.steps_taken += 1
+        active = self.auxiliary.active()
+        if active:  # else no row of the step was a sample
             rho = self.rho if self.radius is None else self.radius.after_step(self.auxiliary)
-            self._last = self.auxiliary.project_(moved, rho)
+            # Eq. 10: (A2, B2) <- sqrt(rho / c) (A2, B2) where c = ||B2 A2||_F exceeds rho.
+            self.projection = self.auxiliary.project_(active, rho)
             if self.radius is not None:
-                self.radius.projected(self._last.after)
-        self.auxiliary.release(optimizer)
+                self.radius.projected(self.projection.after)
+        self.auxiliary.forget_gradients()

@@ -1,8 +1,8 @@
-"""The auxiliary of the paper: one for all rows."""
+"""The auxiliary of the paper, one for all samples, and what its optimizer must be like."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,176 +13,166 @@ from ... import adapters
 from ...adapters import AUXILIARY
 from ...core.errors import UserError
 from .. import perturb
-from ..base import Counting, Target
+from ..base import Target
 from ..options import MethodOptions
 from . import ball
 
 Layers = Sequence[tuple[str, adapters.LoraLayer]]
+"""(path, layer) of the layers of one model."""
 
 
 class Auxiliary:
-    """One auxiliary, of which every row sees the same: the adapter that the layers hold.
+    """One auxiliary that acts for all samples: the adapter that the layers hold.
+
+    Subclasses bound it in another way (`ablations`) or hold several, one for each sample or group
+    of samples (`per_sample`). These are numbered from 0.
 
     Args:
         layers: of each trained model, those that have the adapter.
-        measures: what the norm of each layer's B A is multiplied with, model by model.
+        norm_scales: factor on the norm of each layer's B A, model by model (`norm_scales`).
+
+    Attributes:
+        count: number of auxiliaries.
+        loose_parameters: those of its parameters that no module holds.
     """
 
     count = 1
 
-    def __init__(self, layers: Sequence[Layers], measures: Sequence[float]) -> None:
-        self._layers = [list(own) for own in layers]
-        self._measures = measures
+    def __init__(self, layers: Sequence[Layers], norm_scales: Sequence[float]) -> None:
+        self._layers = [list(model_layers) for model_layers in layers]
+        self._norm_scales = norm_scales
+        self.loose_parameters: Sequence[nn.Parameter] = ()
 
     def parameters(self, model: int | None = None) -> list[nn.Parameter]:
-        """Parameters for the optimizer, of one of the models or of all."""
-        return [w for _, layer in self._own(model) for w in adapters.weights(layer, AUXILIARY)]
+        """Parameters for the optimizer, of the model of this number or of all."""
+        models = self._layers if model is None else [self._layers[model]]
+        parameters: list[nn.Parameter] = []
+        for layers in models:
+            for _, layer in layers:
+                parameters += adapters.weights(layer, AUXILIARY)
+        return parameters
 
-    def apart(self) -> list[nn.Parameter]:
-        """The parameters that no module holds."""
-        return []
+    def follow_models(self) -> None:
+        """Move to the models' device; called before an optimizer knows the parameters."""
 
-    def follow(self) -> None:
-        """Move to where the models are now; before an optimizer knows the parameters."""
-
-    def expect(self, samples: Sequence[int | None]) -> None:
-        """Prepare for `seen` with these samples, later in the same step."""
-
-    def seen(
+    def around_batch(
         self, samples: Sequence[int | None], snr: Sequence[float]
     ) -> AbstractContextManager[None]:
-        """A context for the forward and backward pass of a micro-batch; see `Method.seen`."""
+        """A context for the forward and backward pass of a micro-batch (`Method.around_batch`)."""
         return nullcontext()
 
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Have everything where the step is taken."""
+    def check_gradients(self) -> None:
+        """Refuse a step whose gradients do not say how the auxiliary moves."""
 
-    def release(self, optimizer: Optimizer) -> None:
-        """Let go of what the step alone needed."""
+    def forget_gradients(self) -> None:
+        """Drop the gradients that no module would drop."""
 
-    def moving(self) -> Sequence[int]:
-        """The numbers of the auxiliaries that the step moves."""
+    def active(self) -> Sequence[int]:
+        """Numbers of the auxiliaries that the step moves."""
         return (0,)
 
     def norm(self) -> Tensor:
-        """The total norm over all layers now, 0-d; the largest of several."""
+        """The total norm over all layers now, 0-d; the largest of several auxiliaries."""
         return ball.frobenius_norm(self.factors())
 
-    def seen_norm(self) -> Tensor | None:
-        """The mean norm of those that the step's gradient saw, 0-d, where the last projection does
-        not tell it.
+    def active_norm(self) -> Tensor | None:
+        """The mean norm of those auxiliaries that the step's gradient saw, 0-d; None where the last
+        projection has it.
         """
         return None
 
     @torch.no_grad()
-    def rise(self, groups: Sequence[int]) -> Tensor:
-        """By how much it raises the loss of the step to first order: sum of <g_B, B>, 0-d."""
-        return perturb.dot(*zip(*self._slopes(groups), strict=True))
+    def loss_rise(self, numbers: Sequence[int]) -> Tensor:
+        """By how much these auxiliaries raise the step's loss to first order, 0-d.
 
-    def _slopes(self, groups: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
-        ups = [adapters.weights(layer, AUXILIARY)[1] for _, layer in self._own()]
-        return [(ball.whole(B), ball.whole(B.grad)) for B in ups if B.grad is not None]
+        That is the sum of <dL/dB, B> over the layers.
+        """
+        pairs = list(self._B_and_gradients(numbers))
+        return perturb.dot([B for B, _ in pairs], [gradient for _, gradient in pairs])
 
-    def project_(self, groups: Sequence[int], rho: float | Tensor) -> ball.Projection:
-        """Equation 10."""
+    def _B_and_gradients(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """B with its gradient, of each layer that the loss reaches."""
+        for layers in self._layers:
+            for _, layer in layers:
+                _, B = adapters.weights(layer, AUXILIARY)
+                if B.grad is not None:
+                    yield ball.full_tensor(B), ball.full_tensor(B.grad)
+
+    def project_(self, numbers: Sequence[int], rho: float | Tensor) -> ball.Projection:
+        """Project these auxiliaries onto the ball (Equation 10)."""
         return ball.project_(self.factors(), rho)
 
     def factors(self) -> list[adapters.Factors]:
-        """A and B of each layer, with what the norm is multiplied with as scale."""
-        pairs = zip(adapters.factors_of(self._own(), AUXILIARY), self._measures, strict=True)
-        return [factors._replace(scale=measure) for factors, measure in pairs]
+        """A and B of each layer, with the factor on its norm as scale."""
+        layers = [pair for model_layers in self._layers for pair in model_layers]
+        factors = adapters.factors_of(layers, AUXILIARY)
+        pairs = zip(factors, self._norm_scales, strict=True)
+        return [layer_factors._replace(scale=scale) for layer_factors, scale in pairs]
 
-    def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Tensors for a checkpoint beside the layers' parameters."""
+    def tensors(self, model_names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors for a checkpoint, where they take the place of the layers' own parameters."""
         return {}
 
-    def _own(self, model: int | None = None) -> Layers:
-        own = self._layers if model is None else self._layers[model : model + 1]
-        return [pair for layers in own for pair in layers]
 
-
-class WithAuxiliary(Counting):
-    """A method with auxiliaries beside the primary: what the loop and checkpoints see of them.
-
-    Attributes:
-        auxiliary: one for all rows, or one for each sample or group of them; set by
-            `inject_others`.
-    """
-
-    auxiliary: Auxiliary
-
-    @property
-    def _climbs(self) -> bool:
-        return self.options.auxiliary_direction == "ascent"
-
-    def expect(self, samples: Sequence[int | None]) -> None:
-        self.auxiliary.expect(samples)
-
-    def seen(
-        self, samples: Sequence[int | None], snr: Sequence[float] = ()
-    ) -> AbstractContextManager[None]:
-        return self.auxiliary.seen(samples, snr)
-
-    def apart(self) -> list[nn.Parameter]:
-        return self.auxiliary.apart()
-
-    def check_groups(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that would not move the auxiliary as Eq. 9 does, apart from the
-        primary.
-
-        Raises:
-            UserError: its groups are not those of `param_groups`.
-        """
-        auxiliary, primary = (
-            {id(p) for p in own} for own in (self.auxiliary.parameters(), self.clip_parameters())
-        )
-        missing, fix = auxiliary | primary, "make the optimizer from param_groups() as it is."
-        for group in optimizer.param_groups:
-            ids = {id(p) for p in group["params"]}
-            missing -= ids
-            ascends, decay = bool(group.get("maximize", False)), group.get("weight_decay", 0)
-            alike = ids <= auxiliary and ascends == self._climbs and decay == 0
-            if ids & auxiliary and not alike:
-                raise UserError(
-                    f"The auxiliary's group has maximize={ascends}, weight_decay={decay} and "
-                    f"{len(ids - auxiliary)} foreign parameters; {fix}"
-                )
-            if ids & primary and ascends:
-                raise UserError(
-                    f"A group with maximize=True holds parameters of the primary; {fix}"
-                )
-        if missing:
-            raise UserError(f"The optimizer lacks {len(missing)} parameters of the adapters; {fix}")
-
-    def auxiliary_norm(self) -> float:
-        """The auxiliary's total norm in the units of `rho_norm`; the largest of several."""
-        return float(self.auxiliary.norm())
-
-    def tensors(self) -> dict[str, Tensor]:
-        tensors = super().tensors()
-        if own := self.auxiliary.tensors([target.name for target in self.targets]):
-            # The layers' own parameters are not used.
-            tensors = {key: t for key, t in tensors.items() if key.split("/")[1] != AUXILIARY}
-        return tensors | own
-
-
-def scales(layers: Layers, rho_norm: str, adapter: str = AUXILIARY) -> list[float]:
-    """Factor on the norm of each layer's B A: s, or 1 ("unscaled")."""
-    return [1.0 if rho_norm == "unscaled" else float(layer.scaling[adapter]) for _, layer in layers]
+def norm_scales(layers: Layers, rho_norm: str, adapter: str = AUXILIARY) -> list[float]:
+    """Factor on the norm of each layer's B A: its scale s, or 1 (`--rho_norm unscaled`)."""
+    if rho_norm == "unscaled":
+        return [1.0 for _ in layers]
+    return [float(layer.scaling[adapter]) for _, layer in layers]
 
 
 def learning_rate(options: MethodOptions, target: Target, first: Target) -> float:
-    """eta_2 for a model: the primary's, or what is given, in the ratio of the models' rates.
+    """eta_2 for a model: the primary's rate, or the given one in the ratio of the models' rates.
 
     Raises:
         UserError: the first model's rate is 0, so there is no ratio.
     """
     rate = options.auxiliary_learning_rate
-    if rate is None or target.lr == first.lr:
-        return target.lr if rate is None else rate
+    if rate is None:
+        return target.lr
+    if target.lr == first.lr:
+        return rate
     if first.lr == 0:
         raise UserError(
             f"The learning rate of {first.name} is 0, so auxiliary_learning_rate {rate} has no "
             f"ratio to keep for {target.name}; leave auxiliary_learning_rate out."
         )
     return rate * target.lr / first.lr
+
+
+def check_groups(
+    optimizer: Optimizer,
+    auxiliary: Sequence[nn.Parameter],
+    primary: Sequence[nn.Parameter],
+    is_ascending: bool,
+) -> None:
+    """Refuse an optimizer that would not move the adapters as Eq. 9 does.
+
+    Args:
+        optimizer: whose groups are checked.
+        auxiliary: parameters of the auxiliary, in groups of their own without weight decay.
+        primary: parameters of the primary, in groups without `maximize`.
+        is_ascending: whether the auxiliary's groups have `maximize`.
+
+    Raises:
+        UserError: its groups are not those of `param_groups`.
+    """
+    fix = "make the optimizer from param_groups() as it is."
+    auxiliary_ids = {id(parameter) for parameter in auxiliary}
+    primary_ids = {id(parameter) for parameter in primary}
+    missing = auxiliary_ids | primary_ids
+    for group in optimizer.param_groups:
+        ids = {id(parameter) for parameter in group["params"]}
+        missing -= ids
+        maximize, decay = bool(group.get("maximize", False)), group.get("weight_decay", 0)
+        foreign = ids - auxiliary_ids
+        is_right = not foreign and maximize == is_ascending and decay == 0
+        if ids & auxiliary_ids and not is_right:
+            raise UserError(
+                f"The auxiliary's group has maximize={maximize}, weight_decay={decay} and "
+                f"{len(foreign)} foreign parameters; {fix}"
+            )
+        if ids & primary_ids and maximize:
+            raise UserError(f"A group with maximize=True holds parameters of the primary; {fix}")
+    if missing:
+        raise UserError(f"The optimizer lacks {len(missing)} parameters of the adapters; {fix}")

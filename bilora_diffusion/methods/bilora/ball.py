@@ -51,13 +51,13 @@ class Squares(NamedTuple):
     absolute: Tensor
 
     def total(self) -> Tensor:
-        """The norm over all of them, 0-d."""
+        """The norm over all layers, 0-d."""
         return self.norm.sum().clamp_min(0).sqrt()
 
 
 @torch.no_grad()
 def frobenius_norm(factors: Sequence[Factors]) -> Tensor:
-    """sqrt(sum_i ||s_i B_i A_i||_F^2), s_i each layer's `Factors.scale`, whatever it measures.
+    """sqrt(sum_i ||s_i B_i A_i||_F^2), with s_i each layer's `Factors.scale`.
 
     Args:
         factors: A (r, n) and B (m, r) of each layer; shapes, dtypes and devices may differ.
@@ -86,25 +86,30 @@ def project_(factors: Sequence[Factors], rho: float | Tensor) -> Projection:
     Raises:
         ValueError: no factors.
     """
-    sums = Squares(*torch.stack(squares(factors)).sum(1, keepdim=True))
-    before, factor = clipping(sums, rho.to(sums.norm) if isinstance(rho, Tensor) else rho)
+    sums = Squares(*torch.stack(squares(factors)).sum(1, keepdim=True))  # each (1,)
+    if isinstance(rho, Tensor):
+        rho = rho.to(sums.norm)
+    norm, factor = clipping(sums, rho)
     multiply_(factors, factor)
-    return Projection(before[0], (before * factor * factor)[0], factor[0])
+    return Projection(norm[0], (norm * factor * factor)[0], factor[0])
 
 
 def clipping(sums: Squares, rho: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The norms c that make these sums over layers, and what to multiply A and B with for Eq. 10.
+    """The norm c of each ball, and what to multiply its A and B with for Eq. 10.
 
     Args:
-        sums: of one or several balls, of any shape.
+        sums: terms of one or several balls, summed over their layers, of any shape.
         rho: as in `project_`.
     """
-    before = sums.norm.clamp_min(0).sqrt()
-    # ||E'|| <= f^2 (a + b) + f d with E' the stored product after multiplying by f: solve for = rho
-    a = (sums.norm.clamp_min(0) + 8 * torch.finfo(before.dtype).eps * sums.magnitude).sqrt()
+    norm = sums.norm.clamp_min(0).sqrt()
+    # Multiplied by f, the stored product E' has at most the norm f^2 (a + b) + f d: a is c with its
+    # own rounding, b and d bound the rounding of the new factors. Solved for f where this is rho:
+    # f = 2 rho / (d + sqrt(d^2 + 4 rho (a + b))).
+    rounding = 8 * torch.finfo(norm.dtype).eps * sums.magnitude
+    a = (sums.norm.clamp_min(0) + rounding).sqrt()
     b, d = sums.relative.sqrt(), sums.absolute.sqrt()
     root = 2 * rho / (d + (d * d + 4 * rho * (a + b)).sqrt())
-    return before, torch.where(before > rho, root, 1.0)
+    return norm, torch.where(norm > rho, root, 1.0)
 
 
 @torch.no_grad()
@@ -118,111 +123,137 @@ def squares(factors: Sequence[Factors]) -> Squares:
         raise ValueError("There are no factors to measure.")
     device = factors[0].A.device
     order: list[int] = []
-    parts = []
+    columns: list[Tensor] = []
     for stacks in _stacks(factors):
-        grams = [_grams([factors[i] for i in stack]) for stack in stacks]
-        gram_A, gram_B = (torch.cat(side) for side in zip(*grams, strict=True))
-        positions = [i for stack in stacks for i in stack]
-        parts.append(_squares([factors[i] for i in positions], gram_A, gram_B).to(device))
+        grams_A, grams_B, positions = [], [], list[int]()
+        for stack in stacks:
+            grams_A.append(_gram(torch.stack([full_tensor(factors[i].A) for i in stack])))
+            grams_B.append(_gram(torch.stack([full_tensor(factors[i].B) for i in stack]).mT))
+            positions += stack
+        layers = [factors[i] for i in positions]
+        terms = _scaled_squares(layers, torch.cat(grams_A), torch.cat(grams_B))
+        columns.append(terms.to(device))
         order += positions
-    columns = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    terms = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
     if order != sorted(order):
         places = torch.tensor(order).argsort()
-        columns = columns[:, places.to(device, non_blocking=True)]
-    return Squares(*columns)
-
-
-def _grams(layers: Sequence[Factors]) -> tuple[Tensor, Tensor]:
-    """A A^T and B^T B of layers of one shape, dtype and device, each (layers, r, r)."""
-    A, B = (torch.stack([whole(getattr(f, side)) for f in layers]) for side in "AB")
-    return _gram(A), _gram(B.mT)
-
-
-def _gram(V: Tensor) -> Tensor:
-    V = V.to(wide(V.device))
-    return V @ V.mT
-
-
-def grams(blocks: Sequence[Tensor]) -> Tensor:
-    """V V^T of the V (layers, r, n) in several blocks, in the precision to compute in: (layers,
-    blocks, r, r).
-    """
-    at_once = _at_once(blocks[0].device, blocks[0][0].numel() * len(blocks))
-    stacks = zip(*(block.split(at_once) for block in blocks), strict=True)
-    each = [_gram(torch.stack(stack, 1).flatten(0, 1)) for stack in stacks]
-    return torch.cat(each).unflatten(0, (-1, len(blocks)))
-
-
-def _squares(layers: Sequence[Factors], gram_A: Tensor, gram_B: Tensor) -> Tensor:
-    """`Squares` of layers of one rank and dtype, one below the other: (4, layers)."""
-    dtype = layers[0].A.dtype
-    n, m = max(f.A.shape[1] for f in layers), max(f.B.shape[0] for f in layers)
-    rows = of_grams(gram_A, gram_B, n, m, dtype)
-    scales = [f.scale for f in layers]
-    if len(set(scales)) == 1:
-        return rows * scales[0] ** 2
-    return rows * torch.tensor(scales, dtype=gram_A.dtype, device=gram_A.device) ** 2
-
-
-def of_grams(gram_A: Tensor, gram_B: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
-    """The columns of `Squares` without scales, (4, ...), of Gram matrices (..., r, r).
-
-    Args:
-        gram_A, gram_B: A A^T and B^T B, in the precision to compute in.
-        n, m: the largest.
-        dtype: that the factors are stored in.
-    """
-    r = gram_A.shape[-1]
-    diagonal_A, diagonal_B = (gram.diagonal(dim1=-2, dim2=-1) for gram in (gram_A, gram_B))
-    rounding = torch.finfo(dtype).eps / 2
-    least = torch.finfo(dtype).smallest_normal * rounding
-    norm = (gram_A * gram_B).sum((-2, -1))
-    magnitude = (diagonal_A * diagonal_B).sqrt().sum(-1).square()
-    norm_A, norm_B = diagonal_A.sum(-1).sqrt(), diagonal_B.sum(-1).sqrt()
-    absolute = (math.sqrt(r * n) * least * norm_B + math.sqrt(m * r) * least * norm_A).square()
-    return torch.stack((norm, magnitude, magnitude * (5 * rounding) ** 2, absolute))
+        terms = terms[:, places.to(device, non_blocking=True)]
+    return Squares(*terms)
 
 
 def _stacks(factors: Sequence[Factors]) -> Iterable[list[list[int]]]:
     """Positions of the layers of one rank, dtype and device, in stacks of one shape, each of as
-    many as are best multiplied at once.
+    many layers as are best multiplied at once.
     """
-    ranks: dict[tuple[object, ...], list[list[int]]] = {}
+    stacks_of_rank: dict[tuple[object, ...], list[list[int]]] = {}
     for group in alike((f.A.shape, f.B.shape, f.A.dtype, f.A.device) for f in factors):
         A, B = factors[group[0]].A, factors[group[0]].B
-        at_once = _at_once(A.device, A.numel() + B.numel())
-        stacks = ranks.setdefault((len(A), A.dtype, A.device), [])
-        stacks += [group[start : start + at_once] for start in range(0, len(group), at_once)]
-    return ranks.values()
+        size = _stack_size(A.device, A.numel() + B.numel())
+        stacks = stacks_of_rank.setdefault((len(A), A.dtype, A.device), [])
+        for start in range(0, len(group), size):
+            stacks.append(group[start : start + size])
+    return stacks_of_rank.values()
 
 
-def _at_once(device: torch.device, elements: int) -> int:
+def _stack_size(device: torch.device, elements: int) -> int:
     """How many layers of so many elements to stack."""
     return max(1, _STACK_ELEMENTS.get(device.type, _STACK_ELEMENTS_ELSEWHERE) // elements)
+
+
+def _gram(matrices: Tensor) -> Tensor:
+    """V V^T of V (..., r, n), in the precision to compute in: (..., r, r)."""
+    matrices = matrices.to(wide(matrices.device))
+    return matrices @ matrices.mT
+
+
+def grams(stacks: Sequence[Tensor]) -> Tensor:
+    """V V^T of the layers of several auxiliaries, in the precision to compute in.
+
+    Args:
+        stacks: V (layers, r, n) of each auxiliary.
+
+    Returns:
+        (layers, auxiliaries, r, r).
+    """
+    first = stacks[0]
+    size = _stack_size(first.device, first[0].numel() * len(stacks))
+    products = []
+    for parts in zip(*(stack.split(size) for stack in stacks), strict=True):
+        matrices = torch.stack(parts, 1)  # (part of the layers, auxiliaries, r, n)
+        products.append(_gram(matrices.flatten(0, 1)))
+    return torch.cat(products).unflatten(0, (-1, len(stacks)))
+
+
+def _scaled_squares(layers: Sequence[Factors], grams_A: Tensor, grams_B: Tensor) -> Tensor:
+    """`Squares` of layers of one rank and dtype, one below the other: (4, layers)."""
+    terms = squares_of_grams(
+        grams_A,
+        grams_B,
+        width_A=max(layer.A.shape[1] for layer in layers),
+        width_B=max(layer.B.shape[0] for layer in layers),
+        dtype=layers[0].A.dtype,
+    )
+    scales = [layer.scale for layer in layers]
+    if len(set(scales)) == 1:
+        return terms * scales[0] ** 2
+    return terms * torch.tensor(scales, dtype=grams_A.dtype, device=grams_A.device) ** 2
+
+
+def squares_of_grams(
+    grams_A: Tensor, grams_B: Tensor, width_A: int, width_B: int, dtype: torch.dtype
+) -> Tensor:
+    """The terms of `Squares` without scales, (4, ...), of Gram matrices (..., r, r).
+
+    Args:
+        grams_A, grams_B: A A^T and B^T B, in the precision to compute in.
+        width_A: n, the largest number of columns of A (r, n).
+        width_B: m, the largest number of rows of B (m, r).
+        dtype: that the factors are stored in.
+    """
+    rank = grams_A.shape[-1]
+    # Squared norms of the rows of A and the columns of B, (..., r).
+    rows_A = grams_A.diagonal(dim1=-2, dim2=-1)
+    columns_B = grams_B.diagonal(dim1=-2, dim2=-1)
+    unit_roundoff = torch.finfo(dtype).eps / 2
+    half_smallest = torch.finfo(dtype).smallest_normal * unit_roundoff
+    norm = (grams_A * grams_B).sum((-2, -1))  # tr(G_B G_A), both symmetric
+    magnitude = (rows_A * columns_B).sqrt().sum(-1).square()
+    norm_A, norm_B = rows_A.sum(-1).sqrt(), columns_B.sum(-1).sqrt()
+    absolute_A = math.sqrt(rank * width_A) * half_smallest * norm_B
+    absolute_B = math.sqrt(width_B * rank) * half_smallest * norm_A
+    absolute = (absolute_A + absolute_B).square()
+    return torch.stack((norm, magnitude, magnitude * (5 * unit_roundoff) ** 2, absolute))
 
 
 def multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
     """Multiply A and B in place, by one number, (1,), or by one for each layer, (layers,)."""
     for group in alike((f.A.dtype, f.A.device) for f in factors):
-        tensors = [_local(side) for i in group for side in (factors[i].A, factors[i].B)]
+        tensors = []
+        for i in group:
+            tensors += _local_part(factors[i].A), _local_part(factors[i].B)
         dtype, device = tensors[0].dtype, tensors[0].device
-        exact = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        by = factor.to(device=device, dtype=exact).unbind()
-        each = by * len(tensors) if len(by) == 1 else [by[i] for i in group for _ in "AB"]
-        if exact is not dtype:  # the multiplier itself must not be rounded to the narrow dtype
-            for tensor, multiplier in zip(tensors, each, strict=True):
+        is_narrow = dtype not in (torch.float32, torch.float64)
+        # The multiplier itself must not be rounded to a narrow dtype.
+        multipliers = factor.to(device, torch.float32 if is_narrow else dtype).unbind()
+        is_shared = len(multipliers) == 1
+        by_tensor = []
+        for i in group:
+            multiplier = multipliers[0 if is_shared else i]
+            by_tensor += multiplier, multiplier
+        if is_narrow:
+            for tensor, multiplier in zip(tensors, by_tensor, strict=True):
                 tensor.copy_(tensor.float() * multiplier)
         else:
-            torch._foreach_mul_(tensors, by[0] if len(by) == 1 else each)
+            torch._foreach_mul_(tensors, multipliers[0] if is_shared else by_tensor)
 
 
-def whole(tensor: Any) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """All of a tensor that FSDP2 has split over processes (a DTensor)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _local(tensor: Any) -> Tensor:
-    """This process's share of it, to be changed in place."""
+def _local_part(tensor: Any) -> Tensor:
+    """This process's part of it, to be changed in place."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -1,301 +1,398 @@
-"""Auxiliaries that belong to samples: sample i sees the auxiliary g(i), which only its own
-gradients move.
+"""An auxiliary for each sample: sample i sees the auxiliary g(i), which its gradients alone move.
 
     min over B1, A1, max over all ||B2g A2g||_F <= rho of mean_i L_i(W0 + B1 A1 + B2g(i) A2g(i))
 
-Each auxiliary is one flat parameter of the optimizer for each trained model, so one whose samples
-are not in a step has no gradient, and every optimizer leaves it, its moments and its count alone.
-Within `Auxiliaries.seen` those that rows see are put beside the primary for all layers at once, and
-autograd takes the gradients apart (`adapters.by_row`); the layers' own parameters are not used.
+Each auxiliary is one flat parameter of the optimizer for each trained model. One whose samples are
+not in a step has no gradient, so every optimizer leaves it, its moments and its count alone. Within
+`SampleAuxiliaries.around_batch` the auxiliaries of the batch's samples are joined with the primary
+for all layers at once, and autograd separates the gradients again (`adapters.per_sample_factors`).
+The layers' own parameters of the auxiliary are not used.
 
-In a flat parameter lie the A of all layers, then their B^T, layers of one shape side by side: norms
-and projections take as many operations for one auxiliary as for those of a whole step.
+A flat parameter holds the A of all layers, then their B^T, with layers of one shape next to each
+other. Norms and projections of the auxiliaries of a step then take as many operations as those of
+one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache, partial
-from itertools import groupby, islice, repeat
-from typing import Any, cast
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ... import adapters
-from ...adapters import AUXILIARY, PRIMARY, by_row
+from ...adapters import AUXILIARY, PRIMARY, fused
+from ...adapters.per_sample_factors import (
+    FlatLayout,
+    SampleAdapter,
+    SampleFactors,
+    StackedFactors,
+    join_samples,
+)
 from ...core.choices import SAMPLE
 from ...core.errors import UserError
 from ..options import MethodOptions
-from ..parking import Parking
 from . import ball
-from .ablations import PerLayer, Unbounded
-from .auxiliary import Auxiliary, Layers, scales
+from .ablations import PerLayerAuxiliary, UnboundedAuxiliary
+from .auxiliary import Auxiliary, Layers, norm_scales
 
-MOST = 512
-"""So many auxiliaries are kept for the samples without being asked for by number."""
-_Row = tuple[int | None, float]  # the auxiliary that a row sees, and how much of it
+LARGEST_SAMPLE_COUNT = 512
+"""Largest number of samples for which `--auxiliaries sample` is accepted."""
 
 
-def deal(asked: int | str, names: Sequence[str]) -> tuple[int, list[int]]:
-    """The number of auxiliaries, and the auxiliary of each sample: dealt in the order of the
-    samples' names.
+@dataclass(frozen=True)
+class Assignment:
+    """Which auxiliary each sample sees.
+
+    Attributes:
+        count: number of auxiliaries.
+        numbers: the auxiliary of each sample; empty where sample i sees i % count.
+    """
+
+    count: int
+    numbers: Sequence[int] = ()
+
+    def auxiliary_of(self, sample: int | None) -> int | None:
+        """The number of the auxiliary that a sample sees; None for a row that is no sample."""
+        if sample is None:
+            return None
+        return self.numbers[sample] if self.numbers else sample % self.count
+
+
+def assign(auxiliaries: int | str, sample_names: Sequence[str]) -> Assignment:
+    """Deal the samples to auxiliaries in turn, in the order of the samples' names.
 
     Args:
-        asked: a number, or "sample" for one each.
-        names: of the samples; where there are none, sample i sees the auxiliary i % count.
+        auxiliaries: number of auxiliaries, or "sample" for one each.
+        sample_names: where there are none, sample i sees the auxiliary i % count.
 
     Raises:
-        UserError: there would be more than `MOST`, or nobody knows how many.
+        UserError: "sample" with more than `LARGEST_SAMPLE_COUNT` samples, or without names.
     """
-    if asked == SAMPLE and len(names) > MOST:
+    samples = len(sample_names)
+    if auxiliaries == SAMPLE and samples > LARGEST_SAMPLE_COUNT:
         raise UserError(
-            f"auxiliaries {SAMPLE} would keep one for each of {len(names)} samples, each as large "
-            f"as the adapter and its optimizer state; give {MOST} or fewer."
+            f"auxiliaries {SAMPLE} would keep one for each of {samples} samples, each as large "
+            f"as the adapter and its optimizer state; give {LARGEST_SAMPLE_COUNT} or fewer."
         )
-    if asked == SAMPLE and not names:
+    if auxiliaries == SAMPLE and not samples:
         raise UserError(
             f"auxiliaries {SAMPLE} needs to know how many samples there are; give that number."
         )
-    count = len(names) if asked == SAMPLE else min(int(asked), len(names) or int(asked))
-    groups = [0] * len(names)
-    for place, i in enumerate(sorted(range(len(names)), key=lambda i: (names[i], i))):
-        groups[i] = place % count
-    return count, groups
+    count = samples if auxiliaries == SAMPLE else int(auxiliaries)
+    if samples:
+        count = min(count, samples)
+    numbers = [0] * samples
+    by_name = sorted(range(samples), key=lambda sample: (sample_names[sample], sample))
+    for place, sample in enumerate(by_name):
+        numbers[sample] = place % count
+    return Assignment(count, numbers)
 
 
-class _Flat:
+def create_auxiliary(
+    layers: Sequence[Layers], options: MethodOptions, assignment: Assignment
+) -> Auxiliary:
+    """The kind of auxiliary that the options ask for, on adapters that are injected already."""
+    scales: list[float] = []
+    for model_layers in layers:
+        scales += norm_scales(model_layers, options.rho_norm)
+    if assignment.count > 1:
+        return SampleAuxiliaries(layers, scales, assignment, options.auxiliary_snr_gamma)
+    kinds = {"global": Auxiliary, "per-layer": PerLayerAuxiliary, "none": UnboundedAuxiliary}
+    return kinds[options.ball](layers, scales)
+
+
+@dataclass(frozen=True)
+class SampleShare:
+    """What one sample of a batch sees: an auxiliary, or None, and the share of its B."""
+
+    auxiliary: int | None
+    share: float = 1.0
+
+
+class ModelAuxiliaries:
     """The auxiliaries of one trained model.
 
     Args:
         layers: those that have the adapter.
-        measures: what the norm of each one's B A is multiplied with.
-        count: how many auxiliaries there are.
-        device: where they begin; None is where the layers are.
+        scales: factor on the norm of each one's B A.
+        count: number of auxiliaries; all begin as the layers' own.
+
+    Attributes:
+        layers: the layers, sorted by shape.
+        parameters: a flat parameter for each auxiliary.
     """
 
-    def __init__(
-        self, layers: Layers, measures: Sequence[float], count: int, device: str | None
-    ) -> None:
-        factors, others = (adapters.factors_of(layers, name) for name in (AUXILIARY, PRIMARY))
-        order = sorted(range(len(factors)), key=lambda i: (factors[i].A.shape, factors[i].B.shape))
+    def __init__(self, layers: Layers, scales: Sequence[float], count: int) -> None:
+        unsorted = adapters.factors_of(layers, AUXILIARY)
+        order = sorted(range(len(layers)), key=lambda i: (unsorted[i].A.shape, unsorted[i].B.shape))
         self.layers = [layers[i][1] for i in order]
-        self.held = [adapters.weights(one, AUXILIARY)[1] for one in self.layers]
-        self._primary = [adapters.weights(one, PRIMARY)[i] for i in (0, 1) for one in self.layers]
-        # All auxiliaries have one rank and scale. Where all primaries have too, the two products
-        # are made as one, with the quotient of their scales in the auxiliary's B.
-        rank, scale = len(factors[0].A), factors[0].scale
-        kinds = {(len(other.A), other.scale) for other in others}
-        beside, shared = ([PRIMARY], others[0].scale) if len(kinds) == 1 else ([], scale)
-        self._seen, self._quotient = by_row.Seen(AUXILIARY, beside, rank, shared), scale / shared
-        for i, layer in enumerate(cast(list[Any], self.layers)):
-            layer.rows = by_row.Rows(self._seen, i, i + len(order), layer.lora_A[AUXILIARY])
-        self._squared = torch.tensor([measures[i] for i in order], dtype=torch.float64).square()
-        # Layers of one shape lie side by side: their A, (layers, r, n), and B^T, (layers, r, m).
-        sides = [factors[i].A for i in order], [factors[i].B.T for i in order]
-        shapes = (groupby(weight.shape for weight in side) for side in sides)
-        A, B = ([(len([*own]), *shape) for shape, own in side] for side in shapes)
-        self._blocks, self._first_up = A + B, len(A)
-        self.up = sum(weight.numel() for weight in sides[0])  # where the B^T begin
-        first = torch.cat([w.detach().flatten() for side in sides for w in side]).to(device)
-        self.parameters = [nn.Parameter(first.clone()) for _ in range(count)]
+        factors = [unsorted[i] for i in order]
+        A, B = [layer.A for layer in factors], [layer.B for layer in factors]
+        self.layout = FlatLayout(A, B)
+        flat = self.layout.flatten(A, B)
+        self.parameters = [nn.Parameter(flat.clone()) for _ in range(count)]
+        squares = torch.tensor([scales[i] for i in order], dtype=torch.float64).square()
+        self._squared_scales = squares
 
-    def _blocks_of(self, flat: Tensor) -> list[Tensor]:
-        """The A of the layers of each shape, then their B^T, each (..., layers, r, n)."""
-        parts = zip(flat.split([*map(math.prod, self._blocks)], -1), self._blocks, strict=True)
-        return [part.unflatten(-1, shape) for part, shape in parts]
+        # All auxiliaries have one rank and scale. Where all primaries have too, both products are
+        # computed as one with the primary's scale, and the ratio of the scales goes into B.
+        rank, scale = len(A[0]), factors[0].scale
+        primary = adapters.factors_of(layers, PRIMARY)
+        if len({(len(layer.A), layer.scale) for layer in primary}) == 1:
+            self.adapter = SampleAdapter(AUXILIARY, rank, primary[0].scale, fused_with=[PRIMARY])
+        else:
+            self.adapter = SampleAdapter(AUXILIARY, rank, scale, fused_with=[])
+        self.scale_ratio = scale / self.adapter.scale
+        self.adapter.assign_slots(self.layers)
 
-    def _sides(self, rows: Sequence[_Row], beside: bool, to: torch.dtype) -> list[Tensor]:
-        """`by_row.Seen.sides` of these rows."""
-        made: list[Tensor] = []
-        nothing = next(self.parameters[g].detach() for g, _ in rows if g is not None), 0.0
-        with torch.enable_grad():  # whichever of the passes asks first
-            own = (nothing if g is None else (self.parameters[g], share) for g, share in rows)
-            blocks = zip(*(self._blocks_of(self._part(*one)) for one in own), strict=True)
-            primary = iter(self._primary)
-            for number, parts in enumerate(blocks):
-                if beside:
-                    layers = islice(primary, self._blocks[number][0])
-                    # A 1 x 1 convolution shares its block with linear layers of its size.
-                    first = torch.stack([weight.flatten(1) for weight in layers])
-                    first = first if number < self._first_up else first.mT
-                    parts = [side for part in parts for side in (first, part)]
-                block = torch.cat(parts, 1).unflatten(1, (len(rows), -1))
-                made += block.to(to).squeeze(1).unbind()
-        return made
+    def acting(self, shares: Sequence[SampleShare]) -> AbstractContextManager[None]:
+        """Within the context the samples of a batch see these auxiliaries.
 
-    def _part(self, flat: Tensor, share: float) -> Tensor:
-        """So much of its B, for products with the scale of what is seen."""
-        if (share := share * self._quotient) == 1:
-            return flat
-        # In contrast to * it keeps no tensor, so that several backward passes can go through it.
-        return torch.cat((flat[: self.up], torch.ops.aten.mul.Scalar(flat[self.up :], share)))
+        Args:
+            shares: one for each sample, or a single one that all samples see.
+        """
+        if all(share.auxiliary is None for share in shares):
+            return self.adapter.acting(None)
+        for layer in self.layers:
+            if not isinstance(layer, fused.FusedLayer):
+                raise UserError(
+                    f"An auxiliary for each sample can't be added in a {type(layer).__name__}; "
+                    "leave it out of the target modules, or have one auxiliary (auxiliaries 1)."
+                )
+        return self.adapter.acting(JoinedFactors(self, shares))
 
-    def seen(self, rows: Sequence[_Row]) -> AbstractContextManager[None]:
-        """Within the context every input has these rows, or sees the same in all if it is one."""
-        if all(group is None for group, _ in rows):
-            return self._seen.taken()
-        if odd := {type(one).__name__ for one in self.layers if not hasattr(type(one), "rows")}:
-            raise UserError(
-                f"An auxiliary for each sample can't be added in a {odd.pop()}; leave it out of "
-                "the target modules, or have one auxiliary (auxiliaries 1)."
+    def primary_stacks(self) -> StackedFactors:
+        """The primary's factors in the same stacks.
+
+        A 1 x 1 convolution shares its stack with linear layers of its size.
+        """
+        weights = [adapters.weights(layer, PRIMARY) for layer in self.layers]
+        A, B_transposed, start = [], [], 0
+        for layers, *_ in self.layout.A_shapes:
+            stack = [A.flatten(1) for A, _ in weights[start : start + layers]]
+            A.append(torch.stack(stack))  # (layers, r1, in)
+            start += layers
+        start = 0
+        for layers, *_ in self.layout.B_shapes:
+            stack = [B.flatten(1) for _, B in weights[start : start + layers]]
+            B_transposed.append(torch.stack(stack).mT)  # (layers, r1, out)
+            start += layers
+        return StackedFactors(A, B_transposed)
+
+    def squares(self, numbers: Sequence[int]) -> Tensor:
+        """`ball.Squares` of these auxiliaries, (4, layers, auxiliaries)."""
+        stacks = [self.layout.stacks(self.parameters[number].data) for number in numbers]
+        # Gram matrices of all layers, (layers, auxiliaries, rank, rank).
+        grams_A = [
+            ball.grams([factors.A[i] for factors in stacks])
+            for i in range(len(self.layout.A_shapes))
+        ]
+        grams_B = [
+            ball.grams([factors.B_transposed[i] for factors in stacks])
+            for i in range(len(self.layout.B_shapes))
+        ]
+        squares = ball.squares_of_grams(
+            torch.cat(grams_A),
+            torch.cat(grams_B),
+            width_A=max(width for *_, width in self.layout.A_shapes),
+            width_B=max(width for *_, width in self.layout.B_shapes),
+            dtype=self.parameters[0].dtype,
+        )
+        # Moved once: a copy in each step would wait for the device.
+        self._squared_scales = self._squared_scales.to(squares)
+        return squares * self._squared_scales[:, None]
+
+
+class JoinedFactors:
+    """The factors that the layers of one model apply to a batch (`BatchFactors`).
+
+    They are computed for all layers at once, when the first layer asks for them.
+
+    Args:
+        model: whose auxiliaries the samples see.
+        shares: one for each sample, or a single one that all samples see.
+    """
+
+    def __init__(self, model: ModelAuxiliaries, shares: Sequence[SampleShare]) -> None:
+        self.samples = len(shares)
+        self._model, self._shares = model, shares
+        self._computed: dict[tuple[torch.dtype, bool], list[SampleFactors]] = {}
+
+    def layer_factors(self, layer: int, dtype: torch.dtype, with_primary: bool) -> SampleFactors:
+        key = (dtype, with_primary)
+        if key not in self._computed:
+            with torch.enable_grad():  # the pass that asks first may be one without gradients
+                self._computed[key] = self._compute(dtype, with_primary)
+        return self._computed[key][layer]
+
+    def _compute(self, dtype: torch.dtype, with_primary: bool) -> list[SampleFactors]:
+        """The factors of all layers, in their order."""
+        layout = self._model.layout
+        stacks = [layout.stacks(flat) for flat in self._flat_parameters()]
+        primary = self._model.primary_stacks() if with_primary else None
+        A, B_transposed = list[Tensor](), list[Tensor]()
+        for i in range(len(layout.A_shapes)):
+            samples = [factors.A[i] for factors in stacks]
+            A += join_samples(samples, primary.A[i] if primary else None, dtype)
+        for i in range(len(layout.B_shapes)):
+            samples = [factors.B_transposed[i] for factors in stacks]
+            B_transposed += join_samples(
+                samples, primary.B_transposed[i] if primary else None, dtype
             )
-        return self._seen.taken(cache(partial(self._sides, rows)), len(rows))
+        return [SampleFactors(*pair) for pair in zip(A, B_transposed, strict=True)]
 
-    def squares(self, groups: Sequence[int]) -> Tensor:
-        """`ball.Squares` of these auxiliaries, (4, layers, groups)."""
-        parts = list(zip(*(self._blocks_of(self.parameters[g].data) for g in groups), strict=True))
-        sides = parts[: self._first_up], parts[self._first_up :]
-        A, B = (torch.cat([ball.grams(part) for part in side]) for side in sides)
-        n, m = (max(part[0].shape[-1] for part in side) for side in sides)
-        squares = ball.of_grams(A, B, n, m, parts[0][0].dtype)
-        self._squared = self._squared.to(squares)  # a copy in each step would wait for the device
-        return squares * self._squared[:, None]
+    def _flat_parameters(self) -> list[Tensor]:
+        """What each sample sees, flat, with its share in B."""
+        parameters = self._model.parameters
+        seen = [share.auxiliary for share in self._shares if share.auxiliary is not None]
+        unseen = parameters[seen[0]].detach()  # for a row that is no sample, with the share 0
+        flat_parameters = []
+        for share in self._shares:
+            if share.auxiliary is None:
+                flat, factor = unseen, 0.0
+            else:
+                flat, factor = parameters[share.auxiliary], share.share
+            factor *= self._model.scale_ratio
+            if factor != 1:
+                start = self._model.layout.A_size
+                # In contrast to `*` this keeps no tensor, so several backward passes can follow.
+                scaled_B = torch.ops.aten.mul.Scalar(flat[start:], factor)
+                flat = torch.cat((flat[:start], scaled_B))
+            flat_parameters.append(flat)
+        return flat_parameters
 
 
-class Auxiliaries(Auxiliary):
+class SampleAuxiliaries(Auxiliary):
     """The auxiliaries of all trained models, one for each sample or group of samples.
 
     Args:
-        layers: of each model, those that have the adapter; its values are all auxiliaries' first.
-        measures: what the norm of each layer's B A is multiplied with, model by model.
-        count: how many auxiliaries there are.
-        dealt: which of them each sample sees; [] for sample i % count.
-        parked: whether they wait in the CPU's memory for the steps that see them.
-        gamma: above this signal-to-noise ratio a row sees the whole; 0 where every row does.
+        layers: of each model, those that have the adapter; all auxiliaries begin with its values.
+        norm_scales: factor on the norm of each layer's B A, model by model.
+        assignment: which auxiliary each sample sees.
+        snr_gamma: a sample sees the share sqrt(min(snr, gamma) / gamma); 0: always all of it.
     """
 
     def __init__(
         self,
         layers: Sequence[Layers],
-        measures: Sequence[float],
-        count: int,
-        dealt: Sequence[int] = (),
-        parked: bool = False,
-        gamma: float = 0.0,
+        norm_scales: Sequence[float],
+        assignment: Assignment,
+        snr_gamma: float = 0.0,
     ) -> None:
-        rest, first = iter(measures), "cpu" if parked else None
-        self.count, self._dealt, self._gamma = count, dealt, gamma
-        self._models = [_Flat(own, [next(rest) for _ in own], count, first) for own in layers]
-        device = self._models[0].held[0].device
-        self._parking = Parking(device, parked)
-        self.norms = torch.zeros(count, dtype=ball.wide(device), device=device)  # when projected
+        super().__init__(layers, norm_scales)
+        self.count, self.assignment, self.snr_gamma = assignment.count, assignment, snr_gamma
+        self._models: list[ModelAuxiliaries] = []
+        start = 0
+        for model_layers in layers:
+            scales = norm_scales[start : start + len(model_layers)]
+            self._models.append(ModelAuxiliaries(model_layers, scales, self.count))
+            start += len(model_layers)
+        self.loose_parameters = self.parameters()
+        device = self._device()
+        # Norm of each auxiliary when it was projected last.
+        self.norms = torch.zeros(self.count, dtype=ball.wide(device), device=device)
+
+    def _device(self) -> torch.device:
+        _, B = adapters.weights(self._models[0].layers[0], AUXILIARY)
+        return B.device
 
     def parameters(self, model: int | None = None) -> list[nn.Parameter]:
-        """The flat parameters, of one of the models or of all."""
-        own = self._models if model is None else self._models[model : model + 1]
-        return [parameter for flat in own for parameter in flat.parameters]
+        models = self._models if model is None else [self._models[model]]
+        parameters: list[nn.Parameter] = []
+        for model_auxiliaries in models:
+            parameters += model_auxiliaries.parameters
+        return parameters
 
-    def apart(self) -> list[nn.Parameter]:
-        return self.parameters()
-
-    def follow(self) -> None:
-        device = self._models[0].held[0].device
-        self.norms, self._parking = self.norms.to(device), Parking(device, self._parking.parks)
-        for parameter in () if self._parking.parks else self.parameters():
+    def follow_models(self) -> None:
+        device = self._device()
+        self.norms = self.norms.to(device)
+        for parameter in self.parameters():
             parameter.data = parameter.data.to(device)
 
-    def _groups(self, samples: Sequence[int | None]) -> list[int | None]:
-        """The auxiliary of each of these samples."""
-        dealt, count = self._dealt, self.count
-        return [None if i is None else dealt[i] if dealt else i % count for i in samples]
-
-    def expect(self, samples: Sequence[int | None]) -> None:
-        self._parking.expect(self._of(self._groups(samples)))
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Have the optimizer's state where the step is taken.
-
-        Raises:
-            UserError: gradients came from elsewhere than a pass within `seen`.
-        """
-        if any(weight.grad is not None for flat in self._models for weight in flat.held):
-            raise UserError(
-                "A backward pass did not say whose samples its rows are, so no auxiliary was moved:"
-                ' run it within samples(ids), or give a trainer\'s data set a column "sample_id".'
-            )
-        self._parking.fetch_state(optimizer)
-
-    def release(self, optimizer: Optimizer) -> None:
-        """After a step: forget the gradients, and let those wait that wait elsewhere."""
-        for parameter in self.parameters():
-            parameter.grad = None  # as model.zero_grad() would, did the model hold it
-        self._parking.park(optimizer)
-
-    def _of(self, groups: Sequence[int | None]) -> list[nn.Parameter]:
-        distinct = sorted({g for g in groups if g is not None})
-        return [flat.parameters[g] for flat in self._models for g in distinct]
-
     @contextmanager
-    def seen(self, samples: Sequence[int | None], snr: Sequence[float] = ()) -> Iterator[None]:
+    def around_batch(self, samples: Sequence[int | None], snr: Sequence[float]) -> Iterator[None]:
         """Within the context, for a forward and a backward pass, row i of a micro-batch sees the
-        auxiliary of `samples[i]`, or none; of `snr[i]` the share sqrt(min(snr, gamma) / gamma).
+        auxiliary of `samples[i]`, or none, and of it the share that belongs to `snr[i]`.
 
         Raises:
-            UserError: a layer to which rows can't be added; ratios of other rows.
+            UserError: a layer to which no factors can be added; ratios of other rows.
         """
         if snr and len(snr) != len(samples):
             raise UserError(f"snr has {len(snr)} ratios for {len(samples)} samples; give one each.")
-        gamma = self._gamma
-        shares = [math.sqrt(min(own, gamma) / gamma) if gamma else 1.0 for own in snr]
-        rows = [*zip(self._groups(samples), shares or repeat(1.0), strict=False)]
-        rows = rows[:1] if len(set(rows)) == 1 else rows
-        self._parking.fetch(self._of([group for group, _ in rows]))
+        shares = []
+        for row, sample in enumerate(samples):
+            share = 1.0
+            if snr and self.snr_gamma:
+                share = math.sqrt(min(snr[row], self.snr_gamma) / self.snr_gamma)
+            shares.append(SampleShare(self.assignment.auxiliary_of(sample), share))
+        if len(set(shares)) == 1:
+            shares = shares[:1]  # all rows see the same: an ordinary product, not a batched one
         with ExitStack() as stack:
-            for flat in self._models:
-                stack.enter_context(flat.seen(rows))
+            for model in self._models:
+                stack.enter_context(model.acting(shares))
             yield
+
+    def check_gradients(self) -> None:
+        """Refuse gradients that did not come from a pass within `around_batch`.
+
+        Raises:
+            UserError: the layers' own parameters have gradients.
+        """
+        for model in self._models:
+            for layer in model.layers:
+                _, B = adapters.weights(layer, AUXILIARY)
+                if B.grad is not None:
+                    raise UserError(
+                        "A backward pass did not say whose samples its rows are, so no auxiliary "
+                        "was moved: run it within samples(ids), or give a trainer's data set a "
+                        'column "sample_id".'
+                    )
+
+    def forget_gradients(self) -> None:
+        for parameter in self.loose_parameters:
+            parameter.grad = None  # as model.zero_grad() would, did the model hold it
 
     def norm(self) -> Tensor:
         return self.norms.amax()
 
-    def seen_norm(self) -> Tensor | None:
-        return self.norms[self.moving()].mean()
+    def active_norm(self) -> Tensor | None:
+        return self.norms[self.active()].mean()
 
-    def moving(self) -> list[int]:
-        """Those that have a gradient: that the step's samples see."""
-        own = self._models[0].parameters
-        return [g for g, parameter in enumerate(own) if parameter.grad is not None]
-
-    def squares(self, groups: Sequence[int]) -> ball.Squares:
-        """Of the norms of these auxiliaries over all layers, each (groups,)."""
-        return ball.Squares(*torch.cat([f.squares(groups) for f in self._models], dim=1).sum(1))
+    def active(self) -> list[int]:
+        parameters = self._models[0].parameters
+        return [number for number in range(self.count) if parameters[number].grad is not None]
 
     @torch.no_grad()
-    def project_(self, groups: Sequence[int], rho: float | Tensor) -> ball.Projection:
-        """Equation 10 for each of these auxiliaries; the norms given are the largest among them."""
-        before, factor = ball.clipping(self.squares(groups), rho)
+    def project_(self, numbers: Sequence[int], rho: float | Tensor) -> ball.Projection:
+        """Project each of these auxiliaries onto a ball of its own (Equation 10).
+
+        Returns:
+            The largest norms among them, and the least factor.
+        """
+        squares = torch.cat([model.squares(numbers) for model in self._models], dim=1)
+        before, factor = ball.clipping(ball.Squares(*squares.sum(1)), rho)  # (auxiliaries,)
         after = before * factor * factor
-        for flat in self._models:
-            own = [flat.parameters[g].data for g in groups]
-            torch._foreach_mul_(own, list(factor.to(own[0]).unbind()))
-        self.norms[groups] = after
+        for model in self._models:
+            parameters = [model.parameters[number].data for number in numbers]
+            torch._foreach_mul_(parameters, list(factor.to(parameters[0]).unbind()))
+        self.norms[numbers] = after
         return ball.Projection(before.amax(), after.amax(), factor.amin())
 
-    def _slopes(self, groups: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
-        for flat in self._models:
-            for p in (flat.parameters[g] for g in groups):
-                if p.grad is not None:
-                    yield p.data[flat.up :], p.grad[flat.up :]
+    def _B_and_gradients(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for model in self._models:
+            start = model.layout.A_size
+            for number in numbers:
+                parameter = model.parameters[number]
+                if parameter.grad is not None:
+                    yield parameter.data[start:], parameter.grad[start:]
 
-    def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
-        own = {
-            f"{name}/{AUXILIARY}/{number}": parameter.detach()
-            for name, flat in zip(names, self._models, strict=True)
-            for number, parameter in enumerate(flat.parameters)
-        }
-        return own | {f"{AUXILIARY}/norms": self.norms}
-
-
-def create(layers: Sequence[Layers], options: MethodOptions) -> Auxiliary:
-    """The kind that the options ask for, on adapters that are injected already."""
-    measures = [scale for own in layers for scale in scales(own, options.rho_norm)]
-    count, dealt = deal(options.auxiliaries, options.sample_names)
-    if count > 1:
-        parked, gamma = options.auxiliaries_on == "cpu", options.auxiliary_snr_gamma
-        return Auxiliaries(layers, measures, count, dealt, parked, gamma)
-    kind = {"global": Auxiliary, "per-layer": PerLayer, "none": Unbounded}[options.ball]
-    return kind(layers, measures)
+    def tensors(self, model_names: Sequence[str]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, model in zip(model_names, self._models, strict=True):
+            for number, parameter in enumerate(model.parameters):
+                tensors[f"{name}/{AUXILIARY}/{number}"] = parameter.detach()
+        return tensors | {f"{AUXILIARY}/norms": self.norms}

@@ -7,13 +7,14 @@ unit. After each step
 
     rho <- rho clip(sqrt(tau mean(loss) / (rho rms(gamma / ||E||))), DOWN, UP)
 
-with tau the wanted share. The slope gamma / ||E|| is averaged and not gamma itself, which follows
-each change of rho late and so would overshoot; and its root mean square and not its mean, since a
-primary that leans on the auxiliary makes it negative, which is a reason to shrink the ball, not to
-widen it. The radius starts at the norm that the auxiliary has after the first step that moves it
-(a warm-up's first step has rate 0 and moves nothing), and never passes a share of how far the
-primary has come: where the loss is flat at first, as of a classifier that knows nothing yet, no
-radius would move it by tau, and a ball that grew all the same would keep the primary from learning.
+with tau the share of the loss that is asked for. The slope gamma / ||E|| is averaged, not gamma:
+gamma follows each change of rho late and so would overshoot. It is averaged as a root mean square,
+not as a mean: a primary that leans on the auxiliary makes it negative, which is a reason to shrink
+the ball, not to widen it. The radius starts at the norm that the auxiliary has after the first step
+that moves it (a warm-up's first step has rate 0 and moves nothing). It never passes a share of how
+far the primary has come: where the loss is flat at first, as of a classifier that knows nothing
+yet, no radius would move it by tau, and a ball that grew all the same would keep the primary from
+learning.
 """
 
 from __future__ import annotations
@@ -30,43 +31,41 @@ from ...adapters import INITIAL, PRIMARY
 from ...core.errors import UserError
 from ..options import MethodOptions
 from . import ball
-from .auxiliary import Auxiliary, Layers, scales
+from .auxiliary import Auxiliary, Layers, norm_scales
 
 RISE, RISE_BY_SAMPLE = 0.2, 0.4
-"""The wanted share of one auxiliary, and of several: what is bent at one sample alone may be bent
-further before the others suffer."""
+"""Share of the loss asked for of one auxiliary, and of several: what is bent at one sample alone
+may be bent further before the others suffer."""
 DECAY = 0.98
 """Of both running means, which reach back over fifty steps: over ten, the radius swings."""
 DOWN, UP = 0.9, 1.1
 """Bounds of the factor on the radius in one step."""
-MOST = 0.4
-"""Of the norm of the primary's change of the weights, in the measure of the radius."""
-_LEAST = 1e-30
-_NUMBERS = ("rho", "norm", "weight", "square", "loss")
-"""Values in a checkpoint."""
+LARGEST_SHARE = 0.4
+"""Largest radius, as a share of the norm of the primary's change of the weights."""
+_SMALLEST = 1e-30  # instead of a zero in a denominator
+_STATE_NAMES = ("rho", "norm", "weight", "square", "loss")
+"""Numbers in a checkpoint, by their names there; attributes of these names with "_" before them."""
 
 
-def changes(layers: Layers, measures: Sequence[float]) -> list[adapters.Factors]:
-    """The primary's change of each layer's weight: B A without the first values that an init took
-    out of the weight, as [B, -B0] [A; A0].
+def weight_changes(layers: Layers, scales: Sequence[float]) -> list[adapters.Factors]:
+    """The primary's change of each layer's weight, as factors B A.
+
+    First values that an init took out of the weight do not count: B A - B0 A0 is [B, -B0] [A; A0].
 
     Args:
-        measures: what the norms are multiplied with, as `scales` gives them for the primary.
+        layers: layers with the primary.
+        scales: factor on the norm of each (`norm_scales`).
     """
-    primary = adapters.factors_of(layers, PRIMARY)
     with_initial = [pair for pair in layers if INITIAL in pair[1].lora_A]
-    first = {factors.name: factors for factors in adapters.factors_of(with_initial, INITIAL)}
-    return [
-        factors._replace(scale=measure)
-        if factors.name not in first
-        else adapters.Factors(
-            factors.name,
-            torch.cat([factors.A, first[factors.name].A]),
-            torch.cat([factors.B, -first[factors.name].B], dim=1),
-            measure,
-        )
-        for factors, measure in zip(primary, measures, strict=True)
-    ]
+    initial = {layer.name: layer for layer in adapters.factors_of(with_initial, INITIAL)}
+    changes = []
+    for layer, scale in zip(adapters.factors_of(layers, PRIMARY), scales, strict=True):
+        A, B = layer.A, layer.B
+        if layer.name in initial:
+            first = initial[layer.name]
+            A, B = torch.cat([A, first.A]), torch.cat([B, -first.B], dim=1)
+        changes.append(adapters.Factors(layer.name, A, B, scale))
+    return changes
 
 
 class AutoRadius:
@@ -75,7 +74,7 @@ class AutoRadius:
     Args:
         layers: of each trained model, those that have the adapters, which are injected already.
         options: the method's.
-        count: how many auxiliaries there are.
+        count: number of auxiliaries.
 
     Attributes:
         rho: the bound of Equation 10 in the coming projection; infinite before the first step.
@@ -86,57 +85,62 @@ class AutoRadius:
         self.tau = options.loss_rise or (RISE if count == 1 else RISE_BY_SAMPLE)
         self.rho: float | Tensor = math.inf
         self.rise: Tensor | None = None
-        self._layers = [pair for own in layers for pair in own]
-        self._measures = scales(self._layers, options.rho_norm, PRIMARY)
+        self._layers = [pair for model_layers in layers for pair in model_layers]
+        self._scales = norm_scales(self._layers, options.rho_norm, PRIMARY)
         self._step_loss: Tensor | None = None  # of the step that is being taken, as is gamma
         self._gamma: Tensor | None = None
         self._rho: Tensor | None = None  # 0 until a step has moved the auxiliary
         self._norm: Tensor | None = None  # of the auxiliary that the coming gradient sees
         self._weight: Tensor | None = None  # of all steps so far in either mean
-        self._square: Tensor | None = None  # mean of the squared slope
-        self._loss: Tensor | None = None
+        self._square: Tensor | None = None  # running mean of the squared slope
+        self._loss: Tensor | None = None  # running mean of the loss
 
     def observe(self, loss: Tensor) -> None:
         """Take the loss whose gradient the next step takes, 0-d."""
         self._step_loss = loss.detach()
 
     def before_step(self, auxiliary: Auxiliary) -> None:
-        """Measure gamma, before the gradients are turned around.
+        """Measure gamma, before the signs of the gradients are changed.
 
         Raises:
-            UserError: nobody told the loss.
+            UserError: `observe` was not called.
         """
         if self._step_loss is None:
             raise UserError(
                 'rho "auto" measures the auxiliary by the loss; call observe(loss) before each '
                 "optimizer.step()."
             )
-        moving = auxiliary.moving()
-        self._gamma = auxiliary.rise(moving) if moving else None
+        active = auxiliary.active()
+        self._gamma = auxiliary.loss_rise(active) if active else None
 
     @torch.no_grad()
     def after_step(self, auxiliary: Auxiliary) -> float | Tensor:
-        """Set `rho`, before the projection, and give it."""
+        """Set `rho`, before the projection, and return it."""
         loss, gamma = self._step_loss, self._gamma
-        self._step_loss = None  # each step tells its own
+        self._step_loss = None  # each step has to be told its own
         if loss is None or gamma is None:
             return self.rho
-        limit = MOST * ball.frobenius_norm(changes(self._layers, self._measures))
+        changes = weight_changes(self._layers, self._scales)
+        limit = LARGEST_SHARE * ball.frobenius_norm(changes)
         if self._rho is None or self._norm is None:
             self._rho, self._norm = torch.zeros_like(limit), torch.zeros_like(limit)
         loss, gamma, limit = loss.to(self._rho), gamma.to(self._rho), limit.to(self._rho)
-        # Those that the gradient saw may be others than those that were projected last.
-        seen = auxiliary.seen_norm()
-        norm = self._norm if seen is None else seen.to(self._rho)
-        share = torch.where(norm > 0, 1 - DECAY, 0.0).to(self._rho)  # a zero one says nothing
-        slope = gamma / norm.clamp_min(_LEAST)
-        self._weight = self._mean(self._weight, torch.ones_like(loss), share)
-        self._square = self._mean(self._square, slope * slope, share)
-        self._loss = self._mean(self._loss, loss, share)
         self.rise = gamma / loss
-        # loss / weight over the root of square / weight
+
+        # The auxiliaries that the gradient saw may be others than those projected last.
+        active_norm = auxiliary.active_norm()
+        norm = self._norm if active_norm is None else active_norm.to(self._rho)
+        slope = gamma / norm.clamp_min(_SMALLEST)
+        # A zero auxiliary says nothing about the slope, so its step has no share in the means.
+        share = torch.where(norm > 0, 1 - DECAY, 0.0).to(self._rho)
+        self._weight = _running_mean(self._weight, torch.ones_like(loss), share)
+        self._square = _running_mean(self._square, slope * slope, share)
+        self._loss = _running_mean(self._loss, loss, share)
+
+        # tau mean(loss) / (rho rms(slope)) with mean(loss) = loss / weight and rms(slope) =
+        # sqrt(square / weight), so one sqrt(weight) is left in the denominator.
         expected = self._rho * (self._square * self._weight).sqrt()
-        ratio = (self.tau * self._loss / expected.clamp_min(_LEAST)).clamp_min(0).sqrt()
+        ratio = (self.tau * self._loss / expected.clamp_min(_SMALLEST)).clamp_min(0).sqrt()
         ratio = torch.where(self._weight > 0, ratio, 1.0)
         self._rho = torch.minimum(self._rho * ratio.clamp(DOWN, UP), limit)
         # While the auxiliary has not moved there is no radius to multiply, only its limit.
@@ -156,17 +160,23 @@ class AutoRadius:
 
     def state_dict(self) -> dict[str, Any]:
         """All numbers, to the bit."""
-        values = {name: getattr(self, f"_{name}") for name in _NUMBERS}
-        return {"radius": {name: None if v is None else float(v) for name, v in values.items()}}
+        numbers: dict[str, float | None] = {}
+        for name in _STATE_NAMES:
+            value = getattr(self, f"_{name}")
+            numbers[name] = None if value is None else float(value)
+        return {"radius": numbers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Take back what `state_dict` returned."""
         device = adapters.weights(self._layers[0][1], PRIMARY)[0].device
         for name, value in state["radius"].items():
-            number = None if value is None else torch.tensor(value, dtype=ball.wide(device))
-            setattr(self, f"_{name}", None if number is None else number.to(device))
+            number = None
+            if value is not None:
+                number = torch.tensor(value, dtype=ball.wide(device)).to(device)
+            setattr(self, f"_{name}", number)
         self.rho = math.inf if self._rho is None else self._rho
 
-    @staticmethod
-    def _mean(mean: Tensor | None, value: Tensor, share: Tensor) -> Tensor:
-        return share * value + (0 if mean is None else (1 - share) * mean)
+
+def _running_mean(mean: Tensor | None, value: Tensor, share: Tensor) -> Tensor:
+    """The mean with a new value at this share; not divided by the sum of all shares."""
+    return share * value + (0 if mean is None else (1 - share) * mean)

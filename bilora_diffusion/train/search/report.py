@@ -16,10 +16,9 @@ from ...core.durable import (
     strict_json,
     write_text,
 )
-from ...core.files import counted
+from ...core.files import counted, duration
 from ...core.intervals import student_interval
 from ...run import provenance
-from ...run.durations import duration
 from ...run.folder import FIT, FIT_FIGURE, FIT_RECORD
 from ...run.record import read_run, read_search
 from .halving import Halving, Trial, lowest_point

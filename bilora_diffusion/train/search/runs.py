@@ -22,7 +22,7 @@ from ...core.durable import discard, strict_json
 from ...core.errors import TrainingError, UserError
 from ...core.fields import options_of
 from ...core.seeds import parts
-from ...methods.bilora.per_sample import deal as deal_auxiliaries
+from ...methods import for_run
 from ...methods.options import SECTION
 from ...run import checkpoint
 from ...run.content import record_content, summarize
@@ -38,11 +38,11 @@ from ..task import Fold
 from . import report
 from .halving import BUDGET, Curve, Halving, Plan, Trial, lowest_point
 from .space import (
-    SMALL_DATA_FORM,
     Candidate,
     Space,
     Values,
     arguments,
+    bilora_form,
     default_values,
     read_values,
 )
@@ -54,7 +54,6 @@ LEAVE_ONE_OUT = 8
 SHARED_OPTIONS = frozenset(
     {
         "quantize",
-        "auxiliaries_on",
         "scale_lr",
         "use_8bit_adam",
         # The schedule: a constant rate makes every step of a run a possible end.
@@ -135,8 +134,8 @@ class Search:
             return read_values(Path(self.cfg.fit_space), searchable)
         supports_sample = False
         with suppress(UserError):
-            auxiliaries = self.config(SMALL_DATA_FORM).auxiliaries
-            supports_sample = bool(deal_auxiliaries(auxiliaries, self.task.names))
+            for_run(vars(self.config(bilora_form())), 1, self.task.names)
+            supports_sample = True
         # --scale_lr multiplies the rate of each run, so the space has rates before that.
         rate = self.config((("scale_lr", "false"),)).learning_rate
         return default_values(self._typed, rate, self.cfg.rank, supports_sample)
@@ -246,14 +245,13 @@ class Search:
     def _final_config(self, candidate: Candidate, steps: int) -> Any:
         """The configuration of the last run: the user's schedule, rescaled to the chosen steps.
 
-        With an auxiliary for each sample, a rate that was to be constant falls to zero over twice
-        the chosen steps, which sum up to the same: LoRA learns samples by heart as its rate falls,
-        these do not.
+        For a method that gains from it, a rate that was to be constant falls to zero over twice the
+        chosen steps, which sum up to the same. Plain LoRA learns samples by heart while it falls.
         """
         cfg = self.config(candidate)
-        has_auxiliaries = cfg.method == "bilora" and cfg.auxiliaries != 1
+        gains_from_decay = for_run(vars(cfg), steps, self.task.names).gains_from_decay
         is_constant = "lr_scheduler" not in self._typed and cfg.lr_scheduler.startswith("constant")
-        if has_auxiliaries and is_constant:
+        if gains_from_decay and is_constant:
             cfg, steps = replace(cfg, lr_scheduler="linear"), 2 * steps
         warmup_steps = self.cfg.lr_warmup_steps
         if warmup_steps:

@@ -9,20 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...config.recipe import read_options
-from ...core.choices import AUTO, SAMPLE
+from ...core.choices import SAMPLE
 from ...core.errors import UserError, did_you_mean
 from ...core.values import RANKS
-from ...methods import names, reads
+from ...methods import get, names, reads
 
 RATE, METHOD = "learning_rate", "method"
 LOWEST_RANK, MIDDLE_RANK = 4, 8  # of the ranks that are searched by default
-SMALL_DATA_FORM = ((METHOD, "bilora"), ("rho", AUTO), ("auxiliaries", SAMPLE))
-"""The form of Bi-LoRA that little data asks for."""
 Values = Mapping[str, tuple[str, ...]]
 Candidate = tuple[tuple[str, str], ...]
 """A configuration: (option, value) pairs beside what the user gave; () is the command line as
 given.
 """
+
+
+def bilora_form() -> Candidate:
+    """Bi-LoRA with the options that little data asks for."""
+    return ((METHOD, "bilora"), *get("bilora").search_options.items())
 
 
 def arguments(candidate: Candidate) -> list[str]:
@@ -115,10 +118,9 @@ def default_values(typed: Collection[str], rate: float, rank: int, supports_samp
     """
     values: dict[str, tuple[str, ...]] = {}
     if METHOD not in typed:
-        for name, value in SMALL_DATA_FORM:
-            values[name] = (value,)
-        if not supports_sample:
-            del values["auxiliaries"]
+        for name, value in bilora_form():
+            if supports_sample or value != SAMPLE:
+                values[name] = (value,)
         values[METHOD] = ("lora", "bilora")
     values[RATE] = tuple(f"{rate * factor:.6g}" for factor in (0.5, 1.0, 2.0))
     # Below 4, the default of images, nothing is searched: it is the lowest of its three ranks.

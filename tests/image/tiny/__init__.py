@@ -8,7 +8,7 @@ import torch
 import transformers
 import yaml
 
-from bilora_diffusion.image.families import named
+from bilora_diffusion.image.families import family_class
 from tests.scripts.runs import once
 
 from .words import TOKENIZERS
@@ -19,9 +19,9 @@ FILES: dict[str, dict[str, Any]] = yaml.safe_load(
 """By the class of the pipeline, the configurations of its parts."""
 
 
-def made(kind: str, **options: Any) -> Any:
+def make_pipeline(kind: str, **options: Any) -> Any:
     """A pipeline with its fixed random weights; options are of its transformer."""
-    sizes, family = FILES[kind], named(kind, kind)
+    sizes, family = FILES[kind], family_class(kind, kind)
     torch.manual_seed(0)
     parts: dict[str, Any] = dict(sizes.get("pipeline", {}))
     for part in family.parts:
@@ -37,7 +37,7 @@ def made_part(kind: str, part: str, **options: Any) -> Any:
     """One model of a pipeline; None where the pipeline goes without."""
     if (config := FILES[kind].get(part)) is None:
         return None
-    name = named(kind, kind).parts[part]
+    name = family_class(kind, kind).parts[part]
     make: Any = getattr(diffusers, name, None) or getattr(transformers, name)
     config = {**config, **options}
     if part == "vae":
@@ -63,7 +63,7 @@ def made_part(kind: str, part: str, **options: Any) -> Any:
 
 def saved(kind: str, folder: Path) -> Path:
     """A pipeline in diffusers' format, in a new folder."""
-    made(kind).save_pretrained(folder)
+    make_pipeline(kind).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,248 @@
+"""An adapter whose factors differ from sample to sample of a batch.
+
+A method makes one `SampleAdapter` for a model and gives each layer a `LayerSlot` in it
+(`assign_slots`). Within `SampleAdapter.acting` the fused forward (`fused`) adds, for each sample of
+the batch, the product of this sample's own factors, in place of the adapter that PEFT holds.
+
+B is stored transposed, (rank, out): a product with few columns takes two to four times as long on a
+CPU as one with few rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.errors import UserError
+from .access import LoraLayer
+
+
+@dataclass(frozen=True)
+class SampleFactors:
+    """The factors that one layer applies to the samples of a batch.
+
+    Attributes:
+        A: (samples, rank, in), or (rank, in) where all samples share them. Of a convolution `in` is
+            in_channels * kernel area.
+        B_transposed: (samples, rank, out), or (rank, out).
+    """
+
+    A: Tensor
+    B_transposed: Tensor
+
+
+@dataclass(frozen=True)
+class StackedFactors:
+    """A and B^T of all layers of a model, stacked where neighbours have one shape.
+
+    Attributes:
+        A: tensors of (layers, rank, in).
+        B_transposed: tensors of (layers, rank, out).
+    """
+
+    A: Sequence[Tensor]
+    B_transposed: Sequence[Tensor]
+
+
+class FlatLayout:
+    """How the A of all layers, then their B^T, lie in a flat parameter.
+
+    Args:
+        A, B: matrices of the layers in their order, (rank, in) and (out, rank).
+
+    Attributes:
+        A_shapes, B_shapes: shapes of the tensors of `StackedFactors`.
+        A_size: number of elements of all A.
+    """
+
+    def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
+        self.A_shapes = _stack_shapes([matrix.shape for matrix in A])
+        self.B_shapes = _stack_shapes([matrix.mT.shape for matrix in B])
+        self.A_size = sum(matrix.numel() for matrix in A)
+
+    @staticmethod
+    def flatten(A: Sequence[Tensor], B: Sequence[Tensor]) -> Tensor:
+        """A new flat tensor of these matrices."""
+        parts = [matrix.detach().flatten() for matrix in A]
+        parts += [matrix.detach().mT.flatten() for matrix in B]
+        return torch.cat(parts)
+
+    def stacks(self, flat: Tensor) -> StackedFactors:
+        """Views of a flat tensor."""
+        shapes = [*self.A_shapes, *self.B_shapes]
+        parts = flat.split([math.prod(shape) for shape in shapes])
+        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return StackedFactors(views[: len(self.A_shapes)], views[len(self.A_shapes) :])
+
+
+def _stack_shapes(shapes: Sequence[torch.Size]) -> list[tuple[int, ...]]:
+    """(layers, rank, width) of each run of equal shapes (rank, width)."""
+    stacks: list[tuple[int, ...]] = []
+    for shape in shapes:
+        if stacks and stacks[-1][1:] == tuple(shape):
+            stacks[-1] = (stacks[-1][0] + 1, *shape)
+        else:
+            stacks.append((1, *shape))
+    return stacks
+
+
+def join_samples(samples: list[Tensor], primary: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """The stacks of several samples, each below the primary's, layer by layer.
+
+    Args:
+        samples: (layers, rank, width) of each sample.
+        primary: (layers, r1, width).
+        dtype: of the result.
+
+    Returns:
+        (samples, r1 + rank, width) of each layer; (r1 + rank, width) of a single sample.
+    """
+    parts = samples
+    if primary is not None:
+        parts = []
+        for sample in samples:
+            parts += primary, sample
+    joined = torch.cat(parts, dim=1)  # (layers, samples * (r1 + rank), width)
+    joined = joined.unflatten(1, (len(samples), -1))
+    return list(joined.to(dtype).squeeze(1).unbind())
+
+
+class BatchFactors(Protocol):
+    """The factors of all layers of a model for the samples of one batch."""
+
+    samples: int  # 1 where all samples share the same factors
+
+    def layer_factors(self, layer: int, dtype: torch.dtype, with_primary: bool) -> SampleFactors:
+        """Factors of the layer of this number, with their graph.
+
+        Args:
+            layer: number of the layer (`LayerSlot.number`).
+            dtype: precision of the factors.
+            with_primary: put the primary's A and B^T above those of each sample.
+        """
+        ...
+
+
+class SampleAdapter:
+    """The adapter of one model that acts for each sample with factors of its own.
+
+    Args:
+        name: the adapter of PEFT in whose place the factors act.
+        rank: rank of the factors.
+        scale: s in s B A.
+        fused_with: adapters whose product is computed together with this one's: the primary, or
+            none.
+
+    Attributes:
+        is_acting: whether the layers use `factors` now in place of PEFT's adapter.
+        factors: those of the batch; None if no sample of the batch has any.
+    """
+
+    def __init__(self, name: str, rank: int, scale: float, fused_with: Sequence[str]) -> None:
+        self.name, self.rank, self.scale = name, rank, scale
+        self.fused_with = list(fused_with)
+        self.is_acting = False
+        self.factors: BatchFactors | None = None
+
+    @contextmanager
+    def acting(self, factors: BatchFactors | None) -> Iterator[None]:
+        """Within the context the layers use these factors in place of PEFT's adapter."""
+        self.is_acting, self.factors = True, factors
+        try:
+            yield
+        finally:
+            self.is_acting, self.factors = False, None
+
+    def assign_slots(self, layers: Sequence[LoraLayer]) -> None:
+        """Let these layers ask for their factors, by their number in this order."""
+        for number, layer in enumerate(layers):
+            down = cast(Any, layer).lora_A[self.name]
+            cast(Any, layer).sample_slot = LayerSlot(self, number, down)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSlot:
+    """The place of one layer in a `SampleAdapter`.
+
+    Attributes:
+        adapter: the adapter of the layer's model.
+        number: number of the layer in it.
+        down: PEFT's module of A, which has a convolution's kernel, stride and padding.
+    """
+
+    adapter: SampleAdapter
+    number: int
+    down: nn.Module
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether the layer is a convolution."""
+        return isinstance(self.down, nn.Conv2d)
+
+    def factors(self, dtype: torch.dtype, with_primary: bool) -> SampleFactors:
+        """The layer's factors for the batch; see `BatchFactors.layer_factors`."""
+        batch = cast(BatchFactors, self.adapter.factors)
+        return batch.layer_factors(self.number, dtype, with_primary)
+
+
+def acting_slot(layer: Any, inputs: Tensor) -> LayerSlot | None:
+    """The slot of a layer, if factors by sample act in it now.
+
+    Raises:
+        UserError: the input does not have one row per sample.
+    """
+    slot: LayerSlot | None = layer.sample_slot
+    if slot is None or not slot.adapter.is_acting:
+        return None
+    factors = slot.adapter.factors
+    if factors is not None and factors.samples not in (1, len(inputs)):
+        raise UserError(
+            f"A layer with an auxiliary for each sample got {len(inputs)} rows for"
+            f" {factors.samples} samples, so whose they are can't be told; give the samples one by"
+            " one (train_batch_size 1)."
+        )
+    return slot
+
+
+def add_per_sample_convolution(inputs: Tensor, output: Tensor, slot: LayerSlot) -> Tensor:
+    """Add each sample's own low-rank convolution to the output of a layer.
+
+    A grouped convolution applies another weight to each group of channels, so the samples of the
+    batch become groups.
+
+    Args:
+        inputs: input of the layer, (samples, in_channels, height, width).
+        output: output of the layer so far, (samples, out_channels, height', width').
+        slot: place of the layer, whose factors act.
+    """
+    convolution = cast(nn.Conv2d, slot.down)
+    batch = cast(BatchFactors, slot.adapter.factors)
+    factors = slot.factors(inputs.dtype, with_primary=False)
+    groups = batch.samples
+
+    # One group per sample: (1, samples * in_channels, height, width). Where all samples share the
+    # factors there is one group, and the samples stay the rows.
+    in_channels = convolution.in_channels
+    grouped_inputs = inputs.reshape(-1, groups * in_channels, *inputs.shape[2:])
+
+    # A is as large as the layer's kernel: (samples * rank, in_channels, kernel, kernel).
+    down_weight = factors.A.reshape(-1, in_channels, *convolution.kernel_size)
+    hidden = F.conv2d(
+        grouped_inputs,
+        down_weight,
+        stride=convolution.stride,
+        padding=convolution.padding,
+        groups=groups,
+    )
+
+    # B is a 1 x 1 convolution: (samples * out_channels, rank, 1, 1).
+    B = (factors.B_transposed * slot.adapter.scale).mT
+    up_weight = B.reshape(-1, slot.adapter.rank, 1, 1)
+    return output + F.conv2d(hidden, up_weight, groups=groups).reshape(output.shape)

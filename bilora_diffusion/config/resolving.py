@@ -1,0 +1,141 @@
+"""From a command line to a configuration: parse, derive, check, freeze; once for a run.
+
+parse    flags and recipe -> a typed configuration that knows which options were given
+derive   `derived.DERIVED_DEFAULTS`, then the script's own (`RunConfig.derived`)
+check    options without effect are ignored and named; combinations, packages and places that
+         would not work are refused
+freeze   the rates of the launch (`rates.with_scaled_rates`)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from .. import methods
+from ..core.choices import OPTIMIZERS
+from ..core.errors import UserError, is_main_process
+from ..core.values import check_choice
+from ..methods.options import AdapterOptions
+from . import constraints, machine
+from .derived import DERIVED_DEFAULTS, derive
+from .notes import notes_on_defaults, without_ignored_options
+from .rates import with_scaled_rates
+from .run import RunConfig
+
+MAX_SAMPLES_OF_STEP = 10**6
+TRACKERS = (
+    "tensorboard",
+    "wandb",
+    "comet_ml",
+    "aim",
+    "clearml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "trackio",
+)
+Config = TypeVar("Config", bound=RunConfig)
+logger = logging.getLogger(__name__)
+
+
+def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """Make the configuration of a command line, the recipe and the small files of the models that
+    it names, and the launch.
+
+    No weights and no data are downloaded or loaded. ``--help`` prints and exits.
+
+    Args:
+        script: The class of the script's configuration.
+        argv: Arguments without the program's name; None for those of the process.
+
+    Raises:
+        UserError: A value or a combination that can't be honoured; it names the fix.
+    """
+    values, given_options = script.parser().read(
+        argv, script.alternatives, recipe_options_of_other_method
+    )
+    cfg = script(**{**values, "given_options": given_options})
+
+    cfg = with_optimizer_name(cfg)
+    check_method(cfg)
+    cfg = derive(cfg, DERIVED_DEFAULTS).derived()
+
+    cfg, notes = without_ignored_options(cfg, cfg.groups)
+    notes += notes_on_defaults(cfg)
+    launch = {"device": machine.device_type(), "modality": cfg.modality, **machine.launch()}
+    constraints.check({**vars(cfg), **launch})
+    cfg.check_inputs()
+    check_packages(cfg)
+
+    if is_main_process():
+        for note in notes:
+            logger.warning("%s", note)
+    return with_scaled_rates(cfg, machine.processes())
+
+
+def recipe_options_of_other_method(
+    recipe: Mapping[str, Any], flags: Mapping[str, Any]
+) -> frozenset[str]:
+    """The options that a recipe sets for its method, where the command line takes another one.
+
+    A radius is a different quantity in each method, so the default of the new method holds.
+    """
+    recipe_method = recipe.get("method", AdapterOptions.method)
+    method = flags.get("method", recipe_method)
+    if method == recipe_method or not {recipe_method, method} <= set(methods.names()):
+        return frozenset()
+    shared = methods.reads(recipe_method) & methods.reads(method)
+    dropped = shared & (recipe.keys() - flags.keys())
+    if is_main_process():
+        for name in sorted(dropped):
+            logger.warning(
+                "the recipe's %s %s is for %s, so %s takes its default: change it by --%s.",
+                name,
+                recipe[name],
+                recipe_method,
+                method,
+                name,
+            )
+    return frozenset(dropped)
+
+
+def with_optimizer_name(cfg: Config) -> Config:
+    """The configuration with its optimizer in lower case, and ``--use_8bit_adam`` in its name."""
+    cfg = replace(cfg, optimizer=cfg.optimizer.lower())
+    if cfg.use_8bit_adam and cfg.optimizer in ("adamw", "adamw8bit"):
+        return replace(cfg, optimizer="adamw8bit", use_8bit_adam=False)
+    return cfg
+
+
+def check_method(cfg: RunConfig) -> None:
+    """Refuse an unknown method or optimizer, and a radius that the method can't follow."""
+    check_choice("--method", cfg.method, methods.names())
+    check_choice("--optimizer", cfg.optimizer, OPTIMIZERS)
+    methods.check_rho(cfg.method, cfg.rho)
+
+
+def check_packages(cfg: RunConfig) -> None:
+    """Refuse what needs a package that is missing, a token, or more memory than there is."""
+    check_choice("--report_to", cfg.report_to, (*TRACKERS, "all", "none"))
+    if cfg.report_to in TRACKERS:
+        machine.require(cfg.report_to, f"--report_to {cfg.report_to}")
+    if cfg.quantize == "nf4":
+        machine.require("bitsandbytes>=0.50", "--quantize nf4")  # older ones are for CUDA only
+    if (package := OPTIMIZERS[cfg.optimizer].package) is not None:
+        machine.require(package, f"--optimizer {cfg.optimizer}")
+    if cfg.enable_xformers_memory_efficient_attention:
+        machine.require("xformers", "--enable_xformers_memory_efficient_attention")
+    if cfg.push_to_hub and cfg.hub_token is None:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            raise UserError("--push_to_hub needs a token: run `hf auth login` or add --hub_token.")
+    batch, passes = cfg.train_batch_size, cfg.gradient_accumulation_steps
+    if batch * passes > MAX_SAMPLES_OF_STEP:
+        raise UserError(
+            f"--train_batch_size {batch} times --gradient_accumulation_steps {passes} is over"
+            f" {MAX_SAMPLES_OF_STEP} samples a step: give smaller ones."
+        )

@@ -1,0 +1,293 @@
+"""Defaults of the image script that depend on other options, on the data set or on the model.
+
+They run after `config.derived.DERIVED_DEFAULTS`: first `SET_DEFAULTS`, for the run and for each of
+its concepts, then `MODEL_DEFAULTS`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from ..config import machine
+from ..config.derived import Rule, default_validation_loss_steps, derive
+from ..config.rates import default_text_encoder_lr
+from ..core.choices import ATTENTION
+from ..core.errors import UserError, reading
+from ..core.files import is_file, read_text
+from ..mini import ANIMALS, ANIMALS_HELDOUT, FLOW, FOLDERS, HELDOUT, MINI
+from .base_model import SDXL_BASE, BaseModel
+from .families import SDXL
+from .options import ImageOptions
+from .validation import read_prompts
+
+FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
+ICONS = "linoyts/3d_icon"
+SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
+"""The six subjects of the paper's Table 4; they are in no training set."""
+ANIMAL_SUBJECTS = ("penguin", "lion", "owl", "whale", "crab", "fox")
+"""Six of the held-out animals."""
+TABLE_A8_STEPS = 500
+FLOW_TOKENS = 16
+"""Of mini-flow where T5's tokens would be: it has no T5, so zeros stand there, and cost time."""
+CHECKPOINTING_SIDE = 512
+"""Pixels from which gradient checkpointing is worth its time on CUDA."""
+PROMPT_OPTIONS = frozenset({"validation_prompt", "validation_prompts", "final_validation_prompt"})
+MAX_FILE_BYTES = 1_000_000
+Config = TypeVar("Config", bound=ImageOptions)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Defaults of a well-known set; each gives way to a value that the user gives."""
+
+    instance_prompt: str = "a TOK icon, in the style of TOK"
+    subjects: tuple[str, ...] = SUBJECTS
+    num_validation_images: int = 1
+    caption_column: str | None = None
+    validation_dataset: str | None = None
+    model: str | None = None
+
+    @property
+    def validation_prompts(self) -> list[str]:
+        """One for each subject."""
+        return [f"a TOK icon of a {subject}, in the style of TOK" for subject in self.subjects]
+
+
+PRESETS = {
+    ICONS: Preset(),  # Appendix H.3
+    MINI: Preset(caption_column="prompt", validation_dataset=HELDOUT, model=MINI),
+    ANIMALS: Preset(
+        subjects=ANIMAL_SUBJECTS,
+        caption_column="prompt",
+        validation_dataset=ANIMALS_HELDOUT,
+        model=MINI,
+    ),
+}
+
+
+def preset_of(cfg: ImageOptions) -> Preset | None:
+    """The preset of the run's set of images, where it has one."""
+    return PRESETS.get(cfg.dataset_name or "")
+
+
+# Sets of images and their prompts.
+
+
+def with_set_defaults(cfg: Config) -> Config:
+    """The configuration of a run or of a concept with the defaults of its images and prompts."""
+    cfg = with_local_folders(cfg)
+    cfg = with_validation_prompts(cfg)
+    cfg = derive(cfg, SET_DEFAULTS)
+    if cfg.validation_dataset == "none":
+        cfg = replace(cfg, validation_dataset=None)
+    return cfg
+
+
+def with_local_folders(cfg: Config) -> Config:
+    """A folder called mini is meant where a folder is asked for, and not the built-in set."""
+    for option in ("instance_data_dir", "class_data_dir"):
+        folder = getattr(cfg, option)
+        if folder in FOLDERS:
+            cfg = replace(cfg, **{option: f"./{folder}"})
+    return cfg
+
+
+def with_validation_prompts(cfg: Config) -> Config:
+    """The prompts of all three options in one list, with the settings that single ones have."""
+    # One entry of `settings` for each prompt.
+    prompts, settings = read_prompts(lines_of_prompts(cfg.validation_prompts))
+    if cfg.validation_prompt:
+        prompts = [cfg.validation_prompt, *prompts]
+        settings = [{}, *settings]
+    epochs = cfg.validation_epochs
+    if cfg.final_validation_prompt and not prompts:
+        prompts = [cfg.final_validation_prompt]
+        if "validation_epochs" not in cfg.given_options:
+            epochs = None  # at the end alone
+    # A record of many empty mappings would say nothing.
+    if not any(settings):
+        settings = []
+    return replace(
+        cfg,
+        validation_prompts=prompts,
+        validation_settings=settings,
+        validation_epochs=epochs,
+    )
+
+
+def lines_of_prompts(items: list[str]) -> list[str]:
+    """The prompts of ``--validation_prompts``, or those of the text file that it names."""
+    # An absolute path, or a single word that ends in .txt, means a file even where none is there.
+    path = Path(items[0] if len(items) == 1 and isinstance(items[0], str) else "")
+    is_file_name = path.suffix == ".txt" and len(path.name.split()) == 1
+    if not path.is_absolute() and not is_file_name and not is_file(path):
+        return list(items)
+    name = f'--validation_prompts "{path}"'
+    lines = read_text(path, name, MAX_FILE_BYTES).splitlines()
+    prompts = [line.strip() for line in lines if line.strip() and line[0] != "#"]
+    if not prompts:
+        raise UserError(f"{name} is an empty file: write one prompt on each line.")
+    return prompts
+
+
+def default_caption_column(cfg: ImageOptions) -> str | None:
+    """The preset's; an instance prompt that is given is meant to be used, so captions give way."""
+    preset = preset_of(cfg)
+    if preset is None or "instance_prompt" in cfg.given_options:
+        return cfg.caption_column
+    return preset.caption_column
+
+
+def default_instance_prompt(cfg: ImageOptions) -> str | None:
+    """The preset's."""
+    preset = preset_of(cfg)
+    return cfg.instance_prompt if preset is None else preset.instance_prompt
+
+
+def default_num_validation_images(cfg: ImageOptions) -> int:
+    """The preset's, beside its own prompts."""
+    preset = preset_of(cfg)
+    if preset is None or PROMPT_OPTIONS & cfg.given_options:
+        return cfg.num_validation_images
+    return preset.num_validation_images
+
+
+def default_validation_prompts(cfg: ImageOptions) -> list[str]:
+    """The preset's, unless any prompt is given."""
+    preset = preset_of(cfg)
+    if preset is None or PROMPT_OPTIONS & cfg.given_options:
+        return cfg.validation_prompts
+    return preset.validation_prompts
+
+
+def default_validation_dataset(cfg: ImageOptions) -> str | None:
+    """The preset's."""
+    preset = preset_of(cfg)
+    return cfg.validation_dataset if preset is None else preset.validation_dataset
+
+
+def default_base_model(cfg: ImageOptions) -> str:
+    """The model that the preset is for, else the base model of SDXL."""
+    preset = preset_of(cfg)
+    if preset is None or preset.model is None:
+        return cfg.pretrained_model_name_or_path
+    return preset.model
+
+
+SET_DEFAULTS: tuple[Rule[ImageOptions], ...] = (
+    ("caption_column", default_caption_column),
+    ("instance_prompt", default_instance_prompt),
+    ("num_validation_images", default_num_validation_images),
+    ("validation_prompts", default_validation_prompts),
+    ("validation_dataset", default_validation_dataset),
+    ("pretrained_model_name_or_path", default_base_model),
+)
+
+
+# Steps, layers and the base model.
+
+
+def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
+    """The configuration of a run with the defaults of its steps and of its base model."""
+    if cfg.bnb_quantization_config_path is not None:
+        cfg = replace(cfg, quantize=quantization_of(cfg.bnb_quantization_config_path))
+    cfg = replace(
+        cfg,
+        lora_layers=words_of_layers(cfg.lora_layers),
+        pipeline=model.pipeline,
+        predicts_noise=model.predicts_noise,
+        told_guidance=model.family.told_guidance(model.configs),
+        # Its declared default, None, is the model's side in pixels.
+        resolution=cfg.resolution or model.side,
+    )
+    return derive(cfg, MODEL_DEFAULTS)
+
+
+def quantization_of(path: str) -> str:
+    """Read "nf4" from a file of settings for bitsandbytes, as diffusers' scripts take it.
+
+    The file may ask for double quantization or not: ``--quantize nf4`` always quantizes twice. The
+    dtype of the arithmetic follows ``--mixed_precision``, as in diffusers' scripts.
+
+    Raises:
+        UserError: The file asks for anything but NF4.
+    """
+    label, fix = f'--bnb_quantization_config_path "{path}"', "or use --quantize nf4 instead"
+    file = Path(path).expanduser()
+    settings = reading(label, fix, lambda: json.loads(read_text(file, label, MAX_FILE_BYTES)))
+    is_nf4 = (
+        isinstance(settings, dict)
+        and settings.get("load_in_4bit") is True
+        and settings.get("bnb_4bit_quant_type") == "nf4"
+    )
+    if not is_nf4:
+        raise UserError(
+            f"{label} does not ask for NF4, for which alone bitsandbytes is used: write"
+            f' load_in_4bit true and bnb_4bit_quant_type "nf4" into it, {fix}.'
+        )
+    if settings.get("load_in_8bit") or settings.get("llm_int8_skip_modules"):
+        raise UserError(
+            f"{label} has load_in_8bit or llm_int8_skip_modules, and which layers are quantized is"
+            f" decided here: take that out, {fix}."
+        )
+    return "nf4"
+
+
+def words_of_layers(values: list[str]) -> list[str]:
+    """The words of ``--lora_layers``, each once; none for the attention, which is the default."""
+    words = [word for word in re.split(r"[\s,+]+", " ".join(values)) if word]
+    words = list(dict.fromkeys(words))
+    return [] if words == [ATTENTION] else words
+
+
+def default_train_batch_size(cfg: ImageOptions) -> int:
+    """1 where the accumulation is given, which then means a step of that many images."""
+    return 1 if "gradient_accumulation_steps" in cfg.given_options else cfg.train_batch_size
+
+
+def default_gradient_accumulation_steps(cfg: ImageOptions) -> int:
+    """1 where the batch is given, which then means a step of that many images."""
+    return 1 if "train_batch_size" in cfg.given_options else cfg.gradient_accumulation_steps
+
+
+def default_max_train_steps(cfg: ImageOptions) -> int | None:
+    """Those of Table A8, unless epochs count."""
+    return TABLE_A8_STEPS if cfg.num_train_epochs is None else None
+
+
+def default_output_kohya_format(cfg: ImageOptions) -> bool:
+    """On for adapters of SDXL, for which the format is written."""
+    return cfg.method != "full" and cfg.pipeline == SDXL
+
+
+def default_max_sequence_length(cfg: ImageOptions) -> int | None:
+    """Few for mini-flow; None, the family's own, for others."""
+    return FLOW_TOKENS if cfg.pretrained_model_name_or_path == FLOW else None
+
+
+def default_vae(cfg: ImageOptions) -> str | None:
+    """For SDXL's base in fp16, in which its own autoencoder overflows, one that does not."""
+    is_base = cfg.pretrained_model_name_or_path == SDXL_BASE
+    return FP16_FIX if is_base and cfg.mixed_precision == "fp16" else None
+
+
+def default_gradient_checkpointing(cfg: ImageOptions) -> bool:
+    """On for large images on CUDA."""
+    return cfg.resolution >= CHECKPOINTING_SIDE and machine.device_type() == "cuda"
+
+
+MODEL_DEFAULTS: tuple[Rule[ImageOptions], ...] = (  # each may read those above it
+    ("train_batch_size", default_train_batch_size),
+    ("gradient_accumulation_steps", default_gradient_accumulation_steps),
+    ("max_train_steps", default_max_train_steps),
+    ("output_kohya_format", default_output_kohya_format),
+    ("text_encoder_lr", default_text_encoder_lr),
+    ("max_sequence_length", default_max_sequence_length),
+    ("pretrained_vae_model_name_or_path", default_vae),
+    ("gradient_checkpointing", default_gradient_checkpointing),
+    ("validation_loss_steps", default_validation_loss_steps),
+)

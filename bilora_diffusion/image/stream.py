@@ -1,0 +1,257 @@
+"""The training stream of DreamBooth: order of the images, their crops and captions."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..core.errors import UserError
+from ..core.seeds import digest_texts, generator
+from ..run.interruption import SIGNALS
+from ..train.order import KindsOrder, SampleOrder
+from .buckets import Size, nearest, sizes
+from .captions import Captions, class_texts, fixed_texts
+from .config import DreamBoothConfig
+from .crops import Crop, ResizedImages, covering_size, cut, sample_crop
+from .sets import ImageSet
+
+Slots = tuple[int, tuple[int, ...]]
+"""A step and the positions of a micro-batch within the step's whole batch."""
+MAX_CACHED_LATENTS = 2000
+"""``--cache_latents auto`` caches the latents of at most so many images in memory."""
+MAX_RESIZED_BYTES = 10**9
+"""Of resized images that a training process caches, with those that read images for it."""
+INSTANCE, CLASS, GRID = "instance", "class", "grid"
+"""Kinds of samples: of an instance image, of a class image, and of the held-out loss's grid."""
+
+
+@dataclass
+class TrainingSample:
+    """One image as a step sees it: its crop and caption, and SDXL's conditioning on size and crop.
+
+    Args:
+        images: the set.
+        cfg: the configuration of the image's concept.
+        kind: `INSTANCE`, `CLASS` or `GRID`.
+        index: of the image in the set.
+        slot: position within the step's batch.
+        size: of what is cut out, in pixels.
+        pixels_and_mask: what `read` returns, where it was read ahead.
+    """
+
+    images: ImageSet = field(repr=False)
+    cfg: DreamBoothConfig = field(repr=False)
+    kind: str
+    index: int
+    slot: int
+    crop: Crop
+    size: Size
+    caption: str
+    pixels_and_mask: tuple[Tensor, Tensor | None] | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The image's name, for messages."""
+        return self.images.entries[self.index].name
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """Samples with the same content have the same pixels, in whichever run and set."""
+        place = repr((tuple(self.crop), tuple(self.size)))
+        return self.images.entries[self.index].content.hex(), place
+
+    @property
+    def time_ids(self) -> tuple[int, ...]:
+        """SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w)."""
+        original_size = self.images.entries[self.index].size
+        return *original_size, self.crop.top, self.crop.left, *self.size
+
+    def read(self, resized_images: ResizedImages | None = None) -> tuple[Tensor, Tensor | None]:
+        """The pixels, (3, H, W) in [-1, 1], and their mask, (1, H, W) in [0, 1] or None; read now
+        unless they were read before.
+        """
+        if self.pixels_and_mask is not None:
+            return self.pixels_and_mask
+        cache = resized_images or ResizedImages(0)
+        interpolation = self.cfg.image_interpolation_mode
+        image, mask = cache.get(self.images, self.index, self.size, interpolation)
+        pixels = cut(image, self.crop, self.size) * 2 - 1
+        return pixels, None if mask is None else cut(mask, self.crop, self.size)
+
+    def digest(self, noise: str) -> str:
+        """Identifies this sample's data together with its noise."""
+        size = self.size if self.cfg.aspect_ratio_buckets else ()
+        place = repr((self.kind, self.index, *self.crop, *size))
+        return digest_texts([self.images.fingerprint(), place, self.caption, noise])
+
+
+class TrainingStream:
+    """Instance images, and class images with them, in an order that depends on the seed alone.
+
+    Raises:
+        UserError: an image without a prompt, or latents that can't be cached.
+    """
+
+    def __init__(
+        self, cfg: DreamBoothConfig, images: ImageSet, classes: ImageSet | None = None
+    ) -> None:
+        self.cfg, self.images, self.classes = cfg, images, classes
+        self._captions = Captions(cfg, images)
+        self.sizes = bucket_sizes(cfg, images)
+        self._has_one_size = len(set(self.sizes)) == 1  # as without buckets
+        self._configs = images.of_each(cfg.each)
+        self._class_configs = classes.of_each(cfg.each) if classes else []
+        self._class_texts = classes.of_each(class_texts(cfg)) if classes else []
+        self._repeats = [config.repeats for config in self._configs]
+        self._order = SampleOrder(len(images), cfg.seed, self._repeats)
+        self._order_by_size: KindsOrder | None = None
+        # Class images have a stream of their own, so that all of them are seen however few the
+        # instance images are.
+        self._class_order: SampleOrder | None = None
+        if classes:
+            num_class_images = sum(concept.num_class_images for concept in cfg.each)
+            count = min(len(classes), num_class_images)
+            self._class_order = SampleOrder(count, cfg.seed, purpose="class order")
+        # The pass over the larger set is an epoch, as in diffusers' script.
+        self.num_samples = max(len(self._order), len(self._class_order or ()))
+        self._decide_caching()
+
+    def _decide_caching(self) -> None:
+        """Decide which latents are cached, and whether images are read ahead."""
+        image_sets = [self.images] if self.classes is None else [self.images, self.classes]
+        varying = None  # an image whose samples differ in their pixels
+        for images in image_sets:
+            for entry, size in zip(images.entries, bucket_sizes(self.cfg, images), strict=True):
+                if varying is None and not has_one_crop(self.cfg, entry.size, size):
+                    varying = entry.name
+        if self.cfg.cache_latents == "yes" and varying is not None:
+            raise UserError(
+                f"--cache_latents yes needs images that are always cropped alike, and '{varying}'"
+                " is not of the shape that it is cut to: add --center_crop, or drop"
+                " --cache_latents."
+            )
+        fits = sum(map(len, image_sets)) <= MAX_CACHED_LATENTS
+        choice = self.cfg.cache_latents
+        self._has_cache = choice == "yes" or (choice == "auto" and fits)
+        # With all latents cached, nothing is left to read after the first epoch.
+        self._reads_ahead = varying is not None or not self._has_cache
+
+    def is_cached(self, sample: TrainingSample) -> bool:
+        """Test that the latents of a sample are cached for the samples with the same content."""
+        original_size = sample.images.entries[sample.index].size
+        return self._has_cache and has_one_crop(self.cfg, original_size, sample.size)
+
+    def captions(self) -> list[str]:
+        """Every caption that training can meet, without repetition."""
+        texts = self._captions.all_texts()
+        if self.classes or self.cfg.prior_prediction_weight:
+            texts += class_texts(self.cfg)
+        return list(dict.fromkeys(texts))
+
+    def batches(
+        self, schedule: Sequence[Slots], step_size: int
+    ) -> Iterator[tuple[Slots, list[TrainingSample]]]:
+        """For each (step, slots): the instance samples, then as many of class images, slot by
+        slot.
+        """
+        loader = DataLoader(
+            _Batches(self, schedule, step_size),
+            batch_size=None,
+            shuffle=False,
+            num_workers=self.cfg.dataloader_num_workers if self._reads_ahead else 0,
+            worker_init_fn=_ignore_signals,
+        )
+        yield from zip(schedule, loader, strict=True)
+
+    def sample(self, step: int, slot: int, step_size: int, kind: str) -> TrainingSample:
+        """The sample of one slot of one step; ``kind`` is `INSTANCE` or `CLASS`."""
+        position = step * step_size + slot
+        instance_order = self._instance_order(step_size)
+        if kind == INSTANCE:
+            images, index = self.images, instance_order.sample(position)
+            config, size = self._configs[index], self.sizes[index]
+            caption = self._captions.text(index, step, slot)
+        else:
+            assert self._class_order is not None
+            assert self.classes is not None
+            images, index = self.classes, self._class_order.sample(position)
+            config, caption = self._class_configs[index], self._class_texts[index]
+            # Class images are cut as the instance images of their step are.
+            size = self.sizes[instance_order.sample(step * step_size)]
+        crop = sample_crop(
+            images.entries[index].size,
+            size,
+            center_crop=self.cfg.center_crop,
+            random_flip=config.random_flip,
+            generator=generator(self.cfg.seed, "crop", step, index, slot, kind),
+        )
+        return TrainingSample(images, config, kind, index, slot, crop, size, caption)
+
+    def _instance_order(self, step_size: int) -> SampleOrder | KindsOrder:
+        """The instance images' order; with several sizes those of a step are of one."""
+        if self._has_one_size:
+            return self._order
+        if self._order_by_size is None or self._order_by_size.step_size != step_size:
+            self._order_by_size = KindsOrder(self.sizes, self.cfg.seed, step_size, self._repeats)
+        return self._order_by_size
+
+
+def _ignore_signals(_: int) -> None:
+    """In a process that reads images: Ctrl-C reaches it too, and the run's own process ends it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Batches(Dataset):
+    """The samples of each entry of a schedule; images whose latents are not cached are read here,
+    perhaps in a process of their own.
+    """
+
+    def __init__(self, stream: TrainingStream, schedule: Sequence[Slots], step_size: int) -> None:
+        self._stream, self._schedule, self._step_size = stream, schedule, step_size
+        # Each process that reads images has its own cache.
+        num_processes = max(1, stream.cfg.dataloader_num_workers)
+        self._resized_images = ResizedImages(MAX_RESIZED_BYTES // num_processes)
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def __getitem__(self, number: int) -> list[TrainingSample]:
+        step, slots = self._schedule[number]
+        samples = []
+        for kind in (INSTANCE, CLASS) if self._stream.classes else (INSTANCE,):
+            samples += [self._stream.sample(step, slot, self._step_size, kind) for slot in slots]
+        for sample in samples:
+            if not self._stream.is_cached(sample):
+                sample.pixels_and_mask = sample.read(self._resized_images)
+        return samples
+
+
+def centered_samples(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[TrainingSample]:
+    """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
+    target_sizes, configs = bucket_sizes(cfg, images), images.of_each(cfg.each)
+    for index, caption in enumerate(fixed_texts(cfg, images)):
+        size = target_sizes[index]
+        crop = sample_crop(
+            images.entries[index].size,
+            size,
+            center_crop=True,
+            random_flip=False,
+            generator=generator("grid"),
+        )
+        yield TrainingSample(images, configs[index], GRID, index, 0, crop, size, caption)
+
+
+def bucket_sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[Size]:
+    """Size that each image is cut to."""
+    buckets = sizes(cfg.resolution, cfg.aspect_ratio_buckets)
+    return [nearest(entry.size, buckets) for entry in images.entries]
+
+
+def has_one_crop(cfg: DreamBoothConfig, size: Size, target: Size) -> bool:
+    """Test that every sample of an image sees the same part of it."""
+    return cfg.center_crop or covering_size(size, target) == target

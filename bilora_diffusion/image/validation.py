@@ -1,0 +1,246 @@
+"""Validation images: from the flags to typed samples, and from images to files with an index.
+
+    flags or a recipe -> `read_prompts` -> `samples_of` the configuration
+    -> `DreamBooth.validate`, which samples the images by `sampling.generate`
+    -> `write_images` into ``validation/step-N`` -> `read_index` for the viewer and the model card
+
+Nothing here needs torch: options are read before it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ..config.command_line import CommandLine
+from ..config.options import StepOptions
+from ..core.durable import dump_json, write_text
+from ..core.errors import UserError, placed
+from ..core.fields import check, like, option, options_of
+from ..core.files import is_text, quoted, read_text
+from ..core.values import GUIDANCES, SAMPLER_STEPS, SIDES, STRENGTHS
+
+INDEX = "index.json"
+MAX_IMAGES = 10_000
+"""Images of an index that are read; a page of the viewer holds no more."""
+MAX_INDEX_BYTES = 20_000_000
+UNSUPPORTED_SETTINGS: dict[str, tuple[str, str]] = dict.fromkeys(
+    ("g", "ss", "cn", "i", "ctr", "rcfg", "fs"),
+    ("of kohya's settings it is left out", "write `--l` for guidance, or drop it"),
+)
+SETTING_FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Settings of a validation prompt; the run's where they are None."""
+
+    section: ClassVar[str] = "a validation prompt"
+
+    negative_prompt: str | None = option(None, "What guidance leads away from.", aliases=("--n",))
+    seed: int | None = like(StepOptions, "seed", default=None, aliases=("--d",))
+    width: int | None = option(None, "In pixels.", range=SIDES, aliases=("--w",))
+    height: int | None = option(None, "In pixels.", range=SIDES, aliases=("--h",))
+    guidance: float | None = option(None, "Guidance.", range=GUIDANCES, aliases=("--l",))
+    steps: int | None = option(None, "Of the sampler.", range=SAMPLER_STEPS, aliases=("--s",))
+    strength: float | None = option(None, "Of the adapter.", range=STRENGTHS, aliases=("--am",))
+
+
+def read_prompts(
+    items: Sequence[str | dict[str, Any]],
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The text of each prompt, and the settings that it has, by the names of `PromptOptions`.
+
+    Args:
+        items: mappings of a recipe, and texts in the form of kohya's sd-scripts
+            (``line_to_prompt_dict``), such as ``a dog --n blurry --w 832``.
+
+    Raises:
+        UserError: a setting that is unknown, malformed or out of its range, or no prompt.
+    """
+    parser = CommandLine([PromptOptions], "", "", UNSUPPORTED_SETTINGS)
+    prompts: list[str] = []
+    settings: list[dict[str, Any]] = []
+    for number, item in enumerate(items, start=1):
+        with placed(f"in number {number} of --validation_prompts, "):
+            prompt, flags = _prompt_and_flags(item)
+            explicit = parser.explicit(flags)
+            # A flag and its short form are one setting.
+            if len(explicit) < len(flags):
+                raise UserError("a setting stands twice: keep one.")
+            check(options_of([PromptOptions]), {**parser.defaults(), **explicit})
+        prompts.append(prompt)
+        settings.append(explicit)
+    return prompts, settings
+
+
+def _prompt_and_flags(item: str | dict[str, Any]) -> tuple[str, list[str]]:
+    """A prompt, and its settings as words of a command line, ``--NAME=VALUE``."""
+    settings: list[tuple[str, Any]] = []
+    if isinstance(item, str):
+        # "a dog --n blurry --w 832" -> "a dog", "n blurry", "w 832"
+        text, *flags = SETTING_FLAG.split(item)
+        prompt = text.strip() if flags else text
+        for flag in flags:
+            name, *values = flag.split(None, 1)
+            settings.append((name.lower(), "".join(values)))
+    else:
+        prompt = item.get("prompt")
+        for name, value in item.items():
+            if value is not None and name != "prompt":
+                settings.append((name, value))
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError("there is no prompt: put one text before its settings.")
+    for name, value in settings:
+        if not isinstance(value, str):
+            raise UserError(f"{quoted(name)} is {quoted(value)}: give a single value.")
+    return prompt, [f"--{name}={value}" for name, value in settings]
+
+
+@dataclass(frozen=True)
+class ValidationSample:
+    """How one validation image is sampled; None is what is usual for the model.
+
+    Args:
+        strength: factor of the adapter.
+        width, height: in pixels.
+        steps: of the sampler.
+        concept: name of the concept that the prompt belongs to; "" for one of the run.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    strength: float
+    width: int
+    height: int
+    guidance: float | None
+    steps: int | None
+    concept: str = ""
+
+    @property
+    def batch_settings(self) -> tuple[Any, ...]:
+        """What the samples of one batch have in common."""
+        return self.height, self.width, self.guidance, self.steps, self.strength
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; the concept only of a sample that has one."""
+        values = asdict(self)
+        if not self.concept:
+            del values["concept"]
+        return values
+
+
+def usual_sample(config: Mapping[str, Any], prompt: str) -> ValidationSample:
+    """The sample of a prompt that has no settings, by the options of a run."""
+    return ValidationSample(
+        prompt=prompt,
+        negative_prompt="",
+        seed=config["seed"],
+        strength=1.0,
+        width=config["resolution"],
+        height=config["resolution"],
+        guidance=config["validation_guidance_scale"],
+        steps=config["validation_num_inference_steps"],
+    )
+
+
+def samples_of(config: Mapping[str, Any]) -> list[ValidationSample]:
+    """The samples of a run by its options, in the order of their files: all of a prompt, each with
+    the next seed, then those of the next prompt.
+    """
+    prompts = config["validation_prompts"]
+    settings = config["validation_settings"] or [{} for _ in prompts]  # [] where none has any
+    samples = []
+    for prompt, prompt_settings in zip(prompts, settings, strict=True):
+        first_sample = replace(usual_sample(config, prompt), **prompt_settings)
+        for number in range(config["num_validation_images"]):
+            samples.append(replace(first_sample, seed=first_sample.seed + number))
+    return samples
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    """The folder of the validation images of a step."""
+    return run_folder / "validation" / f"step-{step}"
+
+
+def file_name(number: int) -> str:
+    """Name of the file of a sample, by its place in the order."""
+    return f"{number:03d}.png"
+
+
+def write_images(
+    folder: Path,
+    samples: Sequence[ValidationSample],
+    images: Sequence[Image],
+    with_settings: bool,
+) -> None:
+    """Write images as PNG files, and their index.
+
+    Args:
+        folder: of the step; it is made.
+        with_settings: whether each file also has its sample's settings, as the text "settings".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, (sample, image) in enumerate(zip(samples, images, strict=True)):
+        information = PngInfo()
+        if with_settings:
+            settings = json.dumps(sample.to_dict(), ensure_ascii=False)
+            information.add_itxt("settings", settings)
+        image.save(folder / file_name(number), pnginfo=information)
+        entries.append({"file": file_name(number), **sample.to_dict()})
+    # The last file: whoever reads it finds the images.
+    write_text(folder / INDEX, dump_json({"images": entries}))
+
+
+@dataclass(frozen=True)
+class ValidationImage:
+    """An entry of an index: a file of the step's folder, and the prompt of its image."""
+
+    file: str
+    prompt: str
+
+
+def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
+    """The images of a step's folder, in order; by the run's options where it has no index.
+
+    Raises:
+        UserError: the index is damaged, or names a file that is not in the folder itself.
+    """
+    if not os.path.exists(path):
+        return derive_index(config)
+    name = f"{path.parent.name}/{path.name}"
+    text = read_text(path, name, MAX_INDEX_BYTES)
+    damaged = UserError(f"{name} is damaged: delete it, and the order of the files counts.")
+    try:
+        entries = json.loads(text)["images"][:MAX_IMAGES]
+        images = [ValidationImage(entry["file"], entry["prompt"]) for entry in entries]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise damaged from error
+    for image in images:  # the file may be a stranger's
+        texts = (image.file, image.prompt)
+        if not all(isinstance(text, str) and is_text(text) for text in texts):
+            raise damaged
+        if image.file != Path(image.file).name or "\0" in image.file:
+            raise damaged
+    return images
+
+
+def derive_index(config: Mapping[str, Any]) -> list[ValidationImage]:
+    """The index of a folder that was written before there was one: so many files of each prompt."""
+    images: list[ValidationImage] = []
+    for prompt in config.get("validation_prompts") or ():
+        for _ in range(config.get("num_validation_images") or 0):
+            if len(images) == MAX_IMAGES:
+                return images
+            images.append(ValidationImage(file_name(len(images)), prompt))
+    return images

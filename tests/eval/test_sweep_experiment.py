@@ -1,0 +1,116 @@
+"""From an experiment's file to its runs: variants, axes, seeds, names of folders."""
+
+import pytest
+
+from bilora_diffusion.config.recipe import read_options
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import ROOT
+from eval.sweep import experiment
+
+EXPERIMENTS = sorted((ROOT / "eval" / "experiments").rglob("*.yaml"))
+MEASURED = [path for path in EXPERIMENTS if path.parent.name == "experiments"]
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """``plan(text, recipe, *settings)``: the plan of an experiment on a recipe of this text."""
+
+    def load(text="", recipe="", *settings, **overrides):
+        (tmp_path / "recipe.yaml").write_text(f"dataset: mini\n{recipe}")
+        path = tmp_path / "experiment.yaml"
+        path.write_text(f"recipe: {tmp_path / 'recipe.yaml'}\n{text}")
+        (loaded,) = experiment.load(path, settings, **overrides)
+        return loaded
+
+    return load
+
+
+def labels(found):
+    return [variant.label for variant in found.variants]
+
+
+def test_the_product_comes_seed_by_seed_without_what_a_method_ignores(plan, caplog):
+    found = plan(
+        "axes: {method: [lora, bilora], rank: [2, 4], rho: [0.1, 1]}\nseeds: 0..1\n"
+        "options: {lr_scheduler: constant_with_warmup}"
+    )
+    bilora = [f"method=bilora, rank={r}, rho={rho}" for r in (2, 4) for rho in ("0.1", "1")]
+    assert labels(found) == ["method=lora, rank=2", "method=lora, rank=4", *bilora]
+    assert [run.seed for run in found.runs] == [0] * 6 + [1] * 6
+    scheduler = "--lr_scheduler=constant_with_warmup"
+    assert found.runs[0].flags == (scheduler, "--method=lora", "--rank=2", "--seed=0")
+    assert len({run.name for run in found.runs}) == 12
+    assert found.runs[6].name.startswith("method-lora-rank-2-seed1-")
+    assert sum("no warm-up" in message for message in caplog.messages) == 1  # of six variants
+
+
+def test_variants_are_read_and_the_control_is_found_by_label(plan):
+    text = (
+        "variants:\n  LoRA: {method: lora}\n  Bi-LoRA: {use-dora: true, cache_latents: true}\n"
+        "  plain:\nseeds: [7, 3]"
+    )
+    found = plan(text)
+    assert (labels(found), found.seeds, found.control) == (
+        ["LoRA", "Bi-LoRA", "plain"],
+        (7, 3),
+        "LoRA",
+    )
+    # An option of words, which YAML makes true, as a switch is.
+    assert found.runs[1].flags == ("--use_dora=yes", "--cache_latents=yes", "--seed=7")
+    assert plan(f"{text}\ncontrol: plain").control == "plain"
+    with pytest.raises(UserError, match=r'none of the variants \(did you mean "LoRA"\?\)'):
+        plan(f"{text}\ncontrol: LoR")
+    changed = plan(text, "", "rank=2", seeds="0,4..5", metric="loss")
+    assert (changed.seeds, changed.experiment.metric) == ((0, 4, 5), "loss")
+    assert "--rank=2" in changed.runs[0].flags
+    assert plan("", "seed: 9").seeds == (9,)
+
+
+def test_a_folders_name_tells_what_is_run(plan):
+    def name(recipe="", text=""):
+        return plan(text, recipe).runs[0].name
+
+    assert name("rank: 4") == name("# only a comment")  # 4 is the default
+    assert name("num_validation_images: 0\noutput_dir: elsewhere") == name()  # learns the same
+    changes = [("rank: 8",), ("validation_loss_steps: 5",), ("", "options: {max_train_steps: 7}")]
+    names = {name(*change) for change in [("",), *changes]}
+    assert len(names) == 4
+
+
+REFUSED = {
+    "recipes: x": r'no key "recipes" \(did you mean "recipe"\?\)',
+    "axes: {rho: 1}": '"axes.rho" can\'t be',
+    "variants: {a: [1]}": '"variants.a" can\'t be',
+    "options: {seed: 1}": "options: an option sets the seed: give seeds",
+    "variants: {a: {output_dir: x}}": "output_dir, which the sweep does",
+    "seeds: 4..1": '"4..1" is no list of seeds: write a..b with a <= b',
+    "seeds: 0..99999": "at most 10000",
+    "seeds: [1, 1]": "with 1 twice",
+    "axes: {rank: [2, 2]}": "stands twice",
+    "axes: {rank: [2, 4]}\nvariants: {a: {rank: 8}}": '"rank" is an axis and set elsewhere too',
+    "options: {validation_dataset: none, validation_loss_steps: 0}": "would have no heldout_loss",
+    "variants: {odd: {method: lorra}}": 'in the variant "odd": .*did you mean "lora"',
+    "script: nowhere.py": 'no script "nowhere.py"',
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_bad_experiment_is_refused(text, plan):
+    with pytest.raises(UserError, match=f"experiment.yaml: .*{REFUSED[text]}"):
+        plan(text)
+
+
+def test_the_repositorys_experiments_are_read():
+    for path in EXPERIMENTS:
+        content = read_options(path, "the experiment", "the command line")
+        recipes = experiment.parse(content, {}).recipe
+        for recipe in [recipes] if isinstance(recipes, str) else recipes:
+            assert (ROOT / recipe).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_an_experiment_of_the_results_has_its_variants(path):
+    """By the training script's parser; `tests/docs/test_paper.py` has those of the paper."""
+    (plan,) = experiment.load(path)
+    assert len(plan.variants) > 1

@@ -1,0 +1,119 @@
+"""Runs as processes: finished ones are left alone, failing ones recorded, running ones ended.
+
+The training script is a stand-in that starts in no time; `tests/scripts/test_sweep.py` has the real
+one.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from eval.sweep import runs
+from eval.sweep.experiment import Run
+from eval.sweep.runs import Runner, last_sentence
+
+SCRIPT = """
+import json, os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+folder.mkdir(exist_ok=True)
+(folder / "pid").write_text(str(os.getpid()))
+print("hello", " ".join(sys.argv[1:]), flush=True)
+if "--sleep" in sys.argv:
+    time.sleep(600)
+if "--fail" in sys.argv:
+    sys.exit("error: no such thing: " + str(folder / "x.png"))
+record = {"schema_version": 1, "method": "lora", "status": "finished", "config": {}}
+(folder / "run.json").write_text(json.dumps(record))
+"""
+
+
+class DirectRunner(Runner):
+    """Starts the script without accelerate, whose import takes seconds."""
+
+    def command(self, run):
+        words = super().command(run)
+        return [sys.executable, *words[words.index(str(self.script)) :]]
+
+
+@pytest.fixture
+def runner(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    (tmp_path / "runs").mkdir()
+    return DirectRunner(script, Path("recipe.yaml"), tmp_path / "runs")
+
+
+def make_runs(*names, flags=()):
+    return [Run(name, "variant", 0, flags) for name in names]
+
+
+def test_a_failing_run_leaves_the_others_and_only_it_is_repeated(runner):
+    a, c = make_runs("a", "c")
+    (b,) = make_runs("b", flags=("--fail",))
+    outcomes = runner.run_all([a, b, c])
+    assert [outcome.status for outcome in outcomes] == ["finished", "failed", "finished"]
+    assert (outcomes[1].exit_code, outcomes[1].error) == (1, "no such thing: x.png")
+    record = json.loads((runner.runs_dir / "sweep.json").read_text())
+    assert [entry["status"] for entry in record["cells"]] == ["finished", "failed", "finished"]
+    # A finished run is not repeated, and a failed one is, with a log of its own.
+    files = [runner.runs_dir / name for name in ("a/run.json", "a.log")]
+    before = [file.stat().st_mtime_ns for file in files]
+    outcomes = runner.run_all(make_runs("a", "b", "c"))
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 3
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert (runner.runs_dir / "b.log").read_text().count("hello") == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "sigint"),
+    [
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGTERM, signal.SIG_IGN),  # as in a job that a shell started in the background
+    ],
+)
+def test_an_interrupt_ends_all_running_processes(runner, end, sigint):
+    pids = [runner.runs_dir / name / "pid" for name in "ab"]
+
+    def interrupt():
+        deadline = time.monotonic() + 100  # a busy machine may take long to start a process
+        while not all(map(Path.exists, pids)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), end)
+
+    before = signal.signal(signal.SIGINT, sigint)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            dataclasses.replace(runner, jobs=2).run_all(make_runs(*"abc", flags=("--sleep",)))
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    for pid in pids:
+        assert not psutil.pid_exists(int(pid.read_text() or 0))
+        assert runs.state(pid.parent) == "begun"
+    assert not (runner.runs_dir / "c").exists()
+
+
+LAUNCHER = "Traceback:\n  File x\nsubprocess.CalledProcessError: Command 'python' "
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("step 1\nerror: bad value\n", "bad value"),
+        (f"50%|## | 1/2\rerror: not finite\n{LAUNCHER}returned 2.", "not finite"),
+        ("100%|#####|\rlast words of /root/x.png\n\n", "last words of x.png"),
+        ("", "no output"),
+    ],
+)
+def test_the_error_is_the_scripts_sentence_or_the_last_line(output, sentence):
+    assert last_sentence(output) == sentence

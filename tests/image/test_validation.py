@@ -1,0 +1,173 @@
+"""Validation images: settings of prompts, the images themselves, and the index beside them."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from bilora_diffusion.core.errors import UserError, run_cli
+from bilora_diffusion.image import config
+from bilora_diffusion.image.base_model import BaseModel
+from bilora_diffusion.image.config import resolve
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.script import main
+from bilora_diffusion.image.validation import INDEX, ValidationImage, ValidationSample, read_index
+from bilora_diffusion.run.runlog import read_run
+from tests.scripts.runs import flags
+
+DATA = ["--dataset", "mini"]
+KOHYA = "a photo of TOK dog --n blurry, dark --w 832 --h 1216 --s 30 --l 4 --d 7 --am 0.5"
+DOG = ValidationSample("a photo of TOK dog", "blurry, dark", 7, 0.5, 832, 1216, 4.0, 30)
+PLAIN = ValidationSample("a dog", "", 0, 1.0, 64, 64, None, None)
+
+
+def samples(*prompts, **options):
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return resolve([*DATA, "--validation_prompts", *prompts, *words]).samples
+
+
+@pytest.mark.parametrize(
+    ("text", "sample"),
+    [
+        (KOHYA, DOG),
+        (
+            "a dog --W 128 --n not: --5 or -- that",
+            replace(PLAIN, width=128, negative_prompt="not: --5 or -- that"),
+        ),
+        ("a dog -- running --s 4", replace(PLAIN, prompt="a dog -- running", steps=4)),
+        ("a dog --n ", PLAIN),
+        ("a dog --am -1.5 --negative_prompt b", replace(PLAIN, strength=-1.5, negative_prompt="b")),
+    ],
+)
+def test_a_prompt_in_kohyas_form(text, sample):
+    assert samples(text, num_validation_images=1) == [sample]
+
+
+def test_a_recipe_a_file_and_several_flags_give_the_same_samples(tmp_path):
+    """Images without a seed of their own have the run's, so that paired runs stay paired."""
+    recipe, lines = tmp_path / "run.yaml", tmp_path / "prompts.txt"
+    settings = {"negative_prompt": "blurry, dark", "width": 832, "height": None, "steps": 30}
+    settings |= {"guidance": 4.0, "seed": 7, "strength": 0.5}
+    items = [{"prompt": "a photo of TOK dog", **settings}, "a lion"]
+    recipe.write_text(json.dumps({"dataset": "mini", "validation_prompts": items}))
+    short = KOHYA.replace(" --h 1216", "")
+    lines.write_text(f"# kohya's comment\n{short}\n\na lion\n")
+    by_recipe = resolve(["--config", str(recipe), "--seed", "3"])
+    dog, lion = replace(DOG, height=64), replace(PLAIN, prompt="a lion")
+    expected = [replace(dog, seed=seed) for seed in (7, 8, 9, 10)]
+    expected += [replace(lion, seed=seed) for seed in (3, 4, 5, 6)]
+    assert by_recipe.samples == samples(str(lines), seed=3) == expected
+    assert samples(short, "--validation_prompts", "a lion", seed=3) == expected
+    assert by_recipe.fingerprint() == resolve([*DATA, "--seed", "3"]).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("a --negativ x", "--negative_prompt"),
+        ("a --g 3.5", "--l"),
+        ("a --w 833", "832"),
+        ("a --n b --l 1", "guidance of 1"),
+        ("--n b", "no prompt"),
+        ("a --w 64 --width 128", "twice"),
+        ({"prompt": "a", "width": ["64"]}, "single value"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_a_sentence_with_their_place(item, words, tmp_path, capsys):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(json.dumps({"dataset": "mini", "validation_prompts": ["a", item]}))
+    argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
+    assert run_cli(lambda: main(argv)) == 2
+    sentence = capsys.readouterr().err
+    assert "number 2 of --validation_prompts" in sentence
+    assert words in sentence
+    assert sentence.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_prompts_that_is_not_there_is_no_prompt():
+    for path in ("prompts.txt", "/no/such/prompts"):
+        with pytest.raises(UserError, match=f'"{path}" is not there'):
+            resolve([*DATA, "--validation_prompts", path])
+    for text in ("a page that says prompts.txt", "longer than a file's name, " * 20):
+        assert resolve([*DATA, "--validation_prompts", text]).validation_prompts == [text]
+
+
+@pytest.mark.parametrize("pipeline", ["FluxPipeline", "Lumina2Pipeline"])
+def test_settings_that_can_have_no_effect_are_refused(pipeline, monkeypatch):
+    with pytest.raises(UserError, match="--method full"):
+        samples("a --am 0.5", method="full")
+    model = BaseModel("some/model", {"_class_name": pipeline}, {"transformer": {}, "vae": {}})
+    monkeypatch.setattr(config, "describe", lambda *_: model)
+    assert samples("a --l 9", resolution=64)
+    with pytest.raises(UserError, match=r"number 1 .* negative prompt.* reads none"):
+        samples("a --l 9 --n b", resolution=64)
+
+
+def test_images_and_index_are_those_of_the_samples(tmp_path):
+    """Each image equals the pipeline's with the same settings; a seed is given or the run's."""
+    frog = "a TOK icon of a frog --n a lion --w 96 --h 48 --s 3 --l 3 --d 5 --am 0.5"
+    options = {"num_validation_images": 1, "seed": 11, "report_to": "tensorboard", "rank": 2}
+    AcceleratorState._reset_state()  # of other tests in this process
+    main([*flags(tmp_path, **options), "--validation_prompts", frog, "a TOK icon of a sun --s 2"])
+    expected = [
+        ValidationSample("a TOK icon of a frog", "a lion", 5, 0.5, 96, 48, 3.0, 3),
+        ValidationSample("a TOK icon of a sun", "", 11, 1.0, 64, 64, None, 2),
+    ]
+    folder = tmp_path / "validation" / "step-2"
+    entries = json.loads((folder / INDEX).read_text())["images"]
+    files = [entry.pop("file") for entry in entries]
+    assert files == sorted(path.name for path in folder.glob("*.png"))
+    assert entries == [sample.to_dict() for sample in expected]
+    config = read_run(tmp_path)["config"]
+    assert config["validation_prompts"] == [sample.prompt for sample in expected]
+
+    pipeline: Any = load_pipeline("mini", dtype=torch.float32)
+    pipeline.load_lora_weights(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    for file, sample in zip(files, expected, strict=True):
+        image = Image.open(folder / file)
+        assert json.loads(str(image.info["settings"])) == sample.to_dict()
+        pipeline.set_adapters(pipeline.get_active_adapters(), [sample.strength])
+        (reference,) = pipeline(
+            sample.prompt,
+            negative_prompt=sample.negative_prompt or None,
+            width=sample.width,
+            height=sample.height,
+            num_inference_steps=sample.steps,
+            guidance_scale=sample.guidance or 5.0,
+            generator=torch.Generator().manual_seed(sample.seed),
+        ).images
+        difference = np.abs(np.asarray(reference).astype(int) - np.asarray(image).astype(int))
+        assert difference.max() <= 1
+
+
+OLD_RUN = {"validation_prompts": ["a", "b"], "num_validation_images": 2}
+
+
+def test_a_folder_without_an_index_has_that_of_its_runs_options(tmp_path):
+    entries = [("000.png", "a"), ("001.png", "a"), ("002.png", "b"), ("003.png", "b")]
+    assert read_index(tmp_path / INDEX, OLD_RUN) == [ValidationImage(*entry) for entry in entries]
+    assert read_index(tmp_path / INDEX, {}) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *('{"images"', '{"images": 1}', "[]", '{"images": [{"file": "a.png"}]}', "[" * 100_000),
+        *('{"images": [{"file": "../../x.png", "prompt": "a"}]}', "\udcff"),
+        *(r'{"images": [{"file": "a.png", "prompt": "\ud800"}]}', '{"images": [1]}'),
+        '{"images": [{"file": 1, "prompt": "a"}]}',
+    ],
+)
+def test_a_damaged_index_is_a_sentence(content, tmp_path):
+    path = tmp_path / INDEX
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=INDEX):
+        read_index(path, OLD_RUN)
