@@ -59,7 +59,7 @@ def run(script: Script[Any], cfg: RunConfig, argv: Sequence[str]) -> None:
         raise UserError("--dry_run is about one process: start it with python, not accelerate.")
     task: Any = script.build_task(cfg, accelerator)
     device = accelerator.device
-    step_size = StepLayout.of(cfg, accelerator).step_size
+    step_size = StepLayout.from_config(cfg, accelerator).step_size
     steps = total_steps(cfg, task.num_samples, step_size)
     phases = script.memory_by_phase(task, device)
     lines = ["--dry_run: nothing is loaded, trained or written."]
@@ -174,7 +174,7 @@ def largest_candidate(search: Search, task: Any, steps: int) -> Candidate:
     for candidate in search.space.starts():
         for name in search.space.axes():
             if name != RATE:
-                candidate = max(search.space.along(name, candidate), key=trained_bytes)
+                candidate = max(search.space.variants(name, candidate), key=trained_bytes)
         candidates.append(candidate)
     return max(candidates, key=trained_bytes)
 

@@ -182,7 +182,7 @@ class Trainer:
         self.method = method
         self.cfg = cfg
         self.accelerator = accelerator
-        self.layout = StepLayout.of(cfg, accelerator)
+        self.layout = StepLayout.from_config(cfg, accelerator)
         self.num_steps = total_steps(cfg, task.num_samples, self.layout.step_size)
         self.last_step = last_step or self.num_steps
         self.step = 0

@@ -31,7 +31,7 @@ class StepLayout:
     rank: int = 0
 
     @classmethod
-    def of(cls, cfg: RunConfig, accelerator: Accelerator) -> StepLayout:
+    def from_config(cls, cfg: RunConfig, accelerator: Accelerator) -> StepLayout:
         """Layout of a training configuration for this process."""
         return cls(
             micro_batch=cfg.train_batch_size,

@@ -105,7 +105,7 @@ def run(
     cfg = task.cfg
     is_search_run = last_step is not None
     with translated_errors(cfg.base_model):
-        step_size = StepLayout.of(cfg, accelerator).step_size
+        step_size = StepLayout.from_config(cfg, accelerator).step_size
         num_steps = total_steps(cfg, task.num_samples, step_size)
         method = for_run(vars(cfg), num_steps, task.sample_names)
         trainer = Trainer(task, method, cfg, accelerator, last_step)

@@ -35,9 +35,9 @@ def require_whole(part: str, missing: Iterable[str]) -> None:
     """Refuse weights that lack some, which libraries would leave empty or draw at random."""
     names = sorted(missing)
     if names:
-        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        remainder = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise UserError(
-            f"{part} lacks weights ({names[0]}{others}): download or write it again, or give"
+            f"{part} lacks weights ({names[0]}{remainder}): download or write it again, or give"
             " another model."
         )
 

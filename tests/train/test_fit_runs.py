@@ -40,7 +40,7 @@ def test_rates_are_scaled_once_and_are_what_a_command_with_them_trains_at(
 ):
     fit, argv = fit_of(*typed.split())
     (start,) = [options for options in fit.space.starts() if dict(options)["method"] == "bilora"]
-    configurations = fit.space.along("learning_rate", start)
+    configurations = fit.space.variants("learning_rate", start)
     runs = [fit.config(options) for options in configurations]
     assert [cfg.learning_rate for cfg in runs] == pytest.approx(rates)
     if auxiliary_rates is None:
@@ -57,5 +57,5 @@ def test_an_alpha_keeps_the_ratio_to_the_rank_that_a_recipe_has(tmp_path):
     recipe.write_text("rank: 32\nlora_alpha: 32\n")
     for typed, alphas in (((), [8, 16, 32]), (("--config", str(recipe)), [16, 32, 64])):
         fit, _ = fit_of(*typed)
-        runs = map(fit.config, fit.space.along("rank", fit.space.starts()[0]))
+        runs = map(fit.config, fit.space.variants("rank", fit.space.starts()[0]))
         assert [cfg.lora_alpha for cfg in runs] == alphas

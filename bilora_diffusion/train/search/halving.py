@@ -160,10 +160,10 @@ class Halving:
             if varies:
                 variants = []
                 for leader in self._leaders(space):
-                    variants += space.along(name, leader)
+                    variants += space.variants(name, leader)
                 train(variants)
             # Rates go on beyond the space while the best of a method is at an edge of them.
-            while name == RATE and train(space.beyond(self._leaders(space), self.curves)):
+            while name == RATE and train(space.next_rates(self._leaders(space), self.curves)):
                 pass
 
     def _promote_better_halves(self, limit: int) -> None:

@@ -213,11 +213,11 @@ def rate_edge(halving: Halving, chosen: Candidate) -> str | None:
     """The end of the rates that the choice's rate is, among those tried with its other options:
     "lowest" or "highest"; None for a rate between others.
     """
-    others = {**dict(chosen), RATE: ""}
+    other_options = {**dict(chosen), RATE: ""}
     rates = set()
     for candidate in (*halving.curves, *halving.dropped):
         options = dict(candidate)
-        if RATE in options and {**options, RATE: ""} == others:
+        if RATE in options and {**options, RATE: ""} == other_options:
             rates.add(float(options[RATE]))
     if len(rates) < 2:
         return None

@@ -110,7 +110,7 @@ class Search:
         self._accelerator = accelerator
         self._rank = accelerator.process_index
         self._processes = accelerator.num_processes
-        self._step_size = StepLayout.of(cfg, accelerator).step_size
+        self._step_size = StepLayout.from_config(cfg, accelerator).step_size
         self._folds: list[Fold | None] = [None]
         if not task.has_heldout:
             self._folds = [*deal_folds(task.names, cfg.fit_folds, self.sample_noun)]
@@ -146,7 +146,7 @@ class Search:
         try:
             for start in starts:
                 for name in self.space.values:
-                    for candidate in self.space.along(name, start):
+                    for candidate in self.space.variants(name, start):
                         self.config(candidate)
         except UserError as error:
             raise UserError(f"in a run of --fit, {error}") from None
@@ -349,7 +349,7 @@ def deal_folds(names: Sequence[str], folds: int | None, noun: str) -> list[Fold]
     except ValueError as error:
         fault = f"--fit by {count} folds of {len(names)} {noun} is refused: {error}"
         raise UserError(f"{fault} Give more, each once, or a held-out set.") from None
-    dealt: list[Fold] = []
+    fold_list: list[Fold] = []
     for heldout in heldout_parts:
-        dealt.append((sorted(set(range(len(names))) - set(heldout)), heldout))
-    return dealt
+        fold_list.append((sorted(set(range(len(names))) - set(heldout)), heldout))
+    return fold_list

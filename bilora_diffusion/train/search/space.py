@@ -73,9 +73,9 @@ class Space:
     def starts(self) -> list[Candidate]:
         """The middle of the space for each method."""
         middle = {name: values[(len(values) - 1) // 2] for name, values in self.values.items()}
-        return self.along(METHOD, tuple(middle.items()))
+        return self.variants(METHOD, tuple(middle.items()))
 
-    def along(self, name: str, start: Candidate) -> list[Candidate]:
+    def variants(self, name: str, start: Candidate) -> list[Candidate]:
         """A candidate with each value of one option; alone where the space lacks that."""
         if not self.values.get(name):
             return [self.candidate(dict(start))]
@@ -86,7 +86,9 @@ class Space:
         axes = [name for name, values in self.values.items() if len(values) > 1 and name != METHOD]
         return sorted(axes, key=lambda name: name != RATE)
 
-    def beyond(self, starts: Iterable[Candidate], tried: Collection[Candidate]) -> list[Candidate]:
+    def next_rates(
+        self, starts: Iterable[Candidate], tried: Collection[Candidate]
+    ) -> list[Candidate]:
         """The next rate beyond those tried, for each start that is at an edge of them.
 
         The step from the space's second highest rate to its highest goes on, up or down.
@@ -94,16 +96,16 @@ class Space:
         candidates = []
         for start in starts:
             rate = float(dict(start)[RATE])
-            others = {**dict(start), RATE: ""}
+            other_options = {**dict(start), RATE: ""}
             tried_rates = set()
             for candidate in tried:
-                if {**dict(candidate), RATE: ""} == others:
+                if {**dict(candidate), RATE: ""} == other_options:
                     tried_rates.add(float(dict(candidate)[RATE]))
             if len(tried_rates) > 1 and rate in (min(tried_rates), max(tried_rates)):
                 second, highest = sorted(set(map(float, self.values[RATE])))[-2:]
                 is_up = rate == max(tried_rates)
                 factor = highest / second if is_up else second / highest
-                candidates.append(self.candidate({**others, RATE: f"{rate * factor:.6g}"}))
+                candidates.append(self.candidate({**other_options, RATE: f"{rate * factor:.6g}"}))
         return candidates
 
 
