@@ -26,7 +26,7 @@ WORDS_THAT_NAME_NOTHING = frozenset(
     odd wrong untold unseen unsaid unknown idle alive
     """.split()  # noqa: SIM905
 )
-DONE_PATHS = ("bilora_diffusion/run", "docs/name_lint.py")
+DONE_PATHS = ("bilora_diffusion/run", "bilora_diffusion/train", "docs/name_lint.py")
 """Files and folders whose names are done. The list only grows."""
 
 

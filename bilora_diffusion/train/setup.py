@@ -118,18 +118,7 @@ def run(
 
     log = None
     if accelerator.is_main_process:
-        if checkpoint_folder is None:
-            # With --fit the search has replaced what was in the folder, and stays beside the run.
-            clear(folder, overwrite=cfg.overwrite_output_dir and not cfg.fit)
-        log = RunLog(folder, accelerator.device)
-        log.start(
-            cfg.to_dict(),
-            cfg.method,
-            cfg.seed,
-            None if checkpoint_folder is None else trainer.step,
-            num_steps=trainer.last_step,
-            content=summarize(trainer.content),
-        )
+        log = start_log(trainer, folder, is_resumed=checkpoint_folder is not None)
         if not is_search_run:
             announce(trainer, folder)
 
@@ -160,6 +149,24 @@ def run(
     # A signal during the export: too late to stop the run, but not what comes after it.
     number = trainer.interruption.number
     return None if number is None else Stop(number, trainer.last_step, trainer.last_step)
+
+
+def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
+    """Begin or go on with the record of a run; a new run deletes what it may overwrite."""
+    cfg = trainer.cfg
+    if not is_resumed:
+        # With --fit the search has replaced what was in the folder, and stays beside the run.
+        clear(folder, overwrite=cfg.overwrite_output_dir and not cfg.fit)
+    log = RunLog(folder, trainer.accelerator.device)
+    log.start(
+        cfg.to_dict(),
+        cfg.method,
+        cfg.seed,
+        trainer.step if is_resumed else None,
+        num_steps=trainer.last_step,
+        content=summarize(trainer.content),
+    )
+    return log
 
 
 def translated_errors(model: str) -> Any:
