@@ -26,7 +26,7 @@ PLAN = Plan(folds=4, steps=300, interval=20, budget=3000)
 
 
 def space(**values):
-    return Space({name: tuple(own) for name, own in values.items()})
+    return Space({name: tuple(row) for name, row in values.items()})
 
 
 def overfitting(options, step):
@@ -67,13 +67,13 @@ def searched(loss=overfitting, plan=PLAN, calls=None, **values):
 
 
 def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates():
-    calls, again = list[Trial](), list[Trial]()
+    calls, repeated_calls = list[Trial](), list[Trial]()
     search = searched(calls=calls)
     options, step = search.choice
     assert options[0] == ("method", "bilora")
     assert float(dict(options)["learning_rate"]) > 4e-4  # beyond the three around the given one
-    best = min(overfitting((("method", "bilora"), ("learning_rate", "0.0008"), ("rank", "8")), at)
-               for at in range(20, 301, 20))  # fmt: skip
+    best = min(overfitting((("method", "bilora"), ("learning_rate", "0.0008"), ("rank", "8")), s)
+               for s in range(20, 301, 20))  # fmt: skip
     assert overfitting(options, step) < 1.01 * best
     assert len(search.curves[options]) == PLAN.folds
     # Each run is asked for more steps only, and all of them together for no more than the budget.
@@ -82,26 +82,29 @@ def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates():
         assert reached.get(trial[:2], 0) < trial.steps <= PLAN.steps
         reached[trial[:2]] = trial.steps
     assert sum(reached.values()) == search.spent_steps <= PLAN.budget
-    searched(calls=again)
-    assert again == calls
-    (chosen, first), *others, (given, last) = search.standings().items()
+    searched(calls=repeated_calls)
+    assert repeated_calls == calls
+    (chosen, first), *middle, (as_given, last) = search.standings().items()
     assert (chosen, first["steps"], first["difference"]) == (options, step, 0.0)
-    assert (given, last["steps"]) == ((), PLAN.steps)
+    assert (as_given, last["steps"]) == ((), PLAN.steps)
     assert last["interval"].low < last["difference"] < last["interval"].high
-    folds = [row["folds"] for _, row in others]
+    folds = [row["folds"] for _, row in middle]
     assert folds == sorted(folds, reverse=True)
 
 
 def test_a_run_on_all_samples_is_between_as_many_epochs_and_as_many_steps():
     fold = {step: np.full(3, float(step)) for step in range(0, 201, 20)}
-    whole, of_four = Halving(Plan(1, 200, 20, 0), measured({}, [])), Halving(PLAN, measured({}, []))
-    whole.curves = of_four.curves = {(): [fold, fold]}
+    on_all, of_four = (
+        Halving(Plan(1, 200, 20, 0), measured({}, [])),
+        Halving(PLAN, measured({}, [])),
+    )
+    on_all.curves = of_four.curves = {(): [fold, fold]}
     assert of_four.expected_curve(())[200] == pytest.approx(
         np.full(6, 187.5)
     )  # the mean from 175 to 200
-    assert whole.expected_curve((), 1)[200].tolist() == [200.0] * 3
+    assert on_all.expected_curve((), 1)[200].tolist() == [200.0] * 3
     fold[100][:] = np.inf
-    finite = [step for step, own in of_four.expected_curve((), 1).items() if np.isfinite(own).all()]
+    finite = [step for step, row in of_four.expected_curve((), 1).items() if np.isfinite(row).all()]
     assert finite == [0, 20, 40, 60, 80, 140, 160, 180, 200]
 
 
@@ -173,9 +176,9 @@ def test_a_method_whose_start_cannot_be_trained_is_tried_with_smaller_values():
 
 
 def test_options_that_a_method_does_not_read_are_no_difference():
-    every = space(method=["lora", "bilora"], rho=["0.1", "1"], use_ema=["true"]).grid(9)
+    candidates = space(method=["lora", "bilora"], rho=["0.1", "1"], use_ema=["true"]).grid(9)
     titles = ["lora, use_ema", "bilora (rho 0.1), use_ema", "bilora (rho 1), use_ema"]
-    assert [title(options) for options in every] == titles
+    assert [title(options) for options in candidates] == titles
 
 
 def test_runs_of_different_values_have_folders_of_their_own():

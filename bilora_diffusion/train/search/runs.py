@@ -106,6 +106,7 @@ class Search:
         self.sample_noun = "images" if cfg.modality == "image" else "rows"
         self._script = script
         self._argv = argv
+        self._configs: dict[Candidate, Any] = {}
         self._typed = frozenset(type(cfg).parser().explicit(argv))
         self._accelerator = accelerator
         self._rank = accelerator.process_index
@@ -164,13 +165,16 @@ class Search:
         It is resolved as a whole, since defaults and checks depend on the options. An alpha that is
         not typed keeps its ratio to the rank: two, or the recipe's.
         """
+        if candidate in self._configs:
+            return self._configs[candidate]
         words = arguments(candidate)
         rank = dict(candidate).get("rank", "")
         if rank.isdecimal() and "lora_alpha" not in self._typed:
             ratio = self.cfg.lora_alpha / self.cfg.rank
             words = ["--lora_alpha", f"{ratio * int(rank):.9g}", *words]
         with silenced_notes():
-            return self._script.resolve([*self._argv, *words])
+            self._configs[candidate] = self._script.resolve([*self._argv, *words])
+        return self._configs[candidate]
 
     @cached_property
     def _content(self) -> dict[str, Any]:
@@ -215,7 +219,7 @@ class Search:
         if record is not None:
             self._require_same_search(record["settings"])
             if (choice := record["choice"]) is not None:
-                return self._final_config(tuple(choice["options"].items()), choice["steps"])
+                return self.final_config(tuple(choice["options"].items()), choice["steps"])
         log = None
         if self._rank == 0:
             clear(self.folder, overwrite)
@@ -236,13 +240,13 @@ class Search:
             return error.args[0]
         if log is not None:
             log.close("running")  # the last run goes on with the record
-        return self._final_config(*self.halving.choice)
+        return self.final_config(*self.halving.choice)
 
     def _write_record(self, is_done: bool = False) -> None:
         if self._rank == 0:
             report.write(self.folder, self._settings(), self.halving, is_done)
 
-    def _final_config(self, candidate: Candidate, steps: int) -> Any:
+    def final_config(self, candidate: Candidate, steps: int) -> Any:
         """The configuration of the last run: the user's schedule, rescaled to the chosen steps.
 
         For a method that gains from it, a rate that was to be constant falls to zero over twice the
@@ -260,7 +264,7 @@ class Search:
             cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=warmup_steps
         )
 
-    def _trial_config(self, candidate: Candidate, folder: Path) -> Any:
+    def trial_config(self, candidate: Candidate, folder: Path) -> Any:
         """The configuration of a run of the search."""
         cfg = self.config(candidate)
         options = {**RUN_OPTIONS, **cfg.without_samples}
@@ -308,7 +312,7 @@ class Search:
         folder = self.folder / FIT / name
         curve = read_curve(folder, trial.steps)
         if curve is None:
-            cfg = self._trial_config(trial.candidate, folder)
+            cfg = self.trial_config(trial.candidate, folder)
             task = self.task.with_config(cfg, self._folds[trial.fold], is_trial=True)
             curve = train_trial(self._script, task, folder, trial)
         if not isinstance(curve, str):
