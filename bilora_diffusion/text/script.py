@@ -63,6 +63,7 @@ class TextScript(Script[TextConfig]):
             seed=cfg.seed,
             weights=not cfg.dry_run,
         )
+        # In a dry run rows are tokenized all the same, since their lengths decide the memory.
         task = TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
         if cfg.dry_run:
             return task

@@ -44,6 +44,8 @@ def train(
         dry_run.run(script, cfg, arguments)
         return
 
+    # The folder is judged before anything is loaded, and locked until the end: no second command
+    # may write into it.
     folder = Path(cfg.output_dir)
     refuse_unusable(folder)
     with lock.hold(folder):
@@ -55,12 +57,14 @@ def train(
             exports_weights=get(cfg.method).exports_weights,
         )
         accelerator = build_accelerator(cfg)
+        # A token without rights is found out now, not after hours of training.
         repo_id = None
         if cfg.push_to_hub:
             repo_id = publish.repository(cfg.hub_model_id or folder.name, cfg.hub_token)
         with translated_errors(cfg.base_model):
             task: Any = script.build_task(cfg, accelerator)
 
+        # The runs of a search and the last one share the models and what is encoded of the data.
         search, stop = None, None
         if cfg.fit:
             search = Search(script, arguments, task, accelerator)
@@ -71,6 +75,7 @@ def train(
                 task = task.with_config(choice)
         if stop is None:
             stop = setup.run(script, task, accelerator, folder, checkpoint_folder, repo_id=repo_id)
+        # After the last run, whose options and time they tell.
         if search is not None and stop is None and accelerator.is_main_process:
             logger.info("\n".join(report.lines(folder, search.sample_noun)))
         free_memory(accelerator)

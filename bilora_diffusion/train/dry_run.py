@@ -170,10 +170,10 @@ def largest_candidate(search: Search, task: Any, steps: int) -> Candidate:
         _, trained = attached(with_config(task, search.config(candidate)), steps)
         return sum(trained.values())
 
-    candidates: list[Candidate] = [()]
+    candidates: list[Candidate] = [()]  # the command line as given
     for candidate in search.space.starts():
         for name in search.space.axes():
-            if name != RATE:
+            if name != RATE:  # which takes no memory
                 candidate = max(search.space.variants(name, candidate), key=trained_bytes)
         candidates.append(candidate)
     return max(candidates, key=trained_bytes)
@@ -197,6 +197,7 @@ def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
         The method, and the bytes of what is trained and stored with it.
     """
     cfg = task.cfg
+    # On copies, since the largest candidate is found by attaching several methods in turn.
     method = for_run(vars(cfg), steps, task.sample_names)
     targets = []
     for target in task.targets():

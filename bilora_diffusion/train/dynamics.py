@@ -55,6 +55,7 @@ class Dynamics:
         self._layers = trainer.method.layers
         self._figures: dict[str, Tensor] = {}
         self._snapshot: snapshots.Snapshot | None = None
+        # LoRA-SAM perturbs the weights within a step, where only the method itself can call.
         trainer.method.on_perturbed = self.record_perturbation
         if AUXILIARY in trainer.method.adapters:
             optimizer.register_step_pre_hook(self._before_step)
@@ -206,6 +207,7 @@ def subspace_overlap(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 def _bases(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Orthonormal bases of column spaces, (L, d, r) with zeros beyond the rank, and the ranks."""
     stacked = torch.stack(list(matrices))
+    # The SVD of the small R has the singular values of Q R: (L, r, r) instead of (L, d, r).
     Q, R = torch.linalg.qr(stacked.double())
     U, S, _ = torch.linalg.svd(R)
     # As numpy's matrix_rank: below rounding in the stored precision there is no direction.
@@ -229,6 +231,8 @@ def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
     if GAIN in layers:
         figures[GAIN] = layers[GAIN].sum()
     if COSINE in layers:
+        # <s B A, s' B' A'> of each layer is its cosine times both norms; their sum is that of all
+        # layers as one vector.
         products = (layers[COSINE] * layers[PRIMARY_NORM] * layers[AUXILIARY_NORM]).nan_to_num(0)
         figures[COSINE] = products.sum() / (figures[PRIMARY_NORM] * figures[AUXILIARY_NORM])
         for name in (COLUMNS, ROWS):

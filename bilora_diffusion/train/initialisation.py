@@ -59,6 +59,7 @@ def initialise(
     for target in initialised:
         seed = seed_of(cfg.seed, target.name)
         compute(target.model, target.spec, gradients.get(target.name), seed)
+        # Kernels on several devices may round in another order.
         if accelerator.num_processes > 1:
             for parameter in adapters.parameters(target.model, INITIAL):
                 torch.distributed.broadcast(parameter.detach(), src=0)
@@ -91,6 +92,8 @@ def mean_gradients(
     step = task.num_samples << 32  # a whole number of epochs, beyond every run
     schedule = [(step, tuple(range(i, min(i + size, samples)))) for i in range(0, samples, size)]
     logger.info("lora-ga: the mean gradient of %d samples", samples)
+    # A loss that is too large overflows in fp16, one that is too small vanishes: the largest scale
+    # that works is the most exact, and is divided out again.
     scales = FP16_SCALES if has_fp16_layers(models) else (1.0,)
     infinite_layers: list[str] = []
     for scale in scales:
@@ -99,6 +102,7 @@ def mean_gradients(
             for name, model in models.items():
                 sums[name] = stack.enter_context(collecting(model))
             for batch in task.micro_batches(schedule, samples):
+                # Dropout by a seed of its own, so that training goes on as without this pass.
                 with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                     torch.manual_seed(seed_of(cfg.seed, "lora-ga", batch.slots[0]))
                     losses = task.module(batch.on(device))  # (slots,)
@@ -152,6 +156,7 @@ def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     hooks = []
     try:
         with adapters.only(model, ()):
+            # Nothing but these weights needs a gradient, which would take memory.
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             for path, layer in adapters.layers(model, INITIAL):
@@ -168,7 +173,7 @@ def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _add_gradient(sums: dict[str, Tensor], path: str, weight: Tensor) -> None:
     gradient = cast(Tensor, weight.grad).detach()
-    weight.grad = None
+    weight.grad = None  # frees the device's memory before the next layer's backward pass
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     on_cpu = gradient.to("cpu", dtype)
     sums[path] = sums[path].add_(on_cpu) if path in sums else on_cpu

@@ -80,6 +80,7 @@ class ClippedOptimizer:
 
     def step(self) -> None:
         """Clip (after unscaling), then update; a non-finite fp16 gradient skips the update."""
+        # Only the weights of the result: the auxiliary's gradient has no part in their norm.
         self._norm = self._accelerator.clip_grad_norm_(self._method.weights, self._max_grad_norm)
         self._optimizer.step()
 

@@ -56,6 +56,7 @@ class Best:
 
     def store(self) -> None:
         """Store the values that the parameters have now."""
+        # On the CPU, so that a run that keeps its best fits the same device.
         self.values = [p.detach().to("cpu", copy=True) for p in self.parameters]
 
     @property
@@ -127,7 +128,7 @@ class Outcome:
     def begin(self) -> None:
         """Start from the weights as they are now."""
         cfg = self._cfg
-        self._weights = self._method.clip_parameters()
+        self._weights = self._method.clip_parameters()  # what the result is made of
         self.average = Average(self._weights, cfg.ema_decay) if cfg.use_ema else None
         self.best = Best(self._weights if cfg.keep_best else (), cfg.early_stopping_patience)
 
@@ -153,6 +154,7 @@ class Outcome:
                     " none here: give some, or drop them."
                 )
         elif self.best.is_lowered_by(loss, step):
+            # What was measured is the average, where there is one.
             with self.averaged():
                 self.best.store()
 
@@ -168,6 +170,7 @@ class Outcome:
 
     def step(self, last_step: int) -> int:
         """The step whose weights a run leaves that ended after ``last_step``."""
+        # Without a finite measurement there is no best step.
         if not self._cfg.keep_best or self.best.step is None:
             return last_step
         return self.best.step

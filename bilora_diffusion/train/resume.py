@@ -73,6 +73,7 @@ def load(trainer: Resumable, path: Path) -> None:
     with checkpoint.unaltered(path):
         _require_same_run(trainer, saved)
         load_tensors(_tensors(trainer), saved.tensors)
+        # What an init has taken out of the base weights is taken out of the loaded ones again.
         for target in trainer.method.targets:
             adapters.subtract_initial(target.model)
         trainer.optimizer.optimizer.load_state_dict(saved.optimizer)
@@ -102,6 +103,7 @@ def _require_same_run(trainer: Resumable, saved: Checkpoint) -> None:
     is_constant = cfg.lr_scheduler in ("constant", "constant_with_warmup")
     if is_constant and not trainer.method.depends_on_length:
         free |= {"max_train_steps", "num_train_epochs", "num_steps"}
+    # The sizes are saved beside the options, which they follow from together with the data.
     saved_sizes = {name: saved.extra[name] for name in sizes}
     require_same_work(
         {**saved.extra["config"], **saved_sizes, "content": saved.extra.get("content")},

@@ -109,6 +109,7 @@ def run(
         num_steps = total_steps(cfg, task.num_samples, step_size)
         method = for_run(vars(cfg), num_steps, task.sample_names)
         trainer = Trainer(task, method, cfg, accelerator, last_step)
+        # A checkpoint proves that the model can be trained.
         if checkpoint_folder is None:
             trainer.probe()
     if checkpoint_folder is not None:
@@ -126,6 +127,7 @@ def run(
         with trainer.interruption, recorded(log, folder):
             accelerator.init_trackers(script.project, config=tracker_config(cfg))
             loop.run(trainer, folder, log)
+            # A signal ended the loop between two steps, which the record notes like one within.
             if not trainer.is_finished:
                 raise KeyboardInterrupt
             results = {} if log is None else measured_results(trainer, folder)
@@ -298,6 +300,7 @@ def export(
     if record and record["choice"]:
         results["chosen_steps"] = record["choice"]["steps"]
     log.writes_card()
+    # The best or averaged weights, where the run leaves these.
     with trainer.outcome.applied():
         results["export"] = script.export(cfg, trainer, folder)
     script.write_card(cfg, folder, measured | results, repo_id)

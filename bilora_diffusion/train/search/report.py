@@ -45,6 +45,7 @@ def write(folder: Path, settings: Mapping[str, Any], halving: Halving, is_done: 
                 "options": dict(candidate),
             }
             curve_rows.append(row)
+    # While the search goes on the viewer shows its curves, without a choice.
     choice, standings = None, []
     if is_done:
         chosen, step = halving.choice
@@ -118,6 +119,7 @@ def lines(folder: Path, sample_noun: str) -> list[str]:
     titles = {run["title"] for run in record["runs"]}
     configurations = counted(len(titles), "configuration")
     runs = counted(len(record["runs"]), "run")
+    # A fold's folder is one run, however often it went on.
     seconds = 0.0
     for run in record["runs"]:
         seconds += read_run(folder / FIT / run["name"])["wall_seconds"]
@@ -136,6 +138,7 @@ def _standing_lines(record: Mapping[str, Any], folds: int) -> list[str]:
     for place, standing in enumerate(record["standings"]):
         options = standing["options"]
         method = options.get(METHOD) if options else "as given"
+        # The first two have their line; then the first of each further method.
         label = str(method)
         if place < 2 and options:
             label = ("chosen", "next")[place]
@@ -173,6 +176,7 @@ def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
             f"trained: {trained} at a rate that falls to zero, which sum up to {chosen} at a"
             " constant rate"
         )
+    # What the search has derived for the last run, beside the options of the candidate.
     options = dict(choice["options"])
     for name in ("lora_alpha", "lr_scheduler", "lr_warmup_steps", "max_train_steps"):
         if config[name] != settings.get(name):

@@ -117,6 +117,7 @@ class Search:
             self._folds = [*deal_folds(task.names, cfg.fit_folds, self.sample_noun)]
 
         steps = total_steps(cfg, task.num_samples, self._step_size)
+        # Twenty points make a curve, unless the user says otherwise.
         interval = twentieth(steps)
         if "validation_loss_steps" in self._typed and cfg.validation_loss_steps:
             interval = min(steps, cfg.validation_loss_steps)
@@ -133,6 +134,7 @@ class Search:
             groups = [group for group in self.cfg.groups if group.section in sections]
             searchable = options_of(groups).keys() - SHARED_OPTIONS
             return read_values(Path(self.cfg.fit_space), searchable)
+        # With too many samples an auxiliary for each of them is refused, and is not searched.
         supports_sample = False
         with suppress(UserError):
             for_run(vars(self.config(bilora_form())), 1, self.task.names)
@@ -151,6 +153,7 @@ class Search:
                         self.config(candidate)
         except UserError as error:
             raise UserError(f"in a run of --fit, {error}") from None
+        # The first rung of each start, or all folds of a single one.
         smallest_budget = max(self.plan.folds, len(starts)) * self.plan.first_rung
         if self.plan.budget < smallest_budget:
             raise UserError(
@@ -184,6 +187,7 @@ class Search:
     def _settings(self) -> dict[str, Any]:
         """Settings that the choice depends on, for ``fit.json``."""
         settings = self.cfg.resume_settings()
+        # How a step is cut does not change the choice; its size, which does, is below.
         del settings["train_batch_size"], settings["gradient_accumulation_steps"]
         return {
             **settings,
@@ -288,6 +292,7 @@ class Search:
         error: BaseException | None = None
         shared_error: BaseException | None = None
         try:
+            # In the last round there may be fewer trials than processes.
             if self._rank < len(trials):
                 curve = self._train_trial(trials[self._rank])
             if number := self._interruption.number:
@@ -298,7 +303,7 @@ class Search:
             # The other processes must learn of it: they would wait for ever.
             error, reason = own_error, str(own_error) or repr(own_error)
             shared_error = TrainingError(f"another process could not go on: {reason}")
-        results = gather_object([(curve, shared_error)])
+        results = gather_object([(curve, shared_error)])  # by process
         if error is not None:
             raise error
         for _, error_elsewhere in results:

@@ -64,6 +64,7 @@ class Space:
 
     def grid(self, limit: float) -> list[Candidate]:
         """Every candidate once; none if there are more than ``limit`` combinations."""
+        # Counted first, since the product of a large space need not fit into memory.
         if math.prod(map(len, self.values.values())) > limit:
             return []
         rows = itertools.product(*self.values.values())
@@ -84,6 +85,7 @@ class Space:
     def axes(self) -> list[str]:
         """The options with several values, the rate first; the method is none of them."""
         axes = [name for name, values in self.values.items() if len(values) > 1 and name != METHOD]
+        # Other options are compared at a rate that suits them.
         return sorted(axes, key=lambda name: name != RATE)
 
     def next_rates(
@@ -101,6 +103,7 @@ class Space:
             for candidate in tried:
                 if {**dict(candidate), RATE: ""} == other_options:
                     tried_rates.add(float(dict(candidate)[RATE]))
+            # A single rate is no edge: nothing says in which direction the loss falls.
             if len(tried_rates) > 1 and rate in (min(tried_rates), max(tried_rates)):
                 second, highest = sorted(set(map(float, self.values[RATE])))[-2:]
                 is_up = rate == max(tried_rates)
@@ -153,6 +156,7 @@ def read_values(path: Path, searchable: Collection[str]) -> Values:
             )
         if not values or not all(isinstance(v, bool | str) and v != "" for v in values):
             raise UserError(f"{file}, {name} has something else than values: write [4, 8].")
+        # A recipe's true is "true" on a command line.
         words = [str(value).lower() if isinstance(value, bool) else value for value in values]
         space[name] = tuple(dict.fromkeys(words))
     return space

@@ -71,7 +71,8 @@ def train_trial(script: setup.Script[Any], task: Any, folder: Path, trial: Trial
     """
     has_room = True
     try:
-        with suppress(Diverged):  # its record has the reason
+        # A run that diverged has the reason in its record, where `read_curve` finds it.
+        with suppress(Diverged):
             stop = _run(script, task, folder, trial.steps)
             if stop is not None:
                 raise SearchStopped(stop._replace(run=f"{FIT}/{folder.name}"))
@@ -94,8 +95,10 @@ def _run(script: setup.Script[Any], task: Any, folder: Path, steps: int) -> Stop
     accelerator = setup.build_accelerator(task.cfg, LoneProcess)
     with ExitStack() as stack:
         stack.enter_context(lock.hold(folder))
+        # The next run begins with the models as they were loaded.
         for target in task.targets():
             stack.enter_context(adapters.restored(target.model, target.spec))
+        # A promoted candidate goes on from where its run ended on the rung below.
         latest = checkpoint.latest(folder)
         stop = setup.run(script, task, accelerator, folder, latest, last_step=steps)
         setup.free_memory(accelerator)
