@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -18,6 +18,25 @@ from .access import within
 
 CHANGE_BASE = ("pissa", "lora-ga")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class RunOptions(Protocol):
+    """The options of a run's configuration that describe its adapters."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def lora_alpha(self) -> float: ...
+
+    @property
+    def lora_dropout(self) -> float: ...
+
+    @property
+    def init_lora_weights(self) -> str: ...
+
+    @property
+    def use_dora(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -43,10 +62,16 @@ class AdapterSpec:
     modules_to_save: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, cfg: Any, **own: Any) -> Self:
-        """The shape that a run's configuration asks for, and what it does not say."""
-        shape = cfg.rank, cfg.lora_alpha, cfg.lora_dropout, cfg.init_lora_weights, cfg.use_dora
-        return cls(*shape, **own)
+    def of(cls, cfg: RunOptions, **target_settings: Any) -> Self:
+        """The shape that a run's configuration asks for, on the targets that the task names."""
+        return cls(
+            rank=cfg.rank,
+            alpha=cfg.lora_alpha,
+            dropout=cfg.lora_dropout,
+            init=cfg.init_lora_weights,
+            use_dora=cfg.use_dora,
+            **target_settings,
+        )
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):

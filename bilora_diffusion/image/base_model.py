@@ -73,6 +73,7 @@ def describe(name: str, revision: str | None = None, cache_dir: str | None = Non
     Raises:
         UserError: there is no such model, or its kind is not known.
     """
+    # Known without a download, so that a dry run of the default model needs no network.
     if name == SDXL_BASE:
         parts = {"unet": {"sample_size": 128}, "vae": {"block_out_channels": [128, 256, 512, 512]}}
         return BaseModel(name, {"_class_name": SDXL}, parts)
@@ -83,6 +84,8 @@ def describe(name: str, revision: str | None = None, cache_dir: str | None = Non
     load = partial(_read, name, folder, **places)
     index = load("model_index.json")
     family = family_class(str(index.get("_class_name")), f"{FLAG} {name}")()
+    # A hub's repository is not listed: its model_index.json names the parts, and folders are looked
+    # for in local ones alone.
     tokenizers = {part.replace("text_encoder", "tokenizer") for part in family.encoders}
     needed = sorted((set(family.parts) | tokenizers) - family.optional)
     for part in needed:
@@ -105,10 +108,10 @@ def _read(name: str, folder: Path | None, file: str, **places: Any) -> dict[str,
         path = Path(from_hub(name, lambda: hf_hub_download(name, file, **places)))
     else:
         path = folder / file
-    what, fix = f'{file} of "{name}"', f"download or write it again, or {ANOTHER}"
-    content = reading(what, fix, lambda: json.loads(path.read_text(encoding="utf-8")))
+    label, fix = f'{file} of "{name}"', f"download or write it again, or {ANOTHER}"
+    content = reading(label, fix, lambda: json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(content, dict):
-        raise UserError(f"{what} is not a JSON object: {fix}.")
+        raise UserError(f"{label} is not a JSON object: {fix}.")
     return content
 
 
@@ -119,7 +122,7 @@ def from_hub(name: str, load: Callable[[], Any]) -> Any:
     def permitted() -> Any:
         try:
             return load()
-        except RepositoryNotFoundError as error:  # gated ones too
+        except RepositoryNotFoundError as error:  # raised for gated repositories too
             raise UserError(
                 f'the hub has no model "{name}" that you may read: check its name, accept its terms'
                 " on its page and log in with `hf auth login` if it is gated or private, or give a"

@@ -44,14 +44,16 @@ def captions_or_prompts(images: ImageSet, instance_prompts: Sequence[str | None]
 
 def fixed_texts(cfg: DreamBoothConfig, images: ImageSet) -> list[str]:
     """The text of every image without shuffling and dropout: how held-out images are measured."""
-    texts = captions_or_prompts(images, [concept.instance_prompt for concept in cfg.each])
-    trigger_words = images.of_each([concept.trigger_word for concept in cfg.each])
+    texts = captions_or_prompts(
+        images, [concept.instance_prompt for concept in cfg.concept_configs]
+    )
+    trigger_words = images.of_each([concept.trigger_word for concept in cfg.concept_configs])
     return [add_trigger(text, word) for text, word in zip(texts, trigger_words, strict=True)]
 
 
 def class_texts(cfg: DreamBoothConfig) -> list[str]:
     """The text of the class images of each concept."""
-    return [str(concept.class_prompt) for concept in cfg.each]
+    return [str(concept.class_prompt) for concept in cfg.concept_configs]
 
 
 class Captions:
@@ -62,8 +64,10 @@ class Captions:
     """
 
     def __init__(self, cfg: DreamBoothConfig, images: ImageSet) -> None:
-        self._configs = images.of_each(cfg.each)  # of each image's concept
-        plain = captions_or_prompts(images, [concept.instance_prompt for concept in cfg.each])
+        self._configs = images.of_each(cfg.concept_configs)  # of each image's concept
+        plain = captions_or_prompts(
+            images, [concept.instance_prompt for concept in cfg.concept_configs]
+        )
         self._require_tags(plain, images.label)
         num_orders = max(1, min(MAX_ORDERS, MAX_TEXTS // len(plain)))
         self._texts: list[list[str]] = []  # of each image, in each order of its tags

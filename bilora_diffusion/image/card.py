@@ -40,16 +40,17 @@ def write_dreambooth_card(
     figures and, under "export", what was found of each model.
     """
     base = source(cfg.pretrained_model_name_or_path)
-    sources = [source(concept.source) for concept in cfg.each]
+    sources = [source(concept.source) for concept in cfg.concept_configs]
     exports_models, is_flow = methods.get(cfg.method).exports_weights, cfg.family.flow
+    # With --keep_best the weights, and so the images, are those of an earlier step.
     step = results.get("best_step", results["steps"])
     prompts = cfg.sampled_prompts
     gallery = _gallery(folder, step, vars(cfg))
     if [prompt for prompt, _ in gallery] != prompts:  # of an earlier setting of a resumed run
         gallery, prompts = [], []
-    words = [concept.trigger_word or concept.instance_prompt for concept in cfg.each]
+    words = [concept.trigger_word or concept.instance_prompt for concept in cfg.concept_configs]
     triggers = list(dict.fromkeys(filter(None, words)))
-    instance_prompts = [concept.instance_prompt for concept in cfg.each]
+    instance_prompts = [concept.instance_prompt for concept in cfg.concept_configs]
     workflow = workflow_file_name(folder)
     vae = cfg.pretrained_vae_model_name_or_path
     metrics = dict(MEASURED)

@@ -18,6 +18,7 @@ from ..core.durable import write_text
 from ..core.lora_names import kohya_file_name, workflow_file_name
 from ..methods import get
 from ..mini import embedded
+from .config import DreamBoothConfig
 from .families import family_of
 from .families.base import ComfyUI, Family
 from .validation import ValidationSample, usual_sample
@@ -40,7 +41,7 @@ class Graph(dict[str, Any]):
         return [number, 0]
 
 
-def remark(cfg: Any) -> str | None:
+def remark(cfg: DreamBoothConfig) -> str | None:
     """The sentence on a model of flow matching whose file ComfyUI misreads; None for others."""
     family: Family = cfg.family
     if not family.flow:
@@ -63,7 +64,7 @@ def remark(cfg: Any) -> str | None:
     )
 
 
-def write(cfg: Any, folder: Path, pipeline: Any) -> None:
+def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
     """Write the workflow beside the LoRA file; none where ComfyUI does not read that as trained."""
     path = folder / workflow_file_name(folder)
     path.unlink(missing_ok=True)
@@ -73,7 +74,7 @@ def write(cfg: Any, folder: Path, pipeline: Any) -> None:
         return
     samples = cfg.samples
     if not samples:
-        concept = cfg.each[0]
+        concept = cfg.concept_configs[0]
         prompt = concept.trigger_word or concept.instance_prompt or "a photo"
         samples = [usual_sample(vars(cfg), prompt)]
     checkpoint = family.comfyui.checkpoints.get(base, Path(base).name.lower())

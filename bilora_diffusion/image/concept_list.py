@@ -144,20 +144,20 @@ def source_of(concept: ImageOptions) -> str:
 def require_other_folders(concept: ImageOptions, earlier: Sequence[ImageOptions]) -> None:
     """Refuse images that an earlier concept has, or class images that belong to something else."""
     images, classes = folders_of(concept)
-    for number, other in enumerate(earlier, start=1):
-        other_images, other_classes = folders_of(other)
-        if images == other_images:
+    for number, neighbour in enumerate(earlier, start=1):
+        neighbour_images, neighbour_classes = folders_of(neighbour)
+        if images == neighbour_images:
             raise UserError(
                 f"its images, {quoted(source_of(concept))}, are those of concept {number}: give"
                 " each image one concept."
             )
-        if classes == other_images or images == other_classes:
+        if classes == neighbour_images or images == neighbour_classes:
             raise UserError(
                 f"class images and training images of concept {number} lie in one folder: give the"
                 " class images a folder of their own."
             )
-        differs = concept.class_prompt != other.class_prompt
-        if classes is not None and classes == other_classes and differs:
+        differs = concept.class_prompt != neighbour.class_prompt
+        if classes is not None and classes == neighbour_classes and differs:
             raise UserError(
                 f"its class images lie in {quoted(concept.class_data_dir)} as those of concept"
                 f" {number}, and their prompts differ: give it a class_data_dir of its own."

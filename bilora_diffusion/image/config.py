@@ -84,7 +84,8 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def leaves_unused(self) -> bool:
-        # The last layer of SDXL's first encoder; what the last block of a transformer makes of text
+        # SDXL does not read the last layer of its first encoder, and no transformer what its last
+        # block makes of the text.
         return self.train_text_encoder or self.pipeline != SDXL
 
     @property
@@ -96,9 +97,11 @@ class DreamBoothConfig(ImageOptions):
     @property
     def family_settings(self) -> dict[str, Any]:
         """Given values of the settings that a `Family` lets a run change."""
-        names = ("max_sequence_length", "guidance_scale")
-        given = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in given.items() if value is not None}
+        settings = {
+            "max_sequence_length": self.max_sequence_length,
+            "guidance_scale": self.guidance_scale,
+        }
+        return {name: value for name, value in settings.items() if value is not None}
 
     @property
     def cache(self) -> Path | None:
@@ -106,9 +109,11 @@ class DreamBoothConfig(ImageOptions):
         return None if self.dry_run else inputs.cache_folder(self.disk_cache)
 
     @property
-    def each(self) -> list[Self]:
+    def concept_configs(self) -> list[Self]:
         """The configuration as each concept has it; itself where there are none."""
-        return [replace(self, concepts=[], **own) for own in self.concepts] or [self]
+        if not self.concepts:
+            return [self]
+        return [replace(self, concepts=[], **options) for options in self.concepts]
 
     @property
     def source(self) -> str:
@@ -126,13 +131,25 @@ class DreamBoothConfig(ImageOptions):
         return samples_of(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
-        values = {**super().to_dict(), "validation_settings": self.validation_settings}
-        return {**values, "concepts": self.concepts} if self.concepts else values
+        values = super().to_dict()
+        # Read from the options, but not to be read off them again: viewer and card need them.
+        values["validation_settings"] = self.validation_settings
+        if self.concepts:
+            values["concepts"] = self.concepts
+        return values
 
     def fingerprint(self) -> dict[str, Any]:
-        free = self.without_influence
-        each = [{k: v for k, v in own.items() if k not in free} for own in self.concepts]
-        return {**super().fingerprint(), **({"concepts": each} if each else {})}
+        values = super().fingerprint()
+        if self.concepts:
+            values["concepts"] = [
+                {
+                    name: value
+                    for name, value in options.items()
+                    if name not in self.without_influence
+                }
+                for options in self.concepts
+            ]
+        return values
 
 
 resolve = DreamBoothConfig.resolve

@@ -74,9 +74,6 @@ def preset_of(cfg: ImageOptions) -> Preset | None:
     return PRESETS.get(cfg.dataset_name or "")
 
 
-# Sets of images and their prompts.
-
-
 def with_set_defaults(cfg: Config) -> Config:
     """The configuration of a run or of a concept with the defaults of its images and prompts."""
     cfg = with_local_folders(cfg)
@@ -186,9 +183,6 @@ SET_DEFAULTS: tuple[Rule[ImageOptions], ...] = (
     ("validation_dataset", default_validation_dataset),
     ("pretrained_model_name_or_path", default_base_model),
 )
-
-
-# Steps, layers and the base model.
 
 
 def with_model_defaults(cfg: Config, model: BaseModel) -> Config:

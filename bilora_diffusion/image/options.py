@@ -345,7 +345,7 @@ class ImageOptions(
             none has any.
         concepts: Options that each concept has of its own, with its name as "concept"; [] of a run
             of one set of images.
-        concept: Name of the concept that `DreamBoothConfig.each` made this of.
+        concept: Name of the concept that `DreamBoothConfig.concept_configs` made this of.
         pipeline: Class of the base model's pipeline.
         told_guidance: True if the denoiser is told its guidance in training.
         predicts_noise: True if the denoiser predicts noise, neither velocity nor a flow.

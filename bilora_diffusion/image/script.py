@@ -244,7 +244,7 @@ def joined(
     if not cfg.concepts:
         return open_set(cfg)
     sets = {}
-    for number, concept_cfg in enumerate(cfg.each, start=1):
+    for number, concept_cfg in enumerate(cfg.concept_configs, start=1):
         with placed(f"{cfg.source}, concept {number}: "):
             sets[concept_cfg.concept] = open_set(concept_cfg)
     return ImageSet.joined(cfg.source, sets)

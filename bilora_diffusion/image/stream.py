@@ -76,10 +76,10 @@ class TrainingSample:
         """
         if self.pixels_and_mask is not None:
             return self.pixels_and_mask
-        cache = resized_images or ResizedImages(0)
+        cache = resized_images or ResizedImages(0)  # which keeps nothing
         interpolation = self.cfg.image_interpolation_mode
         image, mask = cache.get(self.images, self.index, self.size, interpolation)
-        pixels = cut(image, self.crop, self.size) * 2 - 1
+        pixels = cut(image, self.crop, self.size) * 2 - 1  # from [0, 1]
         return pixels, None if mask is None else cut(mask, self.crop, self.size)
 
     def digest(self, noise: str) -> str:
@@ -103,8 +103,8 @@ class TrainingStream:
         self._captions = Captions(cfg, images)
         self.sizes = bucket_sizes(cfg, images)
         self._has_one_size = len(set(self.sizes)) == 1  # as without buckets
-        self._configs = images.of_each(cfg.each)
-        self._class_configs = classes.of_each(cfg.each) if classes else []
+        self._configs = images.of_each(cfg.concept_configs)
+        self._class_configs = classes.of_each(cfg.concept_configs) if classes else []
         self._class_texts = classes.of_each(class_texts(cfg)) if classes else []
         self._repeats = [config.repeats for config in self._configs]
         self._order = SampleOrder(len(images), cfg.seed, self._repeats)
@@ -113,7 +113,7 @@ class TrainingStream:
         # instance images are.
         self._class_order: SampleOrder | None = None
         if classes:
-            num_class_images = sum(concept.num_class_images for concept in cfg.each)
+            num_class_images = sum(concept.num_class_images for concept in cfg.concept_configs)
             count = min(len(classes), num_class_images)
             self._class_order = SampleOrder(count, cfg.seed, purpose="class order")
         # The pass over the larger set is an epoch, as in diffusers' script.
@@ -180,7 +180,8 @@ class TrainingStream:
             assert self.classes is not None
             images, index = self.classes, self._class_order.sample(position)
             config, caption = self._class_configs[index], self._class_texts[index]
-            # Class images are cut as the instance images of their step are.
+            # Class images are cut as the instance images of their step are: one micro-batch has
+            # latents of one size.
             size = self.sizes[instance_order.sample(step * step_size)]
         crop = sample_crop(
             images.entries[index].size,
@@ -223,7 +224,8 @@ class _Batches(Dataset):
     def __getitem__(self, number: int) -> list[TrainingSample]:
         step, slots = self._schedule[number]
         samples = []
-        for kind in (INSTANCE, CLASS) if self._stream.classes else (INSTANCE,):
+        kinds = [INSTANCE, CLASS] if self._stream.classes else [INSTANCE]
+        for kind in kinds:
             samples += [self._stream.sample(step, slot, self._step_size, kind) for slot in slots]
         for sample in samples:
             if not self._stream.is_cached(sample):
@@ -233,7 +235,7 @@ class _Batches(Dataset):
 
 def centered_samples(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[TrainingSample]:
     """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
-    target_sizes, configs = bucket_sizes(cfg, images), images.of_each(cfg.each)
+    target_sizes, configs = bucket_sizes(cfg, images), images.of_each(cfg.concept_configs)
     for index, caption in enumerate(fixed_texts(cfg, images)):
         size = target_sizes[index]
         crop = sample_crop(

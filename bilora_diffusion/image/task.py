@@ -77,6 +77,7 @@ class DreamBooth:
         self._source: Encoder | None = None  # of the run before, whose latents are used again
         self._searches = False
         self.num_samples, self.has_heldout = stream.num_samples, validation is not None
+        # Folds are dealt by name, and each sample is one image.
         self.names = self.sample_names = [entry.name for entry in stream.images.entries]
         self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
         self.models |= dict(zip(names, encoders, strict=True))
@@ -85,7 +86,7 @@ class DreamBooth:
         """A summary of the training images, in a few words."""
         summary = counted(len(self.stream.images), "image")
         if self.cfg.concepts:
-            concepts = self.cfg.each
+            concepts = self.cfg.concept_configs
             names = [concept.concept for concept in concepts]
             counts = Counter(self.stream.images.of_each(names))
             parts = [f"{c.concept} {counts[c.concept]} x {c.repeats}" for c in concepts]
@@ -201,7 +202,7 @@ class DreamBooth:
         masks: Sequence[Tensor | None],
     ) -> dict[str, Any]:
         """A module's inputs for some images, whose masks are on the grid of their latents."""
-        time_ids = [sample.time_ids for sample in samples]
+        time_ids = [sample.time_ids for sample in samples]  # (n, 6)
         inputs = {
             "latents": latents,
             "noise": noise,

@@ -228,6 +228,6 @@ def export_facts(method: Method) -> dict[str, Any]:
         configs[target.name] = adapters.lora_config(target.model, PRIMARY)
         for name in adapters.named_parameters(target.model, PRIMARY):
             averaged_keys.append(f"{target.name}/{PRIMARY}/{name}")
-        for name in adapters.whole(target.model, PRIMARY):
+        for name in adapters.head_parameters(target.model, PRIMARY):
             averaged_keys.append(f"{target.name}/whole/{name}")
     return {"adapters": configs, "averaged": averaged_keys}

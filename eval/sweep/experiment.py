@@ -345,7 +345,7 @@ def to_flags(values: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(flags)
 
 
-def identity_of(config: Any, script: Path) -> dict[str, Any]:
+def identity_of(config: run_config.RunConfig, script: Path) -> dict[str, Any]:
     """Options that decide a run's result and are not at their default.
 
     The recipe's options are among them, so a finished run is not taken for that of an edited

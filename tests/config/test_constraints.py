@@ -21,7 +21,7 @@ IMAGE = "--dataset mini"
 TEXT = "--model_name_or_path gpt2 --task sst2"
 FOLDER = "--instance_prompt x --dataset"
 ROWS = "--model_name_or_path gpt2 --train_file"
-CONFIGS: dict[Any, list[str]] = {DreamBoothConfig: IMAGE.split(), TextConfig: TEXT.split()}
+CONFIGS: dict[Any, Any] = {DreamBoothConfig: IMAGE.split(), TextConfig: TEXT.split()}
 LATIN = os.fsdecode(b"caf\xe9")  # as Python hands over an argument in Latin-1
 
 # A command line, and parts of the sentence that refuses it: the value, and the fix.

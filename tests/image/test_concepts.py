@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import train_dreambooth_bilora
 from bilora_diffusion import mini
@@ -57,25 +58,29 @@ def read(text, *flags):
 def test_options_of_the_command_line_are_the_defaults_of_each_concept():
     text = DOG + CAT % "repeats: 7, caption_dropout: 0.5, validation_dataset: held/dog"
     cfg = read(text, "--repeats", "3", "--trigger_word", "TOK", "--rank", "2")
-    dog, cat = cfg.each
-    assert [concept.concept for concept in cfg.each] == ["dog", "cat"]
+    dog, cat = cfg.concept_configs
+    assert [concept.concept for concept in cfg.concept_configs] == ["dog", "cat"]
     assert (dog.repeats, dog.trigger_word, dog.caption_dropout, dog.rank) == (3, "TOK", 0.0, 2)
     assert (cat.repeats, cat.caption_dropout, cat.instance_prompt) == (7, 0.5, "a SKS cat")
     assert (dog.validation_dataset, cat.validation_dataset) == (None, "held/dog")
     assert cfg.source == cfg.validation_dataset == "concepts.yaml"
     assert (dog.source, cat.source) == ("dog", "cat")
-    assert resolve(["--dataset", "mini"]).each == [resolve(["--dataset", "mini"])]
+    assert resolve(["--dataset", "mini"]).concept_configs == [resolve(["--dataset", "mini"])]
 
     recipe = json.dumps({"dataset": [{"dataset": "dog", "instance_prompt": "a", "repeats": "2"}]})
     Path("run.yaml").write_text(recipe)
     cfg = resolve(["--config", "run.yaml", *MINI])
-    assert (cfg.source, cfg.each[0].source, cfg.each[0].repeats) == ("run.yaml", "dog", 2)
+    assert (cfg.source, cfg.concept_configs[0].source, cfg.concept_configs[0].repeats) == (
+        "run.yaml",
+        "dog",
+        2,
+    )
     assert resolve(["--config", "run.yaml", "--dataset", "mini"]).concepts == []
 
 
 def test_a_set_that_brings_captions_and_held_out_images_does_so_as_a_concept():
     cfg = read("- dataset: mini\n- {dataset: mini-animals, instance_prompt: an animal}\n")
-    icons, animals = cfg.each
+    icons, animals = cfg.concept_configs
     assert (icons.caption_column, icons.validation_dataset) == ("prompt", "mini-heldout")
     assert (animals.caption_column, animals.instance_prompt) == (None, "an animal")
     assert cfg.validation_prompts == []
@@ -84,7 +89,7 @@ def test_a_set_that_brings_captions_and_held_out_images_does_so_as_a_concept():
 
 def test_names_are_the_folders_or_their_paths_where_these_are_alike():
     two_dogs = "- {dataset: dog, instance_prompt: a}\n- {dataset: held/dog, instance_prompt: b}\n"
-    assert [concept.concept for concept in read(two_dogs).each] == ["dog", "held/dog"]
+    assert [concept.concept for concept in read(two_dogs).concept_configs] == ["dog", "held/dog"]
 
 
 def test_prompts_of_a_concept_are_drawn_with_those_of_the_run():
@@ -105,7 +110,7 @@ def test_a_resume_needs_the_same_concepts_but_for_what_is_only_looked_at():
 
 def test_what_has_no_effect_in_a_concept_is_said_with_its_place(caplog):
     cfg = read(DOG + CAT % "class_prompt: a cat")
-    assert cfg.each[1].class_prompt is None
+    assert cfg.concept_configs[1].class_prompt is None
     assert "concepts.yaml, concept 2: --class_prompt" in caplog.text
 
 
@@ -213,6 +218,7 @@ def test_a_bad_list_is_one_sentence_with_its_place_before_a_model_is_read(
         pytest.fail("a model was read")
 
     monkeypatch.setattr("bilora_diffusion.image.script.load_base", loaded)
+    AcceleratorState._reset_state()  # of other tests in this process
     Path("concepts.yaml").write_text(text)
     argv = ["--dataset", "concepts.yaml", *MINI, "--output_dir", "run", *flags.split()]
     assert train_dreambooth_bilora.main(argv) == 2
