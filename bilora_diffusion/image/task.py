@@ -126,14 +126,14 @@ class DreamBooth:
         """Names and hashes of the held-out images."""
         return [] if self.validation is None else self.validation.sample_contents()
 
-    def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> DreamBooth:
+    def with_config(self, cfg: Any, fold: Fold | None = None, is_trial: bool = False) -> DreamBooth:
         """The same models, latents and prompts for a run of another configuration; see `Task`."""
         images, validation = self.stream.images, self.validation
         if fold is not None:
             images, validation = images.only(fold[0]), images.only(fold[1])
         stream = TrainingStream(cfg, images, self.stream.classes)
         task = DreamBooth(cfg, self.pipeline, stream, validation)
-        task.prompts, task._source, task._searches = self.prompts, self.encoder, searches
+        task.prompts, task._source, task._searches = self.prompts, self.encoder, is_trial
         task.to_device(self.device)
         return task
 

@@ -26,7 +26,7 @@ from ..core.lora_names import (
 )
 from ..methods import get
 from . import checkpoint, snapshots
-from .record import read_fit
+from .record import read_search
 from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
 
 EXPORTS = "exports"  # adapters of checkpoints
@@ -161,7 +161,7 @@ def guard(
 
     # From here on the command goes on with what the folder holds.
     if fit:
-        read_fit(folder / FIT_RECORD)  # refuses a damaged one before the data are read
+        read_search(folder / FIT_RECORD)  # refuses a damaged one before the data are read
     newest = checkpoint.latest(folder)
     if action is SEARCH and resume in (None, "auto", "latest"):
         return newest
