@@ -69,7 +69,7 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
         print(f"\n== {TITLES[method]}")
         words = ["--config", str(recipe), "--method", method, *OWN[method], "--seed", str(seed)]
         words += ["--output_dir", str(folder / method), "--overwrite_output_dir"]
-        train.main([*words, *MEASURED, *flags])
+        train.train([*words, *MEASURED, *flags])
         curves[TITLES[method]] = read_curve(folder / method)
     steps = require_paired([folder / method for method in METHODS])
     picture = folder / "grid.png"

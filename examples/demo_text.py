@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
     """Train, with more flags of ``train_text_bilora.py``, then show what changed."""
     place = ("--output_dir", str(folder), "--overwrite_output_dir")
-    train_text.main(["--config", str(recipe), *place, *SHORT, *flags])
+    train_text.train(["--config", str(recipe), *place, *SHORT, *flags])
     steps = [row["step"] for row in runlog.read_metrics(folder) if "heldout_loss" in row]
     before, after = (answers(folder, step) for step in (steps[0], steps[-1]))
     for first, last in list(zip(before, after, strict=True))[:SHOWN]:

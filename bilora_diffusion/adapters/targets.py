@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.choices import ALL_LINEAR
 from ..core.errors import UserError
-from .access import within
+from .access import is_within
 
 CHANGE_BASE = ("pissa", "lora-ga")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -111,7 +111,7 @@ def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
             for key, module in modules.items()
             if check_target_module_exists(config, key)
         }
-    found = {k: m for k, m in found.items() if not within(k, spec.modules_to_save)}
+    found = {k: m for k, m in found.items() if not is_within(k, spec.modules_to_save)}
     if not found:
         linear = [key for key, module in modules.items() if _is_linear(module)]
         shown = ", ".join(linear[:5]) or "none"

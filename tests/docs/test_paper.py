@@ -185,7 +185,7 @@ def execute(command: Sequence[str], further_flags: dict[str, list[str]]) -> None
     program, *arguments = command
     if program == "accelerate":
         AcceleratorState._reset_state()  # accelerate keeps one precision for a whole process
-        image_script.main([*arguments[2:], *further_flags[program]])
+        image_script.train([*arguments[2:], *further_flags[program]])
     elif arguments[0] == "-m":
         main = importlib.import_module(arguments[1]).main
         assert not main([*arguments[2:], *further_flags.get(arguments[1], [])]), command
