@@ -13,11 +13,13 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.core.lora_names import CONFIG, FILE_NAME, WEIGHTS
-from bilora_diffusion.export import conversion, reader
+from bilora_diffusion.export import formats, writer
 from bilora_diffusion.export.cli import main
-from bilora_diffusion.export.conversion import convert, save_adapter
-from bilora_diffusion.export.layers import kohya_name, plain_name
+from bilora_diffusion.export.conversion import convert
+from bilora_diffusion.export.formats import kohya_name
+from bilora_diffusion.export.layers import plain_name
 from bilora_diffusion.export.lorafile import inspect
+from bilora_diffusion.export.writer import save_adapter
 from bilora_diffusion.text.models import load_text_model
 from tests.export.export_models import add_adapters, all_models, equal, export_all, plain_models
 from tests.scripts.runs import ROOT
@@ -144,13 +146,13 @@ def test_all_names_of_the_models_come_back_from_kohyas():
     for component, model in models:
         prefix = kohya_name(component, "").removesuffix("text_model_")
         flat = {kohya_name(component, n).removeprefix(prefix): n for n in weighted(model)}
-        back = reader.module_names(component, flat)
+        back = formats.module_names(component, flat)
         for name, module in flat.items():
             assert plain_name(back[name]) == module
     original = ["input_blocks_3_0_op", "input_blocks_4_0_skip_connection", "middle_block_1_proj_in"]
     original += ["middle_block_2_out_layers_3", "output_blocks_5_2_conv", "input_blocks_0_0"]
     original += ["output_blocks_0_1_transformer_blocks_9_ff_net_0_proj", "label_emb_0_2", "out_2"]
-    assert set(reader.module_names("unet", original).values()) <= set(weighted(sdxl))
+    assert set(formats.module_names("unet", original).values()) <= set(weighted(sdxl))
 
 
 def test_a_language_models_adapter_has_no_other_format(tmp_path, capsys):
@@ -216,7 +218,7 @@ def test_a_file_that_holds_something_else_gets_no_name(tmp_path, monkeypatch):
         (lambda stored: dict(list(stored.items())[1:]), "does not hold what was trained alone"),
         (lambda stored: {key: value + 1 for key, value in stored.items()}, "differs"),
     ):
-        monkeypatch.setattr(conversion, "load_file", lambda path, c=change: c(load_file(path)))
+        monkeypatch.setattr(writer, "load_file", lambda path, c=change: c(load_file(path)))
         with pytest.raises(TrainingError, match=word):
             save_adapter(tmp_path, model, base_model="a", kind="causal")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
