@@ -14,7 +14,6 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import BY_CONCEPT, read_fit
 from eval.clip_scores.measure import training_sets
-from eval.landscape.models import points
 from eval.subjects import gather
 from tests.scripts.runs import column, flags, resumes_exactly, train
 
@@ -77,7 +76,7 @@ def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(concepts, t
         seen = training_sets(subjects, None)[subject.label]
         counts = Counter(entry.name.split("/")[0] for entry in seen.entries)
         assert counts == {name: count for name, (count, _) in COUNTS.items()}
-        assert len(points(subjects)[subject.label].images) == len(seen)
+        assert len(open_points(subjects)[subject.label].images) == len(seen)
     resumes_exactly(whole, 2, **values(concepts, **drawn))
     changed = json.loads(concepts.read_text())
     changed[1]["repeats"] = "2"
