@@ -193,8 +193,8 @@ def as_table(curves: dict[str, Curve]) -> str:
     lines = ["", f"{'held-out loss':12}{'lowest':>11}{'at step':>9}{'at the end':>12}"]
     lines.append(f"{'base model':12}{curves[TITLES[METHODS[0]]][0][1]:12.4f}")
     for name, curve in curves.items():
-        step, least = min(curve, key=lambda point: point[1])
-        lines.append(f"{name:12}{least:12.4f}{step:9}{curve[-1][1]:12.4f}")
+        step, lowest = min(curve, key=lambda point: point[1])
+        lines.append(f"{name:12}{lowest:12.4f}{step:9}{curve[-1][1]:12.4f}")
     return "\n".join(lines)
 
 

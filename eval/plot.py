@@ -175,8 +175,8 @@ def group_styles(groups: Sequence[str], control: str = "") -> dict[str, dict[str
 
     colors = matplotlib.colormaps["tab10"]
     styles: dict[str, dict[str, Any]] = {}
-    others = [group for group in groups if group != control]
-    for number, group in enumerate(others):
+    colored_groups = [group for group in groups if group != control]
+    for number, group in enumerate(colored_groups):
         turn = number // COLORS  # how often the colors have come round
         styles[group] = {
             "color": colors(number % COLORS),

@@ -103,8 +103,8 @@ def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
             tensors[f"{name}.alpha"] = torch.tensor(float(len(layer.A)))
             if layer.magnitude is not None:
                 # (m, 1) for a linear layer, (m, 1, 1, 1) for a convolution
-                ones = [1] * (layer.A.dim() - 1)
-                tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *ones)
+                kernel_ones = [1] * (layer.A.dim() - 1)
+                tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *kernel_ones)
     return tensors
 
 

@@ -318,8 +318,8 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
     A, B = layer["A"], layer["B"]
     rank, width = A.shape[0], B.shape[0]
     # B is (m, r), or (m, r, 1, 1) of a convolution.
-    ones = (1,) * len(B.shape[2:])
-    if len(A.shape) != len(B.shape) or B.shape[1:] != (rank, *ones):
+    kernel_ones = (1,) * len(B.shape[2:])
+    if len(A.shape) != len(B.shape) or B.shape[1:] != (rank, *kernel_ones):
         problem = (
             f"has {A.key} of the shape {list(A.shape)} and {B.key} of {list(B.shape)}, which do not"
             " fit"

@@ -149,8 +149,10 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -
     B = rounded if torch.equal(rounded.double(), scaled) else scaled.float()
     if magnitude is not None:
         # (m,) for a linear layer, (1, m, 1, 1) for a convolution
-        ones = [1] * (A.dim() - 2)
-        magnitude = magnitude.reshape(1, -1, *ones) if ones else magnitude.flatten()
+        kernel_ones = [1] * (A.dim() - 2)
+        magnitude = magnitude.flatten()
+        if kernel_ones:
+            magnitude = magnitude.reshape(1, -1, *kernel_ones)
     layer = Layer(name, A, B, magnitude)
     for tensor in layer.tensors:
         # NaN does not pass this comparison.

@@ -23,12 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..adapters import Factors
-from ..core.durable import (
-    discard,
-    remove_leftovers,
-    sync,
-    write_bytes,
-)
+from ..core.durable import discard, remove_leftovers, sync, write_bytes
 from ..core.errors import TrainingError, UserError, translated
 
 FOLDER = "dynamics"
@@ -47,7 +42,8 @@ class Snapshot:
     @property
     def names(self) -> list[str]:
         """The layers as "target.module path", in the order of every list here."""
-        return [f.name for f in next(iter(self.factors.values()))]
+        layers = next(iter(self.factors.values()))
+        return [layer.name for layer in layers]
 
 
 def write(folder: Path, snapshot: Snapshot) -> Path:
@@ -57,21 +53,24 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
         TrainingError: the disk refuses.
     """
     tensors = {f"layers/{name}": values for name, values in snapshot.layers.items()}
+    scales: dict[str, list[float]] = {}  # of each adapter on every layer
     for adapter, layers in snapshot.factors.items():
-        for f in layers:
-            for side in "AB":
-                tensors[_key(adapter, f.name, side)] = getattr(f, side).contiguous()
-    about = {
+        scales[adapter] = []
+        for layer in layers:
+            tensors[_key(adapter, layer.name, "A")] = layer.A.contiguous()
+            tensors[_key(adapter, layer.name, "B")] = layer.B.contiguous()
+            scales[adapter].append(layer.scale)
+    description = {
         "schema_version": SCHEMA_VERSION,
         "step": snapshot.step,
         "layers": snapshot.names,
-        "scales": {a: [f.scale for f in layers] for a, layers in snapshot.factors.items()},
+        "scales": scales,
     }
     path = Path(folder) / FOLDER / f"step-{snapshot.step}.safetensors"
     try:
         path.parent.mkdir(exist_ok=True)
         # One entry: safetensors writes several in an order that changes from file to file.
-        write_bytes(path, save(tensors, {"snapshot": json.dumps(about)}))
+        write_bytes(path, save(tensors, {"snapshot": json.dumps(description)}))
     except OSError as error:
         raise TrainingError(
             f"{path} could not be written ({error.strerror}): make room for it and resume, or go on"
@@ -82,8 +81,12 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
 
 def steps(folder: Path) -> dict[int, Path]:
     """The snapshots in a run folder by step, in order; {} without any."""
-    files = (Path(folder) / FOLDER).glob("step-*.safetensors")
-    return dict(sorted((int(m[1]), path) for path in files if (m := _NAME.fullmatch(path.name))))
+    paths = {}
+    for path in (Path(folder) / FOLDER).glob("step-*.safetensors"):
+        match = _NAME.fullmatch(path.name)
+        if match is not None:
+            paths[int(match[1])] = path
+    return dict(sorted(paths.items()))
 
 
 def read(path: Path) -> Snapshot:
@@ -96,25 +99,25 @@ def read(path: Path) -> Snapshot:
         translated(f"{path} can't be read", "delete it to leave this step out, or train again"),
         safe_open(path, framework="pt") as file,
     ):
-        about = json.loads((file.metadata() or {})["snapshot"])
+        description = json.loads((file.metadata() or {})["snapshot"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if about["schema_version"] != SCHEMA_VERSION:
+        version = description["schema_version"]
+        if version != SCHEMA_VERSION:
             raise UserError(
-                f"{path} has schema version {about['schema_version']}, but this version of"
-                f" bilora_diffusion reads {SCHEMA_VERSION}: read it with the version that wrote it"
+                f"{path} has schema version {version}, but this version of bilora_diffusion reads"
+                f" {SCHEMA_VERSION}: read it with the version that wrote it"
             )
-        factors = {
-            adapter: [
-                Factors(
-                    *(name, tensors[_key(adapter, name, "A")], tensors[_key(adapter, name, "B")]),
-                    scale=float(scale),
-                )
-                for name, scale in zip(about["layers"], scales, strict=True)
-            ]
-            for adapter, scales in about["scales"].items()
-        }
-        layers = {k.removeprefix("layers/"): v for k, v in tensors.items() if k[:7] == "layers/"}
-        return Snapshot(about["step"], factors, layers)
+        factors: dict[str, list[Factors]] = {}
+        for adapter, scales in description["scales"].items():
+            factors[adapter] = []
+            for name, scale in zip(description["layers"], scales, strict=True):
+                A, B = tensors[_key(adapter, name, "A")], tensors[_key(adapter, name, "B")]
+                factors[adapter].append(Factors(name, A, B, float(scale)))
+        layer_figures = {}
+        for key, values in tensors.items():
+            if key.startswith("layers/"):
+                layer_figures[key.removeprefix("layers/")] = values
+        return Snapshot(description["step"], factors, layer_figures)
 
 
 def _key(adapter: str, layer: str, side: str) -> str:
@@ -123,16 +126,21 @@ def _key(adapter: str, layer: str, side: str) -> str:
 
 def truncate(folder: Path, step: int) -> None:
     """Delete the snapshots of steps after ``step``, which a resumed run takes anew."""
-    if (root := Path(folder) / FOLDER).is_dir():
-        remove_leftovers(root)
-        for path in [path for taken, path in steps(folder).items() if taken > step]:
+    root = Path(folder) / FOLDER
+    if not root.is_dir():
+        return
+    remove_leftovers(root)
+    for snapshot_step, path in steps(folder).items():
+        if snapshot_step > step:
             discard(path)
-        sync(root)
+    sync(root)
 
 
 def to_cpu(factors: Sequence[Factors]) -> list[Factors]:
     """Copies on the CPU in their own precision, torch's DTensors and gradients left behind."""
-    return [
-        f._replace(A=f.A.detach().to("cpu", copy=True), B=f.B.detach().to("cpu", copy=True))
-        for f in factors
-    ]
+    copies = []
+    for layer in factors:
+        A = layer.A.detach().to("cpu", copy=True)
+        B = layer.B.detach().to("cpu", copy=True)
+        copies.append(layer._replace(A=A, B=B))
+    return copies

@@ -83,7 +83,7 @@ def bytes_to_write(trainer: Trainer) -> int:
     saved = ahead // cfg.checkpointing_steps
     if cfg.checkpoints_total_limit:  # one more is written before the oldest goes
         saved = min(saved, cfg.checkpoints_total_limit + 1)
-    snapshots = 0 if trainer.dynamics is None else ahead // trainer.dynamics.every
+    snapshots = 0 if trainer.dynamics is None else ahead // trainer.dynamics.interval_steps
     each = 1 + state + (1 if cfg.keep_best else 0)
     tensors = (saved * each + snapshots + 1) * trained
     every = trainer.validation_steps

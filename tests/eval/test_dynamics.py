@@ -64,7 +64,7 @@ def test_curves_over_one_layer_and_over_all(tmp_path):
     found = curves.read(opened(run, "run"), [layer])
     files = snapshots.steps(run)
     last, middle = snapshots.read(files[10]), snapshots.read(files[4])
-    for name, where in ((curves.ALL, [0, 1, 2]), (layer, [2])):
+    for name, where in ((curves.ALL_LAYERS, [0, 1, 2]), (layer, [2])):
         values = found[name].values
         assert values["primary/product"][10] == pytest.approx(1)
         for role, of, to in (
@@ -82,7 +82,9 @@ def test_curves_over_one_layer_and_over_all(tmp_path):
     assert curves.spread(names, 4) == ["layer.0", "layer.3", "layer.6", "layer.9"]
     assert curves.spread(names[:2], 4) == names[:2]
     assert found[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
-    assert found[curves.ALL].chance["column_overlap"] == pytest.approx((2 / 6 + 2 / 6 + 2 / 4) / 3)
+    assert found[curves.ALL_LAYERS].chance["column_overlap"] == pytest.approx(
+        (2 / 6 + 2 / 6 + 2 / 4) / 3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
     for who in ("primary", "auxiliary"):
         settled = {}
         for row in result.select(f"settled {who}/product"):
-            found = curves.read(opened(folder / row.subject, ""))[curves.ALL]
+            found = curves.read(opened(folder / row.subject, ""))[curves.ALL_LAYERS]
             steps, cosines = zip(*found.values[f"{who}/product"].items(), strict=True)
             settled[row.seed] = row.value
             assert row.value == settles(steps, cosines, 0.9)
