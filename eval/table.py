@@ -226,13 +226,13 @@ def write(result: Result, folder: Path, report: str) -> None:
 def read(folder: Path, rows: bool = True) -> Result:
     """The result in a folder."""
     record = head(folder)
-    again = f"run python -m eval.{record['kind']} again"
+    fix = f"run python -m eval.{record['kind']} again"
     try:
         record["rows"] = from_csv(Row, folder / ROWS) if rows else []
         record["summaries"] = from_csv(Summary, folder / SUMMARY)
         return _adapter(Result).validate_python(record)
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{folder / FILE} is damaged: {again}") from error
+        raise UserError(f"{folder / FILE} is damaged: {fix}") from error
 
 
 def head(folder: Path) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def head(folder: Path) -> dict[str, Any]:
 def to_csv(kind: Any, lines: Iterable[Any]) -> str:
     """Dataclasses as CSV, unrounded; None and what is not finite is an empty field."""
     text = _Lines()
-    names = [one.name for one in fields(kind)]
+    names = [column.name for column in fields(kind)]
     writer = csv.DictWriter(text, names, lineterminator="\r\n")
     writer.writeheader()
     writer.writerows(strict_json({n: getattr(line, n) for n in names})[0] for line in lines)
@@ -279,16 +279,19 @@ class _Lines(io.StringIO):
 
 def from_csv(kind: Any, path: Path) -> list[Any]:
     """Read what :func:`to_csv` wrote."""
-    names = [one.name for one in fields(kind)]
-    words = {one.name for one in fields(kind) if one.type == "str"}
+    names = [column.name for column in fields(kind)]
+    # Of text an empty field is "", of a number None.
+    text_names = {column.name for column in fields(kind) if column.type == "str"}
     with finite(path).open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != names:
             raise ValueError(f"the columns are {reader.fieldnames} and not {names}")
-        lines = [
-            {name: value if value or name in words else None for name, value in line.items()}
-            for line in reader
-        ]
+        lines = []
+        for line in reader:
+            for name in names:
+                if line[name] == "" and name not in text_names:
+                    line[name] = None
+            lines.append(line)
     return _adapter(list[kind]).validate_python(lines)
 
 
