@@ -43,11 +43,15 @@ def row(name: str, weights: str, *words: str) -> dict[str, int]:
         words: more of a command line.
     """
     quantized = ["--quantize", "none" if weights == "bf16" else weights]
-    taken = moments(_bare(name, *quantized, *words), torch.device("cuda"))
-    held, trained = sum(taken[STEP].values()), _trained(name)
-    step = {"activations": taken[STEP]["activations"], "encoders": sum(taken[BEFORE].values())}
-    # The auxiliary is as large as the primary, with its gradients and moments.
-    return step | {"lora": held + trained, "bilora": held + 2 * trained}
+    peaks = moments(_bare(name, *quantized, *words), torch.device("cuda"))
+    frozen, trained = sum(peaks[STEP].values()), _trained(name)
+    return {
+        "activations": peaks[STEP]["activations"],
+        "encoders": sum(peaks[BEFORE].values()),
+        "lora": frozen + trained,
+        # The auxiliary is as large as the primary, with its gradients and moments.
+        "bilora": frozen + 2 * trained,
+    }
 
 
 @functools.cache
@@ -57,9 +61,9 @@ def _trained(name: str) -> int:
 
 def _bare(name: str, *words: str) -> Any:
     """A run without images, and without the weights of its autoencoder."""
-    given = ["--resolution", "1024", "--mixed_precision", "bf16", "--train_batch_size", "1"]
-    given += ["--num_validation_images", "0", "--method", "lora", *words]
-    run = task(name, *given)
+    options = "--resolution 1024 --mixed_precision bf16 --train_batch_size 1"
+    options += " --num_validation_images 0 --method lora"
+    run = task(name, *options.split(), *words)
     run.pipeline.vae = SimpleNamespace(config=run.pipeline.vae.config)
     return run
 
@@ -67,9 +71,9 @@ def _bare(name: str, *words: str) -> Any:
 def task(name: str, *words: str) -> Any:
     """The task as a dry run reads it."""
     with TemporaryDirectory() as folder:
-        given = ["--dataset", "mini", "--validation_dataset", "none", "--dry_run"]
-        given += ["--output_dir", folder, *words]
-        cfg = resolve([*given, "--pretrained_model_name_or_path", "mini"])  # without the hub
+        options = ["--dataset", "mini", "--validation_dataset", "none", "--dry_run"]
+        options += ["--output_dir", folder, *words]
+        cfg = resolve([*options, "--pretrained_model_name_or_path", "mini"])  # without the hub
     family: Any = named(MODELS[name]["pipeline"], name)()
     part, config = MODELS[name]["denoiser"]
     denoiser = empty(lambda: getattr(diffusers, part)(**config), torch.bfloat16)

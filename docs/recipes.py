@@ -21,11 +21,12 @@ LINE = re.compile(r"^# (\d+) GB (?:as it stands|with `(.+)`): .*$", re.MULTILINE
 def models(examples: Mapping[str, str]) -> dict[Path, str]:
     """The recipes that are for a model of the tables and say what it takes -> its name there."""
     names = {hub: name for name, hub in examples.items()}
-    return {
-        path: names[read_options(path, path.name, "--config")["pretrained_model_name_or_path"]]
-        for path in sorted(RECIPES.glob("*.yaml"))
-        if LINE.search(path.read_text(encoding="utf-8"))
-    }
+    models_of_recipes = {}
+    for path in sorted(RECIPES.glob("*.yaml")):
+        if LINE.search(path.read_text(encoding="utf-8")):
+            options = read_options(path, path.name, "--config")
+            models_of_recipes[path] = names[options["pretrained_model_name_or_path"]]
+    return models_of_recipes
 
 
 def page(path: Path, model: str) -> str:
@@ -41,5 +42,5 @@ def page(path: Path, model: str) -> str:
 def peak(model: str, *words: str) -> int:
     """Bytes of a run on a GPU when it takes most, validation images included."""
     run = task(model, "--validation_prompt", "a photo of TOK", *words)
-    taken = complete(moments(run, torch.device("cuda")), attached(run, 1)[1], CUDA_CONTEXT)
-    return max(sum(parts.values()) for parts in taken.values())
+    peaks = complete(moments(run, torch.device("cuda")), attached(run, 1)[1], CUDA_CONTEXT)
+    return max(sum(parts.values()) for parts in peaks.values())

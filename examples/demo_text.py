@@ -23,7 +23,7 @@ from bilora_diffusion.text import script as train_text
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "gsm_symbolic.yaml"
 SHORT = ("--max_eval_samples", "16", "--max_predictions", "6", "--eval_on_start")
-SHOWN = 3
+PROBLEMS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
     train_text.main(["--config", str(recipe), *place, *SHORT, *flags])
     steps = [row["step"] for row in runlog.read_metrics(folder) if "heldout_loss" in row]
     before, after = (answers(folder, step) for step in (steps[0], steps[-1]))
-    for first, last in list(zip(before, after, strict=True))[:SHOWN]:
+    for first, last in list(zip(before, after, strict=True))[:PROBLEMS]:
         print("\n" + paragraphs(first, last))
     print("\n" + figures(folder))
     print(f"\nRun folder: {folder} (all answers: {folder}/validation/step-{steps[-1]})")

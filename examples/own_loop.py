@@ -24,7 +24,7 @@ from torch import Tensor
 from bilora_diffusion import BiLoRAConfig, attach, mini
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-BATCH, EVERY = 4, 40
+BATCH, EVALUATION_STEPS = 4, 40
 
 
 def load(folder: Path, pipeline: Any, count: int) -> dict[str, Tensor]:
@@ -52,15 +52,15 @@ def loss(unet: Any, noises: Any, data: dict[str, Tensor], rows: Tensor, seed: in
 
 
 def train(per_sample: bool, rho: float, steps: int) -> list[float]:
-    """Train the adapters; the loss on unseen icons every ``EVERY`` steps."""
+    """Train the adapters; the loss on unseen icons every ``EVALUATION_STEPS`` steps."""
     kind: Any = StableDiffusionXLPipeline
     pipeline = kind.from_pretrained(mini.pipeline_dir(), dtype=torch.float32)
     pipeline.unet.requires_grad_(False)
     noises = DDPMScheduler.from_config(pipeline.scheduler.config)
     with torch.no_grad():
-        own = load(mini.train_dir(), pipeline, 23)
-        unseen = load(mini.heldout_dir(), pipeline, 64)
-    count = len(own["latents"])
+        training_icons = load(mini.train_dir(), pipeline, 23)
+        heldout_icons = load(mini.heldout_dir(), pipeline, 64)
+    count = len(training_icons["latents"])
     torch.manual_seed(0)
     config = BiLoRAConfig(
         rank=4,
@@ -75,15 +75,17 @@ def train(per_sample: bool, rho: float, steps: int) -> list[float]:
     bilora.bind(optimizer)  # projects after every optimizer.step()
     held_out = []
     for step in range(steps + 1):
-        if step % EVERY == 0:
+        if step % EVALUATION_STEPS == 0:
             with bilora.evaluating(), torch.no_grad():
-                every = torch.arange(64)
-                values = [loss(pipeline.unet, noises, unseen, every, n) for n in range(8)]
+                all_rows = torch.arange(64)
+                values = []
+                for seed in range(8):
+                    values.append(loss(pipeline.unet, noises, heldout_icons, all_rows, seed))
                 held_out.append(float(torch.stack(values).mean()))
         order = torch.randperm(count, generator=torch.Generator().manual_seed(step))
         rows = order[:BATCH]
         with bilora.samples(rows.tolist()):  # each row sees the auxiliary of its own sample
-            loss(pipeline.unet, noises, own, rows, seed=10_000 + step).backward()
+            loss(pipeline.unet, noises, training_icons, rows, seed=10_000 + step).backward()
         optimizer.step()
         optimizer.zero_grad()
     return held_out
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--rho", type=float, default=1.5)
     args = parser.parse_args(argv)
-    print("held-out loss x 1000 at", *range(0, args.steps + 1, EVERY))
+    print("held-out loss x 1000 at", *range(0, args.steps + 1, EVALUATION_STEPS))
     for name, per_sample, rho in (("LoRA", False, 1e-9), ("per sample", True, args.rho)):
         curve = train(per_sample, rho, args.steps)
         print(f"{name:22}", *(f"{1000 * value:.1f}" for value in curve), flush=True)

@@ -43,17 +43,19 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    own, args = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses(  # pyright: ignore[reportArgumentType]
+    options, args = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses(  # pyright: ignore[reportArgumentType]
         list(argv) if argv is not None else None
     )
-    tokenizer: Any = AutoTokenizer.from_pretrained(own.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(own.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model)
 
-    file = {"path": "json", "data_files": own.data} if Path(own.data).is_file() else {}
-    rows = load_dataset(**{"path": own.data, **file}, split="train")
+    file = {"path": "json", "data_files": options.data} if Path(options.data).is_file() else {}
+    rows = load_dataset(**{"path": options.data, **file}, split="train")
     rows = rows.map(
-        lambda batch: tokenizer(batch[own.column], truncation=True, max_length=own.max_length),
+        lambda batch: tokenizer(
+            batch[options.column], truncation=True, max_length=options.max_length
+        ),
         batched=True,
         remove_columns=rows.column_names,
     )
@@ -65,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
-    bilora = use_bilora(trainer, BiLoRAConfig(rank=own.rank, alpha=own.alpha, rho=own.rho))
+    bilora = use_bilora(
+        trainer, BiLoRAConfig(rank=options.rank, alpha=options.alpha, rho=options.rho)
+    )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     norm = bilora.auxiliary_norm()
