@@ -47,11 +47,9 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options, args = HfArgumentParser(
-        (Arguments, Seq2SeqTrainingArguments)
-    ).parse_args_into_dataclasses(  # pyright: ignore[reportArgumentType]
-        list(argv) if argv is not None else None
-    )
+    parser: Any = HfArgumentParser([Arguments, Seq2SeqTrainingArguments])  # pyright: ignore[reportArgumentType]
+    words = None if argv is None else list(argv)
+    options, args = parser.parse_args_into_dataclasses(words)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForSeq2SeqLM.from_pretrained(options.model)
 

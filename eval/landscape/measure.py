@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from ..table import Row
 from .points import Model
 from .surface import Direction, evaluate, line, plane, sharpness
 
-LossValues = list[float | None]
+LossValues = Sequence[float | None]
 """Losses at some positions; None where one is not finite."""
 
 
@@ -34,9 +34,9 @@ class SpaceLosses:
 
     loss: float
     parameters: int
-    lines: list[LossValues]
+    lines: Sequence[LossValues]
     sharpness: float | None
-    plane: list[LossValues] | None
+    plane: Sequence[LossValues] | None
 
 
 def part_count(settings: Mapping[str, Any], with_plane: bool) -> int:
@@ -99,7 +99,7 @@ def measure_space(
     if with_plane:
         grid = settings["grid_positions"][space]
 
-        def measure_plane(weights: Any, loss: Any) -> list[LossValues]:
+        def measure_plane(weights: Any, loss: Any) -> Sequence[LossValues]:
             first, second = Direction(weights, seed, 0), Direction(weights, seed, 1)
             return plane(weights, loss, (first, second), grid)
 
@@ -127,7 +127,7 @@ def rows(
             yield row("plane", value, note=f"at {first:.6g}, {second:.6g}")
 
 
-def rise(lines: list[LossValues]) -> float | None:
+def rise(lines: Sequence[LossValues]) -> float | None:
     """Mean over directions of the loss at both ends minus that in the middle."""
     rises = []
     for values in lines:
