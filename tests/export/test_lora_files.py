@@ -112,20 +112,15 @@ def smuggle(way, tensors, metadata):
     for key in [key for key in tensors if key.startswith("unet.")]:
         name, _, side = key.removesuffix(".weight").rpartition(".lora_")
         flat = f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}"
-        other = {
-            "named": f"{name}.lora_{side}.auxiliary.weight",
-            "doubled": f"{name}.lora.{'down' if side == 'A' else 'up'}.weight",
-            "kohya": f"{flat}.lora_{'down' if side == 'A' else 'up'}.weight",
-        }
-        if way in other:
-            tensors[other[way]] = tensors[key].clone()
+        if way == "named":
+            tensors[f"{name}.lora_{side}.auxiliary.weight"] = tensors[key].clone()
+        if way == "kohya":
+            tensors[f"{flat}.lora_{DOWN_UP['AB'.index(side)]}.weight"] = tensors[key].clone()
     if way == "configured":
         metadata[PLACE] = json.dumps({**json.loads(metadata[PLACE]), "unet.auxiliary.r": 4})
-    if way == "listed":
-        metadata["adapter_names"] = "default, auxiliary"
 
 
-@pytest.mark.parametrize("way", ["named", "doubled", "configured", "listed", "kohya"])
+@pytest.mark.parametrize("way", ["named", "configured", "kohya"])
 def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys):
     rewrite(folder / FILE_NAME, tmp_path / FILE_NAME, partial(smuggle, way))
     assert inspect(tmp_path / FILE_NAME).auxiliary
@@ -139,7 +134,7 @@ def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys):
 
 def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys):
     whole = (folder / FILE_NAME).read_bytes()
-    contents = {"short": whole[:-10], "header": whole[:100], "text": b"no weights", "empty": b""}
+    contents = {"short": whole[:-10], "header": whole[:100], "empty": b""}
     contents["model"] = a_file({"conv.weight": ("F32", [2])}, {})
     for name, content in contents.items():
         (tmp_path / f"{name}.safetensors").write_bytes(content)
@@ -208,7 +203,6 @@ def test_values_beyond_fp32_are_refused(tmp_path):
             read(path)
 
 
-FLAGS = ("use_rslora", "use_dora")
 COSTLY = ("[", "(a+)+", "a{99999999999}", "(" * 999, ".*.*.*.*.*")
 
 
@@ -230,45 +224,31 @@ def test_a_configuration_that_is_not_pefts_is_refused(tmp_path, config, named):
 
 
 LAYERS = ("unet.mid_block.to_q", "lora_unet_mid_block_resnets_0_conv1", "base_model.model.q", "q")
-KINDS = ("lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "alpha")
-KINDS += ("lora_A.auxiliary.weight", "lora_magnitude_vector", "dora_scale", "lora.down.weight")
+KINDS = ("lora_A.weight", "lora_up.weight", "alpha", "lora_A.auxiliary.weight", "dora_scale")
 KEYS = st.builds(".".join, st.tuples(st.sampled_from(LAYERS), st.sampled_from(KINDS)))
-SHAPES = st.lists(st.integers(0, 3), max_size=4) | st.sampled_from([[], [1], [2, 4], [4, 2], [4]])
-MORE = st.dictionaries(
-    KEYS | st.text(max_size=9), st.tuples(st.sampled_from(list(BITS)), SHAPES), max_size=6
+SHAPES = st.lists(st.integers(0, 3), max_size=4)
+TENSORS = st.dictionaries(KEYS, st.tuples(st.sampled_from(list(BITS)), SHAPES), max_size=6)
+NEARLY_LORA = st.builds(lambda layer, rest: pair(layer) | rest, st.sampled_from(LAYERS), TENSORS)
+TEXTS = st.sampled_from(
+    (
+        "{",
+        "[" * 99_999,
+        "\0\ud7ff",
+        '"\\ud800"',
+        '{"unet.r": null}',
+        '{"r": [4], "rank_pattern": {"(a+)+": 4}}',
+        '{"r": 1e999, "use_dora": 4}',
+    )
 )
-NEARLY = st.builds(
-    lambda layer, ab, more: {**pair(layer, ab=ab), **more},
-    *(st.sampled_from(LAYERS), st.sampled_from([("A", "B"), DOWN_UP]), MORE),
-)
-JSONS = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=9)
-    | st.sampled_from(["LORA", "conv_in", "(a+)+", "[", "\ud800", 10**400, 4]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["r", "lora_alpha", "rank_pattern", "alpha_pattern", "unet.r", *FLAGS])
-            | st.sampled_from(COSTLY),
-            inner,
-        )
-    ),
-    max_leaves=8,
-)
-TEXTS = JSONS.map(json.dumps) | st.sampled_from(["{", "[" * 99_999, "1" * 9999, "\0\ud7ff"])
 METADATA = st.dictionaries(st.sampled_from([PLACE, "bilora.component", "adapter_names"]), TEXTS)
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=100)
 @example(content=b"\xff" * 20, config=b'{"r": ' + b"[" * 900 + b"]" * 900 + b"}")
 @given(
-    st.binary(max_size=60)
-    | st.binary(max_size=60).map(lambda text: len(text).to_bytes(8, "little") + text)
-    | st.builds(a_file, MORE | NEARLY, METADATA, st.sampled_from([b"\0", b"\x3c", b"\x7f"])),
-    st.binary(max_size=60) | TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
+    content=st.binary(max_size=60).map(lambda text: len(text).to_bytes(8, "little") + text)
+    | st.builds(a_file, TENSORS | NEARLY_LORA, METADATA, st.sampled_from([b"\0", b"\x7f"])),
+    config=st.binary(max_size=60) | TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
 )
 def test_any_file_is_read_or_a_sentence(tmp_path_factory, content, config):
     any_file = tmp_path_factory.getbasetemp() / "any.safetensors"
