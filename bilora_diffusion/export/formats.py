@@ -150,14 +150,18 @@ def dotted_names(keys: Iterable[str], is_encoder: bool) -> dict[str, str]:
     from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
     from diffusers.utils.state_dict_utils import StateDictType
 
-    # The converters change keys alone, so a key can stand for its tensor.
-    state_dict = {key: key for key in keys}
-    if is_encoder:
-        oldest = StateDictType.DIFFUSERS_OLD  # whose table has all later names too
-        converted = convert_state_dict_to_peft(state_dict, original_type=oldest)
-    else:
-        converted = convert_unet_state_dict_to_peft(state_dict)
-    return {key: layer_of_key(new_key) for new_key, key in converted.items()}
+    names = {}
+    for key in keys:
+        # One by one, so that two spellings of a layer do not become one. The converters change keys
+        # alone, so that nothing need stand for the tensor.
+        if is_encoder:
+            oldest = StateDictType.DIFFUSERS_OLD  # whose table has all later names too
+            converted = convert_state_dict_to_peft({key: None}, original_type=oldest)
+        else:
+            converted = convert_unet_state_dict_to_peft({key: None})
+        (new_key,) = converted
+        names[key] = layer_of_key(new_key)
+    return names
 
 
 def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:

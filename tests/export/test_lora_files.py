@@ -152,6 +152,11 @@ def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys):
 DORA = {f"{UNET}.lora_magnitude_vector": ("F32", [4])}
 AB = pair(UNET)
 DOWN_UP = ("down", "up")
+OLD_QUERY = {
+    f"text_encoder.{QUERY.replace('q_proj', 'to_q_lora')}.down.weight": ("F16", [2, 4]),
+    f"text_encoder.{QUERY.replace('q_proj', 'to_q_lora')}.up.weight": ("F16", [4, 2]),
+}
+"""As diffusers named it before it had PEFT."""
 KOHYAS = pair(KOHYA, ab=DOWN_UP)
 
 
@@ -176,6 +181,7 @@ KOHYAS = pair(KOHYA, ab=DOWN_UP)
         # a layer by two names, of which one would be lost
         (KOHYAS | pair(f"{TIME}_1", ab=DOWN_UP), None, "time_embedding.linear_1"),
         (AB | {"unet.conv_in.hada_w1_a": ("F16", [2, 2])}, None, "hada_w1_a"),
+        (pair(f"text_encoder.{QUERY}") | OLD_QUERY, None, "self_attn.q_proj as"),
     ],
 )
 def test_what_can_not_be_right_is_refused(tmp_path, tensors, metadata, named):
