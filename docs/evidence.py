@@ -104,6 +104,7 @@ def figure(check: Check) -> Figure:
     if check.control or check.minus:
         pairs = values.keys() & control_values.keys()
         values = {unit: values[unit] - control_values[unit] for unit in values if unit in pairs}
+    # By the same bootstrap as in the results themselves.
     interval = bootstrap_interval(list(values.values())) if values else None
     if interval is None:
         raise ValueError(f"{check.result} has no interval for {check.metric} of {check.group}.")
@@ -122,6 +123,7 @@ def _benchmark(check: Check, arms: dict[str, Any]) -> Figure:
 
 def verdict(check: Check, figure: Figure) -> str:
     """The verdict of the interval: where the claim has it, elsewhere, or partly there."""
+    # A verdict needs the whole interval on one side.
     lower, upper = check.lower, check.upper
     if check.tolerance is not None:
         lower, upper = -check.tolerance * figure.size, check.tolerance * figure.size

@@ -70,6 +70,7 @@ def convert(source: str | Path, to: str, output: str | Path | None = None) -> Pa
     parts: dict[str, Part] = {}
     for file_contents in contents:
         parts |= file_contents.parts
+    # Of several folders the one above them gives the name.
     file = files[0] if len(files) == 1 else source / WEIGHTS
     # A LoRA is called as its folder where its file has the name that all have.
     has_common_name = file.name in (FILE_NAME, WEIGHTS)
@@ -78,8 +79,10 @@ def convert(source: str | Path, to: str, output: str | Path | None = None) -> Pa
         folder = source if source.is_dir() else source.parent
         name = f"{stem}-peft" if to == "peft" else f"{stem}-{to}.safetensors"
         if to == "kohya" and file.name == FILE_NAME:
+            # As the run itself would have written it.
             name = kohya_file_name(folder)
         output = folder / name
+    # Metadata of training is alike in all of them.
     merged = Contents(parts, contents[0].metadata, contents[0].base_model)
     return write(merged, to, Path(output), stem)
 
@@ -109,6 +112,7 @@ def write(contents: Contents, to: str, target: Path, stem: str) -> Path:
         refuse_existing(target, *folders.values())
         for name, folder in folders.items():
             tensors, config = peft_adapter(name, parts[name], contents.base_model)
+            # Beside the bytes, what a reader makes of them is compared.
             check = partial(compare, expected={name: parts[name].layers})
             write_adapter(folder, tensors, config, metadata | {COMPONENT: name}, check)
         return target
@@ -161,7 +165,7 @@ def export_checkpoint(
                 f"{folder} is a run on text, whose adapters have no place in {to}'s format; use"
                 " --to peft."
             )
-        (primary,) = primaries.values()
+        (primary,) = primaries.values()  # a text run trains one model
         refuse_existing(target)
         peft_config = primary.config
         if primary.is_doubled:
@@ -174,7 +178,7 @@ def export_checkpoint(
         raise UserError(f"{target} is one file; say which by --to diffusers or --to kohya.")
     parts = {}
     for name, primary in primaries.items():
-        scale = primary.config["lora_alpha"] / primary.config["r"]
+        scale = primary.config["lora_alpha"] / primary.config["r"]  # s = alpha / rank
         parts[name] = part_of(name, primary.tensors, primary.config, scale)
     base_model = config["pretrained_model_name_or_path"]
     contents = Contents(parts, training_facts(config, step), base_model)
@@ -189,6 +193,7 @@ def _primaries(saved: checkpoint.Checkpoint) -> dict[str, Primary]:
     """The primaries by model."""
     notes, tensors = saved.extra["result"], dict(saved.tensors)
     if saved.extra["average"] is not None:
+        # An average takes the place of the weights that it is of, as at the end of a run.
         for number, key in enumerate(notes["averaged"]):
             tensors[key] = tensors[f"average/{number}"]
     primaries = {}

@@ -76,6 +76,7 @@ def diffusers_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
     """
     tensors = {}
     for component, part in parts.items():
+        # The magnitude of a denoiser has no ".weight", as PEFT writes it.
         down, up, magnitude = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
         if component in ENCODERS:
             down, up = "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
@@ -100,6 +101,7 @@ def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
             name = kohya_name(component, layer.name)
             tensors[f"{name}.lora_down.weight"] = layer.A
             tensors[f"{name}.lora_up.weight"] = layer.B
+            # Readers multiply by alpha / rank, which B has in it.
             tensors[f"{name}.alpha"] = torch.tensor(float(len(layer.A)))
             if layer.magnitude is not None:
                 # (m, 1) for a linear layer, (m, 1, 1, 1) for a convolution
@@ -124,6 +126,7 @@ def peft_adapter(
         tensors[f"{name}.lora_B.weight"] = layer.B
         if layer.magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude
+    # PEFT has one rank, and patterns for the layers that differ.
     ((usual_rank, _),) = Counter(ranks.values()).most_common(1)
     differing_ranks = {name: rank for name, rank in ranks.items() if rank != usual_rank}
     config = {
@@ -186,7 +189,7 @@ def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
             " a file with names of one kind."
         )
     known_layer = _UNET_LAYER if component == "unet" else _ENCODER_LAYER
-    sdxl = SimpleNamespace(layers_per_block=2)
+    sdxl = SimpleNamespace(layers_per_block=2)  # all that the loader asks of the UNet
     names = {}
     for name in flat_names:
         module = _MISREAD_NAME.get(name)

@@ -171,6 +171,7 @@ def read_header(path: Path) -> Header:
         count = len(tensors) + len(other_keys)
         raise refused(path, f"holds no LoRA among its {count} tensors", "name a LoRA file")
     keys = [tensor.key for tensor in tensors] + other_keys
+    # A format is that of all keys, or of none.
     file_format = "unknown"
     for name, prefixes in _PREFIXES.items():
         if all(key.startswith(prefixes) for key in keys):
@@ -178,6 +179,7 @@ def read_header(path: Path) -> Header:
     config = adapter_config(path, metadata, file_format)
     weights = [tensor for tensor in tensors if tensor.role != "alpha"]
     evidence = tuple(_evidence(keys, weights, metadata))
+    # Of two adapters for a layer, no tensor can be said to belong to another.
     if not evidence:
         _check_layers(path, tensors, config)
 
@@ -191,6 +193,7 @@ def read_header(path: Path) -> Header:
         if tensor.alpha is not None:
             alphas[tensor.model].add(tensor.alpha)
         elif tensor.role == "A" and tensor.model in config:
+            # PEFT's configuration stands for all layers that it is not more specific about.
             alphas[tensor.model].add(config[tensor.model].alpha(tensor.name))
     file = LoraFile(
         path=str(path),
@@ -224,6 +227,7 @@ def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, st
         with safe_open(path, framework="numpy") as content:
             metadata = dict(content.metadata() or {})
             for key in content.keys():  # noqa: SIM118
+                # A slice reads dtype and shape without the values.
                 match = _KEY.match(key)
                 if match is None:
                     other_keys.append(key)
@@ -256,6 +260,7 @@ def _tensor(
         if count != 1:
             raise refused(path, f"has {count} values as {key}, which is one number")
         alpha = scalar.item()
+        # bool is an int, too.
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise refused(path, f"has {alpha} as {key}, which is no finite number")
     else:
@@ -283,7 +288,7 @@ def _tensor(
 
 def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, PeftConfig]) -> None:
     """Refuse layers whose tensors do not belong together, where each has one adapter."""
-    # model -> layer -> role -> tensor
+    # model -> layer, spelt alike -> role -> tensor
     models: dict[str, dict[str, dict[str, LoraTensor]]] = defaultdict(lambda: defaultdict(dict))
     for tensor in tensors:
         first = models[tensor.model][tensor.layer].setdefault(tensor.role, tensor)

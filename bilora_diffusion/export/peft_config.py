@@ -16,13 +16,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, Valida
 from ..core.errors import UserError, translated
 from ..core.lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
 
-# Such expressions may take longer to search a name than anybody waits.
+# A repeat of a group that repeats, or four repeats. Such expressions may take longer to search a name than anybody waits.
 _COSTLY = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
 
 
 def _pattern(text: object) -> re.Pattern[str]:
     """A regular expression for layers, which PEFT compares with the end of a name."""
     if not isinstance(text, str) or _COSTLY.search(text):
+        # pydantic turns it into an error of validation.
         raise ValueError("this is not a name of layers, or an expression with too many repeats")
     try:
         return re.compile(rf"(.*\.)?({text})$")

@@ -89,6 +89,7 @@ def _read_parts(path: Path, header: Header) -> dict[str, Part]:
     for model, layers in models.items():
         component = _component(path, model, layers, header.file)
         names = _layer_names(component, [x for x in header.tensors if x.model == model])
+        # diffusers' metadata name the model, and PEFT's file has one for its only model.
         config = header.config.get(component) or header.config.get("model")
         for source, tensors in layers.items():
             name = names[source]
@@ -98,6 +99,7 @@ def _read_parts(path: Path, header: Header) -> dict[str, Part]:
                 raise refused(path, both, "leave one out")
             sources[full_name] = source
             rank = len(tensors["A"])
+            # The tensors' own alpha wins over a configuration; without both, alpha is the rank.
             if "alpha" in tensors:
                 scale = float(tensors["alpha"]) / rank
             elif config is not None:
@@ -144,7 +146,7 @@ def _layer_names(component: str, entries: Iterable[LoraTensor]) -> dict[str, str
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -> Layer:
     """The layer with the scale in B, where fp32 can hold it."""
     A, B, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
-    scaled = B.double() * scale
+    scaled = B.double() * scale  # rounded once below, if at all
     rounded = scaled.to(B.dtype)
     B = rounded if torch.equal(rounded.double(), scaled) else scaled.float()
     if magnitude is not None:

@@ -95,6 +95,7 @@ def save_diffusers(
     kohya_file = folder / kohya_file_name(folder)
     metadata = file_metadata(parts, base_model, kohya_file.stem, extra_metadata or {})
     folder.mkdir(parents=True, exist_ok=True)
+    # Before the new ones: an interruption must not leave a file of other weights beside them.
     for older_file in (kohya_file, folder / KOHYA_FILE_NAME_BEFORE):
         older_file.unlink(missing_ok=True)
     write_file(folder / FILE_NAME, parts, "diffusers", metadata)
@@ -221,7 +222,7 @@ def model_hash(tensors: dict[str, Tensor]) -> str:
 
     So it depends on the tensors, in the order that safetensors gives them, not on the metadata.
     """
-    content = safetensors.torch.save(tensors)
+    content = safetensors.torch.save(tensors)  # 8 bytes of the header's length, header, values
     header = 8 + int.from_bytes(content[:8], "little")
     return hashlib.sha256(memoryview(content)[header:]).hexdigest()
 

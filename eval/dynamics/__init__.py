@@ -47,6 +47,7 @@ class Dynamics(Evaluation):
         steps: dict[str, int] = {}
         for group, runs in groups.items():
             self.layers[group] = []
+            # Figure A4 has single layers of LoRA-SAM alone.
             if runs[0].method == "lora-sam":
                 self.layers[group] = curves.spread(curves.layer_names(runs[0]))
             over_all_layers = []
@@ -76,6 +77,7 @@ class Dynamics(Evaluation):
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         from . import curves, figures
 
+        # Before the summaries, which are over runs.
         rows += curves.key_figures(rows, self.settings["steps"])
         return replace(super().complete(subjects, rows), metrics=figures.metrics())
 

@@ -127,7 +127,7 @@ def read(run: Subject, layers: Sequence[str] = ()) -> dict[str, RunCurves]:
     for layer in layers:
         if layer not in final.names:
             raise UserError(f"{run.folder} lacks {layer} of its group: leave it out.")
-    # which layers a curve is over, by their number
+    # name of a curve's layers -> their numbers in a snapshot
     indices_of = {ALL_LAYERS: list(range(len(final.names)))}
     for layer in layers:
         indices_of[layer] = [final.names.index(layer)]
@@ -135,10 +135,12 @@ def read(run: Subject, layers: Sequence[str] = ()) -> dict[str, RunCurves]:
         name: RunCurves({}, {}, _chance(final, indices)) for name, indices in indices_of.items()
     }
     for file in files:
+        # One snapshot and the last one are in memory at a time.
         snapshot = final if file == files[-1] else snapshots.read(file)
         if snapshot.names != final.names:
             raise UserError(f"{file} has other layers than {files[-1].name}: train again.")
         for name, indices in indices_of.items():
+            # Norms and cosines are of these layers as one vector.
             figures = {key: values[indices] for key, values in snapshot.layers.items()}
             for key, value in (totals(figures) | _cosines(snapshot, final, indices)).items():
                 curves[name].values.setdefault(key, {})[snapshot.step] = value
@@ -201,7 +203,7 @@ def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[float, float
 
 
 def _cosine(inner: float, left: float, right: float) -> float | None:
-    length = math.sqrt(max(left, 0.0) * max(right, 0.0))
+    length = math.sqrt(max(left, 0.0) * max(right, 0.0))  # rounding may leave less than zero
     return inner / length if length > 0 else None
 
 
@@ -258,6 +260,7 @@ def _figures(metric: str, points: Sequence[Row]) -> dict[str, float | None]:
     if metric in (GAIN, COLUMNS, ROWS, COSINE):
         if not values:
             return {"final": None, "mean": None}
+        # Of a curve that ends undefined, the last value that it has.
         return {"final": values[-1], "mean": sum(values) / len(values)}
     if "/" in metric and not metric.startswith(CROSS):
         settled = settles([row.step or 0 for row in points], [row.value for row in points], LEVEL)
@@ -301,4 +304,5 @@ def settles(steps: Sequence[int], values: Sequence[float | None], level: float) 
         return None
     left, low = points[crossing]
     right, high = points[crossing + 1]
+    # On the straight line between the two points.
     return left + (right - left) * (level - low) / (high - low)

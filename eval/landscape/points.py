@@ -199,6 +199,7 @@ def load(
         levels: noise levels of the loss, evenly chosen from those of the held-out loss.
     """
     subject = point.subject
+    # What belongs to a training run, and what would change the loss or its precision, is off.
     config = replace(
         point.config,
         mixed_precision="no",
@@ -227,7 +228,7 @@ def load(
         put_lora(pipeline, weights)
         for name, model in task.models.items():
             _undo_baked_scale(weights, name, model)
-    task.module.requires_grad_(False)
+    task.module.requires_grad_(False)  # the space that is looked at gets gradients of its own
     task.module.eval()
     task.to_device(torch.device(device))
     weights_by_space = {}

@@ -49,6 +49,7 @@ def loss_and_gradient(loss: Loss, weights: Sequence[Weight]) -> tuple[float, lis
     tensors = [weight.tensor for weight in weights]
     total, gradient = 0.0, [torch.zeros_like(tensor) for tensor in tensors]
     for term in loss():
+        # Term by term: only this one's graph is in memory.
         total += float(term.detach())
         if not term.requires_grad:
             continue
@@ -241,7 +242,7 @@ def sharpness(weights: Sequence[Weight], loss: Loss, rho: float, steps: int = 10
         start_loss, eta = current.loss, rho
         for _ in range(steps):
             if current.steepness == 0:
-                break
+                break  # a stationary point, or a loss that is not finite
             candidate = climb_to(_step(current, eta, rho))
             if candidate.loss > current.loss:
                 current, eta = candidate, 2 * eta
@@ -257,7 +258,7 @@ def _step(current: _Height, eta: float, rho: float) -> list[Tensor]:
     factor = eta / current.steepness
     e = [part + slope * factor for part, slope in zip(current.e, current.gradient, strict=True)]
     length = norm(e)
-    if length > rho:
+    if length > rho:  # back onto the sphere
         for part in e:
             part.mul_(rho / length)
     return e
