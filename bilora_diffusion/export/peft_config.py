@@ -16,7 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, Valida
 from ..core.errors import UserError, translated
 from ..core.lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
 
-# A repeat of a group that repeats, or four repeats. Such expressions may take longer to search a name than anybody waits.
+# A repeat of a group, or four repeats: such expressions may take longer to search a name than
+# anybody waits.
 _COSTLY = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
 
 

@@ -118,6 +118,6 @@ def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded, monkey
     del loaded[:]
     assert look(runs, tmp_path, *words).rows == first.rows
     assert (calls, loaded) == (3, [])
-    more = look(runs, tmp_path, *words, "--seed", "1")
-    assert more.select("loss") == first.select("loss")
+    second_seed = look(runs, tmp_path, *words, "--seed", "1")
+    assert second_seed.select("loss") == first.select("loss")
     assert (calls, loaded) == (5, ["lora-0"])

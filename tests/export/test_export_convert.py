@@ -44,17 +44,17 @@ def test_around_all_formats(folder, tmp_path):
     assert {p.name for p in peft.iterdir()} == {"unet", "text_encoder", "text_encoder_2"}
     assert equal(convert(peft, "diffusers", tmp_path / "back"), source)  # a folder: the usual name
     assert convert(peft, "kohya").name == "peft-kohya.safetensors"
-    one = convert(peft / "text_encoder_2", "kohya", tmp_path / "c.safetensors")
-    assert set(inspect(one).layers) == {"text_encoder_2"}  # PEFT's keys do not say which
+    encoder = convert(peft / "text_encoder_2", "kohya", tmp_path / "c.safetensors")
+    assert set(inspect(encoder).layers) == {"text_encoder_2"}  # PEFT's keys do not say which
     metadata = inspect(tmp_path / "a.safetensors").metadata
     assert metadata["bilora.rho"] == "0.05"
     assert metadata["ss_output_name"] == "a"
     stored = load_file(source)
     for component, model in plain_models().items():
         loaded = PeftModel.from_pretrained(model, str(peft / component))
-        made = adapters.factors(loaded, PRIMARY)
-        assert len(made) == inspect(source).layers[component]
-        for name, A, B, scale in made:
+        factors = adapters.factors(loaded, PRIMARY)
+        assert len(factors) == inspect(source).layers[component]
+        for name, A, B, scale in factors:
             plain = plain_name(name)
             keys = [k for k in stored if f".{plain}.lora" in k and k.startswith(f"{component}.")]
             down = next(k for k in keys if k.endswith(("lora_A.weight", "down.weight")))
@@ -78,15 +78,17 @@ KOHYAS = {
 """Layers as kohya's own scripts name them, in SDXL's names, and as diffusers does."""
 
 
-def kohya_file(path, alpha, dtype, **more):
+def kohya_file(path, alpha, dtype, **tensors_before):
     """As kohya's own scripts write it: with alpha, and a rank of its own for a convolution."""
-    tensors = dict(more)
+    tensors = dict(tensors_before)
     for name in KOHYAS:
         kernel, rank = ((3, 3), 2) if "in_layers" in name else ((), 4)
         generator = torch.Generator().manual_seed(len(tensors))
         tensors[f"{name}.lora_down.weight"] = torch.randn((rank, 5, *kernel), generator=generator)
-        ones = [1] * len(kernel)
-        tensors[f"{name}.lora_up.weight"] = torch.randn((6, rank, *ones), generator=generator)
+        kernel_ones = [1] * len(kernel)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(
+            (6, rank, *kernel_ones), generator=generator
+        )
         if alpha is not None:
             tensors[f"{name}.alpha"] = torch.tensor(alpha)
     save_file({k: v.to(dtype) for k, v in tensors.items()}, path, {"ss_tag_frequency": "{}"})
@@ -103,25 +105,27 @@ def kohya_file(path, alpha, dtype, **more):
 )
 def test_kohyas_own_file(tmp_path, alpha, dtype, precision):
     source = kohya_file(tmp_path / "foreign.safetensors", alpha, dtype)
-    made = convert(source, "diffusers")
-    assert made == tmp_path / "foreign-diffusers.safetensors"
-    given, found = load_file(source), load_file(made)
-    assert len(found) == 2 * len(KOHYAS)
+    converted = convert(source, "diffusers")
+    assert converted == tmp_path / "foreign-diffusers.safetensors"
+    source_tensors, stored = load_file(source), load_file(converted)
+    assert len(stored) == 2 * len(KOHYAS)
     for theirs, ours in KOHYAS.items():
-        down, up = (given[f"{theirs}.lora_{way}.weight"].double() for way in ("down", "up"))
+        down, up = (
+            source_tensors[f"{theirs}.lora_{way}.weight"].double() for way in ("down", "up")
+        )
         scale = 1.0 if alpha is None else alpha / down.shape[0]
-        A = found[ours.format(AB="A", way="down")]
-        B = found[ours.format(AB="B", way="up")]
+        A = stored[ours.format(AB="A", way="down")]
+        B = stored[ours.format(AB="B", way="up")]
         assert A.dtype == dtype
         assert B.dtype == (dtype if scale in (0.5, 1) else precision)
         product = B.double().flatten(1) @ A.double().flatten(1)
         torch.testing.assert_close(product, scale * up.flatten(1) @ down.flatten(1))
-    metadata = inspect(made).metadata
+    metadata = inspect(converted).metadata
     assert metadata["ss_tag_frequency"] == "{}"
     assert metadata["ss_network_dim"] == "Dynamic"
     assert "ss_base_model_version" not in metadata  # nothing tells that these layers are SDXL's
-    back = convert(made, "kohya", tmp_path / "back.safetensors")
-    assert inspect(back).layers == inspect(source).layers
+    kohya = convert(converted, "kohya", tmp_path / "back.safetensors")
+    assert inspect(kohya).layers == inspect(source).layers
 
 
 def test_what_reads_as_many_numbers_as_sdxl_is_named_so(tmp_path):
@@ -146,9 +150,9 @@ def test_all_names_of_the_models_come_back_from_kohyas():
     for component, model in models:
         prefix = kohya_name(component, "").removesuffix("text_model_")
         flat = {kohya_name(component, n).removeprefix(prefix): n for n in weighted(model)}
-        back = formats.module_names(component, flat)
+        names_back = formats.module_names(component, flat)
         for name, module in flat.items():
-            assert plain_name(back[name]) == module
+            assert plain_name(names_back[name]) == module
     original = ["input_blocks_3_0_op", "input_blocks_4_0_skip_connection", "middle_block_1_proj_in"]
     original += ["middle_block_2_out_layers_3", "output_blocks_5_2_conv", "input_blocks_0_0"]
     original += ["output_blocks_0_1_transformer_blocks_9_ff_net_0_proj", "label_emb_0_2", "out_2"]
@@ -175,13 +179,13 @@ def test_refusals_of_convert(folder, tmp_path):
     }
     mixed = kohya_file(tmp_path / "mixed.safetensors", 4, torch.float32, **both)
     source = folder / FILE_NAME
-    for given, to, output, said in (
+    for path, to, output, word in (
         (source, "kohya", None, "icons.safetensors exists"),  # the run's own
         (mixed, "peft", None, "as diffusers does"),
         (source, "kohya", tmp_path / "lora.bin", "pickle"),
     ):
-        with pytest.raises(UserError, match=said):
-            convert(given, to, output)
+        with pytest.raises(UserError, match=word):
+            convert(path, to, output)
 
 
 def with_adapters(base):

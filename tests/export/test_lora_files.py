@@ -67,9 +67,9 @@ def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, caps
 
 def peft(folder, config, key=PEFT):
     """A layer of rank 4 with a configuration."""
-    ones = {f"{key}.lora_A.weight": torch.ones(4, 4), f"{key}.lora_B.weight": torch.ones(4, 4)}
+    tensors = {f"{key}.lora_A.weight": torch.ones(4, 4), f"{key}.lora_B.weight": torch.ones(4, 4)}
     folder.mkdir(exist_ok=True)
-    save_file(ones, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_bytes(config if isinstance(config, bytes) else config.encode())
     return folder / WEIGHTS
 
@@ -102,8 +102,8 @@ def test_eight_bits_are_converted_exactly(tmp_path, dtype, to):
     A, B = (torch.randn(shape).to(dtype) for shape in ((2, 4), (4, 2)))
     path = tmp_path / "small.safetensors"
     save_file({f"{UNET}.lora_A.weight": A, f"{UNET}.lora_B.weight": B}, path)
-    made = convert(path, to)
-    (layer,) = read(made / WEIGHTS if made.is_dir() else made).parts["unet"].layers
+    converted = convert(path, to)
+    (layer,) = read(converted / WEIGHTS if converted.is_dir() else converted).parts["unet"].layers
     assert torch.equal(layer.A.double(), A.double())
     assert torch.equal(layer.B.double(), B.double())
 
@@ -133,8 +133,8 @@ def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys):
 
 
 def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys):
-    whole = (folder / FILE_NAME).read_bytes()
-    contents = {"short": whole[:-10], "header": whole[:100], "empty": b""}
+    file_bytes = (folder / FILE_NAME).read_bytes()
+    contents = {"short": file_bytes[:-10], "header": file_bytes[:100], "empty": b""}
     contents["model"] = a_file({"conv.weight": ("F32", [2])}, {})
     for name, content in contents.items():
         (tmp_path / f"{name}.safetensors").write_bytes(content)
@@ -161,7 +161,7 @@ KOHYAS = pair(KOHYA, ab=DOWN_UP)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "metadata", "named"),
+    ("tensors", "metadata", "word"),
     [
         (pair(UNET, 0), "", "lora_A"),
         (pair(UNET, dtype="C64"), "", "lora_A.*C64"),
@@ -184,15 +184,15 @@ KOHYAS = pair(KOHYA, ab=DOWN_UP)
         (pair(f"text_encoder.{QUERY}") | OLD_QUERY, None, "self_attn.q_proj as"),
     ],
 )
-def test_what_can_not_be_right_is_refused(tmp_path, tensors, metadata, named):
+def test_what_can_not_be_right_is_refused(tmp_path, tensors, metadata, word):
     path = tmp_path / "odd.safetensors"
     path.write_bytes(a_file(tensors, {PLACE: metadata} if metadata else {}))
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=word):
         read(path)
     if metadata is None:
         assert not inspect(path).auxiliary
         return
-    with pytest.raises(UserError, match=rf"odd\.safetensors.*{named}"):
+    with pytest.raises(UserError, match=rf"odd\.safetensors.*{word}"):
         inspect(path)
 
 
@@ -213,7 +213,7 @@ COSTLY = ("[", "(a+)+", "a{99999999999}", "(" * 999, ".*.*.*.*.*")
 
 
 @pytest.mark.parametrize(
-    ("config", "named"),
+    ("config", "word"),
     [
         ("{", "adapter_config.json"),
         ("{}", "rank 4.* 8"),
@@ -222,10 +222,10 @@ COSTLY = ("[", "(a+)+", "a{99999999999}", "(" * 999, ".*.*.*.*.*")
         *((f'{{"r": 4, "alpha_pattern": {{"{k}": 2}}}}', "alpha_pattern") for k in COSTLY),
     ],
 )
-def test_a_configuration_that_is_not_pefts_is_refused(tmp_path, config, named):
+def test_a_configuration_that_is_not_pefts_is_refused(tmp_path, config, word):
     path = peft(tmp_path, config)
     for reader in (inspect, read):
-        with pytest.raises(UserError, match=named):
+        with pytest.raises(UserError, match=word):
             reader(path)
 
 
@@ -234,7 +234,9 @@ KINDS = ("lora_A.weight", "lora_up.weight", "alpha", "lora_A.auxiliary.weight", 
 KEYS = st.builds(".".join, st.tuples(st.sampled_from(LAYERS), st.sampled_from(KINDS)))
 SHAPES = st.lists(st.integers(0, 3), max_size=4)
 TENSORS = st.dictionaries(KEYS, st.tuples(st.sampled_from(list(BITS)), SHAPES), max_size=6)
-NEARLY_LORA = st.builds(lambda layer, rest: pair(layer) | rest, st.sampled_from(LAYERS), TENSORS)
+NEARLY_LORA = st.builds(
+    lambda layer, tensors: pair(layer) | tensors, st.sampled_from(LAYERS), TENSORS
+)
 TEXTS = st.sampled_from(
     (
         "{",
