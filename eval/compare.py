@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -228,10 +228,11 @@ def final(rows: Iterable[Row], metric: str) -> list[Row]:
 def best(rows: Iterable[Row], metric: str, higher_is_better: bool = False) -> list[Row]:
     """For each subject a row "best METRIC": the best value over training."""
     choose = max if higher_is_better else min
-    return [
-        _derived(choose(curve, key=lambda row: row.value or 0.0), "best")
-        for curve in _curves(rows, metric)
-    ]
+    best_rows = []
+    for curve in _curves(rows, metric):
+        best_row = choose(curve, key=lambda row: row.value or 0.0)
+        best_rows.append(_derived(best_row, "best"))
+    return best_rows
 
 
 def equal_training(
@@ -243,32 +244,44 @@ def equal_training(
     loss never fell below its start is left aside: it would take all others back to the start.
     """
     losses = {(row.subject, row.step): row.value for row in rows if row.metric == training}
-    curves = []  # rows, and training losses where both were measured
-    for curve in _curves((row for row in rows if row.group not in unpaired), metric):
-        pairs = [(row, losses.get((row.subject, row.step))) for row in curve]
-        measured = [(row, loss) for row, loss in pairs if loss is not None]
-        if measured:
-            curves.append(([row for row, _ in measured], [loss for _, loss in measured]))
+    curves: list[_Curve] = []
+    for subject_rows in _curves([row for row in rows if row.group not in unpaired], metric):
+        curve = _Curve([], [])
+        for row in subject_rows:
+            loss = losses.get((row.subject, row.step))
+            if loss is not None:
+                curve.rows.append(row)
+                curve.losses.append(loss)
+        if curve.rows:
+            curves.append(curve)
+
+    # group -> the lowest loss of each run, None of one that never fell
     reached: dict[str, list[float | None]] = {}
-    for curve, falling in curves:
-        fell = len(falling) > 1 and min(falling) < falling[0]
-        reached.setdefault(curve[0].group, []).append(min(falling) if fell else None)
-    lowest = [
-        (value, group)
-        for group, values in reached.items()
-        for value in values
-        if value is not None and None not in values
-    ]
-    if not lowest:
+    for curve in curves:
+        lowest = min(curve.losses)
+        fell = lowest < curve.losses[0]
+        reached.setdefault(curve.rows[0].group, []).append(lowest if fell else None)
+    candidates = []
+    for group, values in reached.items():
+        if None not in values:
+            candidates += [(value, group) for value in values if value is not None]
+    if not candidates:
         return None, []
-    level = EqualTraining(*max(lowest))
+    level = EqualTraining(*max(candidates))
     derived = []
-    for curve, falling in curves:
-        measured = [row.value or 0.0 for row in curve]
-        value = at_training_loss(falling, measured, level.training_loss)
+    for curve in curves:
+        measured = [row.value or 0.0 for row in curve.rows]
+        value = at_training_loss(curve.losses, measured, level.training_loss)
         if value is not None:
-            derived.append(replace(_derived(curve[0], "equal_training"), value=value))
+            derived.append(replace(_derived(curve.rows[0], "equal_training"), value=value))
     return level, derived
+
+
+class _Curve(NamedTuple):
+    """The rows of a subject at which its training loss was measured, too, and these losses."""
+
+    rows: list[Row]
+    losses: list[float]
 
 
 def at_training_loss(
