@@ -132,12 +132,14 @@ def run(
     Raises:
         TrainingError: it failed, or showed no progress bar.
     """
+    # Every step shows on the bar, however fast it is.
     bars = {**environment, "TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}
     began, ticks, pipe = time.perf_counter(), [], subprocess.PIPE
     gpu = None if environment.get("CUDA_VISIBLE_DEVICES") == "" else GPUMemory()
     with log.open("wb") as output, gpu or nullcontext():
         process: Any = subprocess.Popen(watched(words), stdout=pipe, stderr=pipe, env=bars)
         while block := os.read(process.stderr.fileno(), 2**16):
+            # A block may hold several refreshes of a bar, which end in a carriage return.
             elapsed = time.perf_counter() - began
             output.write(block)
             for step, total in STEP.findall(block):
@@ -149,6 +151,7 @@ def run(
         raise TrainingError(f"{Path(words[0]).name} ended with {ended}:\n" + "\n".join(last))
     ends = step_ends(ticks, steps)
     durations = [later - earlier for earlier, later in itertools.pairwise(ends)]
+    # The first step compiles and warms up, so it counts for the start.
     step_seconds = statistics.median(durations) if durations else ends[0]
     figures = {
         "seconds": total_seconds,
@@ -179,6 +182,7 @@ def step_ends(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float
     bars = [bar for bar in bars if bar.get(steps)]
     if not bars:
         raise TrainingError(f"no bar of {steps} steps is shown: give diffusers' own as --script.")
+    # A bar of so many steps may be one of loading; training takes longer.
     longest = max(bars, key=lambda bar: bar[steps] - min(bar.values()))
     return [longest[step] for step in sorted(longest) if step > 0]
 

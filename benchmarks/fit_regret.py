@@ -78,6 +78,7 @@ def command(name: str, folder: Path) -> tuple[str, list[str], list[str], list[st
         return IMAGE, images, none, ["--validation_dataset", "mini-heldout", *part]
     rows = catalog.packaged_rows(catalog.get("rotten_tomatoes"), "train")
     # The file is sorted by class.
+    # Every 133rd row is trained on, and of every 29th the others judge.
     train_indices = range(0, len(rows), 133)
     validation_indices = [i for i in range(0, len(rows), 29) if i not in train_indices]
     _write_reviews(folder / "train.jsonl", [rows[i] for i in train_indices[:64]])
@@ -106,7 +107,7 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, f
     runs = folder / name / f"seed-{seed}"
     run(script, [*base, *no_heldout, "--fit"], runs / "fit")
     record: Any = read_fit(runs / "fit" / FIT_RECORD)
-    choice = record["choice"]
+    choice = record["choice"]  # made without the truth
     measured = ["--validation_loss_steps", str(record["settings"]["every"])]
 
     # The same search, judged by the truth: configuration -> step -> loss.

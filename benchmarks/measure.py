@@ -95,7 +95,7 @@ def interleave(
         for number in range(-warmup, rounds):
             gc.collect()
             for turn in range(len(work)):
-                index = (number + turn) % len(work)
+                index = (number + turn) % len(work)  # which comes first rotates
                 duration = work[index](number)
                 if number >= 0:
                     times[index].append(duration)
@@ -112,6 +112,7 @@ def paired_ratio(
 
     The interval is None below five rounds.
     """
+    # Of each round on its own: (rounds,)
     ratios = np.asarray(times) / np.asarray(baseline)
     if len(ratios) < 5:
         return float(np.median(ratios)), None

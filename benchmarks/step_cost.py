@@ -159,6 +159,7 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     steps = [lambda number, arm=arm: work(arm, number) for arm in arms]
     times = interleave(steps, rounds=args.steps, warmup=shape.warmup)
     rows = {}
+    # Ratios are paired by round, so that a slow phase of the machine counts for both.
     baseline = times[args.arms.index(BASELINE)]
     for arm, arm_times in zip(arms, times, strict=True):
         ratio, interval = paired_ratio(arm_times, baseline)

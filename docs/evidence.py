@@ -87,7 +87,7 @@ def figure(check: Check) -> Figure:
         ValueError: the result has no such group or metric, or no interval.
     """
     path = ROOT / check.result
-    if path.suffix == ".json":
+    if path.suffix == ".json":  # of a benchmark, which has no rows
         return _benchmark(check, json.loads(path.read_text(encoding="utf-8"))["arms"])
     result = read(path)
     over, item = (ITEM, None) if check.item == "each" else (SEED, check.item)
@@ -108,6 +108,7 @@ def figure(check: Check) -> Figure:
     interval = bootstrap_interval(list(values.values())) if values else None
     if interval is None:
         raise ValueError(f"{check.result} has no interval for {check.metric} of {check.group}.")
+    # What a tolerance is a share of.
     size = abs(mean(list(control_values.values()))) if control_values else 1.0
     return Figure(mean(list(values.values())), *interval, len(values), size)
 

@@ -64,6 +64,7 @@ def _bare(name: str, *words: str) -> Any:
     options = "--resolution 1024 --mixed_precision bf16 --train_batch_size 1"
     options += " --num_validation_images 0 --method lora"
     run = task(name, *options.split(), *words)
+    # Its weights are on the device while latents are cached, and gone before the step.
     run.pipeline.vae = SimpleNamespace(config=run.pipeline.vae.config)
     return run
 
@@ -74,6 +75,7 @@ def task(name: str, *words: str) -> Any:
         options = ["--dataset", "mini", "--validation_dataset", "none", "--dry_run"]
         options += ["--output_dir", folder, *words]
         cfg = resolve([*options, "--pretrained_model_name_or_path", "mini"])  # without the hub
+    # In place of the miniature: the model's published configuration, without memory for weights.
     family: Any = named(MODELS[name]["pipeline"], name)()
     part, config = MODELS[name]["denoiser"]
     denoiser = empty(lambda: getattr(diffusers, part)(**config), torch.bfloat16)

@@ -84,6 +84,7 @@ class Generalization(Evaluation):
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         # None where nothing tells whether a group is paired.
         unpaired = [group for group, pair in self.settings["paired"].items() if pair is False]
+        # Runs on other data reach other losses, and do not set the level.
         level, equal = compare.equal_training(rows, HELDOUT, TRAINING, unpaired)
         lowest = {(row.subject, row.value): row.step for row in rows if row.metric == HELDOUT}
         best = compare.best(rows, HELDOUT)

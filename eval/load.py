@@ -138,6 +138,7 @@ def put_peft(base: TextModel, folder: Path) -> Any:
         adapted = PeftModel.from_pretrained(base.model, str(folder))
     arrived = get_peft_model_state_dict(adapted)
     astray = []
+    # PEFT loads what fits and is silent about the rest.
     for name, tensor in written.items():
         if name not in arrived or not torch.equal(arrived[name].cpu().to(tensor.dtype), tensor):
             astray.append(name)

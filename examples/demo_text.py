@@ -45,6 +45,7 @@ def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
     place = ("--output_dir", str(folder), "--overwrite_output_dir")
     train_text.main(["--config", str(recipe), *place, *SHORT, *flags])
     steps = [row["step"] for row in runlog.read_metrics(folder) if "heldout_loss" in row]
+    # The first step is 0: `--eval_on_start` asks the base model.
     before, after = (answers(folder, step) for step in (steps[0], steps[-1]))
     for first, last in list(zip(before, after, strict=True))[:PROBLEMS]:
         print("\n" + paragraphs(first, last))

@@ -32,6 +32,7 @@ def load(folder: Path, pipeline: Any, count: int) -> dict[str, Tensor]:
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     pixels = [np.asarray(Image.open(folder / row["file_name"]))[..., :3] for row in rows[:count]]
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+    # The mode, not a sample: latents are encoded once.
     latents = pipeline.vae.encode(images).latent_dist.mode() * pipeline.vae.config.scaling_factor
     prompts = [row["prompt"] for row in rows[:count]]
     text, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
@@ -44,6 +45,7 @@ def loss(unet: Any, noises: Any, data: dict[str, Tensor], rows: Tensor, seed: in
     latents = data["latents"][rows]
     noise = torch.randn(latents.shape, generator=random)
     steps = torch.randint(noises.config.num_train_timesteps, (len(rows),), generator=random)
+    # SDXL's original size, crop and target size.
     sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(len(rows), 1)
     added = {"text_embeds": data["pooled"][rows], "time_ids": sizes}
     noisy = noises.add_noise(latents, noise, steps)
@@ -82,6 +84,7 @@ def train(per_sample: bool, rho: float, steps: int) -> list[float]:
                 for seed in range(8):
                     values.append(loss(pipeline.unet, noises, heldout_icons, all_rows, seed))
                 held_out.append(float(torch.stack(values).mean()))
+        # Batches of both runs are alike: they come from the step alone.
         order = torch.randperm(count, generator=torch.Generator().manual_seed(step))
         rows = order[:BATCH]
         with bilora.samples(rows.tolist()):  # each row sees the auxiliary of its own sample

@@ -52,6 +52,7 @@ class Dynamics:
         self._figures: dict[str, Tensor] = {}
         self._snapshot: snapshots.Snapshot | None = None
         trainer.method.on_perturbed = self.perturbed
+        # Before a step the gradients are those of all its rows, and the weights are unmoved.
         if AUXILIARY in trainer.method.adapters:
             optimizer.register_step_pre_hook(self._before_step)
 
@@ -208,7 +209,7 @@ def subspace_overlap(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 def _bases(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Orthonormal bases of column spaces, (L, d, r) with zeros beyond the rank, and the ranks."""
     stacked = torch.stack(list(matrices))
-    Q, R = torch.linalg.qr(stacked.double())
+    Q, R = torch.linalg.qr(stacked.double())  # (L, d, r), (L, r, r)
     U, S, _ = torch.linalg.svd(R)
     # As numpy's matrix_rank: what lies below rounding in the stored precision has no direction.
     rounding = torch.finfo(stacked.dtype).eps * max(stacked.shape[1:])
