@@ -64,7 +64,6 @@ def _bare(name: str, *words: str) -> Any:
     options = "--resolution 1024 --mixed_precision bf16 --train_batch_size 1"
     options += " --num_validation_images 0 --method lora"
     run = task(name, *options.split(), *words)
-    # Its weights are on the device while latents are cached, and gone before the step.
     run.pipeline.vae = SimpleNamespace(config=run.pipeline.vae.config)
     return run
 
