@@ -30,6 +30,7 @@ from bilora_diffusion.run.folder import FIT_RECORD
 from bilora_diffusion.run.record import read_metrics, read_run, read_search
 from bilora_diffusion.run.runlog import is_finished
 from bilora_diffusion.text import catalog
+from bilora_diffusion.train.search.space import arguments
 from eval import report, table
 from eval.compare import mean, summaries
 from eval.provenance import command_line, of_runs
@@ -119,7 +120,7 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, f
 
     # The choice's own curve, where the search on the truth stopped before its step.
     choice_curve = curves.setdefault(choice["title"], {})
-    chosen = [*base, *words(tuple(choice["options"].items())), *truth]
+    chosen = [*base, *arguments(tuple(choice["options"].items())), *truth]
     if choice["steps"] not in choice_curve:
         run(script, [*chosen, *measured], runs / "choice")
         for row in read_metrics(runs / "choice"):
@@ -129,7 +130,7 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, f
     # The choice as `--fit` trains with it in the end, by its own schedule.
     fit_config: Any = read_run(runs / "fit")["config"]  # of its last run, which saw no truth
     schedule = [(key, str(fit_config[key])) for key in ("lr_scheduler", "max_train_steps")]
-    run(script, [*chosen, *words(tuple(schedule))], runs / "last")
+    run(script, [*chosen, *arguments(tuple(schedule))], runs / "last")
     choice_loss = read_metrics(runs / "last")[-1]["heldout_loss"]
     best_loss, _, _ = lowest(curves)
     choice_best, _, _ = lowest({"": choice_curve})
