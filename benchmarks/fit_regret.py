@@ -30,6 +30,7 @@ from bilora_diffusion.run.folder import FIT_RECORD
 from bilora_diffusion.run.record import read_metrics, read_run, read_search
 from bilora_diffusion.run.runlog import is_finished
 from bilora_diffusion.text import catalog
+from bilora_diffusion.train.search.space import arguments
 from eval import report, table
 from eval.compare import mean, summaries
 from eval.provenance import command_line, of_runs
