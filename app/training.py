@@ -12,7 +12,7 @@ import gradio as gr
 
 from bilora_diffusion.core.files import bytes_for_people, duration
 from bilora_diffusion.run.folder import FIT_RECORD
-from bilora_diffusion.run.record import METRICS, RUN, read_fit, read_metrics, read_run
+from bilora_diffusion.run.record import METRICS, RUN, read_metrics, read_run, read_search
 from bilora_diffusion.train.search.halving import BUDGET
 
 from . import parts
@@ -225,7 +225,7 @@ class Tab:
                 rows = self.catalog.cached(metrics_file, partial(read_metrics, folder))
                 last_written = max(last_written, metrics_file.stat().st_mtime)
             state = progress(record, rows, last_written)
-            fit = read_fit(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
+            fit = read_search(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
             return TrainingRun(replace(run, record=record), color, rows, state, fit)
         except Exception as error:  # whatever is in one folder, the other runs stay
             reason = self.catalog.plain(error)

@@ -40,9 +40,9 @@ from bilora_diffusion import mini
 from bilora_diffusion.config.command_line import Sentences
 from bilora_diffusion.core.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.image.config import resolve as parse_run
-from bilora_diffusion.image.script import build_task
+from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.run.record import read_metrics
-from bilora_diffusion.train.running import build_accelerator
+from bilora_diffusion.train.setup import build_accelerator
 
 OURS = str(Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py")
 PEER = "diffusers, LoRA"
@@ -177,7 +177,7 @@ def heldout_loss(lora: Path) -> float:
     words = "--dataset mini --mixed_precision no --report_to none --disk_cache no"
     words += " --num_validation_images 0 --output_dir"
     cfg = parse_run([*words.split(), str(lora / "grid")])
-    task = build_task(cfg, build_accelerator(cfg))
+    task = DREAMBOOTH.build_task(cfg, build_accelerator(cfg))
     task.pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
     assert task.grid is not None
     return task.grid()["heldout_loss"]

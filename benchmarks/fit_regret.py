@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bilora_diffusion import mini
 from bilora_diffusion.core.files import ROOT
 from bilora_diffusion.run.folder import FIT_RECORD
-from bilora_diffusion.run.record import read_fit, read_metrics, read_run
+from bilora_diffusion.run.record import read_metrics, read_run, read_search
 from bilora_diffusion.run.runlog import is_finished
 from bilora_diffusion.text import catalog
-from bilora_diffusion.train.search.space import words
+from bilora_diffusion.train.search.space import arguments
 from eval import report, table
 from eval.compare import mean, summaries
 from eval.provenance import command_line, of_runs
@@ -101,22 +101,22 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, f
     base += ["--seed", str(seed), "--max_train_steps", str(steps)]
     place = folder / name / f"seed-{seed}"
     run(script, [*base, *none, "--fit"], place / "fit")
-    record: Any = read_fit(place / "fit" / FIT_RECORD)
+    record: Any = read_search(place / "fit" / FIT_RECORD)
     choice = record["choice"]
     every = ["--validation_loss_steps", str(record["settings"]["every"])]
     run(script, [*base, *truth, *every, "--fit"], place / "truth")
-    known: Any = read_fit(place / "truth" / FIT_RECORD)
+    known: Any = read_search(place / "truth" / FIT_RECORD)
     pairs = ((one["title"], zip(one["steps"], one["losses"], strict=True)) for one in known["runs"])
     curves = {title: dict(curve) for title, curve in pairs}
     given, own = curves.pop("as given")[steps], curves.setdefault(choice["title"], {})
-    alone = [*base, *words(tuple(choice["options"].items())), *truth]
+    alone = [*base, *arguments(tuple(choice["options"].items())), *truth]
     if choice["steps"] not in own:
         run(script, [*alone, *every], place / "choice")
         rows = read_metrics(place / "choice")
         own |= {row["step"]: row["heldout_loss"] for row in rows if row.get("heldout_loss")}
     last: Any = read_run(place / "fit")["config"]  # of its last run, which saw no truth
     course = ((name, str(last[name])) for name in ("lr_scheduler", "max_train_steps"))
-    run(script, [*alone, *words(tuple(course))], place / "last")
+    run(script, [*alone, *arguments(tuple(course))], place / "last")
     left, (best, *_) = read_metrics(place / "last")[-1]["heldout_loss"], lowest(curves)
     values = {"regret": left / best - 1, "constant": own[choice["steps"]] / best - 1}
     values |= {"configuration": lowest({"": own})[0] / best - 1, "gain": 1 - left / given}

@@ -18,7 +18,7 @@ from .core.fields import check, like, options_of
 from .methods.base import MethodOptions, Target
 from .methods.bilora.algorithm import BiLoRA as _Method
 from .methods.options import AdapterOptions, MethodFlags
-from .train.gradients import collecting
+from .train.initialisation import collecting
 
 
 @dataclass(frozen=True)

@@ -14,40 +14,37 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 
 from .core.errors import run_cli
 from .core.values import check_choice
 
-Words = Sequence[str]
 
-
-def train(argv: Words | None = None) -> int:
+def train(argv: Sequence[str] | None = None) -> int:
     """Train an image model; returns the exit code: 0, or 2 after a sentence that says what to mend.
 
     Args:
-        argv: arguments; None for ``sys.argv``.
+        argv: Arguments; None for ``sys.argv``.
     """
-    return _train("image", argv)
+    return run_cli(partial(run_script, "image", argv))
 
 
-def text(argv: Words | None = None) -> int:
+def text(argv: Sequence[str] | None = None) -> int:
     """Train a text model; as `train`."""
-    return _train("text", argv)
+    return run_cli(partial(run_script, "text", argv))
 
 
-def _train(modality: str, argv: Words | None) -> int:
+def run_script(modality: str, argv: Sequence[str] | None) -> None:
+    """Resolve the command line, then import the libraries and run the training script."""
     from .train.launching import importing, refuse_separate_processes
 
-    def work() -> None:
-        refuse_separate_processes()
-        with importing():
-            # Before all else, so that a typo is answered at once.
-            config = import_module(f".{modality}.config", __package__).resolve(argv)
-            main = import_module(f".{modality}.script", __package__).main
-        main(argv, config)
-
-    return run_cli(work)
+    refuse_separate_processes()
+    with importing():
+        # Before all else, so that a typo is answered at once.
+        config = import_module(f".{modality}.config", __package__).resolve(argv)
+        script = import_module(f".{modality}.script", __package__)
+    script.train(argv, config)
 
 
 COMMANDS: dict[str, Callable[[], int]] = {
@@ -60,11 +57,11 @@ COMMANDS: dict[str, Callable[[], int]] = {
 
 def main() -> int:
     """Run the command that ``sys.argv`` names; returns the exit code."""
-    name, *words = sys.argv[1:] or [""]
+    name, *arguments = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
         print(f"usage: bilora {{{','.join(COMMANDS)}}} ...\n\n{inspect.cleandoc(__doc__ or '')}")
         return 0
     if name not in COMMANDS:
         return run_cli(lambda: check_choice("the command of bilora", name, COMMANDS))
-    sys.argv = [f"bilora {name}", *words]
+    sys.argv = [f"bilora {name}", *arguments]
     return COMMANDS[name]()

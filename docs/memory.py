@@ -15,7 +15,7 @@ import transformers
 
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.dry_run import moments
+from bilora_diffusion.image.dry_run import memory_by_phase
 from bilora_diffusion.image.families import family_class
 from bilora_diffusion.methods import Target
 from bilora_diffusion.train.dry_run import BEFORE, STEP, attached, empty
@@ -43,7 +43,7 @@ def row(name: str, weights: str, *words: str) -> dict[str, int]:
         words: more of a command line.
     """
     quantized = ["--quantize", "none" if weights == "bf16" else weights]
-    taken = moments(_bare(name, *quantized, *words), torch.device("cuda"))
+    taken = memory_by_phase(_bare(name, *quantized, *words), torch.device("cuda"))
     held, trained = sum(taken[STEP].values()), _trained(name)
     step = {"activations": taken[STEP]["activations"], "encoders": sum(taken[BEFORE].values())}
     # The auxiliary is as large as the primary, with its gradients and moments.

@@ -38,6 +38,7 @@ DONE_PATHS = (
     "bilora_diffusion/run",
     "bilora_diffusion/text/config.py",
     "bilora_diffusion/text/options.py",
+    "bilora_diffusion/train",
     "docs/name_lint.py",
     "tests/config",
 )

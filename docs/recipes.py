@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from bilora_diffusion.config.recipe import RECIPES, read_options
-from bilora_diffusion.image.dry_run import moments
-from bilora_diffusion.train.dry_run import CUDA_CONTEXT, attached, complete
+from bilora_diffusion.image.dry_run import memory_by_phase
+from bilora_diffusion.train.dry_run import CUDA_CONTEXT_BYTES, attached, complete
 
 from .memory import task
 
@@ -41,5 +41,7 @@ def page(path: Path, model: str) -> str:
 def peak(model: str, *words: str) -> int:
     """Bytes of a run on a GPU when it takes most, validation images included."""
     run = task(model, "--validation_prompt", "a photo of TOK", *words)
-    taken = complete(moments(run, torch.device("cuda")), attached(run, 1)[1], CUDA_CONTEXT)
+    taken = complete(
+        memory_by_phase(run, torch.device("cuda")), attached(run, 1)[1], CUDA_CONTEXT_BYTES
+    )
     return max(sum(parts.values()) for parts in taken.values())

@@ -13,7 +13,7 @@ from app.runs import RunItem, label, progress
 from app.training_data import TrainingRun, charts, table
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.opening import open_images
-from bilora_diffusion.run.record import read_fit, read_metrics
+from bilora_diffusion.run.record import read_metrics, read_search
 from bilora_diffusion.text.examples import open_file
 from eval.clip_scores import prompts
 from eval.sources import run as find_run
@@ -52,7 +52,7 @@ def read_run(path):
     lines, record = read_metrics(folder), dict(run.record)
     item = RunItem(".", label("run", record), record, None)
     state = progress(record, lines, 0.0, 0.0)
-    shown = TrainingRun(item, 0, lines, state, read_fit(folder / "fit.json") or {})
+    shown = TrainingRun(item, 0, lines, state, read_search(folder / "fit.json") or {})
     for curves in charts([shown], 5).values():
         table(curves)
 

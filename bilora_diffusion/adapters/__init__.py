@@ -20,6 +20,7 @@ from .access import (
     factors_of,
     from_rows,
     gradients_of,
+    head_parameters,
     is_quantized,
     layers,
     named_parameters,
@@ -27,7 +28,6 @@ from .access import (
     parameters,
     rows,
     weights,
-    whole,
 )
 from .initial import (
     keep_initial,

@@ -38,30 +38,36 @@ def factors(model: nn.Module, adapter: str) -> list[Factors]:
     return factors_of(layers(model, adapter), adapter)
 
 
-def factors_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors]:
+def factors_of(named_layers: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors]:
     """A and B of these layers; as `factors`, without a walk through the whole model."""
-    every: list[Factors] = []
-    for path, layer in found:
+    layer_factors: list[Factors] = []
+    for path, layer in named_layers:
         A, B = weights(layer, adapter)
-        every.append(Factors(path, _as_matrix(A), _as_matrix(B), float(layer.scaling[adapter])))
-    return every
+        scale = float(layer.scaling[adapter])
+        layer_factors.append(Factors(path, _as_matrix(A), _as_matrix(B), scale))
+    return layer_factors
 
 
 def alike(keys: Iterable[Hashable]) -> list[list[int]]:
-    """The positions of each key, such as a shape: layers of one are measured at one go."""
+    """The positions of equal keys, such as shapes: layers of one shape are computed at once."""
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 
-def gradients_of(found: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors | None]:
+def gradients_of(
+    named_layers: Sequence[tuple[str, LoraLayer]], adapter: str
+) -> list[Factors | None]:
     """The gradients of A and B of these layers, as `factors_of`; None for a layer that has none."""
     gradients: list[Factors | None] = []
-    for path, layer in found:
-        A, B = (weight.grad for weight in weights(layer, adapter))
-        scale, missing = float(layer.scaling[adapter]), A is None or B is None
-        gradients.append(None if missing else Factors(path, _as_matrix(A), _as_matrix(B), scale))
+    for path, layer in named_layers:
+        A, B = weights(layer, adapter)
+        if A.grad is None or B.grad is None:  # the loss does not reach the layer
+            gradients.append(None)
+        else:
+            scale = float(layer.scaling[adapter])
+            gradients.append(Factors(path, _as_matrix(A.grad), _as_matrix(B.grad), scale))
     return gradients
 
 
@@ -81,31 +87,35 @@ def named_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
     Keys are module path + ".lora_A.weight" and so on, without the adapter's name.
     """
-    found: dict[str, nn.Parameter] = {}
+    by_path: dict[str, nn.Parameter] = {}
     for path, layer in layers(model, adapter):
         for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
             holder: nn.ModuleDict = getattr(layer, kind)
             if adapter in holder:
                 for leaf, parameter in holder[adapter].named_parameters():
-                    found[f"{path}.{kind}.{leaf}"] = parameter
-    return found
+                    by_path[f"{path}.{kind}.{leaf}"] = parameter
+    return by_path
 
 
-def whole(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """Parameters of the modules that are trained whole beside the adapter, by path; or several."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
+def head_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """Parameters of the modules that are trained whole beside the adapter, such as a classifier's
+    new head (`AdapterSpec.modules_to_save`), by path; of `model` (or several).
+    """
+    by_id: dict[int, tuple[str, nn.Parameter]] = {}
     for path, module in model.named_modules():
+        # PEFT notes an adapter's configuration on the model that it was injected into.
         configs = module.__dict__.get("peft_config")
         config = configs.get(adapter) if isinstance(configs, dict) else None
         if config is None or not config.modules_to_save:
             continue
         for key, parameter in module.named_parameters(path):
-            if within(key, config.modules_to_save):
-                found.setdefault(id(parameter), (key, parameter))
-    return dict(found.values())
+            if is_within(key, config.modules_to_save):
+                # A PeftModel and the model in it both have the configuration.
+                by_id.setdefault(id(parameter), (key, parameter))
+    return dict(by_id.values())
 
 
-def within(path: str, modules: Collection[str]) -> bool:
+def is_within(path: str, modules: Collection[str]) -> bool:
     """Test that a path leads through a module of one of these names."""
     return any(f".{name}." in f".{path}." for name in modules)
 
@@ -119,8 +129,8 @@ def is_quantized(layer: Any) -> bool:
     """Test that a layer, or the one under its adapters, holds its weight in 4 bits."""
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     weight = getattr(base, "weight", None)
-    coded = isinstance(weight, Tensor) and not weight.is_floating_point()  # whoever's codes
-    return coded or hasattr(weight, "quant_state")
+    has_codes = isinstance(weight, Tensor) and not weight.is_floating_point()
+    return has_codes or hasattr(weight, "quant_state")
 
 
 def base_weight(layer: LoraLayer) -> nn.Parameter:

@@ -47,10 +47,10 @@ def start_from_initial(model: nn.Module) -> None:
     A layer whose B0 is zero keeps the primary that it has, which then becomes its A0, B0.
     """
     for _, layer in layers(model, INITIAL):
-        own, initial = weights(layer, PRIMARY), weights(layer, INITIAL)
-        pairs = (own, initial) if initial[1].any() else (initial, own)
-        for to, values in zip(*pairs, strict=True):
-            to.copy_(values)
+        primary, initial = weights(layer, PRIMARY), weights(layer, INITIAL)
+        target, source = (primary, initial) if initial[1].any() else (initial, primary)
+        for parameter, values in zip(target, source, strict=True):
+            parameter.copy_(values)
     subtract_initial(model)
 
 

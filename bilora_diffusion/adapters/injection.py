@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import UserError
 from ..core.lora_names import PRIMARY
-from .access import layers, names, whole, within
+from .access import head_parameters, is_within, layers, names
 from .saving import PEFT_PREFIX
 from .switching import activate, active
 from .targets import ALL_LINEAR, AdapterSpec, base_of, peft_targets, target_layers
@@ -73,7 +73,7 @@ def _mark_whole(model: nn.Module, spec: AdapterSpec, name: str) -> None:
     if not spec.modules_to_save:
         return
     cast(Any, model).peft_config[name].modules_to_save = list(spec.modules_to_save)
-    for parameter in whole(model, name).values():
+    for parameter in head_parameters(model, name).values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
@@ -87,8 +87,8 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
         UserError: it has one of another shape, or on other layers, or `spec` asks for first values
             that would replace its own.
     """
-    found = dict(layers(model, name))
-    if not found:
+    adapted = dict(layers(model, name))
+    if not adapted:
         return False
     if spec.changes_base:
         raise UserError(
@@ -105,12 +105,12 @@ def adopt(model: nn.Module, spec: AdapterSpec, name: str = PRIMARY) -> bool:
         "use_dora": (config.use_dora, spec.use_dora),
         "bias": (config.bias, "none"),
         "modules_to_save": (config.modules_to_save or [], []),
-        "target_modules": (sorted(found), targets),
+        "target_modules": (sorted(adapted), targets),
     }
-    for key, (has, wanted) in pairs.items():
-        if has != wanted:
+    for key, (value, expected) in pairs.items():
+        if value != expected:
             raise UserError(
-                f'The model\'s adapter "{name}" has {key} {has} where {wanted} was asked for; '
+                f'The model\'s adapter "{name}" has {key} {value} where {expected} was asked for; '
                 "ask for the same or give the model without adapters."
             )
     cast_adapter_dtype(model, name)
@@ -122,7 +122,9 @@ def restored(model: nn.Module, spec: AdapterSpec) -> Iterator[None]:
     """Within the context adapters may be put on a model and trained, with whatever `spec` trains or
     changes beside them; then the model is as it came, to the bit.
     """
-    changed = [p for key, p in model.named_parameters() if within(key, spec.modules_to_save or ())]
+    changed = [
+        p for key, p in model.named_parameters() if is_within(key, spec.modules_to_save or ())
+    ]
     if spec.changes_base:
         changed += [cast(Any, layer).weight for layer in target_layers(model, spec).values()]
     before = [(p, p.data.to("cpu", copy=True), p.device) for p in changed]

@@ -71,47 +71,81 @@ class FlatLayout:
     def flatten(A: Sequence[Tensor], B: Sequence[Tensor]) -> Tensor:
         """A new flat tensor of these matrices."""
         parts = [matrix.detach().flatten() for matrix in A]
-        parts += [matrix.detach().mT.flatten() for matrix in B]
+        parts += [matrix.detach().mT.flatten() for matrix in B]  # as rows: (rank, out)
         return torch.cat(parts)
 
-    def stacks(self, flat: Tensor) -> StackedFactors:
+    def stack(self, A: list[Tensor], B: list[Tensor]) -> StackedFactors:
+        """Matrices of the layers, of any one rank, in the stacks of this layout."""
+        A_stacks, B_stacks = list[Tensor](), list[Tensor]()
+        start = 0
+        for layers, *_ in self.A_shapes:
+            A_stacks.append(torch.stack(A[start : start + layers]))  # (layers, rank, in)
+            start += layers
+        start = 0
+        for layers, *_ in self.B_shapes:
+            B_stacks.append(torch.stack(B[start : start + layers]).mT)  # (layers, rank, out)
+            start += layers
+        return StackedFactors(A_stacks, B_stacks)
+
+    def views(self, flat: Tensor) -> StackedFactors:
         """Views of a flat tensor."""
-        shapes = [*self.A_shapes, *self.B_shapes]
+        shapes = self.A_shapes + self.B_shapes
         parts = flat.split([math.prod(shape) for shape in shapes])
-        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return StackedFactors(views[: len(self.A_shapes)], views[len(self.A_shapes) :])
+        stacks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return StackedFactors(stacks[: len(self.A_shapes)], stacks[len(self.A_shapes) :])
 
 
 def _stack_shapes(shapes: Sequence[torch.Size]) -> list[tuple[int, ...]]:
     """(layers, rank, width) of each run of equal shapes (rank, width)."""
     stacks: list[tuple[int, ...]] = []
     for shape in shapes:
-        if stacks and stacks[-1][1:] == tuple(shape):
+        if stacks and stacks[-1][1:] == tuple(shape):  # one more layer of the same shape
             stacks[-1] = (stacks[-1][0] + 1, *shape)
         else:
             stacks.append((1, *shape))
     return stacks
 
 
-def join_samples(samples: list[Tensor], primary: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-    """The stacks of several samples, each below the primary's, layer by layer.
+def join_factors(
+    samples: Sequence[StackedFactors], primary: StackedFactors | None, dtype: torch.dtype
+) -> list[SampleFactors]:
+    """The factors of several samples, layer by layer.
 
     Args:
-        samples: (layers, rank, width) of each sample.
-        primary: (layers, r1, width).
+        samples: those of each sample.
+        primary: the primary's factors, which are put above those of each sample.
         dtype: of the result.
-
-    Returns:
-        (samples, r1 + rank, width) of each layer; (r1 + rank, width) of a single sample.
     """
-    parts = samples
-    if primary is not None:
-        parts = []
-        for sample in samples:
-            parts += primary, sample
-    joined = torch.cat(parts, dim=1)  # (layers, samples * (r1 + rank), width)
-    joined = joined.unflatten(1, (len(samples), -1))
-    return list(joined.to(dtype).squeeze(1).unbind())
+    primary_A = None if primary is None else primary.A
+    primary_B = None if primary is None else primary.B_transposed
+    A = _join_stacks([factors.A for factors in samples], primary_A, dtype)
+    B = _join_stacks([factors.B_transposed for factors in samples], primary_B, dtype)
+    return [SampleFactors(*pair) for pair in zip(A, B, strict=True)]
+
+
+def _join_stacks(
+    samples: Sequence[Sequence[Tensor]], primary: Sequence[Tensor] | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """(samples, r1 + rank, width) of each layer; (r1 + rank, width) of a single sample.
+
+    One `cat` for each shape, whatever the number of samples and layers.
+
+    Args:
+        samples: stacks (layers, rank, width) of each sample.
+        primary: stacks (layers, r1, width), or None for r1 = 0.
+        dtype: of the result.
+    """
+    matrices: list[Tensor] = []
+    for shape in range(len(samples[0])):
+        parts: list[Tensor] = []
+        for stacks in samples:
+            if primary is not None:
+                parts.append(primary[shape])
+            parts.append(stacks[shape])
+        joined = torch.cat(parts, dim=1)  # (layers, samples * (r1 + rank), width)
+        joined = joined.unflatten(1, (len(samples), -1))
+        matrices += joined.to(dtype).squeeze(1).unbind()
+    return matrices
 
 
 class BatchFactors(Protocol):
@@ -202,11 +236,12 @@ def acting_slot(layer: Any, inputs: Tensor) -> LayerSlot | None:
     if slot is None or not slot.adapter.is_acting:
         return None
     factors = slot.adapter.factors
+    # A model may merge rows before a layer, or repeat them, and does not say which are whose.
     if factors is not None and factors.samples not in (1, len(inputs)):
         raise UserError(
             f"A layer with an auxiliary for each sample got {len(inputs)} rows for"
-            f" {factors.samples} samples, so whose they are can't be told; give the samples one by"
-            " one (train_batch_size 1)."
+            f" {factors.samples} samples, so the sample of each row is not known; give the samples"
+            " one by one (train_batch_size 1)."
         )
     return slot
 

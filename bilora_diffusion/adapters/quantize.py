@@ -15,20 +15,20 @@ import torch
 from torch import nn
 
 from ..core.errors import UserError
-from .access import within
+from .access import is_within
 from .targets import output_head
 
 # The two ends of a diffusers UNet's transformers, through which all that these compute passes, and
 # the embedding of image size and pooled prompt, on which every layer depends: on the miniature they
 # make two fifths of the error of the predicted noise with an eighth of the linear layers' weights.
 # In SDXL they are 1.3 % of these: the UNet takes 1.86 GB with them, 1.82 without, and 5.13 in bf16.
-KEPT = ("proj_in", "proj_out", "add_embedding")
+UNQUANTIZED_MODULES = ("proj_in", "proj_out", "add_embedding")
 
 
 def quantize(
     model: nn.Module,
     compute_dtype: torch.dtype,
-    skip: Collection[str] = KEPT,
+    skip: Collection[str] = UNQUANTIZED_MODULES,
     device: torch.device | None = None,
 ) -> int:
     """Hold the weights of the model's linear layers in NF4, in place, one layer after another.
@@ -57,29 +57,29 @@ def quantize(
     count = len(places)
     while places:  # nothing may hold on to a layer that has been replaced
         layer, paths = places.popitem()
-        made = _four_bit(bnb, layer, compute_dtype, device)
+        quantized = _four_bit(bnb, layer, compute_dtype, device)
         for path in paths:
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, made)
+            setattr(model.get_submodule(parent), child, quantized)
     # PEFT asks the model, not the layer, which kind of adapter a layer needs; diffusers and
     # Transformers set the same when they load a model in 4 bits.
     cast(Any, model).is_loaded_in_4bit = True
     return count
 
 
-def held_bytes(model: nn.Module, kind: str, skip: Collection[str] = KEPT) -> int:
+def held_bytes(model: nn.Module, kind: str, skip: Collection[str] = UNQUANTIZED_MODULES) -> int:
     """Bytes of a model's weights and buffers, once it is quantized if `kind` is "nf4".
 
     Raises:
         UserError: bitsandbytes is missing.
     """
-    whole = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if kind == "none":
-        return whole
+        return total
     _bitsandbytes()
     weights = [layer.weight for layer in _places(model, skip)]
     codes_and_scales = sum(w.numel() // 2 + w.numel() // 64 for w in weights)
-    return whole - sum(w.nbytes for w in weights) + codes_and_scales
+    return total - sum(w.nbytes for w in weights) + codes_and_scales
 
 
 def _places(model: nn.Module, skip: Collection[str]) -> dict[nn.Linear, list[str]]:
@@ -90,7 +90,7 @@ def _places(model: nn.Module, skip: Collection[str]) -> dict[nn.Linear, list[str
     # A layer that stands in two places comes twice. Of a subclass one can't know how its weight is
     # used: nn.MultiheadAttention reads that of its last layer and never calls it.
     for path, module in model.named_modules(remove_duplicate=False):
-        spared = module is head or within(path, names)
+        spared = module is head or is_within(path, names)
         if path and type(module) is nn.Linear and not spared:
             places.setdefault(module, []).append(path)
     return places
@@ -99,24 +99,26 @@ def _places(model: nn.Module, skip: Collection[str]) -> dict[nn.Linear, list[str
 def _four_bit(
     bnb: Any, layer: nn.Linear, compute_dtype: torch.dtype, device: torch.device | None
 ) -> nn.Module:
-    made = bnb.nn.Linear4bit(
+    quantized = bnb.nn.Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
         compute_dtype=compute_dtype,
         device="meta",  # its own weights would be thrown away
     )
-    held = {"compress_statistics": True, "quant_type": "nf4"}
-    weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, module=made, **held)
-    made.weight = weight.to(device or layer.weight.device)
+    storage = {"compress_statistics": True, "quant_type": "nf4"}
+    weight = bnb.nn.Params4bit(
+        layer.weight.detach(), requires_grad=False, module=quantized, **storage
+    )
+    quantized.weight = weight.to(device or layer.weight.device)
     if layer.bias is not None:
-        made.bias = layer.bias
-        made.bias.data = layer.bias.detach().to(made.weight.device)
+        quantized.bias = layer.bias
+        quantized.bias.data = layer.bias.detach().to(quantized.weight.device)
     # On CPUs with AVX512-BF16 an evaluation would pack the weights anew, for good, in a form
     # through which bitsandbytes passes no gradient, and that fails where 64 does not
     # divide the width.
-    made.support_avx512bf16_for_cpu = False
-    return made.train(layer.training)
+    quantized.support_avx512bf16_for_cpu = False
+    return quantized.train(layer.training)
 
 
 def _bitsandbytes() -> Any:

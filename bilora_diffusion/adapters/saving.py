@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.durable import readable_as
 from ..core.lora_names import INITIAL, PRIMARY
-from .access import layers, named_parameters, whole
+from .access import head_parameters, layers, named_parameters
 
 PEFT_PREFIX = "base_model.model."
 
@@ -42,8 +42,10 @@ def portable(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> di
     """`portable_state_dict` of tensors under PEFT's keys: a primary's, and what was taken out."""
     joined = dict(tensors)
     for key, first in initial.items():
-        down = key.endswith("lora_A.weight")
-        joined[key] = torch.cat((joined[key], first if down else -first), dim=0 if down else 1)
+        if key.endswith("lora_A.weight"):
+            joined[key] = torch.cat((joined[key], first), dim=0)  # [A; A0], (2 r, n)
+        else:
+            joined[key] = torch.cat((joined[key], -first), dim=1)  # [B, -B0], (m, 2 r)
     return joined
 
 
@@ -65,7 +67,7 @@ def pretrained(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Contents of `save_pretrained`: tensors by PEFT's keys, and fields of its `LoraConfig`."""
     config = cast(Any, model).peft_config[PRIMARY].to_dict()
     config = twice_the_rank(config) if layers(model, INITIAL) else config
-    return {**portable_state_dict(model), **whole(model, PRIMARY)}, config
+    return {**portable_state_dict(model), **head_parameters(model, PRIMARY)}, config
 
 
 def twice_the_rank(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,12 +92,12 @@ def write_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Copies on the CPU, since safetensors refuses tensors that share their memory.
-    held = {
+    copies = {
         peft_path(key): value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in tensors.items()
     }
     weights = folder / SAFETENSORS_WEIGHTS_NAME
-    save_file(held, weights, metadata={**(metadata or {}), "format": "pt"})
+    save_file(copies, weights, metadata={**(metadata or {}), "format": "pt"})
     described = LoraConfig(**{**config, "inference_mode": True})
     described.save_pretrained(str(folder))
     readable_as(folder / CONFIG_NAME, weights)

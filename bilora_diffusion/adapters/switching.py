@@ -13,7 +13,7 @@ from torch import nn
 from ..core.errors import UserError
 from ..core.lora_names import INITIAL, PRIMARY
 from . import access
-from .access import layers, whole
+from .access import head_parameters, layers
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
@@ -31,14 +31,17 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
             module.set_adapter(list(names))
         elif isinstance(module, BaseTuner):
             module.active_adapter = list(names)
-    for parameter in whole(model, PRIMARY).values():
+    for parameter in head_parameters(model, PRIMARY).values():
         parameter.requires_grad_(PRIMARY in names)
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
     """The adapters that act, in order; empty where adapters are switched off."""
-    found = layers(model)
-    return tuple(found[0][1].active_adapters) if found and not found[0][1].disable_adapters else ()
+    named_layers = layers(model)
+    if not named_layers:
+        return ()
+    _, first = named_layers[0]
+    return () if first.disable_adapters else tuple(first.active_adapters)
 
 
 @contextmanager
@@ -51,32 +54,34 @@ def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         UserError: an adapter that no layer has, or that never acts.
     """
     _check(model, names)
-    before = [
-        (layer, list(layer.active_adapters), layer.disable_adapters) for _, layer in layers(model)
-    ]
-    flags = [
-        (p, p.requires_grad) for layer, _, _ in before for p in cast(nn.Module, layer).parameters()
-    ]
+    lora_layers = [layer for _, layer in layers(model)]
+    states = [(list(layer.active_adapters), layer.disable_adapters) for layer in lora_layers]
+    # PEFT's `set_adapter` makes the adapters' parameters trainable.
+    flags: list[tuple[nn.Parameter, bool]] = []
+    for layer in lora_layers:
+        for parameter in cast(nn.Module, layer).parameters():
+            flags.append((parameter, parameter.requires_grad))
     try:
-        for layer, _, _ in before:
+        for layer in lora_layers:
             layer.enable_adapters(True)
             layer.set_adapter(list(names))
         yield
     finally:
-        for layer, order, disabled in before:
+        for layer, (order, is_disabled) in zip(lora_layers, states, strict=True):
             layer.set_adapter(order)
-            if disabled:
+            if is_disabled:
                 layer.enable_adapters(False)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
 @contextmanager
-def off(found: Sequence[LoraLayer]) -> Iterator[None]:
+def off(lora_layers: Sequence[LoraLayer]) -> Iterator[None]:
     """Within the context no adapter of these layers acts, for forward passes without gradients;
     what is trainable stays as it is.
     """
-    switched = [layer for layer in found if not layer.disable_adapters]
+    # Not by `enable_adapters`, which makes parameters untrainable too.
+    switched = [layer for layer in lora_layers if not layer.disable_adapters]
     for layer in switched:
         layer._disable_adapters = True
     try:
@@ -86,12 +91,13 @@ def off(found: Sequence[LoraLayer]) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _check(model: nn.Module, wanted: Sequence[str]) -> None:
-    known = access.names(model)
-    if odd := [name for name in wanted if name not in known]:
-        has = ", ".join(known) or "none"
-        raise UserError(f'There is no adapter "{odd[0]}"; the model has: {has}.')
-    if INITIAL in wanted:
+def _check(model: nn.Module, names: Sequence[str]) -> None:
+    model_adapters = access.names(model)
+    for name in names:
+        if name not in model_adapters:
+            listing = ", ".join(model_adapters) or "none"
+            raise UserError(f'There is no adapter "{name}"; the model has: {listing}.')
+    if INITIAL in names:
         raise UserError(
             f'The adapter "{INITIAL}" is what was taken out of the base weights, and would be '
             "counted twice if it acted; leave it out."

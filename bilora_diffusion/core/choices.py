@@ -24,7 +24,7 @@ OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
         "prodigy": OptimizerKind(4, "prodigyopt"),
     }
 )
-"""They are made in `train.stepping`."""
+"""They are made in `train.optimizers`."""
 
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output head."""

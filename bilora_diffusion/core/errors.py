@@ -20,6 +20,7 @@ RANKS = ("RANK", "LOCAL_RANK")
 MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 T = TypeVar("T")
 TRACE = "bilora_trace"  # attribute of an exception: the file that holds its trace
+READER_LEFT = 141  # exit code where nobody reads the output: 128 + SIGPIPE
 PICKLED = (
     "there are no safetensors{}, and reading a pickle can run code: convert it, for example by"
     " https://huggingface.co/spaces/safetensors/convert, or by save_pretrained where you trust it"
@@ -123,23 +124,31 @@ def run_cli(main: Callable[[], None]) -> int:
     """
     try:
         main()
-    except (UserError, TrainingError) as error:
-        _say(str(error), only_main=True)
-        return _ended(error, 2)
-    except KeyboardInterrupt as stop:
-        if is_main_process():
-            print(str(stop) or "interrupted", file=sys.stderr)
-        return _ended(stop, 128 + getattr(stop, "number", signal.SIGINT))
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_left():
-            return 141
-        if disk_is_full(error):
-            _say("the disk is full: make room and give the same command again")
-            return _ended(error, 2)
-        trace = getattr(error, TRACE, None) or keep_trace(error)
-        _say(f"{unexpected(error)}; the trace is in {trace}")
-        return _ended(error, 1)
+    except (Exception, KeyboardInterrupt) as error:
+        code = _report(error)
+        if code != READER_LEFT and os.environ.get("BILORA_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exception(error)
+        return code
     return 0
+
+
+def _report(error: BaseException) -> int:
+    """Say in one sentence what ended a script; returns the exit code."""
+    if isinstance(error, UserError | TrainingError):
+        _say(str(error), only_main=True)
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        if is_main_process():
+            print(str(error) or "interrupted", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
+    if isinstance(error, BrokenPipeError) and _reader_left():
+        return READER_LEFT
+    if disk_is_full(error):
+        _say("the disk is full: make room and give the same command again")
+        return 2
+    trace = getattr(error, TRACE, None) or keep_trace(error)
+    _say(f"{unexpected(error)}; the trace is in {trace}")
+    return 1
 
 
 def unexpected(error: BaseException) -> str:
@@ -169,22 +178,11 @@ def _say(sentence: str, only_main: bool = False) -> None:
 
 
 def _reader_left() -> bool:
-    """Whether nobody reads stdout any more, as after ``| head``; from then on it leads nowhere."""
+    """Test that nobody reads stdout any more, as after ``| head``; then it is led nowhere."""
     stdout = 1
     poll = select.poll()
-    poll.register(stdout, 0)  # errors are told without being asked for
+    poll.register(stdout, 0)  # errors are reported without a mask
     if not poll.poll(0):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # Python flushes it at its end
     return True
-
-
-def print_trace_if_asked(error: BaseException) -> None:
-    """Print an exception's trace where ``BILORA_TRACEBACK`` asks for it."""
-    if os.environ.get("BILORA_TRACEBACK", "0") not in ("", "0"):
-        traceback.print_exception(error)
-
-
-def _ended(error: BaseException, code: int) -> int:
-    print_trace_if_asked(error)
-    return code

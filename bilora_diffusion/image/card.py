@@ -42,6 +42,7 @@ def write_dreambooth_card(
     base = source(cfg.pretrained_model_name_or_path)
     sources = [source(concept.source) for concept in cfg.concept_configs]
     exports_models, is_flow = methods.get(cfg.method).exports_weights, cfg.family.flow
+    # With --keep_best the weights, and so the images, are those of an earlier step.
     step = results.get("best_step", results["steps"])
     prompts = cfg.sampled_prompts
     gallery = _gallery(folder, step, vars(cfg))

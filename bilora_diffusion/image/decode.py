@@ -83,7 +83,7 @@ def read_mask(source: Path | bytes, *, alpha: bool = False) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode in _SIXTEEN_BIT:
             image = _eight_bit(image)
-        return image.convert("RGBA").getchannel("A")
+        return image.convert("RGBA").getchannel("A")  # 255 where the image has none
 
 
 def upright_size(source: Path | bytes, *, decode: bool) -> tuple[int, int]:

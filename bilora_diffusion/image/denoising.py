@@ -53,6 +53,7 @@ class Denoising:
         """
         class_name = str(config.get("_class_name", ""))
         is_native = "EDM" in class_name
+        # EDM weights the loss itself, by sigma.
         if (edm or is_native) and snr_gamma is not None:
             raise UserError(
                 f"--snr_gamma {snr_gamma} cannot be combined with EDM-style training: drop one."
@@ -105,6 +106,7 @@ class Denoising:
         return self._ratio(index) if self.kind == "standard" else self.scheduler.sigmas[index] ** -2
 
     def _ratio(self, index: Tensor) -> Tensor:
+        """alpha / (1 - alpha), with the product of the alphas up to each timestep."""
         alphas = self.scheduler.alphas_cumprod.to(index.device)[index].float()
         return alphas / (1 - alphas)
 
@@ -191,6 +193,7 @@ class DreamBoothModule(nn.Module):
         """
         predict = self._predictor(inputs["prior"], inputs["time_ids"], noisy.device)
         if self._adapted is None:
+            # Found once: the walk over all modules takes time.
             self._adapted = [layer for _, layer in adapters.layers(self.denoiser)]
         with torch.no_grad(), adapters.off(self._adapted):
             before = predict(noisy, levels).float()

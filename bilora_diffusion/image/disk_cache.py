@@ -82,8 +82,10 @@ class DiskCache:
 
 
 def _marks(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    parts = sorted(tensors)
-    return {"hash": digest_texts([name, *parts, digest(*(tensors[part] for part in parts))])}
+    """Metadata of a file: a hash of its name and content."""
+    parts = sorted(tensors)  # the file keeps no order
+    content = digest(*(tensors[part] for part in parts))
+    return {"hash": digest_texts([name, *parts, content])}
 
 
 def of_prompts(
@@ -95,15 +97,19 @@ def of_prompts(
     names = [name for name in family.encoders if getattr(pipeline, name) is not None]
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in names]
     parts = names + tokenizers
-    dtypes = [str(getattr(pipeline, name).dtype) for name in names]
-    quantized = cfg.quantize if family.flow else "none"
-    settings = [family.pipeline, str(family.max_sequence_length), quantized, *dtypes]
+    quantized = cfg.quantize if family.flow else "none"  # SDXL's encoders are not quantized
+    # All that decides an embedding: settings, the encoders and their weights, the machine.
+    facts = [family.pipeline, str(family.max_sequence_length), quantized]
+    facts += [str(getattr(pipeline, name).dtype) for name in names]
     try:
-        weights = hash_files(pipeline.origin.folder / part for part in parts)
+        facts.append(hash_files(pipeline.origin.folder / part for part in parts))
     except OSError:
         return DiskCache()  # reading the encoders will be refused with the reason
-    index = {name: value for name, value in pipeline.config.items() if name != "_name_or_path"}
-    return DiskCache(cfg.cache / "prompts", *settings, weights, repr(index), *_machine(cfg, device))
+    index = dict(pipeline.config)
+    index.pop("_name_or_path", None)  # where it lies decides nothing
+    facts.append(repr(index))
+    facts += _machine(cfg, device)
+    return DiskCache(cfg.cache / "prompts", *facts)
 
 
 def of_latents(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device) -> DiskCache:
@@ -131,7 +137,7 @@ def hash_files(folders: Iterable[Path]) -> str:
     texts = []
     for place in folders:
         for path in sorted(path for path in place.rglob("*") if path.is_file()):
-            blob = path.resolve()
+            blob = path.resolve()  # in the hub's cache a file is a link to its blob
             content = blob.name
             if blob.parent.name != "blobs" or not _SHA256.fullmatch(content):
                 with path.open("rb") as file:

@@ -6,56 +6,80 @@ import torch
 from torch import nn
 
 from ..adapters.quantize import held_bytes
-from ..train.dry_run import BEFORE, NUMBER, STEP, Moments
+from ..train.dry_run import BEFORE, NUMBER_BYTES, STEP, PhaseMemory
 from . import buckets
 from .config import DreamBoothConfig
 from .latents import AT_ONCE
 
-ENCODED, DECODED = 20, 24
+ENCODED_BYTES, DECODED_BYTES = 20, 24
 """Bytes of an autoencoder in fp32 for each pixel and channel of its outermost layer."""
 
 
-def moments(task: Any, device: torch.device) -> Moments:
-    """Memory of a task whose models are empty; on a CPU all are there from the start."""
-    cfg, family, pipeline = task.cfg, task.family, task.pipeline
-    few = {*task.models, *(family.encoders if family.flow else ())}
-    sizes = {
-        name: held_bytes(model, cfg.quantize if name in few else "none")
-        for name in family.parts
-        if isinstance(model := getattr(pipeline, name, None), nn.Module)
-    }
-    on_cpu, visitors = device.type == "cpu", set(family.encoders) - set(task.models)
-    stay = sizes.keys() - (visitors if family.flow or not on_cpu else set())
-    resting = {"vae"} if cfg.offload and not on_cpu else set()
+def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
+    """Memory of a task whose models are empty, in each phase of a run.
 
-    def weights(names: Any) -> dict[str, int]:
+    On a CPU all models are in memory from the start. On a GPU text encoders that are not trained
+    leave before the first step, and with ``--offload`` the autoencoder rests meanwhile.
+    """
+    cfg, family, pipeline = task.cfg, task.family, task.pipeline
+    quantized = set(task.models)
+    if family.flow:
+        quantized |= set(family.encoders)
+    sizes: dict[str, int] = {}
+    for name in family.parts:
+        model = getattr(pipeline, name, None)
+        if isinstance(model, nn.Module):
+            sizes[name] = held_bytes(model, cfg.quantize if name in quantized else "none")
+
+    on_cpu = device.type == "cpu"
+    frozen_encoders = set(family.encoders) - set(task.models)
+    staying = set(sizes)
+    if family.flow or not on_cpu:
+        staying -= frozen_encoders
+    resting = {"vae"} if cfg.offload and not on_cpu else set()
+    before = set(sizes) if on_cpu else (frozen_encoders | {"vae"}) - resting
+
+    def weights(names: set[str]) -> dict[str, int]:
         return {f"weights: {name}": size for name, size in sizes.items() if name in names}
 
-    cut = buckets.sizes(cfg.resolution, cfg.aspect_ratio_buckets)
-    pixels, config = max(h * w for h, w in cut), pipeline.vae.config
-    encoded = ENCODED * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
-    drawn = DECODED * max((sample.width * sample.height for sample in cfg.samples), default=0)
-    channels = config.get("base_dim") or config["block_out_channels"][0]
-    denoiser, places = task.models[family.denoiser], pixels // family.patch**2
+    crops = buckets.sizes(cfg.resolution, cfg.aspect_ratio_buckets)
+    pixels = max(height * width for height, width in crops)
+    vae_config = pipeline.vae.config
+    channels = vae_config.get("base_dim") or vae_config["block_out_channels"][0]
+    encoded = ENCODED_BYTES * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
+    sampled_pixels = [sample.width * sample.height for sample in cfg.samples]
+    decoded = DECODED_BYTES * max(sampled_pixels, default=0)
+    pictures = channels * max(encoded, decoded)
+
+    places = pixels // family.patch**2
+    activations = activation_bytes(family, task.models[family.denoiser], places, cfg)
     return {
-        BEFORE: weights(sizes if on_cpu else visitors | {"vae"} - resting),
-        "encoding or drawing": {**weights(stay), "pictures": channels * max(encoded, drawn)},
-        STEP: {**weights(stay - resting), "activations": _held(family, denoiser, places, cfg)},
+        BEFORE: weights(before),
+        "encoding or drawing": {**weights(staying), "pictures": pictures},
+        STEP: {**weights(staying - resting), "activations": activations},
     }
 
 
-def _held(family: Any, denoiser: Any, places: int, cfg: DreamBoothConfig) -> int:
-    """Bytes of the activations of a micro-batch, by the family's coefficients."""
-    config, numbers = denoiser.config, family.activations
+def activation_bytes(family: Any, denoiser: Any, places: int, cfg: DreamBoothConfig) -> int:
+    """Bytes that the denoiser's activations take in a step.
+
+    Args:
+        family: Kind of the base model.
+        denoiser: Denoiser whose weights are empty.
+        places: Places of the latents, or tokens of the image.
+        cfg: Configuration of the run.
+    """
+    config, counts = denoiser.config, family.activations
     if family.flow:
-        lists = [child for child in denoiser.children() if isinstance(child, nn.ModuleList)]
-        blocks = sum(len(blocks) for blocks in lists)
-        width = config.get("dim") or config.get("hidden_size")
-        width = width or config["num_attention_heads"] * config["attention_head_dim"]
+        lists = [module for module in denoiser.children() if isinstance(module, nn.ModuleList)]
+        blocks = sum(map(len, lists))
+        heads, head_width = config.get("num_attention_heads"), config.get("attention_head_dim")
+        width = config.get("dim") or config.get("hidden_size") or heads * head_width
     else:  # a UNet, whose coefficients are of the whole
-        width, blocks = config["block_out_channels"][0], 1
-    per_token = blocks * numbers.block
+        blocks, width = 1, config["block_out_channels"][0]
     if cfg.gradient_checkpointing:
-        per_token = blocks * numbers.checkpointed + numbers.recomputed
-    tokens = cfg.train_batch_size * (places + numbers.prompt_tokens)
-    return int(tokens * width * NUMBER[cfg.mixed_precision] * per_token)
+        numbers = blocks * counts.checkpointed + counts.recomputed
+    else:
+        numbers = blocks * counts.block
+    tokens = cfg.train_batch_size * (places + counts.prompt_tokens)
+    return int(tokens * width * NUMBER_BYTES[cfg.mixed_precision] * numbers)

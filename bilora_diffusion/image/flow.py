@@ -56,13 +56,14 @@ class FlowMatching:
         """
         if "FlowMatch" not in (kind := str(config.get("_class_name", "FlowMatch"))):
             raise ValueError(f"its scheduler, a {kind}, has no straight paths to noise")
+        # Without mu the scheduler would refuse to shift by resolution.
         if mu is None and config.get("use_dynamic_shifting"):
             config = {**config, "use_dynamic_shifting": False, "shift": 1.0}
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
         steps = int(scheduler.config["num_train_timesteps"])
         even = [(steps - i) / steps for i in range(steps)]
         scheduler.set_timesteps(sigmas=even, mu=mu)
-        return cls(scheduler.sigmas[:-1].float(), **drawing)
+        return cls(scheduler.sigmas[:-1].float(), **drawing)  # without the 0 at the end
 
     @property
     def num_timesteps(self) -> int:

@@ -78,9 +78,11 @@ class Encoder:
         self._fill_cache(cached)
         encoded = iter(self._encode(uncached, AT_ONCE))
         posteriors = []
-        for sample in samples:
-            is_cached = self._is_cached(sample)
-            posteriors.append(self.cache[sample.content] if is_cached else next(encoded))
+        for sample in samples:  # in their order
+            if self._is_cached(sample):
+                posteriors.append(self.cache[sample.content])
+            else:
+                posteriors.append(next(encoded))
         return posteriors
 
     def _fill_cache(self, samples: Sequence[TrainingSample]) -> None:
@@ -124,7 +126,7 @@ class Encoder:
         vae.to(home_device)
         mean = torch.cat(means).float().cpu()  # (n, c, h, w)
         std = torch.cat(stds).float().cpu()
-        if not self.space.samples_posterior:
+        if not self.space.samples_posterior:  # a latent is the mean
             std = torch.zeros_like(std)
         posteriors = []
         for row, sample in enumerate(samples):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..adapters import adaptable
-from ..adapters.access import within
+from ..adapters.access import is_within
 from ..core.choices import (
     ALL,
     ALL_LINEAR,
@@ -42,15 +42,16 @@ def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tup
             convolutions.append(name)
     groups = {
         ATTENTION: family.targets,
-        FEED_FORWARD: [name for name in linear if within(name, family.feed_forward)],
+        FEED_FORWARD: [name for name in linear if is_within(name, family.feed_forward)],
         CONVOLUTIONS: convolutions,
         ALL_LINEAR: linear,
-        ALL: [*linear, *convolutions],
+        ALL: linear + convolutions,
     }
     kind = type(model).__name__
     module_names = [f".{name}" for name, _ in model.named_modules()]
     layers: dict[str, None] = {}  # in order, without repetition
     for word in words:
+        # A word is a group, or the end of a layer's name such as to_q.
         if word not in groups and not any(name.endswith(f".{word}") for name in module_names):
             raise UserError(
                 f'{FLAG} "{word}" is not a layer of the {kind}{_hint(word, groups[ALL])}: give'
@@ -69,4 +70,5 @@ def _hint(word: str, names: Sequence[str]) -> str:
     for name in names:
         parts = name.split(".")
         ends |= {".".join(parts[start:]) for start in range(len(parts))}
-    return did_you_mean(word, [*LAYER_GROUPS, *sorted(ends, key=len)])
+    # The shortest first: "to_q" before "attn1.to_q".
+    return did_you_mean(word, list(LAYER_GROUPS) + sorted(ends, key=len))

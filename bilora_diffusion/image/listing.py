@@ -145,6 +145,7 @@ def list_folder(folder: Path) -> Listing:
         # In place: `os.walk` goes on with what is left.
         folders[:] = [name for name in folders if not name.startswith(".") and not has_metadata]
         files += [Path(place, name) for name in names if not name.startswith(".")]
+    # By name, the folder's own files first.
     return Listing(folder, sorted(files, key=lambda path: (path.parent != folder, path)))
 
 
@@ -165,7 +166,7 @@ def masks_beside(images: Sequence[Path]) -> dict[Path, Path]:
     Raises:
         UserError: an image has several.
     """
-    stems = {stem(image) for image in images}
+    stems = {stem(image) for image in images}  # paths without their endings
     masks = dict[str | None, Path]()
     for folder in {image.parent for image in images}:
         for name in sorted(_names_in(folder)[1]):

@@ -104,6 +104,8 @@ def open_images(
         # imagefolder, where captions lie beside images: else they may be taken for the data.
         data = _load(dataset, folder, config_name, captioned, cache_dir)
         table = _read_split(dataset, data, image_column, mask_column)
+
+    # Captions: of a column, or of the files beside the images.
     reads_caption_files = False
     has_no_column = caption_column is None or TEXT not in table.columns
     if listing and captioned and has_no_column and table.files and not listing.metadata:
@@ -112,6 +114,7 @@ def open_images(
         table.columns[TEXT] = listing.captions(table.files) if reads_caption_files else []
     _set_captions(dataset, table, caption_column)
 
+    # Masks: the images' own opacity, or the files beside them; those of a column are set already.
     masks = dict[Path, Path]()
     masks_from = table.masks_from
     if alpha_mask:
@@ -124,6 +127,7 @@ def open_images(
             if file in masks:
                 entry.mask = partial(_mask, partial(Path, masks[file]))
 
+    # What should be known of how they were found.
     remarks = []
     if name := unread_folder_name(table.files):
         remarks.append(

@@ -100,11 +100,12 @@ def load_pipeline(
             options["cache_dir"] = cache_dir
         else:
             options["subfolder"] = part
+            # A part without files of the variant is read as it is.
             if variant and any((folder / part).glob(f"*.{variant}.*")):
                 options["variant"] = variant
         loader = getattr(diffusers, kind, None) or getattr(transformers, kind)
         read = partial(load, label, loader, place, fix, **options)
-        if part in later:
+        if part in later:  # its embeddings may all be cached
             origin.later[part] = read
             parts[part] = _empty(*read.args, **read.keywords)
         else:

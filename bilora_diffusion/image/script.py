@@ -1,4 +1,4 @@
-"""DreamBooth from a command line: parse, build, fit, export.
+"""DreamBooth from a command line: configuration, task and files of the training script.
 
 accelerate launch train_dreambooth_bilora.py --dataset linoyts/3d_icon
 python train_dreambooth_bilora.py --dataset mini --max_train_steps 20 --output_dir out
@@ -24,15 +24,15 @@ from ..export.readback import verify
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
 from ..run.heldout_part import chosen, copies
-from ..train import running
-from ..train.running import DTYPES, Script
-from ..train.trainer import Trainer
+from ..train import command
+from ..train.loop import Trainer
+from ..train.setup import DTYPES, Script
 from . import comfy
 from .captions import Captions
 from .card import write_dreambooth_card
 from .concept_list import require_disjoint
 from .config import DreamBoothConfig, resolve
-from .dry_run import moments
+from .dry_run import memory_by_phase
 from .listing import list_folder
 from .opening import open_images
 from .pipeline import load_base
@@ -45,40 +45,107 @@ PRECISIONS = DTYPES | {"fp32": torch.float32}
 logger = logging.getLogger(__name__)
 
 
-def build_task(cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
-    """Data first, since it is quick to refuse; then the models; then both on the device, where
-    prompts are embedded. In a dry run models have no weights, and stay where they are.
-    """
-    instance = training_images(cfg)
-    validation = heldout_images(cfg)
-    held = None if validation is None else validation.pictures()
-    if (held is not None or cfg.fit) and (line := copies("images", instance.pictures(), held)):
+class DreamBoothScript(Script[DreamBoothConfig]):
+    """Training of image models."""
+
+    project = "dreambooth-bilora"
+    scorer = "eval.clip_scores"
+
+    def resolve(self, argv: Sequence[str] | None) -> DreamBoothConfig:
+        return resolve(argv)
+
+    def build_task(self, cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
+        """Data first, since it is quick to refuse; then the models; then both on the device, where
+        prompts are embedded. In a dry run models have no weights, and stay where they are.
+        """
+        instance = training_images(cfg)
+        heldout = heldout_images(cfg)
+        warn_of_copies(cfg, instance, heldout)
+        family = cfg.family
+        # Frozen weights need no more than the arithmetic has; trained ones would lose small updates
+        # in bf16.
+        dtypes = {"default": DTYPES[accelerator.mixed_precision]}
+        if get(cfg.method).exports_weights:
+            dtypes[family.denoiser] = torch.float32
+            if cfg.train_text_encoder:
+                dtypes |= dict.fromkeys(family.encoders, torch.float32)
+        # Prompts that are cached need no text encoder, so these are loaded where one is missing.
+        loaded_later = family.encoders if cfg.cache and not cfg.train_text_encoder else ()
+        pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, later=loaded_later)
+        warn_of_model(cfg, pipeline)
+        class_set = None
+        if cfg.with_prior_preservation:
+            if cfg.dry_run:
+                class_set = instance
+            else:
+                class_set = joined(cfg, partial(class_images, accelerator=accelerator))
+        task = DreamBooth(cfg, pipeline, TrainingStream(cfg, instance, class_set), heldout)
+        if not cfg.dry_run:
+            if cfg.quantize != "none":
+                quantize_models(task, dtypes["default"], accelerator.device)
+            task.to_device(accelerator.device)
+        return task
+
+    def memory_by_phase(self, task: Any, device: torch.device) -> dict[str, dict[str, int]]:
+        return memory_by_phase(task, device)
+
+    def export(self, cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
+        task: Any = trainer.task
+        if trainer.method.exports_weights:
+            return save_models(folder, task.models)
+        save_diffusers(
+            folder,
+            task.models,
+            base_model=cfg.pretrained_model_name_or_path,
+            kohya=cfg.output_kohya_format,
+            extra_metadata=training_facts(cfg.to_dict(), trainer.outcome.step(trainer.step)),
+        )
+        comfy.write(cfg, folder, task.pipeline)
+        return verify(folder, task.models)
+
+    def write_card(
+        self, cfg: DreamBoothConfig, folder: Path, results: dict[str, Any], repo_id: str | None
+    ) -> None:
+        write_dreambooth_card(cfg, folder, results, repo_id)
+
+    def file_names(self, folder: Path) -> dict[str, str]:
+        return {
+            "for diffusers": FILE_NAME,
+            "for ComfyUI, A1111": kohya_file_name(folder),
+            "UNet": "unet",
+            "transformer": "transformer",
+            "workflow for ComfyUI": workflow_file_name(folder),
+            "model card": "README.md",
+            "images": "validation",
+        }
+
+
+DREAMBOOTH = DreamBoothScript()
+train = partial(command.train, DREAMBOOTH)
+"""Train as the command line says and leave a run folder; see `command.train`."""
+
+
+def warn_of_copies(cfg: DreamBoothConfig, instance: ImageSet, heldout: ImageSet | None) -> None:
+    """Warn of images that are learned from and held out at once, by a set or by folds."""
+    pictures = None if heldout is None else heldout.pictures()
+    if pictures is None and not cfg.fit:
+        return
+    if line := copies("images", instance.pictures(), pictures):
         logger.warning("%s", line)
+
+
+def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
+    """Warn of what the base model or ComfyUI will not do as the options might suggest."""
     family = cfg.family
-    # Frozen weights need no more than the arithmetic has; bf16 would lose small updates of others.
-    dtypes = {"default": DTYPES[accelerator.mixed_precision]}
-    if get(cfg.method).exports_weights:
-        trained = [family.denoiser, *(family.encoders if cfg.train_text_encoder else ())]
-        dtypes |= dict.fromkeys(trained, torch.float32)
-    later = family.encoders if cfg.cache and not cfg.train_text_encoder else ()
-    pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, later=later)
-    of_model = family.remark(cfg.pretrained_model_name_or_path, pipeline)
-    unguided = family.usual_sampling(pipeline)[1] == 0
-    if unguided and any(sample.negative_prompt and not sample.guidance for sample in cfg.samples):
+    model_remark = family.remark(cfg.pretrained_model_name_or_path, pipeline)
+    has_no_guidance = family.usual_sampling(pipeline)[1] == 0
+    if has_no_guidance and any(
+        sample.negative_prompt and not sample.guidance for sample in cfg.samples
+    ):
         logger.warning("%s draws without guidance, so negative prompts do nothing.", family.title)
-    for remark in (of_model, comfy.remark(cfg)):
+    for remark in (model_remark, comfy.remark(cfg)):
         if remark is not None:
             logger.warning("%s", remark)
-    classes = None
-    if cfg.with_prior_preservation:
-        made = partial(class_images, accelerator=accelerator)
-        classes = instance if cfg.dry_run else joined(cfg, made)
-    task = DreamBooth(cfg, pipeline, TrainingStream(cfg, instance, classes), validation)
-    if not cfg.dry_run:
-        if cfg.quantize != "none":
-            quantize_models(task, dtypes["default"], accelerator.device)
-        task.to_device(accelerator.device)
-    return task
 
 
 def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
@@ -92,40 +159,46 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
     numbers = range(len(list_folder(folder).images), cfg.num_class_images)
     # Nobody may count after another process has begun to write.
     accelerator.wait_for_everyone()
-    mine = numbers[accelerator.process_index :: accelerator.num_processes]
-    if mine:
+    own_numbers = numbers[accelerator.process_index :: accelerator.num_processes]
+    if own_numbers:
         precision = cfg.prior_generation_precision
         device = accelerator.device
         dtype = PRECISIONS[precision] if precision else cfg.family.precision(device)
         pipeline = load_base(cfg, dtype).to(device)
-        batches = range(0, len(mine), cfg.sample_batch_size)
-        for start in tqdm(batches, "class images", disable=not accelerator.is_main_process):
-            part = mine[start : start + cfg.sample_batch_size]
-            made = generate(
+        starts = range(0, len(own_numbers), cfg.sample_batch_size)
+        for start in tqdm(starts, "class images", disable=not accelerator.is_main_process):
+            batch = own_numbers[start : start + cfg.sample_batch_size]
+            sampled = generate(
                 pipeline,
-                [str(cfg.class_prompt)] * len(part),
-                [cfg.seed + number for number in part],
+                [str(cfg.class_prompt)] * len(batch),
+                [cfg.seed + number for number in batch],
                 size=cfg.resolution,
             )
-            for number, image in zip(part, made, strict=True):
-                mark = hashlib.sha256(image.tobytes()).hexdigest()[:12]
-                image.save(folder / f"{number}-{mark}.png")
+            for number, image in zip(batch, sampled, strict=True):
+                image_hash = hashlib.sha256(image.tobytes()).hexdigest()[:12]
+                image.save(folder / f"{number}-{image_hash}.png")
     accelerator.wait_for_everyone()
-    plain = {"image_column": "image", "caption_column": "none", "mask_column": None}
-    made = images(cfg, str(cfg.class_data_dir), **plain, alpha_mask=False)
-    return made.only(range(min(len(made), cfg.num_class_images)))
+    class_set = images(
+        cfg,
+        str(cfg.class_data_dir),
+        image_column="image",
+        caption_column="none",
+        mask_column=None,
+        alpha_mask=False,
+    )
+    return class_set.only(range(min(len(class_set), cfg.num_class_images)))
 
 
 def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
-    """Hold the denoiser's weights in 4 bits; of a flow model, whose encoders are as large, theirs
-    too, and these are let go of before the denoiser comes to the device.
+    """Quantize the denoiser to 4 bits; of a flow model, whose text encoders are as large, these
+    too, and they leave the device before the denoiser comes to it.
     """
     if task.family.flow:
-        later = task.pipeline.origin.later
+        loaders = task.pipeline.origin.later  # of the encoders that are loaded only if needed
         for name in task.family.encoders:
             model = getattr(task.pipeline, name)
-            if name in later:
-                later[name] = partial(_quantized, later[name], dtype, device)
+            if name in loaders:
+                loaders[name] = partial(load_quantized, loaders[name], dtype, device)
             elif model is not None:
                 quantize(model, dtype, device=device)
         task.embed(device)
@@ -134,47 +207,60 @@ def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) 
         logger.info("%s: the weights of %d layers are held in NF4", name, count)
 
 
-def _quantized(read: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Any:
-    model = read()
+def load_quantized(load: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a model and quantize it."""
+    model = load()
     quantize(model, dtype, device=device)
     return model
 
 
 def images(
-    cfg: DreamBoothConfig, dataset: str, config_name: str | None = None, **changed: Any
+    cfg: DreamBoothConfig, dataset: str, config_name: str | None = None, **changes: Any
 ) -> ImageSet:
-    """An image set with its captions, opened as the configuration says but for what is changed."""
-    options = ("image_column", "caption_column", "mask_column", "alpha_mask", "cache_dir")
-    options = {name: getattr(cfg, name) for name in (*options, "skip_bad_images")}
-    opened = open_images(dataset, config_name=config_name, **options | changed)
-    for line in opened.remarks():
+    """An image set with its captions, opened as the configuration says but for the changes."""
+    options = {
+        "image_column": cfg.image_column,
+        "caption_column": cfg.caption_column,
+        "mask_column": cfg.mask_column,
+        "alpha_mask": cfg.alpha_mask,
+        "cache_dir": cfg.cache_dir,
+        "skip_bad_images": cfg.skip_bad_images,
+    }
+    image_set = open_images(dataset, config_name=config_name, **options | changes)
+    for line in image_set.remarks():
         logger.warning("%s", line)
-    return opened
+    return image_set
 
 
 def joined(
-    cfg: DreamBoothConfig, opened: Callable[[DreamBoothConfig], ImageSet | None]
+    cfg: DreamBoothConfig, open_set: Callable[[DreamBoothConfig], ImageSet | None]
 ) -> ImageSet | None:
-    """One set of what is opened for each concept, named where it is refused; else the run's own."""
+    """One set of those of all concepts, named where one is refused; without concepts the run's own.
+
+    Args:
+        cfg: Configuration of the run.
+        open_set: Opens the set of a concept, or of the run, by its configuration.
+    """
     if not cfg.concepts:
-        return opened(cfg)
+        return open_set(cfg)
     sets = {}
-    for number, own in enumerate(cfg.concept_configs, start=1):
+    for number, concept_cfg in enumerate(cfg.concept_configs, start=1):
         with placed(f"{cfg.source}, concept {number}: "):
-            sets[own.concept] = opened(own)
+            sets[concept_cfg.concept] = open_set(concept_cfg)
     return ImageSet.joined(cfg.source, sets)
 
 
 def training_images(cfg: DreamBoothConfig) -> ImageSet:
     """The images that the run learns from, of all concepts."""
 
-    def opened(own: DreamBoothConfig) -> ImageSet:
-        its = images(own, own.source, own.dataset_config_name)
-        its.require_masks()
-        Captions(own, its)  # refuses what the stream's would, with its place and before loading
-        return its
+    def open_set(concept_cfg: DreamBoothConfig) -> ImageSet:
+        image_set = images(concept_cfg, concept_cfg.source, concept_cfg.dataset_config_name)
+        image_set.require_masks()
+        # Refuses what the stream would refuse, with its place and before a model is loaded.
+        Captions(concept_cfg, image_set)
+        return image_set
 
-    training = cast(ImageSet, joined(cfg, opened))  # no concept is without images
+    training = cast(ImageSet, joined(cfg, open_set))  # no concept is without images
     if cfg.concepts:
         require_disjoint(cfg.source, training)
     return training
@@ -183,57 +269,11 @@ def training_images(cfg: DreamBoothConfig) -> ImageSet:
 def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
     """The images that the run measures its loss on, of all concepts; None where it has none."""
 
-    def opened(own: DreamBoothConfig) -> ImageSet | None:
-        if not own.validation_dataset:
+    def open_set(concept_cfg: DreamBoothConfig) -> ImageSet | None:
+        if not concept_cfg.validation_dataset:
             return None
-        its = images(own, own.validation_dataset)
-        names = [entry.name for entry in its.entries]
-        return its.only(chosen(own.validation_part, names, its.label))
+        image_set = images(concept_cfg, concept_cfg.validation_dataset)
+        names = [entry.name for entry in image_set.entries]
+        return image_set.only(chosen(concept_cfg.validation_part, names, image_set.label))
 
-    return joined(cfg, opened)
-
-
-def export(cfg: DreamBoothConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Write the trained weights as they are now; returns a comparison of them with the files."""
-    task: Any = trainer.task
-    if trainer.method.exports_weights:
-        return save_models(folder, task.models)
-    save_diffusers(
-        folder,
-        task.models,
-        base_model=cfg.pretrained_model_name_or_path,
-        kohya=cfg.output_kohya_format,
-        extra_metadata=training_facts(cfg.to_dict(), trainer.outcome.step(trainer.step)),
-    )
-    comfy.write(cfg, folder, task.pipeline)
-    return verify(folder, task.models)
-
-
-def files(folder: Path) -> dict[str, str]:
-    """Uses of the files that a run leaves, and their names."""
-    return {
-        "for diffusers": FILE_NAME,
-        "for ComfyUI, A1111": kohya_file_name(folder),
-        "UNet": "unet",
-        "transformer": "transformer",
-        "workflow for ComfyUI": workflow_file_name(folder),
-        "model card": "README.md",
-        "images": "validation",
-    }
-
-
-DREAMBOOTH = Script(
-    "dreambooth-bilora",
-    resolve,
-    build_task,
-    export,
-    write_dreambooth_card,
-    "eval.clip_scores",
-    files,
-    moments,
-)
-
-
-def main(argv: Sequence[str] | None = None, config: DreamBoothConfig | None = None) -> None:
-    """Train as the command line says and leave a run folder; see `running.main`."""
-    running.main(DREAMBOOTH, argv, config)
+    return joined(cfg, open_set)

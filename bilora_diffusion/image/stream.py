@@ -76,10 +76,10 @@ class TrainingSample:
         """
         if self.pixels_and_mask is not None:
             return self.pixels_and_mask
-        cache = resized_images or ResizedImages(0)
+        cache = resized_images or ResizedImages(0)  # which keeps nothing
         interpolation = self.cfg.image_interpolation_mode
         image, mask = cache.get(self.images, self.index, self.size, interpolation)
-        pixels = cut(image, self.crop, self.size) * 2 - 1
+        pixels = cut(image, self.crop, self.size) * 2 - 1  # from [0, 1]
         return pixels, None if mask is None else cut(mask, self.crop, self.size)
 
     def digest(self, noise: str) -> str:
@@ -180,7 +180,8 @@ class TrainingStream:
             assert self.classes is not None
             images, index = self.classes, self._class_order.sample(position)
             config, caption = self._class_configs[index], self._class_texts[index]
-            # Class images are cut as the instance images of their step are.
+            # Class images are cut as the instance images of their step are: one micro-batch has
+            # latents of one size.
             size = self.sizes[instance_order.sample(step * step_size)]
         crop = sample_crop(
             images.entries[index].size,
@@ -223,7 +224,8 @@ class _Batches(Dataset):
     def __getitem__(self, number: int) -> list[TrainingSample]:
         step, slots = self._schedule[number]
         samples = []
-        for kind in (INSTANCE, CLASS) if self._stream.classes else (INSTANCE,):
+        kinds = [INSTANCE, CLASS] if self._stream.classes else [INSTANCE]
+        for kind in kinds:
             samples += [self._stream.sample(step, slot, self._step_size, kind) for slot in slots]
         for sample in samples:
             if not self._stream.is_cached(sample):

@@ -77,6 +77,7 @@ class DreamBooth:
         self._source: Encoder | None = None  # of the run before, whose latents are used again
         self._searches = False
         self.num_samples, self.has_heldout = stream.num_samples, validation is not None
+        # Folds are dealt by name, and each sample is one image.
         self.names = self.sample_names = [entry.name for entry in stream.images.entries]
         self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
         self.models |= dict(zip(names, encoders, strict=True))
@@ -125,14 +126,14 @@ class DreamBooth:
         """Names and hashes of the held-out images."""
         return [] if self.validation is None else self.validation.sample_contents()
 
-    def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> DreamBooth:
+    def with_config(self, cfg: Any, fold: Fold | None = None, is_trial: bool = False) -> DreamBooth:
         """The same models, latents and prompts for a run of another configuration; see `Task`."""
         images, validation = self.stream.images, self.validation
         if fold is not None:
             images, validation = images.only(fold[0]), images.only(fold[1])
         stream = TrainingStream(cfg, images, self.stream.classes)
         task = DreamBooth(cfg, self.pipeline, stream, validation)
-        task.prompts, task._source, task._searches = self.prompts, self.encoder, searches
+        task.prompts, task._source, task._searches = self.prompts, self.encoder, is_trial
         task.to_device(self.device)
         return task
 
@@ -201,7 +202,7 @@ class DreamBooth:
         masks: Sequence[Tensor | None],
     ) -> dict[str, Any]:
         """A module's inputs for some images, whose masks are on the grid of their latents."""
-        time_ids = [sample.time_ids for sample in samples]
+        time_ids = [sample.time_ids for sample in samples]  # (n, 6)
         inputs = {
             "latents": latents,
             "noise": noise,

@@ -69,8 +69,8 @@ def compute(
         model: with its base weights as they came.
         spec: the primary's shape, with the init to use.
         gradients: of the base weights, in their shapes, by module path
-            (`train.gradients.collecting`); a layer that the loss does not reach may be missing and
-            keeps the default init.
+            (`train.initialisation.collecting`); a layer that the loss does not reach may be missing
+            and keeps the default init.
         seed: of what is random in the init.
 
     Raises:

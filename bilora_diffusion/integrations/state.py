@@ -69,7 +69,7 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
     saved = reading(str(path), "keep it in place", lambda: load_file(path))
     named = adapters.named_parameters(bilora.model, PRIMARY)
     own = {adapters.peft_key(key): value for key, value in named.items()}
-    heads = adapters.whole(bilora.model, PRIMARY)
+    heads = adapters.head_parameters(bilora.model, PRIMARY)
     if missing := sorted({adapters.peft_path(key) for key in (*own, *heads)} - saved.keys()):
         raise UserError(f"{missing[0]} is missing in {path}; it is of another model.")
     # of an init that changed the base weights the file has [B, -B0] and [A; A0]: the first part

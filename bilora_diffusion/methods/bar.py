@@ -39,6 +39,7 @@ class BAR(HookedMethod, CountingMethod, ABC):
         Raises:
             UserError: it lacks a parameter of the adapters, or can't be hooked.
         """
+        # Read anew in each step: accelerate's `prepare` and a resume replace the groups.
         rates = _learning_rates(unwrapped(optimizer))
         for name, layer in self.layers:
             if any(id(factor) not in rates for factor in weights(layer, PRIMARY)):
@@ -57,7 +58,7 @@ class BAR(HookedMethod, CountingMethod, ABC):
             progress = self.options.progress(self.steps_taken)
             strength *= falling(self.options.bar_schedule, progress)
         # A layer without a gradient is one that no step moves: SAM would not balance it either.
-        layers_A, layers_B = [], []
+        layers_A, layers_B = list[nn.Parameter](), list[nn.Parameter]()
         for _path, layer in self.layers:
             A, B = weights(layer, PRIMARY)
             if A.grad is not None and B.grad is not None:
@@ -66,8 +67,10 @@ class BAR(HookedMethod, CountingMethod, ABC):
         if not layers_A:
             return
         rates = _learning_rates(optimizer)
+        # On the device: to read which factor shrinks would wait for it.
         signs = torch.where(self.shrinks_A(layers_A, layers_B), -1.0, 1.0).unbind()
         for sign, A, B in zip(signs, layers_A, layers_B, strict=True):
+            # (1 - alpha_t lr_t) for one factor, (1 + alpha_t lr_t) for the other
             change = sign.to(A.dtype) * (strength * rates[id(A)])
             A.mul_(1 + change)
             B.mul_(1 - change)
@@ -107,9 +110,14 @@ def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Frobenius norms, (len(tensors),), on the first one's device."""
-    wide = [t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    return torch.stack([norm.to(wide[0].device) for norm in torch._foreach_norm(wide)])
+    """Frobenius norms, (len(tensors),), on the first one's device, in fp32 or wider."""
+    wide = []
+    for tensor in tensors:
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        wide.append(tensor.detach().to(dtype))
+    # One kernel for all layers of a device; layers may lie on several.
+    norms = torch._foreach_norm(wide)
+    return torch.stack([norm.to(wide[0].device) for norm in norms])
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

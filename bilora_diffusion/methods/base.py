@@ -123,6 +123,7 @@ class Method:
             UserError: a target that the adapters can't be put on.
         """
         self.targets = tuple(targets)
+        # All primaries before any other adapter, for the random values' sake.
         self.inject_adapters()
         for target in self.targets:
             inits.prepare(target.model, target.spec)
@@ -161,13 +162,14 @@ class Method:
         parameters: list[nn.Parameter] = []
         for target in self.targets if targets is None else targets:
             parameters += adapters.parameters(target.model, PRIMARY)
-            parameters += adapters.whole(target.model, PRIMARY).values()
+            parameters += adapters.head_parameters(target.model, PRIMARY).values()
         return parameters
 
     def bind(self, optimizer: Optimizer) -> None:
         """See the raw torch optimizer once, before the first step: to check it, read it or put
         hooks on its steps.
         """
+        # From here on the parameters are the same objects: the optimizer holds them too.
         self.weights = self.clip_parameters()
 
     def around_batch(
@@ -209,7 +211,7 @@ class Method:
                 for path, parameter in adapters.named_parameters(target.model, adapter).items():
                     tensors[f"{target.name}/{adapter}/{path}"] = parameter.detach()
         for target in self.targets:
-            for path, parameter in adapters.whole(target.model, PRIMARY).items():
+            for path, parameter in adapters.head_parameters(target.model, PRIMARY).items():
                 tensors[f"{target.name}/whole/{path}"] = parameter.detach()
         return tensors
 

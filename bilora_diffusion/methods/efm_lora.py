@@ -95,6 +95,7 @@ class EFMLoRA(HookedMethod, CountingMethod):
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # Algorithm 2: E for the next step, from the gradients that this one is taken with.
         self.steps_taken += 1
         rho, beta = self.rho, self.settings.efm_beta
         if self.settings.efm_schedule == "sqrt":
@@ -134,6 +135,7 @@ def perturbations(
         is_missing = gradient is None
         shapes = (layer.A.shape, layer.B.shape)
         keys.append((*shapes, layer.A.dtype, layer.A.device, layer.scale, is_missing))
+    # Layers of one shape, precision, device and scale are computed at once.
     for group in adapters.alike(keys):
         group_gradients = [gradient for i in group if (gradient := gradients[i]) is not None]
         if not group_gradients:
@@ -157,6 +159,7 @@ def perturbations(
         squares = (U * U).sum((1, 2)) + (V * V).sum((1, 2))
         squares = squares + 2 * ((P.mT @ U) * inner).sum((1, 2))
         norm = squares.clamp_min(0).sqrt()[:, None, None]
+        # G A^+ = (U Q^T + P V) Q R^+^T = (U + P V Q) R^+^T; the 1 / 2 s of G cancels in the ratio.
         step = (U + P @ inner) @ R_inverse.mT * (rho / scale)
         step = torch.where(norm > 0, step / norm, 0.0).to(dtype)
         for i, layer_step in zip(group, step, strict=True):

@@ -48,6 +48,7 @@ class FlatLoRA(CountingMethod):
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         self.steps_taken += 1
+        # The frozen weights W0 hold W0 + N during the pass; the factors are not moved.
         weights = [adapters.base_weight(layer) for _, layer in self.layers]
         with perturb.replaced(weights, self._noisy_weights(weights)):
             loss = forward_backward()
@@ -87,6 +88,7 @@ def noisy_weight(layer: adapters.LoraLayer, strength: float, seed: int, out: Ten
     B = cast(Tensor, layer.lora_B[PRIMARY].weight).detach().flatten(1)
     norms = row_norms(rows, A, B * layer.scaling[PRIMARY])  # (m,)
     deviation = strength * norms / math.sqrt(rows.shape[1])
+    # On the weight's device, so CPU and GPU have different noise of one seed.
     generator = torch.Generator(rows.device).manual_seed(seed)
     noise = torch.randn(rows.shape, generator=generator, device=rows.device, dtype=rows.dtype)
     out.copy_(adapters.from_rows(layer, noise.mul_(deviation[:, None]).add_(rows)))

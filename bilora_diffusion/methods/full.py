@@ -42,6 +42,7 @@ class FullFineTuning(Method):
                         f"{target.name}.{name} is {parameter.dtype}, in which small updates are "
                         "lost; load the model in float32 for full fine-tuning."
                     )
+                # Codes of quantized weights are integers, which have no gradient.
                 parameter.requires_grad_(parameter.is_floating_point())
         return self.param_groups(self.targets)
 
@@ -60,4 +61,4 @@ class FullFineTuning(Method):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        yield
+        yield  # there are no adapters to switch

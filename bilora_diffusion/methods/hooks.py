@@ -20,6 +20,7 @@ def unwrapped(optimizer: Any) -> Optimizer:
     Raises:
         UserError: there is none that hooks can be put on.
     """
+    # accelerate's wrapper is a torch optimizer by its class, but has no hooks of its own.
     while "_optimizer_step_post_hooks" not in getattr(optimizer, "__dict__", {}):
         if not hasattr(optimizer, "optimizer"):
             raise UserError(
@@ -45,7 +46,7 @@ class HookedMethod(Method):
             UserError: it can't be hooked.
         """
         super().bind(optimizer)
-        if self._hook is not None:
+        if self._hook is not None:  # bound before: the latest optimizer holds
             self._hook.remove()
         self._hook = unwrapped(optimizer).register_step_pre_hook(self.before_step)
 
@@ -71,6 +72,7 @@ def turn_gradients(
         if gradients:
             torch._foreach_neg_(gradients)
 
+    # `step(closure)` computes the gradients after the pre-hooks, so their signs would stay.
     def refuse_closure(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], *kwargs.values())):
             raise UserError(

@@ -48,6 +48,7 @@ class LoRALookSAM(LoRASAM, CountingMethod):
     )
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
+        # Steps 1, k + 1, 2 k + 1, ...
         is_sam_step = self.steps_taken % self.settings.looksam_k == 0
         self.steps_taken += 1
         loss = forward_backward()
@@ -68,18 +69,21 @@ class LoRALookSAM(LoRASAM, CountingMethod):
     ) -> Tensor:
         """Replace the gradients by SAM's, and store g_v; returns the loss uphill."""
         weights = list(self._named_weights.values())
+        # Copies, since the second pass needs `.grad`.
         g = _gradients(weights)
         with perturb.restored(weights):
-            perturb.move_(weights, g, self.rho)
+            perturb.move_(weights, g, self.rho)  # w + rho g / ||g||
             optimizer.zero_grad()
             perturbed = forward_backward()
+        # `.grad` holds g_s, which the optimizer steps with; its part across g is stored.
         g_v = orthogonal(_gradients(weights), g)
         torch._foreach_copy_(list(self._g_v.values()), g_v)
         return perturbed
 
     def _add_direction(self) -> None:
         """Add alpha ||g|| / ||g_v|| g_v to the gradients."""
-        gradients, directions = [], []
+        # A layer without a gradient is one that no step moves.
+        gradients, directions = list[Tensor](), list[Tensor]()
         for weight, direction in zip(self._named_weights.values(), self._g_v.values(), strict=True):
             if weight.grad is not None:
                 gradients.append(weight.grad)
@@ -90,10 +94,11 @@ class LoRALookSAM(LoRASAM, CountingMethod):
     @cached_property
     def _named_weights(self) -> dict[str, nn.Parameter]:
         """What is trained, by the keys of g_v in a checkpoint."""
+        # Once, after `setup`: it walks through the models.
         weights: dict[str, nn.Parameter] = {}
         for target in self.targets:
             factors = adapters.named_parameters(target.model, PRIMARY)
-            heads = adapters.whole(target.model, PRIMARY)
+            heads = adapters.head_parameters(target.model, PRIMARY)
             for path, weight in (*factors.items(), *heads.items()):
                 weights[f"{target.name}/{DIRECTION}/{path}"] = weight
         return weights

@@ -51,6 +51,7 @@ class LoRAMSAM(Method):
         super().bind(optimizer)
         optimizer = unwrapped(optimizer)
         for group in optimizer.param_groups:
+            # Adam's family names its momentum by the first of the betas.
             momentum = group["betas"][0] if "betas" in group else group.get("momentum", 0)
             if not momentum:
                 raise UserError(
@@ -61,7 +62,8 @@ class LoRAMSAM(Method):
         self.optimizer = optimizer
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
-        weights, momenta = [], list[Tensor]()
+        # Before the first step, and where the loss does not reach, there is no momentum.
+        weights, momenta = list[nn.Parameter](), list[Tensor]()
         for weight in self.weights:
             momentum = self._momentum(weight)
             if momentum is not None:

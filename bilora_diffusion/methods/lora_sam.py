@@ -46,7 +46,7 @@ class LoRASAM(Method):
             perturb.climb_(self.weights, self.rho)
             if self.on_perturbed is not None:
                 self.on_perturbed()
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # of e, which `climb_` left in `.grad`
             perturbed = forward_backward()
         optimizer.step()
         optimizer.zero_grad()

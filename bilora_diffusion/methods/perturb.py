@@ -30,6 +30,7 @@ def restored(weights: Sequence[Tensor]) -> Iterator[None]:
 @contextmanager
 def replaced(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
     """Within the context the weights hold `values`; their own are not touched, so not rounded."""
+    # Tensors are exchanged, so neither the weights nor the values are copied.
     originals = [weight.data for weight in weights]
     try:
         for weight, value in zip(weights, values, strict=True):
@@ -55,6 +56,7 @@ def climb_(weights: Sequence[Tensor], rho: float) -> None:
         if weight.grad is not None:
             with_gradient.append(weight)
             gradients.append(weight.grad)
+    # e in place of g; the small number keeps a zero gradient from becoming NaN.
     torch._foreach_mul_(gradients, rho / (norm(gradients) + 1e-12))
     torch._foreach_add_(with_gradient, gradients)
 
@@ -70,6 +72,7 @@ def move_(tensors: Sequence[Tensor], directions: Sequence[Tensor], length: float
     """
     if not directions:
         return
+    # `where` and no `if`: to read the norm would wait for the device.
     total = norm(directions)
     factor = torch.where(total > 0, length / total, 0.0)
     factors = [factor.to(v.device, v.dtype) for v in directions]
@@ -78,6 +81,7 @@ def move_(tensors: Sequence[Tensor], directions: Sequence[Tensor], length: float
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """sqrt(sum_i ||t_i||^2) in fp32 or wider, 0-d."""
+    # The norm of the norms is that of all values.
     norms = torch._foreach_norm(list(tensors), dtype=_wide_dtype(tensors))
     return torch.linalg.vector_norm(torch.stack(norms))
 

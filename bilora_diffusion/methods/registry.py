@@ -112,10 +112,14 @@ def for_run(values: Mapping[str, Any], num_steps: int, sample_names: Sequence[st
         sample_names: of the training samples.
     """
     method = get(values["method"])
+    settings = None
+    if method.own_options is not None:
+        settings = method.own_options(**_values_of(method.own_options, values))
+    options = _values_of(MethodOptions, values)
+    options |= {"num_steps": num_steps, "sample_names": tuple(sample_names), "own": settings}
+    return method(MethodOptions(**options))
 
-    def given(group: Any) -> dict[str, Any]:
-        return {f.name: values[f.name] for f in fields(group) if f.name in values}
 
-    own = method.own_options and method.own_options(**given(method.own_options))
-    of_run = {"num_steps": num_steps, "sample_names": tuple(sample_names), "own": own}
-    return method(MethodOptions(**{**given(MethodOptions), **of_run}))
+def _values_of(group: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that are fields of a dataclass."""
+    return {field.name: values[field.name] for field in fields(group) if field.name in values}

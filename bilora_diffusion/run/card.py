@@ -73,30 +73,31 @@ def _without_none(rows: Mapping[str, Any]) -> dict[str, Any]:
 def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Settings of the run; of the method's own options its radius, and what is not as usual."""
     method = get(options["method"])
-    method_settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"method": method.title}
+    if not method.exports_weights:
+        init = options["init_lora_weights"]
+        settings["rank"] = options["rank"]
+        settings["alpha"] = options["lora_alpha"]
+        if init != "default":
+            settings["init"] = init
+        if init in CHANGE_BASE:
+            # The file holds the difference of two adapters, side by side.
+            settings["rank of the file"] = 2 * options["rank"]
+        if options["use_dora"]:
+            settings["DoRA"] = "yes"
+        if options["quantize"] != "none":
+            settings["quantized base"] = options["quantize"]
+    settings["learning rate"] = options["learning_rate"]
+    settings["optimizer steps"] = steps
+    settings["seed"] = options["seed"]
     for name, usual in default_options(method).items():
         if name == "rho" or options[name] != usual:
-            method_settings[name.replace("_", " ")] = options[name]
+            settings[name.replace("_", " ")] = options[name]
     if "auxiliary_rank" in method.reads:
-        method_settings["auxiliary rank"] = options["auxiliary_rank"] or options["rank"]
-    init, quantized = options["init_lora_weights"], options["quantize"]
-    adapter = {
-        "rank": options["rank"],
-        "alpha": options["lora_alpha"],
-        "init": None if init == "default" else init,
-        "rank of the file": 2 * options["rank"] if init in CHANGE_BASE else None,
-        "DoRA": "yes" if options["use_dora"] else None,
-        "quantized base": None if quantized == "none" else quantized,
-    }
-    return {
-        "method": method.title,
-        **({} if method.exports_weights else adapter),
-        "learning rate": options["learning_rate"],
-        "optimizer steps": steps,
-        "seed": options["seed"],
-        **method_settings,
-        "weight averaging, decay": options["ema_decay"] if options["use_ema"] else None,
-    }
+        settings["auxiliary rank"] = options["auxiliary_rank"] or options["rank"]
+    if options["use_ema"]:
+        settings["weight averaging, decay"] = options["ema_decay"]
+    return settings
 
 
 def source(name: str) -> str:

@@ -146,6 +146,7 @@ def load(path: Path) -> Checkpoint:
         with unaltered(path, name):
             if _hash_file(path / name) != hashes[name]:
                 raise ValueError("not what was written")
+    # From here on the content is what was written, but a library of another version may refuse it.
     with unaltered(path):
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         optimizer = join(state["optimizer"], _load_tensors(path / OPTIMIZER))
@@ -306,7 +307,7 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def join(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The ``state_dict`` that `split` took apart; ``state`` is changed."""
-    for path, tensor in tensors.items():
+    for path, tensor in tensors.items():  # "param_groups/0/betas/1": keys, and places in lists
         *keys, last_key = path.split("/")
         container: Any = state
         for key in keys:

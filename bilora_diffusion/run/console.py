@@ -45,6 +45,7 @@ class Bar:
     def step(self, values: Mapping[str, Any]) -> None:
         """One more step, with what was logged about it."""
         if math.isfinite(values["loss"]):  # in fp16 a step without one is left out
+            # Divided by the sum of its weights, the mean has no bias towards 0 in the first steps.
             self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * values["loss"]
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         figures: dict[str, str] = {}

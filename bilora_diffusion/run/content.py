@@ -111,6 +111,7 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
         return f"the number of samples was {saved['count']} and is {current['count']}"
 
     before, after = saved["samples"], current["samples"]
+    # At first a changed sample counts as removed and added.
     removed = [name for name in before if after.get(name) != before[name]]
     added = [name for name in after if before.get(name) != after[name]]
     # Rows are named by their numbers, so one that is inserted renames all that follow it.

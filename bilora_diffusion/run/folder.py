@@ -26,7 +26,7 @@ from ..core.lora_names import (
 )
 from ..methods import get
 from . import checkpoint, snapshots
-from .record import read_fit
+from .record import read_search
 from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
 
 EXPORTS = "exports"  # adapters of checkpoints
@@ -159,14 +159,16 @@ def guard(
     if action is BEGIN:
         return None
 
+    # From here on the command goes on with what the folder holds.
     if fit:
-        read_fit(folder / FIT_RECORD)  # refuses a damaged one before the data are read
+        read_search(folder / FIT_RECORD)  # refuses a damaged one before the data are read
     newest = checkpoint.latest(folder)
     if action is SEARCH and resume in (None, "auto", "latest"):
         return newest
     if newest is None and state in (State.FINISHED, State.FINISHED_FIT):
         raise UserError(NO_CHECKPOINT.format(folder=folder))
     chosen = checkpoint.resolve(folder, resume)
+    # The checkpoint of another run may start a run in an empty folder, but not join a second one.
     root = folder / checkpoint.CHECKPOINTS
     if state is not State.EMPTY and chosen and root.resolve() not in chosen.resolve().parents:
         raise UserError(

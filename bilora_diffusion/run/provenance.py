@@ -35,6 +35,7 @@ def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
     project's checkout, as in a virtual environment.
     """
     package = package or Path(__file__).resolve().parents[1]
+    # A file of the package that git tracks shows that the checkout is the package's own.
     head = None
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None:
         head = _git(package, "rev-parse", "--verify", "HEAD")
@@ -95,5 +96,6 @@ def peak_memory(training_device: torch.device | str | None = None) -> int:
     on_gpu = training_device is None or torch.device(training_device).type == "cuda"
     if on_gpu and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated(training_device)
+    # ru_maxrss is in kilobytes, but in bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -117,7 +117,7 @@ class Line(_Strict):
     dynamics: dict[str, Any] | None = None
 
 
-class FitRun(_Strict):
+class SearchRun(_Strict):
     """A run of a search: its held-out losses by step."""
 
     name: Text
@@ -133,7 +133,7 @@ class FitRun(_Strict):
         return self
 
 
-class FitRow(_Strict):
+class SearchRow(_Strict):
     """A configuration beside the chosen one, at one step."""
 
     options: dict[Text, Text]
@@ -141,7 +141,7 @@ class FitRow(_Strict):
     steps: Count
 
 
-class FitChoice(FitRow):
+class SearchChoice(SearchRow):
     """Choice of a fit."""
 
     steps: Annotated[Count, Field(ge=1)]
@@ -150,7 +150,7 @@ class FitChoice(FitRow):
     rate_edge: Literal["lowest", "highest"] | None = None  # of the rates that were tried
 
 
-class FitStanding(FitRow):
+class SearchStanding(SearchRow):
     """A configuration by its difference to the choice."""
 
     folds: Count
@@ -158,15 +158,15 @@ class FitStanding(FitRow):
     interval: Annotated[list[Number], Field(min_length=2, max_length=2)] | None
 
 
-class Fit(_Strict):
+class SearchRecord(_Strict):
     """``fit.json``: the runs of a search, and what it chose."""
 
     settings: dict[str, Any]
     spent: Count
-    runs: list[FitRun]
+    runs: list[SearchRun]
     out: dict[Text, Text]
-    choice: FitChoice | None
-    standings: list[FitStanding]
+    choice: SearchChoice | None
+    standings: list[SearchStanding]
 
 
 @contextlib.contextmanager
@@ -241,8 +241,8 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
     return newest
 
 
-def read_fit(path: Path) -> dict[str, Any] | None:
-    """A run's ``fit.json``, which fits `Fit`; None where there is none.
+def read_search(path: Path) -> dict[str, Any] | None:
+    """A run's ``fit.json``, which fits `SearchRecord`; None where there is none.
 
     Raises:
         UserError: it is damaged.
@@ -250,7 +250,7 @@ def read_fit(path: Path) -> dict[str, Any] | None:
     try:
         with _reading(path, "start a new run in another --output_dir"):
             content = _parsed(finite(path).read_bytes())
-            Fit.model_validate(content)
+            SearchRecord.model_validate(content)
             return content
     except (FileNotFoundError, NotADirectoryError):
         return None

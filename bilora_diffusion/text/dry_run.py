@@ -3,27 +3,37 @@
 from typing import Any
 
 from ..adapters.quantize import held_bytes
-from ..train.dry_run import NUMBER, STEP, Moments
+from ..train.dry_run import NUMBER_BYTES, STEP, PhaseMemory
 
-HIDDEN = {"causal": 10.5, "seq2seq": 13.0, "classification": 4.0}
-INNER, SCORES, LOGITS = 3.6, 2.8, 12
-"""Numbers that a layer keeps for each hidden and each inner state of a token and, where attention
-is not fused, for each of its scores; bytes of the loss for each word of a predicted token.
-"""
+HIDDEN_COUNTS = {"causal": 10.5, "seq2seq": 13.0, "classification": 4.0}
+"""Numbers that a layer stores for each hidden state of a token."""
+INNER_COUNT = 3.6
+"""Numbers that it stores for each inner state of its feed-forward part."""
+SCORE_COUNT = 2.8
+"""Numbers that it stores for each attention score, where attention is not fused."""
+LOGIT_BYTES = 12
+"""Bytes of the loss for each word of a predicted token."""
 
 
-def moments(task: Any, device: Any) -> Moments:
-    """Of a task whose model is empty: the step of its longest rows."""
+def memory_by_phase(task: Any, device: Any) -> PhaseMemory:
+    """Memory of a task whose model is empty: the step of its longest rows."""
     cfg, loaded, train = task.cfg, task.loaded, task.data.train
-    config, causal = loaded.model.config.get_text_config(), loaded.kind == "causal"
-    width, tokens, count = config.hidden_size, max(train.lengths), config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 4 * width)
-    layer = HIDDEN[loaded.kind] * width + INNER * inner
-    layer += 0 if causal else SCORES * config.num_attention_heads * tokens
-    states = count * width + layer if cfg.gradient_checkpointing else count * layer
-    weights = held_bytes(loaded.model, cfg.quantize, loaded.whole_modules)
-    activations = int(cfg.train_batch_size * tokens * NUMBER[cfg.mixed_precision] * states)
-    targets = cfg.train_batch_size * (tokens if causal else max(train.target_tokens))
+    config = loaded.model.config.get_text_config()
+    is_causal = loaded.kind == "causal"
+    width, layers, tokens = config.hidden_size, config.num_hidden_layers, max(train.lengths)
+    inner_width = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 4 * width)
+    numbers_of_layer = HIDDEN_COUNTS[loaded.kind] * width + INNER_COUNT * inner_width
+    if not is_causal:
+        numbers_of_layer += SCORE_COUNT * config.num_attention_heads * tokens
+    if cfg.gradient_checkpointing:  # one hidden state for each layer, and all of one layer
+        numbers = layers * width + numbers_of_layer
+    else:
+        numbers = layers * numbers_of_layer
+    row_tokens = cfg.train_batch_size * tokens
+    activations = int(row_tokens * NUMBER_BYTES[cfg.mixed_precision] * numbers)
+
+    targets = cfg.train_batch_size * (tokens if is_causal else max(train.target_tokens))
     words = 0 if loaded.kind == "classification" else config.vocab_size
-    logits = targets * words * LOGITS
+    weights = held_bytes(loaded.model, cfg.quantize, loaded.whole_modules)
+    logits = targets * words * LOGIT_BYTES
     return {STEP: {"weights: model": weights, "activations": activations, "logits": logits}}

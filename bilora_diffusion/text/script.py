@@ -1,4 +1,4 @@
-"""Text fine-tuning from a command line: parse, build, fit, export.
+"""Text fine-tuning from a command line: configuration, task and files of the training script.
 
 accelerate launch train_text_bilora.py --config recipes/t5_base/mrpc.yaml
 python train_text_bilora.py --model_name_or_path smollm2 --train_file answers.jsonl
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from ..export import conversion, writer
 from ..methods import get
 from ..run.card import is_hub_id, loaded_from, source, write_card
 from ..run.heldout_part import copies
-from ..train import running
-from ..train.running import DTYPES, Script
-from ..train.trainer import Trainer
+from ..train import command
+from ..train.loop import Trainer
+from ..train.setup import DTYPES, Script
 from .config import TextConfig, resolve
-from .dry_run import moments
+from .dry_run import memory_by_phase
 from .models import AUTO_CLASSES, TextSource
 from .places import PACKAGED
 from .rows import encode_rows, open_rows
@@ -39,47 +40,84 @@ PIPELINE_TAGS = {
 logger = logging.getLogger(__name__)
 
 
-def build_task(cfg: TextConfig, accelerator: Accelerator) -> TextTask:
-    """Data first, since it is quick to refuse; then the model, on the device, or empty."""
-    datasets.disable_progress_bars()
-    source = TextSource(cfg)
-    rows = open_rows(cfg)
-    given = None if cfg.task else rows.validation
-    held = None if given is None else [(row.where, row) for row in given]
-    if (held is not None or (cfg.fit and rows.validation is None)) and (
-        line := copies("rows", [(row.where, row) for row in rows.train], held)
-    ):
-        logger.warning("%s", line)
-    dtype = DTYPES[accelerator.mixed_precision]
-    loaded = source.load(
-        # Weights that are trained are kept in fp32, since bf16 would lose small updates.
-        dtype=torch.float32 if get(cfg.method).exports_weights else dtype,
-        labels=rows.label_words if cfg.task_type == "classification" else None,
-        seed=cfg.seed,
-        weights=not cfg.dry_run,
-    )
-    task = TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
-    if cfg.dry_run:
+class TextScript(Script[TextConfig]):
+    """Training of language models."""
+
+    project = "text-bilora"
+    scorer = "eval.text_scores"
+
+    def resolve(self, argv: Sequence[str] | None) -> TextConfig:
+        return resolve(argv)
+
+    def build_task(self, cfg: TextConfig, accelerator: Accelerator) -> TextTask:
+        """Data first, since it is quick to refuse; then the model, on the device, or empty."""
+        datasets.disable_progress_bars()
+        source = TextSource(cfg)
+        rows = open_rows(cfg)
+        warn_of_copies(cfg, rows)
+        dtype = DTYPES[accelerator.mixed_precision]
+        loaded = source.load(
+            # Weights that are trained are stored in fp32: bf16 would lose small updates.
+            dtype=torch.float32 if get(cfg.method).exports_weights else dtype,
+            labels=rows.label_words if cfg.task_type == "classification" else None,
+            seed=cfg.seed,
+            weights=not cfg.dry_run,
+        )
+        # In a dry run rows are tokenized all the same, since their lengths decide the memory.
+        task = TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
+        if cfg.dry_run:
+            return task
+        if cfg.quantize != "none":
+            whole_modules, device = loaded.whole_modules, accelerator.device
+            count = quantize(loaded.model, dtype, skip=whole_modules, device=device)
+            logger.info("the weights of %d layers are held in NF4", count)
+        task.module.to(accelerator.device)
         return task
-    if cfg.quantize != "none":
-        skipped, device = loaded.whole_modules, accelerator.device
-        count = quantize(loaded.model, dtype, skip=skipped, device=device)
-        logger.info("the weights of %d layers are held in NF4", count)
-    task.module.to(accelerator.device)
-    return task
+
+    def memory_by_phase(self, task: Any, device: torch.device) -> dict[str, dict[str, int]]:
+        return memory_by_phase(task, device)
+
+    def export(self, cfg: TextConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
+        task: Any = trainer.task
+        model, tokenizer = task.loaded.model, task.loaded.tokenizer
+        if trainer.method.exports_weights:
+            report = writer.save_models(folder, task.models)
+            tokenizer.save_pretrained(folder / NAME)
+            return report
+        base, kind = cfg.model_name_or_path, task.loaded.kind
+        report = conversion.save_adapter(folder, model, base_model=base, kind=kind)
+        return {"labels": list(task.data.rows.label_words), **report}
+
+    def write_card(
+        self, cfg: TextConfig, folder: Path, results: dict[str, Any], repo_id: str | None
+    ) -> None:
+        write_text_card(cfg, folder, results, repo_id)
+
+    def file_names(self, folder: Path) -> dict[str, str]:
+        return {
+            "adapter": "adapter_model.safetensors",
+            "model": NAME,
+            "model card": "README.md",
+            "answers": "validation",
+        }
 
 
-def export(cfg: TextConfig, trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Write what was trained, as it is now, and read it back; returns what that showed."""
-    task: Any = trainer.task
-    model, tokenizer = task.loaded.model, task.loaded.tokenizer
-    if trainer.method.exports_weights:
-        report = writer.save_models(folder, task.models)
-        tokenizer.save_pretrained(folder / NAME)
-        return report
-    base, kind = cfg.model_name_or_path, task.loaded.kind
-    report = conversion.save_adapter(folder, model, base_model=base, kind=kind)
-    return {"labels": list(task.data.rows.label_words), **report}
+TEXT = TextScript()
+train = functools.partial(command.train, TEXT)
+"""Train as the command line says and leave a run folder; see `command.train`."""
+
+
+def warn_of_copies(cfg: TextConfig, rows: Any) -> None:
+    """Warn of rows that are learned from and held out at once, by a file or by folds."""
+    validation = None if cfg.task else rows.validation  # a benchmark's own rows are not the user's
+    heldout = None
+    if validation is not None:
+        heldout = [(row.where, row) for row in validation]
+    elif not cfg.fit or rows.validation is not None:
+        return
+    training = [(row.where, row) for row in rows.train]
+    if line := copies("rows", training, heldout):
+        logger.warning("%s", line)
 
 
 def write_text_card(
@@ -114,19 +152,3 @@ def write_text_card(
         labels=results["export"].get("labels"),
         here=repo_id or "path/to/this/folder",
     )
-
-
-def files(folder: Path) -> dict[str, str]:
-    """Files that a run leaves, by their purpose."""
-    return {
-        "adapter": "adapter_model.safetensors",
-        "model": NAME,
-        "model card": "README.md",
-        "answers": "validation",
-    }
-
-
-TEXT = Script(
-    "text-bilora", resolve, build_task, export, write_text_card, "eval.text_scores", files, moments
-)
-main = functools.partial(running.main, TEXT)

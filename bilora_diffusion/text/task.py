@@ -66,7 +66,9 @@ class TextTask:
         """Names and hashes of the held-out rows."""
         return _contents(self.data.rows.validation or [])
 
-    def again(self, cfg: TextConfig, fold: Fold | None = None, searches: bool = False) -> TextTask:
+    def with_config(
+        self, cfg: TextConfig, fold: Fold | None = None, is_trial: bool = False
+    ) -> TextTask:
         """The same model and rows for a run of another configuration; see `Task`."""
         data = self.data
         if fold is not None:
@@ -78,7 +80,7 @@ class TextTask:
             data = self._folds[key]
         task = TextTask(cfg, self.loaded, data)
         if task.evaluation is not None:
-            task.evaluation.by_row = searches
+            task.evaluation.by_row = is_trial
         return task
 
     def micro_batches(

@@ -14,10 +14,10 @@ from typing import Any, cast
 from torch import nn
 
 from ..core.errors import TrainingError, reason
-from ..core.files import duration
+from ..core.files import counted, duration
 
 BACKEND = "inductor"
-GRAPHS = 64
+MAX_GRAPHS = 64
 """So many graphs at most; blocks that need more run as they are, of which PyTorch warns."""
 logger = logging.getLogger(__name__)
 
@@ -42,17 +42,18 @@ class Blocks:
             return
         import torch._dynamo as dynamo  # takes a second, which only those who compile wait for
 
-        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, GRAPHS)
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, MAX_GRAPHS)
         # DDP's gradients travel between blocks anyway, so that no graph need be cut for them.
         dynamo.config.optimize_ddp = False
-        # Dropout is to see the random numbers that it sees without compilation.
-        inductor: dict[str, Any] = {"options": {"fallback_random": True}}
-        how = inductor if BACKEND == "inductor" else {"backend": BACKEND}
+        settings: dict[str, Any] = {"backend": BACKEND}
+        if BACKEND == "inductor":
+            # Dropout is to see the random numbers that it sees without compilation.
+            settings = {"options": {"fallback_random": True}}
         for model in cast(Any, models):
             if hasattr(model, "compile_repeated_blocks"):
                 if not model._repeated_blocks:
                     model._repeated_blocks = model._no_split_modules
-                model.compile_repeated_blocks(dynamic=False, **how)
+                model.compile_repeated_blocks(dynamic=False, **settings)
         modules = (module for model in models for module in model.modules())
         self.count = sum(module._compiled_call_impl is not None for module in modules)
 
@@ -69,18 +70,21 @@ class Blocks:
         from torch._dynamo.exc import TorchDynamoException
         from torch._inductor.exc import CppCompileError
 
-        before = _compiled()
+        graphs_before, seconds_before = _compiled()
         try:
             yield
         except (TorchDynamoException, CppCompileError) as error:
             raise TrainingError(
                 f"--compile failed at step {number}, leave it out: {reason(error)}"
             ) from error
-        graphs, seconds = (now - then for now, then in zip(_compiled(), before, strict=True))
-        if graphs:
+        graphs, seconds = _compiled()
+        if graphs > graphs_before:
             logger.info(
-                "step %d: compiled %d blocks in %s, to %d graph%s",
-                *(number, self.count, duration(seconds), graphs, "" if graphs == 1 else "s"),
+                "step %d: compiled %d blocks in %s, to %s",
+                number,
+                self.count,
+                duration(seconds - seconds_before),
+                counted(graphs - graphs_before, "graph"),
             )
 
 

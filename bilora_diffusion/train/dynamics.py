@@ -32,7 +32,8 @@ SNAPSHOTS = 40
 TERMS = ("norm_BeA", "norm_eBA", "norm_eBeA")
 FIRST_ORDER, PRODUCT, RATIO = "norm_first_order", "norm_BA", "ratio"
 COLUMNS, ROWS, COSINE, GAIN = "column_overlap", "row_overlap", "product_cosine", "ascent_gain"
-NORMS = (*TERMS, FIRST_ORDER, PRODUCT, "norm_primary", "norm_auxiliary")
+PRIMARY_NORM, AUXILIARY_NORM = "norm_primary", "norm_auxiliary"
+NORMS = (*TERMS, FIRST_ORDER, PRODUCT, PRIMARY_NORM, AUXILIARY_NORM)
 
 
 class Dynamics:
@@ -40,88 +41,93 @@ class Dynamics:
     others' primaries are the same.
 
     Args:
-        trainer: whose steps are recorded.
-        optimizer: the raw torch optimizer. The hook on its steps sees gradients that are unscaled
+        trainer: The trainer whose steps are recorded.
+        optimizer: The raw torch optimizer. The hook on its steps sees gradients that are unscaled
             and not yet turned around, and does not run on steps that a gradient scaler skips.
+
+    Attributes:
+        interval: Steps from one snapshot to the next.
     """
 
     def __init__(self, trainer: Any, optimizer: Optimizer) -> None:
         self._trainer = trainer
-        self.every = trainer.cfg.dynamics_steps or -(-trainer.num_steps // SNAPSHOTS)
+        self.interval = trainer.cfg.dynamics_steps or -(-trainer.num_steps // SNAPSHOTS)
         self._layers = trainer.method.layers
         self._figures: dict[str, Tensor] = {}
-        self._taken: snapshots.Snapshot | None = None
-        trainer.method.on_perturbed = self.perturbed
+        self._snapshot: snapshots.Snapshot | None = None
+        # LoRA-SAM perturbs the weights within a step, where only the method itself can call.
+        trainer.method.on_perturbed = self.record_perturbation
         if AUXILIARY in trainer.method.adapters:
             optimizer.register_step_pre_hook(self._before_step)
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Test that a step (0: before training) is recorded; the last one always is."""
-        return step % self.every == 0 or step == self._trainer.num_steps
+        return step % self.interval == 0 or step == self._trainer.num_steps
 
-    def perturbed(self) -> None:
+    def record_perturbation(self) -> None:
         """Called by LoRA-SAM: the weights hold A + e_A and B + e_B, and their ``.grad`` holds e."""
-        if self.due(self._trainer.step + 1):
-            moved = self._factors(PRIMARY)
-            self._figures |= perturbation_norms(moved, self._gradients(PRIMARY, moved))
+        if self.is_due(self._trainer.step + 1):
+            perturbed = self._factors(PRIMARY)
+            self._figures |= perturbation_norms(perturbed, self._gradients(PRIMARY, perturbed))
 
     def _before_step(self, *_: Any) -> None:
-        if self.due(self._trainer.step + 1):
+        if self.is_due(self._trainer.step + 1):
             factors = self._factors(AUXILIARY)
             self._figures[GAIN] = ascent_gain(factors, self._gradients(AUXILIARY, factors))
 
     def values(self) -> dict[str, Any]:
         """For the line of the step just taken: totals over layers, {} when nothing is due."""
         step = self._trainer.step
-        if not self.due(step):
+        if not self.is_due(step):
             return {}
-        own = self._trainer.method.adapters
-        factors = {adapter: self._factors(adapter) for adapter in own}
+        factors = {adapter: self._factors(adapter) for adapter in self._trainer.method.adapters}
         if AUXILIARY in factors:
             self._figures |= alignment(factors[PRIMARY], factors[AUXILIARY])
-        self._taken = snapshots.Snapshot(step, factors, self._figures)
+        self._snapshot = snapshots.Snapshot(step, factors, self._figures)
         self._figures = {}
-        return {"dynamics": totals(self._taken.layers)}
+        return {"dynamics": totals(self._snapshot.layers)}
 
     def write(self, folder: Path) -> None:
         """Write the snapshot of the step just taken, if it is due.
 
         Raises:
-            TrainingError: the disk refuses.
+            TrainingError: The disk refuses.
         """
-        if self._taken is None:  # before the first step
+        if self._snapshot is None:  # before the first step
             self.values()
-        if self._taken is not None:
-            snapshots.write(folder, self._taken)
-            self._taken = None
+        if self._snapshot is not None:
+            snapshots.write(folder, self._snapshot)
+            self._snapshot = None
 
     def _factors(self, adapter: str) -> list[Factors]:
         return snapshots.to_cpu(adapters.factors_of(self._layers, adapter))
 
     def _gradients(self, adapter: str, factors: Sequence[Factors]) -> list[Factors]:
         """The gradients of these factors; zero on a layer that the loss does not reach."""
-        pairs = zip(factors, adapters.gradients_of(self._layers, adapter), strict=True)
-        return snapshots.to_cpu(
-            [
-                f._replace(A=torch.zeros_like(f.A), B=torch.zeros_like(f.B)) if g is None else g
-                for f, g in pairs
-            ]
-        )
+        gradients = []
+        layer_gradients = adapters.gradients_of(self._layers, adapter)
+        for layer, gradient in zip(factors, layer_gradients, strict=True):
+            if gradient is None:
+                gradient = layer._replace(A=torch.zeros_like(layer.A), B=torch.zeros_like(layer.B))
+            gradients.append(gradient)
+        return snapshots.to_cpu(gradients)
 
 
-def inner_products(one: Sequence[Factors], other: Sequence[Factors]) -> Tensor:
+def inner_products(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
     """<s B A, s' B' A'> of the same layers, (layers,) float64, on the CPU.
 
     <B A, B' A'> = sum over i, j of (B^T B')_ij (A A'^T)_ij, with matrices of the ranks' sizes only.
     """
-    found = torch.empty(len(one), dtype=torch.float64)
-    shapes = [(f.A.shape, f.B.shape, g.A.shape) for f, g in zip(one, other, strict=True)]
-    for where in alike(shapes):
-        grams_A = _stack(one, where, "A") @ _stack(other, where, "A").mT
-        grams_B = _stack(one, where, "B").mT @ _stack(other, where, "B")
-        scales = torch.tensor([one[i].scale * other[i].scale for i in where], dtype=torch.float64)
-        found[where] = (grams_A * grams_B).sum((1, 2)) * scales
-    return found
+    products = torch.empty(len(left), dtype=torch.float64)
+    shapes = [(f.A.shape, f.B.shape, g.A.shape) for f, g in zip(left, right, strict=True)]
+    for layers in alike(shapes):  # of one shape, which are stacked
+        # (layers, rank, rank') each
+        A_products = _stack(left, layers, "A") @ _stack(right, layers, "A").mT
+        B_products = _stack(left, layers, "B").mT @ _stack(right, layers, "B")
+        scales = [left[layer].scale * right[layer].scale for layer in layers]
+        scale = torch.tensor(scales, dtype=torch.float64)
+        products[layers] = (A_products * B_products).sum((1, 2)) * scale
+    return products
 
 
 def norms(factors: Sequence[Factors]) -> Tensor:
@@ -129,23 +135,27 @@ def norms(factors: Sequence[Factors]) -> Tensor:
     return inner_products(factors, factors).clamp_min(0).sqrt()
 
 
-def perturbation_norms(moved: Sequence[Factors], changes: Sequence[Factors]) -> dict[str, Tensor]:
+def perturbation_norms(
+    perturbed: Sequence[Factors], perturbations: Sequence[Factors]
+) -> dict[str, Tensor]:
     """Frobenius norms of the terms of Equation 5, each (layers,).
 
+    (B + e_B)(A + e_A) = B A + B e_A + e_B A + e_B e_A
+
     Args:
-        moved: A + e_A and B + e_B.
-        changes: e_A and e_B.
+        perturbed: A + e_A and B + e_B.
+        perturbations: e_A and e_B.
     """
-    own = [
-        f._replace(A=f.A.double() - e.A.double(), B=f.B.double() - e.B.double())
-        for f, e in zip(moved, changes, strict=True)
-    ]
-    pairs = list(zip(own, changes, strict=True))
-    by_A = [f._replace(A=e.A) for f, e in pairs]  # B e_A
-    by_B = [f._replace(B=e.B) for f, e in pairs]  # e_B A
-    squares = inner_products(by_A, by_A) + inner_products(by_B, by_B)
-    first_order = (squares + 2 * inner_products(by_A, by_B)).clamp_min(0).sqrt()
-    values = (norms(by_A), norms(by_B), norms(changes), first_order, norms(own))
+    primary, B_eA, eB_A = [], [], []
+    for moved, e in zip(perturbed, perturbations, strict=True):
+        layer = moved._replace(A=moved.A.double() - e.A.double(), B=moved.B.double() - e.B.double())
+        primary.append(layer)
+        B_eA.append(layer._replace(A=e.A))
+        eB_A.append(layer._replace(B=e.B))
+    # ||B e_A + e_B A||^2 = ||B e_A||^2 + ||e_B A||^2 + 2 <B e_A, e_B A>
+    squares = inner_products(B_eA, B_eA) + inner_products(eB_A, eB_A)
+    first_order = (squares + 2 * inner_products(B_eA, eB_A)).clamp_min(0).sqrt()
+    values = (norms(B_eA), norms(eB_A), norms(perturbations), first_order, norms(primary))
     return dict(zip((*TERMS, FIRST_ORDER, PRODUCT), values, strict=True))
 
 
@@ -154,26 +164,27 @@ def ascent_gain(factors: Sequence[Factors], gradients: Sequence[Factors]) -> Ten
 
     G is the gradient of the weight, of which dL/dB = s G A^T, so <dL/dB, B> = <G, s B A>.
     """
-    return torch.stack(
-        [(f.B.double() * g.B.double()).sum() for f, g in zip(factors, gradients, strict=True)]
-    )
+    gains = []
+    for layer, gradient in zip(factors, gradients, strict=True):
+        gains.append((layer.B.double() * gradient.B.double()).sum())
+    return torch.stack(gains)
 
 
 def alignment(primary: Sequence[Factors], auxiliary: Sequence[Factors]) -> dict[str, Tensor]:
     """Overlaps of column and of row spaces, the cosine of the products, and their norms; each
     (layers,), nan where an adapter is zero.
     """
-    one, other = norms(primary), norms(auxiliary)
+    primary_norms, auxiliary_norms = norms(primary), norms(auxiliary)
     return {
         COLUMNS: subspace_overlap([f.B for f in primary], [f.B for f in auxiliary]),
         ROWS: subspace_overlap([f.A.T for f in primary], [f.A.T for f in auxiliary]),
-        COSINE: inner_products(primary, auxiliary) / (one * other),
-        "norm_primary": one,
-        "norm_auxiliary": other,
+        COSINE: inner_products(primary, auxiliary) / (primary_norms * auxiliary_norms),
+        PRIMARY_NORM: primary_norms,
+        AUXILIARY_NORM: auxiliary_norms,
     }
 
 
-def subspace_overlap(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+def subspace_overlap(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Mean squared cosine of the principal angles between column spaces, (layers,) float64.
 
     ||Q1^T Q2||_F^2 / min(r1, r2), with orthonormal bases: 1 where one space lies in the other, 0
@@ -181,26 +192,28 @@ def subspace_overlap(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     (Bjorck & Golub 1973, https://doi.org/10.2307/2005662). The ranks are numerical; nan for 0.
 
     Args:
-        one, other: (d, r1) and (d, r2) of each layer.
+        left: (d, r1) of each layer.
+        right: (d, r2) of each layer.
     """
-    found = torch.empty(len(one), dtype=torch.float64)
-    for where in alike((a.shape, b.shape) for a, b in zip(one, other, strict=True)):
-        basis, rank = _bases([one[i] for i in where])
-        other_basis, other_rank = _bases([other[i] for i in where])
-        squares = (basis.mT @ other_basis).square().sum((1, 2))
-        found[where] = squares / torch.minimum(rank, other_rank)
-    return found
+    overlaps = torch.empty(len(left), dtype=torch.float64)
+    for layers in alike((a.shape, b.shape) for a, b in zip(left, right, strict=True)):
+        left_basis, left_rank = _bases([left[layer] for layer in layers])
+        right_basis, right_rank = _bases([right[layer] for layer in layers])
+        squares = (left_basis.mT @ right_basis).square().sum((1, 2))
+        overlaps[layers] = squares / torch.minimum(left_rank, right_rank)
+    return overlaps
 
 
 def _bases(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Orthonormal bases of column spaces, (L, d, r) with zeros beyond the rank, and the ranks."""
     stacked = torch.stack(list(matrices))
+    # The SVD of the small R has the singular values of Q R: (L, r, r) instead of (L, d, r).
     Q, R = torch.linalg.qr(stacked.double())
     U, S, _ = torch.linalg.svd(R)
-    # As numpy's matrix_rank: what lies below rounding in the stored precision has no direction.
-    share = torch.finfo(stacked.dtype).eps * max(stacked.shape[1:])
-    kept = share * S.amax(1, keepdim=True) < S
-    return (Q @ U) * kept[:, None, :], kept.sum(1)
+    # As numpy's matrix_rank: below rounding in the stored precision there is no direction.
+    threshold = torch.finfo(stacked.dtype).eps * max(stacked.shape[1:]) * S.amax(1, keepdim=True)
+    has_direction = threshold < S  # (L, r)
+    return (Q @ U) * has_direction[:, None, :], has_direction.sum(1)
 
 
 def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
@@ -209,20 +222,23 @@ def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
     Norms are of all layers as one vector, and so are the ratio of Figure 2b and the cosine; gains
     add up; overlaps are means over the layers that have one.
     """
-    found: dict[str, Tensor] = {
-        name: values.square().sum().sqrt() for name, values in layers.items() if name in NORMS
-    }
+    figures: dict[str, Tensor] = {}
+    for name, values in layers.items():
+        if name in NORMS:
+            figures[name] = values.square().sum().sqrt()
     if FIRST_ORDER in layers:
-        found[RATIO] = found[FIRST_ORDER] / found[TERMS[-1]]
+        figures[RATIO] = figures[FIRST_ORDER] / figures[TERMS[-1]]
     if GAIN in layers:
-        found[GAIN] = layers[GAIN].sum()
+        figures[GAIN] = layers[GAIN].sum()
     if COSINE in layers:
-        one, other = layers["norm_primary"], layers["norm_auxiliary"]
-        products = (layers[COSINE] * one * other).nan_to_num(0)
-        found[COSINE] = products.sum() / (found["norm_primary"] * found["norm_auxiliary"])
-        found |= {name: layers[name].nanmean() for name in (COLUMNS, ROWS)}
-    return {name: float(v) if v.isfinite() else None for name, v in found.items()}
+        # <s B A, s' B' A'> of each layer is its cosine times both norms; their sum is that of all
+        # layers as one vector.
+        products = (layers[COSINE] * layers[PRIMARY_NORM] * layers[AUXILIARY_NORM]).nan_to_num(0)
+        figures[COSINE] = products.sum() / (figures[PRIMARY_NORM] * figures[AUXILIARY_NORM])
+        for name in (COLUMNS, ROWS):
+            figures[name] = layers[name].nanmean()
+    return {name: float(value) if value.isfinite() else None for name, value in figures.items()}
 
 
-def _stack(factors: Sequence[Factors], where: Sequence[int], side: str) -> Tensor:
-    return torch.stack([getattr(factors[i], side).double() for i in where])
+def _stack(factors: Sequence[Factors], layers: Sequence[int], side: str) -> Tensor:
+    return torch.stack([getattr(factors[layer], side).double() for layer in layers])

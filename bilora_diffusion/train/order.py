@@ -28,8 +28,9 @@ class SampleOrder:
     def __init__(self, n: int, seed: int, repeats: Repeats = 1, purpose: str = "order") -> None:
         self.seed, self.purpose = seed, purpose
         counts = torch.as_tensor(repeats).expand(n)
-        turns = range(int(counts.max()))
-        self._samples = torch.cat([(counts > turn).nonzero()[:, 0] for turn in turns])
+        # First all samples, then those that repeat once more, and so on.
+        passes = [(counts > turn).nonzero()[:, 0] for turn in range(int(counts.max()))]
+        self._samples = torch.cat(passes)
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
     def __len__(self) -> int:
@@ -44,12 +45,12 @@ class SampleOrder:
     def permutation(self, epoch: int) -> Tensor:
         """The shuffled positions of one epoch, (len(self),), in passes over all samples."""
         if epoch != self._epoch:
-            draws = generator(self.purpose, self.seed, epoch)
-            self._epoch, self._permutation = epoch, self._draw(draws)
+            random = generator(self.purpose, self.seed, epoch)
+            self._epoch, self._permutation = epoch, self._shuffled(random)
         return self._permutation
 
-    def _draw(self, draws: torch.Generator) -> Tensor:
-        return torch.randperm(len(self), generator=draws)
+    def _shuffled(self, random: torch.Generator) -> Tensor:
+        return torch.randperm(len(self), generator=random)
 
 
 class KindsOrder:
@@ -72,13 +73,14 @@ class KindsOrder:
         self._members: dict[Hashable, list[int]] = {}
         for sample, kind in enumerate(kinds):
             self._members.setdefault(kind, []).append(sample)
-        self._orders = {
-            kind: SampleOrder(len(own), seed, counts[own].tolist(), f"order of {kind}")
-            for kind, own in self._members.items()
-        }
+        self._orders: dict[Hashable, SampleOrder] = {}
+        for kind, members in self._members.items():
+            member_counts = counts[members].tolist()
+            self._orders[kind] = SampleOrder(len(members), seed, member_counts, f"order of {kind}")
         self._passes = 0
-        self._steps: list[tuple[Hashable, int]] = []  # a kind, and the how manieth of its steps
-        self._turns: Counter[Hashable] = Counter()
+        # Each step's kind, and how many steps of this kind come before it.
+        self._steps: list[tuple[Hashable, int]] = []
+        self._step_counts: Counter[Hashable] = Counter()
 
     def __len__(self) -> int:
         """Samples of one pass."""
@@ -88,24 +90,25 @@ class KindsOrder:
         """The sample at the absolute ``position`` (0 is the first of the first step)."""
         step, slot = divmod(position, self.step_size)
         while len(self._steps) <= step:
-            self._pass()
-        kind, turn = self._steps[step]
-        return self._members[kind][self._orders[kind].sample(turn * self.step_size + slot)]
+            self._add_pass()
+        kind, number = self._steps[step]
+        return self._members[kind][self._orders[kind].sample(number * self.step_size + slot)]
 
-    def _pass(self) -> None:
+    def _add_pass(self) -> None:
         kinds: list[Hashable] = []
         for kind, order in self._orders.items():
-            draws = generator("phase", self.seed, str(kind))
-            phase = int(torch.randint(self.step_size, (), generator=draws))
-            before, after = (
-                (passes * len(order) + phase) // self.step_size
-                for passes in (self._passes, self._passes + 1)
-            )
-            kinds += [kind] * (after - before)
-        draws = generator("steps", self.seed, self._passes)
-        for place in torch.randperm(len(kinds), generator=draws).tolist():
-            self._steps.append((kinds[place], self._turns[kinds[place]]))
-            self._turns[kinds[place]] += 1
+            # The steps that a kind's share makes whole after n passes, floor((n size + phase) / s):
+            # a random phase keeps the kinds from rounding up in the same pass.
+            random = generator("phase", self.seed, str(kind))
+            phase = int(torch.randint(self.step_size, (), generator=random))
+            steps_before = (self._passes * len(order) + phase) // self.step_size
+            steps_after = ((self._passes + 1) * len(order) + phase) // self.step_size
+            kinds += [kind] * (steps_after - steps_before)
+        random = generator("steps", self.seed, self._passes)
+        for place in torch.randperm(len(kinds), generator=random).tolist():
+            kind = kinds[place]
+            self._steps.append((kind, self._step_counts[kind]))
+            self._step_counts[kind] += 1
         self._passes += 1
 
 
@@ -126,7 +129,8 @@ class LengthGroupedOrder(SampleOrder):
         super().__init__(len(lengths), seed)
         self.lengths, self.batch_size, self.group = list(lengths), batch_size, group
 
-    def _draw(self, draws: torch.Generator) -> Tensor:
-        from transformers.trainer_pt_utils import get_length_grouped_indices as grouped
+    def _shuffled(self, random: torch.Generator) -> Tensor:
+        from transformers.trainer_pt_utils import get_length_grouped_indices
 
-        return torch.tensor(grouped(self.lengths, self.batch_size, self.group, draws))
+        indices = get_length_grouped_indices(self.lengths, self.batch_size, self.group, random)
+        return torch.tensor(indices)

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from .. import adapters
@@ -18,8 +17,6 @@ from ..config.run import RunConfig
 from ..core.errors import UserError
 from ..methods import Method
 from ..methods.perturb import replaced
-
-_COUNTED = ("step", "loss", "since")
 
 
 class Best:
@@ -30,43 +27,49 @@ class Best:
     not finite do. The first is the base model's, at step 0.
 
     Args:
-        parameters: whose values are kept at each new lowest, on the CPU; none to only count.
-        patience: measurements in a row without a new lowest that end a run; None for no end.
+        parameters: Parameters whose values are stored at each new lowest, on the CPU; none to only
+            count.
+        patience: Measurements in a row without a new lowest that end a run; None for no end.
 
     Attributes:
-        step, loss: of the lowest measurement; None before the first.
-        since: measurements after it.
-        kept: the parameters' values at it, in their order.
+        step: Step of the lowest measurement; None before the first.
+        loss: The lowest measurement; None before the first.
+        since: Measurements after it.
+        values: The parameters' values at it, in their order.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], patience: int | None) -> None:
-        self.parameters, self.patience = list(parameters), patience
+        self.parameters = list(parameters)
+        self.patience = patience
         self.step: int | None = None
         self.loss: float | None = None
         self.since = 0
-        self.keep()
+        self.store()
 
-    def lowered_by(self, loss: float, step: int) -> bool:
-        """Take note of a measurement; whether it is a new lowest, whose weights are to be kept."""
+    def is_lowered_by(self, loss: float, step: int) -> bool:
+        """Take note of a measurement; True for a new lowest, whose weights are to be stored."""
         if math.isfinite(loss) and (self.loss is None or loss < self.loss):
             self.step, self.loss, self.since = step, loss, 0
             return True
         self.since += 1
         return False
 
-    def keep(self) -> None:
-        """Keep the values that the parameters hold now."""
-        self.kept = [p.detach().to("cpu", copy=True) for p in self.parameters]
+    def store(self) -> None:
+        """Store the values that the parameters have now."""
+        # On the CPU, so that a run that keeps its best fits the same device.
+        self.values = [p.detach().to("cpu", copy=True) for p in self.parameters]
 
     @property
-    def exhausted(self) -> bool:
-        """Test that the patience is at its end."""
+    def is_exhausted(self) -> bool:
+        """True if the patience is at its end."""
         return self.patience is not None and self.since >= self.patience
 
     def applied(self) -> AbstractContextManager[None]:
-        """Within the context the parameters hold what was kept; then their own values again."""
-        own = zip(self.parameters, self.kept, strict=True)
-        return replaced(self.parameters, [value.to(p.device) for p, value in own])
+        """Within the context the parameters hold what was stored; then their own values again."""
+        values = []
+        for parameter, value in zip(self.parameters, self.values, strict=True):
+            values.append(value.to(parameter.device))
+        return replaced(self.parameters, values)
 
 
 class Average:
@@ -78,12 +81,12 @@ class Average:
     the decay holds from the first step on.
 
     Args:
-        parameters: what is averaged; until the first step the average is their values now.
+        parameters: What is averaged; until the first step the average is their values now.
         decay: d, in [0, 1).
 
     Attributes:
-        values: the average of each parameter, in their order, dtypes and devices.
-        steps: optimizer steps in it.
+        values: The average of each parameter, in their order, dtypes and devices.
+        steps: Optimizer steps in it.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
@@ -103,27 +106,29 @@ class Average:
 
 
 class Outcome:
-    """The average of what is trained and the best of its steps, as far as a run keeps them.
+    """The average of what is trained and the best of its steps, as far as a run stores them.
 
     The average is a flat minimum for next to nothing (Izmailov et al. 2018,
     https://arxiv.org/abs/1803.05407), of A and of B each on its own.
 
     Args:
-        method: of which the adapters are attached.
-        cfg: says what is kept.
+        method: Method whose adapters are attached.
+        cfg: Says what is stored.
 
     Attributes:
-        average: of the steps so far; None without ``--use_ema``.
-        best: the lowest held-out loss so far, and its weights with ``--keep_best``.
+        average: Average of the steps so far; None without ``--use_ema``.
+        best: The lowest held-out loss so far, and its weights with ``--keep_best``.
     """
 
     def __init__(self, method: Method, cfg: RunConfig) -> None:
-        self._method, self._cfg = method, cfg
+        self._method = method
+        self._cfg = cfg
         self.begin()
 
     def begin(self) -> None:
         """Start from the weights as they are now."""
-        self._weights, cfg = self._method.clip_parameters(), self._cfg
+        cfg = self._cfg
+        self._weights = self._method.clip_parameters()  # what the result is made of
         self.average = Average(self._weights, cfg.ema_decay) if cfg.use_ema else None
         self.best = Best(self._weights if cfg.keep_best else (), cfg.early_stopping_patience)
 
@@ -132,29 +137,29 @@ class Outcome:
         if self.average is not None:
             self.average.update()
 
-    def measured(self, loss: float | None, step: int) -> None:
-        """Take note of a held-out loss of the weights as they are, in every process.
+    def note_heldout_loss(self, loss: float | None, step: int) -> None:
+        """Take note of a held-out loss of the weights as they are, the same in every process.
 
         Args:
-            loss: what the main process measured; None without a set, and in the other processes.
-            step: at which.
+            loss: The loss; None without a validation set.
+            step: Step of the weights.
 
         Raises:
-            UserError: there is nothing to measure it on, and options need it.
+            UserError: There is nothing to measure it on, and options need it.
         """
-        (loss,) = broadcast_object_list([loss])
         if loss is None:
             if self._cfg.keep_best or self.best.patience is not None:
                 raise UserError(
                     "--keep_best and --early_stopping_patience need held-out data, and there is"
                     " none here: give some, or drop them."
                 )
-        elif self.best.lowered_by(loss, step):
+        elif self.best.is_lowered_by(loss, step):
+            # What was measured is the average, where there is one.
             with self.averaged():
-                self.best.keep()
+                self.best.store()
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within the context what is trained holds its average, where averages are kept."""
+        """Within the context what is trained holds its average, where averages are stored."""
         if self.average is None:
             return contextlib.nullcontext()
         return replaced(self._weights, self.average.values)
@@ -163,60 +168,66 @@ class Outcome:
         """Within the context what is trained holds what the run leaves."""
         return self.best.applied() if self._cfg.keep_best else self.averaged()
 
-    def step(self, last: int) -> int:
-        """The step whose weights a run leaves that ended after ``last``."""
-        return last if self.best.step is None or not self._cfg.keep_best else self.best.step
+    def step(self, last_step: int) -> int:
+        """The step whose weights a run leaves that ended after ``last_step``."""
+        # Without a finite measurement there is no best step.
+        if not self._cfg.keep_best or self.best.step is None:
+            return last_step
+        return self.best.step
 
     def results(self) -> dict[str, Any]:
-        """The early end, and the best step where that is what it leaves; for its record."""
-        best = self.best
-        kept = {"best_step": best.step, "best_heldout_loss": best.loss}
-        return {
-            **({} if best.patience is None else {"stopped_early": best.exhausted}),
-            **(kept if self._cfg.keep_best else {}),
-        }
+        """The early end, and the best step where the run leaves it; for the run's record."""
+        results: dict[str, Any] = {}
+        if self.best.patience is not None:
+            results["stopped_early"] = self.best.is_exhausted
+        if self._cfg.keep_best:
+            results["best_step"] = self.best.step
+            results["best_heldout_loss"] = self.best.loss
+        return results
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint, by kind and place among the weights."""
-        averages = self.average.values if self.average is not None else ()
-        kinds = {"average": averages, "best": self.best.kept}
-        return {f"{kind}/{i}": t for kind, own in kinds.items() for i, t in enumerate(own)}
+        tensors = {}
+        if self.average is not None:
+            for place, value in enumerate(self.average.values):
+                tensors[f"average/{place}"] = value
+        for place, value in enumerate(self.best.values):
+            tensors[f"best/{place}"] = value
+        return tensors
 
     def state_dict(self) -> dict[str, Any]:
-        """State that a resume needs beside the tensors, and an export (`described`)."""
+        """State that a resume needs beside the tensors, and an export (`export_facts`)."""
+        best = self.best
         return {
             "average": None if self.average is None else {"steps": self.average.steps},
-            "best": {name: getattr(self.best, name) for name in _COUNTED},
-            "result": described(self._method),
+            "best": {"step": best.step, "loss": best.loss, "since": best.since},
+            "result": export_facts(self._method),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         if self.average is not None:
             self.average.steps = state["average"]["steps"]
-        for name in _COUNTED:
-            setattr(self.best, name, state["best"][name])
+        self.best.step = state["best"]["step"]
+        self.best.loss = state["best"]["loss"]
+        self.best.since = state["best"]["since"]
 
 
-def described(method: Method) -> dict[str, Any]:
+def export_facts(method: Method) -> dict[str, Any]:
     """Facts that an export needs of a checkpoint beside its tensors, as JSON can hold them.
 
     Returns:
         "adapters", PEFT's configuration of each target's primary, and "averaged", the keys in
-        `Method.tensors` of what an average is kept of, in its order; {} where whole models are
+        `Method.tensors` of what an average is stored of, in its order; {} where whole models are
         trained.
     """
     if method.exports_weights:
         return {}
-    models = {target.name: target.model for target in method.targets}
-    return {
-        "adapters": {name: adapters.lora_config(model, PRIMARY) for name, model in models.items()},
-        "averaged": [
-            key
-            for name, model in models.items()
-            for key in (
-                *(f"{name}/{PRIMARY}/{p}" for p in adapters.named_parameters(model, PRIMARY)),
-                *(f"{name}/whole/{p}" for p in adapters.whole(model, PRIMARY)),
-            )
-        ],
-    }
+    configs, averaged_keys = {}, []
+    for target in method.targets:
+        configs[target.name] = adapters.lora_config(target.model, PRIMARY)
+        for name in adapters.named_parameters(target.model, PRIMARY):
+            averaged_keys.append(f"{target.name}/{PRIMARY}/{name}")
+        for name in adapters.head_parameters(target.model, PRIMARY):
+            averaged_keys.append(f"{target.name}/whole/{name}")
+    return {"adapters": configs, "averaged": averaged_keys}

@@ -1,17 +1,16 @@
-"""Words of a run around its loop: before it, where it shows images, how it ends."""
+"""What a run shows outside of its folder, and what its record says when it fails."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ..config.run import RunConfig
 from ..core.durable import disk_is_full
 from ..core.errors import (
     Diverged,
@@ -20,45 +19,45 @@ from ..core.errors import (
     keep_trace,
     unexpected,
 )
-from ..core.files import counted
-from ..methods import Method
-from ..run import provenance
 from ..run.record import read_metrics
 from ..run.runlog import RunLog
-from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def announce(trainer: Trainer, folder: Path) -> None:
-    """Say what is about to be trained on what, for how long, where, and where to."""
-    cfg, steps, size = trainer.cfg, trainer.last_step, trainer.schedule.step_size
-    epochs = steps * size / trainer.task.num_samples
-    many, device = trainer.accelerator.num_processes, trainer.accelerator.device
-    processes = f"{many} processes on " if many > 1 else ""
-    facts = [
-        trainer.task.data_summary(),
-        f"{counted(f'{steps:,}', 'step')} of {size} ({counted(f'{epochs:.3g}', 'epoch')})",
-        _trained(trainer.method, cfg),
-        f"{processes}{provenance.device(device)['name']},"
-        f" {cfg.mixed_precision.replace('no', 'fp32')}",
-        *([f"from step {trainer.step}"] if trainer.step else []),
-        f"into {folder}",
-    ]
-    logger.info("; ".join(facts))
+def show_images(
+    trackers: Sequence[Any], files: Sequence[Path], prompts: Sequence[str], step: int
+) -> None:
+    """Show validation images in TensorBoard and in Weights & Biases, as diffusers' scripts do.
 
+    Args:
+        trackers: Those of accelerate.
+        files: Images; may be none.
+        prompts: The prompt of each.
+        step: The step that the trackers are at.
+    """
+    if not files:
+        return
+    images = [Image.open(file).convert("RGB") for file in files]
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            arrays = [np.asarray(image)[None] for image in images]  # (1, height, width, 3)
+            if len({image.size for image in images}) == 1:
+                batches = {"validation": np.concatenate(arrays)}
+            else:  # one batch has one size
+                batches = {f"validation {n:03d}": array for n, array in enumerate(arrays)}
+            tracker.log_images(batches, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb  # pyright: ignore[reportMissingImports]
 
-def _trained(method: Method, cfg: RunConfig) -> str:
-    count = sum(p.numel() for p in method.clip_parameters())
-    weights = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
-    if method.exports_weights:
-        return f"{method.title} of {weights} weights"
-    layers = len(method.layers)
-    return f"{method.title} of rank {cfg.rank} on {layers:,} layers ({weights} parameters)"
+            captioned = []
+            for image, prompt in zip(images, prompts, strict=True):
+                captioned.append(wandb.Image(image, caption=prompt))
+            tracker.log({"validation": captioned}, step=step)
 
 
 def warn_of_zero_auxiliary(folder: Path) -> None:
-    """Say that a run with an auxiliary was plain LoRA, where its norm was 0 in every step."""
+    """Warn that a run was plain LoRA, where the norm of its auxiliary was 0 in every step."""
     norms = [row["auxiliary_norm"] for row in read_metrics(folder) if "auxiliary_norm" in row]
     if norms and all(norm == 0 for norm in norms):
         logger.warning(
@@ -68,35 +67,18 @@ def warn_of_zero_auxiliary(folder: Path) -> None:
         )
 
 
-def show_images(trainer: Trainer, folder: Path, step: int) -> None:
-    """Show the images of ``validation/step-N`` in TensorBoard and in Weights & Biases, as
-    diffusers' scripts send them, at the trainer's own step.
-    """
-    files = sorted((folder / "validation" / f"step-{step}").glob("*.png"))
-    if not files:
-        return
-    images = [Image.open(file).convert("RGB") for file in files]
-    for tracker in trainer.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            batches = {f"validation {n:03d}": np.asarray(i)[None] for n, i in enumerate(images)}
-            if len({image.size for image in images}) == 1:
-                batches = {"validation": np.concatenate([*batches.values()])}
-            tracker.log_images(batches, step=trainer.step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            import wandb  # pyright: ignore[reportMissingImports]
-
-            pairs = zip(images, trainer.cfg.sampled_prompts, strict=True)
-            shown = [wandb.Image(image, caption=prompt) for image, prompt in pairs]
-            tracker.log({"validation": shown}, step=trainer.step)
-
-
 @contextlib.contextmanager
 def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
-    """Within the context, whatever ends the run is written into its record, which the main process
-    has, and goes on its way. The trace of an error that nobody foresaw is kept in the run folder.
+    """Within the context, whatever ends the run is written into its record and raised again.
+
+    The trace of an unexpected error is kept in the run folder.
+
+    Args:
+        log: Record of the main process; None in the others.
+        folder: Run folder.
 
     Raises:
-        TrainingError: the disk is full.
+        TrainingError: The disk is full.
     """
     try:
         yield
@@ -105,21 +87,23 @@ def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if disk_is_full(error):
-            reason = (
+            sentence = (
                 f"the disk that holds {folder} is full: make room and go on with"
                 " --resume_from_checkpoint auto"
             )
-            _close(log, "failed", reason)
-            raise TrainingError(reason) from error
-        foreseen = isinstance(error, UserError | TrainingError)
-        if not foreseen:
+            _close(log, "failed", sentence)
+            raise TrainingError(sentence) from error
+        sentence = str(error)
+        if not isinstance(error, UserError | TrainingError):
             keep_trace(error, folder)
-        why = {"diverged": True} if isinstance(error, Diverged) else {}
-        _close(log, "failed", str(error) if foreseen else unexpected(error), **why)
+            sentence = unexpected(error)
+        results = {"diverged": True} if isinstance(error, Diverged) else {}
+        _close(log, "failed", sentence, **results)
         raise
 
 
 def _close(log: RunLog | None, status: str, reason: str | None = None, **results: Any) -> None:
-    with contextlib.suppress(OSError):  # on a full disk the record stays as it was
+    # On a full disk the record stays as it was.
+    with contextlib.suppress(OSError):
         if log is not None:
             log.close(status, reason, **results)

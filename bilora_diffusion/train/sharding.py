@@ -60,25 +60,27 @@ def prepare(
         The module to call, and the prepared optimizer.
     """
     if not accelerator.is_fsdp2:
-        # DDP is to leave alone what the optimizer does not know: views of what the method keeps.
-        known = {id(p) for p in parameters_of(optimizer)}
-        unknown = {
-            n for n, p in module.named_parameters() if p.requires_grad and id(p) not in known
-        }
-        cast(Any, module)._ddp_params_and_buffers_to_ignore = unknown
+        # Some parameters are views of what the method trains, which DDP must leave alone.
+        trained = {id(parameter) for parameter in parameters_of(optimizer)}
+        views = set()
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and id(parameter) not in trained:
+                views.add(name)
+        cast(Any, module)._ddp_params_and_buffers_to_ignore = views
         return accelerator.prepare(module, optimizer)
     from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
     (model,) = models
     plugin: Any = accelerator.state.fsdp_plugin
-    whole = {id(p) for p in (*parameters_of(optimizer), *tied(model))}
-    plugin.ignored_modules = [
-        part
-        for part in model.modules()
-        if any(id(p) in whole for p in part.parameters(recurse=False))
-    ]
+    unsplit = {id(parameter) for parameter in parameters_of(optimizer)}
+    unsplit |= {id(parameter) for parameter in tied_parameters(model)}
+    ignored_modules = []
+    for part in model.modules():
+        if any(id(parameter) in unsplit for parameter in part.parameters(recurse=False)):
+            ignored_modules.append(part)
+    plugin.ignored_modules = ignored_modules
     if plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = blocks(model)
+        plugin.transformer_cls_names_to_wrap = block_names(model)
     # Weights are computed with as they were loaded, under autocast, as in one process.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     # FSDP2 makes a class of its own for what it gathers by itself, and the output head is that.
@@ -98,7 +100,7 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def blocks(model: Any) -> list[str]:
+def block_names(model: Any) -> list[str]:
     """The classes of the model's blocks, each of which FSDP2 is to gather by itself.
 
     These are Transformers' `_no_split_modules` without those around the input embedding (BERT's),
@@ -106,25 +108,32 @@ def blocks(model: Any) -> list[str]:
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     embedding = model.get_input_embeddings()
-    found = [m for m in model.modules() if type(m).__name__ in names]
-    around = {type(m).__name__ for m in found if any(part is embedding for part in m.modules())}
-    return sorted({type(m).__name__ for m in found} - around)
+    block_classes, classes_with_embedding = set(), set()
+    for module in model.modules():
+        name = type(module).__name__
+        if name in names:
+            block_classes.add(name)
+            if any(part is embedding for part in module.modules()):
+                classes_with_embedding.add(name)
+    return sorted(block_classes - classes_with_embedding)
 
 
-def tied(model: nn.Module) -> list[nn.Parameter]:
+def tied_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that several modules hold, such as T5's embedding.
 
     They are needed whole at both ends of a pass, in which FSDP2 would not give them up either; and
     it can't have them in one group where one of these modules is called alone, as in T5's encoder.
     """
-    held = [p for module in model.modules() for p in module.parameters(recurse=False)]
-    holders = Counter(id(p) for p in held)
-    return [p for p in dict.fromkeys(held) if holders[id(p)] > 1]
+    parameters: list[nn.Parameter] = []
+    for module in model.modules():
+        parameters += module.parameters(recurse=False)
+    holders = Counter(id(parameter) for parameter in parameters)
+    return [p for p in dict.fromkeys(parameters) if holders[id(p)] > 1]
 
 
 @torch.no_grad()
 def average_gradients(
-    accelerator: Accelerator, optimizer: Optimizer, apart: Sequence[nn.Parameter] = ()
+    accelerator: Accelerator, optimizer: Optimizer, unregistered: Sequence[nn.Parameter] = ()
 ) -> None:
     """Make each gradient the mean over all processes, where accelerate left that to us: all of them
     under FSDP2, and under DDP those of parameters that no module holds.
@@ -133,23 +142,29 @@ def average_gradients(
     another process's sample) counts as zero there; one that no process reaches keeps no gradient.
 
     Args:
-        apart: the parameters that no module holds.
+        accelerator: Engine.
+        optimizer: Optimizer of all trained parameters.
+        unregistered: The parameters that no module holds.
     """
     if accelerator.num_processes == 1:
         return
-    parameters = parameters_of(optimizer) if accelerator.is_fsdp2 else list(apart)
+    parameters = parameters_of(optimizer) if accelerator.is_fsdp2 else list(unregistered)
     if not parameters:
         return
-    reached = [0.0 if p.grad is None else 1.0 for p in parameters]
-    on_device = torch.tensor(reached, device=accelerator.device)
-    anywhere: Any = accelerator.reduce(on_device, reduction="sum")
-    mine = [p for p, count in zip(parameters, anywhere.tolist(), strict=True) if count]
-    if not mine:
+    is_reached = [0.0 if parameter.grad is None else 1.0 for parameter in parameters]
+    on_device = torch.tensor(is_reached, device=accelerator.device)
+    process_counts: Any = accelerator.reduce(on_device, reduction="sum")
+    reached = [p for p, count in zip(parameters, process_counts.tolist(), strict=True) if count]
+    if not reached:
         return
-    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in mine]
-    mean: Any = accelerator.reduce(torch.cat(parts), reduction="mean")
-    means = mean.split([p.numel() for p in mine])
-    for parameter, values in zip(mine, means, strict=True):
+    gradients = []
+    for parameter in reached:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients.append(gradient.flatten())
+    # One reduction of all gradients in a row, which is cut again into the parameters' shapes.
+    mean: Any = accelerator.reduce(torch.cat(gradients), reduction="mean")
+    means = mean.split([parameter.numel() for parameter in reached])
+    for parameter, values in zip(reached, means, strict=True):
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
         parameter.grad.copy_(values.view_as(parameter))

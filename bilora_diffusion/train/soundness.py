@@ -14,38 +14,39 @@ from ..core.errors import PICKLED, UserError, reading
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def require_safetensors(what: str, folder: Path) -> None:
+def require_safetensors(part: str, folder: Path) -> None:
     """Refuse a folder whose weights are pickles, by their names or by its index of files."""
     names = sorted(path.name for path in folder.glob("*"))
-    has_safe = any(name.endswith(".safetensors") for name in names)
-    pickles = [] if has_safe else [name for name in names if name.endswith(PICKLES)]
+    pickles = []
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = [name for name in names if name.endswith(PICKLES)]
     for path in folder.glob("*.safetensors.index*.json"):
         parts = reading(
-            what,
+            part,
             "download or write it again",
             lambda path=path: json.loads(path.read_text(encoding="utf-8"))["weight_map"].values(),
         )
         pickles += [str(name) for name in parts if not str(name).endswith(".safetensors")]
     if pickles:
-        raise UserError(f"{what} can't be read, since {PICKLED.format(f' but {pickles[0]}')}.")
+        raise UserError(f"{part} can't be read, since {PICKLED.format(f' but {pickles[0]}')}.")
 
 
-def require_whole(what: str, missing: Iterable[str]) -> None:
+def require_whole(part: str, missing: Iterable[str]) -> None:
     """Refuse weights that lack some, which libraries would leave empty or draw at random."""
-    lacking = sorted(missing)
-    if lacking:
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    names = sorted(missing)
+    if names:
+        remainder = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise UserError(
-            f"{what} lacks weights ({lacking[0]}{more}): download or write it again, or give"
+            f"{part} lacks weights ({names[0]}{remainder}): download or write it again, or give"
             " another model."
         )
 
 
-def require_words(what: str, tokenizer: Any, rows: int | None, fix: str) -> None:
+def require_words(part: str, tokenizer: Any, rows: int | None, fix: str) -> None:
     """Refuse a tokenizer that knows no words, or makes numbers that its model does not know.
 
     Args:
-        what: the tokenizer in the user's words.
+        part: the tokenizer in the user's words.
         tokenizer: of Transformers.
         rows: how many tokens the model has embeddings for; None where it can't be told.
         fix: what to do, without a period.
@@ -54,14 +55,14 @@ def require_words(what: str, tokenizer: Any, rows: int | None, fix: str) -> None
     # Without its files Transformers makes an empty one of some types, and says nothing; that of T5
     # knows the mark of a space.
     if not {word for word in vocabulary if word != "▁"} - set(tokenizer.all_special_tokens):
-        raise UserError(f"{what} knows no words: {fix}.")
+        raise UserError(f"{part} knows no words: {fix}.")
     if rows is None:
         return
     # Added tokens that nothing uses, as some models have, do no harm.
-    used = set(vocabulary) - set(tokenizer.get_added_vocab())
-    used |= {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token} & set(vocabulary)
-    largest = max((vocabulary[word] for word in used), default=0)
+    words = set(vocabulary) - set(tokenizer.get_added_vocab())
+    words |= {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token} & set(vocabulary)
+    largest = max((vocabulary[word] for word in words), default=0)
     if largest >= rows:
         raise UserError(
-            f"{what} has numbers up to {largest}, and the model knows {rows} tokens only: {fix}."
+            f"{part} has numbers up to {largest}, and the model knows {rows} tokens only: {fix}."
         )

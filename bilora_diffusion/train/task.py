@@ -1,4 +1,4 @@
-"""The contract between the loop and what is trained."""
+"""The contract between the loop and what is trained: `Task` and `MicroBatch`."""
 
 from __future__ import annotations
 
@@ -17,28 +17,39 @@ from ..run.content import SampleContent
 
 BY_SAMPLE = "heldout_loss_of/"
 """Stands before the number of a part of the held-out samples in the name of its loss."""
-MOST_PARTS = 128
+MAX_PARTS = 128
+"""So many parts of the held-out samples are logged at most, each as a column."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Frozen inputs of one forward and backward pass."""
+    """Frozen inputs of one forward and backward pass.
 
-    slots: tuple[int, ...]  # positions of its samples in the step's whole batch
-    names: tuple[str, ...]  # of its samples, for error messages
-    # Identify data and noise of each slot, so that two runs can be proven to have seen the same.
+    Attributes:
+        slots: Positions of its samples in the step's whole batch.
+        names: Names of its samples, for error messages.
+        digests: Hash of data and noise of each slot, by which two runs can be proven to have seen
+            the same.
+        inputs: Arguments of the task's module.
+        levels: Noise levels that its images are seen at, in the units of the log.
+        samples: Number of each row's sample in the training set, as the module sees the rows; None
+            for a row that is no sample, such as a class image.
+        snr: Signal-to-noise ratio of each row, where the model predicts noise.
+    """
+
+    slots: tuple[int, ...]
+    names: tuple[str, ...]
     digests: tuple[str, ...]
-    inputs: dict[str, Any] = field(repr=False)  # go to the task's module as they are
-    levels: tuple[float, ...] = ()  # noise levels that its images are seen at, as logs name them
-    # Numbers of the samples in the training set, row by row as the module sees them; None for rows
-    # that are no samples, such as class images.
+    inputs: dict[str, Any] = field(repr=False)
+    levels: tuple[float, ...] = ()
     samples: tuple[int | None, ...] = ()
-    snr: tuple[float, ...] = ()  # signal-to-noise ratios where the model predicts noise
+    snr: tuple[float, ...] = ()
 
     def on(self, device: torch.device) -> dict[str, Any]:
-        """The inputs on a device. A GPU's copies are not waited for, which takes pinned memory."""
+        """The inputs on a device."""
         inputs, is_gpu = self.inputs, device.type == "cuda"
         if is_gpu:
+            # Only a copy from pinned memory need not be waited for.
             inputs = recursively_apply(lambda t: t if t.is_cuda else t.pin_memory(), inputs)
         return cast(dict[str, Any], send_to_device(inputs, device, non_blocking=is_gpu))
 
@@ -48,9 +59,9 @@ Fold = tuple[Sequence[int], Sequence[int]]
 
 
 class Task(Protocol):
-    """A thing that can be trained by ``loop.fit``; its models, and what is encoded of its data,
-    serve several runs.
-    """
+    """What `loop.run` trains; its models, and what is encoded of its data, serve several runs."""
+
+    cfg: Any  # its `RunConfig`
 
     @property
     def module(self) -> nn.Module:
@@ -116,12 +127,14 @@ class Task(Protocol):
         """Names and hashes of the held-out samples, in order; [] without a set."""
         ...
 
-    def again(self, cfg: Any, fold: Fold | None = None, searches: bool = False) -> Task:
+    def with_config(self, cfg: Any, fold: Fold | None = None, is_trial: bool = False) -> Task:
         """A task of another configuration on the same models and what is encoded.
 
         Args:
-            fold: part of the samples; None for all of them, with the held-out set.
-            searches: measure each held-out sample, and nothing else.
+            cfg: Configuration of the new task.
+            fold: Part of the samples; None for all of them, with the held-out set.
+            is_trial: True for a run of a search: it measures each held-out sample, and nothing
+                else.
         """
         ...
 
@@ -130,10 +143,14 @@ def loss_by_part(losses: Sequence[float], total: float) -> dict[str, float]:
     """``heldout_loss_of/N`` of parts of the held-out samples, whose mean is the held-out loss.
 
     Args:
-        losses: of each sample, summed over what the mean is over, which counts ``total``.
+        losses: Sum of the losses of each sample.
+        total: Number of losses in all of these sums together.
     """
-    count = min(len(losses), MOST_PARTS)
-    return {f"{BY_SAMPLE}{part}": sum(losses[part::count]) * count / total for part in range(count)}
+    count = min(len(losses), MAX_PARTS)
+    parts = {}
+    for part in range(count):
+        parts[f"{BY_SAMPLE}{part}"] = sum(losses[part::count]) * count / total
+    return parts
 
 
 @contextmanager

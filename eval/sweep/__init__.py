@@ -52,7 +52,7 @@ from . import reporting
 from .reporting import FINISHED, SECONDS, TRAINING, WAITING
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
-    from .experiment import Plan
+    from .plan import Plan
     from .runs import Outcome
 
 
@@ -88,6 +88,7 @@ class Sweep(Evaluation):
     def __init__(self, args: argparse.Namespace, command: str, plan: Plan) -> None:
         from .runs import Runner
 
+        # Each experiment has a folder of its own, and its result lies among its runs.
         runs_dir = args.runs_dir / plan.name
         args = argparse.Namespace(**vars(args))
         args.output_dir = args.output_dir or runs_dir / self.name
@@ -113,6 +114,7 @@ class Sweep(Evaluation):
 
         def work() -> int:
             args = cls.parser().read(words)
+            # All plans are checked before the first run starts.
             sweeps = [cls(args, command, plan) for plan in load_plans(args)]
             codes = [sweep.work() or 0 for sweep in sweeps]
             return max(codes)
@@ -206,6 +208,7 @@ class Sweep(Evaluation):
         if measured:
             for name in names:
                 yield subject.row(f"final {name}", measured[-1].get(name))
+        # The first step may take long, so the median is taken.
         seconds = [line["seconds"] for line in lines if line.get("seconds") is not None]
         if seconds:
             yield subject.row(SECONDS, statistics.median(seconds))
@@ -213,10 +216,12 @@ class Sweep(Evaluation):
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         metric, control = self.experiment.metric, self.plan.control
         finished = [subject for subject in subjects if subject.finished]
+        # Runs are paired only where both saw the same inputs at each step.
         pairs: dict[str, bool | None] = {}
         if control in by_group(finished):
             pairs = paired(finished, control)
         unpaired = [group for group, is_paired in pairs.items() if is_paired is False]
+        # A variant that learns less also overfits less; this compares them at one training loss.
         level, equal_rows = compare.equal_training(rows, metric, TRAINING, unpaired)
         rows += compare.best(rows, metric, self.experiment.higher_is_better)
         rows += equal_rows
@@ -252,11 +257,11 @@ class Sweep(Evaluation):
 
 def load_plans(args: argparse.Namespace) -> list[Plan]:
     """The plans of a command line, one for each recipe of each experiment."""
-    from . import experiment
+    from .plan import load
 
     plans: list[Plan] = []
     for path in args.experiments:
-        plans += experiment.load(path, args.set, seeds=args.seeds, metric=args.metric)
+        plans += load(path, args.set, seeds=args.seeds, metric=args.metric)
     if args.output_dir is not None and len(plans) > 1:
         raise UserError(
             f"--output_dir is one folder for {len(plans)} comparisons: leave it out, then each is"

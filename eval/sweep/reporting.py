@@ -22,6 +22,7 @@ def metrics(result: Result) -> dict[str, Metric]:
         line = result.summary(group, f"final {name}")
         if line is not None and line.mean is not None:
             means.append(abs(line.mean))
+    # Accuracies are shown as they are.
     scale, form = 1, ".4f"
     if means and max(means) < 1 and not higher_is_better:
         scale, form = 1000, ".2f"
@@ -64,6 +65,7 @@ def panels(result: Result) -> list[Panel | Forest]:
             missing[group] = "missing"
     missing[result.control] = "control"
 
+    # The forest's heading says which side is better.
     side = "right" if result.settings["higher_is_better"] else "left"
     title = f"final, minus {result.control}: mean and 95 % interval"
     xlabel = f"difference of {name}{suffix(result)}; {side} is better"
@@ -84,6 +86,7 @@ def notes(result: Result) -> Iterator[str]:
             f" {level['set_by']}."
         )
     lines = [result.summary(group, f"final {settings['metric']}") for group in result.groups]
+    # Each of them misses its value with a probability of 5 %.
     intervals = sum(line is not None and line.difference is not None for line in lines)
     if intervals > 2:
         yield (

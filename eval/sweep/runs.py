@@ -25,7 +25,7 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import checkpoint, runlog
 
 from ..provenance import without_paths
-from .experiment import Run
+from .plan import Run
 from .reporting import FAILED, FINISHED, WAITING
 
 SCHEMA_VERSION = 1
@@ -48,18 +48,19 @@ class Outcome:
     cell: str
     # Label of its variant
     arm: str
-    # Its seed
+    # Seed of the run
     seed: int
     # Finished, failed, or waiting
     status: str
-    # Of a failed one; negative for a signal
+    # Exit code of a failed run; negative for a signal
     exit_code: int | None = None
-    # Its last sentence, without machine paths
+    # Last sentence of a failed run, without machine paths
     error: str | None = None
 
 
 def state(folder: Path) -> str:
     """State of a run folder: finished, checkpoint (can be continued), begun, or new."""
+    # A damaged record is that of a run which was begun.
     with contextlib.suppress(UserError):
         if runlog.read_run(folder)["status"] == FINISHED:
             return FINISHED
@@ -74,12 +75,13 @@ class Runner:
 
     # The training script
     script: Path
-    # Its ``--config``
+    # ``--config`` of the script
     recipe: Path
     # Folder of the run folders; must exist
     runs_dir: Path
     # Runs at a time; several share the cores among them
     jobs: int = 1
+    # Name of a run -> what became of it, so far
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def command(self, run: Run) -> list[str]:
@@ -113,6 +115,7 @@ class Runner:
         with bar, _sigterm_as_interrupt():
             try:
                 while waiting or processes:
+                    # Start as many as may run, then look which have ended.
                     while waiting and len(processes) < self.jobs:
                         processes.append(RunProcess(self, waiting.pop(0)))
                         bar.set_postfix_str(", ".join(p.run.name for p in processes))
@@ -122,7 +125,7 @@ class Runner:
                         processes.remove(process)
                         self._store(process.outcome(), bar)
                     time.sleep(POLL_SECONDS)
-            finally:
+            finally:  # also at Ctrl-C
                 _end([process.popen for process in processes])
         return list(self.outcomes.values())
 
@@ -164,7 +167,7 @@ class RunProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
+                start_new_session=True,  # a group that can be ended as a whole
                 env=runner.environment(),
             )
 
@@ -175,6 +178,7 @@ class RunProcess:
     def outcome(self) -> Outcome:
         """Its outcome, however it ended."""
         run = self.run
+        # The record decides: a launcher may fail after its run has finished.
         if state(self.folder) == FINISHED:
             return Outcome(run.name, run.variant, run.seed, FINISHED)
         output = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
@@ -225,6 +229,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     """Within the context SIGTERM ends the sweep as Ctrl-C does."""
+    # The handler of SIGINT raises KeyboardInterrupt.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

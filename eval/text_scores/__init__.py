@@ -164,6 +164,7 @@ class TextScores(OverSteps):
         known_tasks = list(self.manager.all_tasks) if self.manager else []
         self.benchmarks = benchmarks.choose(names, known_tasks)
 
+        # Weights are needed for benchmarks, not for recorded figures.
         only_heldout = all(benchmark.is_recorded for benchmark in self.benchmarks)
         pairs = base_models.read_subjects(args, only_heldout)
         self.base_models = {subject.label: model for subject, model in pairs}
@@ -179,6 +180,7 @@ class TextScores(OverSteps):
         dtype = choose_dtype(self.args.dtype, self.device)
         self.models = Models(self.device, dtype)
 
+        # What training recorded needs no model.
         recorded_names = [entry.name for entry in self.benchmarks if entry.is_recorded]
         self.recorded: list[benchmarks.RecordedColumn] = []
         if recorded_names:
@@ -205,6 +207,7 @@ class TextScores(OverSteps):
 
         args = self.args
         if benchmark.engine == HARNESS:
+            # Other tasks of the harness keep their own length of answers.
             if benchmark.name == HUMANEVAL and args.max_new_tokens:
                 generation = {**benchmark.generation, "max_gen_toks": args.max_new_tokens}
                 benchmark = replace(benchmark, generation=generation)
@@ -237,6 +240,7 @@ class TextScores(OverSteps):
         """Every benchmark's score of a subject; its model is loaded only if one is missing."""
         from tqdm import tqdm
 
+        # A benchmark's score is cached as a whole, its answers one by one in the engine.
         caches = {
             name: self._cache(subject, prepared, prepared.settings)
             for name, prepared in self.prepared.items()

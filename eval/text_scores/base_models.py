@@ -15,6 +15,9 @@ from .. import checkpoints, subjects
 from ..provenance import without_paths
 from ..subjects import BASE, Subject
 
+# The bare prompt
+NO_TEMPLATE = "none"
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -77,11 +80,13 @@ def regroup_by_training_set(
         labels: Groups that the command line names; they stay as they are.
         share_rows: Equal groups of different training sets are one row.
     """
+    # Within a training set, equal settings but for the seed are one group.
     folders_by_set: dict[str, list[str]] = {}
     for run in runs:
         if run.record and run.group not in labels:
             folders_by_set.setdefault(training_set(run), []).append(str(run.folder))
 
+    # Groups of different training sets are told apart by the set's name.
     group_by_folder: dict[Path | None, str] = {}
     for name, folders in folders_by_set.items():
         is_alone = share_rows or len(folders_by_set) == 1
@@ -123,6 +128,7 @@ def models_under(
 
 def model_of_run(config: Mapping[str, Any], args: argparse.Namespace) -> BaseModel:
     """The model that a run was trained on."""
+    # The options of a text run have the names of these fields.
     names = {field.name for field in fields(BaseModel)} - {"name"}
     options = {name: config[name] for name in names if config.get(name) is not None}
     return with_flags(BaseModel(str(config["model_name_or_path"]), **options), args)
@@ -142,6 +148,7 @@ def model_of_adapter(subject: Subject, template: str, args: argparse.Namespace) 
 
 def with_flags(model: BaseModel, args: argparse.Namespace) -> BaseModel:
     """The base model with what the command line says of it."""
+    # The revision belongs to the model that the run names.
     if args.model_name_or_path is not None:
         model = replace(model, name=args.model_name_or_path, revision=None)
     is_trusted = model.trust_remote_code or args.trust_remote_code
@@ -181,6 +188,7 @@ def base_subjects(runs: Sequence[Subject], only_heldout: bool) -> list[Subject]:
             run_by_seed.setdefault((training_set(run), run.seed), run)
     has_many_sets = len({name for name, _ in run_by_seed}) > 1
 
+    # Recorded figures are read from the runs, so these subjects have their folders.
     base = Subject(BASE, BASE, BASE, BASE)
     bases = []
     for (name, seed), run in run_by_seed.items():

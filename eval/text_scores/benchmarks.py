@@ -22,7 +22,7 @@ from bilora_diffusion.run.record import last_measured
 
 from ..subjects import BASE, Subject
 from ..table import Metric
-from .base_models import training_set
+from .base_models import NO_TEMPLATE, training_set
 
 if TYPE_CHECKING:  # they need torch
     from .models import CacheFor, LoadedModel
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # they need torch
 HARNESS, MTBENCH, HELDOUT = "harness", "mtbench", "heldout"
 HUMANEVAL = "humaneval"
 HELDOUT_LOSS = "heldout_loss"
-TEMPLATE_OF_RUN, NO_TEMPLATE = "run", "none"
+TEMPLATE_OF_RUN = "run"
 # Largest change of a probe's logits by it
 EFFECT = "effect of adapter"
 # Items in which no answer could be read
@@ -43,25 +43,25 @@ ANSWER_LETTERS = 200
 class Benchmark:
     """Settings of a benchmark."""
 
-    # As the command line names it
+    # Name on the command line
     name: str
-    # For tables
+    # Title in tables
     title: str
-    # What scores it
+    # Engine that scores it: harness, mtbench, or heldout for what training recorded
     engine: str = HARNESS
-    # The harness's name for it
+    # Name of the harness's task
     task: str = ""
     # Examples in the prompt; None is the task's own number
     num_fewshot: int | None = None
     # The harness's "metric,filter"; None is the task's first
     metric: str | None = None
-    # Around each prompt: "run" is that of training, "none" the bare prompt
+    # Template around each prompt: "run" is that of training, "none" the bare prompt
     template: str = NO_TEMPLATE
-    # Of its value in tables: 100 for a share, 1 for points
+    # Factor of its value in tables: 100 for a share, 1 for points
     scale: float = 100.0
     # Overrides the task's arguments of generation
     generation: Mapping[str, Any] = field(default_factory=dict)
-    # It runs what the model writes
+    # The task runs programs that the model writes
     runs_code: bool = False
 
     @property
@@ -74,13 +74,13 @@ class Benchmark:
 class Item:
     """One question."""
 
-    # The same for every run; pairs are made by it
+    # The same for every run: pairs of runs are made by it
     id: str
-    # None where it is not a number of its own
+    # None where the item has no number of its own
     score: float | None
     # Whether an answer was found in what the model or the judge wrote
     parsed: bool = True
-    # Its beginning
+    # Beginning of the answer
     answer: str = ""
 
 
@@ -100,6 +100,7 @@ class Measurement:
         """Figures beside the value, with the counts of the items where there are any."""
         if not self.items:
             return self.figures
+        # Recorded figures have no items, so they have no counts of them either.
         unparsed = sum(not item.parsed for item in self.items)
         return {"items": len(self.items), UNPARSED: unparsed, **self.figures}
 
@@ -108,7 +109,7 @@ class Measurement:
         return {
             "value": self.value,
             "items": [asdict(item) for item in self.items],
-            "others": self.figures,
+            "others": self.figures,  # the key of earlier caches
             "settings": self.settings,
         }
 
@@ -134,6 +135,7 @@ class Engine(Protocol):
 
 
 BENCHMARKS = (
+    # As LoRA-GA asks it, without examples
     Benchmark(
         "gsm8k",
         "GSM8K",
@@ -243,6 +245,7 @@ def recorded_columns(
         for metric, value in recorded_figures(subject).items():
             values.setdefault((training_set(subject), metric), {})[subject.label] = value
     has_many_sets = len({name for name, _ in values}) > 1
+    # A training set without an accuracy or the like shows its loss instead.
     sets_with_a_score = {name for name, metric in values if metric != HELDOUT_LOSS}
 
     columns = []
@@ -274,7 +277,7 @@ def recorded_figures(subject: Subject) -> dict[str, tuple[int, float]]:
     best_step = subject.record.get("results", {}).get("best_step")
     last_step = math.inf if best_step is None else best_step
     if subject.kind == BASE:
-        last_step = 0
+        last_step = 0  # what the run measured before it trained
     elif checkpoint_step:
         last_step = checkpoint_step
 
@@ -295,6 +298,7 @@ def _recorded_column(
 ) -> RecordedColumn:
     name = metric.removeprefix(PREFIX)
     title = prefix + TITLES.get(name, name)
+    # Losses are shown as they are, shares in percent.
     if metric == HELDOUT_LOSS:
         form = Metric(title, "", False, 1.0, ".4f")
     else:

@@ -21,7 +21,8 @@ from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import context_text, resolve_template
 
 from ..digests import of_folders
-from .benchmarks import ANSWER_LETTERS, NO_TEMPLATE, Benchmark, Item, Measurement
+from .base_models import NO_TEMPLATE
+from .benchmarks import ANSWER_LETTERS, Benchmark, Item, Measurement
 from .models import CacheFor, LoadedModel
 
 # Result of the harness's filters where they find no answer
@@ -47,6 +48,7 @@ def task_manager(tasks: Sequence[str], include_path: Sequence[Path]) -> Any:
     require("lm_eval>=0.4.13,<0.5", "--benchmarks")
     import lm_eval.tasks
 
+    # Reading a folder's YAML files is quick, reading all of the harness's is not.
     root = Path(lm_eval.tasks.__file__).parent
     folders = [root / name for name in FOLDERS] + list(include_path)
     manager = lm_eval.tasks.TaskManager(include_path=list(folders), include_defaults=False)
@@ -61,13 +63,14 @@ class Harness:
 
     benchmark: Benchmark
     manager: Any
-    # Items of each task; None for all
+    # Number of items of each task; None for all
     limit: int | None
     include_path: Sequence[Path]
-    # Programs that the model writes may be run
+    # The user allows that programs of the model are run
     allow_code: bool = False
 
     def __post_init__(self) -> None:
+        # A tag is a list of tasks without a mean of their scores.
         task = self.benchmark.task
         if task in self.manager.all_tags:
             members = ", ".join(sorted(self.manager.task_index[task].tags)[:5])
@@ -97,13 +100,14 @@ class Harness:
         from lm_eval.evaluator import evaluate
 
         template = model.effective_template(template)
+        # The metric of programs runs one as soon as its task is loaded.
         with _quiet(), _code_switch(self.allow_code):
             tasks = self._load_tasks()
             result = evaluate(
                 _harness_model(model, template, batch_size),
                 tasks,
                 limit=self.limit,
-                bootstrap_iters=0,
+                bootstrap_iters=0,  # the intervals here come from pairs
                 apply_chat_template=template != NO_TEMPLATE,
                 fewshot_as_multiturn=False,
                 confirm_run_unsafe_code=self.allow_code,
@@ -119,6 +123,7 @@ class Harness:
             " --include_path",
         ):
             loaded = self.manager.load([benchmark.task])
+        # A group has several tasks.
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) and not self.allow_code:
                 raise refuse_code(name)
@@ -130,6 +135,7 @@ class Harness:
             if benchmark.generation and task.get_config("output_type") == "generate_until":
                 generation = dict(benchmark.generation)
                 task.set_config(key="generation_kwargs", value=generation, update=True)
+            # The examples of the prompt are the same for every model.
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         return loaded
 
@@ -155,6 +161,7 @@ def _harness_model(model: LoadedModel, template: str, batch_size: int) -> Any:
             """One prompt; the harness puts its examples into it."""
             if not add_generation_prompt:
                 raise UserError("this task begins the model's answer itself: leave it out.")
+            # The answer is what the model shall write.
             turns = [(turn["role"], turn["content"]) for turn in chat_history]
             example = Example("", "", turns=(*turns, ("assistant", "")))
             resolved = resolve_template(template, model.tokenizer)
@@ -190,12 +197,14 @@ def _read_result(result: dict[str, Any], benchmark: Benchmark) -> Measurement:
     value = figures.pop(metric)
     metric_name, _, filter_name = metric.partition(",")
 
+    # A task may have several filters of one answer; the score is that of one of them.
     items = []
     for task, samples in result["samples"].items():
         for sample in samples:
             if sample["filter"] == filter_name:
                 items.append(_read_item(task, sample, metric_name))
 
+    # Tasks of a group can differ in their number of examples.
     shots = sorted({int(number) for number in result["n-shot"].values()})
     versions = {task: v for task, v in result["versions"].items() if v is not None}
     directions = [by_metric.get(metric_name) for by_metric in result["higher_is_better"].values()]
@@ -218,7 +227,7 @@ def _read_item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
     if all(isinstance(response, str) for response in responses):
         answer = responses[0] if responses else ""
         is_parsed = bool(answer.strip()) and answer != INVALID
-        if not is_parsed:
+        if not is_parsed:  # then the whole answer tells why
             answer = str(sample["resps"][0][0])
     else:  # the number of the choice that the model finds likeliest
         likelihoods = []

@@ -25,8 +25,7 @@ from ..cache import Cache
 from ..digests import PEFT_FILE
 from ..load import put_peft
 from ..subjects import Subject
-from .base_models import BaseModel
-from .benchmarks import NO_TEMPLATE
+from .base_models import NO_TEMPLATE, BaseModel
 
 # Folder of a run that trained all weights
 WHOLE_MODEL = "model"
@@ -74,6 +73,7 @@ class Models:
         if adapter is None:
             yield base
             return
+        # The adapter is put into the base model itself, which is taken out of it below.
         adapted = put_peft(base, adapter)
         try:
             yield replace(base, model=adapted, effect=_effect(adapted, base, subject))
@@ -94,7 +94,7 @@ def load_base(spec: BaseModel, device: torch.device, dtype: torch.dtype) -> Load
     """A base model on its device, in 4 bits where training had it so."""
     options = asdict(spec)
     name, is_quantized = options.pop("name"), options.pop("quantize") != "none"
-    del options["template"]
+    del options["template"]  # it belongs to the prompts
     base = load_text_model(name, options.pop("task_type"), dtype=dtype, **options)
     if is_quantized:
         quantize(base.model, dtype, skip=base.whole_modules, device=device)
@@ -108,6 +108,7 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
 
     device = base.model.device
     inputs = {"input_ids": torch.tensor([base.tokenizer(PROBE)["input_ids"]], device=device)}
+    # An encoder-decoder also needs the first token of an answer.
     if base.kind == "seq2seq":
         start = base.model.config.decoder_start_token_id
         inputs["decoder_input_ids"] = torch.tensor([[start]], device=device)
@@ -132,11 +133,11 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
 class Decoding:
     """Choice of the next token."""
 
-    # Longest answer
+    # Tokens of the longest answer
     max_new_tokens: int
-    # 0 takes the likeliest token
+    # Temperature of the sampling; 0 takes the likeliest token
     temperature: float = 0.0
-    # Of the sampling
+    # Seed of the sampling
     seed: int = 0
 
 
@@ -149,6 +150,7 @@ def answers(
     cache: Cache,
 ) -> dict[str, str]:
     """Key of a prompt -> the model's answer; what is cached already is not generated again."""
+    # Each answer is on the disk before the next batch is generated.
     missing = [key for key in prompts if key not in cache]
     for start in range(0, len(missing), batch_size):
         keys = missing[start : start + batch_size]

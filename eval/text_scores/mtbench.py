@@ -57,6 +57,7 @@ def rating(text: str) -> float | None:
     """The last rating in a judge's words, from 1 to 10; None if there is none."""
     for form in _FORMS:
         values = [float(number) for number in form.findall(text)]
+        # A judge repeats the scale or the example; its rating comes last.
         valid = [value for value in values if 1 <= value <= 10]
         if valid:
             return valid[-1]
@@ -67,14 +68,13 @@ def rating(text: str) -> float | None:
 class Judge:
     """Source of ratings."""
 
-    # Up to and with "/v1"
+    # Address of the endpoint, up to and with "/v1"
     base_url: str
-    # The endpoint's name for it
+    # The endpoint's name of the model
     model: str
-    # Sent as bearer token; "" sends none. Never shown.
+    # Sent as a bearer token; "" sends none. It is never shown.
     key: str = field(default="", repr=False)
-    # Requests per rating before it is given up, ever longer apart, or as far as the endpoint asks
-    # for
+    # Requests for one rating before it is given up, each later than the one before
     attempts: int = 8
 
     def ask(self, prompt: str) -> str:
@@ -138,6 +138,7 @@ def connect(base_url: str | None, model: str | None) -> Judge:
             "mtbench needs a judge: give --judge_base_url (such as http://localhost:8000/v1) and"
             f" --judge_model, and the key, if it asks for one, in the environment variable {KEY}."
         )
+    # The address is written into the result, so it must hold no secret.
     parts = urllib.parse.urlsplit(base_url)
     if parts.username or parts.password or parts.query:
         raise UserError(
@@ -215,6 +216,7 @@ def _first_turn(turns: Any) -> Any:
 
 def grading_prompt(question: Question, answer: str) -> str:
     """Prompt for the judge."""
+    # Some questions come with a right answer.
     reference = instruction = ""
     if question.reference:
         reference = f"\n# A right answer, for comparison\n{question.reference}\n"
@@ -251,6 +253,7 @@ class MTBench:
         self, model: LoadedModel, template: str, batch_size: int, cache_for: CacheFor
     ) -> Measurement:
         """Answer and have rated what is not cached; the score is the mean rating."""
+        # Question -> the answer of the model under test
         replies: dict[str, str] = {}
         # Prompts of one batch share a temperature.
         for temperature in sorted({question.temperature for question in self.questions}):
@@ -259,6 +262,7 @@ class MTBench:
             cache = cache_for({"decoding": asdict(decoding)})
             replies |= answers(model, prompts, decoding, template, batch_size, cache)
 
+        # The judge's words are cached, not the ratings: a better reading needs no new request.
         verdicts = cache_for(self.settings())
         for question in tqdm(self.questions, unit="answer", leave=False):
             if question.id not in verdicts:
@@ -282,6 +286,7 @@ def assess(
 ) -> Measurement:
     """The mean of the ratings that could be read, and of each category's."""
     items: list[Item] = []
+    # Answers without a rating are in neither mean.
     scores: list[float] = []
     scores_by_category: dict[str, list[float]] = {}
     for question in questions:

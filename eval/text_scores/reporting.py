@@ -27,6 +27,7 @@ def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) ->
     """
     scores = [row for row in rows if not row.item]
     groups_with_items = {(row.group, row.metric) for row in rows if row.item}
+    # (group, metric) -> the difference over items
     over_items: dict[tuple[str, str], Summary] = {}
     for name in benchmarks:
         items = averaged_items(rows, name)
@@ -53,6 +54,7 @@ def averaged_items(rows: Sequence[Row], benchmark: str) -> list[Row]:
         if row.value is not None:
             values[row.subject].append(row.value)
 
+    # Some scores of the harness are no mean of their items.
     groups_without = set()
     for row in scores:
         of_items, score = values[row.subject], row.value or 0.0
@@ -137,6 +139,7 @@ def averages(result: Result) -> str:
             summary = result.summary(group, name)
             if summary is not None and summary.mean is not None:
                 values.append(summary.mean * result.metric(name).scale)
+        # A mean over fewer training sets can't be compared.
         is_complete = len(values) == len(names)
         lines.append([group, f"{compare.mean(values):.2f}" if is_complete else ABSENT])
     titles = ", ".join(result.metric(name).title for name in names)

@@ -13,7 +13,7 @@ from torch import nn
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec, is_quantized
 from bilora_diffusion.adapters.fused import fuse, unfused
-from bilora_diffusion.adapters.quantize import KEPT, quantize
+from bilora_diffusion.adapters.quantize import UNQUANTIZED_MODULES, quantize
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
 from tests.adapters.test_fused import BOTH, TOLERANCE, assert_same, results
@@ -74,7 +74,7 @@ def test_a_weight_takes_half_a_byte_and_is_9_percent_off(dtype):
 
 
 def test_what_is_left_alone_and_what_stands_in_two_places():
-    for model, names in ((tiny_t5(), ("wo", "lm_head")), (tiny_unet(), KEPT)):
+    for model, names in ((tiny_t5(), ("wo", "lm_head")), (tiny_unet(), UNQUANTIZED_MODULES)):
         quantize(model, torch.float32)
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear):

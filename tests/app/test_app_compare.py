@@ -1,20 +1,18 @@
 """Data and HTML of the Compare tab."""
 
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
 import gradio as gr
 import pytest
-from PIL import Image
 
 from app import compare, parts
 from app import scored as data
 from app.catalog import Catalog
 from app.scored import Key, ScoredImage
 from eval.clip_scores.prompts import Prompt
-from tests.app.folders import scores_of, write, write_bomb
+from tests.app.folders import scores_of, write
 
 LORA, BILORA, BASE = LABELS = ("lora", "bilora", "base, plain")
 RABBIT, CLOUD, LION = TEXTS = tuple(f"an icon of a {name}" for name in ("rabbit", "Cloud", "lion"))
@@ -143,17 +141,3 @@ def test_html_holds_scores_and_no_foreign_markup(result):
 def test_a_difference_that_chance_explains_has_no_colour(gains, tone):
     scores = {RABBIT: {seed: (0.3, 0.3 + gain) for seed, gain in enumerate(gains)}}
     assert data.rows(make_scores(scores), LORA, BILORA, "i2t")[0].tone == tone
-
-
-def test_a_picture_that_is_none_too_large_or_a_program_is_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    (tmp_path / "folder.png").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "program.png", "EPS")
-    write_bomb(tmp_path / "bomb.png")
-    for path in [*tmp_path.iterdir(), tmp_path / "none.png"]:
-        for mode in ("RGB", "RGBA"):
-            assert parts.read(path, mode) is None, path.name
-        assert parts.address(path) is None
-    Image.new("P", (8, 8)).save(tmp_path / "good.png")
-    assert (parts.read(tmp_path / "good.png", "RGBA") or Image.new("1", (1, 1))).mode == "RGBA"

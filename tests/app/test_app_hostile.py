@@ -1,7 +1,6 @@
 """One damaged or hostile folder takes nothing else from any tab."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import gradio as gr
 import orjson
@@ -56,7 +55,6 @@ class Tabs:
             "curves": sent(to_json(update) for draw in draws for update in draw.values()),
             "Compare": sent(value for update in scores for value in update.values()),
             "Generate": sent(self.generate.choices("", "")),
-            "grid": sent(value for path in paths for value in self.chosen(path)),
             "Vote": sent(value for update in votes for value in update.values()),
             "Training": sent(self.training._load(None).values()),
             "Results": sent(
@@ -64,14 +62,6 @@ class Tabs:
             ),
             "reports": sent(results.text(self.catalog, item) for item in scan.figures),
         }
-
-    def chosen(self, path):
-        """The form of the grid for a run, and why none of its images can be drawn."""
-        request: Any = SimpleNamespace(session_hash="me")
-        number = self.drawing.begin(request)
-        with pytest.raises(gr.Error) as caught:
-            list(self.grid.draw(number, path, [2], "1", "a hat", 0, request, lambda *_, **__: None))
-        return [*self.grid.choices(path, [], "").values(), str(caught.value)]
 
 
 def to_json(update):

@@ -5,11 +5,8 @@ import contextlib
 import csv
 import io
 import math
-import multiprocessing
 import random
 import sqlite3
-import threading
-from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -123,25 +120,6 @@ def test_a_vote_counts_the_same_from_both_sides_and_not_for_weights_trained_agai
     polls.cast(replace(session, ballot=older), "left")
     assert len(polls.votes()) == 1
     assert polls.result("scores", ANY) == ([], 0)
-
-
-def cast_many(root, session, count):
-    polls = Polls(Catalog(root), random.Random())
-    for number in range(count):
-        polls.cast(booth(number, session), ("left", "right", "tie")[number % 3])
-
-
-@pytest.mark.slow
-def test_threads_and_processes_lose_nothing(tmp_path):
-    polls, fork = make_polls(tmp_path, prompts=1), multiprocessing.get_context("fork")
-    jobs = [(tmp_path, f"voter {number}", 9) for number in range(6)]
-    workers = [threading.Thread(target=cast_many, args=job) for job in jobs[:3]]
-    workers += [fork.Process(target=cast_many, args=job) for job in jobs[3:]]
-    for worker in reversed(workers):  # processes first: no thread holds a lock at their fork
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert Counter(v.session for v in polls.votes()) == {name: 9 for _, name, _ in jobs}
 
 
 def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path):

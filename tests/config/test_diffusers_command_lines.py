@@ -25,7 +25,12 @@ from bilora_diffusion.image.config import DreamBoothConfig, resolve
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
-from bilora_diffusion.train.stepping import Schedule, build_optimizer, build_scheduler, total_steps
+from bilora_diffusion.train.optimizers import (
+    StepLayout,
+    build_optimizer,
+    build_scheduler,
+    total_steps,
+)
 from tests.references.diffusers_flags import (
     DEFAULTS,
     TABLES,
@@ -113,7 +118,7 @@ def ours(flags, processes, images, class_images):
     instance: Any = Images([None] * images)
     classes: Any = Images([None] * class_images) if cfg.with_prior_preservation else None
     stream = TrainingStream(cfg, instance, classes)
-    batch = Schedule(cfg.train_batch_size, cfg.gradient_accumulation_steps, processes).step_size
+    batch = StepLayout(cfg.train_batch_size, cfg.gradient_accumulation_steps, processes).step_size
     steps = total_steps(cfg, stream.num_samples, batch)
     models = ("unet", "text_encoder", "text_encoder_2")[: 3 if cfg.train_text_encoder else 1]
     kind = StableDiffusionXL()

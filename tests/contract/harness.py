@@ -24,9 +24,9 @@ from bilora_diffusion.core.choices import (
 )
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, for_run, names
 from bilora_diffusion.train.compiling import Blocks
-from bilora_diffusion.train.gradients import collecting
+from bilora_diffusion.train.initialisation import collecting
+from bilora_diffusion.train.optimizers import build_scheduler
 from bilora_diffusion.train.sharding import average_gradients
-from bilora_diffusion.train.stepping import build_scheduler
 from tests.contract.models import CASES, ROWS
 
 STEPS = 3

@@ -14,7 +14,7 @@ from bilora_diffusion.core.choices import SAMPLE
 from bilora_diffusion.methods import create, names
 from bilora_diffusion.train import compiling
 from tests.contract.harness import SHARED, SPECS, Run, combos, compared, pairwise, rotation
-from tests.contract.models import CASES
+from tests.contract.models import CASES, ROWS
 from tests.scripts.runs import TORCHRUN, process
 
 ALL, FEW = combos(), rotation()
@@ -43,6 +43,7 @@ def life(folder, name, option, kind, compiled=False, **options):
         run.initialise()
     initial, base = run.tensors(), run.base_weights()
     clipping_sees_the_result_only(run)
+    counts_what_it_trains(run)
     losses = run.train(2)
     state = run.checkpoint()
     assert all(isinstance(value, float) for value in run.method.metrics().values())
@@ -78,6 +79,15 @@ def clipping_sees_the_result_only(run):
     if own := {id(p) for p in run.method.loose_parameters}:  # in place of the layers' own
         trained |= {id(p) for p in adapters.parameters(run.model, AUXILIARY)}
     assert trained - own == {id(p) for p in run.model.parameters() if p.requires_grad}
+
+
+def counts_what_it_trains(run):
+    """For `--dry_run`."""
+    trained = sum(p.nbytes for group in run.optimizer.param_groups for p in group["params"])
+    memory = run.method.memory(step_samples=ROWS)
+    assert memory.optimized == trained
+    assert memory.result == sum(p.nbytes for p in run.method.clip_parameters())
+    assert memory.result <= memory.gradients <= trained
 
 
 def learns_and_leaves_the_base_alone(run, initial, base):

@@ -12,7 +12,7 @@ from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core.choices import OPTIMIZERS
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.run.checkpoint import join, split
-from bilora_diffusion.train.stepping import build_optimizer
+from bilora_diffusion.train.optimizers import build_optimizer
 from tests.contract.harness import Run
 from tests.contract.models import CASES, Case
 

@@ -6,6 +6,7 @@ from bilora_diffusion.config.recipe import read_options
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import ROOT
 from eval.sweep import experiment
+from eval.sweep.plan import load
 
 EXPERIMENTS = sorted((ROOT / "eval" / "experiments").rglob("*.yaml"))
 MEASURED = [path for path in EXPERIMENTS if path.parent.name == "experiments"]
@@ -15,14 +16,14 @@ MEASURED = [path for path in EXPERIMENTS if path.parent.name == "experiments"]
 def plan(tmp_path):
     """``plan(text, recipe, *settings)``: the plan of an experiment on a recipe of this text."""
 
-    def load(text="", recipe="", *settings, **overrides):
+    def load_text(text="", recipe="", *settings, **overrides):
         (tmp_path / "recipe.yaml").write_text(f"dataset: mini\n{recipe}")
         path = tmp_path / "experiment.yaml"
         path.write_text(f"recipe: {tmp_path / 'recipe.yaml'}\n{text}")
-        (loaded,) = experiment.load(path, settings, **overrides)
+        (loaded,) = load(path, settings, **overrides)
         return loaded
 
-    return load
+    return load_text
 
 
 def labels(found):
@@ -112,5 +113,5 @@ def test_the_repositorys_experiments_are_read():
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
 def test_an_experiment_of_the_results_has_its_variants(path):
     """By the training script's parser; `tests/docs/test_paper.py` has those of the paper."""
-    (plan,) = experiment.load(path)
+    (plan,) = load(path)
     assert len(plan.variants) > 1

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from eval.sweep import runs
-from eval.sweep.experiment import Run
+from eval.sweep.plan import Run
 from eval.sweep.runs import Runner, last_sentence
 
 SCRIPT = """

@@ -1,6 +1,7 @@
 """Benchmarks, subjects, recorded figures, comparisons and the report, without a model."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_the_papers_settings():
 
 
 def test_runs_adapters_and_base_have_the_base_model_of_the_runs(tmp_path):
-    options = {"template": "alpaca", "quantize": "nf4", "revision": "main"}
+    options: dict[str, Any] = {"template": "alpaca", "quantize": "nf4", "revision": "main"}
     words = [make_run(tmp_path / "run", "lora-sam", 3, **options), make_adapter(tmp_path / "b/run")]
     pairs = read_subjects(*words, "base", only_heldout=False)
     (run, _), (adapter, _), (base, _) = pairs

@@ -11,7 +11,7 @@ from eval.cache import Cache
 from eval.text_scores import mtbench
 from eval.text_scores.models import Decoding
 from eval.text_scores.mtbench import Judge, MTBench, Question
-from tests.eval import text_score_models as models
+from tests.eval.text_score_models import judge
 
 SECRET = "sk-very-secret"
 RATINGS: dict[str, float | None] = {
@@ -43,9 +43,9 @@ def test_ratings_are_read():
 def test_the_judge_is_asked_as_the_protocol_says_and_is_told_of_no_other_service(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(name, "another-service")
-    with models.judge((503, "busy"), (429, "slow down"), "fine [[8]]") as endpoint:
+    with judge((503, "busy"), (429, "slow down"), "fine [[8]]") as endpoint:
         assert ask(endpoint.url) == "fine [[8]]"
-        *_, body = endpoint.asked
+        body = endpoint.asked[-1]
         assert (body["model"], body["temperature"]) == ("judge-1", 0)
         assert body["messages"] == [{"role": "user", "content": "Good?"}]
         assert endpoint.headers[-1]["authorization"] == f"Bearer {SECRET}"
@@ -56,77 +56,67 @@ def test_the_judge_is_asked_as_the_protocol_says_and_is_told_of_no_other_service
 
 
 @pytest.mark.parametrize(
-    ("reply", "requests", "told"),
+    ("status", "text", "requests", "reason"),
     [
-        ((401, json.dumps({"error": {"message": f"key {SECRET} is unknown"}})), 1, "401.*unknown"),
-        ((500, json.dumps({"error": {"message": f"failed on {SECRET}"}})), 3, "500.*failed on"),
-        ((200, "{}"), 1, "not a chat completion"),
+        (401, f"key {SECRET} is unknown", 1, "401.*unknown"),
+        (500, f"failed on {SECRET}", 3, "500.*failed on"),
+        (200, "{}", 1, "not a chat completion"),
     ],
 )
-def test_a_judge_that_gives_no_answer_is_refused_without_its_key(reply, requests, told):
-    sentences = []
-    with models.judge(reply) as endpoint:
-        with pytest.raises(UserError, match=told) as caught:
-            ask(endpoint.url)
-        sentences.append(str(caught.value))
-    assert len(endpoint.asked) == requests
-    with pytest.raises(UserError, match="Connection") as caught:  # now there is none
+def test_a_judge_without_an_answer_is_refused_without_its_key(status, text, requests, reason):
+    body = json.dumps({"error": {"message": text}}) if status != 200 else text
+    with judge((status, body)) as endpoint, pytest.raises(UserError, match=reason) as caught:
         ask(endpoint.url)
-    sentences.append(str(caught.value))
-    assert all(endpoint.url in sentence for sentence in sentences)
-    assert SECRET not in f"{sentences} {Judge('http://x/v1', 'm', SECRET)}"
+    assert endpoint.url in str(caught.value)
+    assert len(endpoint.asked) == requests
+    with pytest.raises(UserError, match="Connection"):  # now there is none
+        ask(endpoint.url)
+    assert SECRET not in f"{caught.value} {Judge('http://x/v1', 'm', SECRET)}"
 
 
 def test_the_command_line_and_the_environment_name_a_judge(monkeypatch):
     monkeypatch.setenv(mtbench.KEY, SECRET)
     expected = Judge("http://localhost:1/v1", "m", SECRET)
     assert mtbench.connect("http://localhost:1/v1/", "m") == expected
-    for url, model, told in (
+    for url, model, sentence in (
         (None, "m", "--judge_base_url"),
         ("http://x/v1", None, "--judge_model"),
         ("localhost:8000", "m", '"localhost:8000" is not an address'),
         (f"https://me:{SECRET}@host/v1", "m", mtbench.KEY),
     ):
-        with pytest.raises(UserError, match=told) as caught:
+        with pytest.raises(UserError, match=sentence) as caught:
             mtbench.connect(url, model)
         assert SECRET not in str(caught.value)
 
 
 def measure(url, folder):
-    asked = MTBench(QUESTIONS, Judge(url, "judge-1", attempts=1), Decoding(8))
     for question in QUESTIONS:  # every answer is there already, so that no model is asked
         decoding = Decoding(8, temperature=question.temperature)
-        written = Cache(folder, {"decoding": asdict(decoding)})
-        written.item(question.id, lambda name=question.id: f"answer to {name}")
-    nobody: Any = None
-    return asked.measure(nobody, "auto", 2, lambda about: Cache(folder, about))
+        cache = Cache(folder, {"decoding": asdict(decoding)})
+        cache.put(question.id, f"answer to {question.id}")
+    engine = MTBench(QUESTIONS, Judge(url, "judge-1", attempts=1), Decoding(8))
+    model: Any = None
+    return engine.measure(model, "auto", 2, lambda about: Cache(folder, about))
 
 
-def test_answers_are_rated_and_what_can_not_be_read_is_asked_again_and_counted(tmp_path):
-    with models.judge("[[8]]", (500, "down"), "hm", "still hm", "[[4]]", "never") as endpoint:
+def test_answers_are_rated_and_an_unread_rating_is_asked_again_and_counted(tmp_path):
+    with judge("[[8]]", (500, "down"), "hm", "still hm", "[[4]]", "never") as endpoint:
         with pytest.raises(UserError, match="gave no answer"):
             measure(endpoint.url, tmp_path)
-        found = measure(endpoint.url, tmp_path)  # goes on where it stopped
+        measurement = measure(endpoint.url, tmp_path)  # goes on where it stopped
+        assert measure(endpoint.url, tmp_path) == measurement
+        # Nothing was asked twice.
         assert len(endpoint.asked) == 2 + 3 + mtbench.RATING_ATTEMPTS
-        assert measure(endpoint.url, tmp_path) == found
-        assert len(endpoint.asked) == 2 + 3 + mtbench.RATING_ATTEMPTS  # nothing was asked twice
-    assert found.value == 6
-    assert [item.score for item in found.items] == [8, 4, None]
-    assert found.all_figures() == {
-        "items": 3,
-        "without an answer": 1,
-        "category math": 4,
-        "category writing": 8,
-    }
-    first, second = (endpoint.asked[n]["messages"][0]["content"] for n in (0, 1))
-    assert "Write a haiku." in first
-    assert "answer to 81" in first
-    assert "right answer" not in first
-    assert "# A right answer, for comparison\n5" in second
-    with (
-        models.judge("nice") as endpoint,
-        pytest.raises(UserError, match="no rating could be read"),
-    ):
+    assert measurement.value == 6
+    assert [item.score for item in measurement.items] == [8, 4, None]
+    counts = {"items": 3, "without an answer": 1}
+    assert measurement.all_figures() == counts | {"category math": 4, "category writing": 8}
+    haiku, sum_ = (endpoint.asked[n]["messages"][0]["content"] for n in (0, 1))
+    assert "Write a haiku." in haiku
+    assert "answer to 81" in haiku
+    assert "right answer" not in haiku
+    assert "# A right answer, for comparison\n5" in sum_
+    with judge("nice") as endpoint, pytest.raises(UserError, match="no rating could be read"):
         measure(endpoint.url, tmp_path / "other")
 
 
@@ -137,10 +127,10 @@ def test_questions_are_read_from_a_file(tmp_path):
         {"prompt_id": 2, "category": "math", "prompt": ["2 + 3?"], "reference": ["5", "6"]},
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
-    found = mtbench.questions(str(path))
-    assert found == [Question("81", "writing", "First."), Question("2", "math", "2 + 3?", "5")]
-    assert [question.temperature for question in found] == [0.7, 0.0]
-    assert mtbench.questions(str(path), 1) == found[:1]
+    questions = mtbench.questions(str(path))
+    assert questions == [Question("81", "writing", "First."), Question("2", "math", "2 + 3?", "5")]
+    assert [question.temperature for question in questions] == [0.7, 0.0]
+    assert mtbench.questions(str(path), 1) == questions[:1]
     path.write_text('{"turns": ["a"]}\nno JSON', encoding="utf-8")
     with pytest.raises(UserError, match=r"line 2 .* JSON"):
         mtbench.questions(str(path))

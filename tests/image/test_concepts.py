@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import train_dreambooth_bilora
 from bilora_diffusion import mini
@@ -217,6 +218,7 @@ def test_a_bad_list_is_one_sentence_with_its_place_before_a_model_is_read(
         pytest.fail("a model was read")
 
     monkeypatch.setattr("bilora_diffusion.image.script.load_base", loaded)
+    AcceleratorState._reset_state()  # of other tests in this process
     Path("concepts.yaml").write_text(text)
     argv = ["--dataset", "concepts.yaml", *MINI, "--output_dir", "run", *flags.split()]
     assert train_dreambooth_bilora.main(argv) == 2

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec, activate, inject, parameters
+from bilora_diffusion.adapters import AdapterSpec, inject
 from bilora_diffusion.adapters.access import layers
-from bilora_diffusion.adapters.fused import fuse
 from bilora_diffusion.adapters.targets import base_of, target_layers
 from bilora_diffusion.image.denoising import DreamBoothModule
 from bilora_diffusion.image.families import family_of
@@ -20,8 +19,6 @@ from bilora_diffusion.image.flow import FlowMatching
 from bilora_diffusion.image.layers import select_layers
 from bilora_diffusion.image.prompts import PromptCache, embed_negative
 from bilora_diffusion.image.sampling import bare_sampler, generate
-from bilora_diffusion.train import compiling
-from bilora_diffusion.train.compiling import Blocks
 from tests.image.tiny import FILES, make_pipeline
 
 SIDE = 64
@@ -205,28 +202,6 @@ def test_gradients_reach_every_target(word, kind):
         *("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     }
     assert reached == names - unread
-
-
-@pytest.mark.matrix
-@each_kind
-def test_compiled_blocks_give_the_same_loss(kind, monkeypatch):
-    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # without a compiler
-    pipeline = make_pipeline(kind)
-    model, family = pipeline.transformer, family_of(pipeline)
-    for name in (PRIMARY, AUXILIARY):
-        inject(model, AdapterSpec(rank=2, target_modules=family.targets), name)
-    activate(model, (PRIMARY, AUXILIARY))
-    fuse(model)
-    inputs = inputs_of(pipeline, family.embed(pipeline, PROMPTS), 2)
-    module, losses, gradients = module_of(pipeline, "none"), [], []
-    for compiled in (False, True):
-        assert bool(Blocks([model] if compiled else []).count) == compiled
-        losses.append(module(inputs))
-        losses[-1].mean().backward()
-        gradients.append([w.grad for w in parameters(model, PRIMARY)])
-        model.zero_grad()
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
 @each_kind

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image import decode, listing, sets
+from bilora_diffusion.image import decode, sets
 from bilora_diffusion.image.captions import captions_or_prompts
 from bilora_diffusion.image.opening import open_images
 from tests.image.image_folders import photos, save, table
@@ -153,17 +153,6 @@ def test_heic_is_read_where_pillow_can(folder, monkeypatch):
     assert len(open_images(str(folder))) == 3
     monkeypatch.setattr(decode, "reads_heif", lambda: True)
     assert len(open_images(str(folder))) == 4
-
-
-def test_a_disk_is_no_set_of_images(folder, monkeypatch):
-    """Its root, or a home: looking through it ends after so many files."""
-    for number in range(60):
-        (folder / "lib" / str(number)).mkdir(parents=True)
-    monkeypatch.setattr(listing, "MAX_ENTRIES", 50)
-    with pytest.raises(UserError, match="more than 50 files"):
-        open_images(str(folder))
-    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\n')
-    assert len(open_images(str(folder))) == 1
 
 
 def test_subfolders_are_read_by_datasets_with_the_captions_in_them(tmp_path):

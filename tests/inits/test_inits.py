@@ -19,8 +19,8 @@ from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.inits.lora_ga import lora_ga
 from bilora_diffusion.inits.pissa import pissa
 from bilora_diffusion.methods import Target, create
-from bilora_diffusion.train import gradients as gradients_module
-from bilora_diffusion.train.gradients import collecting, mean_gradients
+from bilora_diffusion.train import initialisation as gradients_module
+from bilora_diffusion.train.initialisation import collecting, mean_gradients
 from bilora_diffusion.train.task import MicroBatch
 from tests.contract.models import CASES, tiny_mlp
 from tests.references import lora_ga as reference

@@ -39,7 +39,7 @@ def test_whatever_is_saved_comes_back_exactly(tmp_path):
     for dtype in DTYPES:  # any bit pattern: NaN payloads, subnormals, -0
         bits = torch.randint(0, 2 if dtype is torch.bool else 256, (64,), dtype=torch.uint8)
         tensors[str(dtype)] = bits.view(dtype)
-    moments = {"exp_avg": base[1], "x": base.expand(2, 3, 4), "inner": {"qmap": base}, "k": 3}
+    moments = {"x": base.expand(2, 3, 4), "inner": {"qmap": base}, "k": 3}
     group = {"lr": 1e-3, "betas": [0.9, torch.tensor(0.5)], "growth_rate": float("inf"), "d": None}
     path = save(
         tmp_path,
@@ -58,7 +58,6 @@ def test_whatever_is_saved_comes_back_exactly(tmp_path):
     state, (loaded_group,) = loaded.optimizer["state"], loaded.optimizer["param_groups"]
     assert list(state) == [0, 11]
     assert (list(state[0]), state[0]["k"]) == (list(moments), 3)
-    assert has_same_bytes(state[0]["exp_avg"], moments["exp_avg"])
     assert has_same_bytes(state[0]["x"], moments["x"])
     assert has_same_bytes(state[0]["inner"]["qmap"], base)
     assert has_same_bytes(state[11]["step"], base[0, 0])

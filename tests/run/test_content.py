@@ -33,19 +33,13 @@ def record(samples: dict[str, dict[str, str]]) -> dict[str, Any]:
     [
         (PICTURES, None),
         ({**PICTURES, "b.png": {**B, "picture": "d" * 32}}, "the picture of b.png changed"),
-        ({**PICTURES, "b.png": {**B, "caption": "4" * 32}}, "the caption of b.png changed"),
-        ({**PICTURES, "b.png": {**B, "mask": "4" * 32}}, "the mask of b.png changed"),
         ({**PICTURES, "a.png": D}, "the picture and caption of a.png changed"),
-        ({"a.png": A, "b.png": B}, "1 sample was removed (c.png)"),
-        ({**PICTURES, "d.png": D}, "1 sample was added (d.png)"),
         ({"a.png": A, "b.png": B, "d.png": D},
          "1 sample was added (d.png) and 1 sample was removed (c.png)"),
         ({"a.png": A, "b.png": B, "d.png": C}, "1 sample was renamed (c.png to d.png)"),
         ({"b.png": B, "a.png": A, "c.png": C}, "the samples were put in another order"),
-        ({"a.png": B, "b.png": A, "c.png": C}, "2 samples were put in another order"),
         ({"a.png": D, "b.png": D, "c.png": D},
          "the picture or caption or mask of 3 samples changed (a.png, b.png, c.png)"),
-        ({}, "3 samples were removed (a.png, b.png, c.png)"),
     ],
 )  # fmt: skip
 def test_a_change_of_the_samples_is_named(samples, sentence):

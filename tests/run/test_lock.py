@@ -9,12 +9,12 @@ import pytest
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.export.cli import main as export
-from bilora_diffusion.image.script import main as train
+from bilora_diffusion.image.script import train
 from bilora_diffusion.run import interruption, lock
 from bilora_diffusion.run.interruption import Interruption, resuming
 from bilora_diffusion.run.lock import hold
 from bilora_diffusion.run.runlog import RunLog
-from bilora_diffusion.train import running
+from bilora_diffusion.train import command
 from tests.run.recorded_runs import save
 from tests.scripts.runs import ROOT, flags
 
@@ -23,11 +23,10 @@ import os, signal, sys, time
 from pathlib import Path
 from bilora_diffusion.run.lock import hold
 with hold(Path(sys.argv[1])):
-    worker = os.fork()  # as a data loader's worker
-    if worker == 0:
+    if os.fork() == 0:  # as a data loader's worker
+        print(os.getpid(), flush=True)
         time.sleep(60)
         os._exit(0)
-    print(worker, flush=True)
     signal.pause()
 """
 
@@ -93,13 +92,13 @@ def test_a_second_run_is_refused_before_it_reads_or_deletes(tmp_path, monkeypatc
 
     def start_second(_):
         with monkeypatch.context() as patch:
-            patch.setattr(running, "build_accelerator", lambda _: pytest.fail("was let in"))
+            patch.setattr(command, "build_accelerator", lambda _: pytest.fail("was let in"))
             with pytest.raises(UserError, match=f"writing into {folder}"):
                 train(flags(folder, **ORDERS[second]))
             assert first == "start" or export([str(folder), "--step", "1"]) == 2
         raise Reached
 
-    monkeypatch.setattr(running, "build_accelerator", start_second)
+    monkeypatch.setattr(command, "build_accelerator", start_second)
     if first != "start":
         RunLog(folder).start({}, method="lora", seed=0, resume_step=None)
         save(folder, 1)

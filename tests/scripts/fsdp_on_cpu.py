@@ -58,14 +58,14 @@ def note_shares() -> None:
 
 def run(argv: list[str]) -> None:
     """One run, with an engine of its own in a process group that stays."""
-    from bilora_diffusion.text.script import main
+    from bilora_diffusion.text.script import train
 
     if AcceleratorState._shared_state:
         # Later processes would find the folder that the first has begun: a launch starts together.
         PartialState().wait_for_everyone()
         AcceleratorState._reset_state()
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
-    main(argv)
+    train(argv)
 
 
 if __name__ == "__main__":

@@ -52,11 +52,11 @@ def words(settings: dict[str, Any]) -> list[str]:
 
 def train(folder: Path, **values: Any) -> Path:
     """A run in this process; returns its folder."""
-    from bilora_diffusion.image.script import main
+    from bilora_diffusion.image.script import train as run_script
 
     # accelerate keeps one precision for a whole process; each run here is to choose its own.
     AcceleratorState._reset_state()
-    main(flags(folder, **values))
+    run_script(flags(folder, **values))
     return folder
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 import train_dreambooth_bilora
 import train_text_bilora
 from bilora_diffusion.config import machine
-from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import checkpoint, runlog
 from tests.scripts.runs import copied, flags, train_once
 from tests.text import text_builders as texts
@@ -25,7 +24,6 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     (IMAGE, {"pretrained_model_name_or_path": "no/such-model"}, ("no/such-model",)),
     (IMAGE, {"pretrained_model_name_or_path": "{tmp}/unknown"}, ("Sigma", "FluxPipeline")),
     (LLAMA, {"train_file": "{tmp}/latin.jsonl"}, ("line 2", "UTF-8", "0xe9")),
-    (LLAMA, {"model_name_or_path": str(pipeline_dir())}, ("configuration",)),
     (LLAMA, {"target_modules": "to_q"}, ("to_q", "q_proj")),
     (BERT, {"validation_file": "{tmp}/other.jsonl"}, ('"neutral"', "line 2 of other.jsonl")),
     (BERT, {"model_name_or_path": "{tmp}/infinite"}, ("infinite", "not finite")),

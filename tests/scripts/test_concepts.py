@@ -12,7 +12,7 @@ import train_dreambooth_bilora
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import runlog
-from bilora_diffusion.run.record import BY_CONCEPT, read_fit
+from bilora_diffusion.run.record import BY_CONCEPT, read_search
 from eval.clip_scores.measure import training_sets
 from eval.landscape.models import points
 from eval.subjects import gather
@@ -104,7 +104,7 @@ def test_a_search_deals_the_images_of_all_concepts_into_folds(concepts, tmp_path
     (tmp_path / "space.yaml").write_text("method: [lora]\nrank: [2, 4]\n")
     fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 16, "fit_folds": 2}
     run = train(tmp_path / "fit", **values(bare_list, **fit))
-    record = read_fit(run / "fit.json")
+    record = read_search(run / "fit.json")
     assert record is not None
     # Auxiliaries that LoRA does not have leave its last run as it is.
     assert runlog.read_run(run)["results"]["steps"] == record["choice"]["steps"]

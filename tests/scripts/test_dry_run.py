@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +15,10 @@ import train_text_bilora
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image import pipeline
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.dry_run import moments
-from bilora_diffusion.train.dry_run import STEP, attached, complete, main
+from bilora_diffusion.image.dry_run import memory_by_phase
+from bilora_diffusion.image.script import DREAMBOOTH
+from bilora_diffusion.train import dry_run
+from bilora_diffusion.train.dry_run import STEP, attached, complete
 from docs import memory
 from docs.memory import FOLDER
 from tests.image.tiny import shared
@@ -41,9 +42,9 @@ def image_run(capsys, folder, code=0, **values):
     return "".join(capsys.readouterr())
 
 
-def parts_of(said):
+def parts_of(output):
     """The printed parts of the memory, by name."""
-    lines = (line.split(maxsplit=2) for line in said.splitlines() if line.startswith("  "))
+    lines = (line.split(maxsplit=2) for line in output.splitlines() if line.startswith("  "))
     return {name: f"{size} {unit}" for size, unit, name in lines}
 
 
@@ -51,47 +52,51 @@ def parts_of(said):
 def test_memory_is_near_what_runs_took(tmp_path):
     """Of the miniature, in a process of its own, and of SDXL at its full size."""
     mini, sdxl = (json.loads((FOLDER / f"{n}.json").read_text()) for n in ("mini", "sdxl_256"))
-    said = process(*mini["command"].replace("mini_run", f"{tmp_path}/run").split(), "--dry_run")
-    found = re.search(r"the run needs about (\d+) MB,", said.stdout)
-    assert float(found[1]) * 1e6 == pytest.approx(mini["measured_bytes"], rel=0.15)
+    finished = process(*mini["command"].replace("mini_run", f"{tmp_path}/run").split(), "--dry_run")
+    needed = re.search(r"the run needs about (\d+) MB,", finished.stdout)
+    assert float(needed[1]) * 1e6 == pytest.approx(mini["measured_bytes"], rel=0.15)
     assert not (tmp_path / "run").exists()
     words = re.findall(r"--(?:resolution|mixed_precision|train_batch_size) \w+", sdxl["command"])
     run = memory.task("Stable Diffusion XL", *" ".join(words).split())
-    taken = complete(moments(run, torch.device("cpu")), attached(run, 2)[1], process=600_000_000)
-    assert sum(taken[STEP].values()) == pytest.approx(sdxl["measured_bytes"], rel=0.15)
+    memory_parts = complete(
+        memory_by_phase(run, torch.device("cpu")), attached(run, 2)[1], process=600_000_000
+    )
+    assert sum(memory_parts[STEP].values()) == pytest.approx(sdxl["measured_bytes"], rel=0.15)
 
 
 def test_of_a_model_on_the_hub_no_weights_are_downloaded(capsys, tmp_path, monkeypatch):
-    whole, here = shared(SD3), tmp_path / "here"
+    model, cache = shared(SD3), tmp_path / "cache"
 
     def download(name, allow_patterns, **_):
         assert name == "somebody/sd3"
-        names = [str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file()]
+        names = [str(file.relative_to(model)) for file in model.rglob("*") if file.is_file()]
         for file in filter_repo_objects(names, allow_patterns=allow_patterns):
-            (here / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(whole / file, here / file)
-        return str(here)
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(model / file, cache / file)
+        return str(cache)
 
     monkeypatch.setattr(pipeline, "snapshot_download", download)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, file, **__: whole / file)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, file, **__: model / file)
     values = {"pretrained_model_name_or_path": "somebody/sd3", "resolution": 64}
     assert "It fits" in image_run(capsys, tmp_path / "run", **values)
-    assert not list(here.rglob("*.safetensors"))
-    assert list(here.rglob("tokenizer.json"))
+    assert not list(cache.rglob("*.safetensors"))
+    assert list(cache.rglob("tokenizer.json"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_text_model_runs_dry(kind, capsys, tmp_path):
     AcceleratorState._reset_state()
-    given = material(kind)
-    given["model_name_or_path"] = without_weights(given["model_name_or_path"], tmp_path / "base")
-    given["validation_file"] = given["train_file"]
-    argv = [*text_flags(tmp_path / "run", **given), "--dry_run"]
+    settings = material(kind)
+    settings["model_name_or_path"] = without_weights(
+        settings["model_name_or_path"], tmp_path / "base"
+    )
+    settings["validation_file"] = settings["train_file"]
+    argv = [*text_flags(tmp_path / "run", **settings), "--dry_run"]
     assert train_text_bilora.main(argv) == 0
-    said = "".join(capsys.readouterr())
-    assert "24 rows" in said
-    assert ("logits" in parts_of(said)) == (kind != "classification")
-    assert "It fits" in said
+    output = "".join(capsys.readouterr())
+    assert "24 rows" in output
+    assert ("logits" in parts_of(output)) == (kind != "classification")
+    assert "It fits" in output
     assert not (tmp_path / "run").exists()
 
 
@@ -113,24 +118,24 @@ below are what real models and methods hold.
         ({}, MINI),
         ({"auxiliaries": "sample"}, {"adapters: auxiliary": "8.24 MB", "gradients": "1.79 MB"}),
         ({"use_ema": True, "use_dora": True}, {"adapters: primary": "403 kB"}),
-        ({"optimizer": "adamw8bit"}, {"the optimizer's state": "358 kB"}),
-        ({"init_lora_weights": "pissa"}, {"adapters: first values": "358 kB"}),
-        ({"lora_layers": "convolutions"}, {"adapters: primary": "729 kB"}),
+        (
+            {"optimizer": "adamw8bit", "quantize": "nf4"},
+            {"the optimizer's state": "358 kB", "weights: unet": "43.8 MB"},
+        ),
         (
             {"method": "full"},
             {"weights: unet": "69.3 MB", "gradients": "69.3 MB", "the optimizer's state": "139 MB"},
         ),
         (
-            {"mixed_precision": "bf16", "method": "lora"},
-            {"weights: unet": "34.6 MB", "gradients": "358 kB"},
+            {"mixed_precision": "bf16", "method": "lora", "init_lora_weights": "pissa"},
+            {"weights: unet": "34.6 MB", "gradients": "358 kB", "adapters: first values": "358 kB"},
         ),
-        ({"quantize": "nf4"}, {"weights: unet": "43.8 MB"}),
     ],
     ids=str,
 )
 def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
-    said = parts_of(image_run(capsys, tmp_path / "run", train_batch_size=4, **values))
-    assert {name: said[name] for name in parts} == parts
+    output = parts_of(image_run(capsys, tmp_path / "run", train_batch_size=4, **values))
+    assert {name: output[name] for name in parts} == parts
 
 
 def test_a_search_takes_what_its_largest_run_does(capsys, tmp_path):
@@ -142,8 +147,7 @@ def test_a_search_takes_what_its_largest_run_does(capsys, tmp_path):
         assert parts_of(search)[name] == parts_of(largest)[name]
 
 
-def test_several_processes_are_refused():
-    accelerator: Any = SimpleNamespace(num_processes=2)
-    search: Any = None
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(dry_run, "build_accelerator", lambda _: SimpleNamespace(num_processes=2))
     with pytest.raises(UserError, match="one process"):
-        main(lambda *_: None, None, resolve(["--dataset", "mini"]), accelerator, search)
+        dry_run.run(DREAMBOOTH, resolve(["--dataset", "mini"]), [])

@@ -1,14 +1,12 @@
 """Flow-matching models through the script, on tiny random weights; SD3 and Qwen-Image most."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image import task
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.flow import FlowMatching
 from bilora_diffusion.image.pipeline import load_pipeline
@@ -60,9 +58,10 @@ def test_masks_and_a_kept_class(tmp_path):
     values = on(SD3, **{**icons, "validation_dataset": "none", "learning_rate": 3e-2})
     values |= {"pretrained_model_name_or_path": shared(SD3), "class_prompt": "an icon"}
     plain = runs.column(runs.train(tmp_path / "plain", **values), "loss")
-    kept = runs.column(runs.train(tmp_path / "kept", **values, prior_prediction_weight=1.0), "loss")
-    assert kept[0] == pytest.approx(plain[0], rel=1e-5)  # the adapters change nothing yet
-    assert kept[1] > plain[1]
+    with_class = runs.train(tmp_path / "class", **values, prior_prediction_weight=1.0)
+    losses = runs.column(with_class, "loss")
+    assert losses[0] == pytest.approx(plain[0], rel=1e-5)  # the adapters change nothing yet
+    assert losses[1] > plain[1]
     for picture in Path(icons["dataset"]).glob("*.png"):
         mask = Image.new("L", (64, 64), 0)
         mask.paste(255, (0, 0, 32, 64))
@@ -72,37 +71,22 @@ def test_masks_and_a_kept_class(tmp_path):
     assert hidden[0] == pytest.approx(plain[0], rel=0.5)
 
 
-def test_the_noise_levels_in_the_log_are_those_that_were_drawn(tmp_path, monkeypatch):
-    drawn, draw = [], FlowMatching.draw
+def test_the_noise_levels_in_the_log_are_those_that_were_sampled(tmp_path, monkeypatch):
+    levels, draw = [], FlowMatching.draw
 
-    def drawing(self, random):
+    def record_level(self, random):
         index = draw(self, random)
-        drawn.append(1000 * self.sigmas[index].item())
+        levels.append(1000 * self.sigmas[index].item())
         return index
 
-    monkeypatch.setattr(FlowMatching, "draw", drawing)
-    values = on(SD3, max_train_steps=3)
-    whole = runs.train(tmp_path / "whole", **values)
-    values |= {"train_batch_size": 1, "gradient_accumulation_steps": 2}
-    cut = runs.train(tmp_path / "cut", **values)
-    assert len(drawn) == 14
-    del drawn[7], drawn[0]  # of the row that each run is probed with
-    steps = [drawn[i : i + 2] for i in range(0, 6, 2)]
-    for name, of in {"mean": lambda pair: sum(pair) / 2, "min": min, "max": max}.items():
-        logged = runs.column(whole, f"noise_level_{name}")
-        assert logged == pytest.approx([of(pair) for pair in steps], rel=1e-6)
-        assert logged == runs.column(cut, f"noise_level_{name}")
-
-
-@pytest.mark.slow
-def test_images_are_drawn_as_the_command_line_says(tmp_path, monkeypatch):
-    calls, dot = list[dict[str, Any]](), Image.new("RGB", (8, 8))
-    monkeypatch.setattr(task, "generate", lambda *_, **told: calls.append(told) or [dot])
-    values = on(SD3, num_validation_images=1, final_validation_prompt="a TOK icon")
-    given = {"validation_guidance_scale": 2.0, "validation_num_inference_steps": 3}
-    runs.train(tmp_path / "given", **values, **given, max_train_steps=1)
-    runs.train(tmp_path / "skipped", **values, skip_final_inference=True, max_train_steps=1)
-    assert [(call["steps"], call["guidance_scale"]) for call in calls] == [(3, 2.0)]
+    monkeypatch.setattr(FlowMatching, "draw", record_level)
+    run = runs.train(tmp_path / "run", **on(SD3, max_train_steps=3))
+    del levels[0]  # of the row that the run is probed with
+    steps = [levels[first : first + 2] for first in (0, 2, 4)]
+    statistics = {"mean": lambda pair: sum(pair) / 2, "min": min, "max": max}
+    for name, statistic in statistics.items():
+        expected = [statistic(pair) for pair in steps]
+        assert runs.column(run, f"noise_level_{name}") == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_others_leave_out_is_a_line(tmp_path, caplog):

@@ -8,9 +8,9 @@ from accelerate.state import AcceleratorState
 
 import train_text_bilora
 from bilora_diffusion.run import runlog
-from bilora_diffusion.run.record import read_fit
-from bilora_diffusion.train import running
-from bilora_diffusion.train.trainer import Trainer
+from bilora_diffusion.run.record import read_search
+from bilora_diffusion.train import setup
+from bilora_diffusion.train.loop import Trainer
 from tests.scripts.runs import copied, once
 from tests.text.text_builders import material, text_flags, train_text
 
@@ -44,7 +44,7 @@ INTERRUPTIONS: dict[str, tuple[Any, str, int]] = {
     "begun run": (Trainer, "train_step", 1),
     "interrupted run": (Trainer, "train_step", 2),
     "interrupted search": (Trainer, "train_step", 3),
-    "interrupted last run": (running, "_export", 1),
+    "interrupted last run": (setup, "export", 1),
 }
 
 
@@ -157,7 +157,7 @@ def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
         if "checkpoints/" in name:
             assert after[name] == content
     if fit:
-        record: Any = read_fit(folder / "fit.json")
+        record: Any = read_search(folder / "fit.json")
         assert record["choice"] is not None
     if state == "interrupted search":
         # What was measured before is measured once.

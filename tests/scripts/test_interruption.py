@@ -1,18 +1,17 @@
 """Runs that are killed, interrupted or out of disk, and those of two processes, end as one."""
 
+import contextlib
 import json
 import os
 import shlex
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from bilora_diffusion.core.errors import TrainingError
-from bilora_diffusion.image import script
 from bilora_diffusion.run import checkpoint, runlog, snapshots
 from bilora_diffusion.run.record import BY_CONCEPT
 from tests.scripts import runs
@@ -85,7 +84,7 @@ def test_the_printed_command_ends_as_the_whole_run(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path):
+def test_two_processes_that_were_interrupted_end_as_one(tmp_path):
     """Of two concepts, with a record of the perturbations, and the best step by held-out loss."""
     concepts = [runs.two_icons(tmp_path / name) for name in ("icons", "again")]
     model = {concept.pop("pretrained_model_name_or_path") for concept in concepts}.pop()
@@ -98,9 +97,9 @@ def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path):
         **{"method": "lora-sam", "log_dynamics": True, "dynamics_steps": 1, "optimizer": "AdamW"},
     }
     single = runs.train(tmp_path / "one", **shared, gradient_accumulation_steps=4)
-    double, parts = tmp_path / "two", tmp_path / "parts"
-    launcher, of_two = [*runs.TORCHRUN, 2], {**shared, "gradient_accumulation_steps": 2}
-    runs.process(*launcher, runs.SCRIPT, *runs.flags(double, **of_two), **runs.ON_CPUS)
+    double, launcher = tmp_path / "two", [*runs.TORCHRUN, 2]
+    argv = runs.flags(double, **shared, gradient_accumulation_steps=2)
+    interrupt_and_go_on(launcher, runs.SCRIPT, argv, double, signal.SIGINT, **runs.ON_CPUS)
     assert runs.column(single, "step") == runs.column(double, "step")
     assert runs.column(single, "digest") == runs.column(double, "digest")
     losses_by_concept = [
@@ -119,18 +118,6 @@ def test_two_processes_agree_with_one_and_go_on_exactly(tmp_path):
         for key, value in of_one.items():
             expected = value if value is None else pytest.approx(value, rel=1e-2, abs=1e-7)
             assert of_both[key] == expected, key
-    argv = runs.flags(parts, **of_two)
-    interrupt_and_go_on(launcher, runs.SCRIPT, argv, parts, signal.SIGINT, **runs.ON_CPUS)
-    runs.alike(double, parts)
-
-
-SHORT = {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 1}
-WRITERS: list[tuple[Any, str, int, int]] = [
-    (runlog.RunLog, "metric", 3, 2),
-    (checkpoint, "save", 1, 2),
-    (script, "save_diffusers", 1, 4),
-]
-"""What writes, its call at which the disk is full, and the step of the last checkpoint."""
 
 
 @pytest.fixture
@@ -146,45 +133,32 @@ def disk(tmp_path):
 
 
 def fill(disk):
-    with open(disk / "filler", "wb", buffering=0) as file:
-        for size in (1 << 16, 1 << 12, 1):
-            try:
-                while True:
-                    file.write(b"x" * size)
-            except OSError:
-                pass
-
-
-@contextmanager
-def full_at(disk, owner, writer, call):
-    """Fills the disk right before that call of a writer."""
-    write, calls = getattr(owner, writer), []
-
-    def after_filling(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == call:
-            fill(disk)
-        return write(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, writer, after_filling)
-        yield
-    (disk / "filler").unlink()
+    with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_whenever_there_is_room_again(tmp_path, disk):
-    complete, folder = runs.train(tmp_path / "whole", **SHORT), disk / "run"
-    resume: dict[str, Any] = {}
-    for owner, writer, call, saved_step in WRITERS:
-        full = pytest.raises(TrainingError, match=f"{folder} is full: make room and go on")
-        with full_at(disk, owner, writer, call), full:
-            runs.train(folder, **SHORT, **resume)
-        assert runlog.read_run(folder)["status"] in ("failed", "running")
-        assert checkpoint.steps(folder)[-1] == saved_step
-        assert checkpoint.load(folder / "checkpoints" / f"step-{saved_step}").step == saved_step
-        resume = {"resume_from_checkpoint": "latest"}
-    runs.train(folder, **SHORT, **resume)
+def test_a_run_goes_on_when_there_is_room_again(tmp_path, disk, monkeypatch):
+    values = {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 1}
+    complete, folder = runs.train(tmp_path / "complete", **values), disk / "run"
+    save, saved_steps = checkpoint.save, []
+
+    def save_on_a_full_disk(run, state):
+        saved_steps.append(state.step)
+        if state.step == 4:
+            fill(disk)
+        return save(run, state)
+
+    monkeypatch.setattr(checkpoint, "save", save_on_a_full_disk)
+    with pytest.raises(TrainingError, match=f"{folder} is full: make room and go on"):
+        runs.train(folder, **values)
+    assert saved_steps == [2, 4]
+    assert checkpoint.load(folder / "checkpoints" / "step-2").step == 2
+    assert checkpoint.steps(folder) == [2]
+    (disk / "filler").unlink()
+    monkeypatch.undo()
+    runs.train(folder, **values, resume_from_checkpoint="latest")
     assert runlog.read_run(folder)["status"] == "finished"
     assert runs.difference(complete, folder) == 0
     assert not list(folder.rglob(".*"))

@@ -24,7 +24,7 @@ from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import TextModule
 from bilora_diffusion.text.rows import encode_rows, open_rows
-from bilora_diffusion.train.running import DTYPES
+from bilora_diffusion.train.setup import DTYPES
 from tests.scripts.runs import once, words
 
 WORDS = [
@@ -169,11 +169,11 @@ def text_flags(folder: Path, **values: Any) -> list[str]:
 
 def train_text(folder: Path, **values: Any) -> Path:
     """A run in this process; returns its folder."""
-    from bilora_diffusion.text.script import main
+    from bilora_diffusion.text.script import train
 
     # accelerate keeps one precision for a whole process; each run here is to choose its own.
     AcceleratorState._reset_state()
-    main(text_flags(folder, **values))
+    train(text_flags(folder, **values))
     return folder
 
 

@@ -20,20 +20,20 @@ LOSSES = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf]), min
 def test_it_stops_and_keeps_as_a_reading_of_the_record_would(losses, patience):
     weight = nn.Parameter(torch.zeros(2))
     best = Best([weight], patience)
-    taken = []
+    rows = []
     for step, loss in enumerate(losses):
         with torch.no_grad():
             weight.fill_(step)
-        if best.lowered_by(loss, step):
-            best.keep()
-        taken.append((step, None if not math.isfinite(loss) else loss))
-        if best.exhausted:
+        if best.is_lowered_by(loss, step):
+            best.store()
+        rows.append((step, None if not math.isfinite(loss) else loss))
+        if best.is_exhausted:
             break
-    assert (best.step, taken[-1][0] if best.exhausted else None) == reading(taken, patience)
+    assert (best.step, rows[-1][0] if best.is_exhausted else None) == reading(rows, patience)
     if best.step is not None:
         with best.applied():
             assert weight.tolist() == [best.step] * 2
-    assert weight.tolist() == [taken[-1][0]] * 2
+    assert weight.tolist() == [rows[-1][0]] * 2
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.99, 0.9999])

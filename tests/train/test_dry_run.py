@@ -10,7 +10,7 @@ import transformers
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.methods import Target
 from bilora_diffusion.text.config import resolve as resolve_text
-from bilora_diffusion.text.dry_run import moments
+from bilora_diffusion.text.dry_run import memory_by_phase
 from bilora_diffusion.train.dry_run import STEP, attached, empty
 from docs.memory import FOLDER, row
 
@@ -28,26 +28,26 @@ for fp32.
 SLOW = ("Stable", "FLUX", "Z-Image", "Qwen-Image", "Krea", "Llama")
 
 
-def rows(named):
+def cases_of(table):
     """The rows by these names, of which the large models' are slow."""
-    marks = [[pytest.mark.slow] * name.startswith(SLOW) for name in named]
-    cases = named.values() if named is TEXT else named
+    marks = [[pytest.mark.slow] * name.startswith(SLOW) for name in table]
+    cases = table.values() if table is TEXT else table
     return [
-        pytest.param(case, marks=m, id=n) for case, m, n in zip(cases, marks, named, strict=True)
+        pytest.param(case, marks=m, id=n) for case, m, n in zip(cases, marks, table, strict=True)
     ]
 
 
-@pytest.mark.parametrize("name", rows(TABLE))
+@pytest.mark.parametrize("name", cases_of(TABLE))
 def test_each_image_model_is_within_15_percent(name):
     model, weights = name.rsplit(", ", 1)
     over = next((size for kind, size in POSITIONS.items() if model.endswith(kind)), 0)
     expected = TABLE[name]
-    said = row(model, weights, "--gradient_checkpointing")
-    assert said["encoders"] == pytest.approx(expected["encoders"], rel=0.01)
+    estimate = row(model, weights, "--gradient_checkpointing")
+    assert estimate["encoders"] == pytest.approx(expected["encoders"], rel=0.01)
     for method in ("lora", "bilora"):
-        assert said[method] == pytest.approx(expected[method] - over, rel=0.15), method
-    if whole := expected.get("lora_without_checkpointing"):
-        assert row(model, weights)["lora"] == pytest.approx(whole - over, rel=0.15)
+        assert estimate[method] == pytest.approx(expected[method] - over, rel=0.15), method
+    if size := expected.get("lora_without_checkpointing"):
+        assert row(model, weights)["lora"] == pytest.approx(size - over, rel=0.15)
 
 
 def text_task(case, folder):
@@ -61,20 +61,20 @@ def text_task(case, folder):
     config = getattr(transformers, case["config"][0])(**case["config"][1])
     dtype = torch.float32 if case["mixed_precision"] == "no" else torch.bfloat16
     model = empty(lambda: getattr(transformers, case["class"])(config), dtype)
-    whole = ("classifier",) if case["kind"] == "classification" else ()
+    saved = ("classifier",) if case["kind"] == "classification" else ()
     train = SimpleNamespace(lengths=[case["tokens"]], target_tokens=[case["targets"]])
     return SimpleNamespace(
         cfg=cfg,
-        loaded=SimpleNamespace(model=model, kind=case["kind"], whole_modules=whole),
+        loaded=SimpleNamespace(model=model, kind=case["kind"], whole_modules=saved),
         data=SimpleNamespace(train=train),
         sample_names=[""],
-        targets=lambda: [Target("model", model, AdapterSpec(8, 16, modules_to_save=whole), 1e-4)],
+        targets=lambda: [Target("model", model, AdapterSpec(8, 16, modules_to_save=saved), 1e-4)],
     )
 
 
-@pytest.mark.parametrize("case", rows(TEXT))
+@pytest.mark.parametrize("case", cases_of(TEXT))
 def test_each_text_model_is_within_15_percent(case, tmp_path):
     task = text_task(case, tmp_path)
-    step = moments(task, None)[STEP]
-    said = sum(step.values()) + sum(attached(task, 1)[1].values())
-    assert said == pytest.approx(case["lora"], rel=0.15)
+    step = memory_by_phase(task, None)[STEP]
+    estimate = sum(step.values()) + sum(attached(task, 1)[1].values())
+    assert estimate == pytest.approx(case["lora"], rel=0.15)

@@ -35,35 +35,35 @@ def pair():
 
 def test_figures_of_a_pair_are_those_of_full_matrices(pair):
     """And the overlap is that of scipy's principal angles."""
-    one, other = pair
-    expected = [float((product(f) * product(g)).sum()) for f, g in zip(one, other, strict=True)]
-    assert dynamics.inner_products(one, other).tolist() == pytest.approx(expected, rel=1e-12)
+    left, right = pair
+    expected = [float((product(f) * product(g)).sum()) for f, g in zip(left, right, strict=True)]
+    assert dynamics.inner_products(left, right).tolist() == pytest.approx(expected, rel=1e-12)
     norms = [[float(product(f).norm()) for f in side] for side in pair]
-    assert dynamics.norms(one).tolist() == pytest.approx(norms[0], rel=1e-12)
-    found = dynamics.alignment(one, other)
+    assert dynamics.norms(left).tolist() == pytest.approx(norms[0], rel=1e-12)
+    figures = dynamics.alignment(left, right)
     cosines = [inner / a / b for inner, a, b in zip(expected, *norms, strict=True)]
-    assert found["product_cosine"].tolist() == pytest.approx(cosines)
+    assert figures["product_cosine"].tolist() == pytest.approx(cosines)
     for name, sides in (
-        ("column_overlap", [(f.B, g.B) for f, g in zip(one, other, strict=True)]),
-        ("row_overlap", [(f.A.T, g.A.T) for f, g in zip(one, other, strict=True)]),
+        ("column_overlap", [(f.B, g.B) for f, g in zip(left, right, strict=True)]),
+        ("row_overlap", [(f.A.T, g.A.T) for f, g in zip(left, right, strict=True)]),
     ):
         angles = [subspace_angles(f.double().numpy(), g.double().numpy()) for f, g in sides]
-        assert found[name].tolist() == pytest.approx([np.mean(np.cos(a) ** 2) for a in angles])
-    whole = [float(torch.tensor(side).norm()) for side in norms]
-    total = dynamics.totals(found)
-    assert total["product_cosine"] == pytest.approx(sum(expected) / whole[0] / whole[1])
-    assert total["norm_primary"] == pytest.approx(whole[0])
+        assert figures[name].tolist() == pytest.approx([np.mean(np.cos(a) ** 2) for a in angles])
+    side_norms = [float(torch.tensor(side).norm()) for side in norms]
+    total = dynamics.totals(figures)
+    assert total["product_cosine"] == pytest.approx(sum(expected) / side_norms[0] / side_norms[1])
+    assert total["norm_primary"] == pytest.approx(side_norms[0])
 
 
 def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(pair):
-    one, other = pair
-    other[1] = other[1]._replace(B=torch.zeros_like(other[1].B))
-    found = dynamics.alignment(one, other)
-    assert found["product_cosine"].isnan().tolist() == [False, True, False]
-    overlap = dynamics.totals(found)["column_overlap"]
-    assert overlap == pytest.approx(float(found["column_overlap"][[0, 2]].mean()))
-    zero = [f._replace(B=torch.zeros_like(f.B)) for f in other]
-    total = dynamics.totals(dynamics.alignment(one, zero))
+    left, right = pair
+    right[1] = right[1]._replace(B=torch.zeros_like(right[1].B))
+    figures = dynamics.alignment(left, right)
+    assert figures["product_cosine"].isnan().tolist() == [False, True, False]
+    overlap = dynamics.totals(figures)["column_overlap"]
+    assert overlap == pytest.approx(float(figures["column_overlap"][[0, 2]].mean()))
+    zero = [f._replace(B=torch.zeros_like(f.B)) for f in right]
+    total = dynamics.totals(dynamics.alignment(left, zero))
     assert total["product_cosine"] is total["column_overlap"] is None
 
 
@@ -106,13 +106,13 @@ class Training:
     def full_gradients(self):
         """dL/dW of every layer's weight, at the weights as they act now; on a copy."""
         model = copy.deepcopy(self.model)
-        found = adapters.layers(model, PRIMARY)
-        for _, layer in found:
+        layers = adapters.layers(model, PRIMARY)
+        for _, layer in layers:
             adapters.base_weight(layer).requires_grad_(True)
         self.loss(model).backward()
         return {
             f"model.{path}": cast(Tensor, adapters.base_weight(layer).grad).flatten(1).double()
-            for path, layer in found
+            for path, layer in layers
         }
 
 
@@ -121,8 +121,8 @@ def test_the_record_changes_no_bit(name, tmp_path):
     off, on = Training(name, False), Training(name, True, tmp_path)
     losses = [[line["loss"] for line in run.train()] for run in (off, on)]
     assert losses[0] == losses[1]
-    mine, other = off.method.tensors(), on.method.tensors()
-    assert all(torch.equal(mine[key], other[key]) for key in mine)
+    tensors, recorded = off.method.tensors(), on.method.tensors()
+    assert all(torch.equal(tensors[key], recorded[key]) for key in tensors)
     assert list(snapshots.steps(tmp_path)) == [0, 2, 4, 5]
 
 
@@ -146,7 +146,7 @@ def test_the_terms_of_equation_5_are_measured_at_the_perturbation(tmp_path):
     run = Training("lora-sam", True, tmp_path, rho=0.03)
     run.train(1)
     copied = copy.deepcopy(run.model)
-    own = adapters.factors(copied, PRIMARY)
+    factors = adapters.factors(copied, PRIMARY)
     run.loss(copied).backward()
     gradients = adapters.gradients_of(adapters.layers(copied, PRIMARY), PRIMARY)
     assert None not in gradients
@@ -155,7 +155,7 @@ def test_the_terms_of_equation_5_are_measured_at_the_perturbation(tmp_path):
     line = run.train(1)[0]["dynamics"]
     layers = snapshots.read(snapshots.steps(tmp_path)[2]).layers
     squares = dict.fromkeys((*dynamics.TERMS, dynamics.FIRST_ORDER, dynamics.PRODUCT), 0.0)
-    for i, (f, g) in enumerate(zip(own, gradients, strict=True)):
+    for i, (f, g) in enumerate(zip(factors, gradients, strict=True)):
         eA, eB = (0.03 * side.double() / norm**0.5 for side in (g.A, g.B))
         B, A = f.B.double(), f.A.double()
         terms = (B @ eA, eB @ A, eB @ eA, B @ eA + eB @ A, B @ A)
@@ -182,11 +182,11 @@ def test_the_ascent_gain_is_the_gradient_times_the_weight(options, tmp_path):
     assert snapshot.layers["ascent_gain"].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-9)
     assert line["ascent_gain"] == pytest.approx(sum(expected), rel=1e-4)
     assert snapshot.names == [f.name for f in auxiliary]
-    now = adapters.factors_of(run.method.layers, AUXILIARY)
-    for kept, left in zip(snapshot.factors[AUXILIARY], now, strict=True):
-        assert torch.equal(kept.A, left.A)
-        assert torch.equal(kept.B, left.B)
-        assert kept.scale == left.scale
+    current = adapters.factors_of(run.method.layers, AUXILIARY)
+    for saved, layer in zip(snapshot.factors[AUXILIARY], current, strict=True):
+        assert torch.equal(saved.A, layer.A)
+        assert torch.equal(saved.B, layer.B)
+        assert saved.scale == layer.scale
 
 
 def test_snapshots_come_back_and_are_cut_and_damage_is_named(tmp_path):
@@ -196,13 +196,13 @@ def test_snapshots_come_back_and_are_cut_and_damage_is_named(tmp_path):
     snapshot = snapshots.read(path)
     assert (snapshot.step, snapshot.names) == (9, list(recorded_runs.SHAPES))
     assert snapshot.factors[PRIMARY][0].A.dtype == torch.float32
-    whole = path.read_bytes()
-    later = whole.replace(rb"\"schema_version\": 1", rb"\"schema_version\": 7")
-    renamed = whole.replace(b"schema_version", b"schema_versiom")
-    for content in (whole[:100], b"", renamed, later):
-        assert content != whole
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="version 7" if content == later else path.name):
+    content = path.read_bytes()
+    later = content.replace(rb"\"schema_version\": 1", rb"\"schema_version\": 7")
+    renamed = content.replace(b"schema_version", b"schema_versiom")
+    for damaged in (content[:100], b"", renamed, later):
+        assert damaged != content
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="version 7" if damaged == later else path.name):
             snapshots.read(path)
     (run / "dynamics" / ".tmp-step-3.safetensors").write_bytes(b"torn")
     snapshots.truncate(run, 8)

@@ -1,4 +1,4 @@
-"""Configurations of the runs of a search, and of the last one."""
+"""Configurations of the runs of a search, and of the last one; no run is made."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.train.search.runs import Fit
-from bilora_diffusion.train.search.space import words
+from bilora_diffusion.train.search.runs import Search
+from bilora_diffusion.train.search.space import arguments
 
 
-def fit_of(*typed):
+def search_of(*typed):
     """The search of a command line on 12 images."""
     argv = ["--dataset", "mini", "--validation_dataset", "none", "--fit", *typed]
     names = [f"image {i}" for i in range(12)]
@@ -18,8 +18,8 @@ def fit_of(*typed):
         cfg=resolve(argv), names=names, num_samples=len(names), has_heldout=False
     )
     accelerator: Any = SimpleNamespace(process_index=0, num_processes=1)
-    script = SimpleNamespace(resolve=resolve)
-    return Fit(script, argv, task, lambda *_: None, accelerator), argv
+    script: Any = SimpleNamespace(resolve=resolve)
+    return Search(script, argv, task, accelerator), argv
 
 
 SCALED = "--scale_lr --train_batch_size 4"
@@ -38,10 +38,10 @@ SCALED = "--scale_lr --train_batch_size 4"
 def test_rates_are_scaled_once_and_are_what_a_command_with_them_trains_at(
     typed, rates, auxiliary_rates
 ):
-    fit, argv = fit_of(*typed.split())
-    (start,) = [options for options in fit.space.starts() if dict(options)["method"] == "bilora"]
-    configurations = fit.space.along("learning_rate", start)
-    runs = [fit.config(options) for options in configurations]
+    search, argv = search_of(*typed.split())
+    (start,) = [options for options in search.space.starts() if dict(options)["method"] == "bilora"]
+    configurations = search.space.variants("learning_rate", start)
+    runs = [search.config(options) for options in configurations]
     assert [cfg.learning_rate for cfg in runs] == pytest.approx(rates)
     if auxiliary_rates is None:
         assert all(cfg.auxiliary_learning_rate is None for cfg in runs)
@@ -49,13 +49,31 @@ def test_rates_are_scaled_once_and_are_what_a_command_with_them_trains_at(
         trained_rates = [cfg.auxiliary_learning_rate for cfg in runs]
         assert trained_rates == pytest.approx(auxiliary_rates)
     for options, cfg in zip(configurations, runs, strict=True):
-        assert resolve([*argv, *words(options)]) == cfg
+        assert resolve([*argv, *arguments(options)]) == cfg
 
 
 def test_an_alpha_keeps_the_ratio_to_the_rank_that_a_recipe_has(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("rank: 32\nlora_alpha: 32\n")
     for typed, alphas in (((), [8, 16, 32]), (("--config", str(recipe)), [16, 32, 64])):
-        fit, _ = fit_of(*typed)
-        runs = map(fit.config, fit.space.along("rank", fit.space.starts()[0]))
+        search, _ = search_of(*typed)
+        runs = map(search.config, search.space.variants("rank", search.space.starts()[0]))
         assert [cfg.lora_alpha for cfg in runs] == alphas
+
+
+def test_runs_have_the_warm_up_of_the_command_and_the_last_one_a_part_of_it(tmp_path):
+    typed = "--max_train_steps 100 --lr_scheduler cosine --lr_warmup_steps 20"
+    search, _ = search_of(*typed.split())
+    trial = search.trial_config(search.space.starts()[0], tmp_path)
+    assert (trial.lr_scheduler, trial.lr_warmup_steps) == ("constant_with_warmup", 20)
+    assert (trial.max_train_steps, trial.output_dir) == (100, str(tmp_path))
+    final = search.final_config((("method", "lora"),), steps=50)
+    assert (final.lr_scheduler, final.lr_warmup_steps, final.max_train_steps) == ("cosine", 10, 50)
+
+
+def test_a_rate_that_nobody_gave_falls_where_the_method_gains_from_it():
+    search, _ = search_of("--max_train_steps", "100")
+    per_sample = (("method", "bilora"), ("auxiliaries", "sample"))
+    configs = [search.final_config(options, steps=50) for options in ((), per_sample)]
+    assert [cfg.max_train_steps for cfg in configs] == [50, 100]
+    assert configs[1].lr_scheduler == "linear"

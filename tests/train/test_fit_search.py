@@ -9,10 +9,10 @@ import pytest
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.train.search import report
 from bilora_diffusion.train.search.halving import (
+    Halving,
     Plan,
-    Search,
-    Work,
-    lowest,
+    Trial,
+    lowest_point,
 )
 from bilora_diffusion.train.search.space import (
     RATE,
@@ -22,11 +22,11 @@ from bilora_diffusion.train.search.space import (
     title,
 )
 
-PLAN = Plan(folds=4, steps=300, every=20, budget=3000)
+PLAN = Plan(folds=4, steps=300, interval=20, budget=3000)
 
 
 def space(**values):
-    return Space({name: tuple(own) for name, own in values.items()})
+    return Space({name: tuple(row) for name, row in values.items()})
 
 
 def overfitting(options, step):
@@ -45,70 +45,77 @@ def measured(loss, calls, noise=5e-4):
         seed = zlib.crc32(repr(key).encode())
         return np.random.default_rng(seed).normal(size=12)
 
-    def measure(works):
-        calls.extend(works)
+    def measure(trials):
+        calls.extend(trials)
         return [
             {
-                step: loss(w.options, step) + 0.02 * draw(w.fold) + noise * draw(w.options, w.fold)
-                for step in range(0, w.steps + 1, PLAN.every)
+                step: loss(w.candidate, step)
+                + 0.02 * draw(w.fold)
+                + noise * draw(w.candidate, w.fold)
+                for step in range(0, w.steps + 1, PLAN.interval)
             }
-            for w in works
+            for w in trials
         ]
 
     return measure
 
 
 def searched(loss=overfitting, plan=PLAN, calls=None, **values):
-    search = Search(plan, measured(loss, [] if calls is None else calls))
+    search = Halving(plan, measured(loss, [] if calls is None else calls))
     search.run(space(**(values or default_values((), 2e-4, 4, True))))
     return search
 
 
 def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates():
-    calls, again = list[Work](), list[Work]()
+    calls, repeated_calls = list[Trial](), list[Trial]()
     search = searched(calls=calls)
-    options, step = search.chosen
+    options, step = search.choice
     assert options[0] == ("method", "bilora")
     assert float(dict(options)["learning_rate"]) > 4e-4  # beyond the three around the given one
-    best = min(overfitting((("method", "bilora"), ("learning_rate", "0.0008"), ("rank", "8")), at)
-               for at in range(20, 301, 20))  # fmt: skip
+    best = min(overfitting((("method", "bilora"), ("learning_rate", "0.0008"), ("rank", "8")), s)
+               for s in range(20, 301, 20))  # fmt: skip
     assert overfitting(options, step) < 1.01 * best
     assert len(search.curves[options]) == PLAN.folds
     # Each run is asked for more steps only, and all of them together for no more than the budget.
     reached = dict[tuple, int]()
-    for work in calls:
-        assert reached.get(work[:2], 0) < work.steps <= PLAN.steps
-        reached[work[:2]] = work.steps
-    assert sum(reached.values()) == search.spent <= PLAN.budget
-    searched(calls=again)
-    assert again == calls
-    (chosen, first), *others, (given, last) = search.standings().items()
+    for trial in calls:
+        assert reached.get(trial[:2], 0) < trial.steps <= PLAN.steps
+        reached[trial[:2]] = trial.steps
+    assert sum(reached.values()) == search.spent_steps <= PLAN.budget
+    searched(calls=repeated_calls)
+    assert repeated_calls == calls
+    (chosen, first), *middle, (as_given, last) = search.standings().items()
     assert (chosen, first["steps"], first["difference"]) == (options, step, 0.0)
-    assert (given, last["steps"]) == ((), PLAN.steps)
+    assert (as_given, last["steps"]) == ((), PLAN.steps)
     assert last["interval"].low < last["difference"] < last["interval"].high
-    folds = [row["folds"] for _, row in others]
+    folds = [row["folds"] for _, row in middle]
     assert folds == sorted(folds, reverse=True)
 
 
 def test_a_run_on_all_samples_is_between_as_many_epochs_and_as_many_steps():
     fold = {step: np.full(3, float(step)) for step in range(0, 201, 20)}
-    whole, of_four = Search(Plan(1, 200, 20, 0), measured({}, [])), Search(PLAN, measured({}, []))
-    whole.curves = of_four.curves = {(): [fold, fold]}
-    assert of_four.expected(())[200] == pytest.approx(np.full(6, 187.5))  # the mean from 175 to 200
-    assert whole.expected((), 1)[200].tolist() == [200.0] * 3
+    on_all, of_four = (
+        Halving(Plan(1, 200, 20, 0), measured({}, [])),
+        Halving(PLAN, measured({}, [])),
+    )
+    on_all.curves = of_four.curves = {(): [fold, fold]}
+    assert of_four.expected_curve(())[200] == pytest.approx(
+        np.full(6, 187.5)
+    )  # the mean from 175 to 200
+    assert on_all.expected_curve((), 1)[200].tolist() == [200.0] * 3
     fold[100][:] = np.inf
-    finite = [step for step, own in of_four.expected((), 1).items() if np.isfinite(own).all()]
+    finite = [step for step, row in of_four.expected_curve((), 1).items() if np.isfinite(row).all()]
     assert finite == [0, 20, 40, 60, 80, 140, 160, 180, 200]
 
 
 def test_one_configuration_and_one_fold_leave_the_lowest_step_of_its_curve():
     search = searched(plan=Plan(1, 300, 20, 300), rank=["8"])
     curve = search.curves[(("rank", "8"),)][0]
-    assert search.chosen == ((("rank", "8"),), lowest(curve)[1])
+    assert search.choice == ((("rank", "8"),), lowest_point(curve)[1])
     assert max(curve) == 300  # it still falls
     quick = searched(lambda o, step: abs(step - 40) / 1e3, Plan(1, 300, 20, 300), rank=["8"])
-    assert quick.chosen[1] == 40
-    assert quick.spent == 160  # half, by twenties: it has turned
+    assert quick.choice[1] == 40
+    assert quick.spent_steps == 160  # half, by twenties: it has turned
 
 
 def test_only_what_is_worse_beyond_doubt_is_out():
@@ -117,64 +124,66 @@ def test_only_what_is_worse_beyond_doubt_is_out():
         return 1 + abs(step - 60) / 1e3 + by_rank[dict(options).get("rank", "8")]
 
     search = searched(loss, rank=["4", "8", "16"])
-    assert [dict(options)["rank"] for options in search.out] == ["16"]
+    assert [dict(options)["rank"] for options in search.dropped] == ["16"]
     folds = {dict(o)["rank"]: len(c) for o, c in search.curves.items() if o}
     assert folds == {"4": 4, "8": 4, "16": 1}
 
-    def two(works):  # samples, which by chance both say so in half of all cases
-        worse = [np.array([1e-3, 4e-3]) * (("rank", "8") in work.options) for work in works]
+    def two(trials):  # samples, which by chance both say so in half of all cases
+        worse = [np.array([1e-3, 4e-3]) * (("rank", "8") in trial.candidate) for trial in trials]
         return [{s: 1 + abs(s - 60) / 1e3 + w for s in range(0, 301, 20)} for w in worse]
 
-    search = Search(Plan(1, 300, 20, 1200), two)
+    search = Halving(Plan(1, 300, 20, 1200), two)
     search.run(space(rank=["4", "8"]))
-    assert not search.out
+    assert not search.dropped
 
 
 def test_a_configuration_that_cannot_go_on_takes_no_other_down():
     measure = measured(overfitting, [])
 
-    def failing(works):
-        bad = [dict(work.options).get("learning_rate") == "0.0004" for work in works]
-        pairs = zip(bad, measure(works), strict=True)
+    def failing(trials):
+        bad = [dict(trial.candidate).get("learning_rate") == "0.0004" for trial in trials]
+        pairs = zip(bad, measure(trials), strict=True)
         return ["the loss is not finite" if b else curve for b, curve in pairs]
 
-    search = Search(PLAN, failing)
+    search = Halving(PLAN, failing)
     search.run(space(learning_rate=["0.0001", "0.0002", "0.0004"]))
-    assert search.out[(("learning_rate", "0.0004"),)] == "the loss is not finite"
-    assert dict(search.chosen[0])["learning_rate"] == "0.0002"
-    lost = Search(PLAN, lambda works: ["gone" for _ in works])
+    assert search.dropped[(("learning_rate", "0.0004"),)] == "the loss is not finite"
+    assert dict(search.choice[0])["learning_rate"] == "0.0002"
+    lost = Halving(PLAN, lambda trials: ["gone" for _ in trials])
     lost.run(space(rank=["4", "8"]))
-    assert len(lost.out) == 2
-    infinite = Search(PLAN, lambda works: [{0: np.ones(3), 20: np.full(3, np.inf)} for _ in works])
+    assert len(lost.dropped) == 2
+    infinite = Halving(
+        PLAN, lambda trials: [{0: np.ones(3), 20: np.full(3, np.inf)} for _ in trials]
+    )
     infinite.run(space(rank=["4"]))
-    assert list(infinite.out) == [(("rank", "4"),)]
+    assert list(infinite.dropped) == [(("rank", "4"),)]
 
 
 def test_a_method_whose_start_cannot_be_trained_is_tried_with_smaller_values():
     measure = measured(overfitting, [])
 
-    def in_memory(works):
-        large = [{("method", "bilora"), ("rank", "8")} <= {*work.options} for work in works]
-        pairs = zip(large, measure(works), strict=True)
+    def in_memory(trials):
+        large = [{("method", "bilora"), ("rank", "8")} <= {*trial.candidate} for trial in trials]
+        pairs = zip(large, measure(trials), strict=True)
         return ["does not fit" if is_large else curve for is_large, curve in pairs]
 
-    search = Search(PLAN, in_memory)
+    search = Halving(PLAN, in_memory)
     search.run(Space(default_values((), 2e-4, 4, True)))
     tried = {(o["method"], o["rank"]) for o in map(dict, search.curves) if o}
     assert {("bilora", "4"), ("lora", "8")} <= tried
     assert ("bilora", "8") not in tried
-    assert "does not fit" in search.out.values()
+    assert "does not fit" in search.dropped.values()
 
 
 def test_options_that_a_method_does_not_read_are_no_difference():
-    every = space(method=["lora", "bilora"], rho=["0.1", "1"], use_ema=["true"]).all(9)
+    candidates = space(method=["lora", "bilora"], rho=["0.1", "1"], use_ema=["true"]).grid(9)
     titles = ["lora, use_ema", "bilora (rho 0.1), use_ema", "bilora (rho 1), use_ema"]
-    assert [title(options) for options in every] == titles
+    assert [title(options) for options in candidates] == titles
 
 
 def test_runs_of_different_values_have_folders_of_their_own():
     values = ("a/b", "a-b", "x" * 300 + "1", "x" * 300 + "2")
-    names = {PLAN.name(Work((("target_modules", value),), 0, 20)) for value in values}
+    names = {PLAN.folder_name(Trial((("target_modules", value),), 0, 20)) for value in values}
     assert [len(name) < 120 and "/" not in name for name in names] == [True] * 4
 
 
@@ -208,7 +217,7 @@ def ending(search, folder, monkeypatch, **config):
     record = {"wall_seconds": 1.0, "config": {**CONFIG, **config}}
     monkeypatch.setattr(report, "read_run", lambda _: record)
     settings = {**CONFIG, **vars(search.plan), "samples": 12}
-    report.write(folder, settings, search, done=True)
+    report.write(folder, settings, search, is_done=True)
     return "\n".join(report.lines(folder, "images"))
 
 

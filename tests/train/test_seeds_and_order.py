@@ -33,11 +33,11 @@ def test_parts_are_disjoint_even_and_independent_of_order(names, count, shuffle)
         with pytest.raises(ValueError, match=str(count)):
             parts(listed, count)
         return
-    dealt = [{listed[i] for i in part} for part in parts(listed, count)]
-    assert sorted(name for part in dealt for name in part) == sorted(names)
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    dealt_names = [{listed[i] for i in part} for part in parts(listed, count)]
+    assert sorted(name for part in dealt_names for name in part) == sorted(names)
+    assert max(map(len, dealt_names)) - min(map(len, dealt_names)) <= 1
     shuffle.shuffle(listed)
-    assert [{listed[i] for i in part} for part in parts(listed, count)] == dealt
+    assert [{listed[i] for i in part} for part in parts(listed, count)] == dealt_names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
@@ -46,8 +46,8 @@ def test_a_digest_sees_every_bit_the_shape_and_the_dtype(dtype):
     base = digest(values)
     assert base == digest(values.clone())
     assert base == digest(torch.stack([values, values], dim=1)[:, 0])  # not contiguous
-    others = [values + 1, values.reshape(2, 3), values[:5], values.to(torch.float16)]
-    assert base not in {digest(other) for other in others}
+    changed = [values + 1, values.reshape(2, 3), values[:5], values.to(torch.float16)]
+    assert base not in {digest(value) for value in changed}
     assert digest(values, values) != digest(torch.cat([values, values]))
     assert len({digest(torch.empty(shape)) for shape in [(0, 3), (3, 0)]}) == 2
 
@@ -56,8 +56,8 @@ def test_a_digest_sees_every_bit_the_shape_and_the_dtype(dtype):
 def test_each_epoch_shows_each_sample_equally_often(n, seed, repeats, epoch):
     order = SampleOrder(n, seed, repeats)
     start = epoch * len(order)
-    seen = [order.sample(position) for position in range(start, start + len(order))]
-    assert sorted(seen) == sorted(list(range(n)) * repeats)
+    samples = [order.sample(position) for position in range(start, start + len(order))]
+    assert sorted(samples) == sorted(list(range(n)) * repeats)
 
 
 @given(st.integers(2, 30), st.integers(0, 5), st.lists(st.integers(0, 200), max_size=20))
@@ -75,9 +75,9 @@ def test_each_epoch_grouped_by_length_shows_each_sample_once_and_the_longest_fir
     n = len(order)
     assert n == len(lengths)
     for epoch in range(2):
-        seen = [order.sample(epoch * n + i) for i in range(n)]
-        assert sorted(seen) == list(range(n))
-        assert lengths[seen[0]] == max(lengths)
+        samples = [order.sample(epoch * n + i) for i in range(n)]
+        assert sorted(samples) == list(range(n))
+        assert lengths[samples[0]] == max(lengths)
 
 
 @given(
@@ -92,8 +92,8 @@ def test_steps_of_one_kind_show_every_sample_equally_often(kinds, step_size, rep
     total = passes * len(order)  # as many steps as make every kind's share whole
     samples = [order.sample(position) for position in range(total)]
     for step in range(total // step_size):
-        shown = samples[step * step_size : (step + 1) * step_size]
-        assert len({kinds[sample] for sample in shown}) == 1
+        step_samples = samples[step * step_size : (step + 1) * step_size]
+        assert len({kinds[sample] for sample in step_samples}) == 1
     assert set(Counter(samples).values()) == {passes * repeats}
-    again = KindsOrder(kinds, seed, step_size, repeats)
-    assert again.sample(total - 1) == samples[-1]  # whatever was asked before
+    fresh_order = KindsOrder(kinds, seed, step_size, repeats)
+    assert fresh_order.sample(total - 1) == samples[-1]  # whatever was asked before

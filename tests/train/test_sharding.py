@@ -12,7 +12,7 @@ from bilora_diffusion.methods import names
 from bilora_diffusion.train import sharding
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-WRONG: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+REFUSED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "FSDP": ({"ACCELERATE_USE_FSDP": "true"}, {}),
     "DEEPSPEED": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}),
     "PARALLELISM_CONFIG": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}),
@@ -37,10 +37,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(machine, "device_type", device_type)
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_launch_that_would_be_wrong_is_refused(name, monkeypatch):
     """The table's own entries are tested with it, in tests/config/test_constraints.py."""
-    launch, values = WRONG[name]
+    launch, values = REFUSED[name]
     for variable, value in launch.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda package: name == "XLA")

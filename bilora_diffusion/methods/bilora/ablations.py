@@ -27,8 +27,9 @@ class PerLayerAuxiliary(Auxiliary):
     def project_(self, numbers: Sequence[int], rho: float | Tensor) -> ball.Projection:
         factors = self.factors()
         squares = ball.squares(factors)
-        if isinstance(rho, Tensor):
+        if isinstance(rho, Tensor):  # of `--rho auto`, perhaps on another device
             rho = rho.to(squares.norm)
+        # sum of (rho / sqrt(layers))^2 over the layers is rho^2
         norms, factor = ball.clipping(squares, rho / math.sqrt(len(factors)))  # each (layers,)
         ball.multiply_(factors, factor)
         after = (norms * factor * factor).norm()

@@ -102,12 +102,10 @@ class BiLoRA(AuxiliaryMethod):
         return groups
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Have every step of `optimizer` that is taken ascend on the auxiliary and project it. A
-        step that a gradient scaler skips does neither.
+        """Ascend on the auxiliary and project it in each step of `optimizer` that is taken.
 
         Raises:
-            UserError: bound to it already; its groups are not those of `param_groups`; it can't be
-                hooked.
+            UserError: bound to it already; groups other than `param_groups`; it can't be hooked.
         """
         optimizer = unwrapped(optimizer)
         if optimizer is self.optimizer:
@@ -116,6 +114,7 @@ class BiLoRA(AuxiliaryMethod):
         super().bind(optimizer)
         for hook in self._hooks:
             hook.remove()
+        # Hooks run in this order, on gradients that are unscaled and clipped.
         self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
         if self.is_ascending and "maximize" not in optimizer.defaults:
             self._hooks += turn_gradients(optimizer, self.auxiliary.parameters)

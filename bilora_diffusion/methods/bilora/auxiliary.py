@@ -85,11 +85,15 @@ class Auxiliary:
 
         That is the sum of <dL/dB, B> over the layers.
         """
-        pairs = list(self._B_and_gradients(numbers))
-        return perturb.dot([B for B, _ in pairs], [gradient for _, gradient in pairs])
+        values, gradients = list[Tensor](), list[Tensor]()
+        for B, gradient in self._B_and_gradients(numbers):
+            values.append(B)
+            gradients.append(gradient)
+        return perturb.dot(values, gradients)
 
     def _B_and_gradients(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """B with its gradient, of each layer that the loss reaches."""
+        # <G, E> with E = s B A and dL/dB = s G A^T is <dL/dB, B>: A's gradient is not needed.
         for layers in self._layers:
             for _, layer in layers:
                 _, B = adapters.weights(layer, AUXILIARY)
@@ -103,9 +107,11 @@ class Auxiliary:
     def factors(self) -> list[adapters.Factors]:
         """A and B of each layer, with the factor on its norm as scale."""
         layers = [pair for model_layers in self._layers for pair in model_layers]
-        factors = adapters.factors_of(layers, AUXILIARY)
-        pairs = zip(factors, self._norm_scales, strict=True)
-        return [layer_factors._replace(scale=scale) for layer_factors, scale in pairs]
+        factors = []
+        named_factors = adapters.factors_of(layers, AUXILIARY)
+        for layer_factors, scale in zip(named_factors, self._norm_scales, strict=True):
+            factors.append(layer_factors._replace(scale=scale))
+        return factors
 
     def tensors(self, model_names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors for a checkpoint, where they take the place of the layers' own parameters."""
@@ -115,7 +121,7 @@ class Auxiliary:
 def norm_scales(layers: Layers, rho_norm: str, adapter: str = AUXILIARY) -> list[float]:
     """Factor on the norm of each layer's B A: its scale s, or 1 (`--rho_norm unscaled`)."""
     if rho_norm == "unscaled":
-        return [1.0 for _ in layers]
+        return [1.0 for _ in layers]  # Eq. 10 to the letter
     return [float(layer.scaling[adapter]) for _, layer in layers]
 
 
@@ -139,12 +145,14 @@ def check_groups(
     fix = "make the optimizer from param_groups() as it is."
     auxiliary_ids = {id(parameter) for parameter in auxiliary}
     primary_ids = {id(parameter) for parameter in primary}
+    # Whatever is in no group would never be trained.
     missing = auxiliary_ids | primary_ids
     for group in optimizer.param_groups:
         ids = {id(parameter) for parameter in group["params"]}
         missing -= ids
         maximize, decay = bool(group.get("maximize", False)), group.get("weight_decay", 0)
         foreign = ids - auxiliary_ids
+        # Weight decay would pull the auxiliary to zero, against its ascent.
         is_right = not foreign and maximize == is_ascending and decay == 0
         if ids & auxiliary_ids and not is_right:
             raise UserError(

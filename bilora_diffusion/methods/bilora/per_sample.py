@@ -30,7 +30,7 @@ from ...adapters.per_sample_factors import (
     SampleAdapter,
     SampleFactors,
     StackedFactors,
-    join_samples,
+    join_factors,
 )
 from ...core.choices import SAMPLE
 from ...core.errors import UserError
@@ -85,6 +85,7 @@ def assign(auxiliaries: int | str, sample_names: Sequence[str]) -> Assignment:
     count = samples if auxiliaries == SAMPLE else int(auxiliaries)
     if samples:
         count = min(count, samples)
+    # In turn by name, so that neither the order of files nor that of the rows plays a part.
     numbers = [0] * samples
     by_name = sorted(range(samples), key=lambda sample: (sample_names[sample], sample))
     for place, sample in enumerate(by_name):
@@ -127,16 +128,19 @@ class ModelAuxiliaries:
     """
 
     def __init__(self, layers: Layers, scales: Sequence[float], count: int) -> None:
-        unsorted = adapters.factors_of(layers, AUXILIARY)
-        order = sorted(range(len(layers)), key=lambda i: (unsorted[i].A.shape, unsorted[i].B.shape))
-        self.layers = [layers[i][1] for i in order]
-        factors = [unsorted[i] for i in order]
-        A, B = [layer.A for layer in factors], [layer.B for layer in factors]
+        factors = adapters.factors_of(layers, AUXILIARY)
+        order = sorted(range(len(layers)), key=lambda i: (factors[i].A.shape, factors[i].B.shape))
+        self.layers: list[adapters.LoraLayer] = []
+        A, B, norm_scales = list[Tensor](), list[Tensor](), list[float]()
+        for i in order:
+            self.layers.append(layers[i][1])
+            A.append(factors[i].A)
+            B.append(factors[i].B)
+            norm_scales.append(scales[i])
         self.layout = FlatLayout(A, B)
         flat = self.layout.flatten(A, B)
         self.parameters = [nn.Parameter(flat.clone()) for _ in range(count)]
-        squares = torch.tensor([scales[i] for i in order], dtype=torch.float64).square()
-        self._squared_scales = squares
+        self._squared_scales = torch.tensor(norm_scales, dtype=torch.float64).square()
 
         # All auxiliaries have one rank and scale. Where all primaries have too, both products are
         # computed as one with the primary's scale, and the ratio of the scales goes into B.
@@ -170,31 +174,22 @@ class ModelAuxiliaries:
 
         A 1 x 1 convolution shares its stack with linear layers of its size.
         """
-        weights = [adapters.weights(layer, PRIMARY) for layer in self.layers]
-        A, B_transposed, start = [], [], 0
-        for layers, *_ in self.layout.A_shapes:
-            stack = [A.flatten(1) for A, _ in weights[start : start + layers]]
-            A.append(torch.stack(stack))  # (layers, r1, in)
-            start += layers
-        start = 0
-        for layers, *_ in self.layout.B_shapes:
-            stack = [B.flatten(1) for _, B in weights[start : start + layers]]
-            B_transposed.append(torch.stack(stack).mT)  # (layers, r1, out)
-            start += layers
-        return StackedFactors(A, B_transposed)
+        A, B = list[Tensor](), list[Tensor]()
+        for layer in self.layers:
+            layer_A, layer_B = adapters.weights(layer, PRIMARY)
+            A.append(layer_A.flatten(1))
+            B.append(layer_B.flatten(1))
+        return self.layout.stack(A, B)
 
     def squares(self, numbers: Sequence[int]) -> Tensor:
         """`ball.Squares` of these auxiliaries, (4, layers, auxiliaries)."""
-        stacks = [self.layout.stacks(self.parameters[number].data) for number in numbers]
-        # Gram matrices of all layers, (layers, auxiliaries, rank, rank).
-        grams_A = [
-            ball.grams([factors.A[i] for factors in stacks])
-            for i in range(len(self.layout.A_shapes))
-        ]
-        grams_B = [
-            ball.grams([factors.B_transposed[i] for factors in stacks])
-            for i in range(len(self.layout.B_shapes))
-        ]
+        stacks = [self.layout.views(self.parameters[number].data) for number in numbers]
+        # Gram matrices of the layers of each shape, (layers, auxiliaries, rank, rank).
+        grams_A, grams_B = list[Tensor](), list[Tensor]()
+        for shape in range(len(self.layout.A_shapes)):
+            grams_A.append(ball.grams([factors.A[shape] for factors in stacks]))
+        for shape in range(len(self.layout.B_shapes)):
+            grams_B.append(ball.grams([factors.B_transposed[shape] for factors in stacks]))
         squares = ball.squares_of_grams(
             torch.cat(grams_A),
             torch.cat(grams_B),
@@ -226,34 +221,22 @@ class JoinedFactors:
         key = (dtype, with_primary)
         if key not in self._computed:
             with torch.enable_grad():  # the pass that asks first may be one without gradients
-                self._computed[key] = self._compute(dtype, with_primary)
+                layout = self._model.layout
+                samples = [layout.views(flat) for flat in self._flat_parameters()]
+                primary = self._model.primary_stacks() if with_primary else None
+                self._computed[key] = join_factors(samples, primary, dtype)
         return self._computed[key][layer]
-
-    def _compute(self, dtype: torch.dtype, with_primary: bool) -> list[SampleFactors]:
-        """The factors of all layers, in their order."""
-        layout = self._model.layout
-        stacks = [layout.stacks(flat) for flat in self._flat_parameters()]
-        primary = self._model.primary_stacks() if with_primary else None
-        A, B_transposed = list[Tensor](), list[Tensor]()
-        for i in range(len(layout.A_shapes)):
-            samples = [factors.A[i] for factors in stacks]
-            A += join_samples(samples, primary.A[i] if primary else None, dtype)
-        for i in range(len(layout.B_shapes)):
-            samples = [factors.B_transposed[i] for factors in stacks]
-            B_transposed += join_samples(
-                samples, primary.B_transposed[i] if primary else None, dtype
-            )
-        return [SampleFactors(*pair) for pair in zip(A, B_transposed, strict=True)]
 
     def _flat_parameters(self) -> list[Tensor]:
         """What each sample sees, flat, with its share in B."""
         parameters = self._model.parameters
-        seen = [share.auxiliary for share in self._shares if share.auxiliary is not None]
-        unseen = parameters[seen[0]].detach()  # for a row that is no sample, with the share 0
+        numbers = [share.auxiliary for share in self._shares if share.auxiliary is not None]
+        # A row that is no sample needs factors of the same shape, here with B = 0.
+        placeholder = parameters[numbers[0]].detach()
         flat_parameters = []
         for share in self._shares:
             if share.auxiliary is None:
-                flat, factor = unseen, 0.0
+                flat, factor = placeholder, 0.0
             else:
                 flat, factor = parameters[share.auxiliary], share.share
             factor *= self._model.scale_ratio
@@ -291,6 +274,7 @@ class SampleAuxiliaries(Auxiliary):
             scales = norm_scales[start : start + len(model_layers)]
             self._models.append(ModelAuxiliaries(model_layers, scales, self.count))
             start += len(model_layers)
+        # Neither DDP nor model.zero_grad() knows them.
         self.loose_parameters = self.parameters()
         device = self._device()
         # Norm of each auxiliary when it was projected last.
@@ -308,6 +292,7 @@ class SampleAuxiliaries(Auxiliary):
         return parameters
 
     def follow_models(self) -> None:
+        # A model may be moved after `setup`; `.data`, so that the parameters stay the same objects.
         device = self._device()
         self.norms = self.norms.to(device)
         for parameter in self.parameters():
@@ -326,7 +311,7 @@ class SampleAuxiliaries(Auxiliary):
         shares = []
         for row, sample in enumerate(samples):
             share = 1.0
-            if snr and self.snr_gamma:
+            if snr and self.snr_gamma:  # as min-SNR weights a loss (Hang et al. 2023)
                 share = math.sqrt(min(snr[row], self.snr_gamma) / self.snr_gamma)
             shares.append(SampleShare(self.assignment.auxiliary_of(sample), share))
         if len(set(shares)) == 1:
@@ -363,6 +348,7 @@ class SampleAuxiliaries(Auxiliary):
         return self.norms[self.active()].mean()
 
     def active(self) -> list[int]:
+        # All models have gradients of the same auxiliaries: a batch goes through all of them.
         parameters = self._models[0].parameters
         return [number for number in range(self.count) if parameters[number].grad is not None]
 
@@ -374,6 +360,7 @@ class SampleAuxiliaries(Auxiliary):
             The largest norms among them, and the least factor.
         """
         squares = torch.cat([model.squares(numbers) for model in self._models], dim=1)
+        # (4, layers, auxiliaries) -> (4, auxiliaries): the norm runs over the layers of all models.
         before, factor = ball.clipping(ball.Squares(*squares.sum(1)), rho)  # (auxiliaries,)
         after = before * factor * factor
         for model in self._models:

@@ -61,6 +61,7 @@ class AuxiliaryMethod(CountingMethod):
             "auxiliary_norm_before": float(self.projection.before),
             "auxiliary_norm": float(self.projection.after),
         }
+        # "rho" and "loss_rise" are logged only where the radius sets itself.
         return metrics if self.radius is None else metrics | self.radius.metrics()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -81,6 +82,7 @@ class AuxiliaryMethod(CountingMethod):
 
     def memory(self, step_samples: int) -> TrainedBytes:
         trained = super().memory(step_samples)
+        # Auxiliaries by sample do not use the layers' own, so their parameters are counted.
         stored = sum(parameter.nbytes for parameter in self.auxiliary.parameters())
         # At most as many auxiliaries have a gradient in one step as it has samples.
         count = self.auxiliary.count

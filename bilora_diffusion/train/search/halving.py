@@ -1,8 +1,8 @@
-"""Successive halving over configurations, steps and folds, by paired held-out losses.
+"""Successive halving over candidates, steps and folds, by paired held-out losses.
 
-All configurations start on the first fold for half of the steps: fewer favour fast rates. Then the
-better half goes on again and again: to more steps while its loss still falls, else to the next
-fold. A configuration is out where the interval of its difference to the best, paired by held-out
+All candidates start on the first fold for half of the steps: fewer favour fast rates. Then the
+better half is promoted again and again: to more steps while its loss still falls, else to the next
+fold. A candidate is dropped where the interval of its difference to the best, paired by held-out
 sample, says that it is worse; the others wait, and go on when there are steps left in the budget.
 Everything follows from the numbers that are measured: begun anew, it asks for the same runs.
 """
@@ -20,207 +20,301 @@ import numpy as np
 from ...core.errors import TrainingError
 from ...core.intervals import student_interval
 from ...core.seeds import digest_texts
-from .space import (
-    METHOD,
-    RATE,
-    Options,
-    Space,
-)
+from .space import METHOD, RATE, Candidate, Space
 
-BUDGET = 10  # runs of the whole length that a search costs at most, unless it is told otherwise
-EXPLORED = 0.6  # share of the budget that the first rounds, on one fold, may take
-BEYOND = 1.5  # a curve is whole where it goes on for so many times the step of its lowest point
-Curve = Mapping[int, np.ndarray]  # step -> held-out loss of each sample, (n,)
+BUDGET = 10
+"""Default budget of a search, in runs of the whole length."""
+EXPLORED_SHARE = 0.6
+"""Share of the budget that the first rung, on one fold, may take."""
+MARGIN = 1.5
+"""A curve is complete where it goes on for this many times the step of its lowest point."""
+NAME_LENGTH = 100
+"""Longest name of a run's folder that is not cut."""
+Curve = Mapping[int, np.ndarray]
+"""Step -> held-out loss of each sample, (n,)."""
 
 
-class Work(NamedTuple):
-    """A run to bring to a number of steps."""
+class Trial(NamedTuple):
+    """A candidate on a fold, to be trained to a number of steps."""
 
-    options: Options
+    candidate: Candidate
     fold: int
     steps: int
 
 
-# Trains runs and gives the curve of each, or why it could not go on.
-Measure = Callable[[Sequence[Work]], Iterable[Curve | str]]
+TrainTrials = Callable[[Sequence[Trial]], Iterable[Curve | str]]
+"""Trains runs; gives the curve of each, or the reason why it could not go on."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Size of a search."""
+    """Size of a search.
 
-    folds: int  # of the samples; 1 where a held-out set takes their place
-    steps: int  # optimizer steps of a run at most
-    every: int  # steps from one measurement to the next
-    budget: int  # optimizer steps of all runs
+    Attributes:
+        folds: Folds of the samples; 1 where a held-out set takes their place.
+        steps: Optimizer steps of a run at most.
+        interval: Steps from one measurement to the next.
+        budget: Optimizer steps of all runs.
+    """
 
-    def rounded(self, steps: float) -> int:
-        """A number of steps as a multiple of `every`, within the run."""
-        return min(self.steps, math.ceil(steps / self.every) * self.every)
+    folds: int
+    steps: int
+    interval: int
+    budget: int
+
+    def round_up(self, steps: float) -> int:
+        """A number of steps as a multiple of the interval, within the run."""
+        return min(self.steps, math.ceil(steps / self.interval) * self.interval)
 
     @property
-    def first(self) -> int:
-        """Steps of the first round."""
-        return self.rounded(self.steps / 2)
+    def first_rung(self) -> int:
+        """Steps of each run on the first rung."""
+        return self.round_up(self.steps / 2)
 
-    def name(self, work: Work) -> str:
+    def folder_name(self, trial: Trial) -> str:
         """A name for a run's folder: its values, in letters that every file system knows."""
-        name = quote("_".join(value for _, value in work.options) or "as_given", safe="+")
-        name = name if len(name) <= 100 else f"{name[:80]}-{digest_texts([name])}"
-        return f"{name}_fold{work.fold + 1}" if self.folds > 1 else name
+        values = "_".join(value for _, value in trial.candidate)
+        name = quote(values or "as_given", safe="+")
+        if len(name) > NAME_LENGTH:
+            name = f"{name[:80]}-{digest_texts([name])}"
+        return f"{name}_fold{trial.fold + 1}" if self.folds > 1 else name
 
 
-def lowest(curve: Curve) -> tuple[float, int]:
-    """The lowest mean of a curve, but for the base model's at step 0, and its first step."""
+def lowest_point(curve: Curve) -> tuple[float, int]:
+    """The lowest mean loss of a curve and its first step, without the base model's at step 0."""
     return min((float(losses.mean()), step) for step, losses in curve.items() if step > 0)
 
 
-class Search:
-    """A search and all that it measured."""
+class Halving:
+    """Successive halving, and all that it measured.
 
-    def __init__(self, plan: Plan, measure: Measure) -> None:
-        self.plan, self._measure = plan, measure
-        self.curves: dict[Options, list[Curve]] = {}  # of the folds in order
-        self.out: dict[Options, str] = {}  # why a configuration could not go on, or is worse
-        self.spent = 0  # optimizer steps
+    Args:
+        plan: Size of the search.
+        train_trials: Trains the runs that it asks for.
 
-    def expected(self, options: Options, folds: int | None = None) -> Curve:
-        """Losses that a run on the whole set is expected to leave on the samples of the first
-        ``folds`` of a configuration, or of all, at each step that all of these were measured at.
+    Attributes:
+        curves: Candidate -> its curves on the first folds, in order.
+        dropped: Candidate -> why it could not go on, or how much worse it is.
+        spent_steps: Optimizer steps of all runs so far.
+    """
 
-        It overfits later than a run on a part: by epochs where samples differ, by steps where they
-        are alike. So a step's loss is the mean from half way between to it.
-        """
-        curves = self.curves[options][:folds]
-        common = sorted(set.intersection(*map(set, curves)))
-        losses = np.array([np.concatenate([curve[step] for curve in curves]) for step in common])
-        found = dict(zip(common, losses, strict=True))
-        for step in common if self.plan.folds > 1 else ():  # one is the whole set
-            between = np.linspace(step * (1 - 0.5 / self.plan.folds), step, 9)
-            shares = np.array([[np.interp(between, common, o).mean()] for o in np.eye(len(common))])
-            found[step] = (shares * np.where(shares > 0, losses, 0)).sum(0)
-        return found
+    def __init__(self, plan: Plan, train_trials: TrainTrials) -> None:
+        self.plan = plan
+        self._train_trials = train_trials
+        self.curves: dict[Candidate, list[Curve]] = {}
+        self.dropped: dict[Candidate, str] = {}
+        self.spent_steps = 0
 
     def run(self, space: Space) -> None:
-        """Search a space, and measure the command line as it was given if the budget has room."""
-        given = self.plan.steps if self.plan.budget >= 4 * self.plan.steps else 0
-        self._explore(space, int(EXPLORED * (self.plan.budget - given)))
-        self._narrow(self.plan.budget - given)
-        if self.curves and given:
-            self._go([Work((), 0, self.plan.steps)], self.plan.budget)
+        """Search a space, and train the command line as it was given if the budget has room."""
+        reserve = self.plan.steps if self.plan.budget >= 4 * self.plan.steps else 0
+        self._explore(space, int(EXPLORED_SHARE * (self.plan.budget - reserve)))
+        self._promote_better_halves(self.plan.budget - reserve)
+        if self.curves and reserve:
+            as_given = Trial((), fold=0, steps=self.plan.steps)
+            self._train_within(self.plan.budget, [as_given])
 
-    def _explore(self, space: Space, most: int) -> None:
-        def begin(options: Iterable[Options]) -> bool:
-            return self._go([Work(one, 0, self.plan.first) for one in options], most)
+    def expected_curve(self, candidate: Candidate, folds: int | None = None) -> Curve:
+        """Losses that a run on all samples is expected to have, from the curves on folds.
 
-        most = max(most, len(space.starts()) * self.plan.first)
-        every = begin(space.all(most / self.plan.first)) or not begin(space.starts())
+        A run on all samples overfits later than one on a part: by epochs where samples differ, by
+        steps where they are alike. Its loss at a step is therefore the mean of the curve from half
+        way between to that step.
+
+        Args:
+            candidate: Whose curves are read.
+            folds: Number of its first folds; None for all that it has.
+
+        Returns:
+            The losses of the folds' samples at each step that all of these folds have.
+        """
+        curves = self.curves[candidate][:folds]
+        steps = sorted(set.intersection(*map(set, curves)))
+        # (steps, samples of all folds)
+        losses = np.array([np.concatenate([curve[step] for curve in curves]) for step in steps])
+        expected = dict(zip(steps, losses, strict=True))
+        if self.plan.folds == 1:  # with a held-out set each run is on all samples
+            return expected
+        unit_curves = np.eye(len(steps))
+        for step in steps:
+            # As many epochs take step * (1 - 1/k) steps on a part; half way to it is (1 - 1/2k).
+            points = np.linspace(step * (1 - 0.5 / self.plan.folds), step, 9)
+            # Weight of each measured step in the mean of the interpolated curve, (steps, 1). A step
+            # of weight 0 must not count even where its loss is infinite.
+            weights = np.array([[np.interp(points, steps, unit).mean()] for unit in unit_curves])
+            expected[step] = (weights * np.where(weights > 0, losses, 0)).sum(0)
+        return expected
+
+    def _explore(self, space: Space, limit: int) -> None:
+        """First rung: all candidates if the budget has room for them, else one option at a time."""
+        rung = self.plan.first_rung
+        limit = max(limit, len(space.starts()) * rung)
+
+        def train(candidates: Iterable[Candidate]) -> bool:
+            return self._train_within(limit, [Trial(c, fold=0, steps=rung) for c in candidates])
+
+        has_trained_all = train(space.grid(limit / rung))
+        # Where not even the starts can be trained, nothing is varied around them.
+        varies = not has_trained_all and train(space.starts())
         for name in space.axes():
-            if not every:
-                leaders = self._leaders(space)
-                begin(options for start in leaders for options in space.along(name, start))
-            while name == RATE and begin(space.beyond(self._leaders(space), self.curves)):
+            if varies:
+                variants = []
+                for leader in self._leaders(space):
+                    variants += space.variants(name, leader)
+                train(variants)
+            # Rates go on beyond the space while the best of a method is at an edge of them.
+            while name == RATE and train(space.next_rates(self._leaders(space), self.curves)):
                 pass
 
-    def _narrow(self, most: int) -> None:
-        size = len(self._ordered())
-        while group := self._unfinished():
+    def _promote_better_halves(self, limit: int) -> None:
+        """Further rungs: bring the better half on until nothing is unfinished or affordable."""
+        size = len(self._ranking())
+        while unfinished := self._unfinished():
             size = max(2, math.ceil(size / 2))
-            first, *others = (self._next(options) for options in group[:size])
-            share = max(sum(map(self._cost, first)), (most - self.spent) // 2)
-            works = [*first, *(work for works in others for work in works)]
-            if not (self._go(works, min(most, self.spent + share)) or self._go(works, most)):
+            promotions = [self._promotion(candidate) for candidate in unfinished[:size]]
+            # The best goes on in any case; the others share half of what is left.
+            cost_of_best = sum(self._cost(trial) for trial in promotions[0])
+            share = max(cost_of_best, (limit - self.spent_steps) // 2)
+            trials = [trial for promotion in promotions for trial in promotion]
+            affordable = min(limit, self.spent_steps + share)
+            if not (self._train_within(affordable, trials) or self._train_within(limit, trials)):
                 return
 
-    def _unfinished(self) -> list[Options]:
-        """Configurations that can be brought on, without those that turn out to be worse."""
-        ordered = self._ordered()
-        for options in ordered[1:]:
-            differences, folds = self._differences(options, ordered[0]), len(self.curves[options])
-            falls = any(work.fold < folds for work in self._next(options))
-            decided = not falls and folds <= len(self.curves[ordered[0]])
-            interval = student_interval(differences) if decided else None
+    def _unfinished(self) -> list[Candidate]:
+        """Candidates that can be promoted, best first; drops those that turn out to be worse."""
+        ranking = self._ranking()
+        for candidate in ranking[1:]:
+            folds = len(self.curves[candidate])
+            is_falling = any(trial.fold < folds for trial in self._promotion(candidate))
+            if is_falling or folds > len(self.curves[ranking[0]]):
+                continue
+            differences = self._differences(candidate, ranking[0])
+            interval = student_interval(differences)
             if interval is not None and interval.low > 0:
-                gap = differences.mean()
-                self.out[options] = "worse by {:.4g} ({:.4g} to {:.4g})".format(gap, *interval)
-        return [options for options in ordered if options not in self.out and self._next(options)]
+                reason = f"worse by {differences.mean():.4g}"
+                self.dropped[candidate] = f"{reason} ({interval.low:.4g} to {interval.high:.4g})"
+        remaining = [candidate for candidate in ranking if candidate not in self.dropped]
+        return [candidate for candidate in remaining if self._promotion(candidate)]
 
-    def _go(self, works: Sequence[Work], most: int) -> bool:
-        """Measure what is not measured yet and fits the budget; whether there was any."""
-        todo: list[Work] = []
-        for work in dict.fromkeys(works):
-            cost = self._cost(work)
-            if cost and work.options not in self.out and self.spent + cost <= most:
-                self.spent += cost
-                todo.append(work)
-        for work, curve in zip(todo, self._measure(todo), strict=True):
+    def _train_within(self, limit: int, trials: Sequence[Trial]) -> bool:
+        """Train what is not measured yet and keeps the spent steps within a limit.
+
+        Returns:
+            True if there was any such trial.
+        """
+        affordable: list[Trial] = []
+        for trial in dict.fromkeys(trials):
+            cost = self._cost(trial)
+            if cost and trial.candidate not in self.dropped and self.spent_steps + cost <= limit:
+                self.spent_steps += cost
+                affordable.append(trial)
+        for trial, curve in zip(affordable, self._train_trials(affordable), strict=True):
             if isinstance(curve, str):
-                self.out[work.options] = curve
-                self.spent -= self._cost(work)  # it ended early, if it began at all
-            elif not math.isfinite(lowest(curve)[0]):
-                self.out[work.options] = "no step has a finite held-out loss"
+                self.dropped[trial.candidate] = curve
+                self.spent_steps -= self._cost(trial)  # it ended early, if it began at all
+            elif not math.isfinite(lowest_point(curve)[0]):
+                self.dropped[trial.candidate] = "no step has a finite held-out loss"
             else:
-                self.curves.setdefault(work.options, [])[work.fold : work.fold + 1] = [curve]
-        return bool(todo)
+                curves = self.curves.setdefault(trial.candidate, [])
+                curves[trial.fold : trial.fold + 1] = [curve]  # replaces it, or goes at the end
+        return bool(affordable)
 
-    def _cost(self, work: Work) -> int:
-        own = self.curves.get(work.options, [])
-        return max(0, work.steps - (max(own[work.fold]) if work.fold < len(own) else 0))
+    def _cost(self, trial: Trial) -> int:
+        """Steps that a trial takes beyond those that its run has taken."""
+        curves = self.curves.get(trial.candidate, [])
+        steps_taken = max(curves[trial.fold]) if trial.fold < len(curves) else 0
+        return max(0, trial.steps - steps_taken)
 
-    def _next(self, options: Options) -> list[Work]:
-        """Works that bring one on: to more steps, or where its curve is whole to one more fold."""
-        curve, count = self.expected(options), len(self.curves[options])
-        needed = self.plan.rounded(BEYOND * lowest(curve)[1])
-        folds = range(count) if needed > max(curve) else range(count, self.plan.folds)[:1]
-        return [Work(options, fold, needed) for fold in folds]
+    def _promotion(self, candidate: Candidate) -> list[Trial]:
+        """Trials that bring a candidate on: to more steps, or to one more fold where its curve is
+        complete; none where it has all folds.
+        """
+        curve, folds = self.expected_curve(candidate), len(self.curves[candidate])
+        needed_steps = self.plan.round_up(MARGIN * lowest_point(curve)[1])
+        is_complete = needed_steps <= max(curve)
+        if not is_complete:
+            return [Trial(candidate, fold, needed_steps) for fold in range(folds)]
+        if folds < self.plan.folds:
+            return [Trial(candidate, folds, needed_steps)]
+        return []
 
-    def _differences(self, options: Options, best: Options, *steps: int) -> np.ndarray:
-        """Losses less another's on folds of both, by sample, at given steps or the lowest."""
-        count = min(len(self.curves[options]), len(self.curves[best]))
-        one, other = (self.expected(o, count) for o in (options, best))
-        step, at = steps or (lowest(one)[1], lowest(other)[1])
-        return one[step] - other[at]
+    def _differences(
+        self, candidate: Candidate, best: Candidate, steps: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """Losses of a candidate less those of another, by sample, on the folds that both have.
 
-    def _ordered(self) -> list[Options]:
-        """Those not out: the lowest on as many folds as all but one, then by difference to it."""
-        alive = [options for options in self.curves if options and options not in self.out]
-        folds = sorted(len(self.curves[options]) for options in alive)[-2:][:1]
-        enough = [o for o in alive if [len(self.curves[o])] >= folds]
-        best = min(enough, key=lambda o: lowest(self.expected(o, folds[0])), default=())
-        return sorted(alive, key=lambda o: (o != best, self._differences(o, best).mean()))
+        Args:
+            candidate: Whose losses.
+            best: What they are compared with.
+            steps: Step of each; None for the lowest point of each curve.
+        """
+        folds = min(len(self.curves[candidate]), len(self.curves[best]))
+        curve = self.expected_curve(candidate, folds)
+        best_curve = self.expected_curve(best, folds)
+        step, best_step = steps or (lowest_point(curve)[1], lowest_point(best_curve)[1])
+        return curve[step] - best_curve[best_step]
 
-    def _leaders(self, space: Space) -> list[Options]:
-        """The best configuration of each method, the lowest first; then the starts of methods that
+    def _ranking(self) -> list[Candidate]:
+        """Candidates that are not dropped: the best, then the others by difference to it."""
+        remaining = [c for c in self.curves if c and c not in self.dropped]
+        if not remaining:
+            return []
+        # The best has the lowest loss among those on most folds. One that alone is ahead by a fold
+        # would have no rival, so the second largest number of folds is asked for.
+        folds = sorted(len(self.curves[candidate]) for candidate in remaining)[-2:][0]
+        rivals = [candidate for candidate in remaining if len(self.curves[candidate]) >= folds]
+        best = min(rivals, key=lambda c: lowest_point(self.expected_curve(c, folds)))
+
+        def rank(candidate: Candidate) -> tuple[bool, float]:
+            return candidate != best, self._differences(candidate, best).mean()
+
+        return sorted(remaining, key=rank)
+
+    def _leaders(self, space: Space) -> list[Candidate]:
+        """The best candidate of each method, the lowest first; then the starts of methods that
         have none yet, since their starts could not be trained.
         """
-        ordered = self._ordered()
-        best = {dict(options).get(METHOD): options for options in reversed(ordered)}
-        untrained = [start for start in space.starts() if dict(start).get(METHOD) not in best]
-        return [*sorted(best.values(), key=ordered.index), *untrained]
+        leaders: dict[str | None, Candidate] = {}
+        for candidate in self._ranking():
+            leaders.setdefault(dict(candidate).get(METHOD), candidate)
+        untrained = [start for start in space.starts() if dict(start).get(METHOD) not in leaders]
+        return [*leaders.values(), *untrained]
 
     @property
-    def chosen(self) -> tuple[Options, int]:
-        """The first of all configurations, and its lowest step; a `TrainingError` without any."""
-        ordered = self._ordered()
-        if not ordered:
-            reason = next(iter(self.out.values()), "")
+    def choice(self) -> tuple[Candidate, int]:
+        """The first of all candidates, and its lowest step.
+
+        Raises:
+            TrainingError: No candidate could be trained.
+        """
+        ranking = self._ranking()
+        if not ranking:
+            reason = next(iter(self.dropped.values()), "")
             raise TrainingError(
                 f"no configuration could be trained ({reason}): give --fit_space lower rates or"
                 " smaller ranks."
             )
-        return ordered[0], lowest(self.expected(ordered[0]))[1]
+        return ranking[0], lowest_point(self.expected_curve(ranking[0]))[1]
 
-    def standings(self) -> dict[Options, dict[str, Any]]:
+    def standings(self) -> dict[Candidate, dict[str, Any]]:
         """The choice, then the others by their paired difference to it on the folds of both, those
         on more folds first; last the command line as it was given, at its last step.
         """
-        chosen, step = self.chosen
-        rows = []
-        for options, own in self.curves.items():
-            its = lowest(self.expected(options))[1] if options else max(self.expected(options))
-            gaps, folds = self._differences(options, chosen, its, step), len(self.curves[chosen])
-            row: dict[str, Any] = {"steps": its, "folds": min(len(own), folds)}
-            row |= {"difference": float(gaps.mean()), "interval": student_interval(gaps)}
-            last = (options != chosen, not options, -row["folds"], row["difference"])
-            rows.append((last, options, row))
-        return {options: row for _, options, row in sorted(rows, key=lambda r: r[0])}
+        chosen, chosen_step = self.choice
+        rows: dict[Candidate, dict[str, Any]] = {}
+        for candidate, curves in self.curves.items():
+            curve = self.expected_curve(candidate)
+            step = lowest_point(curve)[1] if candidate else max(curve)
+            differences = self._differences(candidate, chosen, (step, chosen_step))
+            rows[candidate] = {
+                "steps": step,
+                "folds": min(len(curves), len(self.curves[chosen])),
+                "difference": float(differences.mean()),
+                "interval": student_interval(differences),
+            }
+
+        def rank(candidate: Candidate) -> tuple[bool, bool, int, float]:
+            row = rows[candidate]
+            return candidate != chosen, not candidate, -row["folds"], row["difference"]
+
+        return {candidate: rows[candidate] for candidate in sorted(rows, key=rank)}

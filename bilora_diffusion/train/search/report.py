@@ -1,4 +1,4 @@
-"""Files of a fit beside its runs: ``fit.json``, ``fit.png``, and the lines at the end."""
+"""Files of a search beside its runs: ``fit.json``, ``fit.png``, and the lines at the end."""
 
 from __future__ import annotations
 
@@ -20,110 +20,153 @@ from ...core.files import counted, duration
 from ...core.intervals import student_interval
 from ...run import provenance
 from ...run.folder import FIT, FIT_FIGURE, FIT_RECORD
-from ...run.record import read_fit, read_run
-from .halving import Search, Work, lowest
-from .space import (
-    METHOD,
-    RATE,
-    Options,
-    title,
-    words,
-)
+from ...run.record import read_run, read_search
+from .halving import Halving, Trial, lowest_point
+from .space import METHOD, RATE, Candidate, arguments, title
 
-SHOWN, HIGHEST = 5, 1.25  # curves in the figure; what they are drawn up to, of the chosen loss
+CURVES = 5
+"""Curves in the figure."""
+HIGHEST = 1.25
+"""Highest loss in the figure, as a multiple of the chosen one."""
 
 
-def write(folder: Path, settings: Mapping[str, Any], search: Search, done: bool) -> None:
-    """Write ``fit.json``: what was measured so far, and where that is done, what was chosen."""
-
-    def described(options: Options, **values: Any) -> dict[str, Any]:
-        return {"title": title(options), **values, "options": dict(options)}
-
-    curves = []
-    for options, own in search.curves.items():
-        for fold, curve in enumerate(own):
-            steps, losses = [*curve], [float(values.mean()) for values in curve.values()]
-            run = {"name": search.plan.name(Work(options, fold, steps[-1])), "fold": fold + 1}
-            curves.append(described(options, **run, steps=steps, losses=losses))
-    standings, choice = search.standings() if done else {}, None
-    if standings:
-        chosen, step = search.chosen
-        curve = search.expected(chosen)
-        doubts = {"base_loss": float(curve[0].mean()), "rate_edge": rate_edge(search, chosen)}
-        choice = described(chosen, steps=step, loss=lowest(curve)[0], **doubts)
+def write(folder: Path, settings: Mapping[str, Any], halving: Halving, is_done: bool) -> None:
+    """Write ``fit.json``: what was measured so far, and at the end what was chosen."""
+    curve_rows = []
+    for candidate, curves in halving.curves.items():
+        for fold, curve in enumerate(curves):
+            trial = Trial(candidate, fold, max(curve))
+            row = {
+                "title": title(candidate),
+                "name": halving.plan.folder_name(trial),
+                "fold": fold + 1,
+                "steps": list(curve),
+                "losses": [float(losses.mean()) for losses in curve.values()],
+                "options": dict(candidate),
+            }
+            curve_rows.append(row)
+    # While the search goes on the viewer shows its curves, without a choice.
+    choice, standings = None, []
+    if is_done:
+        chosen, step = halving.choice
+        curve = halving.expected_curve(chosen)
+        choice = {
+            "title": title(chosen),
+            "steps": step,
+            "loss": lowest_point(curve)[0],
+            "base_loss": float(curve[0].mean()),
+            "rate_edge": rate_edge(halving, chosen),
+            "options": dict(chosen),
+        }
+        for candidate, row in halving.standings().items():
+            standings.append({"title": title(candidate), **row, "options": dict(candidate)})
     content = {
-        **{"settings": settings, "spent": search.spent, "runs": curves, "choice": choice},
-        "out": {title(options): reason for options, reason in search.out.items()},
-        "standings": [described(options, **row) for options, row in standings.items()],
+        "settings": settings,
+        "spent": halving.spent_steps,
+        "runs": curve_rows,
+        "choice": choice,
+        "out": {title(candidate): reason for candidate, reason in halving.dropped.items()},
+        "standings": standings,
         "versions": provenance.versions(),
     }
     write_text(folder / FIT_RECORD, dump_json(strict_json(content)[0]))
 
 
-def draw(folder: Path, search: Search) -> None:
+def draw(folder: Path, halving: Halving) -> None:
     """Draw the best curves, each by its paired difference to the choice, with 95 % intervals."""
-    from matplotlib.figure import Figure  # here, as it takes a while and fits are rare
+    from matplotlib.figure import Figure  # takes a while to import
 
-    chosen, step = search.chosen
-    loss, _ = lowest(search.expected(chosen))
+    chosen, chosen_step = halving.choice
+    chosen_loss, _ = lowest_point(halving.expected_curve(chosen))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.add_subplot(xlabel="optimizer step", ylabel="held-out loss")
-    for options, row in [pair for pair in search.standings().items() if pair[0]][:SHOWN]:
-        one, other = (search.expected(o, row["folds"]) for o in (options, chosen))
-        losses = {at: loss + one[at] - other[step] for at in one if at > 0}
-        near = {at: values for at, values in losses.items() if values.mean() < HIGHEST * loss}
-        means = [values.mean() for values in near.values()]
-        (line,) = axis.plot([*near], means, marker=".", label=title(options))
-        ends = [student_interval(values) or (nan, nan) for values in near.values()]
-        low, high = np.array(ends).reshape(-1, 2).T
-        axis.fill_between([*near], low, high, color=line.get_color(), alpha=0.12, lw=0)
-    axis.axvline(step, color="0.3", ls=":", label=f"chosen: {counted(step, 'step')}")
+    standings = [(candidate, row) for candidate, row in halving.standings().items() if candidate]
+    for candidate, row in standings[:CURVES]:
+        curve = halving.expected_curve(candidate, row["folds"])
+        chosen_curve = halving.expected_curve(chosen, row["folds"])
+        steps, means, lows, highs = [], [], [], []
+        for step, losses in curve.items():
+            # The samples' own levels cancel out: only differences to the choice have an interval.
+            paired = chosen_loss + losses - chosen_curve[chosen_step]
+            if step == 0 or not paired.mean() < HIGHEST * chosen_loss:
+                continue
+            low, high = student_interval(paired) or (nan, nan)
+            steps.append(step)
+            means.append(paired.mean())
+            lows.append(low)
+            highs.append(high)
+        (line,) = axis.plot(steps, means, marker=".", label=title(candidate))
+        ends = np.array([lows, highs], dtype=float)
+        axis.fill_between(steps, ends[0], ends[1], color=line.get_color(), alpha=0.12, lw=0)
+    axis.axvline(chosen_step, color="0.3", ls=":", label=f"chosen: {counted(chosen_step, 'step')}")
     axis.grid(alpha=0.3)
     axis.legend(framealpha=0.9, edgecolor="none", fontsize="small")
-    with replacing(folder / FIT_FIGURE) as aside:
-        figure.savefig(aside, dpi=120)
+    with replacing(folder / FIT_FIGURE) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
-def lines(folder: Path, samples_name: str) -> list[str]:
-    """The end of a fit in lines: its size, the choice and what is next, what was trained with the
-    choice, and what makes it unsure.
+def lines(folder: Path, sample_noun: str) -> list[str]:
+    """The end of a search in lines: its size, the choice and what is next, what was trained with
+    the choice, and what makes it unsure.
 
     Args:
-        folder: of a run that has ended.
-        samples_name: such as "images".
+        folder: Folder of a run that has ended.
+        sample_noun: Such as "images".
     """
-    record: Any = read_fit(folder / FIT_RECORD)
-    runs, folds, loss = record["runs"], record["settings"]["folds"], record["choice"]["loss"]
-    count, samples = len({run["title"] for run in runs}), record["settings"]["samples"]
-    where = f"{folds} folds of {samples} {samples_name}" if folds > 1 else "a held-out set"
-    seconds = sum(read_run(folder / FIT / run["name"])["wall_seconds"] for run in runs)
-    rows, seen = [], set()
-    for place, row in enumerate(record["standings"]):
-        method = row["options"].get(METHOD) if row["options"] else "as given"
-        label = ("chosen", "next")[place] if place < 2 and row["options"] else str(method)
-        if label in ("chosen", "next") or method not in seen:
-            within = " ({:.4f} to {:.4f})".format(*row["interval"]) if row["interval"] else ""
-            part = f", on {row['folds']} of {folds} folds" if row["folds"] < folds else ""
-            gap = f"{row['difference']:+.4f}{within}{part}"
-            steps = f"{row['title']}, {counted(row['steps'], 'step')}".removeprefix("as given, ")
-            rows.append((label, steps, gap if place else f"held-out loss {loss:.4f}"))
-            seen.add(method)
-    wide, wider, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-    configurations, number = counted(count, "configuration"), counted(len(runs), "run")
+    record: Any = read_search(folder / FIT_RECORD)
+    folds, sample_count = record["settings"]["folds"], record["settings"]["samples"]
+    data = f"{folds} folds of {sample_count} {sample_noun}" if folds > 1 else "a held-out set"
+    titles = {run["title"] for run in record["runs"]}
+    configurations = counted(len(titles), "configuration")
+    runs = counted(len(record["runs"]), "run")
+    # A fold's folder is one run, however often it went on.
+    seconds = 0.0
+    for run in record["runs"]:
+        seconds += read_run(folder / FIT / run["name"])["wall_seconds"]
     return [
-        f"fit: {where}, {configurations}, {number} in {duration(seconds)}",
-        *(f"{label:<{wide}}  {steps:<{wider}}  {end}" for label, steps, end in rows),
+        f"fit: {data}, {configurations}, {runs} in {duration(seconds)}",
+        *_standing_lines(record, folds),
         *_last_run(record, read_run(folder)["config"]),
         *_doubts(record),
     ]
+
+
+def _standing_lines(record: Mapping[str, Any], folds: int) -> list[str]:
+    """The choice, the next one, the best of each further method, and the command as given."""
+    rows: list[tuple[str, str, str]] = []
+    methods = set()
+    for place, standing in enumerate(record["standings"]):
+        options = standing["options"]
+        method = options.get(METHOD) if options else "as given"
+        # The first two have their line; then the first of each further method.
+        label = str(method)
+        if place < 2 and options:
+            label = ("chosen", "next")[place]
+        elif method in methods:
+            continue
+        methods.add(method)
+        steps = f"{standing['title']}, {counted(standing['steps'], 'step')}"
+        steps = steps.removeprefix("as given, ")
+        result = f"held-out loss {record['choice']['loss']:.4f}"
+        if place > 0:
+            result = f"{standing['difference']:+.4f}"
+            if standing["interval"]:
+                low, high = standing["interval"]
+                result += f" ({low:.4f} to {high:.4f})"
+            if standing["folds"] < folds:
+                result += f", on {standing['folds']} of {folds} folds"
+        rows.append((label, steps, result))
+    label_width = max(len(label) for label, _, _ in rows)
+    steps_width = max(len(steps) for _, steps, _ in rows)
+    return [f"{label:<{label_width}}  {steps:<{steps_width}}  {end}" for label, steps, end in rows]
 
 
 def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Steps that the last run took for the chosen ones, and the options that make it again.
 
     Args:
-        record: ``fit.json``.
-        config: options of the last run.
+        record: Content of ``fit.json``.
+        config: Options of the last run.
     """
     choice, settings, sentences = record["choice"], record["settings"], []
     if config["max_train_steps"] != choice["steps"]:
@@ -133,17 +176,20 @@ def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
             f"trained: {trained} at a rate that falls to zero, which sum up to {chosen} at a"
             " constant rate"
         )
+    # What the search has derived for the last run, beside the options of the candidate.
     options = dict(choice["options"])
     for name in ("lora_alpha", "lr_scheduler", "lr_warmup_steps", "max_train_steps"):
         if config[name] != settings.get(name):
             options[name] = str(config[name])
-    return [*sentences, f"the same without --fit: {shlex.join(words(tuple(options.items())))}"]
+    words = shlex.join(arguments(tuple(options.items())))
+    return [*sentences, f"the same without --fit: {words}"]
 
 
 def _doubts(record: Mapping[str, Any]) -> list[str]:
     """A sentence for each reason why the choice may not be the best."""
-    choice, settings, folds = record["choice"], record["settings"], record["standings"][0]["folds"]
-    base_loss, sentences = choice.get("base_loss"), []  # which fits of earlier versions lack
+    choice, settings, sentences = record["choice"], record["settings"], []
+    folds = record["standings"][0]["folds"]
+    base_loss = choice.get("base_loss")  # records of earlier versions lack it
     if base_loss is not None and base_loss <= choice["loss"]:
         sentences.append(
             "no step was better than no training, which has a held-out loss of"
@@ -167,13 +213,16 @@ def _doubts(record: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def rate_edge(search: Search, chosen: Options) -> str | None:
-    """The end of the rates that were tried with the choice's other options which its own rate is:
+def rate_edge(halving: Halving, chosen: Candidate) -> str | None:
+    """The end of the rates that the choice's rate is, among those tried with its other options:
     "lowest" or "highest"; None for a rate between others.
     """
-    others = {**dict(chosen), RATE: ""}
-    tried = [dict(options) for options in (*search.curves, *search.out)]
-    rates = {float(o[RATE]) for o in tried if RATE in o and {**o, RATE: ""} == others}
+    other_options = {**dict(chosen), RATE: ""}
+    rates = set()
+    for candidate in (*halving.curves, *halving.dropped):
+        options = dict(candidate)
+        if RATE in options and {**options, RATE: ""} == other_options:
+            rates.add(float(options[RATE]))
     if len(rates) < 2:
         return None
     return {min(rates): "lowest", max(rates): "highest"}.get(float(dict(chosen)[RATE]))

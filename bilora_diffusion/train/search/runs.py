@@ -1,173 +1,183 @@
-"""Runs of a search: each an ordinary run folder, on models and data that are loaded once.
+"""A search and its runs: each an ordinary run folder, on models and data that are loaded once.
 
 Several processes each train some of the runs, alone; all of them learn what all have measured.
 """
 
 from __future__ import annotations
 
-import gc
-import itertools
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 
 from ...config.options import OptimizerOptions
 from ...config.run import twentieth
 from ...core.durable import discard, strict_json
-from ...core.errors import Diverged, TrainingError, UserError
+from ...core.errors import TrainingError, UserError
 from ...core.fields import options_of
 from ...core.seeds import parts
 from ...methods import for_run
 from ...methods.options import SECTION
-from ...run import checkpoint, runlog
+from ...run import checkpoint
 from ...run.content import record_content, summarize
 from ...run.folder import FIT, FIT_RECORD, clear
 from ...run.interruption import Interruption, Stop
-from ...run.record import read_fit
+from ...run.record import read_search
+from ...run.runlog import RunLog
+from .. import setup
+from ..optimizers import StepLayout, total_steps
 from ..recording import recorded
-from ..stepping import Schedule, total_steps
-from ..task import BY_SAMPLE
-from ..trainer import require_same_work
+from ..resume import require_same_work
+from ..task import Fold
 from . import report
-from .halving import (
-    BUDGET,
-    Curve,
-    Plan,
-    Search,
-    Work,
-    lowest,
-)
+from .halving import BUDGET, Curve, Halving, Plan, Trial, lowest_point
 from .space import (
-    Options,
+    Candidate,
     Space,
     Values,
+    arguments,
     bilora_form,
     default_values,
     read_values,
-    title,
-    words,
 )
+from .trials import SearchStopped, read_curve, train_trial
 
-FOLDS, LEAVE_ONE_OUT = 4, 8  # folds; below so many samples each is one
-# Options of methods and optimizers that all runs of a fit share.
-SCHEDULE = {"lr_scheduler", "lr_warmup_steps", "warmup_ratio", "lr_num_cycles", "lr_power"}
-FIXED = {"quantize", "scale_lr", "use_8bit_adam", *SCHEDULE}
-QUIET = {  # every run of a search: at a constant rate, with nothing to look at
-    **{"report_to": "none", "push_to_hub": False, "log_dynamics": False, "eval_on_start": False},
-    **{"resume_from_checkpoint": None, "overwrite_output_dir": False, "num_train_epochs": None},
-    **{"lr_scheduler": "constant_with_warmup", "checkpoints_total_limit": 1},
+FOLDS = 4
+LEAVE_ONE_OUT = 8
+"""With fewer samples than this each of them is a fold."""
+SHARED_OPTIONS = frozenset(
+    {
+        "quantize",
+        "scale_lr",
+        "use_8bit_adam",
+        # The schedule: a constant rate makes every step of a run a possible end.
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "warmup_ratio",
+        "lr_num_cycles",
+        "lr_power",
+    }
+)
+"""Options of methods and optimizers that are the same in all runs of a search."""
+RUN_OPTIONS = {
+    "report_to": "none",
+    "push_to_hub": False,
+    "log_dynamics": False,
+    "eval_on_start": False,
+    "resume_from_checkpoint": None,
+    "overwrite_output_dir": False,
+    "num_train_epochs": None,
+    "lr_scheduler": "constant_with_warmup",
+    "checkpoints_total_limit": 1,
 }
-TOO_LARGE = "does not fit the memory of the device"
-Train = Callable[[Any, Path, int], Stop | None]
+"""Options of every run of a search: at a constant rate, with nothing to look at."""
 logger = logging.getLogger(__name__)
 
 
-class _Stopped(KeyboardInterrupt):
-    """A signal ended a run; the argument is its `Stop`."""
+class Search:
+    """A search with its runs, in a run folder.
 
+    Args:
+        script: Resolves command lines, and trains runs.
+        argv: The command line.
+        task: Its task; serves all runs.
+        accelerator: Engine of all processes.
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """Within the context accelerate takes this process for the only one."""
-    states: list[Any] = [PartialState._shared_state, AcceleratorState._shared_state]
-    before = [dict(state) for state in states]
-    try:
-        for state in states:
-            state.update(num_processes=1, process_index=0, distributed_type=DistributedType.NO)
-        yield
-    finally:
-        for state, values in zip(states, before, strict=True):
-            state.update(values)
-
-
-def deal(names: Sequence[str], folds: int | None, what: str) -> list[tuple[list[int], list[int]]]:
-    """The positions that each fold learns from, and those that it holds out, dealt by the samples'
-    names; a `UserError` if there are fewer than folds, or than two, or one stands twice.
-    """
-    count = folds or (FOLDS if len(names) >= LEAVE_ONE_OUT else max(2, len(names)))
-    try:
-        dealt = parts(names, count)
-    except ValueError as error:
-        fault = f"--fit by {count} folds of {len(names)} {what} is refused: {error}"
-        raise UserError(f"{fault} Give more, each once, or a held-out set.") from None
-    return [(sorted(set(range(len(names))) - set(held)), held) for held in dealt]
-
-
-class Fit:
-    """A search with its runs, in a run folder; the ``script`` resolves the command line ``argv`` to
-    the configuration of the ``task``, and ``train`` brings a task in a folder to a step.
+    Attributes:
+        plan: Size of the search.
+        space: Options that are searched.
+        halving: The search as a function of what is measured.
+        sample_noun: What its samples are called.
     """
 
     def __init__(
-        self, script: Any, argv: Sequence[str], task: Any, train: Train, accelerator: Accelerator
+        self, script: setup.Script[Any], argv: Sequence[str], task: Any, accelerator: Accelerator
     ) -> None:
-        cfg, names = task.cfg, task.names
-        self.cfg, self.task, self._train, self._accelerator = cfg, task, train, accelerator
-        self._rank, self._processes = accelerator.process_index, accelerator.num_processes
-        self.folder, self._script, self._argv = Path(cfg.output_dir), script, argv
+        cfg = task.cfg
+        self.cfg = cfg
+        self.task = task
+        self.folder = Path(cfg.output_dir)
+        self.sample_noun = "images" if cfg.modality == "image" else "rows"
+        self._script = script
+        self._argv = argv
+        self._configs: dict[Candidate, Any] = {}
         self._typed = frozenset(type(cfg).parser().explicit(argv))
-        self.what = "images" if cfg.modality == "image" else "rows"
-        self._folds: Any = [None] if task.has_heldout else deal(names, cfg.fit_folds, self.what)
-        self._step_size = Schedule.of(cfg, accelerator).step_size
-        steps = total_steps(cfg, task.num_samples, self._step_size)
-        given = cfg.validation_loss_steps if "validation_loss_steps" in self._typed else 0
-        every, budget = min(steps, given or twentieth(steps)), cfg.fit_budget or BUDGET * steps
-        self.plan = Plan(len(self._folds), steps, every, budget)
-        self.space = Space(self._values())
-        self._check()
-        self.search = Search(self.plan, self._measure)
+        self._accelerator = accelerator
+        self._rank = accelerator.process_index
+        self._processes = accelerator.num_processes
+        self._step_size = StepLayout.from_config(cfg, accelerator).step_size
+        self._folds: list[Fold | None] = [None]
+        if not task.has_heldout:
+            self._folds = [*deal_folds(task.names, cfg.fit_folds, self.sample_noun)]
 
-    def _values(self) -> Values:
+        steps = total_steps(cfg, task.num_samples, self._step_size)
+        # Twenty points make a curve, unless the user says otherwise.
+        interval = twentieth(steps)
+        if "validation_loss_steps" in self._typed and cfg.validation_loss_steps:
+            interval = min(steps, cfg.validation_loss_steps)
+        budget = cfg.fit_budget or BUDGET * steps
+        self.plan = Plan(len(self._folds), steps, interval, budget)
+        self.space = Space(self._space_values())
+        self._require_possible()
+        self.halving = Halving(self.plan, self._train_trials)
+
+    def _space_values(self) -> Values:
+        """The values of the file of ``--fit_space``, or the default ones."""
         if self.cfg.fit_space:
             sections = (SECTION, OptimizerOptions.section)
-            searchable = options_of([g for g in self.cfg.groups if g.section in sections])
-            return read_values(Path(self.cfg.fit_space), searchable.keys() - FIXED)
-        supports = False
+            groups = [group for group in self.cfg.groups if group.section in sections]
+            searchable = options_of(groups).keys() - SHARED_OPTIONS
+            return read_values(Path(self.cfg.fit_space), searchable)
+        # With too many samples an auxiliary for each of them is refused, and is not searched.
+        supports_sample = False
         with suppress(UserError):
-            supports = bool(for_run(vars(self.config(bilora_form())), 1, self.task.names))
+            for_run(vars(self.config(bilora_form())), 1, self.task.names)
+            supports_sample = True
         # --scale_lr multiplies the rate of each run, so the space has rates before that.
         rate = self.config((("scale_lr", "false"),)).learning_rate
-        return default_values(self._typed, rate, self.cfg.rank, supports)
+        return default_values(self._typed, rate, self.cfg.rank, supports_sample)
 
-    def _check(self) -> None:
-        """Refuse values that the command line would, and a budget for less than a search."""
-        plan, starts = self.plan, self.space.starts()
+    def _require_possible(self) -> None:
+        """Refuse values that the command line would refuse, and a budget for less than a search."""
+        starts = self.space.starts()
         try:
-            for start, name in itertools.product(starts, self.space.values):
-                for options in self.space.along(name, start):
-                    self.config(options)
+            for start in starts:
+                for name in self.space.values:
+                    for candidate in self.space.variants(name, start):
+                        self.config(candidate)
         except UserError as error:
             raise UserError(f"in a run of --fit, {error}") from None
-        if plan.budget < (least := max(plan.folds, len(starts)) * plan.first):
+        # The first rung of each start, or all folds of a single one.
+        smallest_budget = max(self.plan.folds, len(starts)) * self.plan.first_rung
+        if self.plan.budget < smallest_budget:
             raise UserError(
-                f"--fit_budget {plan.budget} is too small for runs of {plan.steps} steps on"
-                f" {plan.folds} folds: give at least {least}, or fewer --max_train_steps."
+                f"--fit_budget {self.plan.budget} is too small for runs of {self.plan.steps} steps"
+                f" on {self.plan.folds} folds: give at least {smallest_budget}, or fewer"
+                " --max_train_steps."
             )
 
-    def config(self, options: Options) -> Any:
-        """The command line with further options. An alpha that is not typed keeps its ratio to the
-        rank: two, or the recipe's.
+    def config(self, candidate: Candidate) -> Any:
+        """The configuration of the command line with the options of a candidate.
+
+        It is resolved as a whole, since defaults and checks depend on the options. An alpha that is
+        not typed keeps its ratio to the rank: two, or the recipe's.
         """
-        rank, alpha = dict(options).get("rank", ""), []
+        if candidate in self._configs:
+            return self._configs[candidate]
+        words = arguments(candidate)
+        rank = dict(candidate).get("rank", "")
         if rank.isdecimal() and "lora_alpha" not in self._typed:
             ratio = self.cfg.lora_alpha / self.cfg.rank
-            alpha = ["--lora_alpha", f"{ratio * int(rank):.9g}"]
-        logging.disable(logging.WARNING)  # it has said everything once
-        try:
-            return self._script.resolve([*self._argv, *alpha, *words(options)])
-        finally:
-            logging.disable(logging.NOTSET)
+            words = ["--lora_alpha", f"{ratio * int(rank):.9g}", *words]
+        with silenced_notes():
+            self._configs[candidate] = self._script.resolve([*self._argv, *words])
+        return self._configs[candidate]
 
     @cached_property
     def _content(self) -> dict[str, Any]:
@@ -175,13 +185,20 @@ class Fit:
         return record_content(self.task.training_content(), self.task.heldout_content())
 
     def _settings(self) -> dict[str, Any]:
-        """Settings that the choice depends on."""
-        options = self.cfg.resume_settings()
-        del options["train_batch_size"], options["gradient_accumulation_steps"]
+        """Settings that the choice depends on, for ``fit.json``."""
+        settings = self.cfg.resume_settings()
+        # How a step is cut does not change the choice; its size, which does, is below.
+        del settings["train_batch_size"], settings["gradient_accumulation_steps"]
         return {
-            **options,
-            **{"step_size": self._step_size, "samples": len(self.task.names)},
-            **{**vars(self.plan), "space": self.space.values, "content": self._content},
+            **settings,
+            "step_size": self._step_size,
+            "samples": len(self.task.names),
+            "folds": self.plan.folds,
+            "steps": self.plan.steps,
+            "every": self.plan.interval,
+            "budget": self.plan.budget,
+            "space": self.space.values,
+            "content": self._content,
         }
 
     def _require_same_search(self, saved: dict[str, Any]) -> None:
@@ -195,131 +212,153 @@ class Fit:
         )
 
     def choose(self) -> Any:
-        """Search, or go on with the folder's: the configuration to train with, or a `Stop`."""
+        """Search, or go on with the folder's search.
+
+        Returns:
+            The configuration to train with, or a `Stop`.
+        """
         overwrite = self.cfg.overwrite_output_dir
-        earlier = None if overwrite else read_fit(self.folder / FIT_RECORD)
+        record = None if overwrite else read_search(self.folder / FIT_RECORD)
         self._accelerator.wait_for_everyone()  # before the main process writes what all have read
-        if earlier is not None:
-            self._require_same_search(earlier["settings"])
-            if (choice := earlier["choice"]) is not None:
-                return self._final(tuple(choice["options"].items()), choice["steps"])
+        if record is not None:
+            self._require_same_search(record["settings"])
+            if (choice := record["choice"]) is not None:
+                return self.final_config(tuple(choice["options"].items()), choice["steps"])
         log = None
         if self._rank == 0:
             clear(self.folder, overwrite)
-            log = runlog.RunLog(self.folder, self._accelerator.device)
+            log = RunLog(self.folder, self._accelerator.device)
             content = summarize(self._content)
             log.start(self.cfg.to_dict(), self.cfg.method, self.cfg.seed, None, content=content)
             log.doing("search")
-            self._write()
+            self._write_record()
         try:
             with recorded(log, self.folder), Interruption(patient=True) as self._interruption:
-                self.search.run(self.space)
+                self.halving.run(self.space)
                 if log is not None:
-                    self._write(done=True)
-                    report.draw(self.folder, self.search)
-                    for place in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
-                        discard(place)
-        except _Stopped as stopped:
-            return stopped.args[0]
+                    self._write_record(is_done=True)
+                    report.draw(self.folder, self.halving)
+                    for checkpoints in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
+                        discard(checkpoints)
+        except SearchStopped as error:
+            return error.args[0]
         if log is not None:
-            log.close("running")
-        return self._final(*self.search.chosen)
+            log.close("running")  # the last run goes on with the record
+        return self.final_config(*self.halving.choice)
 
-    def _write(self, done: bool = False) -> None:
+    def _write_record(self, is_done: bool = False) -> None:
         if self._rank == 0:
-            report.write(self.folder, self._settings(), self.search, done)
+            report.write(self.folder, self._settings(), self.halving, is_done)
 
-    def _final(self, options: Options, steps: int) -> Any:
-        """The configuration with the user's schedule, if any, rescaled to the chosen steps."""
-        cfg, warm = self.config(options), self.cfg.lr_warmup_steps
-        # Plain LoRA learns by heart while the rate falls.
-        gains = for_run(vars(cfg), steps, self.task.names).gains_from_decay
-        if gains and "lr_scheduler" not in self._typed and cfg.lr_scheduler.startswith("constant"):
+    def final_config(self, candidate: Candidate, steps: int) -> Any:
+        """The configuration of the last run: the user's schedule, rescaled to the chosen steps.
+
+        For a method that gains from it, a rate that was to be constant falls to zero over twice the
+        chosen steps, which sum up to the same. Plain LoRA learns samples by heart while it falls.
+        """
+        cfg = self.config(candidate)
+        gains_from_decay = for_run(vars(cfg), steps, self.task.names).gains_from_decay
+        is_constant = "lr_scheduler" not in self._typed and cfg.lr_scheduler.startswith("constant")
+        if gains_from_decay and is_constant:
             cfg, steps = replace(cfg, lr_scheduler="linear"), 2 * steps
-        rescaled = warm and round(warm * steps / self.plan.steps)
-        return replace(cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=rescaled)
+        warmup_steps = self.cfg.lr_warmup_steps
+        if warmup_steps:
+            warmup_steps = round(warmup_steps * steps / self.plan.steps)
+        return replace(
+            cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=warmup_steps
+        )
 
-    def _of_run(self, work: Work, place: Path) -> Any:
+    def trial_config(self, candidate: Candidate, folder: Path) -> Any:
         """The configuration of a run of the search."""
-        cfg, plan = self.config(work.options), self.plan
+        cfg = self.config(candidate)
+        options = {**RUN_OPTIONS, **cfg.without_samples}
+        options["output_dir"] = str(folder)
+        options["max_train_steps"] = self.plan.steps
+        options["validation_loss_steps"] = self.plan.interval
+        options["lr_warmup_steps"] = self.cfg.warmup_steps(self.plan.steps)
         # One process takes the steps that all of them take together in the last run.
-        pieces = cfg.gradient_accumulation_steps * self._processes
-        own = {"max_train_steps": plan.steps, "validation_loss_steps": plan.every}
-        own |= {"output_dir": str(place), "gradient_accumulation_steps": pieces}
-        warm = self.cfg.warmup_steps(plan.steps)
-        return replace(cfg, **{**QUIET, **cfg.without_samples, **own, "lr_warmup_steps": warm})
+        options["gradient_accumulation_steps"] = cfg.gradient_accumulation_steps * self._processes
+        return replace(cfg, **options)
 
-    def _measure(self, works: Sequence[Work]) -> Iterator[Curve | str]:
+    def _train_trials(self, trials: Sequence[Trial]) -> Iterator[Curve | str]:
         """Train runs, at a time one on each process, and give what was measured."""
-        for first in range(0, len(works), self._processes):
-            yield from self._together(works[first : first + self._processes])
-            self._write()  # which the viewer shows
+        for start in range(0, len(trials), self._processes):
+            yield from self._train_together(trials[start : start + self._processes])
+            self._write_record()  # which the viewer shows
 
-    def _together(self, works: Sequence[Work]) -> list[Curve | str]:
+    def _train_together(self, trials: Sequence[Trial]) -> list[Curve | str]:
         """Train one run on each process, and gather what all have measured."""
-        curve, end, sent = "", None, None
+        curve: Curve | str = ""
+        error: BaseException | None = None
+        shared_error: BaseException | None = None
         try:
-            if self._rank < len(works):
-                with alone():
-                    curve = self._one(works[self._rank])
+            # In the last round there may be fewer trials than processes.
+            if self._rank < len(trials):
+                curve = self._train_trial(trials[self._rank])
             if number := self._interruption.number:
-                raise _Stopped(Stop(number, 0, self.plan.steps, "the next run"))
-        except _Stopped as error:
-            end = sent = error
-        except Exception as error:  # the others are to know it, who would wait for ever
-            end, reason = error, str(error) or repr(error)
-            sent = TrainingError(f"another process could not go on: {reason}")
-        curves, errors = zip(*gather_object([(curve, sent)]), strict=True)
-        for error in filter(None, (end, *errors)):
+                raise SearchStopped(Stop(number, 0, self.plan.steps, "the next run"))
+        except SearchStopped as stopped:
+            error = shared_error = stopped
+        except Exception as own_error:
+            # The other processes must learn of it: they would wait for ever.
+            error, reason = own_error, str(own_error) or repr(own_error)
+            shared_error = TrainingError(f"another process could not go on: {reason}")
+        results = gather_object([(curve, shared_error)])  # by process
+        if error is not None:
             raise error
-        return list(curves[: len(works)])
+        for _, error_elsewhere in results:
+            if error_elsewhere is not None:
+                raise error_elsewhere
+        return [curve for curve, _ in results[: len(trials)]]
 
-    def _one(self, work: Work) -> Curve | str:
+    def _train_trial(self, trial: Trial) -> Curve | str:
         """Bring one run to its steps, or read it where that was done before."""
-        name = self.plan.name(work)
-        place = self.folder / FIT / name
-        if (curve := read_curve(place, work.steps)) is None:
-            fits = self._train_within_memory(work, place)
-            curve = read_curve(place, work.steps) if fits else TOO_LARGE
-            assert curve is not None
+        name = self.plan.folder_name(trial)
+        folder = self.folder / FIT / name
+        curve = read_curve(folder, trial.steps)
+        if curve is None:
+            cfg = self.trial_config(trial.candidate, folder)
+            task = self.task.with_config(cfg, self._folds[trial.fold], is_trial=True)
+            curve = train_trial(self._script, task, folder, trial)
         if not isinstance(curve, str):
-            logger.info("fit: %s to step %d, lowest %.4f at %d", name, work.steps, *lowest(curve))
+            loss, step = lowest_point(curve)
+            logger.info("fit: %s to step %d, lowest %.4f at %d", name, trial.steps, loss, step)
         return curve
 
-    def _train_within_memory(self, work: Work, place: Path) -> bool:
-        """Bring a run to its steps; False where the device's memory does not suffice for it."""
-        name, fits = place.name, True
-        task = self.task.again(self._of_run(work, place), self._folds[work.fold], searches=True)
-        try:
-            with suppress(Diverged):  # its record has the reason
-                if (stop := self._train(task, place, work.steps)) is not None:
-                    raise _Stopped(stop._replace(run=f"{FIT}/{name}"))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            fits = False
-        if not fits:  # here the error is gone, and with it the frames that hold the run's tensors
-            gc.collect()
-            torch.cuda.empty_cache()
-            logger.warning("fit: %s %s, so it is left out", title(work.options), TOO_LARGE)
-        return fits
+
+@contextmanager
+def silenced_notes() -> Iterator[None]:
+    """Within the context the package's own notes are not printed: the command has said them."""
+    package_logger = logging.getLogger(__name__.partition(".")[0])
+    level = package_logger.level
+    package_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package_logger.setLevel(level)
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Test that an error, or one that it was raised from, says that a device's memory is full."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
-        error = error.__cause__
-    return error is not None
+def deal_folds(names: Sequence[str], folds: int | None, noun: str) -> list[Fold]:
+    """Deal samples into folds by their names.
 
+    Args:
+        names: Of the samples.
+        folds: How many; None for the default.
+        noun: What the samples are called.
 
-def read_curve(folder: Path, steps: int) -> Curve | str | None:
-    """Losses of a run up to a step, or why it can't come so far; None where it did not yet."""
-    if max(checkpoint.steps(folder), default=0) >= steps:
-        curve = {}
-        for row in runlog.read_metrics(folder):
-            losses = [value for key, value in row.items() if key.startswith(BY_SAMPLE)]
-            if losses and row["step"] <= steps:
-                curve[row["step"]] = np.array([math.inf if v is None else v for v in losses])
-        return curve
-    record = runlog.read_run(folder) if (folder / runlog.RUN).exists() else {"results": {}}
-    return record["error"] if record["results"].get("diverged") else None
+    Returns:
+        For each fold the positions that it learns from, and those that it holds out.
+
+    Raises:
+        UserError: There are fewer samples than folds, or than two, or one stands twice.
+    """
+    count = folds or (FOLDS if len(names) >= LEAVE_ONE_OUT else max(2, len(names)))
+    try:
+        heldout_parts = parts(names, count)
+    except ValueError as error:
+        fault = f"--fit by {count} folds of {len(names)} {noun} is refused: {error}"
+        raise UserError(f"{fault} Give more, each once, or a held-out set.") from None
+    fold_list: list[Fold] = []
+    for heldout in heldout_parts:
+        fold_list.append((sorted(set(range(len(names))) - set(heldout)), heldout))
+    return fold_list

@@ -1,10 +1,10 @@
-"""Space of a fit: the options that are searched and their values, as words of a command line."""
+"""Space of a search: the options that are searched and their values, as on a command line."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,109 +17,146 @@ from ...methods import get, names, reads
 RATE, METHOD = "learning_rate", "method"
 LOWEST_RANK, MIDDLE_RANK = 4, 8  # of the ranks that are searched by default
 Values = Mapping[str, tuple[str, ...]]
-Options = tuple[tuple[str, str], ...]
-"""A configuration: what it sets, beside what the user gave; () is the command line as given."""
+Candidate = tuple[tuple[str, str], ...]
+"""A configuration: (option, value) pairs beside what the user gave; () is the command line as
+given.
+"""
 
 
-def bilora_form() -> Options:
+def bilora_form() -> Candidate:
     """Bi-LoRA with the options that little data asks for."""
     return ((METHOD, "bilora"), *get("bilora").search_options.items())
 
 
-def words(options: Options) -> list[str]:
-    """The options as arguments."""
-    return [word for name, value in options for word in (f"--{name}", value)]
+def arguments(candidate: Candidate) -> list[str]:
+    """The options of a candidate as arguments of a command line."""
+    words = []
+    for name, value in candidate:
+        words += [f"--{name}", value]
+    return words
 
 
-def title(options: Options) -> str:
+def title(candidate: Candidate) -> str:
     """The options as a reader sees them: "bilora (rho auto), rate 0.0004, rank 8"."""
-    values = {"rate" if name == RATE else name: value for name, value in options}
+    values = {"rate" if name == RATE else name: value for name, value in candidate}
     method = values.pop(METHOD, "")
     form = ", ".join(f"{n} {values.pop(n)}" for n in ("rho", "auxiliaries") if n in values)
-    first = f"{method} ({form})" if method and form else method or form
-    rest = (name if value == "true" else f"{name} {value}" for name, value in values.items())
-    return ", ".join(filter(None, (first, *rest))) or "as given"
+    parts = [f"{method} ({form})" if method and form else method or form]
+    for name, value in values.items():
+        parts.append(name if value == "true" else f"{name} {value}")
+    return ", ".join(filter(None, parts)) or "as given"
 
 
 @dataclass(frozen=True)
 class Space:
-    """Options and the values that each may have."""
+    """Options and the values that each may have, in the order in which they are searched."""
 
-    values: Values  # in the order in which they are searched
+    values: Values
 
-    def configuration(self, values: Mapping[str, str]) -> Options:
-        """Values as a configuration, without the options that its method does not read."""
+    def candidate(self, values: Mapping[str, str]) -> Candidate:
+        """Values as a candidate, without the options that its method does not read."""
         method = values.get(METHOD, "")
-        idle = {o for n in names() for o in reads(n) - reads(method)} if method in names() else ()
-        return tuple(pair for pair in values.items() if pair[0] not in idle)
+        ignored: set[str] = set()
+        if method in names():
+            for other_method in names():
+                ignored |= reads(other_method) - reads(method)
+        return tuple(pair for pair in values.items() if pair[0] not in ignored)
 
-    def all(self, most: float) -> list[Options]:
-        """Every configuration once; none if there are more than ``most``."""
-        few = math.prod(map(len, self.values.values())) <= most
-        rows = itertools.product(*self.values.values()) if few else ()
-        return [*{self.configuration(dict(zip(self.values, row, strict=True))): 0 for row in rows}]
+    def grid(self, limit: float) -> list[Candidate]:
+        """Every candidate once; none if there are more than ``limit`` combinations."""
+        # Counted first, since the product of a large space need not fit into memory.
+        if math.prod(map(len, self.values.values())) > limit:
+            return []
+        rows = itertools.product(*self.values.values())
+        candidates = [self.candidate(dict(zip(self.values, row, strict=True))) for row in rows]
+        return list(dict.fromkeys(candidates))
 
-    def starts(self) -> list[Options]:
+    def starts(self) -> list[Candidate]:
         """The middle of the space for each method."""
         middle = {name: values[(len(values) - 1) // 2] for name, values in self.values.items()}
-        return self.along(METHOD, tuple(middle.items()))
+        return self.variants(METHOD, tuple(middle.items()))
 
-    def along(self, name: str, start: Options) -> list[Options]:
-        """A configuration with each value of one option; alone where the space lacks that."""
-        rows = [{name: value} for value in self.values.get(name, ())] or [{}]
-        return [self.configuration({**dict(start), **row}) for row in rows]
+    def variants(self, name: str, start: Candidate) -> list[Candidate]:
+        """A candidate with each value of one option; alone where the space lacks that."""
+        if not self.values.get(name):
+            return [self.candidate(dict(start))]
+        return [self.candidate({**dict(start), name: value}) for value in self.values[name]]
 
     def axes(self) -> list[str]:
         """The options with several values, the rate first; the method is none of them."""
-        several = (name for name, values in self.values.items() if len(values) > 1)
-        return sorted((name for name in several if name != METHOD), key=lambda name: name != RATE)
+        axes = [name for name, values in self.values.items() if len(values) > 1 and name != METHOD]
+        # Other options are compared at a rate that suits them.
+        return sorted(axes, key=lambda name: name != RATE)
 
-    def beyond(self, starts: Iterable[Options], tried: Collection[Options]) -> Iterator[Options]:
-        """The next rate beyond those tried, where a configuration is at an edge of them."""
+    def next_rates(
+        self, starts: Iterable[Candidate], tried: Collection[Candidate]
+    ) -> list[Candidate]:
+        """The next rate beyond those tried, for each start that is at an edge of them.
+
+        The step from the space's second highest rate to its highest goes on, up or down.
+        """
+        candidates = []
         for start in starts:
-            rate, others = float(dict(start)[RATE]), {**dict(start), RATE: ""}
-            near = {float(dict(o)[RATE]) for o in tried if {**dict(o), RATE: ""} == others}
-            if len(near) > 1 and rate in (min(near), max(near)):
-                second, most = sorted(set(map(float, self.values[RATE])))[-2:]
-                further = rate * (most / second if rate == max(near) else second / most)
-                yield self.configuration({**others, RATE: f"{further:.6g}"})
+            rate = float(dict(start)[RATE])
+            other_options = {**dict(start), RATE: ""}
+            tried_rates = set()
+            for candidate in tried:
+                if {**dict(candidate), RATE: ""} == other_options:
+                    tried_rates.add(float(dict(candidate)[RATE]))
+            # A single rate is no edge: nothing says in which direction the loss falls.
+            if len(tried_rates) > 1 and rate in (min(tried_rates), max(tried_rates)):
+                second, highest = sorted(set(map(float, self.values[RATE])))[-2:]
+                is_up = rate == max(tried_rates)
+                factor = highest / second if is_up else second / highest
+                candidates.append(self.candidate({**other_options, RATE: f"{rate * factor:.6g}"}))
+        return candidates
 
 
 def default_values(typed: Collection[str], rate: float, rank: int, supports_sample: bool) -> Values:
-    """The space of a fit without a file; what the user typed is fixed, but for the rate.
+    """The space of a search without a file; what the user typed is fixed, but for the rate.
 
     Args:
-        typed: options on the command line.
-        rate: learning rate of the command or its recipe, the middle of the rates.
-        rank: rank of the recipe, or the default.
-        supports_sample: whether each sample can have its own auxiliary.
+        typed: Options on the command line.
+        rate: Learning rate of the command or its recipe, the middle of the rates.
+        rank: Rank of the recipe, or the default.
+        supports_sample: True if each sample can have its own auxiliary.
     """
-    form = {name: (value,) for name, value in bilora_form() if supports_sample or value != SAMPLE}
-    forms = form | {METHOD: ("lora", "bilora")}
-    rates = tuple(f"{rate * by:.6g}" for by in (0.5, 1.0, 2.0))
+    values: dict[str, tuple[str, ...]] = {}
+    if METHOD not in typed:
+        for name, value in bilora_form():
+            if supports_sample or value != SAMPLE:
+                values[name] = (value,)
+        values[METHOD] = ("lora", "bilora")
+    values[RATE] = tuple(f"{rate * factor:.6g}" for factor in (0.5, 1.0, 2.0))
     # Below 4, the default of images, nothing is searched: it is the lowest of its three ranks.
     middle = MIDDLE_RANK if rank == LOWEST_RANK else rank
     ranks = {max(1, middle // 2), middle, min(2 * middle, RANKS.most)}
-    values = {**({} if METHOD in typed else forms), RATE: rates}
     values["rank"] = tuple(str(rank) for rank in sorted(ranks))
-    return {name: own for name, own in values.items() if name == RATE or name not in typed}
+    return {name: row for name, row in values.items() if name == RATE or name not in typed}
 
 
 def read_values(path: Path, searchable: Collection[str]) -> Values:
-    """Read a file of values, option -> value or list of values, of ``searchable`` options."""
-    what = f'the space "{path}"'
-    loaded = read_options(path, what, "--fit_space")
+    """Read a file of values, option -> value or list of values, of ``searchable`` options.
+
+    Raises:
+        UserError: The file has no options, one that can't be searched, or something else than
+            values.
+    """
+    file = f'the space "{path}"'
+    loaded = read_options(path, file, "--fit_space")
     if not isinstance(loaded, dict) or not loaded:
-        raise UserError(f'{what} has no options: write lines like "rank: [4, 8]".')
+        raise UserError(f'{file} has no options: write lines like "rank: [4, 8]".')
     space = {}
-    for name, given in loaded.items():
-        values = given if isinstance(given, list) else [given]
+    for name, content in loaded.items():
+        values = content if isinstance(content, list) else [content]
         if name not in searchable:
             raise UserError(
-                f'{what} has "{name}"{did_you_mean(name, searchable)}, which is no option or the'
+                f'{file} has "{name}"{did_you_mean(name, searchable)}, which is no option or the'
                 " same for all runs of a fit: name options of methods, adapters or the optimizer."
             )
         if not values or not all(isinstance(v, bool | str) and v != "" for v in values):
-            raise UserError(f"{what}, {name} has something else than values: write [4, 8].")
-        space[name] = (*{str(v).lower() if isinstance(v, bool) else v: 0 for v in values},)
+            raise UserError(f"{file}, {name} has something else than values: write [4, 8].")
+        # A recipe's true is "true" on a command line.
+        words = [str(value).lower() if isinstance(value, bool) else value for value in values]
+        space[name] = tuple(dict.fromkeys(words))
     return space

@@ -1,4 +1,4 @@
-"""One optimizer step: its samples, its pieces, and the update by what the command line names."""
+"""The optimizer of a run: how a step's batch is cut, the update, and the schedule of its rate."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ from ..methods import Method
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Slots of a step that each process computes, and their pieces."""
+class StepLayout:
+    """How the batch of one optimizer step is cut into micro-batches and shared by processes.
 
-    micro_batch: int  # samples of one forward pass on one process
-    accumulation: int  # forward passes of one step on one process
-    processes: int = 1  # that share a step
-    rank: int = 0  # of this one
+    Attributes:
+        micro_batch: Samples of one forward pass on one process.
+        accumulation: Forward passes of one step on one process.
+        processes: Number of processes that share a step.
+        rank: Number of this process.
+    """
+
+    micro_batch: int
+    accumulation: int
+    processes: int = 1
+    rank: int = 0
 
     @classmethod
-    def of(cls, cfg: RunConfig, accelerator: Accelerator) -> Schedule:
-        """Schedule of a training configuration for this process."""
+    def from_config(cls, cfg: RunConfig, accelerator: Accelerator) -> StepLayout:
+        """Layout of a training configuration for this process."""
         return cls(
-            cfg.train_batch_size,
-            cfg.gradient_accumulation_steps,
-            accelerator.num_processes,
-            accelerator.process_index,
+            micro_batch=cfg.train_batch_size,
+            accumulation=cfg.gradient_accumulation_steps,
+            processes=accelerator.num_processes,
+            rank=accelerator.process_index,
         )
 
     @property
@@ -39,37 +46,47 @@ class Schedule:
         return self.micro_batch * self.accumulation * self.processes
 
     def slots(self) -> list[tuple[int, ...]]:
-        """This process's micro-batches of any step, as positions within the step's batch."""
+        """This process's micro-batches of any step, as positions within the step's batch.
+
+        The first micro-batches of all processes come first, then the second ones: with 2 samples,
+        2 passes and 2 processes, process 0 has (0, 1) and (4, 5).
+        """
         stride = self.micro_batch * self.processes
-        first = self.micro_batch * self.rank
-        return [
-            tuple(range(first + m * stride, first + m * stride + self.micro_batch))
-            for m in range(self.accumulation)
-        ]
+        micro_batches = []
+        for number in range(self.accumulation):
+            start = number * stride + self.micro_batch * self.rank
+            micro_batches.append(tuple(range(start, start + self.micro_batch)))
+        return micro_batches
 
 
 class ClippedOptimizer:
-    """Optimizer as methods see it: clips the gradients that it wants clipped, then updates once.
+    """The optimizer as methods see it: it clips the gradients of the result, then updates once.
 
-    ``skipped`` tells whether the gradient scaler left the update out, in which case neither
-    projection nor schedule may move on.
+    Args:
+        accelerator: Engine, whose gradient scaler may leave an update out.
+        optimizer: Optimizer that the engine prepared.
+        method: Method whose `weights` are clipped.
+        max_grad_norm: Largest total norm of their gradients.
     """
 
     def __init__(
         self, accelerator: Accelerator, optimizer: Any, method: Method, max_grad_norm: float
     ) -> None:
-        self._accelerator, self._optimizer = accelerator, optimizer
-        self._method, self._max_grad_norm = method, max_grad_norm
+        self._accelerator = accelerator
+        self._optimizer = optimizer
+        self._method = method
+        self._max_grad_norm = max_grad_norm
         self._norm: Any = None
 
     def step(self) -> None:
         """Clip (after unscaling), then update; a non-finite fp16 gradient skips the update."""
+        # Only the weights of the result: the auxiliary's gradient has no part in their norm.
         self._norm = self._accelerator.clip_grad_norm_(self._method.weights, self._max_grad_norm)
         self._optimizer.step()
 
     @property
     def grad_norm(self) -> float | None:
-        """The norm before the last clipping; asked for after the update, which waits for none."""
+        """The norm before the last clipping; reading it waits for the device."""
         return None if self._norm is None else float(self._norm)
 
     def zero_grad(self) -> None:
@@ -78,7 +95,10 @@ class ClippedOptimizer:
 
     @property
     def skipped(self) -> bool:
-        """Test that the last update was left out by the gradient scaler."""
+        """True if the gradient scaler left the last update out.
+
+        Then neither a projection nor the schedule may move on.
+        """
         return bool(self._accelerator.optimizer_step_was_skipped)
 
 
@@ -86,13 +106,17 @@ def total_steps(cfg: RunConfig, num_samples: int, step_size: int) -> int:
     """Optimizer steps of the whole run: ``max_train_steps``, or the epochs rounded up."""
     if cfg.max_train_steps is not None:
         return cfg.max_train_steps
-    assert cfg.num_train_epochs is not None  # one of the two is there
-    return cfg.num_train_epochs * -(-num_samples // step_size)
+    assert cfg.num_train_epochs is not None  # the configuration has one of the two
+    steps_per_epoch = -(-num_samples // step_size)
+    return cfg.num_train_epochs * steps_per_epoch
 
 
 def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
-    """The optimizer, one of `choices.OPTIMIZERS`, for a method's parameter groups, each of which
-    brings its learning rate and weight decay.
+    """Build the optimizer that the configuration names, one of `choices.OPTIMIZERS`.
+
+    Args:
+        cfg: Training configuration.
+        groups: Parameter groups of a method, each with its learning rate and weight decay.
     """
     adam: dict[str, Any] = {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon}
     match cfg.optimizer.lower():
@@ -114,13 +138,13 @@ def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
     # One kernel for all parameters: on a CPU the default takes them one by one, and twice as many
     # cost twice as much.
     optimizer = torch.optim.AdamW(groups, **adam, fused=True)
-    # A gradient scaler would let its kernel leave a step out, and the hooks after a step would run.
+    # With this flag a gradient scaler lets the kernel skip a step, but the hooks after a step run.
     cast(Any, optimizer)._step_supports_amp_scaling = False
     return optimizer
 
 
 def build_scheduler(cfg: RunConfig, optimizer: Optimizer, steps: int) -> Any:
-    """The learning-rate schedule over ``steps`` optimizer steps, warm-up included."""
+    """Build the learning-rate schedule over ``steps`` optimizer steps, warm-up included."""
     return get_scheduler(
         cfg.lr_scheduler,
         optimizer=optimizer,

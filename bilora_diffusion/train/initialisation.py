@@ -1,0 +1,179 @@
+"""First values of the primaries where ``init_lora_weights`` needs weights or gradients.
+
+PiSSA starts from the base weights. LoRA-GA starts from the mean gradient of the base weights, of
+which the device holds one layer's at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .. import adapters
+from ..adapters import INITIAL
+from ..config.run import RunConfig
+from ..core.errors import TrainingError
+from ..core.seeds import seed_of
+from ..inits import compute, needs_gradient
+from ..methods import Target
+from .task import Task
+
+FP16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
+"""Factors of the loss where weights are fp16, until no gradient overflows."""
+logger = logging.getLogger(__name__)
+
+
+def initialise(
+    task: Task, targets: Sequence[Target], cfg: RunConfig, accelerator: Accelerator
+) -> bool:
+    """Give the primaries of a task's models the first values that their init asks for.
+
+    Every process computes all of it; then the values of the first are given to the others, so that
+    they agree bit by bit whatever the device does in parallel.
+
+    Args:
+        task: What is trained, prepared by `accelerator`.
+        targets: Its models after `Method.setup`.
+        cfg: Training configuration.
+        accelerator: Engine.
+
+    Returns:
+        True if there was anything to do.
+
+    Raises:
+        UserError: The loss reaches no layer of a model.
+        TrainingError: A loss or a gradient is not finite.
+    """
+    initialised = [target for target in targets if adapters.layers(target.model, INITIAL)]
+    gradients: Mapping[str, Mapping[str, Tensor]] = {}
+    if any(needs_gradient(target.spec.init) for target in initialised):
+        models = {target.name: target.model for target in initialised}
+        gradients = mean_gradients(task, models, cfg, accelerator.device)
+    for target in initialised:
+        seed = seed_of(cfg.seed, target.name)
+        compute(target.model, target.spec, gradients.get(target.name), seed)
+        # Kernels on several devices may round in another order.
+        if accelerator.num_processes > 1:
+            for parameter in adapters.parameters(target.model, INITIAL):
+                torch.distributed.broadcast(parameter.detach(), src=0)
+        adapters.start_from_initial(target.model)
+    return bool(initialised)
+
+
+def mean_gradients(
+    task: Task, models: Mapping[str, nn.Module], cfg: RunConfig, device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """The mean gradient of a task's own loss over `lora_ga_samples`, at the base weights.
+
+    The samples are those of a step that no run reaches, so that training sees the data that it
+    would see without; they depend neither on how they are cut nor on how many processes there are.
+
+    Args:
+        task: Gives samples, noise and loss; its module runs as in training.
+        models: The adapted models by name.
+        cfg: Training configuration.
+        device: Where the module computes.
+
+    Returns:
+        By model and by module path, in the weight's shape, fp32 or wider, on the CPU. A layer that
+        the loss does not reach is missing.
+
+    Raises:
+        TrainingError: A loss or a gradient is not finite.
+    """
+    samples, size = cfg.lora_ga_samples, cfg.train_batch_size
+    step = task.num_samples << 32  # a whole number of epochs, beyond every run
+    schedule = [(step, tuple(range(i, min(i + size, samples)))) for i in range(0, samples, size)]
+    logger.info("lora-ga: the mean gradient of %d samples", samples)
+    # A loss that is too large overflows in fp16, one that is too small vanishes: the largest scale
+    # that works is the most exact, and is divided out again.
+    scales = FP16_SCALES if has_fp16_layers(models) else (1.0,)
+    infinite_layers: list[str] = []
+    for scale in scales:
+        with contextlib.ExitStack() as stack:
+            sums = {}
+            for name, model in models.items():
+                sums[name] = stack.enter_context(collecting(model))
+            for batch in task.micro_batches(schedule, samples):
+                # Dropout by a seed of its own, so that training goes on as without this pass.
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    torch.manual_seed(seed_of(cfg.seed, "lora-ga", batch.slots[0]))
+                    losses = task.module(batch.on(device))  # (slots,)
+                if not losses.isfinite().all():
+                    raise TrainingError(
+                        "the loss that lora-ga starts from is not finite for"
+                        f" {', '.join(batch.names)}: look at these samples or use"
+                        " --init_lora_weights default."
+                    )
+                (losses.sum() * (scale / samples)).backward()
+        infinite_layers = []
+        for name, layer_sums in sums.items():
+            for path, gradient in layer_sums.items():
+                if not gradient.isfinite().all():
+                    infinite_layers.append(f"{name}.{path}")
+        if not infinite_layers:
+            for layer_sums in sums.values():
+                for gradient in layer_sums.values():
+                    gradient.div_(scale)
+            return sums
+    raise TrainingError(
+        f"the gradient of {infinite_layers[0]} is not finite, so lora-ga can't start from it: use"
+        " --mixed_precision bf16 or no, or another --init_lora_weights."
+    )
+
+
+def has_fp16_layers(models: Mapping[str, nn.Module]) -> bool:
+    """Test that a layer that is initialised has base weights in fp16."""
+    for model in models.values():
+        for _, layer in adapters.layers(model, INITIAL):
+            if adapters.base_weight(layer).dtype == torch.float16:
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within the context backward passes add up the gradients of the base weights.
+
+    The adapters are off, so these are the gradients of the model as it came. Each goes to the CPU
+    as soon as it is computed, and `.grad` is freed: the device never holds more than one layer's,
+    the CPU holds all of them in fp32. Afterwards everything requires the gradients that it
+    required.
+
+    Yields:
+        By module path, the sum over all backward passes so far, in the weight's shape, fp32 or
+        wider.
+    """
+    sums: dict[str, Tensor] = {}
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    hooks = []
+    try:
+        with adapters.only(model, ()):
+            # Nothing but these weights needs a gradient, which would take memory.
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            for path, layer in adapters.layers(model, INITIAL):
+                weight = adapters.base_weight(layer).requires_grad_(True)
+                adder = partial(_add_gradient, sums, path)
+                hooks.append(weight.register_post_accumulate_grad_hook(adder))
+            yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _add_gradient(sums: dict[str, Tensor], path: str, weight: Tensor) -> None:
+    gradient = cast(Tensor, weight.grad).detach()
+    weight.grad = None  # frees the device's memory before the next layer's backward pass
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    on_cpu = gradient.to("cpu", dtype)
+    sums[path] = sums[path].add_(on_cpu) if path in sums else on_cpu

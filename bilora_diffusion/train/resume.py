@@ -1,0 +1,148 @@
+"""Checkpoints of a run: what is saved of it, and what must be the same to go on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Set
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from .. import adapters
+from ..config.run import HELDOUT_OPTIONS, RunConfig
+from ..methods import Method
+from ..run import checkpoint
+from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
+from ..run.content import require_same_content
+from .optimizers import StepLayout
+from .outcome import Outcome
+
+
+class Resumable(Protocol):
+    """The parts of a `loop.Trainer` that a checkpoint holds, or that must be the same to go on."""
+
+    cfg: RunConfig
+    accelerator: Accelerator
+    method: Method
+    optimizer: Any  # as the engine prepared it
+    lr_scheduler: Any
+    outcome: Outcome
+    layout: StepLayout
+    num_steps: int
+    step: int
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Record of the training and the held-out samples (`run.content`)."""
+        ...
+
+
+def save(trainer: Resumable, folder: Path) -> None:
+    """Write a checkpoint of the current step; only the main process does."""
+    cfg, scaler = trainer.cfg, trainer.accelerator.scaler
+    if trainer.accelerator.is_main_process:
+        saved = Checkpoint(
+            step=trainer.step,
+            tensors=_tensors(trainer),
+            optimizer=trainer.optimizer.optimizer.state_dict(),
+            scheduler=trainer.lr_scheduler.state_dict(),
+            scaler=None if scaler is None else scaler.state_dict(),
+            extra={
+                **_sizes(trainer),
+                "config": cfg.resume_settings(),
+                "content": trainer.content,
+                "method": trainer.method.state_dict(),
+                **trainer.outcome.state_dict(),
+            },
+        )
+        checkpoint.save(folder, saved)
+        if cfg.checkpoints_total_limit:
+            checkpoint.prune(folder, cfg.checkpoints_total_limit)
+    trainer.accelerator.wait_for_everyone()
+
+
+def load(trainer: Resumable, path: Path) -> None:
+    """Continue exactly where a checkpoint was written; once, on a new trainer.
+
+    Raises:
+        UserError: The checkpoint is damaged, or belongs to a run with another configuration or
+            other data.
+    """
+    saved = checkpoint.load(path)
+    with checkpoint.unaltered(path):
+        _require_same_run(trainer, saved)
+        load_tensors(_tensors(trainer), saved.tensors)
+        # What an init has taken out of the base weights is taken out of the loaded ones again.
+        for target in trainer.method.targets:
+            adapters.subtract_initial(target.model)
+        trainer.optimizer.optimizer.load_state_dict(saved.optimizer)
+        trainer.lr_scheduler.load_state_dict(saved.scheduler)
+        if saved.scaler is not None and trainer.accelerator.scaler is not None:
+            trainer.accelerator.scaler.load_state_dict(saved.scaler)
+        trainer.method.load_state_dict(saved.extra["method"])
+        trainer.outcome.load_state_dict(saved.extra)
+        trainer.step = saved.step
+
+
+def _tensors(trainer: Resumable) -> dict[str, Tensor]:
+    """Tensors of the models, the average and the best weights, which `load` writes in place."""
+    return {**trainer.method.tensors(), **trainer.outcome.tensors()}
+
+
+def _sizes(trainer: Resumable) -> dict[str, int]:
+    return {"step_size": trainer.layout.step_size, "num_steps": trainer.num_steps}
+
+
+def _require_same_run(trainer: Resumable, saved: Checkpoint) -> None:
+    cfg, sizes = trainer.cfg, _sizes(trainer)
+    options = cfg.resume_settings()
+    # How a step is cut and shared does not change its result.
+    free = {"train_batch_size", "gradient_accumulation_steps"}
+    # A run may become longer where no step depends on its length.
+    is_constant = cfg.lr_scheduler in ("constant", "constant_with_warmup")
+    if is_constant and not trainer.method.depends_on_length:
+        free |= {"max_train_steps", "num_train_epochs", "num_steps"}
+    # The sizes are saved beside the options, which they follow from together with the data.
+    saved_sizes = {name: saved.extra[name] for name in sizes}
+    require_same_work(
+        {**saved.extra["config"], **saved_sizes, "content": saved.extra.get("content")},
+        {**options, **sizes, "content": trainer.content},
+        options=options.keys(),
+        # Checkpoints of earlier versions hold options that are free today.
+        free=free | cfg.free_options,
+        depends_on_heldout=cfg.depends_on_heldout,
+    )
+
+
+def require_same_work(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    *,
+    options: Collection[str],
+    free: Set[str],
+    depends_on_heldout: bool,
+) -> None:
+    """Refuse to go on with a run or a search of other options, other data or another size.
+
+    Args:
+        saved: Options, sizes that follow from them and from the data, and under "content" the
+            record of the data. Earlier versions saved neither that nor the held-out options.
+        current: The same of this run.
+        options: Keys of the options.
+        free: Keys that may differ.
+        depends_on_heldout: As `run.content.require_same_content` takes it.
+
+    Raises:
+        UserError: Something differs; the sentence says what.
+    """
+    content = saved.get("content")
+    free = free | {"content"}
+    if content is None:
+        free |= HELDOUT_OPTIONS
+    sizes = current.keys() - set(options)
+    # Options first, then the data, then the sizes: the number of steps can follow from that of the
+    # samples, and the sentence names the cause.
+    require_same_settings(saved, current, free | sizes)
+    require_same_content(content, current["content"], depends_on_heldout)
+    require_same_settings(saved, current, free)

@@ -1,0 +1,128 @@
+"""A run of a search, which this process trains alone on models that are shared with other runs."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from ... import adapters
+from ...core.errors import Diverged
+from ...run import checkpoint, lock
+from ...run.folder import FIT
+from ...run.interruption import Stop
+from ...run.record import RUN, read_metrics, read_run
+from .. import setup
+from ..task import BY_SAMPLE
+from .halving import Curve, Trial
+from .space import title
+
+TOO_LARGE = "does not fit the memory of the device"
+logger = logging.getLogger(__name__)
+
+
+class SearchStopped(KeyboardInterrupt):
+    """A signal ended a run of a search; the argument is its `Stop`."""
+
+
+class LoneProcess(Accelerator):
+    """accelerate's engine for a run of this process alone, also where it is one of several.
+
+    The runs of a search are shared among processes, so within a run no process waits for another.
+    """
+
+    num_processes = 1
+    process_index = 0
+    local_process_index = 0
+    is_main_process = True
+    is_local_main_process = True
+    use_distributed = False
+    distributed_type = DistributedType.NO
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        return tensor
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+def train_trial(script: setup.Script[Any], task: Any, folder: Path, trial: Trial) -> Curve | str:
+    """Bring the run of a trial to its steps, and give the models back as they were.
+
+    Args:
+        script: Script of the search.
+        task: Task of the trial.
+        folder: Run folder of the trial; an earlier run in it goes on.
+        trial: Candidate, fold and steps.
+
+    Returns:
+        Losses of the run, or why it can't come so far.
+
+    Raises:
+        SearchStopped: A signal ended the run.
+    """
+    has_room = True
+    try:
+        # A run that diverged has the reason in its record, where `read_curve` finds it.
+        with suppress(Diverged):
+            stop = _run(script, task, folder, trial.steps)
+            if stop is not None:
+                raise SearchStopped(stop._replace(run=f"{FIT}/{folder.name}"))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        has_room = False
+    if not has_room:
+        # Only here the error is gone, and with it the frames that hold the run's tensors.
+        gc.collect()
+        torch.cuda.empty_cache()
+        logger.warning("fit: %s %s, so it is left out", title(trial.candidate), TOO_LARGE)
+        return TOO_LARGE
+    curve = read_curve(folder, trial.steps)
+    assert curve is not None
+    return curve
+
+
+def _run(script: setup.Script[Any], task: Any, folder: Path, steps: int) -> Stop | None:
+    accelerator = setup.build_accelerator(task.cfg, LoneProcess)
+    with ExitStack() as stack:
+        stack.enter_context(lock.hold(folder))
+        # The next run begins with the models as they were loaded.
+        for target in task.targets():
+            stack.enter_context(adapters.restored(target.model, target.spec))
+        # A promoted candidate goes on from where its run ended on the rung below.
+        latest = checkpoint.latest(folder)
+        stop = setup.run(script, task, accelerator, folder, latest, last_step=steps)
+        setup.free_memory(accelerator)
+    return stop
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Test that an error, or one that it was raised from, says that a device's memory is full."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__
+    return error is not None
+
+
+def read_curve(folder: Path, steps: int) -> Curve | str | None:
+    """Losses of a run up to a step, or why it can't come so far; None where it did not yet."""
+    if max(checkpoint.steps(folder), default=0) >= steps:
+        curve = {}
+        for row in read_metrics(folder):
+            losses = [value for name, value in row.items() if name.startswith(BY_SAMPLE)]
+            if losses and row["step"] <= steps:
+                # A loss that is not finite is null in JSON.
+                curve[row["step"]] = np.array([math.inf if v is None else v for v in losses])
+        return curve
+    if not (folder / RUN).exists():
+        return None
+    record = read_run(folder)
+    return record["error"] if record["results"].get("diverged") else None
