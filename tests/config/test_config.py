@@ -88,8 +88,10 @@ def test_what_a_command_line_means(read, words, expected):
     assert {name: getattr(cfg, name) for name in expected} == expected
 
 
-def test_spellings_mean_the_same():
+def test_spellings_mean_the_same_and_a_set_brings_its_prompts():
     assert resolve(["--dataset_name=mini"]) == resolve(["--dataset-name", "mini"]) == mini()
+    prompts = icons().validation_prompts
+    assert (prompts[0], len(prompts)) == ("a TOK icon of a rabbit, in the style of TOK", 6)
 
 
 CUDA, CPU = {"kind": "cuda"}, {"kind": "cpu"}

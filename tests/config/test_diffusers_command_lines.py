@@ -44,11 +44,12 @@ FOREIGN = constraints.table().foreign["image"]
 RECORD = Path(__file__).parents[1] / "references" / "diffusers_flags.json"
 OF_ALL_SCRIPTS = json.loads(RECORD.read_text(encoding="utf-8"))["flags"]
 # Where images and models come from, and what goes on from elsewhere or leaves the machine.
-ASIDE = """
+PLACES = """
     pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant cache_dir
     instance_data_dir instance_prompt dataset_name caption_column
     resume_from_checkpoint push_to_hub hub_token
 """
+RANDOM = DEFAULTS.keys() - set(PLACES.split())
 # What is drawn for a flag; for others what the record gives, and True for the bare flag.
 VALUES: dict[str, tuple[Any, ...]] = {
     **{
