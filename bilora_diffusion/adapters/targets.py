@@ -62,7 +62,7 @@ class AdapterSpec:
     modules_to_save: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, cfg: RunOptions, **target_settings: Any) -> Self:
+    def of(cls, cfg: RunOptions, **other_fields: Any) -> Self:
         """The shape that a run's configuration asks for, on the targets that the task names."""
         return cls(
             rank=cfg.rank,
@@ -70,7 +70,7 @@ class AdapterSpec:
             dropout=cfg.lora_dropout,
             init=cfg.init_lora_weights,
             use_dora=cfg.use_dora,
-            **target_settings,
+            **other_fields,
         )
 
     def __post_init__(self) -> None:
@@ -103,26 +103,22 @@ def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
     modules = _modules_without_adapter_internals(root)
     if spec.target_modules == ALL_LINEAR:
         linear = adaptable(model)
-        found = {key: module for key, module in modules.items() if key in linear}
+        matches = [key for key in modules if key in linear]
     else:
         config = LoraConfig(target_modules=peft_targets(spec))
-        found = {
-            key: module
-            for key, module in modules.items()
-            if check_target_module_exists(config, key)
-        }
-    found = {k: m for k, m in found.items() if not is_within(k, spec.modules_to_save)}
-    if not found:
+        matches = [key for key in modules if check_target_module_exists(config, key)]
+    targets = {key: modules[key] for key in matches if not is_within(key, spec.modules_to_save)}
+    if not targets:
         linear = [key for key, module in modules.items() if _is_linear(module)]
-        shown = ", ".join(linear[:5]) or "none"
+        examples = ", ".join(linear[:5]) or "none"
         raise UserError(
             f"target_modules {spec.target_modules!r} matches no layer of {type(root).__name__}; "
-            f"its linear layers are called, for example: {shown}."
+            f"its linear layers are called, for example: {examples}."
         )
-    for key, module in found.items():
+    for key, module in targets.items():
         if reason := _unsupported(root, key, module):
             raise UserError(f'The target "{key}" {reason}; take it out of target_modules.')
-    return found
+    return targets
 
 
 def adaptable(model: nn.Module, convolutions: bool = False) -> list[str]:
@@ -131,13 +127,13 @@ def adaptable(model: nn.Module, convolutions: bool = False) -> list[str]:
     """
     root = plain_model(model)
     head = output_head(root)
-    return [
-        key
-        for key, module in _modules_without_adapter_internals(root).items()
-        if (isinstance(base_of(module), _CONVOLUTIONS) if convolutions else _is_linear(module))
-        and module is not head
-        and not _unsupported(root, key, module)
-    ]
+    paths = []
+    for path, module in _modules_without_adapter_internals(root).items():
+        is_convolution = isinstance(base_of(module), _CONVOLUTIONS)
+        is_wanted = is_convolution if convolutions else _is_linear(module)
+        if is_wanted and module is not head and not _unsupported(root, path, module):
+            paths.append(path)
+    return paths
 
 
 def plain_model(model: nn.Module) -> nn.Module:

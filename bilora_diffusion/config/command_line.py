@@ -61,13 +61,16 @@ class Sentences(argparse.ArgumentParser):
         try:
             return read(text)
         except ValueError as error:
-            flag, fix = action.option_strings[0], "give a whole number" if read is int else error
-            raise UserError(f"{flag} is {quoted(text)}: {fix}.") from error
+            # Readers of `fields` say themselves what they take; int does not.
+            fix = "give a whole number" if read is int else error
+            raise UserError(f"{action.option_strings[0]} is {quoted(text)}: {fix}.") from error
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a ``UserError``."""
         flag = re.match(r"argument (--\w+).*expected", message)
-        raise UserError(f"{flag[1]} has no value: put one after it." if flag else f"{message}.")
+        if flag is not None:
+            raise UserError(f"{flag[1]} has no value: put one after it.")
+        raise UserError(f"{message}.")
 
 
 class CommandLine(Sentences):
@@ -118,7 +121,9 @@ class CommandLine(Sentences):
                 that can't be read.
         """
         flags = self.explicit(argv)
-        recipe = self._recipe(find_recipe(flags["config"])) if "config" in flags else {}
+        recipe: dict[str, Any] = {}
+        if "config" in flags:
+            recipe = self._recipe(find_recipe(flags["config"]))
         # A flag is meant to be used: it overrules its alternative in the recipe, in either order.
         for first, second in alternatives:
             for option, alternative in ((first, second), (second, first)):

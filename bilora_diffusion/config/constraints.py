@@ -166,5 +166,6 @@ def fact_text(name: str, value: Any) -> str:
         return table().facts[name].format(value)
     if value is True or name == "hub_token":
         return f"--{name}"
-    is_plain = not isinstance(value, str) or PLAIN_VALUE.fullmatch(value)
-    return f"--{name} {value}" if is_plain else f'--{name} "{value}"'
+    if isinstance(value, str) and not PLAIN_VALUE.fullmatch(value):
+        value = f'"{value}"'
+    return f"--{name} {value}"

@@ -42,7 +42,9 @@ def processes() -> int:
     if not is_on_cpu and ("LOCAL_RANK" not in os.environ or device_type() == "cpu"):
         return 1
     # The variables of MPI count on CPUs alone.
-    variables = [*MPI_SIZES, "WORLD_SIZE"] if is_on_cpu else ["WORLD_SIZE"]
+    variables = ["WORLD_SIZE"]
+    if is_on_cpu:
+        variables = [*MPI_SIZES, *variables]
     for variable in variables:
         if variable in os.environ:
             return int(os.environ[variable])
@@ -115,4 +117,6 @@ def default_precision() -> str:
     # Emulated bf16, on cards before Ampere, is slower than fp16.
     import torch
 
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp16"

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from ..config import constraints
 from ..config.command_line import CommandLine
-from ..config.notes import without_ignored_options
 from ..config.recipe import read_options
+from ..config.resolving import without_ignored_options
 from ..core.errors import UserError, is_main_process, placed
 from ..core.fields import check, options_of
 from ..core.files import quoted

@@ -126,7 +126,9 @@ class DreamBooth:
         """Names and hashes of the held-out images."""
         return [] if self.validation is None else self.validation.sample_contents()
 
-    def with_config(self, cfg: Any, fold: Fold | None = None, is_trial: bool = False) -> DreamBooth:
+    def with_config(
+        self, cfg: DreamBoothConfig, fold: Fold | None = None, is_trial: bool = False
+    ) -> DreamBooth:
         """The same models, latents and prompts for a run of another configuration; see `Task`."""
         images, validation = self.stream.images, self.validation
         if fold is not None:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 from torch import nn
 
+from ..config.run import RunConfig
 from ..methods import Target
 from ..run.content import SampleContent
 
@@ -54,14 +55,15 @@ class MicroBatch:
         return cast(dict[str, Any], send_to_device(inputs, device, non_blocking=is_gpu))
 
 
+Config = TypeVar("Config", bound=RunConfig)
 Fold = tuple[Sequence[int], Sequence[int]]
 """Positions of the samples to learn from, and of those to hold out."""
 
 
-class Task(Protocol):
+class Task(Protocol[Config]):
     """What `loop.run` trains; its models, and what is encoded of its data, serve several runs."""
 
-    cfg: Any  # its `RunConfig`
+    cfg: Config
 
     @property
     def module(self) -> nn.Module:
@@ -127,7 +129,9 @@ class Task(Protocol):
         """Names and hashes of the held-out samples, in order; [] without a set."""
         ...
 
-    def with_config(self, cfg: Any, fold: Fold | None = None, is_trial: bool = False) -> Task:
+    def with_config(
+        self, cfg: Config, fold: Fold | None = None, is_trial: bool = False
+    ) -> Task[Config]:
         """A task of another configuration on the same models and what is encoded.
 
         Args:

@@ -35,25 +35,19 @@ BAD_COMMAND_LINES = [
     (f"{IMAGE} --rho 0", ["--rho is 0.0", "above 0"]),
     (f"{TEXT} --rho nan", ["--rho is nan"]),
     (f"{IMAGE} --rank=-{'1' * 400}", ["400 digits", "1 or more"]),
-    (f"{IMAGE} --learning_rate 1e-300", ["--learning_rate"]),
     (f"{IMAGE} --train_batch_size 60000 --gradient_accumulation_steps 60000", ["60000", "smaller"]),
-    (f"{IMAGE} --resolution 100", ["100", "multiple of 8"]),
     (f"{TEXT} --hub_model_id {LATIN}", ["--hub_model_id"]),
     (f"{IMAGE} --output_dir a\0b", ["--output_dir"]),
     (f"{IMAGE} --resume_from_checkpoint ~no-such-user/x", ["~no-such-user"]),
     # Packages, the hub, the device.
     (f"{IMAGE} --optimizer prodigy", ["pip install 'prodigyopt'"]),
     (f"{IMAGE} --push_to_hub", ["--push_to_hub", "hf auth login"]),
-    (f"{TEXT} --mixed_precision fp16", ["fp16", "the device cpu"]),
     (f"{IMAGE} --push_to_hub --hub_token hf_x --report_to wandb", ["--hub_token", "hf auth login"]),
     # Images and models; tests/image has more of sets.
     (f"{IMAGE} --dataset {{tmp}}/full", ["--dataset stands twice", "list of concepts"]),
     (f"{FOLDER} a/b --instance_data_dir x --instance_data_dir y", ["--instance_data_dir stands"]),
     ("--dataset a/b", ["a/b", "--instance_prompt", "--caption_column"]),
-    (f"{IMAGE} --validation_dataset held_out", ["held_out", "OWNER/NAME"]),
-    (f"{IMAGE} --validation_prompts {{tmp}}/empty.txt", ["empty.txt"]),
     (f"{IMAGE} --variant fp16", ["--variant", "fp16"]),
-    (f"{IMAGE} --pretrained_model_name_or_path {{tmp}}/full", ["model_index.json", "full"]),
     (f"{IMAGE} --pretrained_model_name_or_path {{tmp}}/other", ["it has no text_encoder_2"]),
     (f"{IMAGE} --bnb_quantization_config_path {{tmp}}/int8.json", ["int8.json", "--quantize nf4"]),
     (f"{IMAGE} --disk_cache {{tmp}}/a.zip/cache", ["--disk_cache", "auto, or no"]),
@@ -66,7 +60,6 @@ BAD_COMMAND_LINES = [
     (f"{TEXT} --compile", ["--compile is no option here", "drop it"]),
     (f"{TEXT}-2", ["sst2-2", "sst2"]),
     (f"{ROWS} {{tmp}}/none.jsonl", ["none.jsonl", "does not exist"]),
-    (f"{ROWS} a.jsonl --train_file b.jsonl", ["--train_file stands twice"]),
     (f"{ROWS} {{tmp}}/pipe.jsonl", ["pipe.jsonl", "not a file of rows"]),
 ]
 
@@ -78,7 +71,6 @@ def folder(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("full/a.png", "a.zip"):
         (tmp_path / name).touch()
-    (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "int8.json").write_text('{"load_in_8bit": true}')
     os.mkfifo(tmp_path / "pipe.jsonl")
     index = json.loads((mini.pipeline_dir() / "model_index.json").read_text())

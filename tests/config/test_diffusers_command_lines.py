@@ -44,15 +44,19 @@ FOREIGN = constraints.table().foreign["image"]
 RECORD = Path(__file__).parents[1] / "references" / "diffusers_flags.json"
 OF_ALL_SCRIPTS = json.loads(RECORD.read_text(encoding="utf-8"))["flags"]
 # Where images and models come from, and what goes on from elsewhere or leaves the machine.
-ASIDE = {
-    *("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"),
-    *("pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir"),
-    *("dataset_name", "caption_column"),
-    *("resume_from_checkpoint", "push_to_hub", "hub_token"),
-}
+PLACES = """
+    pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant cache_dir
+    instance_data_dir instance_prompt dataset_name caption_column
+    resume_from_checkpoint push_to_hub hub_token
+"""
+RANDOM = DEFAULTS.keys() - set(PLACES.split())
 # What is drawn for a flag; for others what the record gives, and True for the bare flag.
 VALUES: dict[str, tuple[Any, ...]] = {
-    **{name: OF_ALL_SCRIPTS[name]["given"] or (True,) for name in DEFAULTS if name not in ASIDE},
+    **{
+        name: OF_ALL_SCRIPTS[name]["given"] or (True,)
+        for name in DEFAULTS
+        if name not in ASIDE.split()
+    },
     "repeats": (1, 3, 10),
     "class_data_dir": ("class-images",),
     "num_class_images": (4, 100, 1000),

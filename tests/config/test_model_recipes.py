@@ -67,7 +67,7 @@ def test_a_file_wins_over_a_recipe_of_its_name(tmp_path, monkeypatch):
     assert find_recipe("krea2") == Path("krea2")
 
 
-@pytest.mark.parametrize("name", ["flux2_klien", "", "../pyproject", "a\0b", "x" * 5000])
+@pytest.mark.parametrize("name", ["flux2_klien", "a\0b"])
 def test_a_name_of_no_recipe_is_a_sentence(name):
     with pytest.raises(UserError, match=r"^--config .* is neither a file nor a recipe"):
         find_recipe(name)

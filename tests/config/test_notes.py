@@ -87,8 +87,6 @@ def test_an_evaluation_without_rows_is_named(tmp_path, caplog):
     [
         (f"{MINI} --rank 16", "--lora_alpha 32"),
         (f"{PRODIGY} --learning_rate 1e-4", "--learning_rate 0.0001"),
-        (f"{MINI} --keep_best", "every 25 steps"),
-        (f"{MINI} --lr_scheduler constant_with_warmup", "--lr_warmup_steps"),
         (f"{MINI} --use_dora", "A1111"),
         (f"{MINI} --use_dora --no_output_kohya_format", None),
         (MINI, None),

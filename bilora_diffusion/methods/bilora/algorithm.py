@@ -18,7 +18,7 @@ from ...core.errors import UserError
 from ..base import MethodOptions, StepOptimizer, Target
 from ..hooks import turn_gradients, unwrapped
 from ..registry import register
-from .auxiliary import learning_rate
+from .options import auxiliary_rate
 from .per_sample import assign, create_auxiliary
 from .radius import AutoRadius
 from .state import AuxiliaryMethod
@@ -93,7 +93,7 @@ class BiLoRA(AuxiliaryMethod):
             groups.append(
                 {
                     "params": self.auxiliary.parameters(model),
-                    "lr": learning_rate(self.options, target, targets[0]),
+                    "lr": auxiliary_rate(self.options, target.lr, targets[0].lr),
                     "weight_decay": 0.0,
                     "maximize": self.is_ascending,
                     "name": f"{target.name}.{AUXILIARY}",

@@ -13,8 +13,6 @@ from ... import adapters
 from ...adapters import AUXILIARY
 from ...core.errors import UserError
 from .. import perturb
-from ..base import Target
-from ..options import MethodOptions
 from . import ball
 
 Layers = Sequence[tuple[str, adapters.LoraLayer]]
@@ -125,25 +123,6 @@ def norm_scales(layers: Layers, rho_norm: str, adapter: str = AUXILIARY) -> list
     if rho_norm == "unscaled":
         return [1.0 for _ in layers]  # Eq. 10 to the letter
     return [float(layer.scaling[adapter]) for _, layer in layers]
-
-
-def learning_rate(options: MethodOptions, target: Target, first: Target) -> float:
-    """eta_2 for a model: the primary's rate, or the given one in the ratio of the models' rates.
-
-    Raises:
-        UserError: the first model's rate is 0, so there is no ratio.
-    """
-    rate = options.auxiliary_learning_rate
-    if rate is None:  # Appendix G: the primary's
-        return target.lr
-    if target.lr == first.lr:
-        return rate
-    if first.lr == 0:
-        raise UserError(
-            f"The learning rate of {first.name} is 0, so auxiliary_learning_rate {rate} has no "
-            f"ratio to keep for {target.name}; leave auxiliary_learning_rate out."
-        )
-    return rate * target.lr / first.lr
 
 
 def check_groups(
