@@ -132,9 +132,13 @@ class RecordedRun:
         recorded_runs.make(folder, config.method, run.seed, (0, 1, 2), options, losses=LOSSES)
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": 2, **SCORES}) + "\n")
-        source = train_text_once("causal", "bilora", method="bilora")
-        for name in (ADAPTER, "adapter_config.json"):
-            shutil.copy(source / name, folder)
+        if config.method == "full":
+            source = train_text_once("causal", "full", method="full")
+            shutil.copytree(source / "model", folder / "model")
+        else:
+            source = train_text_once("causal", "lora", method="lora")
+            for name in (ADAPTER, "adapter_config.json"):
+                shutil.copy(source / name, folder)
 
     def is_running(self) -> bool:
         return False
