@@ -290,7 +290,7 @@ def save_adapter(
     return {
         "layers": len(adapters.layers(model, PRIMARY)),
         "parameters": sum(value.numel() for value in tensors.values()),
-        "whole_modules": sorted(adapters.whole(model, PRIMARY)),
+        "whole_modules": sorted(adapters.head_parameters(model, PRIMARY)),
         "readback_difference": 0.0,
     }
 
