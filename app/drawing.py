@@ -21,7 +21,7 @@ from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core.errors import UserError, reason, strip_controls
 from bilora_diffusion.core.files import is_file
 from bilora_diffusion.core.values import GUIDANCES, SAMPLER_STEPS, STRENGTHS
-from bilora_diffusion.export.checkpoints import export_checkpoint
+from bilora_diffusion.export.conversion import export_checkpoint
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline

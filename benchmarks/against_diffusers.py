@@ -19,6 +19,7 @@ what its first round left on disk. The JSON file holds no paths, so it can be po
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shlex
@@ -88,7 +89,7 @@ def command(
     label: str, folder: Path, seed: int, images: Path, args: argparse.Namespace
 ) -> list[str]:
     """Words after ``python`` of a variant's command line, or of diffusers' script (``PEER``)."""
-    same = (
+    shared = (
         f"--instance_data_dir {images} --rank {RANK}"
         f" --resolution {args.resolution} --train_batch_size {args.batch}"
         f" --max_train_steps {args.steps} --checkpointing_steps {args.steps + 1}"
@@ -96,7 +97,7 @@ def command(
         " --gradient_accumulation_steps 1 --learning_rate 1e-3 --lr_scheduler constant"
         " --lr_warmup_steps 0 --num_validation_images 0"
     )
-    words = [*same.split(), "--instance_prompt", PROMPT]
+    words = [*shared.split(), "--instance_prompt", PROMPT]
     words += ["--pretrained_model_name_or_path", args.model]
     if label == PEER:
         return [str(args.script), *words, *args.peer_flags]
@@ -131,30 +132,40 @@ def run(
     Raises:
         TrainingError: it failed, or showed no progress bar.
     """
+    # Every step shows on the bar, however fast it is.
     bars = {**environment, "TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}
     began, ticks, pipe = time.perf_counter(), [], subprocess.PIPE
     gpu = None if environment.get("CUDA_VISIBLE_DEVICES") == "" else GPUMemory()
     with log.open("wb") as output, gpu or nullcontext():
         process: Any = subprocess.Popen(watched(words), stdout=pipe, stderr=pipe, env=bars)
         while block := os.read(process.stderr.fileno(), 2**16):
-            now = time.perf_counter() - began
+            # A block may hold several refreshes of a bar, which end in a carriage return.
+            elapsed = time.perf_counter() - began
             output.write(block)
-            ticks += [(int(done), int(total), now) for done, total in STEP.findall(block)]
+            for step, total in STEP.findall(block):
+                ticks.append((int(step), int(total), elapsed))
         resident, ended = process.stdout.read(), process.wait()
-        whole = time.perf_counter() - began
+        total_seconds = time.perf_counter() - began
     if ended:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
         raise TrainingError(f"{Path(words[0]).name} ended with {ended}:\n" + "\n".join(last))
-    first, *others = taken_at(ticks, steps)
-    gaps = [later - earlier for earlier, later in zip([first, *others], others, strict=False)]
-    step = statistics.median(gaps) if gaps else first
-    memory = int(resident) * KIBI
-    figures = {"seconds": whole, "start": max(0.0, first - step), "step": step, "memory": memory}
-    return figures if gpu is None else {**figures, "gpu_memory": gpu.highest}
+    ends = step_ends(ticks, steps)
+    durations = [later - earlier for earlier, later in itertools.pairwise(ends)]
+    # The first step compiles and warms up, so it counts for the start.
+    step_seconds = statistics.median(durations) if durations else ends[0]
+    figures = {
+        "seconds": total_seconds,
+        "start": max(0.0, ends[0] - step_seconds),
+        "step": step_seconds,
+        "memory": int(resident) * KIBI,
+    }
+    if gpu is not None:
+        figures["gpu_memory"] = gpu.highest
+    return figures
 
 
-def taken_at(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float]:
-    """When each step of the training was done, from all that progress bars showed.
+def step_ends(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float]:
+    """When each step of the training ended, from all that progress bars showed.
 
     Loading shows bars too: the training's is, of those of so many steps, the one that took longest.
 
@@ -162,14 +173,18 @@ def taken_at(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float]
         ticks: steps done, of how many, and when.
     """
     bars: list[dict[int, float]] = [{}]
-    for done, _, now in (tick for tick in ticks if tick[1] == steps):
-        bars += [{}] if done == 0 else []
-        bars[-1].setdefault(done, now)
+    for step, total, elapsed in ticks:
+        if total != steps:
+            continue
+        if step == 0:
+            bars.append({})
+        bars[-1].setdefault(step, elapsed)
     bars = [bar for bar in bars if bar.get(steps)]
     if not bars:
         raise TrainingError(f"no bar of {steps} steps is shown: give diffusers' own as --script.")
+    # A bar of so many steps may be one of loading; training takes longer.
     longest = max(bars, key=lambda bar: bar[steps] - min(bar.values()))
-    return [longest[done] for done in sorted(longest) if done]
+    return [longest[step] for step in sorted(longest) if step > 0]
 
 
 def heldout_loss(lora: Path) -> float:
@@ -193,10 +208,10 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     measured: dict[str, list[dict[str, float]]] = {label: [] for label in (PEER, *args.variants)}
-    needed = {
-        name: estimate(command(name, folder / "dry", 0, images, args), environment)
-        for name in args.variants
-    }
+    estimates = {}
+    for name in args.variants:
+        words = command(name, folder / "dry", 0, images, args)
+        estimates[name] = estimate(words, environment)
 
     def work(label: str, number: int) -> float:
         out = folder / f"{label.split(',')[0]}-{number}"
@@ -207,7 +222,7 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             figures["heldout_loss"] = heldout_loss(out)
         if label != PEER:
             skipped = sum(row.get("skipped", False) for row in read_metrics(out))
-            figures |= {"estimate": needed[label], "skipped": skipped}
+            figures |= {"estimate": estimates[label], "skipped": skipped}
         measured[label].append(figures)
         print(f"round {number + 1}, {label}: {figures}", file=sys.stderr, flush=True)
         shutil.rmtree(out)
@@ -227,10 +242,10 @@ def summary(rounds: Sequence[Any], peer: Sequence[Any]) -> dict[str, dict[str, A
     """Medians of a variant's figures, and their paired ratios to the peer's with 95 % intervals."""
     row: dict[str, dict[str, Any]] = {}
     for name in rounds[0]:
-        values = [one[name] for one in rounds]
+        values = [figures[name] for figures in rounds]
         row[name] = {"median": statistics.median(values), "values": values}
         if name in peer[0]:
-            ratio, interval = paired_ratio(values, [one[name] for one in peer])
+            ratio, interval = paired_ratio(values, [figures[name] for figures in peer])
             row[name] |= {"ratio": ratio, "ratio_95": interval}
     return row
 

@@ -78,14 +78,19 @@ def command(name: str, folder: Path) -> tuple[str, list[str], list[str], list[st
         return IMAGE, images, none, ["--validation_dataset", "mini-heldout", *part]
     rows = catalog.packaged_rows(catalog.get("rotten_tomatoes"), "train")
     # The file is sorted by class.
-    for split, every, count in (("train", 133, 64), ("validation", 29, 290)):
-        own = [r for i, r in enumerate(rows) if not i % every and (split == "train" or i % 133)]
-        lines = [{"prompt": r["sentence"], "answer": str(r["label"])} for r in own[:count]]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"{split}.jsonl").write_text(text)
+    # Every 133rd row is trained on, and of every 29th the others judge.
+    train_indices = range(0, len(rows), 133)
+    validation_indices = [i for i in range(0, len(rows), 29) if i not in train_indices]
+    _write_reviews(folder / "train.jsonl", [rows[i] for i in train_indices[:64]])
+    _write_reviews(folder / "validation.jsonl", [rows[i] for i in validation_indices[:290]])
     base = [*COMMON, *REVIEWS, "--learning_rate", "5e-4", "--lr_scheduler", "constant"]
     base += ["--train_file", str(folder / "train.jsonl")]
     return TEXT, base, [], ["--validation_file", str(folder / "validation.jsonl")]
+
+
+def _write_reviews(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    lines = [json.dumps({"prompt": row["sentence"], "answer": str(row["label"])}) for row in rows]
+    file.write_text("".join(line + "\n" for line in lines))
 
 
 def run(script: str, options: Sequence[str], folder: Path) -> None:
@@ -97,49 +102,76 @@ def run(script: str, options: Sequence[str], folder: Path) -> None:
 
 def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, float], str, Any]:
     """Figures of one set and seed, the choice, and all curves on the truth by configuration."""
-    script, base, none, truth = command(name, folder / name / "data")
+    script, base, no_heldout, truth = command(name, folder / name / "data")
     base += ["--seed", str(seed), "--max_train_steps", str(steps)]
-    place = folder / name / f"seed-{seed}"
-    run(script, [*base, *none, "--fit"], place / "fit")
-    record: Any = read_search(place / "fit" / FIT_RECORD)
-    choice = record["choice"]
-    every = ["--validation_loss_steps", str(record["settings"]["every"])]
-    run(script, [*base, *truth, *every, "--fit"], place / "truth")
-    known: Any = read_search(place / "truth" / FIT_RECORD)
-    pairs = ((one["title"], zip(one["steps"], one["losses"], strict=True)) for one in known["runs"])
-    curves = {title: dict(curve) for title, curve in pairs}
-    given, own = curves.pop("as given")[steps], curves.setdefault(choice["title"], {})
-    alone = [*base, *arguments(tuple(choice["options"].items())), *truth]
-    if choice["steps"] not in own:
-        run(script, [*alone, *every], place / "choice")
-        rows = read_metrics(place / "choice")
-        own |= {row["step"]: row["heldout_loss"] for row in rows if row.get("heldout_loss")}
-    last: Any = read_run(place / "fit")["config"]  # of its last run, which saw no truth
-    course = ((name, str(last[name])) for name in ("lr_scheduler", "max_train_steps"))
-    run(script, [*alone, *arguments(tuple(course))], place / "last")
-    left, (best, *_) = read_metrics(place / "last")[-1]["heldout_loss"], lowest(curves)
-    values = {"regret": left / best - 1, "constant": own[choice["steps"]] / best - 1}
-    values |= {"configuration": lowest({"": own})[0] / best - 1, "gain": 1 - left / given}
-    values |= {"choice": left, "best": best, "given": given}
+    runs = folder / name / f"seed-{seed}"
+    run(script, [*base, *no_heldout, "--fit"], runs / "fit")
+    record: Any = read_search(runs / "fit" / FIT_RECORD)
+    choice = record["choice"]  # made without the truth
+    measured = ["--validation_loss_steps", str(record["settings"]["every"])]
+
+    # The same search, judged by the truth: configuration -> step -> loss.
+    run(script, [*base, *truth, *measured, "--fit"], runs / "truth")
+    true_record: Any = read_search(runs / "truth" / FIT_RECORD)
+    curves: dict[str, dict[int, float]] = {}
+    for entry in true_record["runs"]:
+        curves[entry["title"]] = dict(zip(entry["steps"], entry["losses"], strict=True))
+    command_loss = curves.pop("as given")[steps]
+
+    # The choice's own curve, where the search on the truth stopped before its step.
+    choice_curve = curves.setdefault(choice["title"], {})
+    chosen = [*base, *arguments(tuple(choice["options"].items())), *truth]
+    if choice["steps"] not in choice_curve:
+        run(script, [*chosen, *measured], runs / "choice")
+        for row in read_metrics(runs / "choice"):
+            if row.get("heldout_loss"):
+                choice_curve[row["step"]] = row["heldout_loss"]
+
+    # The choice as `--fit` trains with it in the end, by its own schedule.
+    fit_config: Any = read_run(runs / "fit")["config"]  # of its last run, which saw no truth
+    schedule = [(key, str(fit_config[key])) for key in ("lr_scheduler", "max_train_steps")]
+    run(script, [*chosen, *arguments(tuple(schedule))], runs / "last")
+    choice_loss = read_metrics(runs / "last")[-1]["heldout_loss"]
+    best_loss, _, _ = lowest(curves)
+    choice_best, _, _ = lowest({"": choice_curve})
+    values = {
+        "regret": choice_loss / best_loss - 1,
+        "constant": choice_curve[choice["steps"]] / best_loss - 1,
+        "configuration": choice_best / best_loss - 1,
+        "gain": 1 - choice_loss / command_loss,
+        "choice": choice_loss,
+        "best": best_loss,
+        "given": command_loss,
+    }
     return values, f"{choice['title']}, {choice['steps']} steps", curves
 
 
 def lowest(curves: dict[str, dict[int, float]]) -> tuple[float, str, int]:
     """The lowest loss, its configuration and its step."""
-    return min((v, title, s) for title, curve in curves.items() for s, v in curve.items() if s)
+    points = []
+    for title, curve in curves.items():
+        points += [(loss, title, step) for step, loss in curve.items() if step > 0]
+    return min(points)
 
 
 def result_of(measured: dict[tuple[str, int], Any], records: Any, argv: Sequence[str]) -> Result:
     """The result of all that was measured so far."""
     rows, entries = [], []
     for (name, seed), (values, title, curves) in measured.items():
-        others = [lowest(m[2]) for (n, s), m in measured.items() if n == name and s != seed]
-        there = [curves.get(config, {}).get(step) for _, config, step in others]
-        if losses := [loss for loss in there if loss]:
+        # What the best points of the set's other seeds come to here.
+        losses = []
+        for (other_name, other_seed), (_, _, other_curves) in measured.items():
+            if other_name == name and other_seed != seed:
+                _, configuration, step = lowest(other_curves)
+                loss = curves.get(configuration, {}).get(step)
+                if loss:
+                    losses.append(loss)
+        if losses:
             values["other"] = mean(losses) / values["best"] - 1
         label = f"{name}-{seed}"
         entries.append(Entry(label, name, seed=seed))
-        rows += [Row(label, name, seed, n, value=v, note=title) for n, v in values.items()]
+        for metric, value in values.items():
+            rows.append(Row(label, name, seed, metric, value=value, note=title))
     origin, lines = of_runs(command_line("benchmarks.fit_regret", argv), records), summaries(rows)
     return Result("fit_regret", entries, METRICS, provenance=origin, rows=rows, summaries=lines)
 

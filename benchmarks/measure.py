@@ -25,7 +25,7 @@ KIBI = 1024  # Linux tells resident memory in kibibytes
 
 # Linux counts the memory of the process that starts another as that other's, until it is replaced:
 # so a small one starts the run and says what the largest of its own children took.
-_TAKES = """
+_PEAK_MEMORY = """
 import resource, subprocess, sys
 ended = subprocess.call(sys.argv[1:], stdout=sys.stderr)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
@@ -37,7 +37,7 @@ def watched(words: Sequence[str]) -> list[str]:
     """The command that runs ``python WORDS``, whose output it sends to stderr, and then prints its
     highest resident memory in `KIBI` bytes.
     """
-    return [sys.executable, "-c", _TAKES, sys.executable, *words]
+    return [sys.executable, "-c", _PEAK_MEMORY, sys.executable, *words]
 
 
 class GPUMemory:
@@ -95,10 +95,10 @@ def interleave(
         for number in range(-warmup, rounds):
             gc.collect()
             for turn in range(len(work)):
-                index = (number + turn) % len(work)
-                taken = work[index](number)
+                index = (number + turn) % len(work)  # which comes first rotates
+                duration = work[index](number)
                 if number >= 0:
-                    times[index].append(taken)
+                    times[index].append(duration)
     finally:
         gc.enable()
         gc.unfreeze()
@@ -112,6 +112,7 @@ def paired_ratio(
 
     The interval is None below five rounds.
     """
+    # Of each round on its own: (rounds,)
     ratios = np.asarray(times) / np.asarray(baseline)
     if len(ratios) < 5:
         return float(np.median(ratios)), None
@@ -130,7 +131,7 @@ def check(args: argparse.Namespace, *counts: str) -> None:
 
 
 def finish(result: Any, table: Callable[[Any], str], file: Path | None) -> None:
-    """Print the table of a result, and write the result where it is wanted."""
+    """Print the table of a result, and write the result to the file where there is one."""
     print(table(result))
     if file is not None:
         write_text(file, json.dumps(result, indent=2) + "\n")
@@ -139,5 +140,9 @@ def finish(result: Any, table: Callable[[Any], str], file: Path | None) -> None:
 def circumstances(device: torch.device) -> dict[str, Any]:
     """Device, versions and commit of a measurement."""
     commit, changed = provenance.commit()
-    about = {"device": provenance.device(device), "versions": provenance.versions()}
-    return {**about, "commit": commit, "commit_differs": changed}
+    return {
+        "device": provenance.device(device),
+        "versions": provenance.versions(),
+        "commit": commit,
+        "commit_differs": changed,
+    }

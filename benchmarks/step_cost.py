@@ -152,25 +152,27 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     def work(arm: Arm, number: int) -> float:
         torch.manual_seed(shape.warmup + number)  # one dropout for all arms of a round
         losses: list[torch.Tensor] = []
-        taken = seconds(lambda: losses.append(arm.train_step()), device)
+        duration = seconds(lambda: losses.append(arm.train_step()), device)
         arm.losses.append(float(losses[0]))
-        return taken
+        return duration
 
     steps = [lambda number, arm=arm: work(arm, number) for arm in arms]
     times = interleave(steps, rounds=args.steps, warmup=shape.warmup)
     rows = {}
-    for arm, own in zip(arms, times, strict=True):
-        ratio, interval = paired_ratio(own, times[args.arms.index(BASELINE)])
+    # Ratios are paired by round, so that a slow phase of the machine counts for both.
+    baseline = times[args.arms.index(BASELINE)]
+    for arm, arm_times in zip(arms, times, strict=True):
+        ratio, interval = paired_ratio(arm_times, baseline)
         rows[arm.kind] = {
             "label": KINDS[arm.kind].label,
-            "median_seconds": statistics.median(own),
+            "median_seconds": statistics.median(arm_times),
             "ratio_to_lora": ratio,
             "ratio_interval_95": interval,
             "peak_memory_bytes": memory[arm.kind],
             "trained_parameters": arm.trainable,
             "first_loss": arm.losses[0],
             "last_loss": arm.losses[-1],
-            "seconds": own,
+            "seconds": arm_times,
         }
     return {
         **{name: getattr(args, name) for name in ("shapes", "batch", "dtype", "steps")},
@@ -186,11 +188,11 @@ def memory_of(kind: str, args: argparse.Namespace) -> int:
     command = [sys.executable, __file__, "--arm", kind]
     for name in ("shapes", "dtype", "batch"):
         command += [f"--{name}", str(getattr(args, name))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise TrainingError(f"the arm {kind} failed in its own process: {last}")
-    return int(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        message = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise TrainingError(f"the arm {kind} failed in its own process: {message}")
+    return int(process.stdout.splitlines()[-1])
 
 
 def table(result: dict[str, Any]) -> str:
@@ -232,8 +234,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.arms = args.arms.split(",")
     if args.methods:
-        wanted = METHODS if args.methods == "all" else tuple(args.methods.split(","))
-        args.arms = [BASELINE, *(name for name in wanted if name != BASELINE)]
+        names = METHODS if args.methods == "all" else args.methods.split(",")
+        args.arms = [BASELINE, *(name for name in names if name != BASELINE)]
     for name in ("dtype", "steps", "batch"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(SHAPES[args.shapes], name))

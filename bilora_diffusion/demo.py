@@ -15,12 +15,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from PIL.Image import Image
 
 from .config.command_line import Sentences
 from .core.errors import TrainingError, UserError, run_cli
+from .core.figures import new_figure
 from .image import script as train
 from .image.opening import open_images
 from .image.pipeline import load_pipeline
@@ -31,7 +31,7 @@ from .run.console import in_repository
 from .run.interruption import ends_in
 
 METHODS = ("lora", "bilora")
-OWN = {
+METHOD_FLAGS = {
     "lora": ("--eval_on_start",),  # the base model's, once
     "bilora": ("--auxiliaries", "sample", "--rho", "auto"),
 }
@@ -67,9 +67,17 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
     curves = {}
     for method in METHODS:
         print(f"\n== {TITLES[method]}")
-        words = ["--config", str(recipe), "--method", method, *OWN[method], "--seed", str(seed)]
+        words = [
+            "--config",
+            str(recipe),
+            "--method",
+            method,
+            *METHOD_FLAGS[method],
+            "--seed",
+            str(seed),
+        ]
         words += ["--output_dir", str(folder / method), "--overwrite_output_dir"]
-        train.main([*words, *MEASURED, *flags])
+        train.train([*words, *MEASURED, *flags])
         curves[TITLES[method]] = read_curve(folder / method)
     steps = require_paired([folder / method for method in METHODS])
     picture = folder / "grid.png"
@@ -129,40 +137,43 @@ def draw(
     rows: dict[str, list[Image]], labels: Sequence[str], curves: dict[str, Curve], picture: Path
 ) -> None:
     """One PNG: the curves of the held-out loss left, rows of icons right."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(1.3 * len(labels) + 5.2, 1.35 * len(rows) + 0.3))
-    sides: Any = figure.subfigures(1, 2, width_ratios=[4.2, 1.3 * len(labels) + 1])
-    left, right = sides
-    _draw_curves(left.add_subplot(), curves)
-    left.subplots_adjust(left=0.13, right=0.8, bottom=0.11, top=0.9)
-    axes = right.subplots(len(rows), len(labels), squeeze=False)
-    right.subplots_adjust(left=0.05, right=0.995, bottom=0.01, top=0.94, wspace=0.06, hspace=0.06)
-    for row, (name, pictures) in enumerate(rows.items()):
-        axes[row][0].set_ylabel(name, color=COLORS.get(name, "#555555"))
-        for column, image in enumerate(pictures):
-            axis = axes[row][column]
-            axis.imshow(image, interpolation="lanczos")
-            axis.set(xticks=[], yticks=[])
-            if row == 0:
-                axis.set_title(labels[column], fontsize=11)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    size = (1.3 * len(labels) + 5.2, 1.35 * len(rows) + 0.3)
+    with new_figure(picture, dpi=110, figsize=size) as figure:
+        left, right = figure.subfigures(1, 2, width_ratios=[4.2, 1.3 * len(labels) + 1])
+        _draw_curves(left.add_subplot(), curves)
+        left.subplots_adjust(left=0.13, right=0.8, bottom=0.11, top=0.9)
+        axes = right.subplots(len(rows), len(labels), squeeze=False)
+        right.subplots_adjust(
+            left=0.05, right=0.995, bottom=0.01, top=0.94, wspace=0.06, hspace=0.06
+        )
+        for axis, label in zip(axes[0], labels, strict=True):
+            axis.set_title(label, fontsize=11)
+        for row_of_axes, (name, images) in zip(axes, rows.items(), strict=True):
+            row_of_axes[0].set_ylabel(name, color=COLORS.get(name, "#555555"))
+            for axis, image in zip(row_of_axes, images, strict=True):
+                axis.imshow(image, interpolation="lanczos")
+                axis.set(xticks=[], yticks=[])
 
 
 def _draw_curves(axis: Any, curves: dict[str, Curve]) -> None:
-    highest = max(1000 * curve[-1][1] for curve in curves.values())
+    highest_end = max(curve[-1][1] for curve in curves.values())
     for name, curve in curves.items():
-        points = [(step, 1000 * loss) for step, loss in curve if step]
-        lowest, end = min(points, key=lambda point: point[1]), points[-1]
-        axis.plot(*zip(*points, strict=True), color=COLORS[name], lw=2)
-        axis.plot(*lowest, "o", color=COLORS[name], ms=7)
-        text = f"{name}\nlowest\n{lowest[1]:.1f}"
-        side = "bottom" if end[1] == highest else "top"  # curves may end close together
-        where: Any = {"xytext": (6, 0), "textcoords": "offset points", "va": side}
-        axis.annotate(text, end, **where, color=COLORS[name])
+        trained = [(step, 1000 * loss) for step, loss in curve if step > 0]
+        steps, losses = zip(*trained, strict=True)
+        lowest = min(losses)
+        axis.plot(steps, losses, color=COLORS[name], lw=2)
+        axis.plot(steps[losses.index(lowest)], lowest, "o", color=COLORS[name], ms=7)
+        # Curves may end close together, so the text of the higher one stands above its end.
+        side = "bottom" if curve[-1][1] == highest_end else "top"
+        axis.annotate(
+            f"{name}\nlowest\n{lowest:.1f}",
+            (steps[-1], losses[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va=side,
+            color=COLORS[name],
+        )
     axis.set_xlabel("steps")
     axis.set_title("loss on unseen icons x 1000", fontsize=11, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
@@ -182,8 +193,8 @@ def as_table(curves: dict[str, Curve]) -> str:
     lines = ["", f"{'held-out loss':12}{'lowest':>11}{'at step':>9}{'at the end':>12}"]
     lines.append(f"{'base model':12}{curves[TITLES[METHODS[0]]][0][1]:12.4f}")
     for name, curve in curves.items():
-        step, least = min(curve, key=lambda point: point[1])
-        lines.append(f"{name:12}{least:12.4f}{step:9}{curve[-1][1]:12.4f}")
+        step, lowest = min(curve, key=lambda point: point[1])
+        lines.append(f"{name:12}{lowest:12.4f}{step:9}{curve[-1][1]:12.4f}")
     return "\n".join(lines)
 
 

@@ -29,26 +29,26 @@ class Check:
     """One figure that speaks for or against a claim.
 
     Args:
-        what: it, for a reader.
+        title: of the figure, for a reader.
         result: a folder that `eval` wrote, or a file of ``benchmarks/step_cost.py``.
         group: whose figure; in a benchmark the arm.
         metric, item: which; in a benchmark the field of an arm. The item "each" pairs by item.
         control: the group whose value is taken off, pair by pair; "" for the value itself.
         minus: the metric of the same group whose value is taken off instead.
-        below, above: where the claim says that the figure lies.
-        within: the largest size that it may have, as a share of the control's mean.
+        upper, lower: between which the claim says that the figure lies.
+        tolerance: the largest size that it may have, as a share of the control's mean.
     """
 
-    what: str
+    title: str
     result: str
     group: str
     metric: str
     item: str = ""
     control: str = ""
     minus: str = ""
-    below: float = inf
-    above: float = -inf
-    within: float | None = None
+    upper: float = inf
+    lower: float = -inf
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,43 +87,50 @@ def figure(check: Check) -> Figure:
         ValueError: the result has no such group or metric, or no interval.
     """
     path = ROOT / check.result
-    if path.suffix == ".json":
+    if path.suffix == ".json":  # of a benchmark, which has no rows
         return _benchmark(check, json.loads(path.read_text(encoding="utf-8"))["arms"])
     result = read(path)
     over, item = (ITEM, None) if check.item == "each" else (SEED, check.item)
 
-    def of(metric: str, group: str) -> dict[Any, float]:
+    def values_of(metric: str, group: str) -> dict[Any, float]:
         values = units(result.select(metric, item=item), over).get(group, {})
         return {unit: value for unit, value in values.items() if value is not None}
 
-    values = of(check.metric, check.group)
-    other = of(check.minus, check.group) if check.minus else of(check.metric, check.control)
+    values = values_of(check.metric, check.group)
+    if check.minus:
+        control_values = values_of(check.minus, check.group)
+    else:
+        control_values = values_of(check.metric, check.control)
     if check.control or check.minus:
-        values = {unit: values[unit] - other[unit] for unit in values if unit in other}
+        pairs = values.keys() & control_values.keys()
+        values = {unit: values[unit] - control_values[unit] for unit in values if unit in pairs}
+    # By the same bootstrap as in the results themselves.
     interval = bootstrap_interval(list(values.values())) if values else None
     if interval is None:
         raise ValueError(f"{check.result} has no interval for {check.metric} of {check.group}.")
-    size = abs(mean(list(other.values()))) if other else 1.0
+    # What a tolerance is a share of.
+    size = abs(mean(list(control_values.values()))) if control_values else 1.0
     return Figure(mean(list(values.values())), *interval, len(values), size)
 
 
 def _benchmark(check: Check, arms: dict[str, Any]) -> Figure:
-    own, lora = arms[check.group], arms["lora"]
+    arm, lora = arms[check.group], arms["lora"]
     if check.metric == "ratio_to_lora":
-        low, high = own["ratio_interval_95"]
-        return Figure(own[check.metric], low, high, len(own["seconds"]), 1.0)
-    ratio = own[check.metric] / lora[check.metric]
+        low, high = arm["ratio_interval_95"]
+        return Figure(arm[check.metric], low, high, len(arm["seconds"]), 1.0)
+    ratio = arm[check.metric] / lora[check.metric]
     return Figure(ratio, ratio, ratio, 1, 1.0)
 
 
-def verdict(check: Check, found: Figure) -> str:
+def verdict(check: Check, figure: Figure) -> str:
     """The verdict of the interval: where the claim has it, elsewhere, or partly there."""
-    low, high = check.above, check.below
-    if check.within is not None:
-        low, high = -check.within * found.size, check.within * found.size
-    if low < found.low and found.high < high:
+    # A verdict needs the whole interval on one side.
+    lower, upper = check.lower, check.upper
+    if check.tolerance is not None:
+        lower, upper = -check.tolerance * figure.size, check.tolerance * figure.size
+    if lower < figure.low and figure.high < upper:
         return HOLDS
-    return FAILS if found.high <= low or found.low >= high else OPEN
+    return FAILS if figure.high <= lower or figure.low >= upper else OPEN
 
 
 def overall(verdicts: Sequence[str]) -> str:
@@ -131,7 +138,8 @@ def overall(verdicts: Sequence[str]) -> str:
     different = list(dict.fromkeys(verdicts))
     if len(different) == 1:
         return different[0]
-    return ", ".join(f"{verdicts.count(one)} of {len(verdicts)}: {one}" for one in different)
+    counts = [f"{verdicts.count(word)} of {len(verdicts)}: {word}" for word in different]
+    return ", ".join(counts)
 
 
 def claims() -> list[Claim]:
@@ -164,10 +172,12 @@ def page() -> Iterable[str]:
     ]
 
 
-def _line(check: Check, found: Figure, result: str) -> tuple[str, ...]:
-    number = f"{found.mean:.4g} ({found.low:.4g} to {found.high:.4g})"
-    if check.within is not None:
-        bound = f"at most {check.within:.0%} of the control's"
+def _line(check: Check, figure: Figure, result: str) -> tuple[str, ...]:
+    number = f"{figure.mean:.4g} ({figure.low:.4g} to {figure.high:.4g})"
+    if check.tolerance is not None:
+        bound = f"at most {check.tolerance:.0%} of the control's"
+    elif check.upper < inf:
+        bound = f"below {check.upper:g}"
     else:
-        bound = f"below {check.below:g}" if check.below < inf else f"above {check.above:g}"
-    return check.what, f"`{check.result}`", number, str(found.count), bound, result
+        bound = f"above {check.lower:g}"
+    return check.title, f"`{check.result}`", number, str(figure.count), bound, result

@@ -35,9 +35,11 @@ class Cache:
         self._path = folder / FOLDER / f"{_digest(about)}.jsonl"
         self._values: dict[str, Any] = {}
         lines = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
-        whole = list(filter(self._read, lines[:-1]))  # a whole line ends with a newline
-        if [*whole, b""] != lines:
-            write_text(self._path, b"".join(line + b"\n" for line in whole).decode("utf-8"))
+        # A whole line ends with a newline, so what follows the last one is torn off, or empty.
+        whole_lines = [line for line in lines[:-1] if self._read(line)]
+        if [*whole_lines, b""] != lines:
+            text = b"".join(line + b"\n" for line in whole_lines)
+            write_text(self._path, text.decode("utf-8"))
 
     def __contains__(self, key: Any) -> bool:
         return _digest(key) in self._values

@@ -74,7 +74,7 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
     Their groups are those of the runs at one step, and "run" and "step" of ``about`` say which.
     The files last as long as this process. ``text`` is that of ``--steps``.
     """
-    from bilora_diffusion.export.checkpoints import export_checkpoint
+    from bilora_diffusion.export.conversion import export_checkpoint
     from bilora_diffusion.run import checkpoint
 
     if not runs:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -113,8 +113,8 @@ def units(rows: Iterable[Row], over: str = SEED) -> dict[str, Units]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return mean(known) if len(known) == len(values) else None
+    defined = [value for value in values if value is not None]
+    return mean(defined) if len(defined) == len(values) else None
 
 
 def summaries(
@@ -141,31 +141,37 @@ def summaries(
     lines = []
     for (metric, item, step), part in parts.items():
         values = units(part, over)
-        for group, own in values.items():
-            other = {} if group in (control, *unpaired) else values.get(control, {})
-            numbers = _average(own, step, interval)
-            if difference := _difference(own, other, interval):
+        for group, group_values in values.items():
+            is_compared = group != control and group not in unpaired
+            control_values = values.get(control, {}) if is_compared else {}
+            numbers = _average(group_values, step, interval)
+            difference = _difference(group_values, control_values, interval)
+            if difference:
                 numbers |= {"control": control, **difference}
             lines.append(Summary(group, metric, item, step, over, **numbers))
     return lines
 
 
-def _average(own: Units, step: int | None, interval: OfMean) -> dict[str, Any]:
+def _average(values: Units, step: int | None, interval: OfMean) -> dict[str, Any]:
     from scipy import stats
 
-    known = [value for value in own.values() if value is not None]
-    if step is not None and len(known) < len(own):
-        return {"count": len(own)}
-    if not known:
+    defined = [value for value in values.values() if value is not None]
+    if step is not None and len(defined) < len(values):
+        return {"count": len(values)}
+    if not defined:
         return {}
-    error = float(stats.sem(known)) if len(known) > 1 else 0.0
-    low, high = (interval(known) if step is None else None) or (None, None)
-    return {"count": len(known), "mean": mean(known), "error": error, "low": low, "high": high}
+    error = float(stats.sem(defined)) if len(defined) > 1 else 0.0
+    bounds = interval(defined) if step is None else None
+    low, high = bounds or (None, None)
+    return {"count": len(defined), "mean": mean(defined), "error": error, "low": low, "high": high}
 
 
-def _difference(own: Units, other: Units, interval: OfMean) -> dict[str, Any]:
-    pairs = [(value, other.get(unit)) for unit, value in own.items()]
-    values = [one - two for one, two in pairs if one is not None and two is not None]
+def _difference(group_values: Units, control_values: Units, interval: OfMean) -> dict[str, Any]:
+    values = []
+    for unit, value in group_values.items():
+        control_value = control_values.get(unit)
+        if value is not None and control_value is not None:
+            values.append(value - control_value)
     if not values:
         return {}
     low, high = interval(values) or (None, None)
@@ -189,21 +195,21 @@ def verdict(line: Summary, higher_is_better: bool | None) -> str | None:
     return BETTER if (line.difference > 0) == higher_is_better else WORSE
 
 
-def control(subjects: Sequence[Entry], given: str | None, prefer: str | None = "lora") -> str:
+def control(subjects: Sequence[Entry], name: str | None, prefer: str | None = "lora") -> str:
     """The group that the others are compared with.
 
     Args:
-        given: ``--control``; None for the first group of the method ``prefer``, else the first
+        name: ``--control``; None for the first group of the method ``prefer``, else the first
             that is not the base model, else the first.
     """
     labels = list(dict.fromkeys(subject.group for subject in subjects))
-    if given is not None and given not in labels:
+    if name is not None and name not in labels:
         raise UserError(
-            f'--control is "{given}"{did_you_mean(given, labels)}: use one of {", ".join(labels)}.'
+            f'--control is "{name}"{did_you_mean(name, labels)}: use one of {", ".join(labels)}.'
         )
-    preferred = [one.group for one in subjects if prefer and one.method == prefer]
-    trained = [one.group for one in subjects if one.kind != "base"]
-    return given or [*preferred, *trained, *labels][0]
+    preferred = [subject.group for subject in subjects if prefer and subject.method == prefer]
+    trained = [subject.group for subject in subjects if subject.kind != "base"]
+    return name or [*preferred, *trained, *labels][0]
 
 
 @dataclass(frozen=True)
@@ -222,10 +228,11 @@ def final(rows: Iterable[Row], metric: str) -> list[Row]:
 def best(rows: Iterable[Row], metric: str, higher_is_better: bool = False) -> list[Row]:
     """For each subject a row "best METRIC": the best value over training."""
     choose = max if higher_is_better else min
-    return [
-        _derived(choose(curve, key=lambda row: row.value or 0.0), "best")
-        for curve in _curves(rows, metric)
-    ]
+    best_rows = []
+    for curve in _curves(rows, metric):
+        best_row = choose(curve, key=lambda row: row.value or 0.0)
+        best_rows.append(_derived(best_row, "best"))
+    return best_rows
 
 
 def equal_training(
@@ -237,32 +244,44 @@ def equal_training(
     loss never fell below its start is left aside: it would take all others back to the start.
     """
     losses = {(row.subject, row.step): row.value for row in rows if row.metric == training}
-    curves = []  # rows, and training losses where both were measured
-    for curve in _curves((row for row in rows if row.group not in unpaired), metric):
-        pairs = [(row, losses.get((row.subject, row.step))) for row in curve]
-        measured = [(row, loss) for row, loss in pairs if loss is not None]
-        if measured:
-            curves.append(([row for row, _ in measured], [loss for _, loss in measured]))
+    curves: list[_Curve] = []
+    for subject_rows in _curves([row for row in rows if row.group not in unpaired], metric):
+        curve = _Curve([], [])
+        for row in subject_rows:
+            loss = losses.get((row.subject, row.step))
+            if loss is not None:
+                curve.rows.append(row)
+                curve.losses.append(loss)
+        if curve.rows:
+            curves.append(curve)
+
+    # group -> the lowest loss of each run, None of one that never fell
     reached: dict[str, list[float | None]] = {}
-    for curve, falling in curves:
-        fell = len(falling) > 1 and min(falling) < falling[0]
-        reached.setdefault(curve[0].group, []).append(min(falling) if fell else None)
-    lowest = [
-        (value, group)
-        for group, values in reached.items()
-        for value in values
-        if value is not None and None not in values
-    ]
-    if not lowest:
+    for curve in curves:
+        lowest = min(curve.losses)
+        fell = lowest < curve.losses[0]
+        reached.setdefault(curve.rows[0].group, []).append(lowest if fell else None)
+    candidates = []
+    for group, values in reached.items():
+        if None not in values:
+            candidates += [(value, group) for value in values if value is not None]
+    if not candidates:
         return None, []
-    level = EqualTraining(*max(lowest))
+    level = EqualTraining(*max(candidates))
     derived = []
-    for curve, falling in curves:
-        measured = [row.value or 0.0 for row in curve]
-        value = at_training_loss(falling, measured, level.training_loss)
+    for curve in curves:
+        measured = [row.value or 0.0 for row in curve.rows]
+        value = at_training_loss(curve.losses, measured, level.training_loss)
         if value is not None:
-            derived.append(replace(_derived(curve[0], "equal_training"), value=value))
+            derived.append(replace(_derived(curve.rows[0], "equal_training"), value=value))
     return level, derived
+
+
+class _Curve(NamedTuple):
+    """The rows of a subject at which its training loss was measured, too, and these losses."""
+
+    rows: list[Row]
+    losses: list[float]
 
 
 def at_training_loss(
@@ -277,10 +296,10 @@ def at_training_loss(
     if not len(training) or training[0] < level:
         return None
     for i in range(len(training) - 1):
-        above, below = training[i], training[i + 1]
-        if above >= level >= below:
-            part = (above - level) / (above - below) if above > below else 0.0
-            return float(measured[i] + part * (measured[i + 1] - measured[i]))
+        start, end = training[i], training[i + 1]
+        if start >= level >= end:
+            share = (start - level) / (start - end) if start > end else 0.0
+            return float(measured[i] + share * (measured[i + 1] - measured[i]))
     return None
 
 
@@ -293,5 +312,5 @@ def _curves(rows: Iterable[Row], metric: str) -> list[list[Row]]:
     return [sorted(curve, key=lambda row: row.step or 0) for curve in curves.values()]
 
 
-def _derived(row: Row, what: str) -> Row:
-    return replace(row, metric=f"{what} {row.metric}", step=None)
+def _derived(row: Row, prefix: str) -> Row:
+    return replace(row, metric=f"{prefix} {row.metric}", step=None)

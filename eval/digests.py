@@ -84,8 +84,9 @@ def of_files(*files: Path) -> str:
     for path in files:
         with path.open("rb") as file:
             sums.append(hashlib.file_digest(file, "sha256").hexdigest())
-    whole = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
-    return whole[:12]
+    if len(sums) == 1:
+        return sums[0][:12]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()[:12]
 
 
 def peft_config(folder: Path) -> dict[str, Any]:

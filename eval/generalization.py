@@ -38,7 +38,7 @@ def metrics(level: float | None = None) -> dict[str, Metric]:
     def loss(title: str) -> Metric:
         return Metric(title, higher_is_better=False, scale=1000, form=".2f")
 
-    at = "" if level is None else f" ({1000 * level:.2f})"
+    level_text = "" if level is None else f" ({1000 * level:.2f})"
     return {
         TRAINING: loss("loss on what is trained on"),
         HELDOUT: loss("loss on held-out data"),
@@ -47,7 +47,7 @@ def metrics(level: float | None = None) -> dict[str, Metric]:
         f"final {HELDOUT}": loss("held-out"),
         f"final {GAP}": loss("gap"),
         f"best {HELDOUT}": loss("lowest held-out"),
-        f"equal_training {HELDOUT}": loss(f"held-out at equal training loss{at}"),
+        f"equal_training {HELDOUT}": loss(f"held-out at equal training loss{level_text}"),
         LOWEST_AT: Metric("step of the lowest", higher_is_better=None),
     }
 
@@ -82,18 +82,23 @@ class Generalization(Evaluation):
             yield subject.row(GAP, heldout - training, step=step)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        unpaired = [group for group, same in self.settings["paired"].items() if same is False]
+        # None where nothing tells whether a group is paired.
+        unpaired = [group for group, pair in self.settings["paired"].items() if pair is False]
+        # Runs on other data reach other losses, and do not set the level.
         level, equal = compare.equal_training(rows, HELDOUT, TRAINING, unpaired)
         lowest = {(row.subject, row.value): row.step for row in rows if row.metric == HELDOUT}
         best = compare.best(rows, HELDOUT)
-        rows += [row for name in (TRAINING, HELDOUT, GAP) for row in compare.final(rows, name)]
-        rows += [*best, *equal]
-        rows += [replace(r, metric=LOWEST_AT, value=lowest[r.subject, r.value]) for r in best]
+        final = [compare.final(rows, name) for name in (TRAINING, HELDOUT, GAP)]
+        for derived in (*final, best, equal):
+            rows += derived
+        for row in best:
+            step = lowest[row.subject, row.value]
+            rows.append(replace(row, metric=LOWEST_AT, value=step))
         self.settings["equal_training"] = None if level is None else asdict(level)
         self._note(subjects, unpaired)
-        lines = compare.summaries(rows, self.control, unpaired=unpaired)
-        shown = metrics(None if level is None else level.training_loss)
-        return self.result(subjects, rows, lines, self.control, metrics=shown)
+        summaries = compare.summaries(rows, self.control, unpaired=unpaired)
+        titles = metrics(None if level is None else level.training_loss)
+        return self.result(subjects, rows, summaries, self.control, metrics=titles)
 
     def _note(self, subjects: Sequence[Subject], unpaired: Sequence[str]) -> None:
         text = all(subject.is_text for subject in subjects)
@@ -102,7 +107,8 @@ class Generalization(Evaluation):
             f"Both losses are measured {how}: `{HELDOUT}` on held-out {on}, `{TRAINING}` on those"
             " that were trained on."
         )
-        if level := self.settings["equal_training"]:
+        level = self.settings["equal_training"]
+        if level:
             self.notes.append(
                 "Equal training loss is the lowest that all paired runs reach; it is set by"
                 f" {level['set_by']}. There the gap differs as the held-out loss does."
@@ -110,7 +116,8 @@ class Generalization(Evaluation):
         for label, runs in by_group(subjects).items():
             if label in unpaired:
                 self.notes.append(f"{label} saw other data or noise than the control: not paired.")
-            if running := [run.label for run in runs if not run.finished]:
+            running = [run.label for run in runs if not run.finished]
+            if running:
                 self.notes.append(f"{label}: not finished ({', '.join(running)}).")
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
@@ -118,12 +125,14 @@ class Generalization(Evaluation):
         groups, minus = result.groups, f"minus {result.control}: mean and 95 % interval"
         rows = [[], []]
         for name in (TRAINING, HELDOUT, GAP):
-            labels = {group: f"{group}, {len(result.members(group))} seeds" for group in groups}
-            curves = [Curve(group, name, label=label) for group, label in labels.items()]
-            apart = [Curve(group, name, difference=True) for group in groups]
+            curves, differences = [], []
+            for group in groups:
+                label = f"{group}, {len(result.members(group))} seeds"
+                curves.append(Curve(group, name, label=label))
+                differences.append(Curve(group, name, difference=True))
             title = result.metrics[name].title
             rows[0].append(Panel(title, name, curves, legend=name == TRAINING))
-            rows[1].append(Panel(minus, name, apart, levels=[0]))
+            rows[1].append(Panel(minus, name, differences, levels=[0]))
         return {"generalization.png": rows if len(groups) > 1 else rows[:1]}
 
     def introduction(self, result: Result) -> str:

@@ -19,7 +19,8 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.lora_names import COMPONENTS
-from bilora_diffusion.export.layers import diffusers_tensors
+from bilora_diffusion.export.formats import diffusers_tensors
+from bilora_diffusion.export.layers import plain_name
 from bilora_diffusion.export.reader import read
 from bilora_diffusion.text.models import TextModel
 from bilora_diffusion.train.task import precision
@@ -37,7 +38,8 @@ def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[Non
     if file is None:
         yield
         return
-    if whole := file.is_dir():
+    has_whole_models = file.is_dir()
+    if has_whole_models:
         if scale != 1.0:
             raise UserError(
                 f"{file} holds whole models, which have no scale: leave the scale at 1, not"
@@ -46,13 +48,13 @@ def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[Non
     elif any(pipeline.get_list_adapters().values()):
         raise RuntimeError("the pipeline has an adapter already, which would be lost")
     try:
-        if whole:
+        if has_whole_models:
             before = put_models(pipeline, file)
         else:
             put_lora(pipeline, file, scale)
         yield
     finally:
-        if not whole:
+        if not has_whole_models:
             pipeline.unload_lora_weights()
         for name, (model, device) in before.items():
             setattr(pipeline, name, model.to(device))
@@ -72,14 +74,15 @@ def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
     finally:
         diffusers_logging.set_verbosity(verbosity)
     # diffusers only warns of keys that name no layer, and loads the rest.
-    expected = {f"{name}.{layer.name}" for name, part in parts.items() for layer in part.layers}
     models = _parts(pipeline)
-    there = {
-        f"{component}.{name.removeprefix('text_model.')}"
-        for component, model in models.items()
-        for name, _ in adapters.layers(model, PRIMARY)
-    }
-    if absent := sorted(expected - there):
+    expected, adapted = set(), set()
+    for component, part in parts.items():
+        expected |= {f"{component}.{layer.name}" for layer in part.layers}
+    for component, model in models.items():
+        for name, _ in adapters.layers(model, PRIMARY):
+            adapted.add(f"{component}.{plain_name(name)}")
+    absent = sorted(expected - adapted)
+    if absent:
         raise UserError(
             f"{file} does not fit the base model, which has no layer for {len(absent)} of its"
             f" {len(expected)}, such as {absent[0]}: {FIX}."
@@ -96,15 +99,16 @@ def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
         Name -> own model and its device.
     """
     parts, trained = _parts(pipeline), [name for name in COMPONENTS if (folder / name).is_dir()]
-    if absent := [name for name in trained if name not in parts]:
+    absent = [name for name in trained if name not in parts]
+    if absent:
         raise UserError(
             f"{folder / absent[0]} does not fit the base model, which has no {absent[0]}: {FIX}."
         )
     before = {name: (parts[name], parts[name].device) for name in trained}
-    others = {name: _load_model(model, folder / name) for name, (model, _) in before.items()}
+    loaded = {name: _load_model(model, folder / name) for name, (model, _) in before.items()}
     for name, (model, device) in before.items():
         model.to("cpu")  # two of SDXL's UNets need not share a device's memory
-        setattr(pipeline, name, others[name].to(device))
+        setattr(pipeline, name, loaded[name].to(device))
     return before
 
 
@@ -112,8 +116,8 @@ def _load_model(base: Any, folder: Path) -> Any:
     """The trained model, if it has the base model's shapes."""
     with translated(f"{folder} can't be loaded", "train again"):
         model = type(base).from_pretrained(folder, dtype=precision(base), use_safetensors=True)
-    shapes, others = ({k: v.shape for k, v in one.state_dict().items()} for one in (model, base))
-    if shapes != others:
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    if shapes != {key: value.shape for key, value in base.state_dict().items()}:
         raise UserError(f"{folder} does not fit the base model: {FIX}.")
     return model.eval().requires_grad_(False)
 
@@ -133,11 +137,11 @@ def put_peft(base: TextModel, folder: Path) -> Any:
         written = load_file(folder / PEFT_FILE)
         adapted = PeftModel.from_pretrained(base.model, str(folder))
     arrived = get_peft_model_state_dict(adapted)
-    astray = [
-        name
-        for name, tensor in written.items()
-        if name not in arrived or not torch.equal(arrived[name].cpu().to(tensor.dtype), tensor)
-    ]
+    astray = []
+    # PEFT loads what fits and is silent about the rest.
+    for name, tensor in written.items():
+        if name not in arrived or not torch.equal(arrived[name].cpu().to(tensor.dtype), tensor):
+            astray.append(name)
     if astray or len(arrived) != len(written):
         raise UserError(
             f"the adapter in {folder} does not fit the model: {len(astray)} of its {len(written)}"

@@ -1,4 +1,4 @@
-"""Figures as files: matplotlib without a screen, panels of curves with bands."""
+"""Figures of results: panels of curves with bands, and of differences with intervals."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bilora_diffusion.core.durable import replacing
+from bilora_diffusion.core.figures import new_figure
 
 from .table import Result, Summary
 
-DPI = 120
-PANEL = (4.0, 3.2)
-"""Inches of one panel of curves."""
+PANEL_INCHES = (4.0, 3.2)
 MARKERS = "osD^vP"
-STYLES = ("-", "--", ":", "-.")
+LINE_STYLES = ("-", "--", ":", "-.")
+COLORS = 10
+"""Of matplotlib's map tab10."""
+FEW_POINTS = 12
+"""A curve of fewer points has markers."""
 
 
 @dataclass(frozen=True)
@@ -72,35 +74,49 @@ def panels(
     result: Result, path: Path, rows: Sequence[Sequence[Panel | Forest]], **options: Any
 ) -> None:
     """Draw rows of panels, each as long as the longest; ``options`` are those of `canvas`."""
-    styles = looks(result.groups, options.pop("control", ""))
+    styles = group_styles(result.groups, options.pop("control", ""))
     with canvas(path, len(rows), max(map(len, rows)), **options) as (_, axes):
         for axis in axes.flat:
             axis.set_axis_off()
-        for line_of_axes, row in zip(axes, rows, strict=True):
-            for axis, panel in zip(line_of_axes, row, strict=False):
+        for row_of_axes, row in zip(axes, rows, strict=True):
+            for axis, panel in zip(row_of_axes, row, strict=False):
                 axis.set_axis_on()
                 if isinstance(panel, Forest):
                     _draw_forest(axis, result, panel, styles)
-                    continue
-                for curve in panel.curves:
-                    _draw(axis, result, curve, panel.log, styles[curve.group])
-                for level in panel.levels:
-                    axis.axhline(level, color="black", lw=0.7, ls=":")
-                axis.set_yscale("log" if panel.log else "linear")
-                finish(axis, panel.title, panel.ylabel, panel.legend)
+                else:
+                    _draw_panel(axis, result, panel, styles)
 
 
-def _draw(axis: Any, result: Result, curve: Curve, log: bool, look: Mapping[str, Any]) -> None:
-    color = curve.color or look["color"]
-    if not curve.difference:
+def _draw_panel(axis: Any, result: Result, panel: Panel, styles: Mapping[str, Any]) -> None:
+    for curve in panel.curves:
+        style = styles[curve.group]
+        if curve.difference:
+            _draw_difference(axis, result, curve, curve.color or style["color"])
+            continue
         points = result.curve(curve.group, curve.metric, curve.item)
-        style = {"ls": curve.style or look["ls"], "marker": "." if len(points) < 12 else ""}
-        points = positive(points) if log else points
-        line(axis, points, color, curve.label or None, interval=curve.interval, **style)
-        return
-    points = result.over_training(curve.group, curve.metric, curve.item)
-    points = [point for point in points if point.difference is not None]
-    axis.plot([p.step for p in points], [p.difference for p in points], color=color, marker=".")
+        draw_curve(
+            axis,
+            positive(points) if panel.log else points,
+            curve.color or style["color"],
+            curve.label or None,
+            interval=curve.interval,
+            ls=curve.style or style["ls"],
+            marker="." if len(points) < FEW_POINTS else "",
+        )
+    for level in panel.levels:
+        axis.axhline(level, color="black", lw=0.7, ls=":")
+    axis.set_yscale("log" if panel.log else "linear")
+    finish(axis, panel.title, panel.ylabel, panel.legend)
+
+
+def _draw_difference(axis: Any, result: Result, curve: Curve, color: Any) -> None:
+    """The difference to the control over training, with a bar for each interval."""
+    points = []
+    for point in result.over_training(curve.group, curve.metric, curve.item):
+        if point.difference is not None:
+            points.append(point)
+    steps = [point.step for point in points]
+    axis.plot(steps, [point.difference for point in points], color=color, marker=".")
     for point in points:
         if point.difference_interval is not None:
             axis.plot([point.step] * 2, point.difference_interval, color=color, lw=1)
@@ -110,16 +126,17 @@ def _draw_forest(axis: Any, result: Result, panel: Forest, styles: Mapping[str, 
     metric = result.metric(panel.metric)
     axis.axvline(0, color="black", lw=0.8)
     for row, group in enumerate(result.groups):
-        line, color = result.summary(group, panel.metric), styles[group]["color"]
-        if line is None or line.difference is None:
-            # beside the zero line and not on it: there is no difference
-            place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
+        summary, color = result.summary(group, panel.metric), styles[group]["color"]
+        if summary is None or summary.difference is None:
+            # Beside the zero line and not on it: there is no difference.
+            offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
             word = panel.missing.get(group, "n/a")
-            axis.annotate(word, (0, row), va="center", fontsize=8, color="gray", **place)
+            axis.annotate(word, (0, row), va="center", fontsize=8, color="gray", **offset)
             continue
-        ends = [metric.scale * end for end in line.difference_interval or ()]
+        ends = [metric.scale * end for end in summary.difference_interval or ()]
         axis.plot(ends, [row] * len(ends), color=color, lw=2)
-        axis.plot(metric.scale * line.difference, row, marker=styles[group]["marker"], color=color)
+        difference = metric.scale * summary.difference
+        axis.plot(difference, row, marker=styles[group]["marker"], color=color)
     axis.set_yticks(range(len(result.groups)), result.groups, fontsize=8)
     for tick, group in zip(axis.get_yticklabels(), result.groups, strict=True):
         tick.set_color(styles[group]["color"])
@@ -129,66 +146,85 @@ def _draw_forest(axis: Any, result: Result, panel: Forest, styles: Mapping[str, 
 
 def positive(curve: Sequence[Summary]) -> list[Summary]:
     """A curve for a logarithmic axis: zeros become gaps, bands end above zero."""
-    return [
-        replace(point, error=min(point.error, 0.99 * point.mean))
-        if point.mean and point.error is not None
-        else replace(point, mean=None, error=None)
-        for point in curve
-    ]
+    points = []
+    for point in curve:
+        if point.mean and point.error is not None:
+            points.append(replace(point, error=min(point.error, 0.99 * point.mean)))
+        else:
+            points.append(replace(point, mean=None, error=None))
+    return points
 
 
 @contextmanager
 def canvas(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
-    """A figure and its axes, (rows, columns) also for one; the picture is written at the end."""
-    import matplotlib
+    """A figure and its axes, (rows, columns) also for one; the picture is written at the end.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (PANEL[0] * columns, PANEL[1] * rows)
-    options = {"layout": "constrained", "figsize": size, **options}
-    figure, axes = plt.subplots(rows, columns, squeeze=False, **options)
-    try:
-        yield figure, axes
-        with replacing(path) as aside:
-            figure.savefig(aside, dpi=DPI)
-    finally:
-        plt.close(figure)
+    Args:
+        options: of the figure (``figsize``, ``layout``) and of its `subplots`.
+    """
+    width, height = PANEL_INCHES
+    size = options.pop("figsize", (width * columns, height * rows))
+    layout = options.pop("layout", "constrained")
+    with new_figure(path, figsize=size, layout=layout) as figure:
+        yield figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def looks(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]:
+def group_styles(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]:
     """Color, marker and line of each group; the control is black, and no two look alike."""
     import matplotlib
 
     colors = matplotlib.colormaps["tab10"]
     styles: dict[str, dict[str, Any]] = {}
-    for number, group in enumerate(group for group in groups if group != control):
-        turn = number // 10
+    colored_groups = [group for group in groups if group != control]
+    for number, group in enumerate(colored_groups):
+        turn = number // COLORS  # how often the colors have come round
         styles[group] = {
-            "color": colors(number % 10),
+            "color": colors(number % COLORS),
             "marker": MARKERS[turn % len(MARKERS)],
-            "ls": STYLES[turn % len(STYLES)],
+            "ls": LINE_STYLES[turn % len(LINE_STYLES)],
         }
     if control:
         styles[control] = {"color": "black", "marker": ".", "ls": "-"}
     return styles
 
 
-def line(
-    axis: Any, curve: Sequence[Summary], color: Any, label: str | None = None, **style: Any
+def draw_curve(
+    axis: Any,
+    curve: Sequence[Summary],
+    color: Any,
+    label: str | None = None,
+    interval: bool = False,
+    **style: Any,
 ) -> None:
     """A curve with a band of one standard error, or the ``interval``; undefined points are gaps."""
-    interval = style.pop("interval", False)
-    steps = [point.step for point in curve]
-    means = [math.nan if point.mean is None else point.mean for point in curve]
-    errors = [math.nan if point.error is None else point.error for point in curve]
-    axis.plot(steps, means, color=color, label=label, **{"lw": 1.4, **style})
-    bands = [(m - e, m + e) for m, e in zip(means, errors, strict=True)]
-    if interval:
-        bands = [point.interval or (math.nan, math.nan) for point in curve]
-    if any(low < high for low, high in bands):
-        low, high = zip(*bands, strict=True)
-        axis.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
+    steps, means, lows, highs = [], [], [], []
+    for point in curve:
+        mean = math.nan if point.mean is None else point.mean
+        error = math.nan if point.error is None else point.error
+        low, high = mean - error, mean + error
+        if interval:
+            low, high = point.interval or (math.nan, math.nan)
+        steps.append(point.step)
+        means.append(mean)
+        lows.append(low)
+        highs.append(high)
+    draw_band(axis, steps, means, lows, highs, color, label, **style)
+
+
+def draw_band(
+    axis: Any,
+    positions: Sequence[Any],
+    means: Sequence[float],
+    lows: Sequence[float],
+    highs: Sequence[float],
+    color: Any,
+    label: str | None = None,
+    **style: Any,
+) -> None:
+    """A line, and a band around it where it has a width."""
+    axis.plot(positions, means, color=color, label=label, **{"lw": 1.4, **style})
+    if any(low < high for low, high in zip(lows, highs, strict=True)):
+        axis.fill_between(positions, lows, highs, color=color, alpha=0.15, lw=0)
 
 
 def finish(
@@ -206,10 +242,10 @@ def finish(
         axis.legend(fontsize=7, frameon=False)
 
 
-def wrapped(text: str, most: int = 44) -> str:
+def wrapped(text: str, limit: int = 44) -> str:
     """A long dotted name on two lines."""
-    if len(text) <= most:
+    if len(text) <= limit:
         return text
-    dots = [i for i, letter in enumerate(text) if letter in ". "]
-    middle = min(dots, key=lambda i: abs(i - len(text) / 2), default=len(text) // 2)
+    dots = [index for index, letter in enumerate(text) if letter in ". "]
+    middle = min(dots, key=lambda index: abs(index - len(text) / 2), default=len(text) // 2)
     return f"{text[: middle + 1].rstrip()}\n{text[middle + 1 :]}"

@@ -12,8 +12,8 @@ from .provenance import Provenance
 from .table import Metric, Result, Summary
 
 Interval = tuple[float, float]
-UNKNOWN = "n/a"
-FEW = 10
+NOT_AVAILABLE = "n/a"
+FEW_SEEDS = 10
 MOST_FURTHER = 2
 """Decimals beyond a metric's own; a smaller interval is one of rounding errors."""
 INTERVALS = "its 95 % interval (bootstrap, BCa)"
@@ -63,7 +63,7 @@ def listed(sentences: Sequence[str]) -> str:
 
 def number(value: float | None, metric: Metric, sign: str = "") -> str:
     """A value as its metric is shown; ``sign`` is "+" for a difference."""
-    return UNKNOWN if value is None else f"{metric.scale * value:{sign}{metric.form}}"
+    return NOT_AVAILABLE if value is None else f"{metric.scale * value:{sign}{metric.form}}"
 
 
 def interval(ends: Interval | None, metric: Metric, sign: str = "") -> str:
@@ -91,7 +91,7 @@ def resolved(metric: Metric, size: float) -> Metric:
 def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
     """A group's mean, with its interval."""
     if line is None or line.mean is None:
-        return UNKNOWN
+        return NOT_AVAILABLE
     if not intervals or line.interval is None:
         return number(line.mean, metric)
     low, high = line.interval
@@ -102,7 +102,7 @@ def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
 def difference(line: Summary | None, metric: Metric) -> str:
     """A mean difference with its interval, and in how many pairs the group is better."""
     if line is None or line.difference is None:
-        return UNKNOWN
+        return NOT_AVAILABLE
     low, high = line.difference_interval or (0.0, 0.0)
     metric = resolved(metric, high - low or line.difference)
     text = (
@@ -124,25 +124,27 @@ def comparison(
         facts: head -> a word about a group before its metrics; by default how many runs there
             are, and groups without any of the metrics are left out.
     """
-    known = facts or {"seeds": lambda group: str(len(result.members(group)))}
-    head, rows = ["run", *known], []
+    columns_of_facts = facts or {"seeds": lambda group: str(len(result.members(group)))}
+    head, rows = ["run", *columns_of_facts], []
     for column in columns:
-        head += [result.metric(column.metric).title, *["difference"] * column.difference]
+        head.append(result.metric(column.metric).title)
+        if column.difference:
+            head.append("difference")
     for group in result.groups:
         lines = [result.summary(group, column.metric, column.item) for column in columns]
         if facts is None and not any(lines):
             continue
         is_control = group == result.control
-        row = [
-            f"{group} (control)" if is_control else group,
-            *(fact(group) for fact in known.values()),
-        ]
+        row = [f"{group} (control)" if is_control else group]
+        row += [fact(group) for fact in columns_of_facts.values()]
         for column, line in zip(columns, lines, strict=True):
             metric = result.metric(column.metric)
             change = "" if is_control else difference(line, metric)
             if result.settings.get("paired", {}).get(group) is False:
                 change = "not paired"
-            row += [mean(line, metric, column.interval), *[change] * column.difference]
+            row.append(mean(line, metric, column.interval))
+            if column.difference:
+                row.append(change)
         rows.append(row)
     return table(head, rows)
 
@@ -168,7 +170,7 @@ def sources(result: Result) -> list[str]:
 def closing(result: Result, packages: Sequence[str] = ("torch",), facts: Sequence[str] = ()) -> str:
     """The end of a report: figures, notes, and where it comes from."""
     notes = list(map(escaped, result.notes))
-    if any(1 < len(result.members(group)) < FEW for group in result.groups):
+    if any(1 < len(result.members(group)) < FEW_SEEDS for group in result.groups):
         notes.append("With fewer than ten seeds a bootstrap interval is too narrow.")
     sentences = [*notes, *map(escaped, facts), *origin(result.provenance, packages)]
     return page(pictures(result), listed(sentences)).rstrip()
@@ -182,10 +184,10 @@ def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) 
     cores = f", {device['cpu_cores']} cores" if device.get("type") == "cpu" else ""
     commit = "" if provenance.commit is None else f", commit {provenance.commit[:12]}"
     changed = " with uncommitted changes" if provenance.uncommitted_changes else ""
-    versions = ", ".join(f"{one} {provenance.versions.get(one)}" for one in packages)
+    versions = ", ".join(f"{package} {provenance.versions.get(package)}" for package in packages)
     name = device.get("name") or "unknown device"
     lines = [f"`{provenance.command}`", f"{name}{cores}, {versions}{commit}{changed}."]
     if provenance.differing:
-        what = ", ".join(name.replace("_", " ") for name in provenance.differing)
-        lines.append(f"The runs differ in {json.dumps(what)}; the first run's is given.")
+        differences = ", ".join(name.replace("_", " ") for name in provenance.differing)
+        lines.append(f"The runs differ in {json.dumps(differences)}; the first run's is given.")
     return lines

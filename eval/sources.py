@@ -63,7 +63,9 @@ class Subject(Entry):
         """An option of the run; None where the record does not have it."""
         config = self.record.get("config", {})
         value = config.get(name)
-        return config.get(STANDS_FOR[name]) if value is None and name in STANDS_FOR else value
+        if value is None and name in STANDS_FOR:
+            return config.get(STANDS_FOR[name])
+        return value
 
     def settings(self) -> dict[str, Any]:
         """The options that made a difference to what was learned, but for the seed."""
@@ -76,14 +78,11 @@ class Subject(Entry):
         """The lines of ``metrics.jsonl``; [] for what is no run."""
         return [] if self.folder is None else read_metrics(self.folder)
 
-    def row(self, metric: str, value: float | None, **more: Any) -> Row:
+    def row(self, metric: str, value: float | None, **fields: Any) -> Row:
         """A row of this subject; a value that is not finite is None."""
         value = None if value is None or not math.isfinite(value) else float(value)
-        return Row(
-            **{"subject": self.label, "group": self.group, "seed": self.seed, **more},
-            metric=metric,
-            value=value,
-        )
+        values = {"subject": self.label, "group": self.group, "seed": self.seed, **fields}
+        return Row(metric=metric, value=value, **values)
 
 
 def find(word: str) -> Subject:
@@ -101,7 +100,9 @@ def find(word: str) -> Subject:
         name = path.resolve().parent.name if path.name == FILE_NAME else path.stem
         return _file(path, "file", name, word)
     owner = path.parent
-    names = [str(owner / one.name) for one in owner.iterdir()] if owner.is_dir() else []
+    names = []
+    if owner.is_dir():
+        names = [str(owner / neighbor.name) for neighbor in owner.iterdir()]
     raise UserError(
         f'there is no run folder and no file "{word}"{did_you_mean(word, [BASE, *names])}: correct'
         " the path; what is on the hub is had by hf download."
@@ -162,10 +163,10 @@ def _weights_of(subject: Subject) -> Subject:
 
 def _needed(subject: Subject) -> tuple[str, ...]:
     """Files and folders that a run of its kind leaves."""
-    whole = methods.get(str(subject.method)).exports_weights
+    exports_weights = methods.get(str(subject.method)).exports_weights
     if subject.is_text:
-        return ("model",) if whole else (PEFT_FILE, PEFT_CONFIG)
-    if not whole:
+        return ("model",) if exports_weights else (PEFT_FILE, PEFT_CONFIG)
+    if not exports_weights:
         return (FILE_NAME,)
     encoders = ENCODERS if subject.option("train_text_encoder") else ()
     return (_denoiser(subject), *encoders)
@@ -175,10 +176,10 @@ def _denoiser(subject: Subject) -> str:
     """Name of the model that an image run trains: the one that is there, else by its base."""
     folder = subject.folder
     assert folder is not None
-    there = [name for name in DENOISERS if (folder / name).is_dir()]
+    saved = [name for name in DENOISERS if (folder / name).is_dir()]
     base = str(subject.base_model)
     flow = folder_of(base) is not None and describe(base).family.flow
-    return there[0] if there else DENOISERS[flow]
+    return saved[0] if saved else DENOISERS[flow]
 
 
 def _file(path: Path, kind: str, name: str, word: str, base_model: str | None = None) -> Subject:
@@ -189,10 +190,12 @@ def _file(path: Path, kind: str, name: str, word: str, base_model: str | None = 
     if base_model is None and method is not None:
         # Other tools write the name of a checkpoint file here, which nothing can be loaded by.
         base_model = metadata.get("ss_sd_model_name")
-    known = method in methods.names()
+    group = method or name
+    if method in methods.names():
+        group = methods.get(str(method)).title
     return Subject(
         label=name,
-        group=(methods.get(str(method)).title if known else method) or name,
+        group=group,
         kind=kind,
         source=without_paths(word),
         method=method,

@@ -184,11 +184,11 @@ class Result:
 
     def select(self, metric: str, group: str | None = None, item: str | None = None) -> list[Row]:
         """The rows of a metric, of all groups and items or of one."""
-        return [
-            row
-            for row in self.rows
-            if row.metric == metric and group in (None, row.group) and item in (None, row.item)
-        ]
+        rows = []
+        for row in self.rows:
+            if row.metric == metric and group in (None, row.group) and item in (None, row.item):
+                rows.append(row)
+        return rows
 
     def summary(
         self, group: str, metric: str, item: str = "", step: int | None = None
@@ -198,9 +198,11 @@ class Result:
 
     def over_training(self, group: str, metric: str, item: str = "") -> list[Summary]:
         """The summaries of a metric at each step, in order."""
-        key = group, metric, item
-        lines = [s for s in self.summaries if (s.group, s.metric, s.item) == key]
-        return sorted((s for s in lines if s.step is not None), key=lambda s: s.step or 0)
+        key, lines = (group, metric, item), []
+        for line in self.summaries:
+            if line.step is not None and (line.group, line.metric, line.item) == key:
+                lines.append(line)
+        return sorted(lines, key=lambda line: line.step or 0)
 
     def curve(self, group: str, metric: str, item: str = "") -> list[Summary]:
         """A metric over training at the steps that all have of the group which were measured."""
@@ -210,7 +212,7 @@ class Result:
 
     @cached_property
     def _index(self) -> dict[tuple[str, str, str, int | None], Summary]:
-        return {(s.group, s.metric, s.item, s.step): s for s in self.summaries}
+        return {(line.group, line.metric, line.item, line.step): line for line in self.summaries}
 
 
 def write(result: Result, folder: Path, report: str) -> None:
@@ -226,13 +228,13 @@ def write(result: Result, folder: Path, report: str) -> None:
 def read(folder: Path, rows: bool = True) -> Result:
     """The result in a folder."""
     record = head(folder)
-    again = f"run python -m eval.{record['kind']} again"
+    fix = f"run python -m eval.{record['kind']} again"
     try:
         record["rows"] = from_csv(Row, folder / ROWS) if rows else []
         record["summaries"] = from_csv(Summary, folder / SUMMARY)
         return _adapter(Result).validate_python(record)
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{folder / FILE} is damaged: {again}") from error
+        raise UserError(f"{folder / FILE} is damaged: {fix}") from error
 
 
 def head(folder: Path) -> dict[str, Any]:
@@ -261,10 +263,12 @@ def head(folder: Path) -> dict[str, Any]:
 def to_csv(kind: Any, lines: Iterable[Any]) -> str:
     """Dataclasses as CSV, unrounded; None and what is not finite is an empty field."""
     text = _Lines()
-    names = [one.name for one in fields(kind)]
+    names = [column.name for column in fields(kind)]
     writer = csv.DictWriter(text, names, lineterminator="\r\n")
     writer.writeheader()
-    writer.writerows(strict_json({n: getattr(line, n) for n in names})[0] for line in lines)
+    for line in lines:
+        values, _ = strict_json({name: getattr(line, name) for name in names})
+        writer.writerow(values)
     return text.getvalue()
 
 
@@ -279,16 +283,19 @@ class _Lines(io.StringIO):
 
 def from_csv(kind: Any, path: Path) -> list[Any]:
     """Read what :func:`to_csv` wrote."""
-    names = [one.name for one in fields(kind)]
-    words = {one.name for one in fields(kind) if one.type == "str"}
+    names = [column.name for column in fields(kind)]
+    # Of text an empty field is "", of a number None.
+    text_names = {column.name for column in fields(kind) if column.type == "str"}
     with finite(path).open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != names:
             raise ValueError(f"the columns are {reader.fieldnames} and not {names}")
-        lines = [
-            {name: value if value or name in words else None for name, value in line.items()}
-            for line in reader
-        ]
+        lines = []
+        for line in reader:
+            for name in names:
+                if line[name] == "" and name not in text_names:
+                    line[name] = None
+            lines.append(line)
     return _adapter(list[kind]).validate_python(lines)
 
 

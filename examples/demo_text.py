@@ -23,7 +23,7 @@ from bilora_diffusion.text import script as train_text
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "gsm_symbolic.yaml"
 SHORT = ("--max_eval_samples", "16", "--max_predictions", "6", "--eval_on_start")
-SHOWN = 3
+PROBLEMS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
     """Train, with more flags of ``train_text_bilora.py``, then show what changed."""
     place = ("--output_dir", str(folder), "--overwrite_output_dir")
-    train_text.main(["--config", str(recipe), *place, *SHORT, *flags])
+    train_text.train(["--config", str(recipe), *place, *SHORT, *flags])
     steps = [row["step"] for row in runlog.read_metrics(folder) if "heldout_loss" in row]
+    # The first step is 0: `--eval_on_start` asks the base model.
     before, after = (answers(folder, step) for step in (steps[0], steps[-1]))
-    for first, last in list(zip(before, after, strict=True))[:SHOWN]:
+    for first, last in list(zip(before, after, strict=True))[:PROBLEMS]:
         print("\n" + paragraphs(first, last))
     print("\n" + figures(folder))
     print(f"\nRun folder: {folder} (all answers: {folder}/validation/step-{steps[-1]})")

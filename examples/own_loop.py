@@ -24,7 +24,7 @@ from torch import Tensor
 from bilora_diffusion import BiLoRAConfig, attach, mini
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-BATCH, EVERY = 4, 40
+BATCH, EVALUATION_STEPS = 4, 40
 
 
 def load(folder: Path, pipeline: Any, count: int) -> dict[str, Tensor]:
@@ -32,6 +32,7 @@ def load(folder: Path, pipeline: Any, count: int) -> dict[str, Tensor]:
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     pixels = [np.asarray(Image.open(folder / row["file_name"]))[..., :3] for row in rows[:count]]
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+    # The mode, not a sample: latents are encoded once.
     latents = pipeline.vae.encode(images).latent_dist.mode() * pipeline.vae.config.scaling_factor
     prompts = [row["prompt"] for row in rows[:count]]
     text, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
@@ -44,6 +45,7 @@ def loss(unet: Any, noises: Any, data: dict[str, Tensor], rows: Tensor, seed: in
     latents = data["latents"][rows]
     noise = torch.randn(latents.shape, generator=random)
     steps = torch.randint(noises.config.num_train_timesteps, (len(rows),), generator=random)
+    # SDXL's original size, crop and target size.
     sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(len(rows), 1)
     added = {"text_embeds": data["pooled"][rows], "time_ids": sizes}
     noisy = noises.add_noise(latents, noise, steps)
@@ -52,15 +54,15 @@ def loss(unet: Any, noises: Any, data: dict[str, Tensor], rows: Tensor, seed: in
 
 
 def train(per_sample: bool, rho: float, steps: int) -> list[float]:
-    """Train the adapters; the loss on unseen icons every ``EVERY`` steps."""
+    """Train the adapters; the loss on unseen icons every ``EVALUATION_STEPS`` steps."""
     kind: Any = StableDiffusionXLPipeline
     pipeline = kind.from_pretrained(mini.pipeline_dir(), dtype=torch.float32)
     pipeline.unet.requires_grad_(False)
     noises = DDPMScheduler.from_config(pipeline.scheduler.config)
     with torch.no_grad():
-        own = load(mini.train_dir(), pipeline, 23)
-        unseen = load(mini.heldout_dir(), pipeline, 64)
-    count = len(own["latents"])
+        training_icons = load(mini.train_dir(), pipeline, 23)
+        heldout_icons = load(mini.heldout_dir(), pipeline, 64)
+    count = len(training_icons["latents"])
     torch.manual_seed(0)
     config = BiLoRAConfig(
         rank=4,
@@ -75,15 +77,18 @@ def train(per_sample: bool, rho: float, steps: int) -> list[float]:
     bilora.bind(optimizer)  # projects after every optimizer.step()
     held_out = []
     for step in range(steps + 1):
-        if step % EVERY == 0:
+        if step % EVALUATION_STEPS == 0:
             with bilora.evaluating(), torch.no_grad():
-                every = torch.arange(64)
-                values = [loss(pipeline.unet, noises, unseen, every, n) for n in range(8)]
+                all_rows = torch.arange(64)
+                values = []
+                for seed in range(8):
+                    values.append(loss(pipeline.unet, noises, heldout_icons, all_rows, seed))
                 held_out.append(float(torch.stack(values).mean()))
+        # Batches of both runs are alike: they come from the step alone.
         order = torch.randperm(count, generator=torch.Generator().manual_seed(step))
         rows = order[:BATCH]
         with bilora.samples(rows.tolist()):  # each row sees the auxiliary of its own sample
-            loss(pipeline.unet, noises, own, rows, seed=10_000 + step).backward()
+            loss(pipeline.unet, noises, training_icons, rows, seed=10_000 + step).backward()
         optimizer.step()
         optimizer.zero_grad()
     return held_out
@@ -95,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--rho", type=float, default=1.5)
     args = parser.parse_args(argv)
-    print("held-out loss x 1000 at", *range(0, args.steps + 1, EVERY))
+    print("held-out loss x 1000 at", *range(0, args.steps + 1, EVALUATION_STEPS))
     for name, per_sample, rho in (("LoRA", False, 1e-9), ("per sample", True, args.rho)):
         curve = train(per_sample, rho, args.steps)
         print(f"{name:22}", *(f"{1000 * value:.1f}" for value in curve), flush=True)

@@ -47,24 +47,24 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    own, args = HfArgumentParser((Arguments, Seq2SeqTrainingArguments)).parse_args_into_dataclasses(  # pyright: ignore[reportArgumentType]
-        list(argv) if argv is not None else None
-    )
-    tokenizer: Any = AutoTokenizer.from_pretrained(own.model)
-    model = AutoModelForSeq2SeqLM.from_pretrained(own.model)
+    parser: Any = HfArgumentParser([Arguments, Seq2SeqTrainingArguments])  # pyright: ignore[reportArgumentType]
+    words = None if argv is None else list(argv)
+    options, args = parser.parse_args_into_dataclasses(words)
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForSeq2SeqLM.from_pretrained(options.model)
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
         return tokenizer(
-            [own.prefix + text for text in batch[own.source]],
-            text_target=batch[own.target],
+            [options.prefix + text for text in batch[options.source]],
+            text_target=batch[options.target],
             truncation=True,
-            max_length=own.max_length,
+            max_length=options.max_length,
         )
 
-    file = {"path": "json", "data_files": own.data} if Path(own.data).is_file() else {}
-    rows = load_dataset(**{"path": own.data, **file}, split="train")
+    file = {"path": "json", "data_files": options.data} if Path(options.data).is_file() else {}
+    rows = load_dataset(**{"path": options.data, **file}, split="train")
     rows = rows.map(encode, batched=True, remove_columns=rows.column_names)
-    parts: Any = rows.train_test_split(test_size=own.held_out, seed=args.seed)
+    parts: Any = rows.train_test_split(test_size=options.held_out, seed=args.seed)
 
     trainer = Seq2SeqTrainer(
         model=model,
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
     )
-    use_bilora(trainer, BiLoRAConfig(rank=own.rank, alpha=own.alpha, rho=own.rho))
+    use_bilora(trainer, BiLoRAConfig(rank=options.rank, alpha=options.alpha, rho=options.rho))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import load_dataset
 from transformers import HfArgumentParser
@@ -35,13 +36,13 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    own, args = HfArgumentParser((Arguments, SFTConfig)).parse_args_into_dataclasses(  # pyright: ignore[reportArgumentType]
-        list(argv) if argv is not None else None
-    )
-    file = {"path": "json", "data_files": own.data} if Path(own.data).is_file() else {}
-    rows = load_dataset(**{"path": own.data, **file}, split="train")
-    trainer = SFTTrainer(model=own.model, args=args, train_dataset=rows)
-    use_bilora(trainer, BiLoRAConfig(rank=own.rank, alpha=own.alpha, rho=own.rho))
+    parser: Any = HfArgumentParser([Arguments, SFTConfig])  # pyright: ignore[reportArgumentType]
+    words = None if argv is None else list(argv)
+    options, args = parser.parse_args_into_dataclasses(words)
+    file = {"path": "json", "data_files": options.data} if Path(options.data).is_file() else {}
+    rows = load_dataset(**{"path": options.data, **file}, split="train")
+    trainer = SFTTrainer(model=options.model, args=args, train_dataset=rows)
+    use_bilora(trainer, BiLoRAConfig(rank=options.rank, alpha=options.alpha, rho=options.rho))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 

@@ -43,20 +43,20 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    own, args = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses(  # pyright: ignore[reportArgumentType]
-        list(argv) if argv is not None else None
-    )
-    tokenizer: Any = AutoTokenizer.from_pretrained(own.model)
+    parser: Any = HfArgumentParser([Arguments, TrainingArguments])  # pyright: ignore[reportArgumentType]
+    words = None if argv is None else list(argv)
+    options, args = parser.parse_args_into_dataclasses(words)
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(own.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model)
 
-    file = {"path": "json", "data_files": own.data} if Path(own.data).is_file() else {}
-    rows = load_dataset(**{"path": own.data, **file}, split="train")
-    rows = rows.map(
-        lambda batch: tokenizer(batch[own.column], truncation=True, max_length=own.max_length),
-        batched=True,
-        remove_columns=rows.column_names,
-    )
+    file = {"path": "json", "data_files": options.data} if Path(options.data).is_file() else {}
+    rows = load_dataset(**{"path": options.data, **file}, split="train")
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
+        return tokenizer(batch[options.column], truncation=True, max_length=options.max_length)
+
+    rows = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
 
     trainer = Trainer(
         model=model,
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
-    bilora = use_bilora(trainer, BiLoRAConfig(rank=own.rank, alpha=own.alpha, rho=own.rho))
+    config = BiLoRAConfig(rank=options.rank, alpha=options.alpha, rho=options.rho)
+    bilora = use_bilora(trainer, config)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     norm = bilora.auxiliary_norm()

@@ -19,7 +19,7 @@ from ..core.errors import UserError, run_cli, strip_controls
 from ..core.lora_names import ADAPTER_METADATA, FORMATS
 from .lorafile import LoraFile, inspect, lora_files
 
-_WIDTH = 72  # of a metadata entry
+_WIDTH = 72  # characters of a metadata entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,17 +62,17 @@ def _run(options: argparse.Namespace) -> None:
             contents = inspect(file)
             print(as_json(contents) if options.json else as_table(contents))
         return
-    # here, so that to look inside a file needs no torch
+    # Here, so that to look inside a file needs no torch.
     from ..run.lock import hold_around
-    from .checkpoints import export_checkpoint
-    from .conversion import convert
+    from .conversion import convert, export_checkpoint
 
     with hold_around(Path(output or source)):
         if step is None:
-            made = [convert(source, to, output)]
+            paths = [convert(source, to, output)]
         else:
-            made = export_checkpoint(source, step, to, output)
-    print("\n".join(map(str, made)))
+            paths = export_checkpoint(source, step, to, output)
+    for path in paths:
+        print(path)
 
 
 def as_json(contents: LoraFile) -> str:
@@ -95,17 +95,17 @@ def as_table(contents: LoraFile) -> str:
         rank = ", ".join(map(str, contents.ranks[model]))
         alpha = ", ".join(f"{value:g}" for value in contents.alphas.get(model, ())) or "= rank"
         lines.append(f"{model:<16}{layers:>8}{rank:>10}{alpha:>12}")
-    shown = {key: contents.metadata[key] for key in sorted(contents.metadata)}
-    shown.pop(ADAPTER_METADATA, None)
-    if shown:
-        width = max(map(len, shown))
+    metadata_keys = sorted(contents.metadata.keys() - {ADAPTER_METADATA})
+    if metadata_keys:
+        width = max(map(len, metadata_keys))
         lines += ["", "metadata"]
-        lines += [f"  {key:<{width}}  {_shortened(value)}" for key, value in shown.items()]
+        for key in metadata_keys:
+            lines.append(f"  {key:<{width}}  {_shortened(contents.metadata[key])}")
     lines += ["", f"auxiliary   {'FOUND' if contents.auxiliary else 'none'}"]
     lines += [f"  {sentence}" for sentence in contents.evidence]
     return "\n".join(map(strip_controls, lines))
 
 
 def _shortened(value: str) -> str:
-    flat = " ".join(value.split())
-    return flat if len(flat) <= _WIDTH else f"{flat[: _WIDTH - 3]}..."
+    line = " ".join(value.split())
+    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}..."

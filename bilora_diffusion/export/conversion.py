@@ -1,44 +1,49 @@
-"""LoRA files of any format from another, or from a model as PEFT's folder.
+"""LoRA files of any format from another, and from a run's checkpoint.
 
 Each is read back and compared before it gets its name.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import adapters
-from ..core.durable import sync
+from ..adapters import INITIAL, PRIMARY, peft_key
 from ..core.errors import UserError
-from ..core.lora_names import (
-    ADAPTER_METADATA,
-    COMPONENTS,
-    CONFIG,
-    FILE_NAME,
-    PRIMARY,
-    WEIGHTS,
-    kohya_file_name,
-)
+from ..core.lora_names import ADAPTER_METADATA, COMPONENTS, FILE_NAME, WEIGHTS, kohya_file_name
+from ..methods import get
+from ..run import checkpoint, runlog
+from ..run.folder import EXPORTS
 from ..train.soundness import PICKLES
-from .layers import Part
+from .formats import peft_adapter
+from .layers import Part, part_of
 from .lorafile import lora_files
-from .readback import compare, require_equal
+from .readback import compare
 from .reader import COMPONENT, Contents, read
-from .writer import file_metadata, refuse_kohya, write_file
+from .writer import (
+    file_metadata,
+    refuse_existing,
+    refuse_kohya,
+    text_config,
+    training_facts,
+    write_adapter,
+    write_file,
+)
 
-TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
-"""PEFT's names for the kinds of model."""
-_OWN = (  # metadata that follows from the tensors or from the new file's name
-    *("format", ADAPTER_METADATA, COMPONENT, "sshs_model_hash", "sshs_legacy_hash"),
-    *("ss_network_dim", "ss_network_alpha", "ss_output_name"),
+# Metadata that follows from the tensors or from the new file's name.
+_DERIVED_METADATA = (
+    "format",
+    ADAPTER_METADATA,
+    COMPONENT,
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_output_name",
 )
 
 
@@ -61,148 +66,146 @@ def convert(source: str | Path, to: str, output: str | Path | None = None) -> Pa
     """
     source = Path(source)
     files = lora_files(source)
-    several = [read(file) for file in files]  # of PEFT's folders, each of which holds one model
-    parts = {name: part for contents in several for name, part in contents.parts.items()}
+    contents = [read(file) for file in files]  # several of PEFT's folders, one model each
+    parts: dict[str, Part] = {}
+    for file_contents in contents:
+        parts |= file_contents.parts
+    # Of several folders the one above them gives the name.
     file = files[0] if len(files) == 1 else source / WEIGHTS
     # A LoRA is called as its folder where its file has the name that all have.
-    named = file.parent if file.name in (FILE_NAME, WEIGHTS) else file.with_suffix("")
-    stem = Path(kohya_file_name(named)).stem
+    has_common_name = file.name in (FILE_NAME, WEIGHTS)
+    stem = Path(kohya_file_name(file.parent if has_common_name else file.with_suffix(""))).stem
     if output is None:
         folder = source if source.is_dir() else source.parent
         name = f"{stem}-peft" if to == "peft" else f"{stem}-{to}.safetensors"
         if to == "kohya" and file.name == FILE_NAME:
+            # As the run itself would have written it.
             name = kohya_file_name(folder)
         output = folder / name
-    contents = Contents(parts, several[0].metadata, several[0].base_model)
-    return write(contents, to, Path(output), stem)
+    # Metadata of training is alike in all of them.
+    merged = Contents(parts, contents[0].metadata, contents[0].base_model)
+    return write(merged, to, Path(output), stem)
 
 
-def write(contents: Contents, to: str, place: Path, stem: str) -> Path:
+def write(contents: Contents, to: str, target: Path, stem: str) -> Path:
     """Write what a file is to hold; see `convert`.
 
     Args:
         contents: read from a file or a checkpoint.
+        target: the file or folder.
         stem: what kohya's file is called in a folder.
     """
-    parts, known = contents.parts, {k: v for k, v in contents.metadata.items() if k not in _OWN}
-    if odd := [name for name in parts if name not in COMPONENTS]:
-        what = "a model that PEFT names" if odd[0] == "model" else f'"{odd[0]}"'
-        base = f" ({contents.base_model})" if contents.base_model else ""
-        raise UserError(
-            f"The adapter is for {what}{base}, and only those for models of image pipelines are"
-            " converted; use it as it is."
-        )
+    parts = contents.parts
+    metadata = {
+        key: value for key, value in contents.metadata.items() if key not in _DERIVED_METADATA
+    }
+    for name in parts:
+        if name not in COMPONENTS:
+            model = "a model that PEFT names" if name == "model" else f'"{name}"'
+            base = f" ({contents.base_model})" if contents.base_model else ""
+            raise UserError(
+                f"The adapter is for {model}{base}, and only those for models of image pipelines"
+                " are converted; use it as it is."
+            )
     if to == "peft":
-        folders = {name: place / name if len(parts) > 1 else place for name in parts}
-        refuse_existing(place, *folders.values())
+        folders = {name: target / name if len(parts) > 1 else target for name in parts}
+        refuse_existing(target, *folders.values())
         for name, folder in folders.items():
-            tensors, config = _for_peft(name, parts[name], contents.base_model)
+            tensors, config = peft_adapter(name, parts[name], contents.base_model)
+            # Beside the bytes, what a reader makes of them is compared.
             check = partial(compare, expected={name: parts[name].layers})
-            place_adapter(folder, tensors, config, known | {COMPONENT: name}, check)
-        return place
+            write_adapter(folder, tensors, config, metadata | {COMPONENT: name}, check)
+        return target
     if to == "kohya":
         refuse_kohya(parts)
-    path = place
-    if place.suffix in PICKLES:
-        raise UserError(f"{place} would be a pickle; name a .safetensors file or a folder.")
-    if place.suffix != ".safetensors" or place.is_dir():
-        path = place / (FILE_NAME if to == "diffusers" else f"{stem}.safetensors")
+    path = target
+    if target.suffix in PICKLES:
+        raise UserError(f"{target} would be a pickle; name a .safetensors file or a folder.")
+    if target.suffix != ".safetensors" or target.is_dir():
+        path = target / (FILE_NAME if to == "diffusers" else f"{stem}.safetensors")
     if path.exists():
         raise UserError(f"{path} exists; name another --output, or delete it.")
-    metadata = file_metadata(parts, contents.base_model, path.stem, known)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, parts, to, metadata)
+    write_file(path, parts, to, file_metadata(parts, contents.base_model, path.stem, metadata))
     return path
 
 
-def _for_peft(component: str, part: Part, base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and configuration; alpha is the rank of each layer, as B holds the scale."""
-    tensors, ranks = {}, {}
-    for layer in part.layers:
-        name = layer.name
-        # As Transformers 5 calls the layers of its two classes, which PEFT's format follows.
-        if component == "text_encoder_2" and not name.startswith(("text_model.", "text_proj")):
-            name = f"text_model.{name}"
-        ranks[name] = layer.A.shape[0]
-        tensors |= {f"{name}.lora_A.weight": layer.A, f"{name}.lora_B.weight": layer.B}
-        if layer.magnitude is not None:
-            tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude
-    usual = max(set(ranks.values()), key=list(ranks.values()).count)
-    odd = {name: rank for name, rank in ranks.items() if rank != usual}
-    config = {
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": odd,
-        "alpha_pattern": odd,
-        "target_modules": list(ranks),
-        "use_dora": part.use_dora,
-        "base_model_name_or_path": base or None,
-    }
-    return tensors, config
+class Primary(NamedTuple):
+    """The primary of one model in a checkpoint."""
+
+    tensors: dict[str, Tensor]  # as they act on the base that the run was started from
+    config: dict[str, Any]  # PEFT's, of training
+    is_doubled: bool  # an init took something out of the base, so the rank is twice training's
 
 
-def save_adapter(
-    folder: str | Path, model: nn.Module, *, base_model: str, kind: str
-) -> dict[str, Any]:
-    """Write the primary, and a head that was trained with it, and read both back.
+def export_checkpoint(
+    folder: str | Path, step: int, to: str | None = None, output: str | Path | None = None
+) -> list[Path]:
+    """Write the adapter of a run's checkpoint, or its averages where it has them; see `convert`.
 
-    The two files replace older ones; the configuration comes last, without which PEFT loads none.
-
-    Args:
-        folder: the run folder.
-        model: with a primary; an auxiliary is left out.
-        base_model: hub id or folder that the adapter belongs on.
-        kind: "seq2seq", "causal" or "classification".
-
-    Returns:
-        ``layers``, ``parameters``, ``whole_modules`` and ``readback_difference``, which is 0.0.
-
-    Raises:
-        TrainingError: a value is not finite.
+    No model is loaded: a checkpoint holds the tensors, and what PEFT must know of them. By default
+    it is written as the run does at its end, to the run's folder `exports/step-N`.
     """
-    tensors, config = adapters.pretrained(model)
-    place_adapter(Path(folder), tensors, described(config, base_model, kind))
-    return {
-        "layers": len(adapters.layers(model, PRIMARY)),
-        "parameters": sum(value.numel() for value in tensors.values()),
-        "whole_modules": sorted(adapters.head_parameters(model, PRIMARY)),
-        "readback_difference": 0.0,
-    }
+    folder = Path(folder)
+    record = runlog.read_run(folder)
+    config, target = record["config"], Path(output or folder / EXPORTS / f"step-{step}")
+    if get(record["method"]).exports_weights:
+        raise UserError(
+            f"{folder} trains whole models, and checkpoints of these are not exported; let the run"
+            " end at the step you want, by --max_train_steps."
+        )
+    steps = checkpoint.steps(folder)
+    if step not in steps:
+        known_steps = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {known_steps}.")
+    primaries = _primaries(checkpoint.load(folder / checkpoint.CHECKPOINTS / f"step-{step}"))
+    if "model_name_or_path" in config:
+        if to not in (None, "peft"):
+            raise UserError(
+                f"{folder} is a run on text, whose adapters have no place in {to}'s format; use"
+                " --to peft."
+            )
+        (primary,) = primaries.values()  # a text run trains one model
+        refuse_existing(target)
+        peft_config = primary.config
+        if primary.is_doubled:
+            peft_config = adapters.twice_the_rank(peft_config)
+        base_model = str(config["model_name_or_path"])
+        peft_config = text_config(peft_config, base_model, config["task_type"])
+        write_adapter(target, primary.tensors, peft_config)
+        return [target]
+    if to is None and target.suffix == ".safetensors":
+        raise UserError(f"{target} is one file; say which by --to diffusers or --to kohya.")
+    parts = {}
+    for name, primary in primaries.items():
+        scale = primary.config["lora_alpha"] / primary.config["r"]  # s = alpha / rank
+        parts[name] = part_of(name, primary.tensors, primary.config, scale)
+    base_model = config["pretrained_model_name_or_path"]
+    contents = Contents(parts, training_facts(config, step), base_model)
+    formats = [to or "diffusers"]
+    if to is None and config["output_kohya_format"]:
+        formats.append("kohya")
+    stem = Path(kohya_file_name(folder, step)).stem
+    return [write(contents, file_format, target, stem) for file_format in formats]
 
 
-def described(config: Mapping[str, Any], base_model: str, kind: str) -> dict[str, Any]:
-    """An adapter's configuration with what PEFT must know of the model that it belongs on."""
-    return {**config, "base_model_name_or_path": base_model, "task_type": TASK_TYPES[kind]}
-
-
-def place_adapter(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    metadata: Mapping[str, str] | None = None,
-    check: Callable[[Path], object] = bool,
-) -> None:
-    """Write an adapter's two files aside, read them back, and give them their names."""
-    aside = folder / ".adapter.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        adapters.write_pretrained(aside, tensors, config, metadata)
-        expected = {adapters.peft_path(key): value for key, value in tensors.items()}
-        require_equal(folder / WEIGHTS, load_file(aside / WEIGHTS), expected)
-        check(aside / WEIGHTS)
-        for name in (WEIGHTS, CONFIG):
-            sync(aside / name)
-            os.replace(aside / name, folder / name)
-        sync(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def refuse_existing(*folders: Path) -> None:
-    """Refuse to put an adapter where one is, or where a file is."""
-    for folder in folders:
-        if folder.suffix == ".safetensors" or folder.is_file():
-            raise UserError(f"{folder} is a file, and PEFT's format is a folder; name a folder.")
-        for path in (folder / WEIGHTS, folder / CONFIG):
-            if path.exists():
-                raise UserError(f"{path} exists; name another --output, or delete it.")
+def _primaries(saved: checkpoint.Checkpoint) -> dict[str, Primary]:
+    """The primaries by model."""
+    notes, tensors = saved.extra["result"], dict(saved.tensors)
+    if saved.extra["average"] is not None:
+        # An average takes the place of the weights that it is of, as at the end of a run.
+        for number, key in enumerate(notes["averaged"]):
+            tensors[key] = tensors[f"average/{number}"]
+    primaries = {}
+    for model, config in notes["adapters"].items():
+        # adapter -> PEFT's key -> tensor; "whole" are modules that are trained as they are
+        of_adapter: dict[str, dict[str, Tensor]] = {PRIMARY: {}, INITIAL: {}, "whole": {}}
+        for adapter, of_key in of_adapter.items():
+            start = f"{model}/{adapter}/"
+            for key, value in tensors.items():
+                if key.startswith(start):
+                    of_key[peft_key(key.removeprefix(start))] = value
+        initial = of_adapter[INITIAL]
+        acting = adapters.portable(of_adapter[PRIMARY], initial) | of_adapter["whole"]
+        primaries[model] = Primary(acting, config, bool(initial))
+    return primaries

@@ -1,4 +1,4 @@
-"""The primary adapter as files hold it, and the names that its layers have there."""
+"""The primary adapter of a model as layers: what a file holds, in any format."""
 
 from __future__ import annotations
 
@@ -9,19 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapters import factors, lora_config, portable_state_dict
+from ..adapters import INITIAL, PRIMARY, factors, lora_config, portable_state_dict, state_dict
 from ..core.errors import TrainingError, UserError
-from ..core.lora_names import ENCODERS, PRIMARY
-
-_KOHYA_PREFIX = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-# Readers of kohya files know these four by SDXL's original names only; all others also by
-# diffusers' names.
-_SGM_NAME = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
 
 
 class Layer(NamedTuple):
@@ -31,6 +20,14 @@ class Layer(NamedTuple):
     A: Tensor  # (r, n) or, for a convolution, (r, in_channels, height, width)
     B: Tensor  # (m, r) or (m, r, 1, 1); the trained B times s = alpha / rank
     magnitude: Tensor | None  # (m,) or (1, m, 1, 1)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """A, B and the magnitude where there is one."""
+        tensors = [self.A, self.B]
+        if self.magnitude is not None:
+            tensors.append(self.magnitude)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,9 @@ def primary_part(component: str, model: nn.Module) -> Part:
         raise UserError(f'{component} has no adapter "{PRIMARY}"; leave it out of the export.')
     if len(kinds) > 1:
         raise UserError(f"{component} mixes (rank, scale) {sorted(kinds)}; use one for all layers.")
+    _, scale = kinds.pop()
     tensors, config = portable_state_dict(model), lora_config(model, PRIMARY)
-    return part_of(component, tensors, config, kinds.pop()[1])
+    return part_of(component, tensors, config, scale)
 
 
 def part_of(
@@ -83,71 +81,28 @@ def part_of(
     twice the rank (`portable_state_dict`). s * B is formed in fp64 and rounded once, so it is exact
     where s is a power of two.
     """
-    tensors, made = dict(tensors), []
-    for name in [key.removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]:
-        A, B = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
-        magnitude = tensors.pop(f"{name}.lora_magnitude_vector", None)
-        layer = Layer(
-            plain_name(name),
-            _plain(A),
-            _plain(B.double() * scale),
-            None if magnitude is None else _plain(magnitude),
-        )
-        if not all(part.isfinite().all() for part in layer[1:] if part is not None):
+    remaining, layers = dict(tensors), []
+    for key in tensors:
+        if ".lora_A." not in key:
+            continue
+        name = key.removesuffix(".lora_A.weight")
+        A = remaining.pop(f"{name}.lora_A.weight")
+        B = remaining.pop(f"{name}.lora_B.weight")
+        magnitude = remaining.pop(f"{name}.lora_magnitude_vector", None)
+        if magnitude is not None:
+            magnitude = _for_file(magnitude)
+        layer = Layer(plain_name(name), _for_file(A), _for_file(B.double() * scale), magnitude)
+        if not all(tensor.isfinite().all() for tensor in layer.tensors):
             raise TrainingError(
                 f"The adapter of {component}.{layer.name} is not finite; export a good checkpoint."
             )
-        made.append(layer)
-    if tensors:
-        raise UserError(f"{component} trains {next(iter(tensors))}, which LoRA files do not hold.")
-    return Part(made, config["r"], scale * config["r"])
-
-
-def diffusers_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """Tensors under the keys that diffusers reads.
-
-    Denoisers have PEFT's keys. Text encoders have `lora_linear_layer`, without which diffusers
-    can't read adapters that sit on the MLP alone; their magnitudes end in `.weight`, without which
-    Transformers leaves them out.
-    """
-    tensors = {}
-    for component, part in parts.items():
-        down, up, magnitude = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
-        if component in ENCODERS:
-            down, up = "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
-            magnitude = "lora_magnitude_vector.weight"
-        for layer in part.layers:
-            name = f"{component}.{_file_name(component, layer.name)}"
-            tensors[f"{name}.{down}"] = layer.A
-            tensors[f"{name}.{up}"] = layer.B
-            if layer.magnitude is not None:
-                tensors[f"{name}.{magnitude}"] = layer.magnitude
-    return tensors
-
-
-def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """Tensors under kohya's keys: lora_down.weight, lora_up.weight, alpha (= rank), dora_scale.
-
-    diffusers leaves out `dora_scale`, gives most layers the most frequent alpha where these differ,
-    and can't read text encoders with adapters on some of q, k and v alone; other readers can.
-    """
-    tensors: dict[str, Tensor] = {}
-    for component, part in parts.items():
-        for layer in part.layers:
-            name = kohya_name(component, layer.name)
-            tensors[f"{name}.lora_down.weight"] = layer.A
-            tensors[f"{name}.lora_up.weight"] = layer.B
-            tensors[f"{name}.alpha"] = torch.tensor(float(len(layer.A)))
-            if layer.magnitude is not None:
-                ones = [1] * (layer.A.dim() - 1)
-                tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *ones)
-    return tensors
-
-
-def kohya_name(component: str, layer: str) -> str:
-    """("unet", "mid_block.attentions.0.proj_in") -> "lora_unet_mid_block_attentions_0_proj_in"."""
-    name = _file_name(component, _SGM_NAME.get(layer, layer))
-    return f"{_KOHYA_PREFIX[component]}_{name}".replace(".", "_")
+        layers.append(layer)
+    # What is left are biases and whole modules.
+    if remaining:
+        raise UserError(
+            f"{component} trains {next(iter(remaining))}, which LoRA files do not hold."
+        )
+    return Part(layers, config["r"], scale * config["r"])
 
 
 def plain_name(name: str) -> str:
@@ -155,11 +110,23 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").removeprefix("text_model.")
 
 
-def _file_name(component: str, layer: str) -> str:
-    """Files keep the `text_model.` that Transformers 5 dropped from CLIPTextModel; readers cope."""
-    inner = component in ENCODERS and not layer.startswith("text_projection")
-    return f"text_model.{layer}" if inner else layer
-
-
-def _plain(tensor: Tensor) -> Tensor:
+def _for_file(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", torch.float32).contiguous()
+
+
+def trained_layers(model: nn.Module) -> list[Layer]:
+    """A model's primary by the definition of what it adds, W + s * (B @ A - B0 @ A0), in fp64.
+
+    It shares nothing with `part_of`, which it checks.
+    """
+    tensors, initial = state_dict(model, PRIMARY), state_dict(model, INITIAL)
+    layers = []
+    for name, _, _, scale in factors(model, PRIMARY):
+        down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        A, B = tensors[down].double(), tensors[up].double()
+        if down in initial:
+            A = torch.cat((A, initial[down].double()))
+            B = torch.cat((B, -initial[up].double()), dim=1)
+        magnitude = tensors.get(f"{name}.lora_magnitude_vector")
+        layers.append(Layer(plain_name(name), A, scale * B, magnitude))
+    return layers

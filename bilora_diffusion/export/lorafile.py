@@ -16,27 +16,29 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from ..core.errors import UserError, translated
-from ..core.lora_names import (
-    ADAPTER_METADATA,
-    AUXILIARY,
-    COMPONENTS,
-    FILE_NAME,
-    WEIGHTS,
-)
+from ..core.lora_names import ADAPTER_METADATA, AUXILIARY, COMPONENTS, FILE_NAME, WEIGHTS
 from .peft_config import PeftConfig, adapter_config
 
 UNNAMED = "unnamed"
 _ROLES = {
-    **dict.fromkeys(("lora_A", "lora_down", "lora.down", "lora_linear_layer.down"), "A"),
-    **dict.fromkeys(("lora_B", "lora_up", "lora.up", "lora_linear_layer.up"), "B"),
-    **dict.fromkeys(("lora_magnitude_vector", "dora_scale"), "magnitude"),
+    "lora_A": "A",
+    "lora_down": "A",
+    "lora.down": "A",
+    "lora_linear_layer.down": "A",
+    "lora_B": "B",
+    "lora_up": "B",
+    "lora.up": "B",
+    "lora_linear_layer.up": "B",
+    "lora_magnitude_vector": "magnitude",
+    "dora_scale": "magnitude",
     "alpha": "alpha",
 }
+# layer, a separator, the kind of tensor, perhaps the adapter's name, perhaps ".weight"
 _KEY = re.compile(
     rf"^(?P<layer>.+?)[._](?P<kind>{'|'.join(map(re.escape, _ROLES))})"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.weight)?$"
 )
-MODELS = {  # prefix in the file -> model
+_MODEL_OF_PREFIX = {
     "text_encoder_2.": "text_encoder_2",
     "text_encoder.": "text_encoder",
     "transformer.": "transformer",
@@ -46,13 +48,15 @@ MODELS = {  # prefix in the file -> model
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
 }
-_FORMATS = {
-    "kohya": tuple(prefix for prefix in MODELS if prefix.endswith("_")),
-    "diffusers": tuple(prefix for prefix in MODELS if prefix.endswith(".")),
-    "peft": ("base_model.model.",),
+_PEFT_PREFIX = "base_model.model."
+_PREFIXES = {
+    "kohya": tuple(prefix for prefix in _MODEL_OF_PREFIX if prefix.endswith("_")),
+    "diffusers": tuple(prefix for prefix in _MODEL_OF_PREFIX if prefix.endswith(".")),
+    "peft": (_PEFT_PREFIX,),
 }
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_AGAIN = "download it again"
+_DOWNLOAD = "download it again"
+_OWN_CONFIG = "put its own configuration there"
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,11 @@ class LoraFile:
         return bool(self.evidence)
 
 
-class Entry(NamedTuple):
-    """A tensor of an adapter."""
+class LoraTensor(NamedTuple):
+    """A tensor of an adapter, without its values."""
 
     key: str
+    local_key: str  # without the model's prefix and PEFT's
     model: str
     name: str  # of the layer in the file, by which PEFT's patterns know it
     layer: str  # spelt alike for all formats
@@ -102,19 +107,24 @@ class Entry(NamedTuple):
     alpha: float | None
 
 
-class Look(NamedTuple):
+class Header(NamedTuple):
     """A file's header: its contents in short, each tensor, other keys, and PEFT's configuration."""
 
     file: LoraFile
-    entries: list[Entry]
-    others: list[str]
+    tensors: list[LoraTensor]
+    other_keys: list[str]
     config: dict[str, PeftConfig]
 
 
-def require(holds: bool, path: Path, what: str, fix: str = "give another file") -> None:
-    """Refuse a file, "PATH what; fix.", unless something holds of it."""
-    if not holds:
-        raise UserError(f"{path} {what}; {fix}.")
+def refused(path: Path, problem: str, fix: str = "give another file") -> UserError:
+    """The error that refuses a file: "PATH problem; fix."."""
+    return UserError(f"{path} {problem}; {fix}.")
+
+
+def layer_of_key(key: str) -> str:
+    """The layer's part of a key: "conv_in.lora_A.weight" -> "conv_in"."""
+    match = _KEY.match(key)
+    return key if match is None else match["layer"]
 
 
 def lora_files(source: Path) -> list[Path]:
@@ -128,13 +138,19 @@ def lora_files(source: Path) -> list[Path]:
     for name in (FILE_NAME, WEIGHTS):
         if (source / name).is_file():
             return [source / name]
-    if several := [f for c in COMPONENTS if (f := source / c / WEIGHTS).is_file()]:
-        return several
-    inside = sorted(source.glob("*.safetensors"))
-    names = ", ".join(path.name for path in inside) or "it has none"
-    what = f"is a folder without {FILE_NAME} or {WEIGHTS}"
-    require(len(inside) == 1, source, what, f"name one of its .safetensors files ({names})")
-    return inside
+    files_of_models = [source / component / WEIGHTS for component in COMPONENTS]
+    files_of_models = [file for file in files_of_models if file.is_file()]
+    if files_of_models:
+        return files_of_models
+    files = sorted(source.glob("*.safetensors"))
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files) or "it has none"
+        raise refused(
+            source,
+            f"is a folder without {FILE_NAME} or {WEIGHTS}",
+            f"name one of its .safetensors files ({names})",
+        )
+    return files
 
 
 def inspect(file: str | Path) -> LoraFile:
@@ -144,157 +160,211 @@ def inspect(file: str | Path) -> LoraFile:
         UserError: the file is missing, a folder, not safetensors, cut short, holds no LoRA or one
             that can't be right, or its configuration is damaged.
     """
-    return look(Path(file)).file
+    return read_header(Path(file)).file
 
 
-def look(path: Path) -> Look:
+def read_header(path: Path) -> Header:
     """`inspect` with what a reader needs."""
-    entries, others, metadata = _read(path)
-    down = [entry for entry in entries if entry.role == "A"]
-    tensors = len(entries) + len(others)
-    require(bool(down), path, f"holds no LoRA among its {tensors} tensors", "name a LoRA file")
-    keys = [entry.key for entry in entries] + others
-    fits = (name for name, start in _FORMATS.items() if all(key.startswith(start) for key in keys))
-    format = next(fits, "unknown")
-    config = adapter_config(path, metadata, format)
-    alphas: dict[str, set[float]] = defaultdict(set)
-    for entry in entries:
-        if entry.alpha is not None:
-            alphas[entry.model].add(entry.alpha)
-        elif entry.role == "A" and entry.model in config:
-            alphas[entry.model].add(config[entry.model].alpha(entry.name))
-    weights = [entry for entry in entries if entry.role != "alpha"]
+    tensors, other_keys, metadata = _read_tensors(path)
+    down = [tensor for tensor in tensors if tensor.role == "A"]
+    if not down:
+        count = len(tensors) + len(other_keys)
+        raise refused(path, f"holds no LoRA among its {count} tensors", "name a LoRA file")
+    keys = [tensor.key for tensor in tensors] + other_keys
+    # A format is that of all keys, or of none.
+    file_format = "unknown"
+    for name, prefixes in _PREFIXES.items():
+        if all(key.startswith(prefixes) for key in keys):
+            file_format = name
+    config = adapter_config(path, metadata, file_format)
+    weights = [tensor for tensor in tensors if tensor.role != "alpha"]
     evidence = tuple(_evidence(keys, weights, metadata))
+    # Of two adapters for a layer, no tensor can be said to belong to another.
     if not evidence:
-        _check_layers(path, entries, config)
-    models = dict.fromkeys(entry.model for entry in down)
+        _check_layers(path, tensors, config)
+
+    layers: dict[str, set[str]] = defaultdict(set)
+    ranks: dict[str, set[int]] = defaultdict(set)
+    for tensor in down:
+        layers[tensor.model].add(tensor.layer)
+        ranks[tensor.model].add(tensor.shape[0])
+    alphas: dict[str, set[float]] = defaultdict(set)
+    for tensor in tensors:
+        if tensor.alpha is not None:
+            alphas[tensor.model].add(tensor.alpha)
+        elif tensor.role == "A" and tensor.model in config:
+            # PEFT's configuration stands for all layers that it is not more specific about.
+            alphas[tensor.model].add(config[tensor.model].alpha(tensor.name))
     file = LoraFile(
         path=str(path),
-        format=format,
-        adapters=tuple(dict.fromkeys(entry.adapter or UNNAMED for entry in weights)),
-        layers={model: len({e.layer for e in down if e.model == model}) for model in models},
-        ranks={m: tuple(sorted({e.shape[0] for e in down if e.model == m})) for m in models},
+        format=file_format,
+        adapters=tuple(dict.fromkeys(tensor.adapter or UNNAMED for tensor in weights)),
+        layers={model: len(names) for model, names in layers.items()},
+        ranks={model: tuple(sorted(values)) for model, values in ranks.items()},
         alphas={model: tuple(sorted(values)) for model, values in alphas.items()},
-        dora=any(entry.role == "magnitude" for entry in weights),
-        dtypes=tuple(sorted({entry.dtype for entry in weights})),
-        parameters=sum(math.prod(entry.shape) for entry in weights),
-        other_tensors=len(others),
+        dora=any(tensor.role == "magnitude" for tensor in weights),
+        dtypes=tuple(sorted({tensor.dtype for tensor in weights})),
+        parameters=sum(math.prod(tensor.shape) for tensor in weights),
+        other_tensors=len(other_keys),
         evidence=evidence,
         metadata=metadata,
     )
-    return Look(file, entries, others, config)
+    return Header(file, tensors, other_keys, config)
 
 
-def _read(path: Path) -> tuple[list[Entry], list[str], dict[str, str]]:
+def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, str]]:
     """The tensors of LoRA's, the keys of others, and the metadata."""
-    require(not path.is_dir(), path, "is a folder", "name one of its .safetensors files")
+    if path.is_dir():
+        raise refused(path, "is a folder", "name one of its .safetensors files")
     if not path.is_file():
         raise UserError(f"There is no file {path}; check the path.")
-    found, others, alphas = [], [], {}
+    matches: dict[str, re.Match[str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    other_keys: list[str] = []
+    alphas: dict[str, Any] = {}
     with translated(f"{path} is not a whole safetensors file", "write or download it again"):
         with safe_open(path, framework="numpy") as content:
             metadata = dict(content.metadata() or {})
             for key in content.keys():  # noqa: SIM118
-                if (match := _KEY.match(key)) is None:
-                    others.append(key)
+                # A slice reads dtype and shape without the values.
+                match = _KEY.match(key)
+                if match is None:
+                    other_keys.append(key)
                     continue
-                part = content.get_slice(key)
-                found.append((key, match, tuple(part.get_shape()), str(part.get_dtype())))
-        scalars = [k for k, match, shape, _ in found if match["kind"] == "alpha" and not shape[1:]]
-        if scalars:  # torch, which knows more types of numbers, is imported for these alone
+                view = content.get_slice(key)
+                matches[key] = match
+                shapes[key], dtypes[key] = tuple(view.get_shape()), str(view.get_dtype())
+        # Several values as an alpha are refused below, unread.
+        alpha_keys = [key for key in matches if matches[key]["kind"] == "alpha"]
+        alpha_keys = [key for key in alpha_keys if math.prod(shapes[key]) == 1]
+        if alpha_keys:  # torch, which knows more types of numbers, is imported for these alone
             with safe_open(path, framework="pt") as content:
-                alphas = {key: content.get_tensor(key) for key in scalars}
-    entries = [_entry(path, k, m, shape, dtype, alphas.get(k)) for k, m, shape, dtype in found]
-    return entries, others, metadata
+                alphas = {key: content.get_tensor(key) for key in alpha_keys}
+    tensors = [
+        _tensor(path, match, shapes[key], dtypes[key], alphas.get(key))
+        for key, match in matches.items()
+    ]
+    return tensors, other_keys, metadata
 
 
-def _entry(
-    path: Path, key: str, match: re.Match[str], shape: tuple[int, ...], dtype: str, scalar: Any
-) -> Entry:
+def _tensor(
+    path: Path, match: re.Match[str], shape: tuple[int, ...], dtype: str, scalar: Any
+) -> LoraTensor:
     """One tensor, where it can be a part of a LoRA."""
-    role, layer = _ROLES[match["kind"]], match["layer"]
-    prefix = next((prefix for prefix in MODELS if layer.startswith(prefix)), "")
-    name = layer.removeprefix(prefix).removeprefix("base_model.model.")
-    plain = name.removeprefix("text_model.").removeprefix("text_model_")
+    key, layer, role = match.string, match["layer"], _ROLES[match["kind"]]
+    prefix = next((prefix for prefix in _MODEL_OF_PREFIX if layer.startswith(prefix)), "")
     alpha = None
     if role == "alpha":
         count = math.prod(shape)
-        require(count == 1, path, f"has {count} values as {key}, which is one number")
+        if count != 1:
+            raise refused(path, f"has {count} values as {key}, which is one number")
         alpha = scalar.item()
-        finite = type(alpha) in (int, float) and math.isfinite(alpha)
-        require(finite, path, f"has {alpha} as {key}, which is no finite number")
+        # bool is an int, too.
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise refused(path, f"has {alpha} as {key}, which is no finite number")
     else:
-        floats = f"has {key} as {dtype}, and LoRA is made of floats"
-        require(dtype in _FLOATS, path, floats, f"give a file in one of {', '.join(_FLOATS)}")
-        whole = len(shape) >= (1 if role == "magnitude" else 2) and 0 not in shape
-        require(whole, path, f"has {key} of the shape {list(shape)}, which is no part of a LoRA")
-    spelt = plain.replace(".processor", "").replace(".", "_")
-    model = MODELS.get(prefix, "model")
-    return Entry(key, model, name, spelt, role, match["adapter"], shape, dtype, alpha)
+        if dtype not in _FLOATS:
+            problem = f"has {key} as {dtype}, and LoRA is made of floats"
+            raise refused(path, problem, f"give a file in one of {', '.join(_FLOATS)}")
+        dimensions = 1 if role == "magnitude" else 2
+        if len(shape) < dimensions or 0 in shape:
+            raise refused(path, f"has {key} of the shape {list(shape)}, which is no part of a LoRA")
+    name = layer.removeprefix(prefix).removeprefix(_PEFT_PREFIX)
+    spelling = name.removeprefix("text_model.").removeprefix("text_model_")
+    return LoraTensor(
+        key=key,
+        local_key=key.removeprefix(prefix).removeprefix(_PEFT_PREFIX),
+        model=_MODEL_OF_PREFIX.get(prefix, "model"),
+        name=name,
+        layer=spelling.replace(".processor", "").replace(".", "_"),
+        role=role,
+        adapter=match["adapter"],
+        shape=shape,
+        dtype=dtype,
+        alpha=alpha,
+    )
 
 
-def _check_layers(path: Path, entries: Sequence[Entry], config: dict[str, PeftConfig]) -> None:
+def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, PeftConfig]) -> None:
     """Refuse layers whose tensors do not belong together, where each has one adapter."""
-    models: dict[str, dict[str, dict[str, Entry]]] = defaultdict(lambda: defaultdict(dict))
-    for entry in entries:
-        other = models[entry.model][entry.layer].setdefault(entry.role, entry)
-        both = f"has both {other.key} and {entry.key}"
-        require(other is entry, path, both, "leave one of them out")
+    # model -> layer, spelt alike -> role -> tensor
+    models: dict[str, dict[str, dict[str, LoraTensor]]] = defaultdict(lambda: defaultdict(dict))
+    for tensor in tensors:
+        first = models[tensor.model][tensor.layer].setdefault(tensor.role, tensor)
+        if first is not tensor:
+            raise refused(path, f"has both {first.key} and {tensor.key}", "leave one of them out")
     for model, layers in models.items():
-        described = config.get(model)
+        model_config = config.get(model)
         for layer in layers.values():
-            _check_layer(path, layer, described)
+            _check_layer(path, layer, model_config)
         plain = [layer["A"].key for layer in layers.values() if "magnitude" not in layer]
-        with_dora = len(layers) - len(plain)
-        require(
-            not plain or not with_dora,
-            path,
-            f"has DoRA's magnitudes for {with_dora} layers and none for {len(plain)}, such as"
-            f" {plain[:1]}, which no library can load",
-            "train all layers alike",
-        )
-        require(
-            described is None or described.use_dora == bool(with_dora),
-            path,
-            f"has {'' if with_dora else 'no '}magnitudes of DoRA, and its configuration says"
-            f" {'no ' if with_dora else ''}DoRA",
-            "put its own configuration there",
-        )
+        dora_count = len(layers) - len(plain)
+        if plain and dora_count:
+            raise refused(
+                path,
+                f"has DoRA's magnitudes for {dora_count} layers and none for {len(plain)}, such as"
+                f" {plain[:1]}, which no library can load",
+                "train all layers alike",
+            )
+        if model_config is not None and model_config.use_dora != bool(dora_count):
+            has, says = ("", "no ") if dora_count else ("no ", "")
+            problem = f"has {has}magnitudes of DoRA, and its configuration says {says}DoRA"
+            raise refused(path, problem, _OWN_CONFIG)
 
 
-def _check_layer(path: Path, layer: dict[str, Entry], config: PeftConfig | None) -> None:
-    first, missing = next(iter(layer.values())), "".join(sorted({"A", "B"} - layer.keys()))
-    lonely = f"has {first.key} without the factor {missing} of its layer"
-    require(not missing, path, lonely, _AGAIN)
-    A, B, magnitude = layer["A"], layer["B"], layer.get("magnitude")
+def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | None) -> None:
+    for factor in "AB":
+        if factor not in layer:
+            first = next(iter(layer.values()))
+            missing = "".join(sorted({"A", "B"} - layer.keys()))
+            problem = f"has {first.key} without the factor {missing} of its layer"
+            raise refused(path, problem, _DOWNLOAD)
+    A, B = layer["A"], layer["B"]
     rank, width = A.shape[0], B.shape[0]
-    fit = len(A.shape) == len(B.shape) and B.shape[1:] == (rank, *(1 for _ in B.shape[2:]))
-    shapes = f"has {A.key} of the shape {list(A.shape)} and {B.key} of {list(B.shape)}"
-    require(fit, path, f"{shapes}, which do not fit", _AGAIN)
-    known = rank if config is None else config.rank(A.name)
-    odd = f"has {A.key} of rank {rank}, for which its configuration says {known}"
-    require(known == rank, path, odd, "put its own configuration there")
-    if magnitude is not None:
-        across = len(magnitude.shape) == 2 and magnitude.shape[1] == width > 1
-        require(
-            math.prod(magnitude.shape) == width and not across,
-            path,
-            f"has DoRA's scale {magnitude.key} along the inputs, which diffusers and PEFT can't do",
-            "train it with scales along the outputs",
+    # B is (m, r), or (m, r, 1, 1) of a convolution.
+    kernel_ones = (1,) * len(B.shape[2:])
+    if len(A.shape) != len(B.shape) or B.shape[1:] != (rank, *kernel_ones):
+        problem = (
+            f"has {A.key} of the shape {list(A.shape)} and {B.key} of {list(B.shape)}, which do not"
+            " fit"
         )
+        raise refused(path, problem, _DOWNLOAD)
+    if config is not None and config.rank(A.name) != rank:
+        problem = (
+            f"has {A.key} of rank {rank}, for which its configuration says {config.rank(A.name)}"
+        )
+        raise refused(path, problem, _OWN_CONFIG)
+    if "magnitude" in layer:
+        magnitude = layer["magnitude"]
+        is_row = len(magnitude.shape) == 2 and magnitude.shape[1] == width > 1
+        if math.prod(magnitude.shape) != width or is_row:
+            raise refused(
+                path,
+                f"has DoRA's scale {magnitude.key} along the inputs, which diffusers and PEFT can't"
+                " do",
+                "train it with scales along the outputs",
+            )
 
 
-def _evidence(keys: list[str], weights: list[Entry], metadata: dict[str, str]) -> Iterator[str]:
+def _evidence(
+    keys: list[str], weights: list[LoraTensor], metadata: dict[str, str]
+) -> Iterator[str]:
     """Every sign of a second adapter: its name, or a second pair for a layer."""
-    if named := [key for key in keys if AUXILIARY in key.lower()]:
-        yield f"{len(named)} keys name an auxiliary, the first is {named[0]}."
-    if len(adapters := dict.fromkeys(entry.adapter or UNNAMED for entry in weights)) > 1:
+    auxiliary_keys = [key for key in keys if AUXILIARY in key.lower()]
+    if auxiliary_keys:
+        yield f"{len(auxiliary_keys)} keys name an auxiliary, the first is {auxiliary_keys[0]}."
+    adapters = dict.fromkeys(tensor.adapter or UNNAMED for tensor in weights)
+    if len(adapters) > 1:
         yield f"The keys name several adapters: {', '.join(adapters)}."
-    pairs = Counter((entry.model, entry.layer) for entry in weights if entry.role == "A")
-    if doubled := [".".join(layer) for layer, count in pairs.items() if count > 1]:
+    pairs = Counter((tensor.model, tensor.layer) for tensor in weights if tensor.role == "A")
+    doubled = [".".join(layer) for layer, count in pairs.items() if count > 1]
+    if doubled:
         yield f"{len(doubled)} layers have more than one adapter, the first is {doubled[0]}."
     for key, value in metadata.items():
-        models = {name.rpartition(".")[0] for name in re.findall(r'"([^"]+)":', value)}
-        said = " ".join(models) if key == ADAPTER_METADATA else value
-        if "adapter" in key.lower() and AUXILIARY in said.lower():
+        text = value
+        if key == ADAPTER_METADATA:  # whose keys name the models, and may name an adapter
+            models = {name.rpartition(".")[0] for name in re.findall(r'"([^"]+)":', value)}
+            text = " ".join(models)
+        if "adapter" in key.lower() and AUXILIARY in text.lower():
             yield f"The metadata entry {key} names an auxiliary."

@@ -16,13 +16,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, Valida
 from ..core.errors import UserError, translated
 from ..core.lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
 
-# Such expressions may take longer to search a name than anybody waits.
+# A repeat of a group, or four repeats: such expressions may take longer to search a name than
+# anybody waits.
 _COSTLY = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
 
 
 def _pattern(text: object) -> re.Pattern[str]:
     """A regular expression for layers, which PEFT compares with the end of a name."""
     if not isinstance(text, str) or _COSTLY.search(text):
+        # pydantic turns it into an error of validation.
         raise ValueError("this is not a name of layers, or an expression with too many repeats")
     try:
         return re.compile(rf"(.*\.)?({text})$")
@@ -49,20 +51,23 @@ class PeftConfig(BaseModel):
 
     def rank(self, layer: str) -> int:
         """The rank of a layer."""
-        return _first(self.rank_pattern, layer, self.r)
+        return _first_match(self.rank_pattern, layer, self.r)
 
     def alpha(self, layer: str) -> float:
         """Alpha of a layer."""
-        return _first(self.alpha_pattern, layer, self.lora_alpha)
+        return _first_match(self.alpha_pattern, layer, self.lora_alpha)
 
     def scale(self, layer: str, rank: int) -> float:
         """Alpha / rank of a layer, or alpha / sqrt(rank) of a rank-stabilized one."""
         return self.alpha(layer) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _first(patterns: Mapping[re.Pattern[str], Any] | None, layer: str, otherwise: Any) -> Any:
-    items = (patterns or {}).items()
-    return next((value for pattern, value in items if pattern.match(layer)), otherwise)
+def _first_match(patterns: Mapping[re.Pattern[str], Any] | None, layer: str, default: Any) -> Any:
+    """The value of the first pattern that a layer's name ends in, as PEFT takes it."""
+    for pattern, value in (patterns or {}).items():
+        if pattern.match(layer):
+            return value
+    return default
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -81,12 +86,13 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
         UserError: it can't be read, is not valid or not LoRA's, or PEFT's file has none.
     """
     fields: dict[str, Any] = {}
-    beside = path.with_name(CONFIG)
-    if (format == "peft" or path.name.startswith(Path(WEIGHTS).stem)) and beside.is_file():
-        fields["model"] = read_config(beside)
+    config_file = path.with_name(CONFIG)
+    is_peft_file = format == "peft" or path.name.startswith(Path(WEIGHTS).stem)
+    if is_peft_file and config_file.is_file():
+        fields["model"] = read_config(config_file)
     with _reading(path):
         described = json.loads(metadata.get(ADAPTER_METADATA, "{}")).items()
-    for key, value in described:
+    for key, value in described:  # "unet.r": 4
         model, dot, name = key.rpartition(".")
         fields.setdefault(model if dot else "model", {})[name] = value
     if format == "peft" and "model" not in fields:
@@ -96,8 +102,10 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
         )
     with _reading(path):
         config = {model: _validate(values) for model, values in fields.items()}
-    if odd := [values.peft_type for values in config.values() if values.peft_type != "LORA"]:
-        raise UserError(f'{path} is an adapter of the kind "{odd[0]}"; give a LoRA.')
+    for model_config in config.values():
+        kind = model_config.peft_type
+        if kind != "LORA":
+            raise UserError(f'{path} is an adapter of the kind "{kind}"; give a LoRA.')
     return config
 
 

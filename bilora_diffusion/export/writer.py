@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -14,25 +15,32 @@ import safetensors.torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..core.durable import readable_as, replacing
+from .. import adapters
+from ..core.durable import readable_as, replacing, sync
 from ..core.errors import UserError
 from ..core.lora_names import (
     ADAPTER_METADATA,
     COMPONENTS,
+    CONFIG,
     FILE_NAME,
     KOHYA_FILE_NAME_BEFORE,
+    PRIMARY,
+    WEIGHTS,
     kohya_file_name,
 )
-from .layers import Part, diffusers_tensors, kohya_tensors, primary_part
+from .formats import diffusers_tensors, kohya_tensors
+from .layers import Part, primary_part
 from .readback import compare, require_equal
 
-_SDXL = {
+TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
+"""PEFT's names for the kinds of model."""
+_SDXL_METADATA = {
     "ss_base_model_version": "sdxl_base_v1-0",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
 }
-# Which layers read as many numbers as SDXL's attention does: a file for a smaller model of its kind
-# must not be offered to it.
-_SDXL_READS = {
+# Ends of layers' names, and how many numbers these layers read in SDXL: a file for a smaller model
+# of its kind must not be offered to it.
+_SDXL_WIDTHS = {
     "unet": (("attn2.to_k", "attn2.to_v"), 2048),
     "text_encoder": (("q_proj", "k_proj", "v_proj"), 768),
     "text_encoder_2": (("q_proj", "k_proj", "v_proj"), 1280),
@@ -72,10 +80,13 @@ def save_diffusers(
             kohya's format for a transformer.
         TrainingError: a value is not finite.
     """
-    folder, odd = Path(folder), [name for name in models if name not in COMPONENTS]
-    if odd or not models:
-        known = ", ".join(COMPONENTS)
-        raise UserError(f"{odd or 'no model'} can't be exported; give one or more of {known}.")
+    folder = Path(folder)
+    unknown_names = [name for name in models if name not in COMPONENTS]
+    if unknown_names or not models:
+        raise UserError(
+            f"{unknown_names or 'no model'} can't be exported; give one or more of"
+            f" {', '.join(COMPONENTS)}."
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder to export to.")
     if kohya:
@@ -84,8 +95,9 @@ def save_diffusers(
     kohya_file = folder / kohya_file_name(folder)
     metadata = file_metadata(parts, base_model, kohya_file.stem, extra_metadata or {})
     folder.mkdir(parents=True, exist_ok=True)
-    for older in (kohya_file, folder / KOHYA_FILE_NAME_BEFORE):
-        older.unlink(missing_ok=True)
+    # Before the new ones: an interruption must not leave a file of other weights beside them.
+    for older_file in (kohya_file, folder / KOHYA_FILE_NAME_BEFORE):
+        older_file.unlink(missing_ok=True)
     write_file(folder / FILE_NAME, parts, "diffusers", metadata)
     if kohya:
         write_file(kohya_file, parts, "kohya", metadata)
@@ -120,13 +132,21 @@ def write_file(path: Path, parts: Mapping[str, Part], to: str, metadata: Mapping
 def training_facts(config: Mapping[str, Any], steps: int) -> dict[str, str]:
     """Entries for `save_diffusers(extra_metadata=...)` of a run with these options, today."""
     init = config["init_lora_weights"]
-    facts = {name: config[name] for name in ("method", "rho", "seed")}
-    facts |= {"steps": steps, "init": None if init == "default" else init}
-    return {
+    facts = {
+        "method": config["method"],
+        "rho": config["rho"],
+        "seed": config["seed"],
+        "steps": steps,
+        "init": None if init == "default" else init,
+    }
+    entries = {
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "modelspec.title": Path(config["output_dir"]).resolve().name,
-        **{f"bilora.{key}": str(value) for key, value in facts.items() if value is not None},
     }
+    for name, value in facts.items():
+        if value is not None:
+            entries[f"bilora.{name}"] = str(value)
+    return entries
 
 
 def file_metadata(
@@ -136,40 +156,47 @@ def file_metadata(
 
     Entries of `extra` win, but for those that describe the tensors.
     """
-    ranks = {component: part.file_rank for component, part in parts.items()}
-    trained = {component: part.rank for component, part in parts.items()}
-    alphas = {component: part.alpha for component, part in parts.items()}
-    uniform = len(set(ranks.values())) == 1 and None not in ranks.values()
-    base = Path(base_model).name if Path(base_model).is_dir() else base_model
-    rank = str(next(iter(ranks.values()))) if uniform else "Dynamic"
-    known = None not in trained.values()
-    return {
+    entries: dict[str, str] = {}
+    if "transformer" not in parts:
         # The module of kohya's that reads such names of layers; it reads none of transformers.
-        **({} if "transformer" in parts else {"ss_network_module": "networks.lora"}),
-        **(_SDXL if _is_for_sdxl(parts) else {}),
-        **({"ss_sd_model_name": base} if base else {}),
+        entries["ss_network_module"] = "networks.lora"
+    if _is_for_sdxl(parts):
+        entries |= _SDXL_METADATA
+    if base_model:
+        is_folder = Path(base_model).is_dir()
+        entries["ss_sd_model_name"] = Path(base_model).name if is_folder else base_model
+    entries |= {
         "ss_output_name": name,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
-        **({"bilora.original_alpha": json.dumps(alphas)} if known else {}),
-        **({"bilora.original_rank": json.dumps(trained)} if known and trained != ranks else {}),
-        **extra,
-        "format": "pt",
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank,
     }
+    file_ranks = {component: part.file_rank for component, part in parts.items()}
+    ranks = {component: part.rank for component, part in parts.items()}
+    if None not in ranks.values():
+        alphas = {component: part.alpha for component, part in parts.items()}
+        entries["bilora.original_alpha"] = json.dumps(alphas)
+        if ranks != file_ranks:
+            entries["bilora.original_rank"] = json.dumps(ranks)
+    rank = next(iter(file_ranks.values()))
+    is_uniform = rank is not None and len(set(file_ranks.values())) == 1
+    rank_text = str(rank) if is_uniform else "Dynamic"
+    # Alpha is the rank, as B holds the scale.
+    described = {"format": "pt", "ss_network_dim": rank_text, "ss_network_alpha": rank_text}
+    return {**entries, **extra, **described}
 
 
 def _is_for_sdxl(parts: Mapping[str, Part]) -> bool:
     """Test that all layers that show a width have SDXL's; False where none does."""
-    widths = {
-        layer.A.shape[1] == _SDXL_READS[component][1]
-        for component, part in parts.items()
-        for layer in part.layers
-        if component in _SDXL_READS and layer.name.endswith(_SDXL_READS[component][0])
-    }
-    return widths == {True}
+    matches = []
+    for component, part in parts.items():
+        if component not in _SDXL_WIDTHS:
+            continue
+        ends, width = _SDXL_WIDTHS[component]
+        for layer in part.layers:
+            if layer.name.endswith(ends):
+                matches.append(layer.A.shape[1] == width)
+    return bool(matches) and all(matches)
 
 
 def adapter_metadata(parts: Mapping[str, Part]) -> str:
@@ -179,9 +206,14 @@ def adapter_metadata(parts: Mapping[str, Part]) -> str:
     """
     entries: dict[str, Any] = {}
     for component, part in parts.items():
-        rank = {"r": part.file_rank, "lora_alpha": part.file_rank, "use_dora": part.use_dora}
-        fields = {"peft_type": "LORA", **rank, "target_modules": [x.name for x in part.layers]}
-        entries |= {f"{component}.{key}": value for key, value in fields.items()}
+        config = {
+            "peft_type": "LORA",
+            "r": part.file_rank,
+            "lora_alpha": part.file_rank,
+            "use_dora": part.use_dora,
+            "target_modules": [layer.name for layer in part.layers],
+        }
+        entries |= {f"{component}.{name}": value for name, value in config.items()}
     return json.dumps(entries, indent=2, sort_keys=True)
 
 
@@ -190,7 +222,7 @@ def model_hash(tensors: dict[str, Tensor]) -> str:
 
     So it depends on the tensors, in the order that safetensors gives them, not on the metadata.
     """
-    content = safetensors.torch.save(tensors)
+    content = safetensors.torch.save(tensors)  # 8 bytes of the header's length, header, values
     header = 8 + int.from_bytes(content[:8], "little")
     return hashlib.sha256(memoryview(content)[header:]).hexdigest()
 
@@ -215,15 +247,92 @@ def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str
         final, aside = Path(folder) / name, Path(folder) / f".{name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
         cast(Any, model).save_pretrained(aside, safe_serialization=True)
-        readable_as(aside / "config.json", *aside.glob("*.safetensors"))
-        stored = {k: v for file in aside.glob("*.safetensors") for k, v in load_file(file).items()}
+        files = list(aside.glob("*.safetensors"))
+        readable_as(aside / "config.json", *files)
+        stored: dict[str, Tensor] = {}
+        for file in files:
+            stored |= load_file(file)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         # Transformers leaves out what is tied to another weight.
-        written = {id(value) for key, value in parameters.items() if key in stored}
-        expected = {k: v for k, v in parameters.items() if k in stored or id(v) not in written}
-        require_equal(final, {k: v for k, v in stored.items() if k in parameters}, expected)
-        weights = sum(p.numel() for p in model.parameters())
+        stored_ids = {id(value) for key, value in parameters.items() if key in stored}
+        expected = {}
+        for key, value in parameters.items():
+            if key in stored or id(value) not in stored_ids:
+                expected[key] = value
+        stored_parameters = {key: value for key, value in stored.items() if key in parameters}
+        require_equal(final, stored_parameters, expected)
+        weights = sum(parameter.numel() for parameter in model.parameters())
         report[name] = {"weights": weights, "readback_difference": 0.0}
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
     return report
+
+
+def save_adapter(
+    folder: str | Path, model: nn.Module, *, base_model: str, kind: str
+) -> dict[str, Any]:
+    """Write a text model's primary as PEFT's two files.
+
+    Args:
+        folder: the run folder.
+        model: with a primary; an auxiliary is left out.
+        base_model: hub id or folder that the adapter belongs on.
+        kind: "seq2seq", "causal" or "classification".
+
+    Returns:
+        ``layers``, ``parameters``, ``whole_modules`` and ``readback_difference``, which is 0.0.
+
+    Raises:
+        TrainingError: a value is not finite.
+    """
+    tensors, config = adapters.pretrained(model)
+    write_adapter(Path(folder), tensors, text_config(config, base_model, kind))
+    return {
+        "layers": len(adapters.layers(model, PRIMARY)),
+        "parameters": sum(value.numel() for value in tensors.values()),
+        "whole_modules": sorted(adapters.whole(model, PRIMARY)),
+        "readback_difference": 0.0,
+    }
+
+
+def text_config(config: Mapping[str, Any], base_model: str, kind: str) -> dict[str, Any]:
+    """An adapter's configuration with what PEFT must know of the model that it belongs on."""
+    return {**config, "base_model_name_or_path": base_model, "task_type": TASK_TYPES[kind]}
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> None:
+    """Write PEFT's two files aside, read them back, and give them their names.
+
+    Args:
+        check: called with the file of weights before it gets its name.
+    """
+    aside = folder / ".adapter.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        adapters.write_pretrained(aside, tensors, config, metadata)
+        expected = {adapters.peft_path(key): value for key, value in tensors.items()}
+        require_equal(folder / WEIGHTS, load_file(aside / WEIGHTS), expected)
+        if check is not None:
+            check(aside / WEIGHTS)
+        for name in (WEIGHTS, CONFIG):
+            sync(aside / name)
+            os.replace(aside / name, folder / name)
+        sync(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_existing(*folders: Path) -> None:
+    """Refuse to put an adapter where one is, or where a file is."""
+    for folder in folders:
+        if folder.suffix == ".safetensors" or folder.is_file():
+            raise UserError(f"{folder} is a file, and PEFT's format is a folder; name a folder.")
+        for path in (folder / WEIGHTS, folder / CONFIG):
+            if path.exists():
+                raise UserError(f"{path} exists; name another --output, or delete it.")

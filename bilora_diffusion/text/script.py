@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from huggingface_hub import ModelCardData
 
 from ..adapters.quantize import quantize
-from ..export import conversion, writer
+from ..export import writer
 from ..methods import get
 from ..run.card import is_hub_id, loaded_from, source, write_card
 from ..run.heldout_part import copies
@@ -85,7 +85,7 @@ class TextScript(Script[TextConfig]):
             tokenizer.save_pretrained(folder / NAME)
             return report
         base, kind = cfg.model_name_or_path, task.loaded.kind
-        report = conversion.save_adapter(folder, model, base_model=base, kind=kind)
+        report = writer.save_adapter(folder, model, base_model=base, kind=kind)
         return {"labels": list(task.data.rows.label_words), **report}
 
     def write_card(

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +204,7 @@ class Trainer:
         # Several processes stop together, which they can't before they share a first step.
         self.interruption = Interruption(patient=accelerator.num_processes > 1)
         self._shared_signal: int | None = None
+        self._content: dict[str, Any] | None = None  # made when it is first needed
         self._nonfinite_steps = 0  # in a row
         self._losses_of_step: list[tuple[Tensor, MicroBatch]] = []  # of each forward pass
 
@@ -216,10 +216,13 @@ class Trainer:
         steps_per_epoch = -(-self.task.num_samples // self.layout.step_size)
         return self.cfg.validation_epochs * steps_per_epoch
 
-    @cached_property
+    @property
     def content(self) -> dict[str, Any]:
         """Record of the training and the held-out samples (`run.content`)."""
-        return record_content(self.task.training_content(), self.task.heldout_content())
+        if self._content is None:
+            heldout = self.task.heldout_content()
+            self._content = record_content(self.task.training_content(), heldout)
+        return self._content
 
     def initialise(self) -> None:
         """Start the primaries as ``init_lora_weights`` says, where that depends on weights or

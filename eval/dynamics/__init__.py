@@ -42,37 +42,42 @@ class Dynamics(Evaluation):
         from . import curves
 
         groups = by_group(subjects)
-        self.small: dict[str, list[str]] = {}
+        self.layers: dict[str, list[str]] = {}  # of each group, those with curves of their own
         self.curves: dict[str, dict[str, curves.RunCurves]] = {}
         steps: dict[str, int] = {}
         for group, runs in groups.items():
-            sam = runs[0].method == "lora-sam"
-            self.small[group] = curves.spread(curves.layer_names(runs[0])) if sam else []
-            self.curves |= {run.label: curves.read(run, self.small[group]) for run in runs}
-            whole = [self.curves[run.label][curves.ALL] for run in runs]
-            require_common_steps(group, [own.recorded for own in whole])
-            steps[group] = max(own.steps[-1] for own in whole)
+            self.layers[group] = []
+            # Figure A4 has single layers of LoRA-SAM alone.
+            if runs[0].method == "lora-sam":
+                self.layers[group] = curves.spread(curves.layer_names(runs[0]))
+            over_all_layers = []
+            for run in runs:
+                self.curves[run.label] = curves.read(run, self.layers[group])
+                over_all_layers.append(self.curves[run.label][curves.ALL_LAYERS])
+            require_common_steps(group, [run_curves.recorded for run_curves in over_all_layers])
+            steps[group] = max(run_curves.steps[-1] for run_curves in over_all_layers)
         options = {group: compared_options(runs[0]) for group, runs in groups.items()}
         self.settings |= {"level": curves.LEVEL, "steps": steps, "options": options}
         self._note(groups)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        from .curves import ALL, OF_LAYERS
+        from .curves import ALL_LAYERS, OF_LAYERS
 
-        read = self.curves[subject.label]
-        for name, values in read[ALL].values.items():
+        run_curves = self.curves[subject.label]
+        for name, values in run_curves[ALL_LAYERS].values.items():
             for step, value in values.items():
                 yield subject.row(name, value, step=step)
-        for name, value in read[ALL].figures().items():
+        for name, value in run_curves[ALL_LAYERS].figures().items():
             yield subject.row(name, value)
-        for layer in self.small[subject.group]:
+        for layer in self.layers[subject.group]:
             for name in OF_LAYERS:
-                for step, value in read[layer].values.get(name, {}).items():
+                for step, value in run_curves[layer].values.get(name, {}).items():
                     yield subject.row(name, value, step=step, item=layer)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         from . import curves, figures
 
+        # Before the summaries, which are over runs.
         rows += curves.key_figures(rows, self.settings["steps"])
         return replace(super().complete(subjects, rows), metrics=figures.metrics())
 
@@ -95,7 +100,8 @@ class Dynamics(Evaluation):
 
     def _note(self, groups: dict[str, list[Subject]]) -> None:
         for label, runs in groups.items():
-            if running := [run.label for run in runs if not run.finished]:
+            running = [run.label for run in runs if not run.finished]
+            if running:
                 self.notes.append(
                     f"{label}: not finished ({', '.join(running)}), so the last snapshot stands for"
                     " the final weights."
@@ -112,8 +118,10 @@ class Dynamics(Evaluation):
 def compared_options(run: Subject) -> dict[str, object]:
     """Learning rates, ranks and radius of a run, as far as its method reads them."""
     method = methods.get(str(run.method))
-    names = [n for n in _COMPARED if n in method.reads or n in ("rank", "learning_rate")]
-    names += ["rho_norm"] if AUXILIARY in method.adapters else []
+    read_options = {*method.reads, "rank", "learning_rate"}
+    names = [name for name in _COMPARED if name in read_options]
+    if AUXILIARY in method.adapters:
+        names.append("rho_norm")
     return {name: run.option(name) for name in names}
 
 

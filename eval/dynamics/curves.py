@@ -7,10 +7,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY, Factors
 from bilora_diffusion.core.errors import UserError
@@ -32,7 +33,7 @@ from bilora_diffusion.train.dynamics import (
 from ..subjects import Subject
 from ..table import Row
 
-ALL = "all"
+ALL_LAYERS = "all"
 QUANTITIES = ("A", "B", "factors", "product")
 """Vectors that a cosine is taken of: A, B, both, or B A, all chosen layers as one."""
 NAMES = {PRIMARY: "primary", AUXILIARY: "auxiliary"}
@@ -82,14 +83,20 @@ class RunCurves:
         column_overlap" (and of rows) the overlap of random subspaces of these sizes.
         """
         figures: dict[str, float | None] = {}
-        figures |= {f"chance {name}": value for name, value in self.chance.items()}
-        if RATIO in self.values:
-            columns = zip(*self.layer_ratios.values(), strict=True)
-            known = [[value for value in column if value is not None] for column in columns]
-            medians = [median(values) for values in known if values]
-            figures["layer_ratio"] = median(medians) if medians else None
-            above = [value > NEGLIGIBLE for value in medians]
-            figures["layers_above"] = sum(above) / len(above) if above else None
+        for name, value in self.chance.items():
+            figures[f"chance {name}"] = value
+        if RATIO not in self.values:
+            return figures
+        medians = []
+        for ratios in zip(*self.layer_ratios.values(), strict=True):  # of one layer, over the steps
+            defined = [ratio for ratio in ratios if ratio is not None]
+            if defined:
+                medians.append(median(defined))
+        figures["layer_ratio"] = figures["layers_above"] = None
+        if medians:
+            figures["layer_ratio"] = median(medians)
+            count = sum(value > NEGLIGIBLE for value in medians)
+            figures["layers_above"] = count / len(medians)
         return figures
 
 
@@ -98,11 +105,11 @@ def layer_names(run: Subject) -> list[str]:
     return snapshots.read(_files(run)[-1]).names
 
 
-def _files(run: Subject) -> list[Any]:
+def _files(run: Subject) -> list[Path]:
     files = [] if run.folder is None else list(snapshots.steps(run.folder).values())
     if len(files) < 2:
-        what = "one snapshot only" if files else "no dynamics"
-        raise UserError(f"{run.folder} has {what}: train to the end with --log_dynamics.")
+        problem = "one snapshot only" if files else "no dynamics"
+        raise UserError(f"{run.folder} has {problem}: train to the end with --log_dynamics.")
     return files
 
 
@@ -114,87 +121,103 @@ def spread(names: Sequence[str], count: int = SMALL_MULTIPLES) -> list[str]:
 
 
 def read(run: Subject, layers: Sequence[str] = ()) -> dict[str, RunCurves]:
-    """The curves of a run over ``ALL`` layers and over single ones."""
+    """The curves of a run over ``ALL_LAYERS`` layers and over single ones."""
     files = _files(run)
     final = snapshots.read(files[-1])
-    if missing := [layer for layer in layers if layer not in final.names]:
-        raise UserError(f"{run.folder} lacks {missing[0]} of its group: leave it out.")
-    places = {ALL: list(range(len(final.names)))}
-    places |= {layer: [final.names.index(layer)] for layer in layers}
-    curves: dict[str, dict[str, dict[int, float | None]]] = {name: {} for name in places}
-    ratios: dict[str, dict[int, list[float | None]]] = {name: {} for name in places}
+    for layer in layers:
+        if layer not in final.names:
+            raise UserError(f"{run.folder} lacks {layer} of its group: leave it out.")
+    # name of a curve's layers -> their numbers in a snapshot
+    indices_of = {ALL_LAYERS: list(range(len(final.names)))}
+    for layer in layers:
+        indices_of[layer] = [final.names.index(layer)]
+    curves = {
+        name: RunCurves({}, {}, _chance(final, indices)) for name, indices in indices_of.items()
+    }
     for file in files:
+        # One snapshot and the last one are in memory at a time.
         snapshot = final if file == files[-1] else snapshots.read(file)
         if snapshot.names != final.names:
             raise UserError(f"{file} has other layers than {files[-1].name}: train again.")
-        for layer, where in places.items():
-            values = totals({name: values[where] for name, values in snapshot.layers.items()})
-            values |= _cosines(snapshot, final, where)
-            for name, value in values.items():
-                curves[layer].setdefault(name, {})[snapshot.step] = value
-            if FIRST_ORDER in snapshot.layers:
-                quotients = (snapshot.layers[FIRST_ORDER] / snapshot.layers[TERMS[-1]])[where]
-                finite = [v if math.isfinite(v) else None for v in quotients.tolist()]
-                ratios[layer][snapshot.step] = finite
+        for name, indices in indices_of.items():
+            # Norms and cosines are of these layers as one vector.
+            figures = {key: values[indices] for key, values in snapshot.layers.items()}
+            for key, value in (totals(figures) | _cosines(snapshot, final, indices)).items():
+                curves[name].values.setdefault(key, {})[snapshot.step] = value
+            if FIRST_ORDER in figures:
+                ratios = (figures[FIRST_ORDER] / figures[TERMS[-1]]).tolist()
+                curves[name].layer_ratios[snapshot.step] = [
+                    ratio if math.isfinite(ratio) else None for ratio in ratios
+                ]
     for line in run.log():
-        for name in LOGGED:
-            if name in line:
-                for values in curves.values():
-                    values.setdefault(name, {})[line["step"]] = line[name]
-    return {
-        layer: RunCurves(curves[layer], ratios[layer], _chance(final, where))
-        for layer, where in places.items()
-    }
+        for key in LOGGED:
+            if key in line:
+                for run_curves in curves.values():
+                    run_curves.values.setdefault(key, {})[line["step"]] = line[key]
+    return curves
 
 
-def _cosines(now: Snapshot, final: Snapshot, where: Sequence[int]) -> dict[str, float | None]:
+def _cosines(
+    snapshot: Snapshot, final: Snapshot, indices: Sequence[int]
+) -> dict[str, float | None]:
     """Cosines of each adapter with its final weights, and of the auxiliary with the primary's."""
-    pairs = {NAMES[a]: (now.factors[a], final.factors[a]) for a in now.factors}
-    if AUXILIARY in now.factors:
-        pairs[CROSS] = (now.factors[AUXILIARY], final.factors[PRIMARY])
-    return {
-        f"{name}/{quantity}": value
-        for name, (one, other) in pairs.items()
-        for quantity, value in cosines([one[i] for i in where], [other[i] for i in where]).items()
+    pairs = {
+        NAMES[adapter]: (factors, final.factors[adapter])
+        for adapter, factors in snapshot.factors.items()
     }
+    if AUXILIARY in snapshot.factors:
+        pairs[CROSS] = (snapshot.factors[AUXILIARY], final.factors[PRIMARY])
+    values = {}
+    for name, (left, right) in pairs.items():
+        of_layers = cosines([left[i] for i in indices], [right[i] for i in indices])
+        for quantity, value in of_layers.items():
+            values[f"{name}/{quantity}"] = value
+    return values
 
 
-def cosines(one: Sequence[Factors], other: Sequence[Factors]) -> dict[str, float | None]:
+def cosines(left: Sequence[Factors], right: Sequence[Factors]) -> dict[str, float | None]:
     """Cosine of two adapters by each of ``QUANTITIES``, all layers as one vector.
 
     None where one of them is zero; for A, B and factors also where the ranks differ.
     """
     values: dict[str, float | None] = dict.fromkeys(QUANTITIES)
-    if all(f.A.shape == g.A.shape for f, g in zip(one, other, strict=True)):
-        dots = {}
-        for side in "AB":
-            flat = [
-                torch.cat([getattr(f, side).double().flatten() for f in s]) for s in (one, other)
-            ]
-            pairs = (flat, flat[:1] * 2, flat[1:] * 2)
-            dots[side] = [float(left @ right) for left, right in pairs]
-            values[side] = _cosine(*dots[side])
-        values["factors"] = _cosine(*(a + b for a, b in zip(dots["A"], dots["B"], strict=True)))
+    if all(f.A.shape == g.A.shape for f, g in zip(left, right, strict=True)):
+        dots_A = _dots([f.A for f in left], [g.A for g in right])
+        dots_B = _dots([f.B for f in left], [g.B for g in right])
+        values["A"], values["B"] = _cosine(*dots_A), _cosine(*dots_B)
+        # (A, B) as one vector: the inner products add up.
+        values["factors"] = _cosine(*(a + b for a, b in zip(dots_A, dots_B, strict=True)))
     values["product"] = _cosine(
-        *(float(inner_products(*pair).sum()) for pair in ((one, other), (one, one), (other, other)))
+        float(inner_products(left, right).sum()),
+        float(inner_products(left, left).sum()),
+        float(inner_products(right, right).sum()),
     )
     return values
 
 
+def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[float, float, float]:
+    """<v, w>, <v, v> and <w, w> of all tensors as one vector, in float64."""
+    v = torch.cat([tensor.double().flatten() for tensor in left])
+    w = torch.cat([tensor.double().flatten() for tensor in right])
+    return float(v @ w), float(v @ v), float(w @ w)
+
+
 def _cosine(inner: float, left: float, right: float) -> float | None:
-    length = math.sqrt(max(left, 0.0) * max(right, 0.0))
+    length = math.sqrt(max(left, 0.0) * max(right, 0.0))  # rounding may leave less than zero
     return inner / length if length > 0 else None
 
 
-def _chance(final: Snapshot, where: Sequence[int]) -> dict[str, float]:
+def _chance(final: Snapshot, indices: Sequence[int]) -> dict[str, float]:
+    """Overlap of two random subspaces of the layers' sizes."""
     if AUXILIARY not in final.factors:
         return {}
-    pairs = [(final.factors[PRIMARY][i], final.factors[AUXILIARY][i]) for i in where]
-    sides: Mapping[str, list[float]] = {
-        COLUMNS: [min(1.0, max(f.B.shape[1], g.B.shape[1]) / f.B.shape[0]) for f, g in pairs],
-        ROWS: [min(1.0, max(f.A.shape[0], g.A.shape[0]) / f.A.shape[1]) for f, g in pairs],
-    }
-    return {side: sum(values) / len(values) for side, values in sides.items()}
+    columns, rows = [], []
+    for i in indices:
+        primary, auxiliary = final.factors[PRIMARY][i], final.factors[AUXILIARY][i]
+        rank = max(primary.A.shape[0], auxiliary.A.shape[0])
+        columns.append(min(1.0, rank / primary.B.shape[0]))
+        rows.append(min(1.0, rank / primary.A.shape[1]))
+    return {COLUMNS: sum(columns) / len(columns), ROWS: sum(rows) / len(rows)}
 
 
 def key_figures(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
@@ -206,51 +229,60 @@ def key_figures(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
     "highest". Of the cosine to the other's final weights the "largest" by absolute value; of
     overlaps, cosine and gain "final" and "mean".
     """
+    # (group, metric) -> run -> step -> row
     curves: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
     for row in rows:
         if row.step is not None and not row.item:
             runs = curves.setdefault((row.group, row.metric), {})
             runs.setdefault(row.subject, {})[row.step] = row
     figures = []
-    for (_, name), runs in curves.items():
-        common = sorted(set.intersection(*map(set, runs.values())))
-        for values in runs.values():
-            points = [values[step] for step in common]
-            for what, value in _figures(name, points).items():
-                any_row = next(iter(values.values()))
-                figures.append(replace(any_row, metric=f"{what} {name}", step=None, value=value))
+    for (_, metric), runs in curves.items():
+        common_steps = sorted(set.intersection(*map(set, runs.values())))
+        for row_of_step in runs.values():
+            points = [row_of_step[step] for step in common_steps]
+            example = next(iter(row_of_step.values()))
+            for name, value in _figures(metric, points).items():
+                figures.append(replace(example, metric=f"{name} {metric}", step=None, value=value))
     return figures + _lags(figures, steps)
 
 
-def _figures(name: str, points: Sequence[Row]) -> dict[str, float | None]:
+def _figures(metric: str, points: Sequence[Row]) -> dict[str, float | None]:
+    """The figures of one curve; {} where its metric has none."""
     values = [row.value for row in points if row.value is not None]
-    if name == RATIO:
-        middle = median(values) if values else None
-        return {"lowest": min(values, default=None), "median": middle} | {
-            "highest": max(values, default=None)
+    if metric == RATIO:
+        return {
+            "lowest": min(values, default=None),
+            "median": median(values) if values else None,
+            "highest": max(values, default=None),
         }
-    if name in (f"{CROSS}/factors", f"{CROSS}/product"):
+    if metric in (f"{CROSS}/factors", f"{CROSS}/product"):
         return {"largest": max(map(abs, values), default=None)}
-    if name in (GAIN, COLUMNS, ROWS, COSINE):
-        last = values[-1] if values else None
-        return {"final": last, "mean": sum(values) / len(values) if values else None}
-    if "/" in name and not name.startswith(CROSS):
+    if metric in (GAIN, COLUMNS, ROWS, COSINE):
+        if not values:
+            return {"final": None, "mean": None}
+        # Of a curve that ends undefined, the last value that it has.
+        return {"final": values[-1], "mean": sum(values) / len(values)}
+    if "/" in metric and not metric.startswith(CROSS):
         settled = settles([row.step or 0 for row in points], [row.value for row in points], LEVEL)
         return {"settled": settled, "start": next(iter(values), None)}
     return {}
 
 
 def _lags(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
+    """How many steps after the primary's an auxiliary settles, and after which share of all."""
     settled = {(row.subject, row.metric): row.value for row in rows}
     figures = []
     for row in rows:
-        if row.metric in ("settled auxiliary/product", "settled auxiliary/factors"):
-            what = row.metric.rpartition("/")[2]
-            first, last = settled[row.subject, f"settled primary/{what}"], row.value
-            lag = None if first is None or last is None else last - first
-            share = None if last is None else last / steps[row.group]
-            figures.append(replace(row, metric=f"lag {what}", value=lag))
-            figures.append(replace(row, metric=f"share {what}", value=share))
+        if row.metric not in ("settled auxiliary/product", "settled auxiliary/factors"):
+            continue
+        quantity = row.metric.rpartition("/")[2]
+        primary, auxiliary = settled[row.subject, f"settled primary/{quantity}"], row.value
+        lag = share = None
+        if auxiliary is not None:
+            share = auxiliary / steps[row.group]
+            lag = None if primary is None else auxiliary - primary
+        figures.append(replace(row, metric=f"lag {quantity}", value=lag))
+        figures.append(replace(row, metric=f"share {quantity}", value=share))
     return figures
 
 
@@ -260,11 +292,17 @@ def settles(steps: Sequence[int], values: Sequence[float | None], level: float) 
     Interpolated linearly between the last point below and the next; the first step that has a
     value where none is below; None where the last point is below.
     """
-    points = [(step, v) for step, v in zip(steps, values, strict=True) if v is not None]
-    below = [i for i, (_, value) in enumerate(points) if value < level]
-    if not below:
+    points = []
+    for step, value in zip(steps, values, strict=True):
+        if value is not None:
+            points.append((step, value))
+    indices_below = [i for i, (_, value) in enumerate(points) if value < level]
+    if not indices_below:
         return float(points[0][0]) if points else None
-    if below[-1] == len(points) - 1:
+    crossing = indices_below[-1]
+    if crossing == len(points) - 1:
         return None
-    (left, low), (right, high) = points[below[-1]], points[below[-1] + 1]
+    left, low = points[crossing]
+    right, high = points[crossing + 1]
+    # On the straight line between the two points.
     return left + (right - left) * (level - low) / (high - low)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from bilora_diffusion.train.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, RATIO, ROWS, TERMS
 
@@ -12,7 +11,7 @@ from ..report import Column
 from ..table import Metric, Result
 from .curves import CROSS, NEGLIGIBLE
 
-TERM_LOOKS = {
+TERM_COLORS = {
     r"$\|B\epsilon_A\|_F$": "tab:red",
     r"$\|\epsilon_B A\|_F$": "tab:blue",
     r"$\|\epsilon_B \epsilon_A\|_F$": "tab:green",
@@ -29,12 +28,12 @@ QUANTITIES = {"product": "B A", "factors": "A and B", "A": "A", "B": "B"}
 
 def metrics() -> dict[str, Metric]:
     """Titles and forms of the key figures."""
-    titles = {
-        f"settled {who}/{what}": f"{title} settled"
-        for who in ("primary", "auxiliary")
-        for what, title in QUANTITIES.items()
-    }
-    titles |= {f"{what} {RATIO}": f"ratio, {what} step" for what in ("lowest", "median", "highest")}
+    titles = {}
+    for adapter in ("primary", "auxiliary"):
+        for quantity, title in QUANTITIES.items():
+            titles[f"settled {adapter}/{quantity}"] = f"{title} settled"
+    for figure in ("lowest", "median", "highest"):
+        titles[f"{figure} {RATIO}"] = f"ratio, {figure} step"
     titles |= {
         "lag product": "steps after the primary's B A",
         "layer_ratio": "median single layer",
@@ -59,48 +58,67 @@ def metrics() -> dict[str, Metric]:
 def columns(result: Result) -> dict[str, list[Column]]:
     """The tables."""
     steps = " or ".join(map(str, sorted(set(result.settings["steps"].values()))))
-    ratios = [f"{what} {RATIO}" for what in ("lowest", "median", "highest")]
-    overlaps = [f"{what} {side}" for side in (COLUMNS, ROWS) for what in ("final", "chance")]
-    cross = [f"largest {CROSS}/{what}" for what in ("product", "factors")]
     tables = {
-        f"Primary, of {steps} steps": [*_settled("primary"), "start primary/A"],
+        f"Primary, of {steps} steps": [
+            *_settled("primary"),
+            "start primary/A",
+        ],
         f"Auxiliary, of {steps} steps": [
             *_settled("auxiliary"),
-            *("start auxiliary/A", "lag product", "share product"),
+            "start auxiliary/A",
+            "lag product",
+            "share product",
         ],
-        "LoRA-SAM: terms of Eq. 5": [*ratios, "layer_ratio", "layers_above"],
-        "Primary and auxiliary": [*overlaps, f"final {COSINE}", *cross, f"mean {GAIN}"],
+        "LoRA-SAM: terms of Eq. 5": [
+            f"lowest {RATIO}",
+            f"median {RATIO}",
+            f"highest {RATIO}",
+            "layer_ratio",
+            "layers_above",
+        ],
+        "Primary and auxiliary": [
+            f"final {COLUMNS}",
+            f"chance {COLUMNS}",
+            f"final {ROWS}",
+            f"chance {ROWS}",
+            f"final {COSINE}",
+            f"largest {CROSS}/product",
+            f"largest {CROSS}/factors",
+            f"mean {GAIN}",
+        ],
     }
-    known = {line.metric for line in result.summaries}
-    return {
-        title: [Column(name) for name in names]
-        for title, names in tables.items()
-        if names[0] in known
-    }
+    metrics_there = {line.metric for line in result.summaries}
+    columns_of = {}
+    for title, names in tables.items():
+        if names[0] in metrics_there:
+            columns_of[title] = [Column(name) for name in names]
+    return columns_of
 
 
-def _settled(who: str) -> list[str]:
-    return [f"settled {who}/{what}" for what in QUANTITIES]
+def _settled(adapter: str) -> list[str]:
+    return [f"settled {adapter}/{quantity}" for quantity in QUANTITIES]
 
 
 def panels(result: Result) -> dict[str, list[list[Panel]]]:
     """The pictures that these runs allow."""
-    sam, dual = (
-        [group for group in result.groups if result.curve(group, metric)]
-        for metric in (FIRST_ORDER, COSINE)
-    )
-    drawn = {
-        "fig2_lora_sam.png": [_lora_sam(result, group) for group in sam],
-        "figA4_layers.png": [row for group in sam for row in _layers(result, group)],
+    sam_groups = [group for group in result.groups if result.curve(group, FIRST_ORDER)]
+    groups_with_auxiliary = [group for group in result.groups if result.curve(group, COSINE)]
+    layer_rows: list[list[Panel]] = []
+    for group in sam_groups:
+        layer_rows += _layers(result, group)
+    pictures = {
+        "fig2_lora_sam.png": [_lora_sam(group) for group in sam_groups],
+        "figA4_layers.png": layer_rows,
         "figA2_convergence.png": _convergence(result),
-        "auxiliary.png": _auxiliary(result, dual) if dual else [],
+        "auxiliary.png": _auxiliary(result, groups_with_auxiliary),
     }
-    return {name: rows for name, rows in drawn.items() if rows}
+    return {name: rows for name, rows in pictures.items() if rows}
 
 
 def _terms(group: str, title: str, layer: str = "") -> Panel:
-    looks = zip(TERMS, TERM_LOOKS.items(), strict=True)
-    curves = [Curve(group, name, layer, *look) for name, look in looks]
+    curves = []
+    for name, (label, color) in zip(TERMS, TERM_COLORS.items(), strict=True):
+        curves.append(Curve(group, name, layer, label, color))
     return Panel(title, "Frobenius norm", curves, log=True)
 
 
@@ -108,10 +126,12 @@ def _ratio(group: str, title: str, layer: str = "") -> Panel:
     return Panel(title, RATIO_TITLE, [Curve(group, RATIO, layer, color="tab:purple")], log=True)
 
 
-def _lora_sam(result: Result, group: str) -> list[Panel]:
+def _lora_sam(group: str) -> list[Panel]:
     """Figure 2."""
-    colors = {"A": "tab:blue", "B": "tab:red"}.items()
-    curves = [Curve(group, f"primary/{name}", "", name, color) for name, color in colors]
+    curves = [
+        Curve(group, "primary/A", label="A", color="tab:blue"),
+        Curve(group, "primary/B", label="B", color="tab:red"),
+    ]
     return [
         _terms(group, f"{group}: norms of Eq. 5, all layers"),
         _ratio(group, "their ratio"),
@@ -121,7 +141,8 @@ def _lora_sam(result: Result, group: str) -> list[Panel]:
 
 def _layers(result: Result, group: str) -> list[list[Panel]]:
     """Figure A4: norms above, ratio below, one column for each layer."""
-    layers = dict.fromkeys(s.item for s in result.summaries if s.group == group and s.item)
+    lines = [line for line in result.summaries if line.group == group]
+    layers = dict.fromkeys(line.item for line in lines if line.item)
     return [
         [_terms(group, wrapped(layer), layer) for layer in layers],
         [_ratio(group, f"{group}: ratio of Fig. 2b", layer) for layer in layers],
@@ -131,56 +152,71 @@ def _layers(result: Result, group: str) -> list[list[Panel]]:
 def _convergence(result: Result) -> list[list[Panel]]:
     """Figure A2: one panel for each group, three in a row."""
     styles = {"product": "-", "factors": "--"}
-    drawn = []
+    group_panels = []
     for group in result.groups:
-        curves = [
-            Curve(group, f"{role}/{what}", "", f"{label}, {QUANTITIES[what]}", color, style)
-            for role, (label, color) in ROLES.items()
-            for what, style in styles.items()
-            if result.curve(group, f"{role}/{what}")
-        ]
+        curves = []
+        for role, (role_label, color) in ROLES.items():
+            for quantity, style in styles.items():
+                metric, label = f"{role}/{quantity}", f"{role_label}, {QUANTITIES[quantity]}"
+                if result.curve(group, metric):
+                    curves.append(Curve(group, metric, "", label, color, style))
         title = f"{group}\n{_rates(result, group)}all layers"
-        drawn.append(Panel(title, "cosine to the final weights", curves, levels=[0]))
-    return [drawn[start : start + 3] for start in range(0, len(drawn), 3)]
+        group_panels.append(Panel(title, "cosine to the final weights", curves, levels=[0]))
+    return [group_panels[start : start + 3] for start in range(0, len(group_panels), 3)]
 
 
 def _rates(result: Result, group: str) -> str:
     options = result.settings["options"][group]
-    first, second = options["learning_rate"], options.get("auxiliary_learning_rate")
-    return "" if second is None else rf"$\eta_1$ {first:g}, $\eta_2$ {second:g}, "
+    rate, auxiliary_rate = options["learning_rate"], options.get("auxiliary_learning_rate")
+    if auxiliary_rate is None:
+        return ""
+    return rf"$\eta_1$ {rate:g}, $\eta_2$ {auxiliary_rate:g}, "
 
 
 def _auxiliary(result: Result, groups: Sequence[str]) -> list[list[Panel]]:
     """Overlap of the subspaces, cosine of the products, ascent gain, and norm against rho."""
-    options: Mapping[str, Any] = result.settings["options"]
-    rhos = [options[group].get("rho") for group in groups]
-    chances = [
-        result.summary(group, f"chance {side}") for group in groups for side in (COLUMNS, ROWS)
-    ]
-
-    def curves(*names: str, labelled: bool = False) -> list[Curve]:
-        styles = dict(zip(names, ("-", "--"), strict=False))
-        return [
-            Curve(group, name, "", group if labelled else "", "", style)
-            for group in groups
-            for name, style in styles.items()
-        ]
-
-    overlap = "overlap, Col(B) solid, Row(A) dashed, random dotted\nall layers"
-    angles = "mean squared cosine of principal angles"
-    random = [line.mean for line in chances if line is not None and line.mean is not None]
-    gain = r"first-order ascent gain $\langle G, s_2 B_2 A_2 \rangle$"
-    norm = r"$\|s_2 B_2 A_2\|_F$ : projected solid, before dashed"
-    norms = curves("auxiliary_norm", "auxiliary_norm_before")
-    radii = [rho for rho in rhos if isinstance(rho, int | float)]
-    cosines = curves(COSINE, labelled=True)
+    if not groups:
+        return []
+    chances, radii = [], []
+    for group in groups:
+        for side in (COLUMNS, ROWS):
+            line = result.summary(group, f"chance {side}")
+            if line is not None and line.mean is not None:
+                chances.append(line.mean)
+        rho = result.settings["options"][group].get("rho")
+        if isinstance(rho, int | float):  # and not "auto"
+            radii.append(rho)
+    overlaps, norms, cosines, gains = [], [], [], []
+    for group in groups:
+        overlaps.append(Curve(group, COLUMNS, style="-"))
+        overlaps.append(Curve(group, ROWS, style="--"))
+        norms.append(Curve(group, "auxiliary_norm", style="-"))
+        norms.append(Curve(group, "auxiliary_norm_before", style="--"))
+        cosines.append(Curve(group, COSINE, label=group, style="-"))
+        gains.append(Curve(group, GAIN, style="-"))
     return [
         [
-            Panel(overlap, angles, curves(COLUMNS, ROWS), levels=random),
+            Panel(
+                "overlap, Col(B) solid, Row(A) dashed, random dotted\nall layers",
+                "mean squared cosine of principal angles",
+                overlaps,
+                levels=chances,
+            ),
             Panel("cosine of B1 A1 and B2 A2", "cosine", cosines, levels=[0]),
         ],
         [
-            Panel(gain, "loss", curves(GAIN), levels=[0]),
-            Panel(norm, "norm", norms, log=True, levels=radii),
+            Panel(
+                r"first-order ascent gain $\langle G, s_2 B_2 A_2 \rangle$",
+                "loss",
+                gains,
+                levels=[0],
+            ),
+            Panel(
+                r"$\|s_2 B_2 A_2\|_F$ : projected solid, before dashed",
+                "norm",
+                norms,
+                log=True,
+                levels=radii,
+            ),
         ],
     ]

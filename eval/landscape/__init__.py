@@ -90,86 +90,90 @@ class Landscape(Evaluation):
         return gather(self.args.runs, self.args.group, weights=True)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        from . import measure, models
+        from . import points
+        from .measure import part_count
 
         for name, value in (("points", self.args.points), ("grid", self.args.grid or 3)):
             if value < 3 or value % 2 == 0:
                 raise UserError(f"--{name} is {value}: give an odd number from 3 on.")
-        for word in self.args.space.split(","):
+        words = self.args.space.split(",")
+        for word in words:
             check_choice("--space", word, SPACES)
-        spaces = [space for space in SPACES if space in self.args.space.split(",")]
+        spaces = [space for space in SPACES if space in words]
         for subject in subjects:
-            if "full" not in spaces and not models.has_factors(subject):
+            if "full" not in spaces and not points.has_factors(subject):
                 raise UserError(
                     f"{subject.source} has no adapter: take --space full, or leave it out."
                 )
         self.control = compare.control(subjects, self.args.control, prefer=None)
         self.device = open_device(self.args.device)
-        self.points = models.points(subjects)
-        if not any(map(models.has_factors, subjects)):
+        self.points = points.open_points(subjects)
+        if not any(map(points.has_factors, subjects)):
             spaces = ["full"]
         self.settings |= self._settings(spaces)
-        first = [own[0].label for own in by_group(subjects).values()]
-        with_plane = first if self.args.grid else []
-        self.parts = {
-            one.label: {
-                space: list(measure.parts(space, self.settings, one.label in with_plane))
-                for space in spaces
-                if space == "full" or models.has_factors(one)
-            }
-            for one in subjects
-        }
+        self.spaces: dict[str, list[str]] = {}  # label of a subject -> those it has
+        for subject in subjects:
+            has_factors = points.has_factors(subject)
+            self.spaces[subject.label] = [
+                space for space in spaces if space == "full" or has_factors
+            ]
+        first_runs = [runs[0].label for runs in by_group(subjects).values()]
+        self.with_plane = set(first_runs if self.args.grid else ())
+        self.part_count = 0
+        for label, own_spaces in self.spaces.items():
+            count = part_count(self.settings, label in self.with_plane)
+            self.part_count += count * len(own_spaces)
 
     def _settings(self, spaces: Sequence[str]) -> dict[str, Any]:
-        from .weights import coordinates
+        from .surface import coordinates
 
-        given, count = self.args, len(next(iter(self.points.values())).images)
-        radii = {"lora": given.radius, "full": given.full_radius}
-        grid = spaces if given.grid else ()
-        names = ("directions", "rho", "ascent_steps", "levels", "seed")
-        return {name: getattr(given, name) for name in names} | {
+        args = self.args
+        image_count = len(next(iter(self.points.values())).images)
+        radii = {"lora": args.radius, "full": args.full_radius}
+        grid_positions = {}
+        if args.grid:
+            grid_positions = {space: coordinates(radii[space], args.grid) for space in spaces}
+        return {
+            "directions": args.directions,
+            "rho": args.rho,
+            "ascent_steps": args.ascent_steps,
+            "levels": args.levels,
+            "seed": args.seed,
             "spaces": spaces,
-            "positions": {space: coordinates(radii[space], given.points) for space in spaces},
-            "grid_positions": {space: coordinates(radii[space], given.grid) for space in grid},
-            "images": min(count, given.max_images or count),
+            "positions": {space: coordinates(radii[space], args.points) for space in spaces},
+            "grid_positions": grid_positions,
+            "images": min(image_count, args.max_images or image_count),
         }
 
     @cached_property
     def bar(self) -> Any:
-        """The progress over all subjects, in parts."""
+        """The progress over all subjects, in measurements."""
         from tqdm import tqdm
 
-        spaces = [parts for own in self.parts.values() for parts in own.values()]
-        return tqdm(total=sum(map(len, spaces)), unit="part")
+        return tqdm(total=self.part_count, unit="part")
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        from . import measure, models
+        from . import measure, points
 
-        given, point, parts = self.args, self.points[subject.label], self.parts[subject.label]
-        sample = {"max_images": given.max_images, "levels": given.levels}
+        point, spaces = self.points[subject.label], self.spaces[subject.label]
+        sample = {"max_images": self.args.max_images, "levels": self.args.levels}
         cached = Cache(self.folder, [subject.digest, subject.kind, point.loss, sample])
-        # one model is in memory at a time, and none where all is cached
-        model = cache(lambda: models.load(point, list(parts), device=self.device, **sample))
+        # One model is in memory at a time, and none where all is cached.
+        load_model = cache(lambda: points.load(point, spaces, device=self.device, **sample))
+        with_plane = subject.label in self.with_plane
         self.bar.set_description(subject.label)
-        for space, own in parts.items():
-            measured: dict[str, list[Any]] = {}
-            for key, measure_it in own:
-
-                def make(space: str = space, measure_it: Any = measure_it) -> Any:
-                    return measure_it(model().spaces[space], model().loss.terms)
-
-                measured.setdefault(key[0], []).append(cached.item(key, make))
-                self.bar.update()
-            if measured["start"][0]["loss"] is None:
-                raise UserError(f"the loss of {subject.source} is not finite: leave this run out.")
-            yield from measure.rows(subject, space, measured, self.settings)
+        for space in spaces:
+            losses = measure.measure_space(
+                subject, space, load_model, cached, self.settings, with_plane, self.bar
+            )
+            yield from measure.rows(subject, space, losses, self.settings)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         self.bar.close()
-        summed = [row for row in rows if row.metric in self.metrics]
-        lines = compare.summaries(summed, self.control)
+        compared = [row for row in rows if row.metric in self.metrics]
+        summaries = compare.summaries(compared, self.control)
         self.notes += notes(self.settings)
-        return self.result(subjects, rows, lines, self.control)
+        return self.result(subjects, rows, summaries, self.control)
 
     def figures(self, result: Result, folder: Path) -> list[str]:
         from . import figures
@@ -191,14 +195,19 @@ class Landscape(Evaluation):
         for space in result.settings["spaces"]:
             sizes = {int(row.value or 0) for row in result.select("parameters", item=space)}
             numbers = " or ".join(f"{size:,}" for size in sorted(sizes))
-            compared = [Column(name, space, difference=True) for name in ("rise", "sharpness")]
-            tables[f"{TITLES[space]}, {numbers} numbers"] = [*compared, Column("loss", space)]
+            tables[f"{TITLES[space]}, {numbers} numbers"] = [
+                Column("rise", space, difference=True),
+                Column("sharpness", space, difference=True),
+                Column("loss", space),
+            ]
         return tables
 
 
 def notes(settings: Mapping[str, Any]) -> Iterator[str]:
     """Sentences that explain the tables."""
-    radii = [f"{own[-1]:g} ({space})" for space, own in settings["positions"].items()]
+    radii = []
+    for space, positions in settings["positions"].items():
+        radii.append(f"{positions[-1]:g} ({space})")
     yield (
         "Directions are filter-normalized (Li et al. 2018): at radius t every filter has moved by"
         " t times its norm. Filters are the rows of A, the columns of B, and the outputs of a"

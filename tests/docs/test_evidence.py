@@ -8,8 +8,8 @@ from docs import evidence
 from docs.evidence import FAILS, HOLDS, OPEN, Check, Figure
 from eval.table import Entry, Result, Row, write
 
-BELOW, ABOVE = Check("", "", "", "", below=0.0), Check("", "", "", "", above=2.0)
-WITHIN = Check("", "", "", "", within=0.1)
+BELOW, ABOVE = Check("", "", "", "", upper=0.0), Check("", "", "", "", lower=2.0)
+WITHIN = Check("", "", "", "", tolerance=0.1)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path):
     ]
     entries = [Entry(row.subject, row.group) for row in rows]
     write(Result("sweep", entries, rows=rows), tmp_path, "")
-    found = evidence.figure(Check("", str(tmp_path), "Bi-LoRA", "loss", control="LoRA", below=0.0))
+    found = evidence.figure(Check("", str(tmp_path), "Bi-LoRA", "loss", control="LoRA", upper=0.0))
     assert (found.mean, found.count, found.size) == (pytest.approx(-2.5 / 3), 3, 4.0)
     assert -1 <= found.low < found.mean < found.high <= -0.5
     with pytest.raises(ValueError, match="lossy of LoRA"):
@@ -60,4 +60,4 @@ def test_every_claim_of_the_paper_is_there_and_each_check_asks_for_one_side():
         assert claim.command
         assert claim.checks
         for check in claim.checks:
-            assert (check.below < inf) + (check.above > -inf) + (check.within is not None) == 1
+            assert (check.upper < inf) + (check.lower > -inf) + (check.tolerance is not None) == 1

@@ -132,9 +132,13 @@ class RecordedRun:
         recorded_runs.make(folder, config.method, run.seed, (0, 1, 2), options, losses=LOSSES)
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": 2, **SCORES}) + "\n")
-        source = train_text_once("causal", "bilora", method="bilora")
-        for name in (ADAPTER, "adapter_config.json"):
-            shutil.copy(source / name, folder)
+        if config.method == "full":
+            source = train_text_once("causal", "full", method="full")
+            shutil.copytree(source / "model", folder / "model")
+        else:
+            source = train_text_once("causal", "lora", method="lora")
+            for name in (ADAPTER, "adapter_config.json"):
+                shutil.copy(source / name, folder)
 
     def is_running(self) -> bool:
         return False
@@ -185,7 +189,7 @@ def execute(command: Sequence[str], further_flags: dict[str, list[str]]) -> None
     program, *arguments = command
     if program == "accelerate":
         AcceleratorState._reset_state()  # accelerate keeps one precision for a whole process
-        image_script.main([*arguments[2:], *further_flags[program]])
+        image_script.train([*arguments[2:], *further_flags[program]])
     elif arguments[0] == "-m":
         main = importlib.import_module(arguments[1]).main
         assert not main([*arguments[2:], *further_flags.get(arguments[1], [])]), command

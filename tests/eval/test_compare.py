@@ -87,15 +87,15 @@ def test_there_is_no_interval_without_two_values_and_no_width_without_two_that_d
     assert noise.low == noise.high == pytest.approx(0.3)
 
 
-def row(group, seed, value, **more):
-    fields = {"subject": f"{group}{seed}", "metric": "loss", **more}
+def row(group, seed, value, **extra_fields):
+    fields = {"subject": f"{group}{seed}", "metric": "loss", **extra_fields}
     return Row(group=group, seed=seed, value=value, **fields)  # pyright: ignore[reportArgumentType]
 
 
-def compared(own, other):
+def compared(values, control_values):
     """A group of runs by seed against the control."""
-    rows = [row("a", seed, value) for seed, value in own.items()]
-    rows += [row("b", seed, value) for seed, value in other.items()]
+    rows = [row("a", seed, value) for seed, value in values.items()]
+    rows += [row("b", seed, value) for seed, value in control_values.items()]
     return summaries(rows, "b")[0]
 
 
@@ -106,10 +106,11 @@ def test_only_common_units_are_paired():
     assert (line.difference, line.difference_interval) == (-0.5, (-0.5, -0.5))
     assert (line.higher, line.equal, line.lower) == (0, 0, 2)
     assert line.interval == bootstrap_interval([1.0, 2.0, 9.0])
-    apart = compared({0: 1.0}, {1: 1.0})
-    assert (apart.mean, apart.interval, apart.control, apart.difference) == (1.0, None, "", None)
-    alone = compared({4: 1.0}, {4: 3.0})
-    assert (alone.difference, alone.difference_interval, alone.lower) == (-2.0, None, 1)
+    unpaired = compared({0: 1.0}, {1: 1.0})
+    assert (unpaired.mean, unpaired.interval) == (1.0, None)
+    assert (unpaired.control, unpaired.difference) == ("", None)
+    single = compared({4: 1.0}, {4: 3.0})
+    assert (single.difference, single.difference_interval, single.lower) == (-2.0, None, 1)
 
 
 def test_what_is_not_defined_is_a_gap_in_a_curve_and_left_out_of_a_figure():
@@ -129,9 +130,9 @@ def test_items_are_averaged_over_seeds_before_they_are_paired():
         for item, seeds in enumerate(prompts)
         for seed, value in enumerate(seeds)
     ]
-    one, _ = summaries(rows, "b", over="item")
-    assert (one.count, one.mean, one.difference) == (2, 3.5, 0.5)
-    assert (one.higher, one.equal, one.lower) == (1, 1, 0)
+    first_line, _ = summaries(rows, "b", over="item")
+    assert (first_line.count, first_line.mean, first_line.difference) == (2, 3.5, 0.5)
+    assert (first_line.higher, first_line.equal, first_line.lower) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +153,13 @@ def test_the_control():
     def entry(group, method, kind="run"):
         return Entry(group, group, kind, method=method)
 
-    found = [entry("base", None, "base"), entry("mine", "bilora"), entry("plain", "lora")]
-    assert compare.control(found, None) == "plain"
-    assert compare.control(found, None, prefer=None) == "mine"
-    assert compare.control(found[:1], None) == "base"
-    assert compare.control(found, "mine") == "mine"
+    entries = [entry("base", None, "base"), entry("mine", "bilora"), entry("plain", "lora")]
+    assert compare.control(entries, None) == "plain"
+    assert compare.control(entries, None, prefer=None) == "mine"
+    assert compare.control(entries[:1], None) == "base"
+    assert compare.control(entries, "mine") == "mine"
     with pytest.raises(UserError, match=r'--control is "plan" \(did you mean "plain"\?\)'):
-        compare.control(found, "plan")
+        compare.control(entries, "plan")
 
 
 @pytest.mark.parametrize(

@@ -23,57 +23,58 @@ COSINES = st.lists(st.floats(-1, 1) | st.none(), max_size=12)
 
 @given(COSINES)
 def test_settling_is_the_start_of_the_last_stretch_above(values):
-    found = settles(range(0, 2 * len(values), 2), values, 0.5)
+    settled_step = settles(range(0, 2 * len(values), 2), values, 0.5)
     points = [(2 * i, v) for i, v in enumerate(values) if v is not None]
     stays = [step for i, (step, _) in enumerate(points) if all(v >= 0.5 for _, v in points[i:])]
     if not stays:
-        assert found is None
+        assert settled_step is None
     else:
         earlier = [step for step, _ in points if step < stays[0]]
-        assert (earlier[-1] if earlier else stays[0]) <= (found or 0) <= stays[0]
+        assert (earlier[-1] if earlier else stays[0]) <= (settled_step or 0) <= stays[0]
     # in between, on the straight line
     assert settles([0, 10, 20, 30], [0.95, 0.5, 0.7, 1.0], 0.9) == pytest.approx(20 + 10 * 2 / 3)
 
 
 def test_cosines_are_those_of_the_whole_matrices():
     generator = torch.Generator().manual_seed(0)
-    one, other = recorded_runs.factors(generator), recorded_runs.factors(generator)
-    found = curves.cosines(one, other)
+    left, right = recorded_runs.factors(generator), recorded_runs.factors(generator)
+    cosines = curves.cosines(left, right)
 
     def naive(*sides):
         a, b = (np.concatenate([x.double().numpy().ravel() for x in side]) for side in sides)
         return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
     parts = {
-        "A": [[f.A for f in side] for side in (one, other)],
-        "B": [[f.B for f in side] for side in (one, other)],
-        "factors": [[x for f in side for x in (f.A, f.B)] for side in (one, other)],
-        "product": [[f.B.double() @ f.A.double() for f in side] for side in (one, other)],
+        "A": [[f.A for f in side] for side in (left, right)],
+        "B": [[f.B for f in side] for side in (left, right)],
+        "factors": [[x for f in side for x in (f.A, f.B)] for side in (left, right)],
+        "product": [[f.B.double() @ f.A.double() for f in side] for side in (left, right)],
     }
     for name, (left, right) in parts.items():
-        assert found[name] == pytest.approx(naive(left, right), abs=1e-12)
-    wider = curves.cosines(one, recorded_runs.factors(generator, rank=3))
+        assert cosines[name] == pytest.approx(naive(left, right), abs=1e-12)
+    wider = curves.cosines(left, recorded_runs.factors(generator, rank=3))
     assert [wider[name] is None for name in curves.QUANTITIES] == [True, True, True, False]
-    zero = [f._replace(B=torch.zeros_like(f.B)) for f in one]
-    assert curves.cosines(zero, one)["product"] is None
+    zero = [f._replace(B=torch.zeros_like(f.B)) for f in left]
+    assert curves.cosines(zero, left)["product"] is None
 
 
 def test_curves_over_one_layer_and_over_all(tmp_path):
     run = recorded_runs.make(tmp_path / "run")
     layer = "unet.up.to_out"
-    found = curves.read(opened(run, "run"), [layer])
+    run_curves = curves.read(opened(run, "run"), [layer])
     files = snapshots.steps(run)
     last, middle = snapshots.read(files[10]), snapshots.read(files[4])
-    for name, where in ((curves.ALL, [0, 1, 2]), (layer, [2])):
-        values = found[name].values
+    for name, where in ((curves.ALL_LAYERS, [0, 1, 2]), (layer, [2])):
+        values = run_curves[name].values
         assert values["primary/product"][10] == pytest.approx(1)
-        for role, of, to in (
+        for role, adapter, final_adapter in (
             ("primary", PRIMARY, PRIMARY),
             ("auxiliary", AUXILIARY, AUXILIARY),
             (curves.CROSS, AUXILIARY, PRIMARY),
         ):
-            own, end = ([s.factors[a][i] for i in where] for s, a in ((middle, of), (last, to)))
-            for quantity, value in curves.cosines(own, end).items():
+            factors = [middle.factors[adapter][i] for i in where]
+            final_factors = [last.factors[final_adapter][i] for i in where]
+            for quantity, value in curves.cosines(factors, final_factors).items():
                 assert values[f"{role}/{quantity}"][4] == value
         assert values["auxiliary_norm"][3] == 0.05
     names = [f"layer.{i}" for i in range(10)]
@@ -81,8 +82,10 @@ def test_curves_over_one_layer_and_over_all(tmp_path):
         curves.read(opened(run, "run"), ["layer.3"])
     assert curves.spread(names, 4) == ["layer.0", "layer.3", "layer.6", "layer.9"]
     assert curves.spread(names[:2], 4) == names[:2]
-    assert found[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
-    assert found[curves.ALL].chance["column_overlap"] == pytest.approx((2 / 6 + 2 / 6 + 2 / 4) / 3)
+    assert run_curves[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
+    assert run_curves[curves.ALL_LAYERS].chance["column_overlap"] == pytest.approx(
+        (2 / 6 + 2 / 6 + 2 / 4) / 3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +105,8 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
     for who in ("primary", "auxiliary"):
         settled = {}
         for row in result.select(f"settled {who}/product"):
-            found = curves.read(opened(folder / row.subject, ""))[curves.ALL]
-            steps, cosines = zip(*found.values[f"{who}/product"].items(), strict=True)
+            all_layers = curves.read(opened(folder / row.subject, ""))[curves.ALL_LAYERS]
+            steps, cosines = zip(*all_layers.values[f"{who}/product"].items(), strict=True)
             settled[row.seed] = row.value
             assert row.value == settles(steps, cosines, 0.9)
         line = result.summary("Bi-LoRA", f"settled {who}/product")
@@ -113,9 +116,9 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
     values = np.array([row.value for row in rows], dtype=float).reshape(3, 11)  # runs of steps
     assert [point.mean for point in curve] == pytest.approx(values.mean(0))
     lag = result.summary("Bi-LoRA", "lag product")
-    above = result.summary("LoRA-SAM", "layers_above")
+    layers_above = result.summary("LoRA-SAM", "layers_above")
     assert lag.low > 0  # the auxiliary settles later
-    assert above.mean == pytest.approx(2 / 3)
+    assert layers_above.mean == pytest.approx(2 / 3)
     assert {row.item for row in result.rows if row.item} == set(recorded_runs.SHAPES)
 
     names = ["fig2_lora_sam.png", "figA4_layers.png", "figA2_convergence.png", "auxiliary.png"]
@@ -140,8 +143,8 @@ def losses(method, seed):
 
 
 def make(folder, method, seed):
-    own = losses(method, seed)
-    return str(recorded_runs.make(folder / f"{method}{seed}", method, seed, STEPS[1:], losses=own))
+    run = folder / f"{method}{seed}"
+    return str(recorded_runs.make(run, method, seed, STEPS[1:], losses=losses(method, seed)))
 
 
 def measure(folder, runs):
@@ -158,8 +161,9 @@ def result(tmp_path_factory):
 def test_losses_gap_and_differences(result):
     assert (result.groups, result.control) == (["Bi-LoRA", "LoRA"], "LoRA")
     for group, method in (("Bi-LoRA", "bilora"), ("LoRA", "lora")):
-        own = [losses(method, seed) for seed in range(4)]
-        training, heldout = (np.array([[o[s][k] for s in STEPS] for o in own]) for k in (0, 1))
+        seed_losses = [losses(method, seed) for seed in range(4)]
+        values = np.array([[by_step[step] for step in STEPS] for by_step in seed_losses])
+        training, heldout = values[..., 0], values[..., 1]  # (seeds, steps)
         for name, values in ((TRAINING, training), (HELDOUT, heldout), (GAP, heldout - training)):
             curve = result.curve(group, name)
             assert [point.step for point in curve] == list(STEPS)
@@ -177,8 +181,8 @@ def test_losses_gap_and_differences(result):
 
 def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(result, tmp_path):
     assert "held-out images" in result.notes[0]
-    own, config = losses("lora", 0), {"model_name_or_path": "smollm2"}
-    text = recorded_runs.make(tmp_path / "text", "lora", 0, STEPS[1:], config, losses=own)
+    run_losses, config = losses("lora", 0), {"model_name_or_path": "smollm2"}
+    text = recorded_runs.make(tmp_path / "text", "lora", 0, STEPS[1:], config, losses=run_losses)
     (note, *_) = measure(tmp_path, [str(text)]).notes
     assert "held-out rows" in note
     assert "noise" not in note

@@ -1,4 +1,4 @@
-"""eval.landscape from runs to result, on a loss that is known; what it keeps and refuses."""
+"""eval.landscape from runs to result, on a loss that is known; what it caches."""
 
 from types import SimpleNamespace
 
@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.run.runlog import RunLog
 from eval import landscape, table
-from eval.landscape import measure, models
-from eval.landscape.weights import Weight
+from eval.landscape import measure, points
+from eval.landscape.surface import Weight
 from tests.scripts.runs import flags, two_icons
 
 NAMES = [f"{method}-{seed}" for method in ("lora", "bilora") for seed in range(2)]
@@ -63,13 +63,13 @@ def loaded(monkeypatch):
         weights = {space: [Weight("W", tensor)] for space in spaces}
         return SimpleNamespace(spaces=weights, loss=SimpleNamespace(terms=terms))
 
-    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(points, "load", load)
     return labels
 
 
 def look(runs, out, *words):
-    given = [str(runs / word) if (runs / word).is_dir() else word for word in words]
-    assert landscape.main([*given, *TINY, "--output_dir", str(out)]) == 0
+    arguments = [str(runs / word) if (runs / word).is_dir() else word for word in words]
+    assert landscape.main([*arguments, *TINY, "--output_dir", str(out)]) == 0
     return table.read(out)
 
 
@@ -87,9 +87,10 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded
         assert result.summary("LoRA", "rise", space).pairs == 0  # pyright: ignore
     assert result.summary("base", "rise", "lora") is None
     profile = [row.value for row in result.select("profile", "LoRA", "lora")]
-    wanted = [1 + (0.4 + 0.01 * seed) * t**2 for seed in range(2) for _ in "12" for t in
-              (-1, -0.5, 0, 0.5, 1)]  # fmt: skip
-    assert profile == pytest.approx(wanted)
+    expected = []
+    for seed in range(2):
+        expected += 2 * [1 + (0.4 + 0.01 * seed) * t**2 for t in (-1, -0.5, 0, 0.5, 1)]
+    assert profile == pytest.approx(expected)
     assert {row.subject for row in result.select("plane")} == {"lora-0", "bilora-0", "full", "base"}
     assert len(result.select("plane", "LoRA", "full")) == 9
     assert str(runs) not in (tmp_path / "result.json").read_text()
@@ -97,9 +98,7 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded
     assert all((tmp_path / name).stat().st_size > 10_000 for name in result.figures)
 
 
-def test_what_is_measured_is_kept_and_only_the_rest_is_measured(
-    runs, tmp_path, loaded, monkeypatch
-):
+def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded, monkeypatch):
     line, calls = measure.line, 0
 
     def interrupted(*words):
@@ -115,10 +114,10 @@ def test_what_is_measured_is_kept_and_only_the_rest_is_measured(
     assert landscape.main(arguments) == 130
     assert not (tmp_path / "result.json").exists()
     first = look(runs, tmp_path, *words)
-    assert calls == 3  # the first direction was kept
+    assert calls == 3  # the first direction was cached
     del loaded[:]
     assert look(runs, tmp_path, *words).rows == first.rows
     assert (calls, loaded) == (3, [])
-    more = look(runs, tmp_path, *words, "--seed", "1")
-    assert more.select("loss") == first.select("loss")
+    second_seed = look(runs, tmp_path, *words, "--seed", "1")
+    assert second_seed.select("loss") == first.select("loss")
     assert (calls, loaded) == (5, ["lora-0"])

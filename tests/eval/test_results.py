@@ -17,7 +17,7 @@ from eval.subjects import by_group, gather, paired
 from eval.table import Entry, Metric, Result, Row, Summary
 from tests.run import recorded_runs
 
-WHOLE = Result(
+RESULT = Result(
     kind="landscape",
     subjects=[Entry("a", "LoRA", seed=0, method="lora", about={"cost": 1})],
     metrics={"loss": Metric("held-out loss", scale=1000, form=".2f")},
@@ -38,7 +38,7 @@ WHOLE = Result(
 
 
 def test_a_result_comes_back(tmp_path):
-    for result in (Result("sweep", subjects=[], rows=[], summaries=[]), WHOLE):
+    for result in (Result("sweep", subjects=[], rows=[], summaries=[]), RESULT):
         table.write(result, tmp_path, "# Report")
         assert table.read(tmp_path) == result
     names = ["report.md", "result.json", "rows.csv", "summary.csv"]
@@ -62,7 +62,7 @@ HEAD = "subject,group,seed,metric,item,step,value,note\n"
     ],
 )
 def test_what_is_no_result_of_this_version_is_refused(tmp_path, file, text, words):
-    table.write(WHOLE, tmp_path, "")
+    table.write(RESULT, tmp_path, "")
     (tmp_path / file).unlink()
     if text is not None:
         (tmp_path / file).write_text(text, encoding="utf-8")
@@ -73,7 +73,7 @@ def test_what_is_no_result_of_this_version_is_refused(tmp_path, file, text, word
 def test_a_curve_has_the_steps_that_all_of_a_group_have():
     points = ((5, 2, 1.0), (0, 2, None), (9, 1, 2.0))
     lines = [Summary("LoRA", "loss", step=s, count=c, mean=m) for s, c, m in points]
-    curve = replace(WHOLE, summaries=lines).curve("LoRA", "loss")
+    curve = replace(RESULT, summaries=lines).curve("LoRA", "loss")
     assert [(point.step, point.mean) for point in curve] == [(0, None), (5, 1.0)]
 
 
@@ -86,22 +86,22 @@ SMALL: list[tuple[tuple[float, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("values", "shown"), SMALL)
-def test_a_difference_is_shown_with_the_digits_of_its_interval(values, shown):
+@pytest.mark.parametrize(("values", "text"), SMALL)
+def test_a_difference_is_shown_with_the_digits_of_its_interval(values, text):
     difference, low, high = (*values, None, None)[:3]
     line = Summary("a", "loss", difference=difference, lower=5)
     line = replace(line, difference_low=low, difference_high=high)
-    assert report.difference(line, WHOLE.metrics["loss"]) == shown
+    assert report.difference(line, RESULT.metrics["loss"]) == text
 
 
 def test_a_mean_is_shown_with_the_digits_of_its_interval():
-    line, metric = Summary("a", "loss", mean=0.5, low=0.49999, high=0.50001), WHOLE.metrics["loss"]
+    line, metric = Summary("a", "loss", mean=0.5, low=0.49999, high=0.50001), RESULT.metrics["loss"]
     assert report.mean(line, metric) == "500.000 [499.990, 500.010]"
     assert report.mean(line, metric, intervals=False) == "500.00"
 
 
 def test_one_result_does_not_replace_another(tmp_path):
-    table.write(WHOLE, tmp_path, "")
+    table.write(RESULT, tmp_path, "")
     command.require_free(tmp_path, "landscape")
     command.require_free(tmp_path / "new", "sweep")
     with pytest.raises(UserError, match=r"holds a result of eval\.landscape: give another"):
@@ -112,23 +112,24 @@ ABOUT = {"digest": "abc", "levels": (1, 2)}
 
 
 def test_a_value_is_measured_once(tmp_path):
-    made = []
+    calls = []
 
     def make():
-        made.append(1)
+        calls.append(1)
         return {"loss": math.inf, "values": (1, 2)}
 
     for _ in range(2):
         cache = Cache(tmp_path, ABOUT)
         assert cache.item(["line", 0], make) == {"loss": None, "values": [1, 2]}
-    assert len(made) == 1
+    assert len(calls) == 1
     assert ["line", 1] not in cache
     assert cache.get(["line", 1]) is None
     cache.put("none", None)
     assert Cache(tmp_path, ABOUT).item("none", pytest.fail) is None
-    other = Cache(tmp_path, ABOUT | {"digest": "def"})  # what it depends on tells values apart
-    assert "none" not in other
-    other.put("none", 2.0)  # two commands at once do not meet
+    # What the values depend on tells them apart.
+    other_cache = Cache(tmp_path, ABOUT | {"digest": "def"})
+    assert "none" not in other_cache
+    other_cache.put("none", 2.0)  # two commands at once do not meet
     cache.put("rise", 3.0)
     assert Cache(tmp_path, ABOUT).get("none") is None
 
@@ -179,8 +180,8 @@ def test_results_and_logs_among_runs_are_left_out(parsers, capsys):
         Path("demo", name).touch()
     words = [str(path) for path in sorted(Path("demo").iterdir())]
     read = parsers("dynamics").read([*words, "demo/missing"])
-    named = ["demo/adapter.safetensors", "demo/bilora", "demo/lora", "demo/missing"]
-    assert read.runs == named
+    expected = ["demo/adapter.safetensors", "demo/bilora", "demo/lora", "demo/missing"]
+    assert read.runs == expected
     left_out = "demo/lora.log, demo/notes, demo/scores, demo/sweep, demo/sweep.json"
     assert left_out in capsys.readouterr().err
     assert parsers("dynamics").read(["demo/notes"]).runs == ["demo/notes"]  # to be refused by name
@@ -194,21 +195,21 @@ def test_groups_by_setting(tmp_path):
     fast = run("fast", "bilora", 0, auxiliary_learning_rate=1e-2)
     # rho plays no part in LoRA, nor does where a run lies
     lora = [run(f"l{i}", "lora", i, rho=0.1 * i + 0.1, output_dir=str(i)) for i in range(2)]
-    found = by_group(gather([*plain, fast, *lora]))
-    assert {label: [run.seed for run in runs] for label, runs in found.items()} == {
+    groups = by_group(gather([*plain, fast, *lora]))
+    assert {label: [run.seed for run in runs] for label, runs in groups.items()} == {
         "Bi-LoRA (auxiliary_learning_rate=0.001)": [0, 1],
         "Bi-LoRA (auxiliary_learning_rate=0.01)": [0],
         "LoRA": [0, 1],
     }
-    assert [run.label for run in found["LoRA"]] == ["l0", "l1"]
-    named = gather([lora[0]], [f"mine = {plain[0]},{plain[1]}"])
-    assert [run.group for run in named] == ["LoRA", "mine", "mine"]
+    assert [run.label for run in groups["LoRA"]] == ["l0", "l1"]
+    subjects = gather([lora[0]], [f"mine = {plain[0]},{plain[1]}"])
+    assert [run.group for run in subjects] == ["LoRA", "mine", "mine"]
     assert gather(plain)[0].group == "Bi-LoRA"
     namesakes = [run(f"{seed}/run", "lora", seed) for seed in range(2)]
-    assert [found.label for found in gather(namesakes)] == ["run", "run-2"]
-    other = run("again", "bilora", 0)
+    assert [subject.label for subject in gather(namesakes)] == ["run", "run-2"]
+    same_seed = run("again", "bilora", 0)
     for words, groups, sentence in (
-        ([*plain, other], [], "are both seed 0"),
+        ([*plain, same_seed], [], "are both seed 0"),
         ([], [f"x={plain[0]},{lora[1]}"], "mixes bilora and lora"),
         ([lora[0]], [f"LoRA={lora[1]}"], 'two groups are called "LoRA"'),
     ):
@@ -224,10 +225,10 @@ def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path):
     ]
     lone = recorded_runs.make(tmp_path / "sam", "lora-sam", 5, steps=(1, 2))
     words = [str(path) for path in (*runs, lone)]
-    same = {"LoRA": None, "Bi-LoRA": True, "LoRA-SAM": None}
-    assert paired(gather(words), "LoRA") == same
+    expected = {"LoRA": None, "Bi-LoRA": True, "LoRA-SAM": None}
+    assert paired(gather(words), "LoRA") == expected
     file = runs[3] / "metrics.jsonl"
     file.write_text(file.read_text().replace('"digest": "1-', '"digest": "other-'))
-    assert paired(gather(words), "LoRA") == same | {"Bi-LoRA": False}
+    assert paired(gather(words), "LoRA") == expected | {"Bi-LoRA": False}
     file.write_text(re.sub('"digest": "[^"]*"', '"digest": null', file.read_text()))
-    assert paired(gather(words), "LoRA") == same | {"Bi-LoRA": False}
+    assert paired(gather(words), "LoRA") == expected | {"Bi-LoRA": False}

@@ -60,8 +60,8 @@ NAMES: dict[str, dict[str, str]] = {
         }.items()
     },
     "Krea2Transformer2DModel": {
-        f"{block}.attn.{ours}": f"{own}.attn.{theirs}"
-        for block, own in _KREA.items()
+        f"{block}.attn.{ours}": f"{comfy_block}.attn.{theirs}"
+        for block, comfy_block in _KREA.items()
         for ours, theirs in _KREA_ATTENTION.items()
     },
 }

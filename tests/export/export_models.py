@@ -71,9 +71,9 @@ def read_metadata(file: Path) -> dict[str, str]:
         return content.metadata()
 
 
-def equal(one: Path, other: Path) -> bool:
+def equal(path: Path, other_path: Path) -> bool:
     """Two files have the same tensors."""
-    left, right = load_file(one), load_file(other)
+    left, right = load_file(path), load_file(other_path)
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 

@@ -89,12 +89,12 @@ def test_comfyui_adds_what_was_trained(model, tmp_path, caplog):
 
 
 def test_comfyui_takes_the_workflow_and_has_its_noise_levels(model, tmp_path, monkeypatch):
-    nodes, known = load("nodes"), load("folder_paths").folder_names_and_paths
+    nodes, comfy_folders = load("nodes"), load("folder_paths").folder_names_and_paths
     for name in ("flux", "model_advanced", "sd3", "custom_sampler"):
         file = f"{COMFYUI}/comfy_extras/nodes_{name}.py"
         assert asyncio.run(nodes.load_custom_node(file, module_parent="comfy_extras"))
     for folder in FOLDERS:
-        monkeypatch.setitem(known, folder, ([str(tmp_path)], {".safetensors"}))
+        monkeypatch.setitem(comfy_folders, folder, ([str(tmp_path)], {".safetensors"}))
     graph, levels = graph_of(pipeline_of(model.of)), None
     patched = load("comfy.model_patcher").ModelPatcher(model, "cpu", "cpu")
     for kind, inputs in [(node["class_type"], node["inputs"]) for node in graph.values()]:

@@ -67,9 +67,9 @@ def test_files_have_no_trace_of_the_auxiliary_and_the_table_says_so(folder, caps
 
 def peft(folder, config, key=PEFT):
     """A layer of rank 4 with a configuration."""
-    ones = {f"{key}.lora_A.weight": torch.ones(4, 4), f"{key}.lora_B.weight": torch.ones(4, 4)}
+    tensors = {f"{key}.lora_A.weight": torch.ones(4, 4), f"{key}.lora_B.weight": torch.ones(4, 4)}
     folder.mkdir(exist_ok=True)
-    save_file(ones, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_bytes(config if isinstance(config, bytes) else config.encode())
     return folder / WEIGHTS
 
@@ -102,8 +102,8 @@ def test_eight_bits_are_converted_exactly(tmp_path, dtype, to):
     A, B = (torch.randn(shape).to(dtype) for shape in ((2, 4), (4, 2)))
     path = tmp_path / "small.safetensors"
     save_file({f"{UNET}.lora_A.weight": A, f"{UNET}.lora_B.weight": B}, path)
-    made = convert(path, to)
-    (layer,) = read(made / WEIGHTS if made.is_dir() else made).parts["unet"].layers
+    converted = convert(path, to)
+    (layer,) = read(converted / WEIGHTS if converted.is_dir() else converted).parts["unet"].layers
     assert torch.equal(layer.A.double(), A.double())
     assert torch.equal(layer.B.double(), B.double())
 
@@ -112,20 +112,15 @@ def smuggle(way, tensors, metadata):
     for key in [key for key in tensors if key.startswith("unet.")]:
         name, _, side = key.removesuffix(".weight").rpartition(".lora_")
         flat = f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}"
-        other = {
-            "named": f"{name}.lora_{side}.auxiliary.weight",
-            "doubled": f"{name}.lora.{'down' if side == 'A' else 'up'}.weight",
-            "kohya": f"{flat}.lora_{'down' if side == 'A' else 'up'}.weight",
-        }
-        if way in other:
-            tensors[other[way]] = tensors[key].clone()
+        if way == "named":
+            tensors[f"{name}.lora_{side}.auxiliary.weight"] = tensors[key].clone()
+        if way == "kohya":
+            tensors[f"{flat}.lora_{DOWN_UP['AB'.index(side)]}.weight"] = tensors[key].clone()
     if way == "configured":
         metadata[PLACE] = json.dumps({**json.loads(metadata[PLACE]), "unet.auxiliary.r": 4})
-    if way == "listed":
-        metadata["adapter_names"] = "default, auxiliary"
 
 
-@pytest.mark.parametrize("way", ["named", "doubled", "configured", "listed", "kohya"])
+@pytest.mark.parametrize("way", ["named", "configured", "kohya"])
 def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys):
     rewrite(folder / FILE_NAME, tmp_path / FILE_NAME, partial(smuggle, way))
     assert inspect(tmp_path / FILE_NAME).auxiliary
@@ -138,8 +133,8 @@ def test_a_smuggled_auxiliary_is_reported(folder, tmp_path, way, capsys):
 
 
 def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys):
-    whole = (folder / FILE_NAME).read_bytes()
-    contents = {"short": whole[:-10], "header": whole[:100], "text": b"no weights", "empty": b""}
+    file_bytes = (folder / FILE_NAME).read_bytes()
+    contents = {"short": file_bytes[:-10], "header": file_bytes[:100], "empty": b""}
     contents["model"] = a_file({"conv.weight": ("F32", [2])}, {})
     for name, content in contents.items():
         (tmp_path / f"{name}.safetensors").write_bytes(content)
@@ -157,11 +152,16 @@ def test_unreadable_files_are_refused_in_one_sentence(folder, tmp_path, capsys):
 DORA = {f"{UNET}.lora_magnitude_vector": ("F32", [4])}
 AB = pair(UNET)
 DOWN_UP = ("down", "up")
+OLD_QUERY = {
+    f"text_encoder.{QUERY.replace('q_proj', 'to_q_lora')}.down.weight": ("F16", [2, 4]),
+    f"text_encoder.{QUERY.replace('q_proj', 'to_q_lora')}.up.weight": ("F16", [4, 2]),
+}
+"""As diffusers named it before it had PEFT."""
 KOHYAS = pair(KOHYA, ab=DOWN_UP)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "metadata", "named"),
+    ("tensors", "metadata", "word"),
     [
         (pair(UNET, 0), "", "lora_A"),
         (pair(UNET, dtype="C64"), "", "lora_A.*C64"),
@@ -181,17 +181,18 @@ KOHYAS = pair(KOHYA, ab=DOWN_UP)
         # a layer by two names, of which one would be lost
         (KOHYAS | pair(f"{TIME}_1", ab=DOWN_UP), None, "time_embedding.linear_1"),
         (AB | {"unet.conv_in.hada_w1_a": ("F16", [2, 2])}, None, "hada_w1_a"),
+        (pair(f"text_encoder.{QUERY}") | OLD_QUERY, None, "self_attn.q_proj as"),
     ],
 )
-def test_what_can_not_be_right_is_refused(tmp_path, tensors, metadata, named):
+def test_what_can_not_be_right_is_refused(tmp_path, tensors, metadata, word):
     path = tmp_path / "odd.safetensors"
     path.write_bytes(a_file(tensors, {PLACE: metadata} if metadata else {}))
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=word):
         read(path)
     if metadata is None:
         assert not inspect(path).auxiliary
         return
-    with pytest.raises(UserError, match=rf"odd\.safetensors.*{named}"):
+    with pytest.raises(UserError, match=rf"odd\.safetensors.*{word}"):
         inspect(path)
 
 
@@ -208,12 +209,11 @@ def test_values_beyond_fp32_are_refused(tmp_path):
             read(path)
 
 
-FLAGS = ("use_rslora", "use_dora")
 COSTLY = ("[", "(a+)+", "a{99999999999}", "(" * 999, ".*.*.*.*.*")
 
 
 @pytest.mark.parametrize(
-    ("config", "named"),
+    ("config", "word"),
     [
         ("{", "adapter_config.json"),
         ("{}", "rank 4.* 8"),
@@ -222,53 +222,41 @@ COSTLY = ("[", "(a+)+", "a{99999999999}", "(" * 999, ".*.*.*.*.*")
         *((f'{{"r": 4, "alpha_pattern": {{"{k}": 2}}}}', "alpha_pattern") for k in COSTLY),
     ],
 )
-def test_a_configuration_that_is_not_pefts_is_refused(tmp_path, config, named):
+def test_a_configuration_that_is_not_pefts_is_refused(tmp_path, config, word):
     path = peft(tmp_path, config)
     for reader in (inspect, read):
-        with pytest.raises(UserError, match=named):
+        with pytest.raises(UserError, match=word):
             reader(path)
 
 
 LAYERS = ("unet.mid_block.to_q", "lora_unet_mid_block_resnets_0_conv1", "base_model.model.q", "q")
-KINDS = ("lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "alpha")
-KINDS += ("lora_A.auxiliary.weight", "lora_magnitude_vector", "dora_scale", "lora.down.weight")
+KINDS = ("lora_A.weight", "lora_up.weight", "alpha", "lora_A.auxiliary.weight", "dora_scale")
 KEYS = st.builds(".".join, st.tuples(st.sampled_from(LAYERS), st.sampled_from(KINDS)))
-SHAPES = st.lists(st.integers(0, 3), max_size=4) | st.sampled_from([[], [1], [2, 4], [4, 2], [4]])
-MORE = st.dictionaries(
-    KEYS | st.text(max_size=9), st.tuples(st.sampled_from(list(BITS)), SHAPES), max_size=6
+SHAPES = st.lists(st.integers(0, 3), max_size=4)
+TENSORS = st.dictionaries(KEYS, st.tuples(st.sampled_from(list(BITS)), SHAPES), max_size=6)
+NEARLY_LORA = st.builds(
+    lambda layer, tensors: pair(layer) | tensors, st.sampled_from(LAYERS), TENSORS
 )
-NEARLY = st.builds(
-    lambda layer, ab, more: {**pair(layer, ab=ab), **more},
-    *(st.sampled_from(LAYERS), st.sampled_from([("A", "B"), DOWN_UP]), MORE),
+TEXTS = st.sampled_from(
+    (
+        "{",
+        "[" * 99_999,
+        "\0\ud7ff",
+        '"\\ud800"',
+        '{"unet.r": null}',
+        '{"r": [4], "rank_pattern": {"(a+)+": 4}}',
+        '{"r": 1e999, "use_dora": 4}',
+    )
 )
-JSONS = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=9)
-    | st.sampled_from(["LORA", "conv_in", "(a+)+", "[", "\ud800", 10**400, 4]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["r", "lora_alpha", "rank_pattern", "alpha_pattern", "unet.r", *FLAGS])
-            | st.sampled_from(COSTLY),
-            inner,
-        )
-    ),
-    max_leaves=8,
-)
-TEXTS = JSONS.map(json.dumps) | st.sampled_from(["{", "[" * 99_999, "1" * 9999, "\0\ud7ff"])
 METADATA = st.dictionaries(st.sampled_from([PLACE, "bilora.component", "adapter_names"]), TEXTS)
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=100)
 @example(content=b"\xff" * 20, config=b'{"r": ' + b"[" * 900 + b"]" * 900 + b"}")
 @given(
-    st.binary(max_size=60)
-    | st.binary(max_size=60).map(lambda text: len(text).to_bytes(8, "little") + text)
-    | st.builds(a_file, MORE | NEARLY, METADATA, st.sampled_from([b"\0", b"\x3c", b"\x7f"])),
-    st.binary(max_size=60) | TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
+    content=st.binary(max_size=60).map(lambda text: len(text).to_bytes(8, "little") + text)
+    | st.builds(a_file, TENSORS | NEARLY_LORA, METADATA, st.sampled_from([b"\0", b"\x7f"])),
+    config=st.binary(max_size=60) | TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
 )
 def test_any_file_is_read_or_a_sentence(tmp_path_factory, content, config):
     any_file = tmp_path_factory.getbasetemp() / "any.safetensors"

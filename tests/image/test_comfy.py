@@ -112,6 +112,6 @@ def test_every_model_that_comfyui_reads_has_a_workflow_and_no_other():
     for case, (layers, dora) in cases.items():
         for kind in (*FILES, SDXL):
             facts = {"pipeline": kind, "family": KINDS[kind]()}
-            cfg = SimpleNamespace(**facts, lora_layers=layers, use_dora=dora)
+            cfg: Any = SimpleNamespace(**facts, lora_layers=layers, use_dora=dora)
             reads = (case, kind) not in misread | {("all", "Flux2KleinPipeline")}
             assert (comfy.remark(cfg) is None) == reads, (case, kind)

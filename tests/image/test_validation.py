@@ -15,7 +15,7 @@ from bilora_diffusion.image import config
 from bilora_diffusion.image.base_model import BaseModel
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.script import main
+from bilora_diffusion.image.script import train as main
 from bilora_diffusion.image.validation import INDEX, ValidationImage, ValidationSample, read_index
 from bilora_diffusion.run.runlog import read_run
 from tests.scripts.runs import flags

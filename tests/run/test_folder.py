@@ -98,16 +98,10 @@ def test_without_overwriting_neither_checkpoints_nor_a_search_are_deleted(tmp_pa
 
 def test_what_is_resumed_lies_in_the_folder(tmp_path):
     run, other_run = tmp_path / "run", tmp_path / "other"
-    log = start(run)
-    refused(run, "another --output_dir", "--resume_from_checkpoint auto", folder=run)
-    assert guard(run, None, overwrite=True) is None
-    assert guard(run, "auto") is None  # killed before its first checkpoint
-    refused("latest", folder=run, resume="latest")
-    log.close("finished")
-    for value in ("auto", "latest"):
-        refused("a finished run without a checkpoint", folder=run, resume=value)
+    start(run).close("finished")
+    refused("a finished run without a checkpoint", folder=run, resume="latest")
     path = save(run, 5)
-    for value in ("auto", "latest", "step-5", path, str(path)):
+    for value in ("step-5", path, str(path)):
         assert guard(run, value) == path
     assert guard(other_run, path) == path
     start(other_run).close("finished")

@@ -85,7 +85,7 @@ def test_both_forwards_of_bilora_are_the_same_training(shapes, layers, load, tmp
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "word"),
     [
         ("step_cost --shapes mini --arms bilora", "--arms"),
         ("step_cost --shapes mini --json no/such/a.json", "no/such/a.json"),
@@ -96,26 +96,26 @@ def test_both_forwards_of_bilora_are_the_same_training(shapes, layers, load, tmp
         ),
     ],
 )
-def test_bad_input_is_one_sentence(words, named, load, capsys):
+def test_bad_input_is_one_sentence(words, word, load, capsys):
     program, *arguments = words.split(" ")
     main = load(program).main
     assert run_cli(lambda: main(arguments)) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
-    assert named in captured.err
+    assert word in captured.err
     assert (captured.err.count("\n"), captured.out) == (1, "")
 
 
 def test_rounds_are_fair_and_the_ratio_is_paired(load):
-    seen: list[tuple[str, int]] = []
+    calls: list[tuple[str, int]] = []
     measure = load("measure")
 
     def arm(name):
-        return lambda number: (seen.append((name, number)), float(number))[1]
+        return lambda number: (calls.append((name, number)), float(number))[1]
 
     times = measure.interleave([arm("A"), arm("B"), arm("C")], rounds=3, warmup=1)
     assert times == [[0.0, 1.0, 2.0]] * 3  # warming up does not count
-    assert "".join(name for name, _ in seen) == "CABABCBCACAB"
+    assert "".join(name for name, _ in calls) == "CABABCBCACAB"
     baseline = [1.0, 2.0, 1.0, 4.0, 1.0, 1.0]  # a machine that is slow now and then
     ratio, interval = measure.paired_ratio([1.1 * value for value in baseline], baseline)
     assert ratio == pytest.approx(1.1)
@@ -162,8 +162,10 @@ def test_a_script_is_timed_against_another_of_the_same_flags(load, tmp_path, cap
     """This project's own script stands for diffusers', which cannot be here."""
     AcceleratorState._reset_state()
     file = tmp_path / "result.json"
-    same = "--method lora --lora_alpha 4 --init_lora_weights gaussian --validation_dataset none"
-    words = ["--script", ROOT / "train_dreambooth_bilora.py", "--peer_flags", same]
+    peer_flags = (
+        "--method lora --lora_alpha 4 --init_lora_weights gaussian --validation_dataset none"
+    )
+    words = ["--script", ROOT / "train_dreambooth_bilora.py", "--peer_flags", peer_flags]
     words += ["--steps", 3, "--rounds", 1, "--variants", "lora", "--json", file]
     load("against_diffusers").main([str(word) for word in words])
     result = json.loads(file.read_text())

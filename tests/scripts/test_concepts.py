@@ -14,7 +14,7 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import BY_CONCEPT, read_search
 from eval.clip_scores.measure import training_sets
-from eval.landscape.models import points
+from eval.landscape.points import open_points
 from eval.subjects import gather
 from tests.scripts.runs import column, flags, resumes_exactly, train
 
@@ -77,7 +77,7 @@ def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(concepts, t
         images = training_sets(subjects, None)[subject.label]
         counts = Counter(entry.name.split("/")[0] for entry in images.entries)
         assert counts == {name: count for name, (count, _) in COUNTS.items()}
-        assert len(points(subjects)[subject.label].images) == len(images)
+        assert len(open_points(subjects)[subject.label].images) == len(images)
     resumes_exactly(run, 2, **values(concepts, **image_options))
     changed = json.loads(concepts.read_text())
     changed[1]["repeats"] = "2"

@@ -26,23 +26,23 @@ def files(folder):
 @pytest.mark.slow
 def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path):
     shared = {**SHORT, "method": "lora-sam", "max_train_steps": 4, "checkpointing_steps": 2}
-    whole = train(tmp_path / "whole", **shared)
+    uncut = train(tmp_path / "whole", **shared)
     off = train(tmp_path / "off", **{**shared, "log_dynamics": None, "dynamics_steps": None})
-    alike(whole, off, "grad_norm", "sharpness")
+    alike(uncut, off, "grad_norm", "sharpness")
     assert not (off / "dynamics").exists()
 
-    parts = copied(whole, tmp_path / "parts")
+    parts = copied(uncut, tmp_path / "parts")
     shutil.rmtree(parts / "checkpoints" / "step-4")
     assert list(files(parts)) == [0, 1, 2, 3, 4]
     for step in (3, 4):  # what a kill may leave; it has to be taken anew
         snapshots.steps(parts)[step].write_bytes(b"torn")
     train(parts, **shared, resume_from_checkpoint="latest")
-    assert files(parts) == files(whole)
-    assert column(parts, "dynamics") == column(whole, "dynamics")
-    assert len(column(whole, "dynamics")) == 4
+    assert files(parts) == files(uncut)
+    assert column(parts, "dynamics") == column(uncut, "dynamics")
+    assert len(column(uncut, "dynamics")) == 4
 
-    again = train(parts, **{**shared, "max_train_steps": 1}, overwrite_output_dir=True)
-    assert list(files(again)) == [0, 1]
+    restarted = train(parts, **{**shared, "max_train_steps": 1}, overwrite_output_dir=True)
+    assert list(files(restarted)) == [0, 1]
 
 
 def test_snapshots_are_of_what_was_trained_and_not_of_its_average(tmp_path):
@@ -51,8 +51,8 @@ def test_snapshots_are_of_what_was_trained_and_not_of_its_average(tmp_path):
     saved = load_file(run / "checkpoints" / "step-2" / "adapters.safetensors")
     last = snapshots.read(snapshots.steps(run)[2])
     assert set(last.factors) == {PRIMARY, AUXILIARY}
-    for adapter, own in last.factors.items():
-        for f in own:
+    for adapter, factors in last.factors.items():
+        for f in factors:
             target, path = f.name.split(".", 1)
             key = f"{target}/{adapter}/{path}"
             assert torch.equal(f.A, saved[f"{key}.lora_A.weight"].flatten(1))

@@ -25,7 +25,7 @@ TRAINER = "trainer_bilora"
 TEXT = {"text": "w3 w4 w5 w6 w7"}
 
 
-def given(folder, model, columns):
+def model_and_data(folder, model, columns):
     """Flags for a model and 24 rows."""
     for part in (model, tiny_tokenizer()):
         part.save_pretrained(folder / "model")
@@ -56,24 +56,24 @@ def test_an_example_leaves_an_adapter(name, tmp_path, capsys):
     elif name.startswith("sft"):
         pytest.importorskip("trl")
         columns = {"prompt": TEXT["text"], "completion": answer}
-    values |= given(tmp_path, model, columns)
+    values |= model_and_data(tmp_path, model, columns)
     start(name, values)
     assert PeftModel.from_pretrained(model, str(run))
-    told, file = capsys.readouterr().out, run / "adapter_model.safetensors"
+    printed, file = capsys.readouterr().out, run / "adapter_model.safetensors"
     if name.startswith("seq2seq"):
-        assert "held-out loss" in told
+        assert "held-out loss" in printed
         assert len((run / "predictions.jsonl").read_text().splitlines()) == 4
     if name == TRAINER:
-        assert "the auxiliary ended at 0.0500" in told
-        whole = load_file(file)
+        assert "the auxiliary ended at 0.0500" in printed
+        weights = load_file(file)
         file.unlink()
         start(name, {**values, "resume_from_checkpoint": run / "checkpoint-2"})
-        assert all(torch.equal(value, whole[key]) for key, value in load_file(file).items())
+        assert all(torch.equal(value, weights[key]) for key, value in load_file(file).items())
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
     common = {
-        **given(tmp_path, tiny_llm(), TEXT),
+        **model_and_data(tmp_path, tiny_llm(), TEXT),
         **{"max_steps": 4, "save_steps": 4, "train_sampling_strategy": "sequential"},
         # not AdamW, which amplifies rounding where gradients are small
         **{"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.1},
@@ -81,22 +81,26 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
     def last(folder, processes):
         """What the last checkpoint holds."""
-        own = {"per_device_train_batch_size": 4 // processes, "output_dir": tmp_path / folder}
+        flags = {"per_device_train_batch_size": 4 // processes, "output_dir": tmp_path / folder}
         if processes == 1:
-            start(TRAINER, {**common, **own})
+            start(TRAINER, {**common, **flags})
         else:
             script = ROOT / "examples" / f"{TRAINER}.py"
-            process(*TORCHRUN, processes, script, *words({**common, **own}))
+            process(*TORCHRUN, processes, script, *words({**common, **flags}))
         files = ("adapter_model.safetensors", "bilora_state.safetensors")
-        held = [load_file(tmp_path / folder / "checkpoint-4" / name) for name in files]
-        return {f"{n}/{key}": value for n, own in enumerate(held) for key, value in own.items()}
+        tensors = {}
+        for name in files:
+            for key, value in load_file(tmp_path / folder / "checkpoint-4" / name).items():
+                tensors[f"{name}/{key}"] = value
+        return tensors
 
-    one, two = last("one", 1), last("two", 2)
-    for key, value in one.items():
-        assert (two[key] - value).abs().max() < 1e-5, key
+    single, double = last("one", 1), last("two", 2)
+    for key, value in single.items():
+        assert (double[key] - value).abs().max() < 1e-5, key
     for adapter in (PRIMARY, AUXILIARY):
-        ends = [v for key, v in two.items() if key[0] == "1" and adapter in key and "lora_B" in key]
-        assert max(value.abs().max().item() for value in ends) > 1e-4, adapter
+        keys = [key for key in double if key.startswith("bilora_state") and "lora_B" in key]
+        ends = [double[key].abs().max().item() for key in keys if adapter in key]
+        assert max(ends) > 1e-4, adapter
 
 
 FLAGS = (
@@ -109,16 +113,16 @@ def test_it_trains_and_shows_answers_before_and_after(tmp_path, capsys):
     folder, model = tmp_path / "demo", save_llama(tmp_path / "model", chat=True)
     argv = ["--output_dir", str(folder), "--model_name_or_path", str(model), *FLAGS]
     assert main(argv) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in ("Problem:", "Before:", "After:", "Wanted:", "####", "Held-out loss per token"):
-        assert part in said
+        assert part in printed
     assert (folder / "adapter_model.safetensors").exists()
     for step in (0, 2):
         assert (folder / "validation" / f"step-{step}" / "predictions.jsonl").exists()
 
 
 NOTEBOOK = ROOT / "examples" / "miniature.ipynb"
-FEW = 'shared += " --max_train_steps 8 --validation_loss_steps 8 --validation_part 1/16"\n'
+SHORT = 'shared += " --max_train_steps 8 --validation_loss_steps 8 --validation_part 1/16"\n'
 
 
 def test_the_notebook_shows_curves_and_icons_of_both_methods(tmp_path, monkeypatch):
@@ -127,7 +131,7 @@ def test_the_notebook_shows_curves_and_icons_of_both_methods(tmp_path, monkeypat
         (tmp_path / name).symlink_to(ROOT / name)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (trains,) = (cell for cell in notebook.cells if "shared = (" in cell.source)
-    trains.source = trains.source.replace("runs = ", f"{FEW}runs = ")
+    trains.source = trains.source.replace("runs = ", f"{SHORT}runs = ")
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     printed = "".join(output.get("text", "") for output in outputs)

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from bilora_diffusion.run import runlog
-from eval.landscape import models
-from eval.landscape.models import points
-from eval.landscape.weights import evaluate
+from eval.landscape.points import load, open_points
+from eval.landscape.surface import evaluate
 from eval.subjects import gather
 from tests.scripts.runs import train, two_icons
 
@@ -17,7 +16,6 @@ pytestmark = pytest.mark.slow
 
 ARMS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
-    "bilora": {"method": "bilora"},
     "pissa": {"method": "lora", "init_lora_weights": "pissa", "lora_alpha": 6},
     "text": {"method": "lora", "train_text_encoder": True},
     "full": {"method": "full"},
@@ -38,11 +36,11 @@ def runs(tmp_path_factory):
 def opened(runs):
     """A run's model by its name, with all images and levels, as training measures its loss."""
 
-    def load(name):
-        (point,) = points(gather([str(runs / name)], weights=True)).values()
-        return models.load(point, ("lora", "full"))
+    def load_run(name):
+        (point,) = open_points(gather([str(runs / name)], weights=True)).values()
+        return load(point, ("lora", "full"))
 
-    return load
+    return load_run
 
 
 @pytest.mark.parametrize("name", ARMS)

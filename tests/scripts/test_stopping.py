@@ -90,9 +90,6 @@ def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
     assert runs.difference(run / "exports" / f"step-{best}", run) == 0
     assert [p.parent.name for p in run.glob("validation/*/*.png")] == [f"step-{best}"]
     assert f"validation/step-{best}/000.png" in (run / "README.md").read_text()
-    parts = runs.resumed(run, stop - 1, **options)
-    assert runs.difference(run, parts) == 0
-    assert losses(run) == losses(parts)
 
 
 def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplog):

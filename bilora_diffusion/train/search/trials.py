@@ -39,13 +39,33 @@ class LoneProcess(Accelerator):
     The runs of a search are shared among processes, so within a run no process waits for another.
     """
 
-    num_processes = 1
-    process_index = 0
-    local_process_index = 0
-    is_main_process = True
-    is_local_main_process = True
-    use_distributed = False
-    distributed_type = DistributedType.NO
+    @property
+    def num_processes(self) -> int:
+        return 1
+
+    @property
+    def process_index(self) -> int:
+        return 0
+
+    @property
+    def local_process_index(self) -> int:
+        return 0
+
+    @property
+    def is_main_process(self) -> bool:
+        return True
+
+    @property
+    def is_local_main_process(self) -> bool:
+        return True
+
+    @property
+    def use_distributed(self) -> bool:
+        return False
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        return DistributedType.NO
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         return tensor

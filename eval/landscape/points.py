@@ -31,7 +31,7 @@ from bilora_diffusion.run.record import RUN
 
 from ..load import put_lora, put_models
 from ..subjects import BASE, Subject
-from .weights import Weight
+from .surface import Weight
 
 LOSS_OPTIONS = (
     "resolution",
@@ -80,22 +80,22 @@ class Point:
         return facts | {f"--{name}": getattr(self.config, name) for name in LOSS_OPTIONS}
 
 
-def points(subjects: Sequence[Subject]) -> dict[str, Point]:
+def open_points(subjects: Sequence[Subject]) -> dict[str, Point]:
     """The points by their labels; the base model's images are the first run's."""
-    configs = {one.label: _config(one) for one in subjects if one.kind != BASE}
+    configs = {subject.label: _config(subject) for subject in subjects if subject.kind != BASE}
     if not configs:
         raise UserError("the base model alone has no training images: name the folder of a run.")
-    first = next(iter(configs.values()))
-    sets: dict[tuple[Any, ...], ImageSet] = {}
-    opened = {}
+    first_config = next(iter(configs.values()))
+    sets: dict[tuple[str, ...], ImageSet] = {}  # by the options that say which images there are
+    points = {}
     for subject in subjects:
-        config = configs.get(subject.label, first)
+        config = configs.get(subject.label, first_config)
         key = tuple(repr(getattr(config, name)) for name in SET_OPTIONS)
         if key not in sets:
             sets[key] = training_images(config)
-        opened[subject.label] = Point(subject, config, sets[key])
-    _require_comparable(opened)
-    return opened
+        points[subject.label] = Point(subject, config, sets[key])
+    _require_comparable(points)
+    return points
 
 
 def has_factors(subject: Subject) -> bool:
@@ -106,40 +106,46 @@ def has_factors(subject: Subject) -> bool:
 def base_key(config: DreamBoothConfig) -> list[Any]:
     """Identity of the base model: its name and revision, and the files of a local folder."""
     folder = Path(resolve(config.pretrained_model_name_or_path))
-    files = sorted(folder.glob("**/*.safetensors")) if folder.is_dir() else []
-    stats = [(str(file.relative_to(folder)), file.stat()) for file in files]
+    files = []
+    if folder.is_dir():
+        for file in sorted(folder.glob("**/*.safetensors")):
+            stat = file.stat()
+            files.append([str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns])
     vae = config.pretrained_vae_model_name_or_path
-    about = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    return [str(folder), config.revision, config.variant, vae, about]
+    return [str(folder), config.revision, config.variant, vae, files]
 
 
 def _config(subject: Subject) -> DreamBoothConfig:
     folder, values = subject.folder, subject.record.get("config", {})
     if values.get("pretrained_model_name_or_path") is None:
         raise UserError(f"{subject.source} is not a run of SDXL DreamBooth: give another.")
-    if unknown := sorted(values.keys() - {field.name for field in fields(DreamBoothConfig)}):
+    unknown_options = sorted(values.keys() - {field.name for field in fields(DreamBoothConfig)})
+    if unknown_options:
         raise UserError(
-            f"{folder} was trained with the option {unknown[0]}, which this version does not know:"
-            " read it with the version that trained it."
+            f"{folder} was trained with the option {unknown_options[0]}, which this version does"
+            " not know: read it with the version that trained it."
         )
-    if has_factors(subject) and (inside := inspect(Path(str(subject.weights)))).auxiliary:
-        raise UserError(
-            f"{subject.weights} holds more than the primary ({inside.evidence[0]}): export it"
-            " again."
-        )
+    if has_factors(subject):
+        file = inspect(Path(str(subject.weights)))
+        if file.auxiliary:
+            raise UserError(
+                f"{subject.weights} holds more than the primary ({file.evidence[0]}): export it"
+                " again."
+            )
     with translated(f"{RUN} of {folder} is damaged", "give another run"):
         return TypeAdapter(DreamBoothConfig).validate_python(values)
 
 
-def _require_comparable(opened: Mapping[str, Point]) -> None:
-    first, *others = opened.values()
+def _require_comparable(points: Mapping[str, Point]) -> None:
+    first, *further = points.values()
     expected = first.loss
-    for point in others:
-        if differing := [name for name, fact in point.loss.items() if fact != expected[name]]:
-            raise UserError(
-                f"{point.subject.source} and {first.subject.source} differ in {differing[0]}, so"
-                " that their losses can't be compared: look at them in separate calls."
-            )
+    for point in further:
+        for name, fact in point.loss.items():
+            if fact != expected[name]:
+                raise UserError(
+                    f"{point.subject.source} and {first.subject.source} differ in {name}, so that"
+                    " their losses can't be compared: look at them in separate calls."
+                )
 
 
 @dataclass(frozen=True)
@@ -157,11 +163,13 @@ class LevelGrid(GridLoss):
     levels it equals ``train_grid_loss`` of the run's log.
     """
 
-    def __init__(self, task: Any, chosen: ImageSet, levels: int) -> None:
-        super().__init__(task, SimpleNamespace(images=chosen), chosen.only(()))
+    def __init__(self, task: Any, images: ImageSet, levels: int) -> None:
+        # The set of held-out images is empty.
+        super().__init__(task, SimpleNamespace(images=images), images.only(()))
         self.images = self.sets["train_grid_loss"]
-        known = self.levels
-        self.levels = [known[NOISE_LEVELS * (2 * k + 1) // (2 * levels)] for k in range(levels)]
+        # Of each of `levels` equal parts of the grid, the level in the middle.
+        middles = [NOISE_LEVELS * (2 * k + 1) // (2 * levels) for k in range(levels)]
+        self.levels = [self.levels[middle] for middle in middles]
 
     def terms(self) -> Iterator[Tensor]:
         """One term per batch of images and noise level; their sum is the mean over both."""
@@ -190,6 +198,7 @@ def load(
         levels: noise levels of the loss, evenly chosen from those of the held-out loss.
     """
     subject = point.subject
+    # What belongs to a training run, and what would change the loss or its precision, is off.
     config = replace(
         point.config,
         mixed_precision="no",
@@ -218,7 +227,7 @@ def load(
         put_lora(pipeline, weights)
         for name, model in task.models.items():
             _undo_baked_scale(weights, name, model)
-    task.module.requires_grad_(False)
+    task.module.requires_grad_(False)  # the space that is looked at gets gradients of its own
     task.module.eval()
     task.to_device(torch.device(device))
     weights_by_space = {}
@@ -240,9 +249,9 @@ def _undo_baked_scale(file: Path, name: str, model: nn.Module) -> None:
     metadata = inspect(file).metadata
     alphas = json.loads(metadata.get("bilora.original_alpha", "{}"))
     ranks = json.loads(metadata.get("bilora.original_rank", "{}"))
+    if name not in alphas:
+        return
     for _, layer in adapters.layers(model, PRIMARY):
-        if name not in alphas:
-            continue
         up: Any = layer.lora_B[PRIMARY].weight
         scale = alphas[name] / ranks.get(name, layer.r[PRIMARY])
         up.div_(scale / layer.scaling[PRIMARY])
@@ -259,7 +268,8 @@ def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
     weights = []
     for name, model in models.items():
         for path, layer in adapters.layers(model, PRIMARY):
-            down, up = (cast(Tensor, side[PRIMARY].weight) for side in (layer.lora_A, layer.lora_B))
+            down = cast(Tensor, layer.lora_A[PRIMARY].weight)
+            up = cast(Tensor, layer.lora_B[PRIMARY].weight)
             weights.append(Weight(f"{name}.{path}.lora_A", down, 0))
             weights.append(Weight(f"{name}.{path}.lora_B", up, 1))
     return weights
@@ -269,9 +279,10 @@ def full_space(task: DreamBooth) -> list[Weight]:
     """All weight matrices and convolutions of the trained models without the adapters; a filter is
     an output's weights.
     """
-    return [
-        Weight(f"{name}.{path.replace('.base_layer', '').removesuffix('.weight')}", parameter)
-        for name, model in task.models.items()
-        for path, parameter in model.named_parameters()
-        if parameter.dim() > 1 and ".lora_" not in path
-    ]
+    weights = []
+    for name, model in task.models.items():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() > 1 and ".lora_" not in path:
+                layer = path.replace(".base_layer", "").removesuffix(".weight")
+                weights.append(Weight(f"{name}.{layer}", parameter))
+    return weights

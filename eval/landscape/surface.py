@@ -1,5 +1,5 @@
-"""The point of a loss landscape: some weights of a model, and a loss that reads them; random
-directions from there, and the loss along one and on the plane of two.
+"""The loss around some weights: along random directions, on the plane of two, and the largest loss
+within a ball (SAM sharpness).
 
 Everything here works on any model: ``weights`` is a list of tensors and ``loss`` a function without
 arguments that reads them.
@@ -7,6 +7,7 @@ arguments that reads them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -48,27 +49,28 @@ def loss_and_gradient(loss: Loss, weights: Sequence[Weight]) -> tuple[float, lis
     tensors = [weight.tensor for weight in weights]
     total, gradient = 0.0, [torch.zeros_like(tensor) for tensor in tensors]
     for term in loss():
+        # Term by term: only this one's graph is in memory.
         total += float(term.detach())
         if not term.requires_grad:
             continue
         slopes = torch.autograd.grad(term, tensors, allow_unused=True)
-        for own, part in zip(gradient, slopes, strict=True):
-            if part is not None:
-                own.add_(part)
+        for total_slope, slope in zip(gradient, slopes, strict=True):
+            if slope is not None:
+                total_slope.add_(slope)
     return total, gradient
 
 
 @contextmanager
 def differentiable(weights: Sequence[Weight]) -> Iterator[None]:
     """Within the context the weights require gradients; afterwards as before."""
-    before = [weight.tensor.requires_grad for weight in weights]
+    flags = [weight.tensor.requires_grad for weight in weights]
     try:
         for weight in weights:
             weight.tensor.requires_grad_(True)
         with torch.enable_grad():
             yield
     finally:
-        for weight, flag in zip(weights, before, strict=True):
+        for weight, flag in zip(weights, flags, strict=True):
             weight.tensor.requires_grad_(flag)
 
 
@@ -78,15 +80,18 @@ def displaceable(weights: Sequence[Weight]) -> Iterator[Callable[..., None]]:
     d with a tensor per weight; their own memory is not touched, so afterwards they are bit for bit
     what they were, also after an exception.
     """
-    own = [weight.tensor.data for weight in weights]
-    copies = [tensor.clone() for tensor in own]
+    originals = [weight.tensor.data for weight in weights]
+    copies = [tensor.clone() for tensor in originals]
 
     @torch.no_grad()
     def move(*displacements: tuple[float, Iterable[Tensor]]) -> None:
-        for copy, tensor in zip(copies, own, strict=True):
-            copy.copy_(tensor)
+        # From the originals each time, so that rounding does not add up.
+        for copy, original in zip(copies, originals, strict=True):
+            copy.copy_(original)
         for factor, direction in displacements:
-            for copy, part in zip(copies, direction, strict=True) if factor else ():
+            if factor == 0:
+                continue
+            for copy, part in zip(copies, direction, strict=True):
                 copy.add_(part.to(copy), alpha=factor)
 
     with replaced(cast(Any, [weight.tensor for weight in weights]), copies):
@@ -95,11 +100,11 @@ def displaceable(weights: Sequence[Weight]) -> Iterator[Callable[..., None]]:
 
 def norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm over all tensors together, in fp32 or wider."""
-    squares = [
-        torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).double()
-        for t in tensors
-    ]
-    return float(torch.linalg.vector_norm(torch.stack([s.cpu() for s in squares])))
+    norms = []
+    for tensor in tensors:
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        norms.append(torch.linalg.vector_norm(tensor, dtype=wide).double().cpu())
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 # Normalized random directions (Li et al. 2018, https://arxiv.org/abs/1712.09913, Section 4) have
@@ -111,26 +116,27 @@ def norm(tensors: Iterable[Tensor]) -> float:
 # zeros stays where it is. Directions depend on (seed, number, name of the weight) alone, so every
 # run is looked at along the same ones.
 
-KEPT_NUMBERS = 2**28
-"""A direction of up to so many entries is kept; a larger one is drawn anew whenever it is used, one
-layer's part at a time."""
+CACHED_NUMBERS = 2**28
+"""A direction of up to so many entries is cached; a larger one is drawn anew whenever it is used,
+one layer's part at a time."""
 
 
 def filter_normalized(direction: Tensor, weight: Tensor, filter_dim: int = 0) -> Tensor:
     """``direction`` with the norm of each filter set to that of ``weight``'s filter."""
-    rest = tuple(dim for dim in range(weight.dim()) if dim != filter_dim)
+    # A filter's norm is over all dimensions but the one that counts the filters.
+    summed = tuple(dim for dim in range(weight.dim()) if dim != filter_dim)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(weight, dim=rest, keepdim=True, dtype=wide)
-    lengths = torch.linalg.vector_norm(direction, dim=rest, keepdim=True, dtype=wide)
+    norms = torch.linalg.vector_norm(weight, dim=summed, keepdim=True, dtype=wide)
+    lengths = torch.linalg.vector_norm(direction, dim=summed, keepdim=True, dtype=wide)
     return direction * (norms / lengths.clamp_min(torch.finfo(wide).tiny))
 
 
 def gaussian(weight: Weight, *key: int | str) -> Tensor:
     """Standard normal entries in the shape and on the device of a weight, seeded by the key."""
-    own = weight.tensor
-    wide = torch.promote_types(own.dtype, torch.float32)
+    tensor = weight.tensor
+    wide = torch.promote_types(tensor.dtype, torch.float32)
     random = generator("landscape", *key, weight.name)
-    return torch.randn(own.shape, generator=random, dtype=wide).to(own.device)
+    return torch.randn(tensor.shape, generator=random, dtype=wide).to(tensor.device)
 
 
 class Direction:
@@ -144,17 +150,17 @@ class Direction:
     """
 
     def __init__(self, weights: Sequence[Weight], seed: int, number: int) -> None:
-        # The values of now: within `displaceable` the weights hold displaced copies.
+        # The values at this moment: within `displaceable` the weights hold displaced copies.
         self._weights = [weight._replace(tensor=weight.tensor.data) for weight in weights]
         self._key = (seed, number)
-        small = sum(weight.tensor.numel() for weight in weights) <= KEPT_NUMBERS
-        self._kept = list(self._drawn()) if small else None
+        numbers = sum(weight.tensor.numel() for weight in weights)
+        self._cached = list(self._parts()) if numbers <= CACHED_NUMBERS else None
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._kept or self._drawn())
+        return iter(self._cached or self._parts())
 
     @torch.no_grad()
-    def _drawn(self) -> Iterator[Tensor]:
+    def _parts(self) -> Iterator[Tensor]:
         for weight in self._weights:
             noise = gaussian(weight, *self._key)
             yield filter_normalized(noise, weight.tensor, weight.filter_dim)
@@ -171,16 +177,16 @@ def line(
     loss: Loss,
     direction: Iterable[Tensor],
     positions: Sequence[float],
-    aside: Sequence[tuple[float, Iterable[Tensor]]] = (),
+    offset: Sequence[tuple[float, Iterable[Tensor]]] = (),
 ) -> list[float]:
-    """The loss at w + t d for each position t, or at so much beside it.
+    """The loss at w + t d for each position t; with an offset (s, d'), ... at w + s d' + t d.
 
     The weights are bit for bit what they were afterwards, also after an exception.
     """
     losses = []
     with displaceable(weights) as move:
         for position in positions:
-            move(*aside, (position, direction))
+            move(*offset, (position, direction))
             losses.append(evaluate(loss))
     return losses
 
@@ -194,3 +200,65 @@ def plane(
     """The loss at w + s d1 + t d2; row s, column t, each over the positions."""
     first, second = directions
     return [line(weights, loss, second, positions, [(s, first)]) for s in positions]
+
+
+# SAM sharpness of a minimum,
+#
+#     max over ||e|| <= rho of L(w + e) - L(w)
+#
+# (Foret et al. 2021, https://arxiv.org/abs/2010.01412, Eq. 1; the paper, Eq. 2) by projected
+# gradient ascent, one norm over all weights of the space.
+
+
+class _Height(NamedTuple):
+    """A displacement e, the loss there and its gradient; a loss that is not finite is -inf."""
+
+    e: list[Tensor]
+    loss: float
+    gradient: list[Tensor]
+    steepness: float  # norm of the gradient; 0 where it leads nowhere
+
+
+def sharpness(weights: Sequence[Weight], loss: Loss, rho: float, steps: int = 10) -> float:
+    """SAM sharpness at the weights, a lower bound that rises with ``steps``; at least 0.
+
+    The first step is SAM's own perturbation, rho g / ||g||. A step of length eta along the gradient
+    is projected onto the ball. It is kept if it goes up, and eta doubles: on the sphere a long step
+    is one of power iteration, which is where the ascent converges fastest. Otherwise eta is halved.
+    A height that is not finite counts as no rise. The weights are bit for bit what they were
+    afterwards, also after an exception. Takes the memory of about six copies of the weights.
+    """
+    with differentiable(weights), displaceable(weights) as move:
+
+        def climb_to(e: list[Tensor]) -> _Height:
+            move((1.0, e))
+            value, gradient = loss_and_gradient(loss, weights)
+            steepness = norm(gradient)
+            if not math.isfinite(value) or not math.isfinite(steepness):
+                return _Height(e, -math.inf, gradient, 0.0)
+            return _Height(e, value, gradient, steepness)
+
+        current = climb_to([torch.zeros_like(weight.tensor) for weight in weights])
+        start_loss, eta = current.loss, rho
+        for _ in range(steps):
+            if current.steepness == 0:
+                break  # a stationary point, or a loss that is not finite
+            candidate = climb_to(_step(current, eta, rho))
+            if candidate.loss > current.loss:
+                current, eta = candidate, 2 * eta
+            else:
+                eta /= 2
+            del candidate  # two points are in memory at a time, not three
+        return current.loss - start_loss
+
+
+@torch.no_grad()
+def _step(current: _Height, eta: float, rho: float) -> list[Tensor]:
+    """e + eta g / ||g||, projected onto the ball."""
+    factor = eta / current.steepness
+    e = [part + slope * factor for part, slope in zip(current.e, current.gradient, strict=True)]
+    length = norm(e)
+    if length > rho:  # back onto the sphere
+        for part in e:
+            part.mul_(rho / length)
+    return e

@@ -1,0 +1,214 @@
+"""The names that layers have in diffusers', kohya's and PEFT's files, written and read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UserError, translated
+from ..core.lora_names import ENCODERS
+from .layers import Part
+from .lorafile import layer_of_key
+
+_KOHYA_PREFIX = {
+    "unet": "lora_unet_",
+    "text_encoder": "lora_te1_",
+    "text_encoder_2": "lora_te2_",
+}
+# Readers of kohya files know these four by SDXL's original names only; all others also by
+# diffusers' names.
+_ORIGINAL_NAME = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+# diffusers' converter does not find the dots of these again; it is exact for all other layers.
+_MISREAD_NAME = {
+    "add_embedding_linear_1": "add_embedding.linear_1",
+    "add_embedding_linear_2": "add_embedding.linear_2",
+    "text_model_embeddings_token_embedding": "text_model.embeddings.token_embedding",
+    "text_model_embeddings_position_embedding": "text_model.embeddings.position_embedding",
+}
+_ORIGINAL_BLOCK = re.compile(r"(?:input_blocks_[1-8]|middle_block|output_blocks_[0-8])_[0-2]_")
+_OTHER_FORMAT = "give a file in diffusers' or PEFT's format"
+
+# The layers of SDXL's UNet and of its encoders, to refuse what diffusers' converter only respells.
+_BLOCK = r"(?:(?:down_blocks\.[0-3]|mid_block)\.KIND\.[01]|up_blocks\.[0-3]\.KIND\.[0-2])"
+_UNET_LAYER = re.compile(
+    rf"{_BLOCK.replace('KIND', 'attentions')}\.(?:proj_in|proj_out|transformer_blocks\.\d{{1,2}}\."
+    r"(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2)))"
+    rf"|{_BLOCK.replace('KIND', 'resnets')}\.(?:conv1|conv2|conv_shortcut|time_emb_proj)"
+    r"|down_blocks\.[0-3]\.downsamplers\.0\.conv|up_blocks\.[0-3]\.upsamplers\.0\.conv"
+    r"|(?:time|add)_embedding\.linear_[12]|conv_in|conv_out"
+)
+_ENCODER_LAYER = re.compile(
+    r"text_projection|(?:text_model\.)?(?:embeddings\.(?:token|position)_embedding"
+    r"|encoder\.layers\.\d{1,2}\.(?:self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12]))"
+)
+
+
+def _name_in_files(component: str, layer: str) -> str:
+    """Files keep the `text_model.` that Transformers 5 dropped from CLIPTextModel; readers cope."""
+    if component in ENCODERS and not layer.startswith("text_projection"):
+        return f"text_model.{layer}"
+    return layer
+
+
+def kohya_name(component: str, layer: str) -> str:
+    """("unet", "mid_block.attentions.0.proj_in") -> "lora_unet_mid_block_attentions_0_proj_in"."""
+    name = _name_in_files(component, _ORIGINAL_NAME.get(layer, layer))
+    return _KOHYA_PREFIX[component] + name.replace(".", "_")
+
+
+def diffusers_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
+    """Tensors under the keys that diffusers reads.
+
+    Denoisers have PEFT's keys. Text encoders have `lora_linear_layer`, without which diffusers
+    can't read adapters that sit on the MLP alone; their magnitudes end in `.weight`, without which
+    Transformers leaves them out.
+    """
+    tensors = {}
+    for component, part in parts.items():
+        # The magnitude of a denoiser has no ".weight", as PEFT writes it.
+        down, up, magnitude = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+        if component in ENCODERS:
+            down, up = "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
+            magnitude = "lora_magnitude_vector.weight"
+        for layer in part.layers:
+            name = f"{component}.{_name_in_files(component, layer.name)}"
+            tensors[f"{name}.{down}"] = layer.A
+            tensors[f"{name}.{up}"] = layer.B
+            if layer.magnitude is not None:
+                tensors[f"{name}.{magnitude}"] = layer.magnitude
+    return tensors
+
+
+def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
+    """Tensors under kohya's keys: lora_down.weight, lora_up.weight, alpha (= rank), dora_scale.
+
+    `diffusers.utils.convert_state_dict_to_kohya` writes no `dora_scale` and one alpha for all.
+    """
+    tensors: dict[str, Tensor] = {}
+    for component, part in parts.items():
+        for layer in part.layers:
+            name = kohya_name(component, layer.name)
+            tensors[f"{name}.lora_down.weight"] = layer.A
+            tensors[f"{name}.lora_up.weight"] = layer.B
+            # Readers multiply by alpha / rank, which B has in it.
+            tensors[f"{name}.alpha"] = torch.tensor(float(len(layer.A)))
+            if layer.magnitude is not None:
+                # (m, 1) for a linear layer, (m, 1, 1, 1) for a convolution
+                kernel_ones = [1] * (layer.A.dim() - 1)
+                tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *kernel_ones)
+    return tensors
+
+
+def peft_adapter(
+    component: str, part: Part, base_model: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and configuration; alpha is the rank of each layer, as B holds the scale."""
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for layer in part.layers:
+        name = layer.name
+        # As Transformers 5 calls the layers of its two classes, which PEFT's format follows.
+        if component == "text_encoder_2" and not name.startswith(("text_model.", "text_proj")):
+            name = f"text_model.{name}"
+        ranks[name] = layer.A.shape[0]
+        tensors[f"{name}.lora_A.weight"] = layer.A
+        tensors[f"{name}.lora_B.weight"] = layer.B
+        if layer.magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude
+    # PEFT has one rank, and patterns for the layers that differ.
+    ((usual_rank, _),) = Counter(ranks.values()).most_common(1)
+    differing_ranks = {name: rank for name, rank in ranks.items() if rank != usual_rank}
+    config = {
+        "r": usual_rank,
+        "lora_alpha": usual_rank,
+        "rank_pattern": differing_ranks,
+        "alpha_pattern": differing_ranks,
+        "target_modules": list(ranks),
+        "use_dora": part.use_dora,
+        "base_model_name_or_path": base_model or None,
+    }
+    return tensors, config
+
+
+def dotted_names(keys: Iterable[str], is_encoder: bool) -> dict[str, str]:
+    """The layers that keys of diffusers' or PEFT's files name, as today's diffusers spells them.
+
+    ("attn1.processor.to_out_lora.down.weight",) -> {...: "attn1.to_out.0"}
+
+    Args:
+        keys: of the layers' A, without the name of the model.
+        is_encoder: whether the model is a text encoder.
+    """
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    from diffusers.utils.state_dict_utils import StateDictType
+
+    names = {}
+    for key in keys:
+        # One by one, so that two spellings of a layer do not become one. The converters change keys
+        # alone, so that nothing need stand for the tensor.
+        if is_encoder:
+            oldest = StateDictType.DIFFUSERS_OLD  # whose table has all later names too
+            converted = convert_state_dict_to_peft({key: None}, original_type=oldest)
+        else:
+            converted = convert_unet_state_dict_to_peft({key: None})
+        (new_key,) = converted
+        names[key] = layer_of_key(new_key)
+    return names
+
+
+def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
+    """Module names of SDXL's UNet or text encoders for kohya's, by diffusers' own loader.
+
+    Those of the UNet may be diffusers' or SDXL's original ones. Only the names are taken from the
+    loader: it leaves out `dora_scale`, and gives most layers the most frequent alpha.
+
+    Args:
+        flat_names: without their prefix, such as "mid_block_attentions_0_proj_in".
+
+    Raises:
+        UserError: a name that the model does not have, or both kinds of names.
+    """
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+
+    original_names = [name for name in flat_names if _ORIGINAL_BLOCK.match(name)]
+    # The loader would drop the original ones.
+    if original_names and any(name.startswith(("down_blocks", "up_blocks")) for name in flat_names):
+        raise UserError(
+            f"The file names layers as SDXL does ({original_names[0]}) and as diffusers does; give"
+            " a file with names of one kind."
+        )
+    known_layer = _UNET_LAYER if component == "unet" else _ENCODER_LAYER
+    sdxl = SimpleNamespace(layers_per_block=2)  # all that the loader asks of the UNet
+    names = {}
+    for name in flat_names:
+        module = _MISREAD_NAME.get(name)
+        if module is None:
+            kohya_key = f"{_KOHYA_PREFIX[component]}{name}"
+            # The loader wants tensors; their values do not matter.
+            weights = {
+                f"{kohya_key}.lora_{side}.weight": torch.zeros(()) for side in ("down", "up")
+            }
+            with translated(f"{name} can't be read as a layer of SDXL", _OTHER_FORMAT):
+                loaded = StableDiffusionXLLoraLoaderMixin.lora_state_dict(weights, unet_config=sdxl)
+            down_key = next(key for key in loaded[0] if key.endswith(".down.weight"))
+            down_key = down_key.removeprefix(f"{component}.")
+            module = dotted_names([down_key], is_encoder=component in ENCODERS)[down_key]
+        if not known_layer.fullmatch(module):
+            model = "SDXL's UNet" if component == "unet" else "CLIP's text encoders"
+            raise UserError(
+                f"{name} is no layer of {model}, for which alone kohya's names are known;"
+                f" {_OTHER_FORMAT}."
+            )
+        names[name] = module
+    return names
