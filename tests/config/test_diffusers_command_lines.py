@@ -52,11 +52,7 @@ PLACES = """
 RANDOM = DEFAULTS.keys() - set(PLACES.split())
 # What is drawn for a flag; for others what the record gives, and True for the bare flag.
 VALUES: dict[str, tuple[Any, ...]] = {
-    **{
-        name: OF_ALL_SCRIPTS[name]["given"] or (True,)
-        for name in DEFAULTS
-        if name not in ASIDE.split()
-    },
+    **{name: OF_ALL_SCRIPTS[name]["given"] or (True,) for name in DEFAULTS if name in RANDOM},
     "repeats": (1, 3, 10),
     "class_data_dir": ("class-images",),
     "num_class_images": (4, 100, 1000),
