@@ -196,7 +196,7 @@ class Tab:
         """
         if not name:
             return None
-        address = parts.below(self.catalog, item.file(name))
+        address = parts.address_below(self.catalog, item.file(name))
         if address is None and name == Path(name).name:
             address = parts.address(package / name)
         return address
@@ -215,7 +215,7 @@ def prompt_list(listed: Sequence[PromptRow], chosen: str, a: str, b: str) -> str
         change = "–" if row.change is None else f"{100 * row.change:+.2f}"
         current = ' aria-current="true"' if row.text == chosen else ""
         rows += (
-            f'<button type="button" class="prompt" data-prompt="{row.at}"{current}><span'
+            f'<button type="button" class="prompt" data-prompt="{row.position}"{current}><span'
             f' title="{escape(row.text)}">{escape(row.name)}</span><span>{times_100(row.a)}</span>'
             f'<span>{times_100(row.b)}</span><span class="{row.tone}">{change}</span></button>'
         )

@@ -52,7 +52,7 @@ class BaseChoice:
     vae: str | None = None
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> BaseChoice:
+    def of_config(cls, config: dict[str, Any]) -> BaseChoice:
         """The base model of a run."""
         names = ("revision", "variant", "cache_dir", "pretrained_vae_model_name_or_path")
         base = config.get("pretrained_model_name_or_path") or MINI
@@ -172,22 +172,22 @@ def sides(
         a, b: paths of runs, or ``BASE``.
     """
     runs = {run.path: run for run in catalog.scan.runs if drawable(run)}
-    if gone := [path for path in (a, b) if path not in (BASE, *runs)]:
-        raise UserError(f'the run "{gone[0]}" has gone: choose another')
-    there = [runs[path] for path in (a, b) if path != BASE]
-    bases = [BaseChoice.of(run.record["config"]) for run in there]
+    if missing := [path for path in (a, b) if path not in (BASE, *runs)]:
+        raise UserError(f'the run "{missing[0]}" has gone: choose another')
+    chosen_runs = [runs[path] for path in (a, b) if path != BASE]
+    bases = [BaseChoice.of_config(run.record["config"]) for run in chosen_runs]
     if len(set(bases)) > 1:
         raise UserError(
             f"the two runs have different base models, {bases[0].name} and {bases[1].name}:"
             " choose two of one"
         )
     sides: dict[str, tuple[str, Path | None]] = {BASE: ("base model", None)}
-    for run in there:
+    for run in chosen_runs:
         catalog.resolve(run.weights or run.path)  # a link out of the root is refused
         sides[run.path] = (run.name, catalog.resolve(run.path))
     # Of the base model alone: that of the first run, or the miniature.
-    bases += [BaseChoice.of(run.record["config"]) for run in runs.values()]
-    size = next((size for run in there if (size := size_of(run))), None)
+    bases += [BaseChoice.of_config(run.record["config"]) for run in runs.values()]
+    size = next((size for run in chosen_runs if (size := size_of(run))), None)
     return (bases or [BaseChoice(MINI)])[0], [sides[a], sides[b]], size
 
 

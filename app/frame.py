@@ -24,7 +24,7 @@ from . import compare, generate, grid, guard, parts, results, training, validati
 from .catalog import Catalog
 from .parts import QUIET, html
 
-HERE = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
 RESCAN_SECONDS = 5.0
 LISTED = 8
@@ -41,8 +41,10 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
         heading = html("frame-title")
         notice = html("frame-notice", visible=False)
         kinds = ("runs", "scores", "figures")
-        seen = {kind: gr.Textbox("", visible=False, elem_id=f"frame-{kind}") for kind in kinds}
-        runs, scores, figures = (seen[kind].change for kind in kinds)
+        last_signs = {
+            kind: gr.Textbox("", visible=False, elem_id=f"frame-{kind}") for kind in kinds
+        }
+        runs, scores, figures = (last_signs[kind].change for kind in kinds)
         drawing = generate.Work(catalog, page, device)
         tabs: dict[str, Callable[[], object]] = {
             "Compare": lambda: (
@@ -62,11 +64,11 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
 
         def look() -> list[Any]:
             catalog.look()
-            signs = (catalog.sign(kind) for kind in seen)
+            signs = (catalog.sign(kind) for kind in last_signs)
             return [title(catalog), parts.notice(notices(catalog)), *signs]
 
         looks = [page.load, gr.Timer(RESCAN_SECONDS).tick]
-        gr.on(looks, look, [], [heading, notice, *seen.values()], **QUIET)
+        gr.on(looks, look, [], [heading, notice, *last_signs.values()], **QUIET)
     return page
 
 
@@ -86,10 +88,10 @@ def notices(catalog: Catalog) -> str:
     rows = "".join(
         f"<li><code>{escape(row.path)}</code> {escape(row.reason)}</li>" for row in broken[:LISTED]
     )
-    more = len(broken) - LISTED
-    rows += f"<li>and {more} more</li>" if more > 0 else ""
-    what = "1 folder is" if len(broken) == 1 else f"{len(broken)} folders are"
-    return f'<section class="broken"><b>{what} not shown</b><ul>{rows}</ul></section>'
+    num_more = len(broken) - LISTED
+    rows += f"<li>and {num_more} more</li>" if num_more > 0 else ""
+    subject = "1 folder is" if len(broken) == 1 else f"{len(broken)} folders are"
+    return f'<section class="broken"><b>{subject} not shown</b><ul>{rows}</ul></section>'
 
 
 class Server(uvicorn.Server):
@@ -118,7 +120,7 @@ def server(
         public: whether other machines may look.
         allowed_hosts: names to answer to, besides those of this machine.
     """
-    style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "page.js"))
+    style, script = ((FOLDER / name).read_text("utf-8") for name in ("style.css", "page.js"))
     hues: dict[str, Any] = {"primary_hue": "teal", "secondary_hue": "teal", "neutral_hue": "slate"}
     app = gr.mount_gradio_app(
         FastAPI(),

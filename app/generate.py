@@ -45,7 +45,7 @@ class Work:
         name: str,
         draw: Callable[..., Iterator[Any]],
         prompt: gr.Textbox,
-        asked: Sequence[Any],
+        inputs: Sequence[Any],
         outputs: Sequence[Any],
     ) -> None:
         """Two buttons, and what they and the prompt's Enter key do.
@@ -68,7 +68,7 @@ class Work:
         started = gr.on(pressed, start, [], [number, *outputs], queue=False, **QUIET)
         started.then(
             draw,
-            [number, *asked],
+            [number, *inputs],
             [*outputs],
             show_progress="minimal",
             show_progress_on=outputs[0],
@@ -119,10 +119,10 @@ class Tab:
                 prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="generate-prompt")
                 self.a = gr.Dropdown(label="A", elem_id="generate-a")
                 self.b = gr.Dropdown(label="B", elem_id="generate-b")
-                whole: dict[str, Any] = {"precision": 0, "min_width": 90}
+                number_options: dict[str, Any] = {"precision": 0, "min_width": 90}
                 with gr.Row():
-                    seed = gr.Number(0, label="Seed", elem_id="generate-seed", **whole)
-                    steps = gr.Number(25, label="Steps", elem_id="generate-steps", **whole)
+                    seed = gr.Number(0, label="Seed", elem_id="generate-seed", **number_options)
+                    steps = gr.Number(25, label="Steps", elem_id="generate-steps", **number_options)
                 guidance = gr.Slider(
                     0, 12, 4, step=0.5, label="Guidance scale", elem_id="generate-guidance"
                 )
@@ -137,20 +137,21 @@ class Tab:
         suggested = [prompt, steps, guidance, base]
         inputs = [self.a, self.b, base, prompt]
         gr.on(chosen, self.suggest, inputs, suggested, **QUIET)
-        asked = [prompt, self.a, self.b, seed, steps, guidance, scale]
+        inputs = [prompt, self.a, self.b, seed, steps, guidance, scale]
         with form:
-            work.events("generate", self.generate, prompt, asked, outputs)
+            work.events("generate", self.generate, prompt, inputs, outputs)
 
     def choices(self, a: str | None, b: str | None) -> list[Any]:
         """Fill the two lists; what is chosen already stays, and first are LoRA and Bi-LoRA."""
         runs = ordered([run for run in self.catalog.scan.runs if drawable(run)])
-        named = [("base model", BASE), *((run.name, run.path) for run in runs)]
+        choices = [("base model", BASE), *((run.name, run.path) for run in runs)]
         first = [BASE, BASE, *(run.path for run in pair(runs))][-2:]
-        there = {path for _, path in named}
-        stays = a in there and b in there and {a, b} != {BASE}
+        paths = {path for _, path in choices}
+        stays = a in paths and b in paths and {a, b} != {BASE}
         a, b = (a, b) if stays else first
         text = "" if runs else parts.empty(self.catalog, "No trained run yet", "demo")
-        return [*(gr.update(choices=named, value=one) for one in (a, b)), parts.notice(text)]
+        lists = [gr.update(choices=choices, value=value) for value in (a, b)]
+        return [*lists, parts.notice(text)]
 
     def suggest(self, a: str, b: str, before: str, prompt: str) -> list[Any]:
         """The first chosen run's prompt, unless the user has written one; and steps and guidance

@@ -49,8 +49,8 @@ class Grid:
         choice = [self.run, self.steps, self.prompt]
         gr.on([changed, self.run.input], self.choices, choice, [self.body, *choice], **QUIET)
         with form:
-            asked = [self.run, self.steps, strengths, self.prompt, seed]
-            work.events("grid", self.draw, self.prompt, asked, outputs)
+            inputs = [self.run, self.steps, strengths, self.prompt, seed]
+            work.events("grid", self.draw, self.prompt, inputs, outputs)
 
     def choices(self, path: str | None, steps: list[int], prompt: str | None) -> Update:
         """Fill the form; what is chosen already stays where the run has it."""
@@ -85,23 +85,23 @@ class Grid:
             with self.work.reported():
                 columns, (run, rows) = read_strengths(strengths), self._chosen(path, steps)
                 COUNTS.check("the number of images", len(rows) * len(columns))
-                base = BaseChoice.of(run.record["config"])
+                base = BaseChoice.of_config(run.record["config"])
                 drawing = checked(prompt, seed, *usual(base), columns[0])
                 drawing = replace(drawing, size=size_of(run))
                 requests = [replace(drawing, scale=strength) for strength in columns]
                 total = len(rows) * len(columns) * drawing.steps
                 for row, step in enumerate(rows):
 
-                    def on_step(done: int, before: int = row * total // len(rows)) -> None:
+                    def on_step(step: int, before: int = row * total // len(rows)) -> None:
                         self.work.check(number, request)
-                        progress((before + done, total), desc=run.name, unit="steps")
+                        progress((before + step, total), desc=run.name, unit="steps")
 
                     on_step(0)
                     yield gr.skip(), table(rows, columns, images)
                     with exported(self.catalog, run, step) as file:
-                        drawn = self.work.models.draw(base, file, requests, on_step)
+                        images_of_row = self.work.models.draw(base, file, requests, on_step)
                     cells = [(step, strength) for strength in columns]
-                    images |= dict(zip(cells, map(parts.data_uri, drawn), strict=True))
+                    images |= dict(zip(cells, map(parts.data_uri, images_of_row), strict=True))
             about = f"Done: {drawing.prompt}, seed {drawing.seed}, by {run.name}."
             yield message(about), table(rows, columns, images)
         except Stopped:
@@ -113,8 +113,8 @@ class Grid:
             raise UserError(f"the run {quoted(path)} has gone: choose another")
         if not steps:
             raise UserError("no checkpoint is chosen: choose one or more")
-        if gone := sorted({*steps}.difference(runs[path].checkpoints)):
-            raise UserError(f"the checkpoint of step {gone[0]} has gone: choose others")
+        if missing := sorted({*steps}.difference(runs[path].checkpoints)):
+            raise UserError(f"the checkpoint of step {missing[0]} has gone: choose others")
         return runs[path], sorted({*steps})
 
 
@@ -123,9 +123,9 @@ def with_checkpoints(runs: Sequence[RunItem]) -> list[RunItem]:
     return [run for run in runs if run.checkpoints and not run.is_text]
 
 
-def spread(steps: Sequence[int], most: int) -> list[int]:
+def spread(steps: Sequence[int], count: int) -> list[int]:
     """At most so many of the steps, evenly apart, with the last."""
-    return sorted(steps[:: -len(steps) // most])
+    return sorted(steps[:: -len(steps) // count])
 
 
 def read_strengths(text: str) -> list[float]:

@@ -37,9 +37,9 @@ Update = dict[Any, Any]
 """Widget -> what an event makes of it."""
 
 
-def html(elem_id: str | None = None, **more: Any) -> gr.HTML:
+def html(elem_id: str | None = None, **options: Any) -> gr.HTML:
     """A place for HTML with none of Gradio's own style."""
-    return gr.HTML(elem_id=elem_id, apply_default_css=False, **more)
+    return gr.HTML(elem_id=elem_id, apply_default_css=False, **options)
 
 
 def notice(text: str) -> Any:
@@ -96,7 +96,7 @@ def _address(path: Path, changed: int, size: int) -> str | None:
     return data_uri(picture) if picture else None
 
 
-def below(catalog: Catalog, path: str) -> str | None:
+def address_below(catalog: Catalog, path: str) -> str | None:
     """:func:`address` of a picture below the root; None where the path leads out of it."""
     with contextlib.suppress(UserError):
         return address(catalog.resolve(path))
@@ -136,11 +136,11 @@ def slider(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str
 
     The handle is the browser's own range input, so that mouse, finger and arrow keys move it.
     """
-    there = [picture for picture in pictures if picture is not None]
-    if len(there) < 2:
+    both = [picture for picture in pictures if picture is not None]
+    if len(both) < 2:
         return ""
-    first = fitted(there[0], SLIDER_SMALLEST)
-    second = there[1].resize(first.size, Image.Resampling.LANCZOS)
+    first = fitted(both[0], SLIDER_SMALLEST)
+    second = both[1].resize(first.size, Image.Resampling.LANCZOS)
     under, over = data_uri(first), data_uri(second)
     left, right = (escape(label) for label in labels)
     return (
@@ -188,15 +188,15 @@ def empty(catalog: Catalog, title: str, *names: str) -> str:
         if name in EVALUATIONS:
             runs = [catalog.place(run.path) for run in measurable(catalog, name)]
             place = shlex.join(runs or [catalog.place("lora"), catalog.place("bilora")])
-            what, tool = EVALUATIONS[name], "clip_scores" if name == "vote" else name
-            more = " --benchmarks heldout" if name == "text_scores" else ""
-            command = f"python -m eval.{tool} {place}{more}"
+            purpose, tool = EVALUATIONS[name], "clip_scores" if name == "vote" else name
+            options = " --benchmarks heldout" if name == "text_scores" else ""
+            command = f"python -m eval.{tool} {place}{options}"
         else:
-            what, command = COMMANDS[name]
+            purpose, command = COMMANDS[name]
             place = "demo" if catalog.place() == "." else catalog.place()
             command = command.format(root=shlex.quote(place))
         rows += (
-            f'<li>{escape(what)}<div class="command"><code>{escape(command)}</code>'
+            f'<li>{escape(purpose)}<div class="command"><code>{escape(command)}</code>'
             '<button type="button" data-copy>Copy</button></div></li>'
         )
     return (

@@ -31,7 +31,7 @@ def build(catalog: Catalog, changed: Any) -> None:
     with gr.Column(visible=False) as body:
         chosen = gr.Dropdown([], label="Result", elem_id="results-result")
 
-    def load(now: str | None) -> Update:
+    def load(selected: str | None) -> Update:
         results = sorted(catalog.scan.figures, key=lambda item: (item.kind, item.path))
         if not results:
             names = [name for name in RESULTS if parts.measurable(catalog, name)] or RESULTS[:2]
@@ -44,7 +44,7 @@ def build(catalog: Catalog, changed: Any) -> None:
         return {
             notice: parts.notice(""),
             body: gr.update(visible=True),
-            chosen: gr.update(choices=choices, value=now if now in keys else keys[0]),
+            chosen: gr.update(choices=choices, value=selected if selected in keys else keys[0]),
         }
 
     changed(load, [chosen], [notice, body, chosen], **QUIET)

@@ -98,15 +98,15 @@ class Scored:
 
 def scored(result: Result) -> Scored:
     """A result of ``eval.clip_scores``, its parts checked against one another."""
-    again = f"{FILE} is damaged: run python -m eval.{result.kind} again"
+    damaged = f"{FILE} is damaged: run python -m eval.{result.kind} again"
     try:
         scores = Scored(result, TypeAdapter(Settings).validate_python(result.settings))
     except ValueError as error:
-        raise UserError(again) from error
-    known = (label in scores.labels and text in scores.texts for label, text, _ in scores.images)
+        raise UserError(damaged) from error
+    is_known = (label in scores.labels and text in scores.texts for label, text, _ in scores.images)
     seeds = [*scores.settings.seeds, *(seed for _, _, seed in scores.images)]
-    if not all(known) or any(abs(seed) > LARGEST_SEED for seed in seeds):
-        raise UserError(again)
+    if not all(is_known) or any(abs(seed) > LARGEST_SEED for seed in seeds):
+        raise UserError(damaged)
     return scores
 
 
@@ -151,12 +151,12 @@ class PromptRow:
     """A prompt in the list; scores are means over the seeds that both adapters have.
 
     Args:
-        at: its place among the prompts.
+        position: its place among the prompts.
         name: the prompt's instance, where the prompt set says, else its text.
         tone: of the change, see :func:`tone`.
     """
 
-    at: int
+    position: int
     name: str
     text: str
     a: float | None
@@ -171,8 +171,8 @@ class PromptRow:
 
 def metrics(result: Scored) -> list[str]:
     """Scores that any image has, in their usual order."""
-    there = {name for image in result.images.values() for name in image.scores}
-    return [name for name in METRICS if name in there]
+    measured = {name for image in result.images.values() for name in image.scores}
+    return [name for name in METRICS if name in measured]
 
 
 def times_100(value: float | None) -> str:
@@ -182,8 +182,8 @@ def times_100(value: float | None) -> str:
 
 def tone(line: Summary | None) -> str:
     """A difference as "up" (better), "down", or "even", which chance alone explains."""
-    known = METRICS.get(line.metric) if line else None
-    judged = compare.verdict(line, known.higher_is_better) if line and known else None
+    metric_entry = METRICS.get(line.metric) if line else None
+    judged = compare.verdict(line, metric_entry.higher_is_better) if line and metric_entry else None
     return {compare.BETTER: "up", compare.WORSE: "down"}.get(judged or "", "even")
 
 
@@ -203,14 +203,19 @@ def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
         for row in values
         if row.subject in (a, b) and (row.item not in paired or counts(row.item, row.seed))
     ]
-    found = compare.summaries(values, a, interval=student_interval)
-    lines = {(s.group, s.item): s for s in found}
+    summaries = compare.summaries(values, a, interval=student_interval)
+    lines = {(s.group, s.item): s for s in summaries}
 
     def row(text: str) -> PromptRow:
-        one, two = lines.get((a, text)), lines.get((b, text))
-        means = (one.mean if one else None, two.mean if two else None)
-        name = result.prompt(text).instance or text
-        return PromptRow(result.texts.index(text), name, text, *means, tone=tone(two))
+        line_a, line_b = lines.get((a, text)), lines.get((b, text))
+        return PromptRow(
+            position=result.texts.index(text),
+            name=result.prompt(text).instance or text,
+            text=text,
+            a=line_a.mean if line_a else None,
+            b=line_b.mean if line_b else None,
+            tone=tone(line_b),
+        )
 
     with_image = {text for _, text, _ in result.images}
     return [row(text) for text in dict.fromkeys(result.texts) if text in with_image]
@@ -227,8 +232,8 @@ def listed(view: View, result: Scored) -> list[PromptRow]:
         for row in rows(result, view.a, view.b, view.metric)
         if all(word in row.text.casefold() for word in words)
     ]
-    known = METRICS.get(view.metric)
-    sign = -1 if known is not None and known.higher_is_better is False else 1
+    metric_entry = METRICS.get(view.metric)
+    sign = -1 if metric_entry is not None and metric_entry.higher_is_better is False else 1
     sign = -sign if view.order == "gain" else sign
     keys = {
         "name": lambda row: row.name.casefold(),
@@ -249,17 +254,17 @@ def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
 def first_view(scores: str, result: Scored) -> View:
     """The view before anything is chosen: the first two adapters, the largest gain."""
     with_image = {label for label, _, _ in result.images}
-    there = [label for label in result.labels if label in with_image] or result.labels
-    a, b = (there * 2)[:2]
+    labels = [label for label in result.labels if label in with_image] or result.labels
+    a, b = (labels * 2)[:2]
     metric, seeds = next(iter(metrics(result)), "i2t"), result.settings.seeds or [0]
-    view = View(scores, a, b, tuple(there[2:4]), next(iter(result.texts), ""), seeds[0], metric)
+    view = View(scores, a, b, tuple(labels[2:4]), next(iter(result.texts), ""), seeds[0], metric)
     order = listed(view, result)
     return replace(view, prompt=order[0].text) if order else view
 
 
 def link(view: View) -> str:
     """The query that reopens a view, such as ``?scores=...&a=...&b=...&prompt=...&seed=...``."""
-    words = {one.name: getattr(view, one.name) for one in fields(View)}
+    words = {field.name: getattr(view, field.name) for field in fields(View)}
     words |= {"also": ",".join(view.also), "seed": str(view.seed)}
     return "?" + urlencode({key: value for key, value in words.items() if value})
 
@@ -272,8 +277,8 @@ def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View,
     also = first.also
     if "a" in query:
         # Labels may hold commas, so they are looked for and the text is not cut apart.
-        named = f",{query.get('also', '')},"
-        also = tuple(label for label in result.labels if f",{label}," in named)
+        labels_of_link = f",{query.get('also', '')},"
+        also = tuple(label for label in result.labels if f",{label}," in labels_of_link)
     choices: dict[str, Sequence[str]] = {
         "a": result.labels,
         "b": result.labels,
@@ -287,4 +292,5 @@ def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View,
         missing.append(f'The link names "{parts.pop(key)}" as {key}, which is not there.')
     seed = int(parts.pop("seed", first.seed))
     view = replace(first, **parts, seed=seed, words=query.get("words", ""))
-    return replace(view, also=tuple(one for one in also if one not in (view.a, view.b))), missing
+    also = tuple(label for label in also if label not in (view.a, view.b))
+    return replace(view, also=also), missing

@@ -122,7 +122,7 @@ def table(catalog: Catalog, runs: Sequence[RunItem], step: int) -> str:
             file = column.files.get((prompt, number))
             address, missing = None, "not a prompt of this run"
             if file is not None:
-                address = parts.below(catalog, file)
+                address = parts.address_below(catalog, file)
                 missing = f"no image at step {column.step}"
             picture = parts.image(address, f"{column.title}: {prompt}", missing)
             cells += f"<figure>{picture}<figcaption>{escape(column.title)}</figcaption></figure>"

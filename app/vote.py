@@ -24,7 +24,7 @@ from eval.compare import win_rate_interval
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET, Update
-from .votes import ANY, Booth, Polls, Tally, ballots
+from .votes import ANY_PAIR, Booth, Polls, Tally, ballots
 
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "vote", "concurrency_limit": 1}
 
@@ -40,8 +40,10 @@ class Tab:
         with gr.Column(visible=False, elem_id="vote-setup") as self.setup:
             with gr.Row():
                 self.scores = gr.Dropdown([], label="Score folder", elem_id="vote-scores")
-                first = [("any pair", ANY)]
-                self.pair = gr.Dropdown(first, value=ANY, label="Adapters", elem_id="vote-pair")
+                first = [("any pair", ANY_PAIR)]
+                self.pair = gr.Dropdown(
+                    first, value=ANY_PAIR, label="Adapters", elem_id="vote-pair"
+                )
             self.start = gr.Button("Start voting", variant="primary", elem_id="vote-start")
         with gr.Column(visible=False, elem_id="vote-booth") as self.stage:
             self.ballot = parts.html("vote-ballot")
@@ -54,7 +56,7 @@ class Tab:
                     for name, look in looks.items()
                 }
             self.standing = parts.html("vote-standing")
-        with gr.Row(visible=False) as self.below:
+        with gr.Row(visible=False) as self.ballot_area:
             small: dict[str, Any] = {"size": "sm", "min_width": 140}
             hidden: dict[str, Any] = {"visible": False, "elem_id": "vote-stop", **small}
             self.stop = gr.Button("Choose other adapters", **hidden)
@@ -70,10 +72,10 @@ class Tab:
 
         stage = [self.booth, self.voter, self.setup, self.stage, self.stop, self.choices]
         stage += [self.notice, self.result, self.ballot, self.standing, self.token]
-        setup = [self.notice, self.setup, self.below, self.scores]
+        setup = [self.notice, self.setup, self.ballot_area, self.scores]
         changed(self._load, [self.booth, self.scores], setup, **QUIET)
         self.scores.change(
-            lambda path: gr.update(choices=self.polls.pairs(path), value=ANY),
+            lambda path: gr.update(choices=self.polls.pairs(path), value=ANY_PAIR),
             *([self.scores], [self.pair]),
             **QUIET,
         )
@@ -88,7 +90,8 @@ class Tab:
         )
 
     def _load(self, booth: Booth | None, chosen: str | None) -> Update:
-        items = [one for one in self.catalog.scan.scores if ballots(one.path, one.result)]
+        scores = self.catalog.scan.scores
+        items = [item for item in scores if ballots(item.path, item.result)]
         if not items:
             text = parts.empty(self.catalog, "Nothing to vote on yet", "vote")
             return {self.notice: parts.notice(text)}
@@ -96,7 +99,7 @@ class Tab:
         return {
             self.notice: parts.notice(""),
             self.setup: gr.update(visible=booth is None),
-            self.below: gr.update(visible=True),
+            self.ballot_area: gr.update(visible=True),
             self.scores: gr.update(
                 choices=[(item.name, item.path) for item in items],
                 value=chosen if chosen in paths else paths[0],
@@ -105,8 +108,8 @@ class Tab:
 
     def _begin(self, path: str | None, pair: str, voter: str) -> Update:
         # The browser keeps the voter's name, so what it sends may be anything.
-        known = isinstance(voter, str) and re.fullmatch("[0-9a-f]{16}", voter)
-        voter = voter if known else secrets.token_hex(8)
+        is_known = isinstance(voter, str) and re.fullmatch("[0-9a-f]{16}", voter)
+        voter = voter if is_known else secrets.token_hex(8)
         return self._or_notice(
             lambda: {self.voter: voter, **self._voting(self.polls.open(path, pair, voter))}
         )
@@ -170,8 +173,8 @@ def standing(booth: Booth) -> str:
     """Progress of a voter, as HTML."""
     if booth.ballot is None:
         return f"<p><b>All {booth.total} pairs voted on, thank you.</b></p>"
-    done = f"{booth.done} of {booth.total} pairs voted on."
-    return f"<p>{done} Keys: 1 left, 0 tie, 2 right.</p>"
+    progress = f"{booth.num_voted} of {booth.total} pairs voted on."
+    return f"<p>{progress} Keys: 1 left, 0 tie, 2 right.</p>"
 
 
 def table(rows: Sequence[Tally], voters: int) -> str:
@@ -180,11 +183,11 @@ def table(rows: Sequence[Tally], voters: int) -> str:
         return "<p>No votes yet.</p>"
     people = "1 voter" if voters == 1 else f"{voters} voters"
     body = ""
-    for adapter, other, *won in rows:
+    for adapter, opponent, *won in rows:
         rate = f"{100 * (won[0] + won[1] / 2) / sum(won):.0f} %"
         if (interval := win_rate_interval(*won)) is not None:
             rate += f" ({100 * interval.low:.0f}–{100 * interval.high:.0f})"
-        names = f"<b>{escape(adapter)}</b> over {escape(other)}"
+        names = f"<b>{escape(adapter)}</b> over {escape(opponent)}"
         counts = ", ".join(map(str, won))
         body += f"<tr><td>{names}</td><td>{counts}</td><td>{rate}</td></tr>"
     return (

@@ -1,7 +1,7 @@
 """Blind votes: ballots, their sides, and the count. No widgets.
 
     polls = Polls(catalog, random.SystemRandom())
-    booth = polls.open("scores", ANY, session)
+    booth = polls.open("scores", ANY_PAIR, session)
     booth = polls.cast(booth, "left")
 
 Votes are rows of one SQLite file below the root. Its journal keeps it whole through a crash, and
@@ -38,7 +38,7 @@ QUERY_SECONDS = 10.0
 """Seconds until a query is ended; those of this module take milliseconds."""
 MAX_VALUE_BYTES = 1_000_000
 QUERY_STEPS = 100_000  # of SQLite's machine between two looks at the clock
-ANY = ""
+ANY_PAIR = ""
 """The value of "any pair"."""
 FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """Beginnings of a text that a spreadsheet computes, also in full width and after blanks."""
@@ -121,7 +121,7 @@ class Booth:
 
     Args:
         labels: of the adapters to compare; None for any two.
-        done, total: pairs voted on in this session, and all; without a ballot all are done.
+        num_voted, total: pairs voted on in this session, and all; without a ballot these are equal.
         images: of both sides, as ``data:`` addresses with nothing in them but pixels.
         token: names the ballot to the browser.
     """
@@ -129,7 +129,7 @@ class Booth:
     session: str
     scores: str
     labels: Sequence[str] | None
-    done: int
+    num_voted: int
     total: int
     ballot: Ballot | None = None
     images: Sequence[str | None] = ()
@@ -145,7 +145,7 @@ class Polls:
     def pairs(self, path: str | None) -> list[tuple[str, str]]:
         """Names and values of the pairs of adapters of a score folder, "any pair" first."""
         labels = combinations(self._item(path).result.labels, 2)
-        return [("any pair", ANY), *((f"{a} and {b}", json.dumps([a, b])) for a, b in labels)]
+        return [("any pair", ANY_PAIR), *((f"{a} and {b}", json.dumps([a, b])) for a, b in labels)]
 
     def open(self, path: str | None, pair: str, session: str) -> Booth:
         """The first ballot of a session, or the next of one that goes on; ``pair`` is a value from
@@ -160,9 +160,14 @@ class Polls:
         session on a pair, the first stays.
         """
         if (ballot := booth.ballot) is not None:
-            left, right, now = ballot.left.label, ballot.right.label, datetime.now(UTC)
+            left, right, cast_at = ballot.left.label, ballot.right.label, datetime.now(UTC)
             winner = {"left": left, "right": right}.get(choice, "")
-            about = (now.isoformat(timespec="seconds"), ballot.scores, ballot.prompt, ballot.seed)
+            about = (
+                cast_at.isoformat(timespec="seconds"),
+                ballot.scores,
+                ballot.prompt,
+                ballot.seed,
+            )
             vote = Vote(*about, left, right, choice, winner, booth.session, ballot.pair)
             with self._file() as file:
                 marks = ", ".join("?" * len(vote))
@@ -173,9 +178,9 @@ class Polls:
         """Votes in the order they were cast, of one score folder or session where given."""
         if not self._catalog.resolve(FILE).exists():
             return []
-        which = "(?1 IS NULL OR scores = ?1) AND (?2 IS NULL OR session = ?2)"
+        condition = "(?1 IS NULL OR scores = ?1) AND (?2 IS NULL OR session = ?2)"
         with self._file() as file:
-            query = f"SELECT {', '.join(Vote._fields)} FROM votes WHERE {which} ORDER BY rowid"
+            query = f"SELECT {', '.join(Vote._fields)} FROM votes WHERE {condition} ORDER BY rowid"
             return [Vote(*row) for row in file.execute(query, (scores, session))]
 
     @contextlib.contextmanager
@@ -198,7 +203,8 @@ class Polls:
     def result(self, path: str | None, pair: str) -> tuple[list[Tally], int]:
         """Counts of the votes on a score folder's present weights, and the number of voters."""
         item = self._item(path)
-        present = {one.pair for one in ballots(item.path, item.result, _labels(pair))}
+        pairs = ballots(item.path, item.result, _labels(pair))
+        present = {ballot.pair for ballot in pairs}
         votes = [vote for vote in self.votes(item.path) if vote.pair in present]
         return tallies(votes), len({vote.session for vote in votes})
 
@@ -228,16 +234,18 @@ class Polls:
     def _booth(self, session: str, path: str, labels: Sequence[str] | None) -> Booth:
         item = self._item(path)
         choices = ballots(path, item.result, labels)
-        seen = {vote.pair for vote in self.votes(path, session)}
-        open_ = [one for one in choices if one.pair not in seen]
-        booth = Booth(session, path, labels, len(choices) - len(open_), len(choices))
-        for one in self._rng.sample(open_, len(open_)):
-            left, right = self._rng.sample([one.left, one.right], 2)
-            images = [parts.below(self._catalog, item.file(side.file)) for side in (left, right)]
+        voted = {vote.pair for vote in self.votes(path, session)}
+        remaining = [choice for choice in choices if choice.pair not in voted]
+        booth = Booth(session, path, labels, len(choices) - len(remaining), len(choices))
+        for choice in self._rng.sample(remaining, len(remaining)):
+            left, right = self._rng.sample([choice.left, choice.right], 2)
+            images = [
+                parts.address_below(self._catalog, item.file(side.file)) for side in (left, right)
+            ]
             if None not in images:  # a missing image does not end the vote on the others
-                ballot = replace(one, left=left, right=right)
+                ballot = replace(choice, left=left, right=right)
                 return replace(booth, ballot=ballot, images=images, token=secrets.token_hex(8))
-        if booth.done == 0:
+        if booth.num_voted == 0:
             raise UserError(f"no two images of {path} can be read: choose other adapters")
         return booth
 
@@ -263,7 +271,7 @@ def _require_table(file: sqlite3.Connection) -> None:
 
 
 def _labels(pair: str) -> Sequence[str] | None:
-    return None if pair == ANY else json.loads(pair)
+    return None if pair == ANY_PAIR else json.loads(pair)
 
 
 def _inert(cell: str | int) -> str | int:

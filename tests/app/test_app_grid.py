@@ -79,7 +79,7 @@ def test_bad_values_are_refused_in_one_sentence(grid):
         assert words in unescape(str(caught.value))
     checkpoint = grid.catalog.root / "run" / CHECKPOINTS / "step-1"
     (checkpoint / "state.json").write_text("{}")
-    with pytest.raises(gr.Error, match=r"'run/checkpoints/step-1/state.json can.*step-2 instead"):
+    with pytest.raises(gr.Error, match=r"'run/checkpoints/step-1/state.json can"):
         list(draw(grid))
     checkpoint.rename(grid.catalog.root.parent / "outside")
     checkpoint.symlink_to(grid.catalog.root.parent / "outside")

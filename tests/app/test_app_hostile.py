@@ -10,7 +10,7 @@ from app import compare, frame, generate, results, scored, training, validation,
 from app.catalog import Catalog
 from app.generate import Work
 from app.grid import Grid
-from app.votes import ANY
+from app.votes import ANY_PAIR
 from tests.app.hostile import HOSTILE, make_good
 
 pytestmark = pytest.mark.timeout(60)  # a pipe keeps its reader waiting
@@ -41,7 +41,10 @@ class Tabs:
             first = scored.first_view(item.path, item.result)
             scores += [self.compare._opened({"scores": item.path})]
             scores += [self.compare.step(1, *vars(first).values())]
-            votes += [{0: self.vote.polls.pairs(item.path)}, self.vote._begin(item.path, ANY, "")]
+            votes += [
+                {0: self.vote.polls.pairs(item.path)},
+                self.vote._begin(item.path, ANY_PAIR, ""),
+            ]
         paths = [run.path for run in scan.runs]
         good = [path for path in paths if path.startswith("good/")]
         starts = range(0, len(paths), 6)

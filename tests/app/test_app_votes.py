@@ -16,7 +16,7 @@ from PIL import Image, ImageColor
 
 from app import parts, vote, votes
 from app.catalog import Catalog
-from app.votes import ANY, FILE, Ballot, Booth, Polls, Side, Vote, ballots, tallies
+from app.votes import ANY_PAIR, FILE, Ballot, Booth, Polls, Side, Vote, ballots, tallies
 from bilora_diffusion.core.errors import UserError
 from eval.compare import win_rate_interval
 from tests.app.folders import make_scores
@@ -53,27 +53,27 @@ def test_only_images_of_one_prompt_and_seed_are_paired(tmp_path):
 
 def test_each_pair_comes_once_a_session_which_goes_on_where_it_ended(tmp_path):
     polls, pairs = make_polls(tmp_path), []
-    session = polls.open("scores", ANY, "me")
+    session = polls.open("scores", ANY_PAIR, "me")
     while session.ballot is not None:
-        assert (session.done, session.total) == (len(pairs), 10)
+        assert (session.num_voted, session.total) == (len(pairs), 10)
         pairs.append(session.ballot.pair)
         polls.cast(session, "left")
         polls.cast(session, "right")  # a second click changes nothing
-        session = Polls(Catalog(tmp_path), random.Random(len(pairs))).open("scores", ANY, "me")
+        session = Polls(Catalog(tmp_path), random.Random(len(pairs))).open("scores", ANY_PAIR, "me")
     assert len(set(pairs)) == len(pairs) == 10
     assert [cast_vote.pair for cast_vote in polls.votes()] == pairs
     assert {cast_vote.choice for cast_vote in polls.votes()} == {"left"}
     assert vote.ballot(session) == ""
     assert "All 10 pairs" in vote.standing(session)
-    other_booth = polls.open("scores", ANY, "you")
-    assert (other_booth.done, other_booth.total) == (0, 10)
+    other_booth = polls.open("scores", ANY_PAIR, "you")
+    assert (other_booth.num_voted, other_booth.total) == (0, 10)
     assert polls.cast(session, "left").ballot is None
 
 
 def test_sides_are_drawn_by_a_fair_coin(tmp_path, monkeypatch):
     polls, n = make_polls(tmp_path, prompts=1), 300
-    monkeypatch.setattr(parts, "below", lambda catalog, path: "data:")
-    booths = [polls.open("scores", ANY, "me") for _ in range(n)]
+    monkeypatch.setattr(parts, "address_below", lambda catalog, path: "data:")
+    booths = [polls.open("scores", ANY_PAIR, "me") for _ in range(n)]
     assert len({session.ballot.pair for session in booths if session.ballot}) == 2
     assert len({session.token for session in booths}) == n
     # Four standard deviations of a fair coin, for how often each side comes and how often it stays.
@@ -86,7 +86,7 @@ def test_sides_are_drawn_by_a_fair_coin(tmp_path, monkeypatch):
 
 def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path):
     polls = make_polls(tmp_path, prompts=2)
-    session = polls.open("scores", ANY, "me")
+    session = polls.open("scores", ANY_PAIR, "me")
     while session.ballot is not None:
         for side, address in zip(
             (session.ballot.left, session.ballot.right), session.images, strict=True
@@ -100,7 +100,7 @@ def test_each_side_shows_its_adapters_image_and_nothing_else(tmp_path):
         html = vote.ballot(session) + vote.standing(session)
         assert not [label for label in COLORS if label in html]
         session = polls.cast(session, "left")
-    ((*_, wins, ties, losses),), voters = polls.result("scores", ANY)
+    ((*_, wins, ties, losses),), voters = polls.result("scores", ANY_PAIR)
     assert (wins + losses, ties, voters) == (4, 0, 1)
 
 
@@ -115,11 +115,11 @@ def test_a_vote_counts_the_same_from_both_sides_and_not_for_weights_trained_agai
     page = vote.table([tally], 1)
     assert all(words in page for words in ("<b>Bi-LoRA</b> over LoRA", "1, 2, 2", rate))
     polls = make_polls(tmp_path, prompts=1)
-    session: Any = polls.open("scores", ANY, "me")
+    session: Any = polls.open("scores", ANY_PAIR, "me")
     older = replace(session.ballot, left=session.ballot.left._replace(digest="older"))
     polls.cast(replace(session, ballot=older), "left")
     assert len(polls.votes()) == 1
-    assert polls.result("scores", ANY) == ([], 0)
+    assert polls.result("scores", ANY_PAIR) == ([], 0)
 
 
 def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path):
@@ -128,14 +128,14 @@ def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path):
     assert not (tmp_path / FILE).exists(), "reading makes nothing"
     (tmp_path / FILE).write_text("not a database, but long enough to look at" * 30)
     before = (tmp_path / FILE).read_bytes()
-    for act in (polls.votes, lambda: polls.open("scores", ANY, "me")):
+    for act in (polls.votes, lambda: polls.open("scores", ANY_PAIR, "me")):
         with pytest.raises(UserError, match=FILE):
             act()
     assert (tmp_path / FILE).read_bytes() == before
     (tmp_path / FILE).unlink()
     (tmp_path / FILE).symlink_to("/etc/passwd")
     with pytest.raises(UserError, match="out of the root"):
-        polls.open("scores", ANY, "me")
+        polls.open("scores", ANY_PAIR, "me")
 
 
 ENDLESS = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT n FROM r"
