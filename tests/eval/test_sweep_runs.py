@@ -111,7 +111,7 @@ LAUNCHER = "Traceback:\n  File x\nsubprocess.CalledProcessError: Command 'python
     [
         ("step 1\nerror: bad value\n", "bad value"),
         (f"50%|## | 1/2\rerror: not finite\n{LAUNCHER}returned 2.", "not finite"),
-        ("100%|#####|\rlast words of /root/x.png\n\n", "last words of x.png"),
+        ("100%|#####|\rlast words of /folder/x.png\n\n", "last words of x.png"),
         ("", "no output"),
     ],
 )
