@@ -50,8 +50,8 @@ def test_cosines_are_those_of_the_whole_matrices():
         "factors": [[x for f in side for x in (f.A, f.B)] for side in (left, right)],
         "product": [[f.B.double() @ f.A.double() for f in side] for side in (left, right)],
     }
-    for name, (left_tensors, right_tensors) in parts.items():
-        assert cosines[name] == pytest.approx(naive(left_tensors, right_tensors), abs=1e-12)
+    for name, sides in parts.items():
+        assert cosines[name] == pytest.approx(naive(*sides), abs=1e-12)
     wider = curves.cosines(left, recorded_runs.factors(generator, rank=3))
     assert [wider[name] is None for name in curves.QUANTITIES] == [True, True, True, False]
     zero = [f._replace(B=torch.zeros_like(f.B)) for f in left]
