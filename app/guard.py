@@ -6,15 +6,15 @@ Gradio's server also takes files, fetches the addresses that it is sent, and on 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 from collections.abc import Collection
+from contextlib import suppress
 
-import psutil
 from gradio.utils import get_upload_folder
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,6 +25,7 @@ OPEN_ROUTES = re.compile(
     "|/gradio_api/(queue/(join|data)|run/predict)"
 )
 """The routes that the page asks for; files are served from Gradio's own folder besides."""
+HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^][:/@?#]+)(:\d+)?")
 MAX_BODY_BYTES = 1_000_000
 """Largest body of a request. The page sends choices and prompts; uploads are closed."""
 POLICY = (
@@ -50,33 +51,29 @@ def guarded(app: ASGIApp, host: str, public: bool, allowed_hosts: Collection[str
         public: whether other machines may ask.
         allowed_hosts: other names of this server, such as a proxy's.
     """
-    # A web site can let its own name lead to this machine, but no address and no name of ours.
-    names = {"localhost", "127.0.0.1", "[::1]", host, *allowed_hosts}
+    names = {"localhost", "127.0.0.1", "::1", host.lower()}
+    names |= {name.lower() for name in allowed_hosts}
     if public:
-        names |= {socket.gethostname(), *_addresses()}
-    limited = RequestBodyLimitMiddleware(PageGuard(app), MAX_BODY_BYTES)
-    return TrustedHostMiddleware(limited, sorted(names), www_redirect=False)
-
-
-def _addresses() -> set[str]:
-    """Addresses of this machine, as a browser writes them."""
-    addresses: set[str] = set()
-    for interface in psutil.net_if_addrs().values():
-        for entry in interface:
-            if entry.family == socket.AF_INET:
-                addresses.add(entry.address)
-            elif entry.family == socket.AF_INET6:
-                addresses.add(f"[{entry.address.partition('%')[0]}]")
-    return addresses
+        names.add(socket.gethostname().lower())
+    guard = PageGuard(app, names, answers_addresses=public)
+    return RequestBodyLimitMiddleware(guard, MAX_BODY_BYTES)
 
 
 class PageGuard:
-    """ASGI middleware: no page of others, no route that the own page does not ask for, and the
-    policy on every answer.
+    """ASGI middleware: no name that is not this server's, no page of others, no route that the own
+    page does not ask for, and the policy on every answer.
+
+    Args:
+        names: host names in lower case.
+        answers_addresses: whether any address in digits is taken for this server's. Starlette's
+            TrustedHostMiddleware can't say that, and behind a container's port the server does not
+            know the address that it is reached by.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, names: Collection[str], answers_addresses: bool) -> None:
         self._app = app
+        self._names = names
+        self._answers_addresses = answers_addresses
         self._files = f"/gradio_api/file={get_upload_folder()}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,10 +82,12 @@ class PageGuard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        host = headers["host"].lower()
+        host = headers.get("host", "").lower()
         own_origins = (f"http://{host}", f"https://{host}")
         path = scope["path"]
-        if any(origin.lower() not in own_origins for origin in headers.getlist("origin")):
+        if not self._is_our_name(host):
+            refusal = f"The viewer is not called {host!r}: start it with --allow_host NAME."
+        elif any(origin.lower() not in own_origins for origin in headers.getlist("origin")):
             refusal = "The viewer answers no page but its own."
         elif not OPEN_ROUTES.fullmatch(path) and not path.startswith(self._files):
             refusal = "This is closed."
@@ -96,6 +95,20 @@ class PageGuard:
             await self._app(scope, receive, _with_policy(send))
             return
         await PlainTextResponse(refusal, 403)(scope, receive, send)
+
+    def _is_our_name(self, host: str) -> bool:
+        """Test a Host header. A web site can let its own name lead to this machine, but no address
+        and no name of ours.
+        """
+        match = HOST.fullmatch(host)
+        if match is None:
+            return False
+        name = match["name"].strip("[]")
+        if self._answers_addresses:
+            with suppress(ValueError):
+                ipaddress.ip_address(name)
+                return True
+        return name in self._names
 
 
 def _with_policy(send: Send) -> Send:

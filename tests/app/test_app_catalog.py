@@ -258,6 +258,24 @@ def free_port():
 
 
 @pytest.mark.slow
+def test_it_serves_where_a_proxy_is_set_that_does_not_answer(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    port = free_port()
+    process = started("-m", "app.viewer", tmp_path, "--port", port, stdout=subprocess.PIPE)
+    try:
+        assert f"http://127.0.0.1:{port} shows" in process.stdout.readline()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request("GET", "/config")
+        assert connection.getresponse().status == 200
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "ignored"),
     [(signal.SIGTERM, False), (signal.SIGHUP, True)],

@@ -127,16 +127,18 @@ def test_a_vote_is_of_the_voter_who_began(served):
     [
         (LOCAL, "LOCALHOST:7860", "http://localhost:7860", 200),
         (LOCAL, "[::1]:7860", None, 200),
-        (LOCAL, "evil.example", None, 400),
-        (LOCAL, "localhost.evil.example", None, 400),
-        (LOCAL, "192.168.0.5:7860", None, 400),
+        (LOCAL, "evil.example", None, 403),
+        (LOCAL, "localhost.evil.example", None, 403),
+        (LOCAL, "192.168.0.5:7860", None, 403),
         (LOCAL, "localhost:7860", EVIL, 403),
         (LOCAL, "localhost:7860", "http://localhost:7861", 403),
         (LOCAL, "localhost:7860", "null", 403),
         (LOCAL, "Lab.Example:443", "https://lab.example:443", 200),
         ("0.0.0.0", f"{socket.gethostname()}:7860", None, 200),
         ("0.0.0.0", f"{LOCAL}:7860", "http://1.2.3.4:7860", 403),
-        ("0.0.0.0", "evil.example:7860", None, 400),
+        ("0.0.0.0", "192.168.0.5:7860", "http://192.168.0.5:7860", 200),
+        ("0.0.0.0", "evil.example:7860", None, 403),
+        ("0.0.0.0", "evil.example@192.168.0.5", None, 403),
     ],
 )
 def test_other_names_and_web_sites_are_refused(listens_on, host, origin, status):

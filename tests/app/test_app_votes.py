@@ -5,8 +5,11 @@ import contextlib
 import csv
 import io
 import math
+import multiprocessing
 import random
 import sqlite3
+import threading
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -186,3 +189,22 @@ def test_the_csv_file_has_a_row_a_vote_and_no_formulas(tmp_path):
         inert, voter = f"'{words}", str(2 + number % 2)
         expected = ["scores", inert, str(number), inert, "Bi-LoRA", "left", inert, voter]
         assert row[1:] == expected
+
+
+def cast_many(root, session, count):
+    polls = Polls(Catalog(root), random.Random())
+    for number in range(count):
+        polls.cast(booth(number, session), ("left", "right", "tie")[number % 3])
+
+
+@pytest.mark.slow
+def test_threads_and_processes_lose_nothing(tmp_path):
+    polls, fork = make_polls(tmp_path, prompts=1), multiprocessing.get_context("fork")
+    jobs = [(tmp_path, f"voter {number}", 9) for number in range(6)]
+    workers = [threading.Thread(target=cast_many, args=job) for job in jobs[:3]]
+    workers += [fork.Process(target=cast_many, args=job) for job in jobs[3:]]
+    for worker in reversed(workers):  # processes first: no thread holds a lock at their fork
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert Counter(v.session for v in polls.votes()) == {name: 9 for _, name, _ in jobs}

@@ -118,3 +118,12 @@ def test_a_second_run_encodes_nothing_and_ends_bit_exact(kind, tmp_path, monkeyp
     monkeypatch.setattr(AutoencoderKL, "encode", None)
     for folder in (cold, train(tmp_path / "warm", **shared)):
         alike(folder, first, "heldout_loss")
+
+
+def test_a_folder_that_can_not_be_written_is_one_warning(tmp_path, caplog):
+    (tmp_path / "full").write_text("a file where the folder should be")
+    disk = DiskCache(tmp_path / "full")
+    for key in "abc":
+        disk.put(TENSORS, key)
+        assert disk.get(key) is None
+    assert [record.message.count("--disk_cache") for record in caplog.records] == [1]
