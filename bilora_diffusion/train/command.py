@@ -35,8 +35,10 @@ def train(
         TrainingError: Training could not go on; checkpoints and metrics are kept.
         Interrupted: A signal ended it; it says how to go on.
     """
-    arguments = sys.argv[1:] if argv is None else argv
-    typed = arguments if argv is None else None
+    arguments, typed = argv, None
+    if argv is None:
+        # Only what was typed can be typed once more: the farewell repeats it, with a resume.
+        arguments = typed = sys.argv[1:]
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
     cfg = script.resolve(argv) if config is None else config
@@ -78,6 +80,7 @@ def train(
         # After the last run, whose options and time they tell.
         if search is not None and stop is None and accelerator.is_main_process:
             logger.info("\n".join(report.lines(folder, search.sample_noun)))
+        # This order: the end of training takes the process group down (see `free_memory`).
         free_memory(accelerator)
         accelerator.end_training()
         if stop is not None:
