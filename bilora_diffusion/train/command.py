@@ -35,10 +35,9 @@ def train(
         TrainingError: Training could not go on; checkpoints and metrics are kept.
         Interrupted: A signal ended it; it says how to go on.
     """
-    arguments, typed = argv, None
-    if argv is None:
-        # Only what was typed can be typed once more: the farewell repeats it, with a resume.
-        arguments = typed = sys.argv[1:]
+    arguments = sys.argv[1:] if argv is None else argv
+    # Only what was typed can be typed once more: the farewell repeats it, with a resume.
+    typed = arguments if argv is None else None
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
     cfg = script.resolve(argv) if config is None else config

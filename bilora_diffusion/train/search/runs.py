@@ -299,7 +299,7 @@ class Search:
             # In the last round there may be fewer trials than processes.
             if self._rank < len(trials):
                 curve = self._train_trial(trials[self._rank])
-            # A signal during the round ends the search after it, with what the round measured.
+            # A signal during the round ends the search after it; its runs keep what they measured.
             if number := self._interruption.number:
                 raise SearchStopped(Stop(number, 0, self.plan.steps, "the next run"))
         except SearchStopped as stopped:
