@@ -14,10 +14,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib import import_module
 
-from .core.errors import run_cli
+from .core.errors import reported, run_cli
 from .core.values import check_choice
 
 
@@ -27,12 +26,16 @@ def train(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments; None for ``sys.argv``.
     """
-    return run_cli(partial(run_script, "image", argv))
+    with reported() as code:
+        run_script("image", argv)
+    return code.number
 
 
 def text(argv: Sequence[str] | None = None) -> int:
     """Train a text model; as `train`."""
-    return run_cli(partial(run_script, "text", argv))
+    with reported() as code:
+        run_script("text", argv)
+    return code.number
 
 
 def run_script(modality: str, argv: Sequence[str] | None) -> None:

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -111,25 +112,40 @@ def is_main_process() -> bool:
     return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
-def run_cli(main: Callable[[], None]) -> int:
-    """Run a script's `main` and say in one sentence on stderr what ended it.
+@dataclass
+class ExitCode:
+    """What a process ends with, known when the context of `reported` is left."""
+
+    number: int = 0
+
+
+@contextmanager
+def reported() -> Iterator[ExitCode]:
+    """Around a script's work: say in one sentence on stderr what ended it, and go on.
 
     Of an error that all processes of a distributed run meet, only the main one reports it.
 
-    Returns:
+    Yields:
         The exit code: 0; 2 after a `UserError`, a `TrainingError` or where a disk is full; 128 and
         the signal's number (130 for Ctrl-C) after an interruption; 1 after any other exception,
         whose trace is in the file that the sentence names. With ``BILORA_TRACEBACK=1`` it is
         printed too. Of output that nobody reads any more nothing is said: 141.
     """
+    code = ExitCode()
     try:
-        main()
+        yield code
     except (Exception, KeyboardInterrupt) as error:
-        code = _report(error)
-        if code != READER_LEFT and os.environ.get("BILORA_TRACEBACK", "0") not in ("", "0"):
+        code.number = _report(error)
+        has_reader = code.number != READER_LEFT
+        if has_reader and os.environ.get("BILORA_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exception(error)
-        return code
-    return 0
+
+
+def run_cli(main: Callable[[], None]) -> int:
+    """Run a script's `main`, `reported`; returns the exit code."""
+    with reported() as code:
+        main()
+    return code.number
 
 
 def _report(error: BaseException) -> int:

@@ -20,7 +20,7 @@ from ..core.errors import UserError
 from ..train.task import precision
 from .families.base import Conditions, Family, move
 from .families.sdxl import encode
-from .flow import FlowMatching, Predict, weighted_mean
+from .flow import FlowMatching, weighted_mean
 
 OTHER_INPUTS = frozenset(
     ("latents", "noise", "index", "instance", "ids", "has_text", "mask_weights", "prior")
@@ -81,17 +81,26 @@ class Denoising:
     def level(self, index: Tensor) -> Tensor:
         return index
 
-    def loss(self, model: Predict, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Mean square of each sample's error; ``model`` is given timesteps."""
+    def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Noisy latents as the model takes them, (n, c, h, w), and their timesteps, (n,)."""
+        index = inputs["index"]
+        if self.kind == "standard":
+            return self.scheduler.add_noise(inputs["latents"], inputs["noise"], index), index
+        noisy, sigma = self._edm_noisy(inputs)
+        timesteps = self.scheduler.timesteps.to(noisy.device)[index]
+        if self.kind == "edm_native":
+            return self.scheduler.precondition_inputs(noisy, sigma), timesteps
+        # A variance-preserving model takes the noisy image scaled to unit variance.
+        return noisy / (sigma**2 + 1).sqrt(), timesteps
+
+    def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Mean square of each sample's error, (n,), of a prediction for what `add_noise` gives."""
         latents, noise, index = inputs["latents"], inputs["noise"], inputs["index"]
-        mask_weights = inputs.get("mask_weights")
+        prediction, mask_weights = prediction.float(), inputs.get("mask_weights")
         if self.kind != "standard":
-            return weighted_mean(self._edm_squares(model, latents, noise, index), mask_weights)
-        scheduler = self.scheduler
-        noisy = scheduler.add_noise(latents, noise, index)
-        prediction = model(noisy, index).float()
-        velocity = scheduler.config["prediction_type"] == "v_prediction"
-        target = scheduler.get_velocity(latents, noise, index) if velocity else noise
+            return weighted_mean(self._edm_squares(prediction, inputs), mask_weights)
+        velocity = self.scheduler.config["prediction_type"] == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, index) if velocity else noise
         loss = weighted_mean((prediction - target.float()) ** 2, mask_weights)
         if self.snr_gamma is None:
             return loss
@@ -110,19 +119,19 @@ class Denoising:
         alphas = self.scheduler.alphas_cumprod.to(index.device)[index].float()
         return alphas / (1 - alphas)
 
-    def _edm_squares(self, model: Predict, latents: Tensor, noise: Tensor, index: Tensor) -> Tensor:
-        """Weighted squares of the denoised image's error, (n, c, h, w), at x + sigma e."""
-        scheduler = self.scheduler
-        sigma = scheduler.sigmas.to(latents.device)[index].view(-1, 1, 1, 1).float()
-        timesteps = scheduler.timesteps.to(latents.device)[index]
-        clean = latents.float()
-        noisy = clean + sigma * noise.float()
+    def _edm_noisy(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """x + sigma e, (n, c, h, w), and sigma, (n, 1, 1, 1), both in float32."""
+        latents = inputs["latents"]
+        sigma = self.scheduler.sigmas.to(latents.device)[inputs["index"]].view(-1, 1, 1, 1).float()
+        return latents.float() + sigma * inputs["noise"].float(), sigma
+
+    def _edm_squares(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Weighted squares of the denoised image's error, (n, c, h, w)."""
+        noisy, sigma = self._edm_noisy(inputs)
+        clean = inputs["latents"].float()
         if self.kind == "edm_native":
-            prediction = model(scheduler.precondition_inputs(noisy, sigma), timesteps).float()
-            return (scheduler.precondition_outputs(noisy, prediction, sigma) - clean) ** 2
-        # A variance-preserving model takes the noisy image scaled to unit variance.
-        prediction = model(noisy / (sigma**2 + 1).sqrt(), timesteps).float()
-        if scheduler.config["prediction_type"] == "epsilon":
+            return (self.scheduler.precondition_outputs(noisy, prediction, sigma) - clean) ** 2
+        if self.scheduler.config["prediction_type"] == "epsilon":
             denoised = noisy - sigma * prediction
         else:
             denoised = noisy / (sigma**2 + 1) - prediction * sigma / (sigma**2 + 1).sqrt()
@@ -178,10 +187,10 @@ class DreamBoothModule(nn.Module):
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
         """One loss per slot, (slots,), in float32."""
-        calls: list[tuple[Tensor, Tensor]] = []
-        losses = self.sample_losses(inputs, calls)
+        losses = self.sample_losses(inputs)  # (n,)
         if self.prior_prediction_weight:
-            return losses + self.prior_prediction_weight * self.departures(inputs, *calls[0])
+            noisy, levels = self.denoising.add_noise(inputs)
+            return losses + self.prior_prediction_weight * self.departures(inputs, noisy, levels)
         if self.prior_loss_weight is None:
             return losses
         instance, prior = losses.chunk(2)  # (slots,) each
@@ -191,22 +200,17 @@ class DreamBoothModule(nn.Module):
         """Mean square by which the adapters change what is predicted for the class's prompt, at the
         same noisy latents: (n,) in float32.
         """
-        predict = self._predictor(inputs["prior"], inputs["time_ids"], noisy.device)
+        dtype = precision(self.denoiser)
+        noisy = noisy.to(dtype)
+        conditions = {**inputs["prior"], "time_ids": inputs["time_ids"]}
+        conditions = move(conditions, noisy.device, dtype)
         if self._adapted is None:
             # Found once: the walk over all modules takes time.
             self._adapted = [layer for _, layer in adapters.layers(self.denoiser)]
         with torch.no_grad(), adapters.off(self._adapted):
-            before = predict(noisy, levels).float()
-        return (predict(noisy, levels).float() - before).square().flatten(1).mean(dim=1)
-
-    def _predictor(self, text: Conditions, time_ids: Tensor, device: torch.device) -> Predict:
-        dtype = precision(self.denoiser)
-        conditions = move({**text, "time_ids": time_ids}, device, dtype)
-
-        def predict(noisy: Tensor, levels: Tensor) -> Tensor:
-            return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
-
-        return predict
+            before = self.family.predict(self.denoiser, noisy, levels, conditions).float()
+        after = self.family.predict(self.denoiser, noisy, levels, conditions).float()
+        return (after - before).square().flatten(1).mean(dim=1)
 
     def _encode(self, ids: Sequence[Tensor], has_text: Tensor) -> Conditions:
         """Embeddings of token ids by the trained encoders, zeros where ``has_text`` is False."""
@@ -216,21 +220,16 @@ class DreamBoothModule(nn.Module):
             conditions[name] = values.where(rows, 0.0)
         return conditions
 
-    def sample_losses(
-        self, inputs: dict[str, Any], calls: list[tuple[Tensor, Tensor]] | None = None
-    ) -> Tensor:
-        """One loss per row, (n,), in float32; ``calls`` gets what the denoiser was given: noisy
-        latents and levels.
-        """
+    def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
+        """One loss per row, (n,), in float32, of instance and class images alike."""
         if "ids" in inputs:
             conditions = self._encode(inputs["ids"], inputs["has_text"])
         else:
             conditions = {k: values for k, values in inputs.items() if k not in OTHER_INPUTS}
-        predict = self._predictor(conditions, inputs["time_ids"], inputs["latents"].device)
-
-        def record_call(noisy: Tensor, levels: Tensor) -> Tensor:
-            if calls is not None:
-                calls.append((noisy, levels))
-            return predict(noisy, levels)
-
-        return self.denoising.loss(record_call, inputs)
+        conditions["time_ids"] = inputs["time_ids"]
+        noisy, levels = self.denoising.add_noise(inputs)  # (n, c, h, w), (n,)
+        # The loss is in float32, the denoiser in the dtype of its weights.
+        dtype = precision(self.denoiser)
+        conditions = move(conditions, noisy.device, dtype)
+        prediction = self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
+        return self.denoising.loss(prediction, inputs)

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2209.03003; Esser et al. 2024, https://arxiv.org/abs/2403.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,9 +17,6 @@ from diffusers.training_utils import (
     compute_loss_weighting_for_sd3,
 )
 from torch import Tensor
-
-Predict = Callable[[Tensor, Tensor], Tensor]
-"""A model: noisy latents, (n, c, h, w), and noise levels, (n,), to its prediction."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class FlowMatching:
             config = {**config, "use_dynamic_shifting": False, "shift": 1.0}
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
         steps = int(scheduler.config["num_train_timesteps"])
-        even = [(steps - i) / steps for i in range(steps)]
+        even = [(steps - i) / steps for i in range(steps)]  # 1 down to 1 / steps
         scheduler.set_timesteps(sigmas=even, mu=mu)
         return cls(scheduler.sigmas[:-1].float(), **drawing)  # without the 0 at the end
 
@@ -87,21 +84,30 @@ class FlowMatching:
         """
         return None
 
-    def loss(self, model: Predict, inputs: Mapping[str, Tensor]) -> Tensor:
+    def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """x_s = (1 - s) x0 + s e as a model takes it, (n, c, h, w), and s in [0, 1], (n,).
+
+        Args:
+            inputs: as of `loss`.
+        """
+        latents = inputs["latents"]
+        sigma = self.sigmas.to(latents.device)[inputs["index"]]  # (n,)
+        s = sigma.view(-1, 1, 1, 1)
+        return (1 - s) * latents + s * inputs["noise"], sigma
+
+    def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """w(s) times the mean square of the velocity's error, (n,) in float32.
 
         Args:
-            model: is given noisy latents and s in [0, 1].
+            prediction: of a model for what `add_noise` gives, (n, c, h, w).
             inputs: clean ``latents`` and standard normal ``noise``, (n, c, h, w); the ``index`` of
                 each sample's noise level, (n,); True in ``instance``, (n,), for images that are not
                 class images; and, with masks, ``mask_weights`` of the places, (n, 1, h, w).
         """
         latents, noise = inputs["latents"], inputs["noise"]
         sigma = self.sigmas.to(latents.device)[inputs["index"]]  # (n,)
-        s = sigma.view(-1, 1, 1, 1)
-        # x_s = (1 - s) x0 + s e, and the velocity e - x0
-        velocity = model((1 - s) * latents + s * noise, sigma).float()
-        squares = (velocity - (noise - latents).float()) ** 2
+        # The velocity along the path from x0 to e is e - x0.
+        squares = (prediction.float() - (noise - latents).float()) ** 2
         weights = compute_loss_weighting_for_sd3(self.scheme, sigma)
         if self.preconditioned:
             weights = weights * sigma**2

@@ -36,6 +36,7 @@ def train(
         Interrupted: A signal ended it; it says how to go on.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    # Only what was typed can be typed once more: the farewell repeats it, with a resume.
     typed = arguments if argv is None else None
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
@@ -78,6 +79,7 @@ def train(
         # After the last run, whose options and time they tell.
         if search is not None and stop is None and accelerator.is_main_process:
             logger.info("\n".join(report.lines(folder, search.sample_noun)))
+        # This order: the end of training takes the process group down (see `free_memory`).
         free_memory(accelerator)
         accelerator.end_training()
         if stop is not None:

@@ -42,6 +42,8 @@ class Blocks:
             return
         import torch._dynamo as dynamo  # takes a second, which only those who compile wait for
 
+        # Beyond this limit, 8 by default, dynamo runs a block uncompiled. Each bucket's size and
+        # each state of the adapters is a graph.
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, MAX_GRAPHS)
         # DDP's gradients travel between blocks anyway, so that no graph need be cut for them.
         dynamo.config.optimize_ddp = False
@@ -51,11 +53,13 @@ class Blocks:
             settings = {"options": {"fallback_random": True}}
         for model in cast(Any, models):
             if hasattr(model, "compile_repeated_blocks"):
+                # Some classes of diffusers name no repeated blocks. Those that may not be split
+                # over devices are the same ones.
                 if not model._repeated_blocks:
                     model._repeated_blocks = model._no_split_modules
                 model.compile_repeated_blocks(dynamic=False, **settings)
-        modules = (module for model in models for module in model.modules())
-        self.count = sum(module._compiled_call_impl is not None for module in modules)
+            for module in model.modules():
+                self.count += module._compiled_call_impl is not None
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -70,6 +74,7 @@ class Blocks:
         from torch._dynamo.exc import TorchDynamoException
         from torch._inductor.exc import CppCompileError
 
+        # The counters are the process's: what a step adds to them is its own.
         graphs_before, seconds_before = _compiled()
         try:
             yield

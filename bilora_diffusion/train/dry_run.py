@@ -126,6 +126,7 @@ def process_bytes(device: torch.device) -> int:
     """Bytes of a device's memory that a run takes before it loads anything."""
     if device.type == "cuda":
         return CUDA_CONTEXT_BYTES
+    # This process has imported torch and diffusers, as the run will.
     return psutil.Process().memory_info().rss + CPU_LIBRARY_BYTES
 
 
@@ -150,8 +151,9 @@ def complete(phases: PhaseMemory, trained: dict[str, int], process: int) -> Phas
 
 def describe_search(budget: int, steps: int) -> str:
     """The size of a search, and the hours that it takes."""
+    # On the first rung a run takes half of the steps (`halving.Plan`).
     runs, shortest = budget * 2 // steps, steps // 2
-    hours = (budget + steps) / 3600
+    hours = (budget + steps) / 3600  # at one second a step
     return (
         f"--fit: before them at most {budget:,} steps, in up to {runs} runs of {shortest:,} steps"
         f" and more; with the last one that is {hours:.2g} hours for each second that a step takes"
@@ -181,6 +183,7 @@ def largest_candidate(search: Search, task: Any, steps: int) -> Candidate:
 
 def with_config(task: Any, cfg: RunConfig) -> Any:
     """The task with another configuration, on the same empty models."""
+    # A shallow copy: the empty models are shared, and `attached` copies them.
     changed = copy.copy(task)
     changed.cfg = cfg
     return changed
@@ -207,8 +210,10 @@ def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
     trained = {}
     for adapter, size in memory.adapters.items():
         trained[f"adapters: {ADAPTER_TITLES.get(adapter, adapter)}"] = size
+    # AdamW holds two moments of each trained number, its 8-bit form a quarter of that.
     moments_per_byte = OPTIMIZERS[cfg.optimizer.lower()].state
     trained["gradients"] = memory.gradients
     trained["the optimizer's state"] = int(moments_per_byte * memory.optimized)
+    # Each is one more copy of what the result is made of.
     trained["averages and best weights"] = memory.result * (cfg.use_ema + cfg.keep_best)
     return method, trained

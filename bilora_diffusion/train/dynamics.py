@@ -51,6 +51,7 @@ class Dynamics:
 
     def __init__(self, trainer: Any, optimizer: Optimizer) -> None:
         self._trainer = trainer
+        # Rounded up: at most SNAPSHOTS of them beside those of step 0 and of the last step.
         self.interval = trainer.cfg.dynamics_steps or -(-trainer.num_steps // SNAPSHOTS)
         self._layers = trainer.method.layers
         self._figures: dict[str, Tensor] = {}
@@ -66,6 +67,7 @@ class Dynamics:
 
     def record_perturbation(self) -> None:
         """Called by LoRA-SAM: the weights hold A + e_A and B + e_B, and their ``.grad`` holds e."""
+        # The trainer counts a step at its end, so the one within which this is called is the next.
         if self.is_due(self._trainer.step + 1):
             perturbed = self._factors(PRIMARY)
             self._figures |= perturbation_norms(perturbed, self._gradients(PRIMARY, perturbed))
@@ -108,6 +110,7 @@ class Dynamics:
         layer_gradients = adapters.gradients_of(self._layers, adapter)
         for layer, gradient in zip(factors, layer_gradients, strict=True):
             if gradient is None:
+                # A: (rank, in), B: (out, rank)
                 gradient = layer._replace(A=torch.zeros_like(layer.A), B=torch.zeros_like(layer.B))
             gradients.append(gradient)
         return snapshots.to_cpu(gradients)
@@ -132,6 +135,7 @@ def inner_products(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
 
 def norms(factors: Sequence[Factors]) -> Tensor:
     """||s B A||_F of each layer, (layers,) float64."""
+    # Rounding can leave the Gram form of a square slightly below 0.
     return inner_products(factors, factors).clamp_min(0).sqrt()
 
 
@@ -148,6 +152,7 @@ def perturbation_norms(
     """
     primary, B_eA, eB_A = [], [], []
     for moved, e in zip(perturbed, perturbations, strict=True):
+        # The weights before the step uphill, in float64: e is small beside A and B.
         layer = moved._replace(A=moved.A.double() - e.A.double(), B=moved.B.double() - e.B.double())
         primary.append(layer)
         B_eA.append(layer._replace(A=e.A))
@@ -155,6 +160,7 @@ def perturbation_norms(
     # ||B e_A + e_B A||^2 = ||B e_A||^2 + ||e_B A||^2 + 2 <B e_A, e_B A>
     squares = inner_products(B_eA, B_eA) + inner_products(eB_A, eB_A)
     first_order = (squares + 2 * inner_products(B_eA, eB_A)).clamp_min(0).sqrt()
+    # In the order of TERMS; e_B and e_A together are the factors of the third, e_B e_A.
     values = (norms(B_eA), norms(eB_A), norms(perturbations), first_order, norms(primary))
     return dict(zip((*TERMS, FIRST_ORDER, PRODUCT), values, strict=True))
 
@@ -166,6 +172,7 @@ def ascent_gain(factors: Sequence[Factors], gradients: Sequence[Factors]) -> Ten
     """
     gains = []
     for layer, gradient in zip(factors, gradients, strict=True):
+        # (out, rank) each; dL/dB has the scale s in it.
         gains.append((layer.B.double() * gradient.B.double()).sum())
     return torch.stack(gains)
 
@@ -175,6 +182,7 @@ def alignment(primary: Sequence[Factors], auxiliary: Sequence[Factors]) -> dict[
     (layers,), nan where an adapter is zero.
     """
     primary_norms, auxiliary_norms = norms(primary), norms(auxiliary)
+    # B A writes into the column space of B, (out, rank), and reads the row space of A, (rank, in).
     return {
         COLUMNS: subspace_overlap([f.B for f in primary], [f.B for f in auxiliary]),
         ROWS: subspace_overlap([f.A.T for f in primary], [f.A.T for f in auxiliary]),
@@ -199,6 +207,7 @@ def subspace_overlap(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     for layers in alike((a.shape, b.shape) for a, b in zip(left, right, strict=True)):
         left_basis, left_rank = _bases([left[layer] for layer in layers])
         right_basis, right_rank = _bases([right[layer] for layer in layers])
+        # Q1^T Q2, (L, r1, r2): its singular values are the cosines of the principal angles.
         squares = (left_basis.mT @ right_basis).square().sum((1, 2))
         overlaps[layers] = squares / torch.minimum(left_rank, right_rank)
     return overlaps
@@ -227,6 +236,7 @@ def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
         if name in NORMS:
             figures[name] = values.square().sum().sqrt()
     if FIRST_ORDER in layers:
+        # Figure 2b: ||B e_A + e_B A|| / ||e_B e_A||
         figures[RATIO] = figures[FIRST_ORDER] / figures[TERMS[-1]]
     if GAIN in layers:
         figures[GAIN] = layers[GAIN].sum()
@@ -235,9 +245,16 @@ def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
         # layers as one vector.
         products = (layers[COSINE] * layers[PRIMARY_NORM] * layers[AUXILIARY_NORM]).nan_to_num(0)
         figures[COSINE] = products.sum() / (figures[PRIMARY_NORM] * figures[AUXILIARY_NORM])
+        # A layer whose auxiliary is still zero, as each is before the first step, has nan.
         for name in (COLUMNS, ROWS):
             figures[name] = layers[name].nanmean()
-    return {name: float(value) if value.isfinite() else None for name, value in figures.items()}
+    finite_figures: dict[str, float | None] = {}
+    for name, value in figures.items():
+        # A log is strict JSON, which has no nan.
+        finite_figures[name] = None
+        if value.isfinite():
+            finite_figures[name] = float(value)
+    return finite_figures
 
 
 def _stack(factors: Sequence[Factors], layers: Sequence[int], side: str) -> Tensor:

@@ -57,6 +57,7 @@ def initialise(
         models = {target.name: target.model for target in initialised}
         gradients = mean_gradients(task, models, cfg, accelerator.device)
     for target in initialised:
+        # The SVD of LoRA-GA is a randomized one (`svd_lowrank`).
         seed = seed_of(cfg.seed, target.name)
         compute(target.model, target.spec, gradients.get(target.name), seed)
         # Kernels on several devices may round in another order.
@@ -90,7 +91,9 @@ def mean_gradients(
     """
     samples, size = cfg.lora_ga_samples, cfg.train_batch_size
     step = task.num_samples << 32  # a whole number of epochs, beyond every run
-    schedule = [(step, tuple(range(i, min(i + size, samples)))) for i in range(0, samples, size)]
+    schedule = []
+    for start in range(0, samples, size):
+        schedule.append((step, tuple(range(start, min(start + size, samples)))))
     logger.info("lora-ga: the mean gradient of %d samples", samples)
     # A loss that is too large overflows in fp16, one that is too small vanishes: the largest scale
     # that works is the most exact, and is divided out again.
@@ -112,6 +115,7 @@ def mean_gradients(
                         f" {', '.join(batch.names)}: look at these samples or use"
                         " --init_lora_weights default."
                     )
+                # Sums divided by the number of all samples: the last batch may be smaller.
                 (losses.sum() * (scale / samples)).backward()
         infinite_layers = []
         for name, layer_sums in sums.items():
@@ -121,6 +125,7 @@ def mean_gradients(
         if not infinite_layers:
             for layer_sums in sums.values():
                 for gradient in layer_sums.values():
+                    # In place: all of them together are as large as the models in fp32.
                     gradient.div_(scale)
             return sums
     raise TrainingError(
@@ -162,6 +167,7 @@ def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             for path, layer in adapters.layers(model, INITIAL):
                 weight = adapters.base_weight(layer).requires_grad_(True)
                 adder = partial(_add_gradient, sums, path)
+                # Called within the backward pass, as soon as this gradient is complete.
                 hooks.append(weight.register_post_accumulate_grad_hook(adder))
             yield sums
     finally:
@@ -174,6 +180,10 @@ def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def _add_gradient(sums: dict[str, Tensor], path: str, weight: Tensor) -> None:
     gradient = cast(Tensor, weight.grad).detach()
     weight.grad = None  # frees the device's memory before the next layer's backward pass
+    # In bf16 a sum over many batches would lose its small terms.
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     on_cpu = gradient.to("cpu", dtype)
-    sums[path] = sums[path].add_(on_cpu) if path in sums else on_cpu
+    if path in sums:
+        sums[path].add_(on_cpu)
+    else:
+        sums[path] = on_cpu

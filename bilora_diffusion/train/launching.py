@@ -28,6 +28,7 @@ def refuse_separate_processes() -> None:
     Raises:
         UserError: the processes would train each on its own, or fewer than were asked for.
     """
+    # torchrun and accelerate set WORLD_SIZE, and each MPI a variable of its own.
     sizes = [os.environ[name] for name in ("WORLD_SIZE", *MPI_SIZES) if name in os.environ]
     has_several = any(size != "1" for size in sizes)
     uses_cpu = machine.is_on("ACCELERATE_USE_CPU")
@@ -64,5 +65,6 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        # A run with --compile needs the compiler after the imports.
         if not was_set:
             del os.environ[NOT_COMPILED]

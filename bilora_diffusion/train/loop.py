@@ -9,6 +9,7 @@ micro-batches or shared among processes, nor on where a run was interrupted.
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import time
@@ -77,12 +78,15 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
         if trainer.is_finished:  # a run that had come to its end is resumed
             return
 
-        compiled_models = [target.model for target in trainer.method.targets] if cfg.compile else []
+        compiled_models = []
+        if cfg.compile:
+            compiled_models = [target.model for target in trainer.method.targets]
         blocks = Blocks(compiled_models)
         for batches in trainer.micro_batches():
             with blocks.step(trainer.step + 1):
                 values = trainer.train_step(batches)
             bar.step(values)
+            # Trackers draw numbers; the digest and the dynamics are for the run's own log.
             numbers = {name: value for name, value in values.items() if isinstance(value, float)}
             trainer.accelerator.log(numbers, step=trainer.step)
             if log is not None:
@@ -97,6 +101,7 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             if is_final_validation or is_due(trainer.step, trainer.validation_steps):
                 validate(trainer, folder, log, bar)
 
+            # A signal ends the run with a checkpoint of the step that it came in.
             is_stopping = trainer.stop_signal() is not None
             if is_stopping or is_due(trainer.step, cfg.checkpointing_steps):
                 if log is not None:
@@ -129,6 +134,7 @@ def measure_heldout_loss(trainer: Trainer, log: RunLog | None, bar: Bar) -> None
 def validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> None:
     """Sample images or answers of the validation set; the last ones are of what the run leaves."""
     is_last = trainer.is_finished
+    # With --keep_best the last samples are those of the best step, and are filed under it.
     step = trainer.outcome.step(trainer.step) if is_last else trainer.step
     # As for the held-out loss; what other processes than the main one write is dropped.
     if log is not None or trainer.accelerator.is_fsdp2:
@@ -258,7 +264,7 @@ class Trainer:
         """The remaining steps, each as this process's micro-batches."""
         slots = self.layout.slots()
         steps = range(self.step, self.num_steps)
-        schedule = [(step, micro_batch) for step in steps for micro_batch in slots]
+        schedule = list(itertools.product(steps, slots))
         stream = self.task.micro_batches(schedule, self.layout.step_size)
         for _ in steps:
             yield [next(stream) for _ in slots]
@@ -272,7 +278,9 @@ class Trainer:
         started = time.perf_counter()
         self._losses_of_step.clear()
         loss = self.method.step(self.forward_backward(batches), self.clipped)
+        # Of the step just taken; the schedule goes on below.
         learning_rate = self.lr_scheduler.get_last_lr()[0]
+        # A step that the gradient scaler skips has changed no weights.
         if not self.clipped.skipped:
             self.lr_scheduler.step()
             self.outcome.update()
@@ -319,6 +327,7 @@ class Trainer:
                 with no_sync, self.method.around_batch(batch.samples, batch.snr):
                     losses = self.module(batch.on(device))  # (slots,)
                     self._losses_of_step.append((losses.detach(), batch))
+                    # Micro-batches are equally large, so this sums up to the mean of all slots.
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total_loss += loss.detach()
@@ -340,15 +349,21 @@ class Trainer:
             levels += batch.levels
         if self.accelerator.num_processes > 1:
             shared = gather_object([(digests, levels, self.interruption.number)])
-            digests = [pair for process_digests, _, _ in shared for pair in process_digests]
-            levels = [level for _, process_levels, _ in shared for level in process_levels]
-            self._shared_signal = next((number for _, _, number in shared if number), None)
+            digests, levels = [], []
+            self._shared_signal = None
+            for process_digests, process_levels, number in shared:
+                digests += process_digests
+                levels += process_levels
+                # Of several signals that of the first process counts everywhere.
+                self._shared_signal = self._shared_signal or number
+        # In the order of the slots, which does not depend on the processes.
         return digest_texts([digest for _, digest in sorted(digests)]), levels
 
     def _require_finite(self) -> None:
         # A gradient scaler skips such a step, and tries the next one with a smaller scale.
         if self.accelerator.scaler is not None and self._nonfinite_steps < MAX_NONFINITE_STEPS:
             return
+        # Every forward pass is looked at, also the second ones of methods that perturb the weights.
         for losses, batch in self._losses_of_step:
             is_finite = torch.isfinite(losses).tolist()
             if not all(is_finite):
@@ -378,6 +393,7 @@ class Trainer:
         """
         weights = self.outcome.applied() if final_weights else self.outcome.averaged()
         is_compiled = self.cfg.compile
+        # Graphs round differently, and users of the exported file compute without them.
         eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
         with self.method.evaluating(), weights, eager:
             yield

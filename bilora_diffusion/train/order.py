@@ -27,7 +27,7 @@ class SampleOrder:
 
     def __init__(self, n: int, seed: int, repeats: Repeats = 1, purpose: str = "order") -> None:
         self.seed, self.purpose = seed, purpose
-        counts = torch.as_tensor(repeats).expand(n)
+        counts = torch.as_tensor(repeats).expand(n)  # (n,)
         # First all samples, then those that repeat once more, and so on.
         passes = [(counts > turn).nonzero()[:, 0] for turn in range(int(counts.max()))]
         self._samples = torch.cat(passes)
@@ -44,6 +44,7 @@ class SampleOrder:
 
     def permutation(self, epoch: int) -> Tensor:
         """The shuffled positions of one epoch, (len(self),), in passes over all samples."""
+        # One epoch is cached: positions are asked for in order.
         if epoch != self._epoch:
             random = generator(self.purpose, self.seed, epoch)
             self._epoch, self._permutation = epoch, self._shuffled(random)
@@ -76,6 +77,7 @@ class KindsOrder:
         self._orders: dict[Hashable, SampleOrder] = {}
         for kind, members in self._members.items():
             member_counts = counts[members].tolist()
+            # By the kind itself and not its place, so that a further kind changes no other's order.
             self._orders[kind] = SampleOrder(len(members), seed, member_counts, f"order of {kind}")
         self._passes = 0
         # Each step's kind, and how many steps of this kind come before it.

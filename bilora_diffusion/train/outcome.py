@@ -48,6 +48,7 @@ class Best:
 
     def is_lowered_by(self, loss: float, step: int) -> bool:
         """Take note of a measurement; True for a new lowest, whose weights are to be stored."""
+        # An equal loss counts against the patience, or one that stands still would end no run.
         if math.isfinite(loss) and (self.loss is None or loss < self.loss):
             self.step, self.loss, self.since = step, loss, 0
             return True
@@ -101,6 +102,7 @@ class Average:
         self.steps += 1
         # avg_t = (1 - weight) avg_(t-1) + weight w_t gives the sum above; weight is 1 at step 1.
         weight = (1 - self.decay) / (1 - self.decay**self.steps)
+        # One call for all tensors: with one for each, a step of SDXL made 3,360 small operations.
         torch._foreach_mul_(self.values, 1 - weight)
         torch._foreach_add_(self.values, self.parameters, alpha=weight)
 
@@ -128,6 +130,7 @@ class Outcome:
     def begin(self) -> None:
         """Start from the weights as they are now."""
         cfg = self._cfg
+        # Asked for once: the walk over SDXL's UNet takes 53 ms.
         self._weights = self._method.clip_parameters()  # what the result is made of
         self.average = Average(self._weights, cfg.ema_decay) if cfg.use_ema else None
         self.best = Best(self._weights if cfg.keep_best else (), cfg.early_stopping_patience)
@@ -223,6 +226,7 @@ def export_facts(method: Method) -> dict[str, Any]:
     """
     if method.exports_weights:
         return {}
+    # The order of `clip_parameters`, by which averages are numbered in a checkpoint.
     configs, averaged_keys = {}, []
     for target in method.targets:
         configs[target.name] = adapters.lora_config(target.model, PRIMARY)

@@ -38,14 +38,18 @@ def show_images(
     """
     if not files:
         return
+    # Trackers take RGB; a sampled image with transparency would have four channels.
     images = [Image.open(file).convert("RGB") for file in files]
     for tracker in trackers:
         if tracker.name == "tensorboard":
             arrays = [np.asarray(image)[None] for image in images]  # (1, height, width, 3)
-            if len({image.size for image in images}) == 1:
-                batches = {"validation": np.concatenate(arrays)}
+            sizes = {image.size for image in images}
+            batches = {}
+            if len(sizes) == 1:
+                batches["validation"] = np.concatenate(arrays)
             else:  # one batch has one size
-                batches = {f"validation {n:03d}": array for n, array in enumerate(arrays)}
+                for number, array in enumerate(arrays):
+                    batches[f"validation {number:03d}"] = array
             tracker.log_images(batches, step=step, dataformats="NHWC")
         elif tracker.name == "wandb":
             import wandb  # pyright: ignore[reportMissingImports]
@@ -94,9 +98,11 @@ def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
             _close(log, "failed", sentence)
             raise TrainingError(sentence) from error
         sentence = str(error)
+        # Errors of our own say all that there is to say in their sentence.
         if not isinstance(error, UserError | TrainingError):
             keep_trace(error, folder)
             sentence = unexpected(error)
+        # A search goes on without a run that diverged, but not after another error.
         results = {"diverged": True} if isinstance(error, Diverged) else {}
         _close(log, "failed", sentence, **results)
         raise

@@ -41,6 +41,7 @@ class Resumable(Protocol):
 def save(trainer: Resumable, folder: Path) -> None:
     """Write a checkpoint of the current step; only the main process does."""
     cfg, scaler = trainer.cfg, trainer.accelerator.scaler
+    # What is trained is whole on each process, also where the base is split (`sharding`).
     if trainer.accelerator.is_main_process:
         saved = Checkpoint(
             step=trainer.step,
@@ -72,10 +73,12 @@ def load(trainer: Resumable, path: Path) -> None:
     saved = checkpoint.load(path)
     with checkpoint.unaltered(path):
         _require_same_run(trainer, saved)
+        # In place: the optimizer and the hooks know the parameters as objects.
         load_tensors(_tensors(trainer), saved.tensors)
         # What an init has taken out of the base weights is taken out of the loaded ones again.
         for target in trainer.method.targets:
             adapters.subtract_initial(target.model)
+        # Replaces the dictionaries in `param_groups`, so whatever kept one of them would be stale.
         trainer.optimizer.optimizer.load_state_dict(saved.optimizer)
         trainer.lr_scheduler.load_state_dict(saved.scheduler)
         if saved.scaler is not None and trainer.accelerator.scaler is not None:

@@ -139,6 +139,7 @@ def run(
                 if log is not None:
                     log.sync()
                 resume.save(trainer, folder)
+            # No process may take the group down while another still writes or measures.
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         number = trainer.stop_signal() or trainer.interruption.number or signal.SIGINT
@@ -150,7 +151,9 @@ def run(
             logger.info(console.closing(folder, script.file_names(folder), script.scorer))
     # A signal during the export: too late to stop the run, but not what comes after it.
     number = trainer.interruption.number
-    return None if number is None else Stop(number, trainer.last_step, trainer.last_step)
+    if number is None:
+        return None
+    return Stop(number, trainer.last_step, trainer.last_step)
 
 
 def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
@@ -216,6 +219,7 @@ def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> 
         ) from error
     sharding.read_in_every_process(accelerator)
     if cfg.allow_tf32 and torch.cuda.is_available():
+        # Factors of float32 products are rounded to 10 bits of mantissa, so this is a choice.
         torch.backends.cuda.matmul.allow_tf32 = True
     keep_freed_memory(accelerator.device)
     return accelerator
@@ -231,6 +235,8 @@ def keep_freed_memory(device: torch.device) -> None:
         return
     libc: Any = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
+        # Both are 128 KiB by default: a larger block is mapped on its own, and what is free at the
+        # heap's end beyond that goes back.
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 

@@ -66,6 +66,7 @@ def prepare(
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and id(parameter) not in trained:
                 views.add(name)
+        # DDP broadcasts and reduces all that requires a gradient, but for what this names.
         cast(Any, module)._ddp_params_and_buffers_to_ignore = views
         return accelerator.prepare(module, optimizer)
     from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
@@ -90,6 +91,7 @@ def prepare(
     _, prepared = accelerator.prepare(model, optimizer)
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")
+    # `prepare` has put the model itself under autocast, but not the loss around it.
     if accelerator.native_amp:
         module.forward = accelerator.autocast()(module.forward)
     return module, prepared
@@ -97,7 +99,10 @@ def prepare(
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """Everything that an optimizer trains, in its order."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
 
 
 def block_names(model: Any) -> list[str]:
@@ -151,7 +156,8 @@ def average_gradients(
     parameters = parameters_of(optimizer) if accelerator.is_fsdp2 else list(unregistered)
     if not parameters:
         return
-    is_reached = [0.0 if parameter.grad is None else 1.0 for parameter in parameters]
+    # All processes must ask for the same reductions, so they first agree on what has a gradient.
+    is_reached = [float(parameter.grad is not None) for parameter in parameters]
     on_device = torch.tensor(is_reached, device=accelerator.device)
     process_counts: Any = accelerator.reduce(on_device, reduction="sum")
     reached = [p for p, count in zip(parameters, process_counts.tolist(), strict=True) if count]
@@ -159,7 +165,9 @@ def average_gradients(
         return
     gradients = []
     for parameter in reached:
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradient = parameter.grad
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
         gradients.append(gradient.flatten())
     # One reduction of all gradients in a row, which is cut again into the parameters' shapes.
     mean: Any = accelerator.reduce(torch.cat(gradients), reduction="mean")

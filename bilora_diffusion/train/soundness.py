@@ -17,6 +17,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def require_safetensors(part: str, folder: Path) -> None:
     """Refuse a folder whose weights are pickles, by their names or by its index of files."""
     names = sorted(path.name for path in folder.glob("*"))
+    # A folder may hold both kinds, as many on the hub do: then the libraries read safetensors.
     pickles = []
     if not any(name.endswith(".safetensors") for name in names):
         pickles = [name for name in names if name.endswith(PICKLES)]

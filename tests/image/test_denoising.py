@@ -53,7 +53,7 @@ def test_standard_loss_is_the_formula(prediction, gamma, weighting):
         {**CONFIG, "prediction_type": prediction}, snr_gamma=gamma, snr_weighting=weighting
     )
     weighted = torch.tensor([True, True, False])
-    loss = denoising.loss(predict, inputs(weighted))
+    loss = denoising.loss(predict(*denoising.add_noise(inputs())), inputs(weighted))
     for row, t in enumerate(INDEX.tolist()):
         a = alphas()[t]
         x, e = latents[row].double(), noise[row].double()
@@ -91,7 +91,7 @@ def test_min_snr_weights():
 def test_edm_loss_is_the_weighted_error_of_the_denoised_image():
     latents, noise = batch()
     denoising = Denoising.from_config(CONFIG, edm=True)
-    loss = denoising.loss(predict, inputs())
+    loss = denoising.loss(predict(*denoising.add_noise(inputs())), inputs())
     for row, index in enumerate(INDEX.tolist()):
         sigma = denoising.scheduler.sigmas[index].double()
         t = denoising.scheduler.timesteps[index].double()
@@ -111,7 +111,7 @@ def test_native_edm_is_chosen_by_the_pipeline():
     name = "EDMDPMSolverMultistepScheduler"
     config = {"_class_name": name, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
     denoising = Denoising.from_config({**config, "prediction_type": "epsilon"})
-    loss = denoising.loss(predict, inputs())
+    loss = denoising.loss(predict(*denoising.add_noise(inputs())), inputs())
     assert denoising.kind == "edm_native"
     assert denoising.snr(INDEX) is None, "it does not predict noise"
     assert torch.isfinite(loss).all()

@@ -87,9 +87,9 @@ def test_preconditioned_the_error_is_that_of_the_clean_image(scheme):
     noisy = (1 - s) * x0 + s * e
     clean = noisy - s * noisy.tanh()
     inputs = {"latents": x0, "noise": e, "index": index}
-    weight = plain.loss(lambda x, _: x.tanh(), inputs) / ((noisy.tanh() - (e - x0)) ** 2).mean(
-        (1, 2, 3)
-    )
-    loss = flow.loss(lambda x, _: x.tanh(), inputs)
+    model_input, _ = flow.add_noise(inputs)
+    prediction = model_input.tanh()
+    weight = plain.loss(prediction, inputs) / ((noisy.tanh() - (e - x0)) ** 2).mean((1, 2, 3))
+    loss = flow.loss(prediction, inputs)
     expected = weight * ((clean - x0) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-7)

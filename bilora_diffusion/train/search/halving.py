@@ -82,6 +82,7 @@ class Plan:
 
 def lowest_point(curve: Curve) -> tuple[float, int]:
     """The lowest mean loss of a curve and its first step, without the base model's at step 0."""
+    # Of equal losses the first: tuples compare by their steps next.
     return min((float(losses.mean()), step) for step, losses in curve.items() if step > 0)
 
 
@@ -107,6 +108,7 @@ class Halving:
 
     def run(self, space: Space) -> None:
         """Search a space, and train the command line as it was given if the budget has room."""
+        # A large budget has room for a run of the command as given, to compare the choice with.
         reserve = self.plan.steps if self.plan.budget >= 4 * self.plan.steps else 0
         self._explore(space, int(EXPLORED_SHARE * (self.plan.budget - reserve)))
         self._promote_better_halves(self.plan.budget - reserve)
@@ -130,14 +132,19 @@ class Halving:
         """
         curves = self.curves[candidate][:folds]
         steps = sorted(set.intersection(*map(set, curves)))
-        # (steps, samples of all folds)
-        losses = np.array([np.concatenate([curve[step] for curve in curves]) for step in steps])
+        step_losses = []
+        for step in steps:
+            step_losses.append(np.concatenate([curve[step] for curve in curves]))
+        losses = np.array(step_losses)  # (steps, samples of all folds)
         expected = dict(zip(steps, losses, strict=True))
         if self.plan.folds == 1:  # with a held-out set each run is on all samples
             return expected
+        # A mean of interpolated losses is linear in them: its weights are what it gives for curves
+        # that are 1 at one step and 0 elsewhere.
         unit_curves = np.eye(len(steps))
         for step in steps:
             # As many epochs take step * (1 - 1/k) steps on a part; half way to it is (1 - 1/2k).
+            # Nine points stand for all that lie between.
             points = np.linspace(step * (1 - 0.5 / self.plan.folds), step, 9)
             # Weight of each measured step in the mean of the interpolated curve, (steps, 1). A step
             # of weight 0 must not count even where its loss is infinite.
@@ -175,7 +182,10 @@ class Halving:
             # The best goes on in any case; the others share half of what is left.
             cost_of_best = sum(self._cost(trial) for trial in promotions[0])
             share = max(cost_of_best, (limit - self.spent_steps) // 2)
-            trials = [trial for promotion in promotions for trial in promotion]
+            trials: list[Trial] = []
+            for promotion in promotions:
+                trials += promotion
+            # Where nothing fits into the share, all that is left may be spent.
             affordable = min(limit, self.spent_steps + share)
             if not (self._train_within(affordable, trials) or self._train_within(limit, trials)):
                 return
@@ -185,16 +195,21 @@ class Halving:
         ranking = self._ranking()
         for candidate in ranking[1:]:
             folds = len(self.curves[candidate])
+            # A promotion on folds that it has says that its curve still falls: it may get better.
             is_falling = any(trial.fold < folds for trial in self._promotion(candidate))
             if is_falling or folds > len(self.curves[ranking[0]]):
                 continue
             differences = self._differences(candidate, ranking[0])
             interval = student_interval(differences)
+            # Paired by sample: above 0 as a whole, the interval says that it is worse.
             if interval is not None and interval.low > 0:
                 reason = f"worse by {differences.mean():.4g}"
                 self.dropped[candidate] = f"{reason} ({interval.low:.4g} to {interval.high:.4g})"
-        remaining = [candidate for candidate in ranking if candidate not in self.dropped]
-        return [candidate for candidate in remaining if self._promotion(candidate)]
+        unfinished = []
+        for candidate in ranking:
+            if candidate not in self.dropped and self._promotion(candidate):
+                unfinished.append(candidate)
+        return unfinished
 
     def _train_within(self, limit: int, trials: Sequence[Trial]) -> bool:
         """Train what is not measured yet and keeps the spent steps within a limit.
@@ -205,6 +220,7 @@ class Halving:
         affordable: list[Trial] = []
         for trial in dict.fromkeys(trials):
             cost = self._cost(trial)
+            # Steps count as spent from here on, so that all trials together stay within the limit.
             if cost and trial.candidate not in self.dropped and self.spent_steps + cost <= limit:
                 self.spent_steps += cost
                 affordable.append(trial)
@@ -230,6 +246,7 @@ class Halving:
         complete; none where it has all folds.
         """
         curve, folds = self.expected_curve(candidate), len(self.curves[candidate])
+        # A curve whose lowest point is near its end may still fall.
         needed_steps = self.plan.round_up(MARGIN * lowest_point(curve)[1])
         is_complete = needed_steps <= max(curve)
         if not is_complete:
@@ -304,6 +321,7 @@ class Halving:
         rows: dict[Candidate, dict[str, Any]] = {}
         for candidate, curves in self.curves.items():
             curve = self.expected_curve(candidate)
+            # Without a search nobody would know the lowest step of the command as it was given.
             step = lowest_point(curve)[1] if candidate else max(curve)
             differences = self._differences(candidate, chosen, (step, chosen_step))
             rows[candidate] = {

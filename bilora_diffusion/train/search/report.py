@@ -78,6 +78,7 @@ def draw(folder: Path, halving: Halving) -> None:
 
     chosen, chosen_step = halving.choice
     chosen_loss, _ = lowest_point(halving.expected_curve(chosen))
+    # Without pyplot, which would choose a backend and keep the figure alive.
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.add_subplot(xlabel="optimizer step", ylabel="held-out loss")
     standings = [(candidate, row) for candidate, row in halving.standings().items() if candidate]
@@ -156,6 +157,7 @@ def _standing_lines(record: Mapping[str, Any], folds: int) -> list[str]:
             if standing["folds"] < folds:
                 result += f", on {standing['folds']} of {folds} folds"
         rows.append((label, steps, result))
+    # Columns of equal width, for a terminal.
     label_width = max(len(label) for label, _, _ in rows)
     steps_width = max(len(steps) for _, steps, _ in rows)
     return [f"{label:<{label_width}}  {steps:<{steps_width}}  {end}" for label, steps, end in rows]
@@ -169,6 +171,7 @@ def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
         config: Options of the last run.
     """
     choice, settings, sentences = record["choice"], record["settings"], []
+    # A rate that falls to zero over 2 n steps sums up to n steps at a constant rate.
     if config["max_train_steps"] != choice["steps"]:
         trained = counted(config["max_train_steps"], "step")
         chosen = counted(choice["steps"], "step")
@@ -223,6 +226,7 @@ def rate_edge(halving: Halving, chosen: Candidate) -> str | None:
         options = dict(candidate)
         if RATE in options and {**options, RATE: ""} == other_options:
             rates.add(float(options[RATE]))
+    # As for `Space.next_rates`: a single rate is at no edge.
     if len(rates) < 2:
         return None
     return {min(rates): "lowest", max(rates): "highest"}.get(float(dict(chosen)[RATE]))

@@ -175,6 +175,7 @@ class Search:
         if rank.isdecimal() and "lora_alpha" not in self._typed:
             ratio = self.cfg.lora_alpha / self.cfg.rank
             words = ["--lora_alpha", f"{ratio * int(rank):.9g}", *words]
+        # Notes on ignored options came with the command line; here they would come for each run.
         with silenced_notes():
             self._configs[candidate] = self._script.resolve([*self._argv, *words])
         return self._configs[candidate]
@@ -238,6 +239,7 @@ class Search:
                 if log is not None:
                     self._write_record(is_done=True)
                     report.draw(self.folder, self.halving)
+                    # The choice is made: no run of the search will go on.
                     for checkpoints in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
                         discard(checkpoints)
         except SearchStopped as error:
@@ -260,9 +262,11 @@ class Search:
         gains_from_decay = for_run(vars(cfg), steps, self.task.names).gains_from_decay
         is_constant = "lr_scheduler" not in self._typed and cfg.lr_scheduler.startswith("constant")
         if gains_from_decay and is_constant:
+            # The sum of 1 - t / 2n over 2n steps is n.
             cfg, steps = replace(cfg, lr_scheduler="linear"), 2 * steps
         warmup_steps = self.cfg.lr_warmup_steps
         if warmup_steps:
+            # The warm-up keeps its share of the run.
             warmup_steps = round(warmup_steps * steps / self.plan.steps)
         return replace(
             cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=warmup_steps
@@ -295,6 +299,7 @@ class Search:
             # In the last round there may be fewer trials than processes.
             if self._rank < len(trials):
                 curve = self._train_trial(trials[self._rank])
+            # A signal during the round ends the search after it; its runs keep what they measured.
             if number := self._interruption.number:
                 raise SearchStopped(Stop(number, 0, self.plan.steps, "the next run"))
         except SearchStopped as stopped:
@@ -316,6 +321,7 @@ class Search:
         name = self.plan.folder_name(trial)
         folder = self.folder / FIT / name
         curve = read_curve(folder, trial.steps)
+        # A search that was interrupted finds the runs of its first part in their folders.
         if curve is None:
             cfg = self.trial_config(trial.candidate, folder)
             task = self.task.with_config(cfg, self._folds[trial.fold], is_trial=True)
@@ -352,7 +358,9 @@ def deal_folds(names: Sequence[str], folds: int | None, noun: str) -> list[Fold]
     Raises:
         UserError: There are fewer samples than folds, or than two, or one stands twice.
     """
-    count = folds or (FOLDS if len(names) >= LEAVE_ONE_OUT else max(2, len(names)))
+    count = folds
+    if not count:
+        count = FOLDS if len(names) >= LEAVE_ONE_OUT else max(2, len(names))
     try:
         heldout_parts = parts(names, count)
     except ValueError as error:

@@ -38,12 +38,20 @@ def arguments(candidate: Candidate) -> list[str]:
 
 def title(candidate: Candidate) -> str:
     """The options as a reader sees them: "bilora (rho auto), rate 0.0004, rank 8"."""
-    values = {"rate" if name == RATE else name: value for name, value in candidate}
+    values = dict(candidate)
     method = values.pop(METHOD, "")
-    form = ", ".join(f"{n} {values.pop(n)}" for n in ("rho", "auxiliaries") if n in values)
-    parts = [f"{method} ({form})" if method and form else method or form]
+    # What tells the forms of Bi-LoRA apart stands with the method, in parentheses.
+    form_parts = []
+    for name in ("rho", "auxiliaries"):
+        if name in values:
+            form_parts.append(f"{name} {values.pop(name)}")
+    form = ", ".join(form_parts)
+    if method and form:
+        form = f"({form})"
+    parts = [f"{method} {form}".strip()]
     for name, value in values.items():
-        parts.append(name if value == "true" else f"{name} {value}")
+        label = "rate" if name == RATE else name
+        parts.append(label if value == "true" else f"{label} {value}")
     return ", ".join(filter(None, parts)) or "as given"
 
 
@@ -69,10 +77,12 @@ class Space:
             return []
         rows = itertools.product(*self.values.values())
         candidates = [self.candidate(dict(zip(self.values, row, strict=True))) for row in rows]
+        # Combinations that differ in an option that their method does not read are one candidate.
         return list(dict.fromkeys(candidates))
 
     def starts(self) -> list[Candidate]:
         """The middle of the space for each method."""
+        # Of two middles the lower one.
         middle = {name: values[(len(values) - 1) // 2] for name, values in self.values.items()}
         return self.variants(METHOD, tuple(middle.items()))
 
@@ -108,6 +118,7 @@ class Space:
                 second, highest = sorted(set(map(float, self.values[RATE])))[-2:]
                 is_up = rate == max(tried_rates)
                 factor = highest / second if is_up else second / highest
+                # As text of six digits, so that rates that are equal make equal candidates.
                 candidates.append(self.candidate({**other_options, RATE: f"{rate * factor:.6g}"}))
         return candidates
 
@@ -127,6 +138,7 @@ def default_values(typed: Collection[str], rate: float, rank: int, supports_samp
             if supports_sample or value != SAMPLE:
                 values[name] = (value,)
         values[METHOD] = ("lora", "bilora")
+    # Also a rate that was typed is varied: the best one differs by method and rank.
     values[RATE] = tuple(f"{rate * factor:.6g}" for factor in (0.5, 1.0, 2.0))
     # Below 4, the default of images, nothing is searched: it is the lowest of its three ranks.
     middle = MIDDLE_RANK if rank == LOWEST_RANK else rank
@@ -157,6 +169,8 @@ def read_values(path: Path, searchable: Collection[str]) -> Values:
         if not values or not all(isinstance(v, bool | str) and v != "" for v in values):
             raise UserError(f"{file}, {name} has something else than values: write [4, 8].")
         # A recipe's true is "true" on a command line.
-        words = [str(value).lower() if isinstance(value, bool) else value for value in values]
+        words = []
+        for value in values:
+            words.append(str(value).lower() if isinstance(value, bool) else value)
         space[name] = tuple(dict.fromkeys(words))
     return space

@@ -39,33 +39,14 @@ class LoneProcess(Accelerator):
     The runs of a search are shared among processes, so within a run no process waits for another.
     """
 
-    @property
-    def num_processes(self) -> int:
-        return 1
-
-    @property
-    def process_index(self) -> int:
-        return 0
-
-    @property
-    def local_process_index(self) -> int:
-        return 0
-
-    @property
-    def is_main_process(self) -> bool:
-        return True
-
-    @property
-    def is_local_main_process(self) -> bool:
-        return True
-
-    @property
-    def use_distributed(self) -> bool:
-        return False
-
-    @property
-    def distributed_type(self) -> DistributedType:
-        return DistributedType.NO
+    # Plain values in place of accelerate's properties, which ask the process group.
+    num_processes: Any = 1
+    process_index: Any = 0
+    local_process_index: Any = 0
+    is_main_process: Any = True
+    is_local_main_process: Any = True
+    use_distributed: Any = False
+    distributed_type: Any = DistributedType.NO
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         return tensor
@@ -137,10 +118,14 @@ def read_curve(folder: Path, steps: int) -> Curve | str | None:
     if max(checkpoint.steps(folder), default=0) >= steps:
         curve = {}
         for row in read_metrics(folder):
-            losses = [value for name, value in row.items() if name.startswith(BY_SAMPLE)]
+            losses = []
+            for name, value in row.items():
+                if name.startswith(BY_SAMPLE):
+                    # A loss that is not finite is null in JSON.
+                    losses.append(math.inf if value is None else value)
+            # A resumed search reads runs that a later rung has brought further.
             if losses and row["step"] <= steps:
-                # A loss that is not finite is null in JSON.
-                curve[row["step"]] = np.array([math.inf if v is None else v for v in losses])
+                curve[row["step"]] = np.array(losses)
         return curve
     if not (folder / RUN).exists():
         return None
