@@ -62,7 +62,7 @@ class AdapterSpec:
     modules_to_save: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, cfg: RunOptions, **other_fields: Any) -> Self:
+    def from_options(cls, cfg: RunOptions, **other_fields: Any) -> Self:
         """The shape that a run's configuration asks for, on the targets that the task names."""
         return cls(
             rank=cfg.rank,

@@ -245,7 +245,7 @@ def quantization_of(path: str) -> str:
 
 def words_of_layers(values: list[str]) -> list[str]:
     """The words of ``--lora_layers``, each once; none for the attention, which is the default."""
-    # "attention, feed_forward" and "attention+feed_forward" mean the same as two words.
+    # "attention, feed-forward" and "attention+feed-forward" mean the same as two words.
     words = [word for word in re.split(r"[\s,+]+", " ".join(values)) if word]
     words = list(dict.fromkeys(words))
     # One form for the default, so that runs with and without the word can be compared.
