@@ -89,7 +89,9 @@ class FusedLayer:
         else:
             output = base(x)
             weight, bias, x = None, None, x.to(output.dtype)
-        factors, scales = list[Tensor](), list[float]()  # A and B of each, and its alpha / rank
+        # Not `list[Tensor]()`, which torch.compile can't trace.
+        factors: list[Tensor] = []  # A and B of each adapter
+        scales: list[float] = []  # alpha / rank of each
         for name in active:
             factors += weights(self, name)
             scales.append(self.scaling[name])

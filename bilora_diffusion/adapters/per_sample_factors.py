@@ -122,7 +122,8 @@ def join_factors(
         primary: the primary's factors, which are put above those of each sample.
         dtype: of the result.
     """
-    stacks_A, stacks_B = list[Sequence[Tensor]](), list[Sequence[Tensor]]()
+    stacks_A: list[Sequence[Tensor]] = []
+    stacks_B: list[Sequence[Tensor]] = []
     for factors in samples:
         stacks_A.append(factors.A)
         stacks_B.append(factors.B_transposed)
