@@ -11,7 +11,7 @@ ranks. A layer in a state that one product can't express is left to PEFT's own f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, ClassVar, cast
 
@@ -32,15 +32,23 @@ class FusedLayer:
     sample_slot: LayerSlot | None = None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        slot = None if self._disable_adapters else acting_slot(self, x)
-        replaced = None if slot is None else slot.adapter.name
-        if slot is not None and slot.adapter.factors is None:
-            slot = None  # no sample of the batch has factors: the adapter is only left out
-        active = None if args or kwargs else _active_plain_adapters(self, x, replaced)
-        if active is None or (slot is not None and active != slot.adapter.fused_with):
-            output = self._peft_forward(x, replaced, *args, **kwargs)
-            return output if slot is None else _add_sample_product(x, output, slot)
-        return self._fused_forward(x, active, slot)
+        slot: LayerSlot | None = None
+        if not self._disable_adapters:
+            slot = acting_slot(self, x)
+        replaced: str | None = None  # PEFT's adapter in whose place the samples' factors act
+        if slot is not None:
+            replaced = slot.adapter.name
+            if slot.adapter.factors is None:
+                slot = None  # no sample of the batch has factors: the adapter is only left out
+        active: list[str] | None = None
+        if not args and not kwargs:  # such as PEFT's adapter_names, one for each row
+            active = _active_plain_adapters(self, x, replaced)
+        if active is not None and (slot is None or active == slot.adapter.fused_with):
+            return self._fused_forward(x, active, slot)
+        output = self._peft_forward(x, replaced, *args, **kwargs)
+        if slot is not None:
+            output = _add_sample_product(x, output, slot)
+        return output
 
     def _peft_forward(
         self: Any, x: Tensor, replaced: str | None, *args: Any, **kwargs: Any
@@ -53,26 +61,26 @@ class FusedLayer:
                 return self._peft_forward(x, None, *args, **kwargs)
             finally:
                 self._active_adapter = active_adapters
+        precision: AbstractContextManager[Any] = nullcontext()
         if self.quantized and self.lora_variant and torch.is_autocast_enabled(x.device.type):
             # Under CUDA's autocast PEFT's 4-bit layer takes DoRA's norms in half precision,
             # which is up to 0.4 % off; its float layer takes them in fp32.
-            with torch.autocast(x.device.type, enabled=False):
-                return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            precision = torch.autocast(x.device.type, enabled=False)
+        with precision:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
     def _fused_forward(
         self: Any, x: Tensor, active: Sequence[str], slot: LayerSlot | None
     ) -> Tensor:
         """The base's output plus one product for the active adapters and the samples' factors."""
         base = self.base_layer
-        is_linear = type(base) is nn.Linear
         if (
             (self.quantized or type(base) in (nn.Linear, nn.Conv2d))
             and x.dtype == torch.float32
             and torch.is_autocast_enabled(x.device.type)
         ):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the base and the adapters
-        if is_linear and not base._forward_hooks and _is_frozen(base):
+        if _is_frozen_linear(base):
             # The base's product belongs to the function below, which adds to it in place.
             dtype = _output_dtype(x, base.weight)
             weight = base.weight.to(dtype)
@@ -81,13 +89,20 @@ class FusedLayer:
         else:
             output = base(x)
             weight, bias, x = None, None, x.to(output.dtype)
-        factors: list[Tensor] = []
+        # Not `list[Tensor]()`, which torch.compile can't trace.
+        factors: list[Tensor] = []  # A and B of each adapter
+        scales: list[float] = []  # alpha / rank of each
         for name in active:
             factors += weights(self, name)
-        scales = [self.scaling[name] for name in active]
-        if factors[0].dim() > 2:
-            output = _Convolution.apply(x, output, base.stride, base.padding, scales, *factors)
-            return output if slot is None else add_per_sample_convolution(x, output, slot)  # type: ignore[arg-type]
+            scales.append(self.scaling[name])
+        if factors[0].dim() > 2:  # A has the kernel of a convolution
+            result: Tensor = _Convolution.apply(
+                x, output, base.stride, base.padding, scales, *factors
+            )
+            # The samples' convolutions are grouped, so the primary's is computed apart.
+            if slot is not None:
+                result = add_per_sample_convolution(x, result, slot)
+            return result
         if slot is not None:
             joined = slot.factors(x.dtype, with_primary=True)
             factors = [joined.A, joined.B_transposed]
@@ -118,18 +133,20 @@ class _Product(torch.autograd.Function):
         is_joined: bool,
         *factors: Tensor,
     ) -> Tensor:
-        ctx.scale, ctx.is_joined = scales[0], is_joined
+        ctx.scale = scales[0]  # `_join` brings the other scales into B
+        ctx.is_joined = is_joined
         A, B_transposed = factors if is_joined else _join(ctx, factors, scales, x.dtype)
         inputs = _split_samples(x, A)  # (tokens, in) or (samples, tokens, in)
         hidden = (inputs @ A.mT).mul_(ctx.scale)  # (..., tokens, R)
         if weight is not None:
-            result = F.linear(inputs, weight, bias)
+            result = F.linear(inputs, weight, bias)  # (..., tokens, out)
         else:
+            # A copy, since an autograd function must not change its inputs.
             result = _split_samples(output, A).contiguous().clone()
         _add_product_(result, hidden, B_transposed)
         ctx.save_for_backward(inputs, weight, A, B_transposed, hidden)
         ctx.shape = x.shape
-        return result.view(*x.shape[:-1], -1)
+        return result.view(x.shape[:-1] + result.shape[-1:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -139,20 +156,27 @@ class _Product(torch.autograd.Function):
         g_hidden = (g_output @ B_transposed.mT).mul_(ctx.scale)  # (..., tokens, R)
         g_x = None
         if ctx.needs_input_grad[0]:
+            # Without the weight the base's part comes back through `g_base`.
             g_x = g_hidden @ A if weight is None else _add_product_(g_output @ weight, g_hidden, A)
             g_x = g_x.view(ctx.shape)
         g_A = g_hidden.mT @ inputs  # (..., R, in)
         g_B_transposed = hidden.mT @ g_output  # (..., R, out); `hidden` has the scale
         g_base = gradient if ctx.needs_input_grad[1] else None
-        g_factors = [g_A, g_B_transposed]
-        if not ctx.is_joined:
-            g_factors = _separate(ctx, g_A, g_B_transposed)
-        return g_x, g_base, None, None, None, None, *g_factors
+        # In the order of forward's arguments; weight, bias, scales, is_joined have none.
+        gradients = [g_x, g_base, None, None, None, None]
+        if ctx.is_joined:
+            gradients += g_A, g_B_transposed
+        else:
+            gradients += _separate(ctx, g_A, g_B_transposed)
+        return tuple(gradients)
 
 
 def _split_samples(values: Tensor, A: Tensor) -> Tensor:
     """(tokens, features), or (samples, tokens, features) for an A of (samples, R, in)."""
-    return values.reshape(*A.shape[:-2], -1, values.shape[-1])
+    features = values.shape[-1]
+    if A.dim() == 2:
+        return values.reshape(-1, features)
+    return values.reshape(len(A), -1, features)
 
 
 def _add_product_(result: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -188,9 +212,10 @@ class _Convolution(torch.autograd.Function):
         ctx.scale = scales[0]
         A, B_transposed = _join(ctx, factors, scales, x.dtype)
         B = B_transposed.transpose(0, 1)
-        hidden = F.conv2d(x, A, stride=stride, padding=padding)
+        hidden = F.conv2d(x, A, stride=stride, padding=padding)  # (samples, R, height', width')
         ctx.save_for_backward(x, A, B, hidden)
         ctx.stride, ctx.padding = stride, padding
+        # (samples, out, height', width')
         return torch.add(output, F.conv2d(hidden, B), alpha=ctx.scale)
 
     @staticmethod
@@ -198,13 +223,15 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, A, B, hidden = ctx.saved_tensors
         g_hidden, g_B = _convolution_gradients(gradient, hidden, B, (1, 1), (0, 0), True)
-        g_hidden, g_B = g_hidden.mul_(ctx.scale), g_B.mul_(ctx.scale)
+        g_hidden.mul_(ctx.scale)
+        g_B.mul_(ctx.scale)  # `hidden` is without the scale here
         g_x, g_A = _convolution_gradients(
             g_hidden, x, A, ctx.stride, ctx.padding, ctx.needs_input_grad[0]
         )
         g_base = gradient if ctx.needs_input_grad[1] else None
-        g_factors = _separate(ctx, g_A, g_B.transpose(0, 1))
-        return g_x, g_base, None, None, None, *g_factors
+        gradients = [g_x, g_base, None, None, None]  # stride, padding and scales have none
+        gradients += _separate(ctx, g_A, g_B.transpose(0, 1))
+        return tuple(gradients)
 
 
 def _convolution_gradients(
@@ -236,15 +263,17 @@ def _join(
 
     `ctx` keeps what `_separate` needs.
     """
-    A_parts, B_parts = list(factors[::2]), [B.transpose(0, 1) for B in factors[1::2]]
+    A_parts = list(factors[::2])  # of each adapter (rank, in), or with a convolution's kernel
+    B_parts = [B.transpose(0, 1) for B in factors[1::2]]  # of each (rank, out)
     ratios = None
     if scales.count(scales[0]) < len(scales):
+        # s1 B1 A1 + s2 B2 A2 = s1 [B1, B2 s2 / s1] [A1; A2]
         ratios = [scale / scales[0] for scale in scales]
         B_parts = [B * ratio for B, ratio in zip(B_parts, ratios, strict=True)]
-    ctx.ratios, ctx.ranks = ratios, [len(A) for A in A_parts]
-    if len(A_parts) == 1:
-        A, B_transposed = A_parts[0], B_parts[0]
-    else:
+    ctx.ratios = ratios
+    ctx.ranks = [len(A) for A in A_parts]
+    A, B_transposed = A_parts[0], B_parts[0]
+    if len(A_parts) > 1:
         A, B_transposed = torch.cat(A_parts), torch.cat(B_parts)
     return A.to(dtype), B_transposed.to(dtype, memory_format=torch.contiguous_format)
 
@@ -275,7 +304,9 @@ def fuse(model: nn.Module) -> int:
     count = 0
     # A list first: a module's class must not change while the modules are walked.
     for module in list(model.modules()):
-        fused_class = _fused_class(type(module)) if isinstance(module, LoraLayer) else None
+        if not isinstance(module, LoraLayer):
+            continue
+        fused_class = _fused_class(type(module))
         if fused_class is not None:
             module.__class__ = fused_class
             count += 1
@@ -286,6 +317,7 @@ def unfuse(model: nn.Module) -> None:
     """Give every LoRA layer PEFT's own forward back."""
     for module in model.modules():
         if isinstance(module, FusedLayer):
+            # The order is (FusedLinear, FusedLayer, PEFT's class, ...).
             module.__class__ = type(module).__mro__[2]
 
 
@@ -310,6 +342,7 @@ def _fused_class(peft_class: type) -> type | None:
         return FusedLinear
     if peft_class is lora.Conv2d:
         return FusedConv2d
+    # By name: PEFT imports its 4-bit layer only where bitsandbytes is installed.
     if peft_class.__module__.startswith("peft.") and peft_class.__name__ == "Linear4bit":
         members = {"__module__": __name__, "quantized": True}
         return type(f"Fused{peft_class.__name__}", (FusedLayer, peft_class), members)
@@ -327,7 +360,9 @@ def _active_plain_adapters(layer: Any, x: Tensor, replaced: str | None) -> list[
     if layer._disable_adapters or layer.merged_adapters:
         return None
     # Looked up where modules keep them, as `access.weights` does.
-    A, B, dropout = (layer._modules[kind]._modules for kind in ("lora_A", "lora_B", "lora_dropout"))
+    modules = layer._modules
+    A, B = modules["lora_A"]._modules, modules["lora_B"]._modules
+    dropout = modules["lora_dropout"]._modules
     active = [name for name in layer.active_adapters if name in A and name != replaced]
     if not 1 <= len(active) <= 2:
         return None
@@ -337,7 +372,7 @@ def _active_plain_adapters(layer: Any, x: Tensor, replaced: str | None) -> list[
         return None  # fp16 alone would lose small B; PEFT computes in fp32
     for name in active:
         if name in layer.lora_variant or layer.lora_bias[name]:
-            return None
+            return None  # DoRA and the like are no plain product
         if layer.training and type(dropout[name]) is not nn.Identity:
             return None
         if not (_is_plain(A[name]) and _is_plain(B[name])):
@@ -358,7 +393,10 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _is_frozen(base: nn.Linear) -> bool:
+def _is_frozen_linear(base: nn.Module) -> bool:
+    """Whether a base layer is x W^T + b alone, without a hook or a gradient of W and b."""
+    if type(base) is not nn.Linear or base._forward_hooks:
+        return False
     return not any(p is not None and p.requires_grad for p in base._parameters.values())
 
 

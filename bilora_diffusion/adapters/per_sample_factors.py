@@ -63,15 +63,18 @@ class FlatLayout:
     """
 
     def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
-        self.A_shapes = _stack_shapes([matrix.shape for matrix in A])
-        self.B_shapes = _stack_shapes([matrix.mT.shape for matrix in B])
+        self.A_shapes = _stack_shapes(A)
+        self.B_shapes = _stack_shapes([matrix.mT for matrix in B])
         self.A_size = sum(matrix.numel() for matrix in A)
 
     @staticmethod
     def flatten(A: Sequence[Tensor], B: Sequence[Tensor]) -> Tensor:
         """A new flat tensor of these matrices."""
-        parts = [matrix.detach().flatten() for matrix in A]
-        parts += [matrix.detach().mT.flatten() for matrix in B]  # as rows: (rank, out)
+        parts = list[Tensor]()
+        for matrix in A:
+            parts.append(matrix.detach().flatten())
+        for matrix in B:
+            parts.append(matrix.detach().mT.flatten())  # as rows: (rank, out)
         return torch.cat(parts)
 
     def stack(self, A: list[Tensor], B: list[Tensor]) -> StackedFactors:
@@ -81,6 +84,7 @@ class FlatLayout:
         for layers, *_ in self.A_shapes:
             A_stacks.append(torch.stack(A[start : start + layers]))  # (layers, rank, in)
             start += layers
+        # Layers that share a shape of A may differ in B's, so B has stacks of its own.
         start = 0
         for layers, *_ in self.B_shapes:
             B_stacks.append(torch.stack(B[start : start + layers]).mT)  # (layers, rank, out)
@@ -89,20 +93,22 @@ class FlatLayout:
 
     def views(self, flat: Tensor) -> StackedFactors:
         """Views of a flat tensor."""
+        # One `split` for all stacks: autograd joins their gradients in one operation.
         shapes = self.A_shapes + self.B_shapes
         parts = flat.split([math.prod(shape) for shape in shapes])
         stacks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         return StackedFactors(stacks[: len(self.A_shapes)], stacks[len(self.A_shapes) :])
 
 
-def _stack_shapes(shapes: Sequence[torch.Size]) -> list[tuple[int, ...]]:
-    """(layers, rank, width) of each run of equal shapes (rank, width)."""
-    stacks: list[tuple[int, ...]] = []
-    for shape in shapes:
-        if stacks and stacks[-1][1:] == tuple(shape):  # one more layer of the same shape
-            stacks[-1] = (stacks[-1][0] + 1, *shape)
-        else:
-            stacks.append((1, *shape))
+def _stack_shapes(matrices: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    """(layers, rank, width) of each run of matrices of one shape (rank, width)."""
+    stacks: list[tuple[int, int, int]] = []
+    for matrix in matrices:
+        rank, width = matrix.shape
+        layers = 1
+        if stacks and stacks[-1][1:] == (rank, width):  # one more layer of the same shape
+            layers += stacks.pop()[0]
+        stacks.append((layers, rank, width))
     return stacks
 
 
@@ -116,11 +122,17 @@ def join_factors(
         primary: the primary's factors, which are put above those of each sample.
         dtype: of the result.
     """
-    primary_A = None if primary is None else primary.A
-    primary_B = None if primary is None else primary.B_transposed
-    A = _join_stacks([factors.A for factors in samples], primary_A, dtype)
-    B = _join_stacks([factors.B_transposed for factors in samples], primary_B, dtype)
-    return [SampleFactors(*pair) for pair in zip(A, B, strict=True)]
+    stacks_A: list[Sequence[Tensor]] = []
+    stacks_B: list[Sequence[Tensor]] = []
+    for factors in samples:
+        stacks_A.append(factors.A)
+        stacks_B.append(factors.B_transposed)
+    primary_A, primary_B = None, None
+    if primary is not None:
+        primary_A, primary_B = primary.A, primary.B_transposed
+    A_by_layer = _join_stacks(stacks_A, primary_A, dtype)
+    B_by_layer = _join_stacks(stacks_B, primary_B, dtype)
+    return [SampleFactors(A, B) for A, B in zip(A_by_layer, B_by_layer, strict=True)]
 
 
 def _join_stacks(
@@ -143,7 +155,8 @@ def _join_stacks(
                 parts.append(primary[shape])
             parts.append(stacks[shape])
         joined = torch.cat(parts, dim=1)  # (layers, samples * (r1 + rank), width)
-        joined = joined.unflatten(1, (len(samples), -1))
+        joined = joined.unflatten(1, (len(samples), -1))  # (layers, samples, r1 + rank, width)
+        # A single sample leaves (layers, r1 + rank, width): an ordinary product, not a batched one.
         matrices += joined.to(dtype).squeeze(1).unbind()
     return matrices
 
@@ -265,7 +278,8 @@ def add_per_sample_convolution(inputs: Tensor, output: Tensor, slot: LayerSlot) 
     # One group per sample: (1, samples * in_channels, height, width). Where all samples share the
     # factors there is one group, and the samples stay the rows.
     in_channels = convolution.in_channels
-    grouped_inputs = inputs.reshape(-1, groups * in_channels, *inputs.shape[2:])
+    _, _, height, width = inputs.shape
+    grouped_inputs = inputs.reshape(-1, groups * in_channels, height, width)
 
     # A is as large as the layer's kernel: (samples * rank, in_channels, kernel, kernel).
     down_weight = factors.A.reshape(-1, in_channels, *convolution.kernel_size)

@@ -62,7 +62,7 @@ class AdapterSpec:
     modules_to_save: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, cfg: RunOptions, **other_fields: Any) -> Self:
+    def from_options(cls, cfg: RunOptions, **other_fields: Any) -> Self:
         """The shape that a run's configuration asks for, on the targets that the task names."""
         return cls(
             rank=cfg.rank,
@@ -102,12 +102,15 @@ def target_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
     root = plain_model(model)
     modules = _modules_without_adapter_internals(root)
     if spec.target_modules == ALL_LINEAR:
-        linear = adaptable(model)
-        matches = [key for key in modules if key in linear]
+        # PEFT's own "all-linear" would also take layers that `_unsupported` refuses.
+        paths = adaptable(model)
     else:
         config = LoraConfig(target_modules=peft_targets(spec))
-        matches = [key for key in modules if check_target_module_exists(config, key)]
-    targets = {key: modules[key] for key in matches if not is_within(key, spec.modules_to_save)}
+        paths = [path for path in modules if check_target_module_exists(config, path)]
+    targets: dict[str, nn.Module] = {}
+    for path in paths:
+        if not is_within(path, spec.modules_to_save):
+            targets[path] = modules[path]
     if not targets:
         linear = [key for key, module in modules.items() if _is_linear(module)]
         examples = ", ".join(linear[:5]) or "none"
@@ -138,18 +141,23 @@ def adaptable(model: nn.Module, convolutions: bool = False) -> list[str]:
 
 def plain_model(model: nn.Module) -> nn.Module:
     """The model inside a `PeftModel`, or the model itself."""
-    return cast(nn.Module, model.base_model.model) if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        return cast(nn.Module, model.base_model.model)
+    return model
 
 
 def peft_targets(spec: AdapterSpec) -> str | list[str]:
     """`spec.target_modules` as PEFT wants it."""
-    names = spec.target_modules
-    return names if isinstance(names, str) else list(names)
+    if isinstance(spec.target_modules, str):
+        return spec.target_modules
+    return list(spec.target_modules)  # PEFT makes a set of a list, not of a tuple
 
 
 def base_of(layer: Any) -> Any:
     """The layer that an adapter wraps, or the layer itself."""
-    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    if isinstance(layer, LoraLayer):
+        return layer.get_base_layer()
+    return layer
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -157,25 +165,36 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _modules_without_adapter_internals(root: nn.Module) -> dict[str, nn.Module]:
+    # A LoRA layer stands for the layer that it wraps; its A and B are no targets.
     inside = tuple(
-        f"{key}." for key, module in root.named_modules() if isinstance(module, LoraLayer)
+        f"{path}." for path, module in root.named_modules() if isinstance(module, LoraLayer)
     )
-    return {
-        key: module for key, module in root.named_modules() if key and not key.startswith(inside)
-    }
+    modules: dict[str, nn.Module] = {}
+    for path, module in root.named_modules():
+        if path and not path.startswith(inside):
+            modules[path] = module
+    return modules
 
 
 def output_head(root: nn.Module) -> nn.Module | None:
     """The layer that makes the logits, which "all-linear" leaves out, as in PEFT."""
     getter = getattr(root, "get_output_embeddings", None)
-    return cast("nn.Module | None", getter()) if callable(getter) else None
+    if not callable(getter):  # of transformers' models only
+        return None
+    return cast("nn.Module | None", getter())
 
 
-def _unsupported(root: nn.Module, key: str, module: nn.Module) -> str:
+def _unsupported(root: nn.Module, path: str, module: nn.Module) -> str:
+    """Why a layer can't have an adapter, as the end of a sentence; "" where it can."""
     base = base_of(module)
-    if isinstance(root.get_submodule(key.rpartition(".")[0]), nn.MultiheadAttention):
+    parent_path, _, _ = path.rpartition(".")
+    if isinstance(root.get_submodule(parent_path), nn.MultiheadAttention):
         return "is read by nn.MultiheadAttention as a weight, which would bypass an adapter"
-    if isinstance(base, _CONVOLUTIONS):  # PEFT's A would pad with zeros and have no holes
-        plain = base.groups == 1 and set(base.dilation) == {1} and base.padding_mode == "zeros"
-        return "" if plain else "is a convolution with groups, holes or a padding beside zeros"
-    return "" if _is_linear(module) else f"is a {type(base).__name__}, no linear layer"
+    if isinstance(base, _CONVOLUTIONS):
+        # PEFT's A would pad with zeros and have no holes.
+        if base.groups != 1 or set(base.dilation) != {1} or base.padding_mode != "zeros":
+            return "is a convolution with groups, holes or a padding beside zeros"
+        return ""
+    if not _is_linear(module):
+        return f"is a {type(base).__name__}, no linear layer"
+    return ""

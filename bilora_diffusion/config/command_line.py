@@ -38,11 +38,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         # Of --dataset_name and --dataset-name, which mean the same, the help shows the first.
         spellings = action.option_strings
-        action.option_strings = [
-            spelling
-            for spelling in spellings
-            if not spelling.startswith("--") or "-" not in spelling.removeprefix("--")
-        ]
+        action.option_strings = []
+        for spelling in spellings:
+            if not spelling.startswith("--") or "-" not in spelling.removeprefix("--"):
+                action.option_strings.append(spelling)
         try:
             return super()._format_action_invocation(action)
         finally:
@@ -67,6 +66,7 @@ class Sentences(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a ``UserError``."""
+        # argparse says "argument --rank: expected one argument".
         flag = re.match(r"argument (--\w+).*expected", message)
         if flag is not None:
             raise UserError(f"{flag[1]} has no value: put one after it.")
@@ -160,18 +160,21 @@ class CommandLine(Sentences):
         if name in self._foreign:
             reason, instead = self._foreign[name]
             sentence = f"{dashes}{name} is no option here, since {reason}: {instead}."
+            # Backquotes are for the table in docs/options.md.
             raise UserError(sentence.replace("`", ""))
         hint = did_you_mean(f"{dashes}{name}", [f"{dashes}{option}" for option in names])
         raise UserError(f'unknown option "{word}"{hint}: --help lists all of them.')
 
     def _names(self) -> dict[str, str]:
         """Every spelling of an option without its dashes -> the field's name."""
-        return {
-            string.lstrip("-").replace("-", "_"): action.dest
-            for action in self._actions
-            for string in action.option_strings
-            if string.startswith("--") and action.dest != "help"
-        }
+        names: dict[str, str] = {}
+        for action in self._actions:
+            if action.dest == "help":
+                continue
+            for spelling in action.option_strings:
+                if spelling.startswith("--"):  # -h and the like have no place in a recipe
+                    names[spelling.lstrip("-").replace("-", "_")] = action.dest
+        return names
 
     def _recipe(self, path: Path) -> dict[str, Any]:
         loaded = read_options(path, f'the recipe "{path}"', "--config")
@@ -187,11 +190,10 @@ class CommandLine(Sentences):
             UserError: an unknown option, one that stands twice, a value of the wrong type.
         """
         # A recipe says `center_crop: false`, so it has no use for --no_ forms; nor for recipes.
-        names = {
-            spelling: name
-            for spelling, name in self._names().items()
-            if not spelling.startswith("no_") and spelling != "config"
-        }
+        names: dict[str, str] = {}
+        for spelling, name in self._names().items():
+            if not spelling.startswith("no_") and spelling != "config":
+                names[spelling] = name
         words: dict[str, str] = {}
         lists: dict[str, list[Any] | None] = {}
         for key, value in loaded.items():
@@ -201,6 +203,7 @@ class CommandLine(Sentences):
             if name in words or name in lists:
                 raise UserError(f'"{key}" gives {name} a second time: keep one of the two.')
             texts = self._texts(name, value)
+            # Null goes with the lists: it has no form on a command line.
             if isinstance(texts, str):
                 words[name] = texts
             else:
@@ -232,5 +235,6 @@ class CommandLine(Sentences):
         if not is_readable or (is_list and not (takes_list or is_itemized)):
             fix = "single values in one list" if takes_list else "a single value"
             raise UserError(f'"{name}" is {quoted(value)}: give {fix}.')
+        # YAML's true and false are the words that a flag takes.
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
         return texts if takes_list or is_list else texts[0]

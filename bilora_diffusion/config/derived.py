@@ -43,10 +43,10 @@ def default_validation_loss_steps(cfg: RunConfig) -> int:
 
 
 DERIVED_DEFAULTS: tuple[Rule[RunConfig], ...] = (  # in this order: each may read those above it
-    ("lora_alpha", default_lora_alpha),
-    ("rho", default_rho),
-    ("learning_rate", default_learning_rate),
-    ("auxiliary_learning_rate", default_auxiliary_learning_rate),
+    ("lora_alpha", default_lora_alpha),  # from the rank
+    ("rho", default_rho),  # from the method
+    ("learning_rate", default_learning_rate),  # from the optimizer
+    ("auxiliary_learning_rate", default_auxiliary_learning_rate),  # from the learning rate
     ("mixed_precision", default_mixed_precision),
     ("report_to", default_report_to),
 )

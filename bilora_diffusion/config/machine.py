@@ -28,6 +28,7 @@ def require(package: str, option: str) -> None:
 
 def device_type() -> str:
     """The kind of device that accelerate will train on: cuda, mps, xpu, ... or cpu."""
+    # Imported late: it takes a second, which --help has no use for.
     import torch
 
     if is_on("ACCELERATE_USE_CPU"):
@@ -39,6 +40,7 @@ def device_type() -> str:
 def processes() -> int:
     """Number of processes that train together, as accelerate finds it."""
     is_on_cpu = is_on("ACCELERATE_USE_CPU")
+    # accelerate opens a process group for LOCAL_RANK, and without it only for MPI on CPUs.
     if not is_on_cpu and ("LOCAL_RANK" not in os.environ or device_type() == "cpu"):
         return 1
     # The variables of MPI count on CPUs alone.
@@ -58,10 +60,12 @@ def is_on(variable: str) -> bool:
 
 def launch() -> dict[str, Any]:
     """Facts of `constraints` about accelerate's launch, from its launcher's variables."""
+    # accelerate's launcher writes "NO" where nobody chose a backend.
     is_compiled = _variable("ACCELERATE_DYNAMO_BACKEND") not in ("", "NO")
     engine = "DDP"
     fsdp_setting = None
     if is_on("ACCELERATE_USE_FSDP"):
+        # On CPUs accelerate ignores FSDP without a word: each process would train all of it.
         engine = "FSDP on CPUs" if device_type() == "cpu" else "FSDP"
         if engine == "FSDP" and os.environ.get("FSDP_VERSION") == "2":
             engine = "FSDP2"
@@ -70,6 +74,7 @@ def launch() -> dict[str, Any]:
     for name in OTHER_ENGINES:
         if is_on(f"ACCELERATE_USE_{name}"):
             engine = name
+    # accelerate takes XLA wherever the package is installed.
     if importlib.util.find_spec("torch_xla"):
         engine = "XLA"
     return {

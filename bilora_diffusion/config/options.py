@@ -48,6 +48,7 @@ class StepOptions:
         "Seed of everything random: data, noise, adapters, images.",
         range=Range(2**63 - 1, "random generators take 64 bits", at_least=0),
     )
+    # Table A8: batches of 4 images in micro-batches of 1.
     train_batch_size: int = option(
         1,
         "Images of one forward pass on one device; 1 too where only"
@@ -177,14 +178,15 @@ class OptimizerOptions:
 
     section: ClassVar[str] = "optimizer"
 
-    # Derived for Prodigy: `rates.default_learning_rate`.
+    # Table A8; the text script declares that of Tables A4 to A6. Derived for Prodigy:
+    # `rates.default_learning_rate`.
     learning_rate: float = option(2e-4, "Learning rate; 1.0 by default for prodigy.", range=RATES)
     scale_lr: bool = option(
         False,
         "Multiply --learning_rate and --auxiliary_learning_rate by batch size, accumulation and"
         " processes; --text_encoder_lr stays.",
     )
-    # The schedule of all rates.
+    # The schedule of all rates: constant, without a warm-up (Table A8).
     lr_scheduler: str = option("constant", "Course of the learning rate.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int | None = option(
         0,
@@ -214,6 +216,7 @@ class OptimizerOptions:
         "The same as --optimizer adamw8bit.",
         ignored=(unless("optimizer", "adamw", "on another optimizer"),),
     )
+    # Betas, epsilon and decay are those of diffusers' scripts.
     adam_beta1: float = option(0.9, "First beta.", range=SHARES)
     adam_beta2: float = option(0.999, "Second beta.", range=SHARES)
     adam_epsilon: float = option(

@@ -38,6 +38,7 @@ def default_text_encoder_lr(cfg: RunConfig) -> float | None:
 
 def text_encoder_rate(cfg: RunConfig) -> float:
     """The rate with which text encoders are trained."""
+    # Prodigy's one step size is estimated for all models together.
     if cfg.optimizer == "prodigy" or cfg.text_encoder_lr is None:
         return cfg.learning_rate
     return cfg.text_encoder_lr

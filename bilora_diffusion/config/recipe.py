@@ -25,6 +25,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 MAX_BYTES = 200_000
 MAX_KEY_LETTERS = 200
 """Of a key: an option of a recipe, or the label of a variant."""
+# Of YAML 1.1's words for null, true and false only these; yes, no, on and off are text.
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
@@ -37,17 +38,15 @@ def find_recipe(name: str) -> Path:
     packaged_path = RECIPES / f"{name}.yaml"
     if is_file(packaged_path):
         return packaged_path
-    names = [file.relative_to(RECIPES).with_suffix("").as_posix() for file in recipe_files()]
+    names = list[str]()
+    for file in RECIPES.rglob("*.yaml"):
+        names.append(file.relative_to(RECIPES).with_suffix("").as_posix())
+    # Those in folders, one for each task of the paper, would make the sentence too long.
     top_names = sorted(recipe for recipe in names if "/" not in recipe)
     raise UserError(
         f"--config {quoted(name)} is neither a file nor a recipe{did_you_mean(name, names)}: give a"
         f" path or one of {', '.join(top_names)}."
     )
-
-
-def recipe_files() -> list[Path]:
-    """All of `RECIPES`."""
-    return list(RECIPES.rglob("*.yaml"))
 
 
 def read_options(path: Path, label: str, flag: str) -> Any:

@@ -55,15 +55,18 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     Raises:
         UserError: A value or a combination that can't be honoured; it names the fix.
     """
+    # Parse.
     values, given_options = script.parser().read(
         argv, script.alternatives, recipe_options_of_other_method
     )
     cfg = script(**{**values, "given_options": given_options})
 
+    # Derive. The method and the optimizer come first: defaults depend on their names.
     cfg = with_optimizer_name(cfg)
     check_method(cfg)
     cfg = derive(cfg, DERIVED_DEFAULTS).derived()
 
+    # Check. Ignored options are taken back first, so that no constraint refuses one of them.
     cfg, notes = without_ignored_options(cfg, cfg.groups)
     notes += notes_on_defaults(cfg)
     launch = {"device": machine.device_type(), "modality": cfg.modality, **machine.launch()}
@@ -74,6 +77,7 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     if is_main_process():
         for note in notes:
             logger.warning("%s", note)
+    # Freeze, last: notes and refusals name the rates as the user gave them.
     return with_scaled_rates(cfg, machine.processes())
 
 
@@ -86,8 +90,10 @@ def recipe_options_of_other_method(
     """
     recipe_method = recipe.get("method", AdapterOptions.method)
     method = flags.get("method", recipe_method)
+    # An unknown method is refused later, with a hint (`check_method`).
     if method == recipe_method or not {recipe_method, method} <= set(methods.names()):
         return frozenset()
+    # What the new method does not read has no effect in any case.
     shared = methods.reads(recipe_method) & methods.reads(method)
     dropped = shared & (recipe.keys() - flags.keys())
     if is_main_process():
@@ -105,6 +111,7 @@ def recipe_options_of_other_method(
 
 def with_optimizer_name(cfg: Config) -> Config:
     """The configuration with its optimizer in lower case, and ``--use_8bit_adam`` in its name."""
+    # diffusers' scripts write AdamW and prodigy.
     cfg = replace(cfg, optimizer=cfg.optimizer.lower())
     if cfg.use_8bit_adam and cfg.optimizer in ("adamw", "adamw8bit"):
         return replace(cfg, optimizer="adamw8bit", use_8bit_adam=False)
@@ -130,6 +137,7 @@ def check_packages(cfg: RunConfig) -> None:
     if cfg.enable_xformers_memory_efficient_attention:
         machine.require("xformers", "--enable_xformers_memory_efficient_attention")
     if cfg.push_to_hub and cfg.hub_token is None:
+        # Imported late: --help and most runs have no use for the hub.
         from huggingface_hub import get_token
 
         if get_token() is None:
@@ -176,6 +184,7 @@ def notes_on_defaults(cfg: RunConfig) -> list[str]:
             f"the held-out loss is measured every {steps} steps: change it with"
             " --validation_loss_steps."
         )
+    # In diffusers' script alpha is always the rank.
     if "rank" in cfg.given_options and "lora_alpha" not in cfg.given_options:
         notes.append(
             f"--rank {cfg.rank} comes with --lora_alpha {cfg.lora_alpha:g}, the paper's ratio: for"
@@ -189,6 +198,7 @@ def notes_on_defaults(cfg: RunConfig) -> list[str]:
     has_warmup = cfg.lr_warmup_steps or cfg.warmup_ratio
     if cfg.lr_scheduler == "constant_with_warmup" and not has_warmup:
         notes.append("--lr_scheduler constant_with_warmup has no warm-up: add --lr_warmup_steps.")
+    # A1111 reads `dora_scale` on another axis, as ComfyUI did before 2026.
     if cfg.use_dora and cfg.output_kohya_format:
         notes.append(
             "--use_dora: the file for diffusers is read as trained, the one for ComfyUI nearly so"

@@ -29,6 +29,7 @@ class RunConfig(
 ):
     """Base of both scripts' configurations: flat frozen dataclasses, made of groups of options."""
 
+    # Facts of the script; the fields below are those of a run.
     modality: ClassVar[str]  # image or text
     groups: ClassVar[tuple[type, ...]]  # the option dataclasses, in the order of ``--help``
     alternatives: ClassVar[tuple[tuple[str, str], ...]]  # as `CommandLine.read` takes them

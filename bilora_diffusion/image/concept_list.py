@@ -63,11 +63,7 @@ def with_sets_of_images(cfg: Config) -> Config:
         UserError: The list of concepts can't be read, or a concept can't be trained; the sentence
             begins with its place.
     """
-    dataset: Any = cfg.dataset_name  # a list in a recipe
-    if not isinstance(dataset, list) and Path(dataset or "").suffix.lower() not in (
-        ".yaml",
-        ".yml",
-    ):
+    if not has_concepts(cfg):
         return with_set_defaults(cfg)
     place, items = read_concepts(cfg)
     cfg = replace(cfg, dataset_name=place)
@@ -86,7 +82,7 @@ def with_sets_of_images(cfg: Config) -> Config:
 
 def has_concepts(cfg: ImageOptions) -> bool:
     """Test that ``--dataset`` is a list of concepts, in the recipe or in a file."""
-    dataset: Any = cfg.dataset_name
+    dataset: Any = cfg.dataset_name  # a list in a recipe
     return isinstance(dataset, list) or Path(dataset or "").suffix.lower() in (".yaml", ".yml")
 
 
@@ -107,6 +103,7 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
     """The run's configuration with a concept's options, and a sentence for each without effect."""
     if not isinstance(item, dict):
         raise UserError(f'it is {quoted(item)}: write options, such as "dataset: FOLDER".')
+    # `mapped` would accept some of the run's options, such as the resolution.
     names = {name.replace("-", "_") for name in item}
     shared = (names & options_of(run.groups).keys()).difference(CONCEPT_OPTIONS, PROMPT_OPTIONS)
     if shared:
@@ -130,8 +127,9 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
     check_strengths(concept)
     constraints.check({name: getattr(concept, name) for name in FACTS})
 
-    own_options = replace(concept, given_options=frozenset(explicit))
-    concept, notes = without_ignored_options(own_options, CONCEPT_GROUPS)
+    # Of the run's options without effect the run itself tells.
+    concept = replace(concept, given_options=frozenset(explicit))
+    concept, notes = without_ignored_options(concept, CONCEPT_GROUPS)
     check_images(concept)
     return concept, notes
 
@@ -156,6 +154,7 @@ def require_other_folders(concept: ImageOptions, earlier: Sequence[ImageOptions]
                 f"class images and training images of concept {number} lie in one folder: give the"
                 " class images a folder of their own."
             )
+        # Missing class images are made by the prompt, so one folder can't serve two prompts.
         differs = concept.class_prompt != neighbour.class_prompt
         if classes is not None and classes == neighbour_classes and differs:
             raise UserError(
@@ -177,7 +176,7 @@ def require_disjoint(place: str, images: ImageSet) -> None:
     concepts: dict[Path, int] = {}
     for entry in images.entries:
         source = entry.encoded()
-        if isinstance(source, bytes):
+        if isinstance(source, bytes):  # of a hub's set, which is no file of the user
             continue
         first = concepts.setdefault(source.resolve(), entry.concept)
         if first != entry.concept:
@@ -191,16 +190,21 @@ def joined(run: Config, concepts: Sequence[Config]) -> Config:
     """The run's configuration with its concepts, by their names, and their validation prompts."""
     sources = [source_of(concept) for concept in concepts]
     names = [Path(source).name or source for source in sources]
+    # Two folders may have one name, but not one path (`require_other_folders`).
     if len(set(names)) < len(names):
         names = sources
     records: list[dict[str, Any]] = []
     prompts = list(run.validation_prompts)
     settings = list(run.validation_settings) or [{} for _ in prompts]
     for name, concept in zip(names, concepts, strict=True):
-        options = {option: getattr(concept, option) for option in CONCEPT_OPTIONS}
-        records.append({"concept": name, **options})
+        record: dict[str, Any] = {"concept": name}
+        for option in CONCEPT_OPTIONS:
+            record[option] = getattr(concept, option)
+        records.append(record)
+        # One mapping for each prompt; [] stands for as many empty ones.
         concept_settings = concept.validation_settings or [{} for _ in concept.validation_prompts]
-        settings += [{**setting, "concept": name} for setting in concept_settings]
+        for prompt_settings in concept_settings:
+            settings.append({**prompt_settings, "concept": name})
         prompts += concept.validation_prompts
     run = replace(
         run,

@@ -86,6 +86,7 @@ def with_set_defaults(cfg: Config) -> Config:
 
 def with_local_folders(cfg: Config) -> Config:
     """A folder called mini is meant where a folder is asked for, and not the built-in set."""
+    # `--instance_data_dir mini` names a folder; only --dataset knows the sets by name.
     for option in ("instance_data_dir", "class_data_dir"):
         folder = getattr(cfg, option)
         if folder in FOLDERS:
@@ -119,13 +120,18 @@ def with_validation_prompts(cfg: Config) -> Config:
 def lines_of_prompts(items: list[str]) -> list[str]:
     """The prompts of ``--validation_prompts``, or those of the text file that it names."""
     # An absolute path, or a single word that ends in .txt, means a file even where none is there.
-    path = Path(items[0] if len(items) == 1 and isinstance(items[0], str) else "")
+    path = Path()
+    if len(items) == 1 and isinstance(items[0], str):
+        path = Path(items[0])
     is_file_name = path.suffix == ".txt" and len(path.name.split()) == 1
     if not path.is_absolute() and not is_file_name and not is_file(path):
         return list(items)
     name = f'--validation_prompts "{path}"'
     lines = read_text(path, name, MAX_FILE_BYTES).splitlines()
-    prompts = [line.strip() for line in lines if line.strip() and line[0] != "#"]
+    prompts = list[str]()
+    for line in lines:
+        if line.strip() and line[0] != "#":  # sd-scripts' prompt files have such comments
+            prompts.append(line.strip())
     if not prompts:
         raise UserError(f"{name} is an empty file: write one prompt on each line.")
     return prompts
@@ -142,7 +148,9 @@ def default_caption_column(cfg: ImageOptions) -> str | None:
 def default_instance_prompt(cfg: ImageOptions) -> str | None:
     """The preset's."""
     preset = preset_of(cfg)
-    return cfg.instance_prompt if preset is None else preset.instance_prompt
+    if preset is None:
+        return cfg.instance_prompt
+    return preset.instance_prompt
 
 
 def default_num_validation_images(cfg: ImageOptions) -> int:
@@ -164,7 +172,9 @@ def default_validation_prompts(cfg: ImageOptions) -> list[str]:
 def default_validation_dataset(cfg: ImageOptions) -> str | None:
     """The preset's."""
     preset = preset_of(cfg)
-    return cfg.validation_dataset if preset is None else preset.validation_dataset
+    if preset is None:
+        return cfg.validation_dataset
+    return preset.validation_dataset
 
 
 def default_base_model(cfg: ImageOptions) -> str:
@@ -175,6 +185,7 @@ def default_base_model(cfg: ImageOptions) -> str:
     return preset.model
 
 
+# A preset's value gives way to one that the user gives: `derive` skips given options.
 SET_DEFAULTS: tuple[Rule[ImageOptions], ...] = (
     ("caption_column", default_caption_column),
     ("instance_prompt", default_instance_prompt),
@@ -213,6 +224,7 @@ def quantization_of(path: str) -> str:
     label, fix = f'--bnb_quantization_config_path "{path}"', "or use --quantize nf4 instead"
     file = Path(path).expanduser()
     settings = reading(label, fix, lambda: json.loads(read_text(file, label, MAX_FILE_BYTES)))
+    # As transformers' BitsAndBytesConfig writes itself.
     is_nf4 = (
         isinstance(settings, dict)
         and settings.get("load_in_4bit") is True
@@ -233,24 +245,32 @@ def quantization_of(path: str) -> str:
 
 def words_of_layers(values: list[str]) -> list[str]:
     """The words of ``--lora_layers``, each once; none for the attention, which is the default."""
+    # "attention, feed-forward" and "attention+feed-forward" mean the same as two words.
     words = [word for word in re.split(r"[\s,+]+", " ".join(values)) if word]
     words = list(dict.fromkeys(words))
+    # One form for the default, so that runs with and without the word can be compared.
     return [] if words == [ATTENTION] else words
 
 
 def default_train_batch_size(cfg: ImageOptions) -> int:
     """1 where the accumulation is given, which then means a step of that many images."""
-    return 1 if "gradient_accumulation_steps" in cfg.given_options else cfg.train_batch_size
+    if "gradient_accumulation_steps" in cfg.given_options:
+        return 1
+    return cfg.train_batch_size
 
 
 def default_gradient_accumulation_steps(cfg: ImageOptions) -> int:
     """1 where the batch is given, which then means a step of that many images."""
-    return 1 if "train_batch_size" in cfg.given_options else cfg.gradient_accumulation_steps
+    if "train_batch_size" in cfg.given_options:
+        return 1
+    return cfg.gradient_accumulation_steps
 
 
 def default_max_train_steps(cfg: ImageOptions) -> int | None:
     """Those of Table A8, unless epochs count."""
-    return TABLE_A8_STEPS if cfg.num_train_epochs is None else None
+    if cfg.num_train_epochs is None:
+        return TABLE_A8_STEPS
+    return None
 
 
 def default_output_kohya_format(cfg: ImageOptions) -> bool:
@@ -260,13 +280,17 @@ def default_output_kohya_format(cfg: ImageOptions) -> bool:
 
 def default_max_sequence_length(cfg: ImageOptions) -> int | None:
     """Few for mini-flow; None, the family's own, for others."""
-    return FLOW_TOKENS if cfg.pretrained_model_name_or_path == FLOW else None
+    if cfg.pretrained_model_name_or_path == FLOW:
+        return FLOW_TOKENS
+    return None
 
 
 def default_vae(cfg: ImageOptions) -> str | None:
     """For SDXL's base in fp16, in which its own autoencoder overflows, one that does not."""
-    is_base = cfg.pretrained_model_name_or_path == SDXL_BASE
-    return FP16_FIX if is_base and cfg.mixed_precision == "fp16" else None
+    # Its activations exceed fp16's 65,504. Other models of SDXL may bring a repaired one.
+    if cfg.pretrained_model_name_or_path == SDXL_BASE and cfg.mixed_precision == "fp16":
+        return FP16_FIX
+    return None
 
 
 def default_gradient_checkpointing(cfg: ImageOptions) -> bool:

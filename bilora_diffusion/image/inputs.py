@@ -22,13 +22,17 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
     for size in sizes(cfg.resolution, cfg.aspect_ratio_buckets):
         edges.update(size)
     for number, settings in enumerate(cfg.validation_settings, start=1):
-        edges.update(settings[edge] for edge in ("width", "height") if edge in settings)
+        for edge in ("width", "height"):
+            if edge in settings:
+                edges.add(settings[edge])
         guidance = settings.get("guidance", cfg.validation_guidance_scale)
         if guidance is None:
             guidance = family.guidance
+        # Without guidance the pipeline runs no second pass that would read it.
         if settings.get("negative_prompt") and guidance <= family.unguided:
-            concept = settings.get("concept")
-            whose = f"a prompt of {concept}" if concept else _numbered_prompt(number)
+            whose = f"number {number} of --validation_prompts"
+            if settings.get("concept"):  # its place in the joined list says nothing to the user
+                whose = f"a prompt of {settings['concept']}"
             raise UserError(
                 f"{whose} has a negative prompt, and {family.title} reads none at a guidance of"
                 f" {guidance:g}: drop it."
@@ -38,6 +42,7 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
 
     folder = folder_of(model.name)
     if cfg.variant is not None and folder is not None:
+        # Only a local model: of the hub's, diffusers says which variants there are.
         weights = folder / family.denoiser
         if not any(weights.glob(f"*.{cfg.variant}*.safetensors")):
             raise UserError(
@@ -45,16 +50,12 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
             )
 
 
-def _numbered_prompt(number: int) -> str:
-    return f"number {number} of --validation_prompts"
-
-
 def check_inputs(cfg: ImageOptions) -> None:
     """Refuse what `check_images` does, places that can't be a folder, and malformed ids."""
     check_strengths(cfg)
     if cfg.validation_part is not None:
         read_part(cfg.validation_part)
-    if not cfg.concepts:
+    if not cfg.concepts:  # theirs were checked as each was read (`concept_list`)
         check_images(cfg)
     for name in ("pretrained_vae_model_name_or_path", "hub_model_id"):
         value = getattr(cfg, name)
@@ -75,6 +76,7 @@ def check_cache(disk_cache: str) -> None:
     cache = cache_folder(disk_cache)
     if cache is None or disk_cache == CACHE_AUTO:
         return
+    # The folder is made in the nearest parent that exists, a dead link included.
     parents = (cache, *cache.absolute().parents)
     existing = next(path for path in parents if os.path.lexists(path))
     is_writable = is_folder(existing) and os.access(existing, os.W_OK | os.X_OK)
@@ -94,6 +96,7 @@ def check_images(cfg: ImageOptions) -> None:
     images = cfg.instance_data_dir
     if images is not None and folder_or_id(images, "--instance_data_dir") is None:
         raise UserError(f"--instance_data_dir {quoted(images)} does not exist: correct the path.")
+    # Class images that are missing are generated, and would be training images in the next run.
     source = str(cfg.dataset_name or cfg.instance_data_dir)
     folder = Path(source).expanduser()
     if cfg.class_data_dir is not None and Path(cfg.class_data_dir).exists():
@@ -103,6 +106,7 @@ def check_images(cfg: ImageOptions) -> None:
                 f"--class_data_dir {quoted(cfg.class_data_dir)} is the folder of the training"
                 " images: give the class images a folder of their own."
             )
+    # A set on the hub is not listed here: without any option it has no known column of captions.
     has_prompt = cfg.caption_column is not None or cfg.instance_prompt
     if not has_prompt and not (is_folder(folder) and list_folder(folder).has_captions):
         raise UserError(

@@ -68,6 +68,7 @@ class ModelOptions:
         " folder, or mini. With --dataset mini or mini-animals it defaults to mini.",
         place=True,
     )
+    # Derived: `derived.default_vae`.
     pretrained_vae_model_name_or_path: str | None = option(
         None,
         "Autoencoder to use instead of the pipeline's own. SDXL base in fp16 defaults to"
@@ -127,6 +128,7 @@ class DataOptions:
     image_column: str = option(
         "image", "Column that holds the images.", ignored=(ON_A_FOLDER_OF_FILES,)
     )
+    # Derived for the sets of `derived.PRESETS`, as are the prompts and the held-out set.
     caption_column: str | None = option(
         None,
         "Column that holds the captions; none reads none. Default: in a folder without metadata,"
@@ -144,6 +146,7 @@ class DataOptions:
         " folder, NAME.mask.png beside NAME.jpg; images without a mask are learned whole.",
     )
     alpha_mask: bool = option(False, "Take the images' own opacity for their masks.")
+    # Below 1: at 1 a mask would have no effect.
     unmasked_weight: float = option(
         0.0, "What the loss outside of a mask counts, in [0, 1); inside it is 1.", range=SHARES
     )
@@ -249,6 +252,7 @@ class ValidationOptions:
         range=Range(10_000, "so many of each prompt are generated, one by one", at_least=0),
         ignored=(WITHOUT_PROMPT,),
     )
+    # Table A8.
     validation_epochs: int | None = option(
         25, "Generate them every so many epochs.", range=STEPS, ignored=(WITHOUT_PROMPT,)
     )
@@ -310,6 +314,7 @@ class ValidationOptions:
 class ImageOutputOptions(OutputOptions):
     """The run folder, trackers and the hub."""
 
+    # Derived: `derived.default_output_kohya_format`.
     output_kohya_format: bool = option(
         True,
         "Write the LoRA under kohya's keys too, for ComfyUI, A1111 and others, which read nothing"

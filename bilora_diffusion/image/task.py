@@ -103,7 +103,7 @@ class DreamBooth:
         encoders where they are trained.
         """
         cfg = self.cfg
-        spec = AdapterSpec.of(cfg, target_modules=self.layers)
+        spec = AdapterSpec.from_options(cfg, target_modules=self.layers)
         (name, denoiser), *encoders = self.models.items()
         targets = [Target(name, denoiser, spec, cfg.learning_rate, cfg.adam_weight_decay)]
         encoder_spec = replace(spec, target_modules=TEXT_TARGETS)

@@ -32,10 +32,13 @@ INDEX = "index.json"
 MAX_IMAGES = 10_000
 """Images of an index that are read; a page of the viewer holds no more."""
 MAX_INDEX_BYTES = 20_000_000
+# Embedded guidance, sampler, control image, start image, truncated and renormalized guidance, flow
+# shift: the letters of sd-scripts.
 UNSUPPORTED_SETTINGS: dict[str, tuple[str, str]] = dict.fromkeys(
     ("g", "ss", "cn", "i", "ctr", "rcfg", "fs"),
     ("of kohya's settings it is left out", "write `--l` for guidance, or drop it"),
 )
+# A letter must follow the dashes: "10--20" and "a -- b" are text.
 SETTING_FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
 
 
@@ -88,12 +91,14 @@ def _prompt_and_flags(item: str | dict[str, Any]) -> tuple[str, list[str]]:
     if isinstance(item, str):
         # "a dog --n blurry --w 832" -> "a dog", "n blurry", "w 832"
         text, *flags = SETTING_FLAG.split(item)
+        # A text without settings is the prompt as it stands, spaces included.
         prompt = text.strip() if flags else text
         for flag in flags:
-            name, *values = flag.split(None, 1)
+            name, *values = flag.split(None, 1)  # without a value: the option refuses ""
             settings.append((name.lower(), "".join(values)))
     else:
         prompt = item.get("prompt")
+        # Null in a recipe is a setting that nobody gives.
         for name, value in item.items():
             if value is not None and name != "prompt":
                 settings.append((name, value))
@@ -162,6 +167,7 @@ def samples_of(config: Mapping[str, Any]) -> list[ValidationSample]:
     samples = []
     for prompt, prompt_settings in zip(prompts, settings, strict=True):
         first_sample = replace(usual_sample(config, prompt), **prompt_settings)
+        # The same seeds at each step, so that images of several steps can be compared.
         for number in range(config["num_validation_images"]):
             samples.append(replace(first_sample, seed=first_sample.seed + number))
     return samples
@@ -195,7 +201,7 @@ def write_images(
         information = PngInfo()
         if with_settings:
             settings = json.dumps(sample.to_dict(), ensure_ascii=False)
-            information.add_itxt("settings", settings)
+            information.add_itxt("settings", settings)  # iTXt is UTF-8, a plain text chunk Latin-1
         image.save(folder / file_name(number), pnginfo=information)
         entries.append({"file": file_name(number), **sample.to_dict()})
     # The last file: whoever reads it finds the images.
@@ -230,6 +236,7 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
         texts = (image.file, image.prompt)
         if not all(isinstance(text, str) and is_text(text) for text in texts):
             raise damaged
+        # No path that leads out of the folder, and no name that opening would raise on.
         if image.file != Path(image.file).name or "\0" in image.file:
             raise damaged
     return images
@@ -238,6 +245,7 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
 def derive_index(config: Mapping[str, Any]) -> list[ValidationImage]:
     """The index of a folder that was written before there was one: so many files of each prompt."""
     images: list[ValidationImage] = []
+    # An old record need not have these options.
     for prompt in config.get("validation_prompts") or ():
         for _ in range(config.get("num_validation_images") or 0):
             if len(images) == MAX_IMAGES:

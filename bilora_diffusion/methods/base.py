@@ -97,10 +97,11 @@ class Method:
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or MethodOptions()
-        self.settings: Any = self.options.own
+        self.settings: Any = self.options.settings
         if self.settings is None and self.own_options is not None:
             self.settings = self.own_options()
         rho = self.options.rho
+        # Not used where the radius sets itself (rho "auto").
         self.rho = self.default_rho if rho is None or isinstance(rho, str) else rho
         self.targets: tuple[Target, ...] = ()
         self.layers: list[tuple[str, adapters.LoraLayer]] = []

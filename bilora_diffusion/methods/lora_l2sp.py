@@ -36,7 +36,7 @@ class LoRAL2SP(HookedMethod):
 
     own_options = L2SPOptions
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType(
-        {"own": L2SPOptions(l2sp_lambda=0.0)}
+        {"settings": L2SPOptions(l2sp_lambda=0.0)}
     )
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ class LoRALookSAM(LoRASAM, CountingMethod):
 
     own_options = LookSAMOptions
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType(
-        {"rho": 1e-30, "own": LookSAMOptions(looksam_alpha=0.0)}
+        {"rho": 1e-30, "settings": LookSAMOptions(looksam_alpha=0.0)}
     )
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
@@ -88,6 +88,7 @@ class LoRALookSAM(LoRASAM, CountingMethod):
             if weight.grad is not None:
                 gradients.append(weight.grad)
                 directions.append(direction)
+        # `move_` divides by ||g_v||.
         length = self.settings.looksam_alpha * perturb.norm(gradients)
         perturb.move_(gradients, directions, length)
 
@@ -114,7 +115,13 @@ class LoRALookSAM(LoRASAM, CountingMethod):
 
 def _gradients(weights: list[nn.Parameter]) -> list[Tensor]:
     """Copies of the gradients, zero where there is none."""
-    return [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]
+    gradients: list[Tensor] = []
+    for weight in weights:
+        if weight.grad is None:  # a layer that the loss does not reach
+            gradients.append(torch.zeros_like(weight))
+        else:
+            gradients.append(weight.grad.clone())
+    return gradients
 
 
 @torch.no_grad()
@@ -125,6 +132,7 @@ def orthogonal(vectors: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
         vectors: v, changed in place.
         gradients: g, of the same shapes.
     """
+    # `where` and no `if`: to read the norm would wait for the device.
     square = perturb.dot(gradients, gradients)
     factor = torch.where(square > 0, perturb.dot(vectors, gradients) / square, 0.0)
     factors = [factor.to(g.device, g.dtype) for g in gradients]

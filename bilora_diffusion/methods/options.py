@@ -68,6 +68,7 @@ class AdapterOptions:
         " (all weights). Runs that differ only here see the same data and noise, so the options of"
         " the other methods may stand.",
     )
+    # Table A8: rank 4, alpha 8, no dropout.
     rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
     # Derived: `default_lora_alpha`.
     lora_alpha: float = option(
@@ -140,6 +141,7 @@ class MethodFlags:
         " product BA (Eq. 10 to the letter).",
         choices=RHO_NORMS,
     )
+    # Its defaults are `bilora.radius.RISE` and `RISE_BY_SAMPLE`, which need torch.
     loss_rise: float | None = option(
         None,
         "bilora with --rho auto: the share of the loss by which the auxiliary is to move it."
@@ -153,6 +155,7 @@ class MethodFlags:
         " / sqrt(layers), or nothing.",
         choices=BALLS,
     )
+    # At most `bilora.per_sample.LARGEST_SAMPLE_COUNT` for the word sample.
     auxiliaries: int | str = option(
         1,
         "bilora: auxiliaries. 1 is the paper's; of more, each sample sees one that only its own"
@@ -264,13 +267,13 @@ class MethodOptions(MethodFlags):
     # Of the training samples, by which they are dealt to auxiliaries, where they have names.
     sample_names: tuple[str, ...] = ()
     seed: int = 0  # of the random numbers that a method itself draws (Flat-LoRA's noise)
-    own: Any = None  # the options that the method alone has; None for their defaults
+    settings: Any = None  # options that the method alone has; None for their defaults
 
     def __post_init__(self) -> None:
         # However small: a limiting case of the method may be asked for.
         check(options_of([MethodFlags]), vars(self), dashes="", smallest=0.0)
-        if self.own is not None:
-            check(options_of([type(self.own)]), vars(self.own), dashes="")
+        if self.settings is not None:
+            check(options_of([type(self.settings)]), vars(self.settings), dashes="")
 
     def progress(self, step: int) -> float:
         """`step` as a share of the whole run, in (0, 1] for steps 1, 2, ... num_steps.

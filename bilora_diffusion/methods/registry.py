@@ -28,6 +28,7 @@ def register(name: str) -> Callable[[M], M]:
                 f'A method "{name}" is registered already: {_METHODS[name].__qualname__}.'
             )
         cls.name = name
+        # Of the class itself: a subclass such as LookSAM's would else have its base's title.
         cls.title = cls.__dict__.get("title") or name
         if cls.own_options is not None:
             cls.reads |= {field.name for field in fields(cls.own_options)}
@@ -76,6 +77,8 @@ def check_rho(name: str, rho: float | str | None) -> None:
     Raises:
         UserError: it names the method.
     """
+    # A method whose radius can set itself also reads the rise of the loss that it aims at. One that
+    # reads no radius leaves it alone, so that recipes can be shared.
     if rho == AUTO and reads(name) & {"rho", "loss_rise"} == {"rho"}:
         raise UserError(f"rho is {AUTO}, which only bilora can follow: give {name} a number.")
 
@@ -85,22 +88,29 @@ def default_rho(name: str, modality: str = "image") -> float | None:
     method = _METHODS.get(name)
     if method is None or "rho" not in method.reads:
         return None
-    rho = method.default_text_rho if modality == "text" else None
-    return method.default_rho if rho is None else rho
+    if modality == "text" and method.default_text_rho is not None:
+        return method.default_text_rho
+    return method.default_rho
 
 
 def default_options(method: type[Method]) -> dict[str, Any]:
     """The options that a method reads, with their defaults."""
     defaults: dict[str, Any] = {}
-    for group in (MethodOptions, method.own_options):
-        for field in fields(group) if group is not None else ():
+    groups: list[Any] = [MethodOptions]
+    if method.own_options is not None:
+        groups.append(method.own_options)
+    for group in groups:
+        for field in fields(group):
             defaults[field.name] = field.default
     return {name: defaults[name] for name in sorted(method.reads)}
 
 
 def option_names() -> frozenset[str]:
     """The options that make a difference to some method."""
-    return frozenset[str]().union(*(method.reads for method in _METHODS.values()))
+    names: set[str] = set()
+    for method in _METHODS.values():
+        names |= method.reads
+    return frozenset(names)
 
 
 def for_run(values: Mapping[str, Any], num_steps: int, sample_names: Sequence[str] = ()) -> Method:
@@ -116,7 +126,7 @@ def for_run(values: Mapping[str, Any], num_steps: int, sample_names: Sequence[st
     if method.own_options is not None:
         settings = method.own_options(**_values_of(method.own_options, values))
     options = _values_of(MethodOptions, values)
-    options |= {"num_steps": num_steps, "sample_names": tuple(sample_names), "own": settings}
+    options |= {"num_steps": num_steps, "sample_names": tuple(sample_names), "settings": settings}
     return method(MethodOptions(**options))
 
 

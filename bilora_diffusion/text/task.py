@@ -55,7 +55,7 @@ class TextTask:
     def targets(self) -> list[Target]:
         """The one model; what a classifier has of new layers is trained whole beside adapters."""
         cfg, whole = self.cfg, self.loaded.whole_modules
-        spec = AdapterSpec.of(cfg, target_modules=cfg.targets, modules_to_save=whole)
+        spec = AdapterSpec.from_options(cfg, target_modules=cfg.targets, modules_to_save=whole)
         return [Target(NAME, self.loaded.model, spec, cfg.learning_rate, cfg.adam_weight_decay)]
 
     def training_content(self) -> list[SampleContent]:

@@ -93,7 +93,7 @@ def test_a_schedule_without_a_length_is_refused():
 
 def test_looking_at_every_step_is_lora_sam_and_looks_are_logged():
     def look(every):
-        options = MethodOptions(rho=0.2, own=LookSAMOptions(looksam_k=every))
+        options = MethodOptions(rho=0.2, settings=LookSAMOptions(looksam_k=every))
         return Run("lora-looksam", options, "AdamW", 5e-3)
 
     sam, run = Run("lora-sam", MethodOptions(rho=0.2), "AdamW", 5e-3), look(2)

@@ -51,13 +51,13 @@ CASES: list[Case] = [
     ("lora-msam", {"rho": 0.2}, partial(reference.lora_msam, rho=0.2)),
     (
         "lora-looksam",
-        {"rho": 0.2, "own": LookSAMOptions(looksam_k=3, looksam_alpha=0.5)},
+        {"rho": 0.2, "settings": LookSAMOptions(looksam_k=3, looksam_alpha=0.5)},
         partial(reference.lora_looksam, rho=0.2, every=3, alpha=0.5),
     ),
     *(
         (
             "lora-l2sp",
-            {"own": L2SPOptions(l2sp_lambda=0.3), "init": init},
+            {"settings": L2SPOptions(l2sp_lambda=0.3), "init": init},
             partial(reference.lora_l2sp, strength=0.3),
         )
         for init in ("default", "pissa")
@@ -65,7 +65,7 @@ CASES: list[Case] = [
     *(
         (
             "efm-lora",
-            {"rho": 0.2, "own": EFMLoRAOptions(efm_beta=0.6, efm_schedule=schedule)},
+            {"rho": 0.2, "settings": EFMLoRAOptions(efm_beta=0.6, efm_schedule=schedule)},
             partial(reference.efm_lora, rho=0.2, beta=0.6, schedule=schedule),
         )
         for schedule in ("constant", "sqrt")

@@ -16,6 +16,7 @@ class UnboundedAuxiliary(Auxiliary):
     """An auxiliary that nothing bounds (`--ball none`)."""
 
     def project_(self, numbers: Sequence[int], rho: float | Tensor) -> ball.Projection:
+        # Measured all the same: the log shows how far it goes without Eq. 10.
         norm = self.norm()
         return ball.Projection(before=norm, after=norm, factor=torch.ones_like(norm))
 

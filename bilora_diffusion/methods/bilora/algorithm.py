@@ -114,7 +114,7 @@ class BiLoRA(AuxiliaryMethod):
         super().bind(optimizer)
         for hook in self._hooks:
             hook.remove()
-        # Hooks run in this order, on gradients that are unscaled and clipped.
+        # In this order, on unscaled and clipped gradients; a step that a scaler skips calls none.
         self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
         if self.is_ascending and "maximize" not in optimizer.defaults:
             self._hooks += turn_gradients(optimizer, self.auxiliary.parameters)

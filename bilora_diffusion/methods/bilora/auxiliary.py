@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ class Auxiliary:
 
     def factors(self) -> list[adapters.Factors]:
         """A and B of each layer, with the factor on its norm as scale."""
-        layers = [pair for model_layers in self._layers for pair in model_layers]
+        layers = list(chain.from_iterable(self._layers))  # model by model, as the scales are
         factors = []
         named_factors = adapters.factors_of(layers, AUXILIARY)
         for layer_factors, scale in zip(named_factors, self._norm_scales, strict=True):
@@ -121,7 +122,7 @@ class Auxiliary:
 def norm_scales(layers: Layers, rho_norm: str, adapter: str = AUXILIARY) -> list[float]:
     """Factor on the norm of each layer's B A: its scale s, or 1 (`--rho_norm unscaled`)."""
     if rho_norm == "unscaled":
-        return [1.0 for _ in layers]  # Eq. 10 to the letter
+        return [1.0] * len(layers)  # Eq. 10 to the letter: the paper leaves s out after Eq. 1
     return [float(layer.scaling[adapter]) for _, layer in layers]
 
 
@@ -143,14 +144,17 @@ def check_groups(
         UserError: its groups are not those of `param_groups`.
     """
     fix = "make the optimizer from param_groups() as it is."
-    auxiliary_ids = {id(parameter) for parameter in auxiliary}
-    primary_ids = {id(parameter) for parameter in primary}
+    # By identity: `==` of tensors compares their values.
+    auxiliary_ids = set(map(id, auxiliary))
+    primary_ids = set(map(id, primary))
     # Whatever is in no group would never be trained.
     missing = auxiliary_ids | primary_ids
     for group in optimizer.param_groups:
-        ids = {id(parameter) for parameter in group["params"]}
+        ids = set(map(id, group["params"]))
         missing -= ids
-        maximize, decay = bool(group.get("maximize", False)), group.get("weight_decay", 0)
+        # Groups that were not made by `param_groups` may lack these keys.
+        maximize = bool(group.get("maximize", False))
+        decay = group.get("weight_decay", 0)
         foreign = ids - auxiliary_ids
         # Weight decay would pull the auxiliary to zero, against its ascent.
         is_right = not foreign and maximize == is_ascending and decay == 0

@@ -125,16 +125,23 @@ def squares(factors: Sequence[Factors]) -> Squares:
     order: list[int] = []
     columns: list[Tensor] = []
     for stacks in _stacks(factors):
-        grams_A, grams_B, positions = [], [], list[int]()
+        layers = list[Factors]()  # of one rank, in the order of their Gram matrices
+        grams_A, grams_B = list[Tensor](), list[Tensor]()
         for stack in stacks:
-            grams_A.append(_gram(torch.stack([full_tensor(factors[i].A) for i in stack])))
-            grams_B.append(_gram(torch.stack([full_tensor(factors[i].B) for i in stack]).mT))
-            positions += stack
-        layers = [factors[i] for i in positions]
+            stack_A, stack_B = list[Tensor](), list[Tensor]()
+            for i in stack:
+                layers.append(factors[i])
+                stack_A.append(full_tensor(factors[i].A))
+                stack_B.append(full_tensor(factors[i].B))
+            grams_A.append(_gram(torch.stack(stack_A)))  # of (stack, r, n): (stack, r, r)
+            grams_B.append(_gram(torch.stack(stack_B).mT))  # of (stack, r, m): (stack, r, r)
+            order += stack
         terms = _scaled_squares(layers, torch.cat(grams_A), torch.cat(grams_B))
-        columns.append(terms.to(device))
-        order += positions
-    terms = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        columns.append(terms.to(device))  # (4, layers of the rank)
+    terms = columns[0]
+    if len(columns) > 1:  # several ranks, dtypes or devices
+        terms = torch.cat(columns, dim=1)
+    # Layers of one shape lie next to each other now; the caller wants them in its own order.
     if order != sorted(order):
         places = torch.tensor(order).argsort()
         terms = terms[:, places.to(device, non_blocking=True)]
@@ -149,6 +156,7 @@ def _stacks(factors: Sequence[Factors]) -> Iterable[list[list[int]]]:
     for group in alike((f.A.shape, f.B.shape, f.A.dtype, f.A.device) for f in factors):
         A, B = factors[group[0]].A, factors[group[0]].B
         size = _stack_size(A.device, A.numel() + B.numel())
+        # Gram matrices are (r, r) whatever the layer's width, so a rank's shapes share the sums.
         stacks = stacks_of_rank.setdefault((len(A), A.dtype, A.device), [])
         for start in range(0, len(group), size):
             stacks.append(group[start : start + size])
@@ -177,10 +185,12 @@ def grams(stacks: Sequence[Tensor]) -> Tensor:
     """
     first = stacks[0]
     size = _stack_size(first.device, first[0].numel() * len(stacks))
+    parts_of_stack = [stack.split(size) for stack in stacks]
     products = []
-    for parts in zip(*(stack.split(size) for stack in stacks), strict=True):
+    for parts in zip(*parts_of_stack, strict=True):
         matrices = torch.stack(parts, 1)  # (part of the layers, auxiliaries, r, n)
         products.append(_gram(matrices.flatten(0, 1)))
+    # (layers * auxiliaries, r, r) -> (layers, auxiliaries, r, r)
     return torch.cat(products).unflatten(0, (-1, len(stacks)))
 
 
@@ -194,7 +204,7 @@ def _scaled_squares(layers: Sequence[Factors], grams_A: Tensor, grams_B: Tensor)
         dtype=layers[0].A.dtype,
     )
     scales = [layer.scale for layer in layers]
-    if len(set(scales)) == 1:
+    if len(set(scales)) == 1:  # a number needs no copy to the device
         return terms * scales[0] ** 2
     return terms * torch.tensor(scales, dtype=grams_A.dtype, device=grams_A.device) ** 2
 
@@ -219,6 +229,7 @@ def squares_of_grams(
     norm = (grams_A * grams_B).sum((-2, -1))  # tr(G_B G_A), both symmetric
     magnitude = (rows_A * columns_B).sqrt().sum(-1).square()
     norm_A, norm_B = rows_A.sum(-1).sqrt(), columns_B.sum(-1).sqrt()
+    # An error of v in each of the r n numbers of A adds at most v sqrt(r n) |B| to ||B A||.
     absolute_A = math.sqrt(rank * width_A) * half_smallest * norm_B
     absolute_B = math.sqrt(width_B * rank) * half_smallest * norm_A
     absolute = (absolute_A + absolute_B).square()
@@ -234,12 +245,13 @@ def multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
         dtype, device = tensors[0].dtype, tensors[0].device
         is_narrow = dtype not in (torch.float32, torch.float64)
         # The multiplier itself must not be rounded to a narrow dtype.
-        multipliers = factor.to(device, torch.float32 if is_narrow else dtype).unbind()
+        factor_dtype = torch.float32 if is_narrow else dtype
+        multipliers = factor.to(device, factor_dtype).unbind()
         is_shared = len(multipliers) == 1
         by_tensor = []
         for i in group:
             multiplier = multipliers[0 if is_shared else i]
-            by_tensor += multiplier, multiplier
+            by_tensor += multiplier, multiplier  # of A and of B: Eq. 10 scales both by one root
         if is_narrow:
             for tensor, multiplier in zip(tensors, by_tensor, strict=True):
                 tensor.copy_(tensor.float() * multiplier)
@@ -249,14 +261,20 @@ def multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
 
 def full_tensor(tensor: Any) -> Tensor:
     """All of a tensor that FSDP2 has split over processes (a DTensor)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    return tensor
 
 
 def _local_part(tensor: Any) -> Tensor:
     """This process's part of it, to be changed in place."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()
+    return tensor
 
 
 def wide(device: torch.device) -> torch.dtype:
     """float64 where the device has it: it costs little here and makes the bound certain."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    if device.type == "mps":
+        return torch.float32
+    return torch.float64

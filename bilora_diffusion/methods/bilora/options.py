@@ -45,7 +45,7 @@ def auxiliary_rate(options: MethodFlags, rate: float, first_rate: float) -> floa
     """
     given_rate = options.auxiliary_learning_rate
     if given_rate is None:
-        return rate
+        return rate  # eta_2 = eta_1, as in the paper's experiments (Appendix G)
     if rate == first_rate:
         return given_rate
     if first_rate == 0:

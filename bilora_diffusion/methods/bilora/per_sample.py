@@ -139,6 +139,7 @@ class ModelAuxiliaries:
             norm_scales.append(scales[i])
         self.layout = FlatLayout(A, B)
         flat = self.layout.flatten(A, B)
+        # All begin with the same A and B = 0; the first gradients part them.
         self.parameters = [nn.Parameter(flat.clone()) for _ in range(count)]
         self._squared_scales = torch.tensor(norm_scales, dtype=torch.float64).square()
 
@@ -150,6 +151,7 @@ class ModelAuxiliaries:
             self.adapter = SampleAdapter(AUXILIARY, rank, primary[0].scale, fused_with=[PRIMARY])
         else:
             self.adapter = SampleAdapter(AUXILIARY, rank, scale, fused_with=[])
+        # s1 [B1, B2 s2 / s1] [A1; A2] = s1 B1 A1 + s2 B2 A2
         self.scale_ratio = scale / self.adapter.scale
         self.adapter.assign_slots(self.layers)
 
@@ -183,15 +185,17 @@ class ModelAuxiliaries:
 
     def squares(self, numbers: Sequence[int]) -> Tensor:
         """`ball.Squares` of these auxiliaries, (4, layers, auxiliaries)."""
-        stacks = [self.layout.views(self.parameters[number].data) for number in numbers]
-        # Gram matrices of the layers of each shape, (layers, auxiliaries, rank, rank).
-        grams_A, grams_B = list[Tensor](), list[Tensor]()
-        for shape in range(len(self.layout.A_shapes)):
-            grams_A.append(ball.grams([factors.A[shape] for factors in stacks]))
-        for shape in range(len(self.layout.B_shapes)):
-            grams_B.append(ball.grams([factors.B_transposed[shape] for factors in stacks]))
+        stacks_A, stacks_B = list[Sequence[Tensor]](), list[Sequence[Tensor]]()
+        for number in numbers:
+            stacks = self.layout.views(self.parameters[number].data)
+            stacks_A.append(stacks.A)
+            stacks_B.append(stacks.B_transposed)
+        # Gram matrices of the layers of each shape, (layers, auxiliaries, rank, rank). `zip` turns
+        # the stacks of each auxiliary into those of each shape.
+        grams_A = [ball.grams(stacks) for stacks in zip(*stacks_A, strict=True)]
+        grams_B = [ball.grams(stacks) for stacks in zip(*stacks_B, strict=True)]
         squares = ball.squares_of_grams(
-            torch.cat(grams_A),
+            torch.cat(grams_A),  # (layers, auxiliaries, rank, rank)
             torch.cat(grams_B),
             width_A=max(width for *_, width in self.layout.A_shapes),
             width_B=max(width for *_, width in self.layout.B_shapes),
@@ -218,6 +222,7 @@ class JoinedFactors:
         self._computed: dict[tuple[torch.dtype, bool], list[SampleFactors]] = {}
 
     def layer_factors(self, layer: int, dtype: torch.dtype, with_primary: bool) -> SampleFactors:
+        # A layer whose primary PEFT computes asks for the samples' part alone.
         key = (dtype, with_primary)
         if key not in self._computed:
             with torch.enable_grad():  # the pass that asks first may be one without gradients
@@ -345,6 +350,7 @@ class SampleAuxiliaries(Auxiliary):
         return self.norms.amax()
 
     def active_norm(self) -> Tensor | None:
+        # Other auxiliaries act in each step, so the last projection has the norm of others.
         return self.norms[self.active()].mean()
 
     def active(self) -> list[int]:
@@ -362,7 +368,7 @@ class SampleAuxiliaries(Auxiliary):
         squares = torch.cat([model.squares(numbers) for model in self._models], dim=1)
         # (4, layers, auxiliaries) -> (4, auxiliaries): the norm runs over the layers of all models.
         before, factor = ball.clipping(ball.Squares(*squares.sum(1)), rho)  # (auxiliaries,)
-        after = before * factor * factor
+        after = before * factor * factor  # A and B are multiplied each
         for model in self._models:
             parameters = [model.parameters[number].data for number in numbers]
             torch._foreach_mul_(parameters, list(factor.to(parameters[0]).unbind()))
@@ -375,6 +381,7 @@ class SampleAuxiliaries(Auxiliary):
             for number in numbers:
                 parameter = model.parameters[number]
                 if parameter.grad is not None:
+                    # The B^T of all layers lie behind their A.
                     yield parameter.data[start:], parameter.grad[start:]
 
     def tensors(self, model_names: Sequence[str]) -> dict[str, Tensor]:

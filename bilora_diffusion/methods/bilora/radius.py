@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class AutoRadius:
         self.tau = options.loss_rise or (RISE if count == 1 else RISE_BY_SAMPLE)
         self.rho: float | Tensor = math.inf
         self.rise: Tensor | None = None
-        self._layers = [pair for model_layers in layers for pair in model_layers]
+        self._layers = list(chain.from_iterable(layers))
         self._scales = norm_scales(self._layers, options.rho_norm, PRIMARY)
         self._step_loss: Tensor | None = None  # of the step that is being taken, as is gamma
         self._gamma: Tensor | None = None

@@ -58,11 +58,13 @@ class AuxiliaryMethod(CountingMethod):
         if self.projection is None:
             return {}
         metrics = {
-            "auxiliary_norm_before": float(self.projection.before),
+            "auxiliary_norm_before": float(self.projection.before),  # c of Eq. 10
             "auxiliary_norm": float(self.projection.after),
         }
         # "rho" and "loss_rise" are logged only where the radius sets itself.
-        return metrics if self.radius is None else metrics | self.radius.metrics()
+        if self.radius is not None:
+            metrics |= self.radius.metrics()
+        return metrics
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = super().tensors()
@@ -72,8 +74,11 @@ class AuxiliaryMethod(CountingMethod):
         return tensors | loose
 
     def state_dict(self) -> dict[str, Any]:
-        radius = {} if self.radius is None else self.radius.state_dict()
-        return super().state_dict() | radius
+        state = super().state_dict()
+        # The auxiliary itself is among the tensors, and its moments in the optimizer's state.
+        if self.radius is not None:
+            state |= self.radius.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
