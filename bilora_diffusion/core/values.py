@@ -27,7 +27,7 @@ class Range:
     maximum: int | float  # the largest
     reason: str  # why none is larger, as the end of a sentence
     at_least: int | None = None
-    above: int | None = None
+    greater_than: int | None = None
     less_than: int | None = None  # beside ``at_least``
     multiple_of: int | None = None  # what divides it
     instead: str = ""  # what to do instead of giving a number in the range
@@ -35,7 +35,7 @@ class Range:
     @property
     def or_zero(self) -> Range:
         """The same range, and 0."""
-        return dataclasses.replace(self, at_least=0, above=None)
+        return dataclasses.replace(self, at_least=0, greater_than=None)
 
     def check(self, label: str, value: Any, smallest: float = SMALLEST) -> None:
         """Refuse a number out of the range, and one other than 0 below ``smallest``."""
@@ -64,8 +64,8 @@ class Range:
             return f"give a multiple of {self.multiple_of}, such as {near}"
         if low:
             return f"give {self.at_least} or more{self.instead}"
-        if self.above is not None and number <= self.above:
-            return f"give a number above {self.above}{self.instead}"
+        if self.greater_than is not None and number <= self.greater_than:
+            return f"give a number above {self.greater_than}{self.instead}"
         return None
 
 
@@ -73,9 +73,11 @@ RANKS = Range(
     16_384, "a rank above a layer's smaller side adds nothing, and no model has a wider", at_least=1
 )
 SCALES = Range(
-    1e6, "the adapter's output is scaled by alpha / rank, and half precision ends there", above=0
+    1e6,
+    "the adapter's output is scaled by alpha / rank, and half precision ends there",
+    greater_than=0,
 )
-RATES = Range(1e4, "one step would be larger than any weight", above=0)
+RATES = Range(1e4, "one step would be larger than any weight", greater_than=0)
 BATCHES = Range(65_536, "no device holds a larger batch", at_least=1)
 STEPS = Range(10**9, "at ten steps a second that many take three years", at_least=1)
 ROWS = Range(10**9, "no data set here has more", at_least=1)
