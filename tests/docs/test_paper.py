@@ -79,6 +79,7 @@ def family(recipe: Path) -> str:
     return "glue" if recipe.stem in GLUE else "superglue"
 
 
+@pytest.mark.slow
 def test_every_variant_has_the_paper_s_radius_rate_and_number_of_runs(folder, hub):
     radii: dict[tuple[str, str], Any] = {}
     rates: dict[str, float] = {}

@@ -114,9 +114,15 @@ def place(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize(
-    ("command", "line"), [(command, line) for command, lines in CASES.items() for line in lines]
-)
+def cases():
+    """Every command with its command lines; the list of benchmarks takes seconds to load."""
+    for command, lines in CASES.items():
+        for line in lines:
+            marks = [pytest.mark.slow] if line == "steps --benchmarks toy" else []
+            yield pytest.param(command, line, marks=marks)
+
+
+@pytest.mark.parametrize(("command", "line"), cases())
 def test_bad_input_is_one_sentence(command, line, place, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     monkeypatch.chdir(place)

@@ -150,6 +150,7 @@ def run(name):
     return train_once(name, **base, **RUNS[name])
 
 
+@pytest.mark.slow
 def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(tmp_path):
     folder = copied(run("lora"), tmp_path / "lora")
     assert not list(folder.glob("lora*.safetensors"))  # kohya's would be named after the run

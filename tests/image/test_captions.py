@@ -35,7 +35,7 @@ def image_set(*texts) -> Any:
 def settings(**values) -> Any:
     options = {"trigger_word": None, "shuffle_tags": False, "caption_dropout": 0.0, "seed": 0}
     cfg = SimpleNamespace(**{"instance_prompt": None, **options, **values})
-    return SimpleNamespace(**vars(cfg), each=[cfg])
+    return SimpleNamespace(**vars(cfg), concept_configs=[cfg])
 
 
 def test_a_trigger_word_comes_first_unless_it_is_there():

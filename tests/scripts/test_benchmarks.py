@@ -62,7 +62,9 @@ def test_step_cost_is_a_table_and_json_of_all_methods_asked_for(
     assert set(arms) == {name for name in names() if name != "full"}
 
 
-@pytest.mark.parametrize(("shapes", "layers"), [("mini", 56), ("llama-7b-layer", 14)])
+@pytest.mark.parametrize(
+    ("shapes", "layers"), [pytest.param("mini", 56, marks=pytest.mark.slow), ("llama-7b-layer", 14)]
+)
 def test_both_forwards_of_bilora_are_the_same_training(shapes, layers, load, tmp_path, monkeypatch):
     step_cost, file = load("step_cost"), tmp_path / "result.json"
     llama = step_cost.SHAPES["llama-7b-layer"]

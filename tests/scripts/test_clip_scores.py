@@ -80,6 +80,7 @@ def require_close(first, second, left_out=""):
     assert left == pytest.approx(right, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     scored_runs, tiny_models, tmp_path, monkeypatch, capsys
 ):

@@ -87,6 +87,7 @@ def test_a_fit_goes_on_where_it_was_interrupted_and_trains_what_it_chose(
         train_text(parts, **flags)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_search_is_that_of_its_own_command(tmp_path):
     """With a held-out set in place of folds, and without a word about overfitting at the end."""
     (tmp_path / "space.yaml").write_text("method: [bilora, lora]\n")

@@ -52,6 +52,7 @@ def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, t
     assert generate(pipeline, ["a TOK icon"], [0], size=64, steps=2)[0].tobytes() != before
 
 
+@pytest.mark.slow
 def test_masks_and_a_kept_class(tmp_path):
     """A class that is kept and the hidden half of an image cost a loss."""
     icons = runs.two_icons(tmp_path / "icons")

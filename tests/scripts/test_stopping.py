@@ -92,6 +92,7 @@ def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
     assert f"validation/step-{best}/000.png" in (run / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplog):
     """Images by their files' content, rows by theirs, wherever they lie and whatever their name."""
 

@@ -153,6 +153,7 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
         assert facts[0].get(key) == facts[1].get(key)
 
 
+@pytest.mark.slow
 def test_an_early_step_in_a_format_and_refusals(tmp_path, capsys):
     run, early = runs.train_once(checkpointing_steps=1), tmp_path / "early.safetensors"
     assert export([str(run), "--step", "1", "--to", "kohya", "--output", str(early)]) == 0
@@ -191,6 +192,7 @@ def test_prior_preservation_makes_and_uses_class_images(tmp_path):
     assert runs.column(free, "loss")[0] == pytest.approx(runs.column(plain, "loss")[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
     icons = runs.two_icons(tmp_path / "icons")
     shared = {**icons, "max_train_steps": 3, "train_batch_size": 1}
@@ -232,6 +234,7 @@ def test_on_a_cpu_freed_memory_is_there_for_the_next_step():
     assert faults[1] - faults[0] < 1000
 
 
+@pytest.mark.slow
 def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch):
     """With a gradient scaler on the CPU; the run ends when no loss is finite any more."""
     build_accelerator, forward = command.build_accelerator, DreamBoothModule.forward

@@ -32,6 +32,7 @@ def without_compiler(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
 
 
+@pytest.mark.slow
 def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(without_compiler, caplog):
     plain, run = (Run("bilora", "default", "unet", compiled=is_so) for is_so in (False, True))
     assert run.model.state_dict().keys() == plain.model.state_dict().keys()
