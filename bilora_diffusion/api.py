@@ -159,7 +159,7 @@ class BiLoRA:
             snr: signal-to-noise ratio of each row, where a model learns to predict noise.
         """
         return self._method.around_batch(
-            [int(number) for number in numbers], [float(own) for own in snr]
+            [int(number) for number in numbers], [float(ratio) for ratio in snr]
         )
 
     def observe(self, loss: Tensor) -> None:

@@ -35,7 +35,7 @@ from . import evidence, recipes
 from .memory import row
 
 FOLDER = Path(__file__).parent
-MADE = "<!-- made by python -m docs.make -->"
+START = "<!-- made by python -m docs.make -->"
 END = "<!-- end -->"
 
 
@@ -61,24 +61,24 @@ def options() -> Iterable[str]:
 
 def diffusers() -> Iterable[str]:
     """Every flag of diffusers' scripts, and what differs."""
-    known = yaml.safe_load((FOLDER / "diffusers_flags.yaml").read_text(encoding="utf-8"))
-    yield known["intro"]
-    yield "\n".join(f"- {sentence}" for sentence in known["beside"])
-    yield _flags(known["sdxl"])
+    document = yaml.safe_load((FOLDER / "diffusers_flags.yaml").read_text(encoding="utf-8"))
+    yield document["intro"]
+    yield "\n".join(f"- {sentence}" for sentence in document["beside"])
+    yield _flags(document["sdxl"])
     yield "## Its scripts for other models"
-    yield known["others"]
-    yield _flags(known["flow"])
-    yield known["apart"]
+    yield document["others"]
+    yield _flags(document["flow"])
+    yield document["apart"]
     foreign = constraints.table().foreign["image"].items()
     body = [(f"`--{name}`", *sentence) for name, sentence in foreign]
     yield table(("flag", "why it is no option here", "instead"), body)
 
 
 def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
-    here = options_of(DreamBoothConfig.groups)
+    our_options = options_of(DreamBoothConfig.groups)
     body = []
     for name, flag in flags.items():
-        defaults = _value(flag.get("default")), _value(default_of(here[name]))
+        defaults = _value(flag.get("default")), _value(default_of(our_options[name]))
         body.append((f"`--{name}`", *defaults, flag.get("here", "same")))
     return table(("flag", "default there", "default here", "what differs"), body)
 
@@ -141,10 +141,10 @@ PAGES = {
 
 def page(name: str) -> str:
     """A page with what stands after its mark, or between its two, made anew."""
-    before, _, rest = (FOLDER / name).read_text(encoding="utf-8").partition(MADE)
-    _, end, after = rest.partition(END)
-    made = "\n\n".join(PAGES[name]())
-    return f"{before}{MADE}\n\n{made}\n" + (f"\n{end}{after}" if end else "")
+    before, _, tail = (FOLDER / name).read_text(encoding="utf-8").partition(START)
+    _, end, after = tail.partition(END)
+    content = "\n\n".join(PAGES[name]())
+    return f"{before}{START}\n\n{content}\n" + (f"\n{end}{after}" if end else "")
 
 
 def _script(name: str, config: type[RunConfig]) -> Iterable[str]:

@@ -43,11 +43,11 @@ def row(name: str, weights: str, *words: str) -> dict[str, int]:
         words: more of a command line.
     """
     quantized = ["--quantize", "none" if weights == "bf16" else weights]
-    taken = memory_by_phase(_bare(name, *quantized, *words), torch.device("cuda"))
-    held, trained = sum(taken[STEP].values()), _trained(name)
-    step = {"activations": taken[STEP]["activations"], "encoders": sum(taken[BEFORE].values())}
+    phases = memory_by_phase(_bare(name, *quantized, *words), torch.device("cuda"))
+    step_bytes, trained = sum(phases[STEP].values()), _trained(name)
+    step = {"activations": phases[STEP]["activations"], "encoders": sum(phases[BEFORE].values())}
     # The auxiliary is as large as the primary, with its gradients and moments.
-    return step | {"lora": held + trained, "bilora": held + 2 * trained}
+    return step | {"lora": step_bytes + trained, "bilora": step_bytes + 2 * trained}
 
 
 @functools.cache
@@ -57,9 +57,9 @@ def _trained(name: str) -> int:
 
 def _bare(name: str, *words: str) -> Any:
     """A run without images, and without the weights of its autoencoder."""
-    given = ["--resolution", "1024", "--mixed_precision", "bf16", "--train_batch_size", "1"]
-    given += ["--num_validation_images", "0", "--method", "lora", *words]
-    run = task(name, *given)
+    argv = ["--resolution", "1024", "--mixed_precision", "bf16", "--train_batch_size", "1"]
+    argv += ["--num_validation_images", "0", "--method", "lora", *words]
+    run = task(name, *argv)
     run.pipeline.vae = SimpleNamespace(config=run.pipeline.vae.config)
     return run
 
@@ -67,9 +67,9 @@ def _bare(name: str, *words: str) -> Any:
 def task(name: str, *words: str) -> Any:
     """The task as a dry run reads it."""
     with TemporaryDirectory() as folder:
-        given = ["--dataset", "mini", "--validation_dataset", "none", "--dry_run"]
-        given += ["--output_dir", folder, *words]
-        cfg = resolve([*given, "--pretrained_model_name_or_path", "mini"])  # without the hub
+        argv = ["--dataset", "mini", "--validation_dataset", "none", "--dry_run"]
+        argv += ["--output_dir", folder, *words]
+        cfg = resolve([*argv, "--pretrained_model_name_or_path", "mini"])  # without the hub
     family: Any = family_class(MODELS[name]["pipeline"], name)()
     part, config = MODELS[name]["denoiser"]
     denoiser = empty(lambda: getattr(diffusers, part)(**config), torch.bfloat16)

@@ -41,7 +41,7 @@ def page(path: Path, model: str) -> str:
 def peak(model: str, *words: str) -> int:
     """Bytes of a run on a GPU when it takes most, validation images included."""
     run = task(model, "--validation_prompt", "a photo of TOK", *words)
-    taken = complete(
+    phases = complete(
         memory_by_phase(run, torch.device("cuda")), attached(run, 1)[1], CUDA_CONTEXT_BYTES
     )
-    return max(sum(parts.values()) for parts in taken.values())
+    return max(sum(parts.values()) for parts in phases.values())

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ADAPTER_FILES = (".safetensors", *PICKLES)
 LARGEST_RANGE = 10_000
 COUNTS = Range(10**9, "no machine comes to the end of more", at_least=1)
-POSITIVE = Range(1e9, "nothing is measured that far out", above=0)
+POSITIVE = Range(1e9, "nothing is measured that far out", greater_than=0)
 
 
 class CommandHelp(command_line.Help, argparse.RawDescriptionHelpFormatter):

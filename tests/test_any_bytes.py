@@ -52,8 +52,8 @@ def read_run(path):
     lines, record = read_metrics(folder), dict(run.record)
     item = RunItem(".", label("run", record), record, None)
     state = progress(record, lines, 0.0, 0.0)
-    shown = TrainingRun(item, 0, lines, state, read_search(folder / "fit.json") or {})
-    for curves in charts([shown], 5).values():
+    training_run = TrainingRun(item, 0, lines, state, read_search(folder / "fit.json") or {})
+    for curves in charts([training_run], 5).values():
         table(curves)
 
 

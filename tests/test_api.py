@@ -107,6 +107,6 @@ def test_a_peft_model_keeps_its_trained_primary(tmp_path):
     assert bilora.auxiliary_norm() > 0
     bilora.save_pretrained(tmp_path)
     assert PeftModel.from_pretrained(tiny_mlp(), str(tmp_path))
-    other = get_peft_model(tiny_mlp(), LoraConfig(r=2, target_modules=["first"]))
+    mismatched_model = get_peft_model(tiny_mlp(), LoraConfig(r=2, target_modules=["first"]))
     with pytest.raises(UserError, match="rank 2 where 8"):
-        attach(other, BiLoRAConfig())
+        attach(mismatched_model, BiLoRAConfig())

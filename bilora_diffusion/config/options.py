@@ -84,7 +84,7 @@ class StepOptions:
         1.0,
         "Norm that the gradients are clipped to.",
         range=Range(
-            1e30, "norms in 32 bits end there; it clips nothing far below already", above=0
+            1e30, "norms in 32 bits end there; it clips nothing far below already", greater_than=0
         ),
     )
     # Derived: `default_mixed_precision`.
@@ -203,7 +203,7 @@ class OptimizerOptions:
     lr_power: float = option(
         1.0,
         "Power of polynomial.",
-        range=Range(100, "the rate would fall to 0 within the first steps", above=0),
+        range=Range(100, "the rate would fall to 0 within the first steps", greater_than=0),
         ignored=(unless("lr_scheduler", "polynomial", "on this course of the rate"),),
     )
     # The optimizer, whose name is put into lower case, and its moments.
@@ -222,7 +222,7 @@ class OptimizerOptions:
     adam_epsilon: float = option(
         1e-8,
         "Epsilon.",
-        range=Range(1e3, "the optimizer would hardly move anything", above=0),
+        range=Range(1e3, "the optimizer would hardly move anything", greater_than=0),
     )
     adam_weight_decay: float = option(1e-4, "Weight decay of the adapters.", range=DECAYS)
     # Of Prodigy alone.

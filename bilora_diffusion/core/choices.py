@@ -28,8 +28,11 @@ OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
 
 ALL_LINEAR = "all-linear"
 """Every linear layer but the output head."""
-ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL = "attention", "feed-forward", "convolutions", "all"
-LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL)
+ATTENTION = "attention"
+FEED_FORWARD = "feed-forward"
+CONVOLUTIONS = "convolutions"
+ALL_LAYERS = "all"
+LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL_LAYERS)
 """Names of groups of a denoiser's layers (`image.layers`)."""
 INITS = ("default", "gaussian", "pissa", "lora-ga")
 """First values of the primary."""

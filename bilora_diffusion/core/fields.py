@@ -110,27 +110,27 @@ def check(
         value, declared = values[name], option_of(field)
         if value is None or value in declared.words:
             continue
-        shown = f"{dashes}{name}"
-        _check_text(shown, value)
+        label = f"{dashes}{name}"
+        _check_text(label, value)
         if declared.range:
-            declared.range.check(shown, value, smallest)
+            declared.range.check(label, value, smallest)
         if declared.choices:
-            check_choice(shown, value, declared.choices)
+            check_choice(label, value, declared.choices)
         if declared.place and isinstance(value, str):
-            _check_place(shown, value)
+            _check_place(label, value)
 
 
-def _check_text(shown: str, value: Any) -> None:
+def _check_text(label: str, value: Any) -> None:
     """Refuse NULs and bytes that are not UTF-8, which can be neither written nor opened."""
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and ("\0" in text or not is_text(text)):
             raise UserError(
-                f"{shown} {quoted(text)} is no text, it has a NUL or bytes that are not UTF-8:"
+                f"{label} {quoted(text)} is no text, it has a NUL or bytes that are not UTF-8:"
                 " write it anew."
             )
 
 
-def _check_place(shown: str, value: str) -> None:
+def _check_place(label: str, value: str) -> None:
     """Refuse a name that no file or folder can have; it need not exist."""
     try:
         Path(value).expanduser().stat()
@@ -139,7 +139,7 @@ def _check_place(shown: str, value: str) -> None:
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "there is no such user"
         raise UserError(
-            f"{shown} {quoted(value)} can't be opened ({reason}): correct it, or its permissions."
+            f"{label} {quoted(value)} can't be opened ({reason}): correct it, or its permissions."
         ) from error
 
 
@@ -221,7 +221,7 @@ def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, 
 
 def _number(kind: Callable[[str], float], words: tuple[str, ...]) -> Callable[[str], float | str]:
     """Reads a number, or one of a few words; raises ValueError that says so."""
-    named = " or ".join(("a whole number" if kind is int else "a number", *words))
+    alternatives = " or ".join(("a whole number" if kind is int else "a number", *words))
 
     def read(text: str) -> float | str:
         if text in words:
@@ -229,7 +229,7 @@ def _number(kind: Callable[[str], float], words: tuple[str, ...]) -> Callable[[s
         try:
             return kind(text)
         except ValueError as error:
-            raise ValueError(f"give {named}") from error
+            raise ValueError(f"give {alternatives}") from error
 
     return read
 

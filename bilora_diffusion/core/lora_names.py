@@ -29,7 +29,7 @@ KOHYA_FILE_NAME_BEFORE = "pytorch_lora_weights_kohya.safetensors"
 _LONGEST = 180  # bytes of a name without its ending; file systems take 255 with all endings
 # What Windows has in no file name, and what ends a name in A1111's <lora:name:1>.
 _UNSAFE = re.compile(r'[<>:"/\\|?*,\x00-\x1f\x7f]')
-_TAKEN = ("adapter_model", "model", "diffusion_pytorch_model")
+_RESERVED_STEMS = ("adapter_model", "model", "diffusion_pytorch_model")
 
 
 def kohya_file_name(folder: str | Path, step: int | None = None) -> str:
@@ -48,7 +48,7 @@ def kohya_file_name(folder: str | Path, step: int | None = None) -> str:
     if step is not None:
         return f"{stem}-step-{step}.safetensors"
     name = f"{stem}.safetensors"
-    if name.lower().endswith(FILE_NAME) or stem.lower() in _TAKEN:
+    if name.lower().endswith(FILE_NAME) or stem.lower() in _RESERVED_STEMS:
         name = f"{stem}-kohya.safetensors"
     return name
 

@@ -24,20 +24,20 @@ SMALLEST = 1.2e-38
 class Range:
     """The numbers that an option may have."""
 
-    most: int | float  # the largest
+    maximum: int | float  # the largest
     reason: str  # why none is larger, as the end of a sentence
     at_least: int | None = None
-    above: int | None = None
-    below: int | None = None  # beside ``at_least``
+    greater_than: int | None = None
+    less_than: int | None = None  # beside ``at_least``
     multiple_of: int | None = None  # what divides it
     instead: str = ""  # what to do instead of giving a number in the range
 
     @property
     def or_zero(self) -> Range:
         """The same range, and 0."""
-        return dataclasses.replace(self, at_least=0, above=None)
+        return dataclasses.replace(self, at_least=0, greater_than=None)
 
-    def check(self, shown: str, value: Any, smallest: float = SMALLEST) -> None:
+    def check(self, label: str, value: Any, smallest: float = SMALLEST) -> None:
         """Refuse a number out of the range, and one other than 0 below ``smallest``."""
         fix = self._fix(value)
         if not fix and 0 < abs(value) < smallest:
@@ -45,7 +45,7 @@ class Range:
         if fix:
             long = type(value) is int and abs(value) >= 10**30
             text = f"a number of {len(str(abs(value)))} digits" if long else f"{value!r:.80}"
-            raise UserError(f"{shown} is {text}: {fix}.")
+            raise UserError(f"{label} is {text}: {fix}.")
 
     def _fix(self, value: Any) -> str | None:
         """The advice for a number out of the range; None for one in it."""
@@ -54,18 +54,18 @@ class Range:
         number: Any = value
         if isinstance(value, float) and not math.isfinite(value):
             return "give a finite number"
-        if number > self.most:
-            return f"give at most {self.most}, since {self.reason}"
+        if number > self.maximum:
+            return f"give at most {self.maximum}, since {self.reason}"
         low = self.at_least is not None and number < self.at_least
-        if self.below is not None and (low or number >= self.below):
-            return f"give a number from {self.at_least} up to, but not including, {self.below}"
+        if self.less_than is not None and (low or number >= self.less_than):
+            return f"give a number from {self.at_least} up to, but not including, {self.less_than}"
         if self.multiple_of and (low or number % self.multiple_of):
             near = max(self.multiple_of, round(number / self.multiple_of) * self.multiple_of)
             return f"give a multiple of {self.multiple_of}, such as {near}"
         if low:
             return f"give {self.at_least} or more{self.instead}"
-        if self.above is not None and number <= self.above:
-            return f"give a number above {self.above}{self.instead}"
+        if self.greater_than is not None and number <= self.greater_than:
+            return f"give a number above {self.greater_than}{self.instead}"
         return None
 
 
@@ -73,9 +73,11 @@ RANKS = Range(
     16_384, "a rank above a layer's smaller side adds nothing, and no model has a wider", at_least=1
 )
 SCALES = Range(
-    1e6, "the adapter's output is scaled by alpha / rank, and half precision ends there", above=0
+    1e6,
+    "the adapter's output is scaled by alpha / rank, and half precision ends there",
+    greater_than=0,
 )
-RATES = Range(1e4, "one step would be larger than any weight", above=0)
+RATES = Range(1e4, "one step would be larger than any weight", greater_than=0)
 BATCHES = Range(65_536, "no device holds a larger batch", at_least=1)
 STEPS = Range(10**9, "at ten steps a second that many take three years", at_least=1)
 ROWS = Range(10**9, "no data set here has more", at_least=1)
@@ -83,7 +85,7 @@ TOKENS = Range(10**7, "no model reads longer texts", at_least=1)
 WORKERS = Range(1024, "each is a process of its own", at_least=1)
 FACTORS = Range(1e6, "what it weighs would drown everything else", at_least=0)
 DECAYS = Range(1e4, "one step would take away more than the whole weight", at_least=0)
-SHARES = Range(1, "it is a share", at_least=0, below=1)
+SHARES = Range(1, "it is a share", at_least=0, less_than=1)
 SIDES = Range(
     8192, "a larger image alone takes the autoencoder over 34 GB a layer", at_least=8, multiple_of=8
 )
@@ -92,9 +94,9 @@ GUIDANCES = Range(100, "images are spoiled by far less", at_least=0)
 STRENGTHS = Range(10, "images are spoiled by far less", at_least=-10)
 
 
-def check_choice(shown: str, value: Any, choices: Iterable[Any]) -> None:
+def check_choice(label: str, value: Any, choices: Iterable[Any]) -> None:
     """Refuse a value that is none of the choices."""
     names = [str(choice) for choice in choices]
     if value not in names:
         hint = did_you_mean(str(value), names)
-        raise UserError(f"{shown} is {quoted(value)}{hint}: use one of {', '.join(names)}.")
+        raise UserError(f"{label} is {quoted(value)}{hint}: use one of {', '.join(names)}.")

@@ -9,7 +9,7 @@ from torch import nn
 from ..adapters import adaptable
 from ..adapters.access import is_within
 from ..core.choices import (
-    ALL,
+    ALL_LAYERS,
     ALL_LINEAR,
     ATTENTION,
     CONVOLUTIONS,
@@ -45,7 +45,7 @@ def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tup
         FEED_FORWARD: [name for name in linear if is_within(name, family.feed_forward)],
         CONVOLUTIONS: convolutions,
         ALL_LINEAR: linear,
-        ALL: linear + convolutions,
+        ALL_LAYERS: linear + convolutions,
     }
     kind = type(model).__name__
     module_names = [f".{name}" for name, _ in model.named_modules()]
@@ -54,8 +54,8 @@ def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tup
         # A word is a group, or the end of a layer's name such as to_q.
         if word not in groups and not any(name.endswith(f".{word}") for name in module_names):
             raise UserError(
-                f'{FLAG} "{word}" is not a layer of the {kind}{_hint(word, groups[ALL])}: give'
-                f" {', '.join(LAYER_GROUPS)}, or the ends of layers' names such as"
+                f'{FLAG} "{word}" is not a layer of the {kind}{_hint(word, groups[ALL_LAYERS])}:'
+                f" give {', '.join(LAYER_GROUPS)}, or the ends of layers' names such as"
                 f" {family.targets[0]}."
             )
         if not groups.get(word, word):

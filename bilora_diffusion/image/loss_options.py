@@ -68,7 +68,7 @@ class DiffusionOptions:
     snr_gamma: float | None = option(
         None,
         "Weigh the loss by min-SNR with this gamma (arXiv 2303.09556); 5 is usual.",
-        range=Range(1e6, "no signal-to-noise ratio of a schedule is higher", above=0),
+        range=Range(1e6, "no signal-to-noise ratio of a schedule is higher", greater_than=0),
     )
     snr_weighting: str = option(
         "published",
@@ -140,7 +140,7 @@ class FlowOptions:
     logit_std: float = option(
         1.0,
         "Standard deviation of logit_normal.",
-        range=Range(100, "only the two ends would be drawn", above=0),
+        range=Range(100, "only the two ends would be drawn", greater_than=0),
         ignored=(ON_SDXL,),
     )
     mode_scale: float = option(

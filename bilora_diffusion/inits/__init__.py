@@ -38,7 +38,7 @@ def prepare(model: nn.Module, spec: AdapterSpec) -> None:
     if not spec.changes_base:
         return
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    least = COMPONENTS[spec.init] * spec.rank
+    min_side = COMPONENTS[spec.init] * spec.rank
     for path, layer in adapters.layers(model, PRIMARY):
         weight = adapters.base_weight(layer)
         quantized = adapters.is_quantized(layer)
@@ -49,10 +49,10 @@ def prepare(model: nn.Module, spec: AdapterSpec) -> None:
                 'init "default" or take the layer out of target_modules.'
             )
         m, n = adapters.rows(layer, weight).shape
-        if min(m, n) < least:
+        if min(m, n) < min_side:
             raise UserError(
                 f'The layer {path} is {m} x {n}, and init "{spec.init}" at rank {spec.rank} needs '
-                f"{least} on each side; lower the rank or take the layer out of target_modules."
+                f"{min_side} on each side; lower the rank or take the layer out of target_modules."
             )
     adapters.keep_initial(model, spec)
 
@@ -82,19 +82,20 @@ def compute(
         weight, gradient = adapters.base_rows(layer), (gradients or {}).get(path)
         if gradient is not None:
             gradient = adapters.rows(layer, gradient)
-        for what, values in (("weight", weight), ("gradient", gradient)):
+        for quantity, values in (("weight", weight), ("gradient", gradient)):
             if values is not None and not bool(torch.isfinite(values).all()):
                 raise TrainingError(
-                    f'The {what} of {path} is not finite; init "{spec.init}" can\'t start from it.'
+                    f'The {quantity} of {path} is not finite; init "{spec.init}" can\'t start from '
+                    "it."
                 )
-        own = seed_of(seed, "init", path)
+        layer_seed = seed_of(seed, "init", path)
         if not needs_gradient(spec.init):
-            made = pissa.pissa(weight, spec.rank, float(layer.scaling[INITIAL]), own)
+            factors = pissa.pissa(weight, spec.rank, float(layer.scaling[INITIAL]), layer_seed)
         elif gradient is None or not gradient.any():
             continue  # the loss does not reach the layer, so no direction is better than another
         else:
-            made = lora_ga.lora_ga(gradient, spec.rank, own)
-        adapters.set_initial(layer, *made)
+            factors = lora_ga.lora_ga(gradient, spec.rank, layer_seed)
+        adapters.set_initial(layer, *factors)
         filled += 1
     if not filled:
         raise UserError(

@@ -55,8 +55,8 @@ def engine_name(trainer: Any) -> str | None:
         return "SageMaker model parallelism"
     kind = trainer.accelerator.distributed_type
     # Under these every process holds every parameter, so that the ball's norm sees all.
-    whole = kind == DistributedType.NO or kind.value.startswith("MULTI_")
-    return None if whole else str(kind.value)
+    holds_every_parameter = kind == DistributedType.NO or kind.value.startswith("MULTI_")
+    return None if holds_every_parameter else str(kind.value)
 
 
 def check_model(trainer: Any, bilora: BiLoRA) -> None:
@@ -90,15 +90,19 @@ def check_trainable(bilora: BiLoRA) -> None:
     """Refuse parameters that somebody has unfrozen, adapters that can't hold small updates, and an
     init that still needs a gradient.
     """
-    own = [p for group in bilora.param_groups(lr=0.0) for p in group["params"]]
-    held = {id(p) for p in (*own, *adapters.parameters(bilora.model, AUXILIARY))}
+    group_parameters = [p for group in bilora.param_groups(lr=0.0) for p in group["params"]]
+    adapter_ids = {
+        id(p) for p in (*group_parameters, *adapters.parameters(bilora.model, AUXILIARY))
+    }
     for name, parameter in bilora.model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in held:
+        if parameter.requires_grad and id(parameter) not in adapter_ids:
             raise UserError(
                 f"{name} is trainable, but only the adapters would be trained and saved; freeze "
                 "it by requires_grad_(False), or name its module in modules_to_save."
             )
-    if rounded := [p.dtype for p in own if p.dtype not in (torch.float32, torch.float64)]:
+    if rounded := [
+        p.dtype for p in group_parameters if p.dtype not in (torch.float32, torch.float64)
+    ]:
         raise UserError(
             f"The adapters are in {rounded[0]}, in which small updates are lost (a full evaluation "
             "in half precision casts them); train before it, or attach anew."

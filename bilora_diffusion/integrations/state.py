@@ -23,7 +23,7 @@ from ..core.lora_names import CONFIG, WEIGHTS
 from ..run.checkpoint import load_tensors, require_same_settings, separate
 
 STATE = "bilora_state.safetensors"
-BESIDE = ("optimizer.pt", "scheduler.pt")
+TRAINER_FILES = ("optimizer.pt", "scheduler.pt")
 """The trainer's own files without which it would go on with a fresh optimizer and not say so."""
 
 _VERSION = 2
@@ -44,7 +44,7 @@ def write(folder: Path, bilora: BiLoRA) -> None:
 
 def restore(folder: Path, bilora: BiLoRA) -> None:
     """Put a checkpoint's adapters and method state back, if it is whole and of these settings."""
-    for name in (STATE, *BESIDE):
+    for name in (STATE, *TRAINER_FILES):
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder} has no {name}, so training can't go on from it exactly; resume from a "
@@ -67,17 +67,17 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
     """Put the primary of a folder back, which `bilora.save_pretrained` wrote, if it fits."""
     path = folder / WEIGHTS
     saved = reading(str(path), "keep it in place", lambda: load_file(path))
-    named = adapters.named_parameters(bilora.model, PRIMARY)
-    own = {adapters.peft_key(key): value for key, value in named.items()}
+    parameters = adapters.named_parameters(bilora.model, PRIMARY)
+    primary = {adapters.peft_key(key): value for key, value in parameters.items()}
     heads = adapters.head_parameters(bilora.model, PRIMARY)
-    if missing := sorted({adapters.peft_path(key) for key in (*own, *heads)} - saved.keys()):
+    if missing := sorted({adapters.peft_path(key) for key in (*primary, *heads)} - saved.keys()):
         raise UserError(f"{missing[0]} is missing in {path}; it is of another model.")
     # of an init that changed the base weights the file has [B, -B0] and [A; A0]: the first part
     parts = {
         key: saved[adapters.peft_path(key)][tuple(slice(size) for size in value.shape)]
-        for key, value in own.items()
+        for key, value in primary.items()
     }
-    load_tensors(own, parts)
+    load_tensors(primary, parts)
     load_tensors(heads, {key: saved[adapters.peft_path(key)] for key in heads})
 
 

@@ -77,18 +77,18 @@ class WithBiLoRA(Trainer):
     """Comes before a trainer's own class; `use_bilora` puts it there."""
 
     bilora: BiLoRA
-    _alone: bool = False
+    _is_primary_alone: bool = False
     _loss: torch.Tensor | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         checks.check_trainable(self.bilora)
-        self._alone = False
+        self._is_primary_alone = False
         adapters.activate(self.bilora.model, (PRIMARY, AUXILIARY))
         try:
             return super().train(*args, **kwargs)
         finally:
             adapters.activate(self.bilora.model, (PRIMARY,))
-            self._alone = True
+            self._is_primary_alone = True
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Two groups from `learning_rate` and `weight_decay`; an optimizer that was given is
@@ -144,15 +144,15 @@ class WithBiLoRA(Trainer):
 
     @contextmanager
     def _primary_alone(self) -> Iterator[None]:
-        if self._alone:
+        if self._is_primary_alone:
             yield
             return
-        self._alone = True
+        self._is_primary_alone = True
         try:
             with self.bilora.evaluating():
                 yield
         finally:
-            self._alone = False
+            self._is_primary_alone = False
 
     evaluate = _of_the_primary("evaluate")
     predict = _of_the_primary("predict")
@@ -200,8 +200,8 @@ class _WithSamples:
 
     def __call__(self, rows: list[Any]) -> Any:
         numbers = [row[SAMPLES] for row in rows if SAMPLES in row]
-        kept = [{key: value for key, value in row.items() if key != SAMPLES} for row in rows]
-        batch = self._collate(kept)
+        plain_rows = [{key: value for key, value in row.items() if key != SAMPLES} for row in rows]
+        batch = self._collate(plain_rows)
         if numbers:
             batch[SAMPLES] = torch.tensor(numbers)
         return batch
@@ -241,8 +241,8 @@ def _with_bilora(kind: type[Trainer]) -> type[Trainer]:
 def _check_version(kind: type[Trainer]) -> None:
     """Refuse a Transformers that would pass by what `WithBiLoRA` does otherwise."""
     for name, value in vars(WithBiLoRA).items():
-        own = name in ("_primary_alone", "step_loss") or not callable(value)
-        if not own and not hasattr(kind, name):
+        is_added = name in ("_primary_alone", "step_loss") or not callable(value)
+        if not is_added and not hasattr(kind, name):
             raise UserError(
                 f"The trainer of Transformers {transformers.__version__} has no {name}, where "
                 "Bi-LoRA comes in; install Transformers 5.24."

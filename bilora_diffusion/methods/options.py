@@ -37,7 +37,7 @@ SECTION = "adapters and method"
 RADII = Range(
     1e6,
     "no change of the weights is so large, so it would bound nothing",
-    above=0,
+    greater_than=0,
     instead="; for plain LoRA use the method lora",
 )
 
@@ -146,7 +146,7 @@ class MethodFlags:
         None,
         "bilora with --rho auto: the share of the loss by which the auxiliary is to move it."
         " Default: 0.2, with several auxiliaries 0.4.",
-        range=Range(10, "the auxiliary would drown what is learned", above=0),
+        range=Range(10, "the auxiliary would drown what is learned", greater_than=0),
         ignored=(unless("rho", AUTO, "on a radius that is given"),),
     )
     ball: str = option(
@@ -215,7 +215,7 @@ class EFMLoRAOptions(OwnOptions):
     efm_beta: float = option(
         0.9,
         "efm-lora: share of the newest perturbation in the average, in (0, 1] (Equation 18).",
-        range=Range(1, "it is a share", above=0),
+        range=Range(1, "it is a share", greater_than=0),
     )
     efm_schedule: str = option(
         "constant",

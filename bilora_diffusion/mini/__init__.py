@@ -18,15 +18,15 @@ FLOW = "mini-flow"
 ANIMALS = "mini-animals"
 """A second set of icons, so small that adapters soon learn them by heart."""
 HELDOUT, ANIMALS_HELDOUT = f"{MINI}-heldout", f"{ANIMALS}-heldout"
-_HERE = Path(__file__).resolve().parent
-_FLOW = _HERE / "flow"
+_FOLDER = Path(__file__).resolve().parent
+_FLOW = _FOLDER / "flow"
 
 
 def pipeline_dir() -> Path:
     """Folder of the pipeline in diffusers format (float16), for
     ``StableDiffusionXLPipeline.from_pretrained``.
     """
-    return _HERE / "pipeline"
+    return _FOLDER / "pipeline"
 
 
 def flow_dir() -> Path:
@@ -52,21 +52,21 @@ def embedded(model: str | Path) -> str | None:
 
 def train_dir() -> Path:
     """Folder of the 23 DreamBooth icons (64 x 64 RGB PNG) and their ``metadata.jsonl``."""
-    return _HERE / "train"
+    return _FOLDER / "train"
 
 
 def heldout_dir() -> Path:
     """Folder of the 128 held-out icons and their ``metadata.jsonl``; the six subjects of Table 4
     come first.
     """
-    return _HERE / "heldout"
+    return _FOLDER / "heldout"
 
 
 FOLDERS = {
     MINI: train_dir(),
     HELDOUT: heldout_dir(),
-    ANIMALS: _HERE / "animals" / "train",
-    ANIMALS_HELDOUT: _HERE / "animals" / "heldout",
+    ANIMALS: _FOLDER / "animals" / "train",
+    ANIMALS_HELDOUT: _FOLDER / "animals" / "heldout",
 }
 """Folders of icons by what stands for them where a set is named; 12 animals of Noto Emoji to learn
 from, and 64 held-out ones, are in the form of the others.

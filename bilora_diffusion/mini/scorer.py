@@ -17,12 +17,12 @@ from bilora_diffusion.core.errors import UserError
 
 NAME = "mini-CLIP"
 CAPTIONS_FILE = "captions.txt"
-_HERE = Path(__file__).resolve().parent
+_FOLDER = Path(__file__).resolve().parent
 
 
 def scorer_dir() -> Path:
     """Folder of the shipped scorer, in the form of open_clip's ``local-dir:`` models."""
-    return _HERE / "scorer"
+    return _FOLDER / "scorer"
 
 
 def load(

@@ -89,8 +89,8 @@ def _classes(row: tuple[Any, ...]) -> CatalogTask:
     """A row of ``CLASSES``; its prompt is the task's name, then every column after its own name, in
     the alphabet's order.
     """
-    name, dataset, words, first, second, metrics, *more = row
-    holdout = more[0] if more else 0
+    name, dataset, words, first, second, metrics, *extra_fields = row
+    holdout = extra_fields[0] if extra_fields else 0
     columns = sorted(field for _, field, _, _ in Formatter().parse(first + (second or "")) if field)
     validation = "validation_matched" if name == "mnli" else "validation"
     return CatalogTask(
@@ -110,10 +110,10 @@ def _classes(row: tuple[Any, ...]) -> CatalogTask:
 
 
 def _instructions(
-    name: str, dataset: str, column: str, target: str, group: str | None = None, **more: Any
+    name: str, dataset: str, column: str, target: str, group: str | None = None, **fields: Any
 ) -> CatalogTask:
     """A set of instructions with free answers and no validation split."""
-    settings: dict[str, Any] = {"metrics": (), "validation": None, "holdout": 1000, **more}
+    settings: dict[str, Any] = {"metrics": (), "validation": None, "holdout": 1000, **fields}
     return CatalogTask(name, dataset, f"{{{column}}}", target, group=group or column, **settings)
 
 
@@ -248,10 +248,10 @@ def _gsm_symbolic(folder: Path, split: str) -> list[dict[str, Any]]:
     the validation set are left out of the training set.
     """
     with _gsm_generator(folder) as generator:
-        held = _gsm_questions(generator, "validation", frozenset())
+        validation = _gsm_questions(generator, "validation", frozenset())
         if split == "validation":
-            return held
-        return _gsm_questions(generator, "train", frozenset(row["question"] for row in held))
+            return validation
+        return _gsm_questions(generator, "train", frozenset(row["question"] for row in validation))
 
 
 @contextmanager
@@ -273,17 +273,19 @@ def _gsm_generator(folder: Path) -> Iterator[Any]:
                 del sys.modules[name]
 
 
-def _gsm_questions(generator: Any, split: str, known: frozenset[str]) -> list[dict[str, Any]]:
+def _gsm_questions(
+    generator: Any, split: str, excluded_questions: frozenset[str]
+) -> list[dict[str, Any]]:
     size = GSM_SIZES[split]
     config = generator.GSMSymbolicDatasetConfig(seed=GSM_STARTS[split], size=2 * size)
-    drawn = generator.GSMSymbolicDataset(config)
+    entries = generator.GSMSymbolicDataset(config)
     answers: dict[str, str] = {}
     for number in range(2 * size):
-        entry = drawn[number]
+        entry = entries[number]
         question = entry["question"].removesuffix(GSM_REQUEST)
         # Some worked answers end in 8.0 where the answer is 8.
         steps = entry["metadata"]["answer_cot"].rpartition("####")[0].rstrip()
-        if question not in known:
+        if question not in excluded_questions:
             answers.setdefault(question, f"{steps}\n#### {entry['answer']}")
         if len(answers) == size:
             break

@@ -133,9 +133,12 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
             " by --target_column."
         )
     encoded = Encoded(data, kind, examples)
-    for count, what in ((encoded.truncated, "cut to --max_length"), (encoded.dropped, "left out")):
+    for count, outcome in (
+        (encoded.truncated, "cut to --max_length"),
+        (encoded.dropped, "left out"),
+    ):
         if count:
-            logger.warning("%s: %d of %d rows are %s", name, count, len(examples), what)
+            logger.warning("%s: %d of %d rows are %s", name, count, len(examples), outcome)
     return encoded
 
 
@@ -160,8 +163,8 @@ def _tokenize(
     numbers = [row.pop("number") for row in answered]
     rows = rows_of([Example(**row) for row in answered]) if answered else []
     pairs = [(row, n) for row, n in zip(rows, numbers, strict=True) if row.target_tokens]
-    made = {name: [getattr(row, name) for row, _ in pairs] for name in columns}
-    return made | {"sources": [[n] for _, n in pairs]}
+    output = {name: [getattr(row, name) for row, _ in pairs] for name in columns}
+    return output | {"sources": [[n] for _, n in pairs]}
 
 
 def _check_length(option: str, length: int, loaded: TextModel) -> None:
@@ -252,24 +255,27 @@ def require_packable(model: Any) -> None:
         )
     if next(model.parameters()).is_meta:
         return  # a dry run has no values to compare
-    alone, packed, other = _probe(model)
-    scale = float(alone.abs().max())
-    if float((packed - other).abs().max()) > 1e-6 * scale:
+    single, packed_first, packed_second = _probe(model)
+    scale = float(single.abs().max())
+    if float((packed_first - packed_second).abs().max()) > 1e-6 * scale:
         raise UserError(f"{unsuited} lets a token see the example before its own: drop it.")
-    if float((packed - alone).abs().max()) > 0.05 * scale:  # loose, for weights in half precision
+    # The bound is loose, for weights in half precision.
+    if float((packed_first - single).abs().max()) > 0.05 * scale:
         raise UserError(f"{unsuited} counts the positions of packed examples wrong: drop it.")
 
 
 def _probe(model: Any) -> list[Tensor]:
     """Logits of three tokens: alone, and behind two neighbours that differ in their tokens."""
-    most = model.config.get_text_config().vocab_size - 1
-    asked = [5, 3, 4]
+    last_token = model.config.get_text_config().vocab_size - 1
+    probe_tokens = [5, 3, 4]
     logits = []
     with inference(model):
         for neighbours in ([], [[2, 6, 7, 8]], [[1, 0, 1, 0]]):
-            tokens = [[min(token, most) for token in part] for part in (*neighbours, asked)]
+            tokens = [
+                [min(token, last_token) for token in part] for part in (*neighbours, probe_tokens)
+            ]
             batch = collate([joined([{"input_ids": p, "labels": p} for p in tokens])], "causal", 0)
-            given: Any = send_to_device(batch, next(model.parameters()).device)
-            del given["labels"]
-            logits.append(model(**given, use_cache=False).logits[0, -len(asked) :].float())
+            inputs: Any = send_to_device(batch, next(model.parameters()).device)
+            del inputs["labels"]
+            logits.append(model(**inputs, use_cache=False).logits[0, -len(probe_tokens) :].float())
     return logits

@@ -81,17 +81,17 @@ class Evaluation:
 
     def answer(self, folder: Path) -> dict[str, float]:
         """Let the model answer, greedily; write ``predictions.jsonl``; return metrics."""
-        most = self.cfg.max_predictions
-        count = len(self.rows) if most is None else min(len(self.rows), most)
+        limit = self.cfg.max_predictions
+        count = len(self.rows) if limit is None else min(len(self.rows), limit)
         if not count or self.loaded.kind == "classification":
             return {}
         prompts = [self._prompt(i) for i in range(count)]
-        made: dict[int, str] = {}
+        text_by_row: dict[int, str] = {}
         with inference(self.module):
             for numbers in self.batches([len(prompt) for prompt in prompts]):
                 texts = generate(self.loaded, [prompts[i] for i in numbers], self.new_tokens)
-                made.update(zip(numbers, texts, strict=True))
-        answers, lines = [made[i] for i in range(count)], []
+                text_by_row.update(zip(numbers, texts, strict=True))
+        answers, lines = [text_by_row[i] for i in range(count)], []
         for i, answer in enumerate(answers):
             example = self.rows.example(i)
             line = {"prompt": example.question, "prediction": answer, "reference": example.answer}
@@ -132,33 +132,33 @@ def generate(
     """A model's answers to prompts in tokens; ``sampling`` as Transformers' `generate` takes it."""
     tokenizer, causal = loaded.tokenizer, loaded.kind == "causal"
     side = "left" if causal else "right"  # so that all answers start at one place
-    given = {
+    inputs = {
         "input_ids": padded(prompts, tokenizer.pad_token_id, side),
         "attention_mask": padded([[1] * len(prompt) for prompt in prompts], 0, side),
     }
     model: Any = loaded.model
     tokens = model.generate(
-        **send_to_device(given, model.device),
+        **send_to_device(inputs, model.device),
         max_new_tokens=new_tokens,
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id,
         **{"do_sample": False, **sampling},
     )
     if causal:
-        tokens = tokens[:, given["input_ids"].shape[1] :]
+        tokens = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def _new_tokens(cfg: TextConfig, loaded: TextModel) -> int:
     """Most tokens of a generated answer, of which the model must have more positions."""
-    asked, limit = cfg.generation_max_new_tokens, loaded.max_tokens
-    if asked is None and loaded.kind == "seq2seq":
+    new_tokens, limit = cfg.generation_max_new_tokens, loaded.max_tokens
+    if new_tokens is None and loaded.kind == "seq2seq":
         return cfg.max_target_length
-    if asked is None:
+    if new_tokens is None:
         return CAUSAL_NEW_TOKENS if limit is None else min(CAUSAL_NEW_TOKENS, limit // 2)
-    if limit is not None and asked >= limit:
+    if limit is not None and new_tokens >= limit:
         raise UserError(
-            f"--generation_max_new_tokens {asked} leaves no room for a prompt in the {limit}"
+            f"--generation_max_new_tokens {new_tokens} leaves no room for a prompt in the {limit}"
             f" tokens that the model allows: give {limit // 2} or less."
         )
-    return asked
+    return new_tokens

@@ -62,9 +62,9 @@ def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
             f"{where} has no turn of the assistant that answers one before it: give roles"
             ' "user" and "assistant", in turn.'
         )
-    used = tuple(turns[: answers[-1] + 1])
-    plain = len(used) == 2 and used[0][0] == "user"
-    return Example(used[-2][1], used[-1][1], turns=() if plain else used, where=where)
+    dialogue = tuple(turns[: answers[-1] + 1])
+    plain = len(dialogue) == 2 and dialogue[0][0] == "user"
+    return Example(dialogue[-2][1], dialogue[-1][1], turns=() if plain else dialogue, where=where)
 
 
 def open_file(
@@ -108,11 +108,11 @@ def open_file(
 
 
 def _column(
-    path: Path, columns: Sequence[str], given: str | None, usual: Sequence[str], option: str
+    path: Path, columns: Sequence[str], column_name: str | None, usual: Sequence[str], option: str
 ) -> str:
-    if given is not None and given != "auto":
-        require_column(given, columns, option, path.name)
-        return given
+    if column_name is not None and column_name != "auto":
+        require_column(column_name, columns, option, path.name)
+        return column_name
     column = next((name for name in usual if name in columns), None)
     if column is None:
         raise UserError(

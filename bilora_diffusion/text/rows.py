@@ -52,12 +52,16 @@ def open_rows(cfg: TextConfig) -> Rows:
         UserError: they can't be found or read, or don't suit the kind of model.
     """
     rows = _task_rows(cfg) if cfg.task else _file_rows(cfg)
-    held = rows.validation and subset(rows.validation, cfg.max_eval_samples, "validation")
-    if held:
-        names = [digest_texts([row.prompt, row.input, row.pair or "", row.answer]) for row in held]
-        what = f"the held-out rows of {rows.name}"
-        held = [held[i] for i in chosen(cfg.validation_part, names, what)]
-    return replace(rows, train=subset(rows.train, cfg.max_train_samples, "train"), validation=held)
+    validation = rows.validation and subset(rows.validation, cfg.max_eval_samples, "validation")
+    if validation:
+        names = [
+            digest_texts([row.prompt, row.input, row.pair or "", row.answer]) for row in validation
+        ]
+        label = f"the held-out rows of {rows.name}"
+        validation = [validation[i] for i in chosen(cfg.validation_part, names, label)]
+    return replace(
+        rows, train=subset(rows.train, cfg.max_train_samples, "train"), validation=validation
+    )
 
 
 def _task_rows(cfg: TextConfig) -> Rows:
@@ -67,8 +71,10 @@ def _task_rows(cfg: TextConfig) -> Rows:
             f"{task.name} has free answers, and --task_type classification needs classes: use a"
             " causal or seq2seq model."
         )
-    train, held = open_task(task, cfg.task_type, cfg.cache_dir)
-    return Rows(task.name, train, held or None, task.metrics, task.label_words, task.answer_marker)
+    train, validation = open_task(task, cfg.task_type, cfg.cache_dir)
+    return Rows(
+        task.name, train, validation or None, task.metrics, task.label_words, task.answer_marker
+    )
 
 
 def _file_rows(cfg: TextConfig) -> Rows:
@@ -114,13 +120,13 @@ def open_task(
     rows = _load(task, "train", cache_dir)
     numbers: Sequence[int] = range(len(rows))
     if task.validation is None:
-        others = held_out(task, rows)
-        held = examples(rows, "train", sorted(others))
-        numbers = [n for n in numbers if n not in others]
+        heldout_numbers = held_out(task, rows)
+        validation = examples(rows, "train", sorted(heldout_numbers))
+        numbers = [n for n in numbers if n not in heldout_numbers]
     else:
-        others = _load(task, task.validation, cache_dir)
-        held = examples(others, task.validation, range(len(others)))
-    return examples(rows, "train", subset(numbers, task.max_train_samples, "train")), held
+        validation_rows = _load(task, task.validation, cache_dir)
+        validation = examples(validation_rows, task.validation, range(len(validation_rows)))
+    return examples(rows, "train", subset(numbers, task.max_train_samples, "train")), validation
 
 
 def held_out(task: CatalogTask, rows: Any) -> set[int]:
@@ -136,11 +142,11 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
     groups: dict[str, list[int]] = {}
     for number, key in enumerate(rows[task.group]):
         groups.setdefault(str(key), []).append(number)
-    held: set[int] = set()
+    heldout_numbers: set[int] = set()
     for key in sorted(groups, key=lambda key: digest_texts(["held out", key])):
-        if len(held) >= task.holdout:
-            return held
-        held.update(groups[key])
+        if len(heldout_numbers) >= task.holdout:
+            return heldout_numbers
+        heldout_numbers.update(groups[key])
     raise UserError(
         f"{task.dataset} has {len(rows)} rows, and {task.name} holds {task.holdout} of them out:"
         " its download is incomplete, delete it and try again."
@@ -152,30 +158,30 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
 
     if task.package:
         return datasets.Dataset.from_list(packaged_rows(task, split))
-    given: Any = {"split": split, "cache_dir": cache_dir}
+    arguments: Any = {"split": split, "cache_dir": cache_dir}
     with translated(
         f"the dataset {task.dataset} of the task {task.name} could not be loaded",
         "check the connection, log in with `hf auth login` if it is not public, or give a file by"
         " --train_file",
     ):
         try:
-            return datasets.load_dataset(task.dataset, task.config_name, **given)
+            return datasets.load_dataset(task.dataset, task.config_name, **arguments)
         except RuntimeError as error:
             if "Dataset scripts are no longer supported" not in str(error):
                 raise
         # Of sets that come as a script, the hub keeps Parquet files on a branch.
         branch = f"hf://datasets/{task.dataset}@refs%2Fconvert%2Fparquet"
         files = {split: f"{branch}/{task.config_name or 'default'}/{split}/*.parquet"}
-        return datasets.load_dataset("parquet", data_files=files, **given)
+        return datasets.load_dataset("parquet", data_files=files, **arguments)
 
 
 def encode_rows(cfg: TextConfig, rows: Rows, loaded: TextModel) -> TextData:
     """Tokenize, and pack if that is asked for."""
-    train, held = encode(rows.train, cfg, loaded, rows.name), None
+    train, validation = encode(rows.train, cfg, loaded, rows.name), None
     if cfg.packing:
         require_packable(loaded.model)
         before, train = len(train), pack(train, cfg.max_length)
         logger.info("%d rows are packed into %d", before, len(train))
     if rows.validation:
-        held = encode(rows.validation, cfg, loaded, f"the held-out rows of {rows.name}")
-    return TextData(rows, train, held)
+        validation = encode(rows.validation, cfg, loaded, f"the held-out rows of {rows.name}")
+    return TextData(rows, train, validation)

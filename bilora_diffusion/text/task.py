@@ -54,8 +54,10 @@ class TextTask:
 
     def targets(self) -> list[Target]:
         """The one model; what a classifier has of new layers is trained whole beside adapters."""
-        cfg, whole = self.cfg, self.loaded.whole_modules
-        spec = AdapterSpec.from_options(cfg, target_modules=cfg.targets, modules_to_save=whole)
+        cfg, modules_to_save = self.cfg, self.loaded.whole_modules
+        spec = AdapterSpec.from_options(
+            cfg, target_modules=cfg.targets, modules_to_save=modules_to_save
+        )
         return [Target(NAME, self.loaded.model, spec, cfg.learning_rate, cfg.adam_weight_decay)]
 
     def training_content(self) -> list[SampleContent]:
@@ -74,8 +76,8 @@ class TextTask:
         if fold is not None:
             key = tuple(fold[1])
             if key not in self._folds:
-                train, held = ([data.rows.train[i] for i in part] for part in fold)
-                rows = replace(data.rows, train=train, validation=held)
+                train, validation = ([data.rows.train[i] for i in part] for part in fold)
+                rows = replace(data.rows, train=train, validation=validation)
                 self._folds[key] = encode_rows(cfg, rows, self.loaded)
             data = self._folds[key]
         task = TextTask(cfg, self.loaded, data)

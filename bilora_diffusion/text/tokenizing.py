@@ -290,8 +290,8 @@ def _turn_end(text: str, start: int, content: str, tokenizer: Any, where: str) -
             " found: give --template alpaca, or another chat template."
         )
     end = place + len(bare)
-    rest = text[end:].lstrip()
+    tail = text[end:].lstrip()
     marks = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     marks |= {tokenizer.eos_token} if tokenizer.eos_token else set()
-    mark = max((m for m in marks if m and rest.startswith(m)), key=len, default=None)
-    return end if mark is None else len(text) - len(rest) + len(mark)
+    mark = max((m for m in marks if m and tail.startswith(m)), key=len, default=None)
+    return end if mark is None else len(text) - len(tail) + len(mark)

@@ -59,7 +59,9 @@ class LandscapeOptions:
     max_images: int = option(
         8, "The first so many images of the loss; 0 for all.", range=COUNTS.or_zero
     )
-    levels: int = option(4, "Noise levels of the loss.", range=replace(COUNTS, most=NOISE_LEVELS))
+    levels: int = option(
+        4, "Noise levels of the loss.", range=replace(COUNTS, maximum=NOISE_LEVELS)
+    )
     seed: int = option(0, "Seed of the directions.")
     device: str | None = option(None, "cpu, cuda, cuda:1 (default: a GPU if there is one).")
 

@@ -111,7 +111,7 @@ def test_gpt2_style_conv1d_is_linear():
     torch.testing.assert_close(model(x), layer.base_layer(x) + x @ (deltas[0] + deltas[1]))
 
 
-class Odd(nn.Module):
+class UnsupportedLayers(nn.Module):
     def __init__(self):
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2)
@@ -129,18 +129,18 @@ class Odd(nn.Module):
         ({"target_modules": ("attention.out_proj",)}, "MultiheadAttention"),
         *(({"target_modules": (name,)}, name) for name in ("grouped", "dilated", "circular")),
         ({"target_modules": ("table",)}, "Embedding"),
-        ({"target_modules": ("to_q",)}, "matches no layer of Odd"),
+        ({"target_modules": ("to_q",)}, "matches no layer of UnsupportedLayers"),
     ],
 )
 def test_what_is_refused(values, word):
     with pytest.raises(UserError, match=word):
-        adapters.inject(Odd(), AdapterSpec(**values))
+        adapters.inject(UnsupportedLayers(), AdapterSpec(**values))
 
 
 @pytest.mark.parametrize(
     ("make", "targets", "expected"),
     [
-        (Odd, "all-linear", {"plain"}),
+        (UnsupportedLayers, "all-linear", {"plain"}),
         (tiny_mlp, "all-linear", {"first", "last"}),
         (tiny_mlp, ("last",), {"last"}),
         (tiny_mlp, "fir.*", {"first"}),
@@ -160,9 +160,9 @@ def test_all_linear_leaves_the_output_head_out_as_peft_does():
         config = LoraConfig(target_modules="all-linear", task_type=None)
         peft = get_peft_model(copy.deepcopy(model), config)
         theirs = {n.removeprefix("base_model.model.") for n, _ in adapters.layers(peft)}
-        found = set(adapters.target_layers(model, AdapterSpec()))
-        assert found == theirs
-        assert not any("lm_head" in name for name in found)
+        targets = set(adapters.target_layers(model, AdapterSpec()))
+        assert targets == theirs
+        assert not any("lm_head" in name for name in targets)
         adapters.inject(model, AdapterSpec())
         with pytest.raises(UserError, match='already has an adapter "default"'):
             adapters.inject(model, AdapterSpec())

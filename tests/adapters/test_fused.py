@@ -45,12 +45,12 @@ def results(model, x, autocast=None, forward=None):
     direction = torch.linspace(-1, 1, output.numel()).view(output.shape)
     model.zero_grad()
     (output.double() * direction).sum().backward()
-    found = {"output": output.detach(), "x": cast(Tensor, x.grad)}
+    tensors = {"output": output.detach(), "x": cast(Tensor, x.grad)}
     for name in adapters.active(model):
         for key, parameter in adapters.named_parameters(model, name).items():
             if parameter.grad is not None:
-                found[f"{name}.{key}"] = parameter.grad.clone()
-    return found
+                tensors[f"{name}.{key}"] = parameter.grad.clone()
+    return tensors
 
 
 def assert_same(fused, peft, tolerance):
@@ -85,12 +85,12 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 def test_same_as_peft(dtypes, ranks, alphas, shape, kernel, bias, active, transposed):
     """`dtypes`: of the weights, x, autocast; `kernel`: a convolution's, with stride and padding."""
     torch.manual_seed(0)
-    base, own, autocast = dtypes
+    base, x_dtype, autocast = dtypes
     layer: nn.Module = nn.Linear(12, 7, bias=bias)
     if kernel is not None:
         layer, shape = nn.Conv2d(12, 7, *kernel, bias=bias), (2, 12, 6, 5)
     model = adapted(layer.to(base), ranks, alphas, active)
-    x = torch.randn(shape, dtype=own)
+    x = torch.randn(shape, dtype=x_dtype)
     if transposed and kernel is not None:
         x = x.to(memory_format=torch.channels_last)
     elif transposed and x.dim() > 1:
@@ -98,20 +98,22 @@ def test_same_as_peft(dtypes, ranks, alphas, shape, kernel, bias, active, transp
     expected = results(model, x, autocast)
     assert fuse(model) == 1
     with mock.patch.object(type(model[0]).__mro__[2], "forward", side_effect=AssertionError):
-        made = results(model, x, autocast)
-    assert_same(made, expected, TOLERANCE[torch.bfloat16 if autocast else own])
+        actual = results(model, x, autocast)
+    assert_same(actual, expected, TOLERANCE[torch.bfloat16 if autocast else x_dtype])
 
 
 @each_layer
 def test_x_is_not_copied_to_fp32(layer, shape):
     model = adapted(copy.deepcopy(layer).to(torch.bfloat16))
     x = torch.randn(shape, dtype=torch.bfloat16)
-    kept: list[Tensor] = []
+    saved_tensors: list[Tensor] = []
     fuse(model)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved_tensors.append(t) or t, lambda t: t
+    ):
         model(x)
-    assert not [t for t in kept if t.dtype == torch.float32 and t.shape == x.shape]
-    assert [t for t in kept if t.data_ptr() == x.data_ptr()]
+    assert not [t for t in saved_tensors if t.dtype == torch.float32 and t.shape == x.shape]
+    assert [t for t in saved_tensors if t.data_ptr() == x.data_ptr()]
 
 
 STATES: dict[str, Callable[[Any], Any]] = {
@@ -188,44 +190,46 @@ def test_checkpointed_or_compiled_it_is_the_same(wrap, autocast, layer, shape):
     model, x = adapted(copy.deepcopy(layer)), torch.randn(shape)
     fuse(model)
     expected = results(model, x, autocast)
-    made = results(model, x, autocast, wrap(model))
-    assert_same(made, expected, TOLERANCE[torch.bfloat16] if autocast else 1e-6)
+    actual = results(model, x, autocast, wrap(model))
+    assert_same(actual, expected, TOLERANCE[torch.bfloat16] if autocast else 1e-6)
 
 
-@pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("beside", [[PRIMARY], []], ids=["at once", "apart"])
+@pytest.mark.parametrize("has_one_auxiliary", [True, False])
+@pytest.mark.parametrize("fused_with", [[PRIMARY], []], ids=["at once", "apart"])
 @pytest.mark.parametrize("dora", [False, True])
 @each_layer
-def test_rows_add_products_with_factors_of_their_own(layer, shape, dora, beside, alone):
+def test_rows_add_products_with_factors_of_their_own(
+    layer, shape, dora, fused_with, has_one_auxiliary
+):
     """Against autograd through each row's own two layers, in two passes, one checkpointed."""
     torch.manual_seed(0)
     model = adapted(copy.deepcopy(layer).double(), active=(PRIMARY,), use_dora=dora)
     fuse(model)
     lora_layer: Any = model[0]
     pair = [side[AUXILIARY] for side in (lora_layer.lora_A, lora_layer.lora_B)]
-    count, scale = 1 if alone else shape[0], lora_layer.scaling[AUXILIARY]
+    count, scale = 1 if has_one_auxiliary else shape[0], lora_layer.scaling[AUXILIARY]
     factors = [torch.randn(count, *m.weight.shape).double().requires_grad_() for m in pair]
 
     def row(x, i):
-        for module, own in zip(pair, factors, strict=True):
-            x = torch.func.functional_call(module, {"weight": own[i % count]}, x)
+        for module, weights in zip(pair, factors, strict=True):
+            x = torch.func.functional_call(module, {"weight": weights[i % count]}, x)
         return x
 
-    def each(x):
+    def row_by_row(x):
         return model(x) + scale * torch.cat([row(x[i : i + 1], i) for i in range(len(x))])
 
     x = torch.randn(shape, dtype=torch.float64)
-    expected = [results(model, x * k, forward=each) for k in (1, 2)]
+    expected = [results(model, x * k, forward=row_by_row) for k in (1, 2)]
 
     def flat(A, B):
         return torch.cat((A.flatten(), B.flatten(1).T.flatten()))
 
-    own = SampleAuxiliaries([adapters.layers(model, AUXILIARY)], [1.0], Assignment(count))
-    lora_layer.sample_slot.adapter.fused_with, lora_layer._active_adapter = beside, list(BOTH)
-    for i, parameter in enumerate(own.parameters()):
+    auxiliaries = SampleAuxiliaries([adapters.layers(model, AUXILIARY)], [1.0], Assignment(count))
+    lora_layer.sample_slot.adapter.fused_with, lora_layer._active_adapter = fused_with, list(BOTH)
+    for i, parameter in enumerate(auxiliaries.parameters()):
         parameter.data = flat(*(factor.detach()[i] for factor in factors))
-    with own.around_batch(range(count), ()):
+    with auxiliaries.around_batch(range(count), ()):
         for k, forward in enumerate((model, partial(checkpoint, model, use_reentrant=False))):
             assert_same(results(model, x * (k + 1), forward=forward), expected[k], 1e-12)
-    for i, parameter in enumerate(own.parameters()):
+    for i, parameter in enumerate(auxiliaries.parameters()):
         torch.testing.assert_close(parameter.grad, flat(*(f.grad[i] for f in cast(Any, factors))))

@@ -66,9 +66,10 @@ def test_a_weight_takes_half_a_byte_and_is_9_percent_off(dtype):
     # 4 bits, 8 for each 64 weights, 32 for each 256 of these; without the two code tables
     parts = (layer.weight, state.absmax, state.offset, state.state2.absmax)
     assert sum(t.nbytes for t in parts) * 8 / (512 * 640) == pytest.approx(4.127, abs=2e-3)
-    found: Any = dequantize_module_weight(layer)
-    assert found.dtype == dtype
-    assert 0.085 < float((found - weight).norm() / weight.norm()) < 0.1  # of normal weights
+    rounded_weight: Any = dequantize_module_weight(layer)
+    assert rounded_weight.dtype == dtype
+    relative_error = float((rounded_weight - weight).norm() / weight.norm())
+    assert 0.085 < relative_error < 0.1  # of normal weights
     assert torch.equal(layer.bias, bias)
     assert not layer.weight.requires_grad
 
@@ -99,8 +100,8 @@ def test_what_is_left_alone_and_what_stands_in_two_places():
 @pytest.mark.parametrize("active", [BOTH[::-1], (PRIMARY,)], ids="-".join)
 def test_adapters_act_as_on_the_rounded_weight_fused_or_not(active, dora, dtype, autocast):
     model, plain = (adapt(make(dtype), dora) for make in (four_bit, rounded))
-    for each in (model, plain):
-        adapters.activate(each, active)
+    for network in (model, plain):
+        adapters.activate(network, active)
     x = torch.randn(2, 5, INPUTS, dtype=dtype)
     expected = results(plain, x, autocast)
     fuse(plain)
@@ -108,9 +109,9 @@ def test_adapters_act_as_on_the_rounded_weight_fused_or_not(active, dora, dtype,
     fused = results(model, x, autocast)
     assert_same(fused, results(plain, x, autocast), TOLERANCE[autocast or dtype])
     with unfused(model):
-        found = results(model, x, autocast)
-    found["output"] = found["output"].to(expected["output"].dtype)
-    assert_same(found, expected, TOLERANCE[autocast or dtype])
+        unfused_results = results(model, x, autocast)
+    unfused_results["output"] = unfused_results["output"].to(expected["output"].dtype)
+    assert_same(unfused_results, expected, TOLERANCE[autocast or dtype])
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -152,7 +153,7 @@ def test_checkpointing_and_evaluations_change_nothing(monkeypatch):
 
 def test_without_bitsandbytes_it_is_named(monkeypatch):
     real = importlib.util.find_spec
-    lacks = lambda name, *rest: None if name == "bitsandbytes" else real(name, *rest)  # noqa: E731
+    lacks = lambda name, *arguments: None if name == "bitsandbytes" else real(name, *arguments)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", lacks)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for refuse in (lambda: resolve(["--dataset", "mini", "--quantize", "nf4"]), four_bit):

@@ -277,20 +277,20 @@ def test_it_serves_where_a_proxy_is_set_that_does_not_answer(tmp_path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sent", "ignored"),
+    ("signal_number", "ignored"),
     [(signal.SIGTERM, False), (signal.SIGHUP, True)],
 )
-def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, sent, ignored):
+def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, ignored):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     port = free_port()
-    before = signal.getsignal(sent)
+    before = signal.getsignal(signal_number)
     if ignored:  # as nohup does
-        signal.signal(sent, signal.SIG_IGN)
+        signal.signal(signal_number, signal.SIG_IGN)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = started("-m", "app.viewer", tmp_path, "--port", port, **pipes)
-    signal.signal(sent, before)
+    signal.signal(signal_number, before)
     try:
         assert str(port) in process.stdout.readline()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
@@ -298,7 +298,7 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, sent, ignored):
         assert connection.getresponse().status == 200
         connection.close()
         assert [*temporary.glob("bilora-viewer-*")]
-        process.send_signal(sent)
+        process.send_signal(signal_number)
         if ignored:
             time.sleep(0.5)
             assert process.poll() is None

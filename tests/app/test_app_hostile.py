@@ -30,7 +30,7 @@ class Tabs:
             self.vote = vote.Tab(self.catalog, changed)
             self.training = training.Tab(self.catalog, changed)
 
-    def shown(self):
+    def contents(self):
         """The contents of each when it is opened and everything in it is chosen once."""
         scan, runs = self.catalog.scan, validation.with_images(self.catalog)
         steps = validation.common_steps(runs)
@@ -52,18 +52,18 @@ class Tabs:
         cards = [draw.pop(self.training.cards) + draw.pop(self.training.legend) for draw in draws]
         figures = [len(results.pictures(self.catalog, item)[0]) for item in scan.figures]
         return {
-            "page": sent([frame.title(self.catalog), frame.notices(self.catalog)]),
-            "images": sent(images),
-            "cards": sent(cards),
-            "curves": sent(to_json(update) for draw in draws for update in draw.values()),
-            "Compare": sent(value for update in scores for value in update.values()),
-            "Generate": sent(self.generate.choices("", "")),
-            "Vote": sent(value for update in votes for value in update.values()),
-            "Training": sent(self.training._load(None).values()),
-            "Results": sent(
+            "page": event_json([frame.title(self.catalog), frame.notices(self.catalog)]),
+            "images": event_json(images),
+            "cards": event_json(cards),
+            "curves": event_json(to_json(update) for draw in draws for update in draw.values()),
+            "Compare": event_json(value for update in scores for value in update.values()),
+            "Generate": event_json(self.generate.choices("", "")),
+            "Vote": event_json(value for update in votes for value in update.values()),
+            "Training": event_json(self.training._load(None).values()),
+            "Results": event_json(
                 f"{item.path} {n}" for item, n in zip(scan.figures, figures, strict=True)
             ),
-            "reports": sent(results.text(self.catalog, item) for item in scan.figures),
+            "reports": event_json(results.text(self.catalog, item) for item in scan.figures),
         }
 
 
@@ -72,7 +72,7 @@ def to_json(update):
     return update.to_json(orient="split") if hasattr(update, "to_json") else update
 
 
-def sent(values):
+def event_json(values):
     """An event's values for the browser, as Gradio writes them."""
     return orjson.dumps(list(values), default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
@@ -82,18 +82,20 @@ def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(tmp_path, mo
     make_good(tmp_path)
     for number, damage in enumerate(HOSTILE.values()):
         damage(tmp_path / f"{number:02}")  # before the good ones in every list
-    shown = Tabs(tmp_path).shown()
+    contents = Tabs(tmp_path).contents()
     for tab in ("Generate", "Training"):
-        assert all(f"good/{name}" in shown[tab] for name in ("lora", "bilora")), tab
+        assert all(f"good/{name}" in contents[tab] for name in ("lora", "bilora")), tab
     for tab in ("Compare", "Vote"):
-        assert "good/scores" in shown[tab]
-    assert "good/landscape 1" in shown["Results"]
+        assert "good/scores" in contents[tab]
+    assert "good/landscape 1" in contents["Results"]
     for tab in ("images", "Compare", "Vote"):
-        assert shown[tab].count("data:image/webp") >= 2, tab
+        assert contents[tab].count("data:image/webp") >= 2, tab
     for part in ("cards", "curves"):
-        assert all(f"{name}, seed 0" in shown[part] for name in ("LoRA", "Bi-LoRA")), part
+        assert all(f"{name}, seed 0" in contents[part] for name in ("LoRA", "Bi-LoRA")), part
     for tab in ("page", "images", "cards"):  # the others' texts are no HTML
-        assert "<script" not in shown[tab], tab
-    assert "<" not in shown["reports"], "Markdown passes HTML on"
-    assert not [part for part, text in shown.items() if "rm -rf" in text], "a command to copy"
-    assert not [part for part, text in shown.items() if str(tmp_path) in text], "no place is told"
+        assert "<script" not in contents[tab], tab
+    assert "<" not in contents["reports"], "Markdown passes HTML on"
+    assert not [part for part, text in contents.items() if "rm -rf" in text], "a command to copy"
+    assert not [part for part, text in contents.items() if str(tmp_path) in text], (
+        "no place is told"
+    )

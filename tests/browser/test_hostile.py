@@ -11,16 +11,16 @@ from tests.app.hostile import HOSTILE, make_good
 from tests.browser.conftest import go, pick
 
 pytestmark = pytest.mark.slow
-HERE = "127.0.0.1"
+LOCALHOST = "127.0.0.1"
 
 
 def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(tmp_path, start, visit):
     make_good(tmp_path)
     for number, damage in enumerate(HOSTILE.values()):
         damage(tmp_path / f"{number:03}")
-    hostile, page, asked = start(tmp_path), visit(), list[str]()
+    hostile, page, requested_urls = start(tmp_path), visit(), list[str]()
     names = {run.path: run.name for run in Catalog(tmp_path).scan.runs}
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requested_urls.append(request.url))
     go(page, hostile.url)
     expect(page.locator("#frame-notice")).to_contain_text("folders are not shown")
     expect(page.locator("#validation-images img").first).to_be_visible()
@@ -34,8 +34,8 @@ def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(tmp_path, s
         expect(page.locator("#training-cards")).to_contain_text(names[run])
     expect(page.locator("#training-loss svg.marks")).to_be_visible()
     curve = page.locator("#training-loss").bounding_box()  # the picture itself is drawn anew
-    for at in range(1, 20):  # a pointer shows names as text, too
-        place = at / 20
+    for step in range(1, 20):  # a pointer shows names as text, too
+        place = step / 20
         page.mouse.move(curve["x"] + place * curve["width"], curve["y"] + place * curve["height"])
     go(page, hostile.url, "Results")
     pick(page, "results-result", f"Landscape: {list(HOSTILE).index('report is a page'):03}")
@@ -45,18 +45,22 @@ def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(tmp_path, s
     expect(report.locator("form, img, svg, .katex, .mermaid, [style*=fixed]")).to_have_count(0)
     expect(page.get_by_test_id("toast-body")).to_have_count(0)
     assert page.evaluate("window.evil") is None
-    assert [url for url in asked if not url.startswith((hostile.url, "data:", "blob:"))] == []
+    assert [
+        url for url in requested_urls if not url.startswith((hostile.url, "data:", "blob:"))
+    ] == []
 
     answers: list[Response] = []
     page.on("response", lambda answer: answers.append(answer))
-    with http.server.ThreadingHTTPServer((HERE, 0), http.server.SimpleHTTPRequestHandler) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        page.goto(f"http://{HERE}:{other.server_port}/docs/")
+    with http.server.ThreadingHTTPServer(
+        (LOCALHOST, 0), http.server.SimpleHTTPRequestHandler
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page.goto(f"http://{LOCALHOST}:{server.server_port}/docs/")
         ask = "([url, how]) => fetch(url, how).then(a => a.text(), e => `refused: ${e}`)"
         assert "refused" in page.evaluate(ask, [f"{hostile.url}/config", {}])
-        sent = {"method": "POST", "mode": "no-cors", "body": '{"data": [], "fn_index": 0}'}
-        assert page.evaluate(ask, [f"{hostile.url}/gradio_api/queue/join", sent]) == ""
-        other.shutdown()
+        post = {"method": "POST", "mode": "no-cors", "body": '{"data": [], "fn_index": 0}'}
+        assert page.evaluate(ask, [f"{hostile.url}/gradio_api/queue/join", post]) == ""
+        server.shutdown()
     assert {a.status for a in answers if a.url.startswith(hostile.url)} == {403}
     page.set_content(f'<iframe src="{hostile.url}/"></iframe>')
     page.wait_for_timeout(2000)

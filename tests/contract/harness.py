@@ -50,11 +50,14 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 """Bi-LoRA's own options, of which any two are tried together."""
 
 
-def allowed(name: str, option: str, **own: Any) -> bool:
+def allowed(name: str, option: str, **options: Any) -> bool:
     """Test that the table of combinations lets these through."""
     facts = {{"init": "init_lora_weights"}.get(key, key): v for key, v in SPECS[option].items()}
     weights = "nf4" if option == "nf4" else "none"
-    return constraints.first_violated({"method": name, "quantize": weights, **facts, **own}) is None
+    return (
+        constraints.first_violated({"method": name, "quantize": weights, **facts, **options})
+        is None
+    )
 
 
 def combos() -> list[tuple[str, str, str]]:
@@ -78,11 +81,11 @@ def pairwise(name: str) -> list[dict[str, Any]]:
     """Settings in which every allowed pair of values of two options occurs at least once."""
     rows = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
     pairs = [(row, set(combinations(row.items(), 2))) for row in rows if allowed(name, **row)]
-    left, chosen = set[Any]().union(*(own for _, own in pairs)), []
+    left, chosen = set[Any]().union(*(row_pairs for _, row_pairs in pairs)), []
     while left:
-        row, own = max(pairs, key=lambda pair: len(left & pair[1]))
+        row, row_pairs = max(pairs, key=lambda pair: len(left & pair[1]))
         chosen.append(row)
-        left -= own
+        left -= row_pairs
     return chosen
 
 
@@ -136,7 +139,7 @@ class Run:
         self.accelerator: Accelerator | None = None
         self.rows = slice(0, ROWS)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if overflow else None
-        self.taken = 0
+        self.steps_taken = 0
         self.blocks = Blocks([self.model] if compiled else [])
 
     def initialise(self) -> Self:
@@ -155,7 +158,7 @@ class Run:
         adapters.subtract_initial(self.model)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.method.load_state_dict(saved["method"])
-        self.taken = saved["taken"]
+        self.steps_taken = saved["steps_taken"]
         return self
 
     def checkpoint(self) -> dict[str, Any]:
@@ -164,7 +167,7 @@ class Run:
                 "tensors": self.method.tensors(),
                 "optimizer": self.optimizer.state_dict(),
                 "method": self.method.state_dict(),
-                "taken": self.taken,
+                "steps_taken": self.steps_taken,
             }
         )
 
@@ -172,9 +175,9 @@ class Run:
         """Let DDP average the gradients of two processes, each with half of the rows."""
         rank = torch.distributed.get_rank()
         self.accelerator = Accelerator(cpu=True)
-        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        optimized_ids = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         cast(Any, self.model)._ddp_params_and_buffers_to_ignore = [
-            name for name, p in self.model.named_parameters() if id(p) not in known
+            name for name, p in self.model.named_parameters() if id(p) not in optimized_ids
         ]
         self.forward_model = DistributedDataParallel(self.model)
         self.rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
@@ -184,7 +187,7 @@ class Run:
         losses = []
         for _ in range(steps):
             losses.append(float(self.method.step(self._forward_backward, self)))
-            self.taken += 1
+            self.steps_taken += 1
         return losses
 
     def step(self) -> None:
@@ -215,7 +218,7 @@ class Run:
                 loss = self._loss(slice(start, start + count)) / self.micro_batches
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
-        if self.overflow and self.taken in self.overflow:
+        if self.overflow and self.steps_taken in self.overflow:
             for parameter in self.method.clip_parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(float("inf"))
@@ -242,12 +245,14 @@ def compared(name: str, option: str, kind: str) -> Run:
     """A run that one process and two take alike; the option "auto" is a radius that sets itself,
     "sample" an auxiliary for each row beside it, in float64.
     """
-    own = {AUTO: {}, SAMPLE: {"auxiliaries": ROWS}}.get(option)
+    auxiliary_options = {AUTO: {}, SAMPLE: {"auxiliaries": ROWS}}.get(option)
     settings: dict[str, Any] = {"lr": 0.1, "optimizer": "SGD"}
-    if own is not None:
-        settings["options"] = {"rho": AUTO, "loss_rise": 0.3, **own}
-        settings["dtype"] = torch.float64 if own else torch.float32
-    return Run(name, option if own is None else "default", kind, **settings).initialise()
+    if auxiliary_options is not None:
+        settings["options"] = {"rho": AUTO, "loss_rise": 0.3, **auxiliary_options}
+        settings["dtype"] = torch.float64 if auxiliary_options else torch.float32
+    return Run(
+        name, option if auxiliary_options is None else "default", kind, **settings
+    ).initialise()
 
 
 SHARED = [*rotation(), ("bilora", AUTO, "unet"), ("bilora", SAMPLE, "llm")]

@@ -32,8 +32,8 @@ def tiny_mlp() -> nn.Module:
     return MLP()
 
 
-def tiny_unet(**more: Any) -> nn.Module:
-    """SDXL's kind of UNet; `more` of its settings."""
+def tiny_unet(**settings: Any) -> nn.Module:
+    """SDXL's kind of UNet, with further `settings`."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def tiny_unet(**more: Any) -> nn.Module:
         attention_head_dim=4,
         norm_num_groups=4,
         use_linear_projection=True,
-        **more,
+        **settings,
     )
 
 

@@ -17,14 +17,14 @@ from tests.contract.harness import SHARED, SPECS, Run, combos, compared, pairwis
 from tests.contract.models import CASES, ROWS
 from tests.scripts.runs import TORCHRUN, process
 
-ALL, FEW = combos(), rotation()
+MATRIX, ROTATION = combos(), rotation()
 FP16 = {"mixed_precision": "fp16"}
 
 
 def cases(chosen):
     """Cases of a test; those beside the rotation run with the whole matrix only."""
     marked = [
-        pytest.param(*case, marks=[pytest.mark.matrix] * (case not in FEW)) for case in chosen
+        pytest.param(*case, marks=[pytest.mark.matrix] * (case not in ROTATION)) for case in chosen
     ]
     return pytest.mark.parametrize(("name", "option", "kind"), marked)
 
@@ -76,9 +76,9 @@ def clipping_sees_the_result_only(run):
     clipped = {id(p) for p in run.method.clip_parameters()}
     primary = {id(p) for p in adapters.parameters(run.model, PRIMARY)}
     assert clipped == (trained if run.method.exports_weights else primary)
-    if own := {id(p) for p in run.method.loose_parameters}:  # in place of the layers' own
+    if loose_ids := {id(p) for p in run.method.loose_parameters}:  # in place of the layers' own
         trained |= {id(p) for p in adapters.parameters(run.model, AUXILIARY)}
-    assert trained - own == {id(p) for p in run.model.parameters() if p.requires_grad}
+    assert trained - loose_ids == {id(p) for p in run.model.parameters() if p.requires_grad}
 
 
 def counts_what_it_trains(run):
@@ -100,8 +100,8 @@ def learns_and_leaves_the_base_alone(run, initial, base):
     assert all(torch.equal(initial[key], final[key]) for key in final.keys() - set(trained))
     assert all(parameter.grad is None for parameter in run.model.parameters())
     if not run.method.exports_weights:
-        kept = run.base_weights()
-        assert all(torch.equal(kept[key], base[key]) for key in base)
+        final_base = run.base_weights()
+        assert all(torch.equal(final_base[key], base[key]) for key in base)
 
 
 def exports_the_primary_for_the_base_as_it_came(run, fresh, folder, option):
@@ -133,7 +133,7 @@ def evaluates_the_primary_alone_and_leaves_no_trace(run):
             torch.testing.assert_close(run.case.output(run.model), primary, rtol=1e-4, atol=1e-5)
 
 
-@cases(ALL)
+@cases(MATRIX)
 def test_the_life_of_a_run(name, option, kind, tmp_path):
     life(tmp_path, name, option, kind)
 
@@ -159,20 +159,20 @@ def test_the_life_of_a_run_with_compiled_blocks(name, tmp_path, monkeypatch):
     life(tmp_path, name, "default", "unet", compiled=True)
 
 
-def equal_but_for_rounding(method, one, other):
-    assert one.keys() == other.keys()
-    for key, value in one.items():
+def equal_but_for_rounding(method, actual, expected):
+    assert actual.keys() == expected.keys()
+    for key, value in actual.items():
         # What a method remembers may be a direction: a small gradient's, with all its rounding.
         trained = key.split("/")[1] in (*method.adapters, INITIAL, "whole", "full")
         atol = 2e-5 if trained else max(2e-5, 0.02 * float(value.abs().max()))
-        torch.testing.assert_close(value, other[key], rtol=1e-4, atol=atol)
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=atol)
 
 
-@cases(ALL)
+@cases(MATRIX)
 def test_the_cut_into_micro_batches_changes_nothing(name, option, kind):
     # SGD, since Adam's first steps turn the rounding of a small gradient into a whole step.
-    whole = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
-    losses, final = whole.train(), whole.tensors()
+    uncut = Run(name, option, kind, lr=0.1, optimizer="SGD").initialise()
+    losses, final = uncut.train(), uncut.tensors()
     for micro_batches in (2, 4):
         cut = Run(
             name, option, kind, lr=0.1, optimizer="SGD", micro_batches=micro_batches
@@ -181,19 +181,19 @@ def test_the_cut_into_micro_batches_changes_nothing(name, option, kind):
         equal_but_for_rounding(cut.method, cut.tensors(), final)
 
 
-@cases([case for case in ALL if not create(case[0]).exports_weights])
+@cases([case for case in MATRIX if not create(case[0]).exports_weights])
 def test_its_limit_is_lora(name, option, kind):
     limit = create(name).limit
     assert limit is not None, "a method on adapters has a limit in which it is LoRA"
     plain = Run("lora", option, kind, lr=0.1, optimizer="SGD").initialise()
-    own = Run(name, option, kind, lr=0.1, optimizer="SGD", options=limit).initialise()
-    torch.testing.assert_close(own.train(), plain.train(), rtol=1e-5, atol=1e-6)
-    final = own.tensors()
+    limit_run = Run(name, option, kind, lr=0.1, optimizer="SGD", options=limit).initialise()
+    torch.testing.assert_close(limit_run.train(), plain.train(), rtol=1e-5, atol=1e-6)
+    final = limit_run.tensors()
     for key, value in plain.tensors().items():
         torch.testing.assert_close(final[key], value, rtol=1e-4, atol=2e-5)
 
 
-@cases([c for c in ALL if not constraints.first_violated({**FP16, "method": c[0]})])
+@cases([c for c in MATRIX if not constraints.first_violated({**FP16, "method": c[0]})])
 def test_a_step_that_the_scaler_skips_changes_nothing(name, option, kind):
     run = Run(name, option, kind, overflow=(1,)).initialise()
     run.train(1)
@@ -217,15 +217,15 @@ def two_processes(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "option", "kind"), SHARED)
 def test_two_processes_agree_with_one(name, option, kind, two_processes):
-    one = compared(name, option, kind)
-    one.train()
+    single = compared(name, option, kind)
+    single.train()
     both = torch.load(two_processes / f"{name}-{option}-{kind}.pt")
-    equal_but_for_rounding(one.method, one.tensors(), both)
+    equal_but_for_rounding(single.method, single.tensors(), both)
     if option == SAMPLE:
-        for key, value in one.tensors().items():
+        for key, value in single.tensors().items():
             torch.testing.assert_close(value, both[key], rtol=0, atol=1e-8)
 
 
 def test_the_rotation_meets_every_option_and_kind_of_model():
-    _, options, kinds = (set(part) for part in zip(*FEW, strict=True))
+    _, options, kinds = (set(part) for part in zip(*ROTATION, strict=True))
     assert (options, kinds) == (set(SPECS), set(CASES))

@@ -34,7 +34,7 @@ def _wide(monkeypatch):
     monkeypatch.setitem(CASES, "wide", case)
 
 
-def made(name, method, **options):
+def make_run(name, method, **options):
     """The method on a wide model with the optimizer that a command line names."""
     cfg = resolve(["--dataset", "mini", "--optimizer", name, "--method", method])
     return Run(
@@ -50,25 +50,25 @@ def made(name, method, **options):
 @pytest.mark.parametrize("method", ["lora", "bilora", "lora-sam"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_descends_and_resumes_bit_exact(name, method):
-    whole = made(name, method)
-    losses = whole.train(12)
+    uninterrupted = make_run(name, method)
+    losses = uninterrupted.train(12)
     assert losses[-1] < losses[0]
-    first = made(name, method)
+    first = make_run(name, method)
     first.train(5)
     saved = first.checkpoint()
-    rest, tensors = split(saved["optimizer"])  # as a checkpoint holds it
-    saved["optimizer"] = join(json.loads(json.dumps(rest)), tensors)
+    state, tensors = split(saved["optimizer"])  # as a checkpoint holds it
+    saved["optimizer"] = join(json.loads(json.dumps(state)), tensors)
     assert ("8bit" in name) == any(t.dtype == torch.uint8 for t in tensors.values())
-    again = made(name, method).resume(saved)
-    assert again.train(7) == losses[5:]
-    for key, value in again.tensors().items():
-        assert torch.equal(value, whole.tensors()[key]), key
+    resumed = make_run(name, method).resume(saved)
+    assert resumed.train(7) == losses[5:]
+    for key, value in resumed.tensors().items():
+        assert torch.equal(value, uninterrupted.tensors()[key]), key
 
 
 @pytest.mark.parametrize("ball", ["global", "per-layer"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_auxiliary_climbs_within_its_ball(name, ball):
-    run = made(name, "bilora", ball=ball)
+    run = make_run(name, "bilora", ball=ball)
     for parameter in adapters.parameters(run.model, PRIMARY):
         parameter.requires_grad_(False)
     rho, losses, reached = run.method.rho, [], []

@@ -37,30 +37,30 @@ class Understood(BaseException):
 
 def check(words, monkeypatch):
     """Let the real parser read one command."""
-    program, *rest = words
+    program, *arguments = words
     if program == "make":
         makefile = (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv")
         targets = re.findall(r"^([\w./-]+):", makefile, re.MULTILINE)
-        assert {word for word in rest if "=" not in word} <= set(targets)
+        assert {word for word in arguments if "=" not in word} <= set(targets)
     elif program == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        extras = set(re.findall(r"\w+", " ".join(re.findall(r"\.\[(.*?)\]", " ".join(rest)))))
-        assert rest[0] in ("install", "wheel")
+        extras = set(re.findall(r"\w+", " ".join(re.findall(r"\.\[(.*?)\]", " ".join(arguments)))))
+        assert arguments[0] in ("install", "wheel")
         assert extras <= set(project["optional-dependencies"])
     elif program == "pre-commit":
         assert (ROOT / ".pre-commit-config.yaml").is_file()
     elif program == "accelerate":
-        assert rest[0] == "launch"
-        launch = launch_command_parser().parse_args(rest[1:])
+        assert arguments[0] == "launch"
+        launch = launch_command_parser().parse_args(arguments[1:])
         inner = "bilora" if launch.module else launch.training_script
         check_script(inner, launch.training_script_args, monkeypatch)
     elif program == "bilora":
-        check_script(program, rest, monkeypatch)
-    elif rest[0] == "-m":
-        name = "bilora_diffusion.export.cli" if "export" in rest[1] else rest[1]
-        check_module(importlib.import_module(name), rest[2:], monkeypatch)
+        check_script(program, arguments, monkeypatch)
+    elif arguments[0] == "-m":
+        name = "bilora_diffusion.export.cli" if "export" in arguments[1] else arguments[1]
+        check_module(importlib.import_module(name), arguments[2:], monkeypatch)
     else:
-        check_script(rest[0], rest[1:], monkeypatch)
+        check_script(arguments[0], arguments[1:], monkeypatch)
 
 
 def check_script(name, argv, monkeypatch):
@@ -82,10 +82,10 @@ def check_module(module, argv, monkeypatch):
     original = argparse.ArgumentParser.parse_known_args
 
     def stopping(self, *args, **kwargs):
-        known, unknown = original(self, *args, **kwargs)
-        if not unknown:
+        namespace, unknown_flags = original(self, *args, **kwargs)
+        if not unknown_flags:
             raise Understood
-        return known, unknown
+        return namespace, unknown_flags
 
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", stopping)
@@ -103,11 +103,11 @@ def test_every_command_is_understood(page, tmp_path, monkeypatch):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "eval").symlink_to(ROOT / "eval")
     monkeypatch.chdir(tmp_path)
-    found = [words for script in scripts(page) for words in commands(script, tmp_path)]
-    for words in found:
+    page_commands = [words for script in scripts(page) for words in commands(script, tmp_path)]
+    for words in page_commands:
         check(words, monkeypatch)
     if page.name in ("README.md", "paper.md", "measure.md", "text.md"):
-        assert len(found) > 3  # the pages that are made of commands
+        assert len(page_commands) > 3  # the pages that are made of commands
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -147,8 +147,8 @@ SLOW = ("../README.md", "models.md")
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in make.PAGES]
 )
 def test_a_page_is_what_the_code_makes(name):
-    shown = (make.FOLDER / name).read_text(encoding="utf-8")
-    assert shown == make.page(name), "an option has changed: run `python -m docs.make`"
+    content = (make.FOLDER / name).read_text(encoding="utf-8")
+    assert content == make.page(name), "an option has changed: run `python -m docs.make`"
 
 
 def test_the_pages_leave_nothing_out():

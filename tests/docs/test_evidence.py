@@ -8,21 +8,21 @@ from docs import evidence
 from docs.evidence import FAILS, HOLDS, OPEN, Check, Figure
 from eval.table import Entry, Result, Row, write
 
-BELOW, ABOVE = Check("", "", "", "", upper=0.0), Check("", "", "", "", lower=2.0)
-WITHIN = Check("", "", "", "", tolerance=0.1)
+BELOW_ZERO, ABOVE_TWO = Check("", "", "", "", upper=0.0), Check("", "", "", "", lower=2.0)
+NEAR_ZERO = Check("", "", "", "", tolerance=0.1)
 
 
 @pytest.mark.parametrize(
     ("check", "low", "high", "verdict"),
     [
-        (BELOW, -2.0, -1.0, HOLDS),
-        (BELOW, -1.0, 1.0, OPEN),
-        (BELOW, 0.0, 0.0, FAILS),
-        (ABOVE, 2.5, 3.0, HOLDS),
-        (ABOVE, 1.0, 3.0, OPEN),
-        (WITHIN, -0.4, 0.4, HOLDS),
-        (WITHIN, -0.6, 0.4, OPEN),
-        (WITHIN, 0.6, 0.7, FAILS),
+        (BELOW_ZERO, -2.0, -1.0, HOLDS),
+        (BELOW_ZERO, -1.0, 1.0, OPEN),
+        (BELOW_ZERO, 0.0, 0.0, FAILS),
+        (ABOVE_TWO, 2.5, 3.0, HOLDS),
+        (ABOVE_TWO, 1.0, 3.0, OPEN),
+        (NEAR_ZERO, -0.4, 0.4, HOLDS),
+        (NEAR_ZERO, -0.6, 0.4, OPEN),
+        (NEAR_ZERO, 0.6, 0.7, FAILS),
     ],
 )
 def test_a_verdict_is_where_the_whole_interval_lies(check, low, high, verdict):
@@ -38,9 +38,9 @@ def test_a_figure_is_the_mean_of_pairs_with_its_interval(tmp_path):
     ]
     entries = [Entry(row.subject, row.group) for row in rows]
     write(Result("sweep", entries, rows=rows), tmp_path, "")
-    found = evidence.figure(Check("", str(tmp_path), "Bi-LoRA", "loss", control="LoRA", upper=0.0))
-    assert (found.mean, found.count, found.size) == (pytest.approx(-2.5 / 3), 3, 4.0)
-    assert -1 <= found.low < found.mean < found.high <= -0.5
+    figure = evidence.figure(Check("", str(tmp_path), "Bi-LoRA", "loss", control="LoRA", upper=0.0))
+    assert (figure.mean, figure.count, figure.size) == (pytest.approx(-2.5 / 3), 3, 4.0)
+    assert -1 <= figure.low < figure.mean < figure.high <= -0.5
     with pytest.raises(ValueError, match="lossy of LoRA"):
         evidence.figure(Check("", str(tmp_path), "LoRA", "lossy"))
 

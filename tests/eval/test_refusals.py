@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, str]] = {
         f"base --base_model {SDXL} --scorer embedded": "--scorer embedded",
         "damaged": "damaged/run.json is ",
         "steps --steps 10": "a run on text: use python -m eval.text_scores",
-        **{f"{words} --steps all": named for words, named in STEPS.items()},
+        **{f"{words} --steps all": sentence for words, sentence in STEPS.items()},
     },
     "text_scores": {
         "steps --steps 10,15": "no checkpoint of step 15; it has 10, 20",
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, str]] = {
         "icons --benchmarks heldout": "eval.clip_scores",
         "steps --steps soon": '"soon"',
         "damaged --benchmarks heldout": "damaged/run.json is ",
-        **{f"{words} --steps all": named for words, named in STEPS.items()},
+        **{f"{words} --steps all": sentence for words, sentence in STEPS.items()},
     },
     "landscape": {
         "base": "no training images",

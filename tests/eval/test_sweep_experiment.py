@@ -26,22 +26,22 @@ def plan(tmp_path):
     return load_text
 
 
-def labels(found):
-    return [variant.label for variant in found.variants]
+def labels(sweep_plan):
+    return [variant.label for variant in sweep_plan.variants]
 
 
 def test_the_product_comes_seed_by_seed_without_what_a_method_ignores(plan, caplog):
-    found = plan(
+    sweep_plan = plan(
         "axes: {method: [lora, bilora], rank: [2, 4], rho: [0.1, 1]}\nseeds: 0..1\n"
         "options: {lr_scheduler: constant_with_warmup}"
     )
     bilora = [f"method=bilora, rank={r}, rho={rho}" for r in (2, 4) for rho in ("0.1", "1")]
-    assert labels(found) == ["method=lora, rank=2", "method=lora, rank=4", *bilora]
-    assert [run.seed for run in found.runs] == [0] * 6 + [1] * 6
+    assert labels(sweep_plan) == ["method=lora, rank=2", "method=lora, rank=4", *bilora]
+    assert [run.seed for run in sweep_plan.runs] == [0] * 6 + [1] * 6
     scheduler = "--lr_scheduler=constant_with_warmup"
-    assert found.runs[0].flags == (scheduler, "--method=lora", "--rank=2", "--seed=0")
-    assert len({run.name for run in found.runs}) == 12
-    assert found.runs[6].name.startswith("method-lora-rank-2-seed1-")
+    assert sweep_plan.runs[0].flags == (scheduler, "--method=lora", "--rank=2", "--seed=0")
+    assert len({run.name for run in sweep_plan.runs}) == 12
+    assert sweep_plan.runs[6].name.startswith("method-lora-rank-2-seed1-")
     assert sum("no warm-up" in message for message in caplog.messages) == 1  # of six variants
 
 
@@ -50,14 +50,14 @@ def test_variants_are_read_and_the_control_is_found_by_label(plan):
         "variants:\n  LoRA: {method: lora}\n  Bi-LoRA: {use-dora: true, cache_latents: true}\n"
         "  plain:\nseeds: [7, 3]"
     )
-    found = plan(text)
-    assert (labels(found), found.seeds, found.control) == (
+    sweep_plan = plan(text)
+    assert (labels(sweep_plan), sweep_plan.seeds, sweep_plan.control) == (
         ["LoRA", "Bi-LoRA", "plain"],
         (7, 3),
         "LoRA",
     )
     # An option of words, which YAML makes true, as a switch is.
-    assert found.runs[1].flags == ("--use_dora=yes", "--cache_latents=yes", "--seed=7")
+    assert sweep_plan.runs[1].flags == ("--use_dora=yes", "--cache_latents=yes", "--seed=7")
     assert plan(f"{text}\ncontrol: plain").control == "plain"
     with pytest.raises(UserError, match=r'none of the variants \(did you mean "LoRA"\?\)'):
         plan(f"{text}\ncontrol: LoR")

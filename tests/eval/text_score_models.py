@@ -22,8 +22,8 @@ def save_record(
     """A run folder without weights: ``run.json``, and ``metrics.jsonl`` of (step, figures)."""
     log = RunLog(folder)
     options = {"model_name_or_path": "owner/base", "task_type": "causal", "task": "cola"}
-    own = {"method": method, "seed": seed}
-    log.start(options | config | own, method=method, seed=seed, resume_step=None)
+    run_options = {"method": method, "seed": seed}
+    log.start(options | config | run_options, method=method, seed=seed, resume_step=None)
     for step, figures in rows:
         log.metric(step, **figures)
     log.close("finished")
@@ -33,8 +33,8 @@ def save_record(
 def save_tasks(folder: Path) -> Path:
     """Two local harness tasks of twelve items: ``toy_choice`` and ``toy_text``."""
     folder.mkdir()
-    asked = [{"question": f"Letter {n}?", "gold": n % 2, "answer": str(n)} for n in range(12)]
-    data = str(write_rows(folder / "rows.jsonl", asked))
+    questions = [{"question": f"Letter {n}?", "gold": n % 2, "answer": str(n)} for n in range(12)]
+    data = str(write_rows(folder / "rows.jsonl", questions))
     shared = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": data, "train": data}},
@@ -72,12 +72,12 @@ def judge(*replies: str | tuple[int, str]) -> Iterator[SimpleNamespace]:
     Args:
         replies: words, or status and body; given in turn, the last one for ever.
     """
-    left, made = list(replies), SimpleNamespace(asked=[], headers=[])
+    left, endpoint = list(replies), SimpleNamespace(asked=[], headers=[])
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            made.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            made.headers.append(self.headers)
+            endpoint.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            endpoint.headers.append(self.headers)
             reply = left.pop(0) if len(left) > 1 else left[0]
             message = {"choices": [{"message": {"role": "assistant", "content": reply}}]}
             status, text = reply if isinstance(reply, tuple) else (200, json.dumps(message))
@@ -91,7 +91,7 @@ def judge(*replies: str | tuple[int, str]) -> Iterator[SimpleNamespace]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        made.url = f"http://127.0.0.1:{server.server_port}/v1"
+        endpoint.url = f"http://127.0.0.1:{server.server_port}/v1"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield made
+        yield endpoint
         server.shutdown()

@@ -35,20 +35,22 @@ pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI names no copy of Co
 
 @pytest.fixture(params=MODELS)
 def model(request, monkeypatch):
-    """ComfyUI's model, without weights; as `of`, the class of the pipeline."""
+    """ComfyUI's model, without weights, with the name of its `pipeline_class`."""
     monkeypatch.setattr(sys, "path", [*sys.path, COMFYUI])  # the last: it has an `app` too
     load("comfy.cli_args").args.cpu = True
     sizes = MODELS[request.param]
     config = getattr(load("comfy.supported_models"), sizes["class"])(sizes["config"])
     model = config.get_model({}, device="meta")
-    model.of = request.param
+    model.pipeline_class = request.param
     return model
 
 
 def test_comfyui_adds_what_was_trained(model, tmp_path, caplog):
-    sdxl, lora = model.of == SDXL, load("comfy.lora")
+    sdxl, lora = model.pipeline_class == SDXL, load("comfy.lora")
     pipeline = (
-        pipeline_of(SDXL) if sdxl else make_pipeline(model.of, **MODELS[model.of].get("ours", {}))
+        pipeline_of(SDXL)
+        if sdxl
+        else make_pipeline(model.pipeline_class, **MODELS[model.pipeline_class].get("ours", {}))
     )
     names = ("unet", *ENCODERS) if sdxl else ("transformer",)
     for name in names:
@@ -95,7 +97,7 @@ def test_comfyui_takes_the_workflow_and_has_its_noise_levels(model, tmp_path, mo
         assert asyncio.run(nodes.load_custom_node(file, module_parent="comfy_extras"))
     for folder in FOLDERS:
         monkeypatch.setitem(comfy_folders, folder, ([str(tmp_path)], {".safetensors"}))
-    graph, levels = graph_of(pipeline_of(model.of)), None
+    graph, levels = graph_of(pipeline_of(model.pipeline_class)), None
     patched = load("comfy.model_patcher").ModelPatcher(model, "cpu", "cpu")
     for kind, inputs in [(node["class_type"], node["inputs"]) for node in graph.values()]:
         declared = nodes.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()

@@ -67,9 +67,9 @@ def test_a_metadata_file_rules(listed):
     assert "2 files (a.txt, b.TXT)" in images.remarks()[0]
     with pytest.raises(UserError, match=r"a\.jpg .*has no caption.*--instance_prompt"):
         captions_or_prompts(images, [None])
-    sent = pickle.loads(pickle.dumps(images))  # to a process that reads ahead
-    assert captions(sent) == captions(images)
-    assert sent.image(1).tobytes() == images.image(1).tobytes()
+    unpickled_images = pickle.loads(pickle.dumps(images))  # to a process that reads ahead
+    assert captions(unpickled_images) == captions(images)
+    assert unpickled_images.image(1).tobytes() == images.image(1).tobytes()
     (listed / "c.png").write_bytes(b"broken")  # the captions stay with their images
     readable = open_images(str(listed), caption_column="text", skip_bad_images=True)
     assert (names(readable), captions(readable)) == (["a.jpg", "b.webp"], [None] * 2)
@@ -199,6 +199,6 @@ def test_a_set_on_the_hub_is_read_as_its_tables_are(tmp_path, monkeypatch):
     assert len(images.skipped) == 1
     assert captions(images) == ["zero", None, "two"]
     assert [entry.size for entry in images.entries] == [(8, 10), (8, 11), (8, 12)]
-    sent = pickle.loads(pickle.dumps(images))
-    assert sent.image(2).getpixel((0, 0)) == (120, 0, 0)
-    assert sent.fingerprint() == images.fingerprint()
+    unpickled_images = pickle.loads(pickle.dumps(images))
+    assert unpickled_images.image(2).getpixel((0, 0)) == (120, 0, 0)
+    assert unpickled_images.fingerprint() == images.fingerprint()

@@ -54,14 +54,14 @@ def start(model, spec, gradients=None):
 def test_pissa_is_pefts_up_to_signs(transposed):
     torch.manual_seed(0)
     model = nn.Sequential(Conv1D(12, 9) if transposed else nn.Linear(9, 12))
-    own = copy.deepcopy(model)
+    our_model = copy.deepcopy(model)
     spec: dict[str, Any] = {"lora_alpha": 5, "target_modules": ["0"], "init_lora_weights": "pissa"}
     inject_adapter_in_model(LoraConfig(r=3, fan_in_fan_out=transposed, **spec), model)
-    start(own, AdapterSpec(rank=3, alpha=5, init="pissa", target_modules=("0",)))
-    (theirs,), (ours,) = (adapters.factors(m, PRIMARY) for m in (model, own))
+    start(our_model, AdapterSpec(rank=3, alpha=5, init="pissa", target_modules=("0",)))
+    (theirs,), (ours,) = (adapters.factors(m, PRIMARY) for m in (model, our_model))
     assert_same_components(ours.A, theirs.A)
     assert_same_components(ours.B.T, theirs.B.T)
-    left, right = (adapters.base_weight(adapters.layers(m)[0][1]) for m in (model, own))
+    left, right = (adapters.base_weight(adapters.layers(m)[0][1]) for m in (model, our_model))
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
 
 
@@ -69,14 +69,14 @@ def test_pissa_is_pefts_up_to_signs(transposed):
 def test_of_a_large_weight_it_is_close_repeatable_and_quiet(init, monkeypatch):
     U, V = (torch.linalg.qr(random(60, 60, seed=s))[0] for s in (1, 2))
     weight = U * torch.logspace(0, -3, 60, dtype=torch.float64) @ V.T
-    rest, near = ((2.0,), 1e-5) if init is pissa else ((), 1e-3)
-    exact = init(weight, 4, *rest)
+    arguments, near = ((2.0,), 1e-5) if init is pissa else ((), 1e-3)
+    exact = init(weight, 4, *arguments)
     monkeypatch.setattr("bilora_diffusion.inits.pissa.EXACT_UP_TO", 59)
     before = torch.random.get_rng_state()
-    first, second, other = (init(weight, 4, *rest, seed=seed) for seed in (3, 3, 4))
+    first, second, reseeded = (init(weight, 4, *arguments, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[0], reseeded[0])
     assert_same_components(first[0], exact[0], near)
     assert_same_components(first[1].T, exact[1].T, near)
 
@@ -111,14 +111,14 @@ def test_lora_ga_is_the_reference_from_the_loss_on():
     inits.compute(model, spec, gradients)
     adapters.start_from_initial(model)
     layers = adapters.layers(model)
-    for (_, layer), own, G, W in zip(
+    for (_, layer), factors, G, W in zip(
         layers, adapters.factors(model, PRIMARY), expected, (W1, W2), strict=True
     ):
         A0, B0 = reference.initial_factors(G, 2)
-        assert_same_components(own.A, A0, 1e-6)
-        assert_same_components(own.B.T, B0.T, 1e-6)
+        assert_same_components(factors.A, A0, 1e-6)
+        assert_same_components(factors.B.T, B0.T, 1e-6)
         torch.testing.assert_close(lora_ga(1e9 * G, 2), lora_ga(G, 2))
-        literal = reference.initial_weight(W, own.A, own.B, alpha=3)
+        literal = reference.initial_weight(W, factors.A, factors.B, alpha=3)
         torch.testing.assert_close(adapters.base_weight(layer).detach(), literal)
 
 
@@ -137,8 +137,8 @@ def test_a_convolution_is_a_matrix_of_its_kernels(layout, use_dora, init):
     change = cast(Any, layer).get_delta_weight(INITIAL).detach()
     torch.testing.assert_close(adapters.base_weight(layer) + change, weight)
     if init == "pissa":
-        rest = torch.linalg.svdvals(weight.flatten(1))[2:]
-        torch.testing.assert_close((weight - change).norm(), rest.norm())
+        tail_values = torch.linalg.svdvals(weight.flatten(1))[2:]
+        torch.testing.assert_close((weight - change).norm(), tail_values.norm())
     else:
         V = torch.linalg.svd(gradient.flatten(1), full_matrices=False)[2][:2]
         A = layer.lora_A[INITIAL].weight.detach().flatten(1)  # pyright: ignore
@@ -152,9 +152,9 @@ def test_a_narrow_base_moves_by_one_rounding(dtype):
     weight = weight_of(model).float()
     start(model, AdapterSpec(rank=4, init="pissa", target_modules=("0",)))
     (_, layer), *_ = adapters.layers(model)
-    rest = adapters.base_weight(layer).float()
+    residual = adapters.base_weight(layer).float()
     exact = weight.double() - cast(Any, layer).get_delta_weight(INITIAL).double()
-    error = (rest - exact).abs() / exact.abs()
+    error = (residual - exact).abs() / exact.abs()
     half_ulp = torch.finfo(dtype).eps / 2
     assert float(error.max()) <= half_ulp * 1.001
     assert float(error.square().mean().sqrt()) < half_ulp / 2
@@ -168,8 +168,8 @@ def test_collecting_gives_the_gradients_of_the_model_as_it_came():
     case = CASES["unet"]
     base, model = case.make().train(), case.make().train()
 
-    def backward(of):
-        (case.output(of) - 1).square().mean().backward()
+    def backward(network):
+        (case.output(network) - 1).square().mean().backward()
 
     backward(base)
     spec = AdapterSpec(rank=2, use_dora=True, init="lora-ga", target_modules=case.targets)
@@ -202,7 +202,7 @@ class Toy:
 
     def __init__(self, scale=1.0, dtype=torch.float32):
         self.model = tiny_mlp().to(dtype)
-        self.asked: list[tuple[int, tuple[int, ...]]] = []
+        self.slot_requests: list[tuple[int, tuple[int, ...]]] = []
         self.scale, self.dtype = scale, dtype
 
     @property
@@ -211,13 +211,13 @@ class Toy:
 
     def micro_batches(self, schedule, step_size):
         for step, slots in schedule:
-            self.asked.append((step * step_size, slots))
-            known = tuple(str(slot) for slot in slots)
-            yield MicroBatch(slots, known, known, {"x": self.rows(slots)})
+            self.slot_requests.append((step * step_size, slots))
+            names = tuple(str(slot) for slot in slots)
+            yield MicroBatch(slots, names, names, {"x": self.rows(slots)})
 
     def rows(self, slots):
-        made = [torch.randn(6, generator=torch.Generator().manual_seed(slot)) for slot in slots]
-        return torch.stack(made).to(self.dtype)
+        vectors = [torch.randn(6, generator=torch.Generator().manual_seed(slot)) for slot in slots]
+        return torch.stack(vectors).to(self.dtype)
 
     def targets(self):
         return [Target("toy", self.model, AdapterSpec(2, 3, 0, "lora-ga", False, TARGETS), 1e-2)]
@@ -232,15 +232,15 @@ def gradient_of(task, micro_batch=2):
 
 def test_the_tasks_mean_gradient_depends_on_the_samples_alone():
     tasks, plain = [Toy(), Toy()], Toy()
-    one, other = (gradient_of(t, micro_batch=m) for t, m in zip(tasks, (1, 3), strict=True))
+    by_ones, by_threes = (gradient_of(t, micro_batch=m) for t, m in zip(tasks, (1, 3), strict=True))
     plain.module({"x": plain.rows(range(7))}).mean().backward()
-    for path, value in one.items():
-        torch.testing.assert_close(value, other[path])
+    for path, value in by_ones.items():
+        torch.testing.assert_close(value, by_threes[path])
         torch.testing.assert_close(value, plain.model.get_submodule(path).weight.grad)
-    first, _ = tasks[1].asked[0]
+    first, _ = tasks[1].slot_requests[0]
     assert first % Toy.num_samples == 0  # a whole number of epochs
     assert first > 10**9  # which no run reaches
-    assert [s for _, slots in tasks[1].asked for s in slots] == list(range(7))
+    assert [s for _, slots in tasks[1].slot_requests for s in slots] == list(range(7))
 
 
 def test_fp16_gradients_are_scaled_and_scaled_back(monkeypatch):
@@ -265,19 +265,19 @@ def test_lora_ga_through_the_api_needs_a_gradient_and_leaves_other_layers_alone(
     first = cast(Any, model).first
     nothing = lambda: None  # noqa: E731
     broken = lambda: (first(torch.ones(4, 6)) * torch.nan).sum().backward()  # noqa: E731
-    other = attach(tiny_mlp(), BiLoRAConfig(rank=2, init="pissa"))
+    pissa_bilora = attach(tiny_mlp(), BiLoRAConfig(rank=2, init="pissa"))
     for refuse, word in (
         (lambda: bilora.param_groups(lr=1e-3), "call initialise"),
         (lambda: bilora.initialise(nothing), "no layer got one"),
         (lambda: bilora.initialise(broken), "gradient of first is not finite"),
-        (lambda: other.initialise(nothing), "needs no gradient"),
+        (lambda: pissa_bilora.initialise(nothing), "needs no gradient"),
     ):
         with pytest.raises((UserError, TrainingError), match=word):
             refuse()
     bilora.initialise(lambda: first(torch.randn(4, 6)).square().sum().backward())
-    for own, plain in zip(*(adapters.factors(m, PRIMARY) for m in (model, usual)), strict=True):
-        assert torch.equal(own.A, plain.A) == (own.name != "first")
-        assert bool(own.B.any()) == (own.name == "first")
+    for factors, plain in zip(*(adapters.factors(m, PRIMARY) for m in (model, usual)), strict=True):
+        assert torch.equal(factors.A, plain.A) == (factors.name != "first")
+        assert bool(factors.B.any()) == (factors.name == "first")
     assert bilora.param_groups(lr=1e-3)
     with pytest.raises(UserError, match="already"):
         bilora.initialise(lambda: None)

@@ -18,7 +18,7 @@ from tests.integrations import trainers
 
 PEFT = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 FOUR = {"gradient_accumulation_steps": 4, "max_steps": 5, "max_grad_norm": 0.05}
-SAME = {"accumulate": 4, "clip": 0.05}
+FOUR_BY_HAND = {"accumulate": 4, "clip": 0.05}
 NUMBERS = [(7 * row) % 11 for row in range(trainers.STEPS * trainers.BATCH)]
 AUTO = BiLoRAConfig(rank=4, alpha=8, rho="auto", loss_rise=0.2)
 SEVERAL = replace(trainers.CONFIG, auxiliaries=6)
@@ -29,14 +29,14 @@ def peft_llm():
 
 
 @pytest.mark.parametrize(
-    ("kind", "make", "config", "given", "asked"),
+    ("kind", "make", "config", "arguments", "loop_options"),
     [
         (
             "trainer",
             tiny_llm,
             trainers.CONFIG,
             FOUR | {"weight_decay": 0.3, "lr_scheduler_type": "cosine", "warmup_steps": 2},
-            SAME | {"decay": 0.3, "schedule": "cosine", "warmup": 2},
+            FOUR_BY_HAND | {"decay": 0.3, "schedule": "cosine", "warmup": 2},
         ),
         ("seq2seq", tiny_t5, trainers.CONFIG, {"max_steps": 8}, {"shifts": False}),
         ("sft", peft_llm, trainers.CONFIG, {"gradient_checkpointing": True, "max_steps": 8}, {}),
@@ -47,7 +47,7 @@ def peft_llm():
     ],
 )
 def test_a_trainer_takes_the_steps_of_a_loop(
-    kind, make, config, given, asked, tmp_path, monkeypatch
+    kind, make, config, arguments, loop_options, tmp_path, monkeypatch
 ):
     if config is AUTO:  # the weights of so small a model are small, too
         monkeypatch.setattr(radius, "LARGEST_SHARE", 10.0)
@@ -56,14 +56,16 @@ def test_a_trainer_takes_the_steps_of_a_loop(
     if config.auxiliaries != 1:
         data = data.add_column("sample_id", NUMBERS)
     trainer = trainers.with_bilora(
-        tmp_path, bilora, kind, data=data, optim="adamw_torch_fused", **given
+        tmp_path, bilora, kind, data=data, optim="adamw_torch_fused", **arguments
     )
     trainer.train()
-    whole = trainers.batches(trainers.rows())[: given["max_steps"] * asked.get("accumulate", 1)]
-    expected = trainers.by_hand(reference, whole, **asked)
+    loop_batches = trainers.batches(trainers.rows())[
+        : arguments["max_steps"] * loop_options.get("accumulate", 1)
+    ]
+    expected = trainers.by_hand(reference, loop_batches, **loop_options)
     assert trainer.state.global_step == len(expected)
     assert trainers.losses(trainer) == pytest.approx(
-        expected, abs=2e-4 if "samples" in asked else 1e-5
+        expected, abs=2e-4 if "samples" in loop_options else 1e-5
     )
     assert trainers.difference(bilora, reference) < 1e-5
     assert trainers.difference(bilora, untrained) > 1e-3
@@ -78,14 +80,14 @@ def test_a_trainer_takes_the_steps_of_a_loop(
 def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
     bilora = trainers.attached(make(), replace(trainers.CONFIG, rho=0.5))
     held_out = trainers.rows(8, seed=1)
-    seen: list[tuple[tuple[str, ...], str]] = []
+    observations: list[tuple[tuple[str, ...], str]] = []
 
     class Look(TrainerCallback):
         def on_prediction_step(self, *args, **kwargs):
-            seen.append((adapters.active(bilora.model), "step"))
+            observations.append((adapters.active(bilora.model), "step"))
 
         def on_evaluate(self, *args, **kwargs):
-            seen.append((adapters.active(bilora.model), "end"))
+            observations.append((adapters.active(bilora.model), "end"))
 
         def on_step_end(self, *args, **kwargs):
             assert adapters.active(bilora.model) == (PRIMARY, AUXILIARY)
@@ -95,7 +97,7 @@ def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
     trainer = trainers.with_bilora(tmp_path, bilora, kind, **values)
     trainer.train()
     trainer.save_model()
-    assert set(seen) == {((PRIMARY,), "step"), ((PRIMARY,), "end")}
+    assert set(observations) == {((PRIMARY,), "step"), ((PRIMARY,), "end")}
     for folder in (tmp_path, tmp_path / "checkpoint-10", tmp_path / "checkpoint-20"):
         files = {path.name for path in folder.iterdir() if path.is_file()}
         assert {"adapter_model.safetensors", "adapter_config.json"} <= files
@@ -108,19 +110,19 @@ def test_what_is_evaluated_and_saved_is_the_primary_alone(kind, make, tmp_path):
 
     exported = PeftModel.from_pretrained(tiny_llm(), str(tmp_path / "checkpoint-20"))
     assert list(exported.peft_config) == [PRIMARY]
-    other = trainers.plain(tmp_path / "plain", exported, kind, eval_dataset=held_out)
-    expected = other.evaluate()["eval_loss"]
+    plain_trainer = trainers.plain(tmp_path / "plain", exported, kind, eval_dataset=held_out)
+    expected = plain_trainer.evaluate()["eval_loss"]
     assert trainers.losses(trainer, "eval_loss")[-1] == expected
     assert trainer.evaluate()["eval_loss"] == expected
     if kind == "trainer":
         logits = trainer.predict(held_out).predictions
-        assert (logits == other.predict(held_out).predictions).all()
+        assert (logits == plain_trainer.predict(held_out).predictions).all()
     batch = trainers.batches(trainers.rows(4, seed=1))[0]
     with torch.no_grad():  # and so does what comes after training
-        own = bilora.model.eval()(**batch).loss
+        primary_loss = bilora.model.eval()(**batch).loss
         adapters.activate(bilora.model, (PRIMARY, AUXILIARY))
-        assert abs(float(bilora.model(**batch).loss - own)) > 1e-4
-        assert float(exported.eval()(**batch).loss) == float(own)
+        assert abs(float(bilora.model(**batch).loss - primary_loss)) > 1e-4
+        assert float(exported.eval()(**batch).loss) == float(primary_loss)
 
 
 def test_the_best_model_comes_back(tmp_path):
@@ -134,8 +136,10 @@ def test_the_best_model_comes_back(tmp_path):
     assert min(scores) < scores[-1]
     assert trainer.evaluate()["eval_loss"] == min(scores)
     best = load_file(Path(str(trainer.state.best_model_checkpoint)) / "adapter_model.safetensors")
-    own = bilora.primary_state_dict()
-    assert all(torch.equal(best[f"base_model.model.{key}"], value) for key, value in own.items())
+    primary = bilora.primary_state_dict()
+    assert all(
+        torch.equal(best[f"base_model.model.{key}"], value) for key, value in primary.items()
+    )
 
 
 def test_a_classifier_trains_its_head_beside_the_adapters(tmp_path):

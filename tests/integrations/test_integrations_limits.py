@@ -52,41 +52,48 @@ def make(folder, config=trainers.CONFIG, kind="trainer", seed=7, **values):
     return trainers.with_bilora(folder, bilora, kind, **(chosen | values)), bilora
 
 
-OWN = {"init": "pissa", "auxiliary_rank": 2, "auxiliary_learning_rate": 2e-3}
+AUXILIARY_OPTIONS = {"init": "pissa", "auxiliary_rank": 2, "auxiliary_learning_rate": 2e-3}
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "values"),
-    [pytest.param("trainer", OWN, {}, marks=pytest.mark.slow), ("sft", {}, {"bf16": True})],
+    [
+        pytest.param("trainer", AUXILIARY_OPTIONS, {}, marks=pytest.mark.slow),
+        ("sft", {}, {"bf16": True}),
+    ],
     ids=str,
 )
 def test_resumed_equals_uninterrupted(kind, changes, values, tmp_path):
     """Transformers alone would leave the auxiliary as it was made, and frozen."""
     config = replace(trainers.CONFIG, **changes)
-    whole, expected = make(tmp_path / "whole", config, kind, **values)
-    whole.train()
+    uninterrupted, expected = make(tmp_path / "whole", config, kind, **values)
+    uninterrupted.train()
     first, before = make(tmp_path / "cut", config, kind, **values)
     first.add_callback(Stop())
     first.train()
     assert first.state.global_step == STOP
     second, bilora = make(tmp_path / "cut", config, kind, seed=99, **values)
     assert trainers.difference(bilora, expected) > 1e-3
-    seen: list[tuple[str, ...]] = []
+    active_adapters: list[tuple[str, ...]] = []
 
     class Look(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
             assert trainers.difference(bilora, before) == 0
 
         def on_step_begin(self, *args, **kwargs):
-            seen.append(adapters.active(bilora.model))
+            active_adapters.append(adapters.active(bilora.model))
             assert all(p.requires_grad for p in adapters.parameters(bilora.model, AUXILIARY))
 
     second.add_callback(Look())
     second.train(resume_from_checkpoint=True)
-    assert set(seen) == {(PRIMARY, AUXILIARY)}
-    assert second.state.global_step == whole.state.global_step
+    assert set(active_adapters) == {(PRIMARY, AUXILIARY)}
+    assert second.state.global_step == uninterrupted.state.global_step
     assert trainers.difference(bilora, expected) == 0
-    assert bilora._method.steps_taken == expected._method.steps_taken == whole.state.global_step
+    assert (
+        bilora._method.steps_taken
+        == expected._method.steps_taken
+        == uninterrupted.state.global_step
+    )
     group = second.optimizer.param_groups[1]
     assert (group["maximize"], group["weight_decay"]) == (True, 0)
     assert all(p.dtype == torch.float32 for p in bilora.clip_parameters())

@@ -27,7 +27,13 @@ from tests.contract.models import WORDS
 RHO = 0.02
 CONFIG = BiLoRAConfig(rank=4, alpha=8, rho=RHO)
 RATE, STEPS, BATCH, LENGTH = 1e-2, 20, 4, 8
-BESIDE = ("callbacks", "eval_dataset", "optimizers", "peft_config", "optimizer_cls_and_kwargs")
+CONSTRUCTOR_ARGUMENTS = (
+    "callbacks",
+    "eval_dataset",
+    "optimizers",
+    "peft_config",
+    "optimizer_cls_and_kwargs",
+)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -74,24 +80,26 @@ def settings(folder: Path, **values: Any) -> dict[str, Any]:
 
 
 def plain(folder: Path, model: Any, kind: str = "trainer", **values: Any) -> Any:
-    """A trainer over `rows()`; `values` are its arguments, those in `BESIDE` and the data its own.
+    """A trainer over `rows()`.
+
+    `values` are its training arguments; those in `CONSTRUCTOR_ARGUMENTS` and the data are its own.
 
     Args:
         kind: "trainer", "seq2seq" or "sft".
     """
-    own = {key: values.pop(key) for key in BESIDE if key in values}
-    own["train_dataset"] = values.pop("data", None) or rows()
+    arguments = {key: values.pop(key) for key in CONSTRUCTOR_ARGUMENTS if key in values}
+    arguments["train_dataset"] = values.pop("data", None) or rows()
     make: Any = Trainer
     form: Any = TrainingArguments
     if kind == "seq2seq":
         make, form = Seq2SeqTrainer, Seq2SeqTrainingArguments
-        own["processing_class"] = tiny_tokenizer()
+        arguments["processing_class"] = tiny_tokenizer()
     elif kind == "sft":
         trl = pytest.importorskip("trl")
         make, form = trl.SFTTrainer, trl.SFTConfig
-        own["processing_class"] = tiny_tokenizer()
+        arguments["processing_class"] = tiny_tokenizer()
         values = {"bf16": False, "gradient_checkpointing": False, **values}
-    return make(model=model, args=form(**settings(folder, **values)), **own)
+    return make(model=model, args=form(**settings(folder, **values)), **arguments)
 
 
 def with_bilora(folder: Path, bilora: BiLoRA, kind: str = "trainer", **values: Any) -> Any:
@@ -102,8 +110,8 @@ def with_bilora(folder: Path, bilora: BiLoRA, kind: str = "trainer", **values: A
 
 
 def batches(data: Dataset) -> list[dict[str, Tensor]]:
-    whole = {key: torch.tensor(data[key][:]).split(BATCH) for key in data.column_names}
-    return [dict(zip(whole, parts, strict=True)) for parts in zip(*whole.values(), strict=True)]
+    columns = {key: torch.tensor(data[key][:]).split(BATCH) for key in data.column_names}
+    return [dict(zip(columns, parts, strict=True)) for parts in zip(*columns.values(), strict=True)]
 
 
 def attached(model: Any, config: BiLoRAConfig = CONFIG, seed: int = 7) -> BiLoRA:
@@ -144,10 +152,10 @@ def by_hand(
         count = sum(int((batch["labels"][:, first:] != -100).sum()) for batch in window)
         total = 0.0
         for batch in window:
-            own = int((batch["labels"][:, first:] != -100).sum())
-            seen = list(itertools.islice(numbers, len(batch["labels"])))
-            with bilora.samples(seen) if seen else contextlib.nullcontext():
-                loss = cast(Any, bilora.model)(**batch).loss * own / count
+            target_count = int((batch["labels"][:, first:] != -100).sum())
+            batch_numbers = list(itertools.islice(numbers, len(batch["labels"])))
+            with bilora.samples(batch_numbers) if batch_numbers else contextlib.nullcontext():
+                loss = cast(Any, bilora.model)(**batch).loss * target_count / count
                 loss.backward()
             total += float(loss.detach())
         if clip:
@@ -162,9 +170,9 @@ def by_hand(
 
 def difference(left: BiLoRA, right: BiLoRA) -> float:
     """The largest difference between what two models have of adapters."""
-    own, other = left._method.tensors(), right._method.tensors()
-    assert own.keys() == other.keys()
-    return max(float((own[key] - other[key]).abs().max()) for key in own)
+    left_tensors, right_tensors = left._method.tensors(), right._method.tensors()
+    assert left_tensors.keys() == right_tensors.keys()
+    return max(float((left_tensors[key] - right_tensors[key]).abs().max()) for key in left_tensors)
 
 
 def losses(trainer: Any, name: str = "loss") -> list[float]:

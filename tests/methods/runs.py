@@ -78,9 +78,9 @@ class Run:
 
 def naive(run: Run) -> reference.Net:
     """The layers as the reference has them, with an optimizer as the run's for each matrix."""
-    first, *rest = run.optimizer.param_groups
-    own = ("W0", "b") if run.method.exports_weights else ("A", "B")
-    groups = [(own, first), *((("A2", "B2"), group) for group in rest[:1])]
+    first, *auxiliary_groups = run.optimizer.param_groups
+    primary_names = ("W0", "b") if run.method.exports_weights else ("A", "B")
+    groups = [(primary_names, first), *((("A2", "B2"), group) for group in auxiliary_groups[:1])]
     make = getattr(reference, type(run.optimizer).__name__)
     rules = [
         {
@@ -104,11 +104,11 @@ def naive(run: Run) -> reference.Net:
     return reference.Net(layers, rules)
 
 
-def same(run: Run, net: reference.Net) -> None:
+def assert_same_layers(run: Run, net: reference.Net) -> None:
     """All that is trained is as the reference has it."""
-    for layer, other in zip(net.layers, naive(run).layers, strict=True):
+    for layer, run_layer in zip(net.layers, naive(run).layers, strict=True):
         for name in ("W0", "b", "A", "B", "A2", "B2"):
-            expected, value = getattr(layer, name), getattr(other, name)
+            expected, value = getattr(layer, name), getattr(run_layer, name)
             assert (expected is None) == (value is None)
             if value is not None:
                 torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
@@ -135,7 +135,7 @@ def follow(
         losses += run.train(1, first=k)
         schedule.step()
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
-    same(run, net)
+    assert_same_layers(run, net)
     return net
 
 

@@ -22,8 +22,8 @@ COUNT = 5
 
 def samples(k, rows=7):
     """Samples of step k: some twice, some not at all, and one row that is none."""
-    drawn = torch.randint(2 * COUNT, (rows,), generator=torch.Generator().manual_seed(k))
-    return [None if i == 0 and k % 3 == 0 else int(s) for i, s in enumerate(drawn)]
+    numbers = torch.randint(2 * COUNT, (rows,), generator=torch.Generator().manual_seed(k))
+    return [None if i == 0 and k % 3 == 0 else int(s) for i, s in enumerate(numbers)]
 
 
 def ratios(k):
@@ -34,9 +34,9 @@ def ratios(k):
 def backward(run, k, cuts=()):
     """One pass over `batch(k)`, cut before these rows."""
     x, y = batch(k)
-    whole, snr, total = samples(k), ratios(k), torch.zeros((), dtype=torch.float64)
+    step_samples, snr, total = samples(k), ratios(k), torch.zeros((), dtype=torch.float64)
     for start, stop in zip((0, *cuts), (*cuts, len(x)), strict=True):
-        with run.method.around_batch(whole[start:stop], snr[start:stop]):
+        with run.method.around_batch(step_samples[start:stop], snr[start:stop]):
             errors = (run.model(x[start:stop]) - y[start:stop]).square().mean(1)
             loss = errors.sum() / len(x)
             loss.backward()
@@ -59,37 +59,45 @@ def flats(method):
 )
 def test_50_steps_follow_per_sample_loops(kind, lr, rho, gamma, cuts):
     """Acceptance: float64, to 1e-10, however the batch is cut."""
-    given: Any = {"auxiliary_rank": 2, "auxiliary_alpha": 3, "auxiliary_learning_rate": 2 * lr}
-    one = Run("bilora", MethodOptions(rho=rho, **given), kind, lr)
-    options = MethodOptions(auxiliaries=COUNT, auxiliary_snr_gamma=gamma, rho=rho, **given)
+    auxiliary_options: Any = {
+        "auxiliary_rank": 2,
+        "auxiliary_alpha": 3,
+        "auxiliary_learning_rate": 2 * lr,
+    }
+    single_run = Run("bilora", MethodOptions(rho=rho, **auxiliary_options), kind, lr)
+    options = MethodOptions(
+        auxiliaries=COUNT, auxiliary_snr_gamma=gamma, rho=rho, **auxiliary_options
+    )
     run = Run("bilora", options, kind, lr)
-    first, *others = (naive(one) for _ in range(1 + COUNT))
+    first, *auxiliary_nets = (naive(single_run) for _ in range(1 + COUNT))
     net = reference.Net([replace(la, A2=None, B2=None) for la in first.layers], first.rules)
     expected, moved = [], 0
     for k in range(STEPS):
-        before = [other.layers[0].A2 for other in others]
+        before = [auxiliary_net.layers[0].A2 for auxiliary_net in auxiliary_nets]
         groups = [None if s is None else s % COUNT for s in samples(k)]
-        shares = [(min(own / gamma, 1) if gamma else 1) ** 0.5 for own in ratios(k)]
-        expected.append(reference.by_sample(net, *batch(k), rho, others, groups, shares))
-        moved += sum(a is not o.layers[0].A2 for a, o in zip(before, others, strict=True))
+        shares = [(min(ratio / gamma, 1) if gamma else 1) ** 0.5 for ratio in ratios(k)]
+        expected.append(reference.by_sample(net, *batch(k), rho, auxiliary_nets, groups, shares))
+        moved += sum(a is not o.layers[0].A2 for a, o in zip(before, auxiliary_nets, strict=True))
     assert moved < STEPS * COUNT, "some must have stood still"
     losses = run.train(backward=lambda k: backward(run, k, cuts))
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
     for factor, layer in zip(adapters.factors(run.model, PRIMARY), net.layers, strict=True):
         torch.testing.assert_close([factor.A, factor.B], [layer.A, layer.B], rtol=1e-10, atol=1e-10)
-    for flat, other in zip(flats(run.method).values(), others, strict=True):
-        own: Any = other.layers
-        whole = torch.cat([la.A2.flatten() for la in own] + [la.B2.T.flatten() for la in own])
-        torch.testing.assert_close(flat, whole, rtol=1e-10, atol=1e-10)
+    for flat, auxiliary_net in zip(flats(run.method).values(), auxiliary_nets, strict=True):
+        layers: Any = auxiliary_net.layers
+        expected_flat = torch.cat(
+            [la.A2.flatten() for la in layers] + [la.B2.T.flatten() for la in layers]
+        )
+        torch.testing.assert_close(flat, expected_flat, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("option", ["default", "dora", "pissa", "nf4"])
 def test_a_batch_of_several_samples_is_what_they_are_one_by_one(option):
     """On convolutions and linear layers of one shape and of several."""
     losses, tensors = [], []
-    given: Any = {"options": {"auxiliaries": 3, "rho": 0.5}, "optimizer": "SGD", "lr": 0.1}
+    settings: Any = {"options": {"auxiliaries": 3, "rho": 0.5}, "optimizer": "SGD", "lr": 0.1}
     for pieces in (1, ROWS):
-        run = Small("bilora", option, "unet", micro_batches=pieces, **given).initialise()
+        run = Small("bilora", option, "unet", micro_batches=pieces, **settings).initialise()
         losses.append(run.train(2))
         tensors.append(run.tensors())
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
@@ -103,11 +111,11 @@ def test_a_step_of_no_samples_moves_the_primary_alone(rho):
     run.train(3, backward=lambda k: backward(run, k))
     before, primary = flats(run.method), {k: v.clone() for k, v in run.primary().items()}
 
-    def without(k):
+    def backward_without_samples(k):
         with run.method.around_batch([None] * 7):
             return run.backward(k)
 
-    run.train(1, backward=without)
+    run.train(1, backward=backward_without_samples)
     assert all(torch.equal(value, before[key]) for key, value in flats(run.method).items())
     assert any(not torch.equal(value, primary[key]) for key, value in run.primary().items())
 
@@ -124,7 +132,7 @@ def test_a_step_takes_as_many_operations_however_many_there_are():
         run.method.step(forward_backward, run.optimizer)
         with profile() as operations:
             run.method.step(forward_backward, run.optimizer)
-        counted.append(sum(one.count for one in operations.key_averages()))
+        counted.append(sum(operation.count for operation in operations.key_averages()))
     assert counted[0] == counted[1] > 0
 
 

@@ -79,8 +79,10 @@ def test_bound_holds_where_columns_cancel(dtype, cancel):
     """B @ A far smaller than B and A: rounding the factors weighs more, and the bound knows it."""
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
-        b, a, other = (torch.randn(30, dtype=torch.float64, generator=generator) for _ in range(3))
-        A, B = torch.stack((a, a + cancel * other)), torch.stack((b, -b), dim=1)
+        b, a, direction = (
+            torch.randn(30, dtype=torch.float64, generator=generator) for _ in range(3)
+        )
+        A, B = torch.stack((a, a + cancel * direction)), torch.stack((b, -b), dim=1)
         factors = [Factors("0", A.to(dtype), B.to(dtype), 1.0)]
         rho = true_norm(factors) / 3
         ball.project_(factors, rho)
@@ -100,18 +102,18 @@ def test_projection_reaches_the_sphere_by_one_root_for_both_factors_and_once(dty
     for new, was in zip(factors, old, strict=True):
         torch.testing.assert_close(new.A, root * was.A, rtol=low, atol=0)
         torch.testing.assert_close(new.B, root * was.B, rtol=low, atol=0)
-    once = copy.deepcopy(factors)
+    projected_once = copy.deepcopy(factors)
     ball.project_(factors, 0.05)
     if dtype == torch.float32:
-        assert all(torch.equal(f.A, was.A) for f, was in zip(factors, once, strict=True))
+        assert all(torch.equal(f.A, was.A) for f, was in zip(factors, projected_once, strict=True))
 
 
 def test_zero_factors_and_no_factors():
     factors = [Factors("0", torch.randn(2, 3), torch.zeros(4, 2), 1.0)]
-    kept = factors[0].A.clone()
+    initial_A = factors[0].A.clone()
     assert float(ball.frobenius_norm(factors)) == 0
     assert [float(value) for value in ball.project_(factors, 0.1)] == [0, 0, 1]
-    assert torch.equal(factors[0].A, kept)
+    assert torch.equal(factors[0].A, initial_A)
     for call in (ball.frobenius_norm, lambda factors: ball.project_(factors, 1.0)):
         with pytest.raises(ValueError, match="no factors"):
             call([])
@@ -119,6 +121,6 @@ def test_zero_factors_and_no_factors():
 
 def test_large_groups_are_measured_in_pieces(monkeypatch):
     factors = random_factors([(6, 5, 2)] * 7, [1.5] * 7, [torch.float32] * 7, seed=4)
-    whole = float(ball.frobenius_norm(factors))
+    unsplit_norm = float(ball.frobenius_norm(factors))
     monkeypatch.setitem(ball._STACK_ELEMENTS, "cpu", 50)
-    assert float(ball.frobenius_norm(factors)) == pytest.approx(whole, rel=1e-12)
+    assert float(ball.frobenius_norm(factors)) == pytest.approx(unsplit_norm, rel=1e-12)

@@ -15,7 +15,7 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import MethodOptions, Target, create, names
 from bilora_diffusion.methods.efm_lora import perturbations
 from bilora_diffusion.methods.options import LookSAMOptions
-from tests.methods.runs import SPEC, STEPS, Run, batch, naive, same
+from tests.methods.runs import SPEC, STEPS, Run, assert_same_layers, batch, naive
 from tests.references import methods as reference
 
 
@@ -26,12 +26,12 @@ def test_bar_follows_a_warm_up_although_the_optimizers_groups_are_replaced(name)
     net, schedule = naive(run), LambdaLR(run.optimizer, lambda k: min(1.0, k / 25))
     run.optimizer.load_state_dict(run.optimizer.state_dict())
     for k in range(STEPS):
-        for each in net.rules:
-            each["A"].lr = each["B"].lr = 0.1 * min(1.0, k / 25)
+        for layer_rules in net.rules:
+            layer_rules["A"].lr = layer_rules["B"].lr = 0.1 * min(1.0, k / 25)
         reference.bar(net, *batch(k), name, 2.0)
         run.train(1, first=k)
         schedule.step()
-    same(run, net)
+    assert_same_layers(run, net)
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name not in ("lora", "full")])
@@ -39,19 +39,19 @@ def test_a_layer_without_a_gradient_is_left_alone_and_the_others_go_on(name):
     """The output does not reach the last layer (SDXL's text encoders have such a one)."""
     options = MethodOptions(rho=0.3, bar_alpha=2.0, num_steps=STEPS)
     run = Run(name, options, "AdamW", 0.05, 0.01)
-    without = Run(name, options, "AdamW", 0.05, 0.01, replace(SPEC, target_modules=("0",)))
-    for key, own in without.method.tensors().items():
-        own.copy_(run.method.tensors()[key])
+    smaller_run = Run(name, options, "AdamW", 0.05, 0.01, replace(SPEC, target_modules=("0",)))
+    for key, tensor in smaller_run.method.tensors().items():
+        tensor.copy_(run.method.tensors()[key])
     last = {key: v.clone() for key, v in run.primary().items() if key.startswith("2.")}
     losses = []
-    for each in (run, without):
+    for compared_run in (run, smaller_run):
 
-        def backward(k, first=each.model[:2]):
+        def backward(k, first=compared_run.model[:2]):
             loss = (first(batch(0)[0]) - 1).square().mean()
             loss.backward()
             return loss.detach()
 
-        losses.append(each.train(backward=backward))
+        losses.append(compared_run.train(backward=backward))
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert losses[0][-1] < losses[0][0]
     assert all(torch.equal(run.primary()[key], value) for key, value in last.items())
@@ -92,8 +92,8 @@ def test_a_schedule_without_a_length_is_refused():
 
 
 def test_looking_at_every_step_is_lora_sam_and_looks_are_logged():
-    def look(every):
-        options = MethodOptions(rho=0.2, settings=LookSAMOptions(looksam_k=every))
+    def look(interval):
+        options = MethodOptions(rho=0.2, settings=LookSAMOptions(looksam_k=interval))
         return Run("lora-looksam", options, "AdamW", 5e-3)
 
     sam, run = Run("lora-sam", MethodOptions(rho=0.2), "AdamW", 5e-3), look(2)
@@ -143,17 +143,17 @@ def test_efm_lora_moves_layers_of_any_shape_and_none_without_a_gradient():
     torch.manual_seed(0)
     shapes = [(3, 7, 5, 2.0), (3, 7, 5, 2.0), (2, 4, 9, 0.5), (4, 3, 3, 1.0), (3, 7, 5, 2.0)]
 
-    def drawn(r, n, m, s):
+    def random_factors(r, n, m, s):
         return Factors("", torch.randn(r, n).double(), torch.randn(m, r).double(), s)
 
-    layers, gradients = ([drawn(*shape) for shape in shapes] for _ in range(2))
+    layers, gradients = ([random_factors(*shape) for shape in shapes] for _ in range(2))
     layers[1].B.zero_()  # as at the start of a run
     for gradient in gradients[3][1:3]:
         gradient.zero_()
-    *found, zero, missing = perturbations(layers, [*gradients[:-1], None], 0.3)
+    *nonzero, zero, missing = perturbations(layers, [*gradients[:-1], None], 0.3)
     assert missing is None
     assert not zero.any()
-    for f, g, E in zip(layers, gradients, found, strict=False):
+    for f, g, E in zip(layers, gradients, nonzero, strict=False):
         layer = reference.Layer(torch.zeros(0), torch.zeros(0), f.A, f.B, f.scale)
         expected = reference.equations_12_to_15(layer, {"A": g.A, "B": g.B}, 0.3)
         torch.testing.assert_close(E, expected, rtol=1e-8, atol=1e-10)

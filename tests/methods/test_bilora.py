@@ -42,9 +42,9 @@ def test_the_norm_is_measured_and_within_rho_after_every_step(
     layers = (nn.Conv2d(n, h, 3, padding=1), nn.Flatten(2), nn.Linear(4, m), nn.Linear(m, m))
     model: Any = nn.Sequential(*layers).to(dtype)
     model = model.to(memory_format=layout)
-    given: dict[str, Any] = {"auxiliary_rank": ranks[1], "auxiliary_alpha": alphas[1]}
-    given["auxiliary_learning_rate"] = 0.3  # slow for the primary, that no run diverges
-    method: Any = create("bilora", MethodOptions(rho, rho_norm, **given))
+    auxiliary_options: dict[str, Any] = {"auxiliary_rank": ranks[1], "auxiliary_alpha": alphas[1]}
+    auxiliary_options["auxiliary_learning_rate"] = 0.3  # slow for the primary, that no run diverges
+    method: Any = create("bilora", MethodOptions(rho, rho_norm, **auxiliary_options))
     spec = AdapterSpec(rank=ranks[0], alpha=alphas[0], target_modules=("0", "2", "3"))
     optimizer = getattr(torch.optim, kind)(method.setup([Target("model", model, spec, 1e-4)]))
     method.bind(optimizer)
@@ -53,8 +53,8 @@ def test_the_norm_is_measured_and_within_rho_after_every_step(
         model(x).float().sin().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        found = adapters.layers(model, AUXILIARY)
-        changes = [change(layer, rho_norm == "scaled") for _, layer in found]
+        auxiliary_layers = adapters.layers(model, AUXILIARY)
+        changes = [change(layer, rho_norm == "scaled") for _, layer in auxiliary_layers]
         norm = math.hypot(*(float(value.norm()) for value in changes))
         assert norm <= rho * (1 + 1e-6)
         assert method.auxiliary_norm() == pytest.approx(norm, rel=1e-5, abs=1e-9)
@@ -91,8 +91,10 @@ def test_the_radius_never_passes_a_share_of_the_primarys_change(init):
     for k in range(STEPS):
         run.train(1, first=k)
         with run.method.evaluating():
-            now = [effective(layer) for _, layer in adapters.layers(run.model)]
-        moved = math.hypot(*(float((a - b).norm()) for a, b in zip(now, weights, strict=True)))
+            current_weights = [effective(layer) for _, layer in adapters.layers(run.model)]
+        moved = math.hypot(
+            *(float((a - b).norm()) for a, b in zip(current_weights, weights, strict=True))
+        )
         assert run.method.metrics()["rho"] <= radius.LARGEST_SHARE * moved * (1 + 1e-9)
     assert run.method.metrics()["rho"] == pytest.approx(radius.LARGEST_SHARE * moved)
 
@@ -136,13 +138,13 @@ class Plain(torch.optim.Optimizer):
                         parameter -= group["lr"] * parameter.grad
 
 
-def made(kind: Any = "SGD", bound=True) -> Any:
+def bilora_run(kind: Any = "SGD", bound=True) -> Any:
     return Run("bilora", MethodOptions(rho=RHO), kind, 0.1, bound=bound)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrapped):
-    run = made("AdamW", bound=False)
+    run = bilora_run("AdamW", bound=False)
     assert run.method.metrics() == {}
     optimizer = Accelerator(cpu=True).prepare(run.optimizer) if wrapped else run.optimizer
     run.method.bind(optimizer)
@@ -167,7 +169,7 @@ def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrap
 
 
 def test_bind_moves_to_a_new_optimizer_and_refuses_what_it_cannot_hook():
-    run = made()
+    run = bilora_run()
     second = torch.optim.SGD(run.groups)
     run.method.bind(second)
     run.backward()
@@ -194,7 +196,7 @@ UP = {"maximize": True}
     ],
 )
 def test_bind_refuses_groups_that_would_train_otherwise(build, word):
-    run = made(bound=False)
+    run = bilora_run(bound=False)
     optimizer = torch.optim.SGD(build(*(group["params"] for group in run.groups)), lr=0.1)
     with pytest.raises(UserError, match=word):
         run.method.bind(optimizer)
@@ -203,7 +205,7 @@ def test_bind_refuses_groups_that_would_train_otherwise(build, word):
 def test_an_optimizer_without_maximize_ascends_all_the_same():
     reached = []
     for kind in (torch.optim.SGD, Plain):
-        run = made(kind)
+        run = bilora_run(kind)
         for k in range(4):
             run.backward(k)
             parameters = adapters.parameters(run.model, AUXILIARY)
@@ -218,11 +220,11 @@ def test_an_optimizer_without_maximize_ascends_all_the_same():
 
 
 def test_a_closure_is_refused_where_gradients_must_be_turned():
-    run = made(Plain)
+    run = bilora_run(Plain)
     with pytest.raises(UserError, match="closure"):
         run.optimizer.step(lambda: float(run.backward()))
     run.backward()
     run.optimizer.step(None)
-    known = made()
-    known.optimizer.step(lambda: float(known.backward()))
-    assert known.method.metrics()["auxiliary_norm"] > 0
+    sgd_run = bilora_run()
+    sgd_run.optimizer.step(lambda: float(sgd_run.backward()))
+    assert sgd_run.method.metrics()["auxiliary_norm"] > 0

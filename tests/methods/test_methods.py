@@ -30,13 +30,17 @@ def test_methods_start_from_the_same_primary_and_the_auxiliary_as_ever(option):
     first = start("lora")
     assert any(f"/{INITIAL}/" in key for key in first) == (option == "pissa")
     for name in ADAPTING:
-        own = start(name)
-        assert {f"model/{a}" for a in create(name).adapters} <= {k.rpartition("/")[0] for k in own}
-        assert all(torch.equal(own[key], value) for key, value in first.items())
-    own, usual = start("bilora"), start("bilora", "default")
-    for key in (key for key in own if f"/{AUXILIARY}/" in key):
-        assert torch.equal(own[key], usual[key])
-        assert "lora_B" in key or not torch.equal(own[key], own[key.replace(AUXILIARY, PRIMARY)])
+        tensors = start(name)
+        assert {f"model/{a}" for a in create(name).adapters} <= {
+            k.rpartition("/")[0] for k in tensors
+        }
+        assert all(torch.equal(tensors[key], value) for key, value in first.items())
+    tensors, usual = start("bilora"), start("bilora", "default")
+    for key in (key for key in tensors if f"/{AUXILIARY}/" in key):
+        assert torch.equal(tensors[key], usual[key])
+        assert "lora_B" in key or not torch.equal(
+            tensors[key], tensors[key.replace(AUXILIARY, PRIMARY)]
+        )
 
 
 def test_registry(monkeypatch):
@@ -57,13 +61,13 @@ def test_the_groups_of_several_targets():
             Target("unet", tiny_mlp(), AdapterSpec(target_modules=("first",)), 1e-3, 0.1),
             Target("text", tiny_mlp(), AdapterSpec(target_modules=("last",)), 1e-4, 0.2),
         ]
-        found = create("bilora", MethodOptions(**options)).setup(targets)
-        return {group["name"]: group for group in found}
+        parameter_groups = create("bilora", MethodOptions(**options)).setup(targets)
+        return {group["name"]: group for group in parameter_groups}
 
-    found = groups()
-    assert list(found) == ["unet", "text", "unet.auxiliary", "text.auxiliary"]
-    assert [g["lr"] for g in found.values()] == [1e-3, 1e-4, 1e-3, 1e-4]
-    assert [g["weight_decay"] for g in found.values()] == [0.1, 0.2, 0.0, 0.0]
-    assert [g.get("maximize", False) for g in found.values()] == [False, False, True, True]
+    groups_by_name = groups()
+    assert list(groups_by_name) == ["unet", "text", "unet.auxiliary", "text.auxiliary"]
+    assert [g["lr"] for g in groups_by_name.values()] == [1e-3, 1e-4, 1e-3, 1e-4]
+    assert [g["weight_decay"] for g in groups_by_name.values()] == [0.1, 0.2, 0.0, 0.0]
+    assert [g.get("maximize", False) for g in groups_by_name.values()] == [False, False, True, True]
     rates = [g["lr"] for g in groups(auxiliary_learning_rate=4e-3).values()]
     assert rates == pytest.approx([1e-3, 1e-4, 4e-3, 4e-4])

@@ -52,7 +52,7 @@ CASES: list[Case] = [
     (
         "lora-looksam",
         {"rho": 0.2, "settings": LookSAMOptions(looksam_k=3, looksam_alpha=0.5)},
-        partial(reference.lora_looksam, rho=0.2, every=3, alpha=0.5),
+        partial(reference.lora_looksam, rho=0.2, interval=3, alpha=0.5),
     ),
     *(
         (
@@ -92,7 +92,10 @@ CASES: list[Case] = [
             "bilora",
             {"rho": "auto", "loss_rise": 0.3, "rho_norm": norm},
             partial(
-                reference.auto_radius, tau=0.3, most=radius.LARGEST_SHARE, scaled=norm == "scaled"
+                reference.auto_radius,
+                tau=0.3,
+                largest_share=radius.LARGEST_SHARE,
+                scaled=norm == "scaled",
             ),
         )
         for norm in ("scaled", "unscaled")
@@ -116,16 +119,16 @@ def combinations():
 def test_50_steps_follow_the_naive_reference(case, optimizer, warmup):
     """Acceptance: float64; an auxiliary has another rank, scale and learning rate."""
     (name, options, step), (kind, lr, decay) = case, optimizer
-    given = {"num_steps": STEPS, **options}
-    spec = replace(SPEC, init=given.pop("init", "default"))
-    if given.get("auxiliary_rank"):
-        given["auxiliary_learning_rate"] = 2 * lr
-    run = Run(name, MethodOptions(**given), kind, lr, decay, spec)
+    method_options = {"num_steps": STEPS, **options}
+    spec = replace(SPEC, init=method_options.pop("init", "default"))
+    if method_options.get("auxiliary_rank"):
+        method_options["auxiliary_learning_rate"] = 2 * lr
+    run = Run(name, MethodOptions(**method_options), kind, lr, decay, spec)
     net = follow(run, step, warmup)
     assert run.passes == PASSES.get(name, STEPS)
     assert sum(net.numbers.get("outside", [5])) >= 5, "the ball must have been at work"
     if name == "efm-lora":
-        moves = [float((la.s * e["B"] @ la.A).norm()) for la, e in net.beside(net.memory)]
+        moves = [float((la.s * e["B"] @ la.A).norm()) for la, e in net.layer_pairs(net.memory)]
         assert run.method.metrics() == pytest.approx({"perturbation_norm": math.hypot(*moves)})
 
 

@@ -73,8 +73,8 @@ def test_the_weights_are_those_of_the_card_in_half_precision():
     assert hashes == {n: hashlib.sha256(path.read_bytes()).hexdigest() for n, path in files.items()}
     for path in files.values():
         assert {v.dtype for v in load_file(path).values()} <= {torch.float16, torch.int64}
-    for folder, most in SIZES.items():
-        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < most
+    for folder, limit in SIZES.items():
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < limit
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +102,20 @@ def test_mini_flow_loads_in_diffusers_alone_and_draws_what_it_is_told(loaded):
         max_sequence_length=16,
         generator=[torch.Generator().manual_seed(number) for number in range(24)],
     ).images
-    seen = loaded[0].encode_image(torch.stack([loaded[1](image) for image in images]), True)
-    found = (seen @ encoded(loaded, prompts).T).argmax(dim=1)
-    assert (found == torch.arange(24)).float().mean() > 0.9  # chance: 1 / 24
+    embeddings = loaded[0].encode_image(torch.stack([loaded[1](image) for image in images]), True)
+    matches = (embeddings @ encoded(loaded, prompts).T).argmax(dim=1)
+    assert (matches == torch.arange(24)).float().mean() > 0.9  # chance: 1 / 24
 
 
 @torch.no_grad()
 def test_open_clip_loads_the_scorer_by_itself(loaded):
     factory: Any = open_clip  # its annotations know too many return types
     source = f"local-dir:{scorer.scorer_dir()}"
-    other, preprocess = factory.create_model_from_pretrained(source)
+    model, preprocess = factory.create_model_from_pretrained(source)
     image = Image.open(mini.heldout_dir() / "1f407.png")
     assert torch.equal(loaded[1](image), preprocess(image))
     tokens = loaded[2]([SOLID.format("rabbit"), "mañana 🐇", "word " * 99])
-    assert torch.equal(loaded[0].encode_text(tokens), other.eval().encode_text(tokens))
+    assert torch.equal(loaded[0].encode_text(tokens), model.eval().encode_text(tokens))
 
 
 @pytest.mark.slow
@@ -124,19 +124,24 @@ def test_the_figures_of_the_scorers_card_come_out_again(loaded):
     figures = json.loads((scorer.scorer_dir() / "figures.json").read_text())["figures"]
     rows = read_metadata("mini-heldout")
     images = [Image.open(mini.heldout_dir() / row["file_name"]) for row in rows]
-    seen = loaded[0].encode_image(torch.stack([loaded[1](image) for image in images]), True)
+    embeddings = loaded[0].encode_image(torch.stack([loaded[1](image) for image in images]), True)
     labels, bank = [row["label"] for row in rows], scorer.captions()
     right, flat = ([form.format(label) for label in labels] for form in (SOLID, FLAT))
     assert len(set(bank)) == len(bank) == 2 * 1570
     assert {*right, *flat} <= set(bank)
-    similarity = seen @ encoded(loaded, right).T
-    found = [bank[i] for i in (seen @ encoded(loaded, bank).T).argmax(dim=1).tolist()]
-    own = torch.arange(len(rows))
+    similarity = embeddings @ encoded(loaded, right).T
+    matched_captions = [
+        bank[i] for i in (embeddings @ encoded(loaded, bank).T).argmax(dim=1).tolist()
+    ]
+    row_numbers = torch.arange(len(rows))
     measured = {
-        "image_to_text_top1": (similarity.argmax(dim=1) == own).float().mean(),
-        "text_to_image_top1": (similarity.argmax(dim=0) == own).float().mean(),
-        "caption_object_top1": sum(f in p for f, *p in zip(found, right, flat, strict=True)) / 128,
-        "caption_style_top1": sum(" ToK " in line for line in found) / 128,
+        "image_to_text_top1": (similarity.argmax(dim=1) == row_numbers).float().mean(),
+        "text_to_image_top1": (similarity.argmax(dim=0) == row_numbers).float().mean(),
+        "caption_object_top1": sum(
+            f in p for f, *p in zip(matched_captions, right, flat, strict=True)
+        )
+        / 128,
+        "caption_style_top1": sum(" ToK " in line for line in matched_captions) / 128,
     }
     card = (scorer.scorer_dir() / "README.md").read_text(encoding="utf-8")
     for name, value in measured.items():  # one picture may fall to the other side of a tie
@@ -160,9 +165,9 @@ def run(folder, digests):
     return folder
 
 
-@pytest.mark.parametrize(("other", "step"), [("xyz", None), ("xyw", 3), ("xy", 3), ("xyzx", 4)])
-def test_only_runs_of_equal_digests_are_compared(tmp_path, other, step):
-    pair = [run(tmp_path / "a", "xyz"), run(tmp_path / "b", other)]
+@pytest.mark.parametrize(("digests", "step"), [("xyz", None), ("xyw", 3), ("xy", 3), ("xyzx", 4)])
+def test_only_runs_of_equal_digests_are_compared(tmp_path, digests, step):
+    pair = [run(tmp_path / "a", "xyz"), run(tmp_path / "b", digests)]
     if step is None:
         assert require_paired(pair) == 3
     else:

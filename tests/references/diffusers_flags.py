@@ -30,7 +30,7 @@ class Meaning:
     course: tuple[float, ...]
 
 
-def default_here(values: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
+def default_here(values: Mapping[str, Any], given_names: frozenset[str]) -> dict[str, Any]:
     """Defaults of flags that are not given, where diffusers has another."""
     defaults = {
         "train_batch_size": 1,
@@ -44,7 +44,7 @@ def default_here(values: Mapping[str, Any], given: frozenset[str]) -> dict[str, 
         "max_train_steps": "num_train_epochs",
         "gradient_accumulation_steps": "train_batch_size",
     }
-    return {n: v for n, v in defaults.items() if not given & {n, instead.get(n)}}
+    return {n: v for n, v in defaults.items() if not given_names & {n, instead.get(n)}}
 
 
 def refuses(values: Mapping[str, Any]) -> bool:
@@ -91,12 +91,12 @@ def _factor(values: Mapping[str, Any], step: int, warmup: int, steps: int) -> fl
         return step / max(1, warmup)
     if kind in ("constant", "constant_with_warmup"):
         return 1.0
-    done = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / max(1, steps - warmup)
     if kind == "linear":
-        return 1 - done
+        return 1 - progress
     if kind == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
+        return 0.5 * (1 + math.cos(math.pi * progress))
     if kind == "cosine_with_restarts":
-        return 0.5 * (1 + math.cos(math.pi * (done * values["lr_num_cycles"] % 1)))
+        return 0.5 * (1 + math.cos(math.pi * (progress * values["lr_num_cycles"] % 1)))
     end = 1e-7 / (1.0 if values["optimizer"].lower() == "prodigy" else 1e-3)
-    return (1 - end) * (1 - done) ** values["lr_power"] + end
+    return (1 - end) * (1 - progress) ** values["lr_power"] + end

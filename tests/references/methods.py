@@ -94,23 +94,25 @@ class Net:
     memory: Gradients = field(default_factory=list)
     numbers: dict[str, list[float]] = field(default_factory=dict)
 
-    def gradients(self, x: Tensor, y: Tensor, at: Sequence[Tensor] = ()) -> tuple[float, Gradients]:
+    def gradients(
+        self, x: Tensor, y: Tensor, weights: Sequence[Tensor] = ()
+    ) -> tuple[float, Gradients]:
         """The loss and the gradients of all factors, at the layers' own weights or at others."""
-        loss, full = backward(at or [la.weight() for la in self.layers], self.layers, x, y)
+        loss, full = backward(weights or [la.weight() for la in self.layers], self.layers, x, y)
         return loss, [to_factors(la, g["W0"]) for la, g in zip(self.layers, full, strict=True)]
 
-    def moved(self, factor: float, by: Gradients) -> Self:
+    def moved(self, factor: float, direction: Gradients) -> Self:
         """The same with its factors moved."""
-        own = [{name: getattr(la, name) for name in d} for la, d in self.beside(by)]
-        pairs = self.beside(plus(own, factor, by))
+        current = [{name: getattr(la, name) for name in d} for la, d in self.layer_pairs(direction)]
+        pairs = self.layer_pairs(plus(current, factor, direction))
         return replace(self, layers=[replace(la, **factors) for la, factors in pairs])
 
-    def beside(self, values: Gradients) -> Iterable[tuple[Layer, dict[str, Tensor]]]:
+    def layer_pairs(self, values: Gradients) -> Iterable[tuple[Layer, dict[str, Tensor]]]:
         return zip(self.layers, values, strict=True)
 
     def descend(self, gradients: Gradients) -> None:
         """One step of the optimizer on everything that has a gradient, all at once."""
-        for (layer, gradient), rule in zip(self.beside(gradients), self.rules, strict=True):
+        for (layer, gradient), rule in zip(self.layer_pairs(gradients), self.rules, strict=True):
             for name, value in gradient.items():
                 setattr(layer, name, rule[name].update(getattr(layer, name), value))
 
@@ -138,8 +140,8 @@ def to_factors(layer: Layer, dW: Tensor) -> dict[str, Tensor]:
     return gradients
 
 
-def inner(one: Gradients, other: Gradients) -> float:
-    pairs = zip(one, other, strict=True)
+def inner(left: Gradients, right: Gradients) -> float:
+    pairs = zip(left, right, strict=True)
     return sum(float((a[name] * b[name]).sum()) for a, b in pairs for name in a)
 
 
@@ -147,8 +149,8 @@ def length(tensors: Gradients) -> float:
     return math.sqrt(inner(tensors, tensors))
 
 
-def plus(one: Gradients, factor: float, other: Gradients) -> Gradients:
-    pairs = zip(one, other, strict=True)
+def plus(left: Gradients, factor: float, right: Gradients) -> Gradients:
+    pairs = zip(left, right, strict=True)
     return [{name: a[name] + factor * b[name] for name in a} for a, b in pairs]
 
 
@@ -178,10 +180,10 @@ def lora_sam(net: Net, x: Tensor, y: Tensor, rho: float) -> float:
     return loss
 
 
-def lora_looksam(net: Net, x: Tensor, y: Tensor, rho: float, every: int, alpha: float) -> float:
+def lora_looksam(net: Net, x: Tensor, y: Tensor, rho: float, interval: int, alpha: float) -> float:
     """LookSAM's Algorithm 1, with theta the angle between g and g_s; it remembers g_v."""
     loss, g = net.gradients(x, y)
-    if net.k % every == 0:
+    if net.k % interval == 0:
         _, g_s = sam_gradients(net, x, y, rho)
         cos = inner(g, g_s) / (length(g) * length(g_s))
         net.memory = plus(g_s, -length(g_s) * cos / length(g), g)
@@ -193,7 +195,7 @@ def lora_looksam(net: Net, x: Tensor, y: Tensor, rho: float, every: int, alpha: 
 
 def lora_msam(net: Net, x: Tensor, y: Tensor, rho: float) -> float:
     """MSAM's Algorithm 1 on AdamW: the gradient at w - rho m / ||m||, the step from w."""
-    momenta = [{name: rule.m for name, rule in own.items()} for own in net.rules]  # pyright: ignore
+    momenta = [{name: rule.m for name, rule in layer_rules.items()} for layer_rules in net.rules]  # pyright: ignore
     ahead = net.moved(-rho / length(momenta), momenta) if net.k else net
     loss, gradients = ahead.gradients(x, y)
     net.descend(gradients)
@@ -203,16 +205,16 @@ def lora_msam(net: Net, x: Tensor, y: Tensor, rho: float) -> float:
 def equations_12_to_15(layer: Layer, g: Mapping[str, Tensor], rho: float) -> Tensor:
     """EFMLoRA's E^B of one layer, with every matrix of the weight's size formed."""
     gradient = 0.5 * (g["B"] @ pinv(layer.A.T) + pinv(layer.B.T) @ g["A"]) / layer.s
-    whole = rho * gradient / torch.sqrt((gradient**2).sum())
-    return whole @ pinv(layer.A) / layer.s
+    weight_change = rho * gradient / torch.sqrt((gradient**2).sum())
+    return weight_change @ pinv(layer.A) / layer.s
 
 
 def efm_lora(net: Net, x: Tensor, y: Tensor, rho: float, beta: float, schedule: str) -> float:
     """EFMLoRA's Algorithm 2; it remembers E."""
     radius = rho / math.sqrt(net.k + 1) if schedule == "sqrt" else rho
-    at = net.moved(1.0, net.memory) if net.memory else net
-    loss, gradients = at.gradients(x, y)
-    new = [{"B": equations_12_to_15(la, g, radius)} for la, g in at.beside(gradients)]
+    moved_net = net.moved(1.0, net.memory) if net.memory else net
+    loss, gradients = moved_net.gradients(x, y)
+    new = [{"B": equations_12_to_15(la, g, radius)} for la, g in moved_net.layer_pairs(gradients)]
     old = [{"B": (1 - beta) * e["B"]} for e in net.memory]
     net.memory = plus(old, beta, new) if old else new
     net.descend(gradients)
@@ -232,7 +234,7 @@ def lora_l2sp(net: Net, x: Tensor, y: Tensor, strength: float) -> float:
 def bar(net: Net, x: Tensor, y: Tensor, kind: str, strength: float) -> float:
     """oBAR and nBAR: balance each layer, then take the optimizer's step with the same gradient."""
     loss, gradients = net.gradients(x, y)
-    for (layer, g), rule in zip(net.beside(gradients), net.rules, strict=True):
+    for (layer, g), rule in zip(net.layer_pairs(gradients), net.rules, strict=True):
         if kind == "oBAR":
             A_shrinks = float(layer.A.norm()) >= float(layer.B.norm())
         else:
@@ -284,19 +286,19 @@ def bilora(
 
 
 def auto_radius(
-    net: Net, x: Tensor, y: Tensor, tau: float, most: float, scaled: bool = True
+    net: Net, x: Tensor, y: Tensor, tau: float, largest_share: float, scaled: bool = True
 ) -> float:
     """Bi-LoRA with a radius that is found anew before each projection.
 
     Args:
         tau: the share of the loss by which the auxiliary is to move it.
-        most: the largest share of the norm of the primary's change that the radius may be.
+        largest_share: the largest share of the norm of the primary's change that the radius may be.
     """
     _, full = backward([la.weight() for la in net.layers], net.layers, x, y)
-    gamma = sum(float((g["W0"] * la.change()).sum()) for la, g in net.beside(full))
+    gamma = sum(float((g["W0"] * la.change()).sum()) for la, g in net.layer_pairs(full))
     loss = lora(net, x, y)
     primary = [(la.s if scaled else 1.0) * la.B @ la.A for la in net.layers]
-    limit = most * math.sqrt(sum(float((change**2).sum()) for change in primary))
+    limit = largest_share * math.sqrt(sum(float((change**2).sum()) for change in primary))
     if not net.numbers:
         net.numbers = {"slopes": [], "losses": [], "outside": [], "radius": [0.0, 0.0]}
     if net.numbers["radius"][1] == 0:  # no step has moved the auxiliary yet
@@ -322,28 +324,35 @@ def by_sample(
     x: Tensor,
     y: Tensor,
     rho: float,
-    others: list[Any],
+    auxiliary_nets: list[Any],
     groups: Sequence[int | None],
     shares: Sequence[float],
 ) -> float:
-    """Bi-LoRA with an auxiliary for each group of samples, one row after the other: `others` hold
-    A2 and B2 of each group, with their rules; a row sees a share of its group's, or none.
+    """Bi-LoRA with an auxiliary for each group of samples, one row after the other.
+
+    `auxiliary_nets` hold A2 and B2 of each group, with their rules; a row sees a share of its
+    group's, or none.
     """
     total, sums = 0.0, dict[int | None, Gradients]()
     for row, (group, share) in enumerate(zip(groups, shares, strict=True)):
         pairs: list[Any] = [{}, {}]
         if group is not None:
-            pairs = [{"A2": la.A2, "B2": share * la.B2} for la in others[group].layers]
-        seen = Net([replace(la, **own) for la, own in net.beside(pairs)], net.rules)
-        loss, gradients = seen.gradients(x[row : row + 1], y[row : row + 1])
+            pairs = [{"A2": la.A2, "B2": share * la.B2} for la in auxiliary_nets[group].layers]
+        row_net = Net(
+            [replace(la, **auxiliary_factors) for la, auxiliary_factors in net.layer_pairs(pairs)],
+            net.rules,
+        )
+        loss, gradients = row_net.gradients(x[row : row + 1], y[row : row + 1])
         total += loss / len(x)
         for key in {None, group}:
             names = ("A", "B") if key is None else ("A2", "B2")
             times = {"B2": share}
-            own = [{n: times.get(n, 1.0) * g[n] / len(x) for n in names} for g in gradients]
-            sums[key] = plus(sums[key], 1.0, own) if key in sums else own
+            row_gradients = [
+                {n: times.get(n, 1.0) * g[n] / len(x) for n in names} for g in gradients
+            ]
+            sums[key] = plus(sums[key], 1.0, row_gradients) if key in sums else row_gradients
     net.descend(sums.pop(None))
-    for group, own in sums.items():
-        others[group or 0].descend(own)
-        clip(others[group or 0].layers, rho)
+    for group, group_gradients in sums.items():
+        auxiliary_nets[group or 0].descend(group_gradients)
+        clip(auxiliary_nets[group or 0].layers, rho)
     return total

@@ -59,13 +59,13 @@ def code(text):
 def test_a_full_card(tmp_path):
     folder, prompts = tmp_path / "my run", ("a TOK icon of a frog: green", 'a "TOK" icon')
     sampled(folder, 2)
-    found = card(
+    model_card = card(
         folder,
         [*ICONS, "--rho", "0.05", "--rank", "4"],
         results={"heldout_loss": 0.0812345678},
         validation_prompts=prompts,
     )
-    data = found.data.to_dict()
+    data = model_card.data.to_dict()
     assert (data["base_model"], data["datasets"]) == (SDXL, ["linoyts/3d_icon"])
     assert {"text-to-image", "lora", "template:sd-lora", "bilora"} <= set(data["tags"])
     assert data["instance_prompt"] == "a TOK icon, in the style of TOK"
@@ -74,10 +74,10 @@ def test_a_full_card(tmp_path):
         {"text": prompt, "output": {"url": url}} for prompt, url in zip(prompts, urls, strict=True)
     ]
     for part in ("| method | Bi-LoRA |", "| held-out loss | 0.0812346 |", "`<lora:my run:1>`"):
-        assert part in found.text
-    assert "DoRA" not in found.text
+        assert part in model_card.text
+    assert "DoRA" not in model_card.text
     assert "0.3.30" in card(folder, [*ICONS, "--use_dora"]).text
-    snippet = code(found.text)
+    snippet = code(model_card.text)
     assert f"load_lora_weights('.', weight_name='{FILE_NAME}')" in snippet
     assert "image = pipeline('a TOK icon of a frog: green').images[0]" in snippet
 
@@ -133,8 +133,8 @@ def test_the_code_for_the_miniature_and_for_whole_models_runs(
 def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path):
     flow = ["--pretrained_model_name_or_path", "black-forest-labs/FLUX.1-dev", *ICONS[2:], *VAE]
     plain, dora = (
-        card(tmp_path, [*flow, *more], pipeline="FluxPipeline").text
-        for more in ([], ["--use_dora"])
+        card(tmp_path, [*flow, *dora_flags], pipeline="FluxPipeline").text
+        for dora_flags in ([], ["--use_dora"])
     )
     for text in (plain, dora):
         assert code(text).count("torch.bfloat16") == 2
@@ -146,13 +146,13 @@ def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path):
 
 def test_only_what_is_given_is_said(tmp_path):
     sampled(tmp_path, 1)  # of another setting, before a resume
-    found = card(tmp_path, [*MINI, "--method", "lora"], repo="me/icons", instance_prompt=None)
-    data = found.data.to_dict()
+    model_card = card(tmp_path, [*MINI, "--method", "lora"], repo="me/icons", instance_prompt=None)
+    data = model_card.data.to_dict()
     assert not {"instance_prompt", "widget", "license", "base_model", "datasets"} & set(data)
     assert "stable-diffusion-xl" not in data["tags"]
     for words in ("## Trigger", "## Results", "## Images", "models/loras", str(pipeline_dir())):
-        assert words not in found.content
-    assert f"load_lora_weights('me/icons', weight_name='{FILE_NAME}')\n" in code(found.text)
+        assert words not in model_card.content
+    assert f"load_lora_weights('me/icons', weight_name='{FILE_NAME}')\n" in code(model_card.text)
 
 
 def test_local_paths_stay_private(tmp_path, monkeypatch):
@@ -160,10 +160,10 @@ def test_local_paths_stay_private(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     places = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name")
     for place in (str(tmp_path / "secret" / "model"), "secret/model"):
-        found = card(tmp_path / "run", ICONS, **dict.fromkeys(places, place))
-        assert "secret" not in found.content
-        assert code(found.text).count("'path/to/model'") == 2
-        assert not {"base_model", "datasets"} & set(found.data.to_dict())
+        model_card = card(tmp_path / "run", ICONS, **dict.fromkeys(places, place))
+        assert "secret" not in model_card.content
+        assert code(model_card.text).count("'path/to/model'") == 2
+        assert not {"base_model", "datasets"} & set(model_card.data.to_dict())
 
 
 @settings(max_examples=10, deadline=None)
@@ -172,15 +172,15 @@ def test_any_prompt_survives(tmp_path_factory, prompt):
     folder = tmp_path_factory.mktemp("card")
     sampled(folder, 1)
     options = {"validation_prompts": (prompt,), "instance_prompt": prompt}
-    found = card(folder, ICONS, **options)
-    assert found.data.to_dict()["widget"][0]["text"] == prompt
-    assert found.data.to_dict()["instance_prompt"] == prompt
+    model_card = card(folder, ICONS, **options)
+    assert model_card.data.to_dict()["widget"][0]["text"] == prompt
+    assert model_card.data.to_dict()["instance_prompt"] == prompt
     if "```" not in prompt:
-        assert f"pipeline({prompt!r})" in code(found.text)
+        assert f"pipeline({prompt!r})" in code(model_card.text)
 
 
-def text_card(folder, kind, model, *more, repo=None):
-    argv = ["--model_name_or_path", model, "--task_type", kind, "--task", "sst2", *more]
+def text_card(folder, kind, model, *words, repo=None):
+    argv = ["--model_name_or_path", model, "--task_type", kind, "--task", "sst2", *words]
     labels = ["negative", "positive"] if kind == "classification" else []
     results = {"steps": 30, "export": {"labels": labels, "layers": 3}}
     results |= {"heldout_loss": 0.123456789, "heldout_exact_match": 0.75}
@@ -209,10 +209,10 @@ def test_a_text_card(tmp_path, kind, model, tag):
     assert ("num_labels=2" in snippet) == (kind == "classification")
     for part in ("| exact match | 0.75 |", "0.123", "sst2"):
         assert part in adapter.text
-    whole = text_card(tmp_path, kind, model, "--method", "full")
-    assert whole.data.to_dict()["library_name"] == "transformers"
-    assert 'subfolder="model"' in code(whole.text)
-    assert "PeftModel" not in code(whole.text)
+    full_model_card = text_card(tmp_path, kind, model, "--method", "full")
+    assert full_model_card.data.to_dict()["library_name"] == "transformers"
+    assert 'subfolder="model"' in code(full_model_card.text)
+    assert "PeftModel" not in code(full_model_card.text)
 
 
 @pytest.mark.parametrize(("kind", "method"), [("causal", "bilora"), ("classification", "full")])

@@ -222,25 +222,32 @@ def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(model_config))
     (tmp_path / "fit.json").write_text(json.dumps({"settings": config, "steps": [0]}))
-    sent: dict[str, bytes] = {}
+    committed_files: dict[str, bytes] = {}
     folders: list[dict[str, Any]] = []
 
     def commit(repo_id, operations, **_):
-        sent.update((added.path_in_repo, added.path_or_fileobj) for added in operations)
+        committed_files.update((added.path_in_repo, added.path_or_fileobj) for added in operations)
 
     monkeypatch.setattr(publish, "upload_folder", lambda **options: folders.append(options))
     monkeypatch.setattr(publish, "create_commit", commit)
     publish.push(tmp_path, "me/run", None)
-    assert set(sent) == {"run.json", "fit.json", "unet/config.json", "adapter_config.json"}
+    assert set(committed_files) == {
+        "run.json",
+        "fit.json",
+        "unet/config.json",
+        "adapter_config.json",
+    }
     left = publish.filter_repo_objects(
         [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()],
         ignore_patterns=folders[0]["ignore_patterns"],
     )
     assert list(left) == ["metrics.jsonl"]
-    for content in sent.values():
+    for content in committed_files.values():
         assert b"Jane" not in content
         assert str(tmp_path).encode() not in content
-    assert json.loads(sent["adapter_config.json"]) == model_config | {"_name_or_path": "base"}
-    published = json.loads(sent["run.json"])["config"]
+    assert json.loads(committed_files["adapter_config.json"]) == model_config | {
+        "_name_or_path": "base"
+    }
+    published = json.loads(committed_files["run.json"])["config"]
     assert published == config | {"instance_data_dir": "images", "output_dir": tmp_path.name}
     assert read_run(tmp_path)["config"] == config, "the folder itself keeps them"

@@ -47,11 +47,13 @@ def note_shares() -> None:
     original = sharding.prepare
 
     def prepare(accelerator: Any, module: Any, *args: Any) -> Any:
-        made = original(accelerator, module, *args)
+        sharded_module = original(accelerator, module, *args)
         frozen = [p for p in module.parameters() if not p.requires_grad]
-        kept = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in frozen)
-        SHARES.append(kept / sum(p.numel() for p in frozen))
-        return made
+        local_count = sum(
+            p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in frozen
+        )
+        SHARES.append(local_count / sum(p.numel() for p in frozen))
+        return sharded_module
 
     sharding.prepare = prepare
 

@@ -60,7 +60,7 @@ def train(folder: Path, **values: Any) -> Path:
     return folder
 
 
-def once(name: str, make: Callable[[Path], object], *facts: object) -> Path:
+def make_once(name: str, make: Callable[[Path], object], *facts: object) -> Path:
     """A folder made from these facts by the first who asks; all test files and workers read it."""
     key = hashlib.sha256(repr((name, *facts)).encode()).hexdigest()[:12]
     folder = Path(os.environ["HF_HOME"], "once", key)
@@ -75,7 +75,7 @@ def once(name: str, make: Callable[[Path], object], *facts: object) -> Path:
 
 def train_once(name: str = "run", /, **values: Any) -> Path:
     """A run with these flags that is shared: read it, or copy it (`copied`)."""
-    return once(name, lambda folder: train(folder, **values), "image", sorted(values.items()))
+    return make_once(name, lambda folder: train(folder, **values), "image", sorted(values.items()))
 
 
 def copied(run: Path, folder: Path) -> Path:
@@ -83,33 +83,33 @@ def copied(run: Path, folder: Path) -> Path:
     return Path(shutil.copytree(run, folder))
 
 
-def resumed(whole: Path, step: int, **values: Any) -> Path:
+def resumed(run: Path, step: int, **values: Any) -> Path:
     """A copy that goes on from one of the run's checkpoints; returns its folder."""
-    parts = copied(whole, whole.with_name(f"{whole.name}-parts"))
+    parts = copied(run, run.with_name(f"{run.name}-parts"))
     return train(parts, **values, resume_from_checkpoint=parts / "checkpoints" / f"step-{step}")
 
 
-def resumes_exactly(whole: Path, step: int, **values: Any) -> None:
+def resumes_exactly(run: Path, step: int, **values: Any) -> None:
     """A copy that goes on from one of the run's checkpoints ends as the run did, to the bit."""
-    alike(whole, resumed(whole, step, **values), "grad_norm")
+    alike(run, resumed(run, step, **values), "grad_norm")
 
 
-def alike(one: Path, other: Path, *keys: str) -> None:
+def alike(left: Path, right: Path, *keys: str) -> None:
     """Two runs ended alike, to the bit; ``keys`` are further columns of their metrics."""
-    assert difference(one, other) == 0
+    assert difference(left, right) == 0
     for key in ("step", "loss", "digest", *keys):
-        assert column(one, key) == column(other, key)
+        assert column(left, key) == column(right, key)
 
 
 def process(
     *words: object, fails: object = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """``python WORDS`` in a process of its own, which must end well or fail."""
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    command, env = [sys.executable, *map(str, words)], {**os.environ, **own}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
-    assert (done.returncode != 0) == fails, done.stderr[-2000:]
-    return done
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    command, env = [sys.executable, *map(str, words)], {**os.environ, **settings}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert (result.returncode != 0) == fails, result.stderr[-2000:]
+    return result
 
 
 def started(

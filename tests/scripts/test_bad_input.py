@@ -33,7 +33,7 @@ DIVERGING = {"learning_rate": 1e4, "lora_alpha": 1e6, "max_train_steps": 6}
 
 
 @pytest.fixture(scope="module")
-def wrong(tmp_path_factory):
+def bad_folder(tmp_path_factory):
     """Folders and files that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "unknown").mkdir()
@@ -69,17 +69,19 @@ def refused(argv, capsys):
     return error
 
 
-@pytest.mark.parametrize(("kind", "values", "named"), CASES)
-def test_bad_input_is_one_sentence_and_exit_code_2(kind, values, named, wrong, tmp_path, capsys):
-    values = {k: v.format(tmp=wrong) if isinstance(v, str) else v for k, v in values.items()}
-    before = snapshot(wrong)
+@pytest.mark.parametrize(("kind", "values", "words"), CASES)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    kind, values, words, bad_folder, tmp_path, capsys
+):
+    values = {k: v.format(tmp=bad_folder) if isinstance(v, str) else v for k, v in values.items()}
+    before = snapshot(bad_folder)
     if kind == IMAGE:
         argv = flags(tmp_path / "run", **{"pretrained_model_name_or_path": "mini", **values})
     else:
         argv = texts.text_flags(tmp_path / "run", **{**texts.material(kind), **values})
     sentence = refused(argv, capsys)
-    assert all(word in sentence for word in named), sentence
-    assert snapshot(wrong) == before
+    assert all(word in sentence for word in words), sentence
+    assert snapshot(bad_folder) == before
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -92,21 +94,21 @@ def test_only_the_same_run_goes_on(tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:-10])
     assert file.name in refused(flags(run, resume_from_checkpoint=latest), capsys)
 
-    given = texts.material(LLAMA)
+    material = texts.material(LLAMA)
     run = texts.train_text_once(LLAMA, checkpointing_steps=1)
     content = snapshot(run)
-    options = {**given, "resume_from_checkpoint": latest, "max_train_samples": 4}
+    options = {**material, "resume_from_checkpoint": latest, "max_train_samples": 4}
     assert "max_train_samples" in refused(texts.text_flags(run, **options), capsys)
     assert snapshot(run) == content
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path, capsys):
     shared = {**DIVERGING, "checkpointing_steps": 1, "lr_scheduler": "constant"}
-    given = {**texts.material(LLAMA), "train_batch_size": 1}
+    material = {**texts.material(LLAMA), "train_batch_size": 1}
     image, text = tmp_path / "image", tmp_path / "text"
     for folder, argv, step, samples in (
         (image, flags(image, adam_weight_decay=1e4, **shared), 2, ".png"),
-        (text, texts.text_flags(text, weight_decay=1e4, **given, **shared), 3, " of rows.jsonl"),
+        (text, texts.text_flags(text, weight_decay=1e4, **material, **shared), 3, " of rows.jsonl"),
     ):
         sentence = refused(argv, capsys)
         assert f"step {step} is not finite for " in sentence

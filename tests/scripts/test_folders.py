@@ -11,7 +11,7 @@ from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import read_search
 from bilora_diffusion.train import setup
 from bilora_diffusion.train.loop import Trainer
-from tests.scripts.runs import copied, once
+from tests.scripts.runs import copied, make_once
 from tests.text.text_builders import material, text_flags, train_text
 
 SETTINGS: dict[str, Any] = {
@@ -61,7 +61,7 @@ def settings(fit: bool) -> dict[str, Any]:
     values = {**material("classification"), **SETTINGS}
     if not fit:
         return values
-    space = once("space.yaml", lambda path: path.write_text("rank: [2]\n"))
+    space = make_once("space.yaml", lambda path: path.write_text("rank: [2]\n"))
     return {**values, "fit": True, "fit_space": space, "fit_folds": 2, "fit_budget": 4}
 
 
@@ -88,7 +88,7 @@ def make(state: str, folder: Path) -> None:
 
 def example(state: str) -> Path:
     """A folder in a state, to be copied."""
-    return once("run", lambda folder: make(state, folder), "folders", state)
+    return make_once("run", lambda folder: make(state, folder), "folders", state)
 
 
 def put(state: str, folder: Path, trains: bool) -> None:

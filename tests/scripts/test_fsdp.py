@@ -75,9 +75,9 @@ def test_two_processes_leave_what_one_leaves(setting, name):
     """Data, losses, norms before and after projection, gradient norm, metrics, weights, answers;
     checkpoints with whole tensors; files of the main process alone.
     """
-    one, two = (setting / processes / name for processes in ("one", "two"))
+    single, double = (setting / processes / name for processes in ("one", "two"))
     close = 1e-5 if "mixed_precision" not in CASES[name] else 2e-3
-    rows = [runlog.read_metrics(folder) for folder in (one, two)]
+    rows = [runlog.read_metrics(folder) for folder in (single, double)]
     assert len(rows[0]) == len(rows[1]) > 4
     for a, b in zip(*rows, strict=True):
         assert a.keys() == b.keys()
@@ -86,24 +86,24 @@ def test_two_processes_leave_what_one_leaves(setting, name):
                 assert a[key] == pytest.approx(b[key], abs=close), key
             else:
                 assert a[key] == b[key], key
-    assert difference(one, two) < close
-    assert not any("auxiliary" in key for key in weights(two))
-    files = [path.relative_to(one) for path in one.rglob("*")]
-    assert sorted(files) == sorted(path.relative_to(two) for path in two.rglob("*"))
+    assert difference(single, double) < close
+    assert not any("auxiliary" in key for key in weights(double))
+    files = [path.relative_to(single) for path in single.rglob("*")]
+    assert sorted(files) == sorted(path.relative_to(double) for path in double.rglob("*"))
     for file in files:
         if file.name == "predictions.jsonl" and "bilora" in name:
-            assert (one / file).read_text() == (two / file).read_text()
+            assert (single / file).read_text() == (double / file).read_text()
         if file.parts[0] == "checkpoints" and file.suffix == ".safetensors":
-            held, whole = load_file(two / file), load_file(one / file)
-            assert held.keys() == whole.keys()
-            for key, value in whole.items():
-                torch.testing.assert_close(held[key], value, rtol=0, atol=close)
+            double_tensors, single_tensors = load_file(double / file), load_file(single / file)
+            assert double_tensors.keys() == single_tensors.keys()
+            for key, value in single_tensors.items():
+                torch.testing.assert_close(double_tensors[key], value, rtol=0, atol=close)
 
 
 def test_a_resumed_run_is_exact_and_one_process_goes_on_where_two_stopped(setting):
-    whole, resumed = (setting / "two" / name for name in ("causal-bilora", "resumed"))
-    assert difference(whole, resumed) == 0
-    assert column(whole, "loss")[-2:] == column(resumed, "loss")[-2:]
-    step = {"resume_from_checkpoint": whole / "checkpoints" / "step-2"}
+    uninterrupted, resumed = (setting / "two" / name for name in ("causal-bilora", "resumed"))
+    assert difference(uninterrupted, resumed) == 0
+    assert column(uninterrupted, "loss")[-2:] == column(resumed, "loss")[-2:]
+    step = {"resume_from_checkpoint": uninterrupted / "checkpoints" / "step-2"}
     flags = options(setting, "causal-bilora", 1) | step
-    assert difference(train_text(setting / "one" / "resumed", **flags), whole) < 1e-5
+    assert difference(train_text(setting / "one" / "resumed", **flags), uninterrupted) < 1e-5

@@ -121,9 +121,9 @@ def test_a_finished_score_is_not_repeated(score, folder, monkeypatch):
     monkeypatch.setattr(models, "load_base", lambda *a: loaded.append(a[0].name) or load_base(*a))
     assert score(run, benchmarks="toy_choice").rows == first.rows
     assert loaded == []
-    more = score(run, "base", benchmarks=TOY)
+    larger_result = score(run, "base", benchmarks=TOY)
     assert len(loaded) == 1
-    assert [row for row in more.rows if row in first.rows] == list(first.rows)
+    assert [row for row in larger_result.rows if row in first.rows] == list(first.rows)
     score(run, "--limit", "3", benchmarks="toy_choice")  # another setting is measured anew
     assert len(loaded) == 2
 

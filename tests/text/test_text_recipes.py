@@ -64,9 +64,11 @@ def compare(row, figure, values):
 
 def test_every_column_has_its_recipe_and_no_other():
     folders = ("t5_base", "llama2_7b", "llama31_8b")
-    found = {f"{f}/{path.stem}" for f in folders for path in (RECIPES / f).iterdir()}
-    assert found == set(COLUMNS)
-    columns = {(table, column) for table, held in TABLES.items() for column in held}
+    recipes = {f"{f}/{path.stem}" for f in folders for path in (RECIPES / f).iterdir()}
+    assert recipes == set(COLUMNS)
+    columns = {
+        (table, column) for table, table_columns in TABLES.items() for column in table_columns
+    }
     assert columns == set(COLUMNS.values())
 
 

@@ -99,14 +99,14 @@ def test_each_held_out_row_is_in_one_part(tmp_path):
     file = str(write(tmp_path, ".csv", rows))
     words = ["--model_name_or_path", "smollm2", "--train_file", file, "--validation_file", file]
 
-    def held(*more):
-        found = open_rows(resolve_text([*words, *more]))
-        assert len(found.train) == 40
-        return [example.prompt for example in found.validation or ()]
+    def heldout_prompts(*flags):
+        split_rows = open_rows(resolve_text([*words, *flags]))
+        assert len(split_rows.train) == 40
+        return [example.prompt for example in split_rows.validation or ()]
 
-    few = ["--max_eval_samples", "30"]
-    first, second = (held(*few, "--validation_part", part) for part in ("1/2", "2/2"))
+    limit = ["--max_eval_samples", "30"]
+    first, second = (heldout_prompts(*limit, "--validation_part", part) for part in ("1/2", "2/2"))
     assert len(first) == len(second) == 15
-    assert sorted([*first, *second]) == sorted(held(*few))
+    assert sorted([*first, *second]) == sorted(heldout_prompts(*limit))
     with pytest.raises(UserError, match=r"asks for 31 parts of .* train\.csv"):
-        held(*few, "--validation_part", "1/31")
+        heldout_prompts(*limit, "--validation_part", "1/31")

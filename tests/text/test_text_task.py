@@ -28,11 +28,11 @@ def task_of(folder, kind, base=None, **values):
     """A task on 24 rows with 7 held-out ones."""
     base = base or texts.SAVERS[kind](folder / "base")
     train = texts.write_rows(folder / "train.jsonl", texts.rows_for(kind, 24))
-    held = texts.write_rows(folder / "held.jsonl", texts.rows_for(kind, 7, first=24))
-    given = {"train_file": train, "validation_file": held, "template": "plain", **values}
+    heldout_file = texts.write_rows(folder / "held.jsonl", texts.rows_for(kind, 7, first=24))
+    options = {"train_file": train, "validation_file": heldout_file, "template": "plain", **values}
     cfg = resolve_text(
         texts.text_flags(
-            folder / "run", model_name_or_path=base, task_type=kind, cache_dir=folder, **given
+            folder / "run", model_name_or_path=base, task_type=kind, cache_dir=folder, **options
         )
     )
     rows = open_rows(cfg)
@@ -60,13 +60,13 @@ def their_loss(task, rows, count):
 def test_losses_and_measures_are_transformers_however_they_are_cut(tmp_path, kind):
     task = task_of(tmp_path, kind, eval_train_samples=5)
     (batch,) = task.micro_batches([(0, tuple(range(8)))], 8)
-    given = {name: value for name, value in batch.inputs.items() if name != "weights"}
+    inputs = {name: value for name, value in batch.inputs.items() if name != "weights"}
     with torch.no_grad():
-        loss = task.loaded.model(**given).loss
-    whole = step_losses(task, 8, 1)
-    assert float(whole.mean()) == pytest.approx(float(loss), abs=1e-6)
+        loss = task.loaded.model(**inputs).loss
+    uncut_losses = step_losses(task, 8, 1)
+    assert float(uncut_losses.mean()) == pytest.approx(float(loss), abs=1e-6)
     for pieces in (2, 4, 8):
-        torch.testing.assert_close(step_losses(task, 8, pieces), whole, atol=1e-6, rtol=0)
+        torch.testing.assert_close(step_losses(task, 8, pieces), uncut_losses, atol=1e-6, rtol=0)
     if kind != "classification":  # the targets are of different lengths, so a mean of means is not
         assert len({task.data.train.target_tokens[i] for i in range(8)}) > 1
     evaluation = task.evaluation
@@ -104,10 +104,10 @@ def test_predictions_are_those_of_single_generation(tmp_path):
     tokenizer, model = task.loaded.tokenizer, task.loaded.model
     for line in lines:
         ids = torch.tensor([tokenizer(line["prompt"] + "\n")["input_ids"]])
-        made = model.generate(
+        tokens = model.generate(
             input_ids=ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids)
         )
-        text = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        text = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
         assert line["prediction"] == text.strip()
 
 
@@ -115,8 +115,9 @@ def test_prompts_and_answers_stay_within_learned_positions(tmp_path):
     """GPT-2 has no position beyond its last; a long prompt is cut from the left, as in training."""
     base = texts.save_gpt2(tmp_path / "base")
     long = [{"prompt": "say hello to me " * 40 + str(n), "answer": "one"} for n in range(3)]
-    held = texts.write_rows(tmp_path / "long.jsonl", long)
-    task = task_of(tmp_path, "causal", base, validation_file=held)  # asks for 256 new tokens
+    heldout_file = texts.write_rows(tmp_path / "long.jsonl", long)
+    # The task asks for 256 new tokens.
+    task = task_of(tmp_path, "causal", base, validation_file=heldout_file)
     values = task.validate(1, tmp_path / "run", contextlib.nullcontext())
     assert values.keys() == {"heldout_exact_match"}
     with pytest.raises(UserError, match=r"--generation_max_new_tokens 64 .* give 32 or less"):
@@ -182,14 +183,14 @@ def test_each_tokens_loss_is_the_same_as_alone(kind, attention):
     single, network = rows(), model(kind, attention)
     packed = pack(single, 100)
     assert len(packed) < len(single)
-    alone = [token_losses(network, collate([single.row(i)], "causal", 0)) for i in range(5)]
+    single_losses = [token_losses(network, collate([single.row(i)], "causal", 0)) for i in range(5)]
     batch = collate([packed.row(i) for i in range(len(packed))], "causal", 0)
     widths = {len(packed.row(i)["input_ids"]) for i in range(len(packed))}
     assert len(widths) > 1  # so one of them is padded
     together = token_losses(network, batch)
     assert packed.name(0) == " and ".join(single.name(member) for member in packed.sources[0])
     order = [source for sources in packed.sources for source in sources]
-    expected = [loss for source in order for loss in alone[source]]
+    expected = [loss for source in order for loss in single_losses[source]]
     assert together == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.1  # losses that could not differ prove nothing
     leaking = token_losses(network, batch | {"attention_mask": torch.ones_like(batch["labels"])})

@@ -25,7 +25,7 @@ from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import TextModule
 from bilora_diffusion.text.rows import encode_rows, open_rows
 from bilora_diffusion.train.setup import DTYPES
-from tests.scripts.runs import once, words
+from tests.scripts.runs import make_once, words
 
 WORDS = [
     *("what", "is", "the", "colour", "of", "this", "apple", "it", "red"),
@@ -40,16 +40,16 @@ def save_t5(folder: Path, **settings: Any) -> Path:
     """A T5 without dropout that reads words."""
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     numbers = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-    given = {**sizes, **numbers, "dropout_rate": 0.0, **settings}
-    return _save(folder, hf.T5ForConditionalGeneration, hf.T5Config, t5_tokenizer(), given)
+    values = {**sizes, **numbers, "dropout_rate": 0.0, **settings}
+    return _save(folder, hf.T5ForConditionalGeneration, hf.T5Config, t5_tokenizer(), values)
 
 
 def save_llama(folder: Path, *, chat: bool = False, **settings: Any) -> Path:
     """A Llama that reads pieces of words, with a chat template or without."""
     tokenizer = chat_tokenizer() if chat else plain_tokenizer()
     numbers = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    given = {**SIZES, "max_position_embeddings": 512, **numbers, **settings}
-    return _save(folder, hf.LlamaForCausalLM, hf.LlamaConfig, tokenizer, given)
+    values = {**SIZES, "max_position_embeddings": 512, **numbers, **settings}
+    return _save(folder, hf.LlamaForCausalLM, hf.LlamaConfig, tokenizer, values)
 
 
 def save_gpt2(folder: Path) -> Path:
@@ -137,7 +137,7 @@ def material(kind: str) -> dict[str, Any]:
         write_rows(folder / "rows.jsonl", rows_for(kind, 24))
         write_rows(folder / "held.jsonl", rows_for(kind, 7, 24))
 
-    folder = once("material", make, kind)
+    folder = make_once("material", make, kind)
     return {
         "model_name_or_path": folder / "base",
         "train_file": folder / "rows.jsonl",
@@ -179,26 +179,30 @@ def train_text(folder: Path, **values: Any) -> Path:
 
 def train_text_once(kind: str, name: str = "run", /, **values: Any) -> Path:
     """A run with these flags on the kind's `material`, shared: read or copy it."""
-    given = {**material(kind), **values}
-    return once(name, lambda folder: train_text(folder, **given), kind, sorted(values.items()))
+    options = {**material(kind), **values}
+    return make_once(
+        name, lambda folder: train_text(folder, **options), kind, sorted(values.items())
+    )
 
 
 def heldout_of(base: Path, folder: Path) -> dict[str, float]:
     """A run's held-out figures, measured anew on the base with its adapter as PEFT loads it, or on
     the whole model that it left.
     """
-    known = {field.name for field in dataclasses.fields(TextConfig)}  # not those of single methods
+    field_names = {
+        field.name for field in dataclasses.fields(TextConfig)
+    }  # not those of single methods
     config = runlog.read_run(folder)["config"]
-    cfg = TextConfig(**{name: value for name, value in config.items() if name in known})
+    cfg = TextConfig(**{name: value for name, value in config.items() if name in field_names})
     rows = open_rows(cfg)
-    whole = cfg.method == "full"
+    is_full = cfg.method == "full"
     loaded = load_text_model(
-        str(folder / "model" if whole else base),
+        str(folder / "model" if is_full else base),
         cfg.task_type,
         labels=rows.label_words if cfg.task_type == "classification" else None,
-        dtype=DTYPES["no" if whole else str(cfg.mixed_precision)],
+        dtype=DTYPES["no" if is_full else str(cfg.mixed_precision)],
     )
-    if not whole:
+    if not is_full:
         adapted = PeftModel.from_pretrained(loaded.model, str(folder)).eval()
         loaded = dataclasses.replace(loaded, model=adapted)
     data = encode_rows(cfg, rows, loaded)
@@ -282,8 +286,8 @@ def smollm2_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
-def _words(special: list[str], unknown: str) -> Tokenizer:
+def _words(special: list[str], unknown_token: str) -> Tokenizer:
     words = [*special, *dict.fromkeys(TEXT.split()), ":", "."]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=unknown))
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=unknown_token))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     return raw

@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
-from ...core.choices import ALL, ALL_LINEAR
+from ...core.choices import ALL_LAYERS, ALL_LINEAR
 from .base import Activations, ComfyUI, Conditions, Family, LatentSpace
 from .flux import positions
 
@@ -80,7 +80,7 @@ class Flux2Klein(Family):
         autoencoder="flux2-vae",
         latent_node="EmptyFlux2LatentImage",
         scheduler_node="Flux2Scheduler",  # it shifts the noise levels, too
-        unread_groups=frozenset((ALL, ALL_LINEAR)),
+        unread_groups=frozenset((ALL_LAYERS, ALL_LINEAR)),
         unread_layers="the layers of modulation and time",
     )
 

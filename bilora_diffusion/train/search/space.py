@@ -142,7 +142,7 @@ def default_values(typed: Collection[str], rate: float, rank: int, supports_samp
     values[RATE] = tuple(f"{rate * factor:.6g}" for factor in (0.5, 1.0, 2.0))
     # Below 4, the default of images, nothing is searched: it is the lowest of its three ranks.
     middle = MIDDLE_RANK if rank == LOWEST_RANK else rank
-    ranks = {max(1, middle // 2), middle, min(2 * middle, RANKS.most)}
+    ranks = {max(1, middle // 2), middle, min(2 * middle, RANKS.maximum)}
     values["rank"] = tuple(str(rank) for rank in sorted(ranks))
     return {name: row for name, row in values.items() if name == RATE or name not in typed}
 

@@ -9,7 +9,7 @@ import transformers
 import yaml
 
 from bilora_diffusion.image.families import family_class
-from tests.scripts.runs import once
+from tests.scripts.runs import make_once
 
 from .words import TOKENIZERS
 
@@ -69,4 +69,4 @@ def saved(kind: str, folder: Path) -> Path:
 
 def shared(kind: str) -> Path:
     """The folder of such a pipeline, made by the first who asks; to be read."""
-    return once("base", lambda folder: saved(kind, folder), kind)
+    return make_once("base", lambda folder: saved(kind, folder), kind)
