@@ -93,11 +93,13 @@ def counts_what_it_trains(run):
 def learns_and_leaves_the_base_alone(run, initial, base):
     final = run.tensors()
     assert initial.keys() == final.keys()
-    trained = [key for key in final if f"/{INITIAL}/" not in key]
+    # A method's own memory, such as a running average, may still be what it was after few steps.
+    kinds = (*run.method.adapters, "whole", "full")
+    trained = [key for key in final if key.split("/")[1] in kinds]
     moved = [key for key in trained if "lora_" not in key or "lora_B" in key]
     assert moved
     assert all(not torch.equal(initial[key], final[key]) for key in moved)
-    assert all(torch.equal(initial[key], final[key]) for key in final.keys() - set(trained))
+    assert all(torch.equal(initial[key], final[key]) for key in final if f"/{INITIAL}/" in key)
     assert all(parameter.grad is None for parameter in run.model.parameters())
     if not run.method.exports_weights:
         final_base = run.base_weights()
