@@ -1,0 +1,184 @@
+"""Products of adapters' factors as functions of autograd, with their gradients written out.
+
+The A and B of all adapters are joined to one A and one B, so that one product makes what PEFT makes
+with one for each adapter. `fused` says when; the functions are called by nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class AdapterProduct(torch.autograd.Function):
+    """y + s x A^T B^T with y = W x + b, or y given.
+
+    A is (R, in) and B (out, R) of all adapters, joined here or given joined (`is_joined`); R is the
+    sum of their ranks. Where each sample has factors of its own they are (samples, R, in) and
+    (samples, R, out).
+
+    B is stored and its gradient computed transposed, (R, out): a product with few columns takes two
+    to four times as long on a CPU. The gradients are those of the single adapters' factors, in
+    their own precision.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        output: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scales: list[float],
+        is_joined: bool,
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.scale = scales[0]  # `_join` brings the other scales into B
+        ctx.is_joined = is_joined
+        A, B_transposed = factors if is_joined else _join(ctx, factors, scales, x.dtype)
+        inputs = _split_samples(x, A)  # (tokens, in) or (samples, tokens, in)
+        hidden = (inputs @ A.mT).mul_(ctx.scale)  # (..., tokens, R)
+        if weight is not None:
+            result = F.linear(inputs, weight, bias)  # (..., tokens, out)
+        else:
+            # A copy, since an autograd function must not change its inputs.
+            result = _split_samples(output, A).contiguous().clone()
+        _add_product_(result, hidden, B_transposed)
+        ctx.save_for_backward(inputs, weight, A, B_transposed, hidden)
+        ctx.shape = x.shape
+        return result.view(x.shape[:-1] + result.shape[-1:])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        inputs, weight, A, B_transposed, hidden = ctx.saved_tensors
+        g_output = _split_samples(gradient, A)  # (..., tokens, out)
+        g_hidden = (g_output @ B_transposed.mT).mul_(ctx.scale)  # (..., tokens, R)
+        g_x = None
+        if ctx.needs_input_grad[0]:
+            # Without the weight the base's part comes back through `g_base`.
+            g_x = g_hidden @ A if weight is None else _add_product_(g_output @ weight, g_hidden, A)
+            g_x = g_x.view(ctx.shape)
+        g_A = g_hidden.mT @ inputs  # (..., R, in)
+        g_B_transposed = hidden.mT @ g_output  # (..., R, out); `hidden` has the scale
+        g_base = gradient if ctx.needs_input_grad[1] else None
+        # In the order of forward's arguments; weight, bias, scales, is_joined have none.
+        gradients = [g_x, g_base, None, None, None, None]
+        if ctx.is_joined:
+            gradients += g_A, g_B_transposed
+        else:
+            gradients += _separate(ctx, g_A, g_B_transposed)
+        return tuple(gradients)
+
+
+def _split_samples(values: Tensor, A: Tensor) -> Tensor:
+    """(tokens, features), or (samples, tokens, features) for an A of (samples, R, in)."""
+    features = values.shape[-1]
+    if A.dim() == 2:
+        return values.reshape(-1, features)
+    return values.reshape(len(A), -1, features)
+
+
+def _add_product_(result: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add left @ right in place."""
+    if result.dim() == 2:
+        return result.addmm_(left, right)
+    return result.baddbmm_(left, right)
+
+
+class AdapterConvolution(torch.autograd.Function):
+    """y + s B (A * x) with A (R, channels, height, width) and B (out, R, 1, 1), y given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        output: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        scales: list[float],
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.scale = scales[0]
+        A, B_transposed = _join(ctx, factors, scales, x.dtype)
+        B = B_transposed.transpose(0, 1)
+        hidden = F.conv2d(x, A, stride=stride, padding=padding)  # (samples, R, height', width')
+        ctx.save_for_backward(x, A, B, hidden)
+        ctx.stride, ctx.padding = stride, padding
+        # (samples, out, height', width')
+        return torch.add(output, F.conv2d(hidden, B), alpha=ctx.scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, A, B, hidden = ctx.saved_tensors
+        g_hidden, g_B = _convolution_gradients(gradient, hidden, B, (1, 1), (0, 0), True)
+        g_hidden.mul_(ctx.scale)
+        g_B.mul_(ctx.scale)  # `hidden` is without the scale here
+        g_x, g_A = _convolution_gradients(
+            g_hidden, x, A, ctx.stride, ctx.padding, ctx.needs_input_grad[0]
+        )
+        g_base = gradient if ctx.needs_input_grad[1] else None
+        gradients = [g_x, g_base, None, None, None]  # stride, padding and scales have none
+        gradients += _separate(ctx, g_A, g_B.transpose(0, 1))
+        return tuple(gradients)
+
+
+def _convolution_gradients(
+    gradient: Tensor, inputs: Tensor, weight: Tensor, stride: Any, padding: Any, with_inputs: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a convolution's input, if asked for, and of its weight."""
+    dilation, transposed, output_padding, groups = (1, 1), False, (0, 0), 1
+    outputs_wanted = (with_inputs, True, False)  # of the input, the weight, the bias
+    g_inputs, g_weight, _ = torch.ops.aten.convolution_backward(
+        gradient,
+        inputs,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        outputs_wanted,
+    )
+    return g_inputs, g_weight
+
+
+def _join(
+    ctx: Any, factors: tuple[Tensor, ...], scales: list[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[A1; A2], (R, in), and [B1, B2 s2 / s1]^T, (R, out), of A1, B1, A2, B2.
+
+    `ctx` keeps what `_separate` needs.
+    """
+    A_parts = list(factors[::2])  # of each adapter (rank, in), or with a convolution's kernel
+    B_parts = [B.transpose(0, 1) for B in factors[1::2]]  # of each (rank, out)
+    ratios = None
+    if scales.count(scales[0]) < len(scales):
+        # s1 B1 A1 + s2 B2 A2 = s1 [B1, B2 s2 / s1] [A1; A2]
+        ratios = [scale / scales[0] for scale in scales]
+        B_parts = [B * ratio for B, ratio in zip(B_parts, ratios, strict=True)]
+    ctx.ratios = ratios
+    ctx.ranks = [len(A) for A in A_parts]
+    A, B_transposed = A_parts[0], B_parts[0]
+    if len(A_parts) > 1:
+        A, B_transposed = torch.cat(A_parts), torch.cat(B_parts)
+    return A.to(dtype), B_transposed.to(dtype, memory_format=torch.contiguous_format)
+
+
+def _separate(ctx: Any, g_A: Tensor, g_B_transposed: Tensor) -> list[Tensor]:
+    """The gradients of what `_join` made as those of each adapter's A and B, in its order."""
+    A_parts, B_parts = [g_A], [g_B_transposed]
+    if len(ctx.ranks) > 1:
+        A_parts, B_parts = list(g_A.split(ctx.ranks)), list(g_B_transposed.split(ctx.ranks))
+    if ctx.ratios is not None:
+        B_parts = [B * ratio for B, ratio in zip(B_parts, ctx.ratios, strict=True)]
+    gradients: list[Tensor] = []
+    for A, B_transposed in zip(A_parts, B_parts, strict=True):
+        gradients += A, B_transposed.transpose(0, 1).contiguous()
+    return gradients
