@@ -5,7 +5,8 @@ from a `SampleAdapter`. The product runs in the precision of the base's output (
 is on), so x is not copied to fp32 as PEFT does. Forward and backward are written out (`products`):
 autograd would add the product to the base's output through a view, and pay six more operations on
 all of the activations. The A of a convolution's adapters become one convolution with as many
-channels as both ranks. A layer in a state that one product can't express is left to PEFT's own forward.
+channels as both ranks. A layer in a state that one product can't express is left to PEFT's own
+forward.
 """
 
 from __future__ import annotations
