@@ -180,9 +180,10 @@ def further_flags(folder, hub, monkeypatch):
             "eval.clip_scores": f"{two_images} --scorer open_clip:{clip} --captioner blip:{blip}",
             "eval.landscape": "--directions 1 --points 3 --grid 0 --max_images 1 --levels 1"
             " --ascent_steps 1",
-            "accelerate": " ".join(words(two_icons(folder / "icons") | SHORT)),
         }
-        yield {name: text.split() for name, text in flags.items()}
+        further = {name: text.split() for name, text in flags.items()}
+        further["accelerate"] = words(two_icons(folder / "icons") | SHORT)  # prompts have spaces
+        yield further
 
 
 def execute(command: Sequence[str], further_flags: dict[str, list[str]]) -> None:
