@@ -106,9 +106,9 @@ def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Viewer]]:
-    """``start(root)`` runs a viewer until the tests end."""
+    """``start(root)`` runs a viewer until the tests of a file end: an idle one takes CPU, too."""
     logs = tmp_path_factory.mktemp("logs")
     with ExitStack() as stack:
 
@@ -119,13 +119,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path],
         yield run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def viewer(full_root: Path, start: Callable[[Path], Viewer]) -> Viewer:
     """A viewer of ``full_root``, shared by the tests of one process."""
     return start(full_root)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Headless Chromium."""
     executable = next((path for name in BROWSERS if (path := shutil.which(name))), None)
