@@ -107,8 +107,9 @@ CONVOLUTIONS = {
     "lora_layers": "convolutions",
     "mixed_precision": "bf16",
 }
-NOISE = {"method": "flat-lora", "quantize": "nf4", "lora_layers": "all", "lora_alpha": 6}
-SLOW_OPTIONS: list[dict[str, Any]] = [STREAM, ENCODERS, CONVOLUTIONS, NOISE]
+QUANTIZED = {"quantize": "nf4", "lora_layers": "all", "lora_alpha": 6}
+NOISE = {"method": "flat-lora"}
+SLOW_OPTIONS: list[dict[str, Any]] = [STREAM, ENCODERS, CONVOLUTIONS, QUANTIZED, NOISE]
 """What a script adds to a method's life; methods, inits and optimizers are the contract's."""
 
 
