@@ -30,7 +30,7 @@ from bilora_diffusion.core.lora_names import (
     WEIGHTS,
 )
 from bilora_diffusion.run.folder import FIT
-from bilora_diffusion.run.record import METRICS, RUN, read_run
+from bilora_diffusion.run.record import METRICS, RUN, VALIDATION, read_run
 from eval import table
 from eval.table import FILE
 
@@ -38,7 +38,7 @@ from .runs import RunItem, label
 from .scored import Scored, scored
 
 SCORES = "clip_scores"
-IMAGES, CHECKPOINTS = "validation/step-*/000.png", "checkpoints/step-*/digests.json"
+IMAGES, CHECKPOINTS = f"{VALIDATION}/step-*/000.png", "checkpoints/step-*/digests.json"
 """Files by which a run's steps are known."""
 EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
 """Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
@@ -49,7 +49,7 @@ HEAD_BYTES = 8_192
 
 DEPTH = 6  # levels of folders below the root that are looked at
 SKIPPED = frozenset(
-    {"checkpoints", "images", "validation", "logs", *COMPONENTS}
+    {"checkpoints", "images", VALIDATION, "logs", *COMPONENTS}
     | {"node_modules", "__pycache__", "site-packages", "build", "dist"}
 )
 """Folders that hold no run or result of their own; hidden ones are skipped as well."""

@@ -16,7 +16,8 @@ from typing import Any
 import gradio as gr
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image.validation import INDEX, read_index, step_folder
+from bilora_diffusion.image.validation import INDEX, read_index
+from bilora_diffusion.run.record import validation_folder
 
 from . import parts
 from .catalog import Catalog
@@ -136,7 +137,7 @@ def table(catalog: Catalog, runs: Sequence[RunItem], step: int) -> str:
 
 def read_column(catalog: Catalog, run: RunItem, step: int, title: str) -> Column:
     """The images of a run at a step by the index that the run wrote; none where that is damaged."""
-    folder = str(PurePosixPath(run.path) / step_folder(Path(), step))
+    folder = str(PurePosixPath(run.path) / validation_folder(Path(), step))
     files: dict[tuple[str, int], str] = {}
     count: Counter[str] = Counter()
     with contextlib.suppress(UserError):

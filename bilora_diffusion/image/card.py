@@ -13,10 +13,10 @@ from .. import methods
 from ..core.lora_names import FILE_NAME, kohya_file_name, workflow_file_name
 from ..mini import FLOW, MINI, PIPELINES
 from ..run.card import is_hub_id, loaded_from, source, write_card
-from ..run.record import BY_CONCEPT
+from ..run.record import BY_CONCEPT, validation_folder
 from . import comfy
 from .config import DreamBoothConfig
-from .validation import INDEX, read_index, step_folder
+from .validation import INDEX, read_index
 
 MEASURED = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
 OURS = {MINI: "bilora_diffusion's miniature", FLOW: "bilora_diffusion's mini-flow"}
@@ -24,7 +24,7 @@ OURS = {MINI: "bilora_diffusion's miniature", FLOW: "bilora_diffusion's mini-flo
 
 def _gallery(folder: Path, step: int, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Prompt and address of each validation image of a step."""
-    images_folder = step_folder(folder, step)
+    images_folder = validation_folder(folder, step)
     gallery = []
     for image in read_index(images_folder / INDEX, config):
         file = images_folder / image.file

@@ -76,7 +76,7 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
     if not samples:
         concept = cfg.concept_configs[0]
         prompt = concept.trigger_word or concept.instance_prompt or "a photo"
-        samples = [usual_sample(vars(cfg), prompt)]
+        samples = [usual_sample(cfg, prompt)]
     checkpoint = family.comfyui.checkpoints.get(base, Path(base).name.lower())
     graph = workflow(pipeline, checkpoint, kohya_file_name(folder), samples[0])
     write_text(path, json.dumps(graph, indent=1) + "\n")

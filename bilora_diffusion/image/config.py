@@ -128,7 +128,7 @@ class DreamBoothConfig(ImageOptions):
     @property
     def samples(self) -> list[ValidationSample]:
         """How each validation image is sampled, in their order."""
-        return samples_of(vars(self))
+        return samples_of(self)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

@@ -1,7 +1,7 @@
 """Defaults of the image script that depend on other options, on the data set or on the model.
 
-They run after `config.derived.DERIVED_DEFAULTS`: first `SET_DEFAULTS`, for the run and for each of
-its concepts, then `MODEL_DEFAULTS`.
+They run after `config.derived.DERIVED_DEFAULTS`: first `with_set_defaults`, for the run and for
+each of its concepts, then `MODEL_DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..config import machine
 from ..config.derived import Rule, default_validation_loss_steps, derive
@@ -69,16 +69,11 @@ PRESETS = {
 }
 
 
-def preset_of(cfg: ImageOptions) -> Preset | None:
-    """The preset of the run's set of images, where it has one."""
-    return PRESETS.get(cfg.dataset_name or "")
-
-
 def with_set_defaults(cfg: Config) -> Config:
     """The configuration of a run or of a concept with the defaults of its images and prompts."""
     cfg = with_local_folders(cfg)
     cfg = with_validation_prompts(cfg)
-    cfg = derive(cfg, SET_DEFAULTS)
+    cfg = with_preset(cfg)
     if cfg.validation_dataset == "none":
         cfg = replace(cfg, validation_dataset=None)
     return cfg
@@ -137,63 +132,26 @@ def lines_of_prompts(items: list[str]) -> list[str]:
     return prompts
 
 
-def default_caption_column(cfg: ImageOptions) -> str | None:
-    """The preset's; an instance prompt that is given is meant to be used, so captions give way."""
-    preset = preset_of(cfg)
-    if preset is None or "instance_prompt" in cfg.given_options:
-        return cfg.caption_column
-    return preset.caption_column
-
-
-def default_instance_prompt(cfg: ImageOptions) -> str | None:
-    """The preset's."""
-    preset = preset_of(cfg)
+def with_preset(cfg: Config) -> Config:
+    """The configuration with the defaults of a well-known set, which give way to given options."""
+    preset = PRESETS.get(cfg.dataset_name or "")
     if preset is None:
-        return cfg.instance_prompt
-    return preset.instance_prompt
-
-
-def default_num_validation_images(cfg: ImageOptions) -> int:
-    """The preset's, beside its own prompts."""
-    preset = preset_of(cfg)
-    if preset is None or PROMPT_OPTIONS & cfg.given_options:
-        return cfg.num_validation_images
-    return preset.num_validation_images
-
-
-def default_validation_prompts(cfg: ImageOptions) -> list[str]:
-    """The preset's, unless any prompt is given."""
-    preset = preset_of(cfg)
-    if preset is None or PROMPT_OPTIONS & cfg.given_options:
-        return cfg.validation_prompts
-    return preset.validation_prompts
-
-
-def default_validation_dataset(cfg: ImageOptions) -> str | None:
-    """The preset's."""
-    preset = preset_of(cfg)
-    if preset is None:
-        return cfg.validation_dataset
-    return preset.validation_dataset
-
-
-def default_base_model(cfg: ImageOptions) -> str:
-    """The model that the preset is for, else the base model of SDXL."""
-    preset = preset_of(cfg)
-    if preset is None or preset.model is None:
-        return cfg.pretrained_model_name_or_path
-    return preset.model
-
-
-# A preset's value gives way to one that the user gives: `derive` skips given options.
-SET_DEFAULTS: tuple[Rule[ImageOptions], ...] = (
-    ("caption_column", default_caption_column),
-    ("instance_prompt", default_instance_prompt),
-    ("num_validation_images", default_num_validation_images),
-    ("validation_prompts", default_validation_prompts),
-    ("validation_dataset", default_validation_dataset),
-    ("pretrained_model_name_or_path", default_base_model),
-)
+        return cfg
+    defaults: dict[str, Any] = {
+        "instance_prompt": preset.instance_prompt,
+        "validation_dataset": preset.validation_dataset,
+    }
+    # An instance prompt that is given is meant to be used, so captions give way to it.
+    if "instance_prompt" not in cfg.given_options:
+        defaults["caption_column"] = preset.caption_column
+    # The number of images is that of the preset's own prompts.
+    if not PROMPT_OPTIONS & cfg.given_options:
+        defaults["validation_prompts"] = preset.validation_prompts
+        defaults["num_validation_images"] = preset.num_validation_images
+    if preset.model is not None:
+        defaults["pretrained_model_name_or_path"] = preset.model
+    values = {name: value for name, value in defaults.items() if name not in cfg.given_options}
+    return replace(cfg, **values)
 
 
 def with_model_defaults(cfg: Config, model: BaseModel) -> Config:

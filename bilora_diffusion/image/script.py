@@ -24,6 +24,7 @@ from ..export.readback import verify
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
 from ..run.heldout_part import chosen, copies
+from ..run.record import VALIDATION
 from ..train import command
 from ..train.loop import Trainer
 from ..train.setup import DTYPES, Script
@@ -116,7 +117,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
             "transformer": "transformer",
             "workflow for ComfyUI": workflow_file_name(folder),
             "model card": "README.md",
-            "images": "validation",
+            "images": VALIDATION,
         }
 
 

@@ -22,6 +22,7 @@ from ..core.files import counted
 from ..core.seeds import digest, generator
 from ..methods import Target
 from ..run.content import SampleContent
+from ..run.record import validation_folder
 from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
 from .captions import class_texts, fixed_texts
@@ -38,7 +39,7 @@ from .prompts import PromptCache
 from .sampling import generate
 from .sets import ImageSet
 from .stream import INSTANCE, TrainingSample, TrainingStream
-from .validation import ValidationSample, step_folder, write_images
+from .validation import ValidationSample, write_images
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -283,7 +284,7 @@ class DreamBooth:
             for _, batch in itertools.groupby(samples, lambda sample: sample.batch_settings):
                 images += self._sample_images(list(batch))
         with_settings = bool(self.cfg.validation_settings)
-        write_images(step_folder(folder, step), samples, images, with_settings)
+        write_images(validation_folder(folder, step), samples, images, with_settings)
         return {}
 
     def _sample_images(self, samples: Sequence[ValidationSample]) -> list[Image]:

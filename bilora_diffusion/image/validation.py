@@ -27,6 +27,7 @@ from ..core.errors import UserError, placed
 from ..core.fields import check, like, option, options_of
 from ..core.files import is_text, quoted, read_text
 from ..core.values import GUIDANCES, SAMPLER_STEPS, SIDES, STRENGTHS
+from .options import ImageOptions
 
 INDEX = "index.json"
 MAX_IMAGES = 10_000
@@ -144,38 +145,33 @@ class ValidationSample:
         return values
 
 
-def usual_sample(config: Mapping[str, Any], prompt: str) -> ValidationSample:
+def usual_sample(cfg: ImageOptions, prompt: str) -> ValidationSample:
     """The sample of a prompt that has no settings, by the options of a run."""
     return ValidationSample(
         prompt=prompt,
         negative_prompt="",
-        seed=config["seed"],
+        seed=cfg.seed,
         strength=1.0,
-        width=config["resolution"],
-        height=config["resolution"],
-        guidance=config["validation_guidance_scale"],
-        steps=config["validation_num_inference_steps"],
+        width=cfg.resolution,
+        height=cfg.resolution,
+        guidance=cfg.validation_guidance_scale,
+        steps=cfg.validation_num_inference_steps,
     )
 
 
-def samples_of(config: Mapping[str, Any]) -> list[ValidationSample]:
+def samples_of(cfg: ImageOptions) -> list[ValidationSample]:
     """The samples of a run by its options, in the order of their files: all of a prompt, each with
     the next seed, then those of the next prompt.
     """
-    prompts = config["validation_prompts"]
-    settings = config["validation_settings"] or [{} for _ in prompts]  # [] where none has any
+    prompts = cfg.validation_prompts
+    settings = cfg.validation_settings or [{} for _ in prompts]  # [] where none has any
     samples = []
     for prompt, prompt_settings in zip(prompts, settings, strict=True):
-        first_sample = replace(usual_sample(config, prompt), **prompt_settings)
+        first_sample = replace(usual_sample(cfg, prompt), **prompt_settings)
         # The same seeds at each step, so that images of several steps can be compared.
-        for number in range(config["num_validation_images"]):
+        for number in range(cfg.num_validation_images):
             samples.append(replace(first_sample, seed=first_sample.seed + number))
     return samples
-
-
-def step_folder(run_folder: Path, step: int) -> Path:
-    """The folder of the validation images of a step."""
-    return run_folder / "validation" / f"step-{step}"
 
 
 def file_name(number: int) -> str:

@@ -26,7 +26,7 @@ from ..core.lora_names import (
 )
 from ..methods import get
 from . import checkpoint, snapshots
-from .record import read_search
+from .record import VALIDATION, read_search
 from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
 
 EXPORTS = "exports"  # adapters of checkpoints
@@ -35,7 +35,7 @@ SEARCH_NAMES = (FIT, FIT_RECORD, FIT_FIGURE)
 WHOLE_MODELS = (*COMPONENTS, "model")  # what full fine-tuning leaves
 RUN_NAMES = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, KOHYA_FILE_NAME_BEFORE, WEIGHTS, CONFIG)
 """By one of these, or by its ``run.json``, a folder is known to hold a run."""
-SIDE_NAMES = ("validation", "logs", EXPORTS, *SEARCH_NAMES, snapshots.FOLDER, ERROR)
+SIDE_NAMES = (VALIDATION, "logs", EXPORTS, *SEARCH_NAMES, snapshots.FOLDER, ERROR)
 """What else a run leaves, and a fresh start deletes."""
 
 

@@ -22,6 +22,7 @@ from ..core.files import finite
 
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
+VALIDATION = "validation"
 BY_CONCEPT = "heldout_loss_by_concept/"
 """Stands before a concept's name in the name of its held-out loss."""
 PICTURES = 10_000
@@ -34,6 +35,11 @@ Number = Annotated[float, Field(ge=-1e150, le=1e150)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 # A limit also refuses halves of UTF-16 pairs, which JSON can say and nothing can print.
 Text = Annotated[str, Field(max_length=100_000)]
+
+
+def validation_folder(run_folder: Path, step: int) -> Path:
+    """The folder of the images or answers of a validation."""
+    return run_folder / VALIDATION / f"step-{step}"
 
 
 class _Strict(BaseModel):

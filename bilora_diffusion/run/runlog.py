@@ -24,7 +24,15 @@ from ..core.durable import (
     write_text,
 )
 from . import provenance, snapshots
-from .record import HEARTBEAT_SECONDS, METRICS, RUN, SCHEMA_VERSION, read_metrics, read_run
+from .record import (
+    HEARTBEAT_SECONDS,
+    METRICS,
+    RUN,
+    SCHEMA_VERSION,
+    VALIDATION,
+    read_metrics,
+    read_run,
+)
 
 CARD, ERROR = "README.md", "error.txt"
 SECRETS = frozenset({"hub_token"})
@@ -170,7 +178,7 @@ class RunLog:
         write_text(self.folder / METRICS, text)
         sync(self.folder)
         snapshots.truncate(self.folder, step)
-        for images in self.folder.glob("validation/step-*"):
+        for images in self.folder.glob(f"{VALIDATION}/step-*"):
             number = images.name.removeprefix("step-")
             if number.isdecimal() and int(number) > step:
                 discard(images)

@@ -22,6 +22,7 @@ from ..export import writer
 from ..methods import get
 from ..run.card import is_hub_id, loaded_from, source, write_card
 from ..run.heldout_part import copies
+from ..run.record import VALIDATION
 from ..train import command
 from ..train.loop import Trainer
 from ..train.setup import DTYPES, Script
@@ -98,7 +99,7 @@ class TextScript(Script[TextConfig]):
             "adapter": "adapter_model.safetensors",
             "model": NAME,
             "model card": "README.md",
-            "answers": "validation",
+            "answers": VALIDATION,
         }
 
 

@@ -16,6 +16,7 @@ from ..core.files import counted
 from ..core.seeds import digest, digest_texts
 from ..methods import Target
 from ..run.content import SampleContent
+from ..run.record import validation_folder
 from ..train.order import LengthGroupedOrder, SampleOrder
 from ..train.task import Fold, MicroBatch
 from .config import TextConfig
@@ -123,7 +124,7 @@ class TextTask:
         if self.evaluation is None:
             return {}
         with evaluating:
-            return self.evaluation.answer(folder / "validation" / f"step-{step}")
+            return self.evaluation.answer(validation_folder(folder, step))
 
 
 def _contents(examples: Sequence[Example]) -> list[SampleContent]:

@@ -30,6 +30,7 @@ from ..methods import Method
 from ..run.console import Bar
 from ..run.content import record_content
 from ..run.interruption import Interruption
+from ..run.record import validation_folder
 from ..run.runlog import RunLog
 from . import resume, sharding
 from .compiling import Blocks
@@ -147,7 +148,7 @@ def validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> No
             evaluating = trainer.evaluating(final_weights=is_last)
             values = trainer.task.validate(step, target_folder, evaluating)
             if log is not None:
-                images = sorted((folder / "validation" / f"step-{step}").glob("*.png"))
+                images = sorted(validation_folder(folder, step).glob("*.png"))
                 prompts = trainer.cfg.sampled_prompts
                 show_images(trainer.accelerator.trackers, images, prompts, trainer.step)
         log_measurement(trainer, log, step, values)

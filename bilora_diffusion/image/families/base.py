@@ -18,6 +18,10 @@ from ...core.errors import UserError
 
 STEPS = 25
 """Steps of the sampler by default."""
+ATTENTION_LAYERS = ("to_k", "to_q", "to_v", "to_out.0")
+"""Projections of attention, by diffusers' names."""
+PROMPT_LAYERS = ("add_k_proj", "add_q_proj", "add_v_proj")
+"""Those of the prompt's tokens, where these are attended to beside the image's."""
 Conditions = dict[str, Any]
 """Inputs of a model beside the noisy latents, for n rows: tensors (n, ...), or lists of n
 tensors where rows differ in length."""
@@ -210,7 +214,7 @@ class Family:
     optional: ClassVar[frozenset[str]] = frozenset()  # those that a pipeline may lack
     denoiser: ClassVar[str] = "transformer"  # trained; keys in adapters' files begin with its name
     # projections of attention, which get adapters by default
-    targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
+    targets: ClassVar[tuple[str, ...]] = ATTENTION_LAYERS
     feed_forward: ClassVar[tuple[str, ...]] = ("ff",)  # modules, with all their linear layers
     flow: ClassVar[bool] = True  # predicts a velocity along straight paths (``flow``)
     weighting: ClassVar[str] = "none"  # of noise levels, by default

@@ -9,7 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Activations, ComfyUI, Conditions, Configs, Family, pack, unpack
+from .base import (
+    ATTENTION_LAYERS,
+    PROMPT_LAYERS,
+    Activations,
+    ComfyUI,
+    Conditions,
+    Configs,
+    Family,
+    pack,
+    unpack,
+)
 
 SINGLE_BLOCKS = 38
 """Of FLUX.1, the most that there are."""
@@ -32,16 +42,7 @@ class Flux(Family):
         "text_encoder": "CLIPTextModel",
         "text_encoder_2": "T5EncoderModel",
     }
-    targets: ClassVar[tuple[str, ...]] = (
-        "to_k",
-        "to_q",
-        "to_v",
-        "to_out.0",
-        "add_k_proj",
-        "add_q_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    targets: ClassVar[tuple[str, ...]] = (*ATTENTION_LAYERS, *PROMPT_LAYERS, "to_add_out")
     feed_forward: ClassVar[tuple[str, ...]] = (
         "ff",
         "ff_context",

@@ -12,7 +12,15 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
 from ...core.choices import ALL_LAYERS, ALL_LINEAR
-from .base import Activations, ComfyUI, Conditions, Family, LatentSpace
+from .base import (
+    ATTENTION_LAYERS,
+    PROMPT_LAYERS,
+    Activations,
+    ComfyUI,
+    Conditions,
+    Family,
+    LatentSpace,
+)
 from .flux import positions
 
 SINGLE_BLOCKS = 48
@@ -49,13 +57,8 @@ class Flux2Klein(Family):
         "text_encoder": "Qwen3ForCausalLM",
     }
     targets: ClassVar[tuple[str, ...]] = (
-        "to_k",
-        "to_q",
-        "to_v",
-        "to_out.0",
-        "add_k_proj",
-        "add_q_proj",
-        "add_v_proj",
+        *ATTENTION_LAYERS,
+        *PROMPT_LAYERS,
         "to_add_out",
         "to_qkv_mlp_proj",
         # One by one: a "to_out" is a list in the other blocks.

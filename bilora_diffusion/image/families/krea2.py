@@ -11,6 +11,7 @@ from diffusers import Krea2Pipeline
 from torch import Tensor, nn
 
 from .base import (
+    ATTENTION_LAYERS,
     Activations,
     ComfyUI,
     Conditions,
@@ -41,7 +42,7 @@ class Krea2(Family):
         "vae": "AutoencoderKLQwenImage",
         "text_encoder": "Qwen3VLModel",
     }
-    targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0", "to_gate")
+    targets: ClassVar[tuple[str, ...]] = (*ATTENTION_LAYERS, "to_gate")
     guidance: ClassVar[float] = 4.5
     unguided: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Krea 2 Turbo

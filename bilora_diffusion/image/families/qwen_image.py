@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ...core.errors import UserError
 from .base import (
+    ATTENTION_LAYERS,
+    PROMPT_LAYERS,
     Activations,
     ComfyUI,
     Conditions,
@@ -50,15 +52,7 @@ class QwenImage(Family):
     }
     # Not to_add_out: nothing reads the last block's, and several processes would wait for its
     # gradient.
-    targets: ClassVar[tuple[str, ...]] = (
-        "to_k",
-        "to_q",
-        "to_v",
-        "to_out.0",
-        "add_k_proj",
-        "add_q_proj",
-        "add_v_proj",
-    )
+    targets: ClassVar[tuple[str, ...]] = (*ATTENTION_LAYERS, *PROMPT_LAYERS)
     feed_forward: ClassVar[tuple[str, ...]] = ("img_mlp", "txt_mlp")
     guidance: ClassVar[float] = 4.0
     activations: ClassVar[Activations] = Activations(

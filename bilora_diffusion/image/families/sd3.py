@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UserError
-from .base import Activations, ComfyUI, Conditions, Configs, Family, latent_pixels
+from .base import (
+    ATTENTION_LAYERS,
+    PROMPT_LAYERS,
+    Activations,
+    ComfyUI,
+    Conditions,
+    Configs,
+    Family,
+    latent_pixels,
+)
 
 
 @dataclass(frozen=True)
@@ -31,16 +40,7 @@ class StableDiffusion3(Family):
         "text_encoder_3": "T5EncoderModel",
     }
     optional: ClassVar[frozenset[str]] = frozenset({"text_encoder_3", "tokenizer_3"})
-    targets: ClassVar[tuple[str, ...]] = (
-        "to_k",
-        "to_q",
-        "to_v",
-        "to_out.0",
-        "add_k_proj",
-        "add_q_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    targets: ClassVar[tuple[str, ...]] = (*ATTENTION_LAYERS, *PROMPT_LAYERS, "to_add_out")
     feed_forward: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
     weighting: ClassVar[str] = "logit_normal"
     guidance: ClassVar[float] = 7.0

@@ -12,10 +12,10 @@ import numpy as np
 
 from ...core.durable import (
     dump_json,
-    replacing,
     strict_json,
     write_text,
 )
+from ...core.figures import new_figure
 from ...core.files import counted, duration
 from ...core.intervals import student_interval
 from ...run import provenance
@@ -74,36 +74,34 @@ def write(folder: Path, settings: Mapping[str, Any], halving: Halving, is_done: 
 
 def draw(folder: Path, halving: Halving) -> None:
     """Draw the best curves, each by its paired difference to the choice, with 95 % intervals."""
-    from matplotlib.figure import Figure  # takes a while to import
-
     chosen, chosen_step = halving.choice
     chosen_loss, _ = lowest_point(halving.expected_curve(chosen))
-    # Without pyplot, which would choose a backend and keep the figure alive.
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.add_subplot(xlabel="optimizer step", ylabel="held-out loss")
     standings = [(candidate, row) for candidate, row in halving.standings().items() if candidate]
-    for candidate, row in standings[:CURVES]:
-        curve = halving.expected_curve(candidate, row["folds"])
-        chosen_curve = halving.expected_curve(chosen, row["folds"])
-        steps, means, lows, highs = [], [], [], []
-        for step, losses in curve.items():
-            # The samples' own levels cancel out: only differences to the choice have an interval.
-            paired = chosen_loss + losses - chosen_curve[chosen_step]
-            if step == 0 or not paired.mean() < HIGHEST * chosen_loss:
-                continue
-            low, high = student_interval(paired) or (nan, nan)
-            steps.append(step)
-            means.append(paired.mean())
-            lows.append(low)
-            highs.append(high)
-        (line,) = axis.plot(steps, means, marker=".", label=title(candidate))
-        ends = np.array([lows, highs], dtype=float)
-        axis.fill_between(steps, ends[0], ends[1], color=line.get_color(), alpha=0.12, lw=0)
-    axis.axvline(chosen_step, color="0.3", ls=":", label=f"chosen: {counted(chosen_step, 'step')}")
-    axis.grid(alpha=0.3)
-    axis.legend(framealpha=0.9, edgecolor="none", fontsize="small")
-    with replacing(folder / FIT_FIGURE) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with new_figure(folder / FIT_FIGURE, figsize=(7, 4), layout="constrained") as figure:
+        axis = figure.add_subplot(xlabel="optimizer step", ylabel="held-out loss")
+        for candidate, row in standings[:CURVES]:
+            curve = halving.expected_curve(candidate, row["folds"])
+            chosen_curve = halving.expected_curve(chosen, row["folds"])
+            steps, means, lows, highs = [], [], [], []
+            for step, losses in curve.items():
+                # The samples' own levels cancel out: the interval is that of differences to the
+                # choice alone.
+                paired = chosen_loss + losses - chosen_curve[chosen_step]
+                if step == 0 or not paired.mean() < HIGHEST * chosen_loss:
+                    continue
+                low, high = student_interval(paired) or (nan, nan)
+                steps.append(step)
+                means.append(paired.mean())
+                lows.append(low)
+                highs.append(high)
+            (line,) = axis.plot(steps, means, marker=".", label=title(candidate))
+            ends = np.array([lows, highs], dtype=float)
+            axis.fill_between(steps, ends[0], ends[1], color=line.get_color(), alpha=0.12, lw=0)
+        axis.axvline(
+            chosen_step, color="0.3", ls=":", label=f"chosen: {counted(chosen_step, 'step')}"
+        )
+        axis.grid(alpha=0.3)
+        axis.legend(framealpha=0.9, edgecolor="none", fontsize="small")
 
 
 def lines(folder: Path, sample_noun: str) -> list[str]:
