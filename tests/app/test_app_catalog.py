@@ -295,17 +295,14 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, i
         assert str(port) in process.stdout.readline()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         connection.request("GET", "/config")
-        assert connection.getresponse().status == 200
+        assert connection.getresponse().read()
         # An event that fails: Gradio prints its trace, and in it what was sent.
         event = {"fn_index": 1, "session_hash": "x", "data": ["x" * 900_000]}
         headers = {"Content-Type": "application/json"}
-        for request in (
-            ("POST", "/gradio_api/queue/join", json.dumps(event), headers),
-            ("GET", "/gradio_api/queue/data?session_hash=x"),
-        ):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-            connection.request(*request)
-            answer = connection.getresponse()
+        connection.request("POST", "/gradio_api/queue/join", json.dumps(event), headers)
+        assert connection.getresponse().read()
+        connection.request("GET", "/gradio_api/queue/data?session_hash=x")
+        answer = connection.getresponse()
         while b"process_completed" not in answer.readline():
             pass
         connection.close()
