@@ -6,17 +6,22 @@ Gradio's server also takes files, fetches the addresses that it is sent, and on 
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import re
 import socket
+import sys
 from collections.abc import Collection
 from contextlib import suppress
+from typing import TextIO
 
 from gradio.utils import get_upload_folder
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bilora_diffusion.core.errors import print_trace_if_asked, reason, strip_controls
 
 OPEN_ROUTES = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)"
@@ -28,6 +33,8 @@ OPEN_ROUTES = re.compile(
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^][:/@?#]+)(:\d+)?")
 MAX_BODY_BYTES = 1_000_000
 """Largest body of a request. The page sends choices and prompts; uploads are closed."""
+MAX_LINE_LENGTH = 400
+"""Longest line at the terminal, in characters."""
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
     " style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; object-src 'none';"
@@ -92,9 +99,22 @@ class PageGuard:
         elif not OPEN_ROUTES.fullmatch(path) and not path.startswith(self._files):
             refusal = "This is closed."
         else:
-            await self._app(scope, receive, _with_policy(send))
+            await self._answer(scope, receive, send)
             return
         await PlainTextResponse(refusal, 403)(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and print in one line what fails in it.
+
+        The browser has its answer by then, or has left. The server would print a traceback, and an
+        error's message may repeat all that a browser sent.
+        """
+        try:
+            await self._app(scope, receive, _with_policy(send))
+        except Exception as error:  # whatever Gradio raises; the next request is to be answered
+            line = f"a request failed: {type(error).__name__}: {reason(error)}"
+            print(strip_controls(line), file=sys.stderr, flush=True)
+            print_trace_if_asked(error)
 
     def _is_our_name(self, host: str) -> bool:
         """Test a Host header. A web site can let its own name lead to this machine, but no address
@@ -118,3 +138,23 @@ def _with_policy(send: Send) -> Send:
         await send(message)
 
     return send_with_policy
+
+
+class ShortLines(io.TextIOBase):
+    """Text without control characters and with short lines, for the terminal.
+
+    Gradio prints the trace of an event that fails, and with it all that a browser sent.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the lines of a text, each cut at its limit."""
+        lines = [strip_controls(line[:MAX_LINE_LENGTH]) for line in text.split("\n")]
+        self._stream.write("\n".join(lines))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what waits in a buffer."""
+        self._stream.flush()

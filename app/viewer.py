@@ -76,26 +76,26 @@ def serve(args: argparse.Namespace) -> None:
         try:
             import gradio  # noqa: F401
 
-            from . import frame
+            from . import frame, guard
         except ModuleNotFoundError as error:
             raise UserError(
                 f"the viewer needs {error.name}: run pip install 'bilora-diffusion[app]'"
             ) from error
-        server = frame.server(
-            catalog,
-            host=args.host,
-            public=public,
-            device=args.device,
-            allowed_hosts=args.allow_host,
-        )
-        address = f"[{args.host}]" if ":" in args.host else args.host
-        print(
-            f"{frame.TITLE}: http://{address}:{args.port} shows {catalog.name}; Ctrl-C ends it.",
-            flush=True,
-        )
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn handles the other two
-        server.run(sockets=[listener])
+        # Before the server is made, whose log keeps the stream that it finds.
+        with contextlib.redirect_stderr(guard.ShortLines(sys.stderr)):
+            server = frame.server(
+                catalog,
+                host=args.host,
+                public=public,
+                device=args.device,
+                allowed_hosts=args.allow_host,
+            )
+            address = f"[{args.host}]" if ":" in args.host else args.host
+            url = f"http://{address}:{args.port}"
+            print(f"{frame.TITLE}: {url} shows {catalog.name}; Ctrl-C ends it.", flush=True)
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn handles the other two
+            server.run(sockets=[listener])
         if not server.started:
             raise UserError("the viewer's server did not start: its message is above")
 

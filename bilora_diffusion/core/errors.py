@@ -136,9 +136,14 @@ def reported() -> Iterator[ExitCode]:
         yield code
     except (Exception, KeyboardInterrupt) as error:
         code.number = _report(error)
-        has_reader = code.number != READER_LEFT
-        if has_reader and os.environ.get("BILORA_TRACEBACK", "0") not in ("", "0"):
-            traceback.print_exception(error)
+        if code.number != READER_LEFT:
+            print_trace_if_asked(error)
+
+
+def print_trace_if_asked(error: BaseException) -> None:
+    """Print the trace of an error whose sentence was printed, with ``BILORA_TRACEBACK=1``."""
+    if os.environ.get("BILORA_TRACEBACK", "0") not in ("", "0"):
+        traceback.print_exception(error)
 
 
 def run_cli(main: Callable[[], None]) -> int:

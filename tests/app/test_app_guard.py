@@ -1,6 +1,7 @@
 """The viewer's server: it answers its own page under its own names, and serves no other file."""
 
 import http.client
+import io
 import json
 import random
 import re
@@ -16,7 +17,7 @@ from starlette.testclient import TestClient
 
 from app import frame, viewer
 from app.catalog import Catalog
-from app.guard import MAX_BODY_BYTES, guarded
+from app.guard import MAX_BODY_BYTES, MAX_LINE_LENGTH, ShortLines, guarded
 from app.votes import Polls
 from tests.app.folders import make_run, make_scores
 
@@ -149,7 +150,30 @@ def test_other_names_and_web_sites_are_refused(listens_on, host, origin, status)
         assert answer.status_code == status
         assert not [name for name in answer.headers if "access-control" in name]
         has_policy = "frame-ancestors 'none'" in answer.headers.get("Content-Security-Policy", "")
-        assert has_policy == (status == 200)
+        is_closed_to_others = answer.headers.get("Cross-Origin-Resource-Policy") == "same-origin"
+        assert has_policy == is_closed_to_others == (status == 200)
+
+
+def test_what_fails_after_its_answer_is_one_line_without_what_was_sent(capsys):
+    async def closed_early(scope, receive, send):
+        await PlainTextResponse("here")(scope, receive, send)
+        raise RuntimeError("a\033[2J" + "long\n" * 1000)
+
+    client = TestClient(guarded(closed_early, LOCAL, public=False))
+    assert client.get("/config", headers={"Host": "localhost"}).text == "here"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "RuntimeError" in line
+    assert line.isprintable()
+    assert len(line) < 400
+
+
+def test_what_a_browser_sent_is_short_and_inert_at_the_terminal():
+    terminal = io.StringIO()
+    print("Received:", "\033[2J" + "x" * 10**6, "end", sep="\n", file=ShortLines(terminal))
+    first_line, long_line, last_line = terminal.getvalue().splitlines()
+    assert (first_line, last_line) == ("Received:", "end")
+    assert long_line.startswith("?[2Jxxx")
+    assert len(long_line) == MAX_LINE_LENGTH
 
 
 def test_what_is_no_host_name_can_not_be_allowed(tmp_path, capsys):

@@ -144,6 +144,7 @@ def test_a_file_without_votes_is_refused_and_left_as_it_is(tmp_path):
 ENDLESS = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT n FROM r"
 COLUMNS = ", ".join(f'"{name}"' for name in Vote._fields)
 FOREIGN = {
+    "a view": f"CREATE VIEW votes AS {ENDLESS}",
     "a trigger": (
         f"CREATE TABLE votes ({COLUMNS}); CREATE TABLE more (n);"
         f"CREATE TRIGGER x AFTER INSERT ON votes BEGIN INSERT INTO more {ENDLESS} WHERE n < 0; END"

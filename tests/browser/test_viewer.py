@@ -1,6 +1,7 @@
 """Smoke tests of the viewer in a real browser; its data are tested in ``tests/app``."""
 
 import re
+from itertools import pairwise
 
 import pytest
 from playwright.sync_api import Response, expect
@@ -45,6 +46,20 @@ NAMELESS = """() => [...document.querySelectorAll("a, button, input, textarea, [
   ].some((name) => name && name.trim()))
   .map((element) => element.outerHTML.slice(0, 200))"""
 """Visible controls without a name for a screen reader."""
+SMALL = """() => [...document.querySelectorAll(
+    ".token-remove, .reset-button, .icon-button, .download-link, .label-wrap"
+  )]
+  .filter((element) => element.checkVisibility({ opacityProperty: true, visibilityProperty: true }))
+  .filter((element) => {
+    const { width, height } = element.getBoundingClientRect();
+    return Math.min(width, height) < 24;
+  })
+  .map((element) => element.outerHTML.slice(0, 200))"""
+"""Visible targets below the 24 pixels of WCAG 2.2."""
+LEVELS = """() => [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")]
+  .filter((element) => element.checkVisibility())
+  .map((element) => Number(element.tagName[1]))"""
+"""Levels of the visible headings, in their order."""
 FILLED = {
     "Compare": "#compare-cards figure.card img",
     "Generate": "#generate-a input",
@@ -53,6 +68,8 @@ FILLED = {
     "Results": "#results-result input",
 }
 """A part that is there when a tab has been filled."""
+WIDGETS = ("runs", "window")
+"""Widgets of the training tab, one under the other on a phone."""
 CARD = "#compare-cards figure.card"
 PATIENCE_MS = 600_000
 """Milliseconds that two small images may take on a machine with other work."""
@@ -89,7 +106,16 @@ def test_every_tab_is_readable_fits_and_asks_nothing_of_others(viewer, visit):
             if tab == "Results":
                 pick(page, "results-result", "Landscape: landscape")
                 expect(page.locator("#results-report table")).to_contain_text("very wide")
+                cell = page.locator("#results-report td").first.bounding_box()
+                assert cell["height"] < 60, "its words stand in one line"
+            if tab == "Training" and dark:  # on a phone
+                boxes = [page.locator(f"#training-{part}").bounding_box() for part in WIDGETS]
+                assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
+                assert boxes[0]["width"] == boxes[1]["width"]
             assert page.evaluate(NAMELESS) == [], tab
+            assert page.evaluate(SMALL) == [], tab
+            levels = page.evaluate(LEVELS)
+            assert all(after <= before + 1 for before, after in pairwise(levels)), tab
             assert fits(page), tab
             assert page.evaluate(CONTRAST) == [], tab
             expect(page.get_by_test_id("toast-body")).to_have_count(0)
@@ -162,6 +188,12 @@ def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_
     first.close()
     expect(second.locator("#generate-status")).to_contain_text("Done.", timeout=PATIENCE_MS)
     expect(second.locator("#generate-slider img")).to_have_count(2)
+    begin(second, 0)  # what was there before leaves
+    expect(second.get_by_test_id("toast-body")).to_contain_text("steps is 0")
+    expect(second.locator("#generate-slider img")).to_have_count(0)
+    expect(second.locator("#generate-status")).not_to_contain_text("Done.")
+    second.get_by_role("tab", name="Training").click()
+    expect(second.get_by_test_id("toast-body")).to_have_count(0)
 
 
 @pytest.fixture(scope="module")

@@ -89,20 +89,27 @@ def test_a_fit_goes_on_where_it_was_interrupted_and_trains_what_it_chose(
 
 @pytest.mark.slow
 def test_a_run_of_a_search_is_that_of_its_own_command(tmp_path):
-    """With a held-out set in place of folds, and without a word about overfitting at the end."""
-    (tmp_path / "space.yaml").write_text("method: [bilora, lora]\n")
+    """With a held-out set in place of folds, and without a word about overfitting at the end.
+
+    Under a warm-up, whose first step has rate 0, a radius that sets itself is not LoRA's.
+    """
+    (tmp_path / "space.yaml").write_text("method: [bilora, lora]\nrho: auto\n")
     flags = {**material("classification"), **FIT, "validation_file": heldout("classification")}
+    warm_up = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1, "warmup_ratio": None}
+    flags |= warm_up
     fit = train_text(tmp_path / "fit", **flags, fit=True, fit_space=tmp_path / "space.yaml",
                      fit_budget=12)  # fmt: skip
     fit_record = record(fit)
-    assert [run["title"] for run in fit_record["runs"]] == ["bilora", "lora"]
-    length = fit_record["runs"][1]["steps"][-1]
+    bilora, lora = fit_record["runs"]
+    assert [run["title"] for run in (bilora, lora)] == ["bilora (rho auto)", "lora"]
+    assert bilora["losses"] != lora["losses"]
+    length = lora["steps"][-1]
     plain = train_text(tmp_path / "plain", **flags, method="lora")
     for name in ("loss", "digest"):
         assert column(fit / "fit" / "lora", name) == column(plain, name)[:length]
     rows = [row for row in runlog.read_metrics(plain) if "heldout_loss" in row]
     losses = [row["heldout_loss"] for row in rows if row["step"] <= length]
-    assert fit_record["runs"][1]["losses"] == pytest.approx(losses, rel=1e-12)
+    assert lora["losses"] == pytest.approx(losses, rel=1e-12)
 
 
 @pytest.mark.slow
