@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..config import constraints
 from ..core.errors import UserError
@@ -13,6 +16,9 @@ from .base_model import BaseModel, folder_of
 from .buckets import sizes
 from .listing import folder_of_set, list_folder
 from .options import CACHE_AUTO, CACHE_FOLDER, ImageOptions
+
+if TYPE_CHECKING:  # which imports torch
+    from .families.base import Configs, Family
 
 
 def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
@@ -29,7 +35,8 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
         if guidance is None:
             guidance = family.guidance
         # Without guidance the pipeline runs no second pass that would read it.
-        if settings.get("negative_prompt") and guidance <= family.unguided:
+        is_read = family.reads_negative_prompt and guidance > family.unguided
+        if settings.get("negative_prompt") and not is_read:
             whose = f"number {number} of --validation_prompts"
             if settings.get("concept"):  # its place in the joined list says nothing to the user
                 whose = f"a prompt of {settings['concept']}"
@@ -48,6 +55,27 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
             raise UserError(
                 f'--variant "{cfg.variant}" is not among the files of "{model.name}": drop it.'
             )
+
+
+def require_unconditional(
+    family: Family,
+    guidance: float,
+    index: Mapping[str, Any],
+    configs: Configs,
+    request: str = "guidance from the base model",
+) -> None:
+    """Refuse the base model's unconditional prediction, asked for in the words of ``request``,
+    where a model makes none at this guidance; see `Family.is_guided`.
+    """
+    if family.is_guided(guidance, index, configs):
+        return
+    fix = "drop it"
+    if family.is_guided(math.inf, index, configs):
+        fix = f"give a guidance above {family.unguided:g}, or drop it"
+    raise UserError(
+        f"{request} is refused, since this {family.title} makes no unconditional prediction at a"
+        f" guidance of {guidance:g}: {fix}."
+    )
 
 
 def check_inputs(cfg: ImageOptions) -> None:
