@@ -72,7 +72,7 @@ def generate(
     usual_steps, usual_guidance = family.usual_sampling(pipeline)
     guidance = usual_guidance if guidance_scale is None else guidance_scale
     if is_base:
-        require_unconditional(family, guidance, pipeline.config, {family.denoiser: model.config})
+        require_unconditional(family, guidance, pipeline.config, family.configs(pipeline))
     sampler = bare_sampler(family, pipeline)
 
     def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:

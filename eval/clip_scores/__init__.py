@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, GUIDANCE_SOURCES
+from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import (
@@ -175,6 +175,7 @@ class ClipScores(OverSteps):
 
         from bilora_diffusion.config.machine import device_type
 
+        from ..load import require_adapter
         from . import measure, settings
 
         args = self.args
@@ -187,7 +188,10 @@ class ClipScores(OverSteps):
         control = args.control or checkpoints.last_group(subjects)
         self.control = compare.control(subjects, control, prefer=None)
         self.prompts = settings.prompts(args)
-        self.sampling = settings.sampling(args, base, subjects)
+        self.sampling = settings.sampling(args, base)
+        if args.guidance_from == BASE_GUIDANCE:
+            for subject in subjects:
+                require_adapter(subject)
         self.training_sets = measure.training_sets(subjects, args.train_data)
         for subject in reversed(subjects):  # so that the first of equal subjects stays
             self.image_owners[subject.digest] = subject

@@ -93,24 +93,16 @@ def prompts(args: Namespace) -> list[Prompt]:
     ]
 
 
-def sampling(args: Namespace, base: str, subjects: Sequence[Subject]) -> Sampling:
-    """Sampling of the subjects as it is usual for the model where nothing is given."""
+def sampling(args: Namespace, base: str) -> Sampling:
+    """Sampling as it is usual for the model where nothing is given."""
     pipeline = _without_weights(base, base)
     side, steps, guidance = _usual(pipeline, base)
     if args.guidance_scale is not None:
         guidance = args.guidance_scale
     if args.guidance_from == BASE_GUIDANCE:
-        for subject in subjects:
-            # A folder of whole models, which have no adapter to switch off.
-            if subject.weights is not None and subject.weights.is_dir():
-                raise UserError(
-                    f'--guidance_from base is refused for "{subject.label}", which was trained'
-                    " whole and has no adapter to leave out: drop one of the two."
-                )
         family = family_of(pipeline)
-        configs = {family.denoiser: family.model(pipeline).config}
         request = "--guidance_from base"
-        require_unconditional(family, guidance, pipeline.config, configs, request)
+        require_unconditional(family, guidance, pipeline.config, family.configs(pipeline), request)
     return Sampling(
         base_model=base,
         size=args.resolution or side,
@@ -127,7 +119,16 @@ def usual(base: str, name: str | None = None) -> tuple[int, int, float]:
     return _usual(_without_weights(base, name or base), base)
 
 
+def is_guided(base: str, name: str) -> bool:
+    """Test that a base model's images have an unconditional prediction by default."""
+    pipeline = _without_weights(base, name)
+    _, _, guidance = _usual(pipeline, base)
+    family = family_of(pipeline)
+    return bool(family.is_guided(guidance, pipeline.config, family.configs(pipeline)))
+
+
 def _without_weights(base: str, name: str) -> Any:
+    """A base model's pipeline without weights, called ``name``."""
     import torch
 
     pipeline = load_pipeline(base, dtype=torch.float32, weights=False)

@@ -317,8 +317,11 @@ class Family:
 
     def pixels(self, pipeline: Any) -> int:
         """Side of the images that a loaded pipeline was made for."""
-        configs = {self.denoiser: self.model(pipeline).config, "vae": pipeline.vae.config}
-        return self.side_of(configs)
+        return self.side_of(self.configs(pipeline))
+
+    def configs(self, pipeline: Any) -> Configs:
+        """The configurations of a loaded pipeline's denoiser and autoencoder."""
+        return {self.denoiser: self.model(pipeline).config, "vae": pipeline.vae.config}
 
     def side_of(self, configs: Configs) -> int:
         """The same from the configurations of denoiser and autoencoder."""
