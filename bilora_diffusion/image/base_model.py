@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..core.errors import UserError, reading
@@ -51,6 +52,16 @@ class BaseModel:
         is_edm = "EDM" in str(scheduler.get("_class_name", ""))
         is_epsilon = scheduler.get("prediction_type", "epsilon") == "epsilon"
         return is_epsilon and not is_edm and not self.family.flow
+
+    @property
+    def usual_guidance(self) -> float:
+        """Guidance of its images by default."""
+        family = self.family
+        denoiser = SimpleNamespace(config=self.configs[family.denoiser])
+        parts = {family.denoiser: denoiser}
+        outline = SimpleNamespace(config=self.index, name_or_path=self.name, **parts)
+        _, guidance = family.usual_sampling(outline)
+        return float(guidance)
 
     @property
     def side(self) -> int:

@@ -22,7 +22,7 @@ from ..core.errors import UserError, is_main_process, placed
 from ..core.fields import check, options_of
 from ..core.files import quoted
 from .derived import with_set_defaults
-from .inputs import check_images, check_strengths
+from .inputs import check_images, check_settings
 from .loss_options import PriorOptions
 from .options import DataOptions, ImageOptions, ValidationOptions
 from .sets import ImageSet
@@ -124,7 +124,7 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
     given_options = run.given_options | explicit.keys() | {"validation_prompts"}
     concept = replace(run, **{**without_prompts, **explicit, "given_options": given_options})
     concept = with_set_defaults(concept)
-    check_strengths(concept)
+    check_settings(concept)
     constraints.check({name: getattr(concept, name) for name in FACTS})
 
     # Of the run's options without effect the run itself tells.

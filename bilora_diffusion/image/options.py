@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from ..config.options import HeldOutOptions, OutputOptions
 from ..config.run import RunConfig
+from ..core.choices import ADAPTER_GUIDANCE, GUIDANCE_SOURCES
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
     GUIDANCES,
@@ -268,6 +269,13 @@ class ValidationOptions:
         "Guidance with which they are generated. Default: what is usual for the model, and none for"
         " distilled ones that take none (docs/models.md).",
         range=GUIDANCES,
+        ignored=(WITHOUT_PROMPT,),
+    )
+    validation_guidance_from: str = option(
+        ADAPTER_GUIDANCE,
+        "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
+        " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
+        choices=GUIDANCE_SOURCES,
         ignored=(WITHOUT_PROMPT,),
     )
     skip_final_inference: bool = option(

@@ -307,6 +307,7 @@ class DreamBooth:
                 negatives=negatives,
                 steps=shared.steps,
                 guidance_scale=shared.guidance,
+                guidance_from=shared.guidance_from,
                 embeddings=embeddings,
                 batch=self.cfg.sample_batch_size,
             )

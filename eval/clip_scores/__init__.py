@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import (
@@ -92,6 +93,12 @@ class SamplingOptions:
     num_inference_steps: int | None = option(None, f"Steps {USUAL}.", range=SAMPLER_STEPS)
     guidance_scale: float | None = option(
         None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
+    )
+    guidance_from: str = option(
+        ADAPTER_GUIDANCE,
+        "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
+        " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
+        choices=GUIDANCE_SOURCES,
     )
     resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
     adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=STRENGTHS)
@@ -168,6 +175,7 @@ class ClipScores(OverSteps):
 
         from bilora_diffusion.config.machine import device_type
 
+        from ..load import require_adapter
         from . import measure, settings
 
         args = self.args
@@ -181,6 +189,9 @@ class ClipScores(OverSteps):
         self.control = compare.control(subjects, control, prefer=None)
         self.prompts = settings.prompts(args)
         self.sampling = settings.sampling(args, base)
+        if args.guidance_from == BASE_GUIDANCE:
+            for subject in subjects:
+                require_adapter(subject)
         self.training_sets = measure.training_sets(subjects, args.train_data)
         for subject in reversed(subjects):  # so that the first of equal subjects stays
             self.image_owners[subject.digest] = subject
