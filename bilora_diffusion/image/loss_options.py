@@ -84,6 +84,13 @@ class DiffusionOptions:
             ),
         ),
     )
+    noise_offset: float = option(
+        0.0,
+        "Offset noise: add this times a normal number of each channel to the noise, so that dark"
+        " and light images are learned too; 0.05 to 0.1 is usual. As in diffusers' advanced script"
+        " and kohya's scripts for Stable Diffusion XL.",
+        range=FACTORS,
+    )
     enable_xformers_memory_efficient_attention: bool = option(
         False, "Use xFormers' attention instead of PyTorch's.", free=True
     )

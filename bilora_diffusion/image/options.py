@@ -66,7 +66,7 @@ class ModelOptions:
     pretrained_model_name_or_path: str = option(
         SDXL_BASE,
         "Pipeline to start from, of Stable Diffusion XL or a flow-matching model: hub id, local"
-        " folder, or mini. With --dataset mini or mini-animals it defaults to mini.",
+        " folder, or mini. With --dataset mini, mini-animals or mini-duotone it defaults to mini.",
         place=True,
     )
     # Derived: `derived.default_vae`.
@@ -109,8 +109,9 @@ class DataOptions:
     dataset_name: str | None = option(
         None,
         "Images to learn from: hub id, local folder (images alone, or with metadata.jsonl or"
-        " metadata.csv), mini, or mini-animals (12 pictures, soon overfitted). linoyts/3d_icon and"
-        " mini bring the paper's prompts along. Or a YAML file with a list of concepts, each with"
+        " metadata.csv), mini, mini-animals (12 pictures, soon overfitted), or mini-duotone,"
+        " mini-gray or mini-pastel (mini in other colours). linoyts/3d_icon and mini bring the"
+        " paper's prompts along. Or a YAML file with a list of concepts, each with"
         " such options of its own (docs/data.md).",
         aliases=("--dataset",),
         place=True,
@@ -289,7 +290,7 @@ class ValidationOptions:
     validation_dataset: str | None = option(
         None,
         "Held-out images to measure the loss on, given like --dataset; none for none. Default for"
-        " mini: mini-heldout, for mini-animals: mini-animals-heldout.",
+        " mini: mini-heldout, for mini-animals: mini-animals-heldout, and so on.",
         place=True,
     )
     validation_part: str | None = like(

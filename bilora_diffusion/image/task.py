@@ -236,8 +236,13 @@ class DreamBooth:
             random = generator(self.cfg.seed, "noise", step, sample.index, sample.slot, sample.kind)
             latent = self.encoder.space.encode(posterior.sample(random)[None])[0]
             latents.append(latent)
-            noise.append(torch.randn(latent.shape, generator=random))
+            sample_noise = torch.randn(latent.shape, generator=random)  # (c, h, w)
             index.append(self.module.denoising.draw(random))
+            if self.cfg.noise_offset:
+                # The last number, so that noise and timestep are those of a run without it.
+                offset = torch.randn(len(latent), 1, 1, generator=random)
+                sample_noise += self.cfg.noise_offset * offset
+            noise.append(sample_noise)
             masks.append(posterior.mask)
             digests.append(sample.digest(digest(noise[-1], index[-1])))
         is_instance = [sample.kind == INSTANCE for sample in samples]

@@ -71,7 +71,10 @@ class ScoringOptions:
 
     section = "prompts and models"
     prompts: str = option(
-        "3d_icon", 'A set that is shipped, a text file, or a CSV file with the column "prompt".'
+        "3d_icon",
+        'A set that is shipped, a text file, a CSV file with the column "prompt", or held-out'
+        " images with captions (mini-heldout, mini-duotone-heldout, a folder), whose images are the"
+        " ground truth.",
     )
     general_prompts: str = option("general", "Prompts for drift; none leaves drift out.")
     max_prompts: int | None = option(None, "Take only the first of each set.", range=COUNTS)
@@ -117,9 +120,10 @@ class ClipScores(OverSteps):
 
     A row "image" without a value names an image's file; the note of "t2t" is the caption, that of
     "nearest" the training picture. Settings of the result: ``prompts`` (text, instance, reference:
-    file name of its held-out picture, general: in no score but "drift", truncated: longer than the
-    scorer takes), ``prompt_set``, ``seeds``, ``sampling``, ``scorer`` and ``captioner`` (name,
-    kind, model, revision, note; None without captions).
+    file name of its held-out picture, colors: the map of the miniature's colours through which
+    that is seen, general: in no score but "drift", truncated: longer than the scorer takes),
+    ``prompt_set``, ``seeds``, ``sampling``, ``scorer`` and ``captioner`` (name, kind, model,
+    revision, note; None without captions).
     """
 
     name, title, over = "clip_scores", "CLIP scores", "item"
