@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..core.errors import UserError, reading
@@ -51,6 +52,14 @@ class BaseModel:
         is_edm = "EDM" in str(scheduler.get("_class_name", ""))
         is_epsilon = scheduler.get("prediction_type", "epsilon") == "epsilon"
         return is_epsilon and not is_edm and not self.family.flow
+
+    @property
+    def is_distilled(self) -> bool:
+        """Test that it is distilled to a few steps without guidance."""
+        family = self.family
+        denoiser = SimpleNamespace(config=self.configs[family.denoiser])
+        parts = {family.denoiser: denoiser, "config": self.index, "name_or_path": self.name}
+        return bool(family.is_distilled(SimpleNamespace(**parts)))
 
     @property
     def side(self) -> int:
