@@ -56,12 +56,20 @@ class BaseModel:
     @property
     def usual_guidance(self) -> float:
         """Guidance of its images by default."""
-        family = self.family
-        denoiser = SimpleNamespace(config=self.configs[family.denoiser])
-        parts = {family.denoiser: denoiser}
-        outline = SimpleNamespace(config=self.index, name_or_path=self.name, **parts)
-        _, guidance = family.usual_sampling(outline)
+        _, guidance = self.family.usual_sampling(self._outline)
         return float(guidance)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Test that it is distilled to a few steps without guidance."""
+        return bool(self.family.is_distilled(self._outline))
+
+    @property
+    def _outline(self) -> SimpleNamespace:
+        """As much of its pipeline as a family asks for, without weights."""
+        denoiser = SimpleNamespace(config=self.configs[self.family.denoiser])
+        parts = {self.family.denoiser: denoiser}
+        return SimpleNamespace(config=self.index, name_or_path=self.name, **parts)
 
     @property
     def side(self) -> int:

@@ -50,7 +50,12 @@ CONCEPT_OPTIONS = (
 PROMPT_OPTIONS = ("validation_prompt", "validation_prompts")
 """Options of a concept that join those of the run."""
 CONCEPT_GROUPS = (DataOptions, PriorOptions, ValidationOptions)
-FACTS = (*CONCEPT_OPTIONS, "with_prior_preservation", "prior_prediction_weight")
+FACTS = (
+    *CONCEPT_OPTIONS,
+    "with_prior_preservation",
+    "prior_prediction_weight",
+    "hold_unconditional",
+)
 """Options whose combinations are refused for each concept."""
 Config = TypeVar("Config", bound=ImageOptions)
 logger = logging.getLogger(__name__)

@@ -362,6 +362,7 @@ class ImageOptions(
         concept: Name of the concept that `DreamBoothConfig.concept_configs` made this of.
         pipeline: Class of the base model's pipeline.
         told_guidance: True if the denoiser is told its guidance in training.
+        is_distilled: True if the base model is distilled to a few steps without guidance.
         predicts_noise: True if the denoiser predicts noise, neither velocity nor a flow.
     """
 
@@ -371,6 +372,7 @@ class ImageOptions(
     concept: str = ""
     pipeline: str = ""
     told_guidance: bool = False
+    is_distilled: bool = False
     predicts_noise: bool = True
 
     modality: ClassVar[str] = "image"

@@ -27,7 +27,7 @@ from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
 from .captions import class_texts, fixed_texts
 from .config import DreamBoothConfig
-from .denoising import Denoising, DreamBoothModule, NoiseSchedule
+from .denoising import PRIOR, UNCONDITIONAL, Denoising, DreamBoothModule, NoiseSchedule
 from .families import family_of
 from .families.base import Family
 from .families.sdxl import tokenize
@@ -67,6 +67,7 @@ class DreamBooth:
             noise_schedule(cfg, self.family, pipeline),
             cfg.prior_loss_weight if cfg.with_prior_preservation else None,
             cfg.prior_prediction_weight,
+            cfg.hold_unconditional,
         )
         if cfg.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -255,7 +256,10 @@ class DreamBooth:
             masks,
         )
         if self.cfg.prior_prediction_weight:
-            inputs["prior"] = self.condition([class_texts(sample.cfg)[0] for sample in samples])
+            inputs[PRIOR] = self.condition([class_texts(sample.cfg)[0] for sample in samples])
+        # By the number that the log gives to the step, so a resumed run holds in the same ones.
+        if self.cfg.hold_unconditional and (step + 1) % self.cfg.hold_unconditional_every == 0:
+            inputs[UNCONDITIONAL] = self.condition([""] * len(samples))
         denoising = self.module.denoising
         ratios = denoising.snr(inputs["index"])
         # Digests of a slot: of its instance image, then of its class image.
