@@ -12,8 +12,9 @@ both predictions from the adapter, as every program does; "base's guidance 2" ta
 unconditional one from the base model. A seed's value is the mean over its images; variants are
 compared by the paired differences of the seeds.
 
-What is finished is not repeated, so the same command goes on where it stopped. Beside the usual
-files it writes ``pictures.json``, all figures without a path, which can be posted.
+What is finished is not repeated, so the same command goes on where it stopped. The rows of a run
+in ``--output_dir`` count too: more seeds can be added later, without the first ones' folders.
+Beside the usual files it writes ``pictures.json``, all figures without a path, which can be posted.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from bilora_diffusion.run.console import quiet
 from eval import compare, plot, report, table
 from eval.clip_scores import ClipScores
 from eval.clip_scores.names import METRICS as CLIP_METRICS
-from eval.command import COUNTS, Parser, open_folder, read_integers, run
+from eval.command import COUNTS, Parser, open_device, open_folder, read_integers, run
 from eval.evaluation import Evaluation
 from eval.plot import Curve, Panel
-from eval.provenance import command_line
+from eval.provenance import command_line, of_this_process
 from eval.subjects import Subject
 from eval.sweep import subject_of
 from eval.sweep.experiment import IMAGE_SCRIPT, parse
@@ -103,6 +104,7 @@ class Preset:
         guidances: kinds of guidance.
         seeds: of training.
         sampling_seeds: images of each prompt.
+        max_prompts: of the set; None for all.
         scoring: further flags of eval.clip_scores.
     """
 
@@ -113,6 +115,7 @@ class Preset:
     options: dict[str, bool | str] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     sampling_seeds: tuple[int, ...] = (0,)
+    max_prompts: int | None = None
     scoring: tuple[str, ...] = ()
 
 
@@ -124,7 +127,8 @@ def mini_preset(dataset: str, **changes: Any) -> Preset:
         steps=(100, 300, 500, 1000),
         guidances=(Guidance("adapter", 4.0), Guidance("base", 2.0)),
         options={"dataset": dataset, "validation_loss_steps": "50", "num_validation_images": "0"},
-        scoring=("--max_prompts", "64", "--general_prompts", "none", "--skip_captions"),
+        max_prompts=64,
+        scoring=("--general_prompts", "none", "--skip_captions"),
         **changes,
     )
 
@@ -199,6 +203,7 @@ class Pictures(Evaluation):
         self.guidances = read_guidances(args.guidances) or self.preset.guidances
         self.plan = self._make_plan()
         self.runs_dir: Path = args.runs_dir / args.preset
+        self.recorded = self._read_recorded()
         self.scored: dict[Guidance, Result] = {}
         self.pixel_errors: dict[tuple[Guidance, str], list[float]] = {}
 
@@ -245,6 +250,47 @@ class Pictures(Evaluation):
         recipe, script = find_recipe(self.preset.recipe), find_script(IMAGE_SCRIPT)
         return make_plan(experiment, Path(self.args.preset), recipe, script)
 
+    def _read_recorded(self) -> dict[str, list[Row]]:
+        """The rows of runs that an earlier result in the folder has in full, by the run's name.
+
+        The name has a hash of the run's options, so a run of other options is none of them.
+        """
+        if not (self.folder / table.FILE).is_file():
+            return {}
+        result = table.read(self.folder)
+        for name, value in self._scoring_settings().items():
+            if result.settings.get(name) != value:
+                raise UserError(
+                    f"{self.folder} has a result with {name} {result.settings.get(name)!r}, and the"
+                    f" command line means {value!r}: give another --output_dir."
+                )
+        points = {(guidance.label, step) for guidance in self.guidances for step in self.steps}
+        recorded: dict[str, list[Row]] = {}
+        for planned in self.plan.runs:
+            rows = [row for row in result.rows if row.subject == planned.name]
+            scored_points = {(row.item, row.step) for row in rows if row.metric == "i2t"}
+            if points <= scored_points:
+                recorded[planned.name] = rows
+        return recorded
+
+    def _scoring_settings(self) -> dict[str, Any]:
+        """What two results have in common where their rows can stand together."""
+        return {
+            "preset": self.args.preset,
+            "prompts": self.preset.prompts,
+            "images": self._prompt_count() * len(self.preset.sampling_seeds),
+        }
+
+    def _prompt_count(self) -> int:
+        """How many prompts of the preset's set are sampled."""
+        from eval.clip_scores.prompts import read
+
+        limits = [len(read(self.preset.prompts))]
+        for limit in (self.preset.max_prompts, self.args.max_prompts):
+            if limit is not None:
+                limits.append(limit)
+        return min(limits)
+
     def work(self) -> int | None:
         """Print the plan; then train, sample and compare, where it is no dry run."""
         print(self.describe())
@@ -258,9 +304,8 @@ class Pictures(Evaluation):
         """The size of the plan, in runs, images and hours for each second of a step."""
         variants, seeds = len(self.plan.variants), len(self.plan.seeds)
         runs = variants * seeds
-        prompts = self.args.max_prompts or prompt_count(self.preset)
-        images = runs * len(self.steps) * len(self.guidances) * prompts
-        images *= len(self.preset.sampling_seeds)
+        images_of_checkpoint = self._prompt_count() * len(self.preset.sampling_seeds)
+        images = runs * len(self.steps) * len(self.guidances) * images_of_checkpoint
         training_hours = runs * max(self.steps) / 3600
         labels = ", ".join(guidance.label for guidance in self.guidances)
         return (
@@ -291,7 +336,8 @@ class Pictures(Evaluation):
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
         """Train what is not finished; sample and score the checkpoints."""
         runner = Runner(self.plan.script, self.plan.recipe, self.runs_dir, self.args.jobs)
-        outcomes = runner.run_all(self.plan.runs)
+        missing = [planned for planned in self.plan.runs if planned.name not in self.recorded]
+        outcomes = runner.run_all(missing)
         failures = [outcome for outcome in outcomes if outcome.status != FINISHED]
         if failures:
             first = failures[0]
@@ -300,11 +346,11 @@ class Pictures(Evaluation):
                 f" ({first.error}): {self.runs_dir}/{first.cell}.log has the reason, and the same"
                 " command tries them again."
             )
-        trained = [subject_of(self.runs_dir, outcome) for outcome in outcomes]
-        for guidance in self.guidances:
-            self.scored[guidance] = self._score(guidance, trained)
+        trained = {outcome.cell: subject_of(self.runs_dir, outcome) for outcome in outcomes}
+        for guidance in self.guidances if trained else ():
+            self.scored[guidance] = self._score(guidance, list(trained.values()))
         self._describe_settings()
-        return trained
+        return [trained.get(subject.label, subject) for subject in subjects]
 
     def _score(self, guidance: Guidance, runs: Sequence[Subject]) -> Result:
         """Scores of all checkpoints with one kind of guidance, by eval.clip_scores."""
@@ -314,9 +360,7 @@ class Pictures(Evaluation):
         words += ["--seeds", ",".join(map(str, self.preset.sampling_seeds)), *self.preset.scoring]
         words += ["--guidance_from", guidance.source, "--guidance_scale", f"{guidance.scale:g}"]
         words += ["--output_dir", str(folder)]
-        # The last one of a flag counts.
-        if self.args.max_prompts is not None:
-            words += ["--max_prompts", str(self.args.max_prompts)]
+        words += ["--max_prompts", str(self._prompt_count())]
         if self.args.processes is not None:
             words += ["--processes", str(self.args.processes)]
         print(f"\n{guidance.label}:", flush=True)
@@ -340,21 +384,24 @@ class Pictures(Evaluation):
                 self.pixel_errors.setdefault((guidance, row.subject), []).append(error)
 
     def _describe_settings(self) -> None:
-        first = next(iter(self.scored.values()))
-        images = len(first.settings["prompts"]) * len(self.preset.sampling_seeds)
         variants = {variant.label: dict(variant.values) for variant in self.plan.variants}
         self.settings |= {
-            "preset": self.args.preset,
+            **self._scoring_settings(),
             "options": dict(self.plan.experiment.options),
             "variants": variants,
             "guidances": [asdict(guidance) for guidance in self.guidances],
-            "prompts": self.preset.prompts,
-            "images": images,
-            "sampling": first.settings["sampling"],
-            "scorer": first.settings["scorer"],
         }
+        # Where nothing was scored anew, the earlier result says it.
+        if self.scored:
+            settings = next(iter(self.scored.values())).settings
+        else:
+            settings = table.read(self.folder).settings
+        self.settings |= {name: settings[name] for name in ("sampling", "scorer")}
 
     def rows(self, subject: Subject) -> Iterator[Row]:
+        if subject.label in self.recorded:
+            yield from self.recorded[subject.label]
+            return
         for guidance, result in self.scored.items():
             for entry in result.subjects:
                 if entry.about["run"] != subject.label:
@@ -379,7 +426,9 @@ class Pictures(Evaluation):
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         lines = compare.summaries(rows, CONTROL)
-        return self.result(subjects, rows, lines, CONTROL)
+        # Of this process, since recorded rows have no run folder.
+        provenance = of_this_process(self.command, open_device(None))
+        return self.result(subjects, rows, lines, CONTROL, provenance=provenance)
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
         """Metrics over training: a row for each metric, a column for each kind of guidance."""
@@ -387,10 +436,12 @@ class Pictures(Evaluation):
         for metric in ("truth", "i2t", "nearest"):
             panels = []
             for guidance in self.guidances:
-                curves = [Curve(group, metric, guidance.label) for group in result.groups]
+                curves = [
+                    Curve(group, metric, guidance.label, label=group) for group in result.groups
+                ]
                 title = f"{METRICS[metric].title}, {guidance.label}"
                 if result.select(metric, item=guidance.label):
-                    panels.append(Panel(title, "cosine x 100", curves))
+                    panels.append(Panel(title, "cosine", curves))
             if panels:
                 rows.append(panels)
         return {CURVES: rows}
@@ -445,17 +496,6 @@ def read_guidances(text: str | None) -> tuple[Guidance, ...]:
             raise UserError(f'--guidances has "{word.strip()}": write adapter:4 or base:2.')
         guidances.append(guidance)
     return tuple(guidances)
-
-
-def prompt_count(preset: Preset) -> int:
-    """How many prompts of the preset's set are sampled."""
-    from eval.clip_scores.prompts import read
-
-    count = len(read(preset.prompts))
-    if "--max_prompts" in preset.scoring:
-        limit = int(preset.scoring[preset.scoring.index("--max_prompts") + 1])
-        count = min(count, limit)
-    return count
 
 
 def truth_pictures(preset: Preset, result: Result) -> dict[str, Any]:
