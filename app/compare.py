@@ -17,7 +17,9 @@ from PIL import Image
 
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.mini.colors import MAPS
 from eval.clip_scores.names import METRICS
+from eval.clip_scores.prompts import Prompt
 
 from . import parts
 from . import scored as data
@@ -184,11 +186,18 @@ class Tab:
             role = "A" if label == view.a else "B" if label == view.b else ""
             address = parts.data_uri(picture) if picture else None
             cards += parts.card(label, address, role, "no image", about)
-        reference = item.result.prompt(view.prompt).reference
-        if truth := self._picture_address(item, reference and reference.name, mini.heldout_dir()):
+        if truth := self._truth_address(item, item.result.prompt(view.prompt)):
             line = '<p class="quiet">the held-out picture that the prompt describes</p>'
             cards += parts.card("ground truth", truth, facts=line)
         return f'<div class="cards">{cards}</div>{legend(item.result)}'
+
+    def _truth_address(self, item: ResultItem, prompt: Prompt) -> str | None:
+        """The held-out picture that a prompt describes."""
+        name = prompt.reference and prompt.reference.name
+        if name and prompt.colors in MAPS:
+            picture = parts.read(mini.heldout_dir() / name)
+            return picture and parts.data_uri(MAPS[prompt.colors](picture))
+        return self._picture_address(item, name, mini.heldout_dir())
 
     def _picture_address(self, item: ResultItem, name: str | None, package: Path) -> str | None:
         """The picture of a name in a result: a file of its folder, else, for a plain name, one of

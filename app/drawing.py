@@ -18,9 +18,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL.Image import Image
 
 from bilora_diffusion.adapters import PRIMARY
+from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError, reason, strip_controls
 from bilora_diffusion.core.files import is_file
-from bilora_diffusion.core.values import GUIDANCES, SAMPLER_STEPS, STRENGTHS
+from bilora_diffusion.core.values import GUIDANCES, SAMPLER_STEPS, STRENGTHS, check_choice
 from bilora_diffusion.export.conversion import export_checkpoint
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.families import family_of
@@ -31,7 +32,7 @@ from bilora_diffusion.run.checkpoint import CHECKPOINTS, DIGESTS, FILES
 from bilora_diffusion.run.console import quiet
 from eval.clip_scores import settings
 from eval.command import open_device
-from eval.load import applied
+from eval.load import applied, require_adapter
 from eval.sources import find
 
 from .catalog import Catalog
@@ -69,6 +70,7 @@ class Request:
     guidance_scale: float
     scale: float
     size: int | None = None
+    guidance_from: str = ADAPTER_GUIDANCE
 
 
 class Pipelines:
@@ -91,12 +93,14 @@ class Pipelines:
         Args:
             base: loaded when it is not.
             adapter: run folder or LoRA file; None for the base model alone.
-            requests: one, or several that differ in their scales.
+            requests: one, or several that differ in their scales and kinds of guidance.
             on_step: called with the number of each step of all images, from 1, when it was taken;
                 what it raises ends the work.
         """
         pipeline, images = self._load(base), list[Image]()
         subject = find("base" if adapter is None else str(adapter))
+        if any(request.guidance_from == BASE_GUIDANCE for request in requests):
+            require_adapter(subject)
         with applied(pipeline, subject, requests[0].scale):
             for number, request in enumerate(requests):
                 if number:
@@ -108,6 +112,7 @@ class Pipelines:
                     size=request.size or family_of(pipeline).pixels(pipeline),
                     steps=request.steps,
                     guidance_scale=request.guidance_scale,
+                    guidance_from=request.guidance_from,
                     on_step=lambda step, before=number * request.steps: on_step(before + step),
                 )
         return images
@@ -145,6 +150,12 @@ def usual(base: BaseChoice) -> tuple[int, float]:
     """Steps and guidance with which a base model's images are drawn by default."""
     _, steps, guidance = settings.usual(local(base), base.name)
     return steps, guidance
+
+
+@cache
+def is_guided(base: BaseChoice) -> bool:
+    """Test that its images have an unconditional prediction by default."""
+    return settings.is_guided(local(base), base.name)
 
 
 def local(base: BaseChoice) -> str:
@@ -214,7 +225,12 @@ def exported(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path]:
 
 
 def checked(
-    prompt: str, seed: float | None, steps: float | None, guidance: float, scale: float
+    prompt: str,
+    seed: float | None,
+    steps: float | None,
+    guidance: float,
+    scale: float,
+    guidance_from: str = ADAPTER_GUIDANCE,
 ) -> Request:
     """The form's values."""
     if not prompt or not prompt.strip():
@@ -224,4 +240,6 @@ def checked(
     SAMPLER_STEPS.check("the number of steps", steps)
     GUIDANCES.check("the guidance scale", guidance)
     STRENGTHS.check("the adapter's scale", scale)
-    return Request(prompt.strip(), int(seed), int(steps or 0), float(guidance), float(scale))
+    check_choice("guidance from", guidance_from, GUIDANCE_SOURCES)
+    values = prompt.strip(), int(seed), int(steps or 0), float(guidance), float(scale)
+    return Request(*values, guidance_from=guidance_from)

@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.mini import MINI
 
@@ -22,6 +23,12 @@ from .catalog import Catalog
 from .drawing import BASE, Pipelines, checked, drawable, sides, usual
 from .parts import QUIET
 from .runs import PROMPT, ordered, pair, suggest_prompt
+
+GUIDANCE_TITLES = {
+    ADAPTER_GUIDANCE: "the adapter (what other programs do)",
+    BASE_GUIDANCE: "the base model",
+}
+"""Models of guidance's unconditional prediction as the page calls them."""
 
 
 class Stopped(Exception):
@@ -126,6 +133,12 @@ class Tab:
                 guidance = gr.Slider(
                     0, 12, 4, step=0.5, label="Guidance scale", elem_id="generate-guidance"
                 )
+                source = gr.Radio(
+                    [(text, value) for value, text in GUIDANCE_TITLES.items()],
+                    value=ADAPTER_GUIDANCE,
+                    label="Guidance from",
+                    elem_id="generate-guidance-from",
+                )
                 base = gr.State(MINI)
                 scale = gr.Slider(
                     0, 2, 1, step=0.05, label="Adapter scale", elem_id="generate-scale"
@@ -137,7 +150,7 @@ class Tab:
         suggested = [prompt, steps, guidance, base]
         inputs = [self.a, self.b, base, prompt]
         gr.on(chosen, self.suggest, inputs, suggested, **QUIET)
-        inputs = [prompt, self.a, self.b, seed, steps, guidance, scale]
+        inputs = [prompt, self.a, self.b, seed, steps, guidance, source, scale]
         with form:
             work.events("generate", self.generate, prompt, inputs, outputs)
 
@@ -177,6 +190,7 @@ class Tab:
         seed: float | None,
         steps: float | None,
         guidance: float,
+        source: str,
         scale: float,
         request: gr.Request,
         progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
@@ -185,7 +199,7 @@ class Tab:
         images: list[Image.Image] = []
         try:
             with self.work.reported():
-                drawing = checked(prompt, seed, steps, guidance, scale)
+                drawing = checked(prompt, seed, steps, guidance, scale, source)
                 base, chosen, size = sides(self.catalog, a, b)
                 drawing = replace(drawing, size=size)
                 for label, adapter in chosen:

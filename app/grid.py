@@ -1,5 +1,5 @@
 """The Compare tab's grid: one prompt and seed, drawn on demand by checkpoints of a run (rows) at
-strengths of their adapters (columns).
+strengths of their adapters (columns), with both kinds of guidance one below the other.
 """
 
 from __future__ import annotations
@@ -10,17 +10,26 @@ from typing import Any
 
 import gradio as gr
 
+from bilora_diffusion import methods
+from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import quoted
 from bilora_diffusion.core.values import STRENGTHS, Range
 
 from . import parts
-from .drawing import BaseChoice, checked, exported, size_of, usual
+from .drawing import BaseChoice, Request, checked, exported, is_guided, size_of, usual
 from .generate import Stopped, Work, message
 from .parts import QUIET, Update
 from .runs import RunItem, ordered, suggest_prompt
 
 COUNTS = Range(64, "each takes as long as one in the tab Generate", at_least=1)
+KINDS = {
+    ADAPTER_GUIDANCE: "guidance from the adapter",
+    BASE_GUIDANCE: "guidance from the base model",
+}
+"""Kinds of guidance as rows are called."""
+Cell = tuple[int, str, float]
+"""Step, kind of guidance, strength."""
 ROWS = 4
 """Checkpoints that are chosen at first."""
 
@@ -44,12 +53,18 @@ class Grid:
                 strengths = gr.Textbox("0.5, 0.75, 1, 1.25", label="Strengths", **place)
                 self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="grid-prompt")
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="grid-seed")
+                both = gr.Checkbox(
+                    True,
+                    label="Both kinds of guidance",
+                    info="A second row for each checkpoint: guidance from the base model.",
+                    elem_id="grid-both",
+                )
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html("grid-status"), parts.html("grid-images")]
         choice = [self.run, self.steps, self.prompt]
         gr.on([changed, self.run.input], self.choices, choice, [self.body, *choice], **QUIET)
         with form:
-            inputs = [self.run, self.steps, strengths, self.prompt, seed]
+            inputs = [self.run, self.steps, strengths, self.prompt, seed, both]
             work.events("grid", self.draw, self.prompt, inputs, outputs)
 
     def choices(self, path: str | None, steps: list[int], prompt: str | None) -> Update:
@@ -76,20 +91,25 @@ class Grid:
         strengths: str,
         prompt: str,
         seed: float | None,
+        both: bool,
         request: gr.Request,
         progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
     ) -> Iterator[Any]:
         """Draw the grid; yields each row as soon as it is there."""
-        images: dict[tuple[int, float], str] = {}
+        images: dict[Cell, str] = {}
         try:
             with self.work.reported():
                 columns, (run, rows) = read_strengths(strengths), self._chosen(path, steps)
-                COUNTS.check("the number of images", len(rows) * len(columns))
                 base = BaseChoice.of_config(run.record["config"])
+                kinds = GUIDANCE_SOURCES if both and has_both(run, base) else (ADAPTER_GUIDANCE,)
+                COUNTS.check("the number of images", len(rows) * len(kinds) * len(columns))
                 drawing = checked(prompt, seed, *usual(base), columns[0])
                 drawing = replace(drawing, size=size_of(run))
-                requests = [replace(drawing, scale=strength) for strength in columns]
-                total = len(rows) * len(columns) * drawing.steps
+                requests: list[Request] = []
+                for kind in kinds:
+                    for strength in columns:
+                        requests.append(replace(drawing, scale=strength, guidance_from=kind))
+                total = len(rows) * len(requests) * drawing.steps
                 for row, step in enumerate(rows):
 
                     def on_step(step: int, before: int = row * total // len(rows)) -> None:
@@ -97,13 +117,13 @@ class Grid:
                         progress((before + step, total), desc=run.name, unit="steps")
 
                     on_step(0)
-                    yield gr.skip(), table(rows, columns, images)
+                    yield gr.skip(), table(rows, kinds, columns, images)
                     with exported(self.catalog, run, step) as file:
                         images_of_row = self.work.models.draw(base, file, requests, on_step)
-                    cells = [(step, strength) for strength in columns]
+                    cells = [(step, image.guidance_from, image.scale) for image in requests]
                     images |= dict(zip(cells, map(parts.data_uri, images_of_row), strict=True))
             about = f"Done: {drawing.prompt}, seed {drawing.seed}, by {run.name}."
-            yield message(about), table(rows, columns, images)
+            yield message(about), table(rows, kinds, columns, images)
         except Stopped:
             yield message("Cancelled."), gr.skip()
 
@@ -116,6 +136,11 @@ class Grid:
         if missing := sorted({*steps}.difference(runs[path].checkpoints)):
             raise UserError(f"the checkpoint of step {missing[0]} has gone: choose others")
         return runs[path], sorted({*steps})
+
+
+def has_both(run: RunItem, base: BaseChoice) -> bool:
+    """Test that a run's images can have guidance from the base model, too."""
+    return not methods.get(run.method).exports_weights and is_guided(base)
 
 
 def with_checkpoints(runs: Sequence[RunItem]) -> list[RunItem]:
@@ -146,15 +171,32 @@ def read_strengths(text: str) -> list[float]:
 
 
 def table(
-    rows: Sequence[int], columns: Sequence[float], images: Mapping[tuple[int, float], str]
+    rows: Sequence[int],
+    kinds: Sequence[str],
+    columns: Sequence[float],
+    images: Mapping[Cell, str],
 ) -> str:
-    """The grid as HTML; ``images`` are addresses by step and strength."""
+    """The grid as HTML: of each step one row for each kind of guidance, below each other.
+
+    Args:
+        rows: steps of the checkpoints.
+        kinds: models of guidance's unconditional prediction; one alone is not named.
+        columns: strengths of the adapter.
+        images: addresses.
+    """
     head = "".join(f'<th scope="col">{strength:g}</th>' for strength in columns)
     body = ""
     for step in rows:
-        names = {(step, s): f"step {step}, strength {s:g}" for s in columns}
-        cells = (parts.image(images.get(key), name) for key, name in names.items())
-        body += f'<tr><th scope="row">{step}</th><td>{"</td><td>".join(cells)}</td></tr>'
+        for kind in kinds:
+            title, name = f"{step}", f"step {step}"
+            if len(kinds) > 1:
+                title += f"<br>{KINDS[kind]}"
+                name += f", {KINDS[kind]}"
+            body += f'<tr><th scope="row">{title}</th>'
+            for strength in columns:
+                address = images.get((step, kind, strength))
+                body += f"<td>{parts.image(address, f'{name}, strength {strength:g}')}</td>"
+            body += "</tr>"
     return (
         f'<div class="scroll"><table class="grid" style="--columns: {len(columns)}">'
         f'<thead><tr><th scope="col">step \\ strength</th>{head}</tr></thead>'

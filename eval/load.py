@@ -60,6 +60,15 @@ def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[Non
             setattr(pipeline, name, model.to(device))
 
 
+def require_adapter(subject: Subject) -> None:
+    """Refuse guidance from the base model for whole models, which hold no adapter to leave out."""
+    if subject.weights is not None and subject.weights.is_dir():
+        raise UserError(
+            f"guidance from the base model is refused for {subject.label}, which was trained whole"
+            " and has no adapter to leave out: drop one of the two."
+        )
+
+
 def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
     """Put a LoRA file on a pipeline's models, as their primary."""
     parts = read(file).parts

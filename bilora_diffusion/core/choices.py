@@ -44,6 +44,8 @@ RHO_NORMS = ("scaled", "unscaled")
 BALLS = ("global", "per-layer", "none")
 DIRECTIONS = ("ascent", "descent")
 SCHEDULES = ("constant", "linear", "cosine")
+ADAPTER_GUIDANCE, BASE_GUIDANCE = GUIDANCE_SOURCES = ("adapter", "base")
+"""Model of the unconditional prediction in classifier-free guidance."""
 KINDS = ("seq2seq", "causal", "classification")
 """The kinds of model that text is for."""
 TEMPLATES = ("auto", "chat", "alpaca", "plain")

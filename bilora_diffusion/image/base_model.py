@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..core.errors import UserError, reading
@@ -51,6 +52,24 @@ class BaseModel:
         is_edm = "EDM" in str(scheduler.get("_class_name", ""))
         is_epsilon = scheduler.get("prediction_type", "epsilon") == "epsilon"
         return is_epsilon and not is_edm and not self.family.flow
+
+    @property
+    def usual_guidance(self) -> float:
+        """Guidance of its images by default."""
+        _, guidance = self.family.usual_sampling(self._outline)
+        return float(guidance)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Test that it is distilled to a few steps without guidance."""
+        return bool(self.family.is_distilled(self._outline))
+
+    @property
+    def _outline(self) -> SimpleNamespace:
+        """As much of its pipeline as a family asks for, without weights."""
+        denoiser = SimpleNamespace(config=self.configs[self.family.denoiser])
+        parts = {self.family.denoiser: denoiser}
+        return SimpleNamespace(config=self.index, name_or_path=self.name, **parts)
 
     @property
     def side(self) -> int:

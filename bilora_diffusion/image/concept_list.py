@@ -22,7 +22,7 @@ from ..core.errors import UserError, is_main_process, placed
 from ..core.fields import check, options_of
 from ..core.files import quoted
 from .derived import with_set_defaults
-from .inputs import check_images, check_strengths
+from .inputs import check_images, check_settings
 from .loss_options import PriorOptions
 from .options import DataOptions, ImageOptions, ValidationOptions
 from .sets import ImageSet
@@ -50,7 +50,12 @@ CONCEPT_OPTIONS = (
 PROMPT_OPTIONS = ("validation_prompt", "validation_prompts")
 """Options of a concept that join those of the run."""
 CONCEPT_GROUPS = (DataOptions, PriorOptions, ValidationOptions)
-FACTS = (*CONCEPT_OPTIONS, "with_prior_preservation", "prior_prediction_weight")
+FACTS = (
+    *CONCEPT_OPTIONS,
+    "with_prior_preservation",
+    "prior_prediction_weight",
+    "hold_unconditional",
+)
 """Options whose combinations are refused for each concept."""
 Config = TypeVar("Config", bound=ImageOptions)
 logger = logging.getLogger(__name__)
@@ -124,7 +129,7 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
     given_options = run.given_options | explicit.keys() | {"validation_prompts"}
     concept = replace(run, **{**without_prompts, **explicit, "given_options": given_options})
     concept = with_set_defaults(concept)
-    check_strengths(concept)
+    check_settings(concept)
     constraints.check({name: getattr(concept, name) for name in FACTS})
 
     # Of the run's options without effect the run itself tells.

@@ -22,10 +22,14 @@ from .families.base import Conditions, Family, move
 from .families.sdxl import encode
 from .flow import FlowMatching, weighted_mean
 
+PRIOR, UNCONDITIONAL = "prior", "unconditional"
+"""Inputs that are conditions of further predictions: for the class's prompt, and for what guidance
+leads away from.
+"""
 OTHER_INPUTS = frozenset(
-    ("latents", "noise", "index", "instance", "ids", "has_text", "mask_weights", "prior")
+    ("latents", "noise", "index", "instance", "mask_weights", PRIOR, UNCONDITIONAL)
 )
-"""Inputs that are not conditions."""
+"""Inputs that are not conditions of the images' own captions."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,10 @@ class DreamBoothModule(nn.Module):
     family's conditions or, where the text encoders are trained, ``ids`` (two tensors (n, tokens))
     and ``has_text`` (n,), False where zeros stand for the text.
     The first rows are instance images; with prior preservation as many class images follow. It
-    returns (slots,): the instance loss plus ``prior_loss_weight`` times the class loss, or plus
-    ``prior_prediction_weight`` times the `departures`, which read the class's conditions ``prior``.
+    returns (slots,): the instance loss plus ``prior_loss_weight`` times the class loss, plus
+    ``prior_prediction_weight`` times the `departures` for the conditions `PRIOR` and
+    ``hold_unconditional`` times those for the conditions `UNCONDITIONAL`, where the inputs have
+    them, both of the instance images.
     """
 
     def __init__(
@@ -175,6 +181,7 @@ class DreamBoothModule(nn.Module):
         denoising: NoiseSchedule,
         prior_loss_weight: float | None = None,
         prior_prediction_weight: float = 0.0,
+        hold_unconditional: float = 0.0,
     ) -> None:
         super().__init__()
         self.family = family
@@ -182,35 +189,51 @@ class DreamBoothModule(nn.Module):
         self.text_encoders = nn.ModuleList(text_encoders)
         self.denoising = denoising
         self.prior_loss_weight = prior_loss_weight
-        self.prior_prediction_weight = prior_prediction_weight
+        self.departure_weights = {PRIOR: prior_prediction_weight, UNCONDITIONAL: hold_unconditional}
         self._adapted: list[adapters.LoraLayer] | None = None
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
         """One loss per slot, (slots,), in float32."""
         losses = self.sample_losses(inputs)  # (n,)
-        if self.prior_prediction_weight:
-            noisy, levels = self.denoising.add_noise(inputs)
-            return losses + self.prior_prediction_weight * self.departures(inputs, noisy, levels)
-        if self.prior_loss_weight is None:
-            return losses
-        instance, prior = losses.chunk(2)  # (slots,) each
-        return instance + self.prior_loss_weight * prior
+        if self.prior_loss_weight is not None:
+            instance, prior = losses.chunk(2)  # (slots,) each
+            losses = instance + self.prior_loss_weight * prior
+        for name, weight in self.departure_weights.items():
+            if name in inputs:
+                noisy, levels = self.denoising.add_noise(inputs)
+                departures = self.departures(inputs, name, noisy, levels)  # (n,)
+                losses = losses + weight * departures[: len(losses)]
+        return losses
 
-    def departures(self, inputs: dict[str, Any], noisy: Tensor, levels: Tensor) -> Tensor:
-        """Mean square by which the adapters change what is predicted for the class's prompt, at the
-        same noisy latents: (n,) in float32.
+    def departures(
+        self, inputs: dict[str, Any], name: str, noisy: Tensor, levels: Tensor
+    ) -> Tensor:
+        """Mean square by which the adapters change what is predicted for the conditions of a name,
+        `PRIOR` or `UNCONDITIONAL`, at the same noisy latents: (n,) in float32.
+
+        All adapters act that act in the loss, an auxiliary too: it perturbs the whole loss, and
+        with gradient checkpointing a layer is computed again after this function. Class images are
+        among the rows, since an auxiliary for each sample goes by the rows of the micro-batch.
         """
-        dtype = precision(self.denoiser)
-        noisy = noisy.to(dtype)
-        conditions = {**inputs["prior"], "time_ids": inputs["time_ids"]}
-        conditions = move(conditions, noisy.device, dtype)
+        conditions = {**inputs[name], "time_ids": inputs["time_ids"]}
         if self._adapted is None:
             # Found once: the walk over all modules takes time.
-            self._adapted = [layer for _, layer in adapters.layers(self.denoiser)]
+            self._adapted = []
+            for model in (self.denoiser, *self.text_encoders):
+                self._adapted += [layer for _, layer in adapters.layers(model)]
         with torch.no_grad(), adapters.off(self._adapted):
-            before = self.family.predict(self.denoiser, noisy, levels, conditions).float()
-        after = self.family.predict(self.denoiser, noisy, levels, conditions).float()
+            before = self._predict(conditions, noisy, levels).float()
+        after = self._predict(conditions, noisy, levels).float()
         return (after - before).square().flatten(1).mean(dim=1)
+
+    def _predict(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
+        """The denoiser's prediction, (n, c, h, w), for conditions that may be token ids yet."""
+        if "ids" in conditions:
+            encoded = self._encode(conditions["ids"], conditions["has_text"])
+            conditions = {**encoded, "time_ids": conditions["time_ids"]}
+        dtype = precision(self.denoiser)
+        conditions = move(conditions, noisy.device, dtype)
+        return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
 
     def _encode(self, ids: Sequence[Tensor], has_text: Tensor) -> Conditions:
         """Embeddings of token ids by the trained encoders, zeros where ``has_text`` is False."""
@@ -222,14 +245,7 @@ class DreamBoothModule(nn.Module):
 
     def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
         """One loss per row, (n,), in float32, of instance and class images alike."""
-        if "ids" in inputs:
-            conditions = self._encode(inputs["ids"], inputs["has_text"])
-        else:
-            conditions = {k: values for k, values in inputs.items() if k not in OTHER_INPUTS}
-        conditions["time_ids"] = inputs["time_ids"]
+        conditions = {k: values for k, values in inputs.items() if k not in OTHER_INPUTS}
         noisy, levels = self.denoising.add_noise(inputs)  # (n, c, h, w), (n,)
         # The loss is in float32, the denoiser in the dtype of its weights.
-        dtype = precision(self.denoiser)
-        conditions = move(conditions, noisy.device, dtype)
-        prediction = self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
-        return self.denoising.loss(prediction, inputs)
+        return self.denoising.loss(self._predict(conditions, noisy, levels), inputs)

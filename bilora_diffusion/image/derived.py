@@ -18,7 +18,7 @@ from ..config.rates import default_text_encoder_lr
 from ..core.choices import ATTENTION
 from ..core.errors import UserError, reading
 from ..core.files import is_file, read_text
-from ..mini import ANIMALS, ANIMALS_HELDOUT, FLOW, FOLDERS, HELDOUT, MINI
+from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, heldout_name
 from .base_model import SDXL_BASE, BaseModel
 from .families import SDXL
 from .options import ImageOptions
@@ -59,14 +59,16 @@ class Preset:
 
 PRESETS = {
     ICONS: Preset(),  # Appendix H.3
-    MINI: Preset(caption_column="prompt", validation_dataset=HELDOUT, model=MINI),
+    MINI: Preset(caption_column="prompt", validation_dataset=heldout_name(MINI), model=MINI),
     ANIMALS: Preset(
         subjects=ANIMAL_SUBJECTS,
         caption_column="prompt",
-        validation_dataset=ANIMALS_HELDOUT,
+        validation_dataset=heldout_name(ANIMALS),
         model=MINI,
     ),
 }
+for _name in COLORED:  # the icons of mini in other colours, with its captions
+    PRESETS[_name] = replace(PRESETS[MINI], validation_dataset=heldout_name(_name))
 
 
 def with_set_defaults(cfg: Config) -> Config:
@@ -164,6 +166,7 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         pipeline=model.pipeline,
         predicts_noise=model.predicts_noise,
         told_guidance=model.family.told_guidance(model.configs),
+        is_distilled=model.is_distilled,
         # Its declared default, None, is the model's side in pixels.
         resolution=cfg.resolution or model.side,
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..config import constraints
+from ..core.choices import BASE_GUIDANCE
 from ..core.errors import UserError
 from ..core.files import folder_or_id, is_folder, quoted
 from ..run.heldout_part import read_part
@@ -13,6 +17,9 @@ from .base_model import BaseModel, folder_of
 from .buckets import sizes
 from .listing import folder_of_set, list_folder
 from .options import CACHE_AUTO, CACHE_FOLDER, ImageOptions
+
+if TYPE_CHECKING:  # which imports torch
+    from .families.base import Configs, Family
 
 
 def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
@@ -27,16 +34,27 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
                 edges.add(settings[edge])
         guidance = settings.get("guidance", cfg.validation_guidance_scale)
         if guidance is None:
-            guidance = family.guidance
+            guidance = model.usual_guidance
+        whose = f"number {number} of --validation_prompts"
+        if settings.get("concept"):  # its place in the joined list says nothing to the user
+            whose = f"a prompt of {settings['concept']}"
+        source = settings.get("guidance_from", cfg.validation_guidance_from)
+        if source == BASE_GUIDANCE:
+            request = f"{whose} with guidance from the base model"
+            require_unconditional(family, guidance, model.index, model.configs, request)
         # Without guidance the pipeline runs no second pass that would read it.
-        if settings.get("negative_prompt") and guidance <= family.unguided:
-            whose = f"number {number} of --validation_prompts"
-            if settings.get("concept"):  # its place in the joined list says nothing to the user
-                whose = f"a prompt of {settings['concept']}"
+        is_read = family.reads_negative_prompt and guidance > family.unguided
+        if settings.get("negative_prompt") and not is_read:
             raise UserError(
                 f"{whose} has a negative prompt, and {family.title} reads none at a guidance of"
                 f" {guidance:g}: drop it."
             )
+    if cfg.validation_guidance_from == BASE_GUIDANCE:
+        guidance = cfg.validation_guidance_scale
+        if guidance is None:
+            guidance = model.usual_guidance
+        request = "--validation_guidance_from base"
+        require_unconditional(family, guidance, model.index, model.configs, request)
     for edge in edges:
         family.require_resolution(edge, model.configs)
 
@@ -50,9 +68,30 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
             )
 
 
+def require_unconditional(
+    family: Family,
+    guidance: float,
+    index: Mapping[str, Any],
+    configs: Configs,
+    request: str = "guidance from the base model",
+) -> None:
+    """Refuse the base model's unconditional prediction, asked for in the words of ``request``,
+    where a model makes none at this guidance; see `Family.is_guided`.
+    """
+    if family.is_guided(guidance, index, configs):
+        return
+    fix = "drop it"
+    if family.is_guided(math.inf, index, configs):
+        fix = f"give a guidance above {family.unguided:g}, or drop it"
+    raise UserError(
+        f"{request} is refused, since this {family.title} makes no unconditional prediction at a"
+        f" guidance of {guidance:g}: {fix}."
+    )
+
+
 def check_inputs(cfg: ImageOptions) -> None:
     """Refuse what `check_images` does, places that can't be a folder, and malformed ids."""
-    check_strengths(cfg)
+    check_settings(cfg)
     if cfg.validation_part is not None:
         read_part(cfg.validation_part)
     if not cfg.concepts:  # theirs were checked as each was read (`concept_list`)
@@ -64,11 +103,18 @@ def check_inputs(cfg: ImageOptions) -> None:
     check_cache(cfg.disk_cache)
 
 
-def check_strengths(cfg: ImageOptions) -> None:
-    """Refuse a strength of the adapter for a prompt where more than the adapter was trained."""
+def check_settings(cfg: ImageOptions) -> None:
+    """Refuse a prompt's strength of the adapter, and guidance from the base model, where more than
+    the adapter was trained.
+    """
     for settings in cfg.validation_settings:
+        facts: dict[str, Any] = {}
         if settings.get("strength", 1.0) != 1.0:
-            constraints.check({**vars(cfg), "strength": settings["strength"]})
+            facts["strength"] = settings["strength"]
+        if "guidance_from" in settings:
+            facts["guidance_from"] = settings["guidance_from"]
+        if facts:
+            constraints.check({**vars(cfg), **facts})
 
 
 def check_cache(disk_cache: str) -> None:

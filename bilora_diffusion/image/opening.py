@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ from ..core.files import (
     read_rows,
     require_column,
 )
-from .decode import read_mask
+from ..mini import color_map
+from ..mini.colors import MAPS
+from .decode import read_mask, read_rgb
 from .listing import (
     METADATA,
     Listing,
@@ -74,10 +77,10 @@ def open_images(
     """Open a set of images; each is looked at once here and read again when needed.
 
     Args:
-        dataset: one of ``mini.FOLDERS``, such as "mini"; a local folder with images alone, with
-            images and a ``metadata.jsonl`` or ``metadata.csv`` (column ``file_name``), or in any
-            layout that ``datasets`` reads; or the id of a set on the hub. Their split "train" is
-            taken.
+        dataset: one of ``mini.FOLDERS``, such as "mini", seen through its `color_map`; a local
+            folder with images alone, with images and a ``metadata.jsonl`` or ``metadata.csv``
+            (column ``file_name``), or in any layout that ``datasets`` reads; or the id of a set on
+            the hub. Their split "train" is taken.
         image_column: where the images are; a folder's own images are in column "image".
         caption_column: where their captions are; "none" to have none; None for those of the
             ``.txt`` files beside the images of a folder without metadata.
@@ -104,6 +107,10 @@ def open_images(
         # imagefolder, where captions lie beside images: else they may be taken for the data.
         data = _load(dataset, folder, config_name, captioned, cache_dir)
         table = _read_split(dataset, data, image_column, mask_column)
+
+    if (colors := color_map(dataset)) is not None:
+        for entry in table.entries:
+            entry.source = partial(_recolored, entry.source, colors)
 
     # Captions: of a column, or of the files beside the images.
     reads_caption_files = False
@@ -269,6 +276,16 @@ def _stored(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | byt
     if stored.get("bytes") is not None:
         return stored["bytes"]
     return None if stored.get("path") is None else Path(stored["path"])
+
+
+def _recolored(source: Source, colors: str) -> bytes | None:
+    """The content of a file with a picture in other colours."""
+    if (encoded := source()) is None:
+        return None
+    # Uncompressed, so that its hash is the same with every version of Pillow and zlib.
+    content = BytesIO()
+    MAPS[colors](read_rgb(encoded)).save(content, "PPM")
+    return content.getvalue()
 
 
 def _mask(source: Source, alpha: bool = False) -> Image.Image | None:

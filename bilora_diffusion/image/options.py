@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from ..config.options import HeldOutOptions, OutputOptions
 from ..config.run import RunConfig
+from ..core.choices import ADAPTER_GUIDANCE, GUIDANCE_SOURCES
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
     GUIDANCES,
@@ -65,7 +66,7 @@ class ModelOptions:
     pretrained_model_name_or_path: str = option(
         SDXL_BASE,
         "Pipeline to start from, of Stable Diffusion XL or a flow-matching model: hub id, local"
-        " folder, or mini. With --dataset mini or mini-animals it defaults to mini.",
+        " folder, or mini. With --dataset mini, mini-animals or mini-duotone it defaults to mini.",
         place=True,
     )
     # Derived: `derived.default_vae`.
@@ -108,8 +109,9 @@ class DataOptions:
     dataset_name: str | None = option(
         None,
         "Images to learn from: hub id, local folder (images alone, or with metadata.jsonl or"
-        " metadata.csv), mini, or mini-animals (12 pictures, soon overfitted). linoyts/3d_icon and"
-        " mini bring the paper's prompts along. Or a YAML file with a list of concepts, each with"
+        " metadata.csv), mini, mini-animals (12 pictures, soon overfitted), or mini-duotone,"
+        " mini-gray or mini-pastel (mini in other colours). linoyts/3d_icon and mini bring the"
+        " paper's prompts along. Or a YAML file with a list of concepts, each with"
         " such options of its own (docs/data.md).",
         aliases=("--dataset",),
         place=True,
@@ -270,6 +272,13 @@ class ValidationOptions:
         range=GUIDANCES,
         ignored=(WITHOUT_PROMPT,),
     )
+    validation_guidance_from: str = option(
+        ADAPTER_GUIDANCE,
+        "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
+        " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
+        choices=GUIDANCE_SOURCES,
+        ignored=(WITHOUT_PROMPT,),
+    )
     skip_final_inference: bool = option(
         False,
         "Generate none at the end, but where an epoch of --validation_epochs ends there.",
@@ -281,7 +290,7 @@ class ValidationOptions:
     validation_dataset: str | None = option(
         None,
         "Held-out images to measure the loss on, given like --dataset; none for none. Default for"
-        " mini: mini-heldout, for mini-animals: mini-animals-heldout.",
+        " mini: mini-heldout, for mini-animals: mini-animals-heldout, and so on.",
         place=True,
     )
     validation_part: str | None = like(
@@ -353,6 +362,7 @@ class ImageOptions(
         concept: Name of the concept that `DreamBoothConfig.concept_configs` made this of.
         pipeline: Class of the base model's pipeline.
         told_guidance: True if the denoiser is told its guidance in training.
+        is_distilled: True if the base model is distilled to a few steps without guidance.
         predicts_noise: True if the denoiser predicts noise, neither velocity nor a flow.
     """
 
@@ -362,6 +372,7 @@ class ImageOptions(
     concept: str = ""
     pipeline: str = ""
     told_guidance: bool = False
+    is_distilled: bool = False
     predicts_noise: bool = True
 
     modality: ClassVar[str] = "image"

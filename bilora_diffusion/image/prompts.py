@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from .disk_cache import DiskCache
 from .families import family_of
 from .families.base import Conditions, Family, join_rows, split_rows
+from .guidance import encoders_of_base
 
 
 def embed(pipeline: Any, prompts: Sequence[str]) -> Conditions:
@@ -19,14 +22,22 @@ def embed(pipeline: Any, prompts: Sequence[str]) -> Conditions:
     return family_of(pipeline).embed(pipeline, prompts)
 
 
-def embed_negative(pipeline: Any, count: int, prompts: Sequence[str] = ()) -> Conditions:
+def embed_negative(
+    pipeline: Any,
+    count: int,
+    prompts: Sequence[str] = (),
+    guidance_from: str = ADAPTER_GUIDANCE,
+) -> Conditions:
     """Embeddings of ``count`` negative prompts, empty ones unless given, with the pipeline's own
-    text encoders.
+    text encoders: as they are now, or without their adapters for the base model's prediction.
     """
-    empty = family_of(pipeline).negative(pipeline, embed(pipeline, [""] * count))
-    if not any(prompts):
-        return empty
-    rows = split_rows(embed(pipeline, prompts))
+    family = family_of(pipeline)
+    is_base = guidance_from == BASE_GUIDANCE
+    with encoders_of_base(family, pipeline) if is_base else nullcontext():
+        empty = family.negative(pipeline, embed(pipeline, [""] * count))
+        if not any(prompts):
+            return empty
+        rows = split_rows(embed(pipeline, prompts))
     # An empty prompt is what guidance leads away from, not the embedding of "".
     for number, (prompt, empty_row) in enumerate(zip(prompts, split_rows(empty), strict=True)):
         if not prompt:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from PIL.Image import Image
 
+from ..core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from ..train.task import precision
 from .families import family_of
 from .families.base import Conditions, Family, move
+from .guidance import unconditional_by_base
+from .inputs import require_unconditional
 from .latents import require_finite
 from .prompts import embed, embed_negative
 
@@ -28,6 +32,7 @@ def generate(
     negatives: Sequence[str] = (),
     steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_from: str = ADAPTER_GUIDANCE,
     embeddings: tuple[Conditions, Conditions] | None = None,
     batch: int = 8,
     on_step: Callable[[int], None] | None = None,
@@ -42,6 +47,8 @@ def generate(
         negatives: n negative prompts; none are empty ones.
         steps, guidance_scale: of the sampler and of the prompt; None is what is usual for the
             model.
+        guidance_from: the model of the unconditional prediction: "adapter", the adapted one, or
+            "base", the same without its adapters.
         embeddings: of the prompts and of their negatives, (n, ...) each.
         on_step: called with the number of each step, from 1, when it was taken.
 
@@ -50,10 +57,12 @@ def generate(
 
     Raises:
         TrainingError: an image is not finite.
+        UserError: the base model's prediction is asked for, and the model makes none.
     """
+    is_base = guidance_from == BASE_GUIDANCE
     if embeddings is None:
         positive = embed(pipeline, prompts)
-        negative = embed_negative(pipeline, len(prompts), negatives)
+        negative = embed_negative(pipeline, len(prompts), negatives, guidance_from)
     else:
         positive, negative = embeddings
     height, width = (size, size) if isinstance(size, int) else size
@@ -62,6 +71,8 @@ def generate(
     dtype = precision(model)
     usual_steps, usual_guidance = family.usual_sampling(pipeline)
     guidance = usual_guidance if guidance_scale is None else guidance_scale
+    if is_base:
+        require_unconditional(family, guidance, pipeline.config, family.configs(pipeline))
     sampler = bare_sampler(family, pipeline)
 
     def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -74,20 +85,23 @@ def generate(
         rows = slice(start, start + batch)
         conditional = {name: values[rows] for name, values in positive.items()}
         unconditional = {name: values[rows] for name, values in negative.items()}
-        output: Any = sampler(
-            **family.sampling(
-                move(conditional, model.device, dtype),
-                move(unconditional, model.device, dtype),
-                guidance,
-            ),
-            # A generator on the CPU for each image: its noise does not depend on the device.
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]],
-            height=height,
-            width=width,
-            num_inference_steps=steps or usual_steps,
-            output_type="latent",
-            callback_on_step_end=callback,
+        arguments = family.sampling(
+            move(conditional, model.device, dtype),
+            move(unconditional, model.device, dtype),
+            guidance,
         )
+        count = len(prompts[rows])
+        with unconditional_by_base(family, model, count) if is_base else nullcontext():
+            output: Any = sampler(
+                **arguments,
+                # A generator on the CPU for each image: its noise does not depend on the device.
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]],
+                height=height,
+                width=width,
+                num_inference_steps=steps or usual_steps,
+                output_type="latent",
+                callback_on_step_end=callback,
+            )
         names = []
         for prompt, seed in zip(prompts[rows], seeds[rows], strict=True):
             names.append(f"'{prompt}' with seed {seed}")

@@ -150,6 +150,8 @@ class TrainingStream:
         texts = self._captions.all_texts()
         if self.classes or self.cfg.prior_prediction_weight:
             texts += class_texts(self.cfg)
+        if self.cfg.hold_unconditional:
+            texts.append("")
         return list(dict.fromkeys(texts))
 
     def batches(

@@ -27,7 +27,7 @@ from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
 from .captions import class_texts, fixed_texts
 from .config import DreamBoothConfig
-from .denoising import Denoising, DreamBoothModule, NoiseSchedule
+from .denoising import PRIOR, UNCONDITIONAL, Denoising, DreamBoothModule, NoiseSchedule
 from .families import family_of
 from .families.base import Family
 from .families.sdxl import tokenize
@@ -67,6 +67,7 @@ class DreamBooth:
             noise_schedule(cfg, self.family, pipeline),
             cfg.prior_loss_weight if cfg.with_prior_preservation else None,
             cfg.prior_prediction_weight,
+            cfg.hold_unconditional,
         )
         if cfg.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -236,8 +237,13 @@ class DreamBooth:
             random = generator(self.cfg.seed, "noise", step, sample.index, sample.slot, sample.kind)
             latent = self.encoder.space.encode(posterior.sample(random)[None])[0]
             latents.append(latent)
-            noise.append(torch.randn(latent.shape, generator=random))
+            sample_noise = torch.randn(latent.shape, generator=random)  # (c, h, w)
             index.append(self.module.denoising.draw(random))
+            if self.cfg.noise_offset:
+                # The last number, so that noise and timestep are those of a run without it.
+                offset = torch.randn(len(latent), 1, 1, generator=random)
+                sample_noise += self.cfg.noise_offset * offset
+            noise.append(sample_noise)
             masks.append(posterior.mask)
             digests.append(sample.digest(digest(noise[-1], index[-1])))
         is_instance = [sample.kind == INSTANCE for sample in samples]
@@ -250,7 +256,10 @@ class DreamBooth:
             masks,
         )
         if self.cfg.prior_prediction_weight:
-            inputs["prior"] = self.condition([class_texts(sample.cfg)[0] for sample in samples])
+            inputs[PRIOR] = self.condition([class_texts(sample.cfg)[0] for sample in samples])
+        # By the number that the log gives to the step, so a resumed run holds in the same ones.
+        if self.cfg.hold_unconditional and (step + 1) % self.cfg.hold_unconditional_every == 0:
+            inputs[UNCONDITIONAL] = self.condition([""] * len(samples))
         denoising = self.module.denoising
         ratios = denoising.snr(inputs["index"])
         # Digests of a slot: of its instance image, then of its class image.
@@ -307,6 +316,7 @@ class DreamBooth:
                 negatives=negatives,
                 steps=shared.steps,
                 guidance_scale=shared.guidance,
+                guidance_from=shared.guidance_from,
                 embeddings=embeddings,
                 batch=self.cfg.sample_batch_size,
             )

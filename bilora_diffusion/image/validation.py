@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..config.command_line import CommandLine
 from ..config.options import StepOptions
+from ..core.choices import ADAPTER_GUIDANCE, GUIDANCE_SOURCES
 from ..core.durable import dump_json, write_text
 from ..core.errors import UserError, placed
 from ..core.fields import check, like, option, options_of
@@ -56,6 +57,9 @@ class PromptOptions:
     guidance: float | None = option(None, "Guidance.", range=GUIDANCES, aliases=("--l",))
     steps: int | None = option(None, "Of the sampler.", range=SAMPLER_STEPS, aliases=("--s",))
     strength: float | None = option(None, "Of the adapter.", range=STRENGTHS, aliases=("--am",))
+    guidance_from: str | None = option(
+        None, "Model of guidance's unconditional prediction.", choices=GUIDANCE_SOURCES
+    )
 
 
 def read_prompts(
@@ -119,6 +123,7 @@ class ValidationSample:
         strength: factor of the adapter.
         width, height: in pixels.
         steps: of the sampler.
+        guidance_from: the model of guidance's unconditional prediction, "adapter" or "base".
         concept: name of the concept that the prompt belongs to; "" for one of the run.
     """
 
@@ -130,12 +135,14 @@ class ValidationSample:
     height: int
     guidance: float | None
     steps: int | None
+    guidance_from: str = ADAPTER_GUIDANCE
     concept: str = ""
 
     @property
     def batch_settings(self) -> tuple[Any, ...]:
         """What the samples of one batch have in common."""
-        return self.height, self.width, self.guidance, self.steps, self.strength
+        guidance = self.guidance, self.guidance_from
+        return self.height, self.width, guidance, self.steps, self.strength
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; the concept only of a sample that has one."""
@@ -156,6 +163,7 @@ def usual_sample(cfg: ImageOptions, prompt: str) -> ValidationSample:
         height=cfg.resolution,
         guidance=cfg.validation_guidance_scale,
         steps=cfg.validation_num_inference_steps,
+        guidance_from=cfg.validation_guidance_from,
     )
 
 

@@ -17,7 +17,10 @@ FLOW = "mini-flow"
 """The name of the flow-matching one."""
 ANIMALS = "mini-animals"
 """A second set of icons, so small that adapters soon learn them by heart."""
-HELDOUT, ANIMALS_HELDOUT = f"{MINI}-heldout", f"{ANIMALS}-heldout"
+COLORED = {f"{MINI}-duotone": "duotone", f"{MINI}-gray": "gray", f"{MINI}-pastel": "pastel"}
+"""The icons in other colours: a set's name and its map in ``colors.MAPS``."""
+HELDOUT_SUFFIX = "-heldout"
+"""Ends the name of a set's held-out partner."""
 _FOLDER = Path(__file__).resolve().parent
 _FLOW = _FOLDER / "flow"
 
@@ -62,12 +65,25 @@ def heldout_dir() -> Path:
     return _FOLDER / "heldout"
 
 
+def heldout_name(name: str) -> str:
+    """What stands for the held-out icons of a set, such as "mini-heldout" of "mini"."""
+    return f"{name}{HELDOUT_SUFFIX}"
+
+
+def color_map(name: str) -> str | None:
+    """The map of `colors.MAPS` through which a set's pictures are seen, or None."""
+    return COLORED.get(name.removesuffix(HELDOUT_SUFFIX))
+
+
 FOLDERS = {
     MINI: train_dir(),
-    HELDOUT: heldout_dir(),
+    heldout_name(MINI): heldout_dir(),
     ANIMALS: _FOLDER / "animals" / "train",
-    ANIMALS_HELDOUT: _FOLDER / "animals" / "heldout",
+    heldout_name(ANIMALS): _FOLDER / "animals" / "heldout",
+    **dict.fromkeys(COLORED, train_dir()),
+    **{heldout_name(name): heldout_dir() for name in COLORED},
 }
 """Folders of icons by what stands for them where a set is named; 12 animals of Noto Emoji to learn
-from, and 64 held-out ones, are in the form of the others.
+from, and 64 held-out ones, are in the form of the others. Those of `color_map` are opened in its
+colours.
 """

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import (
@@ -70,7 +71,10 @@ class ScoringOptions:
 
     section = "prompts and models"
     prompts: str = option(
-        "3d_icon", 'A set that is shipped, a text file, or a CSV file with the column "prompt".'
+        "3d_icon",
+        'A set that is shipped, a text file, a CSV file with the column "prompt", or held-out'
+        " images with captions (mini-heldout, mini-duotone-heldout, a folder), whose images are the"
+        " ground truth.",
     )
     general_prompts: str = option("general", "Prompts for drift; none leaves drift out.")
     max_prompts: int | None = option(None, "Take only the first of each set.", range=COUNTS)
@@ -93,6 +97,12 @@ class SamplingOptions:
     guidance_scale: float | None = option(
         None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
     )
+    guidance_from: str = option(
+        ADAPTER_GUIDANCE,
+        "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
+        " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
+        choices=GUIDANCE_SOURCES,
+    )
     resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
     adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=STRENGTHS)
     batch_size: int = option(16, "Images between two visits to the disk.", range=COUNTS)
@@ -110,9 +120,10 @@ class ClipScores(OverSteps):
 
     A row "image" without a value names an image's file; the note of "t2t" is the caption, that of
     "nearest" the training picture. Settings of the result: ``prompts`` (text, instance, reference:
-    file name of its held-out picture, general: in no score but "drift", truncated: longer than the
-    scorer takes), ``prompt_set``, ``seeds``, ``sampling``, ``scorer`` and ``captioner`` (name,
-    kind, model, revision, note; None without captions).
+    file name of its held-out picture, colors: the map of the miniature's colours through which
+    that is seen, general: in no score but "drift", truncated: longer than the scorer takes),
+    ``prompt_set``, ``seeds``, ``sampling``, ``scorer`` and ``captioner`` (name, kind, model,
+    revision, note; None without captions).
     """
 
     name, title, over = "clip_scores", "CLIP scores", "item"
@@ -168,6 +179,7 @@ class ClipScores(OverSteps):
 
         from bilora_diffusion.config.machine import device_type
 
+        from ..load import require_adapter
         from . import measure, settings
 
         args = self.args
@@ -181,6 +193,9 @@ class ClipScores(OverSteps):
         self.control = compare.control(subjects, control, prefer=None)
         self.prompts = settings.prompts(args)
         self.sampling = settings.sampling(args, base)
+        if args.guidance_from == BASE_GUIDANCE:
+            for subject in subjects:
+                require_adapter(subject)
         self.training_sets = measure.training_sets(subjects, args.train_data)
         for subject in reversed(subjects):  # so that the first of equal subjects stays
             self.image_owners[subject.digest] = subject

@@ -32,6 +32,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from bilora_diffusion import methods, mini
+from bilora_diffusion.core.choices import ADAPTER_GUIDANCE
 from bilora_diffusion.core.durable import write_bytes
 from bilora_diffusion.core.errors import translated
 from bilora_diffusion.core.seeds import seed_of
@@ -70,6 +71,7 @@ class Sampling:
         dtype: of the UNet and the text encoders; the autoencoder decodes in float32.
         lanes: images in each call of the denoiser. More take more memory; another number may
             change an image by one step of 255 in single pixels, so it counts as a parameter.
+        guidance_from: the model of guidance's unconditional prediction, "adapter" or "base".
     """
 
     base_model: str
@@ -79,6 +81,7 @@ class Sampling:
     scale: float = 1.0
     dtype: str = "float32"
     lanes: int = LANES
+    guidance_from: str = ADAPTER_GUIDANCE
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,9 @@ class Store:
         sampling = asdict(self.sampling)
         if job.subject.kind == BASE:
             sampling["scale"] = 1.0  # there is nothing to scale
+        # Images that have no such parameter stay valid; the base model's are the same by both.
+        if job.subject.kind == BASE or self.sampling.guidance_from == ADAPTER_GUIDANCE:
+            del sampling["guidance_from"]
         sampling["base_model"] = without_paths(self.sampling.base_model)
         return {
             **sampling,
@@ -267,7 +273,7 @@ def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Imag
     filled = [*jobs, *[jobs[-1]] * (-len(jobs) % sampling.lanes)]
     texts = [job.prompt.text for job in filled]
     embedded = {text: embed(pipeline, [text]) for text in dict.fromkeys(texts)}
-    negative = embed_negative(pipeline, 1)
+    negative = embed_negative(pipeline, 1, guidance_from=sampling.guidance_from)
     positives = join_rows([embedded[text] for text in texts])
     negatives = join_rows([negative] * len(texts))
     images = generate(
@@ -277,6 +283,7 @@ def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Imag
         size=sampling.size,
         steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,
+        guidance_from=sampling.guidance_from,
         embeddings=(positives, negatives),
         batch=sampling.lanes,
     )

@@ -17,6 +17,7 @@ from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.image.decode import read_rgb
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
+from bilora_diffusion.mini.colors import MAPS
 
 from ..subjects import BASE, Subject
 from ..table import Row
@@ -150,7 +151,10 @@ def embed_set(images: ImageSet, scorer: Scorer) -> EmbeddedSet:
     for numbers in in_batches(range(len(images)), CHUNK):
         pictures = [images.image(number) for number in numbers]
         vectors.append(scorer.images(pictures))
-    return EmbeddedSet([entry.name for entry in images.entries], torch.cat(vectors))
+    names = [entry.name for entry in images.entries]
+    if mini.color_map(images.label) is not None:  # the plain icon has that name
+        names = [f"{images.label}/{name}" for name in names]
+    return EmbeddedSet(names, torch.cat(vectors))
 
 
 def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
@@ -167,7 +171,8 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
             continue
         sentence = f'the reference {file} of "{prompt.text}" can\'t be read'
         with translated(sentence, "correct the file of prompts"):
-            pictures[prompt.text] = read_rgb(file)
+            picture = read_rgb(file)
+        pictures[prompt.text] = MAPS[prompt.colors](picture) if prompt.colors else picture
     return pictures
 
 

@@ -1,7 +1,9 @@
-"""Prompt sets: those that are shipped, a text file with one prompt a line, or a CSV.
+"""Prompt sets: those that are shipped, a text file with one prompt a line, a CSV, or the captions
+of held-out images.
 
 read("3d_icon")                      # the paper's instances and 194 more (Table 4)
 read("my_prompts.csv")
+read("mini-duotone-heldout")         # 128 captions, each with the picture that it describes
 
 ``eval/prompts/NAME.txt`` is a shipped set; ``NAME_references.csv`` beside it names, for an instance
 of the set, the miniature's held-out picture of it.
@@ -15,10 +17,14 @@ from pathlib import Path
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.core.files import is_file, read_rows, read_text
-from bilora_diffusion.mini import heldout_dir
+from bilora_diffusion.image.listing import list_folder
+from bilora_diffusion.image.opening import TEXT, open_images
+from bilora_diffusion.mini import FOLDERS, HELDOUT_SUFFIX, color_map, heldout_dir
 
 FOLDER = Path(__file__).resolve().parents[1] / "prompts"
 GENERAL = "general"
+PROMPT = "prompt"
+"""The column of the prompts in a CSV file, and in the metadata of held-out images."""
 MOST_BYTES = 100_000_000
 _INSTANCE = re.compile(r"\bof an? ([^,]+)")
 
@@ -33,12 +39,14 @@ class Prompt:
         reference: a picture of it in the style that was trained. Those of the shipped sets belong
             to the miniature, and mean nothing for another base model.
         general: asks for nothing that was trained, so its images should stay as they were.
+        colors: the map of ``mini.colors.MAPS`` through which the reference is seen.
     """
 
     text: str
     instance: str | None = None
     reference: Path | None = None
     general: bool = False
+    colors: str | None = None
 
 
 def shipped() -> tuple[str, ...]:
@@ -52,17 +60,27 @@ def read(source: str | Path) -> list[Prompt]:
     Args:
         source: name of a shipped set, a text file (blank lines and lines that start with # are
             left out), or a CSV with a header and the column ``prompt``. It may have the columns
-            ``instance`` and ``reference`` too; a reference is relative to the CSV.
+            ``instance`` and ``reference`` too; a reference is relative to the CSV. Or a set of
+            held-out images, built in or a folder, whose captions are the prompts and whose images
+            are their references.
     """
     name = str(source)
     is_shipped = name in shipped()
+    heldout_names = [folder for folder in FOLDERS if folder.endswith(HELDOUT_SUFFIX)]
     path = FOLDER / f"{name}.txt" if is_shipped else Path(source).expanduser()
-    if not is_file(path):
+    if name in heldout_names:
+        prompts = _of_images(FOLDERS[name], name)
+    elif path.is_dir():
+        prompts = _of_images(path, name)
+    elif not is_file(path):
+        hint = did_you_mean(name, [*shipped(), *heldout_names])
         raise UserError(
-            f'there is no prompt set and no file "{name}"{did_you_mean(name, shipped())}: give'
-            f" {', '.join(shipped())}, a text file or a CSV."
+            f'there is no prompt set and no file "{name}"{hint}: give {", ".join(shipped())}, a'
+            f" text file, a CSV, or held-out images with captions, such as {heldout_names[0]} or"
+            " a folder."
         )
-    prompts = (_of_csv if path.suffix.lower() == ".csv" else _of_text)(path, name)
+    else:
+        prompts = (_of_csv if path.suffix.lower() == ".csv" else _of_text)(path, name)
     if not prompts:
         raise UserError(f"{name} holds no prompt: write one a line.")
     first: dict[str, str] = {}
@@ -95,14 +113,14 @@ def instance_of(text: str) -> str | None:
 
 def _of_csv(path: Path, name: str) -> list[tuple[str, Prompt]]:
     rows = read_rows(path, name)
-    if rows and "prompt" not in rows[0][1]:
-        hint = did_you_mean("prompt", rows[0][1])
-        raise UserError(f'{name} has no column "prompt"{hint}: name that of the prompts so.')
+    if rows and PROMPT not in rows[0][1]:
+        hint = did_you_mean(PROMPT, rows[0][1])
+        raise UserError(f'{name} has no column "{PROMPT}"{hint}: name that of the prompts so.')
     prompts = []
     for where, row in rows:
-        text = row["prompt"].strip()
+        text = row[PROMPT].strip()
         if not text:
-            raise UserError(f'{where} has no "prompt": write it or drop the line.')
+            raise UserError(f'{where} has no "{PROMPT}": write it or drop the line.')
         instance = (row.get("instance") or "").strip() or instance_of(text)
         reference = (row.get("reference") or "").strip()
         file = path.parent / Path(reference).expanduser() if reference else None
@@ -112,6 +130,29 @@ def _of_csv(path: Path, name: str) -> list[tuple[str, Prompt]]:
                 " leave it empty."
             )
         prompts.append((where, Prompt(text, instance, file)))
+    return prompts
+
+
+def _of_images(folder: Path, name: str) -> list[tuple[str, Prompt]]:
+    """The captions of a folder's images, each with its image as the reference."""
+    # Captions of a metadata file are in the column that a CSV of prompts has, or in imagefolder's.
+    column = None
+    for metadata in list_folder(folder).metadata:
+        (_, row), *_ = read_rows(metadata) or [("", {})]
+        column = next((key for key in (PROMPT, TEXT) if key in row), None)
+        if column is None:
+            raise UserError(f'{metadata} has no column "{PROMPT}": name that of the captions so.')
+    prompts = []
+    for entry in open_images(str(folder), caption_column=column).entries:
+        file = entry.encoded()
+        if entry.caption is None or isinstance(file, bytes):
+            lack = "no caption" if entry.caption is None else "no file of its own"
+            raise UserError(
+                f"the image {entry.name} of {name} has {lack}: give a folder of images, each with a"
+                " caption in metadata.jsonl or in a .txt file."
+            )
+        text = entry.caption.strip()
+        prompts.append((entry.name, Prompt(text, instance_of(text), file, colors=color_map(name))))
     return prompts
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from bilora_diffusion.core.choices import BASE_GUIDANCE
+
 from .. import compare
 from ..plot import canvas
 from ..report import escaped, number, table
@@ -46,11 +48,14 @@ def introduction(result: Result) -> str:
         notes.append(settings["captioner"]["note"])
     if 1 < count < FEW_PROMPTS:
         notes.append(f"With fewer than {FEW_PROMPTS} prompts a bootstrap interval is too narrow.")
+    source = ""
+    if sampling.get("guidance_from") == BASE_GUIDANCE:
+        source = " from the base model's unconditional prediction"
     sentence = (
         f"{count} prompts ({settings['prompt_set']}), {len(seeds)} seed{'s' * (len(seeds) > 1)},"
-        f" {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}, {sampling['size']}"
-        f" pixels, base model {sampling['base_model']}. All adapters get the same prompts and the"
-        " same initial noise."
+        f" {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}{source},"
+        f" {sampling['size']} pixels, base model {sampling['base_model']}. All adapters get the"
+        " same prompts and the same initial noise."
     )
     quoted = (f"> {note}" for note in dict.fromkeys([*notes, *result.notes]))
     return "\n\n".join([sentence, *quoted])

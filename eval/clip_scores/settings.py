@@ -6,11 +6,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bilora_diffusion import mini
 from bilora_diffusion.config.machine import default_precision
+from bilora_diffusion.core.choices import BASE_GUIDANCE
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.families import family_of
+from bilora_diffusion.image.inputs import require_unconditional
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 
 from ..command import read_integers
@@ -92,23 +95,48 @@ def prompts(args: Namespace) -> list[Prompt]:
 
 def sampling(args: Namespace, base: str) -> Sampling:
     """Sampling as it is usual for the model where nothing is given."""
-    side, steps, guidance = usual(base)
+    pipeline = _without_weights(base, base)
+    side, steps, guidance = _usual(pipeline, base)
+    if args.guidance_scale is not None:
+        guidance = args.guidance_scale
+    if args.guidance_from == BASE_GUIDANCE:
+        family = family_of(pipeline)
+        request = "--guidance_from base"
+        require_unconditional(family, guidance, pipeline.config, family.configs(pipeline), request)
     return Sampling(
         base_model=base,
         size=args.resolution or side,
         steps=args.num_inference_steps or steps,
-        guidance_scale=guidance if args.guidance_scale is None else args.guidance_scale,
+        guidance_scale=guidance,
         scale=args.adapter_scale,
         dtype=args.dtype or PRECISIONS[default_precision()],
+        guidance_from=args.guidance_from,
     )
 
 
 def usual(base: str, name: str | None = None) -> tuple[int, int, float]:
     """Side in pixels, steps and guidance with which a base model's images are drawn by default."""
+    return _usual(_without_weights(base, name or base), base)
+
+
+def is_guided(base: str, name: str) -> bool:
+    """Test that a base model's images have an unconditional prediction by default."""
+    pipeline = _without_weights(base, name)
+    _, _, guidance = _usual(pipeline, base)
+    family = family_of(pipeline)
+    return bool(family.is_guided(guidance, pipeline.config, family.configs(pipeline)))
+
+
+def _without_weights(base: str, name: str) -> Any:
+    """A base model's pipeline without weights, called ``name``."""
     import torch
 
     pipeline = load_pipeline(base, dtype=torch.float32, weights=False)
-    pipeline.register_to_config(_name_or_path=name or base)
+    pipeline.register_to_config(_name_or_path=name)
+    return pipeline
+
+
+def _usual(pipeline: Any, base: str) -> tuple[int, int, float]:
     family = family_of(pipeline)
     steps, guidance = family.usual_sampling(pipeline)
     return family.pixels(pipeline), steps, MINI_GUIDANCE if base in mini.PIPELINES else guidance

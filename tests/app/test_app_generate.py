@@ -59,6 +59,7 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path):
     saved("ZImagePipeline", turbo)
     assert settings.usual(str(turbo), "owner/Z-Image-Turbo")[1:] == (8, 0.0)
     options = {"resolution": None, "adapter_scale": 1.0, "dtype": "float32", "lanes": 4}
+    options["guidance_from"] = "adapter"
     for base, usual_values in {"mini": (25, 4.0), sd3: (25, 7.0)}.items():
         assert usual(BaseChoice(base)) == usual_values
         for values in ((None, None), (3, 0.0)):
@@ -79,7 +80,7 @@ def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkey
 
     def work(number, b=BASE):
         updates = lambda progress, desc, unit: steps.append(progress)  # noqa: E731
-        return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, 1.0, request, updates)
+        return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, "base", 1.0, request, updates)
 
     updates = [*work(drawing.begin(request))]
     assert [cards.count("<img") for _, cards, _ in updates if isinstance(cards, str)] == [0, 1, 2]
@@ -158,6 +159,8 @@ def test_bad_values_and_what_is_not_here_are_refused():
         values = {"prompt": PROMPT, "seed": 0, "steps": 25, "guidance": 4, "scale": 1, name: value}
         with pytest.raises(UserError, match=f"{name} is {'empty' if value == ' ' else value}"):
             checked(**values)
+    with pytest.raises(UserError, match='guidance from is "both"'):
+        checked(PROMPT, 0, 25, 4, 1, "both")
     with pytest.raises(UserError, match="hf download owner/absent"):
         local(BaseChoice("owner/absent"))
     with pytest.raises(UserError, match='--device "abacus"'):

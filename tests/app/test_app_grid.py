@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
 from types import SimpleNamespace
 from typing import Any
@@ -33,9 +34,9 @@ def grid(tmp_path, monkeypatch):
         return Grid(Work(Catalog(tmp_path), page, "cpu"), page.load)
 
 
-def draw(grid, *, steps=(2, 1), strengths="0.5, 2", run="run"):
+def draw(grid, *, steps=(2, 1), strengths="0.5, 2", run="run", both=False):
     """What a grid of two sampler steps yields."""
-    form = run, list(steps), strengths, "a fox", 3, REQUEST
+    form = run, list(steps), strengths, "a fox", 3, both, REQUEST
     return grid.draw(grid.work.begin(REQUEST), *form, lambda *_, **__: None)
 
 
@@ -48,9 +49,16 @@ def test_each_image_is_that_of_its_checkpoint_at_its_strength(grid):
     assert ([*images], len({*images.values()})) == (names, 4)
     run = next(run for run in grid.catalog.scan.runs if run.path == "run")
     request = Request("a fox", 3, 2, 4.0, 2.0, run.record["config"]["resolution"])
+    by_base = replace(request, guidance_from="base")
     with exported(grid.catalog, run, 1) as file:
-        (image,) = Pipelines("cpu").draw(BaseChoice("mini"), file, [request], lambda _: None)
-    assert (images["step 1, strength 2"], file.exists()) == (data_uri(image), False)
+        expected = Pipelines("cpu").draw(BaseChoice("mini"), file, [request, by_base], print)
+    adapter, base = [data_uri(image) for image in expected]
+    assert (images["step 1, strength 2"], file.exists()) == (adapter, False)
+    *_, (_, last) = draw(grid, steps=[1], strengths="2", both=True)
+    names = {f"step 1, guidance from the {kind}, strength 2" for kind in ("adapter", "base model")}
+    images = {name: address for address, name in IMAGE.findall(last)}
+    assert images.keys() == names
+    assert list(images.values()) == [adapter, base]
 
 
 def test_it_ends_between_steps_and_the_form_keeps_what_the_run_has(grid):

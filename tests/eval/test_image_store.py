@@ -119,8 +119,11 @@ def test_a_changed_parameter_makes_images_again(store_and_jobs, pipeline):
     ]
     for change in changes:
         assert new_store(store.root, pipeline, **change).missing(todo) == todo
-    rescaled = new_store(store.root, pipeline, scale=0.5).missing(todo)
-    assert rescaled == todo[6:]  # the base model has nothing to scale
+    # The base model has nothing to scale or to leave out.
+    for change in ({"scale": 0.5}, {"guidance_from": "base"}):
+        assert new_store(store.root, pipeline, **change).missing(todo) == todo[6:]
+    # Images of before there was the choice stay valid.
+    assert "guidance_from" not in store.parameters(todo[-1])
     for changed_jobs in (
         [replace(job, subject=replace(job.subject, digest="0" * 64)) for job in todo],
         [replace(job, prompt=Prompt("a cat")) for job in todo],

@@ -32,6 +32,8 @@ CASES: dict[str, dict[str, str]] = {
         "file": "file",
         "plain.safetensors": "no LoRA",
         "icons --adapter_scale nan": "--adapter_scale",
+        "icons --guidance_from base --guidance_scale 1": "give a guidance above 1",
+        "full --guidance_from base": "no adapter to leave out",
         "icons --device cuda:99": "cuda:99",
         "": "make demo",
         "unfinished": "pytorch_lora_weights.safetensors",

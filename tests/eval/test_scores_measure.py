@@ -149,6 +149,21 @@ def test_the_icons_are_200_of_one_form_and_were_not_trained_on(icons):
     assert all(p.general and p.reference is None and "tok" not in p.text.lower() for p in general)
 
 
+def test_captions_of_held_out_images_are_prompts_with_their_pictures(tmp_path, monkeypatch):
+    rows = labels(heldout_dir())
+    prompts = read("mini-duotone-heldout")
+    assert [prompt.instance for prompt in prompts] == list(rows)
+    assert truth_pictures(prompts[:1], "mini")[prompts[0].text].getpixel((0, 0)) == (255, 240, 200)
+    monkeypatch.chdir(tmp_path)
+    Path("own").mkdir()
+    Image.new("RGB", (8, 8), COLORS["red"]).save("own/dog.png")
+    Path("own/dog.txt").write_text("a red dog")
+    assert read("own") == [Prompt("a red dog", reference=tmp_path / "own" / "dog.png")]
+    Path("own/dog.txt").write_text("")
+    with pytest.raises(UserError, match=r"dog\.png of own has no caption"):
+        read("own")
+
+
 def test_a_csv_has_columns(tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "owl.png")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bilora_diffusion import adapters
-from bilora_diffusion.image.denoising import Denoising, DreamBoothModule, min_snr_weights
+from bilora_diffusion.image.denoising import PRIOR, Denoising, DreamBoothModule, min_snr_weights
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.image.pipeline import load_pipeline
 
@@ -145,7 +145,7 @@ def test_the_departure_is_that_from_the_model_without_adapters():
     noisy, levels = torch.randn(2, 8, 8, 8), torch.tensor([10, 700])
     conditions = {"sequence": torch.randn(2, 32, 192), "pooled": torch.randn(2, 96)}
     sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
-    departures = module.departures({"prior": conditions, "time_ids": sizes}, noisy, levels)
+    departures = module.departures({PRIOR: conditions, "time_ids": sizes}, PRIOR, noisy, levels)
     added = {"added_cond_kwargs": {"text_embeds": conditions["pooled"], "time_ids": sizes}}
     with torch.no_grad():
         adapted_output, plain_output = (

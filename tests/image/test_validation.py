@@ -15,6 +15,7 @@ from bilora_diffusion.image import config
 from bilora_diffusion.image.base_model import BaseModel
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.image.script import train as main
 from bilora_diffusion.image.validation import INDEX, ValidationImage, ValidationSample, read_index
 from bilora_diffusion.run.runlog import read_run
@@ -73,6 +74,7 @@ def test_a_recipe_a_file_and_several_flags_give_the_same_samples(tmp_path):
         ("a --g 3.5", "--l"),
         ("a --w 833", "832"),
         ("a --n b --l 1", "guidance of 1"),
+        ("a --guidance_from base --l 1", "guidance above 1"),
         ("--n b", "no prompt"),
         ("a --w 64 --width 128", "twice"),
         ({"prompt": "a", "width": ["64"]}, "single value"),
@@ -103,22 +105,35 @@ def test_a_file_of_prompts_that_is_not_there_is_no_prompt():
 def test_settings_that_can_have_no_effect_are_refused(pipeline, monkeypatch):
     with pytest.raises(UserError, match="--method full"):
         samples("a --am 0.5", method="full")
+    for words in (["a --guidance_from base"], ["a", "--validation_guidance_from", "base"]):
+        with pytest.raises(UserError, match=r"eval.clip_scores --guidance_from base"):
+            samples(*words, init_lora_weights="pissa")
     model = BaseModel("some/model", {"_class_name": pipeline}, {"transformer": {}, "vae": {}})
     monkeypatch.setattr(config, "describe", lambda *_: model)
     assert samples("a --l 9", resolution=64)
+    if pipeline == "FluxPipeline":
+        with pytest.raises(UserError, match=r"makes no unconditional prediction .*: drop it"):
+            samples("a", validation_guidance_from="base", resolution=64)
     with pytest.raises(UserError, match=r"number 1 .* negative prompt.* reads none"):
         samples("a --l 9 --n b", resolution=64)
 
 
+def difference(image, other):
+    """The largest difference of two images, in steps of 255."""
+    return np.abs(np.asarray(image).astype(int) - np.asarray(other).astype(int)).max()
+
+
 def test_images_and_index_are_those_of_the_samples(tmp_path):
     """Each image equals the pipeline's with the same settings; a seed is given or the run's."""
+    sun = "a TOK icon of a sun --s 2 --guidance_from base"
     frog = "a TOK icon of a frog --n a lion --w 96 --h 48 --s 3 --l 3 --d 5 --am 0.5"
     options = {"num_validation_images": 1, "seed": 11, "report_to": "tensorboard", "rank": 2}
+    options |= {"learning_rate": 3e-2}  # changes images visibly in two steps
     AcceleratorState._reset_state()  # of other tests in this process
-    main([*flags(tmp_path, **options), "--validation_prompts", frog, "a TOK icon of a sun --s 2"])
+    main([*flags(tmp_path, **options), "--validation_prompts", frog, sun])
     expected = [
         ValidationSample("a TOK icon of a frog", "a lion", 5, 0.5, 96, 48, 3.0, 3),
-        ValidationSample("a TOK icon of a sun", "", 11, 1.0, 64, 64, None, 2),
+        ValidationSample("a TOK icon of a sun", "", 11, 1.0, 64, 64, None, 2, "base"),
     ]
     folder = tmp_path / "validation" / "step-2"
     entries = json.loads((folder / INDEX).read_text())["images"]
@@ -144,8 +159,12 @@ def test_images_and_index_are_those_of_the_samples(tmp_path):
             guidance_scale=sample.guidance or 5.0,
             generator=torch.Generator().manual_seed(sample.seed),
         ).images
-        difference = np.abs(np.asarray(reference).astype(int) - np.asarray(image).astype(int))
-        assert difference.max() <= 1
+        if sample.guidance_from == "base":
+            assert difference(reference, image) > 4
+            (reference,) = generate(
+                pipeline, [sample.prompt], [sample.seed], size=64, steps=2, guidance_from="base"
+            )
+        assert difference(reference, image) <= 1
 
 
 OLD_RUN = {"validation_prompts": ["a", "b"], "num_validation_images": 2}

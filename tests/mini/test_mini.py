@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -64,6 +65,30 @@ def test_held_out_icons_are_others_and_come_in_two_halves(name):
     if name == "mini":  # those of the paper's Table 4
         subjects = ["rabbit", "cloud", "lion", "droplet", "frog", "sun"]
         assert [row["label"] for row in heldout[:6]] == subjects
+
+
+def test_colored_sets_are_the_icons_in_other_colors():
+    plain = open_images("mini-heldout")
+    rabbit = np.asarray(plain.image(0), dtype=float)  # (h, w, 3)
+    brightness = rabbit @ [0.299, 0.587, 0.114] / 255
+    dark, light = np.array([30, 20, 110]), np.array([255, 240, 200])
+    expected = {
+        "mini-duotone": dark + brightness[..., None] * (light - dark),
+        "mini-gray": 255 * np.stack([brightness] * 3, axis=-1),
+        "mini-pastel": 255 - 0.4 * (255 - rabbit),
+    }
+    hashes = {plain.fingerprint()}
+    for name, pixels in expected.items():
+        cfg = resolve(["--dataset", name])
+        assert (cfg.pretrained_model_name_or_path, cfg.caption_column) == ("mini", "prompt")
+        images = heldout_images(cfg)
+        assert images is not None
+        assert images.label == f"{name}-heldout"
+        assert [entry.name for entry in images.entries] == [e.name for e in plain.entries]
+        assert np.abs(np.asarray(images.image(0)) - pixels).max() <= 2
+        hashes.add(images.fingerprint())
+    assert len(hashes) == 4
+    assert set(expected) == set(mini.COLORED)
 
 
 def test_the_weights_are_those_of_the_card_in_half_precision():

@@ -60,9 +60,11 @@ def test_masks_and_a_kept_class(tmp_path):
     values |= {"pretrained_model_name_or_path": shared(SD3), "class_prompt": "an icon"}
     plain = runs.column(runs.train(tmp_path / "plain", **values), "loss")
     with_class = runs.train(tmp_path / "class", **values, prior_prediction_weight=1.0)
-    losses = runs.column(with_class, "loss")
-    assert losses[0] == pytest.approx(plain[0], rel=1e-5)  # the adapters change nothing yet
-    assert losses[1] > plain[1]
+    holding = {"hold_unconditional": 1.0, "hold_unconditional_every": 1}
+    for folder in (with_class, runs.train(tmp_path / "held", **values, **holding)):
+        losses = runs.column(folder, "loss")
+        assert losses[0] == pytest.approx(plain[0], rel=1e-5)  # the adapters change nothing yet
+        assert losses[1] > plain[1]
     for picture in Path(icons["dataset"]).glob("*.png"):
         mask = Image.new("L", (64, 64), 0)
         mask.paste(255, (0, 0, 32, 64))
@@ -102,6 +104,16 @@ def test_what_others_leave_out_is_a_line(tmp_path, caplog):
     cfg = resolve(runs.flags(tmp_path / "flux", **on("FluxPipeline", guidance_scale=2.0)))
     assert "no embedding of guidance" not in caplog.text
     assert cfg.guidance_scale == 2.0
+
+
+def test_a_model_that_guidance_leads_away_from_nothing_holds_nothing(tmp_path):
+    turbo = tmp_path / "Z-Image-Turbo"
+    turbo.symlink_to(shared("ZImagePipeline"))
+    for model, words in ((shared("FluxPipeline"), "a FluxPipeline"), (turbo, "a distilled model")):
+        values = on(SD3, hold_unconditional=4, max_train_steps=16)
+        argv = runs.flags(tmp_path / "run", **values | {"pretrained_model_name_or_path": model})
+        with pytest.raises(UserError, match=f"--hold_unconditional 4.0 with {words}.*drop it"):
+            resolve(argv)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_two_processes_that_were_interrupted_end_as_one(tmp_path):
         **{"dataset": tmp_path / "concepts.yaml", "validation_dataset": None},
         **{"pretrained_model_name_or_path": model, "validation_loss_steps": 2, "keep_best": True},
         **{"max_train_steps": 8, "train_batch_size": 1, "learning_rate": 2e-4},
+        **{"hold_unconditional": 4, "hold_unconditional_every": 4},
         **{"method": "lora-sam", "log_dynamics": True, "dynamics_steps": 1, "optimizer": "AdamW"},
     }
     single = runs.train(tmp_path / "one", **shared, gradient_accumulation_steps=4)

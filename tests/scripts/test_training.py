@@ -109,7 +109,16 @@ CONVOLUTIONS = {
 }
 QUANTIZED = {"quantize": "nf4", "lora_layers": "all", "lora_alpha": 6}
 NOISE = {"method": "flat-lora"}
-SLOW_OPTIONS: list[dict[str, Any]] = [STREAM, ENCODERS, CONVOLUTIONS, QUANTIZED, NOISE]
+HOLD = {
+    "hold_unconditional": 4,
+    "hold_unconditional_every": 3,  # after the resume
+    "prior_prediction_weight": 1,
+    "class_prompt": "an icon",
+    "auxiliaries": "sample",
+    "gradient_checkpointing": True,
+    "noise_offset": 0.1,
+}
+SLOW_OPTIONS: list[dict[str, Any]] = [STREAM, ENCODERS, CONVOLUTIONS, QUANTIZED, NOISE, HOLD]
 """What a script adds to a method's life; methods, inits and optimizers are the contract's."""
 
 

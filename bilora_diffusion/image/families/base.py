@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, ClassVar, Self
 
 import torch
@@ -27,6 +28,15 @@ Conditions = dict[str, Any]
 tensors where rows differ in length."""
 Configs = Mapping[str, Mapping[str, Any]]
 """The configurations of denoiser and autoencoder, by the part."""
+
+
+class Unconditional(Enum):
+    """The place of guidance's unconditional prediction in a pipeline's calls of the denoiser."""
+
+    FIRST_ROWS = "the first half of each batch's rows"
+    LAST_ITEMS = "the last half of lists, which the denoiser joins so that rows are lost"
+    SECOND_CALL = "every second call"
+    NONE = "nowhere"
 
 
 def split_rows(conditions: Conditions) -> list[Conditions]:
@@ -219,7 +229,9 @@ class Family:
     flow: ClassVar[bool] = True  # predicts a velocity along straight paths (``flow``)
     weighting: ClassVar[str] = "none"  # of noise levels, by default
     guidance: ClassVar[float] = 5.0  # of its images by default
-    unguided: ClassVar[float] = 1.0  # up to this guidance no negative prompt is read
+    unconditional: ClassVar[Unconditional] = Unconditional.SECOND_CALL
+    unguided: ClassVar[float] = 1.0  # up to this guidance there is no unconditional prediction
+    reads_negative_prompt: ClassVar[bool] = True  # where there is one
     few_steps: ClassVar[int] = STEPS  # of the sampler, for its distilled models
     undistilled: ClassVar[str] = "the model that it was made from"
     patch: ClassVar[int] = 16  # pixels a side of the smallest patch, which divides the resolution
@@ -305,8 +317,11 @@ class Family:
 
     def pixels(self, pipeline: Any) -> int:
         """Side of the images that a loaded pipeline was made for."""
-        configs = {self.denoiser: self.model(pipeline).config, "vae": pipeline.vae.config}
-        return self.side_of(configs)
+        return self.side_of(self.configs(pipeline))
+
+    def configs(self, pipeline: Any) -> Configs:
+        """The configurations of a loaded pipeline's denoiser and autoencoder."""
+        return {self.denoiser: self.model(pipeline).config, "vae": pipeline.vae.config}
 
     def side_of(self, configs: Configs) -> int:
         """The same from the configurations of denoiser and autoencoder."""
@@ -342,6 +357,15 @@ class Family:
         else:
             has_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
         return torch.bfloat16 if has_bf16 else torch.float32
+
+    def is_guided(self, guidance: float, index: Mapping[str, Any], configs: Configs) -> bool:
+        """Test that a model's pipeline makes an unconditional prediction at this guidance.
+
+        Args:
+            index: the pipeline's own configuration, as ``model_index.json`` has it.
+            configs: of the parts.
+        """
+        return self.unconditional is not Unconditional.NONE and guidance > self.unguided
 
     def told_guidance(self, configs: Configs) -> bool:
         """Test that a model has an embedding of guidance, which training must give."""

@@ -17,6 +17,7 @@ from .base import (
     Conditions,
     Configs,
     Family,
+    Unconditional,
     pack,
     unpack,
 )
@@ -50,7 +51,9 @@ class Flux(Family):
         *(f"single_transformer_blocks.{i}.proj_out" for i in range(SINGLE_BLOCKS)),
     )
     guidance: ClassVar[float] = 3.5
-    unguided: ClassVar[float] = 100.0  # it is told its guidance, and reads one prompt
+    unconditional: ClassVar[Unconditional] = Unconditional.NONE  # it is told its guidance
+    unguided: ClassVar[float] = 100.0
+    reads_negative_prompt: ClassVar[bool] = False
     few_steps: ClassVar[int] = 4  # of FLUX.1-schnell
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=512, checkpointed=1, recomputed=27, block=14.6

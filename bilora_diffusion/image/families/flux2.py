@@ -18,6 +18,7 @@ from .base import (
     Activations,
     ComfyUI,
     Conditions,
+    Configs,
     Family,
     LatentSpace,
 )
@@ -105,6 +106,10 @@ class Flux2Klein(Family):
             img_ids=positions(1, height, width, 1, device=levels.device),
         ).sample
         return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+    def is_guided(self, guidance: float, index: Mapping[str, Any], configs: Configs) -> bool:
+        is_distilled = bool(index.get("is_distilled"))
+        return super().is_guided(guidance, index, configs) and not is_distilled
 
     def latent_space(self, vae: Any) -> LatentSpace:
         # Statistics of a batch normalization, of each channel of the patches: (1, 4 c, 1, 1).

@@ -27,7 +27,8 @@ class Lumina2(Family):
     }
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     guidance: ClassVar[float] = 4.0
-    unguided: ClassVar[float] = 100.0  # prompts are embedded with the system prompt here
+    # Prompts are embedded with the system prompt here.
+    reads_negative_prompt: ClassVar[bool] = False
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=64, checkpointed=3.3, recomputed=45, block=35
     )

@@ -18,6 +18,7 @@ from .base import (
     Conditions,
     Configs,
     Family,
+    Unconditional,
     latent_pixels,
 )
 
@@ -44,6 +45,7 @@ class StableDiffusion3(Family):
     feed_forward: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
     weighting: ClassVar[str] = "logit_normal"
     guidance: ClassVar[float] = 7.0
+    unconditional: ClassVar[Unconditional] = Unconditional.FIRST_ROWS
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=154, checkpointed=1, recomputed=25, block=21
     )

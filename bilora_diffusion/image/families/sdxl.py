@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Activations, ComfyUI, Conditions, Configs, Family, latent_pixels
+from .base import Activations, ComfyUI, Conditions, Configs, Family, Unconditional, latent_pixels
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -32,6 +32,7 @@ class StableDiffusionXL(Family):
     }
     denoiser: ClassVar[str] = "unet"
     flow: ClassVar[bool] = False
+    unconditional: ClassVar[Unconditional] = Unconditional.FIRST_ROWS
     patch: ClassVar[int] = 8
     activations: ClassVar[Activations] = Activations(  # the UNet is one block, a latent a token
         prompt_tokens=0, checkpointed=46, recomputed=7, block=540
@@ -58,6 +59,11 @@ class StableDiffusionXL(Family):
     ) -> Tensor:
         added = {"text_embeds": conditions["pooled"], "time_ids": conditions["time_ids"]}
         return model(noisy, levels, conditions["sequence"], added_cond_kwargs=added).sample
+
+    def is_guided(self, guidance: float, index: Mapping[str, Any], configs: Configs) -> bool:
+        # A model that is told its guidance, such as a latent consistency model, has one prediction.
+        is_told = configs["unet"].get("time_cond_proj_dim") is not None
+        return super().is_guided(guidance, index, configs) and not is_told
 
     def side_of(self, configs: Configs) -> int:
         side = configs["unet"].get("sample_size")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Activations, ComfyUI, Conditions, Family, LatentSpace
+from .base import Activations, ComfyUI, Conditions, Family, LatentSpace, Unconditional
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class ZImage(Family):
     }
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     guidance: ClassVar[float] = 5.0
+    unconditional: ClassVar[Unconditional] = Unconditional.LAST_ITEMS
     unguided: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Z-Image-Turbo
     undistilled: ClassVar[str] = "Z-Image, the model that it was made from"

@@ -1,0 +1,589 @@
+"""LoRA and Bi-LoRA judged by sampled images, over checkpoints and both kinds of guidance.
+
+    python benchmarks/pictures.py --preset mini-duotone --output_dir results/pictures_duotone
+    python benchmarks/pictures.py --preset sdxl-3d_icon --dry_run
+    python benchmarks/pictures.py --preset sdxl-3d_icon --output_dir pictures     # a GPU of 24 GB
+    python benchmarks/pictures.py --preset mini-duotone --seeds 0,1 --steps 20,40 --max_prompts 8 \\
+        --output_dir pictures/try
+
+Each variant is trained once for each seed, on the same data and noise. Its checkpoints are sampled
+with the same prompts and the same initial noise, once for each kind of guidance: "guidance 4" takes
+both predictions from the adapter, as every program does; "base's guidance 2" takes the
+unconditional one from the base model. A seed's value is the mean over its images; variants are
+compared by the paired differences of the seeds.
+
+What is finished is not repeated, so the same command goes on where it stopped. The rows of a run
+in ``--output_dir`` count too: more seeds can be added later, without the first ones' folders.
+Beside the usual files it writes ``pictures.json``, all figures without a path, which can be posted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bilora_diffusion.core.durable import dump_json, write_text
+from bilora_diffusion.core.errors import TrainingError, UserError, did_you_mean
+from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.values import WORKERS
+from bilora_diffusion.run.console import quiet
+from eval import compare, plot, report, table
+from eval.clip_scores import ClipScores
+from eval.clip_scores.names import METRICS as CLIP_METRICS
+from eval.command import COUNTS, Parser, open_device, open_folder, read_integers, run
+from eval.evaluation import Evaluation
+from eval.plot import Curve, Panel
+from eval.provenance import command_line, of_this_process
+from eval.subjects import Subject
+from eval.sweep import subject_of
+from eval.sweep.experiment import IMAGE_SCRIPT, parse
+from eval.sweep.plan import Plan, find_recipe, find_script, make_plan
+from eval.sweep.reporting import FINISHED, HELDOUT
+from eval.sweep.runs import Runner
+from eval.table import Metric, Result, Row
+
+CONTROL = "LoRA"
+VARIANTS: dict[str, dict[str, bool | str]] = {
+    CONTROL: {"method": "lora"},
+    "Bi-LoRA": {"method": "bilora"},
+    "Bi-LoRA, rho auto": {"method": "bilora", "rho": "auto"},
+    "Bi-LoRA, per sample": {"method": "bilora", "rho": "auto", "auxiliaries": "sample"},
+    "LoRA-SAM": {"method": "lora_sam"},
+    "LoRA, EMA": {"method": "lora", "use_ema": True},
+}
+POSTED = "pictures.json"
+FRONTS = "fronts.png"
+CURVES = "curves.png"
+POOL = 8
+"""Side in pixels of the squares over which the pixel error averages: it sees colours, not edges."""
+SAMPLED_METRICS = {name: CLIP_METRICS[name] for name in ("truth", "i2t", "t2t", "nearest")}
+METRICS = {
+    **SAMPLED_METRICS,
+    "pixels": Metric(
+        "pixel error",
+        f"root mean square difference to the held-out picture, over {POOL} x {POOL} pixels",
+        scale=100,
+        form=".2f",
+    ),
+    HELDOUT: Metric("held-out loss", "x 1000", scale=1000, form=".2f"),
+}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Where the unconditional prediction comes from, and the scale of guidance."""
+
+    source: str  # "adapter" or "base"
+    scale: float
+
+    @property
+    def label(self) -> str:
+        """As figures and tables name it."""
+        owner = "base's " if self.source == "base" else ""
+        return f"{owner}guidance {self.scale:g}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is trained and sampled.
+
+    Args:
+        recipe: YAML file of the training script.
+        options: further options of all runs.
+        prompts: ``--prompts`` of eval.clip_scores.
+        steps: checkpoints that are sampled; the last one is the end of training.
+        guidances: kinds of guidance.
+        seeds: of training.
+        sampling_seeds: images of each prompt.
+        max_prompts: of the set; None for all.
+        scoring: further flags of eval.clip_scores.
+    """
+
+    recipe: str
+    prompts: str
+    steps: tuple[int, ...]
+    guidances: tuple[Guidance, ...]
+    options: dict[str, bool | str] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    sampling_seeds: tuple[int, ...] = (0,)
+    max_prompts: int | None = None
+    scoring: tuple[str, ...] = ()
+
+
+def mini_preset(dataset: str, **changes: Any) -> Preset:
+    """The miniature on one of its sets, past the lowest held-out loss; 64 held-out captions."""
+    return Preset(
+        recipe="recipes/mini.yaml",
+        prompts=f"{dataset}-heldout",
+        steps=(100, 300, 500, 1000),
+        guidances=(Guidance("adapter", 4.0), Guidance("base", 2.0)),
+        options={"dataset": dataset, "validation_loss_steps": "50", "num_validation_images": "0"},
+        max_prompts=64,
+        scoring=("--general_prompts", "none", "--skip_captions"),
+        **changes,
+    )
+
+
+# Two seeds of 200 prompts; the held-out loss is not measured, since all pictures are trained on.
+GPU_SAMPLING: dict[str, Any] = {
+    "prompts": "3d_icon",
+    "seeds": (0, 1, 2),
+    "sampling_seeds": (0, 1),
+    "scoring": ("--general_prompts", "none"),
+}
+PRESETS = {
+    "mini-icons": mini_preset("mini"),
+    "mini-animals": mini_preset("mini-animals"),
+    "mini-duotone": mini_preset("mini-duotone"),
+    "mini-gray": mini_preset("mini-gray"),
+    "mini-pastel": mini_preset("mini-pastel"),
+    "sdxl-3d_icon": Preset(
+        recipe="recipes/sdxl_3d_icon.yaml",
+        steps=(250, 500, 1000, 2000),
+        guidances=(Guidance("adapter", 5.0), Guidance("base", 3.0)),
+        options={"num_validation_images": "0", "mixed_precision": "bf16"},
+        **GPU_SAMPLING,
+    ),
+    "flux2_klein": Preset(
+        recipe="recipes/flux2_klein.yaml",
+        steps=(250, 500, 1000, 2000),
+        guidances=(Guidance("adapter", 4.0), Guidance("base", 2.5)),
+        options={"dataset": "linoyts/3d_icon", "num_validation_images": "0"},
+        **GPU_SAMPLING,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PicturesOptions:
+    """Flags of the command."""
+
+    section = "pictures"
+    preset: str = option("mini-duotone", "What is trained and sampled.", choices=tuple(PRESETS))
+    variants: str = option(
+        "LoRA;Bi-LoRA;Bi-LoRA, rho auto;Bi-LoRA, per sample",
+        f"Labels with semicolons between them, of {'; '.join(VARIANTS)}.",
+    )
+    seeds: str | None = option(None, "Training seeds, as 0..4 or 0,1 (default: the preset's).")
+    steps: str | None = option(None, "Checkpoints that are sampled (default: the preset's).")
+    guidances: str | None = option(
+        None, "Kinds of guidance, as adapter:4,base:2 (default: the preset's)."
+    )
+    max_prompts: int | None = option(None, "Sample the first prompts only.", range=COUNTS)
+    runs_dir: Path = option(Path("runs/pictures"), "Folder of the runs and images.")  # noqa: RUF009
+    jobs: int = option(1, "Training runs at a time.", range=WORKERS)
+    processes: int | None = option(None, "Sampling processes.", range=WORKERS)
+    dry_run: bool = option(False, "Print the plan, its hours and its memory only.")
+
+
+class Pictures(Evaluation):
+    """Subjects are training runs. A row's item is the kind of guidance, "" for the held-out loss;
+    its step is the checkpoint's, and its value the mean over the images.
+
+    ``settings``: ``preset``, ``options`` of the runs, ``variants``, ``guidances``, ``prompts``,
+    ``images`` of each checkpoint and kind, ``scorer``.
+    """
+
+    name, title = "pictures", "Judged by sampled images"
+    metrics, options = METRICS, (PicturesOptions,)
+
+    def __init__(self, args: argparse.Namespace, command: str) -> None:
+        super().__init__(args, command)
+        self.preset = PRESETS[args.preset]
+        self.steps = read_integers(args.steps, "--steps") if args.steps else self.preset.steps
+        self.guidances = read_guidances(args.guidances) or self.preset.guidances
+        self.plan = self._make_plan()
+        self.runs_dir: Path = args.runs_dir / args.preset
+        self.recorded = self._read_recorded()
+        self.scored: dict[Guidance, Result] = {}
+        self.pixel_errors: dict[tuple[Guidance, str], list[float]] = {}
+
+    @classmethod
+    def main(cls, argv: Sequence[str] | None = None) -> int:
+        """Run the command."""
+        words = sys.argv[1:] if argv is None else list(argv)
+        command = command_line("benchmarks.pictures", words)
+        return run(lambda: cls(cls.parser().read(words), command).work())
+
+    @classmethod
+    def arguments(cls, parser: Parser) -> None:
+        parser.add_argument("--output_dir", type=Path, default=Path("pictures"))
+
+    def _make_plan(self) -> Plan:
+        """The runs, each checked by the training script's own parser."""
+        labels = [label.strip() for label in self.args.variants.split(";")]
+        for label in labels:
+            if label not in VARIANTS:
+                raise UserError(
+                    f'--variants has "{label}"{did_you_mean(label, VARIANTS)}: use of'
+                    f" {'; '.join(VARIANTS)}."
+                )
+        seeds = read_integers(self.args.seeds, "--seeds") if self.args.seeds else self.preset.seeds
+        # Every checkpoint that is sampled is written, and none is removed.
+        interval = math.gcd(*self.steps)  # the largest that meets all of them
+        options = {
+            **self.preset.options,
+            "max_train_steps": str(max(self.steps)),
+            "checkpointing_steps": str(interval),
+            "checkpoints_total_limit": str(max(self.steps) // interval),
+            "report_to": "none",
+        }
+        experiment = parse(
+            {
+                "recipe": self.preset.recipe,
+                "options": options,
+                "variants": {label: VARIANTS[label] for label in labels},
+                "seeds": list(seeds),
+                "metric": HELDOUT if "validation_loss_steps" in options else "loss",
+            },
+            {},
+        )
+        recipe, script = find_recipe(self.preset.recipe), find_script(IMAGE_SCRIPT)
+        return make_plan(experiment, Path(self.args.preset), recipe, script)
+
+    def _read_recorded(self) -> dict[str, list[Row]]:
+        """The rows of runs that an earlier result in the folder has in full, by the run's name.
+
+        The name has a hash of the run's options, so a run of other options is none of them.
+        """
+        if not (self.folder / table.FILE).is_file():
+            return {}
+        result = table.read(self.folder)
+        for name, value in self._scoring_settings().items():
+            if result.settings.get(name) != value:
+                raise UserError(
+                    f"{self.folder} has a result with {name} {result.settings.get(name)!r}, and the"
+                    f" command line means {value!r}: give another --output_dir."
+                )
+        points = {(guidance.label, step) for guidance in self.guidances for step in self.steps}
+        recorded: dict[str, list[Row]] = {}
+        for planned in self.plan.runs:
+            rows = [row for row in result.rows if row.subject == planned.name]
+            scored_points = {(row.item, row.step) for row in rows if row.metric == "i2t"}
+            if points <= scored_points:
+                recorded[planned.name] = rows
+        return recorded
+
+    def _scoring_settings(self) -> dict[str, Any]:
+        """What two results have in common where their rows can stand together."""
+        return {
+            "preset": self.args.preset,
+            "prompts": self.preset.prompts,
+            "images": self._prompt_count() * len(self.preset.sampling_seeds),
+        }
+
+    def _prompt_count(self) -> int:
+        """How many prompts of the preset's set are sampled."""
+        from eval.clip_scores.prompts import read
+
+        limits = [len(read(self.preset.prompts))]
+        for limit in (self.preset.max_prompts, self.args.max_prompts):
+            if limit is not None:
+                limits.append(limit)
+        return min(limits)
+
+    def work(self) -> int | None:
+        """Print the plan; then train, sample and compare, where it is no dry run."""
+        print(self.describe())
+        if self.args.dry_run:
+            self._print_memory()
+            return None
+        open_folder(self.runs_dir, "--runs_dir")
+        return super().work()
+
+    def describe(self) -> str:
+        """The size of the plan, in runs, images and hours for each second of a step."""
+        variants, seeds = len(self.plan.variants), len(self.plan.seeds)
+        runs = variants * seeds
+        images_of_checkpoint = self._prompt_count() * len(self.preset.sampling_seeds)
+        images = runs * len(self.steps) * len(self.guidances) * images_of_checkpoint
+        training_hours = runs * max(self.steps) / 3600
+        labels = ", ".join(guidance.label for guidance in self.guidances)
+        return (
+            f"{self.args.preset}: {variants} variants x {seeds} seeds = {runs} runs of"
+            f" {max(self.steps)} steps, {training_hours:.2g} hours for each second that a step"
+            f" takes; {images:,} images with {labels}, {images / 3600:.2g} hours for each second"
+            " that an image takes."
+        )
+
+    def _print_memory(self) -> None:
+        """What each variant's training takes, by the training script's ``--dry_run``."""
+        runner = Runner(self.plan.script, self.plan.recipe, self.runs_dir)
+        first_seed = self.plan.seeds[0]
+        for planned in self.plan.runs:
+            if planned.seed == first_seed:
+                print(f"\n{planned.variant}:", flush=True)
+                words = runner.command(planned)
+                # Not through accelerate's launcher: a dry run is about one process.
+                script = [sys.executable, *words[words.index(str(self.plan.script)) :]]
+                subprocess.run([*script, "--dry_run"], check=True)
+
+    def subjects(self) -> Sequence[Subject]:
+        """The planned runs."""
+        return [
+            Subject(planned.name, planned.variant, seed=planned.seed) for planned in self.plan.runs
+        ]
+
+    def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
+        """Train what is not finished; sample and score the checkpoints."""
+        runner = Runner(self.plan.script, self.plan.recipe, self.runs_dir, self.args.jobs)
+        missing = [planned for planned in self.plan.runs if planned.name not in self.recorded]
+        outcomes = runner.run_all(missing)
+        failures = [outcome for outcome in outcomes if outcome.status != FINISHED]
+        if failures:
+            first = failures[0]
+            raise TrainingError(
+                f"{len(failures)} of {len(outcomes)} runs failed, first {first.cell}"
+                f" ({first.error}): {self.runs_dir}/{first.cell}.log has the reason, and the same"
+                " command tries them again."
+            )
+        trained = {outcome.cell: subject_of(self.runs_dir, outcome) for outcome in outcomes}
+        for guidance in self.guidances if trained else ():
+            self.scored[guidance] = self._score(guidance, list(trained.values()))
+        self._describe_settings()
+        return [trained.get(subject.label, subject) for subject in subjects]
+
+    def _score(self, guidance: Guidance, runs: Sequence[Subject]) -> Result:
+        """Scores of all checkpoints with one kind of guidance, by eval.clip_scores."""
+        folder = self.runs_dir / f"scores-{guidance.source}-{guidance.scale:g}"
+        words = [f"{subject.label}={self.runs_dir / subject.label}" for subject in runs]
+        words += ["--steps", ",".join(map(str, self.steps)), "--prompts", self.preset.prompts]
+        words += ["--seeds", ",".join(map(str, self.preset.sampling_seeds)), *self.preset.scoring]
+        words += ["--guidance_from", guidance.source, "--guidance_scale", f"{guidance.scale:g}"]
+        words += ["--output_dir", str(folder)]
+        words += ["--max_prompts", str(self._prompt_count())]
+        if self.args.processes is not None:
+            words += ["--processes", str(self.args.processes)]
+        print(f"\n{guidance.label}:", flush=True)
+        if ClipScores.main(words):
+            raise TrainingError(f"eval.clip_scores failed on {folder}: its sentence stands above.")
+        result = table.read(folder)
+        self._measure_pixels(guidance, result, folder)
+        return result
+
+    def _measure_pixels(self, guidance: Guidance, result: Result, folder: Path) -> None:
+        """Pixel errors of all images whose prompt has a held-out picture, by checkpoint."""
+        from PIL import Image
+
+        truths = {}
+        for prompt, picture in truth_pictures(self.preset, result).items():
+            truths[prompt] = pooled(picture)
+        for row in result.select("image"):
+            if row.item in truths:
+                with Image.open(folder / row.note) as image:
+                    error = rms(pooled(image) - truths[row.item])
+                self.pixel_errors.setdefault((guidance, row.subject), []).append(error)
+
+    def _describe_settings(self) -> None:
+        variants = {variant.label: dict(variant.values) for variant in self.plan.variants}
+        self.settings |= {
+            **self._scoring_settings(),
+            "options": dict(self.plan.experiment.options),
+            "variants": variants,
+            "guidances": [asdict(guidance) for guidance in self.guidances],
+        }
+        # Where nothing was scored anew, the earlier result says it.
+        if self.scored:
+            settings = next(iter(self.scored.values())).settings
+        else:
+            settings = table.read(self.folder).settings
+        self.settings |= {name: settings[name] for name in ("sampling", "scorer")}
+
+    def rows(self, subject: Subject) -> Iterator[Row]:
+        if subject.label in self.recorded:
+            yield from self.recorded[subject.label]
+            return
+        for guidance, result in self.scored.items():
+            for entry in result.subjects:
+                if entry.about["run"] != subject.label:
+                    continue
+                step = entry.about["step"]
+                for metric in SAMPLED_METRICS:
+                    values = [
+                        row.value
+                        for row in result.select(metric, entry.group)
+                        if row.value is not None
+                    ]
+                    if values:
+                        mean = compare.mean(values)
+                        yield subject.row(metric, mean, item=guidance.label, step=step)
+                errors = self.pixel_errors.get((guidance, entry.label))
+                if errors:
+                    mean = statistics.fmean(errors)
+                    yield subject.row("pixels", mean, item=guidance.label, step=step)
+        for line in subject.log():
+            if HELDOUT in line and line["step"] in self.steps:
+                yield subject.row(HELDOUT, line[HELDOUT], step=line["step"])
+
+    def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
+        lines = compare.summaries(rows, CONTROL)
+        # Of this process, since recorded rows have no run folder.
+        provenance = of_this_process(self.command, open_device(None))
+        return self.result(subjects, rows, lines, CONTROL, provenance=provenance)
+
+    def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
+        """Metrics over training: a row for each metric, a column for each kind of guidance."""
+        rows = []
+        for metric in ("truth", "i2t", "nearest"):
+            panels = []
+            for guidance in self.guidances:
+                curves = [
+                    Curve(group, metric, guidance.label, label=group) for group in result.groups
+                ]
+                title = f"{METRICS[metric].title}, {guidance.label}"
+                if result.select(metric, item=guidance.label):
+                    panels.append(Panel(title, "cosine", curves))
+            if panels:
+                rows.append(panels)
+        return {CURVES: rows}
+
+    def figures(self, result: Result, folder: Path) -> list[str]:
+        return [*draw_fronts(result, self.guidances, folder), *super().figures(result, folder)]
+
+    def introduction(self, result: Result) -> str:
+        settings = result.settings
+        return (
+            f"{settings['preset']}: {len(self.plan.seeds)} training seeds;"
+            f" {settings['images']} images of each checkpoint, from {settings['prompts']}."
+            f" A cell is the mean over seeds; in brackets the difference to {CONTROL}, paired by"
+            f" seed, with {report.INTERVALS}."
+        )
+
+    def columns(self, result: Result) -> Mapping[str, Sequence[report.Column]]:
+        return {}
+
+    def further(self, result: Result) -> list[str]:
+        sections = []
+        for metric in METRICS:
+            items = list(dict.fromkeys(row.item for row in result.select(metric)))
+            for item in items:
+                title = METRICS[metric].title + (f", {item}" if item else "")
+                sections.append(report.section(title, step_table(result, metric, item)))
+        return [*sections, report.closing(result)]
+
+    def write(self, result: Result) -> None:
+        super().write(result)
+        posted = {
+            "settings": result.settings,
+            "provenance": None if result.provenance is None else asdict(result.provenance),
+            "summaries": [asdict(line) for line in result.summaries],
+            "rows": [asdict(row) for row in result.rows],
+        }
+        write_text(self.folder / POSTED, dump_json(posted))
+
+
+def read_guidances(text: str | None) -> tuple[Guidance, ...]:
+    """The kinds of guidance of ``adapter:4,base:2``; none for None."""
+    guidances = []
+    for word in (text or "").split(","):
+        if not word.strip():
+            continue
+        source, _, scale = word.strip().partition(":")
+        try:
+            guidance = Guidance(source, float(scale))
+        except ValueError:
+            guidance = Guidance("", 0.0)
+        if guidance.source not in ("adapter", "base"):
+            raise UserError(f'--guidances has "{word.strip()}": write adapter:4 or base:2.')
+        guidances.append(guidance)
+    return tuple(guidances)
+
+
+def truth_pictures(preset: Preset, result: Result) -> dict[str, Any]:
+    """The held-out picture of each prompt of a scored result that has one."""
+    from eval.clip_scores import measure
+    from eval.clip_scores.prompts import read
+
+    scored = {prompt["text"] for prompt in result.settings["prompts"]}
+    prompts = [prompt for prompt in read(preset.prompts) if prompt.text in scored]
+    return measure.truth_pictures(prompts, result.settings["sampling"]["base_model"])
+
+
+def pooled(image: Any) -> Any:
+    """Means of the colours over squares of `POOL` pixels, in [0, 1]: (h, w, 3)."""
+    import numpy as np
+
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255  # (height, width, 3)
+    rows, columns = pixels.shape[0] // POOL, pixels.shape[1] // POOL
+    squares = pixels[: rows * POOL, : columns * POOL].reshape(rows, POOL, columns, POOL, 3)
+    return squares.mean(axis=(1, 3))
+
+
+def rms(differences: Any) -> float:
+    """Root mean square of an array."""
+    import numpy as np
+
+    return float(np.sqrt(np.square(differences).mean()))
+
+
+def step_table(result: Result, metric: str, item: str) -> str:
+    """A row for each variant, a column for each checkpoint: its mean, and how it differs from the
+    control's.
+    """
+    steps = sorted({row.step or 0 for row in result.select(metric, item=item)})
+    rows = []
+    for group in result.groups:
+        cells = [group]
+        for step in steps:
+            line = result.summary(group, metric, item, step)
+            cell = report.mean(line, METRICS[metric], intervals=False)
+            if group != result.control:
+                cell += f" ({report.difference(line, METRICS[metric])})"
+            cells.append(cell)
+        rows.append(cells)
+    return report.table(["variant", *(f"step {step}" for step in steps)], rows)
+
+
+def draw_fronts(result: Result, guidances: Sequence[Guidance], folder: Path) -> list[str]:
+    """Likeness to what was to be learned over agreement with the prompt, a line for each variant
+    through its checkpoints; one pair of axes for each kind of guidance.
+
+    Likeness is that to the held-out pictures; without them, to the nearest training picture.
+    """
+    likeness = "truth" if result.select("truth") else "nearest"
+    styles = plot.group_styles(result.groups, CONTROL)
+    with plot.canvas(folder / FRONTS, 1, len(guidances)) as (_, axes):
+        for axis, guidance in zip(axes.flat, guidances, strict=True):
+            for group in result.groups:
+                horizontal = result.curve(group, "i2t", guidance.label)
+                vertical = result.curve(group, likeness, guidance.label)
+                for metric_line in (horizontal, vertical):
+                    if any(point.mean is None for point in metric_line):
+                        return []
+                x = [100 * (point.mean or 0.0) for point in horizontal]
+                y = [100 * (point.mean or 0.0) for point in vertical]
+                x_error = [100 * (point.error or 0.0) for point in horizontal]
+                y_error = [100 * (point.error or 0.0) for point in vertical]
+                color = styles[group]["color"]
+                axis.errorbar(
+                    x,
+                    y,
+                    y_error,
+                    x_error,
+                    label=group,
+                    color=color,
+                    marker=".",
+                    lw=1,
+                    elinewidth=0.6,
+                )
+                for point, place in zip(vertical, zip(x, y, strict=True), strict=True):
+                    if group == result.control:
+                        axis.annotate(f"{point.step}", place, fontsize=6, color="gray")
+            plot.finish(axis, guidance.label, METRICS[likeness].title, xlabel="CLIP I2T")
+    return [FRONTS]
+
+
+main = Pictures.main
+
+if __name__ == "__main__":
+    quiet()
+    sys.exit(main())
