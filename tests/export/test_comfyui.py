@@ -158,10 +158,10 @@ def test_comfyui_adds_a_hooked_lora_to_the_prompt_alone(monkeypatch, tmp_path):
             (hooks,) = create.create_hook_model_only("dog.safetensors", 1.0)
             attach = nodes.NODE_CLASS_MAPPINGS["ConditioningSetProperties"]()
             (positive,) = attach.set_properties(positive, 1.0, "default", hooks=hooks)
-        seen = []
+        first_step = []
 
         def record(arguments):
-            seen.extend([arguments["cond_denoised"], arguments["uncond_denoised"]])
+            first_step.extend([arguments["cond_denoised"], arguments["uncond_denoised"]])
             return arguments["denoised"]
 
         patcher = patcher.clone()
@@ -171,7 +171,7 @@ def test_comfyui_adds_a_hooked_lora_to_the_prompt_alone(monkeypatch, tmp_path):
         guider.set_cfg(3.0)
         sigmas = torch.tensor([5.0, 0.0])
         guider.sample(noise, torch.zeros_like(noise), samplers.ksampler("euler"), sigmas, seed=0)
-        return seen
+        return first_step
 
     base = predictions(patcher, lora_hook=False)
     hooked = predictions(patcher, lora_hook=True)
