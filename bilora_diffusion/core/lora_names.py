@@ -56,3 +56,8 @@ def kohya_file_name(folder: str | Path, step: int | None = None) -> str:
 def workflow_file_name(folder: str | Path) -> str:
     """The name of a run's workflow for ComfyUI, "runs/icons" -> "icons.comfy.json"."""
     return f"{Path(kohya_file_name(folder)).stem}.comfy.json"
+
+
+def base_workflow_file_name(folder: str | Path) -> str:
+    """The name of its workflow with guidance from the base model, "icons.base.comfy.json"."""
+    return f"{Path(kohya_file_name(folder)).stem}.base.comfy.json"

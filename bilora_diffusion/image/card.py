@@ -10,12 +10,18 @@ from urllib.parse import quote
 from huggingface_hub import ModelCardData
 
 from .. import methods
-from ..core.lora_names import FILE_NAME, kohya_file_name, workflow_file_name
+from ..core.lora_names import (
+    FILE_NAME,
+    base_workflow_file_name,
+    kohya_file_name,
+    workflow_file_name,
+)
 from ..mini import FLOW, MINI, PIPELINES
 from ..run.card import is_hub_id, loaded_from, source, write_card
 from ..run.record import BY_CONCEPT, validation_folder
 from . import comfy
 from .config import DreamBoothConfig
+from .families.base import Unconditional
 from .validation import INDEX, read_index
 
 MEASURED = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
@@ -51,7 +57,7 @@ def write_dreambooth_card(
     words = [concept.trigger_word or concept.instance_prompt for concept in cfg.concept_configs]
     triggers = list(dict.fromkeys(filter(None, words)))
     instance_prompts = [concept.instance_prompt for concept in cfg.concept_configs]
-    workflow = workflow_file_name(folder)
+    workflow, base_workflow = workflow_file_name(folder), base_workflow_file_name(folder)
     vae = cfg.pretrained_vae_model_name_or_path
     metrics = dict(MEASURED)
     for concept in cfg.concepts:
@@ -62,6 +68,10 @@ def write_dreambooth_card(
     # The miniature has SDXL's architecture, but its weights fit nothing else.
     if base not in PIPELINES and not is_flow:
         tags += ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
+    # The rows of one batch are told apart by their place. DoRA scales the base's output too, and
+    # text encoders with adapters would embed the negative prompt.
+    is_by_rows = cfg.family.unconditional is Unconditional.FIRST_ROWS
+    is_plain = not (exports_models or cfg.use_dora or cfg.train_text_encoder)
     write_card(
         vars(cfg),
         folder,
@@ -89,11 +99,14 @@ def write_dreambooth_card(
         flow=is_flow,
         dora=cfg.use_dora,
         misread=comfy.remark(cfg),
+        denoiser_by_rows=cfg.family.denoiser if is_by_rows and is_plain else None,
+        guidance=cfg.family.guidance,
         models=list(results["export"]) if exports_models else [],
         here=repo_id or ".",
         note="" if repo_id else "  # this folder",
         file=FILE_NAME,
         kohya=kohya_file_name(folder) if cfg.output_kohya_format else None,
         lora=kohya_file_name(folder),
+        base_workflow=base_workflow if (folder / base_workflow).is_file() else None,
         workflow=workflow if (folder / workflow).is_file() else None,
     )

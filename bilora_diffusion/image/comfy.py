@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..core.choices import BASE_GUIDANCE
 from ..core.durable import write_text
-from ..core.lora_names import kohya_file_name, workflow_file_name
+from ..core.lora_names import base_workflow_file_name, kohya_file_name, workflow_file_name
 from ..methods import get
 from ..mini import embedded
 from .config import DreamBoothConfig
@@ -65,9 +67,12 @@ def remark(cfg: DreamBoothConfig) -> str | None:
 
 
 def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
-    """Write the workflow beside the LoRA file; none where ComfyUI does not read that as trained."""
-    path = folder / workflow_file_name(folder)
+    """Write the workflow beside the LoRA file, and the same with guidance from the base model where
+    the model has an unconditional prediction; none where ComfyUI does not read the file as trained.
+    """
+    path, base_path = folder / workflow_file_name(folder), folder / base_workflow_file_name(folder)
     path.unlink(missing_ok=True)
+    base_path.unlink(missing_ok=True)
     base, family = cfg.pretrained_model_name_or_path, family_of(pipeline)
     is_unread = remark(cfg) is not None or get(cfg.method).exports_weights
     if is_unread or embedded(base) or not (family.flow or cfg.output_kohya_format):
@@ -78,8 +83,17 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
         prompt = concept.trigger_word or concept.instance_prompt or "a photo"
         samples = [usual_sample(cfg, prompt)]
     checkpoint = family.comfyui.checkpoints.get(base, Path(base).name.lower())
-    graph = workflow(pipeline, checkpoint, kohya_file_name(folder), samples[0])
+    sample, lora = samples[0], kohya_file_name(folder)
+    graph = workflow(pipeline, checkpoint, lora, sample)
     write_text(path, json.dumps(graph, indent=1) + "\n")
+    guidance = sample.guidance
+    if guidance is None:
+        _, guidance = family.usual_sampling(pipeline)
+    is_guided = family.is_guided(guidance, pipeline.config, family.configs(pipeline))
+    if is_guided and sample.guidance_from != BASE_GUIDANCE:
+        by_base = replace(sample, guidance_from=BASE_GUIDANCE)
+        graph = workflow(pipeline, checkpoint, lora, by_base)
+        write_text(base_path, json.dumps(graph, indent=1) + "\n")
 
 
 def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample) -> Graph:
@@ -99,15 +113,22 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
     size = {"width": sample.width, "height": sample.height}
     graph = Graph()
 
-    # The model with the adapter.
+    # The model with the adapter, which with guidance from the base model acts on one prompt alone.
     model, text_encoders, autoencoder = _load_checkpoint(graph, comfyui, checkpoint)
+    base_model, negative_encoders = model, text_encoders
+    is_by_base = sample.guidance_from == BASE_GUIDANCE
     adapter: dict[str, Any] = {"lora_name": lora, "strength_model": sample.strength}
-    if comfyui.text_encoders:
-        model = graph.add("LoraLoaderModelOnly", model=model, **adapter)
-    else:  # text encoders of the checkpoint may be trained, so the file may have adapters of them
-        adapter |= {"clip": text_encoders, "strength_clip": sample.strength}
-        model = graph.add("LoraLoader", model=model, **adapter)
+    if not comfyui.text_encoders:
+        # Text encoders of the checkpoint may be trained, so the file may have adapters of them.
+        both = {"clip": text_encoders, "strength_clip": sample.strength}
+        model = graph.add("LoraLoader", model=model, **adapter, **both)
         text_encoders = [model[0], 1]
+    elif not is_by_base:
+        model = graph.add("LoraLoaderModelOnly", model=model, **adapter)
+    if is_by_base:
+        model = base_model
+    else:
+        negative_encoders = text_encoders
     if comfyui.shift_node:
         model = _shift_noise_levels(graph, pipeline, model, size)
 
@@ -117,9 +138,17 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
     if comfyui.embeds_guidance or (zeros_for_empty and not sample.negative_prompt):
         negative = graph.add("ConditioningZeroOut", conditioning=positive)
     else:
-        negative = graph.add("CLIPTextEncode", clip=text_encoders, text=sample.negative_prompt)
+        negative = graph.add("CLIPTextEncode", clip=negative_encoders, text=sample.negative_prompt)
     if comfyui.embeds_guidance:
         positive = graph.add("FluxGuidance", conditioning=positive, guidance=guidance)
+    if is_by_base:
+        # Not the node DualModelGuider: two models of one file share their weights in ComfyUI, so
+        # that the adapter would act in both.
+        hooks = graph.add("CreateHookLoraModelOnly", **adapter)
+        properties: dict[str, Any] = {"strength": 1.0, "set_cond_area": "default"}
+        positive = graph.add(
+            "ConditioningSetProperties", cond_NEW=positive, hooks=hooks, **properties
+        )
     # Some pipelines add guidance times the difference to the prediction, which is one more here;
     # a model that embeds its guidance is sampled without: `unguided` tells them apart.
     scale = max(1.0, guidance + 1.0 - family.unguided)

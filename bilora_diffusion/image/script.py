@@ -19,7 +19,12 @@ from tqdm.auto import tqdm
 
 from ..adapters.quantize import quantize
 from ..core.errors import placed
-from ..core.lora_names import FILE_NAME, kohya_file_name, workflow_file_name
+from ..core.lora_names import (
+    FILE_NAME,
+    base_workflow_file_name,
+    kohya_file_name,
+    workflow_file_name,
+)
 from ..export.readback import verify
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
@@ -116,6 +121,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
             "UNet": "unet",
             "transformer": "transformer",
             "workflow for ComfyUI": workflow_file_name(folder),
+            "workflow with guidance from the base model": base_workflow_file_name(folder),
             "model card": "README.md",
             "images": VALIDATION,
         }

@@ -21,6 +21,7 @@ from ..core.lora_names import (
     FILE_NAME,
     KOHYA_FILE_NAME_BEFORE,
     WEIGHTS,
+    base_workflow_file_name,
     kohya_file_name,
     workflow_file_name,
 )
@@ -222,9 +223,9 @@ def _find_foreign(folder: Path) -> Path | None:
     return None
 
 
-def _names_after_folder(folder: Path) -> tuple[str, str]:
-    """Names of the files that a run names after its folder: kohya's, and ComfyUI's workflow."""
-    return kohya_file_name(folder), workflow_file_name(folder)
+def _names_after_folder(folder: Path) -> tuple[str, ...]:
+    """Names of the files that a run names after its folder: kohya's, and ComfyUI's workflows."""
+    return kohya_file_name(folder), workflow_file_name(folder), base_workflow_file_name(folder)
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

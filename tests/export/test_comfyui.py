@@ -90,14 +90,25 @@ def test_comfyui_adds_what_was_trained(model, tmp_path, caplog):
         torch.testing.assert_close(result, change)
 
 
-def test_comfyui_takes_the_workflow_and_has_its_noise_levels(model, tmp_path, monkeypatch):
+def nodes_reading(folder, monkeypatch):
+    """ComfyUI's nodes, which find all files in one folder."""
     nodes, comfy_folders = load("nodes"), load("folder_paths").folder_names_and_paths
-    for name in ("flux", "model_advanced", "sd3", "custom_sampler"):
+    for name in ("flux", "model_advanced", "sd3", "custom_sampler", "hooks"):
         file = f"{COMFYUI}/comfy_extras/nodes_{name}.py"
         assert asyncio.run(nodes.load_custom_node(file, module_parent="comfy_extras"))
-    for folder in FOLDERS:
-        monkeypatch.setitem(comfy_folders, folder, ([str(tmp_path)], {".safetensors"}))
-    graph, levels = graph_of(pipeline_of(model.pipeline_class)), None
+    for kind in FOLDERS:
+        monkeypatch.setitem(comfy_folders, kind, ([str(folder)], {".safetensors"}))
+    return nodes
+
+
+@pytest.mark.parametrize("guidance_from", ["adapter", "base"])
+def test_comfyui_takes_the_workflow_and_has_its_noise_levels(
+    guidance_from, model, tmp_path, monkeypatch
+):
+    if guidance_from == "base" and model.pipeline_class == "FluxPipeline":
+        pytest.skip("it has no unconditional prediction")
+    nodes = nodes_reading(tmp_path, monkeypatch)
+    graph, levels = graph_of(pipeline_of(model.pipeline_class), guidance_from), None
     patched = load("comfy.model_patcher").ModelPatcher(model, "cpu", "cpu")
     for kind, inputs in [(node["class_type"], node["inputs"]) for node in graph.values()]:
         declared = nodes.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()
@@ -115,3 +126,57 @@ def test_comfyui_takes_the_workflow_and_has_its_noise_levels(model, tmp_path, mo
     valid, *_, problems = asyncio.run(load("execution").validate_prompt("dog", graph, None))
     assert valid, problems
     torch.testing.assert_close(levels[:-1], comfy_levels(graph))
+
+
+def test_comfyui_adds_a_hooked_lora_to_the_prompt_alone(monkeypatch, tmp_path):
+    """The nodes of the workflow with guidance from the base model, on the miniature's sizes."""
+    monkeypatch.setattr(sys, "path", [*sys.path, COMFYUI])
+    load("comfy.cli_args").args.cpu = True
+    nodes, samplers = nodes_reading(tmp_path, monkeypatch), load("comfy.samplers")
+    unet = pipeline_of(SDXL).unet
+    add_adapters(unet, AdapterSpec(rank=2, alpha=1, target_modules=("to_q", "to_v")))
+    save_diffusers(tmp_path / "dog", {"unet": unet}, base_model="some/base", kohya=True)
+    (tmp_path / "dog" / "dog.safetensors").rename(tmp_path / "dog.safetensors")
+    # ComfyUI embeds each of the six sizes in 256 numbers, here beside 16 of the text, and takes a
+    # model of more than four channels for one of inpainting.
+    sizes = {**MODELS[SDXL]["config"], "adm_in_channels": 6 * 256 + 16}
+    sizes |= {"in_channels": 4, "out_channels": 4}
+    generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
+    model = load("comfy.supported_models").SDXL(sizes).get_model({}, device=device)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.05, generator=generator)
+    patcher = load("comfy.model_patcher").ModelPatcher(model, device, device)
+    noise = torch.randn(1, 4, 8, 8, generator=generator)
+    prompts = torch.randn(2, 1, 7, 192, generator=generator)
+    pooled = torch.randn(1, 16, generator=generator)
+
+    def predictions(patcher, lora_hook):
+        """Conditional and unconditional prediction in the first step."""
+        positive, negative = ([[prompt, {"pooled_output": pooled}]] for prompt in prompts)
+        if lora_hook:
+            create = nodes.NODE_CLASS_MAPPINGS["CreateHookLoraModelOnly"]()
+            (hooks,) = create.create_hook_model_only("dog.safetensors", 1.0)
+            attach = nodes.NODE_CLASS_MAPPINGS["ConditioningSetProperties"]()
+            (positive,) = attach.set_properties(positive, 1.0, "default", hooks=hooks)
+        first_step = []
+
+        def record(arguments):
+            first_step.extend([arguments["cond_denoised"], arguments["uncond_denoised"]])
+            return arguments["denoised"]
+
+        patcher = patcher.clone()
+        patcher.set_model_sampler_post_cfg_function(record)
+        guider = samplers.CFGGuider(patcher)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(3.0)
+        sigmas = torch.tensor([5.0, 0.0])
+        guider.sample(noise, torch.zeros_like(noise), samplers.ksampler("euler"), sigmas, seed=0)
+        return first_step
+
+    base = predictions(patcher, lora_hook=False)
+    hooked = predictions(patcher, lora_hook=True)
+    (loaded,) = nodes.LoraLoaderModelOnly().load_lora_model_only(patcher, "dog.safetensors", 1.0)
+    adapted = predictions(loaded, lora_hook=False)
+    torch.testing.assert_close(hooked[0], adapted[0])
+    torch.testing.assert_close(hooked[1], base[1])
+    assert (adapted[1] - base[1]).abs().max() > 1e-3

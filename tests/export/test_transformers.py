@@ -156,6 +156,10 @@ def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(tmp_path
     assert not list(folder.glob("lora*.safetensors"))  # kohya's would be named after the run
     workflow = (folder / "lora.comfy.json").read_text(encoding="utf-8")
     assert {"base.safetensors", "lora.safetensors"} <= {*re.findall(r'"([\w.]+)"', workflow)}
+    by_base = (folder / "lora.base.comfy.json").read_text(encoding="utf-8")
+    assert "CreateHookLoraModelOnly" in by_base
+    assert "CreateHookLoraModelOnly" not in workflow
+    assert "`lora.base.comfy.json`" in (folder / "README.md").read_text(encoding="utf-8")
     assert "`lora.comfy.json`" in (folder / "README.md").read_text(encoding="utf-8")
     assert not list(run("whole").glob("*.comfy.json"))
     contents = inspect(folder / FILE_NAME)
@@ -179,6 +183,7 @@ def test_a_fresh_start_deletes_a_runs_own_transformer_only(tmp_path):
     with pytest.raises(UserError, match="not of a run of full fine-tuning"):
         guard(tmp_path, None, exports_weights=True)
     (tmp_path / "run.json").write_text((run("whole") / "run.json").read_text())
-    (tmp_path / f"{tmp_path.name}.comfy.json").touch()
+    for ending in ("comfy.json", "base.comfy.json"):
+        (tmp_path / f"{tmp_path.name}.{ending}").touch()
     clear(tmp_path, overwrite=True)
     assert not list(tmp_path.iterdir())

@@ -30,8 +30,8 @@ def pipeline_of(kind):
     return load_pipeline("mini", dtype=torch.float32) if kind == SDXL else make_pipeline(kind)
 
 
-def graph_of(pipeline):
-    sample = ValidationSample("a fox", "", 3, 1.0, SIDE, SIDE, guidance=2.5, steps=STEPS)
+def graph_of(pipeline, guidance_from="adapter"):
+    sample = ValidationSample("a fox", "", 3, 1.0, SIDE, SIDE, 2.5, STEPS, guidance_from)
     return comfy.workflow(pipeline, "model", "dog.safetensors", sample)
 
 
@@ -86,22 +86,51 @@ def test_the_noise_levels_are_those_of_diffusers(kind, monkeypatch):
     torch.testing.assert_close(comfy_levels(graph_of(pipeline)), levels[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", READ)
-def test_a_workflow_hangs_together(kind):
-    graph = graph_of(pipeline_of(kind))
+def ends(graph):
+    """Classes of the nodes that serve no other; each is served by those before it."""
     serving = set()
     for number, node in graph.items():
         links = [value[0] for value in node["inputs"].values() if isinstance(value, list)]
         assert all(int(link) < int(number) for link in links)  # what comes before, so no circle
         serving.update(links)
-    ends = [node["class_type"] for number, node in graph.items() if number not in serving]
-    assert ends == ["SaveImage"]  # all serve it
+    return [node["class_type"] for number, node in graph.items() if number not in serving]
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_workflow_hangs_together(kind):
+    graph = graph_of(pipeline_of(kind))
+    assert ends(graph) == ["SaveImage"]  # all serve it
     (lora,) = nodes(graph, "LoraLoader", "LoraLoaderModelOnly")
     assert (lora["lora_name"], lora["strength_model"]) == ("dog.safetensors", 1)
     assert nodes(graph, "CLIPTextEncode")[0]["text"] == "a fox"
     (guided,) = nodes(graph, "KSampler", "CFGGuider")
     scales = {"FluxPipeline": 1.0, "ZImagePipeline": 3.5, "Krea2Pipeline": 3.5}
     assert guided["cfg"] == scales.get(kind, 2.5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in READ if kind != "FluxPipeline"])
+def test_with_guidance_from_the_base_model_the_adapter_acts_on_the_prompt_alone(kind):
+    graph = graph_of(pipeline_of(kind), "base")
+    assert ends(graph) == ["SaveImage"]
+
+    def kinds_before(link):
+        """Classes of all nodes that an input depends on."""
+        node = graph[link[0]]
+        kinds = {node["class_type"]}
+        for value in node["inputs"].values():
+            if isinstance(value, list):
+                kinds |= kinds_before(value)
+        return kinds
+
+    (guided,) = nodes(graph, "KSampler", "CFGGuider")
+    loras = {"LoraLoader", "LoraLoaderModelOnly", "CreateHookLoraModelOnly"}
+    assert "CreateHookLoraModelOnly" in kinds_before(guided["positive"])
+    assert not loras & kinds_before(guided["model"])
+    if "ConditioningZeroOut" not in kinds_before(guided["negative"]):
+        assert not loras & kinds_before(guided["negative"])
+    assert "CreateHookLoraModelOnly" not in kinds_before(guided["negative"])
+    for lora in nodes(graph, *loras):
+        assert (lora["lora_name"], lora["strength_model"]) == ("dog.safetensors", 1)
 
 
 def test_every_model_that_comfyui_reads_has_a_workflow_and_no_other():

@@ -55,11 +55,11 @@ def images_of(pipeline, source, **options):
     return generate(pipeline, PROMPTS, SEEDS, guidance_from=source, **settings)
 
 
-def difference(images, others):
+def difference(images, expected_images):
     """The largest difference of two lists of images, in steps of 255."""
-    pixels = [
-        np.stack([np.asarray(image) for image in part]).astype(int) for part in (images, others)
-    ]
+    pixels: list[Any] = []
+    for part in (images, expected_images):
+        pixels.append(np.stack([np.asarray(image) for image in part]).astype(int))
     return np.abs(pixels[0] - pixels[1]).max()
 
 

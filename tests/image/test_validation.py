@@ -118,9 +118,9 @@ def test_settings_that_can_have_no_effect_are_refused(pipeline, monkeypatch):
         samples("a --l 9 --n b", resolution=64)
 
 
-def difference(image, other):
+def difference(image, expected_image):
     """The largest difference of two images, in steps of 255."""
-    return np.abs(np.asarray(image).astype(int) - np.asarray(other).astype(int)).max()
+    return np.abs(np.asarray(image).astype(int) - np.asarray(expected_image).astype(int)).max()
 
 
 def test_images_and_index_are_those_of_the_samples(tmp_path):

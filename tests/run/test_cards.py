@@ -19,6 +19,8 @@ from bilora_diffusion.core.lora_names import FILE_NAME
 from bilora_diffusion.export.writer import save_models
 from bilora_diffusion.image.card import write_dreambooth_card
 from bilora_diffusion.image.config import resolve
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.script import write_text_card
@@ -49,11 +51,17 @@ def sampled(folder, count):
         (images / f"{number:03d}.png").touch()
 
 
+def blocks(text):
+    """The Python blocks of a card; raises when one is not Python."""
+    parts = [part.split("\n```")[0] for part in text.split("```python\n")[1:]]
+    for part in parts:
+        ast.parse(part)
+    return parts
+
+
 def code(text):
-    """The Python block of a card; raises when it is not Python."""
-    block = text.split("```python\n")[1].split("\n```")[0]
-    ast.parse(block)
-    return block
+    """The first Python block of a card."""
+    return blocks(text)[0]
 
 
 def test_a_full_card(tmp_path):
@@ -119,6 +127,31 @@ def test_the_code_for_sdxl_runs_in_its_precision(weights, tmp_path, monkeypatch)
     assert snippet.count("dtype=torch.float16") == 2
     places = {SDXL: pipeline_dir(), VAE[1]: pipeline_dir() / "vae"}
     run(snippet, {repr(name): repr(str(place)) for name, place in places.items()})
+
+
+def test_the_code_for_guidance_from_the_base_model_is_right_on_the_miniature(
+    tmp_path, pipeline, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_lora(tmp_path, pipeline, size=1.0)
+    text = card(tmp_path, MINI).text
+    settings = ", num_inference_steps=2, generator=torch.Generator().manual_seed(3)).images"
+    names: dict[str, Any] = {}
+    for block in blocks(text):
+        exec(block.replace(").images", settings), names)
+    assert len(blocks(text)[1].splitlines()) <= 12
+    adapted = load_pipeline("mini", dtype=torch.float32)
+    adapted.load_lora_weights(tmp_path, weight_name=FILE_NAME)
+    images = []
+    for source in ("base", "adapter"):
+        prompt = "a ToK icon, in the style of ToK"
+        images += generate(adapted, [prompt], [3], size=64, steps=2, guidance_from=source)
+    pixels = [np.asarray(image).astype(int) for image in (names["image"], *images)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    assert np.abs(pixels[0] - pixels[2]).max() > 4
+    for flags in (["--use_dora"], ["--train_text_encoder"], ["--method", "full"]):
+        results = {"export": {"unet": None}} if "full" in flags else None
+        assert len(blocks(card(tmp_path, [*MINI, *flags], results=results).text)) == 1
 
 
 def test_the_code_for_the_miniature_and_for_whole_models_runs(
