@@ -25,23 +25,37 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from picture_presets import CONTROL, PRESETS, VARIANTS, Guidance, read_guidances
+from picture_scores import (
+    CURVES,
+    METRICS,
+    SAMPLED_METRICS,
+    curve_panels,
+    draw_fronts,
+    pooled,
+    preset_truths,
+    rms,
+    step_sections,
+)
+from PIL import Image
 
 from bilora_diffusion.core.durable import dump_json, write_text
 from bilora_diffusion.core.errors import TrainingError, UserError, did_you_mean
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import WORKERS
 from bilora_diffusion.run.console import quiet
-from eval import compare, plot, report, table
+from eval import compare, report, table
 from eval.clip_scores import ClipScores
-from eval.clip_scores.names import METRICS as CLIP_METRICS
+from eval.clip_scores.prompts import read
 from eval.command import COUNTS, Parser, open_device, open_folder, read_integers, run
 from eval.evaluation import Evaluation
-from eval.plot import Curve, Panel
+from eval.plot import Panel
 from eval.provenance import command_line, of_this_process
 from eval.subjects import Subject
 from eval.sweep import subject_of
@@ -49,118 +63,9 @@ from eval.sweep.experiment import IMAGE_SCRIPT, parse
 from eval.sweep.plan import Plan, find_recipe, find_script, make_plan
 from eval.sweep.reporting import FINISHED, HELDOUT
 from eval.sweep.runs import Runner
-from eval.table import Metric, Result, Row
+from eval.table import Result, Row
 
-CONTROL = "LoRA"
-VARIANTS: dict[str, dict[str, bool | str]] = {
-    CONTROL: {"method": "lora"},
-    "Bi-LoRA": {"method": "bilora"},
-    "Bi-LoRA, rho auto": {"method": "bilora", "rho": "auto"},
-    "Bi-LoRA, per sample": {"method": "bilora", "rho": "auto", "auxiliaries": "sample"},
-    "LoRA-SAM": {"method": "lora_sam"},
-    "LoRA, EMA": {"method": "lora", "use_ema": True},
-}
 POSTED = "pictures.json"
-FRONTS = "fronts.png"
-CURVES = "curves.png"
-POOL = 8
-"""Side in pixels of the squares over which the pixel error averages: it sees colours, not edges."""
-SAMPLED_METRICS = {name: CLIP_METRICS[name] for name in ("truth", "i2t", "t2t", "nearest")}
-METRICS = {
-    **SAMPLED_METRICS,
-    "pixels": Metric(
-        "pixel error",
-        f"root mean square difference to the held-out picture, over {POOL} x {POOL} pixels",
-        scale=100,
-        form=".2f",
-    ),
-    HELDOUT: Metric("held-out loss", "x 1000", scale=1000, form=".2f"),
-}
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Where the unconditional prediction comes from, and the scale of guidance."""
-
-    source: str  # "adapter" or "base"
-    scale: float
-
-    @property
-    def label(self) -> str:
-        """As figures and tables name it."""
-        owner = "base's " if self.source == "base" else ""
-        return f"{owner}guidance {self.scale:g}"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What is trained and sampled.
-
-    Args:
-        recipe: YAML file of the training script.
-        options: further options of all runs.
-        prompts: ``--prompts`` of eval.clip_scores.
-        steps: checkpoints that are sampled; the last one is the end of training.
-        guidances: kinds of guidance.
-        seeds: of training.
-        sampling_seeds: images of each prompt.
-        max_prompts: of the set; None for all.
-        scoring: further flags of eval.clip_scores.
-    """
-
-    recipe: str
-    prompts: str
-    steps: tuple[int, ...]
-    guidances: tuple[Guidance, ...]
-    options: dict[str, bool | str] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    sampling_seeds: tuple[int, ...] = (0,)
-    max_prompts: int | None = None
-    scoring: tuple[str, ...] = ()
-
-
-def mini_preset(dataset: str, **changes: Any) -> Preset:
-    """The miniature on one of its sets, past the lowest held-out loss; 64 held-out captions."""
-    return Preset(
-        recipe="recipes/mini.yaml",
-        prompts=f"{dataset}-heldout",
-        steps=(100, 300, 500, 1000),
-        guidances=(Guidance("adapter", 4.0), Guidance("base", 2.0)),
-        options={"dataset": dataset, "validation_loss_steps": "50", "num_validation_images": "0"},
-        max_prompts=64,
-        scoring=("--general_prompts", "none", "--skip_captions"),
-        **changes,
-    )
-
-
-# Two seeds of 200 prompts; the held-out loss is not measured, since all pictures are trained on.
-GPU_SAMPLING: dict[str, Any] = {
-    "prompts": "3d_icon",
-    "seeds": (0, 1, 2),
-    "sampling_seeds": (0, 1),
-    "scoring": ("--general_prompts", "none"),
-}
-PRESETS = {
-    "mini-icons": mini_preset("mini"),
-    "mini-animals": mini_preset("mini-animals"),
-    "mini-duotone": mini_preset("mini-duotone"),
-    "mini-gray": mini_preset("mini-gray"),
-    "mini-pastel": mini_preset("mini-pastel"),
-    "sdxl-3d_icon": Preset(
-        recipe="recipes/sdxl_3d_icon.yaml",
-        steps=(250, 500, 1000, 2000),
-        guidances=(Guidance("adapter", 5.0), Guidance("base", 3.0)),
-        options={"num_validation_images": "0", "mixed_precision": "bf16"},
-        **GPU_SAMPLING,
-    ),
-    "flux2_klein": Preset(
-        recipe="recipes/flux2_klein.yaml",
-        steps=(250, 500, 1000, 2000),
-        guidances=(Guidance("adapter", 4.0), Guidance("base", 2.5)),
-        options={"dataset": "linoyts/3d_icon", "num_validation_images": "0"},
-        **GPU_SAMPLING,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -213,6 +118,12 @@ class Pictures(Evaluation):
         words = sys.argv[1:] if argv is None else list(argv)
         command = command_line("benchmarks.pictures", words)
         return run(lambda: cls(cls.parser().read(words), command).work())
+
+    @classmethod
+    def parser(cls) -> Parser:
+        parser = super().parser()
+        parser.prog = "python benchmarks/pictures.py"
+        return parser
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
@@ -283,8 +194,6 @@ class Pictures(Evaluation):
 
     def _prompt_count(self) -> int:
         """How many prompts of the preset's set are sampled."""
-        from eval.clip_scores.prompts import read
-
         limits = [len(read(self.preset.prompts))]
         for limit in (self.preset.max_prompts, self.args.max_prompts):
             if limit is not None:
@@ -372,10 +281,8 @@ class Pictures(Evaluation):
 
     def _measure_pixels(self, guidance: Guidance, result: Result, folder: Path) -> None:
         """Pixel errors of all images whose prompt has a held-out picture, by checkpoint."""
-        from PIL import Image
-
         truths = {}
-        for prompt, picture in truth_pictures(self.preset, result).items():
+        for prompt, picture in preset_truths(self.preset, result).items():
             truths[prompt] = pooled(picture)
         for row in result.select("image"):
             if row.item in truths:
@@ -431,20 +338,7 @@ class Pictures(Evaluation):
         return self.result(subjects, rows, lines, CONTROL, provenance=provenance)
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
-        """Metrics over training: a row for each metric, a column for each kind of guidance."""
-        rows = []
-        for metric in ("truth", "i2t", "nearest"):
-            panels = []
-            for guidance in self.guidances:
-                curves = [
-                    Curve(group, metric, guidance.label, label=group) for group in result.groups
-                ]
-                title = f"{METRICS[metric].title}, {guidance.label}"
-                if result.select(metric, item=guidance.label):
-                    panels.append(Panel(title, "cosine", curves))
-            if panels:
-                rows.append(panels)
-        return {CURVES: rows}
+        return {CURVES: curve_panels(result, self.guidances)}
 
     def figures(self, result: Result, folder: Path) -> list[str]:
         return [*draw_fronts(result, self.guidances, folder), *super().figures(result, folder)]
@@ -462,13 +356,7 @@ class Pictures(Evaluation):
         return {}
 
     def further(self, result: Result) -> list[str]:
-        sections = []
-        for metric in METRICS:
-            items = list(dict.fromkeys(row.item for row in result.select(metric)))
-            for item in items:
-                title = METRICS[metric].title + (f", {item}" if item else "")
-                sections.append(report.section(title, step_table(result, metric, item)))
-        return [*sections, report.closing(result)]
+        return [*step_sections(result), report.closing(result)]
 
     def write(self, result: Result) -> None:
         super().write(result)
@@ -479,107 +367,6 @@ class Pictures(Evaluation):
             "rows": [asdict(row) for row in result.rows],
         }
         write_text(self.folder / POSTED, dump_json(posted))
-
-
-def read_guidances(text: str | None) -> tuple[Guidance, ...]:
-    """The kinds of guidance of ``adapter:4,base:2``; none for None."""
-    guidances = []
-    for word in (text or "").split(","):
-        if not word.strip():
-            continue
-        source, _, scale = word.strip().partition(":")
-        try:
-            guidance = Guidance(source, float(scale))
-        except ValueError:
-            guidance = Guidance("", 0.0)
-        if guidance.source not in ("adapter", "base"):
-            raise UserError(f'--guidances has "{word.strip()}": write adapter:4 or base:2.')
-        guidances.append(guidance)
-    return tuple(guidances)
-
-
-def truth_pictures(preset: Preset, result: Result) -> dict[str, Any]:
-    """The held-out picture of each prompt of a scored result that has one."""
-    from eval.clip_scores import measure
-    from eval.clip_scores.prompts import read
-
-    scored = {prompt["text"] for prompt in result.settings["prompts"]}
-    prompts = [prompt for prompt in read(preset.prompts) if prompt.text in scored]
-    return measure.truth_pictures(prompts, result.settings["sampling"]["base_model"])
-
-
-def pooled(image: Any) -> Any:
-    """Means of the colours over squares of `POOL` pixels, in [0, 1]: (h, w, 3)."""
-    import numpy as np
-
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255  # (height, width, 3)
-    rows, columns = pixels.shape[0] // POOL, pixels.shape[1] // POOL
-    squares = pixels[: rows * POOL, : columns * POOL].reshape(rows, POOL, columns, POOL, 3)
-    return squares.mean(axis=(1, 3))
-
-
-def rms(differences: Any) -> float:
-    """Root mean square of an array."""
-    import numpy as np
-
-    return float(np.sqrt(np.square(differences).mean()))
-
-
-def step_table(result: Result, metric: str, item: str) -> str:
-    """A row for each variant, a column for each checkpoint: its mean, and how it differs from the
-    control's.
-    """
-    steps = sorted({row.step or 0 for row in result.select(metric, item=item)})
-    rows = []
-    for group in result.groups:
-        cells = [group]
-        for step in steps:
-            line = result.summary(group, metric, item, step)
-            cell = report.mean(line, METRICS[metric], intervals=False)
-            if group != result.control:
-                cell += f" ({report.difference(line, METRICS[metric])})"
-            cells.append(cell)
-        rows.append(cells)
-    return report.table(["variant", *(f"step {step}" for step in steps)], rows)
-
-
-def draw_fronts(result: Result, guidances: Sequence[Guidance], folder: Path) -> list[str]:
-    """Likeness to what was to be learned over agreement with the prompt, a line for each variant
-    through its checkpoints; one pair of axes for each kind of guidance.
-
-    Likeness is that to the held-out pictures; without them, to the nearest training picture.
-    """
-    likeness = "truth" if result.select("truth") else "nearest"
-    styles = plot.group_styles(result.groups, CONTROL)
-    with plot.canvas(folder / FRONTS, 1, len(guidances)) as (_, axes):
-        for axis, guidance in zip(axes.flat, guidances, strict=True):
-            for group in result.groups:
-                horizontal = result.curve(group, "i2t", guidance.label)
-                vertical = result.curve(group, likeness, guidance.label)
-                for metric_line in (horizontal, vertical):
-                    if any(point.mean is None for point in metric_line):
-                        return []
-                x = [100 * (point.mean or 0.0) for point in horizontal]
-                y = [100 * (point.mean or 0.0) for point in vertical]
-                x_error = [100 * (point.error or 0.0) for point in horizontal]
-                y_error = [100 * (point.error or 0.0) for point in vertical]
-                color = styles[group]["color"]
-                axis.errorbar(
-                    x,
-                    y,
-                    y_error,
-                    x_error,
-                    label=group,
-                    color=color,
-                    marker=".",
-                    lw=1,
-                    elinewidth=0.6,
-                )
-                for point, place in zip(vertical, zip(x, y, strict=True), strict=True):
-                    if group == result.control:
-                        axis.annotate(f"{point.step}", place, fontsize=6, color="gray")
-            plot.finish(axis, guidance.label, METRICS[likeness].title, xlabel="CLIP I2T")
-    return [FRONTS]
 
 
 main = Pictures.main
