@@ -13,7 +13,8 @@ VARIANTS: dict[str, dict[str, bool | str]] = {
     "Bi-LoRA": {"method": "bilora"},
     "Bi-LoRA, rho auto": {"method": "bilora", "rho": "auto"},
     "Bi-LoRA, per sample": {"method": "bilora", "rho": "auto", "auxiliaries": "sample"},
-    "LoRA-SAM": {"method": "lora_sam"},
+    "LoRA, held": {"method": "lora", "hold_unconditional": "4"},
+    "LoRA-SAM": {"method": "lora-sam"},
     "LoRA, EMA": {"method": "lora", "use_ema": True},
 }
 

@@ -75,7 +75,7 @@ class PicturesOptions:
     section = "pictures"
     preset: str = option("mini-duotone", "What is trained and sampled.", choices=tuple(PRESETS))
     variants: str = option(
-        "LoRA;Bi-LoRA;Bi-LoRA, rho auto;Bi-LoRA, per sample",
+        "LoRA;Bi-LoRA;Bi-LoRA, rho auto;Bi-LoRA, per sample;LoRA, held",
         f"Labels with semicolons between them, of {'; '.join(VARIANTS)}.",
     )
     seeds: str | None = option(None, "Training seeds, as 0..4 or 0,1 (default: the preset's).")
