@@ -135,8 +135,8 @@ class Pictures(Evaluation):
         for label in labels:
             if label not in VARIANTS:
                 raise UserError(
-                    f'--variants has "{label}"{did_you_mean(label, VARIANTS)}: use of'
-                    f" {'; '.join(VARIANTS)}."
+                    f'--variants has "{label}"{did_you_mean(label, VARIANTS)}: choose'
+                    f" from {'; '.join(VARIANTS)}."
                 )
         seeds = read_integers(self.args.seeds, "--seeds") if self.args.seeds else self.preset.seeds
         # Every checkpoint that is sampled is written, and none is removed.

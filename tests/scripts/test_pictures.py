@@ -1,0 +1,81 @@
+"""benchmarks/pictures.py on the miniature: trained, sampled, interrupted, and seeds added later."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from eval import table
+from tests.scripts.runs import ROOT
+
+COMMAND = (
+    *(sys.executable, "benchmarks/pictures.py", "--preset", "mini-duotone"),
+    *("--variants", "LoRA;LoRA, held", "--steps", "2,4", "--max_prompts", "2"),
+    *("--processes", "1"),
+)
+
+
+def run(folder, *words, code=0):
+    places = ("--runs_dir", folder / "runs", "--output_dir", folder / "result")
+    command = [*map(str, (*COMMAND, *places, *words))]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == code, process.stderr
+    return process.stdout + process.stderr
+
+
+@pytest.mark.slow
+def test_checkpoints_are_sampled_with_both_kinds_of_guidance_and_seeds_are_added(tmp_path):
+    assert "2 variants x 1 seeds = 2 runs of 4 steps" in run(tmp_path, "--seeds", "0")
+    first = table.read(tmp_path / "result")
+    points = {(row.group, row.item, row.step) for row in first.select("truth")}
+    assert points == {
+        (group, guidance, step)
+        for group in ("LoRA", "LoRA, held")
+        for guidance in ("guidance 4", "base's guidance 2")
+        for step in (2, 4)
+    }
+    # The base model's prediction changes the images, and so each score.
+    adapter, base = (
+        first.select("i2t", "LoRA", item)[-1].value for item in ("guidance 4", "base's guidance 2")
+    )
+    assert adapter != base
+    assert first.select("pixels")
+    assert first.select("heldout_loss")
+
+    # The second seed needs neither runs nor images of the first.
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    run(tmp_path, "--seeds", "0,1")
+    second = table.read(tmp_path / "result")
+    assert [row for row in second.rows if row.seed == 0] == list(first.rows)
+    (line,) = [
+        line
+        for line in second.summaries
+        if (line.group, line.metric, line.item, line.step)
+        == ("LoRA, held", "truth", "base's guidance 2", 4)
+    ]
+    assert line.pairs == 2
+    posted = (tmp_path / "result" / "pictures.json").read_text()
+    assert len(json.loads(posted)["rows"]) == len(second.rows)
+    assert str(tmp_path) not in posted
+    assert str(ROOT) not in posted
+
+    # Rows of other prompts can't stand beside these.
+    message = run(tmp_path, "--seeds", "0", "--max_prompts", "1", code=2)
+    assert "has a result with images 2" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--variants", "LoRA;Lora"), '--variants has "Lora": choose from LoRA; Bi-LoRA;'),
+        (("--guidances", "best:4"), '--guidances has "best:4": write adapter:4 or base:2.'),
+        (("--steps", "a"), "--steps: write whole numbers"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence(words, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    pictures = importlib.import_module("pictures")
+    assert pictures.main([*words, "--output_dir", str(tmp_path)]) == 2
+    assert sentence in capsys.readouterr().err
