@@ -1,5 +1,6 @@
 """The wheel, installed beside nothing of the repository: the command ``bilora`` and its demo."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,18 +13,28 @@ from tests.scripts.runs import ROOT, process
 
 pytestmark = pytest.mark.slow
 RUNNER = """
-import os, runpy, sys
-folder, *sys.argv = sys.argv[1:]
+import contextlib, io, json, os, runpy, sys
+folder, script, *commands = sys.argv[1:]
 here = [p for p in sys.path if not os.path.exists(os.path.join(p, "train_dreambooth_bilora.py"))]
 sys.path = [folder, *here]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    import bilora_diffusion
-    assert bilora_diffusion.__file__.startswith(folder), bilora_diffusion.__file__
-    assert not {"eval", "app", "examples"} & sys.modules.keys()
+answers = []
+for words in map(json.loads, commands):
+    sys.argv = [script, *words]
+    output, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    answers.append((code, output.getvalue()))
+import bilora_diffusion
+assert bilora_diffusion.__file__.startswith(folder), bilora_diffusion.__file__
+assert not {"eval", "app", "examples"} & sys.modules.keys()
+print(json.dumps(answers))
 """
-"""Runs a script as if the repository, which the environment may name, were not there."""
+"""Runs commands in one process, as if the repository, which the environment may name, were not
+there: the exit code and the output of each.
+"""
 
 
 def pip(*words):
@@ -46,41 +57,46 @@ def installed(tmp_path_factory):
     return folder
 
 
-def bilora(installed, folder, *words):
-    """Exit code and output of the command, in an empty folder."""
-    command = [sys.executable, "-c", RUNNER, installed, installed / "bin" / "bilora", *words]
+def answers(installed, folder, *commands):
+    """Exit code and output of each command line, in an empty folder."""
+    words = [json.dumps(command.split()) for command in commands]
+    runner = [sys.executable, "-c", RUNNER, installed, installed / "bin" / "bilora", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
-    run = subprocess.run(
-        [*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True
+    process = subprocess.run(
+        [*map(str, runner)], cwd=folder, env=environment, capture_output=True, text=True
     )
-    assert "Traceback" not in run.stderr, run.stderr
-    return run.returncode, run.stdout + run.stderr
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr + process.stdout, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def test_the_demo_trains_and_draws(installed, tmp_path):
-    short = ("--max_train_steps", "4", "--validation_part", "1/32", "--num_validation_images", "0")
-    code, out = bilora(installed, tmp_path, "demo", *short)
-    assert code == 0, out
-    assert "saw the same data and noise in all 4 steps" in out
-    assert "python -m eval" not in out  # which only the repository has
+    short = "--max_train_steps 4 --validation_part 1/32 --num_validation_images 0"
+    (code, output), (exported, _) = answers(
+        installed, tmp_path, f"demo {short}", "export demo/bilora"
+    )
+    assert code == 0, output
+    assert "saw the same data and noise in all 4 steps" in output
+    assert "python -m eval" not in output  # which only the repository has
     assert (tmp_path / "demo" / "grid.png").stat().st_size > 10_000
-    assert bilora(installed, tmp_path, "export", "demo/bilora")[0] == 0
+    assert exported == 0
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "expected"),
-    [
-        ("train --config mini --dry_run", 0, "It fits"),
-        ("--help", 0, "usage: bilora {train,text,export,demo}"),
-        ("trian", 2, 'did you mean "train"'),
-        ("export run --step last", 2, 'error: --step is "last"'),
-        ("demo --seed x", 2, 'error: --seed is "x"'),
-        ("train --config mini_flow", 2, "mini-flow is in the repository only"),
-    ],
-)
-def test_a_command_answers(installed, tmp_path, words, code, expected):
-    ended, out = bilora(installed, tmp_path, *words.split())
-    assert ended == code
-    assert expected in out
+COMMANDS = {
+    "train --config mini --dry_run": (0, "It fits"),
+    "--help": (0, "usage: bilora {train,text,export,demo}"),
+    "trian": (2, 'did you mean "train"'),
+    "export run --step last": (2, 'error: --step is "last"'),
+    "demo --seed x": (2, 'error: --seed is "x"'),
+    "train --config mini_flow": (2, "mini-flow is in the repository only"),
+}
+
+
+def test_commands_answer(installed, tmp_path):
+    for (words, (code, expected)), (ended, output) in zip(
+        COMMANDS.items(), answers(installed, tmp_path, *COMMANDS), strict=True
+    ):
+        assert ended == code, words
+        assert expected in output, words
     assert not list(tmp_path.iterdir())
