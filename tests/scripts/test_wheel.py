@@ -63,6 +63,8 @@ def test_the_demo_trains_and_draws(installed, tmp_path):
     code, out = bilora(installed, tmp_path, "demo", *short)
     assert code == 0, out
     assert "saw the same data and noise in all 4 steps" in out
+    for row in ("base model: ", "LoRA, ordinary guidance 4", "Bi-LoRA, guidance 2 from base"):
+        assert row in out
     assert "python -m eval" not in out  # which only the repository has
     assert (tmp_path / "demo" / "grid.png").stat().st_size > 10_000
     assert bilora(installed, tmp_path, "export", "demo/bilora")[0] == 0
