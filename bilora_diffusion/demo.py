@@ -332,10 +332,9 @@ def _draw_differences(axis: Any, samples: Samples) -> None:
         text = f"{variant.name}: {curve[-1][1]:.1f}\n{variant.note}"
         ends.append((curve[-1], text, variant.color))
     axis.plot(*start, "o", color=GRAY, ms=7)
-    axis.annotate(BASE, start, xytext=(7, 5), textcoords="offset points", color=GRAY)
-    title = "colour difference between samples\nand truth, %: the lower, the better"
+    title = f"colour difference between samples\nand truth, % (dot: {BASE})"
     axis.set_title(title, fontsize=11, loc="left")
-    axis.set_ylim(0, 1.15 * axis.get_ylim()[1])  # room for the label of the base model
+    axis.set_ylim(bottom=0)
     _label_ends(axis, ends)
 
 
