@@ -1,6 +1,7 @@
 """Score adapters by CLIP: images from a prompt set, I2T, T2T and more, compared prompt by prompt.
 
-    make demo && python -m eval.clip_scores                # the demo's two runs and the base model
+    make demo && python -m eval.clip_scores --prompts mini-duotone-heldout \\
+        --guidance_from base --guidance_scale 2            # the demo's two runs and the base model
     python -m eval.clip_scores runs/lora runs/bilora base --max_prompts 6 --seeds 0  # a minute
     python -m eval.clip_scores LoRA=runs/a Bi-LoRA=runs/b --seeds 0..3 --output_dir results/scores
     python -m eval.clip_scores some/lora.safetensors base --prompts my_prompts.txt \\

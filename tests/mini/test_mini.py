@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import TrainingError, UserError
-from bilora_diffusion.demo import require_paired
+from bilora_diffusion.demo import difference, require_paired
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.script import heldout_images
@@ -198,6 +198,14 @@ def test_only_runs_of_equal_digests_are_compared(tmp_path, digests, step):
     else:
         with pytest.raises(TrainingError, match=f"step {step}"):
             require_paired(pair)
+
+
+def test_the_demo_s_difference_is_of_colors_not_of_detail():
+    black, white, gray = (Image.new("RGB", (64, 64), (v, v, v)) for v in (0, 255, 127))
+    stripes = Image.new("RGB", (64, 64))
+    stripes.putdata([(255 * (number % 2),) * 3 for number in range(64 * 64)])
+    assert difference([white, black], [black, black]) == 50
+    assert difference([stripes], [gray]) < 1
 
 
 @pytest.mark.slow
