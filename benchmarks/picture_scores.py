@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from picture_presets import CONTROL, Guidance, Preset
 from PIL.Image import Image
 
+from bilora_diffusion.mini.colors import SQUARE
 from eval import plot, report
 from eval.clip_scores.measure import truth_pictures
 from eval.clip_scores.names import METRICS as CLIP_METRICS
@@ -20,14 +19,12 @@ from eval.table import Metric, Result
 
 FRONTS = "fronts.png"
 CURVES = "curves.png"
-POOL = 8
-"""Side in pixels of the squares over which the pixel error averages: it sees colours, not edges."""
 SAMPLED_METRICS = {name: CLIP_METRICS[name] for name in ("truth", "i2t", "t2t", "nearest")}
 METRICS = {
     **SAMPLED_METRICS,
-    "pixels": Metric(
-        "pixel error",
-        f"root mean square difference to the held-out picture, over {POOL} x {POOL} pixels",
+    "colors": Metric(
+        "colour difference, %",
+        f"of mean colours over {SQUARE} x {SQUARE} pixels, to the held-out picture",
         scale=100,
         form=".2f",
     ),
@@ -40,19 +37,6 @@ def preset_truths(preset: Preset, result: Result) -> dict[str, Image]:
     scored = {prompt["text"] for prompt in result.settings["prompts"]}
     prompts = [prompt for prompt in read(preset.prompts) if prompt.text in scored]
     return truth_pictures(prompts, result.settings["sampling"]["base_model"])
-
-
-def pooled(image: Image) -> NDArray[np.float64]:
-    """Means of the colours over squares of `POOL` pixels, in [0, 1]: (h, w, 3)."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255  # (height, width, 3)
-    rows, columns = pixels.shape[0] // POOL, pixels.shape[1] // POOL
-    squares = pixels[: rows * POOL, : columns * POOL].reshape(rows, POOL, columns, POOL, 3)
-    return squares.mean(axis=(1, 3))
-
-
-def rms(differences: NDArray[np.float64]) -> float:
-    """Root mean square of an array."""
-    return float(np.sqrt(np.square(differences).mean()))
 
 
 def curve_panels(result: Result, guidances: Sequence[Guidance]) -> list[list[Panel]]:

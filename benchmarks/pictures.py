@@ -29,7 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # also as `python -m benchmarks.pictures`
 
 from picture_presets import CONTROL, PRESETS, VARIANTS, Guidance, read_guidances
 from picture_scores import (
@@ -38,9 +39,7 @@ from picture_scores import (
     SAMPLED_METRICS,
     curve_panels,
     draw_fronts,
-    pooled,
     preset_truths,
-    rms,
     step_sections,
 )
 from PIL import Image
@@ -49,6 +48,7 @@ from bilora_diffusion.core.durable import dump_json, write_text
 from bilora_diffusion.core.errors import TrainingError, UserError, did_you_mean
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import WORKERS
+from bilora_diffusion.mini.colors import color_difference
 from bilora_diffusion.run.console import quiet
 from eval import compare, report, table
 from eval.clip_scores import ClipScores
@@ -110,7 +110,7 @@ class Pictures(Evaluation):
         self.runs_dir: Path = args.runs_dir / args.preset
         self.recorded = self._read_recorded()
         self.scored: dict[Guidance, Result] = {}
-        self.pixel_errors: dict[tuple[Guidance, str], list[float]] = {}
+        self.color_differences: dict[tuple[Guidance, str], list[float]] = {}
 
     @classmethod
     def main(cls, argv: Sequence[str] | None = None) -> int:
@@ -276,19 +276,17 @@ class Pictures(Evaluation):
         if ClipScores.main(words):
             raise TrainingError(f"eval.clip_scores failed on {folder}: its sentence stands above.")
         result = table.read(folder)
-        self._measure_pixels(guidance, result, folder)
+        self._measure_colors(guidance, result, folder)
         return result
 
-    def _measure_pixels(self, guidance: Guidance, result: Result, folder: Path) -> None:
-        """Pixel errors of all images whose prompt has a held-out picture, by checkpoint."""
-        truths = {}
-        for prompt, picture in preset_truths(self.preset, result).items():
-            truths[prompt] = pooled(picture)
+    def _measure_colors(self, guidance: Guidance, result: Result, folder: Path) -> None:
+        """Measure how the colours of all images differ from their held-out pictures."""
+        truths = preset_truths(self.preset, result)
         for row in result.select("image"):
             if row.item in truths:
                 with Image.open(folder / row.note) as image:
-                    error = rms(pooled(image) - truths[row.item])
-                self.pixel_errors.setdefault((guidance, row.subject), []).append(error)
+                    difference = color_difference(image, truths[row.item])
+                self.color_differences.setdefault((guidance, row.subject), []).append(difference)
 
     def _describe_settings(self) -> None:
         variants = {variant.label: dict(variant.values) for variant in self.plan.variants}
@@ -323,10 +321,10 @@ class Pictures(Evaluation):
                     if values:
                         mean = compare.mean(values)
                         yield subject.row(metric, mean, item=guidance.label, step=step)
-                errors = self.pixel_errors.get((guidance, entry.label))
-                if errors:
-                    mean = statistics.fmean(errors)
-                    yield subject.row("pixels", mean, item=guidance.label, step=step)
+                differences = self.color_differences.get((guidance, entry.label))
+                if differences:
+                    mean = statistics.fmean(differences)
+                    yield subject.row("colors", mean, item=guidance.label, step=step)
         for line in subject.log():
             if HELDOUT in line and line["step"] in self.steps:
                 yield subject.row(HELDOUT, line[HELDOUT], step=line["step"])

@@ -33,6 +33,7 @@ from .image.opening import open_images
 from .image.pipeline import load_pipeline
 from .image.sampling import generate
 from .methods import get
+from .mini.colors import color_difference
 from .run import checkpoint, runlog
 from .run.console import in_repository
 from .run.interruption import ends_in
@@ -55,8 +56,6 @@ COMPARED_COUNT = 16
 """Number of held-out icons behind them whose samples are compared with the truth at each step."""
 SAMPLER_STEPS = 12
 """Enough to compare colours: with 25 steps no difference in the table changes by more than 0.2."""
-SQUARE = 8
-"""Side, in pixels, of the squares whose mean colours are compared."""
 BASE = "base model"
 Curve = list[tuple[int, float]]
 """Steps and values."""
@@ -242,23 +241,11 @@ def adapters_of(folder: Path, steps: int) -> Iterator[tuple[int, Path]]:
 
 
 def difference(images: Sequence[Image], truth: Sequence[Image]) -> float:
-    """Mean absolute difference in colour between images and the truth, in % of the full range.
-
-    Mean colours of squares are compared, so that fine detail does not count.
-    """
-    distances = [
-        np.abs(_mean_colors(image) - _mean_colors(true_image)).mean()
-        for image, true_image in zip(images, truth, strict=True)
-    ]
+    """Mean `color_difference` between images and the truth, in % of the full range."""
+    distances = []
+    for image, true_image in zip(images, truth, strict=True):
+        distances.append(color_difference(image, true_image))
     return 100 * float(np.mean(distances))
-
-
-def _mean_colors(image: Image) -> np.ndarray:
-    """Mean colours of the squares of an image in 0..1, (rows, columns, 3)."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255  # (h, w, 3)
-    height, width, _ = pixels.shape
-    squares = pixels.reshape(height // SQUARE, SQUARE, width // SQUARE, SQUARE, 3)
-    return squares.mean(axis=(1, 3))
 
 
 def draw(samples: Samples, losses: dict[str, Curve], steps: int, picture: Path) -> None:

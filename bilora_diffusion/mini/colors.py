@@ -1,4 +1,5 @@
-"""Fixed maps of colours, which make further styles of the shipped icons.
+"""Fixed maps of colours, which make further styles of the shipped icons, and how far a sample is
+from the mapped picture.
 
 The mapped picture of a held-out icon is exactly what a model that learned the style should make of
 its caption.
@@ -15,6 +16,9 @@ PASTEL = 0.4
 """What is left of each channel's distance from white: the autoencoder knows white backgrounds only,
 so a map has to leave white light (an inverted set can't be decoded).
 """
+
+SQUARE = 8
+"""Side, in pixels, of the squares whose mean colours `color_difference` compares."""
 
 
 def duotone(image: Image.Image) -> Image.Image:
@@ -37,3 +41,18 @@ def pastel(image: Image.Image) -> Image.Image:
 
 MAPS = {"duotone": duotone, "gray": gray, "pastel": pastel}
 """From RGB to RGB, by the names in ``mini.COLORED``."""
+
+
+def color_difference(image: Image.Image, truth: Image.Image) -> float:
+    """Mean absolute difference of the mean colours of squares, in [0, 1]; fine detail does not
+    count.
+    """
+    return float(np.abs(_mean_colors(image) - _mean_colors(truth)).mean())
+
+
+def _mean_colors(image: Image.Image) -> np.ndarray:
+    """Mean colours of the squares of an image, (rows, columns, 3) in [0, 1]."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255  # (h, w, 3)
+    height, width, _ = pixels.shape
+    squares = pixels.reshape(height // SQUARE, SQUARE, width // SQUARE, SQUARE, 3)
+    return squares.mean(axis=(1, 3))

@@ -41,7 +41,7 @@ def test_checkpoints_are_sampled_with_both_kinds_of_guidance_and_seeds_are_added
         first.select("i2t", "LoRA", item)[-1].value for item in ("guidance 4", "base's guidance 2")
     )
     assert adapter != base
-    assert first.select("pixels")
+    assert first.select("colors")
     assert first.select("heldout_loss")
 
     # The second seed needs neither runs nor images of the first.
