@@ -29,8 +29,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]  # also as `python -m benchmarks.pictures`
+# Both, so that the command also runs as `python -m benchmarks.pictures`.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from picture_presets import CONTROL, PRESETS, VARIANTS, Guidance, read_guidances
 from picture_scores import (
