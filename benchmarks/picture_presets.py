@@ -8,12 +8,15 @@ from typing import Any
 from bilora_diffusion.core.errors import UserError
 
 CONTROL = "LoRA"
+RADIUS_AUTO = "Bi-LoRA, rho auto"
+PER_SAMPLE = "Bi-LoRA, per sample"
+HELD_UNCONDITIONAL = "LoRA, held"
 VARIANTS: dict[str, dict[str, bool | str]] = {
     CONTROL: {"method": "lora"},
     "Bi-LoRA": {"method": "bilora"},
-    "Bi-LoRA, rho auto": {"method": "bilora", "rho": "auto"},
-    "Bi-LoRA, per sample": {"method": "bilora", "rho": "auto", "auxiliaries": "sample"},
-    "LoRA, held": {"method": "lora", "hold_unconditional": "4"},
+    RADIUS_AUTO: {"method": "bilora", "rho": "auto"},
+    PER_SAMPLE: {"method": "bilora", "rho": "auto", "auxiliaries": "sample"},
+    HELD_UNCONDITIONAL: {"method": "lora", "hold_unconditional": "4"},
     "LoRA-SAM": {"method": "lora-sam"},
     "LoRA, EMA": {"method": "lora", "use_ema": True},
 }
@@ -39,6 +42,7 @@ class Preset:
 
     Args:
         recipe: YAML file of the training script.
+        variants: labels of `VARIANTS`.
         options: further options of all runs.
         prompts: ``--prompts`` of eval.clip_scores.
         steps: checkpoints that are sampled; the last one is the end of training.
@@ -53,6 +57,7 @@ class Preset:
     prompts: str
     steps: tuple[int, ...]
     guidances: tuple[Guidance, ...]
+    variants: tuple[str, ...]
     options: dict[str, bool | str] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     sampling_seeds: tuple[int, ...] = (0,)
@@ -67,6 +72,7 @@ def mini_preset(dataset: str, **changes: Any) -> Preset:
         prompts=f"{dataset}-heldout",
         steps=(100, 300, 500, 1000),
         guidances=(Guidance("adapter", 4.0), Guidance("base", 2.0)),
+        variants=(CONTROL, "Bi-LoRA", RADIUS_AUTO, PER_SAMPLE, HELD_UNCONDITIONAL),
         # A quarter of the held-out pictures: all of them take longer than the training.
         options={
             "dataset": dataset,
@@ -83,6 +89,7 @@ def mini_preset(dataset: str, **changes: Any) -> Preset:
 # Two seeds of 200 prompts; the held-out loss is not measured, since all pictures are trained on.
 GPU_SAMPLING: dict[str, Any] = {
     "prompts": "3d_icon",
+    "variants": (CONTROL, "Bi-LoRA", RADIUS_AUTO),
     "seeds": (0, 1, 2),
     "sampling_seeds": (0, 1),
     "scoring": ("--general_prompts", "none"),
@@ -95,14 +102,14 @@ PRESETS = {
     "mini-pastel": mini_preset("mini-pastel"),
     "sdxl-3d_icon": Preset(
         recipe="recipes/sdxl_3d_icon.yaml",
-        steps=(250, 500, 1000, 2000),
+        steps=(500, 1000, 2000),
         guidances=(Guidance("adapter", 5.0), Guidance("base", 3.0)),
         options={"num_validation_images": "0", "mixed_precision": "bf16"},
         **GPU_SAMPLING,
     ),
     "flux2_klein": Preset(
         recipe="recipes/flux2_klein.yaml",
-        steps=(250, 500, 1000, 2000),
+        steps=(500, 1000, 2000),
         guidances=(Guidance("adapter", 4.0), Guidance("base", 2.5)),
         options={"dataset": "linoyts/3d_icon", "num_validation_images": "0"},
         **GPU_SAMPLING,

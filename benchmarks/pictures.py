@@ -75,9 +75,9 @@ class PicturesOptions:
 
     section = "pictures"
     preset: str = option("mini-duotone", "What is trained and sampled.", choices=tuple(PRESETS))
-    variants: str = option(
-        "LoRA;Bi-LoRA;Bi-LoRA, rho auto;Bi-LoRA, per sample;LoRA, held",
-        f"Labels with semicolons between them, of {'; '.join(VARIANTS)}.",
+    variants: str | None = option(
+        None,
+        f"Labels with semicolons between them, of {'; '.join(VARIANTS)} (default: the preset's).",
     )
     seeds: str | None = option(None, "Training seeds, as 0..4 or 0,1 (default: the preset's).")
     steps: str | None = option(None, "Checkpoints that are sampled (default: the preset's).")
@@ -132,7 +132,9 @@ class Pictures(Evaluation):
 
     def _make_plan(self) -> Plan:
         """The runs, each checked by the training script's own parser."""
-        labels = [label.strip() for label in self.args.variants.split(";")]
+        labels = list(self.preset.variants)
+        if self.args.variants is not None:
+            labels = [label.strip() for label in self.args.variants.split(";")]
         for label in labels:
             if label not in VARIANTS:
                 raise UserError(
@@ -235,7 +237,10 @@ class Pictures(Evaluation):
                 words = runner.command(planned)
                 # Not through accelerate's launcher: a dry run is about one process.
                 script = [sys.executable, *words[words.index(str(self.plan.script)) :]]
-                subprocess.run([*script, "--dry_run"], check=True)
+                if subprocess.run([*script, "--dry_run"], check=False).returncode:
+                    raise TrainingError(
+                        f"--dry_run of {planned.variant} failed: its sentence stands above."
+                    )
 
     def subjects(self) -> Sequence[Subject]:
         """The planned runs."""
