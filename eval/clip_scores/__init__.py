@@ -3,6 +3,7 @@
     make demo && python -m eval.clip_scores                # the demo's two runs and the base model
     python -m eval.clip_scores runs/lora runs/bilora base --max_prompts 6 --seeds 0  # a minute
     python -m eval.clip_scores LoRA=runs/a Bi-LoRA=runs/b --seeds 0..3 --output_dir results/scores
+    python -m eval.clip_scores runs/dog base                        # prompts of what it learned
     python -m eval.clip_scores some/lora.safetensors base --prompts my_prompts.txt \\
         --base_model stabilityai/stable-diffusion-xl-base-1.0
     python -m eval.clip_scores runs/dog --steps all                 # every checkpoint, over steps
@@ -12,6 +13,10 @@ An adapter is a run folder, a LoRA file, or `base` for none; LABEL=ADAPTER names
 get the same prompts and the same initial noise. Images are kept as PNG files with their parameters,
 so an interrupted run continues by the same command and nothing is generated twice. The general
 prompts measure drift from the base model. Beside the result's files it draws a grid of images.
+
+Without --prompts all are asked for what the first run was trained on: the prompts of the shipped
+icons, else up to 64 captions of its held-out images, whose pictures are the ground truth, else its
+validation prompts, else its instance prompt in 20 contexts, else up to 20 of its captions.
 
 Scorer and captioner default to the embedded ones for the miniature, and otherwise to
 {scorer} and {captioner}; the paper names neither.
@@ -29,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import (
     GUIDANCES,
     SAMPLER_STEPS,
@@ -70,13 +76,18 @@ class ScoringOptions:
     """Prompts, scores and comparison."""
 
     section = "prompts and models"
-    prompts: str = option(
-        "3d_icon",
-        'A set that is shipped, a text file, a CSV file with the column "prompt", or held-out'
-        " images with captions (mini-heldout, mini-duotone-heldout, a folder), whose images are the"
-        " ground truth.",
+    prompts: str | None = option(
+        None,
+        'A set that is shipped, a text file, a CSV file with the column "prompt", held-out images'
+        " with captions (mini-heldout, mini-duotone-heldout, a folder), whose images are the ground"
+        " truth, or contexts: the run's instance prompt in 20 of them (default: what the first run"
+        " was trained on, see below).",
     )
-    general_prompts: str = option("general", "Prompts for drift; none leaves drift out.")
+    general_prompts: str | None = option(
+        None,
+        "Prompts for drift, such as general; none leaves drift out (default: general for the"
+        " shipped icons, none for other runs).",
+    )
     max_prompts: int | None = option(None, "Take only the first of each set.", range=COUNTS)
     seeds: str = option("0,1", "Seeds such as 0,1 or 0..3.")
     base_model: str | None = option(None, "Hub id, folder or mini (default: that of the runs).")
@@ -133,7 +144,8 @@ class ClipScores(OverSteps):
         super().__init__(args, command)
         # Set by `prepare`:
         self.seeds: list[int] = []
-        self.prompts: list[Prompt] = []
+        self.prompts: Sequence[Prompt] = []
+        self.prompt_set = ""  # its name
         self.sampling: Any = None  # an `images.Sampling`
         self.control = ""  # group that the others are compared with
         self.training_sets: dict[str, ImageSet] = {}  # by the subjects' labels
@@ -191,7 +203,10 @@ class ClipScores(OverSteps):
         model_names = settings.models(args, base)
         control = args.control or checkpoints.last_group(subjects)
         self.control = compare.control(subjects, control, prefer=None)
-        self.prompts = settings.prompts(args)
+        question = settings.question(args, subjects, base)
+        self.prompts, self.prompt_set = question.prompts, question.name
+        if question.note:
+            self.notes.append(question.note)
         self.sampling = settings.sampling(args, base)
         if args.guidance_from == BASE_GUIDANCE:
             for subject in subjects:
@@ -235,13 +250,19 @@ class ClipScores(OverSteps):
         return subjects
 
     def _announce(self, subjects: Sequence[Subject], images: int, missing: int) -> None:
-        scored = sum(not prompt.general for prompt in self.prompts)
+        general = sum(prompt.general for prompt in self.prompts)
+        scored = len(self.prompts) - general
         labels = ", ".join(subject.label for subject in subjects)
-        plan = (
-            f"{labels}: {scored} prompts and {len(self.prompts) - scored} general ones x"
-            f" {len(self.seeds)} seeds; {missing} of {images} images are to be made."
+        plan = f"{counted(scored, 'prompt')} ({self.prompt_set})"
+        if general:
+            plan += f" and {general} general ones"
+        plan += (
+            f" x {counted(len(self.seeds), 'seed')} of {labels}; {missing} of {images} images are"
+            " to be made."
         )
-        print(*self.notes, plan, sep="\n")
+        if self.args.prompts is None:
+            plan += " --prompts FILE or --prompts contexts asks others."
+        print(plan, *self.notes, sep="\n")
 
     def _generate(self, store: Store, jobs: Sequence[Job]) -> int:
         """Generate the images that are missing, or this process' share of them; their number."""
@@ -262,7 +283,7 @@ class ClipScores(OverSteps):
             prompt["truncated"] = scorer.is_cut(prompt["text"])
         self.settings = {
             "prompts": prompts,
-            "prompt_set": Path(self.args.prompts).name,
+            "prompt_set": self.prompt_set,
             "seeds": self.seeds,
             "sampling": asdict(self.sampling)
             | {"base_model": without_paths(self.sampling.base_model)},

@@ -116,7 +116,8 @@ class ImageJudge:
     def look(self, jobs: Sequence[Job], captioned: bool) -> Iterator[tuple[Job, EmbeddedImage]]:
         """Each image, equal ones looked at once: they get equal scores to the last bit."""
         title = "embedding and captioning" if captioned else "embedding"
-        with tqdm(total=len(jobs), desc=title, unit="image", disable=not self._progress) as bar:
+        is_hidden = not self._progress or not jobs
+        with tqdm(total=len(jobs), desc=title, unit="image", disable=is_hidden) as bar:
             for chunk in in_batches(jobs, CHUNK):
                 pictures = [self._store.open(job) for job in chunk]
                 # By content: equal images of two adapters are embedded once.
