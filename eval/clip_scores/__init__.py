@@ -162,7 +162,7 @@ class ClipScores(OverSteps):
     def arguments(cls, parser: Parser) -> None:
         help = "default: the demo's two runs and base"
         parser.add_argument("runs", nargs="*", metavar="ADAPTER", help=help)
-        parser.add_output("scores", DEMO)
+        parser.add_output("scores", DEMO, of_runs=True)
 
     def subjects(self) -> list[Subject]:
         from bilora_diffusion.train.launching import refuse_separate_processes

@@ -68,11 +68,11 @@ def of_subjects(subjects: Sequence[Subject], base: str) -> Question:
         if base in mini.PIPELINES:
             return _icons(ICON_PROMPTS)
         raise UserError(f"no run folder is named that says what was learned: {FIX}.")
-    first, *others = runs
+    first, *further_runs = runs
     question = _of_run(first)
     texts = [prompt.text for prompt in question.prompts]
     different = []
-    for run in others:
+    for run in further_runs:
         if [prompt.text for prompt in _of_run(run).prompts] != texts:
             different.append(_name(run))
     if not different:
@@ -211,10 +211,10 @@ def _contexts(concepts: Sequence[Config]) -> list[Prompt]:
         plain = _text(concept, "instance_prompt") or trigger
         if plain is None:
             continue
-        head, comma, rest = plain.partition(",")
+        head, comma, tail = plain.partition(",")
         for context in contexts[:count]:
             placed = context.replace(PLACE, head.strip())
-            text = add_trigger(f"{placed}{comma}{rest}", trigger)
+            text = add_trigger(f"{placed}{comma}{tail}", trigger)
             prompts.append(Prompt(text, context.replace(PLACE, "").strip()))
     return _distinct(prompts)
 

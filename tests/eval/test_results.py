@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.lora_names import FILE_NAME
 from eval import command, report, table
 from eval.cache import FOLDER, Cache
 from eval.provenance import Provenance
@@ -146,7 +147,7 @@ def test_what_a_kill_tore_off_is_measured_again(tmp_path, torn):
 
 
 COMMANDS = {
-    "clip_scores": "scores",
+    "clip_scores": "scores-lora-bilora",
     **{name: name for name in ("dynamics", "generalization", "landscape", "text_scores")},
 }
 """Command -> its folder of results."""
@@ -170,6 +171,33 @@ def test_results_lie_beside_the_runs(name, parsers):
     assert parser.read([*words, "--output_dir", "x"]).output_dir == Path("x")
     summary = (import_module(f"eval.{name}").__doc__ or "").partition("\n")[0]
     assert parser.description == summary
+
+
+def test_other_questions_have_other_folders(parsers, tmp_path):
+    questions = ["", "demo/lora", "demo/lora base", "L=demo/lora", "demo/lora --steps all"]
+    questions += ["demo/lora --prompts my/two.txt", f"demo/bilora/{FILE_NAME}"]
+    questions += [" ".join(f"r{number}" for number in [*range(5), last]) for last in (6, 7)]
+    folders = [parsers("clip_scores").read(words.split()).output_dir for words in questions]
+    assert folders[:7] == [
+        *(Path("demo/scores"), Path("demo/scores-lora"), Path("demo/scores-lora-base")),
+        *(Path("demo/scores-L"), Path("demo/scores-lora-steps"), Path("demo/scores-lora-two")),
+        Path("demo/scores-bilora"),
+    ]
+    assert len(set(folders)) == len(folders)
+
+
+def test_a_result_leaves_no_figure_of_the_last(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    for name in ("steps.png", "grid.png", "own.png", "../kept.png"):
+        (tmp_path / "out" / name).touch()
+    figures = ["steps.png", "grid.png", "../kept.png"]
+    table.write(replace(RESULT, figures=figures), tmp_path / "out", "")
+    command.remove_last_figures(tmp_path / "out", "another command", ["grid.png"])
+    left = sorted(path.name for path in tmp_path.rglob("*.png"))
+    assert left == ["grid.png", "kept.png", "own.png"]
+    assert RESULT.provenance.command in capsys.readouterr().out
+    command.remove_last_figures(tmp_path / "out", RESULT.provenance.command, figures)
+    assert not capsys.readouterr().out
 
 
 def test_results_and_logs_among_runs_are_left_out(parsers, capsys):

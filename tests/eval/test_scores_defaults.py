@@ -1,6 +1,7 @@
 """What ``eval.clip_scores`` asks without ``--prompts``: what the runs were trained on."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -11,10 +12,12 @@ from eval.clip_scores.prompts import CONTEXTS, FOLDER, Prompt, lines_of, shipped
 from eval.subjects import Subject
 
 FILE = Subject("dog", "dog", "file")
-VALIDATION = {"validation_prompts": ["TOK dog asleep", "TOK dog asleep", "TOK dog in a tree"]}
+VALIDATION: dict[str, Any] = {
+    "validation_prompts": ["TOK dog asleep", "TOK dog asleep", "TOK dog in a tree"]
+}
 
 
-def run(name="dog", **config):
+def run(name: str = "dog", **config: Any):
     return Subject(name, name, folder=Path("runs", name), record={"config": config})
 
 
@@ -62,7 +65,7 @@ def test_held_out_captions_come_first_with_their_pictures_and_the_trigger_word(t
 
 def test_without_them_the_run_is_asked_its_validation_prompts_then_its_prompt_in_contexts(tmp_path):
     one_caption = captioned(tmp_path / "alike", ["a dog", "a dog"])
-    options = {"instance_data_dir": "photos", "validation_dataset": one_caption}
+    options: dict[str, Any] = {"instance_data_dir": "photos", "validation_dataset": one_caption}
     dog = run(**options, **VALIDATION)
     assert [prompt.text for prompt in of_subjects([dog, FILE], "mini").prompts] == [
         *("TOK dog asleep", "TOK dog in a tree")
