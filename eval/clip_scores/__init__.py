@@ -49,7 +49,7 @@ from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
 from ..command import COUNTS, Parser, open_device
 from ..provenance import of_this_process, without_paths
 from ..report import Column
-from ..subjects import BASE, Subject, single
+from ..subjects import BASE, Subject, settings_note, single
 from ..table import Result, Row
 from . import reporting
 from .names import CAPTIONERS, DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, METRICS, PRECISIONS, SCORERS
@@ -205,8 +205,7 @@ class ClipScores(OverSteps):
         self.control = compare.control(subjects, control, prefer=None)
         question = settings.question(args, subjects, base)
         self.prompts, self.prompt_set = question.prompts, question.name
-        if question.note:
-            self.notes.append(question.note)
+        self.notes += filter(None, (question.note, settings_note(subjects)))
         self.sampling = settings.sampling(args, base)
         if args.guidance_from == BASE_GUIDANCE:
             for subject in subjects:

@@ -14,7 +14,7 @@ from bilora_diffusion.core.lora_names import FILE_NAME
 from eval import command, report, table
 from eval.cache import FOLDER, Cache
 from eval.provenance import Provenance
-from eval.subjects import by_group, gather, paired
+from eval.subjects import by_group, gather, paired, settings_note, single
 from eval.table import Entry, Metric, Result, Row, Summary
 from tests.run import recorded_runs
 
@@ -243,6 +243,18 @@ def test_groups_by_setting(tmp_path):
     ):
         with pytest.raises(UserError, match=sentence):
             gather(words, groups)
+
+
+def test_runs_that_differ_in_more_than_the_method_are_named_with_the_settings(tmp_path):
+    def run(name, method, **config):
+        return str(recorded_runs.make(tmp_path / name, method, steps=(), config=config))
+
+    lora = run("dog", "lora", rank=8, max_train_steps=40, dataset_name="photos/dog", rho=1.0)
+    bilora = run("cat", "bilora", rank=4, max_train_steps=500, dataset_name="photos/cat")
+    alike = run("dog-2", "bilora", rank=8, max_train_steps=40, dataset_name="photos/dog")
+    sentence = settings_note(single([lora, bilora], weights=False))
+    assert sentence == "LoRA, Bi-LoRA differ in: data dog / cat, steps 40 / 500, rank 8 / 4."
+    assert settings_note(single([lora, alike], weights=False)) == ""
 
 
 def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path):
