@@ -18,6 +18,8 @@ Without --prompts all are asked for what the first run was trained on: the promp
 icons, else up to 64 captions of its held-out images, whose pictures are the ground truth, else its
 validation prompts, else its instance prompt in 20 contexts, else up to 20 of its captions.
 
+With --image_model, pictures are compared by DINOv2 too, whatever the scorer.
+
 Scorer and captioner default to the embedded ones for the miniature, and otherwise to
 {scorer} and {captioner}; the paper names neither.
 """
@@ -52,7 +54,16 @@ from ..report import Column
 from ..subjects import BASE, Subject, settings_note, single
 from ..table import Result, Row
 from . import reporting
-from .names import CAPTIONERS, DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, METRICS, PRECISIONS, SCORERS
+from .names import (
+    CAPTIONERS,
+    DEMO,
+    GENERAL_CAPTIONER,
+    GENERAL_SCORER,
+    IMAGE_MODELS,
+    METRICS,
+    PRECISIONS,
+    SCORERS,
+)
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from PIL.Image import Image
@@ -62,7 +73,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
     from .captioners import Captioner
     from .images import Job, Store
     from .measure import ImageJudge
-    from .models import Scorer
+    from .models import ImageEmbedder, Scorer
     from .prompts import Prompt
 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
@@ -93,6 +104,11 @@ class ScoringOptions:
     base_model: str | None = option(None, "Hub id, folder or mini (default: that of the runs).")
     scorer: str | None = option(None, f"{SCORERS}.")
     captioner: str | None = option(None, f"{CAPTIONERS}.")
+    image_model: str | None = option(
+        None,
+        f"{IMAGE_MODELS}: likeness to held-out and training pictures by its embeddings too, which"
+        " tell subjects of one kind apart better than CLIP's.",
+    )
     skip_captions: bool = option(False, "No captions and no T2T.")
     control: str | None = option(None, "Compare with this label (default: the first but base).")
     train_data: str | None = option(None, "Set for memorization, or none (default: the run's own).")
@@ -133,8 +149,8 @@ class ClipScores(OverSteps):
     "nearest" the training picture. Settings of the result: ``prompts`` (text, instance, reference:
     file name of its held-out picture, colors: the map of the miniature's colours through which
     that is seen, general: in no score but "drift", truncated: longer than the scorer takes),
-    ``prompt_set``, ``seeds``, ``sampling``, ``scorer`` and ``captioner`` (name, kind, model,
-    revision, note; None without captions).
+    ``prompt_set``, ``seeds``, ``sampling``, ``scorer``, ``captioner`` and ``image_model`` (name,
+    kind, model, revision, note; None without captions or such a model).
     """
 
     name, title, over = "clip_scores", "CLIP scores", "item"
@@ -153,6 +169,7 @@ class ClipScores(OverSteps):
         self.state: Any = None  # accelerate's, of this process
         self.device = "cpu"
         self.models: tuple[Scorer, Captioner | None] | None = None  # None but in the first process
+        self.image_model: ImageEmbedder | None = None  # in the first process, if asked for
         # Set by `produce`:
         self.truths: dict[str, Image] = {}  # held-out pictures by the prompts' texts
         self.judge: ImageJudge | None = None
@@ -219,6 +236,8 @@ class ClipScores(OverSteps):
         self.device = str(device)
         if self.state.is_main_process:
             self.models = load_models(*model_names, device=self.device)
+            if args.image_model is not None:
+                self.image_model = load_image_model(args.image_model, self.device)
 
     def jobs(self, subject: Subject) -> list[Job]:
         """The images of a subject; subjects with equal weights share theirs."""
@@ -244,7 +263,19 @@ class ClipScores(OverSteps):
         if self.models is None:
             return None
         self.truths = truth_pictures(self.prompts, self.sampling.base_model)
-        self.judge = ImageJudge(store, *self.models, self.truths, self.training_sets, originals)
+        if self.image_model and not (self.truths or self.training_sets):
+            self.notes.append(
+                "--image_model has nothing to compare with: there is neither a held-out picture nor"
+                " a training set."
+            )
+        self.judge = ImageJudge(
+            store,
+            *self.models,
+            self.truths,
+            self.training_sets,
+            originals,
+            image_model=self.image_model,
+        )
         self._describe(*self.models)
         return subjects
 
@@ -288,6 +319,7 @@ class ClipScores(OverSteps):
             | {"base_model": without_paths(self.sampling.base_model)},
             "scorer": asdict(scorer.entry),
             "captioner": asdict(captioner.entry) if captioner else None,
+            "image_model": asdict(self.image_model.entry) if self.image_model else None,
         }
 
     def rows(self, subject: Subject) -> Iterable[Row]:
@@ -345,6 +377,15 @@ def load_models(
         return loaded_scorer, None
     with translated(f'"{captioner}" can\'t be loaded', fix):
         return loaded_scorer, captioners.load(captioner, loaded_scorer, device)
+
+
+def load_image_model(name: str, device: str = "cpu") -> ImageEmbedder:
+    """The model of ``--image_model``."""
+    from . import dinov2
+
+    fix = "check its name, its files and the connection to the hub; weights must be in safetensors"
+    with translated(f'"{name}" can\'t be loaded', fix):
+        return dinov2.load(name, device)
 
 
 main = ClipScores.main
