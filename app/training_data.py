@@ -23,6 +23,7 @@ import pandas as pd
 from bilora_diffusion.image.heldout import BY_LEVEL
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
+from eval.subjects import differing_options
 
 from .runs import CONTROL, Progress, RunItem
 
@@ -95,10 +96,10 @@ def differing_settings(runs: Sequence[TrainingRun]) -> dict[str, list[str]]:
     """The settings that the runs do not share: each one's value in every run, as text."""
     configs = [run.run.record["config"] for run in runs]
     result = {}
-    for name in dict.fromkeys(itertools.chain(*configs)):
-        values = ["–" if config.get(name) is None else str(config[name]) for config in configs]
-        if len(set(values)) > 1 and name not in FOLDER_SETTINGS:
-            result[name] = [textwrap.shorten(value, SETTING_WIDTH) for value in values]
+    for name, values in differing_options(configs).items():
+        if name not in FOLDER_SETTINGS:
+            texts = ["–" if value is None else str(value) for value in values]
+            result[name] = [textwrap.shorten(text, SETTING_WIDTH) for text in texts]
     return result
 
 

@@ -8,6 +8,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ from bilora_diffusion.core.errors import (
     UserError,
     did_you_mean,
     run_cli,
+    strip_controls,
 )
 from bilora_diffusion.core.fields import add_flags, check, options_of
+from bilora_diffusion.core.lora_names import FILE_NAME
 from bilora_diffusion.core.values import Range
 from bilora_diffusion.run.record import RUN
 from bilora_diffusion.train.soundness import PICKLES
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 ADAPTER_FILES = (".safetensors", *PICKLES)
 LARGEST_RANGE = 10_000
+MOST_NAMED = 4
+"""Runs that a folder of results is named after."""
 COUNTS = Range(10**9, "no machine comes to the end of more", at_least=1)
 POSITIVE = Range(1e9, "nothing is measured that far out", greater_than=0)
 
@@ -61,6 +66,7 @@ class Parser(command_line.Sentences):
         add_flags(self, groups, bare=True)
         self._fields = options_of(groups)
         self._output: tuple[str, Path] | None = None
+        self._is_of_runs = False
 
     def add_runs(self, runs: str = "run folders") -> None:
         """Add the arguments that say which runs."""
@@ -73,11 +79,19 @@ class Parser(command_line.Sentences):
             help="runs that stand together under a name; can be given several times",
         )
 
-    def add_output(self, name: str, otherwise: Path = Path()) -> None:
-        """Add ``--output_dir``, by default ``name`` under the folder that holds the runs."""
-        self._output = name, otherwise
+    def add_output(self, name: str, otherwise: Path = Path(), of_runs: bool = False) -> None:
+        """Add ``--output_dir``, by default ``name`` under the folder that holds the runs.
+
+        Args:
+            otherwise: the folder of that name where no runs are given.
+            of_runs: the default name says which runs are scored too, see `question_of`.
+        """
+        self._output, self._is_of_runs = (name, otherwise), of_runs
+        default = f"{name}-RUN-RUN[-steps][-PROMPTS]" if of_runs else name
         self.add_argument(
-            "--output_dir", type=Path, help=f"default: {name}, in the folder that holds the runs"
+            "--output_dir",
+            type=Path,
+            help=f"default: {default}, in the folder that holds the runs",
         )
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -99,8 +113,41 @@ class Parser(command_line.Sentences):
             for _, members in read_groups(getattr(args, "group", [])):
                 runs += members
             name, otherwise = self._output
+            if self._is_of_runs:
+                name = "-".join([name, *question_of(args)])
             args.output_dir = folder_of(runs, otherwise) / name
         return args
+
+
+def question_of(args: argparse.Namespace) -> list[str]:
+    """Words of a folder's name for what is scored, so that another question has another folder.
+
+    The names or labels of the runs; "steps" for their checkpoints, whatever steps, since equal
+    checkpoints share their images; the name of the prompts, if they are given.
+    """
+    names = []
+    for word in args.runs:
+        label, equals, _ = word.partition("=")
+        path = Path(os.path.abspath(word))
+        if path.name == FILE_NAME:  # which all exported files have
+            path = path.parent
+        is_labelled = equals and not path.exists()
+        names.append(_plain(label if is_labelled else path.name))
+    words = names[:MOST_NAMED]
+    if len(names) > MOST_NAMED:
+        # Of many runs the first, and a hash, which tells them from other sets of as many.
+        digest = blake2b("\n".join(names).encode(), digest_size=3).hexdigest()
+        words.append(f"and-{len(names) - MOST_NAMED}-more-{digest}")
+    if args.steps is not None:
+        words.append("steps")
+    if args.prompts is not None:
+        words.append(_plain(Path(args.prompts).stem))
+    return words
+
+
+def _plain(name: str) -> str:
+    """A name without what paths and shells have a meaning for."""
+    return re.sub(r"[^\w.]+", "_", name.removesuffix(".safetensors")).strip("._")[:40] or "x"
 
 
 def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
@@ -203,6 +250,24 @@ def require_free(folder: Path, kind: str) -> None:
     found_kind = table.head(folder)["kind"]
     if found_kind != kind:
         raise UserError(f"{folder} holds a result of eval.{found_kind}: give another --output_dir.")
+
+
+def remove_last_figures(folder: Path, command: str, figures: Sequence[str]) -> None:
+    """Remove the figures of the result that a folder holds but for those that are drawn anew, and
+    say which other command the new result replaces.
+    """
+    if not (folder / table.FILE).exists():
+        return
+    last = table.head(folder)
+    provenance, last_figures = last.get("provenance"), last.get("figures")
+    if isinstance(provenance, dict) and provenance.get("command") != command:
+        last_command = strip_controls(str(provenance.get("command")))
+        print(f"{folder} held the result of `{last_command}`, which this one replaces")
+    # The names stand in a file that anyone may have written: only pictures in the folder go.
+    pictures = {path.name for path in folder.glob("*.png")}
+    for name in last_figures if isinstance(last_figures, list) else []:
+        if name in pictures and name not in figures:
+            (folder / name).unlink(missing_ok=True)
 
 
 def open_device(name: str | None) -> torch.device:

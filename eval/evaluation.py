@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 from bilora_diffusion.core.errors import UserError, strip_controls
 
 from . import compare, plot, report, table
-from .command import Parser, open_folder, require_free, run
+from .command import Parser, open_folder, remove_last_figures, require_free, run
 from .plot import Panel
 from .provenance import command_line, of_runs
 from .report import Column
@@ -196,6 +196,7 @@ class Evaluation:
     def write(self, result: Result) -> None:
         """Draw, write all files, and print the report and where they are."""
         result = replace(result, figures=self.figures(result, self.folder))
+        remove_last_figures(self.folder, self.command, result.figures)
         report = self.report(result)
         table.write(result, self.folder, report)
         files = [table.REPORT, table.ROWS, table.SUMMARY, table.FILE, *result.figures]

@@ -6,17 +6,40 @@ single(["LoRA=runs/a", "owner/name", "base"])            # each a group of its o
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bilora_diffusion import methods
 from bilora_diffusion.core.errors import UserError
 
 from .sources import BASE, Subject, find, run
 
-__all__ = ["BASE", "Subject", "by_group", "gather", "paired", "read_groups", "single"]
+__all__ = [
+    "BASE",
+    "Subject",
+    "by_group",
+    "differing_options",
+    "gather",
+    "paired",
+    "read_groups",
+    "settings_note",
+    "single",
+]
+
+PLAIN_NAMES = {
+    "dataset_name": "data",
+    "instance_data_dir": "data folder",
+    "max_train_steps": "steps",
+    "num_train_epochs": "epochs",
+    "pretrained_model_name_or_path": "base model",
+}
+"""What options are called in a sentence; the others by their own names."""
+SETTING_WIDTH = 40
 
 
 def read_groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -145,6 +168,39 @@ def _refuse_twice(words: Sequence[str]) -> None:
             raise UserError(f"{word} is given twice: keep one.")
 
 
+def differing_options(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The options that some configurations do not share -> the value in each; None where it has
+    none.
+    """
+    values: dict[str, list[Any]] = {}
+    for name in dict.fromkeys(itertools.chain(*configs)):
+        of_each = [config.get(name) for config in configs]
+        if any(value != of_each[0] for value in of_each):
+            values[name] = of_each
+    return values
+
+
+def settings_note(subjects: Sequence[Subject]) -> str:
+    """One sentence on the settings in which runs differ that all of their methods read, such as
+    "LoRA, Bi-LoRA differ in: steps 40 / 500, rank 8 / 4."; "" where they do not.
+    """
+    runs: dict[Path, Subject] = {}
+    for subject in subjects:
+        if subject.folder is not None and subject.method in methods.names():
+            runs.setdefault(subject.folder, subject)
+    settings = [run.settings() for run in runs.values()]
+    shared_names = set(settings[0]).intersection(*settings) if settings else set[str]()
+    comparable = [{name: run[name] for name in sorted(shared_names)} for run in settings]
+    differences = []
+    for name, values in differing_options(comparable).items():
+        texts = [textwrap.shorten(_as_text(value), SETTING_WIDTH) for value in values]
+        differences.append(f"{PLAIN_NAMES.get(name, name)} {' / '.join(texts)}")
+    if not differences:
+        return ""
+    labels = [str(run.about.get("run", run.label)) for run in runs.values()]
+    return f"{', '.join(labels)} differ in: {', '.join(differences)}."
+
+
 def _by_setting(subjects: Sequence[Subject]) -> list[Subject]:
     """Each with its group's label: the title, and the options in which runs of a method differ."""
     runs = [subject for subject in subjects if subject.record]
@@ -153,9 +209,10 @@ def _by_setting(subjects: Sequence[Subject]) -> list[Subject]:
     for subject in subjects:
         options = settings.get(subject.folder, {}) if subject.record else {}
         peers = [settings[run.folder] for run in runs if run.method == subject.method]
+        differing = differing_options(peers)
         distinctions: list[str] = []
         for name, value in options.items():
-            if any(peer.get(name) != value for peer in peers):
+            if name in differing:
                 distinctions.append(f"{name}={_as_text(value)}")
         label = BASE if subject.kind == BASE else subject.group
         if distinctions:

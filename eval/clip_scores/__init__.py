@@ -4,6 +4,7 @@
         --guidance_from base --guidance_scale 2            # the demo's two runs and the base model
     python -m eval.clip_scores runs/lora runs/bilora base --max_prompts 6 --seeds 0  # a minute
     python -m eval.clip_scores LoRA=runs/a Bi-LoRA=runs/b --seeds 0..3 --output_dir results/scores
+    python -m eval.clip_scores runs/dog base                        # prompts of what it learned
     python -m eval.clip_scores some/lora.safetensors base --prompts my_prompts.txt \\
         --base_model stabilityai/stable-diffusion-xl-base-1.0
     python -m eval.clip_scores runs/dog --steps all                 # every checkpoint, over steps
@@ -13,6 +14,12 @@ An adapter is a run folder, a LoRA file, or `base` for none; LABEL=ADAPTER names
 get the same prompts and the same initial noise. Images are kept as PNG files with their parameters,
 so an interrupted run continues by the same command and nothing is generated twice. The general
 prompts measure drift from the base model. Beside the result's files it draws a grid of images.
+
+Without --prompts all are asked for what the first run was trained on: the prompts of the shipped
+icons, else up to 64 captions of its held-out images, whose pictures are the ground truth, else its
+validation prompts, else its instance prompt in 20 contexts, else up to 20 of its captions.
+
+With --image_model, pictures are compared by DINOv2 too, whatever the scorer.
 
 Scorer and captioner default to the embedded ones for the miniature, and otherwise to
 {scorer} and {captioner}; the paper names neither.
@@ -30,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import (
     GUIDANCES,
     SAMPLER_STEPS,
@@ -44,10 +52,19 @@ from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
 from ..command import COUNTS, Parser, open_device
 from ..provenance import of_this_process, without_paths
 from ..report import Column
-from ..subjects import BASE, Subject, single
+from ..subjects import BASE, Subject, settings_note, single
 from ..table import Result, Row
 from . import reporting
-from .names import CAPTIONERS, DEMO, GENERAL_CAPTIONER, GENERAL_SCORER, METRICS, PRECISIONS, SCORERS
+from .names import (
+    CAPTIONERS,
+    DEMO,
+    GENERAL_CAPTIONER,
+    GENERAL_SCORER,
+    IMAGE_MODELS,
+    METRICS,
+    PRECISIONS,
+    SCORERS,
+)
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
     from PIL.Image import Image
@@ -57,7 +74,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
     from .captioners import Captioner
     from .images import Job, Store
     from .measure import ImageJudge
-    from .models import Scorer
+    from .models import ImageEmbedder, Scorer
     from .prompts import Prompt
 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
@@ -71,18 +88,28 @@ class ScoringOptions:
     """Prompts, scores and comparison."""
 
     section = "prompts and models"
-    prompts: str = option(
-        "3d_icon",
-        'A set that is shipped, a text file, a CSV file with the column "prompt", or held-out'
-        " images with captions (mini-heldout, mini-duotone-heldout, a folder), whose images are the"
-        " ground truth.",
+    prompts: str | None = option(
+        None,
+        'A set that is shipped, a text file, a CSV file with the column "prompt", held-out images'
+        " with captions (mini-heldout, mini-duotone-heldout, a folder), whose images are the ground"
+        " truth, or contexts: the run's instance prompt in 20 of them (default: what the first run"
+        " was trained on, see below).",
     )
-    general_prompts: str = option("general", "Prompts for drift; none leaves drift out.")
+    general_prompts: str | None = option(
+        None,
+        "Prompts for drift, such as general; none leaves drift out (default: general for the"
+        " shipped icons, none for other runs).",
+    )
     max_prompts: int | None = option(None, "Take only the first of each set.", range=COUNTS)
     seeds: str = option("0,1", "Seeds such as 0,1 or 0..3.")
     base_model: str | None = option(None, "Hub id, folder or mini (default: that of the runs).")
     scorer: str | None = option(None, f"{SCORERS}.")
     captioner: str | None = option(None, f"{CAPTIONERS}.")
+    image_model: str | None = option(
+        None,
+        f"{IMAGE_MODELS}: likeness to held-out and training pictures by its embeddings too, which"
+        " tell subjects of one kind apart better than CLIP's.",
+    )
     skip_captions: bool = option(False, "No captions and no T2T.")
     control: str | None = option(None, "Compare with this label (default: the first but base).")
     train_data: str | None = option(None, "Set for memorization, or none (default: the run's own).")
@@ -123,8 +150,8 @@ class ClipScores(OverSteps):
     "nearest" the training picture. Settings of the result: ``prompts`` (text, instance, reference:
     file name of its held-out picture, colors: the map of the miniature's colours through which
     that is seen, general: in no score but "drift", truncated: longer than the scorer takes),
-    ``prompt_set``, ``seeds``, ``sampling``, ``scorer`` and ``captioner`` (name, kind, model,
-    revision, note; None without captions).
+    ``prompt_set``, ``seeds``, ``sampling``, ``scorer``, ``captioner`` and ``image_model`` (name,
+    kind, model, revision, note; None without captions or such a model).
     """
 
     name, title, over = "clip_scores", "CLIP scores", "item"
@@ -134,7 +161,8 @@ class ClipScores(OverSteps):
         super().__init__(args, command)
         # Set by `prepare`:
         self.seeds: list[int] = []
-        self.prompts: list[Prompt] = []
+        self.prompts: Sequence[Prompt] = []
+        self.prompt_set = ""  # its name
         self.sampling: Any = None  # an `images.Sampling`
         self.control = ""  # group that the others are compared with
         self.training_sets: dict[str, ImageSet] = {}  # by the subjects' labels
@@ -142,6 +170,7 @@ class ClipScores(OverSteps):
         self.state: Any = None  # accelerate's, of this process
         self.device = "cpu"
         self.models: tuple[Scorer, Captioner | None] | None = None  # None but in the first process
+        self.image_model: ImageEmbedder | None = None  # in the first process, if asked for
         # Set by `produce`:
         self.truths: dict[str, Image] = {}  # held-out pictures by the prompts' texts
         self.judge: ImageJudge | None = None
@@ -151,7 +180,7 @@ class ClipScores(OverSteps):
     def arguments(cls, parser: Parser) -> None:
         help = "default: the demo's two runs and base"
         parser.add_argument("runs", nargs="*", metavar="ADAPTER", help=help)
-        parser.add_output("scores", DEMO)
+        parser.add_output("scores", DEMO, of_runs=True)
 
     def subjects(self) -> list[Subject]:
         from bilora_diffusion.train.launching import refuse_separate_processes
@@ -192,7 +221,9 @@ class ClipScores(OverSteps):
         model_names = settings.models(args, base)
         control = args.control or checkpoints.last_group(subjects)
         self.control = compare.control(subjects, control, prefer=None)
-        self.prompts = settings.prompts(args)
+        question = settings.question(args, subjects, base)
+        self.prompts, self.prompt_set = question.prompts, question.name
+        self.notes += filter(None, (question.note, settings_note(subjects)))
         self.sampling = settings.sampling(args, base)
         if args.guidance_from == BASE_GUIDANCE:
             for subject in subjects:
@@ -206,6 +237,8 @@ class ClipScores(OverSteps):
         self.device = str(device)
         if self.state.is_main_process:
             self.models = load_models(*model_names, device=self.device)
+            if args.image_model is not None:
+                self.image_model = load_image_model(args.image_model, self.device)
 
     def jobs(self, subject: Subject) -> list[Job]:
         """The images of a subject; subjects with equal weights share theirs."""
@@ -231,18 +264,36 @@ class ClipScores(OverSteps):
         if self.models is None:
             return None
         self.truths = truth_pictures(self.prompts, self.sampling.base_model)
-        self.judge = ImageJudge(store, *self.models, self.truths, self.training_sets, originals)
+        if self.image_model and not (self.truths or self.training_sets):
+            self.notes.append(
+                "--image_model has nothing to compare with: there is neither a held-out picture nor"
+                " a training set."
+            )
+        self.judge = ImageJudge(
+            store,
+            *self.models,
+            self.truths,
+            self.training_sets,
+            originals,
+            image_model=self.image_model,
+        )
         self._describe(*self.models)
         return subjects
 
     def _announce(self, subjects: Sequence[Subject], images: int, missing: int) -> None:
-        scored = sum(not prompt.general for prompt in self.prompts)
+        general = sum(prompt.general for prompt in self.prompts)
+        scored = len(self.prompts) - general
         labels = ", ".join(subject.label for subject in subjects)
-        plan = (
-            f"{labels}: {scored} prompts and {len(self.prompts) - scored} general ones x"
-            f" {len(self.seeds)} seeds; {missing} of {images} images are to be made."
+        plan = f"{counted(scored, 'prompt')} ({self.prompt_set})"
+        if general:
+            plan += f" and {general} general ones"
+        plan += (
+            f" x {counted(len(self.seeds), 'seed')} of {labels}; {missing} of {images} images are"
+            " to be made."
         )
-        print(*self.notes, plan, sep="\n")
+        if self.args.prompts is None:
+            plan += " --prompts FILE or --prompts contexts asks others."
+        print(plan, *self.notes, sep="\n")
 
     def _generate(self, store: Store, jobs: Sequence[Job]) -> int:
         """Generate the images that are missing, or this process' share of them; their number."""
@@ -263,12 +314,13 @@ class ClipScores(OverSteps):
             prompt["truncated"] = scorer.is_cut(prompt["text"])
         self.settings = {
             "prompts": prompts,
-            "prompt_set": Path(self.args.prompts).name,
+            "prompt_set": self.prompt_set,
             "seeds": self.seeds,
             "sampling": asdict(self.sampling)
             | {"base_model": without_paths(self.sampling.base_model)},
             "scorer": asdict(scorer.entry),
             "captioner": asdict(captioner.entry) if captioner else None,
+            "image_model": asdict(self.image_model.entry) if self.image_model else None,
         }
 
     def rows(self, subject: Subject) -> Iterable[Row]:
@@ -326,6 +378,15 @@ def load_models(
         return loaded_scorer, None
     with translated(f'"{captioner}" can\'t be loaded', fix):
         return loaded_scorer, captioners.load(captioner, loaded_scorer, device)
+
+
+def load_image_model(name: str, device: str = "cpu") -> ImageEmbedder:
+    """The model of ``--image_model``."""
+    from . import dinov2
+
+    fix = "check its name, its files and the connection to the hub; weights must be in safetensors"
+    with translated(f'"{name}" can\'t be loaded', fix):
+        return dinov2.load(name, device)
 
 
 main = ClipScores.main

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ from bilora_diffusion import methods, mini
 from bilora_diffusion.core.choices import ADAPTER_GUIDANCE
 from bilora_diffusion.core.durable import write_bytes
 from bilora_diffusion.core.errors import translated
+from bilora_diffusion.core.files import duration
 from bilora_diffusion.core.seeds import seed_of
 from bilora_diffusion.image.families.base import join_rows
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
@@ -200,14 +202,19 @@ class Store:
             initial=len(share) - len(todo),
             disable=not progress or rank > 0,
         )
+        num_made = 0
         with bar, _one_thread(self.device):
             for subject, group in groupby(todo, key=lambda job: job.subject):
                 with applied(self.pipeline, subject, self.sampling.scale):
                     subject_jobs = list(group)
                     for start in range(0, len(subject_jobs), batch):
                         part = subject_jobs[start : start + batch]
+                        began = time.monotonic()
                         self._write(part, _sample(self.pipeline, self.sampling, part))
                         bar.update(len(part))
+                        num_made += len(part)
+                        if num_made == len(part):
+                            _say_how_long(bar, time.monotonic() - began, num_made, len(todo))
         return len(todo)
 
     def open(self, job: Job) -> Image.Image:
@@ -230,6 +237,16 @@ class Store:
             with translated(f"{path} can't be written", "give another output folder"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(path, content.getvalue())
+
+
+def _say_how_long(bar: Any, seconds: float, num_made: int, num_missing: int) -> None:
+    """Say how long the rest of a process' share takes; all work on theirs at the same time."""
+    if num_made < num_missing and not bar.disable:
+        rate = seconds / num_made
+        bar.write(
+            f"about {duration(rate * (num_missing - num_made))} for the other images, by the first"
+            f" {num_made} ({rate:.2g} s each); then they are scored"
+        )
 
 
 def generate_in_processes(

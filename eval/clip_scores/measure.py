@@ -23,7 +23,7 @@ from ..subjects import BASE, Subject
 from ..table import Row
 from .captioners import Captioner
 from .images import Job, Store
-from .models import Scorer, in_batches
+from .models import ImageEmbedder, Scorer, in_batches
 from .prompts import Prompt
 
 CHUNK = 64
@@ -35,12 +35,13 @@ OF_IMAGES = ("concept", "dataset_name", "instance_data_dir", "dataset_config_nam
 
 class EmbeddedImage(NamedTuple):
     """An image as the models see it: its embedding (d,); if asked for, its caption and the
-    caption's embedding (d,).
+    caption's embedding (d,), and its embedding by the image model, (e,).
     """
 
     vector: Tensor
     caption: str | None = None
     caption_vector: Tensor | None = None
+    dino_vector: Tensor | None = None
 
 
 class EmbeddedSet(NamedTuple):
@@ -50,8 +51,33 @@ class EmbeddedSet(NamedTuple):
     vectors: Tensor
 
 
+class Pictures:
+    """Held-out pictures and training sets as one model embeds them.
+
+    Args:
+        truths: picture by the text of its prompt.
+        training: set by the label of the run that learned it.
+    """
+
+    def __init__(
+        self, embedder: ImageEmbedder, truths: Mapping[str, Image], training: Mapping[str, ImageSet]
+    ) -> None:
+        vectors = embedder.images(list(truths.values())) if truths else []
+        self.truths = dict(zip(truths, vectors, strict=True))
+        # Runs on one set share its embeddings.
+        embedded_sets: dict[int, EmbeddedSet] = {}
+        self.training: dict[str, EmbeddedSet] = {}
+        for label, images in training.items():
+            if id(images) not in embedded_sets:
+                embedded_sets[id(images)] = embed_set(images, embedder)
+            self.training[label] = embedded_sets[id(images)]
+
+
 class ImageJudge:
-    """Scores images against prompts, captions, held-out pictures and training images."""
+    """Scores images against prompts, captions, held-out pictures and training images.
+
+    With an image model, such as DINOv2, they are held against the pictures by its embeddings too.
+    """
 
     def __init__(
         self,
@@ -62,21 +88,17 @@ class ImageJudge:
         training: Mapping[str, ImageSet],
         originals: Sequence[Job],
         progress: bool = True,
+        image_model: ImageEmbedder | None = None,
     ) -> None:
         self._store, self._scorer, self._captioner = store, scorer, captioner
-        self._progress = progress
+        self._progress, self._image_model = progress, image_model
         self._embedded: dict[tuple[bytes, bool], EmbeddedImage] = {}
-        vectors = scorer.images(list(truths.values())) if truths else []
-        self._truths = dict(zip(truths, vectors, strict=True))
-        # Runs on one set share its embeddings.
-        embedded_sets: dict[int, EmbeddedSet] = {}
-        self._training: dict[str, EmbeddedSet] = {}
-        for label, images in training.items():
-            if id(images) not in embedded_sets:
-                embedded_sets[id(images)] = embed_set(images, scorer)
-            self._training[label] = embedded_sets[id(images)]
+        self._pictures = Pictures(scorer, truths, training)
+        self._dino_pictures: Pictures | None = None
+        if image_model is not None:
+            self._dino_pictures = Pictures(image_model, truths, training)
         self._originals: dict[tuple[str, int], Tensor] = {}  # by prompt and seed
-        for job, image in self.look(originals, captioned=False):
+        for job, image in self.look(originals, is_scored=False):
             self._originals[job.prompt.text, job.seed] = image.vector
 
     def rows(self, subject: Subject, jobs: Sequence[Job]) -> Iterator[Row]:
@@ -85,10 +107,10 @@ class ImageJudge:
         general = [job for job in jobs if job.prompt.general]
         texts = list(dict.fromkeys(job.prompt.text for job in scored))
         prompts = dict(zip(texts, self._scorer.texts(texts), strict=True))
-        for job, image in self.look(scored, captioned=self._captioner is not None):
+        for job, image in self.look(scored, is_scored=True):
             yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
             yield from self._scores(subject, job, image, prompts[job.prompt.text])
-        for job, image in self.look(general, captioned=False):
+        for job, image in self.look(general, is_scored=False):
             yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
             if subject.kind != BASE:  # whose drift from itself is none
                 original = self._originals[job.prompt.text, job.seed]
@@ -101,22 +123,38 @@ class ImageJudge:
         if image.caption is not None and image.caption_vector is not None:
             likeness = cosine(prompt, image.caption_vector)
             yield self._row(subject, job, "t2t", likeness, image.caption)
-        if job.prompt.text in self._truths:
-            truth = self._truths[job.prompt.text]
-            yield self._row(subject, job, "truth", cosine(image.vector, truth))
-        if subject.label in self._training:
-            training = self._training[subject.label]
-            likeness, index = nearest(image.vector, training.vectors)
-            yield self._row(subject, job, "nearest", likeness, training.names[index])
+        yield from self._likeness(subject, job, image.vector, self._pictures)
+        if image.dino_vector is not None and self._dino_pictures is not None:
+            yield from self._likeness(
+                subject, job, image.dino_vector, self._dino_pictures, prefix="dino_"
+            )
+
+    def _likeness(
+        self, subject: Subject, job: Job, vector: Tensor, pictures: Pictures, prefix: str = ""
+    ) -> Iterator[Row]:
+        """Likeness to the held-out picture and to the nearest training picture, by one model."""
+        if job.prompt.text in pictures.truths:
+            truth = pictures.truths[job.prompt.text]
+            yield self._row(subject, job, f"{prefix}truth", cosine(vector, truth))
+        if subject.label in pictures.training:
+            training = pictures.training[subject.label]
+            likeness, index = nearest(vector, training.vectors)
+            name = training.names[index]
+            yield self._row(subject, job, f"{prefix}nearest", likeness, name)
 
     @staticmethod
     def _row(subject: Subject, job: Job, metric: str, value: float | None, note: str = "") -> Row:
         return subject.row(metric, value, item=job.prompt.text, seed=job.seed, note=note)
 
-    def look(self, jobs: Sequence[Job], captioned: bool) -> Iterator[tuple[Job, EmbeddedImage]]:
-        """Each image, equal ones looked at once: they get equal scores to the last bit."""
-        title = "embedding and captioning" if captioned else "embedding"
-        with tqdm(total=len(jobs), desc=title, unit="image", disable=not self._progress) as bar:
+    def look(self, jobs: Sequence[Job], is_scored: bool) -> Iterator[tuple[Job, EmbeddedImage]]:
+        """Each image, equal ones looked at once: they get equal scores to the last bit.
+
+        Those of general prompts are not scored: they need neither captions nor the image model.
+        """
+        is_captioned = is_scored and self._captioner is not None
+        title = "embedding and captioning" if is_captioned else "embedding"
+        is_hidden = not self._progress or not jobs
+        with tqdm(total=len(jobs), desc=title, unit="image", disable=is_hidden) as bar:
             for chunk in in_batches(jobs, CHUNK):
                 pictures = [self._store.open(job) for job in chunk]
                 # By content: equal images of two adapters are embedded once.
@@ -124,33 +162,38 @@ class ImageJudge:
                 new: dict[tuple[bytes, bool], Image] = {}
                 for picture in pictures:
                     content = repr(picture.size).encode() + picture.tobytes()
-                    key = blake2b(content, digest_size=16).digest(), captioned
+                    key = blake2b(content, digest_size=16).digest(), is_scored
                     keys.append(key)
                     if key not in self._embedded:
                         new[key] = picture
                 if new:
-                    embedded = self._embed(list(new.values()), captioned)
+                    embedded = self._embed(list(new.values()), is_scored)
                     self._embedded.update(zip(new, embedded, strict=True))
                 for job, key in zip(chunk, keys, strict=True):
                     yield job, self._embedded[key]
                 bar.update(len(chunk))
 
-    def _embed(self, pictures: Sequence[Image], captioned: bool) -> list[EmbeddedImage]:
-        vectors = self._scorer.images(pictures)
-        if not captioned or self._captioner is None:
-            return [EmbeddedImage(vector) for vector in vectors]
-        captions = self._captioner(pictures)
-        caption_vectors = self._scorer.texts(captions)
-        parts = zip(vectors, captions, caption_vectors, strict=True)
-        return [EmbeddedImage(*image) for image in parts]
+    def _embed(self, pictures: Sequence[Image], is_scored: bool) -> list[EmbeddedImage]:
+        embedded = [EmbeddedImage(vector) for vector in self._scorer.images(pictures)]
+        if is_scored and self._captioner is not None:
+            captions = self._captioner(pictures)
+            caption_vectors = self._scorer.texts(captions)
+            for number, caption in enumerate(captions):
+                embedded[number] = embedded[number]._replace(
+                    caption=caption, caption_vector=caption_vectors[number]
+                )
+        if is_scored and self._image_model is not None:
+            for number, vector in enumerate(self._image_model.images(pictures)):
+                embedded[number] = embedded[number]._replace(dino_vector=vector)
+        return embedded
 
 
-def embed_set(images: ImageSet, scorer: Scorer) -> EmbeddedSet:
+def embed_set(images: ImageSet, embedder: ImageEmbedder) -> EmbeddedSet:
     """Embed all images of a set, `CHUNK` of them in memory at once."""
     vectors = []
     for numbers in in_batches(range(len(images)), CHUNK):
         pictures = [images.image(number) for number in numbers]
-        vectors.append(scorer.images(pictures))
+        vectors.append(embedder.images(pictures))
     names = [entry.name for entry in images.entries]
     if mini.color_map(images.label) is not None:  # the plain icon has that name
         names = [f"{images.label}/{name}" for name in names]

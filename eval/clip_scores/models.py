@@ -38,11 +38,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A scorer or a captioner: its name as shown, and what identifies it exactly.
+    """A scorer, a captioner or an image model: its name as shown, and what identifies it exactly.
 
     Args:
         name: shown beside every score.
-        kind: "open_clip", "embedded", "blip" or "retrieval".
+        kind: "open_clip", "embedded", "blip", "retrieval" or "dinov2".
         model: architecture, hub id or folder name.
         revision: pretrained tag, commit or digest of the weights.
         note: a sentence that has to stand beside its scores, or "".
@@ -100,11 +100,37 @@ def hub_commit(file: Path) -> str | None:
     return extract_commit_hash(str(file), None)
 
 
-class Scorer:
-    """Embeds images and texts: (n, d), float32, of unit length, on the CPU.
+class ImageEmbedder:
+    """Embeds images: (n, d), float32, of unit length, on the CPU.
 
-    Embeddings do not depend on the batch size beyond 1e-6; each text is encoded once.
+    Embeddings do not depend on the batch size beyond 1e-6.
     """
+
+    def __init__(
+        self, entry: ModelEntry, embed: Callable[[Sequence[Image]], Tensor], batch: int = 32
+    ) -> None:
+        self.entry = entry
+        self._embed_images, self._batch = embed, batch
+
+    def images(self, images: Sequence[Image]) -> Tensor:
+        """Embeddings of images of any size and mode, (n, d); at least one."""
+        parts = in_batches([image.convert("RGB") for image in images], self._batch)
+        return torch.cat([self._unit(self._embed_images, part) for part in parts])
+
+    def _unit(self, embed: Callable[[Sequence[T]], Tensor], part: Sequence[T]) -> Tensor:
+        # TF32 in convolutions is cudnn's default, and would show the batch size.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            unit = normalize(embed(part).float(), dim=-1).cpu()
+        if not unit.isfinite().all():
+            raise UserError(
+                f'model "{self.entry.name}" gives embeddings that are not finite: its weights are'
+                " damaged, give another."
+            )
+        return unit
+
+
+class Scorer(ImageEmbedder):
+    """Embeds images and texts in one space; each text is encoded once."""
 
     def __init__(
         self,
@@ -114,14 +140,9 @@ class Scorer:
         is_cut: Callable[[str], bool],
         batch: int = 32,
     ) -> None:
-        self.entry, self.is_cut = entry, is_cut
-        self._embed_images, self._embed_texts, self._batch = embed_images, embed_texts, batch
+        super().__init__(entry, embed_images, batch)
+        self.is_cut, self._embed_texts = is_cut, embed_texts
         self._text_embeddings: dict[str, Tensor] = {}
-
-    def images(self, images: Sequence[Image]) -> Tensor:
-        """Embeddings of images of any size and mode, (n, d); at least one."""
-        parts = in_batches([image.convert("RGB") for image in images], self._batch)
-        return torch.cat([self._unit(self._embed_images, part) for part in parts])
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts, (n, d); at least one."""
@@ -131,17 +152,6 @@ class Scorer:
                 zip(part, self._unit(self._embed_texts, part), strict=True)
             )
         return torch.stack([self._text_embeddings[text] for text in texts])
-
-    def _unit(self, embed: Callable[[Sequence[T]], Tensor], part: Sequence[T]) -> Tensor:
-        # TF32 in convolutions is cudnn's default, and would show the batch size.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            unit = normalize(embed(part).float(), dim=-1).cpu()
-        if not unit.isfinite().all():
-            raise UserError(
-                f'scorer "{self.entry.name}" gives embeddings that are not finite: its weights are'
-                " damaged, give another."
-            )
-        return unit
 
 
 def load(name: str, device: str = "cpu", batch: int = 32) -> Scorer:

@@ -9,6 +9,7 @@ from ..table import Metric
 DEMO = Path("demo")
 SCORERS = "embedded, open_clip:MODEL/TAG or open_clip:FOLDER"
 CAPTIONERS = "embedded or blip:ID_OR_FOLDER"
+IMAGE_MODELS = "dinov2:ID_OR_FOLDER, such as dinov2:facebook/dinov2-base"
 BLIP = "Salesforce/blip-image-captioning-large"
 GENERAL_SCORER = "open_clip:ViT-L-14/openai"
 GENERAL_CAPTIONER = f"blip:{BLIP}"
@@ -28,6 +29,14 @@ METRICS = {
         "memorization",
         "cosine of the embeddings of image and nearest training picture; a learned style raises it"
         " too, so look at the images that are nearest",
+        False,
+    ),
+    "dino_truth": _cosine(
+        "DINO ground truth", "cosine of DINOv2's embeddings of image and held-out picture"
+    ),
+    "dino_nearest": _cosine(
+        "DINO memorization",
+        "cosine of DINOv2's embeddings of image and its nearest training picture",
         False,
     ),
     "drift": _cosine(

@@ -6,7 +6,8 @@ read("my_prompts.csv")
 read("mini-duotone-heldout")         # 128 captions, each with the picture that it describes
 
 ``eval/prompts/NAME.txt`` is a shipped set; ``NAME_references.csv`` beside it names, for an instance
-of the set, the miniature's held-out picture of it.
+of the set, the miniature's held-out picture of it. ``contexts.txt`` holds no prompts but places for
+the instance prompt of a run, see `defaults`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bilora_diffusion.mini import FOLDERS, HELDOUT_SUFFIX, color_map, heldout_di
 
 FOLDER = Path(__file__).resolve().parents[1] / "prompts"
 GENERAL = "general"
+CONTEXTS = "contexts"
 PROMPT = "prompt"
 """The column of the prompts in a CSV file, and in the metadata of held-out images."""
 MOST_BYTES = 100_000_000
@@ -51,7 +53,8 @@ class Prompt:
 
 def shipped() -> tuple[str, ...]:
     """The names of the sets in ``eval/prompts``."""
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.txt")))
+    names = {path.stem for path in FOLDER.glob("*.txt")} - {CONTEXTS}
+    return tuple(sorted(names))
 
 
 def read(source: str | Path) -> list[Prompt]:
@@ -73,7 +76,7 @@ def read(source: str | Path) -> list[Prompt]:
     elif path.is_dir():
         prompts = _of_images(path, name)
     elif not is_file(path):
-        hint = did_you_mean(name, [*shipped(), *heldout_names])
+        hint = did_you_mean(name, [*shipped(), CONTEXTS, *heldout_names])
         raise UserError(
             f'there is no prompt set and no file "{name}"{hint}: give {", ".join(shipped())}, a'
             f" text file, a CSV, or held-out images with captions, such as {heldout_names[0]} or"
@@ -96,13 +99,22 @@ def read(source: str | Path) -> list[Prompt]:
 
 
 def _of_text(path: Path, name: str) -> list[tuple[str, Prompt]]:
-    lines = enumerate(read_text(path, name, MOST_BYTES).splitlines(), start=1)
-    texts = [(f"line {number}", line.strip()) for number, line in lines]
-    return [
-        (where, Prompt(text, instance_of(text)))
-        for where, text in texts
-        if text and not text.startswith("#")
-    ]
+    lines = _numbered(path, name)
+    return [(f"line {number}", Prompt(text, instance_of(text))) for number, text in lines]
+
+
+def lines_of(path: Path, name: str) -> list[str]:
+    """The lines of a text file that are neither blank nor a comment, which starts with #."""
+    return [text for _, text in _numbered(path, name)]
+
+
+def _numbered(path: Path, name: str) -> list[tuple[int, str]]:
+    lines = []
+    for number, line in enumerate(read_text(path, name, MOST_BYTES).splitlines(), start=1):
+        text = line.strip()
+        if text and not text.startswith("#"):
+            lines.append((number, text))
+    return lines
 
 
 def instance_of(text: str) -> str | None:

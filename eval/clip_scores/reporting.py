@@ -114,10 +114,11 @@ def models(result: Result) -> list[str]:
         f"{sum(prompt['truncated'] for prompt in prompts)} of {len(prompts)} prompts are longer"
         " than the scorer's text encoder takes and were cut."
     ]
-    for role in ("scorer", "captioner"):
-        if model := result.settings[role]:
+    for role in ("scorer", "captioner", "image_model"):
+        if model := result.settings.get(role):
             exact = ", ".join(filter(None, (model["kind"], model["model"], model["revision"])))
-            sentences.append(f"{role.capitalize()}: {model['name']} ({exact}).")
+            title = role.capitalize().replace("_", " ")
+            sentences.append(f"{title}: {model['name']} ({exact}).")
     return sentences
 
 

@@ -18,11 +18,14 @@ from bilora_diffusion.image.pipeline import load_pipeline, resolve
 
 from ..command import read_integers
 from ..subjects import Subject
+from . import defaults
+from .defaults import Question
 from .images import Sampling
 from .names import GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
-from .prompts import Prompt, read
+from .prompts import CONTEXTS, GENERAL, read
 
 EMBEDDED = "embedded"
+NONE = "none"
 MINI_GUIDANCE = 4.0
 
 
@@ -84,13 +87,21 @@ def models(args: Namespace, base: str) -> tuple[str, str | None]:
     return names["scorer"], None if args.skip_captions else names["captioner"]
 
 
-def prompts(args: Namespace) -> list[Prompt]:
-    """The prompts that are scored, then the general ones."""
-    scored = read(args.prompts)[: args.max_prompts]
-    general = [] if args.general_prompts == "none" else read(args.general_prompts)
-    return [replace(prompt, general=False) for prompt in scored] + [
-        replace(prompt, general=True) for prompt in general[: args.max_prompts]
-    ]
+def question(args: Namespace, subjects: Sequence[Subject], base: str) -> Question:
+    """The scored prompts and the general ones, as given or as the runs' training suggests."""
+    if args.prompts is None:
+        default = defaults.of_subjects(subjects, base)
+    elif args.prompts == CONTEXTS:
+        default = defaults.in_contexts(subjects)
+    else:
+        is_of_icons = defaults.learned_icons(subjects, base)
+        default = Question(Path(args.prompts).name, read(args.prompts), is_of_icons)
+    general_set = args.general_prompts or (GENERAL if default.is_of_icons else NONE)
+    prompts = [replace(prompt, general=False) for prompt in default.prompts[: args.max_prompts]]
+    if general_set != NONE:
+        for prompt in read(general_set)[: args.max_prompts]:
+            prompts.append(replace(prompt, general=True))
+    return replace(default, prompts=prompts)
 
 
 def sampling(args: Namespace, base: str) -> Sampling:

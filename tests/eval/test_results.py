@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.lora_names import FILE_NAME
 from eval import command, report, table
 from eval.cache import FOLDER, Cache
 from eval.provenance import Provenance
-from eval.subjects import by_group, gather, paired
+from eval.subjects import by_group, gather, paired, settings_note, single
 from eval.table import Entry, Metric, Result, Row, Summary
 from tests.run import recorded_runs
 
@@ -146,7 +147,7 @@ def test_what_a_kill_tore_off_is_measured_again(tmp_path, torn):
 
 
 COMMANDS = {
-    "clip_scores": "scores",
+    "clip_scores": "scores-lora-bilora",
     **{name: name for name in ("dynamics", "generalization", "landscape", "text_scores")},
 }
 """Command -> its folder of results."""
@@ -170,6 +171,33 @@ def test_results_lie_beside_the_runs(name, parsers):
     assert parser.read([*words, "--output_dir", "x"]).output_dir == Path("x")
     summary = (import_module(f"eval.{name}").__doc__ or "").partition("\n")[0]
     assert parser.description == summary
+
+
+def test_other_questions_have_other_folders(parsers, tmp_path):
+    questions = ["", "demo/lora", "demo/lora base", "L=demo/lora", "demo/lora --steps all"]
+    questions += ["demo/lora --prompts my/two.txt", f"demo/bilora/{FILE_NAME}"]
+    questions += [" ".join(f"r{number}" for number in [*range(5), last]) for last in (6, 7)]
+    folders = [parsers("clip_scores").read(words.split()).output_dir for words in questions]
+    assert folders[:7] == [
+        *(Path("demo/scores"), Path("demo/scores-lora"), Path("demo/scores-lora-base")),
+        *(Path("demo/scores-L"), Path("demo/scores-lora-steps"), Path("demo/scores-lora-two")),
+        Path("demo/scores-bilora"),
+    ]
+    assert len(set(folders)) == len(folders)
+
+
+def test_a_result_leaves_no_figure_of_the_last(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    for name in ("steps.png", "grid.png", "own.png", "../kept.png"):
+        (tmp_path / "out" / name).touch()
+    figures = ["steps.png", "grid.png", "../kept.png"]
+    table.write(replace(RESULT, figures=figures), tmp_path / "out", "")
+    command.remove_last_figures(tmp_path / "out", "another command", ["grid.png"])
+    left = sorted(path.name for path in tmp_path.rglob("*.png"))
+    assert left == ["grid.png", "kept.png", "own.png"]
+    assert RESULT.provenance.command in capsys.readouterr().out
+    command.remove_last_figures(tmp_path / "out", RESULT.provenance.command, figures)
+    assert not capsys.readouterr().out
 
 
 def test_results_and_logs_among_runs_are_left_out(parsers, capsys):
@@ -215,6 +243,18 @@ def test_groups_by_setting(tmp_path):
     ):
         with pytest.raises(UserError, match=sentence):
             gather(words, groups)
+
+
+def test_runs_that_differ_in_more_than_the_method_are_named_with_the_settings(tmp_path):
+    def run(name, method, **config):
+        return str(recorded_runs.make(tmp_path / name, method, steps=(), config=config))
+
+    lora = run("dog", "lora", rank=8, max_train_steps=40, dataset_name="photos/dog", rho=1.0)
+    bilora = run("cat", "bilora", rank=4, max_train_steps=500, dataset_name="photos/cat")
+    alike = run("dog-2", "bilora", rank=8, max_train_steps=40, dataset_name="photos/dog")
+    sentence = settings_note(single([lora, bilora], weights=False))
+    assert sentence == "LoRA, Bi-LoRA differ in: data dog / cat, steps 40 / 500, rank 8 / 4."
+    assert settings_note(single([lora, alike], weights=False)) == ""
 
 
 def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path):

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BlipForConditionalGeneration, BlipProcessor
+from transformers import (
+    BitImageProcessor,
+    BlipForConditionalGeneration,
+    BlipProcessor,
+    Dinov2Model,
+)
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.mini import scorer as mini
-from eval.clip_scores import captioners, load_models, models
+from eval.clip_scores import captioners, dinov2, load_image_model, load_models, models
 from eval.clip_scores.models import ModelEntry
 from eval.clip_scores.names import BLIP
 from eval.digests import of_files
@@ -30,11 +36,12 @@ def folders(tmp_path_factory):
     return {
         "open_clip": save_open_clip(root / "ours"),
         "blip": clip_models.save_blip(root / "blip"),
+        "dinov2": clip_models.save_dinov2(root / "dino"),
     }
 
 
 def test_a_model_is_named_by_its_weights_or_its_commit(folders):
-    loaders: dict[str, Any] = {"open_clip": models, "blip": captioners}
+    loaders: dict[str, Any] = {"open_clip": models, "blip": captioners, "dinov2": dinov2}
     for scheme, folder in folders.items():
         (weights,) = folder.glob("*.safetensors")
         entry = loaders[scheme].load(f"{scheme}:{folder}").entry
@@ -93,6 +100,20 @@ def test_blip_is_generate_of_transformers(folders, tmp_path):
         assert captioner([image]) == [expected.removeprefix("[DEC]").strip()]
 
 
+@torch.no_grad()
+def test_a_dinov2_embeds_as_that_of_transformers_whatever_the_batch(folders):
+    """By random weights in the real class: what DINOv2's own weights see is not tested."""
+    images = [*pictures(2), *pictures(3, None)]
+    model = Dinov2Model.from_pretrained(folders["dinov2"])
+    processor: Any = BitImageProcessor.from_pretrained(folders["dinov2"])
+    embedded = dinov2.load(f"dinov2:{folders['dinov2']}", batch=2).images(images)
+    for image, embedding in zip(images, embedded, strict=True):
+        inputs = processor(images=image, return_tensors="pt")
+        class_token = model(**inputs).last_hidden_state[0, 0]  # of (1, tokens, d)
+        torch.testing.assert_close(embedding, class_token / class_token.norm())
+    assert (embedded @ embedded.T).min() < 0.9  # so that the lines before could fail
+
+
 def test_retrieval_takes_the_nearest_caption(tmp_path, monkeypatch):
     folder = save_open_clip(tmp_path / "clip")
     (folder / "captions.txt").write_text("\n".join(sentences(20)))
@@ -135,9 +156,13 @@ def models_here(folders, tmp_path, monkeypatch):
 
 def refused(name, *words):
     """A model is refused in one sentence in which each of the words stands."""
-    names = ("open_clip:ours", name) if name.startswith("bl") else (name, None)
+    load: Any = partial(load_models, name, None)
+    if name.startswith("blip"):
+        load = partial(load_models, "open_clip:ours", name)
+    elif name.startswith("dino"):
+        load = partial(load_image_model, name)
     with pytest.raises(UserError) as caught:
-        load_models(*names)
+        load()
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert all(word in sentence for word in words), sentence
@@ -148,10 +173,25 @@ def test_a_model_that_can_not_be_had_is_refused(models_here):
     refused("embeded", '"embeded"', 'did you mean "embedded"', "MODEL/TAG")
     refused("open_clip:ViT-B-32/opnai", '"opnai"', 'did you mean "openai"', "laion400m_e31")
     refused("blip:tests/absent", '"blip:tests/absent"', "connection")
+    refused("dinov2:tests/absent", '"dinov2:tests/absent"', "connection")
+    refused("dino:dino", '"dino:dino"', "dinov2:facebook/dinov2-base")
+    refused("dinov2:blip", "a model of the kind blip", "dinov2:facebook/dinov2-base")
+    config = json.loads(Path("dino/config.json").read_text())
+    Path("dino/boom.py").write_text("open('exploded', 'w')")
+    code = {"model_type": "boom", "auto_map": {"AutoConfig": "boom.A", "AutoModel": "boom.B"}}
+    Path("dino/config.json").write_text(json.dumps(config | code))
+    refused("dinov2:dino", '"dinov2:dino"')  # its code is not run
 
 
-@pytest.mark.parametrize("name", ["open_clip:ours", "blip:blip"])
-@pytest.mark.parametrize("how", ["cut", "incomplete", "without words", "pickle"])
+DAMAGES = [
+    (name, how)
+    for name in ("open_clip:ours", "blip:blip", "dinov2:dino")
+    for how in ("cut", "incomplete", "without words", "pickle")
+    if (name, how) != ("dinov2:dino", "without words")
+]
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGES)
 def test_a_damaged_model_is_refused(name, how, models_here):
     folder = models_here / name.partition(":")[2]
     (file,) = folder.glob("*.safetensors")

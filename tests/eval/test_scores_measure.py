@@ -14,7 +14,7 @@ from bilora_diffusion.mini import heldout_dir, train_dir
 from eval.clip_scores.captioners import Captioner
 from eval.clip_scores.images import Sampling, Store, jobs
 from eval.clip_scores.measure import ImageJudge, truth_pictures
-from eval.clip_scores.models import ModelEntry, Scorer
+from eval.clip_scores.models import ImageEmbedder, ModelEntry, Scorer
 from eval.clip_scores.prompts import Prompt, read
 from eval.subjects import Subject
 
@@ -39,9 +39,14 @@ class ColorScorer(Scorer):
         return torch.tensor(colors, dtype=torch.float32)
 
 
+def strongest_index(images):
+    """Place of the strongest color."""
+    return [int(np.asarray(image).mean((0, 1)).argmax()) for image in images]
+
+
 def strongest(images):
     """A caption that names the strongest color."""
-    return [f"{list(COLORS)[np.asarray(i).mean((0, 1)).argmax()]} thing" for i in images]
+    return [f"{list(COLORS)[index]} thing" for index in strongest_index(images)]
 
 
 class Colors(Store):
@@ -98,6 +103,26 @@ def test_each_score_is_the_cosine_that_it_says(tmp_path):
     assert notes["a", "t2t", 1] == "green thing"
     assert Path(notes["a", "nearest", 1]).name == "green.png"
     assert notes["a", "image", 1] == "images/a-aaaaaaaa/seed-1/001-a-red-one.png"
+
+
+def test_an_image_model_compares_with_the_same_pictures(tmp_path):
+    for name in ("green", "blue"):
+        Image.new("RGB", (8, 8), COLORS[name]).save(tmp_path / f"{name}.png")
+    options = {
+        "truths": {RED.text: Image.new("RGB", (8, 8), COLORS["red"])},
+        "training": {"a": open_images(str(tmp_path))},
+        "image_model": ImageEmbedder(ENTRY, lambda images: torch.eye(3)[strongest_index(images)]),
+    }
+    rows = measured([RED, GENERAL], {("a", RED.text, 0): "blue"}, subject("a"), BASE, **options)
+    values = {(r.subject, r.metric): (r.value, r.note) for r in rows if "dino" in r.metric}
+    # It sees the strongest of three colors alone, the scorer all of an image's mean color.
+    assert values == {
+        ("a", "dino_truth"): (0, ""),
+        ("a", "dino_nearest"): (1, "blue.png"),
+        ("base model", "dino_truth"): (1, ""),
+    }
+    clip = {(r.subject, r.metric): r.value for r in rows}
+    assert clip["a", "truth"] == pytest.approx(FAR, abs=1e-6)
 
 
 def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path):

@@ -14,7 +14,7 @@ from bilora_diffusion.core.durable import TEMPORARY
 from bilora_diffusion.run.runlog import read_metrics
 from eval import clip_scores, table
 from eval.sources import find
-from tests.eval.clip_models import save_blip, save_open_clip
+from tests.eval.clip_models import save_blip, save_dinov2, save_open_clip
 from tests.export.export_models import rewrite
 from tests.scripts.runs import ON_CPUS, TORCHRUN, copied, process, started, train_once
 
@@ -38,10 +38,12 @@ def scored_runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny_models(tmp_path_factory):
-    """Flags for a small random scorer and captioner of the real classes."""
+    """Flags for a small random scorer, captioner and DINOv2 of the real classes."""
     folder = tmp_path_factory.mktemp("models")
     clip, blip = save_open_clip(folder / "clip"), save_blip(folder / "blip")
-    return ["--scorer", f"open_clip:{clip}", "--captioner", f"blip:{blip}"]
+    dino = save_dinov2(folder / "dino")
+    models = ["--scorer", f"open_clip:{clip}", "--captioner", f"blip:{blip}"]
+    return [*models, "--image_model", f"dinov2:{dino}"]
 
 
 def words(output, *options, steps=2):
@@ -98,7 +100,9 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     assert result.settings["sampling"]["guidance_scale"] == 4.0
     assert result.settings["sampling"]["size"] == 64
     counts = {name: len(result.select(name)) for name in ("image", *clip_scores.METRICS)}
-    assert counts == {"image": 18, "i2t": 9, "t2t": 9, "truth": 0, "nearest": 9, "drift": 6}
+    counts = {name: count for name, count in counts.items() if count}
+    assert counts == {"image": 18, "i2t": 9, "t2t": 9, "nearest": 9, "dino_nearest": 9, "drift": 6}
+    assert result.settings["image_model"]["kind"] == "dinov2"
     assert all(row.note for name in ("t2t", "nearest") for row in result.select(name))
     compared = {(line.group, line.control) for line in result.summaries if line.pairs}
     assert compared == {("Bi-LoRA", "LoRA"), ("base model", "LoRA")}
@@ -118,7 +122,7 @@ def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
     assert pictures(output) == before
     require_close(result, repeated, left_out="copy")
     even = [line for line in repeated.summaries if line.group == "copy"]
-    assert {line.metric for line in even} == {*clip_scores.METRICS} - {"truth"}
+    assert {line.metric for line in even} == {*clip_scores.METRICS} - {"truth", "dino_truth"}
     for line in even:
         assert (line.difference, line.higher, line.equal, line.lower) == (0, 0, 3, 0)
 
