@@ -23,6 +23,7 @@ from ..methods.options import AdapterOptions
 from . import constraints, machine
 from .constraints import fact_text
 from .derived import DERIVED_DEFAULTS, derive
+from .options import NO_CONTROL
 from .rates import LOW_PRODIGY_RATE, with_scaled_rates
 from .run import RunConfig
 
@@ -121,6 +122,7 @@ def with_optimizer_name(cfg: Config) -> Config:
 def check_method(cfg: RunConfig) -> None:
     """Refuse an unknown method or optimizer, and a radius that the method can't follow."""
     check_choice("--method", cfg.method, methods.names())
+    check_choice("--compare", cfg.compare, (*methods.names(), NO_CONTROL))
     check_choice("--optimizer", cfg.optimizer, OPTIMIZERS)
     methods.check_rho(cfg.method, cfg.rho)
 
