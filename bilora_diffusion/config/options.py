@@ -268,8 +268,11 @@ class OutputOptions:
         "Save a checkpoint every so many steps; Ctrl-C and SIGTERM save one, too.",
         range=STEPS,
     )
-    checkpoints_total_limit: int = option(
-        2, "Keep the newest so many checkpoints; 0 keeps all.", range=STEPS.or_zero
+    checkpoints_total_limit: int | None = option(
+        None,
+        "Keep the newest so many checkpoints; 0 keeps all. Default: as many as fit into 2 GB, at"
+        " least 2.",
+        range=STEPS.or_zero,
     )
     resume_from_checkpoint: str | None = option(
         None,

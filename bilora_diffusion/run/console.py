@@ -88,8 +88,13 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     record = runlog.read_run(folder)
     saved_steps = checkpoint.steps(folder)
     if saved_steps:
-        listed = ", ".join(map(str, saved_steps))
-        lines["checkpoints"] = f"{folder / checkpoint.CHECKPOINTS} (steps {listed})"
+        listed = f"steps {', '.join(map(str, saved_steps))}"
+        # A run that went on from an earlier checkpoint may have saved a step once more.
+        removed_steps = sorted(set(record.get("removed_checkpoints", [])) - set(saved_steps))
+        if removed_steps:
+            removed = ", ".join(map(str, removed_steps))
+            listed += f"; removed: {removed}; --checkpoints_total_limit 0 keeps all"
+        lines["checkpoints"] = f"{folder / checkpoint.CHECKPOINTS} ({listed})"
 
     rows = runlog.read_metrics(folder)
     losses = _column(rows, "heldout_loss")

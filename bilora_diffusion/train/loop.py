@@ -105,9 +105,7 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             # A signal ends the run with a checkpoint of the step that it came in.
             is_stopping = trainer.stop_signal() is not None
             if is_stopping or is_due(trainer.step, cfg.checkpointing_steps):
-                if log is not None:
-                    log.sync()
-                resume.save(trainer, folder)
+                resume.save(trainer, folder, log)
             if is_stopping or trainer.is_finished:
                 return
 

@@ -191,6 +191,10 @@ def test_the_end_names_the_files_the_best_step_and_how_to_have_it(
     log.start(config, method="lora", seed=0, resume_step=None)
     for step, loss in losses.items():
         log.metric(step, heldout_loss=loss)
+    log.removed_checkpoints([3])
+    log.close("interrupted")
+    log.start(config, method="lora", seed=0, resume_step=10)
+    log.removed_checkpoints([4])
     log.close("finished", **results)
     for step in saved_steps:
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
@@ -201,6 +205,7 @@ def test_the_end_names_the_files_the_best_step_and_how_to_have_it(
     assert str(run / "weights.safetensors") in block
     assert "model card" not in block  # it is not there
     assert f"python -m eval.clip_scores '{run}' base" in block
+    assert ("(steps 5; removed: 3, 4; " in block) == bool(saved_steps)
     assert ("0.5000 at step 10, lowest 0.4000 at step 5" in block) == (losses.get(10) == 0.5)
 
 
