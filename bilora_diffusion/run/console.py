@@ -70,6 +70,8 @@ class Bar:
         finally:
             self._record("training")
             self._bar.set_description_str(self._name)
+            # Moves the bar's clock on: the time spent here is none of the next step.
+            self._bar.unpause()
 
 
 def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:

@@ -119,7 +119,8 @@ def measure_heldout_loss(trainer: Trainer, log: RunLog | None, bar: Bar) -> None
     """Measure the loss on the validation set and log it; every process takes note of it."""
     values: dict[str, float] = {}
     # The main process measures. Where weights are split, each forward pass needs every process.
-    if log is not None or trainer.accelerator.is_fsdp2:
+    measures = log is not None or trainer.accelerator.is_fsdp2
+    if measures and trainer.task.has_heldout:
         with bar.waiting_for("held-out loss"):
             values = trainer.task.heldout_loss(trainer.evaluating())
         log_measurement(trainer, log, trainer.step, values)
