@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.run.record import last_measured
+from bilora_diffusion.run.record import last_measured, read_run
 
 from . import digests, plot, report
 from .evaluation import Evaluation
@@ -89,7 +89,7 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
         assert run.folder is not None
         steps = checkpoint.steps(run.folder) if chosen_steps is None else chosen_steps
         if not steps:
-            raise UserError(f"{run.folder} has no checkpoints: train with --checkpointing_steps.")
+            raise UserError(without_checkpoints(run.folder))
         for step in steps:
             output, name = folder / str(len(subjects)), f"step {step}"
             if run.is_text:
@@ -108,6 +108,19 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
             )
             subjects.append(subject)
     return subjects
+
+
+def without_checkpoints(folder: Path) -> str:
+    """Why a run has no checkpoints, and what to do, as a sentence."""
+    record = read_run(folder)
+    last_step = record["results"].get("steps")
+    interval = record["config"].get("checkpointing_steps")
+    if last_step is None or interval is None or last_step >= interval:
+        return f"{folder} has no checkpoints: train with --checkpointing_steps."
+    return (
+        f"{folder} has no checkpoints, since it ended at step {last_step}, before the first one at"
+        f" --checkpointing_steps {interval}: train with a smaller interval, or leave out --steps."
+    )
 
 
 def last_group(subjects: Sequence[Entry]) -> str | None:

@@ -33,6 +33,8 @@ AT_A_CONSTANT_RATE = IgnoredCase(
     "use `--lr_scheduler constant_with_warmup` or drop it",
 )
 FOR_FIT: Any = {"free": True, "ignored": (unless("fit", True, "without a search"),)}
+NO_CONTROL = "none"
+"""The value of ``--compare`` without a control run."""
 WITHOUT_UPLOAD = unless("push_to_hub", True, "without an upload")
 
 
@@ -255,13 +257,22 @@ class OutputOptions:
     # The run folder and its checkpoints.
     output_dir: str = option("lora-dreambooth-model", "Folder of the run.", place=True)
     overwrite_output_dir: bool = option(False, "Replace the run that the folder holds.")
+    # A method's name (`resolving.check_method`). That of the control run is `NO_CONTROL`.
+    compare: str = option(
+        NO_CONTROL,
+        "Train a control run after the run, with this method (such as lora) in place of --method,"
+        " on the same data, noise and prompts, into OUTPUT_DIR-METHOD; none trains no control.",
+    )
     checkpointing_steps: int = option(
         100,
         "Save a checkpoint every so many steps; Ctrl-C and SIGTERM save one, too.",
         range=STEPS,
     )
-    checkpoints_total_limit: int = option(
-        2, "Keep the newest so many checkpoints; 0 keeps all.", range=STEPS.or_zero
+    checkpoints_total_limit: int | None = option(
+        None,
+        "Keep the newest so many checkpoints; 0 keeps all. Default: as many as fit into 2 GB, at"
+        " least 2.",
+        range=STEPS.or_zero,
     )
     resume_from_checkpoint: str | None = option(
         None,

@@ -21,6 +21,8 @@ PRODIGY_RATE = 1.0
 """Prodigy's step size as it estimates it."""
 LOW_PRODIGY_RATE = 0.1
 """Up to here a rate was probably meant for another optimizer."""
+HIGH_ADAMW_RATE = 0.1
+"""From here on AdamW, which moves each weight by about the rate in a step, trains no adapter."""
 Config = TypeVar("Config", bound=RunConfig)
 
 

@@ -23,7 +23,8 @@ from ..methods.options import AdapterOptions
 from . import constraints, machine
 from .constraints import fact_text
 from .derived import DERIVED_DEFAULTS, derive
-from .rates import LOW_PRODIGY_RATE, with_scaled_rates
+from .options import NO_CONTROL
+from .rates import HIGH_ADAMW_RATE, LOW_PRODIGY_RATE, with_scaled_rates
 from .run import RunConfig
 
 MAX_SAMPLES_OF_STEP = 10**6
@@ -121,6 +122,7 @@ def with_optimizer_name(cfg: Config) -> Config:
 def check_method(cfg: RunConfig) -> None:
     """Refuse an unknown method or optimizer, and a radius that the method can't follow."""
     check_choice("--method", cfg.method, methods.names())
+    check_choice("--compare", cfg.compare, (*methods.names(), NO_CONTROL))
     check_choice("--optimizer", cfg.optimizer, OPTIMIZERS)
     methods.check_rho(cfg.method, cfg.rho)
 
@@ -194,6 +196,11 @@ def notes_on_defaults(cfg: RunConfig) -> list[str]:
         notes.append(
             f"{fact_text('learning_rate', cfg.learning_rate)} is low for prodigy, which multiplies"
             " it with a rate of its own: 1.0 is usual."
+        )
+    if cfg.optimizer != "prodigy" and cfg.learning_rate >= HIGH_ADAMW_RATE:
+        notes.append(
+            f"{fact_text('learning_rate', cfg.learning_rate)} is far above what trains with AdamW:"
+            " 1e-4 to 1e-3 is usual."
         )
     has_warmup = cfg.lr_warmup_steps or cfg.warmup_ratio
     if cfg.lr_scheduler == "constant_with_warmup" and not has_warmup:

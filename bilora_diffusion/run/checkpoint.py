@@ -44,6 +44,8 @@ SCHEMA_VERSION = 4
 CHECKPOINTS, DIGESTS = "checkpoints", "digests.json"
 ADAPTERS, OPTIMIZER, STATE = "adapters.safetensors", "optimizer.safetensors", "state.json"
 FILES = (ADAPTERS, OPTIMIZER, STATE)
+DEFAULT_BYTES = 2_000_000_000
+"""Bytes of all checkpoints of a run where no limit is given, but for the newest two."""
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -193,11 +195,24 @@ def latest(folder: Path) -> Path | None:
     return folders[max(folders)] if folders else None
 
 
-def prune(folder: Path, limit: int) -> None:
-    """Delete all but the newest ``limit`` checkpoints, of which there is at least 1."""
+def default_limit(path: Path) -> int:
+    """How many checkpoints of the size of this one a run keeps by default; at least 2."""
+    # All of a run are equally large, since the optimizer has its moments from the first step on.
+    size = sum(file.stat().st_size for file in path.iterdir())
+    return max(2, DEFAULT_BYTES // size)
+
+
+def prune(folder: Path, limit: int) -> list[int]:
+    """Delete all but the newest ``limit`` checkpoints, of which there is at least 1.
+
+    Returns:
+        The steps of the deleted ones.
+    """
     folders = _find_steps(Path(folder) / CHECKPOINTS)
-    for step in sorted(folders)[:-limit]:
+    old_steps = sorted(folders)[:-limit]
+    for step in old_steps:
         discard(folders[step])
+    return old_steps
 
 
 def resolve(folder: Path, value: str | Path | None) -> Path | None:

@@ -70,6 +70,8 @@ class Bar:
         finally:
             self._record("training")
             self._bar.set_description_str(self._name)
+            # Moves the bar's clock on: the time spent here is none of the next step.
+            self._bar.unpause()
 
 
 def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
@@ -85,14 +87,19 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     for use, name in files.items():
         if (folder / name).exists():
             lines[use] = str(folder / name)
+    record = runlog.read_run(folder)
     saved_steps = checkpoint.steps(folder)
     if saved_steps:
-        listed = ", ".join(map(str, saved_steps))
-        lines["checkpoints"] = f"{folder / checkpoint.CHECKPOINTS} (steps {listed})"
+        listed = f"steps {', '.join(map(str, saved_steps))}"
+        # A run that went on from an earlier checkpoint may have saved a step once more.
+        removed_steps = sorted(set(record.get("removed_checkpoints", [])) - set(saved_steps))
+        if removed_steps:
+            removed = ", ".join(map(str, removed_steps))
+            listed += f"; removed: {removed}; --checkpoints_total_limit 0 keeps all"
+        lines["checkpoints"] = f"{folder / checkpoint.CHECKPOINTS} ({listed})"
 
     rows = runlog.read_metrics(folder)
     losses = _column(rows, "heldout_loss")
-    record = runlog.read_run(folder)
     config, advice = record["config"], ""
     if losses:
         last_step, best_step = max(losses), min(losses, key=lambda step: losses[step])
@@ -126,6 +133,25 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     if advice:
         block.append(advice)
     return "\n".join(block)
+
+
+def compared(folders: Sequence[Path], scores: str) -> str:
+    """The folders of a run and its control, and the commands that show them side by side.
+
+    Args:
+        folders: run folders, with one parent.
+        scores: the module that scores such runs, as for `closing`.
+    """
+    quoted_folders = [shlex.quote(str(folder)) for folder in folders]
+    line = f"run and control: {' and '.join(map(str, folders))}"
+    if not in_repository():
+        return line
+    parent = shlex.quote(str(folders[0].parent))
+    return (
+        f"{line}\n"
+        f"  look at both  python -m app.viewer {parent}\n"
+        f"  score both    python -m {scores} {' '.join(quoted_folders)} base"
+    )
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:

@@ -95,23 +95,36 @@ def ends_in(sentence: str) -> Iterator[None]:
 
 
 def farewell(
-    folder: Path, stop: Stop, arguments: Sequence[str] | None, overwrites: bool
+    folder: Path,
+    stop: Stop,
+    arguments: Sequence[str] | None,
+    overwrites: bool,
+    control_folder: Path | None = None,
 ) -> Interrupted:
     """The last words of an interrupted run, with the command that goes on from what is saved.
 
     Args:
+        folder: run folder of the run that was stopped.
         arguments: the script's, as they were typed; None for a call from Python.
         overwrites: whether the run was to replace an earlier one.
+        control_folder: that of the control run of ``--compare``, which comes last.
     """
-    if stop.step == stop.num_steps and runlog.is_finished(folder):
+    has_finished = stop.step == stop.num_steps and runlog.is_finished(folder)
+    if has_finished and control_folder in (None, folder):
         sentence = f"interrupted when the run in {folder} had already finished"
         return Interrupted(sentence, stop.number)
 
     saved = checkpoint.latest(folder / (stop.run or ""))
     state = "nothing was saved yet" if saved is None else f"{saved} is saved"
-    # "auto" also starts anew where there is no checkpoint, or where a search has only some runs.
-    value = "auto" if saved is None or stop.run is not None else "latest"
+    if has_finished:
+        state = f"that run is finished, the one in {control_folder} not yet begun"
+    # "auto" also starts anew where there is no checkpoint, or where a search or a comparison has
+    # only some of its runs.
+    has_several_runs = stop.run is not None or control_folder is not None
+    value = "auto" if saved is None or has_several_runs else "latest"
     place = "" if stop.run is None else f" of {stop.run}"
+    if control_folder is not None:
+        place = f" of the run in {folder}"
     if arguments is None:
         command = f"the same arguments and --resume_from_checkpoint {value}"
     else:

@@ -108,6 +108,7 @@ class Record(_Strict):
     resumed: list[Any] = []
     wall_seconds: Annotated[Number, Field(ge=0)] = 0.0
     peak_memory_bytes: Count = 0
+    removed_checkpoints: list[Count] = []
     doing: Text | None = None
     doing_since: Text | None = None
     error: Text | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -101,6 +101,7 @@ class RunLog:
             "resumed": [*earlier.get("resumed", []), *resumed],
             "wall_seconds": earlier.get("wall_seconds", 0.0),
             "peak_memory_bytes": earlier.get("peak_memory_bytes", 0),
+            "removed_checkpoints": earlier.get("removed_checkpoints", []),
             "status": "running",
             "card": wrote_card(earlier),
             "doing": "starting",
@@ -157,6 +158,11 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+    def removed_checkpoints(self, steps: Sequence[int]) -> None:
+        """Write down that checkpoints of these steps made room for newer ones."""
+        self._run["removed_checkpoints"] = [*self._run["removed_checkpoints"], *steps]
+        self._write()
 
     def writes_card(self) -> None:
         """Write down that the folder's ``README.md`` is the run's own, before it is written."""

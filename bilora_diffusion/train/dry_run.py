@@ -43,17 +43,18 @@ PhaseMemory = dict[str, dict[str, int]]
 """
 
 
-def run(script: Script[Any], cfg: RunConfig, argv: Sequence[str]) -> None:
-    """Print what a run would do and take; of a search, what the largest of its runs takes.
+def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) -> None:
+    """Print what a run would do and take; of several runs, what the largest of them takes.
 
     Args:
         script: Script of the run.
-        cfg: Configuration of the run.
+        configs: Configuration of the run, and that of its control if there is one.
         argv: The command line that it was read from.
 
     Raises:
         UserError: Bad input; several processes.
     """
+    cfg = configs[0]
     accelerator = build_accelerator(cfg)
     if accelerator.num_processes > 1:
         raise UserError("--dry_run is about one process: start it with python, not accelerate.")
@@ -69,6 +70,10 @@ def run(script: Script[Any], cfg: RunConfig, argv: Sequence[str]) -> None:
         candidate = largest_candidate(search, task, steps)
         task = with_config(task, search.config(candidate))
         lines.append(f"what follows is about the largest run of --fit: {title(candidate)}")
+    if len(configs) > 1:
+        task = largest_run(task, configs, steps)
+        folders = " and ".join(run_cfg.output_dir for run_cfg in configs)
+        lines.append(f"two runs, into {folders}; what follows is about the larger one")
     method, trained = attached(task, steps)
     models = ", ".join(f"{t.name} ({type(t.model).__name__})" for t in method.targets)
     count = sum(parameter.numel() for parameter in method.clip_parameters())
@@ -179,6 +184,16 @@ def largest_candidate(search: Search, task: Any, steps: int) -> Candidate:
                 candidate = max(search.space.variants(name, candidate), key=trained_bytes)
         candidates.append(candidate)
     return max(candidates, key=trained_bytes)
+
+
+def largest_run(task: Any, configs: Sequence[RunConfig], steps: int) -> Any:
+    """The task with that of several configurations that takes most memory."""
+
+    def trained_bytes(candidate_task: Any) -> int:
+        _, trained = attached(candidate_task, steps)
+        return sum(trained.values())
+
+    return max([with_config(task, cfg) for cfg in configs], key=trained_bytes)
 
 
 def with_config(task: Any, cfg: RunConfig) -> Any:

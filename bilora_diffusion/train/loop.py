@@ -105,9 +105,7 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             # A signal ends the run with a checkpoint of the step that it came in.
             is_stopping = trainer.stop_signal() is not None
             if is_stopping or is_due(trainer.step, cfg.checkpointing_steps):
-                if log is not None:
-                    log.sync()
-                resume.save(trainer, folder)
+                resume.save(trainer, folder, log)
             if is_stopping or trainer.is_finished:
                 return
 
@@ -121,7 +119,8 @@ def measure_heldout_loss(trainer: Trainer, log: RunLog | None, bar: Bar) -> None
     """Measure the loss on the validation set and log it; every process takes note of it."""
     values: dict[str, float] = {}
     # The main process measures. Where weights are split, each forward pass needs every process.
-    if log is not None or trainer.accelerator.is_fsdp2:
+    measures = log is not None or trainer.accelerator.is_fsdp2
+    if measures and trainer.task.has_heldout:
         with bar.waiting_for("held-out loss"):
             values = trainer.task.heldout_loss(trainer.evaluating())
         log_measurement(trainer, log, trainer.step, values)

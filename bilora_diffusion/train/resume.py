@@ -15,6 +15,7 @@ from ..methods import Method
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
 from ..run.content import require_same_content
+from ..run.runlog import RunLog
 from .optimizers import StepLayout
 from .outcome import Outcome
 
@@ -38,8 +39,16 @@ class Resumable(Protocol):
         ...
 
 
-def save(trainer: Resumable, folder: Path) -> None:
-    """Write a checkpoint of the current step; only the main process does."""
+def save(trainer: Resumable, folder: Path, log: RunLog | None) -> None:
+    """Write a checkpoint of the current step, and delete old ones; only the main process does.
+
+    Args:
+        trainer: What is saved.
+        folder: Run folder.
+        log: Record of the main process; None in the others.
+    """
+    if log is not None:
+        log.sync()
     cfg, scaler = trainer.cfg, trainer.accelerator.scaler
     # What is trained is whole on each process, also where the base is split (`sharding`).
     if trainer.accelerator.is_main_process:
@@ -57,9 +66,14 @@ def save(trainer: Resumable, folder: Path) -> None:
                 **trainer.outcome.state_dict(),
             },
         )
-        checkpoint.save(folder, saved)
-        if cfg.checkpoints_total_limit:
-            checkpoint.prune(folder, cfg.checkpoints_total_limit)
+        saved_folder = checkpoint.save(folder, saved)
+        limit = cfg.checkpoints_total_limit
+        if limit is None:
+            limit = checkpoint.default_limit(saved_folder)
+        if limit:
+            removed_steps = checkpoint.prune(folder, limit)
+            if log is not None and removed_steps:
+                log.removed_checkpoints(removed_steps)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -136,9 +136,7 @@ def run(
                     results |= export(script, trainer, folder, log, results, repo_id)
             elif checkpoint.steps(folder)[-1:] != [trainer.step]:
                 # The search may bring this run to more steps later.
-                if log is not None:
-                    log.sync()
-                resume.save(trainer, folder)
+                resume.save(trainer, folder, log)
             # No process may take the group down while another still writes or measures.
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:

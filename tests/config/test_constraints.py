@@ -110,6 +110,7 @@ def test_a_machine_refuses_what_it_can_not_compute(kind, machine, monkeypatch):
 
 
 COMPARED = {
+    "compare": {"method": 1},
     "caption_column": {"image_column": 1},
     "input_column": {"target_column": 1},
     "auxiliary_learning_rate": {"learning_rate": 0.5},
@@ -119,7 +120,8 @@ COMPARED = {
 
 def violating_facts(constraint):
     """Facts that a constraint refuses."""
-    facts = dict(COMPARED.get(constraint.conditions[0].name, {}))
+    first = constraint.conditions[0]
+    facts = dict(COMPARED[first.name]) if first.argument.startswith("--") else {}
     for condition in constraint.conditions:
         candidates = (*condition.values, 1, 2, None)
         facts[condition.name] = next(

@@ -87,6 +87,7 @@ def test_an_evaluation_without_rows_is_named(tmp_path, caplog):
     [
         (f"{MINI} --rank 16", "--lora_alpha 32"),
         (f"{PRODIGY} --learning_rate 1e-4", "--learning_rate 0.0001"),
+        (f"{MINI} --learning_rate 1", "1e-4 to 1e-3"),
         (f"{MINI} --use_dora", "A1111"),
         (f"{MINI} --use_dora --no_output_kohya_format", None),
         (MINI, None),

@@ -12,6 +12,7 @@ from eval.checkpoints import HELDOUT_LOSS, LOSS
 from eval.table import Entry, Metric, Result, Row
 from eval.text_scores import base_models
 from tests.eval.text_score_models import save_record
+from tests.run import recorded_runs
 
 ACCURACY = "heldout_accuracy"
 
@@ -65,6 +66,13 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path, capsys):
     assert both.groups == ["step 20"]
     line = both.summary("step 20", "heldout:cola:accuracy")
     assert line.interval == pytest.approx((0.3, 0.4))
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_named_with_both_numbers(tmp_path):
+    folder = recorded_runs.make(tmp_path, steps=(40,), config={"checkpointing_steps": 100})
+    sentence = checkpoints.without_checkpoints(folder)
+    assert "ended at step 40" in sentence
+    assert "--checkpointing_steps 100" in sentence
 
 
 def test_runs_of_several_rows_stand_before_their_steps(tmp_path):

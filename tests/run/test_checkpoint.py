@@ -12,6 +12,7 @@ from bilora_diffusion.core.durable import TEMPORARY
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import checkpoint
 from bilora_diffusion.run.checkpoint import (
+    default_limit,
     latest,
     load,
     load_tensors,
@@ -178,10 +179,18 @@ def test_latest_is_numeric_and_ignores_the_rest(tmp_path):
         (root / name).mkdir()
     (root / "step-800").write_text("a file")
     assert latest(tmp_path) == paths[1]
-    prune(tmp_path, 2)
+    assert prune(tmp_path, 2) == [9]
     assert not paths[0].exists()
     assert paths[1].exists()
     assert paths[2].exists()
+
+
+def test_by_default_as_many_are_kept_as_fit_into_two_gigabytes(tmp_path, monkeypatch):
+    path = save(tmp_path, 5)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    assert default_limit(path) == checkpoint.DEFAULT_BYTES // size
+    monkeypatch.setattr(checkpoint, "DEFAULT_BYTES", size)
+    assert default_limit(path) == 2  # the newest two always
 
 
 def test_resolve(tmp_path, monkeypatch):

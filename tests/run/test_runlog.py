@@ -5,6 +5,7 @@ import math
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,10 @@ def test_the_end_names_the_files_the_best_step_and_how_to_have_it(
     log.start(config, method="lora", seed=0, resume_step=None)
     for step, loss in losses.items():
         log.metric(step, heldout_loss=loss)
+    log.removed_checkpoints([3])
+    log.close("interrupted")
+    log.start(config, method="lora", seed=0, resume_step=10)
+    log.removed_checkpoints([4])
     log.close("finished", **results)
     for step in saved_steps:
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
@@ -201,7 +206,17 @@ def test_the_end_names_the_files_the_best_step_and_how_to_have_it(
     assert str(run / "weights.safetensors") in block
     assert "model card" not in block  # it is not there
     assert f"python -m eval.clip_scores '{run}' base" in block
+    assert ("(steps 5; removed: 3, 4; " in block) == bool(saved_steps)
     assert ("0.5000 at step 10, lowest 0.4000 at step 5" in block) == (losses.get(10) == 0.5)
+
+
+def test_the_time_of_a_measurement_is_not_in_the_rate_of_steps(capsys):
+    with console.Bar(2, 0, "lora", lambda activity: None) as bar:
+        with bar.waiting_for("held-out loss"):
+            time.sleep(0.3)
+        bar.step({"loss": 0.5, "lr": 1e-3})
+    (rate,) = re.findall(r"1/2 .*, +([\d.]+)it/s", capsys.readouterr().err)[-1:]
+    assert float(rate) > 10  # 3 with the measurement
 
 
 def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):

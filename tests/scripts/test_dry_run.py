@@ -150,4 +150,10 @@ def test_a_search_takes_what_its_largest_run_does(capsys, tmp_path):
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(dry_run, "build_accelerator", lambda _: SimpleNamespace(num_processes=2))
     with pytest.raises(UserError, match="one process"):
-        dry_run.run(DREAMBOOTH, resolve(["--dataset", "mini"]), [])
+        dry_run.run(DREAMBOOTH, [resolve(["--dataset", "mini"])], [])
+
+
+def test_of_two_runs_the_larger_is_told(capsys, tmp_path):
+    output = image_run(capsys, tmp_path / "run", method="lora", compare="bilora")
+    assert "two runs" in output
+    assert "Bi-LoRA on unet" in output

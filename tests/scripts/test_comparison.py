@@ -1,0 +1,139 @@
+"""--compare: a run and its control by one command, stopped and gone on with, in two processes."""
+
+import logging
+import os
+import signal
+
+import pytest
+
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.image.script import DREAMBOOTH
+from bilora_diffusion.run import runlog
+from bilora_diffusion.train import setup
+from bilora_diffusion.train.comparison import control_config, control_folder
+from bilora_diffusion.train.loop import Trainer
+from tests.scripts import runs
+from tests.text.text_builders import material, text_flags
+
+MINI = ["--dataset", "mini", "--output_dir", "runs/dog", "--rank", "8"]
+
+
+def control_of(argv):
+    return control_config(DREAMBOOTH, argv, DREAMBOOTH.resolve(argv))
+
+
+def test_the_control_has_the_options_of_its_own_command(caplog):
+    """All but the method, its folder, and what is a different quantity in the other method."""
+    argv = [*MINI, "--rho", "0.3", "--auxiliaries", "2", "--compare"]
+    control = control_of([*argv, "lora"])
+    own = DREAMBOOTH.resolve(
+        [*argv[:-1], "--method", "lora", "--output_dir", f"runs{os.sep}dog-lora"]
+    )
+    assert control.to_dict() == own.to_dict()
+    caplog.clear()
+    control = control_of([*argv, "lora-sam"])
+    assert control.rho == 0.05
+    messages = [record.getMessage() for record in caplog.records]
+    # Of the rank once, with the command line; of the radius that the control does not take.
+    assert [("--rank" in message, "--rho" in message) for message in messages] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("--compare bilora", "name another"),
+        ("--compare full", "of its own"),
+        ("--compare lora --fit", "drop"),
+        ("--compare lora --resume_from_checkpoint latest", "auto"),
+        ("--compare lor", 'did you mean "lora"'),
+    ],
+)
+def test_what_can_not_be_compared_is_refused(words, part):
+    with pytest.raises(UserError, match=part):
+        control_of([*MINI, *words.split()])
+
+
+def test_the_folder_of_the_control_is_beside_that_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert control_folder(tmp_path / "dog", "lora") == tmp_path / "dog-lora"
+    assert control_folder(tmp_path / "..", "lora").parent == tmp_path.parent.parent
+    # It is judged before anything is trained, as that of the run.
+    (tmp_path / "dog-lora").mkdir()
+    (tmp_path / "dog-lora" / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="dog-lora"):
+        runs.train(tmp_path / "dog", compare="lora")
+    assert not (tmp_path / "dog").exists()
+
+
+def interrupt(monkeypatch, *numbers):
+    """Ctrl-C in these of all steps that are taken; returns the list of the steps taken."""
+    steps_taken, train_step = list[int](), Trainer.train_step
+
+    def interrupted(self, batches):
+        steps_taken.append(self.step)
+        if len(steps_taken) in numbers:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    return steps_taken
+
+
+@pytest.mark.slow
+def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
+    tmp_path, monkeypatch, caplog
+):
+    flags = {
+        **runs.two_icons(tmp_path / "icons"),
+        "validation_prompt": "a TOK icon of a fox",
+        "num_validation_images": 1,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+    }
+    own_run = runs.train(tmp_path / "own", **flags)
+    own_control = runs.train(tmp_path / "own-control", **flags, method="lora")
+
+    steps_taken, export = interrupt(monkeypatch, 2, 6), setup.export
+
+    def interrupted_export(*arguments):
+        results = export(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+        return results
+
+    parts = tmp_path / "parts"
+    flags |= {"compare": "lora", "resume_from_checkpoint": "auto"}
+    with pytest.raises(KeyboardInterrupt, match=r"(?s)step 2 of 4 of the run in .*auto"):
+        runs.train(parts, **flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "export", interrupted_export)
+        with pytest.raises(KeyboardInterrupt, match=r"(?s)parts-lora not yet begun.*auto"):
+            runs.train(parts, **flags)
+    written = (parts / runlog.RUN).read_bytes()
+    with pytest.raises(KeyboardInterrupt, match=r"(?s)step 2 of 4 .*parts-lora, .*auto"):
+        runs.train(parts, **flags)
+    caplog.set_level(logging.INFO)
+    runs.train(parts, **flags)
+    assert f"{parts} and {parts}-lora" in caplog.records[-1].getMessage()
+    assert len(steps_taken) == 8
+    assert (parts / runlog.RUN).read_bytes() == written  # what is finished is left alone
+    runs.alike(own_run, parts, "heldout_loss", "auxiliary_norm")
+    runs.alike(own_control, control_folder(parts, "lora"), "heldout_loss")
+    # A finished run of other options is no part of the comparison.
+    with pytest.raises(UserError, match="seed"):
+        runs.train(parts, **flags, seed=5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_train_both_runs(tmp_path):
+    flags = {**material("classification"), "max_train_steps": 4}
+    launcher = [*runs.TORCHRUN, 2, runs.TEXT_SCRIPT]
+    both = tmp_path / "both"
+    runs.process(*launcher, *text_flags(both, **flags, compare="lora"), **runs.ON_CPUS)
+    alone = tmp_path / "alone"
+    runs.process(*launcher, *text_flags(alone, **flags, method="lora"), **runs.ON_CPUS)
+    runs.alike(alone, control_folder(both, "lora"))
+    assert runs.difference(both, control_folder(both, "lora")) > 0
