@@ -16,9 +16,15 @@ from ..text.options import TextModelOptions
 
 
 class _Parser(HfArgumentParser):
+    """A parser whose complaints are one sentence, without argparse's usage of 60 lines."""
+
+    example: str
+    """A command, for a user who gives too little."""
+
     def error(self, message: str) -> NoReturn:
-        """Turn argparse's complaint, which follows a usage of 60 lines, into a ``UserError``."""
-        raise UserError(f"{message}: --help lists every flag.")
+        """Turn argparse's complaint into a ``UserError``."""
+        example = f" as in `{self.example}`;" if "required" in message else ""
+        raise UserError(f"{message}:{example} --help lists every flag.")
 
 
 def parse(
@@ -30,7 +36,7 @@ def parse(
         options_class: dataclass of the script's options.
         args_class: `TrainingArguments` or a subclass, each of whose fields is a flag.
         words: arguments; None for those of the process.
-        example: a command, for a user who gives no arguments.
+        example: a command, for a user who gives too little.
 
     Returns:
         An instance of each class.
@@ -39,12 +45,11 @@ def parse(
         UserError: an argument is missing, unknown, or of no use here.
     """
     words = sys.argv[1:] if words is None else list(words)
-    if not words:
-        raise UserError(f"give a model and data, as in `{example}`; --help lists every flag.")
     parser = _Parser([options_class, args_class])
+    parser.example = example
     if not torch.accelerator.is_available():
-        # TRL's default is bf16, which Transformers refuses on a CPU.
-        parser.set_defaults(bf16=False)
+        # TRL's default is bf16, which Transformers refuses on a CPU. The user's word comes last.
+        words = ["--bf16", "False", *words]
     with translated("the arguments of the trainer can't be used", "correct them"):
         options, args, unknown = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True
