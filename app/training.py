@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import bytes_for_people, duration
 from bilora_diffusion.run.folder import FIT_RECORD
 from bilora_diffusion.run.record import METRICS, RUN, read_metrics, read_run, read_search
@@ -225,7 +226,11 @@ class Tab:
                 rows = self.catalog.cached(metrics_file, partial(read_metrics, folder))
                 last_written = max(last_written, metrics_file.stat().st_mtime)
             state = progress(record, rows, last_written)
-            fit = read_search(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
+            try:
+                fit = read_search(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
+            except UserError as error:
+                # The run itself is whole: only the curves of its search are missing.
+                fit, state = {}, replace(state, reason=state.reason or self.catalog.plain(error))
             return TrainingRun(replace(run, record=record), color, rows, state, fit)
         except Exception as error:  # whatever is in one folder, the other runs stay
             reason = self.catalog.plain(error)

@@ -229,12 +229,15 @@ def read(folder: Path, rows: bool = True) -> Result:
     """The result in a folder."""
     record = head(folder)
     fix = f"run python -m eval.{record['kind']} again"
+    file = ROWS
     try:
         record["rows"] = from_csv(Row, folder / ROWS) if rows else []
+        file = SUMMARY
         record["summaries"] = from_csv(Summary, folder / SUMMARY)
+        file = FILE
         return _adapter(Result).validate_python(record)
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{folder / FILE} is damaged: {fix}") from error
+        raise UserError(f"{folder / file} is damaged: {fix}") from error
 
 
 def head(folder: Path) -> dict[str, Any]:

@@ -17,25 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    HfArgumentParser,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-)
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.hf_argparser import HfArg
 
 from bilora_diffusion import BiLoRAConfig
-from bilora_diffusion.core.errors import run_cli
-from bilora_diffusion.integrations import use_bilora
+from bilora_diffusion.core.errors import UserError, run_cli
+from bilora_diffusion.core.files import require_column
+from bilora_diffusion.integrations import scripts, use_bilora
+
+EXAMPLE = (
+    "python examples/seq2seq_bilora.py --model google-t5/t5-small --data rows.jsonl"
+    " --output_dir runs/a"
+)
 
 
 @dataclass
 class Arguments:
-    model: str
-    data: str
+    # Sentences about a model name the second flag, which train_text_bilora.py has.
+    model: str = HfArg(aliases=["--model_name_or_path"])
+    data: str = HfArg()
     source: str = "input"
     target: str = "target"
     prefix: str = ""
@@ -47,11 +47,16 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser: Any = HfArgumentParser([Arguments, Seq2SeqTrainingArguments])  # pyright: ignore[reportArgumentType]
-    words = None if argv is None else list(argv)
-    options, args = parser.parse_args_into_dataclasses(words)
-    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForSeq2SeqLM.from_pretrained(options.model)
+    options, args = scripts.parse(Arguments, Seq2SeqTrainingArguments, argv, EXAMPLE)
+    rows = scripts.load_rows(options.data)
+    for flag, column in (("--source", options.source), ("--target", options.target)):
+        require_column(column, rows.column_names, flag, options.data)
+    if options.held_out >= len(rows):
+        raise UserError(
+            f"--held_out {options.held_out} leaves none of {len(rows)} rows to learn from: lower"
+            " it."
+        )
+    model, tokenizer = scripts.load_model(options.model, "seq2seq")
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
         return tokenizer(
@@ -61,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             max_length=options.max_length,
         )
 
-    file = {"path": "json", "data_files": options.data} if Path(options.data).is_file() else {}
-    rows = load_dataset(**{"path": options.data, **file}, split="train")
     rows = rows.map(encode, batched=True, remove_columns=rows.column_names)
     parts: Any = rows.train_test_split(test_size=options.held_out, seed=args.seed)
 

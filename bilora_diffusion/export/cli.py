@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--output",
-        help="the file or folder to write, which must not exist; by default beside the source, or"
-        " RUN/exports/step-N",
+        help="the file or folder to write, which is never replaced; by default beside the source,"
+        " or RUN/exports/step-N",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return run_cli(lambda: _run(parser.parse_args(argv)))
@@ -64,15 +64,15 @@ def _run(options: argparse.Namespace) -> None:
         return
     # Here, so that to look inside a file needs no torch.
     from ..run.lock import hold_around
-    from .conversion import convert, export_checkpoint
+    from .conversion import export_file, export_step
 
     with hold_around(Path(output or source)):
         if step is None:
-            paths = [convert(source, to, output)]
+            exports = [export_file(source, to, output)]
         else:
-            paths = export_checkpoint(source, step, to, output)
-    for path in paths:
-        print(path)
+            exports = export_step(source, step, to, output)
+    for export in exports:
+        print(export.path if export.is_new else f"is there already: {export.path}")
 
 
 def as_json(contents: LoraFile) -> str:

@@ -5,24 +5,35 @@ Each is read back and compared before it gets its name.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import adapters
 from ..adapters import INITIAL, PRIMARY, peft_key
-from ..core.errors import UserError
-from ..core.lora_names import ADAPTER_METADATA, COMPONENTS, FILE_NAME, WEIGHTS, kohya_file_name
+from ..core.errors import TrainingError, UserError
+from ..core.lora_names import (
+    ADAPTER_METADATA,
+    COMPONENTS,
+    CONFIG,
+    FILE_NAME,
+    WEIGHTS,
+    kohya_file_name,
+)
 from ..methods import get
 from ..run import checkpoint, runlog
 from ..run.folder import EXPORTS
 from ..train.soundness import PICKLES
 from .formats import peft_adapter
 from .layers import Part, part_of
-from .lorafile import lora_files
-from .readback import compare
+from .lorafile import inspect, lora_files
+from .readback import compare, require_equal
 from .reader import COMPONENT, Contents, read
 from .writer import (
     file_metadata,
@@ -46,8 +57,23 @@ _DERIVED_METADATA = (
     "ss_output_name",
 )
 
+# Entries of PEFT's configuration that decide what the tensors do.
+_ACTING_CONFIG = ("base_model_name_or_path", "task_type", "r", "lora_alpha")
+
+
+class Export(NamedTuple):
+    """A file or folder in the format that was asked for."""
+
+    path: Path
+    is_new: bool  # False where the same export was there already
+
 
 def convert(source: str | Path, to: str, output: str | Path | None = None) -> Path:
+    """Write a LoRA file in another format, see `export_file`; return the path of what it wrote."""
+    return export_file(source, to, output).path
+
+
+def export_file(source: str | Path, to: str, output: str | Path | None = None) -> Export:
     """Write a LoRA file in another format; neither it nor another file is replaced.
 
     Args:
@@ -58,10 +84,11 @@ def convert(source: str | Path, to: str, output: str | Path | None = None) -> Pa
             By default it lies beside the source.
 
     Returns:
-        What was written.
+        What was written, or the same export where it is there already.
 
     Raises:
-        UserError: the source can't be read or has no place in the format, or the output exists.
+        UserError: the source can't be read or has no place in the format, or the output exists and
+            is something else.
         TrainingError: what was written differs from the source.
     """
     source = Path(source)
@@ -87,7 +114,7 @@ def convert(source: str | Path, to: str, output: str | Path | None = None) -> Pa
     return write(merged, to, Path(output), stem)
 
 
-def write(contents: Contents, to: str, target: Path, stem: str) -> Path:
+def write(contents: Contents, to: str, target: Path, stem: str) -> Export:
     """Write what a file is to hold; see `convert`.
 
     Args:
@@ -109,13 +136,18 @@ def write(contents: Contents, to: str, target: Path, stem: str) -> Path:
             )
     if to == "peft":
         folders = {name: target / name if len(parts) > 1 else target for name in parts}
+        if all(
+            _is_same_export(folder / WEIGHTS, to, {name: parts[name]})
+            for name, folder in folders.items()
+        ):
+            return Export(target, is_new=False)
         refuse_existing(target, *folders.values())
         for name, folder in folders.items():
             tensors, config = peft_adapter(name, parts[name], contents.base_model)
             # Beside the bytes, what a reader makes of them is compared.
             check = partial(compare, expected={name: parts[name].layers})
             write_adapter(folder, tensors, config, metadata | {COMPONENT: name}, check)
-        return target
+        return Export(target, is_new=True)
     if to == "kohya":
         refuse_kohya(parts)
     path = target
@@ -123,11 +155,47 @@ def write(contents: Contents, to: str, target: Path, stem: str) -> Path:
         raise UserError(f"{target} would be a pickle; name a .safetensors file or a folder.")
     if target.suffix != ".safetensors" or target.is_dir():
         path = target / (FILE_NAME if to == "diffusers" else f"{stem}.safetensors")
+    if _is_same_export(path, to, parts):
+        return Export(path, is_new=False)
     if path.exists():
         raise UserError(f"{path} exists; name another --output, or delete it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, parts, to, file_metadata(parts, contents.base_model, path.stem, metadata))
-    return path
+    return Export(path, is_new=True)
+
+
+def _is_same_export(path: Path, to: str, parts: Mapping[str, Part]) -> bool:
+    """Test that a file is there which holds these layers, and nothing else, in this format.
+
+    As when a file is read back, products and DoRA's magnitudes are compared: metadata, such as the
+    date, may differ.
+    """
+    if not path.is_file():
+        return False
+    try:
+        file = inspect(path)
+        if file.format != to or file.auxiliary or file.other_tensors:
+            return False
+        compare(path, {name: part.layers for name, part in parts.items()})
+    except (UserError, TrainingError):  # unreadable, or other layers or values
+        return False
+    return True
+
+
+def _is_same_text_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> bool:
+    """Test that a folder of PEFT's holds these tensors, to act on this model by this scale."""
+    weights_file, config_file = folder / WEIGHTS, folder / CONFIG
+    if not weights_file.is_file() or not config_file.is_file():
+        return False
+    expected = {adapters.peft_path(key): value for key, value in tensors.items()}
+    try:
+        require_equal(weights_file, load_file(weights_file), expected)
+        stored_config = json.loads(config_file.read_bytes())
+        return all(stored_config[name] == config[name] for name in _ACTING_CONFIG)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError, TrainingError):
+        return False
 
 
 class Primary(NamedTuple):
@@ -141,7 +209,14 @@ class Primary(NamedTuple):
 def export_checkpoint(
     folder: str | Path, step: int, to: str | None = None, output: str | Path | None = None
 ) -> list[Path]:
-    """Write the adapter of a run's checkpoint, or its averages where it has them; see `convert`.
+    """Write the adapter of a run's checkpoint, see `export_step`; return the paths."""
+    return [export.path for export in export_step(folder, step, to, output)]
+
+
+def export_step(
+    folder: str | Path, step: int, to: str | None = None, output: str | Path | None = None
+) -> list[Export]:
+    """Write the adapter of a run's checkpoint, or its averages where it has them, as `export_file`.
 
     No model is loaded: a checkpoint holds the tensors, and what PEFT must know of them. By default
     it is written as the run does at its end, to the run's folder `exports/step-N`.
@@ -166,14 +241,16 @@ def export_checkpoint(
                 " --to peft."
             )
         (primary,) = primaries.values()  # a text run trains one model
-        refuse_existing(target)
         peft_config = primary.config
         if primary.is_doubled:
             peft_config = adapters.twice_the_rank(peft_config)
         base_model = str(config["model_name_or_path"])
         peft_config = text_config(peft_config, base_model, config["task_type"])
+        if _is_same_text_adapter(target, primary.tensors, peft_config):
+            return [Export(target, is_new=False)]
+        refuse_existing(target)
         write_adapter(target, primary.tensors, peft_config)
-        return [target]
+        return [Export(target, is_new=True)]
     if to is None and target.suffix == ".safetensors":
         raise UserError(f"{target} is one file; say which by --to diffusers or --to kohya.")
     parts = {}

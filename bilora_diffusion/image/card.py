@@ -102,6 +102,9 @@ def write_dreambooth_card(
         denoiser_by_rows=cfg.family.denoiser if is_by_rows and is_plain else None,
         guidance=cfg.family.guidance,
         models=list(results["export"]) if exports_models else [],
+        # SDXL's loader asks for each encoder's keys, loaders of transformers only where there are.
+        warns_of_encoders=not is_flow and not cfg.train_text_encoder,
+        repo=repo_id,
         here=repo_id or ".",
         note="" if repo_id else "  # this folder",
         file=FILE_NAME,

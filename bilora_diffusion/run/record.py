@@ -184,7 +184,9 @@ def _reading(place: object, fix: str, problem: str = "is damaged") -> Iterator[N
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
-        raise UserError(f"{place} cannot be read ({error.strerror}): check its rights") from error
+        is_forbidden = isinstance(error, PermissionError)
+        remedy = "check its rights" if is_forbidden else fix
+        raise UserError(f"{place} cannot be read ({error.strerror}): {remedy}") from error
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{place} {problem}{fault(error)}: {fix}") from error
 
@@ -197,7 +199,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / RUN
     try:
-        with _reading(path, "delete it, or give another run folder"):
+        with _reading(path, "restore it from a copy, or give another run folder"):
             record = _parsed(finite(path).read_bytes())
             version = record["schema_version"]
             if version == SCHEMA_VERSION:
@@ -219,7 +221,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """
     path = Path(folder) / METRICS
     rows: list[dict[str, Any]] = []
-    fix = "delete it, or start a new run"
+    fix = "restore it from a copy, or start a new run in another folder"
     try:
         with _reading(path, fix):
             lines = finite(path).read_bytes().split(b"\n")
@@ -255,7 +257,7 @@ def read_search(path: Path) -> dict[str, Any] | None:
         UserError: it is damaged.
     """
     try:
-        with _reading(path, "start a new run in another --output_dir"):
+        with _reading(path, "restore it from a copy, or start a new run in another --output_dir"):
             content = _parsed(finite(path).read_bytes())
             SearchRecord.model_validate(content)
             return content

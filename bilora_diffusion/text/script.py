@@ -151,5 +151,6 @@ def write_text_card(
         base=loaded_from(base),
         packaged=base if cfg.model_name_or_path in PACKAGED else None,
         labels=results["export"].get("labels"),
+        repo=repo_id,
         here=repo_id or "path/to/this/folder",
     )

@@ -229,3 +229,9 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     broken = tab._draw(*chosen, after[tab.last_state])
     assert "line 4 of metrics.jsonl" in broken[tab.cards].replace("bilora/", "")
     assert plotted(broken, "loss")[1:] == means[1:]
+
+    (tmp_path / "text" / "fit.json").write_text("{")
+    without_search = tab._draw(["text"], 1)
+    assert "fit.json is damaged" in without_search[tab.cards]
+    assert 'class="failed"' not in without_search[tab.cards], "the run itself is whole"
+    assert plotted(without_search, "accuracy")

@@ -179,13 +179,29 @@ def test_refusals_of_convert(folder, tmp_path):
     }
     mixed = kohya_file(tmp_path / "mixed.safetensors", 4, torch.float32, **both)
     source = folder / FILE_NAME
+    foreign_file = kohya_file(tmp_path / "foreign.safetensors", 4, torch.float32)
     for path, to, output, word in (
-        (source, "kohya", None, "icons.safetensors exists"),  # the run's own
+        (foreign_file, "kohya", folder / "icons.safetensors", "icons.safetensors exists"),
         (mixed, "peft", None, "as diffusers does"),
         (source, "kohya", tmp_path / "lora.bin", "pickle"),
     ):
         with pytest.raises(UserError, match=word):
             convert(path, to, output)
+
+
+def test_the_same_export_is_there_already(folder, tmp_path, capsys):
+    run_files = sorted(folder.iterdir())
+    # The run has written kohya's file itself.
+    assert main([str(folder), "--to", "kohya"]) == 0
+    assert capsys.readouterr().out == f"is there already: {folder / 'icons.safetensors'}\n"
+    peft = [str(folder), "--to", "peft", "--output", str(tmp_path / "peft")]
+    assert main(peft) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'peft'}\n"
+    assert main(peft) == 0
+    assert "is there already" in capsys.readouterr().out
+    (tmp_path / "peft" / "unet" / CONFIG).write_text("{")
+    assert main(peft) == 2
+    assert sorted(folder.iterdir()) == run_files
 
 
 def with_adapters(base):

@@ -158,7 +158,11 @@ def test_the_code_for_the_miniature_and_for_whole_models_runs(
     weights, tmp_path, monkeypatch, pipeline
 ):
     monkeypatch.chdir(weights)
-    run(code(card(tmp_path, MINI).text))
+    text = card(tmp_path, MINI).text
+    run(code(text))
+    # diffusers warns of SDXL's encoders without adapters.
+    assert "diffusers warns" in code(text)
+    assert "diffusers warns" not in code(card(tmp_path, [*MINI, "--train_text_encoder"]).text)
     models = {name: getattr(pipeline, name) for name in ("unet", "text_encoder")}
     save_models(tmp_path, models)
     monkeypatch.chdir(tmp_path)
@@ -244,9 +248,12 @@ def test_a_text_card(tmp_path, kind, model, tag):
     assert ("num_labels=2" in snippet) == (kind == "classification")
     for part in ("| exact match | 0.75 |", "0.123", "sst2"):
         assert part in adapter.text
+    # On the hub there are no checkpoints and logs.
+    assert "checkpoints" not in adapter.text
     full_model_card = text_card(tmp_path, kind, model, "--method", "full")
     assert full_model_card.data.to_dict()["library_name"] == "transformers"
     assert 'subfolder="model"' in code(full_model_card.text)
+    assert "| `model` | the result | no |" in full_model_card.text
     assert "PeftModel" not in code(full_model_card.text)
 
 

@@ -13,6 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.integrations import scripts
 from examples.demo_text import main
 from tests.contract.models import tiny_llm, tiny_t5
 from tests.integrations.trainers import tiny_tokenizer
@@ -71,6 +73,34 @@ def test_an_example_leaves_an_adapter(name, tmp_path, capsys):
         assert all(torch.equal(value, weights[key]) for key, value in load_file(file).items())
 
 
+REFUSED = [
+    ((), "--model smollm2 --data"),
+    (("--model", "smollm2"), "required: --data"),
+    (("--model", "a", "--data", "b", "--max_stepss", "1"), '"--max_steps"'),
+    (("--model", "minilm", "--data", "DATA"), "trains causal"),
+    (("--model", "smollm2", "--data", "DATA", "--column", "texts"), 'did you mean "text"'),
+    (("--model", "smollm2", "--data", "DATA", "--resume_from_checkpoint", "a"), "no folder"),
+]
+
+
+@pytest.mark.parametrize(("argv", "part"), REFUSED)
+def test_what_an_example_is_given_wrong_is_one_sentence(argv, part, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(TEXT))
+    argv = [str(data) if word == "DATA" else word for word in argv]
+    with pytest.raises(UserError, match=re.escape(part)) as refused:
+        importlib.import_module(f"examples.{TRAINER}").main(argv)
+    assert "\n" not in str(refused.value)
+
+
+def test_without_a_gpu_an_example_trains_in_fp32(monkeypatch):
+    config = pytest.importorskip("trl").SFTConfig
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    arguments = importlib.import_module("examples.sft_bilora").Arguments
+    _, args = scripts.parse(arguments, config, ["--model", "a", "--data", "b"], "")
+    assert not args.bf16
+
+
 def test_two_processes_take_the_steps_of_one(tmp_path):
     common = {
         **model_and_data(tmp_path, tiny_llm(), TEXT),
@@ -114,7 +144,7 @@ def test_it_trains_and_shows_answers_before_and_after(tmp_path, capsys):
     argv = ["--output_dir", str(folder), "--model_name_or_path", str(model), *FLAGS]
     assert main(argv) == 0
     printed = capsys.readouterr().out
-    for part in ("Problem:", "Before:", "After:", "Wanted:", "####", "Held-out loss per token"):
+    for part in ("Question:", "Before:", "After:", "Wanted:", "loss per token", "right answers"):
         assert part in printed
     assert (folder / "adapter_model.safetensors").exists()
     for step in (0, 2):

@@ -73,7 +73,8 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
         assert 'subfolder="model"' in (folder / "README.md").read_text()
     else:
         is_an_adapter_of_the_primary(folder, kind, flags)
-        assert export_step([str(folder), "--step", "2"]) == 0
+        for _ in range(2):  # the second time it is there already
+            assert export_step([str(folder), "--step", "2"]) == 0
         assert export_step([str(folder), "--step", "1", "--to", "kohya"]) == 2
         assert difference(folder / "exports" / "step-2", folder) == 0
         report = record["results"]["export"]

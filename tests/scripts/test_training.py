@@ -176,7 +176,7 @@ def test_an_early_step_in_a_format_and_refusals(tmp_path, capsys):
     capsys.readouterr()
     for arguments, words in (
         ([str(run), "--step", "7"], "1, 2"),
-        ([str(run), "--step", "1", "--output", str(early), "--to", "kohya"], "exists"),
+        ([str(run), "--step", "2", "--output", str(early), "--to", "kohya"], "exists"),
         ([str(full), "--step", "1"], "--max_train_steps"),
         ([str(tmp_path), "--step", "1"], "run.json"),
     ):

@@ -1,0 +1,101 @@
+"""Command line, model and rows of the scripts in ``examples/``, whose errors are one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import HfArgumentParser
+
+from ..core.errors import UserError, did_you_mean, translated
+from ..text.models import TextSource
+from ..text.options import TextModelOptions
+
+
+class _Parser(HfArgumentParser):
+    """A parser whose complaints are one sentence, without argparse's usage of 60 lines."""
+
+    example: str
+    """A command, for a user who gives too little."""
+
+    def error(self, message: str) -> NoReturn:
+        """Turn argparse's complaint into a ``UserError``."""
+        example = f" as in `{self.example}`;" if "required" in message else ""
+        raise UserError(f"{message}:{example} --help lists every flag.")
+
+
+def parse(
+    options_class: type, args_class: type, words: Sequence[str] | None, example: str
+) -> tuple[Any, Any]:
+    """Read a command line to a script's own options and those of its trainer.
+
+    Args:
+        options_class: dataclass of the script's options.
+        args_class: `TrainingArguments` or a subclass, each of whose fields is a flag.
+        words: arguments; None for those of the process.
+        example: a command, for a user who gives too little.
+
+    Returns:
+        An instance of each class.
+
+    Raises:
+        UserError: an argument is missing, unknown, or of no use here.
+    """
+    words = sys.argv[1:] if words is None else list(words)
+    parser = _Parser([options_class, args_class])
+    parser.example = example
+    if not torch.accelerator.is_available():
+        # TRL's default is bf16, which Transformers refuses on a CPU. The user's word comes last.
+        words = ["--bf16", "False", *words]
+    with translated("the arguments of the trainer can't be used", "correct them"):
+        options, args, unknown = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True
+        )
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise UserError(
+            f"there is no flag {unknown[0]}{did_you_mean(unknown[0], flags)}: --help lists all."
+        )
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint} is no folder: give a checkpoint, such as"
+            f" {Path(args.output_dir) / 'checkpoint-500'}."
+        )
+    return options, args
+
+
+def load_model(name: str, kind: str) -> tuple[Any, Any]:
+    """Load a model in fp32, and its tokenizer.
+
+    Args:
+        name: hub id, folder, or "smollm2" or "minilm", which come as packages.
+        kind: "causal", "seq2seq" or "classification".
+
+    Raises:
+        UserError: it can't be found or read, or is of another kind.
+    """
+    source = TextSource(TextModelOptions(model_name_or_path=name))
+    if source.kind != kind:
+        raise UserError(f'"{name}" is a {source.kind} model, and this script trains {kind} ones.')
+    loaded = source.load()
+    return loaded.model, loaded.tokenizer
+
+
+def load_rows(name: str) -> Any:
+    """Load the rows of a JSONL file, or the training split of a set on the hub or in a folder.
+
+    Raises:
+        UserError: they can't be loaded.
+    """
+    import datasets
+
+    arguments: dict[str, Any] = {"path": name}
+    if Path(name).is_file():
+        arguments = {"path": "json", "data_files": name}
+    fix = "give a JSONL file, a folder or a set on the hub as --data"
+    with translated(f'the data "{name}" can\'t be loaded', fix):
+        return datasets.load_dataset(**arguments, split="train")
