@@ -100,11 +100,14 @@ def save_blip(folder: Path) -> Path:
 def save_dinov2(folder: Path) -> Path:
     """A folder of transformers with a random DINOv2 of three layers and its processor."""
     torch.manual_seed(0)
-    size = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2}
+    size: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2}
     model = hf.Dinov2Model(hf.Dinov2Config(**size, image_size=SIZE, patch_size=PATCH))
     shake(model)
     model.save_pretrained(folder)
-    sizes = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    sizes: dict[str, Any] = {
+        "size": {"shortest_edge": SIZE},
+        "crop_size": {"height": SIZE, "width": SIZE},
+    }
     hf.BitImageProcessor(**sizes).save_pretrained(folder)
     return folder
 
