@@ -26,10 +26,10 @@ def test_the_control_has_the_options_of_its_own_command(caplog):
     """All but the method, its folder, and what is a different quantity in the other method."""
     argv = [*MINI, "--rho", "0.3", "--auxiliaries", "2", "--compare"]
     control = control_of([*argv, "lora"])
-    own = DREAMBOOTH.resolve(
+    lora_config = DREAMBOOTH.resolve(
         [*argv[:-1], "--method", "lora", "--output_dir", f"runs{os.sep}dog-lora"]
     )
-    assert control.to_dict() == own.to_dict()
+    assert control.to_dict() == lora_config.to_dict()
     caplog.clear()
     control = control_of([*argv, "lora-sam"])
     assert control.rho == 0.05
@@ -133,7 +133,7 @@ def test_two_processes_train_both_runs(tmp_path):
     launcher = [*runs.TORCHRUN, 2, runs.TEXT_SCRIPT]
     both = tmp_path / "both"
     runs.process(*launcher, *text_flags(both, **flags, compare="lora"), **runs.ON_CPUS)
-    alone = tmp_path / "alone"
-    runs.process(*launcher, *text_flags(alone, **flags, method="lora"), **runs.ON_CPUS)
-    runs.alike(alone, control_folder(both, "lora"))
+    lora_run = tmp_path / "lora"
+    runs.process(*launcher, *text_flags(lora_run, **flags, method="lora"), **runs.ON_CPUS)
+    runs.alike(lora_run, control_folder(both, "lora"))
     assert runs.difference(both, control_folder(both, "lora")) > 0
