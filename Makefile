@@ -43,7 +43,7 @@ help:  ## list these commands
 demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what they make, into demo/
 	$(BIN)/python -m bilora_diffusion.demo --output_dir "$(DEMO_DIR)"
 
-demo-text: $(VENV)/.installed-text  ## train SmolLM2 on sums in words and show its answers before and after
+demo-text: $(VENV)/.installed-text  ## train SmolLM2 to label questions and show its answers before and after
 	$(BIN)/python -m examples.demo_text --output_dir "$(DEMO_TEXT_DIR)"
 
 # pyright runs beside the tests: it takes one core for a minute.

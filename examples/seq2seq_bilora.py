@@ -13,12 +13,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
-from transformers.hf_argparser import HfArg
 
 from bilora_diffusion import BiLoRAConfig
 from bilora_diffusion.core.errors import UserError, run_cli
@@ -34,8 +33,8 @@ EXAMPLE = (
 @dataclass
 class Arguments:
     # Sentences about a model name the second flag, which train_text_bilora.py has.
-    model: str = HfArg(aliases=["--model_name_or_path"])
-    data: str = HfArg()
+    model: str = field(metadata={"aliases": ["--model_name_or_path"]})
+    data: str
     source: str = "input"
     target: str = "target"
     prefix: str = ""

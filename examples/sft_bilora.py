@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from transformers.hf_argparser import HfArg
 from trl import SFTConfig, SFTTrainer
 
 from bilora_diffusion import BiLoRAConfig
@@ -31,8 +30,8 @@ COLUMNS = ("messages", "prompt", "text")
 @dataclass
 class Arguments:
     # Sentences about a model name the second flag, which train_text_bilora.py has.
-    model: str = HfArg(aliases=["--model_name_or_path"])
-    data: str = HfArg()
+    model: str = field(metadata={"aliases": ["--model_name_or_path"]})
+    data: str
     rank: int = 8
     alpha: float = 16
     rho: float = 0.05

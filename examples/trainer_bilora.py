@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
-from transformers.hf_argparser import HfArg
 
 from bilora_diffusion import BiLoRAConfig
 from bilora_diffusion.core.errors import run_cli
@@ -30,8 +29,8 @@ EXAMPLE = "python examples/trainer_bilora.py --model smollm2 --data rows.jsonl -
 @dataclass
 class Arguments:
     # Sentences about a model name the second flag, which train_text_bilora.py has.
-    model: str = HfArg(aliases=["--model_name_or_path"])
-    data: str = HfArg()
+    model: str = field(metadata={"aliases": ["--model_name_or_path"]})
+    data: str
     column: str = "text"
     max_length: int = 256
     rank: int = 8

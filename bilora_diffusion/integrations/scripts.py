@@ -45,19 +45,20 @@ def parse(
         UserError: an argument is missing, unknown, or of no use here.
     """
     words = sys.argv[1:] if words is None else list(words)
-    parser = _Parser([options_class, args_class])
+    classes: Any = [options_class, args_class]
+    parser = _Parser(classes)
     parser.example = example
     if not torch.accelerator.is_available():
         # TRL's default is bf16, which Transformers refuses on a CPU. The user's word comes last.
         words = ["--bf16", "False", *words]
     with translated("the arguments of the trainer can't be used", "correct them"):
-        options, args, unknown = parser.parse_args_into_dataclasses(
+        options, args, unknown_words = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True
         )
-    if unknown:
+    if unknown_words:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise UserError(
-            f"there is no flag {unknown[0]}{did_you_mean(unknown[0], flags)}: --help lists all."
+            f"there is no flag {unknown_words[0]}{did_you_mean(unknown_words[0], flags)}: --help lists all."
         )
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
