@@ -57,9 +57,8 @@ def parse(
         )
     if unknown_words:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        raise UserError(
-            f"there is no flag {unknown_words[0]}{did_you_mean(unknown_words[0], flags)}: --help lists all."
-        )
+        word = unknown_words[0]
+        raise UserError(f"there is no flag {word}{did_you_mean(word, flags)}: --help lists all.")
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise UserError(
