@@ -48,6 +48,7 @@ from PIL import Image
 from bilora_diffusion.core.durable import dump_json, write_text
 from bilora_diffusion.core.errors import TrainingError, UserError, did_you_mean
 from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import WORKERS
 from bilora_diffusion.mini.colors import color_difference
 from bilora_diffusion.run.console import quiet
@@ -221,10 +222,10 @@ class Pictures(Evaluation):
         training_hours = runs * max(self.steps) / 3600
         labels = ", ".join(guidance.label for guidance in self.guidances)
         return (
-            f"{self.args.preset}: {variants} variants x {seeds} seeds = {runs} runs of"
-            f" {max(self.steps)} steps, {training_hours:.2g} hours for each second that a step"
-            f" takes; {images:,} images with {labels}, {images / 3600:.2g} hours for each second"
-            " that an image takes."
+            f"{self.args.preset}: {counted(variants, 'variant')} x {counted(seeds, 'seed')} ="
+            f" {counted(runs, 'run')} of {max(self.steps)} steps, {training_hours:.2g} hours for"
+            f" each second that a step takes; {images:,} images with {labels},"
+            f" {images / 3600:.2g} hours for each second that an image takes."
         )
 
     def _print_memory(self) -> None:

@@ -159,7 +159,7 @@ def test_the_random_pipeline_is_genuine(load, tmp_path):
     assert output.images.float().std() > 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_script_is_timed_against_another_of_the_same_flags(load, tmp_path, capsys):
     """This project's own script stands for diffusers', which cannot be here."""
     AcceleratorState._reset_state()

@@ -126,7 +126,7 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
         runs.train(parts, **flags, seed=5)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.timeout(900)
 def test_two_processes_train_both_runs(tmp_path):
     flags = {**material("classification"), "max_train_steps": 4}

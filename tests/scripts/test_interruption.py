@@ -82,7 +82,7 @@ def test_the_printed_command_ends_as_the_whole_run(tmp_path):
     runs.alike(complete, folder)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.timeout(900)
 def test_two_processes_that_were_interrupted_end_as_one(tmp_path):
     """Of two concepts, with a record of the perturbations, and the best step by held-out loss."""

@@ -112,7 +112,7 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplo
     assert all(words in line for words in ("2 of the 3", "line 1 of held.jsonl", "of rows.jsonl"))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_two_processes_choose_as_one(tmp_path, icons):
     (tmp_path / "space.yaml").write_text("rank: [2, 4]\n")
     fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 4}

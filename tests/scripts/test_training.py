@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 from typing import Any
 
@@ -290,7 +291,7 @@ def test_a_run_goes_on_on_a_smaller_card(tmp_path):
     parts = runs.resumed(run, 1, **shared, num_validation_images=0)
     assert runs.column(run, "digest") == runs.column(parts, "digest")
     assert runs.difference(run, parts) < 1e-6
-    assert "validation/" not in (parts / "README.md").read_text()
+    assert not re.search(r"validation/step-\d", (parts / "README.md").read_text())
 
 
 def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path):
