@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -164,3 +165,20 @@ def reading(rows: Sequence[tuple[int, float | None]], patience: int) -> tuple[An
         if since == patience:
             return best, step
     return best, None
+
+
+def interrupt(monkeypatch: Any, *numbers: int) -> list[int]:
+    """Ctrl-C in these of all steps that are taken; returns the list of the steps taken."""
+    from bilora_diffusion.train.loop import Trainer
+
+    steps_taken: list[int] = []
+    train_step = Trainer.train_step
+
+    def interrupted(self: Any, batches: Any) -> Any:
+        steps_taken.append(self.step)
+        if len(steps_taken) in numbers:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    return steps_taken

@@ -11,7 +11,6 @@ from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.run import runlog
 from bilora_diffusion.train import setup
 from bilora_diffusion.train.comparison import control_config, control_folder
-from bilora_diffusion.train.loop import Trainer
 from tests.scripts import runs
 from tests.text.text_builders import material, text_flags
 
@@ -68,20 +67,6 @@ def test_the_folder_of_the_control_is_beside_that_of_the_run(tmp_path, monkeypat
     assert not (tmp_path / "dog").exists()
 
 
-def interrupt(monkeypatch, *numbers):
-    """Ctrl-C in these of all steps that are taken; returns the list of the steps taken."""
-    steps_taken, train_step = list[int](), Trainer.train_step
-
-    def interrupted(self, batches):
-        steps_taken.append(self.step)
-        if len(steps_taken) in numbers:
-            os.kill(os.getpid(), signal.SIGINT)
-        return train_step(self, batches)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    return steps_taken
-
-
 @pytest.mark.slow
 def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
     tmp_path, monkeypatch, caplog
@@ -96,7 +81,7 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
     own_run = runs.train(tmp_path / "own", **flags)
     own_control = runs.train(tmp_path / "own-control", **flags, method="lora")
 
-    steps_taken, export = interrupt(monkeypatch, 2, 6), setup.export
+    steps_taken, export = runs.interrupt(monkeypatch, 2, 6), setup.export
 
     def interrupted_export(*arguments):
         results = export(*arguments)

@@ -1,7 +1,5 @@
 """--fit from the command line: one process, killed and gone on with, and what it leaves."""
 
-import os
-import signal
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import read_search
 from bilora_diffusion.train.loop import Trainer
-from tests.scripts.runs import column, difference
+from tests.scripts.runs import column, difference, interrupt
 from tests.text.text_builders import heldout, material, rows_for, train_text, write_rows
 
 FIT = {"max_train_steps": 6, "validation_loss_steps": 2, "lr_scheduler": "constant"}
@@ -29,20 +27,6 @@ def flags(tmp_path):
 
 def record(folder) -> Any:
     return read_search(folder / "fit.json")
-
-
-def interrupt(monkeypatch, *numbers):
-    """Ctrl-C in these of all steps that are taken; returns the list of the steps taken."""
-    steps_taken, train_step = list[int](), Trainer.train_step
-
-    def interrupted(self, batches):
-        steps_taken.append(self.step)
-        if len(steps_taken) in numbers:
-            os.kill(os.getpid(), signal.SIGINT)
-        return train_step(self, batches)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    return steps_taken
 
 
 @pytest.mark.slow
