@@ -143,13 +143,14 @@ class Pictures(Evaluation):
                     f" from {'; '.join(VARIANTS)}."
                 )
         seeds = read_integers(self.args.seeds, "--seeds") if self.args.seeds else self.preset.seeds
-        # Every checkpoint that is sampled is written, and none is removed.
+        # Every checkpoint that is sampled is written, and none is removed: that of an interruption
+        # comes on top.
         interval = math.gcd(*self.steps)  # the largest that meets all of them
         options = {
             **self.preset.options,
             "max_train_steps": str(max(self.steps)),
             "checkpointing_steps": str(interval),
-            "checkpoints_total_limit": str(max(self.steps) // interval),
+            "checkpoints_total_limit": "0",
             "report_to": "none",
         }
         experiment = parse(
