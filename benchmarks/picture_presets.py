@@ -66,7 +66,7 @@ class Preset:
 
 
 def mini_preset(dataset: str, **changes: Any) -> Preset:
-    """The miniature on one of its sets, past the lowest held-out loss; 64 held-out captions."""
+    """The miniature on one of its sets, past the lowest held-out loss; 32 held-out captions."""
     return Preset(
         recipe="recipes/mini.yaml",
         prompts=f"{dataset}-heldout",
@@ -80,7 +80,7 @@ def mini_preset(dataset: str, **changes: Any) -> Preset:
             "validation_loss_steps": "100",
             "num_validation_images": "0",
         },
-        max_prompts=64,
+        max_prompts=32,
         scoring=("--general_prompts", "none", "--skip_captions"),
         **changes,
     )
@@ -92,7 +92,7 @@ GPU_SAMPLING: dict[str, Any] = {
     "variants": (CONTROL, "Bi-LoRA", RADIUS_AUTO),
     "seeds": (0, 1, 2),
     "sampling_seeds": (0, 1),
-    "scoring": ("--general_prompts", "none"),
+    "scoring": ("--general_prompts", "none", "--image_model", "dinov2:facebook/dinov2-base"),
 }
 PRESETS = {
     "mini-icons": mini_preset("mini"),

@@ -19,7 +19,8 @@ from eval.table import Metric, Result
 
 FRONTS = "fronts.png"
 CURVES = "curves.png"
-SAMPLED_METRICS = {name: CLIP_METRICS[name] for name in ("truth", "i2t", "t2t", "nearest")}
+SAMPLED = ("truth", "i2t", "t2t", "nearest", "dino_truth", "dino_nearest")
+SAMPLED_METRICS = {name: CLIP_METRICS[name] for name in SAMPLED}
 METRICS = {
     **SAMPLED_METRICS,
     "colors": Metric(
