@@ -352,7 +352,7 @@ class Pictures(Evaluation):
     def introduction(self, result: Result) -> str:
         settings = result.settings
         return (
-            f"{settings['preset']}: {len(self.plan.seeds)} training seeds;"
+            f"{settings['preset']}: {counted(len(self.plan.seeds), 'training seed')};"
             f" {settings['images']} images of each checkpoint, from {settings['prompts']}."
             f" A cell is the mean over seeds; in brackets the difference to {CONTROL}, paired by"
             f" seed, with {report.INTERVALS}."
