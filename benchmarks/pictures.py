@@ -55,10 +55,10 @@ from bilora_diffusion.run.console import quiet
 from eval import compare, report, table
 from eval.clip_scores import ClipScores
 from eval.clip_scores.prompts import read
-from eval.command import COUNTS, Parser, open_device, open_folder, read_integers, run
+from eval.command import COUNTS, Parser, open_device, open_folder, read_integers
 from eval.evaluation import Evaluation
 from eval.plot import Panel
-from eval.provenance import command_line, of_this_process
+from eval.provenance import of_this_process
 from eval.subjects import Subject
 from eval.sweep import subject_of
 from eval.sweep.experiment import IMAGE_SCRIPT, parse
@@ -101,6 +101,7 @@ class Pictures(Evaluation):
     """
 
     name, title = "pictures", "Judged by sampled images"
+    module = "benchmarks.pictures"
     metrics, options = METRICS, (PicturesOptions,)
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
@@ -110,22 +111,13 @@ class Pictures(Evaluation):
         self.guidances = read_guidances(args.guidances) or self.preset.guidances
         self.plan = self._make_plan()
         self.runs_dir: Path = args.runs_dir / args.preset
+        # The result that is there already; None without one.
+        self.earlier: Result | None = None
+        if (self.folder / table.FILE).is_file():
+            self.earlier = table.read(self.folder)
         self.recorded = self._read_recorded()
         self.scored: dict[Guidance, Result] = {}
         self.color_differences: dict[tuple[Guidance, str], list[float]] = {}
-
-    @classmethod
-    def main(cls, argv: Sequence[str] | None = None) -> int:
-        """Run the command."""
-        words = sys.argv[1:] if argv is None else list(argv)
-        command = command_line("benchmarks.pictures", words)
-        return run(lambda: cls(cls.parser().read(words), command).work())
-
-    @classmethod
-    def parser(cls) -> Parser:
-        parser = super().parser()
-        parser.prog = "python benchmarks/pictures.py"
-        return parser
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
@@ -171,9 +163,9 @@ class Pictures(Evaluation):
 
         The name has a hash of the run's options, so a run of other options is none of them.
         """
-        if not (self.folder / table.FILE).is_file():
+        result = self.earlier
+        if result is None:
             return {}
-        result = table.read(self.folder)
         for name, value in self._scoring_settings().items():
             if result.settings.get(name) != value:
                 raise UserError(
@@ -305,10 +297,9 @@ class Pictures(Evaluation):
             "guidances": [asdict(guidance) for guidance in self.guidances],
         }
         # Where nothing was scored anew, the earlier result says it.
-        if self.scored:
-            settings = next(iter(self.scored.values())).settings
-        else:
-            settings = table.read(self.folder).settings
+        scored = next(iter(self.scored.values()), self.earlier)
+        assert scored is not None
+        settings = scored.settings
         self.settings |= {name: settings[name] for name in ("sampling", "scorer")}
 
     def rows(self, subject: Subject) -> Iterator[Row]:

@@ -43,7 +43,8 @@ class Evaluation:
     written.
 
     Attributes:
-        name: of the module in ``eval``, and the result's kind.
+        name: the result's kind.
+        module: of the command, as in ``python -m MODULE``; by default that of the name in ``eval``.
         described: by default the module's docstring; its first paragraph stands above the flags.
         options: dataclasses of its flags; see `bilora_diffusion.core.fields`.
         runs: help of the argument that names the runs.
@@ -56,6 +57,7 @@ class Evaluation:
     """
 
     name: ClassVar[str]
+    module: ClassVar[str] = ""
     title: ClassVar[str] = ""
     described: ClassVar[str | None] = None
     options: ClassVar[Sequence[type]] = ()
@@ -74,14 +76,14 @@ class Evaluation:
     def main(cls, argv: Sequence[str] | None = None) -> int:
         """Run the command."""
         words = sys.argv[1:] if argv is None else list(argv)
-        command = command_line(f"eval.{cls.name}", words)
+        command = command_line(cls.module or f"eval.{cls.name}", words)
         return run(lambda: cls(cls.parser().read(words), command).work())
 
     @classmethod
     def parser(cls) -> Parser:
         """The command line."""
         described = cls.described or sys.modules[cls.__module__].__doc__
-        parser = Parser(f"eval.{cls.name}", described, cls.options)
+        parser = Parser(cls.module or f"eval.{cls.name}", described, cls.options)
         cls.arguments(parser)
         return parser
 
