@@ -60,9 +60,9 @@ class BaseModel:
         return float(guidance)
 
     @property
-    def is_distilled(self) -> bool:
-        """Test that it is distilled to a few steps without guidance."""
-        return bool(self.family.is_distilled(self._outline))
+    def is_guided(self) -> bool:
+        """Test that its images have an unconditional prediction by default."""
+        return bool(self.family.is_guided(self.usual_guidance, self.index, self.configs))
 
     @property
     def _outline(self) -> SimpleNamespace:

@@ -166,7 +166,7 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         pipeline=model.pipeline,
         predicts_noise=model.predicts_noise,
         told_guidance=model.family.told_guidance(model.configs),
-        is_distilled=model.is_distilled,
+        is_unguided=not model.is_guided,
         # Its declared default, None, is the model's side in pixels.
         resolution=cfg.resolution or model.side,
     )

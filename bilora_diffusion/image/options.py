@@ -362,7 +362,7 @@ class ImageOptions(
         concept: Name of the concept that `DreamBoothConfig.concept_configs` made this of.
         pipeline: Class of the base model's pipeline.
         told_guidance: True if the denoiser is told its guidance in training.
-        is_distilled: True if the base model is distilled to a few steps without guidance.
+        is_unguided: True if its images have no unconditional prediction by default.
         predicts_noise: True if the denoiser predicts noise, neither velocity nor a flow.
     """
 
@@ -372,7 +372,7 @@ class ImageOptions(
     concept: str = ""
     pipeline: str = ""
     told_guidance: bool = False
-    is_distilled: bool = False
+    is_unguided: bool = False
     predicts_noise: bool = True
 
     modality: ClassVar[str] = "image"
