@@ -81,7 +81,8 @@ def mini_preset(dataset: str, **changes: Any) -> Preset:
             "num_validation_images": "0",
         },
         max_prompts=32,
-        scoring=("--general_prompts", "none", "--skip_captions"),
+        # Of 15 steps in place of 25, truth is 0.4 lower for LoRA and others alike.
+        scoring=("--general_prompts", "none", "--skip_captions", "--num_inference_steps", "15"),
         **changes,
     )
 

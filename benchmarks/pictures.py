@@ -187,6 +187,7 @@ class Pictures(Evaluation):
             "preset": self.args.preset,
             "prompts": self.preset.prompts,
             "images": self._prompt_count() * len(self.preset.sampling_seeds),
+            "scoring": list(self.preset.scoring),
         }
 
     def _prompt_count(self) -> int:
