@@ -53,7 +53,7 @@ def run_script(modality: str, argv: Sequence[str] | None) -> None:
 COMMANDS: dict[str, Callable[[], int]] = {
     "train": train,
     "text": text,
-    "export": lambda: import_module(".export.cli", __package__).main(),
+    "export": lambda: import_module(".export.__main__", __package__).main(),
     "demo": lambda: import_module(".demo", __package__).main(),
 }
 
