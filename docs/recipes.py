@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bilora_diffusion.config.recipe import RECIPES, read_options
+from bilora_diffusion.config.command_line import RECIPES, read_options
 from bilora_diffusion.image.dry_run import memory_by_phase
 from bilora_diffusion.train.dry_run import CUDA_CONTEXT_BYTES, attached, complete
 

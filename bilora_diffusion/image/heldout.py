@@ -10,8 +10,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ..core.choices import NOISE_LEVELS
 from ..core.seeds import generator
+from ..core.values import NOISE_LEVELS
 from ..run.record import BY_CONCEPT
 from ..train.task import inference, loss_by_part
 from .latents import Encoder

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import constraints
-from ..core.choices import BASE_GUIDANCE
 from ..core.errors import UserError
 from ..core.files import folder_or_id, is_folder, quoted
-from ..run.heldout_part import read_part
+from ..core.values import BASE_GUIDANCE
+from ..run.data import read_part
 from .base_model import BaseModel, folder_of
 from .buckets import sizes
 from .listing import folder_of_set, list_folder

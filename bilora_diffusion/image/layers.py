@@ -8,7 +8,8 @@ from torch import nn
 
 from ..adapters import adaptable
 from ..adapters.access import is_within
-from ..core.choices import (
+from ..core.errors import UserError, did_you_mean
+from ..core.values import (
     ALL_LAYERS,
     ALL_LINEAR,
     ATTENTION,
@@ -16,7 +17,6 @@ from ..core.choices import (
     FEED_FORWARD,
     LAYER_GROUPS,
 )
-from ..core.errors import UserError, did_you_mean
 from .families.base import Family
 
 FLAG = "--lora_layers"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE
+from ..core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from .disk_cache import DiskCache
 from .families import family_of
 from .families.base import Conditions, Family, join_rows, split_rows

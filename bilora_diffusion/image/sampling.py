@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from ..core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE
+from ..core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from ..train.task import precision
 from .families import family_of
 from .families.base import Conditions, Family, move

@@ -15,7 +15,7 @@ from ..adapters import AdapterSpec
 from ..core.files import counted
 from ..core.seeds import digest, digest_texts
 from ..methods import Target
-from ..run.content import SampleContent
+from ..run.data import SampleContent
 from ..run.record import validation_folder
 from ..train.order import LengthGroupedOrder, SampleOrder
 from ..train.task import Fold, MicroBatch

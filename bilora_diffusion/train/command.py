@@ -14,8 +14,8 @@ from accelerate import Accelerator
 
 from .. import adapters
 from ..config.options import NO_CONTROL
-from ..run import console, interruption, lock, publish
-from ..run.folder import refuse_unusable
+from ..run import console, hub, interruption
+from ..run.folder import hold, refuse_unusable
 from ..run.interruption import Stop
 from . import comparison, dry_run, setup
 from .comparison import PlannedRun
@@ -62,7 +62,7 @@ def train(
     with ExitStack() as locks:
         for folder in folders:
             refuse_unusable(folder)
-            locks.enter_context(lock.hold(folder))
+            locks.enter_context(hold(folder))
         runs = comparison.plan(configs)
         accelerator = build_accelerator(cfg)
         # A token without rights is found out now, not after hours of training.
@@ -70,7 +70,7 @@ def train(
         if cfg.push_to_hub:
             for run in runs:
                 name = run.cfg.hub_model_id or run.folder.name
-                repo_ids[run.folder] = publish.repository(name, cfg.hub_token)
+                repo_ids[run.folder] = hub.repository(name, cfg.hub_token)
         with translated_errors(cfg.base_model):
             task: Any = script.build_task(cfg, accelerator)
         for run in runs:

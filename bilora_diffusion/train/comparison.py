@@ -19,7 +19,7 @@ from ..config.options import NO_CONTROL
 from ..config.run import RunConfig
 from ..core.durable import strict_json
 from ..core.errors import placed
-from ..run.content import record_content, require_same_content, summarize
+from ..run.data import record_content, require_same_content, summarize
 from ..run.folder import State, classify, guard
 from ..run.record import read_run
 from .setup import Script

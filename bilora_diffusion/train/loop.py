@@ -28,7 +28,7 @@ from ..core.errors import Diverged, UserError
 from ..core.seeds import digest_texts, seed_of
 from ..methods import Method
 from ..run.console import Bar
-from ..run.content import record_content
+from ..run.data import record_content
 from ..run.interruption import Interruption
 from ..run.record import validation_folder
 from ..run.runlog import RunLog
@@ -224,7 +224,7 @@ class Trainer:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Record of the training and the held-out samples (`run.content`)."""
+        """Record of the training and the held-out samples (`run.data`)."""
         if self._content is None:
             heldout = self.task.heldout_content()
             self._content = record_content(self.task.training_content(), heldout)
