@@ -50,7 +50,7 @@ def save(trainer: Resumable, folder: Path, log: RunLog | None) -> None:
     if log is not None:
         log.sync()
     cfg, scaler = trainer.cfg, trainer.accelerator.scaler
-    # What is trained is whole on each process, also where the base is split (`sharding`).
+    # What is trained is whole on each process, also where the base is split (`engine`).
     if trainer.accelerator.is_main_process:
         saved = Checkpoint(
             step=trainer.step,

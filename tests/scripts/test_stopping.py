@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.export.cli import main as export
+from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.run import checkpoint, runlog
 from tests.scripts import runs
 from tests.text import text_builders as texts
