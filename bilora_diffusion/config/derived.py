@@ -16,7 +16,7 @@ from ..methods.bilora import options as bilora
 from ..methods.options import default_lora_alpha
 from .options import default_mixed_precision, default_report_to
 from .rates import default_learning_rate
-from .run import RunConfig, twentieth
+from .run import RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 Rule = tuple[str, Callable[[Config], object]]
@@ -36,9 +36,9 @@ def default_auxiliary_learning_rate(cfg: RunConfig) -> float | None:
 
 
 def default_validation_loss_steps(cfg: RunConfig) -> int:
-    """Twenty measurements in a run that goes by the held-out loss; else none."""
+    """Evenly spaced measurements in a run that goes by held-out samples; else none."""
     if cfg.depends_on_heldout and cfg.max_train_steps:
-        return twentieth(cfg.max_train_steps)
+        return cfg.measurement_interval(cfg.max_train_steps)
     return cfg.validation_loss_steps
 
 

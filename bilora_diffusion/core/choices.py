@@ -50,5 +50,14 @@ KINDS = ("seq2seq", "causal", "classification")
 """The kinds of model that text is for."""
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
 """Forms in which a causal language model gets a question."""
+HELDOUT_LOSS, HELDOUT_DISTANCE = "heldout_loss", "heldout_distance"
+"""What is measured on held-out samples, by its name in the log: less is better."""
+MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
+    {HELDOUT_LOSS: "held-out loss", HELDOUT_DISTANCE: "distance of samples"}
+)
+BY_SAMPLES, BY_LOSS = JUDGES = ("samples", "loss")
+"""What `--fit` and the best step go by: distance of samples to held-out pictures, or the loss."""
+EMBEDDED, DINOV2 = "embedded", "dinov2"
+"""Models that embed images: the miniature's scorer, and the kind in ``dinov2:ID_OR_FOLDER``."""
 NOISE_LEVELS = 10
 """Of the held-out grid, evenly spaced over the schedule (25, 125, ... 925 of 1,000)."""

@@ -16,12 +16,11 @@ from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
 
 from ..config.run import RunConfig
+from ..core.choices import HELDOUT_LOSS
 from ..core.seeds import generator
 from ..methods import Target
 from ..run.content import SampleContent
 
-BY_SAMPLE = "heldout_loss_of/"
-"""Stands before the number of a part of the held-out samples in the name of its loss."""
 MAX_PARTS = 128
 """So many parts of the held-out samples are logged at most, each as a column."""
 Repeats = int | Sequence[int]
@@ -149,17 +148,25 @@ class Task(Protocol[Config]):
         ...
 
 
-def loss_by_part(losses: Sequence[float], total: float) -> dict[str, float]:
+def part_prefix(measure: str) -> str:
+    """What stands before the number of a part of the held-out samples in the name of its value."""
+    return f"{measure}_of/"
+
+
+def loss_by_part(
+    losses: Sequence[float], total: float, measure: str = HELDOUT_LOSS
+) -> dict[str, float]:
     """``heldout_loss_of/N`` of parts of the held-out samples, whose mean is the held-out loss.
 
     Args:
         losses: Sum of the losses of each sample.
         total: Number of losses in all of these sums together.
+        measure: Name of the mean, such as ``heldout_distance``.
     """
     count = min(len(losses), MAX_PARTS)
     parts = {}
     for part in range(count):
-        parts[f"{BY_SAMPLE}{part}"] = sum(losses[part::count]) * count / total
+        parts[f"{part_prefix(measure)}{part}"] = sum(losses[part::count]) * count / total
     return parts
 
 
