@@ -84,7 +84,7 @@ def importing() -> Iterator[None]:
 COMMANDS: dict[str, Callable[[], int]] = {
     "train": train,
     "text": text,
-    "export": lambda: import_module(".export.cli", __package__).main(),
+    "export": lambda: import_module(".export.__main__", __package__).main(),
     "demo": lambda: import_module(".demo", __package__).main(),
 }
 

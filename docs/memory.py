@@ -20,8 +20,8 @@ import transformers
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.config.recipe import RECIPES, read_options
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.dry_run import memory_by_phase
 from bilora_diffusion.image.families import family_class
+from bilora_diffusion.image.pipeline import memory_by_phase
 from bilora_diffusion.methods import Target
 from bilora_diffusion.train.dry_run import (
     BEFORE,

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .. import adapters
-from ..config.run import HELDOUT_OPTIONS, RunConfig
+from ..config.run import FORMER_OPTIONS, HELDOUT_OPTIONS, RunConfig
 from ..methods import Method
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
@@ -154,7 +154,7 @@ def require_same_work(
         UserError: Something differs; the sentence says what.
     """
     content = saved.get("content")
-    free = free | {"content"}
+    free = free | {"content"} | FORMER_OPTIONS
     if content is None:
         free |= HELDOUT_OPTIONS
     sizes = current.keys() - set(options)

@@ -57,7 +57,7 @@ def check(words, monkeypatch):
     elif program == "bilora":
         check_script(program, arguments, monkeypatch)
     elif arguments[0] == "-m":
-        name = "bilora_diffusion.export.cli" if "export" in arguments[1] else arguments[1]
+        name = "bilora_diffusion.export.__main__" if "export" in arguments[1] else arguments[1]
         check_module(importlib.import_module(name), arguments[2:], monkeypatch)
     else:
         check_script(arguments[0], arguments[1:], monkeypatch)
@@ -70,7 +70,7 @@ def check_script(name, argv, monkeypatch):
     if name in TRAINING:
         TRAINING[name](argv)
     elif name == "export":
-        check_module(importlib.import_module("bilora_diffusion.export.cli"), argv, monkeypatch)
+        check_module(importlib.import_module("bilora_diffusion.export.__main__"), argv, monkeypatch)
     else:
         assert (ROOT / name).is_file()
         monkeypatch.syspath_prepend(ROOT / Path(name).parent)

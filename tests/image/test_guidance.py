@@ -11,13 +11,11 @@ from peft.helpers import rescale_adapter_scale
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image import guidance
+from bilora_diffusion.image import sampling
 from bilora_diffusion.image.families import SDXL, family_of
 from bilora_diffusion.image.families.base import pack, unpack
-from bilora_diffusion.image.layers import select_layers
-from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.prompts import embed, embed_negative
-from bilora_diffusion.image.sampling import bare_sampler, decode, generate
+from bilora_diffusion.image.pipeline import load_pipeline, select_layers
+from bilora_diffusion.image.sampling import bare_sampler, decode, embed, embed_negative, generate
 from tests.export.export_models import add_adapters
 from tests.image.test_flow_families import noise_of
 from tests.image.tiny import FILES, make_pipeline
@@ -137,7 +135,7 @@ def test_without_it_an_image_is_that_of_diffusers_pipeline_to_the_bit(sdxl):
 
 def test_one_call_of_both_halves_equals_two_calls(sdxl, monkeypatch):
     images = images_of(sdxl, "base")
-    monkeypatch.setattr(guidance, "_is_plain", lambda _: False)
+    monkeypatch.setattr(sampling, "_is_plain", lambda _: False)
     assert difference(images, images_of(sdxl, "base")) <= 1
 
 
