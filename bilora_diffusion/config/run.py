@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from ..core import fields
-from ..core.choices import HELDOUT_LOSS
+from ..core.values import HELDOUT_LOSS
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
 from . import constraints
 from .command_line import CommandLine

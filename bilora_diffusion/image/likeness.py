@@ -21,8 +21,8 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core.choices import DINOV2, EMBEDDED, HELDOUT_DISTANCE
 from ..core.errors import UserError
+from ..core.values import DINOV2, EMBEDDED, HELDOUT_DISTANCE
 from ..train.soundness import require_whole
 from ..train.task import loss_by_part
 from .sets import ImageSet

@@ -7,10 +7,14 @@ from typing import Any, ClassVar
 
 from ..config.options import HeldOutOptions, OutputOptions
 from ..config.run import RunConfig
-from ..core.choices import ADAPTER_GUIDANCE, BY_LOSS, BY_SAMPLES, GUIDANCE_SOURCES, JUDGES
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
+    ADAPTER_GUIDANCE,
+    BY_LOSS,
+    BY_SAMPLES,
+    GUIDANCE_SOURCES,
     GUIDANCES,
+    JUDGES,
     SAMPLER_STEPS,
     SHARES,
     SIDES,

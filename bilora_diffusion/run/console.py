@@ -13,8 +13,8 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..core.choices import HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES
 from ..core.files import duration
+from ..core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES
 from . import checkpoint, runlog
 from .record import BY_CONCEPT
 

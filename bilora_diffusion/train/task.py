@@ -16,10 +16,10 @@ from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
 
 from ..config.run import RunConfig
-from ..core.choices import HELDOUT_LOSS
 from ..core.seeds import generator
+from ..core.values import HELDOUT_LOSS
 from ..methods import Target
-from ..run.content import SampleContent
+from ..run.data import SampleContent
 
 MAX_PARTS = 128
 """So many parts of the held-out samples are logged at most, each as a column."""

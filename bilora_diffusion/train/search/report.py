@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ...core.choices import HELDOUT_LOSS, MEASURE_TITLES
 from ...core.durable import (
     dump_json,
     strict_json,
     write_text,
 )
-from ...core.figures import new_figure
+from ...core.figures import new_figure, student_interval
 from ...core.files import counted, duration
-from ...core.intervals import student_interval
+from ...core.values import HELDOUT_LOSS, MEASURE_TITLES
 from ...run import provenance
 from ...run.folder import FIT, FIT_FIGURE, FIT_RECORD
 from ...run.record import read_run, read_search

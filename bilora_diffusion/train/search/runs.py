@@ -17,15 +17,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ...config.options import OptimizerOptions
-from ...core.choices import MEASURE_TITLES
 from ...core.durable import discard, strict_json
 from ...core.errors import TrainingError, UserError
 from ...core.fields import options_of
 from ...core.seeds import parts
+from ...core.values import MEASURE_TITLES
 from ...methods import for_run
 from ...methods.options import SECTION
 from ...run import checkpoint
-from ...run.content import record_content, summarize
+from ...run.data import record_content, summarize
 from ...run.folder import FIT, FIT_RECORD, clear
 from ...run.interruption import Interruption, Stop
 from ...run.record import read_search
