@@ -83,7 +83,7 @@ MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
 BY_SAMPLES = "samples"
 BY_LOSS = "loss"
 JUDGES = (BY_SAMPLES, BY_LOSS)
-"""What `--fit` and the best step go by: the distance of samples to held-out pictures, or the loss."""
+"""What `--fit` and the best step go by: distance of samples to held-out pictures, or the loss."""
 EMBEDDED = "embedded"
 """The miniature's scorer, where a model that embeds images is asked for."""
 DINOV2 = "dinov2"
