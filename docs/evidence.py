@@ -1,7 +1,7 @@
-"""evidence.md: each claim of the paper, what was measured of it, and what that says.
+"""results/README.md: each claim of the paper, its measured figures and the verdict.
 
-`claims.yaml` names the claims and where to look; the figures come from ``results/``, and so do the
-verdicts: none is written by hand.
+`claims.yaml` names the claims and their results; figures and verdicts are computed from
+``results/``: none is written by hand.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Check:
     Args:
         title: of the figure, for a reader.
         result: a folder that `eval` wrote, or a file of ``benchmarks/step_cost.py``.
-        group: whose figure; in a benchmark the arm.
-        metric, item: which; in a benchmark the field of an arm. The item "each" pairs by item.
+        group: whose figure; in a benchmark the variant.
+        metric, item: which; in a benchmark the field of a variant. The item "each" pairs by item.
         control: the group whose value is taken off, pair by pair; "" for the value itself.
         minus: the metric of the same group whose value is taken off instead.
         upper, lower: between which the claim says that the figure lies.
@@ -158,16 +158,16 @@ def page() -> Iterable[str]:
         rows[claim.name[0]].append((claim.name, claim.says, f"**{overall(verdicts)}**"))
         sections += [
             f"### {claim.name}: {claim.says}",
-            f"{claim.where}. Here: **{overall(verdicts)}**.",
+            f"{claim.where}. Verdict: **{overall(verdicts)}**.",
             table(
-                ("what", "where", "figure, 95 % interval", "over", "the claim asks for", "verdict"),
+                ("figure", "result", "value, 95 % interval", "n", "the claim says", "verdict"),
                 map(_line, claim.checks, figures, verdicts),
             ),
             f"```bash\n{claim.command.strip()}\n```",
         ]
     return [
-        table(("claim", "of the paper", "here"), rows["C"]),
-        table(("finding", "of ours", "here"), rows["F"]),
+        table(("claim", "of the paper", "verdict"), rows["C"]),
+        table(("finding", "of this project", "verdict"), rows["F"]),
         *sections,
     ]
 

@@ -57,18 +57,20 @@ def options() -> Iterable[str]:
         "They are named in one line and ignored: the run is that of the command line without them."
     )
     yield table(("option", "has no effect", "instead"), _ignored_cases())
+    yield from diffusers_flags()
 
 
-def diffusers() -> Iterable[str]:
+def diffusers_flags() -> Iterable[str]:
     """Every flag of diffusers' scripts, and what differs."""
     document = yaml.safe_load((FOLDER / "diffusers_flags.yaml").read_text(encoding="utf-8"))
+    yield "## Flags of diffusers' scripts"
     yield document["intro"]
-    yield "\n".join(f"- {sentence}" for sentence in document["beside"])
+    yield "\n".join(f"- {sentence}" for sentence in document["general"])
     yield _flags(document["sdxl"])
-    yield "## Its scripts for other models"
+    yield "### Flags of the scripts for other models"
     yield document["others"]
     yield _flags(document["flow"])
-    yield document["apart"]
+    yield "### Flags that are refused"
     foreign = constraints.table().foreign["image"].items()
     body = [(f"`--{name}`", *sentence) for name, sentence in foreign]
     yield table(("flag", "why it is no option here", "instead"), body)
@@ -80,7 +82,7 @@ def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
     for name, flag in flags.items():
         defaults = _value(flag.get("default")), _value(default_of(our_options[name]))
         body.append((f"`--{name}`", *defaults, flag.get("here", "same")))
-    return table(("flag", "default there", "default here", "what differs"), body)
+    return table(("flag", "default in diffusers", "default here", "what differs"), body)
 
 
 KINDS = [family_class(pipeline, pipeline) for pipeline in FAMILIES]
@@ -133,8 +135,7 @@ PAGES = {
     "python.md": python,
     "../README.md": readme,
     "options.md": options,
-    "diffusers.md": diffusers,
-    "evidence.md": evidence.page,
+    "../results/README.md": evidence.page,
     "models.md": models,
 }
 
