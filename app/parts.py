@@ -21,7 +21,7 @@ from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import is_file
-from bilora_diffusion.image.decode import DECODE_ERRORS
+from bilora_diffusion.image.image_files import DECODE_ERRORS
 
 from .catalog import Catalog
 from .runs import CONTROL, OURS, RunItem, pair

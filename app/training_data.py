@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bilora_diffusion.image.heldout import BY_LEVEL
+from bilora_diffusion.image.loss import BY_LEVEL
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
 from eval.subjects import differing_options

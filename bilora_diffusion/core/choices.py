@@ -33,7 +33,7 @@ FEED_FORWARD = "feed-forward"
 CONVOLUTIONS = "convolutions"
 ALL_LAYERS = "all"
 LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL_LAYERS)
-"""Names of groups of a denoiser's layers (`image.layers`)."""
+"""Names of groups of a denoiser's layers (`image.pipeline`)."""
 INITS = ("default", "gaussian", "pissa", "lora-ga")
 """First values of the primary."""
 AUTO = "auto"

@@ -30,11 +30,9 @@ from ..methods import get
 from ..run import checkpoint, runlog
 from ..run.folder import EXPORTS
 from ..train.soundness import PICKLES
-from .formats import peft_adapter
-from .layers import Part, part_of
+from .formats import Part, part_of, peft_adapter
 from .lorafile import inspect, lora_files
-from .readback import compare, require_equal
-from .reader import COMPONENT, Contents, read
+from .reader import COMPONENT, Contents, compare, read, require_equal
 from .writer import (
     file_metadata,
     refuse_existing,

@@ -28,9 +28,8 @@ from ..core.lora_names import (
     WEIGHTS,
     kohya_file_name,
 )
-from .formats import diffusers_tensors, kohya_tensors
-from .layers import Part, primary_part
-from .readback import compare, require_equal
+from .formats import Part, diffusers_tensors, kohya_tensors, primary_part
+from .reader import compare, require_equal
 
 TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 """PEFT's names for the kinds of model."""

@@ -1,4 +1,4 @@
-"""Several concepts in one run: a YAML list of sets of images, each with options of its own.
+"""The sets of images that a run names: one, or a YAML list of concepts, each with its options.
 
     - {dataset: photos/dog, instance_prompt: a photo of TOK dog, repeats: 4}
     - {dataset: photos/castle, trigger_word: SKS}
@@ -20,9 +20,9 @@ from ..config.recipe import read_options
 from ..config.resolving import without_ignored_options
 from ..core.errors import UserError, is_main_process, placed
 from ..core.fields import check, options_of
-from ..core.files import quoted
+from ..core.files import folder_or_id, is_folder, quoted
 from .derived import with_set_defaults
-from .inputs import check_images, check_settings
+from .image_files import folder_of_set, list_folder
 from .loss_options import PriorOptions
 from .options import DataOptions, ImageOptions, ValidationOptions
 from .sets import ImageSet
@@ -47,9 +47,15 @@ CONCEPT_OPTIONS = (
     "validation_dataset",
 )
 """Options that each concept has for itself."""
+
+
 PROMPT_OPTIONS = ("validation_prompt", "validation_prompts")
 """Options of a concept that join those of the run."""
+
+
 CONCEPT_GROUPS = (DataOptions, PriorOptions, ValidationOptions)
+
+
 FACTS = (
     *CONCEPT_OPTIONS,
     "with_prior_preservation",
@@ -57,7 +63,11 @@ FACTS = (
     "hold_unconditional",
 )
 """Options whose combinations are refused for each concept."""
+
+
 Config = TypeVar("Config", bound=ImageOptions)
+
+
 logger = logging.getLogger(__name__)
 
 
@@ -223,3 +233,45 @@ def joined(run: Config, concepts: Sequence[Config]) -> Config:
         if getattr(run, option) is None and is_in_concept:
             run = replace(run, **{option: run.dataset_name})
     return run
+
+
+def check_settings(cfg: ImageOptions) -> None:
+    """Refuse a prompt's strength of the adapter, and guidance from the base model, where more than
+    the adapter was trained.
+    """
+    for settings in cfg.validation_settings:
+        facts: dict[str, Any] = {}
+        if settings.get("strength", 1.0) != 1.0:
+            facts["strength"] = settings["strength"]
+        if "guidance_from" in settings:
+            facts["guidance_from"] = settings["guidance_from"]
+        if facts:
+            constraints.check({**vars(cfg), **facts})
+
+
+def check_images(cfg: ImageOptions) -> None:
+    """Refuse images without a prompt or a place, of a run or of a concept."""
+    for name in ("dataset_name", "validation_dataset"):
+        value = getattr(cfg, name)
+        if value is not None:
+            folder_of_set(value, f"--{name}")
+    images = cfg.instance_data_dir
+    if images is not None and folder_or_id(images, "--instance_data_dir") is None:
+        raise UserError(f"--instance_data_dir {quoted(images)} does not exist: correct the path.")
+    # Class images that are missing are generated, and would be training images in the next run.
+    source = str(cfg.dataset_name or cfg.instance_data_dir)
+    folder = Path(source).expanduser()
+    if cfg.class_data_dir is not None and Path(cfg.class_data_dir).exists():
+        class_folder = folder_or_id(cfg.class_data_dir, "--class_data_dir")
+        if class_folder is not None and class_folder.resolve() == folder.resolve():
+            raise UserError(
+                f"--class_data_dir {quoted(cfg.class_data_dir)} is the folder of the training"
+                " images: give the class images a folder of their own."
+            )
+    # A set on the hub is not listed here: without any option it has no known column of captions.
+    has_prompt = cfg.caption_column is not None or cfg.instance_prompt
+    if not has_prompt and not (is_folder(folder) and list_folder(folder).has_captions):
+        raise UserError(
+            f'"{source}" has no prompt: add --instance_prompt, for example "a photo of TOK dog",'
+            " --caption_column, or a .txt file with its caption beside each image."
+        )

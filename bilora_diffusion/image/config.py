@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..config import resolving
 from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
 from ..config.run import without_influence
+from ..core.choices import BASE_GUIDANCE
+from ..core.errors import UserError
+from ..core.files import folder_or_id, is_folder, quoted
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
-from . import inputs
-from .base_model import describe
-from .concept_list import with_sets_of_images
+from ..run.heldout_part import read_part
+from .base_model import BaseModel, describe, folder_of
+from .concept_list import check_images, check_settings, with_sets_of_images
 from .derived import with_model_defaults
 from .families import SDXL, family_class
 from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
-from .options import DataOptions, ImageOptions, ImageOutputOptions, ModelOptions, ValidationOptions
+from .options import (
+    CACHE_AUTO,
+    CACHE_FOLDER,
+    DataOptions,
+    ImageOptions,
+    ImageOutputOptions,
+    ModelOptions,
+    ValidationOptions,
+)
 from .validation import ValidationSample, samples_of
+
+if TYPE_CHECKING:  # which imports torch
+    from .families.base import Configs, Family
 
 GROUPS = (
     ModelOptions,
@@ -72,11 +88,11 @@ class DreamBoothConfig(ImageOptions):
         cfg = with_sets_of_images(self)
         model = describe(cfg.pretrained_model_name_or_path, cfg.revision, cfg.cache_dir)
         cfg = with_model_defaults(cfg, model)
-        inputs.check_base_model(cfg, model)
+        check_base_model(cfg, model)
         return cfg
 
     def check_inputs(self) -> None:
-        inputs.check_inputs(self)
+        check_inputs(self)
 
     @property
     def base_model(self) -> str:
@@ -106,7 +122,7 @@ class DreamBoothConfig(ImageOptions):
     @property
     def cache(self) -> Path | None:
         """Folder in which the run caches what it encodes; None where it does not."""
-        return None if self.dry_run else inputs.cache_folder(self.disk_cache)
+        return None if self.dry_run else cache_folder(self.disk_cache)
 
     @property
     def concept_configs(self) -> list[Self]:
@@ -154,3 +170,112 @@ class DreamBoothConfig(ImageOptions):
 
 resolve = DreamBoothConfig.resolve
 """Makes the configuration of a command line of the image script."""
+
+
+def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
+    """Refuse sizes, negative prompts and files that the base model does not have."""
+    from .crops import sizes  # here, since it imports torch
+
+    family = model.family
+    edges: set[int] = set()
+    for size in sizes(cfg.resolution, cfg.aspect_ratio_buckets):
+        edges.update(size)
+    for number, settings in enumerate(cfg.validation_settings, start=1):
+        for edge in ("width", "height"):
+            if edge in settings:
+                edges.add(settings[edge])
+        guidance = settings.get("guidance", cfg.validation_guidance_scale)
+        if guidance is None:
+            guidance = model.usual_guidance
+        whose = f"number {number} of --validation_prompts"
+        if settings.get("concept"):  # its place in the joined list says nothing to the user
+            whose = f"a prompt of {settings['concept']}"
+        source = settings.get("guidance_from", cfg.validation_guidance_from)
+        if source == BASE_GUIDANCE:
+            request = f"{whose} with guidance from the base model"
+            require_unconditional(family, guidance, model.index, model.configs, request)
+        # Without guidance the pipeline runs no second pass that would read it.
+        is_read = family.reads_negative_prompt and guidance > family.unguided
+        if settings.get("negative_prompt") and not is_read:
+            raise UserError(
+                f"{whose} has a negative prompt, and {family.title} reads none at a guidance of"
+                f" {guidance:g}: drop it."
+            )
+    if cfg.validation_guidance_from == BASE_GUIDANCE:
+        guidance = cfg.validation_guidance_scale
+        if guidance is None:
+            guidance = model.usual_guidance
+        request = "--validation_guidance_from base"
+        require_unconditional(family, guidance, model.index, model.configs, request)
+    for edge in edges:
+        family.require_resolution(edge, model.configs)
+
+    folder = folder_of(model.name)
+    if cfg.variant is not None and folder is not None:
+        # Only a local model: of the hub's, diffusers says which variants there are.
+        weights = folder / family.denoiser
+        if not any(weights.glob(f"*.{cfg.variant}*.safetensors")):
+            raise UserError(
+                f'--variant "{cfg.variant}" is not among the files of "{model.name}": drop it.'
+            )
+
+
+def require_unconditional(
+    family: Family,
+    guidance: float,
+    index: Mapping[str, Any],
+    configs: Configs,
+    request: str = "guidance from the base model",
+) -> None:
+    """Refuse the base model's unconditional prediction, asked for in the words of ``request``,
+    where a model makes none at this guidance; see `Family.is_guided`.
+    """
+    if family.is_guided(guidance, index, configs):
+        return
+    fix = "drop it"
+    if family.is_guided(math.inf, index, configs):
+        fix = f"give a guidance above {family.unguided:g}, or drop it"
+    raise UserError(
+        f"{request} is refused, since this {family.title} makes no unconditional prediction at a"
+        f" guidance of {guidance:g}: {fix}."
+    )
+
+
+def check_inputs(cfg: ImageOptions) -> None:
+    """Refuse what `check_images` does, places that can't be a folder, and malformed ids."""
+    check_settings(cfg)
+    if cfg.validation_part is not None:
+        read_part(cfg.validation_part)
+    if not cfg.concepts:  # theirs were checked as each was read (`concept_list`)
+        check_images(cfg)
+    for name in ("pretrained_vae_model_name_or_path", "hub_model_id"):
+        value = getattr(cfg, name)
+        if value is not None:
+            folder_or_id(value, f"--{name}")
+    check_cache(cfg.disk_cache)
+
+
+def check_cache(disk_cache: str) -> None:
+    """Refuse a folder that can't be written; one that nobody chose is only missed."""
+    cache = cache_folder(disk_cache)
+    if cache is None or disk_cache == CACHE_AUTO:
+        return
+    # The folder is made in the nearest parent that exists, a dead link included.
+    parents = (cache, *cache.absolute().parents)
+    existing = next(path for path in parents if os.path.lexists(path))
+    is_writable = is_folder(existing) and os.access(existing, os.W_OK | os.X_OK)
+    if not is_writable or not disk_cache.strip():
+        raise UserError(
+            f"--disk_cache {quoted(disk_cache)} is not a folder that can be written: give another,"
+            " auto, or no."
+        )
+
+
+def cache_folder(disk_cache: str) -> Path | None:
+    """The folder that a ``--disk_cache`` means, which need not exist; None for none."""
+    if disk_cache == "no":
+        return None
+    if disk_cache == CACHE_AUTO:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(home) / CACHE_FOLDER
+    return Path(disk_cache).expanduser()

@@ -28,13 +28,14 @@ from ..core.files import (
 )
 from ..mini import color_map
 from ..mini.colors import MAPS
-from .decode import read_mask, read_rgb
-from .listing import (
+from .image_files import (
     METADATA,
     Listing,
     folder_of_set,
     list_folder,
     masks_beside,
+    read_mask,
+    read_rgb,
     stem,
     stem_of_masked,
     unread_folder_name,

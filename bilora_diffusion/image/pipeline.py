@@ -1,8 +1,11 @@
-"""An image pipeline of a known kind: loaded whole, or refused where it can't be trained."""
+"""An image pipeline of a known kind: loading it, the layers that get adapters, and its memory.
+
+It is loaded whole, or refused where it can't be trained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,17 +16,35 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
+from torch import nn
 
-from ..core.errors import UserError, reading
+from ..adapters import adaptable
+from ..adapters.access import is_within
+from ..adapters.quantize import held_bytes
+from ..core.choices import (
+    ALL_LAYERS,
+    ALL_LINEAR,
+    ATTENTION,
+    CONVOLUTIONS,
+    FEED_FORWARD,
+    LAYER_GROUPS,
+)
+from ..core.errors import UserError, did_you_mean, reading
 from ..mini import PIPELINES
-from ..train.dry_run import empty
+from ..train.dry_run import BEFORE, NUMBER_BYTES, STEP, PhaseMemory, empty
 from ..train.soundness import require_safetensors, require_whole, require_words
 from .base_model import ANOTHER, describe, folder_of, from_hub
 from .config import DreamBoothConfig
+from .crops import sizes as bucket_sizes
+from .families.base import Family
+from .latents import AT_ONCE
 
 WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")
 """Patterns of configurations and tokenizers."""
 Dtypes = torch.dtype | dict[str, torch.dtype]
+FLAG = "--lora_layers"
+ENCODED_BYTES, DECODED_BYTES = 20, 24
+"""Bytes of an autoencoder in fp32 for each pixel and channel of its outermost layer."""
 
 
 @dataclass(frozen=True)
@@ -163,3 +184,125 @@ def _load(label: str, kind: Any, place: str | Path, fix: str, **options: Any) ->
     model, loaded = reading(label, fix, lambda: kind.from_pretrained(place, **options))
     require_whole(label, loaded["missing_keys"])
     return model.requires_grad_(False).eval()
+
+
+def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str, ...]:
+    """Names or ends of names, as an `AdapterSpec` takes them, of what the words stand for.
+
+    - attention: the family's ``targets``.
+    - feed-forward: the linear layers of the family's ``feed_forward`` modules.
+    - convolutions: those in blocks, as in kohya's scripts; not the first and last of a UNet, which
+      hold 4 channels, nor the patches of a transformer.
+    - all-linear: every linear layer, as in PEFT; all: these and the convolutions.
+
+    Raises:
+        UserError: a word is neither a group nor the end of a layer's name, or a group is empty.
+    """
+    linear = adaptable(model)
+    # Layers in blocks have a number in their names.
+    convolutions = []
+    for name in adaptable(model, convolutions=True):
+        if any(part.isdigit() for part in name.split(".")):
+            convolutions.append(name)
+    groups = {
+        ATTENTION: family.targets,
+        FEED_FORWARD: [name for name in linear if is_within(name, family.feed_forward)],
+        CONVOLUTIONS: convolutions,
+        ALL_LINEAR: linear,
+        ALL_LAYERS: linear + convolutions,
+    }
+    kind = type(model).__name__
+    module_names = [f".{name}" for name, _ in model.named_modules()]
+    layers: dict[str, None] = {}  # in order, without repetition
+    for word in words:
+        # A word is a group, or the end of a layer's name such as to_q.
+        if word not in groups and not any(name.endswith(f".{word}") for name in module_names):
+            raise UserError(
+                f'{FLAG} "{word}" is not a layer of the {kind}{_hint(word, groups[ALL_LAYERS])}:'
+                f" give {', '.join(LAYER_GROUPS)}, or the ends of layers' names such as"
+                f" {family.targets[0]}."
+            )
+        if not groups.get(word, word):
+            raise UserError(f"{FLAG} {word}: the {kind} has no such layer; give {ALL_LINEAR}.")
+        layers |= dict.fromkeys(groups.get(word, [word]))
+    return tuple(layers)
+
+
+def _hint(word: str, names: Sequence[str]) -> str:
+    """The end of a layer's name that a wrong word is most like."""
+    ends: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        ends |= {".".join(parts[start:]) for start in range(len(parts))}
+    # The shortest first: "to_q" before "attn1.to_q".
+    return did_you_mean(word, list(LAYER_GROUPS) + sorted(ends, key=len))
+
+
+def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
+    """Memory of a task whose models are empty, in each phase of a run.
+
+    On a CPU all models are in memory from the start. On a GPU text encoders that are not trained
+    leave before the first step, and with ``--offload`` the autoencoder rests meanwhile.
+    """
+    cfg, family, pipeline = task.cfg, task.family, task.pipeline
+    quantized = set(task.models)
+    if family.flow:
+        quantized |= set(family.encoders)
+    sizes: dict[str, int] = {}
+    for name in family.parts:
+        model = getattr(pipeline, name, None)
+        if isinstance(model, nn.Module):
+            sizes[name] = held_bytes(model, cfg.quantize if name in quantized else "none")
+
+    on_cpu = device.type == "cpu"
+    frozen_encoders = set(family.encoders) - set(task.models)
+    staying = set(sizes)
+    if family.flow or not on_cpu:
+        staying -= frozen_encoders
+    resting = {"vae"} if cfg.offload and not on_cpu else set()
+    before = set(sizes) if on_cpu else (frozen_encoders | {"vae"}) - resting
+
+    def weights(names: set[str]) -> dict[str, int]:
+        return {f"weights: {name}": size for name, size in sizes.items() if name in names}
+
+    crops = bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets)
+    pixels = max(height * width for height, width in crops)
+    vae_config = pipeline.vae.config
+    channels = vae_config.get("base_dim") or vae_config["block_out_channels"][0]
+    encoded = ENCODED_BYTES * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
+    sampled_pixels = [sample.width * sample.height for sample in cfg.samples]
+    decoded = DECODED_BYTES * max(sampled_pixels, default=0)
+    pictures = channels * max(encoded, decoded)
+
+    places = pixels // family.patch**2
+    activations = activation_bytes(family, task.models[family.denoiser], places, cfg)
+    return {
+        BEFORE: weights(before),
+        "encoding or drawing": {**weights(staying), "pictures": pictures},
+        STEP: {**weights(staying - resting), "activations": activations},
+    }
+
+
+def activation_bytes(family: Any, denoiser: Any, places: int, cfg: DreamBoothConfig) -> int:
+    """Bytes that the denoiser's activations take in a step.
+
+    Args:
+        family: Kind of the base model.
+        denoiser: Denoiser whose weights are empty.
+        places: Places of the latents, or tokens of the image.
+        cfg: Configuration of the run.
+    """
+    config, counts = denoiser.config, family.activations
+    if family.flow:
+        lists = [module for module in denoiser.children() if isinstance(module, nn.ModuleList)]
+        blocks = sum(map(len, lists))
+        heads, head_width = config.get("num_attention_heads"), config.get("attention_head_dim")
+        width = config.get("dim") or config.get("hidden_size") or heads * head_width
+    else:  # a UNet, whose coefficients are of the whole
+        blocks, width = 1, config["block_out_channels"][0]
+    if cfg.gradient_checkpointing:
+        numbers = blocks * counts.checkpointed + counts.recomputed
+    else:
+        numbers = blocks * counts.block
+    tokens = cfg.train_batch_size * (places + counts.prompt_tokens)
+    return int(tokens * width * NUMBER_BYTES[cfg.mixed_precision] * numbers)

@@ -25,23 +25,23 @@ from ..core.lora_names import (
     kohya_file_name,
     workflow_file_name,
 )
-from ..export.readback import verify
+from ..export.reader import verify
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
 from ..run.heldout_part import chosen, copies
 from ..run.record import VALIDATION
 from ..train import command
-from ..train.loop import Trainer
-from ..train.setup import DTYPES, Script
+from ..train.engine import DTYPES
+from ..train.setup import Script
+from ..train.trainer import Trainer
 from . import comfy
 from .captions import Captions
 from .card import write_dreambooth_card
 from .concept_list import require_disjoint
 from .config import DreamBoothConfig, resolve
-from .dry_run import memory_by_phase
-from .listing import list_folder
+from .image_files import list_folder
 from .opening import open_images
-from .pipeline import load_base
+from .pipeline import load_base, memory_by_phase
 from .sampling import generate
 from .sets import ImageSet
 from .stream import TrainingStream

@@ -15,7 +15,7 @@ from PIL import Image
 from ..core.errors import UserError, reason
 from ..core.seeds import digest_texts
 from ..run.content import SampleContent, hash_samples
-from .decode import DECODE_ERRORS, read_rgb, upright_size
+from .image_files import DECODE_ERRORS, read_rgb, upright_size
 
 FULL_CHECK_LIMIT = 2000
 """Up to this many images are decoded whole when opened; of more, only the headers are read."""

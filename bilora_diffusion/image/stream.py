@@ -12,11 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from ..core.errors import UserError
 from ..core.seeds import digest_texts, generator
 from ..run.interruption import SIGNALS
-from ..train.order import KindsOrder, SampleOrder
-from .buckets import Size, nearest, sizes
+from ..train.task import KindsOrder, SampleOrder
 from .captions import Captions, class_texts, fixed_texts
 from .config import DreamBoothConfig
-from .crops import Crop, ResizedImages, covering_size, cut, sample_crop
+from .crops import Crop, ResizedImages, Size, covering_size, cut, nearest, sample_crop, sizes
 from .sets import ImageSet
 
 Slots = tuple[int, tuple[int, ...]]

@@ -25,17 +25,15 @@ from ..run.content import SampleContent
 from ..run.record import validation_folder
 from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
-from .captions import class_texts, fixed_texts
+from .captions import PromptCache, class_texts, fixed_texts
 from .config import DreamBoothConfig
-from .denoising import PRIOR, UNCONDITIONAL, Denoising, DreamBoothModule, NoiseSchedule
 from .families import family_of
 from .families.base import Family
 from .families.sdxl import tokenize
-from .flow import FlowMatching
-from .heldout import GridLoss
 from .latents import Encoder, weight_map
-from .layers import select_layers
-from .prompts import PromptCache
+from .loss import PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
+from .noise_schedules import noise_schedule
+from .pipeline import select_layers
 from .sampling import generate
 from .sets import ImageSet
 from .stream import INSTANCE, TrainingSample, TrainingStream
@@ -320,27 +318,3 @@ class DreamBooth:
                 embeddings=embeddings,
                 batch=self.cfg.sample_batch_size,
             )
-
-
-def noise_schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> NoiseSchedule:
-    """The noise levels of the pipeline's scheduler, sampled and weighted as the run says."""
-    config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-    if not family.flow:
-        return Denoising.from_config(
-            config,
-            edm=cfg.do_edm_style_training,
-            snr_gamma=cfg.snr_gamma,
-            snr_weighting=cfg.snr_weighting,
-        )
-    mu = None
-    if cfg.timestep_shift == "pipeline":
-        mu = family.mu(pipeline, family.tokens(cfg.resolution, cfg.resolution))
-    return FlowMatching.from_config(
-        config,
-        mu,
-        scheme=cfg.weighting_scheme or family.weighting,
-        logit_mean=cfg.logit_mean,
-        logit_std=cfg.logit_std,
-        mode_scale=cfg.mode_scale,
-        preconditioned=cfg.precondition_outputs,
-    )

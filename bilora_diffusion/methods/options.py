@@ -29,7 +29,6 @@ from ..core.values import (
     RATES,
     SCALES,
     SHARES,
-    STEPS,
     Range,
 )
 
@@ -63,10 +62,9 @@ class AdapterOptions:
         "bilora",
         "bilora (two adapters, flat minima; Algorithm 1), lora (one adapter), lora-sam (SAM on the"
         " adapter; Eqs. 3-5), lora-obar or lora-nbar (BAR, Li et al. 2024a), flat-lora (Li et al."
-        " 2024b), efm-lora (Deng et al. 2025), lora-msam (Becker et al. 2024), lora-looksam (Liu et"
-        " al. 2022), lora-l2sp (a penalty on the change of the weights, Li et al. 2018) or full"
-        " (all weights). Runs that differ only here see the same data and noise, so the options of"
-        " the other methods may stand.",
+        " 2024b), lora-l2sp (a penalty on the change of the weights, Li et al. 2018) or full (all"
+        " weights). Runs that differ only here see the same data and noise, so the options of the"
+        " other methods may stand.",
     )
     # Table A8: rank 4, alpha 8, no dropout.
     rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
@@ -129,9 +127,8 @@ class MethodFlags:
     rho: float | str | None = option(
         None,
         "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
-        " (lora-sam, lora-looksam, Eq. 4), of the noise (flat-lora), of the move of the weights"
-        " (efm-lora, in each layer; lora-msam). Default: 0.05, for flat-lora 0.1. bilora takes auto"
-        " too: a radius that sets itself by --loss_rise.",
+        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, for flat-lora 0.1. bilora"
+        " takes auto too: a radius that sets itself by --loss_rise.",
         range=RADII,
         words=(AUTO,),
     )
@@ -209,22 +206,6 @@ class OwnOptions:
 
 
 @dataclass(frozen=True)
-class EFMLoRAOptions(OwnOptions):
-    """Options of EFMLoRA alone."""
-
-    efm_beta: float = option(
-        0.9,
-        "efm-lora: share of the newest perturbation in the average, in (0, 1] (Equation 18).",
-        range=Range(1, "it is a share", greater_than=0),
-    )
-    efm_schedule: str = option(
-        "constant",
-        "efm-lora: rho constant, or falling as rho / sqrt(step) (its Theorem 2).",
-        choices=("constant", "sqrt"),
-    )
-
-
-@dataclass(frozen=True)
 class L2SPOptions(OwnOptions):
     """Options of LoRA + L2-SP alone."""
 
@@ -237,21 +218,7 @@ class L2SPOptions(OwnOptions):
 
 
 @dataclass(frozen=True)
-class LookSAMOptions(OwnOptions):
-    """Options of LoRA-LookSAM alone."""
-
-    looksam_k: int = option(
-        5, "lora-looksam: steps from one look uphill to the next (Liu et al. 2022).", range=STEPS
-    )
-    looksam_alpha: float = option(
-        0.7,
-        "lora-looksam: weight, in the steps between, of the direction kept from the last look.",
-        range=FACTORS,
-    )
-
-
-@dataclass(frozen=True)
-class SingleMethodOptions(LookSAMOptions, L2SPOptions, EFMLoRAOptions):
+class SingleMethodOptions(L2SPOptions):
     """The options that single methods have, as the configuration of a run has them."""
 
 

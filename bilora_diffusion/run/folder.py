@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from .. import methods
 from ..core.errors import UserError
 from ..core.lora_names import (
     COMPONENTS,
@@ -25,7 +26,6 @@ from ..core.lora_names import (
     kohya_file_name,
     workflow_file_name,
 )
-from ..methods import get
 from . import checkpoint, snapshots
 from .record import VALIDATION, read_search
 from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
@@ -261,7 +261,11 @@ def _refuse_foreign_models(folder: Path) -> None:
 
 def _trained_whole(folder: Path) -> bool:
     """Test that the folder's run trained all weights of its models."""
-    return (folder / RUN).exists() and get(read_run(folder)["method"]).exports_weights
+    if not (folder / RUN).exists():
+        return False
+    method = read_run(folder)["method"]
+    # A method that has left may have written the folder; none of these trained all weights.
+    return method in methods.names() and methods.get(method).exports_weights
 
 
 def clear(folder: Path, overwrite: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from ..core.errors import UserError, did_you_mean
 from ..core.files import MOST_BYTES, read_rows, read_text
 from .examples import Example, text_of
-from .places import package_folder
+from .models import package_folder
 
 OTHER_SET = "the set is not the one that the task was made for"
 

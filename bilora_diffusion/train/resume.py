@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .. import adapters
-from ..config.run import HELDOUT_OPTIONS, RunConfig
+from ..config.run import FORMER_OPTIONS, HELDOUT_OPTIONS, RunConfig
 from ..methods import Method
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
@@ -50,7 +50,7 @@ def save(trainer: Resumable, folder: Path, log: RunLog | None) -> None:
     if log is not None:
         log.sync()
     cfg, scaler = trainer.cfg, trainer.accelerator.scaler
-    # What is trained is whole on each process, also where the base is split (`sharding`).
+    # What is trained is whole on each process, also where the base is split (`engine`).
     if trainer.accelerator.is_main_process:
         saved = Checkpoint(
             step=trainer.step,
@@ -154,7 +154,7 @@ def require_same_work(
         UserError: Something differs; the sentence says what.
     """
     content = saved.get("content")
-    free = free | {"content"}
+    free = free | {"content"} | FORMER_OPTIONS
     if content is None:
         free |= HELDOUT_OPTIONS
     sizes = current.keys() - set(options)

@@ -183,7 +183,7 @@ class ClipScores(OverSteps):
         parser.add_output("scores", DEMO, of_runs=True)
 
     def subjects(self) -> list[Subject]:
-        from bilora_diffusion.train.launching import refuse_separate_processes
+        from bilora_diffusion.config.machine import refuse_separate_processes
 
         refuse_separate_processes()
         if self.args.steps is not None:

@@ -40,8 +40,7 @@ from bilora_diffusion.core.files import duration
 from bilora_diffusion.core.seeds import seed_of
 from bilora_diffusion.image.families.base import join_rows
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
-from bilora_diffusion.image.prompts import embed, embed_negative
-from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.image.sampling import embed, embed_negative, generate
 from bilora_diffusion.run.console import quiet
 from bilora_diffusion.run.provenance import device, versions
 

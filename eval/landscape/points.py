@@ -21,7 +21,7 @@ from bilora_diffusion.core.choices import NOISE_LEVELS
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
-from bilora_diffusion.image.heldout import GridLoss
+from bilora_diffusion.image.loss import GridLoss
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 from bilora_diffusion.image.script import training_images
 from bilora_diffusion.image.sets import ImageSet

@@ -11,8 +11,7 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.families import FAMILIES, SDXL
 from bilora_diffusion.mini import pipeline_dir
 from docs.make import EXAMPLES
-from docs.memory import MODELS
-from docs.recipes import LINE, models, page
+from docs.memory import LINE, MODELS, models, page
 from tests.image.tiny import shared
 from tests.scripts.test_dry_run import without_weights
 

@@ -23,10 +23,9 @@ from bilora_diffusion.core.choices import (
     SAMPLE,
 )
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, for_run, names
-from bilora_diffusion.train.compiling import Blocks
+from bilora_diffusion.train.engine import Blocks, average_gradients
 from bilora_diffusion.train.initialisation import collecting
 from bilora_diffusion.train.optimizers import build_scheduler
-from bilora_diffusion.train.sharding import average_gradients
 from tests.contract.models import CASES, ROWS
 
 STEPS = 3
@@ -95,7 +94,7 @@ class Run:
     Args:
         micro_batches: micro-batches of a step.
         overflow: steps (from 0) whose gradient overflows; then a gradient scaler is at work.
-        compiled: its repeated blocks are, by `compiling.BACKEND`.
+        compiled: its repeated blocks are, by `engine.BACKEND`.
         config: of a script, whose method, learning rate and schedule over `steps` hold instead.
     """
 

@@ -58,7 +58,7 @@ def check(words, monkeypatch):
     elif program == "bilora":
         check_script(program, arguments, monkeypatch)
     elif arguments[0] == "-m":
-        name = "bilora_diffusion.export.cli" if "export" in arguments[1] else arguments[1]
+        name = "bilora_diffusion.export.__main__" if "export" in arguments[1] else arguments[1]
         check_module(importlib.import_module(name), arguments[2:], monkeypatch)
     else:
         check_script(arguments[0], arguments[1:], monkeypatch)
@@ -71,7 +71,7 @@ def check_script(name, argv, monkeypatch):
     if name in TRAINING:
         TRAINING[name](argv)
     elif name == "export":
-        check_module(importlib.import_module("bilora_diffusion.export.cli"), argv, monkeypatch)
+        check_module(importlib.import_module("bilora_diffusion.export.__main__"), argv, monkeypatch)
     else:
         assert (ROOT / name).is_file()
         monkeypatch.syspath_prepend(ROOT / Path(name).parent)
@@ -107,15 +107,23 @@ def test_every_command_is_understood(page, tmp_path, monkeypatch):
     page_commands = [words for script in scripts(page) for words in commands(script, tmp_path)]
     for words in page_commands:
         check(words, monkeypatch)
-    if page.name in ("README.md", "guide.md", "paper.md", "measure.md", "text.md"):
+    if page.name in ("README.md", "guide.md", "paper.md", "measure.md", "models.md"):
         assert len(page_commands) > 3  # the pages that are made of commands
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere_and_the_python_compiles(page):
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        assert "://" in target or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
+        path = page.parent / target if target else page
+        assert "://" in target or path.exists(), target
+        assert not anchor or "://" in target or anchor in anchors(path), f"{target}#{anchor}"
     for language, body in BLOCK.findall(text):
         if language == "python":
             compile(body, page.name, "exec")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image.buckets import nearest, read_sizes, sizes_around
 from bilora_diffusion.image.config import resolve
+from bilora_diffusion.image.crops import nearest, read_sizes, sizes_around
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.stream import TrainingStream, centered_samples
 from tests.scripts.runs import column, flags, train

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.export.cli import main as export
+from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.image.script import train
 from bilora_diffusion.run import interruption, lock
 from bilora_diffusion.run.interruption import Interruption, resuming

@@ -15,7 +15,7 @@ import train_text_bilora
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image import pipeline
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.dry_run import memory_by_phase
+from bilora_diffusion.image.pipeline import memory_by_phase
 from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.train import dry_run
 from bilora_diffusion.train.dry_run import STEP, attached, complete

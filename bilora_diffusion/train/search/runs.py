@@ -31,8 +31,8 @@ from ...run.interruption import Interruption, Stop
 from ...run.record import read_search
 from ...run.runlog import RunLog
 from .. import setup
+from ..loop import recorded
 from ..optimizers import StepLayout, total_steps
-from ..recording import recorded
 from ..resume import require_same_work
 from ..task import Fold
 from . import report

@@ -20,7 +20,7 @@ from ...run import checkpoint, lock
 from ...run.folder import FIT
 from ...run.interruption import Stop
 from ...run.record import RUN, read_metrics, read_run
-from .. import setup
+from .. import engine, setup
 from ..task import BY_SAMPLE
 from .halving import Curve, Trial
 from .space import title
@@ -93,7 +93,7 @@ def train_trial(script: setup.Script[Any], task: Any, folder: Path, trial: Trial
 
 
 def _run(script: setup.Script[Any], task: Any, folder: Path, steps: int) -> Stop | None:
-    accelerator = setup.build_accelerator(task.cfg, LoneProcess)
+    accelerator = engine.build_accelerator(task.cfg, LoneProcess)
     with ExitStack() as stack:
         stack.enter_context(lock.hold(folder))
         # The next run begins with the models as they were loaded.
@@ -102,7 +102,7 @@ def _run(script: setup.Script[Any], task: Any, folder: Path, steps: int) -> Stop
         # A promoted candidate goes on from where its run ended on the rung below.
         latest = checkpoint.latest(folder)
         stop = setup.run(script, task, accelerator, folder, latest, last_step=steps)
-        setup.free_memory(accelerator)
+        engine.free_memory(accelerator)
     return stop
 
 

@@ -1,35 +1,36 @@
-"""Noise, timesteps and the loss of a denoising model: what SDXL is trained on.
+"""Noise levels, and the loss that belongs to them: of diffusion models and of flow matching.
 
 Noise prediction and velocity follow Ho et al. 2020 and Salimans & Ho 2022; min-SNR weights are
 Section 3.4 of https://arxiv.org/abs/2303.09556; the EDM formulation is Section 5 of
 https://arxiv.org/abs/2206.00364 as diffusers' DreamBooth scripts use it.
+
+Flow matching goes along straight paths, which SD3, FLUX and later image models are trained on:
+x_s = (1 - s) x0 + s e with noise e; the model predicts the velocity e - x0 (Liu et al. 2022,
+https://arxiv.org/abs/2209.03003; Esser et al. 2024, https://arxiv.org/abs/2403.03206).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
-from torch import Tensor, nn
-
-from .. import adapters
-from ..core.errors import UserError
-from ..train.task import precision
-from .families.base import Conditions, Family, move
-from .families.sdxl import encode
-from .flow import FlowMatching, weighted_mean
-
-PRIOR, UNCONDITIONAL = "prior", "unconditional"
-"""Inputs that are conditions of further predictions: for the class's prompt, and for what guidance
-leads away from.
-"""
-OTHER_INPUTS = frozenset(
-    ("latents", "noise", "index", "instance", "mask_weights", PRIOR, UNCONDITIONAL)
+from diffusers import (
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
 )
-"""Inputs that are not conditions of the images' own captions."""
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+)
+from torch import Tensor
+
+from ..core.errors import UserError
+from .config import DreamBoothConfig
+from .families.base import Family
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,6 @@ class Denoising:
         return sigma**-2 * (denoised - clean) ** 2
 
 
-NoiseSchedule = Denoising | FlowMatching
-"""Noise levels, and the loss that belongs to them."""
-
-
 def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = False) -> Tensor:
     """Min-SNR-gamma weights, (n,), for noise (or velocity) prediction at ratios ``snr``, (n,).
 
@@ -159,93 +156,134 @@ def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = F
     return weights + 1 if velocity else weights
 
 
-class DreamBoothModule(nn.Module):
-    """The trained models and their loss.
+@dataclass(frozen=True)
+class FlowMatching:
+    """Noise levels of a model's own schedule, sampled and weighted by a scheme; class images have
+    the same weights.
 
-    ``forward`` takes a micro-batch's inputs: ``latents`` and ``noise`` (n, c, h, w), ``index`` and
-    ``instance`` (n,), ``time_ids`` (n, 6), with masks ``mask_weights`` (n, 1, h, w), and either the
-    family's conditions or, where the text encoders are trained, ``ids`` (two tensors (n, tokens))
-    and ``has_text`` (n,), False where zeros stand for the text.
-    The first rows are instance images; with prior preservation as many class images follow. It
-    returns (slots,): the instance loss plus ``prior_loss_weight`` times the class loss, plus
-    ``prior_prediction_weight`` times the `departures` for the conditions `PRIOR` and
-    ``hold_unconditional`` times those for the conditions `UNCONDITIONAL`, where the inputs have
-    them, both of the instance images.
+    Args:
+        sigmas: noise levels from 1 downwards, (T,).
+        scheme: how levels are sampled and weighted (Section 3.1 of Esser et al. 2024): "none"
+            samples all alike, "logit_normal" and "mode" the middle more often, "sigma_sqrt" and
+            "cosmap" weight the loss.
+        logit_mean, logit_std: of "logit_normal".
+        mode_scale: of "mode".
+        preconditioned: weigh by s^2 as well: the error of x_s - s v, the clean image (Section 5 of
+            Karras et al. 2022, https://arxiv.org/abs/2206.00364).
     """
 
-    def __init__(
-        self,
-        family: Family,
-        denoiser: nn.Module,
-        text_encoders: Sequence[nn.Module],
-        denoising: NoiseSchedule,
-        prior_loss_weight: float | None = None,
-        prior_prediction_weight: float = 0.0,
-        hold_unconditional: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.family = family
-        self.denoiser = denoiser
-        self.text_encoders = nn.ModuleList(text_encoders)
-        self.denoising = denoising
-        self.prior_loss_weight = prior_loss_weight
-        self.departure_weights = {PRIOR: prior_prediction_weight, UNCONDITIONAL: hold_unconditional}
-        self._adapted: list[adapters.LoraLayer] | None = None
+    sigmas: Tensor
+    scheme: str = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    preconditioned: bool = False
 
-    def forward(self, inputs: dict[str, Any]) -> Tensor:
-        """One loss per slot, (slots,), in float32."""
-        losses = self.sample_losses(inputs)  # (n,)
-        if self.prior_loss_weight is not None:
-            instance, prior = losses.chunk(2)  # (slots,) each
-            losses = instance + self.prior_loss_weight * prior
-        for name, weight in self.departure_weights.items():
-            if name in inputs:
-                noisy, levels = self.denoising.add_noise(inputs)
-                departures = self.departures(inputs, name, noisy, levels)  # (n,)
-                losses = losses + weight * departures[: len(losses)]
-        return losses
+    @classmethod
+    def from_config(cls, config: dict[str, Any], mu: float | None, **drawing: Any) -> Self:
+        """With the levels that a pipeline's scheduler goes through in as many steps as it has.
 
-    def departures(
-        self, inputs: dict[str, Any], name: str, noisy: Tensor, levels: Tensor
-    ) -> Tensor:
-        """Mean square by which the adapters change what is predicted for the conditions of a name,
-        `PRIOR` or `UNCONDITIONAL`, at the same noisy latents: (n,) in float32.
-
-        All adapters act that act in the loss, an auxiliary too: it perturbs the whole loss, and
-        with gradient checkpointing a layer is computed again after this function. Class images are
-        among the rows, since an auxiliary for each sample goes by the rows of the micro-batch.
+        Args:
+            config: of the scheduler; its ``shift`` acts, or, where it shifts by resolution,
+            mu: the logarithm of the shift; None leaves such levels unshifted.
+            drawing: the other arguments.
         """
-        conditions = {**inputs[name], "time_ids": inputs["time_ids"]}
-        if self._adapted is None:
-            # Found once: the walk over all modules takes time.
-            self._adapted = []
-            for model in (self.denoiser, *self.text_encoders):
-                self._adapted += [layer for _, layer in adapters.layers(model)]
-        with torch.no_grad(), adapters.off(self._adapted):
-            before = self._predict(conditions, noisy, levels).float()
-        after = self._predict(conditions, noisy, levels).float()
-        return (after - before).square().flatten(1).mean(dim=1)
+        if "FlowMatch" not in (kind := str(config.get("_class_name", "FlowMatch"))):
+            raise ValueError(f"its scheduler, a {kind}, has no straight paths to noise")
+        # Without mu the scheduler would refuse to shift by resolution.
+        if mu is None and config.get("use_dynamic_shifting"):
+            config = {**config, "use_dynamic_shifting": False, "shift": 1.0}
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
+        steps = int(scheduler.config["num_train_timesteps"])
+        even = [(steps - i) / steps for i in range(steps)]  # 1 down to 1 / steps
+        scheduler.set_timesteps(sigmas=even, mu=mu)
+        return cls(scheduler.sigmas[:-1].float(), **drawing)  # without the 0 at the end
 
-    def _predict(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
-        """The denoiser's prediction, (n, c, h, w), for conditions that may be token ids yet."""
-        if "ids" in conditions:
-            encoded = self._encode(conditions["ids"], conditions["has_text"])
-            conditions = {**encoded, "time_ids": conditions["time_ids"]}
-        dtype = precision(self.denoiser)
-        conditions = move(conditions, noisy.device, dtype)
-        return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
+    @property
+    def num_timesteps(self) -> int:
+        """Number of noise levels."""
+        return len(self.sigmas)
 
-    def _encode(self, ids: Sequence[Tensor], has_text: Tensor) -> Conditions:
-        """Embeddings of token ids by the trained encoders, zeros where ``has_text`` is False."""
-        conditions = {}
-        for name, values in encode(list(self.text_encoders), ids).items():
-            rows = has_text.view(-1, *[1] * (values.ndim - 1))  # (n, 1, ...)
-            conditions[name] = values.where(rows, 0.0)
-        return conditions
+    def draw(self, random: torch.Generator) -> Tensor:
+        """The number of a noise level, 0-d."""
+        share = compute_density_for_timestep_sampling(
+            self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=random
+        )
+        return (share * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)[0]
 
-    def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
-        """One loss per row, (n,), in float32, of instance and class images alike."""
-        conditions = {k: values for k, values in inputs.items() if k not in OTHER_INPUTS}
-        noisy, levels = self.denoising.add_noise(inputs)  # (n, c, h, w), (n,)
-        # The loss is in float32, the denoiser in the dtype of its weights.
-        return self.denoising.loss(self._predict(conditions, noisy, levels), inputs)
+    def level(self, index: Tensor) -> Tensor:
+        """Noise levels as logs name them, by their numbers."""
+        return 1000 * self.sigmas[index]
+
+    def snr(self, index: Tensor) -> Tensor | None:
+        """Signal-to-noise ratios by the levels' numbers, (n,), where a model predicts noise, of
+        which it errs the less the less signal there is; else None, as here.
+        """
+        return None
+
+    def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """x_s = (1 - s) x0 + s e as a model takes it, (n, c, h, w), and s in [0, 1], (n,).
+
+        Args:
+            inputs: as of `loss`.
+        """
+        latents = inputs["latents"]
+        sigma = self.sigmas.to(latents.device)[inputs["index"]]  # (n,)
+        s = sigma.view(-1, 1, 1, 1)
+        return (1 - s) * latents + s * inputs["noise"], sigma
+
+    def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """w(s) times the mean square of the velocity's error, (n,) in float32.
+
+        Args:
+            prediction: of a model for what `add_noise` gives, (n, c, h, w).
+            inputs: clean ``latents`` and standard normal ``noise``, (n, c, h, w); the ``index`` of
+                each sample's noise level, (n,); True in ``instance``, (n,), for images that are not
+                class images; and, with masks, ``mask_weights`` of the places, (n, 1, h, w).
+        """
+        latents, noise = inputs["latents"], inputs["noise"]
+        sigma = self.sigmas.to(latents.device)[inputs["index"]]  # (n,)
+        # The velocity along the path from x0 to e is e - x0.
+        squares = (prediction.float() - (noise - latents).float()) ** 2
+        weights = compute_loss_weighting_for_sd3(self.scheme, sigma)
+        if self.preconditioned:
+            weights = weights * sigma**2
+        return weights.float() * weighted_mean(squares, inputs.get("mask_weights"))
+
+
+def weighted_mean(squares: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean over each sample of (n, c, h, w), weighted by (n, 1, h, w): (n,); 0 without a weight."""
+    if weights is None:
+        return squares.flatten(1).mean(dim=1)
+    # The weights are the same for all channels.
+    total = squares.shape[1] * weights.flatten(1).sum(dim=1)
+    smallest = torch.finfo(total.dtype).tiny
+    return (squares * weights).flatten(1).sum(dim=1) / total.clamp_min(smallest)
+
+
+NoiseSchedule = Denoising | FlowMatching
+"""Noise levels, and the loss that belongs to them."""
+
+
+def noise_schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> NoiseSchedule:
+    """The noise levels of the pipeline's scheduler, sampled and weighted as the run says."""
+    config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    if not family.flow:
+        return Denoising.from_config(
+            config,
+            edm=cfg.do_edm_style_training,
+            snr_gamma=cfg.snr_gamma,
+            snr_weighting=cfg.snr_weighting,
+        )
+    mu = None
+    if cfg.timestep_shift == "pipeline":
+        mu = family.mu(pipeline, family.tokens(cfg.resolution, cfg.resolution))
+    return FlowMatching.from_config(
+        config,
+        mu,
+        scheme=cfg.weighting_scheme or family.weighting,
+        logit_mean=cfg.logit_mean,
+        logit_std=cfg.logit_std,
+        mode_scale=cfg.mode_scale,
+        preconditioned=cfg.precondition_outputs,
+    )
