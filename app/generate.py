@@ -17,10 +17,15 @@ import gradio as gr
 from PIL import Image
 
 from bilora_diffusion import methods
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import quoted
-from bilora_diffusion.core.values import STRENGTHS, Range
+from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
+    STRENGTHS,
+    Range,
+)
 from bilora_diffusion.mini import MINI
 
 from . import parts

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..config import resolving
 from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
 from ..config.run import without_influence
-from ..core.choices import BASE_GUIDANCE
 from ..core.errors import UserError
 from ..core.files import folder_or_id, is_folder, quoted
+from ..core.values import BASE_GUIDANCE
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
-from ..run.heldout_part import read_part
+from ..run.data import read_part
 from .base_model import BaseModel, describe, folder_of
 from .concept_list import check_images, check_settings, with_sets_of_images
 from .derived import with_model_defaults

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import machine
-from ..config.derived import Rule, default_validation_loss_steps, derive
-from ..config.rates import default_text_encoder_lr
-from ..core.choices import ATTENTION
+from ..config.derived import Rule, default_text_encoder_lr, default_validation_loss_steps, derive
 from ..core.errors import UserError, reading
 from ..core.files import is_file, read_text
+from ..core.values import ATTENTION
 from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, heldout_name
 from .base_model import SDXL_BASE, BaseModel
 from .families import SDXL

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 from ..config.options import HeldOutOptions, OutputOptions
 from ..config.run import RunConfig
-from ..core.choices import ADAPTER_GUIDANCE, GUIDANCE_SOURCES
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
+    ADAPTER_GUIDANCE,
+    GUIDANCE_SOURCES,
     GUIDANCES,
     SAMPLER_STEPS,
     SHARES,

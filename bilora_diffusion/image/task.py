@@ -16,12 +16,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from ..adapters import AdapterSpec
-from ..config.rates import text_encoder_rate
-from ..core.choices import ATTENTION
+from ..config.derived import text_encoder_rate
 from ..core.files import counted
 from ..core.seeds import digest, generator
+from ..core.values import ATTENTION
 from ..methods import Target
-from ..run.content import SampleContent
+from ..run.data import SampleContent
 from ..run.record import validation_folder
 from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache

@@ -14,7 +14,7 @@ from ..config.run import FORMER_OPTIONS, HELDOUT_OPTIONS, RunConfig
 from ..methods import Method
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
-from ..run.content import require_same_content
+from ..run.data import require_same_content
 from ..run.runlog import RunLog
 from .optimizers import StepLayout
 from .outcome import Outcome
@@ -35,7 +35,7 @@ class Resumable(Protocol):
 
     @property
     def content(self) -> dict[str, Any]:
-        """Record of the training and the held-out samples (`run.content`)."""
+        """Record of the training and the held-out samples (`run.data`)."""
         ...
 
 
@@ -148,7 +148,7 @@ def require_same_work(
         current: The same of this run.
         options: Keys of the options.
         free: Keys that may differ.
-        depends_on_heldout: As `run.content.require_same_content` takes it.
+        depends_on_heldout: As `run.data.require_same_content` takes it.
 
     Raises:
         UserError: Something differs; the sentence says what.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config.run import RunConfig
 from ..core.seeds import generator
 from ..methods import Target
-from ..run.content import SampleContent
+from ..run.data import SampleContent
 
 BY_SAMPLE = "heldout_loss_of/"
 """Stands before the number of a part of the held-out samples in the name of its loss."""

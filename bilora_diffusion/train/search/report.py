@@ -15,9 +15,8 @@ from ...core.durable import (
     strict_json,
     write_text,
 )
-from ...core.figures import new_figure
+from ...core.figures import new_figure, student_interval
 from ...core.files import counted, duration
-from ...core.intervals import student_interval
 from ...run import provenance
 from ...run.folder import FIT, FIT_FIGURE, FIT_RECORD
 from ...run.record import read_run, read_search

@@ -25,7 +25,7 @@ from ...core.seeds import parts
 from ...methods import for_run
 from ...methods.options import SECTION
 from ...run import checkpoint
-from ...run.content import record_content, summarize
+from ...run.data import record_content, summarize
 from ...run.folder import FIT, FIT_RECORD, clear
 from ...run.interruption import Interruption, Stop
 from ...run.record import read_search

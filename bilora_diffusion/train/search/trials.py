@@ -16,8 +16,8 @@ from accelerate.utils import DistributedType
 
 from ... import adapters
 from ...core.errors import Diverged
-from ...run import checkpoint, lock
-from ...run.folder import FIT
+from ...run import checkpoint
+from ...run.folder import FIT, hold
 from ...run.interruption import Stop
 from ...run.record import RUN, read_metrics, read_run
 from .. import engine, setup
@@ -95,7 +95,7 @@ def train_trial(script: setup.Script[Any], task: Any, folder: Path, trial: Trial
 def _run(script: setup.Script[Any], task: Any, folder: Path, steps: int) -> Stop | None:
     accelerator = engine.build_accelerator(task.cfg, LoneProcess)
     with ExitStack() as stack:
-        stack.enter_context(lock.hold(folder))
+        stack.enter_context(hold(folder))
         # The next run begins with the models as they were loaded.
         for target in task.targets():
             stack.enter_context(adapters.restored(target.model, target.spec))
