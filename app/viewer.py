@@ -76,14 +76,14 @@ def serve(args: argparse.Namespace) -> None:
         try:
             import gradio  # noqa: F401
 
-            from . import frame, guard
+            from . import page
         except ModuleNotFoundError as error:
             raise UserError(
                 f"the viewer needs {error.name}: run pip install 'bilora-diffusion[app]'"
             ) from error
         # Before the server is made, whose log keeps the stream that it finds.
-        with contextlib.redirect_stderr(guard.ShortLines(sys.stderr)):
-            server = frame.server(
+        with contextlib.redirect_stderr(page.ShortLines(sys.stderr)):
+            server = page.server(
                 catalog,
                 host=args.host,
                 public=public,
@@ -92,7 +92,7 @@ def serve(args: argparse.Namespace) -> None:
             )
             address = f"[{args.host}]" if ":" in args.host else args.host
             url = f"http://{address}:{args.port}"
-            print(f"{frame.TITLE}: {url} shows {catalog.name}; Ctrl-C ends it.", flush=True)
+            print(f"{page.TITLE}: {url} shows {catalog.name}; Ctrl-C ends it.", flush=True)
             if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
                 signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn handles the other two
             server.run(sockets=[listener])

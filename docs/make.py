@@ -31,8 +31,7 @@ from bilora_diffusion.image.families import FAMILIES, family_class
 from bilora_diffusion.text.config import TextConfig
 from eval.report import table
 
-from . import evidence, recipes
-from .memory import row
+from . import evidence, memory
 
 FOLDER = Path(__file__).parent
 START = "<!-- made by python -m docs.make -->"
@@ -113,7 +112,9 @@ def models() -> Iterable[str]:
     yield table(heads, body)
 
 
-memory_of = functools.cache(lambda model, weights: row(model, weights, "--gradient_checkpointing"))
+memory_of = functools.cache(
+    lambda model, weights: memory.row(model, weights, "--gradient_checkpointing")
+)
 
 
 def python() -> Iterable[str]:
@@ -187,8 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name in PAGES:
             (FOLDER / name).write_text(page(name), encoding="utf-8")
         else:
-            for path, model in recipes.models(EXAMPLES).items():
-                path.write_text(recipes.page(path, model), encoding="utf-8")
+            for path, model in memory.models(EXAMPLES).items():
+                path.write_text(memory.page(path, model), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""Memory of the image models as ``--dry_run`` has it, from their published configurations."""
+"""Memory of the image models as ``--dry_run`` has it, from their published configurations: for the
+tables, and for the heads of the recipes.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -14,11 +18,19 @@ import torch
 import transformers
 
 from bilora_diffusion.adapters import AdapterSpec
+from bilora_diffusion.config.command_line import RECIPES, read_options
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families import family_class
 from bilora_diffusion.image.pipeline import memory_by_phase
 from bilora_diffusion.methods import Target
-from bilora_diffusion.train.dry_run import BEFORE, STEP, attached, empty
+from bilora_diffusion.train.dry_run import (
+    BEFORE,
+    CUDA_CONTEXT_BYTES,
+    STEP,
+    attached,
+    complete,
+    empty,
+)
 
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "dry_run_memory"
 MODELS = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
@@ -32,6 +44,8 @@ VAE = {
     }
 }
 """Autoencoders that are not made at full size by default."""
+LINE = re.compile(r"^# (\d+) GB (?:as it stands|with `(.+)`): .*$", re.MULTILINE)
+"""In the head of a recipe: a GPU's memory, and what to add to the recipe for it."""
 
 
 def row(name: str, weights: str, *words: str) -> dict[str, int]:
@@ -97,3 +111,32 @@ def _encoders(name: str) -> list[Any]:
 
 def _config(kind: str, values: dict[str, Any]) -> Any:
     return getattr(transformers, kind)(**values)
+
+
+def models(examples: Mapping[str, str]) -> dict[Path, str]:
+    """The recipes that are for a model of the tables and say what it takes -> its name there."""
+    names = {hub: name for name, hub in examples.items()}
+    return {
+        path: names[read_options(path, path.name, "--config")["pretrained_model_name_or_path"]]
+        for path in sorted(RECIPES.glob("*.yaml"))
+        if LINE.search(path.read_text(encoding="utf-8"))
+    }
+
+
+def page(path: Path, model: str) -> str:
+    """A recipe with its memory made anew."""
+
+    def line(match: re.Match[str]) -> str:
+        needed = peak(model, "--config", str(path), *(match[2] or "").split())
+        return f"{match[0].rpartition(':')[0]}: {needed / 1e9:.1f} GB"
+
+    return LINE.sub(line, path.read_text(encoding="utf-8"))
+
+
+def peak(model: str, *words: str) -> int:
+    """Bytes of a run on a GPU when it takes most, validation images included."""
+    run = task(model, "--validation_prompt", "a photo of TOK", *words)
+    phases = complete(
+        memory_by_phase(run, torch.device("cuda")), attached(run, 1)[1], CUDA_CONTEXT_BYTES
+    )
+    return max(sum(parts.values()) for parts in phases.values())

@@ -228,7 +228,7 @@ def test_data_packages_are_ranges_that_name_how_they_are_installed():
 
 LIGHT = """
 import gc, sys
-from bilora_diffusion.train.launching import importing
+from bilora_diffusion.commands import importing
 with importing():
     from bilora_diffusion.image.config import resolve
     resolve(["--dataset", "mini"])

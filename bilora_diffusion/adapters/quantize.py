@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core.errors import UserError
 from .access import is_within
-from .targets import output_head
+from .injection import output_head
 
 # The two ends of a diffusers UNet's transformers, through which all that these compute passes, and
 # the embedding of image size and pooled prompt, on which every layer depends: on the miniature they

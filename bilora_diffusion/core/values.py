@@ -1,4 +1,6 @@
-"""Ranges and choices: the values that an option can have.
+"""Values that an option can have: choices by name, and ranges of numbers.
+
+They stand here because a command line is read before torch and PEFT are imported.
 
 What a number is bounded by from below is what makes sense; the bounds from above are far beyond
 what any run needs: a typing error is to end in a sentence, not in a wait or in a full memory.
@@ -8,13 +10,68 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from .errors import UserError, did_you_mean
 from .files import quoted
+
+
+class OptimizerKind(NamedTuple):
+    """Facts about an optimizer before it is made."""
+
+    state: float  # what it keeps, in units of the weights that it trains, roughly
+    package: str | None = None  # that it needs beside this one's dependencies
+
+
+OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
+    {
+        "adamw": OptimizerKind(2),
+        "adamw8bit": OptimizerKind(0.5, "bitsandbytes"),
+        "prodigy": OptimizerKind(4, "prodigyopt"),
+    }
+)
+"""They are made in `train.optimizers`."""
+
+ALL_LINEAR = "all-linear"
+"""Every linear layer but the output head."""
+ATTENTION = "attention"
+FEED_FORWARD = "feed-forward"
+CONVOLUTIONS = "convolutions"
+ALL_LAYERS = "all"
+LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL_LAYERS)
+"""Names of groups of a denoiser's layers (`image.pipeline`)."""
+INITS = ("default", "gaussian", "pissa", "lora-ga")
+"""First values of the primary."""
+AUTO = "auto"
+"""A radius that sets itself."""
+SAMPLE = "sample"
+"""Of `--auxiliaries`: one for each."""
+RHO_NORMS = ("scaled", "unscaled")
+BALLS = ("global", "per-layer", "none")
+DIRECTIONS = ("ascent", "descent")
+SCHEDULES = ("constant", "linear", "cosine")
+ADAPTER_GUIDANCE, BASE_GUIDANCE = GUIDANCE_SOURCES = ("adapter", "base")
+"""Model of the unconditional prediction in classifier-free guidance."""
+KINDS = ("seq2seq", "causal", "classification")
+"""The kinds of model that text is for."""
+TEMPLATES = ("auto", "chat", "alpaca", "plain")
+"""Forms in which a causal language model gets a question."""
+HELDOUT_LOSS, HELDOUT_DISTANCE = "heldout_loss", "heldout_distance"
+"""What is measured on held-out samples, by its name in the log: less is better."""
+MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
+    {HELDOUT_LOSS: "held-out loss", HELDOUT_DISTANCE: "distance of samples"}
+)
+BY_SAMPLES, BY_LOSS = JUDGES = ("samples", "loss")
+"""What `--fit` and the best step go by: distance of samples to held-out pictures, or the loss."""
+EMBEDDED, DINOV2 = "embedded", "dinov2"
+"""Models that embed images: the miniature's scorer, and the kind in ``dinov2:ID_OR_FOLDER``."""
+NOISE_LEVELS = 10
+"""Of the held-out grid, evenly spaced over the schedule (25, 125, ... 925 of 1,000)."""
+
 
 SMALLEST = 1.2e-38
 """Of 32-bit numbers; what is smaller counts as 0 in the arithmetic."""

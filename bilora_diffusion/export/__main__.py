@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> None:
                 print(as_table(contents))
         return
     # Imported here, since inspecting a file needs no torch.
-    from ..run.lock import hold_around
+    from ..run.folder import hold_around
     from .conversion import export_file, export_step
 
     with hold_around(Path(options.output or options.source)):

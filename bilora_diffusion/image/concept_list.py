@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import constraints
-from ..config.command_line import CommandLine
-from ..config.recipe import read_options
+from ..config.command_line import CommandLine, read_options
 from ..config.resolving import without_ignored_options
 from ..core.errors import UserError, is_main_process, placed
 from ..core.fields import check, options_of
 from ..core.files import folder_or_id, is_folder, quoted
 from .derived import with_set_defaults
 from .image_files import folder_of_set, list_folder
-from .loss_options import PriorOptions
+from .model_options import PriorOptions
 from .options import DataOptions, ImageOptions, ValidationOptions
 from .sets import ImageSet
 

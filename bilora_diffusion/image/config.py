@@ -13,23 +13,29 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..config import resolving
 from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
 from ..config.run import without_influence
-from ..core.choices import BASE_GUIDANCE
 from ..core.errors import UserError
 from ..core.files import folder_or_id, is_folder, quoted
+from ..core.values import (
+    BASE_GUIDANCE,
+    BY_SAMPLES,
+    DINOV2,
+    EMBEDDED,
+    HELDOUT_DISTANCE,
+    HELDOUT_LOSS,
+)
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
-from ..run.heldout_part import read_part
+from ..run.data import read_part
 from .base_model import BaseModel, describe, folder_of
 from .concept_list import check_images, check_settings, with_sets_of_images
 from .derived import with_model_defaults
 from .families import SDXL, family_class
-from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
+from .model_options import DiffusionOptions, FlowOptions, ModelOptions, PriorOptions
 from .options import (
     CACHE_AUTO,
     CACHE_FOLDER,
     DataOptions,
     ImageOptions,
     ImageOutputOptions,
-    ModelOptions,
     ValidationOptions,
 )
 from .validation import ValidationSample, samples_of
@@ -52,6 +58,16 @@ GROUPS = (
     ImageOutputOptions,
     SingleMethodOptions,
 )
+
+SAMPLING_OPTIONS = frozenset(
+    {
+        "image_model",
+        "validation_num_inference_steps",
+        "validation_guidance_scale",
+        "validation_guidance_from",
+    }
+)
+"""Options that the distance of samples depends on."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,12 @@ class DreamBoothConfig(ImageOptions):
         check_settings(self)
         if self.validation_part is not None:
             read_part(self.validation_part)
+        scheme, _, source = self.image_model.partition(":")
+        if self.image_model != EMBEDDED and (scheme != DINOV2 or not source):
+            raise UserError(
+                f"--image_model {quoted(self.image_model)} is unknown: give {DINOV2}:ID_OR_FOLDER,"
+                f" such as {DINOV2}:facebook/dinov2-base."
+            )
         if not self.concepts:  # each concept was checked when it was read (`concept_list`)
             check_images(self)
         for name in ("pretrained_vae_model_name_or_path", "hub_model_id"):
@@ -106,6 +128,30 @@ class DreamBoothConfig(ImageOptions):
     @property
     def base_model(self) -> str:
         return self.pretrained_model_name_or_path
+
+    @property
+    def chooses_by_samples(self) -> bool:
+        """True if the distance of samples decides what the run leaves."""
+        return self.depends_on_heldout and self.choose_by == BY_SAMPLES
+
+    @property
+    def heldout_measure(self) -> str:
+        if self.chooses_by_samples:
+            return HELDOUT_DISTANCE
+        return HELDOUT_LOSS
+
+    @property
+    def heldout_options(self) -> frozenset[str]:
+        options = super().heldout_options | {"choose_by"}
+        if self.chooses_by_samples:
+            options |= SAMPLING_OPTIONS
+        return options
+
+    def measurement_interval(self, steps: int) -> int:
+        """Steps from one measurement to the next: a fifth of a run where images are sampled."""
+        if self.chooses_by_samples:
+            return max(1, steps // 5)
+        return super().measurement_interval(steps)
 
     @property
     def leaves_unused(self) -> bool:

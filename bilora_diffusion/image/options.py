@@ -1,4 +1,4 @@
-"""Options that only the image script has, and all of its options as one class."""
+"""Options of images, validation and output, and all options of the image script as one class."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import Any, ClassVar
 
 from ..config.options import HeldOutOptions, OutputOptions
 from ..config.run import RunConfig
-from ..core.choices import ADAPTER_GUIDANCE, GUIDANCE_SOURCES
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
+    ADAPTER_GUIDANCE,
+    BY_LOSS,
+    BY_SAMPLES,
+    GUIDANCE_SOURCES,
     GUIDANCES,
+    JUDGES,
     SAMPLER_STEPS,
     SHARES,
     SIDES,
@@ -19,8 +23,7 @@ from ..core.values import (
     Range,
 )
 from ..mini import FOLDERS
-from .base_model import SDXL_BASE, folder_of
-from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
+from .model_options import DiffusionOptions, FlowOptions, ModelOptions, PriorOptions
 
 CACHE_AUTO = "auto"
 CACHE_FOLDER = "bilora-diffusion"  # in the user's folder of caches
@@ -43,64 +46,22 @@ ON_ONE_CONFIGURATION = IgnoredCase(
     lambda v: bool(v["instance_data_dir"]) or v["dataset_name"] in FOLDERS,
     "on a folder or a built-in set, which has one",
 )
-ON_A_LOCAL_MODEL = IgnoredCase(
-    lambda v: (
-        v["pretrained_vae_model_name_or_path"] is None
-        and folder_of(v["pretrained_model_name_or_path"]) is not None
-    ),
-    "on a local model",
-    "give a hub id or drop it",
-)
 WITHOUT_PROMPT = IgnoredCase(
     lambda v: not v["validation_prompts"] and v["num_validation_images"] > 0,
     "without a prompt",
     "add `--validation_prompt` or drop it",
 )
 
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """The pipeline that is fine-tuned."""
-
-    section: ClassVar[str] = "base model"
-
-    # Derived for some sets of images, by `derived.Preset.model`.
-    pretrained_model_name_or_path: str = option(
-        SDXL_BASE,
-        "Pipeline to start from, of Stable Diffusion XL or a flow-matching model: hub id, local"
-        " folder, or mini. With --dataset mini, mini-animals or mini-duotone it defaults to mini.",
-        place=True,
-    )
-    # Derived: `derived.default_vae`.
-    pretrained_vae_model_name_or_path: str | None = option(
-        None,
-        "Autoencoder to use instead of the pipeline's own. SDXL base in fp16 defaults to"
-        " madebyollin/sdxl-vae-fp16-fix, since its own overflows there.",
-        place=True,
-    )
-    revision: str | None = option(
-        None, "Branch, tag or commit of a model on the hub.", ignored=(ON_A_LOCAL_MODEL,)
-    )
-    offload: bool = option(
-        False,
-        "Keep the autoencoder on the CPU while it neither encodes nor decodes. Text encoders that"
-        " are not trained stay there anyway once all prompts are embedded.",
-        free=True,
-    )
-    # Becomes `quantize`: `derived.quantization_of`.
-    bnb_quantization_config_path: str | None = option(
-        None,
-        "JSON file for bitsandbytes, as diffusers' scripts take it: one that asks for NF4 is"
-        " --quantize nf4, any other is refused.",
-        place=True,
-        free=True,
-    )
-    variant: str | None = option(
-        None, "Which files of the model to take, for example fp16 for *.fp16.safetensors."
-    )
-    cache_dir: str | None = option(
-        None, "Folder for downloaded models and data sets.", place=True, free=True
-    )
+WITHOUT_CHOICE = IgnoredCase(
+    lambda v: not (v["fit"] or v["keep_best"] or v["early_stopping_patience"]),
+    "where nothing is chosen",
+    "add `--keep_best` or `--fit`, or drop it",
+)
+WITHOUT_SAMPLES = IgnoredCase(
+    lambda v: WITHOUT_PROMPT.when(v) and (WITHOUT_CHOICE.when(v) or v["choose_by"] == BY_LOSS),
+    "without a prompt",
+    "add `--validation_prompt` or drop it",
+)
 
 
 @dataclass(frozen=True)
@@ -270,7 +231,7 @@ class ValidationOptions:
         "Steps of the sampler in which they are generated. Default: 25; of models that are"
         " distilled to a few steps as many as these take.",
         range=SAMPLER_STEPS,
-        ignored=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_SAMPLES,),
     )
     # Derived, as the number of steps: `families.base.Family.usual_sampling`.
     validation_guidance_scale: float | None = option(
@@ -278,14 +239,14 @@ class ValidationOptions:
         "Guidance with which they are generated. Default: what is usual for the model, and none for"
         " distilled ones that take none (docs/models.md).",
         range=GUIDANCES,
-        ignored=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_SAMPLES,),
     )
     validation_guidance_from: str = option(
         ADAPTER_GUIDANCE,
         "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
         " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
         choices=GUIDANCE_SOURCES,
-        ignored=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_SAMPLES,),
     )
     skip_final_inference: bool = option(
         False,
@@ -325,6 +286,22 @@ class ValidationOptions:
                 "add `--validation_dataset`, `--fit`, or drop it",
             ),
         ),
+    )
+
+    choose_by: str = option(
+        BY_SAMPLES,
+        "What --fit, --keep_best and --early_stopping_patience go by: samples, the distance of"
+        " images sampled from held-out captions (8 at most) to their pictures, or loss, the"
+        " held-out loss, which is cheaper and is lowest long before images are best.",
+        choices=JUDGES,
+        ignored=(WITHOUT_CHOICE,),
+    )
+    # Derived: `derived.default_image_model`.
+    image_model: str = option(
+        "dinov2:facebook/dinov2-base",
+        "Model whose embeddings tell how far a sample is from a picture: dinov2:ID_OR_FOLDER, or"
+        " embedded, the miniature's own, which is its default.",
+        ignored=(WITHOUT_CHOICE,),
     )
 
 

@@ -28,11 +28,12 @@ from ..core.lora_names import (
 from ..export.reader import verify
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
-from ..run.heldout_part import chosen, copies
+from ..run.data import chosen, copies
 from ..run.record import VALIDATION
 from ..train import command
-from ..train.loop import Trainer
-from ..train.setup import DTYPES, Script
+from ..train.engine import DTYPES
+from ..train.setup import Script
+from ..train.trainer import Trainer
 from . import comfy
 from .captions import Captions
 from .card import write_dreambooth_card

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..core.errors import UserError
 from ..core.seeds import digest_texts, generator
 from ..run.interruption import SIGNALS
-from ..train.order import KindsOrder, SampleOrder
+from ..train.task import KindsOrder, SampleOrder
 from .captions import Captions, fixed_texts
 from .config import DreamBoothConfig
 from .crops import (

@@ -16,12 +16,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from ..adapters import AdapterSpec
-from ..config.rates import text_encoder_rate
-from ..core.choices import ATTENTION
+from ..config.derived import text_encoder_rate
 from ..core.files import counted
 from ..core.seeds import digest, generator
+from ..core.values import ATTENTION
 from ..methods import Target
-from ..run.content import SampleContent
+from ..run.data import SampleContent
 from ..run.record import validation_folder
 from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
@@ -31,6 +31,7 @@ from .families import family_of
 from .families.base import Family
 from .families.sdxl import tokenize
 from .latents import Encoder, weight_map
+from .likeness import SampledDistance
 from .loss import PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
 from .noise_schedules import noise_schedule
 from .pipeline import select_layers
@@ -172,6 +173,8 @@ class DreamBooth:
         self.prompts.add(self.stream.captions())
         if self.validation is not None and self.family.flow:
             self.prompts.add(fixed_texts(self.cfg, self.validation))
+        if self.cfg.chooses_by_samples:
+            self.prompts.add([""])
         if self.cfg.validation_prompts:
             # "" is the negative prompt of an image that names none.
             negatives = [sample.negative_prompt for sample in self.cfg.samples]
@@ -208,10 +211,13 @@ class DreamBooth:
         # After the text encoders have embedded: both may not fit beside each other.
         self.module.denoiser.to(device)
         self.grid: GridLoss | None = None
+        self.sampled: SampledDistance | None = None
         if self.validation is not None:
             # A search measures the held-out images alone, each by itself.
             training = None if self._is_trial else self.stream
             self.grid = GridLoss(self, training, self.validation)
+            if self.cfg.chooses_by_samples:
+                self.sampled = SampledDistance(self, self.validation, self._is_trial)
 
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:
         """The text part of the module's inputs; an empty caption is guidance's negative prompt."""
@@ -266,12 +272,11 @@ class DreamBooth:
         self, step: int, slots: tuple[int, ...], samples: Sequence[TrainingSample]
     ) -> MicroBatch:
         """The micro-batch of the instance samples, one for each slot, then of the class samples."""
-        # Of each sample:
-        latents: list[Tensor] = []
-        noise: list[Tensor] = []
-        index: list[Tensor] = []
-        masks: list[Tensor | None] = []
-        digests: list[str] = []
+        latents = []  # of each sample, as the other lists
+        noise = []
+        index = []
+        masks = []
+        digests = []
         for sample, posterior in zip(samples, self.encoder(samples), strict=True):
             # Seeded by the sample, so that the result does not depend on how a batch is cut.
             random = generator(self.cfg.seed, "noise", step, sample.index, sample.slot, sample.kind)
@@ -317,11 +322,18 @@ class DreamBooth:
         )
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
-        """Losses on held-out and training images (`GridLoss`); {} without held-out images."""
+        """Losses on held-out and training images (`GridLoss`); {} without held-out images.
+
+        With them the distance of samples, where the run goes by it (`SampledDistance`).
+        """
         if self.grid is None:
             return {}
         with evaluating:
-            return self.grid()
+            values = self.grid()
+            if self.sampled is not None:
+                with inference(self.module):
+                    values |= self.sampled()
+        return values
 
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
@@ -334,12 +346,12 @@ class DreamBooth:
         with evaluating, inference(self.module):
             # Neighbours with the same size, guidance, steps and strength share a batch.
             for _, batch in itertools.groupby(samples, lambda sample: sample.batch_settings):
-                images += self._sample_images(list(batch))
+                images += self.sample_images(list(batch))
         with_settings = bool(self.cfg.validation_settings)
         write_images(validation_folder(folder, step), samples, images, with_settings)
         return {}
 
-    def _sample_images(self, samples: Sequence[ValidationSample]) -> list[Image]:
+    def sample_images(self, samples: Sequence[ValidationSample]) -> list[Image]:
         """Images of samples with the same `ValidationSample.batch_settings`."""
         prompts = [sample.prompt for sample in samples]
         negatives = [sample.negative_prompt for sample in samples]

@@ -36,7 +36,7 @@ class LoRASAM(Method):
     default_text_rho: ClassVar[float | None] = 0.01
     passes: ClassVar[int] = 2
 
-    # Losses of the last step before and after the step uphill; None where it did not look there.
+    # Losses of the last step before and after the step uphill; None before the first step.
     losses: tuple[Tensor, Tensor] | None = None
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
@@ -54,7 +54,7 @@ class LoRASAM(Method):
         return loss
 
     def metrics(self) -> dict[str, float]:
-        """Rise of the loss uphill, if the step looked there: SAM's sharpness on the batch."""
+        """Rise of the loss uphill in the last step: SAM's sharpness on the batch."""
         if self.losses is None:
             return {}
         before, after = self.losses

@@ -6,30 +6,21 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..core.choices import (
+from ..core.errors import UserError
+from ..core.fields import IgnoredCase, check, option, options_of, unless
+from ..core.values import (
     AUTO,
     BALLS,
     DIRECTIONS,
-    INITS,
-    RHO_NORMS,
-    SAMPLE,
-    SCHEDULES,
-)
-from ..core.errors import UserError
-from ..core.fields import (
-    IgnoredCase,
-    check,
-    option,
-    options_of,
-    unless,
-)
-from ..core.values import (
     FACTORS,
+    INITS,
     RANKS,
     RATES,
+    RHO_NORMS,
+    SAMPLE,
     SCALES,
+    SCHEDULES,
     SHARES,
-    STEPS,
     Range,
 )
 
@@ -63,10 +54,9 @@ class AdapterOptions:
         "bilora",
         "bilora (two adapters, flat minima; Algorithm 1), lora (one adapter), lora-sam (SAM on the"
         " adapter; Eqs. 3-5), lora-obar or lora-nbar (BAR, Li et al. 2024a), flat-lora (Li et al."
-        " 2024b), efm-lora (Deng et al. 2025), lora-msam (Becker et al. 2024), lora-looksam (Liu et"
-        " al. 2022), lora-l2sp (a penalty on the change of the weights, Li et al. 2018) or full"
-        " (all weights). Runs that differ only here see the same data and noise, so the options of"
-        " the other methods may stand.",
+        " 2024b), lora-l2sp (a penalty on the change of the weights, Li et al. 2018) or full (all"
+        " weights). Runs that differ only here see the same data and noise, so the options of the"
+        " other methods may stand.",
     )
     # Table A8: rank 4, alpha 8, no dropout.
     rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
@@ -129,9 +119,8 @@ class MethodFlags:
     rho: float | str | None = option(
         None,
         "Radius: of the ball that the auxiliary stays in (bilora, Eq. 8), of the step uphill"
-        " (lora-sam, lora-looksam, Eq. 4), of the noise (flat-lora), of the move of the weights"
-        " (efm-lora, in each layer; lora-msam). Default: 0.05, for flat-lora 0.1. bilora takes auto"
-        " too: a radius that sets itself by --loss_rise.",
+        " (lora-sam, Eq. 4), of the noise (flat-lora). Default: 0.05, for flat-lora 0.1. bilora"
+        " takes auto too: a radius that sets itself by --loss_rise.",
         range=RADII,
         words=(AUTO,),
     )
@@ -179,7 +168,7 @@ class MethodFlags:
     auxiliary_alpha: float | None = option(
         None, "bilora: alpha of the auxiliary. Default: the primary's.", range=SCALES
     )
-    # Derived for several auxiliaries on images: `bilora.options`.
+    # Derived for several auxiliaries on images: `config.derived`.
     auxiliary_learning_rate: float | None = option(
         None,
         "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G); of several auxiliaries on"
@@ -209,22 +198,6 @@ class OwnOptions:
 
 
 @dataclass(frozen=True)
-class EFMLoRAOptions(OwnOptions):
-    """Options of EFMLoRA alone."""
-
-    efm_beta: float = option(
-        0.9,
-        "efm-lora: share of the newest perturbation in the average, in (0, 1] (Equation 18).",
-        range=Range(1, "it is a share", greater_than=0),
-    )
-    efm_schedule: str = option(
-        "constant",
-        "efm-lora: rho constant, or falling as rho / sqrt(step) (its Theorem 2).",
-        choices=("constant", "sqrt"),
-    )
-
-
-@dataclass(frozen=True)
 class L2SPOptions(OwnOptions):
     """Options of LoRA + L2-SP alone."""
 
@@ -237,21 +210,7 @@ class L2SPOptions(OwnOptions):
 
 
 @dataclass(frozen=True)
-class LookSAMOptions(OwnOptions):
-    """Options of LoRA-LookSAM alone."""
-
-    looksam_k: int = option(
-        5, "lora-looksam: steps from one look uphill to the next (Liu et al. 2022).", range=STEPS
-    )
-    looksam_alpha: float = option(
-        0.7,
-        "lora-looksam: weight, in the steps between, of the direction kept from the last look.",
-        range=FACTORS,
-    )
-
-
-@dataclass(frozen=True)
-class SingleMethodOptions(LookSAMOptions, L2SPOptions, EFMLoRAOptions):
+class SingleMethodOptions(L2SPOptions):
     """The options that single methods have, as the configuration of a run has them."""
 
 

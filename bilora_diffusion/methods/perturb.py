@@ -61,24 +61,6 @@ def climb_(weights: Sequence[Tensor], rho: float) -> None:
     torch._foreach_add_(with_gradient, gradients)
 
 
-@torch.no_grad()
-def move_(tensors: Sequence[Tensor], directions: Sequence[Tensor], length: float | Tensor) -> None:
-    """Add length v / ||v||, one norm over all of v, in place; nothing where v is zero.
-
-    Args:
-        tensors: what is moved.
-        directions: v, a tensor of the same shape for each; left as they are.
-        length: of the step over all tensors together; a negative one goes the other way.
-    """
-    if not directions:
-        return
-    # `where` and no `if`: to read the norm would wait for the device.
-    total = norm(directions)
-    factor = torch.where(total > 0, length / total, 0.0)
-    factors = [factor.to(v.device, v.dtype) for v in directions]
-    torch._foreach_add_(list(tensors), torch._foreach_mul(list(directions), factors))
-
-
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """sqrt(sum_i ||t_i||^2) in fp32 or wider, 0-d."""
     # The norm of the norms is that of all values.

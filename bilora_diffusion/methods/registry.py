@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from ..core.choices import AUTO
 from ..core.errors import UserError, did_you_mean
+from ..core.values import AUTO
 from .base import Method
 from .options import MethodOptions
 
@@ -28,7 +28,7 @@ def register(name: str) -> Callable[[M], M]:
                 f'A method "{name}" is registered already: {_METHODS[name].__qualname__}.'
             )
         cls.name = name
-        # Of the class itself: a subclass such as LookSAM's would else have its base's title.
+        # Of the class itself: a subclass of another method would else have its title.
         cls.title = cls.__dict__.get("title") or name
         if cls.own_options is not None:
             cls.reads |= {field.name for field in fields(cls.own_options)}

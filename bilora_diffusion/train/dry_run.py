@@ -18,15 +18,16 @@ from torch import nn
 
 from ..adapters import INITIAL, PRIMARY
 from ..config.run import RunConfig
-from ..core.choices import OPTIMIZERS
 from ..core.errors import UserError
 from ..core.files import bytes_for_people, counted
+from ..core.values import OPTIMIZERS
 from ..methods import Method, for_run
 from ..run import provenance
+from .engine import build_accelerator
 from .optimizers import StepLayout, total_steps
 from .search.runs import Search
 from .search.space import RATE, Candidate, title
-from .setup import Script, build_accelerator
+from .setup import Script
 
 CUDA_CONTEXT_BYTES = 600_000_000
 """Bytes that a process takes on a GPU, of 0.4 to 0.8 GB."""

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .. import adapters
-from ..config.run import HELDOUT_OPTIONS, RunConfig
+from ..config.run import FORMER_OPTIONS, HELDOUT_OPTIONS, RunConfig
 from ..methods import Method
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
-from ..run.content import require_same_content
+from ..run.data import require_same_content
 from ..run.runlog import RunLog
 from .optimizers import StepLayout
 from .outcome import Outcome
@@ -35,7 +35,7 @@ class Resumable(Protocol):
 
     @property
     def content(self) -> dict[str, Any]:
-        """Record of the training and the held-out samples (`run.content`)."""
+        """Record of the training and the held-out samples (`run.data`)."""
         ...
 
 
@@ -50,7 +50,7 @@ def save(trainer: Resumable, folder: Path, log: RunLog | None) -> None:
     if log is not None:
         log.sync()
     cfg, scaler = trainer.cfg, trainer.accelerator.scaler
-    # What is trained is whole on each process, also where the base is split (`sharding`).
+    # What is trained is whole on each process, also where the base is split (`engine`).
     if trainer.accelerator.is_main_process:
         saved = Checkpoint(
             step=trainer.step,
@@ -148,13 +148,13 @@ def require_same_work(
         current: The same of this run.
         options: Keys of the options.
         free: Keys that may differ.
-        depends_on_heldout: As `run.content.require_same_content` takes it.
+        depends_on_heldout: As `run.data.require_same_content` takes it.
 
     Raises:
         UserError: Something differs; the sentence says what.
     """
     content = saved.get("content")
-    free = free | {"content"}
+    free = free | {"content"} | FORMER_OPTIONS
     if content is None:
         free |= HELDOUT_OPTIONS
     sizes = current.keys() - set(options)

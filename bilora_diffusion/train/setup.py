@@ -1,47 +1,36 @@
-"""One training run, from a task to the files that it leaves: engine, record, loop, export.
+"""One training run, from a task to the files that it leaves: record, loop, export.
 
 A training script is a subclass of `Script`; `command.train` runs it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import signal
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-)
 
 from ..config.run import RunConfig
-from ..core.errors import UserError, translated
+from ..core.errors import translated
 from ..core.files import counted
 from ..methods import Method, for_run
-from ..run import checkpoint, console, provenance, publish
-from ..run.content import summarize
+from ..run import checkpoint, console, hub, provenance
+from ..run.data import summarize
 from ..run.folder import FIT_RECORD, clear
 from ..run.interruption import Stop
 from ..run.record import last_measured, read_search
 from ..run.runlog import RunLog
-from . import loop, resume, sharding
-from .loop import UNSUITED, Trainer
+from . import loop, resume
+from .loop import recorded, warn_of_zero_auxiliary
 from .optimizers import StepLayout, total_steps
-from .recording import recorded, warn_of_zero_auxiliary
 from .task import Task
+from .trainer import UNSUITED, Trainer
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 Config = TypeVar("Config", bound=RunConfig)
 logger = logging.getLogger(__name__)
 
@@ -177,68 +166,6 @@ def translated_errors(model: str) -> Any:
     return translated(f'"{model}" can\'t be trained so', UNSUITED)
 
 
-def free_memory(accelerator: Accelerator) -> None:
-    """Drop what the engine holds of a run.
-
-    DDP's reducer must be gone before the process group is taken down: the other way round, its end
-    waits for the group's thread while that waits for the interpreter.
-    """
-    accelerator.free_memory()
-    gc.collect()
-
-
-def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> Accelerator:
-    """Make accelerate's engine in the precision of the configuration.
-
-    Args:
-        cfg: Training configuration.
-        kind: Class of the engine.
-
-    Raises:
-        UserError: The device can't compute in this precision.
-    """
-    # A text encoder's last layers may be left out of the loss. No buffer changes.
-    distributed = DistributedDataParallelKwargs(
-        find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
-    )
-    # The other processes wait while one samples images, or trains a run of a search.
-    waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    logs = str(Path(cfg.output_dir, cfg.logging_dir))
-    try:
-        accelerator = kind(
-            mixed_precision=cfg.mixed_precision,
-            log_with=None if cfg.report_to == "none" else cfg.report_to,
-            project_config=ProjectConfiguration(project_dir=cfg.output_dir, logging_dir=logs),
-            kwargs_handlers=[distributed, waiting],
-        )
-    except ValueError as error:
-        raise UserError(
-            f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
-        ) from error
-    sharding.read_in_every_process(accelerator)
-    if cfg.allow_tf32 and torch.cuda.is_available():
-        # Factors of float32 products are rounded to 10 bits of mantissa, so this is a choice.
-        torch.backends.cuda.matmul.allow_tf32 = True
-    keep_freed_memory(accelerator.device)
-    return accelerator
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU let glibc keep up to 2 GiB of what is freed.
-
-    By default it gives large blocks back to the kernel, which clears every page anew when the next
-    step asks for it.
-    """
-    if device.type != "cpu" or sys.platform != "linux":
-        return
-    libc: Any = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
-        # Both are 128 KiB by default: a larger block is mapped on its own, and what is free at the
-        # heap's end beyond that goes back.
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def tracker_config(cfg: RunConfig) -> dict[str, Any]:
     """The options as values that every tracker can show."""
     values = {}
@@ -309,5 +236,5 @@ def export(
         results["export"] = script.export(cfg, trainer, folder)
     script.write_card(cfg, folder, measured | results, repo_id)
     if repo_id is not None:
-        publish.push(folder, repo_id, cfg.hub_token)
+        hub.push(folder, repo_id, cfg.hub_token)
     return results

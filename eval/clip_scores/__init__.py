@@ -34,11 +34,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
     GUIDANCES,
     SAMPLER_STEPS,
     SIDES,
@@ -183,7 +185,7 @@ class ClipScores(OverSteps):
         parser.add_output("scores", DEMO, of_runs=True)
 
     def subjects(self) -> list[Subject]:
-        from bilora_diffusion.train.launching import refuse_separate_processes
+        from bilora_diffusion.config.machine import refuse_separate_processes
 
         refuse_separate_processes()
         if self.args.steps is not None:

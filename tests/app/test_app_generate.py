@@ -11,8 +11,20 @@ import pytest
 import torch
 
 from app.catalog import Catalog
-from app.drawing import BASE, BaseChoice, Pipelines, Request, checked, drawable, local, sides, usual
-from app.generate import Stopped, Tab, Work
+from app.generate import Tab
+from app.sampling import (
+    BASE,
+    BaseChoice,
+    Pipelines,
+    Request,
+    Stopped,
+    Work,
+    checked,
+    drawable,
+    local,
+    sides,
+    usual,
+)
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate

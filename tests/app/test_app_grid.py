@@ -12,10 +12,9 @@ import gradio as gr
 import pytest
 
 from app.catalog import Catalog
-from app.drawing import BaseChoice, Pipelines, Request, exported
-from app.generate import Work
-from app.grid import Grid, spread
+from app.generate import Grid, spread
 from app.parts import data_uri
+from app.sampling import BaseChoice, Pipelines, Request, Work, exported
 from bilora_diffusion.run.checkpoint import CHECKPOINTS
 from tests.app.folders import make_run
 from tests.scripts.runs import copied, train_once
@@ -27,7 +26,7 @@ IMAGE = re.compile(r'<img src="([^"]*)" alt="([^"]*)"')
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
     """A grid of a run of two steps, each with a checkpoint, beside a run without any."""
-    monkeypatch.setattr("app.grid.usual", lambda _: (2, 4.0))
+    monkeypatch.setattr("app.generate.usual", lambda _: (2, 4.0))
     copied(train_once(checkpointing_steps=1), tmp_path / "run")
     make_run(tmp_path / "young")
     with gr.Blocks() as page:

@@ -15,9 +15,9 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
-from app import frame, viewer
+from app import page, viewer
 from app.catalog import Catalog
-from app.guard import MAX_BODY_BYTES, MAX_LINE_LENGTH, ShortLines, guarded
+from app.page import MAX_BODY_BYTES, MAX_LINE_LENGTH, ShortLines, guarded
 from app.votes import Polls
 from tests.app.folders import make_run, make_scores
 
@@ -74,7 +74,7 @@ def served(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", recorded_connect)
-        server = frame.server(Catalog(root), host=LOCAL, public=False, device=None)
+        server = page.server(Catalog(root), host=LOCAL, public=False, device=None)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         served = Served(port, root, calls)

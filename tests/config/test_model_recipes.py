@@ -6,13 +6,12 @@ import pytest
 from accelerate.state import AcceleratorState
 
 import train_dreambooth_bilora
-from bilora_diffusion.config.recipe import RECIPES, find_recipe, read_options
+from bilora_diffusion.config.command_line import RECIPES, find_recipe, read_options
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.families import FAMILIES, SDXL
 from bilora_diffusion.mini import pipeline_dir
 from docs.make import EXAMPLES
-from docs.memory import MODELS
-from docs.recipes import LINE, models, page
+from docs.memory import LINE, MODELS, models, page
 from tests.image.tiny import shared
 from tests.scripts.test_dry_run import without_weights
 

@@ -123,6 +123,16 @@ def test_images_are_those_of_a_loop_with_the_adapters_off_in_the_unconditional_h
     assert difference(images, images_of(pipeline, "adapter")) > 4
 
 
+def test_without_it_an_image_is_that_of_diffusers_pipeline_to_the_bit(sdxl):
+    """One image, since `decode` takes images one by one and the pipeline all at once."""
+    sdxl.set_progress_bar_config(disable=True)
+    settings = {"guidance_scale": GUIDANCE, "num_inference_steps": STEPS}
+    generator = torch.Generator().manual_seed(SEEDS[0])
+    expected = sdxl(PROMPTS[0], generator=generator, height=SIDE, width=SIDE, **settings).images
+    images = generate(sdxl, PROMPTS[:1], SEEDS[:1], size=SIDE, steps=STEPS, guidance_scale=GUIDANCE)
+    assert difference(images, expected) == 0
+
+
 def test_one_call_of_both_halves_equals_two_calls(sdxl, monkeypatch):
     images = images_of(sdxl, "base")
     monkeypatch.setattr(sampling, "_is_plain", lambda _: False)

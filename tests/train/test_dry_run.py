@@ -10,7 +10,7 @@ import transformers
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.methods import Target
 from bilora_diffusion.text.config import resolve as resolve_text
-from bilora_diffusion.text.dry_run import memory_by_phase
+from bilora_diffusion.text.task import memory_by_phase
 from bilora_diffusion.train.dry_run import STEP, attached, empty
 from docs.memory import FOLDER, row
 

@@ -17,22 +17,22 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ...config.options import OptimizerOptions
-from ...config.run import twentieth
 from ...core.durable import discard, strict_json
 from ...core.errors import TrainingError, UserError
 from ...core.fields import options_of
 from ...core.seeds import parts
+from ...core.values import MEASURE_TITLES
 from ...methods import for_run
 from ...methods.options import SECTION
 from ...run import checkpoint
-from ...run.content import record_content, summarize
+from ...run.data import record_content, summarize
 from ...run.folder import FIT, FIT_RECORD, clear
 from ...run.interruption import Interruption, Stop
 from ...run.record import read_search
 from ...run.runlog import RunLog
 from .. import setup
+from ..loop import recorded
 from ..optimizers import StepLayout, total_steps
-from ..recording import recorded
 from ..resume import require_same_work
 from ..task import Fold
 from . import report
@@ -117,8 +117,7 @@ class Search:
             self._folds = [*deal_folds(task.names, cfg.fit_folds, self.sample_noun)]
 
         steps = total_steps(cfg, task.num_samples, self._step_size)
-        # Twenty points make a curve, unless the user says otherwise.
-        interval = twentieth(steps)
+        interval = cfg.measurement_interval(steps)  # unless the user says otherwise
         if "validation_loss_steps" in self._typed and cfg.validation_loss_steps:
             interval = min(steps, cfg.validation_loss_steps)
         budget = cfg.fit_budget or BUDGET * steps
@@ -193,6 +192,7 @@ class Search:
         return {
             **settings,
             "step_size": self._step_size,
+            "measure": self.cfg.heldout_measure,
             "samples": len(self.task.names),
             "folds": self.plan.folds,
             "steps": self.plan.steps,
@@ -238,7 +238,7 @@ class Search:
                 self.halving.run(self.space)
                 if log is not None:
                     self._write_record(is_done=True)
-                    report.draw(self.folder, self.halving)
+                    report.draw(self.folder, self.halving, MEASURE_TITLES[self.cfg.heldout_measure])
                     # The choice is made: no run of the search will go on.
                     for checkpoints in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
                         discard(checkpoints)
@@ -320,7 +320,7 @@ class Search:
         """Bring one run to its steps, or read it where that was done before."""
         name = self.plan.folder_name(trial)
         folder = self.folder / FIT / name
-        curve = read_curve(folder, trial.steps)
+        curve = read_curve(folder, trial.steps, self.cfg.heldout_measure)
         # A search that was interrupted finds the runs of its first part in their folders.
         if curve is None:
             cfg = self.trial_config(trial.candidate, folder)

@@ -1,4 +1,4 @@
-"""Options of noise levels and losses: diffusion, flow matching, prior preservation."""
+"""Options of the base model, of noise levels and of losses."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..core.values import (
     STEPS,
     Range,
 )
+from .base_model import SDXL_BASE, folder_of
 from .families import SDXL
 
 # The usual weight by which the unconditional prediction is held, and the steps from one that holds
@@ -23,6 +24,14 @@ from .families import SDXL
 # than twice as much; with weight 1 or 16 every 16th step 0.746 and 0.700.
 HOLDING_WEIGHT, HOLDING_PERIOD = 4, 16
 # Cases in which options have no effect.
+ON_A_LOCAL_MODEL = IgnoredCase(
+    lambda v: (
+        v["pretrained_vae_model_name_or_path"] is None
+        and folder_of(v["pretrained_model_name_or_path"]) is not None
+    ),
+    "on a local model",
+    "give a hub id or drop it",
+)
 WITHOUT_HOLDING = IgnoredCase(
     lambda v: not v["hold_unconditional"],
     "where nothing is held",
@@ -52,13 +61,58 @@ WITHOUT_GUIDANCE = IgnoredCase(
 
 
 @dataclass(frozen=True)
+class ModelOptions:
+    """The pipeline that is fine-tuned."""
+
+    section: ClassVar[str] = "base model"
+
+    # Derived for some sets of images, by `derived.Preset.model`.
+    pretrained_model_name_or_path: str = option(
+        SDXL_BASE,
+        "Pipeline to start from, of Stable Diffusion XL or a flow-matching model: hub id, local"
+        " folder, or mini. With --dataset mini, mini-animals or mini-duotone it defaults to mini.",
+        place=True,
+    )
+    # Derived: `derived.default_vae`.
+    pretrained_vae_model_name_or_path: str | None = option(
+        None,
+        "Autoencoder to use instead of the pipeline's own. SDXL base in fp16 defaults to"
+        " madebyollin/sdxl-vae-fp16-fix, since its own overflows there.",
+        place=True,
+    )
+    revision: str | None = option(
+        None, "Branch, tag or commit of a model on the hub.", ignored=(ON_A_LOCAL_MODEL,)
+    )
+    offload: bool = option(
+        False,
+        "Keep the autoencoder on the CPU while it neither encodes nor decodes. Text encoders that"
+        " are not trained stay there anyway once all prompts are embedded.",
+        free=True,
+    )
+    # Becomes `quantize`: `derived.quantization_of`.
+    bnb_quantization_config_path: str | None = option(
+        None,
+        "JSON file for bitsandbytes, as diffusers' scripts take it: one that asks for NF4 is"
+        " --quantize nf4, any other is refused.",
+        place=True,
+        free=True,
+    )
+    variant: str | None = option(
+        None, "Which files of the model to take, for example fp16 for *.fp16.safetensors."
+    )
+    cache_dir: str | None = option(
+        None, "Folder for downloaded models and data sets.", place=True, free=True
+    )
+
+
+@dataclass(frozen=True)
 class DiffusionOptions:
     """Options of image models alone: text encoders, noise levels, their attention."""
 
     section: ClassVar[str] = "text encoders and loss"
 
     train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
-    # Derived: `config.rates.default_text_encoder_lr`.
+    # Derived: `config.derived.default_text_encoder_lr`.
     text_encoder_lr: float | None = option(
         None,
         "Learning rate of the text encoders. Default: 5e-6; on prodigy --learning_rate.",

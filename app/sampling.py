@@ -1,7 +1,11 @@
-"""Requests for images and the pipeline that draws them; one is in memory at a time."""
+"""Sampling of images: requests, the pipeline that samples them, of which one is in memory at a
+time, and the work that a browser asks for: one piece at a time, shown as it goes on, and ended by
+whoever asked for it.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tempfile
@@ -9,19 +13,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL.Image import Image
 
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
-from bilora_diffusion.core.errors import UserError, reason, strip_controls
+from bilora_diffusion.core.errors import TrainingError, UserError, reason, strip_controls
 from bilora_diffusion.core.files import is_file
-from bilora_diffusion.core.values import GUIDANCES, SAMPLER_STEPS, STRENGTHS, check_choice
+from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
+    GUIDANCES,
+    SAMPLER_STEPS,
+    STRENGTHS,
+    check_choice,
+)
 from bilora_diffusion.export.conversion import export_checkpoint
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.families import family_of
@@ -36,6 +49,7 @@ from eval.load import applied, require_adapter
 from eval.sources import find
 
 from .catalog import Catalog
+from .parts import QUIET
 from .runs import RunItem
 
 BASE = ""  # stands for the base model among the paths of runs
@@ -243,3 +257,82 @@ def checked(
     check_choice("guidance from", guidance_from, GUIDANCE_SOURCES)
     values = prompt.strip(), int(seed), int(steps or 0), float(guidance), float(scale)
     return Request(*values, guidance_from=guidance_from)
+
+
+class Stopped(Exception):
+    """Work was stopped by whoever asked for it."""
+
+
+class Work:
+    """The pipeline that all parts of the page draw with, and each browser's current work.
+
+    Args:
+        device: such as "cuda:1"; None for the best.
+    """
+
+    def __init__(self, catalog: Catalog, page: gr.Blocks, device: str | None) -> None:
+        self.catalog, self.models = catalog, Pipelines(device)
+        self.numbers, self.current = itertools.count(1), dict[str | None, int]()
+        page.unload(self.stop)
+
+    def events(
+        self,
+        name: str,
+        draw: Callable[..., Iterator[Any]],
+        prompt: gr.Textbox,
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+    ) -> None:
+        """Two buttons, and what they and the prompt's Enter key do.
+
+        Args:
+            name: begins the buttons' ids.
+            draw: called with the work's number and what is ``asked``.
+            outputs: HTML of ``draw``, which is cleared first; progress is shown on the first.
+        """
+
+        def start(request: gr.Request) -> list[Any]:
+            return [self.begin(request), *([""] * len(outputs))]
+
+        with gr.Row():
+            go = gr.Button("Generate", variant="primary", elem_id=f"{name}-go")
+            cancel = gr.Button("Cancel", elem_id=f"{name}-cancel")
+        number = gr.Number(0, visible=False)
+        # No `cancels` of Gradio's here: it leaves the next event in error now and then.
+        pressed = [go.click, prompt.submit]
+        started = gr.on(pressed, start, [], [number, *outputs], queue=False, **QUIET)
+        started.then(
+            draw,
+            [number, *inputs],
+            [*outputs],
+            show_progress="minimal",
+            show_progress_on=outputs[0],
+            trigger_mode="multiple",
+            concurrency_id="drawing",
+            concurrency_limit=1,
+            api_visibility="private",
+        )
+        cancel.click(self.stop, [], [], queue=False, **QUIET)
+
+    def begin(self, request: gr.Request) -> int:
+        """A number for new work, which ends this browser's earlier work."""
+        self.current[request.session_hash] = number = next(self.numbers)
+        return number
+
+    def stop(self, request: gr.Request) -> None:
+        """End what this browser asked for, before its next step."""
+        self.current.pop(request.session_hash, None)
+
+    def check(self, number: int, request: gr.Request) -> None:
+        """Raise ``Stopped`` unless this is still the browser's current work."""
+        if self.current.get(request.session_hash) != number:
+            raise Stopped
+
+    @contextmanager
+    def reported(self) -> Iterator[None]:
+        """Context whose errors the page shows in one sentence."""
+        try:
+            yield
+        except (UserError, TrainingError) as error:
+            text = escape(self.catalog.plain(error))
+            raise gr.Error(text, print_exception=False) from error

@@ -1,9 +1,9 @@
-"""Frozen weights split over processes: accelerate's FSDP2, for adapters of text models.
+"""accelerate's engine: how it is made, weights split over processes, and compiled blocks.
 
-FSDP2 splits the base weights, which are nearly all of a model, and gathers one block at a time for
-a forward or backward pass. What is trained (the adapters' A, B and magnitudes in fp32, a
-classifier's head) is left out of it by FSDP2's own `ignored_params`: it stays whole on every
-process, as under DDP, and its gradients are averaged once per step. So
+FSDP2, for adapters of text models, splits the frozen base weights, which are nearly all of a model,
+and gathers one block at a time for a forward or backward pass. What is trained (the adapters' A, B
+and magnitudes in fp32, a classifier's head) is left out of it by FSDP2's own `ignored_params`: it
+stays whole on every process, as under DDP, and its gradients are averaged once per step. So
 
 - norms, projections, clipping, averages, checkpoints and exports see whole ordinary tensors, so no
   sum can miss a part, and a method can't tell how many processes there are;
@@ -12,24 +12,109 @@ process, as under DDP, and its gradients are averaged once per step. So
   adapted layer in each projection.
 
 It costs memory that is small beside a base in bf16: 16 bytes for each trained number.
+
+``--compile`` compiles a model's repeated blocks in place with the adapters inside. Only training
+steps run compiled. Measurements, samples and exports use the blocks as they are, so that they are
+to the bit what the same weights give without ``--compile``.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import os
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 from torch import nn
 from torch.optim import Optimizer
 
 from ..adapters import fused
+from ..config.run import RunConfig
+from ..core.errors import TrainingError, UserError, reason
+from ..core.files import counted, duration
 
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+BACKEND = "inductor"
+MAX_GRAPHS = 64
+"""So many graphs at most; blocks that need more run as they are, of which PyTorch warns."""
 logger = logging.getLogger(__name__)
+
+
+def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> Accelerator:
+    """Make accelerate's engine in the precision of the configuration.
+
+    Args:
+        cfg: Training configuration.
+        kind: Class of the engine.
+
+    Raises:
+        UserError: The device can't compute in this precision.
+    """
+    # A text encoder's last layers may be left out of the loss. No buffer changes.
+    distributed = DistributedDataParallelKwargs(
+        find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
+    )
+    # The other processes wait while one samples images, or trains a run of a search.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    logs = str(Path(cfg.output_dir, cfg.logging_dir))
+    try:
+        accelerator = kind(
+            mixed_precision=cfg.mixed_precision,
+            log_with=None if cfg.report_to == "none" else cfg.report_to,
+            project_config=ProjectConfiguration(project_dir=cfg.output_dir, logging_dir=logs),
+            kwargs_handlers=[distributed, waiting],
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
+        ) from error
+    read_in_every_process(accelerator)
+    if cfg.allow_tf32 and torch.cuda.is_available():
+        # Factors of float32 products are rounded to 10 bits of mantissa, so this is a choice.
+        torch.backends.cuda.matmul.allow_tf32 = True
+    keep_freed_memory(accelerator.device)
+    return accelerator
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU let glibc keep up to 2 GiB of what is freed.
+
+    By default it gives large blocks back to the kernel, which clears every page anew when the next
+    step asks for it.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    libc: Any = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        # Both are 128 KiB by default: a larger block is mapped on its own, and what is free at the
+        # heap's end beyond that goes back.
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def free_memory(accelerator: Accelerator) -> None:
+    """Drop what the engine holds of a run.
+
+    DDP's reducer must be gone before the process group is taken down: the other way round, its end
+    waits for the group's thread while that waits for the interpreter.
+    """
+    accelerator.free_memory()
+    gc.collect()
 
 
 def read_in_every_process(accelerator: Accelerator) -> None:
@@ -176,3 +261,81 @@ def average_gradients(
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
         parameter.grad.copy_(values.view_as(parameter))
+
+
+class Blocks:
+    """The repeated blocks of some models, compiled in place.
+
+    Names, weights and adapters stay where they are. A graph is made for each size of block and of
+    input and for each state of the adapters when it is first met, never one for many sizes: so it
+    does not depend on what came before, and a resumed run computes as the whole one does.
+
+    Args:
+        models: of which those of diffusers are compiled; none where nothing is to be.
+
+    Attributes:
+        count: how many blocks are compiled.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self.count = 0
+        if not models:
+            return
+        import torch._dynamo as dynamo  # takes a second, which only those who compile wait for
+
+        # Beyond this limit, 8 by default, dynamo runs a block uncompiled. Each bucket's size and
+        # each state of the adapters is a graph.
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, MAX_GRAPHS)
+        # DDP's gradients travel between blocks anyway, so that no graph need be cut for them.
+        dynamo.config.optimize_ddp = False
+        settings: dict[str, Any] = {"backend": BACKEND}
+        if BACKEND == "inductor":
+            # Dropout is to see the random numbers that it sees without compilation.
+            settings = {"options": {"fallback_random": True}}
+        for model in cast(Any, models):
+            if hasattr(model, "compile_repeated_blocks"):
+                # Some classes of diffusers name no repeated blocks. Those that may not be split
+                # over devices are the same ones.
+                if not model._repeated_blocks:
+                    model._repeated_blocks = model._no_split_modules
+                model.compile_repeated_blocks(dynamic=False, **settings)
+            for module in model.modules():
+                self.count += module._compiled_call_impl is not None
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around a training step, which may compile: says how long that took.
+
+        Raises:
+            TrainingError: PyTorch could not compile.
+        """
+        if not self.count:
+            yield
+            return
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import CppCompileError
+
+        # The counters are the process's: what a step adds to them is its own.
+        graphs_before, seconds_before = _compiled()
+        try:
+            yield
+        except (TorchDynamoException, CppCompileError) as error:
+            raise TrainingError(
+                f"--compile failed at step {number}, leave it out: {reason(error)}"
+            ) from error
+        graphs, seconds = _compiled()
+        if graphs > graphs_before:
+            logger.info(
+                "step %d: compiled %d blocks in %s, to %s",
+                number,
+                self.count,
+                duration(seconds - seconds_before),
+                counted(graphs - graphs_before, "graph"),
+            )
+
+
+def _compiled() -> tuple[int, float]:
+    """Graphs that this process has compiled so far, and the seconds that it took."""
+    from torch._dynamo.utils import calculate_time_spent, counters
+
+    return counters["stats"]["unique_graphs"], calculate_time_spent()["total_wall_time"]
