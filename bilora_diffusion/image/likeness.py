@@ -140,7 +140,7 @@ class SampledDistance:
             prompt_sample = replace(prompt_sample, seed=number, height=height, width=width)
             self.samples.append(prompt_sample)
             pictures.append(validation.image(sample.index))
-        self.pictures = self.embeddings(pictures)  # (n, d)
+        self.picture_embeddings = self.embeddings(pictures)  # (n, d)
 
     def embeddings(self, images: Sequence[Image]) -> Tensor:
         """Embeddings of unit length, (n, d), on the CPU."""
@@ -155,7 +155,7 @@ class SampledDistance:
         with torch.random.fork_rng():
             for _, batch in itertools.groupby(self.samples, lambda sample: sample.batch_settings):
                 images += self.task.sample_images(list(batch))
-        distances = 1 - (self.embeddings(images) * self.pictures).sum(dim=1)  # (n,)
+        distances = 1 - (self.embeddings(images) * self.picture_embeddings).sum(dim=1)  # (n,)
         values = {HELDOUT_DISTANCE: float(distances.mean())}
         if self._is_by_picture:
             values |= loss_by_part(distances.tolist(), len(distances), HELDOUT_DISTANCE)
