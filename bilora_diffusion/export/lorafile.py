@@ -312,8 +312,9 @@ def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, P
                 "train all layers alike",
             )
         if model_config is not None and model_config.use_dora != bool(dora_count):
-            has, says = ("", "no ") if dora_count else ("no ", "")
-            problem = f"has {has}magnitudes of DoRA, and its configuration says {says}DoRA"
+            problem = "has no magnitudes of DoRA, and its configuration says DoRA"
+            if dora_count:
+                problem = "has magnitudes of DoRA, and its configuration says no DoRA"
             raise refused(path, problem, _OWN_CONFIG)
 
 

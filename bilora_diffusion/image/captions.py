@@ -125,7 +125,7 @@ class Captions:
         """The text of one training sample, which the seed, step and slot decide."""
         config = self._configs[sample]
         random = generator(config.seed, "caption", step, sample, slot)
-        # Both numbers are always drawn, so that dropout changes no order.
+        # Two numbers whatever the options, so that dropout does not change the order of tags.
         dropout, order = torch.rand(2, generator=random, dtype=torch.float64).tolist()
         if dropout < config.caption_dropout:
             return ""

@@ -129,7 +129,7 @@ def sample_crop(
 
     Args:
         size: of the image, before resizing.
-        target: of what is cut out.
+        target: size of the crop.
         center_crop: cut the middle instead of a random place.
         random_flip: mirror half of the samples left to right.
         generator: source of three random numbers.

@@ -238,7 +238,7 @@ class FlowMatching:
         return len(self.sigmas)
 
     def sample_index(self, random: torch.Generator) -> Tensor:
-        """The number of a noise level, 0-d, as likely as the scheme says."""
+        """The number of a noise level, 0-d, sampled by the scheme."""
         share = compute_density_for_timestep_sampling(
             self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=random
         )

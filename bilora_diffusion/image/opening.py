@@ -117,6 +117,7 @@ def open_images(
     if has_caption_files and listing and has_no_column and table.files and not listing.metadata:
         caption_column = caption_column or TEXT
         reads_caption_files = caption_column == TEXT
+        # The column is there for messages too, even if another one is asked for.
         table.columns[TEXT] = listing.captions(table.files) if reads_caption_files else []
     _set_captions(dataset, table, caption_column)
 

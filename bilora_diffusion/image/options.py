@@ -66,7 +66,7 @@ WITHOUT_SAMPLES = IgnoredCase(
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The images and what is done to them."""
+    """The training images, their texts and masks, and how they are cut and cached."""
 
     section: ClassVar[str] = "training images"
 
@@ -337,7 +337,7 @@ class ImageOptions(
     ImageOutputOptions,
     RunConfig,
 ):
-    """Every option of the script, flat, and what the base model's files say.
+    """All options of the image script, and facts from the base model's files.
 
     Attributes:
         given_options: Names of the options that the command line or its recipe has.

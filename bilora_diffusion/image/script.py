@@ -134,7 +134,7 @@ class DreamBoothScript(Script[DreamBoothConfig]):
 
 
 DREAMBOOTH = DreamBoothScript()
-# Trains as a command line says and leaves a run folder; see `command.train`.
+# Trains by a command line and leaves a run folder; see `command.train`.
 train = partial(command.train, DREAMBOOTH)
 
 

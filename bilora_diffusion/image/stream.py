@@ -46,7 +46,7 @@ class TrainingSample:
         kind: `INSTANCE`, `CLASS` or `GRID`.
         index: of the image in the set.
         slot: position within the step's batch.
-        size: of what is cut out, in pixels.
+        size: of the crop, in pixels.
         pixels_and_mask: what `read` returns, where it was read ahead.
     """
 

@@ -355,7 +355,7 @@ class DreamBooth:
         """Images of samples with the same `ValidationSample.batch_settings`."""
         prompts = [sample.prompt for sample in samples]
         negatives = [sample.negative_prompt for sample in samples]
-        embeddings = None  # text encoders that are trained embed the prompts anew
+        embeddings = None  # text encoders that are trained have to embed the prompts again
         if self.prompts is not None:
             embeddings = self.prompts(prompts), self.prompts.conditions(negatives)
         shared = samples[0]

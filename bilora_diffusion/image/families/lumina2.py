@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0: time runs from noise to image, and a system prompt stands before prompts."""
+"""Lumina-Image 2.0: time runs from noise to image, and prompts follow a system prompt."""
 
 from __future__ import annotations
 
