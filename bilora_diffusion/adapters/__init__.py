@@ -1,9 +1,9 @@
-"""LoRA adapters on any `nn.Module`, through PEFT: the only place that calls it.
+"""LoRA adapters on any `nn.Module`, through PEFT; no other folder calls it.
 
-`model` in these functions is a model that was injected (a plain module, a diffusers or Transformers
-model, a `PeftModel`). Where they say "or several" it may also be a module that holds some, such as
-`nn.ModuleDict({"unet": ..., "text_encoder": ...})`. Adapters live in fp32, or in float64 where the
-base layer does: bf16 would lose small updates.
+`model` in these functions is a model with adapters: a plain module, a diffusers or Transformers
+model, or a `PeftModel`. Where a docstring says "or several", it may also be a module that holds
+such models, such as `nn.ModuleDict({"unet": ..., "text_encoder": ...})`. Adapters are in fp32, or
+in float64 where the base layer is: bf16 would lose small updates.
 """
 
 from peft.functional import cast_adapter_dtype

@@ -22,16 +22,21 @@ class Interval(NamedTuple):
 
 
 def student_interval(values: Sequence[float] | np.ndarray) -> Interval | None:
-    """95 % interval of the mean by Student's t, wide where values are few; None where it is not
-    defined.
+    """95 % interval of the mean by Student's t, which is wide where values are few.
+
+    Returns:
+        None for fewer than two values, or values that are not finite.
     """
-    from scipy import stats  # here, so that a command's --help does not wait for it
+    # Imported late: --help does not wait for it.
+    from scipy import stats
 
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2 or not np.isfinite(array).all():
         return None
-    reach = float(stats.sem(array) * stats.t.ppf((1 + LEVEL) / 2, len(array) - 1))
-    return Interval(float(array.mean()) - reach, float(array.mean()) + reach)
+    quantile = stats.t.ppf((1 + LEVEL) / 2, len(array) - 1)
+    half_width = float(stats.sem(array) * quantile)
+    mean = float(array.mean())
+    return Interval(mean - half_width, mean + half_width)
 
 
 DPI = 120
@@ -39,17 +44,18 @@ DPI = 120
 
 @contextmanager
 def new_figure(path: Path, dpi: int = DPI, **options: Any) -> Iterator[Any]:
-    """A matplotlib figure, which is written at the end, whole or not at all.
+    """Yield a matplotlib figure, and write it when the context is left, whole or not at all.
 
     Args:
         path: a PNG file.
+        dpi: dots per inch.
         options: those of `matplotlib.figure.Figure`, such as ``figsize`` and ``layout``.
     """
-    # Not pyplot: it would keep the figure in memory, and ask for a screen. Imported here, as it
-    # takes a while.
+    # Imported late, as it takes a while. Not pyplot, which keeps figures in memory and asks for a
+    # screen.
     from matplotlib.figure import Figure
 
     figure = Figure(**options)
     yield figure
-    with replacing(path) as aside:
-        figure.savefig(aside, dpi=dpi)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
