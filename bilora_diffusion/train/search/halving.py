@@ -139,8 +139,8 @@ class Halving:
         expected = dict(zip(steps, losses, strict=True))
         if self.plan.folds == 1:  # with a held-out set each run is on all samples
             return expected
-        # A mean of interpolated losses is linear in the losses. The weight of a step is the mean for
-        # a curve that is 1 at this step and 0 elsewhere.
+        # A mean of interpolated losses is linear in the losses. The weight of a step is the mean
+        # of a curve that is 1 at this step and 0 elsewhere.
         unit_curves = np.eye(len(steps))
         for step in steps:
             # On a part the same epochs take step * (1 - 1/k) steps; half way to the step is
@@ -277,7 +277,7 @@ class Halving:
         remaining = [c for c in self.curves if c and c not in self.dropped]
         if not remaining:
             return []
-        # The best one has the lowest loss among those on most folds. If only one were on most folds,
+        # The best one has the lowest loss among those on most folds. If one alone is on most folds,
         # it would have no rival, so the second largest number of folds counts.
         folds = sorted(len(self.curves[candidate]) for candidate in remaining)[-2:][0]
         rivals = [candidate for candidate in remaining if len(self.curves[candidate]) >= folds]

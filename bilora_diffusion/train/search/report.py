@@ -85,7 +85,7 @@ def draw(folder: Path, halving: Halving) -> None:
             chosen_curve = halving.expected_curve(chosen, row["folds"])
             steps, means, lows, highs = [], [], [], []
             for step, losses in curve.items():
-                # The samples' different levels cancel: the interval is that of the differences to the
+                # The samples' different levels cancel: the interval is that of differences to the
                 # choice alone.
                 paired = chosen_loss + losses - chosen_curve[chosen_step]
                 if step == 0 or not paired.mean() < HIGHEST * chosen_loss:
