@@ -16,8 +16,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from bilora_diffusion.core.errors import TrainingError, UserError
+from bilora_diffusion.core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from bilora_diffusion.mini import MINI
 
 from . import parts

@@ -18,11 +18,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL.Image import Image
 
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError, reason, strip_controls
 from bilora_diffusion.core.files import is_file
 from bilora_diffusion.core.lora_names import WEIGHTS
-from bilora_diffusion.core.values import GUIDANCES, SAMPLER_STEPS, STRENGTHS, check_choice
+from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
+    GUIDANCES,
+    SAMPLER_STEPS,
+    STRENGTHS,
+    check_choice,
+)
 from bilora_diffusion.export.conversion import export_checkpoint
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.families import family_of

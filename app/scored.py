@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 from pydantic import TypeAdapter
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.intervals import student_interval
+from bilora_diffusion.core.figures import student_interval
 from eval import compare
 from eval.clip_scores.names import METRICS
 from eval.clip_scores.prompts import Prompt

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from bilora_diffusion.adapters import AdapterSpec
-from bilora_diffusion.config.recipe import RECIPES, read_options
+from bilora_diffusion.config.command_line import RECIPES, read_options
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families import family_class
 from bilora_diffusion.image.pipeline import memory_by_phase

@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> None:
             print(as_json(contents) if options.json else as_table(contents))
         return
     # Here, so that to look inside a file needs no torch.
-    from ..run.lock import hold_around
+    from ..run.folder import hold_around
     from .conversion import export_file, export_step
 
     with hold_around(Path(output or source)):

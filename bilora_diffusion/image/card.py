@@ -17,7 +17,7 @@ from ..core.lora_names import (
     workflow_file_name,
 )
 from ..mini import FLOW, MINI, PIPELINES
-from ..run.card import is_hub_id, loaded_from, source, write_card
+from ..run.hub import is_hub_id, loaded_from, source, write_card
 from ..run.record import BY_CONCEPT, validation_folder
 from . import comfy
 from .config import DreamBoothConfig

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.choices import BASE_GUIDANCE
 from ..core.durable import write_text
 from ..core.lora_names import base_workflow_file_name, kohya_file_name, workflow_file_name
+from ..core.values import BASE_GUIDANCE
 from ..methods import get
 from ..mini import embedded
 from .config import DreamBoothConfig

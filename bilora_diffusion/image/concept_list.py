@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import constraints
-from ..config.command_line import CommandLine
-from ..config.recipe import read_options
+from ..config.command_line import CommandLine, read_options
 from ..config.resolving import without_ignored_options
 from ..core.errors import UserError, is_main_process, placed
 from ..core.fields import check, options_of

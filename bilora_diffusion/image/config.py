@@ -13,11 +13,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..config import resolving
 from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
 from ..config.run import without_influence
-from ..core.choices import BASE_GUIDANCE
 from ..core.errors import UserError
 from ..core.files import folder_or_id, is_folder, quoted
+from ..core.values import (
+    BASE_GUIDANCE,
+    BY_SAMPLES,
+    DINOV2,
+    EMBEDDED,
+    HELDOUT_DISTANCE,
+    HELDOUT_LOSS,
+)
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
-from ..run.heldout_part import read_part
+from ..run.data import read_part
 from .base_model import BaseModel, describe, folder_of
 from .concept_list import check_images, check_settings, with_sets_of_images
 from .derived import with_model_defaults
@@ -52,6 +59,16 @@ GROUPS = (
     ImageOutputOptions,
     SingleMethodOptions,
 )
+
+SAMPLING_OPTIONS = frozenset(
+    {
+        "image_model",
+        "validation_num_inference_steps",
+        "validation_guidance_scale",
+        "validation_guidance_from",
+    }
+)
+"""Options that the distance of samples depends on."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,28 @@ class DreamBoothConfig(ImageOptions):
     @property
     def base_model(self) -> str:
         return self.pretrained_model_name_or_path
+
+    @property
+    def chooses_by_samples(self) -> bool:
+        """The distance of samples decides what the run leaves."""
+        return self.depends_on_heldout and self.choose_by == BY_SAMPLES
+
+    @property
+    def heldout_measure(self) -> str:
+        return HELDOUT_DISTANCE if self.chooses_by_samples else HELDOUT_LOSS
+
+    @property
+    def heldout_options(self) -> frozenset[str]:
+        options = super().heldout_options | {"choose_by"}
+        if self.chooses_by_samples:
+            options |= SAMPLING_OPTIONS
+        return options
+
+    def measurement_interval(self, steps: int) -> int:
+        """Of five measurements, since sampling takes longer than the loss."""
+        if self.chooses_by_samples:
+            return max(1, steps // 5)
+        return super().measurement_interval(steps)
 
     @property
     def leaves_unused(self) -> bool:
@@ -246,6 +285,12 @@ def check_inputs(cfg: ImageOptions) -> None:
     check_settings(cfg)
     if cfg.validation_part is not None:
         read_part(cfg.validation_part)
+    scheme, _, source = cfg.image_model.partition(":")
+    if cfg.image_model != EMBEDDED and (scheme != DINOV2 or not source):
+        raise UserError(
+            f"--image_model {quoted(cfg.image_model)} is unknown: give {DINOV2}:ID_OR_FOLDER, such"
+            f" as {DINOV2}:facebook/dinov2-base."
+        )
     if not cfg.concepts:  # theirs were checked as each was read (`concept_list`)
         check_images(cfg)
     for name in ("pretrained_vae_model_name_or_path", "hub_model_id"):

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import machine
-from ..config.derived import Rule, default_validation_loss_steps, derive
-from ..config.rates import default_text_encoder_lr
-from ..core.choices import ATTENTION
+from ..config.derived import Rule, default_text_encoder_lr, default_validation_loss_steps, derive
 from ..core.errors import UserError, reading
 from ..core.files import is_file, read_text
-from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, heldout_name
+from ..core.values import ATTENTION, EMBEDDED
+from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, embedded, heldout_name
 from .base_model import SDXL_BASE, BaseModel
 from .families import SDXL
 from .options import ImageOptions
@@ -246,6 +245,12 @@ def default_max_sequence_length(cfg: ImageOptions) -> int | None:
     return None
 
 
+def default_image_model(cfg: ImageOptions) -> str:
+    """The miniature's own scorer for the miniatures."""
+    is_miniature = embedded(cfg.pretrained_model_name_or_path) is not None
+    return EMBEDDED if is_miniature else cfg.image_model
+
+
 def default_vae(cfg: ImageOptions) -> str | None:
     """For SDXL's base in fp16, in which its own autoencoder overflows, one that does not."""
     # Its activations exceed fp16's 65,504. Other models of SDXL may bring a repaired one.
@@ -268,5 +273,6 @@ MODEL_DEFAULTS: tuple[Rule[ImageOptions], ...] = (  # each may read those above 
     ("max_sequence_length", default_max_sequence_length),
     ("pretrained_vae_model_name_or_path", default_vae),
     ("gradient_checkpointing", default_gradient_checkpointing),
+    ("image_model", default_image_model),
     ("validation_loss_steps", default_validation_loss_steps),
 )

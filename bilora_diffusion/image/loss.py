@@ -15,8 +15,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .. import adapters
-from ..core.choices import NOISE_LEVELS
 from ..core.seeds import generator
+from ..core.values import NOISE_LEVELS
 from ..run.record import BY_CONCEPT
 from ..train.task import inference, loss_by_part, precision
 from .families.base import Conditions, Family, move

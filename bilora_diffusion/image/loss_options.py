@@ -58,7 +58,7 @@ class DiffusionOptions:
     section: ClassVar[str] = "text encoders and loss"
 
     train_text_encoder: bool = option(False, "Train adapters on both text encoders too.")
-    # Derived: `config.rates.default_text_encoder_lr`.
+    # Derived: `config.derived.default_text_encoder_lr`.
     text_encoder_lr: float | None = option(
         None,
         "Learning rate of the text encoders. Default: 5e-6; on prodigy --learning_rate.",

@@ -7,10 +7,14 @@ from typing import Any, ClassVar
 
 from ..config.options import HeldOutOptions, OutputOptions
 from ..config.run import RunConfig
-from ..core.choices import ADAPTER_GUIDANCE, GUIDANCE_SOURCES
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
+    ADAPTER_GUIDANCE,
+    BY_LOSS,
+    BY_SAMPLES,
+    GUIDANCE_SOURCES,
     GUIDANCES,
+    JUDGES,
     SAMPLER_STEPS,
     SHARES,
     SIDES,
@@ -52,6 +56,17 @@ ON_A_LOCAL_MODEL = IgnoredCase(
 )
 WITHOUT_PROMPT = IgnoredCase(
     lambda v: not v["validation_prompts"] and v["num_validation_images"] > 0,
+    "without a prompt",
+    "add `--validation_prompt` or drop it",
+)
+
+WITHOUT_CHOICE = IgnoredCase(
+    lambda v: not (v["fit"] or v["keep_best"] or v["early_stopping_patience"]),
+    "where nothing is chosen",
+    "add `--keep_best` or `--fit`, or drop it",
+)
+WITHOUT_SAMPLES = IgnoredCase(
+    lambda v: WITHOUT_PROMPT.when(v) and (WITHOUT_CHOICE.when(v) or v["choose_by"] == BY_LOSS),
     "without a prompt",
     "add `--validation_prompt` or drop it",
 )
@@ -263,21 +278,21 @@ class ValidationOptions:
         "Steps of the sampler in which they are generated. Default: 25; of models that are"
         " distilled to a few steps as many as these take.",
         range=SAMPLER_STEPS,
-        ignored=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_SAMPLES,),
     )
     validation_guidance_scale: float | None = option(
         None,
         "Guidance with which they are generated. Default: what is usual for the model, and none for"
         " distilled ones that take none (docs/models.md).",
         range=GUIDANCES,
-        ignored=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_SAMPLES,),
     )
     validation_guidance_from: str = option(
         ADAPTER_GUIDANCE,
         "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
         " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
         choices=GUIDANCE_SOURCES,
-        ignored=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_SAMPLES,),
     )
     skip_final_inference: bool = option(
         False,
@@ -316,6 +331,22 @@ class ValidationOptions:
                 "add `--validation_dataset`, `--fit`, or drop it",
             ),
         ),
+    )
+
+    choose_by: str = option(
+        BY_SAMPLES,
+        "What --fit, --keep_best and --early_stopping_patience go by: samples, the distance of"
+        " images sampled from held-out captions (8 at most) to their pictures, or loss, the"
+        " held-out loss, which is cheaper and is lowest long before images are best.",
+        choices=JUDGES,
+        ignored=(WITHOUT_CHOICE,),
+    )
+    # Derived: `derived.default_image_model`.
+    image_model: str = option(
+        "dinov2:facebook/dinov2-base",
+        "Model whose embeddings tell how far a sample is from a picture: dinov2:ID_OR_FOLDER, or"
+        " embedded, the miniature's own, which is its default.",
+        ignored=(WITHOUT_CHOICE,),
     )
 
 

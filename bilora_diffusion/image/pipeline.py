@@ -21,7 +21,8 @@ from torch import nn
 from ..adapters import adaptable
 from ..adapters.access import is_within
 from ..adapters.quantize import held_bytes
-from ..core.choices import (
+from ..core.errors import UserError, did_you_mean, reading
+from ..core.values import (
     ALL_LAYERS,
     ALL_LINEAR,
     ATTENTION,
@@ -29,7 +30,6 @@ from ..core.choices import (
     FEED_FORWARD,
     LAYER_GROUPS,
 )
-from ..core.errors import UserError, did_you_mean, reading
 from ..mini import PIPELINES
 from ..train.dry_run import BEFORE, NUMBER_BYTES, STEP, PhaseMemory, empty
 from ..train.soundness import require_safetensors, require_whole, require_words

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import LoraLayer
-from ..core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE
+from ..core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from ..train.task import precision
 from .config import require_unconditional
 from .families import family_of

@@ -28,7 +28,7 @@ from ..core.lora_names import (
 from ..export.reader import verify
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
-from ..run.heldout_part import chosen, copies
+from ..run.data import chosen, copies
 from ..run.record import VALIDATION
 from ..train import command
 from ..train.engine import DTYPES

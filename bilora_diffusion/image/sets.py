@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..core.errors import UserError, reason
 from ..core.seeds import digest_texts
-from ..run.content import SampleContent, hash_samples
+from ..run.data import SampleContent, hash_samples
 from .image_files import DECODE_ERRORS, read_rgb, upright_size
 
 FULL_CHECK_LIMIT = 2000

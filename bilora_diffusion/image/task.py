@@ -16,12 +16,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from ..adapters import AdapterSpec
-from ..config.rates import text_encoder_rate
-from ..core.choices import ATTENTION
+from ..config.derived import text_encoder_rate
 from ..core.files import counted
 from ..core.seeds import digest, generator
+from ..core.values import ATTENTION
 from ..methods import Target
-from ..run.content import SampleContent
+from ..run.data import SampleContent
 from ..run.record import validation_folder
 from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
@@ -31,6 +31,7 @@ from .families import family_of
 from .families.base import Family
 from .families.sdxl import tokenize
 from .latents import Encoder, weight_map
+from .likeness import SampledDistance
 from .loss import PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
 from .noise_schedules import noise_schedule
 from .pipeline import select_layers
@@ -147,6 +148,8 @@ class DreamBooth:
         self.prompts.add(self.stream.captions())
         if self.validation is not None and self.family.flow:
             self.prompts.add(fixed_texts(self.cfg, self.validation))
+        if self.cfg.chooses_by_samples:
+            self.prompts.add([""])
         if self.cfg.validation_prompts:
             negatives = [sample.negative_prompt for sample in self.cfg.samples]
             self.prompts.add([*self.cfg.validation_prompts, "", *negatives])
@@ -178,9 +181,12 @@ class DreamBooth:
             self.embed(device)
         self.module.denoiser.to(device)
         self.grid: GridLoss | None = None
+        self.sampled: SampledDistance | None = None
         if self.validation is not None:
             # A search measures the held-out images alone, each by itself.
             self.grid = GridLoss(self, None if self._searches else self.stream, self.validation)
+            if self.cfg.chooses_by_samples:
+                self.sampled = SampledDistance(self, self.validation, self._searches)
 
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:
         """The text part of a module's inputs for these captions; an empty one is what guidance
@@ -273,11 +279,17 @@ class DreamBooth:
         )
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
-        """Loss on held-out and on training images over the fixed grid; {} without a set."""
+        """Loss on held-out and on training images over the fixed grid, and the distance of samples
+        where the run goes by it; {} without a set.
+        """
         if self.grid is None:
             return {}
         with evaluating:
-            return self.grid()
+            values = self.grid()
+            if self.sampled is not None:
+                with inference(self.module):
+                    values |= self.sampled()
+        return values
 
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
@@ -289,12 +301,12 @@ class DreamBooth:
         images: list[Image] = []
         with evaluating, inference(self.module):
             for _, batch in itertools.groupby(samples, lambda sample: sample.batch_settings):
-                images += self._sample_images(list(batch))
+                images += self.sample_images(list(batch))
         with_settings = bool(self.cfg.validation_settings)
         write_images(validation_folder(folder, step), samples, images, with_settings)
         return {}
 
-    def _sample_images(self, samples: Sequence[ValidationSample]) -> list[Image]:
+    def sample_images(self, samples: Sequence[ValidationSample]) -> list[Image]:
         """Images of samples with the same `ValidationSample.batch_settings`."""
         prompts = [sample.prompt for sample in samples]
         negatives = [sample.negative_prompt for sample in samples]

@@ -22,12 +22,18 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..config.command_line import CommandLine
 from ..config.options import StepOptions
-from ..core.choices import ADAPTER_GUIDANCE, GUIDANCE_SOURCES
 from ..core.durable import dump_json, write_text
 from ..core.errors import UserError, placed
 from ..core.fields import check, like, option, options_of
 from ..core.files import is_text, quoted, read_text
-from ..core.values import GUIDANCES, SAMPLER_STEPS, SIDES, STRENGTHS
+from ..core.values import (
+    ADAPTER_GUIDANCE,
+    GUIDANCE_SOURCES,
+    GUIDANCES,
+    SAMPLER_STEPS,
+    SIDES,
+    STRENGTHS,
+)
 from .options import ImageOptions
 
 INDEX = "index.json"

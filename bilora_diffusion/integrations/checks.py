@@ -15,7 +15,7 @@ from ..adapters import AUXILIARY
 from ..api import BiLoRA
 from ..config import constraints
 from ..core.errors import UserError
-from ..methods.hooks import unwrapped
+from ..methods.base import unwrapped
 
 _OTHER_WEIGHTS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 """Optimizers with weights of their own, of which the projection onto the ball knows nothing."""

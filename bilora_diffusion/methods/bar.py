@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 
 from ..adapters import PRIMARY, weights
 from ..core.errors import UserError
-from .base import CountingMethod
-from .hooks import HookedMethod, unwrapped
+from .base import CountingMethod, HookedMethod, unwrapped
 from .options import MethodOptions, falling
 from .registry import register
 

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import PRIMARY
+from .base import HookedMethod
 from .bilora.auxiliary import norm_scales
 from .bilora.radius import weight_changes
-from .hooks import HookedMethod
 from .options import L2SPOptions
 from .registry import register
 

@@ -6,28 +6,20 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..core.choices import (
+from ..core.errors import UserError
+from ..core.fields import IgnoredCase, check, option, options_of, unless
+from ..core.values import (
     AUTO,
     BALLS,
     DIRECTIONS,
-    INITS,
-    RHO_NORMS,
-    SAMPLE,
-    SCHEDULES,
-)
-from ..core.errors import UserError
-from ..core.fields import (
-    IgnoredCase,
-    check,
-    option,
-    options_of,
-    unless,
-)
-from ..core.values import (
     FACTORS,
+    INITS,
     RANKS,
     RATES,
+    RHO_NORMS,
+    SAMPLE,
     SCALES,
+    SCHEDULES,
     SHARES,
     Range,
 )
@@ -176,7 +168,7 @@ class MethodFlags:
     auxiliary_alpha: float | None = option(
         None, "bilora: alpha of the auxiliary. Default: the primary's.", range=SCALES
     )
-    # Derived for several auxiliaries on images: `bilora.options`.
+    # Derived for several auxiliaries on images: `config.derived`.
     auxiliary_learning_rate: float | None = option(
         None,
         "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G); of several auxiliaries on"

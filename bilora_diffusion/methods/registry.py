@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from ..core.choices import AUTO
 from ..core.errors import UserError, did_you_mean
+from ..core.values import AUTO
 from .base import Method
 from .options import MethodOptions
 

@@ -13,11 +13,11 @@ from ..config import resolving
 from ..config.derived import Rule, default_validation_loss_steps, derive
 from ..config.options import StoppingOptions
 from ..config.run import RunConfig, without_influence
-from ..core.choices import ALL_LINEAR
 from ..core.errors import UserError
 from ..core.files import TABLES, is_file
+from ..core.values import ALL_LINEAR
 from ..methods.options import SingleMethodOptions
-from ..run.heldout_part import read_part
+from ..run.data import read_part
 from .options import (
     EvaluationOptions,
     TextAdapterOptions,

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.choices import KINDS
 from ..core.errors import UserError
 from ..core.seeds import seed_of
+from ..core.values import KINDS
 from ..train.dry_run import empty
 from ..train.soundness import reading, require_safetensors, require_words
 from .options import TextModelOptions

@@ -12,13 +12,15 @@ from ..config.options import (
     OutputOptions,
     StepOptions,
 )
-from ..core.choices import ALL_LINEAR, KINDS, TEMPLATES
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
+    ALL_LINEAR,
     BATCHES,
+    KINDS,
     ROWS,
     SHARES,
     STEPS,
+    TEMPLATES,
     TOKENS,
     WORKERS,
 )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ..core.errors import UserError, translated
 from ..core.seeds import digest_texts, generator, seed_of
-from ..run.heldout_part import chosen
+from ..run.data import chosen
 from . import catalog
 from .catalog import OTHER_SET, CatalogTask, packaged_rows
 from .config import TextConfig

@@ -20,8 +20,8 @@ from huggingface_hub import ModelCardData
 from ..adapters.quantize import quantize
 from ..export import writer
 from ..methods import get
-from ..run.card import is_hub_id, loaded_from, source, write_card
-from ..run.heldout_part import copies
+from ..run.data import copies
+from ..run.hub import is_hub_id, loaded_from, source, write_card
 from ..run.record import VALIDATION
 from ..train import command
 from ..train.engine import DTYPES

@@ -18,7 +18,7 @@ from ..adapters.quantize import held_bytes
 from ..core.files import counted
 from ..core.seeds import digest, digest_texts
 from ..methods import Target
-from ..run.content import SampleContent
+from ..run.data import SampleContent
 from ..run.record import validation_folder
 from ..train.dry_run import NUMBER_BYTES, STEP, PhaseMemory
 from ..train.task import Fold, LengthGroupedOrder, MicroBatch, SampleOrder

@@ -23,9 +23,9 @@ from ..config.options import NO_CONTROL
 from ..config.run import RunConfig
 from ..core.durable import strict_json
 from ..core.errors import placed
-from ..run import console, interruption, lock, publish
-from ..run.content import record_content, require_same_content, summarize
-from ..run.folder import State, classify, guard, refuse_unusable
+from ..run import console, hub, interruption
+from ..run.data import record_content, require_same_content, summarize
+from ..run.folder import State, classify, guard, hold, refuse_unusable
 from ..run.interruption import Stop
 from ..run.record import read_run
 from . import dry_run, setup
@@ -75,7 +75,7 @@ def train(
     with ExitStack() as locks:
         for folder in folders:
             refuse_unusable(folder)
-            locks.enter_context(lock.hold(folder))
+            locks.enter_context(hold(folder))
         runs = plan(configs)
         accelerator = build_accelerator(cfg)
         # A token without write access is refused now, not after hours of training.
@@ -83,7 +83,7 @@ def train(
         if cfg.push_to_hub:
             for run in runs:
                 name = run.cfg.hub_model_id or run.folder.name
-                repo_ids[run.folder] = publish.repository(name, cfg.hub_token)
+                repo_ids[run.folder] = hub.repository(name, cfg.hub_token)
         with translated_errors(cfg.base_model):
             task: Any = script.build_task(cfg, accelerator)
         for run in runs:

@@ -18,9 +18,9 @@ from torch import nn
 
 from ..adapters import INITIAL, PRIMARY
 from ..config.run import RunConfig
-from ..core.choices import OPTIMIZERS
 from ..core.errors import UserError
 from ..core.files import bytes_for_people, counted
+from ..core.values import OPTIMIZERS
 from ..methods import Method, for_run
 from ..run import provenance
 from .engine import build_accelerator

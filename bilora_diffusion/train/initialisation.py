@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import INITIAL
+from ..adapters.inits import compute, needs_gradient
 from ..config.run import RunConfig
 from ..core.errors import TrainingError
 from ..core.seeds import seed_of
-from ..inits import compute, needs_gradient
 from ..methods import Target
 from .task import Task
 

@@ -108,11 +108,11 @@ def measure_heldout_loss(trainer: Trainer, log: RunLog | None, bar: Bar) -> None
         with bar.waiting_for("held-out loss"):
             values = trainer.task.heldout_loss(trainer.evaluating())
         log_measurement(trainer, log, trainer.step, values)
-    loss = values.get("heldout_loss")
+    value = values.get(trainer.cfg.heldout_measure)
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.wait_for_everyone()
-        (loss,) = broadcast_object_list([loss])
-    trainer.outcome.note_heldout_loss(loss, trainer.step)
+        (value,) = broadcast_object_list([value])
+    trainer.outcome.note_measurement(value, trainer.step)
 
 
 def validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> None:

@@ -120,7 +120,7 @@ class Outcome:
 
     Attributes:
         average: Average of the steps so far; None without ``--use_ema``.
-        best: The lowest held-out loss so far, and its weights with ``--keep_best``.
+        best: The lowest held-out measurement so far, and its weights with ``--keep_best``.
     """
 
     def __init__(self, method: Method, cfg: RunConfig) -> None:
@@ -141,23 +141,23 @@ class Outcome:
         if self.average is not None:
             self.average.update()
 
-    def note_heldout_loss(self, loss: float | None, step: int) -> None:
-        """Count a held-out loss of the current weights, which is the same in every process.
+    def note_measurement(self, value: float | None, step: int) -> None:
+        """Count a measurement of the current weights, which is the same in every process.
 
         Args:
-            loss: The loss; None without a validation set.
+            value: Of ``heldout_measure``; None without a validation set.
             step: Step of the weights.
 
         Raises:
             UserError: There is none, and an option needs it.
         """
-        if loss is None:
+        if value is None:
             if self._cfg.keep_best or self.best.patience is not None:
                 raise UserError(
                     "--keep_best and --early_stopping_patience need held-out data, and there is"
                     " none here: give some, or drop them."
                 )
-        elif self.best.is_lowered_by(loss, step):
+        elif self.best.is_lowered_by(value, step):
             # The measurement was of the average, if there is one.
             with self.averaged():
                 self.best.store()
@@ -186,7 +186,7 @@ class Outcome:
             results["stopped_early"] = self.best.is_exhausted
         if self._cfg.keep_best:
             results["best_step"] = self.best.step
-            results["best_heldout_loss"] = self.best.loss
+            results[f"best_{self._cfg.heldout_measure}"] = self.best.loss
         return results
 
     def tensors(self) -> dict[str, Tensor]:

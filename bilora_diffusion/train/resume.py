@@ -12,7 +12,7 @@ from .. import adapters
 from ..config.run import FORMER_OPTIONS, HELDOUT_OPTIONS
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
-from ..run.content import require_same_content
+from ..run.data import require_same_content
 from ..run.runlog import RunLog
 from .trainer import Trainer
 
@@ -131,7 +131,7 @@ def require_same_work(
         current: The same of this run.
         options: Keys of the options.
         free: Keys that may differ.
-        depends_on_heldout: As `run.content.require_same_content` takes it.
+        depends_on_heldout: As `run.data.require_same_content` takes it.
 
     Raises:
         UserError: Something differs; the sentence says what.

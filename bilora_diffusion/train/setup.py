@@ -19,8 +19,8 @@ from ..config.run import RunConfig
 from ..core.errors import translated
 from ..core.files import counted
 from ..methods import Method, for_run
-from ..run import checkpoint, console, provenance, publish
-from ..run.content import summarize
+from ..run import checkpoint, console, hub, provenance
+from ..run.data import summarize
 from ..run.folder import FIT_RECORD, clear
 from ..run.interruption import Stop
 from ..run.record import last_measured, read_search
@@ -246,5 +246,5 @@ def export(
         results["export"] = script.export(cfg, trainer, folder)
     script.write_card(cfg, folder, measured | results, repo_id)
     if repo_id is not None:
-        publish.push(folder, repo_id, cfg.hub_token)
+        hub.push(folder, repo_id, cfg.hub_token)
     return results

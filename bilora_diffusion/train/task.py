@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from ..config.run import RunConfig
 from ..core.seeds import generator
+from ..core.values import HELDOUT_LOSS
 from ..methods import Target
-from ..run.content import SampleContent
+from ..run.data import SampleContent
 
-BY_SAMPLE = "heldout_loss_of/"
-"""Beginning of the name of the loss of a part of the held-out samples, before its number."""
 MAX_PARTS = 128
 """Largest number of parts of the held-out samples that are logged, each as a column."""
 Repeats = int | Sequence[int]
@@ -149,17 +148,25 @@ class Task(Protocol[Config]):
         ...
 
 
-def loss_by_part(losses: Sequence[float], total: float) -> dict[str, float]:
+def part_prefix(measure: str) -> str:
+    """Beginning of the name of a part's value, before the number of the part."""
+    return f"{measure}_of/"
+
+
+def loss_by_part(
+    losses: Sequence[float], total: float, measure: str = HELDOUT_LOSS
+) -> dict[str, float]:
     """Losses "heldout_loss_of/N" of parts of the held-out samples; their mean is the held-out loss.
 
     Args:
         losses: Sum of the losses of each sample.
         total: Number of losses in all of these sums together.
+        measure: Name of the mean, such as ``heldout_distance``.
     """
     count = min(len(losses), MAX_PARTS)
     parts = {}
     for part in range(count):
-        parts[f"{BY_SAMPLE}{part}"] = sum(losses[part::count]) * count / total
+        parts[f"{part_prefix(measure)}{part}"] = sum(losses[part::count]) * count / total
     return parts
 
 

@@ -24,7 +24,7 @@ from ..config.run import RunConfig
 from ..core.errors import Diverged, UserError
 from ..core.seeds import digest_texts, seed_of
 from ..methods import Method
-from ..run.content import record_content
+from ..run.data import record_content
 from ..run.interruption import Interruption
 from . import engine
 from .dynamics import Dynamics
@@ -106,7 +106,7 @@ class Trainer:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Record of the training and the held-out samples (`run.content`)."""
+        """Record of the training and the held-out samples (`run.data`)."""
         if self._content is None:
             heldout = self.task.heldout_content()
             self._content = record_content(self.task.training_content(), heldout)

@@ -34,11 +34,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
     GUIDANCES,
     SAMPLER_STEPS,
     SIDES,

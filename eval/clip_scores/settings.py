@@ -10,8 +10,8 @@ from typing import Any
 
 from bilora_diffusion import mini
 from bilora_diffusion.config.machine import default_precision
-from bilora_diffusion.core.choices import BASE_GUIDANCE
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.values import BASE_GUIDANCE
 from bilora_diffusion.image.config import require_unconditional
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline, resolve

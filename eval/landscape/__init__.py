@@ -21,10 +21,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bilora_diffusion.core.choices import NOISE_LEVELS
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
-from bilora_diffusion.core.values import check_choice
+from bilora_diffusion.core.values import NOISE_LEVELS, check_choice
 
 from .. import compare, report
 from ..cache import Cache

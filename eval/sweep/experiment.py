@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from bilora_diffusion.config.recipe import read_options
+from bilora_diffusion.config.command_line import read_options
 from bilora_diffusion.core.errors import UserError, did_you_mean, placed
 
 from ..command import read_integers

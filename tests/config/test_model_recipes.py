@@ -6,7 +6,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 import train_dreambooth_bilora
-from bilora_diffusion.config.recipe import RECIPES, find_recipe, read_options
+from bilora_diffusion.config.command_line import RECIPES, find_recipe, read_options
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.families import FAMILIES, SDXL
 from bilora_diffusion.mini import pipeline_dir

@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
-from ...core.choices import ALL_LAYERS, ALL_LINEAR
+from ...core.values import ALL_LAYERS, ALL_LINEAR
 from .base import (
     ATTENTION_LAYERS,
     PROMPT_LAYERS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -13,15 +14,106 @@ from torch.utils.hooks import RemovableHandle
 
 from ... import adapters
 from ...adapters import AUXILIARY, PRIMARY
-from ...core.choices import AUTO, SAMPLE
 from ...core.errors import UserError
-from ..base import MethodOptions, StepOptimizer, Target
-from ..hooks import turn_gradients, unwrapped
+from ...core.values import AUTO, SAMPLE
+from ..base import (
+    CountingMethod,
+    MethodOptions,
+    StepOptimizer,
+    Target,
+    TrainedBytes,
+    turn_gradients,
+    unwrapped,
+)
 from ..registry import register
-from .options import auxiliary_rate
+from . import ball
+from .auxiliary import Auxiliary, check_groups
 from .per_sample import assign, create_auxiliary
 from .radius import AutoRadius
-from .state import AuxiliaryMethod
+
+
+class AuxiliaryMethod(CountingMethod):
+    """A method with auxiliaries beside the primary.
+
+    Attributes:
+        auxiliary: B2 and A2: one pair for all samples, or one for each sample or group of them;
+            set by `inject_adapters`.
+        radius: a radius that sets itself (`--rho auto`), else None.
+        projection: the last step's projection onto the ball; None before the first.
+    """
+
+    auxiliary: Auxiliary
+    radius: AutoRadius | None = None
+    projection: ball.Projection | None = None
+
+    @property
+    def is_ascending(self) -> bool:
+        """Whether the auxiliary ascends; it descends in an ablation of Eq. 9."""
+        return self.options.auxiliary_direction == "ascent"
+
+    def check_groups(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer whose groups are not those of `param_groups`.
+
+        Raises:
+            UserError: it would not move the adapters as Eq. 9 does.
+        """
+        auxiliary, primary = self.auxiliary.parameters(), self.clip_parameters()
+        check_groups(optimizer, auxiliary, primary, self.is_ascending)
+
+    def around_batch(
+        self, samples: Sequence[int | None], snr: Sequence[float] = ()
+    ) -> AbstractContextManager[None]:
+        return self.auxiliary.around_batch(samples, snr)
+
+    def auxiliary_norm(self) -> float:
+        """The auxiliary's total norm in the units of `rho_norm`; the largest of several."""
+        return float(self.auxiliary.norm())
+
+    def metrics(self) -> dict[str, float]:
+        """Norms before and after the last projection (of several the largest), and the radius."""
+        if self.projection is None:
+            return {}
+        metrics = {
+            "auxiliary_norm_before": float(self.projection.before),  # c of Eq. 10
+            "auxiliary_norm": float(self.projection.after),
+        }
+        # "rho" and "loss_rise" are logged only where the radius sets itself.
+        if self.radius is not None:
+            metrics |= self.radius.metrics()
+        return metrics
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = super().tensors()
+        loose = self.auxiliary.tensors([target.name for target in self.targets])
+        if loose:  # then the layers' own parameters of the auxiliary are not used
+            tensors = {key: t for key, t in tensors.items() if key.split("/")[1] != AUXILIARY}
+        return tensors | loose
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        # The auxiliary itself is among the tensors, and its moments in the optimizer's state.
+        if self.radius is not None:
+            state |= self.radius.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.radius is not None:
+            self.radius.load_state_dict(state)
+
+    def memory(self, step_samples: int) -> TrainedBytes:
+        trained = super().memory(step_samples)
+        # Auxiliaries by sample do not use the layers' own, so their parameters are counted.
+        stored = sum(parameter.nbytes for parameter in self.auxiliary.parameters())
+        # At most as many auxiliaries have a gradient in one step as it has samples.
+        count = self.auxiliary.count
+        with_gradient = stored // count * min(count, step_samples)
+        return TrainedBytes(
+            {**trained.adapters, AUXILIARY: stored},
+            gradients=trained.gradients + with_gradient,
+            optimized=trained.optimized + stored,
+            result=trained.result,
+        )
 
 
 @register("bilora")
@@ -148,3 +240,30 @@ class BiLoRA(AuxiliaryMethod):
             if self.radius is not None:
                 self.radius.projected(self.projection.after)
         self.auxiliary.forget_gradients()
+
+
+def auxiliary_rate(options: MethodOptions, rate: float, first_rate: float) -> float:
+    """eta_2 of Eq. 9 for one of the models that are trained together.
+
+    A rate that is given is that of the first model. The others' keep the ratio that the primaries
+    have: text encoders are trained more slowly than the denoiser.
+
+    Args:
+        options: With ``auxiliary_learning_rate``.
+        rate: Learning rate of the model's primary.
+        first_rate: That of the first model's.
+
+    Raises:
+        UserError: The first model's rate is 0, so there is no ratio.
+    """
+    given_rate = options.auxiliary_learning_rate
+    if given_rate is None:
+        return rate  # eta_2 = eta_1, as in the paper's experiments (Appendix G)
+    if rate == first_rate:
+        return given_rate
+    if first_rate == 0:
+        raise UserError(
+            "The learning rate of the first model is 0, so auxiliary_learning_rate"
+            f" {given_rate} has no ratio to keep for the others; leave it out."
+        )
+    return given_rate * rate / first_rate

@@ -1,7 +1,8 @@
-"""The auxiliary of the paper, one for all samples, and what its optimizer must be like."""
+"""The auxiliary of the paper, one for all samples; its ablations; the check of its optimizer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -23,8 +24,8 @@ Layers = Sequence[tuple[str, adapters.LoraLayer]]
 class Auxiliary:
     """One auxiliary that acts for all samples: the adapter that the layers hold.
 
-    Subclasses bound it in another way (`ablations`) or hold several, one for each sample or group
-    of samples (`per_sample`). These are numbered from 0.
+    Subclasses bound it in another way (below) or hold several, one for each sample or group of
+    samples (`per_sample`). These are numbered from 0.
 
     Args:
         layers: of each trained model, those that have the adapter.
@@ -167,3 +168,28 @@ def check_groups(
             raise UserError(f"A group with maximize=True holds parameters of the primary; {fix}")
     if missing:
         raise UserError(f"The optimizer lacks {len(missing)} parameters of the adapters; {fix}")
+
+
+class UnboundedAuxiliary(Auxiliary):
+    """An auxiliary that nothing bounds (`--ball none`)."""
+
+    def project_(self, numbers: Sequence[int], rho: float | Tensor) -> ball.Projection:
+        # Measured all the same: the log shows how far it goes without Eq. 10.
+        norm = self.norm()
+        return ball.Projection(before=norm, after=norm, factor=torch.ones_like(norm))
+
+
+class PerLayerAuxiliary(Auxiliary):
+    """An auxiliary clipped to rho / sqrt(layers) in each layer (`--ball per-layer`)."""
+
+    @torch.no_grad()
+    def project_(self, numbers: Sequence[int], rho: float | Tensor) -> ball.Projection:
+        factors = self.factors()
+        squares = ball.squares(factors)
+        if isinstance(rho, Tensor):  # of `--rho auto`, perhaps on another device
+            rho = rho.to(squares.norm)
+        # sum of (rho / sqrt(layers))^2 over the layers is rho^2
+        norms, factor = ball.clipping(squares, rho / math.sqrt(len(factors)))  # each (layers,)
+        ball.multiply_(factors, factor)
+        after = (norms * factor * factor).norm()
+        return ball.Projection(before=squares.total(), after=after, factor=factor.amin())

@@ -32,12 +32,11 @@ from ...adapters.per_sample_factors import (
     StackedFactors,
     join_factors,
 )
-from ...core.choices import SAMPLE
 from ...core.errors import UserError
+from ...core.values import SAMPLE
 from ..options import MethodOptions
 from . import ball
-from .ablations import PerLayerAuxiliary, UnboundedAuxiliary
-from .auxiliary import Auxiliary, Layers, norm_scales
+from .auxiliary import Auxiliary, Layers, PerLayerAuxiliary, UnboundedAuxiliary, norm_scales
 
 LARGEST_SAMPLE_COUNT = 512
 """Largest number of samples for which `--auxiliaries sample` is accepted."""

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ...core.errors import TrainingError
-from ...core.intervals import student_interval
+from ...core.figures import student_interval
 from ...core.seeds import digest_texts
 from .space import METHOD, RATE, Candidate, Space
 

@@ -15,9 +15,9 @@ from ...core.durable import (
     strict_json,
     write_text,
 )
-from ...core.figures import new_figure
+from ...core.figures import new_figure, student_interval
 from ...core.files import counted, duration
-from ...core.intervals import student_interval
+from ...core.values import HELDOUT_LOSS, MEASURE_TITLES
 from ...run import provenance
 from ...run.folder import FIT, FIT_FIGURE, FIT_RECORD
 from ...run.record import read_run, read_search
@@ -73,13 +73,13 @@ def write(folder: Path, settings: Mapping[str, Any], halving: Halving, is_done: 
     write_text(folder / FIT_RECORD, dump_json(strict_json(content)[0]))
 
 
-def draw(folder: Path, halving: Halving) -> None:
+def draw(folder: Path, halving: Halving, title_of_measure: str) -> None:
     """Plot the best curves, each by its paired difference to the choice, with 95 % intervals."""
     chosen, chosen_step = halving.choice
     chosen_loss, _ = lowest_point(halving.expected_curve(chosen))
     standings = [(candidate, row) for candidate, row in halving.standings().items() if candidate]
     with new_figure(folder / FIT_FIGURE, figsize=(7, 4), layout="constrained") as figure:
-        axis = figure.add_subplot(xlabel="optimizer step", ylabel="held-out loss")
+        axis = figure.add_subplot(xlabel="optimizer step", ylabel=title_of_measure)
         for candidate, row in standings[:CURVES]:
             curve = halving.expected_curve(candidate, row["folds"])
             chosen_curve = halving.expected_curve(chosen, row["folds"])
@@ -148,7 +148,7 @@ def _standing_lines(record: Mapping[str, Any], folds: int) -> list[str]:
         methods.add(method)
         steps = f"{standing['title']}, {counted(standing['steps'], 'step')}"
         steps = steps.removeprefix("as given, ")
-        result = f"held-out loss {record['choice']['loss']:.4f}"
+        result = f"{_title_of_measure(record)} {record['choice']['loss']:.4f}"
         if place > 0:
             result = f"{standing['difference']:+.4f}"
             if standing["interval"]:
@@ -197,12 +197,13 @@ def _doubts(record: Mapping[str, Any]) -> list[str]:
     base_loss = choice.get("base_loss")  # records of earlier versions lack it
     if base_loss is not None and base_loss <= choice["loss"]:
         sentences.append(
-            "no step was better than no training, which has a held-out loss of"
+            f"no step was better than no training, which has a {_title_of_measure(record)} of"
             f" {base_loss:.4f}: lower the rates, or give other samples"
         )
     elif choice["steps"] == settings["steps"]:
         sentences.append(
-            "the loss still falls at the last step that was searched: raise --max_train_steps"
+            f"the {_title_of_measure(record)} still falls at the last step that was searched: raise"
+            " --max_train_steps"
         )
     edge = choice.get("rate_edge")
     if edge:
@@ -218,6 +219,11 @@ def _doubts(record: Mapping[str, Any]) -> list[str]:
         number = counted(len(untrained), "configuration")
         sentences.append(f"{number} could not be trained: {FIT_RECORD} has the reasons")
     return sentences
+
+
+def _title_of_measure(record: Mapping[str, Any]) -> str:
+    """What the search went by; records of earlier versions went by the loss and do not say so."""
+    return MEASURE_TITLES[record["settings"].get("measure", HELDOUT_LOSS)]
 
 
 def rate_edge(halving: Halving, chosen: Candidate) -> str | None:

@@ -17,15 +17,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ...config.options import OptimizerOptions
-from ...config.run import twentieth
 from ...core.durable import discard, strict_json
 from ...core.errors import TrainingError, UserError
 from ...core.fields import options_of
 from ...core.seeds import parts
+from ...core.values import MEASURE_TITLES
 from ...methods import for_run
 from ...methods.options import SECTION
 from ...run import checkpoint
-from ...run.content import record_content, summarize
+from ...run.data import record_content, summarize
 from ...run.folder import FIT, FIT_RECORD, clear
 from ...run.interruption import Interruption, Stop
 from ...run.record import read_search
@@ -118,8 +118,8 @@ class Search:
             self._folds = list(deal_folds(task.names, cfg.fit_folds, self.sample_noun))
 
         steps = total_steps(cfg, task.num_samples, self._step_size)
-        # Twenty points make a curve, unless the user gives an interval.
-        interval = twentieth(steps)
+        # Unless the user gives an interval.
+        interval = cfg.measurement_interval(steps)
         if "validation_loss_steps" in self._typed and cfg.validation_loss_steps:
             interval = min(steps, cfg.validation_loss_steps)
         budget = cfg.fit_budget or BUDGET * steps
@@ -194,6 +194,7 @@ class Search:
         return {
             **settings,
             "step_size": self._step_size,
+            "measure": self.cfg.heldout_measure,
             "samples": len(self.task.names),
             "folds": self.plan.folds,
             "steps": self.plan.steps,
@@ -240,7 +241,7 @@ class Search:
                 self.halving.run(self.space)
                 if log is not None:
                     self._write_record(is_done=True)
-                    report.draw(self.folder, self.halving)
+                    report.draw(self.folder, self.halving, MEASURE_TITLES[self.cfg.heldout_measure])
                     # After the choice no run of the search goes on.
                     for checkpoints in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
                         discard(checkpoints)
@@ -325,7 +326,7 @@ class Search:
         """Train one run to its steps, or read its curve if that was done before."""
         name = self.plan.folder_name(trial)
         folder = self.folder / FIT / name
-        curve = read_curve(folder, trial.steps)
+        curve = read_curve(folder, trial.steps, self.cfg.heldout_measure)
         # A resumed search finds runs that the interrupted one has trained.
         if curve is None:
             cfg = self.trial_config(trial.candidate, folder)

@@ -8,10 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...config.recipe import read_options
-from ...core.choices import SAMPLE
+from ...config.command_line import read_options
 from ...core.errors import UserError, did_you_mean
-from ...core.values import RANKS
+from ...core.values import RANKS, SAMPLE
 from ...methods import get, names, reads
 
 RATE, METHOD = "learning_rate", "method"

@@ -16,12 +16,12 @@ from accelerate.utils import DistributedType
 
 from ... import adapters
 from ...core.errors import Diverged
-from ...run import checkpoint, lock
-from ...run.folder import FIT
+from ...run import checkpoint
+from ...run.folder import FIT, hold
 from ...run.interruption import Stop
 from ...run.record import RUN, read_metrics, read_run
 from .. import engine, setup
-from ..task import BY_SAMPLE
+from ..task import part_prefix
 from .halving import Curve, Trial
 from .space import title
 
@@ -88,7 +88,7 @@ def train_trial(script: setup.Script[Any], task: Any, folder: Path, trial: Trial
         torch.cuda.empty_cache()
         logger.warning("fit: %s %s, so it is left out", title(trial.candidate), TOO_LARGE)
         return TOO_LARGE
-    curve = read_curve(folder, trial.steps)
+    curve = read_curve(folder, trial.steps, task.cfg.heldout_measure)
     assert curve is not None
     return curve
 
@@ -97,7 +97,7 @@ def _run(script: setup.Script[Any], task: Any, folder: Path, steps: int) -> Stop
     """Train a run up to a step; returns the signal that stopped it, if any."""
     accelerator = engine.build_accelerator(task.cfg, LoneProcess)
     with ExitStack() as stack:
-        stack.enter_context(lock.hold(folder))
+        stack.enter_context(hold(folder))
         # The next run starts from the models as they were loaded.
         for target in task.targets():
             stack.enter_context(adapters.restored(target.model, target.spec))
@@ -115,14 +115,14 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return error is not None
 
 
-def read_curve(folder: Path, steps: int) -> Curve | str | None:
-    """Losses of a run up to a step, or why it can't reach it; None if it is not trained so far."""
+def read_curve(folder: Path, steps: int, measure: str) -> Curve | str | None:
+    """A measure of a run up to a step, or why it can't reach it; None if not trained so far."""
     if max(checkpoint.steps(folder), default=0) >= steps:
         curve = {}
         for row in read_metrics(folder):
             losses = []
             for name, value in row.items():
-                if name.startswith(BY_SAMPLE):
+                if name.startswith(part_prefix(measure)):
                     # JSON has null for a loss that is not finite.
                     losses.append(math.inf if value is None else value)
             # A resumed search reads runs that a later rung of the earlier one has continued.

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.run import content
-from bilora_diffusion.run.content import (
+from bilora_diffusion.run import data
+from bilora_diffusion.run.data import (
     SampleContent,
     describe_difference,
     record_content,
@@ -54,7 +54,7 @@ def test_a_row_that_is_removed_does_not_change_those_that_follow():
 
 
 def test_the_record_of_a_large_set_is_small_and_notices_every_change(monkeypatch):
-    monkeypatch.setattr(content, "MOST_LISTED", 2)
+    monkeypatch.setattr(data, "MOST_LISTED", 2)
     large = record(PICTURES)
     assert set(large) == {"count", "hash"}
     for samples, words in (

@@ -1,17 +1,20 @@
-"""Content of the samples that a run learns from, and of those that it is measured on.
+"""The samples that a run learns from and those that it is measured on.
 
 Checkpoints, ``run.json`` and ``fit.json`` hold a record of both, by which a run that goes on tells
-whether its data are still the same.
+whether its data are still the same. With ``--validation_part i/n`` one of n parts of the validation
+set is measured: what was chosen by one part is judged by another; and what is held out is not to be
+learned.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..core.errors import UserError
-from ..core.seeds import digest_texts
+from ..core.seeds import digest_texts, parts
 
 TRAINING, HELDOUT = "training", "held-out"
 MOST_LISTED = 1000
@@ -150,14 +153,15 @@ def _describe_changes(
     names: Sequence[str], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> str:
     """Say which parts changed of samples that kept their names."""
-    parts: list[str] = []
+    changed_parts: list[str] = []
     for name in names:
         for part in {**before[name], **after[name]}:
-            if part not in parts and before[name].get(part) != after[name].get(part):
-                parts.append(part)
+            is_changed = before[name].get(part) != after[name].get(part)
+            if is_changed and part not in changed_parts:
+                changed_parts.append(part)
     if len(names) == 1:
-        return f"the {' and '.join(parts)} of {names[0]} changed"
-    return f"the {' or '.join(parts)} of {len(names)} samples changed ({_enumerate(names)})"
+        return f"the {' and '.join(changed_parts)} of {names[0]} changed"
+    return f"the {' or '.join(changed_parts)} of {len(names)} samples changed ({_enumerate(names)})"
 
 
 def _count(samples: Sequence[Any]) -> str:
@@ -167,3 +171,70 @@ def _count(samples: Sequence[Any]) -> str:
 def _enumerate(names: Sequence[str]) -> str:
     ellipsis = ", ..." if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + ellipsis
+
+
+MOST_PARTS = 1000
+Contents = Sequence[tuple[str, Hashable]]
+"""The name of each sample, and a key of its content."""
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """Number of the part, from 1, and how many there are; refuses what is not such an i/n."""
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count <= MOST_PARTS:
+        raise UserError(
+            f'--validation_part is "{text}": write i/n with i from 1 to n and n up to {MOST_PARTS},'
+            " for example 1/2."
+        )
+    return number, count
+
+
+def chosen(part: str | None, names: Sequence[str], set_name: str) -> list[int]:
+    """The positions of a part's samples, in order; all of them where ``part`` is None.
+
+    Args:
+        names: an identifier of each sample; samples of one name fall into one part.
+        set_name: the set, for a message.
+
+    Raises:
+        UserError: there are not so many different samples as parts.
+    """
+    if part is None:
+        return list(range(len(names)))
+    number, count = read_part(part)
+    different = list(dict.fromkeys(names))
+    if len(different) < count:
+        raise UserError(
+            f"--validation_part {part} asks for {count} parts of {set_name}, which has"
+            f" {len(different)}: ask for fewer."
+        )
+    part_names = {different[index] for index in parts(different, count)[number - 1]}
+    return [index for index, name in enumerate(names) if name in part_names]
+
+
+def copies(noun: str, training: Contents, heldout: Contents | None = None) -> str | None:
+    """A sentence on held-out samples that are trained on too; None where none is.
+
+    Args:
+        noun: samples in the plural, such as "images".
+        training: samples that are trained on.
+        heldout: samples that are held out; None where folds hold out parts of ``training``.
+    """
+    first_names: dict[Hashable, str] = {}
+    pairs: list[tuple[str, str]] = []  # a held-out sample, and the training sample it equals
+    for name, content in training:
+        if content in first_names:
+            pairs.append((name, first_names[content]))
+        first_names.setdefault(content, name)
+    count = f"{len(training)} {noun}"
+    if heldout is not None:
+        pairs = [(name, first_names[key]) for name, key in heldout if key in first_names]
+        count = f"{len(heldout)} held-out {noun}"
+    if not pairs:
+        return None
+    heldout_name, training_name = pairs[0]
+    return (
+        f"{len(pairs)} of the {count} are copies of what is learned from, such as {heldout_name} of"
+        f" {training_name}, so the held-out loss is too low: drop one of the two."
+    )

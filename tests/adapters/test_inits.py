@@ -12,12 +12,11 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bilora_diffusion import BiLoRAConfig, adapters, attach, inits
-from bilora_diffusion.adapters import AUXILIARY, CHANGE_BASE, INITIAL, PRIMARY, AdapterSpec
+from bilora_diffusion import BiLoRAConfig, adapters, attach
+from bilora_diffusion.adapters import AUXILIARY, CHANGE_BASE, INITIAL, PRIMARY, AdapterSpec, inits
+from bilora_diffusion.adapters.inits import lora_ga, pissa
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.core.errors import TrainingError, UserError
-from bilora_diffusion.inits.lora_ga import lora_ga
-from bilora_diffusion.inits.pissa import pissa
 from bilora_diffusion.methods import Target, create
 from bilora_diffusion.train import initialisation as gradients_module
 from bilora_diffusion.train.initialisation import collecting, mean_gradients
@@ -71,7 +70,7 @@ def test_of_a_large_weight_it_is_close_repeatable_and_quiet(init, monkeypatch):
     weight = U * torch.logspace(0, -3, 60, dtype=torch.float64) @ V.T
     arguments, near = ((2.0,), 1e-5) if init is pissa else ((), 1e-3)
     exact = init(weight, 4, *arguments)
-    monkeypatch.setattr("bilora_diffusion.inits.pissa.EXACT_UP_TO", 59)
+    monkeypatch.setattr("bilora_diffusion.adapters.inits.EXACT_UP_TO", 59)
     before = torch.random.get_rng_state()
     first, second, reseeded = (init(weight, 4, *arguments, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(torch.random.get_rng_state(), before)
