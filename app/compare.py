@@ -87,7 +87,9 @@ class Tab:
         view += [self.slider, self.query]
         widgets = list(dict.fromkeys([self.empty, self.body, *choice, *view]))
         changed(self.open, [], widgets, **ORDERED)
-        self.scores.input(self._open_scores, self.scores, widgets, **ORDERED)
+        self.scores.input(
+            lambda path: self._opened({"scores": path}), self.scores, widgets, **ORDERED
+        )
         events = [self.words.change]
         for widget in (self.a, self.b, self.also, self.seed, self.metric, self.order):
             events.append(widget.input)
@@ -101,10 +103,6 @@ class Tab:
     def open(self, request: gr.Request) -> Update:
         """Fill the tab by the page's address: that of a link, or of the last view."""
         return self._opened(dict(request.query_params))
-
-    def _open_scores(self, path: str) -> Update:
-        """Fill the tab by a choice of scores."""
-        return self._opened({"scores": path})
 
     def _opened(self, query: dict[str, str]) -> Update:
         """Update of all widgets for a query, of which each part may be missing or wrong."""

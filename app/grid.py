@@ -120,7 +120,9 @@ class Grid:
                 run, rows = self._chosen(path, steps)
                 base = BaseChoice.of_config(run.record["config"])
                 kinds: Sequence[str] = (ADAPTER_GUIDANCE,)
-                if both_kinds and has_both_kinds(run, base):
+                # A run of whole weights has no adapter to turn off for the base model's prediction.
+                has_adapter = not methods.get(run.method).exports_weights
+                if both_kinds and has_adapter and is_guided(base):
                     kinds = GUIDANCE_SOURCES
                 IMAGE_COUNTS.check("the number of images", len(rows) * len(kinds) * len(columns))
                 sampler_steps, guidance = usual(base)
@@ -163,11 +165,6 @@ class Grid:
             if step not in runs[path].checkpoints:
                 raise UserError(f"the checkpoint of step {step} has gone: choose others")
         return runs[path], chosen_steps
-
-
-def has_both_kinds(run: RunItem, base: BaseChoice) -> bool:
-    """Test that a run's images can also have guidance from the base model."""
-    return not methods.get(run.method).exports_weights and is_guided(base)
 
 
 def with_checkpoints(runs: Sequence[RunItem]) -> list[RunItem]:

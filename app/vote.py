@@ -82,7 +82,12 @@ class Tab:
         stage += [self.notice, self.result, self.images, self.standing, self.token]
         setup = [self.notice, self.setup, self.small_buttons, self.scores]
         changed(self._load, [self.voter, self.scores], setup, **QUIET)
-        self.scores.change(self._list_pairs, [self.scores], [self.pair], **QUIET)
+        self.scores.change(
+            lambda path: gr.update(choices=self.votes.pairs(path), value=ANY_PAIR),
+            [self.scores],
+            [self.pair],
+            **QUIET,
+        )
         self.start.click(self._begin, [self.scores, self.pair, self.session], stage, **ORDERED)
         for choice, button in buttons.items():
             cast = functools.partial(self._cast, choice)
@@ -111,10 +116,6 @@ class Tab:
             self.small_buttons: gr.update(visible=True),
             self.scores: gr.update(choices=choices, value=path),
         }
-
-    def _list_pairs(self, path: str | None) -> Any:
-        """Fill the list of adapters."""
-        return gr.update(choices=self.votes.pairs(path), value=ANY_PAIR)
 
     def _begin(self, path: str | None, pair: str, session: str) -> Update:
         """Show the first pair of a session, or the next one of a session that goes on."""
