@@ -24,7 +24,7 @@ from typing import TypeVar
 from .. import methods
 from ..methods.options import default_lora_alpha
 from .options import default_mixed_precision, default_report_to
-from .run import RunConfig, twentieth
+from .run import RunConfig
 
 TEXT_ENCODER_RATE = 5e-6
 """The default of diffusers' scripts."""
@@ -103,9 +103,9 @@ def with_scaled_rates(cfg: Config, processes: int) -> Config:
 
 
 def default_validation_loss_steps(cfg: RunConfig) -> int:
-    """The interval of twenty measurements in a run that goes by the held-out loss; else none."""
+    """The interval of the measurements in a run that goes by held-out samples; else none."""
     if cfg.depends_on_heldout and cfg.max_train_steps:
-        return twentieth(cfg.max_train_steps)
+        return cfg.measurement_interval(cfg.max_train_steps)
     return cfg.validation_loss_steps
 
 

@@ -189,7 +189,7 @@ def notes_on_defaults(cfg: RunConfig) -> list[str]:
     steps = cfg.validation_loss_steps
     if steps and cfg.depends_on_heldout and "validation_loss_steps" not in cfg.given_options:
         notes.append(
-            f"the held-out loss is measured every {steps} steps: change it with"
+            f"held-out samples are measured every {steps} steps: change it with"
             " --validation_loss_steps."
         )
     # In diffusers' script alpha is always the rank.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from ..core import fields
+from ..core.values import HELDOUT_LOSS
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
 from . import constraints
 from .command_line import CommandLine
@@ -121,20 +122,34 @@ class RunConfig(
         """`fingerprint` with the held-out options; a resumed run may change `free_options`."""
         settings = self.fingerprint()
         for name, value in self.to_dict().items():
-            if name in HELDOUT_OPTIONS:
+            if name in self.heldout_options:
                 settings[name] = value
         return settings
 
     @property
     def depends_on_heldout(self) -> bool:
-        """Whether the held-out loss decides what the run leaves."""
+        """Whether the measure of held-out samples decides what the run leaves."""
         return bool(self.fit or self.keep_best or self.early_stopping_patience)
+
+    @property
+    def heldout_measure(self) -> str:
+        """The measure of held-out samples that decides, by its name in the log."""
+        return HELDOUT_LOSS
+
+    @property
+    def heldout_options(self) -> frozenset[str]:
+        """The options that say what is measured, and on which samples."""
+        return HELDOUT_OPTIONS
+
+    def measurement_interval(self, steps: int) -> int:
+        """Steps from one measurement to the next, of twenty in a run of ``steps``."""
+        return max(1, steps // 20)
 
     @property
     def free_options(self) -> frozenset[str]:
         """The options that a resumed run may change."""
         if self.depends_on_heldout:
-            return self.without_influence - HELDOUT_OPTIONS
+            return self.without_influence - self.heldout_options
         return self.without_influence
 
 
@@ -147,8 +162,3 @@ def without_influence(groups: Sequence[type]) -> frozenset[str]:
             if is_free or fields.option_of(field).free:
                 names.add(name)
     return frozenset(names)
-
-
-def twentieth(steps: int) -> int:
-    """Steps between two measurements, for twenty in a run of ``steps``."""
-    return max(1, steps // 20)

@@ -73,6 +73,23 @@ KINDS = ("seq2seq", "causal", "classification")
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
 """Forms in which a causal language model gets a question."""
 
+# What is measured on held-out samples.
+HELDOUT_LOSS = "heldout_loss"
+HELDOUT_DISTANCE = "heldout_distance"
+"""Names in the log of what is measured on held-out samples; less is better."""
+MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
+    {HELDOUT_LOSS: "held-out loss", HELDOUT_DISTANCE: "distance of samples"}
+)
+BY_SAMPLES = "samples"
+BY_LOSS = "loss"
+JUDGES = (BY_SAMPLES, BY_LOSS)
+"""What `--fit` and the best step go by: distance of samples to held-out pictures, or the loss."""
+EMBEDDED = "embedded"
+"""The miniature's scorer, where a model that embeds images is asked for."""
+DINOV2 = "dinov2"
+"""Kind of such a model, in ``dinov2:ID_OR_FOLDER``."""
+
+
 SMALLEST = 1.2e-38
 """Smallest normal number of 32 bits; the arithmetic may take a smaller one for 0."""
 
