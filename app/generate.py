@@ -1,5 +1,7 @@
-"""The Generate tab: one prompt, two adapters, the same noise. And drawing that a browser asks for
-in any tab: one piece of work at a time, shown as it goes on, and ended by whoever asked for it.
+"""The tab Generate, of one prompt by two adapters from the same noise; and each browser's work.
+
+In any tab one piece of work is done at a time. A browser sees the progress of its own work and can
+end it.
 """
 
 from __future__ import annotations
@@ -14,57 +16,65 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from bilora_diffusion.core.errors import TrainingError, UserError
+from bilora_diffusion.core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from bilora_diffusion.mini import MINI
 
 from . import parts
 from .catalog import Catalog
-from .drawing import BASE, Pipelines, checked, drawable, sides, usual
 from .parts import QUIET
 from .runs import PROMPT, ordered, pair, suggest_prompt
+from .sampling import BASE, Pipelines, can_sample, checked, sides, usual
 
 GUIDANCE_TITLES = {
     ADAPTER_GUIDANCE: "the adapter (what other programs do)",
     BASE_GUIDANCE: "the base model",
 }
-"""Models of guidance's unconditional prediction as the page calls them."""
+"""Models of the unconditional prediction as the tab Generate names them."""
 
 
 class Stopped(Exception):
-    """Work was stopped by whoever asked for it."""
+    """A browser has stopped its work."""
 
 
 class Work:
-    """The pipeline that all parts of the page draw with, and each browser's current work.
+    """The pipeline that all parts of the page sample with, and each browser's current work.
 
     Args:
-        device: such as "cuda:1"; None for the best.
+        catalog: Folders of the viewer.
+        page: Page; a browser that leaves it ends its work.
+        device: Name of a device, such as "cuda:1"; None for the best one.
     """
 
     def __init__(self, catalog: Catalog, page: gr.Blocks, device: str | None) -> None:
-        self.catalog, self.models = catalog, Pipelines(device)
-        self.numbers, self.current = itertools.count(1), dict[str | None, int]()
+        self.catalog = catalog
+        self.models = Pipelines(device)
+        self._numbers = itertools.count(1)
+        self._current: dict[str | None, int] = {}  # number of each browser's work
         page.unload(self.stop)
 
     def events(
         self,
         name: str,
-        draw: Callable[..., Iterator[Any]],
+        sample: Callable[..., Iterator[Any]],
         prompt: gr.Textbox,
         inputs: Sequence[Any],
         outputs: Sequence[Any],
     ) -> None:
-        """Two buttons, and what they and the prompt's Enter key do.
+        """Add the buttons Generate and Cancel, and the events of these and of the Enter key.
 
         Args:
-            name: begins the buttons' ids.
-            draw: called with the work's number and what is ``asked``.
-            outputs: HTML of ``draw``, which is cleared first; progress is shown on the first.
+            name: Beginning of the buttons' ids.
+            sample: Called with the number of the work and the values of `inputs`.
+            prompt: Widget whose Enter key starts the work too.
+            inputs: Widgets of the form.
+            outputs: HTML that `sample` yields, which is cleared first; the first one shows the
+                progress.
         """
 
         def start(request: gr.Request) -> list[Any]:
-            return [self.begin(request), *([""] * len(outputs))]
+            cleared = [""] * len(outputs)
+            return [self.begin(request), *cleared]
 
         with gr.Row():
             go = gr.Button("Generate", variant="primary", elem_id=f"{name}-go")
@@ -74,7 +84,7 @@ class Work:
         pressed = [go.click, prompt.submit]
         started = gr.on(pressed, start, [], [number, *outputs], queue=False, **QUIET)
         started.then(
-            draw,
+            sample,
             [number, *inputs],
             [*outputs],
             show_progress="minimal",
@@ -87,22 +97,23 @@ class Work:
         cancel.click(self.stop, [], [], queue=False, **QUIET)
 
     def begin(self, request: gr.Request) -> int:
-        """A number for new work, which ends this browser's earlier work."""
-        self.current[request.session_hash] = number = next(self.numbers)
+        """Give new work a number, which ends this browser's earlier work."""
+        number = next(self._numbers)
+        self._current[request.session_hash] = number
         return number
 
     def stop(self, request: gr.Request) -> None:
-        """End what this browser asked for, before its next step."""
-        self.current.pop(request.session_hash, None)
+        """End the work of this browser before its next step."""
+        self._current.pop(request.session_hash, None)
 
     def check(self, number: int, request: gr.Request) -> None:
-        """Raise ``Stopped`` unless this is still the browser's current work."""
-        if self.current.get(request.session_hash) != number:
+        """Raise `Stopped` unless this is still the browser's current work."""
+        if self._current.get(request.session_hash) != number:
             raise Stopped
 
     @contextmanager
     def reported(self) -> Iterator[None]:
-        """Context whose errors the page shows in one sentence."""
+        """Within the context the page shows an error as one sentence."""
         try:
             yield
         except (UserError, TrainingError) as error:
@@ -111,15 +122,21 @@ class Work:
 
 
 def message(text: str) -> str:
-    """What became of the work, as HTML."""
+    """End of the work in a line of HTML."""
     return f'<p class="quiet">{escape(text)}</p>'
 
 
 class Tab:
-    """The widgets, and what happens when they are used."""
+    """The tab Generate: its widgets and their events.
+
+    Args:
+        work: The browsers' work.
+        changed: Event after which the list of runs is filled.
+    """
 
     def __init__(self, work: Work, changed: Any) -> None:
-        self.work, self.catalog = work, work.catalog
+        self.work = work
+        self.catalog = work.catalog
         self.empty = parts.html("generate-empty", visible=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300) as form:
@@ -146,40 +163,49 @@ class Tab:
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
         changed(self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
-        chosen = [self.a.change, self.b.change]
-        suggested = [prompt, steps, guidance, base]
+        choice_events = [self.a.change, self.b.change]
         inputs = [self.a, self.b, base, prompt]
-        gr.on(chosen, self.suggest, inputs, suggested, **QUIET)
+        gr.on(choice_events, self.suggest, inputs, [prompt, steps, guidance, base], **QUIET)
         inputs = [prompt, self.a, self.b, seed, steps, guidance, source, scale]
         with form:
             work.events("generate", self.generate, prompt, inputs, outputs)
 
     def choices(self, a: str | None, b: str | None) -> list[Any]:
-        """Fill the two lists; what is chosen already stays, and first are LoRA and Bi-LoRA."""
-        runs = ordered([run for run in self.catalog.scan.runs if drawable(run)])
-        choices = [("base model", BASE), *((run.name, run.path) for run in runs)]
-        first = [BASE, BASE, *(run.path for run in pair(runs))][-2:]
+        """Fill the two lists, at first with LoRA and Bi-LoRA chosen; a choice stays."""
+        runs = ordered([run for run in self.catalog.scan.runs if can_sample(run)])
+        choices = [("base model", BASE)]
+        for run in runs:
+            choices.append((run.name, run.path))
         paths = {path for _, path in choices}
-        stays = a in paths and b in paths and {a, b} != {BASE}
-        a, b = (a, b) if stays else first
-        text = "" if runs else parts.empty(self.catalog, "No trained run yet", "demo")
+        has_choice = a in paths and b in paths and {a, b} != {BASE}
+        if not has_choice:
+            # The base model stands for a run that is not there.
+            first_paths = [BASE, BASE]
+            for run in pair(runs):
+                first_paths.append(run.path)
+            a, b = first_paths[-2:]
+        text = ""
+        if not runs:
+            text = parts.empty(self.catalog, "No trained run yet", "demo")
         lists = [gr.update(choices=choices, value=value) for value in (a, b)]
         return [*lists, parts.notice(text)]
 
-    def suggest(self, a: str, b: str, before: str, prompt: str) -> list[Any]:
-        """The first chosen run's prompt, unless the user has written one; and steps and guidance
-        that are usual for the base model, if it is another than before.
+    def suggest(self, a: str, b: str, last_base: str, prompt: str) -> list[Any]:
+        """Suggest a prompt, steps and a guidance scale for a choice.
+
+        The prompt is the first chosen run's, unless the user has written one. Steps and guidance
+        are the base model's, if it is another than the last one.
         """
-        runs = {run.path: run for run in self.catalog.scan.runs if drawable(run)}
-        chosen = [runs[path] for path in (a, b) if path in runs]
-        if chosen:
-            prompt = suggest_prompt(prompt, chosen[0], [*runs.values()])
-        settings: list[Any] = [gr.skip()] * 3
-        with suppress(UserError):  # Generate will say it
+        runs = {run.path: run for run in self.catalog.scan.runs if can_sample(run)}
+        chosen_runs = [runs[path] for path in (a, b) if path in runs]
+        if chosen_runs:
+            prompt = suggest_prompt(prompt, chosen_runs[0], list(runs.values()))
+        with suppress(UserError):  # the button Generate shows the error
             base, _, _ = sides(self.catalog, a, b)
-            if base.name != before:
-                settings = [*usual(base), base.name]
-        return [prompt, *settings]
+            if base.name != last_base:
+                steps, guidance = usual(base)
+                return [prompt, steps, guidance, base.name]
+        return [prompt, gr.skip(), gr.skip(), gr.skip()]
 
     def generate(
         self,
@@ -195,32 +221,38 @@ class Tab:
         request: gr.Request,
         progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
     ) -> Iterator[Any]:
-        """Draw both sides; yields each as soon as it is there."""
+        """Sample both sides, and show each as soon as it is there.
+
+        Yields:
+            HTML of the outputs: status, cards, slider.
+        """
         images: list[Image.Image] = []
         try:
             with self.work.reported():
-                drawing = checked(prompt, seed, steps, guidance, scale, source)
-                base, chosen, size = sides(self.catalog, a, b)
-                drawing = replace(drawing, size=size)
-                for label, adapter in chosen:
+                image_request = checked(prompt, seed, steps, guidance, scale, source)
+                base, both_sides, size = sides(self.catalog, a, b)
+                image_request = replace(image_request, size=size)
+                labels = [label for label, _ in both_sides]
+                for label, adapter in both_sides:
 
                     def on_step(step: int, label: str = label) -> None:
                         self.work.check(number, request)
-                        progress((step, drawing.steps), desc=label, unit="steps")
+                        progress((step, image_request.steps), desc=label, unit="steps")
 
                     on_step(0)
-                    yield gr.skip(), _cards(chosen, images), gr.skip()
-                    images += self.work.models.draw(base, adapter, [drawing], on_step)
-            slider = parts.slider([label for label, _ in chosen], images)
-            yield message("Done."), _cards(chosen, images), slider
+                    yield gr.skip(), _cards(labels, images), gr.skip()
+                    images += self.work.models.sample(base, adapter, [image_request], on_step)
+            yield message("Done."), _cards(labels, images), parts.slider(labels, images)
         except Stopped:
             yield message("Cancelled."), gr.skip(), gr.skip()
 
 
-def _cards(sides: Sequence[tuple[str, Any]], images: Sequence[Image.Image]) -> str:
-    addresses = [parts.data_uri(image) for image in images] + [None] * len(sides)
-    cards = [
-        parts.card(label, address, role)
-        for (label, _), address, role in zip(sides, addresses, "AB", strict=False)
-    ]
-    return f'<div class="cards">{"".join(cards)}</div>'
+def _cards(labels: Sequence[str], images: Sequence[Image.Image]) -> str:
+    """Cards of both sides as HTML; a side may have no image yet."""
+    cards = ""
+    for number, label in enumerate(labels):
+        address = None
+        if number < len(images):
+            address = parts.data_uri(images[number])
+        cards += parts.card(label, address, role="AB"[number])
+    return f'<div class="cards">{cards}</div>'

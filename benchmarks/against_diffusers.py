@@ -43,7 +43,7 @@ from bilora_diffusion.core.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.image.config import resolve as parse_run
 from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.run.record import read_metrics
-from bilora_diffusion.train.setup import build_accelerator
+from bilora_diffusion.train.engine import build_accelerator
 
 OURS = str(Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py")
 PEER = "diffusers, LoRA"

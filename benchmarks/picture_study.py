@@ -23,14 +23,29 @@ CONTROL = "LoRA"
 RADIUS_AUTO = "Bi-LoRA, rho auto"
 PER_SAMPLE = "Bi-LoRA, per sample"
 HELD_UNCONDITIONAL = "LoRA, held"
+SAMPLES = {"method": "bilora", "rho": "auto", "auxiliaries": "sample"}
 VARIANTS: dict[str, dict[str, bool | str]] = {
     CONTROL: {"method": "lora"},
     "Bi-LoRA": {"method": "bilora"},
     RADIUS_AUTO: {"method": "bilora", "rho": "auto"},
-    PER_SAMPLE: {"method": "bilora", "rho": "auto", "auxiliaries": "sample"},
+    PER_SAMPLE: {**SAMPLES},
     HELD_UNCONDITIONAL: {"method": "lora", "hold_unconditional": "4"},
     "LoRA-SAM": {"method": "lora-sam"},
     "LoRA, EMA": {"method": "lora", "use_ema": True},
+    # Does one of these keep the subjects that an auxiliary for each sample loses early?
+    "per sample, a quarter of the rise": {**SAMPLES, "loss_rise": "0.1"},
+    "per sample, at low noise": {**SAMPLES, "auxiliary_snr_gamma": "50"},
+    "per sample, doubled rate": {**SAMPLES, "learning_rate": "2.0e-3"},
+    "LoRA, doubled rate": {"method": "lora", "learning_rate": "2.0e-3"},
+    # How often, and how strongly, the unconditional prediction is held.
+    "LoRA, held weakly": {"method": "lora", "hold_unconditional": "1"},
+    "LoRA, held strongly": {"method": "lora", "hold_unconditional": "16"},
+    "LoRA, held often": {
+        "method": "lora",
+        "hold_unconditional": "1",
+        "hold_unconditional_every": "4",
+    },
+    "Bi-LoRA, held": {"method": "bilora", "hold_unconditional": "4"},
 }
 
 

@@ -36,8 +36,7 @@ from bilora_diffusion.config.command_line import Sentences
 from bilora_diffusion.core.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.methods import MethodOptions, Target
 from bilora_diffusion.run import provenance
-from bilora_diffusion.train.compiling import Blocks
-from bilora_diffusion.train.setup import keep_freed_memory
+from bilora_diffusion.train.engine import Blocks, keep_freed_memory
 
 SEED = 0
 MAX_GRAD_NORM = 1.0

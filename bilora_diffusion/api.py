@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import adapters, inits
-from .adapters import AdapterSpec
+from . import adapters
+from .adapters import AdapterSpec, inits
 from .core.errors import UserError
 from .core.fields import check, like, options_of
 from .methods.base import MethodOptions, Target

@@ -24,9 +24,9 @@ import torch
 from PIL.Image import Image
 
 from .config.command_line import Sentences
-from .core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from .core.errors import TrainingError, UserError, run_cli
 from .core.figures import new_figure
+from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from .export.conversion import export_checkpoint
 from .image import script as train
 from .image.opening import open_images

@@ -22,10 +22,9 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bilora_diffusion.core.choices import NOISE_LEVELS
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
-from bilora_diffusion.core.values import check_choice
+from bilora_diffusion.core.values import NOISE_LEVELS, check_choice
 
 from . import compare, report
 from .cache import Cache

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.core.choices import NOISE_LEVELS
 from bilora_diffusion.core.errors import UserError, translated
+from bilora_diffusion.core.values import NOISE_LEVELS
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
-from bilora_diffusion.image.heldout import GridLoss
+from bilora_diffusion.image.loss import GridLoss
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
 from bilora_diffusion.image.script import training_images
 from bilora_diffusion.image.sets import ImageSet

@@ -19,8 +19,7 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.lora_names import COMPONENTS
-from bilora_diffusion.export.formats import diffusers_tensors
-from bilora_diffusion.export.layers import plain_name
+from bilora_diffusion.export.formats import diffusers_tensors, plain_name
 from bilora_diffusion.export.reader import read
 from bilora_diffusion.text.models import TextModel
 from bilora_diffusion.train.task import precision

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_diffusion import methods
+from bilora_diffusion.config.run import FORMER_OPTIONS
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.core.files import without_paths
 from bilora_diffusion.core.lora_names import DENOISERS, ENCODERS, FILE_NAME
@@ -70,7 +71,8 @@ class Subject(Entry):
         """The options that made a difference to what was learned, but for the seed."""
         unread = methods.option_names() - methods.get(str(self.method)).reads
         script = TextConfig if self.is_text else DreamBoothConfig
-        names = set(self.record["config"]) - script.without_influence - unread - {"seed", "method"}
+        names = set(self.record["config"]) - script.without_influence - unread
+        names -= {"seed", "method"} | FORMER_OPTIONS
         return {name: self.option(name) for name in sorted(names)}
 
     def log(self) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from bilora_diffusion import methods
 from bilora_diffusion.config import resolving
 from bilora_diffusion.config import run as run_config
-from bilora_diffusion.config.recipe import read_options
+from bilora_diffusion.config.command_line import read_options
 from bilora_diffusion.core.errors import UserError, did_you_mean, placed
 from bilora_diffusion.core.fields import default_of
 from bilora_diffusion.core.files import ROOT, without_paths

@@ -1,7 +1,7 @@
 """The one table of combinations that are refused, why, and what to do instead: `constraints.toml`.
 
 Options with each other and with the device, ways to launch (DDP trains everything, FSDP2 adapters
-of text models, see ``train.sharding``), and flags of other scripts. It is asked with a mapping of
+of text models, see ``train.engine``), and flags of other scripts. It is asked with a mapping of
 facts: option values by name, and what its ``[facts]`` name. Command lines, launches and trainers
 refuse what stands there, the contract tests leave it out, and docs/options.md shows it
 (``python -m docs.make``).

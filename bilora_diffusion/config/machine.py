@@ -1,4 +1,4 @@
-"""Facts about this machine: packages, the device, the precision that a launcher chose."""
+"""Facts about this machine: packages, the device, processes and precision of a launcher."""
 
 from __future__ import annotations
 
@@ -51,6 +51,32 @@ def processes() -> int:
         if variable in os.environ:
             return int(os.environ[variable])
     return 1
+
+
+def refuse_separate_processes() -> None:
+    """Refuse several processes on CPUs that accelerate does not join to one run.
+
+    accelerate 1.15 joins processes on CPUs only where its variable ACCELERATE_USE_CPU says so.
+    ``accelerate launch --cpu --num_processes N`` sets it, and a meeting point for N processes, but
+    starts one of them only, unless MPI starts them (``--mpirun_hostfile``).
+
+    Raises:
+        UserError: the processes would train each on its own, or fewer than were asked for.
+    """
+    # torchrun and accelerate set WORLD_SIZE, and each MPI a variable of its own.
+    sizes = [os.environ[name] for name in ("WORLD_SIZE", *MPI_SIZES) if name in os.environ]
+    has_several = any(size != "1" for size in sizes)
+    uses_cpu = is_on("ACCELERATE_USE_CPU")
+    if uses_cpu and not sizes and "MASTER_ADDR" in os.environ:
+        launch = "accelerate launch --cpu starts one process whatever --num_processes says"
+    elif not uses_cpu and has_several and device_type() == "cpu":
+        launch = "on CPUs these processes would each train alone"
+    else:
+        return
+    raise UserError(
+        f"{launch}: start several with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
+        " SCRIPT ..., or one with accelerate launch --num_processes 1."
+    )
 
 
 def is_on(variable: str) -> bool:

@@ -181,7 +181,7 @@ class OptimizerOptions:
     section: ClassVar[str] = "optimizer"
 
     # Table A8; the text script declares that of Tables A4 to A6. Derived for Prodigy:
-    # `rates.default_learning_rate`.
+    # `derived.default_learning_rate`.
     learning_rate: float = option(2e-4, "Learning rate; 1.0 by default for prodigy.", range=RATES)
     scale_lr: bool = option(
         False,

@@ -4,7 +4,7 @@ parse    flags and recipe -> a typed configuration that knows which options were
 derive   `derived.DERIVED_DEFAULTS`, then the script's own (`RunConfig.derived`)
 check    options without effect are ignored and named; combinations, packages and places that
          would not work are refused
-freeze   the rates of the launch (`rates.with_scaled_rates`)
+freeze   the rates of the launch (`derived.with_scaled_rates`)
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from .. import methods
-from ..core.choices import OPTIMIZERS
 from ..core.errors import UserError, is_main_process
 from ..core.fields import default_of, option_of, options_of
-from ..core.values import check_choice
+from ..core.values import OPTIMIZERS, check_choice
 from ..methods.options import AdapterOptions
 from . import constraints, machine
 from .constraints import fact_text
-from .derived import DERIVED_DEFAULTS, derive
+from .derived import DERIVED_DEFAULTS, HIGH_ADAMW_RATE, LOW_PRODIGY_RATE, derive, with_scaled_rates
 from .options import NO_CONTROL
-from .rates import HIGH_ADAMW_RATE, LOW_PRODIGY_RATE, with_scaled_rates
 from .run import RunConfig
 
 MAX_SAMPLES_OF_STEP = 10**6
@@ -183,7 +181,7 @@ def notes_on_defaults(cfg: RunConfig) -> list[str]:
     steps = cfg.validation_loss_steps
     if steps and cfg.depends_on_heldout and "validation_loss_steps" not in cfg.given_options:
         notes.append(
-            f"the held-out loss is measured every {steps} steps: change it with"
+            f"held-out samples are measured every {steps} steps: change it with"
             " --validation_loss_steps."
         )
     # In diffusers' script alpha is always the rank.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from ..core import fields
+from ..core.values import HELDOUT_LOSS
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
 from . import constraints
 from .command_line import CommandLine
@@ -16,6 +17,9 @@ HELDOUT_OPTIONS = frozenset(
     {"validation_dataset", "validation_file", "validation_part", "max_eval_samples"}
 )
 """Options that say which samples are held out."""
+FORMER_OPTIONS = frozenset({"efm_beta", "efm_schedule", "looksam_k", "looksam_alpha"})
+"""Options of methods that have left. Checkpoints and records of earlier versions hold them; no
+method of this version reads them."""
 
 
 class RunConfig(
@@ -112,7 +116,7 @@ class RunConfig(
     def resume_settings(self) -> dict[str, Any]:
         """`fingerprint` with the held-out options; a resumed run may change `free_options`."""
         options = self.to_dict()
-        heldout = {name: options[name] for name in HELDOUT_OPTIONS if name in options}
+        heldout = {name: options[name] for name in self.heldout_options if name in options}
         return {**self.fingerprint(), **heldout}
 
     @property
@@ -121,10 +125,24 @@ class RunConfig(
         return bool(self.fit or self.keep_best or self.early_stopping_patience)
 
     @property
+    def heldout_measure(self) -> str:
+        """What decides then, by its name in the log."""
+        return HELDOUT_LOSS
+
+    @property
+    def heldout_options(self) -> frozenset[str]:
+        """The options that say what is measured on which samples."""
+        return HELDOUT_OPTIONS
+
+    def measurement_interval(self, steps: int) -> int:
+        """Steps from one measurement to the next, of twenty in a run of ``steps``."""
+        return max(1, steps // 20)
+
+    @property
     def free_options(self) -> frozenset[str]:
         """The options that a resumed run may change."""
         if self.depends_on_heldout:
-            return self.without_influence - HELDOUT_OPTIONS
+            return self.without_influence - self.heldout_options
         return self.without_influence
 
 
@@ -137,8 +155,3 @@ def without_influence(groups: Sequence[type]) -> frozenset[str]:
             if is_free or fields.option_of(field).free:
                 names.add(name)
     return frozenset(names)
-
-
-def twentieth(steps: int) -> int:
-    """Steps from one measurement to the next, of twenty in a run."""
-    return max(1, steps // 20)

@@ -1,10 +1,123 @@
-"""`python -m bilora_diffusion.export FILE` prints what is inside a LoRA file."""
+"""Print what is inside a LoRA file, convert it, or export a checkpoint of a run.
+
+python -m bilora_diffusion.export runs/demo
+python -m bilora_diffusion.export FILE --json
+python -m bilora_diffusion.export RUN_OR_FILE --to kohya --output icons.safetensors
+python -m bilora_diffusion.export runs/demo --step 100 [--to kohya]
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-from .cli import main
+from ..config.command_line import Sentences
+from ..core.errors import UserError, run_cli, strip_controls
+from ..core.lora_names import ADAPTER_METADATA, FORMATS
+from .lorafile import LoraFile, inspect, lora_files
+
+_WIDTH = 72  # characters of a metadata entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 2 after one sentence on a file that is refused."""
+    parser = Sentences(
+        prog="python -m bilora_diffusion.export",
+        description="Print what is inside a LoRA file, convert it, or export a run's checkpoint.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="RUN_OR_FILE",
+        help="a .safetensors file in diffusers', kohya's or PEFT's format, a folder of PEFT, or a"
+        " run folder",
+    )
+    parser.add_argument(
+        "--to",
+        choices=FORMATS,
+        help="convert it; kohya, for SDXL only, is what ComfyUI and A1111 read",
+    )
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="take the run's checkpoint of this step; without --to, in the formats of its end",
+    )
+    parser.add_argument(
+        "--output",
+        help="the file or folder to write, which is never replaced; by default beside the source,"
+        " or RUN/exports/step-N",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return run_cli(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.step is None and options.to is None:
+        if options.output is not None:
+            raise UserError(f"--output {options.output} says where, not what; add --to or --step.")
+        for file in lora_files(Path(options.source)):
+            contents = inspect(file)
+            if options.json:
+                print(as_json(contents))
+            else:
+                print(as_table(contents))
+        return
+    # Imported here, since inspecting a file needs no torch.
+    from ..run.folder import hold_around
+    from .conversion import export_file, export_step
+
+    with hold_around(Path(options.output or options.source)):
+        if options.step is None:
+            exports = [export_file(options.source, options.to, options.output)]
+        else:
+            exports = export_step(options.source, options.step, options.to, options.output)
+    for export in exports:
+        if export.is_new:
+            print(export.path)
+        else:
+            print(f"is there already: {export.path}")
+
+
+def as_json(contents: LoraFile) -> str:
+    """All fields of `LoraFile` and its property `auxiliary`, as JSON."""
+    return json.dumps({**asdict(contents), "auxiliary": contents.auxiliary}, indent=2)
+
+
+def as_table(contents: LoraFile) -> str:
+    """Contents of a file as a table; the last lines say whether an auxiliary is inside, and why."""
+    file_format = contents.format
+    if contents.dora:
+        file_format += ", DoRA"
+    lines = [
+        f"file        {contents.path}",
+        f"format      {file_format}",
+        f"adapters    {', '.join(contents.adapters)}",
+        f"parameters  {contents.parameters:,} ({', '.join(contents.dtypes)})",
+    ]
+    if contents.other_tensors:
+        lines.append(f"other       {contents.other_tensors} tensors that are not LoRA's")
+    lines += ["", f"{'model':<16}{'layers':>8}{'rank':>10}{'alpha':>12}"]
+    for model, layers in contents.layers.items():
+        rank = ", ".join(map(str, contents.ranks[model]))
+        alpha = ", ".join(f"{value:g}" for value in contents.alphas.get(model, ())) or "= rank"
+        lines.append(f"{model:<16}{layers:>8}{rank:>10}{alpha:>12}")
+    metadata_keys = sorted(contents.metadata.keys() - {ADAPTER_METADATA})
+    if metadata_keys:
+        width = max(map(len, metadata_keys))
+        lines += ["", "metadata"]
+        for key in metadata_keys:
+            value = " ".join(contents.metadata[key].split())
+            if len(value) > _WIDTH:
+                value = f"{value[: _WIDTH - 3]}..."
+            lines.append(f"  {key:<{width}}  {value}")
+    # The question for which the command is there: only the primary belongs into a file.
+    lines += ["", f"auxiliary   {'FOUND' if contents.auxiliary else 'none'}"]
+    lines += [f"  {sentence}" for sentence in contents.evidence]
+    return "\n".join(map(strip_controls, lines))
+
 
 if __name__ == "__main__":
     sys.exit(main())

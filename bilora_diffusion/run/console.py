@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..core.files import duration
+from ..core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES
 from . import checkpoint, runlog
 from .record import BY_CONCEPT
 
@@ -99,24 +100,30 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
         lines["checkpoints"] = f"{folder / checkpoint.CHECKPOINTS} ({listed})"
 
     rows = runlog.read_metrics(folder)
-    losses = _column(rows, "heldout_loss")
+    losses = _column(rows, HELDOUT_LOSS)
+    distances = _column(rows, HELDOUT_DISTANCE)
     config, advice = record["config"], ""
     if losses:
-        last_step, best_step = max(losses), min(losses, key=lambda step: losses[step])
-        lines["held-out loss"] = _curve(losses)
+        lines[MEASURE_TITLES[HELDOUT_LOSS]] = _curve(losses)
         for key in dict.fromkeys(key for row in rows for key in row if key.startswith(BY_CONCEPT)):
             concept_losses = _column(rows, key)
             curve = _curve(concept_losses) if concept_losses else "not finite"
             lines[f"  {key.removeprefix(BY_CONCEPT)}"] = curve
-        advice = _advice(
-            quoted_folder,
-            best_step,
-            last_step,
-            gain=100 * (1 - losses[best_step] / losses[last_step]),
-            saved_steps=saved_steps,
-            left_best="best_step" in record["results"],
-            has_images="validation_dataset" in config,
-        )
+        if distances:
+            lines[MEASURE_TITLES[HELDOUT_DISTANCE]] = _curve(distances)
+        if distances or "validation_dataset" not in config:
+            advice = _advice(
+                quoted_folder,
+                HELDOUT_DISTANCE if distances else HELDOUT_LOSS,
+                distances or losses,
+                saved_steps=saved_steps,
+                left_best="best_step" in record["results"],
+            )
+        else:
+            advice = (
+                "the held-out loss ranks no images, which can improve long after it is lowest:"
+                " compare those of all steps, or train with --keep_best, which samples"
+            )
     elif not config.get("fit"):
         flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
         advice = (
@@ -173,34 +180,31 @@ def in_repository() -> bool:
 
 def _advice(
     folder: str,
-    best_step: int,
-    last_step: int,
+    measure: str,
+    curve: Mapping[int, float],
     *,
-    gain: float,
     saved_steps: Collection[int],
     left_best: bool,
-    has_images: bool,
 ) -> str:
-    """The step with the lowest held-out loss, and how to have its weights.
+    """The best step, and how to have its weights.
 
     Args:
-        gain: of the best step over the last, in percent.
+        measure: what the curve is of, by its name in the log.
+        curve: step -> value, less is better.
         saved_steps: steps of which there are checkpoints.
         left_best: whether the run's file holds the weights of the best step.
-        has_images: whether the run makes images, which the loss does not rank.
     """
+    last_step, best_step = max(curve), min(curve, key=lambda step: curve[step])
+    title = MEASURE_TITLES[measure]
     if best_step == last_step:
         return (
-            f"by the held-out loss step {last_step}, the last, was the best measured: more steps"
+            f"by the {title} step {last_step}, the last, was the best measured: more steps"
             " may be better still"
         )
-    comparison = (
-        f"by the held-out loss step {best_step} was {gain:.1f} % better than step {last_step}"
-    )
+    gain = 100 * (1 - curve[best_step] / curve[last_step])
+    comparison = f"by the {title} step {best_step} was {gain:.1f} % better than step {last_step}"
     if best_step == 0:
         return f"{comparison}, so nothing was gained: lower --learning_rate"
-    if has_images:
-        comparison += "; the images of later steps can be better, so compare them"
     if left_best:
         return f"{comparison}. What is saved is of step {best_step}"
     if best_step in saved_steps:

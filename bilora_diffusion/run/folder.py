@@ -1,20 +1,29 @@
-"""The run folder: what lies in it, whose it is, and what a command may do in it.
+"""The run folder: what lies in it, whose it is, what a command may do in it, and its lock.
 
 A folder is a run's by its ``run.json``. What has a name that a run writes to and stands in a folder
 without one was made by somebody else, and is neither replaced nor deleted; so is a ``README.md``
 that the run did not write.
+
+One command at a time writes into a run folder. `filelock` takes ``flock`` on a hidden file. The
+system releases it however the process ends, so a crash leaves no stale lock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError
+from filelock import FileLock, Timeout
+
+from .. import methods
+from ..core.errors import UserError, is_main_process
 from ..core.lora_names import (
     COMPONENTS,
     CONFIG,
@@ -25,10 +34,9 @@ from ..core.lora_names import (
     kohya_file_name,
     workflow_file_name,
 )
-from ..methods import get
 from . import checkpoint, snapshots
-from .record import VALIDATION, read_search
-from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
+from .record import RUN, VALIDATION, read_search
+from .runlog import CARD, ERROR, METRICS, read_run, wrote_card
 
 EXPORTS = "exports"  # adapters of checkpoints
 FIT, FIT_RECORD, FIT_FIGURE = "fit", "fit.json", "fit.png"
@@ -261,7 +269,11 @@ def _refuse_foreign_models(folder: Path) -> None:
 
 def _trained_whole(folder: Path) -> bool:
     """Test that the folder's run trained all weights of its models."""
-    return (folder / RUN).exists() and get(read_run(folder)["method"]).exports_weights
+    if not (folder / RUN).exists():
+        return False
+    method = read_run(folder)["method"]
+    # A method that has left may have written the folder; none of these trained all weights.
+    return method in methods.names() and methods.get(method).exports_weights
 
 
 def clear(folder: Path, overwrite: bool) -> None:
@@ -291,3 +303,61 @@ def clear(folder: Path, overwrite: bool) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+LOCK_FILE = ".run.lock"  # hidden: neither uploaded nor listed
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Lock a run folder within the context; the folder is made if it is missing.
+
+    Neither the lock file nor a folder that stayed empty is left behind. In a distributed run only
+    the main process takes the lock.
+
+    Raises:
+        UserError: another command holds it, or the folder cannot be written.
+    """
+    if not is_main_process():
+        yield
+        return
+    new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        _acquire(lock, folder)
+        try:
+            yield
+        finally:
+            # Before the release: whoever opened this file meanwhile sees that it is gone and
+            # locks a new one.
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            lock.release()
+    finally:
+        with contextlib.suppress(OSError):  # a folder with files stays
+            for new_folder in new_folders:
+                new_folder.rmdir()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"another command is writing into {folder}: wait until it has ended, or give another"
+            " folder"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be locked ({error.strerror}): check its rights and the room on its"
+            " disk, or give another folder"
+        ) from error
+
+
+def hold_around(path: Path) -> AbstractContextManager[None]:
+    """`hold` for the run folder that ``path`` is or lies in; nothing if there is none."""
+    path = path.absolute()
+    for folder in (path, *path.parents):
+        if (folder / RUN).is_file():
+            return hold(folder)
+    return contextlib.nullcontext()

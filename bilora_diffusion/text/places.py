@@ -16,13 +16,14 @@ PACKAGED = {
 
 
 def locate(name_or_path: str, option: str) -> str:
-    """A name as ``from_pretrained`` takes it: a folder, or the hub id as it is.
+    """Turn a name into one that `from_pretrained` takes: a folder, or the hub id as it is.
 
     Args:
-        option: what the name was given for, for messages.
+        name_or_path: Name of the model.
+        option: Option of the name, for messages.
 
     Raises:
-        UserError: the package that holds the model is missing, or a path does not exist.
+        UserError: The package that holds the model is missing, or a path does not exist.
     """
     packaged_model = PACKAGED.get(name_or_path)
     if packaged_model is None or Path(name_or_path).exists():
@@ -32,10 +33,15 @@ def locate(name_or_path: str, option: str) -> str:
 
 
 def package_folder(module: str, package: str | None, part: str) -> Path:
-    """The folder of an installed module, which is not imported.
+    """Find the folder of an installed module without importing it.
+
+    Args:
+        module: Name of the module.
+        package: Package of PyPI that has the module.
+        part: Name, for messages, of what comes with the package.
 
     Raises:
-        UserError: it is missing; ``part`` comes with the package.
+        UserError: The package is missing.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -46,10 +52,10 @@ def package_folder(module: str, package: str | None, part: str) -> Path:
 
 
 def gguf_file(source: str) -> str | None:
-    """The one GGUF file of a folder without Transformers' config; None for any other source.
+    """Name of the GGUF file in a folder without Transformers' config; None for other sources.
 
     Raises:
-        UserError: there are several.
+        UserError: The folder has several, or the package that reads them is missing.
     """
     folder = Path(source)
     if not folder.is_dir() or (folder / "config.json").exists():

@@ -1,27 +1,38 @@
-"""The command of a training script, from its configuration to its end."""
+"""The command of a training script, from its configuration to its end.
+
+With ``--compare`` it trains a control too: the run of the same command with another ``--method``.
+Both see the same data, noise and first values, so that they differ in their method alone.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from .. import adapters
+from .. import adapters, methods
+from ..config import resolving
 from ..config.options import NO_CONTROL
-from ..run import console, interruption, lock, publish
-from ..run.folder import refuse_unusable
+from ..config.run import RunConfig
+from ..core.durable import strict_json
+from ..core.errors import placed
+from ..run import console, hub, interruption
+from ..run.data import record_content, require_same_content, summarize
+from ..run.folder import State, classify, guard, hold, refuse_unusable
 from ..run.interruption import Stop
-from . import comparison, dry_run, setup
-from .comparison import PlannedRun
+from ..run.record import read_run
+from . import dry_run, setup
+from .engine import build_accelerator, free_memory
 from .search import report
 from .search.runs import Search
-from .setup import Config, Script, build_accelerator, free_memory, translated_errors
+from .setup import Config, Script, translated_errors
 
 logger = logging.getLogger(__name__)
 
@@ -29,55 +40,57 @@ logger = logging.getLogger(__name__)
 def train(
     script: Script[Config], argv: Sequence[str] | None = None, config: Config | None = None
 ) -> None:
-    """Train as the command line says and leave a run folder; with ``--fit`` after a search, with
-    ``--compare`` and that of a control run.
+    """Train by a command line into a run folder.
+
+    With ``--fit`` a search comes first. With ``--compare`` a control run is trained too, into a
+    folder of its own.
 
     Args:
-        script: Script whose models are trained.
+        script: Script of the command.
         argv: Arguments; None for those of the process.
         config: Configuration that they were read to, if that was done.
 
     Raises:
         UserError: Bad input; nothing was written.
-        TrainingError: Training could not go on; checkpoints and metrics are kept.
-        Interrupted: A signal ended it; it says how to go on.
+        TrainingError: Training could not go on; checkpoints and metrics stay.
+        Interrupted: A signal ended the command; the sentence says how to go on.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    # Only what was typed can be typed once more: the farewell repeats it, with a resume.
+    # The command that goes on after an interruption is shown only if the user has typed this one.
     typed = arguments if argv is None else None
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
     cfg = script.resolve(argv) if config is None else config
     configs: list[Any] = [cfg]
     if cfg.compare != NO_CONTROL:
-        configs.append(comparison.control_config(script, arguments, cfg))
+        configs.append(control_config(script, arguments, cfg))
     if cfg.dry_run:
         dry_run.run(script, configs, arguments)
         return
 
-    # The folders are judged before anything is loaded, and locked until the end: no second command
-    # may write into them.
+    # The folders are checked before anything is loaded, and locked until the end, so that no second
+    # command writes into them.
     folders = [Path(run_cfg.output_dir) for run_cfg in configs]
     control_folder = folders[1] if len(folders) > 1 else None
     with ExitStack() as locks:
         for folder in folders:
             refuse_unusable(folder)
-            locks.enter_context(lock.hold(folder))
-        runs = comparison.plan(configs)
+            locks.enter_context(hold(folder))
+        runs = plan(configs)
         accelerator = build_accelerator(cfg)
-        # A token without rights is found out now, not after hours of training.
+        # A token without write access is refused now, not after hours of training.
         repo_ids: dict[Path, str] = {}
         if cfg.push_to_hub:
             for run in runs:
                 name = run.cfg.hub_model_id or run.folder.name
-                repo_ids[run.folder] = publish.repository(name, cfg.hub_token)
+                repo_ids[run.folder] = hub.repository(name, cfg.hub_token)
         with translated_errors(cfg.base_model):
             task: Any = script.build_task(cfg, accelerator)
         for run in runs:
             run.require_same_data(task)
 
-        # All runs share the models and what is encoded of the data.
-        search, stop = None, None
+        # All runs share the models and the encoded data.
+        search = stop = None
         if cfg.fit:
             search = Search(script, arguments, task, accelerator)
             choice = search.choose()
@@ -90,7 +103,7 @@ def train(
             if stop is not None:
                 break
             if run.is_finished:
-                logger.info("%s holds this run already, to its end", run.folder)
+                logger.info("%s has this run already, to its end", run.folder)
                 continue
             if run is not runs[0]:
                 accelerator = build_accelerator(run.cfg)
@@ -100,13 +113,13 @@ def train(
                 script, task, accelerator, run, repo_ids.get(run.folder), restores=not is_last
             )
             stopped_folder = run.folder
-        # After the last run, whose options and time they tell.
+        # After the last run, whose options and time the report has.
         if stop is None and accelerator.is_main_process:
             if search is not None:
                 logger.info("\n".join(report.lines(folders[0], search.sample_noun)))
             if control_folder is not None:
                 logger.info(console.compared(folders, script.scorer))
-        # This order: the end of training takes the process group down (see `free_memory`).
+        # In this order, since the end of training closes the process group (see `free_memory`).
         free_memory(accelerator)
         accelerator.end_training()
         if stop is not None:
@@ -128,14 +141,14 @@ def _train_run(
 
     Args:
         script: Script of the task.
-        task: What is trained, with the configuration of the run.
+        task: Task with the configuration of the run.
         accelerator: Engine of the run.
         run: The run, which is not finished.
-        repo_id: Hub repository that the folder goes to.
-        restores: Whether to give the models back as they were, for the run that comes next.
+        repo_id: Hub repository that the folder is pushed to.
+        restores: True to restore the models afterwards, for the next run.
 
     Returns:
-        What stopped the run; None if nothing did.
+        The signal that stopped the run; None without one.
     """
     with ExitStack() as restoring:
         if restores:
@@ -146,10 +159,163 @@ def _train_run(
         )
         if restores and stop is None:
             free_memory(accelerator)
-            # Not by `end_training`, which takes the process group down too.
+            # Not by `end_training`, which closes the process group too.
             for tracker in accelerator.trackers:
                 tracker.finish()
             if torch.cuda.is_available():
-                # The next run records a peak of its own.
+                # The next run records its own peak.
                 torch.cuda.reset_peak_memory_stats()
     return stop
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One of the runs of a command.
+
+    Attributes:
+        cfg: Its configuration.
+        checkpoint_folder: Checkpoint to go on from; None for a new run.
+        is_finished: True if an earlier command has trained it to its end.
+    """
+
+    cfg: Any
+    checkpoint_folder: Path | None
+    is_finished: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Run folder."""
+        return Path(self.cfg.output_dir)
+
+    def require_same_data(self, task: Any) -> None:
+        """Refuse a finished run of other data, with which no run of the task can be compared.
+
+        Raises:
+            UserError: The data of the task are not those of the run.
+        """
+        if not self.is_finished:
+            return
+        content = record_content(task.training_content(), task.heldout_content())
+        recorded_content = read_run(self.folder)["content"]
+        require_same_content(
+            recorded_content, summarize(content), depends_on_heldout=self.cfg.depends_on_heldout
+        )
+
+
+def plan(configs: Sequence[RunConfig]) -> list[PlannedRun]:
+    """Plan the runs of a command by the content of their folders, which does not change here.
+
+    Args:
+        configs: Configuration of the run, and that of its control if there is one.
+
+    Raises:
+        UserError: A folder has other content, or a checkpoint does not exist.
+    """
+    runs = []
+    for cfg in configs:
+        # A finished run without a control is resumed all the same, which exports it again.
+        resumes = len(configs) > 1 and cfg.resume_from_checkpoint == "auto"
+        if resumes and _has_finished(cfg):
+            runs.append(PlannedRun(cfg, None, is_finished=True))
+            continue
+        checkpoint_folder = guard(
+            Path(cfg.output_dir),
+            cfg.resume_from_checkpoint,
+            fit=cfg.fit,
+            overwrite=cfg.overwrite_output_dir,
+            exports_weights=methods.get(cfg.method).exports_weights,
+        )
+        runs.append(PlannedRun(cfg, checkpoint_folder))
+    return runs
+
+
+def _has_finished(cfg: RunConfig) -> bool:
+    """Test that the output folder has a finished run of this configuration."""
+    folder = Path(cfg.output_dir)
+    if classify(folder) is not State.FINISHED:
+        return False
+    recorded_options = read_run(folder)["config"]
+    settings, _ = strict_json(cfg.resume_settings())
+    missing = object()
+    return all(recorded_options.get(name, missing) == settings[name] for name in settings)
+
+
+def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> Any:
+    """Make the configuration of the control: that of the command line with the other method.
+
+    An option that both methods read, such as a radius, is another quantity in each of them. So the
+    control has its own default in place of a typed one, as with a recipe for another method.
+
+    Args:
+        script: Script of the command.
+        argv: The command line.
+        cfg: Configuration that it was read to.
+
+    Raises:
+        UserError: The other method can't be trained with these options.
+    """
+    shared_options = methods.reads(cfg.method) & methods.reads(cfg.compare)
+    typed_options = type(cfg).parser().explicit(argv)
+    dropped_options = sorted(shared_options & typed_options.keys())
+    # Of two equal flags the last one holds.
+    words = without_flags(argv, dropped_options)
+    words += ["--method", cfg.compare, "--compare", NO_CONTROL]
+    words += ["--output_dir", str(control_folder(Path(cfg.output_dir), cfg.compare))]
+    if cfg.hub_model_id:
+        words += ["--hub_model_id", f"{cfg.hub_model_id}-{cfg.compare}"]
+
+    with _collected_notes() as known_notes:
+        script.resolve(argv)
+    with _collected_notes() as notes, placed(f"in the control run of --compare {cfg.compare}, "):
+        control = script.resolve(words)
+    for name in dropped_options:
+        logger.warning(
+            "--%s %s is for %s, so the control run takes the default of %s.",
+            name,
+            typed_options[name],
+            cfg.method,
+            cfg.compare,
+        )
+    # Notes for both runs were printed with the command line.
+    for note in notes:
+        if note not in known_notes:
+            logger.warning("in the control run, %s", note)
+    return control
+
+
+def control_folder(folder: Path, method: str) -> Path:
+    """The run folder of a control: that of the run, with the method after its name."""
+    if folder.name in ("", ".."):  # a path such as "." has no name
+        folder = folder.resolve()
+    return Path(f"{folder}-{method}")
+
+
+def without_flags(argv: Sequence[str], names: Collection[str]) -> list[str]:
+    """Arguments of a command line without some options, each of which takes one value."""
+    words: list[str] = []
+    is_value = False  # of a flag that was left out
+    for word in argv:
+        flag, equals_sign, _ = word.partition("=")
+        if is_value:
+            is_value = False
+        elif flag.startswith("--") and flag[2:].replace("-", "_") in names:
+            is_value = not equals_sign
+        else:
+            words.append(word)
+    return words
+
+
+@contextmanager
+def _collected_notes() -> Iterator[list[str]]:
+    """Within the context notes on a command line are collected instead of printed."""
+    notes: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        notes.append(record.getMessage())
+        return False
+
+    resolving.logger.addFilter(collect)
+    try:
+        yield notes
+    finally:
+        resolving.logger.removeFilter(collect)

@@ -1,70 +1,54 @@
-"""The training loop and its step, for every task, method, engine and precision.
+"""The training loop, for every task and method: steps, and what falls due between them.
 
-`run` is the loop: steps, and what falls due between them. `Trainer.train_step` is the step. Data,
-noise and timesteps of a step come from generators keyed by seed, step and sample, never from global
-random state. They are frozen as micro-batches, and `Method.step` gets a closure that runs all of
-them, as often as the method calls it. So the result depends neither on how a batch is cut into
-micro-batches or shared among processes, nor on where a run was interrupted.
+`run` is the loop; `trainer.Trainer.train_step` is its step. Held-out losses and validation images
+go into the run's record and to the trackers, and so does whatever ends a run.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
+import contextlib
+import logging
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from accelerate.utils import broadcast_object_list
+from PIL import Image
 
-from ..config.run import RunConfig
-from ..core.errors import Diverged, UserError
-from ..core.seeds import digest_texts, seed_of
-from ..methods import Method
-from ..run.console import Bar
-from ..run.content import record_content
-from ..run.interruption import Interruption
-from ..run.record import validation_folder
-from ..run.runlog import RunLog
-from . import resume, sharding
-from .compiling import Blocks
-from .dynamics import Dynamics
-from .initialisation import initialise
-from .optimizers import (
-    ClippedOptimizer,
-    StepLayout,
-    build_optimizer,
-    build_scheduler,
-    total_steps,
+from ..core.durable import disk_is_full
+from ..core.errors import (
+    Diverged,
+    TrainingError,
+    UserError,
+    keep_trace,
+    unexpected,
 )
-from .outcome import Outcome
-from .recording import show_images
-from .task import MicroBatch, Task
+from ..run.console import Bar
+from ..run.record import read_metrics, validation_folder
+from ..run.runlog import RunLog
+from . import resume
+from .engine import Blocks
+from .trainer import Trainer
 
-MAX_NONFINITE_STEPS = 10
-"""In fp16, steps in a row without a finite loss that are skipped; one more ends the run."""
-UNSUITED = "give another model or other parts of it, or other options"
+logger = logging.getLogger(__name__)
 
 
 def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
     """Train to the end: steps, metrics, held-out loss, validation images and checkpoints.
 
-    An interruption ends it earlier, after a step that is saved.
+    An interruption ends the loop earlier, after a step that is saved.
 
     Args:
-        trainer: Takes the steps.
+        trainer: Trainer that takes the steps.
         folder: Run folder.
         log: Record of the main process; the other processes have none.
     """
     cfg = trainer.cfg
     record_activity = None if log is None else log.doing
-    # The bar is closed on an error too, so that the error's sentence has a line of its own.
+    # An error closes the bar, so that its sentence has a line of its own.
     with Bar(trainer.num_steps, trainer.step, trainer.method.name, record_activity) as bar:
         if trainer.step == 0:
             with bar.waiting_for("starting values"):
@@ -74,7 +58,7 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             measure_heldout_loss(trainer, log, bar)
             if cfg.eval_on_start:
                 validate(trainer, folder, log, bar)
-        # From here on there is something to save, so a signal waits for the end of a step.
+        # From here on there is something to save: a signal waits for the end of a step.
         trainer.interruption.patient = True
         if trainer.is_finished:  # a run that had come to its end is resumed
             return
@@ -87,7 +71,7 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             with blocks.step(trainer.step + 1):
                 values = trainer.train_step(batches)
             bar.step(values)
-            # Trackers draw numbers; the digest and the dynamics are for the run's own log.
+            # Trackers plot numbers; the digest and the dynamics are for the run's own log.
             numbers = {name: value for name, value in values.items() if isinstance(value, float)}
             trainer.accelerator.log(numbers, step=trainer.step)
             if log is not None:
@@ -95,7 +79,7 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             if trainer.dynamics is not None:
                 trainer.dynamics.write(folder)
 
-            # A held-out loss can end the run, so `is_finished` is asked again after it.
+            # A held-out loss can end the run, so `is_finished` is read again after it.
             if trainer.is_finished or is_due(trainer.step, cfg.validation_loss_steps):
                 measure_heldout_loss(trainer, log, bar)
             is_final_validation = trainer.is_finished and not cfg.skip_final_inference
@@ -116,34 +100,34 @@ def is_due(step: int, interval: int | None) -> bool:
 
 
 def measure_heldout_loss(trainer: Trainer, log: RunLog | None, bar: Bar) -> None:
-    """Measure the loss on the validation set and log it; every process takes note of it."""
+    """Measure the loss on the validation set and log it; each process counts it."""
     values: dict[str, float] = {}
-    # The main process measures. Where weights are split, each forward pass needs every process.
+    # The main process measures. If weights are split, each forward pass needs all processes.
     measures = log is not None or trainer.accelerator.is_fsdp2
     if measures and trainer.task.has_heldout:
         with bar.waiting_for("held-out loss"):
             values = trainer.task.heldout_loss(trainer.evaluating())
         log_measurement(trainer, log, trainer.step, values)
-    loss = values.get("heldout_loss")
+    value = values.get(trainer.cfg.heldout_measure)
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.wait_for_everyone()
-        (loss,) = broadcast_object_list([loss])
-    trainer.outcome.note_heldout_loss(loss, trainer.step)
+        (value,) = broadcast_object_list([value])
+    trainer.outcome.note_measurement(value, trainer.step)
 
 
 def validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> None:
-    """Sample images or answers of the validation set; the last ones are of what the run leaves."""
+    """Sample images or answers of the validation set; the last ones with the final weights."""
     is_last = trainer.is_finished
-    # With --keep_best the last samples are those of the best step, and are filed under it.
+    # With --keep_best the final weights are those of the best step, whose folder gets the samples.
     step = trainer.outcome.step(trainer.step) if is_last else trainer.step
-    # As for the held-out loss; what other processes than the main one write is dropped.
+    # As for the held-out loss; the files of processes other than the main one are deleted.
     if log is not None or trainer.accelerator.is_fsdp2:
         with (
             bar.waiting_for("validation"),
             torch.random.fork_rng(),
-            tempfile.TemporaryDirectory() as dropped,
+            tempfile.TemporaryDirectory() as temporary_folder,
         ):
-            target_folder = folder if log is not None else Path(dropped)
+            target_folder = folder if log is not None else Path(temporary_folder)
             evaluating = trainer.evaluating(final_weights=is_last)
             values = trainer.task.validate(step, target_folder, evaluating)
             if log is not None:
@@ -157,243 +141,98 @@ def validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> No
 def log_measurement(
     trainer: Trainer, log: RunLog | None, step: int, values: dict[str, float]
 ) -> None:
-    """Log what was measured of the weights of a step."""
+    """Log measurements of the weights of a step."""
     if values and log is not None:
         log.metric(step, **values)
-        # Trackers refuse a step that lies behind, as the best one does at the end.
+        # Trackers refuse an earlier step than the last one, such as the best step at the end.
         trainer.accelerator.log(values, step=trainer.step)
 
 
-class Trainer:
-    """A task, a method and their optimizer, prepared by accelerate and able to take steps.
+def show_images(
+    trackers: Sequence[Any], files: Sequence[Path], prompts: Sequence[str], step: int
+) -> None:
+    """Show validation images in TensorBoard and in Weights & Biases, as diffusers' scripts do.
 
     Args:
-        task: What is trained.
-        method: How; its adapters are attached here.
-        cfg: Training configuration.
-        accelerator: Made with ``gradient_accumulation_steps=1``: steps are cut here.
-        last_step: Where the run ends, if not at the end of its schedules.
+        trackers: Trackers of accelerate.
+        files: Images; may be none.
+        prompts: Prompt of each image.
+        step: Last step that the trackers know.
     """
+    if not files:
+        return
+    # Trackers take RGB; a sampled image with transparency would have four channels.
+    images = [Image.open(file).convert("RGB") for file in files]
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            arrays = [np.asarray(image)[None] for image in images]  # (1, height, width, 3)
+            sizes = {image.size for image in images}
+            batches = {}
+            if len(sizes) == 1:
+                batches["validation"] = np.concatenate(arrays)
+            else:  # a batch has images of one size
+                for number, array in enumerate(arrays):
+                    batches[f"validation {number:03d}"] = array
+            tracker.log_images(batches, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb  # pyright: ignore[reportMissingImports]
 
-    def __init__(
-        self,
-        task: Task,
-        method: Method,
-        cfg: RunConfig,
-        accelerator: Accelerator,
-        last_step: int | None = None,
-    ) -> None:
-        self.task = task
-        self.method = method
-        self.cfg = cfg
-        self.accelerator = accelerator
-        self.layout = StepLayout.from_config(cfg, accelerator)
-        self.num_steps = total_steps(cfg, task.num_samples, self.layout.step_size)
-        self.last_step = last_step or self.num_steps
-        self.step = 0
+            captioned = []
+            for image, prompt in zip(images, prompts, strict=True):
+                captioned.append(wandb.Image(image, caption=prompt))
+            tracker.log({"validation": captioned}, step=step)
 
-        # The adapters' first values depend on the seed alone, not on what was sampled before.
-        torch.manual_seed(seed_of(cfg.seed, "adapters"))
-        optimizer = build_optimizer(cfg, method.setup(task.targets()))
-        # The record's hook comes before the method's, whose hook turns gradients around.
-        has_dynamics = cfg.log_dynamics and accelerator.is_main_process
-        self.dynamics = Dynamics(self, optimizer) if has_dynamics else None
-        method.bind(optimizer)
-        self.lr_scheduler = build_scheduler(cfg, optimizer, self.num_steps)
-        # Loaded models are in evaluation mode, in which some ignore gradient checkpointing.
-        task.module.train()
-        models = [target.model for target in method.targets]
-        self.module, self.optimizer = sharding.prepare(accelerator, task.module, models, optimizer)
-        self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
-        self.outcome = Outcome(method, cfg)
 
-        # Several processes stop together, which they can't before they share a first step.
-        self.interruption = Interruption(patient=accelerator.num_processes > 1)
-        self._shared_signal: int | None = None
-        self._content: dict[str, Any] | None = None  # made when it is first needed
-        self._nonfinite_steps = 0  # in a row
-        self._losses_of_step: list[tuple[Tensor, MicroBatch]] = []  # of each forward pass
+def warn_of_zero_auxiliary(folder: Path) -> None:
+    """Warn of a run that was plain LoRA, since the norm of its auxiliary was 0 in every step."""
+    norms = [row["auxiliary_norm"] for row in read_metrics(folder) if "auxiliary_norm" in row]
+    if norms and all(norm == 0 for norm in norms):
+        logger.warning(
+            "the auxiliary was 0 in every step of %s, so this run is plain LoRA: look at --rho,"
+            " --auxiliary_learning_rate and the schedule of the learning rate",
+            folder,
+        )
 
-    @property
-    def validation_steps(self) -> int | None:
-        """``--validation_epochs`` in steps; None where only the end is validated."""
-        if self.cfg.validation_epochs is None:
-            return None
-        steps_per_epoch = -(-self.task.num_samples // self.layout.step_size)
-        return self.cfg.validation_epochs * steps_per_epoch
 
-    @property
-    def content(self) -> dict[str, Any]:
-        """Record of the training and the held-out samples (`run.content`)."""
-        if self._content is None:
-            heldout = self.task.heldout_content()
-            self._content = record_content(self.task.training_content(), heldout)
-        return self._content
+@contextlib.contextmanager
+def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
+    """Within the context an error or a signal is written into the run's record and raised again.
 
-    def initialise(self) -> None:
-        """Start the primaries as ``init_lora_weights`` says, where that depends on weights or
-        gradients; once, before the first step of a run that is not resumed.
+    The traceback of an unexpected error is written to the run folder.
 
-        Raises:
-            TrainingError: A loss or a gradient is not finite.
-        """
-        if initialise(self.task, self.method.targets, self.cfg, self.accelerator):
-            self.outcome.begin()
+    Args:
+        log: Record of the main process; None in the others.
+        folder: Run folder.
 
-    def probe(self) -> None:
-        """Take one row forward and backward, as a step does, and forget its gradients.
-
-        Raises:
-            UserError: Its loss or a gradient is not finite.
-        """
-        first_slot = self.layout.slots()[0][0]
-        (batch,) = self.task.micro_batches([(0, (first_slot,))], self.layout.step_size)
-        is_finite = bool(self.forward_backward([batch])().isfinite())
-        # A gradient scaler starts too high on purpose and lowers its scale in the first steps.
-        if self.accelerator.scaler is None:
-            for weight in self.method.clip_parameters():
-                is_finite &= weight.grad is None or bool(weight.grad.isfinite().all())
-        self.clipped.zero_grad()
-        if not is_finite:
-            raise UserError(
-                f'"{self.cfg.base_model}" gives {batch.names[0]} a loss or gradients that are not'
-                f" finite: {UNSUITED}."
+    Raises:
+        TrainingError: The disk is full.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _close(log, "interrupted")
+        raise
+    except Exception as error:
+        if disk_is_full(error):
+            sentence = (
+                f"the disk that holds {folder} is full: make room and go on with"
+                " --resume_from_checkpoint auto"
             )
+            _close(log, "failed", sentence)
+            raise TrainingError(sentence) from error
+        sentence = str(error)
+        # The package's own errors have all facts in their sentence.
+        if not isinstance(error, UserError | TrainingError):
+            keep_trace(error, folder)
+            sentence = unexpected(error)
+        # A search goes on without a run that diverged; another error ends it.
+        results = {"diverged": True} if isinstance(error, Diverged) else {}
+        _close(log, "failed", sentence, **results)
+        raise
 
-    def micro_batches(self) -> Iterator[list[MicroBatch]]:
-        """The remaining steps, each as this process's micro-batches."""
-        slots = self.layout.slots()
-        steps = range(self.step, self.num_steps)
-        schedule = list(itertools.product(steps, slots))
-        stream = self.task.micro_batches(schedule, self.layout.step_size)
-        for _ in steps:
-            yield [next(stream) for _ in slots]
 
-    def train_step(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
-        """Take one optimizer step on frozen inputs; returns what is logged about it.
-
-        Raises:
-            Diverged: A loss is not finite; what is saved is untouched.
-        """
-        started = time.perf_counter()
-        self._losses_of_step.clear()
-        loss = self.method.step(self.forward_backward(batches), self.clipped)
-        # Of the step just taken; the schedule goes on below.
-        learning_rate = self.lr_scheduler.get_last_lr()[0]
-        # A step that the gradient scaler skips has changed no weights.
-        if not self.clipped.skipped:
-            self.lr_scheduler.step()
-            self.outcome.update()
-        self.step += 1
-
-        # Up to here work was only queued on the device. Reading its numbers waits for it.
-        digest, noise_levels = self._share_facts(batches)
-        self._require_finite()
-        loss_value = float(loss)
-        self._nonfinite_steps = 0 if math.isfinite(loss_value) else self._nonfinite_steps + 1
-        values: dict[str, Any] = {
-            "loss": loss_value,
-            "lr": learning_rate,
-            "grad_norm": self.clipped.grad_norm,
-            **self.method.metrics(),
-            "skipped": self.clipped.skipped,
-        }
-        if noise_levels:
-            # fsum does not depend on the order, which differs with the number of processes.
-            values["noise_level_mean"] = math.fsum(noise_levels) / len(noise_levels)
-            values["noise_level_min"] = min(noise_levels)
-            values["noise_level_max"] = max(noise_levels)
-        values["digest"] = digest
-        if self.dynamics is not None:
-            values |= self.dynamics.values()
-        values["seconds"] = time.perf_counter() - started
-        return values
-
-    def forward_backward(self, batches: Sequence[MicroBatch]) -> Callable[[], Tensor]:
-        """A closure that leaves the whole step's mean gradient in ``.grad``, as often as called.
-
-        It returns the mean loss over all processes, a 0-d tensor.
-        """
-        step, device = self.step, self.accelerator.device
-
-        def forward_backward() -> Tensor:
-            # Dropout sees the same random numbers at each call and after each resume.
-            torch.manual_seed(seed_of(self.cfg.seed, "forward", step, self.layout.rank))
-            total_loss = torch.zeros((), device=device)
-            for number, batch in enumerate(batches):
-                # DDP averages gradients over processes in the last backward pass only.
-                is_local = number < len(batches) - 1 and not self.accelerator.is_fsdp2
-                no_sync = self.accelerator.no_sync(self.module) if is_local else nullcontext()
-                with no_sync, self.method.around_batch(batch.samples, batch.snr):
-                    losses = self.module(batch.on(device))  # (slots,)
-                    self._losses_of_step.append((losses.detach(), batch))
-                    # Micro-batches are equally large, so this sums up to the mean of all slots.
-                    loss = losses.mean() / len(batches)
-                    self.accelerator.backward(loss)
-                total_loss += loss.detach()
-            sharding.average_gradients(
-                self.accelerator, self.optimizer, self.method.loose_parameters
-            )
-            return self.accelerator.reduce(total_loss, reduction="mean")  # pyright: ignore
-
-        return forward_backward
-
-    def _share_facts(self, batches: Sequence[MicroBatch]) -> tuple[str, list[float]]:
-        """Hash of data, noise and timesteps of the whole step, over all processes, and its noise
-        levels; a signal that one process received reaches the others with them.
-        """
-        digests: list[tuple[int, str]] = []  # by slot
-        levels: list[float] = []
-        for batch in batches:
-            digests += zip(batch.slots, batch.digests, strict=True)
-            levels += batch.levels
-        if self.accelerator.num_processes > 1:
-            shared = gather_object([(digests, levels, self.interruption.number)])
-            digests, levels = [], []
-            self._shared_signal = None
-            for process_digests, process_levels, number in shared:
-                digests += process_digests
-                levels += process_levels
-                # Of several signals that of the first process counts everywhere.
-                self._shared_signal = self._shared_signal or number
-        # In the order of the slots, which does not depend on the processes.
-        return digest_texts([digest for _, digest in sorted(digests)]), levels
-
-    def _require_finite(self) -> None:
-        # A gradient scaler skips such a step, and tries the next one with a smaller scale.
-        if self.accelerator.scaler is not None and self._nonfinite_steps < MAX_NONFINITE_STEPS:
-            return
-        # Every forward pass is looked at, also the second ones of methods that perturb the weights.
-        for losses, batch in self._losses_of_step:
-            is_finite = torch.isfinite(losses).tolist()
-            if not all(is_finite):
-                faulty = [batch.names[slot] for slot, good in enumerate(is_finite) if not good]
-                raise Diverged(
-                    f"the loss at step {self.step} is not finite for {', '.join(faulty)}: lower"
-                    " --learning_rate or look at these samples; the last checkpoint is untouched."
-                )
-
-    def stop_signal(self) -> int | None:
-        """The signal that ends the run after this step, the same on every process."""
-        is_alone = self.accelerator.num_processes == 1
-        return self.interruption.number if is_alone else self._shared_signal
-
-    @property
-    def is_finished(self) -> bool:
-        """True if the run ends here: at its last step, or earlier by its held-out loss."""
-        return self.step >= self.last_step or self.outcome.best.is_exhausted
-
-    @contextmanager
-    def evaluating(self, final_weights: bool = False) -> Iterator[None]:
-        """Within the context the models act as in use: the primary alone, without compilation.
-
-        Args:
-            final_weights: With the weights that the run leaves, not those of this step. Both are
-                averaged where averages are kept.
-        """
-        weights = self.outcome.applied() if final_weights else self.outcome.averaged()
-        is_compiled = self.cfg.compile
-        # Graphs round differently, and users of the exported file compute without them.
-        eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
-        with self.method.evaluating(), weights, eager:
-            yield
+def _close(log: RunLog | None, status: str, reason: str | None = None, **results: Any) -> None:
+    """Close the record of a run; on a full disk it stays as it was."""
+    with contextlib.suppress(OSError):
+        if log is not None:
+            log.close(status, reason, **results)

@@ -1,64 +1,53 @@
-"""One training run, from a task to the files that it leaves: engine, record, loop, export.
+"""One training run, from a task to the files that it leaves: record, loop, export.
 
 A training script is a subclass of `Script`; `command.train` runs it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import signal
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-)
 
 from ..config.run import RunConfig
-from ..core.errors import UserError, translated
+from ..core.errors import translated
 from ..core.files import counted
 from ..methods import Method, for_run
-from ..run import checkpoint, console, provenance, publish
-from ..run.content import summarize
+from ..run import checkpoint, console, hub, provenance
+from ..run.data import summarize
 from ..run.folder import FIT_RECORD, clear
 from ..run.interruption import Stop
 from ..run.record import last_measured, read_search
 from ..run.runlog import RunLog
-from . import loop, resume, sharding
-from .loop import UNSUITED, Trainer
+from . import loop, resume
+from .loop import recorded, warn_of_zero_auxiliary
 from .optimizers import StepLayout, total_steps
-from .recording import recorded, warn_of_zero_auxiliary
 from .task import Task
+from .trainer import UNSUITED, Trainer
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 Config = TypeVar("Config", bound=RunConfig)
 logger = logging.getLogger(__name__)
 
 
 class Script(ABC, Generic[Config]):
-    """What a training script adds to the shared command: its configuration, task and files."""
+    """A training script: the parts of the shared command that depend on images or text."""
 
-    project: ClassVar[str]  # its name for trackers
-    scorer: ClassVar[str]  # the module that scores its runs
+    project: ClassVar[str]  # name of the project for trackers
+    scorer: ClassVar[str]  # module that scores its runs
 
     @abstractmethod
     def resolve(self, argv: Sequence[str] | None) -> Config:
-        """Make the configuration of a command line; None is the process's own."""
+        """Make the configuration of a command line; None for that of the process."""
 
     @abstractmethod
     def build_task(self, cfg: Config, accelerator: Accelerator) -> Task:
-        """Open the data and load the models, without weights where `cfg.dry_run` says so."""
+        """Open the data and load the models, for a dry run without weights."""
 
     @abstractmethod
     def memory_by_phase(self, task: Any, device: torch.device) -> dict[str, dict[str, int]]:
@@ -66,7 +55,7 @@ class Script(ABC, Generic[Config]):
 
     @abstractmethod
     def export(self, cfg: Config, trainer: Trainer, folder: Path) -> dict[str, Any]:
-        """Write the trained weights as they are now, read them back, return what that showed."""
+        """Write the current weights, read them back, and return facts about the file."""
 
     @abstractmethod
     def write_card(
@@ -76,7 +65,7 @@ class Script(ABC, Generic[Config]):
 
     @abstractmethod
     def file_names(self, folder: Path) -> dict[str, str]:
-        """Purposes of the files that a run may leave, and their names."""
+        """Files that a run may leave: purpose -> name."""
 
 
 def run(
@@ -88,19 +77,19 @@ def run(
     last_step: int | None = None,
     repo_id: str | None = None,
 ) -> Stop | None:
-    """Train a task in a folder that is locked, and finish; nothing of it is alive afterwards.
+    """Train a task in a folder that is locked, to the files that the run leaves.
 
     Args:
         script: Script of the task.
-        task: What is trained.
+        task: Task that is trained.
         accelerator: Engine of the run.
         folder: Run folder.
         checkpoint_folder: Checkpoint to go on from; None for a new run.
-        last_step: Where a run of a search ends, which exports nothing.
-        repo_id: Hub repository that the folder goes to.
+        last_step: Last step of a run of a search, which exports nothing.
+        repo_id: Hub repository that the folder is pushed to.
 
     Returns:
-        What stopped the run, or came too late to stop it; None for neither.
+        The signal that stopped the run, or came too late to stop it; None without one.
     """
     cfg = task.cfg
     is_search_run = last_step is not None
@@ -109,7 +98,7 @@ def run(
         num_steps = total_steps(cfg, task.num_samples, step_size)
         method = for_run(vars(cfg), num_steps, task.sample_names)
         trainer = Trainer(task, method, cfg, accelerator, last_step)
-        # A checkpoint proves that the model can be trained.
+        # With a checkpoint the model has been trained before.
         if checkpoint_folder is None:
             trainer.probe()
     if checkpoint_folder is not None:
@@ -127,7 +116,7 @@ def run(
         with trainer.interruption, recorded(log, folder):
             accelerator.init_trackers(script.project, config=tracker_config(cfg))
             loop.run(trainer, folder, log)
-            # A signal ended the loop between two steps, which the record notes like one within.
+            # A signal that ended the loop after a step is recorded like one that ended it within.
             if not trainer.is_finished:
                 raise KeyboardInterrupt
             results = {} if log is None else measured_results(trainer, folder)
@@ -135,9 +124,9 @@ def run(
                 if log is not None:
                     results |= export(script, trainer, folder, log, results, repo_id)
             elif checkpoint.steps(folder)[-1:] != [trainer.step]:
-                # The search may bring this run to more steps later.
+                # The search may continue this run later.
                 resume.save(trainer, folder, log)
-            # No process may take the group down while another still writes or measures.
+            # No process may close the group while another one still writes or measures.
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         number = trainer.stop_signal() or trainer.interruption.number or signal.SIGINT
@@ -147,7 +136,7 @@ def run(
         warn_of_zero_auxiliary(folder)
         if not is_search_run:
             logger.info(console.closing(folder, script.file_names(folder), script.scorer))
-    # A signal during the export: too late to stop the run, but not what comes after it.
+    # A signal during the export comes too late for this run, but stops those after it.
     number = trainer.interruption.number
     if number is None:
         return None
@@ -155,10 +144,10 @@ def run(
 
 
 def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
-    """Begin or go on with the record of a run; a new run deletes what it may overwrite."""
+    """Begin the record of a run or go on with it; a new run deletes files that it may overwrite."""
     cfg = trainer.cfg
     if not is_resumed:
-        # With --fit the search has replaced what was in the folder, and stays beside the run.
+        # With --fit the search has emptied the folder, and its own files stay beside the run.
         clear(folder, overwrite=cfg.overwrite_output_dir and not cfg.fit)
     log = RunLog(folder, trainer.accelerator.device)
     log.start(
@@ -173,74 +162,12 @@ def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
 
 
 def translated_errors(model: str) -> Any:
-    """A context in which a library's error says that a model can't be trained as asked."""
+    """Within the context a library's error becomes a sentence: the model can't be trained so."""
     return translated(f'"{model}" can\'t be trained so', UNSUITED)
 
 
-def free_memory(accelerator: Accelerator) -> None:
-    """Drop what the engine holds of a run.
-
-    DDP's reducer must be gone before the process group is taken down: the other way round, its end
-    waits for the group's thread while that waits for the interpreter.
-    """
-    accelerator.free_memory()
-    gc.collect()
-
-
-def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> Accelerator:
-    """Make accelerate's engine in the precision of the configuration.
-
-    Args:
-        cfg: Training configuration.
-        kind: Class of the engine.
-
-    Raises:
-        UserError: The device can't compute in this precision.
-    """
-    # A text encoder's last layers may be left out of the loss. No buffer changes.
-    distributed = DistributedDataParallelKwargs(
-        find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
-    )
-    # The other processes wait while one samples images, or trains a run of a search.
-    waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    logs = str(Path(cfg.output_dir, cfg.logging_dir))
-    try:
-        accelerator = kind(
-            mixed_precision=cfg.mixed_precision,
-            log_with=None if cfg.report_to == "none" else cfg.report_to,
-            project_config=ProjectConfiguration(project_dir=cfg.output_dir, logging_dir=logs),
-            kwargs_handlers=[distributed, waiting],
-        )
-    except ValueError as error:
-        raise UserError(
-            f"--mixed_precision {cfg.mixed_precision} does not work here ({error}): use bf16 or no."
-        ) from error
-    sharding.read_in_every_process(accelerator)
-    if cfg.allow_tf32 and torch.cuda.is_available():
-        # Factors of float32 products are rounded to 10 bits of mantissa, so this is a choice.
-        torch.backends.cuda.matmul.allow_tf32 = True
-    keep_freed_memory(accelerator.device)
-    return accelerator
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU let glibc keep up to 2 GiB of what is freed.
-
-    By default it gives large blocks back to the kernel, which clears every page anew when the next
-    step asks for it.
-    """
-    if device.type != "cpu" or sys.platform != "linux":
-        return
-    libc: Any = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
-        # Both are 128 KiB by default: a larger block is mapped on its own, and what is free at the
-        # heap's end beyond that goes back.
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def tracker_config(cfg: RunConfig) -> dict[str, Any]:
-    """The options as values that every tracker can show."""
+    """The options as numbers and texts, which every tracker can show."""
     values = {}
     for name, value in cfg.to_dict().items():
         values[name] = value if isinstance(value, int | float | str) else repr(value)
@@ -248,12 +175,14 @@ def tracker_config(cfg: RunConfig) -> dict[str, Any]:
 
 
 def announce(trainer: Trainer, folder: Path) -> None:
-    """Say what is about to be trained on what, for how long, where, and where to."""
-    cfg, steps, step_size = trainer.cfg, trainer.last_step, trainer.layout.step_size
+    """Print data, length, method, device and folder of a run before it begins."""
+    cfg = trainer.cfg
+    steps, step_size = trainer.last_step, trainer.layout.step_size
     epochs = steps * step_size / trainer.task.num_samples
-    processes, device = trainer.accelerator.num_processes, trainer.accelerator.device
-    device_name = provenance.device(device)["name"]
-    place = f"{processes} processes on {device_name}" if processes > 1 else device_name
+    place = provenance.device(trainer.accelerator.device)["name"]
+    processes = trainer.accelerator.num_processes
+    if processes > 1:
+        place = f"{processes} processes on {place}"
     facts = [
         trainer.task.data_summary(),
         f"{counted(f'{steps:,}', 'step')} of {step_size} ({counted(f'{epochs:.3g}', 'epoch')})",
@@ -277,7 +206,7 @@ def describe_method(method: Method, rank: int) -> str:
 
 
 def measured_results(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """The steps of a run, and what was measured last of the weights that it leaves."""
+    """Steps of a run, and the last measurements of the weights that it leaves."""
     results = {"steps": trainer.step, **trainer.outcome.results()}
     measurements = last_measured(folder, trainer.outcome.step(trainer.step))
     for name, (_, value) in measurements.items():
@@ -293,10 +222,18 @@ def export(
     measured: dict[str, Any],
     repo_id: str | None,
 ) -> dict[str, Any]:
-    """Export the primary, prove it from the file and write the model card.
+    """Export the weights, check the file and write the model card.
+
+    Args:
+        script: Script of the run.
+        trainer: Trainer at the end of the run.
+        folder: Run folder.
+        log: Record of the run.
+        measured: Measured results, for the card.
+        repo_id: Hub repository that the folder is pushed to.
 
     Returns:
-        What to add to the measured results.
+        Further results.
     """
     cfg = trainer.cfg
     record = read_search(folder / FIT_RECORD) if cfg.fit else None
@@ -304,10 +241,10 @@ def export(
     if record and record["choice"]:
         results["chosen_steps"] = record["choice"]["steps"]
     log.writes_card()
-    # The best or averaged weights, where the run leaves these.
+    # The best or averaged weights, if the run leaves these.
     with trainer.outcome.applied():
         results["export"] = script.export(cfg, trainer, folder)
     script.write_card(cfg, folder, measured | results, repo_id)
     if repo_id is not None:
-        publish.push(folder, repo_id, cfg.hub_token)
+        hub.push(folder, repo_id, cfg.hub_token)
     return results

@@ -34,9 +34,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_diffusion.core.choices import BASE_GUIDANCE
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.files import counted, without_paths
+from bilora_diffusion.core.values import BASE_GUIDANCE
 from bilora_diffusion.run.record import RUN
 
 from .. import checkpoints, compare, report
@@ -111,7 +111,7 @@ class ClipScores(OverSteps):
         parser.add_output("scores", DEMO, of_runs=True)
 
     def subjects(self) -> list[Subject]:
-        from bilora_diffusion.train.launching import refuse_separate_processes
+        from bilora_diffusion.config.machine import refuse_separate_processes
 
         refuse_separate_processes()
         if self.args.steps is not None:

@@ -23,7 +23,7 @@ from bilora_diffusion.image.captions import add_trigger
 from bilora_diffusion.image.derived import ICONS
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
-from bilora_diffusion.run.heldout_part import chosen
+from bilora_diffusion.run.data import chosen
 
 from ..subjects import Subject
 from .prompts import CONTEXTS, FOLDER, Prompt, instance_of, lines_of, read

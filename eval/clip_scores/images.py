@@ -33,15 +33,14 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from bilora_diffusion import methods, mini
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE
 from bilora_diffusion.core.durable import write_bytes
 from bilora_diffusion.core.errors import translated
 from bilora_diffusion.core.files import duration, without_paths
 from bilora_diffusion.core.seeds import seed_of
+from bilora_diffusion.core.values import ADAPTER_GUIDANCE
 from bilora_diffusion.image.families.base import join_rows
 from bilora_diffusion.image.pipeline import load_pipeline, resolve
-from bilora_diffusion.image.prompts import embed, embed_negative
-from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.image.sampling import embed, embed_negative, generate
 from bilora_diffusion.run.console import quiet
 from bilora_diffusion.run.provenance import device, versions
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError, translated
-from bilora_diffusion.image.decode import read_rgb
+from bilora_diffusion.image.image_files import read_rgb
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.mini.colors import MAPS

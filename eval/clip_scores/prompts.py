@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.core.files import is_file, read_rows, read_text
-from bilora_diffusion.image.listing import list_folder
+from bilora_diffusion.image.image_files import list_folder
 from bilora_diffusion.image.opening import TEXT, open_images
 from bilora_diffusion.mini import FOLDERS, HELDOUT_SUFFIX, color_map, heldout_dir
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from bilora_diffusion.core.choices import BASE_GUIDANCE
+from bilora_diffusion.core.values import BASE_GUIDANCE
 
 from .. import compare
 from ..plot import canvas

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion import mini
 from bilora_diffusion.config.machine import default_precision
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
     GUIDANCES,
     SAMPLER_STEPS,
     SIDES,
     STRENGTHS,
     WORKERS,
 )
+from bilora_diffusion.image.config import require_unconditional
 from bilora_diffusion.image.families import family_of
-from bilora_diffusion.image.inputs import require_unconditional
 
 from ..checkpoints import HELP
 from ..command import COUNTS, read_integers

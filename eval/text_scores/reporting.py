@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from bilora_diffusion.core.intervals import student_interval
+from bilora_diffusion.core.figures import student_interval
 
 from .. import compare
 from ..report import INTERVALS, escaped, listed, table

@@ -15,10 +15,10 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
-from app import frame, viewer
+from app import page, viewer
 from app.catalog import Catalog
-from app.guard import MAX_BODY_BYTES, MAX_LINE_LENGTH, ShortLines, guarded
-from app.votes import Polls
+from app.page import MAX_BODY_BYTES, MAX_LINE_LENGTH, ShortLines, guarded
+from app.votes import VoteStore
 from tests.app.folders import make_run, make_scores
 
 LOCAL = "127.0.0.1"
@@ -74,7 +74,7 @@ def served(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", recorded_connect)
-        server = frame.server(Catalog(root), host=LOCAL, public=False, device=None)
+        server = page.server(Catalog(root), host=LOCAL, public=False, device=None)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         served = Served(port, root, calls)
@@ -119,7 +119,7 @@ def test_a_vote_is_of_the_voter_who_began(served):
         click("vote-left", token, None, formula)
     (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', click("vote-start", "scores", "", formula))
     click("vote-left", token, {"voter": formula}, formula)
-    (vote,) = Polls(Catalog(served.root), random.Random()).votes()
+    (vote,) = VoteStore(Catalog(served.root), random.Random()).votes()
     assert re.fullmatch("[0-9a-f]{16}", vote.session)
 
 

@@ -6,7 +6,7 @@ import gradio as gr
 import orjson
 import pytest
 
-from app import compare, frame, generate, results, scored, training, validation, vote
+from app import compare, generate, page, results, scored, training, validation, vote
 from app.catalog import Catalog
 from app.generate import Work
 from app.grid import Grid
@@ -42,7 +42,7 @@ class Tabs:
             scores += [self.compare._opened({"scores": item.path})]
             scores += [self.compare.step(1, *vars(first).values())]
             votes += [
-                {0: self.vote.polls.pairs(item.path)},
+                {0: self.vote.votes.pairs(item.path)},
                 self.vote._begin(item.path, ANY_PAIR, ""),
             ]
         paths = [run.path for run in scan.runs]
@@ -52,7 +52,7 @@ class Tabs:
         cards = [draw.pop(self.training.cards) + draw.pop(self.training.legend) for draw in draws]
         figures = [len(results.pictures(self.catalog, item)[0]) for item in scan.figures]
         return {
-            "page": event_json([frame.title(self.catalog), frame.notices(self.catalog)]),
+            "page": event_json([page.title(self.catalog), page.notices(self.catalog)]),
             "images": event_json(images),
             "cards": event_json(cards),
             "curves": event_json(to_json(update) for draw in draws for update in draw.values()),

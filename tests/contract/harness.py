@@ -10,23 +10,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bilora_diffusion import adapters, inits
-from bilora_diffusion.adapters import AdapterSpec
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import AdapterSpec, inits
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.config import constraints
 from bilora_diffusion.config.run import RunConfig
-from bilora_diffusion.core.choices import (
-    AUTO,
-    BALLS,
-    DIRECTIONS,
-    RHO_NORMS,
-    SAMPLE,
-)
+from bilora_diffusion.core.values import AUTO, BALLS, DIRECTIONS, RHO_NORMS, SAMPLE
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, for_run, names
-from bilora_diffusion.train.compiling import Blocks
+from bilora_diffusion.train.engine import Blocks, average_gradients
 from bilora_diffusion.train.initialisation import collecting
 from bilora_diffusion.train.optimizers import build_scheduler
-from bilora_diffusion.train.sharding import average_gradients
 from tests.contract.models import CASES, ROWS
 
 STEPS = 3
@@ -95,7 +88,7 @@ class Run:
     Args:
         micro_batches: micro-batches of a step.
         overflow: steps (from 0) whose gradient overflows; then a gradient scaler is at work.
-        compiled: its repeated blocks are, by `compiling.BACKEND`.
+        compiled: its repeated blocks are, by `engine.BACKEND`.
         config: of a script, whose method, learning rate and schedule over `steps` hold instead.
     """
 

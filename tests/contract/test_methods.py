@@ -10,9 +10,9 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.config import constraints
-from bilora_diffusion.core.choices import SAMPLE
+from bilora_diffusion.core.values import SAMPLE
 from bilora_diffusion.methods import create, names
-from bilora_diffusion.train import compiling
+from bilora_diffusion.train import engine
 from tests.contract.harness import SHARED, SPECS, Run, combos, compared, pairwise, rotation
 from tests.contract.models import CASES, ROWS
 from tests.scripts.runs import TORCHRUN, process
@@ -157,7 +157,7 @@ COMPILED = ("bilora", "lora-sam", "flat-lora")
 )
 def test_the_life_of_a_run_with_compiled_blocks(name, tmp_path, monkeypatch):
     """Every state of the adapters goes through compiled blocks here: no graph serves two."""
-    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # without a compiler
+    monkeypatch.setattr(engine, "BACKEND", "aot_eager")  # without a compiler
     life(tmp_path, name, "default", "unet", compiled=True)
 
 

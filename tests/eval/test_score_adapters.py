@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.prompts import embed
-from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.image.sampling import embed, generate
 from eval.clip_scores.settings import base_model
 from eval.load import applied
 from eval.sources import find

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bilora_diffusion.config.recipe import read_options
+from bilora_diffusion.config.command_line import read_options
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import ROOT
 from eval.sweep_plan import load, parse

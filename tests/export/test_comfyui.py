@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from bilora_diffusion.adapters import AdapterSpec
 from bilora_diffusion.core.lora_names import FILE_NAME
-from bilora_diffusion.export.layers import primary_part
+from bilora_diffusion.export.formats import primary_part
 from bilora_diffusion.export.writer import save_diffusers
 from bilora_diffusion.image.families import SDXL, family_of
-from bilora_diffusion.image.layers import select_layers
+from bilora_diffusion.image.pipeline import select_layers
 from tests.export.comfy_names import place
 from tests.export.export_models import add_adapters
 from tests.image.test_comfy import comfy_levels, graph_of, pipeline_of

@@ -18,9 +18,9 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.core.lora_names import FILE_NAME, kohya_file_name
-from bilora_diffusion.export.readback import verify
+from bilora_diffusion.export.reader import verify
 from bilora_diffusion.export.writer import save_diffusers
-from bilora_diffusion.image import layers as choice
+from bilora_diffusion.image import pipeline as image_pipeline
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
@@ -72,7 +72,7 @@ def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
     alpha, dora, tmp_path
 ):
     trained, loaded = (load_pipeline("mini", dtype=torch.float32) for _ in range(2))
-    places = choice.select_layers(["all"], family_of(trained), trained.unet)
+    places = image_pipeline.select_layers(["all"], family_of(trained), trained.unet)
     models = {}
     for name in MODELS:
         targets = places if name == "unet" else "all-linear"

@@ -14,10 +14,9 @@ from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.core.lora_names import CONFIG, FILE_NAME, WEIGHTS
 from bilora_diffusion.export import formats, writer
-from bilora_diffusion.export.cli import main
+from bilora_diffusion.export.__main__ import main
 from bilora_diffusion.export.conversion import convert
-from bilora_diffusion.export.formats import kohya_name
-from bilora_diffusion.export.layers import plain_name
+from bilora_diffusion.export.formats import kohya_name, plain_name
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.writer import save_adapter
 from bilora_diffusion.text.models import load_text_model

@@ -19,7 +19,7 @@ from bilora_diffusion.core.lora_names import (
     FORMATS,
     WEIGHTS,
 )
-from bilora_diffusion.export.cli import main
+from bilora_diffusion.export.__main__ import main
 from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.reader import read

@@ -13,14 +13,13 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.lora_names import FILE_NAME
-from bilora_diffusion.export.cli import main
+from bilora_diffusion.export.__main__ import main
 from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.export.lorafile import inspect
-from bilora_diffusion.export.readback import verify
+from bilora_diffusion.export.reader import verify
 from bilora_diffusion.export.writer import save_diffusers
 from bilora_diffusion.image.families import family_of
-from bilora_diffusion.image.layers import select_layers
-from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.pipeline import load_pipeline, select_layers
 from bilora_diffusion.run.folder import clear, guard
 from eval.load import applied
 from eval.sources import find

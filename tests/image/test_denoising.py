@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bilora_diffusion import adapters
-from bilora_diffusion.image.denoising import PRIOR, Denoising, DreamBoothModule, min_snr_weights
 from bilora_diffusion.image.families.sdxl import StableDiffusionXL
+from bilora_diffusion.image.loss import PRIOR, DreamBoothModule
+from bilora_diffusion.image.noise_schedules import Denoising, min_snr_weights
 from bilora_diffusion.image.pipeline import load_pipeline
 
 CONFIG: dict[str, Any] = {

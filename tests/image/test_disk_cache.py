@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image import disk_cache, inputs
+from bilora_diffusion.image import config, disk_cache
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.disk_cache import DiskCache
 from bilora_diffusion.image.latents import LatentSpace
@@ -28,8 +28,8 @@ def files(folder):
 
 def test_tensors_come_back_bit_exact_for_their_own_key_only(tmp_path):
     def write_and_read(_):
-        DiskCache(tmp_path, "model").put(TENSORS, "key")
-        tensors = DiskCache(tmp_path, "model").get("key") or {}
+        DiskCache(tmp_path, ["model"]).put(TENSORS, "key")
+        tensors = DiskCache(tmp_path, ["model"]).get("key") or {}
         return list(tensors) == list(TENSORS) and all(
             torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items()
         )
@@ -37,10 +37,10 @@ def test_tensors_come_back_bit_exact_for_their_own_key_only(tmp_path):
     with ThreadPoolExecutor(8) as pool:  # several share the folder
         assert all(pool.map(write_and_read, range(40)))
     assert len(files(tmp_path)) == 1
-    assert DiskCache(tmp_path, "model").get("other") is None
-    assert DiskCache(tmp_path, "another model").get("key") is None
-    assert DiskCache(tmp_path, "modelkey").get() is None
-    assert DiskCache(None, "model").get("key") is None
+    assert DiskCache(tmp_path, ["model"]).get("other") is None
+    assert DiskCache(tmp_path, ["another model"]).get("key") is None
+    assert DiskCache(tmp_path, ["modelkey"]).get() is None
+    assert DiskCache(None, ["model"]).get("key") is None
 
 
 def test_a_damaged_or_foreign_file_is_made_anew(tmp_path):
@@ -60,12 +60,12 @@ def test_a_damaged_or_foreign_file_is_made_anew(tmp_path):
 
 def test_where_it_lies(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert inputs.cache_folder("auto") == tmp_path / "bilora-diffusion"
+    assert config.cache_folder("auto") == tmp_path / "bilora-diffusion"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert inputs.cache_folder("auto") == tmp_path / "home" / ".cache" / "bilora-diffusion"
-    assert inputs.cache_folder("~/here") == tmp_path / "home" / "here"
-    assert inputs.cache_folder("no") is None
+    assert config.cache_folder("auto") == tmp_path / "home" / ".cache" / "bilora-diffusion"
+    assert config.cache_folder("~/here") == tmp_path / "home" / "here"
+    assert config.cache_folder("no") is None
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"new/cache.*can be written: give another"):
         resolve(["--dataset", "mini", "--disk_cache", str(tmp_path / "new" / "cache")])

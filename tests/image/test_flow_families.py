@@ -11,14 +11,14 @@ import torch
 
 from bilora_diffusion.adapters import AdapterSpec, inject
 from bilora_diffusion.adapters.access import layers
-from bilora_diffusion.adapters.targets import base_of, target_layers
-from bilora_diffusion.image.denoising import DreamBoothModule
+from bilora_diffusion.adapters.injection import base_of, target_layers
+from bilora_diffusion.image.captions import PromptCache
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.families.base import STEPS, join_rows
-from bilora_diffusion.image.flow import FlowMatching
-from bilora_diffusion.image.layers import select_layers
-from bilora_diffusion.image.prompts import PromptCache, embed_negative
-from bilora_diffusion.image.sampling import bare_sampler, generate
+from bilora_diffusion.image.loss import DreamBoothModule
+from bilora_diffusion.image.noise_schedules import FlowMatching
+from bilora_diffusion.image.pipeline import select_layers
+from bilora_diffusion.image.sampling import bare_sampler, embed_negative, generate
 from tests.image.tiny import FILES, make_pipeline
 
 SIDE = 64

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.families.base import Family
-from bilora_diffusion.image.flow import FlowMatching
+from bilora_diffusion.image.noise_schedules import FlowMatching
 from bilora_diffusion.image.sampling import bare_sampler
 from tests.image.tiny import make_pipeline
 from tests.scripts.runs import train

@@ -11,13 +11,11 @@ from peft.helpers import rescale_adapter_scale
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY, AdapterSpec
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image import guidance
+from bilora_diffusion.image import sampling
 from bilora_diffusion.image.families import SDXL, family_of
 from bilora_diffusion.image.families.base import pack, unpack
-from bilora_diffusion.image.layers import select_layers
-from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.prompts import embed, embed_negative
-from bilora_diffusion.image.sampling import bare_sampler, decode, generate
+from bilora_diffusion.image.pipeline import load_pipeline, select_layers
+from bilora_diffusion.image.sampling import bare_sampler, decode, embed, embed_negative, generate
 from tests.export.export_models import add_adapters
 from tests.image.test_flow_families import noise_of
 from tests.image.tiny import FILES, make_pipeline
@@ -125,9 +123,19 @@ def test_images_are_those_of_a_loop_with_the_adapters_off_in_the_unconditional_h
     assert difference(images, images_of(pipeline, "adapter")) > 4
 
 
+def test_without_it_an_image_is_that_of_diffusers_pipeline_to_the_bit(sdxl):
+    """One image, since `decode` takes images one by one and the pipeline all at once."""
+    sdxl.set_progress_bar_config(disable=True)
+    settings = {"guidance_scale": GUIDANCE, "num_inference_steps": STEPS}
+    generator = torch.Generator().manual_seed(SEEDS[0])
+    expected = sdxl(PROMPTS[0], generator=generator, height=SIDE, width=SIDE, **settings).images
+    images = generate(sdxl, PROMPTS[:1], SEEDS[:1], size=SIDE, steps=STEPS, guidance_scale=GUIDANCE)
+    assert difference(images, expected) == 0
+
+
 def test_one_call_of_both_halves_equals_two_calls(sdxl, monkeypatch):
     images = images_of(sdxl, "base")
-    monkeypatch.setattr(guidance, "_is_plain", lambda _: False)
+    monkeypatch.setattr(sampling, "_is_plain", lambda _: False)
     assert difference(images, images_of(sdxl, "base")) <= 1
 
 

@@ -12,9 +12,8 @@ from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image import crops
-from bilora_diffusion.image.denoising import Denoising
-from bilora_diffusion.image.flow import FlowMatching, weighted_mean
 from bilora_diffusion.image.latents import weight_map
+from bilora_diffusion.image.noise_schedules import Denoising, FlowMatching, weighted_mean
 from bilora_diffusion.image.opening import open_images
 from tests.scripts.runs import column, resumes_exactly, train
 

@@ -20,7 +20,12 @@ from bilora_diffusion.image.crops import (
     resize,
     sample_crop,
 )
-from bilora_diffusion.image.decode import read_mask, read_rgb, to_rgb, upright_size
+from bilora_diffusion.image.image_files import (
+    read_mask,
+    read_rgb,
+    to_rgb,
+    upright_size,
+)
 from bilora_diffusion.image.opening import open_images
 
 INTERPOLATIONS = [mode.value.replace("-", "_") for mode in InterpolationMode]

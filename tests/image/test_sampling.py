@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bilora_diffusion.core.errors import TrainingError
+from bilora_diffusion.image.captions import PromptCache
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.disk_cache import DiskCache
 from bilora_diffusion.image.families.lumina2 import Lumina2
@@ -16,8 +17,7 @@ from bilora_diffusion.image.families.sdxl import StableDiffusionXL
 from bilora_diffusion.image.latents import Encoder, LatentSpace
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.prompts import PromptCache, embed, embed_negative
-from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.image.sampling import embed, embed_negative, generate
 from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
 from tests.scripts.runs import flags

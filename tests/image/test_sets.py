@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image import decode, sets
+from bilora_diffusion.image import image_files, sets
 from bilora_diffusion.image.captions import captions_or_prompts
 from bilora_diffusion.image.opening import open_images
 from tests.image.image_folders import photos, save, table
@@ -151,7 +151,7 @@ def test_heic_is_read_where_pillow_can(folder, monkeypatch):
     save(folder / "d.png")
     (folder / "d.png").rename(folder / "d.heic")  # Pillow goes by the content
     assert len(open_images(str(folder))) == 3
-    monkeypatch.setattr(decode, "reads_heif", lambda: True)
+    monkeypatch.setattr(image_files, "reads_heif", lambda: True)
     assert len(open_images(str(folder))) == 4
 
 

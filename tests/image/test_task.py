@@ -8,10 +8,10 @@ import torch
 
 from bilora_diffusion import adapters
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.denoising import UNCONDITIONAL
+from bilora_diffusion.image.loss import UNCONDITIONAL
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
-from bilora_diffusion.image.prompts import embed_negative
+from bilora_diffusion.image.sampling import embed_negative
 from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
 from tests.scripts.runs import flags

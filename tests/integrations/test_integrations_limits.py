@@ -19,7 +19,7 @@ from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.integrations import trainer as integration
 from bilora_diffusion.integrations import use_bilora
-from bilora_diffusion.integrations.state import STATE
+from bilora_diffusion.integrations.trainer import STATE
 from tests.contract.models import tiny_llm
 from tests.integrations import trainers
 

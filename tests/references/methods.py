@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.linalg import pinv
 
 
 @dataclass
@@ -177,47 +176,6 @@ def sam_gradients(net: Net, x: Tensor, y: Tensor, rho: float) -> tuple[float, Gr
 def lora_sam(net: Net, x: Tensor, y: Tensor, rho: float) -> float:
     loss, perturbed = sam_gradients(net, x, y, rho)
     net.descend(perturbed)
-    return loss
-
-
-def lora_looksam(net: Net, x: Tensor, y: Tensor, rho: float, interval: int, alpha: float) -> float:
-    """LookSAM's Algorithm 1, with theta the angle between g and g_s; it remembers g_v."""
-    loss, g = net.gradients(x, y)
-    if net.k % interval == 0:
-        _, g_s = sam_gradients(net, x, y, rho)
-        cos = inner(g, g_s) / (length(g) * length(g_s))
-        net.memory = plus(g_s, -length(g_s) * cos / length(g), g)
-    else:
-        g_s = plus(g, alpha * length(g) / length(net.memory), net.memory)
-    net.descend(g_s)
-    return loss
-
-
-def lora_msam(net: Net, x: Tensor, y: Tensor, rho: float) -> float:
-    """MSAM's Algorithm 1 on AdamW: the gradient at w - rho m / ||m||, the step from w."""
-    momenta = [{name: rule.m for name, rule in layer_rules.items()} for layer_rules in net.rules]  # pyright: ignore
-    ahead = net.moved(-rho / length(momenta), momenta) if net.k else net
-    loss, gradients = ahead.gradients(x, y)
-    net.descend(gradients)
-    return loss
-
-
-def equations_12_to_15(layer: Layer, g: Mapping[str, Tensor], rho: float) -> Tensor:
-    """EFMLoRA's E^B of one layer, with every matrix of the weight's size formed."""
-    gradient = 0.5 * (g["B"] @ pinv(layer.A.T) + pinv(layer.B.T) @ g["A"]) / layer.s
-    weight_change = rho * gradient / torch.sqrt((gradient**2).sum())
-    return weight_change @ pinv(layer.A) / layer.s
-
-
-def efm_lora(net: Net, x: Tensor, y: Tensor, rho: float, beta: float, schedule: str) -> float:
-    """EFMLoRA's Algorithm 2; it remembers E."""
-    radius = rho / math.sqrt(net.k + 1) if schedule == "sqrt" else rho
-    moved_net = net.moved(1.0, net.memory) if net.memory else net
-    loss, gradients = moved_net.gradients(x, y)
-    new = [{"B": equations_12_to_15(la, g, radius)} for la, g in moved_net.layer_pairs(gradients)]
-    old = [{"B": (1 - beta) * e["B"]} for e in net.memory]
-    net.memory = plus(old, beta, new) if old else new
-    net.descend(gradients)
     return loss
 
 

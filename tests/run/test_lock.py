@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.export.cli import main as export
+from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.image.script import train
-from bilora_diffusion.run import interruption, lock
+from bilora_diffusion.run import interruption
+from bilora_diffusion.run.folder import LOCK_FILE, hold
 from bilora_diffusion.run.interruption import Interruption, resuming
-from bilora_diffusion.run.lock import hold
 from bilora_diffusion.run.runlog import RunLog
 from bilora_diffusion.train import command
 from tests.run.recorded_runs import save
@@ -21,7 +21,7 @@ from tests.scripts.runs import ROOT, flags
 HOLD_AND_FORK = """
 import os, signal, sys, time
 from pathlib import Path
-from bilora_diffusion.run.lock import hold
+from bilora_diffusion.run.folder import hold
 with hold(Path(sys.argv[1])):
     if os.fork() == 0:  # as a data loader's worker
         print(os.getpid(), flush=True)
@@ -34,10 +34,10 @@ with hold(Path(sys.argv[1])):
 def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path):
     folder = tmp_path / "a" / "b"
     with hold(folder):
-        assert [path.name for path in folder.iterdir()] == [lock.LOCK_FILE]
+        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
         with pytest.raises(UserError, match=f"another command .*{folder}"), hold(folder):
             pass
-        assert (folder / lock.LOCK_FILE).exists()
+        assert (folder / LOCK_FILE).exists()
         with hold(folder / "fit" / "run"):  # as a search's run
             pass
     assert list(tmp_path.iterdir()) == []
@@ -57,7 +57,7 @@ def test_a_killed_process_and_what_it_forked_hold_nothing(tmp_path):
             pass
         process.kill()
         process.wait()
-        assert (tmp_path / lock.LOCK_FILE).exists()
+        assert (tmp_path / LOCK_FILE).exists()
         with hold(tmp_path):
             pass
     finally:
@@ -72,7 +72,7 @@ def test_of_several_processes_only_the_main_one_takes_it(tmp_path, monkeypatch, 
         with hold(tmp_path):
             pass
         monkeypatch.delenv(name)
-        assert (tmp_path / lock.LOCK_FILE).exists()
+        assert (tmp_path / LOCK_FILE).exists()
 
 
 ORDERS = {

@@ -42,9 +42,9 @@ def allow_fsdp_on_cpus() -> None:
 
 def note_shares() -> None:
     """From now on every run notes which share of its frozen weights this process keeps."""
-    from bilora_diffusion.train import sharding
+    from bilora_diffusion.train import engine
 
-    original = sharding.prepare
+    original = engine.prepare
 
     def prepare(accelerator: Any, module: Any, *args: Any) -> Any:
         sharded_module = original(accelerator, module, *args)
@@ -55,7 +55,7 @@ def note_shares() -> None:
         SHARES.append(local_count / sum(p.numel() for p in frozen))
         return sharded_module
 
-    sharding.prepare = prepare
+    engine.prepare = prepare
 
 
 def run(argv: list[str]) -> None:

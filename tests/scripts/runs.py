@@ -169,7 +169,7 @@ def reading(rows: Sequence[tuple[int, float | None]], patience: int) -> tuple[An
 
 def interrupt(monkeypatch: Any, *numbers: int) -> list[int]:
     """Ctrl-C in these of all steps that are taken; returns the list of the steps taken."""
-    from bilora_diffusion.train.loop import Trainer
+    from bilora_diffusion.train.trainer import Trainer
 
     steps_taken: list[int] = []
     train_step = Trainer.train_step

@@ -15,7 +15,7 @@ import train_text_bilora
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image import pipeline
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.dry_run import memory_by_phase
+from bilora_diffusion.image.pipeline import memory_by_phase
 from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.train import dry_run
 from bilora_diffusion.train.dry_run import STEP, attached, complete
@@ -57,7 +57,7 @@ def test_memory_is_near_what_runs_took(tmp_path):
     assert float(needed[1]) * 1e6 == pytest.approx(mini["measured_bytes"], rel=0.15)
     assert not (tmp_path / "run").exists()
     words = re.findall(r"--(?:resolution|mixed_precision|train_batch_size) \w+", sdxl["command"])
-    run = memory.task("Stable Diffusion XL", *" ".join(words).split())
+    run = memory.empty_task("Stable Diffusion XL", *" ".join(words).split())
     memory_parts = complete(
         memory_by_phase(run, torch.device("cpu")), attached(run, 2)[1], process=600_000_000
     )

@@ -8,7 +8,7 @@ import torch
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import read_search
-from bilora_diffusion.train.loop import Trainer
+from bilora_diffusion.train.trainer import Trainer
 from tests.scripts.runs import column, difference, interrupt
 from tests.text.text_builders import heldout, material, rows_for, train_text, write_rows
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.flow import FlowMatching
+from bilora_diffusion.image.noise_schedules import FlowMatching
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run import runlog

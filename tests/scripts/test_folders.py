@@ -10,7 +10,7 @@ import train_text_bilora
 from bilora_diffusion.run import runlog
 from bilora_diffusion.run.record import read_search
 from bilora_diffusion.train import setup
-from bilora_diffusion.train.loop import Trainer
+from bilora_diffusion.train.trainer import Trainer
 from tests.scripts.runs import copied, make_once
 from tests.text.text_builders import material, text_flags, train_text
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.export.cli import main as export
+from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.run import checkpoint, runlog
 from tests.scripts import runs
 from tests.text import text_builders as texts
@@ -81,7 +81,7 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
 def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
     options = {**icons, "max_train_steps": 12, "use_ema": True, "ema_decay": 0.9}
     options |= {"validation_prompt": "a TOK icon", "num_validation_images": 1}
-    options |= {"validation_num_inference_steps": 2, **STOPPING}
+    options |= {"validation_num_inference_steps": 2, "choose_by": "loss", **STOPPING}
     run = runs.train(tmp_path / "run", **options)
     best, stop = runs.reading(losses(run), PATIENCE)
     assert 0 < best < stop < 12
@@ -164,10 +164,11 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
     with pytest.raises(UserError, match="the text of line 3 of train"):
         texts.train_text(run, **go_on)
 
-    # A checkpoint of an earlier version has no record of its data, and nothing is compared. The
-    # run's record has an option that left since; no checkpoint ever held that.
+    # A checkpoint of an earlier version has no record of its data, and nothing is compared. It
+    # holds options of methods that left since, and the run's record another one that left.
     saved = checkpoint.load(run / "checkpoints" / "step-1")
     del saved.extra["content"]
+    saved.extra["config"] |= {"efm_beta": 0.9, "looksam_k": 5}
     checkpoint.save(run, saved)
     record = json.loads((run / "run.json").read_text())
     record["config"]["auxiliaries_on"] = "cpu"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, BertForMaskedLM
 
-from bilora_diffusion.export.cli import main as export_step
+from bilora_diffusion.export.__main__ import main as export_step
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text.models import load_text_model
 from tests.scripts.runs import alike, column, copied, difference, weights

@@ -14,17 +14,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bilora_diffusion.core.choices import NOISE_LEVELS
 from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.core.lora_names import FILE_NAME
-from bilora_diffusion.export.cli import main as export
+from bilora_diffusion.core.values import NOISE_LEVELS
+from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.export.lorafile import inspect
-from bilora_diffusion.image.denoising import DreamBoothModule
-from bilora_diffusion.image.heldout import BY_LEVEL
+from bilora_diffusion.image.loss import BY_LEVEL, DreamBoothModule
 from bilora_diffusion.methods import get
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import runlog
-from bilora_diffusion.train import command, loop, setup
+from bilora_diffusion.train import command, engine, trainer
 from tests.scripts import runs
 
 
@@ -237,7 +236,7 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
 
 
 def test_on_a_cpu_freed_memory_is_there_for_the_next_step():
-    setup.keep_freed_memory(torch.device("cpu"))
+    engine.keep_freed_memory(torch.device("cpu"))
     faults = []
     for _ in range(2):
         torch.ones(2**24).sum()  # 64 MiB are 16,384 pages
@@ -249,7 +248,7 @@ def test_on_a_cpu_freed_memory_is_there_for_the_next_step():
 def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch):
     """With a gradient scaler on the CPU; the run ends when no loss is finite any more."""
     build_accelerator, forward = command.build_accelerator, DreamBoothModule.forward
-    build_optimizer = loop.build_optimizer
+    build_optimizer = trainer.build_optimizer
     calls = -1  # the probe before the first step
     nonfinite_calls: set[int] = set()
 
@@ -267,8 +266,8 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch)
     def in_fp16(cfg, groups):
         return build_optimizer(dataclasses.replace(cfg, mixed_precision="fp16"), groups)
 
-    monkeypatch.setattr(loop, "build_optimizer", in_fp16)
-    monkeypatch.setattr(loop, "MAX_NONFINITE_STEPS", 3)
+    monkeypatch.setattr(trainer, "build_optimizer", in_fp16)
+    monkeypatch.setattr(trainer, "MAX_NONFINITE_STEPS", 3)
     monkeypatch.setattr(command, "build_accelerator", with_scaler)
     monkeypatch.setattr(DreamBoothModule, "forward", with_nan)
     shared = {"gradient_accumulation_steps": 1, "train_batch_size": 1, "max_train_steps": 5}

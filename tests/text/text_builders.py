@@ -24,7 +24,7 @@ from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.models import load_text_model
 from bilora_diffusion.text.module import TextModule
 from bilora_diffusion.text.rows import encode_rows, open_rows
-from bilora_diffusion.train.setup import DTYPES
+from bilora_diffusion.train.engine import DTYPES
 from tests.scripts.runs import make_once, words
 
 WORDS = [

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from bilora_diffusion.core.errors import TrainingError
-from bilora_diffusion.train import compiling
+from bilora_diffusion.train import engine
 from tests.contract.harness import Run
 from tests.scripts import runs
 
@@ -29,7 +29,7 @@ blocks share none."""
 def without_compiler(monkeypatch):
     """The same graphs, run operation by operation."""
     torch._dynamo.reset()
-    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    monkeypatch.setattr(engine, "BACKEND", "aot_eager")
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_a_compiler_that_fails_is_told_in_a_sentence(without_compiler, monkeypat
     def fails(*_):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(compiling, "BACKEND", fails)
+    monkeypatch.setattr(engine, "BACKEND", fails)
     run = Run("bilora", "default", "unet", compiled=True)
     sentence = r"--compile failed at step 1, .*no compiler"
     with pytest.raises(TrainingError, match=sentence) as error, run.blocks.step(1):

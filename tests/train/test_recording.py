@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bilora_diffusion.train import recording, setup
+from bilora_diffusion.train import loop, setup
 
 
 @pytest.mark.parametrize(
@@ -37,5 +37,5 @@ def test_wandb_gets_each_image_with_its_prompt(tmp_path, monkeypatch):
         Image.new("RGB", (4, 4)).save(file)
     logged: list[Any] = []
     tracker = SimpleNamespace(name="wandb", log=lambda values, step: logged.append((values, step)))
-    recording.show_images([tracker], files, ["a frog", "a sun"], step=0)
+    loop.show_images([tracker], files, ["a frog", "a sun"], step=0)
     assert logged == [({"validation": [((4, 4), "a frog"), ((4, 4), "a sun")]}, 0)]

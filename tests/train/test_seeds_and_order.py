@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilora_diffusion.core.seeds import digest, parts, seed_of
-from bilora_diffusion.train.order import KindsOrder, LengthGroupedOrder, SampleOrder
+from bilora_diffusion.train.task import KindsOrder, LengthGroupedOrder, SampleOrder
 
 PARTS = st.one_of(st.integers(), st.text(max_size=8))
 KEYS = st.lists(PARTS, max_size=4).map(tuple)

@@ -9,7 +9,7 @@ import pytest
 from bilora_diffusion.config import constraints, machine
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import names
-from bilora_diffusion.train import sharding
+from bilora_diffusion.train.engine import read_in_every_process
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 REFUSED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
@@ -60,6 +60,6 @@ def test_fsdp2_trains_adapters_of_text_models_and_ddp_everything(monkeypatch):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
     engine: Any = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
-    sharding.read_in_every_process(engine)
+    read_in_every_process(engine)
     assert plugin.cpu_ram_efficient_loading is False
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"

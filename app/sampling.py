@@ -1,0 +1,315 @@
+"""Requests for images and the pipeline that samples them; one is in memory at a time."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL.Image import Image
+
+from bilora_diffusion.adapters import PRIMARY
+from bilora_diffusion.core.errors import UserError, reason, strip_controls
+from bilora_diffusion.core.files import is_file
+from bilora_diffusion.core.lora_names import WEIGHTS
+from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
+    GUIDANCES,
+    SAMPLER_STEPS,
+    STRENGTHS,
+    check_choice,
+)
+from bilora_diffusion.export.conversion import export_checkpoint
+from bilora_diffusion.image.base_model import describe
+from bilora_diffusion.image.families import family_of
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.mini import MINI, PIPELINES
+from bilora_diffusion.run.checkpoint import CHECKPOINTS, DIGESTS, FILES
+from bilora_diffusion.run.console import quiet
+from eval.clip_scores import settings
+from eval.command import open_device
+from eval.load import applied, require_adapter
+from eval.sources import find
+
+from .catalog import Catalog
+from .runs import RunItem
+
+BASE = ""
+"""Stands for the base model among the paths of runs."""
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class BaseChoice:
+    """A base model as a run's config names it."""
+
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+    cache_dir: str | None = None
+    vae: str | None = None
+
+    @classmethod
+    def of_config(cls, config: dict[str, Any]) -> BaseChoice:
+        """The base model of a run."""
+        return cls(
+            name=config.get("pretrained_model_name_or_path") or MINI,
+            revision=config.get("revision"),
+            variant=config.get("variant"),
+            cache_dir=config.get("cache_dir"),
+            vae=config.get("pretrained_vae_model_name_or_path"),
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """An image to sample.
+
+    Attributes:
+        prompt: Prompt.
+        seed: Seed of the noise.
+        steps: Steps of the sampler.
+        guidance_scale: Scale of guidance, as diffusers has it.
+        scale: Scale of the adapter.
+        size: Side of the image in pixels; None for the model's own.
+        guidance_from: Model of the unconditional prediction, one of `choices.GUIDANCE_SOURCES`.
+    """
+
+    prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    scale: float
+    size: int | None = None
+    guidance_from: str = ADAPTER_GUIDANCE
+
+
+class Pipelines:
+    """Keeps one pipeline loaded.
+
+    Args:
+        device: Name of a device, such as "cuda:1"; None for the best one.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = open_device(device)
+        self._base: BaseChoice | None = None
+        self._pipeline: Any = None
+
+    def sample(
+        self,
+        base: BaseChoice,
+        adapter: Path | None,
+        requests: Sequence[Request],
+        on_step: Callable[[int], None],
+    ) -> list[Image]:
+        """Sample an image for each request; not to be called by two threads at once.
+
+        Args:
+            base: Base model, which is loaded if it is not the last one.
+            adapter: Run folder or LoRA file; None for the base model alone.
+            requests: One, or several that differ in their scales and kinds of guidance.
+            on_step: Called after each step with its number, from 1, counted over all images; an
+                exception in it ends the work.
+        """
+        pipeline = self._load(base)
+        subject = find("base" if adapter is None else str(adapter))
+        if any(request.guidance_from == BASE_GUIDANCE for request in requests):
+            require_adapter(subject)
+        images: list[Image] = []
+        with applied(pipeline, subject, requests[0].scale):
+            for number, request in enumerate(requests):
+                if number > 0:  # `applied` has set the first one's
+                    pipeline.set_adapters([PRIMARY], [request.scale])
+                steps_before = number * request.steps
+
+                def count_step(step: int, steps_before: int = steps_before) -> None:
+                    on_step(steps_before + step)
+
+                images += generate(
+                    pipeline,
+                    [request.prompt],
+                    [request.seed],
+                    size=request.size or family_of(pipeline).pixels(pipeline),
+                    steps=request.steps,
+                    guidance_scale=request.guidance_scale,
+                    guidance_from=request.guidance_from,
+                    on_step=count_step,
+                )
+        return images
+
+    def _load(self, base: BaseChoice) -> Any:
+        """The pipeline of a base model."""
+        if self._base == base:
+            return self._pipeline
+        self._base = self._pipeline = None  # frees the memory before the next one takes it
+        quiet()
+        try:
+            pipeline = self._read(base)
+        except (UserError, OSError) as error:
+            # The reason tells whether a folder outside of the root exists and what is in it. Only
+            # the person who started the viewer may see it, not its visitors.
+            print(strip_controls(f"{base.name}: {reason(error)}"), file=sys.stderr, flush=True)
+            raise UserError(
+                f"the base model {base.name} can't be loaded (the terminal has the reason):"
+                f" download it with hf download {base.name}, or put its folder there"
+            ) from error
+        self._pipeline = pipeline.to(self.device)
+        self._base = base
+        return self._pipeline
+
+    def _read(self, base: BaseChoice) -> Any:
+        folder = local(base)
+        dtype = describe(folder).family.precision(self.device)
+        if base.name in PIPELINES:  # a miniature fits every device in fp32
+            dtype = torch.float32
+        vae = None
+        if base.vae:
+            vae = local(BaseChoice(base.vae, cache_dir=base.cache_dir))
+        return load_pipeline(folder, dtype=dtype, variant=base.variant, vae=vae)
+
+
+@cache
+def usual(base: BaseChoice) -> tuple[int, float]:
+    """Steps and guidance scale with which a base model is sampled by default."""
+    _, steps, guidance = settings.usual(local(base), base.name)
+    return steps, guidance
+
+
+@cache
+def is_guided(base: BaseChoice) -> bool:
+    """Test that a base model is sampled with an unconditional prediction by default."""
+    return settings.is_guided(local(base), base.name)
+
+
+def local(base: BaseChoice) -> str:
+    """Find the folder of a base model; the viewer itself downloads nothing.
+
+    Raises:
+        UserError: The model is not on this machine.
+    """
+    # Path.exists would raise where the folder above may not be entered.
+    if base.name in PIPELINES or os.path.exists(base.name):
+        return base.name
+    try:
+        return snapshot_download(
+            base.name, revision=base.revision, cache_dir=base.cache_dir, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
+        raise UserError(
+            f'the base model "{base.name}" is not on this machine: download it with'
+            f" hf download {base.name}, or put its folder there"
+        ) from error
+
+
+def sides(
+    catalog: Catalog, a: str, b: str
+) -> tuple[BaseChoice, list[tuple[str, Path | None]], int | None]:
+    """Look up the two sides of a comparison.
+
+    Args:
+        catalog: Folders of the viewer.
+        a: Path of a run, or `BASE`.
+        b: The same of the other side.
+
+    Returns:
+        The base model of both; label and folder of each, None for the base model alone; and the
+        size that they were trained on.
+
+    Raises:
+        UserError: A run has gone, or they have different base models.
+    """
+    runs = {run.path: run for run in catalog.scan.runs if can_sample(run)}
+    chosen_runs = []
+    for path in (a, b):
+        if path not in (BASE, *runs):
+            raise UserError(f'the run "{path}" has gone: choose another')
+        if path != BASE:
+            chosen_runs.append(runs[path])
+    bases = [BaseChoice.of_config(run.record["config"]) for run in chosen_runs]
+    if len(set(bases)) > 1:
+        raise UserError(
+            f"the two runs have different base models, {bases[0].name} and {bases[1].name}:"
+            " choose two of one"
+        )
+    if not bases:
+        # For the base model alone: that of the first run, or the miniature.
+        bases = [BaseChoice.of_config(run.record["config"]) for run in runs.values()]
+        bases.append(BaseChoice(MINI))
+    side_of_path: dict[str, tuple[str, Path | None]] = {BASE: ("base model", None)}
+    size = None
+    for run in chosen_runs:
+        catalog.resolve(run.weights or run.path)  # a link out of the root is refused
+        side_of_path[run.path] = (run.name, catalog.resolve(run.path))
+        size = size or size_of(run)
+    return bases[0], [side_of_path[a], side_of_path[b]], size
+
+
+def size_of(run: RunItem) -> int | None:
+    """Side in pixels of the images that a run was trained on, if its record has it."""
+    size = run.record["config"].get("resolution")
+    return size if isinstance(size, int) else None
+
+
+def can_sample(run: RunItem) -> bool:
+    """Test that a run has weights of an image model; text models have a PEFT adapter."""
+    return run.weights is not None and not run.weights.endswith(WEIGHTS)
+
+
+@contextmanager
+def exported(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path]:
+    """Within the context the adapter of a run's checkpoint is a file.
+
+    Raises:
+        UserError: The checkpoint lacks a file.
+    """
+    # A link out of the root is refused, and so is a pipe, which would keep its reader waiting.
+    for name in (DIGESTS, *FILES):
+        if not is_file(catalog.resolve(f"{run.path}/{CHECKPOINTS}/step-{step}/{name}")):
+            raise UserError(f"the checkpoint of step {step} has no {name}: choose another")
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        (file,) = export_checkpoint(catalog.resolve(run.path), step, "diffusers", folder)
+        yield file
+
+
+def checked(
+    prompt: str,
+    seed: float | None,
+    steps: float | None,
+    guidance: float,
+    scale: float,
+    guidance_from: str = ADAPTER_GUIDANCE,
+) -> Request:
+    """Check the values of a form.
+
+    Raises:
+        UserError: A value is missing or out of range.
+    """
+    if not prompt or not prompt.strip():
+        raise UserError("the prompt is empty: write what the image shows")
+    if seed is None or not 0 <= seed <= MAX_SEED:
+        raise UserError(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
+    SAMPLER_STEPS.check("the number of steps", steps)
+    GUIDANCES.check("the guidance scale", guidance)
+    STRENGTHS.check("the adapter's scale", scale)
+    check_choice("guidance from", guidance_from, GUIDANCE_SOURCES)
+    return Request(
+        prompt=prompt.strip(),
+        seed=int(seed),
+        steps=int(steps or 0),
+        guidance_scale=float(guidance),
+        scale=float(scale),
+        guidance_from=guidance_from,
+    )

@@ -1,0 +1,263 @@
+"""The trained models with their loss on a micro-batch, and the held-out loss.
+
+The held-out loss is measured on a fixed grid of noise and timesteps: a noise-free measure of
+generalization.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from .. import adapters
+from ..core.seeds import generator
+from ..core.values import NOISE_LEVELS
+from ..run.record import BY_CONCEPT
+from ..train.task import inference, loss_by_part, precision
+from .families.base import Conditions, Family, move
+from .families.sdxl import encode
+from .latents import Encoder
+from .noise_schedules import NoiseSchedule
+from .sets import ImageSet
+from .stream import TrainingSample, centered_samples
+
+# Inputs that are conditions of further predictions: the class prompt's and the empty prompt's.
+PRIOR, UNCONDITIONAL = "prior", "unconditional"
+# Inputs that are no conditions of the images' own captions.
+OTHER_INPUTS = frozenset(
+    ("latents", "noise", "index", "instance", "mask_weights", PRIOR, UNCONDITIONAL)
+)
+HELDOUT, TRAINING = "heldout_loss", "train_grid_loss"
+BY_LEVEL = "heldout_loss_by_level/"  # before a noise level, in the name of the loss at this level
+PIXELS_AT_ONCE = 2**18  # of the images that are measured together; memory is sure to hold them
+
+
+class DreamBoothModule(nn.Module):
+    """The trained models and their loss.
+
+    ``forward`` takes the inputs of a micro-batch of n rows: instance images and then, with prior
+    preservation, as many class images.
+
+    - ``latents`` and ``noise``, (n, c, h, w)
+    - ``index`` of the noise level, and ``instance``, True for an instance image, (n,) each
+    - ``time_ids``, (n, 6), and with masks ``mask_weights``, (n, 1, h, w)
+    - the family's conditions or, where the text encoders are trained, ``ids``, two tensors
+      (n, tokens), and ``has_text``, (n,), False where zeros stand for the text
+    - `PRIOR` and `UNCONDITIONAL`, conditions of further predictions, in some runs and steps
+
+    The loss of a slot is that of its instance image, plus ``prior_loss_weight`` times that of its
+    class image, plus ``prior_prediction_weight`` times the instance image's `departures` for the
+    conditions `PRIOR` and ``hold_unconditional`` times its departures for `UNCONDITIONAL`.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        denoiser: nn.Module,
+        text_encoders: Sequence[nn.Module],
+        denoising: NoiseSchedule,
+        prior_loss_weight: float | None = None,
+        prior_prediction_weight: float = 0.0,
+        hold_unconditional: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.family = family
+        self.denoiser = denoiser
+        self.text_encoders = nn.ModuleList(text_encoders)
+        self.denoising = denoising
+        self.prior_loss_weight = prior_loss_weight
+        self.departure_weights = {PRIOR: prior_prediction_weight, UNCONDITIONAL: hold_unconditional}
+        self._adapted: list[adapters.LoraLayer] | None = None
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        """One loss per slot, (slots,), in float32."""
+        losses = self.sample_losses(inputs)  # (n,)
+        if self.prior_loss_weight is not None:
+            instance, prior = losses.chunk(2)  # (slots,) each
+            losses = instance + self.prior_loss_weight * prior
+        for name, weight in self.departure_weights.items():
+            if name in inputs:
+                noisy, levels = self.denoising.add_noise(inputs)
+                departures = self.departures(inputs, name, noisy, levels)  # (n,)
+                # The first rows, the instance images.
+                losses = losses + weight * departures[: len(losses)]
+        return losses
+
+    def departures(
+        self, inputs: dict[str, Any], name: str, noisy: Tensor, levels: Tensor
+    ) -> Tensor:
+        """Mean squares by which the adapters change a prediction, (n,) in float32.
+
+        All adapters act that act in the loss, an auxiliary too: it perturbs the whole loss, and
+        with gradient checkpointing a layer is computed again after this function. Class images are
+        among the rows, since an auxiliary for each sample goes by the rows of the micro-batch.
+
+        Args:
+            name: of the conditions in the inputs, `PRIOR` or `UNCONDITIONAL`.
+            noisy: noisy latents, (n, c, h, w).
+            levels: their noise levels, (n,).
+        """
+        conditions = {**inputs[name], "time_ids": inputs["time_ids"]}
+        if self._adapted is None:
+            # Found once: the walk over all modules takes time.
+            self._adapted = []
+            for model in (self.denoiser, *self.text_encoders):
+                self._adapted += [layer for _, layer in adapters.layers(model)]
+        with torch.no_grad(), adapters.off(self._adapted):
+            before = self._predict(conditions, noisy, levels).float()
+        after = self._predict(conditions, noisy, levels).float()
+        return (after - before).square().flatten(1).mean(dim=1)
+
+    def _predict(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
+        """The denoiser's prediction, (n, c, h, w).
+
+        Args:
+            conditions: embeddings, or token ids where the text encoders are trained.
+        """
+        if "ids" in conditions:
+            encoded = self._encode(conditions["ids"], conditions["has_text"])
+            conditions = {**encoded, "time_ids": conditions["time_ids"]}
+        dtype = precision(self.denoiser)
+        conditions = move(conditions, noisy.device, dtype)
+        return self.family.predict(self.denoiser, noisy.to(dtype), levels, conditions)
+
+    def _encode(self, ids: Sequence[Tensor], has_text: Tensor) -> Conditions:
+        """Embeddings of token ids by the trained encoders, zeros where ``has_text`` is False."""
+        conditions = {}
+        for name, values in encode(list(self.text_encoders), ids).items():
+            rows = has_text.view(-1, *[1] * (values.ndim - 1))  # (n, 1, ...)
+            conditions[name] = values.where(rows, 0.0)
+        return conditions
+
+    def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
+        """One loss per row, (n,), in float32, of instance and class images alike."""
+        conditions = {}
+        for name, values in inputs.items():
+            if name not in OTHER_INPUTS:
+                conditions[name] = values
+        noisy, levels = self.denoising.add_noise(inputs)  # (n, c, h, w), (n,)
+        # The loss is in float32, the denoiser in the dtype of its weights.
+        return self.denoising.loss(self._predict(conditions, noisy, levels), inputs)
+
+
+def grid_levels(total: int) -> list[int]:
+    """The timesteps of the grid, for a schedule of ``total`` timesteps.
+
+    They are the middles of `NOISE_LEVELS` equal parts, less a fortieth of the whole.
+    """
+    levels = []
+    for part in range(NOISE_LEVELS):
+        middle = total * (2 * part + 1) // (2 * NOISE_LEVELS)
+        levels.append(middle - total // 40)
+    return levels
+
+
+class GridImage(NamedTuple):
+    """One image of the grid."""
+
+    sample: TrainingSample
+    latent: Tensor  # clean, (c, h, w)
+    mask: Tensor | None  # (1, h, w)
+
+
+class GridLoss:
+    """Mean loss over images x noise levels with fixed noise, the same for every run and seed.
+
+    Args:
+        task: a `DreamBooth`.
+        train: the training stream, whose images are measured on the same grid so that two runs can
+            be compared at equal training loss; None to measure each held-out image by itself.
+        validation: held-out images.
+
+    Attributes:
+        sets: the images of both sets, by the name of their loss.
+    """
+
+    def __init__(self, task: Any, train: Any, validation: Any) -> None:
+        self.task = task
+        self.levels = grid_levels(task.module.denoising.num_timesteps)
+        vae = task.pipeline.vae
+        encoder = Encoder(
+            vae,
+            task.module.family.latent_space(vae),
+            task.device,
+            lambda _: True,  # the posteriors of all images are cached
+            task.encoder.disk,
+            task.encoder.cache,
+        )
+        self.sets = {HELDOUT: self._load(encoder, validation)}
+        if train is not None:
+            self.sets[TRAINING] = self._load(encoder, train.images)
+
+    def _load(self, encoder: Encoder, images: ImageSet) -> list[GridImage]:
+        """Encode the images of a set."""
+        grid = []
+        for sample in centered_samples(images, self.task.cfg):
+            (posterior,) = encoder([sample])
+            # The mean of the posterior: nothing about the grid is random.
+            latent = encoder.space.encode(posterior.mean[None])[0]
+            grid.append(GridImage(sample, latent, posterior.mask))
+        return grid
+
+    def __call__(self) -> dict[str, float]:
+        """Losses by name, each a mean over images and noise levels.
+
+        - ``heldout_loss`` and ``train_grid_loss``
+        - ``heldout_loss_by_level/LEVEL``, over the held-out images at one level
+        - ``heldout_loss_by_concept/NAME``, over the held-out images of one concept
+
+        Without training images: ``heldout_loss``, and that of each image (`loss_by_part`).
+        """
+        with inference(self.task.module):
+            tables = {name: self.table(images) for name, images in self.sets.items()}
+        heldout = tables[HELDOUT]  # (levels, images)
+        # First over the levels, then over the images, as the means by concept are.
+        losses = {name: float(table.mean(0).mean()) for name, table in tables.items()}
+        if TRAINING not in tables:
+            return losses | loss_by_part(heldout.mean(0).tolist(), heldout.shape[1])
+        concepts = [image.sample.cfg.concept for image in self.sets[HELDOUT]]
+        for concept in filter(None, dict.fromkeys(concepts)):  # "" in a run without concepts
+            is_of_concept = torch.tensor([name == concept for name in concepts])  # (images,)
+            losses[f"{BY_CONCEPT}{concept}"] = float(heldout[:, is_of_concept].mean(0).mean())
+        names = self.task.module.denoising.level(torch.tensor(self.levels)).round().int().tolist()
+        level_losses = heldout.mean(1).tolist()
+        for name, loss in zip(names, level_losses, strict=True):
+            losses[f"{BY_LEVEL}{name}"] = loss
+        return losses
+
+    def table(self, images: Sequence[GridImage]) -> Tensor:
+        """Loss at each noise level of each image, (levels, images)."""
+        parts = []
+        for batch in self.batches(images):
+            parts.append(torch.stack([self.losses(batch, level) for level in self.levels]))
+        return torch.cat(parts, dim=1)
+
+    def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
+        """Images of one shape in a row, as many at a time as memory is sure to hold."""
+        size = max(1, PIXELS_AT_ONCE // self.task.cfg.resolution**2)
+        for _, group in itertools.groupby(images, key=lambda image: image.latent.shape):
+            same_shape = list(group)
+            for start in range(0, len(same_shape), size):
+                yield same_shape[start : start + size]
+
+    def losses(self, images: Sequence[GridImage], level: int) -> Tensor:
+        """Loss of each image at one noise level, (images,), on the CPU."""
+        noise = []
+        for image in images:
+            # Seeded by the image's name: the same noise in every run and set.
+            random = generator("grid", image.sample.name, level)
+            noise.append(torch.randn(image.latent.shape, generator=random))
+        inputs = self.task.inputs(
+            torch.stack([image.latent for image in images]),  # (n, c, h, w)
+            torch.stack(noise),
+            index=torch.full((len(images),), level),
+            instance=torch.ones(len(images), dtype=torch.bool),
+            samples=[image.sample for image in images],
+            masks=[image.mask for image in images],
+        )
+        return self.task.module.sample_losses(send_to_device(inputs, self.task.device)).cpu()

@@ -1,0 +1,287 @@
+"""The step of the training loop, for every task, method, engine and precision.
+
+Data, noise and timesteps of a step come from generators keyed by seed, step and sample, never from
+global random state. They are frozen as micro-batches, and `Method.step` gets a closure that runs
+all of them, as often as the method calls it. So the result depends neither on how a batch is cut
+into micro-batches or shared among processes, nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..config.run import RunConfig
+from ..core.errors import Diverged, UserError
+from ..core.seeds import digest_texts, seed_of
+from ..methods import Method
+from ..run.data import record_content
+from ..run.interruption import Interruption
+from . import engine
+from .dynamics import Dynamics
+from .initialisation import initialise
+from .optimizers import (
+    ClippedOptimizer,
+    StepLayout,
+    build_optimizer,
+    build_scheduler,
+    total_steps,
+)
+from .outcome import Outcome
+from .task import MicroBatch, Task
+
+MAX_NONFINITE_STEPS = 10
+"""In fp16, steps in a row without a finite loss that are skipped; one more ends the run."""
+UNSUITED = "give another model or other parts of it, or other options"
+
+
+class Trainer:
+    """A task, a method and their optimizer, prepared by accelerate, which takes steps.
+
+    Args:
+        task: Task that is trained.
+        method: Method that trains it; its adapters are attached here.
+        cfg: Training configuration.
+        accelerator: Engine with ``gradient_accumulation_steps=1``: the trainer itself cuts steps
+            into micro-batches.
+        last_step: Last step of the run; None for the end of its schedules.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        method: Method,
+        cfg: RunConfig,
+        accelerator: Accelerator,
+        last_step: int | None = None,
+    ) -> None:
+        self.task = task
+        self.method = method
+        self.cfg = cfg
+        self.accelerator = accelerator
+        self.layout = StepLayout.from_config(cfg, accelerator)
+        self.num_steps = total_steps(cfg, task.num_samples, self.layout.step_size)
+        self.last_step = last_step or self.num_steps
+        self.step = 0
+
+        # The adapters' first values depend on the seed alone, not on earlier random numbers.
+        torch.manual_seed(seed_of(cfg.seed, "adapters"))
+        optimizer = build_optimizer(cfg, method.setup(task.targets()))
+        # Its hook comes before the method's, which changes the sign of gradients.
+        has_dynamics = cfg.log_dynamics and accelerator.is_main_process
+        self.dynamics = Dynamics(self, optimizer) if has_dynamics else None
+        method.bind(optimizer)
+        self.lr_scheduler = build_scheduler(cfg, optimizer, self.num_steps)
+        # Loaded models are in evaluation mode, in which some of them ignore gradient checkpointing.
+        task.module.train()
+        models = [target.model for target in method.targets]
+        self.module, self.optimizer = engine.prepare(accelerator, task.module, models, optimizer)
+        self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
+        self.outcome = Outcome(method, cfg)
+
+        # Several processes stop together, after a step that all of them take: until the first one
+        # a signal waits.
+        self.interruption = Interruption(patient=accelerator.num_processes > 1)
+        self._shared_signal: int | None = None
+        self._content: dict[str, Any] | None = None
+        self._nonfinite_steps = 0  # in a row
+        self._losses_of_step: list[tuple[Tensor, MicroBatch]] = []  # of each forward pass
+
+    @property
+    def validation_steps(self) -> int | None:
+        """``--validation_epochs`` in steps; None where only the end is validated."""
+        if self.cfg.validation_epochs is None:
+            return None
+        steps_per_epoch = -(-self.task.num_samples // self.layout.step_size)
+        return self.cfg.validation_epochs * steps_per_epoch
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Record of the training and the held-out samples (`run.data`)."""
+        if self._content is None:
+            heldout = self.task.heldout_content()
+            self._content = record_content(self.task.training_content(), heldout)
+        return self._content
+
+    def initialise(self) -> None:
+        """Give the primaries first values that depend on weights or gradients.
+
+        To be called once, before the first step of a new run.
+
+        Raises:
+            TrainingError: A loss or a gradient is not finite.
+        """
+        if initialise(self.task, self.method.targets, self.cfg, self.accelerator):
+            self.outcome.begin()
+
+    def probe(self) -> None:
+        """Test the model on one sample with a forward and a backward pass, as in a step.
+
+        Raises:
+            UserError: The loss or a gradient is not finite.
+        """
+        first_slot = self.layout.slots()[0][0]
+        (batch,) = self.task.micro_batches([(0, (first_slot,))], self.layout.step_size)
+        is_finite = bool(self.forward_backward([batch])().isfinite())
+        # A gradient scaler starts too high on purpose and lowers its scale in the first steps.
+        if self.accelerator.scaler is None:
+            for weight in self.method.clip_parameters():
+                is_finite &= weight.grad is None or bool(weight.grad.isfinite().all())
+        self.clipped.zero_grad()
+        if not is_finite:
+            raise UserError(
+                f'"{self.cfg.base_model}" gives {batch.names[0]} a loss or gradients that are not'
+                f" finite: {UNSUITED}."
+            )
+
+    def micro_batches(self) -> Iterator[list[MicroBatch]]:
+        """The remaining steps, each as the micro-batches of this process."""
+        slots = self.layout.slots()
+        steps = range(self.step, self.num_steps)
+        schedule = list(itertools.product(steps, slots))
+        stream = self.task.micro_batches(schedule, self.layout.step_size)
+        for _ in steps:
+            yield [next(stream) for _ in slots]
+
+    def train_step(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+        """Take one optimizer step on frozen inputs.
+
+        Returns:
+            Values for the log.
+
+        Raises:
+            Diverged: A loss is not finite; nothing was saved since.
+        """
+        started = time.perf_counter()
+        self._losses_of_step.clear()
+        loss = self.method.step(self.forward_backward(batches), self.clipped)
+        # Of the step just taken; the schedule goes on below.
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        # A step that the gradient scaler skips has changed no weights.
+        if not self.clipped.skipped:
+            self.lr_scheduler.step()
+            self.outcome.update()
+        self.step += 1
+
+        # Up to here work was only queued on the device. Reading its numbers waits for all of it.
+        digest, noise_levels = self._share_facts(batches)
+        self._require_finite()
+        loss_value = float(loss)
+        self._nonfinite_steps = 0 if math.isfinite(loss_value) else self._nonfinite_steps + 1
+        values: dict[str, Any] = {
+            "loss": loss_value,
+            "lr": learning_rate,
+            "grad_norm": self.clipped.grad_norm,
+            **self.method.metrics(),
+            "skipped": self.clipped.skipped,
+        }
+        if noise_levels:
+            # fsum does not depend on the order, which differs with the number of processes.
+            values["noise_level_mean"] = math.fsum(noise_levels) / len(noise_levels)
+            values["noise_level_min"] = min(noise_levels)
+            values["noise_level_max"] = max(noise_levels)
+        values["digest"] = digest
+        if self.dynamics is not None:
+            values |= self.dynamics.values()
+        values["seconds"] = time.perf_counter() - started
+        return values
+
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> Callable[[], Tensor]:
+        """A closure that leaves the mean gradient of the whole step in ``.grad`` at each call.
+
+        It returns the mean loss over all processes, a 0-d tensor.
+        """
+        step, device = self.step, self.accelerator.device
+
+        def forward_backward() -> Tensor:
+            # Dropout sees the same random numbers at each call and after each resume.
+            torch.manual_seed(seed_of(self.cfg.seed, "forward", step, self.layout.rank))
+            total_loss = torch.zeros((), device=device)
+            for number, batch in enumerate(batches):
+                # DDP averages gradients over processes in the last backward pass only.
+                is_local = number < len(batches) - 1 and not self.accelerator.is_fsdp2
+                no_sync = self.accelerator.no_sync(self.module) if is_local else nullcontext()
+                with no_sync, self.method.around_batch(batch.samples, batch.snr):
+                    losses = self.module(batch.on(device))  # (slots,)
+                    self._losses_of_step.append((losses.detach(), batch))
+                    # Micro-batches are of equal size: this adds up to the mean of all slots.
+                    loss = losses.mean() / len(batches)
+                    self.accelerator.backward(loss)
+                total_loss += loss.detach()
+            engine.average_gradients(self.accelerator, self.optimizer, self.method.loose_parameters)
+            return self.accelerator.reduce(total_loss, reduction="mean")  # pyright: ignore
+
+        return forward_backward
+
+    def _share_facts(self, batches: Sequence[MicroBatch]) -> tuple[str, list[float]]:
+        """Share facts of a step, and a signal to one of the processes, among all of them.
+
+        Returns:
+            Hash of data, noise and timesteps of the whole step, and its noise levels.
+        """
+        digests: list[tuple[int, str]] = []  # by slot
+        levels: list[float] = []
+        for batch in batches:
+            digests += zip(batch.slots, batch.digests, strict=True)
+            levels += batch.levels
+        if self.accelerator.num_processes > 1:
+            shared = gather_object([(digests, levels, self.interruption.number)])
+            digests, levels = [], []
+            self._shared_signal = None
+            for process_digests, process_levels, number in shared:
+                digests += process_digests
+                levels += process_levels
+                # Of several signals that of the first process counts everywhere.
+                self._shared_signal = self._shared_signal or number
+        # In the order of the slots, which does not depend on the processes.
+        return digest_texts([digest for _, digest in sorted(digests)]), levels
+
+    def _require_finite(self) -> None:
+        """Refuse losses of the last step that are not finite, in any of its forward passes."""
+        # A gradient scaler skips such a step, and tries the next one with a smaller scale.
+        if self.accelerator.scaler is not None and self._nonfinite_steps < MAX_NONFINITE_STEPS:
+            return
+        for losses, batch in self._losses_of_step:
+            is_finite = torch.isfinite(losses).tolist()
+            if not all(is_finite):
+                faulty = [batch.names[slot] for slot, good in enumerate(is_finite) if not good]
+                raise Diverged(
+                    f"the loss at step {self.step} is not finite for {', '.join(faulty)}: lower"
+                    " --learning_rate or look at these samples; the last checkpoint is untouched."
+                )
+
+    def stop_signal(self) -> int | None:
+        """The signal that ends the run after this step, the same on every process."""
+        if self.accelerator.num_processes == 1:
+            return self.interruption.number
+        return self._shared_signal
+
+    @property
+    def is_finished(self) -> bool:
+        """True if the run ends here: at its last step, or earlier by its held-out loss."""
+        return self.step >= self.last_step or self.outcome.best.is_exhausted
+
+    @contextmanager
+    def evaluating(self, final_weights: bool = False) -> Iterator[None]:
+        """Within the context the models are as in use: the primary alone, without compilation.
+
+        Args:
+            final_weights: True for the weights that the run leaves, False for those of this step.
+                Both are averages if averages are stored.
+        """
+        weights = self.outcome.applied() if final_weights else self.outcome.averaged()
+        uncompiled = nullcontext()
+        if self.cfg.compile:
+            # Graphs round differently, and users of the exported file compute without them.
+            uncompiled = torch.compiler.set_stance("force_eager")
+        with self.method.evaluating(), weights, uncompiled:
+            yield
