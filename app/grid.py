@@ -13,10 +13,15 @@ from typing import Any
 import gradio as gr
 
 from bilora_diffusion import methods
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import quoted
-from bilora_diffusion.core.values import STRENGTHS, Range
+from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
+    STRENGTHS,
+    Range,
+)
 
 from . import parts
 from .generate import Stopped, Work, message
