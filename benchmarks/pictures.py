@@ -33,14 +33,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from picture_presets import CONTROL, PRESETS, VARIANTS, Guidance, read_guidances
-from picture_scores import (
+from picture_study import (
+    CONTROL,
     CURVES,
     METRICS,
+    PRESETS,
     SAMPLED_METRICS,
+    VARIANTS,
+    Guidance,
     curve_panels,
     draw_fronts,
     preset_truths,
+    read_guidances,
     step_sections,
 )
 from PIL import Image
@@ -58,14 +62,12 @@ from eval.clip_scores.prompts import read
 from eval.command import COUNTS, Parser, open_device, open_folder, read_integers
 from eval.evaluation import Evaluation
 from eval.plot import Panel
-from eval.provenance import of_this_process
 from eval.subjects import Subject
 from eval.sweep import subject_of
-from eval.sweep.experiment import IMAGE_SCRIPT, parse
-from eval.sweep.plan import Plan, find_recipe, find_script, make_plan
-from eval.sweep.reporting import FINISHED, HELDOUT
-from eval.sweep.runs import Runner
-from eval.table import Result, Row
+from eval.sweep_plan import IMAGE_SCRIPT, Plan, find_recipe, find_script, make_plan, parse
+from eval.sweep_reporting import FINISHED, HELDOUT
+from eval.sweep_runs import Runner
+from eval.table import Result, Row, of_this_process
 
 POSTED = "pictures.json"
 

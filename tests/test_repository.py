@@ -62,11 +62,13 @@ def test_the_versions_agree_and_the_dependencies_are_ranges():
 PROGRAM = """
 import runpy, sys
 name, *flags = sys.argv[1:]
-run = runpy.run_path if name.endswith(".py") else runpy.run_module
 for flag in flags:
     sys.argv, code = [name, flag], 0
     try:
-        run(name, run_name="__main__")
+        if name.endswith(".py"):
+            runpy.run_path(name, run_name="__main__")
+        else:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code
     sys.__stdout__.write(f"\\x1e{code} {' '.join(sys.modules)}\\x1e")

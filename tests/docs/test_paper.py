@@ -25,8 +25,9 @@ from accelerate.state import AcceleratorState
 
 from bilora_diffusion.image import script as image_script
 from bilora_diffusion.text.config import TextConfig
+from eval import sweep_plan as plan
+from eval import sweep_runs as runs
 from eval import table
-from eval.sweep import plan, runs
 from eval.text_scores import harness
 from eval.text_scores.benchmarks import Item, Measurement
 from tests.docs.pages import commands, scripts
