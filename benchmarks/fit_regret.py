@@ -33,7 +33,7 @@ from bilora_diffusion.text import catalog
 from bilora_diffusion.train.search.space import arguments
 from eval import report, table
 from eval.compare import mean, summaries
-from eval.table import Entry, Metric, Result, Row, command_line, of_runs
+from eval.table import Entry, Metric, Result, Row, command_line, provenance_of_runs
 
 IMAGE, TEXT = "train_dreambooth_bilora.py", "train_text_bilora.py"
 COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"]
@@ -171,7 +171,10 @@ def result_of(measured: dict[tuple[str, int], Any], records: Any, argv: Sequence
         entries.append(Entry(label, name, seed=seed))
         for metric, value in values.items():
             rows.append(Row(label, name, seed, metric, value=value, note=title))
-    origin, lines = of_runs(command_line("benchmarks.fit_regret", argv), records), summaries(rows)
+    origin, lines = (
+        provenance_of_runs(command_line("benchmarks.fit_regret", argv), records),
+        summaries(rows),
+    )
     return Result("fit_regret", entries, METRICS, provenance=origin, rows=rows, summaries=lines)
 
 

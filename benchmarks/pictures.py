@@ -67,7 +67,7 @@ from eval.sweep import subject_of
 from eval.sweep_plan import IMAGE_SCRIPT, Plan, find_recipe, find_script, make_plan, parse
 from eval.sweep_reporting import FINISHED, HELDOUT
 from eval.sweep_runs import Runner
-from eval.table import Result, Row, of_this_process
+from eval.table import Result, Row, provenance_of_this_process
 
 POSTED = "pictures.json"
 
@@ -334,7 +334,7 @@ class Pictures(Evaluation):
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         lines = compare.summaries(rows, CONTROL)
         # Of this process, since recorded rows have no run folder.
-        provenance = of_this_process(self.command, open_device(None))
+        provenance = provenance_of_this_process(self.command, open_device(None))
         return self.result(subjects, rows, lines, CONTROL, provenance=provenance)
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:

@@ -44,7 +44,7 @@ from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
 from ..command import Parser, open_device
 from ..report import Column
 from ..subjects import BASE, Subject, settings_note, single
-from ..table import Result, Row, of_this_process
+from ..table import Result, Row, provenance_of_this_process
 from . import reporting, settings
 from .reporting import METRICS
 from .settings import (
@@ -262,7 +262,7 @@ class ClipScores(OverSteps):
         scores = [row for row in rows if row.metric in metrics]
         summarize = partial(compare.summaries, over=self.over)
         summaries = summarize(scores, control=self.control)
-        provenance = of_this_process(self.command, self.device)
+        provenance = provenance_of_this_process(self.command, self.device)
         fields = {"metrics": metrics, "provenance": provenance}
         result = self.result(subjects, rows, summaries, self.control, **fields)
         return self.over_steps(result, summarize)

@@ -22,7 +22,7 @@ from PIL.Image import Image
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.train.soundness import require_whole, require_words
 
-from ..cache import of_files
+from ..cache import hash_of_files
 from . import models
 from .models import ModelEntry, Scorer, hub_commit, in_batches
 from .settings import BLIP, CAPTIONERS
@@ -115,7 +115,7 @@ def blip(source: str, device: str = "cpu") -> Captioner:
     require_whole(f'"blip:{source}"', report["missing_keys"])
     processor: Any = BlipProcessor.from_pretrained(place, revision=commit or "main")
     if commit is None:
-        source, commit = folder.resolve().name, of_files(*sorted(folder.glob("*.safetensors")))
+        source, commit = folder.resolve().name, hash_of_files(*sorted(folder.glob("*.safetensors")))
     fix = "put its files beside the weights"
     require_words(f'the tokenizer of "blip:{source}"', processor.tokenizer, None, fix)
     # A checkpoint's own generation settings would make captions of two models incomparable.

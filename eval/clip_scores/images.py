@@ -44,7 +44,7 @@ from bilora_diffusion.image.sampling import embed, embed_negative, generate
 from bilora_diffusion.run.console import quiet
 from bilora_diffusion.run.provenance import device, versions
 
-from ..cache import of_folders
+from ..cache import hash_of_folders
 from ..load import applied
 from ..subjects import BASE, Subject
 from .prompts import Prompt
@@ -145,7 +145,7 @@ class Store:
         folder = Path(resolve(self.sampling.base_model)).expanduser()
         if not folder.is_dir():
             return None
-        return of_folders(folder, suffixes=(".safetensors", ".json", ".txt"))
+        return hash_of_folders(folder, suffixes=(".safetensors", ".json", ".txt"))
 
     def parameters(self, job: Job) -> dict[str, Any]:
         """All that determines an image."""

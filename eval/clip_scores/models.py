@@ -35,7 +35,7 @@ from torch.nn.functional import normalize
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.train.soundness import require_whole, require_words
 
-from ..cache import of_files
+from ..cache import hash_of_files
 from .settings import IMAGE_MODELS, SCORERS
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
@@ -84,7 +84,7 @@ def _pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, d
     switch = bool(config.get("quick_gelu")) and not has_it
     note = "QuickGELU is on, as the weights were trained with it." if switch else ""
     file = Path(open_clip.download_pretrained(config))
-    revision = f"{tag}@{hub_commit(file) or of_files(file)}"
+    revision = f"{tag}@{hub_commit(file) or hash_of_files(file)}"
     entry = ModelEntry(f"{scheme}:{architecture}/{tag}", scheme, architecture, revision, note)
     return entry, {"pretrained": tag, "force_quick_gelu": switch}
 
@@ -102,7 +102,7 @@ def _saved(scheme: str, source: str) -> ModelEntry:
             " open_clip.list_pretrained() has it, or such a folder."
         )
     name = folder.resolve().name
-    return ModelEntry(f"{scheme}:{name}", scheme, name, of_files(files[0]))
+    return ModelEntry(f"{scheme}:{name}", scheme, name, hash_of_files(files[0]))
 
 
 def hub_commit(file: Path) -> str | None:
@@ -267,7 +267,7 @@ def dinov2(name: str, device: str = "cpu", batch: int = 32) -> ImageEmbedder:
         place, revision=commit or "main", trust_remote_code=False
     )
     if commit is None:
-        source, commit = folder.resolve().name, of_files(*sorted(folder.glob("*.safetensors")))
+        source, commit = folder.resolve().name, hash_of_files(*sorted(folder.glob("*.safetensors")))
     model.to(device).eval()
 
     def embed(images: Sequence[Image]) -> Tensor:

@@ -43,7 +43,7 @@ from ..checkpoints import OverSteps
 from ..command import COUNTS, open_device
 from ..report import Column
 from ..subjects import Subject
-from ..table import Metric, Result, Row, of_this_process
+from ..table import Metric, Result, Row, provenance_of_this_process
 from . import base_models, benchmarks, reporting
 from .base_models import BaseModel
 from .benchmarks import (
@@ -290,7 +290,7 @@ class TextScores(OverSteps):
             summarize(rows, control=self.control),
             self.control,
             metrics=self.shown_metrics,
-            provenance=of_this_process(self.command, self.device, PACKAGES),
+            provenance=provenance_of_this_process(self.command, self.device, PACKAGES),
         )
         return self.over_steps(result, summarize)
 

@@ -20,7 +20,7 @@ from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import context_text, resolve_template
 
-from ..cache import of_folders
+from ..cache import hash_of_folders
 from .base_models import NO_TEMPLATE
 from .benchmarks import ANSWER_LETTERS, Benchmark, Item, Measurement
 from .models import CacheFor, LoadedModel
@@ -90,7 +90,7 @@ class Harness:
             "metric": benchmark.metric,
             "generation": dict(benchmark.generation),
             "lm_eval": metadata.version("lm_eval"),
-            "include_path": of_folders(*self.include_path) if self.include_path else None,
+            "include_path": hash_of_folders(*self.include_path) if self.include_path else None,
         }
 
     def measure(
