@@ -113,13 +113,15 @@ def command(
         " --gradient_accumulation_steps 1 --learning_rate 1e-3 --lr_scheduler constant"
         " --lr_warmup_steps 0 --num_validation_images 0"
     )
-    words = [*shared.split(), "--instance_prompt", PROMPT]
-    words += ["--pretrained_model_name_or_path", args.model]
+    words = [str(args.script) if label == PEER else OURS]
+    words += shared.split()
+    words += ["--instance_prompt", PROMPT, "--pretrained_model_name_or_path", args.model]
     if label == PEER:
-        return [str(args.script), *words, *args.peer_flags]
-    ours = f"--lora_alpha {RANK} --init_lora_weights gaussian --no_output_kohya_format"
-    ours += f" --validation_dataset none --disk_cache no {VARIANTS[label]}"
-    return [OURS, *words, *ours.split()]
+        return words + args.peer_flags
+    # As diffusers' script: alpha as the rank, gaussian A, one file, no cache from round to round
+    flags = f"--lora_alpha {RANK} --init_lora_weights gaussian --no_output_kohya_format"
+    flags += f" --validation_dataset none --disk_cache no {VARIANTS[label]}"
+    return words + flags.split()
 
 
 def estimate(words: Sequence[str], environment: dict[str, str]) -> float:
@@ -201,7 +203,7 @@ def step_ends(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float
             continue
         if step == 0:
             bars.append({})
-        bars[-1].setdefault(step, elapsed)
+        bars[-1].setdefault(step, elapsed)  # a bar may show a step several times
     bars = [bar for bar in bars if bar.get(steps)]
     if not bars:
         raise TrainingError(f"no bar of {steps} steps is shown: give diffusers' own as --script.")
@@ -216,7 +218,7 @@ def heldout_loss(lora: Path) -> float:
     cfg = parse_run([*words.split(), str(lora / "grid")])
     task = DREAMBOOTH.build_task(cfg, build_accelerator(cfg))
     task.pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
-    assert task.grid is not None
+    assert task.grid is not None  # the miniature has held-out icons
     return task.grid()["heldout_loss"]
 
 
@@ -225,11 +227,13 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     images = folder / "images"
     shutil.copytree(mini.train_dir(), images, ignore=shutil.ignore_patterns("*.jsonl"))
     environment = dict(os.environ)
+    # A model on this machine needs no hub, and then none of the processes waits for one.
     if Path(args.model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     if args.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     measured: dict[str, list[dict[str, float]]] = {label: [] for label in (PEER, *args.variants)}
+    # Before anything is measured, so that a variant that can't run is known early.
     estimates = {}
     for name in args.variants:
         words = command(name, folder / "dry", 0, images, args)

@@ -89,11 +89,16 @@ class Measurement:
 
 def make_task(name: str, folder: Path) -> Task:
     """The command lines on a set; data that is not shipped is written into the folder."""
-    images = [*COMMON, *ICONS, "--num_validation_images", "0"]
-    nothing, quarter = ["--validation_dataset", "none"], ["--validation_part", "1/4"]
+    images = COMMON + ICONS
+    images += ["--num_validation_images", "0"]
+    nothing = ["--validation_dataset", "none"]
+    # A quarter of the held-out pictures: all take too long.
+    truth = ["--validation_part", "1/4", "--validation_dataset"]
     if name in DATASETS:
-        truth = ["--validation_dataset", f"{DATASETS[name][0]}-heldout", *quarter]
-        return Task(IMAGE, [*images, "--dataset", *DATASETS[name]], nothing, truth)
+        images += ["--dataset"]
+        images += DATASETS[name]
+        truth.append(f"{DATASETS[name][0]}-heldout")
+        return Task(IMAGE, images, nothing, truth)
     folder.mkdir(parents=True, exist_ok=True)
     if name == "icons8":
         lines = (mini.train_dir() / "metadata.jsonl").read_text().splitlines()[:8]
@@ -102,7 +107,8 @@ def make_task(name: str, folder: Path) -> Task:
             icon = mini.train_dir() / json.loads(line)["file_name"]
             (folder / icon.name).write_bytes(icon.read_bytes())
         images += ["--dataset", str(folder), "--caption_column", "prompt"]
-        return Task(IMAGE, images, nothing, ["--validation_dataset", "mini-heldout", *quarter])
+        truth.append("mini-heldout")
+        return Task(IMAGE, images, nothing, truth)
     rows = catalog.packaged_rows(catalog.get("rotten_tomatoes"), "train")
     # The file is sorted by class, so rows are taken evenly: every 133rd is trained on, and every
     # 29th that is not among these is the truth.
@@ -110,7 +116,8 @@ def make_task(name: str, folder: Path) -> Task:
     truth_indices = [i for i in range(0, len(rows), 29) if i not in train_indices]
     _write_reviews(folder / "train.jsonl", [rows[i] for i in train_indices[:64]])
     _write_reviews(folder / "validation.jsonl", [rows[i] for i in truth_indices[:290]])
-    reviews = [*COMMON, *REVIEWS, "--learning_rate", "5e-4", "--lr_scheduler", "constant"]
+    reviews = COMMON + REVIEWS
+    reviews += ["--learning_rate", "5e-4", "--lr_scheduler", "constant"]
     reviews += ["--train_file", str(folder / "train.jsonl")]
     return Task(TEXT, reviews, [], ["--validation_file", str(folder / "validation.jsonl")])
 
@@ -153,9 +160,9 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> Measurement:
 
     # The choice is trained to its step if the search by the truth stopped it before.
     choice_curve = curves.setdefault(choice["title"], {})
-    choice_options = [*options, *arguments(tuple(choice["options"].items())), *task.with_truth]
+    choice_options = arguments(tuple(choice["options"].items()))
     if choice["steps"] not in choice_curve:
-        run(task.script, runs / "choice", choice_options, loss_steps)
+        run(task.script, runs / "choice", options, choice_options, task.with_truth, loss_steps)
         for row in read_metrics(runs / "choice"):
             if row.get("heldout_loss"):
                 choice_curve[row["step"]] = row["heldout_loss"]
@@ -164,7 +171,8 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> Measurement:
     # that run itself is not of the truth.
     fit_config: Any = read_run(runs / "fit")["config"]
     schedule = [(key, str(fit_config[key])) for key in ("lr_scheduler", "max_train_steps")]
-    run(task.script, runs / "last", choice_options, arguments(tuple(schedule)))
+    last_options = arguments(tuple(schedule))
+    run(task.script, runs / "last", options, choice_options, task.with_truth, last_options)
     choice_loss = read_metrics(runs / "last")[-1]["heldout_loss"]
     best_loss, _, _ = lowest(curves)
     choice_best, _, _ = lowest({"": choice_curve})

@@ -220,6 +220,8 @@ def step_table(result: Result, metric: str, item: str) -> str:
     A cell is the mean over seeds, with the difference to the control's in brackets.
     """
     steps = sorted({row.step or 0 for row in result.select(metric, item=item)})
+    heads = ["variant"]
+    heads += [f"step {step}" for step in steps]
     rows = []
     for group in result.groups:
         cells = [group]
@@ -230,7 +232,7 @@ def step_table(result: Result, metric: str, item: str) -> str:
                 cell += f" ({report.difference(line, METRICS[metric])})"
             cells.append(cell)
         rows.append(cells)
-    return report.table(["variant", *(f"step {step}" for step in steps)], rows)
+    return report.table(heads, rows)
 
 
 def draw_fronts(result: Result, guidances: Sequence[Guidance], folder: Path) -> list[str]:

@@ -169,6 +169,7 @@ class Pictures(Evaluation):
         result = self.earlier
         if result is None:
             return {}
+        # Scores of other prompts or other sampling can't stand beside these.
         for name, value in self._scoring_settings().items():
             if result.settings.get(name) != value:
                 raise UserError(
@@ -178,8 +179,12 @@ class Pictures(Evaluation):
         points = set(itertools.product([kind.label for kind in self.guidances], self.steps))
         recorded: dict[str, list[Row]] = {}
         for planned in self.plan.runs:
-            rows = [row for row in result.rows if row.subject == planned.name]
-            scored_points = {(row.item, row.step) for row in rows if row.metric == "i2t"}
+            rows, scored_points = [], set()
+            for row in result.rows:
+                if row.subject == planned.name:
+                    rows.append(row)
+                    if row.metric == "i2t":  # which every image has
+                        scored_points.add((row.item, row.step))
             if points <= scored_points:
                 recorded[planned.name] = rows
         return recorded
@@ -243,13 +248,15 @@ class Pictures(Evaluation):
 
     def subjects(self) -> Sequence[Subject]:
         """The planned runs."""
-        return [
-            Subject(planned.name, planned.variant, seed=planned.seed) for planned in self.plan.runs
-        ]
+        subjects = []
+        for planned in self.plan.runs:
+            subjects.append(Subject(planned.name, planned.variant, seed=planned.seed))
+        return subjects
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
         """Train what is not finished; sample and score the checkpoints."""
         runner = Runner(self.plan.script, self.plan.recipe, self.runs_dir, self.args.jobs)
+        # Runs with recorded rows are neither trained nor scored again.
         missing = [planned for planned in self.plan.runs if planned.name not in self.recorded]
         outcomes = runner.run_all(missing)
         failures = [outcome for outcome in outcomes if outcome.status != FINISHED]
@@ -282,6 +289,7 @@ class Pictures(Evaluation):
         if self.args.processes is not None:
             words += ["--processes", str(self.args.processes)]
         print(f"\n{guidance.label}:", flush=True)
+        # In this process, so that models and libraries are loaded once.
         if ClipScores.main(words):
             raise TrainingError(f"eval.clip_scores failed on {folder}: its sentence stands above.")
         result = table.read(folder)
@@ -319,6 +327,7 @@ class Pictures(Evaluation):
             for entry in result.subjects:
                 if entry.about["run"] != subject.label:
                     continue
+                # The seed's value is the mean over its images of this checkpoint.
                 fields = {"item": guidance.label, "step": entry.about["step"]}
                 for metric in SAMPLED_METRICS:
                     values = [row.value for row in result.select(metric, entry.group)]
@@ -342,7 +351,7 @@ class Pictures(Evaluation):
         return {CURVES: curve_panels(result, self.guidances)}
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        return [*draw_fronts(result, self.guidances, folder), *super().figures(result, folder)]
+        return draw_fronts(result, self.guidances, folder) + super().figures(result, folder)
 
     def introduction(self, result: Result) -> str:
         settings = result.settings
@@ -354,7 +363,7 @@ class Pictures(Evaluation):
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[report.Column]]:
-        return {}
+        return {}  # all rows have a step; `step_sections` has the tables
 
     def further(self, result: Result) -> list[str]:
         return [*step_sections(result), report.closing(result)]

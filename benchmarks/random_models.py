@@ -199,20 +199,21 @@ def _unet_inputs(
 ) -> Inputs:
     """Latents, prompt embeddings and size conditioning for images of ``pixels`` x ``pixels``."""
     config = model.config
+    # The UNet embeds six numbers of sizes and crops, beside the pooled prompt embedding.
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
-    def normal(*size: int) -> Tensor:
+    def normal(size: tuple[int, ...]) -> Tensor:
         return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
 
-    latents = (batch, config.in_channels, pixels // 8, pixels // 8)
+    latents = (batch, config.in_channels, pixels // 8, pixels // 8)  # the autoencoder takes 8 x 8
     sizes = torch.tensor([pixels, pixels, 0, 0, pixels, pixels]).expand(batch, 6)
     return {
-        "sample": normal(*latents),
-        "noise": normal(*latents),
+        "sample": normal(latents),
+        "noise": normal(latents),
         "timestep": torch.randint(1000, (batch,), generator=generator).to(device),
-        "encoder_hidden_states": normal(batch, length, config.cross_attention_dim),
+        "encoder_hidden_states": normal((batch, length, config.cross_attention_dim)),
         "added_cond_kwargs": {
-            "text_embeds": normal(batch, pooled),
+            "text_embeds": normal((batch, pooled)),
             "time_ids": sizes.to(device=device, dtype=dtype),
         },
     }
