@@ -159,7 +159,7 @@ class MethodFlags:
         5.0,
         "bilora with several auxiliaries, on a model that predicts noise: an image sees its"
         " auxiliary times sqrt(min(SNR, gamma) / gamma). The loss falls with the signal-to-noise"
-        " ratio, so the full auxiliary would outweigh it where there is little noise. 0: the full"
+        " ratio, so the full auxiliary would outweigh it where there is much noise. 0: the full"
         " auxiliary at every noise level.",
         range=FACTORS,
         ignored=(ON_A_SINGLE_ONE, WITHOUT_NOISE),
