@@ -222,8 +222,12 @@ def truths_by_step(result: Result, run: str) -> dict[int, list[float]]:
                 truths.setdefault(entry.about["step"], {})[row.item] = row.value
     if not truths:
         return {}
-    captions = sorted(set.intersection(*(set(values) for values in truths.values())))
-    return {step: [values[caption] for caption in captions] for step, values in truths.items()}
+    # Captions with a value at each checkpoint
+    captions = sorted(set.intersection(*map(set, truths.values())))
+    ordered = {}
+    for step, values in truths.items():
+        ordered[step] = [values[caption] for caption in captions]
+    return ordered
 
 
 def rule_section(result: Result) -> list[str]:
@@ -231,6 +235,8 @@ def rule_section(result: Result) -> list[str]:
     items = list(dict.fromkeys(row.item for row in result.select(step_rules.LAST)))
     if not items:
         return []
+    heads = ["guidance", "variant"]
+    heads += [metric.title for metric in step_rules.RULES.values()]
     rows = []
     for item in items:
         for group in result.groups:
@@ -238,8 +244,7 @@ def rule_section(result: Result) -> list[str]:
             for rule, metric in step_rules.RULES.items():
                 cells.append(report.mean(result.summary(group, rule, item), metric))
             rows.append(cells)
-    titles = [metric.title for metric in step_rules.RULES.values()]
-    return [report.section("Which step?", report.table(["guidance", "variant", *titles], rows))]
+    return [report.section("Which step?", report.table(heads, rows))]
 
 
 def step_sections(result: Result) -> list[str]:
