@@ -1,8 +1,6 @@
-"""An experiment: a YAML file that says what is trained and what is compared, see `eval.sweep`; and
-its runs.
+"""An experiment, read from a YAML file (see `eval.sweep`), and its runs: variants times seeds.
 
-A variant with a seed is a run. Every run is checked by the training script's own parser before the
-first one is trained.
+Every run is checked by the training script's own parser before the first one is trained.
 """
 
 from __future__ import annotations
