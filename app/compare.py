@@ -18,8 +18,8 @@ from PIL import Image
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.mini.colors import MAPS
-from eval.clip_scores.names import METRICS
 from eval.clip_scores.prompts import Prompt
+from eval.clip_scores.reporting import METRICS
 
 from . import parts
 from . import scored as data

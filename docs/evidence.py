@@ -1,7 +1,7 @@
-"""evidence.md: each claim of the paper, what was measured of it, and the verdict.
+"""results/README.md: each claim of the paper, its measured figures and the verdict.
 
-`claims.yaml` has the claims with their checks. Figures and verdicts come from ``results/``; none is
-written by hand.
+`claims.yaml` names the claims and their results; figures and verdicts are computed from
+``results/``: none is written by hand.
 """
 
 from __future__ import annotations
@@ -189,16 +189,16 @@ def page() -> Iterable[str]:
             verdicts.append(check_verdict)
             lines.append(_line(check, check_figure, check_verdict))
         rows[claim.name[0]].append((claim.name, claim.says, f"**{overall(verdicts)}**"))
-        heads = ("what", "where", "figure, 95 % interval", "over", "the claim asks for", "verdict")
+        heads = ("figure", "result", "value, 95 % interval", "n", "the claim says", "verdict")
         sections += [
             f"### {claim.name}: {claim.says}",
-            f"{claim.where}. Here: **{overall(verdicts)}**.",
+            f"{claim.where}. Verdict: **{overall(verdicts)}**.",
             table(heads, lines),
             f"```bash\n{claim.command.strip()}\n```",
         ]
     return [
-        table(("claim", "of the paper", "here"), rows["C"]),
-        table(("finding", "of ours", "here"), rows["F"]),
+        table(("claim", "of the paper", "verdict"), rows["C"]),
+        table(("finding", "of this project", "verdict"), rows["F"]),
         *sections,
     ]
 

@@ -57,18 +57,20 @@ def options() -> Iterable[str]:
     yield "## Options without effect"
     yield ("They are named in one line and ignored: the run is the same as without them.")
     yield table(("option", "has no effect", "instead"), _ignored_cases())
+    yield from diffusers_flags()
 
 
-def diffusers() -> Iterable[str]:
-    """Every flag of diffusers' scripts, with the differences."""
+def diffusers_flags() -> Iterable[str]:
+    """Every flag of diffusers' scripts, and what differs."""
     document = yaml.safe_load((FOLDER / "diffusers_flags.yaml").read_text(encoding="utf-8"))
+    yield "## Flags of diffusers' scripts"
     yield document["intro"]
-    yield "\n".join(f"- {sentence}" for sentence in document["beside"])
+    yield "\n".join(f"- {sentence}" for sentence in document["general"])
     yield _flags(document["sdxl"])
-    yield "## Its scripts for other models"
+    yield "### Flags of the scripts for other models"
     yield document["others"]
     yield _flags(document["flow"])
-    yield document["apart"]
+    yield "### Flags that are refused"
     rows = []
     for name, (reason, instead) in constraints.table().foreign["image"].items():
         rows.append((f"`--{name}`", reason, instead))
@@ -83,7 +85,7 @@ def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
         their_default = _value(flag.get("default"))
         our_default = _value(default_of(our_options[name]))
         rows.append((f"`--{name}`", their_default, our_default, flag.get("here", "same")))
-    return table(("flag", "default there", "default here", "what differs"), rows)
+    return table(("flag", "default in diffusers", "default here", "what differs"), rows)
 
 
 def readme() -> Iterable[str]:
@@ -139,8 +141,7 @@ PAGES = {
     "python.md": python,
     "../README.md": readme,
     "options.md": options,
-    "diffusers.md": diffusers,
-    "evidence.md": evidence.page,
+    "../results/README.md": evidence.page,
     "models.md": models,
 }
 

@@ -1,4 +1,4 @@
-"""Options of noise levels and losses: diffusion, flow matching, prior preservation."""
+"""Options of the base model, of noise levels and of losses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ from ..core.values import (
     STEPS,
     Range,
 )
+from .base_model import SDXL_BASE, folder_of
 from .families import SDXL
 
+# The usual weight by which the unconditional prediction is held, and the steps from one that holds
+# it to the next. Samples of mini-duotone (300 steps, guidance 4) are as near to the truth as with
+# weight 1 in each step (cosine 0.751 and 0.754; 0.680 without), in 8 % more time in place of more
+# than twice as much; with weight 1 or 16 every 16th step 0.746 and 0.700.
 HOLDING_WEIGHT, HOLDING_PERIOD = 4, 16
-"""The usual weight by which the unconditional prediction is held, and the steps from one that holds
-it to the next. Samples of mini-duotone (300 steps, guidance 4) are as near to the truth as with
-weight 1 in each step (cosine 0.751 and 0.754; 0.680 without), in 8 % more time in place of more
-than twice as much; with weight 1 or 16 every 16th step 0.746 and 0.700.
-"""
+# Cases in which options have no effect.
+ON_A_LOCAL_MODEL = IgnoredCase(
+    lambda v: (
+        v["pretrained_vae_model_name_or_path"] is None
+        and folder_of(v["pretrained_model_name_or_path"]) is not None
+    ),
+    "on a local model",
+    "give a hub id or drop it",
+)
 WITHOUT_HOLDING = IgnoredCase(
     lambda v: not v["hold_unconditional"],
     "where nothing is held",
@@ -52,6 +61,51 @@ WITHOUT_GUIDANCE = IgnoredCase(
 
 
 @dataclass(frozen=True)
+class ModelOptions:
+    """The pipeline that is fine-tuned."""
+
+    section: ClassVar[str] = "base model"
+
+    # Derived for some sets of images, by `derived.Preset.model`.
+    pretrained_model_name_or_path: str = option(
+        SDXL_BASE,
+        "Pipeline to start from, of Stable Diffusion XL or a flow-matching model: hub id, local"
+        " folder, or mini. With --dataset mini, mini-animals or mini-duotone it defaults to mini.",
+        place=True,
+    )
+    # Derived: `derived.default_vae`.
+    pretrained_vae_model_name_or_path: str | None = option(
+        None,
+        "Autoencoder to use instead of the pipeline's own. SDXL base in fp16 defaults to"
+        " madebyollin/sdxl-vae-fp16-fix, since its own overflows there.",
+        place=True,
+    )
+    revision: str | None = option(
+        None, "Branch, tag or commit of a model on the hub.", ignored=(ON_A_LOCAL_MODEL,)
+    )
+    offload: bool = option(
+        False,
+        "Keep the autoencoder on the CPU while it neither encodes nor decodes. Text encoders that"
+        " are not trained stay there anyway once all prompts are embedded.",
+        free=True,
+    )
+    # Becomes `quantize`: `derived.quantization_of`.
+    bnb_quantization_config_path: str | None = option(
+        None,
+        "JSON file for bitsandbytes, as diffusers' scripts take it: one that asks for NF4 is"
+        " --quantize nf4, any other is refused.",
+        place=True,
+        free=True,
+    )
+    variant: str | None = option(
+        None, "Which files of the model to take, for example fp16 for *.fp16.safetensors."
+    )
+    cache_dir: str | None = option(
+        None, "Folder for downloaded models and data sets.", place=True, free=True
+    )
+
+
+@dataclass(frozen=True)
 class DiffusionOptions:
     """Options of image models alone: text encoders, noise levels, their attention."""
 
@@ -76,7 +130,7 @@ class DiffusionOptions:
         ),
     )
     adam_weight_decay_text_encoder: float = option(
-        1e-3,
+        1e-3,  # as in diffusers' script
         "Weight decay of the text encoders' adapters.",
         range=DECAYS,
         ignored=(ON_FROZEN_ENCODERS,),
@@ -112,16 +166,16 @@ class DiffusionOptions:
     )
     hold_unconditional: float = option(
         0.0,
-        "Hold what guidance leads away from at the base model's: in some of the steps this much"
-        " counts, in the loss, by what the adapters change the prediction for the empty prompt on"
-        f" the training images. {HOLDING_WEIGHT} is recommended for strong styles, which guidance"
-        " otherwise takes out again (docs/methods.md).",
+        "Hold the unconditional prediction, which guidance leads away from, at the base model's:"
+        " weight, in the loss of some steps, of the change that the adapters make to the prediction"
+        f" for the empty prompt on the training images. {HOLDING_WEIGHT} is recommended for strong"
+        " styles, which guidance otherwise weakens (docs/methods.md).",
         range=FACTORS,
         ignored=(BEFORE_HOLDING,),
     )
     hold_unconditional_every: int = option(
         HOLDING_PERIOD,
-        "Hold it in one of so many steps, such as the 16th, the 32nd and so on; such a step takes"
+        "Hold it in one of so many steps, such as the 16th, the 32nd and so on. Such a step takes"
         " more than twice as long.",
         range=STEPS,
         ignored=(WITHOUT_HOLDING,),
@@ -132,7 +186,7 @@ class DiffusionOptions:
     compile: bool = option(
         False,
         "Compile the denoiser's repeated blocks for training steps, adapters included, by"
-        " torch.compile; it needs a compiler (docs/trouble.md).",
+        " torch.compile; it needs a compiler (docs/guide.md).",
         free=True,
     )
 
@@ -143,7 +197,7 @@ class FlowOptions:
 
     section: ClassVar[str] = "flow-matching models"
 
-    lora_layers: list[str] = option(  # noqa: RUF009
+    lora_layers: list[str] = option(  # noqa: RUF009 (the field makes a new list for each instance)
         [],
         "Layers of the denoiser that get adapters, of any image model: groups (attention,"
         " feed-forward, convolutions, all-linear, all) and the ends of layers' names (to_k,"
@@ -158,21 +212,24 @@ class FlowOptions:
         range=Range(4096, "no text encoder of these models reads more", at_least=1),
         ignored=(ON_SDXL,),
     )
+    # Derived: `families.base.Family.guidance_scale`, as `max_sequence_length` above.
     guidance_scale: float | None = option(
         None,
-        "Guidance that a distilled model with an embedding of it (FLUX.1-dev) is told in training."
+        "Guidance that a distilled model with an embedding of it (FLUX.1-dev) gets in training."
         " Default: 3.5, as diffusers' script.",
         range=GUIDANCES,
         ignored=(ON_SDXL, WITHOUT_GUIDANCE),
     )
+    # Derived: `families.base.Family.weighting`.
     weighting_scheme: str | None = option(
         None,
-        "How noise levels are drawn (logit_normal, mode) or weighed (sigma_sqrt, cosmap; arXiv"
+        "How noise levels are sampled (logit_normal, mode) or weighted (sigma_sqrt, cosmap; arXiv"
         " 2403.03206, Section 3.1). Default: as diffusers' script for the model (SD3 logit_normal,"
         " others none).",
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
         ignored=(ON_SDXL,),
     )
+    # The defaults of these three are those of diffusers' scripts.
     logit_mean: float = option(
         0.0,
         "Mean of logit_normal.",
@@ -182,7 +239,7 @@ class FlowOptions:
     logit_std: float = option(
         1.0,
         "Standard deviation of logit_normal.",
-        range=Range(100, "only the two ends would be drawn", greater_than=0),
+        range=Range(100, "only the two ends would be sampled", greater_than=0),
         ignored=(ON_SDXL,),
     )
     mode_scale: float = option(
@@ -193,8 +250,8 @@ class FlowOptions:
     )
     precondition_outputs: bool = option(
         False,
-        "Weigh the error of the velocity by the square of the noise level, so that it is that of"
-        " the clean image, as diffusers' script for SD3 does unless it is given 0.",
+        "Weight the error of the velocity by the square of the noise level, which makes it the"
+        " error of the clean image, as diffusers' script for SD3 does unless it is given 0.",
         ignored=(ON_SDXL,),
     )
     timestep_shift: str = option(
@@ -213,11 +270,12 @@ class PriorOptions:
     section: ClassVar[str] = "prior preservation"
 
     with_prior_preservation: bool = option(
-        False, "Train on images of the class too, which the base model makes where they lack."
+        False, "Train on images of the class too; the base model generates those that are missing."
     )
+    # This and the prompt are required with prior preservation (config/constraints.toml).
     class_data_dir: str | None = option(
         None,
-        "Folder of the class images; it is made and filled if need be.",
+        "Folder of the class images; it is made and filled if necessary.",
         place=True,
         ignored=(WITHOUT_PRIOR,),
     )
@@ -226,15 +284,15 @@ class PriorOptions:
     )
     prior_prediction_weight: float = option(
         0.0,
-        "Keep the class without images of it: this much counts, in the loss, by what the adapters"
-        " change the prediction for --class_prompt on the training images. A step takes twice as"
+        "Keep the class without images of it: weight, in the loss, of the change that the adapters"
+        " make to the prediction for --class_prompt on the training images. A step takes twice as"
         " long.",
         range=FACTORS,
     )
     num_class_images: int = option(
         100,
-        "How many class images there must be.",
-        range=Range(100_000, "each lacking one is generated, in a second or more", at_least=1),
+        "Number of class images.",
+        range=Range(100_000, "each missing one is generated, in a second or more", at_least=1),
         ignored=(WITHOUT_PRIOR,),
     )
     prior_loss_weight: float = option(
@@ -250,6 +308,7 @@ class PriorOptions:
         ignored=(WITHOUT_PRIOR,),
         free=True,
     )
+    # Derived: `families.base.Family.precision`.
     prior_generation_precision: str | None = option(
         None,
         "Precision in which class images are generated. Default: on an accelerator fp16, for"
