@@ -10,7 +10,7 @@ from peft.functional import cast_adapter_dtype
 from peft.tuners.lora import LoraLayer
 
 from ..core.lora_names import AUXILIARY, INITIAL, PRIMARY
-from ..core.values import ALL_LINEAR, INITS
+from ..core.values import ALL_LINEAR
 from .access import (
     Factors,
     activate,
@@ -26,11 +26,9 @@ from .access import (
     is_quantized,
     layers,
     named_parameters,
-    names,
     off,
     only,
     parameters,
-    rows,
     weights,
 )
 from .inits import start_from_initial, subtract_initial

@@ -97,6 +97,8 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
         if (folder / name).exists():
             lines[use] = str(folder / name)
     record = runlog.read_run(folder)
+
+    # Checkpoints.
     saved_steps = checkpoint.steps(folder)
     if saved_steps:
         listed = f"steps {', '.join(map(str, saved_steps))}"
@@ -107,6 +109,7 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
             listed += f"; removed: {removed}; --checkpoints_total_limit 0 keeps all"
         lines["checkpoints"] = f"{folder / checkpoint.CHECKPOINTS} ({listed})"
 
+    # Measurements on held-out samples, in all and by concept.
     rows = runlog.read_metrics(folder)
     losses = _column(rows, HELDOUT_LOSS)
     distances = _column(rows, HELDOUT_DISTANCE)
@@ -149,6 +152,7 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
         lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
         lines["score it"] = f"python -m {scores} {quoted_folder} base"
 
+    # Uses in a column on the left.
     width = max(map(len, lines))
     block = [f"done in {duration(record['wall_seconds'])}"]
     block += [f"  {use:<{width}}  {value}" for use, value in lines.items()]

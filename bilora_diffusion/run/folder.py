@@ -235,6 +235,7 @@ def _find_foreign(folder: Path) -> Path | None:
         # All names of a run are the run's, but its card only where it wrote one.
         names = [] if wrote_card(record) else [CARD]
     elif checkpoint.latest(folder) is not None:
+        # Checkpoints without their record: other names may be the run's too, but not these.
         names = [RUN, FIT_RECORD, CARD]
     else:
         names = [RUN, *RUN_NAMES, *_names_after_folder(folder), *SIDE_NAMES, CARD]
@@ -259,6 +260,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / RUN).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
+    # Every version of the record names its method.
     if not isinstance(record, dict) or not isinstance(record.get("method"), str):
         return None
     return read_run(folder)
@@ -303,6 +305,7 @@ def clear(folder: Path, overwrite: bool) -> None:
     if not any((folder / name).exists() for name in known_names):
         return
     names = [*SIDE_NAMES, *RUN_NAMES, *_names_after_folder(folder)]
+    # Card and whole models may be somebody else's.
     if wrote_card(_read_record(folder) or {}):
         names.append(CARD)
     if _trained_whole(folder):

@@ -69,7 +69,9 @@ def write_card(
         fit=FIT_FIGURE if options["fit"] else None,
         **facts,
     )
-    write_text(folder / "README.md", re.sub("\n{3,}", "\n\n", text.strip()) + "\n")
+    # Parts of the template that are left out leave empty lines.
+    text = re.sub("\n{3,}", "\n\n", text.strip()) + "\n"
+    write_text(folder / "README.md", text)
 
 
 def _chosen_steps(options: Mapping[str, Any], results: Mapping[str, Any]) -> str | int | None:

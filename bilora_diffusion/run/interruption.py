@@ -59,6 +59,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._process = os.getpid()
+        # Python allows handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:

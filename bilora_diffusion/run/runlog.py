@@ -101,20 +101,24 @@ class RunLog:
             public_options.pop(name, None)
         self._run = {
             "schema_version": SCHEMA_VERSION,
+            # What is trained.
             "config": public_options,
             "method": method,
             "seed": seed,
             "num_steps": num_steps,
             "content": content,
+            # By which code, and where.
             "versions": provenance.versions(),
             "commit": commit,
             "uncommitted_changes": differs,
             "device": provenance.device(self._device),
+            # What is counted over all resumes.
             "started_at": earlier.get("started_at", date),
             "resumed": resumed,
             "wall_seconds": earlier.get("wall_seconds", 0.0),
             "peak_memory_bytes": earlier.get("peak_memory_bytes", 0),
             "removed_checkpoints": earlier.get("removed_checkpoints", []),
+            # Its state now.
             "status": "running",
             "card": wrote_card(earlier),
             "doing": "starting",
@@ -210,6 +214,7 @@ class RunLog:
         write_text(self.folder / METRICS, text)
         sync(self.folder)
         snapshots.truncate(self.folder, step)
+        # Validation images or answers.
         for images in self.folder.glob(f"{VALIDATION}/step-*"):
             number = images.name.removeprefix("step-")
             if number.isdecimal() and int(number) > step:
@@ -227,4 +232,5 @@ def is_finished(folder: Path) -> bool:
 
 def wrote_card(record: Mapping[str, Any]) -> bool:
     """Test that the ``README.md`` beside a ``run.json`` is a run's model card."""
+    # Every finished run has written one, also of versions that did not record it.
     return bool(record.get("card")) or record.get("status") == "finished"
