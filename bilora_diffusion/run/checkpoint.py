@@ -38,7 +38,7 @@ from ..core.durable import (
     sync,
 )
 from ..core.errors import TrainingError, UserError, translated
-from ..core.files import finite
+from ..core.files import regular_file
 
 SCHEMA_VERSION = 4
 CHECKPOINTS = "checkpoints"
@@ -151,7 +151,7 @@ def load(path: Path) -> Checkpoint:
             f"checkpoint {path} {problem}: give RUN/checkpoints/step-N, or start without resuming"
         )
     with unaltered(path, DIGESTS):
-        index = json.loads(finite(path / DIGESTS).read_bytes())
+        index = json.loads(regular_file(path / DIGESTS).read_bytes())
         version = index["schema_version"]
         hashes = index["sha256"]
     if version != SCHEMA_VERSION:

@@ -27,7 +27,8 @@ class Bar:
     Args:
         total, initial: optimizer steps in all, and those already taken.
         name: text in front of the bar while the run trains.
-        record: `RunLog.doing`; None in processes other than the main one, which show nothing.
+        record: `RunLog.record_activity`; None in processes other than the main one, which show
+            nothing.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Bar:
             self._bar.unpause()
 
 
-def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
+def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
     """The summary of a finished run: its files by their uses, what was measured, and what to do.
 
     Args:
@@ -161,12 +162,12 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     return "\n".join(block)
 
 
-def compared(folders: Sequence[Path], scores: str) -> str:
+def describe_comparison(folders: Sequence[Path], scores: str) -> str:
     """The folders of a run and its control, and the commands that show them side by side.
 
     Args:
         folders: run folders, with one parent.
-        scores: the module that scores such runs, as for `closing`.
+        scores: the module that scores such runs, as for `describe_run`.
     """
     quoted_folders = [shlex.quote(str(folder)) for folder in folders]
     line = f"run and control: {' and '.join(map(str, folders))}"

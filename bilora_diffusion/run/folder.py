@@ -323,7 +323,7 @@ def clear(folder: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Lock a run folder within the context; the folder is made if it is missing.
 
     Afterwards the lock file is deleted, and so is a new folder that stayed empty. In a distributed
@@ -368,10 +368,10 @@ def _acquire(lock: FileLock, folder: Path) -> None:
         ) from error
 
 
-def hold_around(path: Path) -> AbstractContextManager[None]:
-    """`hold` for the run folder that ``path`` is or lies in; nothing if there is none."""
+def locked_around(path: Path) -> AbstractContextManager[None]:
+    """`locked` for the run folder that a path is or lies in; without one, no lock is taken."""
     path = path.absolute()
     for folder in (path, *path.parents):
         if (folder / RUN).is_file():
-            return hold(folder)
+            return locked(folder)
     return contextlib.nullcontext()

@@ -118,7 +118,7 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return settings
 
 
-def source(name: str) -> str:
+def public_name(name: str) -> str:
     """The name of a model or a data set for others: a path is cut to its last name."""
     embedded_name = embedded(name)
     if embedded_name:

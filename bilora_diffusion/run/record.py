@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..core.errors import UserError
-from ..core.files import finite
+from ..core.files import regular_file
 
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -200,7 +200,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = Path(folder) / RUN
     try:
         with _reading(path, "restore it from a copy, or give another run folder"):
-            record = _parsed(finite(path).read_bytes())
+            record = _parsed(regular_file(path).read_bytes())
             version = record["schema_version"]
             if version == SCHEMA_VERSION:
                 Record.model_validate(record)
@@ -224,7 +224,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     fix = "restore it from a copy, or start a new run in another folder"
     try:
         with _reading(path, fix):
-            lines = finite(path).read_bytes().split(b"\n")
+            lines = regular_file(path).read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
     for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
@@ -261,7 +261,7 @@ def read_search(path: Path) -> dict[str, Any] | None:
     """
     try:
         with _reading(path, "restore it from a copy, or start a new run in another --output_dir"):
-            content = _parsed(finite(path).read_bytes())
+            content = _parsed(regular_file(path).read_bytes())
             SearchRecord.model_validate(content)
             return content
     except (FileNotFoundError, NotADirectoryError):

@@ -151,7 +151,7 @@ class RunLog:
         if time.monotonic() - self._write_time > HEARTBEAT_SECONDS:
             self._write()
 
-    def doing(self, activity: str) -> None:
+    def record_activity(self, activity: str) -> None:
         """Record the run's activity from now on, such as "held-out loss".
 
         It tells a run that is busy with something long from one that hangs.
@@ -186,12 +186,12 @@ class RunLog:
             self._metrics.close()
             self._metrics = None
 
-    def removed_checkpoints(self, steps: Sequence[int]) -> None:
+    def record_removed_checkpoints(self, steps: Sequence[int]) -> None:
         """Record that checkpoints of these steps made room for newer ones."""
         self._run["removed_checkpoints"] += steps
         self._write()
 
-    def writes_card(self) -> None:
+    def record_card(self) -> None:
         """Record, before it is written, that the run writes the folder's ``README.md``."""
         self._run["card"] = True
         self._write()
