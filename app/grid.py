@@ -57,6 +57,7 @@ class Grid:
             gr.Accordion(title, open=False, visible=False, elem_id="grid") as self.body,
             gr.Row(equal_height=False),
         ):
+            # Left: the form.
             with gr.Column(scale=2, min_width=300) as form:
                 self.run = gr.Dropdown([], label="Run", elem_id="grid-run")
                 self.steps = gr.Dropdown(
@@ -73,6 +74,7 @@ class Grid:
                     info="A second row for each checkpoint: guidance from the base model.",
                     elem_id="grid-both",
                 )
+            # Right: the images.
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html("grid-status"), parts.html("grid-images")]
         choice = [self.run, self.steps, self.prompt]

@@ -213,9 +213,11 @@ class Tab:
                     label="Running mean over steps",
                     min_width=200,
                 )
+            # States, settings and colours of the runs.
             self.cards = parts.html("training-cards")
             self.settings = parts.html("training-settings")
             self.legend = parts.html("training-legend")
+            # All plots; those without values are hidden.
             self.plots: dict[str, gr.LinePlot] = {}
             self.legends: dict[str, gr.HTML] = {}
             with gr.Row(elem_id="training-plots"):
@@ -255,11 +257,13 @@ class Tab:
         paths = {run.path for run in runs}
         selection = [path for path in chosen or [] if path in paths]
         if selection:
+            # Runs that have begun since then join the chosen ones.
             for run in runs:
                 has_room = len(selection) < len(COLORS)
                 if has_room and run.status == "running" and run.path not in selection:
                     selection.append(run.path)
         else:
+            # Running ones first, then the latest.
             first_runs = sorted(runs, key=lambda run: run.status != "running")[:FIRST_RUNS]
             selection = [run.path for run in ordered(first_runs)]
         properties: dict[str, Any] = {"choices": [(run.name, run.path) for run in runs]}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import step_rules
 from PIL.Image import Image
 
 from bilora_diffusion.core.errors import UserError
@@ -175,6 +176,7 @@ METRICS = {
         form=".2f",
     ),
     HELDOUT: Metric("held-out loss", "x 1000", scale=1000, form=".2f"),
+    **step_rules.RULES,
 }
 
 
@@ -200,10 +202,48 @@ def curve_panels(result: Result, guidances: Sequence[Guidance]) -> list[list[Pan
     return rows
 
 
+def truths_by_step(result: Result, run: str) -> dict[int, list[float]]:
+    """Ground truth of each caption at each checkpoint of a run, the captions in one order.
+
+    Args:
+        result: scored checkpoints.
+        run: the run's name.
+    """
+    truths: dict[int, dict[str, float]] = {}
+    for entry in result.subjects:
+        if entry.about["run"] != run:
+            continue
+        for row in result.select("truth", entry.group):
+            if row.value is not None:
+                truths.setdefault(entry.about["step"], {})[row.item] = row.value
+    if not truths:
+        return {}
+    captions = sorted(set.intersection(*(set(values) for values in truths.values())))
+    return {step: [values[caption] for caption in captions] for step, values in truths.items()}
+
+
+def rule_section(result: Result) -> list[str]:
+    """The regret of each rule that chooses a step, by variant and kind of guidance."""
+    items = list(dict.fromkeys(row.item for row in result.select(step_rules.LAST)))
+    if not items:
+        return []
+    rows = []
+    for item in items:
+        for group in result.groups:
+            cells = [item, group]
+            for rule, metric in step_rules.RULES.items():
+                cells.append(report.mean(result.summary(group, rule, item), metric))
+            rows.append(cells)
+    titles = [metric.title for metric in step_rules.RULES.values()]
+    return [report.section("Which step?", report.table(["guidance", "variant", *titles], rows))]
+
+
 def step_sections(result: Result) -> list[str]:
     """A section for each metric and kind of guidance, with its table over checkpoints."""
     sections = []
     for metric in METRICS:
+        if metric in step_rules.RULES:
+            continue
         items = list(dict.fromkeys(row.item for row in result.select(metric)))
         for item in items:
             title = METRICS[metric].title + (f", {item}" if item else "")

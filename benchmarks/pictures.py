@@ -33,6 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import step_rules
 from picture_study import (
     CONTROL,
     CURVES,
@@ -45,7 +46,9 @@ from picture_study import (
     draw_fronts,
     preset_truths,
     read_guidances,
+    rule_section,
     step_sections,
+    truths_by_step,
 )
 from PIL import Image
 
@@ -327,9 +330,15 @@ class Pictures(Evaluation):
                 if differences:
                     mean = statistics.fmean(differences)
                     yield subject.row("colors", mean, item=guidance.label, step=step)
+        losses: dict[int, float] = {}
         for line in subject.log():
             if HELDOUT in line and line["step"] in self.steps:
+                losses[line["step"]] = line[HELDOUT]
                 yield subject.row(HELDOUT, line[HELDOUT], step=line["step"])
+        for guidance, result in self.scored.items():
+            regrets = step_rules.regrets(truths_by_step(result, subject.label), losses)
+            for rule, regret in regrets.items():
+                yield subject.row(rule, regret, item=guidance.label)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         lines = compare.summaries(rows, CONTROL)
@@ -356,7 +365,7 @@ class Pictures(Evaluation):
         return {}
 
     def further(self, result: Result) -> list[str]:
-        return [*step_sections(result), report.closing(result)]
+        return [*rule_section(result), *step_sections(result), report.closing(result)]
 
     def write(self, result: Result) -> None:
         super().write(result)

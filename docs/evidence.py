@@ -112,6 +112,7 @@ def figure(check: Check) -> Figure:
         return {key: value for key, value in values.items() if value is not None}
 
     values = values_of(check.metric, check.group)
+    # Values to subtract: another metric of the same group, or the metric of the control.
     if check.minus:
         control_values = values_of(check.minus, check.group)
     else:
@@ -146,6 +147,7 @@ def _benchmark(check: Check, variants: dict[str, Any]) -> Figure:
 def verdict(check: Check, figure: Figure) -> str:
     """The verdict on a check: it holds or fails if the whole interval says so."""
     lower, upper = check.lower, check.upper
+    # A tolerance is the same in both directions.
     if check.tolerance is not None:
         upper = check.tolerance * figure.size
         lower = -upper
@@ -175,6 +177,7 @@ def claims() -> list[Claim]:
 
 def page() -> Iterable[str]:
     """The parts of the page after its head: tables of verdicts, then each claim's figures."""
+    # Claims of the paper and findings of our own, by the first letter of their names.
     rows: dict[str, list[tuple[str, ...]]] = {"C": [], "F": []}
     sections = []
     for claim in claims():

@@ -148,6 +148,7 @@ PAGES = {
 
 def page(name: str) -> str:
     """A page with new content after the mark `START`, up to the mark `END` if it has this one."""
+    # The mark itself stays; what follows it is replaced.
     before, _, tail = (FOLDER / name).read_text(encoding="utf-8").partition(START)
     _, end, after = tail.partition(END)
     content = "\n\n".join(PAGES[name]())
@@ -182,11 +183,11 @@ def _option(field: dataclasses.Field[Any]) -> tuple[str, str, str]:
 
 def _ignored_cases() -> Iterable[tuple[str, str, str]]:
     """Options without effect, the condition, and the fix; options of one condition in one row."""
+    # (condition, fix) -> names of the options, each once and in order
     names_by_case: dict[tuple[str, str], dict[str, None]] = {}
     for config in (DreamBoothConfig, TextConfig):
         for name, field in options_of(config.groups).items():
             for case in option_of(field).ignored:
-                # Both scripts may have the option: a dictionary has it once, in order.
                 names = names_by_case.setdefault((case.where, case.fix), {})
                 names[f"`--{name}`"] = None
     rows = []

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -33,16 +33,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
-from bilora_diffusion.train.soundness import require_whole, require_words
+from bilora_diffusion.core.values import DINOV2
+from bilora_diffusion.image.likeness import load_dinov2
+from bilora_diffusion.train.soundness import require_words
 
 from ..cache import of_files
-from .settings import IMAGE_MODELS, SCORERS
+from .settings import SCORERS
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 SCHEMES = ("embedded", "open_clip")
-DINOV2 = "dinov2"
-DINOV2_ARCHITECTURES = ("dinov2", "dinov2_with_registers")
-"""``model_type`` of the configurations that are known."""
 NOT_THE_PAPERS = "A small model of this package: its scores cannot be set beside the paper's."
 
 T = TypeVar("T")
@@ -231,50 +230,12 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
 
 
 def dinov2(name: str, device: str = "cpu", batch: int = 32) -> ImageEmbedder:
-    """The model called ``dinov2:ID_OR_FOLDER``; an embedding is the class token of the last layer
-    after its normalization, as DreamBooth's metric DINO takes it.
-
-    Raises:
-        UserError: an unknown name, or a model of another kind; it says what to give.
-        Exception: of the library that can't load it.
-    """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
-    from transformers.utils.hub import cached_file
-
-    scheme, _, source = name.partition(":")
-    if scheme != DINOV2 or not source:
-        raise UserError(f'image model "{name}" is unknown: give {IMAGE_MODELS}.')
-    folder = Path(source).expanduser()
-    place = str(folder) if folder.is_dir() else source
-    commit = hub_commit(Path(str(cached_file(place, "config.json"))))
-    config = AutoConfig.from_pretrained(place, revision=commit, trust_remote_code=False)
-    if config.model_type not in DINOV2_ARCHITECTURES:
-        raise UserError(
-            f'"{name}" is a model of the kind {config.model_type}: give one of DINOv2, such as'
-            " dinov2:facebook/dinov2-base."
-        )
-    model, report = cast(Any, AutoModel).from_pretrained(
-        place,
-        revision=commit,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    require_whole(f'"{name}"', report["missing_keys"])
-    # The image processor resizes, crops and scales as the model was trained.
-    processor: Any = AutoImageProcessor.from_pretrained(
-        place, revision=commit or "main", trust_remote_code=False
-    )
-    if commit is None:
-        source, commit = folder.resolve().name, of_files(*sorted(folder.glob("*.safetensors")))
-    model.to(device).eval()
-
-    def embed(images: Sequence[Image]) -> Tensor:
-        pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return model(pixel_values=pixels.to(device)).pooler_output  # (n, d)
-
-    return ImageEmbedder(ModelEntry(f"{DINOV2}:{source}", DINOV2, source, commit), embed, batch)
+    """The model called ``dinov2:ID_OR_FOLDER``; see `load_dinov2`."""
+    model = load_dinov2(name, device)
+    # A folder has no commit: the hash of its weights says which they are.
+    revision = model.commit or of_files(*sorted(model.folder.glob("*.safetensors")))
+    entry = ModelEntry(f"{DINOV2}:{model.source}", DINOV2, model.source, revision)
+    return ImageEmbedder(entry, model.embed, batch)
 
 
 def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ from ..task import Fold
 from . import report
 from .halving import BUDGET, Curve, Halving, Plan, Trial, lowest_point
 from .space import (
+    METHOD,
     Candidate,
     Space,
     Values,
@@ -135,14 +136,17 @@ class Search:
             groups = [group for group in self.cfg.groups if group.section in sections]
             searchable = options_of(groups).keys() - SHARED_OPTIONS
             return read_values(Path(self.cfg.fit_space), searchable)
-        # An auxiliary for each sample is refused for too many samples; then it is not searched.
-        supports_sample = False
-        with suppress(UserError):
-            for_run(vars(self.config(bilora_form())), 1, self.task.names)
-            supports_sample = True
+        form = bilora_form(self.cfg.heldout_measure)
+        bilora = dict(form)
+        del bilora[METHOD]
+        try:
+            for_run(vars(self.config(form)), 1, self.task.names)
+        except UserError:
+            # An auxiliary for each sample is refused for too many samples.
+            bilora.pop("auxiliaries", None)
         # --scale_lr multiplies the rate of each run, so the space has rates before that.
         rate = self.config((("scale_lr", "false"),)).learning_rate
-        return default_values(self._typed, rate, self.cfg.rank, supports_sample)
+        return default_values(self._typed, rate, self.cfg.rank, bilora)
 
     def _require_possible(self) -> None:
         """Refuse values that the command line would refuse, and a budget that is too small."""
