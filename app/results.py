@@ -11,7 +11,7 @@ import gradio as gr
 from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.files import finite
+from bilora_diffusion.core.files import regular_file
 from eval.table import REPORT
 
 from . import parts
@@ -104,7 +104,7 @@ def pictures(catalog: Catalog, item: ResultItem) -> tuple[list[tuple[Image.Image
 def text(catalog: Catalog, item: ResultItem) -> str:
     """The report of a result as inert Markdown, without its figures, which are above it."""
     try:
-        path = finite(catalog.resolve(f"{item.path}/{REPORT}"))
+        path = regular_file(catalog.resolve(f"{item.path}/{REPORT}"))
         # `finite` refuses a pipe, which would keep its reader waiting.
         with path.open(encoding="utf-8", errors="replace") as file:
             report = file.read(REPORT_BYTES)

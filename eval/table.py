@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 
 from bilora_diffusion.core.durable import dump_json, strict_json, write_text
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.files import finite, without_paths
+from bilora_diffusion.core.files import regular_file, without_paths
 
 SCHEMA_VERSION = 1
 FILE, ROWS, SUMMARY, REPORT = "result.json", "rows.csv", "summary.csv", "report.md"
@@ -258,7 +258,7 @@ def head(folder: Path) -> dict[str, Any]:
     """The content of ``result.json``, its version and kind checked."""
     path = folder / FILE
     try:
-        record = json.loads(finite(path).read_text(encoding="utf-8"))
+        record = json.loads(regular_file(path).read_text(encoding="utf-8"))
         version, kind = record.pop("schema_version"), record["kind"]
         # JSON can hold half of a surrogate pair, which can't be printed.
         json.dumps(record, ensure_ascii=False).encode()
@@ -305,7 +305,7 @@ def from_csv(kind: Any, path: Path) -> list[Any]:
     names = [column.name for column in fields(kind)]
     # An empty field of text is "", that of a number is None.
     text_names = {column.name for column in fields(kind) if column.type == "str"}
-    with finite(path).open(encoding="utf-8", newline="") as file:
+    with regular_file(path).open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != names:
             raise ValueError(f"the columns are {reader.fieldnames} and not {names}")

@@ -10,27 +10,25 @@ from peft.functional import cast_adapter_dtype
 from peft.tuners.lora import LoraLayer
 
 from ..core.lora_names import AUXILIARY, INITIAL, PRIMARY
-from ..core.values import ALL_LINEAR, INITS
+from ..core.values import ALL_LINEAR
 from .access import (
     Factors,
     activate,
     active,
-    alike,
     base_rows,
     base_weight,
     factors,
     factors_of,
     from_rows,
     gradients_of,
+    group_equal,
     head_parameters,
     is_quantized,
     layers,
     named_parameters,
-    names,
     off,
     only,
     parameters,
-    rows,
     weights,
 )
 from .inits import start_from_initial, subtract_initial

@@ -62,7 +62,7 @@ def factors_of(named_layers: Sequence[tuple[str, LoraLayer]], adapter: str) -> l
     return layer_factors
 
 
-def alike(keys: Iterable[Hashable]) -> list[list[int]]:
+def group_equal(keys: Iterable[Hashable]) -> list[list[int]]:
     """Group the positions of equal keys. Layers of one shape, for example, are computed at once."""
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):

@@ -116,7 +116,7 @@ class FusedLayer:
 def _add_sample_product(x: Tensor, output: Tensor, slot: LayerSlot) -> Tensor:
     """Add the product of each sample's own factors to the output of a layer."""
     x = x.to(output.dtype)
-    if slot.is_convolution:
+    if isinstance(slot.down, nn.Conv2d):
         return add_per_sample_convolution(x, output, slot)
     factors = slot.factors(x.dtype, with_primary=False)
     scales = [slot.adapter.scale]

@@ -232,11 +232,6 @@ class LayerSlot:
     number: int
     down: nn.Module
 
-    @property
-    def is_convolution(self) -> bool:
-        """Whether the layer is a convolution."""
-        return isinstance(self.down, nn.Conv2d)
-
     def factors(self, dtype: torch.dtype, with_primary: bool) -> SampleFactors:
         """The layer's factors for the batch; see `BatchFactors.layer_factors`."""
         batch = cast(BatchFactors, self.adapter.factors)

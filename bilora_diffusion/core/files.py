@@ -43,7 +43,7 @@ is_file = os.path.isfile
 is_folder = os.path.isdir
 
 
-def finite(path: Path) -> Path:
+def regular_file(path: Path) -> Path:
     """Return the path of a file that can be read whole, into memory.
 
     Raises:

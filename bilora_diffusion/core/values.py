@@ -3,8 +3,8 @@
 They stand here, and not beside the code that acts on them, because a command line is read before
 torch and PEFT are imported.
 
-A lower bound of a number is where it stops to make sense. An upper bound is far beyond what any run
-needs, so that a typing error ends in a sentence and not in a long wait or a full memory.
+The lower bound of a range is the least number with a meaning. The upper bound is far beyond what
+any run needs, so that a typing error ends in a sentence and not in a long wait or a full memory.
 """
 
 from __future__ import annotations

@@ -66,10 +66,10 @@ def _run(options: argparse.Namespace) -> None:
                 print(as_table(contents))
         return
     # Imported here, since inspecting a file needs no torch.
-    from ..run.folder import hold_around
+    from ..run.folder import locked_around
     from .conversion import export_file, export_step
 
-    with hold_around(Path(options.output or options.source)):
+    with locked_around(Path(options.output or options.source)):
         if options.step is None:
             exports = [export_file(options.source, options.to, options.output)]
         else:

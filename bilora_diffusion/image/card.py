@@ -17,7 +17,7 @@ from ..core.lora_names import (
     workflow_file_name,
 )
 from ..mini import FLOW, MINI, PIPELINES
-from ..run.hub import is_hub_id, loaded_from, source, write_card
+from ..run.hub import is_hub_id, loaded_from, public_name, write_card
 from ..run.record import BY_CONCEPT, validation_folder
 from . import comfy
 from .config import DreamBoothConfig
@@ -64,9 +64,9 @@ def write_dreambooth_card(
         repo_id: of the hub, if the run is pushed there.
     """
     family = cfg.family
-    base = source(cfg.pretrained_model_name_or_path)
+    base = public_name(cfg.pretrained_model_name_or_path)
     concepts = cfg.concept_configs
-    sources = [source(concept.source) for concept in concepts]
+    sources = [public_name(concept.source) for concept in concepts]
     exports_models = methods.get(cfg.method).exports_weights
 
     # Validation images. With --keep_best the weights, and so the images, are of an earlier step.
@@ -119,7 +119,7 @@ def write_dreambooth_card(
         gallery=gallery,
         miniature=PIPELINES[base].__name__ if base in PIPELINES else None,
         base=loaded_from(base),
-        vae=loaded_from(source(vae)) if vae else None,
+        vae=loaded_from(public_name(vae)) if vae else None,
         dtype="torch.bfloat16" if family.flow else "torch.float16",  # see `Family.precision`
         flow=family.flow,
         dora=cfg.use_dora,

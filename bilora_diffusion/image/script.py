@@ -28,7 +28,7 @@ from ..core.lora_names import (
 from ..export.reader import verify
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
-from ..run.data import chosen, copies
+from ..run.data import describe_copies, samples_of_part
 from ..run.record import VALIDATION
 from ..train import command
 from ..train.engine import DTYPES
@@ -145,7 +145,7 @@ def warn_of_copies(cfg: DreamBoothConfig, training: ImageSet, heldout: ImageSet 
         heldout_pictures = heldout.pictures()
     elif not cfg.fit:
         return
-    if line := copies("images", training.pictures(), heldout_pictures):
+    if line := describe_copies("images", training.pictures(), heldout_pictures):
         logger.warning("%s", line)
 
 
@@ -292,6 +292,6 @@ def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
             return None
         image_set = open_set(concept_cfg, concept_cfg.validation_dataset)
         names = [entry.name for entry in image_set.entries]
-        return image_set.only(chosen(concept_cfg.validation_part, names, image_set.label))
+        return image_set.only(samples_of_part(concept_cfg.validation_part, names, image_set.label))
 
     return joined(cfg, open_part)

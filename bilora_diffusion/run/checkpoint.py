@@ -38,7 +38,7 @@ from ..core.durable import (
     sync,
 )
 from ..core.errors import TrainingError, UserError, translated
-from ..core.files import finite
+from ..core.files import regular_file
 
 SCHEMA_VERSION = 4
 CHECKPOINTS = "checkpoints"
@@ -89,6 +89,7 @@ def save(folder: Path, state: Checkpoint) -> Path:
     final = root / f"step-{state.step}"
     temporary = final.with_name(TEMPORARY + final.name)
     try:
+        # Each `sync` makes the entry of a new folder survive a power failure.
         root.mkdir(parents=True, exist_ok=True)
         sync(root.parent)
         remove_leftovers(root)
@@ -128,7 +129,7 @@ def _write(folder: Path, state: Checkpoint) -> None:
     hashes = {name: _hash_file(folder / name) for name in FILES}
     index = dump_json({"schema_version": SCHEMA_VERSION, "sha256": hashes})
     (folder / DIGESTS).write_text(index, encoding="utf-8")
-    for name in (*FILES, DIGESTS, "."):
+    for name in (*FILES, DIGESTS, "."):  # "." is the folder itself
         sync(folder / name)
 
 
@@ -150,7 +151,7 @@ def load(path: Path) -> Checkpoint:
             f"checkpoint {path} {problem}: give RUN/checkpoints/step-N, or start without resuming"
         )
     with unaltered(path, DIGESTS):
-        index = json.loads(finite(path / DIGESTS).read_bytes())
+        index = json.loads(regular_file(path / DIGESTS).read_bytes())
         version = index["schema_version"]
         hashes = index["sha256"]
     if version != SCHEMA_VERSION:

@@ -27,7 +27,8 @@ class Bar:
     Args:
         total, initial: optimizer steps in all, and those already taken.
         name: text in front of the bar while the run trains.
-        record: `RunLog.doing`; None in processes other than the main one, which show nothing.
+        record: `RunLog.record_activity`; None in processes other than the main one, which show
+            nothing.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Bar:
             self._bar.unpause()
 
 
-def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
+def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
     """The summary of a finished run: its files by their uses, what was measured, and what to do.
 
     Args:
@@ -97,6 +98,8 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
         if (folder / name).exists():
             lines[use] = str(folder / name)
     record = runlog.read_run(folder)
+
+    # Checkpoints.
     saved_steps = checkpoint.steps(folder)
     if saved_steps:
         listed = f"steps {', '.join(map(str, saved_steps))}"
@@ -107,6 +110,7 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
             listed += f"; removed: {removed}; --checkpoints_total_limit 0 keeps all"
         lines["checkpoints"] = f"{folder / checkpoint.CHECKPOINTS} ({listed})"
 
+    # Measurements on held-out samples, in all and by concept.
     rows = runlog.read_metrics(folder)
     losses = _column(rows, HELDOUT_LOSS)
     distances = _column(rows, HELDOUT_DISTANCE)
@@ -149,6 +153,7 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
         lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
         lines["score it"] = f"python -m {scores} {quoted_folder} base"
 
+    # Uses in a column on the left.
     width = max(map(len, lines))
     block = [f"done in {duration(record['wall_seconds'])}"]
     block += [f"  {use:<{width}}  {value}" for use, value in lines.items()]
@@ -157,12 +162,12 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     return "\n".join(block)
 
 
-def compared(folders: Sequence[Path], scores: str) -> str:
+def describe_comparison(folders: Sequence[Path], scores: str) -> str:
     """The folders of a run and its control, and the commands that show them side by side.
 
     Args:
         folders: run folders, with one parent.
-        scores: the module that scores such runs, as for `closing`.
+        scores: the module that scores such runs, as for `describe_run`.
     """
     quoted_folders = [shlex.quote(str(folder)) for folder in folders]
     line = f"run and control: {' and '.join(map(str, folders))}"

@@ -208,7 +208,7 @@ def read_part(text: str) -> tuple[int, int]:
     return number, count
 
 
-def chosen(part: str | None, names: Sequence[str], set_name: str) -> list[int]:
+def samples_of_part(part: str | None, names: Sequence[str], set_name: str) -> list[int]:
     """The positions of the samples of a part, in order.
 
     Args:
@@ -232,7 +232,7 @@ def chosen(part: str | None, names: Sequence[str], set_name: str) -> list[int]:
     return [index for index, name in enumerate(names) if name in part_names]
 
 
-def copies(noun: str, training: Contents, heldout: Contents | None = None) -> str | None:
+def describe_copies(noun: str, training: Contents, heldout: Contents | None = None) -> str | None:
     """A sentence on held-out samples that are trained on too; None where there is none.
 
     Args:

@@ -235,6 +235,7 @@ def _find_foreign(folder: Path) -> Path | None:
         # All names of a run are the run's, but its card only where it wrote one.
         names = [] if wrote_card(record) else [CARD]
     elif checkpoint.latest(folder) is not None:
+        # Checkpoints without their record: other names may be the run's too, but not these.
         names = [RUN, FIT_RECORD, CARD]
     else:
         names = [RUN, *RUN_NAMES, *_names_after_folder(folder), *SIDE_NAMES, CARD]
@@ -259,6 +260,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / RUN).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
+    # Every version of the record names its method.
     if not isinstance(record, dict) or not isinstance(record.get("method"), str):
         return None
     return read_run(folder)
@@ -303,6 +305,7 @@ def clear(folder: Path, overwrite: bool) -> None:
     if not any((folder / name).exists() for name in known_names):
         return
     names = [*SIDE_NAMES, *RUN_NAMES, *_names_after_folder(folder)]
+    # Card and whole models may be somebody else's.
     if wrote_card(_read_record(folder) or {}):
         names.append(CARD)
     if _trained_whole(folder):
@@ -320,7 +323,7 @@ def clear(folder: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Lock a run folder within the context; the folder is made if it is missing.
 
     Afterwards the lock file is deleted, and so is a new folder that stayed empty. In a distributed
@@ -365,10 +368,10 @@ def _acquire(lock: FileLock, folder: Path) -> None:
         ) from error
 
 
-def hold_around(path: Path) -> AbstractContextManager[None]:
-    """`hold` for the run folder that ``path`` is or lies in; nothing if there is none."""
+def locked_around(path: Path) -> AbstractContextManager[None]:
+    """`locked` for the run folder that a path is or lies in; without one, no lock is taken."""
     path = path.absolute()
     for folder in (path, *path.parents):
         if (folder / RUN).is_file():
-            return hold(folder)
+            return locked(folder)
     return contextlib.nullcontext()

@@ -69,7 +69,9 @@ def write_card(
         fit=FIT_FIGURE if options["fit"] else None,
         **facts,
     )
-    write_text(folder / "README.md", re.sub("\n{3,}", "\n\n", text.strip()) + "\n")
+    # Parts of the template that are left out leave empty lines.
+    text = re.sub("\n{3,}", "\n\n", text.strip()) + "\n"
+    write_text(folder / "README.md", text)
 
 
 def _chosen_steps(options: Mapping[str, Any], results: Mapping[str, Any]) -> str | int | None:
@@ -116,7 +118,7 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return settings
 
 
-def source(name: str) -> str:
+def public_name(name: str) -> str:
     """The name of a model or a data set for others: a path is cut to its last name."""
     embedded_name = embedded(name)
     if embedded_name:

@@ -59,6 +59,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._process = os.getpid()
+        # Python allows handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -97,7 +98,7 @@ def ends_in(sentence: str) -> Iterator[None]:
         raise Interrupted(sentence, getattr(stop, "number", signal.SIGINT)) from None
 
 
-def farewell(
+def describe_interruption(
     folder: Path,
     stop: Stop,
     arguments: Sequence[str] | None,
@@ -138,7 +139,7 @@ def farewell(
     if arguments is None:
         command = f"the same arguments and --resume_from_checkpoint {value}"
     else:
-        command = shlex.join([sys.argv[0], *resuming(arguments, value, overwrites)])
+        command = shlex.join([sys.argv[0], *resume_arguments(arguments, value, overwrites)])
         # In single quotes the shell would not put the token in.
         command = command.replace(f"'{TOKEN}'", f'"{TOKEN}"')
     return Interrupted(
@@ -148,7 +149,7 @@ def farewell(
     )
 
 
-def resuming(arguments: Sequence[str], value: str, overwrites: bool) -> list[str]:
+def resume_arguments(arguments: Sequence[str], value: str, overwrites: bool) -> list[str]:
     """The arguments of a script that go on from a checkpoint.
 
     Of two equal flags the last one holds, so that added flags overrule the others and the recipe.

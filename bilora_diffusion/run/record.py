@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..core.errors import UserError
-from ..core.files import finite
+from ..core.files import regular_file
 
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -195,12 +195,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     """``run.json`` of a run folder, which fits `Record`.
 
     Raises:
-        UserError: when there is none, or it is damaged or of an unknown schema version.
+        UserError: there is none, it is damaged, or its schema version is unknown.
     """
     path = Path(folder) / RUN
     try:
         with _reading(path, "restore it from a copy, or give another run folder"):
-            record = _parsed(finite(path).read_bytes())
+            record = _parsed(regular_file(path).read_bytes())
             version = record["schema_version"]
             if version == SCHEMA_VERSION:
                 Record.model_validate(record)
@@ -214,17 +214,17 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl`` in order, a torn last one left out; empty without the file.
+    """Lines of ``metrics.jsonl`` in order, without an incomplete last one; none without the file.
 
     Raises:
-        UserError: when another line does not fit `Line`.
+        UserError: another line does not fit `Line`.
     """
     path = Path(folder) / METRICS
     rows: list[dict[str, Any]] = []
     fix = "restore it from a copy, or start a new run in another folder"
     try:
         with _reading(path, fix):
-            lines = finite(path).read_bytes().split(b"\n")
+            lines = regular_file(path).read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
     for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
@@ -236,14 +236,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, float | None]]:
-    """The newest of each held-out loss and metric up to a step in the folder's metrics, with its
-    step, but for those of single noise levels; {} without any.
+    """The newest value of each held-out loss and metric up to a step, without single noise levels.
+
+    Returns:
+        Step and value by the name in the log.
     """
     newest: dict[str, tuple[int, float | None]] = {}
     for row in read_metrics(folder):
         if row["step"] > step:
             continue
         for key, value in row.items():
+            # A slash stands before a noise level.
             is_heldout = re.fullmatch(r"heldout_[^/]*", key) is not None
             if is_heldout or key.startswith(("train_grid_loss", BY_CONCEPT)):
                 newest[key] = (row["step"], value)
@@ -258,7 +261,7 @@ def read_search(path: Path) -> dict[str, Any] | None:
     """
     try:
         with _reading(path, "restore it from a copy, or start a new run in another --output_dir"):
-            content = _parsed(finite(path).read_bytes())
+            content = _parsed(regular_file(path).read_bytes())
             SearchRecord.model_validate(content)
             return content
     except (FileNotFoundError, NotADirectoryError):
@@ -268,6 +271,7 @@ def read_search(path: Path) -> dict[str, Any] | None:
 def _parsed(data: bytes) -> Any:
     """JSON in UTF-8, with NaN as null; infinities, which no run writes, are refused."""
 
+    # json calls it for NaN and infinities, and takes what it returns.
     def constant(name: str) -> None:
         if name != "NaN":
             raise ValueError(f"{name} is not JSON")
@@ -281,6 +285,7 @@ def fault(error: Exception) -> str:
         return ""
     first = error.errors(include_url=False, include_context=False)[0]
     place = first["loc"]
+    # An option or a result is named with what holds it, such as config.rank.
     depth = 2 if place[:1] in (("config",), ("results",)) else 1
     name = ".".join(map(str, place[:depth]))
     if not name:

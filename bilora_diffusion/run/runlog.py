@@ -101,20 +101,24 @@ class RunLog:
             public_options.pop(name, None)
         self._run = {
             "schema_version": SCHEMA_VERSION,
+            # What is trained.
             "config": public_options,
             "method": method,
             "seed": seed,
             "num_steps": num_steps,
             "content": content,
+            # By which code, and where.
             "versions": provenance.versions(),
             "commit": commit,
             "uncommitted_changes": differs,
             "device": provenance.device(self._device),
+            # What is counted over all resumes.
             "started_at": earlier.get("started_at", date),
             "resumed": resumed,
             "wall_seconds": earlier.get("wall_seconds", 0.0),
             "peak_memory_bytes": earlier.get("peak_memory_bytes", 0),
             "removed_checkpoints": earlier.get("removed_checkpoints", []),
+            # Its state now.
             "status": "running",
             "card": wrote_card(earlier),
             "doing": "starting",
@@ -147,7 +151,7 @@ class RunLog:
         if time.monotonic() - self._write_time > HEARTBEAT_SECONDS:
             self._write()
 
-    def doing(self, activity: str) -> None:
+    def record_activity(self, activity: str) -> None:
         """Record the run's activity from now on, such as "held-out loss".
 
         It tells a run that is busy with something long from one that hangs.
@@ -182,12 +186,12 @@ class RunLog:
             self._metrics.close()
             self._metrics = None
 
-    def removed_checkpoints(self, steps: Sequence[int]) -> None:
+    def record_removed_checkpoints(self, steps: Sequence[int]) -> None:
         """Record that checkpoints of these steps made room for newer ones."""
         self._run["removed_checkpoints"] += steps
         self._write()
 
-    def writes_card(self) -> None:
+    def record_card(self) -> None:
         """Record, before it is written, that the run writes the folder's ``README.md``."""
         self._run["card"] = True
         self._write()
@@ -210,6 +214,7 @@ class RunLog:
         write_text(self.folder / METRICS, text)
         sync(self.folder)
         snapshots.truncate(self.folder, step)
+        # Validation images or answers.
         for images in self.folder.glob(f"{VALIDATION}/step-*"):
             number = images.name.removeprefix("step-")
             if number.isdecimal() and int(number) > step:
@@ -227,4 +232,5 @@ def is_finished(folder: Path) -> bool:
 
 def wrote_card(record: Mapping[str, Any]) -> bool:
     """Test that the ``README.md`` beside a ``run.json`` is a run's model card."""
+    # Every finished run has written one, also of versions that did not record it.
     return bool(record.get("card")) or record.get("status") == "finished"

@@ -12,7 +12,7 @@ import torch
 
 from ..core.errors import UserError, translated
 from ..core.seeds import digest_texts, generator, seed_of
-from ..run.data import chosen
+from ..run.data import samples_of_part
 from . import catalog
 from .catalog import OTHER_SET, CatalogTask, packaged_rows
 from .config import TextConfig
@@ -72,7 +72,7 @@ def open_rows(cfg: TextConfig) -> Rows:
         for example in examples:
             texts = [example.prompt, example.input, example.pair or "", example.answer]
             hashes.append(digest_texts(texts))
-        numbers = chosen(cfg.validation_part, hashes, f"the held-out rows of {rows.name}")
+        numbers = samples_of_part(cfg.validation_part, hashes, f"the held-out rows of {rows.name}")
         validation = [examples[number] for number in numbers]
     return replace(rows, train=train, validation=validation)
 

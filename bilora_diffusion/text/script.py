@@ -20,8 +20,8 @@ from huggingface_hub import ModelCardData
 from ..adapters.quantize import quantize
 from ..export import writer
 from ..methods import get
-from ..run.data import copies
-from ..run.hub import is_hub_id, loaded_from, source, write_card
+from ..run.data import describe_copies
+from ..run.hub import is_hub_id, loaded_from, public_name, write_card
 from ..run.record import VALIDATION
 from ..train import command
 from ..train.engine import DTYPES
@@ -122,7 +122,7 @@ def warn_of_copies(cfg: TextConfig, rows: Any) -> None:
     elif not cfg.fit:
         return
     training = [(example.where, example) for example in rows.train]
-    sentence = copies("rows", training, heldout)
+    sentence = describe_copies("rows", training, heldout)
     if sentence:
         logger.warning("%s", sentence)
 
@@ -132,7 +132,7 @@ def write_text_card(
 ) -> None:
     """Write ``README.md`` of a run folder, which may go to a hub repository."""
     method = get(cfg.method)
-    base, kind = source(cfg.model_name_or_path), cfg.task_type
+    base, kind = public_name(cfg.model_name_or_path), cfg.task_type
     meta = ModelCardData(
         library_name="transformers" if method.exports_weights else "peft",
         base_model=base if is_hub_id(base) else None,

@@ -25,7 +25,7 @@ from ..core.durable import strict_json
 from ..core.errors import placed
 from ..run import console, hub, interruption
 from ..run.data import record_content, require_same_content, summarize
-from ..run.folder import State, classify, guard, hold, refuse_unusable
+from ..run.folder import State, classify, guard, locked, refuse_unusable
 from ..run.interruption import Stop
 from ..run.record import read_run
 from . import dry_run, setup
@@ -75,7 +75,7 @@ def train(
     with ExitStack() as locks:
         for folder in folders:
             refuse_unusable(folder)
-            locks.enter_context(hold(folder))
+            locks.enter_context(locked(folder))
         runs = plan(configs)
         accelerator = build_accelerator(cfg)
         # A token without write access is refused now, not after hours of training.
@@ -118,12 +118,12 @@ def train(
             if search is not None:
                 logger.info("\n".join(report.lines(folders[0], search.sample_noun)))
             if control_folder is not None:
-                logger.info(console.compared(folders, script.scorer))
+                logger.info(console.describe_comparison(folders, script.scorer))
         # In this order, since the end of training closes the process group (see `free_memory`).
         free_memory(accelerator)
         accelerator.end_training()
         if stop is not None:
-            raise interruption.farewell(
+            raise interruption.describe_interruption(
                 stopped_folder, stop, typed, cfg.overwrite_output_dir, control_folder
             )
 

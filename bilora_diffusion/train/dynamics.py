@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import adapters
-from ..adapters import AUXILIARY, PRIMARY, Factors, alike
+from ..adapters import AUXILIARY, PRIMARY, Factors, group_equal
 from ..run import snapshots
 
 SNAPSHOTS = 40
@@ -127,7 +127,7 @@ def inner_products(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
     products = torch.empty(len(left), dtype=torch.float64)
     shapes = [(f.A.shape, f.B.shape, g.A.shape) for f, g in zip(left, right, strict=True)]
     # Layers of equal shapes are stacked.
-    for layers in alike(shapes):
+    for layers in group_equal(shapes):
         # A A'^T and B^T B', (layers, rank, rank')
         A_products = _stack(left, layers, "A") @ _stack(right, layers, "A").mT
         B_products = _stack(left, layers, "B").mT @ _stack(right, layers, "B")
@@ -216,7 +216,7 @@ def subspace_overlap(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         right: (d, r2) of each layer.
     """
     overlaps = torch.empty(len(left), dtype=torch.float64)
-    for layers in alike((a.shape, b.shape) for a, b in zip(left, right, strict=True)):
+    for layers in group_equal((a.shape, b.shape) for a, b in zip(left, right, strict=True)):
         left_basis, left_rank = _bases([left[layer] for layer in layers])
         right_basis, right_rank = _bases([right[layer] for layer in layers])
         # Q1^T Q2, (L, r1, r2): its singular values are the cosines of the principal angles.

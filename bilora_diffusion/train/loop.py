@@ -47,7 +47,7 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
         log: Record of the main process; the other processes have none.
     """
     cfg = trainer.cfg
-    record_activity = None if log is None else log.doing
+    record_activity = None if log is None else log.record_activity
     # An error closes the bar, so that its sentence has a line of its own.
     with Bar(trainer.num_steps, trainer.step, trainer.method.name, record_activity) as bar:
         if trainer.step == 0:

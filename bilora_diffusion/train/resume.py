@@ -51,7 +51,7 @@ def save(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
         if limit:
             removed_steps = checkpoint.prune(folder, limit)
             if log is not None and removed_steps:
-                log.removed_checkpoints(removed_steps)
+                log.record_removed_checkpoints(removed_steps)
     trainer.accelerator.wait_for_everyone()
 
 

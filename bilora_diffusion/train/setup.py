@@ -135,7 +135,7 @@ def run(
         log.close("finished", **results)
         warn_of_zero_auxiliary(folder)
         if not is_search_run:
-            logger.info(console.closing(folder, script.file_names(folder), script.scorer))
+            logger.info(console.describe_run(folder, script.file_names(folder), script.scorer))
     # A signal during the export comes too late for this run, but stops those after it.
     number = trainer.interruption.number
     if number is None:
@@ -240,7 +240,7 @@ def export(
     results: dict[str, Any] = {}
     if record and record["choice"]:
         results["chosen_steps"] = record["choice"]["steps"]
-    log.writes_card()
+    log.record_card()
     # The best or averaged weights, if the run leaves these.
     with trainer.outcome.applied():
         results["export"] = script.export(cfg, trainer, folder)

@@ -23,7 +23,7 @@ from bilora_diffusion.image.captions import add_trigger
 from bilora_diffusion.image.derived import ICONS
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
-from bilora_diffusion.run.data import chosen
+from bilora_diffusion.run.data import samples_of_part
 
 from ..subjects import Subject
 from .prompts import CONTEXTS, FOLDER, Prompt, instance_of, numbered_lines, read
@@ -185,7 +185,7 @@ def _heldout(run: Subject, concepts: Sequence[Config]) -> list[Prompt]:
         images = _open(run, concept, dataset)
         # With --validation_part, the part on which the run measured its held-out loss
         names = [entry.name for entry in images.entries]
-        part = chosen(_text(concept, "validation_part"), names, images.label)
+        part = samples_of_part(_text(concept, "validation_part"), names, images.label)
         prompts += _captioned(images.only(part), concept, with_pictures=True)
     return _distinct(prompts)
 

@@ -191,7 +191,7 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     (tmp_path / "text" / "metrics.jsonl").write_text(f"{json.dumps(text[0])}\n")
     log = RunLog(tmp_path / "bilora")
     log.start({"rho": 0.05, "max_train_steps": 9}, method="bilora", seed=0, resume_step=None)
-    log.doing("training")
+    log.record_activity("training")
     log.metric(1, loss=0.5, auxiliary_norm_before=0.2, auxiliary_norm=0.05, seconds=0.1)
     log.metric(2, loss=math.nan, seconds=0.1)
     with gr.Blocks():

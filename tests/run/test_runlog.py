@@ -192,16 +192,16 @@ def test_the_end_names_the_files_the_best_step_and_how_to_have_it(
     log.start(config, method="lora", seed=0, resume_step=None)
     for step, loss in losses.items():
         log.metric(step, heldout_loss=loss)
-    log.removed_checkpoints([3])
+    log.record_removed_checkpoints([3])
     log.close("interrupted")
     log.start(config, method="lora", seed=0, resume_step=10)
-    log.removed_checkpoints([4])
+    log.record_removed_checkpoints([4])
     log.close("finished", **results)
     for step in saved_steps:
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
     (run / "weights.safetensors").touch()
     files = {"for diffusers": "weights.safetensors", "model card": "README.md"}
-    block = console.closing(run, files, "eval.clip_scores")
+    block = console.describe_run(run, files, "eval.clip_scores")
     assert re.search(words, block.splitlines()[-1])
     assert str(run / "weights.safetensors") in block
     assert "model card" not in block  # it is not there

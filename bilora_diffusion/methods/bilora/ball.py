@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...adapters import Factors, alike
+from ...adapters import Factors, group_equal
 
 # Elements of one stack. On a CPU a stack should stay in the cache, which halves the time; elsewhere
 # few large kernels are best, of stacks of at most 128 MiB in float64.
@@ -158,7 +158,7 @@ def _stacks(factors: Sequence[Factors]) -> Iterable[list[list[int]]]:
         The stacks of each rank, dtype and device.
     """
     stacks_of_rank: dict[tuple[object, ...], list[list[int]]] = {}
-    for group in alike((f.A.shape, f.B.shape, f.A.dtype, f.A.device) for f in factors):
+    for group in group_equal((f.A.shape, f.B.shape, f.A.dtype, f.A.device) for f in factors):
         layer = factors[group[0]]
         size = _stack_size(layer.A.device, layer.A.numel() + layer.B.numel())
         # Gram matrices are (r, r) whatever the layer's width, so a rank's shapes share the sums.
@@ -178,13 +178,13 @@ def _stack_size(device: torch.device, elements: int) -> int:
 
 
 def _gram(matrices: Tensor) -> Tensor:
-    """V V^T of V (..., r, n), in the precision to compute in (`wide`): (..., r, r)."""
-    matrices = matrices.to(wide(matrices.device))
+    """V V^T of V (..., r, n), in the precision to compute in (`wide_dtype`): (..., r, r)."""
+    matrices = matrices.to(wide_dtype(matrices.device))
     return matrices @ matrices.mT
 
 
 def grams(stacks: Sequence[Tensor]) -> Tensor:
-    """V V^T of the layers of several auxiliaries, in the precision to compute in (`wide`).
+    """V V^T of the layers of several auxiliaries, in the precision to compute in (`wide_dtype`).
 
     Args:
         stacks: V (layers, r, n) of each auxiliary.
@@ -248,7 +248,7 @@ def squares_of_grams(
 
 def multiply_(factors: Sequence[Factors], factor: Tensor) -> None:
     """Multiply A and B in place, by one number, (1,), or by one for each layer, (layers,)."""
-    for group in alike((f.A.dtype, f.A.device) for f in factors):
+    for group in group_equal((f.A.dtype, f.A.device) for f in factors):
         tensors: list[Tensor] = []
         for i in group:
             tensors += _local_part(factors[i].A), _local_part(factors[i].B)
@@ -286,7 +286,7 @@ def _local_part(tensor: Any) -> Tensor:
     return tensor
 
 
-def wide(device: torch.device) -> torch.dtype:
+def wide_dtype(device: torch.device) -> torch.dtype:
     """The precision to compute in: float64 where the device has it.
 
     It takes little time here, and the bound needs it.

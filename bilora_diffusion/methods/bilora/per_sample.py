@@ -286,7 +286,7 @@ class SampleAuxiliaries(Auxiliary):
         self.loose_parameters = self.parameters()
         device = self._device()
         # Norm of each auxiliary when it was projected last.
-        self.norms = torch.zeros(self.count, dtype=ball.wide(device), device=device)
+        self.norms = torch.zeros(self.count, dtype=ball.wide_dtype(device), device=device)
 
     def _device(self) -> torch.device:
         _, B = adapters.weights(self._models[0].layers[0], AUXILIARY)

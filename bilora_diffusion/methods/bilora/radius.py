@@ -199,7 +199,7 @@ class AutoRadius:
         for name, value in state["radius"].items():
             number = None
             if value is not None:
-                number = torch.tensor(value, dtype=ball.wide(device)).to(device)
+                number = torch.tensor(value, dtype=ball.wide_dtype(device)).to(device)
             setattr(self, f"_{name}", number)
         self.rho = math.inf if self._rho is None else self._rho
 

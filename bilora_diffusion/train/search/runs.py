@@ -238,7 +238,7 @@ class Search:
             log = RunLog(self.folder, self._accelerator.device)
             content = summarize(self._content)
             log.start(self.cfg.to_dict(), self.cfg.method, self.cfg.seed, None, content=content)
-            log.doing("search")
+            log.record_activity("search")
             self._write_record()
         try:
             with recorded(log, self.folder), Interruption(patient=True) as self._interruption:

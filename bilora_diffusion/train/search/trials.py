@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from ... import adapters
 from ...core.errors import Diverged
 from ...run import checkpoint
-from ...run.folder import FIT, hold
+from ...run.folder import FIT, locked
 from ...run.interruption import Stop
 from ...run.record import RUN, read_metrics, read_run
 from .. import engine, setup
@@ -97,7 +97,7 @@ def _run(script: setup.Script[Any], task: Any, folder: Path, steps: int) -> Stop
     """Train a run up to a step; returns the signal that stopped it, if any."""
     accelerator = engine.build_accelerator(task.cfg, LoneProcess)
     with ExitStack() as stack:
-        stack.enter_context(hold(folder))
+        stack.enter_context(locked(folder))
         # The next run starts from the models as they were loaded.
         for target in task.targets():
             stack.enter_context(adapters.restored(target.model, target.spec))
