@@ -181,6 +181,7 @@ class Catalog:
             UserError: The path leads out of the root.
         """
         parts = PurePosixPath(relative)
+        # A backslash separates folders on Windows.
         if "\0" in relative or "\\" in relative or parts.is_absolute() or ".." in parts.parts:
             raise UserError(f"{relative!r} is not a path below the root: give a relative one")
         try:
@@ -197,6 +198,7 @@ class Catalog:
         Raises:
             OSError: There is no such file.
         """
+        # Another file, time or size: the content may be another one.
         status = file.stat()
         stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
         cached_stamp, content = self._cache.get(file, (None, None))

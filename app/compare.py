@@ -18,8 +18,8 @@ from PIL import Image
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.mini.colors import MAPS
-from eval.clip_scores.names import METRICS
 from eval.clip_scores.prompts import Prompt
+from eval.clip_scores.reporting import METRICS
 
 from . import parts
 from . import scored as data
@@ -47,6 +47,7 @@ class Tab:
             gr.Accordion("Scored images", visible=False, elem_id="compare-body") as self.body,
             gr.Row(equal_height=False),
         ):
+            # Left: the choice, and the list of prompts.
             with gr.Column(scale=2, min_width=300, elem_id="compare-choice"):
                 self.scores = _list("scores", "Scores")
                 with gr.Row():
@@ -63,6 +64,7 @@ class Tab:
                 )
                 pick = "bilora.pick(element, trigger, watch)"
                 self.list = parts.html("compare-list", js_on_load=pick)
+            # Right: the view of one prompt.
             with gr.Column(scale=5, min_width=300, elem_id="compare-view"):
                 with gr.Row(elem_id="compare-steps"):
                     previous = gr.Button("← Previous", elem_id="compare-previous", size="sm")
@@ -71,6 +73,7 @@ class Tab:
                 self.title = parts.html("compare-prompt")
                 self.cards = parts.html("compare-cards")
                 self.slider = parts.html("compare-slider")
+                # The server knows the query of a view, the browser makes a link of it.
                 self.query = gr.Textbox(visible=False)
                 link = gr.Textbox(
                     label="Link to this view",
@@ -87,8 +90,12 @@ class Tab:
         view += [self.slider, self.query]
         widgets = list(dict.fromkeys([self.empty, self.body, *choice, *view]))
         changed(self.open, [], widgets, **ORDERED)
-        self.scores.input(self._open_scores, self.scores, widgets, **ORDERED)
+        # Other scores have other adapters, prompts and seeds: all widgets are filled again.
+        self.scores.input(
+            lambda path: self._opened({"scores": path}), self.scores, widgets, **ORDERED
+        )
         events = [self.words.change]
+        # `input` is an event of the user alone; `change` would come from the filling as well.
         for widget in (self.a, self.b, self.also, self.seed, self.metric, self.order):
             events.append(widget.input)
         gr.on(events, self.show, choice, view, trigger_mode="always_last", **ORDERED)
@@ -101,10 +108,6 @@ class Tab:
     def open(self, request: gr.Request) -> Update:
         """Fill the tab by the page's address: that of a link, or of the last view."""
         return self._opened(dict(request.query_params))
-
-    def _open_scores(self, path: str) -> Update:
-        """Fill the tab by a choice of scores."""
-        return self._opened({"scores": path})
 
     def _opened(self, query: dict[str, str]) -> Update:
         """Update of all widgets for a query, of which each part may be missing or wrong."""

@@ -139,6 +139,7 @@ class Tab:
         self.catalog = work.catalog
         self.empty = parts.html("generate-empty", visible=False)
         with gr.Row(equal_height=False):
+            # Left: the form.
             with gr.Column(scale=2, min_width=300) as form:
                 prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="generate-prompt")
                 self.a = gr.Dropdown(label="A", elem_id="generate-a")
@@ -156,10 +157,11 @@ class Tab:
                     label="Guidance from",
                     elem_id="generate-guidance-from",
                 )
-                base = gr.State(MINI)
+                base = gr.State(MINI)  # name of the base model that steps and guidance are for
                 scale = gr.Slider(
                     0, 2, 1, step=0.05, label="Adapter scale", elem_id="generate-scale"
                 )
+            # Right: the images.
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
         changed(self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)

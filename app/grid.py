@@ -13,10 +13,15 @@ from typing import Any
 import gradio as gr
 
 from bilora_diffusion import methods
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import quoted
-from bilora_diffusion.core.values import STRENGTHS, Range
+from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
+    STRENGTHS,
+    Range,
+)
 
 from . import parts
 from .generate import Stopped, Work, message
@@ -52,6 +57,7 @@ class Grid:
             gr.Accordion(title, open=False, visible=False, elem_id="grid") as self.body,
             gr.Row(equal_height=False),
         ):
+            # Left: the form.
             with gr.Column(scale=2, min_width=300) as form:
                 self.run = gr.Dropdown([], label="Run", elem_id="grid-run")
                 self.steps = gr.Dropdown(
@@ -68,6 +74,7 @@ class Grid:
                     info="A second row for each checkpoint: guidance from the base model.",
                     elem_id="grid-both",
                 )
+            # Right: the images.
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html("grid-status"), parts.html("grid-images")]
         choice = [self.run, self.steps, self.prompt]
@@ -120,7 +127,9 @@ class Grid:
                 run, rows = self._chosen(path, steps)
                 base = BaseChoice.of_config(run.record["config"])
                 kinds: Sequence[str] = (ADAPTER_GUIDANCE,)
-                if both_kinds and has_both_kinds(run, base):
+                # A run of whole weights has no adapter to turn off for the base model's prediction.
+                has_adapter = not methods.get(run.method).exports_weights
+                if both_kinds and has_adapter and is_guided(base):
                     kinds = GUIDANCE_SOURCES
                 IMAGE_COUNTS.check("the number of images", len(rows) * len(kinds) * len(columns))
                 sampler_steps, guidance = usual(base)
@@ -163,11 +172,6 @@ class Grid:
             if step not in runs[path].checkpoints:
                 raise UserError(f"the checkpoint of step {step} has gone: choose others")
         return runs[path], chosen_steps
-
-
-def has_both_kinds(run: RunItem, base: BaseChoice) -> bool:
-    """Test that a run's images can also have guidance from the base model."""
-    return not methods.get(run.method).exports_weights and is_guided(base)
 
 
 def with_checkpoints(runs: Sequence[RunItem]) -> list[RunItem]:

@@ -98,11 +98,6 @@ def title(method: str) -> str:
         return method
 
 
-def short(value: float | str) -> str:
-    """A radius in few letters: a number, or the word for a radius that sets itself."""
-    return value if isinstance(value, str) else f"{value:g}"
-
-
 def label(folder: str, record: dict[str, Any]) -> str:
     """A run's name. It begins with the folder, so that typing this finds the run in a list."""
     description = title(record["method"])

@@ -126,6 +126,7 @@ class Pipelines:
         """
         pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
+        # The base model's own prediction needs an adapter that can be turned off.
         if any(request.guidance_from == BASE_GUIDANCE for request in requests):
             require_adapter(subject)
         images: list[Image] = []

@@ -18,8 +18,8 @@ from pydantic import TypeAdapter
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.figures import student_interval
 from eval import compare
-from eval.clip_scores.names import METRICS
 from eval.clip_scores.prompts import Prompt
+from eval.clip_scores.reporting import METRICS
 from eval.table import FILE, Result, Summary
 
 NOTES = {"t2t": "caption", "nearest": "nearest_image"}

@@ -21,7 +21,7 @@ from eval.subjects import differing_options
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET, Update
-from .runs import Progress, RunItem, ordered, progress, short
+from .runs import Progress, RunItem, ordered, progress
 from .training_data import (
     COLORS,
     TITLES,
@@ -72,7 +72,8 @@ def _lines(run: TrainingRun) -> list[str]:
     config = run.run.record["config"]
     settings = []
     if radii([run]):
-        text = f"ρ {short(config['rho'])}"
+        rho = config["rho"]  # a number, or "auto"
+        text = f"ρ {rho}" if isinstance(rho, str) else f"ρ {rho:g}"
         norm = config.get("rho_norm", "scaled")
         if norm != "scaled":
             text += f", {norm} norm"
@@ -212,9 +213,11 @@ class Tab:
                     label="Running mean over steps",
                     min_width=200,
                 )
+            # States, settings and colours of the runs.
             self.cards = parts.html("training-cards")
             self.settings = parts.html("training-settings")
             self.legend = parts.html("training-legend")
+            # All plots; those without values are hidden.
             self.plots: dict[str, gr.LinePlot] = {}
             self.legends: dict[str, gr.HTML] = {}
             with gr.Row(elem_id="training-plots"):
@@ -235,7 +238,12 @@ class Tab:
         # An event after that of the values: a plot that gets both at once keeps the old values in
         # the new colours.
         plots = list(self.plots.values())
-        self.properties.change(_plot_updates, self.properties, plots, **QUIET)
+        self.properties.change(
+            lambda properties: [gr.update(**plot) for plot in properties],
+            self.properties,
+            plots,
+            **QUIET,
+        )
         gr.Timer(TICK_SECONDS).tick(self._draw, [*inputs, self.last_state], outputs, **QUIET)
 
     def _load(self, chosen: Sequence[str] | None) -> Update:
@@ -249,11 +257,13 @@ class Tab:
         paths = {run.path for run in runs}
         selection = [path for path in chosen or [] if path in paths]
         if selection:
+            # Runs that have begun since then join the chosen ones.
             for run in runs:
                 has_room = len(selection) < len(COLORS)
                 if has_room and run.status == "running" and run.path not in selection:
                     selection.append(run.path)
         else:
+            # Running ones first, then the latest.
             first_runs = sorted(runs, key=lambda run: run.status != "running")[:FIRST_RUNS]
             selection = [run.path for run in ordered(first_runs)]
         properties: dict[str, Any] = {"choices": [(run.name, run.path) for run in runs]}
@@ -323,8 +333,3 @@ class Tab:
             reason = self.catalog.plain(error)
             state = Progress("failed", reason, 0, None, 0.0, None, 0)
             return TrainingRun(run, color, [], state, is_readable=False)
-
-
-def _plot_updates(properties: Sequence[dict[str, Any]]) -> list[Any]:
-    """Updates of all plots by their properties."""
-    return [gr.update(**plot) for plot in properties]

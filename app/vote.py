@@ -46,6 +46,7 @@ class Tab:
         self.session = gr.BrowserState("", storage_key="bilora-voter", secret="bilora-voter")
         self.voter = gr.State(None)
         self.notice = parts.html("vote-notice", visible=False)
+        # Before the vote: the choice of adapters.
         with gr.Column(visible=False, elem_id="vote-setup") as self.setup:
             with gr.Row():
                 self.scores = gr.Dropdown([], label="Score folder", elem_id="vote-scores")
@@ -53,6 +54,7 @@ class Tab:
                     [("any pair", ANY_PAIR)], value=ANY_PAIR, label="Adapters", elem_id="vote-pair"
                 )
             self.start = gr.Button("Start voting", variant="primary", elem_id="vote-start")
+        # During the vote: two images, and three buttons.
         with gr.Column(visible=False, elem_id="vote-booth") as self.stage:
             self.images = parts.html("vote-ballot")
             with gr.Row() as self.choices:
@@ -65,6 +67,7 @@ class Tab:
                         min_width=80,
                     )
             self.standing = parts.html("vote-standing")
+        # At any time: the result, and the file of votes.
         with gr.Row(visible=False) as self.small_buttons:
             small: dict[str, Any] = {"size": "sm", "min_width": 140}
             self.stop = gr.Button(
@@ -82,13 +85,19 @@ class Tab:
         stage += [self.notice, self.result, self.images, self.standing, self.token]
         setup = [self.notice, self.setup, self.small_buttons, self.scores]
         changed(self._load, [self.voter, self.scores], setup, **QUIET)
-        self.scores.change(self._list_pairs, [self.scores], [self.pair], **QUIET)
+        self.scores.change(
+            lambda path: gr.update(choices=self.votes.pairs(path), value=ANY_PAIR),
+            [self.scores],
+            [self.pair],
+            **QUIET,
+        )
         self.start.click(self._begin, [self.scores, self.pair, self.session], stage, **ORDERED)
         for choice, button in buttons.items():
             cast = functools.partial(self._cast, choice)
             button.click(cast, [self.token, self.voter], stage, **ORDERED)
         self.stop.click(self._end, [], stage, **ORDERED)
         show.click(self._report, [self.scores, self.pair], [self.result, self.notice], **QUIET)
+        # The browser clicks on the hidden button as soon as the file is written.
         export.click(self._export, [], [self.file, self.notice], **QUIET).success(
             None, js="() => { document.getElementById('vote-file').click(); }"
         )
@@ -111,10 +120,6 @@ class Tab:
             self.small_buttons: gr.update(visible=True),
             self.scores: gr.update(choices=choices, value=path),
         }
-
-    def _list_pairs(self, path: str | None) -> Any:
-        """Fill the list of adapters."""
-        return gr.update(choices=self.votes.pairs(path), value=ANY_PAIR)
 
     def _begin(self, path: str | None, pair: str, session: str) -> Update:
         """Show the first pair of a session, or the next one of a session that goes on."""

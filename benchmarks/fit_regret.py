@@ -33,8 +33,7 @@ from bilora_diffusion.text import catalog
 from bilora_diffusion.train.search.space import arguments
 from eval import report, table
 from eval.compare import mean, summaries
-from eval.provenance import command_line, of_runs
-from eval.table import Entry, Metric, Result, Row
+from eval.table import Entry, Metric, Result, Row, command_line, of_runs
 
 IMAGE, TEXT = "train_dreambooth_bilora.py", "train_text_bilora.py"
 COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"]

@@ -33,15 +33,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from picture_presets import CONTROL, PRESETS, VARIANTS, Guidance, read_guidances
-from picture_scores import (
+import step_rules
+from picture_study import (
+    CONTROL,
     CURVES,
     METRICS,
+    PRESETS,
     SAMPLED_METRICS,
+    VARIANTS,
+    Guidance,
     curve_panels,
     draw_fronts,
     preset_truths,
+    read_guidances,
+    rule_section,
     step_sections,
+    truths_by_step,
 )
 from PIL import Image
 
@@ -58,14 +65,12 @@ from eval.clip_scores.prompts import read
 from eval.command import COUNTS, Parser, open_device, open_folder, read_integers
 from eval.evaluation import Evaluation
 from eval.plot import Panel
-from eval.provenance import of_this_process
 from eval.subjects import Subject
 from eval.sweep import subject_of
-from eval.sweep.experiment import IMAGE_SCRIPT, parse
-from eval.sweep.plan import Plan, find_recipe, find_script, make_plan
-from eval.sweep.reporting import FINISHED, HELDOUT
-from eval.sweep.runs import Runner
-from eval.table import Result, Row
+from eval.sweep_plan import IMAGE_SCRIPT, Plan, find_recipe, find_script, make_plan, parse
+from eval.sweep_reporting import FINISHED, HELDOUT
+from eval.sweep_runs import Runner
+from eval.table import Result, Row, of_this_process
 
 POSTED = "pictures.json"
 
@@ -325,9 +330,15 @@ class Pictures(Evaluation):
                 if differences:
                     mean = statistics.fmean(differences)
                     yield subject.row("colors", mean, item=guidance.label, step=step)
+        losses: dict[int, float] = {}
         for line in subject.log():
             if HELDOUT in line and line["step"] in self.steps:
+                losses[line["step"]] = line[HELDOUT]
                 yield subject.row(HELDOUT, line[HELDOUT], step=line["step"])
+        for guidance, result in self.scored.items():
+            regrets = step_rules.regrets(truths_by_step(result, subject.label), losses)
+            for rule, regret in regrets.items():
+                yield subject.row(rule, regret, item=guidance.label)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         lines = compare.summaries(rows, CONTROL)
@@ -354,7 +365,7 @@ class Pictures(Evaluation):
         return {}
 
     def further(self, result: Result) -> list[str]:
-        return [*step_sections(result), report.closing(result)]
+        return [*rule_section(result), *step_sections(result), report.closing(result)]
 
     def write(self, result: Result) -> None:
         super().write(result)

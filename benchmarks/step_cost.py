@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from measure import check, circumstances, finish, interleave, paired_ratio, seconds
-from random_models import materialize
-from shapes import DTYPES, SHAPES
+from random_models import DTYPES, SHAPES, materialize
 from torch import Tensor, nn
 
 from bilora_diffusion import adapters, methods

@@ -1,7 +1,7 @@
-"""evidence.md: each claim of the paper, what was measured of it, and the verdict.
+"""results/README.md: each claim of the paper, its measured figures and the verdict.
 
-`claims.yaml` has the claims with their checks. Figures and verdicts come from ``results/``; none is
-written by hand.
+`claims.yaml` names the claims and their results; figures and verdicts are computed from
+``results/``: none is written by hand.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def figure(check: Check) -> Figure:
         return {key: value for key, value in values.items() if value is not None}
 
     values = values_of(check.metric, check.group)
+    # Values to subtract: another metric of the same group, or the metric of the control.
     if check.minus:
         control_values = values_of(check.minus, check.group)
     else:
@@ -146,6 +147,7 @@ def _benchmark(check: Check, variants: dict[str, Any]) -> Figure:
 def verdict(check: Check, figure: Figure) -> str:
     """The verdict on a check: it holds or fails if the whole interval says so."""
     lower, upper = check.lower, check.upper
+    # A tolerance is the same in both directions.
     if check.tolerance is not None:
         upper = check.tolerance * figure.size
         lower = -upper
@@ -175,6 +177,7 @@ def claims() -> list[Claim]:
 
 def page() -> Iterable[str]:
     """The parts of the page after its head: tables of verdicts, then each claim's figures."""
+    # Claims of the paper and findings of our own, by the first letter of their names.
     rows: dict[str, list[tuple[str, ...]]] = {"C": [], "F": []}
     sections = []
     for claim in claims():
@@ -186,16 +189,16 @@ def page() -> Iterable[str]:
             verdicts.append(check_verdict)
             lines.append(_line(check, check_figure, check_verdict))
         rows[claim.name[0]].append((claim.name, claim.says, f"**{overall(verdicts)}**"))
-        heads = ("what", "where", "figure, 95 % interval", "over", "the claim asks for", "verdict")
+        heads = ("figure", "result", "value, 95 % interval", "n", "the claim says", "verdict")
         sections += [
             f"### {claim.name}: {claim.says}",
-            f"{claim.where}. Here: **{overall(verdicts)}**.",
+            f"{claim.where}. Verdict: **{overall(verdicts)}**.",
             table(heads, lines),
             f"```bash\n{claim.command.strip()}\n```",
         ]
     return [
-        table(("claim", "of the paper", "here"), rows["C"]),
-        table(("finding", "of ours", "here"), rows["F"]),
+        table(("claim", "of the paper", "verdict"), rows["C"]),
+        table(("finding", "of this project", "verdict"), rows["F"]),
         *sections,
     ]
 

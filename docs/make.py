@@ -57,18 +57,20 @@ def options() -> Iterable[str]:
     yield "## Options without effect"
     yield ("They are named in one line and ignored: the run is the same as without them.")
     yield table(("option", "has no effect", "instead"), _ignored_cases())
+    yield from diffusers_flags()
 
 
-def diffusers() -> Iterable[str]:
-    """Every flag of diffusers' scripts, with the differences."""
+def diffusers_flags() -> Iterable[str]:
+    """Every flag of diffusers' scripts, and what differs."""
     document = yaml.safe_load((FOLDER / "diffusers_flags.yaml").read_text(encoding="utf-8"))
+    yield "## Flags of diffusers' scripts"
     yield document["intro"]
-    yield "\n".join(f"- {sentence}" for sentence in document["beside"])
+    yield "\n".join(f"- {sentence}" for sentence in document["general"])
     yield _flags(document["sdxl"])
-    yield "## Its scripts for other models"
+    yield "### Flags of the scripts for other models"
     yield document["others"]
     yield _flags(document["flow"])
-    yield document["apart"]
+    yield "### Flags that are refused"
     rows = []
     for name, (reason, instead) in constraints.table().foreign["image"].items():
         rows.append((f"`--{name}`", reason, instead))
@@ -83,7 +85,7 @@ def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
         their_default = _value(flag.get("default"))
         our_default = _value(default_of(our_options[name]))
         rows.append((f"`--{name}`", their_default, our_default, flag.get("here", "same")))
-    return table(("flag", "default there", "default here", "what differs"), rows)
+    return table(("flag", "default in diffusers", "default here", "what differs"), rows)
 
 
 def readme() -> Iterable[str]:
@@ -139,14 +141,14 @@ PAGES = {
     "python.md": python,
     "../README.md": readme,
     "options.md": options,
-    "diffusers.md": diffusers,
-    "evidence.md": evidence.page,
+    "../results/README.md": evidence.page,
     "models.md": models,
 }
 
 
 def page(name: str) -> str:
     """A page with new content after the mark `START`, up to the mark `END` if it has this one."""
+    # The mark itself stays; what follows it is replaced.
     before, _, tail = (FOLDER / name).read_text(encoding="utf-8").partition(START)
     _, end, after = tail.partition(END)
     content = "\n\n".join(PAGES[name]())
@@ -181,11 +183,11 @@ def _option(field: dataclasses.Field[Any]) -> tuple[str, str, str]:
 
 def _ignored_cases() -> Iterable[tuple[str, str, str]]:
     """Options without effect, the condition, and the fix; options of one condition in one row."""
+    # (condition, fix) -> names of the options, each once and in order
     names_by_case: dict[tuple[str, str], dict[str, None]] = {}
     for config in (DreamBoothConfig, TextConfig):
         for name, field in options_of(config.groups).items():
             for case in option_of(field).ignored:
-                # Both scripts may have the option: a dictionary has it once, in order.
                 names = names_by_case.setdefault((case.where, case.fix), {})
                 names[f"`--{name}`"] = None
     rows = []

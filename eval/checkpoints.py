@@ -16,7 +16,8 @@ from pathlib import Path
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run.record import last_measured, read_run
 
-from . import digests, plot, report
+from . import plot, report
+from .cache import of_lora, of_peft
 from .evaluation import Evaluation
 from .plot import Curve, Panel
 from .subjects import Subject
@@ -94,10 +95,10 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
             output, name = folder / str(len(subjects)), f"step {step}"
             if run.is_text:
                 (weights,) = export_checkpoint(run.folder, step, "peft", output)
-                digest = digests.of_peft(weights)
+                digest = of_peft(weights)
             else:
                 (weights,) = export_checkpoint(run.folder, step, "diffusers", output)
-                digest = digests.of_lora(weights)
+                digest = of_lora(weights)
             subject = replace(
                 run,
                 weights=weights,

@@ -29,10 +29,9 @@ from bilora_diffusion.core.errors import UserError, strip_controls
 from . import compare, plot, report, table
 from .command import Parser, open_folder, remove_last_figures, require_free, run
 from .plot import Panel
-from .provenance import command_line, of_runs
 from .report import Column
 from .subjects import Subject, gather
-from .table import Metric, Result, Row, Summary
+from .table import Metric, Result, Row, Summary, command_line, of_runs
 
 
 class Evaluation:

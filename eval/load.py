@@ -24,7 +24,7 @@ from bilora_diffusion.export.reader import read
 from bilora_diffusion.text.models import TextModel
 from bilora_diffusion.train.task import precision
 
-from .digests import PEFT_FILE
+from .cache import PEFT_FILE
 from .subjects import Subject
 
 FIX = "give the base model that it was trained on"

@@ -8,8 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .provenance import Provenance
-from .table import Metric, Result, Summary
+from .table import Metric, Provenance, Result, Summary
 
 Interval = tuple[float, float]
 NOT_AVAILABLE = "n/a"

@@ -12,6 +12,7 @@ from typing import Any
 from bilora_diffusion import methods
 from bilora_diffusion.config.run import FORMER_OPTIONS
 from bilora_diffusion.core.errors import UserError, did_you_mean
+from bilora_diffusion.core.files import without_paths
 from bilora_diffusion.core.lora_names import DENOISERS, ENCODERS, FILE_NAME
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.base_model import describe, folder_of
@@ -20,9 +21,7 @@ from bilora_diffusion.run.record import RUN, read_metrics, read_run
 from bilora_diffusion.text.config import TextConfig
 from bilora_diffusion.train.soundness import PICKLES
 
-from . import digests
-from .digests import PEFT_CONFIG, PEFT_FILE
-from .provenance import without_paths
+from .cache import PEFT_CONFIG, PEFT_FILE, of_lora, of_models, of_peft, peft_config
 from .table import Entry, Row
 
 BASE = "base"
@@ -157,10 +156,10 @@ def _weights_of(subject: Subject) -> Subject:
         )
     if needed == (FILE_NAME,):
         file = folder / FILE_NAME
-        return replace(subject, weights=file, digest=digests.of_lora(file))
+        return replace(subject, weights=file, digest=of_lora(file))
     if PEFT_FILE in needed:
-        return replace(subject, weights=folder, digest=digests.of_peft(folder))
-    return replace(subject, weights=folder, digest=digests.of_models(folder, needed))
+        return replace(subject, weights=folder, digest=of_peft(folder))
+    return replace(subject, weights=folder, digest=of_models(folder, needed))
 
 
 def _needed(subject: Subject) -> tuple[str, ...]:
@@ -201,21 +200,21 @@ def _file(path: Path, kind: str, name: str, word: str, base_model: str | None = 
         kind=kind,
         source=without_paths(word),
         method=method,
-        digest=digests.of_lora(path),
+        digest=of_lora(path),
         base_model=base_model,
         weights=path,
     )
 
 
 def _peft(folder: Path, name: str, word: str) -> Subject:
-    config = digests.peft_config(folder)
+    config = peft_config(folder)
     base = config.get("base_model_name_or_path")
     return Subject(
         label=name,
         group=name,
         kind="file",
         source=without_paths(word),
-        digest=digests.of_peft(folder),
+        digest=of_peft(folder),
         base_model=base or None,
         weights=folder,
         about={"revision": config["revision"]} if config.get("revision") else {},

@@ -1,10 +1,11 @@
-"""A result as one long table: what was measured, what it comes to, and what has to be known of it.
+"""A result as one long table: what was measured, what it comes to, and where it comes from.
 
     table.write(result, folder, report)
     result = table.read(folder)          # refuses what is not a whole result, in one sentence
 
 A folder holds one result: ``rows.csv`` (a line per value), ``summary.csv`` (a line per group,
 metric, item and step), ``report.md``, figures, and ``result.json`` (all else), written last.
+Results are shared and published, so a path of one machine never enters them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,9 +24,7 @@ from pydantic import TypeAdapter
 
 from bilora_diffusion.core.durable import dump_json, strict_json, write_text
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.files import finite
-
-from .provenance import Provenance
+from bilora_diffusion.core.files import finite, without_paths
 
 SCHEMA_VERSION = 1
 FILE, ROWS, SUMMARY, REPORT = "result.json", "rows.csv", "summary.csv", "report.md"
@@ -143,6 +143,27 @@ class Entry:
     digest: str = ""
     base_model: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Origin of a result.
+
+    Args:
+        command: the command line, absolute paths shortened to names.
+        versions: of Python and the packages that trained.
+        commit: of the code that trained; None outside a checkout.
+        uncommitted_changes: whether that code differed from the commit.
+        device: the machine that trained.
+        differing: which of the above are not the same in all runs; the first run's are given.
+    """
+
+    command: str
+    versions: dict[str, Any]
+    commit: str | None
+    uncommitted_changes: bool | None
+    device: dict[str, Any]
+    differing: list[str]
 
 
 @dataclass(frozen=True)
@@ -305,3 +326,28 @@ def from_csv(kind: Any, path: Path) -> list[Any]:
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
+
+
+def command_line(module: str, argv: Sequence[str]) -> str:
+    """``python -m MODULE ARGV`` as a person would write it, without machine paths."""
+    return f"python -m {module} {shlex.join(without_paths(word) for word in argv)}"
+
+
+def of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance | None:
+    """The provenance of a result of several runs; None without a run."""
+    if not records:
+        return None
+    keys = ("versions", "commit", "uncommitted_changes", "device")
+    first: dict[str, Any] = {key: records[0].get(key) for key in keys}
+    differing = [key for key in keys if any(r.get(key) != first[key] for r in records)]
+    first |= {key: first[key] or {} for key in ("versions", "device")}
+    return Provenance(command=command, differing=differing, **first)
+
+
+def of_this_process(command: str, device: Any, packages: Sequence[str] = ()) -> Provenance:
+    """The provenance of what is computed here and now."""
+    from bilora_diffusion.run import provenance  # here, so that --help does not wait for torch
+
+    commit, changes = provenance.commit()
+    versions = provenance.versions(*packages)
+    return Provenance(command, versions, commit, changes, provenance.device(device), [])

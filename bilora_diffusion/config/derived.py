@@ -27,30 +27,33 @@ from .options import default_mixed_precision, default_report_to
 from .run import RunConfig
 
 TEXT_ENCODER_RATE = 5e-6
+"""The default of diffusers' scripts."""
 PRODIGY_RATE = 1.0
-"""Prodigy's step size as it estimates it."""
+"""With this factor Prodigy's step size is the estimated one."""
 LOW_PRODIGY_RATE = 0.1
-"""Up to here a rate was probably meant for another optimizer."""
+"""A rate up to this was probably meant for another optimizer than Prodigy."""
 HIGH_ADAMW_RATE = 0.1
-"""From here on AdamW, which moves each weight by about the rate in a step, trains no adapter."""
+"""AdamW moves each weight by about the rate in a step. From this rate on it trains no adapter."""
 SAMPLE_AUXILIARY_FACTOR = 3
 """An auxiliary of single images moves once per epoch. At the primary's rate it lags behind, and
 points less well uphill (docs/methods.md)."""
 DIGITS = 9
-"""Of a product of rates, so that 3 times 2e-4 is written 0.0006."""
+"""Digits of a product of rates, so that 3 times 2e-4 is written 0.0006."""
 Config = TypeVar("Config", bound=RunConfig)
 Rule = tuple[str, Callable[[Config], object]]
 """An option, and the function that derives its value where nobody gave one."""
 
 
 def default_rho(cfg: RunConfig) -> float | None:
-    """The method's own radius; None for a method without one."""
+    """The method's default radius; None for a method without one."""
     return methods.default_rho(cfg.method, cfg.modality)
 
 
 def default_learning_rate(cfg: RunConfig) -> float:
-    """1 for Prodigy, else the script's own default (Tables A4 to A8)."""
-    return PRODIGY_RATE if cfg.optimizer == "prodigy" else cfg.learning_rate
+    """1 for Prodigy, else the script's declared default (Tables A4 to A8)."""
+    if cfg.optimizer == "prodigy":
+        return PRODIGY_RATE
+    return cfg.learning_rate
 
 
 def default_auxiliary_learning_rate(cfg: RunConfig) -> float | None:
@@ -69,7 +72,9 @@ def default_text_encoder_lr(cfg: RunConfig) -> float | None:
     """diffusers' default, and for Prodigy the learning rate; None for frozen text encoders."""
     if not cfg.train_text_encoder:
         return None
-    return cfg.learning_rate if cfg.optimizer == "prodigy" else TEXT_ENCODER_RATE
+    if cfg.optimizer == "prodigy":
+        return cfg.learning_rate
+    return TEXT_ENCODER_RATE
 
 
 def text_encoder_rate(cfg: RunConfig) -> float:
@@ -81,10 +86,10 @@ def text_encoder_rate(cfg: RunConfig) -> float:
 
 
 def with_scaled_rates(cfg: Config, processes: int) -> Config:
-    """The configuration with the rates that ``--scale_lr`` asks for: times the samples of a step.
+    """The configuration with the rates of ``--scale_lr``, times the samples of a step.
 
-    The auxiliary's rate keeps its ratio to the primary's; that of text encoders stays, as in
-    diffusers' scripts.
+    The auxiliary's rate keeps its ratio to the primary's. That of text encoders is not scaled, as
+    in diffusers' scripts.
     """
     if not cfg.scale_lr:
         return cfg
@@ -98,7 +103,7 @@ def with_scaled_rates(cfg: Config, processes: int) -> Config:
 
 
 def default_validation_loss_steps(cfg: RunConfig) -> int:
-    """Evenly spaced measurements in a run that goes by held-out samples; else none."""
+    """The interval of the measurements in a run that goes by held-out samples; else none."""
     if cfg.depends_on_heldout and cfg.max_train_steps:
         return cfg.measurement_interval(cfg.max_train_steps)
     return cfg.validation_loss_steps

@@ -43,6 +43,7 @@ class Dinov2:
     embed: Embed
     source: str  # hub id, or the folder's name
     commit: str | None  # of the hub; None for a folder
+    folder: Path  # place of a folder's files
 
 
 def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
@@ -93,7 +94,7 @@ def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
 
     if commit is None:
         source = folder.resolve().name
-    return Dinov2(embed, source, commit)
+    return Dinov2(embed, source, commit, folder)
 
 
 # Cached, so that the runs of a search share the model.

@@ -186,7 +186,7 @@ class DiffusionOptions:
     compile: bool = option(
         False,
         "Compile the denoiser's repeated blocks for training steps, adapters included, by"
-        " torch.compile; it needs a compiler (docs/trouble.md).",
+        " torch.compile; it needs a compiler (docs/guide.md).",
         free=True,
     )
 

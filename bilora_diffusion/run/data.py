@@ -1,9 +1,9 @@
 """The samples that a run learns from and those that it is measured on.
 
-Checkpoints, ``run.json`` and ``fit.json`` hold a record of both, by which a run that goes on tells
+Checkpoints, ``run.json`` and ``fit.json`` hold a record of both, by which a resumed run knows
 whether its data are still the same. With ``--validation_part i/n`` one of n parts of the validation
-set is measured: what was chosen by one part is judged by another; and what is held out is not to be
-learned.
+set is measured, so that what was chosen by one part can be judged by another. Copies of training
+samples among the held-out ones are reported.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ from typing import Any, NamedTuple
 from ..core.errors import UserError
 from ..core.seeds import digest_texts, parts
 
-TRAINING, HELDOUT = "training", "held-out"
+TRAINING = "training"
+HELDOUT = "held-out"
+"""With `TRAINING`, the two sets of a record."""
 MOST_LISTED = 1000
 """Largest number of samples that a record lists one by one, so that checkpoints stay small."""
 MOST_NAMED = 3
-"""Names of samples that a sentence lists."""
+"""Names of samples that a sentence lists at most."""
 LISTED_DIGITS = 8
-"""Hexadecimal digits of a listed hash. It only explains a change that the full hash has shown."""
+"""Hexadecimal digits of a listed hash, which only explains a change that the full hash shows."""
+MOST_PARTS = 1000
+Contents = Sequence[tuple[str, Hashable]]
+"""The name of each sample, and a key of its content."""
 logger = logging.getLogger(__name__)
 
 
 class SampleContent(NamedTuple):
-    """Name of a sample, and a hash of each of its parts, such as "picture" and "caption"."""
+    """A sample by the hashes of its parts."""
 
     name: str
-    hashes: Mapping[str, str]
+    hashes: Mapping[str, str]  # by part, such as "picture" or "caption"
 
 
 def record_content(
@@ -51,13 +56,15 @@ def hash_samples(samples: Iterable[SampleContent]) -> str:
 
 
 def _record_set(samples: Sequence[SampleContent]) -> dict[str, Any]:
+    """Make the record of one set of samples."""
     record: dict[str, Any] = {"count": len(samples), "hash": hash_samples(samples)}
     if len(samples) <= MOST_LISTED:
         listed: dict[str, dict[str, str]] = {}
         for sample in samples:
-            listed[sample.name] = {
-                part: part_hash[:LISTED_DIGITS] for part, part_hash in sample.hashes.items()
-            }
+            short_hashes: dict[str, str] = {}
+            for part, part_hash in sample.hashes.items():
+                short_hashes[part] = part_hash[:LISTED_DIGITS]
+            listed[sample.name] = short_hashes
         record["samples"] = listed
     return record
 
@@ -76,14 +83,14 @@ def require_same_content(
     """Refuse to go on with other data than before.
 
     Args:
-        saved: record of the checkpoint or of the search; None if an earlier version wrote it, and
-            nothing is compared.
+        saved: record of the checkpoint or of the search; None, of an earlier version, to compare
+            nothing.
         current: record of this run.
-        depends_on_heldout: the held-out loss decides what the run leaves. Otherwise a change of
-            the held-out samples is only named in the log.
+        depends_on_heldout: whether the held-out samples decide what the run leaves. Otherwise a
+            change of them is only a warning.
 
     Raises:
-        UserError: the sentence says what changed.
+        UserError: it names what changed.
     """
     if saved is None:
         logger.info("no hashes of the data were saved, so changes of the data are not noticed")
@@ -105,7 +112,7 @@ def require_same_content(
 
 
 def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:
-    """Say what changed from one record of a set to another; None where nothing did."""
+    """Describe the change from one record of a set to another; None where there is none."""
     if saved["hash"] == current["hash"]:
         return None
     if not _lists_all(saved) or not _lists_all(current):
@@ -113,18 +120,20 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
             return f"some of the {saved['count']} samples changed"
         return f"the number of samples was {saved['count']} and is {current['count']}"
 
-    before, after = saved["samples"], current["samples"]
-    # At first a changed sample counts as removed and added.
+    before = saved["samples"]
+    after = current["samples"]
+    # At first a changed sample counts as both removed and added.
     removed = [name for name in before if after.get(name) != before[name]]
     added = [name for name in after if before.get(name) != after[name]]
-    # Rows are named by their numbers, so one that is inserted renames all that follow it.
-    renamed: list[tuple[str, str]] = []
+    # Rows are named by their numbers, so that an inserted row renames all rows that follow it.
+    renamed: list[tuple[str, str]] = []  # earlier and new names
     for name in list(added):
-        earlier_name = next((n for n in removed if before[n] == after[name]), None)
-        if earlier_name is not None:
-            renamed.append((earlier_name, name))
-            removed.remove(earlier_name)
-            added.remove(name)
+        for earlier_name in removed:
+            if before[earlier_name] == after[name]:
+                renamed.append((earlier_name, name))
+                removed.remove(earlier_name)
+                added.remove(name)
+                break
     changed = [name for name in removed if name in added]
     added = [name for name in added if name not in changed]
     removed = [name for name in removed if name not in changed]
@@ -145,14 +154,14 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
 
 
 def _lists_all(record: Mapping[str, Any]) -> bool:
-    """Test that a record lists its samples, and no two of them under one name."""
+    """Test that a record lists all of its samples; of two with one name it can't."""
     return len(record.get("samples", ())) == record["count"]
 
 
 def _describe_changes(
     names: Sequence[str], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> str:
-    """Say which parts changed of samples that kept their names."""
+    """Describe which parts changed, of samples that kept their names."""
     changed_parts: list[str] = []
     for name in names:
         for part in {**before[name], **after[name]}:
@@ -165,23 +174,32 @@ def _describe_changes(
 
 
 def _count(samples: Sequence[Any]) -> str:
-    return "1 sample was" if len(samples) == 1 else f"{len(samples)} samples were"
+    if len(samples) == 1:
+        return "1 sample was"
+    return f"{len(samples)} samples were"
 
 
 def _enumerate(names: Sequence[str]) -> str:
-    ellipsis = ", ..." if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + ellipsis
-
-
-MOST_PARTS = 1000
-Contents = Sequence[tuple[str, Hashable]]
-"""The name of each sample, and a key of its content."""
+    text = ", ".join(names[:MOST_NAMED])
+    if len(names) > MOST_NAMED:
+        text += ", ..."
+    return text
 
 
 def read_part(text: str) -> tuple[int, int]:
-    """Number of the part, from 1, and how many there are; refuses what is not such an i/n."""
+    """Read ``--validation_part i/n``.
+
+    Returns:
+        The number of the part, from 1, and the number of parts.
+
+    Raises:
+        UserError: it is no such i/n.
+    """
+    number = count = 0
     match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
-    number, count = map(int, match.groups()) if match else (0, 0)
+    if match is not None:
+        number = int(match[1])
+        count = int(match[2])
     if not 1 <= number <= count <= MOST_PARTS:
         raise UserError(
             f'--validation_part is "{text}": write i/n with i from 1 to n and n up to {MOST_PARTS},'
@@ -191,14 +209,15 @@ def read_part(text: str) -> tuple[int, int]:
 
 
 def chosen(part: str | None, names: Sequence[str], set_name: str) -> list[int]:
-    """The positions of a part's samples, in order; all of them where ``part`` is None.
+    """The positions of the samples of a part, in order.
 
     Args:
+        part: i/n; None for all samples.
         names: an identifier of each sample; samples of one name fall into one part.
-        set_name: the set, for a message.
+        set_name: name of the set, for the message.
 
     Raises:
-        UserError: there are not so many different samples as parts.
+        UserError: there are fewer different samples than parts.
     """
     if part is None:
         return list(range(len(names)))
@@ -214,15 +233,15 @@ def chosen(part: str | None, names: Sequence[str], set_name: str) -> list[int]:
 
 
 def copies(noun: str, training: Contents, heldout: Contents | None = None) -> str | None:
-    """A sentence on held-out samples that are trained on too; None where none is.
+    """A sentence on held-out samples that are trained on too; None where there is none.
 
     Args:
-        noun: samples in the plural, such as "images".
+        noun: what the samples are, in the plural, such as "images".
         training: samples that are trained on.
         heldout: samples that are held out; None where folds hold out parts of ``training``.
     """
-    first_names: dict[Hashable, str] = {}
-    pairs: list[tuple[str, str]] = []  # a held-out sample, and the training sample it equals
+    first_names: dict[Hashable, str] = {}  # first sample of each content
+    pairs: list[tuple[str, str]] = []  # a held-out sample, and the training sample that it equals
     for name, content in training:
         if content in first_names:
             pairs.append((name, first_names[content]))

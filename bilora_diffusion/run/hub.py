@@ -1,4 +1,4 @@
-"""A finished run for others: its model card, and its way to the Hugging Face Hub.
+"""A finished run for others: its model card, and its upload to the Hugging Face Hub.
 
 The card is ``README.md`` of the run folder, with the front matter of the hub.
 """
@@ -40,16 +40,16 @@ def write_card(
     measured: Mapping[str, Any],
     **facts: Any,
 ) -> None:
-    """Write ``folder/README.md`` from ``card.jinja``; only what is given is said.
+    """Write ``folder/README.md`` from ``card.jinja``, which leaves out what is None.
 
     Args:
-        options: of the run, by name.
+        options: options of the run, by name.
         folder: the run folder.
-        results: steps taken, and what else the record of the run has.
+        results: results in the record of the run, such as the steps taken.
         meta: the front matter.
-        measured: held-out figures by their titles.
-        facts: what base model and data are called, without paths of this machine, and how the
-            weights are loaded, under the names that the template has.
+        measured: measurements on held-out samples, by their titles.
+        facts: further variables of the template, such as the names of base model and data, without
+            paths of this machine, and the code that loads the weights.
     """
     method = get(options["method"])
     outcome = {
@@ -73,11 +73,13 @@ def write_card(
 
 
 def _chosen_steps(options: Mapping[str, Any], results: Mapping[str, Any]) -> str | int | None:
-    """Steps that a fit chose, with those that it trained where its rate falls; None without one."""
-    chosen, trained = results.get("chosen_steps"), options["max_train_steps"]
-    if chosen in (None, trained):
-        return chosen
-    return f"{chosen} at a constant rate, trained as {trained} at a rate that falls to zero"
+    """The steps that a search chose, and those that were trained; None without a search."""
+    chosen_steps = results.get("chosen_steps")
+    trained_steps = options["max_train_steps"]
+    if chosen_steps in (None, trained_steps):
+        return chosen_steps
+    schedule = "at a rate that falls to zero"
+    return f"{chosen_steps} at a constant rate, trained as {trained_steps} {schedule}"
 
 
 def _without_none(rows: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def _without_none(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Settings of the run; of the method's own options its radius, and what is not as usual."""
+    """Settings of the run; of the method's options the radius, and those that are not default."""
     method = get(options["method"])
     settings: dict[str, Any] = {"method": method.title}
     if not method.exports_weights:
@@ -104,8 +106,8 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     settings["learning rate"] = options["learning_rate"]
     settings["optimizer steps"] = steps
     settings["seed"] = options["seed"]
-    for name, usual in default_options(method).items():
-        if name == "rho" or options[name] != usual:
+    for name, default in default_options(method).items():
+        if name == "rho" or options[name] != default:
             settings[name.replace("_", " ")] = options[name]
     if "auxiliary_rank" in method.reads:
         settings["auxiliary rank"] = options["auxiliary_rank"] or options["rank"]
@@ -115,53 +117,68 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def source(name: str) -> str:
-    """A model's or data set's name as it may be published: not where it lies on this machine."""
-    return embedded(name) or (name if is_hub_id(name) else Path(name).name)
+    """The name of a model or a data set for others: a path is cut to its last name."""
+    embedded_name = embedded(name)
+    if embedded_name:
+        return embedded_name
+    return name if is_hub_id(name) else Path(name).name
 
 
 def is_hub_id(name: str) -> bool:
-    """Test that a name can be one on the hub and is no folder here."""
+    """Test that a name can be an id on the hub and is no folder here."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def loaded_from(name: str) -> str:
-    """Argument of ``from_pretrained`` in a card: a hub id, or the place of the reader's folder."""
+    """Argument of ``from_pretrained`` in a card: a hub id, or a path of the reader's."""
     return name if is_hub_id(name) else f"path/to/{name}"
 
 
 def escaped(value: str | int | float) -> str:
-    """One line of text that Markdown shows as it is."""
+    """A text on one line, without meaning for Markdown."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+    line = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", line)
 
 
 def code(text: str) -> str:
-    """One line of text as inline code, whatever backticks it has."""
+    """A text on one line as inline code; it may have backticks."""
     line = " ".join(text.split())
-    marks = _fence(line, 1)
-    pad = " " if line[:1] == "`" or line[-1:] == "`" else ""
-    return f"{marks}{pad}{line}{pad}{marks}"
+    fence = _fence(line, 1)
+    # A space keeps a backtick at an end apart from the fence; Markdown removes it again.
+    padding = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
 
 
 def python_block(text: str) -> str:
-    """Lines of Python as a block, whatever backticks they have."""
-    marks = _fence(text, 3)
-    return f"{marks}python\n{text.strip()}\n{marks}\n"
+    """Lines of Python as a block of code; they may have backticks."""
+    fence = _fence(text, 3)
+    return f"{fence}python\n{text.strip()}\n{fence}\n"
 
 
 def _fence(text: str, min_length: int) -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    return "`" * max(min_length, longest + 1)
+    """More backticks than the text has in a row, and at least ``min_length``."""
+    length = min_length
+    for backticks in re.findall("`+", text):
+        length = max(length, len(backticks) + 1)
+    return "`" * length
 
 
-# Of exports, diffusers would load one by its name where no file is named.
+# The exports are left out, since diffusers would load one of them where no file is named.
 NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "fit/*", "logs/*", ".*"]
-NAME_PATHS = ["run.json", "fit.json", "adapter_config.json", "config.json", "*/config.json"]
-"""Files that say where base model, images and the run itself lie on this machine."""
+WITH_PATHS = ["run.json", "fit.json", "adapter_config.json", "config.json", "*/config.json"]
+"""Files with paths of this machine: of the base model, the images and the run itself."""
 
 
 def repository(name: str, token: str | None) -> str:
-    """The hub repository of this run; made now, so that a bad token is known before training."""
+    """Make the hub repository of this run, before training, so that a bad token is noticed then.
+
+    Returns:
+        Its id.
+
+    Raises:
+        UserError: the hub refuses.
+    """
     try:
         return create_repo(repo_id=name, exist_ok=True, token=token).repo_id
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -172,22 +189,22 @@ def repository(name: str, token: str | None) -> str:
 
 
 def push(folder: Path, repo_id: str, token: str | None) -> None:
-    """Upload the run folder without its checkpoints, and without what tells of this machine.
+    """Upload the run folder without its checkpoints and without paths of this machine.
 
     Raises:
         UserError: the upload fails; the run folder is whole.
     """
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.json")]
-    paths = filter_repo_objects(files, allow_patterns=NAME_PATHS, ignore_patterns=NOT_UPLOADED)
+    names = filter_repo_objects(files, allow_patterns=WITH_PATHS, ignore_patterns=NOT_UPLOADED)
     try:
         upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message="End of training",
-            ignore_patterns=[*NOT_UPLOADED, *NAME_PATHS],
+            ignore_patterns=NOT_UPLOADED + WITH_PATHS,
             token=token,
         )
-        added = [CommitOperationAdd(name, published(folder / name).encode()) for name in paths]
+        added = [CommitOperationAdd(name, published(folder / name).encode()) for name in names]
         create_commit(repo_id, added, commit_message="Record and settings", token=token)
     except (HfHubHTTPError, OSError) as error:
         raise UserError(
@@ -197,16 +214,18 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
 
 
 def published(file: Path) -> str:
-    """A JSON file as it may be read by others: of paths of this machine only the last names."""
+    """The content of a JSON file for others: paths of this machine are cut to their last names."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: cut(inner) for key, inner in value.items()}
+            return {key: cut(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [cut(inner) for inner in value]
+            return [cut(item) for item in value]
         if not isinstance(value, str):
             return value
-        # A folder's name may have spaces, at which a path in a sentence ends.
-        return Path(value).name if Path(value).is_absolute() else without_paths(value)
+        # Separately, since a folder's name may have spaces, at which a path in a sentence ends.
+        if Path(value).is_absolute():
+            return Path(value).name
+        return without_paths(value)
 
     return dump_json(cut(json.loads(file.read_text(encoding="utf-8"))))

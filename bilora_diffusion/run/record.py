@@ -1,7 +1,7 @@
-"""Models of a run's files, ``run.json``, ``metrics.jsonl`` and ``fit.json``, and their readers.
+"""Types of a run's files, ``run.json``, ``metrics.jsonl`` and ``fit.json``, and their readers.
 
-Whoever reads a run (resume, guard, evaluation, viewer) reads it here, and goes by these types. What
-does not fit them makes that run unreadable, with the reason in one sentence.
+All code that reads a run (resume, guard, evaluation, viewer) reads it here, and relies on these
+types. A value that does not fit them makes the run unreadable, with the reason in one sentence.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VALIDATION = "validation"
 BY_CONCEPT = "heldout_loss_by_concept/"
 """Stands before a concept's name in the name of its held-out loss."""
 PICTURES = 10_000
-"""Most validation images of one prompt, as of the option."""
+"""Validation images of one prompt at most, as for the option."""
 HEARTBEAT_SECONDS = 15.0
 """Time between two writes of ``run.json`` while a run trains."""
 
@@ -43,13 +43,13 @@ def validation_folder(run_folder: Path, step: int) -> Path:
 
 
 class _Strict(BaseModel):
-    """No conversions; keys of other versions are left as they are."""
+    """Base class: values are not converted, and keys of other versions are kept."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
 class Options(_Strict):
-    """Options of a run that evaluation and viewer rely on; a script has only some of them."""
+    """Options of a run that evaluation and viewer read; each script has only some of them."""
 
     concepts: list[Options] = []
     concept: Text | None = None
@@ -125,7 +125,7 @@ class Line(_Strict):
 
 
 class SearchRun(_Strict):
-    """A run of a search: its held-out losses by step."""
+    """A run of a search, with its held-out losses by step."""
 
     name: Text
     title: Text
@@ -141,7 +141,7 @@ class SearchRun(_Strict):
 
 
 class SearchRow(_Strict):
-    """A configuration beside the chosen one, at one step."""
+    """A configuration of a search, with a number of steps."""
 
     options: dict[Text, Text]
     title: Text
@@ -149,7 +149,7 @@ class SearchRow(_Strict):
 
 
 class SearchChoice(SearchRow):
-    """Choice of a fit."""
+    """The configuration that a search chose."""
 
     steps: Annotated[Count, Field(ge=1)]
     loss: Number
@@ -158,7 +158,7 @@ class SearchChoice(SearchRow):
 
 
 class SearchStanding(SearchRow):
-    """A configuration by its difference to the choice."""
+    """A configuration with the difference of its loss to that of the choice."""
 
     folds: Count
     difference: Number
@@ -178,7 +178,7 @@ class SearchRecord(_Strict):
 
 @contextlib.contextmanager
 def _reading(place: object, fix: str, problem: str = "is damaged") -> Iterator[None]:
-    """Make a sentence of what is raised within the context, but for a file that is not there."""
+    """Make a sentence of what is raised within the context; a missing file stays an `OSError`."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -266,7 +266,7 @@ def read_search(path: Path) -> dict[str, Any] | None:
 
 
 def _parsed(data: bytes) -> Any:
-    """JSON in UTF-8; NaN is null, as it is written, and an infinity is none of ours."""
+    """JSON in UTF-8, with NaN as null; infinities, which no run writes, are refused."""
 
     def constant(name: str) -> None:
         if name != "NaN":
@@ -276,7 +276,7 @@ def _parsed(data: bytes) -> Any:
 
 
 def fault(error: Exception) -> str:
-    """The first value that does not fit, in brackets; "" where there is nothing to name."""
+    """The first value that does not fit its type, in brackets; "" for another error."""
     if not isinstance(error, ValidationError):
         return ""
     first = error.errors(include_url=False, include_context=False)[0]

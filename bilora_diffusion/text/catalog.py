@@ -73,6 +73,7 @@ class CatalogTask:
         Raises:
             UserError: A column is missing, holds no text, or no class number of the task.
         """
+        # A template reads the columns that it names; any other column may hold anything.
         texts = _RowTexts(row, where)
         label = None
         if self.label_words:

@@ -108,6 +108,7 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
     settings: dict[str, Any] = {"max_length": cfg.max_length}
     if kind == "seq2seq":
         settings["max_target_length"] = cfg.max_target_length
+    # Longer rows than the model's positions would fail in the middle of training.
     for option, length in settings.items():
         _check_length(option, length, loaded)
     if kind == "causal":

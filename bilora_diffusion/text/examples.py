@@ -118,6 +118,7 @@ def open_file(
         if context:
             usual_columns = (INSTRUCTION,)
     column = _column(path, columns, input_column, usual_columns, "--input_column")
+    # One conversation among the rows makes all of them conversations.
     if any(isinstance(row.get(column), list) for _, row in rows):
         return [from_turns(_turns(row, column, where), where) for where, row in rows]
     target = _column(path, columns, target_column, TARGETS, "--target_column")

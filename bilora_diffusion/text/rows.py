@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from ..core.errors import UserError, translated
 from ..core.seeds import digest_texts, generator, seed_of
 from ..run.data import chosen
@@ -122,8 +124,6 @@ def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
     """
     if size is None or size >= len(values):
         return list(values)
-    import torch
-
     random = generator(seed_of(SUBSET_SEED, purpose), "subset")
     order = torch.randperm(len(values), generator=random)
     return [values[number] for number in sorted(order[:size].tolist())]
@@ -178,7 +178,7 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
             f'{task.dataset} has no column "{task.group}", only {", ".join(rows.column_names)}:'
             f" {OTHER_SET}."
         )
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}  # numbers of the rows with equal values
     for number, key in enumerate(rows[task.group]):
         groups.setdefault(str(key), []).append(number)
     heldout_numbers: set[int] = set()

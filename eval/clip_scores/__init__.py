@@ -29,43 +29,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.core.errors import UserError, translated
-from bilora_diffusion.core.fields import option
-from bilora_diffusion.core.files import counted
-from bilora_diffusion.core.values import (
-    ADAPTER_GUIDANCE,
-    BASE_GUIDANCE,
-    GUIDANCE_SOURCES,
-    GUIDANCES,
-    SAMPLER_STEPS,
-    SIDES,
-    STRENGTHS,
-    WORKERS,
-)
+from bilora_diffusion.core.files import counted, without_paths
+from bilora_diffusion.core.values import BASE_GUIDANCE
 from bilora_diffusion.run.record import RUN
 
 from .. import checkpoints, compare, report
 from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
-from ..command import COUNTS, Parser, open_device
-from ..provenance import of_this_process, without_paths
+from ..command import Parser, open_device
 from ..report import Column
 from ..subjects import BASE, Subject, settings_note, single
-from ..table import Result, Row
-from . import reporting
-from .names import (
-    CAPTIONERS,
+from ..table import Result, Row, of_this_process
+from . import reporting, settings
+from .reporting import METRICS
+from .settings import (
     DEMO,
     GENERAL_CAPTIONER,
     GENERAL_SCORER,
-    IMAGE_MODELS,
-    METRICS,
-    PRECISIONS,
-    SCORERS,
+    SamplingOptions,
+    ScoringOptions,
 )
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
@@ -82,67 +69,6 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
 IMAGES = "images"
 DEMO_METHODS = ("lora", "bilora")
-USUAL = "(default: as is usual for the model)"
-
-
-@dataclass(frozen=True)
-class ScoringOptions:
-    """Prompts, scores and comparison."""
-
-    section = "prompts and models"
-    prompts: str | None = option(
-        None,
-        'A set that is shipped, a text file, a CSV file with the column "prompt", held-out images'
-        " with captions (mini-heldout, mini-duotone-heldout, a folder), whose images are the ground"
-        " truth, or contexts: the run's instance prompt in 20 of them (default: what the first run"
-        " was trained on, see below).",
-    )
-    general_prompts: str | None = option(
-        None,
-        "Prompts for drift, such as general; none leaves drift out (default: general for the"
-        " shipped icons, none for other runs).",
-    )
-    max_prompts: int | None = option(None, "Take only the first of each set.", range=COUNTS)
-    seeds: str = option("0,1", "Seeds such as 0,1 or 0..3.")
-    base_model: str | None = option(None, "Hub id, folder or mini (default: that of the runs).")
-    scorer: str | None = option(None, f"{SCORERS}.")
-    captioner: str | None = option(None, f"{CAPTIONERS}.")
-    image_model: str | None = option(
-        None,
-        f"{IMAGE_MODELS}: likeness to held-out and training pictures by its embeddings too, which"
-        " tell subjects of one kind apart better than CLIP's.",
-    )
-    skip_captions: bool = option(False, "No captions and no T2T.")
-    control: str | None = option(None, "Compare with this label (default: the first but base).")
-    train_data: str | None = option(None, "Set for memorization, or none (default: the run's own).")
-    steps: str | None = option(None, checkpoints.HELP)
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """Sampling of images."""
-
-    section = "images"
-    num_inference_steps: int | None = option(None, f"Steps {USUAL}.", range=SAMPLER_STEPS)
-    guidance_scale: float | None = option(
-        None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
-    )
-    guidance_from: str = option(
-        ADAPTER_GUIDANCE,
-        "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
-        " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
-        choices=GUIDANCE_SOURCES,
-    )
-    resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
-    adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=STRENGTHS)
-    batch_size: int = option(16, "Images between two visits to the disk.", range=COUNTS)
-    processes: int | None = option(
-        None, "On one device (default: all cores for the miniature, else 1).", range=WORKERS
-    )
-    device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: accelerate's choice).")
-    dtype: str | None = option(
-        None, "Of the denoiser (default: the device's best).", choices=tuple(PRECISIONS.values())
-    )
 
 
 class ClipScores(OverSteps):
@@ -212,7 +138,7 @@ class ClipScores(OverSteps):
         from bilora_diffusion.config.machine import device_type
 
         from ..load import require_adapter
-        from . import measure, settings
+        from . import measure
 
         args = self.args
         text_runs = [subject.folder for subject in subjects if subject.is_text]
@@ -384,11 +310,11 @@ def load_models(
 
 def load_image_model(name: str, device: str = "cpu") -> ImageEmbedder:
     """The model of ``--image_model``."""
-    from . import dinov2
+    from .models import dinov2
 
     fix = "check its name, its files and the connection to the hub; weights must be in safetensors"
     with translated(f'"{name}" can\'t be loaded', fix):
-        return dinov2.load(name, device)
+        return dinov2(name, device)
 
 
 main = ClipScores.main

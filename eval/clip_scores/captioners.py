@@ -22,10 +22,10 @@ from PIL.Image import Image
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.train.soundness import require_whole, require_words
 
-from ..digests import of_files
+from ..cache import of_files
 from . import models
 from .models import ModelEntry, Scorer, hub_commit, in_batches
-from .names import BLIP, CAPTIONERS
+from .settings import BLIP, CAPTIONERS
 
 BATCH = 16
 MIN_TOKENS = 5

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from bilora_diffusion import methods, mini
 from bilora_diffusion.core.durable import write_bytes
 from bilora_diffusion.core.errors import translated
-from bilora_diffusion.core.files import duration
+from bilora_diffusion.core.files import duration, without_paths
 from bilora_diffusion.core.seeds import seed_of
 from bilora_diffusion.core.values import ADAPTER_GUIDANCE
 from bilora_diffusion.image.families.base import join_rows
@@ -44,9 +44,8 @@ from bilora_diffusion.image.sampling import embed, embed_negative, generate
 from bilora_diffusion.run.console import quiet
 from bilora_diffusion.run.provenance import device, versions
 
-from ..digests import of_folders
+from ..cache import of_folders
 from ..load import applied
-from ..provenance import without_paths
 from ..subjects import BASE, Subject
 from .prompts import Prompt
 

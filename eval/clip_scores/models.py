@@ -5,6 +5,15 @@
 
 Names: ``embedded`` (the miniature's own), ``open_clip:MODEL/TAG`` and ``open_clip:FOLDER``.
 
+And DINOv2, which embeds images by what is in them and knows no text: it tells one dog from another
+where CLIP, trained with captions, sees "a dog" in both.
+
+    image_model = dinov2("dinov2:facebook/dinov2-base")
+    likeness = (image_model.images(samples) * image_model.images(pictures)).sum(dim=1)  # cosines
+
+Its weights are read from safetensors only, by classes of transformers, without code of the
+repository.
+
 What it raises passes through, and the command translates it. Refused here is what it would pass
 over in silence: pickles, a tokenizer without words.
 The one exception to safetensors is a tag of open_clip whose hub repository holds none: open_clip
@@ -24,10 +33,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
+from bilora_diffusion.core.values import DINOV2
+from bilora_diffusion.image.likeness import load_dinov2
 from bilora_diffusion.train.soundness import require_words
 
-from ..digests import of_files
-from .names import SCORERS
+from ..cache import of_files
+from .settings import SCORERS
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 SCHEMES = ("embedded", "open_clip")
@@ -216,6 +227,15 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
         return words(text, len(marks)) < words(text, 2 * len(marks))
 
     return Scorer(entry, embed_images, embed_texts, is_cut, batch)
+
+
+def dinov2(name: str, device: str = "cpu", batch: int = 32) -> ImageEmbedder:
+    """The model called ``dinov2:ID_OR_FOLDER``; see `load_dinov2`."""
+    model = load_dinov2(name, device)
+    # A folder has no commit: the hash of its weights says which they are.
+    revision = model.commit or of_files(*sorted(model.folder.glob("*.safetensors")))
+    entry = ModelEntry(f"{DINOV2}:{model.source}", DINOV2, model.source, revision)
+    return ImageEmbedder(entry, model.embed, batch)
 
 
 def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -1,4 +1,4 @@
-"""Report of a comparison: the paper's Table 4 and Figure A1, and sentences around them."""
+"""Scores, and the report of a comparison: the paper's Table 4 and Figure A1, and sentences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bilora_diffusion.core.values import BASE_GUIDANCE
 from .. import compare
 from ..plot import canvas
 from ..report import escaped, number, table
-from ..table import Result
+from ..table import Metric, Result
 
 TABLE_ROWS = 6
 """The paper's Table 4 and Figure A1 show six prompts, the table their average over all too."""
@@ -24,6 +24,35 @@ BLANK = "–"
 GRID, TRUTH = "grid.png", "ground truth"
 CELL_PIXELS = 256
 """Larger images are brought down to this before they are drawn."""
+
+
+def _cosine(title: str, explanation: str, higher_is_better: bool | None = True) -> Metric:
+    return Metric(title, explanation, higher_is_better, scale=100, form=".2f")
+
+
+METRICS = {
+    "i2t": _cosine("CLIP I2T", "cosine of the embeddings of image and prompt"),
+    "t2t": _cosine("CLIP T2T", "cosine of the embeddings of prompt and caption of the image"),
+    "truth": _cosine("ground truth", "cosine of the embeddings of image and held-out picture"),
+    "nearest": _cosine(
+        "memorization",
+        "cosine of the embeddings of image and nearest training picture; a learned style raises it"
+        " too, so look at the images that are nearest",
+        False,
+    ),
+    "dino_truth": _cosine(
+        "DINO ground truth", "cosine of DINOv2's embeddings of image and held-out picture"
+    ),
+    "dino_nearest": _cosine(
+        "DINO memorization",
+        "cosine of DINOv2's embeddings of image and its nearest training picture",
+        False,
+    ),
+    "drift": _cosine(
+        "unchanged", "cosine of the embeddings of image and base model's image, general prompts"
+    ),
+}
+"""All scores; the first two are the paper's (Table 4). Values are raw, and shown times 100."""
 
 
 def names(result: Result) -> dict[str, str]:

@@ -41,10 +41,9 @@ from .. import checkpoints, compare, report
 from ..cache import Cache
 from ..checkpoints import OverSteps
 from ..command import COUNTS, open_device
-from ..provenance import of_this_process
 from ..report import Column
 from ..subjects import Subject
-from ..table import Metric, Result, Row
+from ..table import Metric, Result, Row, of_this_process
 from . import base_models, benchmarks, reporting
 from .base_models import BaseModel
 from .benchmarks import (

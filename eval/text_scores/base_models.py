@@ -10,9 +10,9 @@ from typing import Any
 
 from bilora_diffusion import methods
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import without_paths
 
 from .. import checkpoints, subjects
-from ..provenance import without_paths
 from ..subjects import BASE, Subject
 
 # The bare prompt

@@ -20,7 +20,7 @@ from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import context_text, resolve_template
 
-from ..digests import of_folders
+from ..cache import of_folders
 from .base_models import NO_TEMPLATE
 from .benchmarks import ANSWER_LETTERS, Benchmark, Item, Measurement
 from .models import CacheFor, LoadedModel

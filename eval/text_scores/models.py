@@ -21,8 +21,7 @@ from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.models import TextModel, load_text_model
 from bilora_diffusion.text.tokenizing import generation_prompt
 
-from ..cache import Cache
-from ..digests import PEFT_FILE
+from ..cache import PEFT_FILE, Cache
 from ..load import put_peft
 from ..subjects import Subject
 from .base_models import NO_TEMPLATE, BaseModel

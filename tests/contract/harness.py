@@ -67,7 +67,7 @@ def combos() -> list[tuple[str, str, str]]:
 def rotation() -> list[tuple[str, str, str]]:
     """Every method once, with options of the adapters and kinds of models in turn."""
     by_method = [[case for case in combos() if case[0] == name] for name in names()]
-    return [cases[4 * turn % len(cases)] for turn, cases in enumerate(by_method)]
+    return [cases[16 * turn % len(cases)] for turn, cases in enumerate(by_method)]
 
 
 def pairwise(name: str) -> list[dict[str, Any]]:

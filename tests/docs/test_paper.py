@@ -1,4 +1,4 @@
-"""docs/paper.md: its experiments have the paper's radii and rates, and its commands run.
+"""results/paper.md: its experiments have the paper's radii and rates, and its commands run.
 
 The walk through the page takes place in one folder, with these differences to a reader's:
 
@@ -25,8 +25,9 @@ from accelerate.state import AcceleratorState
 
 from bilora_diffusion.image import script as image_script
 from bilora_diffusion.text.config import TextConfig
+from eval import sweep_plan as plan
+from eval import sweep_runs as runs
 from eval import table
-from eval.sweep import plan, runs
 from eval.text_scores import harness
 from eval.text_scores.benchmarks import Item, Measurement
 from tests.docs.pages import commands, scripts
@@ -37,7 +38,7 @@ from tests.scripts.runs import two_icons, words
 from tests.text.text_builders import ADAPTER, material, train_text_once, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "paper.md"
+PAGE = ROOT / "results" / "paper.md"
 EXPERIMENTS = sorted((ROOT / "eval" / "experiments" / "paper").glob("*.yaml"))
 GLUE = ("mnli", "sst2", "cola", "qnli", "mrpc")
 

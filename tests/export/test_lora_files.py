@@ -23,7 +23,7 @@ from bilora_diffusion.export.__main__ import main
 from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.reader import read
-from eval.digests import of_lora, peft_config
+from eval.cache import of_lora, peft_config
 from tests.export.export_models import rewrite
 
 UNET, PEFT = "unet.conv_in", "base_model.model.conv_in"

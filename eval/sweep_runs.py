@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from bilora_diffusion.core.durable import dump_json, write_text
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import without_paths
 from bilora_diffusion.run import checkpoint, runlog
 
-from ..provenance import without_paths
-from .plan import Run
-from .reporting import FAILED, FINISHED, WAITING
+from .sweep_plan import Run
+from .sweep_reporting import FAILED, FINISHED, WAITING
 
 SCHEMA_VERSION = 1
 RECORD = "sweep.json"

@@ -30,8 +30,8 @@ from bilora_diffusion.train.dynamics import (
     totals,
 )
 
-from ..subjects import Subject
-from ..table import Row
+from .subjects import Subject
+from .table import Row
 
 ALL_LAYERS = "all"
 QUANTITIES = ("A", "B", "factors", "product")

@@ -29,9 +29,9 @@ from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
 from bilora_diffusion.run.record import RUN
 
-from ..load import put_lora, put_models
-from ..subjects import BASE, Subject
-from .surface import Weight
+from .landscape_surface import Weight
+from .load import put_lora, put_models
+from .subjects import BASE, Subject
 
 LOSS_OPTIONS = (
     "resolution",

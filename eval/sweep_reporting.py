@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from .. import report
-from ..plot import Curve, Forest, Panel
-from ..table import Entry, Metric, Result
+from . import report
+from .plot import Curve, Forest, Panel
+from .table import Entry, Metric, Result
 
 HELDOUT, TRAINING, SECONDS = "heldout_loss", "train_grid_loss", "seconds_per_step"
 FINISHED, FAILED, WAITING = "finished", "failed", "waiting"

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import plot
-from ..table import Entry, Result
-from . import TITLES
+from . import plot
+from .table import Entry, Result
 
+TITLES = {"lora": "LoRA space (A and B)", "full": "full space (weights without the adapters)"}
 PROFILES, GRIDS = "landscape.png", "landscape_grid.png"
 CONTOURS = 14
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from bilora_diffusion.train.dynamics import COLUMNS, COSINE, FIRST_ORDER, GAIN, RATIO, ROWS, TERMS
 
-from ..plot import Curve, Panel, wrapped
-from ..report import Column
-from ..table import Metric, Result
-from .curves import CROSS, NEGLIGIBLE
+from .dynamics_curves import CROSS, NEGLIGIBLE
+from .plot import Curve, Panel, wrapped
+from .report import Column
+from .table import Metric, Result
 
 TERM_COLORS = {
     r"$\|B\epsilon_A\|_F$": "tab:red",

@@ -15,26 +15,33 @@ Writes rows.csv, summary.csv, result.json, report.md, landscape.png and landscap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.values import NOISE_LEVELS, check_choice
 
-from .. import compare, report
-from ..cache import Cache
-from ..command import COUNTS, POSITIVE, open_device
-from ..evaluation import Evaluation
-from ..report import Column
-from ..subjects import Subject, by_group, gather
-from ..table import Metric, Result, Row
+from . import compare, report
+from .cache import Cache
+from .command import COUNTS, POSITIVE, open_device
+from .compare import mean
+from .evaluation import Evaluation
+from .landscape_figures import TITLES, draw
+from .report import Column
+from .subjects import Subject, by_group, gather
+from .table import Metric, Result, Row
 
-TITLES = {"lora": "LoRA space (A and B)", "full": "full space (weights without the adapters)"}
+if TYPE_CHECKING:  # imported where it is used, so that --help does not wait for torch
+    from .landscape_points import Model
+
 SPACES = tuple(TITLES)
+LossValues = Sequence[float | None]
+"""Losses at some positions; None where one is not finite."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,7 @@ class Landscape(Evaluation):
         return gather(self.args.runs, self.args.group, weights=True)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        from . import points
-        from .measure import part_count
+        from . import landscape_points as points
 
         for name, value in (("points", self.args.points), ("grid", self.args.grid or 3)):
             if value < 3 or value % 2 == 0:
@@ -126,7 +132,7 @@ class Landscape(Evaluation):
             self.part_count += count * len(own_spaces)
 
     def _settings(self, spaces: Sequence[str]) -> dict[str, Any]:
-        from .surface import coordinates
+        from .landscape_surface import coordinates
 
         args = self.args
         image_count = len(next(iter(self.points.values())).images)
@@ -154,7 +160,7 @@ class Landscape(Evaluation):
         return tqdm(total=self.part_count, unit="part")
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        from . import measure, points
+        from . import landscape_points as points
 
         point, spaces = self.points[subject.label], self.spaces[subject.label]
         sample = {"max_images": self.args.max_images, "levels": self.args.levels}
@@ -164,10 +170,10 @@ class Landscape(Evaluation):
         with_plane = subject.label in self.with_plane
         self.bar.set_description(subject.label)
         for space in spaces:
-            losses = measure.measure_space(
+            losses = measure_space(
                 subject, space, load_model, cached, self.settings, with_plane, self.bar
             )
-            yield from measure.rows(subject, space, losses, self.settings)
+            yield from space_rows(subject, space, losses, self.settings)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         self.bar.close()
@@ -177,9 +183,7 @@ class Landscape(Evaluation):
         return self.result(subjects, rows, summaries, self.control)
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        from . import figures
-
-        return figures.draw(result, folder)
+        return draw(result, folder)
 
     def introduction(self, result: Result) -> str:
         settings = result.settings
@@ -231,4 +235,127 @@ def notes(settings: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
+@dataclass(frozen=True)
+class SpaceLosses:
+    """What was measured in one space.
+
+    Attributes:
+        loss: at the weights themselves.
+        parameters: how many numbers the space has.
+        lines: losses along each direction.
+        sharpness: SAM's, of the radius in the settings.
+        plane: losses on the plane of the first two directions, or None.
+    """
+
+    loss: float
+    parameters: int
+    lines: Sequence[LossValues]
+    sharpness: float | None
+    plane: Sequence[LossValues] | None
+
+
+def part_count(settings: Mapping[str, Any], with_plane: bool) -> int:
+    """How many measurements `measure_space` makes: loss, lines, sharpness and perhaps the plane."""
+    return 2 + settings["directions"] + with_plane
+
+
+def measure_space(
+    subject: Subject,
+    space: str,
+    load_model: Callable[[], Model],
+    cache: Cache,
+    settings: Mapping[str, Any],
+    with_plane: bool,
+    bar: Any,
+) -> SpaceLosses:
+    """Measure what the cache does not have.
+
+    Args:
+        load_model: called for each measurement, so that nothing is loaded where all is cached.
+        bar: shows the progress, one step per measurement.
+
+    Raises:
+        UserError: the loss at the weights themselves is not finite.
+    """
+    from .landscape_surface import Direction, evaluate, line, plane, sharpness
+
+    seed, rho, steps = settings["seed"], settings["rho"], settings["ascent_steps"]
+    positions = settings["positions"][space]
+
+    def measured(key: list[Any], measure: Callable[..., Any]) -> Any:
+        def compute() -> Any:
+            model = load_model()
+            return measure(model.spaces[space], model.loss.terms)
+
+        value = cache.item(key, compute)
+        bar.update()
+        return value
+
+    start = measured(
+        ["start", space],
+        lambda weights, loss: {
+            "loss": evaluate(loss),
+            "parameters": sum(weight.tensor.numel() for weight in weights),
+        },
+    )
+    if start["loss"] is None:
+        raise UserError(f"the loss of {subject.source} is not finite: leave this run out.")
+
+    lines = []
+    for number in range(settings["directions"]):
+
+        def measure_line(weights: Any, loss: Any, number: int = number) -> LossValues:
+            return line(weights, loss, Direction(weights, seed, number), positions)
+
+        lines.append(measured(["line", space, seed, number, positions], measure_line))
+    ascent = measured(
+        ["sharpness", space, rho, steps],
+        lambda weights, loss: sharpness(weights, loss, rho, steps),
+    )
+    plane_losses = None
+    if with_plane:
+        grid = settings["grid_positions"][space]
+
+        def measure_plane(weights: Any, loss: Any) -> Sequence[LossValues]:
+            first, second = Direction(weights, seed, 0), Direction(weights, seed, 1)
+            return plane(weights, loss, (first, second), grid)
+
+        plane_losses = measured(["plane", space, seed, grid], measure_plane)
+    return SpaceLosses(start["loss"], start["parameters"], lines, ascent, plane_losses)
+
+
+def space_rows(
+    subject: Subject, space: str, losses: SpaceLosses, settings: Mapping[str, Any]
+) -> Iterator[Row]:
+    """Rows of one space."""
+    row = partial(subject.row, item=space)
+    yield row("loss", losses.loss)
+    yield row("parameters", losses.parameters)
+    yield row("rise", rise(losses.lines))
+    yield row("sharpness", losses.sharpness)
+    for number, values in enumerate(losses.lines):
+        for position, value in zip(settings["positions"][space], values, strict=True):
+            yield row("profile", value, note=f"direction {number} at {position:.6g}")
+    if losses.plane is None:
+        return
+    positions = settings["grid_positions"][space]
+    for first, values in zip(positions, losses.plane, strict=True):
+        for second, value in zip(positions, values, strict=True):
+            yield row("plane", value, note=f"at {first:.6g}, {second:.6g}")
+
+
+def rise(lines: Sequence[LossValues]) -> float | None:
+    """Mean over directions of the loss at both ends minus that in the middle."""
+    rises = []
+    for values in lines:
+        low, middle, high = values[0], values[len(values) // 2], values[-1]
+        if low is None or middle is None or high is None:
+            return None
+        rises.append((low + high) / 2 - middle)
+    return mean(rises)
+
+
 main = Landscape.main
+
+if __name__ == "__main__":
+    sys.exit(main())

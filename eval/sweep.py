@@ -38,22 +38,22 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.files import without_paths
 from bilora_diffusion.core.values import WORKERS
 
-from .. import compare, plot
-from ..command import Parser, open_folder, run
-from ..evaluation import Evaluation
-from ..provenance import command_line, without_paths
-from ..report import Column
-from ..sources import run as find_run
-from ..subjects import Subject, by_group, paired
-from ..table import Result, Row
-from . import reporting
-from .reporting import FINISHED, SECONDS, TRAINING, WAITING
+from . import compare, plot
+from . import sweep_reporting as reporting
+from .command import Parser, open_folder, run
+from .evaluation import Evaluation
+from .report import Column
+from .sources import run as find_run
+from .subjects import Subject, by_group, paired
+from .sweep_reporting import FINISHED, SECONDS, TRAINING, WAITING
+from .table import Result, Row, command_line
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
-    from .plan import Plan
-    from .runs import Outcome
+    from .sweep_plan import Plan
+    from .sweep_runs import Outcome
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Sweep(Evaluation):
     name, options = "sweep", (SweepOptions,)
 
     def __init__(self, args: argparse.Namespace, command: str, plan: Plan) -> None:
-        from .runs import Runner
+        from .sweep_runs import Runner
 
         # Each experiment has a folder of its own, and its result lies among its runs.
         runs_dir = args.runs_dir / plan.name
@@ -142,7 +142,7 @@ class Sweep(Evaluation):
 
     def describe(self) -> str:
         """The variants, and in a dry run the command line of each run with its folder's state."""
-        from .runs import state
+        from .sweep_runs import state
 
         plan = self.plan
         count = f"{len(plan.variants)} variants x {len(plan.seeds)} seeds = {len(plan.runs)} runs"
@@ -257,7 +257,7 @@ class Sweep(Evaluation):
 
 def load_plans(args: argparse.Namespace) -> list[Plan]:
     """The plans of a command line, one for each recipe of each experiment."""
-    from .plan import load
+    from .sweep_plan import load
 
     plans: list[Plan] = []
     for path in args.experiments:
@@ -289,3 +289,6 @@ def subject_of(runs_dir: Path, outcome: Outcome) -> Subject:
 
 
 main = Sweep.main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,18 +12,19 @@ Writes rows.csv, summary.csv, result.json, report.md and the figures as PNG.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from bilora_diffusion import methods
 from bilora_diffusion.core.lora_names import AUXILIARY
 
-from .. import report
-from ..evaluation import Evaluation, require_common_steps
-from ..plot import Panel
-from ..report import Column
-from ..subjects import Subject, by_group
-from ..table import Result, Row
+from . import report
+from .evaluation import Evaluation, require_common_steps
+from .plot import Panel
+from .report import Column
+from .subjects import Subject, by_group
+from .table import Result, Row
 
 _COMPARED = ("auxiliary_learning_rate", "rho", "rank", "auxiliary_rank", "learning_rate")
 
@@ -39,7 +40,7 @@ class Dynamics(Evaluation):
     name, title = "dynamics", "Training dynamics"
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        from . import curves
+        from . import dynamics_curves as curves
 
         groups = by_group(subjects)
         self.layers: dict[str, list[str]] = {}  # of each group, those with curves of their own
@@ -61,7 +62,7 @@ class Dynamics(Evaluation):
         self._note(groups)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        from .curves import ALL_LAYERS, OF_LAYERS
+        from .dynamics_curves import ALL_LAYERS, OF_LAYERS
 
         run_curves = self.curves[subject.label]
         for name, values in run_curves[ALL_LAYERS].values.items():
@@ -75,14 +76,15 @@ class Dynamics(Evaluation):
                     yield subject.row(name, value, step=step, item=layer)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        from . import curves, figures
+        from . import dynamics_curves as curves
+        from . import dynamics_figures as figures
 
         # Before the summaries, which are over runs.
         rows += curves.key_figures(rows, self.settings["steps"])
         return replace(super().complete(subjects, rows), metrics=figures.metrics())
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
-        from . import figures
+        from . import dynamics_figures as figures
 
         return figures.panels(result)
 
@@ -94,7 +96,7 @@ class Dynamics(Evaluation):
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
-        from . import figures
+        from . import dynamics_figures as figures
 
         return figures.columns(result)
 
@@ -126,3 +128,6 @@ def compared_options(run: Subject) -> dict[str, object]:
 
 
 main = Dynamics.main
+
+if __name__ == "__main__":
+    sys.exit(main())
