@@ -105,7 +105,7 @@ def text(catalog: Catalog, item: ResultItem) -> str:
     """The report of a result as inert Markdown, without its figures, which are above it."""
     try:
         path = regular_file(catalog.resolve(f"{item.path}/{REPORT}"))
-        # `finite` refuses a pipe, which would keep its reader waiting.
+        # `regular_file` refuses a pipe, which would keep its reader waiting.
         with path.open(encoding="utf-8", errors="replace") as file:
             report = file.read(REPORT_BYTES)
     except (UserError, OSError):
