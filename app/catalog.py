@@ -2,10 +2,10 @@
 
     catalog = Catalog(Path("demo"))
     catalog.scan.runs, catalog.scan.scores, catalog.scan.figures, catalog.scan.broken
-    catalog.resolve("lora/metrics.jsonl")        # refuses whatever leads out of the root
+    catalog.resolve("lora/metrics.jsonl")        # refuses paths that lead out of the root
 
 All paths in the items are POSIX and relative to the root ("." is the root itself). Open a file only
-by what :meth:`Catalog.resolve` returns for it.
+by the path that `Catalog.resolve` returns for it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ from .runs import RunItem, label
 from .scored import Scored, scored
 
 SCORES = "clip_scores"
-IMAGES, CHECKPOINTS = f"{VALIDATION}/step-*/000.png", "checkpoints/step-*/digests.json"
-"""Files by which a run's steps are known."""
+IMAGES = f"{VALIDATION}/step-*/000.png"
+"""Pattern of the first validation image of each step."""
+CHECKPOINTS = "checkpoints/step-*/digests.json"
+"""Pattern of a file of each checkpoint."""
 EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
 """Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
 
@@ -47,7 +49,8 @@ DATA_HASH = re.compile(rb'"digest": "([0-9a-f]{1,128})"')
 HEAD_BYTES = 8_192
 """Bytes at the beginning of a log, which have its first step."""
 
-DEPTH = 6  # levels of folders below the root that are looked at
+DEPTH = 6
+"""Levels of folders below the root that are searched."""
 SKIPPED = frozenset(
     {"checkpoints", "images", VALIDATION, "logs", *COMPONENTS}
     | {"node_modules", "__pycache__", "site-packages", "build", "dist"}
@@ -55,18 +58,22 @@ SKIPPED = frozenset(
 """Folders that hold no run or result of their own; hidden ones are skipped as well."""
 
 LINK = "it is a link out of the root: copy it, or give its own folder as the root"
-DIGITS = 15  # of a step at most; JavaScript's numbers end there
+DIGITS = 15
+"""Digits of a step at most; JavaScript has no larger whole numbers."""
 RENAME = "its name is not UTF-8: give it another"
-FRESH_SECONDS = 2.0  # for which a look at the root serves all visitors
+FRESH_SECONDS = 2.0
+"""Time for which one scan of the root serves all visitors."""
 
 
 @dataclass(frozen=True)
 class ResultItem:
     """A result folder.
 
-    Args:
-        kind: name of the command.
-        result: a :class:`Scored` of scored images, else ``result.json``.
+    Attributes:
+        path: Path of the folder.
+        name: Name in lists.
+        kind: Name of the command that wrote it.
+        result: `Scored` for scored images, else the head of ``result.json``.
         figures: PNG files relative to the root.
     """
 
@@ -77,8 +84,8 @@ class ResultItem:
     figures: list[str]
 
     def file(self, name: str) -> str:
-        """A file of this folder, relative to the root, for :meth:`Catalog.resolve`."""
-        return _join(self.path, name)
+        """Path of a file of this folder, relative to the root, for `Catalog.resolve`."""
+        return join(self.path, name)
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Broken:
 
 @dataclass
 class Scan:
-    """The folders that one look at the root finds, by path; ``scores`` are among ``figures``."""
+    """Folders that one scan of the root finds, sorted by path; scores are among the figures too."""
 
     runs: list[RunItem] = field(default_factory=list)
     scores: list[ResultItem] = field(default_factory=list)
@@ -100,11 +107,18 @@ class Scan:
 
 
 class Catalog:
-    """The folders under a root; ``scan`` has them as they were at the last :meth:`refresh`.
+    """The folders under a root.
 
     Args:
-        root: an existing folder.
-        public: whether others than this machine's user may see :meth:`place`.
+        root: An existing folder.
+        public: True if others than this machine's user may see the page.
+
+    Attributes:
+        root: The root, without links.
+        scan: The folders as they were at the last `refresh`.
+
+    Raises:
+        UserError: There is no such folder.
     """
 
     def __init__(self, root: Path, public: bool = False) -> None:
@@ -113,10 +127,12 @@ class Catalog:
             raise UserError(f"there is no folder {root}: give the folder that holds your runs")
         if not root.is_dir():
             raise UserError(f"{root} is a file: give the folder that holds your runs")
-        self.root, self._public = root.resolve(), public
+        self.root = root.resolve()
+        self._public = public
         self._lock = threading.Lock()
-        self._read: dict[Path, tuple[Any, Any]] = {}
-        self.scan, self._scan_time = Scan(), 0.0
+        self._cache: dict[Path, tuple[Any, Any]] = {}  # file -> its stamp and content
+        self.scan = Scan()
+        self._scan_time = 0.0
         self.refresh()
 
     @property
@@ -125,9 +141,9 @@ class Catalog:
         return self.root.name or "/"
 
     def place(self, path: str = ".") -> str:
-        """The name of a path below the root for a command started in this process' folder.
+        """A path below the root, for a command that is started in this process's folder.
 
-        Where others may see it, a root that lies elsewhere is called by its name alone.
+        On a public page a root outside of that folder is given by its name alone.
         """
         root, working_folder = self.root, Path.cwd()
         place = root
@@ -138,29 +154,34 @@ class Catalog:
         return str(PurePosixPath(place.as_posix()) / path)
 
     def plain(self, error: Exception, folder: str = ".") -> str:
-        """An error as one line without a folder's place on the machine."""
+        """An error as one line without the root's or the folder's place on the machine."""
         text = " ".join(str(error).split())
         return text.replace(f"{self.root / folder}/", "").replace(str(self.root), self.name)
 
     def sign(self, kind: str) -> str:
-        """Changes whenever there is something else among the "runs", "scores" or "figures".
+        """Hash of the "runs", "scores" or "figures", by which a page notices a change.
 
-        A run that goes on counts as the same until its status, weights, images or checkpoints
-        change.
+        Of the record of a run only the status counts, so that a run that goes on is the same until
+        its status, weights, images or checkpoints change.
         """
         if kind == "runs":
-            parts = [replace(run, record={"status": run.status}) for run in self.scan.runs]
+            items = [replace(run, record={"status": run.status}) for run in self.scan.runs]
         else:
-            parts = [(item.path, id(item.result)) for item in getattr(self.scan, kind)]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+            # A file that has changed is read again, into another object.
+            items = [(item.path, id(item.result)) for item in getattr(self.scan, kind)]
+        return hashlib.sha256(repr(items).encode()).hexdigest()[:16]
 
     def resolve(self, relative: str) -> Path:
-        """The file or folder that ``relative`` names.
+        """Find a file or folder below the root.
 
         Args:
             relative: POSIX path below the root; need not exist.
+
+        Raises:
+            UserError: The path leads out of the root.
         """
         parts = PurePosixPath(relative)
+        # A backslash separates folders on Windows.
         if "\0" in relative or "\\" in relative or parts.is_absolute() or ".." in parts.parts:
             raise UserError(f"{relative!r} is not a path below the root: give a relative one")
         try:
@@ -172,140 +193,179 @@ class Catalog:
         return place
 
     def cached(self, file: Path, read: Callable[[], Any]) -> Any:
-        """A file by ``read``, called again only where the file has changed.
+        """Content of a file by `read`, which is called again only if the file has changed.
 
         Raises:
-            OSError: there is none.
+            OSError: There is no such file.
         """
+        # Another file, time or size: the content may be another one.
         status = file.stat()
         stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if file not in self._read or self._read[file][0] != stamp:
-            self._read[file] = (stamp, read())
-        return self._read[file][1]
+        cached_stamp, content = self._cache.get(file, (None, None))
+        if cached_stamp != stamp:
+            content = read()
+            self._cache[file] = (stamp, content)
+        return content
 
     def look(self) -> None:
-        """:meth:`refresh`, unless that was a moment ago."""
+        """Scan the root again, unless that was a moment ago."""
         if time.monotonic() - self._scan_time > FRESH_SECONDS:
             self.refresh()
 
     def refresh(self) -> None:
-        """Look at the root again; files that have not changed are not read again."""
+        """Scan the root again; files that have not changed are not read again."""
         with self._lock:
             scan = Scan()
             for folder, names in self._folders(scan):
                 self._read_folder(folder, names, scan)
-            self.scan, self._scan_time = scan, time.monotonic()
+            self.scan = scan
+            self._scan_time = time.monotonic()
 
     def _folders(self, scan: Scan) -> Iterator[tuple[str, set[str]]]:
-        """Folders below the root and the names of the files in each, by path."""
-        waiting = [(".", 0)]
-        while waiting:
-            folder, depth = waiting.pop()
+        """Folders below the root with the names of their entries, sorted by path.
+
+        Folders that can't be read, and links out of the root, go to the broken ones.
+        """
+        waiting_folders = [(".", 0)]  # a stack, with the depth of each folder
+        while waiting_folders:
+            folder, depth = waiting_folders.pop()
             try:
                 with os.scandir(self.root / folder) as listing:
                     entries = sorted(listing, key=lambda entry: entry.name)
             except OSError as error:
                 scan.broken.append(Broken(folder, f"it can't be read ({error.strerror})"))
                 continue
-            subfolders, names = [], {entry.name for entry in entries}
+            names = {entry.name for entry in entries}
+            subfolders = []
             for entry in entries:
-                path = _join(folder, entry.name)
-                is_search = entry.name == FIT and RUN in names
+                path = join(folder, entry.name)
+                is_search = entry.name == FIT and RUN in names  # runs of a search are no own runs
                 if entry.name in SKIPPED or entry.name.startswith(".") or is_search:
                     continue
                 if not is_text(entry.name) and is_folder(Path(entry.path)):
-                    scan.broken.append(Broken(_join(folder, ascii(entry.name)), RENAME))
+                    scan.broken.append(Broken(join(folder, ascii(entry.name)), RENAME))
                 elif entry.is_symlink() and Path(entry.path).is_dir():
-                    # One that stays inside is shown where it leads to; followed, it could circle.
+                    # A link within the root is not followed, since it could lead in a circle: its
+                    # folder is found in its own place.
                     if not Path(entry.path).resolve().is_relative_to(self.root):
                         scan.broken.append(Broken(path, LINK))
                 elif entry.is_dir(follow_symlinks=False) and depth < DEPTH:
                     subfolders.append((path, depth + 1))
             if "pyvenv.cfg" not in names:
-                waiting += reversed(subfolders)
+                # The first subfolder comes off the stack first.
+                waiting_folders += reversed(subfolders)
                 yield folder, names
 
     def _read_folder(self, folder: str, names: set[str], scan: Scan) -> None:
-        name = self.name if folder == "." else folder
+        """Add a folder's run and result, if it has them, to a scan."""
         if RUN in names:
             record = self._read_file(folder, RUN, read_run, scan)
             if record is not None:
-                exported = [_join(folder, file) for file in EXPORTED if file in names]
-                run = RunItem(
-                    path=folder,
-                    name=label(name, record),
-                    record=record,
-                    weights=exported[0] if exported else None,
-                    steps=read_steps(self.root / folder, IMAGES),
-                    checkpoints=read_steps(self.root / folder, CHECKPOINTS),
-                    data_hash=self._data_hash(folder) if METRICS in names else None,
-                )
-                scan.runs.append(run)
-        result = self._read_file(folder, FILE, read_result, scan) if FILE in names else None
-        if result is not None:
-            head = vars(result.result) if isinstance(result, Scored) else result
-            pictures = []
-            missing = []
-            for file in head["figures"]:
-                if file in names:
-                    pictures.append(_join(folder, file))
-                else:
-                    missing.append(file)
-            if missing:
-                reason = f"{FILE} names {missing[0]}, which is not there: make the result again"
-                scan.broken.append(Broken(folder, reason))
-            item = ResultItem(folder, name, head["kind"], result, pictures)
-            scan.figures.append(item)
-            if isinstance(result, Scored):
-                scan.scores.append(item)
+                scan.runs.append(self._run_item(folder, names, record))
+        if FILE in names:
+            result = self._read_file(folder, FILE, read_result, scan)
+            if result is not None:
+                item = self._result_item(folder, names, result, scan)
+                scan.figures.append(item)
+                if isinstance(result, Scored):
+                    scan.scores.append(item)
 
-    def _data_hash(self, folder: str) -> str | None:
-        with contextlib.suppress(UserError, OSError):
-            return read_data_hash(self.resolve(_join(folder, METRICS)))
-        return None
+    def _run_item(self, folder: str, names: set[str], record: dict[str, Any]) -> RunItem:
+        """A run folder by its record and its files."""
+        weights = None
+        for file in EXPORTED:
+            if weights is None and file in names:
+                weights = join(folder, file)
+        data_hash = None
+        if METRICS in names:
+            with contextlib.suppress(UserError, OSError):
+                data_hash = read_data_hash(self.resolve(join(folder, METRICS)))
+        return RunItem(
+            path=folder,
+            name=label(self._folder_name(folder), record),
+            record=record,
+            weights=weights,
+            steps=read_steps(self.root / folder, IMAGES),
+            checkpoints=read_steps(self.root / folder, CHECKPOINTS),
+            data_hash=data_hash,
+        )
+
+    def _result_item(self, folder: str, names: set[str], result: Any, scan: Scan) -> ResultItem:
+        """A result folder by its content; a figure that is missing goes to the broken ones."""
+        head = vars(result.result) if isinstance(result, Scored) else result
+        figures = []
+        missing_files = []
+        for file in head["figures"]:
+            if file in names:
+                figures.append(join(folder, file))
+            else:
+                missing_files.append(file)
+        if missing_files:
+            reason = f"{FILE} names {missing_files[0]}, which is not there: make the result again"
+            scan.broken.append(Broken(folder, reason))
+        return ResultItem(folder, self._folder_name(folder), head["kind"], result, figures)
+
+    def _folder_name(self, folder: str) -> str:
+        """Name of a folder in lists: its path, for the root its name."""
+        return self.name if folder == "." else folder
 
     def _read_file(self, folder: str, file: str, read: Callable[[Path], Any], scan: Scan) -> Any:
-        """A folder's file by ``read``, or None and a line among the broken ones."""
+        """Content of a folder's file by `read`; None and a broken folder if that fails."""
         try:
-            # The reader gets the folder's own name, so that messages have it too.
-            place = self.resolve(_join(folder, file))
-            return self.cached(place, lambda: read(self.root / folder))
+            path = self.resolve(join(folder, file))
+            # The reader gets the folder's path below the root, also if the file is a link, so that
+            # its messages have that path.
+            return self.cached(path, lambda: read(self.root / folder))
         except UserError as error:
             reason = self.plain(error, folder)
         except OSError as error:
             reason = f"{file} can't be read ({error.strerror})"
         except Exception as error:
-            # One damaged folder never hides the good ones, whatever is in it.
+            # Whatever is in one damaged folder, the good ones are shown.
             reason = f"{file} is damaged ({type(error).__name__})"
         scan.broken.append(Broken(folder, reason))
         return None
 
 
-def _join(folder: str, name: str) -> str:
+def join(folder: str, name: str) -> str:
+    """A path below a folder, relative to the root; "." is the root itself."""
     return str(PurePosixPath(folder) / name)
 
 
 def read_steps(folder: Path, pattern: str) -> tuple[int, ...]:
-    """The steps of a run that have a file of this pattern, in order."""
-    names = [path.parent.name.removeprefix("step-") for path in folder.glob(pattern)]
-    return tuple(sorted(int(name) for name in names if name.isdecimal() and len(name) <= DIGITS))
+    """Steps of a run that have a file of a pattern, in order."""
+    steps = []
+    for path in folder.glob(pattern):
+        digits = path.parent.name.removeprefix("step-")
+        if digits.isdecimal() and len(digits) <= DIGITS:
+            steps.append(int(digits))
+    return tuple(sorted(steps))
 
 
 def read_data_hash(file: Path) -> str | None:
-    """The hash of the data of a log's first step; None where the log has none yet."""
+    """Hash of the data of a log's first step; None if the log has no step."""
     if not is_file(file):
         return None
     with file.open("rb") as log:
         match = DATA_HASH.search(log.read(HEAD_BYTES))
-    return match[1].decode() if match else None
+    if match is None:
+        return None
+    return match[1].decode()
 
 
 def read_result(folder: Path) -> Scored | dict[str, Any]:
-    """A result: its scored images, or of another command ``result.json``."""
+    """Read a result: scored images, or the head of another command's ``result.json``.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     record = table.head(folder)
-    pictures = record.get("figures")
-    if not isinstance(pictures, list) or not all(
-        isinstance(name, str) and name == Path(name).name for name in pictures
+    figures = record.get("figures")
+    # Plain file names only, so that no figure lies outside of the folder.
+    if not isinstance(figures, list) or not all(
+        isinstance(name, str) and name == Path(name).name for name in figures
     ):
         raise UserError(f"{folder / FILE} is damaged: run python -m eval.{record['kind']} again")
-    return scored(table.read(folder)) if record["kind"] == SCORES else record
+    if record["kind"] == SCORES:
+        return scored(table.read(folder))
+    return record

@@ -1,6 +1,6 @@
-"""The Compare tab's lower part: scored images side by side and a slider over a pair.
+"""Scored images in the tab Compare: side by side, and two of them under a slider.
 
-Its data are computed in ``scored``.
+Module `scored` computes its data.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from PIL import Image
 from bilora_diffusion import mini
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.mini.colors import MAPS
-from eval.clip_scores.names import METRICS
 from eval.clip_scores.prompts import Prompt
+from eval.clip_scores.reporting import METRICS
 
 from . import parts
 from . import scored as data
@@ -28,11 +28,16 @@ from .parts import QUIET, Update
 from .scored import PromptRow, Scored, ScoredImage, View, times_100
 
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
-"""One after the other, so that the last choice is the one that stays on the screen."""
+"""Properties of events that run one after the other, so that the last choice stays on screen."""
 
 
 class Tab:
-    """The widgets of the scored images, and what happens when they are used."""
+    """The scored images: their widgets and their events.
+
+    Args:
+        catalog: Folders of the viewer.
+        changed: Event after which the list of scores is filled.
+    """
 
     def __init__(self, catalog: Catalog, changed: Any) -> None:
         self.catalog = catalog
@@ -42,20 +47,24 @@ class Tab:
             gr.Accordion("Scored images", visible=False, elem_id="compare-body") as self.body,
             gr.Row(equal_height=False),
         ):
+            # Left: the choice, and the list of prompts.
             with gr.Column(scale=2, min_width=300, elem_id="compare-choice"):
                 self.scores = _list("scores", "Scores")
                 with gr.Row():
-                    self.a, self.b = _list("a", "A", 120), _list("b", "B", 120)
+                    self.a = _list("a", "A", min_width=120)
+                    self.b = _list("b", "B", min_width=120)
                 self.also = _list("also", "Also show", multiselect=True)
                 with gr.Row():
-                    self.seed = _list("seed", "Seed", 90)
-                    self.metric = _list("metric", "Score", 120)
+                    self.seed = _list("seed", "Seed", min_width=90)
+                    self.metric = _list("metric", "Score", min_width=120)
                 orders = [(text, key) for key, text in data.ORDERS.items()]
                 self.order = _list("order", "Sort by the change from A to B", choices=orders)
-                words: dict[str, Any] = {"label": "Filter", "placeholder": "words of the prompt"}
-                self.words = gr.Textbox(elem_id="compare-words", **words)
+                self.words = gr.Textbox(
+                    label="Filter", placeholder="words of the prompt", elem_id="compare-words"
+                )
                 pick = "bilora.pick(element, trigger, watch)"
                 self.list = parts.html("compare-list", js_on_load=pick)
+            # Right: the view of one prompt.
             with gr.Column(scale=5, min_width=300, elem_id="compare-view"):
                 with gr.Row(elem_id="compare-steps"):
                     previous = gr.Button("← Previous", elem_id="compare-previous", size="sm")
@@ -64,23 +73,32 @@ class Tab:
                 self.title = parts.html("compare-prompt")
                 self.cards = parts.html("compare-cards")
                 self.slider = parts.html("compare-slider")
+                # The server knows the query of a view, the browser makes a link of it.
                 self.query = gr.Textbox(visible=False)
-                fixed: dict[str, Any] = {"interactive": False, "buttons": ["copy"], "max_lines": 1}
-                link = gr.Textbox(label="Link to this view", elem_id="compare-link", **fixed)
+                link = gr.Textbox(
+                    label="Link to this view",
+                    elem_id="compare-link",
+                    interactive=False,
+                    buttons=["copy"],
+                    max_lines=1,
+                )
 
-        chosen = [self.a, self.b, self.also, self.seed, self.metric, self.order]
+        # In the order of the fields of `View`, which is made of their values.
         choice = [self.scores, self.a, self.b, self.also, self.prompt]
-        choice += [self.seed, self.metric, self.order, self.words]  # as View has them
+        choice += [self.seed, self.metric, self.order, self.words]
         view = [self.prompt, self.title, self.place, self.list, self.cards]
         view += [self.slider, self.query]
-        everything = list(dict.fromkeys([self.empty, self.body, *choice, *view]))
-        changed(self.open, [], everything, **ORDERED)
+        widgets = list(dict.fromkeys([self.empty, self.body, *choice, *view]))
+        changed(self.open, [], widgets, **ORDERED)
+        # Other scores have other adapters, prompts and seeds: all widgets are filled again.
         self.scores.input(
-            lambda path: self._opened({"scores": path}), self.scores, everything, **ORDERED
+            lambda path: self._opened({"scores": path}), self.scores, widgets, **ORDERED
         )
-        last: dict[str, Any] = {"trigger_mode": "always_last", **ORDERED}
-        changes = [*(widget.input for widget in chosen), self.words.change]
-        gr.on(changes, self.show, choice, view, **last)
+        events = [self.words.change]
+        # `input` is an event of the user alone; `change` would come from the filling as well.
+        for widget in (self.a, self.b, self.also, self.seed, self.metric, self.order):
+            events.append(widget.input)
+        gr.on(events, self.show, choice, view, trigger_mode="always_last", **ORDERED)
         self.list.select(self.pick, choice, view, **ORDERED)
         for button, offset in ((previous, -1), (following, 1)):
             step = partial(self.step, offset)
@@ -88,53 +106,63 @@ class Tab:
         self.query.change(None, self.query, link, js="(query) => bilora.address(query)")
 
     def open(self, request: gr.Request) -> Update:
-        """Fill the tab by the page's address, which is a link's and then that of the last view."""
+        """Fill the tab by the page's address: that of a link, or of the last view."""
         return self._opened(dict(request.query_params))
 
     def _opened(self, query: dict[str, str]) -> Update:
-        all_items = {item.path: item for item in self.catalog.scan.scores}
-        items = {path: item for path, item in all_items.items() if item.result.images}
+        """Update of all widgets for a query, of which each part may be missing or wrong."""
+        paths = {item.path for item in self.catalog.scan.scores}
+        items = {}  # scores with images
+        for item in self.catalog.scan.scores:
+            if item.result.images:
+                items[item.path] = item
         if not items:
-            runs, title = parts.measurable(self.catalog, "clip_scores"), "No scored images yet"
-            text = parts.empty(self.catalog, title, "clip_scores") if runs else ""
+            text = ""
+            if parts.measurable(self.catalog, "clip_scores"):
+                text = parts.empty(self.catalog, "No scored images yet", "clip_scores")
             return {self.empty: parts.notice(text), self.body: gr.update(visible=False)}
         path = query.get("scores")
         item = items.get(path or "") or next(iter(items.values()))
         if path and path not in items:
-            fault = "have no images" if path in all_items else "are not there"
+            fault = "have no images" if path in paths else "are not there"
             parts.warn(f'The link names the scores "{path}", which {fault}.')
             query = {}
-        view, missing = data.opened(query, item.path, item.result)
-        for sentence in missing:
+        view, faults = data.opened(query, item.path, item.result)
+        for sentence in faults:
             parts.warn(sentence)
-        names = item.result.labels
-        scores = [(METRICS[name].title, name) for name in data.metrics(item.result)]
-        # Without any Gradio would call every choice an error.
-        scores = scores or [("no image has a score", view.metric)]
+        labels = item.result.labels
+        metrics = [(METRICS[name].title, name) for name in data.metrics(item.result)]
+        if not metrics:
+            # Gradio would call every choice from an empty list an error.
+            metrics = [("no image has a score", view.metric)]
         seeds = [(str(seed), seed) for seed in item.result.settings.seeds]
-        folders = [(item.name, path) for path, item in items.items()]
+        folders = [(scores.name, scores.path) for scores in items.values()]
         return {
             self.empty: gr.update(visible=False),
             self.body: gr.update(visible=True, label=f"Scored images: {item.name}"),
             self.scores: gr.update(choices=folders, value=view.scores, visible=len(items) > 1),
-            self.a: gr.update(choices=names, value=view.a),
-            self.b: gr.update(choices=names, value=view.b),
-            self.also: gr.update(choices=names, value=list(view.also), visible=len(names) > 2),
+            self.a: gr.update(choices=labels, value=view.a),
+            self.b: gr.update(choices=labels, value=view.b),
+            self.also: gr.update(choices=labels, value=list(view.also), visible=len(labels) > 2),
             self.seed: gr.update(choices=seeds, value=view.seed),
-            self.metric: gr.update(choices=scores, value=view.metric),
+            self.metric: gr.update(choices=metrics, value=view.metric),
             self.order: view.order,
             self.words: view.words,
             **self._update(view, item),
         }
 
     def show(self, *values: Any) -> Update:
-        """Show what the widgets choose; nothing while the page is being filled."""
-        return self._update(*self._view(*values)) if values[0] else {self.query: gr.skip()}
+        """Show the choice of the widgets; nothing while the page is being filled."""
+        if not values[0]:  # no scores yet
+            return {self.query: gr.skip()}
+        view, item = self._view(*values)
+        return self._update(view, item)
 
     def pick(self, event: gr.EventData, *values: Any) -> Update:
         """Show a prompt of the list."""
         view, item = self._view(*values)
-        number, texts = event._data["prompt"], item.result.texts
+        texts = item.result.texts
+        number = event._data["prompt"]  # from the browser, which may send anything
         if not isinstance(number, int) or not 0 <= number < len(texts):
             raise gr.Error("There is no such prompt.")
         return self._update(replace(view, prompt=texts[number]), item)
@@ -146,62 +174,76 @@ class Tab:
         return self._update(replace(view, prompt=prompt), item)
 
     def _view(self, *values: Any) -> tuple[View, ResultItem]:
+        """The view of the widgets' values, and its scores as they are now."""
         view = View(*values)
         for item in self.catalog.scan.scores:
-            labels, prompts = set(item.result.labels), item.result.texts
-            if item.path == view.scores and view.prompt in prompts and {view.a, view.b} <= labels:
+            labels = item.result.labels
+            has_pair = view.a in labels and view.b in labels
+            if item.path == view.scores and view.prompt in item.result.texts and has_pair:
                 also = tuple(label for label in view.also or () if label in labels)
                 return replace(view, also=also, words=view.words or ""), item
         raise gr.Error("These scores have gone or changed: load the page again.")
 
     def _update(self, view: View, item: ResultItem) -> Update:
-        listed, pair = data.listed(view, item.result), (view.a, view.b)
+        """Update of the widgets that show a view."""
+        rows = data.listed(view, item.result)
         pictures = {label: self._picture(item, view, label) for label in view.adapters}
-        order = [row.text for row in listed]
-        place = f"{order.index(view.prompt) + 1} of {len(order)}" if view.prompt in order else "–"
+        place = "–"
+        for number, row in enumerate(rows, start=1):
+            if row.text == view.prompt:
+                place = f"{number} of {len(rows)}"
         return {
             self.prompt: view.prompt,
             self.title: f"<h2>{escape(view.prompt)}</h2>",
             self.place: place,
-            self.list: prompt_list(listed, view.prompt, *pair),
+            self.list: prompt_list(rows, view.prompt, view.a, view.b),
             self.cards: self._cards(item, view, pictures),
-            self.slider: parts.slider(pair, [pictures[label] for label in pair]),
+            self.slider: parts.slider((view.a, view.b), (pictures[view.a], pictures[view.b])),
             self.query: data.link(view),
         }
 
     def _picture(self, item: ResultItem, view: View, label: str) -> Image.Image | None:
-        if image := item.result.images.get((label, view.prompt, view.seed)):
-            try:
-                return parts.read(self.catalog.resolve(item.file(image.file)))
-            except UserError as error:
-                parts.warn(str(error))
+        """The picture of an adapter in a view."""
+        image = item.result.images.get((label, view.prompt, view.seed))
+        if image is None:
+            return None
+        try:
+            return parts.read(self.catalog.resolve(item.file(image.file)))
+        except UserError as error:
+            parts.warn(str(error))
+            return None
 
     def _cards(self, item: ResultItem, view: View, pictures: dict[str, Image.Image | None]) -> str:
+        """Cards of a view's adapters and of the ground truth, as HTML."""
         cards = ""
         for label, picture in pictures.items():
-            image, about = item.result.images.get((label, view.prompt, view.seed)), ""
+            image = item.result.images.get((label, view.prompt, view.seed))
+            text = ""
             if image is not None:
-                near = self._picture_address(item, image.nearest_image, mini.train_dir())
-                about = facts(item.result, image, near)
-            role = "A" if label == view.a else "B" if label == view.b else ""
+                nearest = self._picture_address(item, image.nearest_image, mini.train_dir())
+                text = facts(item.result, image, nearest)
+            role = {view.b: "B", view.a: "A"}.get(label, "")  # "A" if both are one adapter
             address = parts.data_uri(picture) if picture else None
-            cards += parts.card(label, address, role, "no image", about)
-        if truth := self._truth_address(item, item.result.prompt(view.prompt)):
+            cards += parts.card(label, address, role, "no image", text)
+        truth = self._truth_address(item, item.result.prompt(view.prompt))
+        if truth:
             line = '<p class="quiet">the held-out picture that the prompt describes</p>'
             cards += parts.card("ground truth", truth, facts=line)
         return f'<div class="cards">{cards}</div>{legend(item.result)}'
 
     def _truth_address(self, item: ResultItem, prompt: Prompt) -> str | None:
-        """The held-out picture that a prompt describes."""
+        """Address of the held-out picture that a prompt describes."""
         name = prompt.reference and prompt.reference.name
         if name and prompt.colors in MAPS:
+            # The prompt describes a miniature's icon in other colours.
             picture = parts.read(mini.heldout_dir() / name)
             return picture and parts.data_uri(MAPS[prompt.colors](picture))
         return self._picture_address(item, name, mini.heldout_dir())
 
     def _picture_address(self, item: ResultItem, name: str | None, package: Path) -> str | None:
-        """The picture of a name in a result: a file of its folder, else, for a plain name, one of
-        the package.
+        """Address of a picture that a result names.
+
+        It is a file of the result's folder; a plain name may also be a file of the package.
         """
         if not name:
             return None
@@ -215,12 +257,19 @@ def _list(name: str, label: str, min_width: int = 160, **options: Any) -> gr.Dro
     return gr.Dropdown(label=label, elem_id=f"compare-{name}", min_width=min_width, **options)
 
 
-def prompt_list(listed: Sequence[PromptRow], chosen: str, a: str, b: str) -> str:
-    """The prompts with their scores; a row is a button that carries its position."""
-    if not listed:
+def prompt_list(prompt_rows: Sequence[PromptRow], chosen: str, a: str, b: str) -> str:
+    """The prompts with their scores, as HTML; a row is a button with its position.
+
+    Args:
+        prompt_rows: Rows of the list.
+        chosen: Text of the chosen prompt.
+        a: Label of the first adapter.
+        b: Label of the second adapter.
+    """
+    if not prompt_rows:
         return '<p class="quiet">No prompt contains these words.</p>'
     rows = ""
-    for row in listed:
+    for row in prompt_rows:
         change = "–" if row.change is None else f"{100 * row.change:+.2f}"
         current = ' aria-current="true"' if row.text == chosen else ""
         rows += (
@@ -236,15 +285,17 @@ def prompt_list(listed: Sequence[PromptRow], chosen: str, a: str, b: str) -> str
 
 
 def facts(result: Scored, image: ScoredImage, nearest: str | None) -> str:
-    """Scores and caption of an image as HTML.
+    """Scores and caption of an image, as HTML.
 
     Args:
-        nearest: ``data:`` address of the training picture most like it.
+        result: Scores with the image.
+        image: The image.
+        nearest: Address of the training picture that is most like it.
     """
     rows = ""
     for name, value in image.scores.items():
-        about = METRICS[name]
-        head = f'<th title="{escape(about.explanation)}">{about.title}</th>'
+        metric = METRICS[name]
+        head = f'<th title="{escape(metric.explanation)}">{metric.title}</th>'
         rows += f"<tr>{head}<td>{times_100(value)}</td></tr>"
     text = f'<table class="scores">{rows}</table>'
     text += f'<p class="quiet">by {escape(result.settings.scorer.name)}</p>'
@@ -262,8 +313,11 @@ def facts(result: Scored, image: ScoredImage, nearest: str | None) -> str:
 def legend(result: Scored) -> str:
     """The models that gave the scores, as HTML."""
     scorer, captioner = result.settings.scorer, result.settings.captioner
-    captions = f" Captions by {escape(captioner.name)}." if captioner else ""
-    notes = "".join(f" {escape(model.note)}" for model in (scorer, captioner) if model)
+    captions = ""
+    notes = f" {escape(scorer.note)}"
+    if captioner is not None:
+        captions = f" Captions by {escape(captioner.name)}."
+        notes += f" {escape(captioner.note)}"
     return (
         f'<p class="quiet legend">Scores are cosines × 100 by {escape(scorer.name)}.{captions}'
         " A difference is green or red where its 95 % interval over the seeds leaves out zero."

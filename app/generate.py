@@ -1,14 +1,14 @@
-"""The forms that sample images on demand.
+"""The tab Generate, of one prompt by two adapters from the same noise; and each browser's work.
 
-The tab Generate samples one prompt by two adapters from the same noise. The grid in the tab Compare
-samples one prompt and seed by checkpoints of a run (rows) at strengths of their adapters (columns),
-with both kinds of guidance one below the other.
+In any tab one piece of work is done at a time. A browser sees the progress of its own work and can
+end it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -16,60 +16,130 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from bilora_diffusion import methods
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
-from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.files import quoted
-from bilora_diffusion.core.values import STRENGTHS, Range
+from bilora_diffusion.core.errors import TrainingError, UserError
+from bilora_diffusion.core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from bilora_diffusion.mini import MINI
 
 from . import parts
-from .parts import QUIET, Update
-from .runs import PROMPT, RunItem, ordered, pair, suggest_prompt
-from .sampling import (
-    BASE,
-    BaseChoice,
-    Request,
-    Stopped,
-    Work,
-    checked,
-    drawable,
-    exported,
-    is_guided,
-    sides,
-    size_of,
-    usual,
-)
+from .catalog import Catalog
+from .parts import QUIET
+from .runs import PROMPT, ordered, pair, suggest_prompt
+from .sampling import BASE, Pipelines, can_sample, checked, sides, usual
 
 GUIDANCE_TITLES = {
     ADAPTER_GUIDANCE: "the adapter (what other programs do)",
     BASE_GUIDANCE: "the base model",
 }
-"""Models of guidance's unconditional prediction as the page calls them."""
-COUNTS = Range(64, "each takes as long as one in the tab Generate", at_least=1)
-KINDS = {
-    ADAPTER_GUIDANCE: "guidance from the adapter",
-    BASE_GUIDANCE: "guidance from the base model",
-}
-"""Kinds of guidance as rows are called."""
-Cell = tuple[int, str, float]
-"""Step, kind of guidance, strength."""
-ROWS = 4
-"""Checkpoints that are chosen at first."""
+"""Models of the unconditional prediction as the tab Generate names them."""
+
+
+class Stopped(Exception):
+    """A browser has stopped its work."""
+
+
+class Work:
+    """The pipeline that all parts of the page sample with, and each browser's current work.
+
+    Args:
+        catalog: Folders of the viewer.
+        page: Page; a browser that leaves it ends its work.
+        device: Name of a device, such as "cuda:1"; None for the best one.
+    """
+
+    def __init__(self, catalog: Catalog, page: gr.Blocks, device: str | None) -> None:
+        self.catalog = catalog
+        self.models = Pipelines(device)
+        self._numbers = itertools.count(1)
+        self._current: dict[str | None, int] = {}  # number of each browser's work
+        page.unload(self.stop)
+
+    def events(
+        self,
+        name: str,
+        sample: Callable[..., Iterator[Any]],
+        prompt: gr.Textbox,
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+    ) -> None:
+        """Add the buttons Generate and Cancel, and the events of these and of the Enter key.
+
+        Args:
+            name: Beginning of the buttons' ids.
+            sample: Called with the number of the work and the values of `inputs`.
+            prompt: Widget whose Enter key starts the work too.
+            inputs: Widgets of the form.
+            outputs: HTML that `sample` yields, which is cleared first; the first one shows the
+                progress.
+        """
+
+        def start(request: gr.Request) -> list[Any]:
+            cleared = [""] * len(outputs)
+            return [self.begin(request), *cleared]
+
+        with gr.Row():
+            go = gr.Button("Generate", variant="primary", elem_id=f"{name}-go")
+            cancel = gr.Button("Cancel", elem_id=f"{name}-cancel")
+        number = gr.Number(0, visible=False)
+        # No `cancels` of Gradio's here: it leaves the next event in error now and then.
+        pressed = [go.click, prompt.submit]
+        started = gr.on(pressed, start, [], [number, *outputs], queue=False, **QUIET)
+        started.then(
+            sample,
+            [number, *inputs],
+            [*outputs],
+            show_progress="minimal",
+            show_progress_on=outputs[0],
+            trigger_mode="multiple",
+            concurrency_id="drawing",
+            concurrency_limit=1,
+            api_visibility="private",
+        )
+        cancel.click(self.stop, [], [], queue=False, **QUIET)
+
+    def begin(self, request: gr.Request) -> int:
+        """Give new work a number, which ends this browser's earlier work."""
+        number = next(self._numbers)
+        self._current[request.session_hash] = number
+        return number
+
+    def stop(self, request: gr.Request) -> None:
+        """End the work of this browser before its next step."""
+        self._current.pop(request.session_hash, None)
+
+    def check(self, number: int, request: gr.Request) -> None:
+        """Raise `Stopped` unless this is still the browser's current work."""
+        if self._current.get(request.session_hash) != number:
+            raise Stopped
+
+    @contextmanager
+    def reported(self) -> Iterator[None]:
+        """Within the context the page shows an error as one sentence."""
+        try:
+            yield
+        except (UserError, TrainingError) as error:
+            text = escape(self.catalog.plain(error))
+            raise gr.Error(text, print_exception=False) from error
 
 
 def message(text: str) -> str:
-    """What became of the work, as HTML."""
+    """End of the work in a line of HTML."""
     return f'<p class="quiet">{escape(text)}</p>'
 
 
 class Tab:
-    """The widgets, and what happens when they are used."""
+    """The tab Generate: its widgets and their events.
+
+    Args:
+        work: The browsers' work.
+        changed: Event after which the list of runs is filled.
+    """
 
     def __init__(self, work: Work, changed: Any) -> None:
-        self.work, self.catalog = work, work.catalog
+        self.work = work
+        self.catalog = work.catalog
         self.empty = parts.html("generate-empty", visible=False)
         with gr.Row(equal_height=False):
+            # Left: the form.
             with gr.Column(scale=2, min_width=300) as form:
                 prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="generate-prompt")
                 self.a = gr.Dropdown(label="A", elem_id="generate-a")
@@ -87,47 +157,57 @@ class Tab:
                     label="Guidance from",
                     elem_id="generate-guidance-from",
                 )
-                base = gr.State(MINI)
+                base = gr.State(MINI)  # name of the base model that steps and guidance are for
                 scale = gr.Slider(
                     0, 2, 1, step=0.05, label="Adapter scale", elem_id="generate-scale"
                 )
+            # Right: the images.
             with gr.Column(scale=5, min_width=300):
                 outputs = [parts.html(f"generate-{name}") for name in ("status", "cards", "slider")]
         changed(self.choices, [self.a, self.b], [self.a, self.b, self.empty], **QUIET)
-        chosen = [self.a.change, self.b.change]
-        suggested = [prompt, steps, guidance, base]
+        choice_events = [self.a.change, self.b.change]
         inputs = [self.a, self.b, base, prompt]
-        gr.on(chosen, self.suggest, inputs, suggested, **QUIET)
+        gr.on(choice_events, self.suggest, inputs, [prompt, steps, guidance, base], **QUIET)
         inputs = [prompt, self.a, self.b, seed, steps, guidance, source, scale]
         with form:
             work.events("generate", self.generate, prompt, inputs, outputs)
 
     def choices(self, a: str | None, b: str | None) -> list[Any]:
-        """Fill the two lists; what is chosen already stays, and first are LoRA and Bi-LoRA."""
-        runs = ordered([run for run in self.catalog.scan.runs if drawable(run)])
-        choices = [("base model", BASE), *((run.name, run.path) for run in runs)]
-        first = [BASE, BASE, *(run.path for run in pair(runs))][-2:]
+        """Fill the two lists, at first with LoRA and Bi-LoRA chosen; a choice stays."""
+        runs = ordered([run for run in self.catalog.scan.runs if can_sample(run)])
+        choices = [("base model", BASE)]
+        for run in runs:
+            choices.append((run.name, run.path))
         paths = {path for _, path in choices}
-        stays = a in paths and b in paths and {a, b} != {BASE}
-        a, b = (a, b) if stays else first
-        text = "" if runs else parts.empty(self.catalog, "No trained run yet", "demo")
+        has_choice = a in paths and b in paths and {a, b} != {BASE}
+        if not has_choice:
+            # The base model stands for a run that is not there.
+            first_paths = [BASE, BASE]
+            for run in pair(runs):
+                first_paths.append(run.path)
+            a, b = first_paths[-2:]
+        text = ""
+        if not runs:
+            text = parts.empty(self.catalog, "No trained run yet", "demo")
         lists = [gr.update(choices=choices, value=value) for value in (a, b)]
         return [*lists, parts.notice(text)]
 
-    def suggest(self, a: str, b: str, before: str, prompt: str) -> list[Any]:
-        """The first chosen run's prompt, unless the user has written one; and steps and guidance
-        that are usual for the base model, if it is another than before.
+    def suggest(self, a: str, b: str, last_base: str, prompt: str) -> list[Any]:
+        """Suggest a prompt, steps and a guidance scale for a choice.
+
+        The prompt is the first chosen run's, unless the user has written one. Steps and guidance
+        are the base model's, if it is another than the last one.
         """
-        runs = {run.path: run for run in self.catalog.scan.runs if drawable(run)}
-        chosen = [runs[path] for path in (a, b) if path in runs]
-        if chosen:
-            prompt = suggest_prompt(prompt, chosen[0], [*runs.values()])
-        settings: list[Any] = [gr.skip()] * 3
-        with suppress(UserError):  # Generate will say it
+        runs = {run.path: run for run in self.catalog.scan.runs if can_sample(run)}
+        chosen_runs = [runs[path] for path in (a, b) if path in runs]
+        if chosen_runs:
+            prompt = suggest_prompt(prompt, chosen_runs[0], list(runs.values()))
+        with suppress(UserError):  # the button Generate shows the error
             base, _, _ = sides(self.catalog, a, b)
-            if base.name != before:
-                settings = [*usual(base), base.name]
-        return [prompt, *settings]
+            if base.name != last_base:
+                steps, guidance = usual(base)
+                return [prompt, steps, guidance, base.name]
+        return [prompt, gr.skip(), gr.skip(), gr.skip()]
 
     def generate(
         self,
@@ -143,202 +223,38 @@ class Tab:
         request: gr.Request,
         progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
     ) -> Iterator[Any]:
-        """Draw both sides; yields each as soon as it is there."""
+        """Sample both sides, and show each as soon as it is there.
+
+        Yields:
+            HTML of the outputs: status, cards, slider.
+        """
         images: list[Image.Image] = []
         try:
             with self.work.reported():
-                drawing = checked(prompt, seed, steps, guidance, scale, source)
-                base, chosen, size = sides(self.catalog, a, b)
-                drawing = replace(drawing, size=size)
-                for label, adapter in chosen:
+                image_request = checked(prompt, seed, steps, guidance, scale, source)
+                base, both_sides, size = sides(self.catalog, a, b)
+                image_request = replace(image_request, size=size)
+                labels = [label for label, _ in both_sides]
+                for label, adapter in both_sides:
 
                     def on_step(step: int, label: str = label) -> None:
                         self.work.check(number, request)
-                        progress((step, drawing.steps), desc=label, unit="steps")
+                        progress((step, image_request.steps), desc=label, unit="steps")
 
                     on_step(0)
-                    yield gr.skip(), _cards(chosen, images), gr.skip()
-                    images += self.work.models.draw(base, adapter, [drawing], on_step)
-            slider = parts.slider([label for label, _ in chosen], images)
-            yield message("Done."), _cards(chosen, images), slider
+                    yield gr.skip(), _cards(labels, images), gr.skip()
+                    images += self.work.models.sample(base, adapter, [image_request], on_step)
+            yield message("Done."), _cards(labels, images), parts.slider(labels, images)
         except Stopped:
             yield message("Cancelled."), gr.skip(), gr.skip()
 
 
-def _cards(sides: Sequence[tuple[str, Any]], images: Sequence[Image.Image]) -> str:
-    addresses = [parts.data_uri(image) for image in images] + [None] * len(sides)
-    cards = [
-        parts.card(label, address, role)
-        for (label, _), address, role in zip(sides, addresses, "AB", strict=False)
-    ]
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-class Grid:
-    """The widgets, and what happens when they are used."""
-
-    def __init__(self, work: Work, changed: Any) -> None:
-        self.work, self.catalog = work, work.catalog
-        title = "Checkpoints against strengths"
-        with (
-            gr.Accordion(title, open=False, visible=False, elem_id="grid") as self.body,
-            gr.Row(equal_height=False),
-        ):
-            with gr.Column(scale=2, min_width=300) as form:
-                self.run = gr.Dropdown([], label="Run", elem_id="grid-run")
-                self.steps = gr.Dropdown(
-                    [], label="Checkpoints", multiselect=True, elem_id="grid-steps"
-                )
-                place: dict[str, Any] = {"elem_id": "grid-strengths"}
-                strengths = gr.Textbox("0.5, 0.75, 1, 1.25", label="Strengths", **place)
-                self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="grid-prompt")
-                seed = gr.Number(0, label="Seed", precision=0, elem_id="grid-seed")
-                both = gr.Checkbox(
-                    True,
-                    label="Both kinds of guidance",
-                    info="A second row for each checkpoint: guidance from the base model.",
-                    elem_id="grid-both",
-                )
-            with gr.Column(scale=5, min_width=300):
-                outputs = [parts.html("grid-status"), parts.html("grid-images")]
-        choice = [self.run, self.steps, self.prompt]
-        gr.on([changed, self.run.input], self.choices, choice, [self.body, *choice], **QUIET)
-        with form:
-            inputs = [self.run, self.steps, strengths, self.prompt, seed, both]
-            work.events("grid", self.draw, self.prompt, inputs, outputs)
-
-    def choices(self, path: str | None, steps: list[int], prompt: str | None) -> Update:
-        """Fill the form; what is chosen already stays where the run has it."""
-        runs = {run.path: run for run in ordered(with_checkpoints(self.catalog.scan.runs))}
-        if not runs:
-            return {self.body: gr.update(visible=False)}
-        run = runs.get(path or "") or next(iter(runs.values()))
-        chosen = [step for step in steps if step in run.checkpoints]
-        return {
-            self.body: gr.update(visible=True),
-            self.run: gr.update(choices=[(r.name, r.path) for r in runs.values()], value=run.path),
-            self.steps: gr.update(
-                choices=[*run.checkpoints], value=chosen or spread(run.checkpoints, ROWS)
-            ),
-            self.prompt: suggest_prompt(prompt, run, [*runs.values()]),
-        }
-
-    def draw(
-        self,
-        number: int,
-        path: str,
-        steps: list[int],
-        strengths: str,
-        prompt: str,
-        seed: float | None,
-        both: bool,
-        request: gr.Request,
-        progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
-    ) -> Iterator[Any]:
-        """Draw the grid; yields each row as soon as it is there."""
-        images: dict[Cell, str] = {}
-        try:
-            with self.work.reported():
-                columns, (run, rows) = read_strengths(strengths), self._chosen(path, steps)
-                base = BaseChoice.of_config(run.record["config"])
-                kinds = GUIDANCE_SOURCES if both and has_both(run, base) else (ADAPTER_GUIDANCE,)
-                COUNTS.check("the number of images", len(rows) * len(kinds) * len(columns))
-                drawing = checked(prompt, seed, *usual(base), columns[0])
-                drawing = replace(drawing, size=size_of(run))
-                requests: list[Request] = []
-                for kind in kinds:
-                    for strength in columns:
-                        requests.append(replace(drawing, scale=strength, guidance_from=kind))
-                total = len(rows) * len(requests) * drawing.steps
-                for row, step in enumerate(rows):
-
-                    def on_step(step: int, before: int = row * total // len(rows)) -> None:
-                        self.work.check(number, request)
-                        progress((before + step, total), desc=run.name, unit="steps")
-
-                    on_step(0)
-                    yield gr.skip(), table(rows, kinds, columns, images)
-                    with exported(self.catalog, run, step) as file:
-                        images_of_row = self.work.models.draw(base, file, requests, on_step)
-                    cells = [(step, image.guidance_from, image.scale) for image in requests]
-                    images |= dict(zip(cells, map(parts.data_uri, images_of_row), strict=True))
-            about = f"Done: {drawing.prompt}, seed {drawing.seed}, by {run.name}."
-            yield message(about), table(rows, kinds, columns, images)
-        except Stopped:
-            yield message("Cancelled."), gr.skip()
-
-    def _chosen(self, path: str, steps: Sequence[int]) -> tuple[RunItem, list[int]]:
-        runs = {run.path: run for run in with_checkpoints(self.catalog.scan.runs)}
-        if path not in runs:
-            raise UserError(f"the run {quoted(path)} has gone: choose another")
-        if not steps:
-            raise UserError("no checkpoint is chosen: choose one or more")
-        if missing := sorted({*steps}.difference(runs[path].checkpoints)):
-            raise UserError(f"the checkpoint of step {missing[0]} has gone: choose others")
-        return runs[path], sorted({*steps})
-
-
-def has_both(run: RunItem, base: BaseChoice) -> bool:
-    """Test that a run's images can have guidance from the base model, too."""
-    return not methods.get(run.method).exports_weights and is_guided(base)
-
-
-def with_checkpoints(runs: Sequence[RunItem]) -> list[RunItem]:
-    """The runs on images that have checkpoints."""
-    return [run for run in runs if run.checkpoints and not run.is_text]
-
-
-def spread(steps: Sequence[int], count: int) -> list[int]:
-    """At most so many of the steps, evenly apart, with the last."""
-    return sorted(steps[:: -len(steps) // count])
-
-
-def read_strengths(text: str) -> list[float]:
-    """Numbers with commas between them, each once.
-
-    Raises:
-        UserError: one sentence with the value and the fix.
-    """
-    strengths = []
-    for word in text.split(","):
-        try:
-            strengths.append(float(word))
-        except ValueError:
-            fix = "write numbers with commas, such as 0.5, 1"
-            raise UserError(f"the strength {quoted(word)} is not a number: {fix}") from None
-        STRENGTHS.check("a strength", strengths[-1])
-    return list(dict.fromkeys(strengths))
-
-
-def table(
-    rows: Sequence[int],
-    kinds: Sequence[str],
-    columns: Sequence[float],
-    images: Mapping[Cell, str],
-) -> str:
-    """The grid as HTML: of each step one row for each kind of guidance, below each other.
-
-    Args:
-        rows: steps of the checkpoints.
-        kinds: models of guidance's unconditional prediction; one alone is not named.
-        columns: strengths of the adapter.
-        images: addresses.
-    """
-    head = "".join(f'<th scope="col">{strength:g}</th>' for strength in columns)
-    body = ""
-    for step in rows:
-        for kind in kinds:
-            title, name = f"{step}", f"step {step}"
-            if len(kinds) > 1:
-                title += f"<br>{KINDS[kind]}"
-                name += f", {KINDS[kind]}"
-            body += f'<tr><th scope="row">{title}</th>'
-            for strength in columns:
-                address = images.get((step, kind, strength))
-                body += f"<td>{parts.image(address, f'{name}, strength {strength:g}')}</td>"
-            body += "</tr>"
-    return (
-        f'<div class="scroll"><table class="grid" style="--columns: {len(columns)}">'
-        f'<thead><tr><th scope="col">step \\ strength</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+def _cards(labels: Sequence[str], images: Sequence[Image.Image]) -> str:
+    """Cards of both sides as HTML; a side may have no image yet."""
+    cards = ""
+    for number, label in enumerate(labels):
+        address = None
+        if number < len(images):
+            address = parts.data_uri(images[number])
+        cards += parts.card(label, address, role="AB"[number])
+    return f'<div class="cards">{cards}</div>'

@@ -17,7 +17,7 @@ import logging
 import re
 import socket
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -35,16 +35,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bilora_diffusion.core.errors import print_trace_if_asked, reason, strip_controls
 from bilora_diffusion.core.files import counted
 
-from . import compare, generate, parts, results, training, validation, vote
+from . import compare, generate, grid, parts, results, training, validation, vote
 from .catalog import Catalog
 from .parts import QUIET, html
-from .sampling import Work
 
 FOLDER = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
 RESCAN_SECONDS = 5.0
-LISTED = 8
-"""Broken folders that are named in the notice; the others are counted."""
+MAX_LISTED = 8
+"""Broken folders that the notice names; the others are counted."""
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
 OPEN_ROUTES = re.compile(
@@ -53,10 +52,11 @@ OPEN_ROUTES = re.compile(
     r"|/gradio_api/(app_id|theme\.css|cancel|reset/?|heartbeat/[^/]*)"
     "|/gradio_api/(queue/(join|data)|run/predict)"
 )
-"""The routes that the page asks for; files are served from Gradio's own folder besides."""
+"""The routes that the page asks for, besides files of Gradio's own folder."""
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^][:/@?#]+)(:\d+)?")
+"""A Host header: a name, or an IPv6 address in brackets, and perhaps a port."""
 MAX_BODY_BYTES = 1_000_000
-"""Largest body of a request. The page sends choices and prompts; uploads are closed."""
+"""Largest body of a request. The page sends choices and prompts only; uploads are closed."""
 MAX_LINE_LENGTH = 400
 """Longest line at the terminal, in characters."""
 POLICY = (
@@ -64,8 +64,9 @@ POLICY = (
     " style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; object-src 'none';"
     " frame-ancestors 'none'; form-action 'none'; base-uri 'self'"
 )
-"""The browser itself then refuses whatever is not from this server, and to show the page in
-another. Gradio's page needs inline scripts and styles."""
+"""By this policy the browser itself refuses content from other servers, and refuses to show the
+page inside another one. Gradio's page needs inline scripts and styles.
+"""
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -75,71 +76,78 @@ HEADERS = {
 
 
 def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
-    """The whole page; ``device`` draws images, None is the best."""
+    """Build the page with all tabs.
+
+    Args:
+        catalog: Folders of the viewer.
+        device: Device that samples images, such as "cuda:1"; None for the best one.
+    """
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
     ) as page:
         heading = html("frame-title")
         notice = html("frame-notice", visible=False)
-        kinds = ("runs", "scores", "figures")
-        last_signs = {
-            kind: gr.Textbox("", visible=False, elem_id=f"frame-{kind}") for kind in kinds
-        }
-        runs, scores, figures = (last_signs[kind].change for kind in kinds)
-        drawing = Work(catalog, page, device)
-        tabs: dict[str, Callable[[], object]] = {
-            "Compare": lambda: (
-                validation.build(catalog, runs),
-                compare.Tab(catalog, scores),
-                generate.Grid(drawing, runs),
-            ),
-            "Generate": lambda: generate.Tab(drawing, runs),
-            "Vote": lambda: vote.Tab(catalog, scores),
-            "Training": lambda: training.Tab(catalog, runs),
-            "Results": lambda: results.build(catalog, figures),
-        }
+        # Hidden texts with the signs of the last scan: the change of one is the event of its tabs.
+        signs: dict[str, gr.Textbox] = {}
+        for kind in ("runs", "scores", "figures"):
+            signs[kind] = gr.Textbox("", visible=False, elem_id=f"frame-{kind}")
+        runs_changed = signs["runs"].change
+        scores_changed = signs["scores"].change
+        work = generate.Work(catalog, page, device)
         with gr.Tabs(elem_id="frame-tabs", overflow_behavior="wrap"):
-            for name, fill in tabs.items():
-                with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
-                    fill()
+            with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
+                validation.build(catalog, runs_changed)
+                compare.Tab(catalog, scores_changed)
+                grid.Grid(work, runs_changed)
+            with gr.Tab("Generate", id="generate", elem_id="tab-generate"):
+                generate.Tab(work, runs_changed)
+            with gr.Tab("Vote", id="vote", elem_id="tab-vote"):
+                vote.Tab(catalog, scores_changed)
+            with gr.Tab("Training", id="training", elem_id="tab-training"):
+                training.Tab(catalog, runs_changed)
+            with gr.Tab("Results", id="results", elem_id="tab-results"):
+                results.build(catalog, signs["figures"].change)
 
         def look() -> list[Any]:
             catalog.look()
-            signs = (catalog.sign(kind) for kind in last_signs)
-            return [title(catalog), parts.notice(notices(catalog)), *signs]
+            new_signs = [catalog.sign(kind) for kind in signs]
+            return [title(catalog), parts.notice(notices(catalog)), *new_signs]
 
-        looks = [page.load, gr.Timer(RESCAN_SECONDS).tick]
-        gr.on(looks, look, [], [heading, notice, *last_signs.values()], **QUIET)
+        events = [page.load, gr.Timer(RESCAN_SECONDS).tick]
+        gr.on(events, look, [], [heading, notice, *signs.values()], **QUIET)
     return page
 
 
 def title(catalog: Catalog) -> str:
-    """The page's heading: the root's name and the numbers of folders there."""
+    """The page's heading: name of the root, and the numbers of folders in it."""
     scan = catalog.scan
-    items = {"run": scan.runs, "score folder": scan.scores, "result": scan.figures}
-    counts = [counted(len(folders), kind) for kind, folders in items.items()]
+    counts = [
+        counted(len(scan.runs), "run"),
+        counted(len(scan.scores), "score folder"),
+        counted(len(scan.figures), "result"),
+    ]
     return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {', '.join(counts)}</p>"
 
 
 def notices(catalog: Catalog) -> str:
-    """The list of broken folders; "" without one."""
+    """List of broken folders, as HTML; "" if there is none."""
     broken = catalog.scan.broken
     if not broken:
         return ""
-    rows = "".join(
-        f"<li><code>{escape(row.path)}</code> {escape(row.reason)}</li>" for row in broken[:LISTED]
-    )
-    num_more = len(broken) - LISTED
-    rows += f"<li>and {num_more} more</li>" if num_more > 0 else ""
+    rows = ""
+    for folder in broken[:MAX_LISTED]:
+        rows += f"<li><code>{escape(folder.path)}</code> {escape(folder.reason)}</li>"
+    if len(broken) > MAX_LISTED:
+        rows += f"<li>and {len(broken) - MAX_LISTED} more</li>"
     subject = "1 folder is" if len(broken) == 1 else f"{len(broken)} folders are"
     return f'<section class="broken"><b>{subject} not shown</b><ul>{rows}</ul></section>'
 
 
 class Server(uvicorn.Server):
-    """A server that prints no traceback for each stream of an open page when it ends."""
+    """A server whose end prints no traceback for each stream of an open page."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close all connections, those that stay open after a second by force."""
+        """Close all connections, after a second by force."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
 
@@ -152,16 +160,20 @@ def server(
     device: str | None,
     allowed_hosts: Sequence[str] = (),
 ) -> Server:
-    """Return the server of the page, which serves when it is run.
+    """Build the server of the page; its method `run` serves.
 
-    Gradio's own ``launch`` asks the new server for its page and gives up after some seconds, or
-    when a proxy is set. Its app as a part of another does not.
+    Gradio's own `launch` requests the page of the new server, and gives up after some seconds or
+    when a proxy is set. Gradio's app as a part of another app does not.
 
     Args:
-        public: whether other machines may look.
-        allowed_hosts: names to answer to, besides those of this machine.
+        catalog: Folders of the viewer.
+        host: Address that the server listens on.
+        public: True if other machines may look.
+        device: Device that samples images; None for the best one.
+        allowed_hosts: Names to answer to, besides those of this machine.
     """
-    style, script = ((FOLDER / name).read_text("utf-8") for name in ("style.css", "page.js"))
+    style = (FOLDER / "style.css").read_text("utf-8")
+    script = (FOLDER / "page.js").read_text("utf-8")
     hues: dict[str, Any] = {"primary_hue": "teal", "secondary_hue": "teal", "neutral_hue": "slate"}
     app = gr.mount_gradio_app(
         FastAPI(),
@@ -178,19 +190,20 @@ def server(
         # In `css` Gradio would change the weight of the rules.
         head=f"<style>{style}</style><script>{script}</script>",
     )
-    # Before all else, Gradio's own CORS headers included: its middleware would come after them.
+    # Around the whole app: a middleware of it would come after Gradio's own CORS headers.
     guarded_app = guarded(app, host, public, allowed_hosts)
-    # A page that stays open would keep its streams, and so the server, forever.
+    # Without a timeout the streams of an open page would keep the server alive for ever.
     return Server(uvicorn.Config(guarded_app, log_level="warning", timeout_graceful_shutdown=1))
 
 
 def guarded(app: ASGIApp, host: str, public: bool, allowed_hosts: Collection[str] = ()) -> ASGIApp:
-    """The application ``app`` behind all guards.
+    """Put an application behind all guards.
 
     Args:
-        host: that it listens on.
-        public: whether other machines may ask.
-        allowed_hosts: other names of this server, such as a proxy's.
+        app: The application.
+        host: Address that it listens on.
+        public: True if other machines may look.
+        allowed_hosts: Further names of this server, such as a proxy's.
     """
     names = {"localhost", "127.0.0.1", "::1", host.lower()}
     names |= {name.lower() for name in allowed_hosts}
@@ -201,14 +214,17 @@ def guarded(app: ASGIApp, host: str, public: bool, allowed_hosts: Collection[str
 
 
 class PageGuard:
-    """ASGI middleware: no name that is not this server's, no page of others, no route that the own
-    page does not ask for, and the policy on every answer.
+    """ASGI middleware that refuses foreign names, foreign pages and closed routes.
+
+    A request must be addressed to one of this server's names, come from its own page, and ask for a
+    route that this page needs. Each answer has the policy for the browser.
 
     Args:
-        names: host names in lower case.
-        answers_addresses: whether any address in digits is taken for this server's. Starlette's
-            TrustedHostMiddleware can't say that, and behind a container's port the server does not
-            know the address that it is reached by.
+        app: The application.
+        names: Host names of this server, in lower case.
+        answers_addresses: True if every IP address counts as this server's: behind the port of a
+            container the server does not know its own. Starlette's TrustedHostMiddleware has no
+            such setting.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str], answers_addresses: bool) -> None:
@@ -224,11 +240,11 @@ class PageGuard:
             return
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
-        own_origins = (f"http://{host}", f"https://{host}")
+        page_origins = (f"http://{host}", f"https://{host}")
         path = scope["path"]
-        if not self._is_our_name(host):
+        if not self._is_own_name(host):
             refusal = f"The viewer is not called {host!r}: start it with --allow_host NAME."
-        elif any(origin.lower() not in own_origins for origin in headers.getlist("origin")):
+        elif any(origin.lower() not in page_origins for origin in headers.getlist("origin")):
             refusal = "The viewer answers no page but its own."
         elif not OPEN_ROUTES.fullmatch(path) and not path.startswith(self._files):
             refusal = "This is closed."
@@ -238,21 +254,23 @@ class PageGuard:
         await PlainTextResponse(refusal, 403)(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and print in one line what fails in it.
+        """Pass a request on, and print an error in it as one line.
 
-        The browser has its answer by then, or has left. The server would print a traceback, and an
-        error's message may repeat all that a browser sent.
+        By then the browser has its answer or has left. The server itself would print a traceback,
+        and the message may repeat everything that the browser sent.
         """
         try:
             await self._app(scope, receive, _with_policy(send))
-        except Exception as error:  # whatever Gradio raises; the next request is to be answered
+        except Exception as error:  # of any kind, since the next request must be answered
             line = f"a request failed: {type(error).__name__}: {reason(error)}"
             print(strip_controls(line), file=sys.stderr, flush=True)
             print_trace_if_asked(error)
 
-    def _is_our_name(self, host: str) -> bool:
-        """Test a Host header. A web site can let its own name lead to this machine, but no address
-        and no name of ours.
+    def _is_own_name(self, host: str) -> bool:
+        """Test that a Host header has a name of this server.
+
+        A web site can make its own name lead to this machine (DNS rebinding), but not a name or an
+        address of this server.
         """
         match = HOST.fullmatch(host)
         if match is None:
@@ -266,6 +284,8 @@ class PageGuard:
 
 
 def _with_policy(send: Send) -> Send:
+    """An ASGI `send` that adds the policy to the headers."""
+
     async def send_with_policy(message: Message) -> None:
         if message["type"] == "http.response.start":
             MutableHeaders(scope=message).update(HEADERS)
@@ -275,9 +295,9 @@ def _with_policy(send: Send) -> Send:
 
 
 class ShortLines(io.TextIOBase):
-    """Text without control characters and with short lines, for the terminal.
+    """A stream for the terminal that shortens lines and removes control characters.
 
-    Gradio prints the trace of an event that fails, and with it all that a browser sent.
+    Gradio prints the traceback of an event that fails, and with it everything that a browser sent.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -290,5 +310,5 @@ class ShortLines(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Write what waits in a buffer."""
+        """Write the buffer of the stream."""
         self._stream.flush()

@@ -27,86 +27,97 @@ from .catalog import Catalog
 from .runs import CONTROL, OURS, RunItem, pair
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""Properties of events that fill the page without anyone waiting for them."""
-SMALLEST, LARGEST, SLIDER_SMALLEST = 256, 768, 384  # sides in pixels with which a picture is shown
+"""Properties of events that fill the page in the background."""
+SMALLEST, LARGEST = 256, 768
+"""Bounds of the longer side with which a picture is shown, in pixels."""
+SLIDER_SMALLEST = 384
+"""The lower bound in a slider."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats of pictures; for others Pillow starts programs, such as an interpreter of PostScript."""
 MOST_PIXELS = 2**26
-"""A small file may hold any number of equal ones, and all must fit into memory."""
+"""Largest picture: a small file may hold any number of equal pixels, which must fit into memory."""
 Update = dict[Any, Any]
-"""Widget -> what an event makes of it."""
+"""Widget -> its new value or properties."""
 
 
 def html(elem_id: str | None = None, **options: Any) -> gr.HTML:
-    """A place for HTML with none of Gradio's own style."""
+    """A widget for HTML without Gradio's own style."""
     return gr.HTML(elem_id=elem_id, apply_default_css=False, **options)
 
 
 def notice(text: str) -> Any:
-    """HTML that takes no place while it is empty."""
+    """An update of HTML that is hidden while it is empty."""
     return gr.update(value=text, visible=bool(text))
 
 
 def warn(text: str) -> None:
-    """A notice over the page, which Gradio would take for HTML."""
-    gr.Warning(escape(text))
+    """Show a notice over the page."""
+    gr.Warning(escape(text))  # Gradio takes it for HTML
 
 
 # pictures
 
 
 def read(path: Path, mode: str = "RGB") -> Image.Image | None:
-    """A picture; None when it is not there, can't be read, or has more than ``MOST_PIXELS``."""
+    """Read a picture; None if it is not there, can't be read, or has more than `MOST_PIXELS`."""
     try:
-        if not is_file(path):  # a pipe would keep everyone waiting
+        if not is_file(path):  # a pipe would keep its reader waiting
             return None
         with Image.open(path, formats=FORMATS) as picture:
-            return picture.convert(mode) if math.prod(picture.size) <= MOST_PIXELS else None
+            if math.prod(picture.size) > MOST_PIXELS:
+                return None
+            return picture.convert(mode)
     except DECODE_ERRORS:
         return None
 
 
 def fitted(picture: Image.Image, smallest: int = SMALLEST) -> Image.Image:
-    """The picture with its longer side between ``smallest`` and ``LARGEST``, by Lanczos."""
+    """Resize a picture by Lanczos, to a longer side between `smallest` and `LARGEST`."""
     side = max(picture.size)
-    new = min(max(side, smallest), LARGEST)
-    width, height = (max(1, round(n * new / side)) for n in picture.size)
+    new_side = min(max(side, smallest), LARGEST)
+    width = max(1, round(picture.width * new_side / side))
+    height = max(1, round(picture.height * new_side / side))
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def data_uri(picture: Image.Image) -> str:
-    """The picture, fitted, as a ``data:`` address."""
+    """The fitted picture as a ``data:`` address."""
     buffer = io.BytesIO()
     fitted(picture).save(buffer, "WEBP", quality=92, method=2)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def address(path: Path) -> str | None:
-    """A picture's file as a ``data:`` address; None when it is not there or can't be read."""
+    """A picture's file as a ``data:`` address; None if it is not there or can't be read."""
     try:
         status = path.stat()
     except OSError:
         return None
-    return _address(path, status.st_mtime_ns, status.st_size)
+    return _cached_address(path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=512)
-def _address(path: Path, changed: int, size: int) -> str | None:
+def _cached_address(path: Path, changed_at: int, size: int) -> str | None:
+    """`address`; time and size are part of the cache's key, so that a changed file is read."""
     picture = read(path)
-    return data_uri(picture) if picture else None
+    if picture is None:
+        return None
+    return data_uri(picture)
 
 
 def address_below(catalog: Catalog, path: str) -> str | None:
-    """:func:`address` of a picture below the root; None where the path leads out of it."""
+    """`address` of a picture below the root; None if the path leads out of it."""
     with contextlib.suppress(UserError):
         return address(catalog.resolve(path))
 
 
 def image(address: str | None, label: str, missing: str = "") -> str:
-    """A picture that a click or the Enter key enlarges, as HTML.
+    """A picture as HTML, which a click or the Enter key enlarges.
 
     Args:
-        address: None for a place that says what is ``missing``.
+        address: Address of the picture; None for the text `missing` in its place.
+        label: Alternative text.
+        missing: Text in place of a picture that is not there.
     """
     if address is None:
         return f'<div class="absent">{escape(missing)}</div>'
@@ -120,8 +131,11 @@ def card(
     """A picture under its name, as HTML.
 
     Args:
+        title: Name of the picture.
+        address: As `image` takes it.
         role: "A" or "B" for one of a pair.
-        facts: HTML that stands below.
+        missing: As `image` takes it.
+        facts: HTML below the picture.
     """
     mark = f'<span class="role">{role}</span>' if role else ""
     return (
@@ -131,23 +145,31 @@ def card(
 
 
 def slider(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str:
-    """Two pictures in one place, of which a handle shows one to its left and the other to its
-    right, as HTML, brought to the size of the first; "" without both.
+    """Two pictures on top of each other with a handle between left and right, as HTML.
 
-    The handle is the browser's own range input, so that mouse, finger and arrow keys move it.
+    Left of the handle the first picture is seen, right of it the second one. The handle is the
+    browser's own range input, so that mouse, finger and arrow keys move it.
+
+    Args:
+        labels: Names of both.
+        pictures: Both; the second one is brought to the size of the first.
+
+    Returns:
+        The HTML; "" if a picture is missing.
     """
-    both = [picture for picture in pictures if picture is not None]
-    if len(both) < 2:
+    readable = [picture for picture in pictures if picture is not None]
+    if len(readable) < 2:
         return ""
-    first = fitted(both[0], SLIDER_SMALLEST)
-    second = both[1].resize(first.size, Image.Resampling.LANCZOS)
-    under, over = data_uri(first), data_uri(second)
-    left, right = (escape(label) for label in labels)
+    left = fitted(readable[0], SLIDER_SMALLEST)
+    right = readable[1].resize(left.size, Image.Resampling.LANCZOS)
+    left_label = escape(labels[0])
+    right_label = escape(labels[1])
     return (
-        f'<figure class="pair"><div><img src="{under}" alt="{left}">'
-        f'<img class="over" src="{over}" alt="{right}">'
-        f'<input type="range" min="0" max="100" value="50" aria-label="{left} | {right}"></div>'
-        f"<figcaption><span>A {left}</span><span>B {right}</span></figcaption></figure>"
+        f'<figure class="pair"><div><img src="{data_uri(left)}" alt="{left_label}">'
+        f'<img class="over" src="{data_uri(right)}" alt="{right_label}">'
+        '<input type="range" min="0" max="100" value="50"'
+        f' aria-label="{left_label} | {right_label}"></div>'
+        f"<figcaption><span>A {left_label}</span><span>B {right_label}</span></figcaption></figure>"
     )
 
 
@@ -167,34 +189,46 @@ COMMANDS = {
     "train": ("Or train both on pictures of your own:", BOTH),
     "images": ("Let both make images while they train:", BOTH),
 }
-"""Advice where nothing is yet, and its command, to be filled with the root."""
+"""Purpose and command of what fills an empty viewer; the command takes the root."""
 EVALUATIONS = {
     "vote": "A vote needs images of two runs from the same prompts and seeds:",
     "clip_scores": (
-        "Draw images with each run and score them (a try: add --max_prompts 6 --seeds 0):"
+        "Sample images with each run and score them (for a quick try add --max_prompts 6 --seeds"
+        " 0):"
     ),
-    "landscape": "How flat the minima are that runs end in:",
-    "dynamics": "How the adapters moved, of runs with --log_dynamics:",
-    "generalization": "Training and held-out loss over time, of runs that measured it:",
-    "text_scores": "Scores of text runs by what they recorded:",
+    "landscape": "Measure how flat the minima are that runs end in:",
+    "dynamics": "Show how the adapters moved in runs with --log_dynamics:",
+    "generalization": "Compare training and held-out loss over time, of runs that measured both:",
+    "text_scores": "Score text runs by what they recorded:",
 }
-"""The same of commands of ``eval``, which are given runs."""
+"""Purposes of commands of ``eval``, which take runs."""
 
 
 def empty(catalog: Catalog, title: str, *names: str) -> str:
-    """A notice that nothing is there yet, with some of these commands."""
+    """A notice that nothing is there yet, with commands to copy, as HTML.
+
+    Args:
+        catalog: Folders of the viewer.
+        title: Heading.
+        names: Keys of `COMMANDS` and `EVALUATIONS`.
+    """
     rows = ""
     for name in names:
         if name in EVALUATIONS:
-            runs = [catalog.place(run.path) for run in measurable(catalog, name)]
-            place = shlex.join(runs or [catalog.place("lora"), catalog.place("bilora")])
-            purpose, tool = EVALUATIONS[name], "clip_scores" if name == "vote" else name
-            options = " --benchmarks heldout" if name == "text_scores" else ""
-            command = f"python -m eval.{tool} {place}{options}"
+            purpose = EVALUATIONS[name]
+            places = [catalog.place(run.path) for run in measurable(catalog, name)]
+            if not places:
+                places = [catalog.place("lora"), catalog.place("bilora")]
+            tool = "clip_scores" if name == "vote" else name
+            command = f"python -m eval.{tool} {shlex.join(places)}"
+            if name == "text_scores":
+                command += " --benchmarks heldout"
         else:
             purpose, command = COMMANDS[name]
-            place = "demo" if catalog.place() == "." else catalog.place()
-            command = command.format(root=shlex.quote(place))
+            root = catalog.place()
+            if root == ".":
+                root = "demo"
+            command = command.format(root=shlex.quote(root))
         rows += (
             f'<li>{escape(purpose)}<div class="command"><code>{escape(command)}</code>'
             '<button type="button" data-copy>Copy</button></div></li>'
@@ -206,7 +240,11 @@ def empty(catalog: Catalog, title: str, *names: str) -> str:
 
 
 def measurable(catalog: Catalog, name: str) -> Sequence[RunItem]:
-    """The two runs that a command is shown with: of text for text_scores, else of images."""
+    """The two runs that a command of ``eval`` is shown with.
+
+    text_scores takes runs of text, generalization all runs, the others runs of images; dynamics
+    needs runs that recorded them.
+    """
     runs = catalog.scan.runs
     if name == "dynamics":
         runs = [run for run in runs if run.record["config"].get("log_dynamics")]

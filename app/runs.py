@@ -1,4 +1,4 @@
-"""A run as the viewer has it: its name, first prompt and state, and the pair to see first."""
+"""A run as the viewer has it: its name, prompts and progress, and the pair to compare first."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from bilora_diffusion.core.files import duration
 from bilora_diffusion.run.record import HEARTBEAT_SECONDS
 
 CONTROL, OURS = "lora", "bilora"
-"""The pair that is shown before anything is chosen."""
+"""Methods of the pair that is shown before anything is chosen."""
 STALE_SECONDS = 12 * HEARTBEAT_SECONDS
-"""A run that trained and was silent for so long is shown as stalled."""
+"""Silence after which a training run is shown as stalled."""
 BUSY_SECONDS = 3600.0
-"""The same for a run that said that it does something else than steps, such as images."""
+"""The same for a run that does something else than steps, such as validation images."""
 TRAINING = "training"
 RECENT_STEPS = 50
+"""Steps whose median gives the time that is left."""
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 """A prompt for the miniature, where a run has none."""
 
@@ -34,14 +35,14 @@ PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 class RunItem:
     """A run folder.
 
-    Args:
-        path: of the folder.
-        name: what lists and legends show, such as "dog (Bi-LoRA, seed 0)"; unique.
-        record: ``run.json``.
-        weights: file of the exported LoRA, or the folder of whole models; None while there is none.
-        steps: at which validation images were made, in order.
-        checkpoints: steps of the checkpoints that are there, in order.
-        data_hash: of the samples and noise of the first step; None before it.
+    Attributes:
+        path: Path of the folder.
+        name: Name in lists and legends, such as "dog (Bi-LoRA, seed 0)"; unique.
+        record: Content of ``run.json``.
+        weights: File of the exported LoRA, or folder of whole models; None before the export.
+        steps: Steps with validation images, in order.
+        checkpoints: Steps with a checkpoint, in order.
+        data_hash: Hash of the samples and noise of the first step; None before it.
     """
 
     path: str
@@ -90,20 +91,15 @@ class RunItem:
 
 
 def title(method: str) -> str:
-    """A method's title; its name where this version does not know it."""
+    """A method's title; its name if this version does not know the method."""
     try:
         return methods.get(method).title
     except UserError:
         return method
 
 
-def short(value: float | str) -> str:
-    """A radius in few letters: a number, or the word for one that sets itself."""
-    return value if isinstance(value, str) else f"{value:g}"
-
-
 def label(folder: str, record: dict[str, Any]) -> str:
-    """A run's name: the folder that the user chose first, so that typing it finds the run."""
+    """A run's name. It begins with the folder, so that typing this finds the run in a list."""
     description = title(record["method"])
     if record.get("seed") is not None:
         description += f", seed {record['seed']}"
@@ -111,25 +107,26 @@ def label(folder: str, record: dict[str, Any]) -> str:
 
 
 def ordered(runs: Sequence[RunItem]) -> list[RunItem]:
-    """The runs as they are listed: plain LoRA first, as the control, then by method and seed."""
+    """Sort runs for a list: plain LoRA first, as the control, then by method and seed."""
     return sorted(runs, key=lambda run: (run.method != CONTROL, run.method, str(run.seed)))
 
 
 def pair(runs: Sequence[RunItem]) -> list[RunItem]:
-    """The two runs that are compared at first; fewer where there are fewer.
+    """The two runs to compare first; fewer if there are fewer.
 
-    Best are LoRA and Bi-LoRA on the same data, then two runs that have images of the same prompts.
+    The best pair is LoRA and Bi-LoRA on the same data, then two runs with images of the same
+    prompts.
     """
     couples = itertools.combinations(ordered(runs), 2)
     return list(max(couples, key=likeness, default=runs))
 
 
 def likeness(couple: tuple[RunItem, RunItem]) -> tuple[int, ...]:
-    """How well two runs compare, by what matters most first."""
+    """How well two runs compare, the most important property first; larger is better."""
     a, b = couple
     shared_prompts = len(set(a.prompts) & set(b.prompts))
     return (
-        # on the same samples with the same noise
+        # The same samples with the same noise.
         a.data_hash is not None and a.data_hash == b.data_hash,
         shared_prompts > 0,
         {a.method, b.method} == {CONTROL, OURS},
@@ -140,7 +137,7 @@ def likeness(couple: tuple[RunItem, RunItem]) -> tuple[int, ...]:
 
 
 def suggest_prompt(prompt: str | None, run: RunItem, runs: Sequence[RunItem]) -> str:
-    """The run's first prompt, unless the user has written another than those of the runs."""
+    """The first prompt of a run, unless the user has written one that is no run's."""
     suggestions = {PROMPT, *(run.first_prompt for run in runs)}
     if prompt and prompt.strip() not in suggestions:
         return prompt
@@ -149,15 +146,17 @@ def suggest_prompt(prompt: str | None, run: RunItem, runs: Sequence[RunItem]) ->
 
 @dataclass(frozen=True)
 class Progress:
-    """State of a run.
+    """Progress of a run.
 
-    Args:
-        status: "running", "finished", "interrupted", "failed" or "stalled"; of a running one that
-            is busy with something else than steps, its name, such as "validation images".
-        reason: of a failed or a stalled run, in one sentence; "" otherwise.
-        total: steps to do; None where it is not known.
-        wall_seconds, left_seconds: spent over all resumes; and to go, by the recent steps.
-        peak_memory_bytes: of the accelerator, or of the process on a CPU.
+    Attributes:
+        status: "running", "finished", "interrupted", "failed" or "stalled"; for a run that is busy
+            with something else than steps, the name of that, such as "validation images".
+        reason: Sentence about a failed or a stalled run; "" otherwise.
+        steps: Steps that are done.
+        total: Steps of the whole run; None if not known.
+        wall_seconds: Time spent, over all resumes.
+        left_seconds: Time that is left, by the recent steps; None if not known.
+        peak_memory_bytes: Peak memory of the accelerator, or of the process on a CPU.
     """
 
     status: str
@@ -175,30 +174,49 @@ def progress(
     last_written: float,
     current_time: float | None = None,
 ) -> Progress:
-    """The state of a run by ``run.json`` and ``metrics.jsonl``, of which one was last written at a
-    time as ``time.time`` counts.
+    """Find the progress of a run.
+
+    Args:
+        record: Content of ``run.json``.
+        rows: Rows of ``metrics.jsonl``.
+        last_written: Time at which one of these files was last written, in seconds since the epoch.
+        current_time: Time now; None for that of the clock.
     """
-    current_time = time.time() if current_time is None else current_time
-    silent = max(0.0, current_time - last_written)
-    recent = [row["seconds"] for row in rows if row.get("seconds") is not None][-RECENT_STEPS:]
-    usual = statistics.median(recent) if recent else 0.0
+    if current_time is None:
+        current_time = time.time()
+    silent_seconds = max(0.0, current_time - last_written)
+    step_times = [row["seconds"] for row in rows if row.get("seconds") is not None]
+    step_seconds = 0.0
+    if step_times:
+        step_seconds = statistics.median(step_times[-RECENT_STEPS:])
     steps = max((row["step"] for row in rows), default=0)
     total = record.get("num_steps") or record["config"].get("max_train_steps")
-    status, reason = record["status"], record.get("error") or ""
-    doing = record.get("doing") or TRAINING
-    # A run that trains writes at every step; one that makes images may be silent for long.
-    patience = STALE_SECONDS if doing == TRAINING else BUSY_SECONDS
-    running = status == "running"
-    if running and silent > max(patience, 10 * usual):
-        running, status = False, "stalled"
-        reason = f"it has written nothing for {duration(silent)}: it was probably killed"
-    elif running and doing != TRAINING:
-        status, reason = doing, ""
+    status = record["status"]
+    reason = record.get("error") or ""
+    activity = record.get("doing") or TRAINING
+    # A run that trains writes at every step; one that samples images may be silent for long.
+    patience = STALE_SECONDS if activity == TRAINING else BUSY_SECONDS
+    is_running = status == "running"
+    if is_running and silent_seconds > max(patience, 10 * step_seconds):
+        is_running = False
+        status = "stalled"
+        reason = f"it has written nothing for {duration(silent_seconds)}: it was probably killed"
+    elif is_running and activity != TRAINING:
+        status = activity
+        reason = ""
+        # A record of another version may lack the time, or have another form of it.
         with contextlib.suppress(KeyError, TypeError, ValueError):
-            since = datetime.fromisoformat(record["doing_since"]).timestamp()
-            reason = f"since {duration(max(0.0, current_time - since))}"
-    left = None
-    if running and total is not None and recent:
-        left = max(0, total - steps) * usual
-    wall, peak = record.get("wall_seconds", 0.0), record.get("peak_memory_bytes", 0)
-    return Progress(status, reason, steps, total, wall, left, peak)
+            started_at = datetime.fromisoformat(record["doing_since"]).timestamp()
+            reason = f"since {duration(max(0.0, current_time - started_at))}"
+    left_seconds = None
+    if is_running and total is not None and step_times:
+        left_seconds = max(0, total - steps) * step_seconds
+    return Progress(
+        status,
+        reason,
+        steps,
+        total,
+        wall_seconds=record.get("wall_seconds", 0.0),
+        left_seconds=left_seconds,
+        peak_memory_bytes=record.get("peak_memory_bytes", 0),
+    )

@@ -1,11 +1,7 @@
-"""Sampling of images: requests, the pipeline that samples them, of which one is in memory at a
-time, and the work that a browser asks for: one piece at a time, shown as it goes on, and ended by
-whoever asked for it.
-"""
+"""Requests for images and the pipeline that samples them; one is in memory at a time."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import tempfile
@@ -13,21 +9,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL.Image import Image
 
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
-from bilora_diffusion.core.errors import TrainingError, UserError, reason, strip_controls
+from bilora_diffusion.core.errors import UserError, reason, strip_controls
 from bilora_diffusion.core.files import is_file
-from bilora_diffusion.core.values import GUIDANCES, SAMPLER_STEPS, STRENGTHS, check_choice
+from bilora_diffusion.core.lora_names import WEIGHTS
+from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
+    GUIDANCES,
+    SAMPLER_STEPS,
+    STRENGTHS,
+    check_choice,
+)
 from bilora_diffusion.export.conversion import export_checkpoint
 from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.families import family_of
@@ -42,10 +44,10 @@ from eval.load import applied, require_adapter
 from eval.sources import find
 
 from .catalog import Catalog
-from .parts import QUIET
 from .runs import RunItem
 
-BASE = ""  # stands for the base model among the paths of runs
+BASE = ""
+"""Stands for the base model among the paths of runs."""
 MAX_SEED = 2**32 - 1
 
 
@@ -62,14 +64,28 @@ class BaseChoice:
     @classmethod
     def of_config(cls, config: dict[str, Any]) -> BaseChoice:
         """The base model of a run."""
-        names = ("revision", "variant", "cache_dir", "pretrained_vae_model_name_or_path")
-        base = config.get("pretrained_model_name_or_path") or MINI
-        return cls(base, *(config.get(name) for name in names))
+        return cls(
+            name=config.get("pretrained_model_name_or_path") or MINI,
+            revision=config.get("revision"),
+            variant=config.get("variant"),
+            cache_dir=config.get("cache_dir"),
+            vae=config.get("pretrained_vae_model_name_or_path"),
+        )
 
 
 @dataclass(frozen=True)
 class Request:
-    """A picture to draw, by diffusers' values; the side is in pixels, None for the model's own."""
+    """An image to sample.
+
+    Attributes:
+        prompt: Prompt.
+        seed: Seed of the noise.
+        steps: Steps of the sampler.
+        guidance_scale: Scale of guidance, as diffusers has it.
+        scale: Scale of the adapter.
+        size: Side of the image in pixels; None for the model's own.
+        guidance_from: Model of the unconditional prediction, one of `choices.GUIDANCE_SOURCES`.
+    """
 
     prompt: str
     seed: int
@@ -81,37 +97,48 @@ class Request:
 
 
 class Pipelines:
-    """Keeps one pipeline loaded, on a device such as "cuda:1", or by default the best."""
+    """Keeps one pipeline loaded.
+
+    Args:
+        device: Name of a device, such as "cuda:1"; None for the best one.
+    """
 
     def __init__(self, device: str | None = None) -> None:
         self.device = open_device(device)
         self._base: BaseChoice | None = None
         self._pipeline: Any = None
 
-    def draw(
+    def sample(
         self,
         base: BaseChoice,
         adapter: Path | None,
         requests: Sequence[Request],
         on_step: Callable[[int], None],
     ) -> list[Image]:
-        """One image for each request; not to be called by two at once.
+        """Sample an image for each request; not to be called by two threads at once.
 
         Args:
-            base: loaded when it is not.
-            adapter: run folder or LoRA file; None for the base model alone.
-            requests: one, or several that differ in their scales and kinds of guidance.
-            on_step: called with the number of each step of all images, from 1, when it was taken;
-                what it raises ends the work.
+            base: Base model, which is loaded if it is not the last one.
+            adapter: Run folder or LoRA file; None for the base model alone.
+            requests: One, or several that differ in their scales and kinds of guidance.
+            on_step: Called after each step with its number, from 1, counted over all images; an
+                exception in it ends the work.
         """
-        pipeline, images = self._load(base), list[Image]()
+        pipeline = self._load(base)
         subject = find("base" if adapter is None else str(adapter))
+        # The base model's own prediction needs an adapter that can be turned off.
         if any(request.guidance_from == BASE_GUIDANCE for request in requests):
             require_adapter(subject)
+        images: list[Image] = []
         with applied(pipeline, subject, requests[0].scale):
             for number, request in enumerate(requests):
-                if number:
+                if number > 0:  # `applied` has set the first one's
                     pipeline.set_adapters([PRIMARY], [request.scale])
+                steps_before = number * request.steps
+
+                def count_step(step: int, steps_before: int = steps_before) -> None:
+                    on_step(steps_before + step)
+
                 images += generate(
                     pipeline,
                     [request.prompt],
@@ -120,53 +147,60 @@ class Pipelines:
                     steps=request.steps,
                     guidance_scale=request.guidance_scale,
                     guidance_from=request.guidance_from,
-                    on_step=lambda step, before=number * request.steps: on_step(before + step),
+                    on_step=count_step,
                 )
         return images
 
     def _load(self, base: BaseChoice) -> Any:
-        if self._base != base:
-            self._base = self._pipeline = None  # frees the memory before the next one takes it
-            quiet()
-            try:
-                pipeline = self._read(base)
-            except (UserError, OSError) as error:
-                # The reason tells whether a folder outside of the root exists and what is in it.
-                # It is for who started the viewer, not for its visitors.
-                print(strip_controls(f"{base.name}: {reason(error)}"), file=sys.stderr, flush=True)
-                raise UserError(
-                    f"the base model {base.name} can't be loaded (the terminal has the reason):"
-                    f" download it with hf download {base.name}, or put its folder there"
-                ) from error
-            self._pipeline, self._base = pipeline.to(self.device), base
+        """The pipeline of a base model."""
+        if self._base == base:
+            return self._pipeline
+        self._base = self._pipeline = None  # frees the memory before the next one takes it
+        quiet()
+        try:
+            pipeline = self._read(base)
+        except (UserError, OSError) as error:
+            # The reason tells whether a folder outside of the root exists and what is in it. Only
+            # the person who started the viewer may see it, not its visitors.
+            print(strip_controls(f"{base.name}: {reason(error)}"), file=sys.stderr, flush=True)
+            raise UserError(
+                f"the base model {base.name} can't be loaded (the terminal has the reason):"
+                f" download it with hf download {base.name}, or put its folder there"
+            ) from error
+        self._pipeline = pipeline.to(self.device)
+        self._base = base
         return self._pipeline
 
     def _read(self, base: BaseChoice) -> Any:
         folder = local(base)
         dtype = describe(folder).family.precision(self.device)
-        return load_pipeline(
-            folder,
-            dtype=torch.float32 if base.name in PIPELINES else dtype,
-            variant=base.variant,
-            vae=local(BaseChoice(base.vae, cache_dir=base.cache_dir)) if base.vae else None,
-        )
+        if base.name in PIPELINES:  # a miniature fits every device in fp32
+            dtype = torch.float32
+        vae = None
+        if base.vae:
+            vae = local(BaseChoice(base.vae, cache_dir=base.cache_dir))
+        return load_pipeline(folder, dtype=dtype, variant=base.variant, vae=vae)
 
 
 @cache
 def usual(base: BaseChoice) -> tuple[int, float]:
-    """Steps and guidance with which a base model's images are drawn by default."""
+    """Steps and guidance scale with which a base model is sampled by default."""
     _, steps, guidance = settings.usual(local(base), base.name)
     return steps, guidance
 
 
 @cache
 def is_guided(base: BaseChoice) -> bool:
-    """Test that its images have an unconditional prediction by default."""
+    """Test that a base model is sampled with an unconditional prediction by default."""
     return settings.is_guided(local(base), base.name)
 
 
 def local(base: BaseChoice) -> str:
-    """The folder of a base model: the viewer itself downloads nothing."""
+    """Find the folder of a base model; the viewer itself downloads nothing.
+
+    Raises:
+        UserError: The model is not on this machine.
+    """
     # Path.exists would raise where the folder above may not be entered.
     if base.name in PIPELINES or os.path.exists(base.name):
         return base.name
@@ -184,50 +218,70 @@ def local(base: BaseChoice) -> str:
 def sides(
     catalog: Catalog, a: str, b: str
 ) -> tuple[BaseChoice, list[tuple[str, Path | None]], int | None]:
-    """Two choices as base model, label and folder of each, and the size trained on.
+    """Look up the two sides of a comparison.
 
     Args:
-        a, b: paths of runs, or ``BASE``.
+        catalog: Folders of the viewer.
+        a: Path of a run, or `BASE`.
+        b: The same of the other side.
+
+    Returns:
+        The base model of both; label and folder of each, None for the base model alone; and the
+        size that they were trained on.
+
+    Raises:
+        UserError: A run has gone, or they have different base models.
     """
-    runs = {run.path: run for run in catalog.scan.runs if drawable(run)}
-    if missing := [path for path in (a, b) if path not in (BASE, *runs)]:
-        raise UserError(f'the run "{missing[0]}" has gone: choose another')
-    chosen_runs = [runs[path] for path in (a, b) if path != BASE]
+    runs = {run.path: run for run in catalog.scan.runs if can_sample(run)}
+    chosen_runs = []
+    for path in (a, b):
+        if path not in (BASE, *runs):
+            raise UserError(f'the run "{path}" has gone: choose another')
+        if path != BASE:
+            chosen_runs.append(runs[path])
     bases = [BaseChoice.of_config(run.record["config"]) for run in chosen_runs]
     if len(set(bases)) > 1:
         raise UserError(
             f"the two runs have different base models, {bases[0].name} and {bases[1].name}:"
             " choose two of one"
         )
-    sides: dict[str, tuple[str, Path | None]] = {BASE: ("base model", None)}
+    if not bases:
+        # For the base model alone: that of the first run, or the miniature.
+        bases = [BaseChoice.of_config(run.record["config"]) for run in runs.values()]
+        bases.append(BaseChoice(MINI))
+    side_of_path: dict[str, tuple[str, Path | None]] = {BASE: ("base model", None)}
+    size = None
     for run in chosen_runs:
         catalog.resolve(run.weights or run.path)  # a link out of the root is refused
-        sides[run.path] = (run.name, catalog.resolve(run.path))
-    # Of the base model alone: that of the first run, or the miniature.
-    bases += [BaseChoice.of_config(run.record["config"]) for run in runs.values()]
-    size = next((size for run in chosen_runs if (size := size_of(run))), None)
-    return (bases or [BaseChoice(MINI)])[0], [sides[a], sides[b]], size
+        side_of_path[run.path] = (run.name, catalog.resolve(run.path))
+        size = size or size_of(run)
+    return bases[0], [side_of_path[a], side_of_path[b]], size
 
 
 def size_of(run: RunItem) -> int | None:
-    """The side of the images that a run was trained on, where its record has it."""
+    """Side in pixels of the images that a run was trained on, if its record has it."""
     size = run.record["config"].get("resolution")
     return size if isinstance(size, int) else None
 
 
-def drawable(run: RunItem) -> bool:
-    """Test that a run has weights of an image model."""
-    return run.weights is not None and not run.weights.endswith("adapter_model.safetensors")
+def can_sample(run: RunItem) -> bool:
+    """Test that a run has weights of an image model; text models have a PEFT adapter."""
+    return run.weights is not None and not run.weights.endswith(WEIGHTS)
 
 
 @contextmanager
 def exported(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path]:
-    """The adapter of a run's checkpoint as a file, which lasts as long as the context."""
-    for name in (DIGESTS, *FILES):  # a link out of the root is refused, and a pipe
+    """Within the context the adapter of a run's checkpoint is a file.
+
+    Raises:
+        UserError: The checkpoint lacks a file.
+    """
+    # A link out of the root is refused, and so is a pipe, which would keep its reader waiting.
+    for name in (DIGESTS, *FILES):
         if not is_file(catalog.resolve(f"{run.path}/{CHECKPOINTS}/step-{step}/{name}")):
             raise UserError(f"the checkpoint of step {step} has no {name}: choose another")
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as place:
-        (file,) = export_checkpoint(catalog.resolve(run.path), step, "diffusers", place)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        (file,) = export_checkpoint(catalog.resolve(run.path), step, "diffusers", folder)
         yield file
 
 
@@ -239,93 +293,24 @@ def checked(
     scale: float,
     guidance_from: str = ADAPTER_GUIDANCE,
 ) -> Request:
-    """The form's values."""
+    """Check the values of a form.
+
+    Raises:
+        UserError: A value is missing or out of range.
+    """
     if not prompt or not prompt.strip():
-        raise UserError("the prompt is empty: write what is to be drawn")
+        raise UserError("the prompt is empty: write what the image shows")
     if seed is None or not 0 <= seed <= MAX_SEED:
         raise UserError(f"the seed is {seed}: give a whole number from 0 to {MAX_SEED}")
     SAMPLER_STEPS.check("the number of steps", steps)
     GUIDANCES.check("the guidance scale", guidance)
     STRENGTHS.check("the adapter's scale", scale)
     check_choice("guidance from", guidance_from, GUIDANCE_SOURCES)
-    values = prompt.strip(), int(seed), int(steps or 0), float(guidance), float(scale)
-    return Request(*values, guidance_from=guidance_from)
-
-
-class Stopped(Exception):
-    """Work was stopped by whoever asked for it."""
-
-
-class Work:
-    """The pipeline that all parts of the page draw with, and each browser's current work.
-
-    Args:
-        device: such as "cuda:1"; None for the best.
-    """
-
-    def __init__(self, catalog: Catalog, page: gr.Blocks, device: str | None) -> None:
-        self.catalog, self.models = catalog, Pipelines(device)
-        self.numbers, self.current = itertools.count(1), dict[str | None, int]()
-        page.unload(self.stop)
-
-    def events(
-        self,
-        name: str,
-        draw: Callable[..., Iterator[Any]],
-        prompt: gr.Textbox,
-        inputs: Sequence[Any],
-        outputs: Sequence[Any],
-    ) -> None:
-        """Two buttons, and what they and the prompt's Enter key do.
-
-        Args:
-            name: begins the buttons' ids.
-            draw: called with the work's number and what is ``asked``.
-            outputs: HTML of ``draw``, which is cleared first; progress is shown on the first.
-        """
-
-        def start(request: gr.Request) -> list[Any]:
-            return [self.begin(request), *([""] * len(outputs))]
-
-        with gr.Row():
-            go = gr.Button("Generate", variant="primary", elem_id=f"{name}-go")
-            cancel = gr.Button("Cancel", elem_id=f"{name}-cancel")
-        number = gr.Number(0, visible=False)
-        # No `cancels` of Gradio's here: it leaves the next event in error now and then.
-        pressed = [go.click, prompt.submit]
-        started = gr.on(pressed, start, [], [number, *outputs], queue=False, **QUIET)
-        started.then(
-            draw,
-            [number, *inputs],
-            [*outputs],
-            show_progress="minimal",
-            show_progress_on=outputs[0],
-            trigger_mode="multiple",
-            concurrency_id="drawing",
-            concurrency_limit=1,
-            api_visibility="private",
-        )
-        cancel.click(self.stop, [], [], queue=False, **QUIET)
-
-    def begin(self, request: gr.Request) -> int:
-        """A number for new work, which ends this browser's earlier work."""
-        self.current[request.session_hash] = number = next(self.numbers)
-        return number
-
-    def stop(self, request: gr.Request) -> None:
-        """End what this browser asked for, before its next step."""
-        self.current.pop(request.session_hash, None)
-
-    def check(self, number: int, request: gr.Request) -> None:
-        """Raise ``Stopped`` unless this is still the browser's current work."""
-        if self.current.get(request.session_hash) != number:
-            raise Stopped
-
-    @contextmanager
-    def reported(self) -> Iterator[None]:
-        """Context whose errors the page shows in one sentence."""
-        try:
-            yield
-        except (UserError, TrainingError) as error:
-            text = escape(self.catalog.plain(error))
-            raise gr.Error(text, print_exception=False) from error
+    return Request(
+        prompt=prompt.strip(),
+        seed=int(seed),
+        steps=int(steps or 0),
+        guidance_scale=float(guidance),
+        scale=float(scale),
+        guidance_from=guidance_from,
+    )

@@ -1,14 +1,14 @@
-"""A result of ``eval.clip_scores`` image by image, as the tabs Compare and Vote look at it; and
-what Compare shows of it: scores per prompt, order, one view, its link.
+"""A result of ``eval.clip_scores`` image by image, for the tabs Compare and Vote.
 
-No files and no widgets. Adapters are called by their labels and prompts by their texts, so that a
-link survives scoring again.
+It has the images with their scores, and what Compare shows of them: scores of each prompt, their
+order, one view, its link. There are no files and no widgets here. Adapters are named by their
+labels and prompts by their texts, so that a link stays valid when the images are scored again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 from urllib.parse import urlencode
@@ -16,15 +16,16 @@ from urllib.parse import urlencode
 from pydantic import TypeAdapter
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.intervals import student_interval
+from bilora_diffusion.core.figures import student_interval
 from eval import compare
-from eval.clip_scores.names import METRICS
 from eval.clip_scores.prompts import Prompt
+from eval.clip_scores.reporting import METRICS
 from eval.table import FILE, Result, Summary
 
 NOTES = {"t2t": "caption", "nearest": "nearest_image"}
-"""Metric -> the fact of an image that is the note beside its value."""
-LARGEST_SEED = 2**53  # where JavaScript's whole numbers end
+"""Metric -> field of `ScoredImage` for the note of its rows."""
+LARGEST_SEED = 2**53
+"""JavaScript has no larger whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ScoringModel:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a result that the viewer shows; a reference is a plain file name."""
+    """The settings of a result that the viewer shows."""
 
     prompts: list[Prompt]
     seeds: list[int]
@@ -61,7 +62,7 @@ Key = tuple[str, str, int]
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A result and what its settings say; what is computed of one can be kept by it."""
+    """A result of scores with its settings; compared by identity, as the key of a cache."""
 
     result: Result
     settings: Settings
@@ -77,35 +78,45 @@ class Scored:
         return [prompt.text for prompt in self.settings.prompts]
 
     def prompt(self, text: str) -> Prompt:
-        """The prompt of a text."""
+        """The prompt with a text."""
         return self.settings.prompts[self.texts.index(text)]
 
     @cached_property
     def images(self) -> dict[Key, ScoredImage]:
         """All images."""
-        images: dict[Key, dict[str, Any]] = {}
+        fields_of_image: dict[Key, dict[str, Any]] = {}
+        # A row of the metric "image" has the file in its note; the other rows have the scores.
         for row in self.result.select("image"):
-            images[row.subject, row.item, row.seed or 0] = {"file": row.note, "scores": {}}
+            key = (row.subject, row.item, row.seed or 0)
+            fields_of_image[key] = {"file": row.note, "scores": {}}
         for row in self.result.rows:
-            image = images.get((row.subject, row.item, row.seed or 0))
-            if image is None or row.value is None:
+            image_fields = fields_of_image.get((row.subject, row.item, row.seed or 0))
+            if image_fields is None or row.value is None:
                 continue
-            image["scores"][row.metric] = row.value
+            image_fields["scores"][row.metric] = row.value
             if row.metric in NOTES:
-                image[NOTES[row.metric]] = row.note
-        return {key: ScoredImage(**image) for key, image in images.items()}
+                image_fields[NOTES[row.metric]] = row.note
+        return {key: ScoredImage(**values) for key, values in fields_of_image.items()}
 
 
 def scored(result: Result) -> Scored:
-    """A result of ``eval.clip_scores``, its parts checked against one another."""
+    """Check a result of ``eval.clip_scores``.
+
+    Raises:
+        UserError: Its settings are damaged, or do not have the adapter, prompt or seed of an image.
+    """
     damaged = f"{FILE} is damaged: run python -m eval.{result.kind} again"
     try:
-        scores = Scored(result, TypeAdapter(Settings).validate_python(result.settings))
+        settings = TypeAdapter(Settings).validate_python(result.settings)
     except ValueError as error:
         raise UserError(damaged) from error
-    is_known = (label in scores.labels and text in scores.texts for label, text, _ in scores.images)
-    seeds = [*scores.settings.seeds, *(seed for _, _, seed in scores.images)]
-    if not all(is_known) or any(abs(seed) > LARGEST_SEED for seed in seeds):
+    scores = Scored(result, settings)
+    seeds = list(settings.seeds)
+    for label, text, seed in scores.images:
+        if label not in scores.labels or text not in scores.texts:
+            raise UserError(damaged)
+        seeds.append(seed)
+    if any(abs(seed) > LARGEST_SEED for seed in seeds):
         raise UserError(damaged)
     return scores
 
@@ -116,18 +127,23 @@ ORDERS = {
     "name": "By name",
     "list": "As in the prompt set",
 }
-"""Orders of the prompts, by the change from the first adapter to the second."""
+"""Orders of the prompts; a gain is a change for the better from the first adapter to the second."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One comparison on the screen; its link has the same parts in the same order.
+    """One comparison on the screen; its link has the same fields in the same order.
 
-    Args:
-        scores: path of the score folder.
-        a, b, also: adapters of the pair, whose change is b minus a, and those shown beside them.
-        metric, order: by which the prompts are listed (:data:`ORDERS`).
-        words: only prompts that contain all of these are listed.
+    Attributes:
+        scores: Path of the score folder.
+        a: Label of the first adapter of the pair.
+        b: Label of the second adapter; the change is b minus a.
+        also: Labels of further adapters that are shown.
+        prompt: Text of the prompt.
+        seed: Seed of the images.
+        metric: Metric of the list of prompts.
+        order: Order of this list, one of `ORDERS`.
+        words: Words that a listed prompt contains, all of them.
     """
 
     scores: str
@@ -142,18 +158,21 @@ class View:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """All that are shown, each once, the pair first."""
+        """Labels of all adapters that are shown, each once, the pair first."""
         return tuple(dict.fromkeys((self.a, self.b, *self.also)))
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt in the list; scores are means over the seeds that both adapters have.
+    """A prompt in the list; its scores are means over the seeds that both adapters have.
 
-    Args:
-        position: its place among the prompts.
-        name: the prompt's instance, where the prompt set says, else its text.
-        tone: of the change, see :func:`tone`.
+    Attributes:
+        position: Place among the prompts.
+        name: Instance of the prompt, if the prompt set has one, else its text.
+        text: Text of the prompt.
+        a: Score of the first adapter.
+        b: Score of the second adapter.
+        tone: Tone of the change, see `tone`.
     """
 
     position: int
@@ -165,118 +184,155 @@ class PromptRow:
 
     @property
     def change(self) -> float | None:
-        """b minus a."""
-        return None if self.a is None or self.b is None else self.b - self.a
+        """b minus a; None without both."""
+        if self.a is None or self.b is None:
+            return None
+        return self.b - self.a
 
 
 def metrics(result: Scored) -> list[str]:
-    """Scores that any image has, in their usual order."""
-    measured = {name for image in result.images.values() for name in image.scores}
+    """Metrics that any image has, in their usual order."""
+    measured: set[str] = set()
+    for image in result.images.values():
+        measured |= image.scores.keys()
     return [name for name in METRICS if name in measured]
 
 
 def times_100(value: float | None) -> str:
-    """A cosine as it is shown; a dash where there is none."""
+    """A cosine times 100; a dash for None."""
     return "–" if value is None else f"{100 * value:.2f}"
 
 
-def tone(line: Summary | None) -> str:
-    """A difference as "up" (better), "down", or "even", which chance alone explains."""
-    metric_entry = METRICS.get(line.metric) if line else None
-    judged = compare.verdict(line, metric_entry.higher_is_better) if line and metric_entry else None
-    return {compare.BETTER: "up", compare.WORSE: "down"}.get(judged or "", "even")
+def tone(difference: Summary | None) -> str:
+    """A difference as "up" (better), "down" (worse), or "even", which chance alone explains."""
+    if difference is None or difference.metric not in METRICS:
+        return "even"
+    verdict = compare.verdict(difference, METRICS[difference.metric].higher_is_better)
+    return {compare.BETTER: "up", compare.WORSE: "down"}.get(verdict or "", "even")
 
 
 @lru_cache(maxsize=16)
 def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
-    """All prompts with the pair's scores, in the prompt set's order."""
-    values = [row for row in result.result.select(metric) if row.value is not None]
-    seeds = {(row.subject, row.item, row.seed) for row in values}
+    """All prompts that have images, with the pair's scores, in the prompt set's order."""
+    measured_rows = [row for row in result.result.select(metric) if row.value is not None]
+    measured = {(row.subject, row.item, row.seed) for row in measured_rows}
 
-    def counts(item: str, seed: int | None) -> bool:
-        # A seed that one of the two lacks would make the difference one of noise.
-        return (a, item, seed) in seeds and (b, item, seed) in seeds
+    def is_paired(item: str, seed: int | None) -> bool:
+        return (a, item, seed) in measured and (b, item, seed) in measured
 
-    paired = {row.item for row in values if counts(row.item, row.seed)}
-    values = [
-        replace(row, group=row.subject)
-        for row in values
-        if row.subject in (a, b) and (row.item not in paired or counts(row.item, row.seed))
-    ]
-    summaries = compare.summaries(values, a, interval=student_interval)
-    lines = {(s.group, s.item): s for s in summaries}
+    # The difference is over the seeds that both adapters have: another seed's noise would be in it.
+    # A prompt without such a seed has the scores all the same.
+    paired_items = {row.item for row in measured_rows if is_paired(row.item, row.seed)}
+    pair_rows = []
+    for row in measured_rows:
+        counts = row.item not in paired_items or is_paired(row.item, row.seed)
+        if row.subject in (a, b) and counts:
+            pair_rows.append(replace(row, group=row.subject))
+    summaries = {}
+    for summary in compare.summaries(pair_rows, a, interval=student_interval):
+        summaries[summary.group, summary.item] = summary
 
-    def row(text: str) -> PromptRow:
-        line_a, line_b = lines.get((a, text)), lines.get((b, text))
-        return PromptRow(
+    texts_with_image = {text for _, text, _ in result.images}
+    prompt_rows = []
+    for text in dict.fromkeys(result.texts):
+        if text not in texts_with_image:
+            continue
+        summary_a = summaries.get((a, text))
+        summary_b = summaries.get((b, text))
+        row = PromptRow(
             position=result.texts.index(text),
             name=result.prompt(text).instance or text,
             text=text,
-            a=line_a.mean if line_a else None,
-            b=line_b.mean if line_b else None,
-            tone=tone(line_b),
+            a=summary_a.mean if summary_a else None,
+            b=summary_b.mean if summary_b else None,
+            tone=tone(summary_b),
         )
-
-    with_image = {text for _, text, _ in result.images}
-    return [row(text) for text in dict.fromkeys(result.texts) if text in with_image]
+        prompt_rows.append(row)
+    return prompt_rows
 
 
 def listed(view: View, result: Scored) -> list[PromptRow]:
-    """The prompts of a view, sorted and filtered; those without a score come last.
+    """The prompts of a view, filtered and sorted; those without a score come last.
 
     A gain is a change for the better: for memorization, where lower is better, a decrease.
     """
     words = view.words.casefold().split()
-    matching = [
-        row
-        for row in rows(result, view.a, view.b, view.metric)
-        if all(word in row.text.casefold() for word in words)
-    ]
-    metric_entry = METRICS.get(view.metric)
-    sign = -1 if metric_entry is not None and metric_entry.higher_is_better is False else 1
-    sign = -sign if view.order == "gain" else sign
-    keys = {
-        "name": lambda row: row.name.casefold(),
-        "list": lambda row: 0,
-        "gain": lambda row: (row.change is None, sign * (row.change or 0.0), row.name.casefold()),
-    }
-    return sorted(matching, key=keys.get(view.order, keys["gain"]))
+    matching_rows = []
+    for row in rows(result, view.a, view.b, view.metric):
+        text = row.text.casefold()
+        if all(word in text for word in words):
+            matching_rows.append(row)
+    if view.order == "list":
+        return matching_rows
+    if view.order == "name":
+        return sorted(matching_rows, key=lambda row: row.name.casefold())
+
+    metric = METRICS.get(view.metric)
+    lower_is_better = metric is not None and metric.higher_is_better is False
+    # Rows are sorted upwards, so that the largest gain is the lowest product.
+    sign = -1 if lower_is_better else 1
+    if view.order == "gain":
+        sign = -sign
+
+    def rank(row: PromptRow) -> tuple[bool, float, str]:
+        return row.change is None, sign * (row.change or 0.0), row.name.casefold()
+
+    return sorted(matching_rows, key=rank)
 
 
-def neighbour(listed: Sequence[PromptRow], prompt: str, step: int) -> str:
-    """The prompt ``step`` rows on, at most the last or first; the first when it is not listed."""
-    order = [row.text for row in listed]
-    if prompt not in order:
-        return order[0] if order else prompt
-    return order[min(max(order.index(prompt) + step, 0), len(order) - 1)]
+def neighbour(prompt_rows: Sequence[PromptRow], prompt: str, step: int) -> str:
+    """The prompt `step` rows on, at most the last or the first; the first for one not listed."""
+    texts = [row.text for row in prompt_rows]
+    if prompt not in texts:
+        return texts[0] if texts else prompt
+    position = texts.index(prompt) + step
+    return texts[min(max(position, 0), len(texts) - 1)]
 
 
 def first_view(scores: str, result: Scored) -> View:
-    """The view before anything is chosen: the first two adapters, the largest gain."""
-    with_image = {label for label, _, _ in result.images}
-    labels = [label for label in result.labels if label in with_image] or result.labels
-    a, b = (labels * 2)[:2]
-    metric, seeds = next(iter(metrics(result)), "i2t"), result.settings.seeds or [0]
-    view = View(scores, a, b, tuple(labels[2:4]), next(iter(result.texts), ""), seeds[0], metric)
-    order = listed(view, result)
-    return replace(view, prompt=order[0].text) if order else view
+    """The view before anything is chosen: the first two adapters, and the largest gain."""
+    labels_with_image = {label for label, _, _ in result.images}
+    labels = [label for label in result.labels if label in labels_with_image] or result.labels
+    view = View(
+        scores,
+        a=labels[0],
+        b=labels[1] if len(labels) > 1 else labels[0],
+        also=tuple(labels[2:4]),
+        prompt=next(iter(result.texts), ""),
+        seed=next(iter(result.settings.seeds), 0),
+        metric=next(iter(metrics(result)), "i2t"),
+    )
+    prompt_rows = listed(view, result)
+    if not prompt_rows:
+        return view
+    return replace(view, prompt=prompt_rows[0].text)
 
 
 def link(view: View) -> str:
-    """The query that reopens a view, such as ``?scores=...&a=...&b=...&prompt=...&seed=...``."""
-    words = {field.name: getattr(view, field.name) for field in fields(View)}
-    words |= {"also": ",".join(view.also), "seed": str(view.seed)}
-    return "?" + urlencode({key: value for key, value in words.items() if value})
+    """The query that opens a view, such as ``?scores=...&a=...&b=...&prompt=...&seed=...``."""
+    words = {}
+    for name, value in vars(view).items():
+        word = ",".join(view.also) if name == "also" else str(value)
+        if word:
+            words[name] = word
+    return "?" + urlencode(words)
 
 
 def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View, list[str]]:
-    """The view of a score folder that a :func:`link` asks for, of which every part may be missing;
-    and a sentence for each part that is not there (any more).
+    """Read the view of a `link`, of which every part may be missing.
+
+    Args:
+        query: Parts of the link.
+        scores: Path of the score folder.
+        result: Its scores.
+
+    Returns:
+        The view, and a sentence for each part that is not there (any more).
     """
-    first, missing = first_view(scores, result), []
+    first = first_view(scores, result)
     also = first.also
     if "a" in query:
-        # Labels may hold commas, so they are looked for and the text is not cut apart.
+        # Labels may have commas in them, so each label is searched in the text.
         labels_of_link = f",{query.get('also', '')},"
         also = tuple(label for label in result.labels if f",{label}," in labels_of_link)
     choices: dict[str, Sequence[str]] = {
@@ -287,10 +343,17 @@ def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View,
         "metric": metrics(result),
         "order": list(ORDERS),
     }
-    parts = {key: query[key] for key in choices if key in query}
-    for key in [key for key, value in parts.items() if value not in choices[key]]:
-        missing.append(f'The link names "{parts.pop(key)}" as {key}, which is not there.')
-    seed = int(parts.pop("seed", first.seed))
-    view = replace(first, **parts, seed=seed, words=query.get("words", ""))
+    values: dict[str, Any] = {}
+    faults = []
+    for key, choice in choices.items():
+        if key not in query:
+            continue
+        if query[key] in choice:
+            values[key] = query[key]
+        else:
+            faults.append(f'The link names "{query[key]}" as {key}, which is not there.')
+    if "seed" in values:
+        values["seed"] = int(values["seed"])
+    view = replace(first, **values, words=query.get("words", ""))
     also = tuple(label for label in also if label not in (view.a, view.b))
-    return replace(view, also=also), missing
+    return replace(view, also=also), faults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,11 +16,12 @@ from bilora_diffusion.core.files import bytes_for_people, duration
 from bilora_diffusion.run.folder import FIT_RECORD
 from bilora_diffusion.run.record import METRICS, RUN, read_metrics, read_run, read_search
 from bilora_diffusion.train.search.halving import BUDGET
+from eval.subjects import differing_options
 
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET, Update
-from .runs import Progress, RunItem, ordered, progress, short
+from .runs import Progress, RunItem, ordered, progress
 from .training_data import (
     COLORS,
     TITLES,
@@ -28,24 +30,32 @@ from .training_data import (
     TrainingRun,
     ceiling,
     charts,
-    differing_settings,
     legend,
     radii,
     table,
 )
 
 TICK_SECONDS = 3.0
-CHOSEN = 4  # runs that are shown before any is chosen
+FIRST_RUNS = 4
+"""Runs that are shown before any is chosen."""
 WINDOW = 25
+"""Steps of the running mean at first."""
+FOLDER_SETTINGS = ("output_dir", "logging_dir")
+"""Settings that differ between any two runs."""
+SETTING_WIDTH = 60
+"""Characters of a setting's value."""
 
 
 def cards(runs: Sequence[TrainingRun]) -> tuple[str, str]:
-    """The state of each run, as HTML, and the legend of the plots."""
+    """The state of each run, and the legend of the plots, as HTML."""
     items = names = ""
     for run in runs:
-        name, status = escape(run.run.name), escape(run.state.status)
-        text = "".join(f'<div class="line">{escape(line)}</div>' for line in _lines(run))
+        name = escape(run.run.name)
+        status = escape(run.state.status)
         color = f'style="--line: {COLORS[run.color]}"'
+        text = ""
+        for line in _lines(run):
+            text += f'<div class="line">{escape(line)}</div>'
         items += (
             f'<li class="{status}" {color}><span class="state">{status}</span>'
             f"<b>{name}</b>{text}</li>"
@@ -55,55 +65,100 @@ def cards(runs: Sequence[TrainingRun]) -> tuple[str, str]:
 
 
 def _lines(run: TrainingRun) -> list[str]:
-    state, config = run.state, run.run.record["config"]
+    """Lines of a run's card: radius and search, progress, and the reason of a fault."""
+    state = run.state
     if not run.is_readable:
         return [state.reason]
-    steps = f"{state.steps} of {state.total} steps" if state.total else f"{state.steps} steps"
-    facts = [steps, duration(state.wall_seconds)] if state.steps or not run.fit else []
+    config = run.run.record["config"]
+    settings = []
+    if radii([run]):
+        rho = config["rho"]  # a number, or "auto"
+        text = f"ρ {rho}" if isinstance(rho, str) else f"ρ {rho:g}"
+        norm = config.get("rho_norm", "scaled")
+        if norm != "scaled":
+            text += f", {norm} norm"
+        settings.append(text)
+    if run.fit:
+        settings.append(_search_line(run))
+    facts = []
+    if state.steps or not run.fit:  # before a search has ended there are no steps of the run
+        steps = f"{state.steps} steps"
+        if state.total:
+            steps = f"{state.steps} of {state.total} steps"
+        facts = [steps, duration(state.wall_seconds)]
     if state.left_seconds:
         facts.append(f"about {duration(state.left_seconds)} left")
     if state.peak_memory_bytes:
         facts.append(f"peak {bytes_for_people(state.peak_memory_bytes)}")
-    about = []
-    if radii([run]):
-        norm = config.get("rho_norm", "scaled")
-        about.append(f"ρ {short(config['rho'])}" + ("" if norm == "scaled" else f", {norm} norm"))
-    if run.fit:
-        choice, budget = run.fit["choice"], config.get("fit_budget") or BUDGET * (state.total or 0)
-        title = f"{choice['title']}, {choice['steps']} steps" if choice else "still searching"
-        limit = f" of at most {budget:,}" if budget and not choice else ""
-        count = len(run.fit["runs"])
-        about.append(f"--fit: {title} ({count} runs, {run.fit['spent']:,}{limit} steps)")
-    lines = [" · ".join(about), " · ".join(facts), state.reason]
+    lines = [" · ".join(settings), " · ".join(facts), state.reason]
     return [line for line in lines if line]
 
 
+def _search_line(run: TrainingRun) -> str:
+    """The choice of a run's search, or how far it is."""
+    choice = run.fit["choice"]
+    budget = run.run.record["config"].get("fit_budget") or BUDGET * (run.state.total or 0)
+    title = "still searching"
+    limit = ""
+    if choice:
+        title = f"{choice['title']}, {choice['steps']} steps"
+    elif budget:
+        limit = f" of at most {budget:,}"
+    count = len(run.fit["runs"])
+    return f"--fit: {title} ({count} runs, {run.fit['spent']:,}{limit} steps)"
+
+
+def differing_settings(runs: Sequence[TrainingRun]) -> dict[str, list[str]]:
+    """Settings that differ between the runs, with the value of each run as text."""
+    configs = [run.run.record["config"] for run in runs]
+    texts_by_name = {}
+    for name, values in differing_options(configs).items():
+        if name in FOLDER_SETTINGS:
+            continue
+        texts = []
+        for value in values:
+            text = "–" if value is None else str(value)
+            texts.append(textwrap.shorten(text, SETTING_WIDTH))
+        texts_by_name[name] = texts
+    return texts_by_name
+
+
 def settings(runs: Sequence[TrainingRun]) -> str:
-    """The settings that differ between the runs, as HTML; "" where none does."""
+    """The settings that differ between the runs, as HTML; "" if none does."""
     rows = ""
     for name, values in differing_settings(runs).items():
-        cells = "".join(f"<td>{escape(value)}</td>" for value in values)
-        rows += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+        rows += f'<tr><th scope="row">{escape(name)}</th>'
+        for value in values:
+            rows += f"<td>{escape(value)}</td>"
+        rows += "</tr>"
     if not rows:
         return ""
-    names = "".join(f'<th scope="col">{escape(run.run.name)}</th>' for run in runs)
+    names = ""
+    for run in runs:
+        names += f'<th scope="col">{escape(run.run.name)}</th>'
     return (
         "<details><summary>Settings that differ</summary>"
         f'<div class="scroll"><table><tr><th></th>{names}</tr>{rows}</table></div></details>'
     )
 
 
-def look(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
-    """The properties of a plot with these lines; one without a value is hidden."""
+def plot_properties(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
+    """Properties of a plot: colours and limits; a plot without values is hidden.
+
+    Args:
+        lines: Lines of the plot.
+        values: Values of all points.
+    """
     if not values:
         return {"visible": False}
-    top, colors = ceiling(values), {line.name: line.color for line in lines if line.points}
+    colors = {line.name: line.color for line in lines if line.points}
+    top = ceiling(values)
     limits = None if top is None else [None, top]
     return {"visible": True, "color_map": colors, "y_lim": limits}
 
 
 def legend_html(lines: Sequence[Line]) -> str:
-    """The legend of a plot; its strokes get their dashes by the same rules as the plot's lines."""
+    """The legend of a plot. ``style.css`` dashes its strokes by the same rules as the lines."""
     entries = ""
     for name, color in legend(lines):
         sample = f'<svg width="28" height="8"><path d="M0 4h28" stroke="{color}"/></svg>'
@@ -112,14 +167,28 @@ def legend_html(lines: Sequence[Line]) -> str:
 
 
 def _plot(name: str) -> gr.LinePlot:
+    """The widget of a plot, which is hidden at first."""
     title, caption = TITLES[name]
-    axes: dict[str, Any] = {"x": "step", "y": "value", "color": "run", "colors_in_legend": []}
-    place: dict[str, Any] = {"elem_id": f"training-{name}", "min_width": 320, "visible": False}
-    return gr.LinePlot(**axes, **place, label=title, caption=caption)
+    return gr.LinePlot(
+        x="step",
+        y="value",
+        color="run",
+        colors_in_legend=[],  # the page has a legend of its own
+        label=title,
+        caption=caption,
+        elem_id=f"training-{name}",
+        min_width=320,
+        visible=False,
+    )
 
 
 class Tab:
-    """The widgets, and what happens when they are used."""
+    """The tab Training: its widgets and their events.
+
+    Args:
+        catalog: Folders of the viewer.
+        changed: Event after which the list of runs is filled.
+    """
 
     def __init__(self, catalog: Catalog, changed: Any) -> None:
         self.catalog = catalog
@@ -144,9 +213,11 @@ class Tab:
                     label="Running mean over steps",
                     min_width=200,
                 )
+            # States, settings and colours of the runs.
             self.cards = parts.html("training-cards")
             self.settings = parts.html("training-settings")
             self.legend = parts.html("training-legend")
+            # All plots; those without values are hidden.
             self.plots: dict[str, gr.LinePlot] = {}
             self.legends: dict[str, gr.HTML] = {}
             with gr.Row(elem_id="training-plots"):
@@ -154,22 +225,29 @@ class Tab:
                     with gr.Column(min_width=320):
                         self.plots[name] = _plot(name)
                         if name in WITH_LEGEND:
-                            place = f"training-{name}-legend"
-                            self.legends[name] = parts.html(place, visible=False)
-        self.last_state, self.looks = gr.State(None), gr.State([])
-        chosen, outputs = [self.runs, window], [self.cards, self.legend]
-        outputs += [self.settings, self.last_state, self.looks]
+                            self.legends[name] = parts.html(
+                                f"training-{name}-legend", visible=False
+                            )
+        self.last_state = gr.State(None)
+        self.properties = gr.State([])  # of each plot
+        inputs = [self.runs, window]
+        outputs = [self.cards, self.legend, self.settings, self.last_state, self.properties]
         outputs += [*self.plots.values(), *self.legends.values()]
         changed(self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
-        gr.on([self.runs.change, window.release], self._draw, chosen, outputs, **QUIET)
-        # After the values: a plot that gets both at once keeps the old values in the new colours.
-        plots = [*self.plots.values()]
-        self.looks.change(
-            lambda looks: [gr.update(**look) for look in looks], self.looks, plots, **QUIET
+        gr.on([self.runs.change, window.release], self._draw, inputs, outputs, **QUIET)
+        # An event after that of the values: a plot that gets both at once keeps the old values in
+        # the new colours.
+        plots = list(self.plots.values())
+        self.properties.change(
+            lambda properties: [gr.update(**plot) for plot in properties],
+            self.properties,
+            plots,
+            **QUIET,
         )
-        gr.Timer(TICK_SECONDS).tick(self._draw, [*chosen, self.last_state], outputs, **QUIET)
+        gr.Timer(TICK_SECONDS).tick(self._draw, [*inputs, self.last_state], outputs, **QUIET)
 
     def _load(self, chosen: Sequence[str] | None) -> Update:
+        """Fill the list of runs, and choose new ones that are going on."""
         runs = sorted(
             self.catalog.scan.runs, key=lambda run: str(run.record.get("started_at")), reverse=True
         )
@@ -178,61 +256,80 @@ class Tab:
             return {self.notice: parts.notice(text)}
         paths = {run.path for run in runs}
         selection = [path for path in chosen or [] if path in paths]
-        if selection:  # runs that are going on join those that are still there
-            running = [run.path for run in runs if run.status == "running"]
-            new = [path for path in running if path not in selection]
-            selection += new[: len(COLORS) - len(selection)]
+        if selection:
+            # Runs that have begun since then join the chosen ones.
+            for run in runs:
+                has_room = len(selection) < len(COLORS)
+                if has_room and run.status == "running" and run.path not in selection:
+                    selection.append(run.path)
         else:
-            latest = sorted(runs, key=lambda run: run.status != "running")[:CHOSEN]
-            selection = [run.path for run in ordered(latest)]
-        # What is the same is not sent: someone may be choosing just now.
-        value: dict[str, Any] = {} if selection == chosen else {"value": selection}
+            # Running ones first, then the latest.
+            first_runs = sorted(runs, key=lambda run: run.status != "running")[:FIRST_RUNS]
+            selection = [run.path for run in ordered(first_runs)]
+        properties: dict[str, Any] = {"choices": [(run.name, run.path) for run in runs]}
+        # An unchanged selection is not sent, since the user may be choosing at this moment.
+        if selection != chosen:
+            properties["value"] = selection
         return {
             self.notice: parts.notice(""),
             self.body: gr.update(visible=True),
-            self.runs: gr.update(choices=[(run.name, run.path) for run in runs], **value),
+            self.runs: gr.update(**properties),
         }
 
     def _draw(self, paths: Sequence[str] | None, window: int, last_state: Any = None) -> Update:
-        """The chosen runs as they are now; nothing where all is as in the last state."""
+        """Update of cards and plots; nothing if the runs are as in the last state."""
         runs = []
         for color, path in enumerate((paths or [])[: len(COLORS)]):
             runs.append(self._read(path, color))
-        fits = [(run.fit.get("spent"), len(run.fit.get("runs", ()))) for run in runs]
-        state = window, fits, [(run.run.name, len(run.rows), run.state) for run in runs]
-        if state == last_state:
+        states: list[Any] = [window]
+        for run in runs:
+            search_size = (run.fit.get("spent"), len(run.fit.get("runs", ())))
+            states.append((run.run.name, len(run.rows), run.state, search_size))
+        if states == last_state:
             return {self.cards: gr.skip()}
-        looks: list[dict[str, Any]] = []
-        update: Update = dict(zip((self.cards, self.legend), cards(runs), strict=True))
-        update |= {self.settings: settings(runs), self.last_state: state, self.looks: looks}
-        for name, lines in charts([run for run in runs if run.is_readable], int(window)).items():
+        card_list, names = cards(runs)
+        properties: list[dict[str, Any]] = []
+        update: Update = {
+            self.cards: card_list,
+            self.legend: names,
+            self.settings: settings(runs),
+            self.last_state: states,
+            self.properties: properties,
+        }
+        readable_runs = [run for run in runs if run.is_readable]
+        for name, lines in charts(readable_runs, int(window)).items():
             frame = table(lines)
-            looks.append(look(lines, frame["value"].tolist()))
+            properties.append(plot_properties(lines, frame["value"].tolist()))
             update[self.plots[name]] = gr.skip() if frame.empty else frame
             if name in self.legends:
                 update[self.legends[name]] = parts.notice(legend_html(lines))
         return update
 
     def _read(self, path: str, color: int) -> TrainingRun:
-        missing_run = RunItem(path, path, {"config": {}}, None)
-        run = next((run for run in self.catalog.scan.runs if run.path == path), missing_run)
+        """A run as it is now, or with the reason why it can't be read."""
+        run = RunItem(path, path, {"config": {}}, None)  # of a folder that is gone
+        for item in self.catalog.scan.runs:
+            if item.path == path:
+                run = item
         try:
             folder = self.catalog.resolve(path)
             record_file = self.catalog.resolve(f"{path}/{RUN}")
             metrics_file = self.catalog.resolve(f"{path}/{METRICS}")
-            record, rows = read_run(folder), []
+            record = read_run(folder)
+            rows = []
             last_written = record_file.stat().st_mtime
             if metrics_file.exists():
                 rows = self.catalog.cached(metrics_file, partial(read_metrics, folder))
                 last_written = max(last_written, metrics_file.stat().st_mtime)
             state = progress(record, rows, last_written)
+            fit = {}
             try:
                 fit = read_search(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
             except UserError as error:
                 # The run itself is whole: only the curves of its search are missing.
-                fit, state = {}, replace(state, reason=state.reason or self.catalog.plain(error))
+                state = replace(state, reason=state.reason or self.catalog.plain(error))
             return TrainingRun(replace(run, record=record), color, rows, state, fit)
-        except Exception as error:  # whatever is in one folder, the other runs stay
+        except Exception as error:  # whatever is in one folder, the other runs are shown
             reason = self.catalog.plain(error)
             state = Progress("failed", reason, 0, None, 0.0, None, 0)
             return TrainingRun(run, color, [], state, is_readable=False)

@@ -3,16 +3,14 @@
     for name, lines in charts(runs, window=25).items():
         TITLES[name], table(lines)
 
-Colours are of runs, the same in every plot; what stands behind (each step's loss, the training set)
-is faint, and what belongs to no run is grey. In the plots of :data:`WITH_LEGEND` colours are of
-concepts or configurations, and runs differ by their dashes.
+A run has one colour in all plots. Lines in the background (each step's loss, the training set) are
+faint, and lines of no run are grey. In the plots of `WITH_LEGEND` concepts or configurations have
+colours, and runs differ by their dashes.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +21,6 @@ import pandas as pd
 from bilora_diffusion.image.loss import BY_LEVEL
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
-from eval.subjects import differing_options
 
 from .runs import CONTROL, Progress, RunItem
 
@@ -36,29 +33,44 @@ COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7
 GREY = "#808890"
 """Colour of lines that belong to no run."""
 LABEL_COLORS = (
-    *("#3b82f6", "#ef4444", "#16a34a", "#8b5cf6", "#d97706", "#8d6e63", "#c0568f", "#0891b2"),
+    "#3b82f6",
+    "#ef4444",
+    "#16a34a",
+    "#8b5cf6",
+    "#d97706",
+    "#8d6e63",
+    "#c0568f",
+    "#0891b2",
 )
 """Colours of concepts and configurations, of the same contrast."""
-FAINT, WIDE = "80", "c0"
-"""Opacity of a faint line, and of the control's, upon which others are often drawn; by these ends
-of a colour ``style.css`` knows them, and draws them thin and broad.
-"""
+# The last two digits of a colour are its opacity. By them ``style.css`` knows the kind of a line.
+FAINT = "80"
+"""Opacity of a faint line, which is thin."""
+WIDE = "c0"
+"""Opacity of the control's line, which is broad, since others often lie on it."""
 DASHES = ("", "fe", "fd", "fc")
+"""Opacity of a line that is solid, dashed, dotted, or dashed and dotted, by the run's number."""
 BROAD_DASHES = ("fb", "fa", "f9", "f8")
-"""Such ends of a line that is solid, dashed, dotted, or dashed and dotted, by the run's place."""
+"""The same of a broad line."""
 WITH_LEGEND = ("concepts", "fit")
 OTHER_LABEL = "other configurations"
 LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
-MOST_POINTS = 400  # of one line, about
-FOLDER_SETTINGS = ("output_dir", "logging_dir")
-"""Settings that differ between any two runs."""
-SETTING_WIDTH = 60
+"""Column of the held-out loss at one noise level."""
+MOST_POINTS = 400
+"""Points of a line, about."""
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A chosen run as it is now; ``color`` is a place among :data:`COLORS`. One that is not
-    readable has the reason in its state.
+    """A chosen run as it is now.
+
+    Attributes:
+        run: Its folder.
+        color: Number among `COLORS`.
+        rows: Rows of its log.
+        state: Its progress; the reason of a run that can't be read.
+        fit: Record of its search, if it has one.
+        is_readable: True if record and log could be read.
     """
 
     run: RunItem
@@ -68,20 +80,27 @@ class TrainingRun:
     fit: Row = field(default_factory=dict)
     is_readable: bool = True
 
-    def line(self, points: Points, faint: str = "") -> Line:
-        """A line of this run; ``faint`` names a faint one."""
-        name = f"{self.run.name}, {faint}" if faint else self.run.name
-        end = FAINT if faint else WIDE if self.run.method == CONTROL else ""
-        return Line(name, points, COLORS[self.color] + end)
+    def line(self, points: Points) -> Line:
+        """A line of this run."""
+        opacity = WIDE if self.run.method == CONTROL else ""
+        return Line(self.run.name, points, COLORS[self.color] + opacity)
+
+    def faint_line(self, points: Points, title: str) -> Line:
+        """A line in the background, with a title beside the run's name."""
+        return Line(f"{self.run.name}, {title}", points, COLORS[self.color] + FAINT)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve with the name that is shown where a pointer is on it.
+    """A curve.
 
-    Args:
-        label, run: names of its colour and of its dashes, in a plot with a legend.
-        is_broad: drawn broad there.
+    Attributes:
+        name: Name that is shown where the pointer is on it.
+        points: Its points.
+        color: Colour, with the opacity that gives its kind.
+        label: Name of the colour in a legend.
+        run: Name of the dashes in a legend.
+        is_broad: True for a broad line, in a plot with a legend.
     """
 
     name: str
@@ -92,19 +111,8 @@ class Line:
     is_broad: bool = False
 
 
-def differing_settings(runs: Sequence[TrainingRun]) -> dict[str, list[str]]:
-    """The settings that the runs do not share: each one's value in every run, as text."""
-    configs = [run.run.record["config"] for run in runs]
-    result = {}
-    for name, values in differing_options(configs).items():
-        if name not in FOLDER_SETTINGS:
-            texts = ["–" if value is None else str(value) for value in values]
-            result[name] = [textwrap.shorten(text, SETTING_WIDTH) for text in texts]
-    return result
-
-
 def series(rows: Sequence[Row], key: str) -> Points:
-    """A metric over the steps; rows without it, or with null for a non-finite number, left out."""
+    """A metric over the steps, without rows that lack it or have null for a non-finite number."""
     points = []
     for row in rows:
         if type(row.get(key)) in (int, float):  # and not bool, which is an int
@@ -113,29 +121,29 @@ def series(rows: Sequence[Row], key: str) -> Points:
 
 
 def smooth(points: Points, window: int) -> Points:
-    """The mean of each value and up to ``window - 1`` values before it."""
+    """The mean of each value and up to `window - 1` values before it."""
     values = pd.Series([value for _, value in points], dtype=float)
     means = values.rolling(max(1, window), min_periods=1).mean()
     return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
 
 
 def thin(points: Points, limit: int = MOST_POINTS) -> Points:
-    """At most about ``limit`` points: the lowest and the highest of equal stretches of steps.
+    """Thin a curve out to about `limit` points, such that its length and its peaks stay.
 
-    The first and the last point stay, so a curve keeps its length and its peaks.
+    These are the first and the last point, and the lowest and the highest of equal stretches.
     """
     if len(points) <= limit:
         return points
     chosen = {0, len(points) - 1}
     values = np.asarray([value for _, value in points])
-    # The lowest and the highest point of each stretch stay.
-    for stretch in np.array_split(np.arange(len(points)), limit // 2):
-        chosen |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
-    return [points[index] for index in sorted(chosen)]
+    for stretch in np.array_split(np.arange(len(points)), limit // 2):  # numbers of points
+        chosen.add(int(stretch[values[stretch].argmin()]))
+        chosen.add(int(stretch[values[stretch].argmax()]))
+    return [points[number] for number in sorted(chosen)]
 
 
 def table(lines: Sequence[Line]) -> pd.DataFrame:
-    """The points of lines by "step", "value" (of five digits) and "run"."""
+    """Points of lines as rows with "step", "value" (of five digits) and "run" (the line's name)."""
     rows = []
     for line in lines:
         for step, value in thin(line.points):
@@ -144,29 +152,43 @@ def table(lines: Sequence[Line]) -> pd.DataFrame:
 
 
 def ceiling(values: Sequence[float]) -> float | None:
-    """End of the vertical axis that cuts rare peaks off; None where none stands out."""
-    low, near, high = np.quantile(values, [0, 0.99, 1])
-    outstanding = len(values) > 50 and high - low > 3 * (near - low) > 0
-    return float(near + 0.06 * (near - low)) if outstanding else None
+    """End of the vertical axis that cuts off rare peaks; None if there are none."""
+    low, usual_high, high = np.quantile(values, [0, 0.99, 1])
+    usual_range = usual_high - low
+    # One of a hundred values is above `usual_high`; of fewer than 50 any may be.
+    has_peaks = len(values) > 50 and high - low > 3 * usual_range > 0
+    if not has_peaks:
+        return None
+    return float(usual_high + 0.06 * usual_range)
 
 
 def curves(
-    runs: Sequence[TrainingRun], key: str, window: int = 1, behind: tuple[str, str] | None = None
+    runs: Sequence[TrainingRun],
+    key: str,
+    window: int = 1,
+    background: tuple[str, str] | None = None,
 ) -> list[Line]:
-    """The running mean of one key of the log.
+    """The running mean of a metric, for each run.
 
     Args:
-        behind: a key that is drawn faint behind it, and its name in the plot.
+        runs: Runs with the metric in their logs.
+        key: Name of the metric.
+        window: Steps of the mean.
+        background: Name of a metric whose faint lines lie behind, and its title in the plot.
     """
-    lines = [run.line(smooth(series(run.rows, key), window)) for run in runs]
-    if behind is None:
-        return lines
-    return [*(run.line(series(run.rows, behind[0]), behind[1]) for run in runs), *lines]
+    lines = []
+    if background is not None:
+        background_key, title = background
+        lines = [run.faint_line(series(run.rows, background_key), title) for run in runs]
+    for run in runs:
+        lines.append(run.line(smooth(series(run.rows, key), window)))
+    return lines
 
 
 def differences(runs: Sequence[TrainingRun], key: str, window: int = 1) -> list[Line]:
-    """Each run minus plain LoRA of the same seed on the same data, step by step: such runs see the
-    same noise.
+    """Each run minus plain LoRA of the same seed on the same data, step by step.
+
+    Such runs see the same samples with the same noise in each step.
     """
     controls: dict[tuple[Any, ...], TrainingRun] = {}
     for run in runs:
@@ -187,88 +209,105 @@ def differences(runs: Sequence[TrainingRun], key: str, window: int = 1) -> list[
 
 
 def _pairing(run: RunItem) -> tuple[Any, ...]:
+    """Key that runs share which see the same samples and noise."""
     return run.seed, run.is_text, run.data_hash
 
 
 def over_zero(lines: list[Line], name: str) -> list[Line]:
-    """The lines, and behind them one at 0."""
-    steps = [step for line in lines for step, _ in line.points]
-    ends = (min(steps), max(steps)) if steps else ()
-    return [Line(name, [(step, 0.0) for step in ends]), *lines]
+    """The lines, and behind them one at 0, of their length."""
+    steps = []
+    for line in lines:
+        steps += [step for step, _ in line.points]
+    zero_points: Points = []
+    if steps:
+        zero_points = [(min(steps), 0.0), (max(steps), 0.0)]
+    return [Line(name, zero_points), *lines]
 
 
 def by_level(rows: Sequence[Row]) -> Points:
     """Held-out loss at each noise level: the last measurement minus the first."""
-    measured = [row for row in rows if "heldout_loss" in row] or [{}]
-    first, last = measured[0], measured[-1]
+    measured_rows = [row for row in rows if "heldout_loss" in row]
+    if not measured_rows:
+        return []
+    first = measured_rows[0]
+    last = measured_rows[-1]
     points = []
     for key, value in last.items():
-        level, start = LEVEL.fullmatch(key), first.get(key)
-        if level and value is not None and start is not None:
-            points.append((int(level[1]), value - start))
+        match = LEVEL.fullmatch(key)
+        first_value = first.get(key)
+        if match and value is not None and first_value is not None:
+            points.append((int(match[1]), value - first_value))
     return points
 
 
 def by_concept(runs: Sequence[TrainingRun]) -> list[Line]:
-    """The held-out loss of each concept of each run."""
+    """The held-out loss of each concept, for each run."""
     lines = []
     for run in runs:
-        for key in dict.fromkeys(itertools.chain(*run.rows)):
-            concept, points = key.removeprefix(BY_CONCEPT), series(run.rows, key)
-            if concept != key and points:
+        keys: dict[str, None] = {}  # in the order in which they come
+        for row in run.rows:
+            keys |= dict.fromkeys(row)
+        for key in keys:
+            points = series(run.rows, key)
+            if key.startswith(BY_CONCEPT) and points:
+                concept = key.removeprefix(BY_CONCEPT)
                 name = f"{run.run.name}, {concept}"
                 lines.append(Line(name, points, label=concept, run=run.run.name))
     return colored(lines)
 
 
 def of_fits(runs: Sequence[TrainingRun]) -> list[Line]:
-    """The held-out losses of each search up to twice its lowest; broad: the choice, or the lowest
-    while there is none.
+    """The held-out losses of each run's search, up to twice the lowest one.
+
+    The line of the choice is broad; while there is no choice, that of the lowest loss.
     """
     lines = []
     for run in runs:
-        searched = []
+        curves_of_search = []
+        lowest: dict[str, float] = {}  # loss of each configuration
         for candidate in run.fit.get("runs", ()):
-            both = zip(candidate["steps"], candidate["losses"], strict=True)
-            points = [(step, value) for step, value in both if step and value is not None]
+            title = candidate["title"]
+            points = []
+            for step, loss in zip(candidate["steps"], candidate["losses"], strict=True):
+                if step > 0 and loss is not None:
+                    points.append((step, loss))
+                    lowest[title] = min(loss, lowest.get(title, loss))
             if points:
-                name = f"{run.run.name}, {candidate['title']}, fold {candidate['fold']}"
-                searched.append(Line(name, points, label=candidate["title"], run=run.run.name))
-        lowest: dict[str, float] = {}
-        for line in searched:
-            loss = min(value for _, value in line.points)
-            lowest.setdefault(line.label, loss)
-            lowest[line.label] = min(loss, lowest[line.label])
+                name = f"{run.run.name}, {title}, fold {candidate['fold']}"
+                curves_of_search.append(Line(name, points, label=title, run=run.run.name))
         ranking = sorted(lowest, key=lambda title: lowest[title])
         limit = 2 * min(lowest.values(), default=0.0)
         chosen = (run.fit.get("choice") or {}).get("title", next(iter(ranking), ""))
-        best = [chosen, *(title for title in ranking if title != chosen)][: len(LABEL_COLORS)]
-        for line in searched:
+        # The choice and the best of the others have colours.
+        labels = [chosen] + [title for title in ranking if title != chosen]
+        labels = labels[: len(LABEL_COLORS)]
+        for line in curves_of_search:
             points = [point for point in line.points if point[1] <= limit]
-            label = line.label if line.label in best else OTHER_LABEL
+            label = line.label if line.label in labels else OTHER_LABEL
             if points:
                 is_broad = line.label == chosen
                 lines.append(replace(line, points=points, label=label, is_broad=is_broad))
-    lines.sort(key=lambda line: line.is_broad)  # on top of the others
+    lines.sort(key=lambda line: line.is_broad)  # the last ones lie on top
     return colored(lines)
 
 
 def colored(lines: Sequence[Line]) -> list[Line]:
-    """The lines, each in the colour of its label and with the dashes of its run."""
+    """Give each line the colour of its label and the dashes of its run."""
     labels = list(dict.fromkeys(line.label for line in lines if line.label != OTHER_LABEL))
     runs = list(dict.fromkeys(line.run for line in lines))
-    result = []
+    colored_lines = []
     for line in lines:
         color = GREY
         if line.label != OTHER_LABEL:
             color = LABEL_COLORS[labels.index(line.label) % len(LABEL_COLORS)]
-        ends = BROAD_DASHES if line.is_broad else DASHES
-        result.append(replace(line, color=color + ends[runs.index(line.run) % len(ends)]))
-    return result
+        dashes = BROAD_DASHES if line.is_broad else DASHES
+        color += dashes[runs.index(line.run) % len(dashes)]
+        colored_lines.append(replace(line, color=color))
+    return colored_lines
 
 
 def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """The name and the colour of each label and, where several are drawn, of each run."""
+    """Names and colours of a legend: of each label, and of each run if there are several."""
     colors = {line.label: line.color[: len(GREY)] for line in lines}
     entries = sorted(colors.items(), key=lambda entry: entry[0] == OTHER_LABEL)
     runs = list(dict.fromkeys(line.run for line in lines))
@@ -279,43 +318,52 @@ def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
 
 
 def radii(runs: Sequence[TrainingRun]) -> list[Line]:
-    """rho: one line for all runs with the same constant one, one a run where it changes."""
-    lines: dict[str, Points] = {}
+    """The radius rho: one line for each constant value, and one for each run where it changes."""
+    points_by_name: dict[str, Points] = {}
     for run in runs:
-        line, config = series(run.rows, "rho"), run.run.record["config"]
-        rho, bounded = config.get("rho"), config.get("ball") != "none"
-        if not line and bounded and run.run.method == "bilora" and isinstance(rho, int | float):
-            line = [(step, float(rho)) for step in sorted({1, run.state.steps} - {0})]
-        if not line:
+        config = run.run.record["config"]
+        rho = config.get("rho")
+        points = series(run.rows, "rho")
+        has_ball = run.run.method == "bilora" and config.get("ball") != "none"
+        if not points and has_ball and isinstance(rho, int | float):
+            # A constant radius is not logged; a run without steps has none.
+            points = [(step, float(rho)) for step in sorted({1, run.state.steps} - {0})]
+        if not points:
             continue
-        constant = len({value for _, value in line}) == 1
-        name = f"ρ = {line[0][1]:g}" if constant else f"ρ of {run.run.name}"
-        if name not in lines or lines[name][-1][0] < line[-1][0]:  # as long as the longest run
-            lines[name] = line
-    return [Line(name, points) for name, points in lines.items()]
+        values = {value for _, value in points}
+        name = f"ρ = {points[0][1]:g}" if len(values) == 1 else f"ρ of {run.run.name}"
+        # A line of several runs is as long as the longest one.
+        if name not in points_by_name or points_by_name[name][-1][0] < points[-1][0]:
+            points_by_name[name] = points
+    return [Line(name, points) for name, points in points_by_name.items()]
 
 
 def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
-    """Each plot's lines, those behind first, by the names of :data:`TITLES`.
+    """Lines of each plot, those in the background first, by the names of `TITLES`.
 
     Args:
-        window: of the running mean, in steps.
+        runs: Runs to show.
+        window: Steps of the running mean.
     """
+    each_step = ("loss", "each step")
+    training_set = ("train_grid_loss", "training set")
+    unprojected = ("auxiliary_norm_before", "before the projection")
     levels = [run.line(by_level(run.rows)) for run in runs]
-    before = ("auxiliary_norm_before", "before the projection")
-    return {
-        "loss": curves(runs, "loss", window, ("loss", "each step")),
+    plots = {
+        "loss": curves(runs, "loss", window, background=each_step),
         "loss-difference": differences(runs, "loss", window),
-        "heldout": curves(runs, "heldout_loss", behind=("train_grid_loss", "training set")),
+        "heldout": curves(runs, "heldout_loss", background=training_set),
         "heldout-difference": differences(runs, "heldout_loss"),
         "concepts": by_concept(runs),
         "levels": over_zero(levels, "base model"),
         "fit": of_fits(runs),
-        **{name: curves(runs, name) for name in METRICS},
-        "norm": [*radii(runs), *curves(runs, "auxiliary_norm", behind=before)],
-        "rise": curves(runs, "loss_rise", window),
-        "rate": curves(runs, "lr"),
     }
+    for name in METRICS:
+        plots[name] = curves(runs, name)
+    plots["norm"] = radii(runs) + curves(runs, "auxiliary_norm", background=unprojected)
+    plots["rise"] = curves(runs, "loss_rise", window)
+    plots["rate"] = curves(runs, "lr")
+    return plots
 
 
 BELOW_ZERO = "Below zero: better than LoRA of the same seed."
@@ -343,7 +391,8 @@ TITLES = {
     ),
     "rise": (
         "Rise of the loss by the auxiliary",
-        "To first order, as a share of it; running mean. A radius that sets itself goes by it.",
+        "To first order, as a share of the loss; running mean. A radius that sets itself follows"
+        " it.",
     ),
     "rate": ("Learning rate", "Of the primary adapter."),
 }

@@ -1,6 +1,7 @@
-"""The Compare tab's upper part: validation images of runs side by side, over the steps.
+"""Validation images in the tab Compare: runs side by side, over the steps.
 
-It needs no scores: training leaves the images. The base model's column is a run's images of step 0.
+Training leaves these images, so that no scores are needed. The base model's column has the images
+that a run sampled at step 0.
 """
 
 from __future__ import annotations
@@ -30,13 +31,40 @@ MAX_NAMES = 6
 """Runs without images that are named; the others are counted."""
 
 
+@dataclass(frozen=True)
+class Column:
+    """Images of a run at a step.
+
+    Attributes:
+        title: Heading of the column.
+        step: Step of the images.
+        files: Files relative to the root, by prompt and by number among the prompt's images.
+    """
+
+    title: str
+    step: int
+    files: dict[tuple[str, int], str]
+
+
 def build(catalog: Catalog, changed: Any) -> None:
-    """Build the part inside the current ``gr.Tab``."""
+    """Build this part inside the current `gr.Tab`.
+
+    Args:
+        catalog: Folders of the viewer.
+        changed: Event after which the list of runs is filled.
+    """
     empty = parts.html("validation-empty", visible=False)
     with gr.Accordion("Validation images", visible=False, elem_id="validation") as body:
         with gr.Row(equal_height=True):
-            place: dict[str, Any] = {"elem_id": "validation-runs", "scale": 2, "min_width": 300}
-            chosen = gr.Dropdown([], label="Runs", multiselect=True, max_choices=COLUMNS, **place)
+            chosen = gr.Dropdown(
+                [],
+                label="Runs",
+                multiselect=True,
+                max_choices=COLUMNS,
+                elem_id="validation-runs",
+                scale=2,
+                min_width=300,
+            )
             step = gr.Radio([], label="Images at step", elem_id="validation-step")
         runs_without = parts.html("validation-without", visible=False)
         images = parts.html("validation-images")
@@ -44,12 +72,15 @@ def build(catalog: Catalog, changed: Any) -> None:
     def fill(paths: list[str], chosen_step: int | None) -> Update:
         runs = ordered(with_images(catalog))
         if not runs:
-            names = ["images"] if catalog.scan.runs else ["demo", "train"]
-            title = "No validation images yet" if catalog.scan.runs else "No images yet"
-            text = "" if catalog.scan.scores else parts.empty(catalog, title, *names)
+            if catalog.scan.scores:  # the tab has scored images to show
+                text = ""
+            elif catalog.scan.runs:
+                text = parts.empty(catalog, "No validation images yet", "images")
+            else:
+                text = parts.empty(catalog, "No images yet", "demo", "train")
             return {empty: parts.notice(text), body: gr.update(visible=False)}
-        known_paths = {run.path for run in runs}
-        paths = [path for path in paths if path in known_paths]
+        paths_of_runs = {run.path for run in runs}
+        paths = [path for path in paths if path in paths_of_runs]
         if not paths:
             paths = [run.path for run in pair(runs)]
         return {
@@ -61,8 +92,8 @@ def build(catalog: Catalog, changed: Any) -> None:
         }
 
     def show(paths: list[str], chosen_step: int | None) -> Update:
-        run_of = {run.path: run for run in with_images(catalog)}
-        runs = [run_of[path] for path in paths if path in run_of]
+        run_of_path = {run.path: run for run in with_images(catalog)}
+        runs = [run_of_path[path] for path in paths if path in run_of_path]
         steps = common_steps(runs)
         if chosen_step not in steps:
             chosen_step = steps[-1] if steps else 0
@@ -79,12 +110,15 @@ def with_images(catalog: Catalog) -> list[RunItem]:
 
 
 def without_images(catalog: Catalog) -> str:
-    """The runs that can't be shown here and the reason, as HTML; "" without one."""
-    runs = [run for run in catalog.scan.runs if not (run.steps or run.prompts or run.is_text)]
-    names = [run.name for run in runs]
+    """The runs of images that can't be shown here, and a fix, as HTML; "" if there is none."""
+    names = []
+    for run in catalog.scan.runs:
+        # One with prompts will have images.
+        if not run.steps and not run.prompts and not run.is_text:
+            names.append(run.name)
     if not names:
         return ""
-    listed = ", ".join(map(escape, names[:MAX_NAMES]))
+    listed = escape(", ".join(names[:MAX_NAMES]))
     if len(names) > MAX_NAMES:
         listed += f" and {len(names) - MAX_NAMES} more"
     return (
@@ -94,34 +128,34 @@ def without_images(catalog: Catalog) -> str:
 
 
 def common_steps(runs: Sequence[RunItem]) -> list[int]:
-    """Steps after the start at which any of the runs has images; only the start where none has."""
-    steps = sorted({step for run in runs for step in run.steps})
-    return [step for step in steps if step] or steps
-
-
-@dataclass(frozen=True)
-class Column:
-    """The images of a run at a step, by prompt and by how many images of the prompt come before."""
-
-    title: str
-    step: int
-    files: dict[tuple[str, int], str]  # relative to the root
+    """Steps at which any of the runs has images: those after step 0, or this one alone."""
+    steps: set[int] = set()
+    for run in runs:
+        steps |= set(run.steps)
+    if steps != {0}:
+        steps.discard(0)
+    return sorted(steps)
 
 
 def table(catalog: Catalog, runs: Sequence[RunItem], step: int) -> str:
-    """One block for each prompt, with the images of the base model and each run, as HTML."""
+    """A block for each prompt, with the images of the base model and of each run, as HTML."""
     columns = [read_column(catalog, run, step, run.name) for run in runs]
-    keys = dict.fromkeys(key for column in columns for key in column.files)
-    # Column of the base model: images that one of the runs made before its first step.
-    untrained = next((run for run in runs if step and 0 in run.steps), None)
-    if untrained is not None:
-        columns.insert(0, read_column(catalog, untrained, 0, "base model"))
+    keys: dict[tuple[str, int], None] = {}  # in the order in which they come
+    for column in columns:
+        keys |= dict.fromkeys(column.files)
+    if step > 0:
+        # Column of the base model: images of the first run that sampled some before training.
+        for run in runs:
+            if 0 in run.steps:
+                columns.insert(0, read_column(catalog, run, 0, "base model"))
+                break
     blocks = ""
     for prompt, number in keys:
         cells = ""
         for column in columns:
             file = column.files.get((prompt, number))
-            address, missing = None, "not a prompt of this run"
+            address = None
+            missing = "not a prompt of this run"
             if file is not None:
                 address = parts.address_below(catalog, file)
                 missing = f"no image at step {column.step}"
@@ -136,13 +170,13 @@ def table(catalog: Catalog, runs: Sequence[RunItem], step: int) -> str:
 
 
 def read_column(catalog: Catalog, run: RunItem, step: int, title: str) -> Column:
-    """The images of a run at a step by the index that the run wrote; none where that is damaged."""
+    """Read the index of a run's images at a step; a damaged one gives a column without images."""
     folder = str(PurePosixPath(run.path) / validation_folder(Path(), step))
     files: dict[tuple[str, int], str] = {}
-    count: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     with contextlib.suppress(UserError):
         index = catalog.resolve(f"{folder}/{INDEX}")
         for image in read_index(index, run.record["config"]):
-            files[image.prompt, count[image.prompt]] = f"{folder}/{image.file}"
-            count[image.prompt] += 1
+            files[image.prompt, counts[image.prompt]] = f"{folder}/{image.file}"
+            counts[image.prompt] += 1
     return Column(title, step, files)

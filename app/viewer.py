@@ -5,8 +5,8 @@
     python -m app.viewer demo --host 0.0.0.0   # other machines may look, generate and vote, too
     python -m app.viewer demo --allow_host lab.example   # behind a proxy of this name
 
-Reads the files below ROOT and the base models that its runs name, and serves nothing else. No
-telemetry, nothing from the network.
+Reads the files below ROOT and the base models that its runs name, and serves nothing else. It sends
+no telemetry and loads nothing from the network.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until interrupted, by Ctrl-C, SIGTERM or SIGHUP.
 
     Returns:
-        The exit code: 0, or 2 after a sentence that says what to mend.
+        The exit code: 0, or 2 after a sentence that says what to correct.
     """
     parser = Parser("app.viewer", __doc__)
     parser.add_argument(
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, signal.default_int_handler)
-        with contextlib.suppress(KeyboardInterrupt):  # how a server is ended
+        with contextlib.suppress(KeyboardInterrupt):  # the usual end of a server
             serve(parser.read(argv))
 
     return run_cli(work)
@@ -81,7 +81,7 @@ def serve(args: argparse.Namespace) -> None:
             raise UserError(
                 f"the viewer needs {error.name}: run pip install 'bilora-diffusion[app]'"
             ) from error
-        # Before the server is made, whose log keeps the stream that it finds.
+        # Before the server is built, whose log keeps the stream that it finds.
         with contextlib.redirect_stderr(page.ShortLines(sys.stderr)):
             server = page.server(
                 catalog,
@@ -101,10 +101,10 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def be_private(cache: Path) -> None:
-    """Keep Gradio off the network, and its cache apart from that of other programs.
+    """Keep Gradio off the network, and give it a cache that no other program has.
 
-    Gradio serves every file of its cache, and by default shares it among all programs of a machine.
-    It reads these variables when it is imported.
+    Gradio serves every file of its cache, which by default all programs of a machine share. It
+    reads these variables when it is imported.
     """
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False",
@@ -119,20 +119,21 @@ def listen(host: str, port: int) -> socket.socket:
     """Open the socket that the server listens on.
 
     Raises:
-        UserError: the address can't be listened on.
+        UserError: The server can't listen on this address.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        # Port 0 would be any free one; -1 is refused.
         return socket.create_server((host, port or -1), family=family)
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"--host {host} --port {port} can't be listened on ({error}): give an address of this"
+            f"--host {host} --port {port} can't be opened ({error}): give an address of this"
             f" machine, such as {LOCAL}, and a free port from 1024 to 65535"
         ) from error
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse what is no host name, which would match no request."""
+    """Refuse texts that are no host names, since they would match no request."""
     for name in names:
         if not HOST_NAME.fullmatch(name):
             raise UserError(

@@ -1,8 +1,8 @@
-"""Blind votes: ballots, their sides, and the count. No widgets.
+"""Blind votes: pairs of images, their sides, and the count. No widgets.
 
-    polls = Polls(catalog, random.SystemRandom())
-    booth = polls.open("scores", ANY_PAIR, session)
-    booth = polls.cast(booth, "left")
+    votes = VoteStore(catalog, random.SystemRandom())
+    voter = votes.open("scores", ANY_PAIR, session)
+    voter = votes.cast(voter, "left")
 
 Votes are rows of one SQLite file below the root. Its journal keeps it whole through a crash, and
 several voters, threads and processes may write at once. Votes of earlier versions are not read.
@@ -37,18 +37,25 @@ BUSY_SECONDS = 5.0
 QUERY_SECONDS = 10.0
 """Seconds until a query is ended; those of this module take milliseconds."""
 MAX_VALUE_BYTES = 1_000_000
-QUERY_STEPS = 100_000  # of SQLite's machine between two looks at the clock
+QUERY_STEPS = 100_000
+"""Steps of SQLite's machine from one look at the clock to the next."""
 ANY_PAIR = ""
-"""The value of "any pair"."""
-FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-"""Beginnings of a text that a spreadsheet computes, also in full width and after blanks."""
+"""Value of the choice "any pair"."""
+FORMULA_SIGNS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""Beginnings of a text that a spreadsheet takes for a formula; the last four have full width."""
 COLUMNS = ("time UTC", "score folder", "prompt", "seed", "adapter left", "adapter right")
 COLUMNS += ("choice", "winner", "voter")
-"""Columns of the CSV file: those of a :class:`Vote`, with a number for the session."""
+"""Columns of the CSV file: fields of `Vote`, with a number in place of the session."""
 
 
 class Side(NamedTuple):
-    """An adapter's image: file relative to the score folder. Weights trained again are another."""
+    """An adapter's image.
+
+    Attributes:
+        label: Label of the adapter.
+        digest: Hash of its weights: with other weights it is another adapter.
+        file: File relative to the score folder.
+    """
 
     label: str
     digest: str
@@ -56,7 +63,7 @@ class Side(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ballot:
+class ImagePair:
     """Two adapters' images of one prompt and seed of a score folder."""
 
     scores: str
@@ -66,14 +73,27 @@ class Ballot:
     right: Side
 
     @property
-    def pair(self) -> str:
-        """Identifies it, whatever the sides."""
+    def key(self) -> str:
+        """Key of the pair, the same when the sides are swapped."""
         sides = sorted((side.label, side.digest) for side in (self.left, self.right))
         return json.dumps([self.scores, self.prompt, self.seed, sides])
 
 
 class Vote(NamedTuple):
-    """A row of the table; adapters are called by their labels, and no winner is a tie."""
+    """A row of the table, whose columns are these fields.
+
+    Attributes:
+        time: Time of the vote.
+        scores: Path of the score folder.
+        prompt: Text of the prompt.
+        seed: Seed of both images.
+        left: Label of the left adapter.
+        right: Label of the right adapter.
+        choice: "left", "right" or "tie".
+        winner: Label of the better adapter; "" for a tie.
+        session: Name of the voter's browser.
+        pair: `ImagePair.key`.
+    """
 
     time: str
     scores: str
@@ -88,42 +108,58 @@ class Vote(NamedTuple):
 
 
 Tally = tuple[str, str, int, int, int]
-"""Two adapters, and how often the first won, neither, and the other."""
+"""Labels of two adapters; how often the first one won, neither did, and the second one won."""
 
 
 def tallies(votes: Iterable[Vote]) -> list[Tally]:
-    """The votes of each two adapters, by their labels."""
-    counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    """Count the votes on each two adapters, sorted by their labels."""
+    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for vote in votes:
-        counts[tuple(sorted((vote.left, vote.right)))][vote.winner] += 1
-    return [(a, b, c[a], c[""], c[b]) for (a, b), c in sorted(counts.items())]
+        first, second = sorted((vote.left, vote.right))
+        counts[first, second][vote.winner] += 1
+    rows = []
+    for (first, second), wins in sorted(counts.items()):
+        rows.append((first, second, wins[first], wins[""], wins[second]))
+    return rows
 
 
-def ballots(scores: str, result: Scored, labels: Sequence[str] | None = None) -> list[Ballot]:
-    """All ballots of a score folder, or of two adapters, general prompts left out; no side is drawn
-    yet.
+def image_pairs(
+    scores: str, result: Scored, labels: Sequence[str] | None = None
+) -> list[ImagePair]:
+    """All pairs of images of the same prompt and seed, in a fixed order and with fixed sides.
+
+    General prompts, which ask for nothing that was trained, are left out.
+
+    Args:
+        scores: Path of the score folder.
+        result: Its scores.
+        labels: Labels of the two adapters; None for all adapters.
     """
     digests = {entry.label: entry.digest for entry in result.result.subjects}
-    images: dict[tuple[str, int], list[Side]] = defaultdict(list)
+    sides_by_image: dict[tuple[str, int], list[Side]] = defaultdict(list)
     for (label, text, seed), image in result.images.items():
         if not result.prompt(text).general and label in (labels or digests):
-            images[text, seed].append(Side(label, digests[label], image.file))
-    return [
-        Ballot(scores, text, seed, *pair)
-        for (text, seed), sides in images.items()
-        for pair in combinations(sorted(sides), 2)
-    ]
+            sides_by_image[text, seed].append(Side(label, digests[label], image.file))
+    pairs = []
+    for (text, seed), sides in sides_by_image.items():
+        for left, right in combinations(sorted(sides), 2):
+            pairs.append(ImagePair(scores, text, seed, left, right))
+    return pairs
 
 
 @dataclass(frozen=True)
-class Booth:
+class VoterState:
     """State of one voter's page.
 
-    Args:
-        labels: of the adapters to compare; None for any two.
-        num_voted, total: pairs voted on in this session, and all; without a ballot these are equal.
-        images: of both sides, as ``data:`` addresses with nothing in them but pixels.
-        token: names the ballot to the browser.
+    Attributes:
+        session: Name of the voter's browser.
+        scores: Path of the score folder.
+        labels: Labels of the two adapters to compare; None for any two.
+        num_voted: Pairs that the session has voted on.
+        total: All pairs.
+        pair: The pair to vote on, with random sides; None when all are done.
+        images: Images of both sides, as ``data:`` addresses with nothing in them but pixels.
+        token: Random name of the pair for the browser.
     """
 
     session: str
@@ -131,51 +167,83 @@ class Booth:
     labels: Sequence[str] | None
     num_voted: int
     total: int
-    ballot: Ballot | None = None
+    pair: ImagePair | None = None
     images: Sequence[str | None] = ()
     token: str = ""
 
 
-class Polls:
-    """Votes on the score folders of a root; ``rng`` draws pairs and sides."""
+class VoteStore:
+    """Votes on the score folders of a root.
+
+    Args:
+        catalog: Folders of the viewer.
+        rng: Chooses pairs and sides.
+    """
 
     def __init__(self, catalog: Catalog, rng: random.Random) -> None:
-        self._catalog, self._rng = catalog, rng
+        self._catalog = catalog
+        self._rng = rng
 
     def pairs(self, path: str | None) -> list[tuple[str, str]]:
         """Names and values of the pairs of adapters of a score folder, "any pair" first."""
-        labels = combinations(self._item(path).result.labels, 2)
-        return [("any pair", ANY_PAIR), *((f"{a} and {b}", json.dumps([a, b])) for a, b in labels)]
+        choices = [("any pair", ANY_PAIR)]
+        for first, second in combinations(self._item(path).result.labels, 2):
+            choices.append((f"{first} and {second}", json.dumps([first, second])))
+        return choices
 
-    def open(self, path: str | None, pair: str, session: str) -> Booth:
-        """The first ballot of a session, or the next of one that goes on; ``pair`` is a value from
-        :meth:`pairs`.
+    def open(self, path: str | None, pair: str, session: str) -> VoterState:
+        """Begin a session, or go on with it.
+
+        Args:
+            path: Path of the score folder.
+            pair: A value of `pairs`.
+            session: Name of the voter's browser.
+
+        Raises:
+            UserError: The file of votes can't be written, or no images can be read.
         """
         with self._file() as file:
-            file.execute("DELETE FROM votes WHERE FALSE")  # fails where nothing can be written
-        return self._booth(session, self._item(path).path, _labels(pair))
+            file.execute("DELETE FROM votes WHERE FALSE")  # fails if nothing can be written
+        return self._next_state(session, self._item(path).path, _labels(pair))
 
-    def cast(self, booth: Booth, choice: str) -> Booth:
-        """Keep a vote ("left", "right" or "tie") and draw the next ballot; of two votes of one
-        session on a pair, the first stays.
+    def cast(self, voter: VoterState, choice: str) -> VoterState:
+        """Store a vote and choose the next pair; a second vote on a pair changes nothing.
+
+        Args:
+            voter: State of the page on which the choice was made.
+            choice: "left", "right" or "tie".
+
+        Raises:
+            UserError: The file of votes can't be written.
         """
-        if (ballot := booth.ballot) is not None:
-            left, right, cast_at = ballot.left.label, ballot.right.label, datetime.now(UTC)
-            winner = {"left": left, "right": right}.get(choice, "")
-            about = (
-                cast_at.isoformat(timespec="seconds"),
-                ballot.scores,
-                ballot.prompt,
-                ballot.seed,
+        pair = voter.pair
+        if pair is not None:
+            left = pair.left.label
+            right = pair.right.label
+            vote = Vote(
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                scores=pair.scores,
+                prompt=pair.prompt,
+                seed=pair.seed,
+                left=left,
+                right=right,
+                choice=choice,
+                winner={"left": left, "right": right}.get(choice, ""),
+                session=voter.session,
+                pair=pair.key,
             )
-            vote = Vote(*about, left, right, choice, winner, booth.session, ballot.pair)
             with self._file() as file:
                 marks = ", ".join("?" * len(vote))
                 file.execute(f"INSERT OR IGNORE INTO votes VALUES ({marks})", vote)
-        return self._booth(booth.session, booth.scores, booth.labels)
+        return self._next_state(voter.session, voter.scores, voter.labels)
 
     def votes(self, scores: str | None = None, session: str | None = None) -> list[Vote]:
-        """Votes in the order they were cast, of one score folder or session where given."""
+        """Read votes in the order in which they were cast.
+
+        Args:
+            scores: Path of their score folder; None for all folders.
+            session: Their session; None for all sessions.
+        """
         if not self._catalog.resolve(FILE).exists():
             return []
         condition = "(?1 IS NULL OR scores = ?1) AND (?2 IS NULL OR session = ?2)"
@@ -185,6 +253,7 @@ class Polls:
 
     @contextlib.contextmanager
     def _file(self) -> Iterator[sqlite3.Connection]:
+        """Within the context the file of votes is open; its changes are written at the end."""
         path = self._catalog.resolve(FILE)
         columns = f"{', '.join(Vote._fields)}, UNIQUE (session, pair)"
         try:
@@ -201,62 +270,75 @@ class Polls:
             ) from error
 
     def result(self, path: str | None, pair: str) -> tuple[list[Tally], int]:
-        """Counts of the votes on a score folder's present weights, and the number of voters."""
+        """Counts of the votes on a score folder, and the number of voters.
+
+        Votes on weights that have since been trained again do not count.
+        """
         item = self._item(path)
-        pairs = ballots(item.path, item.result, _labels(pair))
-        present = {ballot.pair for ballot in pairs}
-        votes = [vote for vote in self.votes(item.path) if vote.pair in present]
-        return tallies(votes), len({vote.session for vote in votes})
+        keys = {pair.key for pair in image_pairs(item.path, item.result, _labels(pair))}
+        votes = [vote for vote in self.votes(item.path) if vote.pair in keys]
+        voters = {vote.session for vote in votes}
+        return tallies(votes), len(voters)
 
     def export(self, folder: Path) -> Path:
-        """Write all votes of this root as ``votes.csv`` into a new folder below ``folder``.
+        """Write all votes of this root as ``votes.csv`` into a new folder below `folder`.
 
-        Voters are numbered by their first vote: whoever knows a session can vote as its voter.
-        A text that a spreadsheet would compute as a formula gets an apostrophe before it.
+        A voter is given by a number, since a session's name is enough to vote as its voter. A text
+        that a spreadsheet would take for a formula gets an apostrophe before it.
         """
-        numbers: dict[str, int] = {}
-        rows: list[tuple[str | int, ...]] = []
-        for vote in self.votes():
-            number = numbers.setdefault(vote.session, len(numbers) + 1)
-            rows.append((*vote[: len(COLUMNS) - 1], number))
+        voter_numbers: dict[str, int] = {}
         path = folder / secrets.token_hex(8) / "votes.csv"
         path.parent.mkdir(parents=True)
         with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *(map(_inert, row) for row in rows)])
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for vote in self.votes():
+                number = voter_numbers.setdefault(vote.session, len(voter_numbers) + 1)
+                cells = [_inert(cell) for cell in vote[: len(COLUMNS) - 1]]
+                writer.writerow([*cells, number])
         return path
 
     def _item(self, path: str | None) -> ResultItem:
-        items = {item.path: item for item in self._catalog.scan.scores}
-        if path not in items:
-            raise UserError(f"there is no score folder {path!r} any more: choose another")
-        return items[path]
+        """The score folder of a path."""
+        for item in self._catalog.scan.scores:
+            if item.path == path:
+                return item
+        raise UserError(f"there is no score folder {path!r} any more: choose another")
 
-    def _booth(self, session: str, path: str, labels: Sequence[str] | None) -> Booth:
+    def _next_state(self, session: str, path: str, labels: Sequence[str] | None) -> VoterState:
+        """State of a voter with a pair that the session has not voted on, if there is one."""
         item = self._item(path)
-        choices = ballots(path, item.result, labels)
-        voted = {vote.pair for vote in self.votes(path, session)}
-        remaining = [choice for choice in choices if choice.pair not in voted]
-        booth = Booth(session, path, labels, len(choices) - len(remaining), len(choices))
-        for choice in self._rng.sample(remaining, len(remaining)):
-            left, right = self._rng.sample([choice.left, choice.right], 2)
+        pairs = image_pairs(path, item.result, labels)
+        voted_keys = {vote.pair for vote in self.votes(path, session)}
+        remaining = [pair for pair in pairs if pair.key not in voted_keys]
+        state = VoterState(
+            session, path, labels, num_voted=len(pairs) - len(remaining), total=len(pairs)
+        )
+        # In random order, up to the first pair with two readable images: a missing image does not
+        # end the vote on the others.
+        for pair in self._rng.sample(remaining, len(remaining)):
+            left, right = self._rng.sample([pair.left, pair.right], 2)
             images = [
-                parts.address_below(self._catalog, item.file(side.file)) for side in (left, right)
+                parts.address_below(self._catalog, item.file(left.file)),
+                parts.address_below(self._catalog, item.file(right.file)),
             ]
-            if None not in images:  # a missing image does not end the vote on the others
-                ballot = replace(choice, left=left, right=right)
-                return replace(booth, ballot=ballot, images=images, token=secrets.token_hex(8))
-        if booth.num_voted == 0:
+            if None not in images:
+                pair = replace(pair, left=left, right=right)
+                return replace(state, pair=pair, images=images, token=secrets.token_hex(8))
+        if state.num_voted == 0:
             raise UserError(f"no two images of {path} can be read: choose other adapters")
-        return booth
+        return state
 
 
 def _limit_queries(file: sqlite3.Connection) -> None:
-    """End a connection's queries after QUERY_SECONDS, and refuse values above MAX_VALUE_BYTES.
+    """End a connection's queries after `QUERY_SECONDS`, and refuse values of `MAX_VALUE_BYTES`.
 
-    The file may be a stranger's: a view or a trigger can be endless, a computed column huge.
+    The file may come from a stranger: a view or a trigger in it can be endless, a computed column
+    huge.
     """
     end = time.monotonic() + QUERY_SECONDS
     file.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+    # A true answer ends the query.
     file.set_progress_handler(lambda: time.monotonic() > end, QUERY_STEPS)
 
 
@@ -271,10 +353,14 @@ def _require_table(file: sqlite3.Connection) -> None:
 
 
 def _labels(pair: str) -> Sequence[str] | None:
-    return None if pair == ANY_PAIR else json.loads(pair)
+    """Labels of a value of `VoteStore.pairs`."""
+    if pair == ANY_PAIR:
+        return None
+    return json.loads(pair)
 
 
 def _inert(cell: str | int) -> str | int:
-    if isinstance(cell, str) and (cell[:1].isspace() or cell.startswith(FORMULA)):
+    """A cell that no spreadsheet computes; some skip blanks before a formula."""
+    if isinstance(cell, str) and (cell[:1].isspace() or cell.startswith(FORMULA_SIGNS)):
         return f"'{cell}"
     return cell

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import BiLoRAConfig, attach
 
-# PEFT imports bitsandbytes where it is installed, and that asks, on CPUs with bf16 units, for a
-# package that only speeds up 4-bit inference: its line would stand before every sentence of ours.
+# PEFT imports bitsandbytes where it is installed. On CPUs with bf16 units this prints advice to
+# install a package that only makes 4-bit inference faster, before every message of this package.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
@@ -16,7 +16,7 @@ __all__ = ["BiLoRAConfig", "__version__", "attach"]
 
 
 def __getattr__(name: str) -> Any:
-    # The API needs torch and PEFT, seconds that a script's --help has no use for.
+    # The API needs torch and PEFT, which take seconds, for which a script's --help does not wait.
     if name in ("BiLoRAConfig", "attach"):
         from . import api
 

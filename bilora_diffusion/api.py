@@ -1,4 +1,4 @@
-"""Bi-LoRA for people with their own training loop: attach, make an optimizer, bind."""
+"""Bi-LoRA for training loops of your own: attach it, make an optimizer, bind it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import adapters, inits
-from .adapters import AdapterSpec
+from . import adapters
+from .adapters import AdapterSpec, inits
 from .core.errors import UserError
 from .core.fields import check, like, options_of
 from .methods.base import MethodOptions, Target
@@ -28,28 +28,30 @@ class BiLoRAConfig:
     Args:
         rank: rank of the primary.
         alpha: the primary's scale is alpha / rank.
-        auxiliaries: 1 is the paper's auxiliary; of N, sample number i sees the one of number i % N,
-            which only its own gradients move, so N samples have one each: see `BiLoRA.samples`.
+        auxiliaries: number of auxiliaries. 1 is the paper's. Of N, sample number i sees the one of
+            number i % N, which only its samples' gradients move (`BiLoRA.samples`), so N samples
+            have one each.
         auxiliary_rank: rank of the auxiliary; None is the primary's.
         auxiliary_alpha: alpha of the auxiliary; None is the primary's.
-        rho: radius of the ball that bounds the auxiliary (Eq. 8); "auto" sets itself, by the losses
+        rho: radius of the ball that bounds the auxiliary (Eq. 8). "auto" sets itself by the losses
             given to `BiLoRA.observe`.
         rho_norm: "scaled" measures the change of the weights, s * B2 @ A2; "unscaled" the literal
             B2 @ A2.
         loss_rise: where rho is "auto", the share of the loss by which the auxiliary is to move it;
             None is 0.2, with several auxiliaries 0.4.
-        auxiliary_snr_gamma: of several auxiliaries, an image sees its own times
-            sqrt(min(SNR, gamma) / gamma), where `BiLoRA.samples` is given ratios; 0: the whole.
+        auxiliary_snr_gamma: with several auxiliaries, an image sees its auxiliary times
+            sqrt(min(SNR, gamma) / gamma), where `BiLoRA.samples` is given ratios; with 0 always the
+            full auxiliary.
         auxiliary_learning_rate: learning rate of the auxiliary; None is the one given to
-            `param_groups`; several auxiliaries on images want three times that.
+            `param_groups`. Three times that is right for several auxiliaries on images.
         target_modules: "all-linear", a regular expression for module names, or a tuple of names or
             name endings.
         modules_to_save: names of modules that are trained whole beside the primary and saved with
             it, such as ("classifier",) for a classifier's new head.
         dropout: dropout on the primary's input.
         init: the primary's init: "default", "gaussian", "pissa", or "lora-ga", which needs
-            `BiLoRA.initialise`. The last two change the base weights in memory; what is saved is
-            made for the unchanged ones.
+            `BiLoRA.initialise`. The last two change the base weights in memory; saved files are
+            made for the unchanged weights.
         use_dora: make the primary a DoRA adapter.
 
     Raises:
@@ -81,12 +83,17 @@ class BiLoRAConfig:
 
     def spec(self) -> AdapterSpec:
         """The primary's shape."""
-        return AdapterSpec(**{f.name: getattr(self, f.name) for f in fields(AdapterSpec)})
+        return AdapterSpec(
+            **{field.name: getattr(self, field.name) for field in fields(AdapterSpec)}
+        )
 
     def options(self) -> MethodOptions:
         """Options of the method."""
-        names = {f.name for f in fields(MethodOptions)} & {f.name for f in fields(self)}
-        return MethodOptions(**{name: getattr(self, name) for name in names})
+        values: dict[str, Any] = {}
+        for field in fields(MethodOptions):
+            if hasattr(self, field.name):
+                values[field.name] = getattr(self, field.name)
+        return MethodOptions(**values)
 
 
 class BiLoRA:
@@ -98,6 +105,7 @@ class BiLoRA:
         self._target = Target("model", model, config.spec(), lr=0.0)
         self._method = _Method(config.options())
         self._method.setup([self._target])
+        # PiSSA needs only the weights, LoRA-GA also a gradient (`initialise`).
         self._initialised = not config.spec().changes_base
         if not self._initialised and not inits.needs_gradient(config.init):
             self._start(None)
@@ -106,9 +114,10 @@ class BiLoRA:
         """Start the primary from the gradient of your loss, for init "lora-ga"; before training.
 
         Args:
-            forward_backward: runs the model and `backward()` on some samples of the training data,
-                as often as it likes; Wang et al. 2024 take 128 samples. The adapters are off
-                meanwhile, and nothing is left in `.grad`. The scale of the loss plays no part.
+            forward_backward: a function that runs the model and `backward()` on some samples of the
+                training data, in one pass or several; Wang et al. 2024 take 128 samples. The
+                adapters are off meanwhile, and nothing is left in `.grad`. The scale of the loss
+                makes no difference.
 
         Raises:
             UserError: the init is another one, the primary has been started already, or no
@@ -145,51 +154,56 @@ class BiLoRA:
         return self._method.param_groups([replace(self._target, lr=lr, weight_decay=weight_decay)])
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Have the auxiliary projected onto the ball after every `optimizer.step()` (Eq. 10)."""
+        """Project the auxiliary onto the ball after every step of `optimizer` (Eq. 10)."""
         self._method.bind(optimizer)
 
     def samples(
         self, numbers: Iterable[int], snr: Iterable[float] = ()
     ) -> AbstractContextManager[None]:
-        """A context for the forward and backward pass of a micro-batch, where there are several
-        auxiliaries.
+        """A context for the forward and backward pass of a micro-batch with several auxiliaries.
 
         Args:
-            numbers: of the sample in each row, such as its place in the set.
+            numbers: number of the sample in each row, such as its place in the data set.
             snr: signal-to-noise ratio of each row, where a model learns to predict noise.
         """
-        return self._method.around_batch(
-            [int(number) for number in numbers], [float(ratio) for ratio in snr]
-        )
+        sample_numbers = [int(number) for number in numbers]
+        ratios = [float(ratio) for ratio in snr]
+        return self._method.around_batch(sample_numbers, ratios)
 
     def observe(self, loss: Tensor) -> None:
-        """Tell the loss before each `optimizer.step()`, 0-d, the mean over what the step's gradient
-        was taken of; needed only where rho is "auto".
+        """Take the loss of the coming step, before each `optimizer.step()`.
+
+        It is needed only where rho is "auto".
+
+        Args:
+            loss: mean loss over the samples of the step's gradient, 0-d.
         """
         self._method.observe(loss)
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """A context in which the auxiliary is off: for evaluation, not for backward passes."""
+        """A context in which the auxiliary is off, for evaluation without backward passes."""
         return self._method.evaluating()
 
     def auxiliary_norm(self) -> float:
-        """The auxiliary's total Frobenius norm now, in the units of `rho_norm`; rho or less."""
+        """The auxiliary's total Frobenius norm, in the units of `rho_norm`; at most rho."""
         return self._method.auxiliary_norm()
 
     def clip_parameters(self) -> list[nn.Parameter]:
-        """Parameters for gradient clipping: the primary's; the ball bounds the auxiliary."""
+        """Parameters for gradient clipping: the primary's, since the ball bounds the auxiliary."""
         return self._method.clip_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:
-        """The trained LoRA under PEFT's keys, for the base weights that the model came with. Of an
-        init that changed these it has twice the rank and alpha (`adapters.portable_state_dict`).
+        """The trained LoRA under PEFT's keys, for the base weights that the model came with.
+
+        With an init that changes these it has twice the rank and alpha
+        (`adapters.portable_state_dict`).
         """
         return adapters.portable_state_dict(self.model)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the primary as a plain PEFT LoRA adapter that `PeftModel.from_pretrained` loads.
+        """Write the primary as a PEFT LoRA adapter that `PeftModel.from_pretrained` loads.
 
-        It fits the base weights that the model came with, whatever the init made of them.
+        It is made for the base weights that the model came with, also where the init changed them.
         """
         adapters.save_pretrained(self.model, folder)
 
@@ -199,13 +213,15 @@ def attach(model: nn.Module, config: BiLoRAConfig | None = None) -> BiLoRA:
 
     Args:
         model: any module with linear layers: a Transformers model, a diffusers UNet, a plain
-            network. A `PeftModel` whose adapter "default" is the LoRA that `config` describes keeps
-            it as the primary.
+            network. If a `PeftModel` has an adapter "default" of the shape that `config` describes,
+            this is the primary.
+        config: shape and options; None for the defaults.
 
     Returns:
-        The handle: `param_groups`, `bind`, `evaluating`, `auxiliary_norm`, `save_pretrained`.
+        The handle with `param_groups`, `bind`, `evaluating`, `auxiliary_norm` and
+        `save_pretrained`.
 
     Raises:
-        UserError: no layer matches, or an adapter that is there already is of another shape.
+        UserError: no layer matches, or the model's adapter is of another shape.
     """
     return BiLoRA(model, config or BiLoRAConfig())

@@ -15,7 +15,7 @@ import gc
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -23,12 +23,13 @@ from .config import machine
 from .core.errors import reported, run_cli
 from .core.values import check_choice
 
+COMMANDS = ("train", "text", "export", "demo")
 NOT_COMPILED = "TORCHDYNAMO_DISABLE"
-"""torch's switch: where it is "1", `torch.compile` gives back what it is given."""
+"""torch's switch: if it is "1", `torch.compile` returns its argument."""
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """Train an image model; returns the exit code: 0, or 2 after a sentence that says what to mend.
+    """Train an image model; returns the exit code (`errors.reported`).
 
     Args:
         argv: Arguments; None for ``sys.argv``.
@@ -49,7 +50,7 @@ def run_script(modality: str, argv: Sequence[str] | None) -> None:
     """Resolve the command line, then import the libraries and run the training script."""
     machine.refuse_separate_processes()
     with importing():
-        # Before all else, so that a typo is answered at once.
+        # The configuration comes first, so that a typo is reported at once.
         config = import_module(f".{modality}.config", __package__).resolve(argv)
         script = import_module(f".{modality}.script", __package__)
     script.train(argv, config)
@@ -57,13 +58,12 @@ def run_script(modality: str, argv: Sequence[str] | None) -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Within the context libraries are imported faster.
+    """Make the imports of libraries within the context faster.
 
-    Garbage collection is off, and later skips the objects of these imports: torch and the libraries
-    on it make hundreds of thousands that stay, and looking through them takes a third of a short
-    run. Nothing is compiled at import (bitsandbytes asks for it, and PEFT imports that), since
-    torch would load its compiler for it. Does nothing if torch is imported already, as in a
-    notebook.
+    Garbage collection is off, and later skips the objects of these imports. torch and the libraries
+    that use it make hundreds of thousands of objects that stay, and to visit them takes a third of
+    a short run. Nothing is compiled at import, which bitsandbytes asks for, since torch would load
+    its compiler. If torch is imported already, as in a notebook, nothing is changed.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield
@@ -81,21 +81,20 @@ def importing() -> Iterator[None]:
             del os.environ[NOT_COMPILED]
 
 
-COMMANDS: dict[str, Callable[[], int]] = {
-    "train": train,
-    "text": text,
-    "export": lambda: import_module(".export.__main__", __package__).main(),
-    "demo": lambda: import_module(".demo", __package__).main(),
-}
-
-
 def main() -> int:
     """Run the command that ``sys.argv`` names; returns the exit code."""
-    name, *arguments = sys.argv[1:] or [""]
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
         print(f"usage: bilora {{{','.join(COMMANDS)}}} ...\n\n{inspect.cleandoc(__doc__ or '')}")
         return 0
     if name not in COMMANDS:
         return run_cli(lambda: check_choice("the command of bilora", name, COMMANDS))
-    sys.argv = [f"bilora {name}", *arguments]
-    return COMMANDS[name]()
+    # The command's messages have its name, as if it were a script.
+    sys.argv = [f"bilora {name}", *sys.argv[2:]]
+    if name == "train":
+        return train()
+    if name == "text":
+        return text()
+    # Imported late: they take seconds, and the other commands do not need them.
+    module = ".export.__main__" if name == "export" else ".demo"
+    return import_module(module, __package__).main()

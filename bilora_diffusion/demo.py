@@ -1,12 +1,12 @@
-"""The demo: LoRA and Bi-LoRA learn the colours of 23 icons, and a picture shows what they learned.
+"""The demo: LoRA and Bi-LoRA learn the colours of 23 icons, and a figure shows what they learned.
 
     bilora demo --output_dir demo
     bilora demo --rho auto --output_dir demo-auto       # with options of the training script
     bilora demo --config mini_flow --output_dir demo-flow     # another recipe and its data
 
-Both runs see the same data and noise; the digests in their ``metrics.jsonl`` prove it. Their
-samples are compared with held-out icons in the same colours, which are exactly what a model that
-learned the colours should make.
+Both runs see the same data and noise; the hashes in their ``metrics.jsonl`` prove it. Their
+samples are compared with held-out icons in the same colours, which is what a model that learned the
+colours makes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL.Image import Image
 
 from .config.command_line import Sentences
-from .core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from .core.errors import TrainingError, UserError, run_cli
 from .core.figures import new_figure
+from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from .export.conversion import export_checkpoint
 from .image import script as train
 from .image.opening import open_images
@@ -42,71 +42,70 @@ METHODS = ("lora", "bilora")
 TITLES = {name: get(name).title for name in METHODS}
 COLORS = {"lora": "#111111", "bilora": "#d95f02"}
 GRAY = "#666666"
-MEASURED = (
-    *("--checkpointing_steps", "75", "--checkpoints_total_limit", "4"),
-    *("--validation_loss_steps", "75", "--validation_part", "1/4"),  # 32 icons: a few seconds each
-    # Validation images at the end alone, for the viewer: the demo's own samples show the course.
-    *("--validation_epochs", "1000"),
+# Held-out losses of 32 icons, which take a few seconds at each step. Validation images are made at
+# the end alone, for the viewer: the demo's samples show the steps before.
+MEASURING_FLAGS = (
+    "--checkpointing_steps=75",
+    "--checkpoints_total_limit=4",
+    "--validation_loss_steps=75",
+    "--validation_part=1/4",
+    "--validation_epochs=1000",
 )
-METHOD_FLAGS = {"lora": ("--eval_on_start",), "bilora": ()}
-"""Flags of a method beside its name; the base model is measured once."""
 ICON_COUNT = 6
-"""Number of held-out icons in the picture; the subjects of the paper's Table 4 come first."""
+"""Number of held-out icons in the figure; the subjects of the paper's Table 4 come first."""
 COMPARED_COUNT = 16
-"""Number of held-out icons behind them whose samples are compared with the truth at each step."""
+"""Number of held-out icons after them whose samples are compared with the truth at each step."""
 SAMPLER_STEPS = 12
 """Enough to compare colours: with 25 steps no difference in the table changes by more than 0.2."""
 BASE = "base model"
-Curve = list[tuple[int, float]]
-"""Steps and values."""
+Curve = dict[int, float]
+"""Values by step."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of sampling: one row of the picture and one curve.
+    """A way of sampling: one row of the figure and one curve.
 
     Attributes:
-        method: of the adapter; None for the base model.
+        name: of the method, or of the base model.
+        note: on the guidance.
+        color: of the row's title and of the curve.
         guidance: scale of classifier-free guidance.
         guidance_from: the model of the unconditional prediction; see `generate`.
     """
 
-    method: str | None
+    name: str
+    note: str
+    color: str
     guidance: float
     guidance_from: str
-    note: str
-
-    @property
-    def name(self) -> str:
-        return BASE if self.method is None else TITLES[self.method]
-
-    @property
-    def color(self) -> str:
-        return GRAY if self.method is None else COLORS[self.method]
 
 
 # Ordinary guidance takes much of a new style out again: training moves the unconditional prediction
 # too, so the difference that guidance multiplies points away from the style.
-ORDINARY = (4.0, ADAPTER_GUIDANCE, "ordinary guidance 4")
-FROM_BASE = (2.0, BASE_GUIDANCE, "guidance 2 from base")
-UNTRAINED = Variant(None, *ORDINARY)
-TRAINED = (
-    Variant("lora", *ORDINARY),
-    Variant("lora", *FROM_BASE),
-    Variant("bilora", *FROM_BASE),
-)
+UNTRAINED = Variant(BASE, "ordinary guidance 4", GRAY, 4.0, ADAPTER_GUIDANCE)
+TRAINED = {
+    "lora": (
+        Variant(TITLES["lora"], "ordinary guidance 4", COLORS["lora"], 4.0, ADAPTER_GUIDANCE),
+        Variant(TITLES["lora"], "guidance 2 from base", COLORS["lora"], 2.0, BASE_GUIDANCE),
+    ),
+    "bilora": (
+        Variant(TITLES["bilora"], "guidance 2 from base", COLORS["bilora"], 2.0, BASE_GUIDANCE),
+    ),
+}
+"""Variants of each method's run."""
 
 
 @dataclass
 class Samples:
-    """What the base model and both runs make of held-out captions.
+    """Samples of held-out captions from the base model and from both runs.
 
     Attributes:
-        labels: subjects of the icons that are shown.
-        truth: the held-out icons that are shown.
+        labels: subjects of the icons in the figure.
+        truth: these held-out icons.
         images: samples of their captions after the last step, by variant.
-        base_difference: of the base model's samples from the truth, as in `difference`.
-        differences: of each trained variant's samples, over steps.
+        base_difference: difference of the base model's samples from the truth (`difference`).
+        differences: differences of each trained variant's samples by step.
     """
 
     labels: list[str]
@@ -114,6 +113,15 @@ class Samples:
     images: dict[Variant, list[Image]] = field(default_factory=dict)
     base_difference: float = 0.0
     differences: dict[Variant, Curve] = field(default_factory=dict)
+
+
+class EndLabel(NamedTuple):
+    """The label at the end of a curve."""
+
+    step: int
+    value: float
+    text: str
+    color: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,14 +141,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> None:
-    """Train both runs, with more flags of the script, compare, draw and say where everything is."""
-    losses = {}
+    """Train both runs, compare their samples, and print what came out and where it is.
+
+    Args:
+        folder: folder of the run folders and the figure.
+        seed: seed of both runs.
+        recipe: recipe of both runs.
+        flags: further flags of the training script.
+    """
+    losses: dict[str, Curve] = {}
     for method in METHODS:
         print(f"\n== {TITLES[method]}")
-        words = ["--config", str(recipe), "--method", method, *METHOD_FLAGS[method]]
-        words += ["--seed", str(seed), "--output_dir", str(folder / method)]
-        words += ["--overwrite_output_dir"]
-        train.train([*words, *MEASURED, *flags])
+        words = ["--config", str(recipe), "--method", method, "--seed", str(seed)]
+        words += ["--output_dir", str(folder / method), "--overwrite_output_dir"]
+        if method == METHODS[0]:
+            words.append("--eval_on_start")  # the base model is measured once
+        words += MEASURING_FLAGS
+        train.train([*words, *flags])
         losses[method] = read_losses(folder / method)
     steps = require_paired([folder / method for method in METHODS])
     print("\n== Samples of held-out captions", flush=True)
@@ -154,47 +171,60 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
         print(f"  {TITLES[method]:8} {folder / method}")
     print(f"The picture of samples and curves: {picture}")
     if in_repository():
-        both = " ".join(str(folder / method) for method in METHODS)
+        folders = " ".join(str(folder / method) for method in METHODS)
         heldout = runlog.read_run(folder / METHODS[0])["config"]["validation_dataset"]
         print(
-            f"\nScore both: python -m eval.clip_scores {both} --prompts {heldout}"
+            f"\nScore both: python -m eval.clip_scores {folders} --prompts {heldout}"
             " --guidance_from base --guidance_scale 2"
         )
         print(f"Look at them: python -m app.viewer {folder}")
 
 
 def require_paired(folders: Sequence[Path]) -> int:
-    """Check that runs saw the same inputs at every step; returns the number of steps."""
-    digests = [
-        [row["digest"] for row in runlog.read_metrics(folder) if "digest" in row]
-        for folder in folders
-    ]
-    for step, pair in enumerate(zip_longest(*digests), start=1):
-        if len(set(pair)) != 1:
+    """Check that runs saw the same inputs at every step.
+
+    Returns:
+        The number of steps.
+
+    Raises:
+        TrainingError: they saw different inputs.
+    """
+    hashes_of_run: list[list[str]] = []  # of the inputs of each step
+    for folder in folders:
+        rows = runlog.read_metrics(folder)
+        hashes_of_run.append([row["digest"] for row in rows if "digest" in row])
+    for step, hashes in enumerate(zip_longest(*hashes_of_run), start=1):
+        if len(set(hashes)) != 1:
             raise TrainingError(
                 f"the runs {', '.join(map(str, folders))} saw different inputs at step {step}:"
                 " train them with the same seed, data, batch size and number of steps."
             )
-    return len(digests[0])
+    return len(hashes_of_run[0])
 
 
 def read_losses(folder: Path) -> Curve:
-    """Held-out losses of a run, in its order."""
-    rows = [row for row in runlog.read_metrics(folder) if "heldout_loss" in row]
-    if not rows:
+    """Held-out losses of a run."""
+    losses: Curve = {}
+    for row in runlog.read_metrics(folder):
+        if "heldout_loss" in row:
+            losses[row["step"]] = row["heldout_loss"]
+    if not losses:
         raise UserError(f"{folder} has no held-out loss: set --validation_dataset.")
-    return [(row["step"], row["heldout_loss"]) for row in rows]
+    return losses
 
 
 def sample_runs(folder: Path, steps: int) -> Samples:
-    """Sample held-out captions from the base model and from each checkpoint of the runs of so many
-    steps in a folder, with the same initial noise.
+    """Sample held-out captions from the base model and from each checkpoint of both runs.
+
+    All models start from the same noise.
+
+    Args:
+        folder: folder of the run folders.
+        steps: optimizer steps of the runs.
     """
     config = runlog.read_run(folder / METHODS[0])["config"]
-    captioned, labeled = (
-        open_images(config["validation_dataset"], caption_column=column)
-        for column in (config["caption_column"], "label")
-    )
+    captioned = open_images(config["validation_dataset"], caption_column=config["caption_column"])
+    labeled = open_images(config["validation_dataset"], caption_column="label")
     count = min(ICON_COUNT + COMPARED_COUNT, len(captioned))
     captions = [str(entry.caption) for entry in captioned.entries[:count]]
     truth = [captioned.image(number) for number in range(count)]
@@ -202,28 +232,31 @@ def sample_runs(folder: Path, steps: int) -> Samples:
     samples = Samples(labels, truth[:ICON_COUNT])
     pipeline = load_pipeline(config["pretrained_model_name_or_path"], dtype=torch.float32)
 
-    def sample(variant: Variant, first: int, end: int) -> list[Image]:
+    def sample(variant: Variant, start: int, end: int) -> list[Image]:
+        """Sample the captions from number ``start`` up to ``end``."""
         return generate(
             pipeline,
-            captions[first:end],
-            seeds=range(first, end),
+            captions[start:end],
+            seeds=range(start, end),
             size=64,
             steps=SAMPLER_STEPS,
             guidance_scale=variant.guidance,
             guidance_from=variant.guidance_from,
         )
 
+    def sample_difference(variant: Variant) -> float:
+        return difference(sample(variant, ICON_COUNT, count), truth[ICON_COUNT:])
+
     print(f"  {BASE}", flush=True)
     samples.images[UNTRAINED] = sample(UNTRAINED, 0, ICON_COUNT)
-    samples.base_difference = difference(sample(UNTRAINED, ICON_COUNT, count), truth[ICON_COUNT:])
-    for method in METHODS:
-        variants = [variant for variant in TRAINED if variant.method == method]
+    samples.base_difference = sample_difference(UNTRAINED)
+    for method, variants in TRAINED.items():
         for step, weights in adapters_of(folder / method, steps):
             print(f"  {TITLES[method]}, step {step}", flush=True)
             pipeline.load_lora_weights(str(weights))
             for variant in variants:
-                value = difference(sample(variant, ICON_COUNT, count), truth[ICON_COUNT:])
-                samples.differences.setdefault(variant, []).append((step, value))
+                curve = samples.differences.setdefault(variant, {})
+                curve[step] = sample_difference(variant)
                 if step == steps:
                     samples.images[variant] = sample(variant, 0, ICON_COUNT)
             pipeline.unload_lora_weights()
@@ -231,7 +264,11 @@ def sample_runs(folder: Path, steps: int) -> Samples:
 
 
 def adapters_of(folder: Path, steps: int) -> Iterator[tuple[int, Path]]:
-    """Steps and LoRA files: those of a run's checkpoints, which are temporary, and of its end."""
+    """Yield the LoRA of each checkpoint of a run, a temporary file, and that of its end.
+
+    Yields:
+        The step, and the file or folder of the LoRA.
+    """
     for step in checkpoint.steps(folder):
         if step < steps:
             with TemporaryDirectory() as exported:
@@ -265,11 +302,15 @@ def draw(samples: Samples, losses: dict[str, Curve], steps: int, picture: Path) 
 
 
 def _draw_icons(figure: Any, samples: Samples, steps: int) -> None:
-    """Rows of icons, with the truth at the end, where the eye compares it with what was learned."""
-    rows = [(variant.name, variant.note, variant.color) for variant in samples.images]
-    rows[0] = (BASE, "before training", GRAY)
-    rows.append(("truth", "not in the training set", GRAY))
-    images = [*samples.images.values(), samples.truth]
+    """Rows of icons; the truth comes last, below what was learned."""
+    titles = [(BASE, "before training", GRAY)]
+    rows = [samples.images[UNTRAINED]]
+    for variant, images in samples.images.items():
+        if variant != UNTRAINED:
+            titles.append((variant.name, variant.note, variant.color))
+            rows.append(images)
+    titles.append(("truth", "not in the training set", GRAY))
+    rows.append(samples.truth)
     axes = figure.subplots(len(rows), len(samples.labels), squeeze=False)
     figure.subplots_adjust(left=0.225, right=0.99, bottom=0.01, top=0.9, wspace=0.05, hspace=0.05)
     figure.suptitle(
@@ -277,7 +318,7 @@ def _draw_icons(figure: Any, samples: Samples, steps: int) -> None:
     )
     for axis, label in zip(axes[0], samples.labels, strict=True):
         axis.set_title(label, fontsize=11)
-    for row_of_axes, (name, note, color), row in zip(axes, rows, images, strict=True):
+    for row_of_axes, (name, note, color), images in zip(axes, titles, rows, strict=True):
         for height, text, size in ((0.6, name, 13), (0.38, note, 9.5)):
             row_of_axes[0].text(
                 -0.08,
@@ -289,61 +330,65 @@ def _draw_icons(figure: Any, samples: Samples, steps: int) -> None:
                 fontsize=size,
                 color=color,
             )
-        for axis, image in zip(row_of_axes, row, strict=True):
+        for axis, image in zip(row_of_axes, images, strict=True):
             axis.imshow(image, interpolation="lanczos")
             axis.set(xticks=[], yticks=[])
 
 
 def _draw_losses(axis: Any, losses: dict[str, Curve]) -> None:
-    """Both methods' held-out losses after step 0, whose loss would flatten the rest."""
-    ends = []
-    for method, curve in losses.items():
-        trained = [(step, 1000 * loss) for step, loss in curve if step > 0]
-        # Wider below narrower, since the curves may lie on one another.
-        axis.plot(*zip(*trained, strict=True), color=COLORS[method], lw=4 - 2 * len(ends))
-        lowest = min(trained, key=lambda point: point[1])
-        axis.plot(*lowest, "o", color=COLORS[method], ms=9 - 3 * len(ends))
-        ends.append((trained[-1], f"{TITLES[method]}: {trained[-1][1]:.1f}", COLORS[method]))
+    """The held-out losses of both methods without step 0, whose loss would flatten the rest."""
+    labels: list[EndLabel] = []
+    for number, (method, curve) in enumerate(losses.items()):
+        trained = _trained_losses(curve)
+        # The wider line is below the narrower one, since the curves may lie on one another.
+        axis.plot(trained.keys(), trained.values(), color=COLORS[method], lw=4 - 2 * number)
+        best_step = min(trained, key=trained.__getitem__)
+        axis.plot(best_step, trained[best_step], "o", color=COLORS[method], ms=9 - 3 * number)
+        last_step = max(trained)
+        text = f"{TITLES[method]}: {trained[last_step]:.1f}"
+        labels.append(EndLabel(last_step, trained[last_step], text, COLORS[method]))
     axis.set_title("loss on unseen icons x 1000 (dot: lowest)", fontsize=11, loc="left")
-    _label_ends(axis, ends)
+    _label_ends(axis, labels)
+
+
+def _trained_losses(curve: Curve) -> Curve:
+    """Losses times 1000, without that of the base model."""
+    return {step: 1000 * loss for step, loss in curve.items() if step > 0}
 
 
 def _draw_differences(axis: Any, samples: Samples) -> None:
-    """How far each variant's samples are from the truth; all curves start at the base model."""
-    start = (0, samples.base_difference)
-    ends = []
+    """Differences of each variant's samples from the truth; all curves start at the base model."""
+    labels: list[EndLabel] = []
     for number, (variant, curve) in enumerate(samples.differences.items()):
         style = "--" if variant.guidance_from == ADAPTER_GUIDANCE else "-"
-        points = [start, *curve]
-        axis.plot(*zip(*points, strict=True), style, color=variant.color, lw=max(4 - number, 2))
-        text = f"{variant.name}: {curve[-1][1]:.1f}\n{variant.note}"
-        ends.append((curve[-1], text, variant.color))
-    axis.plot(*start, "o", color=GRAY, ms=7)
+        points = {0: samples.base_difference, **curve}
+        width = max(4 - number, 2)
+        axis.plot(points.keys(), points.values(), style, color=variant.color, lw=width)
+        last_step = max(curve)
+        text = f"{variant.name}: {curve[last_step]:.1f}\n{variant.note}"
+        labels.append(EndLabel(last_step, curve[last_step], text, variant.color))
+    axis.plot(0, samples.base_difference, "o", color=GRAY, ms=7)
     title = f"colour difference between samples\nand truth, % (dot: {BASE})"
     axis.set_title(title, fontsize=11, loc="left")
     axis.set_ylim(bottom=0)
-    _label_ends(axis, ends)
+    _label_ends(axis, labels)
 
 
-def _label_ends(axis: Any, ends: Sequence[tuple[tuple[int, float], str, str]]) -> None:
-    """Label curves right of their ends, from the highest down, so far apart that no labels overlap.
-
-    Args:
-        ends: the last point of each curve, its label and its colour.
-    """
+def _label_ends(axis: Any, labels: Sequence[EndLabel]) -> None:
+    """Label curves right of their ends, with enough space that no labels overlap."""
     low, high = axis.get_ylim()
-    lines = max(text.count("\n") + 1 for _, text, _ in ends)
+    lines = max(label.text.count("\n") + 1 for label in labels)
     spacing = 0.1 * lines * (high - low)  # height of a label in units of the axis
     previous = float("inf")
-    for (step, value), text, color in sorted(ends, key=lambda end: -end[0][1]):
-        height = min(value, previous - spacing)
+    for label in sorted(labels, key=lambda label: -label.value):  # from the highest down
+        height = min(label.value, previous - spacing)
         axis.annotate(
-            text,
-            (step, height),
+            label.text,
+            (label.step, height),
             xytext=(9, 0),
             textcoords="offset points",
             va="center",
-            color=color,
+            color=label.color,
             fontsize=9.5,
             annotation_clip=False,
         )
@@ -352,26 +397,32 @@ def _label_ends(axis: Any, ends: Sequence[tuple[tuple[int, float], str, str]]) -
 
 
 def as_table(samples: Samples, losses: dict[str, Curve]) -> str:
-    """Held-out losses and the samples' differences from the truth, over steps."""
-    loss_rows = {
-        TITLES[method]: [(step, 1000 * loss) for step, loss in curve if step > 0]
-        for method, curve in losses.items()
-    }
-    difference_rows = {
-        f"{variant.name}, {variant.note}": curve for variant, curve in samples.differences.items()
-    }
-    base_loss = 1000 * losses[METHODS[0]][0][1]
-    blocks = (
-        ("loss on unseen icons x 1000", base_loss, loss_rows),
-        ("colour difference of samples, %", samples.base_difference, difference_rows),
+    """Held-out losses, and differences of the samples from the truth, by step."""
+    loss_rows: dict[str, Curve] = {}
+    for method, curve in losses.items():
+        loss_rows[TITLES[method]] = _trained_losses(curve)
+    difference_rows: dict[str, Curve] = {}
+    for variant, curve in samples.differences.items():
+        difference_rows[f"{variant.name}, {variant.note}"] = curve
+    base_loss = 1000 * losses[METHODS[0]][0]
+    return (
+        _as_block("loss on unseen icons x 1000", base_loss, loss_rows)
+        + "\n"
+        + _as_block("colour difference of samples, %", samples.base_difference, difference_rows)
     )
-    lines = []
-    for title, base_value, rows in blocks:
-        steps = [step for step, _ in next(iter(rows.values()))]
-        lines += ["", f"{title:36}" + "".join(f"{f'step {step}':>10}" for step in steps)]
-        lines.append(f"{BASE}: {base_value:.1f}")
-        for name, curve in rows.items():
-            lines.append(f"{name:36}" + "".join(f"{value:10.1f}" for _, value in curve))
+
+
+def _as_block(title: str, base_value: float, rows: dict[str, Curve]) -> str:
+    """A heading with the steps, the base model's value, and a row for each curve."""
+    heading = f"\n{title:36}"
+    for step in next(iter(rows.values())):
+        heading += f"{f'step {step}':>10}"
+    lines = [heading, f"{BASE}: {base_value:.1f}"]
+    for name, curve in rows.items():
+        line = f"{name:36}"
+        for value in curve.values():
+            line += f"{value:10.1f}"
+        lines.append(line)
     return "\n".join(lines)
 
 

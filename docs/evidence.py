@@ -1,7 +1,7 @@
-"""evidence.md: each claim of the paper, what was measured of it, and what that says.
+"""results/README.md: each claim of the paper, its measured figures and the verdict.
 
-`claims.yaml` names the claims and where to look; the figures come from ``results/``, and so do the
-verdicts: none is written by hand.
+`claims.yaml` names the claims and their results; figures and verdicts are computed from
+``results/``: none is written by hand.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 class Check:
     """One figure that speaks for or against a claim.
 
-    Args:
-        title: of the figure, for a reader.
-        result: a folder that `eval` wrote, or a file of ``benchmarks/step_cost.py``.
-        group: whose figure; in a benchmark the arm.
-        metric, item: which; in a benchmark the field of an arm. The item "each" pairs by item.
-        control: the group whose value is taken off, pair by pair; "" for the value itself.
-        minus: the metric of the same group whose value is taken off instead.
-        upper, lower: between which the claim says that the figure lies.
-        tolerance: the largest size that it may have, as a share of the control's mean.
+    Attributes:
+        title: Title of the figure.
+        result: A folder that `eval` wrote, or a file of ``benchmarks/step_cost.py``.
+        group: Group of the result, or variant of the benchmark.
+        metric: Metric of the result, or field of the benchmark.
+        item: Item of the metric; "each" for differences paired by item.
+        control: Group whose value is subtracted, pair by pair; "" for the value itself.
+        minus: Metric of the same group whose value is subtracted instead.
+        upper: Upper bound of the figure by the claim.
+        lower: Lower bound of the figure by the claim.
+        tolerance: Largest size of the figure by the claim, as a share of the control's mean.
     """
 
     title: str
@@ -53,13 +55,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Claim:
-    """C1 to C13 of the paper, F1 and so on of our own findings.
+    """A claim of the paper (C1 to C13), or a finding of our own (F1 and so on).
 
-    Args:
-        says: it, in a sentence.
-        where: in the paper; what was done, of a finding.
-        command: what measures it.
-        checks: where to look for it.
+    Attributes:
+        name: Its name.
+        says: The claim in a sentence.
+        where: Place in the paper; for a finding what was done.
+        command: Command that measures it.
+        checks: Figures to look at.
     """
 
     name: str
@@ -71,7 +74,15 @@ class Claim:
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean, its 95 % interval, over how many it is, and the size that it is seen by."""
+    """A mean with its 95 % interval.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        count: Number of values.
+        size: Size that a tolerance is a share of.
+    """
 
     mean: float
     low: float
@@ -81,98 +92,119 @@ class Figure:
 
 
 def figure(check: Check) -> Figure:
-    """The figure that a check looks at.
+    """Compute the figure of a check.
 
     Raises:
-        ValueError: the result has no such group or metric, or no interval.
+        ValueError: The result has no such group or metric, or no interval.
     """
     path = ROOT / check.result
     if path.suffix == ".json":  # of a benchmark, which has no rows
         return _benchmark(check, json.loads(path.read_text(encoding="utf-8"))["arms"])
     result = read(path)
-    over, item = (ITEM, None) if check.item == "each" else (SEED, check.item)
+    if check.item == "each":
+        item, unit = None, ITEM
+    else:
+        item, unit = check.item, SEED
 
     def values_of(metric: str, group: str) -> dict[Any, float]:
-        values = units(result.select(metric, item=item), over).get(group, {})
-        return {unit: value for unit, value in values.items() if value is not None}
+        """Values of a group by item or by seed."""
+        values = units(result.select(metric, item=item), unit).get(group, {})
+        return {key: value for key, value in values.items() if value is not None}
 
     values = values_of(check.metric, check.group)
+    # Values to subtract: another metric of the same group, or the metric of the control.
     if check.minus:
         control_values = values_of(check.minus, check.group)
     else:
         control_values = values_of(check.metric, check.control)
     if check.control or check.minus:
-        pairs = values.keys() & control_values.keys()
-        values = {unit: values[unit] - control_values[unit] for unit in values if unit in pairs}
+        differences = {}
+        for key, value in values.items():
+            if key in control_values:
+                differences[key] = value - control_values[key]
+        values = differences
     # By the same bootstrap as in the results themselves.
     interval = bootstrap_interval(list(values.values())) if values else None
     if interval is None:
         raise ValueError(f"{check.result} has no interval for {check.metric} of {check.group}.")
-    # What a tolerance is a share of.
-    size = abs(mean(list(control_values.values()))) if control_values else 1.0
-    return Figure(mean(list(values.values())), *interval, len(values), size)
+    size = 1.0
+    if control_values:
+        size = abs(mean(list(control_values.values())))
+    low, high = interval
+    return Figure(mean(list(values.values())), low, high, len(values), size)
 
 
-def _benchmark(check: Check, arms: dict[str, Any]) -> Figure:
-    arm, lora = arms[check.group], arms["lora"]
+def _benchmark(check: Check, variants: dict[str, Any]) -> Figure:
+    """The figure of a variant of a benchmark, as a ratio to plain LoRA."""
+    variant = variants[check.group]
     if check.metric == "ratio_to_lora":
-        low, high = arm["ratio_interval_95"]
-        return Figure(arm[check.metric], low, high, len(arm["seconds"]), 1.0)
-    ratio = arm[check.metric] / lora[check.metric]
-    return Figure(ratio, ratio, ratio, 1, 1.0)
+        low, high = variant["ratio_interval_95"]
+        return Figure(variant[check.metric], low, high, len(variant["seconds"]), size=1.0)
+    ratio = variant[check.metric] / variants["lora"][check.metric]
+    return Figure(ratio, ratio, ratio, count=1, size=1.0)
 
 
 def verdict(check: Check, figure: Figure) -> str:
-    """The verdict of the interval: where the claim has it, elsewhere, or partly there."""
-    # A verdict needs the whole interval on one side.
+    """The verdict on a check: it holds or fails if the whole interval says so."""
     lower, upper = check.lower, check.upper
+    # A tolerance is the same in both directions.
     if check.tolerance is not None:
-        lower, upper = -check.tolerance * figure.size, check.tolerance * figure.size
+        upper = check.tolerance * figure.size
+        lower = -upper
     if lower < figure.low and figure.high < upper:
         return HOLDS
-    return FAILS if figure.high <= lower or figure.low >= upper else OPEN
+    if figure.high <= lower or figure.low >= upper:
+        return FAILS
+    return OPEN
 
 
 def overall(verdicts: Sequence[str]) -> str:
-    """The verdict on a claim from those of its checks: what they agree in, or how they differ."""
-    different = list(dict.fromkeys(verdicts))
-    if len(different) == 1:
-        return different[0]
-    counts = [f"{verdicts.count(word)} of {len(verdicts)}: {word}" for word in different]
+    """The verdict on a claim: that of all its checks, or how many have which."""
+    different_verdicts = list(dict.fromkeys(verdicts))
+    if len(different_verdicts) == 1:
+        return different_verdicts[0]
+    counts = []
+    for word in different_verdicts:
+        counts.append(f"{verdicts.count(word)} of {len(verdicts)}: {word}")
     return ", ".join(counts)
 
 
 def claims() -> list[Claim]:
-    """The claims as `claims.yaml` has them."""
+    """Read the claims of `claims.yaml`."""
     loaded = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
     return TypeAdapter(list[Claim]).validate_python(loaded)
 
 
 def page() -> Iterable[str]:
     """The parts of the page after its head: tables of verdicts, then each claim's figures."""
+    # Claims of the paper and findings of our own, by the first letter of their names.
     rows: dict[str, list[tuple[str, ...]]] = {"C": [], "F": []}
     sections = []
     for claim in claims():
-        figures = [figure(check) for check in claim.checks]
-        verdicts = [verdict(*pair) for pair in zip(claim.checks, figures, strict=True)]
+        lines = []
+        verdicts = []
+        for check in claim.checks:
+            check_figure = figure(check)
+            check_verdict = verdict(check, check_figure)
+            verdicts.append(check_verdict)
+            lines.append(_line(check, check_figure, check_verdict))
         rows[claim.name[0]].append((claim.name, claim.says, f"**{overall(verdicts)}**"))
+        heads = ("figure", "result", "value, 95 % interval", "n", "the claim says", "verdict")
         sections += [
             f"### {claim.name}: {claim.says}",
-            f"{claim.where}. Here: **{overall(verdicts)}**.",
-            table(
-                ("what", "where", "figure, 95 % interval", "over", "the claim asks for", "verdict"),
-                map(_line, claim.checks, figures, verdicts),
-            ),
+            f"{claim.where}. Verdict: **{overall(verdicts)}**.",
+            table(heads, lines),
             f"```bash\n{claim.command.strip()}\n```",
         ]
     return [
-        table(("claim", "of the paper", "here"), rows["C"]),
-        table(("finding", "of ours", "here"), rows["F"]),
+        table(("claim", "of the paper", "verdict"), rows["C"]),
+        table(("finding", "of this project", "verdict"), rows["F"]),
         *sections,
     ]
 
 
 def _line(check: Check, figure: Figure, result: str) -> tuple[str, ...]:
+    """Row of a check in the table of its claim."""
     number = f"{figure.mean:.4g} ({figure.low:.4g} to {figure.high:.4g})"
     if check.tolerance is not None:
         bound = f"at most {check.tolerance:.0%} of the control's"

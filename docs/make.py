@@ -1,7 +1,7 @@
-"""Make the pages, and the tables in pages, that are made from the code and from results.
+"""Generate the pages, and the tables in pages, that come from the code and from results.
 
 python -m docs.make                     # writes all; run it after any change
-python -m docs.make --only options.md   # of an option; what measures the models takes longer
+python -m docs.make --only options.md   # after a change of an option; the other pages take longer
 """
 
 from __future__ import annotations
@@ -36,145 +36,168 @@ from . import evidence, memory
 FOLDER = Path(__file__).parent
 START = "<!-- made by python -m docs.make -->"
 END = "<!-- end -->"
-
-
-def options() -> Iterable[str]:
-    """Every option of both training scripts, and what does not go together."""
-    yield from _script("train_dreambooth_bilora.py", DreamBoothConfig)
-    yield from _script("train_text_bilora.py", TextConfig)
-    yield "## Combinations that are refused"
-    yield (
-        "An option that the chosen method does not read stands without complaint, so that runs that"
-        " differ only in `--method` can share a recipe."
-    )
-    body = [
-        (entry.markdown(), entry.reason, entry.instead) for entry in constraints.table().constraints
-    ]
-    yield table(("together", "why they are refused", "instead"), body)
-    yield "## Options without effect"
-    yield (
-        "They are named in one line and ignored: the run is that of the command line without them."
-    )
-    yield table(("option", "has no effect", "instead"), _ignored_cases())
-
-
-def diffusers() -> Iterable[str]:
-    """Every flag of diffusers' scripts, and what differs."""
-    document = yaml.safe_load((FOLDER / "diffusers_flags.yaml").read_text(encoding="utf-8"))
-    yield document["intro"]
-    yield "\n".join(f"- {sentence}" for sentence in document["beside"])
-    yield _flags(document["sdxl"])
-    yield "## Its scripts for other models"
-    yield document["others"]
-    yield _flags(document["flow"])
-    yield document["apart"]
-    foreign = constraints.table().foreign["image"].items()
-    body = [(f"`--{name}`", *sentence) for name, sentence in foreign]
-    yield table(("flag", "why it is no option here", "instead"), body)
-
-
-def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
-    our_options = options_of(DreamBoothConfig.groups)
-    body = []
-    for name, flag in flags.items():
-        defaults = _value(flag.get("default")), _value(default_of(our_options[name]))
-        body.append((f"`--{name}`", *defaults, flag.get("here", "same")))
-    return table(("flag", "default there", "default here", "what differs"), body)
-
-
 KINDS = [family_class(pipeline, pipeline) for pipeline in FAMILIES]
 EXAMPLES = {model: hub_id for family in KINDS for model, hub_id in family.examples.items()}
 """Model -> its id on the hub."""
 
 
+def options() -> Iterable[str]:
+    """Every option of both training scripts, refused combinations, and options without effect."""
+    yield from _script("train_dreambooth_bilora.py", DreamBoothConfig)
+    yield from _script("train_text_bilora.py", TextConfig)
+    yield "## Combinations that are refused"
+    yield (
+        "An option that the chosen method does not read is accepted, so that runs that differ only"
+        " in `--method` can share a recipe."
+    )
+    rows = []
+    for constraint in constraints.table().constraints:
+        rows.append((constraint.markdown(), constraint.reason, constraint.instead))
+    yield table(("together", "why they are refused", "instead"), rows)
+    yield "## Options without effect"
+    yield ("They are named in one line and ignored: the run is the same as without them.")
+    yield table(("option", "has no effect", "instead"), _ignored_cases())
+    yield from diffusers_flags()
+
+
+def diffusers_flags() -> Iterable[str]:
+    """Every flag of diffusers' scripts, and what differs."""
+    document = yaml.safe_load((FOLDER / "diffusers_flags.yaml").read_text(encoding="utf-8"))
+    yield "## Flags of diffusers' scripts"
+    yield document["intro"]
+    yield "\n".join(f"- {sentence}" for sentence in document["general"])
+    yield _flags(document["sdxl"])
+    yield "### Flags of the scripts for other models"
+    yield document["others"]
+    yield _flags(document["flow"])
+    yield "### Flags that are refused"
+    rows = []
+    for name, (reason, instead) in constraints.table().foreign["image"].items():
+        rows.append((f"`--{name}`", reason, instead))
+    yield table(("flag", "why it is no option here", "instead"), rows)
+
+
+def _flags(flags: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of flags that both have."""
+    our_options = options_of(DreamBoothConfig.groups)
+    rows = []
+    for name, flag in flags.items():
+        their_default = _value(flag.get("default"))
+        our_default = _value(default_of(our_options[name]))
+        rows.append((f"`--{name}`", their_default, our_default, flag.get("here", "same")))
+    return table(("flag", "default in diffusers", "default here", "what differs"), rows)
+
+
 def readme() -> Iterable[str]:
     """The table of models."""
-    body = []
+    rows = []
     for family in KINDS:
         for model, hub_id in family.examples.items():
-            rows = [memory_of(model, weights) for weights in ("bf16", "nf4")]
-            # SDXL's encoders only visit the device; those of the others are gone before the step.
-            needed = [f"{max(row['bilora'], row['encoders']) / 1e9:.0f} GB" for row in rows]
-            body.append((model, f"`{hub_id}`", *needed, family.tested_on))
+            sizes = []
+            for weights in ("bf16", "nf4"):
+                memory_parts = memory_of(model, weights)
+                # SDXL's encoders leave the device before the step; those of the others are deleted.
+                needed_bytes = max(memory_parts["bilora"], memory_parts["encoders"])
+                sizes.append(f"{needed_bytes / 1e9:.0f} GB")
+            rows.append((model, f"`{hub_id}`", *sizes, family.tested_on))
     heads = ("model", "`--pretrained_model_name_or_path`", "bf16", "NF4", "tested on")
-    yield table(heads, body)
+    yield table(heads, rows)
 
 
 def models() -> Iterable[str]:
     """The table of memory."""
+    rows = []
+    for model in EXAMPLES:
+        for weights in ("bf16", "nf4"):
+            memory_parts = memory_of(model, weights)
+            sizes = []
+            for part in ("lora", "bilora", "activations", "encoders"):
+                sizes.append(f"{memory_parts[part] / 1e9:.1f} GB")
+            rows.append((model, weights, *sizes))
     heads = ("model", "weights", "LoRA", "Bi-LoRA", "held by the step", "text encoders, before it")
-    columns = ("lora", "bilora", "activations", "encoders")
-    body = [
-        (model, weights, *(f"{memory_of(model, weights)[c] / 1e9:.1f} GB" for c in columns))
-        for model in EXAMPLES
-        for weights in ("bf16", "nf4")
-    ]
-    yield table(heads, body)
+    yield table(heads, rows)
 
 
-memory_of = functools.cache(
-    lambda model, weights: memory.row(model, weights, "--gradient_checkpointing")
-)
+@functools.cache
+def memory_of(model: str, weights: str) -> dict[str, int]:
+    """Memory of a model in the tables, which are of runs with gradient checkpointing."""
+    return memory.step_memory(model, weights, "--gradient_checkpointing")
 
 
 def python() -> Iterable[str]:
-    """The table of `BiLoRAConfig`."""
+    """The table of `BiLoRAConfig`, from its docstring."""
     doc = inspect.cleandoc(BiLoRAConfig.__doc__ or "")
     args = doc.partition("Args:\n")[2].partition("\n\n")[0]
-    names, texts = (re.split(r"^ {4}(\w+): ", args, flags=re.MULTILINE)[i::2] for i in (1, 2))
+    # Text before the first name, then names and descriptions in turn.
+    words = re.split(r"^ {4}(\w+): ", args, flags=re.MULTILINE)
     defaults = {field.name: field.default for field in dataclasses.fields(BiLoRAConfig)}
-    body = [
-        (f"`{name}`", f"`{defaults[name]!r}`", " ".join(text.split()))
-        for name, text in zip(names, texts, strict=True)
-    ]
-    yield table(("field", "default", "what it is"), body)
+    rows = []
+    for name, text in zip(words[1::2], words[2::2], strict=True):
+        rows.append((f"`{name}`", f"`{defaults[name]!r}`", " ".join(text.split())))
+    yield table(("field", "default", "what it is"), rows)
 
 
 PAGES = {
     "python.md": python,
     "../README.md": readme,
     "options.md": options,
-    "diffusers.md": diffusers,
-    "evidence.md": evidence.page,
+    "../results/README.md": evidence.page,
     "models.md": models,
 }
 
 
 def page(name: str) -> str:
-    """A page with what stands after its mark, or between its two, made anew."""
+    """A page with new content after the mark `START`, up to the mark `END` if it has this one."""
+    # The mark itself stays; what follows it is replaced.
     before, _, tail = (FOLDER / name).read_text(encoding="utf-8").partition(START)
     _, end, after = tail.partition(END)
     content = "\n\n".join(PAGES[name]())
-    return f"{before}{START}\n\n{content}\n" + (f"\n{end}{after}" if end else "")
+    text = f"{before}{START}\n\n{content}\n"
+    if end:
+        text += f"\n{end}{after}"
+    return text
 
 
 def _script(name: str, config: type[RunConfig]) -> Iterable[str]:
+    """The options of a script, a table for each section."""
     yield f"## {name}"
     for title, groups in sections(config.groups).items():
         yield f"### {title.capitalize()}"
-        fields = options_of(groups).values()
-        yield table(("option", "default", "what it does"), map(_option, fields))
+        rows = [_option(field) for field in options_of(groups).values()]
+        yield table(("option", "default", "what it does"), rows)
 
 
 def _option(field: dataclasses.Field[Any]) -> tuple[str, str, str]:
-    option, default = option_of(field), default_of(field)
-    off = [f"--no_{field.name}"] if default is True else []
-    names = ", ".join(f"`{name}`" for name in (f"--{field.name}", *option.aliases, *off))
-    choices = ", ".join(f"`{choice}`" for choice in option.choices or ())
-    return names, _value(default), option.help + (f" One of {choices}." if choices else "")
+    """Names, default and help of an option."""
+    option = option_of(field)
+    default = default_of(field)
+    flags = [f"--{field.name}", *option.aliases]
+    if default is True:
+        flags.append(f"--no_{field.name}")
+    text = option.help
+    if option.choices:
+        choices = ", ".join(f"`{choice}`" for choice in option.choices)
+        text += f" One of {choices}."
+    return ", ".join(f"`{flag}`" for flag in flags), _value(default), text
 
 
 def _ignored_cases() -> Iterable[tuple[str, str, str]]:
-    """Options that have no effect under one condition, where, and what to do."""
-    rows: dict[tuple[str, str], dict[str, None]] = {}
+    """Options without effect, the condition, and the fix; options of one condition in one row."""
+    # (condition, fix) -> names of the options, each once and in order
+    names_by_case: dict[tuple[str, str], dict[str, None]] = {}
     for config in (DreamBoothConfig, TextConfig):
         for name, field in options_of(config.groups).items():
             for case in option_of(field).ignored:
-                rows.setdefault((case.where, case.fix), {})[f"`--{name}`"] = None
-    return [(", ".join(names), where, fix) for (where, fix), names in rows.items()]
+                names = names_by_case.setdefault((case.where, case.fix), {})
+                names[f"`--{name}`"] = None
+    rows = []
+    for (where, fix), names in names_by_case.items():
+        rows.append((", ".join(names), where, fix))
+    return rows
 
 
 def _value(value: Any) -> str:
+    """A default; "" for an option that is off or not given."""
     if value is None or value is False or value == []:
         return ""
     return "on" if value is True else f"`{value}`"
@@ -182,14 +205,15 @@ def _value(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the pages and the heads of recipes."""
-    parser, pages = argparse.ArgumentParser("docs.make"), [*PAGES, "recipes"]
+    pages = [*PAGES, "recipes"]
+    parser = argparse.ArgumentParser("docs.make")
     parser.add_argument("--only", action="append", choices=pages, help="can be given several times")
     for name in parser.parse_args(argv).only or pages:
         if name in PAGES:
             (FOLDER / name).write_text(page(name), encoding="utf-8")
         else:
-            for path, model in memory.models(EXAMPLES).items():
-                path.write_text(memory.page(path, model), encoding="utf-8")
+            for path, model in memory.recipe_models(EXAMPLES).items():
+                path.write_text(memory.updated_recipe(path, model), encoding="utf-8")
 
 
 if __name__ == "__main__":

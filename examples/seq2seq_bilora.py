@@ -1,11 +1,11 @@
-"""Bi-LoRA in Transformers' Seq2SeqTrainer: T5 from one column to another.
+"""Bi-LoRA in Transformers' Seq2SeqTrainer: T5 learns to write one column from another.
 
     python examples/seq2seq_bilora.py --model google-t5/t5-base --data knkarthick/samsum \\
         --source dialogue --target summary --prefix "summarize: " --output_dir runs/samsum \\
         --learning_rate 5e-4 --num_train_epochs 3 --predict_with_generate True
 
 `--model` and `--data` are names on the hub, or a folder and a JSONL file. Evaluation and generation
-are by the primary adapter alone, which is also what the output folder holds.
+use the primary adapter alone, which is also the content of the output folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXAMPLE = (
 
 @dataclass
 class Arguments:
-    # Sentences about a model name the second flag, which train_text_bilora.py has.
+    # Messages about a model name the second flag, which is that of train_text_bilora.py.
     model: str = field(metadata={"aliases": ["--model_name_or_path"]})
     data: str
     source: str = "input"
@@ -48,8 +48,8 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> None:
     options, args = scripts.parse(Arguments, Seq2SeqTrainingArguments, argv, EXAMPLE)
     rows = scripts.load_rows(options.data)
-    for flag, column in (("--source", options.source), ("--target", options.target)):
-        require_column(column, rows.column_names, flag, options.data)
+    require_column(options.source, rows.column_names, "--source", options.data)
+    require_column(options.target, rows.column_names, "--target", options.data)
     if options.held_out >= len(rows):
         raise UserError(
             f"--held_out {options.held_out} leaves none of {len(rows)} rows to learn from: lower"
@@ -85,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.predict_with_generate:
         tokens = result.predictions.clip(min=0)  # padding is -100
         lines = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        text = "".join(json.dumps({"prediction": line}) + "\n" for line in lines)
-        (Path(args.output_dir) / "predictions.jsonl").write_text(text, encoding="utf-8")
+        json_lines = [json.dumps({"prediction": line}) + "\n" for line in lines]
+        file = Path(args.output_dir) / "predictions.jsonl"
+        file.write_text("".join(json_lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

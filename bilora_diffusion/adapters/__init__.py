@@ -1,41 +1,47 @@
-"""LoRA adapters on any `nn.Module`, through PEFT: the only place that calls it.
+"""LoRA adapters on any `nn.Module`, through PEFT; no other folder calls it.
 
-`model` in these functions is a model that was injected (a plain module, a diffusers or Transformers
-model, a `PeftModel`). Where they say "or several" it may also be a module that holds some, such as
-`nn.ModuleDict({"unet": ..., "text_encoder": ...})`. Adapters live in fp32, or in float64 where the
-base layer does: bf16 would lose small updates.
+`model` in these functions is a model with adapters: a plain module, a diffusers or Transformers
+model, or a `PeftModel`. Where a docstring says "or several", it may also be a module that holds
+such models, such as `nn.ModuleDict({"unet": ..., "text_encoder": ...})`. Adapters are in fp32, or
+in float64 where the base layer is: bf16 would lose small updates.
 """
 
 from peft.functional import cast_adapter_dtype
 from peft.tuners.lora import LoraLayer
 
-from ..core.choices import ALL_LINEAR, INITS
 from ..core.lora_names import AUXILIARY, INITIAL, PRIMARY
+from ..core.values import ALL_LINEAR
 from .access import (
     Factors,
-    alike,
+    activate,
+    active,
     base_rows,
     base_weight,
     factors,
     factors_of,
     from_rows,
     gradients_of,
+    group_equal,
     head_parameters,
     is_quantized,
     layers,
     named_parameters,
-    names,
+    off,
+    only,
     parameters,
-    rows,
     weights,
 )
-from .initial import (
-    keep_initial,
-    set_initial,
-    start_from_initial,
-    subtract_initial,
+from .inits import start_from_initial, subtract_initial
+from .injection import (
+    CHANGE_BASE,
+    AdapterSpec,
+    adaptable,
+    adopt,
+    inject,
+    output_head,
+    restored,
+    target_layers,
 )
-from .injection import adopt, inject, restored
 from .saving import (
     lora_config,
     peft_key,
@@ -48,5 +54,3 @@ from .saving import (
     twice_the_rank,
     write_pretrained,
 )
-from .switching import activate, active, off, only
-from .targets import CHANGE_BASE, AdapterSpec, adaptable, output_head, target_layers

@@ -1,19 +1,24 @@
-"""Reading what adapters a model holds: names, layers, factors, parameters."""
+"""What adapters a model holds (names, layers, factors, parameters), and which of them act."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+
+from ..core.errors import UserError
+from ..core.lora_names import INITIAL, PRIMARY
 
 
 class Factors(NamedTuple):
     """The two matrices of one adapter on one layer, as views of the parameters."""
 
-    name: str
+    name: str  # path of the layer
     A: Tensor  # (r, n); a convolution's n is in_channels * kernel area
     B: Tensor  # (m, r)
     scale: float  # s = alpha / r
@@ -21,16 +26,25 @@ class Factors(NamedTuple):
 
 def names(model: nn.Module) -> tuple[str, ...]:
     """Every adapter in `model` (or several), in order of first appearance."""
-    return tuple(dict.fromkeys(name for _, layer in layers(model) for name in layer.lora_A))
+    adapters: dict[str, None] = {}  # an ordered set
+    for _, layer in layers(model):
+        adapters |= dict.fromkeys(layer.lora_A)
+    return tuple(adapters)
 
 
 def layers(model: nn.Module, adapter: str | None = None) -> list[tuple[str, LoraLayer]]:
-    """(module path, PEFT layer) of each layer with `adapter`, or with any; or several."""
-    return [
-        (name.replace("_orig_mod.", ""), module)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and (adapter is None or adapter in module.lora_A)
-    ]
+    """(module path, PEFT layer) of each layer of `model` (or several) with an adapter.
+
+    Args:
+        model: the model.
+        adapter: the adapter that the layers must have; None for any.
+    """
+    named_layers: list[tuple[str, LoraLayer]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and (adapter is None or adapter in module.lora_A):
+            # torch.compile puts a module of this name around another one.
+            named_layers.append((path.replace("_orig_mod.", ""), module))
+    return named_layers
 
 
 def factors(model: nn.Module, adapter: str) -> list[Factors]:
@@ -39,7 +53,7 @@ def factors(model: nn.Module, adapter: str) -> list[Factors]:
 
 
 def factors_of(named_layers: Sequence[tuple[str, LoraLayer]], adapter: str) -> list[Factors]:
-    """A and B of these layers; as `factors`, without a walk through the whole model."""
+    """A and B of these layers, as `factors`, but without a walk through the whole model."""
     layer_factors: list[Factors] = []
     for path, layer in named_layers:
         A, B = weights(layer, adapter)
@@ -48,8 +62,8 @@ def factors_of(named_layers: Sequence[tuple[str, LoraLayer]], adapter: str) -> l
     return layer_factors
 
 
-def alike(keys: Iterable[Hashable]) -> list[list[int]]:
-    """The positions of equal keys, such as shapes: layers of one shape are computed at once."""
+def group_equal(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Group the positions of equal keys. Layers of one shape, for example, are computed at once."""
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
@@ -63,29 +77,30 @@ def gradients_of(
     gradients: list[Factors | None] = []
     for path, layer in named_layers:
         A, B = weights(layer, adapter)
-        if A.grad is None or B.grad is None:  # the loss does not reach the layer
-            gradients.append(None)
-        else:
+        gradient = None
+        if A.grad is not None and B.grad is not None:  # else the loss does not reach the layer
             scale = float(layer.scaling[adapter])
-            gradients.append(Factors(path, _as_matrix(A.grad), _as_matrix(B.grad), scale))
+            gradient = Factors(path, _as_matrix(A.grad), _as_matrix(B.grad), scale)
+        gradients.append(gradient)
     return gradients
 
 
 def weights(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     """The parameters A and B of one layer.
 
-    They are looked up where modules keep them: nn.Module's way of finding an attribute takes as
-    long as a small kernel, and this is done for every layer of every step.
+    They are looked up in the dictionaries that modules keep them in: `nn.Module.__getattr__` takes
+    as long as a small kernel, and every step does this for every layer.
     """
     modules: dict[str, Any] = cast(Any, layer)._modules
-    A, B = (modules[side]._modules[adapter]._parameters["weight"] for side in ("lora_A", "lora_B"))
+    A = modules["lora_A"]._modules[adapter]._parameters["weight"]
+    B = modules["lora_B"]._modules[adapter]._parameters["weight"]
     return A, B
 
 
 def named_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The adapter's parameters (A, B, DoRA's magnitude) of `model` (or several).
 
-    Keys are module path + ".lora_A.weight" and so on, without the adapter's name.
+    A key is the path of the layer and ".lora_A.weight" or the like, without the adapter's name.
     """
     by_path: dict[str, nn.Parameter] = {}
     for path, layer in layers(model, adapter):
@@ -98,25 +113,26 @@ def named_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def head_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """Parameters of the modules that are trained whole beside the adapter, such as a classifier's
-    new head (`AdapterSpec.modules_to_save`), by path; of `model` (or several).
+    """Parameters of `model` (or several) that are trained whole beside the adapter, by path.
+
+    They are those of `AdapterSpec.modules_to_save`, such as a classifier's new head.
     """
     by_id: dict[int, tuple[str, nn.Parameter]] = {}
     for path, module in model.named_modules():
-        # PEFT notes an adapter's configuration on the model that it was injected into.
+        # PEFT stores an adapter's configuration on the model that it was injected into.
         configs = module.__dict__.get("peft_config")
-        config = configs.get(adapter) if isinstance(configs, dict) else None
-        if config is None or not config.modules_to_save:
+        if not isinstance(configs, dict) or adapter not in configs:
             continue
+        whole_modules = configs[adapter].modules_to_save or ()
         for key, parameter in module.named_parameters(path):
-            if is_within(key, config.modules_to_save):
+            if is_within(key, whole_modules):
                 # A PeftModel and the model in it both have the configuration.
                 by_id.setdefault(id(parameter), (key, parameter))
     return dict(by_id.values())
 
 
 def is_within(path: str, modules: Collection[str]) -> bool:
-    """Test that a path leads through a module of one of these names."""
+    """Test that a module on a path, or its end, has one of these names."""
     return any(f".{name}." in f".{path}." for name in modules)
 
 
@@ -126,9 +142,10 @@ def parameters(model: nn.Module, adapter: str) -> list[nn.Parameter]:
 
 
 def is_quantized(layer: Any) -> bool:
-    """Test that a layer, or the one under its adapters, holds its weight in 4 bits."""
-    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    weight = getattr(base, "weight", None)
+    """Test that a layer, or the layer under its adapters, holds its weight in 4 bits."""
+    if isinstance(layer, LoraLayer):
+        layer = cast(Any, layer).get_base_layer()
+    weight = getattr(layer, "weight", None)
     has_codes = isinstance(weight, Tensor) and not weight.is_floating_point()
     return has_codes or hasattr(weight, "quant_state")
 
@@ -139,25 +156,128 @@ def base_weight(layer: LoraLayer) -> nn.Parameter:
 
 
 def rows(layer: LoraLayer, values: Tensor) -> Tensor:
-    """Values in the weight's shape as (m outputs, n inputs), n in the order of `A.flatten(1)`."""
-    return values.T if getattr(layer, "fan_in_fan_out", False) else values.flatten(1)
+    """Values in the shape of the weight as a matrix (m outputs, n inputs).
+
+    n is in the order of `A.flatten(1)`.
+    """
+    if getattr(layer, "fan_in_fan_out", False):  # Transformers' Conv1D has (n, m)
+        return values.T
+    return values.flatten(1)
 
 
 def from_rows(layer: LoraLayer, values: Tensor) -> Tensor:
     """The reverse of `rows`: (m outputs, n inputs) in the shape of the weight."""
-    turned = values.T if getattr(layer, "fan_in_fan_out", False) else values
-    return turned.reshape(base_weight(layer).shape)
+    if getattr(layer, "fan_in_fan_out", False):
+        values = values.T
+    return values.reshape(base_weight(layer).shape)
 
 
 def base_rows(layer: LoraLayer) -> Tensor:
-    """The base weight, not quantized, as `rows`, in fp32 or wider; a copy where need be."""
+    """The base weight, not quantized, as `rows`, in fp32 or wider; a copy where it is narrower."""
     weight = base_weight(layer).detach()
     return rows(layer, weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
 def _as_matrix(weight: Any) -> Tensor:
-    """(out, ...) -> (out, rest) as a view; in order of strides, so that channels_last works too."""
+    """A view of a weight (out, ...) as a matrix (out, in)."""
     if weight.dim() == 2:
         return weight.detach()
-    trailing = sorted(range(1, weight.dim()), key=weight.stride, reverse=True)
-    return weight.detach().permute(0, *trailing).view(weight.shape[0], -1)
+    # By their strides, since only dimensions that follow each other in memory can be joined in a
+    # view: those of channels_last lie in another order.
+    dimensions = sorted(range(1, weight.dim()), key=weight.stride, reverse=True)
+    return weight.detach().permute(0, *dimensions).view(weight.shape[0], -1)
+
+
+def activate(model: nn.Module, names: Sequence[str]) -> None:
+    """Make exactly these adapters of `model` (or several) act, in this order.
+
+    They become trainable, with the modules that are trained whole beside the primary, and all else
+    frozen.
+
+    Raises:
+        UserError: an adapter that no layer has, or that never acts.
+    """
+    _check_names(model, names)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(True)
+            module.set_adapter(list(names))
+        elif isinstance(module, BaseTuner):
+            module.active_adapter = list(names)
+    for parameter in head_parameters(model, PRIMARY).values():
+        parameter.requires_grad_(PRIMARY in names)
+
+
+def active(model: nn.Module) -> tuple[str, ...]:
+    """The adapters that act, in order; empty where adapters are switched off."""
+    named_layers = layers(model)
+    if not named_layers:
+        return ()
+    # All layers have the same state.
+    _, layer = named_layers[0]
+    return () if layer.disable_adapters else tuple(layer.active_adapters)
+
+
+@contextmanager
+def only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Make exactly these adapters of `model` (or several) act within the context.
+
+    It is for forward passes alone. Afterwards the order of the adapters and what is trainable are
+    as before.
+
+    Raises:
+        UserError: an adapter that no layer has, or that never acts.
+    """
+    _check_names(model, names)
+    lora_layers = [layer for _, layer in layers(model)]
+    states = [(list(layer.active_adapters), layer.disable_adapters) for layer in lora_layers]
+    # PEFT's `set_adapter` makes the adapters' parameters trainable.
+    flags: list[tuple[nn.Parameter, bool]] = []
+    for layer in lora_layers:
+        for parameter in cast(nn.Module, layer).parameters():
+            flags.append((parameter, parameter.requires_grad))
+    try:
+        for layer in lora_layers:
+            layer.enable_adapters(True)
+            layer.set_adapter(list(names))
+        yield
+    finally:
+        for layer, (order, is_disabled) in zip(lora_layers, states, strict=True):
+            layer.set_adapter(order)
+            if is_disabled:
+                layer.enable_adapters(False)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def off(lora_layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """Let no adapter of these layers act within the context.
+
+    It is for forward passes without gradients. What is trainable stays as it is.
+    """
+    # Not by `enable_adapters`, which makes parameters untrainable too.
+    enabled_layers = [layer for layer in lora_layers if not layer.disable_adapters]
+    for layer in enabled_layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in enabled_layers:
+            layer._disable_adapters = False
+
+
+def _check_names(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Refuse an adapter that no layer of the model has, or that never acts."""
+    model_adapters = names(model)
+    for name in adapters:
+        if name not in model_adapters:
+            listing = ", ".join(model_adapters) or "none"
+            raise UserError(f'There is no adapter "{name}"; the model has: {listing}.')
+    if INITIAL in adapters:
+        raise UserError(
+            f'The adapter "{INITIAL}" is what was taken out of the base weights, and would be '
+            "counted twice if it acted; leave it out."
+        )

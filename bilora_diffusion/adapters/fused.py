@@ -1,12 +1,11 @@
-"""One low-rank product for both adapters: W0 x + [s1 B1, s2 B2] [A1; A2] x, PEFT's sum of two.
+"""One low-rank product for both adapters, W0 x + [s1 B1, s2 B2] [A1; A2] x, in place of PEFT's two.
 
 The parameters stay separate. Each forward joins them, or takes the joined factors of the samples
 from a `SampleAdapter`. The product runs in the precision of the base's output (autocast's where it
 is on), so x is not copied to fp32 as PEFT does. Forward and backward are written out (`products`):
-autograd would add the product to the base's output through a view, and pay six more operations on
-all of the activations. The A of a convolution's adapters become one convolution with as many
-channels as both ranks. A layer in a state that one product can't express is left to PEFT's own
-forward.
+autograd would add the product to the base's output through a view, which takes six more operations
+on all activations. The A of a convolution's adapters become one convolution with as many channels
+as both ranks. A layer in a state that one product can't express keeps PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from .products import AdapterConvolution, AdapterProduct
 
 
 class FusedLayer:
-    """Base that is put before the class of a PEFT layer; the layer's state stays as it is."""
+    """Base class that is put before the class of a PEFT layer; the layer's state stays as it is."""
 
-    quantized: ClassVar[bool] = False
-    sample_slot: LayerSlot | None = None
+    quantized: ClassVar[bool] = False  # whether the weight is in 4 bits
+    sample_slot: LayerSlot | None = None  # where the layer gets the factors of the samples
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         slot: LayerSlot | None = None
@@ -42,7 +41,8 @@ class FusedLayer:
             if slot.adapter.factors is None:
                 slot = None  # no sample of the batch has factors: the adapter is only left out
         active: list[str] | None = None
-        if not args and not kwargs:  # such as PEFT's adapter_names, one for each row
+        # Further arguments are PEFT's own, such as adapter_names, an adapter for each row.
+        if not args and not kwargs:
             active = _active_plain_adapters(self, x, replaced)
         if active is not None and (slot is None or active == slot.adapter.fused_with):
             return self._fused_forward(x, active, slot)
@@ -57,6 +57,7 @@ class FusedLayer:
         """PEFT's own forward, without the adapter `replaced`."""
         if replaced is not None:
             active_adapters = self._active_adapter
+            # The attribute and not `set_adapter`, which changes what is trainable.
             self._active_adapter = [name for name in self.active_adapters if name != replaced]
             try:
                 return self._peft_forward(x, None, *args, **kwargs)
@@ -64,8 +65,8 @@ class FusedLayer:
                 self._active_adapter = active_adapters
         precision: AbstractContextManager[Any] = nullcontext()
         if self.quantized and self.lora_variant and torch.is_autocast_enabled(x.device.type):
-            # Under CUDA's autocast PEFT's 4-bit layer takes DoRA's norms in half precision,
-            # which is up to 0.4 % off; its float layer takes them in fp32.
+            # Under CUDA's autocast PEFT's 4-bit layer computes DoRA's norms in half precision,
+            # which is up to 0.4 % off; its float layer computes them in fp32.
             precision = torch.autocast(x.device.type, enabled=False)
         with precision:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
@@ -75,21 +76,22 @@ class FusedLayer:
     ) -> Tensor:
         """The base's output plus one product for the active adapters and the samples' factors."""
         base = self.base_layer
-        if (
-            (self.quantized or type(base) in (nn.Linear, nn.Conv2d))
-            and x.dtype == torch.float32
-            and torch.is_autocast_enabled(x.device.type)
-        ):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the base and the adapters
+        is_plain_base = self.quantized or type(base) in (nn.Linear, nn.Conv2d)
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        if is_plain_base and is_autocast and x.dtype == torch.float32:
+            # Autocast would convert x once for the base and once for the adapters.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        output = weight = bias = None
         if _is_frozen_linear(base):
-            # The base's product belongs to the function below, which adds to it in place.
+            # `AdapterProduct` computes the base's product too, and adds to it in place.
             dtype = _output_dtype(x, base.weight)
+            x = x.to(dtype)
             weight = base.weight.to(dtype)
-            bias = None if base.bias is None else base.bias.to(dtype)
-            output, x = None, x.to(dtype)
+            if base.bias is not None:
+                bias = base.bias.to(dtype)
         else:
             output = base(x)
-            weight, bias, x = None, None, x.to(output.dtype)
+            x = x.to(output.dtype)
         # Not `list[Tensor]()`, which torch.compile can't trace.
         factors: list[Tensor] = []  # A and B of each adapter
         scales: list[float] = []  # alpha / rank of each
@@ -100,7 +102,7 @@ class FusedLayer:
             result: Tensor = AdapterConvolution.apply(
                 x, output, base.stride, base.padding, scales, *factors
             )
-            # The samples' convolutions are grouped, so the primary's is computed apart.
+            # The samples' convolutions are grouped, so the primary's is computed separately.
             if slot is not None:
                 result = add_per_sample_convolution(x, result, slot)
             return result
@@ -114,7 +116,7 @@ class FusedLayer:
 def _add_sample_product(x: Tensor, output: Tensor, slot: LayerSlot) -> Tensor:
     """Add the product of each sample's own factors to the output of a layer."""
     x = x.to(output.dtype)
-    if slot.is_convolution:
+    if isinstance(slot.down, nn.Conv2d):
         return add_per_sample_convolution(x, output, slot)
     factors = slot.factors(x.dtype, with_primary=False)
     scales = [slot.adapter.scale]
@@ -132,7 +134,7 @@ class FusedConv2d(FusedLayer, lora.Conv2d):
 
 
 def fuse(model: nn.Module) -> int:
-    """Give LoRA layers over linear layers and Conv2d the fused forward; returns of how many."""
+    """Give LoRA layers over linear layers and Conv2d the fused forward; returns their number."""
     count = 0
     # A list first: a module's class must not change while the modules are walked.
     for module in list(model.modules()):
@@ -155,7 +157,7 @@ def unfuse(model: nn.Module) -> None:
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
-    """Within the context PEFT's own forward runs; afterwards all is as it was."""
+    """Run PEFT's own forward within the context; afterwards the same layers are fused again."""
     fused_layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
     unfuse(model)
     try:
@@ -167,7 +169,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 @cache
 def _fused_class(peft_class: type) -> type | None:
-    """The class with the fused forward for a class of PEFT; None where there is none."""
+    """The subclass of a class of PEFT with the fused forward; None where there is none."""
     if issubclass(peft_class, FusedLayer):
         return peft_class
     if peft_class is lora.Linear:
@@ -182,7 +184,7 @@ def _fused_class(peft_class: type) -> type | None:
 
 
 def _active_plain_adapters(layer: Any, x: Tensor, replaced: str | None) -> list[str] | None:
-    """The one or two adapters to compute as one product, or None if this call is PEFT's.
+    """The one or two adapters that one product can express; None where PEFT's forward must run.
 
     Args:
         layer: a LoRA layer of PEFT.
@@ -191,20 +193,24 @@ def _active_plain_adapters(layer: Any, x: Tensor, replaced: str | None) -> list[
     """
     if layer._disable_adapters or layer.merged_adapters:
         return None
-    # Looked up where modules keep them, as `access.weights` does.
+    # Looked up in the dictionaries of the modules, as in `access.weights`.
     modules = layer._modules
-    A, B = modules["lora_A"]._modules, modules["lora_B"]._modules
+    A = modules["lora_A"]._modules
+    B = modules["lora_B"]._modules
     dropout = modules["lora_dropout"]._modules
     active = [name for name in layer.active_adapters if name in A and name != replaced]
     if not 1 <= len(active) <= 2:
         return None
+    # An evaluation of the primary gives, to the bit, what PEFT gives with the exported file.
     if len(active) == 1 and not layer.training:
-        return None  # to the bit what PEFT computes with the exported file
+        return None
+    # fp16 without autocast would lose small B; PEFT computes in fp32.
     if x.dtype == torch.float16 and not torch.is_autocast_enabled(x.device.type):
-        return None  # fp16 alone would lose small B; PEFT computes in fp32
+        return None
     for name in active:
+        # DoRA and the like are no plain product.
         if name in layer.lora_variant or layer.lora_bias[name]:
-            return None  # DoRA and the like are no plain product
+            return None
         if layer.training and type(dropout[name]) is not nn.Identity:
             return None
         if not (_is_plain(A[name]) and _is_plain(B[name])):
@@ -213,8 +219,9 @@ def _active_plain_adapters(layer: Any, x: Tensor, replaced: str | None) -> list[
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether no hook or wrapper (offloading, tensor parallelism) adds to the weight, and the
-    padding is in numbers.
+    """Test that A or B computes with its weight alone, and pads by numbers.
+
+    Offloading and tensor parallelism put hooks or another forward on a module.
     """
     return (
         type(module) in (nn.Linear, nn.Conv2d)
@@ -226,10 +233,13 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _is_frozen_linear(base: nn.Module) -> bool:
-    """Whether a base layer is x W^T + b alone, without a hook or a gradient of W and b."""
+    """Test that a base layer computes x W^T + b without hooks, and W and b have no gradient."""
     if type(base) is not nn.Linear or base._forward_hooks:
         return False
-    return not any(p is not None and p.requires_grad for p in base._parameters.values())
+    for parameter in base._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return False
+    return True
 
 
 def _output_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 A method makes one `SampleAdapter` for a model and gives each layer a `LayerSlot` in it
 (`assign_slots`). Within `SampleAdapter.acting` the fused forward (`fused`) adds, for each sample of
-the batch, the product of this sample's own factors, in place of the adapter that PEFT holds.
+the batch, the product of this sample's factors, in place of the adapter that PEFT holds.
 
 B is stored transposed, (rank, out): a product with few columns takes two to four times as long on a
 CPU as one with few rows.
@@ -52,7 +52,7 @@ class StackedFactors:
 
 
 class FlatLayout:
-    """How the A of all layers, then their B^T, lie in a flat parameter.
+    """Layout of a flat parameter: the A of all layers, then their B^T.
 
     Args:
         A, B: matrices of the layers in their order, (rank, in) and (out, rank).
@@ -70,38 +70,37 @@ class FlatLayout:
     @staticmethod
     def flatten(A: Sequence[Tensor], B: Sequence[Tensor]) -> Tensor:
         """A new flat tensor of these matrices."""
-        parts = list[Tensor]()
-        for matrix in A:
-            parts.append(matrix.detach().flatten())
-        for matrix in B:
-            parts.append(matrix.detach().mT.flatten())  # as rows: (rank, out)
+        parts = [matrix.detach().flatten() for matrix in A]
+        parts += [matrix.detach().mT.flatten() for matrix in B]  # each as (rank, out)
         return torch.cat(parts)
 
     def stack(self, A: list[Tensor], B: list[Tensor]) -> StackedFactors:
-        """Matrices of the layers, of any one rank, in the stacks of this layout."""
-        A_stacks, B_stacks = list[Tensor](), list[Tensor]()
+        """Stack matrices of the layers as in this layout; they may have another rank."""
+        A_stacks: list[Tensor] = []
+        B_stacks: list[Tensor] = []
         start = 0
-        for layers, *_ in self.A_shapes:
+        for layers, _rank, _width in self.A_shapes:
             A_stacks.append(torch.stack(A[start : start + layers]))  # (layers, rank, in)
             start += layers
         # Layers that share a shape of A may differ in B's, so B has stacks of its own.
         start = 0
-        for layers, *_ in self.B_shapes:
+        for layers, _rank, _width in self.B_shapes:
             B_stacks.append(torch.stack(B[start : start + layers]).mT)  # (layers, rank, out)
             start += layers
         return StackedFactors(A_stacks, B_stacks)
 
     def views(self, flat: Tensor) -> StackedFactors:
-        """Views of a flat tensor."""
+        """The factors in a flat tensor, as views."""
         # One `split` for all stacks: autograd joins their gradients in one operation.
         shapes = self.A_shapes + self.B_shapes
         parts = flat.split([math.prod(shape) for shape in shapes])
         stacks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return StackedFactors(stacks[: len(self.A_shapes)], stacks[len(self.A_shapes) :])
+        A_count = len(self.A_shapes)
+        return StackedFactors(stacks[:A_count], stacks[A_count:])
 
 
 def _stack_shapes(matrices: Sequence[Tensor]) -> list[tuple[int, int, int]]:
-    """(layers, rank, width) of each run of matrices of one shape (rank, width)."""
+    """(layers, rank, width) of each sequence of neighbours of one shape (rank, width)."""
     stacks: list[tuple[int, int, int]] = []
     for matrix in matrices:
         rank, width = matrix.shape
@@ -115,37 +114,38 @@ def _stack_shapes(matrices: Sequence[Tensor]) -> list[tuple[int, int, int]]:
 def join_factors(
     samples: Sequence[StackedFactors], primary: StackedFactors | None, dtype: torch.dtype
 ) -> list[SampleFactors]:
-    """The factors of several samples, layer by layer.
+    """Join the factors of several samples, layer by layer.
 
     Args:
-        samples: those of each sample.
+        samples: the factors of each sample.
         primary: the primary's factors, which are put above those of each sample.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
-    stacks_A: list[Sequence[Tensor]] = []
-    stacks_B: list[Sequence[Tensor]] = []
-    for factors in samples:
-        stacks_A.append(factors.A)
-        stacks_B.append(factors.B_transposed)
-    primary_A, primary_B = None, None
-    if primary is not None:
-        primary_A, primary_B = primary.A, primary.B_transposed
-    A_by_layer = _join_stacks(stacks_A, primary_A, dtype)
-    B_by_layer = _join_stacks(stacks_B, primary_B, dtype)
+    A_by_layer = _join_stacks(
+        [factors.A for factors in samples], None if primary is None else primary.A, dtype
+    )
+    B_by_layer = _join_stacks(
+        [factors.B_transposed for factors in samples],
+        None if primary is None else primary.B_transposed,
+        dtype,
+    )
     return [SampleFactors(A, B) for A, B in zip(A_by_layer, B_by_layer, strict=True)]
 
 
 def _join_stacks(
     samples: Sequence[Sequence[Tensor]], primary: Sequence[Tensor] | None, dtype: torch.dtype
 ) -> list[Tensor]:
-    """(samples, r1 + rank, width) of each layer; (r1 + rank, width) of a single sample.
+    """Join the stacks of A, or of B^T, of several samples.
 
-    One `cat` for each shape, whatever the number of samples and layers.
+    It takes one `cat` for each shape, whatever the number of samples and layers.
 
     Args:
         samples: stacks (layers, rank, width) of each sample.
         primary: stacks (layers, r1, width), or None for r1 = 0.
-        dtype: of the result.
+        dtype: dtype of the result.
+
+    Returns:
+        Of each layer (samples, r1 + rank, width); of a single sample (r1 + rank, width).
     """
     matrices: list[Tensor] = []
     for shape in range(len(samples[0])):
@@ -164,10 +164,10 @@ def _join_stacks(
 class BatchFactors(Protocol):
     """The factors of all layers of a model for the samples of one batch."""
 
-    samples: int  # 1 where all samples share the same factors
+    samples: int  # number of samples; 1 where all samples share the same factors
 
     def layer_factors(self, layer: int, dtype: torch.dtype, with_primary: bool) -> SampleFactors:
-        """Factors of the layer of this number, with their graph.
+        """Factors of one layer, with their graph.
 
         Args:
             layer: number of the layer (`LayerSlot.number`).
@@ -178,7 +178,7 @@ class BatchFactors(Protocol):
 
 
 class SampleAdapter:
-    """The adapter of one model that acts for each sample with factors of its own.
+    """An adapter of one model whose factors differ from sample to sample.
 
     Args:
         name: the adapter of PEFT in whose place the factors act.
@@ -189,26 +189,30 @@ class SampleAdapter:
 
     Attributes:
         is_acting: whether the layers use `factors` now in place of PEFT's adapter.
-        factors: those of the batch; None if no sample of the batch has any.
+        factors: the factors of the batch; None if no sample of the batch has any.
     """
 
     def __init__(self, name: str, rank: int, scale: float, fused_with: Sequence[str]) -> None:
-        self.name, self.rank, self.scale = name, rank, scale
+        self.name = name
+        self.rank = rank
+        self.scale = scale
         self.fused_with = list(fused_with)
         self.is_acting = False
         self.factors: BatchFactors | None = None
 
     @contextmanager
     def acting(self, factors: BatchFactors | None) -> Iterator[None]:
-        """Within the context the layers use these factors in place of PEFT's adapter."""
-        self.is_acting, self.factors = True, factors
+        """Let the layers use these factors in place of PEFT's adapter within the context."""
+        self.is_acting = True
+        self.factors = factors
         try:
             yield
         finally:
-            self.is_acting, self.factors = False, None
+            self.is_acting = False
+            self.factors = None
 
     def assign_slots(self, layers: Sequence[LoraLayer]) -> None:
-        """Let these layers ask for their factors, by their number in this order."""
+        """Give each of these layers its slot, with its number in this order."""
         for number, layer in enumerate(layers):
             down = cast(Any, layer).lora_A[self.name]
             cast(Any, layer).sample_slot = LayerSlot(self, number, down)
@@ -221,17 +225,12 @@ class LayerSlot:
     Attributes:
         adapter: the adapter of the layer's model.
         number: number of the layer in it.
-        down: PEFT's module of A, which has a convolution's kernel, stride and padding.
+        down: PEFT's module of A, which has the kernel, stride and padding of a convolution.
     """
 
     adapter: SampleAdapter
     number: int
     down: nn.Module
-
-    @property
-    def is_convolution(self) -> bool:
-        """Whether the layer is a convolution."""
-        return isinstance(self.down, nn.Conv2d)
 
     def factors(self, dtype: torch.dtype, with_primary: bool) -> SampleFactors:
         """The layer's factors for the batch; see `BatchFactors.layer_factors`."""
@@ -240,7 +239,7 @@ class LayerSlot:
 
 
 def acting_slot(layer: Any, inputs: Tensor) -> LayerSlot | None:
-    """The slot of a layer, if factors by sample act in it now.
+    """The slot of a layer in which factors of samples act now; None for another layer.
 
     Raises:
         UserError: the input does not have one row per sample.
@@ -249,7 +248,7 @@ def acting_slot(layer: Any, inputs: Tensor) -> LayerSlot | None:
     if slot is None or not slot.adapter.is_acting:
         return None
     factors = slot.adapter.factors
-    # A model may merge rows before a layer, or repeat them, and does not say which are whose.
+    # A model may merge rows before a layer, or repeat them; which sample each has is not known.
     if factors is not None and factors.samples not in (1, len(inputs)):
         raise UserError(
             f"A layer with an auxiliary for each sample got {len(inputs)} rows for"
@@ -262,13 +261,13 @@ def acting_slot(layer: Any, inputs: Tensor) -> LayerSlot | None:
 def add_per_sample_convolution(inputs: Tensor, output: Tensor, slot: LayerSlot) -> Tensor:
     """Add each sample's own low-rank convolution to the output of a layer.
 
-    A grouped convolution applies another weight to each group of channels, so the samples of the
-    batch become groups.
+    A grouped convolution applies a different weight to each group of channels, so the samples of
+    the batch become groups.
 
     Args:
         inputs: input of the layer, (samples, in_channels, height, width).
         output: output of the layer so far, (samples, out_channels, height', width').
-        slot: place of the layer, whose factors act.
+        slot: the slot of the layer.
     """
     convolution = cast(nn.Conv2d, slot.down)
     batch = cast(BatchFactors, slot.adapter.factors)

@@ -1,7 +1,7 @@
 """Products of adapters' factors as functions of autograd, with their gradients written out.
 
-The A and B of all adapters are joined to one A and one B, so that one product makes what PEFT makes
-with one for each adapter. `fused` says when; the functions are called by nothing else.
+The A and B of all adapters are joined to one A and one B, so that one product replaces PEFT's one
+for each adapter. `fused` calls them where that is possible.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ class AdapterProduct(torch.autograd.Function):
         is_joined: bool,
         *factors: Tensor,
     ) -> Tensor:
-        ctx.scale = scales[0]  # `_join` brings the other scales into B
+        ctx.scale = scales[0]  # `_join` multiplies the ratios of the other scales into B
         ctx.is_joined = is_joined
-        A, B_transposed = factors if is_joined else _join(ctx, factors, scales, x.dtype)
+        if is_joined:
+            A, B_transposed = factors
+        else:
+            A, B_transposed = _join(ctx, factors, scales, x.dtype)
         inputs = _split_samples(x, A)  # (tokens, in) or (samples, tokens, in)
         hidden = (inputs @ A.mT).mul_(ctx.scale)  # (..., tokens, R)
         if weight is not None:
@@ -59,13 +62,15 @@ class AdapterProduct(torch.autograd.Function):
         g_hidden = (g_output @ B_transposed.mT).mul_(ctx.scale)  # (..., tokens, R)
         g_x = None
         if ctx.needs_input_grad[0]:
-            # Without the weight the base's part comes back through `g_base`.
-            g_x = g_hidden @ A if weight is None else _add_product_(g_output @ weight, g_hidden, A)
+            if weight is not None:
+                g_x = _add_product_(g_output @ weight, g_hidden, A)
+            else:
+                g_x = g_hidden @ A  # autograd adds the base's part, by way of `g_base`
             g_x = g_x.view(ctx.shape)
         g_A = g_hidden.mT @ inputs  # (..., R, in)
         g_B_transposed = hidden.mT @ g_output  # (..., R, out); `hidden` has the scale
         g_base = gradient if ctx.needs_input_grad[1] else None
-        # In the order of forward's arguments; weight, bias, scales, is_joined have none.
+        # In the order of forward's arguments; weight, bias, scales and is_joined have none.
         gradients = [g_x, g_base, None, None, None, None]
         if ctx.is_joined:
             gradients += g_A, g_B_transposed
@@ -75,7 +80,7 @@ class AdapterProduct(torch.autograd.Function):
 
 
 def _split_samples(values: Tensor, A: Tensor) -> Tensor:
-    """(tokens, features), or (samples, tokens, features) for an A of (samples, R, in)."""
+    """Values as (tokens, features); for an A of (samples, R, in) as (samples, tokens, features)."""
     features = values.shape[-1]
     if A.dim() == 2:
         return values.reshape(-1, features)
@@ -107,7 +112,8 @@ class AdapterConvolution(torch.autograd.Function):
         B = B_transposed.transpose(0, 1)
         hidden = F.conv2d(x, A, stride=stride, padding=padding)  # (samples, R, height', width')
         ctx.save_for_backward(x, A, B, hidden)
-        ctx.stride, ctx.padding = stride, padding
+        ctx.stride = stride
+        ctx.padding = padding
         # (samples, out, height', width')
         return torch.add(output, F.conv2d(hidden, B), alpha=ctx.scale)
 
@@ -130,21 +136,19 @@ class AdapterConvolution(torch.autograd.Function):
 def _convolution_gradients(
     gradient: Tensor, inputs: Tensor, weight: Tensor, stride: Any, padding: Any, with_inputs: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of a convolution's input, if asked for, and of its weight."""
-    dilation, transposed, output_padding, groups = (1, 1), False, (0, 0), 1
-    outputs_wanted = (with_inputs, True, False)  # of the input, the weight, the bias
+    """The gradients of a convolution's input (None unless `with_inputs`) and of its weight."""
     g_inputs, g_weight, _ = torch.ops.aten.convolution_backward(
         gradient,
         inputs,
         weight,
-        None,
+        None,  # sizes of the bias
         stride,
         padding,
-        dilation,
-        transposed,
-        output_padding,
-        groups,
-        outputs_wanted,
+        (1, 1),  # dilation
+        False,  # transposed
+        (0, 0),  # output padding
+        1,  # groups
+        (with_inputs, True, False),  # which gradients: of the input, the weight, the bias
     )
     return g_inputs, g_weight
 
@@ -154,28 +158,31 @@ def _join(
 ) -> tuple[Tensor, Tensor]:
     """[A1; A2], (R, in), and [B1, B2 s2 / s1]^T, (R, out), of A1, B1, A2, B2.
 
-    `ctx` keeps what `_separate` needs.
+    `_separate` reads the ranks and the ratios of the scales from `ctx`.
     """
     A_parts = list(factors[::2])  # of each adapter (rank, in), or with a convolution's kernel
-    B_parts = [B.transpose(0, 1) for B in factors[1::2]]  # of each (rank, out)
-    ratios = None
+    B_parts = [B.transpose(0, 1) for B in factors[1::2]]  # of each adapter (rank, out)
+    ctx.ranks = [len(A) for A in A_parts]
+    ctx.ratios = None
     if scales.count(scales[0]) < len(scales):
         # s1 B1 A1 + s2 B2 A2 = s1 [B1, B2 s2 / s1] [A1; A2]
-        ratios = [scale / scales[0] for scale in scales]
-        B_parts = [B * ratio for B, ratio in zip(B_parts, ratios, strict=True)]
-    ctx.ratios = ratios
-    ctx.ranks = [len(A) for A in A_parts]
-    A, B_transposed = A_parts[0], B_parts[0]
+        ctx.ratios = [scale / scales[0] for scale in scales]
+        B_parts = [B * ratio for B, ratio in zip(B_parts, ctx.ratios, strict=True)]
+    A = A_parts[0]
+    B_transposed = B_parts[0]
     if len(A_parts) > 1:
-        A, B_transposed = torch.cat(A_parts), torch.cat(B_parts)
+        A = torch.cat(A_parts)
+        B_transposed = torch.cat(B_parts)
     return A.to(dtype), B_transposed.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _separate(ctx: Any, g_A: Tensor, g_B_transposed: Tensor) -> list[Tensor]:
-    """The gradients of what `_join` made as those of each adapter's A and B, in its order."""
-    A_parts, B_parts = [g_A], [g_B_transposed]
+    """Split the gradients of the joined factors into those of A1, B1, A2, B2."""
+    A_parts = [g_A]
+    B_parts = [g_B_transposed]
     if len(ctx.ranks) > 1:
-        A_parts, B_parts = list(g_A.split(ctx.ranks)), list(g_B_transposed.split(ctx.ranks))
+        A_parts = list(g_A.split(ctx.ranks))
+        B_parts = list(g_B_transposed.split(ctx.ranks))
     if ctx.ratios is not None:
         B_parts = [B * ratio for B, ratio in zip(B_parts, ctx.ratios, strict=True)]
     gradients: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Adapters as tensors and files."""
+"""Adapters as tensors under PEFT's keys, and as PEFT's files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PEFT_PREFIX = "base_model.model."
 
 
 def state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's keys ("...lora_A.weight"): contiguous copies."""
-    return {
-        peft_key(key): value.detach().clone(memory_format=torch.contiguous_format)
-        for key, value in named_parameters(model, adapter).items()
-    }
+    """Contiguous copies of the adapter's tensors under PEFT's keys ("...lora_A.weight")."""
+    tensors: dict[str, Tensor] = {}
+    for key, parameter in named_parameters(model, adapter).items():
+        tensors[peft_key(key)] = parameter.detach().clone(memory_format=torch.contiguous_format)
+    return tensors
 
 
 def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def portable(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`portable_state_dict` of tensors under PEFT's keys: a primary's, and what was taken out."""
+    """`portable_state_dict` of the tensors of a primary and of its first values, by PEFT's keys."""
     joined = dict(tensors)
     for key, first in initial.items():
         if key.endswith("lora_A.weight"):
@@ -52,26 +52,29 @@ def portable(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> di
 def lora_config(model: nn.Module, adapter: str) -> dict[str, Any]:
     """PEFT's configuration of the adapter, with values that JSON can hold."""
     config = cast(Any, model).peft_config[adapter]
-    return json.loads(json.dumps(config.to_dict(), default=sorted, sort_keys=True))  # sets
+    text = json.dumps(config.to_dict(), default=sorted, sort_keys=True)  # `sorted` for its sets
+    return json.loads(text)
 
 
 def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     """Write the primary as PEFT does: adapter_model.safetensors and adapter_config.json.
 
-    It is written as it acts on the base weights that the model came with (`portable_state_dict`).
+    It is made for the base weights that the model came with (`portable_state_dict`).
     """
-    write_pretrained(folder, *pretrained(model))
+    tensors, config = pretrained(model)
+    write_pretrained(folder, tensors, config)
 
 
 def pretrained(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Contents of `save_pretrained`: tensors by PEFT's keys, and fields of its `LoraConfig`."""
+    """Content of `save_pretrained`'s files: tensors by PEFT's keys, fields of its `LoraConfig`."""
     config = cast(Any, model).peft_config[PRIMARY].to_dict()
-    config = twice_the_rank(config) if layers(model, INITIAL) else config
+    if layers(model, INITIAL):
+        config = twice_the_rank(config)
     return {**portable_state_dict(model), **head_parameters(model, PRIMARY)}, config
 
 
 def twice_the_rank(config: Mapping[str, Any]) -> dict[str, Any]:
-    """PEFT's configuration of what `portable` joined: twice the rank at the same scale."""
+    """PEFT's configuration of the factors that `portable` joins: twice the rank, the same scale."""
     return {**config, "r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
 
 
@@ -84,30 +87,32 @@ def write_pretrained(
     """Write an adapter's files as PEFT does.
 
     Args:
-        folder: made if need be.
-        tensors: by PEFT's keys, with or without its prefix.
+        folder: the folder, which is made if it is missing.
+        tensors: tensors by PEFT's keys, with or without its prefix.
         config: fields of PEFT's `LoraConfig`.
-        metadata: entries of the file of weights beside `format`.
+        metadata: entries of the header of the weights beside `format`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Copies on the CPU, since safetensors refuses tensors that share their memory.
-    copies = {
-        peft_path(key): value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in tensors.items()
-    }
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    save_file(copies, weights, metadata={**(metadata or {}), "format": "pt"})
-    described = LoraConfig(**{**config, "inference_mode": True})
-    described.save_pretrained(str(folder))
-    readable_as(folder / CONFIG_NAME, weights)
+    copies: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        contiguous = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        copies[peft_path(key)] = contiguous
+    weights_file = folder / SAFETENSORS_WEIGHTS_NAME
+    save_file(copies, weights_file, metadata={**(metadata or {}), "format": "pt"})
+    peft_config = LoraConfig(**{**config, "inference_mode": True})
+    peft_config.save_pretrained(str(folder))
+    readable_as(folder / CONFIG_NAME, weights_file)
 
 
 def peft_path(key: str) -> str:
-    """A parameter's key in the file of an adapter."""
-    return key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key
+    """The key of a parameter in the file of an adapter."""
+    return PEFT_PREFIX + key.removeprefix(PEFT_PREFIX)
 
 
 def peft_key(key: str) -> str:
-    """A parameter's key in PEFT's state dict."""
-    return key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
+    """The key of a parameter in PEFT's state dict; of DoRA's magnitudes without ".weight"."""
+    if key.endswith("lora_magnitude_vector.weight"):
+        return key.removesuffix(".weight")
+    return key

@@ -1,6 +1,12 @@
 """From arguments and a recipe to option values, keeping track of which were given.
 
 Nothing here knows about a particular script: any set of option dataclasses will do.
+
+A recipe is a YAML file of options, read so that a value is the text that stands there. YAML 1.1
+makes numbers of ``1:30`` and ``010``, a date of ``2024-01-01`` and a truth of ``on``. Here every
+value is what is written, as on the command line, and the option's own type decides what it means;
+only ``true``, ``false`` and ``null`` (or nothing) are more than text. Anchors, tags and repeated
+keys are refused, since an option has no use for them.
 """
 
 from __future__ import annotations
@@ -13,25 +19,28 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from ..core.errors import UserError, did_you_mean, placed
-from ..core.fields import (
-    add_flags,
-    check,
-    default_of,
-    option_of,
-    options_of,
-)
-from ..core.files import quoted
+import yaml
+
+from ..core.errors import UserError, did_you_mean, placed, reason
+from ..core.fields import add_flags, check, default_of, option_of, options_of
+from ..core.files import is_file, quoted, read_text
 from ..core.values import check_choice
-from .recipe import find_recipe, read_options
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+"""Folder of the package's recipes."""
+MAX_BYTES = 200_000
+"""Size of a YAML file at most."""
+MAX_KEY_LETTERS = 200
+"""Letters of a key at most: an option of a recipe, or the label of a variant."""
+# YAML 1.1 has more words for null, true and false; here yes, no, on and off are text.
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each option under one spelling, and its default only where it says something."""
+    """Shows each option in one spelling, and its default only where that is informative."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default is None or action.default is False or action.default == []
-        if says_nothing:
+        if action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)
 
@@ -49,7 +58,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Sentences(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence."""
+    """A parser that raises its complaints as a `UserError` of one sentence."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None:
@@ -60,13 +69,13 @@ class Sentences(argparse.ArgumentParser):
         try:
             return read(text)
         except ValueError as error:
-            # Readers of `fields` say themselves what they take; int does not.
+            # The error of a reader of `fields` is the advice; that of int is not.
             fix = "give a whole number" if read is int else error
             raise UserError(f"{action.option_strings[0]} is {quoted(text)}: {fix}.") from error
 
     def error(self, message: str) -> NoReturn:
-        """Turn argparse's complaint into a ``UserError``."""
-        # argparse says "argument --rank: expected one argument".
+        """Raise argparse's complaint as a `UserError`."""
+        # argparse's words are "argument --rank: expected one argument".
         flag = re.match(r"argument (--\w+).*expected", message)
         if flag is not None:
             raise UserError(f"{flag[1]} has no value: put one after it.")
@@ -80,8 +89,8 @@ class CommandLine(Sentences):
         groups: dataclasses of options; one of them has the field ``config``, a recipe's path.
         description: first lines of ``--help``.
         usage: the shortest complete command line.
-        foreign: options of other scripts that are none here, with the reason and what to use
-            instead (`constraints.Table`).
+        foreign: options of other scripts that this one does not have, with the reason and what to
+            use instead (`constraints.Table`).
     """
 
     def __init__(
@@ -107,43 +116,46 @@ class CommandLine(Sentences):
         alternatives: Sequence[tuple[str, str]] = (),
         ignored: Callable[[Mapping[str, Any], Mapping[str, Any]], Collection[str]] | None = None,
     ) -> tuple[dict[str, Any], frozenset[str]]:
-        """Values of all options, and the names of those that the arguments or the recipe give.
+        """Read the arguments and the recipe that they name.
 
         Args:
             argv: arguments without the program's name; None for ``sys.argv``.
-            alternatives: pairs of options of which one replaces the other: given on the command
-                line, it overrules its partner in the recipe.
-            ignored: names the options of a recipe that do not hold beside the options on the
-                command line, of which it is called with both.
+            alternatives: pairs of options of which one replaces the other. An option on the command
+                line overrules its partner in the recipe.
+            ignored: a function of the options of the recipe and of those on the command line. It
+                returns the names of the recipe's options that do not hold beside the latter.
+
+        Returns:
+            Values of all options, and the names of those that the arguments or the recipe give.
 
         Raises:
-            UserError: an unknown option, a value of the wrong type or beyond all range, a recipe
+            UserError: an unknown option, a value of the wrong type or out of its range, a recipe
                 that can't be read.
         """
         flags = self.explicit(argv)
         recipe: dict[str, Any] = {}
         if "config" in flags:
             recipe = self._recipe(find_recipe(flags["config"]))
-        # A flag is meant to be used: it overrules its alternative in the recipe, in either order.
         for first, second in alternatives:
-            for option, alternative in ((first, second), (second, first)):
-                if option in flags and alternative not in flags:
-                    recipe.pop(alternative, None)
+            if first in flags and second not in flags:
+                recipe.pop(second, None)
+            if second in flags and first not in flags:
+                recipe.pop(first, None)
         if ignored is not None:
             for name in ignored(recipe, flags):
                 recipe.pop(name, None)
         # Flags win over the recipe, and that over the defaults.
         values = {**self.defaults(), **recipe, **flags}
         check(self._fields, values)
-        return values, frozenset((*recipe, *flags))
+        return values, frozenset(recipe.keys() | flags.keys())
 
     def defaults(self) -> dict[str, Any]:
-        """Every option's value when nobody gives one."""
+        """Every option's value where nobody gives one."""
         return {name: default_of(field) for name, field in self._fields.items()}
 
     def explicit(self, argv: Sequence[str] | None) -> dict[str, Any]:
-        """The options that the arguments give, without a recipe's."""
-        # argparse sets no default where an attribute is there already, so None is "not given".
+        """The options that the arguments give, without those of a recipe."""
+        # argparse sets no default where an attribute exists, so that None means "not given".
         namespace = argparse.Namespace(**dict.fromkeys(self._fields))
         _, unknown_words = self.parse_known_args(argv, namespace)
         if unknown_words:
@@ -154,7 +166,15 @@ class CommandLine(Sentences):
         return {name: value for name, value in vars(namespace).items() if value is not None}
 
     def _refuse(self, word: str, names: Mapping[str, str]) -> NoReturn:
-        """Refuse an option that is none of those, as a flag or as the key of a recipe."""
+        """Refuse an option that this parser does not have.
+
+        Args:
+            word: the flag, or the key of a recipe.
+            names: the options that there are.
+
+        Raises:
+            UserError: always, with a hint.
+        """
         name = word.lstrip("-").replace("-", "_")
         dashes = "--" if word.startswith("-") else ""
         if name in self._foreign:
@@ -166,17 +186,18 @@ class CommandLine(Sentences):
         raise UserError(f'unknown option "{word}"{hint}: --help lists all of them.')
 
     def _names(self) -> dict[str, str]:
-        """Every spelling of an option without its dashes -> the field's name."""
+        """The name of the option for each of its spellings, without leading dashes."""
         names: dict[str, str] = {}
         for action in self._actions:
             if action.dest == "help":
                 continue
             for spelling in action.option_strings:
-                if spelling.startswith("--"):  # -h and the like have no place in a recipe
+                if spelling.startswith("--"):  # a recipe has no short flags such as -h
                     names[spelling.lstrip("-").replace("-", "_")] = action.dest
         return names
 
     def _recipe(self, path: Path) -> dict[str, Any]:
+        """The options that a recipe gives."""
         loaded = read_options(path, f'the recipe "{path}"', "--config")
         if not isinstance(loaded, dict):
             raise UserError(f'the recipe "{path}" holds no options: write lines like "rank: 4".')
@@ -184,12 +205,12 @@ class CommandLine(Sentences):
             return self.mapped(loaded)
 
     def mapped(self, loaded: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that a mapping of a YAML file gives, as `explicit` has them.
+        """The options that a mapping of a YAML file gives, as `explicit` returns them.
 
         Raises:
             UserError: an unknown option, one that stands twice, a value of the wrong type.
         """
-        # A recipe says `center_crop: false`, so it has no use for --no_ forms; nor for recipes.
+        # A recipe has `center_crop: false` in place of a --no_ form, and names no other recipe.
         names: dict[str, str] = {}
         for spelling, name in self._names().items():
             if not spelling.startswith("no_") and spelling != "config":
@@ -203,12 +224,12 @@ class CommandLine(Sentences):
             if name in words or name in lists:
                 raise UserError(f'"{key}" gives {name} a second time: keep one of the two.')
             texts = self._texts(name, value)
-            # Null goes with the lists: it has no form on a command line.
+            # None goes with the lists: it has no form on a command line.
             if isinstance(texts, str):
                 words[name] = texts
             else:
                 lists[name] = texts
-        # Single values are read as flags are, by the option's own type; lists are texts already.
+        # Single values are read like flags, by the option's type; items of lists stay texts.
         values = self.explicit([f"--{name}={text}" for name, text in words.items()])
         for name, texts in lists.items():
             if texts is not None:
@@ -216,10 +237,10 @@ class CommandLine(Sentences):
         return values
 
     def _texts(self, name: str, value: Any) -> str | list[Any] | None:
-        """A value of a recipe as on a command line, or with mappings for an itemized option.
+        """A value of a recipe as it stands on a command line; items may be mappings.
 
         Returns:
-            None where it is null, as where nobody gives the option.
+            None for null, which stands for no value.
         """
         field = self._fields[name]
         is_itemized = option_of(field).itemized
@@ -228,9 +249,10 @@ class CommandLine(Sentences):
             return None
         is_list = isinstance(value, list)
         items = value if isinstance(value, list) else [value]
+        kinds: tuple[type, ...] = (bool, str)
         # A mapping stands for an item of a list, never for a single value.
-        takes_mappings = is_itemized and (is_list or takes_list)
-        kinds = (bool, str, dict) if takes_mappings else (bool, str)
+        if is_itemized and (is_list or takes_list):
+            kinds = (bool, str, dict)
         is_readable = all(isinstance(item, kinds) for item in items)
         if not is_readable or (is_list and not (takes_list or is_itemized)):
             fix = "single values in one list" if takes_list else "a single value"
@@ -238,3 +260,92 @@ class CommandLine(Sentences):
         # YAML's true and false are the words that a flag takes.
         texts = [str(item).lower() if isinstance(item, bool) else item for item in items]
         return texts if takes_list or is_list else texts[0]
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe that ``--config`` names by its path, or as one of `RECIPES`.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(name)
+    # A file wins over a recipe of its name. A path without a file is refused where it is read.
+    if is_file(path) or path.is_absolute() or path.suffix:
+        return path
+    packaged_path = RECIPES / f"{name}.yaml"
+    if is_file(packaged_path):
+        return packaged_path
+    names = list[str]()
+    for file in RECIPES.rglob("*.yaml"):
+        names.append(file.relative_to(RECIPES).with_suffix("").as_posix())
+    # Recipes in folders, one for each task of the paper, would make the sentence too long.
+    top_names = sorted(recipe for recipe in names if "/" not in recipe)
+    raise UserError(
+        f"--config {quoted(name)} is neither a file nor a recipe{did_you_mean(name, names)}: give a"
+        f" path or one of {', '.join(top_names)}."
+    )
+
+
+def read_options(path: Path, label: str, flag: str) -> Any:
+    """Read a YAML file of mappings, lists, texts, true, false and null.
+
+    Args:
+        path: the file.
+        label: of the file in messages.
+        flag: the option that names the file.
+
+    Raises:
+        UserError: no regular file, too large, no text, no YAML, or YAML with other parts.
+    """
+    text = read_text(path, f"{label} of {flag}", MAX_BYTES)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise UserError(f"{label} is nested too deeply: flatten it.") from error
+    except yaml.MarkedYAMLError as error:
+        problem = error.problem
+        if error.problem_mark:
+            problem = f"line {error.problem_mark.line + 1}: {problem}"
+        raise UserError(f"{label} can't be read ({problem}): correct it.") from error
+    # An escape of a letter that does not exist raises ValueError or OverflowError.
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise UserError(f"{label} is not valid YAML ({reason(error)}): correct it.") from error
+
+
+class _Loader(yaml.BaseLoader):
+    """PyYAML's loader that leaves values text, without the parts that options do not need."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        # Aliases of aliases can grow to gigabytes, and a tag could name a Python object.
+        event = self.peek_event()
+        if event.anchor is not None or getattr(event, "tag", None) is not None:
+            raise _invalid("an anchor, an alias or a tag, or a text like one without quotes", event)
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        # A style is a kind of quotes, in which a word is text.
+        if node.style is None and node.value in _WORDS:
+            return _WORDS[node.value]
+        return _text(node)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        values: dict[str, Any] = {}
+        for key, value in node.value:
+            name = _text(key)
+            if name in values:
+                raise _invalid(f"{quoted(name)} a second time", key)
+            if len(name) > MAX_KEY_LETTERS:
+                raise _invalid(f"a key of {len(name)} letters", key)
+            values[name] = self.construct_object(value)
+        return values
+
+
+def _text(node: Any) -> str:
+    text = node.value
+    if not isinstance(text, str):  # the value of a list or a mapping is a list of nodes
+        raise _invalid("no text where one is expected", node)
+    return text
+
+
+def _invalid(problem: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)

@@ -1,13 +1,13 @@
-"""The one table of combinations that are refused, why, and what to do instead: `constraints.toml`.
+"""The table of refused combinations, with reasons and what to do instead: `constraints.toml`.
 
-Options with each other and with the device, ways to launch (DDP trains everything, FSDP2 adapters
-of text models, see ``train.engine``), and flags of other scripts. It is asked with a mapping of
-facts: option values by name, and what its ``[facts]`` name. Command lines, launches and trainers
-refuse what stands there, the contract tests leave it out, and docs/options.md shows it
-(``python -m docs.make``).
+It has combinations of options with each other and with the device, ways to launch (DDP trains
+everything, FSDP2 adapters of text models), and flags of other scripts. It is checked against a
+mapping of facts: values of options by name, and further facts that its ``[facts]`` name. Command
+lines, launches and trainers refuse what stands there, the contract tests leave it out, and
+docs/options.md shows it (``python -m docs.make``).
 
-An option that the chosen method does not read stands without complaint, so that runs which differ
-only in ``--method`` can share a recipe.
+An option that the chosen method does not read is not refused, so that runs which differ only in
+``--method`` can share a recipe.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ TABLE = Path(__file__).with_name("constraints.toml")
 TEST = re.compile(r"(given|absent|above|other than|equal to)(?: (.+))?")
 """A test in words, with its argument."""
 PLAIN_VALUE = re.compile(r"[\w.+-]+")
-"""Text that a shell takes without quotes."""
+"""Text that needs no quotes in a shell."""
 Facts = Mapping[str, Any]
+"""Values of options, and further facts, by name."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition on one fact."""
+    """A condition on one fact: a test, or a list of values."""
 
-    name: str
+    name: str  # of the fact
     test: str = ""  # given, absent, above, other than or equal to; "" where values are listed
     argument: str = ""  # of the test: a number, words with commas between them, or ``--option``
-    values: tuple[Any, ...] = ()  # those that meet it, where they are listed
+    values: tuple[Any, ...] = ()  # the values that meet the condition
 
     def holds(self, facts: Facts) -> bool:
         """Test that the fact is known and meets the condition."""
         if self.name not in facts:
             return False
         value = facts[self.name]
-        # Of an argument such as --learning_rate, the value of that option.
+        # The value of an option that is the argument, such as --learning_rate.
         compared_value = facts.get(self.argument.removeprefix("--"))
         match self.test:
             case "given":
@@ -52,11 +53,11 @@ class Condition:
             case "absent":
                 return value in (None, "")
             case "above":
-                # A word, such as auto or sample, stands for more than any number.
+                # A word, such as auto or sample, counts as more than any number.
                 return isinstance(value, str) or (value or 0) > float(self.argument)
             case "other than":
-                excluded = (compared_value, *self.argument.split(", "))
-                return value is not None and value not in excluded
+                is_listed = value in self.argument.split(", ")
+                return value is not None and value != compared_value and not is_listed
             case "equal to":
                 return bool(value) and value == compared_value
         return value in self.values
@@ -68,16 +69,19 @@ class Condition:
             return f"no {phrase}"
         if self.test in ("", "given"):
             return phrase
-        argument = f"`{self.argument}`" if self.argument.startswith("--") else self.argument
+        argument = self.argument
+        if argument.startswith("--"):
+            argument = f"`{argument}`"
         return f"{phrase} {self.test} {argument}"
 
     def _values_in_markdown(self) -> str:
         form = table().facts.get(self.name)
         if form is not None:
             return " or ".join(form.format(value) for value in self.values or ("...",))
-        first, *further = self.values or (True,)
-        phrases = [f"`{fact_text(self.name, first)}`"]
-        phrases += [f"`{value}`" for value in further]
+        # In the form "`--method bilora` or `lora`"; without values it is a flag.
+        first_value, *further_values = self.values or (True,)
+        phrases = [f"`{fact_text(self.name, first_value)}`"]
+        phrases += [f"`{value}`" for value in further_values]
         return " or ".join(phrases)
 
 
@@ -85,18 +89,17 @@ class Condition:
 class Constraint:
     """Facts that are refused together."""
 
-    conditions: tuple[Condition, ...]  # it is violated where every one is met
+    conditions: tuple[Condition, ...]  # it is violated where all of them hold
     reason: str  # a clause that follows "since", with options in backquotes
-    instead: str  # what to do about it, in the imperative, likewise
+    instead: str  # what to do instead, in the imperative, with options in backquotes
 
     def is_violated(self, facts: Facts) -> bool:
-        """Test that these facts are refused."""
+        """Test that this constraint refuses these facts."""
         return all(condition.holds(facts) for condition in self.conditions)
 
     def sentence(self, facts: Facts) -> str:
-        """The sentence for the user, for facts that are refused."""
-        # "A with B and C", "no D and no E".
-        subject = ""
+        """The sentence for the user on facts that are refused."""
+        subject = ""  # in the form "A with B and C", or "no D and no E"
         for condition in self.conditions:
             is_absent = condition.test == "absent"
             if is_absent:
@@ -110,7 +113,7 @@ class Constraint:
         return f"{subject} is refused, since {self.reason}: {self.instead}.".replace("`", "")
 
     def markdown(self) -> str:
-        """The facts for a table of the documentation."""
+        """The conditions for a table of the documentation."""
         return ", ".join(condition.markdown() for condition in self.conditions)
 
 
@@ -118,9 +121,10 @@ class Constraint:
 class Table:
     """Content of `constraints.toml`."""
 
-    facts: dict[str, str]  # that are no options, and how a sentence calls them
+    facts: dict[str, str]  # facts that are no options, and a format for them in sentences
     constraints: tuple[Constraint, ...]  # in the order in which they are checked
-    foreign: dict[str, dict[str, tuple[str, str]]]  # flags by modality: reason, instead
+    # Flags of other scripts by modality and name: the reason, and what to do instead.
+    foreign: dict[str, dict[str, tuple[str, str]]]
 
 
 @functools.cache
@@ -130,23 +134,24 @@ def table() -> Table:
     constraints: list[Constraint] = []
     for row in content["constraint"]:
         for facts in row["when"]:
-            conditions = tuple(condition(name, value) for name, value in facts.items())
-            constraints.append(Constraint(conditions, row["since"], row["instead"]))
+            conditions = [condition(name, value) for name, value in facts.items()]
+            constraints.append(Constraint(tuple(conditions), row["since"], row["instead"]))
     return Table(content["facts"], tuple(constraints), content["foreign"])
 
 
 def condition(name: str, value: Any) -> Condition:
-    """A value of the table as a condition: a value, a list of values, or a test in words."""
+    """Make the condition of an entry: a value, a list of values, or a test in words."""
     if isinstance(value, list):
         return Condition(name, values=tuple(value))
-    test = TEST.fullmatch(value) if isinstance(value, str) else None
-    if test is None:
-        return Condition(name, values=(value,))
-    return Condition(name, test[1], test[2] or "")
+    if isinstance(value, str):
+        match = TEST.fullmatch(value)
+        if match is not None:
+            return Condition(name, test=match[1], argument=match[2] or "")
+    return Condition(name, values=(value,))
 
 
 def first_violated(facts: Facts) -> Constraint | None:
-    """The first constraint that these facts violate, or None; unknown facts violate none."""
+    """The first constraint that these facts violate, or None; a missing fact violates none."""
     for constraint in table().constraints:
         if constraint.is_violated(facts):
             return constraint
@@ -154,14 +159,18 @@ def first_violated(facts: Facts) -> Constraint | None:
 
 
 def check(facts: Facts) -> None:
-    """Refuse what does not go together."""
+    """Refuse facts that violate a constraint.
+
+    Raises:
+        UserError: it names the facts, the reason and what to do instead.
+    """
     constraint = first_violated(facts)
     if constraint is not None:
         raise UserError(constraint.sentence(facts))
 
 
 def fact_text(name: str, value: Any) -> str:
-    """A fact as the user wrote it, without a secret."""
+    """A fact as the user wrote it; the value of a secret is left out."""
     if name in table().facts:
         return table().facts[name].format(value)
     if value is True or name == "hub_token":

@@ -1,8 +1,18 @@
-"""Defaults that depend on other options, on the method or on the machine, in one order.
+"""Defaults and rates that depend on other options, on the method or on the machine.
 
 A rule is a function from the configuration, as far as it is derived, to the option's value. It
 stands beside the option's declaration where it needs no more than the options there.
 `image.derived` and `text.config` have the rules of their own options.
+
+Every learning rate of a run, from its default to what the optimizer gets, is here:
+
+    --learning_rate            -> the primaries of all models, the text encoders' excepted
+    --auxiliary_learning_rate  -> the auxiliary
+    --text_encoder_lr          -> the primaries of trained text encoders
+
+Prodigy (arXiv 2306.06101) estimates one step size for all parameters and takes the learning rate
+as a factor on it, so that under it all rates are ``--learning_rate``. The rates lie beside the
+options and not beside the optimizers, since a run records the rates that it trains with.
 """
 
 from __future__ import annotations
@@ -12,33 +22,90 @@ from dataclasses import replace
 from typing import TypeVar
 
 from .. import methods
-from ..methods.bilora import options as bilora
 from ..methods.options import default_lora_alpha
 from .options import default_mixed_precision, default_report_to
-from .rates import default_learning_rate
-from .run import RunConfig, twentieth
+from .run import RunConfig
 
+TEXT_ENCODER_RATE = 5e-6
+"""The default of diffusers' scripts."""
+PRODIGY_RATE = 1.0
+"""With this factor Prodigy's step size is the estimated one."""
+LOW_PRODIGY_RATE = 0.1
+"""A rate up to this was probably meant for another optimizer than Prodigy."""
+HIGH_ADAMW_RATE = 0.1
+"""AdamW moves each weight by about the rate in a step. From this rate on it trains no adapter."""
+SAMPLE_AUXILIARY_FACTOR = 3
+"""An auxiliary of single images moves once per epoch. At the primary's rate it lags behind, and
+points less well uphill (docs/methods.md)."""
+DIGITS = 9
+"""Digits of a product of rates, so that 3 times 2e-4 is written 0.0006."""
 Config = TypeVar("Config", bound=RunConfig)
 Rule = tuple[str, Callable[[Config], object]]
 """An option, and the function that derives its value where nobody gave one."""
 
 
 def default_rho(cfg: RunConfig) -> float | None:
-    """The method's own radius; None for a method without one."""
+    """The method's default radius; None for a method without one."""
     return methods.default_rho(cfg.method, cfg.modality)
 
 
+def default_learning_rate(cfg: RunConfig) -> float:
+    """1 for Prodigy, else the script's declared default (Tables A4 to A8)."""
+    if cfg.optimizer == "prodigy":
+        return PRODIGY_RATE
+    return cfg.learning_rate
+
+
 def default_auxiliary_learning_rate(cfg: RunConfig) -> float | None:
-    """See `methods.bilora.options`."""
-    return bilora.default_auxiliary_learning_rate(
-        cfg, method=cfg.method, learning_rate=cfg.learning_rate, modality=cfg.modality
-    )
+    """Three times the primary's rate for several auxiliaries on images.
+
+    Returns:
+        None for the primary's own rate, which is the paper's (Appendix G).
+    """
+    has_several = cfg.method == "bilora" and cfg.auxiliaries != 1
+    if has_several and cfg.modality == "image":
+        return float(f"{SAMPLE_AUXILIARY_FACTOR * cfg.learning_rate:.{DIGITS}g}")
+    return None
+
+
+def default_text_encoder_lr(cfg: RunConfig) -> float | None:
+    """diffusers' default, and for Prodigy the learning rate; None for frozen text encoders."""
+    if not cfg.train_text_encoder:
+        return None
+    if cfg.optimizer == "prodigy":
+        return cfg.learning_rate
+    return TEXT_ENCODER_RATE
+
+
+def text_encoder_rate(cfg: RunConfig) -> float:
+    """The rate with which text encoders are trained."""
+    # Prodigy's one step size is estimated for all models together.
+    if cfg.optimizer == "prodigy" or cfg.text_encoder_lr is None:
+        return cfg.learning_rate
+    return cfg.text_encoder_lr
+
+
+def with_scaled_rates(cfg: Config, processes: int) -> Config:
+    """The configuration with the rates of ``--scale_lr``, times the samples of a step.
+
+    The auxiliary's rate keeps its ratio to the primary's. That of text encoders is not scaled, as
+    in diffusers' scripts.
+    """
+    if not cfg.scale_lr:
+        return cfg
+    # Samples of one optimizer step over all processes, as diffusers' scripts count them.
+    samples = cfg.gradient_accumulation_steps * cfg.train_batch_size * processes
+    cfg = replace(cfg, learning_rate=cfg.learning_rate * samples)
+    if cfg.auxiliary_learning_rate is not None:
+        # None is the primary's rate, which is scaled already.
+        cfg = replace(cfg, auxiliary_learning_rate=cfg.auxiliary_learning_rate * samples)
+    return cfg
 
 
 def default_validation_loss_steps(cfg: RunConfig) -> int:
-    """Twenty measurements in a run that goes by the held-out loss; else none."""
+    """The interval of the measurements in a run that goes by held-out samples; else none."""
     if cfg.depends_on_heldout and cfg.max_train_steps:
-        return twentieth(cfg.max_train_steps)
+        return cfg.measurement_interval(cfg.max_train_steps)
     return cfg.validation_loss_steps
 
 

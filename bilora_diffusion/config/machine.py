@@ -10,9 +10,9 @@ from ..core.errors import UserError
 from ..core.fields import TRUE
 
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables in which the kinds of MPI say how many processes there are."""
+"""Variables in which implementations of MPI set the number of processes."""
 OTHER_ENGINES = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
-"""Engines of accelerate, by the ends of the variables that turn them on."""
+"""Engines of accelerate, by the ends of the variables that select them."""
 
 
 def is_installed(package: str) -> bool:
@@ -21,14 +21,22 @@ def is_installed(package: str) -> bool:
 
 
 def require(package: str, option: str) -> None:
-    """Refuse an option, in the user's words, whose package, perhaps of a version, is missing."""
+    """Refuse an option whose package is missing.
+
+    Args:
+        package: name of the package, which may have a lowest version, as in "peft>=0.21".
+        option: the option as the user gave it.
+
+    Raises:
+        UserError: it has the command that installs the package.
+    """
     if not is_installed(package.partition(">")[0]):
         raise UserError(f"{option} needs a package that is missing: run `pip install '{package}'`.")
 
 
 def device_type() -> str:
     """The kind of device that accelerate will train on: cuda, mps, xpu, ... or cpu."""
-    # Imported late: it takes a second, which --help has no use for.
+    # Imported late: it takes a second, for which --help does not wait.
     import torch
 
     if is_on("ACCELERATE_USE_CPU"):
@@ -43,10 +51,10 @@ def processes() -> int:
     # accelerate opens a process group for LOCAL_RANK, and without it only for MPI on CPUs.
     if not is_on_cpu and ("LOCAL_RANK" not in os.environ or device_type() == "cpu"):
         return 1
-    # The variables of MPI count on CPUs alone.
-    variables = ["WORLD_SIZE"]
+    variables = ("WORLD_SIZE",)
+    # accelerate reads the variables of MPI on CPUs only.
     if is_on_cpu:
-        variables = [*MPI_SIZES, *variables]
+        variables = MPI_SIZES + variables
     for variable in variables:
         if variable in os.environ:
             return int(os.environ[variable])
@@ -63,7 +71,7 @@ def refuse_separate_processes() -> None:
     Raises:
         UserError: the processes would train each on its own, or fewer than were asked for.
     """
-    # torchrun and accelerate set WORLD_SIZE, and each MPI a variable of its own.
+    # torchrun and accelerate set WORLD_SIZE, and each MPI another variable.
     sizes = [os.environ[name] for name in ("WORLD_SIZE", *MPI_SIZES) if name in os.environ]
     has_several = any(size != "1" for size in sizes)
     uses_cpu = is_on("ACCELERATE_USE_CPU")
@@ -85,13 +93,13 @@ def is_on(variable: str) -> bool:
 
 
 def launch() -> dict[str, Any]:
-    """Facts of `constraints` about accelerate's launch, from its launcher's variables."""
-    # accelerate's launcher writes "NO" where nobody chose a backend.
+    """Facts for `constraints` about the launch, from the variables of accelerate's launcher."""
+    # The launcher writes "NO" where nobody chose a backend.
     is_compiled = _variable("ACCELERATE_DYNAMO_BACKEND") not in ("", "NO")
     engine = "DDP"
     fsdp_setting = None
     if is_on("ACCELERATE_USE_FSDP"):
-        # On CPUs accelerate ignores FSDP without a word: each process would train all of it.
+        # On CPUs accelerate silently ignores FSDP: each process would train the whole model.
         engine = "FSDP on CPUs" if device_type() == "cpu" else "FSDP"
         if engine == "FSDP" and os.environ.get("FSDP_VERSION") == "2":
             engine = "FSDP2"
@@ -112,7 +120,7 @@ def launch() -> dict[str, Any]:
 
 
 def _unsuited_fsdp_setting(is_compiled: bool) -> str | None:
-    """The first setting of FSDP2 that splits or moves more than frozen layers, if any."""
+    """The first setting of FSDP2 that splits or moves more than frozen layers; None without one."""
     is_set = {
         "FSDP_OFFLOAD_PARAMS": is_on("FSDP_OFFLOAD_PARAMS"),
         "FSDP_ACTIVATION_CHECKPOINTING": is_on("FSDP_ACTIVATION_CHECKPOINTING"),
@@ -133,7 +141,10 @@ def _variable(name: str) -> str:
 def default_precision() -> str:
     """The precision given to accelerate launch, else the best that the device has.
 
-    ``accelerate launch`` says "no" where nobody chose, so "no" counts as not given.
+    ``accelerate launch`` sets "no" where nobody chose, so "no" counts as not given.
+
+    Raises:
+        UserError: the launcher is set to another precision.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision in ("fp16", "bf16"):
@@ -145,9 +156,9 @@ def default_precision() -> str:
         )
     if device_type() != "cuda":
         return "no"
-    # Emulated bf16, on cards before Ampere, is slower than fp16.
     import torch
 
+    # Cards before Ampere emulate bf16, which is slower than fp16.
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "fp16"

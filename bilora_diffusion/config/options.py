@@ -1,4 +1,4 @@
-"""Options that every training script has beside those of `methods.options`."""
+"""Options of both training scripts, beside those of adapters and methods (`methods.options`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LR_SCHEDULERS = (
     "cosine_with_restarts",
     "polynomial",
 )
-# Cases in which options have no effect.
+# Cases in which some options have no effect.
 ON_OTHERS = unless("optimizer", "prodigy", "on another optimizer")
 AT_A_CONSTANT_RATE = IgnoredCase(
     lambda v: v["lr_scheduler"] == "constant",
@@ -62,7 +62,7 @@ class StepOptions:
         "Forward passes of one optimizer step; 1 where only --train_batch_size is given.",
         range=Range(65_536, "one step would take so many forward passes", at_least=1),
     )
-    # Length of the run. Without either the script's own default holds: `image.derived` for steps,
+    # Length of the run. Without either option the script has a default: `image.derived` for steps,
     # `text.config` for epochs.
     max_train_steps: int | None = option(
         None,
@@ -71,7 +71,7 @@ class StepOptions:
     )
     num_train_epochs: int | None = option(
         None,
-        "Passes over the images, or over the class images where these are more; not beside"
+        "Passes over the images, or over the class images where these are more; not together with"
         " --max_train_steps.",
         range=Range(10**6, "no run sees its data more often", at_least=1),
         ignored=(
@@ -92,9 +92,8 @@ class StepOptions:
     # Derived: `default_mixed_precision`.
     mixed_precision: str = option(
         None,
-        "Precision of the frozen weights and of the arithmetic. Default: what accelerate launch"
-        " was told (fp16 or bf16); else bf16 on a GPU that has it, fp16 on one that has not, and"
-        " no elsewhere.",
+        "Precision of the frozen weights and of the arithmetic. Default: that of accelerate launch"
+        " (fp16 or bf16); else bf16 on a GPU that has it, fp16 on another GPU, and no elsewhere.",
         choices=PRECISIONS,
     )
     # Derived for images: `image.derived.default_gradient_checkpointing`.
@@ -104,17 +103,17 @@ class StepOptions:
         free=True,
     )
     allow_tf32: bool = option(False, "Let CUDA multiply fp32 matrices in TF32.", free=True)
-    # Read by no code here: a constraint refuses it where the launcher's variable is missing.
+    # No code reads it; a constraint refuses it where the launcher's variable is missing.
     local_rank: int = option(
         -1,
-        "Set by old launchers; accelerate and torchrun say it by the variable LOCAL_RANK.",
+        "Set by old launchers; accelerate and torchrun set the variable LOCAL_RANK instead.",
         range=Range(10**6, "launchers count processes from 0"),
         free=True,
     )
 
 
 def default_mixed_precision(options: StepOptions) -> str:
-    """What accelerate's launcher was told, else what the device is best at."""
+    """The precision of accelerate's launcher, else the best one of the device."""
     return machine.default_precision()
 
 
@@ -126,15 +125,15 @@ class StoppingOptions:
 
     early_stopping_patience: int | None = option(
         None,
-        "End the run after so many measurements of the held-out loss in a row, one every"
-        " --validation_loss_steps, without a new lowest; the base model's at step 0 is the first.",
+        "End the run after this many measurements of the held-out loss in a row, one every"
+        " --validation_loss_steps, without a new lowest one. The base model's at step 0 counts.",
         range=STEPS,
         free=True,
     )
     keep_best: bool = option(
         False,
-        "Leave the weights of the step with the lowest held-out loss instead of the last one's;"
-        " averaged with --use_ema.",
+        "Save the weights of the step with the lowest held-out loss instead of the last step's;"
+        " averaged ones with --use_ema.",
     )
     fit: bool = option(
         False,
@@ -164,12 +163,13 @@ class StoppingOptions:
 
 @dataclass(frozen=True)
 class HeldOutOptions:
-    """The held-out part; each script has it in a section of its own."""
+    """The measured part of what is held out; each script has it in another section."""
 
     validation_part: str | None = option(
         None,
-        "Measure only part i of n of the validation set, such as 1/2; names decide which samples it"
-        " has, whatever the seed. Choose by one part and judge by another. Default: all.",
+        "Measure only part i of n of the validation set, such as 1/2. The names of the samples"
+        " decide which are in it, not the seed. Choose by one part and judge by another. Default:"
+        " all.",
         free=True,
     )
 
@@ -181,7 +181,7 @@ class OptimizerOptions:
     section: ClassVar[str] = "optimizer"
 
     # Table A8; the text script declares that of Tables A4 to A6. Derived for Prodigy:
-    # `rates.default_learning_rate`.
+    # `derived.default_learning_rate`.
     learning_rate: float = option(2e-4, "Learning rate; 1.0 by default for prodigy.", range=RATES)
     scale_lr: bool = option(
         False,
@@ -189,10 +189,10 @@ class OptimizerOptions:
         " processes; --text_encoder_lr stays.",
     )
     # The schedule of all rates: constant, without a warm-up (Table A8).
-    lr_scheduler: str = option("constant", "Course of the learning rate.", choices=LR_SCHEDULERS)
+    lr_scheduler: str = option("constant", "Schedule of the learning rate.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int | None = option(
         0,
-        "Steps in which it rises from 0; not for constant.",
+        "Steps in which the rate rises from 0; not for constant.",
         range=STEPS.or_zero,
         ignored=(AT_A_CONSTANT_RATE,),
     )
@@ -200,13 +200,13 @@ class OptimizerOptions:
         1,
         "Cycles of cosine_with_restarts.",
         range=STEPS,
-        ignored=(unless("lr_scheduler", "cosine_with_restarts", "on this course of the rate"),),
+        ignored=(unless("lr_scheduler", "cosine_with_restarts", "on this schedule"),),
     )
     lr_power: float = option(
         1.0,
         "Power of polynomial.",
         range=Range(100, "the rate would fall to 0 within the first steps", greater_than=0),
-        ignored=(unless("lr_scheduler", "polynomial", "on this course of the rate"),),
+        ignored=(unless("lr_scheduler", "polynomial", "on this schedule"),),
     )
     # The optimizer, whose name is put into lower case, and its moments.
     optimizer: str = option(
@@ -235,7 +235,7 @@ class OptimizerOptions:
         range=SHARES,
     )
     prodigy_decouple: bool = option(
-        True, "Decay weights apart from the gradient, as AdamW does.", ignored=(ON_OTHERS,)
+        True, "Decay weights separately from the gradient, as AdamW does.", ignored=(ON_OTHERS,)
     )
     prodigy_use_bias_correction: bool = option(
         True, "Correct Prodigy's averages for their start.", ignored=(ON_OTHERS,)
@@ -257,7 +257,7 @@ class OutputOptions:
     # The run folder and its checkpoints.
     output_dir: str = option("lora-dreambooth-model", "Folder of the run.", place=True)
     overwrite_output_dir: bool = option(False, "Replace the run that the folder holds.")
-    # A method's name (`resolving.check_method`). That of the control run is `NO_CONTROL`.
+    # A method's name (`resolving.check_method`), or `NO_CONTROL`.
     compare: str = option(
         NO_CONTROL,
         "Train a control run after the run, with this method (such as lora) in place of --method,"
@@ -265,12 +265,12 @@ class OutputOptions:
     )
     checkpointing_steps: int = option(
         100,
-        "Save a checkpoint every so many steps; Ctrl-C and SIGTERM save one, too.",
+        "Steps from one checkpoint to the next; Ctrl-C and SIGTERM save one, too.",
         range=STEPS,
     )
     checkpoints_total_limit: int | None = option(
         None,
-        "Keep the newest so many checkpoints; 0 keeps all. Default: as many as fit into 2 GB, at"
+        "Number of newest checkpoints to keep; 0 keeps all. Default: as many as fit into 2 GB, at"
         " least 2.",
         range=STEPS.or_zero,
     )
@@ -287,15 +287,15 @@ class OutputOptions:
     )
     dynamics_steps: int | None = option(
         None,
-        "Record them every so many steps. Default: about 40 times in all.",
+        "Steps from one such record to the next. Default: about 40 records in all.",
         range=STEPS,
         ignored=(unless("log_dynamics", True, "on a run that records none"),),
     )
     # Without training.
     dry_run: bool = option(
         False,
-        "Only check the options, and say what would be trained and what memory that takes; of a"
-        " model no weights are read or downloaded, and nothing is written.",
+        "Only check the options, and print what would be trained and the memory that it takes. No"
+        " weights of a model are read or downloaded, and nothing is written.",
     )
     # Trackers and the hub. Derived where TensorBoard is missing: `default_report_to`.
     logging_dir: str = option("logs", "Folder of the trackers' logs, within the run folder.")
@@ -306,7 +306,7 @@ class OutputOptions:
     )
     push_to_hub: bool = option(False, "Upload the run folder to the hub at the end.")
     hub_token: str | None = option(
-        None, "Token for the upload; it is never written down.", ignored=(WITHOUT_UPLOAD,)
+        None, "Token for the upload; it is never stored.", ignored=(WITHOUT_UPLOAD,)
     )
     hub_model_id: str | None = option(
         None, "Repository to upload to. Default: the folder's name.", ignored=(WITHOUT_UPLOAD,)
@@ -320,5 +320,5 @@ class OutputOptions:
 
 
 def default_report_to(options: OutputOptions) -> str:
-    """The declared tracker, TensorBoard, where it is installed."""
+    """TensorBoard, the declared default, where it is installed; else none."""
     return options.report_to if machine.is_installed(options.report_to) else "none"

@@ -1,10 +1,10 @@
 """From a command line to a configuration: parse, derive, check, freeze; once for a run.
 
 parse    flags and recipe -> a typed configuration that knows which options were given
-derive   `derived.DERIVED_DEFAULTS`, then the script's own (`RunConfig.derived`)
-check    options without effect are ignored and named; combinations, packages and places that
+derive   `derived.DERIVED_DEFAULTS`, then the script's defaults (`RunConfig.derived`)
+check    options without effect are ignored with a note; combinations, packages and places that
          would not work are refused
-freeze   the rates of the launch (`rates.with_scaled_rates`)
+freeze   the rates of the launch (`derived.with_scaled_rates`)
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from .. import methods
-from ..core.choices import OPTIMIZERS
 from ..core.errors import UserError, is_main_process
 from ..core.fields import default_of, option_of, options_of
-from ..core.values import check_choice
+from ..core.values import OPTIMIZERS, check_choice
 from ..methods.options import AdapterOptions
 from . import constraints, machine
 from .constraints import fact_text
-from .derived import DERIVED_DEFAULTS, derive
+from .derived import DERIVED_DEFAULTS, HIGH_ADAMW_RATE, LOW_PRODIGY_RATE, derive, with_scaled_rates
 from .options import NO_CONTROL
-from .rates import HIGH_ADAMW_RATE, LOW_PRODIGY_RATE, with_scaled_rates
 from .run import RunConfig
 
 MAX_SAMPLES_OF_STEP = 10**6
+"""Samples of one optimizer step at most, on one process."""
 TRACKERS = (
     "tensorboard",
     "wandb",
@@ -44,17 +43,17 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """Make the configuration of a command line, the recipe and the small files of the models that
-    it names, and the launch.
+    """Make the configuration of a run from a command line and what it names.
 
-    No weights and no data are downloaded or loaded. ``--help`` prints and exits.
+    The recipe, the small files of the models, and the variables of the launch are read; no weights
+    and no data are downloaded or loaded. ``--help`` prints and exits.
 
     Args:
-        script: The class of the script's configuration.
-        argv: Arguments without the program's name; None for those of the process.
+        script: class of the script's configuration.
+        argv: arguments without the program's name; None for those of the process.
 
     Raises:
-        UserError: A value or a combination that can't be honoured; it names the fix.
+        UserError: a value or a combination that would give a wrong result; it names the fix.
     """
     # Parse.
     values, given_options = script.parser().read(
@@ -67,7 +66,7 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     check_method(cfg)
     cfg = derive(cfg, DERIVED_DEFAULTS).derived()
 
-    # Check. Ignored options are taken back first, so that no constraint refuses one of them.
+    # Check. Ignored options get their defaults first, so that no constraint refuses one of them.
     cfg, notes = without_ignored_options(cfg, cfg.groups)
     notes += notes_on_defaults(cfg)
     launch = {"device": machine.device_type(), "modality": cfg.modality, **machine.launch()}
@@ -78,23 +77,28 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     if is_main_process():
         for note in notes:
             logger.warning("%s", note)
-    # Freeze, last: notes and refusals name the rates as the user gave them.
+    # Freeze. It comes last, since the messages name the rates as the user gave them.
     return with_scaled_rates(cfg, machine.processes())
 
 
 def recipe_options_of_other_method(
     recipe: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> frozenset[str]:
-    """The options that a recipe sets for its method, where the command line takes another one.
+    """The options that a recipe sets for its method, where the command line names another one.
 
-    A radius is a different quantity in each method, so the default of the new method holds.
+    A radius, for example, is a different quantity in each method, so the other method takes its
+    default. Each such option is named in a warning.
+
+    Args:
+        recipe: options of the recipe.
+        flags: options of the command line.
     """
     recipe_method = recipe.get("method", AdapterOptions.method)
     method = flags.get("method", recipe_method)
     # An unknown method is refused later, with a hint (`check_method`).
     if method == recipe_method or not {recipe_method, method} <= set(methods.names()):
         return frozenset()
-    # What the new method does not read has no effect in any case.
+    # An option that the new method does not read has no effect in any case.
     shared = methods.reads(recipe_method) & methods.reads(method)
     dropped = shared & (recipe.keys() - flags.keys())
     if is_main_process():
@@ -111,8 +115,8 @@ def recipe_options_of_other_method(
 
 
 def with_optimizer_name(cfg: Config) -> Config:
-    """The configuration with its optimizer in lower case, and ``--use_8bit_adam`` in its name."""
-    # diffusers' scripts write AdamW and prodigy.
+    """The configuration with the optimizer in lower case, and ``--use_8bit_adam`` as its name."""
+    # diffusers' scripts have AdamW and prodigy.
     cfg = replace(cfg, optimizer=cfg.optimizer.lower())
     if cfg.use_8bit_adam and cfg.optimizer in ("adamw", "adamw8bit"):
         return replace(cfg, optimizer="adamw8bit", use_8bit_adam=False)
@@ -120,7 +124,7 @@ def with_optimizer_name(cfg: Config) -> Config:
 
 
 def check_method(cfg: RunConfig) -> None:
-    """Refuse an unknown method or optimizer, and a radius that the method can't follow."""
+    """Refuse an unknown method or optimizer, and a radius "auto" that can't set itself."""
     check_choice("--method", cfg.method, methods.names())
     check_choice("--compare", cfg.compare, (*methods.names(), NO_CONTROL))
     check_choice("--optimizer", cfg.optimizer, OPTIMIZERS)
@@ -128,7 +132,7 @@ def check_method(cfg: RunConfig) -> None:
 
 
 def check_packages(cfg: RunConfig) -> None:
-    """Refuse what needs a package that is missing, a token, or more memory than there is."""
+    """Refuse what needs a missing package, a token, or more memory than any machine has."""
     check_choice("--report_to", cfg.report_to, (*TRACKERS, "all", "none"))
     if cfg.report_to in TRACKERS:
         machine.require(cfg.report_to, f"--report_to {cfg.report_to}")
@@ -139,24 +143,24 @@ def check_packages(cfg: RunConfig) -> None:
     if cfg.enable_xformers_memory_efficient_attention:
         machine.require("xformers", "--enable_xformers_memory_efficient_attention")
     if cfg.push_to_hub and cfg.hub_token is None:
-        # Imported late: --help and most runs have no use for the hub.
+        # Imported late: --help and most runs do not use the hub.
         from huggingface_hub import get_token
 
         if get_token() is None:
             raise UserError("--push_to_hub needs a token: run `hf auth login` or add --hub_token.")
-    batch, passes = cfg.train_batch_size, cfg.gradient_accumulation_steps
-    if batch * passes > MAX_SAMPLES_OF_STEP:
+    if cfg.train_batch_size * cfg.gradient_accumulation_steps > MAX_SAMPLES_OF_STEP:
         raise UserError(
-            f"--train_batch_size {batch} times --gradient_accumulation_steps {passes} is over"
-            f" {MAX_SAMPLES_OF_STEP} samples a step: give smaller ones."
+            f"--train_batch_size {cfg.train_batch_size} times --gradient_accumulation_steps"
+            f" {cfg.gradient_accumulation_steps} is over {MAX_SAMPLES_OF_STEP} samples a step: give"
+            " smaller ones."
         )
 
 
 def without_ignored_options(cfg: Config, groups: Sequence[type]) -> tuple[Config, list[str]]:
-    """Take back the given options of these groups that have no effect.
+    """Set the given options of these groups that have no effect to their defaults.
 
-    So the run's record does not claim them. As in diffusers' script they are not refused: that is
-    only what would give a wrong result.
+    So the run's record does not claim them. As in diffusers' scripts they are not refused: only
+    what would give a wrong result is.
 
     Returns:
         The configuration without them, and a sentence for each.
@@ -168,9 +172,11 @@ def without_ignored_options(cfg: Config, groups: Sequence[type]) -> tuple[Config
         if name not in cfg.given_options or value == default_of(field):
             continue
         for case in option_of(field).ignored:
-            # Each case sees all options as they were given, also those that are ignored.
+            # A case tests all options as they were given, also those that are ignored.
             if case.when(vars(cfg)):
-                changes[name] = getattr(cfg, case.becomes) if case.becomes else default_of(field)
+                changes[name] = default_of(field)
+                if case.becomes:
+                    changes[name] = getattr(cfg, case.becomes)
                 fix = case.fix.replace("`", "")
                 notes.append(f"{fact_text(name, value)} has no effect {case.where}: {fix}.")
                 break
@@ -178,12 +184,12 @@ def without_ignored_options(cfg: Config, groups: Sequence[type]) -> tuple[Config
 
 
 def notes_on_defaults(cfg: RunConfig) -> list[str]:
-    """A sentence for each default that follows from what was given and might surprise."""
+    """A sentence for each derived default, and each rate, that the user may not expect."""
     notes: list[str] = []
     steps = cfg.validation_loss_steps
     if steps and cfg.depends_on_heldout and "validation_loss_steps" not in cfg.given_options:
         notes.append(
-            f"the held-out loss is measured every {steps} steps: change it with"
+            f"held-out samples are measured every {steps} steps: change it with"
             " --validation_loss_steps."
         )
     # In diffusers' script alpha is always the rank.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from ..core import fields
+from ..core.values import HELDOUT_LOSS
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
 from . import constraints
 from .command_line import CommandLine
@@ -30,20 +31,21 @@ class RunConfig(
     OptimizerOptions,
     OutputOptions,
 ):
-    """Base of both scripts' configurations: flat frozen dataclasses, made of groups of options."""
+    """Base class of both scripts' configurations: flat frozen dataclasses of groups of options."""
 
-    # Facts of the script; the fields below are those of a run.
+    # Properties of the script.
     modality: ClassVar[str]  # image or text
     groups: ClassVar[tuple[type, ...]]  # the option dataclasses, in the order of ``--help``
     alternatives: ClassVar[tuple[tuple[str, str], ...]]  # as `CommandLine.read` takes them
     description: ClassVar[str]
     usage: ClassVar[str]
-    without_influence: ClassVar[frozenset[str]]  # see `free_options`
-    without_samples: ClassVar[Mapping[str, Any]]  # with which no images or answers are made
+    without_influence: ClassVar[frozenset[str]]  # options that do not touch what is learned
+    without_samples: ClassVar[Mapping[str, Any]]  # options under which no samples are made
 
-    given_options: frozenset[str]  # names of the options that the command line or its recipe has
+    # Names of the options that the command line or its recipe gives.
+    given_options: frozenset[str]
 
-    # What only one script has as an option, or in another form.
+    # Options that only one script has, or that it declares otherwise.
     train_text_encoder: bool = False
     text_encoder_lr: float | None = None
     compile: bool = False
@@ -63,25 +65,26 @@ class RunConfig(
         return CommandLine(cls.groups, cls.description, cls.usage, foreign_flags)
 
     def derived(self) -> Self:
-        """The configuration with the defaults that only this script has, and with what the small
-        files of its model say.
+        """The configuration with this script's derived defaults.
+
+        Some of them depend on the small files of the base model.
 
         Raises:
-            UserError: these files can't be read, or the model can't take what is asked for.
+            UserError: these files can't be read, or the model does not have what is asked for.
         """
         raise NotImplementedError
 
     def check_inputs(self) -> None:
-        """Refuse places that do not exist, of what only this script reads.
+        """Refuse files and folders that this script reads and that do not exist.
 
         Raises:
-            UserError: one sentence with the value and the fix.
+            UserError: it has the value and the fix.
         """
         raise NotImplementedError
 
     @property
     def leaves_unused(self) -> bool:
-        """A step may leave trained parameters without a gradient, which DDP must know."""
+        """Whether a step may leave trained parameters without a gradient, which DDP must know."""
         return False
 
     @property
@@ -91,7 +94,7 @@ class RunConfig(
 
     @property
     def sampled_prompts(self) -> list[str]:
-        """The prompt of each validation image, in their order; none for text."""
+        """The prompt of each validation image, in the order of the images; none for text."""
         return []
 
     def warmup_steps(self, num_steps: int) -> int:
@@ -101,9 +104,12 @@ class RunConfig(
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON values; the hub token is left out."""
         values = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
-        # In the order of --help; what is derived and no option is not recorded here.
-        names = [name for name in fields.options_of(self.groups) if name != "hub_token"]
-        return {name: values[name] for name in names}
+        options: dict[str, Any] = {}
+        # In the order of --help. Fields that are no options are left out too.
+        for name in fields.options_of(self.groups):
+            if name != "hub_token":
+                options[name] = values[name]
+        return options
 
     def fingerprint(self) -> dict[str, Any]:
         """The options that decide what is learned: a resumed run must have the same."""
@@ -114,25 +120,41 @@ class RunConfig(
 
     def resume_settings(self) -> dict[str, Any]:
         """`fingerprint` with the held-out options; a resumed run may change `free_options`."""
-        options = self.to_dict()
-        heldout = {name: options[name] for name in HELDOUT_OPTIONS if name in options}
-        return {**self.fingerprint(), **heldout}
+        settings = self.fingerprint()
+        for name, value in self.to_dict().items():
+            if name in self.heldout_options:
+                settings[name] = value
+        return settings
 
     @property
     def depends_on_heldout(self) -> bool:
-        """The held-out loss decides what the run leaves."""
+        """Whether the measure of held-out samples decides what the run leaves."""
         return bool(self.fit or self.keep_best or self.early_stopping_patience)
+
+    @property
+    def heldout_measure(self) -> str:
+        """The measure of held-out samples that decides, by its name in the log."""
+        return HELDOUT_LOSS
+
+    @property
+    def heldout_options(self) -> frozenset[str]:
+        """The options that say what is measured, and on which samples."""
+        return HELDOUT_OPTIONS
+
+    def measurement_interval(self, steps: int) -> int:
+        """Steps from one measurement to the next, of twenty in a run of ``steps``."""
+        return max(1, steps // 20)
 
     @property
     def free_options(self) -> frozenset[str]:
         """The options that a resumed run may change."""
         if self.depends_on_heldout:
-            return self.without_influence - HELDOUT_OPTIONS
+            return self.without_influence - self.heldout_options
         return self.without_influence
 
 
 def without_influence(groups: Sequence[type]) -> frozenset[str]:
-    """The options that do not touch what is learned: of a group that is ``free``, or themselves."""
+    """Names of the options that do not touch what is learned: they or their group are ``free``."""
     names: set[str] = set()
     for group in groups:
         is_free = getattr(group, "free", False)
@@ -140,8 +162,3 @@ def without_influence(groups: Sequence[type]) -> frozenset[str]:
             if is_free or fields.option_of(field).free:
                 names.add(name)
     return frozenset(names)
-
-
-def twentieth(steps: int) -> int:
-    """Steps from one measurement to the next, of twenty in a run."""
-    return max(1, steps // 20)

@@ -1,7 +1,7 @@
-"""Files that survive a crash: written aside, flushed, then renamed into place.
+"""Files that survive a crash: written under a temporary name, flushed, then renamed.
 
-`replacing` is the one way to write a file whole; `write_text` and `write_bytes` are it for what is
-in memory.
+Every file that is written whole is written by `replacing`, or by `write_text` and `write_bytes`,
+which call it for content in memory.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".tmp-"  # prefix of everything that is not finished, or is being deleted
+TEMPORARY = ".tmp-"
+"""Prefix of the name of what is not finished, or is being deleted."""
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
+    """Flush a file, or the list of a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -29,35 +30,39 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, ending: str = "") -> Iterator[Path]:
-    """Replace the file ``path``: readers and crashes see the old content or the new.
+    """Replace the file ``path``; readers, also after a crash, see the old content or the new.
+
+    Args:
+        path: the file, which need not exist.
+        ending: added to the temporary name, for writers that go by the ending of a name.
 
     Yields:
-        Where to write the new content: beside ``path``, under its name and ``ending``, for loaders
-        that look for files by theirs. If that fails, ``path`` stays as it is.
+        The temporary file beside ``path`` to write into. If writing fails, ``path`` stays as it is.
     """
-    aside = path.with_name(TEMPORARY + path.name + ending)
+    temporary = path.with_name(TEMPORARY + path.name + ending)
     try:
-        yield aside
-        sync(aside)
-        os.replace(aside, path)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)  # half of it would only take room on a full disk
+        # After a failure half a file would take room on a disk that may be full.
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) as ``path``, by `replacing`."""
+    """Replace the file ``path`` by ``text`` in UTF-8 (`replacing`)."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` as ``path``, by `replacing`."""
-    with replacing(path) as aside:
-        aside.write_bytes(data)
+    """Replace the file ``path`` by ``data`` (`replacing`)."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def readable_as(pattern: Path, *paths: Path) -> None:
-    """Give files the permissions of one that was written by ``open``.
+    """Give files the permissions of ``pattern``, a file that Python wrote.
 
     safetensors 0.8 makes its files readable by their owner alone, whatever the umask
     (https://github.com/safetensors/safetensors/issues/782), and an adapter is made to be shared.
@@ -67,38 +72,47 @@ def readable_as(pattern: Path, *paths: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a file or a folder so that a crash never leaves half of it under its own name."""
-    doomed = path
+    """Delete a file or a folder; a crash never leaves a part of it under its own name."""
+    temporary = path
     if not path.name.startswith(TEMPORARY):
-        doomed = path.with_name(f"{TEMPORARY}deleted-{path.name}")
-        if doomed.is_dir():
-            shutil.rmtree(doomed)
-        os.replace(path, doomed)
-    if doomed.is_dir() and not doomed.is_symlink():
-        shutil.rmtree(doomed)
+        temporary = path.with_name(f"{TEMPORARY}deleted-{path.name}")
+        # Of an earlier deletion that was interrupted. A folder can't be renamed onto another one.
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        os.replace(path, temporary)
+    if temporary.is_dir() and not temporary.is_symlink():
+        shutil.rmtree(temporary)
     else:
-        doomed.unlink()
+        temporary.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what interrupted writes and deletions left in ``folder``."""
+    """Delete what interrupted writers and deletions left in ``folder``."""
     for leftover in folder.glob(TEMPORARY + "*"):
         discard(leftover)
 
 
 def strict_json(value: Any) -> tuple[Any, bool]:
-    """Turn plain Python values into what strict JSON can say, and tell whether a number in them was
-    not finite, which becomes ``None``.
+    """Convert plain Python values to what strict JSON can say.
 
-    Tuples become lists, ``os.PathLike`` strings, 0-d tensors and NumPy scalars numbers. Raises
-    TypeError for anything else.
+    Tuples become lists, ``os.PathLike`` strings, 0-d tensors and NumPy scalars numbers, and numbers
+    that are not finite None.
+
+    Returns:
+        The value, and whether a number in it was not finite.
+
+    Raises:
+        TypeError: JSON can't hold a value.
     """
-    constants: list[str] = []  # NaN and infinities
-    text = json.dumps(value, default=_plain)
-    return json.loads(text, parse_constant=constants.append), bool(constants)  # `append` gives None
+    # Python's JSON writes NaN and infinities as words, and reads each word by `parse_constant`.
+    # `append` returns None, which takes the word's place.
+    constants: list[str] = []
+    text = json.dumps(value, default=_to_plain)
+    strict_value = json.loads(text, parse_constant=constants.append)
+    return strict_value, bool(constants)
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if getattr(value, "ndim", None) == 0:
@@ -107,19 +121,19 @@ def _plain(value: Any) -> Any:
 
 
 def dump_json(value: Any) -> str:
-    """Readable strict JSON, ending with a newline."""
+    """Indented strict JSON that ends in a newline."""
     return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=True) + "\n"
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Test that an exception, or one that it came from, says that a disk or a quota is full."""
+    """Test that an exception, or one of its causes, says that a disk or a quota is full."""
     cause: BaseException | None = error
     for _ in range(100):  # causes may run in a circle
         if cause is None:
             break
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        # safetensors says it in words only
+        # safetensors has no error number, only the system's words.
         if type(cause).__name__ == "SafetensorError" and os.strerror(errno.ENOSPC) in str(cause):
             return True
         cause = cause.__cause__ or cause.__context__

@@ -1,4 +1,4 @@
-"""Errors of the user's input and of training, and how a script says so."""
+"""Errors of the user's input and of training, and how a script reports them in one sentence."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from .durable import disk_is_full
 
 RANKS = ("RANK", "LOCAL_RANK")
 MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-T = TypeVar("T")
-TRACE = "bilora_trace"  # attribute of an exception: the file that holds its trace
-READER_LEFT = 141  # exit code where nobody reads the output: 128 + SIGPIPE
+"""Variables in which launchers say which of its processes a process is."""
+TRACE = "bilora_trace"
+"""Attribute of an exception: the file that holds its trace."""
+READER_LEFT = 141
+"""Exit code where nobody reads the output any more: 128 + SIGPIPE, as a shell has it."""
 PICKLED = (
     "there are no safetensors{}, and reading a pickle can run code: convert it, for example by"
     " https://huggingface.co/spaces/safetensors/convert, or by save_pretrained where you trust it"
 )
+"""End of the sentence on weights that exist as pickles only; the braces take a place."""
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -33,15 +37,15 @@ class UserError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """Training or export can't go on (a non-finite loss, a file that does not match the model)."""
+    """Training or export can't go on: a loss is not finite, or a file does not match the model."""
 
 
 class Diverged(TrainingError):
-    """A loss is not finite, which the run's own options are to blame for."""
+    """A loss is not finite, because of the run's own options."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal, by its number, ended the work. The message says what is saved and how to go on."""
+    """The signal `number` ended the work. The message says what is saved and how to go on."""
 
     def __init__(self, message: str, number: int = signal.SIGINT) -> None:
         super().__init__(message)
@@ -50,7 +54,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def translated(sentence: str, fix: str) -> Iterator[None]:
-    """Within the context, whatever a library raises becomes one sentence; a full disk stays one.
+    """Turn whatever a library raises within the context into a `UserError` of one sentence.
 
     Args:
         sentence: what can't be done, in the user's words, such as "config.json can't be read".
@@ -60,9 +64,10 @@ def translated(sentence: str, fix: str) -> Iterator[None]:
         yield
     except (UserError, TrainingError):
         raise
-    except Exception as error:  # damaged files end anywhere in the libraries
+    # Damaged files raise anything, anywhere in the libraries.
+    except Exception as error:
         if disk_is_full(error):
-            raise
+            raise  # `reported` has a sentence of its own for it
         if isinstance(error, OSError) and "`safetensors`" in str(error):
             raise UserError(f"{sentence}, since {PICKLED.format('')}.") from error
         raise UserError(f"{sentence} ({reason(error)}): {fix}.") from error
@@ -70,7 +75,7 @@ def translated(sentence: str, fix: str) -> Iterator[None]:
 
 @contextmanager
 def placed(place: str) -> Iterator[None]:
-    """Within the context, the sentence of a ``UserError`` begins with a place."""
+    """Put a place before the sentence of a `UserError` that is raised within the context."""
     try:
         yield
     except UserError as error:
@@ -78,58 +83,67 @@ def placed(place: str) -> Iterator[None]:
 
 
 def reading(subject: str, fix: str, load: Callable[[], T]) -> T:
-    """Read a part of a model, or a file, by ``load``, with its errors `translated`."""
+    """Return what ``load`` reads of a model or a file; its errors are `translated`."""
     with translated(f"{subject} can't be read", fix):
         return load()
 
 
 def reason(error: BaseException) -> str:
-    """An error's message, short and in one line."""
+    """An error's message in one line of at most 240 letters."""
     text = " ".join(str(error).split())
-    if "cannot identify image file" in text:  # and the address of a buffer
+    # Pillow's message ends in the address of a buffer, Transformers' in advice for programmers.
+    if "cannot identify image file" in text:
         text = "not an image file that Pillow knows"
     if text.startswith("You set `ignore_mismatched_sizes`"):
         text = "its weights are of other shapes than its config.json says"
-    text = text.partition(". If you want to")[0]
+    text, _, _ = text.partition(". If you want to")
     return text[:240].rstrip(".: ") or type(error).__name__
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The hint for an unknown `word`: `' (did you mean "bilora"?)'`, or `''`."""
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f' (did you mean "{close[0]}"?)' if close else ""
+    close_matches = difflib.get_close_matches(word, list(choices), n=1)
+    if not close_matches:
+        return ""
+    return f' (did you mean "{close_matches[0]}"?)'
 
 
 def strip_controls(line: str) -> str:
-    """Put "?" for what could steer the terminal: names in files are other people's text."""
-    return "".join(char if char.isprintable() else "?" for char in line)
+    """Put "?" in place of letters that could steer the terminal.
+
+    A name that a file has, or a text in it, may be made by somebody else.
+    """
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def is_main_process() -> bool:
     """Test that this is the process of a distributed run that prints, or the only one."""
-    # accelerate heeds MPI's on the CPU only; elsewhere each of MPI's processes is a run of its own.
-    ranks = RANKS + (MPI_RANKS if "ACCELERATE_USE_CPU" in os.environ else ())
-    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
+    variables = RANKS
+    # accelerate joins MPI's processes on CPUs only; elsewhere each of them is a run by itself.
+    if "ACCELERATE_USE_CPU" in os.environ:
+        variables += MPI_RANKS
+    return all(os.environ.get(variable, "0") == "0" for variable in variables)
 
 
 @dataclass
 class ExitCode:
-    """What a process ends with, known when the context of `reported` is left."""
+    """Exit code of a process; `reported` sets its number."""
 
     number: int = 0
 
 
 @contextmanager
 def reported() -> Iterator[ExitCode]:
-    """Around a script's work: say in one sentence on stderr what ended it, and go on.
+    """Report on stderr, in one sentence, the exception that ends a script's work, and go on.
 
-    Of an error that all processes of a distributed run meet, only the main one reports it.
+    All processes of a distributed run may meet one error; the main one alone reports it.
 
     Yields:
-        The exit code: 0; 2 after a `UserError`, a `TrainingError` or where a disk is full; 128 and
-        the signal's number (130 for Ctrl-C) after an interruption; 1 after any other exception,
-        whose trace is in the file that the sentence names. With ``BILORA_TRACEBACK=1`` it is
-        printed too. Of output that nobody reads any more nothing is said: 141.
+        The exit code, whose number is set when the context is left: 0; 2 after a `UserError`, a
+        `TrainingError` or a full disk; 128 and the signal's number (130 for Ctrl-C) after an
+        interruption; 141, without a sentence, where nobody reads the output any more; 1 after any
+        other exception. The sentence then names the file that holds the trace, and
+        ``BILORA_TRACEBACK=1`` prints it.
     """
     code = ExitCode()
     try:
@@ -141,22 +155,23 @@ def reported() -> Iterator[ExitCode]:
 
 
 def print_trace_if_asked(error: BaseException) -> None:
-    """Print the trace of an error whose sentence was printed, with ``BILORA_TRACEBACK=1``."""
+    """Print the trace of a reported error if ``BILORA_TRACEBACK=1`` is set."""
     if os.environ.get("BILORA_TRACEBACK", "0") not in ("", "0"):
         traceback.print_exception(error)
 
 
 def run_cli(main: Callable[[], None]) -> int:
-    """Run a script's `main`, `reported`; returns the exit code."""
+    """Run a script's `main` with its errors `reported`; returns the exit code."""
     with reported() as code:
         main()
     return code.number
 
 
 def _report(error: BaseException) -> int:
-    """Say in one sentence what ended a script; returns the exit code."""
+    """Print the sentence on what ended a script; returns the exit code."""
     if isinstance(error, UserError | TrainingError):
-        _say(str(error), only_main=True)
+        if is_main_process():
+            _print_error(str(error))
         return 2
     if isinstance(error, KeyboardInterrupt):
         if is_main_process():
@@ -165,27 +180,38 @@ def _report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError) and _reader_left():
         return READER_LEFT
     if disk_is_full(error):
-        _say("the disk is full: make room and give the same command again")
+        _print_error("the disk is full: make room and give the same command again")
         return 2
     trace = getattr(error, TRACE, None) or keep_trace(error)
-    _say(f"{unexpected(error)}; the trace is in {trace}")
+    _print_error(f"{unexpected(error)}; the trace is in {trace}")
     return 1
 
 
 def unexpected(error: BaseException) -> str:
     """An exception that nobody foresaw, as the start of a sentence."""
-    return f"unexpected {type(error).__name__}" + (f": {reason(error)}" if str(error) else "")
+    text = f"unexpected {type(error).__name__}"
+    if str(error):
+        text += f": {reason(error)}"
+    return text
 
 
 def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:
-    """Write an exception's trace to a file in ``folder``, by default a temporary one, if it can be;
-    `run_cli` then names it.
+    """Write an exception's trace to a file, which the sentence of `reported` then names.
+
+    Args:
+        error: the exception.
+        folder: of the file; None for a new temporary one.
+
+    Returns:
+        The file; None if it can't be written.
     """
     rank = os.environ.get("RANK", "0")
+    name = "error.txt" if rank == "0" else f"error-{rank}.txt"
     text = "".join(traceback.format_exception(error))
     try:
-        path = folder or Path(tempfile.mkdtemp(prefix="bilora-"))
-        path /= "error.txt" if rank == "0" else f"error-{rank}.txt"
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="bilora-"))
+        path = folder / name
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError:
         return None
@@ -193,17 +219,19 @@ def keep_trace(error: BaseException, folder: Path | None = None) -> Path | None:
     return path
 
 
-def _say(sentence: str, only_main: bool = False) -> None:
-    if is_main_process() or not only_main:
-        print(f"error: {strip_controls(' '.join(sentence.split()))}", file=sys.stderr)
+def _print_error(sentence: str) -> None:
+    line = " ".join(sentence.split())
+    print(f"error: {strip_controls(line)}", file=sys.stderr)
 
 
 def _reader_left() -> bool:
-    """Test that nobody reads stdout any more, as after ``| head``; then it is led nowhere."""
+    """Test that nobody reads stdout any more, as after ``| head``; if so, redirect it."""
     stdout = 1
     poll = select.poll()
-    poll.register(stdout, 0)  # errors are reported without a mask
+    # The empty mask waits for no data; a closed pipe is an error, which is reported without a mask.
+    poll.register(stdout, 0)
     if not poll.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)  # Python flushes it at its end
+    # Python flushes stdout when it ends, which would raise once more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
     return True

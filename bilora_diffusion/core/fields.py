@@ -1,6 +1,6 @@
-"""Options, declared as fields of dataclasses that carry default, help, choices, range and readers.
+"""Options, each declared once as a field of a dataclass with its default, help, choices and range.
 
-The command line, ``--help``, the tables of docs/, the checks and what is ignored come from them.
+The flags, ``--help``, the tables of docs/, the checks and the ignored options come from the fields.
 """
 
 from __future__ import annotations
@@ -20,46 +20,50 @@ from .values import SMALLEST, Range, check_choice
 
 TRUE = ("yes", "true", "t", "y", "on", "1")
 FALSE = ("no", "false", "f", "n", "off", "0")
+"""Words that a boolean flag takes, in lower case: those of Transformers' parser."""
 
 
 @dataclass(frozen=True)
 class IgnoredCase:
-    """A case in which an option has no effect: it is then named in one line and ignored."""
+    """A case in which an option has no effect: a run then prints a note and ignores the option."""
 
-    when: Callable[[Mapping[str, Any]], bool]  # whether it has none, from all options' values
+    when: Callable[[Mapping[str, Any]], bool]  # tests the values of all options for the case
     where: str  # a clause that follows "has no effect"
     fix: str = "drop it"  # in the imperative, with options in backquotes
-    becomes: str | None = None  # the option whose value it takes then; None for its default
+    becomes: str | None = None  # name of the option whose value it takes; None for its default
 
 
 def unless(name: str, value: Any, where: str) -> IgnoredCase:
-    """No effect unless another option has one value."""
-    fix = f"add `--{name}`" if value is True else f"use `--{name} {value}`"
+    """The case that another option does not have the value with which this one has an effect."""
+    fix = f"use `--{name} {value}`"
+    if value is True:
+        fix = f"add `--{name}`"
     return IgnoredCase(lambda values: values[name] != value, where, f"{fix} or drop it")
 
 
 @dataclass(frozen=True)
 class Option:
-    """Metadata of a field under "option"."""
+    """Properties of an option, in its field's metadata under "option"."""
 
     help: str  # one or two sentences for ``--help``
-    ignored: tuple[IgnoredCase, ...] = ()  # where it has no effect
-    range: Range | None = None  # the numbers that it may be
-    place: bool = False  # it may name a file or a folder
+    ignored: tuple[IgnoredCase, ...] = ()  # cases in which it has no effect
+    range: Range | None = None  # its numbers
+    place: bool = False  # its value may be the path of a file or a folder
     free: bool = False  # a resumed run may change it: it touches at most the last digits
-    choices: tuple[str, ...] | None = None  # what it may be
-    words: tuple[str, ...] = ()  # what it may be instead of a number
+    choices: tuple[str, ...] | None = None  # its values, where they are words
+    words: tuple[str, ...] = ()  # its values beside numbers
     aliases: tuple[str, ...] = ()  # further flags
     itemized: bool = False  # its flag may come several times, and a recipe have lists of mappings
-    one_value: str = ""  # its flag is refused with a second value; what to give instead
+    one_value: str = ""  # a second, other value is refused; what to give instead, for the message
 
 
 def option(default: Any, help: str, **settings: Any) -> Any:
-    """A field that is an option.
+    """Declare a field of a dataclass as an option.
 
     Args:
-        default: its value when nobody gives one; a list for an option that takes several.
-        **settings: what `Option` has; a number needs a ``range``.
+        default: value where nobody gives one; a list for an option that takes several values.
+        help: one or two sentences.
+        **settings: further fields of `Option`; a number needs a ``range``.
     """
     metadata = {"option": Option(help, **settings)}
     if isinstance(default, list):
@@ -68,30 +72,32 @@ def option(default: Any, help: str, **settings: Any) -> Any:
 
 
 def like(group: Any, name: str, **changes: Any) -> Any:
-    """An option of another group once more, with ``changes`` as `option` takes them."""
+    """Declare an option of another group once more, with ``changes`` as `option` takes them."""
     field = group.__dataclass_fields__[name]
-    return option(**{"default": default_of(field), **vars(option_of(field)), **changes})
+    settings = {"default": default_of(field), **vars(option_of(field)), **changes}
+    return option(**settings)
 
 
 def option_of(field: dataclasses.Field[Any]) -> Option:
-    """The metadata of a field that is an option."""
+    """Properties of a field that is an option."""
     return field.metadata["option"]
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """The value of a field when nobody gives one."""
-    factory = field.default_factory
-    return field.default if factory is dataclasses.MISSING else factory()
+    """The value of a field where nobody gives one."""
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    return field.default_factory()
 
 
 def options_of(groups: Iterable[Any]) -> dict[str, dataclasses.Field[Any]]:
-    """The options of some groups by name, in their order."""
-    return {
-        field.name: field
-        for group in groups
-        for field in dataclasses.fields(group)
-        if "option" in field.metadata
-    }
+    """The fields of some dataclasses that are options, by name, in their order."""
+    options: dict[str, dataclasses.Field[Any]] = {}
+    for group in groups:
+        for field in dataclasses.fields(group):
+            if "option" in field.metadata:
+                options[field.name] = field
+    return options
 
 
 def check(
@@ -100,29 +106,36 @@ def check(
     dashes: str = "--",
     smallest: float = SMALLEST,
 ) -> None:
-    """Refuse values that no run can mean; None is no value.
+    """Refuse values that an option can't have; None stands for no value.
 
     Args:
-        dashes: what stands before a name where the user wrote it.
-        smallest: below it, a number other than 0 is refused too.
+        fields: options by name.
+        values: their values, by the same names.
+        dashes: stands before a name in messages, as the user wrote it.
+        smallest: a number other than 0 below it is refused too.
+
+    Raises:
+        UserError: it names the option, the value and the fix.
     """
     for name, field in fields.items():
-        value, declared = values[name], option_of(field)
-        if value is None or value in declared.words:
+        value = values[name]
+        properties = option_of(field)
+        if value is None or value in properties.words:
             continue
         label = f"{dashes}{name}"
         _check_text(label, value)
-        if declared.range:
-            declared.range.check(label, value, smallest)
-        if declared.choices:
-            check_choice(label, value, declared.choices)
-        if declared.place and isinstance(value, str):
+        if properties.range:
+            properties.range.check(label, value, smallest)
+        if properties.choices:
+            check_choice(label, value, properties.choices)
+        if properties.place and isinstance(value, str):
             _check_place(label, value)
 
 
 def _check_text(label: str, value: Any) -> None:
     """Refuse NULs and bytes that are not UTF-8, which can be neither written nor opened."""
-    for text in value if isinstance(value, list) else [value]:
+    items = value if isinstance(value, list) else [value]
+    for text in items:
         if isinstance(text, str) and ("\0" in text or not is_text(text)):
             raise UserError(
                 f"{label} {quoted(text)} is no text, it has a NUL or bytes that are not UTF-8:"
@@ -131,12 +144,13 @@ def _check_text(label: str, value: Any) -> None:
 
 
 def _check_place(label: str, value: str) -> None:
-    """Refuse a name that no file or folder can have; it need not exist."""
+    """Refuse a path that no file or folder can have; the file need not exist."""
     try:
         Path(value).expanduser().stat()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, RuntimeError) as error:
+        # `expanduser` raises RuntimeError for the home folder of an unknown user.
         reason = getattr(error, "strerror", None) or "there is no such user"
         raise UserError(
             f"{label} {quoted(value)} can't be opened ({reason}): correct it, or its permissions."
@@ -144,22 +158,26 @@ def _check_place(label: str, value: str) -> None:
 
 
 def sections(groups: Iterable[Any]) -> dict[str, list[Any]]:
-    """Groups by the section in which their options stand."""
-    by_name: dict[str, list[Any]] = {}
+    """Groups of options by the name of their section in ``--help``."""
+    groups_by_section: dict[str, list[Any]] = {}
     for group in groups:
-        by_name.setdefault(group.section, []).append(group)
-    return by_name
+        groups_by_section.setdefault(group.section, []).append(group)
+    return groups_by_section
 
 
 class OneValue(argparse.Action):
-    """Stores a value, and refuses another one where a user may mean both."""
+    """Stores a value, and refuses a second, other one: the user may mean both."""
 
     def __init__(self, *args: Any, fix: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fix = fix
 
     def __call__(self, parser: Any, namespace: Any, value: Any, flag: str | None = None) -> None:
-        """Store the value under the option's name, where there is none yet or the same."""
+        """Store the value under the option's name.
+
+        Raises:
+            UserError: another value is stored already.
+        """
         earlier = getattr(namespace, self.dest)
         if earlier not in (None, value):
             raise UserError(
@@ -169,59 +187,87 @@ class OneValue(argparse.Action):
 
 
 def add_flags(parser: argparse.ArgumentParser, groups: Iterable[Any], bare: bool = False) -> None:
-    """Add a flag for each option of some groups, dataclasses with a ``section``.
+    """Add a flag for each option of some groups.
 
-    They are those of Transformers' ``HfArgumentParser``, whose import takes a second: underscores
-    and dashes both hold; a boolean stands alone or before a value, as does a choice of yes, no and
-    others, and a boolean that is on by default also has a ``--no_`` form; a list takes one or more
-    values. Where they are ``bare``, booleans take no value: a positional argument may follow them.
+    The flags are those of Transformers' ``HfArgumentParser``, whose import takes a second. A name
+    has underscores or dashes. A boolean stands alone or before a value, as does a choice of yes, no
+    and other words. A boolean that is on by default also has a ``--no_`` form. A list takes one or
+    more values.
+
+    Args:
+        parser: the parser to add them to.
+        groups: dataclasses with a ``section``.
+        bare: booleans take no value, so that a positional argument may follow them.
     """
-    for name, members in sections(groups).items():
-        section = parser.add_argument_group(name)
-        for group in members:
+    for section_name, section_groups in sections(groups).items():
+        section = parser.add_argument_group(section_name)
+        for group in section_groups:
             hints = typing.get_type_hints(group)
-            for option_name, field in options_of([group]).items():
-                _add_flag(section, field, hints[option_name], bare)
+            for name, field in options_of([group]).items():
+                _add_flag(section, field, hints[name], bare)
 
 
 def _add_flag(section: Any, field: dataclasses.Field[Any], hint: Any, bare: bool) -> None:
-    help = option_of(field).help.replace("%", "%%")
-    flags = [*_spellings(field.name), *option_of(field).aliases]
-    section.add_argument(*flags, help=help, **_reading(field, hint, bare))
+    properties = option_of(field)
+    # A percent sign in the help would be a format of argparse's.
+    help = properties.help.replace("%", "%%")
+    flags = _spellings(field.name) + list(properties.aliases)
+    section.add_argument(*flags, help=help, **_parser_arguments(field, hint, bare))
     if field.default is True:
-        negative = {"action": "store_false", "dest": field.name, "default": False}
-        section.add_argument(*_spellings(f"no_{field.name}"), help=help, **negative)
+        section.add_argument(
+            *_spellings(f"no_{field.name}"),
+            help=help,
+            action="store_false",
+            dest=field.name,
+            default=False,
+        )
 
 
 def _spellings(name: str) -> list[str]:
-    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+    """The flag with underscores and that with dashes; one where the name has neither."""
+    underscored = f"--{name}"
+    dashed = f"--{name.replace('_', '-')}"
+    return [underscored] if dashed == underscored else [underscored, dashed]
 
 
-def _reading(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, Any]:
-    """Arguments of ``add_argument`` that say how a field's values are read."""
-    declared = option_of(field)
-    usual = {"default": default_of(field), "choices": declared.choices}
-    if field.default_factory is not dataclasses.MISSING:
-        action = "extend" if declared.itemized else "store"
-        return {**usual, "type": typing.get_args(hint)[0], "nargs": "+", "action": action}
-    if isinstance(hint, types.UnionType):  # of a type and None, or a number and words
+def _parser_arguments(field: dataclasses.Field[Any], hint: Any, bare: bool) -> dict[str, Any]:
+    """Arguments of ``add_argument`` that say how the values of an option are read.
+
+    Args:
+        field: the option.
+        hint: its type.
+        bare: as in `add_flags`.
+    """
+    properties = option_of(field)
+    arguments: dict[str, Any] = {"default": default_of(field), "choices": properties.choices}
+    if field.default_factory is not dataclasses.MISSING:  # a list
+        action = "extend" if properties.itemized else "store"
+        return arguments | {"type": typing.get_args(hint)[0], "nargs": "+", "action": action}
+    if isinstance(hint, types.UnionType):  # of a type and None, or of a number and words
         hint = typing.get_args(hint)[0]
     if hint in (int, float):
-        return {**usual, "type": _number(hint, declared.words)}
-    if {"yes", "no"} <= set(declared.choices or ()):
-        return {**usual, "type": _yes_or_no, "nargs": "?", "const": "yes"}
-    if declared.one_value:
-        return {**usual, "type": hint, "action": OneValue, "fix": declared.one_value}
+        return arguments | {"type": _number_reader(hint, properties.words)}
+    if {"yes", "no"} <= set(properties.choices or ()):
+        return arguments | {"type": _read_yes_or_no, "nargs": "?", "const": "yes"}
+    if properties.one_value:
+        return arguments | {"type": hint, "action": OneValue, "fix": properties.one_value}
     if hint is not bool:
-        return {**usual, "type": hint}
+        return arguments | {"type": hint}
     if bare:
         return {"action": "store_true"}
-    return {**usual, "type": _truth, "nargs": "?", "const": True}
+    return arguments | {"type": _read_truth, "nargs": "?", "const": True}
 
 
-def _number(kind: Callable[[str], float], words: tuple[str, ...]) -> Callable[[str], float | str]:
-    """Reads a number, or one of a few words; raises ValueError that says so."""
-    alternatives = " or ".join(("a whole number" if kind is int else "a number", *words))
+def _number_reader(
+    kind: Callable[[str], float], words: tuple[str, ...]
+) -> Callable[[str], float | str]:
+    """A function that reads a number or one of some words.
+
+    It raises ValueError with the advice to give one of them.
+    """
+    alternatives = "a whole number" if kind is int else "a number"
+    for word in words:
+        alternatives += f" or {word}"
 
     def read(text: str) -> float | str:
         if text in words:
@@ -234,15 +280,15 @@ def _number(kind: Callable[[str], float], words: tuple[str, ...]) -> Callable[[s
     return read
 
 
-def _truth(word: str) -> bool:
-    if word.lower() in (*TRUE, *FALSE):
+def _read_truth(word: str) -> bool:
+    if word.lower() in TRUE + FALSE:
         return word.lower() in TRUE
     raise ValueError("give True or False, or the flag alone")
 
 
-def _yes_or_no(word: str) -> str:
-    """Reads any word for yes or no as that word, and others as they are."""
+def _read_yes_or_no(word: str) -> str:
+    """Read any word for true or false as yes or no, and other words as they are."""
     try:
-        return "yes" if _truth(word) else "no"
+        return "yes" if _read_truth(word) else "no"
     except ValueError:
         return word

@@ -1,30 +1,61 @@
-"""Figures as files, without a screen: what the demo and `eval.plot` draw on."""
+"""Figures of reports: confidence intervals of means, and pictures as files, without a screen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from .durable import replacing
+
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    """A two-sided confidence interval, in the units of what was measured."""
+
+    low: float
+    high: float
+
+
+def student_interval(values: Sequence[float] | np.ndarray) -> Interval | None:
+    """95 % interval of the mean by Student's t, which is wide where values are few.
+
+    Returns:
+        None for fewer than two values, or values that are not finite.
+    """
+    # Imported late: --help does not wait for it.
+    from scipy import stats
+
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) < 2 or not np.isfinite(array).all():
+        return None
+    quantile = stats.t.ppf((1 + LEVEL) / 2, len(array) - 1)
+    half_width = float(stats.sem(array) * quantile)
+    mean = float(array.mean())
+    return Interval(mean - half_width, mean + half_width)
+
 
 DPI = 120
 
 
 @contextmanager
 def new_figure(path: Path, dpi: int = DPI, **options: Any) -> Iterator[Any]:
-    """A matplotlib figure, which is written at the end, whole or not at all.
+    """Yield a matplotlib figure, and write it when the context is left, whole or not at all.
 
     Args:
         path: a PNG file.
+        dpi: dots per inch.
         options: those of `matplotlib.figure.Figure`, such as ``figsize`` and ``layout``.
     """
-    # Not pyplot: it would keep the figure in memory, and ask for a screen. Imported here, as it
-    # takes a while.
+    # Imported late, as it takes a while. Not pyplot, which keeps figures in memory and asks for a
+    # screen.
     from matplotlib.figure import Figure
 
     figure = Figure(**options)
     yield figure
-    with replacing(path) as aside:
-        figure.savefig(aside, dpi=dpi)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)

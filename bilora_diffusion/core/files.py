@@ -1,7 +1,7 @@
-"""Files that others wrote, texts and tables: read whole, or refused in one sentence. And words of
-such sentences: numbers with their nouns, bytes, durations.
+"""Readers of files that users wrote, texts and tables, and the wording of messages about them.
 
-Rows keep the types and the line that they have in the file, as pandas would not.
+A file is read whole or refused in one sentence. Rows keep the types and the line that they have in
+the file, which pandas would change.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any
 from .errors import UserError, did_you_mean, translated
 
 LETTERS = 80
-"""Letters that a sentence quotes of a wrong text."""
+"""Letters of a wrong text that a sentence quotes at most."""
 MOST_BYTES = 2_000_000_000
-"""Of a table; it is read into memory."""
+"""Size of a table at most, since it is read into memory."""
 COLUMNS = 20
 """Columns that a sentence lists at most."""
 ROOT = Path(__file__).resolve().parents[2]
 """The repository, or the folder into which the package is installed."""
-# A path follows no letter, but for the schemes of models in a folder (``hf:FOLDER``): another word
-# before a colon may begin an address.
+# A path follows no letter or colon, which may belong to an address. Exceptions are the schemes of
+# models in a folder, such as ``hf:FOLDER``.
 _PATH_START = r"(?:(?<![\w./:~-])|(?<=\bopen_clip:)|(?<=\bhf:)|(?<=\bblip:))"
 _PATH_LETTERS = r"[^\s'\"<>|:,;()\[\]]"
 _ABSOLUTE_PATH = re.compile(rf"{_PATH_START}~?/(?:{_PATH_LETTERS}+/)*((?:(?!/){_PATH_LETTERS})+)/?")
@@ -37,12 +37,18 @@ Rows = list[tuple[str, dict[str, Any]]]
 """The rows of a table, each with what to call it in messages: "line 3 of answers.csv"."""
 
 
-is_file, is_folder = os.path.isfile, os.path.isdir
-"""Tests for a regular file and for a folder; False for what can be no path, where Path's raise."""
+# Tests for a regular file and for a folder. Of what can be no path they say False, where those of
+# `Path` raise.
+is_file = os.path.isfile
+is_folder = os.path.isdir
 
 
-def finite(path: Path) -> Path:
-    """The path of a file whose reading comes to an end, and into memory; else raises OSError."""
+def regular_file(path: Path) -> Path:
+    """Return the path of a file that can be read whole, into memory.
+
+    Raises:
+        OSError: it is no regular file, such as a pipe without an end, or too large.
+    """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file")
@@ -52,11 +58,16 @@ def finite(path: Path) -> Path:
 
 
 def read_text(path: Path, name: str, most_bytes: int) -> str:
-    """The text of a file in UTF-8, without its byte order mark.
+    """Read a file in UTF-8, without its byte order mark.
+
+    Args:
+        path: the file.
+        name: of the file in messages.
+        most_bytes: size of the file at most.
 
     Raises:
-        UserError: no regular file, more than ``most_bytes``, or no text; it calls the file
-            ``name``, and names the first line that is not UTF-8.
+        UserError: no regular file, too large, or no text; the message names the first line that is
+            not UTF-8.
     """
     if not is_file(path):
         kind = "not there"
@@ -65,7 +76,7 @@ def read_text(path: Path, name: str, most_bytes: int) -> str:
         raise UserError(f"{name} is {kind}: give a text file.")
     try:
         with path.open("rb") as file:
-            content = file.read(most_bytes + 1)
+            content = file.read(most_bytes + 1)  # one more tells that the file is larger
     except OSError as error:
         raise UserError(f"{name} can't be read ({error.strerror}): correct its rights.") from error
     if len(content) > most_bytes:
@@ -84,24 +95,34 @@ def read_text(path: Path, name: str, most_bytes: int) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Test that a string is text: half a surrogate pair, which an escape in JSON or bytes of a
-    command line become, can be neither written nor tokenized.
+    """Test that a string has no half of a surrogate pair, which can't be written or tokenized.
+
+    An escape in JSON can be one, and Python makes one of each byte of a command line that is not
+    UTF-8.
     """
     return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def quoted(value: object) -> str:
-    """A wrong value for a sentence: printable, on one line, and not longer than that takes."""
-    text = " ".join(str(value).split()).encode("utf-8", "backslashreplace").decode()
-    return f'"{text if len(text) <= LETTERS else text[: LETTERS - 3] + "..."}"'
+    """A wrong value for a message: in quotes, printable, on one line of at most `LETTERS`."""
+    line = " ".join(str(value).split())
+    text = line.encode("utf-8", "backslashreplace").decode()
+    if len(text) > LETTERS:
+        text = text[: LETTERS - 3] + "..."
+    return f'"{text}"'
 
 
 def folder_or_id(value: str, option: str) -> Path | None:
     """The folder that a value names, or None where it can only be a repository on the hub.
 
+    Args:
+        value: path of a folder, or id of a repository.
+        option: what the user gave the value to, for messages.
+
     Raises:
-        UserError: a file, a path that is not there, or no possible id; it names the ``option``.
+        UserError: a file, a path that does not exist, or no possible id.
     """
+    # Imported late: --help has no use for it.
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     path = Path(value).expanduser()
@@ -124,21 +145,23 @@ def folder_or_id(value: str, option: str) -> Path | None:
 def read_rows(
     path: Path, name: str | None = None, *, kind: str | None = None, most_bytes: int = MOST_BYTES
 ) -> Rows:
-    """The rows of a table, which may be none.
+    """Read the rows of a table, which may have none.
 
     A row of JSON has the keys that it was written with; one of CSV or Parquet has every column.
 
     Args:
         path: an object on each line (.jsonl), a list of objects (.json), a table with a header
             (.csv), all UTF-8; or Parquet (.parquet).
-        name: it in messages; by default without its folder.
-        kind: its ending, where the name has another.
-        most_bytes: a larger file of text is refused.
+        name: of the file in messages; None for its name without the folder.
+        kind: ending that says how it is read; None for the path's.
+        most_bytes: size of a text file at most.
 
     Raises:
-        UserError: no such file, another kind, no text, or a row that is none; it names the line.
+        UserError: no such file, another kind of file, no text, or no row where one is expected; the
+            message names the line.
     """
-    name = path.name if name is None else name
+    if name is None:
+        name = path.name
     kind = kind or path.suffix.lower()
     if kind not in TABLES:
         raise UserError(f"{name} is none of {', '.join(TABLES)}: convert it to one of them.")
@@ -146,11 +169,19 @@ def read_rows(
         raise UserError(f"there is no file {quoted(path)} that can be read: correct the path.")
     if kind == ".parquet":
         return _parquet(path, name)
-    return list(_READERS[kind](read_text(path, name, most_bytes), name))
+    text = read_text(path, name, most_bytes)
+    return list(_READERS[kind](text, name))
 
 
 def require_column(column: str, columns: Iterable[str], option: str, name: str) -> None:
-    """Refuse a column that a table called ``name`` does not have, and list those that it has."""
+    """Refuse a column that a table does not have.
+
+    Args:
+        column: the column that is looked for.
+        columns: those of the table.
+        option: what the user gave the column to.
+        name: of the table, for the message, which lists its columns.
+    """
     columns = list(columns)
     if column not in columns:
         raise UserError(
@@ -160,7 +191,7 @@ def require_column(column: str, columns: Iterable[str], option: str, name: str) 
 
 
 def listed(columns: Sequence[str]) -> str:
-    """Names of columns for a sentence, not more than it can hold."""
+    """Names of columns for a message, at most `COLUMNS` of them."""
     names = [quoted(column).strip('"') for column in columns[:COLUMNS]]
     if len(columns) > COLUMNS:
         names.append("...")
@@ -168,21 +199,24 @@ def listed(columns: Sequence[str]) -> str:
 
 
 def counted(count: int | str, noun: str) -> str:
-    """A number, or its text, with a noun that has a plural in s: "1 image", "2 images"."""
-    return f"{count} {noun}" if str(count) == "1" else f"{count} {noun}s"
+    """A number, or its text, with a noun whose plural ends in s: "1 image", "2 images"."""
+    ending = "" if str(count) == "1" else "s"
+    return f"{count} {noun}{ending}"
 
 
 def bytes_for_people(count: float) -> str:
-    """Bytes for people, such as "1.5 GB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
+    """Bytes with a unit, such as "1.5 GB"."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    for unit in ("kB", "MB", "GB"):
         count /= 1000
-    return f"{count:.3g} TB"
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+    return f"{count / 1000:.3g} TB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: "48 s", "3 min 12 s", "2 h 5 min"."""
+    """Seconds with units: "48 s", "3 min 12 s", "2 h 5 min"."""
     minutes, full_seconds = divmod(round(seconds), 60)
     if minutes == 0:
         return f"{full_seconds} s"
@@ -192,8 +226,10 @@ def duration(seconds: float) -> str:
 
 
 def without_paths(text: str) -> str:
-    """``text`` for others: each absolute path cut to its place in this repository, or to its last
-    name.
+    """A text that tells nothing of this machine's folders, for readers elsewhere.
+
+    An absolute path in the repository or the current folder is cut to its place there, another one
+    to its last name.
     """
     for root in (ROOT, Path.cwd()):
         if root != Path(root.anchor):
@@ -202,9 +238,16 @@ def without_paths(text: str) -> str:
 
 
 def kind_of(value: object) -> str:
-    """The kind of a value, for a sentence: "a list", "empty"."""
-    names = {type(None): "empty", list: "a list", dict: "an object"}
-    names |= {str: "a text", bool: "true or false", float: "a number", int: "a number"}
+    """The kind of a value of JSON for a message, such as "a list" or "empty"."""
+    names = {
+        type(None): "empty",
+        list: "a list",
+        dict: "an object",
+        str: "a text",
+        bool: "true or false",
+        float: "a number",
+        int: "a number",
+    }
     return names.get(type(value), f"of type {type(value).__name__}")
 
 
@@ -214,9 +257,10 @@ def _json(text: str, name: str) -> Any:
     except RecursionError as error:
         raise UserError(f"{name} is nested too deeply: write flat objects.") from error
     except ValueError as error:  # also for a number of thousands of digits
+        problem, _, _ = str(error).partition(";")
         raise UserError(
-            f"{name} is not JSON ({str(error).partition(';')[0]}): correct it, and name files with"
-            " one object a line .jsonl."
+            f"{name} is not JSON ({problem}): correct it, and name files with one object a line"
+            " .jsonl."
         ) from error
 
 
@@ -235,7 +279,9 @@ def _json_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _json_list(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    content = _json(text, name) if text.strip() else []
+    if not text.strip():
+        return
+    content = _json(text, name)
     if not isinstance(content, list):
         raise UserError(
             f"{name} holds {kind_of(content)}, not a list of objects: put [ and ] around its rows,"
@@ -249,13 +295,14 @@ def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         columns = list(reader.fieldnames or ())
-        twice = [column for column, count in Counter(columns).items() if count > 1]
-        if twice:
-            raise UserError(
-                f"{name} has several columns {quoted(twice[0])}: rename or drop all but one."
-            )
+        for column, count in Counter(columns).items():
+            if count > 1:
+                raise UserError(
+                    f"{name} has several columns {quoted(column)}: rename or drop all but one."
+                )
         for row in reader:
             where = f"line {reader.line_num} of {name}"
+            # The reader puts further fields under the key None, and None for missing ones.
             if None in row or None in row.values():
                 raise UserError(
                     f"{where} does not have {len(columns)} fields as its header has: quote fields"
@@ -269,6 +316,7 @@ def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet(path: Path, name: str) -> Rows:
+    # Imported late: most runs read no Parquet.
     from pyarrow import parquet
 
     with translated(f"{name} can't be read as Parquet", "save it anew"):
@@ -277,5 +325,5 @@ def _parquet(path: Path, name: str) -> Rows:
 
 
 _READERS = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv}
-TABLES = (*_READERS, ".parquet")
+TABLES = (".jsonl", ".json", ".csv", ".parquet")
 """Endings of a table's name."""

@@ -1,6 +1,7 @@
-"""Names of LoRA files and of the adapters in them; importing this costs nothing.
+"""Names of LoRA files, of the adapters in them and of the models that have adapters.
 
-The files of a run: diffusers' by its fixed name, kohya's after the run.
+A run leaves a file for diffusers under a fixed name, and one in kohya's format under the run's.
+Importing this takes no time.
 """
 
 from __future__ import annotations
@@ -8,43 +9,54 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+# Adapters, by the names that PEFT has them under. "default" is PEFT's own.
 PRIMARY = "default"
 AUXILIARY = "auxiliary"
 INITIAL = "initial"
 """First values of a primary that were taken out of the base weights; never acts, never trained."""
-DENOISERS = ("unet", "transformer")
-"""Of pipelines, which have one of them."""
-ENCODERS = ("text_encoder", "text_encoder_2")
-COMPONENTS = (*DENOISERS, *ENCODERS)
-"""Models of a pipeline that files hold adapters of."""
-FORMATS = ("diffusers", "kohya", "peft")
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""The two files of PEFT's folder."""
-ADAPTER_METADATA = "lora_adapter_metadata"
-"""Under which diffusers keeps PEFT's configurations in a file."""
-FILE_NAME = "pytorch_lora_weights.safetensors"
-KOHYA_FILE_NAME_BEFORE = "pytorch_lora_weights_kohya.safetensors"
-"""Of kohya's file in folders of versions that did not name it after the run."""
 
-_LONGEST = 180  # bytes of a name without its ending; file systems take 255 with all endings
-# What Windows has in no file name, and what ends a name in A1111's <lora:name:1>.
+# Models of pipelines.
+DENOISERS = ("unet", "transformer")
+"""A pipeline has one of them."""
+ENCODERS = ("text_encoder", "text_encoder_2")
+COMPONENTS = DENOISERS + ENCODERS
+"""Models of a pipeline whose adapters files hold."""
+
+# Files.
+FORMATS = ("diffusers", "kohya", "peft")
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+"""With the weights, the two files of a folder of PEFT's."""
+ADAPTER_METADATA = "lora_adapter_metadata"
+"""Key under which diffusers' files hold PEFT's configurations."""
+FILE_NAME = "pytorch_lora_weights.safetensors"
+"""Name of the file for diffusers."""
+KOHYA_FILE_NAME_BEFORE = "pytorch_lora_weights_kohya.safetensors"
+"""Name of kohya's file in runs of versions that did not name it after the run."""
+
+_LONGEST_STEM = 180
+"""Bytes of a name without its ending; file systems take 255 with all endings."""
+# Letters that no file name may have on Windows, or that end a name in A1111's <lora:name:1>.
 _UNSAFE = re.compile(r'[<>:"/\\|?*,\x00-\x1f\x7f]')
+# Names that PEFT, Transformers and diffusers give to files of their own.
 _RESERVED_STEMS = ("adapter_model", "model", "diffusion_pytorch_model")
 
 
 def kohya_file_name(folder: str | Path, step: int | None = None) -> str:
-    """The name of kohya's file for a run: that of its folder, "runs/icons" -> "icons.safetensors".
+    """The name of kohya's file of a run, by its folder: "runs/icons" -> "icons.safetensors".
 
-    It is safe in any file system and in a web UI's prompt. A name that PEFT or diffusers give to
-    files of their own, or that diffusers would load for its own by the ending, ends in "-kohya".
+    It is safe in any file system and in a web UI's prompt. "-kohya" is added to a name that PEFT or
+    diffusers give to files of their own, or by whose end diffusers would take the file for its own.
 
     Args:
         folder: the run folder, which need not exist.
-        step: of the checkpoint that the file is made from; by default it is the end of the run.
+        step: step of the checkpoint that the file is made from; None for the end of the run.
     """
-    text = Path(folder).resolve().name.encode("utf-8", "replace").decode("utf-8")
-    stem = _UNSAFE.sub("_", text).strip(" .") or "lora"
-    stem = stem.encode("utf-8")[:_LONGEST].decode("utf-8", "ignore")
+    # Half a surrogate pair, which a folder's name can have, becomes a question mark.
+    folder_name = Path(folder).resolve().name.encode("utf-8", "replace").decode("utf-8")
+    stem = _UNSAFE.sub("_", folder_name).strip(" .") or "lora"
+    # The cut may fall within a letter, which is then left out.
+    stem = stem.encode("utf-8")[:_LONGEST_STEM].decode("utf-8", "ignore")
     if step is not None:
         return f"{stem}-step-{step}.safetensors"
     name = f"{stem}.safetensors"
@@ -59,5 +71,5 @@ def workflow_file_name(folder: str | Path) -> str:
 
 
 def base_workflow_file_name(folder: str | Path) -> str:
-    """The name of its workflow with guidance from the base model, "icons.base.comfy.json"."""
+    """The name of the workflow with guidance from the base model, "icons.base.comfy.json"."""
     return f"{Path(kohya_file_name(folder)).stem}.base.comfy.json"

@@ -1,4 +1,4 @@
-"""Random generators and digests that depend on what they are for, never on what ran before.
+"""Seeds and hashes that are functions of a key or of content, never of what ran before.
 
 Batches, crops, flips, noise and timesteps each come from ``generator(seed, "what", step, sample)``.
 So two runs that differ only in their method see the same data and noise, a resumed run continues
@@ -11,64 +11,79 @@ import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # in functions, so that --help does not wait for torch
+if TYPE_CHECKING:  # elsewhere imported in functions, so that --help does not wait for torch
     import torch
     from torch import Tensor
 
 
 def seed_of(*key: int | str) -> int:
-    """A seed in [0, 2**63) that is a function of ``key`` alone; it is the same on every machine."""
-    return int.from_bytes(_hash(_encode(part) for part in key)[:8], "big") >> 1
+    """A seed in [0, 2**63) that is a function of ``key`` alone, the same on every machine."""
+    hash_bytes = _hash(_encode(part) for part in key)
+    return int.from_bytes(hash_bytes[:8], "big") >> 1  # 63 bits, as torch takes them
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by ``key`` alone, for example ``(seed, "noise", step, sample)``."""
+    """A CPU generator with the seed of a key, for example ``(seed, "noise", step, sample)``."""
     import torch
 
     return torch.Generator().manual_seed(seed_of(*key))
 
 
 def digest(*tensors: Tensor) -> str:
-    """Identifies tensors by dtype, shape and every bit of their values; 32 hexadecimal digits."""
-    return _hash(chunk for tensor in tensors for chunk in _tensor_parts(tensor)).hex()
+    """Hash of tensors, of their dtypes, shapes and all bits of their values.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    import torch
+
+    chunks = list[bytes]()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        chunks.append(_encode(f"{tensor.dtype} {tuple(tensor.shape)}"))
+        if flat.numel():  # an empty tensor has no view as bytes
+            chunks.append(flat.view(torch.uint8).numpy().tobytes())
+    return _hash(chunks).hex()
 
 
 def digest_texts(texts: Iterable[str]) -> str:
-    """Identifies a sequence of strings, order and borders included; 32 hexadecimal digits."""
+    """Hash of a sequence of strings, which depends on their order and borders.
+
+    Returns:
+        32 hexadecimal digits.
+    """
     return _hash(_encode(text) for text in texts).hex()
 
 
 def parts(names: Iterable[str], count: int) -> list[list[int]]:
-    """The positions of ``names`` dealt into ``count`` parts whose sizes differ by one at most.
+    """Deal names into parts whose sizes differ by one at most.
 
-    Which part a name falls into depends on the names and the count alone, not on their order or on
-    a run's seed, so that all runs which are compared hold out the same.
+    The part of a name depends on the names and the count alone, not on their order or on a run's
+    seed, so that all runs that are compared hold out the same samples.
+
+    Returns:
+        For each of the ``count`` parts the positions of its names.
 
     Raises:
-        ValueError: fewer names than parts, or a name that stands twice.
+        ValueError: fewer names than parts, or one name twice.
     """
-    listed = list(names)
-    if not 0 < count <= len(listed):
-        raise ValueError(f"{len(listed)} names can't be dealt into {count} parts.")
-    if len(set(listed)) < len(listed):
+    name_list = list(names)
+    if not 0 < count <= len(name_list):
+        raise ValueError(f"{len(name_list)} names can't be dealt into {count} parts.")
+    if len(set(name_list)) < len(name_list):
         raise ValueError("A name stands twice.")
-    order = sorted(range(len(listed)), key=lambda i: (seed_of("part", listed[i]), listed[i]))
+
+    sort_keys = [(seed_of("part", name), name) for name in name_list]
+    order = sorted(range(len(sort_keys)), key=sort_keys.__getitem__)
     return [sorted(order[part::count]) for part in range(count)]
 
 
-def _tensor_parts(tensor: Tensor) -> tuple[bytes, bytes]:
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    values = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return _encode(f"{tensor.dtype} {tuple(tensor.shape)}"), values
-
-
 def _encode(part: int | str) -> bytes:
-    # The type and the length stand in front, so that (1, 23), (12, 3) and ("1", 23) differ.
+    """Encode a part of a key with type and length, so that (1, 23), (12, 3), ("1", 23) differ."""
     if isinstance(part, bool) or not isinstance(part, int | str):
         raise TypeError(f"a key holds ints and strings, not {type(part).__name__}: {part!r}")
-    kind, text = ("i" if isinstance(part, int) else "s"), str(part).encode()
+    kind = "i" if isinstance(part, int) else "s"
+    text = str(part).encode()
     return f"{kind}{len(text)}:".encode() + text
 
 

@@ -1,23 +1,97 @@
-"""Ranges and choices: the values that an option can have.
+"""Values that an option can have: choices by name, and ranges of numbers.
 
-What a number is bounded by from below is what makes sense; the bounds from above are far beyond
-what any run needs: a typing error is to end in a sentence, not in a wait or in a full memory.
+They stand here, and not beside the code that acts on them, because a command line is read before
+torch and PEFT are imported.
+
+The lower bound of a range is the least number with a meaning. The upper bound is far beyond what
+any run needs, so that a typing error ends in a sentence and not in a long wait or a full memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from .errors import UserError, did_you_mean
 from .files import quoted
 
+
+class OptimizerKind(NamedTuple):
+    """What is known of an optimizer before it is made."""
+
+    state: float  # size of its state, roughly, in units of the weights that it trains
+    package: str | None = None  # the package that it needs, if not a dependency of this one
+
+
+OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
+    {
+        "adamw": OptimizerKind(2),
+        "adamw8bit": OptimizerKind(0.5, "bitsandbytes"),
+        "prodigy": OptimizerKind(4, "prodigyopt"),
+    }
+)
+"""Kinds of optimizers by name; `train.optimizers` makes them."""
+
+# Layers that get adapters.
+ALL_LINEAR = "all-linear"
+"""Every linear layer but the output head."""
+ATTENTION = "attention"
+FEED_FORWARD = "feed-forward"
+CONVOLUTIONS = "convolutions"
+ALL_LAYERS = "all"
+LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL_LAYERS)
+"""Names of groups of a denoiser's layers (`image.pipeline`)."""
+
+# Adapters and methods.
+INITS = ("default", "gaussian", "pissa", "lora-ga")
+"""First values of the primary."""
+AUTO = "auto"
+"""Value of `--rho`: a radius that sets itself."""
+SAMPLE = "sample"
+"""Value of `--auxiliaries`: one for each sample."""
+RHO_NORMS = ("scaled", "unscaled")
+BALLS = ("global", "per-layer", "none")
+DIRECTIONS = ("ascent", "descent")
+SCHEDULES = ("constant", "linear", "cosine")
+
+# Images.
+ADAPTER_GUIDANCE = "adapter"
+BASE_GUIDANCE = "base"
+GUIDANCE_SOURCES = (ADAPTER_GUIDANCE, BASE_GUIDANCE)
+"""Models of the unconditional prediction in classifier-free guidance."""
+NOISE_LEVELS = 10
+"""Number of noise levels of the held-out loss, evenly spaced: 25, 125, ... 925 of 1,000 steps."""
+
+# Text.
+KINDS = ("seq2seq", "causal", "classification")
+"""Kinds of models that the text script trains."""
+TEMPLATES = ("auto", "chat", "alpaca", "plain")
+"""Forms in which a causal language model gets a question."""
+
+# What is measured on held-out samples.
+HELDOUT_LOSS = "heldout_loss"
+HELDOUT_DISTANCE = "heldout_distance"
+"""Names in the log of what is measured on held-out samples; less is better."""
+MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
+    {HELDOUT_LOSS: "held-out loss", HELDOUT_DISTANCE: "distance of samples"}
+)
+BY_SAMPLES = "samples"
+BY_LOSS = "loss"
+JUDGES = (BY_SAMPLES, BY_LOSS)
+"""What `--fit` and the best step go by: distance of samples to held-out pictures, or the loss."""
+EMBEDDED = "embedded"
+"""The miniature's scorer, where a model that embeds images is asked for."""
+DINOV2 = "dinov2"
+"""Kind of such a model, in ``dinov2:ID_OR_FOLDER``."""
+
+
 SMALLEST = 1.2e-38
-"""Of 32-bit numbers; what is smaller counts as 0 in the arithmetic."""
+"""Smallest normal number of 32 bits; the arithmetic may take a smaller one for 0."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +102,9 @@ class Range:
     reason: str  # why none is larger, as the end of a sentence
     at_least: int | None = None
     greater_than: int | None = None
-    less_than: int | None = None  # beside ``at_least``
-    multiple_of: int | None = None  # what divides it
-    instead: str = ""  # what to do instead of giving a number in the range
+    less_than: int | None = None  # only together with ``at_least``
+    multiple_of: int | None = None
+    instead: str = ""  # what else the user can do, as the end of a sentence
 
     @property
     def or_zero(self) -> Range:
@@ -38,14 +112,25 @@ class Range:
         return dataclasses.replace(self, at_least=0, greater_than=None)
 
     def check(self, label: str, value: Any, smallest: float = SMALLEST) -> None:
-        """Refuse a number out of the range, and one other than 0 below ``smallest``."""
+        """Refuse a value out of the range.
+
+        Args:
+            label: what the user calls the value.
+            value: any value.
+            smallest: a number other than 0 below it is refused too.
+
+        Raises:
+            UserError: the value is out of the range.
+        """
         fix = self._fix(value)
         if not fix and 0 < abs(value) < smallest:
             fix = "give a larger number, or 0, which it is in 32-bit arithmetic"
-        if fix:
-            long = type(value) is int and abs(value) >= 10**30
-            text = f"a number of {len(str(abs(value)))} digits" if long else f"{value!r:.80}"
-            raise UserError(f"{label} is {text}: {fix}.")
+        if not fix:
+            return
+        text = f"{value!r:.80}"
+        if type(value) is int and abs(value) >= 10**30:  # too long for a sentence
+            text = f"a number of {len(str(abs(value)))} digits"
+        raise UserError(f"{label} is {text}: {fix}.")
 
     def _fix(self, value: Any) -> str | None:
         """The advice for a number out of the range; None for one in it."""
@@ -56,13 +141,14 @@ class Range:
             return "give a finite number"
         if number > self.maximum:
             return f"give at most {self.maximum}, since {self.reason}"
-        low = self.at_least is not None and number < self.at_least
-        if self.less_than is not None and (low or number >= self.less_than):
+        is_low = self.at_least is not None and number < self.at_least
+        if self.less_than is not None and (is_low or number >= self.less_than):
             return f"give a number from {self.at_least} up to, but not including, {self.less_than}"
-        if self.multiple_of and (low or number % self.multiple_of):
-            near = max(self.multiple_of, round(number / self.multiple_of) * self.multiple_of)
-            return f"give a multiple of {self.multiple_of}, such as {near}"
-        if low:
+        if self.multiple_of and (is_low or number % self.multiple_of):
+            nearest = round(number / self.multiple_of) * self.multiple_of
+            example = max(self.multiple_of, nearest)
+            return f"give a multiple of {self.multiple_of}, such as {example}"
+        if is_low:
             return f"give {self.at_least} or more{self.instead}"
         if self.greater_than is not None and number <= self.greater_than:
             return f"give a number above {self.greater_than}{self.instead}"
@@ -95,7 +181,16 @@ STRENGTHS = Range(10, "images are spoiled by far less", at_least=-10)
 
 
 def check_choice(label: str, value: Any, choices: Iterable[Any]) -> None:
-    """Refuse a value that is none of the choices."""
+    """Refuse a value that is none of the choices.
+
+    Args:
+        label: what the user calls the value.
+        value: the value.
+        choices: compared by their texts.
+
+    Raises:
+        UserError: it names the choices.
+    """
     names = [str(choice) for choice in choices]
     if value not in names:
         hint = did_you_mean(str(value), names)

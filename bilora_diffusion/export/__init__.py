@@ -1,4 +1,4 @@
-"""LoRA files for diffusers and for readers of kohya's format, and the proof of what is inside them.
+"""LoRA files of diffusers', kohya's and PEFT's formats: written, read, verified and converted.
 
 from bilora_diffusion.export import reader, writer
 writer.save_diffusers(folder, {"unet": unet}, base_model="stabilityai/stable-diffusion-xl-base-1.0")

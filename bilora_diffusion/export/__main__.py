@@ -24,7 +24,7 @@ _WIDTH = 72  # characters of a metadata entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, or 2 and one sentence for an unreadable file."""
+    """Run the command line; returns 0, or 2 after one sentence on a file that is refused."""
     parser = Sentences(
         prog="python -m bilora_diffusion.export",
         description="Print what is inside a LoRA file, convert it, or export a run's checkpoint.",
@@ -55,37 +55,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    source, step, to, output = options.source, options.step, options.to, options.output
-    if step is None and to is None:
-        if output is not None:
-            raise UserError(f"--output {output} says where, not what; add --to or --step.")
-        for file in lora_files(Path(source)):
+    if options.step is None and options.to is None:
+        if options.output is not None:
+            raise UserError(f"--output {options.output} says where, not what; add --to or --step.")
+        for file in lora_files(Path(options.source)):
             contents = inspect(file)
-            print(as_json(contents) if options.json else as_table(contents))
+            if options.json:
+                print(as_json(contents))
+            else:
+                print(as_table(contents))
         return
-    # Here, so that to look inside a file needs no torch.
-    from ..run.lock import hold_around
+    # Imported here, since inspecting a file needs no torch.
+    from ..run.folder import locked_around
     from .conversion import export_file, export_step
 
-    with hold_around(Path(output or source)):
-        if step is None:
-            exports = [export_file(source, to, output)]
+    with locked_around(Path(options.output or options.source)):
+        if options.step is None:
+            exports = [export_file(options.source, options.to, options.output)]
         else:
-            exports = export_step(source, step, to, output)
+            exports = export_step(options.source, options.step, options.to, options.output)
     for export in exports:
-        print(export.path if export.is_new else f"is there already: {export.path}")
+        if export.is_new:
+            print(export.path)
+        else:
+            print(f"is there already: {export.path}")
 
 
 def as_json(contents: LoraFile) -> str:
-    """Every field, and `auxiliary`."""
+    """All fields of `LoraFile` and its property `auxiliary`, as JSON."""
     return json.dumps({**asdict(contents), "auxiliary": contents.auxiliary}, indent=2)
 
 
 def as_table(contents: LoraFile) -> str:
-    """A page for people; the last lines say whether an auxiliary is inside and why."""
+    """Contents of a file as a table; the last lines say whether an auxiliary is inside, and why."""
+    file_format = contents.format
+    if contents.dora:
+        file_format += ", DoRA"
     lines = [
         f"file        {contents.path}",
-        f"format      {contents.format}{', DoRA' if contents.dora else ''}",
+        f"format      {file_format}",
         f"adapters    {', '.join(contents.adapters)}",
         f"parameters  {contents.parameters:,} ({', '.join(contents.dtypes)})",
     ]
@@ -101,15 +109,14 @@ def as_table(contents: LoraFile) -> str:
         width = max(map(len, metadata_keys))
         lines += ["", "metadata"]
         for key in metadata_keys:
-            lines.append(f"  {key:<{width}}  {_shortened(contents.metadata[key])}")
+            value = " ".join(contents.metadata[key].split())
+            if len(value) > _WIDTH:
+                value = f"{value[: _WIDTH - 3]}..."
+            lines.append(f"  {key:<{width}}  {value}")
+    # The question for which the command is there: only the primary belongs into a file.
     lines += ["", f"auxiliary   {'FOUND' if contents.auxiliary else 'none'}"]
     lines += [f"  {sentence}" for sentence in contents.evidence]
     return "\n".join(map(strip_controls, lines))
-
-
-def _shortened(value: str) -> str:
-    line = " ".join(value.split())
-    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}..."
 
 
 if __name__ == "__main__":

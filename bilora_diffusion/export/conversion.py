@@ -1,6 +1,6 @@
-"""LoRA files of any format from another, and from a run's checkpoint.
+"""Conversion of LoRA files to another format, and their export from a run's checkpoint.
 
-Each is read back and compared before it gets its name.
+A file is read back and compared before it gets its name.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .writer import (
     write_file,
 )
 
-# Metadata that follows from the tensors or from the new file's name.
+# Metadata that is written anew, since it depends on the tensors or on the file's name.
 _DERIVED_METADATA = (
     "format",
     ADAPTER_METADATA,
@@ -55,97 +55,92 @@ _DERIVED_METADATA = (
     "ss_output_name",
 )
 
-# Entries of PEFT's configuration that decide what the tensors do.
+# Entries of PEFT's configuration that decide what an adapter's tensors do.
 _ACTING_CONFIG = ("base_model_name_or_path", "task_type", "r", "lora_alpha")
 
 
 class Export(NamedTuple):
-    """A file or folder in the format that was asked for."""
+    """A file or folder of an export."""
 
     path: Path
-    is_new: bool  # False where the same export was there already
+    is_new: bool  # False where the same export was there before
 
 
 def convert(source: str | Path, to: str, output: str | Path | None = None) -> Path:
-    """Write a LoRA file in another format, see `export_file`; return the path of what it wrote."""
+    """Write a LoRA file in another format and return its path; see `export_file`."""
     return export_file(source, to, output).path
 
 
 def export_file(source: str | Path, to: str, output: str | Path | None = None) -> Export:
-    """Write a LoRA file in another format; neither it nor another file is replaced.
+    """Write a LoRA file in another format; no file is replaced.
 
     Args:
         source: a LoRA file, a folder that PEFT wrote, or a run folder.
         to: "diffusers", "kohya" or "peft".
-        output: a .safetensors file, or a folder for a file of the usual name in it; for PEFT, whose
-            format is a folder, that folder, with one in it for each model where there are several.
-            By default it lies beside the source.
+        output: a .safetensors file, or a folder for a file of the usual name. PEFT's format is a
+            folder, with a folder in it for each of several models. By default the output lies
+            beside the source.
 
     Returns:
-        What was written, or the same export where it is there already.
+        What was written, or the same export where it was there before.
 
     Raises:
-        UserError: the source can't be read or has no place in the format, or the output exists and
-            is something else.
+        UserError: the source can't be read or converted to the format, or the output exists and is
+            something else.
         TrainingError: what was written differs from the source.
     """
     source = Path(source)
     files = lora_files(source)
-    contents = [read(file) for file in files]  # several of PEFT's folders, one model each
+    contents = [read(file) for file in files]  # of several folders of PEFT's, one model each
     parts: dict[str, Part] = {}
     for file_contents in contents:
         parts |= file_contents.parts
-    # Of several folders the one above them gives the name.
+    # Metadata of training is the same in all of them.
+    joint_contents = Contents(parts, contents[0].metadata, contents[0].base_model)
+
+    # The folder above several folders gives the name.
     file = files[0] if len(files) == 1 else source / WEIGHTS
-    # A LoRA is called as its folder where its file has the name that all have.
-    has_common_name = file.name in (FILE_NAME, WEIGHTS)
-    stem = Path(kohya_file_name(file.parent if has_common_name else file.with_suffix(""))).stem
+    # A file with the name that all runs use is named after its folder.
+    named_path = file.with_suffix("")
+    if file.name in (FILE_NAME, WEIGHTS):
+        named_path = file.parent
+    stem = Path(kohya_file_name(named_path)).stem
     if output is None:
         folder = source if source.is_dir() else source.parent
-        name = f"{stem}-peft" if to == "peft" else f"{stem}-{to}.safetensors"
-        if to == "kohya" and file.name == FILE_NAME:
-            # As the run itself would have written it.
+        name = f"{stem}-{to}.safetensors"
+        if to == "peft":
+            name = f"{stem}-peft"
+        elif to == "kohya" and file.name == FILE_NAME:
+            # As the run itself would have named it.
             name = kohya_file_name(folder)
         output = folder / name
-    # Metadata of training is alike in all of them.
-    merged = Contents(parts, contents[0].metadata, contents[0].base_model)
-    return write(merged, to, Path(output), stem)
+    return write(joint_contents, to, Path(output), stem)
 
 
 def write(contents: Contents, to: str, target: Path, stem: str) -> Export:
-    """Write what a file is to hold; see `convert`.
+    """Write layers of a file or a checkpoint in a format; see `export_file`.
 
     Args:
-        contents: read from a file or a checkpoint.
         target: the file or folder.
-        stem: what kohya's file is called in a folder.
+        stem: name of kohya's file in a folder.
     """
     parts = contents.parts
-    metadata = {
-        key: value for key, value in contents.metadata.items() if key not in _DERIVED_METADATA
-    }
+    metadata = dict(contents.metadata)
+    for key in _DERIVED_METADATA:
+        metadata.pop(key, None)
     for name in parts:
         if name not in COMPONENTS:
-            model = "a model that PEFT names" if name == "model" else f'"{name}"'
-            base = f" ({contents.base_model})" if contents.base_model else ""
+            model = f'"{name}"'
+            if name == "model":
+                model = "a model that PEFT names"
+            if contents.base_model:
+                model += f" ({contents.base_model})"
             raise UserError(
-                f"The adapter is for {model}{base}, and only those for models of image pipelines"
-                " are converted; use it as it is."
+                f"The adapter is for {model}, and only those for models of image pipelines are"
+                " converted; use it as it is."
             )
     if to == "peft":
-        folders = {name: target / name if len(parts) > 1 else target for name in parts}
-        if all(
-            _is_same_export(folder / WEIGHTS, to, {name: parts[name]})
-            for name, folder in folders.items()
-        ):
-            return Export(target, is_new=False)
-        refuse_existing(target, *folders.values())
-        for name, folder in folders.items():
-            tensors, config = peft_adapter(name, parts[name], contents.base_model)
-            # Beside the bytes, what a reader makes of them is compared.
-            check = partial(compare, expected={name: parts[name].layers})
-            write_adapter(folder, tensors, config, metadata | {COMPONENT: name}, check)
-        return Export(target, is_new=True)
+        return _write_peft(parts, contents.base_model, metadata, target)
     if to == "kohya":
         refuse_kohya(parts)
     path = target
@@ -162,10 +157,31 @@ def write(contents: Contents, to: str, target: Path, stem: str) -> Export:
     return Export(path, is_new=True)
 
 
-def _is_same_export(path: Path, to: str, parts: Mapping[str, Part]) -> bool:
-    """Test that a file is there which holds these layers, and nothing else, in this format.
+def _write_peft(
+    parts: Mapping[str, Part], base_model: str, metadata: Mapping[str, str], target: Path
+) -> Export:
+    """Write PEFT's folder, or a folder in it for each of several models."""
+    folders = dict.fromkeys(parts, target)
+    if len(parts) > 1:
+        folders = {name: target / name for name in parts}
+    exists = []  # of each model
+    for name, folder in folders.items():
+        exists.append(_is_same_export(folder / WEIGHTS, "peft", {name: parts[name]}))
+    if all(exists):
+        return Export(target, is_new=False)
+    refuse_existing(target, *folders.values())
+    for name, folder in folders.items():
+        tensors, config = peft_adapter(name, parts[name], base_model)
+        # The layers that a reader finds are compared, too, not only the tensors.
+        check = partial(compare, expected={name: parts[name].layers})
+        write_adapter(folder, tensors, config, {**metadata, COMPONENT: name}, check)
+    return Export(target, is_new=True)
 
-    As when a file is read back, products and DoRA's magnitudes are compared: metadata, such as the
+
+def _is_same_export(path: Path, to: str, parts: Mapping[str, Part]) -> bool:
+    """Test that a file is there that has these layers, and nothing else, in this format.
+
+    Products and DoRA's magnitudes are compared, as when a file is read back; metadata, such as the
     date, may differ.
     """
     if not path.is_file():
@@ -183,8 +199,9 @@ def _is_same_export(path: Path, to: str, parts: Mapping[str, Part]) -> bool:
 def _is_same_text_adapter(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> bool:
-    """Test that a folder of PEFT's holds these tensors, to act on this model by this scale."""
-    weights_file, config_file = folder / WEIGHTS, folder / CONFIG
+    """Test that a folder of PEFT's has these tensors, for the same model and at the same scale."""
+    weights_file = folder / WEIGHTS
+    config_file = folder / CONFIG
     if not weights_file.is_file() or not config_file.is_file():
         return False
     expected = {adapters.peft_path(key): value for key, value in tensors.items()}
@@ -199,29 +216,34 @@ def _is_same_text_adapter(
 class Primary(NamedTuple):
     """The primary of one model in a checkpoint."""
 
-    tensors: dict[str, Tensor]  # as they act on the base that the run was started from
-    config: dict[str, Any]  # PEFT's, of training
-    is_doubled: bool  # an init took something out of the base, so the rank is twice training's
+    tensors: dict[str, Tensor]  # for the base weights that the run started from
+    config: dict[str, Any]  # PEFT's configuration of training
+    is_doubled: bool  # an init changed the base weights, so the rank is twice that of training
 
 
 def export_checkpoint(
     folder: str | Path, step: int, to: str | None = None, output: str | Path | None = None
 ) -> list[Path]:
-    """Write the adapter of a run's checkpoint, see `export_step`; return the paths."""
+    """Write the adapter of a run's checkpoint and return the paths; see `export_step`."""
     return [export.path for export in export_step(folder, step, to, output)]
 
 
 def export_step(
     folder: str | Path, step: int, to: str | None = None, output: str | Path | None = None
 ) -> list[Export]:
-    """Write the adapter of a run's checkpoint, or its averages where it has them, as `export_file`.
+    """Write the adapter of a run's checkpoint, or its average where the run takes one.
 
-    No model is loaded: a checkpoint holds the tensors, and what PEFT must know of them. By default
-    it is written as the run does at its end, to the run's folder `exports/step-N`.
+    No model is loaded: a checkpoint has the tensors and PEFT's configuration.
+
+    Args:
+        folder: of the run.
+        to: as for `export_file`; None for the formats that the run writes at its end.
+        output: as for `export_file`; by default `exports/step-N` in the run's folder.
     """
     folder = Path(folder)
     record = runlog.read_run(folder)
-    config, target = record["config"], Path(output or folder / EXPORTS / f"step-{step}")
+    config = record["config"]
+    target = Path(output or folder / EXPORTS / f"step-{step}")
     if get(record["method"]).exports_weights:
         raise UserError(
             f"{folder} trains whole models, and checkpoints of these are not exported; let the run"
@@ -232,6 +254,7 @@ def export_step(
         known_steps = ", ".join(map(str, steps)) or "none"
         raise UserError(f"{folder} has no checkpoint of step {step}; it has {known_steps}.")
     primaries = _primaries(checkpoint.load(folder / checkpoint.CHECKPOINTS / f"step-{step}"))
+    # A run on text.
     if "model_name_or_path" in config:
         if to not in (None, "peft"):
             raise UserError(
@@ -265,22 +288,23 @@ def export_step(
 
 
 def _primaries(saved: checkpoint.Checkpoint) -> dict[str, Primary]:
-    """The primaries by model."""
-    notes, tensors = saved.extra["result"], dict(saved.tensors)
+    """The primaries of a checkpoint, by model."""
+    notes = saved.extra["result"]
+    tensors = dict(saved.tensors)
     if saved.extra["average"] is not None:
-        # An average takes the place of the weights that it is of, as at the end of a run.
+        # The averaged weights replace the weights, as at the end of a run.
         for number, key in enumerate(notes["averaged"]):
             tensors[key] = tensors[f"average/{number}"]
     primaries = {}
     for model, config in notes["adapters"].items():
-        # adapter -> PEFT's key -> tensor; "whole" are modules that are trained as they are
-        of_adapter: dict[str, dict[str, Tensor]] = {PRIMARY: {}, INITIAL: {}, "whole": {}}
-        for adapter, of_key in of_adapter.items():
-            start = f"{model}/{adapter}/"
+        # adapter -> PEFT's key -> tensor; "whole" has modules that are trained without an adapter
+        adapter_tensors: dict[str, dict[str, Tensor]] = {PRIMARY: {}, INITIAL: {}, "whole": {}}
+        for adapter, tensors_by_key in adapter_tensors.items():
+            prefix = f"{model}/{adapter}/"
             for key, value in tensors.items():
-                if key.startswith(start):
-                    of_key[peft_key(key.removeprefix(start))] = value
-        initial = of_adapter[INITIAL]
-        acting = adapters.portable(of_adapter[PRIMARY], initial) | of_adapter["whole"]
-        primaries[model] = Primary(acting, config, bool(initial))
+                if key.startswith(prefix):
+                    tensors_by_key[peft_key(key.removeprefix(prefix))] = value
+        initial = adapter_tensors[INITIAL]
+        portable = adapters.portable(adapter_tensors[PRIMARY], initial)
+        primaries[model] = Primary(portable | adapter_tensors["whole"], config, bool(initial))
     return primaries

@@ -19,12 +19,12 @@ from .lorafile import layer_of_key
 
 
 class Layer(NamedTuple):
-    """One layer's adapter: W + B @ A, then DoRA's magnitude if there is one; on the CPU."""
+    """A layer's adapter, on the CPU: it adds B @ A to the weight W, and DoRA rescales the sum."""
 
     name: str
     A: Tensor  # (r, n) or, for a convolution, (r, in_channels, height, width)
     B: Tensor  # (m, r) or (m, r, 1, 1); the trained B times s = alpha / rank
-    magnitude: Tensor | None  # (m,) or (1, m, 1, 1)
+    magnitude: Tensor | None  # of DoRA, (m,) or (1, m, 1, 1)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -37,22 +37,19 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """The layers of one model that a file should hold.
+    """The layers of one model in a file."""
 
-    Attributes:
-        layers: the primary, for the base weights that the model came with.
-        rank, alpha: those of training; None where they are not known.
-    """
-
-    layers: list[Layer]
-    rank: int | None = None
+    layers: list[Layer]  # for the base weights that the model came with
+    rank: int | None = None  # of training, as alpha; None where it is not known
     alpha: float | None = None
 
     @property
     def file_rank(self) -> int | None:
         """The rank of all layers in the file; None where they differ."""
         ranks = {layer.A.shape[0] for layer in self.layers}
-        return ranks.pop() if len(ranks) == 1 else None
+        if len(ranks) == 1:
+            return ranks.pop()
+        return None
 
     @property
     def use_dora(self) -> bool:
@@ -61,7 +58,7 @@ class Part:
 
 
 def primary_part(component: str, model: nn.Module) -> Part:
-    """A model's primary for files.
+    """A model's primary adapter, ready for files.
 
     Raises:
         UserError: there is no primary adapter, its ranks or scales differ, or it trains biases.
@@ -73,20 +70,29 @@ def primary_part(component: str, model: nn.Module) -> Part:
     if len(kinds) > 1:
         raise UserError(f"{component} mixes (rank, scale) {sorted(kinds)}; use one for all layers.")
     _, scale = kinds.pop()
-    tensors, config = portable_state_dict(model), lora_config(model, PRIMARY)
-    return part_of(component, tensors, config, scale)
+    return part_of(component, portable_state_dict(model), lora_config(model, PRIMARY), scale)
 
 
 def part_of(
     component: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], scale: float
 ) -> Part:
-    """An adapter's tensors with the scale s = alpha / rank baked into B.
+    """An adapter's tensors as layers, with the scale s = alpha / rank in B.
 
     Where an init took s * B0 @ A0 out of the base weights, A is [A; A0] and B is s * [B, -B0], of
-    twice the rank (`portable_state_dict`). s * B is formed in fp64 and rounded once, so it is exact
-    where s is a power of two.
+    twice the rank (`portable_state_dict`).
+
+    Args:
+        component: the model's name in the pipeline.
+        tensors: by PEFT's keys.
+        config: PEFT's configuration of training.
+        scale: s.
+
+    Raises:
+        UserError: there are biases or whole modules among the tensors.
+        TrainingError: a value is not finite.
     """
-    remaining, layers = dict(tensors), []
+    remaining = dict(tensors)
+    layers = []
     for key in tensors:
         if ".lora_A." not in key:
             continue
@@ -96,7 +102,9 @@ def part_of(
         magnitude = remaining.pop(f"{name}.lora_magnitude_vector", None)
         if magnitude is not None:
             magnitude = _for_file(magnitude)
-        layer = Layer(plain_name(name), _for_file(A), _for_file(B.double() * scale), magnitude)
+        # In fp64 and rounded once: exact where s is a power of two.
+        scaled_B = _for_file(B.double() * scale)
+        layer = Layer(plain_name(name), _for_file(A), scaled_B, magnitude)
         if not all(tensor.isfinite().all() for tensor in layer.tensors):
             raise TrainingError(
                 f"The adapter of {component}.{layer.name} is not finite; export a good checkpoint."
@@ -111,27 +119,29 @@ def part_of(
 
 
 def plain_name(name: str) -> str:
-    """A layer's name without PEFT's prefix, and alike in all versions of Transformers."""
+    """A layer's name without PEFT's prefix, and the same in all versions of Transformers."""
     return name.removeprefix("base_model.model.").removeprefix("text_model.")
 
 
 def _for_file(tensor: Tensor) -> Tensor:
+    """The tensor in fp32 on the CPU."""
     return tensor.to("cpu", torch.float32).contiguous()
 
 
 def trained_layers(model: nn.Module) -> list[Layer]:
-    """A model's primary by the definition of what it adds, W + s * (B @ A - B0 @ A0), in fp64.
+    """A model's primary by its definition, W + s * (B @ A - B0 @ A0), in fp64.
 
-    It shares nothing with `part_of`, which it checks.
+    It shares no code with `part_of`, since it serves to check files.
     """
-    tensors, initial = state_dict(model, PRIMARY), state_dict(model, INITIAL)
+    tensors = state_dict(model, PRIMARY)
+    initial = state_dict(model, INITIAL)  # A0 and B0, of layers whose init changed W
     layers = []
     for name, _, _, scale in factors(model, PRIMARY):
         down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         A, B = tensors[down].double(), tensors[up].double()
         if down in initial:
-            A = torch.cat((A, initial[down].double()))
-            B = torch.cat((B, -initial[up].double()), dim=1)
+            A = torch.cat((A, initial[down].double()))  # (2 r, n)
+            B = torch.cat((B, -initial[up].double()), dim=1)  # (m, 2 r)
         magnitude = tensors.get(f"{name}.lora_magnitude_vector")
         layers.append(Layer(plain_name(name), A, scale * B, magnitude))
     return layers
@@ -142,8 +152,6 @@ _KOHYA_PREFIX = {
     "text_encoder": "lora_te1_",
     "text_encoder_2": "lora_te2_",
 }
-
-
 # Readers of kohya files know these four by SDXL's original names only; all others also by
 # diffusers' names.
 _ORIGINAL_NAME = {
@@ -152,27 +160,17 @@ _ORIGINAL_NAME = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-
-
-# diffusers' converter does not find the dots of these again; it is exact for all other layers.
+# diffusers' converter puts no dots into these names; it is exact for all other layers.
 _MISREAD_NAME = {
     "add_embedding_linear_1": "add_embedding.linear_1",
     "add_embedding_linear_2": "add_embedding.linear_2",
     "text_model_embeddings_token_embedding": "text_model.embeddings.token_embedding",
     "text_model_embeddings_position_embedding": "text_model.embeddings.position_embedding",
 }
-
-
 _ORIGINAL_BLOCK = re.compile(r"(?:input_blocks_[1-8]|middle_block|output_blocks_[0-8])_[0-2]_")
-
-
 _OTHER_FORMAT = "give a file in diffusers' or PEFT's format"
-
-
-# The layers of SDXL's UNet and of its encoders, to refuse what diffusers' converter only respells.
+# The layers of SDXL's UNet and text encoders. Diffusers' converter respells other names, too.
 _BLOCK = r"(?:(?:down_blocks\.[0-3]|mid_block)\.KIND\.[01]|up_blocks\.[0-3]\.KIND\.[0-2])"
-
-
 _UNET_LAYER = re.compile(
     rf"{_BLOCK.replace('KIND', 'attentions')}\.(?:proj_in|proj_out|transformer_blocks\.\d{{1,2}}\."
     r"(?:attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2)))"
@@ -180,8 +178,6 @@ _UNET_LAYER = re.compile(
     r"|down_blocks\.[0-3]\.downsamplers\.0\.conv|up_blocks\.[0-3]\.upsamplers\.0\.conv"
     r"|(?:time|add)_embedding\.linear_[12]|conv_in|conv_out"
 )
-
-
 _ENCODER_LAYER = re.compile(
     r"text_projection|(?:text_model\.)?(?:embeddings\.(?:token|position)_embedding"
     r"|encoder\.layers\.\d{1,2}\.(?:self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12]))"
@@ -189,14 +185,17 @@ _ENCODER_LAYER = re.compile(
 
 
 def _name_in_files(component: str, layer: str) -> str:
-    """Files keep the `text_model.` that Transformers 5 dropped from CLIPTextModel; readers cope."""
+    """A layer's name in files: with the "text_model." that Transformers 5 left out of CLIP's."""
     if component in ENCODERS and not layer.startswith("text_projection"):
         return f"text_model.{layer}"
     return layer
 
 
 def kohya_name(component: str, layer: str) -> str:
-    """("unet", "mid_block.attentions.0.proj_in") -> "lora_unet_mid_block_attentions_0_proj_in"."""
+    """A layer's name in kohya's format.
+
+    ("unet", "mid_block.attentions.0.proj_in") -> "lora_unet_mid_block_attentions_0_proj_in"
+    """
     name = _name_in_files(component, _ORIGINAL_NAME.get(layer, layer))
     return _KOHYA_PREFIX[component] + name.replace(".", "_")
 
@@ -204,8 +203,8 @@ def kohya_name(component: str, layer: str) -> str:
 def diffusers_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
     """Tensors under the keys that diffusers reads.
 
-    Denoisers have PEFT's keys. Text encoders have `lora_linear_layer`, without which diffusers
-    can't read adapters that sit on the MLP alone; their magnitudes end in `.weight`, without which
+    Those of denoisers are PEFT's. Those of text encoders have `lora_linear_layer`, without which
+    diffusers can't read adapters of the MLP alone; their magnitudes end in `.weight`, without which
     Transformers leaves them out.
     """
     tensors = {}
@@ -227,7 +226,8 @@ def diffusers_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
 def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
     """Tensors under kohya's keys: lora_down.weight, lora_up.weight, alpha (= rank), dora_scale.
 
-    `diffusers.utils.convert_state_dict_to_kohya` writes no `dora_scale` and one alpha for all.
+    `diffusers.utils.convert_state_dict_to_kohya` writes no `dora_scale`, and one alpha for all
+    layers.
     """
     tensors: dict[str, Tensor] = {}
     for component, part in parts.items():
@@ -235,7 +235,7 @@ def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
             name = kohya_name(component, layer.name)
             tensors[f"{name}.lora_down.weight"] = layer.A
             tensors[f"{name}.lora_up.weight"] = layer.B
-            # Readers multiply by alpha / rank, which B has in it.
+            # Readers multiply by alpha / rank, which is 1 here, since B has the scale.
             tensors[f"{name}.alpha"] = torch.tensor(float(len(layer.A)))
             if layer.magnitude is not None:
                 # (m, 1) for a linear layer, (m, 1, 1, 1) for a convolution
@@ -247,7 +247,7 @@ def kohya_tensors(parts: Mapping[str, Part]) -> dict[str, Tensor]:
 def peft_adapter(
     component: str, part: Part, base_model: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and configuration; alpha is the rank of each layer, as B holds the scale."""
+    """Tensors by PEFT's keys, and its configuration; alpha is the rank, since B has the scale."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for layer in part.layers:
@@ -260,7 +260,7 @@ def peft_adapter(
         tensors[f"{name}.lora_B.weight"] = layer.B
         if layer.magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude
-    # PEFT has one rank, and patterns for the layers that differ.
+    # PEFT has one rank, and exceptions for layers of other ranks.
     ((usual_rank, _),) = Counter(ranks.values()).most_common(1)
     differing_ranks = {name: rank for name, rank in ranks.items() if rank != usual_rank}
     config = {
@@ -276,9 +276,9 @@ def peft_adapter(
 
 
 def dotted_names(keys: Iterable[str], is_encoder: bool) -> dict[str, str]:
-    """The layers that keys of diffusers' or PEFT's files name, as today's diffusers spells them.
+    """The layers of keys in diffusers' or PEFT's files, spelt as by today's diffusers.
 
-    ("attn1.processor.to_out_lora.down.weight",) -> {...: "attn1.to_out.0"}
+    ["attn1.processor.to_out_lora.down.weight"] -> {...: "attn1.to_out.0"}
 
     Args:
         keys: of the layers' A, without the name of the model.
@@ -289,10 +289,10 @@ def dotted_names(keys: Iterable[str], is_encoder: bool) -> dict[str, str]:
 
     names = {}
     for key in keys:
-        # One by one, so that two spellings of a layer do not become one. The converters change keys
-        # alone, so that nothing need stand for the tensor.
+        # One by one, so that two spellings of a layer do not become one key. The converters do not
+        # touch the tensors, which may be None.
         if is_encoder:
-            oldest = StateDictType.DIFFUSERS_OLD  # whose table has all later names too
+            oldest = StateDictType.DIFFUSERS_OLD  # its table has all later names too
             converted = convert_state_dict_to_peft({key: None}, original_type=oldest)
         else:
             converted = convert_unet_state_dict_to_peft({key: None})
@@ -302,10 +302,11 @@ def dotted_names(keys: Iterable[str], is_encoder: bool) -> dict[str, str]:
 
 
 def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
-    """Module names of SDXL's UNet or text encoders for kohya's, by diffusers' own loader.
+    """Module names of SDXL's UNet or text encoders, by their flat names in kohya's format.
 
-    Those of the UNet may be diffusers' or SDXL's original ones. Only the names are taken from the
-    loader: it leaves out `dora_scale`, and gives most layers the most frequent alpha.
+    The flat names of the UNet may be diffusers' or SDXL's original ones. Diffusers' loader finds
+    the module names. It is not used for tensors, since it leaves out `dora_scale` and gives most
+    layers the most frequent alpha.
 
     Args:
         flat_names: without their prefix, such as "mid_block_attentions_0_proj_in".
@@ -315,31 +316,35 @@ def module_names(component: str, flat_names: Collection[str]) -> dict[str, str]:
     """
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
+    # Of both kinds of names the loader would drop the original ones.
     original_names = [name for name in flat_names if _ORIGINAL_BLOCK.match(name)]
-    # The loader would drop the original ones.
     if original_names and any(name.startswith(("down_blocks", "up_blocks")) for name in flat_names):
         raise UserError(
             f"The file names layers as SDXL does ({original_names[0]}) and as diffusers does; give"
             " a file with names of one kind."
         )
-    known_layer = _UNET_LAYER if component == "unet" else _ENCODER_LAYER
+    known_layer, model = _ENCODER_LAYER, "CLIP's text encoders"
+    if component == "unet":
+        known_layer, model = _UNET_LAYER, "SDXL's UNet"
     sdxl = SimpleNamespace(layers_per_block=2)  # all that the loader asks of the UNet
     names = {}
     for name in flat_names:
         module = _MISREAD_NAME.get(name)
         if module is None:
             kohya_key = f"{_KOHYA_PREFIX[component]}{name}"
-            # The loader wants tensors; their values do not matter.
+            # The loader needs tensors, of any values.
             weights = {
-                f"{kohya_key}.lora_{side}.weight": torch.zeros(()) for side in ("down", "up")
+                f"{kohya_key}.lora_down.weight": torch.zeros(()),
+                f"{kohya_key}.lora_up.weight": torch.zeros(()),
             }
             with translated(f"{name} can't be read as a layer of SDXL", _OTHER_FORMAT):
-                loaded = StableDiffusionXLLoraLoaderMixin.lora_state_dict(weights, unet_config=sdxl)
-            down_key = next(key for key in loaded[0] if key.endswith(".down.weight"))
+                loaded, *_ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
+                    weights, unet_config=sdxl
+                )
+            down_key = next(key for key in loaded if key.endswith(".down.weight"))
             down_key = down_key.removeprefix(f"{component}.")
             module = dotted_names([down_key], is_encoder=component in ENCODERS)[down_key]
         if not known_layer.fullmatch(module):
-            model = "SDXL's UNet" if component == "unet" else "CLIP's text encoders"
             raise UserError(
                 f"{name} is no layer of {model}, for which alone kohya's names are known;"
                 f" {_OTHER_FORMAT}."

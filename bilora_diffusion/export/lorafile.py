@@ -1,6 +1,6 @@
-"""Contents of a LoRA file of any origin, read from its keys, shapes and metadata, and checked.
+"""Contents of a LoRA file of any format, read from its keys, shapes and metadata, and checked.
 
-The weights stay on the disk; `reader` reads them.
+The weights are not read here; `reader` does it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..core.lora_names import ADAPTER_METADATA, AUXILIARY, COMPONENTS, FILE_NAME
 from .peft_config import PeftConfig, adapter_config
 
 UNNAMED = "unnamed"
+# The kind of a tensor, in its key: its role.
 _ROLES = {
     "lora_A": "A",
     "lora_down": "A",
@@ -38,6 +39,7 @@ _KEY = re.compile(
     rf"^(?P<layer>.+?)[._](?P<kind>{'|'.join(map(re.escape, _ROLES))})"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.weight)?$"
 )
+# Beginnings of keys that name the model.
 _MODEL_OF_PREFIX = {
     "text_encoder_2.": "text_encoder_2",
     "text_encoder.": "text_encoder",
@@ -49,41 +51,32 @@ _MODEL_OF_PREFIX = {
     "lora_te_": "text_encoder",
 }
 _PEFT_PREFIX = "base_model.model."
+# The beginnings of keys by which a format is known.
 _PREFIXES = {
     "kohya": tuple(prefix for prefix in _MODEL_OF_PREFIX if prefix.endswith("_")),
     "diffusers": tuple(prefix for prefix in _MODEL_OF_PREFIX if prefix.endswith(".")),
     "peft": (_PEFT_PREFIX,),
 }
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes by safetensors' names
 _DOWNLOAD = "download it again"
 _OWN_CONFIG = "put its own configuration there"
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """Contents of one file. Dictionaries are by model: "unet", "text_encoder", ... or "model".
-
-    Attributes:
-        format: "diffusers", "kohya", "peft" or "unknown".
-        adapters: names found in the keys; ("unnamed",) for a usual file, whose keys have none.
-        layers: how many layers are adapted.
-        ranks: the different ranks.
-        alphas: the different alphas; empty where the file says nothing, which means the rank.
-        parameters: how many numbers the adapters have.
-        evidence: why a second adapter is thought to be inside, one sentence each.
-    """
+    """Contents of one file. Dictionaries are by model: "unet", "text_encoder", ... or "model"."""
 
     path: str
-    format: str
-    adapters: tuple[str, ...]
-    layers: dict[str, int]
-    ranks: dict[str, tuple[int, ...]]
-    alphas: dict[str, tuple[float, ...]]
+    format: str  # "diffusers", "kohya", "peft" or "unknown"
+    adapters: tuple[str, ...]  # names in the keys; ("unnamed",) for keys without a name, as usual
+    layers: dict[str, int]  # number of adapted layers
+    ranks: dict[str, tuple[int, ...]]  # without repetition, as the alphas
+    alphas: dict[str, tuple[float, ...]]  # empty where the file has none, which means the rank
     dora: bool
     dtypes: tuple[str, ...]
-    parameters: int
+    parameters: int  # numbers in the adapters' tensors
     other_tensors: int
-    evidence: tuple[str, ...]
+    evidence: tuple[str, ...]  # signs of a second adapter, a sentence each
     metadata: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -96,10 +89,10 @@ class LoraTensor(NamedTuple):
     """A tensor of an adapter, without its values."""
 
     key: str
-    local_key: str  # without the model's prefix and PEFT's
+    local_key: str  # without the prefixes of the model and of PEFT
     model: str
-    name: str  # of the layer in the file, by which PEFT's patterns know it
-    layer: str  # spelt alike for all formats
+    name: str  # of the layer, as in the file
+    layer: str  # the layer's name in one spelling for all formats
     role: str  # "A", "B", "magnitude" or "alpha"
     adapter: str | None
     shape: tuple[int, ...]
@@ -108,16 +101,16 @@ class LoraTensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """A file's header: its contents in short, each tensor, other keys, and PEFT's configuration."""
+    """A file without its weights."""
 
     file: LoraFile
     tensors: list[LoraTensor]
-    other_keys: list[str]
-    config: dict[str, PeftConfig]
+    other_keys: list[str]  # of tensors that are not LoRA's
+    config: dict[str, PeftConfig]  # by the model
 
 
 def refused(path: Path, problem: str, fix: str = "give another file") -> UserError:
-    """The error that refuses a file: "PATH problem; fix."."""
+    """The error of a file that is refused: "PATH problem; fix."."""
     return UserError(f"{path} {problem}; {fix}.")
 
 
@@ -128,7 +121,7 @@ def layer_of_key(key: str) -> str:
 
 
 def lora_files(source: Path) -> list[Path]:
-    """The files that a path stands for: itself, a run's, or those of PEFT's folders in it.
+    """The LoRA files of a path: itself, those of a run, or those of PEFT's folders in it.
 
     Raises:
         UserError: a folder without any, or one with whole models.
@@ -138,10 +131,11 @@ def lora_files(source: Path) -> list[Path]:
     for name in (FILE_NAME, WEIGHTS):
         if (source / name).is_file():
             return [source / name]
-    files_of_models = [source / component / WEIGHTS for component in COMPONENTS]
-    files_of_models = [file for file in files_of_models if file.is_file()]
-    if files_of_models:
-        return files_of_models
+    # A folder of PEFT's for each model.
+    model_files = [source / component / WEIGHTS for component in COMPONENTS]
+    model_files = [file for file in model_files if file.is_file()]
+    if model_files:
+        return model_files
     files = sorted(source.glob("*.safetensors"))
     if len(files) != 1:
         names = ", ".join(path.name for path in files) or "it has none"
@@ -164,14 +158,14 @@ def inspect(file: str | Path) -> LoraFile:
 
 
 def read_header(path: Path) -> Header:
-    """`inspect` with what a reader needs."""
+    """Read a file's header as `inspect` does, with all that `reader` needs."""
     tensors, other_keys, metadata = _read_tensors(path)
     down = [tensor for tensor in tensors if tensor.role == "A"]
     if not down:
         count = len(tensors) + len(other_keys)
         raise refused(path, f"holds no LoRA among its {count} tensors", "name a LoRA file")
     keys = [tensor.key for tensor in tensors] + other_keys
-    # A format is that of all keys, or of none.
+    # All keys must have the prefixes of one format.
     file_format = "unknown"
     for name, prefixes in _PREFIXES.items():
         if all(key.startswith(prefixes) for key in keys):
@@ -179,7 +173,7 @@ def read_header(path: Path) -> Header:
     config = adapter_config(path, metadata, file_format)
     weights = [tensor for tensor in tensors if tensor.role != "alpha"]
     evidence = tuple(_evidence(keys, weights, metadata))
-    # Of two adapters for a layer, no tensor can be said to belong to another.
+    # With several adapters for a layer, nothing says which tensors belong together.
     if not evidence:
         _check_layers(path, tensors, config)
 
@@ -193,7 +187,7 @@ def read_header(path: Path) -> Header:
         if tensor.alpha is not None:
             alphas[tensor.model].add(tensor.alpha)
         elif tensor.role == "A" and tensor.model in config:
-            # PEFT's configuration stands for all layers that it is not more specific about.
+            # PEFT's configuration has an alpha for each layer.
             alphas[tensor.model].add(config[tensor.model].alpha(tensor.name))
     file = LoraFile(
         path=str(path),
@@ -213,7 +207,7 @@ def read_header(path: Path) -> Header:
 
 
 def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, str]]:
-    """The tensors of LoRA's, the keys of others, and the metadata."""
+    """The tensors of adapters, the keys of other tensors, and the metadata."""
     if path.is_dir():
         raise refused(path, "is a folder", "name one of its .safetensors files")
     if not path.is_file():
@@ -227,31 +221,39 @@ def _read_tensors(path: Path) -> tuple[list[LoraTensor], list[str], dict[str, st
         with safe_open(path, framework="numpy") as content:
             metadata = dict(content.metadata() or {})
             for key in content.keys():  # noqa: SIM118
-                # A slice reads dtype and shape without the values.
                 match = _KEY.match(key)
                 if match is None:
                     other_keys.append(key)
                     continue
+                # A slice has dtype and shape without reading the values.
                 view = content.get_slice(key)
                 matches[key] = match
-                shapes[key], dtypes[key] = tuple(view.get_shape()), str(view.get_dtype())
-        # Several values as an alpha are refused below, unread.
-        alpha_keys = [key for key in matches if matches[key]["kind"] == "alpha"]
-        alpha_keys = [key for key in alpha_keys if math.prod(shapes[key]) == 1]
-        if alpha_keys:  # torch, which knows more types of numbers, is imported for these alone
+                shapes[key] = tuple(view.get_shape())
+                dtypes[key] = str(view.get_dtype())
+        alpha_keys = []
+        for key, match in matches.items():
+            # An alpha of several values is refused below, without reading it.
+            if match["kind"] == "alpha" and math.prod(shapes[key]) == 1:
+                alpha_keys.append(key)
+        # Torch has more dtypes than numpy, and is imported only for alphas.
+        if alpha_keys:
             with safe_open(path, framework="pt") as content:
                 alphas = {key: content.get_tensor(key) for key in alpha_keys}
-    tensors = [
-        _tensor(path, match, shapes[key], dtypes[key], alphas.get(key))
-        for key, match in matches.items()
-    ]
+    tensors = []
+    for key, match in matches.items():
+        tensors.append(_tensor(path, match, shapes[key], dtypes[key], alphas.get(key)))
     return tensors, other_keys, metadata
 
 
 def _tensor(
     path: Path, match: re.Match[str], shape: tuple[int, ...], dtype: str, scalar: Any
 ) -> LoraTensor:
-    """One tensor, where it can be a part of a LoRA."""
+    """One tensor; refused where it can't be a part of a LoRA.
+
+    Args:
+        match: of its key.
+        scalar: the tensor itself, of an alpha with one value.
+    """
     key, layer, role = match.string, match["layer"], _ROLES[match["kind"]]
     prefix = next((prefix for prefix in _MODEL_OF_PREFIX if layer.startswith(prefix)), "")
     alpha = None
@@ -260,13 +262,14 @@ def _tensor(
         if count != 1:
             raise refused(path, f"has {count} values as {key}, which is one number")
         alpha = scalar.item()
-        # bool is an int, too.
+        # By the type itself, since bool is a subclass of int.
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise refused(path, f"has {alpha} as {key}, which is no finite number")
     else:
         if dtype not in _FLOATS:
             problem = f"has {key} as {dtype}, and LoRA is made of floats"
             raise refused(path, problem, f"give a file in one of {', '.join(_FLOATS)}")
+        # A and B are matrices at least, a magnitude is a vector at least.
         dimensions = 1 if role == "magnitude" else 2
         if len(shape) < dimensions or 0 in shape:
             raise refused(path, f"has {key} of the shape {list(shape)}, which is no part of a LoRA")
@@ -288,40 +291,42 @@ def _tensor(
 
 def _check_layers(path: Path, tensors: Sequence[LoraTensor], config: dict[str, PeftConfig]) -> None:
     """Refuse layers whose tensors do not belong together, where each has one adapter."""
-    # model -> layer, spelt alike -> role -> tensor
+    # model -> layer -> role -> tensor
     models: dict[str, dict[str, dict[str, LoraTensor]]] = defaultdict(lambda: defaultdict(dict))
     for tensor in tensors:
-        first = models[tensor.model][tensor.layer].setdefault(tensor.role, tensor)
-        if first is not tensor:
-            raise refused(path, f"has both {first.key} and {tensor.key}", "leave one of them out")
+        first_tensor = models[tensor.model][tensor.layer].setdefault(tensor.role, tensor)
+        if first_tensor is not tensor:
+            both = f"has both {first_tensor.key} and {tensor.key}"
+            raise refused(path, both, "leave one of them out")
     for model, layers in models.items():
         model_config = config.get(model)
         for layer in layers.values():
             _check_layer(path, layer, model_config)
-        plain = [layer["A"].key for layer in layers.values() if "magnitude" not in layer]
-        dora_count = len(layers) - len(plain)
-        if plain and dora_count:
+        plain_keys = [layer["A"].key for layer in layers.values() if "magnitude" not in layer]
+        dora_count = len(layers) - len(plain_keys)
+        if plain_keys and dora_count:
             raise refused(
                 path,
-                f"has DoRA's magnitudes for {dora_count} layers and none for {len(plain)}, such as"
-                f" {plain[:1]}, which no library can load",
+                f"has DoRA's magnitudes for {dora_count} layers and none for {len(plain_keys)},"
+                f" such as {plain_keys[:1]}, which no library can load",
                 "train all layers alike",
             )
         if model_config is not None and model_config.use_dora != bool(dora_count):
-            has, says = ("", "no ") if dora_count else ("no ", "")
-            problem = f"has {has}magnitudes of DoRA, and its configuration says {says}DoRA"
+            problem = "has no magnitudes of DoRA, and its configuration says DoRA"
+            if dora_count:
+                problem = "has magnitudes of DoRA, and its configuration says no DoRA"
             raise refused(path, problem, _OWN_CONFIG)
 
 
 def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | None) -> None:
-    for factor in "AB":
-        if factor not in layer:
-            first = next(iter(layer.values()))
-            missing = "".join(sorted({"A", "B"} - layer.keys()))
-            problem = f"has {first.key} without the factor {missing} of its layer"
-            raise refused(path, problem, _DOWNLOAD)
+    """Refuse a layer's tensors, by their roles, where they do not belong together."""
+    missing = sorted({"A", "B"} - layer.keys())
+    if missing:
+        some_tensor = next(iter(layer.values()))
+        problem = f"has {some_tensor.key} without the factor {''.join(missing)} of its layer"
+        raise refused(path, problem, _DOWNLOAD)
     A, B = layer["A"], layer["B"]
-    rank, width = A.shape[0], B.shape[0]
+    rank = A.shape[0]
     # B is (m, r), or (m, r, 1, 1) of a convolution.
     kernel_ones = (1,) * len(B.shape[2:])
     if len(A.shape) != len(B.shape) or B.shape[1:] != (rank, *kernel_ones):
@@ -336,7 +341,9 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
         )
         raise refused(path, problem, _OWN_CONFIG)
     if "magnitude" in layer:
+        # One number for each of the m outputs: (m,), or with further dimensions of 1.
         magnitude = layer["magnitude"]
+        width = B.shape[0]
         is_row = len(magnitude.shape) == 2 and magnitude.shape[1] == width > 1
         if math.prod(magnitude.shape) != width or is_row:
             raise refused(
@@ -350,7 +357,7 @@ def _check_layer(path: Path, layer: dict[str, LoraTensor], config: PeftConfig | 
 def _evidence(
     keys: list[str], weights: list[LoraTensor], metadata: dict[str, str]
 ) -> Iterator[str]:
-    """Every sign of a second adapter: its name, or a second pair for a layer."""
+    """The signs of a second adapter: its name, or a second pair of A and B for a layer."""
     auxiliary_keys = [key for key in keys if AUXILIARY in key.lower()]
     if auxiliary_keys:
         yield f"{len(auxiliary_keys)} keys name an auxiliary, the first is {auxiliary_keys[0]}."
@@ -363,7 +370,8 @@ def _evidence(
         yield f"{len(doubled)} layers have more than one adapter, the first is {doubled[0]}."
     for key, value in metadata.items():
         text = value
-        if key == ADAPTER_METADATA:  # whose keys name the models, and may name an adapter
+        # The values are layers' names and the like; the keys name models, and may name an adapter.
+        if key == ADAPTER_METADATA:
             models = {name.rpartition(".")[0] for name in re.findall(r'"([^"]+)":', value)}
             text = " ".join(models)
         if "adapter" in key.lower() and AUXILIARY in text.lower():

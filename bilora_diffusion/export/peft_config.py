@@ -1,4 +1,4 @@
-"""PEFT's configuration of an adapter, read and checked in one place; without torch."""
+"""PEFT's configuration of an adapter, read and checked without torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, Valida
 from ..core.errors import UserError, translated
 from ..core.lora_names import ADAPTER_METADATA, CONFIG, WEIGHTS
 
-# A repeat of a group, or four repeats: such expressions may take longer to search a name than
-# anybody waits.
+# A repeat of a group, or four repeats: to search a name by such an expression may never end.
 _COSTLY = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
 
 
 def _pattern(text: object) -> re.Pattern[str]:
-    """A regular expression for layers, which PEFT compares with the end of a name."""
+    """A regular expression for layers, which PEFT compares with the end of a layer's name."""
+    # pydantic turns a ValueError into an error of validation.
     if not isinstance(text, str) or _COSTLY.search(text):
-        # pydantic turns it into an error of validation.
         raise ValueError("this is not a name of layers, or an expression with too many repeats")
     try:
         return re.compile(rf"(.*\.)?({text})$")
@@ -36,7 +35,7 @@ Pattern = Annotated[re.Pattern[str], BeforeValidator(_pattern)]
 
 
 class PeftConfig(BaseModel):
-    """The fields that say what an adapter's tensors do, with PEFT's defaults."""
+    """The fields of an adapter's configuration that files need, with PEFT's defaults."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -58,12 +57,14 @@ class PeftConfig(BaseModel):
         return _first_match(self.alpha_pattern, layer, self.lora_alpha)
 
     def scale(self, layer: str, rank: int) -> float:
-        """Alpha / rank of a layer, or alpha / sqrt(rank) of a rank-stabilized one."""
-        return self.alpha(layer) / (math.sqrt(rank) if self.use_rslora else rank)
+        """The scale of a layer's B @ A: alpha / rank, or alpha / sqrt(rank) if rank-stabilized."""
+        if self.use_rslora:
+            return self.alpha(layer) / math.sqrt(rank)
+        return self.alpha(layer) / rank
 
 
 def _first_match(patterns: Mapping[re.Pattern[str], Any] | None, layer: str, default: Any) -> Any:
-    """The value of the first pattern that a layer's name ends in, as PEFT takes it."""
+    """The value of the first pattern that matches a layer's name, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if pattern.match(layer):
             return value
@@ -71,19 +72,20 @@ def _first_match(patterns: Mapping[re.Pattern[str], Any] | None, layer: str, def
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read an adapter_config.json and check the fields that say what the adapter does."""
+    """Read an adapter_config.json and check the fields of `PeftConfig`."""
     with _reading(path):
         fields = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(fields, ensure_ascii=False).encode()  # halves of characters go into no file
+        # Refuses halves of surrogate pairs, which could not be written again.
+        json.dumps(fields, ensure_ascii=False).encode()
         _validate(fields)
     return fields
 
 
 def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict[str, PeftConfig]:
-    """The configuration of each model that has one: of diffusers' metadata, or PEFT's file beside.
+    """The configuration of each model, from the file's metadata or PEFT's configuration beside it.
 
     Raises:
-        UserError: it can't be read, is not valid or not LoRA's, or PEFT's file has none.
+        UserError: it can't be read, is not valid or not LoRA's, or a file of PEFT's has none.
     """
     fields: dict[str, Any] = {}
     config_file = path.with_name(CONFIG)
@@ -91,8 +93,8 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
     if is_peft_file and config_file.is_file():
         fields["model"] = read_config(config_file)
     with _reading(path):
-        described = json.loads(metadata.get(ADAPTER_METADATA, "{}")).items()
-    for key, value in described:  # "unet.r": 4
+        entries = json.loads(metadata.get(ADAPTER_METADATA, "{}")).items()
+    for key, value in entries:  # such as "unet.r": 4
         model, dot, name = key.rpartition(".")
         fields.setdefault(model if dot else "model", {})[name] = value
     if format == "peft" and "model" not in fields:
@@ -110,6 +112,7 @@ def adapter_config(path: Path, metadata: Mapping[str, str], format: str) -> dict
 
 
 def _validate(fields: object) -> PeftConfig:
+    """Check fields of a configuration; a ValueError says the first fault in one sentence."""
     try:
         return PeftConfig.model_validate(fields)
     except ValidationError as error:
@@ -121,5 +124,6 @@ def _validate(fields: object) -> PeftConfig:
 
 
 def _reading(path: Path) -> AbstractContextManager[None]:
+    """Within the context an error becomes a `UserError` about the file's configuration."""
     sentence = f"The adapter configuration of {path} can't be read"
     return translated(sentence, "mend it or write the file again")

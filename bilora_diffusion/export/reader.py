@@ -1,8 +1,8 @@
-"""A LoRA file of any format as layers, and its comparison with what it should hold.
+"""A LoRA file of any format as layers, and its comparison with the layers that it should have.
 
-Conversions start from what is read here and are checked by it. The scale alpha / rank is multiplied
-into B. Tensors keep the precision of the file where that is exact, as it is for a power of two, and
-are fp32 otherwise. The comparison, layer by layer, is the one check of files.
+The scale alpha / rank is multiplied into B. Tensors keep the precision of the file where that is
+exact, as it is for a power of two, and are fp32 otherwise. `compare` checks all files that are
+written or converted.
 """
 
 from __future__ import annotations
@@ -22,44 +22,34 @@ from ..core.lora_names import COMPONENTS, ENCODERS, FILE_NAME, kohya_file_name
 from .formats import Layer, Part, dotted_names, module_names, plain_name, trained_layers
 from .lorafile import Header, LoraFile, LoraTensor, inspect, read_header, refused
 
+# Metadata entry with the model of a PEFT file, whose keys do not name it.
 COMPONENT = "bilora.component"
-"""Metadata entry: which model PEFT's file, whose keys do not say it, is for."""
-
-
 _LARGEST = torch.finfo(torch.float32).max
-
-
+# Beginnings of layers' names that only one kind of denoiser has.
 _BLOCKS = {
     "unet": re.compile(r"(?:down_blocks|mid_block|up_blocks|time_embedding)\.|conv_in|conv_out"),
     "transformer": re.compile(
         r"(?:single_)?transformer_blocks\.|(?:context|noise)_refiner\.|layers\.\d+\.att\w+\.to_"
     ),
 }
-"""Beginnings of names that only one kind of denoiser has."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Contents of a LoRA file.
+    """Contents of a LoRA file."""
 
-    Attributes:
-        parts: by model: one of `COMPONENTS`, another name in the file, or "model" where the file
-            does not say which.
-        metadata: of the file.
-        base_model: what the adapter belongs on, "" where it is not known.
-    """
-
+    # By model: one of `COMPONENTS`, another name in the file, or "model" if the file names none.
     parts: dict[str, Part]
     metadata: dict[str, str]
-    base_model: str
+    base_model: str  # hub id or folder of the adapter's base model; "" where it is not known
 
 
 def read(path: Path) -> Contents:
-    """All layers of a LoRA file.
+    """Read all layers of a LoRA file.
 
     Raises:
-        UserError: it is no LoRA file, is damaged, has more than one adapter for a layer, or holds
-            something that is not LoRA's.
+        UserError: it is no LoRA file, is damaged, has several adapters for a layer, or has tensors
+            that are not LoRA's.
     """
     header = read_header(path)
     file = header.file
@@ -80,21 +70,23 @@ def read(path: Path) -> Contents:
 
 
 def _read_parts(path: Path, header: Header) -> dict[str, Part]:
+    """The layers of each model in a file."""
     # model -> name of a layer in the file -> role -> tensor
     models: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     with safe_open(path, framework="pt") as content:
         for entry in header.tensors:
             value = content.get_tensor(entry.key)
             if value.dtype.itemsize == 1:
-                value = value.half()  # which holds what 8 bits do, and can be computed with
+                value = value.half()  # it has all values of 8 bits, and can be computed with
             models[entry.model][entry.name][entry.role] = value
 
     parts: dict[str, dict[str, Layer]] = defaultdict(dict)
-    sources: dict[str, str] = {}  # name of a layer in full -> in the file
+    sources: dict[str, str] = {}  # full name of a layer -> its name in the file
     for model, layers in models.items():
         component = _component(path, model, layers, header.file)
-        names = _layer_names(component, [x for x in header.tensors if x.model == model])
-        # diffusers' metadata name the model, and PEFT's file has one for its only model.
+        entries = [entry for entry in header.tensors if entry.model == model]
+        names = _layer_names(component, entries)
+        # The metadata of diffusers have an entry for each model, PEFT's configuration has one.
         config = header.config.get(component) or header.config.get("model")
         for source, tensors in layers.items():
             name = names[source]
@@ -104,7 +96,7 @@ def _read_parts(path: Path, header: Header) -> dict[str, Part]:
                 raise refused(path, both, "leave one out")
             sources[full_name] = source
             rank = len(tensors["A"])
-            # The tensors' own alpha wins over a configuration; without both, alpha is the rank.
+            # An alpha in the file precedes that of a configuration; without both it is the rank.
             if "alpha" in tensors:
                 scale = float(tensors["alpha"]) / rank
             elif config is not None:
@@ -116,7 +108,7 @@ def _read_parts(path: Path, header: Header) -> dict[str, Part]:
 
 
 def _component(path: Path, model: str, names: Iterable[str], file: LoraFile) -> str:
-    """The model that an adapter is for, where its keys do not name it."""
+    """The model of an adapter, which is found in other ways where its keys do not name it."""
     if model != "model":
         return model
     component = file.metadata.get(COMPONENT)
@@ -135,7 +127,7 @@ def _component(path: Path, model: str, names: Iterable[str], file: LoraFile) -> 
 
 
 def _layer_names(component: str, entries: Iterable[LoraTensor]) -> dict[str, str]:
-    """Today's name of each layer by that in the file."""
+    """Today's name of each layer, by its name in the file."""
     down = [entry for entry in entries if entry.role == "A"]
     if any(entry.key.startswith("lora_") for entry in down):
         names = module_names(component, [entry.name for entry in down])
@@ -149,11 +141,12 @@ def _layer_names(component: str, entries: Iterable[LoraTensor]) -> dict[str, str
 
 
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -> Layer:
-    """The layer with the scale in B, where fp32 can hold it."""
+    """The layer of some tensors, with the scale in B; refused where fp32 can't hold it."""
     A, B, magnitude = tensors["A"], tensors["B"], tensors.get("magnitude")
-    scaled = B.double() * scale  # rounded once below, if at all
-    rounded = scaled.to(B.dtype)
-    B = rounded if torch.equal(rounded.double(), scaled) else scaled.float()
+    scaled = B.double() * scale
+    B = scaled.to(B.dtype)
+    if not torch.equal(B.double(), scaled):  # the dtype of the file is not exact
+        B = scaled.float()
     if magnitude is not None:
         # (m,) for a linear layer, (1, m, 1, 1) for a convolution
         kernel_ones = [1] * (A.dim() - 2)
@@ -165,7 +158,7 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor], scale: float) -
         # NaN does not pass this comparison.
         if not bool(tensor.double().abs().max() <= _LARGEST):
             raise refused(path, f"holds values for {name} that are not finite in fp32")
-    # A bound of what B @ A sums up to: the largest value of each rank-one term.
+    # A bound of |B @ A|: the largest value of each rank-one term.
     terms = B.double().flatten(1).abs().amax(0) * A.double().flatten(1).abs().amax(1)
     if not bool(terms.sum() <= _LARGEST):
         raise refused(path, f"changes {name} by more than fp32 can hold")
@@ -185,12 +178,12 @@ def verify(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str, flo
         models: the trained models, as given to `save_diffusers`.
 
     Returns:
-        "layers", "max_abs_difference", "max_relative_difference", "auxiliary_keys" (always 0) and,
-        with a kohya file, "kohya_max_abs_difference" and "kohya_max_relative_difference".
+        "layers", "max_abs_difference", "max_relative_difference", "auxiliary_keys", which is 0,
+        and with a kohya file "kohya_max_abs_difference" and "kohya_max_relative_difference".
 
     Raises:
-        TrainingError: an auxiliary is inside, a layer is missing or too many, or one differs by
-            more than 1e-6 of its norm.
+        TrainingError: the file has an auxiliary, lacks a layer, has further layers, or has a layer
+            that differs by more than 1e-6 of its norm.
         UserError: a file can't be read.
     """
     expected = {component: trained_layers(model) for component, model in models.items()}
@@ -205,7 +198,7 @@ def verify(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str, flo
 
 
 def _compare_primary(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, float]:
-    """`compare`, where nothing else is in the file."""
+    """Compare a file that must have the primary and nothing else."""
     file = inspect(path)
     if file.auxiliary or file.other_tensors:
         raise TrainingError(f"{path} must hold the primary alone. {' '.join(file.evidence)}")
@@ -213,7 +206,7 @@ def _compare_primary(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dic
 
 
 def require_equal(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse a file whose tensors are other ones, have other values, or are not finite."""
+    """Refuse a file that has other tensors or other values, or values that are not finite."""
     differing_keys = sorted(stored.keys() ^ expected.keys())
     if differing_keys:
         raise TrainingError(
@@ -233,7 +226,9 @@ def compare(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, fl
     if differing_models:
         holds = ", ".join(parts)
         raise TrainingError(f"{path} holds {holds} and not {differing_models[0]} as it was to.")
-    count, largest_absolute, largest_relative = 0, 0.0, 0.0
+    count = 0
+    largest_absolute = 0.0
+    largest_relative = 0.0
     for component, layers in expected.items():
         expected_layers = {layer.name: layer for layer in layers}
         stored_layers = {layer.name: layer for layer in parts[component].layers}
@@ -258,38 +253,40 @@ def compare(path: Path, expected: Mapping[str, Sequence[Layer]]) -> dict[str, fl
 
 
 def difference(left: Layer, right: Layer) -> tuple[float, float]:
-    """The largest difference of two layers' weights, and the relative one of the layer.
+    """The largest absolute and the relative difference of two layers' B @ A and magnitudes.
 
-    That of the product is relative to the norms of its rank-one terms: where these nearly cancel,
-    as those of an init that was hardly trained, each is rounded on its own.
+    The difference of B @ A is relative to the norms of its rank-one terms, each of which is rounded
+    for itself: the terms of an init that was hardly trained nearly cancel in the sum.
     """
-    A, B = _matrix(left.A), _matrix(left.B)  # (r, n), (m, r)
-    C, D = _matrix(right.A), _matrix(right.B)
-    same_shape = A.shape[1] == C.shape[1] and len(B) == len(D)
+    left_A, left_B = _matrix(left.A), _matrix(left.B)  # (r, n), (m, r)
+    right_A, right_B = _matrix(right.A), _matrix(right.B)
+    same_shape = left_A.shape[1] == right_A.shape[1] and len(left_B) == len(right_B)
     if not same_shape or (left.magnitude is None) != (right.magnitude is None):
         return float("inf"), float("inf")
     absolute, relative = 0.0, 0.0
-    # Most files hold the same factors, and are spared the products.
-    if not (torch.equal(A, C) and torch.equal(B, D)):
-        terms = B.norm(dim=0) * A.norm(dim=1)
-        absolute, relative = _distance(B @ A, D @ C, float(terms.sum()))
+    # Most files have the same factors, whose products need not be computed.
+    if not (torch.equal(left_A, right_A) and torch.equal(left_B, right_B)):
+        terms = left_B.norm(dim=0) * left_A.norm(dim=1)  # (r,)
+        absolute, relative = _distance(left_B @ left_A, right_B @ right_A, float(terms.sum()))
     if left.magnitude is not None and right.magnitude is not None:
-        magnitude, other_magnitude = _matrix(left.magnitude), _matrix(right.magnitude)
-        distances = _distance(
-            magnitude.flatten(), other_magnitude.flatten(), float(magnitude.norm())
-        )
-        absolute, relative = max(absolute, distances[0]), max(relative, distances[1])
+        magnitude = _matrix(left.magnitude).flatten()  # (m,)
+        other_magnitude = _matrix(right.magnitude).flatten()
+        distances = _distance(magnitude, other_magnitude, float(magnitude.norm()))
+        absolute = max(absolute, distances[0])
+        relative = max(relative, distances[1])
     return absolute, relative
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """A factor as a matrix, in fp64 on the CPU."""
+    """A factor as a matrix in fp64 on the CPU; a vector stays a vector."""
     tensor = tensor.to("cpu", torch.float64)
-    return tensor.flatten(1) if tensor.dim() > 1 else tensor
+    if tensor.dim() > 1:
+        return tensor.flatten(1)
+    return tensor
 
 
 def _distance(left: Tensor, right: Tensor, scale: float) -> tuple[float, float]:
-    """The largest difference of two tensors, and the norm of all in shares of `scale`."""
+    """The largest difference of two tensors' values, and the norm of the difference / scale."""
     delta = left - right
     relative = float(delta.norm()) / max(scale, torch.finfo(torch.float64).tiny)
     return float(delta.abs().max()), relative

@@ -1,4 +1,4 @@
-"""Write what was trained as LoRA files or whole models, and what LoRA files say of themselves."""
+"""Writing of what was trained: LoRA files with their metadata, whole models, adapters of PEFT."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from ..core.lora_names import (
 from .formats import Part, diffusers_tensors, kohya_tensors, primary_part
 from .reader import compare, require_equal
 
+# PEFT's names for the kinds of text models.
 TASK_TYPES = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
-"""PEFT's names for the kinds of model."""
 _SDXL_METADATA = {
     "ss_base_model_version": "sdxl_base_v1-0",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
 }
-# Ends of layers' names, and how many numbers these layers read in SDXL: a file for a smaller model
-# of its kind must not be offered to it.
+# Ends of layers' names, and the input width of these layers in SDXL: metadata must not offer a file
+# for a smaller model of the same kind to SDXL.
 _SDXL_WIDTHS = {
     "unet": (("attn2.to_k", "attn2.to_v"), 2048),
     "text_encoder": (("q_proj", "k_proj", "v_proj"), 768),
@@ -58,18 +58,18 @@ def save_diffusers(
 
     The scale s = alpha / rank is multiplied into B, and alpha in the file is the rank, so that
     readers which ignore alpha are right too; the alpha of training is in the metadata. Where the
-    init changed the base weights, the file fits the unchanged ones: it has twice the rank of
+    init changed the base weights, the file is for the unchanged ones: it has twice the rank of
     training, which is in the metadata too. Each file appears whole or not at all.
 
     Args:
-        folder: where `pytorch_lora_weights.safetensors` goes; made if need be.
+        folder: of `pytorch_lora_weights.safetensors`; it is made if necessary.
         models: what was trained, by name ("unet" or "transformer", "text_encoder",
-            "text_encoder_2"), each with its adapters; only the primary is read.
+            "text_encoder_2"), each with its adapters, of which the primary is written.
         base_model: hub id or folder of the pipeline that was trained.
         kohya: also write a file that is named after the folder (`kohya_file_name`) for ComfyUI, web
-            UIs and kohya's scripts, which is for SDXL; without it an older such file is removed, as
-            its weights differ.
-        extra_metadata: more text entries, see `training_facts`; they win over the defaults.
+            UIs and kohya's scripts, for SDXL only. Without it such a file is removed, since its
+            weights are older.
+        extra_metadata: further entries, see `training_facts`, which precede the defaults.
 
     Returns:
         The path of the diffusers file.
@@ -94,7 +94,7 @@ def save_diffusers(
     kohya_file = folder / kohya_file_name(folder)
     metadata = file_metadata(parts, base_model, kohya_file.stem, extra_metadata or {})
     folder.mkdir(parents=True, exist_ok=True)
-    # Before the new ones: an interruption must not leave a file of other weights beside them.
+    # First, so that an interruption does not leave a file of other weights beside the new ones.
     for older_file in (kohya_file, folder / KOHYA_FILE_NAME_BEFORE):
         older_file.unlink(missing_ok=True)
     write_file(folder / FILE_NAME, parts, "diffusers", metadata)
@@ -104,11 +104,7 @@ def save_diffusers(
 
 
 def refuse_kohya(components: Iterable[str]) -> None:
-    """Refuse kohya's format for what it is not written for.
-
-    Raises:
-        UserError: there is a transformer among them.
-    """
+    """Refuse kohya's format for a transformer."""
     if "transformer" in components:
         raise UserError(
             "kohya's format is written for SDXL only; of a transformer use the file in diffusers'"
@@ -117,19 +113,25 @@ def refuse_kohya(components: Iterable[str]) -> None:
 
 
 def write_file(path: Path, parts: Mapping[str, Part], to: str, metadata: Mapping[str, str]) -> None:
-    """Write aside under a name that no loader matches, check what is there, rename."""
+    """Write a file aside, compare it with the layers, and give it its name.
+
+    Args:
+        to: "diffusers" or "kohya".
+    """
     tensors = diffusers_tensors(parts) if to == "diffusers" else kohya_tensors(parts)
     entries = {**metadata, "sshs_model_hash": model_hash(tensors)}
-    # Of several ranks diffusers reads shapes; and it refuses a file of kohya's with PEFT's entry.
+    # Where a model has several ranks diffusers reads the shapes. A file in kohya's format with
+    # PEFT's entry is refused by it.
     if to == "diffusers" and all(part.file_rank is not None for part in parts.values()):
         entries[ADAPTER_METADATA] = adapter_metadata(parts)
+    # The name aside is one that no loader matches.
     with replacing(path, ".partial") as aside:
         aside.write_bytes(safetensors.torch.save(tensors, entries))
         compare(aside, {name: part.layers for name, part in parts.items()})
 
 
 def training_facts(config: Mapping[str, Any], steps: int) -> dict[str, str]:
-    """Entries for `save_diffusers(extra_metadata=...)` of a run with these options, today."""
+    """Metadata of a run with these options that ends today, for `save_diffusers`."""
     init = config["init_lora_weights"]
     facts = {
         "method": config["method"],
@@ -151,25 +153,29 @@ def training_facts(config: Mapping[str, Any], steps: int) -> dict[str, str]:
 def file_metadata(
     parts: Mapping[str, Part], base_model: str, name: str, extra: Mapping[str, str]
 ) -> dict[str, str]:
-    """The entries that both formats share; "modelspec" is Stability AI's ModelSpec 1.0.0.
+    """Metadata of a file in either format; "modelspec" is Stability AI's ModelSpec 1.0.0.
 
-    Entries of `extra` win, but for those that describe the tensors.
+    Args:
+        name: of the file, without its suffix.
+        extra: further entries, which precede all but those that describe the tensors.
     """
     entries: dict[str, str] = {}
     if "transformer" not in parts:
-        # The module of kohya's that reads such names of layers; it reads none of transformers.
+        # The module of kohya's scripts that reads these names of layers, but no transformer's.
         entries["ss_network_module"] = "networks.lora"
     if _is_for_sdxl(parts):
         entries |= _SDXL_METADATA
     if base_model:
-        is_folder = Path(base_model).is_dir()
-        entries["ss_sd_model_name"] = Path(base_model).name if is_folder else base_model
+        entries["ss_sd_model_name"] = base_model
+        if Path(base_model).is_dir():
+            entries["ss_sd_model_name"] = Path(base_model).name
     entries |= {
         "ss_output_name": name,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
     }
+    # Rank and alpha of training, where they are known.
     file_ranks = {component: part.file_rank for component, part in parts.items()}
     ranks = {component: part.rank for component, part in parts.items()}
     if None not in ranks.values():
@@ -177,16 +183,17 @@ def file_metadata(
         entries["bilora.original_alpha"] = json.dumps(alphas)
         if ranks != file_ranks:
             entries["bilora.original_rank"] = json.dumps(ranks)
-    rank = next(iter(file_ranks.values()))
-    is_uniform = rank is not None and len(set(file_ranks.values())) == 1
-    rank_text = str(rank) if is_uniform else "Dynamic"
-    # Alpha is the rank, as B holds the scale.
-    described = {"format": "pt", "ss_network_dim": rank_text, "ss_network_alpha": rank_text}
-    return {**entries, **extra, **described}
+    entries |= extra
+    # Alpha is the rank, since B has the scale. kohya's scripts write "Dynamic" for several ranks.
+    rank_text = "Dynamic"
+    distinct_ranks = set(file_ranks.values())
+    if None not in distinct_ranks and len(distinct_ranks) == 1:
+        rank_text = str(distinct_ranks.pop())
+    return {**entries, "format": "pt", "ss_network_dim": rank_text, "ss_network_alpha": rank_text}
 
 
 def _is_for_sdxl(parts: Mapping[str, Part]) -> bool:
-    """Test that all layers that show a width have SDXL's; False where none does."""
+    """Test that the layers of `_SDXL_WIDTHS` have SDXL's widths; False where there are none."""
     matches = []
     for component, part in parts.items():
         if component not in _SDXL_WIDTHS:
@@ -199,9 +206,10 @@ def _is_for_sdxl(parts: Mapping[str, Part]) -> bool:
 
 
 def adapter_metadata(parts: Mapping[str, Part]) -> str:
-    """PEFT's configuration of each primary as JSON, with keys prefixed by the model, for diffusers.
+    """PEFT's configuration of each primary as JSON for diffusers, with the model before each key.
 
-    What is not given has PEFT's default, such as no dropout. Alpha is the rank, as B has the scale.
+    Other entries have PEFT's defaults, such as no dropout. Alpha is the rank, since B has the
+    scale.
     """
     entries: dict[str, Any] = {}
     for component, part in parts.items():
@@ -212,22 +220,24 @@ def adapter_metadata(parts: Mapping[str, Part]) -> str:
             "use_dora": part.use_dora,
             "target_modules": [layer.name for layer in part.layers],
         }
-        entries |= {f"{component}.{name}": value for name, value in config.items()}
+        for name, value in config.items():
+            entries[f"{component}.{name}"] = value
     return json.dumps(entries, indent=2, sort_keys=True)
 
 
 def model_hash(tensors: dict[str, Tensor]) -> str:
-    """sshs_model_hash as kohya's scripts define it: SHA-256 of all that follows the file's header.
+    """The sshs_model_hash of kohya's scripts: SHA-256 of all that follows the file's header.
 
-    So it depends on the tensors, in the order that safetensors gives them, not on the metadata.
+    It depends on the tensors, in the order that safetensors writes them, not on the metadata.
     """
-    content = safetensors.torch.save(tensors)  # 8 bytes of the header's length, header, values
-    header = 8 + int.from_bytes(content[:8], "little")
-    return hashlib.sha256(memoryview(content)[header:]).hexdigest()
+    # A file is 8 bytes with the header's length, the header, and the values.
+    content = safetensors.torch.save(tensors)
+    start_of_values = 8 + int.from_bytes(content[:8], "little")
+    return hashlib.sha256(memoryview(content)[start_of_values:]).hexdigest()
 
 
 def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Write each model to `folder/name` and compare what the files hold with the model.
+    """Write each model to `folder/name` and compare the files with the model.
 
     A model appears whole or not at all, and replaces an older one.
 
@@ -236,14 +246,15 @@ def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str
         models: diffusers or Transformers models by their names in the pipeline.
 
     Returns:
-        For each model the number of its weights and the largest difference on reading back, 0.0.
+        For each model the number of its weights, and the largest difference to the files, 0.0.
 
     Raises:
-        TrainingError: a weight is not finite, or the files hold something else.
+        TrainingError: a weight is not finite, or the files differ from the model.
     """
     report = {}
     for name, model in models.items():
-        final, aside = Path(folder) / name, Path(folder) / f".{name}.partial"
+        final = Path(folder) / name
+        aside = Path(folder) / f".{name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
         cast(Any, model).save_pretrained(aside, safe_serialization=True)
         files = list(aside.glob("*.safetensors"))
@@ -251,14 +262,17 @@ def save_models(folder: str | Path, models: Mapping[str, nn.Module]) -> dict[str
         stored: dict[str, Tensor] = {}
         for file in files:
             stored |= load_file(file)
+        # Buffers are not compared. A weight that is tied to another one has two names, of which
+        # Transformers writes one.
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        # Transformers leaves out what is tied to another weight.
         stored_ids = {id(value) for key, value in parameters.items() if key in stored}
+        stored_parameters = {}
         expected = {}
         for key, value in parameters.items():
+            if key in stored:
+                stored_parameters[key] = stored[key]
             if key in stored or id(value) not in stored_ids:
                 expected[key] = value
-        stored_parameters = {key: value for key, value in stored.items() if key in parameters}
         require_equal(final, stored_parameters, expected)
         weights = sum(parameter.numel() for parameter in model.parameters())
         report[name] = {"weights": weights, "readback_difference": 0.0}
@@ -274,8 +288,8 @@ def save_adapter(
 
     Args:
         folder: the run folder.
-        model: with a primary; an auxiliary is left out.
-        base_model: hub id or folder that the adapter belongs on.
+        model: with a primary, which is written, and perhaps an auxiliary.
+        base_model: hub id or folder of the model that the adapter is for.
         kind: "seq2seq", "causal" or "classification".
 
     Returns:
@@ -295,7 +309,7 @@ def save_adapter(
 
 
 def text_config(config: Mapping[str, Any], base_model: str, kind: str) -> dict[str, Any]:
-    """An adapter's configuration with what PEFT must know of the model that it belongs on."""
+    """An adapter's configuration with the entries of PEFT on its base model."""
     return {**config, "base_model_name_or_path": base_model, "task_type": TASK_TYPES[kind]}
 
 
@@ -306,10 +320,10 @@ def write_adapter(
     metadata: Mapping[str, str] | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write PEFT's two files aside, read them back, and give them their names.
+    """Write PEFT's two files aside, compare them with the tensors, and give them their names.
 
     Args:
-        check: called with the file of weights before it gets its name.
+        check: a further check of the file of weights, called before it gets its name.
     """
     aside = folder / ".adapter.partial"
     shutil.rmtree(aside, ignore_errors=True)
@@ -328,7 +342,7 @@ def write_adapter(
 
 
 def refuse_existing(*folders: Path) -> None:
-    """Refuse to put an adapter where one is, or where a file is."""
+    """Refuse folders in which an adapter is, and files in the place of folders."""
     for folder in folders:
         if folder.suffix == ".safetensors" or folder.is_file():
             raise UserError(f"{folder} is a file, and PEFT's format is a folder; name a folder.")

@@ -1,4 +1,4 @@
-"""A base model's small files, read before its weights are: its kind, parts and side."""
+"""A base model's configuration files, read before its weights: its kind, parts and resolution."""
 
 from __future__ import annotations
 
@@ -26,28 +26,26 @@ _GIVE_ONE = (
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A pipeline in diffusers' format, of a kind that is known: its name as the user gave it, its
-    ``model_index.json``, and the configurations of denoiser, autoencoder and scheduler, by the
-    part; the scheduler's is there for models that may predict noise.
-    """
+    """A pipeline in diffusers' format, of a known kind."""
 
-    name: str
-    index: Mapping[str, Any]
+    name: str  # as the user gave it
+    index: Mapping[str, Any]  # model_index.json
+    # Of denoiser and autoencoder, by the part, and of the scheduler of a diffusion model.
     configs: Mapping[str, Mapping[str, Any]]
 
     @property
     def pipeline(self) -> str:
-        """The class of the pipeline."""
+        """The name of the pipeline's class."""
         return str(self.index.get("_class_name"))
 
     @property
     def family(self) -> Any:
-        """Facts of its kind, a `families.base.Family`."""
+        """Its kind, a `families.base.Family`."""
         return family_class(self.pipeline, self.name)()
 
     @property
     def predicts_noise(self) -> bool:
-        """Test that the denoiser predicts noise; with velocity, EDM and flows it does not."""
+        """True if the denoiser predicts noise, and not a velocity or a clean image."""
         scheduler = self.configs.get("scheduler", {})
         is_edm = "EDM" in str(scheduler.get("_class_name", ""))
         is_epsilon = scheduler.get("prediction_type", "epsilon") == "epsilon"
@@ -55,25 +53,22 @@ class BaseModel:
 
     @property
     def usual_guidance(self) -> float:
-        """Guidance of its images by default."""
-        _, guidance = self.family.usual_sampling(self._outline)
+        """Guidance scale of its images by default."""
+        # As much of the loaded pipeline as a family asks for.
+        denoiser = SimpleNamespace(config=self.configs[self.family.denoiser])
+        parts = {self.family.denoiser: denoiser}
+        outline = SimpleNamespace(config=self.index, name_or_path=self.name, **parts)
+        _, guidance = self.family.usual_sampling(outline)
         return float(guidance)
 
     @property
     def is_guided(self) -> bool:
-        """Test that its images have an unconditional prediction by default."""
+        """True if its images have an unconditional prediction by default."""
         return bool(self.family.is_guided(self.usual_guidance, self.index, self.configs))
 
     @property
-    def _outline(self) -> SimpleNamespace:
-        """As much of its pipeline as a family asks for, without weights."""
-        denoiser = SimpleNamespace(config=self.configs[self.family.denoiser])
-        parts = {self.family.denoiser: denoiser}
-        return SimpleNamespace(config=self.index, name_or_path=self.name, **parts)
-
-    @property
     def side(self) -> int:
-        """Pixels a side of the images that it was made for."""
+        """Side in pixels of the images that it was made for."""
         fix = f"correct its config.json, or {ANOTHER}"
         return reading(
             f'the denoiser of "{self.name}"', fix, lambda: self.family.side_of(self.configs)
@@ -82,52 +77,61 @@ class BaseModel:
 
 def folder_of(name: str) -> Path | None:
     """The local folder that a model name stands for, or None for a hub id."""
-    folder = PIPELINES[name]() if name in PIPELINES else Path(name).expanduser()
-    return folder if folder.is_dir() else None
+    folder = Path(name).expanduser()
+    if name in PIPELINES:
+        folder = PIPELINES[name]()
+    if folder.is_dir():
+        return folder
+    return None
 
 
 def describe(name: str, revision: str | None = None, cache_dir: str | None = None) -> BaseModel:
-    """Read a model's small files; of one on the hub they are downloaded.
+    """Read a model's configuration files; those of a model on the hub are downloaded.
 
     Raises:
-        UserError: there is no such model, or its kind is not known.
+        UserError: there is no such model, its kind is not known, or a part is missing.
     """
-    # Known without a download, so that a dry run of the default model needs no network.
+    # Written down here, so that a dry run of the default model needs no network.
     if name == SDXL_BASE:
         parts = {"unet": {"sample_size": 128}, "vae": {"block_out_channels": [128, 256, 512, 512]}}
         return BaseModel(name, {"_class_name": SDXL}, parts)
     folder = folder_of(name)
     if folder is None:
         folder_or_id(name, FLAG)
-    places = {"revision": revision, "cache_dir": cache_dir}
-    load = partial(_read, name, folder, **places)
-    index = load("model_index.json")
+    read = partial(_read, name, folder, revision=revision, cache_dir=cache_dir)
+    index = read("model_index.json")
     family = family_class(str(index.get("_class_name")), f"{FLAG} {name}")()
-    # A hub's repository is not listed: its model_index.json names the parts, and folders are looked
-    # for in local ones alone.
     tokenizers = {part.replace("text_encoder", "tokenizer") for part in family.encoders}
-    needed = sorted((set(family.parts) | tokenizers) - family.optional)
-    for part in needed:
+    needed_parts = sorted((set(family.parts) | tokenizers) - family.optional)
+    for part in needed_parts:
+        # The folders of the parts can be seen on the disk, and not on the hub.
         if part not in index or (folder is not None and not (folder / part).is_dir()):
             raise UserError(
                 f'{FLAG} "{name}" is not a {family.title} pipeline in diffusers format (it has no'
                 f" {part}): give one, for example mini."
             )
-    configs = {part: load(f"{part}/config.json") for part in (family.denoiser, "vae")}
+    configs = {}
+    for part in (family.denoiser, "vae"):
+        configs[part] = read(f"{part}/config.json")
     if not family.flow:
-        configs["scheduler"] = load("scheduler/scheduler_config.json")
+        configs["scheduler"] = read("scheduler/scheduler_config.json")
     return BaseModel(name, index, configs)
 
 
-def _read(name: str, folder: Path | None, file: str, **places: Any) -> dict[str, Any]:
-    """A JSON object among a model's files."""
+def _read(name: str, folder: Path | None, file: str, **hub_options: Any) -> dict[str, Any]:
+    """A JSON object among a model's files.
+
+    Args:
+        folder: of the model; None for one on the hub.
+    """
     from huggingface_hub import hf_hub_download
 
     if folder is None:
-        path = Path(from_hub(name, lambda: hf_hub_download(name, file, **places)))
+        path = Path(from_hub(name, lambda: hf_hub_download(name, file, **hub_options)))
     else:
         path = folder / file
-    label, fix = f'{file} of "{name}"', f"download or write it again, or {ANOTHER}"
+    label = f'{file} of "{name}"'
+    fix = f"download or write it again, or {ANOTHER}"
     content = reading(label, fix, lambda: json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(content, dict):
         raise UserError(f"{label} is not a JSON object: {fix}.")
@@ -135,10 +139,14 @@ def _read(name: str, folder: Path | None, file: str, **places: Any) -> dict[str,
 
 
 def from_hub(name: str, load: Callable[[], Any]) -> Any:
-    """Download by ``load`` from a model's repository."""
+    """Download by ``load`` from a model's repository.
+
+    Raises:
+        UserError: the model is not there, may not be read, or can't be downloaded.
+    """
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    def permitted() -> Any:
+    def load_permitted() -> Any:
         try:
             return load()
         except RepositoryNotFoundError as error:  # raised for gated repositories too
@@ -148,4 +156,4 @@ def from_hub(name: str, load: Callable[[], Any]) -> Any:
                 " local folder."
             ) from error
 
-    return reading(f'the base model "{name}"', _GIVE_ONE, permitted)
+    return reading(f'the base model "{name}"', _GIVE_ONE, load_permitted)

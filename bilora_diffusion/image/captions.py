@@ -24,12 +24,11 @@ from .families import family_of
 from .families.base import Conditions, Family, join_rows, split_rows
 from .sets import ImageSet
 
+# Orders of one image's tags. They are chosen beforehand: all prompts are embedded at the start.
 MAX_ORDERS = 8
-"""Orders of one image's tags; chosen beforehand, since all prompts are embedded at the start."""
+# Texts of all images together: an embedding takes 0.3 MB for SDXL and up to 4 MB for others.
 MAX_TEXTS = 2000
-"""Texts of all images together: an embedding takes 0.3 MB for SDXL and up to 4 MB for others."""
-LIST_SUFFIX = "[]"
-"""Ends the name of a list in a row, as files of tensors have it."""
+LIST_SUFFIX = "[]"  # ends the name of a list in a file of tensors
 
 
 def captions_or_prompts(images: ImageSet, instance_prompts: Sequence[str | None]) -> list[str]:
@@ -52,20 +51,16 @@ def captions_or_prompts(images: ImageSet, instance_prompts: Sequence[str | None]
 
 def fixed_texts(cfg: DreamBoothConfig, images: ImageSet) -> list[str]:
     """The text of every image without shuffling and dropout: how held-out images are measured."""
-    texts = captions_or_prompts(
-        images, [concept.instance_prompt for concept in cfg.concept_configs]
-    )
-    trigger_words = images.of_each([concept.trigger_word for concept in cfg.concept_configs])
-    return [add_trigger(text, word) for text, word in zip(texts, trigger_words, strict=True)]
-
-
-def class_texts(cfg: DreamBoothConfig) -> list[str]:
-    """The text of the class images of each concept."""
-    return [str(concept.class_prompt) for concept in cfg.concept_configs]
+    prompts = [concept.instance_prompt for concept in cfg.concept_configs]
+    texts = []
+    for entry, text in zip(images.entries, captions_or_prompts(images, prompts), strict=True):
+        concept = cfg.concept_configs[entry.concept]
+        texts.append(add_trigger(text, concept.trigger_word))
+    return texts
 
 
 class Captions:
-    """The texts of a training set.
+    """The texts of a training set: those of each image, and the text of each training sample.
 
     Raises:
         UserError: an image has no text, or none has tags that could be shuffled.
@@ -73,13 +68,12 @@ class Captions:
 
     def __init__(self, cfg: DreamBoothConfig, images: ImageSet) -> None:
         self._configs = images.of_each(cfg.concept_configs)  # of each image's concept
-        plain = captions_or_prompts(
-            images, [concept.instance_prompt for concept in cfg.concept_configs]
-        )
-        self._require_tags(plain, images.label)
-        num_orders = max(1, min(MAX_ORDERS, MAX_TEXTS // len(plain)))
+        prompts = [concept.instance_prompt for concept in cfg.concept_configs]
+        plain_texts = captions_or_prompts(images, prompts)
+        self._require_tags(plain_texts, images.label)
+        num_orders = max(1, min(MAX_ORDERS, MAX_TEXTS // len(plain_texts)))
         self._texts: list[list[str]] = []  # of each image, in each order of its tags
-        for sample, text in enumerate(plain):
+        for sample, text in enumerate(plain_texts):
             config = self._configs[sample]
             orders = [text]
             if config.shuffle_tags:
@@ -87,42 +81,51 @@ class Captions:
             self._texts.append([add_trigger(order, config.trigger_word) for order in orders])
 
     def _require_tags(self, texts: Sequence[str], label: str) -> None:
-        """Refuse to shuffle where no text has tags."""
-        shuffled = []
+        """Refuse ``--shuffle_tags`` where no text has tags."""
+        texts_to_shuffle = []
         for text, config in zip(texts, self._configs, strict=True):
             if config.shuffle_tags:
-                shuffled.append(text)
-        if shuffled and not any("," in text for text in shuffled):
+                texts_to_shuffle.append(text)
+        if texts_to_shuffle and not any("," in text for text in texts_to_shuffle):
             raise UserError(
                 f"--shuffle_tags has nothing to shuffle: no caption of {label} has tags"
                 " with commas between them; drop it."
             )
 
     def _shuffle(self, text: str, sample: int, order: int) -> str:
-        """A text with its tags in another order; those with the trigger word stay in front."""
+        """A text with its tags in another order; those with the trigger word stay in front.
+
+        Args:
+            sample: the image's number in the set.
+            order: number of the order, which decides the permutation together with the seed.
+        """
         config = self._configs[sample]
-        front, tags = [], []
-        for tag in [tag.strip() for tag in text.split(",")]:
+        front_tags = []
+        tags = []
+        for part in text.split(","):
+            tag = part.strip()
             if config.trigger_word and has_word(tag, config.trigger_word):
-                front.append(tag)
+                front_tags.append(tag)
             else:
                 tags.append(tag)
         random = generator(config.seed, "tags", sample, order)
         permutation = torch.randperm(len(tags), generator=random).tolist()
-        return ", ".join(front + [tags[place] for place in permutation])
+        return ", ".join(front_tags + [tags[place] for place in permutation])
 
     def all_texts(self) -> list[str]:
         """Every text that training can meet, without repetition."""
-        texts = [text for orders in self._texts for text in orders]
+        texts: list[str] = []
+        for orders in self._texts:
+            texts += orders
         if any(config.caption_dropout for config in self._configs):
             texts.append("")
         return list(dict.fromkeys(texts))
 
     def text(self, sample: int, step: int, slot: int) -> str:
-        """The text of one training sample; it depends on the seed and the sample alone."""
+        """The text of one training sample, which the seed, step and slot decide."""
         config = self._configs[sample]
         random = generator(config.seed, "caption", step, sample, slot)
-        # Both numbers are always drawn, so that dropout changes no order.
+        # Two numbers whatever the options, so that dropout does not change the order of tags.
         dropout, order = torch.rand(2, generator=random, dtype=torch.float64).tolist()
         if dropout < config.caption_dropout:
             return ""
@@ -131,28 +134,31 @@ class Captions:
 
 
 def add_trigger(text: str, trigger: str | None) -> str:
-    """A caption that begins with the trigger word, unless it has it somewhere."""
-    return text if not trigger or has_word(text, trigger) else f"{trigger}, {text}"
+    """Put the trigger word in front of a caption, unless the caption has it somewhere."""
+    if not trigger or has_word(text, trigger):
+        return text
+    return f"{trigger}, {text}"
 
 
 def has_word(text: str, word: str) -> bool:
-    """Test that a text has a word, or several, that are not part of longer ones."""
+    """Test that a text has a word, or a phrase, by itself and not within a longer word."""
+    # One form of letters with accents, which may be one character or two.
     text = unicodedata.normalize("NFC", text)
     word = unicodedata.normalize("NFC", word)
-    # Marks such as those of <s1> are an end by themselves.
+    # A word that begins with a mark, such as <s1>, may follow a letter.
     start = r"(?<!\w)" if re.match(r"\w", word) else ""
     end = r"(?!\w)" if re.search(r"\w$", word) else ""
     return re.search(start + re.escape(word) + end, text) is not None
 
 
 class PromptCache:
-    """Embeddings of the prompts that frozen text encoders have seen, computed once each.
+    """Embeddings of prompts by frozen text encoders, each computed once.
 
     Args:
         pipeline: with its encoders.
-        device: where they are moved to for the while of embedding.
-        family: of the pipeline, with the run's settings; its usual ones by default.
-        disk: where embeddings stay for the next run.
+        device: to which the encoders are moved while they embed.
+        family: of the pipeline, with the run's settings; by default with its usual settings.
+        disk: the cache that stays for the next run.
         prepare: called before the encoders are used.
     """
 
@@ -164,65 +170,74 @@ class PromptCache:
         disk: DiskCache | None = None,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        self._pipeline, self._device = pipeline, device
+        self._pipeline = pipeline
+        self._device = device
         self.family = family or family_of(pipeline)
-        self._disk, self._prepare = disk or DiskCache(), prepare
+        self._disk = disk or DiskCache()
+        self._prepare = prepare
         self._embeddings: dict[str, Conditions] = {}
 
     def add(self, prompts: Sequence[str]) -> None:
-        """Embed those of ``prompts`` that are new; the encoders visit the device for it only.
+        """Embed the prompts that are new.
 
-        Each on its own, so that the result does not depend on what else was new.
+        Each prompt is embedded by itself, so that the result does not depend on the other new ones.
         """
         missing = []
         for prompt in dict.fromkeys(prompts):
             if prompt in self._embeddings:
                 continue
-            if parts := self._disk.get(prompt):  # of an earlier run
-                self._embeddings[prompt] = _row_of_tensors(parts)
+            tensors = self._disk.get(prompt)  # of an earlier run
+            if tensors:
+                self._embeddings[prompt] = _row_from_tensors(tensors)
             else:
                 missing.append(prompt)
         if not missing:
             return
+
         self._prepare()
-        parts = [getattr(self._pipeline, name) for name in self.family.encoders]
-        encoders = [encoder for encoder in parts if encoder is not None]
+        encoders = []
+        for name in self.family.encoders:
+            encoder = getattr(self._pipeline, name)
+            if encoder is not None:  # some pipelines lack one
+                encoders.append(encoder)
         for encoder in encoders:
             encoder.to(self._device)
-        # One by one: batched products are rounded by the shape of the batch.
+        # One by one: how batched products are rounded depends on the shape of the batch.
         for prompt in missing:
-            (self._embeddings[prompt],) = split_rows(self.family.embed(self._pipeline, [prompt]))
-            self._disk.put(_row_to_tensors(self._embeddings[prompt]), prompt)
+            (row,) = split_rows(self.family.embed(self._pipeline, [prompt]))
+            self._embeddings[prompt] = row
+            self._disk.put(_row_to_tensors(row), prompt)
         for encoder in encoders:
             encoder.to("cpu")
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
-        """Embeddings of ``prompts`` on the CPU, in order."""
+        """Embeddings of prompts, n rows in their order, on the CPU."""
         self.add(prompts)
         return join_rows([self._embeddings[prompt] for prompt in prompts])
 
     def conditions(self, captions: Sequence[str]) -> Conditions:
-        """Embeddings of captions as training reads them, on the CPU: an empty one is what guidance
-        leads away from.
+        """Embeddings of captions as training reads them, n rows on the CPU.
+
+        An empty caption, such as a dropped one, is embedded as guidance's negative prompt.
         """
         self.add(captions)
         if "" not in captions:
             return self(captions)
-        # A dropped caption is embedded as the negative prompt of guidance.
-        negative = self.family.negative(self._pipeline, self._embeddings[""])
-        return join_rows([self._embeddings[text] if text else negative for text in captions])
+        negative_row = self.family.negative(self._pipeline, self._embeddings[""])
+        rows = [self._embeddings[text] if text else negative_row for text in captions]
+        return join_rows(rows)
 
     def release(self) -> None:
-        """Drop the encoders, of which those of a flow model are as large as the denoiser."""
+        """Drop the encoders: those of a flow model are as large as its denoiser."""
         for name in self.family.encoders:
             setattr(self._pipeline, name, None)
-        gc.collect()  # models refer to themselves
+        gc.collect()  # models refer to themselves, so that they outlive their last reference
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def _row_to_tensors(row: Conditions) -> dict[str, Tensor]:
-    """One row as tensors by name."""
+    """One row of embeddings as tensors by name; a list of one has a name that ends in "[]"."""
     tensors: dict[str, Tensor] = {}
     for name, values in row.items():
         if isinstance(values, list):
@@ -232,8 +247,8 @@ def _row_to_tensors(row: Conditions) -> dict[str, Tensor]:
     return tensors
 
 
-def _row_of_tensors(tensors: dict[str, Tensor]) -> Conditions:
-    """The reverse."""
+def _row_from_tensors(tensors: dict[str, Tensor]) -> Conditions:
+    """The reverse of `_row_to_tensors`."""
     row: Conditions = {}
     for name, values in tensors.items():
         if name.endswith(LIST_SUFFIX):

@@ -1,10 +1,10 @@
 """A workflow for ComfyUI that samples a run's first validation image as diffusers does.
 
-It is in ComfyUI's API format, which its window takes like any other: nodes by their numbers, and
-where an input is another node's output, that node's number and the output's. The names of nodes and
-files are those of Comfy-Org's templates and model repositories in 2026; nodes, inputs and noise
-levels are tested in ComfyUI's code, where a copy is at hand, and no image was sampled in it. What
-differs between kinds of models is in `Family.comfyui`.
+It is in ComfyUI's API format, which its window opens like any other: nodes by their numbers. An
+input that is the output of another node is the pair of that node's number and the output's number.
+The names of nodes and files are those of Comfy-Org's templates and model repositories in 2026. With
+a copy of ComfyUI, tests try nodes, inputs and noise levels in its code; no image was sampled in it.
+`Family.comfyui` has what differs between kinds of models.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.choices import BASE_GUIDANCE
 from ..core.durable import write_text
 from ..core.lora_names import base_workflow_file_name, kohya_file_name, workflow_file_name
+from ..core.values import BASE_GUIDANCE
 from ..methods import get
 from ..mini import embedded
 from .config import DreamBoothConfig
@@ -25,34 +25,32 @@ from .families import family_of
 from .families.base import ComfyUI, Family
 from .validation import ValidationSample, usual_sample
 
+# Nodes by the number of the text encoders' files.
 TEXT_ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader"}
-"""Node by the number of the encoders' files."""
-TRAINING_STEPS = 1000
-"""Noise levels of Stable Diffusion XL, from which samplers take some."""
-Output = list[Any]
-"""An output of a node: its number and the output's."""
+TRAINING_STEPS = 1000  # noise levels of Stable Diffusion XL, of which samplers take some
+Output = list[Any]  # an output of a node: the node's number and the output's
 
 
 class Graph(dict[str, Any]):
     """The nodes of a workflow by their numbers."""
 
     def add(self, kind: str, **inputs: Any) -> Output:
-        """One more node; returns the first of its outputs."""
+        """Add a node; returns its first output."""
         number = str(len(self) + 1)
         self[number] = {"class_type": kind, "inputs": inputs}
         return [number, 0]
 
 
 def remark(cfg: DreamBoothConfig) -> str | None:
-    """The sentence on a model of flow matching whose file ComfyUI misreads; None for others."""
+    """A sentence on a flow-matching model's LoRA file that ComfyUI misreads; None for others."""
     family: Family = cfg.family
     if not family.flow:
-        return None  # the kohya file is for it
+        return None  # ComfyUI reads SDXL's kohya file
     comfyui = family.comfyui
     if comfyui is None:
         return (
             f"ComfyUI has no names for the layers of {family.title} and finds nothing in the"
-            " file: draw with diffusers, which reads it as trained."
+            " file: sample with diffusers, which reads it as trained."
         )
     if cfg.use_dora:
         flag, loss = "use_dora", "its magnitudes"
@@ -61,21 +59,26 @@ def remark(cfg: DreamBoothConfig) -> str | None:
     else:
         return None
     return (
-        f"--{flag}: diffusers reads the file as trained; ComfyUI leaves out {loss}, so what that"
-        " draws is not what was trained."
+        f"--{flag}: diffusers reads the file as trained; ComfyUI leaves out {loss}, so its images"
+        " are not those of what was trained."
     )
 
 
 def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
-    """Write the workflow beside the LoRA file, and the same with guidance from the base model where
-    the model has an unconditional prediction; none where ComfyUI does not read the file as trained.
+    """Write the workflow beside the LoRA file, and a second one with guidance from the base model.
+
+    There is no workflow where ComfyUI does not read the file as trained, and no second one where
+    the model makes no unconditional prediction. Older workflows are removed.
     """
-    path, base_path = folder / workflow_file_name(folder), folder / base_workflow_file_name(folder)
+    path = folder / workflow_file_name(folder)
+    base_path = folder / base_workflow_file_name(folder)
     path.unlink(missing_ok=True)
     base_path.unlink(missing_ok=True)
-    base, family = cfg.pretrained_model_name_or_path, family_of(pipeline)
+    base = cfg.pretrained_model_name_or_path
+    family = family_of(pipeline)
     is_unread = remark(cfg) is not None or get(cfg.method).exports_weights
-    if is_unread or embedded(base) or not (family.flow or cfg.output_kohya_format):
+    has_no_file = not (family.flow or cfg.output_kohya_format)
+    if is_unread or has_no_file or embedded(base):
         return
     samples = cfg.samples
     if not samples:
@@ -83,7 +86,8 @@ def write(cfg: DreamBoothConfig, folder: Path, pipeline: Any) -> None:
         prompt = concept.trigger_word or concept.instance_prompt or "a photo"
         samples = [usual_sample(cfg, prompt)]
     checkpoint = family.comfyui.checkpoints.get(base, Path(base).name.lower())
-    sample, lora = samples[0], kohya_file_name(folder)
+    sample = samples[0]
+    lora = kohya_file_name(folder)
     graph = workflow(pipeline, checkpoint, lora, sample)
     write_text(path, json.dumps(graph, indent=1) + "\n")
     guidance = sample.guidance
@@ -102,33 +106,36 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
     Args:
         checkpoint: the model's file, without its ending.
         lora: the adapter's file.
-        sample: its steps and guidance are those of the pipeline where they are None.
     """
     family: Family = family_of(pipeline)
     comfyui = family.comfyui
     assert comfyui is not None
-    usual_steps, usual_guidance = family.usual_sampling(pipeline)
-    steps = usual_steps if sample.steps is None else sample.steps
-    guidance = usual_guidance if sample.guidance is None else sample.guidance
+    steps, guidance = family.usual_sampling(pipeline)
+    if sample.steps is not None:
+        steps = sample.steps
+    if sample.guidance is not None:
+        guidance = sample.guidance
     size = {"width": sample.width, "height": sample.height}
     graph = Graph()
 
-    # The model with the adapter, which with guidance from the base model acts on one prompt alone.
-    model, text_encoders, autoencoder = _load_checkpoint(graph, comfyui, checkpoint)
-    base_model, negative_encoders = model, text_encoders
+    # The model with the adapter. With guidance from the base model the adapter acts on the positive
+    # prompt alone, by a hook below.
+    base_model, base_encoders, autoencoder = _load_checkpoint(graph, comfyui, checkpoint)
     is_by_base = sample.guidance_from == BASE_GUIDANCE
     adapter: dict[str, Any] = {"lora_name": lora, "strength_model": sample.strength}
+    model = base_model
+    text_encoders = base_encoders
     if not comfyui.text_encoders:
         # Text encoders of the checkpoint may be trained, so the file may have adapters of them.
-        both = {"clip": text_encoders, "strength_clip": sample.strength}
-        model = graph.add("LoraLoader", model=model, **adapter, **both)
+        of_encoders = {"clip": base_encoders, "strength_clip": sample.strength}
+        model = graph.add("LoraLoader", model=base_model, **adapter, **of_encoders)
         text_encoders = [model[0], 1]
     elif not is_by_base:
-        model = graph.add("LoraLoaderModelOnly", model=model, **adapter)
+        model = graph.add("LoraLoaderModelOnly", model=base_model, **adapter)
+    negative_encoders = text_encoders
     if is_by_base:
         model = base_model
-    else:
-        negative_encoders = text_encoders
+        negative_encoders = base_encoders
     if comfyui.shift_node:
         model = _shift_noise_levels(graph, pipeline, model, size)
 
@@ -149,49 +156,61 @@ def workflow(pipeline: Any, checkpoint: str, lora: str, sample: ValidationSample
         positive = graph.add(
             "ConditioningSetProperties", cond_NEW=positive, hooks=hooks, **properties
         )
-    # Some pipelines add guidance times the difference to the prediction, which is one more here;
-    # a model that embeds its guidance is sampled without: `unguided` tells them apart.
+    # ComfyUI's scale is 1 without guidance, a pipeline's is `unguided`: 0 where it adds guidance
+    # times the difference to the prediction, and 100 where the model embeds its guidance.
     scale = max(1.0, guidance + 1.0 - family.unguided)
     guided = {"model": model, "positive": positive, "negative": negative, "cfg": scale}
-
-    # The sampler.
-    if comfyui.scheduler_node:
-        latent = graph.add(
-            "SamplerCustomAdvanced",
-            noise=graph.add("RandomNoise", noise_seed=sample.seed),
-            guider=graph.add("CFGGuider", **guided),
-            sampler=graph.add("KSamplerSelect", sampler_name="euler"),
-            sigmas=graph.add(comfyui.scheduler_node, steps=steps, **size),
-            latent_image=graph.add(comfyui.latent_node, **size, batch_size=1),
-        )
-    else:
-        latent = graph.add(
-            "KSampler",
-            **guided,
-            latent_image=graph.add(comfyui.latent_node, **size, batch_size=1),
-            seed=sample.seed,
-            steps=steps,
-            sampler_name="euler",
-            scheduler=_scheduler(family, steps),
-            denoise=1,
-        )
+    latent = _sample_latent(graph, family, guided, sample.seed, steps, size)
     image = graph.add("VAEDecode", samples=latent, vae=autoencoder)
     graph.add("SaveImage", images=image, filename_prefix=Path(lora).stem)
     return graph
 
 
-def _scheduler(family: Family, steps: int) -> str:
-    """ComfyUI's scheduler with the levels of diffusers', or the nearest."""
-    assert family.comfyui is not None
+def _sample_latent(
+    graph: Graph,
+    family: Family,
+    guided: dict[str, Any],
+    seed: int,
+    steps: int,
+    size: dict[str, int],
+) -> Output:
+    """Add the nodes that sample a latent.
+
+    Args:
+        guided: the model, both prompts and the guidance scale.
+        size: of the image, by the names of the nodes' inputs.
+    """
+    comfyui = family.comfyui
+    assert comfyui is not None
+    if comfyui.scheduler_node:
+        return graph.add(
+            "SamplerCustomAdvanced",
+            noise=graph.add("RandomNoise", noise_seed=seed),
+            guider=graph.add("CFGGuider", **guided),
+            sampler=graph.add("KSamplerSelect", sampler_name="euler"),
+            sigmas=graph.add(comfyui.scheduler_node, steps=steps, **size),
+            latent_image=graph.add(comfyui.latent_node, **size, batch_size=1),
+        )
+    # The scheduler whose noise levels are those of diffusers, or nearest to them.
+    scheduler = comfyui.scheduler
     if not family.flow and TRAINING_STEPS % steps == 0:
-        return "ddim_uniform"
-    return family.comfyui.scheduler
+        scheduler = "ddim_uniform"
+    return graph.add(
+        "KSampler",
+        **guided,
+        latent_image=graph.add(comfyui.latent_node, **size, batch_size=1),
+        seed=seed,
+        steps=steps,
+        sampler_name="euler",
+        scheduler=scheduler,
+        denoise=1,
+    )
 
 
 def _load_checkpoint(
     graph: Graph, comfyui: ComfyUI, checkpoint: str
 ) -> tuple[Output, Output, Output]:
-    """Model, text encoders and autoencoder."""
+    """Add the nodes that load a checkpoint: its model, text encoders and autoencoder."""
     file = f"{checkpoint}.safetensors"
     if comfyui.autoencoder is None:
         model = graph.add("CheckpointLoaderSimple", ckpt_name=file)
@@ -207,15 +226,17 @@ def _load_checkpoint(
             names = names_of_size
     inputs = {}
     for number, name in enumerate(names, start=1):
-        place = "clip_name" if len(names) == 1 else f"clip_name{number}"
-        inputs[place] = f"{name}.safetensors"
+        input_name = "clip_name"
+        if len(names) > 1:
+            input_name += str(number)
+        inputs[input_name] = f"{name}.safetensors"
     if comfyui.text_encoder_type:
         inputs["type"] = comfyui.text_encoder_type
     return model, graph.add(TEXT_ENCODER_LOADERS[len(names)], **inputs), autoencoder
 
 
 def _shift_noise_levels(graph: Graph, pipeline: Any, model: Output, size: dict[str, int]) -> Output:
-    """The model with the shift of noise levels that the pipeline has at this size."""
+    """Add the node that shifts the noise levels as the pipeline does at this size."""
     family: Family = family_of(pipeline)
     assert family.comfyui is not None
     config = pipeline.scheduler.config
@@ -225,6 +246,6 @@ def _shift_noise_levels(graph: Graph, pipeline: Any, model: Output, size: dict[s
         mu = math.log(config.shift)
     node = family.comfyui.shift_node
     if node == "ModelSamplingFlux":
-        # It interpolates between two shifts by the size of the image; here both are the same.
+        # The node interpolates between two shifts by the size of the image; here both are equal.
         return graph.add(node, model=model, max_shift=mu, base_shift=mu, **size)
     return graph.add(node, model=model, shift=math.exp(mu))

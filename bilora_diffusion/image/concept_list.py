@@ -3,7 +3,7 @@
     - {dataset: photos/dog, instance_prompt: a photo of TOK dog, repeats: 4}
     - {dataset: photos/castle, trigger_word: SKS}
 
-Options of the command line are the defaults of each. What was read is `ImageOptions.concepts`.
+Options of the command line are defaults of all concepts, which become `ImageOptions.concepts`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import constraints
-from ..config.command_line import CommandLine
-from ..config.recipe import read_options
+from ..config.command_line import CommandLine, read_options
 from ..config.resolving import without_ignored_options
 from ..core.errors import UserError, is_main_process, placed
 from ..core.fields import check, options_of
 from ..core.files import folder_or_id, is_folder, quoted
 from .derived import with_set_defaults
 from .image_files import folder_of_set, list_folder
-from .loss_options import PriorOptions
+from .model_options import PriorOptions
 from .options import DataOptions, ImageOptions, ValidationOptions
 from .sets import ImageSet
 
+# Options that each concept has for itself.
 CONCEPT_OPTIONS = (
     "dataset_name",
     "instance_data_dir",
@@ -46,28 +46,17 @@ CONCEPT_OPTIONS = (
     "num_class_images",
     "validation_dataset",
 )
-"""Options that each concept has for itself."""
-
-
+# Options of a concept that join those of the run.
 PROMPT_OPTIONS = ("validation_prompt", "validation_prompts")
-"""Options of a concept that join those of the run."""
-
-
 CONCEPT_GROUPS = (DataOptions, PriorOptions, ValidationOptions)
-
-
+# Options whose combinations are checked for each concept.
 FACTS = (
     *CONCEPT_OPTIONS,
     "with_prior_preservation",
     "prior_prediction_weight",
     "hold_unconditional",
 )
-"""Options whose combinations are refused for each concept."""
-
-
 Config = TypeVar("Config", bound=ImageOptions)
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -75,8 +64,8 @@ def with_sets_of_images(cfg: Config) -> Config:
     """The configuration with the defaults of its set of images, or of each of its concepts.
 
     Raises:
-        UserError: The list of concepts can't be read, or a concept can't be trained; the sentence
-            begins with its place.
+        UserError: the list of concepts can't be read, or a concept can't be trained; the message
+            begins with its place in the list.
     """
     if not has_concepts(cfg):
         return with_set_defaults(cfg)
@@ -102,7 +91,7 @@ def has_concepts(cfg: ImageOptions) -> bool:
 
 
 def read_concepts(cfg: ImageOptions) -> tuple[str, list[Any]]:
-    """The file in which the concepts stand, and what it says of each."""
+    """The file that lists the concepts, and the entry of each concept."""
     dataset: Any = cfg.dataset_name
     if isinstance(dataset, list):
         place, items = str(cfg.config), dataset
@@ -115,21 +104,27 @@ def read_concepts(cfg: ImageOptions) -> tuple[str, list[Any]]:
 
 
 def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
-    """The run's configuration with a concept's options, and a sentence for each without effect."""
+    """The run's configuration with a concept's options; a sentence for each without effect.
+
+    Args:
+        item: of the list of concepts.
+    """
     if not isinstance(item, dict):
         raise UserError(f'it is {quoted(item)}: write options, such as "dataset: FOLDER".')
-    # `mapped` would accept some of the run's options, such as the resolution.
+    # The parser below knows some options of the whole run, such as the resolution.
     names = {name.replace("-", "_") for name in item}
-    shared = (names & options_of(run.groups).keys()).difference(CONCEPT_OPTIONS, PROMPT_OPTIONS)
-    if shared:
-        raise UserError(f"{min(shared)} holds for all concepts: give it on the command line.")
+    run_options = names & options_of(run.groups).keys()
+    run_options -= {*CONCEPT_OPTIONS, *PROMPT_OPTIONS}
+    if run_options:
+        raise UserError(f"{min(run_options)} holds for all concepts: give it on the command line.")
     parser = CommandLine(CONCEPT_GROUPS, "", "")
     explicit = parser.mapped(item)
     if isinstance(explicit.get("dataset_name"), list):
         raise UserError("its dataset is a list: give a single folder or hub id.")
     check(options_of(CONCEPT_GROUPS), {**parser.defaults(), **explicit})
 
-    # The run's prompts are not sampled for each concept, and no preset adds some.
+    # The run's prompts are not sampled for each concept, and a preset adds no prompts, since they
+    # count as given.
     without_prompts = {
         "dataset_name": None,
         "validation_prompt": None,
@@ -142,36 +137,31 @@ def read_concept(run: Config, item: Any) -> tuple[Config, list[str]]:
     check_settings(concept)
     constraints.check({name: getattr(concept, name) for name in FACTS})
 
-    # Of the run's options without effect the run itself tells.
+    # The run itself notes its own options without effect.
     concept = replace(concept, given_options=frozenset(explicit))
     concept, notes = without_ignored_options(concept, CONCEPT_GROUPS)
     check_images(concept)
     return concept, notes
 
 
-def source_of(concept: ImageOptions) -> str:
-    """Name or place of a concept's images."""
-    return str(concept.dataset_name or concept.instance_data_dir)
-
-
 def require_other_folders(concept: ImageOptions, earlier: Sequence[ImageOptions]) -> None:
-    """Refuse images that an earlier concept has, or class images that belong to something else."""
+    """Refuse a concept that shares a folder of images, or of class images, with an earlier one."""
     images, classes = folders_of(concept)
-    for number, neighbour in enumerate(earlier, start=1):
-        neighbour_images, neighbour_classes = folders_of(neighbour)
-        if images == neighbour_images:
+    for number, other_concept in enumerate(earlier, start=1):
+        other_images, other_classes = folders_of(other_concept)
+        if images == other_images:
             raise UserError(
-                f"its images, {quoted(source_of(concept))}, are those of concept {number}: give"
-                " each image one concept."
+                f"its images, {quoted(concept.source)}, are those of concept {number}: give each"
+                " image one concept."
             )
-        if classes == neighbour_images or images == neighbour_classes:
+        if classes == other_images or images == other_classes:
             raise UserError(
                 f"class images and training images of concept {number} lie in one folder: give the"
                 " class images a folder of their own."
             )
-        # Missing class images are made by the prompt, so one folder can't serve two prompts.
-        differs = concept.class_prompt != neighbour.class_prompt
-        if classes is not None and classes == neighbour_classes and differs:
+        # Missing class images are sampled with the prompt, so one folder can't serve two prompts.
+        has_other_prompt = concept.class_prompt != other_concept.class_prompt
+        if classes is not None and classes == other_classes and has_other_prompt:
             raise UserError(
                 f"its class images lie in {quoted(concept.class_data_dir)} as those of concept"
                 f" {number}, and their prompts differ: give it a class_data_dir of its own."
@@ -179,35 +169,38 @@ def require_other_folders(concept: ImageOptions, earlier: Sequence[ImageOptions]
 
 
 def folders_of(concept: ImageOptions) -> tuple[Path, Path | None]:
-    """Where a concept's images and its class images lie."""
-    images = Path(source_of(concept)).expanduser().resolve()
+    """The folders of a concept's images and of its class images."""
+    images = Path(concept.source).expanduser().resolve()
     if not concept.class_data_dir:
         return images, None
     return images, Path(concept.class_data_dir).expanduser().resolve()
 
 
 def require_disjoint(place: str, images: ImageSet) -> None:
-    """Refuse an image that two concepts have: folders may lie in one another, or be links."""
+    """Refuse an image that two concepts have: a folder may lie in another one, or be a link.
+
+    Args:
+        place: file of the list of concepts.
+    """
     concepts: dict[Path, int] = {}
     for entry in images.entries:
         source = entry.encoded()
-        if isinstance(source, bytes):  # of a hub's set, which is no file of the user
+        if isinstance(source, bytes):  # an image of the hub's, which is no file of the user
             continue
-        first = concepts.setdefault(source.resolve(), entry.concept)
-        if first != entry.concept:
+        first_concept = concepts.setdefault(source.resolve(), entry.concept)
+        if first_concept != entry.concept:
             raise UserError(
                 f"{place}, concept {entry.concept + 1}: its image {quoted(source)} is one of"
-                f" concept {first + 1} too: give each image one concept."
+                f" concept {first_concept + 1} too: give each image one concept."
             )
 
 
 def joined(run: Config, concepts: Sequence[Config]) -> Config:
     """The run's configuration with its concepts, by their names, and their validation prompts."""
-    sources = [source_of(concept) for concept in concepts]
-    names = [Path(source).name or source for source in sources]
+    names = [Path(concept.source).name or concept.source for concept in concepts]
     # Two folders may have one name, but not one path (`require_other_folders`).
     if len(set(names)) < len(names):
-        names = sources
+        names = [concept.source for concept in concepts]
     records: list[dict[str, Any]] = []
     prompts = list(run.validation_prompts)
     settings = list(run.validation_settings) or [{} for _ in prompts]
@@ -216,7 +209,7 @@ def joined(run: Config, concepts: Sequence[Config]) -> Config:
         for option in CONCEPT_OPTIONS:
             record[option] = getattr(concept, option)
         records.append(record)
-        # One mapping for each prompt; [] stands for as many empty ones.
+        # One mapping for each prompt; [] stands for empty ones.
         concept_settings = concept.validation_settings or [{} for _ in concept.validation_prompts]
         for prompt_settings in concept_settings:
             settings.append({**prompt_settings, "concept": name})
@@ -227,7 +220,7 @@ def joined(run: Config, concepts: Sequence[Config]) -> Config:
         validation_prompts=prompts,
         validation_settings=settings if any(settings) else [],
     )
-    # The file's name stands where a run has what its concepts have, so that checks of the run hold.
+    # Checks of the run ask whether it has these: the list's file stands for those of the concepts.
     for option in ("validation_dataset", "class_prompt", "class_data_dir"):
         is_in_concept = any(getattr(concept, option) for concept in concepts)
         if getattr(run, option) is None and is_in_concept:
@@ -236,8 +229,9 @@ def joined(run: Config, concepts: Sequence[Config]) -> Config:
 
 
 def check_settings(cfg: ImageOptions) -> None:
-    """Refuse a prompt's strength of the adapter, and guidance from the base model, where more than
-    the adapter was trained.
+    """Refuse a prompt's strength of the adapter or guidance from the base model, as constraints do.
+
+    Both need a run that trains adapters only.
     """
     for settings in cfg.validation_settings:
         facts: dict[str, Any] = {}
@@ -258,9 +252,8 @@ def check_images(cfg: ImageOptions) -> None:
     images = cfg.instance_data_dir
     if images is not None and folder_or_id(images, "--instance_data_dir") is None:
         raise UserError(f"--instance_data_dir {quoted(images)} does not exist: correct the path.")
-    # Class images that are missing are generated, and would be training images in the next run.
-    source = str(cfg.dataset_name or cfg.instance_data_dir)
-    folder = Path(source).expanduser()
+    # Missing class images are generated, and would be training images of the next run.
+    folder = Path(cfg.source).expanduser()
     if cfg.class_data_dir is not None and Path(cfg.class_data_dir).exists():
         class_folder = folder_or_id(cfg.class_data_dir, "--class_data_dir")
         if class_folder is not None and class_folder.resolve() == folder.resolve():
@@ -268,10 +261,10 @@ def check_images(cfg: ImageOptions) -> None:
                 f"--class_data_dir {quoted(cfg.class_data_dir)} is the folder of the training"
                 " images: give the class images a folder of their own."
             )
-    # A set on the hub is not listed here: without any option it has no known column of captions.
+    # A set on the hub has captions only if their column is given.
     has_prompt = cfg.caption_column is not None or cfg.instance_prompt
     if not has_prompt and not (is_folder(folder) and list_folder(folder).has_captions):
         raise UserError(
-            f'"{source}" has no prompt: add --instance_prompt, for example "a photo of TOK dog",'
-            " --caption_column, or a .txt file with its caption beside each image."
+            f'"{cfg.source}" has no prompt: add --instance_prompt, for example "a photo of TOK'
+            ' dog", --caption_column, or a .txt file with its caption beside each image.'
         )

@@ -13,23 +13,29 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..config import resolving
 from ..config.options import OptimizerOptions, StepOptions, StoppingOptions
 from ..config.run import without_influence
-from ..core.choices import BASE_GUIDANCE
 from ..core.errors import UserError
 from ..core.files import folder_or_id, is_folder, quoted
+from ..core.values import (
+    BASE_GUIDANCE,
+    BY_SAMPLES,
+    DINOV2,
+    EMBEDDED,
+    HELDOUT_DISTANCE,
+    HELDOUT_LOSS,
+)
 from ..methods.options import AdapterOptions, MethodFlags, SingleMethodOptions
-from ..run.heldout_part import read_part
+from ..run.data import read_part
 from .base_model import BaseModel, describe, folder_of
 from .concept_list import check_images, check_settings, with_sets_of_images
 from .derived import with_model_defaults
 from .families import SDXL, family_class
-from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
+from .model_options import DiffusionOptions, FlowOptions, ModelOptions, PriorOptions
 from .options import (
     CACHE_AUTO,
     CACHE_FOLDER,
     DataOptions,
     ImageOptions,
     ImageOutputOptions,
-    ModelOptions,
     ValidationOptions,
 )
 from .validation import ValidationSample, samples_of
@@ -52,6 +58,16 @@ GROUPS = (
     ImageOutputOptions,
     SingleMethodOptions,
 )
+
+SAMPLING_OPTIONS = frozenset(
+    {
+        "image_model",
+        "validation_num_inference_steps",
+        "validation_guidance_scale",
+        "validation_guidance_from",
+    }
+)
+"""Options that the distance of samples depends on."""
 
 
 @dataclass(frozen=True)
@@ -92,49 +108,85 @@ class DreamBoothConfig(ImageOptions):
         return cfg
 
     def check_inputs(self) -> None:
-        check_inputs(self)
+        check_settings(self)
+        if self.validation_part is not None:
+            read_part(self.validation_part)
+        scheme, _, source = self.image_model.partition(":")
+        if self.image_model != EMBEDDED and (scheme != DINOV2 or not source):
+            raise UserError(
+                f"--image_model {quoted(self.image_model)} is unknown: give {DINOV2}:ID_OR_FOLDER,"
+                f" such as {DINOV2}:facebook/dinov2-base."
+            )
+        if not self.concepts:  # each concept was checked when it was read (`concept_list`)
+            check_images(self)
+        for name in ("pretrained_vae_model_name_or_path", "hub_model_id"):
+            value = getattr(self, name)
+            if value is not None:
+                folder_or_id(value, f"--{name}")
+        check_cache(self.disk_cache)
 
     @property
     def base_model(self) -> str:
         return self.pretrained_model_name_or_path
 
     @property
+    def chooses_by_samples(self) -> bool:
+        """True if the distance of samples decides what the run leaves."""
+        return self.depends_on_heldout and self.choose_by == BY_SAMPLES
+
+    @property
+    def heldout_measure(self) -> str:
+        if self.chooses_by_samples:
+            return HELDOUT_DISTANCE
+        return HELDOUT_LOSS
+
+    @property
+    def heldout_options(self) -> frozenset[str]:
+        options = super().heldout_options | {"choose_by"}
+        if self.chooses_by_samples:
+            options |= SAMPLING_OPTIONS
+        return options
+
+    def measurement_interval(self, steps: int) -> int:
+        """Steps from one measurement to the next: a fifth of a run where images are sampled."""
+        if self.chooses_by_samples:
+            return max(1, steps // 5)
+        return super().measurement_interval(steps)
+
+    @property
     def leaves_unused(self) -> bool:
-        # SDXL does not read the last layer of its first encoder, and no transformer what its last
-        # block makes of the text.
+        # SDXL does not read the last layer of its first encoder, and no transformer the text's
+        # tokens behind its last block.
         return self.train_text_encoder or self.pipeline != SDXL
 
     @property
     def family(self) -> Any:
-        """Facts of the base model's kind, with the run's settings of it."""
+        """The base model's kind, a `families.base.Family`, with the run's settings."""
         family = family_class(self.pipeline, self.pretrained_model_name_or_path)
         return family(**self.family_settings)
 
     @property
     def family_settings(self) -> dict[str, Any]:
-        """Given values of the settings that a `Family` lets a run change."""
-        settings = {
-            "max_sequence_length": self.max_sequence_length,
-            "guidance_scale": self.guidance_scale,
-        }
-        return {name: value for name, value in settings.items() if value is not None}
+        """The settings of a `Family` that the run gives."""
+        settings: dict[str, Any] = {}
+        for name in ("max_sequence_length", "guidance_scale"):
+            if getattr(self, name) is not None:
+                settings[name] = getattr(self, name)
+        return settings
 
     @property
     def cache(self) -> Path | None:
-        """Folder in which the run caches what it encodes; None where it does not."""
-        return None if self.dry_run else cache_folder(self.disk_cache)
+        """Folder of cached latents and prompt embeddings; None where the run has none."""
+        if self.dry_run:
+            return None
+        return cache_folder(self.disk_cache)
 
     @property
     def concept_configs(self) -> list[Self]:
-        """The configuration as each concept has it; itself where there are none."""
+        """The configuration of each concept; the run's own where it has no concepts."""
         if not self.concepts:
             return [self]
         return [replace(self, concepts=[], **options) for options in self.concepts]
-
-    @property
-    def source(self) -> str:
-        """Name or place of the training images."""
-        return str(self.dataset_name or self.instance_data_dir)
 
     @property
     def sampled_prompts(self) -> list[str]:
@@ -143,12 +195,12 @@ class DreamBoothConfig(ImageOptions):
 
     @property
     def samples(self) -> list[ValidationSample]:
-        """How each validation image is sampled, in their order."""
+        """The settings of each validation image, in their order."""
         return samples_of(self)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        # Read from the options, but not to be read off them again: viewer and card need them.
+        # No options, but the viewer and the model card need them.
         values["validation_settings"] = self.validation_settings
         if self.concepts:
             values["concepts"] = self.concepts
@@ -157,62 +209,60 @@ class DreamBoothConfig(ImageOptions):
     def fingerprint(self) -> dict[str, Any]:
         values = super().fingerprint()
         if self.concepts:
-            values["concepts"] = [
-                {
-                    name: value
-                    for name, value in options.items()
-                    if name not in self.without_influence
-                }
-                for options in self.concepts
-            ]
+            concepts = []
+            for options in self.concepts:
+                influential = {}
+                for name, value in options.items():
+                    if name not in self.without_influence:
+                        influential[name] = value
+                concepts.append(influential)
+            values["concepts"] = concepts
         return values
 
 
+# Makes the configuration of a command line of the image script.
 resolve = DreamBoothConfig.resolve
-"""Makes the configuration of a command line of the image script."""
 
 
 def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
-    """Refuse sizes, negative prompts and files that the base model does not have."""
-    from .crops import sizes  # here, since it imports torch
+    """Refuse sizes, guidance, negative prompts and files that the base model does not have."""
+    from .crops import bucket_sizes  # here, since it imports torch
 
     family = model.family
-    edges: set[int] = set()
-    for size in sizes(cfg.resolution, cfg.aspect_ratio_buckets):
-        edges.update(size)
+    run_guidance = cfg.validation_guidance_scale
+    if run_guidance is None:
+        run_guidance = model.usual_guidance
+    sides: set[int] = set()  # in pixels, of all images that are trained on or sampled
+    for size in bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets):
+        sides.update(size)
     for number, settings in enumerate(cfg.validation_settings, start=1):
-        for edge in ("width", "height"):
-            if edge in settings:
-                edges.add(settings[edge])
-        guidance = settings.get("guidance", cfg.validation_guidance_scale)
-        if guidance is None:
-            guidance = model.usual_guidance
-        whose = f"number {number} of --validation_prompts"
-        if settings.get("concept"):  # its place in the joined list says nothing to the user
-            whose = f"a prompt of {settings['concept']}"
-        source = settings.get("guidance_from", cfg.validation_guidance_from)
-        if source == BASE_GUIDANCE:
-            request = f"{whose} with guidance from the base model"
+        for name in ("width", "height"):
+            if name in settings:
+                sides.add(settings[name])
+        guidance = settings.get("guidance", run_guidance)
+        prompt = f"number {number} of --validation_prompts"
+        if settings.get("concept"):  # its number in the joined list says nothing to the user
+            prompt = f"a prompt of {settings['concept']}"
+        guidance_from = settings.get("guidance_from", cfg.validation_guidance_from)
+        if guidance_from == BASE_GUIDANCE:
+            request = f"{prompt} with guidance from the base model"
             require_unconditional(family, guidance, model.index, model.configs, request)
-        # Without guidance the pipeline runs no second pass that would read it.
+        # Without guidance the pipeline makes no prediction that would read it.
         is_read = family.reads_negative_prompt and guidance > family.unguided
         if settings.get("negative_prompt") and not is_read:
             raise UserError(
-                f"{whose} has a negative prompt, and {family.title} reads none at a guidance of"
+                f"{prompt} has a negative prompt, and {family.title} reads none at a guidance of"
                 f" {guidance:g}: drop it."
             )
     if cfg.validation_guidance_from == BASE_GUIDANCE:
-        guidance = cfg.validation_guidance_scale
-        if guidance is None:
-            guidance = model.usual_guidance
         request = "--validation_guidance_from base"
-        require_unconditional(family, guidance, model.index, model.configs, request)
-    for edge in edges:
-        family.require_resolution(edge, model.configs)
+        require_unconditional(family, run_guidance, model.index, model.configs, request)
+    for side in sides:
+        family.require_resolution(side, model.configs)
 
+    # Of a model on the hub diffusers says which variants there are.
     folder = folder_of(model.name)
     if cfg.variant is not None and folder is not None:
-        # Only a local model: of the hub's, diffusers says which variants there are.
         weights = folder / family.denoiser
         if not any(weights.glob(f"*.{cfg.variant}*.safetensors")):
             raise UserError(
@@ -227,12 +277,17 @@ def require_unconditional(
     configs: Configs,
     request: str = "guidance from the base model",
 ) -> None:
-    """Refuse the base model's unconditional prediction, asked for in the words of ``request``,
-    where a model makes none at this guidance; see `Family.is_guided`.
+    """Refuse guidance from the base model where a model makes no unconditional prediction.
+
+    Args:
+        guidance: scale, at which the model may go without; see `Family.is_guided`.
+        index, configs: of the model, see `BaseModel`.
+        request: what is refused, the beginning of the message.
     """
     if family.is_guided(guidance, index, configs):
         return
     fix = "drop it"
+    # At no scale, or at larger ones only?
     if family.is_guided(math.inf, index, configs):
         fix = f"give a guidance above {family.unguided:g}, or drop it"
     raise UserError(
@@ -241,26 +296,12 @@ def require_unconditional(
     )
 
 
-def check_inputs(cfg: ImageOptions) -> None:
-    """Refuse what `check_images` does, places that can't be a folder, and malformed ids."""
-    check_settings(cfg)
-    if cfg.validation_part is not None:
-        read_part(cfg.validation_part)
-    if not cfg.concepts:  # theirs were checked as each was read (`concept_list`)
-        check_images(cfg)
-    for name in ("pretrained_vae_model_name_or_path", "hub_model_id"):
-        value = getattr(cfg, name)
-        if value is not None:
-            folder_or_id(value, f"--{name}")
-    check_cache(cfg.disk_cache)
-
-
 def check_cache(disk_cache: str) -> None:
-    """Refuse a folder that can't be written; one that nobody chose is only missed."""
+    """Refuse a ``--disk_cache`` that can't be written; "auto" is used where it can be written."""
     cache = cache_folder(disk_cache)
     if cache is None or disk_cache == CACHE_AUTO:
         return
-    # The folder is made in the nearest parent that exists, a dead link included.
+    # The folder is made in the nearest parent that exists; a dead link exists too.
     parents = (cache, *cache.absolute().parents)
     existing = next(path for path in parents if os.path.lexists(path))
     is_writable = is_folder(existing) and os.access(existing, os.W_OK | os.X_OK)
@@ -272,7 +313,7 @@ def check_cache(disk_cache: str) -> None:
 
 
 def cache_folder(disk_cache: str) -> Path | None:
-    """The folder that a ``--disk_cache`` means, which need not exist; None for none."""
+    """The folder of a ``--disk_cache``, which need not exist; None for "no"."""
     if disk_cache == "no":
         return None
     if disk_cache == CACHE_AUTO:

@@ -1,8 +1,8 @@
 """From an image of any size to the pixels that a model is trained on: sizes, crops and flips.
 
-Images of other shapes than the square are trained in aspect-ratio buckets of their own. Crops and
-flips come from a generator that the caller seeds. SDXL reads them as its size and crop
-conditioning, Section 2.2 of https://arxiv.org/abs/2307.01952.
+Images of other shapes than the square are trained in aspect-ratio buckets. The caller seeds the
+generator of crops and flips. SDXL reads sizes and crops as conditioning, Section 2.2 of
+https://arxiv.org/abs/2307.01952.
 """
 
 from __future__ import annotations
@@ -20,22 +20,27 @@ from torchvision.transforms.v2 import functional
 from ..core.errors import UserError
 from .sets import ImageSet
 
-Size = tuple[int, int]
-"""(height, width) in pixels."""
-AUTO = "auto"
-MULTIPLE = 16
-"""Pixels that divide every side: a latent has 8, and most transformers see two by two of them."""
-MAX_ASPECT_RATIO = 2.0
-"""Of the longer side of an automatic bucket to the shorter."""
+Size = tuple[int, int]  # (height, width) in pixels
+# An image, (3, H, W) in 0 to 255, and its mask, (1, H, W), if it has one.
 Resized = tuple[Tensor, Tensor | None]
-"""An image, (3, H, W) in 0 to 255, and its mask, (1, H, W), if it has one."""
+AUTO = "auto"
+# Pixels that divide every side: a latent has 8, and most transformers see two by two latents.
+MULTIPLE = 16
+MAX_ASPECT_RATIO = 2.0  # longer side of an automatic bucket over its shorter side
 
 
-def sizes(side: int, buckets: str | None) -> list[Size]:
-    """The sizes that a run's images are cut to; the square of ``--resolution`` alone by default."""
+def bucket_sizes(side: int, buckets: str | None) -> list[Size]:
+    """The sizes that a run's images are cut to.
+
+    Args:
+        side: of ``--resolution``, in pixels.
+        buckets: ``--aspect_ratio_buckets``; None for the square alone.
+    """
     if buckets is None:
         return [(side, side)]
-    return sizes_around(side) if buckets == AUTO else read_sizes(buckets)
+    if buckets == AUTO:
+        return sizes_around(side)
+    return read_sizes(buckets)
 
 
 def read_sizes(text: str) -> list[Size]:
@@ -58,21 +63,28 @@ def read_sizes(text: str) -> list[Size]:
     return list(dict.fromkeys(sizes))
 
 
+def nearest_multiple(side: int) -> int:
+    return max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE)
+
+
 def sizes_around(side: int) -> list[Size]:
-    """The square of a side, and sizes up to 1:2 and 2:1 with no more pixels than it, in steps of
-    a sixteenth of the side, in the manner of Stable Diffusion XL (Appendix I of
-    https://arxiv.org/abs/2307.01952).
+    """The square of a side, and sizes up to 1:2 and 2:1 with no more pixels than the square.
+
+    Their sides are multiples of a sixteenth of the square's side, in the manner of Stable Diffusion
+    XL (Appendix I of https://arxiv.org/abs/2307.01952).
     """
     step = max(MULTIPLE, side // 16 // MULTIPLE * MULTIPLE)
     buckets = {(side, side)}
-    for long in range(side, int(side * math.sqrt(MAX_ASPECT_RATIO)) + step, step):
+    # A bucket of the aspect ratio r with the square's pixels has sqrt(r) times its side.
+    longest = int(side * math.sqrt(MAX_ASPECT_RATIO))
+    for long in range(side, longest + step, step):
         short = side * side // long // step * step
         if short and long <= MAX_ASPECT_RATIO * short:
             buckets |= {(long, short), (short, long)}
     return sorted(buckets)
 
 
-def nearest(size: Size, sizes: Sequence[Size]) -> Size:
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
     """The bucket whose shape is most like an image's; of several the largest."""
 
     def rank(bucket: Size) -> tuple[float, int, Size]:
@@ -80,15 +92,11 @@ def nearest(size: Size, sizes: Sequence[Size]) -> Size:
         difference = math.log(bucket[0] / bucket[1]) - math.log(size[0] / size[1])
         return round(abs(difference), 6), -bucket[0] * bucket[1], bucket
 
-    return min(sizes, key=rank)
-
-
-def nearest_multiple(side: int) -> int:
-    return max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE)
+    return min(buckets, key=rank)
 
 
 class Crop(NamedTuple):
-    """A place and a flip, decided before any pixel is read.
+    """The place of a crop and its flip, decided before any pixel is read.
 
     ``top`` and ``left`` are in the image after resizing and, if ``flipped``, after mirroring: the
     position that SDXL's conditioning names.
@@ -100,11 +108,10 @@ class Crop(NamedTuple):
 
 
 def covering_size(size: Size, target: Size) -> Size:
-    """(height, width) of an image that is made as small as covers a target; of a square target its
-    shorter side becomes the square's.
-    """
+    """(height, width) of the smallest resized image that covers a target, in the image's shape."""
     height, width = size
     target_height, target_width = target
+    # height / width <= target_height / target_width, in whole numbers
     if height * target_width <= width * target_height:
         return target_height, max(target_width, int(target_height * width / height))
     return max(target_height, int(target_width * height / width)), target_width
@@ -122,34 +129,35 @@ def sample_crop(
 
     Args:
         size: of the image, before resizing.
-        target: of what is cut out.
+        target: size of the crop.
         center_crop: cut the middle instead of a random place.
         random_flip: mirror half of the samples left to right.
-        generator: where the numbers come from.
+        generator: source of three random numbers.
     """
     # The same three numbers whatever the options, so that an option changes only what it is about
     # and not the numbers that follow.
-    row, column, side = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    row, column, flip = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
     resized_height, resized_width = covering_size(size, target)
-    room_below, room_right = resized_height - target[0], resized_width - target[1]
+    room_below = resized_height - target[0]
+    room_right = resized_width - target[1]
     if center_crop:
         top, left = round(room_below / 2), round(room_right / 2)
     else:
         # The numbers are below 1; `min` is for a product that is rounded up.
         top = min(int(row * (room_below + 1)), room_below)
         left = min(int(column * (room_right + 1)), room_right)
-    return Crop(top, left, random_flip and side < 0.5)
+    return Crop(top, left, random_flip and flip < 0.5)
 
 
 def resize(image: Image.Image, target: Size, interpolation: str) -> Tensor:
-    """An image made as small as covers a target: (c, h, w), in 0 to 255.
+    """An image resized to the smallest size that covers a target: (c, h, w), in 0 to 255.
 
     Args:
         interpolation: a choice of ``--image_interpolation_mode``.
     """
     size = list(covering_size((image.height, image.width), target))
     mode = InterpolationMode(interpolation.replace("_", "-"))
-    # torchvision's types know tensors only, its functions more
+    # torchvision's types know tensors only; its functions take PIL images too.
     resized = functional.resize(cast(Any, image), size, interpolation=mode)
     return functional.pil_to_tensor(resized)
 
@@ -161,17 +169,20 @@ def cut(image: Tensor, crop: Crop, target: Size) -> Tensor:
         image: of `resize` to this target.
         crop: of `sample_crop` for the size of this image before resizing.
     """
-    pixels = functional.horizontal_flip(image) if crop.flipped else image
+    pixels = image
+    if crop.flipped:
+        pixels = functional.horizontal_flip(pixels)
     pixels = functional.crop(pixels, crop.top, crop.left, *target)
     return functional.to_dtype(pixels, torch.float32, scale=True)
 
 
 class ResizedImages:
-    """Images and their masks as small as covers what is cut out of them, 8 bits a value. Decoding
-    and resizing a photo of 12 megapixels takes half a second, cutting next to nothing.
+    """A cache of resized images and masks, 8 bits a value.
+
+    Decoding and resizing a photo of 12 megapixels takes half a second, cropping next to nothing.
 
     Args:
-        max_bytes: images that do not fit into so many are resized anew each time.
+        max_bytes: limit of the cache; images that do not fit are resized at each call.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -179,15 +190,21 @@ class ResizedImages:
         self._cached: dict[tuple[int, int, Size], Resized] = {}
 
     def get(self, images: ImageSet, index: int, size: Size, interpolation: str) -> Resized:
-        """One image of a set, which lives as long as this."""
+        """One image of a set, resized to cover a size, with its mask.
+
+        The set must live as long as this cache, which knows it by its `id`.
+        """
         key = id(images), index, size
         if key in self._cached:
             return self._cached[key]
         image, mask = images.image(index), images.mask(index)
         resized_image = resize(image, size, interpolation)
-        # Bilinear whatever the images are: other filters would ring at the edges of a mask.
-        resized_mask = None if mask is None else resize(mask, size, "bilinear")
-        num_bytes = resized_image.nbytes + (0 if resized_mask is None else resized_mask.nbytes)
+        num_bytes = resized_image.nbytes
+        resized_mask = None
+        if mask is not None:
+            # Bilinear whatever the images are: other filters would ring at the edges of a mask.
+            resized_mask = resize(mask, size, "bilinear")
+            num_bytes += resized_mask.nbytes
         if num_bytes <= self._free_bytes:
             self._free_bytes -= num_bytes
             self._cached[key] = resized_image, resized_mask

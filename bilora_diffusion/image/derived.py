@@ -1,7 +1,7 @@
-"""Defaults of the image script that depend on other options, on the data set or on the model.
+"""Defaults of the image script that depend on other options, on the images or on the base model.
 
-They run after `config.derived.DERIVED_DEFAULTS`: first `with_set_defaults`, for the run and for
-each of its concepts, then `MODEL_DEFAULTS`.
+They follow `config.derived.DERIVED_DEFAULTS`: first `with_set_defaults`, for the run and for each
+of its concepts, then `with_model_defaults`, which ends with `MODEL_DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import machine
-from ..config.derived import Rule, default_validation_loss_steps, derive
-from ..config.rates import default_text_encoder_lr
-from ..core.choices import ATTENTION
+from ..config.derived import Rule, default_text_encoder_lr, default_validation_loss_steps, derive
 from ..core.errors import UserError, reading
 from ..core.files import is_file, read_text
-from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, heldout_name
+from ..core.values import ATTENTION, EMBEDDED
+from ..mini import ANIMALS, COLORED, FLOW, FOLDERS, MINI, embedded, heldout_name
 from .base_model import SDXL_BASE, BaseModel
 from .families import SDXL
 from .options import ImageOptions
@@ -26,15 +25,13 @@ from .validation import read_prompts
 
 FP16_FIX = "madebyollin/sdxl-vae-fp16-fix"
 ICONS = "linoyts/3d_icon"
+# The six subjects of the paper's Table 4; they are in no training set.
 SUBJECTS = ("rabbit", "cloud", "lion", "droplet", "frog", "sun")
-"""The six subjects of the paper's Table 4; they are in no training set."""
-ANIMAL_SUBJECTS = ("penguin", "lion", "owl", "whale", "crab", "fox")
-"""Six of the held-out animals."""
+ANIMAL_SUBJECTS = ("penguin", "lion", "owl", "whale", "crab", "fox")  # held-out animals
 TABLE_A8_STEPS = 500
+# Tokens of mini-flow in the place of T5's. It has no T5, so they are zeros, and cost time.
 FLOW_TOKENS = 16
-"""Of mini-flow where T5's tokens would be: it has no T5, so zeros stand there, and cost time."""
-CHECKPOINTING_SIDE = 512
-"""Pixels from which gradient checkpointing is worth its time on CUDA."""
+CHECKPOINTING_SIDE = 512  # pixels from which gradient checkpointing is worth its time on CUDA
 PROMPT_OPTIONS = frozenset({"validation_prompt", "validation_prompts", "final_validation_prompt"})
 MAX_FILE_BYTES = 1_000_000
 Config = TypeVar("Config", bound=ImageOptions)
@@ -42,7 +39,7 @@ Config = TypeVar("Config", bound=ImageOptions)
 
 @dataclass(frozen=True)
 class Preset:
-    """Defaults of a well-known set; each gives way to a value that the user gives."""
+    """Defaults of a well-known set of images, which options that are given replace."""
 
     instance_prompt: str = "a TOK icon, in the style of TOK"
     subjects: tuple[str, ...] = SUBJECTS
@@ -67,12 +64,13 @@ PRESETS = {
         model=MINI,
     ),
 }
-for _name in COLORED:  # the icons of mini in other colours, with its captions
+# The icons of mini in other colours, with its captions.
+for _name in COLORED:
     PRESETS[_name] = replace(PRESETS[MINI], validation_dataset=heldout_name(_name))
 
 
 def with_set_defaults(cfg: Config) -> Config:
-    """The configuration of a run or of a concept with the defaults of its images and prompts."""
+    """A run's or a concept's configuration with the defaults that depend on its set of images."""
     cfg = with_local_folders(cfg)
     cfg = with_validation_prompts(cfg)
     cfg = with_preset(cfg)
@@ -82,8 +80,8 @@ def with_set_defaults(cfg: Config) -> Config:
 
 
 def with_local_folders(cfg: Config) -> Config:
-    """A folder called mini is meant where a folder is asked for, and not the built-in set."""
-    # `--instance_data_dir mini` names a folder; only --dataset knows the sets by name.
+    """The configuration with "./mini" for a folder that is called "mini"."""
+    # `--instance_data_dir mini` names a folder; only --dataset knows the built-in sets by name.
     for option in ("instance_data_dir", "class_data_dir"):
         folder = getattr(cfg, option)
         if folder in FOLDERS:
@@ -92,8 +90,8 @@ def with_local_folders(cfg: Config) -> Config:
 
 
 def with_validation_prompts(cfg: Config) -> Config:
-    """The prompts of all three options in one list, with the settings that single ones have."""
-    # One entry of `settings` for each prompt.
+    """The configuration with the prompts of all three options in one list, with their settings."""
+    # One mapping of settings for each prompt.
     prompts, settings = read_prompts(lines_of_prompts(cfg.validation_prompts))
     if cfg.validation_prompt:
         prompts = [cfg.validation_prompt, *prompts]
@@ -102,8 +100,8 @@ def with_validation_prompts(cfg: Config) -> Config:
     if cfg.final_validation_prompt and not prompts:
         prompts = [cfg.final_validation_prompt]
         if "validation_epochs" not in cfg.given_options:
-            epochs = None  # at the end alone
-    # A record of many empty mappings would say nothing.
+            epochs = None  # images are sampled at the end alone
+    # A record of empty mappings would say nothing.
     if not any(settings):
         settings = []
     return replace(
@@ -116,10 +114,10 @@ def with_validation_prompts(cfg: Config) -> Config:
 
 def lines_of_prompts(items: list[str]) -> list[str]:
     """The prompts of ``--validation_prompts``, or those of the text file that it names."""
-    # An absolute path, or a single word that ends in .txt, means a file even where none is there.
     path = Path()
     if len(items) == 1 and isinstance(items[0], str):
         path = Path(items[0])
+    # An absolute path, or a single word that ends in .txt, is no prompt, even if there is no file.
     is_file_name = path.suffix == ".txt" and len(path.name.split()) == 1
     if not path.is_absolute() and not is_file_name and not is_file(path):
         return list(items)
@@ -127,7 +125,7 @@ def lines_of_prompts(items: list[str]) -> list[str]:
     lines = read_text(path, name, MAX_FILE_BYTES).splitlines()
     prompts = list[str]()
     for line in lines:
-        if line.strip() and line[0] != "#":  # sd-scripts' prompt files have such comments
+        if line.strip() and line[0] != "#":  # a comment, as in prompt files of sd-scripts
             prompts.append(line.strip())
     if not prompts:
         raise UserError(f"{name} is an empty file: write one prompt on each line.")
@@ -135,7 +133,7 @@ def lines_of_prompts(items: list[str]) -> list[str]:
 
 
 def with_preset(cfg: Config) -> Config:
-    """The configuration with the defaults of a well-known set, which give way to given options."""
+    """The configuration with the defaults of a well-known set."""
     preset = PRESETS.get(cfg.dataset_name or "")
     if preset is None:
         return cfg
@@ -143,21 +141,22 @@ def with_preset(cfg: Config) -> Config:
         "instance_prompt": preset.instance_prompt,
         "validation_dataset": preset.validation_dataset,
     }
-    # An instance prompt that is given is meant to be used, so captions give way to it.
+    # An instance prompt that is given replaces the captions of the set.
     if "instance_prompt" not in cfg.given_options:
         defaults["caption_column"] = preset.caption_column
-    # The number of images is that of the preset's own prompts.
+    # The preset's number of images is meant for its own prompts.
     if not PROMPT_OPTIONS & cfg.given_options:
         defaults["validation_prompts"] = preset.validation_prompts
         defaults["num_validation_images"] = preset.num_validation_images
     if preset.model is not None:
         defaults["pretrained_model_name_or_path"] = preset.model
-    values = {name: value for name, value in defaults.items() if name not in cfg.given_options}
-    return replace(cfg, **values)
+    for name in cfg.given_options & defaults.keys():
+        del defaults[name]
+    return replace(cfg, **defaults)
 
 
 def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
-    """The configuration of a run with the defaults of its steps and of its base model."""
+    """A run's configuration with the defaults that depend on its base model."""
     if cfg.bnb_quantization_config_path is not None:
         cfg = replace(cfg, quantize=quantization_of(cfg.bnb_quantization_config_path))
     cfg = replace(
@@ -167,7 +166,7 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         predicts_noise=model.predicts_noise,
         told_guidance=model.family.told_guidance(model.configs),
         is_unguided=not model.is_guided,
-        # Its declared default, None, is the model's side in pixels.
+        # Without --resolution the size that the model was made for.
         resolution=cfg.resolution or model.side,
     )
     return derive(cfg, MODEL_DEFAULTS)
@@ -180,12 +179,13 @@ def quantization_of(path: str) -> str:
     dtype of the arithmetic follows ``--mixed_precision``, as in diffusers' scripts.
 
     Raises:
-        UserError: The file asks for anything but NF4.
+        UserError: the file can't be read, or asks for anything but NF4.
     """
-    label, fix = f'--bnb_quantization_config_path "{path}"', "or use --quantize nf4 instead"
+    label = f'--bnb_quantization_config_path "{path}"'
+    fix = "or use --quantize nf4 instead"
     file = Path(path).expanduser()
     settings = reading(label, fix, lambda: json.loads(read_text(file, label, MAX_FILE_BYTES)))
-    # As transformers' BitsAndBytesConfig writes itself.
+    # The fields of transformers' BitsAndBytesConfig.
     is_nf4 = (
         isinstance(settings, dict)
         and settings.get("load_in_4bit") is True
@@ -205,50 +205,59 @@ def quantization_of(path: str) -> str:
 
 
 def words_of_layers(values: list[str]) -> list[str]:
-    """The words of ``--lora_layers``, each once; none for the attention, which is the default."""
+    """The words of ``--lora_layers``, each once; [] for the default, attention."""
     # "attention, feed-forward" and "attention+feed-forward" mean the same as two words.
-    words = [word for word in re.split(r"[\s,+]+", " ".join(values)) if word]
-    words = list(dict.fromkeys(words))
-    # One form for the default, so that runs with and without the word can be compared.
-    return [] if words == [ATTENTION] else words
+    words = re.split(r"[\s,+]+", " ".join(values))
+    words = list(dict.fromkeys(filter(None, words)))
+    # The default has one form, so that runs with and without the word can be compared.
+    if words == [ATTENTION]:
+        return []
+    return words
 
 
 def default_train_batch_size(cfg: ImageOptions) -> int:
-    """1 where the accumulation is given, which then means a step of that many images."""
+    """1 where only the accumulation is given: its number of images makes a step."""
     if "gradient_accumulation_steps" in cfg.given_options:
         return 1
     return cfg.train_batch_size
 
 
 def default_gradient_accumulation_steps(cfg: ImageOptions) -> int:
-    """1 where the batch is given, which then means a step of that many images."""
+    """1 where only the batch size is given: its number of images makes a step."""
     if "train_batch_size" in cfg.given_options:
         return 1
     return cfg.gradient_accumulation_steps
 
 
 def default_max_train_steps(cfg: ImageOptions) -> int | None:
-    """Those of Table A8, unless epochs count."""
+    """The steps of Table A8, unless ``--num_train_epochs`` is given."""
     if cfg.num_train_epochs is None:
         return TABLE_A8_STEPS
     return None
 
 
 def default_output_kohya_format(cfg: ImageOptions) -> bool:
-    """On for adapters of SDXL, for which the format is written."""
+    """On for adapters of SDXL, the only model that the format is written for."""
     return cfg.method != "full" and cfg.pipeline == SDXL
 
 
 def default_max_sequence_length(cfg: ImageOptions) -> int | None:
-    """Few for mini-flow; None, the family's own, for others."""
+    """16 for mini-flow; None, the family's own number, for other models."""
     if cfg.pretrained_model_name_or_path == FLOW:
         return FLOW_TOKENS
     return None
 
 
+def default_image_model(cfg: ImageOptions) -> str:
+    """The miniature's own scorer for the miniatures, the declared default for other models."""
+    if embedded(cfg.pretrained_model_name_or_path) is not None:
+        return EMBEDDED
+    return cfg.image_model
+
+
 def default_vae(cfg: ImageOptions) -> str | None:
-    """For SDXL's base in fp16, in which its own autoencoder overflows, one that does not."""
-    # Its activations exceed fp16's 65,504. Other models of SDXL may bring a repaired one.
+    """A repaired autoencoder for SDXL's base in fp16, in which its own one overflows."""
+    # Activations exceed fp16's 65,504. Other SDXL models may have a repaired one already.
     if cfg.pretrained_model_name_or_path == SDXL_BASE and cfg.mixed_precision == "fp16":
         return FP16_FIX
     return None
@@ -259,7 +268,8 @@ def default_gradient_checkpointing(cfg: ImageOptions) -> bool:
     return cfg.resolution >= CHECKPOINTING_SIDE and machine.device_type() == "cuda"
 
 
-MODEL_DEFAULTS: tuple[Rule[ImageOptions], ...] = (  # each may read those above it
+# In this order: each may read those above it.
+MODEL_DEFAULTS: tuple[Rule[ImageOptions], ...] = (
     ("train_batch_size", default_train_batch_size),
     ("gradient_accumulation_steps", default_gradient_accumulation_steps),
     ("max_train_steps", default_max_train_steps),
@@ -268,5 +278,6 @@ MODEL_DEFAULTS: tuple[Rule[ImageOptions], ...] = (  # each may read those above 
     ("max_sequence_length", default_max_sequence_length),
     ("pretrained_vae_model_name_or_path", default_vae),
     ("gradient_checkpointing", default_gradient_checkpointing),
+    ("image_model", default_image_model),
     ("validation_loss_steps", default_validation_loss_steps),
 )

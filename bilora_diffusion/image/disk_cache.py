@@ -1,7 +1,8 @@
 """Latents and prompt embeddings on disk, so that a second run on the same images encodes nothing.
 
-One file of safetensors for each, named by a hash of all that it depends on: what was encoded, by
-which weights, and on what. So nothing is ever out of date, and the folder may be deleted any time.
+Each is a file of safetensors, named by a hash of all that it depends on: what was encoded, by which
+weights, and on which machine. So no file is ever out of date, and the folder may be deleted at any
+time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,50 +26,54 @@ from ..core.durable import replacing
 from ..core.seeds import digest, digest_texts
 from .config import DreamBoothConfig
 
+# Another number where the same key stands for other values, so that earlier files are not read.
 FORMAT = "2"
-"""Changes where the same key stands for other numbers, so that earlier files are passed over."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 logger = logging.getLogger(__name__)
 
 
 class DiskCache:
-    """Tensors by key, in files that several processes may read and write at a time.
+    """Tensors by key, in files that several processes may read and write at the same time.
 
     Args:
-        folder: where they lie; it is made when the first one is put there. None caches nothing.
-        about: what all of them depend on beside their keys.
+        folder: of the files, which is made with the first one; None caches nothing.
+        facts: what all tensors depend on beside their keys.
     """
 
-    def __init__(self, folder: Path | None = None, *about: str) -> None:
-        self.folder, self._about, self._writable = folder, (FORMAT, *about), True
+    def __init__(self, folder: Path | None = None, facts: Sequence[str] = ()) -> None:
+        self.folder = folder
+        self._facts = [FORMAT, *facts]
+        self._is_writable = True
 
     def get(self, *key: str) -> dict[str, Tensor] | None:
-        """Tensors under a key; None if there are none, or the file is damaged or another's."""
+        """Tensors under a key; None if there are none, or if the file is damaged or renamed."""
         if self.folder is None:
             return None
         name, file = self._file(self.folder, key)
         try:
             with safe_open(file, framework="pt") as content:
                 tensors = {part: content.get_tensor(part) for part in content.keys()}  # noqa: SIM118
-                marks = content.metadata()
+                metadata = content.metadata()
         except (OSError, SafetensorError, ValueError):
             return None
-        # safetensors itself sees no wrong bit, and a file may have been renamed.
-        return tensors if marks == _marks(name, tensors) else None
+        # safetensors itself does not notice a wrong bit.
+        if metadata != _metadata(name, tensors):
+            return None
+        return tensors
 
     def put(self, tensors: Mapping[str, Tensor], *key: str) -> None:
-        """Cache tensors under a key. A folder that can't be written is warned of once."""
-        if self.folder is None or not self._writable:
+        """Cache tensors under a key; where the folder can't be written, warn once and go on."""
+        if self.folder is None or not self._is_writable:
             return
         name, file = self._file(self.folder, key)
         contiguous = {part: values.contiguous() for part, values in tensors.items()}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Under a name of its own: another process may be writing the same.
+            # Aside under a unique name: another process may be writing the same tensors.
             with replacing(file, f".{uuid.uuid4().hex}") as aside:
-                save_file(contiguous, aside, metadata=_marks(name, contiguous))
+                save_file(contiguous, aside, metadata=_metadata(name, contiguous))
         except (OSError, SafetensorError) as error:
-            self._writable = False
+            self._is_writable = False
             logger.warning(
                 "%s can't be written (%s), so the next run encodes again: make room there, or give"
                 " another --disk_cache.",
@@ -76,14 +81,16 @@ class DiskCache:
                 error,
             )
 
-    def _file(self, folder: Path, key: tuple[str, ...]) -> tuple[str, Path]:
-        name = digest_texts((*self._about, *key))
+    def _file(self, folder: Path, key: Sequence[str]) -> tuple[str, Path]:
+        """Name and path of the file of a key."""
+        name = digest_texts([*self._facts, *key])
+        # 256 folders, so that none holds too many files.
         return name, folder / name[:2] / f"{name}.safetensors"
 
 
-def _marks(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+def _metadata(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Metadata of a file: a hash of its name and content."""
-    parts = sorted(tensors)  # the file keeps no order
+    parts = sorted(tensors)  # the order in the file is another one
     content = digest(*(tensors[part] for part in parts))
     return {"hash": digest_texts([name, *parts, content])}
 
@@ -91,29 +98,28 @@ def _marks(name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
 def of_prompts(
     cfg: DreamBoothConfig, family: Any, pipeline: Any, device: torch.device
 ) -> DiskCache:
-    """The cache of what the text encoders of a run make of prompts."""
+    """The cache of a run's prompt embeddings."""
     if cfg.cache is None:
         return DiskCache()
-    names = [name for name in family.encoders if getattr(pipeline, name) is not None]
-    tokenizers = [name.replace("text_encoder", "tokenizer") for name in names]
-    parts = names + tokenizers
-    quantized = cfg.quantize if family.flow else "none"  # SDXL's encoders are not quantized
+    encoders = [name for name in family.encoders if getattr(pipeline, name) is not None]
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    quantization = cfg.quantize if family.flow else "none"  # SDXL's encoders are not quantized
     # All that decides an embedding: settings, the encoders and their weights, the machine.
-    facts = [family.pipeline, str(family.max_sequence_length), quantized]
-    facts += [str(getattr(pipeline, name).dtype) for name in names]
+    facts = [family.pipeline, str(family.max_sequence_length), quantization]
+    facts += [str(getattr(pipeline, name).dtype) for name in encoders]
     try:
-        facts.append(hash_files(pipeline.origin.folder / part for part in parts))
+        facts.append(hash_files(pipeline.origin.folder / part for part in encoders + tokenizers))
     except OSError:
-        return DiskCache()  # reading the encoders will be refused with the reason
+        return DiskCache()  # reading the encoders will fail, with the reason in its message
     index = dict(pipeline.config)
-    index.pop("_name_or_path", None)  # where it lies decides nothing
+    index.pop("_name_or_path", None)  # the pipeline's place decides nothing
     facts.append(repr(index))
-    facts += _machine(cfg, device)
-    return DiskCache(cfg.cache / "prompts", *facts)
+    facts += _machine_facts(cfg, device)
+    return DiskCache(cfg.cache / "prompts", facts)
 
 
 def of_latents(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device) -> DiskCache:
-    """The cache of what the autoencoder of a run makes of images."""
+    """The cache of a run's latents."""
     if cfg.cache is None:
         return DiskCache()
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
@@ -122,32 +128,33 @@ def of_latents(cfg: DreamBoothConfig, space: Any, vae: Any, device: torch.device
     facts = [str(space.samples_posterior), cfg.image_interpolation_mode, version("pillow")]
     facts += [type(vae).__name__, json.dumps(config, default=str, sort_keys=True)]
     facts += [*state, digest(*state.values())]
-    facts += _machine(cfg, device)
-    return DiskCache(cfg.cache / "latents", *facts)
+    facts += _machine_facts(cfg, device)
+    return DiskCache(cfg.cache / "latents", facts)
 
 
 def hash_files(folders: Iterable[Path]) -> str:
-    """Hash what the files of folders hold and what they are called, whatever their dates.
+    """Hash names and contents of all files in folders.
 
-    A file in the hub's cache is known by its blob, which is named by its content already.
+    A file in the hub's cache is not read: it is a link to a blob that is named by its hash.
 
     Raises:
         OSError: a file can't be read.
     """
     texts = []
-    for place in folders:
-        for path in sorted(path for path in place.rglob("*") if path.is_file()):
-            blob = path.resolve()  # in the hub's cache a file is a link to its blob
-            content = blob.name
-            if blob.parent.name != "blobs" or not _SHA256.fullmatch(content):
+    for folder in folders:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        for path in sorted(files):
+            blob = path.resolve()
+            content_hash = blob.name
+            if blob.parent.name != "blobs" or not _SHA256.fullmatch(content_hash):
                 with path.open("rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
-            texts += [place.name, str(path.relative_to(place)), content]
+                    content_hash = hashlib.file_digest(file, "sha256").hexdigest()
+            texts += [folder.name, str(path.relative_to(folder)), content_hash]
     return digest_texts(texts)
 
 
-def _machine(cfg: DreamBoothConfig, device: torch.device) -> list[str]:
-    """Facts of the machine that decide the last digits of what is encoded."""
+def _machine_facts(cfg: DreamBoothConfig, device: torch.device) -> list[str]:
+    """Facts of the machine that decide the last digits of an encoding."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:

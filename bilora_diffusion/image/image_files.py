@@ -1,4 +1,4 @@
-"""The images of a folder with their captions and masks, and image files as upright RGB on white."""
+"""Image files: those of a folder with their captions and masks, and their pixels as upright RGB."""
 
 from __future__ import annotations
 
@@ -32,25 +32,33 @@ from ..mini import FOLDERS
 IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+# Of telephones. Pillow reads them where the package pillow-heif is installed.
 HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
-"""Of telephones; Pillow reads it where the package pillow-heif is installed."""
+# Errors of Pillow on files that are damaged, of an unknown kind, or far too large.
 DECODE_ERRORS = (
-    *(OSError, EOFError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError),
-    *(RuntimeError, MemoryError, zlib.error, struct.error, Image.DecompressionBombError),
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    zlib.error,
+    struct.error,
+    Image.DecompressionBombError,
 )
-"""Errors of Pillow on files that are damaged, of an unknown kind, or absurdly large."""
-_ORIENTATION = 0x0112
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_ORIENTATION = 0x0112  # tag of EXIF
+_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # modes of Pillow
 METADATA = ("metadata.jsonl", "metadata.csv")
-MASK = ".mask"
-"""End of a mask's name before its suffix: dog.mask.png is the mask of dog.jpg."""
-NAMES_IN_SENTENCE = 8
-"""Files that a sentence names at most."""
+MASK = ".mask"  # ends a mask's name before its suffix: dog.mask.png is the mask of dog.jpg
+NAMES_IN_SENTENCE = 8  # files that a message names at most
+# Names of folders in kohya's layout, REPEATS_PROMPT, such as "10_TOK dog".
 KOHYA_FOLDER = re.compile(r"\d{1,3}_.+")
-"""Names of folders in kohya's layout, REPEATS_PROMPT, such as "10_TOK dog"."""
 MAX_CAPTION_BYTES = 100_000
+# Files and folders below a set of images; the root of a disk or a user's home has more.
 MAX_ENTRIES = 200_000
-"""Files and folders below a set of images; more are the root of a disk, or somebody's home."""
 
 
 @functools.cache
@@ -63,15 +71,18 @@ def reads_heif() -> bool:
 
 
 def image_suffixes() -> frozenset[str]:
-    """Ends of the names of images that can be read, in lower case."""
-    return IMAGE_SUFFIXES | HEIF_SUFFIXES if reads_heif() else IMAGE_SUFFIXES
+    """Suffixes of image files that can be read, in lower case."""
+    if reads_heif():
+        return IMAGE_SUFFIXES | HEIF_SUFFIXES
+    return IMAGE_SUFFIXES
 
 
 def _open(source: Path | bytes) -> Image.Image:
+    """Open a file, or a file's content."""
     reads_heif()
     if isinstance(source, bytes):
         return Image.open(BytesIO(source))
-    if source.exists() and not is_file(source):  # a pipe would keep everyone waiting
+    if source.exists() and not is_file(source):  # to open a pipe would wait for its writer
         raise OSError("it is not a regular file")
     return Image.open(source)
 
@@ -79,8 +90,8 @@ def _open(source: Path | bytes) -> Image.Image:
 def read_rgb(source: Path | bytes) -> Image.Image:
     """Decode a file, or a file's content, to RGB.
 
-    The EXIF orientation is applied, transparent parts are laid on white, palettes, CMYK and
-    grayscale are converted, and 16-bit grayscale is scaled to 8 bits instead of clipped.
+    The EXIF orientation is applied, transparent parts become white, palettes, CMYK and grayscale
+    are converted, and 16-bit grayscale is scaled to 8 bits instead of clipped.
 
     Raises:
         One of ``DECODE_ERRORS`` if it can't be decoded.
@@ -91,7 +102,10 @@ def read_rgb(source: Path | bytes) -> Image.Image:
 
 
 def read_mask(source: Path | bytes, *, alpha: bool = False) -> Image.Image:
-    """Decode a mask, upright, mode "L": its brightness, or its opacity, 255 where it has none.
+    """Decode a mask, upright, mode "L".
+
+    Args:
+        alpha: take the file's opacity, 255 where it has none, and not its brightness.
 
     Raises:
         One of ``DECODE_ERRORS`` if it can't be decoded.
@@ -103,11 +117,14 @@ def read_mask(source: Path | bytes, *, alpha: bool = False) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode in _SIXTEEN_BIT:
             image = _eight_bit(image)
-        return image.convert("RGBA").getchannel("A")  # 255 where the image has none
+        return image.convert("RGBA").getchannel("A")
 
 
 def upright_size(source: Path | bytes, *, decode: bool) -> tuple[int, int]:
-    """(height, width) after the EXIF orientation; ``decode`` reads every pixel as a check.
+    """(height, width) after the EXIF orientation.
+
+    Args:
+        decode: read every pixel too, as a check.
 
     Raises:
         One of ``DECODE_ERRORS`` if it can't be read.
@@ -116,40 +133,46 @@ def upright_size(source: Path | bytes, *, decode: bool) -> tuple[int, int]:
         if decode:
             image.load()
             _require_known_range(image)
-        # Pillow's own getexif of a PNG would decode it, for metadata behind the pixels.
-        exif = image.getexif() if decode else Image.Image.getexif(image)
-        turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            exif = image.getexif()
+        else:
+            # The method of a PNG would decode it, since metadata may follow the pixels.
+            exif = Image.Image.getexif(image)
         width, height = image.size
         if isinstance(image, TiffImageFile) and not decode:
-            # Most versions of Pillow turn a TIFF's size when they open it, its pixels when they
+            # Most versions of Pillow rotate a TIFF's size when they open it, its pixels when they
             # decode it, and drop the orientation only then.
             width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
-        return (width, height) if turned else (height, width)
+        is_rotated = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)  # by a quarter turn
+        if is_rotated:
+            return width, height
+        return height, width
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as upright RGB; see ``read_rgb``."""
+    """Convert any image of Pillow to upright RGB, as `read_rgb` does."""
     image = ImageOps.exif_transpose(image)
     _require_known_range(image)
     if image.mode in _SIXTEEN_BIT:
         image = _eight_bit(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        straight = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, straight).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    return image
 
 
 def _require_known_range(image: Image.Image) -> None:
+    """Refuse floating-point pixels."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range; save it with 8 bits")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit gray as mode "L", or "LA" where a level is declared transparent."""
+    """Scale 16-bit gray to mode "L", or "LA" where the file declares a level transparent."""
     levels = np.asarray(image)
     values = levels.astype(np.float64)
-    # Mode I may hold 8-bit values as well; everything above 255 is 16-bit.
+    # Mode I may have 8-bit values as well; one above 255 says that they are 16-bit.
     if image.mode != "I" or values.max(initial=0) > 255:
         values = values / 257
     gray = Image.fromarray(values.round().clip(0, 255).astype(np.uint8), mode="L")
@@ -162,39 +185,43 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder, then those of its subfolders; without hidden ones."""
+    """The files of a folder and then of its subfolders, but for hidden ones."""
 
     folder: Path
     files: Sequence[Path]
 
     @cached_property
-    def _pictures(self) -> list[Path]:
-        """Images that can be read, without masks."""
-        return [p for p in self.files if _is_image(p) and stem_of_masked(p) is None]
-
-    @cached_property
-    def metadata(self) -> list[Path]:
-        """The metadata files in it."""
-        return [self.folder / name for name in METADATA if is_file(self.folder / name)]
+    def all_images(self) -> list[Path]:
+        """Images that can be read, but for masks."""
+        images = []
+        for path in self.files:
+            if _is_image(path) and stem_of_masked(path) is None:
+                images.append(path)
+        return images
 
     @cached_property
     def images(self) -> list[Path]:
-        """The images directly in it, without masks."""
-        return [path for path in self._pictures if path.parent == self.folder]
+        """The images directly in the folder."""
+        return [path for path in self.all_images if path.parent == self.folder]
+
+    @cached_property
+    def metadata(self) -> list[Path]:
+        """The metadata files in the folder."""
+        return [self.folder / name for name in METADATA if is_file(self.folder / name)]
 
     @cached_property
     def texts(self) -> dict[str, Path]:
         """``.txt`` files by their stems."""
-        # In any case of letters: cameras and old systems write .TXT.
+        # Old systems write .TXT.
         return {stem(path): path for path in self.files if path.suffix.lower() == ".txt"}
 
     @property
     def has_captions(self) -> bool:
-        """Test for a ``.txt`` file beside an image."""
-        return any(stem(path) in self.texts for path in self._pictures)
+        """True if there is a ``.txt`` file beside an image."""
+        return any(stem(path) in self.texts for path in self.all_images)
 
     def captions(self, images: Sequence[Path]) -> list[str | None]:
-        """The text of the ``.txt`` file beside each image, as one line; None where none is."""
+        """The text of the ``.txt`` file beside each image, as one line; None without a file."""
         captions: list[str | None] = []
         for image in images:
             path = self.texts.get(stem(image))
@@ -208,10 +235,14 @@ class Listing:
     def left_out(
         self, images: Sequence[Path], masks: Collection[Path], *, captioned: bool
     ) -> str | None:
-        """Number and names of the files that are not read, or None."""
+        """Number and names of the files that are not read, for a message; None if all are.
+
+        Args:
+            captioned: the captions in ``.txt`` files are read.
+        """
         read_files = {*images, *masks}
         if captioned:
-            read_files |= {self.texts.get(stem(path), path) for path in images}
+            read_files |= {self.texts[stem(path)] for path in images if stem(path) in self.texts}
         unread = []
         for path in self.files:
             if path not in read_files and path.name not in METADATA:
@@ -231,29 +262,34 @@ class Listing:
 
 
 def folder_of_set(name: str, option: str) -> Path | None:
-    """The folder that the name of a set stands for, or None of a set on the hub.
+    """The folder of a set of images, or None for a set on the hub.
+
+    Args:
+        name: one of `mini.FOLDERS`, a path or a hub id.
+        option: by which the set is named, for the message.
 
     Raises:
-        UserError: it can be none of both; the sentence names the ``option``.
+        UserError: there is no such folder, and it is no hub id.
     """
     if name in FOLDERS:
         return FOLDERS[name]
     folder = folder_or_id(name, option)
     if folder is None and "/" not in name:  # ids of sets have an owner
-        folders_here = _names_in(Path())[0]
+        folders_here, _ = _names_in(Path())
+        hint = did_you_mean(name, [*folders_here, *FOLDERS])
         raise UserError(
-            f"{option} {quoted(name)} is no folder here"
-            f"{did_you_mean(name, [*folders_here, *FOLDERS])}: give the path of a folder, or"
+            f"{option} {quoted(name)} is no folder here{hint}: give the path of a folder, or"
             " OWNER/NAME of a set on the hub."
         )
     return folder
 
 
 def list_folder(folder: Path) -> Listing:
-    """List a folder and, without metadata, its subfolders; links to folders are not followed."""
+    """List a folder and, unless it has a metadata file, its subfolders; links are not followed."""
     folder = folder.resolve()
-    files, count = list[Path](), 0
     has_metadata = bool(Listing(folder, ()).metadata)
+    files: list[Path] = []
+    count = 0
 
     def refuse(error: OSError) -> None:
         if Path(error.filename) == folder:
@@ -270,59 +306,64 @@ def list_folder(folder: Path) -> Listing:
                 " lists them into it."
             )
         names += [name for name in folders if Path(place, name).is_symlink()]
-        # In place: `os.walk` goes on with what is left.
-        folders[:] = [name for name in folders if not name.startswith(".") and not has_metadata]
         files += [Path(place, name) for name in names if not name.startswith(".")]
-    # By name, the folder's own files first.
+        # In place: `os.walk` goes on with the folders that are left in its list.
+        folders[:] = [name for name in folders if not name.startswith(".") and not has_metadata]
+    # By name, the files directly in the folder first.
     return Listing(folder, sorted(files, key=lambda path: (path.parent != folder, path)))
 
 
 def stem(path: Path) -> str:
-    """A file's path without its ending."""
+    """A file's path without its suffix."""
     return os.path.splitext(path)[0]
 
 
 def stem_of_masked(path: Path) -> str | None:
-    """The stem of the image whose mask a file is by its name; None of what is no mask."""
+    """The stem of the image that a mask belongs to by its name; None if the file is no mask."""
     name = stem(path)
-    return name[: -len(MASK)] if name.lower().endswith(MASK) else None
+    if name.lower().endswith(MASK):
+        return name[: -len(MASK)]
+    return None
 
 
 def masks_beside(images: Sequence[Path]) -> dict[Path, Path]:
-    """The masks that lie beside images, by their images.
+    """The masks beside images, by the images.
 
     Raises:
-        UserError: an image has several.
+        UserError: an image has several masks.
     """
-    stems = {stem(image) for image in images}  # paths without their endings
-    masks = dict[str | None, Path]()
+    stems = {stem(image) for image in images}
+    masks: dict[str | None, Path] = {}  # by the image's stem
     for folder in {image.parent for image in images}:
-        for name in sorted(_names_in(folder)[1]):
+        _, names = _names_in(folder)
+        for name in sorted(names):
             mask = folder / name
-            masked = stem_of_masked(mask)  # dog for dog.mask.png
-            if masked not in stems or not _is_image(mask):
+            image_stem = stem_of_masked(mask)
+            if image_stem not in stems or not _is_image(mask):
                 continue
-            if masked in masks:
+            if image_stem in masks:
                 raise UserError(
-                    f'"{masks[masked]}" and "{mask}" are masks of one image: keep one of them.'
+                    f'"{masks[image_stem]}" and "{mask}" are masks of one image: keep one of them.'
                 )
-            masks[masked] = mask
+            masks[image_stem] = mask
     return {image: masks[stem(image)] for image in images if stem(image) in masks}
 
 
 def unread_folder_name(images: Sequence[Path]) -> str | None:
-    """The name of a folder with images that gives repeats and a prompt to kohya's scripts."""
-    # kohya's scripts would take "10_TOK dog" for ten repeats with the prompt "TOK dog".
+    """The first name of a folder that kohya's scripts would read as repeats and a prompt.
+
+    To them "10_TOK dog" says ten repeats with the prompt "TOK dog".
+    """
     names = {image.parent.name for image in images}
-    return min((name for name in names if KOHYA_FOLDER.fullmatch(name)), default=None)
+    return min(filter(KOHYA_FOLDER.fullmatch, names), default=None)
 
 
 def _is_image(path: Path) -> bool:
-    """Test for a file with the name of an image that can be read."""
+    """Test that a file has the suffix of an image that can be read."""
     return path.suffix.lower() in image_suffixes() and is_file(path)
 
 
 def _names_in(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in a folder; none where it may not be listed."""
+    """Names of the folders and of the files in a folder; [] where it may not be listed."""
     _, folders, files = next(os.walk(folder), ("", [], []))
     return folders, files

@@ -1,4 +1,4 @@
-"""Images as latent distributions: encoded once where nothing about them changes, else each time."""
+"""Images as latent distributions, which are cached where a sample's pixels are always the same."""
 
 from __future__ import annotations
 
@@ -16,42 +16,40 @@ from .stream import TrainingSample
 
 ENCODING_FIX = "look at the file, or pass another --pretrained_vae_model_name_or_path"
 CACHE_FIX = "delete the folder of --disk_cache, or give another"
-AT_ONCE = 1024 * 1024
-"""Pixels that are encoded together: in float32 a megapixel takes gigabytes."""
+AT_ONCE = 1024 * 1024  # pixels that are encoded together; in float32 a megapixel takes gigabytes
 
 
 class Posterior(NamedTuple):
-    """The autoencoder's Gaussian for one image: mean and standard deviation, (c, h, w) each; and
-    the image's mask on the same grid, (1, h, w) in [0, 1], if it has one.
-    """
+    """The autoencoder's Gaussian for one image, in the autoencoder's own scale."""
 
-    mean: Tensor
-    std: Tensor
-    mask: Tensor | None = None
+    mean: Tensor  # (c, h, w)
+    std: Tensor  # (c, h, w)
+    mask: Tensor | None = None  # of the image, on the same grid, (1, h, w) in [0, 1]
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """One sample, (c, h, w), in the autoencoder's own scale."""
+        """One sample, (c, h, w)."""
         return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
 
 
 def require_finite(name: str, fix: str, *tensors: Tensor) -> None:
-    """Refuse an autoencoder's output with numbers that are not finite."""
+    """Refuse an autoencoder's output that has numbers which are not finite."""
     if not all(bool(values.isfinite().all()) for values in tensors):
         raise TrainingError(f"{name} is not finite: {fix}.")
 
 
 class Encoder:
-    """Encodes training samples with a frozen autoencoder.
+    """Encodes training samples by a frozen autoencoder.
 
     Args:
-        vae: the autoencoder, which comes to the device for the while of encoding.
-        space: how its latents are scaled.
+        vae: the autoencoder, which is on the device only while it encodes.
+        space: scaling of its latents.
         device: where it encodes.
         is_cached: tests that the posterior of a sample is cached, for all samples with the same
-            content. These are encoded one by one, so that the result does not depend on what else
-            was missing.
+            content. Cached posteriors are encoded one by one, so that the result does not depend on
+            which other samples were missing.
         disk: the cache that stays for the next run.
-        cache: by content, whichever set it is of; shared by encoders of one autoencoder.
+        cache: posteriors in memory by the samples' content, which may be shared by encoders of one
+            autoencoder.
     """
 
     def __init__(
@@ -63,9 +61,14 @@ class Encoder:
         disk: DiskCache | None = None,
         cache: dict[tuple[str, ...], Posterior] | None = None,
     ) -> None:
-        self._vae, self.space, self._device, self._is_cached = vae, space, device, is_cached
-        self.cache = {} if cache is None else cache
+        self._vae = vae
+        self.space = space
+        self._device = device
+        self._is_cached = is_cached
         self.disk = disk or DiskCache()
+        self.cache: dict[tuple[str, ...], Posterior] = {}
+        if cache is not None:
+            self.cache = cache
 
     def __call__(self, samples: Sequence[TrainingSample]) -> list[Posterior]:
         """The posterior of each sample, in float32 on the CPU.
@@ -73,8 +76,12 @@ class Encoder:
         Raises:
             TrainingError: a latent is not finite; the image is named.
         """
-        cached = [sample for sample in samples if self._is_cached(sample)]
-        uncached = [sample for sample in samples if not self._is_cached(sample)]
+        cached, uncached = [], []
+        for sample in samples:
+            if self._is_cached(sample):
+                cached.append(sample)
+            else:
+                uncached.append(sample)
         self._fill_cache(cached)
         encoded = iter(self._encode(uncached, AT_ONCE))
         posteriors = []
@@ -86,46 +93,52 @@ class Encoder:
         return posteriors
 
     def _fill_cache(self, samples: Sequence[TrainingSample]) -> None:
-        """Read from the disk, or encode, what is not in the cache."""
-        new = {}
+        """Read the posteriors that are not in memory from the disk, or encode them."""
+        missing: dict[tuple[str, ...], TrainingSample] = {}
         for sample in samples:
-            if sample.content not in self.cache:
-                new[sample.content] = sample
-        for content, sample in new.items():
+            content = sample.content
+            if content in self.cache or content in missing:
+                continue
             if tensors := self.disk.get(*content):
                 name = f"the cached latent of the image '{sample.name}'"
                 require_finite(name, CACHE_FIX, *tensors.values())
                 self.cache[content] = Posterior(**tensors)
-        missing = [content for content in new if content not in self.cache]
-        # One pixel at once: images are encoded one by one.
-        posteriors = self._encode([new[content] for content in missing], 1)
+            else:
+                missing[content] = sample
+        # With a limit of one pixel, images are encoded one by one.
+        posteriors = self._encode(list(missing.values()), pixels_at_once=1)
         for content, posterior in zip(missing, posteriors, strict=True):
             self.cache[content] = posterior
-            parts = posterior._asdict()
+            tensors = posterior._asdict()
             if posterior.mask is None:
-                del parts["mask"]
-            self.disk.put(parts, *content)
+                del tensors["mask"]
+            self.disk.put(tensors, *content)
 
     @torch.no_grad()
     def _encode(self, samples: Sequence[TrainingSample], pixels_at_once: int) -> list[Posterior]:
+        """Encode images of one size, in parts of at most so many pixels but at least one image."""
         if not samples:
             return []
-        vae, home_device = self._vae, self._vae.device
+        vae = self._vae
+        home_device = vae.device
         images, masks = [], []
         for sample in samples:
             image, mask = sample.read()
             images.append(image)
             masks.append(mask)
         pixels = torch.stack(images)  # (n, 3, H, W)
+        images_at_once = max(1, pixels_at_once // pixels[0, 0].numel())
+
         vae.to(self._device)
         means, stds = [], []
-        for part in pixels.split(max(1, pixels_at_once // pixels[0, 0].numel())):
+        for part in pixels.split(images_at_once):
             mean, std = self.space.distribution(vae, part.to(self._device, vae.dtype))
             means.append(mean)
             stds.append(std)
         vae.to(home_device)
+
         mean = torch.cat(means).float().cpu()  # (n, c, h, w)
-        std = torch.cat(stds).float().cpu()
+        std = torch.cat(stds).float().cpu()  # (n, c, h, w)
         if not self.space.samples_posterior:  # a latent is the mean
             std = torch.zeros_like(std)
         posteriors = []
@@ -133,20 +146,25 @@ class Encoder:
             name = f"the latent of the image '{sample.name}'"
             require_finite(name, ENCODING_FIX, mean[row], std[row])
             mask = masks[row]
-            latent_mask = None if mask is None else average_mask(mask, mean)
-            posteriors.append(Posterior(mean[row], std[row], latent_mask))
+            if mask is not None:
+                mask = average_mask(mask, mean)
+            posteriors.append(Posterior(mean[row], std[row], mask))
         return posteriors
 
 
 def weight_map(masks: Sequence[Tensor | None], latents: Tensor, outside: float) -> Tensor:
-    """Weights of the latents' places, (n, 1, h, w): 1 within a mask, ``outside`` beyond it.
+    """Weights of the latents' places in the loss, (n, 1, h, w): 1 within a mask, ``outside`` else.
 
     Args:
         masks: (1, H, W) in [0, 1] each; None for an image that is learned whole.
         latents: (n, c, h, w).
     """
-    full_weight = torch.ones(1, *latents.shape[-2:])
-    inside = [full_weight if mask is None else average_mask(mask, latents) for mask in masks]
+    inside = []
+    for mask in masks:
+        if mask is None:
+            inside.append(torch.ones(1, *latents.shape[-2:]))
+        else:
+            inside.append(average_mask(mask, latents))
     return outside + (1 - outside) * torch.stack(inside)
 
 

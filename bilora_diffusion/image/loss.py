@@ -15,8 +15,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .. import adapters
-from ..core.choices import NOISE_LEVELS
 from ..core.seeds import generator
+from ..core.values import NOISE_LEVELS
 from ..run.record import BY_CONCEPT
 from ..train.task import inference, loss_by_part, precision
 from .families.base import Conditions, Family, move
@@ -26,33 +26,33 @@ from .noise_schedules import NoiseSchedule
 from .sets import ImageSet
 from .stream import TrainingSample, centered_samples
 
+# Inputs that are conditions of further predictions: the class prompt's and the empty prompt's.
 PRIOR, UNCONDITIONAL = "prior", "unconditional"
-"""Inputs that are conditions of further predictions: for the class's prompt, and for what guidance
-leads away from.
-"""
+# Inputs that are no conditions of the images' own captions.
 OTHER_INPUTS = frozenset(
     ("latents", "noise", "index", "instance", "mask_weights", PRIOR, UNCONDITIONAL)
 )
-"""Inputs that are not conditions of the images' own captions."""
-BY_LEVEL = "heldout_loss_by_level/"
-"""Stands before a noise level in the name of the loss at it."""
 HELDOUT, TRAINING = "heldout_loss", "train_grid_loss"
-PIXELS_AT_ONCE = 2**18
-"""Pixels of the images that are measured together; memory is sure to hold them."""
+BY_LEVEL = "heldout_loss_by_level/"  # before a noise level, in the name of the loss at this level
+PIXELS_AT_ONCE = 2**18  # of the images that are measured together; memory is sure to hold them
 
 
 class DreamBoothModule(nn.Module):
     """The trained models and their loss.
 
-    ``forward`` takes a micro-batch's inputs: ``latents`` and ``noise`` (n, c, h, w), ``index`` and
-    ``instance`` (n,), ``time_ids`` (n, 6), with masks ``mask_weights`` (n, 1, h, w), and either the
-    family's conditions or, where the text encoders are trained, ``ids`` (two tensors (n, tokens))
-    and ``has_text`` (n,), False where zeros stand for the text.
-    The first rows are instance images; with prior preservation as many class images follow. It
-    returns (slots,): the instance loss plus ``prior_loss_weight`` times the class loss, plus
-    ``prior_prediction_weight`` times the `departures` for the conditions `PRIOR` and
-    ``hold_unconditional`` times those for the conditions `UNCONDITIONAL`, where the inputs have
-    them, both of the instance images.
+    ``forward`` takes the inputs of a micro-batch of n rows: instance images and then, with prior
+    preservation, as many class images.
+
+    - ``latents`` and ``noise``, (n, c, h, w)
+    - ``index`` of the noise level, and ``instance``, True for an instance image, (n,) each
+    - ``time_ids``, (n, 6), and with masks ``mask_weights``, (n, 1, h, w)
+    - the family's conditions or, where the text encoders are trained, ``ids``, two tensors
+      (n, tokens), and ``has_text``, (n,), False where zeros stand for the text
+    - `PRIOR` and `UNCONDITIONAL`, conditions of further predictions, in some runs and steps
+
+    The loss of a slot is that of its instance image, plus ``prior_loss_weight`` times that of its
+    class image, plus ``prior_prediction_weight`` times the instance image's `departures` for the
+    conditions `PRIOR` and ``hold_unconditional`` times its departures for `UNCONDITIONAL`.
     """
 
     def __init__(
@@ -84,18 +84,23 @@ class DreamBoothModule(nn.Module):
             if name in inputs:
                 noisy, levels = self.denoising.add_noise(inputs)
                 departures = self.departures(inputs, name, noisy, levels)  # (n,)
+                # The first rows, the instance images.
                 losses = losses + weight * departures[: len(losses)]
         return losses
 
     def departures(
         self, inputs: dict[str, Any], name: str, noisy: Tensor, levels: Tensor
     ) -> Tensor:
-        """Mean square by which the adapters change what is predicted for the conditions of a name,
-        `PRIOR` or `UNCONDITIONAL`, at the same noisy latents: (n,) in float32.
+        """Mean squares by which the adapters change a prediction, (n,) in float32.
 
         All adapters act that act in the loss, an auxiliary too: it perturbs the whole loss, and
         with gradient checkpointing a layer is computed again after this function. Class images are
         among the rows, since an auxiliary for each sample goes by the rows of the micro-batch.
+
+        Args:
+            name: of the conditions in the inputs, `PRIOR` or `UNCONDITIONAL`.
+            noisy: noisy latents, (n, c, h, w).
+            levels: their noise levels, (n,).
         """
         conditions = {**inputs[name], "time_ids": inputs["time_ids"]}
         if self._adapted is None:
@@ -109,7 +114,11 @@ class DreamBoothModule(nn.Module):
         return (after - before).square().flatten(1).mean(dim=1)
 
     def _predict(self, conditions: Conditions, noisy: Tensor, levels: Tensor) -> Tensor:
-        """The denoiser's prediction, (n, c, h, w), for conditions that may be token ids yet."""
+        """The denoiser's prediction, (n, c, h, w).
+
+        Args:
+            conditions: embeddings, or token ids where the text encoders are trained.
+        """
         if "ids" in conditions:
             encoded = self._encode(conditions["ids"], conditions["has_text"])
             conditions = {**encoded, "time_ids": conditions["time_ids"]}
@@ -127,26 +136,33 @@ class DreamBoothModule(nn.Module):
 
     def sample_losses(self, inputs: dict[str, Any]) -> Tensor:
         """One loss per row, (n,), in float32, of instance and class images alike."""
-        conditions = {k: values for k, values in inputs.items() if k not in OTHER_INPUTS}
+        conditions = {}
+        for name, values in inputs.items():
+            if name not in OTHER_INPUTS:
+                conditions[name] = values
         noisy, levels = self.denoising.add_noise(inputs)  # (n, c, h, w), (n,)
         # The loss is in float32, the denoiser in the dtype of its weights.
         return self.denoising.loss(self._predict(conditions, noisy, levels), inputs)
 
 
 def grid_levels(total: int) -> list[int]:
-    """The noise levels of the grid, for a schedule of ``total`` timesteps: the middle of each of
-    `NOISE_LEVELS` equal parts, brought down by a fortieth of the whole.
+    """The timesteps of the grid, for a schedule of ``total`` timesteps.
+
+    They are the middles of `NOISE_LEVELS` equal parts, less a fortieth of the whole.
     """
-    levels = range(NOISE_LEVELS)
-    return [total * (2 * k + 1) // (2 * NOISE_LEVELS) - total // 40 for k in levels]
+    levels = []
+    for part in range(NOISE_LEVELS):
+        middle = total * (2 * part + 1) // (2 * NOISE_LEVELS)
+        levels.append(middle - total // 40)
+    return levels
 
 
 class GridImage(NamedTuple):
-    """One image of the grid: its sample, its clean latent (c, h, w), and its mask there."""
+    """One image of the grid."""
 
     sample: TrainingSample
-    latent: Tensor
-    mask: Tensor | None
+    latent: Tensor  # clean, (c, h, w)
+    mask: Tensor | None  # (1, h, w)
 
 
 class GridLoss:
@@ -154,24 +170,32 @@ class GridLoss:
 
     Args:
         task: a `DreamBooth`.
-        train: the training images, measured on the same grid so that two runs can be compared at
-            equal training loss; None to measure each held-out image instead.
+        train: the training stream, whose images are measured on the same grid so that two runs can
+            be compared at equal training loss; None to measure each held-out image by itself.
         validation: held-out images.
 
-    ``sets`` has the images of both by the name of their loss.
+    Attributes:
+        sets: the images of both sets, by the name of their loss.
     """
 
     def __init__(self, task: Any, train: Any, validation: Any) -> None:
         self.task = task
         self.levels = grid_levels(task.module.denoising.num_timesteps)
         vae = task.pipeline.vae
-        space, disk = task.module.family.latent_space(vae), task.encoder.disk
-        encoder = Encoder(vae, space, task.device, lambda _: True, disk, task.encoder.cache)
+        encoder = Encoder(
+            vae,
+            task.module.family.latent_space(vae),
+            task.device,
+            lambda _: True,  # the posteriors of all images are cached
+            task.encoder.disk,
+            task.encoder.cache,
+        )
         self.sets = {HELDOUT: self._load(encoder, validation)}
         if train is not None:
             self.sets[TRAINING] = self._load(encoder, train.images)
 
     def _load(self, encoder: Encoder, images: ImageSet) -> list[GridImage]:
+        """Encode the images of a set."""
         grid = []
         for sample in centered_samples(images, self.task.cfg):
             (posterior,) = encoder([sample])
@@ -181,10 +205,13 @@ class GridLoss:
         return grid
 
     def __call__(self) -> dict[str, float]:
-        """``heldout_loss`` and ``train_grid_loss``, each a mean over images and noise levels; and
-        ``heldout_loss_by_level/LEVEL`` of each level, a mean over the held-out images, with
-        ``heldout_loss_by_concept/NAME`` of the images of each concept; or that of each image
-        (`loss_by_part`).
+        """Losses by name, each a mean over images and noise levels.
+
+        - ``heldout_loss`` and ``train_grid_loss``
+        - ``heldout_loss_by_level/LEVEL``, over the held-out images at one level
+        - ``heldout_loss_by_concept/NAME``, over the held-out images of one concept
+
+        Without training images: ``heldout_loss``, and that of each image (`loss_by_part`).
         """
         with inference(self.task.module):
             tables = {name: self.table(images) for name, images in self.sets.items()}
@@ -194,11 +221,12 @@ class GridLoss:
         if TRAINING not in tables:
             return losses | loss_by_part(heldout.mean(0).tolist(), heldout.shape[1])
         concepts = [image.sample.cfg.concept for image in self.sets[HELDOUT]]
-        for concept in filter(None, dict.fromkeys(concepts)):
-            is_of_concept = torch.tensor([name == concept for name in concepts])
+        for concept in filter(None, dict.fromkeys(concepts)):  # "" in a run without concepts
+            is_of_concept = torch.tensor([name == concept for name in concepts])  # (images,)
             losses[f"{BY_CONCEPT}{concept}"] = float(heldout[:, is_of_concept].mean(0).mean())
         names = self.task.module.denoising.level(torch.tensor(self.levels)).round().int().tolist()
-        for name, loss in zip(names, heldout.mean(1).tolist(), strict=True):
+        level_losses = heldout.mean(1).tolist()
+        for name, loss in zip(names, level_losses, strict=True):
             losses[f"{BY_LEVEL}{name}"] = loss
         return losses
 
@@ -210,7 +238,7 @@ class GridLoss:
         return torch.cat(parts, dim=1)
 
     def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
-        """Images of one shape, as many at a time as the memory is sure to hold."""
+        """Images of one shape in a row, as many at a time as memory is sure to hold."""
         size = max(1, PIXELS_AT_ONCE // self.task.cfg.resolution**2)
         for _, group in itertools.groupby(images, key=lambda image: image.latent.shape):
             same_shape = list(group)
@@ -219,12 +247,17 @@ class GridLoss:
 
     def losses(self, images: Sequence[GridImage], level: int) -> Tensor:
         """Loss of each image at one noise level, (images,), on the CPU."""
-        samples, masks = [image.sample for image in images], [image.mask for image in images]
-        latents = torch.stack([image.latent for image in images])  # (n, c, h, w)
         noise = []
-        for sample in samples:  # by name: the same noise in every run and set
-            random = generator("grid", sample.name, level)
-            noise.append(torch.randn(latents[0].shape, generator=random))
-        index, instance = torch.full((len(images),), level), torch.ones(len(images)).bool()
-        inputs = self.task.inputs(latents, torch.stack(noise), index, instance, samples, masks)
+        for image in images:
+            # Seeded by the image's name: the same noise in every run and set.
+            random = generator("grid", image.sample.name, level)
+            noise.append(torch.randn(image.latent.shape, generator=random))
+        inputs = self.task.inputs(
+            torch.stack([image.latent for image in images]),  # (n, c, h, w)
+            torch.stack(noise),
+            index=torch.full((len(images),), level),
+            instance=torch.ones(len(images), dtype=torch.bool),
+            samples=[image.sample for image in images],
+            masks=[image.mask for image in images],
+        )
         return self.task.module.sample_losses(send_to_device(inputs, self.task.device)).cpu()

@@ -1,11 +1,12 @@
-"""Noise levels, and the loss that belongs to them: of diffusion models and of flow matching.
+"""Noise levels and the loss that belongs to them: of diffusion models and of flow matching.
 
-Noise prediction and velocity follow Ho et al. 2020 and Salimans & Ho 2022; min-SNR weights are
-Section 3.4 of https://arxiv.org/abs/2303.09556; the EDM formulation is Section 5 of
-https://arxiv.org/abs/2206.00364 as diffusers' DreamBooth scripts use it.
+`Denoising` is what SDXL is trained on. Prediction of noise follows Ho et al. 2020, of velocity
+Salimans & Ho 2022; min-SNR weights are Section 3.4 of https://arxiv.org/abs/2303.09556; the EDM
+formulation is Section 5 of https://arxiv.org/abs/2206.00364, as diffusers' DreamBooth scripts use
+it.
 
-Flow matching goes along straight paths, which SD3, FLUX and later image models are trained on:
-x_s = (1 - s) x0 + s e with noise e; the model predicts the velocity e - x0 (Liu et al. 2022,
+`FlowMatching` is what SD3, FLUX and later image models are trained on. Their paths are straight,
+x_s = (1 - s) x0 + s e with noise e, and the model predicts the velocity e - x0 (Liu et al. 2022,
 https://arxiv.org/abs/2209.03003; Esser et al. 2024, https://arxiv.org/abs/2403.03206).
 """
 
@@ -35,7 +36,7 @@ from .families.base import Family
 
 @dataclass(frozen=True)
 class Denoising:
-    """A noise schedule with the loss that belongs to it, as `FlowMatching` has them."""
+    """The noise schedule of a diffusion model, with the methods of `FlowMatching`."""
 
     scheduler: Any  # DDPM for the standard formulation, Euler or EDM-Euler for the EDM one
     kind: str = "standard"  # or "edm", on a variance-preserving model, or "edm_native"
@@ -51,10 +52,11 @@ class Denoising:
         snr_gamma: float | None = None,
         snr_weighting: str = "published",
     ) -> Denoising:
-        """Build from a pipeline's scheduler configuration; its class decides on native EDM.
+        """Build from the configuration of a pipeline's scheduler; its class decides on native EDM.
 
         Raises:
-            UserError: min-SNR weights together with the EDM formulation, or an unknown target.
+            UserError: min-SNR weights together with the EDM formulation.
+            ValueError: an unknown kind of prediction or of noise levels.
         """
         class_name = str(config.get("_class_name", ""))
         is_native = "EDM" in class_name
@@ -68,9 +70,10 @@ class Denoising:
         if is_native:
             return cls(EDMEulerScheduler.from_config(config), "edm_native")
         standard: Any = DDPMScheduler.from_config(config)
-        levels = standard.alphas_cumprod
-        has_levels = "FlowMatch" not in class_name and "beta_start" in config and len(levels) > 0
-        if not has_levels or not bool(((levels >= 0) & (levels < 1)).all()):
+        # alpha_bar, the product of the alphas up to each timestep, (T,)
+        signal = standard.alphas_cumprod
+        has_levels = "FlowMatch" not in class_name and "beta_start" in config and len(signal) > 0
+        if not has_levels or not bool(((signal >= 0) & (signal < 1)).all()):
             raise ValueError(f"its scheduler, a {class_name}, has no noise levels from 0 to 1")
         if edm:
             return cls(EulerDiscreteScheduler.from_config(config), "edm")
@@ -78,16 +81,28 @@ class Denoising:
 
     @property
     def num_timesteps(self) -> int:
+        """Number of noise levels."""
         return int(self.scheduler.config["num_train_timesteps"])
 
-    def draw(self, random: torch.Generator) -> Tensor:
+    @property
+    def predicts_velocity(self) -> bool:
+        """True if the model predicts a velocity, False if it predicts noise."""
+        return self.scheduler.config["prediction_type"] == "v_prediction"
+
+    def sample_index(self, random: torch.Generator) -> Tensor:
+        """The number of a noise level, 0-d; all are equally likely."""
         return torch.randint(self.num_timesteps, (), generator=random)
 
     def level(self, index: Tensor) -> Tensor:
+        """Noise levels as logs name them, by their numbers."""
         return index
 
     def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Noisy latents as the model takes them, (n, c, h, w), and their timesteps, (n,)."""
+        """Noisy latents as the model takes them, (n, c, h, w), and their timesteps, (n,).
+
+        Args:
+            inputs: as of `FlowMatching.loss`.
+        """
         index = inputs["index"]
         if self.kind == "standard":
             return self.scheduler.add_noise(inputs["latents"], inputs["noise"], index), index
@@ -95,51 +110,64 @@ class Denoising:
         timesteps = self.scheduler.timesteps.to(noisy.device)[index]
         if self.kind == "edm_native":
             return self.scheduler.precondition_inputs(noisy, sigma), timesteps
-        # A variance-preserving model takes the noisy image scaled to unit variance.
+        # A variance-preserving model takes noisy latents of unit variance.
         return noisy / (sigma**2 + 1).sqrt(), timesteps
 
     def loss(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Mean square of each sample's error, (n,), of a prediction for what `add_noise` gives."""
+        """Weighted mean square of each sample's error, (n,) in float32.
+
+        Args:
+            prediction: of the model for what `add_noise` returns, (n, c, h, w).
+            inputs: as of `FlowMatching.loss`.
+        """
         latents, noise, index = inputs["latents"], inputs["noise"], inputs["index"]
-        prediction, mask_weights = prediction.float(), inputs.get("mask_weights")
+        prediction = prediction.float()
+        mask_weights = inputs.get("mask_weights")
         if self.kind != "standard":
             return weighted_mean(self._edm_squares(prediction, inputs), mask_weights)
-        velocity = self.scheduler.config["prediction_type"] == "v_prediction"
-        target = self.scheduler.get_velocity(latents, noise, index) if velocity else noise
+        target = noise
+        if self.predicts_velocity:
+            target = self.scheduler.get_velocity(latents, noise, index)
         loss = weighted_mean((prediction - target.float()) ** 2, mask_weights)
         if self.snr_gamma is None:
             return loss
         is_floored = self.snr_weighting == "diffusers"
-        weights = min_snr_weights(self._ratio(index), self.snr_gamma, velocity, is_floored)
+        ratios = self._standard_snr(index)
+        weights = min_snr_weights(ratios, self.snr_gamma, self.predicts_velocity, is_floored)
         # Class images have no weights, as in diffusers' scripts.
         return torch.where(inputs["instance"], loss * weights, loss)
 
     def snr(self, index: Tensor) -> Tensor | None:
-        if self.kind == "edm_native" or self.scheduler.config["prediction_type"] != "epsilon":
+        """Signal-to-noise ratios by the levels' numbers, (n,); None unless it predicts noise."""
+        if self.kind == "edm_native" or self.predicts_velocity:
             return None
-        return self._ratio(index) if self.kind == "standard" else self.scheduler.sigmas[index] ** -2
+        if self.kind == "edm":
+            return self.scheduler.sigmas[index] ** -2
+        return self._standard_snr(index)
 
-    def _ratio(self, index: Tensor) -> Tensor:
-        """alpha / (1 - alpha), with the product of the alphas up to each timestep."""
-        alphas = self.scheduler.alphas_cumprod.to(index.device)[index].float()
-        return alphas / (1 - alphas)
+    def _standard_snr(self, index: Tensor) -> Tensor:
+        """alpha_bar / (1 - alpha_bar), (n,)."""
+        signal = self.scheduler.alphas_cumprod.to(index.device)[index].float()
+        return signal / (1 - signal)
 
     def _edm_noisy(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """x + sigma e, (n, c, h, w), and sigma, (n, 1, 1, 1), both in float32."""
+        """x0 + sigma e, (n, c, h, w), and sigma, (n, 1, 1, 1), both in float32."""
         latents = inputs["latents"]
         sigma = self.scheduler.sigmas.to(latents.device)[inputs["index"]].view(-1, 1, 1, 1).float()
         return latents.float() + sigma * inputs["noise"].float(), sigma
 
     def _edm_squares(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Weighted squares of the denoised image's error, (n, c, h, w)."""
+        """Weighted squares of the denoised latents' error, (n, c, h, w)."""
         noisy, sigma = self._edm_noisy(inputs)
         clean = inputs["latents"].float()
         if self.kind == "edm_native":
+            # Without weights, as in diffusers' scripts, where they led to numerical problems.
             return (self.scheduler.precondition_outputs(noisy, prediction, sigma) - clean) ** 2
-        if self.scheduler.config["prediction_type"] == "epsilon":
-            denoised = noisy - sigma * prediction
-        else:
+        # The clean latents by the prediction, v or e, of a variance-preserving model.
+        if self.predicts_velocity:
             denoised = noisy / (sigma**2 + 1) - prediction * sigma / (sigma**2 + 1).sqrt()
+        else:
+            denoised = noisy - sigma * prediction
         return sigma**-2 * (denoised - clean) ** 2
 
 
@@ -153,13 +181,16 @@ def min_snr_weights(snr: Tensor, gamma: float, velocity: bool, floored: bool = F
     if velocity and not floored:
         return snr.clamp(max=gamma) / (snr + 1)
     weights = (gamma / snr).clamp(max=1)  # min(snr, gamma) / snr, also at a ratio of 0
-    return weights + 1 if velocity else weights
+    if velocity:
+        return weights + 1
+    return weights
 
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Noise levels of a model's own schedule, sampled and weighted by a scheme; class images have
-    the same weights.
+    """Noise levels of a model's own schedule, sampled and weighted by a scheme.
+
+    Class images have the same weights as instance images.
 
     Args:
         sigmas: noise levels from 1 downwards, (T,).
@@ -180,32 +211,34 @@ class FlowMatching:
     preconditioned: bool = False
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], mu: float | None, **drawing: Any) -> Self:
-        """With the levels that a pipeline's scheduler goes through in as many steps as it has.
+    def from_config(cls, config: dict[str, Any], mu: float | None, **settings: Any) -> Self:
+        """Take all noise levels of a pipeline's scheduler, as it shifts them.
 
         Args:
-            config: of the scheduler; its ``shift`` acts, or, where it shifts by resolution,
-            mu: the logarithm of the shift; None leaves such levels unshifted.
-            drawing: the other arguments.
+            config: of the scheduler, which shifts the levels by its ``shift`` or by ``mu``.
+            mu: logarithm of the shift, of a scheduler that shifts by resolution; None leaves its
+                levels unshifted.
+            settings: the other arguments of the class.
         """
-        if "FlowMatch" not in (kind := str(config.get("_class_name", "FlowMatch"))):
+        kind = str(config.get("_class_name", "FlowMatch"))
+        if "FlowMatch" not in kind:
             raise ValueError(f"its scheduler, a {kind}, has no straight paths to noise")
         # Without mu the scheduler would refuse to shift by resolution.
         if mu is None and config.get("use_dynamic_shifting"):
             config = {**config, "use_dynamic_shifting": False, "shift": 1.0}
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
         steps = int(scheduler.config["num_train_timesteps"])
-        even = [(steps - i) / steps for i in range(steps)]  # 1 down to 1 / steps
-        scheduler.set_timesteps(sigmas=even, mu=mu)
-        return cls(scheduler.sigmas[:-1].float(), **drawing)  # without the 0 at the end
+        even_levels = [(steps - i) / steps for i in range(steps)]  # 1 down to 1 / steps
+        scheduler.set_timesteps(sigmas=even_levels, mu=mu)
+        return cls(scheduler.sigmas[:-1].float(), **settings)  # without the 0 at the end
 
     @property
     def num_timesteps(self) -> int:
         """Number of noise levels."""
         return len(self.sigmas)
 
-    def draw(self, random: torch.Generator) -> Tensor:
-        """The number of a noise level, 0-d."""
+    def sample_index(self, random: torch.Generator) -> Tensor:
+        """The number of a noise level, 0-d, sampled by the scheme."""
         share = compute_density_for_timestep_sampling(
             self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=random
         )
@@ -216,9 +249,7 @@ class FlowMatching:
         return 1000 * self.sigmas[index]
 
     def snr(self, index: Tensor) -> Tensor | None:
-        """Signal-to-noise ratios by the levels' numbers, (n,), where a model predicts noise, of
-        which it errs the less the less signal there is; else None, as here.
-        """
+        """None: signal-to-noise ratios matter only to models that predict noise."""
         return None
 
     def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -236,7 +267,7 @@ class FlowMatching:
         """w(s) times the mean square of the velocity's error, (n,) in float32.
 
         Args:
-            prediction: of a model for what `add_noise` gives, (n, c, h, w).
+            prediction: of the model for what `add_noise` returns, (n, c, h, w).
             inputs: clean ``latents`` and standard normal ``noise``, (n, c, h, w); the ``index`` of
                 each sample's noise level, (n,); True in ``instance``, (n,), for images that are not
                 class images; and, with masks, ``mask_weights`` of the places, (n, 1, h, w).
@@ -252,21 +283,24 @@ class FlowMatching:
 
 
 def weighted_mean(squares: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean over each sample of (n, c, h, w), weighted by (n, 1, h, w): (n,); 0 without a weight."""
+    """Weighted mean of each sample's squares, (n,); 0 where all weights are 0.
+
+    Args:
+        squares: (n, c, h, w).
+        weights: of the places, the same for all channels, (n, 1, h, w); None for a plain mean.
+    """
     if weights is None:
         return squares.flatten(1).mean(dim=1)
-    # The weights are the same for all channels.
     total = squares.shape[1] * weights.flatten(1).sum(dim=1)
     smallest = torch.finfo(total.dtype).tiny
     return (squares * weights).flatten(1).sum(dim=1) / total.clamp_min(smallest)
 
 
 NoiseSchedule = Denoising | FlowMatching
-"""Noise levels, and the loss that belongs to them."""
 
 
 def noise_schedule(cfg: DreamBoothConfig, family: Family, pipeline: Any) -> NoiseSchedule:
-    """The noise levels of the pipeline's scheduler, sampled and weighted as the run says."""
+    """The noise levels of the pipeline's scheduler, sampled and weighted by the run's options."""
     config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
     if not family.flow:
         return Denoising.from_config(

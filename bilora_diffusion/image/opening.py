@@ -1,13 +1,12 @@
-"""From what ``--dataset`` names to a set of images with captions.
+"""From a ``--dataset`` to a set of images with captions and masks.
 
-A folder of images alone or with a metadata file is read here; hub ids and every other layout are
-read by ``datasets``, which keeps no copy of images that lie in a folder.
+A folder of images, with or without a metadata file, is read here. Hub ids and folders in other
+layouts are read by ``datasets``, which makes no copy of images in a folder.
 """
 
 from __future__ import annotations
 
 import glob
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -44,23 +43,21 @@ from .sets import Entry, ImageSet
 
 CAPTION_FILES = "the .txt files beside them"
 MASK_FILES = "the .mask files beside them"
-TEXT = "text"
-"""The column of the captions that lie beside the images."""
-NO_CAPTIONS = "none"
-"""The ``--caption_column`` of one who wants no captions, wherever they lie."""
+TEXT = "text"  # name of the column of captions that are files beside the images
+NO_CAPTIONS = "none"  # the ``--caption_column`` that reads no captions
 SPLIT = "train"
-MAX_BYTES = 500_000_000
-"""Largest metadata file."""
+MAX_BYTES = 500_000_000  # of a metadata file
+# Returns an image's file, or the file's content; None where a table has no image in this row.
 Source = Callable[[], Path | bytes | None]
 
 
 class Table(NamedTuple):
-    """A set as it is stored."""
+    """A set of images as it is stored."""
 
-    entries: list[Entry]  # its images, without captions
-    columns: dict[str, Any]  # the values of each column
-    files: list[Path]  # of the images, where each is a file
-    masks_from: str | None  # the column of the masks
+    entries: list[Entry]  # without captions
+    columns: dict[str, Any]  # values of each column
+    files: list[Path]  # of the images; [] where not all of them are files
+    masks_from: str | None  # the column of the masks, in words
     mask_files: list[Path]  # that a metadata file names
 
 
@@ -75,75 +72,76 @@ def open_images(
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
 ) -> ImageSet:
-    """Open a set of images; each is looked at once here and read again when needed.
+    """Open a set of images. Each image is read once here, and again when it is needed.
 
     Args:
-        dataset: one of ``mini.FOLDERS``, such as "mini", seen through its `color_map`; a local
-            folder with images alone, with images and a ``metadata.jsonl`` or ``metadata.csv``
-            (column ``file_name``), or in any layout that ``datasets`` reads; or the id of a set on
-            the hub. Their split "train" is taken.
-        image_column: where the images are; a folder's own images are in column "image".
-        caption_column: where their captions are; "none" to have none; None for those of the
-            ``.txt`` files beside the images of a folder without metadata.
-        mask_column: where masks are; None for those that lie beside the images of a folder.
+        dataset: one of `mini.FOLDERS`, such as "mini", seen through its `color_map`; a local folder
+            of images, with or without a ``metadata.jsonl`` or ``metadata.csv`` (column
+            ``file_name``), or in another layout that ``datasets`` reads; or a hub id. The split
+            "train" is read.
+        image_column: column of the images; those of a folder are in column "image".
+        caption_column: column of their captions; "none" for no captions; None for the ``.txt``
+            files beside the images of a folder without metadata file.
+        mask_column: column of their masks; None for the mask files beside the images of a folder.
         alpha_mask: the images' own opacity is their mask.
         config_name, cache_dir: as for ``datasets.load_dataset``.
-        skip_bad_images: leave unreadable images out and list them in ``skipped``.
+        skip_bad_images: leave unreadable images out and list them in `ImageSet.skipped`.
 
     Raises:
         UserError: no such set, column, split or image; the message names it and the fix.
     """
     folder = folder_of_set(dataset, "the set")
-    listing = None if folder is None or config_name is not None else list_folder(folder)
-    captioned = listing is not None and listing.has_captions
-    # Images beside Parquet or Arrow are no data (a preview, say).
-    stored = listing and any(path.suffix in (".parquet", ".arrow") for path in listing.files)
-    if listing and (listing.metadata or (listing.images and not stored)):
+    listing = None
+    if folder is not None and config_name is None:
+        listing = list_folder(folder)
+    has_caption_files = listing is not None and listing.has_captions
+    if listing is not None and _is_folder_of_images(listing):
         require_column(image_column, ["image"], "--image_column", dataset)
         # Not by imagefolder of `datasets`: it makes 2.0 of the caption "002" and nothing of
-        # "null", does not miss a file that is not there, lists masks as images, and takes 1.6 s
+        # "null", does not notice a file that is missing, lists masks as images, and takes 1.6 s
         # to import.
         table = _read_folder(dataset, listing, mask_column)
     else:
-        # imagefolder, where captions lie beside images: else they may be taken for the data.
-        data = _load(dataset, folder, config_name, captioned, cache_dir)
+        # As an imagefolder, where there are captions: else these may be taken for the data.
+        data = _load(dataset, folder, config_name, has_caption_files, cache_dir)
         table = _read_split(dataset, data, image_column, mask_column)
 
-    if (colors := color_map(dataset)) is not None:
+    colors = color_map(dataset)
+    if colors is not None:
         for entry in table.entries:
             entry.source = partial(_recolored, entry.source, colors)
 
     # Captions: of a column, or of the files beside the images.
     reads_caption_files = False
     has_no_column = caption_column is None or TEXT not in table.columns
-    if listing and captioned and has_no_column and table.files and not listing.metadata:
+    if has_caption_files and listing and has_no_column and table.files and not listing.metadata:
         caption_column = caption_column or TEXT
         reads_caption_files = caption_column == TEXT
+        # The column is there for messages too, even if another one is asked for.
         table.columns[TEXT] = listing.captions(table.files) if reads_caption_files else []
     _set_captions(dataset, table, caption_column)
 
     # Masks: the images' own opacity, or the files beside them; those of a column are set already.
-    masks = dict[Path, Path]()
+    masks: dict[Path, Path] = {}
     masks_from = table.masks_from
     if alpha_mask:
         masks_from = "their alpha channel"
         for entry in table.entries:
-            entry.mask = partial(_mask, entry.source, True)
-    elif mask_column is None and (masks := masks_beside(table.files)):
+            entry.mask = partial(_read_mask, entry.source, alpha=True)
+    elif mask_column is None:
+        masks = masks_beside(table.files)
+    if masks:
         masks_from = MASK_FILES
-        for entry, file in zip(table.entries, table.files, strict=True):
-            if file in masks:
-                entry.mask = partial(_mask, partial(Path, masks[file]))
+        _set_masks(table, masks)
 
-    # What should be known of how they were found.
-    remarks = []
+    remarks = []  # notes for the user
     if name := unread_folder_name(table.files):
         remarks.append(
             f"names of folders, such as {quoted(name)}, are not read, neither as repeats nor as a"
             " prompt: give --repeats and --instance_prompt, or a list of concepts (docs/data.md)"
         )
     if listing and table.files:
-        used_masks = [*masks.values(), *table.mask_files]
+        used_masks = table.mask_files + list(masks.values())
         if left_out := listing.left_out(table.files, used_masks, captioned=reads_caption_files):
             remarks.append(f"left out of {dataset}: {left_out}")
     return ImageSet(
@@ -156,82 +154,109 @@ def open_images(
     )
 
 
+def _set_masks(table: Table, masks: Mapping[Path, Path]) -> None:
+    """Set the images' masks to mask files, by the images' files."""
+    for entry, file in zip(table.entries, table.files, strict=True):
+        if file in masks:
+            entry.mask = partial(_read_mask, partial(Path, masks[file]))
+
+
+def _is_folder_of_images(listing: Listing) -> bool:
+    """Test that a folder's images are its data, or listed by a metadata file."""
+    if listing.metadata:
+        return True
+    # Images beside Parquet or Arrow files are no data, but a preview for example.
+    has_tables = any(path.suffix in (".parquet", ".arrow") for path in listing.files)
+    return bool(listing.images) and not has_tables
+
+
 def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table:
     """The images that a metadata file lists, in its order; without one, by their names."""
     if len(listing.metadata) > 1:
         raise UserError(f"{label} has both {' and '.join(METADATA)}: keep one of them.")
+    # Each row with its place, for messages.
     rows = [(label, {"file_name": path.name}) for path in listing.images]
     for metadata in listing.metadata:
-        if not (rows := read_rows(metadata, str(metadata), most_bytes=MAX_BYTES)):
+        rows = read_rows(metadata, str(metadata), most_bytes=MAX_BYTES)
+        if not rows:
             raise UserError(f"{metadata} lists no image: add some.")
-    files = [_file(listing.folder, where, row, "file_name") for where, row in rows]
-    for (where, row), file in zip(rows, files, strict=True):
+
+    files = [_named_file(listing.folder, place, row, "file_name") for place, row in rows]
+    entries = []
+    columns: dict[str, list[Any]] = {}  # but for file_name
+    for (place, row), file in zip(rows, files, strict=True):
         if stem_of_masked(file) is not None:
             raise UserError(
-                f"{where} names {quoted(row['file_name'])}, a mask by its name: drop the row, or"
+                f"{place} names {quoted(row['file_name'])}, a mask by its name: drop the row, or"
                 " rename the file."
             )
-    columns: dict[str, list[Any]] = {}  # but for file_name
-    keys = dict.fromkeys(itertools.chain(*(row for _, row in rows)))
-    for key in keys:
-        if key != "file_name":
-            columns[key] = [row.get(key) for _, row in rows]
-    entries, mask_files = [], list[Path]()
-    for (_, row), file in zip(rows, files, strict=True):
         entries.append(Entry(str(row["file_name"]), partial(Path, file)))
+        for key in row:
+            if key != "file_name" and key not in columns:
+                columns[key] = [other_row.get(key) for _, other_row in rows]
+
     masks_from = None
+    mask_files: list[Path] = []
     if mask_column is not None:
         require_column(mask_column, columns, "--mask_column", label)
         del columns[mask_column]
         masks_from = f'column "{mask_column}"'
-        for entry, (where, row) in zip(entries, rows, strict=True):
+        for entry, (place, row) in zip(entries, rows, strict=True):
             if row.get(mask_column):
-                mask_files.append(_file(listing.folder, where, row, mask_column))
-                entry.mask = partial(_mask, partial(Path, mask_files[-1]))
+                mask_file = _named_file(listing.folder, place, row, mask_column)
+                mask_files.append(mask_file)
+                entry.mask = partial(_read_mask, partial(Path, mask_file))
     # The images themselves are in the column "image", as imagefolder calls it.
     columns = {"image": [None] * len(rows), **columns}
     return Table(entries, columns, files, masks_from, mask_files)
 
 
-def _file(folder: Path, where: str, row: Mapping[str, Any], column: str) -> Path:
+def _named_file(folder: Path, place: str, row: Mapping[str, Any], column: str) -> Path:
+    """The file in a folder that a row of a metadata file names.
+
+    Args:
+        place: of the row, for messages.
+    """
     name = row.get(column)
     if not isinstance(name, str) or not name:
         fault = "names no file"
         if name is not None:
             fault = f"names {quoted(name)}, which no file is called"
-        raise UserError(f'"{column}" of {where} {fault}: give the name of an image.')
+        raise UserError(f'"{column}" of {place} {fault}: give the name of an image.')
     path = folder / name
     if not Path(os.path.normpath(path)).is_relative_to(folder):
         raise UserError(
-            f"{where} names {quoted(name)} outside of its folder: move the image into it."
+            f"{place} names {quoted(name)} outside of its folder: move the image into it."
         )
     if not is_file(path):
         raise UserError(
-            f"{where} names {quoted(name)}, which is not a file there: add it or drop the row."
+            f"{place} names {quoted(name)}, which is not a file there: add it or drop the row."
         )
     return path
 
 
 def _read_split(label: str, data: Any, image_column: str, mask_column: str | None) -> Table:
-    """The images of a split, which stay encoded until they are needed."""
+    """The images of a split, which are decoded when they are needed."""
     rows = _undecoded(label, data, image_column, "--image_column")
     if not len(data):
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
-    pictures = list[int]()  # rows that are no masks
-    files = list[Path]()
-    names_in_table = list[Path]()  # of images whose content is in the table
+    numbers: list[int] = []  # of rows that are no masks
+    files: list[Path] = []
+    names_in_table: list[Path] = []  # of images whose content is in the table
     for number, row in enumerate(rows):
-        path = Path(row["path"]) if row and row["path"] else None
+        path = None
+        if row and row["path"]:
+            path = Path(row["path"])
         if path is None:
-            pictures.append(number)
+            numbers.append(number)
         elif row["bytes"] is not None:
-            pictures.append(number)
+            numbers.append(number)
             names_in_table.append(path)
         elif stem_of_masked(path) is None:
-            pictures.append(number)
+            numbers.append(number)
             files.append(path)
-    if len(pictures) < len(data):
-        return _read_split(label, data.select(pictures), image_column, mask_column)
+    if len(numbers) < len(data):
+        return _read_split(label, data.select(numbers), image_column, mask_column)
     stems = {stem(path) for path in names_in_table}
     for path in names_in_table:
         if stem_of_masked(path) in stems:
@@ -239,49 +264,54 @@ def _read_split(label: str, data: Any, image_column: str, mask_column: str | Non
                 f"{label} has the mask {quoted(path)} among its images: put masks into a column of"
                 " their own, and name it by --mask_column."
             )
-    masks = _undecoded(label, data, mask_column, "--mask_column") if mask_column else None
-    entries = [
-        Entry(
-            f"{label}[{i}]",
-            partial(_stored, rows, i),
-            mask=masks and partial(_mask, partial(_stored, masks, i)),
-        )
-        for i in range(len(data))
-    ]
-    return Table(
-        entries,
-        {key: data[key] for key in data.column_names},  # read when they are needed
-        files if len(files) == len(data) else [],
-        f'column "{mask_column}"' if masks else None,
-        [],
-    )
+    entries = []
+    for number in range(len(data)):
+        entries.append(Entry(f"{label}[{number}]", partial(_stored, rows, number)))
+    masks_from = None
+    if mask_column:
+        masks_from = f'column "{mask_column}"'
+        masks = _undecoded(label, data, mask_column, "--mask_column")
+        for number, entry in enumerate(entries):
+            entry.mask = partial(_read_mask, partial(_stored, masks, number))
+    columns = {key: data[key] for key in data.column_names}  # read when they are needed
+    if len(files) < len(data):
+        files = []
+    return Table(entries, columns, files, masks_from, mask_files=[])
 
 
 def _undecoded(label: str, data: Any, column: str, option: str) -> Any:
-    """A column of images that ``datasets`` does not decode."""
+    """A column of images, not decoded: mappings with "bytes" and "path", or None."""
     import datasets
 
-    images = [c for c, kind in data.features.items() if isinstance(kind, datasets.Image)]
-    if not images:
+    image_columns = []
+    for name, kind in data.features.items():
+        if isinstance(kind, datasets.Image):
+            image_columns.append(name)
+    if not image_columns:
         raise _without_images(label, f", only columns ({listed(data.column_names)})")
     require_column(column, data.column_names, option, label)
-    if column not in images:
+    if column not in image_columns:
         raise UserError(
-            f'column "{column}" of {label} holds no images: set {option} to {" or ".join(images)}.'
+            f'column "{column}" of {label} holds no images: set {option} to'
+            f" {' or '.join(image_columns)}."
         )
     return data.select_columns(column).cast_column(column, datasets.Image(decode=False))[column]
 
 
 def _stored(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | bytes | None:
+    """The content of an image in a table, or its file; None where the row has none."""
     stored = rows[number] or {}
     if stored.get("bytes") is not None:
         return stored["bytes"]
-    return None if stored.get("path") is None else Path(stored["path"])
+    if stored.get("path") is not None:
+        return Path(stored["path"])
+    return None
 
 
 def _recolored(source: Source, colors: str) -> bytes | None:
-    """The content of a file with a picture in other colours."""
-    if (encoded := source()) is None:
+    """The content of an image file in other colours (`mini.color_map`)."""
+    encoded = source()
+    if encoded is None:
         return None
     # Uncompressed, so that its hash is the same with every version of Pillow and zlib.
     content = BytesIO()
@@ -289,13 +319,15 @@ def _recolored(source: Source, colors: str) -> bytes | None:
     return content.getvalue()
 
 
-def _mask(source: Source, alpha: bool = False) -> Image.Image | None:
+def _read_mask(source: Source, alpha: bool = False) -> Image.Image | None:
     encoded = source()
-    return None if encoded is None else read_mask(encoded, alpha=alpha)
+    if encoded is None:
+        return None
+    return read_mask(encoded, alpha=alpha)
 
 
 def _set_captions(label: str, table: Table, column: str | None) -> None:
-    """Give the images the texts of a column that are more than blank, if one is asked for."""
+    """Set the images' captions to the texts of a column, if one is named; blank texts are none."""
     if column is None or (column == NO_CAPTIONS and NO_CAPTIONS not in table.columns):
         return
     require_column(column, table.columns, "--caption_column", label)
@@ -311,15 +343,20 @@ def _set_captions(label: str, table: Table, column: str | None) -> None:
 def _load(
     label: str, folder: Path | None, config_name: str | None, images_only: bool, cache: str | None
 ) -> Any:
-    """The split of a folder, or of a set on the hub."""
+    """The split "train" of a folder, or of a set on the hub.
+
+    Args:
+        images_only: read a folder as an imagefolder, whatever other files are in it.
+        cache: folder for downloads.
+    """
     import datasets
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
     place = str(folder.resolve() if folder else label)
     if folder and glob.has_magic(place):
-        # Escaped, it would be read after a walk through all that lies beside it, which takes
-        # minutes in a large folder.
+        # An escaped pattern would be read by a walk through the folders beside it, which may take
+        # minutes.
         raise UserError(
             f'the path "{place}" has "*", "?" or "[", which the package datasets takes for a'
             " pattern: rename the folder, or put its images directly into it."
@@ -347,6 +384,7 @@ def _load(
 
 
 def _without_images(label: str, content: str = "") -> UserError:
+    """The error of a set without images; ``content`` says what it has in place of them."""
     return UserError(
         f'"{label}" holds no images{content}: put some into it, or give another set'
         " (`pip install pillow-heif` makes HEIC readable)."

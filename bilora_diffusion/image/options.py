@@ -1,4 +1,4 @@
-"""Options that only the image script has, and all of its options as one class."""
+"""Options of images, validation and output, and all options of the image script as one class."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import Any, ClassVar
 
 from ..config.options import HeldOutOptions, OutputOptions
 from ..config.run import RunConfig
-from ..core.choices import ADAPTER_GUIDANCE, GUIDANCE_SOURCES
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
+    ADAPTER_GUIDANCE,
+    BY_LOSS,
+    BY_SAMPLES,
+    GUIDANCE_SOURCES,
     GUIDANCES,
+    JUDGES,
     SAMPLER_STEPS,
     SHARES,
     SIDES,
@@ -19,12 +23,11 @@ from ..core.values import (
     Range,
 )
 from ..mini import FOLDERS
-from .base_model import SDXL_BASE, folder_of
-from .loss_options import DiffusionOptions, FlowOptions, PriorOptions
+from .model_options import DiffusionOptions, FlowOptions, ModelOptions, PriorOptions
 
 CACHE_AUTO = "auto"
-CACHE_FOLDER = "bilora-diffusion"
-"""Its name, in the user's folder of caches."""
+CACHE_FOLDER = "bilora-diffusion"  # in the user's folder of caches
+# torchvision's `InterpolationMode`, with an underscore for its hyphen.
 INTERPOLATIONS = (
     "lanczos",
     "bicubic",
@@ -35,6 +38,7 @@ INTERPOLATIONS = (
     "nearest_exact",
 )
 SEVERAL_SETS = "write them into a YAML file with a list of concepts, and give that (docs/data.md)"
+# Cases in which options have no effect.
 ON_A_FOLDER_OF_FILES = IgnoredCase(
     lambda v: bool(v["instance_data_dir"]), "on a folder, whose images are files"
 )
@@ -42,67 +46,27 @@ ON_ONE_CONFIGURATION = IgnoredCase(
     lambda v: bool(v["instance_data_dir"]) or v["dataset_name"] in FOLDERS,
     "on a folder or a built-in set, which has one",
 )
-ON_A_LOCAL_MODEL = IgnoredCase(
-    lambda v: (
-        v["pretrained_vae_model_name_or_path"] is None
-        and folder_of(v["pretrained_model_name_or_path"]) is not None
-    ),
-    "on a local model",
-    "give a hub id or drop it",
-)
 WITHOUT_PROMPT = IgnoredCase(
     lambda v: not v["validation_prompts"] and v["num_validation_images"] > 0,
     "without a prompt",
     "add `--validation_prompt` or drop it",
 )
 
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """The pipeline that is fine-tuned."""
-
-    section: ClassVar[str] = "base model"
-
-    pretrained_model_name_or_path: str = option(
-        SDXL_BASE,
-        "Pipeline to start from, of Stable Diffusion XL or a flow-matching model: hub id, local"
-        " folder, or mini. With --dataset mini, mini-animals or mini-duotone it defaults to mini.",
-        place=True,
-    )
-    # Derived: `derived.default_vae`.
-    pretrained_vae_model_name_or_path: str | None = option(
-        None,
-        "Autoencoder to use instead of the pipeline's own. SDXL base in fp16 defaults to"
-        " madebyollin/sdxl-vae-fp16-fix, since its own overflows there.",
-        place=True,
-    )
-    revision: str | None = option(
-        None, "Branch, tag or commit of a model on the hub.", ignored=(ON_A_LOCAL_MODEL,)
-    )
-    offload: bool = option(
-        False,
-        "Keep the autoencoder on the CPU while it neither encodes nor decodes. Text encoders that"
-        " are not trained stay there anyway once all prompts are embedded.",
-        free=True,
-    )
-    bnb_quantization_config_path: str | None = option(
-        None,
-        "JSON file for bitsandbytes, as diffusers' scripts take it: one that asks for NF4 is"
-        " --quantize nf4, any other is refused.",
-        place=True,
-        free=True,
-    )
-    variant: str | None = option(
-        None, "Which files of the model to take, for example fp16 for *.fp16.safetensors."
-    )
-    cache_dir: str | None = option(
-        None, "Folder for downloaded models and data sets.", place=True, free=True
-    )
+WITHOUT_CHOICE = IgnoredCase(
+    lambda v: not (v["fit"] or v["keep_best"] or v["early_stopping_patience"]),
+    "where nothing is chosen",
+    "add `--keep_best` or `--fit`, or drop it",
+)
+WITHOUT_SAMPLES = IgnoredCase(
+    lambda v: WITHOUT_PROMPT.when(v) and (WITHOUT_CHOICE.when(v) or v["choose_by"] == BY_LOSS),
+    "without a prompt",
+    "add `--validation_prompt` or drop it",
+)
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The images and what is done to them."""
+    """The training images, their texts and masks, and how they are cut and cached."""
 
     section: ClassVar[str] = "training images"
 
@@ -112,7 +76,7 @@ class DataOptions:
         " metadata.csv), mini, mini-animals (12 pictures, soon overfitted), or mini-duotone,"
         " mini-gray or mini-pastel (mini in other colours). linoyts/3d_icon and mini bring the"
         " paper's prompts along. Or a YAML file with a list of concepts, each with"
-        " such options of its own (docs/data.md).",
+        " its own options (docs/data.md).",
         aliases=("--dataset",),
         place=True,
         itemized=True,
@@ -142,6 +106,7 @@ class DataOptions:
         "Prompt that stands for the images, for example 'a photo of TOK dog'. Required unless"
         " captions are given or the set brings its own.",
     )
+    # This and the next option exclude each other (config/constraints.toml).
     mask_column: str | None = option(
         None,
         "Column of masks, as large as the images: bright is learned, dark is not. Default: in a"
@@ -150,29 +115,30 @@ class DataOptions:
     alpha_mask: bool = option(False, "Take the images' own opacity for their masks.")
     # Below 1: at 1 a mask would have no effect.
     unmasked_weight: float = option(
-        0.0, "What the loss outside of a mask counts, in [0, 1); inside it is 1.", range=SHARES
+        0.0, "Weight of the loss outside of a mask, in [0, 1); inside it is 1.", range=SHARES
     )
     trigger_word: str | None = option(
         None,
-        "Word that captions begin with, TOK for example; one that has it as a word of its own stays"
-        " as it is.",
+        "Word that is put in front of captions, TOK for example; a caption that has it as a word"
+        " stays as it is.",
     )
     shuffle_tags: bool = option(
         False,
-        "Shuffle what stands between the commas of a caption, at each visit; what has the trigger"
-        " word stays in front. Each image has up to eight orders.",
+        "Shuffle the tags of a caption, which commas separate, for each training sample; tags with"
+        " the trigger word stay in front. Each image has up to eight orders.",
     )
     caption_dropout: float = option(
         0.0,
-        "Share of visits that see no caption but what guidance leads away from (zeros for SDXL"
-        " base, else the empty prompt), in [0, 1), so that guidance keeps its other side.",
+        "Share of training samples, in [0, 1), that have guidance's negative prompt in place of"
+        " their caption (zeros for SDXL base, else the empty prompt), so that the unconditional"
+        " prediction is trained too.",
         range=SHARES,
     )
     repeats: int = option(
         1,
         "How often each image appears in one epoch.",
         range=Range(
-            10_000, "the order of a whole epoch is drawn at once; use more epochs", at_least=1
+            10_000, "the order of a whole epoch is made at once; use more epochs", at_least=1
         ),
     )
     # Derived: the side of the base model, in `derived.with_model_defaults`.
@@ -184,13 +150,14 @@ class DataOptions:
     )
     aspect_ratio_buckets: str | None = option(
         None,
-        "Cut images to sizes of their own shape, each step to one: auto for some up to 1:2 and 2:1"
-        " with the pixels of --resolution, or height,width;height,width. Default: squares.",
+        "Cut each image to the size that is nearest to its shape; the images of a step have one"
+        " size. auto takes sizes up to 1:2 and 2:1 with the pixels of --resolution; or give"
+        " height,width;height,width. Default: squares.",
     )
     center_crop: bool = option(
-        False, "Cut the middle of an image; otherwise a place is drawn anew at each visit."
+        False, "Cut the middle of each image; otherwise a random place for each training sample."
     )
-    random_flip: bool = option(False, "Mirror half of the visits left to right.")
+    random_flip: bool = option(False, "Mirror half of the training samples left to right.")
     image_interpolation_mode: str = option(
         "lanczos", "How images are resized.", choices=INTERPOLATIONS
     )
@@ -199,8 +166,8 @@ class DataOptions:
     )
     cache_latents: str = option(
         "auto",
-        "Encode each image once and keep its latents: yes (or the flag alone), no, or auto, which"
-        " keeps those of images that are always cropped alike.",
+        "Encode each image once and cache its latents: yes (or the flag alone), no, or auto, which"
+        " caches those of images that are always cropped alike.",
         choices=("auto", "yes", "no"),
         free=True,
     )
@@ -247,6 +214,7 @@ class ValidationOptions:
         " --s steps, --am strength of the adapter (docs/guide.md).",
         itemized=True,
     )
+    # As in diffusers' scripts; presets have another number.
     num_validation_images: int = option(
         4,
         "Images for each prompt; 0 for none. The six prompts that linoyts/3d_icon and mini bring"
@@ -263,21 +231,22 @@ class ValidationOptions:
         "Steps of the sampler in which they are generated. Default: 25; of models that are"
         " distilled to a few steps as many as these take.",
         range=SAMPLER_STEPS,
-        ignored=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_SAMPLES,),
     )
+    # Derived, as the number of steps: `families.base.Family.usual_sampling`.
     validation_guidance_scale: float | None = option(
         None,
         "Guidance with which they are generated. Default: what is usual for the model, and none for"
         " distilled ones that take none (docs/models.md).",
         range=GUIDANCES,
-        ignored=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_SAMPLES,),
     )
     validation_guidance_from: str = option(
         ADAPTER_GUIDANCE,
         "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
         " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
         choices=GUIDANCE_SOURCES,
-        ignored=(WITHOUT_PROMPT,),
+        ignored=(WITHOUT_SAMPLES,),
     )
     skip_final_inference: bool = option(
         False,
@@ -285,7 +254,7 @@ class ValidationOptions:
         ignored=(WITHOUT_PROMPT,),
     )
     eval_on_start: bool = option(
-        False, "Let the untrained model make them, too: the viewer's column of the base model."
+        False, "Let the untrained model generate them too: the viewer's column of the base model."
     )
     validation_dataset: str | None = option(
         None,
@@ -304,6 +273,7 @@ class ValidationOptions:
             ),
         ),
     )
+    # Derived: `config.derived.default_validation_loss_steps`.
     validation_loss_steps: int = option(
         0,
         "Measure that loss every so many steps; 0 measures it at the start and the end only."
@@ -316,6 +286,22 @@ class ValidationOptions:
                 "add `--validation_dataset`, `--fit`, or drop it",
             ),
         ),
+    )
+
+    choose_by: str = option(
+        BY_SAMPLES,
+        "What --fit, --keep_best and --early_stopping_patience go by: samples, the distance of"
+        " images sampled from held-out captions (8 at most) to their pictures, or loss, the"
+        " held-out loss, which is cheaper and is lowest long before images are best.",
+        choices=JUDGES,
+        ignored=(WITHOUT_CHOICE,),
+    )
+    # Derived: `derived.default_image_model`.
+    image_model: str = option(
+        "dinov2:facebook/dinov2-base",
+        "Model whose embeddings tell how far a sample is from a picture: dinov2:ID_OR_FOLDER, or"
+        " embedded, the miniature's own, which is its default.",
+        ignored=(WITHOUT_CHOICE,),
     )
 
 
@@ -331,7 +317,7 @@ class ImageOutputOptions(OutputOptions):
     )
     upcast_before_saving: bool = option(
         False,
-        "Taken for the sake of diffusers' scripts: what is trained is kept and saved in 32 bits.",
+        "Accepted for the sake of diffusers' command lines: trained weights are saved in 32 bits.",
         ignored=(
             IgnoredCase(
                 lambda _: True, "on what is trained here, which is kept and saved in 32 bits anyway"
@@ -351,19 +337,19 @@ class ImageOptions(
     ImageOutputOptions,
     RunConfig,
 ):
-    """Every option of the script, flat, and what the base model's files say.
+    """All options of the image script, and facts from the base model's files.
 
     Attributes:
         given_options: Names of the options that the command line or its recipe has.
         validation_settings: Settings of each of ``validation_prompts`` (`PromptOptions`); [] where
-            none has any.
-        concepts: Options that each concept has of its own, with its name as "concept"; [] of a run
-            of one set of images.
-        concept: Name of the concept that `DreamBoothConfig.concept_configs` made this of.
+            no prompt has settings.
+        concepts: Options of each concept, with its name as "concept"; [] for a run of one set of
+            images.
+        concept: Name of the concept, in a configuration of `DreamBoothConfig.concept_configs`.
         pipeline: Class of the base model's pipeline.
-        told_guidance: True if the denoiser is told its guidance in training.
+        told_guidance: True if the denoiser has an embedding of guidance, which training gives.
         is_unguided: True if its images have no unconditional prediction by default.
-        predicts_noise: True if the denoiser predicts noise, neither velocity nor a flow.
+        predicts_noise: True if the denoiser predicts noise, and not a velocity.
     """
 
     given_options: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
@@ -376,3 +362,8 @@ class ImageOptions(
     predicts_noise: bool = True
 
     modality: ClassVar[str] = "image"
+
+    @property
+    def source(self) -> str:
+        """Name or place of the training images."""
+        return str(self.dataset_name or self.instance_data_dir)

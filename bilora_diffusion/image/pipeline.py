@@ -1,6 +1,6 @@
-"""An image pipeline of a known kind: loading it, the layers that get adapters, and its memory.
+"""A pipeline of a known kind: loading it, the layers that get adapters, and its memory.
 
-It is loaded whole, or refused where it can't be trained.
+A pipeline is loaded with all of its weights, or refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import nn
 from ..adapters import adaptable
 from ..adapters.access import is_within
 from ..adapters.quantize import held_bytes
-from ..core.choices import (
+from ..core.errors import UserError, did_you_mean, reading
+from ..core.values import (
     ALL_LAYERS,
     ALL_LINEAR,
     ATTENTION,
@@ -29,37 +30,37 @@ from ..core.choices import (
     FEED_FORWARD,
     LAYER_GROUPS,
 )
-from ..core.errors import UserError, did_you_mean, reading
 from ..mini import PIPELINES
 from ..train.dry_run import BEFORE, NUMBER_BYTES, STEP, PhaseMemory, empty
 from ..train.soundness import require_safetensors, require_whole, require_words
 from .base_model import ANOTHER, describe, folder_of, from_hub
 from .config import DreamBoothConfig
-from .crops import sizes as bucket_sizes
+from .crops import bucket_sizes
 from .families.base import Family
 from .latents import AT_ONCE
 
-WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Patterns of configurations and tokenizers."""
+WITHOUT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations and tokenizers
+# Of all parts, or of each by name with "default" for the others.
 Dtypes = torch.dtype | dict[str, torch.dtype]
 FLAG = "--lora_layers"
+# Bytes that an autoencoder in fp32 takes for each pixel and channel of its outermost layer.
 ENCODED_BYTES, DECODED_BYTES = 20, 24
-"""Bytes of an autoencoder in fp32 for each pixel and channel of its outermost layer."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The folder of a pipeline, and functions that read the parts which were left without weights
-    (`train.dry_run`).
-    """
+    """The files that a pipeline comes from."""
 
     folder: Path
+    # Functions that read the parts which were left without weights, by the part.
     later: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 def resolve(name: str) -> str:
     """The folder or hub id that a model name stands for; some are embedded (`mini.PIPELINES`)."""
-    return str(PIPELINES[name]()) if name in PIPELINES else name
+    if name in PIPELINES:
+        return str(PIPELINES[name]())
+    return name
 
 
 def load_pipeline(
@@ -73,64 +74,60 @@ def load_pipeline(
     weights: bool = True,
     later: Collection[str] = (),
 ) -> Any:
-    """Load a genuine pipeline with its VAE in float32 and everything else in ``dtype``.
+    """Load a pipeline with its autoencoder in float32 and everything else in ``dtype``.
 
     Args:
         name: folder, hub id, or one of `mini.PIPELINES`.
-        dtype: of all parts, or of each by name with "default" for the rest.
         vae: another autoencoder (``--pretrained_vae_model_name_or_path``).
-        weights: whether to load any; the models are empty (`dry_run.empty`) without, and no more
-            than configurations and tokenizers is downloaded.
-        later: parts that are left without weights until somebody reads them (`Origin`).
+        weights: False for models without weights (`dry_run.empty`), for which configurations and
+            tokenizers alone are downloaded.
+        later: parts that are left without weights until they are needed (`Origin.later`).
 
     Returns:
         The pipeline, with its `Origin` as ``origin``.
 
     Raises:
-        UserError: nothing that can be loaded is there, only pickles are, weights are missing, or
-            a tokenizer knows no words.
+        UserError: there is nothing that can be loaded, only pickles, weights are missing, or a
+            tokenizer knows no words.
     """
     model = describe(name, revision, cache_dir)
+    family = model.family
     folder = folder_of(name)
     if folder is None:
-        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-        if weights:
-            options |= {"variant": variant, **({"vae": None} if vae else {})}
-            get = partial(DiffusionPipeline.download, name, use_safetensors=True, **options)
-        else:
-            get = partial(snapshot_download, name, allow_patterns=list(WITHOUT_WEIGHTS), **options)
-        folder = Path(from_hub(name, get))
+        folder = _download(name, revision, variant, cache_dir, with_vae=not vae, weights=weights)
     if weights and name not in PIPELINES and variant and not any(folder.glob(f"*/*.{variant}.*")):
         raise UserError(f'--variant "{variant}" is of no file of "{name}": {ANOTHER}, or drop it.')
-    family, index, load = model.family, model.index, _load if weights else _empty
-    # Optional parts that the pipeline goes without, such as SD3's T5.
-    absent = [part for part in family.optional if (index.get(part) or [None])[0] is None]
-    origin, parts = Origin(folder), dict[str, Any]()
+
+    # Optional parts that the pipeline goes without, such as SD3's T5: null, or [null, null].
+    absent = [part for part in family.optional if (model.index.get(part) or [None])[0] is None]
+    load = _load if weights else _empty
+    origin = Origin(folder)
+    parts: dict[str, Any] = {}
     for part, kind in family.parts.items():
         if part in absent:
             continue
-        part_dtype = dtype.get(part, dtype["default"]) if isinstance(dtype, dict) else dtype
-        if part == "vae":
-            # Autoencoders overflow in half precision: latents are made and decoded in float32.
-            part_dtype = torch.float32
-        options = {"dtype": part_dtype}
-        label, place, fix = f'the {part} of "{name}"', folder, f"download it again, or {ANOTHER}"
+        options: dict[str, Any] = {"dtype": _dtype_of(part, dtype)}
         if part == "vae" and vae:
-            label, place = f'the autoencoder "{vae}"', vae
+            label = f'the autoencoder "{vae}"'
+            place = vae
             fix = f"give a folder or a hub id of a {kind}"
             options["cache_dir"] = cache_dir
         else:
+            label = f'the {part} of "{name}"'
+            place = folder
+            fix = f"download it again, or {ANOTHER}"
             options["subfolder"] = part
-            # A part without files of the variant is read as it is.
+            # A part without files of the variant is read from its usual files.
             if variant and any((folder / part).glob(f"*.{variant}.*")):
                 options["variant"] = variant
         loader = getattr(diffusers, kind, None) or getattr(transformers, kind)
         read = partial(load, label, loader, place, fix, **options)
-        if part in later:  # its embeddings may all be cached
+        if part in later:
             origin.later[part] = read
             parts[part] = _empty(*read.args, **read.keywords)
         else:
             parts[part] = read()
+
     pipeline_class: Any = getattr(diffusers, family.pipeline)
     pipeline = reading(
         f'the base model "{name}"',
@@ -144,10 +141,46 @@ def load_pipeline(
             tokenizer = part.replace("text_encoder", "tokenizer")
             fix = f"put its files into the folder {tokenizer}, or {ANOTHER}"
             require_words(f'the {tokenizer} of "{name}"', getattr(pipeline, tokenizer), None, fix)
-    pipeline.register_to_config(_name_or_path=name)  # and not a folder of the hub's cache
+    pipeline.register_to_config(_name_or_path=name)  # in place of a folder of the hub's cache
     pipeline.set_progress_bar_config(disable=True)
     pipeline.origin = origin
     return pipeline
+
+
+def _dtype_of(part: str, dtype: Dtypes) -> torch.dtype:
+    if part == "vae":
+        # Autoencoders overflow in half precision: latents are made and decoded in float32.
+        return torch.float32
+    if isinstance(dtype, dict):
+        return dtype.get(part, dtype["default"])
+    return dtype
+
+
+def _download(
+    name: str,
+    revision: str | None,
+    variant: str | None,
+    cache_dir: str | None,
+    *,
+    with_vae: bool,
+    weights: bool,
+) -> Path:
+    """Download a pipeline from the hub; the folder in the hub's cache.
+
+    Args:
+        with_vae: False where another autoencoder takes the place of its own.
+        weights: False for configurations and tokenizers alone.
+    """
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    if weights:
+        options["variant"] = variant
+        if not with_vae:
+            options["vae"] = None
+        download = partial(DiffusionPipeline.download, name, use_safetensors=True, **options)
+    else:
+        patterns = list(WITHOUT_WEIGHTS)
+        download = partial(snapshot_download, name, allow_patterns=patterns, **options)
+    return Path(from_hub(name, download))
 
 
 def load_base(cfg: DreamBoothConfig, dtype: Dtypes, **options: Any) -> Any:
@@ -166,7 +199,7 @@ def load_base(cfg: DreamBoothConfig, dtype: Dtypes, **options: Any) -> Any:
 def _empty(
     label: str, kind: Any, place: str | Path, fix: str, dtype: torch.dtype, **options: Any
 ) -> Any:
-    """One model without its weights."""
+    """One model of a pipeline without its weights; the arguments are those of `_load`."""
     options.pop("variant", None)  # of weights
 
     def build() -> Any:
@@ -178,7 +211,15 @@ def _empty(
 
 
 def _load(label: str, kind: Any, place: str | Path, fix: str, **options: Any) -> Any:
-    """One model with all of its weights, from safetensors."""
+    """One model of a pipeline with all of its weights, from safetensors.
+
+    Args:
+        label: name of the model in messages.
+        kind: its class.
+        place: folder or hub id.
+        fix: end of the messages.
+        options: of ``from_pretrained``.
+    """
     require_safetensors(label, Path(place).expanduser() / options.get("subfolder", ""))
     options |= {"use_safetensors": True, "output_loading_info": True}
     model, loaded = reading(label, fix, lambda: kind.from_pretrained(place, **options))
@@ -187,21 +228,24 @@ def _load(label: str, kind: Any, place: str | Path, fix: str, **options: Any) ->
 
 
 def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tuple[str, ...]:
-    """Names or ends of names, as an `AdapterSpec` takes them, of what the words stand for.
+    """Names of a denoiser's layers, or ends of names, as an `AdapterSpec` takes them.
 
     - attention: the family's ``targets``.
     - feed-forward: the linear layers of the family's ``feed_forward`` modules.
     - convolutions: those in blocks, as in kohya's scripts; not the first and last of a UNet, which
-      hold 4 channels, nor the patches of a transformer.
+      have 4 channels on one side, nor the patch embedding of a transformer.
     - all-linear: every linear layer, as in PEFT; all: these and the convolutions.
+
+    Args:
+        words: groups, and ends of layers' names such as "to_q" (``--lora_layers``).
 
     Raises:
         UserError: a word is neither a group nor the end of a layer's name, or a group is empty.
     """
     linear = adaptable(model)
-    # Layers in blocks have a number in their names.
     convolutions = []
     for name in adaptable(model, convolutions=True):
+        # Layers in blocks have a number in their names.
         if any(part.isdigit() for part in name.split(".")):
             convolutions.append(name)
     groups = {
@@ -213,96 +257,114 @@ def select_layers(words: Sequence[str], family: Family, model: nn.Module) -> tup
     }
     kind = type(model).__name__
     module_names = [f".{name}" for name, _ in model.named_modules()]
-    layers: dict[str, None] = {}  # in order, without repetition
+    layers: list[str] = []
     for word in words:
-        # A word is a group, or the end of a layer's name such as to_q.
-        if word not in groups and not any(name.endswith(f".{word}") for name in module_names):
+        if word in groups:
+            if not groups[word]:
+                raise UserError(f"{FLAG} {word}: the {kind} has no such layer; give {ALL_LINEAR}.")
+            layers += groups[word]
+        elif any(name.endswith(f".{word}") for name in module_names):
+            layers.append(word)
+        else:
             raise UserError(
                 f'{FLAG} "{word}" is not a layer of the {kind}{_hint(word, groups[ALL_LAYERS])}:'
                 f" give {', '.join(LAYER_GROUPS)}, or the ends of layers' names such as"
                 f" {family.targets[0]}."
             )
-        if not groups.get(word, word):
-            raise UserError(f"{FLAG} {word}: the {kind} has no such layer; give {ALL_LINEAR}.")
-        layers |= dict.fromkeys(groups.get(word, [word]))
-    return tuple(layers)
+    return tuple(dict.fromkeys(layers))  # in order, without repetition
 
 
 def _hint(word: str, names: Sequence[str]) -> str:
-    """The end of a layer's name that a wrong word is most like."""
+    """The group or end of a layer's name that a wrong word is most like, for a message."""
     ends: set[str] = set()
     for name in names:
         parts = name.split(".")
-        ends |= {".".join(parts[start:]) for start in range(len(parts))}
+        for start in range(len(parts)):
+            ends.add(".".join(parts[start:]))
     # The shortest first: "to_q" before "attn1.to_q".
     return did_you_mean(word, list(LAYER_GROUPS) + sorted(ends, key=len))
 
 
 def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
-    """Memory of a task whose models are empty, in each phase of a run.
+    """Memory of a dry run's task in each phase of a run, but for what is trained.
 
     On a CPU all models are in memory from the start. On a GPU text encoders that are not trained
-    leave before the first step, and with ``--offload`` the autoencoder rests meanwhile.
+    leave before the first step, and with ``--offload`` the autoencoder is on the CPU but for
+    encoding and decoding.
+
+    Args:
+        task: a `DreamBooth` whose models have no weights.
     """
     cfg, family, pipeline = task.cfg, task.family, task.pipeline
     quantized = set(task.models)
     if family.flow:
         quantized |= set(family.encoders)
-    sizes: dict[str, int] = {}
+    model_bytes: dict[str, int] = {}
     for name in family.parts:
         model = getattr(pipeline, name, None)
         if isinstance(model, nn.Module):
-            sizes[name] = held_bytes(model, cfg.quantize if name in quantized else "none")
+            quantization = cfg.quantize if name in quantized else "none"
+            model_bytes[name] = held_bytes(model, quantization)
 
-    on_cpu = device.type == "cpu"
+    # The models in memory in each phase.
+    is_cpu = device.type == "cpu"
     frozen_encoders = set(family.encoders) - set(task.models)
-    staying = set(sizes)
-    if family.flow or not on_cpu:
-        staying -= frozen_encoders
-    resting = {"vae"} if cfg.offload and not on_cpu else set()
-    before = set(sizes) if on_cpu else (frozen_encoders | {"vae"}) - resting
+    before = set(model_bytes)
+    encoding = set(model_bytes)
+    if not is_cpu:
+        before = frozen_encoders | {"vae"}
+    if family.flow or not is_cpu:
+        encoding -= frozen_encoders
+    step = encoding
+    if cfg.offload and not is_cpu:
+        before = before - {"vae"}
+        step = step - {"vae"}
 
     def weights(names: set[str]) -> dict[str, int]:
-        return {f"weights: {name}": size for name, size in sizes.items() if name in names}
+        return {f"weights: {name}": size for name, size in model_bytes.items() if name in names}
 
-    crops = bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets)
-    pixels = max(height * width for height, width in crops)
+    # The autoencoder at its largest image.
+    sizes = bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets)
+    pixels = max(height * width for height, width in sizes)
     vae_config = pipeline.vae.config
     channels = vae_config.get("base_dim") or vae_config["block_out_channels"][0]
-    encoded = ENCODED_BYTES * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
+    encoded_bytes = ENCODED_BYTES * max(pixels, min(AT_ONCE, cfg.train_batch_size * pixels))
     sampled_pixels = [sample.width * sample.height for sample in cfg.samples]
-    decoded = DECODED_BYTES * max(sampled_pixels, default=0)
-    pictures = channels * max(encoded, decoded)
+    decoded_bytes = DECODED_BYTES * max(sampled_pixels, default=0)
+    pictures = channels * max(encoded_bytes, decoded_bytes)
 
-    places = pixels // family.patch**2
-    activations = activation_bytes(family, task.models[family.denoiser], places, cfg)
+    image_tokens = pixels // family.patch**2
+    activations = activation_bytes(family, task.models[family.denoiser], image_tokens, cfg)
     return {
         BEFORE: weights(before),
-        "encoding or drawing": {**weights(staying), "pictures": pictures},
-        STEP: {**weights(staying - resting), "activations": activations},
+        "encoding or drawing": {**weights(encoding), "pictures": pictures},
+        STEP: {**weights(step), "activations": activations},
     }
 
 
-def activation_bytes(family: Any, denoiser: Any, places: int, cfg: DreamBoothConfig) -> int:
-    """Bytes that the denoiser's activations take in a step.
+def activation_bytes(family: Any, denoiser: Any, image_tokens: int, cfg: DreamBoothConfig) -> int:
+    """Bytes of the denoiser's activations in a step, by `families.base.Activations`.
 
     Args:
-        family: Kind of the base model.
-        denoiser: Denoiser whose weights are empty.
-        places: Places of the latents, or tokens of the image.
-        cfg: Configuration of the run.
+        denoiser: without weights.
+        image_tokens: tokens of an image, or latents of a UNet.
     """
     config, counts = denoiser.config, family.activations
     if family.flow:
-        lists = [module for module in denoiser.children() if isinstance(module, nn.ModuleList)]
-        blocks = sum(map(len, lists))
-        heads, head_width = config.get("num_attention_heads"), config.get("attention_head_dim")
-        width = config.get("dim") or config.get("hidden_size") or heads * head_width
-    else:  # a UNet, whose coefficients are of the whole
-        blocks, width = 1, config["block_out_channels"][0]
+        blocks = 0
+        for module in denoiser.children():
+            if isinstance(module, nn.ModuleList):
+                blocks += len(module)
+        width = config.get("dim") or config.get("hidden_size")
+        if not width:
+            width = config["num_attention_heads"] * config["attention_head_dim"]
+    else:  # a UNet, whose coefficients are those of all blocks together
+        blocks = 1
+        width = config["block_out_channels"][0]
+    # Numbers per token and unit of width.
     if cfg.gradient_checkpointing:
         numbers = blocks * counts.checkpointed + counts.recomputed
     else:
         numbers = blocks * counts.block
-    tokens = cfg.train_batch_size * (places + counts.prompt_tokens)
+    tokens = cfg.train_batch_size * (image_tokens + counts.prompt_tokens)
     return int(tokens * width * NUMBER_BYTES[cfg.mixed_precision] * numbers)

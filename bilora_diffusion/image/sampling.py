@@ -1,12 +1,12 @@
-"""Images from a pipeline: embedded prompts, guidance by the adapted or the base model, the sampler.
+"""Images from a pipeline: embedded prompts, the sampler, and guidance by the adapted or base model.
+
+A LoRA is trained on captions and changes the unconditional prediction too, so that the difference
+of guidance, conditional - unconditional, has less of what it learned. With guidance from the base
+model the adapters act in the conditional prediction only, at the same cost (Phunyaphibarn et al.
+2025, https://arxiv.org/abs/2503.20240, for models that are fine-tuned whole):
 
     with unconditional_by_base(family, denoiser, count=4):
         images = pipeline(...)  # four
-
-A LoRA is trained on captions and moves the unconditional prediction too, so that (conditional -
-unconditional) has less of what it learned. With guidance from the base model the adapters act in
-the conditional prediction only, at the same cost (Phunyaphibarn et al. 2025,
-https://arxiv.org/abs/2503.20240, for models that are fine-tuned whole).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import LoraLayer
-from ..core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE
+from ..core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from ..train.task import precision
 from .config import require_unconditional
 from .families import family_of
@@ -52,23 +53,22 @@ def generate(
 
     Args:
         pipeline: of a known kind; its text encoders are used only without ``embeddings``.
-        prompts: n prompts.
-        seeds: n seeds.
-        size: side of the square images, or height and width; pixels.
-        negatives: n negative prompts; none are empty ones.
-        steps, guidance_scale: of the sampler and of the prompt; None is what is usual for the
-            model.
-        guidance_from: the model of the unconditional prediction: "adapter", the adapted one, or
-            "base", the same without its adapters.
-        embeddings: of the prompts and of their negatives, (n, ...) each.
-        on_step: called with the number of each step, from 1, when it was taken.
+        prompts, seeds: n of each.
+        size: side of the square images, or height and width; in pixels.
+        negatives: n negative prompts; () for empty ones.
+        steps: of the sampler; None is what is usual for the model, as for the guidance scale.
+        guidance_from: the model of the unconditional prediction: "adapter" for the adapted one, or
+            "base" for the same without its adapters.
+        embeddings: of the prompts and of the negative prompts, (n, ...) each.
+        batch: images that are sampled together.
+        on_step: called after each step with its number, from 1.
 
     Returns:
         n PIL images, RGB.
 
     Raises:
         TrainingError: an image is not finite.
-        UserError: the base model's prediction is asked for, and the model makes none.
+        UserError: guidance from the base model, and no unconditional prediction at this scale.
     """
     is_base = guidance_from == BASE_GUIDANCE
     if embeddings is None:
@@ -76,61 +76,72 @@ def generate(
         negative = embed_negative(pipeline, len(prompts), negatives, guidance_from)
     else:
         positive, negative = embeddings
-    height, width = (size, size) if isinstance(size, int) else size
+    if isinstance(size, int):
+        size = (size, size)
+    height, width = size
     family: Family = family_of(pipeline)
-    model = family.model(pipeline)
-    dtype = precision(model)
-    usual_steps, usual_guidance = family.usual_sampling(pipeline)
-    guidance = usual_guidance if guidance_scale is None else guidance_scale
+    denoiser = family.model(pipeline)
+    dtype = precision(denoiser)
+    usual_steps, guidance = family.usual_sampling(pipeline)
+    if guidance_scale is not None:
+        guidance = guidance_scale
     if is_base:
         require_unconditional(family, guidance, pipeline.config, family.configs(pipeline))
     sampler = bare_sampler(family, pipeline)
 
-    def callback(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if on_step is not None:
-            on_step(step + 1)
-        return values
-
     images: list[Image] = []
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
+        names = []
+        for prompt, seed in zip(prompts[rows], seeds[rows], strict=True):
+            names.append(f"'{prompt}' with seed {seed}")
+        # A generator on the CPU for each image: its noise does not depend on the device.
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
         conditional = {name: values[rows] for name, values in positive.items()}
         unconditional = {name: values[rows] for name, values in negative.items()}
         arguments = family.sampling(
-            move(conditional, model.device, dtype),
-            move(unconditional, model.device, dtype),
+            move(conditional, denoiser.device, dtype),
+            move(unconditional, denoiser.device, dtype),
             guidance,
         )
-        count = len(prompts[rows])
-        with unconditional_by_base(family, model, count) if is_base else nullcontext():
+        source_of_guidance: AbstractContextManager[None] = nullcontext()
+        if is_base:
+            source_of_guidance = unconditional_by_base(family, denoiser, len(names))
+        with source_of_guidance:
             output: Any = sampler(
                 **arguments,
-                # A generator on the CPU for each image: its noise does not depend on the device.
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]],
+                generator=generators,
                 height=height,
                 width=width,
                 num_inference_steps=steps or usual_steps,
                 output_type="latent",
-                callback_on_step_end=callback,
+                callback_on_step_end=partial(_report_step, on_step),
             )
-        names = []
-        for prompt, seed in zip(prompts[rows], seeds[rows], strict=True):
-            names.append(f"'{prompt}' with seed {seed}")
         latents = family.unpack_output(output.images, height, width)  # (n, c, h, w)
         images += decode(pipeline, latents, names)
     return images
 
 
-def bare_sampler(family: Family, pipeline: Any) -> Any:
-    """A pipeline like the given one with denoiser and scheduler only.
+def _report_step(
+    on_step: Callable[[int], None] | None, _: Any, step: int, __: Any, values: dict[str, Any]
+) -> dict[str, Any]:
+    """A pipeline's callback at the end of each step, which diffusers counts from 0."""
+    if on_step is not None:
+        on_step(step + 1)
+    return values
 
-    Without encoders and autoencoder the pipeline's device is the denoiser's, wherever they rest.
+
+def bare_sampler(family: Family, pipeline: Any) -> Any:
+    """A pipeline of the same class with denoiser and scheduler only.
+
+    Its device is the denoiser's, wherever the pipeline's encoders and autoencoder are.
     """
     kind: Any = type(pipeline)
     arguments = inspect.signature(kind.__init__).parameters
     settings = {name: value for name, value in pipeline.config.items() if name in arguments}
-    settings |= dict.fromkeys(set(pipeline.components) & set(arguments))  # None
-    # A scheduler has a state: the pipeline's own is left alone.
+    # All other parts are None.
+    settings |= dict.fromkeys(set(pipeline.components) & set(arguments))
+    # A scheduler has a state, and the pipeline's own keeps its state.
     settings["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     settings[family.denoiser] = family.model(pipeline)
     sampler = kind(**settings)
@@ -142,10 +153,17 @@ def bare_sampler(family: Family, pipeline: Any) -> Any:
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[Image]:
-    """Latents of the denoiser, (n, c, h, w), to PIL images, decoded in the autoencoder's dtype."""
+    """Decode latents of the denoiser, (n, c, h, w), in the autoencoder's dtype to PIL images.
+
+    Args:
+        names: of the images, for messages.
+
+    Raises:
+        TrainingError: an image is not finite.
+    """
     vae = pipeline.vae
     home_device = vae.device
-    vae.to(latents.device)
+    vae.to(latents.device)  # it may be on the CPU, with --offload
     space = family_of(pipeline).latent_space(vae)
     scaled = space.decode(latents.to(vae.dtype))
     # One at a time: in float32 a 1024-pixel image alone takes gigabytes.
@@ -157,7 +175,7 @@ def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[I
 
 
 def embed(pipeline: Any, prompts: Sequence[str]) -> Conditions:
-    """Embed prompts with the pipeline's own text encoders as and where they are now."""
+    """Embed prompts by the pipeline's own text encoders, with their adapters, on their device."""
     return family_of(pipeline).embed(pipeline, prompts)
 
 
@@ -167,17 +185,22 @@ def embed_negative(
     prompts: Sequence[str] = (),
     guidance_from: str = ADAPTER_GUIDANCE,
 ) -> Conditions:
-    """Embeddings of ``count`` negative prompts, empty ones unless given, with the pipeline's own
-    text encoders: as they are now, or without their adapters for the base model's prediction.
+    """Embed ``count`` negative prompts by the pipeline's own text encoders.
+
+    Args:
+        prompts: () for empty ones.
+        guidance_from: with "base" the encoders embed without their adapters.
     """
     family = family_of(pipeline)
-    is_base = guidance_from == BASE_GUIDANCE
-    with encoders_of_base(family, pipeline) if is_base else nullcontext():
+    encoders: AbstractContextManager[None] = nullcontext()
+    if guidance_from == BASE_GUIDANCE:
+        encoders = encoders_of_base(family, pipeline)
+    with encoders:
         empty = family.negative(pipeline, embed(pipeline, [""] * count))
         if not any(prompts):
             return empty
         rows = split_rows(embed(pipeline, prompts))
-    # An empty prompt is what guidance leads away from, not the embedding of "".
+    # An empty prompt is the family's own negative, such as zeros, not the embedding of "".
     for number, (prompt, empty_row) in enumerate(zip(prompts, split_rows(empty), strict=True)):
         if not prompt:
             rows[number] = empty_row
@@ -186,23 +209,27 @@ def embed_negative(
 
 @contextmanager
 def unconditional_by_base(family: Family, denoiser: nn.Module, count: int) -> Iterator[None]:
-    """Within the context, one call of a pipeline takes its unconditional predictions from the
-    denoiser without its adapters. Where none acts, nothing changes.
+    """Within the context, the denoiser makes its unconditional predictions without its adapters.
+
+    Where no adapter acts, nothing changes. How the predictions are told apart depends on the place
+    that `Family.unconditional` names.
 
     Args:
         denoiser: with its adapters.
-        count: images of the call.
+        count: images of the pipeline's call, of which there is one in the context.
     """
     acting = [layer for _, layer in adapters.layers(denoiser) if _is_acting(layer)]
     if not acting:
         yield
     elif family.unconditional is Unconditional.FIRST_ROWS and all(map(_is_plain, acting)):
+        # One call of the denoiser, in which A x is zero for the unconditional rows.
         with _without_first_rows(acting, count):
             yield
     elif family.unconditional is Unconditional.SECOND_CALL:
         with _replaced_forward(denoiser, _second_call_without(denoiser.forward, acting)):
             yield
     else:
+        # Two calls in place of one, each of half of the rows.
         is_first = family.unconditional is Unconditional.FIRST_ROWS
         forward = _halves(denoiser.forward, acting, count, is_first=is_first)
         with _replaced_forward(denoiser, forward):
@@ -222,19 +249,20 @@ def encoders_of_base(family: Family, pipeline: Any) -> Iterator[None]:
 
 
 def _acting_names(layer: LoraLayer) -> list[str]:
+    """Names of the adapters that are switched on in a layer."""
     if layer.disable_adapters:
         return []
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _is_acting(layer: LoraLayer) -> bool:
-    """Test that a layer's adapters add anything: at strength 0 a plain product does not."""
+    """Test that a layer's adapters change its output: at strength 0 only those of DoRA do."""
     variants = cast(Any, layer).lora_variant
     return any(layer.scaling[name] or name in variants for name in _acting_names(layer))
 
 
 def _is_plain(layer: LoraLayer) -> bool:
-    """Test that zeros in the place of A x leave what the base layer gives, row by row."""
+    """Test that a row whose A x is zeros has the base layer's output."""
     if layer.merged:  # into the base weight
         return False
     for name in _acting_names(layer):
@@ -248,6 +276,7 @@ def _is_plain(layer: LoraLayer) -> bool:
 def _without_first_rows(layers: list[LoraLayer], count: int) -> Iterator[None]:
     """Within the context the adapters act in the last ``count`` of 2 ``count`` rows."""
 
+    # hidden = A x, (2 count, ..., rank)
     def zero_first_rows(_: nn.Module, __: Any, hidden: Tensor) -> Tensor:
         if len(hidden) != 2 * count:
             raise RuntimeError(f"{len(hidden)} rows for {count} images with guidance")
@@ -265,7 +294,7 @@ def _without_first_rows(layers: list[LoraLayer], count: int) -> Iterator[None]:
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within the context a module has another forward."""
-    # Offloading leaves a forward of its own among the module's attributes.
+    # A class has its forward, a module has one of its own where accelerate offloads it.
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -278,12 +307,12 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 def _second_call_without(forward: Callable[..., Any], layers: list[LoraLayer]) -> Any:
-    """A forward whose second, fourth, ... calls go without adapters; the first is conditional."""
+    """A forward whose second, fourth, ... calls, the unconditional ones, go without adapters."""
     calls = itertools.count()
 
     def alternating(*args: Any, **kwargs: Any) -> Any:
         is_unconditional = next(calls) % 2 == 1
-        with adapters.off(layers) if is_unconditional else nullcontext():
+        with adapters.off(layers if is_unconditional else []):
             return forward(*args, **kwargs)
 
     return alternating
@@ -292,8 +321,9 @@ def _second_call_without(forward: Callable[..., Any], layers: list[LoraLayer]) -
 def _halves(
     forward: Callable[..., Any], layers: list[LoraLayer], count: int, *, is_first: bool
 ) -> Any:
-    """A forward that makes two calls of a batch of 2 ``count`` rows, that of the unconditional
-    half without adapters.
+    """A forward that makes two calls of a batch of 2 ``count`` rows, one for each half of them.
+
+    The call for the unconditional half goes without adapters.
 
     Args:
         is_first: the unconditional half is the first.
@@ -304,7 +334,7 @@ def _halves(
         for half in (slice(0, count), slice(count, 2 * count)):
             is_unconditional = (half.start == 0) == is_first
             half_args, half_kwargs = _rows((args, kwargs), half, 2 * count)
-            with adapters.off(layers) if is_unconditional else nullcontext():
+            with adapters.off(layers if is_unconditional else []):
                 outputs.append(forward(*half_args, **half_kwargs)[0])
         if isinstance(outputs[0], Tensor):
             return (torch.cat(outputs),)
@@ -314,10 +344,16 @@ def _halves(
 
 
 def _rows(values: Any, rows: slice, count: int) -> Any:
-    """Some rows of all tensors and lists of ``count`` rows among nested values."""
+    """Nested arguments of a call with some of the rows of each tensor and list.
+
+    Args:
+        count: rows of the whole batch; what has another length is no batch and stays as it is.
+    """
     if isinstance(values, dict):
         return {name: _rows(value, rows, count) for name, value in values.items()}
     if isinstance(values, tuple):
         return tuple(_rows(value, rows, count) for value in values)
     is_batch = isinstance(values, list) or (isinstance(values, Tensor) and values.dim() > 0)
-    return values[rows] if is_batch and len(values) == count else values
+    if is_batch and len(values) == count:
+        return values[rows]
+    return values

@@ -28,7 +28,7 @@ from ..core.lora_names import (
 from ..export.reader import verify
 from ..export.writer import save_diffusers, save_models, training_facts
 from ..methods import get
-from ..run.heldout_part import chosen, copies
+from ..run.data import describe_copies, samples_of_part
 from ..run.record import VALIDATION
 from ..train import command
 from ..train.engine import DTYPES
@@ -47,12 +47,12 @@ from .sets import ImageSet
 from .stream import TrainingStream
 from .task import DreamBooth
 
-PRECISIONS = DTYPES | {"fp32": torch.float32}
+PRECISIONS = DTYPES | {"fp32": torch.float32}  # of class images
 logger = logging.getLogger(__name__)
 
 
 class DreamBoothScript(Script[DreamBoothConfig]):
-    """Training of image models."""
+    """The training script of image models."""
 
     project = "dreambooth-bilora"
     scorer = "eval.clip_scores"
@@ -61,31 +61,37 @@ class DreamBoothScript(Script[DreamBoothConfig]):
         return resolve(argv)
 
     def build_task(self, cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
-        """Data first, since it is quick to refuse; then the models; then both on the device, where
-        prompts are embedded. In a dry run models have no weights, and stay where they are.
+        """Load the images and the models, and bring both to the device.
+
+        In a dry run the models have no weights, and stay on their device.
         """
-        instance = training_images(cfg)
+        # The images first: they are quicker to refuse.
+        training = training_images(cfg)
         heldout = heldout_images(cfg)
-        warn_of_copies(cfg, instance, heldout)
+        warn_of_copies(cfg, training, heldout)
+
         family = cfg.family
-        # Frozen weights need no more than the arithmetic has; trained ones would lose small updates
-        # in bf16.
+        # Frozen weights are as precise as the arithmetic; trained ones would lose small updates in
+        # bf16.
         dtypes = {"default": DTYPES[accelerator.mixed_precision]}
         if get(cfg.method).exports_weights:
             dtypes[family.denoiser] = torch.float32
             if cfg.train_text_encoder:
                 dtypes |= dict.fromkeys(family.encoders, torch.float32)
-        # Prompts that are cached need no text encoder, so these are loaded where one is missing.
-        loaded_later = family.encoders if cfg.cache and not cfg.train_text_encoder else ()
+        # Text encoders are loaded when a prompt is not in the cache on disk.
+        loaded_later = ()
+        if cfg.cache and not cfg.train_text_encoder:
+            loaded_later = family.encoders
         pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, later=loaded_later)
         warn_of_model(cfg, pipeline)
+
         class_set = None
         if cfg.with_prior_preservation:
             if cfg.dry_run:
-                class_set = instance
+                class_set = training  # no images are sampled
             else:
                 class_set = joined(cfg, partial(class_images, accelerator=accelerator))
-        task = DreamBooth(cfg, pipeline, TrainingStream(cfg, instance, class_set), heldout)
+        task = DreamBooth(cfg, pipeline, TrainingStream(cfg, training, class_set), heldout)
         if not cfg.dry_run:
             if cfg.quantize != "none":
                 quantize_models(task, dtypes["default"], accelerator.device)
@@ -128,64 +134,68 @@ class DreamBoothScript(Script[DreamBoothConfig]):
 
 
 DREAMBOOTH = DreamBoothScript()
+# Trains by a command line and leaves a run folder; see `command.train`.
 train = partial(command.train, DREAMBOOTH)
-"""Train as the command line says and leave a run folder; see `command.train`."""
 
 
-def warn_of_copies(cfg: DreamBoothConfig, instance: ImageSet, heldout: ImageSet | None) -> None:
-    """Warn of images that are learned from and held out at once, by a set or by folds."""
-    pictures = None if heldout is None else heldout.pictures()
-    if pictures is None and not cfg.fit:
+def warn_of_copies(cfg: DreamBoothConfig, training: ImageSet, heldout: ImageSet | None) -> None:
+    """Warn of images that are trained on and held out at the same time, by a set or by folds."""
+    heldout_pictures = None
+    if heldout is not None:
+        heldout_pictures = heldout.pictures()
+    elif not cfg.fit:
         return
-    if line := copies("images", instance.pictures(), pictures):
+    if line := describe_copies("images", training.pictures(), heldout_pictures):
         logger.warning("%s", line)
 
 
 def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
-    """Warn of what the base model or ComfyUI will not do as the options might suggest."""
+    """Warn of what the base model or ComfyUI does in another way than the options suggest."""
     family = cfg.family
+    _, usual_guidance = family.usual_sampling(pipeline)
+    if usual_guidance == 0:
+        unread_prompts = [s for s in cfg.samples if s.negative_prompt and not s.guidance]
+        if unread_prompts:
+            title = family.title
+            logger.warning("%s samples without guidance, so negative prompts do nothing.", title)
     model_remark = family.remark(cfg.pretrained_model_name_or_path, pipeline)
-    has_no_guidance = family.usual_sampling(pipeline)[1] == 0
-    if has_no_guidance and any(
-        sample.negative_prompt and not sample.guidance for sample in cfg.samples
-    ):
-        logger.warning("%s draws without guidance, so negative prompts do nothing.", family.title)
     for remark in (model_remark, comfy.remark(cfg)):
         if remark is not None:
             logger.warning("%s", remark)
 
 
 def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
-    """Class images of prior preservation, sampled from the base model until there are enough.
+    """Class images of prior preservation; the base model samples those that are missing.
 
-    The work is shared among processes; each image has a seed of its own, so that an interrupted
-    run goes on where it stopped.
+    The processes share the work. Each image has its own seed, so that an interrupted run continues
+    where it stopped.
     """
     folder = Path(str(cfg.class_data_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = range(len(list_folder(folder).images), cfg.num_class_images)
-    # Nobody may count after another process has begun to write.
+    missing = range(len(list_folder(folder).images), cfg.num_class_images)
+    # All processes must have counted before one of them begins to write.
     accelerator.wait_for_everyone()
-    own_numbers = numbers[accelerator.process_index :: accelerator.num_processes]
-    if own_numbers:
-        precision = cfg.prior_generation_precision
+    numbers = missing[accelerator.process_index :: accelerator.num_processes]
+    if numbers:
         device = accelerator.device
-        dtype = PRECISIONS[precision] if precision else cfg.family.precision(device)
+        dtype = cfg.family.precision(device)
+        if cfg.prior_generation_precision is not None:
+            dtype = PRECISIONS[cfg.prior_generation_precision]
         pipeline = load_base(cfg, dtype).to(device)
-        starts = range(0, len(own_numbers), cfg.sample_batch_size)
+        starts = range(0, len(numbers), cfg.sample_batch_size)
         for start in tqdm(starts, "class images", disable=not accelerator.is_main_process):
-            batch = own_numbers[start : start + cfg.sample_batch_size]
-            sampled = generate(
+            batch = numbers[start : start + cfg.sample_batch_size]
+            sampled_images = generate(
                 pipeline,
                 [str(cfg.class_prompt)] * len(batch),
                 [cfg.seed + number for number in batch],
                 size=cfg.resolution,
             )
-            for number, image in zip(batch, sampled, strict=True):
+            for number, image in zip(batch, sampled_images, strict=True):
                 image_hash = hashlib.sha256(image.tobytes()).hexdigest()[:12]
                 image.save(folder / f"{number}-{image_hash}.png")
     accelerator.wait_for_everyone()
-    class_set = images(
+    class_set = open_set(
         cfg,
         str(cfg.class_data_dir),
         image_column="image",
@@ -197,11 +207,13 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
 
 
 def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) -> None:
-    """Quantize the denoiser to 4 bits; of a flow model, whose text encoders are as large, these
-    too, and they leave the device before the denoiser comes to it.
+    """Quantize the denoiser to 4 bits, and the text encoders of a flow model, which are as large.
+
+    A flow model's text encoders embed all prompts first, so that they have left the device before
+    the denoiser comes to it.
     """
     if task.family.flow:
-        loaders = task.pipeline.origin.later  # of the encoders that are loaded only if needed
+        loaders = task.pipeline.origin.later  # of encoders that are loaded only if needed
         for name in task.family.encoders:
             model = getattr(task.pipeline, name)
             if name in loaders:
@@ -221,10 +233,10 @@ def load_quantized(load: Callable[[], Any], dtype: torch.dtype, device: torch.de
     return model
 
 
-def images(
+def open_set(
     cfg: DreamBoothConfig, dataset: str, config_name: str | None = None, **changes: Any
 ) -> ImageSet:
-    """An image set with its captions, opened as the configuration says but for the changes."""
+    """Open a set of images by the options of a configuration, with some of them changed."""
     options = {
         "image_column": cfg.image_column,
         "caption_column": cfg.caption_column,
@@ -240,47 +252,46 @@ def images(
 
 
 def joined(
-    cfg: DreamBoothConfig, open_set: Callable[[DreamBoothConfig], ImageSet | None]
+    cfg: DreamBoothConfig, open_part: Callable[[DreamBoothConfig], ImageSet | None]
 ) -> ImageSet | None:
-    """One set of those of all concepts, named where one is refused; without concepts the run's own.
+    """The sets of all concepts as one set; without concepts the run's own set.
 
     Args:
-        cfg: Configuration of the run.
-        open_set: Opens the set of a concept, or of the run, by its configuration.
+        open_part: opens the set of a concept, or of the run, by its configuration.
     """
     if not cfg.concepts:
-        return open_set(cfg)
+        return open_part(cfg)
     sets = {}
     for number, concept_cfg in enumerate(cfg.concept_configs, start=1):
         with placed(f"{cfg.source}, concept {number}: "):
-            sets[concept_cfg.concept] = open_set(concept_cfg)
+            sets[concept_cfg.concept] = open_part(concept_cfg)
     return ImageSet.joined(cfg.source, sets)
 
 
 def training_images(cfg: DreamBoothConfig) -> ImageSet:
-    """The images that the run learns from, of all concepts."""
+    """The images that the run is trained on, of all concepts."""
 
-    def open_set(concept_cfg: DreamBoothConfig) -> ImageSet:
-        image_set = images(concept_cfg, concept_cfg.source, concept_cfg.dataset_config_name)
+    def open_part(concept_cfg: DreamBoothConfig) -> ImageSet:
+        image_set = open_set(concept_cfg, concept_cfg.source, concept_cfg.dataset_config_name)
         image_set.require_masks()
-        # Refuses what the stream would refuse, with its place and before a model is loaded.
+        # Refuse captions here, before a model is loaded, with the concept's place in the message.
         Captions(concept_cfg, image_set)
         return image_set
 
-    training = cast(ImageSet, joined(cfg, open_set))  # no concept is without images
+    training = cast(ImageSet, joined(cfg, open_part))  # no concept is without images
     if cfg.concepts:
         require_disjoint(cfg.source, training)
     return training
 
 
 def heldout_images(cfg: DreamBoothConfig) -> ImageSet | None:
-    """The images that the run measures its loss on, of all concepts; None where it has none."""
+    """The held-out images, of all concepts; None where the run has none."""
 
-    def open_set(concept_cfg: DreamBoothConfig) -> ImageSet | None:
+    def open_part(concept_cfg: DreamBoothConfig) -> ImageSet | None:
         if not concept_cfg.validation_dataset:
             return None
-        image_set = images(concept_cfg, concept_cfg.validation_dataset)
+        image_set = open_set(concept_cfg, concept_cfg.validation_dataset)
         names = [entry.name for entry in image_set.entries]
-        return image_set.only(chosen(concept_cfg.validation_part, names, image_set.label))
+        return image_set.only(samples_of_part(concept_cfg.validation_part, names, image_set.label))
 
-    return joined(cfg, open_set)
+    return joined(cfg, open_part)

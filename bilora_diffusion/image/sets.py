@@ -14,13 +14,13 @@ from PIL import Image
 
 from ..core.errors import UserError, reason
 from ..core.seeds import digest_texts
-from ..run.content import SampleContent, hash_samples
+from ..run.data import SampleContent, hash_samples
 from .image_files import DECODE_ERRORS, read_rgb, upright_size
 
+# Up to so many images are decoded whole when they are opened; of more, only the headers are read.
 FULL_CHECK_LIMIT = 2000
-"""Up to this many images are decoded whole when opened; of more, only the headers are read."""
+# Longer side over the shorter. Resized to cover a square, a longer image would not fit into memory.
 MAX_ASPECT_RATIO = 64
-"""Times a side may be longer than the other: memory can't hold what resizing makes of more."""
 T = TypeVar("T")
 
 
@@ -29,35 +29,49 @@ class Entry:
     """One image of a set."""
 
     name: str  # for messages and logs
-    source: Callable[[], Path | bytes | None]  # its file, or its encoded content; None without one
+    # Returns the file, or the file's content; None where a table has no image in this row.
+    source: Callable[[], Path | bytes | None]
     caption: str | None = None
-    mask: Callable[[], Image.Image | None] | None = None  # of what is learned, mode L; None: all
-    size: tuple[int, int] = (0, 0)  # (height, width) once upright; known when it was checked
-    concept: int = 0  # the number of its concept, from 0
-    num_bytes: int = 0  # of its file; known when it was checked
-    mask_hash: bytes = b""  # of a mask that hides something; known when it was checked
+    # Returns the mask, mode L, white where the image is learned; None where all of it is learned.
+    mask: Callable[[], Image.Image | None] | None = None
+    concept: int = 0  # number of its concept, from 0
+    # Known after `check`:
+    size: tuple[int, int] = (0, 0)  # (height, width) of the upright image
+    num_bytes: int = 0  # of its file
+    mask_hash: bytes = b""  # of a mask that hides something
 
     def encoded(self) -> Path | bytes:
-        """Its file, or its encoded content."""
-        if (source := self.source()) is None:
+        """Its file, or the file's content."""
+        source = self.source()
+        if source is None:
             raise ValueError("the row holds no image")
         return source
 
     def check(self, *, decode: bool) -> None:
-        """Read its size, and drop a mask that hides nothing; ``decode`` reads every pixel, too.
+        """Read the image's size, and drop a mask that hides nothing.
+
+        Args:
+            decode: read every pixel too.
 
         Raises:
             One of ``DECODE_ERRORS`` if it can't be read, or has a mask that does not fit.
         """
         source = self.encoded()
-        self.size = height, width = upright_size(source, decode=decode)
-        self.num_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
+        height, width = upright_size(source, decode=decode)
+        self.size = height, width
+        if isinstance(source, bytes):
+            self.num_bytes = len(source)
+        else:
+            self.num_bytes = source.stat().st_size
         if max(self.size) > MAX_ASPECT_RATIO * min(self.size):
             raise ValueError(
                 f"it is {width} pixels wide and {height} high, more than {MAX_ASPECT_RATIO} to 1;"
                 " cut it"
             )
-        if (mask := self.mask and self.mask()) is None:
+        mask = None
+        if self.mask is not None:
+            mask = self.mask()
+        if mask is None:
             self.mask = None
             return
         if mask.size != (width, height):
@@ -74,28 +88,28 @@ class Entry:
 
     @cached_property
     def file_hash(self) -> bytes:
-        """A hash of the file, wherever it lies."""
-        source = self.encoded()
-        content = source if isinstance(source, bytes) else source.read_bytes()
+        """A hash of the file's content."""
+        content = self.encoded()
+        if isinstance(content, Path):
+            content = content.read_bytes()
         return hashlib.blake2b(content).digest()
 
     @cached_property
     def content(self) -> bytes:
-        """Hashes of the file and of what the mask shows, wherever they lie."""
+        """Hashes of the file's content and of the mask."""
         return self.file_hash + self.mask_hash
 
 
 class ImageSet:
     """Images that are read when needed, each with the caption that belongs to it.
 
-    Every image is looked at once here, for its size, and refused or left out if unreadable.
+    Every image is read once here, for its size; an unreadable one is refused or left out.
 
     Args:
-        label: what to call the set in messages (the ``--dataset`` value).
-        entries: the images.
-        remarks: what should be known of how they were found, a line each.
-        masks_from: where their masks come from, or None if no masks were asked for or found.
-        captions_from: where their captions come from, if nobody named a column.
+        label: name of the set in messages (the ``--dataset`` value).
+        remarks: notes on how the images were found, a line each.
+        masks_from: where their masks come from; None without masks.
+        captions_from: where their captions come from, if no column was named.
         skip_bad_images: leave unreadable images out and list them in ``skipped``, each with the
             reason.
 
@@ -113,8 +127,11 @@ class ImageSet:
         captions_from: str | None = None,
         skip_bad_images: bool = False,
     ) -> None:
-        self.label, self._remarks, self.skipped = label, remarks, list[str]()
-        self._masks_from, self._captions_from = masks_from, captions_from
+        self.label = label
+        self.skipped: list[str] = []
+        self._remarks = remarks
+        self._masks_from = masks_from
+        self._captions_from = captions_from
         self.entries: list[Entry] = []
         self._fingerprint: str | None = None
         for entry in entries:
@@ -137,41 +154,54 @@ class ImageSet:
             " remove it, or give --skip_bad_images."
         )
 
-    def only(self, chosen: Sequence[int]) -> ImageSet:
-        """A set of some of the images, in the given order; they are not looked at again."""
+    def only(self, numbers: Sequence[int]) -> ImageSet:
+        """A set of some of the images, in this order; they are not checked again."""
         part = copy.copy(self)
-        part.entries = [self.entries[i] for i in chosen]
+        part.entries = [self.entries[number] for number in numbers]
         part._fingerprint = None
         return part
 
     @classmethod
     def joined(cls, label: str, sets: Mapping[str, ImageSet | None]) -> ImageSet | None:
-        """The images of several concepts, by their names, as one set, each called CONCEPT/NAME;
-        None where no concept has any.
+        """The images of several concepts as one set, each named CONCEPT/NAME.
+
+        Args:
+            sets: of the concepts, by their names; None of a concept without images.
+
+        Returns:
+            The set, or None where no concept has images.
         """
-        first = next((images for images in sets.values() if images is not None), None)
-        if first is None:
-            return None
-        joint_set = first.only([])  # images that were checked are not checked again
-        joint_set.label, joint_set.skipped, joint_set._remarks = label, [], ()
-        joint_set._masks_from = joint_set._captions_from = None
+        entries = []
+        joint_set = None
         for number, (concept, images) in enumerate(sets.items()):
-            for entry in images.entries if images else ():
+            if images is None:
+                continue
+            # A copy without images, since `__init__` would check them again.
+            joint_set = images.only([])
+            for entry in images.entries:
                 joint_entry = copy.copy(entry)
-                joint_entry.name, joint_entry.concept = f"{concept}/{entry.name}", number
-                joint_set.entries.append(joint_entry)
+                joint_entry.name = f"{concept}/{entry.name}"
+                joint_entry.concept = number
+                entries.append(joint_entry)
+        if joint_set is not None:
+            joint_set.label = label
+            joint_set.entries = entries
+            # The sets of the concepts have given their notes.
+            joint_set.skipped = []
+            joint_set._remarks = ()
+            joint_set._masks_from = joint_set._captions_from = None
         return joint_set
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def image(self, i: int) -> Image.Image:
-        """Image ``i``: RGB, upright, transparent parts on white. It is read at each call.
+    def image(self, number: int) -> Image.Image:
+        """Read an image: RGB, upright, transparent parts on white.
 
         Raises:
-            UserError: it has become unreadable, or another size, since the set was opened.
+            UserError: it has become unreadable, or has changed its size, since the set was opened.
         """
-        entry = self.entries[i]
+        entry = self.entries[number]
         try:
             image = read_rgb(entry.encoded())
         except DECODE_ERRORS as error:
@@ -184,16 +214,18 @@ class ImageSet:
             )
         return image
 
-    def mask(self, i: int) -> Image.Image | None:
-        """Mask of image ``i``, mode "L" and of its size; None if all of it is learned."""
-        entry = self.entries[i]
+    def mask(self, number: int) -> Image.Image | None:
+        """Read an image's mask, mode "L" and of the image's size; None if all of it is learned."""
+        entry = self.entries[number]
+        if entry.mask is None:
+            return None
         try:
-            return None if entry.mask is None else entry.mask()
+            return entry.mask()
         except DECODE_ERRORS as error:
             raise self._unreadable(entry, error) from error
 
     def require_masks(self) -> None:
-        """Refuse masks that hide nothing of any image."""
+        """Refuse a set whose masks hide nothing of any image."""
         if self._masks_from and not any(entry.mask for entry in self.entries):
             raise UserError(
                 f"no mask of {self.label}, from {self._masks_from}, hides anything: blacken what is"
@@ -201,15 +233,17 @@ class ImageSet:
             )
 
     def of_each(self, values: Sequence[T]) -> list[T]:
-        """For each image the value that belongs to its concept."""
+        """Of values by concept, the one of each image's concept."""
         return [values[entry.concept] for entry in self.entries]
 
     def remarks(self) -> list[str]:
-        """Facts of the set that would surprise, a line each."""
+        """Notes on the set for the user, a line each."""
         lines = []
         if self._captions_from:
             count = sum(entry.caption is not None for entry in self.entries)
-            fallback = "" if count == len(self) else ", the others get --instance_prompt"
+            fallback = ""
+            if count < len(self):
+                fallback = ", the others get --instance_prompt"
             lines.append(
                 f"captions of {self.label}: {count} of {len(self)} images have theirs from"
                 f" {self._captions_from}{fallback} (--caption_column none reads none)"
@@ -225,16 +259,16 @@ class ImageSet:
         return lines
 
     def fingerprint(self) -> str:
-        """A hash of `sample_contents`."""
+        """A hash of `sample_contents`, which is computed once."""
         if self._fingerprint is None:
             self._fingerprint = hash_samples(self.sample_contents())
         return self._fingerprint
 
     def sample_contents(self) -> list[SampleContent]:
-        """Name of each image, and hashes of its file, caption and mask; not where they lie.
+        """Name of each image, and hashes of its content, caption and mask.
 
-        In a set of more than ``FULL_CHECK_LIMIT`` images, whose files are not all read beforehand,
-        the size in pixels and bytes stands for a file's content.
+        In a set of more than ``FULL_CHECK_LIMIT`` images, whose files have not been read, a hash of
+        the size in pixels and bytes stands for that of the content.
         """
         samples: list[SampleContent] = []
         for entry in self.entries:
@@ -251,8 +285,9 @@ class ImageSet:
         return samples
 
     def pictures(self) -> list[tuple[str, bytes]]:
-        """Name of each image and a hash of its file without its mask; [] of more than
-        ``FULL_CHECK_LIMIT`` images, whose files are not all read beforehand.
+        """Name of each image and a hash of its file.
+
+        Empty for more than ``FULL_CHECK_LIMIT`` images, whose files have not been read.
         """
         if len(self) > FULL_CHECK_LIMIT:
             return []

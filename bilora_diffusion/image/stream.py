@@ -13,19 +13,27 @@ from ..core.errors import UserError
 from ..core.seeds import digest_texts, generator
 from ..run.interruption import SIGNALS
 from ..train.task import KindsOrder, SampleOrder
-from .captions import Captions, class_texts, fixed_texts
+from .captions import Captions, fixed_texts
 from .config import DreamBoothConfig
-from .crops import Crop, ResizedImages, Size, covering_size, cut, nearest, sample_crop, sizes
+from .crops import (
+    Crop,
+    ResizedImages,
+    Size,
+    bucket_sizes,
+    covering_size,
+    cut,
+    nearest_bucket,
+    sample_crop,
+)
 from .sets import ImageSet
 
+# A step, and the positions of a micro-batch within the step's whole batch.
 Slots = tuple[int, tuple[int, ...]]
-"""A step and the positions of a micro-batch within the step's whole batch."""
-MAX_CACHED_LATENTS = 2000
-"""``--cache_latents auto`` caches the latents of at most so many images in memory."""
+MAX_CACHED_LATENTS = 2000  # images whose latents ``--cache_latents auto`` caches in memory
+# Of resized images that a training process caches, with the processes that read images for it.
 MAX_RESIZED_BYTES = 10**9
-"""Of resized images that a training process caches, with those that read images for it."""
+# Kinds of samples: of an instance image, of a class image, and of the held-out loss's grid.
 INSTANCE, CLASS, GRID = "instance", "class", "grid"
-"""Kinds of samples: of an instance image, of a class image, and of the held-out loss's grid."""
 
 
 @dataclass
@@ -38,7 +46,7 @@ class TrainingSample:
         kind: `INSTANCE`, `CLASS` or `GRID`.
         index: of the image in the set.
         slot: position within the step's batch.
-        size: of what is cut out, in pixels.
+        size: of the crop, in pixels.
         pixels_and_mask: what `read` returns, where it was read ahead.
     """
 
@@ -66,23 +74,31 @@ class TrainingSample:
     @property
     def time_ids(self) -> tuple[int, ...]:
         """SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w)."""
-        original_size = self.images.entries[self.index].size
-        return *original_size, self.crop.top, self.crop.left, *self.size
+        original_height, original_width = self.images.entries[self.index].size
+        height, width = self.size
+        return original_height, original_width, self.crop.top, self.crop.left, height, width
 
     def read(self, resized_images: ResizedImages | None = None) -> tuple[Tensor, Tensor | None]:
-        """The pixels, (3, H, W) in [-1, 1], and their mask, (1, H, W) in [0, 1] or None; read now
-        unless they were read before.
+        """The pixels, (3, H, W) in [-1, 1], and their mask, (1, H, W) in [0, 1] or None.
+
+        They are read from the file, unless a process has read them ahead.
+
+        Args:
+            resized_images: cache to read through.
         """
         if self.pixels_and_mask is not None:
             return self.pixels_and_mask
-        cache = resized_images or ResizedImages(0)  # which keeps nothing
+        cache = resized_images or ResizedImages(max_bytes=0)  # which caches nothing
         interpolation = self.cfg.image_interpolation_mode
         image, mask = cache.get(self.images, self.index, self.size, interpolation)
         pixels = cut(image, self.crop, self.size) * 2 - 1  # from [0, 1]
-        return pixels, None if mask is None else cut(mask, self.crop, self.size)
+        if mask is not None:
+            mask = cut(mask, self.crop, self.size)
+        return pixels, mask
 
     def digest(self, noise: str) -> str:
-        """Identifies this sample's data together with its noise."""
+        """A hash of this sample's data together with its noise, whose hash is given."""
+        # Sizes differ within a run only with buckets.
         size = self.size if self.cfg.aspect_ratio_buckets else ()
         place = repr((self.kind, self.index, *self.crop, *size))
         return digest_texts([self.images.fingerprint(), place, self.caption, noise])
@@ -98,43 +114,50 @@ class TrainingStream:
     def __init__(
         self, cfg: DreamBoothConfig, images: ImageSet, classes: ImageSet | None = None
     ) -> None:
-        self.cfg, self.images, self.classes = cfg, images, classes
+        self.cfg = cfg
+        self.images = images
+        self.classes = classes
         self._captions = Captions(cfg, images)
-        self.sizes = bucket_sizes(cfg, images)
+        self.sizes = target_sizes(cfg, images)
         self._has_one_size = len(set(self.sizes)) == 1  # as without buckets
         self._configs = images.of_each(cfg.concept_configs)
-        self._class_configs = classes.of_each(cfg.concept_configs) if classes else []
-        self._class_texts = classes.of_each(class_texts(cfg)) if classes else []
         self._repeats = [config.repeats for config in self._configs]
         self._order = SampleOrder(len(images), cfg.seed, self._repeats)
         self._order_by_size: KindsOrder | None = None
-        # Class images have a stream of their own, so that all of them are seen however few the
+        self.num_samples = len(self._order)
+
+        # Class images have an order of their own, so that all of them are seen however few the
         # instance images are.
+        self._class_configs: list[DreamBoothConfig] = []
         self._class_order: SampleOrder | None = None
         if classes:
+            self._class_configs = classes.of_each(cfg.concept_configs)
             num_class_images = sum(concept.num_class_images for concept in cfg.concept_configs)
             count = min(len(classes), num_class_images)
             self._class_order = SampleOrder(count, cfg.seed, purpose="class order")
-        # The pass over the larger set is an epoch, as in diffusers' script.
-        self.num_samples = max(len(self._order), len(self._class_order or ()))
+            # The pass over the larger set is an epoch, as in diffusers' script.
+            self.num_samples = max(self.num_samples, len(self._class_order))
         self._decide_caching()
 
     def _decide_caching(self) -> None:
         """Decide which latents are cached, and whether images are read ahead."""
-        image_sets = [self.images] if self.classes is None else [self.images, self.classes]
+        image_sets = [self.images]
+        if self.classes is not None:
+            image_sets.append(self.classes)
         varying = None  # an image whose samples differ in their pixels
         for images in image_sets:
-            for entry, size in zip(images.entries, bucket_sizes(self.cfg, images), strict=True):
+            for entry, size in zip(images.entries, target_sizes(self.cfg, images), strict=True):
                 if varying is None and not has_one_crop(self.cfg, entry.size, size):
                     varying = entry.name
-        if self.cfg.cache_latents == "yes" and varying is not None:
+
+        choice = self.cfg.cache_latents
+        if choice == "yes" and varying is not None:
             raise UserError(
                 f"--cache_latents yes needs images that are always cropped alike, and '{varying}'"
                 " is not of the shape that it is cut to: add --center_crop, or drop"
                 " --cache_latents."
             )
         fits = sum(map(len, image_sets)) <= MAX_CACHED_LATENTS
-        choice = self.cfg.cache_latents
         self._has_cache = choice == "yes" or (choice == "auto" and fits)
         # With all latents cached, nothing is left to read after the first epoch.
         self._reads_ahead = varying is not None or not self._has_cache
@@ -148,7 +171,7 @@ class TrainingStream:
         """Every caption that training can meet, without repetition."""
         texts = self._captions.all_texts()
         if self.classes or self.cfg.prior_prediction_weight:
-            texts += class_texts(self.cfg)
+            texts += [str(concept.class_prompt) for concept in self.cfg.concept_configs]
         if self.cfg.hold_unconditional:
             texts.append("")
         return list(dict.fromkeys(texts))
@@ -156,12 +179,15 @@ class TrainingStream:
     def batches(
         self, schedule: Sequence[Slots], step_size: int
     ) -> Iterator[tuple[Slots, list[TrainingSample]]]:
-        """For each (step, slots): the instance samples, then as many of class images, slot by
-        slot.
+        """For each (step, slots): an instance sample for each slot, then as many of class images.
+
+        Args:
+            schedule: the micro-batches of a process, in the order of training.
+            step_size: slots of a whole step, over all processes.
         """
         loader = DataLoader(
-            _Batches(self, schedule, step_size),
-            batch_size=None,
+            _MicroBatches(self, schedule, step_size),
+            batch_size=None,  # an item is a whole micro-batch
             shuffle=False,
             num_workers=self.cfg.dataloader_num_workers if self._reads_ahead else 0,
             worker_init_fn=_ignore_signals,
@@ -173,14 +199,18 @@ class TrainingStream:
         position = step * step_size + slot
         instance_order = self._instance_order(step_size)
         if kind == INSTANCE:
-            images, index = self.images, instance_order.sample(position)
-            config, size = self._configs[index], self.sizes[index]
+            images = self.images
+            index = instance_order.sample(position)
+            config = self._configs[index]
             caption = self._captions.text(index, step, slot)
+            size = self.sizes[index]
         else:
             assert self._class_order is not None
             assert self.classes is not None
-            images, index = self.classes, self._class_order.sample(position)
-            config, caption = self._class_configs[index], self._class_texts[index]
+            images = self.classes
+            index = self._class_order.sample(position)
+            config = self._class_configs[index]
+            caption = str(config.class_prompt)
             # Class images are cut as the instance images of their step are: one micro-batch has
             # latents of one size.
             size = self.sizes[instance_order.sample(step * step_size)]
@@ -194,7 +224,7 @@ class TrainingStream:
         return TrainingSample(images, config, kind, index, slot, crop, size, caption)
 
     def _instance_order(self, step_size: int) -> SampleOrder | KindsOrder:
-        """The instance images' order; with several sizes those of a step are of one."""
+        """The instance images' order; with several sizes all images of a step have one of them."""
         if self._has_one_size:
             return self._order
         if self._order_by_size is None or self._order_by_size.step_size != step_size:
@@ -203,18 +233,22 @@ class TrainingStream:
 
 
 def _ignore_signals(_: int) -> None:
-    """In a process that reads images: Ctrl-C reaches it too, and the run's own process ends it."""
+    """Leave Ctrl-C, which reaches a process that reads images too, to the training process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Batches(Dataset):
-    """The samples of each entry of a schedule; images whose latents are not cached are read here,
-    perhaps in a process of their own.
+class _MicroBatches(Dataset):
+    """The samples of each micro-batch of a schedule.
+
+    Images whose latents are not cached are read here, in a process of the data loader where it has
+    some.
     """
 
     def __init__(self, stream: TrainingStream, schedule: Sequence[Slots], step_size: int) -> None:
-        self._stream, self._schedule, self._step_size = stream, schedule, step_size
+        self._stream = stream
+        self._schedule = schedule
+        self._step_size = step_size
         # Each process that reads images has its own cache.
         num_processes = max(1, stream.cfg.dataloader_num_workers)
         self._resized_images = ResizedImages(MAX_RESIZED_BYTES // num_processes)
@@ -224,10 +258,13 @@ class _Batches(Dataset):
 
     def __getitem__(self, number: int) -> list[TrainingSample]:
         step, slots = self._schedule[number]
+        kinds = [INSTANCE]
+        if self._stream.classes:
+            kinds.append(CLASS)
         samples = []
-        kinds = [INSTANCE, CLASS] if self._stream.classes else [INSTANCE]
         for kind in kinds:
-            samples += [self._stream.sample(step, slot, self._step_size, kind) for slot in slots]
+            for slot in slots:
+                samples.append(self._stream.sample(step, slot, self._step_size, kind))
         for sample in samples:
             if not self._stream.is_cached(sample):
                 sample.pixels_and_mask = sample.read(self._resized_images)
@@ -236,25 +273,26 @@ class _Batches(Dataset):
 
 def centered_samples(images: ImageSet, cfg: DreamBoothConfig) -> Iterator[TrainingSample]:
     """Every image once, center-cropped and not mirrored: how the grid loss sees a set."""
-    target_sizes, configs = bucket_sizes(cfg, images), images.of_each(cfg.concept_configs)
+    sizes = target_sizes(cfg, images)
+    configs = images.of_each(cfg.concept_configs)
     for index, caption in enumerate(fixed_texts(cfg, images)):
-        size = target_sizes[index]
+        size = sizes[index]
         crop = sample_crop(
             images.entries[index].size,
             size,
             center_crop=True,
             random_flip=False,
-            generator=generator("grid"),
+            generator=generator("grid"),  # whose numbers decide nothing here
         )
         yield TrainingSample(images, configs[index], GRID, index, 0, crop, size, caption)
 
 
-def bucket_sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[Size]:
-    """Size that each image is cut to."""
-    buckets = sizes(cfg.resolution, cfg.aspect_ratio_buckets)
-    return [nearest(entry.size, buckets) for entry in images.entries]
+def target_sizes(cfg: DreamBoothConfig, images: ImageSet) -> list[Size]:
+    """The size that each image is cut to."""
+    buckets = bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets)
+    return [nearest_bucket(entry.size, buckets) for entry in images.entries]
 
 
 def has_one_crop(cfg: DreamBoothConfig, size: Size, target: Size) -> bool:
-    """Test that every sample of an image sees the same part of it."""
+    """Test that every sample of an image of this size is cut at the same place."""
     return cfg.center_crop or covering_size(size, target) == target

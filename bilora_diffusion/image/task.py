@@ -16,21 +16,22 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from ..adapters import AdapterSpec
-from ..config.rates import text_encoder_rate
-from ..core.choices import ATTENTION
+from ..config.derived import text_encoder_rate
 from ..core.files import counted
 from ..core.seeds import digest, generator
+from ..core.values import ATTENTION
 from ..methods import Target
-from ..run.content import SampleContent
+from ..run.data import SampleContent
 from ..run.record import validation_folder
 from ..train.task import Fold, MicroBatch, inference
 from . import disk_cache
-from .captions import PromptCache, class_texts, fixed_texts
+from .captions import PromptCache, fixed_texts
 from .config import DreamBoothConfig
 from .families import family_of
 from .families.base import Family
 from .families.sdxl import tokenize
 from .latents import Encoder, weight_map
+from .likeness import SampledDistance
 from .loss import PRIOR, UNCONDITIONAL, DreamBoothModule, GridLoss
 from .noise_schedules import noise_schedule
 from .pipeline import select_layers
@@ -39,11 +40,19 @@ from .sets import ImageSet
 from .stream import INSTANCE, TrainingSample, TrainingStream
 from .validation import ValidationSample, write_images
 
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # attention of CLIP's text encoders
 
 
 class DreamBooth:
-    """Instance images, optional class and validation images, and the models they train."""
+    """The task of an image run: the images, the models that they train, and what a step sees.
+
+    It implements `train.task.Task`.
+
+    Args:
+        pipeline: loaded, with its `Origin`.
+        stream: the instance images, and the class images if there are any.
+        validation: held-out images.
+    """
 
     def __init__(
         self,
@@ -52,12 +61,25 @@ class DreamBooth:
         stream: TrainingStream,
         validation: ImageSet | None = None,
     ) -> None:
-        self.cfg, self.pipeline, self.stream, self.validation = cfg, pipeline, stream, validation
+        self.cfg = cfg
+        self.pipeline = pipeline
+        self.stream = stream
+        self.validation = validation
+        self.num_samples = stream.num_samples
+        self.has_heldout = validation is not None
+        # Folds are dealt by name, and each sample is one image.
+        self.names = self.sample_names = [entry.name for entry in stream.images.entries]
+
         self.family: Family = type(family_of(pipeline))(**cfg.family_settings)
         denoiser = self.family.model(pipeline)
         self.layers = select_layers(cfg.lora_layers or [ATTENTION], self.family, denoiser)
-        names = self.family.encoders if cfg.train_text_encoder else ()
-        encoders = [getattr(pipeline, name) for name in names]
+        self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
+        encoders: list[Any] = []  # those that are trained
+        if cfg.train_text_encoder:
+            for name in self.family.encoders:
+                encoder = getattr(pipeline, name)
+                encoders.append(encoder)
+                self.models[name] = encoder
         self.module = DreamBoothModule(
             self.family,
             denoiser,
@@ -73,48 +95,47 @@ class DreamBooth:
                 encoder.activation_checkpointing_enable()
         if cfg.enable_xformers_memory_efficient_attention:
             denoiser.enable_xformers_memory_efficient_attention()
-        self.prompts: PromptCache | None = None
-        self._source: Encoder | None = None  # of the run before, whose latents are used again
-        self._searches = False
-        self.num_samples, self.has_heldout = stream.num_samples, validation is not None
-        # Folds are dealt by name, and each sample is one image.
-        self.names = self.sample_names = [entry.name for entry in stream.images.entries]
-        self.models: dict[str, nn.Module] = {self.family.denoiser: denoiser}
-        self.models |= dict(zip(names, encoders, strict=True))
+
+        self.prompts: PromptCache | None = None  # None also while the text encoders are trained
+        self._source: Encoder | None = None  # of an earlier run, whose latents are used again
+        self._is_trial = False  # a run of a search
 
     def data_summary(self) -> str:
-        """A summary of the training images, in a few words."""
+        """Numbers and sizes of the training images, in a few words."""
         summary = counted(len(self.stream.images), "image")
         if self.cfg.concepts:
             concepts = self.cfg.concept_configs
             names = [concept.concept for concept in concepts]
-            counts = Counter(self.stream.images.of_each(names))
-            parts = [f"{c.concept} {counts[c.concept]} x {c.repeats}" for c in concepts]
+            counts = Counter(self.stream.images.of_each(names))  # images by the concept's name
+            parts = []
+            for concept in concepts:
+                parts.append(f"{concept.concept} {counts[concept.concept]} x {concept.repeats}")
             summary += f" of {counted(len(concepts), 'concept')} ({', '.join(parts)})"
         if self.stream.classes:
             summary += f" and {counted(len(self.stream.classes), 'class image')}"
         sizes = sorted(set(self.stream.sizes))
         if sizes == [(self.cfg.resolution, self.cfg.resolution)]:
             return f"{summary} at {self.cfg.resolution} px"
-        return f"{summary} at {', '.join(f'{height} x {width}' for height, width in sizes)} px"
+        sizes_text = ", ".join(f"{height} x {width}" for height, width in sizes)
+        return f"{summary} at {sizes_text} px"
 
     def targets(self) -> list[Target]:
-        """The denoiser's layers that were asked for, and the attention projections of the text
-        encoders where they are trained.
-        """
+        """What is trained: layers of the denoiser and, where they are trained, of text encoders."""
         cfg = self.cfg
         spec = AdapterSpec.from_options(cfg, target_modules=self.layers)
-        (name, denoiser), *encoders = self.models.items()
-        targets = [Target(name, denoiser, spec, cfg.learning_rate, cfg.adam_weight_decay)]
         encoder_spec = replace(spec, target_modules=TEXT_TARGETS)
-        for name, encoder in encoders:
-            weight_decay = cfg.adam_weight_decay_text_encoder
-            rate = text_encoder_rate(cfg)
-            targets.append(Target(name, encoder, encoder_spec, rate, weight_decay))
+        targets = []
+        for name, model in self.models.items():
+            if name == self.family.denoiser:
+                target = Target(name, model, spec, cfg.learning_rate, cfg.adam_weight_decay)
+            else:
+                weight_decay = cfg.adam_weight_decay_text_encoder
+                target = Target(name, model, encoder_spec, text_encoder_rate(cfg), weight_decay)
+            targets.append(target)
         return targets
 
     def training_content(self) -> list[SampleContent]:
-        """Names and hashes of the training images, and of the class images beside them."""
+        """Names and hashes of the training images, and of the class images."""
         samples = self.stream.images.sample_contents()
         if self.stream.classes is not None:
             for class_image in self.stream.classes.sample_contents():
@@ -124,7 +145,9 @@ class DreamBooth:
 
     def heldout_content(self) -> list[SampleContent]:
         """Names and hashes of the held-out images."""
-        return [] if self.validation is None else self.validation.sample_contents()
+        if self.validation is None:
+            return []
+        return self.validation.sample_contents()
 
     def with_config(
         self, cfg: DreamBoothConfig, fold: Fold | None = None, is_trial: bool = False
@@ -132,62 +155,75 @@ class DreamBooth:
         """The same models, latents and prompts for a run of another configuration; see `Task`."""
         images, validation = self.stream.images, self.validation
         if fold is not None:
-            images, validation = images.only(fold[0]), images.only(fold[1])
+            training_indices, heldout_indices = fold
+            validation = images.only(heldout_indices)
+            images = images.only(training_indices)
         stream = TrainingStream(cfg, images, self.stream.classes)
         task = DreamBooth(cfg, self.pipeline, stream, validation)
-        task.prompts, task._source, task._searches = self.prompts, self.encoder, is_trial
+        task.prompts = self.prompts
+        task._source = self.encoder
+        task._is_trial = is_trial
         task.to_device(self.device)
         return task
 
     def embed(self, device: torch.device) -> None:
-        """Embed all prompts that the run can meet; a flow model's encoders are dropped then."""
+        """Embed all prompts that the run can meet, then drop the encoders of a flow model."""
         disk = disk_cache.of_prompts(self.cfg, self.family, self.pipeline, device)
         self.prompts = PromptCache(self.pipeline, device, self.family, disk, self.read_encoders)
-        # Three calls: what is measured and sampled must not change how captions are rounded.
         self.prompts.add(self.stream.captions())
         if self.validation is not None and self.family.flow:
             self.prompts.add(fixed_texts(self.cfg, self.validation))
+        if self.cfg.chooses_by_samples:
+            self.prompts.add([""])
         if self.cfg.validation_prompts:
+            # "" is the negative prompt of an image that names none.
             negatives = [sample.negative_prompt for sample in self.cfg.samples]
             self.prompts.add([*self.cfg.validation_prompts, "", *negatives])
-        if self.family.flow:  # whose encoders are as large as the denoiser
+        if self.family.flow:
             self.prompts.release()
 
     def read_encoders(self) -> None:
-        """Read the text encoders that were left without weights, if embeddings are missing."""
+        """Read the text encoders that were left without weights, since prompts are not cached."""
         for name in self.family.encoders:
-            if read := self.pipeline.origin.later.pop(name, None):
+            read = self.pipeline.origin.later.pop(name, None)
+            if read is not None:
                 setattr(self.pipeline, name, read())
 
     def to_device(self, device: torch.device) -> None:
-        """Move the models, embed all prompts if need be, and set up the latent cache."""
+        """Move the models to a device, embed all prompts there, and set up the cache of latents."""
         self.device = device
         vae = self.pipeline.vae
         space = self.family.latent_space(vae)
         if not self.cfg.offload:
             vae.to(device)
         if self._source is None:
-            disk, cache = disk_cache.of_latents(self.cfg, space, vae, device), None
+            disk = disk_cache.of_latents(self.cfg, space, vae, device)
+            cache = None
         else:
-            disk, cache = self._source.disk, self._source.cache
+            disk = self._source.disk
+            cache = self._source.cache
         self.encoder = Encoder(vae, space, device, self.stream.is_cached, disk, cache)
         if self.cfg.train_text_encoder:
             for encoder in self.module.text_encoders:
                 encoder.to(device)
         elif self.prompts is None:
             self.embed(device)
+        # After the text encoders have embedded: both may not fit beside each other.
         self.module.denoiser.to(device)
         self.grid: GridLoss | None = None
+        self.sampled: SampledDistance | None = None
         if self.validation is not None:
             # A search measures the held-out images alone, each by itself.
-            self.grid = GridLoss(self, None if self._searches else self.stream, self.validation)
+            training = None if self._is_trial else self.stream
+            self.grid = GridLoss(self, training, self.validation)
+            if self.cfg.chooses_by_samples:
+                self.sampled = SampledDistance(self, self.validation, self._is_trial)
 
     def condition(self, captions: Sequence[str]) -> dict[str, Any]:
-        """The text part of a module's inputs for these captions; an empty one is what guidance
-        leads away from.
-        """
+        """The text part of the module's inputs; an empty caption is guidance's negative prompt."""
         if self.cfg.train_text_encoder:
-            # The encoders change, so zeros take the place of what they give at each step.
+            # What the encoders make of "" changes at each step, and the module puts zeros in its
+            # place, as the pipeline does.
             zeros = self.pipeline.config.force_zeros_for_empty_prompt
             has_text = torch.tensor([bool(caption) or not zeros for caption in captions])
             return {"ids": tokenize(self.pipeline, captions), "has_text": has_text}
@@ -203,7 +239,14 @@ class DreamBooth:
         samples: Sequence[TrainingSample],
         masks: Sequence[Tensor | None],
     ) -> dict[str, Any]:
-        """A module's inputs for some images, whose masks are on the grid of their latents."""
+        """The module's inputs for n images.
+
+        Args:
+            latents, noise: (n, c, h, w).
+            index: numbers of the noise levels, (n,).
+            instance: True for an instance image, False for a class image, (n,).
+            masks: on the grid of the latents, (1, h, w) each; None for an image without.
+        """
         time_ids = [sample.time_ids for sample in samples]  # (n, 6)
         inputs = {
             "latents": latents,
@@ -213,37 +256,43 @@ class DreamBooth:
             "time_ids": torch.tensor(time_ids, dtype=torch.float32),
             **self.condition([sample.caption for sample in samples]),
         }
+        # Without any mask the loss is a plain mean.
         if any(mask is not None for mask in masks):
-            # (n, 1, h, w); without a mask the loss is a plain mean
             inputs["mask_weights"] = weight_map(masks, latents, self.cfg.unmasked_weight)
         return inputs
 
     def micro_batches(
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
     ) -> Iterator[MicroBatch]:
-        """Micro-batches in the schedule's order, with their noise and timesteps."""
+        """Micro-batches in the schedule's order, with their noise and noise levels."""
         for (step, slots), samples in self.stream.batches(schedule, step_size):
             yield self._micro_batch(step, slots, samples)
 
     def _micro_batch(
         self, step: int, slots: tuple[int, ...], samples: Sequence[TrainingSample]
     ) -> MicroBatch:
-        """The micro-batch of samples: one of an instance image for each slot, then the class's."""
-        latents, noise, index, masks, digests = [], [], [], [], []  # of each sample
+        """The micro-batch of the instance samples, one for each slot, then of the class samples."""
+        latents = []  # of each sample, as the other lists
+        noise = []
+        index = []
+        masks = []
+        digests = []
         for sample, posterior in zip(samples, self.encoder(samples), strict=True):
             # Seeded by the sample, so that the result does not depend on how a batch is cut.
             random = generator(self.cfg.seed, "noise", step, sample.index, sample.slot, sample.kind)
-            latent = self.encoder.space.encode(posterior.sample(random)[None])[0]
-            latents.append(latent)
-            sample_noise = torch.randn(latent.shape, generator=random)  # (c, h, w)
-            index.append(self.module.denoising.draw(random))
+            latent = self.encoder.space.encode(posterior.sample(random)[None])[0]  # (c, h, w)
+            sample_noise = torch.randn(latent.shape, generator=random)
+            sample_index = self.module.denoising.sample_index(random)
             if self.cfg.noise_offset:
-                # The last number, so that noise and timestep are those of a run without it.
+                # Sampled last, so that noise and noise level are those of a run without offset.
                 offset = torch.randn(len(latent), 1, 1, generator=random)
                 sample_noise += self.cfg.noise_offset * offset
+            latents.append(latent)
             noise.append(sample_noise)
+            index.append(sample_index)
             masks.append(posterior.mask)
-            digests.append(sample.digest(digest(noise[-1], index[-1])))
+            digests.append(sample.digest(digest(sample_noise, sample_index)))
+
         is_instance = [sample.kind == INSTANCE for sample in samples]
         inputs = self.inputs(
             torch.stack(latents),
@@ -254,17 +303,17 @@ class DreamBooth:
             masks,
         )
         if self.cfg.prior_prediction_weight:
-            inputs[PRIOR] = self.condition([class_texts(sample.cfg)[0] for sample in samples])
-        # By the number that the log gives to the step, so a resumed run holds in the same ones.
+            inputs[PRIOR] = self.condition([str(sample.cfg.class_prompt) for sample in samples])
+        # Steps are counted from 1, as in the log, so that a resumed run holds in the same ones.
         if self.cfg.hold_unconditional and (step + 1) % self.cfg.hold_unconditional_every == 0:
             inputs[UNCONDITIONAL] = self.condition([""] * len(samples))
         denoising = self.module.denoising
         ratios = denoising.snr(inputs["index"])
-        # Digests of a slot: of its instance image, then of its class image.
         count = len(slots)
         return MicroBatch(
             slots=slots,
             names=tuple(sample.name for sample in samples[:count]),
+            # Of a slot the instance sample's digest, then the class sample's.
             digests=tuple("".join(digests[slot::count]) for slot in range(count)),
             inputs=inputs,
             levels=tuple(map(float, denoising.level(inputs["index"]).tolist())),
@@ -273,32 +322,40 @@ class DreamBooth:
         )
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
-        """Loss on held-out and on training images over the fixed grid; {} without a set."""
+        """Losses on held-out and training images (`GridLoss`); {} without held-out images.
+
+        With them the distance of samples, where the run goes by it (`SampledDistance`).
+        """
         if self.grid is None:
             return {}
         with evaluating:
-            return self.grid()
+            values = self.grid()
+            if self.sampled is not None:
+                with inference(self.module):
+                    values |= self.sampled()
+        return values
 
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
-        """Sample the validation images into ``validation/step-N``; nothing is measured, {}."""
+        """Sample the validation images into ``validation/step-N``; no figures are returned."""
         samples = self.cfg.samples
         if not samples:
             return {}
         images: list[Image] = []
         with evaluating, inference(self.module):
+            # Neighbours with the same size, guidance, steps and strength share a batch.
             for _, batch in itertools.groupby(samples, lambda sample: sample.batch_settings):
-                images += self._sample_images(list(batch))
+                images += self.sample_images(list(batch))
         with_settings = bool(self.cfg.validation_settings)
         write_images(validation_folder(folder, step), samples, images, with_settings)
         return {}
 
-    def _sample_images(self, samples: Sequence[ValidationSample]) -> list[Image]:
+    def sample_images(self, samples: Sequence[ValidationSample]) -> list[Image]:
         """Images of samples with the same `ValidationSample.batch_settings`."""
         prompts = [sample.prompt for sample in samples]
         negatives = [sample.negative_prompt for sample in samples]
-        embeddings = None  # while the text encoders are trained, they embed anew
+        embeddings = None  # text encoders that are trained have to embed the prompts again
         if self.prompts is not None:
             embeddings = self.prompts(prompts), self.prompts.conditions(negatives)
         shared = samples[0]

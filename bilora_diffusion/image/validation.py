@@ -1,10 +1,10 @@
-"""Validation images: from the flags to typed samples, and from images to files with an index.
+"""Validation images: from flags to typed samples, and from images to files with an index.
 
     flags or a recipe -> `read_prompts` -> `samples_of` the configuration
     -> `DreamBooth.validate`, which samples the images by `sampling.generate`
     -> `write_images` into ``validation/step-N`` -> `read_index` for the viewer and the model card
 
-Nothing here needs torch: options are read before it is imported.
+This file does not import torch, since options are read before torch is imported.
 """
 
 from __future__ import annotations
@@ -22,20 +22,25 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..config.command_line import CommandLine
 from ..config.options import StepOptions
-from ..core.choices import ADAPTER_GUIDANCE, GUIDANCE_SOURCES
 from ..core.durable import dump_json, write_text
 from ..core.errors import UserError, placed
 from ..core.fields import check, like, option, options_of
 from ..core.files import is_text, quoted, read_text
-from ..core.values import GUIDANCES, SAMPLER_STEPS, SIDES, STRENGTHS
+from ..core.values import (
+    ADAPTER_GUIDANCE,
+    GUIDANCE_SOURCES,
+    GUIDANCES,
+    SAMPLER_STEPS,
+    SIDES,
+    STRENGTHS,
+)
 from .options import ImageOptions
 
 INDEX = "index.json"
-MAX_IMAGES = 10_000
-"""Images of an index that are read; a page of the viewer holds no more."""
+MAX_IMAGES = 10_000  # of an index that are read; a page of the viewer holds no more
 MAX_INDEX_BYTES = 20_000_000
-# Embedded guidance, sampler, control image, start image, truncated and renormalized guidance, flow
-# shift: the letters of sd-scripts.
+# In sd-scripts: embedded guidance, sampler, control image, start image, truncated and renormalized
+# guidance, flow shift.
 UNSUPPORTED_SETTINGS: dict[str, tuple[str, str]] = dict.fromkeys(
     ("g", "ss", "cn", "i", "ctr", "rcfg", "fs"),
     ("of kohya's settings it is left out", "write `--l` for guidance, or drop it"),
@@ -65,14 +70,14 @@ class PromptOptions:
 def read_prompts(
     items: Sequence[str | dict[str, Any]],
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """The text of each prompt, and the settings that it has, by the names of `PromptOptions`.
+    """Split prompts into their texts and their settings, by the names of `PromptOptions`.
 
     Args:
-        items: mappings of a recipe, and texts in the form of kohya's sd-scripts
+        items: mappings of a recipe, or texts in the form of kohya's sd-scripts
             (``line_to_prompt_dict``), such as ``a dog --n blurry --w 832``.
 
     Raises:
-        UserError: a setting that is unknown, malformed or out of its range, or no prompt.
+        UserError: a setting is unknown, malformed or out of its range, or there is no prompt.
     """
     parser = CommandLine([PromptOptions], "", "", UNSUPPORTED_SETTINGS)
     prompts: list[str] = []
@@ -91,19 +96,19 @@ def read_prompts(
 
 
 def _prompt_and_flags(item: str | dict[str, Any]) -> tuple[str, list[str]]:
-    """A prompt, and its settings as words of a command line, ``--NAME=VALUE``."""
+    """A prompt's text, and its settings as words of a command line, ``--NAME=VALUE``."""
     settings: list[tuple[str, Any]] = []
     if isinstance(item, str):
         # "a dog --n blurry --w 832" -> "a dog", "n blurry", "w 832"
         text, *flags = SETTING_FLAG.split(item)
-        # A text without settings is the prompt as it stands, spaces included.
+        # A text without settings is the prompt as it is, spaces included.
         prompt = text.strip() if flags else text
         for flag in flags:
-            name, *values = flag.split(None, 1)  # without a value: the option refuses ""
-            settings.append((name.lower(), "".join(values)))
+            name, *values = flag.split(None, 1)
+            settings.append((name.lower(), "".join(values)))  # options refuse the value ""
     else:
         prompt = item.get("prompt")
-        # Null in a recipe is a setting that nobody gives.
+        # Null in a recipe stands for a setting that is not given.
         for name, value in item.items():
             if value is not None and name != "prompt":
                 settings.append((name, value))
@@ -117,30 +122,22 @@ def _prompt_and_flags(item: str | dict[str, Any]) -> tuple[str, list[str]]:
 
 @dataclass(frozen=True)
 class ValidationSample:
-    """How one validation image is sampled; None is what is usual for the model.
-
-    Args:
-        strength: factor of the adapter.
-        width, height: in pixels.
-        steps: of the sampler.
-        guidance_from: the model of guidance's unconditional prediction, "adapter" or "base".
-        concept: name of the concept that the prompt belongs to; "" for one of the run.
-    """
+    """Settings of one validation image."""
 
     prompt: str
     negative_prompt: str
     seed: int
-    strength: float
-    width: int
+    strength: float  # of the adapter; 1 is as trained
+    width: int  # in pixels, as the height
     height: int
-    guidance: float | None
-    steps: int | None
-    guidance_from: str = ADAPTER_GUIDANCE
-    concept: str = ""
+    guidance: float | None  # scale; None for the model's usual one
+    steps: int | None  # of the sampler; None for the model's usual number
+    guidance_from: str = ADAPTER_GUIDANCE  # unconditional prediction: "adapter" or "base"
+    concept: str = ""  # name of the concept that the prompt belongs to; "" for one of the run
 
     @property
     def batch_settings(self) -> tuple[Any, ...]:
-        """What the samples of one batch have in common."""
+        """The settings that all samples of one batch must share."""
         guidance = self.guidance, self.guidance_from
         return self.height, self.width, guidance, self.steps, self.strength
 
@@ -153,7 +150,7 @@ class ValidationSample:
 
 
 def usual_sample(cfg: ImageOptions, prompt: str) -> ValidationSample:
-    """The sample of a prompt that has no settings, by the options of a run."""
+    """The sample of a prompt without settings, by a run's options."""
     return ValidationSample(
         prompt=prompt,
         negative_prompt="",
@@ -168,11 +165,12 @@ def usual_sample(cfg: ImageOptions, prompt: str) -> ValidationSample:
 
 
 def samples_of(cfg: ImageOptions) -> list[ValidationSample]:
-    """The samples of a run by its options, in the order of their files: all of a prompt, each with
-    the next seed, then those of the next prompt.
+    """The samples of a run by its options, in the order of their files.
+
+    The samples of one prompt have consecutive seeds; those of the next prompt follow.
     """
     prompts = cfg.validation_prompts
-    settings = cfg.validation_settings or [{} for _ in prompts]  # [] where none has any
+    settings = cfg.validation_settings or [{} for _ in prompts]  # [] where no prompt has settings
     samples = []
     for prompt, prompt_settings in zip(prompts, settings, strict=True):
         first_sample = replace(usual_sample(cfg, prompt), **prompt_settings)
@@ -183,7 +181,7 @@ def samples_of(cfg: ImageOptions) -> list[ValidationSample]:
 
 
 def file_name(number: int) -> str:
-    """Name of the file of a sample, by its place in the order."""
+    """Name of a sample's file, by its number in their order."""
     return f"{number:03d}.png"
 
 
@@ -197,7 +195,7 @@ def write_images(
 
     Args:
         folder: of the step; it is made.
-        with_settings: whether each file also has its sample's settings, as the text "settings".
+        with_settings: write its sample's settings into each file, as the text "settings".
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -205,10 +203,11 @@ def write_images(
         information = PngInfo()
         if with_settings:
             settings = json.dumps(sample.to_dict(), ensure_ascii=False)
-            information.add_itxt("settings", settings)  # iTXt is UTF-8, a plain text chunk Latin-1
+            # A chunk of the type iTXt is UTF-8; plain text chunks are Latin-1.
+            information.add_itxt("settings", settings)
         image.save(folder / file_name(number), pnginfo=information)
         entries.append({"file": file_name(number), **sample.to_dict()})
-    # The last file: whoever reads it finds the images.
+    # Last, so that all files of an index exist.
     write_text(folder / INDEX, dump_json({"images": entries}))
 
 
@@ -221,7 +220,11 @@ class ValidationImage:
 
 
 def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
-    """The images of a step's folder, in order; by the run's options where it has no index.
+    """The images of a step's folder, in their order.
+
+    Args:
+        path: of the index, which folders of early versions do not have.
+        config: the run's options, by which the images are known without an index.
 
     Raises:
         UserError: the index is damaged, or names a file that is not in the folder itself.
@@ -236,20 +239,21 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
         images = [ValidationImage(entry["file"], entry["prompt"]) for entry in entries]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged from error
-    for image in images:  # the file may be a stranger's
+    # The index may come from someone else.
+    for image in images:
         texts = (image.file, image.prompt)
         if not all(isinstance(text, str) and is_text(text) for text in texts):
             raise damaged
-        # No path that leads out of the folder, and no name that opening would raise on.
+        # No path out of the folder, and no name that raises an error when it is opened.
         if image.file != Path(image.file).name or "\0" in image.file:
             raise damaged
     return images
 
 
 def derive_index(config: Mapping[str, Any]) -> list[ValidationImage]:
-    """The index of a folder that was written before there was one: so many files of each prompt."""
+    """The images of a folder without index: equally many files of each prompt."""
     images: list[ValidationImage] = []
-    # An old record need not have these options.
+    # A record of an early version may lack these options.
     for prompt in config.get("validation_prompts") or ():
         for _ in range(config.get("num_validation_images") or 0):
             if len(images) == MAX_IMAGES:

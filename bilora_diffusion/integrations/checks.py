@@ -1,4 +1,4 @@
-"""Checks that refuse, in one sentence each, what the trainers would get silently wrong."""
+"""Checks of a trainer: each refuses, in one sentence, a setting whose result would be wrong."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from ..adapters import AUXILIARY
 from ..api import BiLoRA
 from ..config import constraints
 from ..core.errors import UserError
-from ..methods.hooks import unwrapped
+from ..methods.base import unwrapped
 
 _OTHER_WEIGHTS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
-"""Optimizers that keep or project weights of their own, of which the ball knows nothing."""
+"""Optimizers with weights of their own, of which the projection onto the ball knows nothing."""
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse a trainer under which Bi-LoRA would be wrong: an engine that shards or replaces
-    parameters, an optimizer that can't be used, `model_init`, or no trainer at all.
+    """Refuse a trainer with which Bi-LoRA would be wrong.
+
+    Raises:
+        UserError: It is no `Trainer` or has Bi-LoRA already, its engine shards or replaces
+            parameters, its optimizer can't be used, or it has `model_init`.
     """
     if not isinstance(trainer, Trainer):
         raise UserError(
@@ -32,19 +35,19 @@ def check_trainer(trainer: Any) -> None:
         )
     if hasattr(trainer, "bilora"):
         raise UserError("use_bilora was called for this trainer already; call it once.")
+    # An enumeration of Transformers, or its value as a text.
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    other_weights = optim.startswith(_OTHER_WEIGHTS) or optim.endswith("layerwise")
-    constraints.check(
-        {
-            "trainer_engine": engine_name(trainer),
-            "model_init": trainer.model_init is not None,
-            "optim": optim if other_weights else None,
-        }
-    )
+    has_other_weights = optim.startswith(_OTHER_WEIGHTS) or optim.endswith("layerwise")
+    facts = {
+        "trainer_engine": unsuited_engine(trainer),
+        "model_init": trainer.model_init is not None,
+        "optim": optim if has_other_weights else None,
+    }
+    constraints.check(facts)
 
 
-def engine_name(trainer: Any) -> str | None:
-    """The engine of a trainer if it is one that does not work, else None."""
+def unsuited_engine(trainer: Any) -> str | None:
+    """Name of a trainer's engine if it shards or replaces parameters; None for another one."""
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     if trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled:
@@ -53,15 +56,18 @@ def engine_name(trainer: Any) -> str | None:
         return "a sharded model (distributed_config)"
     if is_sagemaker_mp_enabled():
         return "SageMaker model parallelism"
-    kind = trainer.accelerator.distributed_type
-    # Under these every process holds every parameter, so that the ball's norm sees all.
-    holds_every_parameter = kind == DistributedType.NO or kind.value.startswith("MULTI_")
-    return None if holds_every_parameter else str(kind.value)
+    engine = trainer.accelerator.distributed_type
+    # In one process, or with DDP, each process has all parameters, which the ball's norm needs.
+    has_all_parameters = engine == DistributedType.NO or engine.value.startswith("MULTI_")
+    return None if has_all_parameters else str(engine.value)
 
 
 def check_model(trainer: Any, bilora: BiLoRA) -> None:
-    """Refuse a trainer that would train another model than the one with the adapters, or pass by
-    the adapter of the output layer.
+    """Refuse a trainer of another model, or one that ignores the adapter of the output layer.
+
+    Raises:
+        UserError: The trainer's model is not the one with the adapters, several auxiliaries are
+            trained in several processes, or TRL would leave an adapter out.
     """
     if trainer.model is not bilora.model:
         fix = "give the trainer the model that you gave to attach"
@@ -71,15 +77,16 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
             f"The trainer's model is a {type(trainer.model).__name__}, not the "
             f"{type(bilora.model).__name__} that attach was called for; {fix}."
         )
-    constraints.check(
-        {
-            "method": "bilora",
-            "auxiliaries": bilora.config.auxiliaries,
-            "trainer_processes": trainer.args.world_size,
-        }
-    )
-    fused_head = any(kind.__module__.partition(".")[0] == "trl" for kind in type(trainer).__mro__)
-    if fused_head and isinstance(adapters.output_head(trainer.model), adapters.LoraLayer):
+    facts = {
+        "method": "bilora",
+        "auxiliaries": bilora.config.auxiliaries,
+        "trainer_processes": trainer.args.world_size,
+    }
+    constraints.check(facts)
+    # TRL's trainers compute logits and loss at once, from the weight of the output layer.
+    packages = [base.__module__.partition(".")[0] for base in type(trainer).__mro__]
+    output_head = adapters.output_head(trainer.model)
+    if "trl" in packages and isinstance(output_head, adapters.LoraLayer):
         raise UserError(
             "target_modules names the output layer, whose weight TRL's trainers read past the "
             'adapter; take it out of target_modules ("all-linear" leaves it out).'
@@ -87,30 +94,37 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
 
 
 def check_trainable(bilora: BiLoRA) -> None:
-    """Refuse parameters that somebody has unfrozen, adapters that can't hold small updates, and an
-    init that still needs a gradient.
+    """Refuse parameters that a training would not save or would not train exactly.
+
+    Raises:
+        UserError: A parameter of the base model is trainable, or an adapter is in half precision.
     """
-    group_parameters = [p for group in bilora.param_groups(lr=0.0) for p in group["params"]]
-    adapter_ids = {
-        id(p) for p in (*group_parameters, *adapters.parameters(bilora.model, AUXILIARY))
-    }
+    trained_parameters = []
+    # Refuses an init that still needs a gradient.
+    for group in bilora.param_groups(lr=0.0):
+        trained_parameters += group["params"]
+    trained_ids = {id(parameter) for parameter in trained_parameters}
+    trained_ids |= {id(parameter) for parameter in adapters.parameters(bilora.model, AUXILIARY)}
     for name, parameter in bilora.model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in adapter_ids:
+        if parameter.requires_grad and id(parameter) not in trained_ids:
             raise UserError(
                 f"{name} is trainable, but only the adapters would be trained and saved; freeze "
                 "it by requires_grad_(False), or name its module in modules_to_save."
             )
-    if rounded := [
-        p.dtype for p in group_parameters if p.dtype not in (torch.float32, torch.float64)
-    ]:
-        raise UserError(
-            f"The adapters are in {rounded[0]}, in which small updates are lost (a full evaluation "
-            "in half precision casts them); train before it, or attach anew."
-        )
+    for parameter in trained_parameters:
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"The adapters are in {parameter.dtype}, in which small updates are lost (a full "
+                "evaluation in half precision casts them); train before it, or attach them again."
+            )
 
 
 def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
-    """Refuse an optimizer that does not climb on the auxiliary and project it."""
+    """Refuse an optimizer that does not ascend on the auxiliary and project it.
+
+    Raises:
+        UserError: It has other parameter groups, or was not bound.
+    """
     bilora._method.check_groups(unwrapped(optimizer))
     if not is_bound(optimizer, bilora):
         raise UserError(

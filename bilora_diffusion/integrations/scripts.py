@@ -16,14 +16,16 @@ from ..text.options import TextModelOptions
 
 
 class _Parser(HfArgumentParser):
-    """A parser whose complaints are one sentence, without argparse's usage of 60 lines."""
+    """A parser whose errors are one sentence, without argparse's usage of 60 lines."""
 
     example: str
-    """A command, for a user who gives too little."""
+    """A command, shown to a user who leaves out a required argument."""
 
     def error(self, message: str) -> NoReturn:
-        """Turn argparse's complaint into a ``UserError``."""
-        example = f" as in `{self.example}`;" if "required" in message else ""
+        """Turn argparse's message into a `UserError`."""
+        example = ""
+        if "required" in message:
+            example = f" as in `{self.example}`;"
         raise UserError(f"{message}:{example} --help lists every flag.")
 
 
@@ -33,30 +35,33 @@ def parse(
     """Read a command line to a script's own options and those of its trainer.
 
     Args:
-        options_class: dataclass of the script's options.
+        options_class: Dataclass of the script's options.
         args_class: `TrainingArguments` or a subclass, each of whose fields is a flag.
-        words: arguments; None for those of the process.
-        example: a command, for a user who gives too little.
+        words: Arguments; None for those of the process.
+        example: A command, shown to a user who leaves out a required argument.
 
     Returns:
         An instance of each class.
 
     Raises:
-        UserError: an argument is missing, unknown, or of no use here.
+        UserError: An argument is missing, unknown or unusable.
     """
     words = sys.argv[1:] if words is None else list(words)
     classes: Any = [options_class, args_class]
     parser = _Parser(classes)
     parser.example = example
     if not torch.accelerator.is_available():
-        # TRL's default is bf16, which Transformers refuses on a CPU. The user's word comes last.
+        # TRL's default is bf16, which Transformers refuses on a CPU. Of two flags the last holds,
+        # so that the user's comes second.
         words = ["--bf16", "False", *words]
     with translated("the arguments of the trainer can't be used", "correct them"):
         options, args, unknown_words = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True
         )
     if unknown_words:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
+        flags: list[str] = []
+        for action in parser._actions:
+            flags += action.option_strings
         word = unknown_words[0]
         raise UserError(f"there is no flag {word}{did_you_mean(word, flags)}: --help lists all.")
     checkpoint = args.resume_from_checkpoint
@@ -72,11 +77,11 @@ def load_model(name: str, kind: str) -> tuple[Any, Any]:
     """Load a model in fp32, and its tokenizer.
 
     Args:
-        name: hub id, folder, or "smollm2" or "minilm", which come as packages.
+        name: Hub id, folder, or "smollm2" or "minilm", which come as packages.
         kind: "causal", "seq2seq" or "classification".
 
     Raises:
-        UserError: it can't be found or read, or is of another kind.
+        UserError: The model can't be found or read, or is of another kind.
     """
     source = TextSource(TextModelOptions(model_name_or_path=name))
     if source.kind != kind:
@@ -89,7 +94,7 @@ def load_rows(name: str) -> Any:
     """Load the rows of a JSONL file, or the training split of a set on the hub or in a folder.
 
     Raises:
-        UserError: they can't be loaded.
+        UserError: They can't be loaded.
     """
     import datasets
 

@@ -1,7 +1,7 @@
-"""Transformers' `Trainer`, and what is made of it, with Bi-LoRA in the places where it matters.
+"""Transformers' `Trainer` and its subclasses with Bi-LoRA in their steps, saves and evaluations.
 
-A checkpoint of it has a file beside the primary: `bilora_state.safetensors`, with both adapters as
-they are trained and, as metadata, the settings that they belong to.
+A checkpoint of such a trainer has a file beside the primary: `bilora_state.safetensors`, with both
+adapters as they are trained and, as metadata, the settings that they belong to.
 """
 
 from __future__ import annotations
@@ -31,121 +31,128 @@ from ..run.checkpoint import load_tensors, require_same_settings, separate
 from . import checks
 
 SAMPLES = "sample_id"
-"""The column with the numbers of the samples."""
+"""Column of the training set with the number of each row's sample."""
 STATE = "bilora_state.safetensors"
 TRAINER_FILES = ("optimizer.pt", "scheduler.pt")
-"""The trainer's own files without which it would go on with a fresh optimizer and not say so."""
+"""The trainer's own files; without them it would go on with a new optimizer and not say so."""
 
 _VERSION = 2
 
 
 def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) -> BiLoRA:
-    """Have a trainer of Transformers or TRL train Bi-LoRA; to be called once, before `train`.
+    """Let a trainer of Transformers or TRL train Bi-LoRA; call it once, before `train`.
 
-    `learning_rate` and `weight_decay` are the primary's; the auxiliary has the same rate (or the
-    config's) and no decay; both follow the schedule. `max_grad_norm` and the logged `grad_norm` are
+    `learning_rate` and `weight_decay` are the primary's. The auxiliary has the same rate (or the
+    config's) and no decay. Both follow the schedule. `max_grad_norm` and the logged `grad_norm` are
     of the primary alone, as the ball bounds the auxiliary. Evaluation and prediction see the
-    primary alone, and so does everything after `train`; a callback of your own that runs the model
+    primary alone, and so does everything after `train`. A callback of your own that runs the model
     in the middle of training should do so within `bilora.evaluating()`. With several auxiliaries
     the training set has a column "sample_id", the number of each row's sample.
 
-    What the trainer saves is a plain PEFT LoRA adapter, the primary. A checkpoint has the auxiliary
-    in `bilora_state.safetensors`, from which `resume_from_checkpoint` goes on exactly.
+    The trainer saves a plain PEFT LoRA adapter, the primary. A checkpoint has the auxiliary in
+    `bilora_state.safetensors`, from which `resume_from_checkpoint` goes on exactly.
 
     Args:
-        trainer: a `Trainer`, `Seq2SeqTrainer`, `SFTTrainer` or a subclass of yours.
-        bilora: what to put on the trainer's model; or, where the adapters have to be there before
-            the trainer (quantized models, an optimizer of your own), what `attach` returned.
+        trainer: A `Trainer`, `Seq2SeqTrainer`, `SFTTrainer` or a subclass of yours.
+        bilora: Configuration of the adapters; or the handle of `attach`, if the adapters must be
+            there before the trainer (quantized models, an optimizer of your own).
 
     Returns:
         The handle, with `initialise`, which init "lora-ga" needs before `train`.
 
     Raises:
-        UserError: an engine that shards parameters; `model_init`; a model that is not the one with
-            the adapters; an optimizer that can't climb on the auxiliary.
+        UserError: The engine shards parameters, the trainer has `model_init` or another model than
+            the one with the adapters, or the optimizer can't ascend on the auxiliary.
     """
     checks.check_trainer(trainer)
     _check_version(type(trainer))
     if not isinstance(bilora, BiLoRA):
         bilora = attach(cast(nn.Module, trainer.model), bilora)
     checks.check_model(trainer, bilora)
-    for name in (PRIMARY, AUXILIARY):  # TRL rounds those of a quantized model to bf16
+    # TRL rounds the adapters of a quantized model to bf16.
+    for name in (PRIMARY, AUXILIARY):
         adapters.cast_adapter_dtype(bilora.model, name)
+    # The trainer exists already, so its class is replaced by one with `WithBiLoRA` before it.
     trainer.__class__ = _with_bilora(type(trainer))
     cast(WithBiLoRA, trainer).bilora = bilora
     if bilora.config.auxiliaries > 1:
         trainer.data_collator = _WithSamples(trainer.data_collator)
-    trainer.add_callback(_Watch(bilora, cast(WithBiLoRA, trainer)))
+    trainer.add_callback(_OptimizerWatch(bilora, cast(WithBiLoRA, trainer)))
     return bilora
 
 
-def _of_the_primary(name: str) -> Any:
-    """A method of the trainer that sees the primary alone."""
+def _with_primary(name: str) -> Any:
+    """A method of the trainer that runs with the primary alone."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._primary_alone():
+        with self._evaluating():
             return getattr(super(WithBiLoRA, self), name)(*args, **kwargs)
 
     return method
 
 
 class WithBiLoRA(Trainer):
-    """Comes before a trainer's own class; `use_bilora` puts it there."""
+    """A mixin before a trainer's own class, which `use_bilora` puts there."""
 
     bilora: BiLoRA
-    _is_primary_alone: bool = False
-    _loss: torch.Tensor | None = None
+    _is_evaluating: bool = False  # the primary alone is active
+    _step_loss: torch.Tensor | None = None  # sum over the micro-batches of a step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         checks.check_trainable(self.bilora)
-        self._is_primary_alone = False
+        self._is_evaluating = False
         adapters.activate(self.bilora.model, (PRIMARY, AUXILIARY))
         try:
             return super().train(*args, **kwargs)
         finally:
             adapters.activate(self.bilora.model, (PRIMARY,))
-            self._is_primary_alone = True
+            self._is_evaluating = True
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Two groups from `learning_rate` and `weight_decay`; an optimizer that was given is
-        checked instead.
-        """
+        """Make the optimizer of both adapters' groups, unless there is one, and bind it."""
         if self.optimizer is None:
-            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
-                self.args, cast(Any, self.bilora.model)
-            )
-            if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-                raise UserError(
-                    f"optimizer_cls_and_kwargs names {kind!r}, which makes parameter groups of its"
-                    " own; give a subclass of torch.optim.Optimizer."
+            class_and_options = self.optimizer_cls_and_kwargs
+            if class_and_options is None:
+                class_and_options = self.get_optimizer_cls_and_kwargs(
+                    self.args, cast(Any, self.bilora.model)
                 )
-            groups = self.bilora.param_groups(
-                lr=options.get("lr", self.args.learning_rate), weight_decay=self.args.weight_decay
-            )
-            self.optimizer = kind(groups, **options)
+            optimizer_class, options = class_and_options
+            is_class = isinstance(optimizer_class, type)
+            if not is_class or not issubclass(optimizer_class, torch.optim.Optimizer):
+                raise UserError(
+                    f"optimizer_cls_and_kwargs names {optimizer_class!r}, which makes parameter"
+                    " groups of its own; give a subclass of torch.optim.Optimizer."
+                )
+            rate = options.get("lr", self.args.learning_rate)
+            groups = self.bilora.param_groups(lr=rate, weight_decay=self.args.weight_decay)
+            self.optimizer = optimizer_class(groups, **options)
         if not checks.is_bound(self.optimizer, self.bilora):
             self.bilora.bind(self.optimizer)
         return self.optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
+        # The trainer drops all other columns of the data.
         columns = cast(Any, self._signature_columns)
         if columns is not None and SAMPLES not in columns:
             columns.append(SAMPLES)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         numbers = inputs.pop(SAMPLES, ())
-        with self.bilora.samples(numbers) if len(numbers) else nullcontext():
+        samples = self.bilora.samples(numbers) if len(numbers) else nullcontext()
+        with samples:
             loss = super().training_step(model, inputs, *args, **kwargs)
         if self.bilora.config.rho == "auto":
-            self._loss = loss + (0 if self._loss is None else self._loss)
+            self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return loss
 
-    def step_loss(self) -> torch.Tensor:
-        """The loss of the step that is about to be taken, of all its micro-batches and processes;
-        once a step.
+    def take_step_loss(self) -> torch.Tensor:
+        """The loss of the step before its update, over all micro-batches and processes.
+
+        The next call is about the next step.
         """
-        loss, self._loss = self._loss, None
+        loss = self._step_loss
+        self._step_loss = None
         return self.accelerator.reduce(loss, reduction="mean")  # pyright: ignore
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -159,24 +166,25 @@ class WithBiLoRA(Trainer):
         return self.accelerator.clip_grad_norm_(self.bilora.clip_parameters(), float("inf"))
 
     @contextmanager
-    def _primary_alone(self) -> Iterator[None]:
-        if self._is_primary_alone:
+    def _evaluating(self) -> Iterator[None]:
+        """Within the context the primary alone is active; contexts may be nested."""
+        if self._is_evaluating:
             yield
             return
-        self._is_primary_alone = True
+        self._is_evaluating = True
         try:
             with self.bilora.evaluating():
                 yield
         finally:
-            self._is_primary_alone = False
+            self._is_evaluating = False
 
-    evaluate = _of_the_primary("evaluate")
-    predict = _of_the_primary("predict")
-    evaluation_loop = _of_the_primary("evaluation_loop")
+    evaluate = _with_primary("evaluate")
+    predict = _with_primary("predict")
+    evaluation_loop = _with_primary("evaluation_loop")
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         inputs.pop(SAMPLES, None)
-        with self._primary_alone():
+        with self._evaluating():
             return super().prediction_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -209,25 +217,31 @@ class WithBiLoRA(Trainer):
 
 
 class _WithSamples:
-    """Collates a batch with the numbers of its samples, which no collator need know."""
+    """A collator that adds the numbers of the samples, of which the wrapped one knows nothing."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = collate
 
     def __call__(self, rows: list[Any]) -> Any:
-        numbers = [row[SAMPLES] for row in rows if SAMPLES in row]
-        plain_rows = [{key: value for key, value in row.items() if key != SAMPLES} for row in rows]
+        numbers = []
+        plain_rows = []
+        for row in rows:
+            plain_row = dict(row)
+            if SAMPLES in plain_row:
+                numbers.append(plain_row.pop(SAMPLES))
+            plain_rows.append(plain_row)
         batch = self._collate(plain_rows)
         if numbers:
             batch[SAMPLES] = torch.tensor(numbers)
         return batch
 
 
-class _Watch(TrainerCallback):
-    """Sees to it that the optimizer that trains is the one that climbs and projects."""
+class _OptimizerWatch(TrainerCallback):
+    """Checks that the trainer's optimizer is the bound one, and that its steps project."""
 
     def __init__(self, bilora: BiLoRA, trainer: WithBiLoRA) -> None:
-        self.bilora, self.trainer = bilora, trainer
+        self.bilora = bilora
+        self.trainer = trainer
         self.steps_before = 0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -236,13 +250,16 @@ class _Watch(TrainerCallback):
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.steps_before = self.bilora._method.steps_taken
         if self.bilora.config.rho == "auto":
-            self.bilora.observe(self.trainer.step_loss())
+            self.bilora.observe(self.trainer.take_step_loss())
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
-        for parameter in self.bilora._method.loose_parameters if skipped else ():
-            parameter.grad = None  # the trainer forgets those of the model's parameters alone
-        if self.bilora._method.steps_taken == self.steps_before and not skipped:
+        # By a gradient scaler, for gradients that are not finite.
+        is_skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
+        if is_skipped:
+            # The trainer deletes the gradients of the model's parameters only.
+            for parameter in self.bilora._method.loose_parameters:
+                parameter.grad = None
+        elif self.bilora._method.steps_taken == self.steps_before:
             raise UserError(
                 f"{type(kwargs['optimizer']).__name__} took a step after which the auxiliary was "
                 "not projected; use an optimizer of torch.optim."
@@ -250,36 +267,47 @@ class _Watch(TrainerCallback):
 
 
 @cache
-def _with_bilora(kind: type[Trainer]) -> type[Trainer]:
-    return type(f"BiLoRA{kind.__name__}", (WithBiLoRA, kind), {"__module__": __name__})
+def _with_bilora(trainer_class: type[Trainer]) -> type[Trainer]:
+    """The subclass of a trainer with Bi-LoRA."""
+    name = f"BiLoRA{trainer_class.__name__}"
+    return type(name, (WithBiLoRA, trainer_class), {"__module__": __name__})
 
 
-def _check_version(kind: type[Trainer]) -> None:
-    """Refuse a Transformers that would pass by what `WithBiLoRA` does otherwise."""
+def _check_version(trainer_class: type[Trainer]) -> None:
+    """Refuse a Transformers without a method that `WithBiLoRA` overrides: it would call another."""
     for name, value in vars(WithBiLoRA).items():
-        is_added = name in ("_primary_alone", "step_loss") or not callable(value)
-        if not is_added and not hasattr(kind, name):
+        is_added = name in ("_evaluating", "take_step_loss") or not callable(value)
+        if not is_added and not hasattr(trainer_class, name):
             raise UserError(
                 f"The trainer of Transformers {transformers.__version__} has no {name}, where "
-                "Bi-LoRA comes in; install Transformers 5.24."
+                "Bi-LoRA does its part; install Transformers 5.24."
             )
 
 
 def write_state(folder: Path, bilora: BiLoRA) -> None:
-    """Write the adapters and the method's state into a checkpoint that holds the primary."""
+    """Write both adapters and the method's state into a checkpoint that has the primary.
+
+    Raises:
+        TrainingError: The disk refuses.
+    """
     settings = {
         "schema_version": _VERSION,
         "config": asdict(bilora.config),
         "method": bilora._method.state_dict(),
     }
     metadata = {"format": "pt", "bilora": json.dumps(settings)}
-    with replacing(folder / STATE) as aside:
-        save_file(separate(bilora._method.tensors()), aside, metadata=metadata)
-        readable_as(folder / CONFIG, aside)
+    with replacing(folder / STATE) as temporary_file:
+        save_file(separate(bilora._method.tensors()), temporary_file, metadata=metadata)
+        readable_as(folder / CONFIG, temporary_file)
 
 
 def restore_state(folder: Path, bilora: BiLoRA) -> None:
-    """Put a checkpoint's adapters and method state back, if it is whole and of these settings."""
+    """Load a checkpoint's adapters and method state.
+
+    Raises:
+        UserError: The checkpoint lacks a file, is damaged, has other settings, or belongs to other
+            base weights.
+    """
     for name in (STATE, *TRAINER_FILES):
         if not (folder / name).is_file():
             raise UserError(
@@ -287,37 +315,49 @@ def restore_state(folder: Path, bilora: BiLoRA) -> None:
                 "checkpoint that was written with use_bilora and save_only_model=False."
             )
     settings, tensors = _read_state(folder / STATE)
-    require_same_settings(settings["config"], json.loads(json.dumps(asdict(bilora.config))))
-    current = bilora._method.tensors()
-    for name, value in current.items():
-        if f"/{INITIAL}/" in name and not torch.equal(value.cpu(), tensors.get(name, value[:0])):
+    config = json.loads(json.dumps(asdict(bilora.config)))  # as JSON has it: lists, no tuples
+    require_same_settings(settings["config"], config)
+    current_tensors = bilora._method.tensors()
+    for name, value in current_tensors.items():
+        # First values that an init took out of the base weights.
+        saved_value = tensors.get(name, value[:0])
+        if f"/{INITIAL}/" in name and not torch.equal(value.cpu(), saved_value):
             raise UserError(
                 f'init "{bilora.config.init}" has started the primary elsewhere than in {folder}, '
                 "so the base weights differ; start it from the same model (and samples)."
             )
-    load_tensors(current, tensors)
+    load_tensors(current_tensors, tensors)
     bilora._method.load_state_dict(settings["method"])
 
 
 def load_primary(folder: Path, bilora: BiLoRA) -> None:
-    """Put the primary of a folder back, which `bilora.save_pretrained` wrote, if it fits."""
+    """Load the primary of a folder that `bilora.save_pretrained` wrote.
+
+    Raises:
+        UserError: The file can't be read, or is of another model.
+    """
     path = folder / WEIGHTS
     saved = reading(str(path), "keep it in place", lambda: load_file(path))
-    parameters = adapters.named_parameters(bilora.model, PRIMARY)
-    primary = {adapters.peft_key(key): value for key, value in parameters.items()}
+    primary = {}
+    for name, parameter in adapters.named_parameters(bilora.model, PRIMARY).items():
+        primary[adapters.peft_key(name)] = parameter
     heads = adapters.head_parameters(bilora.model, PRIMARY)
-    if missing := sorted({adapters.peft_path(key) for key in (*primary, *heads)} - saved.keys()):
+    paths = {adapters.peft_path(key) for key in (*primary, *heads)}
+    missing = sorted(paths - saved.keys())
+    if missing:
         raise UserError(f"{missing[0]} is missing in {path}; it is of another model.")
-    # of an init that changed the base weights the file has [B, -B0] and [A; A0]: the first part
-    parts = {
-        key: saved[adapters.peft_path(key)][tuple(slice(size) for size in value.shape)]
-        for key, value in primary.items()
-    }
-    load_tensors(primary, parts)
+    saved_primary = {}
+    for key, parameter in primary.items():
+        # With an init that changed the base weights the file has [B, -B0] and [A; A0], of which the
+        # first rows and columns are the primary.
+        first_part = tuple(slice(size) for size in parameter.shape)
+        saved_primary[key] = saved[adapters.peft_path(key)][first_part]
+    load_tensors(primary, saved_primary)
     load_tensors(heads, {key: saved[adapters.peft_path(key)] for key in heads})
 
 
 def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of a state file."""
     with translated(f"{path} is truncated or altered", "resume from another checkpoint"):
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["bilora"])

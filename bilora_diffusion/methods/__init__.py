@@ -1,7 +1,7 @@
-"""The fine-tuning methods. A file of this folder that registers a method makes it known.
+"""The fine-tuning methods. Each file of this folder that registers a method makes it known.
 
-The files are imported when a method is first asked for: torch and PEFT take seconds, which a
-script's ``--help`` has no use for. So all options of the methods stand in `options`.
+The files are imported when a method is first needed: torch and PEFT take seconds, for which a
+script's ``--help`` does not wait. Therefore all options of the methods stand in `options`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MODULE_OF_NAME = {
     "reads": "registry",
     "register": "registry",
 }
-"""Names of this package that are there once every method is registered."""
+"""Names of this package that need every method to be registered, and where they are defined."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""LoRA-oBAR and LoRA-nBAR: the balancing that SAM does to A and B, without its second gradient."""
+"""LoRA-oBAR and LoRA-nBAR: SAM's balancing of A and B, without its second gradient."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.optim import Optimizer
 
 from ..adapters import PRIMARY, weights
 from ..core.errors import UserError
-from .base import CountingMethod
-from .hooks import HookedMethod, unwrapped
+from .base import CountingMethod, HookedMethod, unwrapped
 from .options import MethodOptions, falling
 from .registry import register
 
 
 class BAR(HookedMethod, CountingMethod, ABC):
-    """Before each optimizer step one factor of a layer shrinks by 1 - alpha_t lr_t, the other grows
-    by 1 + alpha_t lr_t, with the rate that this step has; which one is the subclass's choice.
-    Steps that a gradient scaler skips change nothing, nor does a step without a layer's gradient
-    change that layer.
+    """Balances the factors of each layer before each optimizer step.
+
+    One factor is multiplied by 1 - alpha_t lr_t, the other by 1 + alpha_t lr_t, with the learning
+    rate of the step. A subclass says which one shrinks. Steps that a gradient scaler skips change
+    nothing, and a step does not change a layer without a gradient.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"bar_alpha", "bar_schedule"})
@@ -37,18 +37,20 @@ class BAR(HookedMethod, CountingMethod, ABC):
         """Balance before every step of `optimizer`.
 
         Raises:
-            UserError: it lacks a parameter of the adapters, or can't be hooked.
+            UserError: it lacks a parameter of the adapters, or can't have hooks.
         """
-        # Read anew in each step: accelerate's `prepare` and a resume replace the groups.
+        # Only checked here and read again in each step: accelerate's `prepare` and a resume replace
+        # the groups.
         rates = _learning_rates(unwrapped(optimizer))
-        for name, layer in self.layers:
-            if any(id(factor) not in rates for factor in weights(layer, PRIMARY)):
-                raise UserError(f"The optimizer lacks {name}; make it from param_groups().")
+        for path, layer in self.layers:
+            A, B = weights(layer, PRIMARY)
+            if id(A) not in rates or id(B) not in rates:
+                raise UserError(f"The optimizer lacks {path}; make it from param_groups().")
         super().bind(optimizer)
 
     @abstractmethod
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
-        """For each layer whether A is the factor that shrinks, (layers,) bool."""
+        """Whether A is the factor that shrinks, of each layer: (layers,) bool."""
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -57,8 +59,9 @@ class BAR(HookedMethod, CountingMethod, ABC):
         if self.depends_on_length:
             progress = self.options.progress(self.steps_taken)
             strength *= falling(self.options.bar_schedule, progress)
-        # A layer without a gradient is one that no step moves: SAM would not balance it either.
-        layers_A, layers_B = list[nn.Parameter](), list[nn.Parameter]()
+        # No step moves a layer without a gradient, and SAM would not balance it either.
+        layers_A: list[nn.Parameter] = []
+        layers_B: list[nn.Parameter] = []
         for _path, layer in self.layers:
             A, B = weights(layer, PRIMARY)
             if A.grad is not None and B.grad is not None:
@@ -67,7 +70,7 @@ class BAR(HookedMethod, CountingMethod, ABC):
         if not layers_A:
             return
         rates = _learning_rates(optimizer)
-        # On the device: to read which factor shrinks would wait for it.
+        # The signs stay on the device: to read which factor shrinks would wait for it.
         signs = torch.where(self.shrinks_A(layers_A, layers_B), -1.0, 1.0).unbind()
         for sign, A, B in zip(signs, layers_A, layers_B, strict=True):
             # (1 - alpha_t lr_t) for one factor, (1 + alpha_t lr_t) for the other
@@ -97,11 +100,13 @@ class LoRAnBAR(BAR):
     summary = "Trained as LoRA with factors balanced by their gradients at each step (nBAR)."
 
     def shrinks_A(self, A: Sequence[nn.Parameter], B: Sequence[nn.Parameter]) -> Tensor:
-        return _norms(_gradients(A)) < _norms(_gradients(B))
+        g_A = [cast(Tensor, factor.grad) for factor in A]
+        g_B = [cast(Tensor, factor.grad) for factor in B]
+        return _norms(g_A) < _norms(g_B)
 
 
 def _learning_rates(optimizer: Optimizer) -> dict[int, float]:
-    """The learning rate now of each parameter, by its id; Prodigy's is its estimate d times lr."""
+    """The learning rate of each parameter, by its id; Prodigy's is its estimate d times lr."""
     rates: dict[int, float] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -115,10 +120,6 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors:
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         wide.append(tensor.detach().to(dtype))
-    # One kernel for all layers of a device; layers may lie on several.
+    # It takes one kernel for all tensors of a device; they may lie on several.
     norms = torch._foreach_norm(wide)
     return torch.stack([norm.to(wide[0].device) for norm in norms])
-
-
-def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    return [cast(Tensor, parameter.grad) for parameter in parameters]

@@ -1,7 +1,7 @@
 """The interface of a fine-tuning method: one file, one class, one registration (`registry`).
 
-The loop takes the micro-batches, noise and timesteps of one optimizer step, freezes them in a
-`forward_backward` closure, and calls `Method.step(forward_backward, optimizer)`. A method may call
+The loop takes the micro-batches, noise and timesteps of one optimizer step, puts them into a
+closure `forward_backward`, and calls `Method.step(forward_backward, optimizer)`. A method may call
 the closure once (LoRA, Bi-LoRA) or several times; each call sees the same inputs.
 """
 
@@ -11,25 +11,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from .. import adapters, inits
-from ..adapters import INITIAL, PRIMARY, AdapterSpec, fused
+from .. import adapters
+from ..adapters import INITIAL, PRIMARY, AdapterSpec, fused, inits
 from ..core.errors import UserError
 from .options import MethodOptions, OwnOptions
 
 
 @dataclass(frozen=True)
 class Target:
-    """One model to train, such as "unet" or "text_encoder", and how."""
+    """One model to train, and how."""
 
-    name: str
+    name: str  # such as "unet" or "text_encoder"
     model: nn.Module
-    spec: AdapterSpec
-    lr: float
+    spec: AdapterSpec  # shape of the primary
+    lr: float  # of the primary
     weight_decay: float = 0.0
 
 
@@ -38,10 +39,10 @@ class TrainedBytes:
     """Bytes that a method takes beside the models (`Method.memory`).
 
     Attributes:
-        adapters: parameters of each adapter, by its name.
-        gradients: gradients of one step.
-        optimized: parameters of which the optimizer keeps moments.
-        result: parameters that the result consists of.
+        adapters: bytes of each adapter's parameters, by its name.
+        gradients: bytes of the gradients of one step.
+        optimized: bytes of the parameters that the optimizer keeps moments of.
+        result: bytes of the parameters that the result consists of.
     """
 
     adapters: Mapping[str, int]
@@ -51,7 +52,7 @@ class TrainedBytes:
 
 
 class StepOptimizer(Protocol):
-    """The optimizer as `Method.step` uses it: `step` clips `clip_parameters()` and then steps."""
+    """The optimizer that `Method.step` uses; its `step` first clips `clip_parameters()`."""
 
     def step(self) -> Any: ...
 
@@ -64,33 +65,33 @@ class Method:
     Attributes:
         options: options of all methods, of which this one reads some (`reads`).
         settings: options that this method alone has, of the type `own_options`.
-        rho: the radius given, or the method's default; not that of a radius that sets itself.
+        rho: the radius that is given, or the method's default; not used where it sets itself.
         targets: the models given to `setup`.
         layers: ("target.module path", layer) of each adapted layer of all targets, after `setup`.
         weights: `clip_parameters()`, after `bind`. To collect them takes a walk through the models.
-        loose_parameters: trained parameters that no module of the models holds. Nobody else
-            averages their gradients over processes.
+        loose_parameters: trained parameters that no module of the models holds, so that DDP does
+            not average their gradients and `zero_grad` of a model does not clear them.
         depends_on_length: whether a step depends on the length of the run
             (`MethodOptions.num_steps`).
         gains_from_decay: whether a rate that falls to zero over twice the best step gives a better
-            result than a constant rate up to that step; `--fit` then trains so.
-        on_perturbed: called within a step while the primaries hold A + e_A and B + e_B, and their
-            `.grad` holds e, where somebody wants to know (`train.dynamics`).
+            result than a constant rate up to that step; `--fit` then trains with the former.
+        on_perturbed: a function to call within a step while the primaries hold A + e_A and B + e_B,
+            and their `.grad` holds e (`train.dynamics` sets it); None to call nothing.
     """
 
-    name: ClassVar[str] = ""  # under which it is registered
-    title: ClassVar[str] = ""  # in tables and model cards
+    name: ClassVar[str] = ""  # the name that it is registered under
+    title: ClassVar[str] = ""  # its name in tables and model cards
     summary: ClassVar[str] = ""  # a sentence or two for model cards
-    # The adapters it trains, in the order in which they act; what a checkpoint holds.
+    # The adapters that it trains, in the order in which they act. A checkpoint holds them.
     adapters: ClassVar[tuple[str, ...]] = (PRIMARY,)
-    # Fields of `MethodFlags` that matter to it; registering it adds those of `own_options`.
+    # Fields of `MethodFlags` that make a difference; its registration adds those of `own_options`.
     reads: ClassVar[frozenset[str]] = frozenset()
-    own_options: ClassVar[type[OwnOptions] | None] = None  # those that it alone has
+    own_options: ClassVar[type[OwnOptions] | None] = None  # options that no other method has
     default_rho: ClassVar[float] = 0.05  # its radius where `MethodOptions.rho` is None
-    default_text_rho: ClassVar[float | None] = None  # that of the text script, if another
+    default_text_rho: ClassVar[float | None] = None  # the same for text, if it differs
     passes: ClassVar[int] = 1  # gradients that a step takes: the "Cost" of the paper's Table 3
-    exports_weights: ClassVar[bool] = False  # leaves whole models behind, not adapters
-    # Options under which it trains as plain LoRA does, None if there are none.
+    exports_weights: ClassVar[bool] = False  # a run leaves whole models, not adapters
+    # Options under which it trains as plain LoRA does; None if there are none.
     limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
     # Options, as words of a command line, with which `--fit` tries it.
     search_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -100,9 +101,10 @@ class Method:
         self.settings: Any = self.options.settings
         if self.settings is None and self.own_options is not None:
             self.settings = self.own_options()
-        rho = self.options.rho
-        # Not used where the radius sets itself (rho "auto").
-        self.rho = self.default_rho if rho is None or isinstance(rho, str) else rho
+        self.rho = self.default_rho
+        # The only word is "auto", under which the radius sets itself.
+        if self.options.rho is not None and not isinstance(self.options.rho, str):
+            self.rho = self.options.rho
         self.targets: tuple[Target, ...] = ()
         self.layers: list[tuple[str, adapters.LoraLayer]] = []
         self.weights: list[nn.Parameter] = []
@@ -112,19 +114,18 @@ class Method:
         self.on_perturbed: Callable[[], None] | None = None
 
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
-        """Inject the adapters into every target, activate them, and speed up their forward.
+        """Inject the adapters into every target, activate them, and fuse their forward.
 
-        Random values come from torch's global generator, primaries first, so that two methods
-        started from the same seed have equal primaries.
+        Random values come from torch's global generator, those of the primaries first, so that two
+        methods have equal primaries after the same seed.
 
         Returns:
             The optimizer's parameter groups (keys: params, lr, weight_decay, name).
 
         Raises:
-            UserError: a target that the adapters can't be put on.
+            UserError: a target that can't have the adapters.
         """
         self.targets = tuple(targets)
-        # All primaries before any other adapter, for the random values' sake.
         self.inject_adapters()
         for target in self.targets:
             inits.prepare(target.model, target.spec)
@@ -135,42 +136,51 @@ class Method:
         return self.param_groups(self.targets)
 
     def inject_adapters(self) -> None:
-        """Put the primary on every target; a method with further adapters adds them after it."""
+        """Put the primary on every target.
+
+        A method with further adapters adds them after all primaries, for equal random values.
+        """
         for target in self.targets:
             if not adapters.adopt(target.model, target.spec, PRIMARY):
                 adapters.inject(target.model, target.spec, PRIMARY)
 
     def param_groups(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups, for the rates and decays of `targets`."""
-        return [
-            {
-                "params": self.clip_parameters([target]),
-                "lr": target.lr,
-                "weight_decay": target.weight_decay,
-                "name": target.name,
-            }
-            for target in targets
-        ]
+        """The optimizer's parameter groups, with the rates and decays of `targets`."""
+        groups: list[dict[str, Any]] = []
+        for target in targets:
+            groups.append(
+                {
+                    "params": self.clip_parameters([target]),
+                    "lr": target.lr,
+                    "weight_decay": target.weight_decay,
+                    "name": target.name,
+                }
+            )
+        return groups
 
     def clip_parameters(self, targets: Sequence[Target] | None = None) -> list[nn.Parameter]:
-        """The parameters that the result consists of: what gradient clipping sees and what weight
-        averaging averages. The primary's come first, then those of modules that are trained whole
+        """The parameters that the result consists of, which are clipped and averaged.
+
+        Of each target the primary's come first, then those of modules that are trained whole
         beside it (`AdapterSpec.modules_to_save`).
 
         Args:
-            targets: whose parameters; None for all.
+            targets: models whose parameters are returned; None for all.
         """
+        if targets is None:
+            targets = self.targets
         parameters: list[nn.Parameter] = []
-        for target in self.targets if targets is None else targets:
+        for target in targets:
             parameters += adapters.parameters(target.model, PRIMARY)
             parameters += adapters.head_parameters(target.model, PRIMARY).values()
         return parameters
 
     def bind(self, optimizer: Optimizer) -> None:
-        """See the raw torch optimizer once, before the first step: to check it, read it or put
-        hooks on its steps.
+        """Receive the torch optimizer, once before the first step.
+
+        A method may check it, read it or put hooks on its steps.
         """
-        # From here on the parameters are the same objects: the optimizer holds them too.
+        # From here on the parameters stay the same objects, since the optimizer holds them.
         self.weights = self.clip_parameters()
 
     def around_batch(
@@ -179,7 +189,7 @@ class Method:
         """A context for the forward and backward pass of a micro-batch.
 
         Args:
-            samples: which sample of the training set each row is; None for one that is no sample.
+            samples: number of each row's sample in the training set; None for a row that is none.
             snr: signal-to-noise ratio of each row, where the model predicts noise; else ().
         """
         return nullcontext()
@@ -188,9 +198,9 @@ class Method:
         """Take one optimizer step.
 
         Args:
-            forward_backward: runs all micro-batches of this step; leaves the mean gradient in
-                `.grad`; returns the mean loss.
-            optimizer: steps and clears the gradients.
+            forward_backward: runs all micro-batches of this step, leaves the mean gradient in
+                `.grad`, and returns the mean loss.
+            optimizer: steps, and clears the gradients.
 
         Returns:
             The loss, a 0-d tensor.
@@ -201,10 +211,10 @@ class Method:
         return loss
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors of the models for a checkpoint: every trained parameter, and what was taken out
-        of the base weights; detached.
+        """Detached tensors of the models for a checkpoint.
 
-        Keys are "target/adapter/module path.lora_A.weight" and so on.
+        They are every trained parameter, and what an init took out of the base weights. Keys are
+        "target/adapter/module path.lora_A.weight" and the like.
         """
         tensors: dict[str, Tensor] = {}
         for target in self.targets:
@@ -218,7 +228,7 @@ class Method:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within the context only the primary acts, by PEFT's own forward, as in use."""
+        """Let only the primary act within the context, by PEFT's own forward, as in an export."""
         with ExitStack() as stack:
             for target in self.targets:
                 stack.enter_context(fused.unfused(target.model))
@@ -226,11 +236,11 @@ class Method:
             yield
 
     def metrics(self) -> dict[str, float]:
-        """Values of the last step for the log. Reads them from the device."""
+        """Values of the last step for the log, which are read from the device."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a resume beside adapters and optimizer, as JSON can hold it."""
+        """State for a resume beside the tensors and the optimizer's, as JSON can hold it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -246,8 +256,9 @@ class Method:
             )
 
     def memory(self, step_samples: int) -> TrainedBytes:
-        """Bytes that the method takes beside the models, after `setup`; weights without memory
-        (device "meta") count like others.
+        """Bytes that the method takes beside the models, after `setup`.
+
+        Weights on the device "meta", which take no memory, count like others.
 
         Args:
             step_samples: samples of one optimizer step.
@@ -263,7 +274,7 @@ class Method:
 
 
 class CountingMethod(Method):
-    """A method whose steps depend on how many were taken; a resume goes on counting."""
+    """A method that counts its steps, also over a resume."""
 
     steps_taken = 0
 
@@ -273,3 +284,44 @@ class CountingMethod(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.steps_taken = state["taken"]
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside wrappers, such as accelerate's or a scheduler's.
+
+    Raises:
+        UserError: there is none that can have hooks.
+    """
+    # accelerate's wrapper is a torch optimizer by its class, but without the hooks of one.
+    while "_optimizer_step_post_hooks" not in getattr(optimizer, "__dict__", {}):
+        if not hasattr(optimizer, "optimizer"):
+            raise UserError(
+                f"bind got a {type(optimizer).__name__}, which is not a torch.optim.Optimizer and "
+                "can't be hooked; give the torch optimizer."
+            )
+        optimizer = cast(Any, optimizer).optimizer
+    return optimizer
+
+
+class HookedMethod(Method):
+    """A method that acts on the layers' gradients or factors before each step that is taken.
+
+    Steps that a gradient scaler skips call nothing.
+    """
+
+    _hook: RemovableHandle | None = None
+
+    def bind(self, optimizer: Optimizer) -> None:
+        """Call `before_step` before every step of `optimizer`.
+
+        Raises:
+            UserError: it can't be hooked.
+        """
+        super().bind(optimizer)
+        if self._hook is not None:  # the method was bound to another optimizer before
+            self._hook.remove()
+        self._hook = unwrapped(optimizer).register_step_pre_hook(self.before_step)
+
+    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Act before a step of `optimizer`; further arguments are those of the step."""
+        raise NotImplementedError

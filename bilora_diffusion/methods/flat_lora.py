@@ -25,9 +25,9 @@ class FlatLoRA(CountingMethod):
     """min over B, A of E_N L(W0 + s B A + N), with a new N in each optimizer step.
 
     Row i of N has the standard deviation f rho ||W'_i|| / sqrt(n) with W' = W0 + s B A of n columns
-    and f = (1 - cos(pi t / T)) / 2. The noise stands while all micro-batches of a step run; it is
-    a function of seed, step and layer, so every process has the same. The disturbed weights of the
-    adapted layers take memory of their own, so that the weights themselves stay what they are.
+    and f = (1 - cos(pi t / T)) / 2. All micro-batches of a step have the same noise. It is a
+    function of seed, step and layer, so every process has the same. The noisy weights of the
+    adapted layers take memory beside the weights, which so keep their exact values.
 
     Source: Li et al. 2024b (https://arxiv.org/abs/2409.14396); rho 0.05 (T5, Llama), 0.1 (SDXL).
     """
@@ -40,7 +40,8 @@ class FlatLoRA(CountingMethod):
     default_rho: ClassVar[float] = 0.1
     default_text_rho: ClassVar[float | None] = 0.05
 
-    _buffers: Sequence[Tensor] = ()  # reused from step to step: fresh memory costs time too
+    # The noisy weights, whose memory is reused: new memory would take time in each step.
+    _buffers: Sequence[Tensor] = ()
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)
@@ -48,7 +49,7 @@ class FlatLoRA(CountingMethod):
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:
         self.steps_taken += 1
-        # The frozen weights W0 hold W0 + N during the pass; the factors are not moved.
+        # During the pass W0 + N stands in the place of the frozen weights W0; A and B stay.
         weights = [adapters.base_weight(layer) for _, layer in self.layers]
         with perturb.replaced(weights, self._noisy_weights(weights)):
             loss = forward_backward()
@@ -59,7 +60,7 @@ class FlatLoRA(CountingMethod):
     def _noisy_weights(self, weights: Sequence[nn.Parameter]) -> Sequence[Tensor]:
         """The base weights with the noise of this step."""
         if not self._buffers:
-            self._buffers = [torch.empty_like(w, requires_grad=False) for w in weights]
+            self._buffers = [torch.empty_like(weight, requires_grad=False) for weight in weights]
         strength = self.rho * rising("cosine", self.options.progress(self.steps_taken))
 
         def fill_buffer(index: int) -> None:
@@ -67,7 +68,7 @@ class FlatLoRA(CountingMethod):
             seed = seed_of(self.options.seed, "flat-lora", self.steps_taken, path)
             noisy_weight(layer, strength, seed, out=self._buffers[index])
 
-        # torch makes normal numbers on one CPU thread; layers are independent, so all threads work.
+        # torch makes normal numbers on one CPU thread, so the layers are dealt to threads.
         threads = torch.get_num_threads() if weights[0].device.type == "cpu" else 1
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill_buffer, range(len(weights))))
@@ -76,19 +77,20 @@ class FlatLoRA(CountingMethod):
 
 @torch.no_grad()
 def noisy_weight(layer: adapters.LoraLayer, strength: float, seed: int, out: Tensor) -> None:
-    """Write the base weight of one layer plus normal noise.
+    """Write the base weight of one layer plus normal noise into a tensor.
 
     Args:
+        layer: the layer.
         strength: f rho; row i gets the standard deviation strength * ||W'_i|| / sqrt(n).
-        seed: of this layer's noise in this step.
-        out: like the weight.
+        seed: seed of this layer's noise in this step.
+        out: a tensor like the weight.
     """
     rows = adapters.base_rows(layer)  # (m, n)
     A = cast(Tensor, layer.lora_A[PRIMARY].weight).detach().flatten(1)
     B = cast(Tensor, layer.lora_B[PRIMARY].weight).detach().flatten(1)
     norms = row_norms(rows, A, B * layer.scaling[PRIMARY])  # (m,)
     deviation = strength * norms / math.sqrt(rows.shape[1])
-    # On the weight's device, so CPU and GPU have different noise of one seed.
+    # The generator is on the weight's device, so CPU and GPU have different noise for one seed.
     generator = torch.Generator(rows.device).manual_seed(seed)
     noise = torch.randn(rows.shape, generator=generator, device=rows.device, dtype=rows.dtype)
     out.copy_(adapters.from_rows(layer, noise.mul_(deviation[:, None]).add_(rows)))
@@ -103,7 +105,8 @@ def row_norms(rows: Tensor, A: Tensor, B: Tensor) -> Tensor:
         rows: W, (m, n), fp32 or wider.
         A, B: (r, n) and (m, r); the scale is in B.
     """
-    A, B = A.to(rows.dtype), B.to(rows.dtype)
+    A = A.to(rows.dtype)
+    B = B.to(rows.dtype)
     base_squares = torch.linalg.vector_norm(rows, dim=1).square()
     cross_terms = (B * (rows @ A.T)).sum(1)
     change_squares = ((B @ (A @ A.T)) * B).sum(1)

@@ -16,9 +16,9 @@ from .registry import register
 
 @register("full")
 class FullFineTuning(Method):
-    """W itself by gradient descent; ranks, alphas and inits of the adapters play no part.
+    """Gradient descent on W itself; the options of adapters have no effect.
 
-    What memory it takes is said by ``--dry_run``.
+    ``--dry_run`` prints the memory that it takes.
     """
 
     title = "Full FT"
@@ -42,7 +42,7 @@ class FullFineTuning(Method):
                         f"{target.name}.{name} is {parameter.dtype}, in which small updates are "
                         "lost; load the model in float32 for full fine-tuning."
                     )
-                # Codes of quantized weights are integers, which have no gradient.
+                # The codes of quantized weights are integers, which have no gradient.
                 parameter.requires_grad_(parameter.is_floating_point())
         return self.param_groups(self.targets)
 
@@ -54,8 +54,10 @@ class FullFineTuning(Method):
         return tensors
 
     def clip_parameters(self, targets: Sequence[Target] | None = None) -> list[nn.Parameter]:
+        if targets is None:
+            targets = self.targets
         parameters: list[nn.Parameter] = []
-        for target in self.targets if targets is None else targets:
+        for target in targets:
             parameters += [p for p in target.model.parameters() if p.requires_grad]
         return parameters
 

@@ -1,4 +1,4 @@
-"""LoRA with a penalty on how far the weights move from where they were."""
+"""LoRA with a penalty on the change of the weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import PRIMARY
+from .base import HookedMethod
 from .bilora.auxiliary import norm_scales
 from .bilora.radius import weight_changes
-from .hooks import HookedMethod
 from .options import L2SPOptions
 from .registry import register
 
@@ -22,10 +22,10 @@ from .registry import register
 class LoRAL2SP(HookedMethod):
     """min over B, A of L(W0 + s B A) + lambda ||dW||_F^2 with dW = s B A, over all layers.
 
-    With G = 2 lambda s dW the gradient of the penalty is G A^T of B and B^T G of A; dW is never
-    formed. Of a start that was taken out of the weights dW counts from there. Weight decay shrinks
-    A and B apart, outside of Adam's moments; the penalty's gradient is part of them. Clipping and
-    the logged loss are without it.
+    With G = 2 lambda s dW the penalty's gradient is G A^T for B and B^T G for A; dW is never
+    formed. Where an init took first values out of the weights, dW counts from these. Weight decay
+    shrinks A and B separately and is not part of Adam's moments; the penalty's gradient is. The
+    gradient norm that is clipped, and the logged loss, are without the penalty.
 
     Source: L2-SP (Li et al. 2018, https://arxiv.org/abs/1802.01483, Eq. 2) on the product, as
     personalization uses it (https://arxiv.org/abs/2505.19519).
@@ -47,7 +47,7 @@ class LoRAL2SP(HookedMethod):
             A, B = adapters.weights(layer, PRIMARY)
             factor = 2 * self.settings.l2sp_lambda * change.scale**2
             # s dW = s^2 (change.B change.A), so the penalty's gradients are factor times these.
-            if A.grad is not None:  # else no step moves the layer
+            if A.grad is not None:  # else the loss does not reach the layer
                 g_A = (B.flatten(1).T @ change.B) @ change.A  # (r, n)
                 A.grad.add_(g_A.view_as(A), alpha=factor)
             if B.grad is not None:

@@ -17,9 +17,9 @@ from .registry import register
 class LoRASAM(Method):
     """min over B, A of max over ||(e_B, e_A)|| <= rho of L(W0 + (B + e_B)(A + e_A)), two passes.
 
-    e = rho g / ||g||, one norm over the factors of all layers and targets; the perturbation comes
-    from the whole batch's gradient, and both passes see the same micro-batches. Clipping sees the
-    second gradient only. The logged loss is that of the first pass.
+    e = rho g / ||g|| with one norm over the factors of all layers and targets. g is the gradient of
+    the whole batch, and both passes see the same micro-batches. Only the second gradient is
+    clipped. The logged loss is that of the first pass.
 
     Source: Foret et al. 2021 (https://arxiv.org/abs/2010.01412), on LoRA's parameters as in Section
     3.2 of the paper, which uses rho = 0.01 (GLUE, language models) and 0.05 (SuperGLUE).
@@ -36,7 +36,7 @@ class LoRASAM(Method):
     default_text_rho: ClassVar[float | None] = 0.01
     passes: ClassVar[int] = 2
 
-    # Losses of the last step before and after the step uphill; None before the first step.
+    # Losses of the last step before and after the move uphill; None before the first step.
     losses: tuple[Tensor, Tensor] | None = None
 
     def step(self, forward_backward: Callable[[], Tensor], optimizer: StepOptimizer) -> Tensor:

@@ -6,33 +6,26 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..core.choices import (
+from ..core.errors import UserError
+from ..core.fields import IgnoredCase, check, option, options_of, unless
+from ..core.values import (
     AUTO,
     BALLS,
     DIRECTIONS,
-    INITS,
-    RHO_NORMS,
-    SAMPLE,
-    SCHEDULES,
-)
-from ..core.errors import UserError
-from ..core.fields import (
-    IgnoredCase,
-    check,
-    option,
-    options_of,
-    unless,
-)
-from ..core.values import (
     FACTORS,
+    INITS,
     RANKS,
     RATES,
+    RHO_NORMS,
+    SAMPLE,
     SCALES,
+    SCHEDULES,
     SHARES,
     Range,
 )
 
 SECTION = "adapters and method"
+"""Section of ``--help``."""
 RADII = Range(
     1e6,
     "no change of the weights is so large, so it would bound nothing",
@@ -54,7 +47,7 @@ COUNTS = Range(10**6, "none would be seen twice", at_least=1)
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """The adapters, and the name of the method that trains them."""
+    """Options of the adapters, and the name of the method that trains them."""
 
     section: ClassVar[str] = SECTION
 
@@ -90,7 +83,7 @@ class AdapterOptions:
         ignored=(unless("init_lora_weights", "lora-ga", "on this start"),),
     )
     use_dora: bool = option(
-        False, "Train the primary as a DoRA: magnitude and direction apart (Liu et al. 2024)."
+        False, "Train the primary as a DoRA: magnitude and direction separately (Liu et al. 2024)."
     )
     quantize: str = option(
         "none",
@@ -119,7 +112,7 @@ def default_lora_alpha(options: AdapterOptions) -> float:
 
 @dataclass(frozen=True)
 class MethodFlags:
-    """Options of the methods on the command line; each reads its own part (`Method.reads`)."""
+    """Options of several methods on the command line; each reads some of them (`Method.reads`)."""
 
     section: ClassVar[str] = SECTION
 
@@ -138,7 +131,7 @@ class MethodFlags:
         " product BA (Eq. 10 to the letter).",
         choices=RHO_NORMS,
     )
-    # Its defaults are `bilora.radius.RISE` and `RISE_BY_SAMPLE`, which need torch.
+    # Defaults: `bilora.radius.RISE` and `RISE_BY_SAMPLE`. To import them takes torch.
     loss_rise: float | None = option(
         None,
         "bilora with --rho auto: the share of the loss by which the auxiliary is to move it."
@@ -152,21 +145,22 @@ class MethodFlags:
         " / sqrt(layers), or nothing.",
         choices=BALLS,
     )
-    # At most `bilora.per_sample.LARGEST_SAMPLE_COUNT` for the word sample.
+    # "sample" is for at most `bilora.per_sample.LARGEST_SAMPLE_COUNT` samples.
     auxiliaries: int | str = option(
         1,
-        "bilora: auxiliaries. 1 is the paper's; of more, each sample sees one that only its own"
-        " gradients move, within its own ball: N shares them out by name, sample gives each its own"
-        " (little data; each costs an adapter's memory and optimizer state).",
+        "bilora: number of auxiliaries. 1 is the paper's. Of several, a sample sees one, which only"
+        " its samples' gradients move, within its own ball: N deals the samples to them by name,"
+        " sample gives each its own (for little data: each takes the memory of an adapter and of"
+        " its optimizer state).",
         range=COUNTS,
         words=(SAMPLE,),
     )
     auxiliary_snr_gamma: float = option(
         5.0,
         "bilora with several auxiliaries, on a model that predicts noise: an image sees its"
-        " auxiliary times sqrt(min(SNR, gamma) / gamma), since the loss falls with the"
-        " signal-to-noise ratio, and the whole would drown it where images take shape. 0: the whole"
-        " at every noise level.",
+        " auxiliary times sqrt(min(SNR, gamma) / gamma). The loss falls with the signal-to-noise"
+        " ratio, so the full auxiliary would outweigh it where there is much noise. 0: the full"
+        " auxiliary at every noise level.",
         range=FACTORS,
         ignored=(ON_A_SINGLE_ONE, WITHOUT_NOISE),
     )
@@ -176,7 +170,7 @@ class MethodFlags:
     auxiliary_alpha: float | None = option(
         None, "bilora: alpha of the auxiliary. Default: the primary's.", range=SCALES
     )
-    # Derived for several auxiliaries on images: `bilora.options`.
+    # Derived for several auxiliaries on images: `config.derived`.
     auxiliary_learning_rate: float | None = option(
         None,
         "bilora: eta_2 of Eq. 9. Default: the primary's (Appendix G); of several auxiliaries on"
@@ -200,14 +194,14 @@ class MethodFlags:
 
 @dataclass(frozen=True)
 class OwnOptions:
-    """Base of the options that one method alone has (`Method.own_options`)."""
+    """Base class of the options of a single method (`Method.own_options`)."""
 
     section: ClassVar[str] = SECTION
 
 
 @dataclass(frozen=True)
 class L2SPOptions(OwnOptions):
-    """Options of LoRA + L2-SP alone."""
+    """Options of LoRA + L2-SP."""
 
     l2sp_lambda: float = option(
         1e-3,
@@ -219,25 +213,30 @@ class L2SPOptions(OwnOptions):
 
 @dataclass(frozen=True)
 class SingleMethodOptions(L2SPOptions):
-    """The options that single methods have, as the configuration of a run has them."""
+    """The options of all single methods, as a part of a run's configuration."""
 
 
 @dataclass(frozen=True)
 class MethodOptions(MethodFlags):
-    """Options given to a method.
+    """Options that a method is made with.
+
+    Attributes:
+        num_steps: optimizer steps of the whole run, for schedules; None where they are not known.
+        sample_names: names of the training samples, by which they are dealt to auxiliaries.
+        seed: seed of a method's random numbers, such as Flat-LoRA's noise.
+        settings: options that only this method has; None for their defaults.
 
     Raises:
         UserError: a value outside its range.
     """
 
-    num_steps: int | None = None  # of the whole run, which schedules need
-    # Of the training samples, by which they are dealt to auxiliaries, where they have names.
+    num_steps: int | None = None
     sample_names: tuple[str, ...] = ()
-    seed: int = 0  # of the random numbers that a method itself draws (Flat-LoRA's noise)
-    settings: Any = None  # options that the method alone has; None for their defaults
+    seed: int = 0
+    settings: Any = None
 
     def __post_init__(self) -> None:
-        # However small: a limiting case of the method may be asked for.
+        # However small a number is: it may ask for a limiting case of a method.
         check(options_of([MethodFlags]), vars(self), dashes="", smallest=0.0)
         if self.settings is not None:
             check(options_of([type(self.settings)]), vars(self.settings), dashes="")
@@ -257,12 +256,19 @@ class MethodOptions(MethodFlags):
 
 
 def rising(schedule: str, progress: float) -> float:
-    """A factor that starts at 0 and ends at 1: linear, or (1 - cos(pi t)) / 2; or always 1."""
+    """A factor that rises from 0 to 1: "linear", or "cosine", which is (1 - cos(pi t)) / 2.
+
+    "constant" is always 1.
+    """
     if schedule == "constant":
         return 1.0
-    return progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    if schedule == "linear":
+        return progress
+    return (1 - math.cos(math.pi * progress)) / 2
 
 
 def falling(schedule: str, progress: float) -> float:
-    """A factor that starts at 1 and ends at 0, in the same forms; or always 1."""
-    return 1.0 if schedule == "constant" else 1 - rising(schedule, progress)
+    """A factor that falls from 1 to 0 by the same schedules; "constant" is always 1."""
+    if schedule == "constant":
+        return 1.0
+    return 1 - rising(schedule, progress)

@@ -1,4 +1,4 @@
-"""Weights that are moved for a moment and put back exactly."""
+"""Contexts that move weights and restore them exactly, and SAM's move uphill."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 @contextmanager
 def restored(weights: Sequence[Tensor]) -> Iterator[None]:
-    """After the context the weights are bit for bit what they were: by copy, never by subtraction,
-    which would drift in a narrow dtype. Takes one copy of them.
+    """Restore the weights, bit for bit, when the context is left.
+
+    It takes a copy of them: to subtract what was added would drift in a narrow dtype.
     """
     if not weights:
         yield
@@ -29,8 +30,8 @@ def restored(weights: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def replaced(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Within the context the weights hold `values`; their own are not touched, so not rounded."""
-    # Tensors are exchanged, so neither the weights nor the values are copied.
+    """Let the weights hold `values` within the context; their own data are not changed."""
+    # The tensors are exchanged, so that nothing is copied or rounded.
     originals = [weight.data for weight in weights]
     try:
         for weight, value in zip(weights, values, strict=True):
@@ -43,27 +44,28 @@ def replaced(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Itera
 
 @torch.no_grad()
 def climb_(weights: Sequence[Tensor], rho: float) -> None:
-    """Equation 3 and 4's step, in place: add e = rho g / ||g||, one norm over all weights.
+    """Add e = rho g / ||g|| in place, with one norm over all weights (Equations 3 and 4).
 
-    The gradients are consumed: `.grad` holds e afterwards, so that no memory is taken.
+    Afterwards `.grad` holds e in place of g, so that it takes no memory.
 
     Args:
-        weights: parameters with their gradients in `.grad`; those without one are left alone.
+        weights: parameters with their gradients in `.grad`; one without a gradient is not moved.
         rho: length of the step, over all weights together.
     """
-    with_gradient, gradients = list[Tensor](), list[Tensor]()
+    moved_weights: list[Tensor] = []
+    gradients: list[Tensor] = []
     for weight in weights:
         if weight.grad is not None:
-            with_gradient.append(weight)
+            moved_weights.append(weight)
             gradients.append(weight.grad)
-    # e in place of g; the small number keeps a zero gradient from becoming NaN.
+    # The small number keeps a zero gradient from becoming NaN.
     torch._foreach_mul_(gradients, rho / (norm(gradients) + 1e-12))
-    torch._foreach_add_(with_gradient, gradients)
+    torch._foreach_add_(moved_weights, gradients)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """sqrt(sum_i ||t_i||^2) in fp32 or wider, 0-d."""
-    # The norm of the norms is that of all values.
+    # The norm of the tensors' norms is that of all values.
     norms = torch._foreach_norm(list(tensors), dtype=_wide_dtype(tensors))
     return torch.linalg.vector_norm(torch.stack(norms))
 
@@ -78,5 +80,6 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 def _wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype that holds all of them, at least fp32."""
-    return functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    """The narrowest dtype that holds the values of all tensors, at least fp32."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)

@@ -1,4 +1,4 @@
-"""The methods by name, what each of them reads, and the one that a run's configuration names."""
+"""The registered methods by name, the options that each reads, and the method of a run."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from ..core.choices import AUTO
 from ..core.errors import UserError, did_you_mean
+from ..core.values import AUTO
 from .base import Method
 from .options import MethodOptions
 
 _METHODS: dict[str, type[Method]] = {}
+"""Classes by name, in order of registration."""
 M = TypeVar("M", bound=type[Method])
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator: make a method known under `name`.
+    """Make a class decorator that registers a method under `name`.
 
     Raises:
         ValueError: the name is taken.
@@ -28,7 +29,7 @@ def register(name: str) -> Callable[[M], M]:
                 f'A method "{name}" is registered already: {_METHODS[name].__qualname__}.'
             )
         cls.name = name
-        # Of the class itself: a subclass of another method would else have its title.
+        # The class's own title: that of a base class may be another method's.
         cls.title = cls.__dict__.get("title") or name
         if cls.own_options is not None:
             cls.reads |= {field.name for field in fields(cls.own_options)}
@@ -39,18 +40,19 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def create(name: str, options: MethodOptions | None = None) -> Method:
-    """A new method by name.
+    """Make a method by name.
 
     Raises:
-        UserError: no such method, or one that can't follow the radius.
+        UserError: no such method, or one whose radius can't set itself.
     """
     method = get(name)
-    check_rho(name, options and options.rho)
+    if options is not None:
+        check_rho(name, options.rho)
     return method(options)
 
 
 def get(name: str) -> type[Method]:
-    """The class of a method.
+    """The class of the method of this name.
 
     Raises:
         UserError: no such method.
@@ -67,24 +69,24 @@ def names() -> tuple[str, ...]:
 
 
 def reads(name: str) -> frozenset[str]:
-    """The fields of `MethodOptions` that make a difference to a method."""
+    """Names of the options that make a difference to a method."""
     return _METHODS[name].reads
 
 
 def check_rho(name: str, rho: float | str | None) -> None:
-    """Refuse a radius that is to set itself where the method can't.
+    """Refuse the radius "auto" for a method whose radius can't set itself.
 
     Raises:
         UserError: it names the method.
     """
-    # A method whose radius can set itself also reads the rise of the loss that it aims at. One that
-    # reads no radius leaves it alone, so that recipes can be shared.
+    # A method whose radius can set itself also reads `loss_rise`. One that reads no radius ignores
+    # the option, so that recipes can be shared.
     if rho == AUTO and reads(name) & {"rho", "loss_rise"} == {"rho"}:
         raise UserError(f"rho is {AUTO}, which only bilora can follow: give {name} a number.")
 
 
 def default_rho(name: str, modality: str = "image") -> float | None:
-    """A method's own radius, None for one without a radius or an unknown one."""
+    """A method's default radius; None for a method without a radius, or an unknown one."""
     method = _METHODS.get(name)
     if method is None or "rho" not in method.reads:
         return None
@@ -94,7 +96,7 @@ def default_rho(name: str, modality: str = "image") -> float | None:
 
 
 def default_options(method: type[Method]) -> dict[str, Any]:
-    """The options that a method reads, with their defaults."""
+    """Defaults of the options that a method reads, by their names in alphabetical order."""
     defaults: dict[str, Any] = {}
     groups: list[Any] = [MethodOptions]
     if method.own_options is not None:
@@ -106,7 +108,7 @@ def default_options(method: type[Method]) -> dict[str, Any]:
 
 
 def option_names() -> frozenset[str]:
-    """The options that make a difference to some method."""
+    """Names of the options that make a difference to some method."""
     names: set[str] = set()
     for method in _METHODS.values():
         names |= method.reads
@@ -114,12 +116,12 @@ def option_names() -> frozenset[str]:
 
 
 def for_run(values: Mapping[str, Any], num_steps: int, sample_names: Sequence[str] = ()) -> Method:
-    """The method that a run's configuration names, with its options.
+    """Make the method that a run's configuration names, with its options.
 
     Args:
-        values: of a `RunConfig`'s fields, by name.
+        values: values of the fields of a `RunConfig`, by name.
         num_steps: optimizer steps of the whole run.
-        sample_names: of the training samples.
+        sample_names: names of the training samples.
     """
     method = get(values["method"])
     settings = None
@@ -131,5 +133,5 @@ def for_run(values: Mapping[str, Any], num_steps: int, sample_names: Sequence[st
 
 
 def _values_of(group: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that are fields of a dataclass."""
+    """The values of the fields of a dataclass, where there are any."""
     return {field.name: values[field.name] for field in fields(group) if field.name in values}

@@ -1,8 +1,7 @@
-"""The embedded miniatures: a small, genuine ``StableDiffusionXLPipeline``, a
-``StableDiffusion3Pipeline`` made from it, and the icons that go with them.
+"""The embedded miniatures: a small SDXL pipeline, an SD3 pipeline made from it, and their icons.
 
-Only paths live here, so that importing this package costs nothing. ``README.md`` beside this file
-is the model card.
+There are only paths here, so that importing this package takes no time. ``README.md`` beside this
+file is the model card.
 """
 
 from __future__ import annotations
@@ -11,33 +10,26 @@ from pathlib import Path
 
 from ..core.errors import UserError
 
-MINI = "mini"
-"""Its name as a model and as a data set."""
-FLOW = "mini-flow"
-"""The name of the flow-matching one."""
-ANIMALS = "mini-animals"
-"""A second set of icons, so small that adapters soon learn them by heart."""
+MINI = "mini"  # a model and a set of images
+FLOW = "mini-flow"  # the flow-matching model
+ANIMALS = "mini-animals"  # a second set, so small that adapters soon memorize it
+# The icons of mini in other colours: the set's name and its map in `colors.MAPS`.
 COLORED = {f"{MINI}-duotone": "duotone", f"{MINI}-gray": "gray", f"{MINI}-pastel": "pastel"}
-"""The icons in other colours: a set's name and its map in ``colors.MAPS``."""
-HELDOUT_SUFFIX = "-heldout"
-"""Ends the name of a set's held-out partner."""
+HELDOUT_SUFFIX = "-heldout"  # ends the name of a set's held-out images
 _FOLDER = Path(__file__).resolve().parent
 _FLOW = _FOLDER / "flow"
 
 
 def pipeline_dir() -> Path:
-    """Folder of the pipeline in diffusers format (float16), for
-    ``StableDiffusionXLPipeline.from_pretrained``.
-    """
+    """Folder of the pipeline, for ``StableDiffusionXLPipeline.from_pretrained``; in float16."""
     return _FOLDER / "pipeline"
 
 
 def flow_dir() -> Path:
-    """Folder of the flow-matching pipeline (float16), for
-    ``StableDiffusion3Pipeline.from_pretrained``.
+    """Folder of the flow-matching pipeline, for ``StableDiffusion3Pipeline.from_pretrained``.
 
     Raises:
-        UserError: the package was installed from a wheel, which is to be small.
+        UserError: the package was installed from a wheel, which does not have this folder.
     """
     if not _FLOW.is_dir():
         raise UserError(f"{FLOW} is in the repository only, not in its wheel: train from there.")
@@ -48,33 +40,38 @@ PIPELINES = {MINI: pipeline_dir, FLOW: flow_dir}
 
 
 def embedded(model: str | Path) -> str | None:
-    """The one of ``PIPELINES`` that a name or a folder stands for."""
-    places = {pipeline_dir(): MINI, _FLOW: FLOW}
-    return str(model) if model in PIPELINES else places.get(Path(model).expanduser().resolve())
+    """The name in ``PIPELINES`` that a model's name or folder stands for, or None."""
+    if model in PIPELINES:
+        return str(model)
+    names = {pipeline_dir(): MINI, _FLOW: FLOW}
+    return names.get(Path(model).expanduser().resolve())
 
 
 def train_dir() -> Path:
-    """Folder of the 23 DreamBooth icons (64 x 64 RGB PNG) and their ``metadata.jsonl``."""
+    """Folder of the 23 training icons (64 x 64 RGB PNG) and their ``metadata.jsonl``."""
     return _FOLDER / "train"
 
 
 def heldout_dir() -> Path:
-    """Folder of the 128 held-out icons and their ``metadata.jsonl``; the six subjects of Table 4
-    come first.
+    """Folder of the 128 held-out icons and their ``metadata.jsonl``.
+
+    The first six show the subjects of the paper's Table 4.
     """
     return _FOLDER / "heldout"
 
 
 def heldout_name(name: str) -> str:
-    """What stands for the held-out icons of a set, such as "mini-heldout" of "mini"."""
+    """The name of a set's held-out icons, such as "mini-heldout" for "mini"."""
     return f"{name}{HELDOUT_SUFFIX}"
 
 
 def color_map(name: str) -> str | None:
-    """The map of `colors.MAPS` through which a set's pictures are seen, or None."""
+    """The name in `colors.MAPS` of the map for a set's pictures, or None for their own colours."""
     return COLORED.get(name.removesuffix(HELDOUT_SUFFIX))
 
 
+# Folders of icons by the names of sets. The 12 animals of Noto Emoji, and 64 held-out animals, have
+# the form of the others. Sets with a `color_map` are opened in its colours.
 FOLDERS = {
     MINI: train_dir(),
     heldout_name(MINI): heldout_dir(),
@@ -83,7 +80,3 @@ FOLDERS = {
     **dict.fromkeys(COLORED, train_dir()),
     **{heldout_name(name): heldout_dir() for name in COLORED},
 }
-"""Folders of icons by what stands for them where a set is named; 12 animals of Noto Emoji to learn
-from, and 64 held-out ones, are in the form of the others. Those of `color_map` are opened in its
-colours.
-"""

@@ -1,7 +1,8 @@
-"""The miniature's scorer: a small CLIP of open_clip's classes for the pictures that it draws.
+"""The miniature's scorer: a small CLIP of open_clip's classes for the miniature's images.
 
-Image-text similarity, and captions by retrieval from a bank. ``scorer/README.md`` is its card. Its
-scores carry ``NAME`` and are never set beside those of the paper, which used other models.
+It measures image-text similarity, and captions images by retrieval from a bank of captions.
+``scorer/README.md`` is its card. Its scores have its ``NAME`` and are not compared with those of
+the paper, which used other models.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ def scorer_dir() -> Path:
 def load(
     folder: Path | None = None,
 ) -> tuple[nn.Module, Callable[[Image.Image], Tensor], Callable[[Sequence[str]], Tensor]]:
-    """Load a scorer from ``folder`` (default: the shipped one) by open_clip's own factory.
+    """Load a scorer by open_clip's own factory.
+
+    Args:
+        folder: in the form of `scorer_dir`, which is the default.
 
     Returns:
         model: ``open_clip.model.CLIP``, float32, on the CPU, in eval mode.
         preprocess: PIL image -> (3, 64, 64) float32.
-        tokenize: n strings -> (n, 32) int64; what is longer is cut.
+        tokenize: n strings -> (n, 32) int64; longer strings are cut.
 
     Raises:
         UserError: open_clip is missing, or a file of the folder is.
@@ -56,7 +60,7 @@ def load(
 
 
 def captions(folder: Path | None = None) -> list[str]:
-    """The bank for captioning by retrieval: each label in the 3D form, then each in the flat one.
+    """The bank of captions: each label in the caption of a 3D icon, then in that of a flat one.
 
     Returns:
         About 3,100 captions, among them "a ToK icon of a rabbit, in the style of ToK".

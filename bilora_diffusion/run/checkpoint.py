@@ -38,50 +38,65 @@ from ..core.durable import (
     sync,
 )
 from ..core.errors import TrainingError, UserError, translated
-from ..core.files import finite
+from ..core.files import regular_file
 
 SCHEMA_VERSION = 4
-CHECKPOINTS, DIGESTS = "checkpoints", "digests.json"
-ADAPTERS, OPTIMIZER, STATE = "adapters.safetensors", "optimizer.safetensors", "state.json"
+CHECKPOINTS = "checkpoints"
+"""Folder in the run folder."""
+ADAPTERS = "adapters.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+DIGESTS = "digests.json"
 FILES = (ADAPTERS, OPTIMIZER, STATE)
+"""Files whose hashes `DIGESTS` holds."""
 DEFAULT_BYTES = 2_000_000_000
-"""Bytes of all checkpoints of a run where no limit is given, but for the newest two."""
+"""Bytes that the checkpoints of a run take at most by default; the newest two are kept anyway."""
 _NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run. Loaded tensors are on the CPU, in the dtypes they were saved in."""
+    """The state of a run. Loaded tensors are on the CPU, in the dtypes they were saved in.
 
-    step: int  # optimizer steps taken
-    tensors: dict[str, Tensor]  # of the adapters
-    optimizer: dict[str, Any]  # its ``state_dict``, as of the next two
+    Attributes:
+        step: optimizer steps taken.
+        tensors: tensors of the adapters.
+        optimizer: ``state_dict`` of the optimizer.
+        scheduler: ``state_dict`` of the learning rate's schedule.
+        scaler: ``state_dict`` of the gradient scaler; None without fp16.
+        extra: what else the run needs (configuration, state of the method), as JSON can hold it.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
     scheduler: dict[str, Any]
-    scaler: dict[str, Any] | None  # None without fp16
-    extra: dict[str, Any]  # what else the run needs (config, method state), as JSON has it
+    scaler: dict[str, Any] | None
+    extra: dict[str, Any]
 
 
 def save(folder: Path, state: Checkpoint) -> Path:
     """Write ``folder/checkpoints/step-N`` and return it; call it in one process only.
 
-    Whatever interrupts it, the folder then holds the earlier checkpoints and at most a whole one of
-    this step. Leftovers of interrupted saves are deleted first.
+    Whatever interrupts it, the folder then holds the earlier checkpoints, and that of this step
+    whole or not at all. Remains of interrupted saves are deleted first.
 
     Raises:
-        TrainingError: when the disk refuses (full, read-only); earlier checkpoints stay.
-        TypeError: for a value that could not be restored exactly.
+        TrainingError: the disk is full or read-only; earlier checkpoints stay.
+        TypeError: a value can't be restored exactly.
     """
     root = Path(folder) / CHECKPOINTS
     final = root / f"step-{state.step}"
     temporary = final.with_name(TEMPORARY + final.name)
     try:
+        # Each `sync` makes the entry of a new folder survive a power failure.
         root.mkdir(parents=True, exist_ok=True)
         sync(root.parent)
         remove_leftovers(root)
         temporary.mkdir()
         try:
             _write(temporary, state)
-            if final.exists():  # of a run that went on from an earlier one before
+            if final.exists():  # the run went on from an earlier checkpoint
                 discard(final)
             os.rename(temporary, final)
             sync(root)
@@ -106,7 +121,7 @@ def _write(folder: Path, state: Checkpoint) -> None:
         "extra": state.extra,
         "optimizer": optimizer_rest,
     }
-    # Python's JSON writes NaN and infinities, and Prodigy's state has one.
+    # Python's JSON can hold infinities, of which Prodigy's state has one.
     (folder / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name, tensors in ((ADAPTERS, state.tensors), (OPTIMIZER, optimizer_tensors)):
         save_file(separate(tensors), folder / name, metadata={"format": "pt"})
@@ -114,7 +129,7 @@ def _write(folder: Path, state: Checkpoint) -> None:
     hashes = {name: _hash_file(folder / name) for name in FILES}
     index = dump_json({"schema_version": SCHEMA_VERSION, "sha256": hashes})
     (folder / DIGESTS).write_text(index, encoding="utf-8")
-    for name in (*FILES, DIGESTS, "."):
+    for name in (*FILES, DIGESTS, "."):  # "." is the folder itself
         sync(folder / name)
 
 
@@ -127,7 +142,7 @@ def load(path: Path) -> Checkpoint:
     """Read and verify one checkpoint.
 
     Raises:
-        UserError: when the folder is none, a file is missing, truncated or altered, or the schema
+        UserError: it is no checkpoint, a file is missing, truncated or altered, or the schema
             version is unknown.
     """
     if not any((path / name).exists() for name in (DIGESTS, *FILES)):
@@ -136,8 +151,9 @@ def load(path: Path) -> Checkpoint:
             f"checkpoint {path} {problem}: give RUN/checkpoints/step-N, or start without resuming"
         )
     with unaltered(path, DIGESTS):
-        index = json.loads(finite(path / DIGESTS).read_bytes())
-        version, hashes = index["schema_version"], index["sha256"]
+        index = json.loads(regular_file(path / DIGESTS).read_bytes())
+        version = index["schema_version"]
+        hashes = index["sha256"]
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{path / DIGESTS} has schema version {version!r}, but this version of"
@@ -148,7 +164,7 @@ def load(path: Path) -> Checkpoint:
         with unaltered(path, name):
             if _hash_file(path / name) != hashes[name]:
                 raise ValueError("not what was written")
-    # From here on the content is what was written, but a library of another version may refuse it.
+    # The content is what was written, but a library of another version may not read it.
     with unaltered(path):
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         optimizer = join(state["optimizer"], _load_tensors(path / OPTIMIZER))
@@ -163,12 +179,12 @@ def load(path: Path) -> Checkpoint:
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
-    # Cloned: load_file returns views of the mapped file.
+    # `load_file` returns views of the mapped file, which the run may replace.
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def unaltered(path: Path, name: str = ".") -> AbstractContextManager[None]:
-    """Context of reading a checkpoint or one of its files; an error names it and the way out."""
+    """A context for reading a checkpoint or one of its files, with errors that say what to do."""
     return translated(
         f"{path / name} can't be read", "resume from an earlier checkpoint, or start a new run"
     )
@@ -185,28 +201,30 @@ def _find_steps(root: Path) -> dict[int, Path]:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of which run ``folder`` holds checkpoints, in order."""
+    """Steps whose checkpoints the run ``folder`` holds, in order."""
     return sorted(_find_steps(Path(folder) / CHECKPOINTS))
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in run ``folder``; None without one."""
+    """The checkpoint of the highest step in the run ``folder``; None without one."""
     folders = _find_steps(Path(folder) / CHECKPOINTS)
-    return folders[max(folders)] if folders else None
+    if not folders:
+        return None
+    return folders[max(folders)]
 
 
 def default_limit(path: Path) -> int:
-    """How many checkpoints of the size of this one a run keeps by default; at least 2."""
-    # All of a run are equally large, since the optimizer has its moments from the first step on.
+    """Number of checkpoints that a run keeps by default, by the size of this one; at least 2."""
+    # All are equally large, since the optimizer has its moments from the first step on.
     size = sum(file.stat().st_size for file in path.iterdir())
     return max(2, DEFAULT_BYTES // size)
 
 
 def prune(folder: Path, limit: int) -> list[int]:
-    """Delete all but the newest ``limit`` checkpoints, of which there is at least 1.
+    """Delete all checkpoints but the newest ``limit``, which is at least 1.
 
     Returns:
-        The steps of the deleted ones.
+        Steps of the deleted checkpoints.
     """
     folders = _find_steps(Path(folder) / CHECKPOINTS)
     old_steps = sorted(folders)[:-limit]
@@ -216,15 +234,19 @@ def prune(folder: Path, limit: int) -> list[int]:
 
 
 def resolve(folder: Path, value: str | Path | None) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint VALUE`` means in run ``folder``.
+    """The checkpoint that ``--resume_from_checkpoint VALUE`` names in the run ``folder``.
 
     Args:
-        value: "latest" (there must be one), "auto" (the latest, or None to start afresh), the name
-            of a checkpoint in ``folder`` ("step-100"), or the path of a checkpoint of any run;
-            None gives None.
+        folder: the run folder.
+        value: "latest" (there must be one), "auto" (the latest, or none for a new start), the name
+            of a checkpoint in ``folder`` ("step-100"), or the path of a checkpoint of any run; None
+            for no checkpoint.
+
+    Returns:
+        The checkpoint; None for a new start.
 
     Raises:
-        UserError: there is none; the sentence lists those that exist.
+        UserError: there is none; the message lists those that exist.
     """
     if value is None:
         return None
@@ -236,26 +258,31 @@ def resolve(folder: Path, value: str | Path | None) -> Path | None:
         if path.is_dir():
             return path
     names = ", ".join(f"step-{step}" for step in steps(folder))
-    existing = f"{root} holds {names}" if names else f"{root} holds none, use auto to start afresh"
-    raise UserError(f"checkpoint {str(value)!r} does not exist: {existing}")
+    advice = f"{root} holds {names}"
+    if not names:
+        advice = f"{root} holds none, use auto to start afresh"
+    raise UserError(f"checkpoint {str(value)!r} does not exist: {advice}")
 
 
 def require_same_settings(
     saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str] = frozenset()
 ) -> None:
-    """Refuse to go on under other settings. Tuples equal lists, NaN equals NaN, True is not 1.
+    """Refuse to go on with other settings.
+
+    They are compared as JSON: a tuple equals a list, NaN equals NaN, and True is not 1.
 
     Args:
         saved: settings that the checkpoint was made with.
-        current: those of this run.
+        current: settings of this run.
         free: keys that may differ.
 
     Raises:
-        UserError: names up to three differing keys with both values.
+        UserError: it names up to three differing keys with both values.
     """
     differences: list[str] = []
     for key in {**saved, **current}:
-        saved_text, current_text = _describe_setting(saved, key), _describe_setting(current, key)
+        saved_text = _describe_setting(saved, key)
+        current_text = _describe_setting(current, key)
         if key not in free and saved_text != current_text:
             differences.append(f"{key} was {saved_text} and is {current_text}")
     if differences:
@@ -269,18 +296,21 @@ def require_same_settings(
 
 
 def _describe_setting(settings: Mapping[str, Any], key: str) -> str:
-    return json.dumps(settings[key], default=str) if key in settings else "not set"
+    if key not in settings:
+        return "not set"
+    return json.dumps(settings[key], default=str)
 
 
 @torch.no_grad()
 def load_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint's tensors into the parameters that they were taken from.
+    """Copy a checkpoint's tensors into the parameters of the same names.
 
     Raises:
         UserError: a parameter is missing, superfluous, or of another shape.
     """
     for name in sorted(current.keys() | saved.keys()):
-        saved_shape, current_shape = _describe_shape(saved, name), _describe_shape(current, name)
+        saved_shape = _describe_shape(saved, name)
+        current_shape = _describe_shape(current, name)
         if saved_shape != current_shape:
             raise UserError(
                 f"the parameter '{name}' has shape {saved_shape} in the checkpoint and"
@@ -291,52 +321,61 @@ def load_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> 
 
 
 def _describe_shape(tensors: Mapping[str, Tensor], name: str) -> str:
-    return str(tuple(tensors[name].shape)) if name in tensors else "none"
+    if name not in tensors:
+        return "none"
+    return str(tuple(tensors[name].shape))
 
 
 def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """JSON of a ``state_dict``, and its tensors by path, such as "state/0/exp_avg".
+    """Split a ``state_dict`` into JSON and tensors; `join` is the reverse.
 
-    Null stands in a tensor's place. Tuples come back as lists.
+    Returns:
+        The JSON, with null in the place of each tensor and lists in the place of tuples; and the
+        tensors by path, such as "state/0/exp_avg".
 
     Raises:
-        TypeError: for a value that would not come back.
+        TypeError: JSON can't hold a value.
     """
     tensors: dict[str, Tensor] = {}
 
-    def convert(value: Any, *keys: str) -> Any:
-        path = "/".join(keys)
+    def convert(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
             tensors[path] = value
             return None
         if isinstance(value, Mapping):
-            return {str(key): convert(item, *keys, str(key)) for key, item in value.items()}
+            return {str(key): convert(item, f"{path}/{key}") for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [convert(item, *keys, str(index)) for index, item in enumerate(value)]
+            return [convert(item, f"{path}/{index}") for index, item in enumerate(value)]
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise TypeError(f"{path} is a {type(value).__name__}, which JSON can't hold")
 
-    return convert(state), tensors
+    json_values = {str(key): convert(value, str(key)) for key, value in state.items()}
+    return json_values, tensors
 
 
 def join(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The ``state_dict`` that `split` took apart; ``state`` is changed."""
-    for path, tensor in tensors.items():  # "param_groups/0/betas/1": keys, and places in lists
-        *keys, last_key = path.split("/")
-        container: Any = state
-        for key in keys:
-            container = container[int(key) if isinstance(container, list) else key]
-        container[int(last_key) if isinstance(container, list) else last_key] = tensor
-    # JSON's keys are texts; an optimizer numbers its parameters.
-    return {**state, "state": {int(number): moments for number, moments in state["state"].items()}}
+    """Join the ``state_dict`` of an optimizer that `split` took apart; ``state`` is changed."""
+    for path, tensor in tensors.items():
+        # Such as "param_groups/0/betas/1": keys of dictionaries, and places in lists.
+        container: Any = None
+        item: Any = state
+        key: Any = None
+        for part in path.split("/"):
+            container = item
+            key = int(part) if isinstance(container, list) else part
+            item = container[key]
+        container[key] = tensor
+    # The keys of JSON are texts, and an optimizer numbers its parameters.
+    moments_by_number = {int(number): moments for number, moments in state["state"].items()}
+    return {**state, "state": moments_by_number}
 
 
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU: safetensors refuses tensors that share memory.
+    """Contiguous copies on the CPU, since safetensors refuses tensors that share memory.
 
     Raises:
-        TypeError: for a tensor of a subclass (sharded, quantized), of which a part would be lost.
+        TypeError: a tensor is of a subclass (sharded, quantized), of which a part would be lost.
     """
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, Parameter):

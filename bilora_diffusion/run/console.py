@@ -1,4 +1,4 @@
-"""A run at the terminal: a bar during it, a block after it."""
+"""A run at the terminal: the progress bar, and the summary after the run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..core.files import duration
+from ..core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES
 from . import checkpoint, runlog
 from .record import BY_CONCEPT
 
@@ -21,20 +22,23 @@ SMOOTHING = 0.95  # of the loss that the bar shows: a mean over about 20 steps
 
 
 class Bar:
-    """The progress bar, with a smoothed loss and a word on what the run is waiting for.
+    """The progress bar, with a smoothed loss and what the run is waiting for.
 
     Args:
         total, initial: optimizer steps in all, and those already taken.
-        name: what stands in front while it trains.
-        record: `RunLog.doing`; None in processes other than the main one, which show nothing.
+        name: text in front of the bar while the run trains.
+        record: `RunLog.record_activity`; None in processes other than the main one, which show
+            nothing.
     """
 
     def __init__(
         self, total: int, initial: int, name: str, record: Callable[[str], None] | None
     ) -> None:
         self._bar = tqdm(total=total, initial=initial, desc=name, disable=record is None)
-        self._name, self._record = name, record
-        self._mean, self._weight = 0.0, 0.0
+        self._name = name
+        self._record = record
+        self._mean = 0.0  # running sum of losses by their weights
+        self._weight = 0.0  # sum of the weights
 
     def __enter__(self) -> Bar:
         return self
@@ -43,9 +47,14 @@ class Bar:
         self._bar.close()
 
     def step(self, values: Mapping[str, Any]) -> None:
-        """One more step, with what was logged about it."""
-        if math.isfinite(values["loss"]):  # in fp16 a step without one is left out
-            # Divided by the sum of its weights, the mean has no bias towards 0 in the first steps.
+        """Show one more step.
+
+        Args:
+            values: the step's values in the log.
+        """
+        if math.isfinite(values["loss"]):  # fp16's scaler skips a step whose loss is not
+            # The division by the sum of the weights, below, removes the bias towards 0 in the first
+            # steps.
             self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * values["loss"]
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         figures: dict[str, str] = {}
@@ -59,7 +68,7 @@ class Bar:
 
     @contextmanager
     def waiting_for(self, activity: str) -> Iterator[None]:
-        """Within the context the bar says that it waits for an activity."""
+        """Show and record an activity that the run waits for within the context."""
         if self._record is None:
             yield
             return
@@ -70,16 +79,17 @@ class Bar:
         finally:
             self._record("training")
             self._bar.set_description_str(self._name)
-            # Moves the bar's clock on: the time spent here is none of the next step.
+            # The bar's clock: the time of the activity does not count for the next step.
             self._bar.unpause()
 
 
-def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
-    """Files of a run by their uses, and what to do next; last the held-out loss that the last step
-    gave away, or how to get one.
+def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
+    """The summary of a finished run: its files by their uses, what was measured, and what to do.
 
     Args:
-        files: what a file or folder in the run folder is for -> its name, if it is there.
+        folder: the run folder.
+        files: names of files and folders in the run folder by their uses; those that exist are
+            listed.
         scores: the module that scores such runs, such as "eval.clip_scores".
     """
     quoted_folder = shlex.quote(str(folder))
@@ -88,36 +98,52 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
         if (folder / name).exists():
             lines[use] = str(folder / name)
     record = runlog.read_run(folder)
+
+    # Checkpoints.
     saved_steps = checkpoint.steps(folder)
     if saved_steps:
         listed = f"steps {', '.join(map(str, saved_steps))}"
-        # A run that went on from an earlier checkpoint may have saved a step once more.
+        # A run that went on from an earlier checkpoint may have saved a removed step again.
         removed_steps = sorted(set(record.get("removed_checkpoints", [])) - set(saved_steps))
         if removed_steps:
             removed = ", ".join(map(str, removed_steps))
             listed += f"; removed: {removed}; --checkpoints_total_limit 0 keeps all"
         lines["checkpoints"] = f"{folder / checkpoint.CHECKPOINTS} ({listed})"
 
+    # Measurements on held-out samples, in all and by concept.
     rows = runlog.read_metrics(folder)
-    losses = _column(rows, "heldout_loss")
-    config, advice = record["config"], ""
+    losses = _column(rows, HELDOUT_LOSS)
+    distances = _column(rows, HELDOUT_DISTANCE)
+    config = record["config"]
+    advice = ""
     if losses:
-        last_step, best_step = max(losses), min(losses, key=lambda step: losses[step])
-        lines["held-out loss"] = _curve(losses)
-        for key in dict.fromkeys(key for row in rows for key in row if key.startswith(BY_CONCEPT)):
-            concept_losses = _column(rows, key)
-            curve = _curve(concept_losses) if concept_losses else "not finite"
-            lines[f"  {key.removeprefix(BY_CONCEPT)}"] = curve
-        advice = _advice(
-            quoted_folder,
-            best_step,
-            last_step,
-            gain=100 * (1 - losses[best_step] / losses[last_step]),
-            saved_steps=saved_steps,
-            left_best="best_step" in record["results"],
-            has_images="validation_dataset" in config,
-        )
+        lines[MEASURE_TITLES[HELDOUT_LOSS]] = _describe_curve(losses)
+        for row in rows:
+            for key in row:
+                title = f"  {key.removeprefix(BY_CONCEPT)}"
+                if not key.startswith(BY_CONCEPT) or title in lines:
+                    continue
+                lines[title] = "not finite"
+                concept_losses = _column(rows, key)
+                if concept_losses:
+                    lines[title] = _describe_curve(concept_losses)
+        if distances:
+            lines[MEASURE_TITLES[HELDOUT_DISTANCE]] = _describe_curve(distances)
+        if distances or "validation_dataset" not in config:
+            advice = _advice(
+                quoted_folder,
+                HELDOUT_DISTANCE if distances else HELDOUT_LOSS,
+                distances or losses,
+                saved_steps=saved_steps,
+                left_best="best_step" in record["results"],
+            )
+        else:
+            advice = (
+                "the held-out loss ranks no images, which can improve long after it is lowest:"
+                " compare those of all steps, or train with --keep_best, which samples"
+            )
     elif not config.get("fit"):
+        # The scripts call their held-out data differently.
         flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
         advice = (
             "nothing was held out, and the training loss can't say when the model overfits:"
@@ -127,6 +153,7 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
         lines["look at it"] = f"python -m app.viewer {shlex.quote(str(folder.parent))}"
         lines["score it"] = f"python -m {scores} {quoted_folder} base"
 
+    # Uses in a column on the left.
     width = max(map(len, lines))
     block = [f"done in {duration(record['wall_seconds'])}"]
     block += [f"  {use:<{width}}  {value}" for use, value in lines.items()]
@@ -135,12 +162,12 @@ def closing(folder: Path, files: Mapping[str, str], scores: str) -> str:
     return "\n".join(block)
 
 
-def compared(folders: Sequence[Path], scores: str) -> str:
+def describe_comparison(folders: Sequence[Path], scores: str) -> str:
     """The folders of a run and its control, and the commands that show them side by side.
 
     Args:
         folders: run folders, with one parent.
-        scores: the module that scores such runs, as for `closing`.
+        scores: the module that scores such runs, as for `describe_run`.
     """
     quoted_folders = [shlex.quote(str(folder)) for folder in folders]
     line = f"run and control: {' and '.join(map(str, folders))}"
@@ -155,52 +182,58 @@ def compared(folders: Sequence[Path], scores: str) -> str:
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
-    """One value of the metrics by step, where it was measured and finite."""
+    """A value of the metrics by step, where it was measured and finite."""
     return {row["step"]: row[key] for row in rows if row.get(key) is not None}
 
 
-def _curve(losses: Mapping[int, float]) -> str:
-    """First, last and lowest of losses by their steps."""
-    first, last, best = min(losses), max(losses), min(losses, key=lambda step: losses[step])
-    lowest = f"lowest {losses[best]:.4f} at step {best}" if best != last else "the lowest measured"
-    return f"{losses[first]:.4f} at step {first}, {losses[last]:.4f} at step {last}, {lowest}"
+def _describe_curve(values: Mapping[int, float]) -> str:
+    """The first, the last and the lowest value, with their steps."""
+    first_step = min(values)
+    last_step = max(values)
+    best_step = min(values, key=values.__getitem__)
+    lowest = "the lowest measured"
+    if best_step != last_step:
+        lowest = f"lowest {values[best_step]:.4f} at step {best_step}"
+    return (
+        f"{values[first_step]:.4f} at step {first_step}, {values[last_step]:.4f} at step"
+        f" {last_step}, {lowest}"
+    )
 
 
 def in_repository() -> bool:
-    """Test that the package is that of the repository, which alone has viewer and evaluation."""
+    """Test that the package lies in its repository: a wheel has neither viewer nor evaluation."""
     return (Path(__file__).resolve().parents[2] / "app" / "viewer.py").is_file()
 
 
 def _advice(
     folder: str,
-    best_step: int,
-    last_step: int,
+    measure: str,
+    curve: Mapping[int, float],
     *,
-    gain: float,
     saved_steps: Collection[int],
     left_best: bool,
-    has_images: bool,
 ) -> str:
-    """The step with the lowest held-out loss, and how to have its weights.
+    """A sentence on the best step, and how to have its weights.
 
     Args:
-        gain: of the best step over the last, in percent.
-        saved_steps: steps of which there are checkpoints.
+        folder: the run folder, quoted for a shell.
+        measure: what was measured, by its name in the log.
+        curve: values of the measure by step; lower is better.
+        saved_steps: steps whose checkpoints there are.
         left_best: whether the run's file holds the weights of the best step.
-        has_images: whether the run makes images, which the loss does not rank.
     """
+    last_step = max(curve)
+    best_step = min(curve, key=curve.__getitem__)
+    title = MEASURE_TITLES[measure]
     if best_step == last_step:
         return (
-            f"by the held-out loss step {last_step}, the last, was the best measured: more steps"
+            f"by the {title} step {last_step}, the last, was the best measured: more steps"
             " may be better still"
         )
-    comparison = (
-        f"by the held-out loss step {best_step} was {gain:.1f} % better than step {last_step}"
-    )
+    gain = 100 * (1 - curve[best_step] / curve[last_step])
+    comparison = f"by the {title} step {best_step} was {gain:.1f} % better than step {last_step}"
     if best_step == 0:
         return f"{comparison}, so nothing was gained: lower --learning_rate"
-    if has_images:
-        comparison += "; the images of later steps can be better, so compare them"
     if left_best:
         return f"{comparison}. What is saved is of step {best_step}"
     if best_step in saved_steps:

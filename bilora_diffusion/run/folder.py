@@ -1,21 +1,29 @@
-"""The run folder: what lies in it, whose it is, and what a command may do in it.
+"""The run folder: what lies in it, whose it is, what a command may do in it, and its lock.
 
 A folder is a run's by its ``run.json``. What has a name that a run writes to and stands in a folder
 without one was made by somebody else, and is neither replaced nor deleted; so is a ``README.md``
 that the run did not write.
+
+One command at a time writes into a run folder. `filelock` takes ``flock`` on a hidden file. The
+system releases it however the process ends, so a crash leaves no stale lock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .. import methods
-from ..core.errors import UserError
+from ..core.errors import UserError, is_main_process
 from ..core.lora_names import (
     COMPONENTS,
     CONFIG,
@@ -27,34 +35,43 @@ from ..core.lora_names import (
     workflow_file_name,
 )
 from . import checkpoint, snapshots
-from .record import VALIDATION, read_search
-from .runlog import CARD, ERROR, METRICS, RUN, read_run, wrote_card
+from .record import RUN, VALIDATION, read_search
+from .runlog import CARD, ERROR, METRICS, read_run, wrote_card
 
-EXPORTS = "exports"  # adapters of checkpoints
-FIT, FIT_RECORD, FIT_FIGURE = "fit", "fit.json", "fit.png"
+EXPORTS = "exports"
+"""Folder of the adapters of checkpoints."""
+FIT = "fit"
+"""Folder of the runs of a search."""
+FIT_RECORD = "fit.json"
+FIT_FIGURE = "fit.png"
 SEARCH_NAMES = (FIT, FIT_RECORD, FIT_FIGURE)
-WHOLE_MODELS = (*COMPONENTS, "model")  # what full fine-tuning leaves
+WHOLE_MODELS = (*COMPONENTS, "model")
+"""Folders of the models that full fine-tuning leaves."""
 RUN_NAMES = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, KOHYA_FILE_NAME_BEFORE, WEIGHTS, CONFIG)
-"""By one of these, or by its ``run.json``, a folder is known to hold a run."""
+"""A folder with one of these, or with ``run.json``, holds a run."""
 SIDE_NAMES = (VALIDATION, "logs", EXPORTS, *SEARCH_NAMES, snapshots.FOLDER, ERROR)
-"""What else a run leaves, and a fresh start deletes."""
+"""What else a run leaves, and a new start deletes."""
+LOCK_FILE = ".run.lock"
+"""It is hidden, so that it is neither uploaded nor listed."""
 
 
 def refuse_unusable(folder: Path) -> None:
-    """Refuse a place where no run folder can be: a file, or a folder without rights.
+    """Refuse a path where no run folder can be made.
 
     Raises:
-        UserError: ``folder`` is such a place.
+        UserError: it, or the part of it that exists, is a file or not writable.
     """
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    if not existing.is_dir():
-        raise UserError(f"{existing} is a file: give a folder as --output_dir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{existing} is not writable: give another --output_dir")
+    existing_part = folder
+    while not existing_part.exists():
+        existing_part = existing_part.parent
+    if not existing_part.is_dir():
+        raise UserError(f"{existing_part} is a file: give a folder as --output_dir")
+    if not os.access(existing_part, os.W_OK | os.X_OK):
+        raise UserError(f"{existing_part} is not writable: give another --output_dir")
 
 
 class State(Enum):
-    """Content of an output folder, as far as a run would replace it."""
+    """What an output folder holds that a run would replace."""
 
     EMPTY = "nothing that a run would replace"
     FOREIGN = "something that no run wrote, under a name that a run writes"
@@ -67,7 +84,7 @@ class State(Enum):
 
 
 class Start(Enum):
-    """Options by which a command says what to do in its output folder."""
+    """The options of a command that decide what to do in its output folder."""
 
     RUN = "none of them"
     RESUME = "--resume_from_checkpoint latest, or a checkpoint by its name or path"
@@ -79,7 +96,7 @@ class Start(Enum):
 
 
 class Action(Enum):
-    """What is done where nothing is refused."""
+    """What a command does in its output folder, if it is not refused."""
 
     BEGIN = "begin at step 0; `clear` may delete"
     RESUME = "go on from a checkpoint, which must exist"
@@ -113,8 +130,9 @@ FIT_DONE = (
     "{folder} holds a finished --fit: give another --output_dir, where its checkpoints can be"
     " resumed by their path, or delete it with --overwrite_output_dir"
 )
-BEGIN, RESUME, SEARCH = Action.BEGIN, Action.RESUME, Action.SEARCH
-# A column for each `Start`, in its order. A sentence refuses the command.
+# The action for each state of the folder, with a column for each `Start` in its order. A sentence
+# in place of an action refuses the command.
+BEGIN, RESUME, SEARCH = Action
 TABLE: dict[State, tuple[Action | str, ...]] = {
     State.EMPTY: (BEGIN, RESUME, BEGIN, BEGIN, NO_FIT, BEGIN, BEGIN),
     State.FOREIGN: (FOREIGN,) * 7,
@@ -138,17 +156,17 @@ def guard(
     """Decide by `TABLE` what a command does in its output folder; nothing in it is changed.
 
     Args:
-        folder: ``--output_dir``, locked; need not exist.
+        folder: ``--output_dir``, which is locked and need not exist.
         resume: ``--resume_from_checkpoint``.
         fit: ``--fit``.
         overwrite: ``--overwrite_output_dir``.
-        exports_weights: Whether the method leaves whole models.
+        exports_weights: whether the method leaves whole models.
 
     Returns:
-        The checkpoint to go on from; None where the run, or the last one of a search, begins.
+        The checkpoint to go on from; None where the run, or the last run of a search, begins.
 
     Raises:
-        UserError: the folder's content forbids it, or the checkpoint does not exist.
+        UserError: the content of the folder forbids it, or the checkpoint does not exist.
     """
     state = classify(folder)
     row = dict(zip(Start, TABLE[state], strict=True))
@@ -160,16 +178,16 @@ def guard(
     if action is BEGIN:
         return None
 
-    # From here on the command goes on with what the folder holds.
+    # The command goes on with what the folder holds.
     if fit:
-        read_search(folder / FIT_RECORD)  # refuses a damaged one before the data are read
+        read_search(folder / FIT_RECORD)  # to refuse a damaged record before the data are read
     newest = checkpoint.latest(folder)
     if action is SEARCH and resume in (None, "auto", "latest"):
         return newest
     if newest is None and state in (State.FINISHED, State.FINISHED_FIT):
         raise UserError(NO_CHECKPOINT.format(folder=folder))
     chosen = checkpoint.resolve(folder, resume)
-    # The checkpoint of another run may start a run in an empty folder, but not join a second one.
+    # A checkpoint of another run may start a run in an empty folder, but not in that of a run.
     root = folder / checkpoint.CHECKPOINTS
     if state is not State.EMPTY and chosen and root.resolve() not in chosen.resolve().parents:
         raise UserError(
@@ -180,14 +198,15 @@ def guard(
 
 
 def classify(folder: Path) -> State:
-    """State of an output folder, which need not exist.
+    """The state of an output folder, which need not exist.
 
     Raises:
         UserError: its ``run.json`` is damaged, or of another version.
     """
     if _find_foreign(folder) is not None:
         return State.FOREIGN
-    record, has_checkpoint = _read_record(folder), checkpoint.latest(folder) is not None
+    record = _read_record(folder)
+    has_checkpoint = checkpoint.latest(folder) is not None
     if record is None:
         return State.CHECKPOINTS if has_checkpoint else State.EMPTY
     is_finished = record["status"] == "finished"
@@ -199,6 +218,7 @@ def classify(folder: Path) -> State:
 
 
 def _start(resume: str | Path | None, fit: bool, overwrite: bool) -> Start:
+    """The column of `TABLE` for a command."""
     if overwrite:
         return Start.OVERWRITE
     if resume is None:
@@ -209,11 +229,13 @@ def _start(resume: str | Path | None, fit: bool, overwrite: bool) -> Start:
 
 
 def _find_foreign(folder: Path) -> Path | None:
-    """First entry that a run would replace and no run wrote, None without one."""
+    """The first entry that a run would replace and no run wrote; None without one."""
     record = _read_record(folder)
     if record is not None:
+        # All names of a run are the run's, but its card only where it wrote one.
         names = [] if wrote_card(record) else [CARD]
     elif checkpoint.latest(folder) is not None:
+        # Checkpoints without their record: other names may be the run's too, but not these.
         names = [RUN, FIT_RECORD, CARD]
     else:
         names = [RUN, *RUN_NAMES, *_names_after_folder(folder), *SIDE_NAMES, CARD]
@@ -224,20 +246,21 @@ def _find_foreign(folder: Path) -> Path | None:
 
 
 def _names_after_folder(folder: Path) -> tuple[str, ...]:
-    """Names of the files that a run names after its folder: kohya's, and ComfyUI's workflows."""
+    """The files that a run names after its folder: kohya's, and the workflows for ComfyUI."""
     return kohya_file_name(folder), workflow_file_name(folder), base_workflow_file_name(folder)
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
-    """The folder's ``run.json``; None where there is none, or one that no run wrote.
+    """The folder's ``run.json``; None where there is none, or no run wrote it.
 
     Raises:
-        UserError: it is of another version.
+        UserError: another version wrote it.
     """
     try:
         record = json.loads((folder / RUN).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
+    # Every version of the record names its method.
     if not isinstance(record, dict) or not isinstance(record.get("method"), str):
         return None
     return read_run(folder)
@@ -269,29 +292,86 @@ def _trained_whole(folder: Path) -> bool:
 
 
 def clear(folder: Path, overwrite: bool) -> None:
-    """Delete the earlier run where `guard` let one begin; nothing that is no run's.
+    """Delete the earlier run where `guard` lets a run begin; what no run wrote stays.
 
-    ``run.json`` goes last, so that a crash leaves the folder known as a run's.
+    ``run.json`` is deleted last, so that the folder is known as a run's after a crash.
 
     Args:
-        overwrite: Whether to delete all of it. Otherwise it has no checkpoint, and its record stays
-            until the next one replaces it, as does a search whose last run begins.
+        folder: the run folder.
+        overwrite: whether to delete all of the run. Otherwise it has no checkpoint. Its record
+            stays until the next one replaces it, and so does a search whose last run begins.
     """
     known_names = (RUN, *RUN_NAMES, kohya_file_name(folder))
     if not any((folder / name).exists() for name in known_names):
         return
     names = [*SIDE_NAMES, *RUN_NAMES, *_names_after_folder(folder)]
+    # Card and whole models may be somebody else's.
     if wrote_card(_read_record(folder) or {}):
         names.append(CARD)
     if _trained_whole(folder):
         names.extend(WHOLE_MODELS)
     names.append(RUN)
-    spared = () if overwrite else (RUN, checkpoint.CHECKPOINTS, *SEARCH_NAMES)
+    kept_names = () if overwrite else (RUN, checkpoint.CHECKPOINTS, *SEARCH_NAMES)
     for name in names:
-        path = folder / name
-        if name in spared:
+        if name in kept_names:
             continue
+        path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a run folder within the context; the folder is made if it is missing.
+
+    Afterwards the lock file is deleted, and so is a new folder that stayed empty. In a distributed
+    run only the main process takes the lock.
+
+    Raises:
+        UserError: another command holds the lock, or the folder is not writable.
+    """
+    if not is_main_process():
+        yield
+        return
+    new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        _acquire(lock, folder)
+        try:
+            yield
+        finally:
+            # Before the release: a command that opened this file meanwhile then sees that it is
+            # gone, and locks a new one.
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            lock.release()
+    finally:
+        with contextlib.suppress(OSError):  # raised for a folder with files, which stays
+            for new_folder in new_folders:
+                new_folder.rmdir()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"another command is writing into {folder}: wait until it has ended, or give another"
+            " folder"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be locked ({error.strerror}): check its rights and the room on its"
+            " disk, or give another folder"
+        ) from error
+
+
+def locked_around(path: Path) -> AbstractContextManager[None]:
+    """`locked` for the run folder that a path is or lies in; without one, no lock is taken."""
+    path = path.absolute()
+    for folder in (path, *path.parents):
+        if (folder / RUN).is_file():
+            return locked(folder)
+    return contextlib.nullcontext()

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: a run finishes its step, saves a checkpoint and says how to go on.
+"""Ctrl-C and SIGTERM: a run finishes its step, saves a checkpoint and prints how to go on.
 
-The first signal only leaves a note, which the loop reads between two steps; a second Ctrl-C stops
-at once. Before the first step there is nothing to save, so that the first one does too.
+The first signal only sets a number, which the loop reads between two steps; a second Ctrl-C stops
+at once. Before the first step there is nothing to save, so the first signal stops at once too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from . import checkpoint, runlog
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_PRESS_SECONDS = 1.0
-"""Ctrl-C may come twice: from the terminal, and from a launcher that passes it on."""
+"""One Ctrl-C may come twice: from the terminal, and from a launcher that passes it on."""
 TOKEN = "$HF_TOKEN"
-"""Stands for a secret in a printed command; the shell puts it in."""
+"""Replaces a secret in a printed command; the shell puts it in."""
 
 
 class Stop(NamedTuple):
@@ -38,7 +38,7 @@ class Stop(NamedTuple):
 
 
 class Interruption:
-    """Within the context, SIGINT and SIGTERM ask the run to stop, and ``number`` tells which did.
+    """A context within which SIGINT and SIGTERM ask the run to stop.
 
     An ignored SIGINT, as in a job that a shell started in the background, stays ignored. Outside of
     the main thread nothing is installed.
@@ -46,6 +46,9 @@ class Interruption:
     Args:
         patient: whether the first signal waits for the loop; False where nothing can be saved yet,
             and the signal raises `KeyboardInterrupt`.
+
+    Attributes:
+        number: number of the signal that came; None before.
     """
 
     def __init__(self, patient: bool = False) -> None:
@@ -56,6 +59,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._process = os.getpid()
+        # Python allows handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -69,7 +73,7 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a data loader's worker has the handlers, too; the run itself ends it
+            return  # a data loader's worker inherits the handlers; the run itself ends it
         if number == signal.SIGINT:
             if self._first_press is None:
                 self._first_press = time.monotonic()
@@ -87,27 +91,28 @@ class Interruption:
 
 @contextlib.contextmanager
 def ends_in(sentence: str) -> Iterator[None]:
-    """Within the context an interruption ends in ``sentence``, whatever the run itself says."""
+    """Replace the message of an interruption within the context by ``sentence``."""
     try:
         yield
     except KeyboardInterrupt as stop:
         raise Interrupted(sentence, getattr(stop, "number", signal.SIGINT)) from None
 
 
-def farewell(
+def describe_interruption(
     folder: Path,
     stop: Stop,
     arguments: Sequence[str] | None,
     overwrites: bool,
     control_folder: Path | None = None,
 ) -> Interrupted:
-    """The last words of an interrupted run, with the command that goes on from what is saved.
+    """The message of an interrupted run, with the command that goes on from what is saved.
 
     Args:
-        folder: run folder of the run that was stopped.
-        arguments: the script's, as they were typed; None for a call from Python.
+        folder: folder of the run that was stopped.
+        stop: the signal and the step.
+        arguments: the script's arguments, as they were typed; None for a call from Python.
         overwrites: whether the run was to replace an earlier one.
-        control_folder: that of the control run of ``--compare``, which comes last.
+        control_folder: folder of the control run of ``--compare``, which comes last.
     """
     has_finished = stop.step == stop.num_steps and runlog.is_finished(folder)
     if has_finished and control_folder in (None, folder):
@@ -115,21 +120,28 @@ def farewell(
         return Interrupted(sentence, stop.number)
 
     saved = checkpoint.latest(folder / (stop.run or ""))
-    state = "nothing was saved yet" if saved is None else f"{saved} is saved"
     if has_finished:
         state = f"that run is finished, the one in {control_folder} not yet begun"
-    # "auto" also starts anew where there is no checkpoint, or where a search or a comparison has
-    # only some of its runs.
-    has_several_runs = stop.run is not None or control_folder is not None
-    value = "auto" if saved is None or has_several_runs else "latest"
-    place = "" if stop.run is None else f" of {stop.run}"
+    elif saved is None:
+        state = "nothing was saved yet"
+    else:
+        state = f"{saved} is saved"
+    # "auto" also begins where there is no checkpoint, as for the runs of a search or a comparison
+    # that have not begun.
+    value = "latest"
+    if saved is None or stop.run is not None or control_folder is not None:
+        value = "auto"
+    place = ""
     if control_folder is not None:
         place = f" of the run in {folder}"
+    elif stop.run is not None:
+        place = f" of {stop.run}"
     if arguments is None:
         command = f"the same arguments and --resume_from_checkpoint {value}"
     else:
-        resumed = resuming(arguments, value, overwrites)
-        command = shlex.join([sys.argv[0], *resumed]).replace(f"'{TOKEN}'", f'"{TOKEN}"')
+        command = shlex.join([sys.argv[0], *resume_arguments(arguments, value, overwrites)])
+        # In single quotes the shell would not put the token in.
+        command = command.replace(f"'{TOKEN}'", f'"{TOKEN}"')
     return Interrupted(
         f"interrupted at step {stop.step} of {stop.num_steps}{place}, {state}: go on with the same"
         f" launcher and\n\n    {command}\n",
@@ -137,13 +149,14 @@ def farewell(
     )
 
 
-def resuming(arguments: Sequence[str], value: str, overwrites: bool) -> list[str]:
-    """A script's arguments that go on from a checkpoint instead of starting.
+def resume_arguments(arguments: Sequence[str], value: str, overwrites: bool) -> list[str]:
+    """The arguments of a script that go on from a checkpoint.
 
-    The last of two flags holds, so that what is added overrules the flags and the recipe.
+    Of two equal flags the last one holds, so that added flags overrule the others and the recipe.
 
     Args:
-        value: of ``--resume_from_checkpoint``.
+        arguments: the script's arguments.
+        value: value of ``--resume_from_checkpoint``.
         overwrites: whether the run was to replace an earlier one.
     """
     added = ["--resume_from_checkpoint", value]
@@ -157,6 +170,6 @@ def resuming(arguments: Sequence[str], value: str, overwrites: bool) -> list[str
                 words[position] = f"{flag}={TOKEN}"
             elif position + 1 < len(words):
                 words[position + 1] = TOKEN
-    if words[-len(added) :] == added:  # it was resumed before
+    if words[-len(added) :] == added:  # they are those of a resumed run already
         return words
     return words + added

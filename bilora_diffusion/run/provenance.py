@@ -15,38 +15,45 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
-CAN_BE_BOUND = hasattr(os, "sched_getaffinity")  # to some of the cores; not everywhere
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Versions of Python, of a run's packages and of ``packages``; None if one is not installed."""
+    """Versions of Python, of `PACKAGES` and of ``packages``; None for one that is missing."""
     installed: dict[str, str | None] = dict.fromkeys((*PACKAGES, *packages))
     for name in installed:
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
-    toolkit = sys.modules["bilora_diffusion"].__version__  # also where it is run from a checkout
+    # The package itself may be a checkout without metadata.
+    toolkit = sys.modules["bilora_diffusion"].__version__
     return {"python": platform.python_version(), **installed, "bilora_diffusion": toolkit}
 
 
 def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
-    """Commit of the checkout that holds ``package`` (this one), and whether the package differs.
+    """Commit of the checkout that holds a package, and whether the package differs from it.
 
-    Both are None outside a checkout, without git, or when the package merely lies inside another
-    project's checkout, as in a virtual environment.
+    Args:
+        package: folder of the package; None for this one.
+
+    Returns:
+        None and None outside a checkout, without git, or for a package that only lies in another
+        project's checkout, as in a virtual environment.
     """
     package = package or Path(__file__).resolve().parents[1]
-    # A file of the package that git tracks shows that the checkout is the package's own.
+    # If git tracks a file of the package, the checkout is the package's.
     head = None
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None:
         head = _git(package, "rev-parse", "--verify", "HEAD")
     if head is None:
         return None, None
     changes = _git(package, "status", "--porcelain", "--", ".")
-    return head, None if changes is None else bool(changes)
+    if changes is None:
+        return head, None
+    return head, bool(changes)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    # A surrounding git command (a hook) would otherwise point this one to its own repository.
+    """The output of a git command in a folder; None if it fails."""
+    # By these variables a git command that runs this one, for a hook, names its own repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
         process = subprocess.run(
@@ -61,23 +68,36 @@ def _git(folder: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return process.stdout.strip() if process.returncode == 0 else None
+    if process.returncode != 0:
+        return None
+    return process.stdout.strip()
 
 
 def device(training_device: torch.device | str | None = None) -> dict[str, str | int | None]:
-    """The machine: ``name`` of what computes (by default the GPU when there is one), CPU model,
-    usable cores, torch threads, GPU.
+    """The machine; "name" is that of the device that computes.
+
+    Args:
+        training_device: the device that computes; None for a GPU where there is one.
     """
-    kind = torch.device(training_device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    gpu = torch.cuda.get_device_name(kind) if kind.type == "cuda" else None
-    model = _cpu_model()
+    if training_device is None:
+        training_device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.device(training_device)
+    gpu = gpu_memory = None
+    if kind.type == "cuda":
+        gpu = torch.cuda.get_device_name(kind)
+        gpu_memory = torch.cuda.get_device_properties(kind).total_memory
+    cores = os.cpu_count()
+    # A process may be bound to some of the cores. Not every system can say so.
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    cpu_model = _cpu_model()
     return {
         "type": kind.type,
-        "name": gpu or model,
+        "name": gpu or cpu_model,
         "gpu": gpu,
-        "gpu_memory_bytes": torch.cuda.get_device_properties(kind).total_memory if gpu else None,
-        "cpu_model": model,
-        "cpu_cores": len(os.sched_getaffinity(0)) if CAN_BE_BOUND else os.cpu_count(),
+        "gpu_memory_bytes": gpu_memory,
+        "cpu_model": cpu_model,
+        "cpu_cores": cores,
         "torch_threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
@@ -92,7 +112,7 @@ def _cpu_model() -> str:
 
 
 def peak_memory(training_device: torch.device | str | None = None) -> int:
-    """Largest memory held so far, in bytes: the GPU's when a GPU trains, else this process'."""
+    """Peak memory so far, in bytes: the GPU's if a GPU trains, else that of this process."""
     on_gpu = training_device is None or torch.device(training_device).type == "cuda"
     if on_gpu and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated(training_device)

@@ -1,7 +1,7 @@
-"""Models of a run's files, ``run.json``, ``metrics.jsonl`` and ``fit.json``, and their readers.
+"""Types of a run's files, ``run.json``, ``metrics.jsonl`` and ``fit.json``, and their readers.
 
-Whoever reads a run (resume, guard, evaluation, viewer) reads it here, and goes by these types. What
-does not fit them makes that run unreadable, with the reason in one sentence.
+All code that reads a run (resume, guard, evaluation, viewer) reads it here, and relies on these
+types. A value that does not fit them makes the run unreadable, with the reason in one sentence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..core.errors import UserError
-from ..core.files import finite
+from ..core.files import regular_file
 
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -26,7 +26,7 @@ VALIDATION = "validation"
 BY_CONCEPT = "heldout_loss_by_concept/"
 """Stands before a concept's name in the name of its held-out loss."""
 PICTURES = 10_000
-"""Most validation images of one prompt, as of the option."""
+"""Validation images of one prompt at most, as for the option."""
 HEARTBEAT_SECONDS = 15.0
 """Time between two writes of ``run.json`` while a run trains."""
 
@@ -43,13 +43,13 @@ def validation_folder(run_folder: Path, step: int) -> Path:
 
 
 class _Strict(BaseModel):
-    """No conversions; keys of other versions are left as they are."""
+    """Base class: values are not converted, and keys of other versions are kept."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
 class Options(_Strict):
-    """Options of a run that evaluation and viewer rely on; a script has only some of them."""
+    """Options of a run that evaluation and viewer read; each script has only some of them."""
 
     concepts: list[Options] = []
     concept: Text | None = None
@@ -125,7 +125,7 @@ class Line(_Strict):
 
 
 class SearchRun(_Strict):
-    """A run of a search: its held-out losses by step."""
+    """A run of a search, with its held-out losses by step."""
 
     name: Text
     title: Text
@@ -141,7 +141,7 @@ class SearchRun(_Strict):
 
 
 class SearchRow(_Strict):
-    """A configuration beside the chosen one, at one step."""
+    """A configuration of a search, with a number of steps."""
 
     options: dict[Text, Text]
     title: Text
@@ -149,7 +149,7 @@ class SearchRow(_Strict):
 
 
 class SearchChoice(SearchRow):
-    """Choice of a fit."""
+    """The configuration that a search chose."""
 
     steps: Annotated[Count, Field(ge=1)]
     loss: Number
@@ -158,7 +158,7 @@ class SearchChoice(SearchRow):
 
 
 class SearchStanding(SearchRow):
-    """A configuration by its difference to the choice."""
+    """A configuration with the difference of its loss to that of the choice."""
 
     folds: Count
     difference: Number
@@ -178,7 +178,7 @@ class SearchRecord(_Strict):
 
 @contextlib.contextmanager
 def _reading(place: object, fix: str, problem: str = "is damaged") -> Iterator[None]:
-    """Make a sentence of what is raised within the context, but for a file that is not there."""
+    """Make a sentence of what is raised within the context; a missing file stays an `OSError`."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -195,12 +195,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     """``run.json`` of a run folder, which fits `Record`.
 
     Raises:
-        UserError: when there is none, or it is damaged or of an unknown schema version.
+        UserError: there is none, it is damaged, or its schema version is unknown.
     """
     path = Path(folder) / RUN
     try:
         with _reading(path, "restore it from a copy, or give another run folder"):
-            record = _parsed(finite(path).read_bytes())
+            record = _parsed(regular_file(path).read_bytes())
             version = record["schema_version"]
             if version == SCHEMA_VERSION:
                 Record.model_validate(record)
@@ -214,17 +214,17 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl`` in order, a torn last one left out; empty without the file.
+    """Lines of ``metrics.jsonl`` in order, without an incomplete last one; none without the file.
 
     Raises:
-        UserError: when another line does not fit `Line`.
+        UserError: another line does not fit `Line`.
     """
     path = Path(folder) / METRICS
     rows: list[dict[str, Any]] = []
     fix = "restore it from a copy, or start a new run in another folder"
     try:
         with _reading(path, fix):
-            lines = finite(path).read_bytes().split(b"\n")
+            lines = regular_file(path).read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
     for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline
@@ -236,14 +236,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, float | None]]:
-    """The newest of each held-out loss and metric up to a step in the folder's metrics, with its
-    step, but for those of single noise levels; {} without any.
+    """The newest value of each held-out loss and metric up to a step, without single noise levels.
+
+    Returns:
+        Step and value by the name in the log.
     """
     newest: dict[str, tuple[int, float | None]] = {}
     for row in read_metrics(folder):
         if row["step"] > step:
             continue
         for key, value in row.items():
+            # A slash stands before a noise level.
             is_heldout = re.fullmatch(r"heldout_[^/]*", key) is not None
             if is_heldout or key.startswith(("train_grid_loss", BY_CONCEPT)):
                 newest[key] = (row["step"], value)
@@ -258,7 +261,7 @@ def read_search(path: Path) -> dict[str, Any] | None:
     """
     try:
         with _reading(path, "restore it from a copy, or start a new run in another --output_dir"):
-            content = _parsed(finite(path).read_bytes())
+            content = _parsed(regular_file(path).read_bytes())
             SearchRecord.model_validate(content)
             return content
     except (FileNotFoundError, NotADirectoryError):
@@ -266,8 +269,9 @@ def read_search(path: Path) -> dict[str, Any] | None:
 
 
 def _parsed(data: bytes) -> Any:
-    """JSON in UTF-8; NaN is null, as it is written, and an infinity is none of ours."""
+    """JSON in UTF-8, with NaN as null; infinities, which no run writes, are refused."""
 
+    # json calls it for NaN and infinities, and takes what it returns.
     def constant(name: str) -> None:
         if name != "NaN":
             raise ValueError(f"{name} is not JSON")
@@ -276,11 +280,12 @@ def _parsed(data: bytes) -> Any:
 
 
 def fault(error: Exception) -> str:
-    """The first value that does not fit, in brackets; "" where there is nothing to name."""
+    """The first value that does not fit its type, in brackets; "" for another error."""
     if not isinstance(error, ValidationError):
         return ""
     first = error.errors(include_url=False, include_context=False)[0]
     place = first["loc"]
+    # An option or a result is named with what holds it, such as config.rank.
     depth = 2 if place[:1] in (("config",), ("results",)) else 1
     name = ".".join(map(str, place[:depth]))
     if not name:

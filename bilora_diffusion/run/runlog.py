@@ -34,16 +34,18 @@ from .record import (
     read_run,
 )
 
-CARD, ERROR = "README.md", "error.txt"
+CARD = "README.md"
+ERROR = "error.txt"
 SECRETS = frozenset({"hub_token"})
+"""Options that are not written down."""
 
 
 class RunLog:
-    """Writes one run's record; make it in the main process only.
+    """Writes the record of one run; to be made in the main process only.
 
     Args:
-        folder: the run folder; made when missing.
-        device: of the training, for the machine's name and peak memory; by default a GPU.
+        folder: the run folder, which is made if it is missing.
+        device: the device that trains, for the machine's name and peak memory; None for a GPU.
     """
 
     def __init__(self, folder: Path, device: torch.device | str | None = None) -> None:
@@ -51,8 +53,10 @@ class RunLog:
         self._device = device
         self._run: dict[str, Any] = {}
         self._metrics: BinaryIO | None = None
-        self._start_time = self._write_time = 0.0  # of the monotonic clock
-        self._earlier_seconds = 0.0  # that the run took before it was resumed
+        # Times of the monotonic clock.
+        self._start_time = 0.0
+        self._write_time = 0.0
+        self._earlier_seconds = 0.0  # time that the run took before it was resumed
 
     def start(
         self,
@@ -65,43 +69,56 @@ class RunLog:
     ) -> None:
         """Open the record.
 
-        Of a resumed run, lines and snapshots of steps after ``resume_step`` go, and the time spent
-        before counts on. Secrets in ``config`` are not written.
+        For a resumed run the lines and snapshots of steps after ``resume_step`` are deleted, and
+        the time is added to that of the earlier part.
 
         Args:
-            resume_step: step of the checkpoint that is continued; None for a fresh start, in a
-                folder without an earlier run (see `folder.clear`).
+            config: options of the run; secrets in it are not written.
+            method: name of the method.
+            seed: seed of the run.
+            resume_step: step of the checkpoint that is continued; None for a new run, in a folder
+                without an earlier one (see `folder.clear`).
             num_steps: optimizer steps of the whole run.
             content: number and hash of the training and of the held-out samples.
 
         Raises:
-            UserError: when the earlier record is damaged.
+            UserError: the earlier record is damaged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        earlier: dict[str, Any] = {}
-        if resume_step is not None:
-            earlier = read_run(self.folder) if (self.folder / RUN).exists() else {}
-            (self.folder / ERROR).unlink(missing_ok=True)  # of an attempt that is made good
-            self._truncate(resume_step)
         date = _date()
+        earlier: dict[str, Any] = {}
+        resumed: list[Any] = []
+        if resume_step is not None:
+            if (self.folder / RUN).exists():
+                earlier = read_run(self.folder)
+            (self.folder / ERROR).unlink(missing_ok=True)  # its attempt is now repeated
+            self._truncate(resume_step)
+            resumed = list(earlier.get("resumed", []))
+            resumed.append({"step": resume_step, "at": date})
         commit, differs = provenance.commit()
-        resumed = [{"step": resume_step, "at": date}] if resume_step is not None else []
+        public_options = dict(config)
+        for name in SECRETS:
+            public_options.pop(name, None)
         self._run = {
             "schema_version": SCHEMA_VERSION,
-            "config": {key: value for key, value in config.items() if key not in SECRETS},
+            # What is trained.
+            "config": public_options,
             "method": method,
             "seed": seed,
             "num_steps": num_steps,
             "content": content,
+            # By which code, and where.
             "versions": provenance.versions(),
             "commit": commit,
             "uncommitted_changes": differs,
             "device": provenance.device(self._device),
+            # What is counted over all resumes.
             "started_at": earlier.get("started_at", date),
-            "resumed": [*earlier.get("resumed", []), *resumed],
+            "resumed": resumed,
             "wall_seconds": earlier.get("wall_seconds", 0.0),
             "peak_memory_bytes": earlier.get("peak_memory_bytes", 0),
             "removed_checkpoints": earlier.get("removed_checkpoints", []),
+            # Its state now.
             "status": "running",
             "card": wrote_card(earlier),
             "doing": "starting",
@@ -119,36 +136,46 @@ class RunLog:
         A number that is not finite is written as null, and the line then has ``"nonfinite": true``.
 
         Raises:
-            TypeError: for a value that JSON cannot hold.
+            TypeError: JSON can't hold a value.
         """
         assert self._metrics is not None, "it has been started"
         line, has_nonfinite = strict_json({"step": int(step), **values})
         if has_nonfinite:
             line["nonfinite"] = True
         data = (json.dumps(line) + "\n").encode("ascii")
-        while data:  # unbuffered: one system call, but for a part that still fits on a full disk
-            data = data[self._metrics.write(data) :]
+        # Unbuffered, so that a line takes one system call. On a disk that becomes full, only a part
+        # may be written.
+        while data:
+            written_bytes = self._metrics.write(data)
+            data = data[written_bytes:]
         if time.monotonic() - self._write_time > HEARTBEAT_SECONDS:
             self._write()
 
-    def doing(self, activity: str) -> None:
-        """Write down the run's activity from now on, such as "held-out loss", so that others can
-        tell a run that is busy with something long from one that hangs.
+    def record_activity(self, activity: str) -> None:
+        """Record the run's activity from now on, such as "held-out loss".
+
+        It tells a run that is busy with something long from one that hangs.
         """
         self._run |= {"doing": activity, "doing_since": _date()}
         self._write()
 
     def sync(self) -> None:
-        """Flush the record to the disk; before a checkpoint is saved, so that no line up to its
-        step can be missing after a power failure.
+        """Flush the record to the disk.
+
+        It is called before a checkpoint is saved, so that no line up to its step can be missing
+        after a power failure.
         """
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
             self._write()
 
     def close(self, status: str, reason: str | None = None, **results: Any) -> None:
-        """Close the record as "finished", "failed" for a reason in one sentence, or "interrupted",
-        which goes on with the next resume; ``results`` are added to its own.
+        """Close the record.
+
+        Args:
+            status: "finished", "failed" or "interrupted"; a resume opens it again.
+            reason: the error of a failed run, in one sentence.
+            results: results to add to the record's.
         """
         self._run["status"] = status
         self._run["results"] |= results
@@ -159,13 +186,13 @@ class RunLog:
             self._metrics.close()
             self._metrics = None
 
-    def removed_checkpoints(self, steps: Sequence[int]) -> None:
-        """Write down that checkpoints of these steps made room for newer ones."""
-        self._run["removed_checkpoints"] = [*self._run["removed_checkpoints"], *steps]
+    def record_removed_checkpoints(self, steps: Sequence[int]) -> None:
+        """Record that checkpoints of these steps made room for newer ones."""
+        self._run["removed_checkpoints"] += steps
         self._write()
 
-    def writes_card(self) -> None:
-        """Write down that the folder's ``README.md`` is the run's own, before it is written."""
+    def record_card(self) -> None:
+        """Record, before it is written, that the run writes the folder's ``README.md``."""
         self._run["card"] = True
         self._write()
 
@@ -179,11 +206,15 @@ class RunLog:
         write_text(self.folder / RUN, dump_json(record))
 
     def _truncate(self, step: int) -> None:
-        lines = [line for line in read_metrics(self.folder) if line["step"] <= step]
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        """Delete what was recorded of steps after this one."""
+        text = ""
+        for line in read_metrics(self.folder):
+            if line["step"] <= step:
+                text += json.dumps(line, allow_nan=False) + "\n"
         write_text(self.folder / METRICS, text)
         sync(self.folder)
         snapshots.truncate(self.folder, step)
+        # Validation images or answers.
         for images in self.folder.glob(f"{VALIDATION}/step-*"):
             number = images.name.removeprefix("step-")
             if number.isdecimal() and int(number) > step:
@@ -195,10 +226,11 @@ def _date() -> str:
 
 
 def is_finished(folder: Path) -> bool:
-    """Test that a folder holds a run that came to its end."""
+    """Test that a folder holds a finished run."""
     return (folder / RUN).exists() and read_run(folder)["status"] == "finished"
 
 
 def wrote_card(record: Mapping[str, Any]) -> bool:
     """Test that the ``README.md`` beside a ``run.json`` is a run's model card."""
+    # Every finished run has written one, also of versions that did not record it.
     return bool(record.get("card")) or record.get("status") == "finished"

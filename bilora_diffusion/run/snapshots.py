@@ -1,13 +1,13 @@
-"""The adapters' factors as they were during training: ``RUN/dynamics/step-N.safetensors``.
+"""The adapters' factors during training: ``RUN/dynamics/step-N.safetensors``.
 
-One file per recorded step, written whole or not at all. It holds
+There is one file for each recorded step, written whole or not at all. It holds
 
-    factors/ADAPTER/TARGET.MODULE.A, .B     what was trained (not an average of it), as matrices
-    layers/NAME                             a figure of each layer, float64; see ``dynamics``
+    factors/ADAPTER/TARGET.MODULE.A, .B     the trained factors, not averages, as matrices
+    layers/NAME                             a value of each layer, float64; see `train.dynamics`
 
 and in its metadata, as JSON, the step, the names of the layers and each adapter's scale on them.
-In float32, so that cosines to the final weights are exact: 4 bytes times the trained parameters,
-which is 23 MB for SDXL's 560 layers at rank 4, and twice as much with an auxiliary.
+The factors are in float32, so that cosines to the final weights are exact. They take 23 MB for
+SDXL's 560 layers at rank 4, and twice as much with an auxiliary.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Snapshot:
     """One recorded step."""
 
     step: int  # optimizer steps taken
-    factors: dict[str, list[Factors]]  # of each adapter on every layer, A (r, n) and B (m, r)
-    layers: dict[str, Tensor]  # figures of each layer, (layers,) float64, nan where undefined
+    factors: dict[str, list[Factors]]  # of every layer by adapter, A (r, n) and B (m, r)
+    layers: dict[str, Tensor]  # by name values of the layers, (layers,) float64; nan for none
 
     @property
     def names(self) -> list[str]:
@@ -54,16 +54,18 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
     """Write a snapshot into the run folder ``folder``; an older one of its step is replaced.
 
     Raises:
-        TrainingError: the disk refuses.
+        TrainingError: the disk is full or read-only.
     """
-    tensors = {f"layers/{name}": values for name, values in snapshot.layers.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, values in snapshot.layers.items():
+        tensors[f"layers/{name}"] = values
+    scales: dict[str, list[float]] = {}
     for adapter, layers in snapshot.factors.items():
+        scales[adapter] = []
         for layer in layers:
             tensors[_key(adapter, layer.name, "A")] = layer.A.contiguous()
             tensors[_key(adapter, layer.name, "B")] = layer.B.contiguous()
-    scales: dict[str, list[float]] = {}
-    for adapter, layers in snapshot.factors.items():
-        scales[adapter] = [layer.scale for layer in layers]
+            scales[adapter].append(layer.scale)
     header = {
         "schema_version": SCHEMA_VERSION,
         "step": snapshot.step,
@@ -73,7 +75,7 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
     path = Path(folder) / FOLDER / f"step-{snapshot.step}.safetensors"
     try:
         path.parent.mkdir(exist_ok=True)
-        # One entry: safetensors writes several in an order that changes from file to file.
+        # In one entry, since safetensors writes several in an order that changes from file to file.
         write_bytes(path, save(tensors, {"snapshot": json.dumps(header)}))
     except OSError as error:
         raise TrainingError(
@@ -84,7 +86,7 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
 
 
 def steps(folder: Path) -> dict[int, Path]:
-    """The snapshots in a run folder by step, in order; {} without any."""
+    """The snapshots in a run folder by step, in order."""
     files: dict[int, Path] = {}
     for path in (Path(folder) / FOLDER).glob("step-*.safetensors"):
         match = _NAME.fullmatch(path.name)
@@ -94,7 +96,7 @@ def steps(folder: Path) -> dict[int, Path]:
 
 
 def read(path: Path) -> Snapshot:
-    """One snapshot.
+    """Read one snapshot.
 
     Raises:
         UserError: it is damaged, or another version wrote it.
@@ -104,6 +106,7 @@ def read(path: Path) -> Snapshot:
         safe_open(path, framework="pt") as file,
     ):
         header = json.loads((file.metadata() or {})["snapshot"])
+        # The file is no dictionary: it can't be iterated without `keys`.
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if header["schema_version"] != SCHEMA_VERSION:
             raise UserError(
@@ -129,7 +132,7 @@ def _key(adapter: str, layer: str, side: str) -> str:
 
 
 def truncate(folder: Path, last_step: int) -> None:
-    """Delete the snapshots of steps after ``last_step``, which a resumed run takes anew."""
+    """Delete the snapshots of steps after ``last_step``, which a resumed run repeats."""
     root = Path(folder) / FOLDER
     if not root.is_dir():
         return
@@ -141,9 +144,10 @@ def truncate(folder: Path, last_step: int) -> None:
 
 
 def to_cpu(factors: Sequence[Factors]) -> list[Factors]:
-    """Copies on the CPU in their own precision, torch's DTensors and gradients left behind."""
+    """Copies on the CPU, in the factors' precision and without gradients."""
     copies: list[Factors] = []
     for layer in factors:
-        A, B = layer.A.detach().to("cpu", copy=True), layer.B.detach().to("cpu", copy=True)
+        A = layer.A.detach().to("cpu", copy=True)
+        B = layer.B.detach().to("cpu", copy=True)
         copies.append(layer._replace(A=A, B=B))
     return copies

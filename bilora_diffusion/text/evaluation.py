@@ -1,4 +1,4 @@
-"""Loss, metrics and answers on held-out rows, of the model as it acts in the caller's context."""
+"""Loss, metrics and answers on held-out rows, of the model as it is in the caller's context."""
 
 from __future__ import annotations
 
@@ -21,79 +21,104 @@ from .rows import TextData
 from .tokenizing import generation_prompt
 
 CAUSAL_NEW_TOKENS = 256
+"""Default length of a causal model's answer, in tokens."""
 PREFIX = "heldout_"
+"""Begins the names of figures in the log."""
 
 
 class Evaluation:
-    """Measures a model on the held-out rows of ``data``.
+    """Measures a model on held-out rows.
 
-    Rows go through in order of their length, so that little is padded; the figures do not depend
-    on the batch size beyond rounding.
+    Batches are of rows of about equal length, so that little is padded. The figures depend on the
+    batch size by rounding only.
+
+    Args:
+        cfg: Training configuration.
+        loaded: Model and tokenizer.
+        module: The model with its loss.
+        data: Tokenized rows, with a validation set.
+
+    Attributes:
+        by_row: True if each row's loss is measured, and nothing else.
 
     Raises:
-        UserError: answers may be longer than the model allows.
+        UserError: Answers may be longer than the model allows.
     """
 
     def __init__(
         self, cfg: TextConfig, loaded: TextModel, module: TextModule, data: TextData
     ) -> None:
         assert data.validation is not None
-        self.cfg, self.loaded, self.module, self.data = cfg, loaded, module, data
+        self.cfg = cfg
+        self.loaded = loaded
+        self.module = module
+        self.data = data
         self.rows: Encoded = data.validation
         self.by_row = False
-        self.new_tokens = 0 if loaded.kind == "classification" else _new_tokens(cfg, loaded)
+        self.new_tokens = 0
+        if loaded.kind != "classification":
+            self.new_tokens = _max_new_tokens(cfg, loaded)
 
     def measure(self) -> dict[str, float]:
-        """``heldout_loss``: the mean over all target tokens; a classifier's metrics; and
-        ``train_grid_loss``, the same on the first ``eval_train_samples`` training rows; or, where
-        it measures ``by_row``, each row's part (`loss_by_part`).
+        """Measure losses, and a classifier's metrics.
+
+        Returns:
+            "heldout_loss", the mean over all target tokens; a classifier's metrics; and
+            "train_grid_loss", the same loss on the first `eval_train_samples` training rows. With
+            `by_row` instead of these two the parts of the loss (`loss_by_part`).
         """
         losses, classes = self._measure(self.rows, len(self.rows))
         total = sum(self.rows.target_tokens)
         figures = {PREFIX + "loss": sum(losses) / total}
         if self.by_row:
             return figures | loss_by_part(losses, total)
-        if classes:
+        if self.loaded.kind == "classification":
             words = self.data.rows.label_words
-            figures |= self._scores([words[classes[i]] for i in range(len(self.rows))])
+            figures |= self._scores([words[number] for number in classes])
         if self.cfg.eval_train_samples:
-            count = min(len(self.data.train), self.cfg.eval_train_samples)
-            losses, _ = self._measure(self.data.train, count)
-            figures["train_grid_loss"] = sum(losses) / sum(self.data.train.target_tokens[:count])
+            train = self.data.train
+            count = min(len(train), self.cfg.eval_train_samples)
+            losses, _ = self._measure(train, count)
+            figures["train_grid_loss"] = sum(losses) / sum(train.target_tokens[:count])
         return figures
 
-    def _measure(self, rows: Encoded, count: int) -> tuple[list[float], dict[int, int]]:
-        """The summed losses of the first ``count`` rows, and a classifier's choices."""
-        sums, classes, kind = [0.0] * count, dict[int, int](), self.loaded.kind
+    def _measure(self, rows: Encoded, count: int) -> tuple[list[float], list[int]]:
+        """Summed loss of each of the first rows, and the class that a classifier gives it."""
+        sums = [0.0] * count
+        classes = [0] * count
+        kind, pad_token_id = self.loaded.kind, self.loaded.tokenizer.pad_token_id
         with inference(self.module):
             for numbers in self.batches(rows.lengths[:count]):
-                batch = collate(
-                    [rows.row(i) for i in numbers], kind, self.loaded.tokenizer.pad_token_id
-                )
+                batch = collate([rows.row(number) for number in numbers], kind, pad_token_id)
                 inputs: Any = send_to_device(batch, self.loaded.model.device)
                 logits = self.module.logits(inputs)
                 losses = self.module.losses(logits, inputs["labels"]).double().tolist()
                 for number, loss in zip(numbers, losses, strict=True):
                     sums[number] = loss
                 if kind == "classification":
-                    classes.update(zip(numbers, logits.argmax(-1).tolist(), strict=True))
+                    best_classes = logits.argmax(-1).tolist()  # (rows, classes) -> (rows,)
+                    for number, class_number in zip(numbers, best_classes, strict=True):
+                        classes[number] = class_number
         return sums, classes
 
     def answer(self, folder: Path) -> dict[str, float]:
-        """Let the model answer, greedily; write ``predictions.jsonl``; return metrics."""
-        limit = self.cfg.max_predictions
-        count = len(self.rows) if limit is None else min(len(self.rows), limit)
+        """Let the model answer greedily, write ``predictions.jsonl`` and return metrics."""
+        count = len(self.rows)
+        if self.cfg.max_predictions is not None:
+            count = min(count, self.cfg.max_predictions)
         if not count or self.loaded.kind == "classification":
             return {}
-        prompts = [self._prompt(i) for i in range(count)]
-        text_by_row: dict[int, str] = {}
+        prompts = [self._prompt(number) for number in range(count)]
+        answers = [""] * count
         with inference(self.module):
             for numbers in self.batches([len(prompt) for prompt in prompts]):
-                texts = generate(self.loaded, [prompts[i] for i in numbers], self.new_tokens)
-                text_by_row.update(zip(numbers, texts, strict=True))
-        answers, lines = [text_by_row[i] for i in range(count)], []
-        for i, answer in enumerate(answers):
-            example = self.rows.example(i)
+                batch_prompts = [prompts[number] for number in numbers]
+                texts = generate(self.loaded, batch_prompts, self.new_tokens)
+                for number, text in zip(numbers, texts, strict=True):
+                    answers[number] = text
+        lines = []
+        for number, answer in enumerate(answers):
+            example = self.rows.example(number)
             line = {"prompt": example.question, "prediction": answer, "reference": example.answer}
             lines.append(json.dumps(line, ensure_ascii=False))
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,55 +128,67 @@ class Evaluation:
     def _scores(self, predictions: Sequence[str]) -> dict[str, float]:
         """Metrics of the answers to the first rows."""
         rows = self.data.rows
-        figures = score(
-            rows.metrics,
-            predictions,
-            [self.rows.example(i).answer for i in range(len(predictions))],
-            labels=rows.label_words,
-            answer_marker=rows.answer_marker,
-        )
+        references = [self.rows.example(number).answer for number in range(len(predictions))]
+        figures = score(rows.metrics, predictions, references, rows.label_words, rows.answer_marker)
         return {PREFIX + name: value for name, value in figures.items()}
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Numbers of rows of about the same length, the longest first."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
         for start in range(0, len(order), self.cfg.eval_batch_size):
             yield order[start : start + self.cfg.eval_batch_size]
 
     def _prompt(self, number: int) -> list[int]:
+        """Tokens from which the model generates the answer of a row."""
         if self.loaded.kind == "seq2seq":
             return self.rows.row(number)["input_ids"]
-        example, limit = self.rows.example(number), self.loaded.max_tokens
-        room = None if limit is None else limit - self.new_tokens
+        room = None
+        if self.loaded.max_tokens is not None:
+            room = self.loaded.max_tokens - self.new_tokens
+        example = self.rows.example(number)
         return generation_prompt(example, self.loaded.tokenizer, self.cfg.template, room)
 
 
 def generate(
     loaded: TextModel, prompts: Sequence[Sequence[int]], new_tokens: int, **sampling: Any
 ) -> list[str]:
-    """A model's answers to prompts in tokens; ``sampling`` as Transformers' `generate` takes it."""
-    tokenizer, causal = loaded.tokenizer, loaded.kind == "causal"
-    side = "left" if causal else "right"  # so that all answers start at one place
+    """Generate a model's answers to prompts, greedily unless `sampling` says otherwise.
+
+    Args:
+        loaded: Model and tokenizer.
+        prompts: Token numbers.
+        new_tokens: Tokens of an answer at most.
+        sampling: Arguments of Transformers' `generate`.
+    """
+    tokenizer = loaded.tokenizer
+    is_causal = loaded.kind == "causal"
+    # A causal model goes on at the end of the row, so that its padding comes first.
+    side = "left" if is_causal else "right"
+    masks = [[1] * len(prompt) for prompt in prompts]
     inputs = {
         "input_ids": padded(prompts, tokenizer.pad_token_id, side),
-        "attention_mask": padded([[1] * len(prompt) for prompt in prompts], 0, side),
+        "attention_mask": padded(masks, 0, side),
     }
     model: Any = loaded.model
+    options = {"do_sample": False, **sampling}
     tokens = model.generate(
         **send_to_device(inputs, model.device),
         max_new_tokens=new_tokens,
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id,
-        **{"do_sample": False, **sampling},
+        **options,
     )
-    if causal:
+    if is_causal:
+        # It returns the prompts too.
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
-def _new_tokens(cfg: TextConfig, loaded: TextModel) -> int:
-    """Most tokens of a generated answer, of which the model must have more positions."""
-    new_tokens, limit = cfg.generation_max_new_tokens, loaded.max_tokens
+def _max_new_tokens(cfg: TextConfig, loaded: TextModel) -> int:
+    """Tokens of a generated answer at most; the model must have positions for more."""
+    new_tokens = cfg.generation_max_new_tokens
+    limit = loaded.max_tokens
     if new_tokens is None and loaded.kind == "seq2seq":
         return cfg.max_target_length
     if new_tokens is None:

@@ -1,4 +1,4 @@
-"""One question with its answer, before tokenization, and the files that hold such."""
+"""Questions with their answers, before tokenization, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -19,29 +19,44 @@ from ..core.files import (
 
 CONVERSATION = "messages"
 INPUTS = ("input", "prompt", "question", "instruction", "text", "sentence")
+"""Usual columns of inputs: the first one that a file has is read."""
 TARGETS = ("target", "answer", "output", "response", "label", "completion")
+"""Usual columns of answers."""
 INSTRUCTION = "instruction"
 CONTEXTS = ("input", "context")
-"""Alpaca's and Dolly's columns of what an instruction is about."""
+"""Columns of the text that an instruction is about, in Alpaca's and in Dolly's rows."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A model's input and the answer that it should give."""
+    """A model's input and the answer that it should give.
+
+    Checkpoints hold hashes of its `repr`, so the names and the order of its fields stay.
+
+    Attributes:
+        prompt: The input; of a classifier the first sentence.
+        answer: The answer.
+        label: Class number where there are classes.
+        pair: Second sentence of a classifier.
+        turns: (role, content) of a conversation of more than one question and its answer.
+        input: Text that the prompt is about, where a set has a column for it as Alpaca's has.
+        where: Name of the row in messages.
+    """
 
     prompt: str
     answer: str
-    label: int | None = None  # the class number where there are classes
-    pair: str | None = None  # the second sentence, for a classifier
-    # (role, content) of a conversation that is more than one question and its answer.
+    label: int | None = None
+    pair: str | None = None
     turns: tuple[tuple[str, str], ...] = ()
-    input: str = ""  # what the prompt is about, where a set keeps the two apart as Alpaca's does
-    where: str = field(default="the row", compare=False, repr=False)  # its name in messages
+    input: str = ""
+    where: str = field(default="the row", compare=False, repr=False)
 
     @property
     def question(self) -> str:
         """The prompt, and its input after a blank line."""
-        return f"{self.prompt}\n\n{self.input}" if self.input.strip() else self.prompt
+        if not self.input.strip():
+            return self.prompt
+        return f"{self.prompt}\n\n{self.input}"
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation up to the assistant's last turn, as chat templates take it."""
@@ -50,90 +65,114 @@ class Example:
 
 
 def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
-    """The example of a conversation, (role, content) in order, without what follows the assistant's
-    last turn.
+    """Make an example of a conversation, without the turns after the assistant's last one.
+
+    Args:
+        turns: (role, content), in order.
+        where: Name of the row in messages.
 
     Raises:
-        UserError: no turn of the assistant, or nothing before it.
+        UserError: The assistant has no turn, or none before its turn.
     """
-    answers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
-    if not answers or answers[-1] == 0:
+    answer_numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+    if not answer_numbers or answer_numbers[-1] == 0:
         raise UserError(
             f"{where} has no turn of the assistant that answers one before it: give roles"
             ' "user" and "assistant", in turn.'
         )
-    dialogue = tuple(turns[: answers[-1] + 1])
-    plain = len(dialogue) == 2 and dialogue[0][0] == "user"
-    return Example(dialogue[-2][1], dialogue[-1][1], turns=() if plain else dialogue, where=where)
+    dialogue = tuple(turns[: answer_numbers[-1] + 1])
+    _, question = dialogue[-2]
+    _, answer = dialogue[-1]
+    is_plain = len(dialogue) == 2 and dialogue[0][0] == "user"
+    return Example(question, answer, turns=() if is_plain else dialogue, where=where)
 
 
 def open_file(
     path: Path, input_column: str | None = None, target_column: str | None = None
 ) -> list[Example]:
-    """The examples of a file that ``files.read_rows`` reads.
+    """Read the examples of a file of rows (`files.read_rows`).
 
     Args:
-        input_column: the column of what goes in, or of conversations: lists of objects with "role"
-            and "content". None or "auto": "messages", else the first of ``INPUTS`` that the file
-            has; a file with "instruction" and "input" or "context" gives both, and the second may
-            be missing, null or blank.
-        target_column: the column of answers; None or "auto": the first of ``TARGETS``. Not needed
-            for conversations.
+        path: File.
+        input_column: Column of inputs, or of conversations: lists of objects with "role" and
+            "content". None or "auto": "messages", else the first of `INPUTS` that the file has; of
+            a file with "instruction" and "input" or "context" both, of which the second may be
+            missing, null or blank in a row.
+        target_column: Column of answers; None or "auto": the first of `TARGETS`. Conversations need
+            none.
 
     Raises:
-        UserError: it can't be read, has no rows, a column is missing, or a row is of another kind.
+        UserError: The file can't be read, has no rows, lacks a column, or has a row of another
+            kind.
     """
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{path.name} has no rows: give a file that has some.")
-    columns = list(dict.fromkeys(column for _, row in rows for column in row))
-    usual, context = (CONVERSATION, *INPUTS), ""
+    names: dict[str, None] = {}  # in the order in which they come
+    for _, row in rows:
+        names |= dict.fromkeys(row)
+    columns = list(names)
+    usual_columns, context = (CONVERSATION, *INPUTS), ""
     if input_column in (None, "auto") and INSTRUCTION in columns and CONVERSATION not in columns:
         context = next((name for name in CONTEXTS if name in columns), "")
-        usual = (INSTRUCTION,) if context else usual
-    column = _column(path, columns, input_column, usual, "--input_column")
+        if context:
+            usual_columns = (INSTRUCTION,)
+    column = _column(path, columns, input_column, usual_columns, "--input_column")
+    # One conversation among the rows makes all of them conversations.
     if any(isinstance(row.get(column), list) for _, row in rows):
         return [from_turns(_turns(row, column, where), where) for where, row in rows]
     target = _column(path, columns, target_column, TARGETS, "--target_column")
     fix = f"correct the row, or name another column of {listed(columns)}"
-    return [
-        Example(
-            text_of(row, column, where, fix),
-            text_of(row, target, where, fix, numbers=True),
-            input="" if row.get(context) is None else text_of(row, context, where, fix),
-            where=where,
-        )
-        for where, row in rows
-    ]
+    examples = []
+    for where, row in rows:
+        prompt = text_of(row, column, where, fix)
+        answer = text_of(row, target, where, fix, accepts_numbers=True)
+        text = ""
+        if row.get(context) is not None:
+            text = text_of(row, context, where, fix)
+        examples.append(Example(prompt, answer, input=text, where=where))
+    return examples
 
 
 def _column(
-    path: Path, columns: Sequence[str], column_name: str | None, usual: Sequence[str], option: str
+    path: Path,
+    columns: Sequence[str],
+    column_name: str | None,
+    usual_columns: Sequence[str],
+    option: str,
 ) -> str:
+    """The column of an option, or the first usual one that a file has."""
     if column_name is not None and column_name != "auto":
         require_column(column_name, columns, option, path.name)
         return column_name
-    column = next((name for name in usual if name in columns), None)
-    if column is None:
-        raise UserError(
-            f"{path.name} has no column named {', '.join(usual[:-1])} or {usual[-1]}: set {option}"
-            f" to one of its columns ({listed(columns)})."
-        )
-    return column
+    for name in usual_columns:
+        if name in columns:
+            return name
+    raise UserError(
+        f"{path.name} has no column named {', '.join(usual_columns[:-1])} or {usual_columns[-1]}:"
+        f" set {option} to one of its columns ({listed(columns)})."
+    )
 
 
 def text_of(
-    row: Mapping[str, Any], column: str, where: str, fix: str, numbers: bool = False
+    row: Mapping[str, Any], column: str, where: str, fix: str, accepts_numbers: bool = False
 ) -> str:
-    """The text in a column; with ``numbers`` a whole number, or true and false, counts as text.
+    """Read the text in a column.
+
+    Args:
+        row: Columns and their values.
+        column: Name of the column.
+        where: Name of the row in messages.
+        fix: End of the messages, without a period.
+        accepts_numbers: True if whole numbers, true and false count as text.
 
     Raises:
-        UserError: the column is missing or something else; it ends with ``fix``.
+        UserError: The column is missing or holds something else.
     """
     if column not in row:
         raise UserError(f'{where} has no "{column}", only {listed(list(row))}: {fix}.')
     value = row[column]
-    if numbers and isinstance(value, int):
+    if accepts_numbers and isinstance(value, int):
         return str(value)
     if not isinstance(value, str):
         raise UserError(f'"{column}" of {where} is {kind_of(value)}, not text: {fix}.')
@@ -141,6 +180,7 @@ def text_of(
 
 
 def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, str]]:
+    """(role, content) of the turns of a conversation in a column."""
     turns = row.get(column)
     if not isinstance(turns, list) or not turns:
         raise UserError(
@@ -149,27 +189,31 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[tuple[str, s
         )
     pairs = []
     for number, turn in enumerate(turns, start=1):
-        place = f"turn {number} of {where}"
-        parts = [turn.get(key) for key in ("role", "content")] if isinstance(turn, dict) else []
-        if not parts or not all(isinstance(part, str) for part in parts):
-            raise UserError(f'{place} has no "role" and "content" that are text: correct it.')
-        role, content = map(str, parts)
+        role = content = None
+        if isinstance(turn, dict):
+            role = turn.get("role")
+            content = turn.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(
+                f'turn {number} of {where} has no "role" and "content" that are text: correct it.'
+            )
         pairs.append((role, content))
     return pairs
 
 
 def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:
-    """The different answers, sorted (numbers by value): the classes of a file that names none."""
-    words = {example.answer for example in examples}
-    numeric = all(re.fullmatch(r"-?\d{1,18}", word) for word in words)
-    return tuple(sorted(words, key=(lambda word: (int(word), word)) if numeric else None))
+    """The different answers, sorted, numbers by value: the classes of a file that names none."""
+    words = sorted({example.answer for example in examples})
+    if all(re.fullmatch(r"-?\d{1,18}", word) for word in words):
+        words.sort(key=int)
+    return tuple(words)
 
 
 def with_labels(examples: Sequence[Example], words: Sequence[str]) -> list[Example]:
-    """The examples with class numbers: the place of each answer among the label words.
+    """Add class numbers to examples: the place of each answer among the label words.
 
     Raises:
-        UserError: an answer is not a label word; it names the row.
+        UserError: An answer is not a label word; the sentence names its row.
     """
     numbers = {word: number for number, word in enumerate(words)}
     for example in examples:

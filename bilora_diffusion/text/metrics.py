@@ -11,7 +11,12 @@ from typing import Any
 from ..core.errors import UserError
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+"""A number such as -1,000.5 or 1e3."""
+SIGNS_AROUND_NUMBER = re.compile(r"[\s$€£%.,]")
 MOST_DIGITS = 1000
+"""Digits up to which a number is written out; that of a huge exponent would fill the memory."""
+Metric = Callable[[list[str], list[str], Sequence[str], str | None], float]
+"""A score from answers, references, label words and the marker of an answer."""
 
 
 def score(
@@ -21,43 +26,48 @@ def score(
     labels: Sequence[str] = (),
     answer_marker: str | None = None,
 ) -> dict[str, float]:
-    """Metrics of predicted answers; white space around them does not count.
+    """Score predicted answers; white space around them does not count.
 
     Args:
-        metrics: some of ``METRICS``.
-        predictions: what the model answered; an answer that is no label word is a wrong class.
-        references: what it should have answered.
-        labels: the label words, by class number; of two, the last is F1's positive one.
-        answer_marker: what stands before the answer proper, for "answer_match".
+        metrics: Some of `METRICS`.
+        predictions: Answers of the model; an answer that is no label word is a wrong class.
+        references: Right answers.
+        labels: Label words by class number; of two, the last is F1's positive class.
+        answer_marker: Text that stands before the answer proper, for "answer_match".
 
     Raises:
         UserError: scikit-learn is missing, or a reference has no marker.
     """
-    answers, right = ([text.strip() for text in texts] for texts in (predictions, references))
-    return {name: float(METRICS[name](answers, right, labels, answer_marker)) for name in metrics}
+    answers = [text.strip() for text in predictions]
+    right_answers = [text.strip() for text in references]
+    scores = {}
+    for name in metrics:
+        scores[name] = float(METRICS[name](answers, right_answers, labels, answer_marker))
+    return scores
 
 
 def answer_after(text: str, marker: str | None) -> str | None:
-    """The answer proper: the line after the first ``marker`` (None without one), a number in it
-    without its dress.
+    """The answer proper: the line after the first marker, or a lone number in it in plain digits.
 
-    So "#### 1,000", "####1000.0" and "#### $1000." are the same answer. Where several numbers or
-    words stand there, the whole line counts. Text after that line is what a model that does not
-    stop goes on with.
+    So "#### 1,000", "####1000.0" and "#### $1000." are the same answer. A line with several numbers
+    or with words counts as it is. Later lines come from a model that does not stop.
+
+    Returns:
+        The answer; None where the text lacks the marker.
     """
     if marker:
-        _, mark, text = text.partition(marker.strip())
-        if not mark:
+        _, separator, text = text.partition(marker.strip())
+        if not separator:
             return None
     lines = text.strip().splitlines()
     line = lines[0].strip() if lines else ""
     numbers = NUMBER.findall(line)
-    words = re.sub(r"[\s$€£%.,]", "", NUMBER.sub("", line))
+    words = SIGNS_AROUND_NUMBER.sub("", NUMBER.sub("", line))
     if len(numbers) == 1 and not words:
-        with suppress(ArithmeticError):  # an exponent beyond all range: the line as it stands
+        with suppress(ArithmeticError):  # of an exponent that Decimal can't hold
             value = Decimal(numbers[0].replace(",", "")).normalize()
             if abs(value.adjusted()) < MOST_DIGITS:
-                return f"{value + 0:f}"  # no exponent, and no negative zero
+                return f"{value + 0:f}"  # "+ 0" makes a negative zero positive
     return line.rstrip(".")
 
 
@@ -72,39 +82,45 @@ def _sklearn() -> Any:
     return sklearn.metrics
 
 
-def _equal(predictions: list[Any], right: list[Any], *_: Any) -> float:
-    """Share of equal answers."""
-    return sum(a == b for a, b in zip(predictions, right, strict=True)) / len(right)
+def _share_of_equal(answers: list[Any], references: list[Any], *_: Any) -> float:
+    pairs = zip(answers, references, strict=True)
+    return sum(answer == reference for answer, reference in pairs) / len(references)
 
 
-def _f1(predictions: list[str], right: list[str], labels: Sequence[str], *_: Any) -> float:
+def _matthews_correlation(answers: list[str], references: list[str], *_: Any) -> float:
+    return _sklearn().matthews_corrcoef(references, answers)
+
+
+def _f1(answers: list[str], references: list[str], labels: Sequence[str], *_: Any) -> float:
     """F1 of the last of two classes, else the mean over the classes."""
-    words = list(labels) or sorted(set(right))
-    averaged = words[-1:] if len(words) == 2 else words
+    averaged_labels = list(labels) or sorted(set(references))
+    if len(averaged_labels) == 2:
+        averaged_labels = averaged_labels[-1:]
     return _sklearn().f1_score(
-        right, predictions, labels=averaged, average="macro", zero_division=0
+        references, answers, labels=averaged_labels, average="macro", zero_division=0
     )
 
 
 def _answer_match(
-    predictions: list[str], right: list[str], labels: Sequence[str], marker: str | None
+    answers: list[str], references: list[str], labels: Sequence[str], marker: str | None
 ) -> float:
-    answers = [answer_after(text, marker) for text in right]
-    if None in answers:
-        text = right[answers.index(None)]
-        raise UserError(
-            f'the reference "{text[-60:]}" has no "{marker}", after which its answer should stand:'
-            " correct it, or use another metric."
-        )
-    return _equal([answer_after(text, marker) for text in predictions], answers)
+    """Share of equal answers proper."""
+    right_answers = []
+    for reference in references:
+        right_answer = answer_after(reference, marker)
+        if right_answer is None:
+            raise UserError(
+                f'the reference "{reference[-60:]}" has no "{marker}", after which its answer'
+                " should stand: correct it, or use another metric."
+            )
+        right_answers.append(right_answer)
+    return _share_of_equal([answer_after(answer, marker) for answer in answers], right_answers)
 
 
-METRICS: dict[str, Callable[[list[str], list[str], Sequence[str], str | None], float]] = {
-    "accuracy": _equal,
-    "matthews_correlation": lambda predictions, right, *_: _sklearn().matthews_corrcoef(
-        right, predictions
-    ),
+METRICS: dict[str, Metric] = {
+    "accuracy": _share_of_equal,
+    "matthews_correlation": _matthews_correlation,
     "f1": _f1,
-    "exact_match": _equal,
+    "exact_match": _share_of_equal,
     "answer_match": _answer_match,
 }

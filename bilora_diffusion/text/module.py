@@ -15,75 +15,86 @@ from .tokenizing import IGNORED
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """Numbers of different counts as one table, (rows, width) int64."""
+    """Rows of numbers as one tensor, padded with a value, (rows, length of the longest) int64."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 def collate(rows: Sequence[Mapping[str, Any]], kind: str, pad_token_id: int) -> dict[str, Tensor]:
-    """A batch, padded on the right to its longest row.
+    """Make a batch, padded on the right to its longest row.
 
-    Not a collator of Transformers: those pad on the side that the tokenizer generates from.
+    The collators of Transformers do not serve: they pad on the side that the tokenizer generates
+    from.
 
     Returns:
-        ``input_ids`` (batch, width) int64; ``labels``, -100 where there is no loss: (batch, target
-        width), or (batch,) for a classifier; ``attention_mask``: 1 for tokens and 0 for padding,
-        (batch, width). ``token_type_ids`` where the tokenizer makes them. A packed batch has
-        ``position_ids`` (batch, width) instead of a mask: where they begin anew, padding at each
-        token, Transformers masks what lies before, as long as there is neither mask nor cache.
+        "input_ids", (rows, width) int64; "labels", -100 where there is no loss, (rows, target
+        width), or (rows,) for a classifier; "attention_mask", 1 for tokens and 0 for padding,
+        (rows, width); "token_type_ids" where the tokenizer makes them. A packed batch has
+        "position_ids", (rows, width), instead of a mask: without mask and cache Transformers masks
+        all tokens before the place where positions begin at 0. Padding begins there at each token.
     """
-    fill = {"input_ids": pad_token_id, "labels": IGNORED}
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    classes = {"labels": torch.tensor(columns.pop("labels"))} if kind == "classification" else {}
-    batch = {name: padded(values, fill.get(name, 0)) for name, values in columns.items()} | classes
+    fill_values = {"input_ids": pad_token_id, "labels": IGNORED}
+    batch = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name == "labels" and kind == "classification":
+            batch[name] = torch.tensor(values)
+        else:
+            batch[name] = padded(values, fill_values.get(name, 0))
     if "position_ids" not in batch:
-        batch["attention_mask"] = padded([[1] * len(ids) for ids in columns["input_ids"]], 0)
+        masks = [[1] * len(row["input_ids"]) for row in rows]
+        batch["attention_mask"] = padded(masks, 0)
     return batch
 
 
 class TextModule(nn.Module):
     """The trained model and its loss.
 
-    ``forward`` takes a micro-batch's inputs: what ``collate`` gives, and ``weights`` (slots,). It
-    returns one loss per slot, the sum over its target tokens times its weight, in float32. With
-    weight (slots of the step) / (target tokens of the step), the mean over all slots of a step is
-    the mean over all its tokens, as in Transformers' Trainer, however the step is cut and shared.
+    `forward` takes the inputs of a micro-batch: those of `collate`, and "weights", (slots,). It
+    returns one loss for each slot, the sum over its target tokens times its weight, in float32.
+    With weight (slots of the step) / (target tokens of the step), the mean over all slots of a step
+    is the mean over all its tokens, as in Transformers' Trainer, however the step is cut into
+    micro-batches.
     """
 
     def __init__(self, model: nn.Module, kind: str) -> None:
         super().__init__()
-        self.model, self.kind = model, kind
+        self.model = model
+        self.kind = kind
 
     def forward(self, inputs: dict[str, Any]) -> Tensor:
-        """One weighted loss per slot, (slots,)."""
-        return self.losses(self.logits(inputs), inputs["labels"]) * inputs["weights"]
+        """Weighted loss of each slot, (slots,)."""
+        losses = self.losses(self.logits(inputs), inputs["labels"])
+        return losses * inputs["weights"]
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The sum of the losses of each row's target tokens, (slots,), in float32."""
         if self.kind == "classification":
             return F.cross_entropy(logits.float(), labels, reduction="none")
         if self.kind == "causal":
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        targets = labels != IGNORED
+            # Logits at a token predict the next one.
+            logits = logits[:, :-1]
+            labels = labels[:, 1:]
+        is_target = labels != IGNORED  # (slots, tokens)
         # Only where there is a loss: a vocabulary in fp32 for every padded token takes gigabytes.
-        losses = F.cross_entropy(logits[targets].float(), labels[targets], reduction="none")
-        rows = targets.nonzero()[:, 0]
+        losses = F.cross_entropy(logits[is_target].float(), labels[is_target], reduction="none")
+        rows = is_target.nonzero()[:, 0]  # row of each loss
         return losses.new_zeros(len(labels)).index_add(0, rows, losses)
 
     def logits(self, inputs: dict[str, Any]) -> Tensor:
-        """(slots, tokens, vocabulary), or (slots, classes) of a classifier."""
+        """Logits, (slots, tokens, vocabulary), or (slots, classes) of a classifier."""
         model: Any = self.model
-        model_inputs = {k: v for k, v in inputs.items() if k not in ("labels", "weights")}
+        model_inputs = dict(inputs)
+        model_inputs.pop("weights", None)
+        labels = model_inputs.pop("labels", None)
         if self.kind == "seq2seq":
-            labels = inputs["labels"]
-            model_inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(
-                labels=labels
-            )
+            decoder_ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
+            model_inputs["decoder_input_ids"] = decoder_ids
         if self.kind != "classification":
             model_inputs["use_cache"] = False
             return model(**model_inputs).logits
-        dtype = precision(self.model)  # its head is in fp32, whatever the layers before it are in
-        with torch.autocast(
-            model_inputs["input_ids"].device.type, dtype, enabled=dtype != torch.float32
-        ):
+        # The head of a classifier is in fp32, whatever the layers before it are in.
+        dtype = precision(self.model)
+        device_type = model_inputs["input_ids"].device.type
+        with torch.autocast(device_type, dtype, enabled=dtype != torch.float32):
             return model(**model_inputs).logits

@@ -12,13 +12,15 @@ from ..config.options import (
     OutputOptions,
     StepOptions,
 )
-from ..core.choices import ALL_LINEAR, KINDS, TEMPLATES
 from ..core.fields import IgnoredCase, like, option
 from ..core.values import (
+    ALL_LINEAR,
     BATCHES,
+    KINDS,
     ROWS,
     SHARES,
     STEPS,
+    TEMPLATES,
     TOKENS,
     WORKERS,
 )
@@ -45,8 +47,8 @@ class TextModelOptions:
     )
     task_type: str = option(
         "auto",
-        "What the model is: seq2seq (T5), causal (Llama), classification (BERT), or auto: what its"
-        " configuration says.",
+        "Kind of the model: seq2seq (T5), causal (Llama), classification (BERT), or auto: that of"
+        " its configuration.",
         choices=("auto", *KINDS),
     )
     tokenizer_name: str | None = option(None, "Another tokenizer than the model's own.", place=True)
@@ -96,13 +98,13 @@ class TextDataOptions:
     )
     max_length: int = option(
         256,
-        "Tokens of an input; for a causal model of prompt and answer. What is longer is cut.",
+        "Tokens of an input; of a causal model those of prompt and answer. Longer ones are cut.",
         aliases=("--max_seq_length", "--max_source_length"),
         range=TOKENS,
     )
     max_target_length: int = option(64, "Tokens of a seq2seq model's answer.", range=TOKENS)
     max_train_samples: int | None = option(
-        None, "Use only so many training rows, drawn by seed 0.", range=ROWS
+        None, "Use only so many training rows, chosen by seed 0.", range=ROWS
     )
     max_eval_samples: int | None = option(
         None,
@@ -113,17 +115,15 @@ class TextDataOptions:
     )
     packing: bool = option(
         False,
-        "Put several rows of a causal model into one, up to --max_length; none sees the others.",
+        "Put several rows of a causal model into one, up to --max_length; no row sees the others.",
     )
     group_by_length: bool = option(
-        False, "Draw batches of rows of like lengths, which need less padding."
+        False, "Make batches of rows of similar length, which need less padding."
     )
     preprocessing_num_workers: int | None = option(
         None, "Processes that tokenize.", range=WORKERS, free=True
     )
-    overwrite_cache: bool = option(
-        False, "Tokenize anew instead of taking what is cached.", free=True
-    )
+    overwrite_cache: bool = option(False, "Tokenize again instead of reading the cache.", free=True)
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class EvaluationOptions:
         ignored=(WITHOUT_ROWS,),
     )
     eval_on_start: bool = option(
-        False, "Let the untrained model answer them, too.", ignored=(WITHOUT_ROWS,)
+        False, "Let the untrained model answer them too.", ignored=(WITHOUT_ROWS,)
     )
     max_predictions: int | None = option(
         None,

@@ -1,4 +1,4 @@
-"""From a task's name or files to examples, and on to the tokenized rows that a run is about."""
+"""Rows of a run: from a task's name or files to examples, and on to tokenized rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from ..core.errors import UserError, translated
 from ..core.seeds import digest_texts, generator, seed_of
-from ..run.heldout_part import chosen
+from ..run.data import samples_of_part
 from . import catalog
 from .catalog import OTHER_SET, CatalogTask, packaged_rows
 from .config import TextConfig
@@ -18,21 +20,30 @@ from .encode import Encoded, encode, pack, require_packable
 from .examples import Example, label_words_of, open_file, with_labels
 from .models import TextModel
 
-DRAW = 0
-"""Seed of what is drawn from a set that is used in part: the same rows for every run's seed."""
+SUBSET_SEED = 0
+"""Seed of the rows that are taken of a large set: the same rows whatever the run's seed is."""
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples before tokenization, and how their answers are scored (``metrics.score``)."""
+    """Examples before tokenization, and how their answers are scored.
 
-    name: str  # what the training set is called in messages
+    Attributes:
+        name: Name of the training set in messages.
+        train: Examples to learn from.
+        validation: Held-out examples, if there are any.
+        metrics: Names of `metrics.METRICS`.
+        label_words: Answers by class number; () for free text.
+        answer_marker: Text that stands before the answer proper.
+    """
+
+    name: str
     train: list[Example]
     validation: list[Example] | None
     metrics: tuple[str, ...]
-    label_words: tuple[str, ...] = ()  # the answers that there are; empty for free text
+    label_words: tuple[str, ...] = ()
     answer_marker: str | None = None
 
 
@@ -46,25 +57,28 @@ class TextData:
 
 
 def open_rows(cfg: TextConfig) -> Rows:
-    """The examples that a configuration names; ``cfg.task_type`` is decided.
+    """Read the examples that a resolved configuration names.
 
     Raises:
-        UserError: they can't be found or read, or don't suit the kind of model.
+        UserError: They can't be found or read, or don't suit the kind of model.
     """
     rows = _task_rows(cfg) if cfg.task else _file_rows(cfg)
-    validation = rows.validation and subset(rows.validation, cfg.max_eval_samples, "validation")
-    if validation:
-        names = [
-            digest_texts([row.prompt, row.input, row.pair or "", row.answer]) for row in validation
-        ]
-        label = f"the held-out rows of {rows.name}"
-        validation = [validation[i] for i in chosen(cfg.validation_part, names, label)]
-    return replace(
-        rows, train=subset(rows.train, cfg.max_train_samples, "train"), validation=validation
-    )
+    train = subset(rows.train, cfg.max_train_samples, "train")
+    validation = None
+    if rows.validation:
+        examples = subset(rows.validation, cfg.max_eval_samples, "validation")
+        # Rows are dealt into parts by their texts, so that each stays in its part.
+        hashes = []
+        for example in examples:
+            texts = [example.prompt, example.input, example.pair or "", example.answer]
+            hashes.append(digest_texts(texts))
+        numbers = samples_of_part(cfg.validation_part, hashes, f"the held-out rows of {rows.name}")
+        validation = [examples[number] for number in numbers]
+    return replace(rows, train=train, validation=validation)
 
 
 def _task_rows(cfg: TextConfig) -> Rows:
+    """The rows of ``--task``."""
     task = catalog.get(str(cfg.task))
     if cfg.task_type == "classification" and not task.label_words:
         raise UserError(
@@ -78,68 +92,93 @@ def _task_rows(cfg: TextConfig) -> Rows:
 
 
 def _file_rows(cfg: TextConfig) -> Rows:
-    files = [Path(file).expanduser() for file in (cfg.train_file, cfg.validation_file) if file]
-    sets = [open_file(file, cfg.input_column, cfg.target_column) for file in files]
-    name, metrics, words = files[0].name, ("exact_match",), ()
-    if cfg.task_type == "classification":
-        metrics, words = ("accuracy", "f1"), label_words_of(sets[0])
-        if len(words) < 2:
-            raise UserError(
-                f'{name} has only the label "{"".join(words)}", and a classifier needs two: correct'
-                " --target_column or the file."
-            )
-        sets = [with_labels(examples, words) for examples in sets]
-    return Rows(name, sets[0], sets[1] if len(sets) > 1 else None, metrics, words)
+    """The rows of ``--train_file`` and ``--validation_file``."""
+    train_file = Path(str(cfg.train_file)).expanduser()
+    train = open_file(train_file, cfg.input_column, cfg.target_column)
+    validation = None
+    if cfg.validation_file:
+        validation_file = Path(cfg.validation_file).expanduser()
+        validation = open_file(validation_file, cfg.input_column, cfg.target_column)
+    if cfg.task_type != "classification":
+        return Rows(train_file.name, train, validation, metrics=("exact_match",))
+
+    words = label_words_of(train)
+    if len(words) < 2:
+        raise UserError(
+            f'{train_file.name} has only the label "{"".join(words)}", and a classifier needs two:'
+            " correct --target_column or the file."
+        )
+    train = with_labels(train, words)
+    if validation is not None:
+        validation = with_labels(validation, words)
+    return Rows(train_file.name, train, validation, metrics=("accuracy", "f1"), label_words=words)
 
 
 def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
-    """``size`` of the values, drawn by their purpose and in their own order; or all of them."""
+    """Choose values at random, in their order.
+
+    Args:
+        values: Values to choose from.
+        size: Number of values; None for all of them.
+        purpose: Makes the choice another one for another set.
+    """
     if size is None or size >= len(values):
         return list(values)
-    import torch
-
-    order = torch.randperm(len(values), generator=generator(seed_of(DRAW, purpose), "subset"))
-    return [values[i] for i in sorted(order[:size].tolist())]
+    random = generator(seed_of(SUBSET_SEED, purpose), "subset")
+    order = torch.randperm(len(values), generator=random)
+    return [values[number] for number in sorted(order[:size].tolist())]
 
 
 def open_task(
     task: CatalogTask, kind: str, cache_dir: str | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """The examples to learn from, and those that are held out, for a kind of model.
+    """Read the examples to learn from, and those that are held out, for a kind of model.
+
+    Args:
+        task: Task of the catalog.
+        kind: "seq2seq", "causal" or "classification".
+        cache_dir: Folder for downloads.
 
     Raises:
-        UserError: the set can't be loaded, or is another one than the task was made for.
+        UserError: The set can't be loaded, or is another one than the task was made for.
     """
 
-    def examples(rows: Any, split: str, numbers: Sequence[int]) -> list[Example]:
-        return [
-            task.example(row, kind, f'row {n + 1} of the split "{split}" of {task.dataset}')
-            for n, row in zip(numbers, rows.select(numbers), strict=True)
-        ]
+    def examples_of(rows: Any, split: str, numbers: Sequence[int]) -> list[Example]:
+        examples = []
+        for number, row in zip(numbers, rows.select(numbers), strict=True):
+            where = f'row {number + 1} of the split "{split}" of {task.dataset}'
+            examples.append(task.example(row, kind, where))
+        return examples
 
     rows = _load(task, "train", cache_dir)
     numbers: Sequence[int] = range(len(rows))
     if task.validation is None:
         heldout_numbers = held_out(task, rows)
-        validation = examples(rows, "train", sorted(heldout_numbers))
-        numbers = [n for n in numbers if n not in heldout_numbers]
+        validation = examples_of(rows, "train", sorted(heldout_numbers))
+        numbers = [number for number in numbers if number not in heldout_numbers]
     else:
         validation_rows = _load(task, task.validation, cache_dir)
-        validation = examples(validation_rows, task.validation, range(len(validation_rows)))
-    return examples(rows, "train", subset(numbers, task.max_train_samples, "train")), validation
+        validation = examples_of(validation_rows, task.validation, range(len(validation_rows)))
+    numbers = subset(numbers, task.max_train_samples, "train")
+    return examples_of(rows, "train", numbers), validation
 
 
 def held_out(task: CatalogTask, rows: Any) -> set[int]:
-    """Numbers of the rows that a task without a validation split holds out: ``task.holdout`` or a
-    few more, because equal values of ``task.group`` stay together. The groups with the lowest
-    hashes are taken, so the choice depends on the texts alone and on no seed or order.
+    """Numbers of the rows that a task without a validation split holds out.
+
+    They are `task.holdout` or a few more, since rows with equal values of the column `task.group`
+    stay together. The groups with the lowest hashes are held out, so that the choice depends on the
+    texts alone and not on a seed or an order.
+
+    Raises:
+        UserError: The set lacks the column, or is too small.
     """
     if task.group not in rows.column_names:
         raise UserError(
             f'{task.dataset} has no column "{task.group}", only {", ".join(rows.column_names)}:'
             f" {OTHER_SET}."
         )
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}  # numbers of the rows with equal values
     for number, key in enumerate(rows[task.group]):
         groups.setdefault(str(key), []).append(number)
     heldout_numbers: set[int] = set()
@@ -154,6 +193,7 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
 
 
 def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
+    """A split of a task's set, from its package or from the hub."""
     import datasets
 
     if task.package:
@@ -169,19 +209,21 @@ def _load(task: CatalogTask, split: str, cache_dir: str | None) -> Any:
         except RuntimeError as error:
             if "Dataset scripts are no longer supported" not in str(error):
                 raise
-        # Of sets that come as a script, the hub keeps Parquet files on a branch.
+        # For sets that come as a script, the hub has Parquet files on a branch.
         branch = f"hf://datasets/{task.dataset}@refs%2Fconvert%2Fparquet"
         files = {split: f"{branch}/{task.config_name or 'default'}/{split}/*.parquet"}
         return datasets.load_dataset("parquet", data_files=files, **arguments)
 
 
 def encode_rows(cfg: TextConfig, rows: Rows, loaded: TextModel) -> TextData:
-    """Tokenize, and pack if that is asked for."""
-    train, validation = encode(rows.train, cfg, loaded, rows.name), None
+    """Tokenize the rows, and pack those to learn from with ``--packing``."""
+    train = encode(rows.train, cfg, loaded, rows.name)
     if cfg.packing:
         require_packable(loaded.model)
-        before, train = len(train), pack(train, cfg.max_length)
-        logger.info("%d rows are packed into %d", before, len(train))
+        packed = pack(train, cfg.max_length)
+        logger.info("%d rows are packed into %d", len(train), len(packed))
+        train = packed
+    validation = None
     if rows.validation:
         validation = encode(rows.validation, cfg, loaded, f"the held-out rows of {rows.name}")
     return TextData(rows, train, validation)

@@ -20,15 +20,17 @@ from huggingface_hub import ModelCardData
 from ..adapters.quantize import quantize
 from ..export import writer
 from ..methods import get
-from ..run.card import is_hub_id, loaded_from, source, write_card
-from ..run.heldout_part import copies
+from ..run.data import describe_copies
+from ..run.hub import is_hub_id, loaded_from, public_name, write_card
 from ..run.record import VALIDATION
 from ..train import command
 from ..train.engine import DTYPES
 from ..train.setup import Script
 from ..train.trainer import Trainer
 from .config import TextConfig, resolve
-from .models import AUTO_CLASSES, PACKAGED, TextSource
+from .evaluation import PREFIX
+from .models import AUTO_CLASSES, TextSource
+from .places import PACKAGED
 from .rows import encode_rows, open_rows
 from .task import NAME, TextTask, memory_by_phase
 
@@ -55,22 +57,22 @@ class TextScript(Script[TextConfig]):
         source = TextSource(cfg)
         rows = open_rows(cfg)
         warn_of_copies(cfg, rows)
-        dtype = DTYPES[accelerator.mixed_precision]
-        loaded = source.load(
+        compute_dtype = DTYPES[accelerator.mixed_precision]
+        dtype = compute_dtype
+        if get(cfg.method).exports_weights:
             # Weights that are trained are stored in fp32: bf16 would lose small updates.
-            dtype=torch.float32 if get(cfg.method).exports_weights else dtype,
-            labels=rows.label_words if cfg.task_type == "classification" else None,
-            seed=cfg.seed,
-            weights=not cfg.dry_run,
-        )
+            dtype = torch.float32
+        labels = rows.label_words if cfg.task_type == "classification" else None
+        loaded = source.load(dtype, labels, seed=cfg.seed, weights=not cfg.dry_run)
         # In a dry run rows are tokenized all the same, since their lengths decide the memory.
         task = TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
         if cfg.dry_run:
             return task
         if cfg.quantize != "none":
-            whole_modules, device = loaded.whole_modules, accelerator.device
-            count = quantize(loaded.model, dtype, skip=whole_modules, device=device)
-            logger.info("the weights of %d layers are held in NF4", count)
+            count = quantize(
+                loaded.model, compute_dtype, skip=loaded.whole_modules, device=accelerator.device
+            )
+            logger.info("the weights of %d layers are stored in NF4", count)
         task.module.to(accelerator.device)
         return task
 
@@ -108,45 +110,51 @@ train = functools.partial(command.train, TEXT)
 
 
 def warn_of_copies(cfg: TextConfig, rows: Any) -> None:
-    """Warn of rows that are learned from and held out at once, by a file or by folds."""
-    validation = None if cfg.task else rows.validation  # a benchmark's own rows are not the user's
+    """Warn of rows that are both learned from and held out, by a file or by the folds of a search.
+
+    A task's own validation split is not the user's, so it is not looked at.
+    """
     heldout = None
-    if validation is not None:
-        heldout = [(row.where, row) for row in validation]
-    elif not cfg.fit or rows.validation is not None:
+    if rows.validation is not None:
+        if cfg.task:
+            return
+        heldout = [(example.where, example) for example in rows.validation]
+    elif not cfg.fit:
         return
-    training = [(row.where, row) for row in rows.train]
-    if line := copies("rows", training, heldout):
-        logger.warning("%s", line)
+    training = [(example.where, example) for example in rows.train]
+    sentence = describe_copies("rows", training, heldout)
+    if sentence:
+        logger.warning("%s", sentence)
 
 
 def write_text_card(
     cfg: TextConfig, folder: Path, results: dict[str, Any], repo_id: str | None
 ) -> None:
     """Write ``README.md`` of a run folder, which may go to a hub repository."""
-    trained = get(cfg.method)
-    base, kind = source(cfg.model_name_or_path), cfg.task_type
+    method = get(cfg.method)
+    base, kind = public_name(cfg.model_name_or_path), cfg.task_type
+    meta = ModelCardData(
+        library_name="transformers" if method.exports_weights else "peft",
+        base_model=base if is_hub_id(base) else None,
+        pipeline_tag=PIPELINE_TAGS[kind],
+        tags=["bilora-diffusion", method.name],
+    )
+    measured = {}
+    for name, value in results.items():
+        if name.startswith(PREFIX):
+            measured[name.removeprefix(PREFIX).replace("_", " ")] = value
     write_card(
         vars(cfg),
         folder,
         results,
-        meta=ModelCardData(
-            library_name="transformers" if trained.exports_weights else "peft",
-            base_model=base if is_hub_id(base) else None,
-            pipeline_tag=PIPELINE_TAGS[kind],
-            tags=list(dict.fromkeys(["bilora-diffusion", trained.name])),
-        ),
+        meta=meta,
         heading="Results on held-out rows",
-        measured={
-            key.removeprefix("heldout_").replace("_", " "): value
-            for key, value in results.items()
-            if key.startswith("heldout_")
-        },
+        measured=measured,
         title=base,
         data=cfg.task or Path(str(cfg.train_file)).name,
         auto=f"Auto{AUTO_CLASSES[kind]}",
         kind=kind,
-        whole=trained.exports_weights,
+        whole=method.exports_weights,
         base=loaded_from(base),
         packaged=base if cfg.model_name_or_path in PACKAGED else None,
         labels=results["export"].get("labels"),

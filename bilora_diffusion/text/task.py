@@ -18,7 +18,7 @@ from ..adapters.quantize import held_bytes
 from ..core.files import counted
 from ..core.seeds import digest, digest_texts
 from ..methods import Target
-from ..run.content import SampleContent
+from ..run.data import SampleContent
 from ..run.record import validation_folder
 from ..train.dry_run import NUMBER_BYTES, STEP, PhaseMemory
 from ..train.task import Fold, LengthGroupedOrder, MicroBatch, SampleOrder
@@ -30,6 +30,7 @@ from .module import TextModule, collate
 from .rows import TextData, encode_rows
 
 NAME = "model"
+# Coefficients of `memory_by_phase`, measured (results/dry_run_memory).
 HIDDEN_COUNTS = {"causal": 10.5, "seq2seq": 13.0, "classification": 4.0}
 """Numbers that a layer stores for each hidden state of a token."""
 INNER_COUNT = 3.6
@@ -41,19 +42,22 @@ LOGIT_BYTES = 12
 
 
 class TextTask:
-    """Rows of text and the model that learns from them."""
+    """Rows of text and the model that learns from them; see `train.task.Task`."""
 
     def __init__(self, cfg: TextConfig, loaded: TextModel, data: TextData) -> None:
-        self.cfg, self.loaded, self.data = cfg, loaded, data
+        self.cfg = cfg
+        self.loaded = loaded
+        self.data = data
         self.module = TextModule(loaded.model, loaded.kind)
         self.models: dict[str, nn.Module] = {NAME: loaded.model}
         if cfg.gradient_checkpointing:
-            # Reentrant checkpoints need inputs that require gradients, which frozen ones don't.
+            # Reentrant checkpoints need inputs that require gradients; those of frozen embeddings
+            # do not.
             loaded.model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
         self.num_samples = len(data.train)
-        self.sample_names = [data.train.name(i) for i in range(len(data.train))]
+        self.sample_names = [data.train.name(number) for number in range(self.num_samples)]
         self.names = [example.where for example in data.rows.train]  # before packing
         self.evaluation = Evaluation(cfg, loaded, self.module, data) if data.validation else None
         self.has_heldout = self.evaluation is not None
@@ -65,10 +69,11 @@ class TextTask:
         return f"{rows} of at most {self.cfg.max_length} tokens"
 
     def targets(self) -> list[Target]:
-        """The one model; what a classifier has of new layers is trained whole beside adapters."""
-        cfg, modules_to_save = self.cfg, self.loaded.whole_modules
+        """The one model; new layers of a classifier are trained whole beside the adapters."""
+        cfg = self.cfg
+        whole_modules = self.loaded.whole_modules
         spec = AdapterSpec.from_options(
-            cfg, target_modules=cfg.targets, modules_to_save=modules_to_save
+            cfg, target_modules=cfg.targets, modules_to_save=whole_modules
         )
         return [Target(NAME, self.loaded.model, spec, cfg.learning_rate, cfg.adam_weight_decay)]
 
@@ -86,9 +91,11 @@ class TextTask:
         """The same model and rows for a run of another configuration; see `Task`."""
         data = self.data
         if fold is not None:
-            key = tuple(fold[1])
+            train_numbers, heldout_numbers = fold
+            key = tuple(heldout_numbers)
             if key not in self._folds:
-                train, validation = ([data.rows.train[i] for i in part] for part in fold)
+                train = [data.rows.train[number] for number in train_numbers]
+                validation = [data.rows.train[number] for number in heldout_numbers]
                 rows = replace(data.rows, train=train, validation=validation)
                 self._folds[key] = encode_rows(cfg, rows, self.loaded)
             data = self._folds[key]
@@ -101,23 +108,26 @@ class TextTask:
         self, schedule: Sequence[tuple[int, tuple[int, ...]]], step_size: int
     ) -> Iterator[MicroBatch]:
         """Micro-batches in the schedule's order."""
-        train, seed = self.data.train, self.cfg.seed
-        order = (
-            LengthGroupedOrder(train.lengths, seed, step_size)
-            if self.cfg.group_by_length
-            else SampleOrder(len(train), seed)
-        )
+        train = self.data.train
+        pad_token_id = self.loaded.tokenizer.pad_token_id
+        if self.cfg.group_by_length:
+            order = LengthGroupedOrder(train.lengths, self.cfg.seed, step_size)
+        else:
+            order = SampleOrder(len(train), self.cfg.seed)
         for step, slots in schedule:
-            samples = [order.sample(step * step_size + slot) for slot in range(step_size)]
-            mine = tuple(samples[slot] for slot in slots)
-            rows = [train.row(sample) for sample in mine]
-            weight = step_size / sum(train.target_tokens[sample] for sample in samples)
-            inputs = {
-                **collate(rows, self.loaded.kind, self.loaded.tokenizer.pad_token_id),
-                "weights": torch.full((len(slots),), weight),
-            }
-            hashes = tuple(_hash(sample, row) for sample, row in zip(mine, rows, strict=True))
-            yield MicroBatch(slots, tuple(map(train.name, mine)), hashes, inputs, samples=mine)
+            step_samples = [order.sample(step * step_size + slot) for slot in range(step_size)]
+            samples = tuple(step_samples[slot] for slot in slots)
+            rows = [train.row(sample) for sample in samples]
+            inputs = collate(rows, self.loaded.kind, pad_token_id)
+            # By the tokens of the whole step, of which this is a part (see `TextModule`).
+            target_tokens = sum(train.target_tokens[sample] for sample in step_samples)
+            inputs["weights"] = torch.full((len(slots),), step_size / target_tokens)
+            names = []
+            digests = []
+            for sample, row in zip(samples, rows, strict=True):
+                names.append(train.name(sample))
+                digests.append(_digest(sample, row))
+            yield MicroBatch(slots, tuple(names), tuple(digests), inputs, samples=samples)
 
     def heldout_loss(self, evaluating: AbstractContextManager[Any]) -> dict[str, float]:
         """Mean loss per target token of the held-out rows, and a classifier's metrics."""
@@ -129,8 +139,8 @@ class TextTask:
     def validate(
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
-        """The model's answers to the held-out rows, as ``validation/step-N/predictions.jsonl``, and
-        the metrics of generated ones.
+        """Write answers to the held-out rows (``validation/step-N/predictions.jsonl``), and return
+        their metrics.
         """
         if self.evaluation is None:
             return {}
@@ -139,24 +149,36 @@ class TextTask:
 
 
 def _contents(examples: Sequence[Example]) -> list[SampleContent]:
-    return [
-        SampleContent(example.where, {"text": digest_texts([repr(example)])})
-        for example in examples
-    ]
+    """Names and hashes of examples."""
+    contents = []
+    for example in examples:
+        hashes = {"text": digest_texts([repr(example)])}
+        contents.append(SampleContent(example.where, hashes))
+    return contents
 
 
-def _hash(sample: int, row: dict[str, Any]) -> str:
-    tokens = {name: torch.as_tensor(values) for name, values in sorted(row.items())}
-    return digest_texts([str(sample), *tokens, digest(*tokens.values())])
+def _digest(sample: int, row: dict[str, Any]) -> str:
+    """Hash of a row's number, columns and tokens."""
+    columns = sorted(row)
+    tensors = [torch.as_tensor(row[name]) for name in columns]
+    return digest_texts([str(sample), *columns, digest(*tensors)])
 
 
 def memory_by_phase(task: Any, device: Any) -> PhaseMemory:
-    """Memory of a task whose model is empty: the step of its longest rows."""
+    """Estimate the memory of a step of the longest rows, for a task whose model is empty.
+
+    Returns:
+        Bytes by part, without those of what is trained.
+    """
     cfg, loaded, train = task.cfg, task.loaded, task.data.train
     config = loaded.model.config.get_text_config()
     is_causal = loaded.kind == "causal"
-    width, layers, tokens = config.hidden_size, config.num_hidden_layers, max(train.lengths)
+    width = config.hidden_size
+    layers = config.num_hidden_layers
+    tokens = max(train.lengths)
+    # "d_ff" is T5's name.
     inner_width = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", 4 * width)
+    # Stored numbers for each token.
     numbers_of_layer = HIDDEN_COUNTS[loaded.kind] * width + INNER_COUNT * inner_width
     if not is_causal:
         numbers_of_layer += SCORE_COUNT * config.num_attention_heads * tokens
@@ -164,11 +186,11 @@ def memory_by_phase(task: Any, device: Any) -> PhaseMemory:
         numbers = layers * width + numbers_of_layer
     else:
         numbers = layers * numbers_of_layer
-    row_tokens = cfg.train_batch_size * tokens
-    activations = int(row_tokens * NUMBER_BYTES[cfg.mixed_precision] * numbers)
+    batch_tokens = cfg.train_batch_size * tokens
+    activations = int(batch_tokens * NUMBER_BYTES[cfg.mixed_precision] * numbers)
 
-    targets = cfg.train_batch_size * (tokens if is_causal else max(train.target_tokens))
+    target_tokens = tokens if is_causal else max(train.target_tokens)
     words = 0 if loaded.kind == "classification" else config.vocab_size
+    logits = cfg.train_batch_size * target_tokens * words * LOGIT_BYTES
     weights = held_bytes(loaded.model, cfg.quantize, loaded.whole_modules)
-    logits = targets * words * LOGIT_BYTES
     return {STEP: {"weights: model": weights, "activations": activations, "logits": logits}}

@@ -1,15 +1,15 @@
 """Examples to token numbers for each kind of model; for a causal one by a template.
 
-A causal row is cut in two. The *context* is the text up to the last answer; it is tokenized in one
-go, exactly as it will be before generation. The *answer* is tokenized on its own, so no token can
-grow across the border. Earlier answers of a conversation lie inside the context; their tokens are
-found by character offsets.
+A causal row has two parts. The *context* is the text up to the last answer. It is tokenized as a
+whole, exactly as before generation. The *answer* is tokenized separately, so that no token spans
+the border. Earlier answers of a conversation lie inside the context; their tokens are found by
+character offsets.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..core.errors import UserError, translated
@@ -34,8 +34,12 @@ Source: https://github.com/tatsu-lab/stanford_alpaca, ``PROMPT_DICT`` in ``train
 
 
 class Rendered(NamedTuple):
-    """A row as text; ``spans`` are the characters [start, end) of the context that earlier answers
-    own. The answer includes the mark that ends a turn, where the template has one.
+    """A row as text.
+
+    Attributes:
+        context: Text before the last answer.
+        answer: The last answer, with the mark that ends a turn if the template has one.
+        spans: Characters [start, end) of the context that are earlier answers.
     """
 
     context: str
@@ -44,9 +48,15 @@ class Rendered(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A tokenized example; ``labels`` are ``IGNORED`` where there is no loss, or a class number.
+    """A tokenized example.
 
-    Of ``target_tokens``, the tokens with a loss, a causal row's first is none: nothing precedes it.
+    Attributes:
+        input_ids: Tokens of the input.
+        labels: Tokens of the target, `IGNORED` where there is no loss; or a class number.
+        target_tokens: Number of tokens with a loss. The first token of a causal row has none, since
+            no token precedes it.
+        truncated: True if the example was cut.
+        token_type_ids: Number of the sentence that each token is of.
     """
 
     input_ids: list[int]
@@ -57,53 +67,60 @@ class Row(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Of input or labels, whichever is longer."""
-        return max(len(self.input_ids), len(self.labels) if isinstance(self.labels, list) else 1)
+        """Tokens of the input or of the labels, whichever are more."""
+        if isinstance(self.labels, int):
+            return len(self.input_ids)
+        return max(len(self.input_ids), len(self.labels))
 
 
 def seq2seq_rows(
     examples: Sequence[Example], tokenizer: Any, max_length: int, max_target_length: int
 ) -> list[Row]:
-    """Input and target, each ended by the tokenizer's EOS and cut before it."""
-    sides = []
-    for name, texts, size in (
-        ("text", [example.question for example in examples], max_length),
-        ("text_target", [example.answer for example in examples], max_target_length),
-    ):
-        short = _ids(tokenizer, texts, name, truncation=True, max_length=size)
-        sides.append(zip(short, _ids(tokenizer, texts, name), strict=True))
-    return [
-        Row(ids, labels, len(labels), truncated=ids != all_ids or labels != all_labels)
-        for (ids, all_ids), (labels, all_labels) in zip(*sides, strict=True)
-    ]
+    """Input and target, each cut to its length and ended by the tokenizer's EOS."""
+    questions = [example.question for example in examples]
+    answers = [example.answer for example in examples]
+    inputs = _ids(tokenizer, questions, truncation=True, max_length=max_length)
+    targets = _ids(tokenizer, answers, "text_target", truncation=True, max_length=max_target_length)
+    whole_inputs = _ids(tokenizer, questions)
+    whole_targets = _ids(tokenizer, answers, "text_target")
+    rows = []
+    for number, (ids, labels) in enumerate(zip(inputs, targets, strict=True)):
+        is_cut = ids != whole_inputs[number] or labels != whole_targets[number]
+        rows.append(Row(ids, labels, len(labels), truncated=is_cut))
+    return rows
 
 
 def classification_rows(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Row]:
-    """One or two sentences; of two, the longer is cut, token by token, as Transformers does."""
+    """One or two sentences. Of two that are too long, Transformers cuts tokens off the longer."""
     rows = []
     for example in examples:
         assert example.label is not None
-        pair = () if example.pair is None else (example.pair,)
-        encoding = tokenizer(example.question, *pair, verbose=False)
-        cut = len(encoding["input_ids"]) > max_length
-        if cut:
-            encoding = tokenizer(example.question, *pair, truncation=True, max_length=max_length)
-        kinds = encoding.get("token_type_ids")
-        rows.append(Row(encoding["input_ids"], example.label, 1, cut, kinds))
+        sentences = [example.question]
+        if example.pair is not None:
+            sentences.append(example.pair)
+        encoding = tokenizer(*sentences, verbose=False)
+        is_cut = len(encoding["input_ids"]) > max_length
+        if is_cut:
+            encoding = tokenizer(*sentences, truncation=True, max_length=max_length)
+        sentence_ids = encoding.get("token_type_ids")
+        rows.append(Row(encoding["input_ids"], example.label, 1, is_cut, sentence_ids))
     return rows
 
 
 def causal_rows(
     examples: Sequence[Example], tokenizer: Any, template: str, max_length: int
 ) -> list[Row]:
-    """Context and answer, under a resolved template; every answer's tokens have a loss, and so has
-    the EOS after the last.
+    """Context and answer, under a resolved template.
 
-    Where a row is too long, its context is cut from the left (a BOS stays), so that the answer and
-    what was said last remain. Only an answer that leaves less than a quarter of the row for the
-    context is itself cut, at its end; it then has no EOS.
+    The tokens of all answers have a loss, and so has the EOS after the last one. The context of a
+    row that is too long is cut from the left (a BOS stays), so that the answer and the last turns
+    remain. Only an answer that leaves less than a quarter of the row for the context is cut too, at
+    its end; it then has no EOS.
+
+    Raises:
+        UserError: The tokenizer has no EOS.
     """
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError(
             "the tokenizer has no EOS token, so that no answer could end: give another one by"
@@ -115,24 +132,29 @@ def causal_rows(
     rows = []
     for text, context, answer in zip(texts, contexts, answers, strict=True):
         labels = _context_labels(text, context, tokenizer)
-        ended = answer if answer and answer[-1] == eos else [*answer, eos]
-        rows.append(_fit(context, labels, ended, max_length, bos))
+        if not answer or answer[-1] != eos:  # a chat template may end a turn with the EOS
+            answer = [*answer, eos]
+        rows.append(_fit(context, labels, answer, max_length, tokenizer.bos_token_id))
     return rows
 
 
-ROWS = {"seq2seq": seq2seq_rows, "classification": classification_rows, "causal": causal_rows}
+ROW_BUILDERS: dict[str, Callable[..., list[Row]]] = {
+    "seq2seq": seq2seq_rows,
+    "classification": classification_rows,
+    "causal": causal_rows,
+}
 """Functions that make rows of examples, by kind of model."""
 
 
 def context_rows(contexts: Sequence[str], tokenizer: Any, template: str) -> list[list[int]]:
     """Tokens of contexts, in training and before generation.
 
-    A chat template writes its own special tokens; else the tokenizer's BOS, if it has one, is put
-    in front, and an EOS that it appends is left out.
+    A chat template writes its own special tokens. Without one the tokenizer's BOS, if it has one,
+    comes first, and an EOS that the tokenizer appends is removed.
     """
-    special = template != "chat"
-    rows = _ids(tokenizer, contexts, add_special_tokens=special)
-    if special and _ids(tokenizer, ["a"])[0][-1] == tokenizer.eos_token_id:
+    adds_special_tokens = template != "chat"
+    rows = _ids(tokenizer, contexts, add_special_tokens=adds_special_tokens)
+    if adds_special_tokens and _ids(tokenizer, ["a"])[0][-1] == tokenizer.eos_token_id:
         rows = [row[:-1] for row in rows]
     return rows
 
@@ -140,22 +162,28 @@ def context_rows(contexts: Sequence[str], tokenizer: Any, template: str) -> list
 def generation_prompt(
     example: Example, tokenizer: Any, template: str, max_length: int | None = None
 ) -> list[int]:
-    """Tokens that a causal model continues with its answer: those it was trained to continue.
+    """Tokens that a causal model continues with its answer, as in training.
 
     Args:
-        max_length: cut from the left to so many tokens, as in training; None: do not cut.
+        example: Example whose last answer is generated.
+        tokenizer: Tokenizer of the model.
+        template: Template, or "auto".
+        max_length: Tokens that are kept, the last ones; None for all.
     """
     template = resolve_template(template, tokenizer)
-    ids = context_rows([context_text(example, tokenizer, template)], tokenizer, template)[0]
-    return ids if max_length is None else _keep_last(ids, max_length, tokenizer.bos_token_id)
+    context = context_text(example, tokenizer, template)
+    (ids,) = context_rows([context], tokenizer, template)
+    if max_length is None:
+        return ids
+    return _last_values(ids, max_length, tokenizer.bos_token_id)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Identifies how a tokenizer cuts text; of a fast one not where its files lie."""
+    """Hash of how a tokenizer cuts text; of a fast one without the place of its files."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Calls leave the last padding and truncation behind; every call here sets its own.
-        rules |= {"padding": None, "truncation": None}
+        # A call stores its padding and truncation in the tokenizer; each call here sets its own.
+        rules["padding"] = rules["truncation"] = None
     else:
         rules = {**tokenizer.init_kwargs, "vocabulary": tokenizer.get_vocab()}
     parts = [rules, tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None)]
@@ -164,41 +192,47 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def _ids(
-    tokenizer: Any, texts: Sequence[str], name: str = "text", **settings: Any
+    tokenizer: Any, texts: Sequence[str], argument: str = "text", **settings: Any
 ) -> list[list[int]]:
-    rows = tokenizer(**{name: list(texts)}, **settings, verbose=False)["input_ids"]
+    """Token numbers of texts; targets are given as another argument of the tokenizer."""
+    rows = tokenizer(**{argument: list(texts)}, **settings, verbose=False)["input_ids"]
     return [list(row) for row in rows]
 
 
 def _context_labels(text: Rendered, context: list[int], tokenizer: Any) -> list[int]:
-    """The tokens of earlier answers, and ``IGNORED`` elsewhere."""
+    """Labels of a context: the tokens of earlier answers, and `IGNORED` elsewhere."""
     if not text.spans:
         return [IGNORED] * len(context)
-    offsets = tokenizer(
+    encoding = tokenizer(
         text.context, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )["offset_mapping"]
-    return [
-        token if any(start <= a < b <= end for start, end in text.spans) else IGNORED
-        for token, (a, b) in zip(context, offsets, strict=True)
-    ]
+    )
+    labels = []
+    # Each token is of the characters [first, end); a special token has no character.
+    for token, (first, end) in zip(context, encoding["offset_mapping"], strict=True):
+        is_of_answer = any(start <= first < end <= stop for start, stop in text.spans)
+        labels.append(token if is_of_answer else IGNORED)
+    return labels
 
 
 def _fit(
     context: list[int], labels: list[int], answer: list[int], max_length: int, bos: int | None
 ) -> Row:
-    cut = len(context) + len(answer) > max_length
-    if cut:
+    """Row of a context with its labels and an answer, cut as `causal_rows` says."""
+    is_cut = len(context) + len(answer) > max_length
+    if is_cut:
         room = max(max_length - len(answer), min(len(context), max_length // 4))
-        pairs = _keep_last(list(zip(context, labels, strict=True)), room, (bos, IGNORED))
-        context, labels = [token for token, _ in pairs], [label for _, label in pairs]
+        pairs = list(zip(context, labels, strict=True))
+        pairs = _last_values(pairs, room, (bos, IGNORED))
+        context = [token for token, _ in pairs]
+        labels = [label for _, label in pairs]
         answer = answer[: max_length - len(context)]
     labels = labels + answer
-    targets = sum(label != IGNORED for label in labels[1:])
-    return Row(context + answer, labels, targets, cut)
+    target_tokens = sum(label != IGNORED for label in labels[1:])
+    return Row(context + answer, labels, target_tokens, is_cut)
 
 
-def _keep_last(values: list[Any], size: int, first: Any) -> list[Any]:
-    """The last ``size`` values; the first one stays in front if it is ``first`` (a BOS)."""
+def _last_values(values: list[Any], size: int, first: Any) -> list[Any]:
+    """The last `size` values; a list that begins with `first` (a BOS) still begins with it."""
     if len(values) <= size:
         return values
     if size > 1 and values[0] == first:
@@ -207,48 +241,58 @@ def _keep_last(values: list[Any], size: int, first: Any) -> list[Any]:
 
 
 def resolve_template(template: str, tokenizer: Any) -> str:
-    """Replace "auto" by "chat" if the tokenizer has a chat template, else by "alpaca"."""
+    """Replace "auto" by "chat" if the tokenizer has a chat template, else by "alpaca".
+
+    Raises:
+        UserError: The template is "chat", and the tokenizer has none.
+    """
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not has_chat:
         raise UserError(
             "the tokenizer has no chat template, which --template chat needs: give --template"
             " alpaca, or the tokenizer of a chat model by --tokenizer_name."
         )
-    return ("chat" if has_chat else "alpaca") if template == "auto" else template
+    if template != "auto":
+        return template
+    return "chat" if has_chat else "alpaca"
 
 
 def render(example: Example, tokenizer: Any, template: str) -> Rendered:
-    """A row as text, under a resolved template.
+    """Write a row as text, under a resolved template.
 
     Raises:
-        UserError: a conversation that the template can't show.
+        UserError: The template can't show the conversation.
     """
     if template != "chat":
         return Rendered(context_text(example, tokenizer, template), example.answer)
-    messages, where = example.messages(), example.where
-    text = full = _chat(messages, tokenizer, where)
+    messages = example.messages()
+    where = example.where
+    conversation = _chat(messages, tokenizer, where)
+    # From the last answer to the first: the text of a conversation must begin with the prompt that
+    # the model gets before each of its answers.
+    text = conversation
     spans = []
     for number in reversed(range(len(messages))):
         if messages[number]["role"] == "assistant":
-            before = _chat(messages[:number], tokenizer, where, prompting=True)
-            if not text.startswith(before):
+            prompt = _chat(messages[:number], tokenizer, where, prompting=True)
+            if not text.startswith(prompt):
                 raise UserError(
                     f"the tokenizer's chat template writes the turns of {where} in another way once"
                     " an answer follows, so training would not match generation: give --template"
                     " alpaca, or another chat template."
                 )
-            end = _turn_end(text, len(before), messages[number]["content"], tokenizer, where)
-            spans.append((len(before), end))
-            text = before
-    (start, end), *earlier = spans
-    return Rendered(full[:start], full[start:end], earlier)
+            end = _turn_end(text, len(prompt), messages[number]["content"], tokenizer, where)
+            spans.append((len(prompt), end))
+            text = prompt
+    start, end = spans[0]  # of the last answer
+    return Rendered(conversation[:start], conversation[start:end], spans[1:])
 
 
 def context_text(example: Example, tokenizer: Any, template: str) -> str:
-    """Everything before the last answer: what the model is given before it generates.
+    """Text before the last answer, which a model gets before it generates.
 
     Raises:
-        UserError: a conversation that the template can't show.
+        UserError: The template can't show the conversation.
     """
     messages = example.messages()[:-1]
     if template == "chat":
@@ -268,30 +312,38 @@ def context_text(example: Example, tokenizer: Any, template: str) -> str:
 
 
 def _chat(messages: list[Any], tokenizer: Any, where: str, *, prompting: bool = False) -> str:
+    """Messages as the tokenizer's chat template writes them; with `prompting` as a prompt."""
     sentence = f"the tokenizer's chat template refuses {where}"
     with translated(sentence, "correct its turns, or give --template alpaca"):
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompting
         )
+    return str(text)
 
 
 def _turn_end(text: str, start: int, content: str, tokenizer: Any, where: str) -> int:
-    """End of the answer that starts at ``start``, the mark that ends its turn included.
+    """End of the answer that starts at character `start`, with the mark that ends its turn.
 
-    Templates may strip the content, put something before it, and need not end turns with the EOS
-    token; the mark is the special token that follows the content. Line breaks after it belong to
-    the template, no model ever writes them.
+    Templates may strip the content or put something before it, and need not end turns with the EOS
+    token. The mark is the special token that follows the content. Line breaks after it are the
+    template's; a model does not write them.
     """
-    bare = content.strip()
-    place = text.find(bare, start)
+    stripped = content.strip()
+    place = text.find(stripped, start)
     if place < 0:
         raise UserError(
             f"the tokenizer's chat template changes an answer of {where}, so its tokens can't be"
             " found: give --template alpaca, or another chat template."
         )
-    end = place + len(bare)
+    end = place + len(stripped)
     tail = text[end:].lstrip()
-    marks = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    marks |= {tokenizer.eos_token} if tokenizer.eos_token else set()
-    mark = max((m for m in marks if m and tail.startswith(m)), key=len, default=None)
-    return end if mark is None else len(text) - len(tail) + len(mark)
+    special_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    special_tokens.append(tokenizer.eos_token or "")
+    # One mark may begin with another: the longest counts.
+    mark = ""
+    for token in special_tokens:
+        if tail.startswith(token) and len(token) > len(mark):
+            mark = token
+    if not mark:
+        return end
+    return len(text) - len(tail) + len(mark)

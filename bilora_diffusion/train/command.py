@@ -23,9 +23,9 @@ from ..config.options import NO_CONTROL
 from ..config.run import RunConfig
 from ..core.durable import strict_json
 from ..core.errors import placed
-from ..run import console, interruption, lock, publish
-from ..run.content import record_content, require_same_content, summarize
-from ..run.folder import State, classify, guard, refuse_unusable
+from ..run import console, hub, interruption
+from ..run.data import record_content, require_same_content, summarize
+from ..run.folder import State, classify, guard, locked, refuse_unusable
 from ..run.interruption import Stop
 from ..run.record import read_run
 from . import dry_run, setup
@@ -40,21 +40,23 @@ logger = logging.getLogger(__name__)
 def train(
     script: Script[Config], argv: Sequence[str] | None = None, config: Config | None = None
 ) -> None:
-    """Train as the command line says and leave a run folder; with ``--fit`` after a search, with
-    ``--compare`` and that of a control run.
+    """Train by a command line into a run folder.
+
+    With ``--fit`` a search comes first. With ``--compare`` a control run is trained too, into a
+    folder of its own.
 
     Args:
-        script: Script whose models are trained.
+        script: Script of the command.
         argv: Arguments; None for those of the process.
         config: Configuration that they were read to, if that was done.
 
     Raises:
         UserError: Bad input; nothing was written.
-        TrainingError: Training could not go on; checkpoints and metrics are kept.
-        Interrupted: A signal ended it; it says how to go on.
+        TrainingError: Training could not go on; checkpoints and metrics stay.
+        Interrupted: A signal ended the command; the sentence says how to go on.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    # Only what was typed can be typed once more: the farewell repeats it, with a resume.
+    # The command that goes on after an interruption is shown only if the user has typed this one.
     typed = arguments if argv is None else None
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
@@ -66,29 +68,29 @@ def train(
         dry_run.run(script, configs, arguments)
         return
 
-    # The folders are judged before anything is loaded, and locked until the end: no second command
-    # may write into them.
+    # The folders are checked before anything is loaded, and locked until the end, so that no second
+    # command writes into them.
     folders = [Path(run_cfg.output_dir) for run_cfg in configs]
     control_folder = folders[1] if len(folders) > 1 else None
     with ExitStack() as locks:
         for folder in folders:
             refuse_unusable(folder)
-            locks.enter_context(lock.hold(folder))
+            locks.enter_context(locked(folder))
         runs = plan(configs)
         accelerator = build_accelerator(cfg)
-        # A token without rights is found out now, not after hours of training.
+        # A token without write access is refused now, not after hours of training.
         repo_ids: dict[Path, str] = {}
         if cfg.push_to_hub:
             for run in runs:
                 name = run.cfg.hub_model_id or run.folder.name
-                repo_ids[run.folder] = publish.repository(name, cfg.hub_token)
+                repo_ids[run.folder] = hub.repository(name, cfg.hub_token)
         with translated_errors(cfg.base_model):
             task: Any = script.build_task(cfg, accelerator)
         for run in runs:
             run.require_same_data(task)
 
-        # All runs share the models and what is encoded of the data.
-        search, stop = None, None
+        # All runs share the models and the encoded data.
+        search = stop = None
         if cfg.fit:
             search = Search(script, arguments, task, accelerator)
             choice = search.choose()
@@ -101,7 +103,7 @@ def train(
             if stop is not None:
                 break
             if run.is_finished:
-                logger.info("%s holds this run already, to its end", run.folder)
+                logger.info("%s has this run already, to its end", run.folder)
                 continue
             if run is not runs[0]:
                 accelerator = build_accelerator(run.cfg)
@@ -111,17 +113,17 @@ def train(
                 script, task, accelerator, run, repo_ids.get(run.folder), restores=not is_last
             )
             stopped_folder = run.folder
-        # After the last run, whose options and time they tell.
+        # After the last run, whose options and time the report has.
         if stop is None and accelerator.is_main_process:
             if search is not None:
                 logger.info("\n".join(report.lines(folders[0], search.sample_noun)))
             if control_folder is not None:
-                logger.info(console.compared(folders, script.scorer))
-        # This order: the end of training takes the process group down (see `free_memory`).
+                logger.info(console.describe_comparison(folders, script.scorer))
+        # In this order, since the end of training closes the process group (see `free_memory`).
         free_memory(accelerator)
         accelerator.end_training()
         if stop is not None:
-            raise interruption.farewell(
+            raise interruption.describe_interruption(
                 stopped_folder, stop, typed, cfg.overwrite_output_dir, control_folder
             )
 
@@ -139,14 +141,14 @@ def _train_run(
 
     Args:
         script: Script of the task.
-        task: What is trained, with the configuration of the run.
+        task: Task with the configuration of the run.
         accelerator: Engine of the run.
         run: The run, which is not finished.
-        repo_id: Hub repository that the folder goes to.
-        restores: Whether to give the models back as they were, for the run that comes next.
+        repo_id: Hub repository that the folder is pushed to.
+        restores: True to restore the models afterwards, for the next run.
 
     Returns:
-        What stopped the run; None if nothing did.
+        The signal that stopped the run; None without one.
     """
     with ExitStack() as restoring:
         if restores:
@@ -157,11 +159,11 @@ def _train_run(
         )
         if restores and stop is None:
             free_memory(accelerator)
-            # Not by `end_training`, which takes the process group down too.
+            # Not by `end_training`, which closes the process group too.
             for tracker in accelerator.trackers:
                 tracker.finish()
             if torch.cuda.is_available():
-                # The next run records a peak of its own.
+                # The next run records its own peak.
                 torch.cuda.reset_peak_memory_stats()
     return stop
 
@@ -173,7 +175,7 @@ class PlannedRun:
     Attributes:
         cfg: Its configuration.
         checkpoint_folder: Checkpoint to go on from; None for a new run.
-        is_finished: An earlier command has trained it to its end, so it is not trained again.
+        is_finished: True if an earlier command has trained it to its end.
     """
 
     cfg: Any
@@ -186,7 +188,7 @@ class PlannedRun:
         return Path(self.cfg.output_dir)
 
     def require_same_data(self, task: Any) -> None:
-        """Refuse other data than those of a run that is finished.
+        """Refuse a finished run of other data, with which no run of the task can be compared.
 
         Raises:
             UserError: The data of the task are not those of the run.
@@ -201,17 +203,17 @@ class PlannedRun:
 
 
 def plan(configs: Sequence[RunConfig]) -> list[PlannedRun]:
-    """Decide what a command does in the folders of its runs; nothing in them is changed.
+    """Plan the runs of a command by the content of their folders, which does not change here.
 
     Args:
-        configs: Of the run, and of its control if there is one.
+        configs: Configuration of the run, and that of its control if there is one.
 
     Raises:
-        UserError: The content of a folder forbids it, or a checkpoint does not exist.
+        UserError: A folder has other content, or a checkpoint does not exist.
     """
     runs = []
     for cfg in configs:
-        # A run alone that is finished is resumed all the same, which exports it once more.
+        # A finished run without a control is resumed all the same, which exports it again.
         resumes = len(configs) > 1 and cfg.resume_from_checkpoint == "auto"
         if resumes and _has_finished(cfg):
             runs.append(PlannedRun(cfg, None, is_finished=True))
@@ -228,7 +230,7 @@ def plan(configs: Sequence[RunConfig]) -> list[PlannedRun]:
 
 
 def _has_finished(cfg: RunConfig) -> bool:
-    """Test that the output folder holds a finished run of this configuration."""
+    """Test that the output folder has a finished run of this configuration."""
     folder = Path(cfg.output_dir)
     if classify(folder) is not State.FINISHED:
         return False
@@ -239,23 +241,23 @@ def _has_finished(cfg: RunConfig) -> bool:
 
 
 def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> Any:
-    """The configuration of the control: that of the command line with the other method.
+    """Make the configuration of the control: that of the command line with the other method.
 
-    A typed option that both methods read, such as a radius, is a different quantity in each of
-    them. As with a recipe for another method, the control takes its own default.
+    An option that both methods read, such as a radius, is another quantity in each of them. So the
+    control has its own default in place of a typed one, as with a recipe for another method.
 
     Args:
-        script: Resolves command lines.
+        script: Script of the command.
         argv: The command line.
         cfg: Configuration that it was read to.
 
     Raises:
-        UserError: The other method can't be trained so.
+        UserError: The other method can't be trained with these options.
     """
     shared_options = methods.reads(cfg.method) & methods.reads(cfg.compare)
     typed_options = type(cfg).parser().explicit(argv)
     dropped_options = sorted(shared_options & typed_options.keys())
-    # The last of two flags holds.
+    # Of two equal flags the last one holds.
     words = without_flags(argv, dropped_options)
     words += ["--method", cfg.compare, "--compare", NO_CONTROL]
     words += ["--output_dir", str(control_folder(Path(cfg.output_dir), cfg.compare))]
@@ -274,7 +276,7 @@ def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> 
             cfg.method,
             cfg.compare,
         )
-    # Notes that hold for both runs came with the command line.
+    # Notes for both runs were printed with the command line.
     for note in notes:
         if note not in known_notes:
             logger.warning("in the control run, %s", note)
@@ -282,8 +284,8 @@ def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> 
 
 
 def control_folder(folder: Path, method: str) -> Path:
-    """The run folder of a control: beside that of the run, with the method after its name."""
-    if folder.name in ("", ".."):  # of "." and the like the name is not in the path
+    """The run folder of a control: that of the run, with the method after its name."""
+    if folder.name in ("", ".."):  # a path such as "." has no name
         folder = folder.resolve()
     return Path(f"{folder}-{method}")
 
@@ -305,7 +307,7 @@ def without_flags(argv: Sequence[str], names: Collection[str]) -> list[str]:
 
 @contextmanager
 def _collected_notes() -> Iterator[list[str]]:
-    """Within the context the notes on a command line are collected instead of printed."""
+    """Within the context notes on a command line are collected instead of printed."""
     notes: list[str] = []
 
     def collect(record: logging.LogRecord) -> bool:

@@ -1,8 +1,8 @@
-"""``--dry_run``: what a run would do and what memory it would take, without weights or training.
+"""``--dry_run``: the size of a run and the memory that it needs, without weights or training.
 
-Models are built of their configurations (`empty`), and the method is put on them: what is frozen,
-trained and stored is counted. What a step holds beside that comes from coefficients for each kind
-of model, fitted to what a tracer of every tensor gave (commit 48c0e54; results/dry_run_memory).
+Models are built from their configurations (`empty`) and get the method, so that frozen, trained and
+stored weights can be counted. The other memory of a step is estimated by coefficients for each kind
+of model, which were fitted to a trace of every tensor (commit 48c0e54; results/dry_run_memory).
 """
 
 import copy
@@ -18,9 +18,9 @@ from torch import nn
 
 from ..adapters import INITIAL, PRIMARY
 from ..config.run import RunConfig
-from ..core.choices import OPTIMIZERS
 from ..core.errors import UserError
 from ..core.files import bytes_for_people, counted
+from ..core.values import OPTIMIZERS
 from ..methods import Method, for_run
 from ..run import provenance
 from .engine import build_accelerator
@@ -30,27 +30,25 @@ from .search.space import RATE, Candidate, title
 from .setup import Script
 
 CUDA_CONTEXT_BYTES = 600_000_000
-"""Bytes that a process takes on a GPU, of 0.4 to 0.8 GB."""
+"""Bytes that a process takes on a GPU; 0.4 to 0.8 GB were measured."""
 CPU_LIBRARY_BYTES = 100_000_000
-"""Bytes of libraries that a run on a CPU loads beside those of a dry run."""
+"""Bytes of libraries that a run on a CPU loads and a dry run does not."""
 NUMBER_BYTES = {"no": 4, "fp16": 2, "bf16": 2}
 """Bytes of a number by ``--mixed_precision``."""
 ADAPTER_TITLES = {PRIMARY: "primary", INITIAL: "first values"}
-"""Words for adapters in the printed lines, where they are not the adapter's name."""
+"""Titles of adapters in the printed lines, where these are not their names."""
 BEFORE, STEP = "before training", "a training step"
 PhaseMemory = dict[str, dict[str, int]]
-"""Bytes by part in each phase of a run, without those of what is trained, which is there in all but
-`BEFORE`; its gradients are there in `STEP`.
-"""
+"""Bytes by part in each phase of a run, without the trained weights (`complete`)."""
 
 
 def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) -> None:
-    """Print what a run would do and take; of several runs, what the largest of them takes.
+    """Print the size of a run and the memory that it needs; of several runs those of the largest.
 
     Args:
         script: Script of the run.
         configs: Configuration of the run, and that of its control if there is one.
-        argv: The command line that it was read from.
+        argv: The command line.
 
     Raises:
         UserError: Bad input; several processes.
@@ -98,7 +96,7 @@ def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) 
             lines.append(f"  {bytes_for_people(size):>8}  {part}")
     for phase, peak in peaks.items():
         lines.append(f"peak of {phase}: {bytes_for_people(peak)}")
-    # What this process takes now is free for the run, which counts it as its own.
+    # The memory of this process is free for the run, in whose peaks it is counted.
     room = free_bytes(device) + process
     fits = peaks[highest] <= room
     verdict = "fits" if fits else "does not fit (try --quantize or a smaller model)"
@@ -115,7 +113,7 @@ def empty(build: Callable[[], Any], dtype: torch.dtype) -> Any:
     """Build a model with frozen weights that take no memory, on PyTorch's device "meta".
 
     Args:
-        build: Makes the model.
+        build: Builds the model.
         dtype: Dtype of the weights.
 
     Returns:
@@ -123,8 +121,8 @@ def empty(build: Callable[[], Any], dtype: torch.dtype) -> Any:
     """
     with init_empty_weights(include_buffers=True):
         model = build()
-    if tie := getattr(model, "tie_weights", None):
-        tie()  # each use of a shared matrix was made on its own
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # each use of a shared matrix was built separately
     return nn.Module.to(model, dtype).requires_grad_(False).eval()
 
 
@@ -144,7 +142,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def complete(phases: PhaseMemory, trained: dict[str, int], process: int) -> PhaseMemory:
-    """The phases with what the process takes and, in all but `BEFORE`, what is trained."""
+    """Add the process to all phases, trained weights to all but `BEFORE`, gradients to `STEP`."""
     complete_phases: PhaseMemory = {}
     for phase, parts in phases.items():
         parts = {**parts, "the process": process}
@@ -156,9 +154,10 @@ def complete(phases: PhaseMemory, trained: dict[str, int], process: int) -> Phas
 
 
 def describe_search(budget: int, steps: int) -> str:
-    """The size of a search, and the hours that it takes."""
+    """A line about the size of a search, and the hours that it takes."""
     # On the first rung a run takes half of the steps (`halving.Plan`).
-    runs, shortest = budget * 2 // steps, steps // 2
+    runs = budget * 2 // steps
+    shortest = steps // 2
     hours = (budget + steps) / 3600  # at one second a step
     return (
         f"--fit: before them at most {budget:,} steps, in up to {runs} runs of {shortest:,} steps"
@@ -167,10 +166,10 @@ def describe_search(budget: int, steps: int) -> str:
 
 
 def largest_candidate(search: Search, task: Any, steps: int) -> Candidate:
-    """The candidate of a search that takes most memory, with all samples as in the last run.
+    """The candidate of a search that needs most memory, with all samples as in the last run.
 
-    Memory rises with each option whatever the others are, so each is set to its largest value in
-    turn, for each method.
+    More memory by one option stays more whatever the others are. So for each method the options are
+    set in turn to the value that needs most.
     """
 
     @functools.cache
@@ -178,17 +177,17 @@ def largest_candidate(search: Search, task: Any, steps: int) -> Candidate:
         _, trained = attached(with_config(task, search.config(candidate)), steps)
         return sum(trained.values())
 
-    candidates: list[Candidate] = [()]  # the command line as given
+    candidates: list[Candidate] = [()]  # the command line as it is
     for candidate in search.space.starts():
         for name in search.space.axes():
-            if name != RATE:  # which takes no memory
+            if name != RATE:  # a rate takes no memory
                 candidate = max(search.space.variants(name, candidate), key=trained_bytes)
         candidates.append(candidate)
     return max(candidates, key=trained_bytes)
 
 
 def largest_run(task: Any, configs: Sequence[RunConfig], steps: int) -> Any:
-    """The task with that of several configurations that takes most memory."""
+    """The task with the configuration that needs most memory."""
 
     def trained_bytes(candidate_task: Any) -> int:
         _, trained = attached(candidate_task, steps)
@@ -213,10 +212,10 @@ def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
         steps: Optimizer steps of the run.
 
     Returns:
-        The method, and the bytes of what is trained and stored with it.
+        The method, and bytes of the trained weights and of what is stored for them, by part.
     """
     cfg = task.cfg
-    # On copies, since the largest candidate is found by attaching several methods in turn.
+    # On copies, since `largest_candidate` attaches several methods to the same models in turn.
     method = for_run(vars(cfg), steps, task.sample_names)
     targets = []
     for target in task.targets():
@@ -226,10 +225,10 @@ def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
     trained = {}
     for adapter, size in memory.adapters.items():
         trained[f"adapters: {ADAPTER_TITLES.get(adapter, adapter)}"] = size
-    # AdamW holds two moments of each trained number, its 8-bit form a quarter of that.
+    # AdamW stores two moments of each trained number, its 8-bit form a quarter of that.
     moments_per_byte = OPTIMIZERS[cfg.optimizer.lower()].state
     trained["gradients"] = memory.gradients
     trained["the optimizer's state"] = int(moments_per_byte * memory.optimized)
-    # Each is one more copy of what the result is made of.
+    # Each is a copy of the weights of the result.
     trained["averages and best weights"] = memory.result * (cfg.use_ema + cfg.keep_best)
     return method, trained

@@ -1,16 +1,16 @@
-"""Records of ``--log_dynamics``: how the adapters' factors move, and what the second one does.
+"""Records of ``--log_dynamics``: how the adapters' factors move, and the effect of the auxiliary.
 
-Every ``--dynamics_steps`` steps the main process takes
+Every ``--dynamics_steps`` steps the main process records
 
-- of every method with adapters: the factors A and B (``snapshots``);
-- of LoRA-SAM, at the moment of the perturbation: Frobenius norms of B e_A, e_B A and e_B e_A, the
+- for every method with adapters: the factors A and B (``snapshots``);
+- for LoRA-SAM, at the moment of the perturbation: Frobenius norms of B e_A, e_B A and e_B e_A, the
   terms of Equation 5, of the sum of the first two, and of B A;
-- of Bi-LoRA: the first-order ascent gain <G, s B2 A2>, from gradients that are there already, and
-  how far the subspaces of primary and auxiliary coincide.
+- for Bi-LoRA: the first-order ascent gain <G, s B2 A2>, from the gradients of the step, and the
+  overlap of the subspaces of primary and auxiliary.
 
-Products B A are never formed (Gram matrices in float64, on the CPU). All norms have the scale s =
-alpha / r in them, so that they are in units of the weights. Without the flag there is no object of
-this class, no hook and no allocation.
+Products B A are never computed: Gram matrices in float64, on the CPU, take their place. All norms
+include the scale s = alpha / r, so that they are in units of the weights. Without the flag there is
+no object of this class, no hook and no allocation.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import adapters
-from ..adapters import AUXILIARY, PRIMARY, Factors, alike
+from ..adapters import AUXILIARY, PRIMARY, Factors, group_equal
 from ..run import snapshots
 
 SNAPSHOTS = 40
-"""About how many are taken where ``--dynamics_steps`` is not given."""
+"""Number of snapshots without ``--dynamics_steps``, about."""
 TERMS = ("norm_BeA", "norm_eBA", "norm_eBeA")
 FIRST_ORDER, PRODUCT, RATIO = "norm_first_order", "norm_BA", "ratio"
 COLUMNS, ROWS, COSINE, GAIN = "column_overlap", "row_overlap", "product_cosine", "ascent_gain"
@@ -37,13 +37,14 @@ NORMS = (*TERMS, FIRST_ORDER, PRODUCT, PRIMARY_NORM, AUXILIARY_NORM)
 
 
 class Dynamics:
-    """Records a run; made before the method binds its own hooks, in the main process, as the
-    others' primaries are the same.
+    """Records a run in the main process; the adapters of the other processes are the same.
+
+    It must be made before the method binds its own hooks.
 
     Args:
-        trainer: The trainer whose steps are recorded.
-        optimizer: The raw torch optimizer. The hook on its steps sees gradients that are unscaled
-            and not yet turned around, and does not run on steps that a gradient scaler skips.
+        trainer: Trainer whose steps are recorded.
+        optimizer: Optimizer of torch. The hook on its steps sees gradients that are unscaled and
+            have their sign still, and does not run on steps that a gradient scaler skips.
 
     Attributes:
         interval: Steps from one snapshot to the next.
@@ -56,29 +57,30 @@ class Dynamics:
         self._layers = trainer.method.layers
         self._figures: dict[str, Tensor] = {}
         self._snapshot: snapshots.Snapshot | None = None
-        # LoRA-SAM perturbs the weights within a step, where only the method itself can call.
+        # LoRA-SAM perturbs the weights within a step, so that only the method itself can call.
         trainer.method.on_perturbed = self.record_perturbation
         if AUXILIARY in trainer.method.adapters:
             optimizer.register_step_pre_hook(self._before_step)
 
     def is_due(self, step: int) -> bool:
-        """Test that a step (0: before training) is recorded; the last one always is."""
+        """Test that a step is recorded (0 is before training); the last one always is."""
         return step % self.interval == 0 or step == self._trainer.num_steps
 
     def record_perturbation(self) -> None:
-        """Called by LoRA-SAM: the weights hold A + e_A and B + e_B, and their ``.grad`` holds e."""
-        # The trainer counts a step at its end, so the one within which this is called is the next.
+        """Record norms while the weights are A + e_A and B + e_B and their ``.grad`` is e."""
+        # The trainer counts a step at its end, so the current step is the next one.
         if self.is_due(self._trainer.step + 1):
             perturbed = self._factors(PRIMARY)
             self._figures |= perturbation_norms(perturbed, self._gradients(PRIMARY, perturbed))
 
     def _before_step(self, *_: Any) -> None:
+        """Record the ascent gain, as a hook of the optimizer."""
         if self.is_due(self._trainer.step + 1):
             factors = self._factors(AUXILIARY)
             self._figures[GAIN] = ascent_gain(factors, self._gradients(AUXILIARY, factors))
 
     def values(self) -> dict[str, Any]:
-        """For the line of the step just taken: totals over layers, {} when nothing is due."""
+        """Totals over layers for the log of the last step; {} if it is not recorded."""
         step = self._trainer.step
         if not self.is_due(step):
             return {}
@@ -90,7 +92,7 @@ class Dynamics:
         return {"dynamics": totals(self._snapshot.layers)}
 
     def write(self, folder: Path) -> None:
-        """Write the snapshot of the step just taken, if it is due.
+        """Write the snapshot of the last step, if it is recorded.
 
         Raises:
             TrainingError: The disk refuses.
@@ -102,6 +104,7 @@ class Dynamics:
             self._snapshot = None
 
     def _factors(self, adapter: str) -> list[Factors]:
+        """The factors of an adapter in all layers, on the CPU."""
         return snapshots.to_cpu(adapters.factors_of(self._layers, adapter))
 
     def _gradients(self, adapter: str, factors: Sequence[Factors]) -> list[Factors]:
@@ -123,8 +126,9 @@ def inner_products(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
     """
     products = torch.empty(len(left), dtype=torch.float64)
     shapes = [(f.A.shape, f.B.shape, g.A.shape) for f, g in zip(left, right, strict=True)]
-    for layers in alike(shapes):  # of one shape, which are stacked
-        # (layers, rank, rank') each
+    # Layers of equal shapes are stacked.
+    for layers in group_equal(shapes):
+        # A A'^T and B^T B', (layers, rank, rank')
         A_products = _stack(left, layers, "A") @ _stack(right, layers, "A").mT
         B_products = _stack(left, layers, "B").mT @ _stack(right, layers, "B")
         scales = [left[layer].scale * right[layer].scale for layer in layers]
@@ -150,9 +154,11 @@ def perturbation_norms(
         perturbed: A + e_A and B + e_B.
         perturbations: e_A and e_B.
     """
-    primary, B_eA, eB_A = [], [], []
+    primary = []
+    B_eA = []
+    eB_A = []
     for moved, e in zip(perturbed, perturbations, strict=True):
-        # The weights before the step uphill, in float64: e is small beside A and B.
+        # The weights before the perturbation, in float64, since e is small beside A and B.
         layer = moved._replace(A=moved.A.double() - e.A.double(), B=moved.B.double() - e.B.double())
         primary.append(layer)
         B_eA.append(layer._replace(A=e.A))
@@ -160,26 +166,32 @@ def perturbation_norms(
     # ||B e_A + e_B A||^2 = ||B e_A||^2 + ||e_B A||^2 + 2 <B e_A, e_B A>
     squares = inner_products(B_eA, B_eA) + inner_products(eB_A, eB_A)
     first_order = (squares + 2 * inner_products(B_eA, eB_A)).clamp_min(0).sqrt()
-    # In the order of TERMS; e_B and e_A together are the factors of the third, e_B e_A.
-    values = (norms(B_eA), norms(eB_A), norms(perturbations), first_order, norms(primary))
-    return dict(zip((*TERMS, FIRST_ORDER, PRODUCT), values, strict=True))
+    B_eA_name, eB_A_name, eB_eA_name = TERMS
+    return {
+        B_eA_name: norms(B_eA),
+        eB_A_name: norms(eB_A),
+        eB_eA_name: norms(perturbations),  # whose factors are e_B and e_A
+        FIRST_ORDER: first_order,
+        PRODUCT: norms(primary),
+    }
 
 
 def ascent_gain(factors: Sequence[Factors], gradients: Sequence[Factors]) -> Tensor:
-    """<G, s B A> of each layer, (layers,): how much the adapter raises the loss to first order.
+    """<G, s B A> of each layer, (layers,): rise of the loss by the adapter to first order.
 
     G is the gradient of the weight, of which dL/dB = s G A^T, so <dL/dB, B> = <G, s B A>.
     """
     gains = []
     for layer, gradient in zip(factors, gradients, strict=True):
-        # (out, rank) each; dL/dB has the scale s in it.
+        # B and dL/dB, (out, rank); dL/dB includes the scale s.
         gains.append((layer.B.double() * gradient.B.double()).sum())
     return torch.stack(gains)
 
 
 def alignment(primary: Sequence[Factors], auxiliary: Sequence[Factors]) -> dict[str, Tensor]:
-    """Overlaps of column and of row spaces, the cosine of the products, and their norms; each
-    (layers,), nan where an adapter is zero.
+    """Overlaps of column and of row spaces, the cosine of the products, and their norms.
+
+    Each is (layers,), with nan for a layer with a zero adapter.
     """
     primary_norms, auxiliary_norms = norms(primary), norms(auxiliary)
     # B A writes into the column space of B, (out, rank), and reads the row space of A, (rank, in).
@@ -204,7 +216,7 @@ def subspace_overlap(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         right: (d, r2) of each layer.
     """
     overlaps = torch.empty(len(left), dtype=torch.float64)
-    for layers in alike((a.shape, b.shape) for a, b in zip(left, right, strict=True)):
+    for layers in group_equal((a.shape, b.shape) for a, b in zip(left, right, strict=True)):
         left_basis, left_rank = _bases([left[layer] for layer in layers])
         right_basis, right_rank = _bases([right[layer] for layer in layers])
         # Q1^T Q2, (L, r1, r2): its singular values are the cosines of the principal angles.
@@ -219,17 +231,17 @@ def _bases(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     # The SVD of the small R has the singular values of Q R: (L, r, r) instead of (L, d, r).
     Q, R = torch.linalg.qr(stacked.double())
     U, S, _ = torch.linalg.svd(R)
-    # As numpy's matrix_rank: below rounding in the stored precision there is no direction.
+    # As numpy's matrix_rank: singular values below the rounding of the stored dtype do not count.
     threshold = torch.finfo(stacked.dtype).eps * max(stacked.shape[1:]) * S.amax(1, keepdim=True)
     has_direction = threshold < S  # (L, r)
     return (Q @ U) * has_direction[:, None, :], has_direction.sum(1)
 
 
 def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """Figures of all layers together, None where there is none.
+    """Figures of all layers together; None for a figure that is not finite.
 
-    Norms are of all layers as one vector, and so are the ratio of Figure 2b and the cosine; gains
-    add up; overlaps are means over the layers that have one.
+    Norms, the ratio of Figure 2b and the cosine are of all layers as one vector. Gains are summed.
+    Overlaps are means over the layers that have one.
     """
     figures: dict[str, Tensor] = {}
     for name, values in layers.items():
@@ -241,11 +253,11 @@ def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
     if GAIN in layers:
         figures[GAIN] = layers[GAIN].sum()
     if COSINE in layers:
-        # <s B A, s' B' A'> of each layer is its cosine times both norms; their sum is that of all
-        # layers as one vector.
+        # The inner product of a layer is its cosine times both norms; the sum is that of all layers
+        # as one vector.
         products = (layers[COSINE] * layers[PRIMARY_NORM] * layers[AUXILIARY_NORM]).nan_to_num(0)
         figures[COSINE] = products.sum() / (figures[PRIMARY_NORM] * figures[AUXILIARY_NORM])
-        # A layer whose auxiliary is still zero, as each is before the first step, has nan.
+        # A layer with a zero auxiliary has nan, as each layer has before the first step.
         for name in (COLUMNS, ROWS):
             figures[name] = layers[name].nanmean()
     finite_figures: dict[str, float | None] = {}
@@ -258,4 +270,5 @@ def totals(layers: Mapping[str, Tensor]) -> dict[str, float | None]:
 
 
 def _stack(factors: Sequence[Factors], layers: Sequence[int], side: str) -> Tensor:
+    """A or B of some layers in float64, (layers, rows, columns)."""
     return torch.stack([getattr(factors[layer], side).double() for layer in layers])

@@ -51,7 +51,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 BACKEND = "inductor"
 MAX_GRAPHS = 64
-"""So many graphs at most; blocks that need more run as they are, of which PyTorch warns."""
+"""Largest number of graphs. With more of them blocks run uncompiled, of which PyTorch warns."""
 logger = logging.getLogger(__name__)
 
 
@@ -65,11 +65,11 @@ def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> 
     Raises:
         UserError: The device can't compute in this precision.
     """
-    # A text encoder's last layers may be left out of the loss. No buffer changes.
+    # The loss may not depend on a text encoder's last layers. Buffers do not change.
     distributed = DistributedDataParallelKwargs(
         find_unused_parameters=cfg.leaves_unused, broadcast_buffers=False
     )
-    # The other processes wait while one samples images, or trains a run of a search.
+    # The other processes may wait for long while one samples images or trains a run of a search.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
     logs = str(Path(cfg.output_dir, cfg.logging_dir))
     try:
@@ -85,41 +85,42 @@ def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> 
         ) from error
     read_in_every_process(accelerator)
     if cfg.allow_tf32 and torch.cuda.is_available():
-        # Factors of float32 products are rounded to 10 bits of mantissa, so this is a choice.
+        # It rounds the factors of float32 products to 10 bits of mantissa.
         torch.backends.cuda.matmul.allow_tf32 = True
     keep_freed_memory(accelerator.device)
     return accelerator
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU let glibc keep up to 2 GiB of what is freed.
+    """On a CPU let glibc keep up to 2 GiB of freed memory.
 
-    By default it gives large blocks back to the kernel, which clears every page anew when the next
-    step asks for it.
+    By default it returns large blocks to the kernel, which clears each page for the next step.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return
     libc: Any = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
-        # Both are 128 KiB by default: a larger block is mapped on its own, and what is free at the
-        # heap's end beyond that goes back.
+        # Both thresholds are 128 KiB by default: a larger block is mapped separately, and a larger
+        # free end of the heap is returned.
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def free_memory(accelerator: Accelerator) -> None:
-    """Drop what the engine holds of a run.
+    """Delete what the engine holds of a run.
 
-    DDP's reducer must be gone before the process group is taken down: the other way round, its end
-    waits for the group's thread while that waits for the interpreter.
+    DDP's reducer must be deleted before the process group is closed. In the other order the
+    reducer's end waits for the group's thread, which waits for the interpreter.
     """
     accelerator.free_memory()
     gc.collect()
 
 
 def read_in_every_process(accelerator: Accelerator) -> None:
-    """Have every process read the model's file: accelerate's ``FSDP_CPU_RAM_EFFICIENT_LOADING``
-    hands out empty weights, on which no adapter can be put.
+    """Let every process read the model's file.
+
+    With ``FSDP_CPU_RAM_EFFICIENT_LOADING`` accelerate gives other processes than the first one
+    empty weights, on which no adapter can be put.
     """
     plugin: Any = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
     if plugin is not None and plugin.cpu_ram_efficient_loading:
@@ -131,27 +132,29 @@ def read_in_every_process(accelerator: Accelerator) -> None:
 def prepare(
     accelerator: Accelerator, module: nn.Module, models: Sequence[nn.Module], optimizer: Optimizer
 ) -> tuple[nn.Module, Any]:
-    """accelerate's ``prepare`` of a task's module and the optimizer of what is trained in it.
+    """Prepare a task's module and its optimizer, as accelerate's `prepare`.
 
     Under FSDP2 the one model within the module is split, not the module around it: evaluation and
-    generation call the model itself, and FSDP2 wants every pass to begin where its root is. The
-    optimizer's parameters are the same objects before and after, so that hooks that know them by
-    object stay right.
+    generation call the model itself, and every pass must begin at FSDP2's root. The optimizer's
+    parameters are the same objects before and after, so that hooks find them.
 
     Args:
-        models: the models in the module.
+        accelerator: Engine.
+        module: Module of the task.
+        models: Models in the module.
+        optimizer: Optimizer of all trained parameters.
 
     Returns:
         The module to call, and the prepared optimizer.
     """
     if not accelerator.is_fsdp2:
-        # Some parameters are views of what the method trains, which DDP must leave alone.
+        # Some parameters are views of trained ones, which DDP must leave alone.
         trained = {id(parameter) for parameter in parameters_of(optimizer)}
         views = set()
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and id(parameter) not in trained:
                 views.add(name)
-        # DDP broadcasts and reduces all that requires a gradient, but for what this names.
+        # DDP broadcasts and reduces all parameters that require a gradient but these.
         cast(Any, module)._ddp_params_and_buffers_to_ignore = views
         return accelerator.prepare(module, optimizer)
     from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
@@ -167,9 +170,10 @@ def prepare(
     plugin.ignored_modules = ignored_modules
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = block_names(model)
-    # Weights are computed with as they were loaded, under autocast, as in one process.
+    # Weights stay in the dtype in which they were loaded, under autocast, as in one process.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
-    # FSDP2 makes a class of its own for what it gathers by itself, and the output head is that.
+    # FSDP2 makes a new class for a module that it gathers separately, as the output head. `fused`
+    # could not undo its own class below that one.
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         fused.unfuse(head)
@@ -183,7 +187,7 @@ def prepare(
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Everything that an optimizer trains, in its order."""
+    """All parameters of an optimizer, in its order."""
     parameters = []
     for group in optimizer.param_groups:
         parameters += group["params"]
@@ -191,10 +195,10 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def block_names(model: Any) -> list[str]:
-    """The classes of the model's blocks, each of which FSDP2 is to gather by itself.
+    """Classes of the model's blocks, each of which FSDP2 gathers separately.
 
     These are Transformers' `_no_split_modules` without those around the input embedding (BERT's),
-    which accelerate takes apart and would so split twice.
+    which accelerate splits separately: they would be split twice.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     embedding = model.get_input_embeddings()
@@ -209,27 +213,27 @@ def block_names(model: Any) -> list[str]:
 
 
 def tied_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that several modules hold, such as T5's embedding.
+    """Parameters that several modules share, such as T5's embedding.
 
-    They are needed whole at both ends of a pass, in which FSDP2 would not give them up either; and
-    it can't have them in one group where one of these modules is called alone, as in T5's encoder.
+    A pass needs them at both of its ends, so that FSDP2 would not free them in between. And FSDP2
+    can't have them in one group if one of the modules is called alone, as in T5's encoder.
     """
     parameters: list[nn.Parameter] = []
     for module in model.modules():
         parameters += module.parameters(recurse=False)
-    holders = Counter(id(parameter) for parameter in parameters)
-    return [p for p in dict.fromkeys(parameters) if holders[id(p)] > 1]
+    counts = Counter(id(parameter) for parameter in parameters)
+    return [p for p in dict.fromkeys(parameters) if counts[id(p)] > 1]
 
 
 @torch.no_grad()
 def average_gradients(
     accelerator: Accelerator, optimizer: Optimizer, unregistered: Sequence[nn.Parameter] = ()
 ) -> None:
-    """Make each gradient the mean over all processes, where accelerate left that to us: all of them
-    under FSDP2, and under DDP those of parameters that no module holds.
+    """Average the gradients over all processes that accelerate does not average.
 
-    A parameter that the rows of one process do not reach (an expert of a mixture, the auxiliary of
-    another process's sample) counts as zero there; one that no process reaches keeps no gradient.
+    These are all gradients under FSDP2, and under DDP those of parameters that no module holds. A
+    parameter that the rows of a process do not reach (an expert of a mixture, the auxiliary of
+    another process's sample) counts as zero there; one that no process reaches has no gradient.
 
     Args:
         accelerator: Engine.
@@ -241,7 +245,7 @@ def average_gradients(
     parameters = parameters_of(optimizer) if accelerator.is_fsdp2 else list(unregistered)
     if not parameters:
         return
-    # All processes must ask for the same reductions, so they first agree on what has a gradient.
+    # All processes must make the same reductions, so they first agree on which have a gradient.
     is_reached = [float(parameter.grad is not None) for parameter in parameters]
     on_device = torch.tensor(is_reached, device=accelerator.device)
     process_counts: Any = accelerator.reduce(on_device, reduction="sum")
@@ -254,7 +258,7 @@ def average_gradients(
         if gradient is None:
             gradient = torch.zeros_like(parameter)
         gradients.append(gradient.flatten())
-    # One reduction of all gradients in a row, which is cut again into the parameters' shapes.
+    # One reduction of all gradients in a row, (numbers of all parameters,).
     mean: Any = accelerator.reduce(torch.cat(gradients), reduction="mean")
     means = mean.split([parameter.numel() for parameter in reached])
     for parameter, values in zip(reached, means, strict=True):
@@ -266,36 +270,36 @@ def average_gradients(
 class Blocks:
     """The repeated blocks of some models, compiled in place.
 
-    Names, weights and adapters stay where they are. A graph is made for each size of block and of
-    input and for each state of the adapters when it is first met, never one for many sizes: so it
-    does not depend on what came before, and a resumed run computes as the whole one does.
+    Names, weights and adapters stay where they are. The first use of a size of block and input, or
+    of a state of the adapters, compiles a graph for it; no graph is for several sizes. So graphs do
+    not depend on earlier inputs, and a resumed run computes as an uninterrupted one.
 
     Args:
-        models: of which those of diffusers are compiled; none where nothing is to be.
+        models: Models, of which those of diffusers are compiled; may be none.
 
     Attributes:
-        count: how many blocks are compiled.
+        count: Number of compiled blocks.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self.count = 0
         if not models:
             return
-        import torch._dynamo as dynamo  # takes a second, which only those who compile wait for
+        import torch._dynamo as dynamo  # late, since it takes a second
 
-        # Beyond this limit, 8 by default, dynamo runs a block uncompiled. Each bucket's size and
-        # each state of the adapters is a graph.
+        # Beyond this limit, 8 by default, dynamo runs a block uncompiled. Each size of images and
+        # each state of the adapters needs a graph.
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, MAX_GRAPHS)
-        # DDP's gradients travel between blocks anyway, so that no graph need be cut for them.
+        # DDP reduces gradients between blocks anyway, so that no graph must be split for it.
         dynamo.config.optimize_ddp = False
         settings: dict[str, Any] = {"backend": BACKEND}
         if BACKEND == "inductor":
-            # Dropout is to see the random numbers that it sees without compilation.
+            # Dropout gets the same random numbers as without compilation.
             settings = {"options": {"fallback_random": True}}
         for model in cast(Any, models):
             if hasattr(model, "compile_repeated_blocks"):
-                # Some classes of diffusers name no repeated blocks. Those that may not be split
-                # over devices are the same ones.
+                # Some classes of diffusers name no repeated blocks, but name the same blocks as
+                # those that must not be split over devices.
                 if not model._repeated_blocks:
                     model._repeated_blocks = model._no_split_modules
                 model.compile_repeated_blocks(dynamic=False, **settings)
@@ -304,7 +308,7 @@ class Blocks:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around a training step, which may compile: says how long that took.
+        """Within the context a training step may compile, of which the end prints the time.
 
         Raises:
             TrainingError: PyTorch could not compile.
@@ -315,7 +319,7 @@ class Blocks:
         from torch._dynamo.exc import TorchDynamoException
         from torch._inductor.exc import CppCompileError
 
-        # The counters are the process's: what a step adds to them is its own.
+        # The counters are of the process, so that their differences are of the step.
         graphs_before, seconds_before = _compiled()
         try:
             yield
@@ -335,7 +339,7 @@ class Blocks:
 
 
 def _compiled() -> tuple[int, float]:
-    """Graphs that this process has compiled so far, and the seconds that it took."""
+    """Graphs that this process has compiled so far, and the seconds that this took."""
     from torch._dynamo.utils import calculate_time_spent, counters
 
     return counters["stats"]["unique_graphs"], calculate_time_spent()["total_wall_time"]

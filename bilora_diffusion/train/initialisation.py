@@ -1,7 +1,7 @@
-"""First values of the primaries where ``init_lora_weights`` needs weights or gradients.
+"""First values of the primaries for an ``init_lora_weights`` that needs weights or gradients.
 
-PiSSA starts from the base weights. LoRA-GA starts from the mean gradient of the base weights, of
-which the device holds one layer's at a time.
+PiSSA starts from the base weights. LoRA-GA starts from the mean gradient of the base weights; the
+device has the gradient of one layer at a time.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..adapters import INITIAL
+from ..adapters.inits import compute, needs_gradient
 from ..config.run import RunConfig
 from ..core.errors import TrainingError
 from ..core.seeds import seed_of
-from ..inits import compute, needs_gradient
 from ..methods import Target
 from .task import Task
 
 FP16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
-"""Factors of the loss where weights are fp16, until no gradient overflows."""
+"""Factors of the loss for fp16 weights, which are tried until no gradient overflows."""
 logger = logging.getLogger(__name__)
 
 
 def initialise(
     task: Task, targets: Sequence[Target], cfg: RunConfig, accelerator: Accelerator
 ) -> bool:
-    """Give the primaries of a task's models the first values that their init asks for.
+    """Give the primaries of a task's models their first values, by their init.
 
-    Every process computes all of it; then the values of the first are given to the others, so that
-    they agree bit by bit whatever the device does in parallel.
+    Each process computes all values. Then the others take those of the first process, so that all
+    of them have the same bits.
 
     Args:
-        task: What is trained, prepared by `accelerator`.
+        task: Task, prepared by `accelerator`.
         targets: Its models after `Method.setup`.
         cfg: Training configuration.
         accelerator: Engine.
 
     Returns:
-        True if there was anything to do.
+        True if an init needs weights or gradients.
 
     Raises:
         UserError: The loss reaches no layer of a model.
@@ -57,10 +57,10 @@ def initialise(
         models = {target.name: target.model for target in initialised}
         gradients = mean_gradients(task, models, cfg, accelerator.device)
     for target in initialised:
-        # The SVD of LoRA-GA is a randomized one (`svd_lowrank`).
+        # LoRA-GA has a randomized SVD (`svd_lowrank`).
         seed = seed_of(cfg.seed, target.name)
         compute(target.model, target.spec, gradients.get(target.name), seed)
-        # Kernels on several devices may round in another order.
+        # Kernels may add up in another order on each device.
         if accelerator.num_processes > 1:
             for parameter in adapters.parameters(target.model, INITIAL):
                 torch.distributed.broadcast(parameter.detach(), src=0)
@@ -71,20 +71,20 @@ def initialise(
 def mean_gradients(
     task: Task, models: Mapping[str, nn.Module], cfg: RunConfig, device: torch.device
 ) -> dict[str, dict[str, Tensor]]:
-    """The mean gradient of a task's own loss over `lora_ga_samples`, at the base weights.
+    """Compute the mean gradient of a task's loss over `lora_ga_samples`, at the base weights.
 
-    The samples are those of a step that no run reaches, so that training sees the data that it
-    would see without; they depend neither on how they are cut nor on how many processes there are.
+    The samples are those of a step that no run reaches, so that training has the same data as
+    without this pass. They depend neither on the size of batches nor on the number of processes.
 
     Args:
-        task: Gives samples, noise and loss; its module runs as in training.
+        task: Task, whose module runs as in training.
         models: The adapted models by name.
         cfg: Training configuration.
-        device: Where the module computes.
+        device: Device of the module.
 
     Returns:
-        By model and by module path, in the weight's shape, fp32 or wider, on the CPU. A layer that
-        the loss does not reach is missing.
+        Gradients by model and by module path, in the weight's shape, fp32 or wider, on the CPU. A
+        layer that the loss does not reach is missing.
 
     Raises:
         TrainingError: A loss or a gradient is not finite.
@@ -95,8 +95,8 @@ def mean_gradients(
     for start in range(0, samples, size):
         schedule.append((step, tuple(range(start, min(start + size, samples)))))
     logger.info("lora-ga: the mean gradient of %d samples", samples)
-    # A loss that is too large overflows in fp16, one that is too small vanishes: the largest scale
-    # that works is the most exact, and is divided out again.
+    # In fp16 the gradient of a large loss overflows and that of a small one vanishes: the largest
+    # scale without overflow is the most exact. The result is divided by it.
     scales = FP16_SCALES if has_fp16_layers(models) else (1.0,)
     infinite_layers: list[str] = []
     for scale in scales:
@@ -105,7 +105,7 @@ def mean_gradients(
             for name, model in models.items():
                 sums[name] = stack.enter_context(collecting(model))
             for batch in task.micro_batches(schedule, samples):
-                # Dropout by a seed of its own, so that training goes on as without this pass.
+                # Dropout has its own seed, so that training is the same as without this pass.
                 with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                     torch.manual_seed(seed_of(cfg.seed, "lora-ga", batch.slots[0]))
                     losses = task.module(batch.on(device))  # (slots,)
@@ -115,7 +115,7 @@ def mean_gradients(
                         f" {', '.join(batch.names)}: look at these samples or use"
                         " --init_lora_weights default."
                     )
-                # Sums divided by the number of all samples: the last batch may be smaller.
+                # Divided by the number of all samples, since the last batch may be smaller.
                 (losses.sum() * (scale / samples)).backward()
         infinite_layers = []
         for name, layer_sums in sums.items():
@@ -125,7 +125,7 @@ def mean_gradients(
         if not infinite_layers:
             for layer_sums in sums.values():
                 for gradient in layer_sums.values():
-                    # In place: all of them together are as large as the models in fp32.
+                    # In place, since all gradients together are as large as the models in fp32.
                     gradient.div_(scale)
             return sums
     raise TrainingError(
@@ -147,21 +147,19 @@ def has_fp16_layers(models: Mapping[str, nn.Module]) -> bool:
 def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Within the context backward passes add up the gradients of the base weights.
 
-    The adapters are off, so these are the gradients of the model as it came. Each goes to the CPU
-    as soon as it is computed, and `.grad` is freed: the device never holds more than one layer's,
-    the CPU holds all of them in fp32. Afterwards everything requires the gradients that it
-    required.
+    The adapters are off, so that the gradients are those of the base model. Each goes to the CPU as
+    soon as it is computed, and `.grad` is freed: the device has one layer's at a time, the CPU all
+    of them in fp32. Afterwards the same parameters require gradients as before.
 
     Yields:
-        By module path, the sum over all backward passes so far, in the weight's shape, fp32 or
-        wider.
+        Sums over all backward passes so far, by module path, in the weight's shape, fp32 or wider.
     """
     sums: dict[str, Tensor] = {}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     hooks = []
     try:
         with adapters.only(model, ()):
-            # Nothing but these weights needs a gradient, which would take memory.
+            # Other parameters need no gradients, which would take memory.
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             for path, layer in adapters.layers(model, INITIAL):
@@ -178,6 +176,7 @@ def collecting(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _add_gradient(sums: dict[str, Tensor], path: str, weight: Tensor) -> None:
+    """Move the gradient of a weight to its sum on the CPU."""
     gradient = cast(Tensor, weight.grad).detach()
     weight.grad = None  # frees the device's memory before the next layer's backward pass
     # In bf16 a sum over many batches would lose its small terms.

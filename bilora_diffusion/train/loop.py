@@ -39,16 +39,16 @@ logger = logging.getLogger(__name__)
 def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
     """Train to the end: steps, metrics, held-out loss, validation images and checkpoints.
 
-    An interruption ends it earlier, after a step that is saved.
+    An interruption ends the loop earlier, after a step that is saved.
 
     Args:
-        trainer: Takes the steps.
+        trainer: Trainer that takes the steps.
         folder: Run folder.
         log: Record of the main process; the other processes have none.
     """
     cfg = trainer.cfg
-    record_activity = None if log is None else log.doing
-    # The bar is closed on an error too, so that the error's sentence has a line of its own.
+    record_activity = None if log is None else log.record_activity
+    # An error closes the bar, so that its sentence has a line of its own.
     with Bar(trainer.num_steps, trainer.step, trainer.method.name, record_activity) as bar:
         if trainer.step == 0:
             with bar.waiting_for("starting values"):
@@ -58,7 +58,7 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             measure_heldout_loss(trainer, log, bar)
             if cfg.eval_on_start:
                 validate(trainer, folder, log, bar)
-        # From here on there is something to save, so a signal waits for the end of a step.
+        # From here on there is something to save: a signal waits for the end of a step.
         trainer.interruption.patient = True
         if trainer.is_finished:  # a run that had come to its end is resumed
             return
@@ -71,7 +71,7 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             with blocks.step(trainer.step + 1):
                 values = trainer.train_step(batches)
             bar.step(values)
-            # Trackers draw numbers; the digest and the dynamics are for the run's own log.
+            # Trackers plot numbers; the digest and the dynamics are for the run's own log.
             numbers = {name: value for name, value in values.items() if isinstance(value, float)}
             trainer.accelerator.log(numbers, step=trainer.step)
             if log is not None:
@@ -79,7 +79,7 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
             if trainer.dynamics is not None:
                 trainer.dynamics.write(folder)
 
-            # A held-out loss can end the run, so `is_finished` is asked again after it.
+            # A held-out loss can end the run, so `is_finished` is read again after it.
             if trainer.is_finished or is_due(trainer.step, cfg.validation_loss_steps):
                 measure_heldout_loss(trainer, log, bar)
             is_final_validation = trainer.is_finished and not cfg.skip_final_inference
@@ -100,34 +100,34 @@ def is_due(step: int, interval: int | None) -> bool:
 
 
 def measure_heldout_loss(trainer: Trainer, log: RunLog | None, bar: Bar) -> None:
-    """Measure the loss on the validation set and log it; every process takes note of it."""
+    """Measure the loss on the validation set and log it; each process counts it."""
     values: dict[str, float] = {}
-    # The main process measures. Where weights are split, each forward pass needs every process.
+    # The main process measures. If weights are split, each forward pass needs all processes.
     measures = log is not None or trainer.accelerator.is_fsdp2
     if measures and trainer.task.has_heldout:
         with bar.waiting_for("held-out loss"):
             values = trainer.task.heldout_loss(trainer.evaluating())
         log_measurement(trainer, log, trainer.step, values)
-    loss = values.get("heldout_loss")
+    value = values.get(trainer.cfg.heldout_measure)
     if trainer.accelerator.num_processes > 1:
         trainer.accelerator.wait_for_everyone()
-        (loss,) = broadcast_object_list([loss])
-    trainer.outcome.note_heldout_loss(loss, trainer.step)
+        (value,) = broadcast_object_list([value])
+    trainer.outcome.note_measurement(value, trainer.step)
 
 
 def validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> None:
-    """Sample images or answers of the validation set; the last ones are of what the run leaves."""
+    """Sample images or answers of the validation set; the last ones with the final weights."""
     is_last = trainer.is_finished
-    # With --keep_best the last samples are those of the best step, and are filed under it.
+    # With --keep_best the final weights are those of the best step, whose folder gets the samples.
     step = trainer.outcome.step(trainer.step) if is_last else trainer.step
-    # As for the held-out loss; what other processes than the main one write is dropped.
+    # As for the held-out loss; the files of processes other than the main one are deleted.
     if log is not None or trainer.accelerator.is_fsdp2:
         with (
             bar.waiting_for("validation"),
             torch.random.fork_rng(),
-            tempfile.TemporaryDirectory() as dropped,
+            tempfile.TemporaryDirectory() as temporary_folder,
         ):
-            target_folder = folder if log is not None else Path(dropped)
+            target_folder = folder if log is not None else Path(temporary_folder)
             evaluating = trainer.evaluating(final_weights=is_last)
             values = trainer.task.validate(step, target_folder, evaluating)
             if log is not None:
@@ -141,10 +141,10 @@ def validate(trainer: Trainer, folder: Path, log: RunLog | None, bar: Bar) -> No
 def log_measurement(
     trainer: Trainer, log: RunLog | None, step: int, values: dict[str, float]
 ) -> None:
-    """Log what was measured of the weights of a step."""
+    """Log measurements of the weights of a step."""
     if values and log is not None:
         log.metric(step, **values)
-        # Trackers refuse a step that lies behind, as the best one does at the end.
+        # Trackers refuse an earlier step than the last one, such as the best step at the end.
         trainer.accelerator.log(values, step=trainer.step)
 
 
@@ -154,10 +154,10 @@ def show_images(
     """Show validation images in TensorBoard and in Weights & Biases, as diffusers' scripts do.
 
     Args:
-        trackers: Those of accelerate.
+        trackers: Trackers of accelerate.
         files: Images; may be none.
-        prompts: The prompt of each.
-        step: The step that the trackers are at.
+        prompts: Prompt of each image.
+        step: Last step that the trackers know.
     """
     if not files:
         return
@@ -170,7 +170,7 @@ def show_images(
             batches = {}
             if len(sizes) == 1:
                 batches["validation"] = np.concatenate(arrays)
-            else:  # one batch has one size
+            else:  # a batch has images of one size
                 for number, array in enumerate(arrays):
                     batches[f"validation {number:03d}"] = array
             tracker.log_images(batches, step=step, dataformats="NHWC")
@@ -184,7 +184,7 @@ def show_images(
 
 
 def warn_of_zero_auxiliary(folder: Path) -> None:
-    """Warn that a run was plain LoRA, where the norm of its auxiliary was 0 in every step."""
+    """Warn of a run that was plain LoRA, since the norm of its auxiliary was 0 in every step."""
     norms = [row["auxiliary_norm"] for row in read_metrics(folder) if "auxiliary_norm" in row]
     if norms and all(norm == 0 for norm in norms):
         logger.warning(
@@ -196,9 +196,9 @@ def warn_of_zero_auxiliary(folder: Path) -> None:
 
 @contextlib.contextmanager
 def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
-    """Within the context, whatever ends the run is written into its record and raised again.
+    """Within the context an error or a signal is written into the run's record and raised again.
 
-    The trace of an unexpected error is kept in the run folder.
+    The traceback of an unexpected error is written to the run folder.
 
     Args:
         log: Record of the main process; None in the others.
@@ -221,18 +221,18 @@ def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
             _close(log, "failed", sentence)
             raise TrainingError(sentence) from error
         sentence = str(error)
-        # Errors of our own say all that there is to say in their sentence.
+        # The package's own errors have all facts in their sentence.
         if not isinstance(error, UserError | TrainingError):
             keep_trace(error, folder)
             sentence = unexpected(error)
-        # A search goes on without a run that diverged, but not after another error.
+        # A search goes on without a run that diverged; another error ends it.
         results = {"diverged": True} if isinstance(error, Diverged) else {}
         _close(log, "failed", sentence, **results)
         raise
 
 
 def _close(log: RunLog | None, status: str, reason: str | None = None, **results: Any) -> None:
-    # On a full disk the record stays as it was.
+    """Close the record of a run; on a full disk it stays as it was."""
     with contextlib.suppress(OSError):
         if log is not None:
             log.close(status, reason, **results)

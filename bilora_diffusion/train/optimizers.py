@@ -1,4 +1,4 @@
-"""The optimizer of a run: how a step's batch is cut, the update, and the schedule of its rate."""
+"""The optimizer of a run: the layout of its batches, the update, and the schedule of the rate."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class StepLayout:
 
 
 class ClippedOptimizer:
-    """The optimizer as methods see it: it clips the gradients of the result, then updates once.
+    """The optimizer of a method: it clips the gradients of the result's weights, then updates.
 
     Args:
-        accelerator: Engine, whose gradient scaler may leave an update out.
+        accelerator: Engine, whose gradient scaler may skip an update.
         optimizer: Optimizer that the engine prepared.
-        method: Method whose `weights` are clipped.
+        method: Method, of whose `weights` the gradients are clipped.
         max_grad_norm: Largest total norm of their gradients.
     """
 
@@ -80,8 +80,8 @@ class ClippedOptimizer:
 
     def step(self) -> None:
         """Clip (after unscaling), then update; a non-finite fp16 gradient skips the update."""
-        # Only the weights of the result: the auxiliary's gradient has no part in their norm. A
-        # joint norm left the primary 0.70 of its gradient (T5-base at a norm of 1).
+        # Without the auxiliary's gradient: with a joint norm the primary kept 0.70 of its own
+        # (T5-base at a norm of 1).
         self._norm = self._accelerator.clip_grad_norm_(self._method.weights, self._max_grad_norm)
         self._optimizer.step()
 
@@ -97,9 +97,9 @@ class ClippedOptimizer:
 
     @property
     def skipped(self) -> bool:
-        """True if the gradient scaler left the last update out.
+        """True if the gradient scaler skipped the last update.
 
-        Then neither a projection nor the schedule may move on.
+        Then there is no projection, and the schedule does not go on.
         """
         return bool(self._accelerator.optimizer_step_was_skipped)
 
@@ -110,7 +110,7 @@ def total_steps(cfg: RunConfig, num_samples: int, step_size: int) -> int:
         return cfg.max_train_steps
     assert cfg.num_train_epochs is not None  # the configuration has one of the two
     steps_per_epoch = -(-num_samples // step_size)
-    # The last step of an epoch is a whole one: it goes on into the next epoch's samples.
+    # The last step of an epoch is a full one: it takes the first samples of the next epoch too.
     return cfg.num_train_epochs * steps_per_epoch
 
 
@@ -139,10 +139,10 @@ def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
                 use_bias_correction=cfg.prodigy_use_bias_correction,
                 safeguard_warmup=cfg.prodigy_safeguard_warmup,
             )
-    # One kernel for all parameters: on a CPU the default takes them one by one, and twice as many
-    # cost twice as much.
+    # One kernel for all parameters: on a CPU the default updates them one by one, so that Bi-LoRA's
+    # would take twice as long as LoRA's.
     optimizer = torch.optim.AdamW(groups, **adam, fused=True)
-    # With this flag a gradient scaler lets the kernel skip a step, but the hooks after a step run.
+    # With this flag a gradient scaler lets the kernel skip a step, but the hooks after it run.
     cast(Any, optimizer)._step_supports_amp_scaling = False
     return optimizer
 

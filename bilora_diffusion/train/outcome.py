@@ -1,4 +1,4 @@
-"""Weights that a run leaves: the last step's or the best one's, averaged or not."""
+"""Weights that a run leaves: those of the last or of the best step, averaged or not."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from ..methods.perturb import replaced
 
 
 class Best:
-    """Keeps count of held-out measurements as Transformers' `EarlyStoppingCallback` does, with a
-    threshold of 0 (https://huggingface.co/docs/transformers/main_classes/callback).
+    """The lowest held-out loss so far, and the weights at it.
 
-    A measurement is a new lowest or counts against the patience, as equal ones and those that are
-    not finite do. The first is the base model's, at step 0.
+    It counts as Transformers' `EarlyStoppingCallback` does with a threshold of 0
+    (https://huggingface.co/docs/transformers/main_classes/callback): a measurement that is not a
+    new lowest one counts against the patience, also an equal one and one that is not finite. The
+    first measurement is the base model's, at step 0.
 
     Args:
-        parameters: Parameters whose values are stored at each new lowest, on the CPU; none to only
-            count.
-        patience: Measurements in a row without a new lowest that end a run; None for no end.
+        parameters: Parameters whose values are stored at each new lowest, on the CPU; none to count
+            only.
+        patience: Measurements in a row without a new lowest one that end a run; None for no end.
 
     Attributes:
         step: Step of the lowest measurement; None before the first.
@@ -47,8 +48,8 @@ class Best:
         self.store()
 
     def is_lowered_by(self, loss: float, step: int) -> bool:
-        """Take note of a measurement; True for a new lowest, whose weights are to be stored."""
-        # An equal loss counts against the patience, or one that stands still would end no run.
+        """Count a measurement; True for a new lowest one, whose weights the caller stores."""
+        # An equal loss is no new lowest: otherwise a constant loss would never end a run.
         if math.isfinite(loss) and (self.loss is None or loss < self.loss):
             self.step, self.loss, self.since = step, loss, 0
             return True
@@ -57,16 +58,16 @@ class Best:
 
     def store(self) -> None:
         """Store the values that the parameters have now."""
-        # On the CPU, so that a run that keeps its best fits the same device.
+        # On the CPU, so that the run takes no more memory of the device.
         self.values = [p.detach().to("cpu", copy=True) for p in self.parameters]
 
     @property
     def is_exhausted(self) -> bool:
-        """True if the patience is at its end."""
+        """True if the patience has run out."""
         return self.patience is not None and self.since >= self.patience
 
     def applied(self) -> AbstractContextManager[None]:
-        """Within the context the parameters hold what was stored; then their own values again."""
+        """Within the context the parameters have the stored values, afterwards their own again."""
         values = []
         for parameter, value in zip(self.parameters, self.values, strict=True):
             values.append(value.to(parameter.device))
@@ -108,18 +109,18 @@ class Average:
 
 
 class Outcome:
-    """The average of what is trained and the best of its steps, as far as a run stores them.
+    """The average of the trained weights and those of the best step, if a run stores them.
 
-    The average is a flat minimum for next to nothing (Izmailov et al. 2018,
-    https://arxiv.org/abs/1803.05407), of A and of B each on its own.
+    The average finds flatter minima at almost no cost (Izmailov et al. 2018,
+    https://arxiv.org/abs/1803.05407). A and B are averaged separately.
 
     Args:
         method: Method whose adapters are attached.
-        cfg: Says what is stored.
+        cfg: Training configuration.
 
     Attributes:
         average: Average of the steps so far; None without ``--use_ema``.
-        best: The lowest held-out loss so far, and its weights with ``--keep_best``.
+        best: The lowest held-out measurement so far, and its weights with ``--keep_best``.
     """
 
     def __init__(self, method: Method, cfg: RunConfig) -> None:
@@ -130,8 +131,8 @@ class Outcome:
     def begin(self) -> None:
         """Start from the weights as they are now."""
         cfg = self._cfg
-        # Asked for once: the walk over SDXL's UNet takes 53 ms.
-        self._weights = self._method.clip_parameters()  # what the result is made of
+        # The weights of the result; once, since the walk over SDXL's UNet takes 53 ms.
+        self._weights = self._method.clip_parameters()
         self.average = Average(self._weights, cfg.ema_decay) if cfg.use_ema else None
         self.best = Best(self._weights if cfg.keep_best else (), cfg.early_stopping_patience)
 
@@ -140,52 +141,52 @@ class Outcome:
         if self.average is not None:
             self.average.update()
 
-    def note_heldout_loss(self, loss: float | None, step: int) -> None:
-        """Take note of a held-out loss of the weights as they are, the same in every process.
+    def note_measurement(self, value: float | None, step: int) -> None:
+        """Count a measurement of the current weights, which is the same in every process.
 
         Args:
-            loss: The loss; None without a validation set.
+            value: Of ``heldout_measure``; None without a validation set.
             step: Step of the weights.
 
         Raises:
-            UserError: There is nothing to measure it on, and options need it.
+            UserError: There is none, and an option needs it.
         """
-        if loss is None:
+        if value is None:
             if self._cfg.keep_best or self.best.patience is not None:
                 raise UserError(
                     "--keep_best and --early_stopping_patience need held-out data, and there is"
                     " none here: give some, or drop them."
                 )
-        elif self.best.is_lowered_by(loss, step):
-            # What was measured is the average, where there is one.
+        elif self.best.is_lowered_by(value, step):
+            # The measurement was of the average, if there is one.
             with self.averaged():
                 self.best.store()
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within the context what is trained holds its average, where averages are stored."""
+        """Within the context the trained weights are their average, if averages are stored."""
         if self.average is None:
             return contextlib.nullcontext()
         return replaced(self._weights, self.average.values)
 
     def applied(self) -> AbstractContextManager[None]:
-        """Within the context what is trained holds what the run leaves."""
+        """Within the context the trained weights are those that the run leaves."""
         return self.best.applied() if self._cfg.keep_best else self.averaged()
 
     def step(self, last_step: int) -> int:
-        """The step whose weights a run leaves that ended after ``last_step``."""
+        """Step of the weights that a run leaves, which ended after `last_step`."""
         # Without a finite measurement there is no best step.
         if not self._cfg.keep_best or self.best.step is None:
             return last_step
         return self.best.step
 
     def results(self) -> dict[str, Any]:
-        """The early end, and the best step where the run leaves it; for the run's record."""
+        """Figures for the run's record: the early end, and the best step if the run leaves it."""
         results: dict[str, Any] = {}
         if self.best.patience is not None:
             results["stopped_early"] = self.best.is_exhausted
         if self._cfg.keep_best:
             results["best_step"] = self.best.step
-            results["best_heldout_loss"] = self.best.loss
+            results[f"best_{self._cfg.heldout_measure}"] = self.best.loss
         return results
 
     def tensors(self) -> dict[str, Tensor]:
@@ -199,7 +200,7 @@ class Outcome:
         return tensors
 
     def state_dict(self) -> dict[str, Any]:
-        """State that a resume needs beside the tensors, and an export (`export_facts`)."""
+        """State beside the tensors that a resume or an export (`export_facts`) needs."""
         best = self.best
         return {
             "average": None if self.average is None else {"steps": self.average.steps},
@@ -217,17 +218,18 @@ class Outcome:
 
 
 def export_facts(method: Method) -> dict[str, Any]:
-    """Facts that an export needs of a checkpoint beside its tensors, as JSON can hold them.
+    """Facts in JSON with which an export reads the tensors of a checkpoint.
 
     Returns:
-        "adapters", PEFT's configuration of each target's primary, and "averaged", the keys in
-        `Method.tensors` of what an average is stored of, in its order; {} where whole models are
-        trained.
+        "adapters", PEFT's configuration of each target's primary, and "averaged", keys in
+        `Method.tensors` of the averaged weights, in the order of the averages; {} for a method that
+        trains whole models.
     """
     if method.exports_weights:
         return {}
-    # The order of `clip_parameters`, by which averages are numbered in a checkpoint.
-    configs, averaged_keys = {}, []
+    configs = {}
+    # In the order of `clip_parameters`, by which a checkpoint numbers the averages.
+    averaged_keys = []
     for target in method.targets:
         configs[target.name] = adapters.lora_config(target.model, PRIMARY)
         for name in adapters.named_parameters(target.model, PRIMARY):

@@ -4,43 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Set
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from accelerate import Accelerator
 from torch import Tensor
 
 from .. import adapters
-from ..config.run import FORMER_OPTIONS, HELDOUT_OPTIONS, RunConfig
-from ..methods import Method
+from ..config.run import FORMER_OPTIONS, HELDOUT_OPTIONS
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
-from ..run.content import require_same_content
+from ..run.data import require_same_content
 from ..run.runlog import RunLog
-from .optimizers import StepLayout
-from .outcome import Outcome
+from .trainer import Trainer
 
 
-class Resumable(Protocol):
-    """The parts of a `loop.Trainer` that a checkpoint holds, or that must be the same to go on."""
-
-    cfg: RunConfig
-    accelerator: Accelerator
-    method: Method
-    optimizer: Any  # as the engine prepared it
-    lr_scheduler: Any
-    outcome: Outcome
-    layout: StepLayout
-    num_steps: int
-    step: int
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """Record of the training and the held-out samples (`run.content`)."""
-        ...
-
-
-def save(trainer: Resumable, folder: Path, log: RunLog | None) -> None:
-    """Write a checkpoint of the current step, and delete old ones; only the main process does.
+def save(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
+    """Write a checkpoint of the current step, and delete old ones, in the main process.
 
     Args:
         trainer: What is saved.
@@ -50,7 +28,7 @@ def save(trainer: Resumable, folder: Path, log: RunLog | None) -> None:
     if log is not None:
         log.sync()
     cfg, scaler = trainer.cfg, trainer.accelerator.scaler
-    # What is trained is whole on each process, also where the base is split (`engine`).
+    # Each process has all that is trained, also where the base is split (`engine`).
     if trainer.accelerator.is_main_process:
         saved = Checkpoint(
             step=trainer.step,
@@ -73,11 +51,11 @@ def save(trainer: Resumable, folder: Path, log: RunLog | None) -> None:
         if limit:
             removed_steps = checkpoint.prune(folder, limit)
             if log is not None and removed_steps:
-                log.removed_checkpoints(removed_steps)
+                log.record_removed_checkpoints(removed_steps)
     trainer.accelerator.wait_for_everyone()
 
 
-def load(trainer: Resumable, path: Path) -> None:
+def load(trainer: Trainer, path: Path) -> None:
     """Continue exactly where a checkpoint was written; once, on a new trainer.
 
     Raises:
@@ -89,10 +67,10 @@ def load(trainer: Resumable, path: Path) -> None:
         _require_same_run(trainer, saved)
         # In place: the optimizer and the hooks know the parameters as objects.
         load_tensors(_tensors(trainer), saved.tensors)
-        # What an init has taken out of the base weights is taken out of the loaded ones again.
+        # An init may have taken first values out of the base weights; here they are loaded anew.
         for target in trainer.method.targets:
             adapters.subtract_initial(target.model)
-        # Replaces the dictionaries in `param_groups`, so whatever kept one of them would be stale.
+        # It replaces the dictionaries in `param_groups`, so that references to these are stale.
         trainer.optimizer.optimizer.load_state_dict(saved.optimizer)
         trainer.lr_scheduler.load_state_dict(saved.scheduler)
         if saved.scaler is not None and trainer.accelerator.scaler is not None:
@@ -102,29 +80,34 @@ def load(trainer: Resumable, path: Path) -> None:
         trainer.step = saved.step
 
 
-def _tensors(trainer: Resumable) -> dict[str, Tensor]:
+def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     """Tensors of the models, the average and the best weights, which `load` writes in place."""
     return {**trainer.method.tensors(), **trainer.outcome.tensors()}
 
 
-def _sizes(trainer: Resumable) -> dict[str, int]:
+def _sizes(trainer: Trainer) -> dict[str, int]:
+    """Sizes that follow from the options together with the data."""
     return {"step_size": trainer.layout.step_size, "num_steps": trainer.num_steps}
 
 
-def _require_same_run(trainer: Resumable, saved: Checkpoint) -> None:
+def _require_same_run(trainer: Trainer, saved: Checkpoint) -> None:
+    """Refuse to go on with a checkpoint of other options, data or sizes."""
     cfg, sizes = trainer.cfg, _sizes(trainer)
     options = cfg.resume_settings()
-    # How a step is cut and shared does not change its result.
+    # A step has the same result however it is cut into micro-batches.
     free = {"train_batch_size", "gradient_accumulation_steps"}
     # A run may become longer where no step depends on its length.
     is_constant = cfg.lr_scheduler in ("constant", "constant_with_warmup")
     if is_constant and not trainer.method.depends_on_length:
         free |= {"max_train_steps", "num_train_epochs", "num_steps"}
-    # The sizes are saved beside the options, which they follow from together with the data.
-    saved_sizes = {name: saved.extra[name] for name in sizes}
+    current = {**options, **sizes, "content": trainer.content}
+    recorded = dict(saved.extra["config"])
+    for name in sizes:
+        recorded[name] = saved.extra[name]
+    recorded["content"] = saved.extra.get("content")
     require_same_work(
-        {**saved.extra["config"], **saved_sizes, "content": saved.extra.get("content")},
-        {**options, **sizes, "content": trainer.content},
+        recorded,
+        current,
         options=options.keys(),
         # Checkpoints of earlier versions hold options that are free today.
         free=free | cfg.free_options,
@@ -148,7 +131,7 @@ def require_same_work(
         current: The same of this run.
         options: Keys of the options.
         free: Keys that may differ.
-        depends_on_heldout: As `run.content.require_same_content` takes it.
+        depends_on_heldout: As `run.data.require_same_content` takes it.
 
     Raises:
         UserError: Something differs; the sentence says what.

@@ -19,8 +19,8 @@ from ..config.run import RunConfig
 from ..core.errors import translated
 from ..core.files import counted
 from ..methods import Method, for_run
-from ..run import checkpoint, console, provenance, publish
-from ..run.content import summarize
+from ..run import checkpoint, console, hub, provenance
+from ..run.data import summarize
 from ..run.folder import FIT_RECORD, clear
 from ..run.interruption import Stop
 from ..run.record import last_measured, read_search
@@ -36,18 +36,18 @@ logger = logging.getLogger(__name__)
 
 
 class Script(ABC, Generic[Config]):
-    """What a training script adds to the shared command: its configuration, task and files."""
+    """A training script: the parts of the shared command that depend on images or text."""
 
-    project: ClassVar[str]  # its name for trackers
-    scorer: ClassVar[str]  # the module that scores its runs
+    project: ClassVar[str]  # name of the project for trackers
+    scorer: ClassVar[str]  # module that scores its runs
 
     @abstractmethod
     def resolve(self, argv: Sequence[str] | None) -> Config:
-        """Make the configuration of a command line; None is the process's own."""
+        """Make the configuration of a command line; None for that of the process."""
 
     @abstractmethod
     def build_task(self, cfg: Config, accelerator: Accelerator) -> Task:
-        """Open the data and load the models, without weights where `cfg.dry_run` says so."""
+        """Open the data and load the models, for a dry run without weights."""
 
     @abstractmethod
     def memory_by_phase(self, task: Any, device: torch.device) -> dict[str, dict[str, int]]:
@@ -55,7 +55,7 @@ class Script(ABC, Generic[Config]):
 
     @abstractmethod
     def export(self, cfg: Config, trainer: Trainer, folder: Path) -> dict[str, Any]:
-        """Write the trained weights as they are now, read them back, return what that showed."""
+        """Write the current weights, read them back, and return facts about the file."""
 
     @abstractmethod
     def write_card(
@@ -65,7 +65,7 @@ class Script(ABC, Generic[Config]):
 
     @abstractmethod
     def file_names(self, folder: Path) -> dict[str, str]:
-        """Purposes of the files that a run may leave, and their names."""
+        """Files that a run may leave: purpose -> name."""
 
 
 def run(
@@ -77,19 +77,19 @@ def run(
     last_step: int | None = None,
     repo_id: str | None = None,
 ) -> Stop | None:
-    """Train a task in a folder that is locked, and finish; nothing of it is alive afterwards.
+    """Train a task in a folder that is locked, to the files that the run leaves.
 
     Args:
         script: Script of the task.
-        task: What is trained.
+        task: Task that is trained.
         accelerator: Engine of the run.
         folder: Run folder.
         checkpoint_folder: Checkpoint to go on from; None for a new run.
-        last_step: Where a run of a search ends, which exports nothing.
-        repo_id: Hub repository that the folder goes to.
+        last_step: Last step of a run of a search, which exports nothing.
+        repo_id: Hub repository that the folder is pushed to.
 
     Returns:
-        What stopped the run, or came too late to stop it; None for neither.
+        The signal that stopped the run, or came too late to stop it; None without one.
     """
     cfg = task.cfg
     is_search_run = last_step is not None
@@ -98,7 +98,7 @@ def run(
         num_steps = total_steps(cfg, task.num_samples, step_size)
         method = for_run(vars(cfg), num_steps, task.sample_names)
         trainer = Trainer(task, method, cfg, accelerator, last_step)
-        # A checkpoint proves that the model can be trained.
+        # With a checkpoint the model has been trained before.
         if checkpoint_folder is None:
             trainer.probe()
     if checkpoint_folder is not None:
@@ -116,7 +116,7 @@ def run(
         with trainer.interruption, recorded(log, folder):
             accelerator.init_trackers(script.project, config=tracker_config(cfg))
             loop.run(trainer, folder, log)
-            # A signal ended the loop between two steps, which the record notes like one within.
+            # A signal that ended the loop after a step is recorded like one that ended it within.
             if not trainer.is_finished:
                 raise KeyboardInterrupt
             results = {} if log is None else measured_results(trainer, folder)
@@ -124,9 +124,9 @@ def run(
                 if log is not None:
                     results |= export(script, trainer, folder, log, results, repo_id)
             elif checkpoint.steps(folder)[-1:] != [trainer.step]:
-                # The search may bring this run to more steps later.
+                # The search may continue this run later.
                 resume.save(trainer, folder, log)
-            # No process may take the group down while another still writes or measures.
+            # No process may close the group while another one still writes or measures.
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         number = trainer.stop_signal() or trainer.interruption.number or signal.SIGINT
@@ -135,8 +135,8 @@ def run(
         log.close("finished", **results)
         warn_of_zero_auxiliary(folder)
         if not is_search_run:
-            logger.info(console.closing(folder, script.file_names(folder), script.scorer))
-    # A signal during the export: too late to stop the run, but not what comes after it.
+            logger.info(console.describe_run(folder, script.file_names(folder), script.scorer))
+    # A signal during the export comes too late for this run, but stops those after it.
     number = trainer.interruption.number
     if number is None:
         return None
@@ -144,10 +144,10 @@ def run(
 
 
 def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
-    """Begin or go on with the record of a run; a new run deletes what it may overwrite."""
+    """Begin the record of a run or go on with it; a new run deletes files that it may overwrite."""
     cfg = trainer.cfg
     if not is_resumed:
-        # With --fit the search has replaced what was in the folder, and stays beside the run.
+        # With --fit the search has emptied the folder, and its own files stay beside the run.
         clear(folder, overwrite=cfg.overwrite_output_dir and not cfg.fit)
     log = RunLog(folder, trainer.accelerator.device)
     log.start(
@@ -162,12 +162,12 @@ def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
 
 
 def translated_errors(model: str) -> Any:
-    """A context in which a library's error says that a model can't be trained as asked."""
+    """Within the context a library's error becomes a sentence: the model can't be trained so."""
     return translated(f'"{model}" can\'t be trained so', UNSUITED)
 
 
 def tracker_config(cfg: RunConfig) -> dict[str, Any]:
-    """The options as values that every tracker can show."""
+    """The options as numbers and texts, which every tracker can show."""
     values = {}
     for name, value in cfg.to_dict().items():
         values[name] = value if isinstance(value, int | float | str) else repr(value)
@@ -175,12 +175,14 @@ def tracker_config(cfg: RunConfig) -> dict[str, Any]:
 
 
 def announce(trainer: Trainer, folder: Path) -> None:
-    """Say what is about to be trained on what, for how long, where, and where to."""
-    cfg, steps, step_size = trainer.cfg, trainer.last_step, trainer.layout.step_size
+    """Print data, length, method, device and folder of a run before it begins."""
+    cfg = trainer.cfg
+    steps, step_size = trainer.last_step, trainer.layout.step_size
     epochs = steps * step_size / trainer.task.num_samples
-    processes, device = trainer.accelerator.num_processes, trainer.accelerator.device
-    device_name = provenance.device(device)["name"]
-    place = f"{processes} processes on {device_name}" if processes > 1 else device_name
+    place = provenance.device(trainer.accelerator.device)["name"]
+    processes = trainer.accelerator.num_processes
+    if processes > 1:
+        place = f"{processes} processes on {place}"
     facts = [
         trainer.task.data_summary(),
         f"{counted(f'{steps:,}', 'step')} of {step_size} ({counted(f'{epochs:.3g}', 'epoch')})",
@@ -204,7 +206,7 @@ def describe_method(method: Method, rank: int) -> str:
 
 
 def measured_results(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """The steps of a run, and what was measured last of the weights that it leaves."""
+    """Steps of a run, and the last measurements of the weights that it leaves."""
     results = {"steps": trainer.step, **trainer.outcome.results()}
     measurements = last_measured(folder, trainer.outcome.step(trainer.step))
     for name, (_, value) in measurements.items():
@@ -220,21 +222,29 @@ def export(
     measured: dict[str, Any],
     repo_id: str | None,
 ) -> dict[str, Any]:
-    """Export the primary, prove it from the file and write the model card.
+    """Export the weights, check the file and write the model card.
+
+    Args:
+        script: Script of the run.
+        trainer: Trainer at the end of the run.
+        folder: Run folder.
+        log: Record of the run.
+        measured: Measured results, for the card.
+        repo_id: Hub repository that the folder is pushed to.
 
     Returns:
-        What to add to the measured results.
+        Further results.
     """
     cfg = trainer.cfg
     record = read_search(folder / FIT_RECORD) if cfg.fit else None
     results: dict[str, Any] = {}
     if record and record["choice"]:
         results["chosen_steps"] = record["choice"]["steps"]
-    log.writes_card()
-    # The best or averaged weights, where the run leaves these.
+    log.record_card()
+    # The best or averaged weights, if the run leaves these.
     with trainer.outcome.applied():
         results["export"] = script.export(cfg, trainer, folder)
     script.write_card(cfg, folder, measured | results, repo_id)
     if repo_id is not None:
-        publish.push(folder, repo_id, cfg.hub_token)
+        hub.push(folder, repo_id, cfg.hub_token)
     return results

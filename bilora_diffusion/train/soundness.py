@@ -1,5 +1,6 @@
-"""Faults of a model whose files are there, for images and text: one sentence each, before anything
-is trained, where libraries fill in what is missing and only warn, or fail in the first step.
+"""Checks of a loaded model, for images and text: each refuses a fault in one sentence.
+
+Libraries replace missing parts and only warn, or fail in the first step.
 """
 
 from __future__ import annotations
@@ -15,25 +16,33 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def require_safetensors(part: str, folder: Path) -> None:
-    """Refuse a folder whose weights are pickles, by their names or by its index of files."""
+    """Refuse a folder with weights in pickles, by the names of its files or by its index.
+
+    Args:
+        part: The weights in the user's words.
+        folder: Folder of the model.
+
+    Raises:
+        UserError: The weights are pickles, or the index can't be read.
+    """
     names = sorted(path.name for path in folder.glob("*"))
-    # A folder may hold both kinds, as many on the hub do: then the libraries read safetensors.
+    # Of a folder with both kinds, as many on the hub, the libraries read the safetensors.
     pickles = []
     if not any(name.endswith(".safetensors") for name in names):
         pickles = [name for name in names if name.endswith(PICKLES)]
     for path in folder.glob("*.safetensors.index*.json"):
-        parts = reading(
+        files = reading(
             part,
             "download or write it again",
             lambda path=path: json.loads(path.read_text(encoding="utf-8"))["weight_map"].values(),
         )
-        pickles += [str(name) for name in parts if not str(name).endswith(".safetensors")]
+        pickles += [str(name) for name in files if not str(name).endswith(".safetensors")]
     if pickles:
         raise UserError(f"{part} can't be read, since {PICKLED.format(f' but {pickles[0]}')}.")
 
 
 def require_whole(part: str, missing: Iterable[str]) -> None:
-    """Refuse weights that lack some, which libraries would leave empty or draw at random."""
+    """Refuse incomplete weights; libraries would leave the missing ones empty or random."""
     names = sorted(missing)
     if names:
         remainder = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -44,25 +53,30 @@ def require_whole(part: str, missing: Iterable[str]) -> None:
 
 
 def require_words(part: str, tokenizer: Any, rows: int | None, fix: str) -> None:
-    """Refuse a tokenizer that knows no words, or makes numbers that its model does not know.
+    """Refuse a tokenizer without words, or with more tokens than its model has embeddings for.
 
     Args:
-        part: the tokenizer in the user's words.
-        tokenizer: of Transformers.
-        rows: how many tokens the model has embeddings for; None where it can't be told.
-        fix: what to do, without a period.
+        part: The tokenizer in the user's words.
+        tokenizer: Tokenizer of Transformers.
+        rows: Number of embeddings of the model; None if not known.
+        fix: End of the sentence, without a period.
+
+    Raises:
+        UserError: It has no words, or too many tokens.
     """
     vocabulary = tokenizer.get_vocab()
-    # Without its files Transformers makes an empty one of some types, and says nothing; that of T5
-    # knows the mark of a space.
-    if not {word for word in vocabulary if word != "▁"} - set(tokenizer.all_special_tokens):
+    # Without its files Transformers makes an empty tokenizer of some types, and does not warn. T5's
+    # has the mark of a space even then.
+    words = set(vocabulary) - {"▁"} - set(tokenizer.all_special_tokens)
+    if not words:
         raise UserError(f"{part} knows no words: {fix}.")
     if rows is None:
         return
-    # Added tokens that nothing uses, as some models have, do no harm.
-    words = set(vocabulary) - set(tokenizer.get_added_vocab())
-    words |= {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token} & set(vocabulary)
-    largest = max((vocabulary[word] for word in words), default=0)
+    # Some models have added tokens without embeddings, which no text uses; padding, EOS and BOS are
+    # used.
+    used_tokens = set(vocabulary) - set(tokenizer.get_added_vocab())
+    used_tokens |= {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token} & set(vocabulary)
+    largest = max((vocabulary[token] for token in used_tokens), default=0)
     if largest >= rows:
         raise UserError(
             f"{part} has numbers up to {largest}, and the model knows {rows} tokens only: {fix}."

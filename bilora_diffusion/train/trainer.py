@@ -24,7 +24,7 @@ from ..config.run import RunConfig
 from ..core.errors import Diverged, UserError
 from ..core.seeds import digest_texts, seed_of
 from ..methods import Method
-from ..run.content import record_content
+from ..run.data import record_content
 from ..run.interruption import Interruption
 from . import engine
 from .dynamics import Dynamics
@@ -45,14 +45,15 @@ UNSUITED = "give another model or other parts of it, or other options"
 
 
 class Trainer:
-    """A task, a method and their optimizer, prepared by accelerate and able to take steps.
+    """A task, a method and their optimizer, prepared by accelerate, which takes steps.
 
     Args:
-        task: What is trained.
-        method: How; its adapters are attached here.
+        task: Task that is trained.
+        method: Method that trains it; its adapters are attached here.
         cfg: Training configuration.
-        accelerator: Made with ``gradient_accumulation_steps=1``: steps are cut here.
-        last_step: Where the run ends, if not at the end of its schedules.
+        accelerator: Engine with ``gradient_accumulation_steps=1``: the trainer itself cuts steps
+            into micro-batches.
+        last_step: Last step of the run; None for the end of its schedules.
     """
 
     def __init__(
@@ -72,25 +73,26 @@ class Trainer:
         self.last_step = last_step or self.num_steps
         self.step = 0
 
-        # The adapters' first values depend on the seed alone, not on what was sampled before.
+        # The adapters' first values depend on the seed alone, not on earlier random numbers.
         torch.manual_seed(seed_of(cfg.seed, "adapters"))
         optimizer = build_optimizer(cfg, method.setup(task.targets()))
-        # The record's hook comes before the method's, whose hook turns gradients around.
+        # Its hook comes before the method's, which changes the sign of gradients.
         has_dynamics = cfg.log_dynamics and accelerator.is_main_process
         self.dynamics = Dynamics(self, optimizer) if has_dynamics else None
         method.bind(optimizer)
         self.lr_scheduler = build_scheduler(cfg, optimizer, self.num_steps)
-        # Loaded models are in evaluation mode, in which some ignore gradient checkpointing.
+        # Loaded models are in evaluation mode, in which some of them ignore gradient checkpointing.
         task.module.train()
         models = [target.model for target in method.targets]
         self.module, self.optimizer = engine.prepare(accelerator, task.module, models, optimizer)
         self.clipped = ClippedOptimizer(accelerator, self.optimizer, method, cfg.max_grad_norm)
         self.outcome = Outcome(method, cfg)
 
-        # Several processes stop together, which they can't before they share a first step.
+        # Several processes stop together, after a step that all of them take: until the first one
+        # a signal waits.
         self.interruption = Interruption(patient=accelerator.num_processes > 1)
         self._shared_signal: int | None = None
-        self._content: dict[str, Any] | None = None  # made when it is first needed
+        self._content: dict[str, Any] | None = None
         self._nonfinite_steps = 0  # in a row
         self._losses_of_step: list[tuple[Tensor, MicroBatch]] = []  # of each forward pass
 
@@ -104,15 +106,16 @@ class Trainer:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Record of the training and the held-out samples (`run.content`)."""
+        """Record of the training and the held-out samples (`run.data`)."""
         if self._content is None:
             heldout = self.task.heldout_content()
             self._content = record_content(self.task.training_content(), heldout)
         return self._content
 
     def initialise(self) -> None:
-        """Start the primaries as ``init_lora_weights`` says, where that depends on weights or
-        gradients; once, before the first step of a run that is not resumed.
+        """Give the primaries first values that depend on weights or gradients.
+
+        To be called once, before the first step of a new run.
 
         Raises:
             TrainingError: A loss or a gradient is not finite.
@@ -121,10 +124,10 @@ class Trainer:
             self.outcome.begin()
 
     def probe(self) -> None:
-        """Take one row forward and backward, as a step does, and forget its gradients.
+        """Test the model on one sample with a forward and a backward pass, as in a step.
 
         Raises:
-            UserError: Its loss or a gradient is not finite.
+            UserError: The loss or a gradient is not finite.
         """
         first_slot = self.layout.slots()[0][0]
         (batch,) = self.task.micro_batches([(0, (first_slot,))], self.layout.step_size)
@@ -141,7 +144,7 @@ class Trainer:
             )
 
     def micro_batches(self) -> Iterator[list[MicroBatch]]:
-        """The remaining steps, each as this process's micro-batches."""
+        """The remaining steps, each as the micro-batches of this process."""
         slots = self.layout.slots()
         steps = range(self.step, self.num_steps)
         schedule = list(itertools.product(steps, slots))
@@ -150,10 +153,13 @@ class Trainer:
             yield [next(stream) for _ in slots]
 
     def train_step(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
-        """Take one optimizer step on frozen inputs; returns what is logged about it.
+        """Take one optimizer step on frozen inputs.
+
+        Returns:
+            Values for the log.
 
         Raises:
-            Diverged: A loss is not finite; what is saved is untouched.
+            Diverged: A loss is not finite; nothing was saved since.
         """
         started = time.perf_counter()
         self._losses_of_step.clear()
@@ -166,7 +172,7 @@ class Trainer:
             self.outcome.update()
         self.step += 1
 
-        # Up to here work was only queued on the device. Reading its numbers waits for it.
+        # Up to here work was only queued on the device. Reading its numbers waits for all of it.
         digest, noise_levels = self._share_facts(batches)
         self._require_finite()
         loss_value = float(loss)
@@ -190,7 +196,7 @@ class Trainer:
         return values
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> Callable[[], Tensor]:
-        """A closure that leaves the whole step's mean gradient in ``.grad``, as often as called.
+        """A closure that leaves the mean gradient of the whole step in ``.grad`` at each call.
 
         It returns the mean loss over all processes, a 0-d tensor.
         """
@@ -207,7 +213,7 @@ class Trainer:
                 with no_sync, self.method.around_batch(batch.samples, batch.snr):
                     losses = self.module(batch.on(device))  # (slots,)
                     self._losses_of_step.append((losses.detach(), batch))
-                    # Micro-batches are equally large, so this sums up to the mean of all slots.
+                    # Micro-batches are of equal size: this adds up to the mean of all slots.
                     loss = losses.mean() / len(batches)
                     self.accelerator.backward(loss)
                 total_loss += loss.detach()
@@ -217,8 +223,10 @@ class Trainer:
         return forward_backward
 
     def _share_facts(self, batches: Sequence[MicroBatch]) -> tuple[str, list[float]]:
-        """Hash of data, noise and timesteps of the whole step, over all processes, and its noise
-        levels; a signal that one process received reaches the others with them.
+        """Share facts of a step, and a signal to one of the processes, among all of them.
+
+        Returns:
+            Hash of data, noise and timesteps of the whole step, and its noise levels.
         """
         digests: list[tuple[int, str]] = []  # by slot
         levels: list[float] = []
@@ -238,10 +246,10 @@ class Trainer:
         return digest_texts([digest for _, digest in sorted(digests)]), levels
 
     def _require_finite(self) -> None:
+        """Refuse losses of the last step that are not finite, in any of its forward passes."""
         # A gradient scaler skips such a step, and tries the next one with a smaller scale.
         if self.accelerator.scaler is not None and self._nonfinite_steps < MAX_NONFINITE_STEPS:
             return
-        # Every forward pass is looked at, also the second ones of methods that perturb the weights.
         for losses, batch in self._losses_of_step:
             is_finite = torch.isfinite(losses).tolist()
             if not all(is_finite):
@@ -253,8 +261,9 @@ class Trainer:
 
     def stop_signal(self) -> int | None:
         """The signal that ends the run after this step, the same on every process."""
-        is_alone = self.accelerator.num_processes == 1
-        return self.interruption.number if is_alone else self._shared_signal
+        if self.accelerator.num_processes == 1:
+            return self.interruption.number
+        return self._shared_signal
 
     @property
     def is_finished(self) -> bool:
@@ -263,15 +272,16 @@ class Trainer:
 
     @contextmanager
     def evaluating(self, final_weights: bool = False) -> Iterator[None]:
-        """Within the context the models act as in use: the primary alone, without compilation.
+        """Within the context the models are as in use: the primary alone, without compilation.
 
         Args:
-            final_weights: With the weights that the run leaves, not those of this step. Both are
-                averaged where averages are kept.
+            final_weights: True for the weights that the run leaves, False for those of this step.
+                Both are averages if averages are stored.
         """
         weights = self.outcome.applied() if final_weights else self.outcome.averaged()
-        is_compiled = self.cfg.compile
-        # Graphs round differently, and users of the exported file compute without them.
-        eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
-        with self.method.evaluating(), weights, eager:
+        uncompiled = nullcontext()
+        if self.cfg.compile:
+            # Graphs round differently, and users of the exported file compute without them.
+            uncompiled = torch.compiler.set_stance("force_eager")
+        with self.method.evaluating(), weights, uncompiled:
             yield

@@ -10,12 +10,12 @@
     python -m eval.clip_scores runs/dog --steps all                 # every checkpoint, over steps
     accelerate launch -m eval.clip_scores runs/lora runs/bilora          # images on several GPUs
 
-An adapter is a run folder, a LoRA file, or `base` for none; LABEL=ADAPTER names it. All
-get the same prompts and the same initial noise. Images are kept as PNG files with their parameters,
-so an interrupted run continues by the same command and nothing is generated twice. The general
-prompts measure drift from the base model. Beside the result's files it draws a grid of images.
+An adapter is a run folder, a LoRA file, or `base` for none; LABEL=ADAPTER gives it a label. All get
+the same prompts and the same initial noise. Images are PNG files with their parameters, so the same
+command goes on after an interruption, and no image is generated twice. The general prompts measure
+drift from the base model. Beside the result's files it draws a grid of images.
 
-Without --prompts all are asked for what the first run was trained on: the prompts of the shipped
+Without --prompts the prompts are those of the first run's training: the prompts of the shipped
 icons, else up to 64 captions of its held-out images, whose pictures are the ground truth, else its
 validation prompts, else its instance prompt in 20 contexts, else up to 20 of its captions.
 
@@ -29,41 +29,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_diffusion.core.choices import ADAPTER_GUIDANCE, BASE_GUIDANCE, GUIDANCE_SOURCES
 from bilora_diffusion.core.errors import UserError, translated
-from bilora_diffusion.core.fields import option
-from bilora_diffusion.core.files import counted
-from bilora_diffusion.core.values import (
-    GUIDANCES,
-    SAMPLER_STEPS,
-    SIDES,
-    STRENGTHS,
-    WORKERS,
-)
+from bilora_diffusion.core.files import counted, without_paths
+from bilora_diffusion.core.values import BASE_GUIDANCE
 from bilora_diffusion.run.record import RUN
 
 from .. import checkpoints, compare, report
 from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
-from ..command import COUNTS, Parser, open_device
-from ..provenance import of_this_process, without_paths
+from ..command import Parser, open_device
 from ..report import Column
 from ..subjects import BASE, Subject, settings_note, single
-from ..table import Result, Row
-from . import reporting
-from .names import (
-    CAPTIONERS,
+from ..table import Result, Row, provenance_of_this_process
+from . import reporting, settings
+from .reporting import METRICS
+from .settings import (
     DEMO,
     GENERAL_CAPTIONER,
     GENERAL_SCORER,
-    IMAGE_MODELS,
-    METRICS,
-    PRECISIONS,
-    SCORERS,
+    SamplingOptions,
+    ScoringOptions,
 )
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
@@ -80,78 +69,19 @@ if TYPE_CHECKING:  # imported where they are used, so that --help does not wait 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
 IMAGES = "images"
 DEMO_METHODS = ("lora", "bilora")
-USUAL = "(default: as is usual for the model)"
-
-
-@dataclass(frozen=True)
-class ScoringOptions:
-    """Prompts, scores and comparison."""
-
-    section = "prompts and models"
-    prompts: str | None = option(
-        None,
-        'A set that is shipped, a text file, a CSV file with the column "prompt", held-out images'
-        " with captions (mini-heldout, mini-duotone-heldout, a folder), whose images are the ground"
-        " truth, or contexts: the run's instance prompt in 20 of them (default: what the first run"
-        " was trained on, see below).",
-    )
-    general_prompts: str | None = option(
-        None,
-        "Prompts for drift, such as general; none leaves drift out (default: general for the"
-        " shipped icons, none for other runs).",
-    )
-    max_prompts: int | None = option(None, "Take only the first of each set.", range=COUNTS)
-    seeds: str = option("0,1", "Seeds such as 0,1 or 0..3.")
-    base_model: str | None = option(None, "Hub id, folder or mini (default: that of the runs).")
-    scorer: str | None = option(None, f"{SCORERS}.")
-    captioner: str | None = option(None, f"{CAPTIONERS}.")
-    image_model: str | None = option(
-        None,
-        f"{IMAGE_MODELS}: likeness to held-out and training pictures by its embeddings too, which"
-        " tell subjects of one kind apart better than CLIP's.",
-    )
-    skip_captions: bool = option(False, "No captions and no T2T.")
-    control: str | None = option(None, "Compare with this label (default: the first but base).")
-    train_data: str | None = option(None, "Set for memorization, or none (default: the run's own).")
-    steps: str | None = option(None, checkpoints.HELP)
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """Sampling of images."""
-
-    section = "images"
-    num_inference_steps: int | None = option(None, f"Steps {USUAL}.", range=SAMPLER_STEPS)
-    guidance_scale: float | None = option(
-        None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
-    )
-    guidance_from: str = option(
-        ADAPTER_GUIDANCE,
-        "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
-        " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
-        choices=GUIDANCE_SOURCES,
-    )
-    resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
-    adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=STRENGTHS)
-    batch_size: int = option(16, "Images between two visits to the disk.", range=COUNTS)
-    processes: int | None = option(
-        None, "On one device (default: all cores for the miniature, else 1).", range=WORKERS
-    )
-    device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: accelerate's choice).")
-    dtype: str | None = option(
-        None, "Of the denoiser (default: the device's best).", choices=tuple(PRECISIONS.values())
-    )
 
 
 class ClipScores(OverSteps):
-    """The command. A row's item is the prompt's text, and its seed that of the initial noise.
+    """The command. A row's item is the prompt's text, and its seed is that of the initial noise.
 
-    A row "image" without a value names an image's file; the note of "t2t" is the caption, that of
-    "nearest" the training picture. Settings of the result: ``prompts`` (text, instance, reference:
-    file name of its held-out picture, colors: the map of the miniature's colours through which
-    that is seen, general: in no score but "drift", truncated: longer than the scorer takes),
-    ``prompt_set``, ``seeds``, ``sampling``, ``scorer``, ``captioner`` and ``image_model`` (name,
-    kind, model, revision, note; None without captions or such a model).
+    A row "image" has no value and names an image's file in its note. The note of "t2t" is the
+    caption, that of "nearest" the training picture.
+
+    Settings of the result: ``prompts``, each with text, instance, reference (file name of its
+    held-out picture), colors (the map of the miniature's colours through which that is shown),
+    general (scored by "drift" only) and truncated (longer than the scorer takes); ``prompt_set``,
+    ``seeds``, ``sampling``; ``scorer``, ``captioner`` and ``image_model`` with name, kind, model,
+    revision and note, None without captions or such a model.
     """
 
     name, title, over = "clip_scores", "CLIP scores", "item"
@@ -178,8 +108,8 @@ class ClipScores(OverSteps):
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
-        help = "default: the demo's two runs and base"
-        parser.add_argument("runs", nargs="*", metavar="ADAPTER", help=help)
+        default = "default: the demo's two runs and base"
+        parser.add_argument("runs", nargs="*", metavar="ADAPTER", help=default)
         parser.add_output("scores", DEMO, of_runs=True)
 
     def subjects(self) -> list[Subject]:
@@ -204,13 +134,13 @@ class ClipScores(OverSteps):
         return single([*runs, BASE])
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        """Read the settings, and load the models that score in the first process."""
+        """Read the settings, and load in the first process the models that score."""
         from accelerate import PartialState
 
         from bilora_diffusion.config.machine import device_type
 
         from ..load import require_adapter
-        from . import measure, settings
+        from . import measure
 
         args = self.args
         text_runs = [subject.folder for subject in subjects if subject.is_text]
@@ -231,7 +161,7 @@ class ClipScores(OverSteps):
         self.training_sets = measure.training_sets(subjects, args.train_data)
         for subject in reversed(subjects):  # so that the first of equal subjects stays
             self.image_owners[subject.digest] = subject
-        # Without the argument accelerate sees one CPU process only.
+        # Without the argument accelerate takes several processes on a CPU for one.
         self.state = PartialState(cpu="cpu" in (args.device, device_type()))
         device = self.state.device if args.device is None else open_device(args.device)
         self.device = str(device)
@@ -247,15 +177,19 @@ class ClipScores(OverSteps):
         return jobs(self.image_owners[subject.digest], self.prompts, self.seeds)
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject] | None:
-        """Generate the images, each process its share; the first process then scores them."""
+        """Generate the images, each process its share; the first process is to score them."""
         from .images import Store, jobs
         from .measure import ImageJudge, truth_pictures
 
         store = Store(self.folder / IMAGES, self.sampling, self.device)
         # Drift is measured from the base model's images of the general prompts.
         base = self.image_owners.get("") or single([BASE])[0]
-        originals = jobs(base, [prompt for prompt in self.prompts if prompt.general], self.seeds)
-        required = [job for subject in subjects for job in self.jobs(subject)] + originals
+        general_prompts = [prompt for prompt in self.prompts if prompt.general]
+        originals = jobs(base, general_prompts, self.seeds)
+        required = []
+        for subject in subjects:
+            required += self.jobs(subject)
+        required += originals
         if self.state.is_main_process:
             num_images = len({job.file for job in required})
             self._announce(subjects, num_images, len(store.missing(required)))
@@ -269,18 +203,21 @@ class ClipScores(OverSteps):
                 "--image_model has nothing to compare with: there is neither a held-out picture nor"
                 " a training set."
             )
+        scorer, captioner = self.models
         self.judge = ImageJudge(
             store,
-            *self.models,
+            scorer,
+            captioner,
             self.truths,
             self.training_sets,
             originals,
             image_model=self.image_model,
         )
-        self._describe(*self.models)
+        self._describe(scorer, captioner)
         return subjects
 
     def _announce(self, subjects: Sequence[Subject], images: int, missing: int) -> None:
+        """Print how many images of which prompts are made and scored."""
         general = sum(prompt.general for prompt in self.prompts)
         scored = len(self.prompts) - general
         labels = ", ".join(subject.label for subject in subjects)
@@ -296,7 +233,7 @@ class ClipScores(OverSteps):
         print(plan, *self.notes, sep="\n")
 
     def _generate(self, store: Store, jobs: Sequence[Job]) -> int:
-        """Generate the images that are missing, or this process' share of them; their number."""
+        """Generate the missing images, or this process's share of them; returns their number."""
         from .images import generate_in_processes
 
         batch = self.args.batch_size
@@ -307,17 +244,21 @@ class ClipScores(OverSteps):
 
     def _describe(self, scorer: Scorer, captioner: Captioner | None) -> None:
         """Fill in the settings."""
-        prompts = [asdict(prompt) for prompt in self.prompts]
-        for prompt in prompts:
-            has_truth = prompt["text"] in self.truths and not prompt["general"]
-            prompt["reference"] = prompt["reference"].name if has_truth else None
-            prompt["truncated"] = scorer.is_cut(prompt["text"])
+        prompts = []
+        for prompt in self.prompts:
+            has_truth = prompt.text in self.truths and not prompt.general
+            reference = None
+            if has_truth and prompt.reference is not None:
+                reference = prompt.reference.name
+            is_cut = scorer.is_cut(prompt.text)
+            prompts.append({**asdict(prompt), "reference": reference, "truncated": is_cut})
+        sampling = asdict(self.sampling)
+        sampling["base_model"] = without_paths(self.sampling.base_model)
         self.settings = {
             "prompts": prompts,
             "prompt_set": self.prompt_set,
             "seeds": self.seeds,
-            "sampling": asdict(self.sampling)
-            | {"base_model": without_paths(self.sampling.base_model)},
+            "sampling": sampling,
             "scorer": asdict(scorer.entry),
             "captioner": asdict(captioner.entry) if captioner else None,
             "image_model": asdict(self.image_model.entry) if self.image_model else None,
@@ -330,13 +271,19 @@ class ClipScores(OverSteps):
             yield from checkpoints.heldout_loss(subject)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        metrics = METRICS if self.args.steps is None else METRICS | {HELDOUT_LOSS: LOSS}
+        metrics = dict(METRICS)
+        if self.args.steps is not None:
+            metrics[HELDOUT_LOSS] = LOSS
         scores = [row for row in rows if row.metric in metrics]
         summarize = partial(compare.summaries, over=self.over)
-        summaries = summarize(scores, control=self.control)
-        provenance = of_this_process(self.command, self.device)
-        fields = {"metrics": metrics, "provenance": provenance}
-        result = self.result(subjects, rows, summaries, self.control, **fields)
+        result = self.result(
+            subjects,
+            rows,
+            summarize(scores, control=self.control),
+            self.control,
+            metrics=metrics,
+            provenance=provenance_of_this_process(self.command, self.device),
+        )
         return self.over_steps(result, summarize)
 
     def write(self, result: Result) -> None:
@@ -344,7 +291,9 @@ class ClipScores(OverSteps):
         print(f"images made: {self.num_generated}, in {self.folder / IMAGES}")
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        figures = [reporting.GRID] if reporting.grid(result, folder, self.truths) else []
+        figures = []
+        if reporting.grid(result, folder, self.truths):
+            figures.append(reporting.GRID)
         return figures + super().figures(result, folder)
 
     def introduction(self, result: Result) -> str:
@@ -352,8 +301,11 @@ class ClipScores(OverSteps):
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
         measured = {line.metric for line in result.summaries}
-        names = [name for name in result.metrics if name in measured]
-        return {"Scores": [Column(name, difference=True) for name in names]}
+        columns = []
+        for name in result.metrics:
+            if name in measured:
+                columns.append(Column(name, difference=True))
+        return {"Scores": columns}
 
     def further(self, result: Result) -> list[str]:
         sentences = [*reporting.models(result), *report.sources(result)]
@@ -382,11 +334,11 @@ def load_models(
 
 def load_image_model(name: str, device: str = "cpu") -> ImageEmbedder:
     """The model of ``--image_model``."""
-    from . import dinov2
+    from .models import dinov2
 
     fix = "check its name, its files and the connection to the hub; weights must be in safetensors"
     with translated(f'"{name}" can\'t be loaded', fix):
-        return dinov2.load(name, device)
+        return dinov2(name, device)
 
 
 main = ClipScores.main

@@ -1,32 +1,114 @@
-"""Settings from the command line, checked before anything is generated."""
+"""Options of the command line, and the settings that they come to, checked before anything is
+generated.
+"""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bilora_diffusion import mini
 from bilora_diffusion.config.machine import default_precision
-from bilora_diffusion.core.choices import BASE_GUIDANCE
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
+    GUIDANCES,
+    SAMPLER_STEPS,
+    SIDES,
+    STRENGTHS,
+    WORKERS,
+)
 from bilora_diffusion.image.config import require_unconditional
 from bilora_diffusion.image.families import family_of
-from bilora_diffusion.image.pipeline import load_pipeline, resolve
 
-from ..command import read_integers
+from ..checkpoints import HELP
+from ..command import COUNTS, read_integers
 from ..subjects import Subject
-from . import defaults
-from .defaults import Question
-from .images import Sampling
-from .names import GENERAL_CAPTIONER, GENERAL_SCORER, PRECISIONS
 from .prompts import CONTEXTS, GENERAL, read
 
+if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
+    from .defaults import Question
+    from .images import Sampling
+
+DEMO = Path("demo")
+SCORERS = "embedded, open_clip:MODEL/TAG or open_clip:FOLDER"
+CAPTIONERS = "embedded or blip:ID_OR_FOLDER"
+IMAGE_MODELS = "dinov2:ID_OR_FOLDER, such as dinov2:facebook/dinov2-base"
+BLIP = "Salesforce/blip-image-captioning-large"
+GENERAL_SCORER = "open_clip:ViT-L-14/openai"
+GENERAL_CAPTIONER = f"blip:{BLIP}"
+# --mixed_precision -> torch's name of the dtype
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 EMBEDDED = "embedded"
 NONE = "none"
 MINI_GUIDANCE = 4.0
+USUAL = "(default: as is usual for the model)"
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """Prompts, scores and comparison."""
+
+    section = "prompts and models"
+    prompts: str | None = option(
+        None,
+        'A set that is shipped, a text file, a CSV file with the column "prompt", held-out images'
+        " with captions (mini-heldout, mini-duotone-heldout, a folder), whose images are the ground"
+        " truth, or contexts: the run's instance prompt in 20 of them (default: what the first run"
+        " was trained on, see below).",
+    )
+    general_prompts: str | None = option(
+        None,
+        "Prompts for drift, such as general; none leaves drift out (default: general for the"
+        " shipped icons, none for other runs).",
+    )
+    max_prompts: int | None = option(None, "Take only the first of each set.", range=COUNTS)
+    seeds: str = option("0,1", "Seeds such as 0,1 or 0..3.")
+    base_model: str | None = option(None, "Hub id, folder or mini (default: that of the runs).")
+    scorer: str | None = option(None, f"{SCORERS}.")
+    captioner: str | None = option(None, f"{CAPTIONERS}.")
+    image_model: str | None = option(
+        None,
+        f"{IMAGE_MODELS}: likeness to held-out and training pictures by its embeddings too, which"
+        " tell subjects of one kind apart better than CLIP's.",
+    )
+    skip_captions: bool = option(False, "No captions and no T2T.")
+    control: str | None = option(None, "Compare with this label (default: the first but base).")
+    train_data: str | None = option(None, "Set for memorization, or none (default: the run's own).")
+    steps: str | None = option(None, HELP)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Sampling."""
+
+    section = "images"
+    num_inference_steps: int | None = option(None, f"Steps {USUAL}.", range=SAMPLER_STEPS)
+    guidance_scale: float | None = option(
+        None, f"Classifier-free guidance {USUAL}; 4 for the miniature.", range=GUIDANCES
+    )
+    guidance_from: str = option(
+        ADAPTER_GUIDANCE,
+        "Model of guidance's unconditional prediction: adapter, the adapted one, as in other"
+        " programs, or base, the base model, which keeps more of a learned style (docs/guide.md).",
+        choices=GUIDANCE_SOURCES,
+    )
+    resolution: int | None = option(None, f"Pixels a side {USUAL}.", range=SIDES)
+    adapter_scale: float = option(1.0, "Factor of each adapter's change.", range=STRENGTHS)
+    batch_size: int = option(16, "Images between two visits to the disk.", range=COUNTS)
+    processes: int | None = option(
+        None, "On one device (default: all cores for the miniature, else 1).", range=WORKERS
+    )
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: accelerate's choice).")
+    dtype: str | None = option(
+        None, "Of the denoiser (default: the device's best).", choices=tuple(PRECISIONS.values())
+    )
 
 
 def read_seeds(text: str) -> list[int]:
@@ -41,10 +123,10 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
     """The base model that all subjects belong to.
 
     Args:
-        name: ``--base_model``; it says where the subjects do not, and may name a local copy of the
-            hub's model that they name.
+        name: ``--base_model``. It is necessary if no subject names its base model, and may be a
+            local copy of the hub's model that they name.
     """
-    subject_of: dict[str, Subject] = {}  # the first subject of each base model
+    subject_of: dict[str, Subject] = {}  # path or hub id of a base model -> its first subject
     for subject in subjects:
         if subject.base_model is not None:
             subject_of.setdefault(_place(subject.base_model), subject)
@@ -56,9 +138,11 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
         )
     if name is None and not subject_of:
         raise UserError("no adapter says which base model it belongs to: give --base_model.")
+    # There is at most one base model now.
     for place, subject in subject_of.items():
         if name is None:
             name = str(subject.base_model)
+        # A hub id has a slash. What the copy holds is not compared with the hub.
         is_copy = Path(name).is_dir() and "/" in place and not Path(place).is_dir()
         if place != _place(name) and not is_copy:
             raise UserError(
@@ -69,34 +153,44 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
 
 
 def _place(base_model: str) -> str:
+    """The resolved path of a base model's folder, else its hub id."""
+    from bilora_diffusion.image.pipeline import resolve
+
     folder = Path(resolve(base_model)).expanduser()
     return str(folder.resolve()) if folder.is_dir() else base_model
 
 
 def models(args: Namespace, base: str) -> tuple[str, str | None]:
     """Names of scorer and captioner; None for no captions."""
-    general = {"scorer": GENERAL_SCORER, "captioner": GENERAL_CAPTIONER}
+    is_miniature = base in mini.PIPELINES
     names = {}
-    for flag, name in general.items():
-        names[flag] = getattr(args, flag) or (EMBEDDED if base in mini.PIPELINES else name)
-        if names[flag] == EMBEDDED and base not in mini.PIPELINES:
+    for flag, general_name in (("scorer", GENERAL_SCORER), ("captioner", GENERAL_CAPTIONER)):
+        default = EMBEDDED if is_miniature else general_name
+        names[flag] = getattr(args, flag) or default
+        if names[flag] == EMBEDDED and not is_miniature:
             raise UserError(
                 f"--{flag} embedded knows the miniature's icons only, and the base model is"
-                f' "{base}": use another, such as {name}.'
+                f' "{base}": use another, such as {general_name}.'
             )
-    return names["scorer"], None if args.skip_captions else names["captioner"]
+    if args.skip_captions:
+        return names["scorer"], None
+    return names["scorer"], names["captioner"]
 
 
 def question(args: Namespace, subjects: Sequence[Subject], base: str) -> Question:
-    """The scored prompts and the general ones, as given or as the runs' training suggests."""
+    """The scored prompts and the general ones, from the flags or the first run's training."""
+    from . import defaults
+
     if args.prompts is None:
         default = defaults.of_subjects(subjects, base)
     elif args.prompts == CONTEXTS:
         default = defaults.in_contexts(subjects)
     else:
+        # By the runs, whatever the given prompts ask for
         is_of_icons = defaults.learned_icons(subjects, base)
-        default = Question(Path(args.prompts).name, read(args.prompts), is_of_icons)
+        default = defaults.Question(Path(args.prompts).name, read(args.prompts), is_of_icons)
     general_set = args.general_prompts or (GENERAL if default.is_of_icons else NONE)
+    # The general set may be given as --prompts, and is then scored.
     prompts = [replace(prompt, general=False) for prompt in default.prompts[: args.max_prompts]]
     if general_set != NONE:
         for prompt in read(general_set)[: args.max_prompts]:
@@ -105,7 +199,9 @@ def question(args: Namespace, subjects: Sequence[Subject], base: str) -> Questio
 
 
 def sampling(args: Namespace, base: str) -> Sampling:
-    """Sampling as it is usual for the model where nothing is given."""
+    """Sampling by the flags, and where these are not given as is usual for the base model."""
+    from .images import Sampling
+
     pipeline = _without_weights(base, base)
     side, steps, guidance = _usual(pipeline, base)
     if args.guidance_scale is not None:
@@ -126,12 +222,17 @@ def sampling(args: Namespace, base: str) -> Sampling:
 
 
 def usual(base: str, name: str | None = None) -> tuple[int, int, float]:
-    """Side in pixels, steps and guidance with which a base model's images are drawn by default."""
+    """Side in pixels, steps and guidance of a base model's images by default.
+
+    Args:
+        base: folder or hub id, from which the pipeline is loaded.
+        name: of the model, if the folder is a copy.
+    """
     return _usual(_without_weights(base, name or base), base)
 
 
 def is_guided(base: str, name: str) -> bool:
-    """Test that a base model's images have an unconditional prediction by default."""
+    """Test that a base model's default sampling has an unconditional prediction."""
     pipeline = _without_weights(base, name)
     _, _, guidance = _usual(pipeline, base)
     family = family_of(pipeline)
@@ -139,8 +240,10 @@ def is_guided(base: str, name: str) -> bool:
 
 
 def _without_weights(base: str, name: str) -> Any:
-    """A base model's pipeline without weights, called ``name``."""
+    """A base model's pipeline without weights; its usual sampling depends on ``name``."""
     import torch
+
+    from bilora_diffusion.image.pipeline import load_pipeline
 
     pipeline = load_pipeline(base, dtype=torch.float32, weights=False)
     pipeline.register_to_config(_name_or_path=name)
@@ -148,6 +251,9 @@ def _without_weights(base: str, name: str) -> Any:
 
 
 def _usual(pipeline: Any, base: str) -> tuple[int, int, float]:
+    """Side in pixels, steps and guidance."""
     family = family_of(pipeline)
     steps, guidance = family.usual_sampling(pipeline)
-    return family.pixels(pipeline), steps, MINI_GUIDANCE if base in mini.PIPELINES else guidance
+    if base in mini.PIPELINES:
+        guidance = MINI_GUIDANCE
+    return family.pixels(pipeline), steps, guidance

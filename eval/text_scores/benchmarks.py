@@ -1,7 +1,7 @@
-"""The benchmarks of the paper's Table 3 and how each is set, any other task of the harness, and
+"""Benchmarks and their settings: those of the paper's Table 3, any other task of the harness, and
 figures that training recorded on held-out data.
 
-The paper says where its numbers come from and not with which prompts. For the Llama 3.1 half it
+The paper does not give the prompts of its benchmarks. For the Llama 3.1 half it
 names INSTRUCTEVAL (Chia et al. 2023, https://arxiv.org/abs/2306.04757), which asks MMLU with 5
 examples, DROP and BBH with 3, all without a chain of thought, and HumanEval with none; these are
 the defaults. Prompts and matching are the harness's; INSTRUCTEVAL's own code takes any answer that
@@ -121,7 +121,7 @@ class Measurement:
 
 
 class Engine(Protocol):
-    """What asks a model the questions of a benchmark."""
+    """Asks a model the questions of a benchmark."""
 
     def settings(self) -> dict[str, Any]:
         """All that a score depends on beside the model."""

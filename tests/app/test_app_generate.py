@@ -11,16 +11,14 @@ import pytest
 import torch
 
 from app.catalog import Catalog
-from app.generate import Tab
+from app.generate import Stopped, Tab, Work
 from app.sampling import (
     BASE,
     BaseChoice,
     Pipelines,
     Request,
-    Stopped,
-    Work,
+    can_sample,
     checked,
-    drawable,
     local,
     sides,
     usual,
@@ -52,9 +50,9 @@ def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(mo
 
     mini = BaseChoice("mini")
     with pytest.raises(Stopped):
-        models.draw(mini, None, [replace(REQUEST, steps=50)], on_step)
+        models.sample(mini, None, [replace(REQUEST, steps=50)], on_step)
     assert steps == [1, 2], "it ends before the next step"
-    (image,) = models.draw(mini, None, [REQUEST], steps.append)
+    (image,) = models.sample(mini, None, [REQUEST], steps.append)
     assert steps == [1, 2, 1, 2]  # the hook of the first has gone with it
     pipeline = load_pipeline("mini", dtype=torch.float32)
     (expected,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
@@ -137,7 +135,7 @@ def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_ro
         (make_run(root / name) / WEIGHTS).unlink()
     (root / "linked" / WEIGHTS).symlink_to(make_run(tmp_path / "outside") / WEIGHTS)
     catalog = Catalog(root)
-    assert [run.path for run in catalog.scan.runs if drawable(run)] == ["a", "b", "linked"]
+    assert [run.path for run in catalog.scan.runs if can_sample(run)] == ["a", "b", "linked"]
     base, chosen, size = sides(catalog, "a", BASE)
     assert (base, size) == (BaseChoice("mini"), 64)
     assert chosen == [("a (LoRA, seed 0)", root / "a"), ("base model", None)]
@@ -156,7 +154,7 @@ def test_a_message_does_not_tell_what_lies_outside_of_the_root(models, tmp_path,
     for name in ("present", "absent"):
         base = BaseChoice(str(tmp_path / name))
         with pytest.raises(UserError, match="hf download") as caught:
-            models.draw(base, None, [REQUEST], print)
+            models.sample(base, None, [REQUEST], print)
         messages.append(str(caught.value).replace(name, "NAME"))
         assert f"{tmp_path / name}: " in capfd.readouterr().err
     assert messages[0] == messages[1]

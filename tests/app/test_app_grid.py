@@ -12,9 +12,10 @@ import gradio as gr
 import pytest
 
 from app.catalog import Catalog
-from app.generate import Grid, spread
+from app.generate import Work
+from app.grid import Grid, spread
 from app.parts import data_uri
-from app.sampling import BaseChoice, Pipelines, Request, Work, exported
+from app.sampling import BaseChoice, Pipelines, Request, exported
 from bilora_diffusion.run.checkpoint import CHECKPOINTS
 from tests.app.folders import make_run
 from tests.scripts.runs import copied, train_once
@@ -26,7 +27,7 @@ IMAGE = re.compile(r'<img src="([^"]*)" alt="([^"]*)"')
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
     """A grid of a run of two steps, each with a checkpoint, beside a run without any."""
-    monkeypatch.setattr("app.generate.usual", lambda _: (2, 4.0))
+    monkeypatch.setattr("app.grid.usual", lambda _: (2, 4.0))
     copied(train_once(checkpointing_steps=1), tmp_path / "run")
     make_run(tmp_path / "young")
     with gr.Blocks() as page:
@@ -36,7 +37,7 @@ def grid(tmp_path, monkeypatch):
 def draw(grid, *, steps=(2, 1), strengths="0.5, 2", run="run", both=False):
     """What a grid of two sampler steps yields."""
     form = run, list(steps), strengths, "a fox", 3, both, REQUEST
-    return grid.draw(grid.work.begin(REQUEST), *form, lambda *_, **__: None)
+    return grid.sample(grid.work.begin(REQUEST), *form, lambda *_, **__: None)
 
 
 def test_each_image_is_that_of_its_checkpoint_at_its_strength(grid):
@@ -50,7 +51,7 @@ def test_each_image_is_that_of_its_checkpoint_at_its_strength(grid):
     request = Request("a fox", 3, 2, 4.0, 2.0, run.record["config"]["resolution"])
     by_base = replace(request, guidance_from="base")
     with exported(grid.catalog, run, 1) as file:
-        expected = Pipelines("cpu").draw(BaseChoice("mini"), file, [request, by_base], print)
+        expected = Pipelines("cpu").sample(BaseChoice("mini"), file, [request, by_base], print)
     adapter, base = [data_uri(image) for image in expected]
     assert (images["step 1, strength 2"], file.exists()) == (adapter, False)
     *_, (_, last) = draw(grid, steps=[1], strengths="2", both=True)

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from app import page, viewer
 from app.catalog import Catalog
 from app.page import MAX_BODY_BYTES, MAX_LINE_LENGTH, ShortLines, guarded
-from app.votes import Polls
+from app.votes import VoteStore
 from tests.app.folders import make_run, make_scores
 from tests.app.visitor import LOCAL, Visitor
 
@@ -96,7 +96,7 @@ def test_a_vote_is_of_the_voter_who_began(served):
         click("vote-left", token, None, formula)
     (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', click("vote-start", "scores", "", formula))
     click("vote-left", token, {"voter": formula}, formula)
-    (vote,) = Polls(Catalog(served.root), random.Random()).votes()
+    (vote,) = VoteStore(Catalog(served.root), random.Random()).votes()
     assert re.fullmatch("[0-9a-f]{16}", vote.session)
 
 

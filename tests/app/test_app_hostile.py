@@ -8,8 +8,8 @@ import pytest
 
 from app import compare, generate, page, results, scored, training, validation, vote
 from app.catalog import Catalog
-from app.generate import Grid
-from app.sampling import Work
+from app.generate import Work
+from app.grid import Grid
 from app.votes import ANY_PAIR
 from tests.app.hostile import HOSTILE, make_good
 
@@ -42,7 +42,7 @@ class Tabs:
             scores += [self.compare._opened({"scores": item.path})]
             scores += [self.compare.step(1, *vars(first).values())]
             votes += [
-                {0: self.vote.polls.pairs(item.path)},
+                {0: self.vote.votes.pairs(item.path)},
                 self.vote._begin(item.path, ANY_PAIR, ""),
             ]
         paths = [run.path for run in scan.runs]

@@ -23,7 +23,6 @@ from app.training_data import (
     by_level,
     ceiling,
     charts,
-    differing_settings,
     legend,
     table,
     thin,
@@ -177,12 +176,12 @@ def test_only_settings_that_differ_are_listed():
         training_run("a", [], record(rank=4, output_dir="a", concepts=[])),
         training_run("<b>", [], record("lora", rank=8, output_dir="b", rho=None)),
     ]
-    assert differing_settings(runs) == {
+    assert training.differing_settings(runs) == {
         "rho": ["0.05", "–"],
         "rank": ["4", "8"],
         "concepts": ["[]", "–"],
     }
-    assert differing_settings(runs[:1]) == {}
+    assert training.differing_settings(runs[:1]) == {}
     assert "<b>" not in training.settings(runs)
 
 
@@ -192,7 +191,7 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     (tmp_path / "text" / "metrics.jsonl").write_text(f"{json.dumps(text[0])}\n")
     log = RunLog(tmp_path / "bilora")
     log.start({"rho": 0.05, "max_train_steps": 9}, method="bilora", seed=0, resume_step=None)
-    log.doing("training")
+    log.record_activity("training")
     log.metric(1, loss=0.5, auxiliary_norm_before=0.2, auxiliary_norm=0.05, seconds=0.1)
     log.metric(2, loss=math.nan, seconds=0.1)
     with gr.Blocks():
@@ -202,7 +201,7 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     assert "value" not in tab._load(["text", "bilora"])[tab.runs], "someone may be choosing"
 
     def plotted(update, name):
-        is_visible = update[tab.looks][list(tab.plots).index(name)]["visible"]
+        is_visible = update[tab.properties][list(tab.plots).index(name)]["visible"]
         return update[tab.plots[name]].to_numpy().tolist() if is_visible else []
 
     chosen = (["bilora", "text"], 1)

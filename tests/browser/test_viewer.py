@@ -217,7 +217,7 @@ def test_curves_follow_a_run(small, visit):
 
     config = {"pretrained_model_name_or_path": "mini", "rho": 0.05, "max_train_steps": 400}
     log.start(config, method="bilora", seed=0, resume_step=None)
-    log.doing("training")
+    log.record_activity("training")
     train(range(1, 101))
     page = go(visit(), small.url, "Training")
     card = page.locator("#training-cards li")

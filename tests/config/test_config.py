@@ -69,7 +69,8 @@ MEANINGS: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
         {"validation_prompts": ["one", "two", "three"], "num_validation_images": 4},
     ),
     # what goes by the held-out loss measures it twenty times, unless given
-    (icons, "--fit", {"validation_loss_steps": 25}),
+    (icons, "--fit", {"validation_loss_steps": 100}),
+    (icons, "--fit --choose_by loss", {"validation_loss_steps": 25}),
     (mini, "--keep_best --max_train_steps 9", {"validation_loss_steps": 1}),
     (mini, "--keep_best --validation_loss_steps 3", {"validation_loss_steps": 3}),
     # booleans

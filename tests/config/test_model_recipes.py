@@ -6,16 +6,16 @@ import pytest
 from accelerate.state import AcceleratorState
 
 import train_dreambooth_bilora
-from bilora_diffusion.config.recipe import RECIPES, find_recipe, read_options
+from bilora_diffusion.config.command_line import RECIPES, find_recipe, read_options
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.families import FAMILIES, SDXL
 from bilora_diffusion.mini import pipeline_dir
 from docs.make import EXAMPLES
-from docs.memory import LINE, MODELS, models, page
+from docs.memory import LINE, MODELS, recipe_models, updated_recipe
 from tests.image.tiny import shared
 from tests.scripts.test_dry_run import without_weights
 
-RECIPE_OF = models(EXAMPLES)
+RECIPE_OF = recipe_models(EXAMPLES)
 """The recipe's path: the model's name in the tables."""
 
 
@@ -50,7 +50,7 @@ def test_a_recipe_runs_dry_by_its_name(path, capsys, tmp_path, monkeypatch):
 )
 def test_the_memory_in_its_head_is_that_of_a_dry_run_and_fits(path):
     text = path.read_text(encoding="utf-8")
-    assert text == page(path, RECIPE_OF[path]), "run `python -m docs.make`"
+    assert text == updated_recipe(path, RECIPE_OF[path]), "run `python -m docs.make`"
     memory = [(int(line[1]), float(line[0].split()[-2])) for line in LINE.finditer(text)]
     assert [size for size, _ in memory] == [24, 16]
     assert all(needed < 0.9 * size for size, needed in memory)

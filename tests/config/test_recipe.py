@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilora_diffusion.config.recipe import MAX_BYTES, read_options
+from bilora_diffusion.config.command_line import MAX_BYTES, read_options
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
 

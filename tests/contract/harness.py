@@ -10,18 +10,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bilora_diffusion import adapters, inits
-from bilora_diffusion.adapters import AdapterSpec
+from bilora_diffusion import adapters
+from bilora_diffusion.adapters import AdapterSpec, inits
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.config import constraints
 from bilora_diffusion.config.run import RunConfig
-from bilora_diffusion.core.choices import (
-    AUTO,
-    BALLS,
-    DIRECTIONS,
-    RHO_NORMS,
-    SAMPLE,
-)
+from bilora_diffusion.core.values import AUTO, BALLS, DIRECTIONS, RHO_NORMS, SAMPLE
 from bilora_diffusion.methods import Method, MethodOptions, Target, create, for_run, names
 from bilora_diffusion.train.engine import Blocks, average_gradients
 from bilora_diffusion.train.initialisation import collecting
@@ -73,7 +67,7 @@ def combos() -> list[tuple[str, str, str]]:
 def rotation() -> list[tuple[str, str, str]]:
     """Every method once, with options of the adapters and kinds of models in turn."""
     by_method = [[case for case in combos() if case[0] == name] for name in names()]
-    return [cases[4 * turn % len(cases)] for turn, cases in enumerate(by_method)]
+    return [cases[16 * turn % len(cases)] for turn, cases in enumerate(by_method)]
 
 
 def pairwise(name: str) -> list[dict[str, Any]]:

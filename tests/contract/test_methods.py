@@ -10,7 +10,7 @@ from bilora_diffusion import adapters
 from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY
 from bilora_diffusion.adapters.quantize import quantize
 from bilora_diffusion.config import constraints
-from bilora_diffusion.core.choices import SAMPLE
+from bilora_diffusion.core.values import SAMPLE
 from bilora_diffusion.methods import create, names
 from bilora_diffusion.train import engine
 from tests.contract.harness import SHARED, SPECS, Run, combos, compared, pairwise, rotation

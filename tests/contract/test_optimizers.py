@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bilora_diffusion import adapters
 from bilora_diffusion.adapters import PRIMARY
-from bilora_diffusion.core.choices import OPTIMIZERS
+from bilora_diffusion.core.values import OPTIMIZERS
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.run.checkpoint import join, split
 from bilora_diffusion.train.optimizers import build_optimizer

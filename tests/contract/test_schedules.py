@@ -12,7 +12,7 @@ import torch
 
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.config.options import LR_SCHEDULERS
-from bilora_diffusion.core.choices import AUTO, SAMPLE
+from bilora_diffusion.core.values import AUTO, SAMPLE
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.methods import create, names
 from bilora_diffusion.text.config import TextConfig

@@ -23,8 +23,9 @@ from bilora_diffusion import demo
 from bilora_diffusion.image import loss
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.text.config import TextConfig
-from eval.landscape import points
-from eval.sweep import plan, runs
+from eval import landscape_points as points
+from eval import sweep_plan as plan
+from eval import sweep_runs as runs
 from eval.text_scores import harness
 from eval.text_scores.benchmarks import Item, Measurement
 from tests.docs.pages import TEXT_SCRIPT, load_program

@@ -32,6 +32,7 @@ from tests.references.diffusers_flags import DEFAULTS
 pytestmark = pytest.mark.usefixtures("hub")
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / "results" / "README.md", ROOT / "results" / "paper.md"]
 TRAINING = {IMAGE_SCRIPT: resolve, TEXT_SCRIPT: resolve_text}
 
 
@@ -77,7 +78,7 @@ def check_module(module, argv, monkeypatch):
             module.main(argv)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_is_understood(page, tmp_path, monkeypatch):
     for name in ("my_photos", "held_out"):
         (tmp_path / name).mkdir()
@@ -90,15 +91,23 @@ def test_every_command_is_understood(page, tmp_path, monkeypatch):
     page_commands = [words for script in scripts(page) for words in commands(script, tmp_path)]
     for words in page_commands:
         check(words, monkeypatch)
-    if page.name in ("README.md", "paper.md", "measure.md", "text.md"):
+    if page.name in ("README.md", "guide.md", "paper.md", "measure.md", "models.md"):
         assert len(page_commands) > 3  # the pages that are made of commands
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere_and_the_python_compiles(page):
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        assert "://" in target or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
+        path = page.parent / target if target else page
+        assert "://" in target or path.exists(), target
+        assert not anchor or "://" in target or anchor in anchors(path), f"{target}#{anchor}"
     for language, body in BLOCK.findall(text):
         if language == "python":
             compile(body, page.name, "exec")
@@ -136,8 +145,9 @@ def test_a_page_is_what_the_code_makes(name):
 
 
 def test_the_pages_leave_nothing_out():
-    options, diffusers, python = map(make.page, ("options.md", "diffusers.md", "python.md"))
-    assert all(f"`--{name}`" in options and f"| `--{name}` |" in diffusers for name in DEFAULTS)
+    options, python = map(make.page, ("options.md", "python.md"))
+    ours, flags = options.split("## Flags of diffusers' scripts")
+    assert all(f"`--{name}`" in ours and f"| `--{name}` |" in flags for name in DEFAULTS)
     assert all(entry.reason in options for entry in constraints.table().constraints)
     assert "without prior preservation" in options
     assert all(f"| `{name}(" in python for name in vars(BiLoRA) if not name.startswith("_"))

@@ -1,4 +1,4 @@
-"""docs/paper.md: its experiments are all of them, with the paper's radii and rates.
+"""results/paper.md: its experiments are all of them, with the paper's radii and rates.
 
 `test_walk.py` runs its commands.
 """
@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from bilora_diffusion.text.config import TextConfig
-from eval.sweep import plan
+from eval import sweep_plan as plan
 from tests.docs.pages import commands, scripts
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "paper.md"
+PAGE = ROOT / "results" / "paper.md"
 EXPERIMENTS = sorted((ROOT / "eval" / "experiments" / "paper").glob("*.yaml"))
 GLUE = ("mnli", "sst2", "cola", "qnli", "mrpc")
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.core.intervals import student_interval
+from bilora_diffusion.core.figures import student_interval
 from eval import compare
 from eval.compare import (
     Interval,

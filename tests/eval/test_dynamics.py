@@ -12,8 +12,8 @@ from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run import snapshots
 from eval import dynamics, generalization, table
-from eval.dynamics import curves
-from eval.dynamics.curves import settles
+from eval import dynamics_curves as curves
+from eval.dynamics_curves import settles
 from eval.generalization import GAP, HELDOUT, TRAINING
 from eval.sources import run as opened
 from tests.run import recorded_runs

@@ -13,9 +13,8 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.lora_names import FILE_NAME
 from eval import command, report, table
 from eval.cache import FOLDER, Cache
-from eval.provenance import Provenance
 from eval.subjects import by_group, gather, paired, settings_note, single
-from eval.table import Entry, Metric, Result, Row, Summary
+from eval.table import Entry, Metric, Provenance, Result, Row, Summary
 from tests.run import recorded_runs
 
 RESULT = Result(

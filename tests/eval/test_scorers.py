@@ -21,10 +21,10 @@ from transformers import (
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.mini import scorer as mini
-from eval.clip_scores import captioners, dinov2, load_image_model, load_models, models
+from eval.cache import hash_of_files
+from eval.clip_scores import captioners, load_image_model, load_models, models
 from eval.clip_scores.models import ModelEntry
-from eval.clip_scores.names import BLIP
-from eval.digests import of_files
+from eval.clip_scores.settings import BLIP
 from tests.eval import clip_models
 from tests.eval.clip_models import DIMENSION, pictures, put_on_hub, save_open_clip, sentences
 
@@ -41,11 +41,17 @@ def folders(tmp_path_factory):
 
 
 def test_a_model_is_named_by_its_weights_or_its_commit(folders):
-    loaders: dict[str, Any] = {"open_clip": models, "blip": captioners, "dinov2": dinov2}
+    loaders: dict[str, Any] = {
+        "open_clip": models.load,
+        "blip": captioners.load,
+        "dinov2": models.dinov2,
+    }
     for scheme, folder in folders.items():
         (weights,) = folder.glob("*.safetensors")
-        entry = loaders[scheme].load(f"{scheme}:{folder}").entry
-        expected = ModelEntry(f"{scheme}:{folder.name}", scheme, folder.name, of_files(weights))
+        entry = loaders[scheme](f"{scheme}:{folder}").entry
+        expected = ModelEntry(
+            f"{scheme}:{folder.name}", scheme, folder.name, hash_of_files(weights)
+        )
         assert replace(entry, note="") == expected
         assert ("search" in entry.note) == (scheme == "blip")
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -106,7 +112,7 @@ def test_a_dinov2_embeds_as_that_of_transformers_whatever_the_batch(folders):
     images = [*pictures(2), *pictures(3, None)]
     model = Dinov2Model.from_pretrained(folders["dinov2"])
     processor: Any = BitImageProcessor.from_pretrained(folders["dinov2"])
-    embedded = dinov2.load(f"dinov2:{folders['dinov2']}", batch=2).images(images)
+    embedded = models.dinov2(f"dinov2:{folders['dinov2']}", batch=2).images(images)
     for image, embedding in zip(images, embedded, strict=True):
         inputs = processor(images=image, return_tensors="pt")
         class_token = model(**inputs).last_hidden_state[0, 0]  # of (1, tokens, d)

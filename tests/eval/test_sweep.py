@@ -7,7 +7,7 @@ import pytest
 from bilora_diffusion.core.files import ROOT
 from bilora_diffusion.run.runlog import RunLog
 from eval import sweep, table
-from eval.sweep.runs import Outcome, Runner
+from eval.sweep_runs import Outcome, Runner
 
 RECIPE = ROOT / "recipes" / "mini.yaml"
 CURVES = {

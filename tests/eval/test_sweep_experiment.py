@@ -2,11 +2,10 @@
 
 import pytest
 
-from bilora_diffusion.config.recipe import read_options
+from bilora_diffusion.config.command_line import read_options
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import ROOT
-from eval.sweep import experiment
-from eval.sweep.plan import load
+from eval.sweep_plan import load, parse
 
 EXPERIMENTS = sorted((ROOT / "eval" / "experiments").rglob("*.yaml"))
 MEASURED = [path for path in EXPERIMENTS if path.parent.name == "experiments"]
@@ -104,7 +103,7 @@ def test_a_bad_experiment_is_refused(text, plan):
 def test_the_repositorys_experiments_are_read():
     for path in EXPERIMENTS:
         content = read_options(path, "the experiment", "the command line")
-        recipes = experiment.parse(content, {}).recipe
+        recipes = parse(content, {}).recipe
         for recipe in [recipes] if isinstance(recipes, str) else recipes:
             assert (ROOT / recipe).is_file()
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from eval.sweep import runs
-from eval.sweep.plan import Run
-from eval.sweep.runs import Runner, last_sentence
+from eval import sweep_runs as runs
+from eval.sweep_plan import Run
+from eval.sweep_runs import Runner, last_sentence
 
 SCRIPT = """
 import json, os, pathlib, sys, time

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.crops import nearest, read_sizes, sizes_around
+from bilora_diffusion.image.crops import nearest_bucket, read_sizes, sizes_around
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.stream import TrainingStream, centered_samples
 from tests.scripts.runs import column, flags, train
@@ -46,7 +46,7 @@ def test_sizes_that_are_chosen_have_the_squares_pixels_at_most(side):
 
 @given(st.integers(16, 4000), st.integers(16, 4000))
 def test_an_image_gets_the_shape_most_like_its_own(height, width):
-    chosen = nearest((height, width), sizes_around(1024))
+    chosen = nearest_bucket((height, width), sizes_around(1024))
     off = [abs(math.log(h / w * width / height)) for h, w in sizes_around(1024)]
     assert abs(math.log(chosen[0] / chosen[1] * width / height)) <= min(off) + 1e-6
 

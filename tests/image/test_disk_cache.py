@@ -28,8 +28,8 @@ def files(folder):
 
 def test_tensors_come_back_bit_exact_for_their_own_key_only(tmp_path):
     def write_and_read(_):
-        DiskCache(tmp_path, "model").put(TENSORS, "key")
-        tensors = DiskCache(tmp_path, "model").get("key") or {}
+        DiskCache(tmp_path, ["model"]).put(TENSORS, "key")
+        tensors = DiskCache(tmp_path, ["model"]).get("key") or {}
         return list(tensors) == list(TENSORS) and all(
             torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in TENSORS.items()
         )
@@ -37,10 +37,10 @@ def test_tensors_come_back_bit_exact_for_their_own_key_only(tmp_path):
     with ThreadPoolExecutor(8) as pool:  # several share the folder
         assert all(pool.map(write_and_read, range(40)))
     assert len(files(tmp_path)) == 1
-    assert DiskCache(tmp_path, "model").get("other") is None
-    assert DiskCache(tmp_path, "another model").get("key") is None
-    assert DiskCache(tmp_path, "modelkey").get() is None
-    assert DiskCache(None, "model").get("key") is None
+    assert DiskCache(tmp_path, ["model"]).get("other") is None
+    assert DiskCache(tmp_path, ["another model"]).get("key") is None
+    assert DiskCache(tmp_path, ["modelkey"]).get() is None
+    assert DiskCache(None, ["model"]).get("key") is None
 
 
 def test_a_damaged_or_foreign_file_is_made_anew(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from bilora_diffusion.adapters import AdapterSpec, inject
 from bilora_diffusion.adapters.access import layers
-from bilora_diffusion.adapters.targets import base_of, target_layers
+from bilora_diffusion.adapters.injection import base_of, target_layers
 from bilora_diffusion.image.captions import PromptCache
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.families.base import STEPS, join_rows

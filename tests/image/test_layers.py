@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from bilora_diffusion.adapters import AdapterSpec, adaptable, target_layers
-from bilora_diffusion.core.choices import LAYER_GROUPS
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.values import LAYER_GROUPS
 from bilora_diffusion.image.families import SDXL, family_of
 from bilora_diffusion.image.pipeline import load_pipeline, select_layers
 from tests.image.tiny import FILES, make_pipeline

@@ -122,5 +122,5 @@ def test_zero_factors_and_no_factors():
 def test_large_groups_are_measured_in_pieces(monkeypatch):
     factors = random_factors([(6, 5, 2)] * 7, [1.5] * 7, [torch.float32] * 7, seed=4)
     unsplit_norm = float(ball.frobenius_norm(factors))
-    monkeypatch.setitem(ball._STACK_ELEMENTS, "cpu", 50)
+    monkeypatch.setattr(ball, "_STACK_ELEMENTS_ON_CPU", 50)
     assert float(ball.frobenius_norm(factors)) == pytest.approx(unsplit_norm, rel=1e-12)

@@ -54,7 +54,7 @@ def test_a_card_is_replaced_only_by_the_run_that_wrote_it(tmp_path):
     card.write_text("mine")
     refused(card, folder=tmp_path, resume="latest")
     refused(card, folder=tmp_path, overwrite=True)
-    log.writes_card()
+    log.record_card()
     guard(tmp_path, "latest")
     RunLog(tmp_path).start({}, method="lora", seed=0, resume_step=5)  # its mark stays
     guard(tmp_path, "latest")

@@ -10,9 +10,9 @@ import pytest
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.image.script import train
-from bilora_diffusion.run import interruption, lock
-from bilora_diffusion.run.interruption import Interruption, resuming
-from bilora_diffusion.run.lock import hold
+from bilora_diffusion.run import interruption
+from bilora_diffusion.run.folder import LOCK_FILE, locked
+from bilora_diffusion.run.interruption import Interruption, resume_arguments
 from bilora_diffusion.run.runlog import RunLog
 from bilora_diffusion.train import command
 from tests.run.recorded_runs import save
@@ -21,8 +21,8 @@ from tests.scripts.runs import ROOT, flags
 HOLD_AND_FORK = """
 import os, signal, sys, time
 from pathlib import Path
-from bilora_diffusion.run.lock import hold
-with hold(Path(sys.argv[1])):
+from bilora_diffusion.run.folder import locked
+with locked(Path(sys.argv[1])):
     if os.fork() == 0:  # as a data loader's worker
         print(os.getpid(), flush=True)
         time.sleep(60)
@@ -33,16 +33,16 @@ with hold(Path(sys.argv[1])):
 
 def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path):
     folder = tmp_path / "a" / "b"
-    with hold(folder):
-        assert [path.name for path in folder.iterdir()] == [lock.LOCK_FILE]
-        with pytest.raises(UserError, match=f"another command .*{folder}"), hold(folder):
+    with locked(folder):
+        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+        with pytest.raises(UserError, match=f"another command .*{folder}"), locked(folder):
             pass
-        assert (folder / lock.LOCK_FILE).exists()
-        with hold(folder / "fit" / "run"):  # as a search's run
+        assert (folder / LOCK_FILE).exists()
+        with locked(folder / "fit" / "run"):  # as a search's run
             pass
     assert list(tmp_path.iterdir()) == []
     folder.mkdir(parents=True)
-    with hold(folder):
+    with locked(folder):
         (folder / "notes.txt").touch()
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
@@ -53,12 +53,12 @@ def test_a_killed_process_and_what_it_forked_hold_nothing(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     worker = int(process.stdout.readline())
     try:
-        with pytest.raises(UserError, match=str(tmp_path)), hold(tmp_path):
+        with pytest.raises(UserError, match=str(tmp_path)), locked(tmp_path):
             pass
         process.kill()
         process.wait()
-        assert (tmp_path / lock.LOCK_FILE).exists()
-        with hold(tmp_path):
+        assert (tmp_path / LOCK_FILE).exists()
+        with locked(tmp_path):
             pass
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -67,12 +67,12 @@ def test_a_killed_process_and_what_it_forked_hold_nothing(tmp_path):
 @pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK"])
 def test_of_several_processes_only_the_main_one_takes_it(tmp_path, monkeypatch, name):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with hold(tmp_path):
+    with locked(tmp_path):
         monkeypatch.setenv(name, "1")
-        with hold(tmp_path):
+        with locked(tmp_path):
             pass
         monkeypatch.delenv(name)
-        assert (tmp_path / lock.LOCK_FILE).exists()
+        assert (tmp_path / LOCK_FILE).exists()
 
 
 ORDERS = {
@@ -151,6 +151,6 @@ def test_an_ignored_ctrl_c_stays_ignored():
     ],
 )
 def test_the_arguments_that_go_on(arguments, overwrites, expected):
-    resumed = resuming(arguments, "latest", overwrites)
+    resumed = resume_arguments(arguments, "latest", overwrites)
     assert resumed == [*expected, "--resume_from_checkpoint", "latest"]
-    assert resuming(resumed, "latest", overwrites) == resumed
+    assert resume_arguments(resumed, "latest", overwrites) == resumed

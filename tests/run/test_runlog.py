@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.run import console, provenance, publish, runlog
+from bilora_diffusion.run import console, hub, provenance, runlog
 from bilora_diffusion.run.record import read_search
 from bilora_diffusion.run.runlog import RunLog, read_metrics, read_run
 
@@ -178,7 +178,7 @@ def test_commit(tmp_path, monkeypatch):
 IMAGES = {"validation_dataset": "held_out"}
 LOSSES = [
     ({}, {0: 0.5, 5: 0.4, 10: 0.5}, [5], {}, "loss step 5 was 20.0 % better than .* --step 5$"),
-    (IMAGES, {0: 0.5, 5: 0.4, 10: 0.5}, [5], {}, "held-out loss .*images .* compare .*--step 5$"),
+    (IMAGES, {0: 0.5, 5: 0.4, 10: 0.5}, [5], {}, "loss ranks no images.* compare .*--keep_best"),
     ({}, {}, [], {}, "--fit chooses .*--validation_dataset"),
 ]
 
@@ -192,16 +192,16 @@ def test_the_end_names_the_files_the_best_step_and_how_to_have_it(
     log.start(config, method="lora", seed=0, resume_step=None)
     for step, loss in losses.items():
         log.metric(step, heldout_loss=loss)
-    log.removed_checkpoints([3])
+    log.record_removed_checkpoints([3])
     log.close("interrupted")
     log.start(config, method="lora", seed=0, resume_step=10)
-    log.removed_checkpoints([4])
+    log.record_removed_checkpoints([4])
     log.close("finished", **results)
     for step in saved_steps:
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
     (run / "weights.safetensors").touch()
     files = {"for diffusers": "weights.safetensors", "model card": "README.md"}
-    block = console.closing(run, files, "eval.clip_scores")
+    block = console.describe_run(run, files, "eval.clip_scores")
     assert re.search(words, block.splitlines()[-1])
     assert str(run / "weights.safetensors") in block
     assert "model card" not in block  # it is not there
@@ -243,16 +243,16 @@ def test_no_path_of_this_machine_is_published(tmp_path, monkeypatch):
     def commit(repo_id, operations, **_):
         committed_files.update((added.path_in_repo, added.path_or_fileobj) for added in operations)
 
-    monkeypatch.setattr(publish, "upload_folder", lambda **options: folders.append(options))
-    monkeypatch.setattr(publish, "create_commit", commit)
-    publish.push(tmp_path, "me/run", None)
+    monkeypatch.setattr(hub, "upload_folder", lambda **options: folders.append(options))
+    monkeypatch.setattr(hub, "create_commit", commit)
+    hub.push(tmp_path, "me/run", None)
     assert set(committed_files) == {
         "run.json",
         "fit.json",
         "unet/config.json",
         "adapter_config.json",
     }
-    left = publish.filter_repo_objects(
+    left = hub.filter_repo_objects(
         [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()],
         ignore_patterns=folders[0]["ignore_patterns"],
     )

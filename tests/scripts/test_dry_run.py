@@ -57,7 +57,7 @@ def test_memory_is_near_what_runs_took(tmp_path):
     assert float(needed[1]) * 1e6 == pytest.approx(mini["measured_bytes"], rel=0.15)
     assert not (tmp_path / "run").exists()
     words = re.findall(r"--(?:resolution|mixed_precision|train_batch_size) \w+", sdxl["command"])
-    run = memory.task("Stable Diffusion XL", *" ".join(words).split())
+    run = memory.empty_task("Stable Diffusion XL", *" ".join(words).split())
     memory_parts = complete(
         memory_by_phase(run, torch.device("cpu")), attached(run, 2)[1], process=600_000_000
     )

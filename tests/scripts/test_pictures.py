@@ -69,3 +69,17 @@ def test_a_wrong_word_is_one_sentence(words, sentence, tmp_path, monkeypatch, ca
     pictures = importlib.import_module("pictures")
     assert pictures.main([*words, "--output_dir", str(tmp_path)]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_regret_of_a_rule_is_what_the_best_step_has_more():
+    rules = importlib.import_module("benchmarks.step_rules")
+    # Step 20 is best for all captions, the loss is lowest at 10, and the last step is 30.
+    low, high = [0.5] * 16, [0.75] * 16
+    truths = {10: low, 20: high, 30: low}
+    regrets = rules.regrets(truths, {10: 1.0, 20: 2.0, 30: 3.0})
+    assert regrets == {rules.LAST: 0.25, rules.BY_CAPTIONS: 0.0, rules.BY_LOSS: 0.25}
+    # Parts are every second caption: one part alone prefers step 10, and the other ones lose by it.
+    misled = {10: [0.9, 0.5] * 8, 20: [0.5, 0.9] * 8}
+    assert rules.regrets(misled, {})[rules.BY_CAPTIONS] == pytest.approx(0.4)
+    assert rules.BY_LOSS not in rules.regrets(misled, {10: 1.0})
+    assert rules.regrets({1: [0.5] * 8}, {}) == {}

@@ -81,7 +81,7 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
 def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
     options = {**icons, "max_train_steps": 12, "use_ema": True, "ema_decay": 0.9}
     options |= {"validation_prompt": "a TOK icon", "num_validation_images": 1}
-    options |= {"validation_num_inference_steps": 2, **STOPPING}
+    options |= {"validation_num_inference_steps": 2, "choose_by": "loss", **STOPPING}
     run = runs.train(tmp_path / "run", **options)
     best, stop = runs.reading(losses(run), PATIENCE)
     assert 0 < best < stop < 12

@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bilora_diffusion.core.choices import NOISE_LEVELS
 from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.core.lora_names import FILE_NAME
+from bilora_diffusion.core.values import NOISE_LEVELS
 from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.loss import BY_LEVEL, DreamBoothModule

@@ -12,7 +12,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from bilora_diffusion.core.errors import UserError
-from bilora_diffusion.text.models import PACKAGED, TextModel, kind_of, load_text_model
+from bilora_diffusion.text.models import TextModel, kind_of, load_text_model
+from bilora_diffusion.text.places import PACKAGED
 from tests.text import text_builders as texts
 
 OWN_CODE = SimpleNamespace(  # of a repository that brings it; Transformers does not know such

@@ -12,7 +12,7 @@ from bilora_diffusion.methods import Target
 from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.task import memory_by_phase
 from bilora_diffusion.train.dry_run import STEP, attached, empty
-from docs.memory import FOLDER, row
+from docs.memory import FOLDER, step_memory
 
 pytestmark = pytest.mark.usefixtures("hub")
 
@@ -42,12 +42,12 @@ def test_each_image_model_is_within_15_percent(name):
     model, weights = name.rsplit(", ", 1)
     over = next((size for kind, size in POSITIONS.items() if model.endswith(kind)), 0)
     expected = TABLE[name]
-    estimate = row(model, weights, "--gradient_checkpointing")
+    estimate = step_memory(model, weights, "--gradient_checkpointing")
     assert estimate["encoders"] == pytest.approx(expected["encoders"], rel=0.01)
     for method in ("lora", "bilora"):
         assert estimate[method] == pytest.approx(expected[method] - over, rel=0.15), method
     if size := expected.get("lora_without_checkpointing"):
-        assert row(model, weights)["lora"] == pytest.approx(size - over, rel=0.15)
+        assert step_memory(model, weights)["lora"] == pytest.approx(size - over, rel=0.15)
 
 
 def text_task(case, folder):

@@ -38,7 +38,7 @@ SCALED = "--scale_lr --train_batch_size 4"
 def test_rates_are_scaled_once_and_are_what_a_command_with_them_trains_at(
     typed, rates, auxiliary_rates
 ):
-    search, argv = search_of(*typed.split())
+    search, argv = search_of("--choose_by", "loss", *typed.split())
     (start,) = [options for options in search.space.starts() if dict(options)["method"] == "bilora"]
     configurations = search.space.variants("learning_rate", start)
     runs = [search.config(options) for options in configurations]
@@ -50,6 +50,13 @@ def test_rates_are_scaled_once_and_are_what_a_command_with_them_trains_at(
         assert trained_rates == pytest.approx(auxiliary_rates)
     for options, cfg in zip(configurations, runs, strict=True):
         assert resolve([*argv, *arguments(options)]) == cfg
+
+
+def test_bilora_is_tried_as_in_the_paper_where_samples_decide():
+    search, _ = search_of()
+    starts = [dict(options) for options in search.space.starts()]
+    assert [options["method"] for options in starts] == ["lora", "bilora"]
+    assert all(options.keys() == {"method", "learning_rate", "rank"} for options in starts)
 
 
 def test_an_alpha_keeps_the_ratio_to_the_rank_that_a_recipe_has(tmp_path):

@@ -22,6 +22,7 @@ from bilora_diffusion.train.search.space import (
     title,
 )
 
+SAMPLES = {"rho": "auto", "auxiliaries": "sample"}
 PLAN = Plan(folds=4, steps=300, interval=20, budget=3000)
 
 
@@ -62,7 +63,7 @@ def measured(loss, calls, noise=5e-4):
 
 def searched(loss=overfitting, plan=PLAN, calls=None, **values):
     search = Halving(plan, measured(loss, [] if calls is None else calls))
-    search.run(space(**(values or default_values((), 2e-4, 4, True))))
+    search.run(space(**(values or default_values((), 2e-4, 4, SAMPLES))))
     return search
 
 
@@ -168,7 +169,7 @@ def test_a_method_whose_start_cannot_be_trained_is_tried_with_smaller_values():
         return ["does not fit" if is_large else curve for is_large, curve in pairs]
 
     search = Halving(PLAN, in_memory)
-    search.run(Space(default_values((), 2e-4, 4, True)))
+    search.run(Space(default_values((), 2e-4, 4, SAMPLES)))
     tried = {(o["method"], o["rank"]) for o in map(dict, search.curves) if o}
     assert {("bilora", "4"), ("lora", "8")} <= tried
     assert ("bilora", "8") not in tried
@@ -188,10 +189,10 @@ def test_runs_of_different_values_have_folders_of_their_own():
 
 
 def test_what_the_user_gave_is_fixed_but_for_the_rate():
-    values = default_values({"rank", "method", "learning_rate"}, 1e-3, 4, True)
+    values = default_values({"rank", "method", "learning_rate"}, 1e-3, 4, SAMPLES)
     assert values == {"learning_rate": ("0.0005", "0.001", "0.002")}
-    assert "auxiliaries" not in default_values((), 1e-3, 4, supports_sample=False)
-    assert "rho" not in default_values({"rho"}, 1e-3, 4, True)
+    assert "rho" not in default_values({"rho"}, 1e-3, 4, SAMPLES)
+    assert default_values((), 1e-3, 4, {}).keys() == {"method", "learning_rate", "rank"}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_what_the_user_gave_is_fixed_but_for_the_rate():
     ],
 )
 def test_ranks_are_searched_around_that_of_a_recipe(rank, ranks):
-    assert default_values((), 1e-3, rank, True)["rank"] == ranks
+    assert default_values((), 1e-3, rank, {})["rank"] == ranks
 
 
 CONFIG = {"max_train_steps": 300, "lora_alpha": 8.0, "lr_scheduler": "constant"}

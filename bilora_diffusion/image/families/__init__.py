@@ -1,7 +1,7 @@
-"""The kinds of image models that can be trained, by the class of their pipeline.
+"""The families of image models that can be trained, by the class of their pipeline.
 
-One row here and one file beside it make a kind known to training, evaluation and viewer. The
-files are imported where they are needed: options are checked before torch is there.
+One row here and one file beside it make a family known to training, evaluation and viewer. A file
+is imported when it is needed, since options are checked before torch is imported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from ...core.errors import UserError, did_you_mean
 
 SDXL = "StableDiffusionXLPipeline"
+# The class of a pipeline: the file here that knows it, and the class in the file.
 FAMILIES: dict[str, tuple[str, str]] = {
     SDXL: ("sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("sd3", "StableDiffusion3"),
@@ -22,15 +23,17 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "Krea2Pipeline": ("krea2", "Krea2"),
     "Lumina2Pipeline": ("lumina2", "Lumina2"),
 }
-"""The class of a pipeline: the file here that knows it, and the class there."""
 
 
 def family_class(pipeline: str, model: str) -> Any:
-    """The family of a pipeline, a ``base.Family``, by the name of its class.
+    """The family of a pipeline, a class of ``base.Family``.
 
     Args:
-        model: what the pipeline is of, in the user's words, for the sentence that refuses one that
-            is not known.
+        pipeline: name of the pipeline's class.
+        model: name of the model, for the message.
+
+    Raises:
+        UserError: the pipeline's class is not known.
     """
     if pipeline not in FAMILIES:
         raise UserError(

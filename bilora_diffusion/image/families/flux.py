@@ -1,4 +1,4 @@
-"""FLUX.1: CLIP gives one vector of a prompt, T5 its sequence; FLUX.1-dev is told its guidance."""
+"""FLUX.1: CLIP embeds a prompt as one vector, T5 as a sequence; FLUX.1-dev embeds its guidance."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from .base import (
     unpack,
 )
 
-SINGLE_BLOCKS = 38
-"""Of FLUX.1, the most that there are."""
+SINGLE_BLOCKS = 38  # of FLUX.1; smaller models have fewer
 
 
 @dataclass(frozen=True)
 class Flux(Family):
     """https://github.com/black-forest-labs/flux
 
-    Default targets are the projections of attention, in both kinds of blocks. In the single ones
-    the output is one layer with that of the feed-forward part (``proj_out``), and goes with that.
+    Default targets are the projections of attention, in double and single blocks. In single blocks
+    attention and feed-forward share their output layer, ``proj_out``, which counts as feed-forward.
     """
 
     title: ClassVar[str] = "FLUX.1"
@@ -51,8 +50,8 @@ class Flux(Family):
         *(f"single_transformer_blocks.{i}.proj_out" for i in range(SINGLE_BLOCKS)),
     )
     guidance: ClassVar[float] = 3.5
-    unconditional: ClassVar[Unconditional] = Unconditional.NONE  # it is told its guidance
-    unguided: ClassVar[float] = 100.0
+    unconditional: ClassVar[Unconditional] = Unconditional.NONE  # guidance is embedded
+    unguided: ClassVar[float] = 100.0  # no scale makes an unconditional prediction
     reads_negative_prompt: ClassVar[bool] = False
     few_steps: ClassVar[int] = 4  # of FLUX.1-schnell
     activations: ClassVar[Activations] = Activations(
@@ -87,7 +86,7 @@ class Flux(Family):
             guidance=guidance,
             pooled_projections=conditions["pooled"],
             encoder_hidden_states=sequence,
-            txt_ids=levels.new_zeros(sequence.shape[1], 3),  # text has no position
+            txt_ids=levels.new_zeros(sequence.shape[1], 3),  # tokens of text have no position
             img_ids=positions(1, height // 2, width // 2, device=levels.device),
         ).sample
         return unpack(tokens, height, width)
@@ -115,5 +114,6 @@ class Flux(Family):
 
 
 def positions(*counts: int, device: torch.device) -> Tensor:
-    """Positions of tokens on each axis, of ``counts`` places each: (product of counts, axes)."""
-    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))
+    """Positions of tokens on axes of these lengths, (product of the lengths, axes)."""
+    axes = [torch.arange(count, device=device) for count in counts]
+    return torch.cartesian_prod(*axes)

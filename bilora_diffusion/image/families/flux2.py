@@ -1,4 +1,4 @@
-"""FLUX.2 klein: states of three layers of Qwen3, and latents normalized as patches."""
+"""FLUX.2 klein: hidden states of three layers of Qwen3, and latents normalized as patches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 
-from ...core.choices import ALL_LAYERS, ALL_LINEAR
+from ...core.values import ALL_LAYERS, ALL_LINEAR
 from .base import (
     ATTENTION_LAYERS,
     PROMPT_LAYERS,
@@ -24,13 +24,12 @@ from .base import (
 )
 from .flux import positions
 
-SINGLE_BLOCKS = 48
-"""Of FLUX.2-dev, the most that there are; klein has 20 or 24."""
+SINGLE_BLOCKS = 48  # of FLUX.2-dev; klein has 20 or 24
 
 
 @dataclass(frozen=True)
 class PatchSpace(LatentSpace):
-    """Latents (n, c, 2 h, 2 w) of the autoencoder as normalized patches, (n, 4 c, h, w)."""
+    """The autoencoder's latents (n, c, 2 h, 2 w) as normalized patches, (n, 4 c, h, w)."""
 
     def encode(self, latents: Tensor) -> Tensor:
         return super().encode(nn.functional.pixel_unshuffle(latents, 2))
@@ -43,8 +42,8 @@ class PatchSpace(LatentSpace):
 class Flux2Klein(Family):
     """https://bfl.ai/blog/flux2-klein-towards-interactive-visual-intelligence
 
-    Default targets are the projections of attention, and in the single blocks, which are most of
-    the model, the two layers that these are one with.
+    Default targets are the projections of attention. In the single blocks, which are most of the
+    model, these are parts of two larger layers, which are targets as a whole.
     """
 
     title: ClassVar[str] = "FLUX.2 klein"
@@ -62,7 +61,7 @@ class Flux2Klein(Family):
         *PROMPT_LAYERS,
         "to_add_out",
         "to_qkv_mlp_proj",
-        # One by one: a "to_out" is a list in the other blocks.
+        # By their full names, since "to_out" is a list of modules in the double blocks.
         *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(SINGLE_BLOCKS)),
     )
     feed_forward: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
@@ -83,7 +82,7 @@ class Flux2Klein(Family):
         text_encoders_by_size={"4b": ("qwen_3_4b",)},
         autoencoder="flux2-vae",
         latent_node="EmptyFlux2LatentImage",
-        scheduler_node="Flux2Scheduler",  # it shifts the noise levels, too
+        scheduler_node="Flux2Scheduler",  # it shifts the noise levels too
         unread_groups=frozenset((ALL_LAYERS, ALL_LINEAR)),
         unread_layers="the layers of modulation and time",
     )
@@ -99,7 +98,7 @@ class Flux2Klein(Family):
         height, width = noisy.shape[2:]
         sequence = conditions["sequence"]
         tokens = model(
-            hidden_states=noisy.flatten(2).transpose(1, 2),
+            hidden_states=noisy.flatten(2).transpose(1, 2),  # (n, h w, 4 c)
             timestep=levels,  # the model takes it a thousandfold
             encoder_hidden_states=sequence,
             txt_ids=positions(1, 1, 1, sequence.shape[1], device=levels.device),
@@ -108,11 +107,12 @@ class Flux2Klein(Family):
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
     def is_guided(self, guidance: float, index: Mapping[str, Any], configs: Configs) -> bool:
+        # The pipeline ignores the scale of a distilled model.
         is_distilled = bool(index.get("is_distilled"))
         return super().is_guided(guidance, index, configs) and not is_distilled
 
     def latent_space(self, vae: Any) -> LatentSpace:
-        # Statistics of a batch normalization, of each channel of the patches: (1, 4 c, 1, 1).
+        # Running statistics of a batch normalization, by the patches' channels: (1, 4 c, 1, 1).
         mean = vae.bn.running_mean.view(1, -1, 1, 1)
         variance = vae.bn.running_var.view(1, -1, 1, 1)
         std = (variance + vae.config.batch_norm_eps).sqrt()
@@ -122,8 +122,8 @@ class Flux2Klein(Family):
         return compute_empirical_mu(tokens, self.steps)
 
     def prepare_sampler(self, sampler: Any) -> None:
-        # The pipeline hands latents back in the autoencoder's scale, as single pixels. With such
-        # statistics it leaves their values alone.
+        # The pipeline returns latents in the autoencoder's scale and not as patches. With these
+        # statistics it leaves their values as they are.
         statistics = SimpleNamespace(running_mean=torch.zeros(1), running_var=torch.ones(1))
         sampler.vae = SimpleNamespace(bn=statistics, config=SimpleNamespace(batch_norm_eps=0.0))
 

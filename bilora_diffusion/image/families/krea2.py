@@ -1,4 +1,4 @@
-"""Krea 2: Qwen-Image's autoencoder, and states of several layers of Qwen3-VL."""
+"""Krea 2: Qwen-Image's autoencoder, and hidden states of several layers of Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from .qwen_image import VideoSpace
 class Krea2(Family):
     """https://www.krea.ai/blog/krea-2-technical-report
 
-    A prompt is kept without its padding, (tokens, layers, width): the transformer gives the tokens
-    of a text no positions and masks the padding, so nothing changes, and most prompts are short.
+    An embedded prompt has no padding, (tokens, layers, width). Most prompts are short, and padding
+    changes nothing: the transformer masks it, and gives tokens of text no positions.
     """
 
     title: ClassVar[str] = "Krea 2"
@@ -83,10 +83,12 @@ class Krea2(Family):
         return VideoSpace.from_config(vae)
 
     def mu(self, pipeline: Any, tokens: int) -> float:
-        return 1.15 if self.is_distilled(pipeline) else super().mu(pipeline, tokens)
+        if self.is_distilled(pipeline):
+            return 1.15  # as in the pipeline
+        return super().mu(pipeline, tokens)
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
-        # Equally long, since the pipeline gives both the same positions.
+        # Padded together, since the pipeline gives both the same positions.
         sequences, masks = pad([*positive["sequence"], *negative["sequence"]])
         positive_sequence, negative_sequence = sequences.chunk(2)
         positive_mask, negative_mask = masks.bool().chunk(2)

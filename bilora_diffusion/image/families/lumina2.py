@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0: time runs from noise to image, and a system prompt stands before prompts."""
+"""Lumina-Image 2.0: time runs from noise to image, and prompts follow a system prompt."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Lumina2(Family):
     }
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
     guidance: ClassVar[float] = 4.0
-    # Prompts are embedded with the system prompt here.
+    # `embed` puts the system prompt in front, which a negative prompt must not have.
     reads_negative_prompt: ClassVar[bool] = False
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=64, checkpointed=3.3, recomputed=45, block=35
@@ -37,7 +37,7 @@ class Lumina2(Family):
 
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
-        # The image's tokens come one position after the text's last.
+        # The image's tokens follow one position after the last token of the text.
         positions = pipeline.transformer.config.axes_lens[0] - 1
         if self.max_sequence_length > positions:
             raise UserError(
@@ -50,14 +50,15 @@ class Lumina2(Family):
         return {"sequence": unpad(sequence, mask)}
 
     def negative(self, pipeline: Any, empty: Conditions) -> Conditions:
-        # The pipeline puts its system prompt before the prompt only. What is left of "" is the
-        # token that all texts begin with, and its state depends on nothing that follows.
+        # The pipeline puts no system prompt in front of a negative prompt, so that "" is one token,
+        # with which all texts begin. Its hidden state does not depend on the tokens after it.
         return {"sequence": [row[:1] for row in empty["sequence"]]}
 
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
     ) -> Tensor:
         sequence, mask = pad(conditions["sequence"])
+        # The model's time runs from noise to image, so its velocity has the other sign.
         return -model(
             noisy,
             timestep=1 - levels,
@@ -66,11 +67,11 @@ class Lumina2(Family):
         ).sample
 
     def mu(self, pipeline: Any, tokens: int) -> float:
-        # The pipeline takes the channels of its latents, which it does not pack, for tokens.
+        # The pipeline passes the channels of its latents as the number of tokens.
         return super().mu(pipeline, pipeline.transformer.config.in_channels)
 
     def sampling(self, positive: Conditions, negative: Conditions, guidance: float) -> Conditions:
-        # Equally long, as the pipeline demands.
+        # Padded together, since the pipeline demands equal lengths.
         sequences, masks = pad([*positive["sequence"], *negative["sequence"]])
         positive_sequence, negative_sequence = sequences.chunk(2)
         positive_mask, negative_mask = masks.chunk(2)

@@ -1,4 +1,4 @@
-"""Qwen-Image: an autoencoder of videos, and Qwen2.5-VL as its encoder."""
+"""Qwen-Image: an autoencoder of videos, and Qwen2.5-VL as its text encoder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .base import (
 
 
 class VideoSpace(LatentSpace):
-    """Of an autoencoder of videos, to which an image is one frame: (n, c, 1, h, w)."""
+    """Latents of an autoencoder of videos, to which an image is one frame: (n, c, 1, h, w)."""
 
     def distribution(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = super().distribution(vae, pixels.unsqueeze(2))
@@ -50,8 +50,8 @@ class QwenImage(Family):
         "vae": "AutoencoderKLQwenImage",
         "text_encoder": "Qwen2_5_VLForConditionalGeneration",
     }
-    # Not to_add_out: nothing reads the last block's, and several processes would wait for its
-    # gradient.
+    # Without to_add_out: nothing reads it in the last block, and with several processes all
+    # would wait for its gradient.
     targets: ClassVar[tuple[str, ...]] = (*ATTENTION_LAYERS, *PROMPT_LAYERS)
     feed_forward: ClassVar[tuple[str, ...]] = ("img_mlp", "txt_mlp")
     guidance: ClassVar[float] = 4.0
@@ -69,7 +69,9 @@ class QwenImage(Family):
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         sequence, mask = self.encode_prompts(pipeline, prompts)
-        return {"sequence": list(sequence) if mask is None else unpad(sequence, mask)}
+        if mask is None:  # nothing is padded
+            return {"sequence": list(sequence)}
+        return {"sequence": unpad(sequence, mask)}
 
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
@@ -97,7 +99,7 @@ class QwenImage(Family):
             "negative_prompt_embeds": negative_sequence,
             "negative_prompt_embeds_mask": negative_mask,
             "true_cfg_scale": guidance,
-            # Else the pipeline cuts to 512 tokens what is embedded already.
+            # Otherwise the pipeline cuts the embedded prompts to 512 tokens.
             "max_sequence_length": max(positive_sequence.shape[1], negative_sequence.shape[1]),
         }
 

@@ -64,7 +64,10 @@ class StableDiffusion3(Family):
     @torch.no_grad()
     def embed(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         sequence, _, pooled, _ = pipeline.encode_prompt(
-            *[list(prompts)] * 3,  # one list for each encoder
+            # A list for each text encoder.
+            list(prompts),
+            list(prompts),
+            list(prompts),
             device=pipeline.text_encoder.device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
@@ -76,7 +79,7 @@ class StableDiffusion3(Family):
     ) -> Tensor:
         return model(
             noisy,
-            timestep=1000 * levels,  # its embedding of time goes to 1000
+            timestep=1000 * levels,  # its embedding of time goes up to 1000
             encoder_hidden_states=conditions["sequence"],
             pooled_projections=conditions["pooled"],
         ).sample
@@ -84,8 +87,9 @@ class StableDiffusion3(Family):
     def require_resolution(self, resolution: int, configs: Configs) -> None:
         super().require_resolution(resolution, configs)
         config = configs["transformer"]
-        places = config.get("pos_embed_max_size", 96) * config.get("patch_size", 2)
-        largest_side = places * latent_pixels(configs["vae"])
+        # There are position embeddings for so many patches along a side.
+        latents = config.get("pos_embed_max_size", 96) * config.get("patch_size", 2)
+        largest_side = latents * latent_pixels(configs["vae"])
         if resolution > largest_side:
             raise UserError(
                 f"a side of {resolution} pixels is more than this {self.title} has positions for:"

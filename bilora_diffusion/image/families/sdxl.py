@@ -34,7 +34,8 @@ class StableDiffusionXL(Family):
     flow: ClassVar[bool] = False
     unconditional: ClassVar[Unconditional] = Unconditional.FIRST_ROWS
     patch: ClassVar[int] = 8
-    activations: ClassVar[Activations] = Activations(  # the UNet is one block, a latent a token
+    # The whole UNet counts as one block, and a latent as a token.
+    activations: ClassVar[Activations] = Activations(
         prompt_tokens=0, checkpointed=46, recomputed=7, block=540
     )
     comfyui: ClassVar[ComfyUI | None] = ComfyUI(
@@ -61,9 +62,10 @@ class StableDiffusionXL(Family):
         return model(noisy, levels, conditions["sequence"], added_cond_kwargs=added).sample
 
     def is_guided(self, guidance: float, index: Mapping[str, Any], configs: Configs) -> bool:
-        # A model that is told its guidance, such as a latent consistency model, has one prediction.
-        is_told = configs["unet"].get("time_cond_proj_dim") is not None
-        return super().is_guided(guidance, index, configs) and not is_told
+        # A model with an embedding of guidance, such as a latent consistency model, makes one
+        # prediction.
+        embeds_guidance = configs["unet"].get("time_cond_proj_dim") is not None
+        return super().is_guided(guidance, index, configs) and not embeds_guidance
 
     def side_of(self, configs: Configs) -> int:
         side = configs["unet"].get("sample_size")
@@ -73,17 +75,18 @@ class StableDiffusionXL(Family):
 
 
 def tokenize(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-    """Token ids, (n, tokens) of either tokenizer, padded and cut to the model's length."""
-    return tuple(
-        tokenizer(
+    """Token ids of each tokenizer, (n, tokens), padded and cut to the model's length."""
+    ids = []
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        tokens = tokenizer(
             list(prompts),
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
-        ).input_ids
-        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
-    )
+        )
+        ids.append(tokens.input_ids)
+    return tuple(ids)
 
 
 def encode(encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
@@ -93,10 +96,8 @@ def encode(encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> Conditions:
         ``sequence``, the penultimate hidden states of both encoders side by side, (n, tokens,
         widths), and ``pooled``, the projected pooled output of the second, (n, width).
     """
-    states, pooled = [], None
+    outputs = []
     for encoder, tokens in zip(encoders, ids, strict=True):
-        output = encoder(tokens, output_hidden_states=True)
-        pooled = output[0]  # of the last encoder in the end
-        states.append(output.hidden_states[-2])  # the penultimate layer
-    assert pooled is not None
-    return {"sequence": torch.cat(states, dim=-1), "pooled": pooled}
+        outputs.append(encoder(tokens, output_hidden_states=True))
+    states = [output.hidden_states[-2] for output in outputs]
+    return {"sequence": torch.cat(states, dim=-1), "pooled": outputs[-1][0]}

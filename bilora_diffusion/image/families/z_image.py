@@ -1,4 +1,4 @@
-"""Z-Image: time runs from noise to image, and prompts are lists of their own lengths."""
+"""Z-Image: time runs from noise to image, and embedded prompts are a list without padding."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class ZImage(Family):
     def predict(
         self, model: nn.Module, noisy: Tensor, levels: Tensor, conditions: Conditions
     ) -> Tensor:
-        # A list of images of one frame, (c, 1, h, w) each; the velocity has the other sign.
+        # A list of images of one frame, (c, 1, h, w) each. The model's time runs from noise to
+        # image, so its velocity has the other sign.
         frames = model(list(noisy.unsqueeze(2)), 1 - levels, conditions["sequence"]).sample
         return -torch.stack(frames).squeeze(2)
 
@@ -58,5 +59,5 @@ class ZImage(Family):
         return LatentSpace.from_config(vae, samples_posterior=False)
 
     def is_distilled(self, pipeline: Any) -> bool:
-        # Nothing in its files says so.
+        # Nothing but the name says so.
         return "turbo" in Path(pipeline.name_or_path or "").name.lower()

@@ -1,10 +1,10 @@
 """Successive halving over candidates, steps and folds, by paired held-out losses.
 
-All candidates start on the first fold for half of the steps: fewer favour fast rates. Then the
-better half is promoted again and again: to more steps while its loss still falls, else to the next
-fold. A candidate is dropped where the interval of its difference to the best, paired by held-out
-sample, says that it is worse; the others wait, and go on when there are steps left in the budget.
-Everything follows from the numbers that are measured: begun anew, it asks for the same runs.
+All candidates start on the first fold for half of the steps; fewer steps would favour fast rates.
+Then the better half is promoted again and again: to more steps while its loss still falls, else to
+the next fold. A candidate is dropped if the interval of its difference to the best one, paired by
+held-out sample, says that it is worse. The others wait until the budget has steps left for them.
+The search is a function of the measured losses, so that a restarted one trains the same runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ...core.errors import TrainingError
-from ...core.intervals import student_interval
+from ...core.figures import student_interval
 from ...core.seeds import digest_texts
 from .space import METHOD, RATE, Candidate, Space
 
@@ -27,11 +27,11 @@ BUDGET = 10
 EXPLORED_SHARE = 0.6
 """Share of the budget that the first rung, on one fold, may take."""
 MARGIN = 1.5
-"""A curve is complete where it goes on for this many times the step of its lowest point."""
+"""A curve is complete if it goes on to this multiple of the step of its lowest point."""
 NAME_LENGTH = 100
-"""Longest name of a run's folder that is not cut."""
+"""Longest name of a run's folder; longer ones are cut."""
 Curve = Mapping[int, np.ndarray]
-"""Step -> held-out loss of each sample, (n,)."""
+"""Step -> held-out loss of each sample, (samples,)."""
 
 
 class Trial(NamedTuple):
@@ -43,7 +43,7 @@ class Trial(NamedTuple):
 
 
 TrainTrials = Callable[[Sequence[Trial]], Iterable[Curve | str]]
-"""Trains runs; gives the curve of each, or the reason why it could not go on."""
+"""Function that trains runs and gives the curve of each, or the reason why it could not go on."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Plan:
         return self.round_up(self.steps / 2)
 
     def folder_name(self, trial: Trial) -> str:
-        """A name for a run's folder: its values, in letters that every file system knows."""
+        """Name of a run's folder: its values, in letters that every file system has."""
         values = "_".join(value for _, value in trial.candidate)
         name = quote(values or "as_given", safe="+")
         if len(name) > NAME_LENGTH:
@@ -81,17 +81,17 @@ class Plan:
 
 
 def lowest_point(curve: Curve) -> tuple[float, int]:
-    """The lowest mean loss of a curve and its first step, without the base model's at step 0."""
-    # Of equal losses the first: tuples compare by their steps next.
+    """The lowest mean loss of a curve and its step, without the base model's loss at step 0."""
+    # Of equal losses the first one: tuples are compared by their steps next.
     return min((float(losses.mean()), step) for step, losses in curve.items() if step > 0)
 
 
 class Halving:
-    """Successive halving, and all that it measured.
+    """Successive halving with its measurements.
 
     Args:
         plan: Size of the search.
-        train_trials: Trains the runs that it asks for.
+        train_trials: Trains runs.
 
     Attributes:
         curves: Candidate -> its curves on the first folds, in order.
@@ -107,8 +107,8 @@ class Halving:
         self.spent_steps = 0
 
     def run(self, space: Space) -> None:
-        """Search a space, and train the command line as it was given if the budget has room."""
-        # A large budget has room for a run of the command as given, to compare the choice with.
+        """Search a space; with a large budget train the command line as it is too."""
+        # The choice is compared with this run.
         reserve = self.plan.steps if self.plan.budget >= 4 * self.plan.steps else 0
         self._explore(space, int(EXPLORED_SHARE * (self.plan.budget - reserve)))
         self._promote_better_halves(self.plan.budget - reserve)
@@ -117,18 +117,18 @@ class Halving:
             self._train_within(self.plan.budget, [as_given])
 
     def expected_curve(self, candidate: Candidate, folds: int | None = None) -> Curve:
-        """Losses that a run on all samples is expected to have, from the curves on folds.
+        """Estimate the losses of a run on all samples from the curves on folds.
 
-        A run on all samples overfits later than one on a part: by epochs where samples differ, by
-        steps where they are alike. Its loss at a step is therefore the mean of the curve from half
-        way between to that step.
+        A run on all samples overfits later than one on a part of them: after as many epochs if the
+        samples differ, after as many steps if they are alike. Its loss at a step is therefore
+        estimated by the mean of the curve from half way between these two up to that step.
 
         Args:
-            candidate: Whose curves are read.
-            folds: Number of its first folds; None for all that it has.
+            candidate: Candidate with curves.
+            folds: Number of its first folds to read; None for all.
 
         Returns:
-            The losses of the folds' samples at each step that all of these folds have.
+            Losses of the folds' samples at each step that all of these folds have.
         """
         curves = self.curves[candidate][:folds]
         steps = sorted(set.intersection(*map(set, curves)))
@@ -139,21 +139,21 @@ class Halving:
         expected = dict(zip(steps, losses, strict=True))
         if self.plan.folds == 1:  # with a held-out set each run is on all samples
             return expected
-        # A mean of interpolated losses is linear in them: its weights are what it gives for curves
-        # that are 1 at one step and 0 elsewhere.
+        # A mean of interpolated losses is linear in the losses. The weight of a step is the mean
+        # of a curve that is 1 at this step and 0 elsewhere.
         unit_curves = np.eye(len(steps))
         for step in steps:
-            # As many epochs take step * (1 - 1/k) steps on a part; half way to it is (1 - 1/2k).
-            # Nine points stand for all that lie between.
+            # On a part the same epochs take step * (1 - 1/k) steps; half way to the step is
+            # (1 - 1/2k). Nine points stand for all steps in between.
             points = np.linspace(step * (1 - 0.5 / self.plan.folds), step, 9)
             # Weight of each measured step in the mean of the interpolated curve, (steps, 1). A step
-            # of weight 0 must not count even where its loss is infinite.
+            # of weight 0 must not count, also if its loss is infinite: 0 * inf is nan.
             weights = np.array([[np.interp(points, steps, unit).mean()] for unit in unit_curves])
             expected[step] = (weights * np.where(weights > 0, losses, 0)).sum(0)
         return expected
 
     def _explore(self, space: Space, limit: int) -> None:
-        """First rung: all candidates if the budget has room for them, else one option at a time."""
+        """First rung: all candidates if the budget is large enough, else one option at a time."""
         rung = self.plan.first_rung
         limit = max(limit, len(space.starts()) * rung)
 
@@ -161,47 +161,47 @@ class Halving:
             return self._train_within(limit, [Trial(c, fold=0, steps=rung) for c in candidates])
 
         has_trained_all = train(space.grid(limit / rung))
-        # Where not even the starts can be trained, nothing is varied around them.
-        varies = not has_trained_all and train(space.starts())
+        # If not even the starts can be trained, nothing is varied around them.
+        varies_options = not has_trained_all and train(space.starts())
         for name in space.axes():
-            if varies:
+            if varies_options:
                 variants = []
                 for leader in self._leaders(space):
                     variants += space.variants(name, leader)
                 train(variants)
-            # Rates go on beyond the space while the best of a method is at an edge of them.
+            # Rates go beyond the space while the best one of a method is the lowest or highest.
             while name == RATE and train(space.next_rates(self._leaders(space), self.curves)):
                 pass
 
     def _promote_better_halves(self, limit: int) -> None:
-        """Further rungs: bring the better half on until nothing is unfinished or affordable."""
+        """Further rungs: promote the better half until all are finished or the budget is spent."""
         size = len(self._ranking())
         while unfinished := self._unfinished():
             size = max(2, math.ceil(size / 2))
             promotions = [self._promotion(candidate) for candidate in unfinished[:size]]
-            # The best goes on in any case; the others share half of what is left.
+            # The best one goes on in any case; all others share half of the steps that are left.
             cost_of_best = sum(self._cost(trial) for trial in promotions[0])
             share = max(cost_of_best, (limit - self.spent_steps) // 2)
             trials: list[Trial] = []
             for promotion in promotions:
                 trials += promotion
-            # Where nothing fits into the share, all that is left may be spent.
+            # If nothing fits into the share, all steps that are left may be spent.
             affordable = min(limit, self.spent_steps + share)
             if not (self._train_within(affordable, trials) or self._train_within(limit, trials)):
                 return
 
     def _unfinished(self) -> list[Candidate]:
-        """Candidates that can be promoted, best first; drops those that turn out to be worse."""
+        """Candidates that can be promoted, the best first; drops those that are worse than it."""
         ranking = self._ranking()
         for candidate in ranking[1:]:
             folds = len(self.curves[candidate])
-            # A promotion on folds that it has says that its curve still falls: it may get better.
+            # A promotion on folds that it has means that its curve still falls: it may get better.
             is_falling = any(trial.fold < folds for trial in self._promotion(candidate))
             if is_falling or folds > len(self.curves[ranking[0]]):
                 continue
             differences = self._differences(candidate, ranking[0])
             interval = student_interval(differences)
-            # Paired by sample: above 0 as a whole, the interval says that it is worse.
+            # The whole interval of the paired differences above 0: the candidate is worse.
             if interval is not None and interval.low > 0:
                 reason = f"worse by {differences.mean():.4g}"
                 self.dropped[candidate] = f"{reason} ({interval.low:.4g} to {interval.high:.4g})"
@@ -212,10 +212,10 @@ class Halving:
         return unfinished
 
     def _train_within(self, limit: int, trials: Sequence[Trial]) -> bool:
-        """Train what is not measured yet and keeps the spent steps within a limit.
+        """Train trials that are not measured yet, as far as the spent steps stay within a limit.
 
         Returns:
-            True if there was any such trial.
+            True if there was such a trial.
         """
         affordable: list[Trial] = []
         for trial in dict.fromkeys(trials):
@@ -227,7 +227,7 @@ class Halving:
         for trial, curve in zip(affordable, self._train_trials(affordable), strict=True):
             if isinstance(curve, str):
                 self.dropped[trial.candidate] = curve
-                self.spent_steps -= self._cost(trial)  # it ended early, if it began at all
+                self.spent_steps -= self._cost(trial)  # the run ended early, or did not begin
             elif not math.isfinite(lowest_point(curve)[0]):
                 self.dropped[trial.candidate] = "no step has a finite held-out loss"
             else:
@@ -242,10 +242,11 @@ class Halving:
         return max(0, trial.steps - steps_taken)
 
     def _promotion(self, candidate: Candidate) -> list[Trial]:
-        """Trials that bring a candidate on: to more steps, or to one more fold where its curve is
-        complete; none where it has all folds.
+        """Trials that promote a candidate: to more steps, or to one more fold if its curve is
+        complete; none if it has all folds.
         """
-        curve, folds = self.expected_curve(candidate), len(self.curves[candidate])
+        curve = self.expected_curve(candidate)
+        folds = len(self.curves[candidate])
         # A curve whose lowest point is near its end may still fall.
         needed_steps = self.plan.round_up(MARGIN * lowest_point(curve)[1])
         is_complete = needed_steps <= max(curve)
@@ -258,11 +259,11 @@ class Halving:
     def _differences(
         self, candidate: Candidate, best: Candidate, steps: tuple[int, int] | None = None
     ) -> np.ndarray:
-        """Losses of a candidate less those of another, by sample, on the folds that both have.
+        """Losses of a candidate minus those of another one, by sample, on the folds of both.
 
         Args:
-            candidate: Whose losses.
-            best: What they are compared with.
+            candidate: The candidate.
+            best: The other one.
             steps: Step of each; None for the lowest point of each curve.
         """
         folds = min(len(self.curves[candidate]), len(self.curves[best]))
@@ -272,12 +273,12 @@ class Halving:
         return curve[step] - best_curve[best_step]
 
     def _ranking(self) -> list[Candidate]:
-        """Candidates that are not dropped: the best, then the others by difference to it."""
+        """Candidates that are not dropped: the best one, then the others by difference to it."""
         remaining = [c for c in self.curves if c and c not in self.dropped]
         if not remaining:
             return []
-        # The best has the lowest loss among those on most folds. One that alone is ahead by a fold
-        # would have no rival, so the second largest number of folds is asked for.
+        # The best one has the lowest loss among those on most folds. If one alone is on most folds,
+        # it would have no rival, so the second largest number of folds counts.
         folds = sorted(len(self.curves[candidate]) for candidate in remaining)[-2:][0]
         rivals = [candidate for candidate in remaining if len(self.curves[candidate]) >= folds]
         best = min(rivals, key=lambda c: lowest_point(self.expected_curve(c, folds)))
@@ -288,8 +289,8 @@ class Halving:
         return sorted(remaining, key=rank)
 
     def _leaders(self, space: Space) -> list[Candidate]:
-        """The best candidate of each method, the lowest first; then the starts of methods that
-        have none yet, since their starts could not be trained.
+        """The best candidate of each method, the lowest first; then the starts of methods without
+        one, whose starts could not be trained.
         """
         leaders: dict[str | None, Candidate] = {}
         for candidate in self._ranking():
@@ -299,7 +300,7 @@ class Halving:
 
     @property
     def choice(self) -> tuple[Candidate, int]:
-        """The first of all candidates, and its lowest step.
+        """The best candidate, and the step of its lowest point.
 
         Raises:
             TrainingError: No candidate could be trained.
@@ -314,14 +315,17 @@ class Halving:
         return ranking[0], lowest_point(self.expected_curve(ranking[0]))[1]
 
     def standings(self) -> dict[Candidate, dict[str, Any]]:
-        """The choice, then the others by their paired difference to it on the folds of both, those
-        on more folds first; last the command line as it was given, at its last step.
+        """Compare all candidates with the choice, by paired differences on the folds of both.
+
+        Returns:
+            The choice, then the others, those on more folds first, by difference; last the command
+            line as it is, at its last step.
         """
         chosen, chosen_step = self.choice
         rows: dict[Candidate, dict[str, Any]] = {}
         for candidate, curves in self.curves.items():
             curve = self.expected_curve(candidate)
-            # Without a search nobody would know the lowest step of the command as it was given.
+            # Without a search nobody would know at which step the command line as it is ends best.
             step = lowest_point(curve)[1] if candidate else max(curve)
             differences = self._differences(candidate, chosen, (step, chosen_step))
             rows[candidate] = {

@@ -1,4 +1,4 @@
-"""Files of a search beside its runs: ``fit.json``, ``fit.png``, and the lines at the end."""
+"""Report of a search: ``fit.json`` and ``fit.png`` beside its runs, and the lines at the end."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ...core.durable import (
     strict_json,
     write_text,
 )
-from ...core.figures import new_figure
+from ...core.figures import new_figure, student_interval
 from ...core.files import counted, duration
-from ...core.intervals import student_interval
+from ...core.values import HELDOUT_LOSS, MEASURE_TITLES
 from ...run import provenance
 from ...run.folder import FIT, FIT_FIGURE, FIT_RECORD
 from ...run.record import read_run, read_search
@@ -25,13 +25,13 @@ from .halving import Halving, Trial, lowest_point
 from .space import METHOD, RATE, Candidate, arguments, title
 
 CURVES = 5
-"""Curves in the figure."""
+"""Number of curves in the figure."""
 HIGHEST = 1.25
-"""Highest loss in the figure, as a multiple of the chosen one."""
+"""Highest loss in the figure, as a multiple of the choice's loss."""
 
 
 def write(folder: Path, settings: Mapping[str, Any], halving: Halving, is_done: bool) -> None:
-    """Write ``fit.json``: what was measured so far, and at the end what was chosen."""
+    """Write ``fit.json``: the measurements so far, and at the end the choice."""
     curve_rows = []
     for candidate, curves in halving.curves.items():
         for fold, curve in enumerate(curves):
@@ -45,8 +45,9 @@ def write(folder: Path, settings: Mapping[str, Any], halving: Halving, is_done: 
                 "options": dict(candidate),
             }
             curve_rows.append(row)
-    # While the search goes on the viewer shows its curves, without a choice.
-    choice, standings = None, []
+    # While the search goes on there is no choice, but the viewer shows the curves.
+    choice = None
+    standings = []
     if is_done:
         chosen, step = halving.choice
         curve = halving.expected_curve(chosen)
@@ -72,19 +73,19 @@ def write(folder: Path, settings: Mapping[str, Any], halving: Halving, is_done: 
     write_text(folder / FIT_RECORD, dump_json(strict_json(content)[0]))
 
 
-def draw(folder: Path, halving: Halving) -> None:
-    """Draw the best curves, each by its paired difference to the choice, with 95 % intervals."""
+def draw(folder: Path, halving: Halving, title_of_measure: str) -> None:
+    """Plot the best curves, each by its paired difference to the choice, with 95 % intervals."""
     chosen, chosen_step = halving.choice
     chosen_loss, _ = lowest_point(halving.expected_curve(chosen))
     standings = [(candidate, row) for candidate, row in halving.standings().items() if candidate]
     with new_figure(folder / FIT_FIGURE, figsize=(7, 4), layout="constrained") as figure:
-        axis = figure.add_subplot(xlabel="optimizer step", ylabel="held-out loss")
+        axis = figure.add_subplot(xlabel="optimizer step", ylabel=title_of_measure)
         for candidate, row in standings[:CURVES]:
             curve = halving.expected_curve(candidate, row["folds"])
             chosen_curve = halving.expected_curve(chosen, row["folds"])
             steps, means, lows, highs = [], [], [], []
             for step, losses in curve.items():
-                # The samples' own levels cancel out: the interval is that of differences to the
+                # The samples' different levels cancel: the interval is that of differences to the
                 # choice alone.
                 paired = chosen_loss + losses - chosen_curve[chosen_step]
                 if step == 0 or not paired.mean() < HIGHEST * chosen_loss:
@@ -105,20 +106,21 @@ def draw(folder: Path, halving: Halving) -> None:
 
 
 def lines(folder: Path, sample_noun: str) -> list[str]:
-    """The end of a search in lines: its size, the choice and what is next, what was trained with
-    the choice, and what makes it unsure.
+    """Report the end of a search in lines: size, choice and next ones, last run, and doubts.
 
     Args:
         folder: Folder of a run that has ended.
-        sample_noun: Such as "images".
+        sample_noun: Name of the samples in the plural, such as "images".
     """
     record: Any = read_search(folder / FIT_RECORD)
-    folds, sample_count = record["settings"]["folds"], record["settings"]["samples"]
-    data = f"{folds} folds of {sample_count} {sample_noun}" if folds > 1 else "a held-out set"
+    folds = record["settings"]["folds"]
+    data = "a held-out set"
+    if folds > 1:
+        data = f"{folds} folds of {record['settings']['samples']} {sample_noun}"
     titles = {run["title"] for run in record["runs"]}
     configurations = counted(len(titles), "configuration")
     runs = counted(len(record["runs"]), "run")
-    # A fold's folder is one run, however often it went on.
+    # The folder of a fold is one run, however often it was resumed.
     seconds = 0.0
     for run in record["runs"]:
         seconds += read_run(folder / FIT / run["name"])["wall_seconds"]
@@ -137,7 +139,7 @@ def _standing_lines(record: Mapping[str, Any], folds: int) -> list[str]:
     for place, standing in enumerate(record["standings"]):
         options = standing["options"]
         method = options.get(METHOD) if options else "as given"
-        # The first two have their line; then the first of each further method.
+        # The first two candidates have a line, and the first one of each further method.
         label = str(method)
         if place < 2 and options:
             label = ("chosen", "next")[place]
@@ -146,7 +148,7 @@ def _standing_lines(record: Mapping[str, Any], folds: int) -> list[str]:
         methods.add(method)
         steps = f"{standing['title']}, {counted(standing['steps'], 'step')}"
         steps = steps.removeprefix("as given, ")
-        result = f"held-out loss {record['choice']['loss']:.4f}"
+        result = f"{_title_of_measure(record)} {record['choice']['loss']:.4f}"
         if place > 0:
             result = f"{standing['difference']:+.4f}"
             if standing["interval"]:
@@ -162,13 +164,14 @@ def _standing_lines(record: Mapping[str, Any], folds: int) -> list[str]:
 
 
 def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Steps that the last run took for the chosen ones, and the options that make it again.
+    """Steps of the last run if they are not the chosen ones, and the options of the same run.
 
     Args:
         record: Content of ``fit.json``.
         config: Options of the last run.
     """
-    choice, settings, sentences = record["choice"], record["settings"], []
+    choice, settings = record["choice"], record["settings"]
+    sentences = []
     # A rate that falls to zero over 2 n steps sums up to n steps at a constant rate.
     if config["max_train_steps"] != choice["steps"]:
         trained = counted(config["max_train_steps"], "step")
@@ -177,7 +180,7 @@ def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
             f"trained: {trained} at a rate that falls to zero, which sum up to {chosen} at a"
             " constant rate"
         )
-    # What the search has derived for the last run, beside the options of the candidate.
+    # Options that the search has derived for the last run, beside those of the candidate.
     options = dict(choice["options"])
     for name in ("lora_alpha", "lr_scheduler", "lr_warmup_steps", "max_train_steps"):
         if config[name] != settings.get(name):
@@ -188,19 +191,22 @@ def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
 
 def _doubts(record: Mapping[str, Any]) -> list[str]:
     """A sentence for each reason why the choice may not be the best."""
-    choice, settings, sentences = record["choice"], record["settings"], []
+    choice, settings = record["choice"], record["settings"]
+    sentences = []
     folds = record["standings"][0]["folds"]
     base_loss = choice.get("base_loss")  # records of earlier versions lack it
     if base_loss is not None and base_loss <= choice["loss"]:
         sentences.append(
-            "no step was better than no training, which has a held-out loss of"
+            f"no step was better than no training, which has a {_title_of_measure(record)} of"
             f" {base_loss:.4f}: lower the rates, or give other samples"
         )
     elif choice["steps"] == settings["steps"]:
         sentences.append(
-            "the loss still falls at the last step that was searched: raise --max_train_steps"
+            f"the {_title_of_measure(record)} still falls at the last step that was searched: raise"
+            " --max_train_steps"
         )
-    if edge := choice.get("rate_edge"):
+    edge = choice.get("rate_edge")
+    if edge:
         sentences.append(f"its rate is the {edge} that was tried: raise --fit_budget to go on")
     if folds < settings["folds"]:
         verb = "was" if folds == 1 else "were"
@@ -208,15 +214,23 @@ def _doubts(record: Mapping[str, Any]) -> list[str]:
             f"{folds} of {settings['folds']} folds {verb} measured: raise --fit_budget for a sure"
             " answer"
         )
-    if untrained := record["out"].keys() - {row["title"] for row in record["standings"]}:
+    untrained = record["out"].keys() - {row["title"] for row in record["standings"]}
+    if untrained:
         number = counted(len(untrained), "configuration")
         sentences.append(f"{number} could not be trained: {FIT_RECORD} has the reasons")
     return sentences
 
 
+def _title_of_measure(record: Mapping[str, Any]) -> str:
+    """What the search went by; records of earlier versions went by the loss and do not say so."""
+    return MEASURE_TITLES[record["settings"].get("measure", HELDOUT_LOSS)]
+
+
 def rate_edge(halving: Halving, chosen: Candidate) -> str | None:
-    """The end of the rates that the choice's rate is, among those tried with its other options:
-    "lowest" or "highest"; None for a rate between others.
+    """Test whether the choice's rate is at an edge of those tried with its other options.
+
+    Returns:
+        "lowest" or "highest"; None for a rate between others.
     """
     other_options = {**dict(chosen), RATE: ""}
     rates = set()

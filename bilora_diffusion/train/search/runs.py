@@ -1,13 +1,13 @@
-"""A search and its runs: each an ordinary run folder, on models and data that are loaded once.
+"""A search with its runs: each has an ordinary run folder; models and data are loaded once.
 
-Several processes each train some of the runs, alone; all of them learn what all have measured.
+Several processes share the runs. Each process trains its runs alone, and gets all measurements.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +17,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ...config.options import OptimizerOptions
-from ...config.run import twentieth
 from ...core.durable import discard, strict_json
 from ...core.errors import TrainingError, UserError
 from ...core.fields import options_of
 from ...core.seeds import parts
+from ...core.values import MEASURE_TITLES
 from ...methods import for_run
 from ...methods.options import SECTION
 from ...run import checkpoint
-from ...run.content import record_content, summarize
+from ...run.data import record_content, summarize
 from ...run.folder import FIT, FIT_RECORD, clear
 from ...run.interruption import Interruption, Stop
 from ...run.record import read_search
@@ -38,6 +38,7 @@ from ..task import Fold
 from . import report
 from .halving import BUDGET, Curve, Halving, Plan, Trial, lowest_point
 from .space import (
+    METHOD,
     Candidate,
     Space,
     Values,
@@ -49,14 +50,15 @@ from .space import (
 from .trials import SearchStopped, read_curve, train_trial
 
 FOLDS = 4
+"""Default number of folds."""
 LEAVE_ONE_OUT = 8
-"""With fewer samples than this each of them is a fold."""
+"""With fewer samples than this each sample is a fold."""
 SHARED_OPTIONS = frozenset(
     {
         "quantize",
         "scale_lr",
         "use_8bit_adam",
-        # The schedule: a constant rate makes every step of a run a possible end.
+        # The schedule: with a constant rate each step of a run is a possible end.
         "lr_scheduler",
         "lr_warmup_steps",
         "warmup_ratio",
@@ -76,7 +78,7 @@ RUN_OPTIONS = {
     "lr_scheduler": "constant_with_warmup",
     "checkpoints_total_limit": 1,
 }
-"""Options of every run of a search: at a constant rate, with nothing to look at."""
+"""Options of every run of a search: a constant rate, and neither trackers nor samples."""
 logger = logging.getLogger(__name__)
 
 
@@ -92,8 +94,8 @@ class Search:
     Attributes:
         plan: Size of the search.
         space: Options that are searched.
-        halving: The search as a function of what is measured.
-        sample_noun: What its samples are called.
+        halving: The search as a function of the measurements.
+        sample_noun: Name of the samples in the plural.
     """
 
     def __init__(
@@ -112,13 +114,13 @@ class Search:
         self._rank = accelerator.process_index
         self._processes = accelerator.num_processes
         self._step_size = StepLayout.from_config(cfg, accelerator).step_size
-        self._folds: list[Fold | None] = [None]
+        self._folds: list[Fold | None] = [None]  # the held-out set is the one fold
         if not task.has_heldout:
-            self._folds = [*deal_folds(task.names, cfg.fit_folds, self.sample_noun)]
+            self._folds = list(deal_folds(task.names, cfg.fit_folds, self.sample_noun))
 
         steps = total_steps(cfg, task.num_samples, self._step_size)
-        # Twenty points make a curve, unless the user says otherwise.
-        interval = twentieth(steps)
+        # Unless the user gives an interval.
+        interval = cfg.measurement_interval(steps)
         if "validation_loss_steps" in self._typed and cfg.validation_loss_steps:
             interval = min(steps, cfg.validation_loss_steps)
         budget = cfg.fit_budget or BUDGET * steps
@@ -134,17 +136,20 @@ class Search:
             groups = [group for group in self.cfg.groups if group.section in sections]
             searchable = options_of(groups).keys() - SHARED_OPTIONS
             return read_values(Path(self.cfg.fit_space), searchable)
-        # With too many samples an auxiliary for each of them is refused, and is not searched.
-        supports_sample = False
-        with suppress(UserError):
-            for_run(vars(self.config(bilora_form())), 1, self.task.names)
-            supports_sample = True
+        form = bilora_form(self.cfg.heldout_measure)
+        bilora = dict(form)
+        del bilora[METHOD]
+        try:
+            for_run(vars(self.config(form)), 1, self.task.names)
+        except UserError:
+            # An auxiliary for each sample is refused for too many samples.
+            bilora.pop("auxiliaries", None)
         # --scale_lr multiplies the rate of each run, so the space has rates before that.
         rate = self.config((("scale_lr", "false"),)).learning_rate
-        return default_values(self._typed, rate, self.cfg.rank, supports_sample)
+        return default_values(self._typed, rate, self.cfg.rank, bilora)
 
     def _require_possible(self) -> None:
-        """Refuse values that the command line would refuse, and a budget for less than a search."""
+        """Refuse values that the command line would refuse, and a budget that is too small."""
         starts = self.space.starts()
         try:
             for start in starts:
@@ -163,10 +168,10 @@ class Search:
             )
 
     def config(self, candidate: Candidate) -> Any:
-        """The configuration of the command line with the options of a candidate.
+        """Make the configuration of the command line with the options of a candidate.
 
         It is resolved as a whole, since defaults and checks depend on the options. An alpha that is
-        not typed keeps its ratio to the rank: two, or the recipe's.
+        not typed keeps its ratio to the rank: two, or that of the recipe.
         """
         if candidate in self._configs:
             return self._configs[candidate]
@@ -175,7 +180,7 @@ class Search:
         if rank.isdecimal() and "lora_alpha" not in self._typed:
             ratio = self.cfg.lora_alpha / self.cfg.rank
             words = ["--lora_alpha", f"{ratio * int(rank):.9g}", *words]
-        # Notes on ignored options came with the command line; here they would come for each run.
+        # Notes on ignored options were printed with the command line.
         with silenced_notes():
             self._configs[candidate] = self._script.resolve([*self._argv, *words])
         return self._configs[candidate]
@@ -188,11 +193,12 @@ class Search:
     def _settings(self) -> dict[str, Any]:
         """Settings that the choice depends on, for ``fit.json``."""
         settings = self.cfg.resume_settings()
-        # How a step is cut does not change the choice; its size, which does, is below.
+        # The choice depends on the size of a step, but not on its micro-batches.
         del settings["train_batch_size"], settings["gradient_accumulation_steps"]
         return {
             **settings,
             "step_size": self._step_size,
+            "measure": self.cfg.heldout_measure,
             "samples": len(self.task.names),
             "folds": self.plan.folds,
             "steps": self.plan.steps,
@@ -220,10 +226,11 @@ class Search:
         """
         overwrite = self.cfg.overwrite_output_dir
         record = None if overwrite else read_search(self.folder / FIT_RECORD)
-        self._accelerator.wait_for_everyone()  # before the main process writes what all have read
+        self._accelerator.wait_for_everyone()  # all read the record before one replaces it
         if record is not None:
             self._require_same_search(record["settings"])
-            if (choice := record["choice"]) is not None:
+            choice = record["choice"]
+            if choice is not None:
                 return self.final_config(tuple(choice["options"].items()), choice["steps"])
         log = None
         if self._rank == 0:
@@ -231,21 +238,21 @@ class Search:
             log = RunLog(self.folder, self._accelerator.device)
             content = summarize(self._content)
             log.start(self.cfg.to_dict(), self.cfg.method, self.cfg.seed, None, content=content)
-            log.doing("search")
+            log.record_activity("search")
             self._write_record()
         try:
             with recorded(log, self.folder), Interruption(patient=True) as self._interruption:
                 self.halving.run(self.space)
                 if log is not None:
                     self._write_record(is_done=True)
-                    report.draw(self.folder, self.halving)
-                    # The choice is made: no run of the search will go on.
+                    report.draw(self.folder, self.halving, MEASURE_TITLES[self.cfg.heldout_measure])
+                    # After the choice no run of the search goes on.
                     for checkpoints in self.folder.glob(f"{FIT}/*/{checkpoint.CHECKPOINTS}"):
                         discard(checkpoints)
         except SearchStopped as error:
             return error.args[0]
         if log is not None:
-            log.close("running")  # the last run goes on with the record
+            log.close("running")  # the last run continues the record
         return self.final_config(*self.halving.choice)
 
     def _write_record(self, is_done: bool = False) -> None:
@@ -253,45 +260,46 @@ class Search:
             report.write(self.folder, self._settings(), self.halving, is_done)
 
     def final_config(self, candidate: Candidate, steps: int) -> Any:
-        """The configuration of the last run: the user's schedule, rescaled to the chosen steps.
+        """Make the configuration of the last run: the user's schedule, scaled to the chosen steps.
 
-        For a method that gains from it, a rate that was to be constant falls to zero over twice the
-        chosen steps, which sum up to the same. Plain LoRA learns samples by heart while it falls.
+        For a method that gains from it, a constant rate is replaced by one that falls to zero over
+        twice the chosen steps, which sum up to the same. Plain LoRA overfits while the rate falls.
         """
         cfg = self.config(candidate)
         gains_from_decay = for_run(vars(cfg), steps, self.task.names).gains_from_decay
         is_constant = "lr_scheduler" not in self._typed and cfg.lr_scheduler.startswith("constant")
         if gains_from_decay and is_constant:
             # The sum of 1 - t / 2n over 2n steps is n.
-            cfg, steps = replace(cfg, lr_scheduler="linear"), 2 * steps
+            cfg = replace(cfg, lr_scheduler="linear")
+            steps = 2 * steps
         warmup_steps = self.cfg.lr_warmup_steps
         if warmup_steps:
-            # The warm-up keeps its share of the run.
+            # The warm-up keeps its share of the steps.
             warmup_steps = round(warmup_steps * steps / self.plan.steps)
         return replace(
             cfg, max_train_steps=steps, num_train_epochs=None, lr_warmup_steps=warmup_steps
         )
 
     def trial_config(self, candidate: Candidate, folder: Path) -> Any:
-        """The configuration of a run of the search."""
+        """Make the configuration of a run of the search."""
         cfg = self.config(candidate)
         options = {**RUN_OPTIONS, **cfg.without_samples}
         options["output_dir"] = str(folder)
         options["max_train_steps"] = self.plan.steps
         options["validation_loss_steps"] = self.plan.interval
         options["lr_warmup_steps"] = self.cfg.warmup_steps(self.plan.steps)
-        # One process takes the steps that all of them take together in the last run.
+        # One process takes the whole steps, which all processes share in the last run.
         options["gradient_accumulation_steps"] = cfg.gradient_accumulation_steps * self._processes
         return replace(cfg, **options)
 
     def _train_trials(self, trials: Sequence[Trial]) -> Iterator[Curve | str]:
-        """Train runs, at a time one on each process, and give what was measured."""
+        """Train runs, one at a time on each process, and give their curves."""
         for start in range(0, len(trials), self._processes):
             yield from self._train_together(trials[start : start + self._processes])
-            self._write_record()  # which the viewer shows
+            self._write_record()  # for the viewer
 
     def _train_together(self, trials: Sequence[Trial]) -> list[Curve | str]:
-        """Train one run on each process, and gather what all have measured."""
+        """Train one run on each process, and gather all curves."""
         curve: Curve | str = ""
         error: BaseException | None = None
         shared_error: BaseException | None = None
@@ -299,14 +307,16 @@ class Search:
             # In the last round there may be fewer trials than processes.
             if self._rank < len(trials):
                 curve = self._train_trial(trials[self._rank])
-            # A signal during the round ends the search after it; its runs keep what they measured.
-            if number := self._interruption.number:
+            # A signal during the round ends the search after it; its runs keep their curves.
+            number = self._interruption.number
+            if number:
                 raise SearchStopped(Stop(number, 0, self.plan.steps, "the next run"))
         except SearchStopped as stopped:
             error = shared_error = stopped
-        except Exception as own_error:
-            # The other processes must learn of it: they would wait for ever.
-            error, reason = own_error, str(own_error) or repr(own_error)
+        except Exception as failure:
+            # The other processes get an error too: they would wait for ever.
+            error = failure
+            reason = str(failure) or repr(failure)
             shared_error = TrainingError(f"another process could not go on: {reason}")
         results = gather_object([(curve, shared_error)])  # by process
         if error is not None:
@@ -317,11 +327,11 @@ class Search:
         return [curve for curve, _ in results[: len(trials)]]
 
     def _train_trial(self, trial: Trial) -> Curve | str:
-        """Bring one run to its steps, or read it where that was done before."""
+        """Train one run to its steps, or read its curve if that was done before."""
         name = self.plan.folder_name(trial)
         folder = self.folder / FIT / name
-        curve = read_curve(folder, trial.steps)
-        # A search that was interrupted finds the runs of its first part in their folders.
+        curve = read_curve(folder, trial.steps, self.cfg.heldout_measure)
+        # A resumed search finds runs that the interrupted one has trained.
         if curve is None:
             cfg = self.trial_config(trial.candidate, folder)
             task = self.task.with_config(cfg, self._folds[trial.fold], is_trial=True)
@@ -334,7 +344,7 @@ class Search:
 
 @contextmanager
 def silenced_notes() -> Iterator[None]:
-    """Within the context the package's own notes are not printed: the command has said them."""
+    """Within the context the package prints no notes: those of the command are printed already."""
     package_logger = logging.getLogger(__name__.partition(".")[0])
     level = package_logger.level
     package_logger.setLevel(logging.ERROR)
@@ -348,15 +358,15 @@ def deal_folds(names: Sequence[str], folds: int | None, noun: str) -> list[Fold]
     """Deal samples into folds by their names.
 
     Args:
-        names: Of the samples.
-        folds: How many; None for the default.
-        noun: What the samples are called.
+        names: Names of the samples.
+        folds: Number of folds; None for the default.
+        noun: Name of the samples in the plural.
 
     Returns:
-        For each fold the positions that it learns from, and those that it holds out.
+        For each fold the positions to learn from, and those to hold out.
 
     Raises:
-        UserError: There are fewer samples than folds, or than two, or one stands twice.
+        UserError: There are fewer samples than folds, or than two, or two have the same name.
     """
     count = folds
     if not count:
@@ -368,5 +378,6 @@ def deal_folds(names: Sequence[str], folds: int | None, noun: str) -> list[Fold]
         raise UserError(f"{fault} Give more, each once, or a held-out set.") from None
     fold_list: list[Fold] = []
     for heldout in heldout_parts:
-        fold_list.append((sorted(set(range(len(names))) - set(heldout)), heldout))
+        training = sorted(set(range(len(names))) - set(heldout))
+        fold_list.append((training, heldout))
     return fold_list

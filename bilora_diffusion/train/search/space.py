@@ -1,4 +1,4 @@
-"""Space of a search: the options that are searched and their values, as on a command line."""
+"""Space of a search: the searched options and their values, as on a command line."""
 
 from __future__ import annotations
 
@@ -8,28 +8,34 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...config.recipe import read_options
-from ...core.choices import SAMPLE
+from ...config.command_line import read_options
 from ...core.errors import UserError, did_you_mean
-from ...core.values import RANKS
+from ...core.values import HELDOUT_LOSS, RANKS
 from ...methods import get, names, reads
 
 RATE, METHOD = "learning_rate", "method"
-LOWEST_RANK, MIDDLE_RANK = 4, 8  # of the ranks that are searched by default
+LOWEST_RANK, MIDDLE_RANK = 4, 8
+"""Ranks that are searched by default, with the double of the second."""
 Values = Mapping[str, tuple[str, ...]]
+"""Option -> the values that are searched."""
 Candidate = tuple[tuple[str, str], ...]
-"""A configuration: (option, value) pairs beside what the user gave; () is the command line as
-given.
+"""A configuration: (option, value) pairs that replace those of the command line; () is the command
+line as it is.
 """
 
 
-def bilora_form() -> Candidate:
-    """Bi-LoRA with the options that little data asks for."""
-    return ((METHOD, "bilora"), *get("bilora").search_options.items())
+def bilora_form(measure: str) -> Candidate:
+    """Bi-LoRA as a search tries it: in the form that is best by what the search goes by.
+
+    Sampled images are not better in any form than in the paper's, and where shapes must change an
+    auxiliary for each sample loses the subjects; its held-out loss is the lowest (docs/results.md).
+    """
+    options = get("bilora").search_options if measure == HELDOUT_LOSS else {}
+    return ((METHOD, "bilora"), *options.items())
 
 
 def arguments(candidate: Candidate) -> list[str]:
-    """The options of a candidate as arguments of a command line."""
+    """The options of a candidate as words of a command line."""
     words = []
     for name, value in candidate:
         words += [f"--{name}", value]
@@ -37,10 +43,10 @@ def arguments(candidate: Candidate) -> list[str]:
 
 
 def title(candidate: Candidate) -> str:
-    """The options as a reader sees them: "bilora (rho auto), rate 0.0004, rank 8"."""
+    """Title of a candidate for a reader: "bilora (rho auto), rate 0.0004, rank 8"."""
     values = dict(candidate)
     method = values.pop(METHOD, "")
-    # What tells the forms of Bi-LoRA apart stands with the method, in parentheses.
+    # Options of the form of Bi-LoRA come after the method, in parentheses.
     form_parts = []
     for name in ("rho", "auxiliaries"):
         if name in values:
@@ -71,39 +77,39 @@ class Space:
         return tuple(pair for pair in values.items() if pair[0] not in ignored)
 
     def grid(self, limit: float) -> list[Candidate]:
-        """Every candidate once; none if there are more than ``limit`` combinations."""
-        # Counted first, since the product of a large space need not fit into memory.
-        if math.prod(map(len, self.values.values())) > limit:
+        """All candidates, each once; none if there are more than `limit` combinations."""
+        # Counted first, since the product of a large space may not fit into memory.
+        if math.prod(len(values) for values in self.values.values()) > limit:
             return []
         rows = itertools.product(*self.values.values())
         candidates = [self.candidate(dict(zip(self.values, row, strict=True))) for row in rows]
-        # Combinations that differ in an option that their method does not read are one candidate.
+        # Combinations that differ only in an option that their method does not read are equal.
         return list(dict.fromkeys(candidates))
 
     def starts(self) -> list[Candidate]:
-        """The middle of the space for each method."""
-        # Of two middles the lower one.
+        """The middle of the space, for each method."""
+        # Of two middle values the lower one.
         middle = {name: values[(len(values) - 1) // 2] for name, values in self.values.items()}
         return self.variants(METHOD, tuple(middle.items()))
 
     def variants(self, name: str, start: Candidate) -> list[Candidate]:
-        """A candidate with each value of one option; alone where the space lacks that."""
+        """A candidate with each value of an option; the candidate itself if the space lacks it."""
         if not self.values.get(name):
             return [self.candidate(dict(start))]
         return [self.candidate({**dict(start), name: value}) for value in self.values[name]]
 
     def axes(self) -> list[str]:
-        """The options with several values, the rate first; the method is none of them."""
+        """The options with several values but the method, the rate first."""
         axes = [name for name, values in self.values.items() if len(values) > 1 and name != METHOD]
-        # Other options are compared at a rate that suits them.
+        # So the other options are compared at a rate that suits them.
         return sorted(axes, key=lambda name: name != RATE)
 
     def next_rates(
         self, starts: Iterable[Candidate], tried: Collection[Candidate]
     ) -> list[Candidate]:
-        """The next rate beyond those tried, for each start that is at an edge of them.
+        """The next rate beyond the tried ones, for each start whose rate is at their edge.
 
-        The step from the space's second highest rate to its highest goes on, up or down.
+        It goes up or down by the factor between the two highest rates of the space.
         """
         candidates = []
         for start in starts:
@@ -113,34 +119,35 @@ class Space:
             for candidate in tried:
                 if {**dict(candidate), RATE: ""} == other_options:
                     tried_rates.add(float(dict(candidate)[RATE]))
-            # A single rate is no edge: nothing says in which direction the loss falls.
+            # A single rate is at no edge, since nothing shows in which direction the loss falls.
             if len(tried_rates) > 1 and rate in (min(tried_rates), max(tried_rates)):
                 second, highest = sorted(set(map(float, self.values[RATE])))[-2:]
                 is_up = rate == max(tried_rates)
                 factor = highest / second if is_up else second / highest
-                # As text of six digits, so that rates that are equal make equal candidates.
+                # A text of six digits, so that equal rates make equal candidates.
                 candidates.append(self.candidate({**other_options, RATE: f"{rate * factor:.6g}"}))
         return candidates
 
 
-def default_values(typed: Collection[str], rate: float, rank: int, supports_sample: bool) -> Values:
-    """The space of a search without a file; what the user typed is fixed, but for the rate.
+def default_values(
+    typed: Collection[str], rate: float, rank: int, bilora: Mapping[str, str]
+) -> Values:
+    """The space of a search without a file. All typed options but the rate are fixed.
 
     Args:
         typed: Options on the command line.
         rate: Learning rate of the command or its recipe, the middle of the rates.
         rank: Rank of the recipe, or the default.
-        supports_sample: True if each sample can have its own auxiliary.
+        bilora: Options with which Bi-LoRA is tried.
     """
     values: dict[str, tuple[str, ...]] = {}
     if METHOD not in typed:
-        for name, value in bilora_form():
-            if supports_sample or value != SAMPLE:
-                values[name] = (value,)
         values[METHOD] = ("lora", "bilora")
-    # Also a rate that was typed is varied: the best one differs by method and rank.
+        for name, value in bilora.items():
+            values[name] = (value,)
+    # A typed rate is varied too, since the best rate differs by method and rank.
     values[RATE] = tuple(f"{rate * factor:.6g}" for factor in (0.5, 1.0, 2.0))
-    # Below 4, the default of images, nothing is searched: it is the lowest of its three ranks.
+    # The default of images, 4, is the lowest of the three ranks and not the middle one.
     middle = MIDDLE_RANK if rank == LOWEST_RANK else rank
     ranks = {max(1, middle // 2), middle, min(2 * middle, RANKS.maximum)}
     values["rank"] = tuple(str(rank) for rank in sorted(ranks))
@@ -148,7 +155,11 @@ def default_values(typed: Collection[str], rate: float, rank: int, supports_samp
 
 
 def read_values(path: Path, searchable: Collection[str]) -> Values:
-    """Read a file of values, option -> value or list of values, of ``searchable`` options.
+    """Read a file of values: option -> value or list of values.
+
+    Args:
+        path: File.
+        searchable: Options that can be searched.
 
     Raises:
         UserError: The file has no options, one that can't be searched, or something else than
@@ -168,7 +179,7 @@ def read_values(path: Path, searchable: Collection[str]) -> Values:
             )
         if not values or not all(isinstance(v, bool | str) and v != "" for v in values):
             raise UserError(f"{file}, {name} has something else than values: write [4, 8].")
-        # A recipe's true is "true" on a command line.
+        # True in the file is "true" on a command line.
         words = []
         for value in values:
             words.append(str(value).lower() if isinstance(value, bool) else value)

@@ -1,4 +1,4 @@
-"""A run of a search, which this process trains alone on models that are shared with other runs."""
+"""A run of a search, which one process trains alone on models that all runs share."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from accelerate.utils import DistributedType
 
 from ... import adapters
 from ...core.errors import Diverged
-from ...run import checkpoint, lock
-from ...run.folder import FIT
+from ...run import checkpoint
+from ...run.folder import FIT, locked
 from ...run.interruption import Stop
 from ...run.record import RUN, read_metrics, read_run
 from .. import engine, setup
-from ..task import BY_SAMPLE
+from ..task import part_prefix
 from .halving import Curve, Trial
 from .space import title
 
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 
 
 class SearchStopped(KeyboardInterrupt):
-    """A signal ended a run of a search; the argument is its `Stop`."""
+    """A signal has ended a run of a search; the argument is its `Stop`."""
 
 
 class LoneProcess(Accelerator):
-    """accelerate's engine for a run of this process alone, also where it is one of several.
+    """accelerate's engine for a run of one process, also if it is one of several.
 
-    The runs of a search are shared among processes, so within a run no process waits for another.
+    Processes share the runs of a search, so that within a run no process waits for another.
     """
 
-    # Plain values in place of accelerate's properties, which ask the process group.
+    # Plain values in place of accelerate's properties, which read the process group.
     num_processes: Any = 1
     process_index: Any = 0
     local_process_index: Any = 0
@@ -56,23 +56,23 @@ class LoneProcess(Accelerator):
 
 
 def train_trial(script: setup.Script[Any], task: Any, folder: Path, trial: Trial) -> Curve | str:
-    """Bring the run of a trial to its steps, and give the models back as they were.
+    """Train the run of a trial to its steps, and restore the models.
 
     Args:
         script: Script of the search.
         task: Task of the trial.
-        folder: Run folder of the trial; an earlier run in it goes on.
+        folder: Run folder of the trial; an earlier run in it is resumed.
         trial: Candidate, fold and steps.
 
     Returns:
-        Losses of the run, or why it can't come so far.
+        Losses of the run, or the reason why it can't reach its steps.
 
     Raises:
         SearchStopped: A signal ended the run.
     """
     has_room = True
     try:
-        # A run that diverged has the reason in its record, where `read_curve` finds it.
+        # A run that diverged has the reason in its record, from which `read_curve` reads it.
         with suppress(Diverged):
             stop = _run(script, task, folder, trial.steps)
             if stop is not None:
@@ -82,24 +82,26 @@ def train_trial(script: setup.Script[Any], task: Any, folder: Path, trial: Trial
             raise
         has_room = False
     if not has_room:
-        # Only here the error is gone, and with it the frames that hold the run's tensors.
+        # Only here, after the `except` block, the error is deleted, whose frames have the run's
+        # tensors.
         gc.collect()
         torch.cuda.empty_cache()
         logger.warning("fit: %s %s, so it is left out", title(trial.candidate), TOO_LARGE)
         return TOO_LARGE
-    curve = read_curve(folder, trial.steps)
+    curve = read_curve(folder, trial.steps, task.cfg.heldout_measure)
     assert curve is not None
     return curve
 
 
 def _run(script: setup.Script[Any], task: Any, folder: Path, steps: int) -> Stop | None:
+    """Train a run up to a step; returns the signal that stopped it, if any."""
     accelerator = engine.build_accelerator(task.cfg, LoneProcess)
     with ExitStack() as stack:
-        stack.enter_context(lock.hold(folder))
-        # The next run begins with the models as they were loaded.
+        stack.enter_context(locked(folder))
+        # The next run starts from the models as they were loaded.
         for target in task.targets():
             stack.enter_context(adapters.restored(target.model, target.spec))
-        # A promoted candidate goes on from where its run ended on the rung below.
+        # A promoted candidate goes on from the checkpoint of the rung below.
         latest = checkpoint.latest(folder)
         stop = setup.run(script, task, accelerator, folder, latest, last_step=steps)
         engine.free_memory(accelerator)
@@ -113,17 +115,17 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return error is not None
 
 
-def read_curve(folder: Path, steps: int) -> Curve | str | None:
-    """Losses of a run up to a step, or why it can't come so far; None where it did not yet."""
+def read_curve(folder: Path, steps: int, measure: str) -> Curve | str | None:
+    """A measure of a run up to a step, or why it can't reach it; None if not trained so far."""
     if max(checkpoint.steps(folder), default=0) >= steps:
         curve = {}
         for row in read_metrics(folder):
             losses = []
             for name, value in row.items():
-                if name.startswith(BY_SAMPLE):
-                    # A loss that is not finite is null in JSON.
+                if name.startswith(part_prefix(measure)):
+                    # JSON has null for a loss that is not finite.
                     losses.append(math.inf if value is None else value)
-            # A resumed search reads runs that a later rung has brought further.
+            # A resumed search reads runs that a later rung of the earlier one has continued.
             if losses and row["step"] <= steps:
                 curve[row["step"]] = np.array(losses)
         return curve

