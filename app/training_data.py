@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bilora_diffusion.core.values import HELDOUT_DISTANCE, HELDOUT_LOSS
 from bilora_diffusion.image.loss import BY_LEVEL
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
@@ -226,7 +227,7 @@ def over_zero(lines: list[Line], name: str) -> list[Line]:
 
 def by_level(rows: Sequence[Row]) -> Points:
     """Held-out loss at each noise level: the last measurement minus the first."""
-    measured_rows = [row for row in rows if "heldout_loss" in row]
+    measured_rows = [row for row in rows if HELDOUT_LOSS in row]
     if not measured_rows:
         return []
     first = measured_rows[0]
@@ -352,8 +353,9 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     plots = {
         "loss": curves(runs, "loss", window, background=each_step),
         "loss-difference": differences(runs, "loss", window),
-        "heldout": curves(runs, "heldout_loss", background=training_set),
-        "heldout-difference": differences(runs, "heldout_loss"),
+        "heldout": curves(runs, HELDOUT_LOSS, background=training_set),
+        "heldout-difference": differences(runs, HELDOUT_LOSS),
+        "distance": curves(runs, HELDOUT_DISTANCE),
         "concepts": by_concept(runs),
         "levels": over_zero(levels, "base model"),
         "fit": of_fits(runs),
@@ -375,6 +377,10 @@ TITLES = {
     ),
     "heldout": ("Held-out loss", "Faint: on the training set."),
     "heldout-difference": ("Held-out loss, difference to LoRA", BELOW_ZERO),
+    "distance": (
+        "Distance of samples to held-out images",
+        "What --choose_by samples goes by; lower is better.",
+    ),
     "concepts": ("Held-out loss of each concept", "Colours are of concepts here."),
     "levels": (
         "Held-out loss at each noise level",
@@ -382,7 +388,8 @@ TITLES = {
     ),
     "fit": (
         "Search of --fit",
-        "Held-out loss, up to twice the lowest; broad: the choice, or the lowest so far.",
+        "Held-out loss or distance of samples, up to twice the lowest; broad: the choice, or the"
+        " lowest so far.",
     ),
     **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
     "norm": (

@@ -26,7 +26,7 @@ from PIL.Image import Image
 from .config.command_line import Sentences
 from .core.errors import TrainingError, UserError, run_cli
 from .core.figures import new_figure
-from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
+from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE, HELDOUT_LOSS
 from .export.conversion import export_checkpoint
 from .image import script as train
 from .image.opening import open_images
@@ -206,8 +206,8 @@ def read_losses(folder: Path) -> Curve:
     """Held-out losses of a run."""
     losses: Curve = {}
     for row in runlog.read_metrics(folder):
-        if "heldout_loss" in row:
-            losses[row["step"]] = row["heldout_loss"]
+        if HELDOUT_LOSS in row:
+            losses[row["step"]] = row[HELDOUT_LOSS]
     if not losses:
         raise UserError(f"{folder} has no held-out loss: set --validation_dataset.")
     return losses
