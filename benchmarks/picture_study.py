@@ -174,8 +174,8 @@ SAMPLED_METRICS = {name: CLIP_METRICS[name] for name in SAMPLED}
 METRICS = {
     **SAMPLED_METRICS,
     "colors": Metric(
-        "colour difference, %",
-        f"of mean colours over {SQUARE} x {SQUARE} pixels, to the held-out picture",
+        "color difference, %",
+        f"of mean colors over {SQUARE} x {SQUARE} pixels, to the held-out picture",
         scale=100,
         form=".2f",
     ),

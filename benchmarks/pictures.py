@@ -300,7 +300,7 @@ class Pictures(Evaluation):
         return result
 
     def _measure_colors(self, guidance: Guidance, result: Result, folder: Path) -> None:
-        """Measure how the colours of all images differ from their held-out pictures."""
+        """Measure how the colors of all images differ from their held-out pictures."""
         truths = preset_truths(self.preset, result)
         for row in result.select("image"):
             if row.item in truths:

@@ -74,7 +74,7 @@ class DataOptions:
         None,
         "Images to learn from: hub id, local folder (images alone, or with metadata.jsonl or"
         " metadata.csv), mini, mini-animals (12 pictures, soon overfitted), or mini-duotone,"
-        " mini-gray or mini-pastel (mini in other colours). linoyts/3d_icon and mini bring the"
+        " mini-gray or mini-pastel (mini in other colors). linoyts/3d_icon and mini bring the"
         " paper's prompts along. Or a YAML file with a list of concepts, each with"
         " its own options (docs/data.md).",
         aliases=("--dataset",),
