@@ -8,12 +8,14 @@
         --device cuda --preset sdxl-1024 --json result.json
 
 ``--script`` is a copy of diffusers' ``examples/dreambooth/train_dreambooth_lora_sdxl.py`` of the
-version that is installed. Both see the same folder of images, with the same batch, rank, alpha,
-rate, start and layers, and write one LoRA file. Whole processes take turns, in rotating order:
-LoRA there, and here what ``--variants`` names, a seed for each round. Steps are timed by their
-progress bars. Memory is the highest resident one; that of a GPU, of which nobody else may use any,
-stands beside what ``--dry_run`` says; on the miniature the held-out loss does. ``lora-again`` finds
-what its first round left on disk. The JSON file holds no paths, so it can be posted.
+version that is installed. Both scripts train on the same folder of images with the same batch,
+rank, alpha, rate, start and layers, and write one LoRA file. Whole processes take turns in rotating
+order: LoRA by diffusers' script, and by this one the ``--variants``; each round has its own seed.
+
+Steps are timed by the progress bars. Memory is the highest resident memory. With a GPU, which
+nobody else may use meanwhile, its memory is measured and compared with the estimate of
+``--dry_run``. On the miniature the held-out loss is measured too. ``lora-again`` finds the files
+that its first round cached. The JSON file holds no paths, so it can be posted.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,6 +43,7 @@ from measure import KIBI, GPUMemory, check, circumstances, finish, interleave, p
 from bilora_diffusion import mini
 from bilora_diffusion.config.command_line import Sentences
 from bilora_diffusion.core.errors import TrainingError, UserError, run_cli
+from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.image.config import resolve as parse_run
 from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.run.record import read_metrics
@@ -47,6 +51,7 @@ from bilora_diffusion.train.engine import build_accelerator
 
 OURS = str(Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py")
 PEER = "diffusers, LoRA"
+# Runs of this project: name -> flags, beside those that all runs share
 VARIANTS = {
     "lora": "--method lora",
     "lora-again": "--method lora --disk_cache auto",
@@ -56,19 +61,31 @@ VARIANTS = {
     "bilora-nf4": "--method bilora --quantize nf4",
     "bilora-compile": "--method bilora --compile",
 }
-"""Runs of this project: name -> flags, beside those that all runs share."""
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {
-        **{"model": str(mini.pipeline_dir()), "resolution": 64, "batch": 4, "steps": 200},
-        **{"rounds": 5, "mixed_precision": "no", "variants": ["lora", "bilora"]},
+        "model": str(mini.pipeline_dir()),
+        "resolution": 64,
+        "batch": 4,
+        "steps": 200,
+        "rounds": 5,
+        "mixed_precision": "no",
+        "variants": ["lora", "bilora"],
     },
     "sdxl-1024": {
-        **{"model": "stabilityai/stable-diffusion-xl-base-1.0", "resolution": 1024, "batch": 1},
-        **{"steps": 69, "rounds": 3, "mixed_precision": "bf16", "variants": list(VARIANTS)},
+        "model": "stabilityai/stable-diffusion-xl-base-1.0",
+        "resolution": 1024,
+        "batch": 1,
+        "steps": 69,
+        "rounds": 3,
+        "mixed_precision": "bf16",
+        "variants": list(VARIANTS),
     },
 }
-PROMPT, RANK = "a TOK icon, in the style of TOK", 4
+PROMPT = "a TOK icon, in the style of TOK"
+RANK = 4
+# A progress bar of tqdm: steps done, and of how many
 STEP = re.compile(rb"(\d+)/(\d+) \[")
+# Figure of a round -> its column, and its factor there
 FIGURES = {
     "seconds": ("whole command (s)", 1),
     "start": ("to the first step (s)", 1),
@@ -78,10 +95,10 @@ FIGURES = {
     "gpu_memory": ("GPU memory (GB)", 1e-9),
     "estimate": ("by --dry_run (GB)", 1e-9),
     "skipped": ("steps left out by fp16's scaler", 1),
-    "heldout_loss": ("held-out loss x 1000", 1e3),
+    HELDOUT_LOSS: ("held-out loss x 1000", 1e3),
 }
-"""Figure of a round -> its column, and its unit there."""
 BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+# Sentence of ``--dry_run``
 NEEDED = re.compile(r"the run needs about ([0-9.]+) (\w+)")
 
 
@@ -97,62 +114,70 @@ def command(
         " --gradient_accumulation_steps 1 --learning_rate 1e-3 --lr_scheduler constant"
         " --lr_warmup_steps 0 --num_validation_images 0"
     )
-    words = [*shared.split(), "--instance_prompt", PROMPT]
-    words += ["--pretrained_model_name_or_path", args.model]
+    words = [str(args.script) if label == PEER else OURS]
+    words += shared.split()
+    words += ["--instance_prompt", PROMPT, "--pretrained_model_name_or_path", args.model]
     if label == PEER:
-        return [str(args.script), *words, *args.peer_flags]
-    ours = f"--lora_alpha {RANK} --init_lora_weights gaussian --no_output_kohya_format"
-    ours += f" --validation_dataset none --disk_cache no {VARIANTS[label]}"
-    return [OURS, *words, *ours.split()]
+        return words + args.peer_flags
+    # As diffusers' script: alpha as the rank, gaussian A, one file, no cache from round to round
+    flags = f"--lora_alpha {RANK} --init_lora_weights gaussian --no_output_kohya_format"
+    flags += f" --validation_dataset none --disk_cache no {VARIANTS[label]}"
+    return words + flags.split()
 
 
 def estimate(words: Sequence[str], environment: dict[str, str]) -> float:
-    """Bytes that ``--dry_run`` says a command of this project takes.
+    """Bytes that a command of this project takes by its ``--dry_run``.
 
     Raises:
-        TrainingError: it does not say.
+        TrainingError: the dry run failed.
     """
-    dry = [sys.executable, *words, "--dry_run"]
-    printed = subprocess.run(dry, capture_output=True, text=True, env=environment, check=False)
-    needed = NEEDED.search(printed.stdout)
+    dry_run = [sys.executable, *words, "--dry_run"]
+    process = subprocess.run(dry_run, capture_output=True, text=True, env=environment, check=False)
+    needed = NEEDED.search(process.stdout)
     if needed is None:
-        raise TrainingError(f"--dry_run ended with {printed.returncode}: {printed.stderr[-500:]}")
+        raise TrainingError(f"--dry_run ended with {process.returncode}: {process.stderr[-500:]}")
     return float(needed[1]) * BYTES[needed[2]]
 
 
 def run(
     words: Sequence[str], steps: int, log: Path, environment: dict[str, str]
 ) -> dict[str, float]:
-    """Run a command of so many steps to its end, with its output in ``log``.
+    """Run a command of ``steps`` steps to its end, with its output in ``log``.
 
     Returns:
         "seconds" of the whole process, until its first step began ("start") and of a later step
-        (the median), bytes of "memory", and of "gpu_memory" where the command may use a GPU.
+        ("step", the median); bytes of "memory", and of "gpu_memory" if the command may use a GPU.
 
     Raises:
         TrainingError: it failed, or showed no progress bar.
     """
-    # Every step shows on the bar, however fast it is.
-    bars = {**environment, "TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}
-    began, ticks, pipe = time.perf_counter(), [], subprocess.PIPE
+    # The bar is to show every step, however fast it is.
+    variables = {**environment, "TQDM_MININTERVAL": "0", "TQDM_MINITERS": "1"}
+    ticks = []
     gpu = None if environment.get("CUDA_VISIBLE_DEVICES") == "" else GPUMemory()
+    began = time.perf_counter()
     with log.open("wb") as output, gpu or nullcontext():
-        process: Any = subprocess.Popen(watched(words), stdout=pipe, stderr=pipe, env=bars)
+        process: Any = subprocess.Popen(
+            watched(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables
+        )
         while block := os.read(process.stderr.fileno(), 2**16):
-            # A block may hold several refreshes of a bar, which end in a carriage return.
+            # A block may hold several states of a bar, which end in a carriage return.
             elapsed = time.perf_counter() - began
             output.write(block)
             for step, total in STEP.findall(block):
                 ticks.append((int(step), int(total), elapsed))
-        resident, ended = process.stdout.read(), process.wait()
+        resident = process.stdout.read()
+        code = process.wait()
         total_seconds = time.perf_counter() - began
-    if ended:
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
-        raise TrainingError(f"{Path(words[0]).name} ended with {ended}:\n" + "\n".join(last))
+    if code:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last_lines = "\n".join(lines[-5:])
+        raise TrainingError(f"{Path(words[0]).name} ended with {code}:\n{last_lines}")
     ends = step_ends(ticks, steps)
-    durations = [later - earlier for earlier, later in itertools.pairwise(ends)]
-    # The first step compiles and warms up, so it counts for the start.
-    step_seconds = statistics.median(durations) if durations else ends[0]
+    step_seconds = ends[0]
+    if len(ends) > 1:
+        step_seconds = statistics.median(later - end for end, later in itertools.pairwise(ends))
+    # Before the first step ended it also compiled and warmed up, which counts for the start.
     figures = {
         "seconds": total_seconds,
         "start": max(0.0, ends[0] - step_seconds),
@@ -165,12 +190,13 @@ def run(
 
 
 def step_ends(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float]:
-    """When each step of the training ended, from all that progress bars showed.
+    """Seconds until each step of the training ended, from the states of all progress bars.
 
-    Loading shows bars too: the training's is, of those of so many steps, the one that took longest.
+    Loading shows bars too. The training's bar is the one that took longest of those with as many
+    steps.
 
     Args:
-        ticks: steps done, of how many, and when.
+        ticks: (steps done, of how many, seconds) of each state.
     """
     bars: list[dict[int, float]] = [{}]
     for step, total, elapsed in ticks:
@@ -178,64 +204,73 @@ def step_ends(ticks: Sequence[tuple[int, int, float]], steps: int) -> list[float
             continue
         if step == 0:
             bars.append({})
-        bars[-1].setdefault(step, elapsed)
+        bars[-1].setdefault(step, elapsed)  # a bar may show a step several times
     bars = [bar for bar in bars if bar.get(steps)]
     if not bars:
         raise TrainingError(f"no bar of {steps} steps is shown: give diffusers' own as --script.")
-    # A bar of so many steps may be one of loading; training takes longer.
     longest = max(bars, key=lambda bar: bar[steps] - min(bar.values()))
     return [longest[step] for step in sorted(longest) if step > 0]
 
 
 def heldout_loss(lora: Path) -> float:
-    """Loss of a LoRA for the miniature on its unseen icons, on the grid of this project's runs."""
+    """Loss of a LoRA of the miniature on held-out icons, as this project's runs measure it."""
     words = "--dataset mini --mixed_precision no --report_to none --disk_cache no"
     words += " --num_validation_images 0 --output_dir"
     cfg = parse_run([*words.split(), str(lora / "grid")])
     task = DREAMBOOTH.build_task(cfg, build_accelerator(cfg))
     task.pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
-    assert task.grid is not None
-    return task.grid()["heldout_loss"]
+    assert task.grid is not None  # the miniature has held-out icons
+    return task.grid()[HELDOUT_LOSS]
 
 
 def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything that the command line asks for, with its logs and runs under ``folder``."""
+    """Measure everything; logs and runs are put under ``folder``."""
     images = folder / "images"
     shutil.copytree(mini.train_dir(), images, ignore=shutil.ignore_patterns("*.jsonl"))
     environment = dict(os.environ)
+    # A model on this machine needs no hub, and then none of the processes waits for one.
     if Path(args.model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     if args.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     measured: dict[str, list[dict[str, float]]] = {label: [] for label in (PEER, *args.variants)}
+    # Before anything is measured, so that a variant that can't run is known early.
     estimates = {}
     for name in args.variants:
         words = command(name, folder / "dry", 0, images, args)
         estimates[name] = estimate(words, environment)
 
     def work(label: str, number: int) -> float:
-        out = folder / f"{label.split(',')[0]}-{number}"
-        words = command(label, out, number, images, args)
-        figures = run(words, args.steps, folder / f"{out.name}.log", environment)
+        run_folder = folder / f"{label.split(',')[0]}-{number}"
+        words = command(label, run_folder, number, images, args)
+        figures = run(words, args.steps, folder / f"{run_folder.name}.log", environment)
         figures["images_per_second"] = args.batch / figures["step"]
         if args.model == PRESETS["mini"]["model"]:
-            figures["heldout_loss"] = heldout_loss(out)
+            figures[HELDOUT_LOSS] = heldout_loss(run_folder)
         if label != PEER:
-            skipped = sum(row.get("skipped", False) for row in read_metrics(out))
+            skipped = sum(row.get("skipped", False) for row in read_metrics(run_folder))
             figures |= {"estimate": estimates[label], "skipped": skipped}
         measured[label].append(figures)
         print(f"round {number + 1}, {label}: {figures}", file=sys.stderr, flush=True)
-        shutil.rmtree(out)
+        shutil.rmtree(run_folder)
         return figures["seconds"]
 
-    works = [lambda number, label=label: work(label, number) for label in measured]
+    works = [partial(work, label) for label in measured]
     interleave(works, rounds=args.rounds, warmup=0)
     rows = {label: summary(rounds, measured[PEER]) for label, rounds in measured.items()}
-    flags = {k: v for k, v in vars(args).items() if k != "json"}  # without paths of this machine
-    model = Path(args.model).name if Path(args.model).is_dir() else args.model
-    flags |= {"model": model, "script": args.script.name}
-    about = {"images": len(list(images.iterdir())), "rounds": args.rounds, "flags": flags}
-    return {"arms": rows, **about, **circumstances(torch.device(args.device))}
+    # The result holds no paths of this machine.
+    flags = dict(vars(args))
+    del flags["json"]
+    flags["script"] = args.script.name
+    if Path(args.model).is_dir():
+        flags["model"] = Path(args.model).name
+    return {
+        "arms": rows,
+        "images": len(list(images.iterdir())),
+        "rounds": args.rounds,
+        "flags": flags,
+        **circumstances(torch.device(args.device)),
+    }
 
 
 def summary(rounds: Sequence[Any], peer: Sequence[Any]) -> dict[str, dict[str, Any]]:
@@ -253,12 +288,17 @@ def summary(rounds: Sequence[Any], peer: Sequence[Any]) -> dict[str, dict[str, A
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     rows = result["arms"]
-    columns = {k: v for k, v in FIGURES.items() if any(k in row for row in rows.values())}
-    cells = [["", *(title for title, _ in columns.values())], ["---"] * (1 + len(columns))]
-    for label, row in rows.items():
-        figures = (_figure(row.get(name), unit, label) for name, (_, unit) in columns.items())
-        cells.append([label, *figures])
-    lines = [f"| {' | '.join(row)} |" for row in cells]
+    heads = [""]
+    cells_by_label = {label: [label] for label in rows}
+    for name, (title, factor) in FIGURES.items():
+        if not any(name in row for row in rows.values()):
+            continue
+        heads.append(title)
+        for label, row in rows.items():
+            cells_by_label[label].append(_cell(row.get(name), factor, label))
+    lines = []
+    for cells in (heads, ["---"] * len(heads), *cells_by_label.values()):
+        lines.append(f"| {' | '.join(cells)} |")
     flags, device = result["flags"], result["device"]
     lines += [
         "",
@@ -269,20 +309,22 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _figure(cell: dict[str, Any] | None, unit: float, label: str) -> str:
+def _cell(figure: dict[str, Any] | None, factor: float, label: str) -> str:
     """A cell of the table: the median, and for all but the peer its ratio with the interval."""
-    if cell is None:
+    if figure is None:
         return ""
-    text = f"{cell['median'] * unit:.2f}"
-    if label == PEER or "ratio" not in cell:
+    text = f"{figure['median'] * factor:.2f}"
+    if label == PEER or "ratio" not in figure:
         return text
-    spread = cell["ratio_95"]
-    interval = f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
-    return f"{text}, x {cell['ratio']:.2f}{interval}"
+    text += f", x {figure['ratio']:.2f}"
+    if figure["ratio_95"]:
+        low, high = figure["ratio_95"]
+        text += f" ({low:.2f} to {high:.2f})"
+    return text
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line to settings; refuses in one sentence what could not be measured or written."""
+    """Read the command line; refuse what could not be measured or written."""
     parser = Sentences(description="diffusers' script and this one, side by side.")
     parser.add_argument("--script", type=Path, required=True, help="copy of diffusers' script")
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="the options that follow")
@@ -290,11 +332,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder or hub id")
     for name in ("resolution", "batch", "steps", "rounds"):
         parser.add_argument(f"--{name}", type=int)
-    variants: dict[str, Any] = {"nargs": "+", "metavar": "NAME", "choices": VARIANTS}
-    parser.add_argument("--variants", **variants, help="some of " + ", ".join(VARIANTS))
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="NAME",
+        choices=VARIANTS,
+        help="some of " + ", ".join(VARIANTS),
+    )
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
     parser.add_argument("--peer_flags", type=shlex.split, default=[], help="for diffusers' script")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
+    # Read twice: the preset has the defaults of the other options.
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)
     if not args.script.is_file():

@@ -1,4 +1,4 @@
-"""Regret of ``--fit``: its choice beside the best of its space in hindsight, on unseen data.
+"""Regret of ``--fit``: its choice compared with the best of its space in hindsight, on unseen data.
 
     python -m benchmarks.fit_regret --output_dir results/fit_regret    # many hours on two cores
     python -m benchmarks.fit_regret --sets animals --seeds 0 --steps 60 --output_dir results/try
@@ -8,7 +8,7 @@ miniature's held-out pictures (or reviews) that no fold has seen, on the whole s
 at the same steps. Regret is the loss on the truth of what the fit's last run leaves, minus the
 lowest of all that was measured there, as a share of that.
 
-What is finished is not repeated, so that the same command goes on.
+Finished runs are not repeated, so the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bilora_diffusion import mini
 from bilora_diffusion.core.files import ROOT
+from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.folder import FIT_RECORD
 from bilora_diffusion.run.record import read_metrics, read_run, read_search
 from bilora_diffusion.run.runlog import is_finished
@@ -33,14 +35,15 @@ from bilora_diffusion.text import catalog
 from bilora_diffusion.train.search.space import arguments
 from eval import report, table
 from eval.compare import mean, summaries
-from eval.table import Entry, Metric, Result, Row, command_line, of_runs
+from eval.table import Entry, Metric, Result, Row, command_line, provenance_of_runs
 
 IMAGE, TEXT = "train_dreambooth_bilora.py", "train_text_bilora.py"
 COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 ICONS = ["--pretrained_model_name_or_path", "mini", "--learning_rate", "1e-3"]
 REVIEWS = ["--model_name_or_path", "minilm", "--task_type", "classification", "--max_length", "64"]
 SAMPLE = ["--method", "bilora", "--rho", "auto", "--auxiliaries", "sample"]
-DATASETS = {  # and what is fixed
+# Set of images -> its dataset, and the options that the search does not choose
+DATASETS = {
     "icons": ["mini"],
     "icons-lora": ["mini", "--method", "lora"],
     "icons-sample": ["mini", *SAMPLE],
@@ -58,79 +61,120 @@ METRICS = {
     "best": Metric("lowest in hindsight", **LOSS),
     "given": Metric("as given, at its end", **LOSS),
 }
+# Configuration -> step -> loss on the truth
+Curves = dict[str, dict[int, float]]
 
 
-def command(name: str, folder: Path) -> tuple[str, list[str], list[str], list[str]]:
-    """Script and options of a set; what holds nothing out; and what holds the truth out."""
-    images = [*COMMON, *ICONS, "--num_validation_images", "0"]
-    none, part = ["--validation_dataset", "none"], ["--validation_part", "1/4"]
+@dataclass(frozen=True)
+class Task:
+    """Command lines on a set: the script, its options, and those that choose the held-out data."""
+
+    script: str
+    options: list[str]
+    # Nothing is held out, so that the folds are of the whole set
+    without_heldout: list[str]
+    # The truth is held out
+    with_truth: list[str]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A fit on one set and seed."""
+
+    # By the names of `METRICS`
+    values: dict[str, float]
+    # Configuration and steps that the fit chose
+    choice: str
+    curves: Curves
+
+
+def make_task(name: str, folder: Path) -> Task:
+    """The command lines on a set; data that is not shipped is written into the folder."""
+    images = COMMON + ICONS
+    images += ["--num_validation_images", "0"]
+    nothing = ["--validation_dataset", "none"]
+    # A quarter of the held-out pictures: all take too long.
+    truth = ["--validation_part", "1/4", "--validation_dataset"]
     if name in DATASETS:
-        heldout = ["--validation_dataset", f"{DATASETS[name][0]}-heldout", *part]
-        return IMAGE, [*images, "--dataset", *DATASETS[name]], none, heldout
+        images += ["--dataset"]
+        images += DATASETS[name]
+        truth.append(f"{DATASETS[name][0]}-heldout")
+        return Task(IMAGE, images, nothing, truth)
     folder.mkdir(parents=True, exist_ok=True)
     if name == "icons8":
         lines = (mini.train_dir() / "metadata.jsonl").read_text().splitlines()[:8]
         (folder / "metadata.jsonl").write_text("\n".join(lines))
-        for file_name in (json.loads(line)["file_name"] for line in lines):
-            (folder / Path(file_name).name).write_bytes((mini.train_dir() / file_name).read_bytes())
+        for line in lines:
+            icon = mini.train_dir() / json.loads(line)["file_name"]
+            (folder / icon.name).write_bytes(icon.read_bytes())
         images += ["--dataset", str(folder), "--caption_column", "prompt"]
-        return IMAGE, images, none, ["--validation_dataset", "mini-heldout", *part]
+        truth.append("mini-heldout")
+        return Task(IMAGE, images, nothing, truth)
     rows = catalog.packaged_rows(catalog.get("rotten_tomatoes"), "train")
-    # The file is sorted by class.
-    # Every 133rd row is trained on, and of every 29th the others judge.
+    # The file is sorted by class, so rows are taken evenly: every 133rd is trained on, and every
+    # 29th that is not among these is the truth.
     train_indices = range(0, len(rows), 133)
-    validation_indices = [i for i in range(0, len(rows), 29) if i not in train_indices]
+    truth_indices = [i for i in range(0, len(rows), 29) if i not in train_indices]
     _write_reviews(folder / "train.jsonl", [rows[i] for i in train_indices[:64]])
-    _write_reviews(folder / "validation.jsonl", [rows[i] for i in validation_indices[:290]])
-    base = [*COMMON, *REVIEWS, "--learning_rate", "5e-4", "--lr_scheduler", "constant"]
-    base += ["--train_file", str(folder / "train.jsonl")]
-    return TEXT, base, [], ["--validation_file", str(folder / "validation.jsonl")]
+    _write_reviews(folder / "validation.jsonl", [rows[i] for i in truth_indices[:290]])
+    reviews = COMMON + REVIEWS
+    reviews += ["--learning_rate", "5e-4", "--lr_scheduler", "constant"]
+    reviews += ["--train_file", str(folder / "train.jsonl")]
+    return Task(TEXT, reviews, [], ["--validation_file", str(folder / "validation.jsonl")])
 
 
 def _write_reviews(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    lines = [json.dumps({"prompt": row["sentence"], "answer": str(row["label"])}) for row in rows]
-    file.write_text("".join(line + "\n" for line in lines))
+    lines = []
+    for row in rows:
+        lines.append(json.dumps({"prompt": row["sentence"], "answer": str(row["label"])}) + "\n")
+    file.write_text("".join(lines))
 
 
-def run(script: str, options: Sequence[str], folder: Path) -> None:
-    """Train, or go on; nothing where that was done."""
-    if not is_finished(folder):
-        line = [sys.executable, str(ROOT / script), *options, "--output_dir", str(folder)]
-        subprocess.run([*line, "--resume_from_checkpoint", "auto"], check=True, cwd=ROOT)
+def run(script: str, folder: Path, *options: Sequence[str]) -> None:
+    """Train a run with lists of options, or go on with it; a finished run is not repeated."""
+    if is_finished(folder):
+        return
+    words = [sys.executable, str(ROOT / script)]
+    for option_list in options:
+        words += option_list
+    words += ["--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
+    subprocess.run(words, check=True, cwd=ROOT)
 
 
-def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, float], str, Any]:
-    """Figures of one set and seed, the choice, and all curves on the truth by configuration."""
-    script, base, no_heldout, truth = command(name, folder / name / "data")
-    base += ["--seed", str(seed), "--max_train_steps", str(steps)]
+def measure(name: str, seed: int, steps: int, folder: Path) -> Measurement:
+    """Fit on one set and seed, and search by the truth."""
+    task = make_task(name, folder / name / "data")
+    options = [*task.options, "--seed", str(seed), "--max_train_steps", str(steps)]
     runs = folder / name / f"seed-{seed}"
-    run(script, [*base, *no_heldout, "--fit"], runs / "fit")
+    run(task.script, runs / "fit", options, task.without_heldout, ["--fit"])
     record: Any = read_search(runs / "fit" / FIT_RECORD)
     choice = record["choice"]  # made without the truth
-    measured = ["--validation_loss_steps", str(record["settings"]["every"])]
+    loss_steps = ["--validation_loss_steps", str(record["settings"]["every"])]
 
-    # The same search, judged by the truth: configuration -> step -> loss.
-    run(script, [*base, *truth, *measured, "--fit"], runs / "truth")
+    # The same search, judged by the truth.
+    run(task.script, runs / "truth", options, task.with_truth, loss_steps, ["--fit"])
     true_record: Any = read_search(runs / "truth" / FIT_RECORD)
-    curves: dict[str, dict[int, float]] = {}
+    curves: Curves = {}
     for entry in true_record["runs"]:
         curves[entry["title"]] = dict(zip(entry["steps"], entry["losses"], strict=True))
     command_loss = curves.pop("as given")[steps]
 
-    # The choice's own curve, where the search on the truth stopped before its step.
+    # The choice is trained to its step if the search by the truth stopped it before.
     choice_curve = curves.setdefault(choice["title"], {})
-    chosen = [*base, *arguments(tuple(choice["options"].items())), *truth]
+    choice_options = arguments(tuple(choice["options"].items()))
     if choice["steps"] not in choice_curve:
-        run(script, [*chosen, *measured], runs / "choice")
+        run(task.script, runs / "choice", options, choice_options, task.with_truth, loss_steps)
         for row in read_metrics(runs / "choice"):
-            if row.get("heldout_loss"):
-                choice_curve[row["step"]] = row["heldout_loss"]
+            if row.get(HELDOUT_LOSS):
+                choice_curve[row["step"]] = row[HELDOUT_LOSS]
 
-    # The choice as `--fit` trains with it in the end, by its own schedule.
-    fit_config: Any = read_run(runs / "fit")["config"]  # of its last run, which saw no truth
+    # The choice as the last run of `--fit` trains it, with the schedule of that run. The loss of
+    # that run itself is not of the truth.
+    fit_config: Any = read_run(runs / "fit")["config"]
     schedule = [(key, str(fit_config[key])) for key in ("lr_scheduler", "max_train_steps")]
-    run(script, [*chosen, *arguments(tuple(schedule))], runs / "last")
-    choice_loss = read_metrics(runs / "last")[-1]["heldout_loss"]
+    last_options = arguments(tuple(schedule))
+    run(task.script, runs / "last", options, choice_options, task.with_truth, last_options)
+    choice_loss = read_metrics(runs / "last")[-1][HELDOUT_LOSS]
     best_loss, _, _ = lowest(curves)
     choice_best, _, _ = lowest({"": choice_curve})
     values = {
@@ -142,57 +186,83 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> tuple[dict[str, f
         "best": best_loss,
         "given": command_loss,
     }
-    return values, f"{choice['title']}, {choice['steps']} steps", curves
+    return Measurement(values, f"{choice['title']}, {choice['steps']} steps", curves)
 
 
-def lowest(curves: dict[str, dict[int, float]]) -> tuple[float, str, int]:
-    """The lowest loss, its configuration and its step."""
+def lowest(curves: Curves) -> tuple[float, str, int]:
+    """The lowest loss after the start, its configuration and its step."""
     points = []
     for title, curve in curves.items():
-        points += [(loss, title, step) for step, loss in curve.items() if step > 0]
+        for step, loss in curve.items():
+            if step > 0:
+                points.append((loss, title, step))
     return min(points)
 
 
-def result_of(measured: dict[tuple[str, int], Any], records: Any, argv: Sequence[str]) -> Result:
-    """The result of all that was measured so far."""
+def loss_of_other_seeds(
+    measured: dict[tuple[str, int], Measurement], key: tuple[str, int]
+) -> float | None:
+    """Mean loss with this seed of the configurations and steps that are best with the others.
+
+    None if there is no other seed, or its best point was not measured with this one.
+    """
+    name, seed = key
+    losses = []
+    for (measured_name, measured_seed), measurement in measured.items():
+        if measured_name == name and measured_seed != seed:
+            _, configuration, step = lowest(measurement.curves)
+            loss = measured[key].curves.get(configuration, {}).get(step)
+            if loss:
+                losses.append(loss)
+    if not losses:
+        return None
+    return mean(losses)
+
+
+def result_of(
+    measured: dict[tuple[str, int], Measurement], records: Any, argv: Sequence[str]
+) -> Result:
+    """The result of the sets and seeds that were measured so far."""
     rows, entries = [], []
-    for (name, seed), (values, title, curves) in measured.items():
-        # What the best points of the set's other seeds come to here.
-        losses = []
-        for (other_name, other_seed), (_, _, other_curves) in measured.items():
-            if other_name == name and other_seed != seed:
-                _, configuration, step = lowest(other_curves)
-                loss = curves.get(configuration, {}).get(step)
-                if loss:
-                    losses.append(loss)
-        if losses:
-            values["other"] = mean(losses) / values["best"] - 1
+    for (name, seed), measurement in measured.items():
+        values = dict(measurement.values)
+        other_loss = loss_of_other_seeds(measured, (name, seed))
+        if other_loss is not None:
+            values["other"] = other_loss / values["best"] - 1
         label = f"{name}-{seed}"
         entries.append(Entry(label, name, seed=seed))
         for metric, value in values.items():
-            rows.append(Row(label, name, seed, metric, value=value, note=title))
-    origin, lines = of_runs(command_line("benchmarks.fit_regret", argv), records), summaries(rows)
-    return Result("fit_regret", entries, METRICS, provenance=origin, rows=rows, summaries=lines)
+            rows.append(Row(label, name, seed, metric, value=value, note=measurement.choice))
+    return Result(
+        "fit_regret",
+        entries,
+        METRICS,
+        provenance=provenance_of_runs(command_line("benchmarks.fit_regret", argv), records),
+        rows=rows,
+        summaries=summaries(rows),
+    )
 
 
 def page(result: Result) -> str:
-    """``report.md``."""
-    chosen = {row.subject: row.note for row in result.select("choice")}
-    regrets: Any = {row.subject: row.value for row in result.select("regret")}
+    """The text of ``report.md``."""
+    choices = {row.subject: row.note for row in result.select("choice")}
+    rows = []
+    for row in result.select("regret"):
+        rows.append([row.subject, choices[row.subject], f"{row.value:.2%}"])
     gains: Any = [row.value for row in result.select("gain")]
-    rows = [[name, title, f"{regrets[name]:.2%}"] for name, title in chosen.items()]
+    count = sum(gain > 0 for gain in gains)
     return report.page(
         "# Regret of --fit",
-        str(__doc__).split("\n\n")[2],
+        str(__doc__).split("\n\n")[2],  # the paragraph on the method
         report.comparison(result, [report.Column(name) for name in METRICS]),
-        f"Its choice is below the command as given in {sum(g > 0 for g in gains)} of {len(gains)}.",
+        f"Its choice is below the command as given in {count} of {len(gains)}.",
         report.table(["set and seed", "choice", "regret"], rows),
         report.closing(result),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what is missing and write the result after each set and seed."""
+    """Measure the missing sets and seeds, and write the result after each."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sets", nargs="+", default=["icons", "icons8", "animals", "reviews"])
@@ -203,12 +273,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    measured, records, runs = {}, [], args.runs_dir.absolute()
+    measured, records = {}, []
+    runs = args.runs_dir.absolute()
     for seed, name in itertools.product(args.seeds, args.sets):
-        if args.finished and not is_finished(runs / name / f"seed-{seed}" / "truth"):
+        folder = runs / name / f"seed-{seed}"
+        if args.finished and not is_finished(folder / "truth"):
             continue
         measured[name, seed] = measure(name, seed, args.steps, runs)
-        records += [read_run(runs / name / f"seed-{seed}" / part) for part in ("fit", "truth")]
+        records += [read_run(folder / "fit"), read_run(folder / "truth")]
         result = result_of(measured, records, argv)
         table.write(result, args.output_dir, page(result))
 

@@ -1,4 +1,4 @@
-"""Fair timing: rounds in which all that is compared runs once, rotating order, paired ratios."""
+"""Fair timing: each round runs every candidate once, in rotating order; ratios are paired."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.values import STEPS
 from bilora_diffusion.run import provenance
 
-KIBI = 1024  # Linux tells resident memory in kibibytes
+KIBI = 1024  # Linux reports resident memory in kibibytes
 
-# Linux counts the memory of the process that starts another as that other's, until it is replaced:
-# so a small one starts the run and says what the largest of its own children took.
+# A process that is started has at first the memory of its parent, which Linux counts as its own
+# peak. So a small process starts the run and prints the peak of its largest child.
 _PEAK_MEMORY = """
 import resource, subprocess, sys
 ended = subprocess.call(sys.argv[1:], stdout=sys.stderr)
@@ -34,14 +34,17 @@ sys.exit(ended)
 
 
 def watched(words: Sequence[str]) -> list[str]:
-    """The command that runs ``python WORDS``, whose output it sends to stderr, and then prints its
-    highest resident memory in `KIBI` bytes.
+    """A command that runs ``python WORDS`` and prints its peak resident memory in `KIBI` bytes.
+
+    The output of ``python WORDS`` goes to stderr.
     """
     return [sys.executable, "-c", _PEAK_MEMORY, sys.executable, *words]
 
 
 class GPUMemory:
-    """Context that samples how much memory of the GPU is taken beyond what was at its start.
+    """Context that measures the peak of a GPU's memory beyond that at its start.
+
+    The memory of all processes counts, so nobody else may use the GPU.
 
     Attributes:
         highest: in bytes.
@@ -61,31 +64,35 @@ class GPUMemory:
         self._thread.join()
 
     def _sample(self, free_at_first: int) -> None:
-        while not self._ended.wait(0.005):
-            self.highest = max(self.highest, free_at_first - torch.cuda.mem_get_info()[0])
+        while not self._ended.wait(0.005):  # seconds between two samples
+            free, _ = torch.cuda.mem_get_info()
+            self.highest = max(self.highest, free_at_first - free)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, the accelerator's queue included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    """Wall time of one call, with the work that it leaves in the GPU's queue."""
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        torch.cuda.synchronize()
     started = time.perf_counter()
     work()
-    wait()
+    if is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def interleave(
     work: Sequence[Callable[[int], float]], *, rounds: int, warmup: int
 ) -> list[list[float]]:
-    """Times of each work in each round, (len(work), rounds).
+    """Times of each candidate in each round, (candidates, rounds).
 
-    Every round runs each work once, so that a slow phase of the machine meets all of them; the
-    order rotates, so that none always comes first. Garbage is collected between rounds, never
-    within a call.
+    Every round runs each candidate once, so that a slow phase of the machine meets all of them; the
+    order rotates, so that none is always first. Garbage is collected between rounds, never within
+    a call.
 
     Args:
-        work: each takes the number of the round (negative while warming up) and returns its time.
+        work: one function for each candidate. It gets the number of the round, which is negative
+            while warming up, and returns its time.
     """
     times: list[list[float]] = [[] for _ in work]
     gc.collect()
@@ -95,7 +102,7 @@ def interleave(
         for number in range(-warmup, rounds):
             gc.collect()
             for turn in range(len(work)):
-                index = (number + turn) % len(work)  # which comes first rotates
+                index = (number + turn) % len(work)  # rotates with the round
                 duration = work[index](number)
                 if number >= 0:
                     times[index].append(duration)
@@ -112,8 +119,7 @@ def paired_ratio(
 
     The interval is None below five rounds.
     """
-    # Of each round on its own: (rounds,)
-    ratios = np.asarray(times) / np.asarray(baseline)
+    ratios = np.asarray(times) / np.asarray(baseline)  # (rounds,)
     if len(ratios) < 5:
         return float(np.median(ratios)), None
     interval = bootstrap(
@@ -123,7 +129,7 @@ def paired_ratio(
 
 
 def check(args: argparse.Namespace, *counts: str) -> None:
-    """Refuse counts out of their range, and a file that could not be written in the end."""
+    """Refuse counts out of their range, and a ``--json`` that could not be written in the end."""
     for name in counts:
         STEPS.check(f"--{name}", getattr(args, name))
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):

@@ -1,4 +1,6 @@
-"""The study of `pictures.py`: what it trains and samples, its scores, and how they are shown."""
+"""The study of `pictures.py`: its variants, kinds of guidance and presets, and its tables and
+figures.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ import step_rules
 from PIL.Image import Image
 
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.mini.colors import SQUARE
 from eval import plot, report
 from eval.clip_scores.measure import truth_pictures
 from eval.clip_scores.prompts import read
 from eval.clip_scores.reporting import METRICS as CLIP_METRICS
 from eval.plot import Curve, Panel
-from eval.sweep_reporting import HELDOUT
-from eval.table import Metric, Result
+from eval.table import Metric, Result, Summary
 
 CONTROL = "LoRA"
 RADIUS_AUTO = "Bi-LoRA, rho auto"
@@ -52,56 +54,57 @@ VARIANTS: dict[str, dict[str, bool | str]] = {
 
 @dataclass(frozen=True)
 class Guidance:
-    """Where the unconditional prediction comes from, and the scale of guidance."""
+    """A kind of guidance."""
 
-    source: str  # "adapter" or "base"
+    # Model of the unconditional prediction, "adapter" or "base"
+    source: str
     scale: float
 
     @property
     def label(self) -> str:
-        """As figures and tables name it."""
+        """Name in figures and tables."""
         owner = "base's " if self.source == "base" else ""
         return f"{owner}guidance {self.scale:g}"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What is trained and sampled.
+    """Settings of the runs and of the sampling."""
 
-    Args:
-        recipe: YAML file of the training script.
-        variants: labels of `VARIANTS`.
-        options: further options of all runs.
-        prompts: ``--prompts`` of eval.clip_scores.
-        steps: checkpoints that are sampled; the last one is the end of training.
-        guidances: kinds of guidance.
-        seeds: of training.
-        sampling_seeds: images of each prompt.
-        max_prompts: of the set; None for all.
-        scoring: further flags of eval.clip_scores.
-    """
-
+    # YAML file of the training script
     recipe: str
+    # ``--prompts`` of eval.clip_scores
     prompts: str
+    # Checkpoints that are sampled; the last one is the end of training
     steps: tuple[int, ...]
+    # Kinds of guidance
     guidances: tuple[Guidance, ...]
+    # Labels of `VARIANTS`
     variants: tuple[str, ...]
+    # Further options of all runs
     options: dict[str, bool | str] = field(default_factory=dict)
+    # Seeds of training
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    # Images of each prompt
     sampling_seeds: tuple[int, ...] = (0,)
+    # Number of prompts of the set that are sampled, the first ones; None for all
     max_prompts: int | None = None
+    # Further flags of eval.clip_scores
     scoring: tuple[str, ...] = ()
 
 
 def mini_preset(dataset: str, **changes: Any) -> Preset:
-    """The miniature on one of its sets, past the lowest held-out loss; 32 held-out captions."""
+    """The miniature on one of its sets, with 32 held-out captions.
+
+    It is trained beyond the step with the lowest held-out loss.
+    """
     return Preset(
         recipe="recipes/mini.yaml",
         prompts=f"{dataset}-heldout",
         steps=(100, 300, 500, 1000),
         guidances=(Guidance("adapter", 4.0), Guidance("base", 2.0)),
         variants=(CONTROL, "Bi-LoRA", RADIUS_AUTO, PER_SAMPLE, HELD_UNCONDITIONAL),
-        # A quarter of the held-out pictures: all of them take longer than the training.
+        # The loss of a quarter of the held-out pictures: all take longer than the training.
         options={
             "dataset": dataset,
             "validation_part": "1/4",
@@ -109,7 +112,7 @@ def mini_preset(dataset: str, **changes: Any) -> Preset:
             "num_validation_images": "0",
         },
         max_prompts=32,
-        # Of 15 steps in place of 25, truth is 0.4 lower for LoRA and others alike.
+        # With 15 sampler steps in place of 25, the score "truth" is 0.4 lower for all variants.
         scoring=("--general_prompts", "none", "--skip_captions", "--num_inference_steps", "15"),
         **changes,
     )
@@ -150,16 +153,17 @@ def read_guidances(text: str | None) -> tuple[Guidance, ...]:
     """The kinds of guidance of ``adapter:4,base:2``; none for None."""
     guidances = []
     for word in (text or "").split(","):
-        if not word.strip():
+        kind = word.strip()
+        if not kind:
             continue
-        source, _, scale = word.strip().partition(":")
+        source, _, scale = kind.partition(":")
+        sentence = f'--guidances has "{kind}": write adapter:4 or base:2.'
+        if source not in ("adapter", "base"):
+            raise UserError(sentence)
         try:
-            guidance = Guidance(source, float(scale))
+            guidances.append(Guidance(source, float(scale)))
         except ValueError:
-            guidance = Guidance("", 0.0)
-        if guidance.source not in ("adapter", "base"):
-            raise UserError(f'--guidances has "{word.strip()}": write adapter:4 or base:2.')
-        guidances.append(guidance)
+            raise UserError(sentence) from None
     return tuple(guidances)
 
 
@@ -170,12 +174,12 @@ SAMPLED_METRICS = {name: CLIP_METRICS[name] for name in SAMPLED}
 METRICS = {
     **SAMPLED_METRICS,
     "colors": Metric(
-        "colour difference, %",
-        f"of mean colours over {SQUARE} x {SQUARE} pixels, to the held-out picture",
+        "color difference, %",
+        f"of mean colors over {SQUARE} x {SQUARE} pixels, to the held-out picture",
         scale=100,
         form=".2f",
     ),
-    HELDOUT: Metric("held-out loss", "x 1000", scale=1000, form=".2f"),
+    HELDOUT_LOSS: Metric("held-out loss", "x 1000", scale=1000, form=".2f"),
     **step_rules.RULES,
 }
 
@@ -193,10 +197,10 @@ def curve_panels(result: Result, guidances: Sequence[Guidance]) -> list[list[Pan
     for metric in ("truth", "i2t", "nearest"):
         panels = []
         for guidance in guidances:
-            curves = [Curve(group, metric, guidance.label, label=group) for group in result.groups]
-            title = f"{METRICS[metric].title}, {guidance.label}"
-            if result.select(metric, item=guidance.label):
-                panels.append(Panel(title, "cosine", curves))
+            item = guidance.label
+            if result.select(metric, item=item):
+                curves = [Curve(group, metric, item, label=group) for group in result.groups]
+                panels.append(Panel(f"{METRICS[metric].title}, {item}", "cosine", curves))
         if panels:
             rows.append(panels)
     return rows
@@ -218,8 +222,12 @@ def truths_by_step(result: Result, run: str) -> dict[int, list[float]]:
                 truths.setdefault(entry.about["step"], {})[row.item] = row.value
     if not truths:
         return {}
-    captions = sorted(set.intersection(*(set(values) for values in truths.values())))
-    return {step: [values[caption] for caption in captions] for step, values in truths.items()}
+    # Captions with a value at each checkpoint
+    captions = sorted(set.intersection(*map(set, truths.values())))
+    ordered = {}
+    for step, values in truths.items():
+        ordered[step] = [values[caption] for caption in captions]
+    return ordered
 
 
 def rule_section(result: Result) -> list[str]:
@@ -227,6 +235,8 @@ def rule_section(result: Result) -> list[str]:
     items = list(dict.fromkeys(row.item for row in result.select(step_rules.LAST)))
     if not items:
         return []
+    heads = ["guidance", "variant"]
+    heads += [metric.title for metric in step_rules.RULES.values()]
     rows = []
     for item in items:
         for group in result.groups:
@@ -234,28 +244,29 @@ def rule_section(result: Result) -> list[str]:
             for rule, metric in step_rules.RULES.items():
                 cells.append(report.mean(result.summary(group, rule, item), metric))
             rows.append(cells)
-    titles = [metric.title for metric in step_rules.RULES.values()]
-    return [report.section("Which step?", report.table(["guidance", "variant", *titles], rows))]
+    return [report.section("Which step?", report.table(heads, rows))]
 
 
 def step_sections(result: Result) -> list[str]:
     """A section for each metric and kind of guidance, with its table over checkpoints."""
     sections = []
-    for metric in METRICS:
-        if metric in step_rules.RULES:
+    for name, metric in METRICS.items():
+        if name in step_rules.RULES:
             continue
-        items = list(dict.fromkeys(row.item for row in result.select(metric)))
-        for item in items:
-            title = METRICS[metric].title + (f", {item}" if item else "")
-            sections.append(report.section(title, step_table(result, metric, item)))
+        for item in dict.fromkeys(row.item for row in result.select(name)):
+            title = f"{metric.title}, {item}" if item else metric.title
+            sections.append(report.section(title, step_table(result, name, item)))
     return sections
 
 
 def step_table(result: Result, metric: str, item: str) -> str:
-    """A row for each variant, a column for each checkpoint: its mean, and how it differs from the
-    control's.
+    """A table with a row for each variant and a column for each checkpoint.
+
+    A cell is the mean over seeds, with the difference to the control's in brackets.
     """
     steps = sorted({row.step or 0 for row in result.select(metric, item=item)})
+    heads = ["variant"]
+    heads += [f"step {step}" for step in steps]
     rows = []
     for group in result.groups:
         cells = [group]
@@ -266,14 +277,17 @@ def step_table(result: Result, metric: str, item: str) -> str:
                 cell += f" ({report.difference(line, METRICS[metric])})"
             cells.append(cell)
         rows.append(cells)
-    return report.table(["variant", *(f"step {step}" for step in steps)], rows)
+    return report.table(heads, rows)
 
 
 def draw_fronts(result: Result, guidances: Sequence[Guidance], folder: Path) -> list[str]:
-    """Likeness to what was to be learned over agreement with the prompt, a line for each variant
-    through its checkpoints; one pair of axes for each kind of guidance.
+    """Draw likeness to the trained style over agreement with the prompt.
 
-    Likeness is that to the held-out pictures; without them, to the nearest training picture.
+    Each variant is a line through its checkpoints; each kind of guidance has its own axes. Likeness
+    is the cosine with the held-out picture, or without one with the nearest training picture.
+
+    Returns:
+        The picture's name; [] without a value at each checkpoint, which leaves empty axes.
     """
     likeness = "truth" if result.select("truth") else "nearest"
     styles = plot.group_styles(result.groups, CONTROL)
@@ -282,27 +296,21 @@ def draw_fronts(result: Result, guidances: Sequence[Guidance], folder: Path) -> 
             for group in result.groups:
                 horizontal = result.curve(group, "i2t", guidance.label)
                 vertical = result.curve(group, likeness, guidance.label)
-                for metric_line in (horizontal, vertical):
-                    if any(point.mean is None for point in metric_line):
-                        return []
-                x = [100 * (point.mean or 0.0) for point in horizontal]
-                y = [100 * (point.mean or 0.0) for point in vertical]
-                x_error = [100 * (point.error or 0.0) for point in horizontal]
-                y_error = [100 * (point.error or 0.0) for point in vertical]
-                color = styles[group]["color"]
-                axis.errorbar(
-                    x,
-                    y,
-                    y_error,
-                    x_error,
-                    label=group,
-                    color=color,
-                    marker=".",
-                    lw=1,
-                    elinewidth=0.6,
-                )
-                for point, place in zip(vertical, zip(x, y, strict=True), strict=True):
-                    if group == result.control:
-                        axis.annotate(f"{point.step}", place, fontsize=6, color="gray")
+                if any(point.mean is None for point in (*horizontal, *vertical)):
+                    return []
+                x, x_error = _shown_values(horizontal)
+                y, y_error = _shown_values(vertical)
+                style = {"color": styles[group]["color"], "marker": ".", "lw": 1, "elinewidth": 0.6}
+                axis.errorbar(x, y, y_error, x_error, label=group, **style)
+                if group == result.control:
+                    for i, point in enumerate(vertical):
+                        axis.annotate(f"{point.step}", (x[i], y[i]), fontsize=6, color="gray")
             plot.finish(axis, guidance.label, METRICS[likeness].title, xlabel="CLIP I2T")
     return [FRONTS]
+
+
+def _shown_values(curve: Sequence[Summary]) -> tuple[list[float], list[float]]:
+    """Means and standard errors of a curve of cosines, times 100."""
+    means = [100 * (point.mean or 0.0) for point in curve]
+    errors = [100 * (point.error or 0.0) for point in curve]
+    return means, errors

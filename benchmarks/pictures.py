@@ -12,14 +12,16 @@ both predictions from the adapter, as every program does; "base's guidance 2" ta
 unconditional one from the base model. A seed's value is the mean over its images; variants are
 compared by the paired differences of the seeds.
 
-What is finished is not repeated, so the same command goes on where it stopped. The rows of a run
-in ``--output_dir`` count too: more seeds can be added later, without the first ones' folders.
-Beside the usual files it writes ``pictures.json``, all figures without a path, which can be posted.
+Finished runs and images are not repeated, so the same command goes on where it stopped. Runs whose
+rows are in ``--output_dir`` are not repeated either: more seeds can be added later, without the
+first ones' folders. Beside the usual files it writes ``pictures.json``: all numbers and no path, so
+that it can be posted.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import subprocess
@@ -29,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Both, so that the command also runs as `python -m benchmarks.pictures`.
+# The repository and this folder, so that it also runs as `python -m benchmarks.pictures`
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -56,7 +58,7 @@ from bilora_diffusion.core.durable import dump_json, write_text
 from bilora_diffusion.core.errors import TrainingError, UserError, did_you_mean
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.files import counted
-from bilora_diffusion.core.values import WORKERS
+from bilora_diffusion.core.values import HELDOUT_LOSS, WORKERS
 from bilora_diffusion.mini.colors import color_difference
 from bilora_diffusion.run.console import quiet
 from eval import compare, report, table
@@ -68,9 +70,9 @@ from eval.plot import Panel
 from eval.subjects import Subject
 from eval.sweep import subject_of
 from eval.sweep_plan import IMAGE_SCRIPT, Plan, find_recipe, find_script, make_plan, parse
-from eval.sweep_reporting import FINISHED, HELDOUT
+from eval.sweep_reporting import FINISHED
 from eval.sweep_runs import Runner
-from eval.table import Result, Row, of_this_process
+from eval.table import Result, Row, provenance_of_this_process
 
 POSTED = "pictures.json"
 
@@ -98,11 +100,11 @@ class PicturesOptions:
 
 
 class Pictures(Evaluation):
-    """Subjects are training runs. A row's item is the kind of guidance, "" for the held-out loss;
-    its step is the checkpoint's, and its value the mean over the images.
+    """A subject is a training run. A row's item is the kind of guidance, "" for the held-out loss;
+    its step is the checkpoint's, and its value is the mean over the images.
 
     ``settings``: ``preset``, ``options`` of the runs, ``variants``, ``guidances``, ``prompts``,
-    ``images`` of each checkpoint and kind, ``scorer``.
+    ``images``, which is the number for each checkpoint and kind of guidance, ``scorer``.
     """
 
     name, title = "pictures", "Judged by sampled images"
@@ -140,13 +142,12 @@ class Pictures(Evaluation):
                     f" from {'; '.join(VARIANTS)}."
                 )
         seeds = read_integers(self.args.seeds, "--seeds") if self.args.seeds else self.preset.seeds
-        # Every checkpoint that is sampled is written, and none is removed: that of an interruption
-        # comes on top.
-        interval = math.gcd(*self.steps)  # the largest that meets all of them
         options = {
             **self.preset.options,
             "max_train_steps": str(max(self.steps)),
-            "checkpointing_steps": str(interval),
+            # The largest interval that has all sampled steps
+            "checkpointing_steps": str(math.gcd(*self.steps)),
+            # No limit: a checkpoint of an interruption must not push out one that is sampled.
             "checkpoints_total_limit": "0",
             "report_to": "none",
         }
@@ -156,7 +157,7 @@ class Pictures(Evaluation):
                 "options": options,
                 "variants": {label: VARIANTS[label] for label in labels},
                 "seeds": list(seeds),
-                "metric": HELDOUT if "validation_loss_steps" in options else "loss",
+                "metric": HELDOUT_LOSS if "validation_loss_steps" in options else "loss",
             },
             {},
         )
@@ -164,30 +165,35 @@ class Pictures(Evaluation):
         return make_plan(experiment, Path(self.args.preset), recipe, script)
 
     def _read_recorded(self) -> dict[str, list[Row]]:
-        """The rows of runs that an earlier result in the folder has in full, by the run's name.
+        """The rows of the runs that the earlier result has in full, by the run's name.
 
-        The name has a hash of the run's options, so a run of other options is none of them.
+        The name has a hash of the run's options, so a run with other options has another name.
         """
         result = self.earlier
         if result is None:
             return {}
+        # Scores of other prompts or other sampling can't stand beside these.
         for name, value in self._scoring_settings().items():
             if result.settings.get(name) != value:
                 raise UserError(
                     f"{self.folder} has a result with {name} {result.settings.get(name)!r}, and the"
                     f" command line means {value!r}: give another --output_dir."
                 )
-        points = {(guidance.label, step) for guidance in self.guidances for step in self.steps}
+        points = set(itertools.product([kind.label for kind in self.guidances], self.steps))
         recorded: dict[str, list[Row]] = {}
         for planned in self.plan.runs:
-            rows = [row for row in result.rows if row.subject == planned.name]
-            scored_points = {(row.item, row.step) for row in rows if row.metric == "i2t"}
+            rows, scored_points = [], set()
+            for row in result.rows:
+                if row.subject == planned.name:
+                    rows.append(row)
+                    if row.metric == "i2t":  # which every image has
+                        scored_points.add((row.item, row.step))
             if points <= scored_points:
                 recorded[planned.name] = rows
         return recorded
 
     def _scoring_settings(self) -> dict[str, Any]:
-        """What two results have in common where their rows can stand together."""
+        """Settings that two results must have in common, so that their rows can be compared."""
         return {
             "preset": self.args.preset,
             "prompts": self.preset.prompts,
@@ -196,7 +202,7 @@ class Pictures(Evaluation):
         }
 
     def _prompt_count(self) -> int:
-        """How many prompts of the preset's set are sampled."""
+        """Number of prompts that are sampled, the first of the preset's set."""
         limits = [len(read(self.preset.prompts))]
         for limit in (self.preset.max_prompts, self.args.max_prompts):
             if limit is not None:
@@ -204,7 +210,7 @@ class Pictures(Evaluation):
         return min(limits)
 
     def work(self) -> int | None:
-        """Print the plan; then train, sample and compare, where it is no dry run."""
+        """Print the plan, and unless it is a dry run train, sample and compare."""
         print(self.describe())
         if self.args.dry_run:
             self._print_memory()
@@ -213,7 +219,7 @@ class Pictures(Evaluation):
         return super().work()
 
     def describe(self) -> str:
-        """The size of the plan, in runs, images and hours for each second of a step."""
+        """The size of the plan in runs and images, and its hours for each second of a step."""
         variants, seeds = len(self.plan.variants), len(self.plan.seeds)
         runs = variants * seeds
         images_of_checkpoint = self._prompt_count() * len(self.preset.sampling_seeds)
@@ -228,29 +234,32 @@ class Pictures(Evaluation):
         )
 
     def _print_memory(self) -> None:
-        """What each variant's training takes, by the training script's ``--dry_run``."""
+        """Print the memory of each variant's training, by the training script's ``--dry_run``."""
         runner = Runner(self.plan.script, self.plan.recipe, self.runs_dir)
         first_seed = self.plan.seeds[0]
         for planned in self.plan.runs:
-            if planned.seed == first_seed:
-                print(f"\n{planned.variant}:", flush=True)
-                words = runner.command(planned)
-                # Not through accelerate's launcher: a dry run is about one process.
-                script = [sys.executable, *words[words.index(str(self.plan.script)) :]]
-                if subprocess.run([*script, "--dry_run"], check=False).returncode:
-                    raise TrainingError(
-                        f"--dry_run of {planned.variant} failed: its sentence stands above."
-                    )
+            if planned.seed != first_seed:
+                continue
+            print(f"\n{planned.variant}:", flush=True)
+            words = runner.command(planned)
+            # Without accelerate's launcher, since a dry run is of one process.
+            words = [sys.executable, *words[words.index(str(self.plan.script)) :], "--dry_run"]
+            if subprocess.run(words, check=False).returncode != 0:
+                raise TrainingError(
+                    f"--dry_run of {planned.variant} failed: its sentence stands above."
+                )
 
     def subjects(self) -> Sequence[Subject]:
         """The planned runs."""
-        return [
-            Subject(planned.name, planned.variant, seed=planned.seed) for planned in self.plan.runs
-        ]
+        subjects = []
+        for planned in self.plan.runs:
+            subjects.append(Subject(planned.name, planned.variant, seed=planned.seed))
+        return subjects
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
         """Train what is not finished; sample and score the checkpoints."""
         runner = Runner(self.plan.script, self.plan.recipe, self.runs_dir, self.args.jobs)
+        # Runs with recorded rows are neither trained nor scored again.
         missing = [planned for planned in self.plan.runs if planned.name not in self.recorded]
         outcomes = runner.run_all(missing)
         failures = [outcome for outcome in outcomes if outcome.status != FINISHED]
@@ -262,8 +271,9 @@ class Pictures(Evaluation):
                 " command tries them again."
             )
         trained = {outcome.cell: subject_of(self.runs_dir, outcome) for outcome in outcomes}
-        for guidance in self.guidances if trained else ():
-            self.scored[guidance] = self._score(guidance, list(trained.values()))
+        if trained:
+            for guidance in self.guidances:
+                self.scored[guidance] = self._score(guidance, list(trained.values()))
         self._describe_settings()
         return [trained.get(subject.label, subject) for subject in subjects]
 
@@ -271,14 +281,18 @@ class Pictures(Evaluation):
         """Scores of all checkpoints with one kind of guidance, by eval.clip_scores."""
         folder = self.runs_dir / f"scores-{guidance.source}-{guidance.scale:g}"
         words = [f"{subject.label}={self.runs_dir / subject.label}" for subject in runs]
-        words += ["--steps", ",".join(map(str, self.steps)), "--prompts", self.preset.prompts]
-        words += ["--seeds", ",".join(map(str, self.preset.sampling_seeds)), *self.preset.scoring]
-        words += ["--guidance_from", guidance.source, "--guidance_scale", f"{guidance.scale:g}"]
+        words += ["--steps", ",".join(map(str, self.steps))]
+        words += ["--prompts", self.preset.prompts]
+        words += ["--seeds", ",".join(map(str, self.preset.sampling_seeds))]
+        words += self.preset.scoring
+        words += ["--guidance_from", guidance.source]
+        words += ["--guidance_scale", f"{guidance.scale:g}"]
         words += ["--output_dir", str(folder)]
         words += ["--max_prompts", str(self._prompt_count())]
         if self.args.processes is not None:
             words += ["--processes", str(self.args.processes)]
         print(f"\n{guidance.label}:", flush=True)
+        # In this process, so that models and libraries are loaded once.
         if ClipScores.main(words):
             raise TrainingError(f"eval.clip_scores failed on {folder}: its sentence stands above.")
         result = table.read(folder)
@@ -286,7 +300,7 @@ class Pictures(Evaluation):
         return result
 
     def _measure_colors(self, guidance: Guidance, result: Result, folder: Path) -> None:
-        """Measure how the colours of all images differ from their held-out pictures."""
+        """Measure how the colors of all images differ from their held-out pictures."""
         truths = preset_truths(self.preset, result)
         for row in result.select("image"):
             if row.item in truths:
@@ -302,11 +316,11 @@ class Pictures(Evaluation):
             "variants": variants,
             "guidances": [asdict(guidance) for guidance in self.guidances],
         }
-        # Where nothing was scored anew, the earlier result says it.
+        # If all runs were recorded, nothing was scored now: the earlier result has the settings.
         scored = next(iter(self.scored.values()), self.earlier)
         assert scored is not None
-        settings = scored.settings
-        self.settings |= {name: settings[name] for name in ("sampling", "scorer")}
+        for name in ("sampling", "scorer"):
+            self.settings[name] = scored.settings[name]
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         if subject.label in self.recorded:
@@ -316,25 +330,21 @@ class Pictures(Evaluation):
             for entry in result.subjects:
                 if entry.about["run"] != subject.label:
                     continue
-                step = entry.about["step"]
+                # The seed's value is the mean over its images of this checkpoint.
+                fields = {"item": guidance.label, "step": entry.about["step"]}
                 for metric in SAMPLED_METRICS:
-                    values = [
-                        row.value
-                        for row in result.select(metric, entry.group)
-                        if row.value is not None
-                    ]
-                    if values:
-                        mean = compare.mean(values)
-                        yield subject.row(metric, mean, item=guidance.label, step=step)
+                    values = [row.value for row in result.select(metric, entry.group)]
+                    defined = [value for value in values if value is not None]
+                    if defined:
+                        yield subject.row(metric, compare.mean(defined), **fields)
                 differences = self.color_differences.get((guidance, entry.label))
                 if differences:
-                    mean = statistics.fmean(differences)
-                    yield subject.row("colors", mean, item=guidance.label, step=step)
+                    yield subject.row("colors", statistics.fmean(differences), **fields)
         losses: dict[int, float] = {}
         for line in subject.log():
-            if HELDOUT in line and line["step"] in self.steps:
-                losses[line["step"]] = line[HELDOUT]
-                yield subject.row(HELDOUT, line[HELDOUT], step=line["step"])
+            if HELDOUT_LOSS in line and line["step"] in self.steps:
+                losses[line["step"]] = line[HELDOUT_LOSS]
+                yield subject.row(HELDOUT_LOSS, line[HELDOUT_LOSS], step=line["step"])
         for guidance, result in self.scored.items():
             regrets = step_rules.regrets(truths_by_step(result, subject.label), losses)
             for rule, regret in regrets.items():
@@ -342,15 +352,15 @@ class Pictures(Evaluation):
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         lines = compare.summaries(rows, CONTROL)
-        # Of this process, since recorded rows have no run folder.
-        provenance = of_this_process(self.command, open_device(None))
+        # The provenance is that of this process, since recorded rows need no run folder.
+        provenance = provenance_of_this_process(self.command, open_device(None))
         return self.result(subjects, rows, lines, CONTROL, provenance=provenance)
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
         return {CURVES: curve_panels(result, self.guidances)}
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        return [*draw_fronts(result, self.guidances, folder), *super().figures(result, folder)]
+        return draw_fronts(result, self.guidances, folder) + super().figures(result, folder)
 
     def introduction(self, result: Result) -> str:
         settings = result.settings
@@ -362,16 +372,17 @@ class Pictures(Evaluation):
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[report.Column]]:
-        return {}
+        return {}  # the tables are in `rule_section` and `step_sections`
 
     def further(self, result: Result) -> list[str]:
         return [*rule_section(result), *step_sections(result), report.closing(result)]
 
     def write(self, result: Result) -> None:
         super().write(result)
+        assert result.provenance is not None
         posted = {
             "settings": result.settings,
-            "provenance": None if result.provenance is None else asdict(result.provenance),
+            "provenance": asdict(result.provenance),
             "summaries": [asdict(line) for line in result.summaries],
             "rows": [asdict(row) for row in result.rows],
         }

@@ -7,14 +7,13 @@
 The pipeline makes noise, not pictures: it is for shapes, memory and time. Its models are written in
 bf16 one after the other, so no more than the UNet is ever in memory.
 
-A model is built without memory (on PyTorch's ``meta`` device), given memory in its final precision,
-and filled. Matrices and kernels get normal values of standard deviation 1/sqrt(fan-in), so that
-activations stay of order one and finite in bfloat16 through all 70 transformer blocks;
-normalization weights are 1, biases 0, embeddings have deviation 0.02. Sizes are those of the
-published ``config.json`` files.
+A model is built without memory on PyTorch's ``meta`` device, gets memory in its final precision,
+and is filled. Matrices and kernels get normal values of standard deviation 1/sqrt(fan-in), so that
+activations stay of order one and finite in bfloat16 through all 70 transformer blocks.
+Normalization weights are 1, biases 0, and embeddings have a deviation of 0.02. Sizes are those of
+the published ``config.json`` files.
 
-`SHAPES` are the workloads of step_cost.py: such a model, its inputs, its loss, and training's
-adapters.
+`SHAPES` are the workloads of step_cost.py: a model, its inputs, its loss and its adapters.
 """
 
 from __future__ import annotations
@@ -46,12 +45,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SDXL = json.loads(
     (ROOT / "results" / "dry_run_memory" / "models.json").read_text(encoding="utf-8")
 )["Stable Diffusion XL"]
+# Number of random values, which are made once and repeated. It is a prime, so that the rows of a
+# matrix differ.
 BLOCK = 1_000_003
-"""Random values that are drawn once and repeated; a prime, so that rows of a matrix differ."""
 TEXT_LENGTH = 77
+# Models of the pipeline
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-"""Models of the pipeline."""
-ROTARY = ("inv_freq", "original_inv_freq")  # frequencies of positions
+# Frequencies of rotary positions, a buffer
+ROTARY = "inv_freq"
 VAE: dict[str, Any] = {
     "latent_channels": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -109,9 +110,10 @@ def materialize(
     if tie := getattr(model, "tie_weights", None):
         tie()  # to_empty gave each use of a shared matrix its own memory
     for name, module in list(model.named_modules()):
-        if hasattr(module, ROTARY[0]):  # no weights: Transformers computes them, in fp32
-            fresh: Any = type(module)
-            model.set_submodule(name, fresh(module.config).to(device))
+        # Transformers computes them in fp32 when a module is built, but not on the meta device.
+        if hasattr(module, ROTARY):
+            build_module: Any = type(module)
+            model.set_submodule(name, build_module(module.config).to(device))
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(BLOCK, generator=generator).to(device=device, dtype=dtype)
     for module in model.modules():
@@ -124,7 +126,7 @@ def materialize(
 
 
 def _fill(module: nn.Module, name: str, values: Tensor, block: Tensor) -> None:
-    """Set one parameter in place; see the top of the file for the scales."""
+    """Set one parameter in place; the scales are explained at the top of the file."""
     if values.dim() < 2:
         values.fill_(0.0 if name == "bias" else 1.0)
         return
@@ -134,15 +136,15 @@ def _fill(module: nn.Module, name: str, values: Tensor, block: Tensor) -> None:
 
 
 def write_pipeline(folder: Path, changes: Mapping[str, Any] | None = None) -> dict[str, int]:
-    """Write the pipeline into ``folder``; returns how many parameters each model has.
+    """Write the pipeline into ``folder``; returns the number of parameters of each model.
 
-    All but the models is the miniature's, whose vocabulary takes any string, byte by byte.
+    All its files but the models are the miniature's, whose tokenizer takes any text byte by byte.
 
     Args:
         changes: of the models' configurations, by the models' names.
 
     Raises:
-        UserError: a folder in use.
+        UserError: the folder is in use.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
@@ -159,8 +161,8 @@ def write_pipeline(folder: Path, changes: Mapping[str, Any] | None = None) -> di
         build = partial(sdxl, name, **(changes or {}).get(name, {}))
         model = materialize(build, dtype=torch.bfloat16, seed=seed)
         model.save_pretrained(folder / name, max_shard_size="2GB")
-        counts[name] = sum(p.numel() for p in model.parameters())
-        del model
+        counts[name] = sum(parameter.numel() for parameter in model.parameters())
+        del model  # so that one model is in memory at a time
     return counts
 
 
@@ -172,23 +174,20 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """One workload.
+    """A workload of step_cost.py."""
 
-    Args:
-        note: what it is, for the report; "{batch}" stands for the number of samples.
-        build: makes the model; called under any default device.
-        inputs: (model, samples, dtype, device, generator) -> tensors of one batch.
-        loss: (model, inputs) -> scalar.
-        lr: learning rate, so that the adapters grow as they do in training.
-        batch, dtype, steps: samples of a step, precision of the base and rounds by default.
-    """
-
+    # Sentence for the report; "{batch}" stands for the number of samples
     note: str
+    # Makes the model; called under any default device
     build: Callable[[], nn.Module]
+    # (model, samples, dtype, device, generator) -> tensors of one batch
     inputs: Callable[..., Inputs]
+    # (model, inputs) -> scalar
     loss: Callable[[Any, Inputs], Tensor]
     spec: AdapterSpec
+    # Learning rate, so that the adapters grow as they do in training
     lr: float
+    # Samples of a step, precision of the base and rounds by default
     batch: int
     dtype: str
     steps: int
@@ -200,20 +199,21 @@ def _unet_inputs(
 ) -> Inputs:
     """Latents, prompt embeddings and size conditioning for images of ``pixels`` x ``pixels``."""
     config = model.config
+    # The UNet embeds six numbers of sizes and crops, beside the pooled prompt embedding.
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
-    def normal(*size: int) -> Tensor:
+    def normal(size: tuple[int, ...]) -> Tensor:
         return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
 
-    latents = (batch, config.in_channels, pixels // 8, pixels // 8)
+    latents = (batch, config.in_channels, pixels // 8, pixels // 8)  # the autoencoder takes 8 x 8
     sizes = torch.tensor([pixels, pixels, 0, 0, pixels, pixels]).expand(batch, 6)
     return {
-        "sample": normal(*latents),
-        "noise": normal(*latents),
+        "sample": normal(latents),
+        "noise": normal(latents),
         "timestep": torch.randint(1000, (batch,), generator=generator).to(device),
-        "encoder_hidden_states": normal(batch, length, config.cross_attention_dim),
+        "encoder_hidden_states": normal((batch, length, config.cross_attention_dim)),
         "added_cond_kwargs": {
-            "text_embeds": normal(batch, pooled),
+            "text_embeds": normal((batch, pooled)),
             "time_ids": sizes.to(device=device, dtype=dtype),
         },
     }
@@ -255,7 +255,7 @@ MINI = Shape(
 T5 = Shape(
     note="T5-base, rank 8 on every linear layer, batch {batch} of 128 + 8 tokens",
     build=t5_base,
-    inputs=partial(_text_inputs, 128, 8),  # the paper allows 256
+    inputs=partial(_text_inputs, 128, 8),  # the paper's limit is 256 tokens
     loss=lambda model, inputs: model(**inputs).loss,  # mean cross entropy of the targets
     spec=AdapterSpec(rank=8, alpha=16),
     lr=5e-4,
@@ -267,9 +267,9 @@ T5 = Shape(
 LLAMA = replace(
     T5,
     note="2 layers of Llama 2 7B, rank 8 on every linear layer, batch {batch} of 256 tokens",
-    # between a vocabulary that weighs little
+    # A small vocabulary, so that the time is that of the layers
     build=lambda: llama_7b(num_hidden_layers=2, vocab_size=2048),
-    inputs=partial(_text_inputs, 256, None),  # the paper allows 1,024 (256 for Llama 3.1)
+    inputs=partial(_text_inputs, 256, None),  # the paper's limit is 1,024 (256 for Llama 3.1)
     batch=2,
     steps=12,
     warmup=2,

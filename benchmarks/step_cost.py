@@ -5,11 +5,11 @@
     python benchmarks/step_cost.py --shapes t5-base --methods all --batch 32   # as in Table A4
     python benchmarks/step_cost.py --shapes sdxl-unet                # 2.57 B parameters, 6 GB
 
-All arms live in one process on the same base weights and take turns, one step each, in rotating
-order; the ratio to LoRA is the median over rounds, its interval a 95 % bootstrap. A step is
-forward, backward, clipping, optimizer step with the projection onto the ball (Eq. 10), gradients
-forgotten. Weights are random: time does not depend on them. Peak memory cannot be told apart within
-a process, so each arm is also run for two steps in a process of its own.
+All arms are in one process on the same base weights and take turns, one step each, in rotating
+order. The ratio to LoRA is the median over rounds, with a 95 % bootstrap interval. A step is
+forward, backward, clipping, optimizer step with the projection onto the ball (Eq. 10), and clearing
+the gradients. Weights are random, since time does not depend on them. Peak memory of several arms
+cannot be separated within a process, so each arm also runs two steps in its own process.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -40,24 +41,28 @@ from bilora_diffusion.train.engine import Blocks, keep_freed_memory
 
 SEED = 0
 MAX_GRAD_NORM = 1.0
-SAMPLES = 20  # that have an auxiliary each; every step sees the next ones
-SCHEDULED_STEPS = 10_000  # more than any benchmark takes: what schedules think a run has
+# Samples of "bilora-sample", each with its own auxiliary; a step sees the next ones of them.
+SAMPLES = 20
+# Length of the run for the methods' schedules, longer than any benchmark
+SCHEDULED_STEPS = 10_000
 
 
 class ArmKind(NamedTuple):
-    """A row of the result; not fused is PEFT's own forward, compiled is as by ``--compile``."""
+    """A row of the result."""
 
     label: str
     method: str
+    # False for PEFT's own forward pass
     fused: bool = True
+    # True for ``--compile``
     compiled: bool = False
-    options: Mapping[str, Any] = MappingProxyType({})  # of the method, where not its defaults
+    # Options of the method that are not at their defaults
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
-# Of `--methods all`: those that train adapters; `full` is run by name only.
+# The methods of `--methods all`, which train adapters; `full` is run by its name only.
 METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
-KINDS = {
-    **{name: ArmKind(methods.get(name).title, name) for name in methods.names()},
+KINDS = {name: ArmKind(methods.get(name).title, name) for name in methods.names()} | {
     "bilora-auto": ArmKind("Bi-LoRA, rho auto", "bilora", options={"rho": "auto"}),
     "bilora-sample": ArmKind(
         "Bi-LoRA, an auxiliary for each of 20 samples", "bilora", options={"auxiliaries": SAMPLES}
@@ -71,8 +76,9 @@ BASELINE = "lora"
 
 
 class Arm:
-    """One method on its own copy of ``base``'s modules; the base weights are shared between arms,
-    but for full fine-tuning, which gets its own.
+    """One method on a copy of ``base``'s modules.
+
+    All arms share the base weights, but for full fine-tuning, which has a copy of them.
 
     Args:
         kind: a key of ``KINDS``.
@@ -88,9 +94,10 @@ class Arm:
         self.batch, self.dtype = args.batch, DTYPES[args.dtype]
         options = MethodOptions(num_steps=SCHEDULED_STEPS, **KINDS[kind].options)
         self.method = methods.create(KINDS[kind].method, options)
-        shared: dict[int, Any] = {}  # so that the copy takes no memory for these
+        shared: dict[int, Any] = {}  # tensors that the copy shares, so that they take no memory
         if not self.method.exports_weights:
-            shared = {id(t): t for t in itertools.chain(base.parameters(), base.buffers())}
+            for tensor in itertools.chain(base.parameters(), base.buffers()):
+                shared[id(tensor)] = tensor
         self.model = copy.deepcopy(base, shared)
         torch.manual_seed(SEED)  # every arm starts from the same primary
         target = Target("model", self.model, self.shape.spec, self.shape.lr, 1e-2)
@@ -102,30 +109,32 @@ class Arm:
         Blocks([self.model] if KINDS[kind].compiled else [])
         self.losses: list[float] = []
         self.layers = len(adapters.factors(self.model, adapters.PRIMARY))
-        self.trainable = sum(p.numel() for group in groups for p in group["params"])
+        self.trainable = 0
+        for group in groups:
+            self.trainable += sum(parameter.numel() for parameter in group["params"])
 
     def train_step(self) -> Tensor:
-        """One whole step: forward, backward, clip, update with projection, gradients forgotten."""
+        """One step: forward, backward, clipping, update with projection, clearing the gradients."""
         loss = self.method.step(self.forward_backward, self)
         self.zero_grad()
         return loss
 
     def step(self) -> None:
-        """Clip what the method wants clipped, then update; called by the method."""
+        """Clip the gradients of the method's weights, then update; called by the method."""
         torch.nn.utils.clip_grad_norm_(self.method.weights, MAX_GRAD_NORM)
         self.optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradients; called by the method too."""
+        """Clear the gradients; called by the method too."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def forward_backward(self) -> Tensor:
-        """Loss and gradients of the batch, under autocast but for fp32; called by the method."""
+        """Loss and gradients of the batch, under autocast unless in fp32; called by the method."""
         device = next(self.model.parameters()).device.type
-        amp = torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
         first = len(self.losses) * self.batch
-        with self.method.around_batch([n % SAMPLES for n in range(first, first + self.batch)]):
-            with amp:
+        samples = [number % SAMPLES for number in range(first, first + self.batch)]
+        with self.method.around_batch(samples):
+            with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
                 loss = self.shape.loss(self.model, self.inputs)
             loss.backward()
         return loss.detach()
@@ -143,18 +152,19 @@ def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -
 
 
 def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure everything that the command line asks for; returns what is printed and written."""
+    """Measure all arms of the command line; returns the result that is printed and written."""
     memory = {kind: memory_of(kind, args) for kind in args.arms}
     arms, shape = make(args.arms, args, device), SHAPES[args.shapes]
 
     def work(arm: Arm, number: int) -> float:
-        torch.manual_seed(shape.warmup + number)  # one dropout for all arms of a round
+        torch.manual_seed(shape.warmup + number)  # the same dropout for all arms of a round
         losses: list[torch.Tensor] = []
         duration = seconds(lambda: losses.append(arm.train_step()), device)
+        # Outside of the timing, since it waits for the GPU.
         arm.losses.append(float(losses[0]))
         return duration
 
-    steps = [lambda number, arm=arm: work(arm, number) for arm in arms]
+    steps = [partial(work, arm) for arm in arms]
     times = interleave(steps, rounds=args.steps, warmup=shape.warmup)
     rows = {}
     # Ratios are paired by round, so that a slow phase of the machine counts for both.
@@ -173,7 +183,10 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             "seconds": arm_times,
         }
     return {
-        **{name: getattr(args, name) for name in ("shapes", "batch", "dtype", "steps")},
+        "shapes": args.shapes,
+        "batch": args.batch,
+        "dtype": args.dtype,
+        "steps": args.steps,
         "note": shape.note.format(batch=args.batch),
         "layers": arms[0].layers,
         "arms": rows,
@@ -182,14 +195,14 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def memory_of(kind: str, args: argparse.Namespace) -> int:
-    """Peak memory of one arm, from a process of its own; started before this one holds a model."""
+    """Peak memory of one arm in its own process, started before this one has a model in memory."""
     command = [sys.executable, __file__, "--arm", kind]
     for name in ("shapes", "dtype", "batch"):
         command += [f"--{name}", str(getattr(args, name))]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
-        message = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        raise TrainingError(f"the arm {kind} failed in its own process: {message}")
+        lines = process.stderr.strip().splitlines() or ["no message"]
+        raise TrainingError(f"the arm {kind} failed in its own process: {lines[-1]}")
     return int(process.stdout.splitlines()[-1])
 
 
@@ -202,21 +215,25 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for row in result["arms"].values():
-        interval = row["ratio_interval_95"]
-        spread = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
+        spread = ""
+        if row["ratio_interval_95"] is not None:
+            low, high = row["ratio_interval_95"]
+            spread = f" ({low:.3f} to {high:.3f})"
         lines.append(
             f"| {row['label']} | {row['peak_memory_bytes'] / 1e9:.2f}"
             f" | {row['median_seconds']:.3f} | {row['ratio_to_lora']:.3f}{spread} |"
         )
     device, versions = result["device"], result["versions"]
-    where = f"{device['cpu_model']}, {device['cpu_cores']} cores, {device['torch_threads']} threads"
-    gpu = f"{device['gpu']}, " if device["gpu"] else ""
-    lines += ["", f"{result['steps']} rounds; {gpu}{where}, torch {versions['torch']}."]
+    facts = [device["cpu_model"], f"{device['cpu_cores']} cores"]
+    facts += [f"{device['torch_threads']} threads", f"torch {versions['torch']}"]
+    if device["gpu"]:
+        facts.insert(0, device["gpu"])
+    lines += ["", f"{result['steps']} rounds; {', '.join(facts)}."]
     return "\n".join(lines)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line to settings; what the shape decides is filled in."""
+    """Read the command line; options that are not given are those of the shape."""
     parser = Sentences(description="Time and memory of a step, method by method.")
     parser.add_argument("--shapes", required=True, choices=SHAPES)
     parser.add_argument("--steps", type=int, help="measured rounds")
@@ -233,7 +250,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.arms = args.arms.split(",")
     if args.methods:
         names = METHODS if args.methods == "all" else args.methods.split(",")
-        args.arms = [BASELINE, *(name for name in names if name != BASELINE)]
+        args.arms = [BASELINE]
+        args.arms += [name for name in names if name != BASELINE]
     for name in ("dtype", "steps", "batch"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(SHAPES[args.shapes], name))
@@ -247,7 +265,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a Markdown table; of a single arm this process's peak memory in bytes."""
-    args, device = parse(argv), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args = parse(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.arm:
         (arm,) = make([args.arm], args, device)
         for _ in range(2):

@@ -1,9 +1,9 @@
-"""Which rule finds the step with the best samples? What `pictures.py` says of it.
+"""Rules that choose a checkpoint, and how far they miss the one with the best samples.
 
-A rule names one of a run's checkpoints. Its regret is the ground truth that the best checkpoint has
-more than that one. Captions are split into parts of 8: a rule that samples sees one part, and all
-rules are measured on the other captions. The best checkpoint is best on these by chance too, so
-the regret of a perfect rule is a little above 0, for each rule alike.
+A rule names one of a run's checkpoints. Its regret is the ground truth of the best checkpoint minus
+that of the named one. Captions are split into parts of 8: a rule that samples uses one part, and
+all rules are measured on the other captions. The best checkpoint is best on these partly by chance,
+so the regret of a perfect rule is a little above 0, equally for each rule.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from eval.table import Metric
 
+# Captions that a rule may sample, as many as `--choose_by samples` takes
 CAPTIONS = 8
-"""Captions that a rule may sample, as many as `--choose_by samples` takes."""
 BY_LOSS, LAST, BY_CAPTIONS = "regret_loss", "regret_last", "regret_captions"
 
 
@@ -28,16 +28,16 @@ RULES = {
     LAST: _metric("the last step"),
     BY_CAPTIONS: _metric(f"the best step by {CAPTIONS} sampled captions"),
 }
+# Step of a checkpoint -> ground truth of each caption, in one order of captions
 Truths = Mapping[int, Sequence[float]]
-"""Checkpoint's step -> ground truth of each caption, in one order of captions."""
 
 
 def regrets(truths: Truths, losses: Mapping[int, float]) -> dict[str, float]:
-    """The regret of each rule on one run; {} where there are no two parts of captions.
+    """The regret of each rule on one run; {} if there are fewer than two parts of captions.
 
     Args:
         truths: of the sampled checkpoints.
-        losses: held-out loss of checkpoints; a rule without one at each of them is left out.
+        losses: held-out loss by step. Without one at each checkpoint the rule by loss is left out.
     """
     steps = sorted(truths)
     captions = len(truths[steps[0]])
@@ -46,20 +46,22 @@ def regrets(truths: Truths, losses: Mapping[int, float]) -> dict[str, float]:
         return {}
     rule_regrets: dict[str, list[float]] = {}
     for part in range(parts):
-        seen = range(part, captions, parts)
-        unseen = [caption for caption in range(captions) if caption % parts != part]
-        truth_of_step = {step: _mean(truths[step], unseen) for step in steps}
-        best = max(truth_of_step.values())
-        chosen = {
-            LAST: steps[-1],
-            BY_CAPTIONS: max(steps, key=lambda step: _mean(truths[step], seen)),
-        }
+        # A part has every parts-th caption; the other captions judge.
+        sampled_truth, judged_truth = {}, {}
+        for step in steps:
+            sampled, judged = [], []
+            for caption, truth in enumerate(truths[step]):
+                if caption % parts == part:
+                    sampled.append(truth)
+                else:
+                    judged.append(truth)
+            sampled_truth[step] = statistics.fmean(sampled)
+            judged_truth[step] = statistics.fmean(judged)
+        # Of equally good steps the first
+        choices = {LAST: steps[-1], BY_CAPTIONS: max(steps, key=sampled_truth.__getitem__)}
         if losses.keys() >= truths.keys():
-            chosen[BY_LOSS] = min(steps, key=lambda step: losses[step])
-        for rule, step in chosen.items():
-            rule_regrets.setdefault(rule, []).append(best - truth_of_step[step])
+            choices[BY_LOSS] = min(steps, key=losses.__getitem__)
+        best = max(judged_truth.values())
+        for rule, step in choices.items():
+            rule_regrets.setdefault(rule, []).append(best - judged_truth[step])
     return {rule: statistics.fmean(values) for rule, values in rule_regrets.items()}
-
-
-def _mean(values: Sequence[float], places: Sequence[int]) -> float:
-    return statistics.fmean(values[place] for place in places)

@@ -1,12 +1,12 @@
-"""The demo: LoRA and Bi-LoRA learn the colours of 23 icons, and a figure shows what they learned.
+"""The demo: LoRA and Bi-LoRA learn the colors of 23 icons, and a figure shows what they learned.
 
     bilora demo --output_dir demo
     bilora demo --rho auto --output_dir demo-auto       # with options of the training script
     bilora demo --config mini_flow --output_dir demo-flow     # another recipe and its data
 
 Both runs see the same data and noise; the hashes in their ``metrics.jsonl`` prove it. Their
-samples are compared with held-out icons in the same colours, which is what a model that learned the
-colours makes.
+samples are compared with held-out icons in the same colors, which is what a model that learned the
+colors makes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL.Image import Image
 from .config.command_line import Sentences
 from .core.errors import TrainingError, UserError, run_cli
 from .core.figures import new_figure
-from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
+from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE, HELDOUT_LOSS
 from .export.conversion import export_checkpoint
 from .image import script as train
 from .image.opening import open_images
@@ -56,7 +56,7 @@ ICON_COUNT = 6
 COMPARED_COUNT = 16
 """Number of held-out icons after them whose samples are compared with the truth at each step."""
 SAMPLER_STEPS = 12
-"""Enough to compare colours: with 25 steps no difference in the table changes by more than 0.2."""
+"""Enough to compare colors: with 25 steps no difference in the table changes by more than 0.2."""
 BASE = "base model"
 Curve = dict[int, float]
 """Values by step."""
@@ -178,8 +178,8 @@ def read_losses(folder: Path) -> Curve:
     """Held-out losses of a run."""
     losses: Curve = {}
     for row in runlog.read_metrics(folder):
-        if "heldout_loss" in row:
-            losses[row["step"]] = row["heldout_loss"]
+        if HELDOUT_LOSS in row:
+            losses[row["step"]] = row[HELDOUT_LOSS]
     if not losses:
         raise UserError(f"{folder} has no held-out loss: set --validation_dataset.")
     return losses
@@ -332,7 +332,7 @@ def _draw_differences(axis: Any, samples: Samples) -> None:
         text = f"{variant.name}: {curve[last_step]:.1f}\n{variant.note}"
         labels.append(EndLabel(last_step, curve[last_step], text, variant.color))
     axis.plot(0, samples.base_difference, "o", color=GRAY, ms=7)
-    title = f"colour difference between samples\nand truth, % (dot: {BASE})"
+    title = f"color difference between samples\nand truth, % (dot: {BASE})"
     axis.set_title(title, fontsize=11, loc="left")
     axis.set_ylim(bottom=0)
     _label_ends(axis, labels)
@@ -372,7 +372,7 @@ def as_table(samples: Samples, losses: dict[str, Curve]) -> str:
     return (
         _as_block("loss on unseen icons x 1000", base_loss, loss_rows)
         + "\n"
-        + _as_block("colour difference of samples, %", samples.base_difference, difference_rows)
+        + _as_block("color difference of samples, %", samples.base_difference, difference_rows)
     )
 
 

@@ -1,5 +1,5 @@
-"""Cache of measurements beside the result, so that the same command goes on from there; and hashes
-of the weights and files that they depend on, whatever these are called.
+"""Cache of measurements beside the result, so that the same command goes on where it stopped; and
+hashes of the weights and files that the measurements depend on, whatever their names.
 
 cache = Cache(folder, {"digest": subject.digest, "images": fingerprint})
 value = cache.item(["sharpness", 0.05], measure)       # measured once
@@ -25,86 +25,96 @@ from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.peft_config import read_config
 
 FOLDER = "kept"
-_ACTING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-"""Names of PEFT's options that change how the tensors act."""
+# PEFT's options that change how the tensors act
+ACTING_OPTIONS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
 
 class Cache:
     """Values by key, each on the disk before the next one is made.
 
-    One file of JSON lines in ``FOLDER`` for all that depends on the same: two commands that measure
-    different subjects into one folder do not meet. What a kill tore off, or is damaged, is measured
-    again.
+    Measurements that depend on the same circumstances share one file of JSON lines in ``FOLDER``,
+    so commands that measure different subjects into one folder do not mix their values. A line
+    that is damaged, or torn off by a kill, is measured again.
 
     Args:
         folder: of the result.
-        about: all that the values depend on beside their keys, as JSON can hold it: weights, base
-            model, data, settings.
+        circumstances: all that the values depend on beside their keys, as JSON can hold it:
+            weights, base model, data, settings.
     """
 
-    def __init__(self, folder: Path, about: Any) -> None:
-        self._path = folder / FOLDER / f"{_key_digest(about)}.jsonl"
+    def __init__(self, folder: Path, circumstances: Any) -> None:
+        self._path = folder / FOLDER / f"{_hash_of(circumstances)}.jsonl"
         self._values: dict[str, Any] = {}
-        lines = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
-        # A whole line ends with a newline, so what follows the last one is torn off, or empty.
-        whole_lines = [line for line in lines[:-1] if self._read(line)]
-        if [*whole_lines, b""] != lines:
-            text = b"".join(line + b"\n" for line in whole_lines)
-            write_text(self._path, text.decode("utf-8"))
+        content = self._path.read_bytes() if self._path.exists() else b""
+        # A whole line ends with a newline, so what follows the last newline was torn off.
+        valid_lines = []
+        for line in content.split(b"\n")[:-1]:
+            if self._add(line):
+                valid_lines.append(line + b"\n")
+        valid_content = b"".join(valid_lines)
+        if valid_content != content:
+            write_text(self._path, valid_content.decode("utf-8"))
 
     def __contains__(self, key: Any) -> bool:
-        return _key_digest(key) in self._values
+        return _hash_of(key) in self._values
 
     def get(self, key: Any) -> Any:
-        """Value that :meth:`put` was given; None if nothing."""
-        return self._values.get(_key_digest(key))
+        """Value that :meth:`put` was given; None without one."""
+        return self._values.get(_hash_of(key))
 
     def put(self, key: Any, value: Any) -> Any:
-        """Keep a value that JSON can hold; returns it as it will be read back.
+        """Store a value that JSON can hold; returns it as it will be read back.
 
         A number that is not finite becomes None.
         """
-        plain = strict_json({"key": key, "value": value})[0]
+        entry = strict_json({"key": key, "value": value})[0]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain) + "\n")
+            file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._values[_key_digest(key)] = plain["value"]
-        return plain["value"]
+        self._values[_hash_of(key)] = entry["value"]
+        return entry["value"]
 
     def item(self, key: Any, make: Callable[[], Any]) -> Any:
         """Value that is cached under a key, or that ``make`` returns now."""
-        return self.get(key) if key in self else self.put(key, make())
+        if key in self:
+            return self.get(key)
+        return self.put(key, make())
 
-    def _read(self, line: bytes) -> bool:
+    def _add(self, line: bytes) -> bool:
+        """Read a line of the file; False if it is damaged."""
         try:
             entry = json.loads(line)
-            self._values[_key_digest(entry["key"])] = entry["value"]
+            self._values[_hash_of(entry["key"])] = entry["value"]
         except (ValueError, KeyError, TypeError):
             return False
         return True
 
 
-def _key_digest(value: Any) -> str:
+def _hash_of(value: Any) -> str:
     text = json.dumps(strict_json(value)[0], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def of_lora(path: Path) -> str:
-    """Hash of a LoRA file, and of its metadata that change how the tensors act."""
-    described = json.loads(inspect(path).metadata.get(ADAPTER_METADATA, "{}"))
-    acting = {k: v for k, v in described.items() if k.rpartition(".")[2] in _ACTING}
-    return _digest([("", path)], acting)
+def hash_of_lora(path: Path) -> str:
+    """Hash of a LoRA file, and of the options in its metadata that change how the tensors act."""
+    options = json.loads(inspect(path).metadata.get(ADAPTER_METADATA, "{}"))
+    acting = {}
+    for name, value in options.items():  # such as "unet.lora_alpha"
+        if name.rpartition(".")[2] in ACTING_OPTIONS:
+            acting[name] = value
+    return _hash_of_tensors([("", path)], acting)
 
 
-def of_peft(folder: Path) -> str:
-    """Hash of a folder with a PEFT adapter; see :func:`of_lora`."""
-    acting = {k: v for k, v in peft_config(folder).items() if k in _ACTING}
-    return _digest([("", folder / PEFT_FILE)], acting)
+def hash_of_peft(folder: Path) -> str:
+    """Hash of a folder with a PEFT adapter; see :func:`hash_of_lora`."""
+    options = peft_config(folder)
+    acting = {name: options[name] for name in options if name in ACTING_OPTIONS}
+    return _hash_of_tensors([("", folder / PEFT_FILE)], acting)
 
 
-def of_models(folder: Path, names: Sequence[str]) -> str:
+def hash_of_models(folder: Path, names: Sequence[str]) -> str:
     """Hash of whole models in a folder."""
     files = []
     for name in names:
@@ -112,11 +122,20 @@ def of_models(folder: Path, names: Sequence[str]) -> str:
         if not parts:
             raise UserError(f"{folder / name} has no .safetensors file: train again.")
         files += [(name, part) for part in parts]
-    return _digest(files)
+    return _hash_of_tensors(files)
 
 
-def _digest(files: Sequence[tuple[str, Path]], acting: Mapping[str, Any] | None = None) -> str:
-    """Hash of name, dtype, shape and bytes of each tensor; other metadata plays no part."""
+def _hash_of_tensors(
+    files: Sequence[tuple[str, Path]], acting: Mapping[str, Any] | None = None
+) -> str:
+    """Hash of name, dtype, shape and bytes of each tensor, and of the options that act.
+
+    The files' other metadata is left out: it has dates and titles.
+
+    Args:
+        files: (prefix of its tensors' names, file) each.
+        acting: the options, or None where a file has none.
+    """
     import torch
 
     state = hashlib.sha256()
@@ -131,11 +150,12 @@ def _digest(files: Sequence[tuple[str, Path]], acting: Mapping[str, Any] | None 
                 tensor = content.get_tensor(key).contiguous()
                 shape = tuple(tensor.shape)
                 state.update(f"{prefix}/{key} {tensor.dtype} {shape}\n".encode())
+                # As bytes, since NumPy has no bfloat16.
                 state.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return state.hexdigest()
 
 
-def of_folders(*folders: Path, suffixes: Sequence[str] = ()) -> str:
+def hash_of_folders(*folders: Path, suffixes: Sequence[str] = ()) -> str:
     """Hash of names and bytes of all files in folders, or of those with one of the suffixes."""
     state = hashlib.sha256()
     for folder in folders:
@@ -144,19 +164,20 @@ def of_folders(*folders: Path, suffixes: Sequence[str] = ()) -> str:
                 name = path.relative_to(folder).as_posix()
                 state.update(f"{name} {path.stat().st_size}\n".encode())
                 with path.open("rb") as file:
-                    hashlib.file_digest(file, lambda: state)  # goes on with it
+                    hashlib.file_digest(file, lambda: state)  # updates the same state
     return state.hexdigest()
 
 
-def of_files(*files: Path) -> str:
+def hash_of_files(*files: Path) -> str:
     """First 12 hex digits of the SHA-256 of a file, or of the hashes of several."""
-    sums = []
+    hashes = []
     for path in files:
         with path.open("rb") as file:
-            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
-    if len(sums) == 1:
-        return sums[0][:12]
-    return hashlib.sha256("".join(sums).encode()).hexdigest()[:12]
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    # One file has its own hash, which others can check with sha256sum.
+    if len(hashes) == 1:
+        return hashes[0][:12]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
 
 
 def peft_config(folder: Path) -> dict[str, Any]:

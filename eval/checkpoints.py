@@ -1,4 +1,4 @@
-"""Checkpoints of runs as subjects (``--steps``): their scores over steps, and the best steps.
+"""Checkpoints of runs as subjects (``--steps``): scores over steps, and the best steps.
 
 python -m eval.clip_scores runs/dog --steps all
 python -m eval.text_scores runs/reviews --steps 40,80,200
@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.record import last_measured, read_run
 
 from . import plot, report
-from .cache import of_lora, of_peft
+from .cache import hash_of_lora, hash_of_peft
 from .evaluation import Evaluation
 from .plot import Curve, Panel
 from .subjects import Subject
@@ -25,12 +26,11 @@ from .table import Entry, Metric, Result, Row, Summary
 
 HELP = "Score these checkpoints of each run: all, or steps such as 40,80."
 ALL_STEPS, FIGURE = "all", "steps.png"
-HELDOUT_LOSS = "heldout_loss"
 LOSS = Metric(
     "held-out loss", "that of the run at this step, in metrics.jsonl, one number", form=".4f"
 )
+# Rows, and the group that is the ``control`` -> their summaries
 Summarize = Callable[..., Sequence[Summary]]
-"""Rows, and the group that is the ``control`` -> their summaries."""
 BEST_STEPS_NOTE = (
     "The best step by each score, and its difference to the run's last step here. To be the best of"
     " several by the same measurements flatters it. Differences are paired, the figure's bands not."
@@ -39,24 +39,31 @@ SCALED_FIELDS = ("mean", "error", "low", "high", "difference", "difference_low",
 
 
 class OverSteps(Evaluation):
-    """A command that also scores checkpoints; its settings then have "best_steps", sentences."""
+    """A command that can also score checkpoints.
+
+    Its settings then have "best_steps", a list of sentences.
+    """
 
     curves: Result | None = None
 
     def over_steps(self, result: Result, summarize: Summarize) -> Result:
-        """The result, with its best steps if it is one of checkpoints."""
+        """The result, with the sentences on its best steps if its subjects are checkpoints."""
         if self.args.steps is not None:
             self.curves = curves(result, summarize)
             self.settings["best_steps"] = best(self.curves)
         return result
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        return [] if self.curves is None else [draw(self.curves, folder)]
+        if self.curves is None:
+            return []
+        return [draw(self.curves, folder)]
 
     def best_steps(self, result: Result) -> str:
-        """The best steps of a result of checkpoints; "" of others."""
+        """The report's section on the best steps; "" if the subjects are no checkpoints."""
         steps = result.settings.get("best_steps")
-        return report.section("Best steps", BEST_STEPS_NOTE, report.listed(steps)) if steps else ""
+        if not steps:
+            return ""
+        return report.section("Best steps", BEST_STEPS_NOTE, report.listed(steps))
 
 
 def read_steps(text: str) -> list[int] | None:
@@ -64,7 +71,7 @@ def read_steps(text: str) -> list[int] | None:
     words = [word.strip() for word in text.split(",")]
     if words == [ALL_STEPS]:
         return None
-    if not all(word.isdecimal() and len(word) < 10 for word in words):
+    if not all(word.isdecimal() and len(word) < 10 for word in words):  # below 10^9
         raise UserError(f'--steps is "{text}": write all, or steps with commas, such as 40,80.')
     return sorted(set(map(int, words)))
 
@@ -72,8 +79,11 @@ def read_steps(text: str) -> list[int] | None:
 def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
     """Checkpoints of runs as subjects, each with its primary as the run would have exported it.
 
-    Their groups are those of the runs at one step, and "run" and "step" of ``about`` say which.
-    The files last as long as this process. ``text`` is that of ``--steps``.
+    A group holds the runs of a group at one step; "run" and "step" of ``about`` name the runs'
+    group and the step. The exported files are removed when this process ends.
+
+    Args:
+        text: of ``--steps``.
     """
     from bilora_diffusion.export.conversion import export_checkpoint
     from bilora_diffusion.run import checkpoint
@@ -82,7 +92,7 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
         raise UserError("--steps is given without runs: name run folders.")
     chosen_steps = read_steps(text)
     has_groups = len({run.group for run in runs}) > 1
-    # The exported files are needed until the images or answers are made.
+    # No context manager: the files are needed until all images or answers are made.
     folder = Path(tempfile.mkdtemp(prefix="checkpoints-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     subjects: list[Subject] = []
@@ -95,24 +105,20 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
             output, name = folder / str(len(subjects)), f"step {step}"
             if run.is_text:
                 (weights,) = export_checkpoint(run.folder, step, "peft", output)
-                digest = of_peft(weights)
+                digest = hash_of_peft(weights)
             else:
                 (weights,) = export_checkpoint(run.folder, step, "diffusers", output)
-                digest = of_lora(weights)
-            subject = replace(
-                run,
-                weights=weights,
-                digest=digest,
-                label=f"{run.label} {name}" if len(runs) > 1 else name,
-                group=f"{run.group} {name}" if has_groups else name,
-                about={"run": run.group, "step": step},
-            )
-            subjects.append(subject)
+                digest = hash_of_lora(weights)
+            label = f"{run.label} {name}" if len(runs) > 1 else name
+            group = f"{run.group} {name}" if has_groups else name
+            about = {"run": run.group, "step": step}
+            fields = {"label": label, "group": group, "about": about}
+            subjects.append(replace(run, weights=weights, digest=digest, **fields))
     return subjects
 
 
 def without_checkpoints(folder: Path) -> str:
-    """Why a run has no checkpoints, and what to do, as a sentence."""
+    """A sentence that says why a run has no checkpoints, and what to do."""
     record = read_run(folder)
     last_step = record["results"].get("steps")
     interval = record["config"].get("checkpointing_steps")
@@ -125,7 +131,7 @@ def without_checkpoints(folder: Path) -> str:
 
 
 def last_group(subjects: Sequence[Entry]) -> str | None:
-    """Group of the first run's last step, the usual control; None without checkpoints."""
+    """Group of the first run's last step, the default control; None without checkpoints."""
     run = subjects[0].about.get("run")
     if run is None:
         return None
@@ -145,7 +151,10 @@ def heldout_loss(subject: Subject) -> list[Row]:
 
 
 def curves(result: Result, summarize: Summarize) -> Result:
-    """The result over steps: groups are runs, values as shown, differences to a run's last step."""
+    """The result as curves over steps: a group for each run, and differences to its last step.
+
+    Values are multiplied by their metrics' scales, since a figure shows them so.
+    """
     runs: dict[str, dict[str, int]] = {}  # run -> group -> step
     for subject in result.subjects:
         runs.setdefault(subject.about["run"], {})[subject.group] = subject.about["step"]
@@ -157,10 +166,12 @@ def curves(result: Result, summarize: Summarize) -> Result:
                 rows.append(row)
         last_group = max(steps, key=steps.__getitem__)
         for line in summarize(rows, control=last_group):
+            scale = result.metric(line.metric).scale
             scaled = {}
             for name in SCALED_FIELDS:
                 value = getattr(line, name)
-                scaled[name] = None if value is None else result.metric(line.metric).scale * value
+                if value is not None:
+                    scaled[name] = scale * value
             lines.append(replace(line, group=run, step=steps[line.group], **scaled))
     measured = {line.metric for line in lines}
     if not measured:
@@ -177,28 +188,29 @@ def draw(curves: Result, folder: Path) -> str:
     """Draw a panel for each metric, with the intervals of the means; returns the picture's name."""
     panels = []
     for name, metric in curves.metrics.items():
-        title = f"{metric.title}, {'higher' if metric.higher_is_better else 'lower'} is better"
+        direction = "higher" if metric.higher_is_better else "lower"
         has_bands = any(line.interval for line in curves.summaries if line.metric == name)
-        lines = [Curve(run, name, label=run, interval=True) for run in curves.groups]
         label = "mean and 95 % interval" if has_bands else ""
-        # One legend, in the first panel, serves all.
-        panels.append(Panel(title, label, lines, legend=len(lines) > 1 and not panels))
+        lines = [Curve(run, name, label=run, interval=True) for run in curves.groups]
+        # The legend in the first panel is that of all panels.
+        has_legend = len(lines) > 1 and not panels
+        title = f"{metric.title}, {direction} is better"
+        panels.append(Panel(title, label, lines, legend=has_legend))
     rows = [panels[start : start + 3] for start in range(0, len(panels), 3)]
     plot.panels(curves, folder / FIGURE, rows)
     return FIGURE
 
 
 def best(curves: Result) -> list[str]:
-    """One sentence for each run and metric: its best step, and how it differs from the last."""
+    """A sentence for each run and metric: the best step, and its difference to the last step."""
     sentences = []
     for run in curves.groups:
         for name, metric in curves.metrics.items():
             points = [point for point in curves.over_training(run, name) if point.mean is not None]
             if not points:
                 continue
-            means = [point.mean or 0.0 for point in points]
-            best_mean = max(means) if metric.higher_is_better else min(means)
-            best_point = points[means.index(best_mean)]
+            choose = max if metric.higher_is_better else min
+            best_point = choose(points, key=lambda point: point.mean or 0.0)  # the first of equals
             change = "the last"
             if best_point.control:
                 difference = report.difference(best_point, metric)
@@ -207,6 +219,6 @@ def best(curves: Result) -> list[str]:
                 verb = "includes" if interval[0] <= 0 <= interval[1] else "excludes"
                 change += f": the interval {verb} zero"
             head = f"{run}: {metric.title}" if len(curves.groups) > 1 else metric.title
-            mean = report.number(best_mean, metric)
+            mean = report.number(best_point.mean, metric)
             sentences.append(f"{head}: best at step {best_point.step} ({mean}), {change}.")
     return sentences

@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 ADAPTER_FILES = (".safetensors", *PICKLES)
 LARGEST_RANGE = 10_000
+# Runs that the name of a folder of results has; of more it has a hash
 MOST_NAMED = 4
-"""Runs that a folder of results is named after."""
 COUNTS = Range(10**9, "no machine comes to the end of more", at_least=1)
 POSITIVE = Range(1e9, "nothing is measured that far out", greater_than=0)
 
 
 class CommandHelp(command_line.Help, argparse.RawDescriptionHelpFormatter):
-    """Shows options as training does, and the text below them as it is written."""
+    """Shows options as the training scripts do, and keeps the line breaks of the text below."""
 
 
 class Parser(command_line.Sentences):
@@ -50,7 +50,7 @@ class Parser(command_line.Sentences):
 
     Args:
         module: as in ``python -m MODULE``.
-        described: its first paragraph stands above the flags, the rest below them.
+        described: text of ``--help``; its first paragraph stands above the flags, the rest below.
         groups: dataclasses of options; see `bilora_diffusion.core.fields`.
     """
 
@@ -69,7 +69,7 @@ class Parser(command_line.Sentences):
         self._is_of_runs = False
 
     def add_runs(self, runs: str = "run folders") -> None:
-        """Add the arguments that say which runs."""
+        """Add the arguments that name the runs."""
         self.add_argument("runs", nargs="*", metavar="RUN", help=runs)
         self.add_argument(
             "--group",
@@ -83,8 +83,8 @@ class Parser(command_line.Sentences):
         """Add ``--output_dir``, by default ``name`` under the folder that holds the runs.
 
         Args:
-            otherwise: the folder of that name where no runs are given.
-            of_runs: the default name says which runs are scored too, see `question_of`.
+            otherwise: the folder that gets ``name`` if no runs are given.
+            of_runs: the default name also has the runs and prompts, see `question_of`.
         """
         self._output, self._is_of_runs = (name, otherwise), of_runs
         default = f"{name}-RUN-RUN[-steps][-PROMPTS]" if of_runs else name
@@ -95,35 +95,35 @@ class Parser(command_line.Sentences):
         )
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """The arguments; results and logs among the runs, which ``runs/*`` brings, are left out."""
-        args, extra_words = self.parse_known_args(argv)
-        if extra_words:
+        """The arguments; results and logs that ``runs/*`` matches beside the runs are left out."""
+        args, unknown_words = self.parse_known_args(argv)
+        if unknown_words:
             flags: list[str] = []
             for action in self._actions:
                 flags += action.option_strings
-            word = extra_words[0]
+            word = unknown_words[0]
             raise UserError(
                 f'unexpected "{word}"{did_you_mean(word, flags)}: --help lists all flags.'
             )
         check(self._fields, vars(args))
         if getattr(args, "runs", None):
-            args.runs = _runs_alone(args.runs)
+            args.runs = _without_results(args.runs)
         if self._output is not None and args.output_dir is None:
-            runs = list(args.runs)
-            for _, members in read_groups(getattr(args, "group", [])):
-                runs += members
             name, otherwise = self._output
             if self._is_of_runs:
                 name = "-".join([name, *question_of(args)])
+            runs = list(args.runs)
+            for _, members in read_groups(getattr(args, "group", [])):
+                runs += members
             args.output_dir = folder_of(runs, otherwise) / name
         return args
 
 
 def question_of(args: argparse.Namespace) -> list[str]:
-    """Words of a folder's name for what is scored, so that another question has another folder.
+    """Parts of a folder's name for what is scored, so that each question has its own folder.
 
-    The names or labels of the runs; "steps" for their checkpoints, whatever steps, since equal
-    checkpoints share their images; the name of the prompts, if they are given.
+    The names or labels of the runs; "steps" for their checkpoints, whichever steps these are, since
+    equal checkpoints share their images; the name of the prompts, if they are given.
     """
     names = []
     for word in args.runs:
@@ -132,32 +132,33 @@ def question_of(args: argparse.Namespace) -> list[str]:
         if path.name == FILE_NAME:  # which all exported files have
             path = path.parent
         is_labelled = equals and not path.exists()
-        names.append(_plain(label if is_labelled else path.name))
-    words = names[:MOST_NAMED]
+        names.append(_safe_name(label if is_labelled else path.name))
+    parts = names[:MOST_NAMED]
     if len(names) > MOST_NAMED:
-        # Of many runs the first, and a hash, which tells them from other sets of as many.
+        # The hash is of all names, so that other sets of as many runs get another folder.
         digest = blake2b("\n".join(names).encode(), digest_size=3).hexdigest()
-        words.append(f"and-{len(names) - MOST_NAMED}-more-{digest}")
+        parts.append(f"and-{len(names) - MOST_NAMED}-more-{digest}")
     if args.steps is not None:
-        words.append("steps")
+        parts.append("steps")
     if args.prompts is not None:
-        words.append(_plain(Path(args.prompts).stem))
-    return words
+        parts.append(_safe_name(Path(args.prompts).stem))
+    return parts
 
 
-def _plain(name: str) -> str:
-    """A name without what paths and shells have a meaning for."""
-    return re.sub(r"[^\w.]+", "_", name.removesuffix(".safetensors")).strip("._")[:40] or "x"
+def _safe_name(name: str) -> str:
+    """A name without the characters that have a meaning in paths and shells."""
+    words = re.sub(r"[^\w.]+", "_", name.removesuffix(".safetensors"))
+    return words.strip("._")[:40] or "x"
 
 
 def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
-    """The folder that holds all of some runs, where their results are put and the viewer looks."""
+    """The folder that holds all of some runs: results are put there, and the viewer finds them."""
     parents: list[Path] = []
     for word in runs:
-        # LABEL=RUN is a run too; what is no place, such as base, has no folder.
-        for place in (word, word.partition("=")[2]):
-            if place and Path(place).exists():
-                path = Path(os.path.normpath(place))
+        # A run may be LABEL=RUN. Words that are no path, such as base, have no folder.
+        for name in (word, word.partition("=")[2]):
+            if name and Path(name).exists():
+                path = Path(os.path.normpath(name))
                 folder = path.parent if path.is_file() else path
                 parents.append(folder.absolute().parent)
                 break
@@ -170,30 +171,33 @@ def folder_of(runs: Iterable[str], otherwise: Path = Path()) -> Path:
     return common
 
 
-def _runs_alone(words: Sequence[str]) -> list[str]:
-    """The words without what lies among runs: results, logs and records, named in one line.
+def _without_results(words: Sequence[str]) -> list[str]:
+    """The words without results, logs and records, which are named in one printed line.
 
-    A plain file is left out only beside a folder, so that a single wrong word is refused by name.
+    A file is left out only beside a folder, so that a single wrong word is refused by its name.
     """
     has_folders = any(Path(word).is_dir() for word in words)
-
-    def is_left_out(word: str) -> bool:
+    runs, left_out = [], []
+    for word in words:
         path = Path(word)
         if path.is_file():
-            return has_folders and path.suffix.lower() not in ADAPTER_FILES
-        return not (path / RUN).exists() and (path / table.FILE).is_file()
-
-    left = [word for word in words if is_left_out(word)]
-    if left:
-        print(f"left out, since they are no runs: {', '.join(left)}", file=sys.stderr)
-    return [word for word in words if word not in left]
+            is_run = not has_folders or path.suffix.lower() in ADAPTER_FILES
+        else:
+            is_run = (path / RUN).exists() or not (path / table.FILE).is_file()
+        if is_run:
+            runs.append(word)
+        else:
+            left_out.append(word)
+    if left_out:
+        print(f"left out, since they are no runs: {', '.join(left_out)}", file=sys.stderr)
+    return runs
 
 
 def read_integers(text: str, place: str) -> list[int]:
     """The whole numbers of ``0,1,5`` or ``0..4``, 4 included.
 
     Args:
-        place: the beginning of a sentence about the text.
+        place: start of the error's sentence, which says where the text stands.
     """
     integers: list[int] = []
     for word in text.split(","):
@@ -211,10 +215,10 @@ def read_integers(text: str, place: str) -> list[int]:
 
 
 def run(work: Callable[[], int | None]) -> int:
-    """Do the work of a command that goes on where it was interrupted.
+    """Do the work of a command that can be interrupted and given again.
 
     Returns:
-        That of the work; 2 after a sentence that says what to mend; 130 when it was interrupted.
+        The work's exit code; 2 after an error's sentence; 130 after an interruption.
     """
     code: int | None = None
 
@@ -230,7 +234,7 @@ def run(work: Callable[[], int | None]) -> int:
 
 
 def open_folder(folder: Path, flag: str = "--output_dir") -> Path:
-    """Make a folder that is to be written to, before anything is computed."""
+    """Make the output folder, and test before anything is computed that it can be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -253,8 +257,9 @@ def require_free(folder: Path, kind: str) -> None:
 
 
 def remove_last_figures(folder: Path, command: str, figures: Sequence[str]) -> None:
-    """Remove the figures of the result that a folder holds but for those that are drawn anew, and
-    say which other command the new result replaces.
+    """Remove the last result's figures that the new one does not have.
+
+    If the last result is of another command, print that it is replaced.
     """
     if not (folder / table.FILE).exists():
         return
@@ -263,11 +268,12 @@ def remove_last_figures(folder: Path, command: str, figures: Sequence[str]) -> N
     if isinstance(provenance, dict) and provenance.get("command") != command:
         last_command = strip_controls(str(provenance.get("command")))
         print(f"{folder} held the result of `{last_command}`, which this one replaces")
-    # The names stand in a file that anyone may have written: only pictures in the folder go.
-    pictures = {path.name for path in folder.glob("*.png")}
-    for name in last_figures if isinstance(last_figures, list) else []:
-        if name in pictures and name not in figures:
-            (folder / name).unlink(missing_ok=True)
+    if not isinstance(last_figures, list):
+        return
+    # Only pictures in the folder are removed: anyone may have written the names in the file.
+    for path in folder.glob("*.png"):
+        if path.name in last_figures and path.name not in figures:
+            path.unlink(missing_ok=True)
 
 
 def open_device(name: str | None) -> torch.device:

@@ -1,8 +1,8 @@
 """The statistics of all results: means, intervals, pairs, win rates, equal training loss.
 
-Pure functions on rows and numbers. Two runs of one seed see the same data and noise, so a seed's
-difference is free of what the two have in common; the seeds are the independent draws. Where a
-subject is asked many things, such as prompts, these are the draws, and their values over several
+Pure functions on rows and numbers. Two runs of one seed see the same data and noise, so the effect
+of these cancels in the seed's difference; the seeds are the independent samples. Where a subject is
+asked many items, such as prompts, the items are the samples, and an item's values over several
 seeds are averaged first.
 """
 
@@ -25,9 +25,10 @@ RESAMPLES = 9999
 BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 
-OfMean = Callable[[Sequence[float]], Interval | None]
+# Values -> interval of their mean
+IntervalOfMean = Callable[[Sequence[float]], Interval | None]
+# Seed or item, the unit that is averaged and paired -> its value
 Units = Mapping[Any, float | None]
-"""Seed or item, which is averaged and paired -> its value."""
 
 
 def bootstrap_interval(values: Sequence[float]) -> Interval | None:
@@ -49,18 +50,20 @@ def bootstrap_interval(values: Sequence[float]) -> Interval | None:
     if count < 2 or not np.isfinite(array).all():
         return None
     center, spread = float(array.mean()), float(np.ptp(array))
-    # Equal up to rounding: what is left of differences of equal numbers has no distribution.
+    # Values that are equal but for rounding have no distribution to resample.
     if spread <= 1e-12 * np.abs(array).max():
         return Interval(center, center)
     deviations = (array - center) / spread
 
+    # A resample is n indices of the n values.
     if count**count <= RESAMPLES:
         indices = np.indices((count,) * count).reshape(count, -1).T  # (resamples, n)
     else:
         indices = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     means = deviations[indices].mean(axis=1)  # (resamples,); 0 is the mean of the values
 
-    # z0 = Phi^-1(share of resampled means below the mean); ties count half.
+    # z0 = Phi^-1(share of resampled means below the mean); ties count half. The tolerance is for
+    # rounding: the deviations are of order one.
     is_tie = np.abs(means) < 1e-9
     is_below = (means < 0) & ~is_tie
     bias = ndtri(is_below.mean() + is_tie.mean() / 2)
@@ -76,11 +79,11 @@ def bootstrap_interval(values: Sequence[float]) -> Interval | None:
 
 
 def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:
-    """95 % interval of (wins + ties / 2) / n; None where there are ties and fewer than two pairs.
+    """95 % interval of (wins + ties / 2) / n; None for a single pair that is a tie.
 
-    Wilson's interval of a proportion where there is no tie; it has width even where all pairs are
-    won. With ties the rate is no proportion, and the interval is a bootstrap over the pairs'
-    1, 1/2 and 0.
+    Without ties it is Wilson's interval of a proportion, which has width even if all pairs are won.
+    With ties the rate is not a proportion, and the interval is a bootstrap over the values 1, 1/2
+    and 0 of the pairs.
     """
     from scipy import stats
 
@@ -91,7 +94,7 @@ def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean, (n,), n >= 1; rounded once, so that the order of values does not show."""
+    """Arithmetic mean, (n,), n >= 1; rounded once, so that it does not depend on the order."""
     return math.fsum(values) / len(values)
 
 
@@ -104,17 +107,23 @@ def units(rows: Iterable[Row], over: str = SEED) -> dict[str, Units]:
     """
     values: dict[str, dict[Any, list[float | None]]] = {}
     for row in rows:
-        unit = row.item if over == ITEM else row.subject if row.seed is None else row.seed
+        if over == ITEM:
+            unit = row.item
+        elif row.seed is None:
+            unit = row.subject
+        else:
+            unit = row.seed
         values.setdefault(row.group, {}).setdefault(unit, []).append(row.value)
-    return {
-        group: {unit: _mean(unit_values) for unit, unit_values in by_unit.items()}
-        for group, by_unit in values.items()
-    }
 
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    defined = [value for value in values if value is not None]
-    return mean(defined) if len(defined) == len(values) else None
+    means: dict[str, Units] = {}
+    for group, values_by_unit in values.items():
+        group_means: dict[Any, float | None] = {}
+        for unit, unit_values in values_by_unit.items():
+            defined = [value for value in unit_values if value is not None]
+            is_complete = len(defined) == len(unit_values)
+            group_means[unit] = mean(defined) if is_complete else None
+        means[group] = group_means
+    return means
 
 
 def summaries(
@@ -122,37 +131,38 @@ def summaries(
     control: str = "",
     over: str = SEED,
     unpaired: Collection[str] = (),
-    interval: OfMean = bootstrap_interval,
+    interval: IntervalOfMean = bootstrap_interval,
 ) -> list[Summary]:
     """One summary for each metric, item and step of each group.
 
-    At a step a value that is not defined leaves the mean undefined, so that a curve has a gap; of
-    the whole run it is left out. Means at a step have an error and no interval.
+    At a step, a value that is not defined leaves the mean undefined, so that the curve has a gap
+    there. Of a whole run it is left out of the mean. Means at a step have no interval.
 
     Args:
-        over: what is averaged and paired; where it is "item", items are not told apart.
+        over: the unit that is averaged and paired. With "item" there is one summary for all items.
         control: the group that the others are compared with; "" for no comparison.
-        unpaired: groups that can't be.
+        unpaired: groups that are not compared.
         interval: of a mean.
     """
     parts: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in rows:
-        parts.setdefault((row.metric, "" if over == ITEM else row.item, row.step), []).append(row)
+        item = "" if over == ITEM else row.item
+        parts.setdefault((row.metric, item, row.step), []).append(row)
     lines = []
     for (metric, item, step), part in parts.items():
         values = units(part, over)
         for group, group_values in values.items():
-            is_compared = group != control and group not in unpaired
-            control_values = values.get(control, {}) if is_compared else {}
-            numbers = _average(group_values, step, interval)
-            difference = _difference(group_values, control_values, interval)
-            if difference:
-                numbers |= {"control": control, **difference}
-            lines.append(Summary(group, metric, item, step, over, **numbers))
+            fields = _average(group_values, step, interval)
+            if group != control and group not in unpaired and control in values:
+                differences = _difference(group_values, values[control], interval)
+                if differences:
+                    fields |= {"control": control, **differences}
+            lines.append(Summary(group, metric, item, step, over, **fields))
     return lines
 
 
-def _average(values: Units, step: int | None, interval: OfMean) -> dict[str, Any]:
+def _average(values: Units, step: int | None, interval: IntervalOfMean) -> dict[str, Any]:
+    """Fields of a `Summary` of these values: count, mean, error and interval."""
     from scipy import stats
 
     defined = [value for value in values.values() if value is not None]
@@ -160,92 +170,114 @@ def _average(values: Units, step: int | None, interval: OfMean) -> dict[str, Any
         return {"count": len(values)}
     if not defined:
         return {}
-    error = float(stats.sem(defined)) if len(defined) > 1 else 0.0
-    bounds = interval(defined) if step is None else None
-    low, high = bounds or (None, None)
+    error = 0.0
+    if len(defined) > 1:
+        error = float(stats.sem(defined))
+    low = high = None
+    if step is None:
+        low, high = interval(defined) or (None, None)
     return {"count": len(defined), "mean": mean(defined), "error": error, "low": low, "high": high}
 
 
-def _difference(group_values: Units, control_values: Units, interval: OfMean) -> dict[str, Any]:
-    values = []
+def _difference(
+    group_values: Units, control_values: Units, interval: IntervalOfMean
+) -> dict[str, Any]:
+    """Fields of a `Summary` of the differences, paired by unit; {} without a pair."""
+    differences = []
     for unit, value in group_values.items():
         control_value = control_values.get(unit)
         if value is not None and control_value is not None:
-            values.append(value - control_value)
-    if not values:
+            differences.append(value - control_value)
+    if not differences:
         return {}
-    low, high = interval(values) or (None, None)
+    low, high = interval(differences) or (None, None)
+    signs = np.sign(differences)
     return {
-        "difference": mean(values),
+        "difference": mean(differences),
         "difference_low": low,
         "difference_high": high,
-        "higher": sum(value > 0 for value in values),
-        "equal": sum(value == 0 for value in values),
-        "lower": sum(value < 0 for value in values),
+        "higher": int((signs > 0).sum()),
+        "equal": int((signs == 0).sum()),
+        "lower": int((signs < 0).sum()),
     }
 
 
 def verdict(line: Summary, higher_is_better: bool | None) -> str | None:
-    """Better, worse or neither, by the interval of the mean difference; None if undefined."""
+    """Better, worse or undecided, by the interval of the mean difference; None if undefined."""
     if higher_is_better is None or line.difference is None:
         return None
     low, high = line.difference_low, line.difference_high
     if low is None or high is None or low <= 0 <= high:
         return UNDECIDED
-    return BETTER if (line.difference > 0) == higher_is_better else WORSE
+    is_higher = line.difference > 0
+    return BETTER if is_higher == higher_is_better else WORSE
 
 
 def control(subjects: Sequence[Entry], name: str | None, prefer: str | None = "lora") -> str:
     """The group that the others are compared with.
 
     Args:
-        name: ``--control``; None for the first group of the method ``prefer``, else the first
+        name: ``--control``; by default the first group of the method ``prefer``, else the first
             that is not the base model, else the first.
     """
     labels = list(dict.fromkeys(subject.group for subject in subjects))
-    if name is not None and name not in labels:
-        raise UserError(
-            f'--control is "{name}"{did_you_mean(name, labels)}: use one of {", ".join(labels)}.'
-        )
-    preferred = [subject.group for subject in subjects if prefer and subject.method == prefer]
-    trained = [subject.group for subject in subjects if subject.kind != "base"]
-    return name or [*preferred, *trained, *labels][0]
+    if name is not None:
+        if name not in labels:
+            hint = did_you_mean(name, labels)
+            raise UserError(f'--control is "{name}"{hint}: use one of {", ".join(labels)}.')
+        return name
+    for subject in subjects:
+        if prefer and subject.method == prefer:
+            return subject.group
+    for subject in subjects:
+        if subject.kind != "base":
+            return subject.group
+    return labels[0]
 
 
 @dataclass(frozen=True)
 class EqualTraining:
-    """The training loss at which groups are compared: the lowest that all of their runs reach."""
+    """The training loss at which groups are compared: the lowest that all of their runs reach.
+
+    ``set_by`` is the group of the run that reaches no lower loss.
+    """
 
     training_loss: float
     set_by: str
 
 
 def final(rows: Iterable[Row], metric: str) -> list[Row]:
-    """For each subject a row "final METRIC": its value at the last step that has one."""
-    return [_derived(curve[-1], "final") for curve in _curves(rows, metric)]
+    """A row "final METRIC" for each subject: its value at the last step that has one."""
+    return [_with_prefix("final", curve[-1]) for curve in _curves(rows, metric)]
 
 
 def best(rows: Iterable[Row], metric: str, higher_is_better: bool = False) -> list[Row]:
-    """For each subject a row "best METRIC": the best value over training."""
+    """A row "best METRIC" for each subject: its best value over training."""
     choose = max if higher_is_better else min
     best_rows = []
     for curve in _curves(rows, metric):
         best_row = choose(curve, key=lambda row: row.value or 0.0)
-        best_rows.append(_derived(best_row, "best"))
+        best_rows.append(_with_prefix("best", best_row))
     return best_rows
 
 
 def equal_training(
     rows: Sequence[Row], metric: str, training: str, unpaired: Collection[str] = ()
 ) -> tuple[EqualTraining | None, list[Row]]:
-    """For each subject a row "equal_training METRIC": its value at a level of the training loss.
+    """A row "equal_training METRIC" for each subject: its value at one level of the training loss.
 
     The level is the lowest that every run of the groups reaches. A group in which a run's training
-    loss never fell below its start is left aside: it would take all others back to the start.
+    loss never fell below its start does not set the level: at that level the other runs would be
+    compared near their own start.
+
+    Args:
+        training: name of the training loss, which is recorded at the same steps as the metric.
+        unpaired: groups that are left out.
     """
     losses = {(row.subject, row.step): row.value for row in rows if row.metric == training}
+    paired_rows = [row for row in rows if row.group not in unpaired]
     curves: list[_Curve] = []
-    for subject_rows in _curves([row for row in rows if row.group not in unpaired], metric):
+    for subject_rows in _curves(paired_rows, metric):
         curve = _Curve([], [])
         for row in subject_rows:
             loss = losses.get((row.subject, row.step))
@@ -255,30 +287,30 @@ def equal_training(
         if curve.rows:
             curves.append(curve)
 
-    # group -> the lowest loss of each run, None of one that never fell
-    reached: dict[str, list[float | None]] = {}
+    candidates = []  # (lowest loss of a run, its group)
+    groups_without_progress = set()
     for curve in curves:
-        lowest = min(curve.losses)
-        fell = lowest < curve.losses[0]
-        reached.setdefault(curve.rows[0].group, []).append(lowest if fell else None)
-    candidates = []
-    for group, values in reached.items():
-        if None not in values:
-            candidates += [(value, group) for value in values if value is not None]
+        lowest, group = min(curve.losses), curve.rows[0].group
+        candidates.append((lowest, group))
+        if lowest == curve.losses[0]:
+            groups_without_progress.add(group)
+    candidates = [pair for pair in candidates if pair[1] not in groups_without_progress]
     if not candidates:
         return None, []
+    # The highest of the runs' lowest losses is the lowest that all of them reach.
     level = EqualTraining(*max(candidates))
-    derived = []
+    equal_rows = []
     for curve in curves:
-        measured = [row.value or 0.0 for row in curve.rows]
-        value = at_training_loss(curve.losses, measured, level.training_loss)
+        values = [row.value or 0.0 for row in curve.rows]
+        value = at_training_loss(curve.losses, values, level.training_loss)
         if value is not None:
-            derived.append(replace(_derived(curve.rows[0], "equal_training"), value=value))
-    return level, derived
+            equal_row = _with_prefix("equal_training", curve.rows[0])
+            equal_rows.append(replace(equal_row, value=value))
+    return level, equal_rows
 
 
 class _Curve(NamedTuple):
-    """The rows of a subject at which its training loss was measured, too, and these losses."""
+    """The rows of a subject at the steps at which its training loss was measured too."""
 
     rows: list[Row]
     losses: list[float]
@@ -287,24 +319,26 @@ class _Curve(NamedTuple):
 def at_training_loss(
     training: Sequence[float], measured: Sequence[float], level: float
 ) -> float | None:
-    """Measurement at which a run's training loss first fell to ``level``.
+    """The measured value at which a run's training loss first fell to ``level``.
 
     Returns:
-        The value, interpolated linearly between the two points around ``level``; None where the
-        run never came down to it, or began below.
+        The value, interpolated linearly between the two points around ``level``; None if the run
+        never reached that level, or started below it.
     """
     if not len(training) or training[0] < level:
         return None
     for i in range(len(training) - 1):
         start, end = training[i], training[i + 1]
         if start >= level >= end:
-            share = (start - level) / (start - end) if start > end else 0.0
+            share = 0.0
+            if start > end:
+                share = (start - level) / (start - end)
             return float(measured[i] + share * (measured[i + 1] - measured[i]))
     return None
 
 
 def _curves(rows: Iterable[Row], metric: str) -> list[list[Row]]:
-    """The defined rows of each subject over training, in order."""
+    """The rows with a value of each subject, in the order of their steps."""
     curves: dict[str, list[Row]] = {}
     for row in rows:
         if row.metric == metric and row.step is not None and row.value is not None:
@@ -312,5 +346,6 @@ def _curves(rows: Iterable[Row], metric: str) -> list[list[Row]]:
     return [sorted(curve, key=lambda row: row.step or 0) for curve in curves.values()]
 
 
-def _derived(row: Row, prefix: str) -> Row:
+def _with_prefix(prefix: str, row: Row) -> Row:
+    """The row as a key figure of the whole run."""
     return replace(row, metric=f"{prefix} {row.metric}", step=None)

@@ -26,15 +26,16 @@ from .report import Column
 from .subjects import Subject, by_group
 from .table import Result, Row
 
-_COMPARED = ("auxiliary_learning_rate", "rho", "rank", "auxiliary_rank", "learning_rate")
+COMPARED_OPTIONS = ("auxiliary_learning_rate", "rho", "rank", "auxiliary_rank", "learning_rate")
 
 
 class Dynamics(Evaluation):
-    """The recorded curves of each run over all layers, cosines to its final weights, and key
-    figures of them; of LoRA-SAM also the curves of some layers, which a row's item names.
+    """The recorded curves of each run over all layers, cosines to its final weights, key figures.
 
-    ``settings`` has the cosine at which weights count as settled (``level``), and of each group its
-    number of ``steps`` and its ``options``: learning rates, ranks and radius.
+    Runs of LoRA-SAM also have the curves of some single layers, whose names are the rows' items.
+
+    ``settings``: ``level``, the cosine at which weights count as settled; ``steps`` and ``options``
+    (learning rates, ranks and radius) of each group.
     """
 
     name, title = "dynamics", "Training dynamics"
@@ -43,43 +44,47 @@ class Dynamics(Evaluation):
         from . import dynamics_curves as curves
 
         groups = by_group(subjects)
-        self.layers: dict[str, list[str]] = {}  # of each group, those with curves of their own
-        self.curves: dict[str, dict[str, curves.RunCurves]] = {}
+        self.layers: dict[str, list[str]] = {}  # group -> layers with curves of their own
+        self.curves: dict[str, dict[str, curves.RunCurves]] = {}  # run -> layer or "all" -> curves
         steps: dict[str, int] = {}
+        options: dict[str, dict[str, object]] = {}
         for group, runs in groups.items():
             self.layers[group] = []
-            # Figure A4 has single layers of LoRA-SAM alone.
+            # Figure A4 shows single layers of LoRA-SAM only.
             if runs[0].method == "lora-sam":
                 self.layers[group] = curves.spread(curves.layer_names(runs[0]))
-            over_all_layers = []
+            recorded_steps, last_steps = [], []
             for run in runs:
                 self.curves[run.label] = curves.read(run, self.layers[group])
-                over_all_layers.append(self.curves[run.label][curves.ALL_LAYERS])
-            require_common_steps(group, [run_curves.recorded for run_curves in over_all_layers])
-            steps[group] = max(run_curves.steps[-1] for run_curves in over_all_layers)
-        options = {group: compared_options(runs[0]) for group, runs in groups.items()}
+                all_layers = self.curves[run.label][curves.ALL_LAYERS]
+                recorded_steps.append(all_layers.recorded)
+                last_steps.append(all_layers.steps[-1])
+            require_common_steps(group, recorded_steps)
+            steps[group] = max(last_steps)
+            options[group] = compared_options(runs[0])
         self.settings |= {"level": curves.LEVEL, "steps": steps, "options": options}
         self._note(groups)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         from .dynamics_curves import ALL_LAYERS, OF_LAYERS
 
-        run_curves = self.curves[subject.label]
-        for name, values in run_curves[ALL_LAYERS].values.items():
+        all_layers = self.curves[subject.label][ALL_LAYERS]
+        for name, values in all_layers.values.items():
             for step, value in values.items():
                 yield subject.row(name, value, step=step)
-        for name, value in run_curves[ALL_LAYERS].figures().items():
+        for name, value in all_layers.figures().items():
             yield subject.row(name, value)
         for layer in self.layers[subject.group]:
+            layer_curves = self.curves[subject.label][layer]
             for name in OF_LAYERS:
-                for step, value in run_curves[layer].values.get(name, {}).items():
+                for step, value in layer_curves.values.get(name, {}).items():
                     yield subject.row(name, value, step=step, item=layer)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         from . import dynamics_curves as curves
         from . import dynamics_figures as figures
 
-        # Before the summaries, which are over runs.
+        # Key figures are of single runs, so they are rows, and the summaries average them too.
         rows += curves.key_figures(rows, self.settings["steps"])
         return replace(super().complete(subjects, rows), metrics=figures.metrics())
 
@@ -91,8 +96,8 @@ class Dynamics(Evaluation):
     def introduction(self, result: Result) -> str:
         return (
             f"Of all layers as one vector; mean over seeds with {report.INTERVALS}. Cosines are to"
-            ' the last recorded weights, which they reach by definition; "settled" is the step from'
-            f" which on a cosine stays at {result.settings['level']:g} or above."
+            ' the last recorded weights, so they end at 1; "settled" is the step from which on a'
+            f" cosine stays at {result.settings['level']:g} or above."
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
@@ -121,7 +126,7 @@ def compared_options(run: Subject) -> dict[str, object]:
     """Learning rates, ranks and radius of a run, as far as its method reads them."""
     method = methods.get(str(run.method))
     read_options = {*method.reads, "rank", "learning_rate"}
-    names = [name for name in _COMPARED if name in read_options]
+    names = [name for name in COMPARED_OPTIONS if name in read_options]
     if AUXILIARY in method.adapters:
         names.append("rho_norm")
     return {name: run.option(name) for name in names}

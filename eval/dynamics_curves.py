@@ -1,5 +1,5 @@
-"""One run's dynamics as curves: what was recorded, and cosines to the final weights; and key
-figures of these: when weights settle, how far the adapters are apart.
+"""One run's dynamics as curves: recorded norms, cosines to the final weights, and key figures, such
+as the step at which weights settle.
 """
 
 from __future__ import annotations
@@ -34,41 +34,39 @@ from .subjects import Subject
 from .table import Row
 
 ALL_LAYERS = "all"
+# Vectors of which cosines are taken: A, B, both, or B A; all chosen layers form one vector
 QUANTITIES = ("A", "B", "factors", "product")
-"""Vectors that a cosine is taken of: A, B, both, or B A, all chosen layers as one."""
 NAMES = {PRIMARY: "primary", AUXILIARY: "auxiliary"}
+# The auxiliary's cosine to the primary's final weights
 CROSS = "auxiliary_to_primary"
 LOGGED = ("auxiliary_norm", "auxiliary_norm_before")
+# Curves of single layers that are shown (Fig. A4)
 OF_LAYERS = (*NORMS, RATIO)
-"""Curves of single layers that are shown (Fig. A4)."""
+# Ratio of Eq. 5's terms above which the third term counts as negligible
 NEGLIGIBLE = 1e4
-"""Ratio of Eq. 5's terms above which the third counts as negligible."""
+# Layers of a group that have curves of their own
 SMALL_MULTIPLES = 4
+# Cosine to the final weights at which weights count as settled
 LEVEL = 0.9
-"""The cosine to the final weights at which they count as settled."""
 
 
 @dataclass(frozen=True)
 class RunCurves:
-    """Curves of one run over some layers.
+    """Curves of one run over some layers."""
 
-    Args:
-        values: name -> step -> value, None where it is not defined. Cosines are called
-            "primary/A", "auxiliary/product", "auxiliary_to_primary/product" and so on.
-        layer_ratios: step -> ratio of Figure 2b of each layer, None where it is not defined; of
-            LoRA-SAM.
-        chance: "column_overlap" and "row_overlap" of random subspaces, the mean of max(r1, r2) / d
-            over the layers; {} without an auxiliary.
-    """
-
+    # Name -> step -> value, None where it is not defined. The names of cosines are "primary/A",
+    # "auxiliary/product", "auxiliary_to_primary/product" and so on.
     values: dict[str, dict[int, float | None]]
+    # Step -> Figure 2b's ratio of each layer, None where it is not defined; {} but for LoRA-SAM
     layer_ratios: dict[int, list[float | None]]
+    # "column_overlap" and "row_overlap" of random subspaces, the mean of max(r1, r2) / d over the
+    # layers; {} without an auxiliary
     chance: dict[str, float]
 
     @property
     def steps(self) -> list[int]:
-        """All steps that have a value."""
-        return sorted({step for curve in self.values.values() for step in curve})
+        """All steps that have a value, in order."""
+        return sorted(set().union(*self.values.values()))
 
     @property
     def recorded(self) -> set[int]:
@@ -76,11 +74,11 @@ class RunCurves:
         return set(self.values["primary/product"])
 
     def figures(self) -> dict[str, float | None]:
-        """Figures that need its layers one by one.
+        """Figures that are computed layer by layer.
 
-        "layer_ratio" is a layer's median ratio over the steps that have one, then the median over
-        layers; "layers_above" the share of the layers whose median is above ``NEGLIGIBLE``; "chance
-        column_overlap" (and of rows) the overlap of random subspaces of these sizes.
+        "layer_ratio": each layer's median ratio over the steps that have one, then the median over
+        layers. "layers_above": share of the layers whose median is above ``NEGLIGIBLE``. "chance
+        column_overlap" and "chance row_overlap": overlap of random subspaces of these sizes.
         """
         figures: dict[str, float | None] = {}
         for name, value in self.chance.items():
@@ -88,7 +86,8 @@ class RunCurves:
         if RATIO not in self.values:
             return figures
         medians = []
-        for ratios in zip(*self.layer_ratios.values(), strict=True):  # of one layer, over the steps
+        for ratios in zip(*self.layer_ratios.values(), strict=True):
+            # The ratios are those of one layer at all steps.
             defined = [ratio for ratio in ratios if ratio is not None]
             if defined:
                 medians.append(median(defined))
@@ -101,12 +100,15 @@ class RunCurves:
 
 
 def layer_names(run: Subject) -> list[str]:
-    """The layers of a recorded run."""
-    return snapshots.read(_files(run)[-1]).names
+    """Names of the layers of a recorded run."""
+    return snapshots.read(_snapshot_files(run)[-1]).names
 
 
-def _files(run: Subject) -> list[Path]:
-    files = [] if run.folder is None else list(snapshots.steps(run.folder).values())
+def _snapshot_files(run: Subject) -> list[Path]:
+    """The snapshots of a run by step; refused if there are fewer than two."""
+    files: list[Path] = []
+    if run.folder is not None:
+        files = list(snapshots.steps(run.folder).values())
     if len(files) < 2:
         problem = "one snapshot only" if files else "no dynamics"
         raise UserError(f"{run.folder} has {problem}: train to the end with --log_dynamics.")
@@ -121,34 +123,34 @@ def spread(names: Sequence[str], count: int = SMALL_MULTIPLES) -> list[str]:
 
 
 def read(run: Subject, layers: Sequence[str] = ()) -> dict[str, RunCurves]:
-    """The curves of a run over ``ALL_LAYERS`` layers and over single ones."""
-    files = _files(run)
+    """The curves of a run, by layer: ``ALL_LAYERS`` of all together, and those of single layers."""
+    files = _snapshot_files(run)
     final = snapshots.read(files[-1])
+    indices_of = {ALL_LAYERS: list(range(len(final.names)))}  # positions in a snapshot
     for layer in layers:
         if layer not in final.names:
             raise UserError(f"{run.folder} lacks {layer} of its group: leave it out.")
-    # name of a curve's layers -> their numbers in a snapshot
-    indices_of = {ALL_LAYERS: list(range(len(final.names)))}
-    for layer in layers:
         indices_of[layer] = [final.names.index(layer)]
-    curves = {
-        name: RunCurves({}, {}, _chance(final, indices)) for name, indices in indices_of.items()
-    }
+    curves: dict[str, RunCurves] = {}
+    for name, indices in indices_of.items():
+        curves[name] = RunCurves({}, {}, _chance_overlaps(final, indices))
     for file in files:
         # One snapshot and the last one are in memory at a time.
         snapshot = final if file == files[-1] else snapshots.read(file)
         if snapshot.names != final.names:
             raise UserError(f"{file} has other layers than {files[-1].name}: train again.")
+        step = snapshot.step
         for name, indices in indices_of.items():
             # Norms and cosines are of these layers as one vector.
-            figures = {key: values[indices] for key, values in snapshot.layers.items()}
-            for key, value in (totals(figures) | _cosines(snapshot, final, indices)).items():
-                curves[name].values.setdefault(key, {})[snapshot.step] = value
-            if FIRST_ORDER in figures:
-                ratios = (figures[FIRST_ORDER] / figures[TERMS[-1]]).tolist()
-                curves[name].layer_ratios[snapshot.step] = [
-                    ratio if math.isfinite(ratio) else None for ratio in ratios
-                ]
+            layer_figures = {key: values[indices] for key, values in snapshot.layers.items()}
+            figures = totals(layer_figures) | _cosines(snapshot, final, indices)
+            for key, value in figures.items():
+                curves[name].values.setdefault(key, {})[step] = value
+            if FIRST_ORDER in layer_figures:
+                # Figure 2b: ||B e_A + e_B A|| / ||e_B e_A|| of each layer
+                ratios = (layer_figures[FIRST_ORDER] / layer_figures[TERMS[-1]]).tolist()
+                finite_ratios = [ratio if math.isfinite(ratio) else None for ratio in ratios]
+                curves[name].layer_ratios[step] = finite_ratios
     for line in run.log():
         for key in LOGGED:
             if key in line:
@@ -160,17 +162,16 @@ def read(run: Subject, layers: Sequence[str] = ()) -> dict[str, RunCurves]:
 def _cosines(
     snapshot: Snapshot, final: Snapshot, indices: Sequence[int]
 ) -> dict[str, float | None]:
-    """Cosines of each adapter with its final weights, and of the auxiliary with the primary's."""
-    pairs = {
-        NAMES[adapter]: (factors, final.factors[adapter])
-        for adapter, factors in snapshot.factors.items()
-    }
+    """Cosines of each adapter to its final weights, and of the auxiliary to the primary's."""
+    pairs = {}
+    for adapter, factors in snapshot.factors.items():
+        pairs[NAMES[adapter]] = (factors, final.factors[adapter])
     if AUXILIARY in snapshot.factors:
         pairs[CROSS] = (snapshot.factors[AUXILIARY], final.factors[PRIMARY])
     values = {}
     for name, (left, right) in pairs.items():
-        of_layers = cosines([left[i] for i in indices], [right[i] for i in indices])
-        for quantity, value in of_layers.items():
+        pair_cosines = cosines([left[i] for i in indices], [right[i] for i in indices])
+        for quantity, value in pair_cosines.items():
             values[f"{name}/{quantity}"] = value
     return values
 
@@ -184,31 +185,35 @@ def cosines(left: Sequence[Factors], right: Sequence[Factors]) -> dict[str, floa
     if all(f.A.shape == g.A.shape for f, g in zip(left, right, strict=True)):
         dots_A = _dots([f.A for f in left], [g.A for g in right])
         dots_B = _dots([f.B for f in left], [g.B for g in right])
-        values["A"], values["B"] = _cosine(*dots_A), _cosine(*dots_B)
+        values["A"] = _cosine(dots_A)
+        values["B"] = _cosine(dots_B)
         # (A, B) as one vector: the inner products add up.
-        values["factors"] = _cosine(*(a + b for a, b in zip(dots_A, dots_B, strict=True)))
-    values["product"] = _cosine(
-        float(inner_products(left, right).sum()),
-        float(inner_products(left, left).sum()),
-        float(inner_products(right, right).sum()),
-    )
+        values["factors"] = _cosine(dots_A + dots_B)
+    # <B A, B' A'> without the products in memory
+    pairs = ((left, right), (left, left), (right, right))
+    products = [float(inner_products(first, second).sum()) for first, second in pairs]
+    values["product"] = _cosine(torch.tensor(products, dtype=torch.float64))
     return values
 
 
-def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[float, float, float]:
-    """<v, w>, <v, v> and <w, w> of all tensors as one vector, in float64."""
+def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """<v, w>, <v, v> and <w, w> of all tensors as one vector, (3,), in float64."""
     v = torch.cat([tensor.double().flatten() for tensor in left])
     w = torch.cat([tensor.double().flatten() for tensor in right])
-    return float(v @ w), float(v @ v), float(w @ w)
+    return torch.stack([v @ w, v @ v, w @ w])
 
 
-def _cosine(inner: float, left: float, right: float) -> float | None:
+def _cosine(dots: Tensor) -> float | None:
+    """<v, w> / (||v|| ||w||) of what `_dots` returns; None if a vector is zero."""
+    inner, left, right = dots.tolist()
     length = math.sqrt(max(left, 0.0) * max(right, 0.0))  # rounding may leave less than zero
-    return inner / length if length > 0 else None
+    if not length > 0:  # zero, or NaN
+        return None
+    return inner / length
 
 
-def _chance(final: Snapshot, indices: Sequence[int]) -> dict[str, float]:
-    """Overlap of two random subspaces of the layers' sizes."""
+def _chance_overlaps(final: Snapshot, indices: Sequence[int]) -> dict[str, float]:
+    """Overlap of two random subspaces of the layers' sizes, max(r1, r2) / d; mean over layers."""
     if AUXILIARY not in final.factors:
         return {}
     columns, rows = [], []
@@ -221,13 +226,18 @@ def _chance(final: Snapshot, indices: Sequence[int]) -> dict[str, float]:
 
 
 def key_figures(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
-    """Figures of each run's curves at the steps that all runs of its group have.
+    """Key figures of each run's curves, at the steps that all runs of its group have.
 
-    Of cosines to the own final weights "settled NAME", the step from which on it is ``LEVEL`` or
-    more, and "start NAME", its first value; how much later the auxiliary settles, "lag product"
-    and "lag factors", and after which "share" of all steps. Of the ratio "lowest", "median" and
-    "highest". Of the cosine to the other's final weights the "largest" by absolute value; of
-    overlaps, cosine and gain "final" and "mean".
+    - Cosine to the adapter's own final weights: "settled NAME", the step from which on it is
+      ``LEVEL`` or more; "start NAME", its first value; "lag product" and "lag factors", how many
+      steps later the auxiliary settles; "share ...", after which share of all steps it does.
+    - Ratio of Eq. 5's terms: "lowest", "median" and "highest".
+    - Cosine to the primary's final weights: "largest" by absolute value.
+    - Overlaps, cosine and gain: "final" and "mean".
+
+    Args:
+        rows: the curves.
+        steps: number of steps of each group.
     """
     # (group, metric) -> run -> step -> row
     curves: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
@@ -260,7 +270,7 @@ def _figures(metric: str, points: Sequence[Row]) -> dict[str, float | None]:
     if metric in (GAIN, COLUMNS, ROWS, COSINE):
         if not values:
             return {"final": None, "mean": None}
-        # Of a curve that ends undefined, the last value that it has.
+        # The last value that is defined
         return {"final": values[-1], "mean": sum(values) / len(values)}
     if "/" in metric and not metric.startswith(CROSS):
         settled = settles([row.step or 0 for row in points], [row.value for row in points], LEVEL)
@@ -269,18 +279,19 @@ def _figures(metric: str, points: Sequence[Row]) -> dict[str, float | None]:
 
 
 def _lags(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
-    """How many steps after the primary's an auxiliary settles, and after which share of all."""
+    """The figures "lag" and "share" of each auxiliary, see `key_figures`."""
     settled = {(row.subject, row.metric): row.value for row in rows}
     figures = []
     for row in rows:
         if row.metric not in ("settled auxiliary/product", "settled auxiliary/factors"):
             continue
         quantity = row.metric.rpartition("/")[2]
-        primary, auxiliary = settled[row.subject, f"settled primary/{quantity}"], row.value
+        primary = settled[row.subject, f"settled primary/{quantity}"]
         lag = share = None
-        if auxiliary is not None:
-            share = auxiliary / steps[row.group]
-            lag = None if primary is None else auxiliary - primary
+        if row.value is not None:
+            share = row.value / steps[row.group]
+            if primary is not None:
+                lag = row.value - primary
         figures.append(replace(row, metric=f"lag {quantity}", value=lag))
         figures.append(replace(row, metric=f"share {quantity}", value=share))
     return figures
@@ -289,20 +300,21 @@ def _lags(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
 def settles(steps: Sequence[int], values: Sequence[float | None], level: float) -> float | None:
     """The step from which on a curve stays at ``level`` or above.
 
-    Interpolated linearly between the last point below and the next; the first step that has a
-    value where none is below; None where the last point is below.
+    It is interpolated linearly between the last point below the level and the next one. It is the
+    first step with a value if no point is below; None if the last point is.
     """
     points = []
     for step, value in zip(steps, values, strict=True):
         if value is not None:
             points.append((step, value))
     indices_below = [i for i, (_, value) in enumerate(points) if value < level]
+    if not points:
+        return None
     if not indices_below:
-        return float(points[0][0]) if points else None
+        return float(points[0][0])
     crossing = indices_below[-1]
     if crossing == len(points) - 1:
         return None
     left, low = points[crossing]
     right, high = points[crossing + 1]
-    # On the straight line between the two points.
     return left + (right - left) * (level - low) / (high - low)

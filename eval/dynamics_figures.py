@@ -1,4 +1,4 @@
-"""Figures 2, A2 and A4 of the paper, one of the auxiliary's curve, and tables of key figures."""
+"""The paper's Figures 2, A2 and A4, a figure of the auxiliary, and tables of key figures."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from .plot import Curve, Panel, wrapped
 from .report import Column
 from .table import Metric, Result
 
+# Label and color of each of the `TERMS` of Eq. 5
 TERM_COLORS = {
     r"$\|B\epsilon_A\|_F$": "tab:red",
     r"$\|\epsilon_B A\|_F$": "tab:blue",
     r"$\|\epsilon_B \epsilon_A\|_F$": "tab:green",
 }
-"""Label and color of each of the `TERMS`."""
 RATIO_TITLE = r"$\|B\epsilon_A + \epsilon_B A\|_F \,/\, \|\epsilon_B \epsilon_A\|_F$"
+# Name of a cosine -> its label and color in Figure A2
 ROLES = {
     "primary": ("primary", "tab:red"),
     "auxiliary": ("auxiliary", "tab:blue"),
@@ -46,29 +47,25 @@ def metrics() -> dict[str, Metric]:
         f"largest {CROSS}/factors": "the same of A and B",
         f"mean {GAIN}": "ascent gain, mean over steps",
     }
-    percent = {"scale": 100, "form": ".0f"}
-    return {name: Metric(title, higher_is_better=None) for name, title in titles.items()} | {
-        "start primary/A": Metric("A at start", form=".2f"),
-        "start auxiliary/A": Metric("A at start", form=".2f"),
-        "share product": Metric("% of the steps before it", **percent),
-        "layers_above": Metric(f"% of layers above {NEGLIGIBLE:.0f}", **percent),
-    }
+    metrics = {name: Metric(title, higher_is_better=None) for name, title in titles.items()}
+    metrics["start primary/A"] = Metric("A at start", form=".2f")
+    metrics["start auxiliary/A"] = Metric("A at start", form=".2f")
+    above_title = f"% of layers above {NEGLIGIBLE:.0f}"
+    metrics["share product"] = Metric("% of the steps before it", scale=100, form=".0f")
+    metrics["layers_above"] = Metric(above_title, scale=100, form=".0f")
+    return metrics
 
 
 def columns(result: Result) -> dict[str, list[Column]]:
-    """The tables."""
+    """Title of each table -> its columns, of the tables whose first metric was measured."""
     steps = " or ".join(map(str, sorted(set(result.settings["steps"].values()))))
+    primary = [f"settled primary/{quantity}" for quantity in QUANTITIES]
+    primary.append("start primary/A")
+    auxiliary = [f"settled auxiliary/{quantity}" for quantity in QUANTITIES]
+    auxiliary += ["start auxiliary/A", "lag product", "share product"]
     tables = {
-        f"Primary, of {steps} steps": [
-            *_settled("primary"),
-            "start primary/A",
-        ],
-        f"Auxiliary, of {steps} steps": [
-            *_settled("auxiliary"),
-            "start auxiliary/A",
-            "lag product",
-            "share product",
-        ],
+        f"Primary, of {steps} steps": primary,
+        f"Auxiliary, of {steps} steps": auxiliary,
         "LoRA-SAM: terms of Eq. 5": [
             f"lowest {RATIO}",
             f"median {RATIO}",
@@ -87,35 +84,36 @@ def columns(result: Result) -> dict[str, list[Column]]:
             f"mean {GAIN}",
         ],
     }
-    metrics_there = {line.metric for line in result.summaries}
-    columns_of = {}
+    measured = {line.metric for line in result.summaries}
+    columns_by_title = {}
     for title, names in tables.items():
-        if names[0] in metrics_there:
-            columns_of[title] = [Column(name) for name in names]
-    return columns_of
-
-
-def _settled(adapter: str) -> list[str]:
-    return [f"settled {adapter}/{quantity}" for quantity in QUANTITIES]
+        if names[0] in measured:
+            columns_by_title[title] = [Column(name) for name in names]
+    return columns_by_title
 
 
 def panels(result: Result) -> dict[str, list[list[Panel]]]:
-    """The pictures that these runs allow."""
-    sam_groups = [group for group in result.groups if result.curve(group, FIRST_ORDER)]
-    groups_with_auxiliary = [group for group in result.groups if result.curve(group, COSINE)]
-    layer_rows: list[list[Panel]] = []
-    for group in sam_groups:
-        layer_rows += _layers(result, group)
-    pictures = {
-        "fig2_lora_sam.png": [_lora_sam(group) for group in sam_groups],
-        "figA4_layers.png": layer_rows,
-        "figA2_convergence.png": _convergence(result),
-        "auxiliary.png": _auxiliary(result, groups_with_auxiliary),
-    }
-    return {name: rows for name, rows in pictures.items() if rows}
+    """Name of each picture that these runs have something for -> its rows of panels."""
+    sam_rows, layer_rows = [], []
+    groups_with_auxiliary = []
+    for group in result.groups:
+        if result.curve(group, FIRST_ORDER):  # recorded by LoRA-SAM only
+            sam_rows.append(_lora_sam(group))
+            layer_rows += _layers(result, group)
+        if result.curve(group, COSINE):
+            groups_with_auxiliary.append(group)
+    pictures: dict[str, list[list[Panel]]] = {}
+    if sam_rows:
+        pictures["fig2_lora_sam.png"] = sam_rows
+        pictures["figA4_layers.png"] = layer_rows
+    pictures["figA2_convergence.png"] = _convergence(result)
+    if groups_with_auxiliary:
+        pictures["auxiliary.png"] = _auxiliary(result, groups_with_auxiliary)
+    return pictures
 
 
 def _terms(group: str, title: str, layer: str = "") -> Panel:
+    """Norms of the three terms of Eq. 5, of a layer or, by default, of all layers."""
     curves = []
     for name, (label, color) in zip(TERMS, TERM_COLORS.items(), strict=True):
         curves.append(Curve(group, name, layer, label, color))
@@ -123,6 +121,7 @@ def _terms(group: str, title: str, layer: str = "") -> Panel:
 
 
 def _ratio(group: str, title: str, layer: str = "") -> Panel:
+    """Ratio of Eq. 5's terms, of a layer or, by default, of all layers."""
     return Panel(title, RATIO_TITLE, [Curve(group, RATIO, layer, color="tab:purple")], log=True)
 
 
@@ -140,9 +139,9 @@ def _lora_sam(group: str) -> list[Panel]:
 
 
 def _layers(result: Result, group: str) -> list[list[Panel]]:
-    """Figure A4: norms above, ratio below, one column for each layer."""
-    lines = [line for line in result.summaries if line.group == group]
-    layers = dict.fromkeys(line.item for line in lines if line.item)
+    """Figure A4: norms above, ratio below, a column for each layer."""
+    items = [line.item for line in result.summaries if line.group == group]
+    layers = [item for item in dict.fromkeys(items) if item]
     return [
         [_terms(group, wrapped(layer), layer) for layer in layers],
         [_ratio(group, f"{group}: ratio of Fig. 2b", layer) for layer in layers],
@@ -150,7 +149,7 @@ def _layers(result: Result, group: str) -> list[list[Panel]]:
 
 
 def _convergence(result: Result) -> list[list[Panel]]:
-    """Figure A2: one panel for each group, three in a row."""
+    """Figure A2: a panel for each group, three in a row."""
     styles = {"product": "-", "factors": "--"}
     group_panels = []
     for group in result.groups:
@@ -166,6 +165,7 @@ def _convergence(result: Result) -> list[list[Panel]]:
 
 
 def _rates(result: Result, group: str) -> str:
+    """Both learning rates for a title; "" without an auxiliary."""
     options = result.settings["options"][group]
     rate, auxiliary_rate = options["learning_rate"], options.get("auxiliary_learning_rate")
     if auxiliary_rate is None:
@@ -175,9 +175,8 @@ def _rates(result: Result, group: str) -> str:
 
 def _auxiliary(result: Result, groups: Sequence[str]) -> list[list[Panel]]:
     """Overlap of the subspaces, cosine of the products, ascent gain, and norm against rho."""
-    if not groups:
-        return []
-    chances, radii = [], []
+    overlaps, norms, cosines, gains = [], [], [], []
+    chances, radii = [], []  # horizontal lines
     for group in groups:
         for side in (COLUMNS, ROWS):
             line = result.summary(group, f"chance {side}")
@@ -186,37 +185,22 @@ def _auxiliary(result: Result, groups: Sequence[str]) -> list[list[Panel]]:
         rho = result.settings["options"][group].get("rho")
         if isinstance(rho, int | float):  # and not "auto"
             radii.append(rho)
-    overlaps, norms, cosines, gains = [], [], [], []
-    for group in groups:
         overlaps.append(Curve(group, COLUMNS, style="-"))
         overlaps.append(Curve(group, ROWS, style="--"))
         norms.append(Curve(group, "auxiliary_norm", style="-"))
         norms.append(Curve(group, "auxiliary_norm_before", style="--"))
         cosines.append(Curve(group, COSINE, label=group, style="-"))
         gains.append(Curve(group, GAIN, style="-"))
-    return [
-        [
-            Panel(
-                "overlap, Col(B) solid, Row(A) dashed, random dotted\nall layers",
-                "mean squared cosine of principal angles",
-                overlaps,
-                levels=chances,
-            ),
-            Panel("cosine of B1 A1 and B2 A2", "cosine", cosines, levels=[0]),
-        ],
-        [
-            Panel(
-                r"first-order ascent gain $\langle G, s_2 B_2 A_2 \rangle$",
-                "loss",
-                gains,
-                levels=[0],
-            ),
-            Panel(
-                r"$\|s_2 B_2 A_2\|_F$ : projected solid, before dashed",
-                "norm",
-                norms,
-                log=True,
-                levels=radii,
-            ),
-        ],
+    overlap_title = "overlap, Col(B) solid, Row(A) dashed, random dotted\nall layers"
+    overlap_label = "mean squared cosine of principal angles"
+    gain_title = r"first-order ascent gain $\langle G, s_2 B_2 A_2 \rangle$"
+    norm_title = r"$\|s_2 B_2 A_2\|_F$ : projected solid, before dashed"
+    upper_row = [
+        Panel(overlap_title, overlap_label, overlaps, levels=chances),
+        Panel("cosine of B1 A1 and B2 A2", "cosine", cosines, levels=[0]),
     ]
+    lower_row = [
+        Panel(gain_title, "loss", gains, levels=[0]),
+        Panel(norm_title, "norm", norms, log=True, levels=radii),
+    ]
+    return [upper_row, lower_row]

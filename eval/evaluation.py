@@ -1,6 +1,6 @@
 """The order of work that all commands share: subjects, rows, a result, its figures and report.
 
-A command is what a subject's rows are, and the figures that show them:
+A command says what the rows of a subject are, and which figures show them:
 
     class Flips(Evaluation):
         name = "flips"
@@ -10,9 +10,9 @@ A command is what a subject's rows are, and the figures that show them:
 
     main = Flips.main
 
-What a report shows is data too: tables of columns, and figures of panels.
+The report's content is data too: tables of columns, and figures of panels.
 
-Whatever needs torch or scipy is imported within its hooks, so that ``--help`` does not wait for it.
+What needs torch or scipy is imported within the hooks, so that ``--help`` does not wait for it.
 """
 
 from __future__ import annotations
@@ -31,28 +31,29 @@ from .command import Parser, open_folder, remove_last_figures, require_free, run
 from .plot import Panel
 from .report import Column
 from .subjects import Subject, gather
-from .table import Metric, Result, Row, Summary, command_line, of_runs
+from .table import Metric, Result, Row, Summary, command_line, provenance_of_runs
 
 
 class Evaluation:
-    """One command: subclass it, and override what it does otherwise.
+    """One command: subclass it, and override the hooks in which it differs.
 
     The hooks are called in this order: ``arguments``, ``subjects``, ``prepare``, ``produce``,
-    ``rows`` of each subject, ``complete``, ``figures``, ``report``. Up to ``prepare`` nothing is
+    ``rows`` for each subject, ``complete``, ``figures``, ``report``. Up to ``prepare`` nothing is
     written.
 
     Attributes:
         name: the result's kind.
-        module: of the command, as in ``python -m MODULE``; by default that of the name in ``eval``.
-        described: by default the module's docstring; its first paragraph stands above the flags.
+        module: of the command, as in ``python -m MODULE``; by default ``eval.NAME``.
+        described: text of ``--help``, by default the module's docstring. Its first paragraph stands
+            above the flags.
         options: dataclasses of its flags; see `bilora_diffusion.core.fields`.
         runs: help of the argument that names the runs.
         title: of the report; by default the name.
-        metrics: how its metrics are shown.
-        over: what is averaged and paired: "seed" or "item".
+        metrics: titles and formats of its metrics, by name.
+        over: the unit that is averaged and paired: "seed" or "item".
         args, command, folder: of the command line; the command without machine paths.
         settings, notes: for the result; hooks add to them.
-        exit_code: of the command, where it is another than 0 although the result was written.
+        exit_code: of the command, where it is not 0 although the result is written; else None.
     """
 
     name: ClassVar[str]
@@ -81,6 +82,7 @@ class Evaluation:
     @classmethod
     def parser(cls) -> Parser:
         """The command line."""
+        # By default the docstring of the module in which the subclass is defined
         described = cls.described or sys.modules[cls.__module__].__doc__
         parser = Parser(cls.module or f"eval.{cls.name}", described, cls.options)
         cls.arguments(parser)
@@ -88,7 +90,7 @@ class Evaluation:
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
-        """Add what is no option: run folders, ``--group``, ``--output_dir``."""
+        """Add the arguments that are no options: run folders, ``--group``, ``--output_dir``."""
         parser.add_runs(cls.runs)
         parser.add_output(cls.name)
 
@@ -100,10 +102,10 @@ class Evaluation:
         """Check what can be checked, before anything is measured or written."""
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject] | None:
-        """Make what is measured, such as runs or images, in every process of the command.
+        """Produce what is measured, such as runs or images, in every process of the command.
 
         Returns:
-            The subjects to measure; None in a process whose share another one measures.
+            The subjects to measure; None in a process that only produces and does not measure.
         """
         return subjects
 
@@ -123,10 +125,13 @@ class Evaluation:
         control: str = "",
         **fields: Any,
     ) -> Result:
-        """A result with what this command knows; ``fields`` are further ones of it."""
+        """A result with the command's settings and notes; ``fields`` are its further fields.
+
+        By default its metrics are the command's, and its provenance is that of the runs.
+        """
         records = [subject.record for subject in subjects if subject.record]
-        provenance = of_runs(self.command, records)
-        fields = {"metrics": dict(self.metrics), "provenance": provenance, **fields}
+        fields.setdefault("metrics", dict(self.metrics))
+        fields.setdefault("provenance", provenance_of_runs(self.command, records))
         return Result(
             kind=self.name,
             subjects=subjects,
@@ -150,39 +155,43 @@ class Evaluation:
         return list(pictures)
 
     def introduction(self, result: Result) -> str:
-        """Text above the tables."""
+        """Sentences above the tables."""
         return f"Mean with {report.INTERVALS}."
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
-        """Heading of a table, or "" for none, -> its columns; by default all metrics in one."""
-        # Lines with a step belong to curves.
-        names: dict[tuple[str, str], Column] = {}
+        """Heading of each table, or "" for none, -> its columns; by default all metrics in one."""
+        columns: dict[tuple[str, str], Column] = {}
         for line in result.summaries:
+            # Summaries with a step belong to curves.
             if line.step is None:
-                names[line.metric, line.item] = Column(line.metric, line.item)
-        return {"": list(names.values())}
+                columns[line.metric, line.item] = Column(line.metric, line.item)
+        return {"": list(columns.values())}
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]] | None:
-        """Head of a column -> what it says of a group; see :func:`~eval.report.comparison`."""
+        """Head of a column -> its cell for a group; see :func:`~eval.report.comparison`."""
         return None
 
     def report(self, result: Result) -> str:
-        """``report.md``."""
+        """The text of ``report.md``."""
         title = self.title or self.name.replace("_", " ").capitalize()
         parts = [f"# {title}", self.introduction(result)]
         for heading, columns in self.columns(result).items():
             table = report.comparison(result, columns, self.facts(result))
-            parts.append(report.section(heading, table) if heading else table)
-        return report.page(*parts, *self.further(result))
+            if heading:
+                table = report.section(heading, table)
+            parts.append(table)
+        parts += self.further(result)
+        return report.page(*parts)
 
     def further(self, result: Result) -> list[str]:
-        """Parts below the tables: figures, notes and origin at the end."""
+        """Parts below the tables: by default figures, notes and origin."""
         return [report.closing(result)]
 
     def work(self) -> int | None:
-        """Do all of it; returns an exit code of its own, or None for 0."""
+        """Measure the subjects and write the result; returns an exit code, or None for 0."""
         subjects = self.subjects()
         self.prepare(subjects)
+        # Before anything takes long: the result can be written, and overwrites no other command's.
         open_folder(self.folder)
         require_free(self.folder, self.name)
         subjects_to_measure = self.produce(subjects)
@@ -195,13 +204,14 @@ class Evaluation:
         return self.exit_code
 
     def write(self, result: Result) -> None:
-        """Draw, write all files, and print the report and where they are."""
+        """Draw the figures, write all files, and print the report and the files' names."""
         result = replace(result, figures=self.figures(result, self.folder))
         remove_last_figures(self.folder, self.command, result.figures)
         report = self.report(result)
         table.write(result, self.folder, report)
         files = [table.REPORT, table.ROWS, table.SUMMARY, table.FILE, *result.figures]
         lines = [*report.splitlines(), f"written: {self.folder}/{', '.join(files)}"]
+        # A run's name or a prompt could otherwise control the terminal.
         print("\n".join(map(strip_controls, lines)))
 
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.values import HELDOUT_LOSS, TRAINING_GRID_LOSS
 
 from . import compare, report
 from .evaluation import Evaluation, require_common_steps
@@ -28,28 +29,30 @@ from .report import Column
 from .subjects import Subject, by_group, paired
 from .table import Metric, Result, Row
 
-TRAINING, HELDOUT, GAP = "train_grid_loss", "heldout_loss", "gap"
-LOWEST_AT = f"step of best {HELDOUT}"
+GAP = "gap"
+LOWEST_AT = f"step of best {HELDOUT_LOSS}"
 
 
 def metrics(level: float | None = None) -> dict[str, Metric]:
-    """Titles and forms of the metrics: losses times 1000."""
+    """Titles and forms of the metrics; losses are shown times 1000.
 
-    def loss(title: str) -> Metric:
-        return Metric(title, higher_is_better=False, scale=1000, form=".2f")
-
+    Args:
+        level: the training loss at which runs are compared, for the title of that column.
+    """
     level_text = "" if level is None else f" ({1000 * level:.2f})"
-    return {
-        TRAINING: loss("loss on what is trained on"),
-        HELDOUT: loss("loss on held-out data"),
-        GAP: loss("gap: held-out minus training loss"),
-        f"final {TRAINING}": loss("train"),
-        f"final {HELDOUT}": loss("held-out"),
-        f"final {GAP}": loss("gap"),
-        f"best {HELDOUT}": loss("lowest held-out"),
-        f"equal_training {HELDOUT}": loss(f"held-out at equal training loss{level_text}"),
-        LOWEST_AT: Metric("step of the lowest", higher_is_better=None),
+    titles = {
+        TRAINING_GRID_LOSS: "loss on what is trained on",
+        HELDOUT_LOSS: "loss on held-out data",
+        GAP: "gap: held-out minus training loss",
+        f"final {TRAINING_GRID_LOSS}": "train",
+        f"final {HELDOUT_LOSS}": "held-out",
+        f"final {GAP}": "gap",
+        f"best {HELDOUT_LOSS}": "lowest held-out",
+        f"equal_training {HELDOUT_LOSS}": f"held-out at equal training loss{level_text}",
     }
+    metrics = {name: Metric(title, scale=1000, form=".2f") for name, title in titles.items()}
+    metrics[LOWEST_AT] = Metric("step of the lowest", higher_is_better=None)
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ class GeneralizationOptions:
 
 
 class Generalization(Evaluation):
-    """Both losses of each run at each step that has both, their gap, and the key figures of it.
+    """Both losses of each run at each step that has both, their gap, and key figures.
 
-    ``settings`` has which groups are ``paired`` with the control, and ``equal_training``: the
-    training loss at which runs are compared, and the group that sets it.
+    ``settings``: ``paired``, group -> whether its runs saw the control's inputs;
+    ``equal_training``, the training loss at which runs are compared and the group that sets it.
     """
 
     name, options = "generalization", (GeneralizationOptions,)
@@ -72,27 +75,34 @@ class Generalization(Evaluation):
     def prepare(self, subjects: Sequence[Subject]) -> None:
         self.control = compare.control(subjects, self.args.control)
         for label, runs in by_group(subjects).items():
-            require_common_steps(label, [{step for step, *_ in losses(run)} for run in runs])
+            steps_of_runs = []
+            for run in runs:
+                steps_of_runs.append({step for step, _, _ in losses(run)})
+            require_common_steps(label, steps_of_runs)
         self.settings["paired"] = paired(subjects, self.control)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         for step, training, heldout in losses(subject):
-            yield subject.row(TRAINING, training, step=step)
-            yield subject.row(HELDOUT, heldout, step=step)
+            yield subject.row(TRAINING_GRID_LOSS, training, step=step)
+            yield subject.row(HELDOUT_LOSS, heldout, step=step)
             yield subject.row(GAP, heldout - training, step=step)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        # None where nothing tells whether a group is paired.
+        # False, and not None: of a group without the control's seeds that is not known.
         unpaired = [group for group, pair in self.settings["paired"].items() if pair is False]
         # Runs on other data reach other losses, and do not set the level.
-        level, equal = compare.equal_training(rows, HELDOUT, TRAINING, unpaired)
-        lowest = {(row.subject, row.value): row.step for row in rows if row.metric == HELDOUT}
-        best = compare.best(rows, HELDOUT)
-        final = [compare.final(rows, name) for name in (TRAINING, HELDOUT, GAP)]
-        for derived in (*final, best, equal):
-            rows += derived
-        for row in best:
-            step = lowest[row.subject, row.value]
+        level, equal_rows = compare.equal_training(rows, HELDOUT_LOSS, TRAINING_GRID_LOSS, unpaired)
+        best_rows = compare.best(rows, HELDOUT_LOSS)
+        step_of: dict[tuple[str, float | None], int | None] = {}
+        for row in rows:
+            if row.metric == HELDOUT_LOSS:  # a loss at two steps is lowest at the first of them
+                step_of.setdefault((row.subject, row.value), row.step)
+        for name in (TRAINING_GRID_LOSS, HELDOUT_LOSS, GAP):
+            rows += compare.final(rows, name)
+        rows += best_rows
+        rows += equal_rows
+        for row in best_rows:
+            step = step_of[row.subject, row.value]
             rows.append(replace(row, metric=LOWEST_AT, value=step))
         self.settings["equal_training"] = None if level is None else asdict(level)
         self._note(subjects, unpaired)
@@ -101,11 +111,12 @@ class Generalization(Evaluation):
         return self.result(subjects, rows, summaries, self.control, metrics=titles)
 
     def _note(self, subjects: Sequence[Subject], unpaired: Sequence[str]) -> None:
-        text = all(subject.is_text for subject in subjects)
-        how, on = ("in the same way", "rows") if text else ("on one grid of noise levels", "images")
+        manner, data = "on one grid of noise levels", "images"
+        if all(subject.is_text for subject in subjects):
+            manner, data = "in the same way", "rows"
         self.notes.append(
-            f"Both losses are measured {how}: `{HELDOUT}` on held-out {on}, `{TRAINING}` on those"
-            " that were trained on."
+            f"Both losses are measured {manner}: `{HELDOUT_LOSS}` on held-out {data},"
+            f" `{TRAINING_GRID_LOSS}` on those that were trained on."
         )
         level = self.settings["equal_training"]
         if level:
@@ -122,18 +133,20 @@ class Generalization(Evaluation):
 
     def panels(self, result: Result) -> Mapping[str, Sequence[Sequence[Panel]]]:
         """Figure A3: both losses and their gap, and under them the differences to the control."""
-        groups, minus = result.groups, f"minus {result.control}: mean and 95 % interval"
-        rows = [[], []]
-        for name in (TRAINING, HELDOUT, GAP):
+        upper_row, lower_row = [], []
+        lower_title = f"minus {result.control}: mean and 95 % interval"
+        for name in (TRAINING_GRID_LOSS, HELDOUT_LOSS, GAP):
             curves, differences = [], []
-            for group in groups:
+            for group in result.groups:
                 label = f"{group}, {len(result.members(group))} seeds"
                 curves.append(Curve(group, name, label=label))
                 differences.append(Curve(group, name, difference=True))
             title = result.metrics[name].title
-            rows[0].append(Panel(title, name, curves, legend=name == TRAINING))
-            rows[1].append(Panel(minus, name, differences, levels=[0]))
-        return {"generalization.png": rows if len(groups) > 1 else rows[:1]}
+            upper_row.append(Panel(title, name, curves, legend=name == TRAINING_GRID_LOSS))
+            lower_row.append(Panel(lower_title, name, differences, levels=[0]))
+        if len(result.groups) == 1:
+            return {"generalization.png": [upper_row]}
+        return {"generalization.png": [upper_row, lower_row]}
 
     def introduction(self, result: Result) -> str:
         return (
@@ -143,23 +156,24 @@ class Generalization(Evaluation):
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
-        names = [f"final {name}" for name in (TRAINING, HELDOUT, GAP)]
-        names += [f"best {HELDOUT}", f"equal_training {HELDOUT}"]
+        names = [f"final {name}" for name in (TRAINING_GRID_LOSS, HELDOUT_LOSS, GAP)]
+        names += [f"best {HELDOUT_LOSS}", f"equal_training {HELDOUT_LOSS}"]
         columns = [Column(name, difference=True, interval=False) for name in names]
         return {"": [*columns, Column(LOWEST_AT)]}
 
 
 def losses(subject: Subject) -> list[tuple[int, float, float]]:
-    """(step, training loss, held-out loss) wherever a run measured both."""
-    points = [
-        (line["step"], line[TRAINING], line[HELDOUT])
-        for line in subject.log()
-        if line.get(TRAINING) is not None and line.get(HELDOUT) is not None
-    ]
+    """(step, training loss, held-out loss) at the steps at which a run measured both."""
+    points = []
+    for line in subject.log():
+        training, heldout = line.get(TRAINING_GRID_LOSS), line.get(HELDOUT_LOSS)
+        if training is not None and heldout is not None:
+            points.append((line["step"], training, heldout))
     if len(points) < 2:
         raise UserError(
-            f"{subject.folder} has {len(points)} measurements of {HELDOUT} and {TRAINING}, too few"
-            " for a curve: train with --validation_dataset and --validation_loss_steps."
+            f"{subject.folder} has {len(points)} measurements of {HELDOUT_LOSS} and"
+            f" {TRAINING_GRID_LOSS}, too few for a curve: train with --validation_dataset and"
+            " --validation_loss_steps."
         )
     return points
 

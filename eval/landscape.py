@@ -75,12 +75,13 @@ class LandscapeOptions:
 class Landscape(Evaluation):
     """The loss around the weights of each subject; the item of a row is the space.
 
-    Rows "profile" hold the loss along each direction at each of the ``positions``, in this order;
-    rows "plane" that on the plane of the first two directions, line by line of ``grid_positions``.
+    Rows "profile" hold the loss at each of the ``positions`` along each direction, in this order;
+    rows "plane" hold it on the plane of the first two directions, row by row, at the
+    ``grid_positions``.
 
     ``settings``: ``spaces``; number of ``directions``; ``positions`` and ``grid_positions`` of each
     space, multiples of a direction; ``rho`` and ``ascent_steps`` of the sharpness; ``images`` and
-    ``levels``, which the loss is a mean over; ``seed`` of the directions.
+    ``levels``, over which the loss is a mean; ``seed`` of the directions.
     """
 
     name, title, options = "landscape", "Flatness", (LandscapeOptions,)
@@ -100,46 +101,52 @@ class Landscape(Evaluation):
     def prepare(self, subjects: Sequence[Subject]) -> None:
         from . import landscape_points as points
 
-        for name, value in (("points", self.args.points), ("grid", self.args.grid or 3)):
-            if value < 3 or value % 2 == 0:
-                raise UserError(f"--{name} is {value}: give an odd number from 3 on.")
+        for name, count in (("points", self.args.points), ("grid", self.args.grid or 3)):
+            # An odd number, so that the weights themselves are one of the points.
+            if count < 3 or count % 2 == 0:
+                raise UserError(f"--{name} is {count}: give an odd number from 3 on.")
+        # The order on the command line plays no part.
         words = self.args.space.split(",")
         for word in words:
             check_choice("--space", word, SPACES)
         spaces = [space for space in SPACES if space in words]
+        self.spaces: dict[str, list[str]] = {}  # label of a subject -> its spaces
         for subject in subjects:
-            if "full" not in spaces and not points.has_factors(subject):
+            if points.has_factors(subject):
+                self.spaces[subject.label] = spaces
+            elif "full" in spaces:
+                self.spaces[subject.label] = ["full"]
+            else:
                 raise UserError(
                     f"{subject.source} has no adapter: take --space full, or leave it out."
                 )
         self.control = compare.control(subjects, self.args.control, prefer=None)
         self.device = open_device(self.args.device)
         self.points = points.open_points(subjects)
-        if not any(map(points.has_factors, subjects)):
+        if not any(map(points.has_factors, subjects)):  # such as the base model and full runs
             spaces = ["full"]
         self.settings |= self._settings(spaces)
-        self.spaces: dict[str, list[str]] = {}  # label of a subject -> those it has
-        for subject in subjects:
-            has_factors = points.has_factors(subject)
-            self.spaces[subject.label] = [
-                space for space in spaces if space == "full" or has_factors
-            ]
-        first_runs = [runs[0].label for runs in by_group(subjects).values()]
-        self.with_plane = set(first_runs if self.args.grid else ())
-        self.part_count = 0
-        for label, own_spaces in self.spaces.items():
-            count = part_count(self.settings, label in self.with_plane)
-            self.part_count += count * len(own_spaces)
+        self.with_plane: set[str] = set()
+        if self.args.grid:
+            self.with_plane = {runs[0].label for runs in by_group(subjects).values()}
+        self.measurement_count = 0
+        for label, subject_spaces in self.spaces.items():
+            # In each space the loss, the sharpness, the lines and perhaps the plane
+            count = 2 + self.args.directions + (label in self.with_plane)
+            self.measurement_count += count * len(subject_spaces)
 
     def _settings(self, spaces: Sequence[str]) -> dict[str, Any]:
         from .landscape_surface import coordinates
 
         args = self.args
+        # All points have the same images, see `open_points`.
         image_count = len(next(iter(self.points.values())).images)
         radii = {"lora": args.radius, "full": args.full_radius}
-        grid_positions = {}
-        if args.grid:
-            grid_positions = {space: coordinates(radii[space], args.grid) for space in spaces}
+        positions, grid_positions = {}, {}
+        for space in spaces:
+            positions[space] = coordinates(radii[space], args.points)
+            if args.grid:
+                grid_positions[space] = coordinates(radii[space], args.grid)
         return {
             "directions": args.directions,
             "rho": args.rho,
@@ -147,7 +154,7 @@ class Landscape(Evaluation):
             "levels": args.levels,
             "seed": args.seed,
             "spaces": spaces,
-            "positions": {space: coordinates(radii[space], args.points) for space in spaces},
+            "positions": positions,
             "grid_positions": grid_positions,
             "images": min(image_count, args.max_images or image_count),
         }
@@ -157,21 +164,25 @@ class Landscape(Evaluation):
         """The progress over all subjects, in measurements."""
         from tqdm import tqdm
 
-        return tqdm(total=self.part_count, unit="part")
+        return tqdm(total=self.measurement_count, unit="part")
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         from . import landscape_points as points
 
         point, spaces = self.points[subject.label], self.spaces[subject.label]
         sample = {"max_images": self.args.max_images, "levels": self.args.levels}
-        cached = Cache(self.folder, [subject.digest, subject.kind, point.loss, sample])
-        # One model is in memory at a time, and none where all is cached.
-        load_model = cache(lambda: points.load(point, spaces, device=self.device, **sample))
+        measurements = Cache(self.folder, [subject.digest, subject.kind, point.loss, sample])
+
+        # One model is in memory at a time, and none if all measurements are cached.
+        @cache
+        def load_model() -> Model:
+            return points.load(point, spaces, device=self.device, **sample)
+
         with_plane = subject.label in self.with_plane
         self.bar.set_description(subject.label)
         for space in spaces:
             losses = measure_space(
-                subject, space, load_model, cached, self.settings, with_plane, self.bar
+                subject, space, load_model, measurements, self.settings, with_plane, self.bar
             )
             yield from space_rows(subject, space, losses, self.settings)
 
@@ -189,7 +200,7 @@ class Landscape(Evaluation):
         settings = result.settings
         return (
             f"Mean training loss of {settings['images']} images at {settings['levels']}"
-            " noise levels each, with the same noise for every run. Lower is flatter. Each figure"
+            " noise levels each, with the same noise for every run. Lower is flatter. Each value"
             f" is a mean over runs with {report.INTERVALS}, and its difference to"
             f" {report.escaped(result.control)}, paired by seed, with its interval and the number"
             " of seeds in which it is lower."
@@ -198,6 +209,7 @@ class Landscape(Evaluation):
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
         tables = {}
         for space in result.settings["spaces"]:
+            # Runs of different ranks have LoRA spaces of different sizes.
             sizes = {int(row.value or 0) for row in result.select("parameters", item=space)}
             numbers = " or ".join(f"{size:,}" for size in sorted(sizes))
             tables[f"{TITLES[space]}, {numbers} numbers"] = [
@@ -216,12 +228,12 @@ def notes(settings: Mapping[str, Any]) -> Iterator[str]:
     yield (
         "Directions are filter-normalized (Li et al. 2018): at radius t every filter has moved by"
         " t times its norm. Filters are the rows of A, the columns of B, and the outputs of a"
-        " weight. Biases, norms and DoRA's magnitudes stay where they are. Every run is looked at"
-        " along the same directions."
+        " weight. Biases, norms and DoRA's magnitudes are not moved. The directions are the same"
+        " for every run."
     )
     yield (
         "The full space is all weight matrices and convolutions of the trained models; the adapter"
-        " acts and is not moved."
+        " is on and is not moved."
     )
     yield (
         f"Rise: loss at radius {' and '.join(radii)}, minus the loss at 0, mean over both ends of"
@@ -237,26 +249,18 @@ def notes(settings: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class SpaceLosses:
-    """What was measured in one space.
+    """The measurements of a subject in one space."""
 
-    Attributes:
-        loss: at the weights themselves.
-        parameters: how many numbers the space has.
-        lines: losses along each direction.
-        sharpness: SAM's, of the radius in the settings.
-        plane: losses on the plane of the first two directions, or None.
-    """
-
+    # Loss at the weights themselves
     loss: float
+    # Number of entries of the space's weights
     parameters: int
+    # Losses along each direction
     lines: Sequence[LossValues]
+    # SAM sharpness with the radius of the settings
     sharpness: float | None
+    # Losses on the plane of the first two directions, or None
     plane: Sequence[LossValues] | None
-
-
-def part_count(settings: Mapping[str, Any], with_plane: bool) -> int:
-    """How many measurements `measure_space` makes: loss, lines, sharpness and perhaps the plane."""
-    return 2 + settings["directions"] + with_plane
 
 
 def measure_space(
@@ -268,10 +272,10 @@ def measure_space(
     with_plane: bool,
     bar: Any,
 ) -> SpaceLosses:
-    """Measure what the cache does not have.
+    """Measure a subject in one space; cached measurements are not repeated.
 
     Args:
-        load_model: called for each measurement, so that nothing is loaded where all is cached.
+        load_model: called only if a measurement is not cached.
         bar: shows the progress, one step per measurement.
 
     Raises:
@@ -280,48 +284,46 @@ def measure_space(
     from .landscape_surface import Direction, evaluate, line, plane, sharpness
 
     seed, rho, steps = settings["seed"], settings["rho"], settings["ascent_steps"]
-    positions = settings["positions"][space]
+    positions, grid = settings["positions"][space], settings["grid_positions"].get(space)
 
-    def measured(key: list[Any], measure: Callable[..., Any]) -> Any:
-        def compute() -> Any:
-            model = load_model()
-            return measure(model.spaces[space], model.loss.terms)
+    def start() -> dict[str, Any]:
+        model = load_model()
+        sizes = [weight.tensor.numel() for weight in model.spaces[space]]
+        return {"loss": evaluate(model.loss.terms), "parameters": sum(sizes)}
 
-        value = cache.item(key, compute)
-        bar.update()
-        return value
+    def losses_on_line(number: int) -> LossValues:
+        model = load_model()
+        weights = model.spaces[space]
+        return line(weights, model.loss.terms, Direction(weights, seed, number), positions)
 
-    start = measured(
-        ["start", space],
-        lambda weights, loss: {
-            "loss": evaluate(loss),
-            "parameters": sum(weight.tensor.numel() for weight in weights),
-        },
-    )
-    if start["loss"] is None:
+    def sam_sharpness() -> float:
+        model = load_model()
+        return sharpness(model.spaces[space], model.loss.terms, rho, steps)
+
+    def losses_on_plane() -> Sequence[LossValues]:
+        model = load_model()
+        weights = model.spaces[space]
+        directions = Direction(weights, seed, 0), Direction(weights, seed, 1)
+        return plane(weights, model.loss.terms, directions, grid)
+
+    start_values = cache.item(["start", space], start)
+    bar.update()
+    if start_values["loss"] is None:
         raise UserError(f"the loss of {subject.source} is not finite: leave this run out.")
-
     lines = []
     for number in range(settings["directions"]):
-
-        def measure_line(weights: Any, loss: Any, number: int = number) -> LossValues:
-            return line(weights, loss, Direction(weights, seed, number), positions)
-
-        lines.append(measured(["line", space, seed, number, positions], measure_line))
-    ascent = measured(
-        ["sharpness", space, rho, steps],
-        lambda weights, loss: sharpness(weights, loss, rho, steps),
-    )
+        key = ["line", space, seed, number, positions]
+        lines.append(cache.item(key, partial(losses_on_line, number)))
+        bar.update()
+    ascent = cache.item(["sharpness", space, rho, steps], sam_sharpness)
+    bar.update()
     plane_losses = None
     if with_plane:
-        grid = settings["grid_positions"][space]
-
-        def measure_plane(weights: Any, loss: Any) -> Sequence[LossValues]:
-            first, second = Direction(weights, seed, 0), Direction(weights, seed, 1)
-            return plane(weights, loss, (first, second), grid)
-
-        plane_losses = measured(["plane", space, seed, grid], measure_plane)
-    return SpaceLosses(start["loss"], start["parameters"], lines, ascent, plane_losses)
+        plane_losses = cache.item(["plane", space, seed, grid], losses_on_plane)
+        bar.update()
+    return SpaceLosses(
+        start_values["loss"], start_values["parameters"], lines, ascent, plane_losses
+    )
 
 
 def space_rows(
@@ -334,6 +336,7 @@ def space_rows(
     yield row("rise", rise(losses.lines))
     yield row("sharpness", losses.sharpness)
     for number, values in enumerate(losses.lines):
+        # A row for each point: the figures need them one by one, in this order.
         for position, value in zip(settings["positions"][space], values, strict=True):
             yield row("profile", value, note=f"direction {number} at {position:.6g}")
     if losses.plane is None:

@@ -1,4 +1,6 @@
-"""Fig. 3: profiles with bands, one panel per space; and the planes as contours."""
+"""The paper's Figure 3: profiles of the loss with bands, a panel for each space; and its contours
+on planes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from .table import Entry, Result
 
 TITLES = {"lora": "LoRA space (A and B)", "full": "full space (weights without the adapters)"}
 PROFILES, GRIDS = "landscape.png", "landscape_grid.png"
+# Largest number of contours
 CONTOURS = 14
 
 
@@ -24,7 +27,7 @@ class RunLosses(NamedTuple):
 
 
 def draw(result: Result, folder: Path) -> list[str]:
-    """Write the pictures that the result has something for; returns their names."""
+    """Write the pictures that the result has rows for; returns their names."""
     draw_profiles(result, folder / PROFILES)
     if not result.select("plane"):
         return [PROFILES]
@@ -33,8 +36,9 @@ def draw(result: Result, folder: Path) -> list[str]:
 
 
 def draw_profiles(result: Result, picture: Path) -> None:
-    """Loss over the position along the directions, mean and band of each group; and below it, where
-    there is something to compare, how much more it rises than the control's, paired by seed.
+    """Loss over the position along the directions, mean and band of each group.
+
+    If runs can be paired by seed, panels below show how much more it rises than the control's.
     """
     spaces = result.settings["spaces"]
     styles = plot.group_styles(result.groups, result.control)
@@ -51,7 +55,7 @@ def draw_profiles(result: Result, picture: Path) -> None:
                 runs = _losses(result, "profile", group, space)
                 if not runs:
                     continue
-                # Of several runs each is a line, its mean over directions; of one, each direction.
+                # The band is over several runs' means, or over a single run's directions.
                 lines = runs[0].values
                 if len(runs) > 1:
                     lines = np.array([run.values.mean(0) for run in runs])
@@ -66,7 +70,9 @@ def draw_profiles(result: Result, picture: Path) -> None:
 
 
 def _losses(result: Result, metric: str, group: str, space: str) -> list[RunLosses]:
-    """Losses of each run of a group, a line per direction or position."""
+    """Losses of each run of a group: of a "profile" one row per direction, of a "plane" one per
+    position on its first axis.
+    """
     setting = "positions" if metric == "profile" else "grid_positions"
     rows = result.select(metric, group, space)
     runs = []
@@ -79,7 +85,7 @@ def _losses(result: Result, metric: str, group: str, space: str) -> list[RunLoss
 
 
 def _differences(result: Result, space: str) -> dict[str, list[np.ndarray]]:
-    """Rise of each seed's loss beyond the control's, of each other group."""
+    """Group -> the rise of each seed's loss minus that of the control's, (positions,) each."""
     # group -> seed -> rise at each position, mean over directions
     rises: dict[str, dict[int | None, np.ndarray]] = {}
     for group in result.groups:
@@ -98,17 +104,18 @@ def _differences(result: Result, space: str) -> dict[str, list[np.ndarray]]:
 def _draw_mean(
     axis: Any, positions: Sequence[float], lines: np.ndarray, color: Any, label: str = ""
 ) -> None:
-    """Mean of (lines, positions), over runs or a run's directions, with a standard error's band."""
-    mean, error = lines.mean(0), np.zeros(len(positions))
+    """Draw the mean over lines, (lines, positions), with a band of one standard error."""
+    mean = lines.mean(0)
+    error = np.zeros(len(positions))
     if len(lines) > 1:
         error = lines.std(0, ddof=1) / len(lines) ** 0.5
     plot.draw_band(axis, positions, mean, mean - error, mean + error, color, label or None)
 
 
 def draw_planes(result: Result, picture: Path) -> None:
-    """Contours of the rise of the loss on the plane: a row per space, a column per group.
+    """Contours of the rise of the loss on the plane: a row for each space, a column for each group.
 
-    The plane is that of a group's first run; all panels of a row share their levels.
+    The plane is that of a group's first run. All panels of a row have the same levels.
     """
     spaces = list(result.settings["grid_positions"])
     groups = [group for group in result.groups if result.select("plane", group)]
@@ -123,7 +130,7 @@ def draw_planes(result: Result, picture: Path) -> None:
 
 
 def _draw_contours(row: Any, result: Result, space: str, groups: Sequence[str]) -> Any:
-    """Draw a space's panels; returns what a color bar needs."""
+    """Draw a space's panels; returns the last one's contours, for the color bar."""
     from matplotlib.ticker import MaxNLocator
 
     positions = result.settings["grid_positions"][space]
@@ -134,6 +141,7 @@ def _draw_contours(row: Any, result: Result, space: str, groups: Sequence[str]) 
         if runs:
             rises[group] = runs[0].values - runs[0].values[middle, middle]
     values = np.concatenate([rise[np.isfinite(rise)] for rise in rises.values()])
+    # A flat plane has levels too: the highest is above zero.
     levels = MaxNLocator(CONTOURS).tick_values(values.min(), max(values.max(), 1e-12))
     contours = None
     for axis, group in zip(row, groups, strict=True):

@@ -1,5 +1,5 @@
-"""A point of the landscape: the run's configuration, whether its loss is the same function as the
-others', and its model in memory, with its weights by space.
+"""A point of the landscape: a run's configuration and images, and its model in memory with its
+weights by space. Points whose losses are different functions of the weights are refused.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .landscape_surface import Weight
 from .load import put_lora, put_models
 from .subjects import BASE, Subject
 
+# Options beside base model and images that decide which function of the weights the loss is
 LOSS_OPTIONS = (
     "resolution",
     "aspect_ratio_buckets",
@@ -45,7 +46,7 @@ LOSS_OPTIONS = (
     "snr_gamma",
     "train_text_encoder",
 )
-"""Options beside base model and images that decide what the loss is a function of."""
+# Options that say which images a run has
 SET_OPTIONS = (
     "concepts",
     "dataset_name",
@@ -57,36 +58,32 @@ SET_OPTIONS = (
     "alpha_mask",
     "skip_bad_images",
 )
-"""Options that say which images there are."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One point of the landscape.
-
-    Args:
-        config: of the run; of the base model, of the run that stands for it.
-        images: that the loss is measured on.
-    """
+    """One point of the landscape."""
 
     subject: Subject
+    # Configuration of the run; for the base model, that of the first run
     config: DreamBoothConfig
+    # Images of the loss
     images: ImageSet
 
     @property
     def loss(self) -> dict[str, Any]:
-        """Facts that decide what the loss is as a function of the weights."""
+        """Facts that decide which function of the weights the loss is."""
         facts = {"base model": base_key(self.config), "images": self.images.fingerprint()}
         return facts | {f"--{name}": getattr(self.config, name) for name in LOSS_OPTIONS}
 
 
 def open_points(subjects: Sequence[Subject]) -> dict[str, Point]:
-    """The points by their labels; the base model's images are the first run's."""
+    """The points by their labels; the base model gets the images of the first run."""
     configs = {subject.label: _config(subject) for subject in subjects if subject.kind != BASE}
     if not configs:
         raise UserError("the base model alone has no training images: name the folder of a run.")
     first_config = next(iter(configs.values()))
-    sets: dict[tuple[str, ...], ImageSet] = {}  # by the options that say which images there are
+    sets: dict[tuple[str, ...], ImageSet] = {}  # by `SET_OPTIONS`, so that runs share images
     points = {}
     for subject in subjects:
         config = configs.get(subject.label, first_config)
@@ -99,7 +96,7 @@ def open_points(subjects: Sequence[Subject]) -> dict[str, Point]:
 
 
 def has_factors(subject: Subject) -> bool:
-    """Test that it has a LoRA space."""
+    """Test that a subject has an adapter, so that there is a LoRA space."""
     return subject.kind != BASE and not methods.get(str(subject.method)).exports_weights
 
 
@@ -116,6 +113,7 @@ def base_key(config: DreamBoothConfig) -> list[Any]:
 
 
 def _config(subject: Subject) -> DreamBoothConfig:
+    """The configuration of a run; refused if it is not of SDXL, or of another version."""
     folder, values = subject.folder, subject.record.get("config", {})
     if values.get("pretrained_model_name_or_path") is None:
         raise UserError(f"{subject.source} is not a run of SDXL DreamBooth: give another.")
@@ -137,20 +135,21 @@ def _config(subject: Subject) -> DreamBoothConfig:
 
 
 def _require_comparable(points: Mapping[str, Point]) -> None:
-    first, *further = points.values()
+    """Refuse points whose losses are different functions of the weights."""
+    first = next(iter(points.values()))
     expected = first.loss
-    for point in further:
+    for point in points.values():
         for name, fact in point.loss.items():
             if fact != expected[name]:
                 raise UserError(
                     f"{point.subject.source} and {first.subject.source} differ in {name}, so that"
-                    " their losses can't be compared: look at them in separate calls."
+                    " their losses can't be compared: measure them in separate calls."
                 )
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded point: ``spaces`` has the weights of each space asked for that it has."""
+    """A loaded point: its weights by space, and its loss."""
 
     spaces: dict[str, list[Weight]]
     loss: LevelGrid
@@ -164,15 +163,15 @@ class LevelGrid(GridLoss):
     """
 
     def __init__(self, task: Any, images: ImageSet, levels: int) -> None:
-        # The set of held-out images is empty.
+        # Held-out images are not needed: their set is empty.
         super().__init__(task, SimpleNamespace(images=images), images.only(()))
         self.images = self.sets["train_grid_loss"]
-        # Of each of `levels` equal parts of the grid, the level in the middle.
+        # The grid is cut into `levels` equal parts, and the middle level of each is taken.
         middles = [NOISE_LEVELS * (2 * k + 1) // (2 * levels) for k in range(levels)]
         self.levels = [self.levels[middle] for middle in middles]
 
     def terms(self) -> Iterator[Tensor]:
-        """One term per batch of images and noise level; their sum is the mean over both."""
+        """A term for each batch of images and noise level; their sum is the mean over both."""
         count = len(self.images) * len(self.levels)
         for chunk in self.batches(self.images):
             for level in self.levels:
@@ -189,16 +188,16 @@ def load(
 ) -> Model:
     """Load the base in float32, put the subject's weights on it, and set up loss and spaces.
 
-    The adapter alone acts. Of a quantized run the base is taken unquantized; class images of prior
-    preservation are left out of the loss.
+    Of the run's adapters only the primary is on. The base of a quantized run is not quantized here.
+    Class images of prior preservation are not in the loss.
 
     Args:
-        spaces: "lora", left out where there is no adapter, and "full".
-        max_images: of the loss, the first so many of the set; 0 for all.
+        spaces: "lora", which is skipped for a model without an adapter, and "full".
+        max_images: number of images of the loss, the first of the set; 0 for all.
         levels: noise levels of the loss, evenly chosen from those of the held-out loss.
     """
     subject = point.subject
-    # What belongs to a training run, and what would change the loss or its precision, is off.
+    # Off: options that only a training run needs, and those that change the loss or its precision.
     config = replace(
         point.config,
         mixed_precision="no",
@@ -219,19 +218,20 @@ def load(
         cache_dir=config.cache_dir,
         vae=config.pretrained_vae_model_name_or_path,
     )
-    weights = None if subject.weights is None else Path(subject.weights)
-    if weights is not None and not has_factors(subject):
+    weights, is_adapted = subject.weights, has_factors(subject)
+    # Whole models must be there before the task takes them; an adapter goes on those of the task.
+    if weights is not None and not is_adapted:
         put_models(pipeline, weights)
     task = DreamBooth(config, pipeline, TrainingStream(config, point.images))
-    if weights is not None and has_factors(subject):
+    if weights is not None and is_adapted:
         put_lora(pipeline, weights)
         for name, model in task.models.items():
             _undo_baked_scale(weights, name, model)
-    task.module.requires_grad_(False)  # the space that is looked at gets gradients of its own
+    task.module.requires_grad_(False)  # `differentiable` turns it on for a space's weights
     task.module.eval()
     task.to_device(torch.device(device))
     weights_by_space = {}
-    if "lora" in spaces and has_factors(subject):
+    if "lora" in spaces and is_adapted:
         weights_by_space["lora"] = factor_weights(task.models)
     if "full" in spaces:
         weights_by_space["full"] = full_space(task)
@@ -241,10 +241,10 @@ def load(
 
 @torch.no_grad()
 def _undo_baked_scale(file: Path, name: str, model: nn.Module) -> None:
-    """Divide B by the scale s that the export multiplied into it, and let the layer apply s.
+    """Divide B by the scale s = alpha / rank that the export put into it; the layer applies s.
 
-    Radii in the space of A and B are then those of training. Files without the original alpha keep
-    their own factors.
+    So a radius in the space of A and B means what it means in training. The factors of a file
+    without the original alpha stay as they are.
     """
     metadata = inspect(file).metadata
     alphas = json.loads(metadata.get("bilora.original_alpha", "{}"))
@@ -261,9 +261,9 @@ def _undo_baked_scale(file: Path, name: str, model: nn.Module) -> None:
 def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
     """A and B of every layer's primary.
 
-    The filters are the rows of A and the columns of B, so one pair is one term b a^T of B A. Then
-    the direction does not depend on how a term's size is shared among its two vectors. A layer that
-    was not trained has B = 0, which stays 0; DoRA's magnitudes are left out.
+    The filters are the rows a of A and the columns b of B, so that a pair of filters is one term
+    b a^T of B A. Then the direction does not change if a term is written as (c b) (a / c)^T. A
+    layer that was not trained has B = 0, which stays 0. DoRA's magnitudes are not in the space.
     """
     weights = []
     for name, model in models.items():
@@ -276,8 +276,9 @@ def factor_weights(models: dict[str, nn.Module]) -> list[Weight]:
 
 
 def full_space(task: DreamBooth) -> list[Weight]:
-    """All weight matrices and convolutions of the trained models without the adapters; a filter is
-    an output's weights.
+    """All weight matrices and convolutions of the trained models, without the adapters.
+
+    A filter is the weights of one output.
     """
     weights = []
     for name, model in task.models.items():

@@ -1,8 +1,8 @@
 """The loss around some weights: along random directions, on the plane of two, and the largest loss
 within a ball (SAM sharpness).
 
-Everything here works on any model: ``weights`` is a list of tensors and ``loss`` a function without
-arguments that reads them.
+This works on any model: ``weights`` is a list of tensors, and ``loss`` a function without arguments
+that reads them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 from bilora_diffusion.core.seeds import generator
 from bilora_diffusion.methods.perturb import replaced
 
+# Gives the terms of the loss, 0-d tensors. It is a generator, so that only one term's graph is in
+# memory at a time.
 Loss = Callable[[], Iterable[Tensor]]
-"""The 0-d tensors that add up to it. They come one by one (a generator), so that only one term's
-graph is in memory at a time."""
 
 
 class Weight(NamedTuple):
-    """One tensor of the space that is looked at.
+    """One tensor of a space.
 
-    ``filter_dim`` is the dimension whose entries are filters: 0 where a filter is a row (an output
-    of a linear layer or of a convolution), 1 where it is a column.
+    ``filter_dim`` is the dimension that counts the filters: 0 where a filter is a row (an output of
+    a linear layer or of a convolution), 1 where it is a column.
     """
 
     name: str
@@ -42,9 +42,10 @@ def evaluate(loss: Loss) -> float:
 
 
 def loss_and_gradient(loss: Loss, weights: Sequence[Weight]) -> tuple[float, list[Tensor]]:
-    """The loss and its gradient, one tensor per weight; zeros where the loss does not depend on it.
+    """The loss and its gradient, a tensor for each weight.
 
-    The weights must require gradients; see :func:`differentiable`. Their ``.grad`` is not touched.
+    The gradient is zero for a weight that the loss does not depend on. The weights must require
+    gradients, see :func:`differentiable`; their ``.grad`` is not changed.
     """
     tensors = [weight.tensor for weight in weights]
     total, gradient = 0.0, [torch.zeros_like(tensor) for tensor in tensors]
@@ -76,9 +77,11 @@ def differentiable(weights: Sequence[Weight]) -> Iterator[None]:
 
 @contextmanager
 def displaceable(weights: Sequence[Weight]) -> Iterator[Callable[..., None]]:
-    """Within the context the weights are copies that ``move((t, d), ...)`` puts at w + sum of t d,
-    d with a tensor per weight; their own memory is not touched, so afterwards they are bit for bit
-    what they were, also after an exception.
+    """Within the context the weights hold copies, which the yielded function displaces.
+
+    ``move((t, d), ...)`` sets the copies to w + sum of t d, where a direction d has a tensor for
+    each weight. The weights' own memory is not changed, so afterwards they are bit for bit what
+    they were, also after an exception.
     """
     originals = [weight.tensor.data for weight in weights]
     copies = [tensor.clone() for tensor in originals]
@@ -113,12 +116,12 @@ def norm(tensors: Iterable[Tensor]) -> float:
 #     d_ij <- d_ij / ||d_ij|| * ||w_ij||
 #
 # so that a step of length t moves every filter by t times its norm, whatever its scale. A filter of
-# zeros stays where it is. Directions depend on (seed, number, name of the weight) alone, so every
-# run is looked at along the same ones.
+# zeros stays where it is. Directions depend only on (seed, number, name of the weight), so they are
+# the same for every run.
 
+# Entries of the largest direction that is kept in memory. A larger one is made anew whenever it is
+# used, one weight at a time.
 CACHED_NUMBERS = 2**28
-"""A direction of up to so many entries is cached; a larger one is drawn anew whenever it is used,
-one layer's part at a time."""
 
 
 def filter_normalized(direction: Tensor, weight: Tensor, filter_dim: int = 0) -> Tensor:
@@ -126,6 +129,7 @@ def filter_normalized(direction: Tensor, weight: Tensor, filter_dim: int = 0) ->
     # A filter's norm is over all dimensions but the one that counts the filters.
     summed = tuple(dim for dim in range(weight.dim()) if dim != filter_dim)
     wide = torch.promote_types(weight.dtype, torch.float32)
+    # (1, .., filters, .., 1)
     norms = torch.linalg.vector_norm(weight, dim=summed, keepdim=True, dtype=wide)
     lengths = torch.linalg.vector_norm(direction, dim=summed, keepdim=True, dtype=wide)
     return direction * (norms / lengths.clamp_min(torch.finfo(wide).tiny))
@@ -136,21 +140,22 @@ def gaussian(weight: Weight, *key: int | str) -> Tensor:
     tensor = weight.tensor
     wide = torch.promote_types(tensor.dtype, torch.float32)
     random = generator("landscape", *key, weight.name)
+    # Made on the CPU, so that all devices get the same entries.
     return torch.randn(tensor.shape, generator=random, dtype=wide).to(tensor.device)
 
 
 class Direction:
-    """One normalized random direction; iterating gives a tensor per weight, layer by layer.
+    """A normalized random direction; iterating gives its tensor for each weight, one by one.
 
-    Make it while the weights are at their own values.
+    It must be made outside of `displaceable`, while the weights have their own values.
 
     Args:
         weights: of the space.
-        seed, number: which direction.
+        seed, number: of the direction.
     """
 
     def __init__(self, weights: Sequence[Weight], seed: int, number: int) -> None:
-        # The values at this moment: within `displaceable` the weights hold displaced copies.
+        # `.data` is the weights' own memory: within `displaceable` they hold displaced copies.
         self._weights = [weight._replace(tensor=weight.tensor.data) for weight in weights]
         self._key = (seed, number)
         numbers = sum(weight.tensor.numel() for weight in weights)
@@ -179,9 +184,9 @@ def line(
     positions: Sequence[float],
     offset: Sequence[tuple[float, Iterable[Tensor]]] = (),
 ) -> list[float]:
-    """The loss at w + t d for each position t; with an offset (s, d'), ... at w + s d' + t d.
+    """The loss at w + t d for each position t; with an offset (s, d') at w + s d' + t d.
 
-    The weights are bit for bit what they were afterwards, also after an exception.
+    Afterwards the weights are bit for bit what they were, also after an exception.
     """
     losses = []
     with displaceable(weights) as move:
@@ -197,7 +202,7 @@ def plane(
     directions: tuple[Iterable[Tensor], Iterable[Tensor]],
     positions: Sequence[float],
 ) -> list[list[float]]:
-    """The loss at w + s d1 + t d2; row s, column t, each over the positions."""
+    """The loss at w + s d1 + t d2 for each position s (rows) and t (columns)."""
     first, second = directions
     return [line(weights, loss, second, positions, [(s, first)]) for s in positions]
 
@@ -210,8 +215,8 @@ def plane(
 # gradient ascent, one norm over all weights of the space.
 
 
-class _Height(NamedTuple):
-    """A displacement e, the loss there and its gradient; a loss that is not finite is -inf."""
+class _Displaced(NamedTuple):
+    """A displacement e, the loss at w + e and its gradient; a loss that is not finite is -inf."""
 
     e: list[Tensor]
     loss: float
@@ -222,39 +227,42 @@ class _Height(NamedTuple):
 def sharpness(weights: Sequence[Weight], loss: Loss, rho: float, steps: int = 10) -> float:
     """SAM sharpness at the weights, a lower bound that rises with ``steps``; at least 0.
 
-    The first step is SAM's own perturbation, rho g / ||g||. A step of length eta along the gradient
-    is projected onto the ball. It is kept if it goes up, and eta doubles: on the sphere a long step
-    is one of power iteration, which is where the ascent converges fastest. Otherwise eta is halved.
-    A height that is not finite counts as no rise. The weights are bit for bit what they were
-    afterwards, also after an exception. Takes the memory of about six copies of the weights.
+    The first step is SAM's own perturbation, rho g / ||g||. A step has the length eta, goes along
+    the gradient and is projected onto the ball. If the loss rises, the step is taken and eta is
+    doubled; otherwise eta is halved. A long step that ends on the sphere is a step of power
+    iteration, which converges fastest. A loss that is not finite does not count as a rise.
+
+    Afterwards the weights are bit for bit what they were, also after an exception. It takes the
+    memory of about six copies of the weights.
     """
     with differentiable(weights), displaceable(weights) as move:
 
-        def climb_to(e: list[Tensor]) -> _Height:
+        def evaluate_at(e: list[Tensor]) -> _Displaced:
             move((1.0, e))
             value, gradient = loss_and_gradient(loss, weights)
             steepness = norm(gradient)
             if not math.isfinite(value) or not math.isfinite(steepness):
-                return _Height(e, -math.inf, gradient, 0.0)
-            return _Height(e, value, gradient, steepness)
+                return _Displaced(e, -math.inf, gradient, 0.0)
+            return _Displaced(e, value, gradient, steepness)
 
-        current = climb_to([torch.zeros_like(weight.tensor) for weight in weights])
+        current = evaluate_at([torch.zeros_like(weight.tensor) for weight in weights])
         start_loss, eta = current.loss, rho
         for _ in range(steps):
             if current.steepness == 0:
                 break  # a stationary point, or a loss that is not finite
-            candidate = climb_to(_step(current, eta, rho))
+            candidate = evaluate_at(_step(current, eta, rho))
             if candidate.loss > current.loss:
-                current, eta = candidate, 2 * eta
+                current = candidate
+                eta *= 2
             else:
                 eta /= 2
-            del candidate  # two points are in memory at a time, not three
+            del candidate  # so that two displacements are in memory at a time, not three
         return current.loss - start_loss
 
 
 @torch.no_grad()
-def _step(current: _Height, eta: float, rho: float) -> list[Tensor]:
-    """e + eta g / ||g||, projected onto the ball."""
+def _step(current: _Displaced, eta: float, rho: float) -> list[Tensor]:
+    """e + eta g / ||g||, projected onto the ball of radius rho."""
     factor = eta / current.steepness
     e = [part + slope * factor for part, slope in zip(current.e, current.gradient, strict=True)]
     length = norm(e)

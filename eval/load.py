@@ -1,5 +1,5 @@
-"""An adapter's weights on its base model: a LoRA file or whole models in a pipeline, and out of it
-again; a PEFT adapter on a language model.
+"""Put a subject's weights on the base model: a LoRA file or whole models into a pipeline, a PEFT
+adapter on a language model.
 
 with applied(pipeline, subject): ...
 """
@@ -32,35 +32,40 @@ FIX = "give the base model that it was trained on"
 
 @contextmanager
 def applied(pipeline: Any, subject: Subject, scale: float = 1.0) -> Iterator[None]:
-    """Within the context the pipeline has the subject's weights; afterwards, its own exactly."""
-    file, before = subject.weights, {}
+    """Within the context the pipeline has the subject's weights; afterwards exactly its own.
+
+    Args:
+        scale: factor of an adapter's change of the weights.
+    """
+    file = subject.weights
     if file is None:
         yield
         return
-    has_whole_models = file.is_dir()
-    if has_whole_models:
+    if file.is_dir():
         if scale != 1.0:
             raise UserError(
                 f"{file} holds whole models, which have no scale: leave the scale at 1, not"
                 f" {scale:g}."
             )
-    elif any(pipeline.get_list_adapters().values()):
+        base_models = {}
+        try:
+            base_models = put_models(pipeline, file)
+            yield
+        finally:
+            for name, (model, device) in base_models.items():
+                setattr(pipeline, name, model.to(device))
+        return
+    if any(pipeline.get_list_adapters().values()):
         raise RuntimeError("the pipeline has an adapter already, which would be lost")
     try:
-        if has_whole_models:
-            before = put_models(pipeline, file)
-        else:
-            put_lora(pipeline, file, scale)
+        put_lora(pipeline, file, scale)
         yield
     finally:
-        if not has_whole_models:
-            pipeline.unload_lora_weights()
-        for name, (model, device) in before.items():
-            setattr(pipeline, name, model.to(device))
+        pipeline.unload_lora_weights()
 
 
 def require_adapter(subject: Subject) -> None:
-    """Refuse guidance from the base model for whole models, which hold no adapter to leave out."""
+    """Refuse guidance from the base model for whole models, which have no adapter to leave out."""
     if subject.weights is not None and subject.weights.is_dir():
         raise UserError(
             f"guidance from the base model is refused for {subject.label}, which was trained whole"
@@ -71,21 +76,24 @@ def require_adapter(subject: Subject) -> None:
 def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
     """Put a LoRA file on a pipeline's models, as their primary."""
     parts = read(file).parts
-    # Not the file itself: of kohya's, diffusers takes one alpha for all layers and no magnitudes.
+    # diffusers can't read the file itself in full: of a kohya file it takes one alpha for all
+    # layers, and no magnitudes.
     tensors = diffusers_tensors(parts)
     verbosity = diffusers_logging.get_verbosity()
     try:
-        diffusers_logging.set_verbosity_error()  # it warns of each model without an adapter
+        # diffusers warns of each model for which the file has no adapter.
+        diffusers_logging.set_verbosity_error()
         with translated(f"{file} can't be loaded into the base model", FIX):
             pipeline.load_lora_weights(tensors, adapter_name=PRIMARY)
             pipeline.set_adapters([PRIMARY], [scale])
     finally:
         diffusers_logging.set_verbosity(verbosity)
-    # diffusers only warns of keys that name no layer, and loads the rest.
-    models = _parts(pipeline)
+    # diffusers only warns of keys that name no layer, and loads the others.
+    models = _models_of(pipeline)
     expected, adapted = set(), set()
     for component, part in parts.items():
-        expected |= {f"{component}.{layer.name}" for layer in part.layers}
+        for layer in part.layers:
+            expected.add(f"{component}.{layer.name}")
     for component, model in models.items():
         for name, _ in adapters.layers(model, PRIMARY):
             adapted.add(f"{component}.{plain_name(name)}")
@@ -96,32 +104,39 @@ def put_lora(pipeline: Any, file: Path, scale: float = 1.0) -> None:
             f" {len(expected)}, such as {absent[0]}: {FIX}."
         )
     for model in models.values():
-        # diffusers adds layers in training mode, in which a dropout acts
+        # diffusers adds layers in training mode, in which dropout is active.
         model.eval().requires_grad_(False)
 
 
 def put_models(pipeline: Any, folder: Path) -> dict[str, tuple[Any, Any]]:
-    """Put whole models of a folder in the place of a pipeline's own.
+    """Replace models of a pipeline by the whole models of a folder.
 
     Returns:
-        Name -> own model and its device.
+        Name -> the model that was replaced, now on the CPU, and the device that it was on.
     """
-    parts, trained = _parts(pipeline), [name for name in COMPONENTS if (folder / name).is_dir()]
-    absent = [name for name in trained if name not in parts]
-    if absent:
-        raise UserError(
-            f"{folder / absent[0]} does not fit the base model, which has no {absent[0]}: {FIX}."
-        )
-    before = {name: (parts[name], parts[name].device) for name in trained}
-    loaded = {name: _load_model(model, folder / name) for name, (model, _) in before.items()}
-    for name, (model, device) in before.items():
-        model.to("cpu")  # two of SDXL's UNets need not share a device's memory
-        setattr(pipeline, name, loaded[name].to(device))
-    return before
+    models = _models_of(pipeline)
+    # All are loaded before the first is replaced, so that an error leaves the pipeline as it was.
+    loaded = {}
+    for name in COMPONENTS:
+        if not (folder / name).is_dir():
+            continue
+        if name not in models:
+            raise UserError(
+                f"{folder / name} does not fit the base model, which has no {name}: {FIX}."
+            )
+        loaded[name] = _load_model(models[name], folder / name)
+    replaced = {}
+    for name, trained_model in loaded.items():
+        model = models[name]
+        replaced[name] = (model, model.device)
+        device = model.device
+        model.to("cpu")  # a device need not hold two UNets of SDXL
+        setattr(pipeline, name, trained_model.to(device))
+    return replaced
 
 
 def _load_model(base: Any, folder: Path) -> Any:
-    """The trained model, if it has the base model's shapes."""
+    """The trained model of a folder; refused if its tensors differ from the base model's."""
     with translated(f"{folder} can't be loaded", "train again"):
         model = type(base).from_pretrained(folder, dtype=precision(base), use_safetensors=True)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
@@ -130,29 +145,34 @@ def _load_model(base: Any, folder: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _parts(pipeline: Any) -> dict[str, Any]:
-    """The models of a pipeline that files may hold adapters of, by name."""
-    parts = {name: getattr(pipeline, name, None) for name in COMPONENTS}
-    return {name: model for name, model in parts.items() if model is not None}
+def _models_of(pipeline: Any) -> dict[str, Any]:
+    """The denoiser and the text encoders of a pipeline, by name."""
+    models = {}
+    for name in COMPONENTS:
+        model = getattr(pipeline, name, None)
+        if model is not None:
+            models[name] = model
+    return models
 
 
 def put_peft(base: TextModel, folder: Path) -> Any:
-    """The base model with a PEFT adapter, which has arrived whole."""
+    """The base model with a PEFT adapter; refused if a tensor of the file is not in the model."""
     from peft import PeftModel, get_peft_model_state_dict
 
     fix = f"{FIX} by --model_name_or_path"
     with translated(f"the adapter in {folder} can't be put on its base model", fix):
         written = load_file(folder / PEFT_FILE)
         adapted = PeftModel.from_pretrained(base.model, str(folder))
-    arrived = get_peft_model_state_dict(adapted)
-    astray = []
-    # PEFT loads what fits and is silent about the rest.
+    loaded = get_peft_model_state_dict(adapted)
+    unloaded = []
+    # PEFT loads the tensors that fit, and says nothing of the others.
     for name, tensor in written.items():
-        if name not in arrived or not torch.equal(arrived[name].cpu().to(tensor.dtype), tensor):
-            astray.append(name)
-    if astray or len(arrived) != len(written):
+        if name not in loaded or not torch.equal(loaded[name].cpu().to(tensor.dtype), tensor):
+            unloaded.append(name)
+    if unloaded or len(loaded) != len(written):
+        examples = ", ".join(unloaded[:2]) or "and others are missing"
         raise UserError(
-            f"the adapter in {folder} does not fit the model: {len(astray)} of its {len(written)}"
-            f" tensors found no place ({', '.join(astray[:2]) or 'and others are missing'}): {fix}."
+            f"the adapter in {folder} does not fit the model: {len(unloaded)} of its {len(written)}"
+            f" tensors found no place ({examples}): {fix}."
         )
     return adapted.eval()

@@ -16,37 +16,34 @@ from .table import Result, Summary
 PANEL_INCHES = (4.0, 3.2)
 MARKERS = "osD^vP"
 LINE_STYLES = ("-", "--", ":", "-.")
+# In matplotlib's map tab10
 COLORS = 10
-"""Of matplotlib's map tab10."""
+# A curve of fewer points has markers.
 FEW_POINTS = 12
-"""A curve of fewer points has markers."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric of a group over training.
-
-    Args:
-        item: of the metric.
-        label: for a legend; "" for none.
-        color, style: of the line; by default the group's.
-        difference: draw its difference to the control, with its interval.
-        interval: the band is the mean's interval, not one standard error.
-    """
+    """A metric of a group over training."""
 
     group: str
     metric: str
+    # Item of the metric
     item: str = ""
+    # Label in the legend; "" for none
     label: str = ""
+    # Color and style of the line; by default the group's
     color: str = ""
     style: str = ""
+    # Draw its difference to the control's, with its interval
     difference: bool = False
+    # Draw the mean's interval as the band, in place of one standard error
     interval: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over steps on one pair of axes."""
+    """Curves over steps on one pair of axes, and horizontal lines at some levels."""
 
     title: str
     ylabel: str
@@ -58,24 +55,22 @@ class Panel:
 
 @dataclass(frozen=True)
 class Forest:
-    """Mean differences of a metric to the control with their intervals, a line for each group.
-
-    Args:
-        missing: group -> word in place of a difference.
-    """
+    """Mean differences of a metric to the control's with their intervals, a line for each group."""
 
     title: str
     xlabel: str
     metric: str
+    # Group -> word that is shown for a group without a difference
     missing: Mapping[str, str]
 
 
 def panels(
     result: Result, path: Path, rows: Sequence[Sequence[Panel | Forest]], **options: Any
 ) -> None:
-    """Draw rows of panels, each as long as the longest; ``options`` are those of `canvas`."""
+    """Draw rows of panels; ``options`` are those of `canvas`, and the ``control``'s group."""
     styles = group_styles(result.groups, options.pop("control", ""))
     with canvas(path, len(rows), max(map(len, rows)), **options) as (_, axes):
+        # A row may have fewer panels than the longest one: its further axes stay off.
         for axis in axes.flat:
             axis.set_axis_off()
         for row_of_axes, row in zip(axes, rows, strict=True):
@@ -94,14 +89,17 @@ def _draw_panel(axis: Any, result: Result, panel: Panel, styles: Mapping[str, An
             _draw_difference(axis, result, curve, curve.color or style["color"])
             continue
         points = result.curve(curve.group, curve.metric, curve.item)
+        marker = "." if len(points) < FEW_POINTS else ""
+        if panel.log:
+            points = positive(points)
         draw_curve(
             axis,
-            positive(points) if panel.log else points,
+            points,
             curve.color or style["color"],
             curve.label or None,
             interval=curve.interval,
             ls=curve.style or style["ls"],
-            marker="." if len(points) < FEW_POINTS else "",
+            marker=marker,
         )
     for level in panel.levels:
         axis.axhline(level, color="black", lw=0.7, ls=":")
@@ -110,7 +108,7 @@ def _draw_panel(axis: Any, result: Result, panel: Panel, styles: Mapping[str, An
 
 
 def _draw_difference(axis: Any, result: Result, curve: Curve, color: Any) -> None:
-    """The difference to the control over training, with a bar for each interval."""
+    """The difference to the control's over training, with a bar for each interval."""
     points = []
     for point in result.over_training(curve.group, curve.metric, curve.item):
         if point.difference is not None:
@@ -126,29 +124,31 @@ def _draw_forest(axis: Any, result: Result, panel: Forest, styles: Mapping[str, 
     metric = result.metric(panel.metric)
     axis.axvline(0, color="black", lw=0.8)
     for row, group in enumerate(result.groups):
-        summary, color = result.summary(group, panel.metric), styles[group]["color"]
+        color, marker = styles[group]["color"], styles[group]["marker"]
+        summary = result.summary(group, panel.metric)
         if summary is None or summary.difference is None:
-            # Beside the zero line and not on it: there is no difference.
+            # Five points beside the zero line: a word on it would look like a difference of 0.
             offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points"}
             word = panel.missing.get(group, "n/a")
             axis.annotate(word, (0, row), va="center", fontsize=8, color="gray", **offset)
             continue
-        ends = [metric.scale * end for end in summary.difference_interval or ()]
-        axis.plot(ends, [row] * len(ends), color=color, lw=2)
-        difference = metric.scale * summary.difference
-        axis.plot(difference, row, marker=styles[group]["marker"], color=color)
+        if summary.difference_interval is not None:
+            low, high = summary.difference_interval
+            axis.plot([metric.scale * low, metric.scale * high], [row, row], color=color, lw=2)
+        axis.plot(metric.scale * summary.difference, row, marker=marker, color=color)
     axis.set_yticks(range(len(result.groups)), result.groups, fontsize=8)
     for tick, group in zip(axis.get_yticklabels(), result.groups, strict=True):
         tick.set_color(styles[group]["color"])
-    axis.set_ylim(len(result.groups) - 0.4, -0.6)
+    axis.set_ylim(len(result.groups) - 0.4, -0.6)  # the first group on top
     finish(axis, panel.title, legend=False, xlabel=panel.xlabel)
 
 
 def positive(curve: Sequence[Summary]) -> list[Summary]:
-    """A curve for a logarithmic axis: zeros become gaps, bands end above zero."""
+    """A curve for a logarithmic axis: means of zero become gaps, and bands end above zero."""
     points = []
     for point in curve:
         if point.mean and point.error is not None:
+            # The lower edge of the band, mean - error, stays at 1 % of the mean or above.
             points.append(replace(point, error=min(point.error, 0.99 * point.mean)))
         else:
             points.append(replace(point, mean=None, error=None))
@@ -157,7 +157,7 @@ def positive(curve: Sequence[Summary]) -> list[Summary]:
 
 @contextmanager
 def canvas(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
-    """A figure and its axes, (rows, columns) also for one; the picture is written at the end.
+    """A figure and its axes, always (rows, columns); the picture is written at the end.
 
     Args:
         options: of the figure (``figsize``, ``layout``) and of its `subplots`.
@@ -170,14 +170,14 @@ def canvas(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Itera
 
 
 def group_styles(groups: Sequence[str], control: str = "") -> dict[str, dict[str, Any]]:
-    """Color, marker and line of each group; the control is black, and no two look alike."""
+    """Color, marker and line of each group, all different; the control is black."""
     import matplotlib
 
     colors = matplotlib.colormaps["tab10"]
     styles: dict[str, dict[str, Any]] = {}
     colored_groups = [group for group in groups if group != control]
     for number, group in enumerate(colored_groups):
-        turn = number // COLORS  # how often the colors have come round
+        turn = number // COLORS  # 0 while the colors are new, 1 when they repeat, and so on
         styles[group] = {
             "color": colors(number % COLORS),
             "marker": MARKERS[turn % len(MARKERS)],
@@ -197,14 +197,15 @@ def draw_curve(
     **style: Any,
 ) -> None:
     """A curve with a band of one standard error, or the ``interval``; undefined points are gaps."""
-    steps, means, lows, highs = [], [], [], []
+    steps = [point.step for point in curve]
+    means, lows, highs = [], [], []
     for point in curve:
+        # matplotlib leaves a gap at NaN.
         mean = math.nan if point.mean is None else point.mean
         error = math.nan if point.error is None else point.error
         low, high = mean - error, mean + error
         if interval:
             low, high = point.interval or (math.nan, math.nan)
-        steps.append(point.step)
         means.append(mean)
         lows.append(low)
         highs.append(high)
@@ -221,7 +222,7 @@ def draw_band(
     label: str | None = None,
     **style: Any,
 ) -> None:
-    """A line, and a band around it where it has a width."""
+    """A line, and a band around it if the band has a width anywhere."""
     axis.plot(positions, means, color=color, label=label, **{"lw": 1.4, **style})
     if any(low < high for low, high in zip(lows, highs, strict=True)):
         axis.fill_between(positions, lows, highs, color=color, alpha=0.15, lw=0)
@@ -230,7 +231,7 @@ def draw_band(
 def finish(
     axis: Any, title: str, ylabel: str = "", legend: bool = True, xlabel: str = "optimizer step"
 ) -> None:
-    """Title, grid and labels of a panel, by default over steps."""
+    """Set title, grid and labels of a panel, by default over steps."""
     axis.set_title(title, fontsize=9)
     axis.set_xlabel(xlabel, fontsize=8)
     axis.set_ylabel(ylabel, fontsize=8)
@@ -243,9 +244,9 @@ def finish(
 
 
 def wrapped(text: str, limit: int = 44) -> str:
-    """A long dotted name on two lines."""
+    """A long dotted name on two lines, split at the dot or space nearest to its middle."""
     if len(text) <= limit:
         return text
-    dots = [index for index, letter in enumerate(text) if letter in ". "]
-    middle = min(dots, key=lambda index: abs(index - len(text) / 2), default=len(text) // 2)
+    breaks = [index for index, letter in enumerate(text) if letter in ". "]
+    middle = min(breaks, key=lambda index: abs(index - len(text) / 2), default=len(text) // 2)
     return f"{text[: middle + 1].rstrip()}\n{text[middle + 1 :]}"

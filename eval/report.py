@@ -12,83 +12,92 @@ from .table import Metric, Provenance, Result, Summary
 
 Interval = tuple[float, float]
 NOT_AVAILABLE = "n/a"
+# With fewer seeds a bootstrap interval is too narrow; see `compare.bootstrap_interval`.
 FEW_SEEDS = 10
+# Decimals beyond a metric's own. A still smaller interval is one of rounding errors.
 MOST_FURTHER = 2
-"""Decimals beyond a metric's own; a smaller interval is one of rounding errors."""
 INTERVALS = "its 95 % interval (bootstrap, BCa)"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A metric in a table of groups, shown by its :class:`~eval.table.Metric`.
-
-    Args:
-        item: of the metric.
-        difference: whether its difference to the control's stands beside it.
-        interval: whether the mean has its interval.
-    """
+    """A metric in a table of groups, shown by its :class:`~eval.table.Metric`."""
 
     metric: str
+    # Item of the metric
     item: str = ""
+    # Add a column with its difference to the control's
     difference: bool = False
+    # Show the mean with its interval
     interval: bool = True
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; what could break it in a cell is escaped."""
-    lines = (head, ["---"] * len(head), *rows)
-    return "\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines)
+    """A Markdown table; characters that could break a cell are escaped."""
+    lines = []
+    for cells in (head, ["---"] * len(head), *rows):
+        lines.append(f"| {' | '.join(map(escaped, cells))} |")
+    return "\n".join(lines)
 
 
 def escaped(text: str) -> str:
-    """Text of a user on one line, without what would end a table's cell."""
+    """Text of a user on one line, with the characters escaped that would end a table's cell."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and what is under it; "" where there is nothing."""
-    return "\n\n".join([f"## {title}", *filter(None, parts)]) if any(parts) else ""
+    """A heading and the parts under it; "" where all of them are empty."""
+    if not any(parts):
+        return ""
+    return "\n\n".join([f"## {title}", *filter(None, parts)])
 
 
 def page(*parts: str) -> str:
-    """A whole report."""
+    """A whole report; empty parts are left out."""
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def listed(sentences: Sequence[str]) -> str:
-    """A list."""
+    """A Markdown list."""
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def number(value: float | None, metric: Metric, sign: str = "") -> str:
-    """A value as its metric is shown; ``sign`` is "+" for a difference."""
-    return NOT_AVAILABLE if value is None else f"{metric.scale * value:{sign}{metric.form}}"
+    """A value in its metric's scale and format; ``sign`` is "+" for a difference."""
+    if value is None:
+        return NOT_AVAILABLE
+    return f"{metric.scale * value:{sign}{metric.form}}"
 
 
-def interval(ends: Interval | None, metric: Metric, sign: str = "") -> str:
+def interval(bounds: Interval | None, metric: Metric, sign: str = "") -> str:
     """An interval in brackets."""
-    return "[" + ", ".join(number(end, metric, sign) for end in ends or [None]) + "]"
+    if bounds is None:
+        return f"[{NOT_AVAILABLE}]"
+    low, high = bounds
+    return f"[{number(low, metric, sign)}, {number(high, metric, sign)}]"
 
 
 def resolved(metric: Metric, size: float) -> Metric:
-    """The metric with as many decimals as show two digits of ``size``, and no fewer than its own.
+    """The metric with enough decimals for two digits of ``size``, and no fewer than its own.
 
     Args:
-        metric: whose form is a number of decimals; another form is left as it is.
-        size: of an interval, or of a difference without one.
+        metric: its form must be a number of decimals; another form is left as it is.
+        size: width of an interval, or a difference without one.
     """
     form = re.fullmatch(r"\.(\d+)f", metric.form)
     size = abs(metric.scale * size)
     if form is None or size == 0 or not math.isfinite(size):
         return metric
     decimals = int(form[1])
+    # 0.034 has its first digit in the second decimal, so two digits need three decimals.
     needed = 1 - math.floor(math.log10(size))
+    # At least the metric's own decimals, so that large intervals don't lose any.
     decimals = min(max(decimals, needed), decimals + MOST_FURTHER)
     return replace(metric, form=f".{decimals}f")
 
 
 def mean(line: Summary | None, metric: Metric, intervals: bool = True) -> str:
-    """A group's mean, with its interval."""
+    """A group's mean, with its interval if ``intervals``."""
     if line is None or line.mean is None:
         return NOT_AVAILABLE
     if not intervals or line.interval is None:
@@ -104,9 +113,8 @@ def difference(line: Summary | None, metric: Metric) -> str:
         return NOT_AVAILABLE
     low, high = line.difference_interval or (0.0, 0.0)
     metric = resolved(metric, high - low or line.difference)
-    text = (
-        f"{number(line.difference, metric, '+')} {interval(line.difference_interval, metric, '+')}"
-    )
+    bounds = interval(line.difference_interval, metric, "+")
+    text = f"{number(line.difference, metric, '+')} {bounds}"
     if metric.higher_is_better is None:
         return text
     return f"{text}, {line.better(metric.higher_is_better)}/{line.pairs}"
@@ -117,11 +125,11 @@ def comparison(
     columns: Sequence[Column],
     facts: Mapping[str, Callable[[str], str]] | None = None,
 ) -> str:
-    """The groups in rows, a metric's mean and perhaps its difference to the control's in columns.
+    """A table with a row for each group, and columns for the metrics and their differences.
 
     Args:
-        facts: head -> a word about a group before its metrics; by default how many runs there
-            are, and groups without any of the metrics are left out.
+        facts: head of a column -> its cell for a group, before the metrics. By default one with the
+            number of runs, and groups without any of the metrics are left out.
     """
     columns_of_facts = facts or {"seeds": lambda group: str(len(result.members(group)))}
     head, rows = ["run", *columns_of_facts], []
@@ -130,49 +138,54 @@ def comparison(
         if column.difference:
             head.append("difference")
     for group in result.groups:
+        # None for a metric that was not measured in the group
         lines = [result.summary(group, column.metric, column.item) for column in columns]
         if facts is None and not any(lines):
             continue
+        is_unpaired = result.settings.get("paired", {}).get(group) is False
         is_control = group == result.control
-        row = [f"{group} (control)" if is_control else group]
-        row += [fact(group) for fact in columns_of_facts.values()]
+        cells = [f"{group} (control)" if is_control else group]
+        cells += [fact(group) for fact in columns_of_facts.values()]
         for column, line in zip(columns, lines, strict=True):
             metric = result.metric(column.metric)
-            change = "" if is_control else difference(line, metric)
-            if result.settings.get("paired", {}).get(group) is False:
-                change = "not paired"
-            row.append(mean(line, metric, column.interval))
-            if column.difference:
-                row.append(change)
-        rows.append(row)
+            cells.append(mean(line, metric, column.interval))
+            if not column.difference:
+                continue
+            if is_unpaired:
+                cells.append("not paired")
+            elif is_control:
+                cells.append("")
+            else:
+                cells.append(difference(line, metric))
+        rows.append(cells)
     return table(head, rows)
 
 
-def pictures(result: Result) -> str:
-    """The figures, one under another."""
-    return "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in result.figures)
-
-
 def sources(result: Result) -> list[str]:
-    """Kind, source and weights of each subject."""
+    """A sentence for each subject: its kind, source, base model and weights."""
     sentences = []
     for entry in result.subjects:
-        words = [entry.kind, entry.source, entry.method]
-        words += [f"on {entry.base_model}"] if entry.base_model else []
-        weights = entry.digest and f"weights {entry.digest[:12]}"
-        quantize = entry.about.get("quantize", "none")
-        words += ["" if quantize == "none" else quantize, weights]
-        sentences.append(f"{entry.label}: {', '.join(filter(None, words))}.")
+        facts = [entry.kind, entry.source, entry.method]
+        if entry.base_model:
+            facts.append(f"on {entry.base_model}")
+        quantization = entry.about.get("quantize", "none")
+        if quantization != "none":
+            facts.append(quantization)
+        if entry.digest:
+            facts.append(f"weights {entry.digest[:12]}")
+        sentences.append(f"{entry.label}: {', '.join(filter(None, facts))}.")
     return sentences
 
 
 def closing(result: Result, packages: Sequence[str] = ("torch",), facts: Sequence[str] = ()) -> str:
-    """The end of a report: figures, notes, and where it comes from."""
-    notes = list(map(escaped, result.notes))
+    """The end of a report: figures, notes, facts, and the origin of the result."""
+    pictures = [f"![{name.removesuffix('.png')}]({name})" for name in result.figures]
+    sentences = [escaped(note) for note in result.notes]
     if any(1 < len(result.members(group)) < FEW_SEEDS for group in result.groups):
-        notes.append("With fewer than ten seeds a bootstrap interval is too narrow.")
-    sentences = [*notes, *map(escaped, facts), *origin(result.provenance, packages)]
-    return page(pictures(result), listed(sentences)).rstrip()
+        sentences.append("With fewer than ten seeds a bootstrap interval is too narrow.")
+    sentences += [escaped(fact) for fact in facts]
+    sentences += origin(result.provenance, packages)
+    return page(*pictures, listed(sentences)).rstrip()
 
 
 def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) -> list[str]:
@@ -180,13 +193,15 @@ def origin(provenance: Provenance | None, packages: Sequence[str] = ("torch",)) 
     if provenance is None:
         return []
     device = provenance.device
-    cores = f", {device['cpu_cores']} cores" if device.get("type") == "cpu" else ""
-    commit = "" if provenance.commit is None else f", commit {provenance.commit[:12]}"
-    changed = " with uncommitted changes" if provenance.uncommitted_changes else ""
-    versions = ", ".join(f"{package} {provenance.versions.get(package)}" for package in packages)
-    name = device.get("name") or "unknown device"
-    lines = [f"`{provenance.command}`", f"{name}{cores}, {versions}{commit}{changed}."]
+    facts = [device.get("name") or "unknown device"]
+    if device.get("type") == "cpu":
+        facts.append(f"{device['cpu_cores']} cores")
+    facts += [f"{package} {provenance.versions.get(package)}" for package in packages]
+    if provenance.commit is not None:
+        facts.append(f"commit {provenance.commit[:12]}")
+    changes = " with uncommitted changes" if provenance.uncommitted_changes else ""
+    lines = [f"`{provenance.command}`", f"{', '.join(facts)}{changes}."]
     if provenance.differing:
-        differences = ", ".join(name.replace("_", " ") for name in provenance.differing)
+        differences = ", ".join(provenance.differing).replace("_", " ")
         lines.append(f"The runs differ in {json.dumps(differences)}; the first run's is given.")
     return lines

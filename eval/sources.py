@@ -1,4 +1,4 @@
-"""One thing that is measured, and what one word names: a run folder, a file, or base."""
+"""A subject, which is measured, opened by its name: a run folder, a file, or "base"."""
 
 from __future__ import annotations
 
@@ -21,32 +21,29 @@ from bilora_diffusion.run.record import RUN, read_metrics, read_run
 from bilora_diffusion.text.config import TextConfig
 from bilora_diffusion.train.soundness import PICKLES
 
-from .cache import PEFT_CONFIG, PEFT_FILE, of_lora, of_models, of_peft, peft_config
+from .cache import PEFT_CONFIG, PEFT_FILE, hash_of_lora, hash_of_models, hash_of_peft, peft_config
 from .table import Entry, Row
 
 BASE = "base"
+# Option -> the option whose value it has where it is not given
 STANDS_FOR = {
     "auxiliary_learning_rate": "learning_rate",
     "auxiliary_rank": "rank",
     "auxiliary_alpha": "lora_alpha",
 }
-"""Options that are another's value where they are not given."""
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Subject(Entry):
-    """An :class:`~eval.table.Entry` with what it is measured by, which no result holds.
+    """An :class:`~eval.table.Entry` with its files, which are not written into a result."""
 
-    Args:
-        folder: of the run; None for what is no run.
-        weights: a LoRA file, or the folder of a PEFT adapter or of whole models; None where they
-            were not asked for, and for the base model.
-        record: ``run.json``; {} for what is no run.
-    """
-
+    # Folder of the run; None if it is not a run
     folder: Path | None = None
+    # A LoRA file, or the folder of a PEFT adapter or of whole models; None for the base model, and
+    # where a command does not need them
     weights: Path | None = None
+    # Content of ``run.json``; {} if it is not a run
     record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,28 +65,32 @@ class Subject(Entry):
         return value
 
     def settings(self) -> dict[str, Any]:
-        """The options that made a difference to what was learned, but for the seed."""
-        unread = methods.option_names() - methods.get(str(self.method)).reads
+        """The options of the run that influence what it learns, without seed and method."""
         script = TextConfig if self.is_text else DreamBoothConfig
-        names = set(self.record["config"]) - script.without_influence - unread
+        method_ignores = methods.option_names() - methods.get(str(self.method)).reads
+        names = set(self.record["config"]) - script.without_influence - method_ignores
         names -= {"seed", "method"} | FORMER_OPTIONS
         return {name: self.option(name) for name in sorted(names)}
 
     def log(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; [] for what is no run."""
-        return [] if self.folder is None else read_metrics(self.folder)
+        """The lines of ``metrics.jsonl``; [] if it is not a run."""
+        if self.folder is None:
+            return []
+        return read_metrics(self.folder)
 
     def row(self, metric: str, value: float | None, **fields: Any) -> Row:
         """A row of this subject; a value that is not finite is None."""
-        value = None if value is None or not math.isfinite(value) else float(value)
-        values = {"subject": self.label, "group": self.group, "seed": self.seed, **fields}
-        return Row(metric=metric, value=value, **values)
+        number = None
+        if value is not None and math.isfinite(value):
+            number = float(value)
+        fields = {"subject": self.label, "group": self.group, "seed": self.seed, **fields}
+        return Row(metric=metric, value=number, **fields)
 
 
 def find(word: str) -> Subject:
-    """Open what ``word`` names, with its weights and their digest.
+    """Open the subject that a word of the command line names, with its weights and their hash.
 
-    Its label is what to call it, its group its method's title.
+    Its label is the name of its folder or file, its group the title of its method.
     """
     if word == BASE:
         return Subject(BASE, "base model", BASE, BASE)
@@ -97,21 +98,21 @@ def find(word: str) -> Subject:
     if path.is_dir():
         return _folder(path, word)
     if path.is_file():
-        # the folder's name where the file has the name that all have
-        name = path.resolve().parent.name if path.name == FILE_NAME else path.stem
-        return _file(path, "file", name, word)
-    owner = path.parent
-    names = []
-    if owner.is_dir():
-        names = [str(owner / neighbor.name) for neighbor in owner.iterdir()]
+        name = path.stem
+        if path.name == FILE_NAME:  # which all exported files have
+            name = path.resolve().parent.name
+        return _file(path, name, word)
+    names = [BASE]
+    if path.parent.is_dir():
+        names += [str(path.parent / neighbor.name) for neighbor in path.parent.iterdir()]
     raise UserError(
-        f'there is no run folder and no file "{word}"{did_you_mean(word, [BASE, *names])}: correct'
-        " the path; what is on the hub is had by hf download."
+        f'there is no run folder and no file "{word}"{did_you_mean(word, names)}: correct the path;'
+        " load an adapter of the hub by hf download first."
     )
 
 
 def run(folder: Path, word: str) -> Subject:
-    """A run folder as it is, without a look at its weights."""
+    """A run folder as a subject, without its weights."""
     record = read_run(folder)
     config, method = record["config"], methods.get(record["method"])
     base = config.get("pretrained_model_name_or_path") or config.get("model_name_or_path")
@@ -128,11 +129,12 @@ def run(folder: Path, word: str) -> Subject:
 
 
 def _folder(folder: Path, word: str) -> Subject:
+    """The run, the LoRA file or the PEFT adapter in a folder; a run has one of these files too."""
     name = folder.resolve().name
     if (folder / RUN).is_file():
-        return _weights_of(run(folder, word))
+        return _with_weights(run(folder, word))
     if (folder / FILE_NAME).is_file():
-        return _file(folder / FILE_NAME, "file", name, word)
+        return _file(folder / FILE_NAME, name, word)
     if (folder / PEFT_FILE).is_file():
         return _peft(folder, name, word)
     raise UserError(
@@ -141,55 +143,63 @@ def _folder(folder: Path, word: str) -> Subject:
     )
 
 
-def _weights_of(subject: Subject) -> Subject:
+def _with_weights(subject: Subject) -> Subject:
+    """A run with its weights and their hash."""
     assert subject.folder is not None
     folder, status = subject.folder, subject.record.get("status")
-    needed = _needed(subject)
-    if missing := [name for name in needed if not (folder / name).exists()]:
-        raise UserError(
-            f'{folder} is a run without {missing[0]} (its status is "{status}"): let it finish, or'
-            " go on with --resume_from_checkpoint latest."
-        )
+    needed = _weight_files(subject)
+    for name in needed:
+        if not (folder / name).exists():
+            raise UserError(
+                f'{folder} is a run without {name} (its status is "{status}"): let it finish, or go'
+                " on with --resume_from_checkpoint latest."
+            )
+    # A run that was resumed, or is still running, has the files of its last end.
     if not subject.finished:
         logger.warning(
             '%s has the status "%s": its weights are those of an earlier end.', folder, status
         )
     if needed == (FILE_NAME,):
         file = folder / FILE_NAME
-        return replace(subject, weights=file, digest=of_lora(file))
+        return replace(subject, weights=file, digest=hash_of_lora(file))
     if PEFT_FILE in needed:
-        return replace(subject, weights=folder, digest=of_peft(folder))
-    return replace(subject, weights=folder, digest=of_models(folder, needed))
+        return replace(subject, weights=folder, digest=hash_of_peft(folder))
+    return replace(subject, weights=folder, digest=hash_of_models(folder, needed))
 
 
-def _needed(subject: Subject) -> tuple[str, ...]:
-    """Files and folders that a run of its kind leaves."""
-    exports_weights = methods.get(str(subject.method)).exports_weights
+def _weight_files(subject: Subject) -> tuple[str, ...]:
+    """Names of the files and folders of weights that a run of this kind leaves."""
+    has_whole_models = methods.get(str(subject.method)).exports_weights
     if subject.is_text:
-        return ("model",) if exports_weights else (PEFT_FILE, PEFT_CONFIG)
-    if not exports_weights:
+        return ("model",) if has_whole_models else (PEFT_FILE, PEFT_CONFIG)
+    if not has_whole_models:
         return (FILE_NAME,)
-    encoders = ENCODERS if subject.option("train_text_encoder") else ()
-    return (_denoiser(subject), *encoders)
+    if subject.option("train_text_encoder"):
+        return (_denoiser(subject), *ENCODERS)
+    return (_denoiser(subject),)
 
 
 def _denoiser(subject: Subject) -> str:
-    """Name of the model that an image run trains: the one that is there, else by its base."""
-    folder = subject.folder
-    assert folder is not None
-    saved = [name for name in DENOISERS if (folder / name).is_dir()]
+    """Name of the model that an image run trains: the one in its folder, else by its base model."""
+    assert subject.folder is not None
+    for name in DENOISERS:
+        if (subject.folder / name).is_dir():
+            return name
+    # Nothing is saved yet. A base model that is not on this machine counts as one with a UNet.
     base = str(subject.base_model)
-    flow = folder_of(base) is not None and describe(base).family.flow
-    return saved[0] if saved else DENOISERS[flow]
+    is_flow = folder_of(base) is not None and describe(base).family.flow
+    return DENOISERS[is_flow]  # (UNet, transformer)
 
 
-def _file(path: Path, kind: str, name: str, word: str, base_model: str | None = None) -> Subject:
+def _file(path: Path, name: str, word: str) -> Subject:
+    """A LoRA file as a subject called ``name``."""
     if path.suffix.lower() in PICKLES:
         raise UserError(f"{path.name} may run code when it is read: give a .safetensors file.")
     metadata = inspect(path).metadata
     method = metadata.get("bilora.method")
-    if base_model is None and method is not None:
-        # Other tools write the name of a checkpoint file here, which nothing can be loaded by.
+    base_model = None
+    if method is not None:
+        # Other programs write the name of a checkpoint file here, which can't be loaded.
         base_model = metadata.get("ss_sd_model_name")
     group = method or name
     if method in methods.names():
@@ -197,16 +207,17 @@ def _file(path: Path, kind: str, name: str, word: str, base_model: str | None = 
     return Subject(
         label=name,
         group=group,
-        kind=kind,
+        kind="file",
         source=without_paths(word),
         method=method,
-        digest=of_lora(path),
+        digest=hash_of_lora(path),
         base_model=base_model,
         weights=path,
     )
 
 
 def _peft(folder: Path, name: str, word: str) -> Subject:
+    """A folder with a PEFT adapter as a subject called ``name``."""
     config = peft_config(folder)
     base = config.get("base_model_name_or_path")
     return Subject(
@@ -214,7 +225,7 @@ def _peft(folder: Path, name: str, word: str) -> Subject:
         group=name,
         kind="file",
         source=without_paths(word),
-        digest=of_peft(folder),
+        digest=hash_of_peft(folder),
         base_model=base or None,
         weights=folder,
         about={"revision": config["revision"]} if config.get("revision") else {},

@@ -1,15 +1,14 @@
-"""Subjects: run folders, files of adapters and the base model, and the groups of repeats.
+"""Subjects of a command line: run folders, files of adapters and the base model, in groups.
 
-gather(["runs/a", "runs/b"], ["rho 1=runs/c,runs/d"])    # groups of runs that differ in the seed
-single(["LoRA=runs/a", "owner/name", "base"])            # each a group of its own
+gather(["runs/a", "runs/b"], ["rho 1=runs/c,runs/d"])    # runs of a group differ in the seed
+single(["LoRA=runs/a", "file.safetensors", "base"])      # each is a group of its own
 """
 
 from __future__ import annotations
 
 import itertools
 import textwrap
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ __all__ = [
     "single",
 ]
 
+# What options are called in a sentence; the others have their own names.
 PLAIN_NAMES = {
     "dataset_name": "data",
     "instance_data_dir": "data folder",
@@ -38,7 +38,7 @@ PLAIN_NAMES = {
     "num_train_epochs": "epochs",
     "pretrained_model_name_or_path": "base model",
 }
-"""What options are called in a sentence; the others by their own names."""
+# Letters of an option's value in a sentence
 SETTING_WIDTH = 40
 
 
@@ -57,66 +57,71 @@ def read_groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 def gather(
     words: Sequence[str], groups: Sequence[str] = (), weights: bool = False
 ) -> list[Subject]:
-    """The subjects that a command line means, group by group.
+    """The subjects of a command line, group by group, in the order of their seeds.
 
     Args:
-        words: run folders; those of one method and setting form a group, labelled by the method's
-            title and whatever tells it from the others of that method.
-        groups: "LABEL=RUN,RUN" each, for runs that are to stand together under a name.
-        weights: the weights are needed: they and their digest are filled in, and files of adapters
-            and "base" may be named too.
+        words: run folders. Runs of one method and settings form a group. Its label is the method's
+            title, and the options in which it differs from other groups of the method.
+        groups: "LABEL=RUN,RUN" each, for runs that form a group under this label.
+        weights: open the weights too, and hash them; then files of adapters and "base" may be named
+            too.
     """
     labelled_groups = read_groups(groups)
     if not words and not labelled_groups:
         raise UserError("no runs are given: name run folders, or use --group LABEL=RUN,RUN.")
-    words_of_groups: list[str] = []
+    all_words = list(words)
     for _, runs in labelled_groups:
-        words_of_groups += runs
-    _refuse_twice([*words, *words_of_groups])
+        all_words += runs
+    _refuse_repeated(all_words)
 
-    subjects = _by_setting([_open(word, weights) for word in words])
-    labels = list(dict.fromkeys(subject.group for subject in subjects))
+    # Runs without a label are grouped by themselves, whatever the labelled ones are.
+    subjects = _grouped_by_settings([_open(word, weights) for word in words])
+    group_labels = list(by_group(subjects))
     for label, runs in labelled_groups:
         subjects += [replace(_open(word, weights), group=label) for word in runs]
-        labels.append(label)
-    for label in labels:
-        if labels.count(label) > 1:
+        group_labels.append(label)
+    members = by_group(subjects)
+    for label in group_labels:
+        if group_labels.count(label) > 1:
             raise UserError(f'two groups are called "{label}": give one another name by --group.')
-        _check_group(label, [subject for subject in subjects if subject.group == label])
-    # Groups stand in the order of the command line, their runs in the order of their seeds.
-    order = {label: place for place, label in enumerate(labels)}
-    subjects.sort(key=lambda subject: (order[subject.group], subject.seed or 0))
-    labels = _unique([subject.label for subject in subjects])
-    return [replace(subject, label=label) for subject, label in zip(subjects, labels, strict=True)]
+        _check_group(label, members[label])
+
+    ordered = []
+    for label in group_labels:
+        ordered += sorted(members[label], key=lambda subject: subject.seed or 0)
+    # Run folders of different parents may have the same name.
+    names = _unique([subject.label for subject in ordered])
+    return [replace(subject, label=name) for subject, name in zip(ordered, names, strict=True)]
 
 
 def single(words: Sequence[str], weights: bool = True) -> list[Subject]:
-    """Subjects, by default with weights, each a group of its own, perhaps given as LABEL=WORD.
+    """Subjects, each a group of its own; a word may be LABEL=WORD.
 
-    Without a label it is called by its method's title, with its folder's name where two would be
-    called alike.
+    A subject without a label is called by its method's title, followed by its folder's name if
+    another one has the same title.
     """
-    pairs = [_split(word) for word in words]
-    user_labels = Counter(label for label, _ in pairs if label is not None)
-    for label, count in user_labels.items():
-        if count > 1:
+    pairs = [_split_label(word) for word in words]
+    user_labels = [label for label, _ in pairs if label is not None]
+    for label in user_labels:
+        if user_labels.count(label) > 1:
             raise UserError(f'the label "{label}" is given twice: give each adapter its own.')
-    _refuse_twice([word for _, word in pairs])
+    _refuse_repeated([word for _, word in pairs])
 
-    subjects = [_open(word, weights) for _, word in pairs]
-    titles: list[str] = []
-    for (label, _), subject in zip(pairs, subjects, strict=True):
-        titles.append(label or subject.group)
+    subjects = []
+    for label, word in pairs:
+        subject = _open(word, weights)
+        subjects.append(replace(subject, group=label or subject.group))
+    titles = [subject.group for subject in subjects]
     names: list[str] = []
-    for (label, _), title, subject in zip(pairs, titles, subjects, strict=True):
-        if label is None:
-            is_ambiguous = titles.count(title) > 1 and title != subject.label
-            names.append(f"{title} ({subject.label})" if is_ambiguous else title)
-
-    unique_names = iter(_unique(names, user_labels, " "))
     labelled: list[Subject] = []
     for (label, _), subject in zip(pairs, subjects, strict=True):
-        name = label or next(unique_names)
+        name = subject.group
+        # The user's labels stay as they are; the others are changed until all are different.
+        if label is None:
+            if titles.count(name) > 1 and name != subject.label:
+                name = f"{name} ({subject.label})"
+            name = _numbered(name, [*user_labels, *names], separator=" ")
+        names.append(name)
         labelled.append(replace(subject, label=name, group=name))
     return labelled
 
@@ -130,104 +135,120 @@ def by_group(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
 
 
 def paired(subjects: Sequence[Subject], control: str) -> dict[str, bool | None]:
-    """Group -> True if its runs saw the control's inputs at each step that both took, seed by seed.
+    """Group -> True if its runs saw the same inputs as the control's runs of the same seeds.
 
-    None for the control, and where no seed has both; a run without digests is not paired.
+    The logs' hashes of the inputs are compared at all steps that both runs took; a run without
+    hashes is not paired. None for the control, and for a group without a seed of the control's.
     """
     groups = by_group(subjects)
-    control_digests = {subject.seed: _digests(subject) for subject in groups[control]}
+    control_hashes = {subject.seed: _input_hashes(subject) for subject in groups[control]}
     pairs: dict[str, bool | None] = {}
     for group, members in groups.items():
-        matches: list[bool] = []
+        pairs[group] = None
         for subject in members:
-            if group != control and subject.seed in control_digests:
-                digests = _digests(subject)
-                matches.append(_agree(digests, control_digests[subject.seed]))
-        pairs[group] = all(matches) if matches else None
+            if group == control or subject.seed not in control_hashes:
+                continue
+            hashes, expected = _input_hashes(subject), control_hashes[subject.seed]
+            common_steps = hashes.keys() & expected.keys()
+            is_same = all(hashes[step] == expected[step] for step in common_steps)
+            if not common_steps or not is_same:
+                pairs[group] = False
+                break
+            pairs[group] = True
     return pairs
 
 
-def _digests(subject: Subject) -> dict[int, str]:
+def _input_hashes(subject: Subject) -> dict[int, str]:
+    """Step -> hash of the batch and noise that the run saw."""
     return {line["step"]: line["digest"] for line in subject.log() if line.get("digest")}
-
-
-def _agree(digests: Mapping[int, str], control_digests: Mapping[int, str]) -> bool:
-    steps = digests.keys() & control_digests.keys()
-    return bool(steps) and all(digests[step] == control_digests[step] for step in steps)
 
 
 def _open(word: str, weights: bool) -> Subject:
     """A subject whose label is its folder's name and whose group is its method's title."""
-    return find(word) if weights else run(Path(word), word)
+    if weights:
+        return find(word)
+    return run(Path(word), word)
 
 
-def _refuse_twice(words: Sequence[str]) -> None:
-    places = [Path(word).resolve() for word in words]
-    for word, place in zip(words, places, strict=True):
-        if places.count(place) > 1:
+def _refuse_repeated(words: Sequence[str]) -> None:
+    """Refuse a folder or file that is named twice, also by two spellings of its path."""
+    paths = [Path(word).resolve() for word in words]
+    for word, path in zip(words, paths, strict=True):
+        if paths.count(path) > 1:
             raise UserError(f"{word} is given twice: keep one.")
 
 
 def differing_options(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The options that some configurations do not share -> the value in each; None where it has
-    none.
+    """Option whose value is not the same in all configurations -> its value in each.
+
+    The value is None in a configuration without the option.
     """
-    values: dict[str, list[Any]] = {}
+    differing: dict[str, list[Any]] = {}
     for name in dict.fromkeys(itertools.chain(*configs)):
-        of_each = [config.get(name) for config in configs]
-        if any(value != of_each[0] for value in of_each):
-            values[name] = of_each
-    return values
+        values = [config.get(name) for config in configs]
+        if any(value != values[0] for value in values):
+            differing[name] = values
+    return differing
 
 
 def settings_note(subjects: Sequence[Subject]) -> str:
-    """One sentence on the settings in which runs differ that all of their methods read, such as
-    "LoRA, Bi-LoRA differ in: steps 40 / 500, rank 8 / 4."; "" where they do not.
+    """A sentence on the settings in which runs differ, of those that all of their methods read.
+
+    Such as "LoRA, Bi-LoRA differ in: steps 40 / 500, rank 8 / 4."; "" where they do not differ.
     """
     runs: dict[Path, Subject] = {}
     for subject in subjects:
         if subject.folder is not None and subject.method in methods.names():
             runs.setdefault(subject.folder, subject)
     settings = [run.settings() for run in runs.values()]
-    shared_names = set(settings[0]).intersection(*settings) if settings else set[str]()
-    comparable = [{name: run[name] for name in sorted(shared_names)} for run in settings]
     differences = []
-    for name, values in differing_options(comparable).items():
-        texts = [textwrap.shorten(_as_text(value), SETTING_WIDTH) for value in values]
-        differences.append(f"{PLAIN_NAMES.get(name, name)} {' / '.join(texts)}")
+    for name, values in sorted(differing_options(settings).items()):
+        is_read_by_all = all(name in options for options in settings)
+        if is_read_by_all:
+            texts = [textwrap.shorten(_as_text(value), SETTING_WIDTH) for value in values]
+            differences.append(f"{PLAIN_NAMES.get(name, name)} {' / '.join(texts)}")
     if not differences:
         return ""
+    # Checkpoints of a run are called by the run.
     labels = [str(run.about.get("run", run.label)) for run in runs.values()]
     return f"{', '.join(labels)} differ in: {', '.join(differences)}."
 
 
-def _by_setting(subjects: Sequence[Subject]) -> list[Subject]:
-    """Each with its group's label: the title, and the options in which runs of a method differ."""
-    runs = [subject for subject in subjects if subject.record]
-    settings = {run.folder: run.settings() for run in runs}
+def _grouped_by_settings(subjects: Sequence[Subject]) -> list[Subject]:
+    """The subjects, their groups labelled by title and the options in which a method's runs differ.
+
+    Such as "Bi-LoRA (rho=0.05)" where there is a run of Bi-LoRA with another rho.
+    """
+    settings_by_method: dict[str | None, list[dict[str, Any]]] = {}
+    for subject in subjects:
+        if subject.record:
+            settings_by_method.setdefault(subject.method, []).append(subject.settings())
     grouped = []
     for subject in subjects:
-        options = settings.get(subject.folder, {}) if subject.record else {}
-        peers = [settings[run.folder] for run in runs if run.method == subject.method]
-        differing = differing_options(peers)
-        distinctions: list[str] = []
-        for name, value in options.items():
-            if name in differing:
-                distinctions.append(f"{name}={_as_text(value)}")
         label = BASE if subject.kind == BASE else subject.group
-        if distinctions:
-            label = f"{label} ({', '.join(distinctions)})"
+        if subject.record:
+            differing = differing_options(settings_by_method[subject.method])
+            distinctions: list[str] = []
+            for name, value in subject.settings().items():
+                if name in differing:
+                    distinctions.append(f"{name}={_as_text(value)}")
+            if distinctions:
+                label = f"{label} ({', '.join(distinctions)})"
         grouped.append(replace(subject, group=label))
     return grouped
 
 
 def _as_text(value: Any) -> str:
+    """An option's value in a sentence; of a path its last part."""
     if isinstance(value, float):
         return f"{value:g}"
-    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
+    if isinstance(value, str) and "/" in value:
+        return Path(value).name
+    return str(value)
 
 
 def _check_group(label: str, members: Sequence[Subject]) -> None:
+    """Refuse a group with several methods, or with two runs of a seed."""
     methods = sorted({subject.method for subject in members if subject.method})
     if len(methods) > 1:
         raise UserError(
@@ -245,22 +266,27 @@ def _check_group(label: str, members: Sequence[Subject]) -> None:
             )
 
 
-def _unique(names: Sequence[str], reserved: Iterable[str] = (), separator: str = "-") -> list[str]:
-    """The names, with a number where one stands already."""
-    assigned, unique = set(reserved), []
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names; one that occurs before gets a number."""
+    unique: list[str] = []
     for name in names:
-        number, candidate = 1, name
-        while candidate in assigned:
-            number += 1
-            candidate = f"{name}{separator}{number}"
-        assigned.add(candidate)
-        unique.append(candidate)
+        unique.append(_numbered(name, unique, separator="-"))
     return unique
 
 
-def _split(word: str) -> tuple[str | None, str]:
+def _numbered(name: str, used_names: Collection[str], separator: str) -> str:
+    """The name, with a number from 2 on if it is used already."""
+    number, candidate = 1, name
+    while candidate in used_names:
+        number += 1
+        candidate = f"{name}{separator}{number}"
+    return candidate
+
+
+def _split_label(word: str) -> tuple[str | None, str]:
+    """Label and adapter of LABEL=ADAPTER; None and the word without a label."""
     label, equals, adapter = word.partition("=")
-    # A place with an equals sign in its name is no label.
+    # A path may have an equals sign in its name.
     if not equals or "/" in label or Path(word).expanduser().exists():
         return None, word
     label, adapter = " ".join(label.split()), adapter.strip()

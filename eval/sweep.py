@@ -16,8 +16,8 @@ An experiment is a YAML file:
     seeds: 0..4
 
 Further keys: script (default: train_dreambooth_bilora.py), options (of all runs), control (default:
-the first variant), metric (default: heldout_loss) and higher_is_better. The recipe may be a list:
-each is then compared by itself.
+the first variant), metric (default: heldout_loss) and higher_is_better. If recipe is a list, there
+is one comparison for each of its recipes.
 
 Every run is checked by the training script's own parser before the first one starts. A finished run
 is not repeated and an interrupted one goes on, so the same command can be given again at any time.
@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.files import without_paths
-from bilora_diffusion.core.values import WORKERS
+from bilora_diffusion.core.values import TRAINING_GRID_LOSS, WORKERS
 
 from . import compare, plot
 from . import sweep_reporting as reporting
@@ -48,7 +48,7 @@ from .evaluation import Evaluation
 from .report import Column
 from .sources import run as find_run
 from .subjects import Subject, by_group, paired
-from .sweep_reporting import FINISHED, SECONDS, TRAINING, WAITING
+from .sweep_reporting import FINISHED, SECONDS, WAITING
 from .table import Result, Row, command_line
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
@@ -74,13 +74,13 @@ class SweepOptions:
 class Sweep(Evaluation):
     """The metric and the training loss of each finished run over training, and key figures.
 
-    A subject is a run, a group a variant; ``about`` of a subject says what became of it: ``status``
-    (finished, failed or waiting), ``exit_code`` and ``error``.
+    A subject is a run, a group is a variant. ``about`` of a subject has the run's outcome:
+    ``status`` (finished, failed or waiting), ``exit_code`` and ``error``.
 
-    ``settings``: ``recipe``, ``metric``, ``higher_is_better``, ``seeds``; ``arms``, by label the
-    ``options`` of a variant; ``paired``, whether a variant's runs saw the control's inputs;
-    ``equal_training``, the training loss at which variants are compared and the one that sets it,
-    or None.
+    ``settings``: ``recipe``, ``metric``, ``higher_is_better``, ``seeds``; ``arms``, label of a
+    variant -> its ``options``; ``paired``, label -> whether its runs saw the control's inputs;
+    ``equal_training``, the training loss at which variants are compared and the variant that sets
+    it, or None.
     """
 
     name, options = "sweep", (SweepOptions,)
@@ -88,7 +88,7 @@ class Sweep(Evaluation):
     def __init__(self, args: argparse.Namespace, command: str, plan: Plan) -> None:
         from .sweep_runs import Runner
 
-        # Each experiment has a folder of its own, and its result lies among its runs.
+        # Each experiment has its own folder; its result is beside its runs.
         runs_dir = args.runs_dir / plan.name
         args = argparse.Namespace(**vars(args))
         args.output_dir = args.output_dir or runs_dir / self.name
@@ -133,7 +133,7 @@ class Sweep(Evaluation):
         parser.add_argument("--output_dir", type=Path, help=f"default: {cls.name}, beside the runs")
 
     def work(self) -> int | None:
-        """List the runs, and do all of it where that was not asked for alone."""
+        """List the runs, and unless it is a dry run train and compare them."""
         print(self.describe())
         if self.args.dry_run:
             return None
@@ -141,7 +141,7 @@ class Sweep(Evaluation):
         return super().work()
 
     def describe(self) -> str:
-        """The variants, and in a dry run the command line of each run with its folder's state."""
+        """The variants; in a dry run also the command line of each run and its folder's state."""
         from .sweep_runs import state
 
         plan = self.plan
@@ -166,17 +166,19 @@ class Sweep(Evaluation):
         ]
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject]:
-        """Train what is not finished; a failure is told, and is the command's exit code."""
+        """Train the runs that are not finished; print failures, after which the exit code is 1."""
         runs_dir = self.runner.runs_dir
         outcomes = self.runner.run_all(self.plan.runs)
         trained = [subject_of(runs_dir, outcome) for outcome in outcomes]
         self._require_metric(trained)
         failures = [outcome for outcome in outcomes if outcome.status != FINISHED]
         if failures:
-            reasons = "; ".join(f"{o.cell} (exit code {o.exit_code}: {o.error})" for o in failures)
+            reasons = []
+            for outcome in failures:
+                reasons.append(f"{outcome.cell} (exit code {outcome.exit_code}: {outcome.error})")
             print(
-                f"error: {len(failures)} of {len(outcomes)} runs failed: {reasons}. Their logs are"
-                f" {runs_dir}/RUN.log, and the same command tries them again.",
+                f"error: {len(failures)} of {len(outcomes)} runs failed: {'; '.join(reasons)}."
+                f" Their logs are {runs_dir}/RUN.log, and the same command tries them again.",
                 file=sys.stderr,
             )
             self.exit_code = 1
@@ -188,7 +190,9 @@ class Sweep(Evaluation):
         names = set[str]()
         for subject in subjects:
             for line in subject.log():
-                names |= {name for name in line if isinstance(line[name], int | float)}
+                for name, value in line.items():
+                    if isinstance(value, int | float):
+                        names.add(name)
         names.discard("step")
         if names and metric not in names:
             raise UserError(
@@ -197,10 +201,14 @@ class Sweep(Evaluation):
             )
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        lines = subject.log()
-        names = dict.fromkeys((self.experiment.metric, TRAINING))
-        # Both losses are compared where the metric was measured.
-        measured = [line for line in lines if self.experiment.metric in line]
+        names = dict.fromkeys((self.experiment.metric, TRAINING_GRID_LOSS))  # which may be the same
+        measured, seconds = [], []
+        for line in subject.log():
+            if line.get("seconds") is not None:
+                seconds.append(line["seconds"])
+            # Both losses are compared at the steps at which the metric was measured.
+            if self.experiment.metric in line:
+                measured.append(line)
         for line in measured:
             for name in names:
                 if name in line:
@@ -208,21 +216,20 @@ class Sweep(Evaluation):
         if measured:
             for name in names:
                 yield subject.row(f"final {name}", measured[-1].get(name))
-        # The first step may take long, so the median is taken.
-        seconds = [line["seconds"] for line in lines if line.get("seconds") is not None]
+        # The median, since the first step may take long.
         if seconds:
             yield subject.row(SECONDS, statistics.median(seconds))
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         metric, control = self.experiment.metric, self.plan.control
         finished = [subject for subject in subjects if subject.finished]
-        # Runs are paired only where both saw the same inputs at each step.
+        # Runs are paired only if both saw the same inputs at each step.
         pairs: dict[str, bool | None] = {}
         if control in by_group(finished):
             pairs = paired(finished, control)
         unpaired = [group for group, is_paired in pairs.items() if is_paired is False]
-        # A variant that learns less also overfits less; this compares them at one training loss.
-        level, equal_rows = compare.equal_training(rows, metric, TRAINING, unpaired)
+        # A variant that learns less also overfits less. At one training loss that plays no part.
+        level, equal_rows = compare.equal_training(rows, metric, TRAINING_GRID_LOSS, unpaired)
         rows += compare.best(rows, metric, self.experiment.higher_is_better)
         rows += equal_rows
         lines = compare.summaries(rows, control, unpaired=unpaired)
@@ -242,12 +249,11 @@ class Sweep(Evaluation):
         return reporting.introduction(result)
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
-        name = result.settings["metric"]
-        columns = [
-            Column(f"{figure} {name}", difference=True, interval=False)
-            for figure in reporting.KEY_FIGURES
-        ]
-        columns.append(Column(f"final {TRAINING}", interval=False))
+        columns = []
+        for figure in reporting.KEY_FIGURES:
+            name = f"{figure} {result.settings['metric']}"
+            columns.append(Column(name, difference=True, interval=False))
+        columns.append(Column(f"final {TRAINING_GRID_LOSS}", interval=False))
         columns.append(Column(SECONDS, interval=False))
         return {"": columns}
 
@@ -279,7 +285,7 @@ def shown_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def subject_of(runs_dir: Path, outcome: Outcome) -> Subject:
-    """A run; one that is not finished has nothing but what became of it."""
+    """A run as a subject; of a run that is not finished it has the outcome only."""
     about = {"status": outcome.status, "exit_code": outcome.exit_code, "error": outcome.error}
     if outcome.status == FINISHED:
         subject = find_run(runs_dir / outcome.cell, outcome.cell)

@@ -1,39 +1,46 @@
-"""Scale of a sweep's numbers, facts of its table, and sentences around it."""
+"""Metrics, figures and sentences of a sweep's report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
 
+from bilora_diffusion.core.values import TRAINING_GRID_LOSS
+
 from . import report
 from .plot import Curve, Forest, Panel
 from .table import Entry, Metric, Result
 
-HELDOUT, TRAINING, SECONDS = "heldout_loss", "train_grid_loss", "seconds_per_step"
+# Metric beside those of ``metrics.jsonl``
+SECONDS = "seconds_per_step"
+# Statuses of a run
 FINISHED, FAILED, WAITING = "finished", "failed", "waiting"
 KEY_FIGURES = ("final", "best", "equal_training")
 
 
 def metrics(result: Result) -> dict[str, Metric]:
-    """Forms of the metric: losses below 1 times 1000, with two places, others with four."""
+    """Titles and formats: values below 1 are shown times 1000, but for those of which higher is
+    better.
+    """
     name, higher_is_better = result.settings["metric"], result.settings["higher_is_better"]
     means: list[float] = []
     for group in result.groups:
         line = result.summary(group, f"final {name}")
         if line is not None and line.mean is not None:
             means.append(abs(line.mean))
-    # Accuracies are shown as they are.
     scale, form = 1, ".4f"
     if means and max(means) < 1 and not higher_is_better:
         scale, form = 1000, ".2f"
     make_metric = partial(Metric, higher_is_better=higher_is_better, scale=scale, form=form)
 
     level = result.settings["equal_training"]
-    level_text = f" ({scale * level['training_loss']:{form}})" if level else ""
+    level_text = ""
+    if level:
+        level_text = f" ({scale * level['training_loss']:{form}})"
     extreme = "highest" if higher_is_better else "lowest"
     return {
-        TRAINING: make_metric(TRAINING),
-        f"final {TRAINING}": make_metric(f"final {TRAINING}"),
+        TRAINING_GRID_LOSS: make_metric(TRAINING_GRID_LOSS),
+        f"final {TRAINING_GRID_LOSS}": make_metric(f"final {TRAINING_GRID_LOSS}"),
         name: make_metric(name),
         f"final {name}": make_metric("final"),
         f"best {name}": make_metric(f"{extreme} over training"),
@@ -43,9 +50,11 @@ def metrics(result: Result) -> dict[str, Metric]:
 
 
 def suffix(result: Result) -> str:
-    """The scale of the metric, for headings."""
+    """The scale of the metric for headings, such as " x 1000"; "" without one."""
     scale = result.metric(result.settings["metric"]).scale
-    return "" if scale == 1 else f" x {scale:g}"
+    if scale == 1:
+        return ""
+    return f" x {scale:g}"
 
 
 def is_finished(entry: Entry) -> bool:
@@ -54,7 +63,7 @@ def is_finished(entry: Entry) -> bool:
 
 
 def panels(result: Result) -> list[Panel | Forest]:
-    """Last differences to the control, and the metric over training; a variant has one color."""
+    """Differences to the control at the end, and the metric over training."""
     name, paired = result.settings["metric"], result.settings["paired"]
     # Variants without a difference, each with the reason.
     missing: dict[str, str] = {}
@@ -86,7 +95,7 @@ def notes(result: Result) -> Iterator[str]:
             f" {level['set_by']}."
         )
     lines = [result.summary(group, f"final {settings['metric']}") for group in result.groups]
-    # Each of them misses its value with a probability of 5 %.
+    # Each interval misses its value with a probability of 5 %.
     intervals = sum(line is not None and line.difference is not None for line in lines)
     if intervals > 2:
         yield (
@@ -96,8 +105,8 @@ def notes(result: Result) -> Iterator[str]:
     for label in settings["arms"]:
         if settings["paired"].get(label) is False:
             yield (
-                f"{label} has not the control's inputs at each step (by their digests), so it can't"
-                " be paired."
+                f"{label} did not see the control's inputs at each step (by their digests), so it"
+                " can't be paired."
             )
     for run in result.subjects:
         if not is_finished(run):
@@ -109,7 +118,7 @@ def notes(result: Result) -> Iterator[str]:
 
 
 def finished(result: Result, group: str) -> str:
-    """Finished runs of a variant, of how many."""
+    """Number of finished runs of a variant, and of all its runs, such as "4/5"."""
     runs = result.members(group)
     return f"{sum(map(is_finished, runs))}/{len(runs)}"
 

@@ -1,7 +1,7 @@
-"""The runs of a sweep as processes, some at a time, so that any of them may die.
+"""Train the runs of a sweep in processes, so that one that dies does not end the others.
 
-A run that outlived its sweep, which was killed, holds the lock of its run folder: started anew it
-fails with a sentence, and the same command tries it again.
+If a sweep is killed, its runs may go on. Such a run holds the lock of its folder and can't be
+started a second time: then it counts as failed, and the same command tries it again later.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .sweep_reporting import FAILED, FINISHED, WAITING
 SCHEMA_VERSION = 1
 RECORD = "sweep.json"
 LAUNCHER = "accelerate.commands.launch"
-# Time between asking a run to end and killing it
+# Between SIGTERM and SIGKILL
 PATIENCE_SECONDS = 30.0
-# Between two looks at the running processes
+# Between two checks of the running processes
 POLL_SECONDS = 0.05
 THREADS = "OMP_NUM_THREADS"
 ERROR_MARK = "error: "
@@ -60,7 +60,7 @@ class Outcome:
 
 def state(folder: Path) -> str:
     """State of a run folder: finished, checkpoint (can be continued), begun, or new."""
-    # A damaged record is that of a run which was begun.
+    # A folder with a damaged record counts as begun.
     with contextlib.suppress(UserError):
         if runlog.read_run(folder)["status"] == FINISHED:
             return FINISHED
@@ -71,7 +71,7 @@ def state(folder: Path) -> str:
 
 @dataclass
 class Runner:
-    """Trains runs and keeps ``<runs_dir>/sweep.json``, the record of what became of each."""
+    """Trains runs and writes their outcomes to ``<runs_dir>/sweep.json``."""
 
     # The training script
     script: Path
@@ -81,7 +81,7 @@ class Runner:
     runs_dir: Path
     # Runs at a time; several share the cores among them
     jobs: int = 1
-    # Name of a run -> what became of it, so far
+    # Name of a run -> its outcome so far
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def command(self, run: Run) -> list[str]:
@@ -94,7 +94,7 @@ class Runner:
         return [*command, "--overwrite_output_dir"]
 
     def run_all(self, runs: Sequence[Run]) -> list[Outcome]:
-        """Train what is not finished; a run that fails does not keep the others from running.
+        """Train the runs that are not finished; a failed run does not stop the others.
 
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM; the running processes have been ended.
@@ -108,7 +108,7 @@ class Runner:
             self.outcomes[run.name] = Outcome(run.name, run.variant, run.seed, status)
         self._record()
 
-        # Runs that were there before took no time, and say nothing about how long one takes.
+        # Runs that were finished before took no time, so the bar does not count them in its speed.
         finished = len(runs) - len(waiting)
         bar = tqdm(total=len(runs), initial=finished, desc="runs", unit="run", smoothing=0)
         processes: list[RunProcess] = []
@@ -137,7 +137,10 @@ class Runner:
             bar.write(f"{outcome.cell} failed: {outcome.error}", file=sys.stderr)
 
     def environment(self) -> dict[str, str] | None:
-        """Environment of each run; several at a time share the cores, unless the user says how."""
+        """Environment of each run; None for that of this process.
+
+        Runs at a time share the cores, unless the user has set the number of threads.
+        """
         if self.jobs == 1 or THREADS in os.environ:
             return None
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
@@ -160,7 +163,7 @@ class RunProcess:
         with self.log.open("ab") as log:
             if state(self.folder) != "checkpoint":
                 log.truncate(0)
-            # A resumed run adds to the log; its error is looked for after this place.
+            # A resumed run appends to the log; its error stands after this place.
             self.log_start = log.seek(0, os.SEEK_END)
             self.popen = subprocess.Popen(
                 runner.command(run),
@@ -176,7 +179,7 @@ class RunProcess:
         return self.popen.poll() is None
 
     def outcome(self) -> Outcome:
-        """Its outcome, however it ended."""
+        """The outcome of a run that has ended."""
         run = self.run
         # The record decides: a launcher may fail after its run has finished.
         if state(self.folder) == FINISHED:
@@ -187,14 +190,16 @@ class RunProcess:
 
 
 def last_sentence(output: str) -> str:
-    """Why a run failed: what the script said after "error:", else the last line of its output."""
+    """Why a run failed: the script's last sentence after "error:", else its last line of output."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     # The launcher's own traceback stands below the script's sentence.
     sentences = [line for line in lines if ERROR_MARK in line]
     if sentences:
         sentence = sentences[-1].partition(ERROR_MARK)[2]
+    elif lines:
+        sentence = lines[-1][-ERROR_LETTERS:]
     else:
-        sentence = lines[-1][-ERROR_LETTERS:] if lines else "no output"
+        sentence = "no output"
     return without_paths(sentence)
 
 
@@ -206,7 +211,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End processes with all that they started: asked first, killed where that does not help."""
+    """End processes with all that they started, by SIGTERM and then by SIGKILL."""
     with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
         launched: list[psutil.Process] = []
         for process in processes:
@@ -216,11 +221,11 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
         for process in processes:
             process.wait(max(0.0, deadline - time.monotonic()))
-        # The launcher ends at once, what it launched after a step and a checkpoint.
+        # The launcher ends at once, but its training only after a step and a checkpoint.
         while any(map(_is_alive, launched)) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
     for process in processes:
-        # The group also holds what the launcher has left behind.
+        # The process group also has what the launcher left running.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,11 +1,11 @@
-"""A result as one long table: what was measured, what it comes to, and where it comes from.
+"""A result as one long table: its values, their summaries, and their origin.
 
     table.write(result, folder, report)
-    result = table.read(folder)          # refuses what is not a whole result, in one sentence
+    result = table.read(folder)          # refuses a damaged result in one sentence
 
 A folder holds one result: ``rows.csv`` (a line per value), ``summary.csv`` (a line per group,
-metric, item and step), ``report.md``, figures, and ``result.json`` (all else), written last.
-Results are shared and published, so a path of one machine never enters them.
+metric, item and step), ``report.md``, figures, and ``result.json`` (all else), which is written
+last. Results are published, so they never hold a path of one machine.
 """
 
 from __future__ import annotations
@@ -32,57 +32,50 @@ FILE, ROWS, SUMMARY, REPORT = "result.json", "rows.csv", "summary.csv", "report.
 
 @dataclass(frozen=True)
 class Row:
-    """One value.
+    """One value."""
 
-    Args:
-        subject: label of what was measured.
-        group: what it is averaged in.
-        seed: of what is averaged over, such as a run's training; None without one.
-        metric: what the value is.
-        item: a part of the subject or of what it was asked: a prompt, a question, a layer.
-        step: optimizer steps taken; None where it is of the whole run or its end.
-        value: None where it is not defined.
-        note: what belongs to it: a file beside the result, a caption, the beginning of an answer.
-    """
-
+    # Label of the subject
     subject: str
+    # Label of its group, whose subjects are averaged
     group: str
+    # Seed of the subject, such as that of a run's training; None without one
     seed: int | None
+    # Name of the quantity
     metric: str
+    # The prompt, question or layer that the value belongs to; "" for the whole subject
     item: str = ""
+    # Number of optimizer steps; None for a value of the whole run or its end
     step: int | None = None
+    # None if it is not defined
     value: float | None = None
+    # A text for the value: a file beside the result, a caption, the start of an answer
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One metric of one group, and how it differs from the control's.
-
-    Args:
-        over: what is averaged and paired: "seed" or "item".
-        count: how many of those.
-        mean, error, low, high: mean, its standard error (0 for one value) and its 95 % interval;
-            None where there is none.
-        control: the group that the following are differences to; "" without one.
-        difference: mean over pairs of the group's value minus the control's.
-        higher, equal, lower: pairs in which the group's value is so.
-    """
+    """The mean of a metric in one group, and its difference to the control's."""
 
     group: str
     metric: str
     item: str = ""
     step: int | None = None
+    # The unit that is averaged and paired: "seed" or "item"
     over: str = "seed"
+    # Number of these units
     count: int = 0
+    # Mean, its standard error (0 for one value) and its 95 % interval; None if they are not defined
     mean: float | None = None
     error: float | None = None
     low: float | None = None
     high: float | None = None
+    # The group that the differences are taken to; "" without one
     control: str = ""
+    # Mean over pairs of the group's value minus the control's
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
+    # Number of pairs in which the group's value is higher, equal or lower
     higher: int = 0
     equal: int = 0
     lower: int = 0
@@ -90,13 +83,16 @@ class Summary:
     @property
     def interval(self) -> tuple[float, float] | None:
         """Interval of the mean."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
+        if self.low is None or self.high is None:
+            return None
+        return self.low, self.high
 
     @property
     def difference_interval(self) -> tuple[float, float] | None:
         """Interval of the mean difference."""
-        low, high = self.difference_low, self.difference_high
-        return None if low is None or high is None else (low, high)
+        if self.difference_low is None or self.difference_high is None:
+            return None
+        return self.difference_low, self.difference_high
 
     @property
     def pairs(self) -> int:
@@ -104,16 +100,17 @@ class Summary:
         return self.higher + self.equal + self.lower
 
     def better(self, higher_is_better: bool | None) -> int:
-        """The pairs in which the group is better; an equal one is not."""
+        """Number of pairs in which the group is better; equal pairs do not count."""
         return self.higher if higher_is_better else self.lower
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Title, direction and form of a metric."""
+    """Title, direction and format of a metric; it is shown times its scale."""
 
     title: str
     explanation: str = ""
+    # None for a quantity that is neither good nor bad
     higher_is_better: bool | None = False
     scale: float = 1.0
     form: str = ".3g"
@@ -121,70 +118,61 @@ class Metric:
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that was measured, as a result lists it.
+    """A subject as a result lists it: a run, a file of an adapter, or the base model."""
 
-    Args:
-        label: unique.
-        group: what it is averaged in.
-        kind: "run", "file" or "base".
-        source: as it was named, without machine paths.
-        method, seed: of training; None where unknown.
-        digest: of the weights; "" where they played no part.
-        base_model: where known.
-        about: what else its command has to say of it, as JSON can hold it.
-    """
-
+    # Its name, unique in the result
     label: str
+    # Label of its group, whose subjects are averaged
     group: str
+    # "run", "file" or "base"
     kind: str = "run"
+    # The word of the command line that named it, without machine paths
     source: str = ""
+    # Method and seed of the training; None if unknown
     method: str | None = None
     seed: int | None = None
+    # Hash of the weights; "" if the command does not use them
     digest: str = ""
+    # Hub id or folder; None if unknown
     base_model: str | None = None
+    # Further facts of the command, as JSON can hold them
     about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origin of a result.
+    """Origin of a result."""
 
-    Args:
-        command: the command line, absolute paths shortened to names.
-        versions: of Python and the packages that trained.
-        commit: of the code that trained; None outside a checkout.
-        uncommitted_changes: whether that code differed from the commit.
-        device: the machine that trained.
-        differing: which of the above are not the same in all runs; the first run's are given.
-    """
-
+    # The command line, its absolute paths shortened to names
     command: str
+    # Versions of Python and of the packages that trained
     versions: dict[str, Any]
+    # Commit of the code that trained; None outside a checkout
     commit: str | None
+    # True if that code differed from the commit
     uncommitted_changes: bool | None
+    # The machine that trained
     device: dict[str, Any]
+    # Names of the fields above that differ between the runs. They have the first run's value.
     differing: list[str]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that a report, a figure or the viewer shows.
+    """Everything that a report, a figure or the viewer shows."""
 
-    Args:
-        kind: the command that made it, as in ``python -m eval.KIND``.
-        metrics: by name; one that is not here is shown as it is.
-        control: the group that others are compared with; "" without one.
-        settings: how it was measured, as JSON can hold it.
-        notes: sentences that a reader has to know.
-        figures: PNG files beside the result.
-    """
-
+    # Its command, as in ``python -m eval.KIND``
     kind: str
     subjects: Sequence[Entry] = ()
+    # Title and format by the metric's name. A metric without them is shown by its name, unscaled.
     metrics: dict[str, Metric] = field(default_factory=dict)
+    # The group that the others are compared with; "" without one
     control: str = ""
+    # Settings of the measurement, as JSON can hold them
     settings: dict[str, Any] = field(default_factory=dict)
+    # Sentences that a reader has to know
     notes: list[str] = field(default_factory=list)
+    # PNG files beside the result
     figures: list[str] = field(default_factory=list)
     provenance: Provenance | None = None
     rows: Sequence[Row] = ()
@@ -214,22 +202,24 @@ class Result:
     def summary(
         self, group: str, metric: str, item: str = "", step: int | None = None
     ) -> Summary | None:
-        """One line of ``summary.csv``; None where it was not measured."""
+        """A metric's summary in a group; None where it was not measured."""
         return self._index.get((group, metric, item, step))
 
     def over_training(self, group: str, metric: str, item: str = "") -> list[Summary]:
         """The summaries of a metric at each step, in order."""
-        key, lines = (group, metric, item), []
+        points = []
         for line in self.summaries:
-            if line.step is not None and (line.group, line.metric, line.item) == key:
-                lines.append(line)
-        return sorted(lines, key=lambda line: line.step or 0)
+            is_same = (line.group, line.metric, line.item) == (group, metric, item)
+            if is_same and line.step is not None:
+                points.append(line)
+        return sorted(points, key=lambda point: point.step or 0)
 
     def curve(self, group: str, metric: str, item: str = "") -> list[Summary]:
-        """A metric over training at the steps that all have of the group which were measured."""
+        """A metric over training, at the steps that were measured in all runs of the group."""
         points = self.over_training(group, metric, item)
-        measured = max((point.count for point in points), default=0)
-        return [point for point in points if point.count == measured]
+        most_runs = max((point.count for point in points), default=0)
+        # A mean over fewer runs would make a jump in the curve.
+        return [point for point in points if point.count == most_runs]
 
     @cached_property
     def _index(self) -> dict[tuple[str, str, str, int | None], Summary]:
@@ -241,18 +231,21 @@ def write(result: Result, folder: Path, report: str) -> None:
     write_text(folder / ROWS, to_csv(Row, result.rows))
     write_text(folder / SUMMARY, to_csv(Summary, result.summaries))
     write_text(folder / REPORT, report)
+    # Also of a `Subject` it dumps the fields of `Entry` only: folders and records stay here.
     record = _adapter(Result).dump_python(result, exclude={"rows", "summaries"})
     text = dump_json(strict_json({"schema_version": SCHEMA_VERSION, **record})[0])
     write_text(folder / FILE, text)
 
 
 def read(folder: Path, rows: bool = True) -> Result:
-    """The result in a folder."""
+    """The result in a folder; without ``rows`` its summaries only."""
     record = head(folder)
     fix = f"run python -m eval.{record['kind']} again"
     file = ROWS
     try:
-        record["rows"] = from_csv(Row, folder / ROWS) if rows else []
+        record["rows"] = []
+        if rows:
+            record["rows"] = from_csv(Row, folder / ROWS)
         file = SUMMARY
         record["summaries"] = from_csv(Summary, folder / SUMMARY)
         file = FILE
@@ -262,12 +255,12 @@ def read(folder: Path, rows: bool = True) -> Result:
 
 
 def head(folder: Path) -> dict[str, Any]:
-    """``result.json`` as it is, its version and kind checked."""
+    """The content of ``result.json``, its version and kind checked."""
     path = folder / FILE
     try:
         record = json.loads(regular_file(path).read_text(encoding="utf-8"))
         version, kind = record.pop("schema_version"), record["kind"]
-        # JSON can say half a letter, which nothing can print.
+        # JSON can hold half of a surrogate pair, which can't be printed.
         json.dumps(record, ensure_ascii=False).encode()
         # Sentences say "run python -m eval.KIND again", which users copy into a terminal.
         if not isinstance(kind, str) or not kind.isidentifier():
@@ -285,7 +278,7 @@ def head(folder: Path) -> dict[str, Any]:
 
 
 def to_csv(kind: Any, lines: Iterable[Any]) -> str:
-    """Dataclasses as CSV, unrounded; None and what is not finite is an empty field."""
+    """Dataclasses as CSV, unrounded; None and a number that is not finite are empty fields."""
     text = _Lines()
     names = [column.name for column in fields(kind)]
     writer = csv.DictWriter(text, names, lineterminator="\r\n")
@@ -297,8 +290,10 @@ def to_csv(kind: Any, lines: Iterable[Any]) -> str:
 
 
 class _Lines(io.StringIO):
-    """Lines that end as all of our files do. The writer quotes only what is in its own end of a
-    line, and an answer of a model may hold either character.
+    """Lines that end in a newline alone, as in all files of a result.
+
+    The CSV writer itself must end its lines in both characters: it quotes a field only where that
+    holds a character of its line end, and the answer of a model may hold either.
     """
 
     def write(self, line: str) -> int:
@@ -308,7 +303,7 @@ class _Lines(io.StringIO):
 def from_csv(kind: Any, path: Path) -> list[Any]:
     """Read what :func:`to_csv` wrote."""
     names = [column.name for column in fields(kind)]
-    # Of text an empty field is "", of a number None.
+    # An empty field of text is "", that of a number is None.
     text_names = {column.name for column in fields(kind) if column.type == "str"}
     with regular_file(path).open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
@@ -323,7 +318,7 @@ def from_csv(kind: Any, path: Path) -> list[Any]:
     return _adapter(list[kind]).validate_python(lines)
 
 
-@cache
+@cache  # making one takes long
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
@@ -333,19 +328,26 @@ def command_line(module: str, argv: Sequence[str]) -> str:
     return f"python -m {module} {shlex.join(without_paths(word) for word in argv)}"
 
 
-def of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance | None:
+def provenance_of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Provenance | None:
     """The provenance of a result of several runs; None without a run."""
     if not records:
         return None
-    keys = ("versions", "commit", "uncommitted_changes", "device")
-    first: dict[str, Any] = {key: records[0].get(key) for key in keys}
-    differing = [key for key in keys if any(r.get(key) != first[key] for r in records)]
-    first |= {key: first[key] or {} for key in ("versions", "device")}
-    return Provenance(command=command, differing=differing, **first)
+    values: dict[str, Any] = {}
+    differing = []
+    for name in ("versions", "commit", "uncommitted_changes", "device"):
+        values[name] = records[0].get(name)
+        if any(record.get(name) != values[name] for record in records):
+            differing.append(name)
+    # Records of earlier versions may lack these.
+    values["versions"] = values["versions"] or {}
+    values["device"] = values["device"] or {}
+    return Provenance(command=command, differing=differing, **values)
 
 
-def of_this_process(command: str, device: Any, packages: Sequence[str] = ()) -> Provenance:
-    """The provenance of what is computed here and now."""
+def provenance_of_this_process(
+    command: str, device: Any, packages: Sequence[str] = ()
+) -> Provenance:
+    """The provenance of a result that this process computes."""
     from bilora_diffusion.run import provenance  # here, so that --help does not wait for torch
 
     commit, changes = provenance.commit()

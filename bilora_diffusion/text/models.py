@@ -107,6 +107,10 @@ class TextSource:
         for key, value in settings.items():
             if value:
                 self.arguments[key] = value
+        self._attention: dict[str, Any] = {}  # argument of the model alone
+        if options.attn_implementation is not None:
+            self._attention["attn_implementation"] = options.attn_implementation
+        self._weights_label = f'the weights of "{self.name}"'  # for messages
 
         def read() -> tuple[Any, str]:
             config = _auto("Config").from_pretrained(self.location, **self.arguments)
@@ -133,11 +137,12 @@ class TextSource:
             UserError: Weights or tokenizer can't be read, are damaged, or don't fit.
         """
         tokenizer = self._load_tokenizer()
+        has_labels = False
         if self.kind == "classification" and labels is not None:
+            has_labels = True
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: number for number, label in enumerate(labels)}
         if weights:
-            has_labels = self.kind == "classification" and labels is not None
             model, new_modules = self._load_model(dtype, has_labels, seed)
         else:
             model, new_modules = self._build_empty_model(dtype)
@@ -146,15 +151,14 @@ class TextSource:
 
     def _build_empty_model(self, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
         """The model without weights, and the layers that might be new."""
-        arguments: dict[str, Any] = {"trust_remote_code": self.options.trust_remote_code}
-        if self.options.attn_implementation is not None:
-            arguments["attn_implementation"] = self.options.attn_implementation
 
         def build() -> Any:
-            return _auto(AUTO_CLASSES[self.kind]).from_config(self.config, **arguments)
+            trusts_code = self.options.trust_remote_code
+            return _auto(AUTO_CLASSES[self.kind]).from_config(
+                self.config, trust_remote_code=trusts_code, **self._attention
+            )
 
-        part = f'the weights of "{self.name}"'
-        model = reading(part, FIX, lambda: empty(build, dtype))
+        model = reading(self._weights_label, FIX, lambda: empty(build, dtype))
         if self.kind != "classification":
             return model, ()
         # Only stored weights could tell which layers outside of the body are new: all count.
@@ -166,16 +170,13 @@ class TextSource:
         self, dtype: torch.dtype, has_labels: bool, seed: int
     ) -> tuple[Any, tuple[str, ...]]:
         """The model with its weights, and its layers without stored ones."""
-        part = f'the weights of "{self.name}"'
-        arguments = {**self.arguments, "config": self.config, "dtype": dtype}
-        if self.options.attn_implementation is not None:
-            arguments["attn_implementation"] = self.options.attn_implementation
+        arguments = {**self.arguments, **self._attention, "config": self.config, "dtype": dtype}
         if has_labels:  # a stored head may be of other classes
             arguments["ignore_mismatched_sizes"] = True
         is_gguf = "gguf_file" in self.arguments
         if not is_gguf:
             arguments["use_safetensors"] = True
-            require_safetensors(part, Path(self.location))
+            require_safetensors(self._weights_label, Path(self.location))
 
         def load() -> Any:
             auto_class = _auto(AUTO_CLASSES[self.kind])
@@ -184,7 +185,7 @@ class TextSource:
         # Transformers samples the values of a new head.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "head"))
-            model, report = reading(part, FIX, load)
+            model, report = reading(self._weights_label, FIX, load)
         if is_gguf:
             model = _without_quantization(model, dtype)
         return model, self._new_modules(model, report)

@@ -10,12 +10,12 @@
     python -m eval.clip_scores runs/dog --steps all                 # every checkpoint, over steps
     accelerate launch -m eval.clip_scores runs/lora runs/bilora          # images on several GPUs
 
-An adapter is a run folder, a LoRA file, or `base` for none; LABEL=ADAPTER names it. All
-get the same prompts and the same initial noise. Images are kept as PNG files with their parameters,
-so an interrupted run continues by the same command and nothing is generated twice. The general
-prompts measure drift from the base model. Beside the result's files it draws a grid of images.
+An adapter is a run folder, a LoRA file, or `base` for none; LABEL=ADAPTER gives it a label. All get
+the same prompts and the same initial noise. Images are PNG files with their parameters, so the same
+command goes on after an interruption, and no image is generated twice. The general prompts measure
+drift from the base model. Beside the result's files it draws a grid of images.
 
-Without --prompts all are asked for what the first run was trained on: the prompts of the shipped
+Without --prompts the prompts are those of the first run's training: the prompts of the shipped
 icons, else up to 64 captions of its held-out images, whose pictures are the ground truth, else its
 validation prompts, else its instance prompt in 20 contexts, else up to 20 of its captions.
 
@@ -44,7 +44,7 @@ from ..checkpoints import HELDOUT_LOSS, LOSS, OverSteps
 from ..command import Parser, open_device
 from ..report import Column
 from ..subjects import BASE, Subject, settings_note, single
-from ..table import Result, Row, of_this_process
+from ..table import Result, Row, provenance_of_this_process
 from . import reporting, settings
 from .reporting import METRICS
 from .settings import (
@@ -72,14 +72,16 @@ DEMO_METHODS = ("lora", "bilora")
 
 
 class ClipScores(OverSteps):
-    """The command. A row's item is the prompt's text, and its seed that of the initial noise.
+    """The command. A row's item is the prompt's text, and its seed is that of the initial noise.
 
-    A row "image" without a value names an image's file; the note of "t2t" is the caption, that of
-    "nearest" the training picture. Settings of the result: ``prompts`` (text, instance, reference:
-    file name of its held-out picture, colors: the map of the miniature's colours through which
-    that is seen, general: in no score but "drift", truncated: longer than the scorer takes),
-    ``prompt_set``, ``seeds``, ``sampling``, ``scorer``, ``captioner`` and ``image_model`` (name,
-    kind, model, revision, note; None without captions or such a model).
+    A row "image" has no value and names an image's file in its note. The note of "t2t" is the
+    caption, that of "nearest" the training picture.
+
+    Settings of the result: ``prompts``, each with text, instance, reference (file name of its
+    held-out picture), colors (the map of the miniature's colors through which that is shown),
+    general (scored by "drift" only) and truncated (longer than the scorer takes); ``prompt_set``,
+    ``seeds``, ``sampling``; ``scorer``, ``captioner`` and ``image_model`` with name, kind, model,
+    revision and note, None without captions or such a model.
     """
 
     name, title, over = "clip_scores", "CLIP scores", "item"
@@ -106,8 +108,8 @@ class ClipScores(OverSteps):
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
-        help = "default: the demo's two runs and base"
-        parser.add_argument("runs", nargs="*", metavar="ADAPTER", help=help)
+        default = "default: the demo's two runs and base"
+        parser.add_argument("runs", nargs="*", metavar="ADAPTER", help=default)
         parser.add_output("scores", DEMO, of_runs=True)
 
     def subjects(self) -> list[Subject]:
@@ -132,7 +134,7 @@ class ClipScores(OverSteps):
         return single([*runs, BASE])
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        """Read the settings, and load the models that score in the first process."""
+        """Read the settings, and load in the first process the models that score."""
         from accelerate import PartialState
 
         from bilora_diffusion.config.machine import device_type
@@ -159,7 +161,7 @@ class ClipScores(OverSteps):
         self.training_sets = measure.training_sets(subjects, args.train_data)
         for subject in reversed(subjects):  # so that the first of equal subjects stays
             self.image_owners[subject.digest] = subject
-        # Without the argument accelerate sees one CPU process only.
+        # Without the argument accelerate takes several processes on a CPU for one.
         self.state = PartialState(cpu="cpu" in (args.device, device_type()))
         device = self.state.device if args.device is None else open_device(args.device)
         self.device = str(device)
@@ -175,15 +177,19 @@ class ClipScores(OverSteps):
         return jobs(self.image_owners[subject.digest], self.prompts, self.seeds)
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject] | None:
-        """Generate the images, each process its share; the first process then scores them."""
+        """Generate the images, each process its share; the first process is to score them."""
         from .images import Store, jobs
         from .measure import ImageJudge, truth_pictures
 
         store = Store(self.folder / IMAGES, self.sampling, self.device)
         # Drift is measured from the base model's images of the general prompts.
         base = self.image_owners.get("") or single([BASE])[0]
-        originals = jobs(base, [prompt for prompt in self.prompts if prompt.general], self.seeds)
-        required = [job for subject in subjects for job in self.jobs(subject)] + originals
+        general_prompts = [prompt for prompt in self.prompts if prompt.general]
+        originals = jobs(base, general_prompts, self.seeds)
+        required = []
+        for subject in subjects:
+            required += self.jobs(subject)
+        required += originals
         if self.state.is_main_process:
             num_images = len({job.file for job in required})
             self._announce(subjects, num_images, len(store.missing(required)))
@@ -197,18 +203,21 @@ class ClipScores(OverSteps):
                 "--image_model has nothing to compare with: there is neither a held-out picture nor"
                 " a training set."
             )
+        scorer, captioner = self.models
         self.judge = ImageJudge(
             store,
-            *self.models,
+            scorer,
+            captioner,
             self.truths,
             self.training_sets,
             originals,
             image_model=self.image_model,
         )
-        self._describe(*self.models)
+        self._describe(scorer, captioner)
         return subjects
 
     def _announce(self, subjects: Sequence[Subject], images: int, missing: int) -> None:
+        """Print how many images of which prompts are made and scored."""
         general = sum(prompt.general for prompt in self.prompts)
         scored = len(self.prompts) - general
         labels = ", ".join(subject.label for subject in subjects)
@@ -224,7 +233,7 @@ class ClipScores(OverSteps):
         print(plan, *self.notes, sep="\n")
 
     def _generate(self, store: Store, jobs: Sequence[Job]) -> int:
-        """Generate the images that are missing, or this process' share of them; their number."""
+        """Generate the missing images, or this process's share of them; returns their number."""
         from .images import generate_in_processes
 
         batch = self.args.batch_size
@@ -235,17 +244,21 @@ class ClipScores(OverSteps):
 
     def _describe(self, scorer: Scorer, captioner: Captioner | None) -> None:
         """Fill in the settings."""
-        prompts = [asdict(prompt) for prompt in self.prompts]
-        for prompt in prompts:
-            has_truth = prompt["text"] in self.truths and not prompt["general"]
-            prompt["reference"] = prompt["reference"].name if has_truth else None
-            prompt["truncated"] = scorer.is_cut(prompt["text"])
+        prompts = []
+        for prompt in self.prompts:
+            has_truth = prompt.text in self.truths and not prompt.general
+            reference = None
+            if has_truth and prompt.reference is not None:
+                reference = prompt.reference.name
+            is_cut = scorer.is_cut(prompt.text)
+            prompts.append({**asdict(prompt), "reference": reference, "truncated": is_cut})
+        sampling = asdict(self.sampling)
+        sampling["base_model"] = without_paths(self.sampling.base_model)
         self.settings = {
             "prompts": prompts,
             "prompt_set": self.prompt_set,
             "seeds": self.seeds,
-            "sampling": asdict(self.sampling)
-            | {"base_model": without_paths(self.sampling.base_model)},
+            "sampling": sampling,
             "scorer": asdict(scorer.entry),
             "captioner": asdict(captioner.entry) if captioner else None,
             "image_model": asdict(self.image_model.entry) if self.image_model else None,
@@ -258,13 +271,19 @@ class ClipScores(OverSteps):
             yield from checkpoints.heldout_loss(subject)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        metrics = METRICS if self.args.steps is None else METRICS | {HELDOUT_LOSS: LOSS}
+        metrics = dict(METRICS)
+        if self.args.steps is not None:
+            metrics[HELDOUT_LOSS] = LOSS
         scores = [row for row in rows if row.metric in metrics]
         summarize = partial(compare.summaries, over=self.over)
-        summaries = summarize(scores, control=self.control)
-        provenance = of_this_process(self.command, self.device)
-        fields = {"metrics": metrics, "provenance": provenance}
-        result = self.result(subjects, rows, summaries, self.control, **fields)
+        result = self.result(
+            subjects,
+            rows,
+            summarize(scores, control=self.control),
+            self.control,
+            metrics=metrics,
+            provenance=provenance_of_this_process(self.command, self.device),
+        )
         return self.over_steps(result, summarize)
 
     def write(self, result: Result) -> None:
@@ -272,7 +291,9 @@ class ClipScores(OverSteps):
         print(f"images made: {self.num_generated}, in {self.folder / IMAGES}")
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        figures = [reporting.GRID] if reporting.grid(result, folder, self.truths) else []
+        figures = []
+        if reporting.grid(result, folder, self.truths):
+            figures.append(reporting.GRID)
         return figures + super().figures(result, folder)
 
     def introduction(self, result: Result) -> str:
@@ -280,8 +301,11 @@ class ClipScores(OverSteps):
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
         measured = {line.metric for line in result.summaries}
-        names = [name for name in result.metrics if name in measured]
-        return {"Scores": [Column(name, difference=True) for name in names]}
+        columns = []
+        for name in result.metrics:
+            if name in measured:
+                columns.append(Column(name, difference=True))
+        return {"Scores": columns}
 
     def further(self, result: Result) -> list[str]:
         sentences = [*reporting.models(result), *report.sources(result)]

@@ -1,11 +1,11 @@
-"""Captioners: an image in, a sentence out; T2T compares the sentence with the prompt.
+"""Captioners, which write a sentence for an image; T2T compares it with the prompt.
 
     captioner = load("blip:Salesforce/blip-image-captioning-large", scorer)
     captions = captioner(images)
 
-Names: ``embedded`` (retrieval: the nearest caption of the miniature's bank), ``blip:ID_OR_FOLDER``
-(transformers); ``blip`` alone means the large one. Nothing is sampled, so an image always gets the
-same caption.
+Names: ``embedded`` (the nearest caption of the miniature's bank), ``blip:ID_OR_FOLDER``
+(transformers), and ``blip`` for the large one. Nothing is sampled, so an image always gets the same
+caption.
 """
 
 from __future__ import annotations
@@ -22,34 +22,36 @@ from PIL.Image import Image
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.train.soundness import require_whole, require_words
 
-from ..cache import of_files
+from ..cache import hash_of_files
 from . import models
 from .models import ModelEntry, Scorer, hub_commit, in_batches
 from .settings import BLIP, CAPTIONERS
 
 BATCH = 16
+# Length of a caption, with start and end. The shortest length and the beams are those with which
+# BLIP's authors caption.
 MIN_TOKENS = 5
 MAX_TOKENS = 30
-"""Lengths of a caption, with start and end."""
 BEAMS = 3
-"""As BLIP's authors caption, who also use the shortest length."""
 
 
 @dataclass(frozen=True)
 class Captioner:
-    """Captions that depend on the image alone, not on its batch."""
+    """Writes captions that depend on the image only, not on its batch."""
 
     entry: ModelEntry
     caption: Callable[[Sequence[Image]], list[str]]
 
     def __call__(self, images: Sequence[Image]) -> list[str]:
         """One caption for each image, of any size and mode."""
-        parts = in_batches([image.convert("RGB") for image in images], BATCH)
-        return [caption for part in parts for caption in self.caption(part)]
+        captions: list[str] = []
+        for part in in_batches([image.convert("RGB") for image in images], BATCH):
+            captions += self.caption(part)
+        return captions
 
 
 def load(name: str, scorer: Scorer | None = None, device: str = "cpu") -> Captioner:
-    """The captioner called ``name`` (see above).
+    """The captioner called ``name``, see the top of this file.
 
     Raises:
         UserError: an unknown name, or a model that cannot caption; it says what to give.
@@ -69,11 +71,11 @@ def load(name: str, scorer: Scorer | None = None, device: str = "cpu") -> Captio
 
 
 def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
-    """The caption of a bank whose embedding is nearest to the image's.
+    """A captioner that takes the caption of a bank whose embedding is nearest to the image's.
 
     Args:
-        scorer: gives the space.
-        bank: captions, at least one; repeated ones count once. The first of several equally near
+        scorer: embeds images and captions.
+        bank: captions, at least one; repeated ones count once. Of equally near captions the first
             is taken.
     """
     captions = list(dict.fromkeys(bank))
@@ -82,14 +84,14 @@ def retrieval(scorer: Scorer, bank: Sequence[str]) -> Captioner:
         cosines = scorer.images(images) @ scorer.texts(captions).T  # (images, captions)
         return [captions[index] for index in cosines.argmax(dim=1).tolist()]
 
-    scored, digest = scorer.entry, sha256("\n".join(captions).encode()).hexdigest()[:12]
-    entry = ModelEntry(
-        f"{scored.name} retrieval",
-        "retrieval",
-        scored.model,
-        ", ".join(part for part in (scored.revision, f"captions {digest}") if part),
-        f"Captions are the nearest of {len(captions)}, not generated. {scored.note}".strip(),
-    )
+    scorer_entry = scorer.entry
+    digest = sha256("\n".join(captions).encode()).hexdigest()[:12]
+    revision = f"captions {digest}"
+    if scorer_entry.revision:
+        revision = f"{scorer_entry.revision}, {revision}"
+    note = f"Captions are the nearest of {len(captions)}, not generated. {scorer_entry.note}"
+    name = f"{scorer_entry.name} retrieval"
+    entry = ModelEntry(name, "retrieval", scorer_entry.model, revision, note.strip())
     return Captioner(entry, caption)
 
 
@@ -115,18 +117,18 @@ def blip(source: str, device: str = "cpu") -> Captioner:
     require_whole(f'"blip:{source}"', report["missing_keys"])
     processor: Any = BlipProcessor.from_pretrained(place, revision=commit or "main")
     if commit is None:
-        source, commit = folder.resolve().name, of_files(*sorted(folder.glob("*.safetensors")))
+        source, commit = folder.resolve().name, hash_of_files(*sorted(folder.glob("*.safetensors")))
     fix = "put its files beside the weights"
     require_words(f'the tokenizer of "blip:{source}"', processor.tokenizer, None, fix)
-    # A checkpoint's own generation settings would make captions of two models incomparable.
+    # These replace the checkpoint's settings, since captions of two models must be comparable.
     model.to(device).eval().text_decoder.generation_config = GenerationConfig(
         do_sample=False, num_beams=BEAMS, min_length=MIN_TOKENS, max_length=MAX_TOKENS
     )
 
     def caption(images: Sequence[Image]) -> list[str]:
         pixels = processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        tokens = model.generate(pixels.to(model.device))
-        # the first token is the start, which not every BLIP tokenizer knows as special
+        tokens = model.generate(pixels.to(model.device))  # (n, length)
+        # Without the first token, the start: some BLIP tokenizers don't know it as a special one.
         texts = processor.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 

@@ -1,13 +1,13 @@
-"""Prompts that ask for what runs were trained on, for scoring without ``--prompts``.
+"""Default prompts, without ``--prompts``: they ask for what the first run was trained on.
 
-The first of these that the first run has:
+They are the first of these that the run has:
 
-1. it was trained on icons that are shipped: their prompts, ``3d_icon``, or the held-out captions of
-   the icons in other colours and of the animals;
-2. held-out images with captions: the captions, with their pictures as the ground truth;
-3. validation prompts;
-4. an instance prompt or a trigger word: it, in the contexts of ``eval/prompts/contexts.txt``;
-5. captions of its training images.
+1. for shipped icons their prompts, ``3d_icon``; for icons in other colors and for animals their
+   held-out captions;
+2. the captions of its held-out images, whose pictures are the ground truth;
+3. its validation prompts;
+4. its instance prompt or trigger word in the contexts of ``eval/prompts/contexts.txt``;
+5. the captions of its training images.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.run.data import samples_of_part
 
 from ..subjects import Subject
-from .prompts import CONTEXTS, FOLDER, Prompt, instance_of, lines_of, read
+from .prompts import CONTEXTS, FOLDER, Prompt, instance_of, numbered_lines, read
 
 ICON_PROMPTS = "3d_icon"
+# Most held-out captions by default. Of two checkpoints and two seeds these are 256 images.
 MOST_HELDOUT = 64
-"""Held-out captions that are asked for by default: two checkpoints by two seeds are 256 images."""
+# Most captions of training images by default, as many as there are contexts
 MOST_TRAINING = 20
-"""Captions of training images: as many as there are contexts."""
+# Stands in a context where the instance prompt goes
 PLACE = "{prompt}"
 FIX = "give --prompts, a text file with a prompt on each line"
 
@@ -41,44 +42,41 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """Prompts by default.
+    """The prompts of a comparison."""
 
-    Args:
-        name: of the set, for the first line and the report.
-        prompts: those that are scored.
-        is_of_icons: the runs learned shipped icons, whose general prompts are shipped too.
-        note: a sentence that has to stand beside the scores, or "".
-    """
-
+    # Name of the set, for the first printed line and the report
     name: str
+    # The scored prompts; `settings.question` adds the general ones
     prompts: Sequence[Prompt]
+    # The runs learned shipped icons, which have shipped general prompts
     is_of_icons: bool = False
+    # A sentence that must be read with the scores, or ""
     note: str = ""
 
 
 def of_subjects(subjects: Sequence[Subject], base: str) -> Question:
-    """The question of the first run; its note names the runs that alone would be asked another.
+    """The question of the first run; its note names the runs whose own question is another.
 
     Args:
-        subjects: all that are scored; files and the base model say nothing of their training.
-        base: the base model; files on a miniature are asked for its icons.
+        subjects: all that are scored. Only run folders have a record of their training.
+        base: the base model. Without a run folder, adapters of a miniature get its icons' prompts.
     """
     runs = _runs(subjects)
     if not runs:
         if base in mini.PIPELINES:
             return _icons(ICON_PROMPTS)
         raise UserError(f"no run folder is named that says what was learned: {FIX}.")
-    first, *further_runs = runs
-    question = _of_run(first)
+    question = _of_run(runs[0])
     texts = [prompt.text for prompt in question.prompts]
     different = []
-    for run in further_runs:
-        if [prompt.text for prompt in _of_run(run).prompts] != texts:
+    for run in runs[1:]:
+        run_texts = [prompt.text for prompt in _of_run(run).prompts]
+        if run_texts != texts:
             different.append(_name(run))
     if not different:
         return question
     note = (
-        f"All prompts are those of {_name(first)}; scored alone, {', '.join(different)} would be"
+        f"All prompts are those of {_name(runs[0])}; scored alone, {', '.join(different)} would be"
         " asked others."
     )
     return replace(question, note=note)
@@ -101,9 +99,11 @@ def in_contexts(subjects: Sequence[Subject]) -> Question:
 
 
 def learned_icons(subjects: Sequence[Subject], base: str) -> bool:
-    """Test that the first run learned shipped icons; without runs, that the base model is ours."""
+    """Test that the first run learned shipped icons, or without a run that the base is ours."""
     runs = _runs(subjects)
-    return _icon_set(runs[0]) != "" if runs else base in mini.PIPELINES
+    if runs:
+        return _icon_set(runs[0]) != ""
+    return base in mini.PIPELINES
 
 
 def _runs(subjects: Sequence[Subject]) -> list[Subject]:
@@ -120,29 +120,38 @@ def _icon_set(run: Subject) -> str:
     datasets = {_text(concept, "dataset_name") for concept in _concepts(run)}
     if datasets <= {ICONS, mini.MINI}:
         return ICON_PROMPTS
-    # In other colours, and of animals, the pictures of 3d_icon are no ground truth.
-    heldout = mini.heldout_name(str(datasets.pop()))
-    return heldout if not datasets and heldout in mini.FOLDERS else ""
+    # Icons in other colors and animals have other pictures as their ground truth.
+    if len(datasets) == 1:
+        heldout = mini.heldout_name(str(datasets.pop()))
+        if heldout in mini.FOLDERS:
+            return heldout
+    return ""
 
 
 def _of_run(run: Subject) -> Question:
+    """The question of one run, see the top of this file."""
     name, concepts = _name(run), _concepts(run)
     if icon_set := _icon_set(run):
         return _icons(icon_set)
     heldout = _heldout(run, concepts)
+    # A single caption is that of all pictures, and asks for none of them.
     if len(heldout) > 1:
         title = f"held-out captions of {name}, whose pictures are the ground truth"
         if len(heldout) > MOST_HELDOUT:
             title = f"the first {MOST_HELDOUT} of {len(heldout)} {title}"
         return Question(title, heldout[:MOST_HELDOUT])
 
-    validation = _distinct(_validation_prompts(run))
+    validation = []
+    for text in run.record["config"].get("validation_prompts") or []:
+        if text.strip():
+            validation.append(Prompt(text.strip(), instance_of(text)))
     if validation:
-        return Question(f"validation prompts of {name}", validation)
+        return Question(f"validation prompts of {name}", _distinct(validation))
     contexts = _contexts(concepts)
     if contexts:
         return Question(f"instance prompt of {name} in contexts", contexts)
 
+    # The training images are opened last, since a hub's set may have to be downloaded.
     captions: list[Prompt] = []
     for concept in concepts:
         dataset = _text(concept, "dataset_name") or _text(concept, "instance_data_dir")
@@ -159,6 +168,7 @@ def _of_run(run: Subject) -> Question:
 
 
 def _icons(name: str) -> Question:
+    """The question of a shipped set; all prompts of ``3d_icon``, which is the paper's."""
     prompts = read(name)
     if name != ICON_PROMPTS:
         prompts = prompts[:MOST_HELDOUT]
@@ -166,13 +176,14 @@ def _icons(name: str) -> Question:
 
 
 def _heldout(run: Subject, concepts: Sequence[Config]) -> list[Prompt]:
-    """Different captions of the run's held-out images, each with the first picture that has it."""
+    """The captions of the run's held-out images, each with the first picture that has it."""
     prompts: list[Prompt] = []
     for concept in concepts:
         dataset = _text(concept, "validation_dataset")
         if dataset is None:
             continue
         images = _open(run, concept, dataset)
+        # With --validation_part, the part on which the run measured its held-out loss
         names = [entry.name for entry in images.entries]
         part = samples_of_part(_text(concept, "validation_part"), names, images.label)
         prompts += _captioned(images.only(part), concept, with_pictures=True)
@@ -180,30 +191,33 @@ def _heldout(run: Subject, concepts: Sequence[Config]) -> list[Prompt]:
 
 
 def _captioned(images: ImageSet, concept: Config, with_pictures: bool) -> list[Prompt]:
-    """The captions of images as the run saw them; with pictures, those of images in files."""
+    """The captions of images, with the trigger word that the run added.
+
+    Args:
+        with_pictures: each prompt gets its picture; images of a hub's set, which are no files, are
+            left out.
+    """
     prompts = []
     for entry in images.entries:
         if entry.caption is None:
             continue
         text = add_trigger(entry.caption, _text(concept, "trigger_word")).strip()
-        file = entry.encoded() if with_pictures else None
-        if isinstance(file, bytes):  # of a set on the hub, which has no files
-            continue
+        file = None
+        if with_pictures:
+            file = entry.encoded()
+            if isinstance(file, bytes):
+                continue
         prompts.append(Prompt(text, instance_of(text), file))
     return prompts
 
 
-def _validation_prompts(run: Subject) -> list[Prompt]:
-    texts = run.record["config"].get("validation_prompts") or []
-    return [Prompt(text.strip(), instance_of(text)) for text in texts if text.strip()]
-
-
 def _contexts(concepts: Sequence[Config]) -> list[Prompt]:
-    """Each concept's instance prompt, or its trigger word, in contexts; fewer for many concepts.
+    """Each concept's instance prompt, or its trigger word, in contexts.
 
-    "a TOK icon, in the style of TOK" becomes "a TOK icon in fresh snow, in the style of TOK".
+    "a TOK icon, in the style of TOK" becomes "a TOK icon in fresh snow, in the style of TOK". Of
+    many concepts each gets fewer contexts, so that there are at most `MOST_HELDOUT` prompts.
     """
-    contexts = lines_of(FOLDER / f"{CONTEXTS}.txt", CONTEXTS)
+    contexts = numbered_lines(FOLDER / f"{CONTEXTS}.txt", CONTEXTS)
     count = max(1, MOST_HELDOUT // len(concepts))
     prompts = []
     for concept in concepts:
@@ -211,8 +225,9 @@ def _contexts(concepts: Sequence[Config]) -> list[Prompt]:
         plain = _text(concept, "instance_prompt") or trigger
         if plain is None:
             continue
+        # The context goes before the first comma, after which the style stands.
         head, comma, tail = plain.partition(",")
-        for context in contexts[:count]:
+        for _, context in contexts[:count]:
             placed = context.replace(PLACE, head.strip())
             text = add_trigger(f"{placed}{comma}{tail}", trigger)
             prompts.append(Prompt(text, context.replace(PLACE, "").strip()))
@@ -220,7 +235,7 @@ def _contexts(concepts: Sequence[Config]) -> list[Prompt]:
 
 
 def _open(run: Subject, concept: Config, dataset: str, config_name: str | None = None) -> ImageSet:
-    """Images with captions as the run's options read them."""
+    """A set of images, its columns and captions read by the run's options."""
     try:
         return open_images(
             dataset,
@@ -238,7 +253,7 @@ def _open(run: Subject, concept: Config, dataset: str, config_name: str | None =
 
 
 def _concepts(run: Subject) -> list[Config]:
-    """The options of a run as each of its concepts has them."""
+    """The options of a run for each of its concepts; of a run without concepts one entry."""
     config = run.record["config"]
     return [{**config, **concept} for concept in config.get("concepts") or [{}]]
 
@@ -252,8 +267,11 @@ def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _text(config: Config, name: str) -> str | None:
+    """An option's text; None if it is empty, or no text."""
     value = config.get(name)
-    return value if isinstance(value, str) and value.strip() else None
+    if isinstance(value, str) and value.strip():
+        return value
+    return None
 
 
 def _name(run: Subject) -> str:

@@ -1,20 +1,21 @@
-"""Images of several adapters from the same noise, made once, kept as PNG files and reused.
+"""Images of several adapters from the same noise, generated once and stored as PNG files.
 
 store = Store(folder / "images", Sampling("mini", size=64, steps=25, guidance_scale=4.0))
 todo = jobs(subject, prompts, seeds=[0])
 store.generate(todo)
 image = store.open(todo[0])
 
-An image is a function of its parameters alone, bit for bit on one machine: its noise comes from
-seed and prompt text, and the arithmetic does not see what else is made. Batched products are
-rounded by the shape of the batch and the number of threads, so both are fixed: the denoiser always
-gets ``Sampling.lanes`` images (a short rest is filled up), and one thread on a CPU. More cores are
-used by more processes.
+An image depends on its parameters only, bit for bit on one machine: its noise comes from seed and
+prompt text, and the other images of the batch don't influence it. Batched products are rounded
+differently for other batch shapes and numbers of threads, so both are fixed: the denoiser always
+gets ``Sampling.lanes`` images (a smaller batch is filled up), and on a CPU it has one thread. More
+cores are used by more processes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import time
@@ -44,49 +45,47 @@ from bilora_diffusion.image.sampling import embed, embed_negative, generate
 from bilora_diffusion.run.console import quiet
 from bilora_diffusion.run.provenance import device, versions
 
-from ..cache import of_folders
+from ..cache import hash_of_folders
 from ..load import applied
 from ..subjects import BASE, Subject
 from .prompts import Prompt
 
 LANES = 4
+# Images for which another process is worth its start
 WORTHWHILE = 32
-"""Images for which another process is worth its start."""
+# Name of the PNG's text with the parameters
 _CHUNK = "parameters"
+# The entry of the parameters that does not influence the image
 _VERSIONS = "versions"
-"""The one entry that informs and determines nothing."""
-_STATED = ("torch", "diffusers", "transformers", "peft", "bilora_diffusion")
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "bilora_diffusion")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling of all images of a comparison.
+    """Parameters that all images of a comparison share."""
 
-    Args:
-        base_model: folder, hub id, or "mini".
-        size: side of the images, pixels.
-        steps: of the sampler.
-        guidance_scale: of classifier-free guidance.
-        scale: factor of each adapter's change of the weights.
-        dtype: of the UNet and the text encoders; the autoencoder decodes in float32.
-        lanes: images in each call of the denoiser. More take more memory; another number may
-            change an image by one step of 255 in single pixels, so it counts as a parameter.
-        guidance_from: the model of guidance's unconditional prediction, "adapter" or "base".
-    """
-
+    # Folder, hub id, or "mini"
     base_model: str
+    # Side of the images, pixels
     size: int
+    # Steps of the sampler
     steps: int
+    # Scale of classifier-free guidance
     guidance_scale: float
+    # Factor of each adapter's change of the weights
     scale: float = 1.0
+    # Precision of the UNet and the text encoders; the autoencoder decodes in float32
     dtype: str = "float32"
+    # Images in each call of the denoiser. More take more memory; another number may change single
+    # pixels by one step of 255, so it is a parameter too.
     lanes: int = LANES
+    # "adapter" or "base", the model of the unconditional prediction
     guidance_from: str = ADAPTER_GUIDANCE
 
 
 @dataclass(frozen=True)
 class Job:
-    """One image: whose, of which prompt and noise, and its file relative to the store's root."""
+    """One image: its subject, prompt and noise seed, and its file relative to the store's root."""
 
     subject: Subject
     prompt: Prompt
@@ -97,23 +96,25 @@ class Job:
 def jobs(subject: Subject, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Job]:
     """Every image of a subject, by prompt and seed.
 
-    Scored and general prompts are numbered apart, so that a change in one set leaves the images of
-    the other as they are. The folder is the same for the same weights whatever their label.
+    Scored and general prompts are numbered separately, so that a change of one set renames no image
+    of the other. The folder depends on the weights, not on the subject's label.
     """
-    folder = f"{_family(subject)}-{subject.digest[:8]}".strip("-")
+    folder = f"{_kind_of_weights(subject)}-{subject.digest[:8]}".strip("-")
     counts = {True: 0, False: 0}  # of general prompts and of scored ones
     subject_jobs = []
     for prompt in prompts:
         counts[prompt.general] += 1
-        number = f"{'general-' if prompt.general else ''}{counts[prompt.general]:03d}"
+        number = f"{counts[prompt.general]:03d}"
+        if prompt.general:
+            number = f"general-{number}"
         for seed in seeds:
             file = Path(folder, f"seed-{seed}", f"{number}-{_slug(prompt.text)}.png")
             subject_jobs.append(Job(subject, prompt, seed, file))
     return subject_jobs
 
 
-def _family(subject: Subject) -> str:
-    """Kind of the weights, whatever they are called: a name may change and its images stay."""
+def _kind_of_weights(subject: Subject) -> str:
+    """Method of the weights, or what they are; not their label, which may change."""
     if subject.method is None:
         return "base-model" if subject.kind == BASE else subject.kind
     if subject.method in methods.names():
@@ -122,37 +123,40 @@ def _family(subject: Subject) -> str:
 
 
 def _slug(text: str) -> str:
-    """Letters, digits and dashes."""
+    """The text as lower-case letters, digits and dashes, at most 48; "x" if it has none."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:48].strip("-") or "x"
 
 
+@dataclass(eq=False)
 class Store:
-    """The images under one folder."""
+    """The images under one folder, ``root``."""
 
-    def __init__(self, root: Path, sampling: Sampling, device: str = "cpu") -> None:
-        self.root, self.sampling, self.device = Path(root), sampling, device
+    root: Path
+    sampling: Sampling
+    device: str = "cpu"
 
     @cached_property
     def pipeline(self) -> Any:
-        """The base model's, without an adapter."""
+        """The base model's pipeline, without an adapter."""
         quiet()
         dtype = getattr(torch, self.sampling.dtype)
         return load_pipeline(self.sampling.base_model, dtype=dtype).to(self.device)
 
     @cached_property
     def _base_digest(self) -> str | None:
-        """Hash of the base model's folder, whose name is not enough; None for a hub id."""
+        """Hash of the files in the base model's folder; None for a hub id."""
         folder = Path(resolve(self.sampling.base_model)).expanduser()
         if not folder.is_dir():
             return None
-        return of_folders(folder, suffixes=(".safetensors", ".json", ".txt"))
+        return hash_of_folders(folder, suffixes=(".safetensors", ".json", ".txt"))
 
     def parameters(self, job: Job) -> dict[str, Any]:
-        """All that determines an image."""
+        """All that an image depends on."""
         sampling = asdict(self.sampling)
         if job.subject.kind == BASE:
-            sampling["scale"] = 1.0  # there is nothing to scale
-        # Images that have no such parameter stay valid; the base model's are the same by both.
+            sampling["scale"] = 1.0  # it has no adapter to scale
+        # The parameter is newer than others: without it, images of earlier versions stay valid. For
+        # the base model both values mean the same.
         if job.subject.kind == BASE or self.sampling.guidance_from == ADAPTER_GUIDANCE:
             del sampling["guidance_from"]
         sampling["base_model"] = without_paths(self.sampling.base_model)
@@ -165,9 +169,12 @@ class Store:
         }
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those without a whole file that was made with the same parameters; each file once."""
-        distinct = {job.file: job for job in jobs}.values()
-        return [job for job in distinct if not _matches(self.root / job.file, self.parameters(job))]
+        """The jobs without a valid file of the same parameters; each file once."""
+        missing = []
+        for job in {job.file: job for job in jobs}.values():
+            if not _is_valid(self.root / job.file, self.parameters(job)):
+                missing.append(job)
+        return missing
 
     def generate(
         self,
@@ -177,19 +184,21 @@ class Store:
         progress: bool = True,
         process: tuple[int, int] = (0, 1),
     ) -> int:
-        """Make what is missing.
+        """Generate the missing images; returns their number.
 
         Args:
-            batch: images between two visits to the disk, and the share that a process takes at a
-                time; it changes no image.
+            batch: images that are generated before they are written, and the share that a process
+                takes at a time. It does not influence an image.
             progress: show a bar (in the first process).
-            process: rank and number of the processes that were given the same jobs; each makes its
-                own part, and no file is written by two.
+            process: rank of this process, and number of the processes with the same jobs; each
+                generates its own share.
         """
         rank, count = process
-        distinct = list({job.file: job for job in jobs}.values())
-        # A process takes every count-th batch.
-        share = [job for i, job in enumerate(distinct) if i // batch % count == rank]
+        share = []
+        for number, job in enumerate({job.file: job for job in jobs}.values()):
+            # A process takes every count-th batch.
+            if number // batch % count == rank:
+                share.append(job)
         todo = self.missing(share)
         if not todo:
             return 0
@@ -211,8 +220,10 @@ class Store:
                         self._write(part, _sample(self.pipeline, self.sampling, part))
                         bar.update(len(part))
                         num_made += len(part)
-                        if num_made == len(part):
-                            _say_how_long(bar, time.monotonic() - began, num_made, len(todo))
+                        is_first_part = num_made == len(part)
+                        if is_first_part and num_made < len(todo) and not bar.disable:
+                            seconds = (time.monotonic() - began) / num_made
+                            bar.write(_estimate(seconds, num_made, len(todo) - num_made))
         return len(todo)
 
     def open(self, job: Job) -> Image.Image:
@@ -225,7 +236,8 @@ class Store:
             return image.convert("RGB")
 
     def _write(self, part: Sequence[Job], images: Sequence[Image.Image]) -> None:
-        stated = {name: version for name, version in versions().items() if name in _STATED}
+        all_versions = versions()
+        stated = {name: all_versions[name] for name in all_versions if name in _PACKAGES}
         for job, image in zip(part, images, strict=True):
             record = {**self.parameters(job), _VERSIONS: stated}
             information, content = PngInfo(), BytesIO()
@@ -237,35 +249,35 @@ class Store:
                 write_bytes(path, content.getvalue())
 
 
-def _say_how_long(bar: Any, seconds: float, num_made: int, num_missing: int) -> None:
-    """Say how long the rest of a process' share takes; all work on theirs at the same time."""
-    if num_made < num_missing and not bar.disable:
-        rate = seconds / num_made
-        bar.write(
-            f"about {duration(rate * (num_missing - num_made))} for the other images, by the first"
-            f" {num_made} ({rate:.2g} s each); then they are scored"
-        )
+def _estimate(seconds: float, num_made: int, num_missing: int) -> str:
+    """How long this process takes for its missing images; the other processes work meanwhile."""
+    return (
+        f"about {duration(seconds * num_missing)} for the other images, by the first"
+        f" {num_made} ({seconds:.2g} s each); then they are scored"
+    )
 
 
 def generate_in_processes(
     store: Store, jobs: Sequence[Job], batch: int, count: int | None = None
 ) -> int:
-    """Make what is missing with ``count`` processes, this one included; returns how many images.
+    """Generate the missing images in ``count`` processes with this one; returns their number.
 
-    What another process leaves undone, because it was killed or failed, is made here; the others
-    end with this one.
+    This process also generates the images of a process that was killed or failed. The others end
+    with this one.
 
     Args:
         batch: see :meth:`Store.generate`.
-        count: 1 or more; by default as many cores as are worth it for the miniature on a CPU, and
-            otherwise 1, since another model may fill the memory by itself.
+        count: 1 or more. By default one for each core, if there are enough images, for the
+            miniature on a CPU; otherwise 1, since another model may need all of the memory.
     """
     missing = store.missing(jobs)
     if count is None:
-        small = store.device == "cpu" and mini.embedded(store.sampling.base_model)
-        cores = int(device(store.device)["cpu_cores"] or 1)
-        count = min(cores, len(missing) // WORTHWHILE) if small else 1
-    count = max(1, min(count, -(-len(missing) // batch)))  # none without a part of its own
+        count = 1
+        if store.device == "cpu" and mini.embedded(store.sampling.base_model):
+            cores = int(device(store.device)["cpu_cores"] or 1)
+            count = min(cores, len(missing) // WORTHWHILE)
+    num_batches = math.ceil(len(missing) / batch)
+    count = max(1, min(count, num_batches))  # each has a batch
     shared = (store, missing, batch, count)
     children: Any = torch.multiprocessing.start_processes(
         _generate_share, shared, nprocs=count - 1, join=False, daemon=True, start_method="spawn"
@@ -273,20 +285,23 @@ def generate_in_processes(
     store.generate(missing, batch=batch, process=(0, count))
     for process in children.processes:
         process.join()
-    # What a process that ended early has left.
+    # Images of a process that ended early
     store.generate(missing, batch=batch, progress=False)
     return len(missing)
 
 
 def _generate_share(rank: int, store: Store, jobs: Sequence[Job], batch: int, count: int) -> None:
+    """The work of another process; its rank there begins at 0, which is this process's here."""
     store.generate(jobs, batch=batch, process=(rank + 1, count))
 
 
 def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Image.Image]:
-    """Images from a pipeline as it is; each text is embedded alone: always the same shape."""
-    # Filled up with copies of the last, so that all batches have one shape.
-    filled = [*jobs, *[jobs[-1]] * (-len(jobs) % sampling.lanes)]
+    """Sample the images of jobs with a pipeline, whose adapter is on."""
+    # Filled up with copies of the last job, so that all batches have the same shape.
+    num_copies = -len(jobs) % sampling.lanes
+    filled = [*jobs, *[jobs[-1]] * num_copies]
     texts = [job.prompt.text for job in filled]
+    # Each text is embedded alone, so that this batch has the same shape too.
     embedded = {text: embed(pipeline, [text]) for text in dict.fromkeys(texts)}
     negative = embed_negative(pipeline, 1, guidance_from=sampling.guidance_from)
     positives = join_rows([embedded[text] for text in texts])
@@ -307,7 +322,7 @@ def _sample(pipeline: Any, sampling: Sampling, jobs: Sequence[Job]) -> list[Imag
 
 @contextmanager
 def _one_thread(device: str) -> Iterator[None]:
-    """Within the context a CPU uses one thread: sums are rounded by the number of threads."""
+    """Within the context a CPU uses one thread: the rounding of sums depends on their number."""
     before = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)
@@ -317,12 +332,14 @@ def _one_thread(device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _matches(path: Path, parameters: Mapping[str, Any]) -> bool:
-    """Test that a whole PNG with exactly these parameters is there; every byte is checked."""
+def _is_valid(path: Path, parameters: Mapping[str, Any]) -> bool:
+    """Test that a file is a whole PNG with exactly these parameters."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             record = json.loads(image.info[_CHUNK])
             image.verify()  # reads to the end and compares each chunk's checksum
-        return record | {_VERSIONS: 0} == json.loads(json.dumps({**parameters, _VERSIONS: 0}))
+        # As JSON, so that tuples and lists are equal.
+        expected = json.loads(json.dumps({**parameters, _VERSIONS: None}))
+        return {**record, _VERSIONS: None} == expected
     except (OSError, SyntaxError, ValueError, struct.error, KeyError, TypeError):
         return False

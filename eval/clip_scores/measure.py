@@ -1,8 +1,8 @@
-"""All scores of images on disk. The same files give the same scores, in any order and batch."""
+"""Scores of images on the disk. The same files get the same scores in any order and batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -26,22 +26,20 @@ from .images import Job, Store
 from .models import ImageEmbedder, Scorer, in_batches
 from .prompts import Prompt
 
+# Images in memory at a time
 CHUNK = 64
-"""Images that are held in memory at once."""
 NONE = "none"
+# Options of a run, or of one of its concepts, that say which images it has
 OF_IMAGES = ("concept", "dataset_name", "instance_data_dir", "dataset_config_name", "image_column")
-"""Options of a run, or of one of its concepts, that say which images it has."""
 
 
 class EmbeddedImage(NamedTuple):
-    """An image as the models see it: its embedding (d,); if asked for, its caption and the
-    caption's embedding (d,), and its embedding by the image model, (e,).
-    """
+    """The embeddings of an image, and its caption; None where they are not needed."""
 
-    vector: Tensor
+    vector: Tensor  # by the scorer, (d,)
     caption: str | None = None
-    caption_vector: Tensor | None = None
-    dino_vector: Tensor | None = None
+    caption_vector: Tensor | None = None  # by the scorer, (d,)
+    dino_vector: Tensor | None = None  # by the image model, (e,)
 
 
 class EmbeddedSet(NamedTuple):
@@ -52,7 +50,7 @@ class EmbeddedSet(NamedTuple):
 
 
 class Pictures:
-    """Held-out pictures and training sets as one model embeds them.
+    """Held-out pictures and training sets, embedded by one model.
 
     Args:
         truths: picture by the text of its prompt.
@@ -62,8 +60,10 @@ class Pictures:
     def __init__(
         self, embedder: ImageEmbedder, truths: Mapping[str, Image], training: Mapping[str, ImageSet]
     ) -> None:
-        vectors = embedder.images(list(truths.values())) if truths else []
-        self.truths = dict(zip(truths, vectors, strict=True))
+        self.truths: dict[str, Tensor] = {}
+        if truths:
+            vectors = embedder.images(list(truths.values()))
+            self.truths = dict(zip(truths, vectors, strict=True))
         # Runs on one set share its embeddings.
         embedded_sets: dict[int, EmbeddedSet] = {}
         self.training: dict[str, EmbeddedSet] = {}
@@ -76,7 +76,13 @@ class Pictures:
 class ImageJudge:
     """Scores images against prompts, captions, held-out pictures and training images.
 
-    With an image model, such as DINOv2, they are held against the pictures by its embeddings too.
+    With an image model, such as DINOv2, images and pictures are compared by its embeddings too.
+
+    Args:
+        truths: held-out picture by the text of its prompt.
+        training: training set by the label of the run.
+        originals: the base model's images of the general prompts, from which drift is measured.
+        image_model: None for no scores by DINOv2.
     """
 
     def __init__(
@@ -98,27 +104,32 @@ class ImageJudge:
         if image_model is not None:
             self._dino_pictures = Pictures(image_model, truths, training)
         self._originals: dict[tuple[str, int], Tensor] = {}  # by prompt and seed
-        for job, image in self.look(originals, is_scored=False):
+        for job, image in self.embedded(originals, is_scored=False):
             self._originals[job.prompt.text, job.seed] = image.vector
 
     def rows(self, subject: Subject, jobs: Sequence[Job]) -> Iterator[Row]:
         """The scores of each image, and a row "image" that names its file."""
-        scored = [job for job in jobs if not job.prompt.general]
-        general = [job for job in jobs if job.prompt.general]
+        scored, general = [], []
+        for job in jobs:
+            if job.prompt.general:
+                general.append(job)
+            else:
+                scored.append(job)
         texts = list(dict.fromkeys(job.prompt.text for job in scored))
         prompts = dict(zip(texts, self._scorer.texts(texts), strict=True))
-        for job, image in self.look(scored, is_scored=True):
+        for job, image in self.embedded(scored, is_scored=True):
             yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
             yield from self._scores(subject, job, image, prompts[job.prompt.text])
-        for job, image in self.look(general, is_scored=False):
+        for job, image in self.embedded(general, is_scored=False):
             yield self._row(subject, job, "image", None, f"{self._store.root.name}/{job.file}")
-            if subject.kind != BASE:  # whose drift from itself is none
+            if subject.kind != BASE:  # which has no drift from itself
                 original = self._originals[job.prompt.text, job.seed]
                 yield self._row(subject, job, "drift", cosine(image.vector, original))
 
     def _scores(
         self, subject: Subject, job: Job, image: EmbeddedImage, prompt: Tensor
     ) -> Iterator[Row]:
+        """All scores of an image; ``prompt`` is its prompt's embedding, (d,)."""
         yield self._row(subject, job, "i2t", cosine(image.vector, prompt))
         if image.caption is not None and image.caption_vector is not None:
             likeness = cosine(prompt, image.caption_vector)
@@ -132,7 +143,7 @@ class ImageJudge:
     def _likeness(
         self, subject: Subject, job: Job, vector: Tensor, pictures: Pictures, prefix: str = ""
     ) -> Iterator[Row]:
-        """Likeness to the held-out picture and to the nearest training picture, by one model."""
+        """Cosines with the held-out picture and the nearest training picture, by one model."""
         if job.prompt.text in pictures.truths:
             truth = pictures.truths[job.prompt.text]
             yield self._row(subject, job, f"{prefix}truth", cosine(vector, truth))
@@ -146,56 +157,57 @@ class ImageJudge:
     def _row(subject: Subject, job: Job, metric: str, value: float | None, note: str = "") -> Row:
         return subject.row(metric, value, item=job.prompt.text, seed=job.seed, note=note)
 
-    def look(self, jobs: Sequence[Job], is_scored: bool) -> Iterator[tuple[Job, EmbeddedImage]]:
-        """Each image, equal ones looked at once: they get equal scores to the last bit.
+    def embedded(self, jobs: Sequence[Job], is_scored: bool) -> Iterator[tuple[Job, EmbeddedImage]]:
+        """Each job with its embedded image.
 
-        Those of general prompts are not scored: they need neither captions nor the image model.
+        Equal images are embedded once, so their scores are equal to the last bit. Images of general
+        prompts are not scored: they need neither captions nor the image model.
         """
         is_captioned = is_scored and self._captioner is not None
         title = "embedding and captioning" if is_captioned else "embedding"
         is_hidden = not self._progress or not jobs
         with tqdm(total=len(jobs), desc=title, unit="image", disable=is_hidden) as bar:
             for chunk in in_batches(jobs, CHUNK):
-                pictures = [self._store.open(job) for job in chunk]
-                # By content: equal images of two adapters are embedded once.
                 keys = []
                 new: dict[tuple[bytes, bool], Image] = {}
-                for picture in pictures:
+                for job in chunk:
+                    picture = self._store.open(job)
                     content = repr(picture.size).encode() + picture.tobytes()
                     key = blake2b(content, digest_size=16).digest(), is_scored
                     keys.append(key)
                     if key not in self._embedded:
                         new[key] = picture
                 if new:
-                    embedded = self._embed(list(new.values()), is_scored)
-                    self._embedded.update(zip(new, embedded, strict=True))
+                    embedded_images = self._embed(list(new.values()), is_scored)
+                    self._embedded.update(zip(new, embedded_images, strict=True))
                 for job, key in zip(chunk, keys, strict=True):
                     yield job, self._embedded[key]
                 bar.update(len(chunk))
 
     def _embed(self, pictures: Sequence[Image], is_scored: bool) -> list[EmbeddedImage]:
-        embedded = [EmbeddedImage(vector) for vector in self._scorer.images(pictures)]
+        """Embed pictures; if they are scored, with their captions and by the image model too."""
+        vectors = self._scorer.images(pictures)
+        captions: Sequence[str | None] = [None] * len(pictures)
+        caption_vectors: Iterable[Tensor | None] = [None] * len(pictures)
+        dino_vectors: Iterable[Tensor | None] = [None] * len(pictures)
         if is_scored and self._captioner is not None:
-            captions = self._captioner(pictures)
-            caption_vectors = self._scorer.texts(captions)
-            for number, caption in enumerate(captions):
-                embedded[number] = embedded[number]._replace(
-                    caption=caption, caption_vector=caption_vectors[number]
-                )
+            texts = self._captioner(pictures)
+            captions, caption_vectors = texts, self._scorer.texts(texts)
         if is_scored and self._image_model is not None:
-            for number, vector in enumerate(self._image_model.images(pictures)):
-                embedded[number] = embedded[number]._replace(dino_vector=vector)
-        return embedded
+            dino_vectors = self._image_model.images(pictures)
+        columns = zip(vectors, captions, caption_vectors, dino_vectors, strict=True)
+        return [EmbeddedImage(*values) for values in columns]
 
 
 def embed_set(images: ImageSet, embedder: ImageEmbedder) -> EmbeddedSet:
-    """Embed all images of a set, `CHUNK` of them in memory at once."""
+    """Embed all images of a set, `CHUNK` of them in memory at a time."""
     vectors = []
     for numbers in in_batches(range(len(images)), CHUNK):
         pictures = [images.image(number) for number in numbers]
         vectors.append(embedder.images(pictures))
     names = [entry.name for entry in images.entries]
-    if mini.color_map(images.label) is not None:  # the plain icon has that name
+    # Icons in other colors have the file names of the plain icons.
+    if mini.color_map(images.label) is not None:
         names = [f"{images.label}/{name}" for name in names]
     return EmbeddedSet(names, torch.cat(vectors))
 
@@ -215,7 +227,9 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
         sentence = f'the reference {file} of "{prompt.text}" can\'t be read'
         with translated(sentence, "correct the file of prompts"):
             picture = read_rgb(file)
-        pictures[prompt.text] = MAPS[prompt.colors](picture) if prompt.colors else picture
+        if prompt.colors is not None:
+            picture = MAPS[prompt.colors](picture)
+        pictures[prompt.text] = picture
     return pictures
 
 
@@ -225,66 +239,76 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def nearest(image: Tensor, train: Tensor) -> tuple[float, int]:
-    """Cosine of an image, (d,), with the training picture that is most like it, of (m, d), and that
-    one's position: the first of several that are equally near.
+    """The largest cosine of an image, (d,), with training pictures, (m, d), and its position.
+
+    Of several equal cosines it is the first one's position.
     """
     cosines = normalize(train.double(), dim=1) @ normalize(image.double(), dim=0)  # (m,)
-    index = int(cosines.argmax())  # documented: the first of equal maxima
+    index = int(cosines.argmax())
     return max(-1.0, min(1.0, float(cosines[index]))), index
 
 
 def training_sets(subjects: Sequence[Subject], dataset: str | None) -> dict[str, ImageSet]:
     """The training images by the subjects' labels.
 
-    A run's folder says what it was trained on; a LoRA file does not. The base model is held
-    against the images of the runs, where these are the same for all: it has not seen them, and so
-    shows how alike images are without any memory.
+    A run folder names its training images; a LoRA file does not. The base model is compared with
+    the images of the runs, if these are the same for all runs. It has not been trained on them, so
+    it shows the likeness without memorization.
 
     Args:
-        dataset: ``--train_data``: a folder or set for all subjects, "none" for no memorization, or
-            None.
+        dataset: ``--train_data``: a folder or set for all subjects, or "none" for no memorization.
     """
     if dataset == NONE:
         return {}
     if dataset is not None:
         images = open_images(dataset)
         return {subject.label: images for subject in subjects}
-    opened: dict[str, ImageSet] = {}
+    opened: dict[str, ImageSet] = {}  # runs with the same options share a set
     sets: dict[str, ImageSet] = {}
     for subject in subjects:
-        if subject.folder is not None:
-            config = subject.record.get("config", {})
-            concepts = config.get("concepts") or [config]
-            parts = [{name: concept.get(name) for name in OF_IMAGES} for concept in concepts]
-            key = repr(parts)
-            sets[subject.label] = opened[key] = opened.get(key) or _open(subject, parts)
-    if len(opened) == 1:  # else the base model belongs to no set
+        if subject.folder is None:
+            continue
+        config = subject.record.get("config", {})
+        parts = []
+        for concept in config.get("concepts") or [config]:
+            parts.append({name: concept.get(name) for name in OF_IMAGES})
+        key = repr(parts)
+        if key not in opened:
+            opened[key] = _open(subject, parts)
+        sets[subject.label] = opened[key]
+    if len(opened) == 1:
         (shared,) = opened.values()
-        sets |= {subject.label: shared for subject in subjects if subject.kind == BASE}
+        for subject in subjects:
+            if subject.kind == BASE:
+                sets[subject.label] = shared
     return sets
 
 
 def _open(subject: Subject, parts: Sequence[Mapping[str, str | None]]) -> ImageSet:
-    """The images of all concepts of a run."""
+    """The images of all concepts of a run, as one set."""
     left_out = f"or --train_data {NONE} to leave memorization out."
-    places = [concept["dataset_name"] or concept["instance_data_dir"] for concept in parts]
-    if not all(places):
-        raise UserError(
-            f"{subject.folder} does not say what it was trained on: give --train_data, {left_out}"
-        )
-    try:
-        sets = {}
-        for place, concept in zip(places, parts, strict=True):
+    sets = {}
+    for concept in parts:
+        place = concept["dataset_name"] or concept["instance_data_dir"]
+        if not place:
+            raise UserError(
+                f"{subject.folder} does not say what it was trained on: give --train_data,"
+                f" {left_out}"
+            )
+        try:
             sets[f"{concept['concept']}"] = open_images(
-                str(place),
+                place,
                 image_column=concept["image_column"] or "image",
                 config_name=concept["dataset_config_name"],
                 skip_bad_images=True,
             )
-    except UserError as error:
-        raise UserError(
-            f"the training images of {subject.label} can't be opened ({str(error).rstrip('.')}):"
-            f" give their folder as --train_data, {left_out}"
-        ) from error
+        except UserError as error:
+            raise UserError(
+                f"the training images of {subject.label} can't be opened"
+                f" ({str(error).rstrip('.')}): give their folder as --train_data, {left_out}"
+            ) from error
+    if len(sets) == 1:
+        return next(iter(sets.values()))
     joined = ImageSet.joined(subject.label, sets)
-    return next(iter(sets.values())) if joined is None or len(sets) == 1 else joined
+    assert joined is not None  # there are several
+    return joined

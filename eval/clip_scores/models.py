@@ -1,23 +1,19 @@
-"""Scorers, which embed images and texts in one space, by open_clip's loaders, from safetensors.
+"""Models that embed images: scorers, which embed texts in the same space, and DINOv2.
 
     scorer = load("open_clip:ViT-B-32/laion2b_s34b_b79k")
     i2t = (scorer.images(images) * scorer.texts(prompts)).sum(dim=1)      # raw cosine, CLIP I2T
 
-Names: ``embedded`` (the miniature's own), ``open_clip:MODEL/TAG`` and ``open_clip:FOLDER``.
-
-And DINOv2, which embeds images by what is in them and knows no text: it tells one dog from another
-where CLIP, trained with captions, sees "a dog" in both.
-
     image_model = dinov2("dinov2:facebook/dinov2-base")
     likeness = (image_model.images(samples) * image_model.images(pictures)).sum(dim=1)  # cosines
 
-Its weights are read from safetensors only, by classes of transformers, without code of the
-repository.
+Scorers are ``embedded`` (the miniature's own), ``open_clip:MODEL/TAG`` and ``open_clip:FOLDER``,
+loaded by open_clip. DINOv2 is loaded by transformers, without code of the repository. It knows no
+texts: it tells one dog from another where CLIP, trained with captions, sees "a dog" in both.
 
-What it raises passes through, and the command translates it. Refused here is what it would pass
-over in silence: pickles, a tokenizer without words.
-The one exception to safetensors is a tag of open_clip whose hub repository holds none: open_clip
-then reads the file that it ships, with torch's ``weights_only``.
+Errors of the libraries pass through, and the command translates them. Pickles and a tokenizer
+without words, which the libraries accept silently, are refused here. Weights are read from
+safetensors, but for a tag of open_clip whose hub repository has none: open_clip then reads its file
+with torch's ``weights_only``.
 """
 
 from __future__ import annotations
@@ -37,7 +33,7 @@ from bilora_diffusion.core.values import DINOV2
 from bilora_diffusion.image.likeness import load_dinov2
 from bilora_diffusion.train.soundness import require_words
 
-from ..cache import of_files
+from ..cache import hash_of_files
 from .settings import SCORERS
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
@@ -49,25 +45,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A scorer, a captioner or an image model: its name as shown, and what identifies it exactly.
+    """A scorer, a captioner or an image model, as a result names it."""
 
-    Args:
-        name: shown beside every score.
-        kind: "open_clip", "embedded", "blip", "retrieval" or "dinov2".
-        model: architecture, hub id or folder name.
-        revision: pretrained tag, commit or digest of the weights.
-        note: a sentence that has to stand beside its scores, or "".
-    """
-
+    # Name that stands beside every score
     name: str
+    # "open_clip", "embedded", "blip", "retrieval" or "dinov2"
     kind: str
+    # Architecture, hub id or folder name
     model: str
+    # Pretrained tag, commit or hash of the weights
     revision: str | None = None
+    # A sentence that must be read with its scores, or ""
     note: str = ""
 
 
 def _pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, dict[str, Any]]:
-    """A model of open_clip's list, and how to create it."""
+    """A model of open_clip's list, and the options with which open_clip creates it."""
     import open_clip
 
     if not open_clip.is_pretrained_cfg(architecture, tag):
@@ -77,19 +70,19 @@ def _pretrained(scheme: str, architecture: str, tag: str) -> tuple[ModelEntry, d
             f" {', '.join(tags)}, or a folder."
         )
     config = open_clip.get_pretrained_cfg(architecture, tag)
-    # open_clip only warns when weights trained with QuickGELU meet a model without it (all of
-    # OpenAI's with their plain names), and the embeddings are then wrong.
-    has_it = (open_clip.get_model_config(architecture) or {}).get("quick_gelu", False)
-    switch = bool(config.get("quick_gelu")) and not has_it
-    note = "QuickGELU is on, as the weights were trained with it." if switch else ""
+    # Weights that were trained with QuickGELU give wrong embeddings in a model without it, of which
+    # open_clip only warns. That concerns all weights of OpenAI by their plain names.
+    has_quick_gelu = (open_clip.get_model_config(architecture) or {}).get("quick_gelu", False)
+    force_quick_gelu = bool(config.get("quick_gelu")) and not has_quick_gelu
+    note = "QuickGELU is on, as the weights were trained with it." if force_quick_gelu else ""
     file = Path(open_clip.download_pretrained(config))
-    revision = f"{tag}@{hub_commit(file) or of_files(file)}"
+    revision = f"{tag}@{hub_commit(file) or hash_of_files(file)}"
     entry = ModelEntry(f"{scheme}:{architecture}/{tag}", scheme, architecture, revision, note)
-    return entry, {"pretrained": tag, "force_quick_gelu": switch}
+    return entry, {"pretrained": tag, "force_quick_gelu": force_quick_gelu}
 
 
 def _saved(scheme: str, source: str) -> ModelEntry:
-    """A folder of open_clip's; from one without safetensors it would go on with a pickle."""
+    """A folder that open_clip saved; refused without safetensors, since it would load a pickle."""
     import open_clip
 
     folder = Path(source).expanduser()
@@ -101,7 +94,7 @@ def _saved(scheme: str, source: str) -> ModelEntry:
             " open_clip.list_pretrained() has it, or such a folder."
         )
     name = folder.resolve().name
-    return ModelEntry(f"{scheme}:{name}", scheme, name, of_files(files[0]))
+    return ModelEntry(f"{scheme}:{name}", scheme, name, hash_of_files(files[0]))
 
 
 def hub_commit(file: Path) -> str | None:
@@ -114,14 +107,18 @@ def hub_commit(file: Path) -> str | None:
 class ImageEmbedder:
     """Embeds images: (n, d), float32, of unit length, on the CPU.
 
-    Embeddings do not depend on the batch size beyond 1e-6.
+    An embedding depends on the batch size by less than 1e-6.
+
+    Args:
+        embed: images in RGB -> embeddings, (n, d), of any length and dtype.
     """
 
     def __init__(
         self, entry: ModelEntry, embed: Callable[[Sequence[Image]], Tensor], batch: int = 32
     ) -> None:
         self.entry = entry
-        self._embed_images, self._batch = embed, batch
+        self._embed_images = embed
+        self._batch = batch
 
     def images(self, images: Sequence[Image]) -> Tensor:
         """Embeddings of images of any size and mode, (n, d); at least one."""
@@ -129,6 +126,7 @@ class ImageEmbedder:
         return torch.cat([self._unit(self._embed_images, part) for part in parts])
 
     def _unit(self, embed: Callable[[Sequence[T]], Tensor], part: Sequence[T]) -> Tensor:
+        """Embeddings of a batch, scaled to unit length."""
         # TF32 in convolutions is cudnn's default, and would show the batch size.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             unit = normalize(embed(part).float(), dim=-1).cpu()
@@ -141,7 +139,11 @@ class ImageEmbedder:
 
 
 class Scorer(ImageEmbedder):
-    """Embeds images and texts in one space; each text is encoded once."""
+    """Embeds images and texts in one space; each text is encoded once.
+
+    Args:
+        is_cut: tests that a text is longer than the text encoder takes.
+    """
 
     def __init__(
         self,
@@ -152,16 +154,16 @@ class Scorer(ImageEmbedder):
         batch: int = 32,
     ) -> None:
         super().__init__(entry, embed_images, batch)
-        self.is_cut, self._embed_texts = is_cut, embed_texts
+        self.is_cut = is_cut
+        self._embed_texts = embed_texts
         self._text_embeddings: dict[str, Tensor] = {}
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts, (n, d); at least one."""
         new = [text for text in dict.fromkeys(texts) if text not in self._text_embeddings]
         for part in in_batches(new, self._batch):
-            self._text_embeddings.update(
-                zip(part, self._unit(self._embed_texts, part), strict=True)
-            )
+            embeddings = self._unit(self._embed_texts, part)
+            self._text_embeddings.update(zip(part, embeddings, strict=True))
         return torch.stack([self._text_embeddings[text] for text in texts])
 
 
@@ -186,10 +188,10 @@ def load(name: str, device: str = "cpu", batch: int = 32) -> Scorer:
 
 
 def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
-    """A CLIP or CustomTextCLIP.
+    """A CLIP or CustomTextCLIP of open_clip.
 
     Args:
-        scheme: before the colon of its name.
+        scheme: the part of its name before the colon.
         source: "MODEL/TAG", or a folder that open_clip saved.
     """
     import open_clip
@@ -208,8 +210,8 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
     if inner := getattr(tokenize, "tokenizer", None):
         fix = "put its files beside the weights"
         require_words(f'the tokenizer of "{entry.name}"', inner, None, fix)
-    # The empty text's tokens mark a text's ends and its padding; not every model has the length.
-    marks = tokenize([""])[0].tolist()
+    # The tokens of the empty text: a text's start and end, and padding up to the longest length.
+    empty_tokens = tokenize([""])[0].tolist()
 
     def embed_images(images: Sequence[Image]) -> Tensor:
         pixels = torch.stack([preprocess(image) for image in images])  # (n, 3, h, w)
@@ -218,13 +220,14 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
     def embed_texts(texts: Sequence[str]) -> Tensor:
         return model.encode_text(tokenize(list(texts)).to(device))
 
-    def words(text: str, room: int) -> int:
-        row = tokenize([text], context_length=room)[0]
-        return sum(token not in marks for token in row.tolist())
-
     def is_cut(text: str) -> bool:
-        # With twice the room there are more words: some had no place.
-        return words(text, len(marks)) < words(text, 2 * len(marks))
+        # Not every tokenizer tells the length of a text. It is cut if it has more tokens with twice
+        # the room.
+        counts = []
+        for room in (len(empty_tokens), 2 * len(empty_tokens)):
+            tokens = tokenize([text], context_length=room)[0].tolist()
+            counts.append(sum(token not in empty_tokens for token in tokens))
+        return counts[0] < counts[1]
 
     return Scorer(entry, embed_images, embed_texts, is_cut, batch)
 
@@ -233,11 +236,12 @@ def dinov2(name: str, device: str = "cpu", batch: int = 32) -> ImageEmbedder:
     """The model called ``dinov2:ID_OR_FOLDER``; see `load_dinov2`."""
     model = load_dinov2(name, device)
     # A folder has no commit: the hash of its weights says which they are.
-    revision = model.commit or of_files(*sorted(model.folder.glob("*.safetensors")))
+    revision = model.commit or hash_of_files(*sorted(model.folder.glob("*.safetensors")))
     entry = ModelEntry(f"{DINOV2}:{model.source}", DINOV2, model.source, revision)
     return ImageEmbedder(entry, model.embed, batch)
 
 
 def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """``items`` in order, ``size`` at a time."""
-    return (items[start : start + size] for start in range(0, len(items), size))
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -5,9 +5,9 @@ read("3d_icon")                      # the paper's instances and 194 more (Table
 read("my_prompts.csv")
 read("mini-duotone-heldout")         # 128 captions, each with the picture that it describes
 
-``eval/prompts/NAME.txt`` is a shipped set; ``NAME_references.csv`` beside it names, for an instance
-of the set, the miniature's held-out picture of it. ``contexts.txt`` holds no prompts but places for
-the instance prompt of a run, see `defaults`.
+``eval/prompts/NAME.txt`` is a shipped set. ``NAME_references.csv`` beside it has the miniature's
+held-out picture of each instance. ``contexts.txt`` is not a set: it has contexts for the instance
+prompt of a run, see `defaults`.
 """
 
 from __future__ import annotations
@@ -25,29 +25,27 @@ from bilora_diffusion.mini import FOLDERS, HELDOUT_SUFFIX, color_map, heldout_di
 FOLDER = Path(__file__).resolve().parents[1] / "prompts"
 GENERAL = "general"
 CONTEXTS = "contexts"
+# The column of the prompts in a CSV file, and in the metadata of held-out images
 PROMPT = "prompt"
-"""The column of the prompts in a CSV file, and in the metadata of held-out images."""
 MOST_BYTES = 100_000_000
+# Matches "of a Fluffy Rabbit, ..."
 _INSTANCE = re.compile(r"\bof an? ([^,]+)")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt.
+    """One prompt."""
 
-    Args:
-        text: as the model gets it.
-        instance: what it asks for, such as "Fluffy Rabbit"; None where the text does not say.
-        reference: a picture of it in the style that was trained. Those of the shipped sets belong
-            to the miniature, and mean nothing for another base model.
-        general: asks for nothing that was trained, so its images should stay as they were.
-        colors: the map of ``mini.colors.MAPS`` through which the reference is seen.
-    """
-
+    # The prompt as the model gets it
     text: str
+    # The subject that it asks for, such as "Fluffy Rabbit"; None if unknown
     instance: str | None = None
+    # A picture of the instance in the style that was trained. Those of the shipped sets belong to
+    # the miniature, and are not used for another base model.
     reference: Path | None = None
+    # True if it asks for nothing that was trained, so that its images should not change
     general: bool = False
+    # The map of ``mini.colors.MAPS`` that is applied to the reference
     colors: str | None = None
 
 
@@ -61,16 +59,21 @@ def read(source: str | Path) -> list[Prompt]:
     """The prompts of a set, in its order.
 
     Args:
-        source: name of a shipped set, a text file (blank lines and lines that start with # are
-            left out), or a CSV with a header and the column ``prompt``. It may have the columns
-            ``instance`` and ``reference`` too; a reference is relative to the CSV. Or a set of
-            held-out images, built in or a folder, whose captions are the prompts and whose images
-            are their references.
+        source: one of
+
+            - the name of a shipped set;
+            - a text file; blank lines and lines that start with # are left out;
+            - a CSV file with a header and the column ``prompt``, and perhaps ``instance`` and
+              ``reference``, a path relative to the CSV;
+            - held-out images, a built-in set or a folder; their captions are the prompts, and the
+              images are the references.
     """
     name = str(source)
     is_shipped = name in shipped()
     heldout_names = [folder for folder in FOLDERS if folder.endswith(HELDOUT_SUFFIX)]
-    path = FOLDER / f"{name}.txt" if is_shipped else Path(source).expanduser()
+    path = Path(source).expanduser()
+    if is_shipped:
+        path = FOLDER / f"{name}.txt"
     if name in heldout_names:
         prompts = _of_images(FOLDERS[name], name)
     elif path.is_dir():
@@ -82,33 +85,31 @@ def read(source: str | Path) -> list[Prompt]:
             f" text file, a CSV, or held-out images with captions, such as {heldout_names[0]} or"
             " a folder."
         )
+    elif path.suffix.lower() == ".csv":
+        prompts = _of_csv(path, name)
     else:
-        prompts = (_of_csv if path.suffix.lower() == ".csv" else _of_text)(path, name)
+        prompts = []
+        for number, text in numbered_lines(path, name):
+            prompts.append((f"line {number}", Prompt(text, instance_of(text))))
     if not prompts:
         raise UserError(f"{name} holds no prompt: write one a line.")
-    first: dict[str, str] = {}
-    for where, prompt in prompts:
-        first_place = first.setdefault(prompt.text, where)
-        if first_place != where:
+    # Images are stored and compared by the prompt's text, so each text may occur once.
+    first_places: dict[str, str] = {}
+    for place, prompt in prompts:
+        first_place = first_places.setdefault(prompt.text, place)
+        if first_place != place:
             raise UserError(
-                f'{name} has the prompt "{prompt.text[:200]}" at {first_place} and at {where}: drop'
+                f'{name} has the prompt "{prompt.text[:200]}" at {first_place} and at {place}: drop'
                 " one of them."
             )
     plain = [prompt for _, prompt in prompts]
-    return _with_references(name, plain) if is_shipped else plain
+    if is_shipped:
+        return _with_references(name, plain)
+    return plain
 
 
-def _of_text(path: Path, name: str) -> list[tuple[str, Prompt]]:
-    lines = _numbered(path, name)
-    return [(f"line {number}", Prompt(text, instance_of(text))) for number, text in lines]
-
-
-def lines_of(path: Path, name: str) -> list[str]:
-    """The lines of a text file that are neither blank nor a comment, which starts with #."""
-    return [text for _, text in _numbered(path, name)]
-
-
-def _numbered(path: Path, name: str) -> list[tuple[int, str]]:
+def numbered_lines(path: Path, name: str) -> list[tuple[int, str]]:
+    """Number and text of a file's lines that are neither blank nor a comment (# at the start)."""
     lines = []
     for number, line in enumerate(read_text(path, name, MOST_BYTES).splitlines(), start=1):
         text = line.strip()
@@ -124,40 +125,46 @@ def instance_of(text: str) -> str | None:
 
 
 def _of_csv(path: Path, name: str) -> list[tuple[str, Prompt]]:
+    """The prompts of a CSV file, each with its place for sentences."""
     rows = read_rows(path, name)
     if rows and PROMPT not in rows[0][1]:
         hint = did_you_mean(PROMPT, rows[0][1])
         raise UserError(f'{name} has no column "{PROMPT}"{hint}: name that of the prompts so.')
     prompts = []
-    for where, row in rows:
+    for place, row in rows:
         text = row[PROMPT].strip()
         if not text:
-            raise UserError(f'{where} has no "{PROMPT}": write it or drop the line.')
+            raise UserError(f'{place} has no "{PROMPT}": write it or drop the line.')
         instance = (row.get("instance") or "").strip() or instance_of(text)
         reference = (row.get("reference") or "").strip()
-        file = path.parent / Path(reference).expanduser() if reference else None
-        if file and not file.is_file():
-            raise UserError(
-                f'{where} has the reference "{reference[:200]}", which is not there: correct it or'
-                " leave it empty."
-            )
-        prompts.append((where, Prompt(text, instance, file)))
+        file = None
+        if reference:
+            file = path.parent / Path(reference).expanduser()
+            if not file.is_file():
+                raise UserError(
+                    f'{place} has the reference "{reference[:200]}", which is not there: correct it'
+                    " or leave it empty."
+                )
+        prompts.append((place, Prompt(text, instance, file)))
     return prompts
 
 
 def _of_images(folder: Path, name: str) -> list[tuple[str, Prompt]]:
     """The captions of a folder's images, each with its image as the reference."""
-    # Captions of a metadata file are in the column that a CSV of prompts has, or in imagefolder's.
     column = None
     for metadata in list_folder(folder).metadata:
-        (_, row), *_ = read_rows(metadata) or [("", {})]
-        column = next((key for key in (PROMPT, TEXT) if key in row), None)
-        if column is None:
+        rows = read_rows(metadata)
+        first_row = rows[0][1] if rows else {}
+        if PROMPT in first_row:
+            column = PROMPT
+        elif TEXT in first_row:  # the column of datasets' imagefolder
+            column = TEXT
+        else:
             raise UserError(f'{metadata} has no column "{PROMPT}": name that of the captions so.')
     prompts = []
     for entry in open_images(str(folder), caption_column=column).entries:
         file = entry.encoded()
-        if entry.caption is None or isinstance(file, bytes):
+        if entry.caption is None or isinstance(file, bytes):  # of a set without files
             lack = "no caption" if entry.caption is None else "no file of its own"
             raise UserError(
                 f"the image {entry.name} of {name} has {lack}: give a folder of images, each with a"
@@ -169,11 +176,14 @@ def _of_images(folder: Path, name: str) -> list[tuple[str, Prompt]]:
 
 
 def _with_references(name: str, prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts of a shipped set with their pictures, or marked as general."""
     table = FOLDER / f"{name}_references.csv"
-    rows = [row for _, row in read_rows(table)] if table.is_file() else []
-    references = {row["instance"]: heldout_dir() / row["reference"] for row in rows}
-    described = []
+    references = {}
+    if table.is_file():
+        for _, row in read_rows(table):
+            references[row["instance"]] = heldout_dir() / row["reference"]
+    completed = []
     for prompt in prompts:
         reference = references.get(prompt.instance or "")
-        described.append(replace(prompt, reference=reference, general=name == GENERAL))
-    return described
+        completed.append(replace(prompt, reference=reference, general=name == GENERAL))
+    return completed

@@ -1,4 +1,4 @@
-"""Scores, and the report of a comparison: the paper's Table 4 and Figure A1, and sentences."""
+"""The scores, and the report of a comparison: the paper's Table 4 and Figure A1, and sentences."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from bilora_diffusion.core.files import counted
 from bilora_diffusion.core.values import BASE_GUIDANCE
 
 from .. import compare
@@ -16,20 +17,22 @@ from ..plot import canvas
 from ..report import escaped, number, table
 from ..table import Metric, Result
 
+# The paper's Table 4 and Figure A1 show six prompts; the table also has the average over all.
 TABLE_ROWS = 6
-"""The paper's Table 4 and Figure A1 show six prompts, the table their average over all too."""
+# With fewer prompts a bootstrap interval is too narrow; see `compare.bootstrap_interval`.
 FEW_PROMPTS = 10
 PAPER = ("i2t", "t2t")
 BLANK = "–"
 GRID, TRUTH = "grid.png", "ground truth"
+# Larger images are scaled down to this before they are drawn.
 CELL_PIXELS = 256
-"""Larger images are brought down to this before they are drawn."""
 
 
 def _cosine(title: str, explanation: str, higher_is_better: bool | None = True) -> Metric:
     return Metric(title, explanation, higher_is_better, scale=100, form=".2f")
 
 
+# All scores; the first two are the paper's (Table 4). Values are raw cosines, shown times 100.
 METRICS = {
     "i2t": _cosine("CLIP I2T", "cosine of the embeddings of image and prompt"),
     "t2t": _cosine("CLIP T2T", "cosine of the embeddings of prompt and caption of the image"),
@@ -52,13 +55,15 @@ METRICS = {
         "unchanged", "cosine of the embeddings of image and base model's image, general prompts"
     ),
 }
-"""All scores; the first two are the paper's (Table 4). Values are raw, and shown times 100."""
 
 
 def names(result: Result) -> dict[str, str]:
-    """Text of each scored prompt -> what a row is called: the instance, else the whole prompt."""
-    prompts = result.settings["prompts"]
-    return {p["text"]: p["instance"] or p["text"] for p in prompts if not p["general"]}
+    """Text of each scored prompt -> the title of its row: the instance, else the whole prompt."""
+    titles = {}
+    for prompt in result.settings["prompts"]:
+        if not prompt["general"]:
+            titles[prompt["text"]] = prompt["instance"] or prompt["text"]
+    return titles
 
 
 def introduction(result: Result) -> str:
@@ -66,7 +71,7 @@ def introduction(result: Result) -> str:
     settings, count = result.settings, len(names(result))
     sampling, scorer, seeds = settings["sampling"], settings["scorer"], settings["seeds"]
     notes = []
-    if scorer["kind"] == "embedded":  # in place of the scorer's own note
+    if scorer["kind"] == "embedded":  # a longer sentence in place of the scorer's note
         notes.append(
             f"These are scores of {scorer['name']}, a small model that knows icons only. They carry"
             " its name and are never set beside the paper's."
@@ -81,13 +86,13 @@ def introduction(result: Result) -> str:
     if sampling.get("guidance_from") == BASE_GUIDANCE:
         source = " from the base model's unconditional prediction"
     sentence = (
-        f"{count} prompts ({settings['prompt_set']}), {len(seeds)} seed{'s' * (len(seeds) > 1)},"
+        f"{count} prompts ({settings['prompt_set']}), {counted(len(seeds), 'seed')},"
         f" {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}{source},"
         f" {sampling['size']} pixels, base model {sampling['base_model']}. All adapters get the"
         " same prompts and the same initial noise."
     )
-    quoted = (f"> {note}" for note in dict.fromkeys([*notes, *result.notes]))
-    return "\n\n".join([sentence, *quoted])
+    distinct_notes = dict.fromkeys([*notes, *result.notes])
+    return "\n\n".join([sentence, *(f"> {note}" for note in distinct_notes)])
 
 
 def legend(result: Result) -> str:
@@ -106,38 +111,52 @@ def legend(result: Result) -> str:
 
 def scores(result: Result) -> str:
     """The first prompts and the average over all: a column per score and group, best in bold."""
-    scored = [name for name in PAPER if result.select(name)]
-    columns = [(name, group) for name in scored for group in result.groups]
-    heads = [f"{result.metric(name).title} {group}" for name, group in columns]
-    values = {name: compare.units(result.select(name), over="item") for name in scored}
-    row_names, rows = names(result), []
-    for text in list(row_names)[:TABLE_ROWS]:
-        of_prompt = [values[name].get(group, {}).get(text) for name, group in columns]
-        rows.append([row_names[text], *_cells(result, columns, of_prompt)])
-    lines = [result.summary(group, name) for name, group in columns]
-    means = _cells(result, columns, [None if line is None else line.mean for line in lines])
-    rows.append([f"average of {len(row_names)}", *means])
-    return table(["prompt", *heads], rows)
+    columns: list[tuple[str, str]] = []  # score and group
+    heads = ["prompt"]
+    column_values = []  # prompt -> value
+    means = []
+    for name in PAPER:
+        rows_of_score = result.select(name)
+        if not rows_of_score:
+            continue
+        values = compare.units(rows_of_score, over="item")
+        for group in result.groups:
+            columns.append((name, group))
+            heads.append(f"{result.metric(name).title} {group}")
+            column_values.append(values.get(group, {}))
+            line = result.summary(group, name)
+            means.append(None if line is None else line.mean)
+    titles = names(result)
+    rows = []
+    for text in list(titles)[:TABLE_ROWS]:
+        prompt_values = [values.get(text) for values in column_values]
+        rows.append([titles[text], *_cells(result, columns, prompt_values)])
+    rows.append([f"average of {len(titles)}", *_cells(result, columns, means)])
+    return table(heads, rows)
 
 
 def _cells(
     result: Result, columns: Sequence[tuple[str, str]], values: Sequence[float | None]
 ) -> list[str]:
-    """A row's cells; the best of each score in bold, several where they are equal."""
+    """A row's cells; the best value of each score is bold, and so are values equal to it."""
     best: dict[str, float] = {}
     for (name, _), value in zip(columns, values, strict=True):
         if value is not None:
             best[name] = max(value, best.get(name, value))
     cells = []
     for (name, _), value in zip(columns, values, strict=True):
-        cell = BLANK if value is None else number(value, result.metric(name))
-        is_best = value is not None and value == best[name]
-        cells.append(f"**{cell}**" if is_best else cell)
+        if value is None:
+            cells.append(BLANK)
+            continue
+        cell = number(value, result.metric(name))
+        if value == best[name]:
+            cell = f"**{cell}**"
+        cells.append(cell)
     return cells
 
 
 def models(result: Result) -> list[str]:
-    """Models that scored, and the number of prompts that they did not read to their end."""
+    """Sentences on the models that scored, and on the prompts that the scorer cut."""
     prompts = result.settings["prompts"]
     sentences = [
         f"{sum(prompt['truncated'] for prompt in prompts)} of {len(prompts)} prompts are longer"
@@ -152,30 +171,39 @@ def models(result: Result) -> list[str]:
 
 
 def grid(result: Result, folder: Path, truths: Mapping[str, Image.Image]) -> bool:
-    """The first prompts at the first seed as in Fig. A1: one a row, one group a column.
+    """Draw the first prompts at the first seed as in Fig. A1: prompts in rows, groups in columns.
 
-    The images of a row share their initial noise. Returns whether there was anything to draw.
+    The images of a row share their initial noise. Returns False if there is no scored prompt.
     """
     texts = list(names(result))[:TABLE_ROWS]
     if not texts:
         return False
-    first = result.settings["seeds"][0]
-    images = {(r.item, r.group): r.note for r in result.select("image") if r.seed == first}
-    heads = [*result.groups, *([TRUTH] if truths.keys() & set(texts) else [])]
+    first_seed = result.settings["seeds"][0]
+    images = {}  # file of each prompt and group
+    for row in result.select("image"):
+        if row.seed == first_seed:
+            images[row.item, row.group] = row.note
+    heads = list(result.groups)
+    if truths.keys() & set(texts):
+        heads.append(TRUTH)
     size = (1.5 * len(heads) + 1.2, 1.5 * len(texts) + 0.4)
     with canvas(folder / GRID, len(texts), len(heads), figsize=size) as (_, axes):
         for line, text in zip(axes, texts, strict=True):
             line[0].set_ylabel(_wrapped(names(result)[text]), fontsize=8)
             for group, axis in zip(heads, line, strict=True):
-                file = images.get((text, group))
-                truth = truths.get(text) if group == TRUTH else None
-                _show(axis, Image.open(folder / file) if file else truth)
+                if (text, group) in images:
+                    _show(axis, Image.open(folder / images[text, group]))
+                elif group == TRUTH:
+                    _show(axis, truths.get(text))
+                else:
+                    _show(axis, None)
         for axis, head in zip(axes[0], heads, strict=True):
             axis.set_title(_wrapped(head), fontsize=9)
     return True
 
 
 def _show(axis: Any, image: Image.Image | None) -> None:
+    """Draw an image without ticks; nothing for None."""
     axis.set_xticks([])
     axis.set_yticks([])
     if image is None:

@@ -43,8 +43,8 @@ IMAGE_MODELS = "dinov2:ID_OR_FOLDER, such as dinov2:facebook/dinov2-base"
 BLIP = "Salesforce/blip-image-captioning-large"
 GENERAL_SCORER = "open_clip:ViT-L-14/openai"
 GENERAL_CAPTIONER = f"blip:{BLIP}"
+# --mixed_precision -> torch's name of the dtype
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""--mixed_precision -> torch's name of the dtype."""
 EMBEDDED = "embedded"
 NONE = "none"
 MINI_GUIDANCE = 4.0
@@ -86,7 +86,7 @@ class ScoringOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Sampling of images."""
+    """Sampling."""
 
     section = "images"
     num_inference_steps: int | None = option(None, f"Steps {USUAL}.", range=SAMPLER_STEPS)
@@ -123,10 +123,10 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
     """The base model that all subjects belong to.
 
     Args:
-        name: ``--base_model``; it says where the subjects do not, and may name a local copy of the
-            hub's model that they name.
+        name: ``--base_model``. It is necessary if no subject names its base model, and may be a
+            local copy of the hub's model that they name.
     """
-    subject_of: dict[str, Subject] = {}  # the first subject of each base model
+    subject_of: dict[str, Subject] = {}  # path or hub id of a base model -> its first subject
     for subject in subjects:
         if subject.base_model is not None:
             subject_of.setdefault(_place(subject.base_model), subject)
@@ -138,9 +138,11 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
         )
     if name is None and not subject_of:
         raise UserError("no adapter says which base model it belongs to: give --base_model.")
+    # There is at most one base model now.
     for place, subject in subject_of.items():
         if name is None:
             name = str(subject.base_model)
+        # A hub id has a slash. What the copy holds is not compared with the hub.
         is_copy = Path(name).is_dir() and "/" in place and not Path(place).is_dir()
         if place != _place(name) and not is_copy:
             raise UserError(
@@ -151,6 +153,7 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
 
 
 def _place(base_model: str) -> str:
+    """The resolved path of a base model's folder, else its hub id."""
     from bilora_diffusion.image.pipeline import resolve
 
     folder = Path(resolve(base_model)).expanduser()
@@ -159,20 +162,23 @@ def _place(base_model: str) -> str:
 
 def models(args: Namespace, base: str) -> tuple[str, str | None]:
     """Names of scorer and captioner; None for no captions."""
-    general = {"scorer": GENERAL_SCORER, "captioner": GENERAL_CAPTIONER}
+    is_miniature = base in mini.PIPELINES
     names = {}
-    for flag, name in general.items():
-        names[flag] = getattr(args, flag) or (EMBEDDED if base in mini.PIPELINES else name)
-        if names[flag] == EMBEDDED and base not in mini.PIPELINES:
+    for flag, general_name in (("scorer", GENERAL_SCORER), ("captioner", GENERAL_CAPTIONER)):
+        default = EMBEDDED if is_miniature else general_name
+        names[flag] = getattr(args, flag) or default
+        if names[flag] == EMBEDDED and not is_miniature:
             raise UserError(
                 f"--{flag} embedded knows the miniature's icons only, and the base model is"
-                f' "{base}": use another, such as {name}.'
+                f' "{base}": use another, such as {general_name}.'
             )
-    return names["scorer"], None if args.skip_captions else names["captioner"]
+    if args.skip_captions:
+        return names["scorer"], None
+    return names["scorer"], names["captioner"]
 
 
 def question(args: Namespace, subjects: Sequence[Subject], base: str) -> Question:
-    """The scored prompts and the general ones, as given or as the runs' training suggests."""
+    """The scored prompts and the general ones, from the flags or the first run's training."""
     from . import defaults
 
     if args.prompts is None:
@@ -180,9 +186,11 @@ def question(args: Namespace, subjects: Sequence[Subject], base: str) -> Questio
     elif args.prompts == CONTEXTS:
         default = defaults.in_contexts(subjects)
     else:
+        # By the runs, whatever the given prompts ask for
         is_of_icons = defaults.learned_icons(subjects, base)
         default = defaults.Question(Path(args.prompts).name, read(args.prompts), is_of_icons)
     general_set = args.general_prompts or (GENERAL if default.is_of_icons else NONE)
+    # The general set may be given as --prompts, and is then scored.
     prompts = [replace(prompt, general=False) for prompt in default.prompts[: args.max_prompts]]
     if general_set != NONE:
         for prompt in read(general_set)[: args.max_prompts]:
@@ -191,7 +199,7 @@ def question(args: Namespace, subjects: Sequence[Subject], base: str) -> Questio
 
 
 def sampling(args: Namespace, base: str) -> Sampling:
-    """Sampling as it is usual for the model where nothing is given."""
+    """Sampling by the flags, and where these are not given as is usual for the base model."""
     from .images import Sampling
 
     pipeline = _without_weights(base, base)
@@ -214,12 +222,17 @@ def sampling(args: Namespace, base: str) -> Sampling:
 
 
 def usual(base: str, name: str | None = None) -> tuple[int, int, float]:
-    """Side in pixels, steps and guidance with which a base model's images are drawn by default."""
+    """Side in pixels, steps and guidance of a base model's images by default.
+
+    Args:
+        base: folder or hub id, from which the pipeline is loaded.
+        name: of the model, if the folder is a copy.
+    """
     return _usual(_without_weights(base, name or base), base)
 
 
 def is_guided(base: str, name: str) -> bool:
-    """Test that a base model's images have an unconditional prediction by default."""
+    """Test that a base model's default sampling has an unconditional prediction."""
     pipeline = _without_weights(base, name)
     _, _, guidance = _usual(pipeline, base)
     family = family_of(pipeline)
@@ -227,7 +240,7 @@ def is_guided(base: str, name: str) -> bool:
 
 
 def _without_weights(base: str, name: str) -> Any:
-    """A base model's pipeline without weights, called ``name``."""
+    """A base model's pipeline without weights; its usual sampling depends on ``name``."""
     import torch
 
     from bilora_diffusion.image.pipeline import load_pipeline
@@ -238,6 +251,9 @@ def _without_weights(base: str, name: str) -> Any:
 
 
 def _usual(pipeline: Any, base: str) -> tuple[int, int, float]:
+    """Side in pixels, steps and guidance."""
     family = family_of(pipeline)
     steps, guidance = family.usual_sampling(pipeline)
-    return family.pixels(pipeline), steps, MINI_GUIDANCE if base in mini.PIPELINES else guidance
+    if base in mini.PIPELINES:
+        guidance = MINI_GUIDANCE
+    return family.pixels(pipeline), steps, guidance

@@ -43,7 +43,7 @@ from ..checkpoints import OverSteps
 from ..command import COUNTS, open_device
 from ..report import Column
 from ..subjects import Subject
-from ..table import Metric, Result, Row, of_this_process
+from ..table import Metric, Result, Row, provenance_of_this_process
 from . import base_models, benchmarks, reporting
 from .base_models import BaseModel
 from .benchmarks import (
@@ -116,10 +116,11 @@ class JudgeOptions:
 
 @dataclass(frozen=True)
 class PreparedBenchmark:
-    """A benchmark, with what asks it and all that its score depends on beside the subject."""
+    """A benchmark with its engine."""
 
     benchmark: Benchmark
     engine: Engine
+    # All that its score depends on beside the subject
     settings: dict[str, Any]
 
     def template(self, model: BaseModel) -> str:
@@ -137,7 +138,7 @@ class PreparedBenchmark:
 
 
 class TextScores(OverSteps):
-    """A benchmark is a metric: its rows without an item are scores, those with one are questions.
+    """A benchmark is a metric. Its rows without an item are scores, those with one are questions.
 
     The result's settings have "benchmarks": name -> how it was asked, in the order of the tables.
     """
@@ -146,7 +147,7 @@ class TextScores(OverSteps):
     runs = "run folders, folders with a PEFT adapter, or base"
 
     def subjects(self) -> Sequence[Subject]:
-        """Runs in rows, adapters, the base model."""
+        """Runs, adapters, and the base model."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from bilora_diffusion.run.console import quiet
 
@@ -240,11 +241,12 @@ class TextScores(OverSteps):
         from tqdm import tqdm
 
         # A benchmark's score is cached as a whole, its answers one by one in the engine.
-        caches = {
-            name: self._cache(subject, prepared, prepared.settings)
-            for name, prepared in self.prepared.items()
-        }
-        missing = [name for name, cache in caches.items() if SCORE not in cache]
+        caches: dict[str, Cache] = {}
+        missing = []
+        for name, prepared in self.prepared.items():
+            caches[name] = self._cache(subject, prepared, prepared.settings)
+            if SCORE not in caches[name]:
+                missing.append(name)
         if missing:
             spec = self.base_models[subject.label]
             with self.models.load(subject, spec) as model:
@@ -264,7 +266,7 @@ class TextScores(OverSteps):
     def _cache(
         self, subject: Subject, prepared: PreparedBenchmark, about: Mapping[str, Any]
     ) -> Cache:
-        """The cache of a subject and a benchmark under some circumstances."""
+        """The cache of a subject and a benchmark; ``about`` has further circumstances."""
         spec = self.base_models[subject.label]
         base = spec.identity() | {
             "template": prepared.template(spec),
@@ -290,7 +292,7 @@ class TextScores(OverSteps):
             summarize(rows, control=self.control),
             self.control,
             metrics=self.shown_metrics,
-            provenance=of_this_process(self.command, self.device, PACKAGES),
+            provenance=provenance_of_this_process(self.command, self.device, PACKAGES),
         )
         return self.over_steps(result, summarize)
 
@@ -298,10 +300,13 @@ class TextScores(OverSteps):
         return reporting.introduction(result)
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
+        def count_seeds(group: str) -> str:
+            return str(len({entry.seed for entry in result.members(group)}))
+
         return {
-            "seeds": lambda group: str(len({entry.seed for entry in result.members(group)})),
-            "cost": lambda group: reporting.cost(result, group),
-            "peak memory": lambda group: reporting.memory(result, group),
+            "seeds": count_seeds,
+            "cost": partial(reporting.cost, result),
+            "peak memory": partial(reporting.memory, result),
         }
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
@@ -309,8 +314,8 @@ class TextScores(OverSteps):
         return {"Scores": [Column(name, difference=True) for name in names]}
 
     def further(self, result: Result) -> list[str]:
-        versions = result.provenance.versions if result.provenance else {}
-        packages = [name for name, version in versions.items() if version]
+        assert result.provenance is not None
+        packages = [name for name, version in result.provenance.versions.items() if version]
         return [
             report.section("Average", reporting.averages(result)),
             self.best_steps(result),

@@ -1,4 +1,4 @@
-"""Runs and adapters of a command line, and the base model and template under each of them."""
+"""Runs and adapters of a command line, each with its base model and template."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bilora_diffusion.core.files import without_paths
 from .. import checkpoints, subjects
 from ..subjects import BASE, Subject
 
-# The bare prompt
+# Name of the template that adds nothing to the prompt
 NO_TEMPLATE = "none"
 
 
@@ -42,17 +42,21 @@ def read_subjects(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Su
     """The subjects of a command line, each with the model under it; the base model is the last.
 
     Args:
-        only_heldout: Only recorded figures are shown. Runs of different training sets then share
-            a row, as they do in Table 1, and the base model is what the runs of each seed measured
-            before their first step.
+        only_heldout: Only recorded figures are shown. Then runs of different training sets share a
+            row, as in Table 1, and the figures of the base model are those that the runs of each
+            seed measured before their first step.
     """
     if not args.runs and not args.group:
         raise UserError("nothing is given to score: name run folders, adapters, or base.")
     of_checkpoints = args.steps is not None
-    # Checkpoints are exported below; before that a run needs no weights of its own.
-    words = [word for word in args.runs if word != BASE or of_checkpoints]
+    words = []
+    for word in args.runs:
+        # The base model is added below. It has no checkpoints, which `gather` then refuses.
+        if word != BASE or of_checkpoints:
+            words.append(word)
     runs: list[Subject] = []
     if words or args.group:
+        # Weights of checkpoints are exported below.
         runs = subjects.gather(words, args.group, weights=not of_checkpoints)
     for run in runs:
         if run.record and not run.is_text:
@@ -129,8 +133,10 @@ def models_under(
 def model_of_run(config: Mapping[str, Any], args: argparse.Namespace) -> BaseModel:
     """The model that a run was trained on."""
     # The options of a text run have the names of these fields.
-    names = {field.name for field in fields(BaseModel)} - {"name"}
-    options = {name: config[name] for name in names if config.get(name) is not None}
+    options = {}
+    for field in fields(BaseModel):
+        if field.name != "name" and config.get(field.name) is not None:
+            options[field.name] = config[field.name]
     return with_flags(BaseModel(str(config["model_name_or_path"]), **options), args)
 
 
@@ -159,9 +165,12 @@ def model_of_base(
     pairs: Sequence[tuple[Subject, BaseModel]], args: argparse.Namespace
 ) -> BaseModel:
     """The one model that the word "base" means beside these subjects."""
-    models = [model for _, model in pairs]
-    models_of_runs = [model for subject, model in pairs if subject.record]
-    # Only a run says whether it was trained on a model in 4 bits, an adapter does not.
+    models, models_of_runs = [], []
+    for subject, model in pairs:
+        models.append(model)
+        if subject.record:
+            models_of_runs.append(model)
+    # Only a run's record says whether it was trained on a model in 4 bits.
     kinds = {(model.name, model.quantize) for model in models_of_runs or models}
     if len(kinds) > 1 or len({model.name for model in models}) > 1:
         titles = dict.fromkeys(f"{model.name} ({model.quantize})" for model in models)

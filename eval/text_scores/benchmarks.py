@@ -1,7 +1,7 @@
-"""The benchmarks of the paper's Table 3 and how each is set, any other task of the harness, and
+"""Benchmarks and their settings: those of the paper's Table 3, any other task of the harness, and
 figures that training recorded on held-out data.
 
-The paper says where its numbers come from and not with which prompts. For the Llama 3.1 half it
+The paper does not give the prompts of its benchmarks. For the Llama 3.1 half it
 names INSTRUCTEVAL (Chia et al. 2023, https://arxiv.org/abs/2306.04757), which asks MMLU with 5
 examples, DROP and BBH with 3, all without a chain of thought, and HumanEval with none; these are
 the defaults. Prompts and matching are the harness's; INSTRUCTEVAL's own code takes any answer that
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
+from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.record import last_measured
 
 from ..subjects import BASE, Subject
@@ -29,7 +30,6 @@ if TYPE_CHECKING:  # they need torch
 
 HARNESS, MTBENCH, HELDOUT = "harness", "mtbench", "heldout"
 HUMANEVAL = "humaneval"
-HELDOUT_LOSS = "heldout_loss"
 TEMPLATE_OF_RUN = "run"
 # Largest change of a probe's logits by it
 EFFECT = "effect of adapter"
@@ -121,7 +121,7 @@ class Measurement:
 
 
 class Engine(Protocol):
-    """What asks a model the questions of a benchmark."""
+    """Asks a model the questions of a benchmark."""
 
     def settings(self) -> dict[str, Any]:
         """All that a score depends on beside the model."""

@@ -20,7 +20,7 @@ from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.text.examples import Example
 from bilora_diffusion.text.tokenizing import context_text, resolve_template
 
-from ..cache import of_folders
+from ..cache import hash_of_folders
 from .base_models import NO_TEMPLATE
 from .benchmarks import ANSWER_LETTERS, Benchmark, Item, Measurement
 from .models import CacheFor, LoadedModel
@@ -90,7 +90,7 @@ class Harness:
             "metric": benchmark.metric,
             "generation": dict(benchmark.generation),
             "lm_eval": metadata.version("lm_eval"),
-            "include_path": of_folders(*self.include_path) if self.include_path else None,
+            "include_path": hash_of_folders(*self.include_path) if self.include_path else None,
         }
 
     def measure(
@@ -123,7 +123,7 @@ class Harness:
             " --include_path",
         ):
             loaded = self.manager.load([benchmark.task])
-        # A group has several tasks.
+        # A group has several tasks, a task only itself.
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) and not self.allow_code:
                 raise refuse_code(name)
@@ -179,7 +179,7 @@ def _harness_model(model: LoadedModel, template: str, batch_size: int) -> Any:
 
 def _read_result(result: dict[str, Any], benchmark: Benchmark) -> Measurement:
     """The score of a benchmark, its items and further figures from what the harness returns."""
-    # Its figures are named "metric,filter"; beside them are errors and counts.
+    # The harness's figures are named "metric,filter". Beside them are standard errors and counts.
     figures = {}
     for name, value in result["results"][benchmark.task].items():
         if "," in name and "_stderr," not in name and isinstance(value, int | float):
@@ -205,12 +205,17 @@ def _read_result(result: dict[str, Any], benchmark: Benchmark) -> Measurement:
                 items.append(_read_item(task, sample, metric_name))
 
     # Tasks of a group can differ in their number of examples.
-    shots = sorted({int(number) for number in result["n-shot"].values()})
-    versions = {task: v for task, v in result["versions"].items() if v is not None}
+    shots: Any = sorted({int(number) for number in result["n-shot"].values()})
+    if len(shots) == 1:
+        (shots,) = shots
+    versions = {}
+    for task, version in result["versions"].items():
+        if version is not None:
+            versions[task] = version
     directions = [by_metric.get(metric_name) for by_metric in result["higher_is_better"].values()]
     settings = {
         "metric": metric,
-        "num_fewshot": shots[0] if len(shots) == 1 else shots,
+        "num_fewshot": shots,
         "versions": versions,
         "higher_is_better": False not in directions,
     }
@@ -227,7 +232,7 @@ def _read_item(task: str, sample: Mapping[str, Any], metric: str) -> Item:
     if all(isinstance(response, str) for response in responses):
         answer = responses[0] if responses else ""
         is_parsed = bool(answer.strip()) and answer != INVALID
-        if not is_parsed:  # then the whole answer tells why
+        if not is_parsed:  # then the unfiltered answer is shown
             answer = str(sample["resps"][0][0])
     else:  # the number of the choice that the model finds likeliest
         likelihoods = []

@@ -1,5 +1,5 @@
-"""Models under test: a base model with its adapter on, the proof that it acts, and its answers to
-prompts, in batches.
+"""Models under test: a base model with its adapter on, a check that the adapter acts, and answers
+to prompts in batches.
 
 with Models(device, dtype).load(subject, base_model) as model: ...
 """
@@ -44,8 +44,10 @@ class LoadedModel(TextModel):
     effect: float | None = None
 
     def effective_template(self, template: str) -> str:
-        """The template that is really used: T5 and its kin get the bare prompt, as in training."""
-        return template if self.kind == "causal" else NO_TEMPLATE
+        """The template that is used: encoder-decoders get the bare prompt, as in training."""
+        if self.kind == "causal":
+            return template
+        return NO_TEMPLATE
 
 
 class Models:
@@ -102,7 +104,7 @@ def load_base(spec: BaseModel, device: torch.device, dtype: torch.dtype) -> Load
 
 
 def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
-    """Largest difference of the probe's logits with the adapter and without."""
+    """Largest change of the probe's logits by the adapter; 0 is refused for a trained adapter."""
     from peft import get_peft_model_state_dict
 
     device = base.model.device
@@ -148,7 +150,7 @@ def answers(
     batch_size: int,
     cache: Cache,
 ) -> dict[str, str]:
-    """Key of a prompt -> the model's answer; what is cached already is not generated again."""
+    """Key of a prompt -> the model's answer; cached answers are not generated again."""
     # Each answer is on the disk before the next batch is generated.
     missing = [key for key in prompts if key not in cache]
     for start in range(0, len(missing), batch_size):
@@ -169,6 +171,7 @@ def _tokens(model: LoadedModel, text: str, template: str) -> list[int]:
 def _generate(
     model: LoadedModel, keys: Sequence[str], token_rows: Sequence[list[int]], decoding: Decoding
 ) -> list[str]:
+    """Answers to a batch of prompts as tokens."""
     longest, room = max(map(len, token_rows)), decoding.max_new_tokens
     # Prompt and answer share the positions of a causal model.
     if model.max_tokens is not None and model.kind == "causal":

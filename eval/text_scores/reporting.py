@@ -1,5 +1,5 @@
-"""Scores for reading, after the paper's Tables 1 to 3, and how rows differ: over seeds, or over
-items where there are not two common seeds.
+"""Tables of scores after the paper's Tables 1 to 3. Differences are over seeds, or over items where
+there are not two common seeds.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) ->
         rows: those without an item are scores, those with one are questions.
         benchmarks: the metrics that have items.
     """
-    scores = [row for row in rows if not row.item]
-    groups_with_items = {(row.group, row.metric) for row in rows if row.item}
+    scores = []
+    groups_with_items = set()
+    for row in rows:
+        if row.item:
+            groups_with_items.add((row.group, row.metric))
+        else:
+            scores.append(row)
     # (group, metric) -> the difference over items
     over_items: dict[tuple[str, str], Summary] = {}
     for name in benchmarks:
@@ -47,20 +52,25 @@ def summaries(rows: Sequence[Row], benchmarks: Collection[str], control: str) ->
 
 def averaged_items(rows: Sequence[Row], benchmark: str) -> list[Row]:
     """The items of groups in which every score is the mean of its items, which pairs need."""
-    items = [row for row in rows if row.metric == benchmark and row.item]
-    scores = [row for row in rows if row.metric == benchmark and not row.item]
-    values: dict[str, list[float]] = {row.subject: [] for row in scores}
-    for row in items:
+    items, scores = [], []
+    values: dict[str, list[float]] = {}  # subject -> the values of its items
+    for row in rows:
+        if row.metric != benchmark:
+            continue
+        if not row.item:
+            scores.append(row)
+            continue
+        items.append(row)
         if row.value is not None:
-            values[row.subject].append(row.value)
+            values.setdefault(row.subject, []).append(row.value)
 
     # Some scores of the harness are no mean of their items.
-    groups_without = set()
+    excluded_groups = set()
     for row in scores:
-        of_items, score = values[row.subject], row.value or 0.0
-        if not of_items or not math.isclose(compare.mean(of_items), score, abs_tol=1e-9):
-            groups_without.add(row.group)
-    return [row for row in items if row.group not in groups_without]
+        item_values, score = values.get(row.subject), row.value or 0.0
+        if not item_values or not math.isclose(compare.mean(item_values), score, abs_tol=1e-9):
+            excluded_groups.add(row.group)
+    return [row for row in items if row.group not in excluded_groups]
 
 
 def with_difference(line: Summary, over_items: Summary) -> Summary:
@@ -87,10 +97,13 @@ def notes(rows: Sequence[Row], metrics: Mapping[str, Metric], limit: int | None)
             " only a trial."
         )
     for name, metric in metrics.items():
-        counts = [row.value or 0.0 for row in rows if row.metric == f"{name} {UNPARSED}"]
-        unparsed = int(sum(counts))
+        items, unparsed = [], 0
+        for row in rows:
+            if row.metric == f"{name} {UNPARSED}":
+                unparsed += int(row.value or 0)
+            elif row.metric == name and row.item:
+                items.append(row)
         if unparsed:
-            items = [row for row in rows if row.metric == name and row.item]
             # A judge's missing rating is no score; a harness's missing answer is a wrong one.
             are_left_out = any(row.value is None for row in items)
             consequence = "are left out" if are_left_out else "count as wrong"
@@ -98,16 +111,17 @@ def notes(rows: Sequence[Row], metrics: Mapping[str, Metric], limit: int | None)
                 f"{metric.title}: in {unparsed} of {len(items)} items no answer could be read; they"
                 f" {consequence}."
             )
-    without_effect = [
-        row.subject for row in rows if row.metric.endswith(f" {EFFECT}") and row.value == 0
-    ]
-    for label in dict.fromkeys(without_effect):
+    labels: dict[str, None] = {}  # of adapters without effect, each once
+    for row in rows:
+        if row.metric.endswith(f" {EFFECT}") and row.value == 0:
+            labels[row.subject] = None
+    for label in labels:
         sentences.append(f"The adapter of {label} is zero: it is the base model.")
     return sentences
 
 
 def introduction(result: Result) -> str:
-    """Notes, and what the table's cells are."""
+    """Notes, and an explanation of the table's cells."""
     legend = (
         f"Mean over seeds with {INTERVALS}; percentages, but for points and losses. Difference: to"
         f" {escaped(result.control)}, over common seeds by bootstrap, or over items (the same"

@@ -22,7 +22,7 @@ from app.runs import ordered, pair
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.validation import INDEX
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
-from tests.scripts.runs import started
+from tests.scripts.runs import free_port, started
 
 
 def paths(catalog):
@@ -249,12 +249,6 @@ def test_a_bad_root_or_address_is_refused(tmp_path, monkeypatch, capsys, words, 
         port = str(listener.getsockname()[1])
         assert viewer.main([word.replace("TAKEN", port) for word in words]) == 2
     assert sentence.replace("TAKEN", port) in capsys.readouterr().err
-
-
-def free_port():
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @pytest.mark.slow

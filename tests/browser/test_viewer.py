@@ -7,8 +7,10 @@ import pytest
 from playwright.sync_api import Response, expect
 
 from bilora_diffusion.run.runlog import RunLog
+from docs.screenshots import go, pick
 from tests.app.folders import make_scores
-from tests.browser.conftest import SEEDS, TEXTS, fits, free_port, go, pick, serving
+from tests.browser.conftest import SEEDS, TEXTS, fits, serving
+from tests.scripts.runs import free_port
 
 pytestmark = pytest.mark.slow
 

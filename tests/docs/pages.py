@@ -3,29 +3,52 @@
 Functions stand in the place of the programs and write down the arguments that they get.
 """
 
+import importlib
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser as distributed_parser
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"`((?:python -m|python \w+/|accelerate launch|make |pip install|for )[^`]*)`")
-PROGRAMS = ("python", "accelerate", "make", "pip", "pre-commit", "bilora")
+INLINE = re.compile(
+    r"`((?:\w+=\w+ )*"
+    r"(?:python3? (?:-m|[\w/]+\.py)|accelerate launch|torchrun|bilora \w+ -|make |pip |git |for )"
+    r"[^`]*)`"
+)
+PROGRAMS = ("python", "python3", "accelerate", "torchrun", "bilora", "make", "pip", "git")
+PROGRAMS += ("pre-commit", "activate")
+ROOT = Path(__file__).resolve().parents[2]
+IMAGE_SCRIPT = "train_dreambooth_bilora.py"
+TEXT_SCRIPT = "train_text_bilora.py"
+SUBCOMMANDS = {
+    "train": IMAGE_SCRIPT,
+    "text": TEXT_SCRIPT,
+    "export": "bilora_diffusion.export",
+    "demo": "bilora_diffusion.demo",
+}
 END = "\x1e"
 BASH = shutil.which("bash") or "bash"
 
 
 def scripts(page: Path) -> Iterator[str]:
-    """The bash blocks of a page, then the commands within its sentences."""
-    text = page.read_text(encoding="utf-8").replace(".venv/bin/", "")
-    for language, body in BLOCK.findall(text):
-        if language == "bash":
+    """The bash blocks of a page and the commands within its sentences, in the page's order."""
+    # `activate` is a program here: a missing file would end a line before its other commands.
+    text = page.read_text(encoding="utf-8").replace(". .venv/bin/activate", "activate")
+    text = text.replace(".venv/bin/", "")
+    for match in re.finditer(f"{BLOCK.pattern}|{INLINE.pattern}", text, BLOCK.flags):
+        language, body, command = match.groups()
+        if command is not None:
+            # An ellipsis stands for whatever else a reader wants.
+            yield " ".join(command.replace(" ...", "").split())
+        elif language == "bash":
             yield body
-    for command in INLINE.findall(BLOCK.sub("", text)):
-        # An ellipsis stands for whatever else a reader wants.
-        yield " ".join(command.replace(" ...", "").split())
 
 
 def commands(script: str, folder: Path) -> list[list[str]]:
@@ -40,4 +63,41 @@ def commands(script: str, folder: Path) -> list[list[str]]:
     without_programs = {"PATH": "/nonexistent"}
     run = subprocess.run(bash, cwd=folder, env=without_programs, capture_output=True, text=True)
     assert run.returncode == 0, f"{script}\n{run.stderr}"
-    return [words.split("\0")[:-1] for words in record.read_text().split(f"{END}\0")[:-1]]
+    record_text = record.read_text()
+    record.unlink()
+    return [words.split("\0")[:-1] for words in record_text.split(f"{END}\0")[:-1]]
+
+
+def program(words: list[str]) -> tuple[str, list[str]]:
+    """The script, module or program that a command starts in the end, and its arguments.
+
+    The subcommands of `bilora` and what `accelerate launch` and `torchrun` start are named by the
+    script or module that does the work.
+    """
+    name, *arguments = words
+    if name in ("python", "python3"):
+        name, *arguments = arguments
+        if name == "-m":
+            name, *arguments = arguments
+    elif name == "accelerate":
+        assert arguments[0] == "launch"
+        launch = launch_command_parser().parse_args(arguments[1:])
+        name = "bilora" if launch.module else launch.training_script
+        arguments = launch.training_script_args
+    elif name == "torchrun":
+        launch = distributed_parser().parse_args(arguments)
+        name, arguments = launch.training_script, launch.training_script_args
+    if name == "bilora":
+        name, arguments = SUBCOMMANDS[arguments[0]], arguments[1:]
+    return name, arguments
+
+
+def load_program(name: str) -> ModuleType:
+    """Import the script or module of a command; its `main` takes the arguments."""
+    if name.endswith(".py"):
+        script = ROOT / name
+        if str(script.parent) not in sys.path:  # where the benchmarks find each other
+            sys.path.insert(0, str(script.parent))
+        return importlib.import_module(script.stem)
+    module = importlib.import_module(name)
+    return module if hasattr(module, "main") else importlib.import_module(f"{name}.__main__")

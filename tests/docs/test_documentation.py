@@ -4,15 +4,12 @@ Bash expands the commands (`tests.docs.pages`), and the parsers of the real comm
 """
 
 import argparse
-import importlib
 import re
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
 from bilora_diffusion.api import BiLoRA
@@ -20,16 +17,23 @@ from bilora_diffusion.config import constraints
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.text.config import resolve as resolve_text
 from docs import make
-from tests.docs.pages import BLOCK, commands, scripts
+from tests.docs.pages import (
+    BLOCK,
+    IMAGE_SCRIPT,
+    ROOT,
+    TEXT_SCRIPT,
+    commands,
+    load_program,
+    program,
+    scripts,
+)
 from tests.references.diffusers_flags import DEFAULTS
 
 pytestmark = pytest.mark.usefixtures("hub")
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / "results" / "README.md", ROOT / "results" / "paper.md"]
-TRAINING = {"train_dreambooth_bilora.py": resolve, "train_text_bilora.py": resolve_text}
-TRAINING |= {"train": resolve, "text": resolve_text}  # of the command `bilora`
+TRAINING = {IMAGE_SCRIPT: resolve, TEXT_SCRIPT: resolve_text}
 
 
 class Understood(BaseException):
@@ -37,45 +41,25 @@ class Understood(BaseException):
 
 
 def check(words, monkeypatch):
-    """Let the real parser read one command."""
-    program, *arguments = words
-    if program == "make":
+    """Let the real parser read one command; of those that train, check the options together too."""
+    name, arguments = program(words)
+    if name == "make":
         makefile = (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv")
         targets = re.findall(r"^([\w./-]+):", makefile, re.MULTILINE)
         assert {word for word in arguments if "=" not in word} <= set(targets)
-    elif program == "pip":
+    elif name == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = set(re.findall(r"\w+", " ".join(re.findall(r"\.\[(.*?)\]", " ".join(arguments)))))
         assert arguments[0] in ("install", "wheel")
         assert extras <= set(project["optional-dependencies"])
-    elif program == "pre-commit":
+    elif name == "pre-commit":
         assert (ROOT / ".pre-commit-config.yaml").is_file()
-    elif program == "accelerate":
-        assert arguments[0] == "launch"
-        launch = launch_command_parser().parse_args(arguments[1:])
-        inner = "bilora" if launch.module else launch.training_script
-        check_script(inner, launch.training_script_args, monkeypatch)
-    elif program == "bilora":
-        check_script(program, arguments, monkeypatch)
-    elif arguments[0] == "-m":
-        name = "bilora_diffusion.export.__main__" if "export" in arguments[1] else arguments[1]
-        check_module(importlib.import_module(name), arguments[2:], monkeypatch)
+    elif name in ("activate", "venv"):  # of the environment that `make` makes too
+        assert arguments in ([], [".venv"])
+    elif name in TRAINING:
+        TRAINING[name](arguments)
     else:
-        check_script(arguments[0], arguments[1:], monkeypatch)
-
-
-def check_script(name, argv, monkeypatch):
-    """A script: those that train also check what their options mean together."""
-    if name == "bilora":
-        name, *argv = argv
-    if name in TRAINING:
-        TRAINING[name](argv)
-    elif name == "export":
-        check_module(importlib.import_module("bilora_diffusion.export.__main__"), argv, monkeypatch)
-    else:
-        assert (ROOT / name).is_file()
-        monkeypatch.syspath_prepend(ROOT / Path(name).parent)
-        check_module(importlib.import_module(Path(name).stem), argv, monkeypatch)
+        check_module(load_program(name), arguments, monkeypatch)
 
 
 def check_module(module, argv, monkeypatch):

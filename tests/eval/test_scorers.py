@@ -21,7 +21,7 @@ from transformers import (
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.mini import scorer as mini
-from eval.cache import of_files
+from eval.cache import hash_of_files
 from eval.clip_scores import captioners, load_image_model, load_models, models
 from eval.clip_scores.models import ModelEntry
 from eval.clip_scores.settings import BLIP
@@ -49,7 +49,9 @@ def test_a_model_is_named_by_its_weights_or_its_commit(folders):
     for scheme, folder in folders.items():
         (weights,) = folder.glob("*.safetensors")
         entry = loaders[scheme](f"{scheme}:{folder}").entry
-        expected = ModelEntry(f"{scheme}:{folder.name}", scheme, folder.name, of_files(weights))
+        expected = ModelEntry(
+            f"{scheme}:{folder.name}", scheme, folder.name, hash_of_files(weights)
+        )
         assert replace(entry, note="") == expected
         assert ("search" in entry.note) == (scheme == "blip")
     commit = "0123456789abcdef0123456789abcdef01234567"

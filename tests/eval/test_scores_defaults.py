@@ -8,7 +8,7 @@ from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
 from eval.clip_scores.defaults import in_contexts, learned_icons, of_subjects
-from eval.clip_scores.prompts import CONTEXTS, FOLDER, Prompt, lines_of, shipped
+from eval.clip_scores.prompts import CONTEXTS, FOLDER, Prompt, numbered_lines, shipped
 from eval.subjects import Subject
 
 FILE = Subject("dog", "dog", "file")
@@ -108,7 +108,7 @@ def test_runs_on_other_images_are_named_and_files_say_nothing():
 
 
 def test_the_contexts_are_twenty_and_no_prompt_set():
-    contexts = lines_of(FOLDER / f"{CONTEXTS}.txt", CONTEXTS)
+    contexts = [text for _, text in numbered_lines(FOLDER / f"{CONTEXTS}.txt", CONTEXTS)]
     assert len(set(contexts)) == len(contexts) == 20
     assert all(context.startswith("{prompt} ") for context in contexts)
     assert CONTEXTS not in shipped()

@@ -23,7 +23,7 @@ from bilora_diffusion.export.__main__ import main
 from bilora_diffusion.export.conversion import convert
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.reader import read
-from eval.cache import of_lora, peft_config
+from eval.cache import hash_of_lora, peft_config
 from tests.export.export_models import rewrite
 
 UNET, PEFT = "unet.conv_in", "base_model.model.conv_in"
@@ -263,7 +263,7 @@ def test_any_file_is_read_or_a_sentence(tmp_path_factory, content, config):
     any_file.write_bytes(content)
     with_config = peft(any_file.parent / "peft", config)
     for path in (any_file, with_config):
-        for reader in (inspect, read, of_lora, lambda path: peft_config(path.parent)):
+        for reader in (inspect, read, hash_of_lora, lambda path: peft_config(path.parent)):
             with contextlib.suppress(UserError):
                 reader(path)
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -120,6 +121,13 @@ def started(
     command = [sys.executable, *map(str, words)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(command, text=True, cwd=ROOT, env=variables, **options)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def two_icons(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""A visitor of a viewer who needs no browser."""
+
+import http.client
+import json
+from dataclasses import dataclass
+from typing import Any
+
+LOCAL = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Sends requests and events to the viewer on a port of this machine."""
+
+    port: int
+
+    def ask(
+        self, path: str, method: str = "GET", body: Any = None, **headers: str
+    ) -> http.client.HTTPResponse:
+        """The answer to a request whose path and headers are sent as they are."""
+        connection = http.client.HTTPConnection(LOCAL, self.port, timeout=30)
+        content = None if body is None else json.dumps(body)
+        headers = {"Content-Type": "application/json", **headers}
+        connection.request(method, path, content, headers)
+        return connection.getresponse()
+
+    def events(self, element: str) -> list[tuple[int, list[Any]]]:
+        """The events of the element with this id: number of each, and the values of its inputs on a
+        new page.
+        """
+        config = json.load(self.ask("/config"))
+        properties = {part["id"]: part["props"] for part in config["components"]}
+        events = []
+        for event in config["dependencies"]:
+            (target, _), *_ = event["targets"]
+            if target in properties and properties[target].get("elem_id") == element:
+                values = [properties[part].get("value") for part in event["inputs"]]
+                events.append((event["id"], values))
+        return events
+
+    def send(self, event: int, values: list[Any], data: Any = None) -> str:
+        """The server's answer to an event."""
+        body = {"data": values, "fn_index": event, "event_data": data, "session_hash": "visitor"}
+        assert self.ask("/gradio_api/queue/join", "POST", body).status == 200
+        text = ""
+        for line in self.ask("/gradio_api/queue/data?session_hash=visitor"):
+            text += line.decode()
+            if "close_stream" in text:
+                break
+        assert text.count("process_completed") == 1
+        return text

@@ -1,0 +1,348 @@
+"""A reader who runs the commands of a page one after another, in a fresh folder, in this process.
+
+`RULES` says what is done with each command: the first rule whose pattern is found in it. A command
+without a rule fails the test, so that none comes into a page without being understood here.
+`STAND_INS` are words for what a reader has and a test has not, such as large models.
+"""
+
+import contextlib
+import io
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from matplotlib.cbook import get_sample_data
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from bilora_diffusion.image import script as image_script
+from bilora_diffusion.image.config import resolve
+from bilora_diffusion.run import runlog
+from bilora_diffusion.text import script as text_script
+from bilora_diffusion.text.config import resolve as resolve_text
+from docs.screenshots import serving
+from eval import table
+from tests.app.visitor import Visitor
+from tests.docs.pages import IMAGE_SCRIPT, TEXT_SCRIPT, commands, load_program, program, scripts
+from tests.scripts.runs import ROOT, copied, free_port, interrupt, train_once
+from tests.text.text_builders import ADAPTER, heldout, rows_for, train_text_once, write_rows
+
+TRAINING: dict[str, Any] = {IMAGE_SCRIPT: resolve, TEXT_SCRIPT: resolve_text}
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is done with commands of one kind.
+
+    Attributes:
+        pattern: Regular expression, searched in the words of a command after `STAND_INS`.
+        flags: Words that are added. Names in braces are those of `stand_ins.Materials`.
+        reason: Why such commands are not run; "" for those that are.
+    """
+
+    pattern: str
+    flags: str = ""
+    reason: str = ""
+
+
+STAND_INS = (
+    ("make demo", "python -m bilora_diffusion.demo --output_dir demo"),
+    ("make demo-text", "python -m examples.demo_text --output_dir demo-text"),
+    ("bilora train", f"python {IMAGE_SCRIPT}"),
+    ("-m bilora_diffusion train", IMAGE_SCRIPT),
+    ("bilora export", "python -m bilora_diffusion.export"),
+    ("--dataset linoyts/3d_icon", "--dataset mini --validation_dataset none"),
+    (
+        "--config recipes/sdxl_3d_icon.yaml",
+        "--config recipes/sdxl_3d_icon.yaml --dataset mini --validation_dataset none",
+    ),
+    # A hundredth of the recipe's 500 steps, and of the step that a page chooses
+    ("--config sdxl", "--config sdxl --max_train_steps 5 --checkpointing_steps 1"),
+    ("--step 400", "--step 4"),
+    ("--steps 80,120,280", "--steps 1,2"),
+    ("--validation_loss_steps 50", "--validation_loss_steps 1"),
+    ("--config flux2_klein", "--config flux2_klein --pretrained_model_name_or_path mini-flow"),
+    ("black-forest-labs/FLUX.1-dev", "mini-flow"),
+    (
+        "--config recipes/t5_base/cola.yaml",
+        "--model_name_or_path {t5} --train_file {t5_rows} --output_dir runs/t5_base_cola",
+    ),
+    ("--model_name_or_path meta-llama/Llama-3.1-8B", "--model_name_or_path {llama}"),
+    ("--model smollm2", "--model {llama}"),
+    ("FILE", f"runs/dog/{LORA}"),
+)
+"""Words of a page, and the words of the test in their place."""
+
+SHORT = (
+    "--resolution 64 --train_batch_size 1 --gradient_accumulation_steps 1"
+    " --num_validation_images 1 --validation_num_inference_steps 1"
+)
+FEW_STEPS = f"--max_train_steps 2 {SHORT}"
+LITTLE_MEASURED = "--validation_part 1/64 --validation_loss_steps 2"
+MINIATURE = "--pretrained_model_name_or_path mini"
+A_SMALL_SEARCH = "--fit_space {space} --fit_budget 4 --fit_folds 2"
+FEW_IMAGES = "--max_prompts 2 --num_inference_steps 1 --seeds 0 --general_prompts none"
+RULES = (
+    Rule("^(activate|python3 -m venv|pip|pre-commit)", reason="makes the tests' environment"),
+    Rule("^make (test|test-all|lint)$", reason="runs the tests"),
+    Rule("^torchrun|--use_fsdp", reason="several devices: tests/scripts/test_fsdp.py"),
+    Rule("--compile|-compiled", reason="compiles for a minute: tests/train/test_compiling.py"),
+    Rule("benchmarks/pictures.py", reason="hours, or the hub: tests/scripts/test_pictures.py"),
+    Rule("fit_regret", reason="hours: it trains a whole space"),
+    Rule("^python -m app.viewer"),
+    Rule("^python -m bilora_diffusion.export"),
+    Rule(f"{IMAGE_SCRIPT}.* --fit ", f"{MINIATURE} {FEW_STEPS} {A_SMALL_SEARCH}"),
+    Rule(f"{IMAGE_SCRIPT}.* --config mini", f"{FEW_STEPS} {LITTLE_MEASURED}"),
+    Rule(f"{IMAGE_SCRIPT}.*(--dataset mini|mini-flow)", FEW_STEPS),
+    Rule(f"{IMAGE_SCRIPT}.* --config sdxl", f"{MINIATURE} {SHORT}"),
+    Rule(IMAGE_SCRIPT, f"{MINIATURE} {FEW_STEPS}"),
+    Rule(TEXT_SCRIPT, "--max_train_steps 2 --max_length 48"),
+    Rule("sft_bilora.py", "--max_length 48 --per_device_train_batch_size 1"),
+    Rule("bilora_diffusion.demo", f"--max_train_steps 2 {LITTLE_MEASURED} {SHORT}"),
+    Rule(
+        "examples.demo_text",
+        "--model_name_or_path {llama} --max_train_steps 2 --max_train_samples 8"
+        " --train_batch_size 1 --max_eval_samples 2 --max_predictions 1"
+        " --generation_max_new_tokens 8",
+    ),
+    Rule("eval.clip_scores .*runs/icons", f"{FEW_IMAGES} --scorer {{clip}} --captioner {{blip}}"),
+    Rule("eval.clip_scores", FEW_IMAGES),
+    Rule("eval.sweep", "--seeds 0"),
+    Rule(
+        "eval.landscape",
+        "--directions 1 --points 3 --grid 0 --max_images 1 --levels 1 --ascent_steps 1",
+    ),
+    Rule("eval.(dynamics|generalization)"),
+    Rule("eval.text_scores .*mtbench", "--mtbench_questions {questions} --judge_base_url {judge}"),
+    Rule("eval.text_scores", "--limit 1 --max_new_tokens 2"),
+    Rule("benchmarks/step_cost.py"),
+)
+
+
+METHOD_OF_RUN = {
+    "lora": "lora",
+    "lora-0": "lora",
+    "lora-sam": "lora-sam",
+    "bilora": "bilora",
+    "sample-0": "bilora",
+    "dog": "bilora",
+}
+"""Names of runs that a page takes for granted, each with the method."""
+MEASURED: dict[str, Any] = {
+    "validation_dataset": None,
+    "validation_part": "1/64",
+    "validation_loss_steps": 1,
+    "checkpointing_steps": 1,
+    "log_dynamics": True,
+}
+"""Flags of a run that a page takes for granted."""
+
+
+@dataclass
+class Step:
+    """A command that a page has: what was run in its place, and what it printed."""
+
+    words: list[str]
+    name: str
+    argv: list[str]
+    printed: str = ""
+
+
+class Walk:
+    """One reader in one folder, which must be the current one.
+
+    Args:
+        names: What words in braces stand for; see `stand_ins`.
+    """
+
+    def __init__(self, folder: Path, names: dict[str, str]) -> None:
+        self.folder, self.names = folder, names
+        self.started: list[list[str]] = []
+        self.skipped: list[tuple[str, str]] = []
+        for name in ("recipes", "eval"):
+            (folder / name).symlink_to(ROOT / name)
+        photographs(folder / "my_photos", range(12))
+        photographs(folder / "held_out", range(12, 15))
+        for name, first in (("answers", 0), ("held_out", 24)):
+            write_rows(folder / f"{name}.jsonl", rows_for("causal", 8, first))
+
+    def page(self, path: Path) -> Iterator[Step]:
+        """Run the commands of a page; each is yielded when it has run."""
+        for script in scripts(path):
+            for place in itertools.count():
+                # Expanded anew, since a command's globs match what those before it have made.
+                expanded = commands(script, self.folder)
+                if place == len(expanded):
+                    break
+                if (command := expanded[place]) in self.started:
+                    continue  # a page may name a command again
+                self.started.append(command)
+                step = self.run(command)
+                if step is not None:
+                    yield step
+
+    def run(self, command: list[str]) -> Step | None:
+        """Run one command and check what it promises; None where a rule has a reason not to."""
+        words = self.replaced(command)
+        text = " ".join(words)
+        rule = next((rule for rule in RULES if re.search(rule.pattern, text)), None)
+        assert rule is not None, f"no rule of the walk is for this command: {' '.join(command)}"
+        if rule.reason:
+            self.skipped.append((text, rule.reason))
+            return None
+        words += rule.flags.split()
+        for key, value in self.names.items():
+            words = [word.replace("{" + key + "}", value) for word in words]
+        name, argv = program(words)
+        argv = self.prepare(name, argv)
+        step = Step(words, name, argv)
+        before = files(self.folder)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            start(name, argv)
+        step.printed = printed.getvalue()
+        changed = {path for path, state in files(self.folder).items() if before.get(path) != state}
+        check(step, self.folder, changed)
+        return step
+
+    def replaced(self, command: list[str]) -> list[str]:
+        """The words of a command with `STAND_INS` in place."""
+        for pattern, stand_in in STAND_INS:
+            sought = pattern.split()
+            for start in range(len(command) - len(sought) + 1):
+                end = start + len(sought)
+                if command[start:end] == sought:
+                    command = [*command[:start], *stand_in.split(), *command[end:]]
+                    break
+        return command
+
+    def prepare(self, name: str, argv: list[str]) -> list[str]:
+        """Make what a page takes for granted: earlier runs, and what a resumed one goes on from.
+
+        Returns:
+            The arguments, with the runs of a sweep that had to be made in place of their pattern.
+        """
+        if "--resume_from_checkpoint" in argv and "latest" in argv:
+            place = argv.index("--resume_from_checkpoint")
+            interrupted = [*argv[:place], *argv[place + 2 :]]
+            with pytest.MonkeyPatch.context() as patch:
+                interrupt(patch, 2)
+                with pytest.raises(KeyboardInterrupt):
+                    start(name, interrupted)
+        reads_runs = name.startswith("eval.") or name == "bilora_diffusion.export"
+        for word in argv if reads_runs else ():
+            folder = self.folder / word.removesuffix(f"/{LORA}")
+            if folder.name in METHOD_OF_RUN and not folder.exists():
+                self.make_run(folder, METHOD_OF_RUN[folder.name], is_text="text" in name)
+        expanded = []
+        for word in argv:
+            experiment = re.fullmatch(r"runs/(\w+)(/\*)+/?", word)
+            if experiment:
+                start("eval.sweep", [f"eval/experiments/{experiment[1]}.yaml", "--seeds", "0"])
+                expanded += [str(run) for run in sorted(Path().glob(word))]
+            else:
+                expanded.append(word)
+        return expanded
+
+    def make_run(self, folder: Path, method: str, is_text: bool) -> None:
+        """A run of two steps with all that evaluations read."""
+        if is_text:
+            rows = heldout("causal")
+            run = train_text_once("causal", method, method=method, validation_file=rows)
+        else:
+            run = train_once(method, method=method, **MEASURED)
+        copied(run, folder)
+
+
+def start(name: str, argv: Sequence[str]) -> None:
+    """Run a script or module in this process; a viewer in one of its own."""
+    AcceleratorState._reset_state()  # accelerate keeps one precision for a whole process
+    if name == IMAGE_SCRIPT:
+        image_script.train(argv)
+    elif name == TEXT_SCRIPT:
+        text_script.train(argv)
+    elif name == "app.viewer":
+        view(Path(argv[0]))
+    else:
+        assert not load_program(name).main(list(argv))
+
+
+def view(root: Path) -> None:
+    """Start the viewer: it answers on its port, lists the runs, and ends at a signal."""
+    run_names = sorted(path.parent.name for path in root.glob("*/run.json"))
+    assert run_names
+    port = free_port()
+    with TemporaryDirectory() as folder, serving(root.resolve(), Path(folder) / "log", port):
+        visitor = Visitor(port)
+        listing = "".join(visitor.send(*event) for event in visitor.events("frame-runs"))
+        for name in run_names:
+            assert f'"{name} (' in listing
+
+
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Files of a reader's folder, each with what changes when it is written."""
+    states = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            states[path] = (path.stat().st_mtime_ns, path.stat().st_size)
+    return states
+
+
+def photographs(folder: Path, numbers: range) -> None:
+    """Parts of the photographs that installed packages bring along, of many sizes and shapes."""
+    with get_sample_data("grace_hopper.jpg") as file:
+        sources = [Image.open(file).convert("RGB")]
+    sources += [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    folder.mkdir()
+    for number in numbers:
+        source = sources[number % len(sources)]
+        left, top = 20 * number, 10 * number
+        size = 150 + 25 * (number % 4), 150 + 30 * (number % 5)
+        part = source.crop((left, top, left + size[0], top + size[1]))
+        part.save(folder / f"{number}.{('jpg', 'png', 'webp')[number % 3]}")
+
+
+def check(step: Step, folder: Path, changed: set[Path]) -> None:
+    """Check that a command has left, or printed, what a page says of it."""
+    if step.name == "app.viewer":
+        return  # `view` has looked at it
+    assert changed or step.printed, "it does something"
+    if step.name in TRAINING:
+        check_training(step, folder, changed)
+    elif step.name.startswith("eval."):
+        results = [path.parent for path in changed if path.name == table.FILE]
+        assert results
+        for result in results:
+            assert table.read(result).rows
+            assert (result / "report.md") in changed
+    elif step.name == "bilora_diffusion.export" and {"--to", "--step"} & {*step.argv}:
+        exported = [line.rpartition(": ")[2] for line in step.printed.splitlines()]
+        assert exported
+        assert all((folder / path).exists() for path in exported)
+    elif step.name == "bilora_diffusion.demo":
+        assert [path for path in changed if path.name == "grid.png"]
+
+
+def check_training(step: Step, folder: Path, changed: set[Path]) -> None:
+    """Check the files of a run and of its control."""
+    config = TRAINING[step.name](step.argv)
+    if config.dry_run:
+        assert "GB" in step.printed
+        assert not changed
+        return
+    runs = [Path(config.output_dir)]
+    if config.compare != "none":
+        runs.append(runs[0].with_name(f"{runs[0].name}-{config.compare}"))
+    for run in runs:
+        assert runlog.read_run(run)["status"] == "finished"
+        assert {folder / run / name for name in (LORA, ADAPTER)} & changed
+        if config.fit:
+            assert {folder / run / name for name in ("fit.json", "fit.png")} <= changed
+        if step.name == IMAGE_SCRIPT and config.validation_prompts:
+            assert list(run.glob("validation/step-*/000.png"))
