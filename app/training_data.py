@@ -346,7 +346,6 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
         runs: Runs to show.
         window: Steps of the running mean.
     """
-    unprojected = ("auxiliary_norm_before", "before the projection")
     levels = [run.line(by_level(run.rows)) for run in runs]
     plots = {
         "loss": curves(runs, "loss", window, background=("loss", "each step")),
@@ -360,12 +359,13 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     }
     for name in METRICS:
         plots[name] = curves(runs, name)
-    plots["norm"] = radii(runs) + curves(runs, "auxiliary_norm", background=unprojected)
+    plots["norm"] = radii(runs) + curves(runs, "auxiliary_norm", background=UNPROJECTED)
     plots["rise"] = curves(runs, "loss_rise", window)
     plots["rate"] = curves(runs, "lr")
     return plots
 
 
+UNPROJECTED = ("auxiliary_norm_before", "before the projection")
 BELOW_ZERO = "Below zero: better than LoRA of the same seed."
 TITLES = {
     "loss": ("Training loss", "Running mean; faint: each step."),
@@ -393,8 +393,7 @@ TITLES = {
     ),
     "rise": (
         "Rise of the loss by the auxiliary",
-        "To first order, as a share of the loss; running mean. A radius that sets itself follows"
-        " it.",
+        "To first order, a share of the loss; running mean. A radius that sets itself follows it.",
     ),
     "rate": ("Learning rate", "Of the primary adapter."),
 }
