@@ -235,7 +235,7 @@ class Tab:
         """Address of the held-out picture that a prompt describes."""
         name = prompt.reference and prompt.reference.name
         if name and prompt.colors in MAPS:
-            # The prompt describes a miniature's icon in other colours.
+            # The prompt describes a miniature's icon in other colors.
             picture = parts.read(mini.heldout_dir() / name)
             return picture and parts.data_uri(MAPS[prompt.colors](picture))
         return self._picture_address(item, name, mini.heldout_dir())

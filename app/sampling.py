@@ -84,7 +84,7 @@ class Request:
         guidance_scale: Scale of guidance, as diffusers has it.
         scale: Scale of the adapter.
         size: Side of the image in pixels; None for the model's own.
-        guidance_from: Model of the unconditional prediction, one of `choices.GUIDANCE_SOURCES`.
+        guidance_from: Model of the unconditional prediction, one of `values.GUIDANCE_SOURCES`.
     """
 
     prompt: str

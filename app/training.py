@@ -143,7 +143,7 @@ def settings(runs: Sequence[TrainingRun]) -> str:
 
 
 def plot_properties(lines: Sequence[Line], values: Sequence[float]) -> dict[str, Any]:
-    """Properties of a plot: colours and limits; a plot without values is hidden.
+    """Properties of a plot: colors and limits; a plot without values is hidden.
 
     Args:
         lines: Lines of the plot.
@@ -213,7 +213,7 @@ class Tab:
                     label="Running mean over steps",
                     min_width=200,
                 )
-            # States, settings and colours of the runs.
+            # States, settings and colors of the runs.
             self.cards = parts.html("training-cards")
             self.settings = parts.html("training-settings")
             self.legend = parts.html("training-legend")
@@ -236,7 +236,7 @@ class Tab:
         changed(self._load, [self.runs], [self.notice, self.body, self.runs], **QUIET)
         gr.on([self.runs.change, window.release], self._draw, inputs, outputs, **QUIET)
         # An event after that of the values: a plot that gets both at once keeps the old values in
-        # the new colours.
+        # the new colors.
         plots = list(self.plots.values())
         self.properties.change(
             lambda properties: [gr.update(**plot) for plot in properties],

@@ -3,9 +3,9 @@
     for name, lines in charts(runs, window=25).items():
         TITLES[name], table(lines)
 
-A run has one colour in all plots. Lines in the background (each step's loss, the training set) are
+A run has one color in all plots. Lines in the background (each step's loss, the training set) are
 faint, and lines of no run are grey. In the plots of `WITH_LEGEND` concepts or configurations have
-colours, and runs differ by their dashes.
+colors, and runs differ by their dashes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bilora_diffusion.core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, TRAINING_GRID_LOSS
 from bilora_diffusion.image.loss import BY_LEVEL
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
@@ -29,9 +30,9 @@ Points = list[tuple[int, float]]
 """(step, value), by step."""
 
 COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
-"""Colours of runs; each has a contrast of at least 3 to a light and to a dark page."""
+"""Colors of runs; each has a contrast of at least 3 to a light and to a dark page."""
 GREY = "#808890"
-"""Colour of lines that belong to no run."""
+"""Color of lines that belong to no run."""
 LABEL_COLORS = (
     "#3b82f6",
     "#ef4444",
@@ -42,8 +43,8 @@ LABEL_COLORS = (
     "#c0568f",
     "#0891b2",
 )
-"""Colours of concepts and configurations, of the same contrast."""
-# The last two digits of a colour are its opacity. By them ``style.css`` knows the kind of a line.
+"""Colors of concepts and configurations, of the same contrast."""
+# The last two digits of a color are its opacity. By them ``style.css`` knows the kind of a line.
 FAINT = "80"
 """Opacity of a faint line, which is thin."""
 WIDE = "c0"
@@ -97,8 +98,8 @@ class Line:
     Attributes:
         name: Name that is shown where the pointer is on it.
         points: Its points.
-        color: Colour, with the opacity that gives its kind.
-        label: Name of the colour in a legend.
+        color: Color, with the opacity that gives its kind.
+        label: Name of the color in a legend.
         run: Name of the dashes in a legend.
         is_broad: True for a broad line, in a plot with a legend.
     """
@@ -226,7 +227,7 @@ def over_zero(lines: list[Line], name: str) -> list[Line]:
 
 def by_level(rows: Sequence[Row]) -> Points:
     """Held-out loss at each noise level: the last measurement minus the first."""
-    measured_rows = [row for row in rows if "heldout_loss" in row]
+    measured_rows = [row for row in rows if HELDOUT_LOSS in row]
     if not measured_rows:
         return []
     first = measured_rows[0]
@@ -278,7 +279,7 @@ def of_fits(runs: Sequence[TrainingRun]) -> list[Line]:
         ranking = sorted(lowest, key=lambda title: lowest[title])
         limit = 2 * min(lowest.values(), default=0.0)
         chosen = (run.fit.get("choice") or {}).get("title", next(iter(ranking), ""))
-        # The choice and the best of the others have colours.
+        # The choice and the best of the others have colors.
         labels = [chosen] + [title for title in ranking if title != chosen]
         labels = labels[: len(LABEL_COLORS)]
         for line in curves_of_search:
@@ -292,7 +293,7 @@ def of_fits(runs: Sequence[TrainingRun]) -> list[Line]:
 
 
 def colored(lines: Sequence[Line]) -> list[Line]:
-    """Give each line the colour of its label and the dashes of its run."""
+    """Give each line the color of its label and the dashes of its run."""
     labels = list(dict.fromkeys(line.label for line in lines if line.label != OTHER_LABEL))
     runs = list(dict.fromkeys(line.run for line in lines))
     colored_lines = []
@@ -307,7 +308,7 @@ def colored(lines: Sequence[Line]) -> list[Line]:
 
 
 def legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """Names and colours of a legend: of each label, and of each run if there are several."""
+    """Names and colors of a legend: of each label, and of each run if there are several."""
     colors = {line.label: line.color[: len(GREY)] for line in lines}
     entries = sorted(colors.items(), key=lambda entry: entry[0] == OTHER_LABEL)
     runs = list(dict.fromkeys(line.run for line in lines))
@@ -345,27 +346,26 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
         runs: Runs to show.
         window: Steps of the running mean.
     """
-    each_step = ("loss", "each step")
-    training_set = ("train_grid_loss", "training set")
-    unprojected = ("auxiliary_norm_before", "before the projection")
     levels = [run.line(by_level(run.rows)) for run in runs]
     plots = {
-        "loss": curves(runs, "loss", window, background=each_step),
+        "loss": curves(runs, "loss", window, background=("loss", "each step")),
         "loss-difference": differences(runs, "loss", window),
-        "heldout": curves(runs, "heldout_loss", background=training_set),
-        "heldout-difference": differences(runs, "heldout_loss"),
+        "heldout": curves(runs, HELDOUT_LOSS, background=(TRAINING_GRID_LOSS, "training set")),
+        "heldout-difference": differences(runs, HELDOUT_LOSS),
+        "distance": curves(runs, HELDOUT_DISTANCE),
         "concepts": by_concept(runs),
         "levels": over_zero(levels, "base model"),
         "fit": of_fits(runs),
     }
     for name in METRICS:
         plots[name] = curves(runs, name)
-    plots["norm"] = radii(runs) + curves(runs, "auxiliary_norm", background=unprojected)
+    plots["norm"] = radii(runs) + curves(runs, "auxiliary_norm", background=UNPROJECTED)
     plots["rise"] = curves(runs, "loss_rise", window)
     plots["rate"] = curves(runs, "lr")
     return plots
 
 
+UNPROJECTED = ("auxiliary_norm_before", "before the projection")
 BELOW_ZERO = "Below zero: better than LoRA of the same seed."
 TITLES = {
     "loss": ("Training loss", "Running mean; faint: each step."),
@@ -375,14 +375,16 @@ TITLES = {
     ),
     "heldout": ("Held-out loss", "Faint: on the training set."),
     "heldout-difference": ("Held-out loss, difference to LoRA", BELOW_ZERO),
-    "concepts": ("Held-out loss of each concept", "Colours are of concepts here."),
+    "distance": ("Distance of samples to held-out images", "By --choose_by samples."),
+    "concepts": ("Held-out loss of each concept", "Colors are of concepts here."),
     "levels": (
         "Held-out loss at each noise level",
         "The last measurement minus the base model's; across: the timestep.",
     ),
     "fit": (
         "Search of --fit",
-        "Held-out loss, up to twice the lowest; broad: the choice, or the lowest so far.",
+        "Held-out loss or distance of samples, up to twice the lowest; broad: the choice, or the"
+        " lowest so far.",
     ),
     **{name: (name.replace("_", " "), "On held-out rows.") for name in METRICS},
     "norm": (
@@ -391,8 +393,7 @@ TITLES = {
     ),
     "rise": (
         "Rise of the loss by the auxiliary",
-        "To first order, as a share of the loss; running mean. A radius that sets itself follows"
-        " it.",
+        "To first order, a share of the loss; running mean. A radius that sets itself follows it.",
     ),
     "rate": ("Learning rate", "Of the primary adapter."),
 }

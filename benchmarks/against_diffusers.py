@@ -43,6 +43,7 @@ from measure import KIBI, GPUMemory, check, circumstances, finish, interleave, p
 from bilora_diffusion import mini
 from bilora_diffusion.config.command_line import Sentences
 from bilora_diffusion.core.errors import TrainingError, UserError, run_cli
+from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.image.config import resolve as parse_run
 from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.run.record import read_metrics
@@ -94,7 +95,7 @@ FIGURES = {
     "gpu_memory": ("GPU memory (GB)", 1e-9),
     "estimate": ("by --dry_run (GB)", 1e-9),
     "skipped": ("steps left out by fp16's scaler", 1),
-    "heldout_loss": ("held-out loss x 1000", 1e3),
+    HELDOUT_LOSS: ("held-out loss x 1000", 1e3),
 }
 BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 # Sentence of ``--dry_run``
@@ -219,7 +220,7 @@ def heldout_loss(lora: Path) -> float:
     task = DREAMBOOTH.build_task(cfg, build_accelerator(cfg))
     task.pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
     assert task.grid is not None  # the miniature has held-out icons
-    return task.grid()["heldout_loss"]
+    return task.grid()[HELDOUT_LOSS]
 
 
 def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         figures = run(words, args.steps, folder / f"{run_folder.name}.log", environment)
         figures["images_per_second"] = args.batch / figures["step"]
         if args.model == PRESETS["mini"]["model"]:
-            figures["heldout_loss"] = heldout_loss(run_folder)
+            figures[HELDOUT_LOSS] = heldout_loss(run_folder)
         if label != PEER:
             skipped = sum(row.get("skipped", False) for row in read_metrics(run_folder))
             figures |= {"estimate": estimates[label], "skipped": skipped}

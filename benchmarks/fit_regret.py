@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bilora_diffusion import mini
 from bilora_diffusion.core.files import ROOT
+from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.folder import FIT_RECORD
 from bilora_diffusion.run.record import read_metrics, read_run, read_search
 from bilora_diffusion.run.runlog import is_finished
@@ -164,8 +165,8 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> Measurement:
     if choice["steps"] not in choice_curve:
         run(task.script, runs / "choice", options, choice_options, task.with_truth, loss_steps)
         for row in read_metrics(runs / "choice"):
-            if row.get("heldout_loss"):
-                choice_curve[row["step"]] = row["heldout_loss"]
+            if row.get(HELDOUT_LOSS):
+                choice_curve[row["step"]] = row[HELDOUT_LOSS]
 
     # The choice as the last run of `--fit` trains it, with the schedule of that run. The loss of
     # that run itself is not of the truth.
@@ -173,7 +174,7 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> Measurement:
     schedule = [(key, str(fit_config[key])) for key in ("lr_scheduler", "max_train_steps")]
     last_options = arguments(tuple(schedule))
     run(task.script, runs / "last", options, choice_options, task.with_truth, last_options)
-    choice_loss = read_metrics(runs / "last")[-1]["heldout_loss"]
+    choice_loss = read_metrics(runs / "last")[-1][HELDOUT_LOSS]
     best_loss, _, _ = lowest(curves)
     choice_best, _, _ = lowest({"": choice_curve})
     values = {

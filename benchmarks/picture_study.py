@@ -13,13 +13,13 @@ import step_rules
 from PIL.Image import Image
 
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.mini.colors import SQUARE
 from eval import plot, report
 from eval.clip_scores.measure import truth_pictures
 from eval.clip_scores.prompts import read
 from eval.clip_scores.reporting import METRICS as CLIP_METRICS
 from eval.plot import Curve, Panel
-from eval.sweep_reporting import HELDOUT
 from eval.table import Metric, Result, Summary
 
 CONTROL = "LoRA"
@@ -174,12 +174,12 @@ SAMPLED_METRICS = {name: CLIP_METRICS[name] for name in SAMPLED}
 METRICS = {
     **SAMPLED_METRICS,
     "colors": Metric(
-        "colour difference, %",
-        f"of mean colours over {SQUARE} x {SQUARE} pixels, to the held-out picture",
+        "color difference, %",
+        f"of mean colors over {SQUARE} x {SQUARE} pixels, to the held-out picture",
         scale=100,
         form=".2f",
     ),
-    HELDOUT: Metric("held-out loss", "x 1000", scale=1000, form=".2f"),
+    HELDOUT_LOSS: Metric("held-out loss", "x 1000", scale=1000, form=".2f"),
     **step_rules.RULES,
 }
 

@@ -58,7 +58,7 @@ from bilora_diffusion.core.durable import dump_json, write_text
 from bilora_diffusion.core.errors import TrainingError, UserError, did_you_mean
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.files import counted
-from bilora_diffusion.core.values import WORKERS
+from bilora_diffusion.core.values import HELDOUT_LOSS, WORKERS
 from bilora_diffusion.mini.colors import color_difference
 from bilora_diffusion.run.console import quiet
 from eval import compare, report, table
@@ -70,7 +70,7 @@ from eval.plot import Panel
 from eval.subjects import Subject
 from eval.sweep import subject_of
 from eval.sweep_plan import IMAGE_SCRIPT, Plan, find_recipe, find_script, make_plan, parse
-from eval.sweep_reporting import FINISHED, HELDOUT
+from eval.sweep_reporting import FINISHED
 from eval.sweep_runs import Runner
 from eval.table import Result, Row, provenance_of_this_process
 
@@ -157,7 +157,7 @@ class Pictures(Evaluation):
                 "options": options,
                 "variants": {label: VARIANTS[label] for label in labels},
                 "seeds": list(seeds),
-                "metric": HELDOUT if "validation_loss_steps" in options else "loss",
+                "metric": HELDOUT_LOSS if "validation_loss_steps" in options else "loss",
             },
             {},
         )
@@ -300,7 +300,7 @@ class Pictures(Evaluation):
         return result
 
     def _measure_colors(self, guidance: Guidance, result: Result, folder: Path) -> None:
-        """Measure how the colours of all images differ from their held-out pictures."""
+        """Measure how the colors of all images differ from their held-out pictures."""
         truths = preset_truths(self.preset, result)
         for row in result.select("image"):
             if row.item in truths:
@@ -342,9 +342,9 @@ class Pictures(Evaluation):
                     yield subject.row("colors", statistics.fmean(differences), **fields)
         losses: dict[int, float] = {}
         for line in subject.log():
-            if HELDOUT in line and line["step"] in self.steps:
-                losses[line["step"]] = line[HELDOUT]
-                yield subject.row(HELDOUT, line[HELDOUT], step=line["step"])
+            if HELDOUT_LOSS in line and line["step"] in self.steps:
+                losses[line["step"]] = line[HELDOUT_LOSS]
+                yield subject.row(HELDOUT_LOSS, line[HELDOUT_LOSS], step=line["step"])
         for guidance, result in self.scored.items():
             regrets = step_rules.regrets(truths_by_step(result, subject.label), losses)
             for rule, regret in regrets.items():

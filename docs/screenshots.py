@@ -50,7 +50,7 @@ LOADED_MS = 60_000
 GENERATED_MS = 600_000
 """Milliseconds that two small images may take there."""
 COLORS = 128
-"""Of a screenshot's palette; a quarter of the bytes of full colour."""
+"""Of a screenshot's palette; a quarter of the bytes of full color."""
 
 
 # the browser, also of tests/browser
@@ -191,7 +191,7 @@ def take(screenshots: Mapping[Path, Screenshot], root: Path, port: int) -> None:
 
 
 def save(picture: Image.Image, file: Path) -> None:
-    """Write a picture with few colours, which is small."""
+    """Write a picture with few colors, which is small."""
     file.parent.mkdir(parents=True, exist_ok=True)
     palette = picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
     palette.save(file, optimize=True)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.record import last_measured, read_run
 
 from . import plot, report
@@ -25,7 +26,6 @@ from .table import Entry, Metric, Result, Row, Summary
 
 HELP = "Score these checkpoints of each run: all, or steps such as 40,80."
 ALL_STEPS, FIGURE = "all", "steps.png"
-HELDOUT_LOSS = "heldout_loss"
 LOSS = Metric(
     "held-out loss", "that of the run at this step, in metrics.jsonl, one number", form=".4f"
 )

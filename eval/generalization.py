@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
+from bilora_diffusion.core.values import HELDOUT_LOSS, TRAINING_GRID_LOSS
 
 from . import compare, report
 from .evaluation import Evaluation, require_common_steps
@@ -28,8 +29,8 @@ from .report import Column
 from .subjects import Subject, by_group, paired
 from .table import Metric, Result, Row
 
-TRAINING, HELDOUT, GAP = "train_grid_loss", "heldout_loss", "gap"
-LOWEST_AT = f"step of best {HELDOUT}"
+GAP = "gap"
+LOWEST_AT = f"step of best {HELDOUT_LOSS}"
 
 
 def metrics(level: float | None = None) -> dict[str, Metric]:
@@ -40,14 +41,14 @@ def metrics(level: float | None = None) -> dict[str, Metric]:
     """
     level_text = "" if level is None else f" ({1000 * level:.2f})"
     titles = {
-        TRAINING: "loss on what is trained on",
-        HELDOUT: "loss on held-out data",
+        TRAINING_GRID_LOSS: "loss on what is trained on",
+        HELDOUT_LOSS: "loss on held-out data",
         GAP: "gap: held-out minus training loss",
-        f"final {TRAINING}": "train",
-        f"final {HELDOUT}": "held-out",
+        f"final {TRAINING_GRID_LOSS}": "train",
+        f"final {HELDOUT_LOSS}": "held-out",
         f"final {GAP}": "gap",
-        f"best {HELDOUT}": "lowest held-out",
-        f"equal_training {HELDOUT}": f"held-out at equal training loss{level_text}",
+        f"best {HELDOUT_LOSS}": "lowest held-out",
+        f"equal_training {HELDOUT_LOSS}": f"held-out at equal training loss{level_text}",
     }
     metrics = {name: Metric(title, scale=1000, form=".2f") for name, title in titles.items()}
     metrics[LOWEST_AT] = Metric("step of the lowest", higher_is_better=None)
@@ -82,19 +83,21 @@ class Generalization(Evaluation):
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         for step, training, heldout in losses(subject):
-            yield subject.row(TRAINING, training, step=step)
-            yield subject.row(HELDOUT, heldout, step=step)
+            yield subject.row(TRAINING_GRID_LOSS, training, step=step)
+            yield subject.row(HELDOUT_LOSS, heldout, step=step)
             yield subject.row(GAP, heldout - training, step=step)
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         # False, and not None: of a group without the control's seeds that is not known.
         unpaired = [group for group, pair in self.settings["paired"].items() if pair is False]
         # Runs on other data reach other losses, and do not set the level.
-        level, equal_rows = compare.equal_training(rows, HELDOUT, TRAINING, unpaired)
-        best_rows = compare.best(rows, HELDOUT)
-        # A loss that a run had at two steps gets the later one.
-        step_of = {(row.subject, row.value): row.step for row in rows if row.metric == HELDOUT}
-        for name in (TRAINING, HELDOUT, GAP):
+        level, equal_rows = compare.equal_training(rows, HELDOUT_LOSS, TRAINING_GRID_LOSS, unpaired)
+        best_rows = compare.best(rows, HELDOUT_LOSS)
+        step_of: dict[tuple[str, float | None], int | None] = {}
+        for row in rows:
+            if row.metric == HELDOUT_LOSS:  # a loss at two steps is lowest at the first of them
+                step_of.setdefault((row.subject, row.value), row.step)
+        for name in (TRAINING_GRID_LOSS, HELDOUT_LOSS, GAP):
             rows += compare.final(rows, name)
         rows += best_rows
         rows += equal_rows
@@ -112,8 +115,8 @@ class Generalization(Evaluation):
         if all(subject.is_text for subject in subjects):
             manner, data = "in the same way", "rows"
         self.notes.append(
-            f"Both losses are measured {manner}: `{HELDOUT}` on held-out {data}, `{TRAINING}` on"
-            " those that were trained on."
+            f"Both losses are measured {manner}: `{HELDOUT_LOSS}` on held-out {data},"
+            f" `{TRAINING_GRID_LOSS}` on those that were trained on."
         )
         level = self.settings["equal_training"]
         if level:
@@ -132,14 +135,14 @@ class Generalization(Evaluation):
         """Figure A3: both losses and their gap, and under them the differences to the control."""
         upper_row, lower_row = [], []
         lower_title = f"minus {result.control}: mean and 95 % interval"
-        for name in (TRAINING, HELDOUT, GAP):
+        for name in (TRAINING_GRID_LOSS, HELDOUT_LOSS, GAP):
             curves, differences = [], []
             for group in result.groups:
                 label = f"{group}, {len(result.members(group))} seeds"
                 curves.append(Curve(group, name, label=label))
                 differences.append(Curve(group, name, difference=True))
             title = result.metrics[name].title
-            upper_row.append(Panel(title, name, curves, legend=name == TRAINING))
+            upper_row.append(Panel(title, name, curves, legend=name == TRAINING_GRID_LOSS))
             lower_row.append(Panel(lower_title, name, differences, levels=[0]))
         if len(result.groups) == 1:
             return {"generalization.png": [upper_row]}
@@ -153,8 +156,8 @@ class Generalization(Evaluation):
         )
 
     def columns(self, result: Result) -> Mapping[str, Sequence[Column]]:
-        names = [f"final {name}" for name in (TRAINING, HELDOUT, GAP)]
-        names += [f"best {HELDOUT}", f"equal_training {HELDOUT}"]
+        names = [f"final {name}" for name in (TRAINING_GRID_LOSS, HELDOUT_LOSS, GAP)]
+        names += [f"best {HELDOUT_LOSS}", f"equal_training {HELDOUT_LOSS}"]
         columns = [Column(name, difference=True, interval=False) for name in names]
         return {"": [*columns, Column(LOWEST_AT)]}
 
@@ -163,13 +166,14 @@ def losses(subject: Subject) -> list[tuple[int, float, float]]:
     """(step, training loss, held-out loss) at the steps at which a run measured both."""
     points = []
     for line in subject.log():
-        training, heldout = line.get(TRAINING), line.get(HELDOUT)
+        training, heldout = line.get(TRAINING_GRID_LOSS), line.get(HELDOUT_LOSS)
         if training is not None and heldout is not None:
             points.append((line["step"], training, heldout))
     if len(points) < 2:
         raise UserError(
-            f"{subject.folder} has {len(points)} measurements of {HELDOUT} and {TRAINING}, too few"
-            " for a curve: train with --validation_dataset and --validation_loss_steps."
+            f"{subject.folder} has {len(points)} measurements of {HELDOUT_LOSS} and"
+            f" {TRAINING_GRID_LOSS}, too few for a curve: train with --validation_dataset and"
+            " --validation_loss_steps."
         )
     return points
 

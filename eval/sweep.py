@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from bilora_diffusion.core.errors import UserError, did_you_mean
 from bilora_diffusion.core.fields import option
 from bilora_diffusion.core.files import without_paths
-from bilora_diffusion.core.values import WORKERS
+from bilora_diffusion.core.values import TRAINING_GRID_LOSS, WORKERS
 
 from . import compare, plot
 from . import sweep_reporting as reporting
@@ -48,7 +48,7 @@ from .evaluation import Evaluation
 from .report import Column
 from .sources import run as find_run
 from .subjects import Subject, by_group, paired
-from .sweep_reporting import FINISHED, SECONDS, TRAINING, WAITING
+from .sweep_reporting import FINISHED, SECONDS, WAITING
 from .table import Result, Row, command_line
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
@@ -201,7 +201,7 @@ class Sweep(Evaluation):
             )
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        names = dict.fromkeys((self.experiment.metric, TRAINING))  # which may be the same
+        names = dict.fromkeys((self.experiment.metric, TRAINING_GRID_LOSS))  # which may be the same
         measured, seconds = [], []
         for line in subject.log():
             if line.get("seconds") is not None:
@@ -229,7 +229,7 @@ class Sweep(Evaluation):
             pairs = paired(finished, control)
         unpaired = [group for group, is_paired in pairs.items() if is_paired is False]
         # A variant that learns less also overfits less. At one training loss that plays no part.
-        level, equal_rows = compare.equal_training(rows, metric, TRAINING, unpaired)
+        level, equal_rows = compare.equal_training(rows, metric, TRAINING_GRID_LOSS, unpaired)
         rows += compare.best(rows, metric, self.experiment.higher_is_better)
         rows += equal_rows
         lines = compare.summaries(rows, control, unpaired=unpaired)
@@ -253,7 +253,7 @@ class Sweep(Evaluation):
         for figure in reporting.KEY_FIGURES:
             name = f"{figure} {result.settings['metric']}"
             columns.append(Column(name, difference=True, interval=False))
-        columns.append(Column(f"final {TRAINING}", interval=False))
+        columns.append(Column(f"final {TRAINING_GRID_LOSS}", interval=False))
         columns.append(Column(SECONDS, interval=False))
         return {"": columns}
 

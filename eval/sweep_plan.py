@@ -29,11 +29,11 @@ from bilora_diffusion.config.command_line import read_options
 from bilora_diffusion.core.errors import UserError, did_you_mean, placed
 from bilora_diffusion.core.fields import default_of
 from bilora_diffusion.core.files import ROOT, without_paths
+from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.text.config import TextConfig
 
 from .command import read_integers
-from .sweep_reporting import HELDOUT
 
 IMAGE_SCRIPT = "train_dreambooth_bilora.py"
 SEED = "seed"
@@ -107,7 +107,7 @@ class Experiment(BaseModel):
     # Label of the variant that the others are compared with; None for the first
     control: str | None = None
     # Key of ``metrics.jsonl``
-    metric: str = HELDOUT
+    metric: str = HELDOUT_LOSS
     higher_is_better: bool = False
 
 
@@ -326,9 +326,9 @@ def resolve(
         config = config_class.resolve(
             ["--config", str(recipe), *flags, "--output_dir=run", "--overwrite_output_dir"]
         )
-    if experiment.metric == HELDOUT and getattr(config, "validation_dataset", "") is None:
+    if experiment.metric == HELDOUT_LOSS and getattr(config, "validation_dataset", "") is None:
         raise UserError(
-            f'the variant "{label}" would have no {HELDOUT}: give it a validation_dataset, or'
+            f'the variant "{label}" would have no {HELDOUT_LOSS}: give it a validation_dataset, or'
             " compare by another metric."
         )
     return config

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from bilora_diffusion.core.values import TRAINING_GRID_LOSS
+
 from . import report
 from .plot import Curve, Forest, Panel
 from .table import Entry, Metric, Result
 
-# Metrics, which are keys of ``metrics.jsonl`` but for the last
-HELDOUT, TRAINING, SECONDS = "heldout_loss", "train_grid_loss", "seconds_per_step"
+# Metric beside those of ``metrics.jsonl``
+SECONDS = "seconds_per_step"
 # Statuses of a run
 FINISHED, FAILED, WAITING = "finished", "failed", "waiting"
 KEY_FIGURES = ("final", "best", "equal_training")
@@ -37,8 +39,8 @@ def metrics(result: Result) -> dict[str, Metric]:
         level_text = f" ({scale * level['training_loss']:{form}})"
     extreme = "highest" if higher_is_better else "lowest"
     return {
-        TRAINING: make_metric(TRAINING),
-        f"final {TRAINING}": make_metric(f"final {TRAINING}"),
+        TRAINING_GRID_LOSS: make_metric(TRAINING_GRID_LOSS),
+        f"final {TRAINING_GRID_LOSS}": make_metric(f"final {TRAINING_GRID_LOSS}"),
         name: make_metric(name),
         f"final {name}": make_metric("final"),
         f"best {name}": make_metric(f"{extreme} over training"),

@@ -119,21 +119,22 @@ def default_mixed_precision(options: StepOptions) -> str:
 
 @dataclass(frozen=True)
 class StoppingOptions:
-    """Early stopping, the best step and the search, by the held-out loss."""
+    """Early stopping, the best step and the search, by what is measured on held-out samples."""
 
     section: ClassVar[str] = "when to stop"
 
     early_stopping_patience: int | None = option(
         None,
-        "End the run after this many measurements of the held-out loss in a row, one every"
-        " --validation_loss_steps, without a new lowest one. The base model's at step 0 counts.",
+        "End the run after this many held-out measurements in a row, one every"
+        " --validation_loss_steps, without a new best one. The base model's at step 0 counts."
+        " Images: by --choose_by; text: by the held-out loss.",
         range=STEPS,
         free=True,
     )
     keep_best: bool = option(
         False,
-        "Save the weights of the step with the lowest held-out loss instead of the last step's;"
-        " averaged ones with --use_ema.",
+        "Save the weights of the best step instead of the last step's; averaged ones with"
+        " --use_ema. Images: by --choose_by; text: by the held-out loss.",
     )
     fit: bool = option(
         False,

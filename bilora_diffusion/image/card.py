@@ -16,6 +16,7 @@ from ..core.lora_names import (
     kohya_file_name,
     workflow_file_name,
 )
+from ..core.values import HELDOUT_LOSS, MEASURE_TITLES, TRAINING_GRID_LOSS
 from ..mini import FLOW, MINI, PIPELINES
 from ..run.hub import is_hub_id, loaded_from, public_name, write_card
 from ..run.record import BY_CONCEPT, validation_folder
@@ -25,7 +26,10 @@ from .families.base import Unconditional
 from .validation import INDEX, read_index
 
 # Row of the card's table: key in a run's results.
-MEASURED = {"held-out loss": "heldout_loss", "loss on the training images": "train_grid_loss"}
+MEASURED = {
+    **{title: name for name, title in MEASURE_TITLES.items()},
+    "loss on the training images": TRAINING_GRID_LOSS,
+}
 EMBEDDED_TITLES = {MINI: "bilora_diffusion's miniature", FLOW: "bilora_diffusion's mini-flow"}
 
 
@@ -111,7 +115,7 @@ def write_dreambooth_card(
         ),
         heading="Results",
         measured=measured,
-        loss_ranks_no_images="heldout_loss" in results,
+        loss_ranks_no_images=HELDOUT_LOSS in results,
         title=EMBEDDED_TITLES.get(base, base),
         data=", ".join(EMBEDDED_TITLES.get(name, name) for name in sources),
         triggers=triggers,

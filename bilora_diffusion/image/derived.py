@@ -64,7 +64,7 @@ PRESETS = {
         model=MINI,
     ),
 }
-# The icons of mini in other colours, with its captions.
+# The icons of mini in other colors, with its captions.
 for _name in COLORED:
     PRESETS[_name] = replace(PRESETS[MINI], validation_dataset=heldout_name(_name))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..core.seeds import generator
-from ..core.values import NOISE_LEVELS
+from ..core.values import HELDOUT_LOSS, NOISE_LEVELS, TRAINING_GRID_LOSS
 from ..run.record import BY_CONCEPT
 from ..train.task import inference, loss_by_part, precision
 from .families.base import Conditions, Family, move
@@ -32,7 +32,6 @@ PRIOR, UNCONDITIONAL = "prior", "unconditional"
 OTHER_INPUTS = frozenset(
     ("latents", "noise", "index", "instance", "mask_weights", PRIOR, UNCONDITIONAL)
 )
-HELDOUT, TRAINING = "heldout_loss", "train_grid_loss"
 BY_LEVEL = "heldout_loss_by_level/"  # before a noise level, in the name of the loss at this level
 PIXELS_AT_ONCE = 2**18  # of the images that are measured together; memory is sure to hold them
 
@@ -190,9 +189,9 @@ class GridLoss:
             task.encoder.disk,
             task.encoder.cache,
         )
-        self.sets = {HELDOUT: self._load(encoder, validation)}
+        self.sets = {HELDOUT_LOSS: self._load(encoder, validation)}
         if train is not None:
-            self.sets[TRAINING] = self._load(encoder, train.images)
+            self.sets[TRAINING_GRID_LOSS] = self._load(encoder, train.images)
 
     def _load(self, encoder: Encoder, images: ImageSet) -> list[GridImage]:
         """Encode the images of a set."""
@@ -215,12 +214,12 @@ class GridLoss:
         """
         with inference(self.task.module):
             tables = {name: self.table(images) for name, images in self.sets.items()}
-        heldout = tables[HELDOUT]  # (levels, images)
+        heldout = tables[HELDOUT_LOSS]  # (levels, images)
         # First over the levels, then over the images, as the means by concept are.
         losses = {name: float(table.mean(0).mean()) for name, table in tables.items()}
-        if TRAINING not in tables:
+        if TRAINING_GRID_LOSS not in tables:
             return losses | loss_by_part(heldout.mean(0).tolist(), heldout.shape[1])
-        concepts = [image.sample.cfg.concept for image in self.sets[HELDOUT]]
+        concepts = [image.sample.cfg.concept for image in self.sets[HELDOUT_LOSS]]
         for concept in filter(None, dict.fromkeys(concepts)):  # "" in a run without concepts
             is_of_concept = torch.tensor([name == concept for name in concepts])  # (images,)
             losses[f"{BY_CONCEPT}{concept}"] = float(heldout[:, is_of_concept].mean(0).mean())

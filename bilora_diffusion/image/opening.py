@@ -309,7 +309,7 @@ def _stored(rows: Sequence[Mapping[str, Any] | None], number: int) -> Path | byt
 
 
 def _recolored(source: Source, colors: str) -> bytes | None:
-    """The content of an image file in other colours (`mini.color_map`)."""
+    """The content of an image file in other colors (`mini.color_map`)."""
     encoded = source()
     if encoded is None:
         return None

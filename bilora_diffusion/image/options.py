@@ -74,7 +74,7 @@ class DataOptions:
         None,
         "Images to learn from: hub id, local folder (images alone, or with metadata.jsonl or"
         " metadata.csv), mini, mini-animals (12 pictures, soon overfitted), or mini-duotone,"
-        " mini-gray or mini-pastel (mini in other colours). linoyts/3d_icon and mini bring the"
+        " mini-gray or mini-pastel (mini in other colors). linoyts/3d_icon and mini bring the"
         " paper's prompts along. Or a YAML file with a list of concepts, each with"
         " its own options (docs/data.md).",
         aliases=("--dataset",),
@@ -276,8 +276,9 @@ class ValidationOptions:
     # Derived: `config.derived.default_validation_loss_steps`.
     validation_loss_steps: int = option(
         0,
-        "Measure that loss every so many steps; 0 measures it at the start and the end only."
-        " --fit, --keep_best and --early_stopping_patience measure it twenty times by default.",
+        "Measure that loss, and with --choose_by samples the distance of samples, every so many"
+        " steps; 0 measures at the start and the end only. --fit, --keep_best and"
+        " --early_stopping_patience measure five times by default, with --choose_by loss twenty.",
         range=STEPS.or_zero,
         ignored=(
             IgnoredCase(
@@ -287,7 +288,6 @@ class ValidationOptions:
             ),
         ),
     )
-
     choose_by: str = option(
         BY_SAMPLES,
         "What --fit, --keep_best and --early_stopping_patience go by: samples, the distance of"

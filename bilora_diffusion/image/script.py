@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,8 @@ from .stream import TrainingStream
 from .task import DreamBooth
 
 PRECISIONS = DTYPES | {"fp32": torch.float32}  # of class images
+CLASS_IMAGE = re.compile(r"(\d+)-[0-9a-f]{12}\.png")
+"""File name of a sampled class image: its number and a hash of its pixels."""
 logger = logging.getLogger(__name__)
 
 
@@ -164,6 +167,21 @@ def warn_of_model(cfg: DreamBoothConfig, pipeline: Any) -> None:
             logger.warning("%s", remark)
 
 
+def missing_class_images(images: Sequence[Path], count: int) -> list[int]:
+    """Numbers of the class images to sample, so that the folder has ``count`` images.
+
+    A number is not used twice, whichever of them an interrupted run of several processes has left;
+    images of other names, such as one's own, count too.
+    """
+    used_numbers = set()
+    for image in images:
+        if match := CLASS_IMAGE.fullmatch(image.name):
+            used_numbers.add(int(match[1]))
+    free_numbers = [number for number in range(count) if number not in used_numbers]
+    missing_count = max(0, count - len(images))
+    return free_numbers[len(free_numbers) - missing_count :]
+
+
 def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
     """Class images of prior preservation; the base model samples those that are missing.
 
@@ -172,7 +190,7 @@ def class_images(cfg: DreamBoothConfig, accelerator: Accelerator) -> ImageSet:
     """
     folder = Path(str(cfg.class_data_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    missing = range(len(list_folder(folder).images), cfg.num_class_images)
+    missing = missing_class_images(list_folder(folder).images, cfg.num_class_images)
     # All processes must have counted before one of them begins to write.
     accelerator.wait_for_everyone()
     numbers = missing[accelerator.process_index :: accelerator.num_processes]

@@ -13,7 +13,7 @@ from ..core.errors import UserError
 MINI = "mini"  # a model and a set of images
 FLOW = "mini-flow"  # the flow-matching model
 ANIMALS = "mini-animals"  # a second set, so small that adapters soon memorize it
-# The icons of mini in other colours: the set's name and its map in `colors.MAPS`.
+# The icons of mini in other colors: the set's name and its map in `colors.MAPS`.
 COLORED = {f"{MINI}-duotone": "duotone", f"{MINI}-gray": "gray", f"{MINI}-pastel": "pastel"}
 HELDOUT_SUFFIX = "-heldout"  # ends the name of a set's held-out images
 _FOLDER = Path(__file__).resolve().parent
@@ -66,12 +66,12 @@ def heldout_name(name: str) -> str:
 
 
 def color_map(name: str) -> str | None:
-    """The name in `colors.MAPS` of the map for a set's pictures, or None for their own colours."""
+    """The name in `colors.MAPS` of the map for a set's pictures, or None for their own colors."""
     return COLORED.get(name.removesuffix(HELDOUT_SUFFIX))
 
 
 # Folders of icons by the names of sets. The 12 animals of Noto Emoji, and 64 held-out animals, have
-# the form of the others. Sets with a `color_map` are opened in its colours.
+# the form of the others. Sets with a `color_map` are opened in its colors.
 FOLDERS = {
     MINI: train_dir(),
     heldout_name(MINI): heldout_dir(),

@@ -1,4 +1,4 @@
-"""Fixed maps of colours, which turn the icons into further styles, and a distance of pictures.
+"""Fixed maps of colors, which turn the icons into further styles, and a distance of pictures.
 
 The mapped picture of a held-out icon is what a model that has learned the style should sample for
 the icon's caption.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-DARK, LIGHT = (30, 20, 110), (255, 240, 200)  # colours of black and of white in a duotone
+DARK, LIGHT = (30, 20, 110), (255, 240, 200)  # colors of black and of white in a duotone
 # Factor of each channel's distance from white. A map has to leave white light: the autoencoder
 # knows white backgrounds only, and can't decode an inverted set.
 PASTEL = 0.4
-SQUARE = 8  # side in pixels of the squares whose mean colours `color_difference` compares
+SQUARE = 8  # side in pixels of the squares whose mean colors `color_difference` compares
 
 
 def duotone(image: Image.Image) -> Image.Image:
@@ -24,7 +24,7 @@ def duotone(image: Image.Image) -> Image.Image:
 
 
 def gray(image: Image.Image) -> Image.Image:
-    """Remove all colours."""
+    """Remove all colors."""
     return image.convert("L").convert("RGB")
 
 
@@ -39,12 +39,12 @@ MAPS = {"duotone": duotone, "gray": gray, "pastel": pastel}
 
 
 def color_difference(image: Image.Image, truth: Image.Image) -> float:
-    """Mean absolute difference of the squares' mean colours, in [0, 1], without fine detail."""
+    """Mean absolute difference of the squares' mean colors, in [0, 1], without fine detail."""
     return float(np.abs(_mean_colors(image) - _mean_colors(truth)).mean())
 
 
 def _mean_colors(image: Image.Image) -> np.ndarray:
-    """Mean colours of the squares of an image, (rows, columns, 3) in [0, 1]."""
+    """Mean colors of the squares of an image, (rows, columns, 3) in [0, 1]."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255  # (h, w, 3)
     height, width, _ = pixels.shape
     squares = pixels.reshape(height // SQUARE, SQUARE, width // SQUARE, SQUARE, 3)

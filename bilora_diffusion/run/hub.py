@@ -26,6 +26,7 @@ from ..adapters import CHANGE_BASE
 from ..core.durable import dump_json, write_text
 from ..core.errors import UserError, reason
 from ..core.files import without_paths
+from ..core.values import BY_SAMPLES, HELDOUT_DISTANCE, HELDOUT_LOSS, MEASURE_TITLES
 from ..methods import get
 from ..methods.registry import default_options
 from ..mini import embedded
@@ -52,8 +53,9 @@ def write_card(
             paths of this machine, and the code that loads the weights.
     """
     method = get(options["method"])
+    judge = HELDOUT_DISTANCE if options.get("choose_by") == BY_SAMPLES else HELDOUT_LOSS
     outcome = {
-        "step of these weights, with the lowest held-out loss": results.get("best_step"),
+        "step of these weights, the best one measured": results.get("best_step"),
         "stopped early, after steps": results["steps"] if results.get("stopped_early") else None,
         "steps chosen by --fit": _chosen_steps(options, results),
     }
@@ -67,6 +69,7 @@ def write_card(
         settings=_without_none(_settings(options, results["steps"])),
         results=_without_none({**measured, **outcome}),
         fit=FIT_FIGURE if options["fit"] else None,
+        fit_measure=MEASURE_TITLES[judge],
         **facts,
     )
     # Parts of the template that are left out leave empty lines.

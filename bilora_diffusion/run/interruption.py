@@ -85,7 +85,8 @@ class Interruption:
         if not self.patient:
             raise KeyboardInterrupt
         if is_main_process():
-            line = "\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
+            end = "stopping after this step and its measurements, with a checkpoint"
+            line = f"\n{end}; Ctrl-C again stops at once\n"
             os.write(2, line.encode())  # `print` may itself have been interrupted
 
 

@@ -115,7 +115,7 @@ def total_steps(cfg: RunConfig, num_samples: int, step_size: int) -> int:
 
 
 def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
-    """Build the optimizer that the configuration names, one of `choices.OPTIMIZERS`.
+    """Build the optimizer that the configuration names, one of `values.OPTIMIZERS`.
 
     Args:
         cfg: Training configuration.

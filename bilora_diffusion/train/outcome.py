@@ -34,7 +34,7 @@ class Best:
 
     Attributes:
         step: Step of the lowest measurement; None before the first.
-        loss: The lowest measurement; None before the first.
+        loss: The lowest measurement, of a loss or a distance; None before the first.
         since: Measurements after it.
         values: The parameters' values at it, in their order.
     """

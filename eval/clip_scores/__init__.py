@@ -78,7 +78,7 @@ class ClipScores(OverSteps):
     caption, that of "nearest" the training picture.
 
     Settings of the result: ``prompts``, each with text, instance, reference (file name of its
-    held-out picture), colors (the map of the miniature's colours through which that is shown),
+    held-out picture), colors (the map of the miniature's colors through which that is shown),
     general (scored by "drift" only) and truncated (longer than the scorer takes); ``prompt_set``,
     ``seeds``, ``sampling``; ``scorer``, ``captioner`` and ``image_model`` with name, kind, model,
     revision and note, None without captions or such a model.

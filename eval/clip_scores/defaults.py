@@ -2,7 +2,7 @@
 
 They are the first of these that the run has:
 
-1. for shipped icons their prompts, ``3d_icon``; for icons in other colours and for animals their
+1. for shipped icons their prompts, ``3d_icon``; for icons in other colors and for animals their
    held-out captions;
 2. the captions of its held-out images, whose pictures are the ground truth;
 3. its validation prompts;
@@ -120,7 +120,7 @@ def _icon_set(run: Subject) -> str:
     datasets = {_text(concept, "dataset_name") for concept in _concepts(run)}
     if datasets <= {ICONS, mini.MINI}:
         return ICON_PROMPTS
-    # Icons in other colours and animals have other pictures as their ground truth.
+    # Icons in other colors and animals have other pictures as their ground truth.
     if len(datasets) == 1:
         heldout = mini.heldout_name(str(datasets.pop()))
         if heldout in mini.FOLDERS:

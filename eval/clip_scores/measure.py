@@ -206,7 +206,7 @@ def embed_set(images: ImageSet, embedder: ImageEmbedder) -> EmbeddedSet:
         pictures = [images.image(number) for number in numbers]
         vectors.append(embedder.images(pictures))
     names = [entry.name for entry in images.entries]
-    # Icons in other colours have the file names of the plain icons.
+    # Icons in other colors have the file names of the plain icons.
     if mini.color_map(images.label) is not None:
         names = [f"{images.label}/{name}" for name in names]
     return EmbeddedSet(names, torch.cat(vectors))

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
+from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.run.record import last_measured
 
 from ..subjects import BASE, Subject
@@ -29,7 +30,6 @@ if TYPE_CHECKING:  # they need torch
 
 HARNESS, MTBENCH, HELDOUT = "harness", "mtbench", "heldout"
 HUMANEVAL = "humaneval"
-HELDOUT_LOSS = "heldout_loss"
 TEMPLATE_OF_RUN = "run"
 # Largest change of a probe's logits by it
 EFFECT = "effect of adapter"

@@ -21,7 +21,7 @@ from eval.table import Entry, Result, Row
 WEIGHTS = "pytorch_lora_weights.safetensors"
 LABELS = ("lora", "bilora")
 COLORS = ("teal", "orange", "maroon")
-"""Colours of the images of each adapter."""
+"""Colors of the images of each adapter."""
 SEARCHED = {"name": "lora", "title": "lora", "fold": 1, "steps": [0, 5], "losses": [1, 2]}
 FIT = {"settings": {}, "spent": 5, "runs": [SEARCHED], "out": {}, "choice": None, "standings": []}
 
@@ -38,7 +38,7 @@ def make_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
 
 
 def make_images(folder: Path, step: int | str, count: int = 1) -> None:
-    """Validation images of a run's step, each of another colour."""
+    """Validation images of a run's step, each of another color."""
     place = folder / "validation" / f"step-{step}"
     place.mkdir(parents=True, exist_ok=True)
     for number in range(count):

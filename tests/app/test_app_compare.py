@@ -138,6 +138,6 @@ def test_html_holds_scores_and_no_foreign_markup(result):
         ((-0.1, -0.11, -0.09), "down"),
     ],
 )
-def test_a_difference_that_chance_explains_has_no_colour(gains, tone):
+def test_a_difference_that_chance_explains_has_no_color(gains, tone):
     scores = {RABBIT: {seed: (0.3, 0.3 + gain) for seed, gain in enumerate(gains)}}
     assert data.rows(make_scores(scores), LORA, BILORA, "i2t")[0].tone == tone

@@ -127,7 +127,7 @@ def test_noise_levels_are_a_change_since_the_start():
     assert by_level(rows(1.0)) == []
 
 
-def test_a_search_has_a_colour_for_each_configuration_and_the_choice_is_broad():
+def test_a_search_has_a_color_for_each_configuration_and_the_choice_is_broad():
     searched = [
         {"title": title, "fold": fold, "steps": [0, 5, 9], "losses": [9.0, loss, None]}
         for title, fold, loss in (("lora", 1, 0.5), ("bilora", 1, 0.7), ("lora", 2, 0.6))
@@ -147,7 +147,7 @@ def test_a_search_has_a_colour_for_each_configuration_and_the_choice_is_broad():
         assert legend(lines) == [("bilora", LABEL_COLORS[0]), ("lora", LABEL_COLORS[1])]
 
 
-def test_concepts_have_colours_and_runs_have_dashes_and_both_are_in_the_legend():
+def test_concepts_have_colors_and_runs_have_dashes_and_both_are_in_the_legend():
     key = "heldout_loss_by_concept/"
     log_rows = [
         {"step": 0, "heldout_loss": 0.5, f"{key}dog": 1.0, f"{key}a/b": 2.0, f"{key}owl": None},

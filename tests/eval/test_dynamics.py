@@ -14,7 +14,7 @@ from bilora_diffusion.run import snapshots
 from eval import dynamics, generalization, table
 from eval import dynamics_curves as curves
 from eval.dynamics_curves import settles
-from eval.generalization import GAP, HELDOUT, TRAINING
+from eval.generalization import GAP, HELDOUT_LOSS, TRAINING_GRID_LOSS
 from eval.sources import run as opened
 from tests.run import recorded_runs
 
@@ -164,7 +164,11 @@ def test_losses_gap_and_differences(result):
         seed_losses = [losses(method, seed) for seed in range(4)]
         values = np.array([[by_step[step] for step in STEPS] for by_step in seed_losses])
         training, heldout = values[..., 0], values[..., 1]  # (seeds, steps)
-        for name, values in ((TRAINING, training), (HELDOUT, heldout), (GAP, heldout - training)):
+        for name, values in (
+            (TRAINING_GRID_LOSS, training),
+            (HELDOUT_LOSS, heldout),
+            (GAP, heldout - training),
+        ):
             curve = result.curve(group, name)
             assert [point.step for point in curve] == list(STEPS)
             assert [point.mean for point in curve] == pytest.approx(values.mean(0))
@@ -174,7 +178,7 @@ def test_losses_gap_and_differences(result):
     lowest = [min(value for _, value in losses("bilora", s).values()) for s in range(4)]
     at_the_end = [losses("bilora", s)[30][1] for s in range(4)]
     for name, values in (("best", lowest), ("equal_training", at_the_end)):
-        line = result.summary("Bi-LoRA", f"{name} {HELDOUT}")
+        line = result.summary("Bi-LoRA", f"{name} {HELDOUT_LOSS}")
         assert line.mean == pytest.approx(np.mean(values))
     assert result.settings["equal_training"]["training_loss"] == pytest.approx(0.07)
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def save(path: Path, color: int = 100, size: tuple[int, int] = (12, 8)) -> None:
-    """An image of one colour, with the folders that it lies in."""
+    """An image of one color, with the folders that it lies in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (color, 0, 0)).save(path)
 

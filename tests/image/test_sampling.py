@@ -18,6 +18,7 @@ from bilora_diffusion.image.latents import Encoder, LatentSpace
 from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import embed, embed_negative, generate
+from bilora_diffusion.image.script import missing_class_images
 from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
 from tests.scripts.runs import flags
@@ -113,3 +114,16 @@ def test_flow_models_make_their_images_in_no_fp16(family, bf16, monkeypatch):
     expected = half if bf16 or family is StableDiffusionXL else torch.float32
     assert family().precision(torch.device("cuda")) == expected
     assert family().precision(torch.device("cpu")) == torch.float32
+
+
+def test_the_numbers_of_missing_class_images_are_those_that_none_has(tmp_path):
+    def missing(*names, count):
+        return missing_class_images([tmp_path / name for name in names], count)
+
+    hashed = "{}-0123456789ab.png".format
+    assert missing(count=3) == [0, 1, 2]
+    assert missing(hashed(0), hashed(1), count=4) == [2, 3]
+    # Two processes were interrupted, one of them ahead of the other.
+    assert missing(*map(hashed, (0, 1, 2, 3, 4, 6)), count=8) == [5, 7]
+    assert missing("mine.jpg", "my 2.png", count=3) == [2]
+    assert missing(hashed(0), "mine.jpg", count=1) == []

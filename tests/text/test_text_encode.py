@@ -122,7 +122,7 @@ def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer):
 def test_long_rows_lose_the_start_of_their_context():
     """And long answers leave a quarter to it, and lose their end."""
     tokenizer = texts.chat_tokenizer()
-    example = Example("what is the colour of this apple", "it is red")
+    example = Example("what is the color of this apple", "it is red")
     full_ids = texts.encoded([example], tokenizer, template="plain").row(0)["input_ids"]
     short = texts.encoded([example], tokenizer, template="plain", max_length=len(full_ids) - 2)
     assert short.row(0)["input_ids"] == full_ids[2:]
@@ -144,7 +144,7 @@ def test_a_bos_stays_in_front_of_a_cut_context():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|end|> $A", special_tokens=[("<|end|>", bos)]
     )
-    example = Example("what is the colour of this apple", "red")
+    example = Example("what is the color of this apple", "red")
     full_row = texts.encoded([example], tokenizer, template="plain").row(0)
     assert full_row["input_ids"].count(bos) == 2  # BOS, and the EOS of the answer
     short = texts.encoded([example], tokenizer, template="plain", max_length=7).row(0)

@@ -128,7 +128,7 @@ TALK = from_turns(
     [("user", "what"), ("assistant", "red"), ("user", "and this"), ("assistant", "green")], "row"
 )
 EXAMPLES = [
-    Example("what is the colour of this apple", "it is red and that one green"),
+    Example("what is the color of this apple", "it is red and that one green"),
     Example("say hello", "hello there", where="row 2"),
     TALK,
     Example("one", "two"),

@@ -28,7 +28,7 @@ from bilora_diffusion.train.engine import DTYPES
 from tests.scripts.runs import make_once, words
 
 WORDS = [
-    *("what", "is", "the", "colour", "of", "this", "apple", "it", "red"),
+    *("what", "is", "the", "color", "of", "this", "apple", "it", "red"),
     *("and", "that", "green", "say", "hello", "to", "me", "there"),
 ]
 NUMBERS = ["one", "two", "three", "four", "five"]
@@ -214,7 +214,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = (
-    "what is the colour of this apple it is red and that one green say hello to me hello there"
+    "what is the color of this apple it is red and that one green say hello to me hello there"
     " entailment neutral contradiction positive negative yes no one two three four five"
 )
 
