@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bilora_diffusion.core.values import HELDOUT_DISTANCE, HELDOUT_LOSS
+from bilora_diffusion.core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, TRAINING_GRID_LOSS
 from bilora_diffusion.image.loss import BY_LEVEL
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
@@ -346,14 +346,11 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
         runs: Runs to show.
         window: Steps of the running mean.
     """
-    each_step = ("loss", "each step")
-    training_set = ("train_grid_loss", "training set")
-    unprojected = ("auxiliary_norm_before", "before the projection")
     levels = [run.line(by_level(run.rows)) for run in runs]
     plots = {
-        "loss": curves(runs, "loss", window, background=each_step),
+        "loss": curves(runs, "loss", window, background=("loss", "each step")),
         "loss-difference": differences(runs, "loss", window),
-        "heldout": curves(runs, HELDOUT_LOSS, background=training_set),
+        "heldout": curves(runs, HELDOUT_LOSS, background=(TRAINING_GRID_LOSS, "training set")),
         "heldout-difference": differences(runs, HELDOUT_LOSS),
         "distance": curves(runs, HELDOUT_DISTANCE),
         "concepts": by_concept(runs),
@@ -362,12 +359,13 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     }
     for name in METRICS:
         plots[name] = curves(runs, name)
-    plots["norm"] = radii(runs) + curves(runs, "auxiliary_norm", background=unprojected)
+    plots["norm"] = radii(runs) + curves(runs, "auxiliary_norm", background=UNPROJECTED)
     plots["rise"] = curves(runs, "loss_rise", window)
     plots["rate"] = curves(runs, "lr")
     return plots
 
 
+UNPROJECTED = ("auxiliary_norm_before", "before the projection")
 BELOW_ZERO = "Below zero: better than LoRA of the same seed."
 TITLES = {
     "loss": ("Training loss", "Running mean; faint: each step."),
@@ -377,10 +375,7 @@ TITLES = {
     ),
     "heldout": ("Held-out loss", "Faint: on the training set."),
     "heldout-difference": ("Held-out loss, difference to LoRA", BELOW_ZERO),
-    "distance": (
-        "Distance of samples to held-out images",
-        "What --choose_by samples goes by; lower is better.",
-    ),
+    "distance": ("Distance of samples to held-out images", "By --choose_by samples."),
     "concepts": ("Held-out loss of each concept", "Colors are of concepts here."),
     "levels": (
         "Held-out loss at each noise level",
@@ -398,8 +393,7 @@ TITLES = {
     ),
     "rise": (
         "Rise of the loss by the auxiliary",
-        "To first order, as a share of the loss; running mean. A radius that sets itself follows"
-        " it.",
+        "To first order, a share of the loss; running mean. A radius that sets itself follows it.",
     ),
     "rate": ("Learning rate", "Of the primary adapter."),
 }

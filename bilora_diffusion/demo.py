@@ -64,21 +64,13 @@ Curve = dict[int, float]
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of sampling: one row of the figure and one curve.
+    """A way of sampling: one row of the figure and one curve."""
 
-    Attributes:
-        name: of the method, or of the base model.
-        note: on the guidance.
-        color: of the row's title and of the curve.
-        guidance: scale of classifier-free guidance.
-        guidance_from: the model of the unconditional prediction; see `generate`.
-    """
-
-    name: str
-    note: str
+    name: str  # of the method, or of the base model
+    note: str  # on the guidance
     color: str
-    guidance: float
-    guidance_from: str
+    guidance: float  # scale of classifier-free guidance
+    guidance_from: str  # the model of the unconditional prediction; see `generate`
 
 
 # Ordinary guidance takes much of a new style out again: training moves the unconditional prediction
@@ -98,19 +90,13 @@ TRAINED = {
 
 @dataclass
 class Samples:
-    """Samples of held-out captions from the base model and from both runs.
+    """Samples of held-out captions from the base model and from both runs."""
 
-    Attributes:
-        labels: subjects of the icons in the figure.
-        truth: these held-out icons.
-        images: samples of their captions after the last step, by variant.
-        base_difference: difference of the base model's samples from the truth (`difference`).
-        differences: differences of each trained variant's samples by step.
-    """
-
-    labels: list[str]
-    truth: list[Image]
+    labels: list[str]  # subjects of the icons in the figure
+    truth: list[Image]  # these held-out icons
+    # Samples of their captions after the last step.
     images: dict[Variant, list[Image]] = field(default_factory=dict)
+    # Differences from the truth, by step for the trained variants.
     base_difference: float = 0.0
     differences: dict[Variant, Curve] = field(default_factory=dict)
 
@@ -141,14 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> None:
-    """Train both runs, compare their samples, and print what came out and where it is.
-
-    Args:
-        folder: folder of the run folders and the figure.
-        seed: seed of both runs.
-        recipe: recipe of both runs.
-        flags: further flags of the training script.
-    """
+    """Train both runs, with further flags of the script, and compare their samples in a figure."""
     losses: dict[str, Curve] = {}
     for method in METHODS:
         print(f"\n== {TITLES[method]}")
@@ -181,14 +160,7 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
 
 
 def require_paired(folders: Sequence[Path]) -> int:
-    """Check that runs saw the same inputs at every step.
-
-    Returns:
-        The number of steps.
-
-    Raises:
-        TrainingError: they saw different inputs.
-    """
+    """Check that runs saw the same inputs at every step; returns the number of steps."""
     hashes_of_run: list[list[str]] = []  # of the inputs of each step
     for folder in folders:
         rows = runlog.read_metrics(folder)
@@ -216,11 +188,7 @@ def read_losses(folder: Path) -> Curve:
 def sample_runs(folder: Path, steps: int) -> Samples:
     """Sample held-out captions from the base model and from each checkpoint of both runs.
 
-    All models start from the same noise.
-
-    Args:
-        folder: folder of the run folders.
-        steps: optimizer steps of the runs.
+    All models start from the same noise; ``steps`` is the length of the runs.
     """
     config = runlog.read_run(folder / METHODS[0])["config"]
     captioned = open_images(config["validation_dataset"], caption_column=config["caption_column"])
@@ -264,11 +232,7 @@ def sample_runs(folder: Path, steps: int) -> Samples:
 
 
 def adapters_of(folder: Path, steps: int) -> Iterator[tuple[int, Path]]:
-    """Yield the LoRA of each checkpoint of a run, a temporary file, and that of its end.
-
-    Yields:
-        The step, and the file or folder of the LoRA.
-    """
+    """Yield steps and LoRAs: those of a run's checkpoints, which are temporary, and of its end."""
     for step in checkpoint.steps(folder):
         if step < steps:
             with TemporaryDirectory() as exported:

@@ -44,7 +44,7 @@ def test_the_control_has_the_options_of_its_own_command(caplog):
     ("words", "part"),
     [
         ("--compare bilora", "name another"),
-        ("--compare full", "of its own"),
+        ("--compare full", "by a separate command"),
         ("--compare lora --fit", "drop"),
         ("--compare lora --resume_from_checkpoint latest", "auto"),
         ("--compare lor", 'did you mean "lora"'),

@@ -144,7 +144,7 @@ def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
 
 def test_a_search_takes_what_its_largest_run_does(capsys, tmp_path):
     form = {"method": "bilora", "rho": "auto", "auxiliaries": "sample", "rank": 16}
-    search = image_run(capsys, tmp_path / "run", train_batch_size=4, fit=True)
+    search = image_run(capsys, tmp_path / "run", train_batch_size=4, fit=True, choose_by="loss")
     largest = image_run(capsys, tmp_path / "run", train_batch_size=4, **form)
     assert "bilora (rho auto, auxiliaries sample)" in search
     for name in ("adapters: auxiliary", "the optimizer's state", "gradients"):
