@@ -128,9 +128,6 @@ def pick(page: Page, field: str, option: str) -> None:
     expect(page.get_by_role("option")).to_have_count(0)  # the list fades away
 
 
-# the screenshots
-
-
 @dataclass(frozen=True)
 class Screenshot:
     """A tab in a window of some size, in pixels."""
@@ -141,17 +138,17 @@ class Screenshot:
     is_dark: bool = False
 
 
-PHONE = {"width": 390, "height": 1000}
+PHONE_WIDTH = 390
 SCREENSHOTS = {
     "viewer/compare.png": Screenshot("Compare"),
     "viewer/compare-dark.png": Screenshot("Compare", is_dark=True),
-    "viewer/compare-phone.png": Screenshot("Compare", **PHONE),
+    "viewer/compare-phone.png": Screenshot("Compare", width=PHONE_WIDTH),
     "viewer/generate.png": Screenshot("Generate", height=900),
-    "viewer/generate-phone.png": Screenshot("Generate", **PHONE),
+    "viewer/generate-phone.png": Screenshot("Generate", width=PHONE_WIDTH),
     "viewer/training.png": Screenshot("Training"),
-    "viewer/training-phone.png": Screenshot("Training", **PHONE),
+    "viewer/training-phone.png": Screenshot("Training", width=PHONE_WIDTH),
     "viewer/results.png": Screenshot("Results"),
-    "viewer/results-phone.png": Screenshot("Results", **PHONE),
+    "viewer/results-phone.png": Screenshot("Results", width=PHONE_WIDTH),
 }
 FILLED = {
     "Compare": "#validation-images img",
@@ -232,7 +229,8 @@ def components(tab: str) -> list[list[Any]]:
         for child in node.get("children", ()):
             walk(child, is_inside)
 
-    walk(config["layout"], False)
+    layout: Any = config.get("layout")
+    walk(layout, False)
     return listing
 
 

@@ -49,8 +49,8 @@ from .stream import TrainingStream
 from .task import DreamBooth
 
 PRECISIONS = DTYPES | {"fp32": torch.float32}  # of class images
+# File name of a sampled class image: its number and a hash of its pixels.
 CLASS_IMAGE = re.compile(r"(\d+)-[0-9a-f]{12}\.png")
-"""File name of a sampled class image: its number and a hash of its pixels."""
 logger = logging.getLogger(__name__)
 
 

@@ -309,7 +309,8 @@ def files(folder: Path) -> dict[Path, tuple[int, int]]:
 
 def photographs(folder: Path, numbers: range) -> None:
     """Parts of the photographs that installed packages bring along, of many sizes and shapes."""
-    with get_sample_data("grace_hopper.jpg") as file:
+    portrait: Any = get_sample_data("grace_hopper.jpg")
+    with portrait as file:
         sources = [Image.open(file).convert("RGB")]
     sources += [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
     folder.mkdir()
