@@ -314,12 +314,14 @@ def legend(result: Scored) -> str:
     """The models that gave the scores, as HTML."""
     scorer, captioner = result.settings.scorer, result.settings.captioner
     captions = ""
-    notes = f" {escape(scorer.note)}"
+    notes = scorer.note
     if captioner is not None:
         captions = f" Captions by {escape(captioner.name)}."
-        notes += f" {escape(captioner.note)}"
+        # The embedded scorer captions too, and its note is a part of the captioner's.
+        is_said = scorer.note in captioner.note
+        notes = captioner.note if is_said else f"{scorer.note} {captioner.note}"
     return (
         f'<p class="quiet legend">Scores are cosines × 100 by {escape(scorer.name)}.{captions}'
         " A difference is green or red where its 95 % interval over the seeds leaves out zero."
-        f" Means over the prompts are in the tab Results.{notes}</p>"
+        f" Means over the prompts are in the tab Results. {escape(notes)}</p>"
     )

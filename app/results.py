@@ -48,7 +48,7 @@ def build(catalog: Catalog, changed: Any) -> None:
             return {notice: parts.notice(text)}
         choices = []
         for item in results:
-            kind = item.kind.replace("_", " ").capitalize()
+            kind = item.kind.replace("_", " ").capitalize().replace("Clip", "CLIP")
             choices.append((f"{kind}: {item.name}", item.path))
         paths = [item.path for item in results]
         path = selected if selected in paths else paths[0]

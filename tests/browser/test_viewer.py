@@ -110,6 +110,10 @@ def test_every_tab_is_readable_fits_and_asks_nothing_of_others(viewer, visit):
                 expect(page.locator("#results-report table")).to_contain_text("very wide")
                 cell = page.locator("#results-report td").first.bounding_box()
                 assert cell["height"] < 60, "its words stand in one line"
+                room = page.locator("#results-result input").evaluate(
+                    "input => parseFloat(getComputedStyle(input).paddingRight)"
+                )
+                assert room >= 24, "a long name ends before the arrow"
             if tab == "Training" and dark:  # on a phone
                 boxes = [page.locator(f"#training-{part}").bounding_box() for part in WIDGETS]
                 assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
