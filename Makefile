@@ -35,7 +35,7 @@ TYPES = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/pyth
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo demo-text test test-all test-matrix lint style format clean
+.PHONY: help demo demo-text pictures test test-all test-matrix lint style format clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 19
@@ -45,6 +45,9 @@ demo: $(VENV)/.installed  ## train LoRA and Bi-LoRA on 23 icons and draw what th
 
 demo-text: $(VENV)/.installed-text  ## train SmolLM2 to label questions and show its answers before and after
 	$(BIN)/python -m examples.demo_text --output_dir "$(DEMO_TEXT_DIR)"
+
+pictures: $(VENV)/.installed-dev $(VENV)/.browser  ## make the pictures of README and docs that are older than what they show
+	$(BIN)/python -m docs.pictures
 
 # pyright runs beside the tests: it takes one core for a minute.
 test: style $(BROWSER_READY)  ## ruff, pyright, the floors, and the tests of a few seconds each

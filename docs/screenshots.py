@@ -49,8 +49,10 @@ LOADED_MS = 60_000
 """Milliseconds that a part of a page may take on a machine with other work."""
 GENERATED_MS = 600_000
 """Milliseconds that two small images may take there."""
-COLORS = 128
-"""Of a screenshot's palette; a quarter of the bytes of full color."""
+PALETTE = 256
+"""Colors of a picture that would be too large with all."""
+MOST_BYTES = 195_000
+"""Of a picture in the repository."""
 
 
 # the browser, also of tests/browser
@@ -140,11 +142,11 @@ class Screenshot:
 
 PHONE_WIDTH = 390
 SCREENSHOTS = {
-    "viewer/compare.png": Screenshot("Compare"),
-    "viewer/compare-dark.png": Screenshot("Compare", is_dark=True),
+    "viewer/compare.png": Screenshot("Compare", height=860),
+    "viewer/compare-dark.png": Screenshot("Compare", height=720, is_dark=True),
     "viewer/compare-phone.png": Screenshot("Compare", width=PHONE_WIDTH),
     "viewer/generate.png": Screenshot("Generate", height=900),
-    "viewer/generate-phone.png": Screenshot("Generate", width=PHONE_WIDTH),
+    "viewer/generate-phone.png": Screenshot("Generate", width=PHONE_WIDTH, height=1480),
     "viewer/training.png": Screenshot("Training"),
     "viewer/training-phone.png": Screenshot("Training", width=PHONE_WIDTH),
     "viewer/results.png": Screenshot("Results"),
@@ -188,10 +190,15 @@ def take(screenshots: Mapping[Path, Screenshot], root: Path, port: int) -> None:
 
 
 def save(picture: Image.Image, file: Path) -> None:
-    """Write a picture with few colors, which is small."""
+    """Write a picture with as many colors as its size allows."""
+    full = picture.convert("RGB")
+    plain = full.quantize(PALETTE, kmeans=3, dither=Image.Dither.NONE)
+    dithered = full.quantize(palette=plain, dither=Image.Dither.FLOYDSTEINBERG)
     file.parent.mkdir(parents=True, exist_ok=True)
-    palette = picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
-    palette.save(file, optimize=True)
+    for version in (full, dithered, plain):
+        version.save(file, optimize=True)
+        if file.stat().st_size <= MOST_BYTES:
+            return
 
 
 # what a tab shows

@@ -94,6 +94,7 @@ VIEWER = Rule("^python -m app.viewer")
 RULES = (
     Rule("^(activate|python3 -m venv|pip|pre-commit)", reason="makes the tests' environment"),
     Rule("^make (test|test-all|lint)$", reason="runs the tests"),
+    Rule("^make pictures", reason="makes what the pages show: half an hour"),
     Rule("^torchrun|--use_fsdp", reason="several devices: tests/scripts/test_fsdp.py"),
     Rule("--compile|-compiled", reason="compiles for a minute: tests/train/test_compiling.py"),
     Rule("benchmarks/pictures.py", reason="hours, or the hub: tests/scripts/test_pictures.py"),
@@ -215,7 +216,7 @@ class Walk:
         words, rule = understood(command)
         if rule.reason or (rule is VIEWER and not self.has_viewer):
             return None
-        words += rule.flags.split()
+        words = [*words, *rule.flags.split()]
         for key, value in self.names.items():
             words = [word.replace("{" + key + "}", value) for word in words]
         name, argv = program(words)
@@ -277,13 +278,23 @@ def start(name: str, argv: Sequence[str]) -> None:
     elif name == "app.viewer":
         view(Path(argv[0]))
     elif name in DEMOS:
-        place = argv.index("--output_dir") if "--output_dir" in argv else len(argv)
-        flags = [*argv[:place], *argv[place + 2 :]]
-        main = load_program(name).main
-        shared = make_once(name, lambda folder: main([*flags, "--output_dir", str(folder)]), *flags)
-        copied(shared, Path([*argv, "--output_dir", DEMOS[name]][place + 1]))
+        run_demo(name, list(argv))
     else:
         assert not load_program(name).main(list(argv))
+
+
+def run_demo(name: str, argv: list[str]) -> None:
+    """Run a demo, or copy what the same command has left on another page."""
+    output = DEMOS[name]
+    if "--output_dir" in argv:
+        place = argv.index("--output_dir")
+        output = argv[place + 1]
+        argv = [*argv[:place], *argv[place + 2 :]]
+
+    def make(folder: Path) -> None:
+        assert not load_program(name).main([*argv, "--output_dir", str(folder)])
+
+    copied(make_once(name, make, *argv), Path(output))
 
 
 def view(root: Path) -> None:
