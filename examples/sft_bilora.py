@@ -40,10 +40,16 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> None:
     options, args = scripts.parse(Arguments, SFTConfig, argv, EXAMPLE)
     rows = scripts.load_rows(options.data)
-    if not set(COLUMNS) & set(rows.column_names):
+    columns = set(rows.column_names)
+    if not columns & set(COLUMNS):
         raise UserError(
             f"{options.data} has none of the columns {', '.join(COLUMNS)}: rename the column of"
             " texts."
+        )
+    if "prompt" in columns and "completion" not in columns:
+        raise UserError(
+            f"{options.data} has a column prompt and none of the name completion: rename the column"
+            " of answers."
         )
     model, tokenizer = scripts.load_model(options.model, "causal")
     trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)

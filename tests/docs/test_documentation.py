@@ -4,6 +4,7 @@ Bash expands the commands (`tests.docs.pages`), and the parsers of the real comm
 """
 
 import argparse
+import itertools
 import re
 import tomllib
 from typing import Any
@@ -19,7 +20,10 @@ from bilora_diffusion.text.config import resolve as resolve_text
 from docs import make
 from tests.docs.pages import (
     BLOCK,
+    CONTRIBUTING,
+    DOCS,
     IMAGE_SCRIPT,
+    README,
     ROOT,
     TEXT_SCRIPT,
     commands,
@@ -27,12 +31,12 @@ from tests.docs.pages import (
     program,
     scripts,
 )
+from tests.docs.walk import RULES, understood
 from tests.references.diffusers_flags import DEFAULTS
 
 pytestmark = pytest.mark.usefixtures("hub")
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [ROOT / "results" / "README.md", ROOT / "results" / "paper.md"]
+PAGES = [README, CONTRIBUTING, *DOCS]
 TRAINING = {IMAGE_SCRIPT: resolve, TEXT_SCRIPT: resolve_text}
 
 
@@ -101,6 +105,13 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_the_walk_has_a_rule_for_every_command_and_no_other(tmp_path):
+    rules = set()
+    for script in itertools.chain.from_iterable(map(scripts, [README, *DOCS])):
+        rules.update(understood(words)[1] for words in commands(script, tmp_path))
+    assert rules == set(RULES)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere_and_the_python_compiles(page):
     text = page.read_text(encoding="utf-8")
@@ -114,7 +125,7 @@ def test_every_link_leads_somewhere_and_the_python_compiles(page):
 
 
 def test_the_readme_is_short_and_its_loop_trains():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 150
     (code,) = (body for _, body in BLOCK.findall(readme) if "attach(model" in body)
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ from docs.screenshots import serving
 from eval import table
 from tests.app.visitor import Visitor
 from tests.docs.pages import IMAGE_SCRIPT, TEXT_SCRIPT, commands, load_program, program, scripts
-from tests.scripts.runs import ROOT, copied, free_port, interrupt, train_once
+from tests.scripts.runs import ROOT, copied, free_port, interrupt, make_once, train_once
 from tests.text.text_builders import ADAPTER, heldout, rows_for, train_text_once, write_rows
 
 TRAINING: dict[str, Any] = {IMAGE_SCRIPT: resolve, TEXT_SCRIPT: resolve_text}
@@ -61,7 +61,8 @@ STAND_INS = (
     ("--dataset linoyts/3d_icon", "--dataset mini --validation_dataset none"),
     (
         "--config recipes/sdxl_3d_icon.yaml",
-        "--config recipes/sdxl_3d_icon.yaml --dataset mini --validation_dataset none",
+        "--config recipes/sdxl_3d_icon.yaml --pretrained_model_name_or_path mini"
+        " --dataset mini --validation_dataset none",
     ),
     # A hundredth of the recipe's 500 steps, and of the step that a page chooses
     ("--config sdxl", "--config sdxl --max_train_steps 5 --checkpointing_steps 1"),
@@ -89,6 +90,7 @@ LITTLE_MEASURED = "--validation_part 1/64 --validation_loss_steps 2"
 MINIATURE = "--pretrained_model_name_or_path mini"
 A_SMALL_SEARCH = "--fit_space {space} --fit_budget 4 --fit_folds 2"
 FEW_IMAGES = "--max_prompts 2 --num_inference_steps 1 --seeds 0 --general_prompts none"
+VIEWER = Rule("^python -m app.viewer")
 RULES = (
     Rule("^(activate|python3 -m venv|pip|pre-commit)", reason="makes the tests' environment"),
     Rule("^make (test|test-all|lint)$", reason="runs the tests"),
@@ -96,7 +98,8 @@ RULES = (
     Rule("--compile|-compiled", reason="compiles for a minute: tests/train/test_compiling.py"),
     Rule("benchmarks/pictures.py", reason="hours, or the hub: tests/scripts/test_pictures.py"),
     Rule("fit_regret", reason="hours: it trains a whole space"),
-    Rule("^python -m app.viewer"),
+    Rule("eval.clip_scores --guidance_from base$", reason="an option's name, without runs"),
+    VIEWER,
     Rule("^python -m bilora_diffusion.export"),
     Rule(f"{IMAGE_SCRIPT}.* --fit ", f"{MINIATURE} {FEW_STEPS} {A_SMALL_SEARCH}"),
     Rule(f"{IMAGE_SCRIPT}.* --config mini", f"{FEW_STEPS} {LITTLE_MEASURED}"),
@@ -122,10 +125,14 @@ RULES = (
     Rule("eval.(dynamics|generalization)"),
     Rule("eval.text_scores .*mtbench", "--mtbench_questions {questions} --judge_base_url {judge}"),
     Rule("eval.text_scores", "--limit 1 --max_new_tokens 2"),
-    Rule("benchmarks/step_cost.py"),
+    Rule("benchmarks/step_cost.py", "--steps 1"),
 )
 
 
+DEMOS = {"bilora_diffusion.demo": "demo", "examples.demo_text": "demo-text"}
+"""Programs that need nothing of a reader, with their default output folder: each command is run
+once for all pages.
+"""
 METHOD_OF_RUN = {
     "lora": "lora",
     "lora-0": "lora",
@@ -145,6 +152,21 @@ MEASURED: dict[str, Any] = {
 """Flags of a run that a page takes for granted."""
 
 
+def understood(command: list[str]) -> tuple[list[str], Rule]:
+    """The words of a command with `STAND_INS` in place, and its rule."""
+    words = command
+    for pattern, stand_in in STAND_INS:
+        sought = pattern.split()
+        for start in range(len(words) - len(sought) + 1):
+            end = start + len(sought)
+            if words[start:end] == sought:
+                words = [*words[:start], *stand_in.split(), *words[end:]]
+                break
+    rule = next((rule for rule in RULES if re.search(rule.pattern, " ".join(words))), None)
+    assert rule is not None, f"no rule of the walk is for this command: {' '.join(command)}"
+    return words, rule
+
+
 @dataclass
 class Step:
     """A command that a page has: what was run in its place, and what it printed."""
@@ -160,18 +182,18 @@ class Walk:
 
     Args:
         names: What words in braces stand for; see `stand_ins`.
+        has_viewer: Whether the viewer is started where a page says so: it takes ten seconds.
     """
 
-    def __init__(self, folder: Path, names: dict[str, str]) -> None:
-        self.folder, self.names = folder, names
+    def __init__(self, folder: Path, names: dict[str, str], *, has_viewer: bool) -> None:
+        self.folder, self.names, self.has_viewer = folder, names, has_viewer
         self.started: list[list[str]] = []
-        self.skipped: list[tuple[str, str]] = []
         for name in ("recipes", "eval"):
             (folder / name).symlink_to(ROOT / name)
         photographs(folder / "my_photos", range(12))
         photographs(folder / "held_out", range(12, 15))
         for name, first in (("answers", 0), ("held_out", 24)):
-            write_rows(folder / f"{name}.jsonl", rows_for("causal", 8, first))
+            write_rows(folder / f"{name}.jsonl", conversations(8, first))
 
     def page(self, path: Path) -> Iterator[Step]:
         """Run the commands of a page; each is yielded when it has run."""
@@ -190,12 +212,8 @@ class Walk:
 
     def run(self, command: list[str]) -> Step | None:
         """Run one command and check what it promises; None where a rule has a reason not to."""
-        words = self.replaced(command)
-        text = " ".join(words)
-        rule = next((rule for rule in RULES if re.search(rule.pattern, text)), None)
-        assert rule is not None, f"no rule of the walk is for this command: {' '.join(command)}"
-        if rule.reason:
-            self.skipped.append((text, rule.reason))
+        words, rule = understood(command)
+        if rule.reason or (rule is VIEWER and not self.has_viewer):
             return None
         words += rule.flags.split()
         for key, value in self.names.items():
@@ -210,17 +228,6 @@ class Walk:
         changed = {path for path, state in files(self.folder).items() if before.get(path) != state}
         check(step, self.folder, changed)
         return step
-
-    def replaced(self, command: list[str]) -> list[str]:
-        """The words of a command with `STAND_INS` in place."""
-        for pattern, stand_in in STAND_INS:
-            sought = pattern.split()
-            for start in range(len(command) - len(sought) + 1):
-                end = start + len(sought)
-                if command[start:end] == sought:
-                    command = [*command[:start], *stand_in.split(), *command[end:]]
-                    break
-        return command
 
     def prepare(self, name: str, argv: list[str]) -> list[str]:
         """Make what a page takes for granted: earlier runs, and what a resumed one goes on from.
@@ -253,8 +260,8 @@ class Walk:
     def make_run(self, folder: Path, method: str, is_text: bool) -> None:
         """A run of two steps with all that evaluations read."""
         if is_text:
-            rows = heldout("causal")
-            run = train_text_once("causal", method, method=method, validation_file=rows)
+            options = {"validation_file": heldout("causal"), "checkpointing_steps": 1}
+            run = train_text_once("causal", method, method=method, **options)
         else:
             run = train_once(method, method=method, **MEASURED)
         copied(run, folder)
@@ -269,6 +276,12 @@ def start(name: str, argv: Sequence[str]) -> None:
         text_script.train(argv)
     elif name == "app.viewer":
         view(Path(argv[0]))
+    elif name in DEMOS:
+        place = argv.index("--output_dir") if "--output_dir" in argv else len(argv)
+        flags = [*argv[:place], *argv[place + 2 :]]
+        main = load_program(name).main
+        shared = make_once(name, lambda folder: main([*flags, "--output_dir", str(folder)]), *flags)
+        copied(shared, Path([*argv, "--output_dir", DEMOS[name]][place + 1]))
     else:
         assert not load_program(name).main(list(argv))
 
@@ -307,6 +320,15 @@ def photographs(folder: Path, numbers: range) -> None:
         size = 150 + 25 * (number % 4), 150 + 30 * (number % 5)
         part = source.crop((left, top, left + size[0], top + size[1]))
         part.save(folder / f"{number}.{('jpg', 'png', 'webp')[number % 3]}")
+
+
+def conversations(count: int, first: int) -> list[dict[str, Any]]:
+    """Rows of a question and an answer, in the form that every script reads."""
+    rows = []
+    for row in rows_for("causal", count, first):
+        question = {"role": "user", "content": row["prompt"]}
+        rows.append({"messages": [question, {"role": "assistant", "content": row["answer"]}]})
+    return rows
 
 
 def check(step: Step, folder: Path, changed: set[Path]) -> None:

@@ -93,6 +93,14 @@ def test_what_an_example_is_given_wrong_is_one_sentence(argv, part, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+def test_prompts_without_completions_are_refused(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "1 + 1", "answer": "2"}))
+    example = importlib.import_module("examples.sft_bilora")
+    with pytest.raises(UserError, match="none of the name completion"):
+        example.main(["--model", "smollm2", "--data", str(rows)])
+
+
 def test_without_a_gpu_an_example_trains_in_fp32(monkeypatch):
     config = pytest.importorskip("trl").SFTConfig
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
