@@ -175,7 +175,7 @@ def tracker_config(cfg: RunConfig) -> dict[str, Any]:
 
 
 def announce(trainer: Trainer, folder: Path) -> None:
-    """Print data, length, method, device and folder of a run before it begins."""
+    """Print data, length, method, device, settings and folder of a run before it begins."""
     cfg = trainer.cfg
     steps, step_size = trainer.last_step, trainer.layout.step_size
     epochs = steps * step_size / trainer.task.num_samples
@@ -189,6 +189,8 @@ def announce(trainer: Trainer, folder: Path) -> None:
         describe_method(trainer.method, cfg.rank),
         f"{place}, {cfg.mixed_precision.replace('no', 'fp32')}",
     ]
+    # Which settings hold where nobody gave others.
+    facts.append(f"recipe {cfg.config}" if cfg.config else "the paper's defaults")
     if trainer.step:
         facts.append(f"from step {trainer.step}")
     facts.append(f"into {folder}")

@@ -16,7 +16,7 @@ from bilora_diffusion.train import loop, setup
 def test_a_count_of_one_is_singular(steps, sentence, tmp_path, caplog):
     caplog.set_level("INFO")
     run: Any = SimpleNamespace(
-        cfg=SimpleNamespace(mixed_precision="no", rank=4),
+        cfg=SimpleNamespace(mixed_precision="no", rank=4, config="sdxl"),
         method=SimpleNamespace(clip_parameters=list, title="LoRA", exports_weights=True),
         accelerator=SimpleNamespace(device="cpu", num_processes=1),
         step=0,
@@ -26,6 +26,7 @@ def test_a_count_of_one_is_singular(steps, sentence, tmp_path, caplog):
     )
     setup.announce(run, tmp_path)
     assert sentence in caplog.text
+    assert "; recipe sdxl; into" in caplog.text
 
 
 def test_wandb_gets_each_image_with_its_prompt(tmp_path, monkeypatch):

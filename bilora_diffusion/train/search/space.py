@@ -27,8 +27,8 @@ line as it is.
 def bilora_form(measure: str) -> Candidate:
     """Bi-LoRA as a search tries it: in the form that is best by what the search goes by.
 
-    Sampled images are not better in any form than in the paper's, and where shapes must change an
-    auxiliary for each sample loses the subjects; its held-out loss is the lowest (docs/results.md).
+    By samples no form is better than the paper's on all sets: where shapes must change, an
+    auxiliary for each sample, whose held-out loss is the lowest, loses subjects (docs/results.md).
     """
     options = get("bilora").search_options if measure == HELDOUT_LOSS else {}
     return ((METHOD, "bilora"), *options.items())
