@@ -17,7 +17,7 @@ from bilora_diffusion.api import BiLoRA
 from bilora_diffusion.config import constraints
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.text.config import resolve as resolve_text
-from docs import make
+from docs import make, pictures
 from tests.docs.pages import (
     BLOCK,
     CONTRIBUTING,
@@ -153,6 +153,16 @@ SLOW = ("../README.md", "models.md")
 def test_a_page_is_what_the_code_makes(name):
     content = (make.FOLDER / name).read_text(encoding="utf-8")
     assert content == make.page(name), "an option has changed: run `python -m docs.make`"
+
+
+def test_no_picture_is_older_than_what_it_shows():
+    files = {path.relative_to(make.FOLDER).as_posix() for path in make.FOLDER.rglob("*.png")}
+    assert files == set(pictures.NAMES)
+    recorded = pictures.read_record()
+    changed = [name for name in pictures.stale() if name in recorded]
+    assert changed == [], "what they show has changed: run `make pictures`, and look"
+    for name in files:
+        assert (make.FOLDER / name).stat().st_size < 200_000, name
 
 
 def test_the_pages_leave_nothing_out():
