@@ -41,6 +41,7 @@ def test_dora_on_a_bf16_model_starts_at_its_base():
     base_output = model(x)
     adapters.inject(model, AdapterSpec(use_dora=True))
     layer: Any = adapters.layers(model)[0][1]
+    # PEFT takes the norm in the base's precision; DoRA then starts off its base by bf16's rounding.
     norm = layer.base_layer.weight.float().norm(dim=1)
     magnitude = layer.lora_magnitude_vector[PRIMARY].weight
     torch.testing.assert_close(magnitude, norm, rtol=1e-6, atol=0)
@@ -78,6 +79,7 @@ def test_only_restores_order_flags_and_switches(enabled, names):
     before = state()
     with contextlib.suppress(KeyError), adapters.only(model, names):
         assert adapters.active(model) == names
+        # The state comes back after an error too.
         raise KeyError
     assert state() == before
 

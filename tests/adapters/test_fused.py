@@ -22,6 +22,7 @@ from bilora_diffusion.adapters.fused import FusedLinear, fuse, unfuse, unfused
 from bilora_diffusion.methods.bilora.per_sample import Assignment, SampleAuxiliaries
 
 BOTH = (PRIMARY, AUXILIARY)
+# Largest error of a result, relative to its norm: a few roundings of its dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -44,6 +45,7 @@ def results(model, x, autocast=None, forward=None):
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         output = (forward or model)(x)
+    # A loss in float64, so that no rounding of its sum reaches the gradients.
     direction = torch.linspace(-1, 1, output.numel()).view(output.shape)
     model.zero_grad()
     (output.double() * direction).sum().backward()
@@ -94,6 +96,8 @@ def test_same_as_peft(dtypes, ranks, alphas, shape, kernel, bias, active, transp
         shape = (2, 12, 6, 5)
     model = adapted(layer.to(weight_dtype), ranks, alphas, active)
     peft_class = type(model[0])
+    # After the weights: of other values a gradient of rank 1 may cancel to a twentieth of its
+    # terms, where bf16's rounding is over the tolerance in PEFT's forward too.
     x = torch.randn(shape, dtype=x_dtype)
     if transposed and kernel is not None:
         x = x.to(memory_format=torch.channels_last)
@@ -101,6 +105,7 @@ def test_same_as_peft(dtypes, ranks, alphas, shape, kernel, bias, active, transp
         x = x.transpose(0, -2)
     expected = results(model, x, autocast)
     assert fuse(model) == 1
+    # The fused forward must not fall back to PEFT's.
     with mock.patch.object(peft_class, "forward", side_effect=AssertionError):
         actual = results(model, x, autocast)
     assert_same(actual, expected, TOLERANCE[torch.bfloat16 if autocast else x_dtype])
@@ -178,6 +183,7 @@ def test_other_states_are_left_to_peft(change_state):
     with unfused(model):
         expected = model(x)
     with mock.patch.object(lora.Linear, "forward", autospec=True) as forward:
+        # PEFT's forward is called once, and its output is the layer's.
         forward.side_effect = lambda *_: expected.clone()
         assert torch.equal(model(x), expected)
     assert forward.call_count == 1
@@ -268,9 +274,11 @@ def test_rows_add_products_with_factors_of_their_own(
 
     auxiliaries = SampleAuxiliaries([adapters.layers(model, AUXILIARY)], [1.0], Assignment(count))
     lora_layer.sample_slot.adapter.fused_with = fused_with
+    # Not by `activate`, which would make the layer's own auxiliary act beside those of the samples.
     lora_layer._active_adapter = list(BOTH)
     parameters = list(auxiliaries.parameters())
     for number, parameter in enumerate(parameters):
+        # Each auxiliary gets the factors of the reference.
         parameter.data = flatten(A.detach()[number], B.detach()[number])
     with auxiliaries.around_batch(range(count), ()):
         assert_same(results(model, x), expected, 1e-12)

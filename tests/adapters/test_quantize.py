@@ -59,6 +59,7 @@ def adapt(model, dora=False, filled=True):
 def test_a_weight_takes_half_a_byte_and_is_9_percent_off(dtype):
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(512, 640), nn.LayerNorm(640)).to(dtype)
+    # NF4's levels are the quantiles of normal values.
     nn.init.normal_(model[0].weight)
     weight, bias = copy.deepcopy(model[0]).parameters()
     assert quantize(model, dtype) == 1

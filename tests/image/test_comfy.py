@@ -21,9 +21,10 @@ from bilora_diffusion.image.validation import ValidationSample
 from tests.export.comfy_names import NAMES
 from tests.image.tiny import FILES, make_pipeline
 
-STEPS, SIDE = 5, 64
-KINDS = {kind: family_class(kind, kind) for kind in FAMILIES}
-READ = [kind for kind, family in KINDS.items() if family.comfyui is not None]
+STEPS = 5
+SIDE = 64
+# Pipelines that ComfyUI reads.
+READ = [kind for kind in FAMILIES if family_class(kind, kind).comfyui is not None]
 
 
 def pipeline_of(kind):
@@ -39,67 +40,79 @@ def nodes(graph, *kinds):
     return [node["inputs"] for node in graph.values() if node["class_type"] in kinds]
 
 
-def time_shift(alpha, times):
-    return alpha * times / (1 + (alpha - 1) * times)
+def shift_times(shift, times):
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def sdxl_levels(steps):
+    """Every n-th level of a scaled linear schedule, "ddim_uniform" in ComfyUI."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = (1 - betas).cumprod(0)
+    levels = ((1 - alphas) / alphas).sqrt()
+    return levels[1 :: 1000 // steps].flip(0).float()
 
 
 def comfy_levels(graph):
     """Noise levels of a workflow from the first to the last before 0."""
-    if nodes(graph, "Flux2Scheduler"):
-        (flux_scheduler,) = nodes(graph, "Flux2Scheduler")
-        mu = compute_empirical_mu(
-            flux_scheduler["width"] * flux_scheduler["height"] // 256, flux_scheduler["steps"]
-        )
-        return time_shift(math.exp(mu), torch.linspace(1, 0, flux_scheduler["steps"] + 1)[:-1])
+    # FLUX.2 has a node for its levels, and no KSampler.
+    for scheduler in nodes(graph, "Flux2Scheduler"):
+        tokens = scheduler["width"] * scheduler["height"] // 16**2
+        mu = compute_empirical_mu(tokens, scheduler["steps"])
+        return shift_times(math.exp(mu), torch.linspace(1, 0, scheduler["steps"] + 1)[:-1])
     (sampler,) = nodes(graph, "KSampler")
-    steps, scheduler = sampler["steps"], sampler["scheduler"]
-    if scheduler == "ddim_uniform":
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        alphas = (1 - betas).cumprod(0)
-        levels = ((1 - alphas) / alphas).sqrt()
-        return levels[1 :: 1000 // steps].flip(0).float()
-    if flux := nodes(graph, "ModelSamplingFlux"):
-        assert flux[0]["max_shift"] == flux[0]["base_shift"]
-        alpha = math.exp(flux[0]["max_shift"])
-    else:
-        alpha = nodes(graph, "ModelSamplingSD3", "ModelSamplingAuraFlow")[0]["shift"]
-    if scheduler == "normal":
-        last_level = time_shift(alpha, torch.tensor(0.001)).item()
-        return time_shift(alpha, torch.linspace(1, last_level, steps))
-    assert scheduler == "simple"
-    return time_shift(alpha, 1 - torch.arange(steps) / steps)
+    steps = sampler["steps"]
+    if sampler["scheduler"] == "ddim_uniform":
+        return sdxl_levels(steps)
+    (model,) = nodes(graph, "ModelSamplingFlux", "ModelSamplingSD3", "ModelSamplingAuraFlow")
+    if "shift" in model:
+        shift = model["shift"]
+    else:  # of FLUX: between these by the image's size, which is no matter where they are equal
+        assert model["max_shift"] == model["base_shift"]
+        shift = math.exp(model["max_shift"])
+    if sampler["scheduler"] == "normal":
+        # ComfyUI's lowest time is a thousandth, not 0.
+        last_level = shift_times(shift, 0.001)
+        return shift_times(shift, torch.linspace(1, last_level, steps))
+    assert sampler["scheduler"] == "simple"
+    return shift_times(shift, 1 - torch.arange(steps) / steps)
 
 
 @pytest.mark.parametrize("kind", READ)
 def test_the_noise_levels_are_those_of_diffusers(kind, monkeypatch):
-    pipeline, levels = pipeline_of(kind), []
+    pipeline = pipeline_of(kind)
+    levels = []
     scheduler: Any = EulerDiscreteScheduler if kind == SDXL else FlowMatchEulerDiscreteScheduler
-    original = scheduler.set_timesteps
+    set_timesteps = scheduler.set_timesteps
 
-    @functools.wraps(original)
-    def recording(self, *args, **values):
-        original(self, *args, **values)
+    @functools.wraps(set_timesteps)  # pipelines read its signature
+    def record(self, *args, **values):
+        set_timesteps(self, *args, **values)
         levels.append(self.sigmas[:-1].float().clone())
 
-    monkeypatch.setattr(scheduler, "set_timesteps", recording)
+    monkeypatch.setattr(scheduler, "set_timesteps", record)
     generate(pipeline, ["a fox"], [3], size=SIDE, steps=STEPS, guidance_scale=2.5)
     torch.testing.assert_close(comfy_levels(graph_of(pipeline)), levels[0], rtol=1e-4, atol=1e-5)
 
 
-def ends(graph):
-    """Classes of the nodes that serve no other; each is served by those before it."""
-    serving = set()
+def links_of(node):
+    """Numbers of the nodes that a node's inputs come from."""
+    return [value[0] for value in node["inputs"].values() if isinstance(value, list)]
+
+
+def final_classes(graph):
+    """Classes of the nodes whose output no other node reads."""
+    read_numbers = set()
     for number, node in graph.items():
-        links = [value[0] for value in node["inputs"].values() if isinstance(value, list)]
-        assert all(int(link) < int(number) for link in links)  # what comes before, so no circle
-        serving.update(links)
-    return [node["class_type"] for number, node in graph.items() if number not in serving]
+        for link in links_of(node):
+            assert int(link) < int(number)  # so there is no circle
+            read_numbers.add(link)
+    return [node["class_type"] for number, node in graph.items() if number not in read_numbers]
 
 
 @pytest.mark.parametrize("kind", READ)
 def test_a_workflow_hangs_together(kind):
     graph = graph_of(pipeline_of(kind))
-    assert ends(graph) == ["SaveImage"]  # all serve it
+    assert final_classes(graph) == ["SaveImage"]
     (lora,) = nodes(graph, "LoraLoader", "LoraLoaderModelOnly")
     assert (lora["lora_name"], lora["strength_model"]) == ("dog.safetensors", 1)
     assert nodes(graph, "CLIPTextEncode")[0]["text"] == "a fox"
@@ -111,24 +124,25 @@ def test_a_workflow_hangs_together(kind):
 @pytest.mark.parametrize("kind", [kind for kind in READ if kind != "FluxPipeline"])
 def test_with_guidance_from_the_base_model_the_adapter_acts_on_the_prompt_alone(kind):
     graph = graph_of(pipeline_of(kind), "base")
-    assert ends(graph) == ["SaveImage"]
+    assert final_classes(graph) == ["SaveImage"]
 
-    def kinds_before(link):
-        """Classes of all nodes that an input depends on."""
-        node = graph[link[0]]
-        kinds = {node["class_type"]}
-        for value in node["inputs"].values():
-            if isinstance(value, list):
-                kinds |= kinds_before(value)
-        return kinds
+    def sources(number):
+        """Classes of a node and of all that it depends on."""
+        classes = {graph[number]["class_type"]}
+        for link in links_of(graph[number]):
+            classes |= sources(link)
+        return classes
 
     (guided,) = nodes(graph, "KSampler", "CFGGuider")
+    model = sources(guided["model"][0])
+    positive = sources(guided["positive"][0])
+    negative = sources(guided["negative"][0])
     loras = {"LoraLoader", "LoraLoaderModelOnly", "CreateHookLoraModelOnly"}
-    assert "CreateHookLoraModelOnly" in kinds_before(guided["positive"])
-    assert not loras & kinds_before(guided["model"])
-    if "ConditioningZeroOut" not in kinds_before(guided["negative"]):
-        assert not loras & kinds_before(guided["negative"])
-    assert "CreateHookLoraModelOnly" not in kinds_before(guided["negative"])
+    assert "CreateHookLoraModelOnly" in positive
+    assert model.isdisjoint(loras)
+    assert "CreateHookLoraModelOnly" not in negative
+    if "ConditioningZeroOut" not in negative:  # where it is zero its text encoder plays no part
+        assert negative.isdisjoint(loras)
     for lora in nodes(graph, *loras):
         assert (lora["lora_name"], lora["strength_model"]) == ("dog.safetensors", 1)
 
@@ -136,11 +150,17 @@ def test_with_guidance_from_the_base_model_the_adapter_acts_on_the_prompt_alone(
 def test_every_model_that_comfyui_reads_has_a_workflow_and_no_other():
     readable = {kind for kind in FILES if type(make_pipeline(kind).transformer).__name__ in NAMES}
     assert readable | {SDXL} == set(READ)
-    cases = {"plain": ([], False), "all": (["to_q", "all"], False), "dora": ([], True)}
-    misread = {(c, kind) for c in cases for kind in FILES if c == "dora" or kind not in readable}
-    for case, (layers, dora) in cases.items():
-        for kind in (*FILES, SDXL):
-            facts = {"pipeline": kind, "family": KINDS[kind]()}
-            cfg: Any = SimpleNamespace(**facts, lora_layers=layers, use_dora=dora)
-            reads = (case, kind) not in misread | {("all", "Flux2KleinPipeline")}
-            assert (comfy.remark(cfg) is None) == reads, (case, kind)
+
+
+@pytest.mark.parametrize("kind", [SDXL, *FILES])
+def test_a_run_whose_adapter_comfyui_misreads_has_a_remark(kind):
+    def has_remark(lora_layers=(), use_dora=False):
+        family = family_class(kind, kind)()
+        cfg: Any = SimpleNamespace(
+            pipeline=kind, family=family, lora_layers=lora_layers, use_dora=use_dora
+        )
+        return comfy.remark(cfg) is not None
+
+    assert has_remark() == (kind not in READ)
+    assert has_remark(["to_q", "all"]) == (kind not in READ or kind == "Flux2KleinPipeline")
+    assert has_remark(use_dora=True) == (kind != SDXL)

@@ -13,19 +13,19 @@ from bilora_diffusion.image.families import SDXL, family_of
 from bilora_diffusion.image.pipeline import load_pipeline, select_layers
 from tests.image.tiny import FILES, make_pipeline
 
-BOTH = {f"ff{c}.net.#{p}" for c in ("", "_context") for p in ("", ".proj")}
+STREAMS = "ff.net.# ff.net.#.proj ff_context.net.# ff_context.net.#.proj"
+SINGLE = "single_transformer_blocks.#.proj_mlp single_transformer_blocks.#.proj_out"
 FEED_FORWARD = {
-    SDXL: {"ff.net.#.proj", "ff.net.#"},
-    "StableDiffusion3Pipeline": BOTH,
-    "FluxPipeline": BOTH | {f"single_transformer_blocks.#.proj_{p}" for p in ("mlp", "out")},
-    "Flux2KleinPipeline": {f"ff{c}.linear_{p}" for c in ("", "_context") for p in ("in", "out")},
-    "ZImagePipeline": {"feed_forward.w1", "feed_forward.w2", "feed_forward.w3"},
-    "QwenImagePipeline": {f"{c}_mlp.net.#{p}" for c in ("img", "txt") for p in ("", ".proj")},
-    "Krea2Pipeline": {"ff.gate", "ff.up", "ff.down"},
-    "Lumina2Pipeline": {f"feed_forward.linear_{n}" for n in "123"},
+    SDXL: "ff.net.#.proj ff.net.#",
+    "StableDiffusion3Pipeline": STREAMS,
+    "FluxPipeline": f"{STREAMS} {SINGLE}",
+    "Flux2KleinPipeline": "ff.linear_in ff.linear_out ff_context.linear_in ff_context.linear_out",
+    "ZImagePipeline": "feed_forward.w1 feed_forward.w2 feed_forward.w3",
+    "QwenImagePipeline": "img_mlp.net.# img_mlp.net.#.proj txt_mlp.net.# txt_mlp.net.#.proj",
+    "Krea2Pipeline": "ff.gate ff.up ff.down",
+    "Lumina2Pipeline": "feed_forward.linear_1 feed_forward.linear_2 feed_forward.linear_3",
 }
 """The ends of the names, with # for numbers; every layer of such a name is one."""
-each_kind = pytest.mark.parametrize("kind", [SDXL, *FILES])
 
 
 def pipeline(kind):
@@ -38,34 +38,45 @@ def layers(pipeline, *words):
     return set(target_layers(model, spec))
 
 
-@each_kind
+def feed_forward_end(kind, name):
+    """The end that a layer's name has, or None."""
+    # "blocks.3.ff.net.0" becomes ".blocks.#.ff.net.#".
+    pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", f".{name}")
+    for end in FEED_FORWARD[kind].split():
+        if pattern.endswith(f".{end}"):
+            return end
+    return None
+
+
+@pytest.mark.parametrize("kind", [SDXL, *FILES])
 def test_groups_and_names(kind):
     base = pipeline(kind)
     model: nn.Module = family_of(base).model(base)
-    module_types = {name: type(module) for name, module in model.named_modules()}
-    linear = {name for name, kind in module_types.items() if kind is nn.Linear}
-    inner = {
-        name
-        for name, kind in module_types.items()
-        if kind is nn.Conv2d and re.search(r"\.\d+\.", name)
-    }
+    linear = set()
+    inner_convolutions = set()
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            linear.add(name)
+        if type(module) is nn.Conv2d and re.search(r"\.\d+\.", name):  # of a numbered block
+            inner_convolutions.add(name)
     attention, feed_forward = layers(base, "attention"), layers(base, "feed-forward")
-    ends = tuple(f".{end}" for end in FEED_FORWARD[kind])
-    plain = {name: re.sub(r"(?<=\.)\d+(?=\.|$)", "#", f".{name}") for name in linear}
-    assert feed_forward == {name for name in linear if plain[name].endswith(ends)}
-    assert len({end for end in ends for n in feed_forward if plain[n].endswith(end)}) == len(ends)
-    assert attention & feed_forward == set()
+    assert feed_forward == {name for name in linear if feed_forward_end(kind, name)}
+    used_ends = {feed_forward_end(kind, name) for name in feed_forward}
+    assert used_ends == set(FEED_FORWARD[kind].split())
+    assert attention.isdisjoint(feed_forward)
     assert layers(base, "attention", "feed-forward") == attention | feed_forward
     assert layers(base, "all-linear") == linear
-    assert layers(base, "all") == linear | inner
-    assert layers(base, "feed-forward", "to_k") > {n for n in linear if n.endswith(".to_k")}
+    assert layers(base, "all") == linear | inner_convolutions
+    keys = {name for name in linear if name.endswith(".to_k")}
+    assert layers(base, "feed-forward", "to_k") == feed_forward | keys
     if kind == SDXL:
-        assert layers(base, "convolutions") == inner
-        assert set(adaptable(model, convolutions=True)) == inner | {"conv_in", "conv_out"}
+        assert layers(base, "convolutions") == inner_convolutions
+        outer_convolutions = {"conv_in", "conv_out"}
+        assert set(adaptable(model, convolutions=True)) == inner_convolutions | outer_convolutions
         assert layers(base, "conv_in", "resnets.0.conv1") > {"conv_in"}
-        return
-    with pytest.raises(UserError, match=r"convolutions.*no such layer.*all-linear"):
-        layers(base, "convolutions")
+    else:
+        with pytest.raises(UserError, match=r"convolutions.*no such layer.*all-linear"):
+            layers(base, "convolutions")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Files of every kind become upright RGB on white; crops, flips and resizing are torchvision's."""
 
-from typing import Any
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -20,12 +20,7 @@ from bilora_diffusion.image.crops import (
     resize,
     sample_crop,
 )
-from bilora_diffusion.image.image_files import (
-    read_mask,
-    read_rgb,
-    to_rgb,
-    upright_size,
-)
+from bilora_diffusion.image.image_files import read_mask, read_rgb, to_rgb, upright_size
 from bilora_diffusion.image.opening import open_images
 
 INTERPOLATIONS = [mode.value.replace("-", "_") for mode in InterpolationMode]
@@ -43,6 +38,7 @@ def test_every_crop_lies_inside_an_image_whose_shorter_side_is_the_resolution(
     height, width, side, center, flip, key
 ):
     high, wide = covering_size((height, width), (side, side))
+    # torchvision scales the shorter side and rounds the longer one down.
     by_torchvision = transforms.Resize(side)(Image.new("L", (width, height)))
     assert (high, wide) == (by_torchvision.height, by_torchvision.width)
     draws = generator("test", key)
@@ -56,26 +52,30 @@ def test_every_crop_lies_inside_an_image_whose_shorter_side_is_the_resolution(
 
 def test_random_crops_reach_every_place_and_flips_are_even():
     options = {"center_crop": False, "random_flip": True}
-    crops = [sample_crop((8, 11), (8, 8), generator=generator(i), **options) for i in range(2000)]
-    lefts = np.bincount([crop.left for crop in crops], minlength=4)
-    assert len(lefts) == 4
-    assert np.all(np.abs(lefts / 2000 - 0.25) < 0.05)
-    assert abs(np.mean([crop.flipped for crop in crops]) - 0.5) < 0.05
+    counts: Counter[int | str] = Counter()
+    for key in range(2000):
+        crop = sample_crop((8, 11), (8, 8), generator=generator(key), **options)
+        counts[crop.left] += 1
+        counts["flipped"] += crop.flipped
+    # Four places from 0 to 3; 0.05 is five standard deviations.
+    expected = pytest.approx({0: 0.25, 1: 0.25, 2: 0.25, 3: 0.25, "flipped": 0.5}, abs=0.05)
+    assert {key: count / 2000 for key, count in counts.items()} == expected
 
 
 def test_an_option_leaves_the_other_draws_alone():
-    def crop_and_number(center_crop, random_flip):
-        draws, options = generator("same"), {"center_crop": center_crop, "random_flip": random_flip}
-        return sample_crop((40, 90), (16, 16), generator=draws, **options), float(
-            torch.rand(1, generator=draws)
+    def crop_and_next_number(center_crop, random_flip):
+        draws = generator("same")
+        crop = sample_crop(
+            (40, 90), (16, 16), center_crop=center_crop, random_flip=random_flip, generator=draws
         )
+        return crop, float(torch.rand(1, generator=draws))
 
-    (both, after), (unflipped, second_number), (centered, alike) = (
-        crop_and_number(*options) for options in ((False, True), (False, False), (True, True))
-    )
-    assert (both.top, both.left) == (unflipped.top, unflipped.left)
-    assert both.flipped == centered.flipped
-    assert after == second_number == alike
+    crop, number = crop_and_next_number(center_crop=False, random_flip=True)
+    unflipped, number_without_flip = crop_and_next_number(center_crop=False, random_flip=False)
+    centered, number_when_centered = crop_and_next_number(center_crop=True, random_flip=True)
+    assert (crop.top, crop.left) == (unflipped.top, unflipped.left)
+    assert crop.flipped == centered.flipped
+    assert number == number_without_flip == number_when_centered
 
 
 @pytest.mark.parametrize("size", [(40, 60), (60, 40), (41, 67), (16, 16), (7, 5)])
@@ -84,23 +84,19 @@ def test_a_centered_cut_equals_torchvisions(size, interpolation):
     crop = sample_crop(size, (16, 16), center_crop=True, random_flip=False, generator=generator(0))
     mode = InterpolationMode(interpolation.replace("_", "-"))
     reference = transforms.Compose(
-        [
-            *(transforms.Resize(16, mode), transforms.CenterCrop(16)),
-            *(transforms.ToTensor(), transforms.Normalize([0.5], [0.5])),
-        ]
+        [transforms.Resize(16, mode), transforms.CenterCrop(16), transforms.ToTensor()]
     )
     image = picture(*size)
-    pixels = cut(resize(image, (16, 16), interpolation), crop, (16, 16)) * 2 - 1
+    pixels = cut(resize(image, (16, 16), interpolation), crop, (16, 16))
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, reference(image), rtol=0, atol=1e-6)
 
 
 def test_the_crop_position_is_that_of_the_mirrored_image():
-    image = picture(16, 40)
-    pixels_before = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
-    small = resize(image, (16, 16), "lanczos")
-    pixels = cut(small, Crop(0, 3, flipped=True), (16, 16)) * 2 - 1
-    torch.testing.assert_close(pixels, pixels_before.flip(-1)[:, :, 3:19], rtol=0, atol=1e-6)
+    image = picture(16, 40)  # already of the height of the crop
+    mirrored = transforms.ToTensor()(image).flip(-1)
+    pixels = cut(resize(image, (16, 16), "lanczos"), Crop(0, 3, flipped=True), (16, 16))
+    torch.testing.assert_close(pixels, mirrored[:, :, 3:19], rtol=0, atol=1e-6)
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -113,6 +109,7 @@ def test_exif_orientation_is_applied(tmp_path):
     assert images.entries[0].size == (12, 8)
     turned = images.image(0)
     assert turned.size == (8, 12)
+    # The left upper corner is the right upper one now.
     assert turned.getpixel((7, 0)) == (255, 0, 0)
 
 
@@ -124,26 +121,39 @@ def test_a_size_is_upright_whether_pixels_are_decoded_or_not(orientation, suffix
     file = tmp_path / f"a{suffix}"
     Image.new("RGB", (12, 8)).save(file, exif=exif)
     image = read_rgb(file)
-    sizes = [upright_size(file, decode=decode) for decode in (False, True)]
-    assert sizes == [(image.height, image.width)] * 2
+    assert upright_size(file, decode=False) == (image.height, image.width)
+    assert upright_size(file, decode=True) == (image.height, image.width)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16"])
-def test_transparency_is_laid_on_white(mode, tmp_path):
-    options: dict[str, Any] = {}
-    if mode == "RGB":  # one color is declared transparent
-        image, options = Image.new("RGB", (4, 4), (9, 9, 9)), {"transparency": (9, 9, 9)}
-    elif mode == "I;16":
-        gray = np.full((4, 4), 3000, dtype=np.uint16)
-        image, options = Image.fromarray(gray), {"transparency": 3000}
-    elif mode == "P":
-        image, options = Image.new("P", (4, 4), 3), {"transparency": 3}
-        image.putpalette([level for level in range(256) for _ in "rgb"])
-    else:
-        image = Image.new("RGBA", (4, 4), (200, 10, 10, 0)).convert(mode)
-    image.save(tmp_path / "a.png", **options)
+def palette_image():
+    image = Image.new("P", (4, 4), 3)
+    image.putpalette(bytes(range(256)) * 3)
+    return image
+
+
+TRANSPARENT = Image.new("RGBA", (4, 4), (200, 10, 10, 0))
+GRAY_16_BIT = Image.fromarray(np.full((4, 4), 3000, dtype=np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("image", "transparency"),
+    [
+        (TRANSPARENT, None),
+        (TRANSPARENT.convert("LA"), None),
+        # These declare one color transparent.
+        (palette_image(), 3),
+        (Image.new("RGB", (4, 4), (9, 9, 9)), (9, 9, 9)),
+        (GRAY_16_BIT, 3000),
+    ],
+    ids=["RGBA", "LA", "P", "RGB", "I;16"],
+)
+def test_transparency_is_laid_on_white(image, transparency, tmp_path):
+    image.save(tmp_path / "a.png", transparency=transparency)
     assert read_rgb(tmp_path / "a.png").getpixel((1, 1)) == (255, 255, 255)
     assert read_mask(tmp_path / "a.png", alpha=True).getpixel((1, 1)) == 0
+
+
+def test_half_a_transparency_is_half_white():
     half = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
     assert to_rgb(half).getpixel((0, 0)) == (127, 127, 127)
 
@@ -153,18 +163,20 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     for name in ("a.png", "a.tif"):
         Image.fromarray(values).save(tmp_path / name)
         red = np.asarray(read_rgb(tmp_path / name))[..., 0]
+        # 257 is 65535 / 255.
         assert red.tolist() == [[0, 100], [200, 255]]
 
 
-def test_an_image_is_decoded_once_while_there_is_room(tmp_path):
+SIZE = 96 * 64 * 3
+"""Bytes of an image."""
+
+
+@pytest.mark.parametrize(("room", "is_cached"), [(0, False), (SIZE - 1, False), (SIZE, True)])
+def test_an_image_is_decoded_once_while_there_is_room(room, is_cached, tmp_path):
     picture(96, 64).save(tmp_path / "odd.png")
     images = open_images(str(tmp_path))
-
-    def is_cached(room):
-        cache = ResizedImages(room)
-        first, second = (cache.get(images, 0, (64, 64), "lanczos")[0] for _ in range(2))
-        assert torch.equal(first, second)
-        return second is first
-
-    size = 96 * 64 * 3
-    assert [is_cached(room) for room in (0, size - 1, size)] == [False, False, True]
+    cache = ResizedImages(room)
+    first_pixels, _ = cache.get(images, 0, (64, 64), "lanczos")
+    pixels, _ = cache.get(images, 0, (64, 64), "lanczos")
+    assert torch.equal(first_pixels, pixels)
+    assert (pixels is first_pixels) == is_cached

@@ -49,6 +49,7 @@ class Run:
     ) -> None:
         self.model: Any = two_layers()
         self.method: Method = create(name, options)
+        # The adapters start from the same values in all runs.
         torch.manual_seed(1)
         self.groups = self.method.setup([Target("model", self.model, spec, lr, decay)])
         if isinstance(kind, str):
@@ -105,6 +106,7 @@ def naive(run: Run) -> reference.Net:
             A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
             values += [A.detach(), B.detach(), layer.scaling[name]]
         if not values:
+            # Empty matrices add nothing.
             values = [torch.zeros(0), torch.zeros(0), 1.0]
         layers.append(reference.Layer(base.weight.detach(), base.bias.detach(), *values))
     return reference.Net(layers, rules)
@@ -127,6 +129,7 @@ def follow(
         warmup: steps in which all learning rates rise from 0, linearly.
     """
     net = naive(run)
+    # The rates before the warm-up; a rule holds its optimizer's moments too.
     rates = copy.deepcopy(net.rules)
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda k: rising(k, warmup))
     for net.k in range(STEPS):

@@ -78,6 +78,7 @@ def test_bound_holds_where_columns_cancel(dtype, cancel):
         A = torch.stack((a, a + cancel * direction))
         B = torch.stack((b, -b), dim=1)
         factors = [Factors("0", A.to(dtype), B.to(dtype), 1.0)]
+        # Far outside, so that the factors are rounded anew.
         rho = true_norm(factors) / 3
         ball.project_(factors, rho)
         assert true_norm(factors) <= rho * (1 + 1e-6)
@@ -103,6 +104,7 @@ def test_projection_reaches_the_sphere_by_one_root_for_both_factors_and_once(dty
         projected_once = copy.deepcopy(factors)
         ball.project_(factors, 0.05)
         for layer, projected_layer in zip(factors, projected_once, strict=True):
+            # Rounding leaves the norm at rho or below, so that a second projection changes nothing.
             assert torch.equal(layer.A, projected_layer.A)
 
 

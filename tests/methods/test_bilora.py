@@ -83,6 +83,7 @@ def train_in_unit(unit):
     """The losses in a unit, from steps on losses of that unit, and the radius at the end."""
 
     def make_adamw(groups):
+        # AdamW itself is free of the unit but for its epsilon.
         return torch.optim.AdamW(groups, eps=1e-8 * unit)
 
     run = Run("bilora", MethodOptions(rho="auto", loss_rise=0.3), make_adamw)
@@ -124,6 +125,7 @@ def matrices(model):
     for layer in (model[0], model[2]):
         unit_vectors = torch.eye(layer.in_features, dtype=torch.float64)
         with torch.no_grad():
+            # Without the bias: the layer's output for 0.
             weights.append((layer(unit_vectors) - layer(0 * unit_vectors)).flatten())
     return torch.cat(weights)
 
@@ -184,6 +186,7 @@ def test_every_step_is_projected_and_logged_under_a_schedule_and_accelerate(wrap
         optimizer.zero_grad()
         metrics = run.method.metrics()
         assert list(metrics) == ["auxiliary_norm_before", "auxiliary_norm"]
+        # Otherwise there was nothing to project.
         assert metrics["auxiliary_norm_before"] > RHO
         factors = adapters.factors(run.model, AUXILIARY)
         assert float(ball.frobenius_norm(factors)) == pytest.approx(RHO, rel=1e-12)

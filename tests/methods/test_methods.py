@@ -55,7 +55,7 @@ def test_registry(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
     @register("other")
-    class Other(Method):
+    class NewMethod(Method):
         pass
 
     assert names()[-1] == create("other").name == "other"

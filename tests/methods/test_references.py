@@ -98,6 +98,7 @@ def test_50_steps_follow_the_naive_reference(case, optimizer, lr, decay, warmup)
     net = follow(run, case.reference, warmup)
     # LoRA-SAM takes a second pass at the perturbed weights.
     assert run.passes == (2 * STEPS if case.name == "lora-sam" else STEPS)
+    # Steps in which the auxiliary left the ball.
     if "outside" in net.numbers:
         assert sum(net.numbers["outside"]) >= 5, "the projection must have been at work"
 

@@ -182,21 +182,23 @@ def test_a_missing_or_damaged_package_is_named(tmp_path, monkeypatch):
 
 TEN = ["acceptable"] * 6 + ["unacceptable"] * 4
 SHIFTED_TEN = TEN[1:] + TEN[:1]
-SCORES: list[tuple[str, list[str], list[str], tuple[str, ...], float]] = [
-    ("accuracy", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
-    ("exact_match", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
-    # 5 and 3 of the classes are right, 1 and 1 wrong: (5 * 3 - 1 * 1) / (6 * 4).
-    ("matthews_correlation", SHIFTED_TEN, TEN, (), 14 / 24),
-    ("matthews_correlation", ["acceptable"] * 10, TEN, (), 0.0),
-    # Of two classes F1 is that of the last: 2 TP / (2 TP + FP + FN).
-    ("f1", ["b", "b", "a", "what?"], ["b", "a", "b", "b"], ("a", "b"), 2 / 5),
-    # Of more classes it is the mean.
-    ("f1", ["a", "b", "b"], ["a", "b", "c"], ("a", "b", "c"), (1 + 2 / 3) / 3),
-    ("answer_match", ["I think\n#### 72.0", "72", "#### 71"], ["#### 72"] * 3, (), 1 / 3),
-]
 
 
-@pytest.mark.parametrize(("metric", "predictions", "right", "labels", "value"), SCORES)
+@pytest.mark.parametrize(
+    ("metric", "predictions", "right", "labels", "value"),
+    [
+        ("accuracy", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
+        ("exact_match", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
+        # 5 and 3 of the classes are right, 1 and 1 wrong: (5 * 3 - 1 * 1) / (6 * 4).
+        ("matthews_correlation", SHIFTED_TEN, TEN, (), 14 / 24),
+        ("matthews_correlation", ["acceptable"] * 10, TEN, (), 0.0),
+        # Of two classes F1 is that of the last: 2 TP / (2 TP + FP + FN).
+        ("f1", ["b", "b", "a", "what?"], ["b", "a", "b", "b"], ("a", "b"), 2 / 5),
+        # Of more classes it is the mean.
+        ("f1", ["a", "b", "b"], ["a", "b", "c"], ("a", "b", "c"), (1 + 2 / 3) / 3),
+        ("answer_match", ["I think\n#### 72.0", "72", "#### 71"], ["#### 72"] * 3, (), 1 / 3),
+    ],
+)
 def test_scores(metric, predictions, right, labels, value):
     assert score([metric], predictions, right, labels, "####") == {metric: pytest.approx(value)}
 

@@ -46,6 +46,7 @@ def test_seq2seq_rows_end_with_eos_on_both_sides_and_are_cut_before_it():
     what_id, is_id, red, first, second = tokenizer.convert_tokens_to_ids(words)
     eos = tokenizer.eos_token_id
     assert rows.row(0) == {"input_ids": [what_id, is_id, eos], "labels": [red, eos]}
+    # The answer of three words and EOS is cut to three tokens, EOS the last.
     assert rows.row(1) == {"input_ids": [red, eos], "labels": [first, second, eos]}
     assert (rows.truncated, rows.dropped) == (2, 0)
     assert (rows.lengths, rows.target_tokens) == ([3, 3], [2, 3])
@@ -177,6 +178,7 @@ def test_blank_answers_are_left_out_with_a_note(caplog):
 def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path, monkeypatch):
     base = [Example("what", "red"), TALK]
     tokenizer = texts.chat_tokenizer()
+    # A comment changes the template and no token.
     longer = texts.chat_tokenizer(chat_template=tokenizer.chat_template + "{# new #}")
     cases: list[tuple[list[Example], Any, dict[str, Any]]] = [
         (base, tokenizer, {}),
@@ -203,21 +205,23 @@ def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path
 
 ONE_EXAMPLE = [Example("a", "b", where="row 1")]
 REWRITES = "{% for m in messages %}{{ messages | length }}{{ m['content'] }}{% endfor %}"
-REFUSED: list[tuple[list[Example], dict[str, Any], dict[str, Any], str]] = [
-    ([Example("a", " ")], {}, {}, "no row of the set has an answer.*--target_column"),
-    (ONE_EXAMPLE, {}, {"max_tokens": 100}, "--max_length 512 .*100 tokens that the model"),
-    (ONE_EXAMPLE, {}, {"template": "chat"}, "no chat template"),
-    ([*ONE_EXAMPLE, TALK], {}, {}, "row 2 is a conversation of several.*--template chat"),
-    (
-        ONE_EXAMPLE,
-        {"chat_template": REWRITES},
-        {},
-        "the turns of row 1 in another way.*--template alpaca",
-    ),
-]
 
 
-@pytest.mark.parametrize(("examples", "tokenizer", "settings", "sentence"), REFUSED)
+@pytest.mark.parametrize(
+    ("examples", "tokenizer", "settings", "sentence"),
+    [
+        ([Example("a", " ")], {}, {}, "no row of the set has an answer.*--target_column"),
+        (ONE_EXAMPLE, {}, {"max_tokens": 100}, "--max_length 512 .*100 tokens that the model"),
+        (ONE_EXAMPLE, {}, {"template": "chat"}, "no chat template"),
+        ([*ONE_EXAMPLE, TALK], {}, {}, "row 2 is a conversation of several.*--template chat"),
+        (
+            ONE_EXAMPLE,
+            {"chat_template": REWRITES},
+            {},
+            "the turns of row 1 in another way.*--template alpaca",
+        ),
+    ],
+)
 def test_refusals(examples, tokenizer, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         texts.encoded(examples, texts.plain_tokenizer(**tokenizer), **settings)

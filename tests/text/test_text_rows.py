@@ -42,6 +42,7 @@ def test_conversations_end_with_the_assistant(tmp_path):
     messages = [{"role": role, "content": content} for role, content in turns]
     path = write(tmp_path, ".jsonl", [{"messages": messages}, {"messages": messages[1:]}])
     talks = open_file(path, input_column="auto", target_column="auto")
+    # The last turn of the user has no answer. A single turn is a question and an answer.
     assert talks == [Example("u", "a", turns=tuple(turns[:3])), Example("u", "a")]
 
 
@@ -68,19 +69,26 @@ def test_named_columns_go_before_usual_ones(tmp_path):
 
 
 GOOD = '{"input": "a", "output": "b"}\n'
-REFUSED: list[tuple[str, str, dict[str, str], str]] = [
-    ("t.jsonl", GOOD + "{oops}\n", {}, "line 2 of t.jsonl"),
-    ("t.json", f"[{GOOD}, 3]", {}, "row 2 of t.json is a number"),
-    ("t.csv", "input,output\na,b,c\n", {}, "line 2 of t.csv .*2 fields"),
-    ("t.jsonl", '{"a": "x", "output": "y"}', {}, "prompt.*--input_column.*a, output"),
-    ("t.jsonl", GOOD, {"input_column": "inputs"}, '"inputs".*"input".*--input_column'),
-    ("t.jsonl", GOOD + '{"input": null, "output": "b"}', {}, '"input" of line 2 .* is empty'),
-    ("t.jsonl", GOOD + '{"input": "a", "output": ["b"]}', {}, '"output" of line 2 .* is a list'),
-    ("t.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', {}, "line 1 .*assistant"),
-]
 
 
-@pytest.mark.parametrize(("name", "content", "columns", "sentence"), REFUSED)
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "sentence"),
+    [
+        ("t.jsonl", GOOD + "{oops}\n", {}, "line 2 of t.jsonl"),
+        ("t.json", f"[{GOOD}, 3]", {}, "row 2 of t.json is a number"),
+        ("t.csv", "input,output\na,b,c\n", {}, "line 2 of t.csv .*2 fields"),
+        ("t.jsonl", '{"a": "x", "output": "y"}', {}, "prompt.*--input_column.*a, output"),
+        ("t.jsonl", GOOD, {"input_column": "inputs"}, '"inputs".*"input".*--input_column'),
+        ("t.jsonl", GOOD + '{"input": null, "output": "b"}', {}, '"input" of line 2 .* is empty'),
+        (
+            "t.jsonl",
+            GOOD + '{"input": "a", "output": ["b"]}',
+            {},
+            '"output" of line 2 .* is a list',
+        ),
+        ("t.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', {}, "line 1 .*assistant"),
+    ],
+)
 def test_refusals_name_the_row_and_the_column(name, content, columns, sentence, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=sentence):

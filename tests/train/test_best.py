@@ -56,4 +56,5 @@ def test_the_average_is_the_weighted_mean_of_the_steps_with_the_decay_as_given(d
     expected = shares @ trajectory.double() / shares.sum()
     with outcome.averaged():
         torch.testing.assert_close(weight.detach(), expected.float(), atol=1e-5, rtol=1e-6)
+    # The trained weights are back.
     assert torch.equal(weight, trajectory[-1])

@@ -43,6 +43,7 @@ def test_blocks_of_one_kind_share_a_graph_and_keep_their_names(without_compiler,
     assert losses == pytest.approx(plain.train(3), abs=1e-6)
     (line,) = [line for line in caplog.messages if line.startswith("step ")]
     assert re.fullmatch(r"step 1: compiled 4 blocks in .*s, to 1 graph", line)
+    # As evaluations do it, with batches of other sizes.
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         run.case.output(run.model, slice(1))
     assert counters["stats"]["unique_graphs"] - before == 1
@@ -65,6 +66,7 @@ def test_a_run_is_the_same_and_goes_on(values, max_graphs, without_compiler, tmp
     before = counters["stats"]["unique_graphs"]
     compiled = runs.train(tmp_path / "compiled", **shared, compile=True, checkpointing_steps=1)
     assert 0 < counters["stats"]["unique_graphs"] - before <= max_graphs
+    # Fused operations round otherwise, most of all in bf16.
     rounding = 2e-2 if "mixed_precision" in values else 1e-5
     for key in ("loss", "heldout_loss"):
         assert runs.column(compiled, key) == pytest.approx(runs.column(plain, key), rel=rounding)

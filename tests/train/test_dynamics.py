@@ -2,7 +2,7 @@
 
 import copy
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -101,7 +101,7 @@ class Training:
         self.cfg = SimpleNamespace(dynamics_steps=INTERVAL)
         self.num_steps = 5
         self.step = 0
-        self.folder = folder
+        self.folder: Any = folder
         self.dynamics = None if folder is None else Dynamics(self, self.optimizer)
         self.method.bind(self.optimizer)
 
@@ -121,7 +121,7 @@ class Training:
         for _ in range(steps):
             loss = self.method.step(self._forward_backward, self.optimizer)
             self.step += 1
-            line = {"loss": float(loss)}
+            line: dict[str, Any] = {"loss": float(loss)}
             if self.dynamics:
                 line |= self.dynamics.values()
                 self.dynamics.write(self.folder)
@@ -221,14 +221,22 @@ def test_the_ascent_gain_is_the_gradient_times_the_weight(options, tmp_path):
         assert saved.scale == factors.scale
 
 
-def test_snapshots_come_back_and_are_cut_and_damage_is_named(tmp_path):
-    run = recorded_runs.make(tmp_path / "run", steps=(0, 2, 9, 10))
+@pytest.fixture
+def run(tmp_path):
+    return recorded_runs.make(tmp_path / "run", steps=(0, 2, 9, 10))
+
+
+def test_snapshots_come_back(run):
     assert list(snapshots.steps(run)) == [0, 2, 9, 10]
-    path = snapshots.steps(run)[9]
-    snapshot = snapshots.read(path)
+    snapshot = snapshots.read(snapshots.steps(run)[9])
     assert (snapshot.step, snapshot.names) == (9, list(recorded_runs.SHAPES))
     assert snapshot.factors[PRIMARY][0].A.dtype == torch.float32
+
+
+def test_a_damaged_snapshot_is_named(run):
+    path = snapshots.steps(run)[9]
     content = path.read_bytes()
+    # The version stands in JSON inside of the file's JSON header.
     later = content.replace(rb"\"schema_version\": 1", rb"\"schema_version\": 7")
     renamed = content.replace(b"schema_version", b"schema_versiom")
     for damaged in (content[:100], b"", renamed, later):
@@ -236,10 +244,17 @@ def test_snapshots_come_back_and_are_cut_and_damage_is_named(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="version 7" if damaged == later else path.name):
             snapshots.read(path)
+
+
+def test_snapshots_after_a_step_are_deleted_with_what_a_kill_left(run):
     (run / "dynamics" / ".tmp-step-3.safetensors").write_bytes(b"torn")
     snapshots.truncate(run, 8)
     names = sorted(file.name for file in (run / "dynamics").iterdir())
     assert names == ["step-0.safetensors", "step-2.safetensors"]
-    (tmp_path / "dynamics").touch()
+
+
+def test_a_snapshot_that_can_not_be_written_is_a_sentence(run, tmp_path):
+    snapshot = snapshots.read(snapshots.steps(run)[9])
+    (tmp_path / "dynamics").touch()  # a file where the folder should be
     with pytest.raises(TrainingError, match="could not be written"):
         snapshots.write(tmp_path, snapshot)

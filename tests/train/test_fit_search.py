@@ -95,6 +95,7 @@ def test_the_choice_is_within_a_percent_of_the_best_and_widens_the_rates():
     candidates, rows = list(standings), list(standings.values())
     assert candidates[0] == options
     assert (rows[0]["steps"], rows[0]["difference"]) == (step, 0.0)
+    # Candidates with more folds come first, since their estimates are surer.
     folds = [row["folds"] for row in rows[1:-1]]
     assert folds == sorted(folds, reverse=True)
     assert (candidates[-1], rows[-1]["steps"]) == ((), PLAN.steps)  # the command line as it is
@@ -110,6 +111,7 @@ def test_a_run_on_all_samples_is_between_as_many_epochs_and_as_many_steps():
     # The curve is its step; the mean from step 175, (1 - 1/8) of 200, to step 200.
     assert with_folds.expected_curve(())[200] == pytest.approx(np.full(6, 187.5))
     assert with_heldout_set.expected_curve((), 1)[200].tolist() == [200.0] * 3
+    # A loss that is not finite spoils only the steps that it has a weight in.
     fold[100][:] = np.inf
     # Step 120 reads the curve from 105 on, where 100 still has a weight; step 140 from 122.5.
     expected_losses = with_folds.expected_curve((), 1).items()

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,8 +19,6 @@ from bilora_diffusion.mini import pipeline_dir
 from tests.image.tiny import made_part, shared
 from tests.scripts.runs import train
 
-Damage = Callable[[Path], None]
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -30,6 +27,7 @@ def folder(tmp_path):
     for file in sorted(pipeline_dir().rglob("*")):
         target = copy / file.relative_to(pipeline_dir())
         target.parent.mkdir(parents=True, exist_ok=True)
+        # Weights are large and only read.
         if file.suffix == ".safetensors":
             target.symlink_to(file)
         elif file.is_file():
@@ -76,6 +74,7 @@ def has_infinite_weights(folder):
 
 def is_for_inpainting(folder):
     set_config("unet/config.json", in_channels=17)(folder)
+    # The latents, those of the masked image, and the mask: 8 + 8 + 1 channels.
     wide = {"conv_in.weight": torch.zeros(128, 17, 3, 3)}
     change_weights(folder, "unet", lambda tensors, _: tensors.update(wide))
 
@@ -99,7 +98,7 @@ def has_latents_of_8_channels(folder):
 INDEX_OF_PICKLES = json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": "part-1.bin"}})
 DDPM, FLOW = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler"
 SCHEDULER = "scheduler/scheduler_config.json"
-CASES: dict[str, tuple[Damage, list[str]]] = {
+CASES = {
     "inpainting": (is_for_inpainting, ["17"]),
     "unet lacks": (lacks_weights, ["unet", "lacks weights"]),
     "unet infinite": (has_infinite_weights, ["not finite"]),

@@ -17,6 +17,7 @@ LENGTHS = [(7 * i) % 101 for i in range(500)]
 
 @given(KEYS, KEYS)
 def test_different_keys_have_different_seeds(a, b):
+    # Two of 2^63 seeds are never equal by chance here.
     assert (seed_of(*a) == seed_of(*b)) == (a == b)
     assert 0 <= seed_of(*a) < 2**63
 
@@ -54,6 +55,7 @@ def test_a_digest_sees_every_bit_the_shape_and_the_dtype(dtype):
     assert base == digest(torch.stack([values, values], dim=1)[:, 0])  # not contiguous
     for changed in (values + 1, values.reshape(2, 3), values[:5], values.to(torch.float16)):
         assert digest(changed) != base
+    # Where one tensor ends and the next begins is part of it.
     assert digest(values, values) != digest(torch.cat([values, values]))
     assert digest(torch.empty(0, 3)) != digest(torch.empty(3, 0))
 

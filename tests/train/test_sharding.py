@@ -45,6 +45,7 @@ def test_a_launch_that_would_be_wrong_is_refused(name, monkeypatch):
     launch, values = REFUSED[name]
     for variable, value in launch.items():
         monkeypatch.setenv(variable, value)
+    # torch_xla is installed in its case alone.
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda package: name == "XLA")
     with pytest.raises(UserError, match=name):
         constraints.check({**USUAL, **values, **machine.launch()})
