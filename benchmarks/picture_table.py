@@ -101,6 +101,10 @@ def metric_table(results: dict[str, Result], metric: str, item: str) -> str:
     steps = sorted({row.step or 0 for result in results.values() for row in result.select(metric)})
     rows = []
     for preset, result in results.items():
+        truth_i2t = result.settings.get("truth_i2t")
+        if metric == "i2t" and truth_i2t is not None:
+            cell = report.number(truth_i2t, METRICS[metric])
+            rows.append([preset, "held-out images", "", *[cell] * len(steps)])
         for group in result.groups:
             lines = [result.summary(group, metric, item, step) for step in steps]
             cells = []
