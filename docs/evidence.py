@@ -26,51 +26,40 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
 @dataclass(frozen=True)
 class Check:
-    """One figure that speaks for or against a claim.
-
-    Attributes:
-        title: Title of the figure.
-        result: A folder that `eval` wrote, or a file of ``benchmarks/step_cost.py``.
-        group: Group of the result, or variant of the benchmark.
-        metric: Metric of the result, or field of the benchmark.
-        item: Item of the metric; "each" for differences paired by item.
-        control: Group whose value is subtracted, pair by pair; "" for the value itself.
-        minus: Metric of the same group whose value is subtracted instead.
-        minus_item: Item of the same group and metric whose value is subtracted instead.
-        step: Step of a metric over training; None for a metric of the whole run.
-        upper: Upper bound of the figure by the claim.
-        lower: Lower bound of the figure by the claim.
-        tolerance: Largest size of the figure by the claim, as a share of the control's mean.
-    """
+    """One figure that speaks for or against a claim."""
 
     title: str
+    # A folder that `eval` wrote, or a file of ``benchmarks/step_cost.py``
     result: str
+    # Group of the result, or variant of the benchmark
     group: str
+    # Metric of the result, or field of the benchmark
     metric: str
+    # Item of the metric; "each" for differences paired by item
     item: str = ""
+    # Group whose value is subtracted, pair by pair; "" for the value itself
     control: str = ""
+    # Metric of the same group whose value is subtracted instead
     minus: str = ""
+    # Item of the same group and metric whose value is subtracted instead
     minus_item: str = ""
+    # Step of a metric over training; None for a metric of the whole run
     step: int | None = None
+    # Bounds of the figure by the claim
     upper: float = inf
     lower: float = -inf
+    # Largest size of the figure by the claim, as a share of the control's mean
     tolerance: float | None = None
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper (C1 to C13), or a finding of our own (F1 and so on).
-
-    Attributes:
-        name: Its name.
-        says: The claim in a sentence.
-        where: Place in the paper; for a finding what was done.
-        command: Command that measures it.
-        checks: Figures to look at.
-    """
+    """A claim of the paper (C1 to C13), or a finding of our own (F1 and so on)."""
 
     name: str
+    # The claim in a sentence
     says: str
+    # Place in the paper; for a finding what was done
     where: str
     command: str
     checks: Sequence[Check]
@@ -78,20 +67,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean with its 95 % interval.
-
-    Attributes:
-        mean: The mean.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-        count: Number of values.
-        size: Size that a tolerance is a share of.
-    """
+    """A mean with its 95 % interval."""
 
     mean: float
     low: float
     high: float
     count: int
+    # Size that a tolerance is a share of
     size: float
 
 

@@ -84,7 +84,7 @@ class ClipScores(OverSteps):
     revision and note, None without captions or such a model.
     """
 
-    name, title, over = "clip_scores", "CLIP scores", "item"
+    name, title, unit = "clip_scores", "CLIP scores", compare.ITEM
     metrics, described, options = METRICS, DESCRIBED, (ScoringOptions, SamplingOptions)
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
@@ -276,7 +276,7 @@ class ClipScores(OverSteps):
         if self.args.steps is not None:
             metrics[HELDOUT_LOSS] = LOSS
         scores = [row for row in rows if row.metric in metrics]
-        summarize = partial(compare.summaries, over=self.over)
+        summarize = partial(compare.summaries, unit=self.unit)
         result = self.result(
             subjects,
             rows,

@@ -123,7 +123,7 @@ def scores(result: Result) -> str:
         rows_of_score = result.select(name)
         if not rows_of_score:
             continue
-        values = compare.units(rows_of_score, over="item")
+        values = compare.units(rows_of_score, compare.ITEM)
         for group in result.groups:
             columns.append((name, group))
             heads.append(f"{result.metric(name).title} {group}")
