@@ -38,49 +38,44 @@ from .runs import RunItem, label
 from .scored import Scored, scored
 
 SCORES = "clip_scores"
+# Pattern of the first validation image of each step.
 IMAGES = f"{VALIDATION}/step-*/000.png"
-"""Pattern of the first validation image of each step."""
+# Pattern of a file of each checkpoint.
 CHECKPOINTS = "checkpoints/step-*/digests.json"
-"""Pattern of a file of each checkpoint."""
+# Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model.
 EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
-"""Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
 
 DATA_HASH = re.compile(rb'"digest": "([0-9a-f]{1,128})"')
+# Bytes at the beginning of a log, which have its first step.
 HEAD_BYTES = 8_192
-"""Bytes at the beginning of a log, which have its first step."""
 
+# Levels of folders below the root that are searched.
 DEPTH = 6
-"""Levels of folders below the root that are searched."""
+# Folders that hold no run or result of their own; hidden ones are skipped as well.
 SKIPPED = frozenset(
     {"checkpoints", "images", VALIDATION, "logs", *COMPONENTS}
     | {"node_modules", "__pycache__", "site-packages", "build", "dist"}
 )
-"""Folders that hold no run or result of their own; hidden ones are skipped as well."""
 
 LINK = "it is a link out of the root: copy it, or give its own folder as the root"
+# Digits of a step at most; JavaScript has no larger whole numbers.
 DIGITS = 15
-"""Digits of a step at most; JavaScript has no larger whole numbers."""
 RENAME = "its name is not UTF-8: give it another"
+# Time for which one scan of the root serves all visitors.
 FRESH_SECONDS = 2.0
-"""Time for which one scan of the root serves all visitors."""
 
 
 @dataclass(frozen=True)
 class ResultItem:
-    """A result folder.
-
-    Attributes:
-        path: Path of the folder.
-        name: Name in lists.
-        kind: Name of the command that wrote it.
-        result: `Scored` for scored images, else the head of ``result.json``.
-        figures: PNG files relative to the root.
-    """
+    """A result folder."""
 
     path: str
     name: str
+    # Name of the command that wrote it
     kind: str
+    # `Scored` for scored images, else the head of ``result.json``
     result: Any
+    # PNG files relative to the root
     figures: list[str]
 
     def file(self, name: str) -> str:

@@ -27,8 +27,8 @@ from .catalog import Catalog, ResultItem
 from .parts import QUIET, Update
 from .scored import PromptRow, Scored, ScoredImage, View, times_100
 
+# Properties of events that run one after the other, so that the last choice stays on screen.
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
-"""Properties of events that run one after the other, so that the last choice stays on screen."""
 
 
 class Tab:

@@ -30,15 +30,15 @@ from .runs import RunItem, ordered, suggest_prompt
 from .sampling import BaseChoice, Request, checked, exported, is_guided, size_of, usual
 
 IMAGE_COUNTS = Range(64, "each takes as long as one in the tab Generate", at_least=1)
+# Models of the unconditional prediction as the grid's rows name them.
 GUIDANCE_ROWS = {
     ADAPTER_GUIDANCE: "guidance from the adapter",
     BASE_GUIDANCE: "guidance from the base model",
 }
-"""Models of the unconditional prediction as the grid's rows name them."""
+# Step of the checkpoint, model of the unconditional prediction, strength of the adapter.
 Cell = tuple[int, str, float]
-"""Step of the checkpoint, model of the unconditional prediction, strength of the adapter."""
+# Checkpoints that are chosen at first.
 FIRST_CHECKPOINTS = 4
-"""Checkpoints that are chosen at first."""
 
 
 class Grid:

@@ -46,8 +46,8 @@ from eval.sources import find
 from .catalog import Catalog
 from .runs import RunItem
 
+# Stands for the base model among the paths of runs.
 BASE = ""
-"""Stands for the base model among the paths of runs."""
 MAX_SEED = 2**32 - 1
 
 
@@ -75,24 +75,18 @@ class BaseChoice:
 
 @dataclass(frozen=True)
 class Request:
-    """An image to sample.
-
-    Attributes:
-        prompt: Prompt.
-        seed: Seed of the noise.
-        steps: Steps of the sampler.
-        guidance_scale: Scale of guidance, as diffusers has it.
-        scale: Scale of the adapter.
-        size: Side of the image in pixels; None for the model's own.
-        guidance_from: Model of the unconditional prediction, one of `values.GUIDANCE_SOURCES`.
-    """
+    """An image to sample."""
 
     prompt: str
     seed: int
     steps: int
+    # As diffusers has it
     guidance_scale: float
+    # Of the adapter
     scale: float
+    # Side of the image in pixels; None for the model's own
     size: int | None = None
+    # Model of the unconditional prediction, one of `values.GUIDANCE_SOURCES`
     guidance_from: str = ADAPTER_GUIDANCE
 
 

@@ -26,10 +26,9 @@ from .catalog import Catalog
 from .parts import QUIET, Update
 from .votes import ANY_PAIR, Tally, VoterState, VoteStore, image_pairs
 
+# Properties of events that run one after the other: two at once would each choose a pair, so that
+# the page could have the token of one and the server that of the other.
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "vote", "concurrency_limit": 1}
-"""Properties of events that run one after the other: two at once would each choose a pair, so that
-the page could have the token of one and the server that of the other.
-"""
 
 
 class Tab:

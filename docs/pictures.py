@@ -45,17 +45,17 @@ FOLDER = Path(__file__).parent
 RECORD = FOLDER / "pictures.json"
 RUNS = FOLDER.parent / "build" / "pictures"
 SIDE = 512
+# (height, width) of five photographs.
 SHAPES = ((400, 1000), (600, 900), (700, 700), (900, 600), (1100, 400))
-"""(height, width) of five photographs."""
 LATENT_SIDE = 8
 CLASS = "a flat icon of a lion"
 CLASS_SAMPLES = 6
+# Picture -> folder of its runs, and flags of the demo.
 DEMOS = {
     "grid.png": ("demo", ()),
     "flow.png": ("demo-flow", ("--pretrained_model_name_or_path", "mini-flow")),
     "animals.png": ("demo-animals", ("--dataset", "mini-animals")),
 }
-"""Picture -> folder of its runs, and flags of the demo."""
 
 
 # figures of the demo
@@ -181,13 +181,13 @@ def show(axis: Any, image: Any, title: str, **options: Any) -> None:
 
 # what a figure shows
 
+# Picture -> what draws it, of the demo and the class with images that stand for the samples.
 DRAWERS: dict[str, Callable[[Path], None]] = {
     **dict.fromkeys(DEMOS, draw_demo),
     "buckets.png": draw_buckets,
     "mask.png": draw_mask,
     "class.png": draw_class,
 }
-"""Picture -> what draws it, of the demo and the class with images that stand for the samples."""
 MAKERS: dict[str, Callable[[Path], None]] = {
     **{name: partial(make_demo, name) for name in DEMOS},
     "buckets.png": draw_buckets,

@@ -43,16 +43,16 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--disable-component-update",
 ]
+# Time that a viewer may take to start: it imports PyTorch and Gradio.
 START_SECONDS = 280.0
-"""Time that a viewer may take to start: it imports PyTorch and Gradio."""
+# Milliseconds that a part of a page may take on a machine with other work.
 LOADED_MS = 60_000
-"""Milliseconds that a part of a page may take on a machine with other work."""
+# Milliseconds that two small images may take there.
 GENERATED_MS = 600_000
-"""Milliseconds that two small images may take there."""
+# Colors of a picture that would be too large with all.
 PALETTE = 256
-"""Colors of a picture that would be too large with all."""
+# Largest file of a picture in the repository.
 MOST_BYTES = 195_000
-"""Of a picture in the repository."""
 
 
 # the browser, also of tests/browser
@@ -152,13 +152,13 @@ SCREENSHOTS = {
     "viewer/results.png": Screenshot("Results"),
     "viewer/results-phone.png": Screenshot("Results", width=PHONE_WIDTH),
 }
+# A part that is there when a tab has been filled.
 FILLED = {
     "Compare": "#validation-images img",
     "Generate": "#generate-a input",
     "Training": "#training-loss svg.marks",
     "Results": "#results-figures img",
 }
-"""A part that is there when a tab has been filled."""
 
 
 def take(screenshots: Mapping[Path, Screenshot], root: Path, port: int) -> None:
@@ -203,10 +203,10 @@ def save(picture: Image.Image, file: Path) -> None:
 
 # what a tab shows
 
+# Properties of components that a reader of the page sees.
 VISIBLE = ("label", "info", "placeholder", "caption", "scale", "variant", "open")
-"""Properties of components that a reader of the page sees."""
+# Components that Gradio adds, and those without a place.
 OF_GRADIO = ("form", "state")
-"""Components that Gradio adds, and those without a place."""
 
 
 @cache

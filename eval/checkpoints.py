@@ -32,8 +32,9 @@ LOSS = Metric(
 # Rows, and the group that is the ``control`` -> their summaries
 Summarize = Callable[..., Sequence[Summary]]
 BEST_STEPS_NOTE = (
-    "The best step by each score, and its difference to the run's last step here. To be the best of"
-    " several by the same measurements flatters it. Differences are paired, the figure's bands not."
+    "The best step by each score, and its difference to the last step. The same measurements choose"
+    " the step and give its score, so this score is too favourable. Differences are paired; the"
+    " figure's bands are not."
 )
 SCALED_FIELDS = ("mean", "error", "low", "high", "difference", "difference_low", "difference_high")
 

@@ -50,7 +50,7 @@ class Evaluation:
         runs: help of the argument that names the runs.
         title: of the report; by default the name.
         metrics: titles and formats of its metrics, by name.
-        over: the unit that is averaged and paired: "seed" or "item".
+        unit: what is averaged and paired: "seed" or "item".
         args, command, folder: of the command line; the command without machine paths.
         settings, notes: for the result; hooks add to them.
         exit_code: of the command, where it is not 0 although the result is written; else None.
@@ -63,7 +63,7 @@ class Evaluation:
     options: ClassVar[Sequence[type]] = ()
     runs: ClassVar[str] = "run folders"
     metrics: ClassVar[Mapping[str, Metric]] = {}
-    over: ClassVar[str] = "seed"
+    unit: ClassVar[str] = compare.SEED
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
         self.args, self.command = args, command
@@ -115,7 +115,7 @@ class Evaluation:
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         """The result, still without figures."""
-        return self.result(subjects, rows, compare.summaries(rows, over=self.over))
+        return self.result(subjects, rows, compare.summaries(rows, unit=self.unit))
 
     def result(
         self,

@@ -28,11 +28,10 @@ class Curve:
 
     group: str
     metric: str
-    # Item of the metric
     item: str = ""
-    # Label in the legend; "" for none
+    # In the legend; "" for none
     label: str = ""
-    # Color and style of the line; by default the group's
+    # Of the line; by default those of the group
     color: str = ""
     style: str = ""
     # Draw its difference to the control's, with its interval

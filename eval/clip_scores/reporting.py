@@ -91,6 +91,10 @@ def introduction(result: Result) -> str:
         f" {sampling['size']} pixels, base model {sampling['base_model']}. All adapters get the"
         " same prompts and the same initial noise."
     )
+    truth_i2t = settings.get("truth_i2t")
+    if truth_i2t is not None:
+        shown = number(truth_i2t, METRICS["i2t"])
+        sentence += f" The held-out images themselves have an image-to-text score of {shown}."
     distinct_notes = dict.fromkeys([*notes, *result.notes])
     return "\n\n".join([sentence, *(f"> {note}" for note in distinct_notes)])
 
@@ -119,7 +123,7 @@ def scores(result: Result) -> str:
         rows_of_score = result.select(name)
         if not rows_of_score:
             continue
-        values = compare.units(rows_of_score, over="item")
+        values = compare.units(rows_of_score, compare.ITEM)
         for group in result.groups:
             columns.append((name, group))
             heads.append(f"{result.metric(name).title} {group}")

@@ -134,11 +134,9 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
 class Decoding:
     """Choice of the next token."""
 
-    # Tokens of the longest answer
     max_new_tokens: int
-    # Temperature of the sampling; 0 takes the likeliest token
+    # 0 takes the likeliest token
     temperature: float = 0.0
-    # Seed of the sampling
     seed: int = 0
 
 

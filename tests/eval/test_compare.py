@@ -130,7 +130,7 @@ def test_items_are_averaged_over_seeds_before_they_are_paired():
         for prompt, seeds in enumerate(prompts):
             for seed, value in enumerate(seeds):
                 rows.append(row(group, seed, value, item=str(prompt), subject=group))
-    first_line, _ = summaries(rows, "b", over="item")
+    first_line, _ = summaries(rows, "b", unit="item")
     assert (first_line.count, first_line.mean, first_line.difference) == (2, 3.5, 0.5)
     assert (first_line.higher, first_line.equal, first_line.lower) == (1, 1, 0)
 

@@ -45,6 +45,10 @@ def named_colors(texts):
     return torch.tensor(colors, dtype=torch.float32)
 
 
+def color_scorer():
+    return Scorer(ENTRY, mean_colors, named_colors, lambda text: False)
+
+
 def captions_by_color(images):
     """Captions that name the strongest color."""
     names = list(COLORS)
@@ -68,7 +72,7 @@ ADAPTER = Subject("a", "a", method="a", digest="aaaaaaaa")
 def measure(prompts, colors, subjects, seeds=(0,), **options):
     """The rows of all subjects, by a scorer of colors, with ``options`` of `ImageJudge`."""
     parts = {
-        "scorer": Scorer(ENTRY, mean_colors, named_colors, lambda text: False),
+        "scorer": color_scorer(),
         "captioner": None,
         "truths": {},
         "training": {},
@@ -260,3 +264,12 @@ def test_a_bad_set_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
         read(name)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_held_out_pictures_have_an_image_to_text_score_themselves():
+    arguments = {"captioner": None, "training": {}, "originals": [], "progress": False}
+    # Two pictures: one that its prompt describes, and one that it does not.
+    truths = {RED.text: picture("green"), "a green one": picture("green")}
+    judge = ImageJudge(ColorStore({}), color_scorer(), truths=truths, **arguments)
+    assert judge.truth_i2t() == pytest.approx((OTHER_COLOR + 1) / 2, abs=1e-6)
+    assert ImageJudge(ColorStore({}), color_scorer(), truths={}, **arguments).truth_i2t() is None
