@@ -55,7 +55,7 @@ class Claim:
     name: str
     # The claim in a sentence
     says: str
-    # Place in the paper; for a finding what was done
+    # Place in the paper; for a finding the measurement
     where: str
     command: str
     checks: Sequence[Check]

@@ -25,6 +25,7 @@ from .subjects import Subject
 from .table import Entry, Metric, Result, Row, Summary
 
 HELP = "Score these checkpoints of each run: all, or steps such as 40,80."
+# A value of ``--steps``, and the picture that it adds
 ALL_STEPS, FIGURE = "all", "steps.png"
 LOSS = Metric(
     "held-out loss", "that of the run at this step, in metrics.jsonl, one number", form=".4f"
@@ -36,6 +37,7 @@ BEST_STEPS_NOTE = (
     " the step and give its score, so this score is too favourable. Differences are paired; the"
     " figure's bands are not."
 )
+# Fields of a `Summary` in the unit of its metric
 SCALED_FIELDS = ("mean", "error", "low", "high", "difference", "difference_low", "difference_high")
 
 

@@ -1,9 +1,9 @@
 """The statistics of all results: means, intervals, pairs, win rates, equal training loss.
 
 Pure functions on rows and numbers. Two runs of one seed see the same data and noise, so the effect
-of these cancels in the seed's difference; the seeds are the independent samples. Where a subject is
-asked many items, such as prompts, the items are the samples, and an item's values over several
-seeds are averaged first.
+of these cancels in the seed's difference; the seeds are the independent samples. Where a subject
+has many items, such as prompts, the items are the samples, and an item's values over several seeds
+are averaged first.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .table import Entry, Row, Summary
 SEED, ITEM = "seed", "item"
 # Bootstrap samples where there are more than can be enumerated
 RESAMPLES = 9999
+# Verdicts on a difference
 BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 
@@ -174,7 +175,7 @@ def _average(values: Units, step: int | None, interval: IntervalOfMean) -> dict[
         return {}
     error = 0.0
     if len(defined) > 1:
-        error = float(stats.sem(defined))
+        error = float(stats.sem(defined))  # s / sqrt(n), s with n - 1 degrees of freedom
     low = high = None
     if step is None:
         low, high = interval(defined) or (None, None)

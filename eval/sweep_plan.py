@@ -39,9 +39,9 @@ IMAGE_SCRIPT = "train_dreambooth_bilora.py"
 SEED = "seed"
 # Options of the training script that the sweep sets
 SWEEP_OPTIONS = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
-# Training script -> what its command line is read as
+# Training script -> class of its configuration
 CONFIGS = {IMAGE_SCRIPT: DreamBoothConfig, "train_text_bilora.py": TextConfig}
-# Options that do not touch what is learned, but decide what there is to compare
+# Options without influence on the training, by which figures are recorded that runs compare
 MEASURING_OPTIONS = (*sorted(run_config.HELDOUT_OPTIONS), "validation_loss_steps")
 # Imports a script once, since a method can be registered once.
 import_script = functools.cache(runpy.run_path)
@@ -85,6 +85,7 @@ def require_different(values: list[Any]) -> list[Any]:
     return values
 
 
+# Types of the file's values, which are checked while they are read
 Value = Annotated[Any, BeforeValidator(read_value)]
 Values = Annotated[dict[str, Value], BeforeValidator(read_options_of)]
 Axis = Annotated[list[Value], Field(min_length=1)]
@@ -256,7 +257,7 @@ def find_script(name: str) -> Path:
 
 @contextmanager
 def each_remark_once() -> Iterator[None]:
-    """Within the context, what the training script remarks on many variants is logged once."""
+    """Within the context a remark of the training script on several variants is logged once."""
     messages: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -360,7 +361,6 @@ def identity_of(config: run_config.RunConfig, script: Path) -> dict[str, Any]:
     recipe; defaults are not, so that a new option of the script renames no run.
     """
     values = config.fingerprint()
-    # What is measured decides what there is to compare.
     for name in MEASURING_OPTIONS:
         values[name] = config.to_dict().get(name)
     for option in dataclasses.fields(config):
@@ -372,8 +372,8 @@ def identity_of(config: run_config.RunConfig, script: Path) -> dict[str, Any]:
 
 
 def folder_name(label: str, seed: int, identity: Mapping[str, Any]) -> str:
-    """Name of a run's folder, which tells what is run."""
-    # Letters, digits and points, at most 60 of them
+    """Name of a run's folder: its variant, its seed, and a hash of its options."""
+    # Letters, digits and points of the label, at most 60
     slug = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")[:60] or "variant"
     text = json.dumps(identity, sort_keys=True, default=str)
     return f"{slug}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -35,8 +35,11 @@ LAUNCHER = "accelerate.commands.launch"
 PATIENCE_SECONDS = 30.0
 # From one look at the running processes to the next
 POLL_SECONDS = 0.05
+# Variable that sets PyTorch's number of threads
 THREADS = "OMP_NUM_THREADS"
+# Stands before the sentence of a run that failed
 ERROR_MARK = "error: "
+# End of the output of a run that failed without a sentence
 ERROR_LETTERS = 300
 
 
