@@ -18,8 +18,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bilora_diffusion.core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, TRAINING_GRID_LOSS
-from bilora_diffusion.image.loss import BY_LEVEL
+from bilora_diffusion.core.values import (
+    BY_LEVEL,
+    HELDOUT_DISTANCE,
+    HELDOUT_LOSS,
+    TRAINING_GRID_LOSS,
+)
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
 

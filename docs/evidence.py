@@ -41,6 +41,10 @@ class Check:
     control: str = ""
     # Metric of the same group whose value is subtracted instead
     minus: str = ""
+    # Item of the same group and metric whose value is subtracted instead
+    minus_item: str = ""
+    # Step of a metric over training; None for a metric of the whole run
+    step: int | None = None
     # Bounds of the figure by the claim
     upper: float = inf
     lower: float = -inf
@@ -83,23 +87,24 @@ def figure(check: Check) -> Figure:
     if path.suffix == ".json":  # of a benchmark, which has no rows
         return _benchmark(check, json.loads(path.read_text(encoding="utf-8"))["arms"])
     result = read(path)
-    if check.item == "each":
-        item, unit = None, ITEM
-    else:
-        item, unit = check.item, SEED
+    unit = ITEM if check.item == "each" else SEED
 
-    def values_of(metric: str, group: str) -> dict[Any, float]:
+    def values_of(metric: str, group: str, item: str) -> dict[Any, float]:
         """Values of a group by item or by seed."""
-        values = units(result.select(metric, item=item), unit).get(group, {})
+        rows = result.select(metric, item=None if item == "each" else item)
+        if check.step is not None:
+            rows = [row for row in rows if row.step == check.step]
+        values = units(rows, unit).get(group, {})
         return {key: value for key, value in values.items() if value is not None}
 
-    values = values_of(check.metric, check.group)
-    # Values to subtract: another metric of the same group, or the metric of the control.
-    if check.minus:
-        control_values = values_of(check.minus, check.group)
+    values = values_of(check.metric, check.group, check.item)
+    # Values to subtract: another metric or item of the same group, or the metric of the control.
+    if check.minus or check.minus_item:
+        metric, item = check.minus or check.metric, check.minus_item or check.item
+        control_values = values_of(metric, check.group, item)
     else:
-        control_values = values_of(check.metric, check.control)
-    if check.control or check.minus:
+        control_values = values_of(check.metric, check.control, check.item)
+    if check.control or check.minus or check.minus_item:
         differences = {}
         for key, value in values.items():
             if key in control_values:

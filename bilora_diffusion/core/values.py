@@ -77,6 +77,8 @@ TEMPLATES = ("auto", "chat", "alpaca", "plain")
 HELDOUT_LOSS = "heldout_loss"
 HELDOUT_DISTANCE = "heldout_distance"
 """Names in the log of what is measured on held-out samples; less is better."""
+BY_LEVEL = "heldout_loss_by_level/"
+"""Start of the name of the held-out loss at one noise level, which follows."""
 TRAINING_GRID_LOSS = "train_grid_loss"
 """Name of the held-out loss's counterpart on the training samples."""
 MEASURE_TITLES: Mapping[str, str] = MappingProxyType(

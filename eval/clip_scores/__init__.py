@@ -262,6 +262,7 @@ class ClipScores(OverSteps):
             "scorer": asdict(scorer.entry),
             "captioner": asdict(captioner.entry) if captioner else None,
             "image_model": asdict(self.image_model.entry) if self.image_model else None,
+            "truth_i2t": self.judge.truth_i2t() if self.judge else None,
         }
 
     def rows(self, subject: Subject) -> Iterable[Row]:

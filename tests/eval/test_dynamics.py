@@ -1,5 +1,6 @@
 """eval.dynamics and eval.generalization against plain computations."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +198,23 @@ def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(res
     assert all(line.difference is None for line in result.summaries)
     assert any("saw other data or noise" in note for note in result.notes)
     assert "not paired" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_loss_by_noise_level_is_that_of_the_last_step(tmp_path):
+    runs = []
+    for method, at_level_125 in (("lora", 0.2), ("bilora", 0.15)):
+        run = Path(make(tmp_path, method, 0))
+        log = run / "metrics.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        for line in lines:
+            # Only the last step's value may show.
+            is_last = line["step"] == STEPS[-1]
+            line["heldout_loss_by_level/125"] = at_level_125 if is_last else 9.0
+            line["heldout_loss_by_level/25"] = 0.5
+        log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        runs.append(str(run))
+    measure(tmp_path, runs)
+    report = (tmp_path / "out" / table.REPORT).read_text()
+    assert "| noise level | LoRA | Bi-LoRA minus LoRA |" in report
+    # Times 1000; levels in the order of their numbers.
+    assert report.index("| 25 | 500.00 |") < report.index("| 125 | 200.00 | -50.00 [n/a], 1/1 |")

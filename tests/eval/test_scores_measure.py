@@ -220,3 +220,13 @@ def test_a_bad_set_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         read(name)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_the_held_out_pictures_have_an_image_to_text_score_themselves():
+    arguments = {"captioner": None, "training": {}, "originals": [], "progress": False}
+    green = Image.new("RGB", (8, 8), COLORS["green"])
+    # Two pictures: one that its prompt describes, and one that it does not.
+    truths = {RED.text: green, "a green one": green}
+    judge = ImageJudge(Colors({}), ColorScorer(), truths=truths, **arguments)
+    assert judge.truth_i2t() == pytest.approx((FAR + 1) / 2, abs=1e-6)
+    assert ImageJudge(Colors({}), ColorScorer(), truths={}, **arguments).truth_i2t() is None
