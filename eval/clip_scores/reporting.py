@@ -91,10 +91,9 @@ def introduction(result: Result) -> str:
         f" {sampling['size']} pixels, base model {sampling['base_model']}. All adapters get the"
         " same prompts and the same initial noise."
     )
-    truth_i2t = settings.get("truth_i2t")
-    if truth_i2t is not None:
-        shown = number(truth_i2t, METRICS["i2t"])
-        sentence += f" The held-out images themselves have an image-to-text score of {shown}."
+    if settings["truth_i2t"] is not None:
+        score = number(settings["truth_i2t"], METRICS["i2t"])
+        sentence += f" The held-out images themselves have an image-to-text score of {score}."
     distinct_notes = dict.fromkeys([*notes, *result.notes])
     return "\n\n".join([sentence, *(f"> {note}" for note in distinct_notes)])
 
