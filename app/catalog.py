@@ -141,7 +141,8 @@ class Catalog:
 
         On a public page a root outside of that folder is given by its name alone.
         """
-        root, working_folder = self.root, Path.cwd()
+        root = self.root
+        working_folder = Path.cwd()
         place = root
         if root.is_relative_to(working_folder):
             place = root.relative_to(working_folder)

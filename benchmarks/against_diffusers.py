@@ -301,7 +301,8 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for cells in (heads, ["---"] * len(heads), *cells_by_label.values()):
         lines.append(f"| {' | '.join(cells)} |")
-    flags, device = result["flags"], result["device"]
+    flags = result["flags"]
+    device = result["device"]
     lines += [
         "",
         f"{result['rounds']} rounds of {flags['steps']} steps of {flags['batch']} at"

@@ -179,6 +179,7 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> Measurement:
     choice_loss = read_metrics(runs / "last")[-1][HELDOUT_LOSS]
     best_loss, _, _ = lowest(curves)
     choice_best, _, _ = lowest({"": choice_curve})
+    # Shares of the lowest loss; the gain is a share of the command's own loss.
     values = {
         "regret": choice_loss / best_loss - 1,
         "constant": choice_curve[choice["steps"]] / best_loss - 1,
@@ -225,7 +226,8 @@ def result_of(
     measured: dict[tuple[str, int], Measurement], records: Any, argv: Sequence[str]
 ) -> Result:
     """The result of the sets and seeds that were measured so far."""
-    rows, entries = [], []
+    rows = []
+    entries = []
     for (name, seed), measurement in measured.items():
         values = dict(measurement.values)
         other_loss = loss_of_other_seeds(measured, (name, seed))
@@ -275,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    measured, records = {}, []
+    measured = {}
+    records = []
     runs = args.runs_dir.absolute()
     for seed, name in itertools.product(args.seeds, args.sets):
         folder = runs / name / f"seed-{seed}"

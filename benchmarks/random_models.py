@@ -133,7 +133,9 @@ def _fill(module: nn.Module, name: str, values: Tensor, block: Tensor) -> None:
     if values.dim() < 2:
         values.fill_(0.0 if name == "bias" else 1.0)
         return
+    # 1 / sqrt(fan-in): the entries of one output are values[0], of a matrix or of a kernel.
     scale = 0.02 if isinstance(module, nn.Embedding) else values[0].numel() ** -0.5
+    # The block is repeated, since billions of random numbers would take minutes.
     for part in values.view(-1).split(BLOCK):
         part.copy_(block[: part.numel()] * scale)
 

@@ -91,8 +91,11 @@ class Variant:
     def __init__(
         self, kind: str, args: argparse.Namespace, base: nn.Module, inputs: dict[str, Any]
     ) -> None:
-        self.kind, self.shape, self.inputs = kind, SHAPES[args.shapes], inputs
-        self.batch, self.dtype = args.batch, DTYPES[args.dtype]
+        self.kind = kind
+        self.shape = SHAPES[args.shapes]
+        self.inputs = inputs
+        self.batch = args.batch
+        self.dtype = DTYPES[args.dtype]
         options = MethodOptions(num_steps=SCHEDULED_STEPS, **KINDS[kind].options)
         self.method = methods.create(KINDS[kind].method, options)
         shared: dict[int, Any] = {}  # tensors that the copy shares, so that they take no memory
@@ -144,7 +147,8 @@ class Variant:
 def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -> list[Variant]:
     """Arms on one base model and one batch."""
     keep_freed_memory(device)  # as training does
-    shape, dtype = SHAPES[args.shapes], DTYPES[args.dtype]
+    shape = SHAPES[args.shapes]
+    dtype = DTYPES[args.dtype]
     base = materialize(shape.build, dtype=dtype, device=device, seed=SEED)
     base.train().requires_grad_(False)
     generator = torch.Generator().manual_seed(SEED)
@@ -155,7 +159,8 @@ def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -
 def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measure all variants of the command line; returns the result that is printed and written."""
     memory = {kind: memory_of(kind, args) for kind in args.arms}
-    variants, shape = make(args.arms, args, device), SHAPES[args.shapes]
+    variants = make(args.arms, args, device)
+    shape = SHAPES[args.shapes]
 
     def work(variant: Variant, number: int) -> float:
         torch.manual_seed(shape.warmup + number)  # the same dropout for all variants of a round
@@ -224,7 +229,8 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['label']} | {row['peak_memory_bytes'] / 1e9:.2f}"
             f" | {row['median_seconds']:.3f} | {row['ratio_to_lora']:.3f}{spread} |"
         )
-    device, versions = result["device"], result["versions"]
+    device = result["device"]
+    versions = result["versions"]
     facts = [device["cpu_model"], f"{device['cpu_cores']} cores"]
     facts += [f"{device['torch_threads']} threads", f"torch {versions['torch']}"]
     if device["gpu"]:

@@ -127,6 +127,7 @@ def _benchmark(check: Check, variants: dict[str, Any]) -> Figure:
     if check.metric == "ratio_to_lora":
         low, high = variant["ratio_interval_95"]
         return Figure(variant[check.metric], low, high, len(variant["seconds"]), size=1.0)
+    # A figure without rounds, such as memory, has no interval.
     ratio = variant[check.metric] / variants["lora"][check.metric]
     return Figure(ratio, ratio, ratio, count=1, size=1.0)
 

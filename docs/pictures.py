@@ -75,6 +75,7 @@ def make_demo(name: str, path: Path) -> None:
 def draw_demo(path: Path) -> None:
     """The demo's picture with gray images and straight curves."""
     gray = [Image.new("RGB", (64, 64), "gray")] * demo.ICON_COUNT
+    # Any steps and values: the structure of the picture has no numbers.
     curve = {75: 2.0, 150: 1.0}
     samples = demo.Samples(["icon"] * demo.ICON_COUNT, gray, base_difference=3.0)
     samples.images[demo.UNTRAINED] = gray
@@ -122,9 +123,9 @@ def draw_photograph(size: tuple[int, int], icon: Image.Image) -> Image.Image:
 def draw_mask(path: Path) -> None:
     """An icon, its mask, and the weights of the latents without and with a weight outside."""
     icon = open_images("mini-heldout", caption_column="label").image(4)
-    is_icon = np.asarray(icon.convert("L")) < 250
-    mask = torch.from_numpy(is_icon)[None].float()
-    grid = torch.empty(1, 1, LATENT_SIDE, LATENT_SIDE)
+    is_icon = np.asarray(icon.convert("L")) < 250  # the background is white
+    mask = torch.from_numpy(is_icon)[None].float()  # (1, height, width)
+    grid = torch.empty(1, 1, LATENT_SIDE, LATENT_SIDE)  # only its shape is read
     gray: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
     with new_figure(path, dpi=100, figsize=(9, 2.6), layout="tight") as figure:
         axes = figure.subplots(1, 4)

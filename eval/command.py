@@ -88,7 +88,8 @@ class Parser(command_line.Sentences):
             otherwise: the folder that gets ``name`` if no runs are given.
             of_runs: the default name also has the runs and prompts, see `question_of`.
         """
-        self._output, self._is_of_runs = (name, otherwise), of_runs
+        self._output = (name, otherwise)
+        self._is_of_runs = of_runs
         default = f"{name}-RUN-RUN[-steps][-PROMPTS]" if of_runs else name
         self.add_argument(
             "--output_dir",
@@ -266,7 +267,8 @@ def remove_last_figures(folder: Path, command: str, figures: Sequence[str]) -> N
     if not (folder / table.FILE).exists():
         return
     last = table.head(folder)
-    provenance, last_figures = last.get("provenance"), last.get("figures")
+    provenance = last.get("provenance")
+    last_figures = last.get("figures")
     if isinstance(provenance, dict) and provenance.get("command") != command:
         last_command = strip_controls(str(provenance.get("command")))
         print(f"{folder} held the result of `{last_command}`, which this one replaces")

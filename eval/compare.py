@@ -52,7 +52,8 @@ def bootstrap_interval(values: Sequence[float]) -> Interval | None:
     count = len(array)
     if count < 2 or not np.isfinite(array).all():
         return None
-    center, spread = float(array.mean()), float(np.ptp(array))
+    center = float(array.mean())
+    spread = float(np.ptp(array))
     # Values that are equal but for rounding have no distribution to resample.
     if spread <= 1e-12 * np.abs(array).max():
         return Interval(center, center)
@@ -90,6 +91,7 @@ def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:
     """
     from scipy import stats
 
+    # A tie is half a win.
     if ties:
         return bootstrap_interval([1.0] * wins + [0.5] * ties + [0.0] * losses)
     proportion = stats.binomtest(wins, wins + losses).proportion_ci(LEVEL, method="wilson")
@@ -194,6 +196,7 @@ def _difference(
     if not differences:
         return {}
     low, high = interval(differences) or (None, None)
+    # Of equal weights and noise a difference is exactly 0.
     signs = np.sign(differences)
     return {
         "difference": mean(differences),
@@ -293,7 +296,8 @@ def equal_training(
     candidates = []  # (lowest loss of a run, its group)
     groups_without_progress = set()
     for curve in curves:
-        lowest, group = min(curve.losses), curve.rows[0].group
+        lowest = min(curve.losses)
+        group = curve.rows[0].group
         candidates.append((lowest, group))
         if lowest == curve.losses[0]:
             groups_without_progress.add(group)
@@ -333,7 +337,7 @@ def at_training_loss(
     for i in range(len(training) - 1):
         start, end = training[i], training[i + 1]
         if start >= level >= end:
-            share = 0.0
+            share = 0.0  # of the way from this point to the next
             if start > end:
                 share = (start - level) / (start - end)
             return float(measured[i] + share * (measured[i + 1] - measured[i]))

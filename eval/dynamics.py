@@ -39,7 +39,8 @@ class Dynamics(Evaluation):
     (learning rates, ranks and radius) of each group.
     """
 
-    name, title = "dynamics", "Training dynamics"
+    name = "dynamics"
+    title = "Training dynamics"
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         from . import dynamics_curves as curves

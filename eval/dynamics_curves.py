@@ -209,11 +209,13 @@ def _chance_overlaps(final: Snapshot, indices: Sequence[int]) -> dict[str, float
     if AUXILIARY not in final.factors:
         return {}
     columns, rows = [], []
+    # Two random subspaces of dimensions r1 and r2 in d dimensions have r1 r2 / d squared cosines in
+    # the mean; divided by the number of angles, min(r1, r2), this is max(r1, r2) / d.
     for i in indices:
         primary, auxiliary = final.factors[PRIMARY][i], final.factors[AUXILIARY][i]
         rank = max(primary.A.shape[0], auxiliary.A.shape[0])
-        columns.append(min(1.0, rank / primary.B.shape[0]))
-        rows.append(min(1.0, rank / primary.A.shape[1]))
+        columns.append(min(1.0, rank / primary.B.shape[0]))  # B is (d, r1)
+        rows.append(min(1.0, rank / primary.A.shape[1]))  # A is (r1, d)
     return {COLUMNS: sum(columns) / len(columns), ROWS: sum(rows) / len(rows)}
 
 

@@ -66,7 +66,8 @@ class Evaluation:
     unit: ClassVar[str] = compare.SEED
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
-        self.args, self.command = args, command
+        self.args = args
+        self.command = command
         self.folder: Path = args.output_dir
         self.settings: dict[str, Any] = {}
         self.notes: list[str] = []

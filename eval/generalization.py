@@ -73,7 +73,8 @@ class Generalization(Evaluation):
     ``equal_training``, the training loss at which runs are compared and the group that sets it.
     """
 
-    name, options = "generalization", (GeneralizationOptions,)
+    name = "generalization"
+    options = (GeneralizationOptions,)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         self.control = compare.control(subjects, self.args.control)

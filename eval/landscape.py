@@ -84,7 +84,9 @@ class Landscape(Evaluation):
     ``levels``, over which the loss is a mean; ``seed`` of the directions.
     """
 
-    name, title, options = "landscape", "Flatness", (LandscapeOptions,)
+    name = "landscape"
+    title = "Flatness"
+    options = (LandscapeOptions,)
     runs = 'run folders, or "base" for the model before'
     metrics: ClassVar[Mapping[str, Metric]] = {
         "rise": Metric("rise along random directions"),
@@ -169,7 +171,8 @@ class Landscape(Evaluation):
     def rows(self, subject: Subject) -> Iterator[Row]:
         from . import landscape_points as points
 
-        point, spaces = self.points[subject.label], self.spaces[subject.label]
+        point = self.points[subject.label]
+        spaces = self.spaces[subject.label]
         sample = {"max_images": self.args.max_images, "levels": self.args.levels}
         measurements = Cache(self.folder, [subject.digest, subject.kind, point.loss, sample])
 
@@ -283,8 +286,11 @@ def measure_space(
     """
     from .landscape_surface import Direction, evaluate, line, plane, sharpness
 
-    seed, rho, steps = settings["seed"], settings["rho"], settings["ascent_steps"]
-    positions, grid = settings["positions"][space], settings["grid_positions"].get(space)
+    seed = settings["seed"]
+    rho = settings["rho"]
+    steps = settings["ascent_steps"]
+    positions = settings["positions"][space]
+    grid = settings["grid_positions"].get(space)
 
     def start() -> dict[str, Any]:
         model = load_model()
@@ -351,6 +357,7 @@ def rise(lines: Sequence[LossValues]) -> float | None:
     """Mean over directions of the loss at both ends minus that in the middle."""
     rises = []
     for values in lines:
+        # The positions run from -radius to radius, with the weights themselves in the middle.
         low, middle, high = values[0], values[len(values) // 2], values[-1]
         if low is None or middle is None or high is None:
             return None

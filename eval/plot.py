@@ -70,7 +70,7 @@ def panels(
     """Draw rows of panels; ``options`` are those of `canvas`, and the ``control``'s group."""
     styles = group_styles(result.groups, options.pop("control", ""))
     with canvas(path, len(rows), max(map(len, rows)), **options) as (_, axes):
-        # A row may have fewer panels than the longest one: its further axes stay off.
+        # All axes are off at first, since a row may have fewer panels than the longest one.
         for axis in axes.flat:
             axis.set_axis_off()
         for row_of_axes, row in zip(axes, rows, strict=True):
@@ -124,7 +124,8 @@ def _draw_forest(axis: Any, result: Result, panel: Forest, styles: Mapping[str, 
     metric = result.metric(panel.metric)
     axis.axvline(0, color="black", lw=0.8)
     for row, group in enumerate(result.groups):
-        color, marker = styles[group]["color"], styles[group]["marker"]
+        color = styles[group]["color"]
+        marker = styles[group]["marker"]
         summary = result.summary(group, panel.metric)
         if summary is None or summary.difference is None:
             # Five points beside the zero line: a word on it would look like a difference of 0.

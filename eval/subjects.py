@@ -264,7 +264,8 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 def _numbered(name: str, used_names: Collection[str], separator: str) -> str:
     """The name, with a number from 2 on if it is used already."""
-    number, candidate = 1, name
+    number = 1
+    candidate = name
     while candidate in used_names:
         number += 1
         candidate = f"{name}{separator}{number}"

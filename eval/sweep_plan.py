@@ -153,7 +153,8 @@ def describe(error: ValidationError) -> str:
     """The first problem of a file's content."""
     # A misspelt key is told first: the key that it stands for is missing only therefore.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem, keys = problems[0], list(Experiment.model_fields)
+    problem = problems[0]
+    keys = list(Experiment.model_fields)
     name = ".".join(str(part) for part in problem["loc"][:3] if part not in ("str", "list[str]"))
     reason = problem.get("ctx", {}).get("error")
     if isinstance(reason, UserError):

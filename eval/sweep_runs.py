@@ -160,7 +160,8 @@ class RunProcess:
     """A run in a process group of its own, with its output in ``<folder>.log``."""
 
     def __init__(self, runner: Runner, run: Run) -> None:
-        self.run, self.folder = run, runner.runs_dir / run.name
+        self.run = run
+        self.folder = runner.runs_dir / run.name
         self.log = Path(f"{self.folder}.log")
         with self.log.open("ab") as log:
             if state(self.folder) != "checkpoint":
@@ -187,7 +188,8 @@ class RunProcess:
         if state(self.folder) == FINISHED:
             return Outcome(run.name, run.variant, run.seed, FINISHED)
         output = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
-        code, error = self.popen.returncode, last_sentence(output)
+        code = self.popen.returncode
+        error = last_sentence(output)
         return Outcome(run.name, run.variant, run.seed, FAILED, code, error)
 
 

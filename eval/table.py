@@ -262,7 +262,8 @@ def head(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     try:
         record = json.loads(regular_file(path).read_text(encoding="utf-8"))
-        version, kind = record.pop("schema_version"), record["kind"]
+        version = record.pop("schema_version")
+        kind = record["kind"]
         # JSON can hold half of a surrogate pair, which can't be printed.
         json.dumps(record, ensure_ascii=False).encode()
         # Sentences say "run python -m eval.KIND again", which users copy into a terminal.

@@ -84,8 +84,12 @@ class ClipScores(OverSteps):
     revision and note, None without captions or such a model.
     """
 
-    name, title, unit = "clip_scores", "CLIP scores", compare.ITEM
-    metrics, described, options = METRICS, DESCRIBED, (ScoringOptions, SamplingOptions)
+    name = "clip_scores"
+    title = "CLIP scores"
+    unit = compare.ITEM
+    metrics = METRICS
+    described = DESCRIBED
+    options = (ScoringOptions, SamplingOptions)
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
         super().__init__(args, command)
@@ -152,7 +156,8 @@ class ClipScores(OverSteps):
         control = args.control or checkpoints.last_group(subjects)
         self.control = compare.control(subjects, control, prefer=None)
         question = settings.question(args, subjects, base)
-        self.prompts, self.prompt_set = question.prompts, question.name
+        self.prompts = question.prompts
+        self.prompt_set = question.name
         self.notes += filter(None, (question.note, settings_note(subjects)))
         self.sampling = settings.sampling(args, base)
         if args.guidance_from == BASE_GUIDANCE:

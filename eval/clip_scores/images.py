@@ -242,7 +242,8 @@ class Store:
         stated = {name: all_versions[name] for name in all_versions if name in _PACKAGES}
         for job, image in zip(part, images, strict=True):
             record = {**self.parameters(job), _VERSIONS: stated}
-            information, content = PngInfo(), BytesIO()
+            information = PngInfo()
+            content = BytesIO()
             information.add_text(_CHUNK, json.dumps(record, sort_keys=True))
             image.save(content, format="PNG", pnginfo=information)
             path = self.root / job.file

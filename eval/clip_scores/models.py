@@ -203,7 +203,8 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
         place = architecture
         entry, options = _pretrained(scheme, architecture, tag)
     else:
-        place, options = f"local-dir:{Path(source).expanduser()}", {}
+        place = f"local-dir:{Path(source).expanduser()}"
+        options = {}
         entry = _saved(scheme, source)
     loaded: Any = open_clip.create_model_from_pretrained(place, device=device, **options)
     model, preprocess = loaded

@@ -25,7 +25,8 @@ FEW_PROMPTS = 10
 # Scores of the paper's Table 4
 PAPER = ("i2t", "t2t")
 BLANK = "–"
-GRID, TRUTH = "grid.png", "ground truth"
+GRID = "grid.png"
+TRUTH = "ground truth"
 # Larger images are scaled down to this before they are drawn.
 CELL_PIXELS = 256
 
@@ -68,8 +69,11 @@ def names(result: Result) -> dict[str, str]:
 
 def introduction(result: Result) -> str:
     """Sampling of the images, and sentences to be read before the scores."""
-    settings, count = result.settings, len(names(result))
-    sampling, scorer, seeds = settings["sampling"], settings["scorer"], settings["seeds"]
+    settings = result.settings
+    count = len(names(result))
+    sampling = settings["sampling"]
+    scorer = settings["scorer"]
+    seeds = settings["seeds"]
     notes = []
     if scorer["kind"] == "embedded":  # a longer sentence in place of the scorer's note
         notes.append(

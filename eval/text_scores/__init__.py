@@ -145,7 +145,8 @@ class TextScores(OverSteps):
     The result's settings have "benchmarks": name -> how it was asked, in the order of the tables.
     """
 
-    name, options = "text_scores", (BenchmarkOptions, HumanEvalOptions, JudgeOptions)
+    name = "text_scores"
+    options = (BenchmarkOptions, HumanEvalOptions, JudgeOptions)
     runs = "run folders, folders with a PEFT adapter, or base"
 
     def subjects(self) -> Sequence[Subject]:

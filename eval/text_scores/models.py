@@ -55,7 +55,8 @@ class Models:
     """Loads base models, one at a time, and puts adapters on and off."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+        self._device = device
+        self._dtype = dtype
         self._spec: BaseModel | None = None
         self._base: LoadedModel | None = None
 
@@ -66,7 +67,8 @@ class Models:
         if adapter is not None and not (adapter / PEFT_FILE).is_file():
             # The run trained all weights and left a model of its own.
             place = str(adapter / WHOLE_MODEL)
-            spec, adapter = replace(spec, name=place, revision=None, quantize="none"), None
+            spec = replace(spec, name=place, revision=None, quantize="none")
+            adapter = None
         base = self._load_base(spec)
         if base.kind == "classification":
             raise UserError(
@@ -86,9 +88,11 @@ class Models:
     def _load_base(self, spec: BaseModel) -> LoadedModel:
         # The template changes the prompts, not the weights.
         spec = replace(spec, template="")
+        # Subjects on one base model follow each other and share it.
         if self._base is None or self._spec != spec:
             self._base = None  # frees the memory of the model before
-            self._base, self._spec = load_base(spec, self._device, self._dtype), spec
+            self._base = load_base(spec, self._device, self._dtype)
+            self._spec = spec
         return self._base
 
 
@@ -171,7 +175,8 @@ def _generate(
     model: LoadedModel, keys: Sequence[str], token_rows: Sequence[list[int]], decoding: Decoding
 ) -> list[str]:
     """Answers to a batch of prompts as tokens."""
-    longest, room = max(map(len, token_rows)), decoding.max_new_tokens
+    longest = max(map(len, token_rows))
+    room = decoding.max_new_tokens
     # Prompt and answer share the positions of a causal model.
     if model.max_tokens is not None and model.kind == "causal":
         room = min(room, model.max_tokens - longest)
