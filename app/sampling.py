@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.mini import MINI, PIPELINES
 from bilora_diffusion.run.checkpoint import CHECKPOINTS, DIGESTS, FILES
 from bilora_diffusion.run.console import quiet
-from eval.clip_scores import settings
 from eval.command import open_device
 from eval.load import applied, require_adapter
 from eval.sources import find
@@ -178,13 +176,6 @@ class Pipelines:
         if base.vae:
             vae = local(BaseChoice(base.vae, cache_dir=base.cache_dir))
         return load_pipeline(folder, dtype=dtype, variant=base.variant, vae=vae)
-
-
-@cache
-def usual(base: BaseChoice) -> tuple[int, float]:
-    """Steps and guidance scale with which a base model is sampled by default."""
-    _, steps, guidance = settings.usual(local(base), base.name)
-    return steps, guidance
 
 
 def local(base: BaseChoice) -> str:

@@ -21,6 +21,8 @@ LINE_STYLES = ("-", "--", ":", "-.")
 COLORS = 10
 # A curve of fewer points has markers.
 FEW_POINTS = 12
+# Of a title in one line, at the width of a panel
+TITLE_LETTERS = 44
 
 
 @dataclass(frozen=True)
@@ -244,9 +246,9 @@ def finish(
         axis.legend(fontsize=7, frameon=False)
 
 
-def wrapped(text: str, limit: int = 44) -> str:
+def wrapped(text: str) -> str:
     """A long dotted name on two lines, split at the dot or space nearest to its middle."""
-    if len(text) <= limit:
+    if len(text) <= TITLE_LETTERS:
         return text
     breaks = [index for index, letter in enumerate(text) if letter in ". "]
     middle = min(breaks, key=lambda index: abs(index - len(text) / 2), default=len(text) // 2)

@@ -94,13 +94,11 @@ class ImageJudge:
         truths: Mapping[str, Image],
         training: Mapping[str, ImageSet],
         originals: Sequence[Job],
-        progress: bool = True,
         image_model: ImageEmbedder | None = None,
     ) -> None:
         self._store = store
         self._scorer = scorer
         self._captioner = captioner
-        self._progress = progress
         self._image_model = image_model
         self._embedded: dict[tuple[bytes, bool], EmbeddedImage] = {}
         self._pictures = Pictures(scorer, truths, training)
@@ -183,8 +181,7 @@ class ImageJudge:
         """
         is_captioned = is_scored and self._captioner is not None
         title = "embedding and captioning" if is_captioned else "embedding"
-        is_hidden = not self._progress or not jobs
-        with tqdm(total=len(jobs), desc=title, unit="image", disable=is_hidden) as bar:
+        with tqdm(total=len(jobs), desc=title, unit="image", disable=not jobs) as bar:
             for chunk in in_batches(jobs, CHUNK):
                 keys = []
                 new: dict[tuple[bytes, bool], Image] = {}

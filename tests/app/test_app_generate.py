@@ -21,9 +21,9 @@ from app.sampling import (
     checked,
     local,
     sides,
-    usual,
 )
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores import settings
@@ -67,11 +67,11 @@ def test_steps_and_guidance_are_those_of_the_model(tmp_path):
     sd3 = str(saved("StableDiffusion3Pipeline", tmp_path / "sd3"))
     turbo = tmp_path / "snapshots" / "3a1f"  # as the hub's cache calls it
     saved("ZImagePipeline", turbo)
-    assert settings.usual(str(turbo), "owner/Z-Image-Turbo")[1:] == (8, 0.0)
+    assert settings.usual(replace(describe(str(turbo)), name="owner/Z-Image-Turbo")) == (8, 0.0)
     options = {"resolution": None, "adapter_scale": 1.0, "dtype": "float32", "lanes": 4}
     options["guidance_from"] = "adapter"
     for base, usual_values in {"mini": (25, 4.0), sd3: (25, 7.0)}.items():
-        assert usual(BaseChoice(base)) == usual_values
+        assert settings.usual(BaseChoice(base).describe()) == usual_values
         for values in ((None, None), (3, 0.0)):
             flags = dict(zip(("num_inference_steps", "guidance_scale"), values, strict=True))
             sampling = settings.sampling(Namespace(**flags, **options), base)

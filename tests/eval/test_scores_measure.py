@@ -69,7 +69,7 @@ def measured(prompts, colors, *subjects, seeds=1, **options):
     """The rows of all subjects."""
     usual = {"scorer": ColorScorer(), "captioner": None, "truths": {}, "training": {}}
     originals = jobs(BASE, [prompt for prompt in prompts if prompt.general], range(seeds))
-    judge = ImageJudge(Colors(colors), originals=originals, progress=False, **usual | options)
+    judge = ImageJudge(Colors(colors), originals=originals, **usual | options)
     return [
         row
         for adapter in subjects
@@ -223,7 +223,7 @@ def test_a_bad_set_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
 
 
 def test_the_held_out_pictures_have_an_image_to_text_score_themselves():
-    arguments = {"captioner": None, "training": {}, "originals": [], "progress": False}
+    arguments = {"captioner": None, "training": {}, "originals": []}
     green = Image.new("RGB", (8, 8), COLORS["green"])
     # Two pictures: one that its prompt describes, and one that it does not.
     truths = {RED.text: green, "a green one": green}
