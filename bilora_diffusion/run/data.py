@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..core.errors import UserError
-from ..core.seeds import digest_texts, parts
+from ..core.seeds import deal_into_parts, digest_texts
 
 TRAINING = "training"
 HELDOUT = "held-out"
@@ -228,7 +228,7 @@ def samples_of_part(part: str | None, names: Sequence[str], set_name: str) -> li
             f"--validation_part {part} asks for {count} parts of {set_name}, which has"
             f" {len(different)}: ask for fewer."
         )
-    part_names = {different[index] for index in parts(different, count)[number - 1]}
+    part_names = {different[index] for index in deal_into_parts(different, count)[number - 1]}
     return [index for index, name in enumerate(names) if name in part_names]
 
 

@@ -199,7 +199,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
 
 def describe_method(method: Method, rank: int) -> str:
     """The method and the size of what it trains, for a sentence."""
-    count = sum(parameter.numel() for parameter in method.clip_parameters())
+    count = sum(parameter.numel() for parameter in method.result_parameters())
     size = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
     if method.exports_weights:
         return f"{method.title} of {size} weights"

@@ -134,7 +134,7 @@ class Trainer:
         is_finite = bool(self.forward_backward([batch])().isfinite())
         # A gradient scaler starts too high on purpose and lowers its scale in the first steps.
         if self.accelerator.scaler is None:
-            for weight in self.method.clip_parameters():
+            for weight in self.method.result_parameters():
                 is_finite &= weight.grad is None or bool(weight.grad.isfinite().all())
         self.clipped.zero_grad()
         if not is_finite:

@@ -20,7 +20,7 @@ from ...config.options import OptimizerOptions
 from ...core.durable import discard, strict_json
 from ...core.errors import TrainingError, UserError
 from ...core.fields import options_of
-from ...core.seeds import parts
+from ...core.seeds import deal_into_parts
 from ...core.values import MEASURE_TITLES
 from ...methods import for_run
 from ...methods.options import SECTION
@@ -372,7 +372,7 @@ def deal_folds(names: Sequence[str], folds: int | None, noun: str) -> list[Fold]
     if not count:
         count = FOLDS if len(names) >= LEAVE_ONE_OUT else max(2, len(names))
     try:
-        heldout_parts = parts(names, count)
+        heldout_parts = deal_into_parts(names, count)
     except ValueError as error:
         fault = f"--fit by {count} folds of {len(names)} {noun} is refused: {error}"
         raise UserError(f"{fault} Give more, each once, or a held-out set.") from None
