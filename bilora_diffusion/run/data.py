@@ -78,13 +78,12 @@ def summarize(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same_content(
-    saved: Mapping[str, Any] | None, current: Mapping[str, Any], depends_on_heldout: bool
+    saved: Mapping[str, Any], current: Mapping[str, Any], depends_on_heldout: bool
 ) -> None:
     """Refuse to go on with other data than before.
 
     Args:
-        saved: record of the checkpoint or of the search; None, of an earlier version, to compare
-            nothing.
+        saved: record of the checkpoint or of the search.
         current: record of this run.
         depends_on_heldout: whether the held-out samples decide what the run leaves. Otherwise a
             change of them is only a warning.
@@ -92,9 +91,6 @@ def require_same_content(
     Raises:
         UserError: it names what changed.
     """
-    if saved is None:
-        logger.info("no hashes of the data were saved, so changes of the data are not noticed")
-        return
     for name in (TRAINING, HELDOUT):
         difference = describe_difference(saved[name], current[name])
         if difference is None:
