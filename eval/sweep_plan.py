@@ -10,12 +10,10 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import re
 import reprlib
 import runpy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -256,28 +254,12 @@ def find_script(name: str) -> Path:
     )
 
 
-@contextmanager
-def each_remark_once() -> Iterator[None]:
-    """Within the context a remark of the training script on several variants is logged once."""
-    messages: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        count = len(messages)
-        messages.add(record.getMessage())
-        return len(messages) > count
-
-    logger = logging.getLogger(resolving.__name__)
-    logger.addFilter(is_new)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_new)
-
-
 def make_plan(experiment: Experiment, name: Path, recipe: Path, script: Path) -> Plan:
     """All variants and runs, each variant checked."""
-    with each_remark_once():
+    with resolving.collected_notes() as notes:
         variants, configs = make_variants(experiment, recipe, script)
+    for note in dict.fromkeys(notes):  # one note may be on many variants
+        resolving.logger.warning("%s", note)
     seeds = experiment.seeds
     if seeds is None:
         seeds = (int(configs[0].seed),)

@@ -160,7 +160,9 @@ class Range:
 
 
 RANKS = Range(
-    16_384, "a rank above a layer's smaller side adds nothing, and no model has a wider", at_least=1
+    16_384,
+    "a rank above the smaller side of a layer adds nothing, and no known model has a wider layer",
+    at_least=1,
 )
 SCALES = Range(
     1e6,

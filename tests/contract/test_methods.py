@@ -73,7 +73,7 @@ def starts_as_the_model_came(run, quantized):
 
 def clipping_sees_the_result_only(run):
     trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
-    clipped = {id(p) for p in run.method.clip_parameters()}
+    clipped = {id(p) for p in run.method.result_parameters()}
     primary = {id(p) for p in adapters.parameters(run.model, PRIMARY)}
     assert clipped == (trained if run.method.exports_weights else primary)
     if loose_ids := {id(p) for p in run.method.loose_parameters}:  # in place of the layers' own
@@ -86,7 +86,7 @@ def counts_what_it_trains(run):
     trained = sum(p.nbytes for group in run.optimizer.param_groups for p in group["params"])
     memory = run.method.memory(step_samples=ROWS)
     assert memory.optimized == trained
-    assert memory.result == sum(p.nbytes for p in run.method.clip_parameters())
+    assert memory.result == sum(p.nbytes for p in run.method.result_parameters())
     assert memory.result <= memory.gradients <= trained
 
 

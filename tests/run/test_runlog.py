@@ -111,6 +111,7 @@ def test_wall_time_and_peak_memory_add_up(tmp_path, monkeypatch):
 FIT_RUN = {"name": "a", "title": "lora", "fold": 1, "steps": [0, 5], "losses": [1.0, None]}
 FIT: dict[str, Any] = {"settings": {}, "spent": 5, "runs": [FIT_RUN], "out": {}, "standings": []}
 FIT["choice"] = {"options": {"rank": "4"}, "title": "rank 4", "steps": 5, "loss": 0.5}
+FIT["choice"] |= {"base_loss": 1.0, "rate_edge": None}
 RECORD = {"schema_version": 1, "method": "a", "status": "failed", "config": {}}
 DAMAGED: list[tuple[str, Any, str]] = [
     ("run.json", "{", "damaged"),
