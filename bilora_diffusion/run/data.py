@@ -111,7 +111,9 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     """Describe the change from one record of a set to another; None where there is none."""
     if saved["hash"] == current["hash"]:
         return None
-    if not _lists_all(saved) or not _lists_all(current):
+    # A record of many samples does not list them, nor can it list two of one name.
+    lists_all = all(len(r.get("samples", ())) == r["count"] for r in (saved, current))
+    if not lists_all:
         if saved["count"] == current["count"]:
             return f"some of the {saved['count']} samples changed"
         return f"the number of samples was {saved['count']} and is {current['count']}"
@@ -147,11 +149,6 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
         pairs = [f"{earlier_name} to {name}" for earlier_name, name in renamed]
         return f"{_count(renamed)} renamed ({_enumerate(pairs)})"
     return " and ".join(phrases) or "the samples were put in another order"
-
-
-def _lists_all(record: Mapping[str, Any]) -> bool:
-    """Test that a record lists all of its samples; of two with one name it can't."""
-    return len(record.get("samples", ())) == record["count"]
 
 
 def _describe_changes(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import UserError
+from ..core.errors import UserError, translated
 from ..core.seeds import seed_of
 from ..core.values import KINDS
 from ..train.dry_run import empty
@@ -112,11 +112,9 @@ class TextSource:
             self._attention["attn_implementation"] = options.attn_implementation
         self._weights_label = f'the weights of "{self.name}"'  # for messages
 
-        def read() -> tuple[Any, str]:
-            config = _auto("Config").from_pretrained(self.location, **self.arguments)
-            return config, kind_of(config, self.name, options.task_type)
-
-        self.config, self.kind = reading(f'the configuration of "{self.name}"', FIX, read)
+        with translated(f'the configuration of "{self.name}" can\'t be read', FIX):
+            self.config = _auto("Config").from_pretrained(self.location, **self.arguments)
+            self.kind = kind_of(self.config, self.name, options.task_type)
 
     def load(
         self,
@@ -178,14 +176,16 @@ class TextSource:
             arguments["use_safetensors"] = True
             require_safetensors(self._weights_label, Path(self.location))
 
-        def load() -> Any:
-            auto_class = _auto(AUTO_CLASSES[self.kind])
-            return auto_class.from_pretrained(self.location, **arguments, output_loading_info=True)
-
+        arguments["output_loading_info"] = True
+        auto_class = _auto(AUTO_CLASSES[self.kind])
         # Transformers samples the values of a new head.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "head"))
-            model, report = reading(self._weights_label, FIX, load)
+            model, report = reading(
+                self._weights_label,
+                FIX,
+                lambda: auto_class.from_pretrained(self.location, **arguments),
+            )
         if is_gguf:
             model = _without_quantization(model, dtype)
         return model, self._new_modules(model, report)
