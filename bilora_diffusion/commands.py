@@ -24,8 +24,8 @@ from .core.errors import reported, run_cli
 from .core.values import check_choice
 
 COMMANDS = ("train", "text", "export", "demo")
+# torch's switch: if it is "1", `torch.compile` returns its argument.
 NOT_COMPILED = "TORCHDYNAMO_DISABLE"
-"""torch's switch: if it is "1", `torch.compile` returns its argument."""
 
 
 def train(argv: Sequence[str] | None = None) -> int:

@@ -51,15 +51,15 @@ MEASURING_FLAGS = (
     "--validation_part=1/4",
     "--validation_epochs=1000",
 )
+# Number of held-out icons in the figure; the subjects of the paper's Table 4 come first.
 ICON_COUNT = 6
-"""Number of held-out icons in the figure; the subjects of the paper's Table 4 come first."""
+# Number of held-out icons after them whose samples are compared with the truth at each step.
 COMPARED_COUNT = 16
-"""Number of held-out icons after them whose samples are compared with the truth at each step."""
+# Enough to compare colors: with 25 steps no difference in the table changes by more than 0.2.
 SAMPLER_STEPS = 12
-"""Enough to compare colors: with 25 steps no difference in the table changes by more than 0.2."""
 BASE = "base model"
+# Values by step.
 Curve = dict[int, float]
-"""Values by step."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Variant:
 # Ordinary guidance takes much of a new style out again: training moves the unconditional prediction
 # too, so the difference that guidance multiplies points away from the style.
 UNTRAINED = Variant(BASE, "ordinary guidance 4", GRAY, 4.0, ADAPTER_GUIDANCE)
+# Variants of each method's run.
 TRAINED = {
     "lora": (
         Variant(TITLES["lora"], "ordinary guidance 4", COLORS["lora"], 4.0, ADAPTER_GUIDANCE),
@@ -85,7 +86,6 @@ TRAINED = {
         Variant(TITLES["bilora"], "guidance 2 from base", COLORS["bilora"], 2.0, BASE_GUIDANCE),
     ),
 }
-"""Variants of each method's run."""
 
 
 @dataclass

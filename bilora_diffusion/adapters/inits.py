@@ -31,22 +31,21 @@ from ..core.seeds import seed_of
 from .access import base_rows, base_weight, from_rows, is_quantized, layers, rows, weights
 from .injection import AdapterSpec, inject
 
+# Singular components that an init takes, in units of the rank: the shorter side of a weight must
+# have as many.
 COMPONENTS = {"pissa": 1, "lora-ga": 2}
-"""Singular components that an init takes, in units of the rank: the shorter side of a weight must
-have as many."""
+# Shorter side of a weight up to which PiSSA computes the whole decomposition.
+#
+# On one CPU thread it takes 1.5 s at 1280 x 1280 (SDXL's most frequent layer) and 5 s at 2048; at
+# 4096 it would be minutes for each of some 200 layers of a 7 B model, for r of 4096 components.
 EXACT_UP_TO = 2048
-"""Shorter side of a weight up to which PiSSA computes the whole decomposition.
-
-On one CPU thread it takes 1.5 s at 1280 x 1280 (SDXL's most frequent layer) and 5 s at 2048; at
-4096 it would be minutes for each of some 200 layers of a 7 B model, for r of 4096 components.
-"""
 # Of the randomized decompositions: the components that they compute, and subspace iterations.
 PISSA_OVERSAMPLING = 16  # components beside the r that are used
 PISSA_ITERATIONS = 16
 LORA_GA_OVERSAMPLING = 4  # components, in units of the rank
 LORA_GA_ITERATIONS = 4
+# LoRA-GA's gamma, which divides the size of its first values (Section 3.3).
 GAMMA = 16.0
-"""LoRA-GA's gamma, which divides the size of its first values (Section 3.3)."""
 
 
 def needs_gradient(name: str) -> bool:

@@ -23,8 +23,8 @@ from ..core.values import ALL_LINEAR
 from .access import activate, active, head_parameters, is_within, layers, names
 from .saving import PEFT_PREFIX
 
+# Inits that take the adapter's first values out of the base weights (`inits`).
 CHANGE_BASE = ("pissa", "lora-ga")
-"""Inits that take the adapter's first values out of the base weights (`inits`)."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.fields import TRUE
 
+# Variables in which implementations of MPI set the number of processes.
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables in which implementations of MPI set the number of processes."""
+# Engines of accelerate, by the ends of the variables that select them.
 OTHER_ENGINES = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
-"""Engines of accelerate, by the ends of the variables that select them."""
 
 
 def is_installed(package: str) -> bool:

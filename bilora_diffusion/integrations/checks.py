@@ -17,8 +17,8 @@ from ..config import constraints
 from ..core.errors import UserError
 from ..methods.base import unwrapped
 
+# Optimizers with weights of their own, of which the projection onto the ball knows nothing.
 _OTHER_WEIGHTS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
-"""Optimizers with weights of their own, of which the projection onto the ball knows nothing."""
 
 
 def check_trainer(trainer: Any) -> None:

@@ -18,8 +18,8 @@ from ..text.options import TextModelOptions
 class _Parser(HfArgumentParser):
     """A parser whose errors are one sentence, without argparse's usage of 60 lines."""
 
+    # A command, shown to a user who leaves out a required argument.
     example: str
-    """A command, shown to a user who leaves out a required argument."""
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's message into a `UserError`."""

@@ -30,11 +30,11 @@ from ..core.lora_names import CONFIG, WEIGHTS
 from ..run.checkpoint import load_tensors, require_same_settings, separate
 from . import checks
 
+# Column of the training set with the number of each row's sample.
 SAMPLES = "sample_id"
-"""Column of the training set with the number of each row's sample."""
 STATE = "bilora_state.safetensors"
+# The trainer's own files; without them it would go on with a new optimizer and not say so.
 TRAINER_FILES = ("optimizer.pt", "scheduler.pt")
-"""The trainer's own files; without them it would go on with a new optimizer and not say so."""
 
 _VERSION = 2
 

@@ -41,16 +41,16 @@ from ..core.errors import TrainingError, UserError, translated
 from ..core.files import regular_file
 
 SCHEMA_VERSION = 4
+# Folder in the run folder.
 CHECKPOINTS = "checkpoints"
-"""Folder in the run folder."""
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 DIGESTS = "digests.json"
+# Files whose hashes `DIGESTS` holds.
 FILES = (ADAPTERS, OPTIMIZER, STATE)
-"""Files whose hashes `DIGESTS` holds."""
+# Bytes that the checkpoints of a run take at most by default; the newest two are kept anyway.
 DEFAULT_BYTES = 2_000_000_000
-"""Bytes that the checkpoints of a run take at most by default; the newest two are kept anyway."""
 _NAME = re.compile(r"step-(\d+)")
 
 

@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 from ..core.errors import UserError
 from ..core.seeds import deal_into_parts, digest_texts
 
+# The two sets of a record.
 TRAINING = "training"
 HELDOUT = "held-out"
-"""With `TRAINING`, the two sets of a record."""
+# Largest number of samples that a record lists one by one, so that checkpoints stay small.
 MOST_LISTED = 1000
-"""Largest number of samples that a record lists one by one, so that checkpoints stay small."""
+# Names of samples that a sentence lists at most.
 MOST_NAMED = 3
-"""Names of samples that a sentence lists at most."""
+# Hexadecimal digits of a listed hash, which only explains a change that the full hash shows.
 LISTED_DIGITS = 8
-"""Hexadecimal digits of a listed hash, which only explains a change that the full hash shows."""
 MOST_PARTS = 1000
+# The name of each sample, and a key of its content.
 Contents = Sequence[tuple[str, Hashable]]
-"""The name of each sample, and a key of its content."""
 logger = logging.getLogger(__name__)
 
 

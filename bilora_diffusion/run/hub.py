@@ -171,8 +171,8 @@ def _fence(text: str, min_length: int) -> str:
 
 # The exports are left out, since diffusers would load one of them where no file is named.
 NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "fit/*", "logs/*", ".*"]
+# Files with paths of this machine: of the base model, the images and the run itself.
 WITH_PATHS = ["run.json", "fit.json", "adapter_config.json", "config.json", "*/config.json"]
-"""Files with paths of this machine: of the base model, the images and the run itself."""
 
 
 def repository(name: str, token: str | None) -> str:

@@ -22,10 +22,10 @@ from ..core.errors import Interrupted, is_main_process
 from . import checkpoint, runlog
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# One Ctrl-C may come twice: from the terminal, and from a launcher that passes it on.
 ONE_PRESS_SECONDS = 1.0
-"""One Ctrl-C may come twice: from the terminal, and from a launcher that passes it on."""
+# Replaces a secret in a printed command; the shell puts it in.
 TOKEN = "$HF_TOKEN"
-"""Replaces a secret in a printed command; the shell puts it in."""
 
 
 class Stop(NamedTuple):

@@ -23,12 +23,12 @@ from ..core.files import regular_file
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
 VALIDATION = "validation"
+# Stands before a concept's name in the name of its held-out loss.
 BY_CONCEPT = "heldout_loss_by_concept/"
-"""Stands before a concept's name in the name of its held-out loss."""
+# Validation images of one prompt at most, as for the option.
 PICTURES = 10_000
-"""Validation images of one prompt at most, as for the option."""
+# Time between two writes of ``run.json`` while a run trains.
 HEARTBEAT_SECONDS = 15.0
-"""Time between two writes of ``run.json`` while a run trains."""
 
 # Far above what training in 32 bits gives, and the square is a float still.
 Number = Annotated[float, Field(ge=-1e150, le=1e150)]

@@ -36,8 +36,8 @@ from .record import (
 
 CARD = "README.md"
 ERROR = "error.txt"
+# Options that are not written down.
 SECRETS = frozenset({"hub_token"})
-"""Options that are not written down."""
 
 
 class RunLog:

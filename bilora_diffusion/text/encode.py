@@ -29,16 +29,16 @@ from .models import TextModel
 from .module import collate
 from .tokenizing import IGNORED, ROW_BUILDERS, Row, resolve_template, tokenizer_hash
 
+# Version of tokenization, part of a cache's name: raise it when tokenization changes.
 FORMAT = "4"
-"""Version of tokenization, part of a cache's name: raise it when tokenization changes."""
 MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids")
+# Columns of figures about a row, which add up where rows are packed into one.
 SUMMED = ("length", "target_tokens", "truncated")
-"""Columns of figures about a row, which add up where rows are packed into one."""
 WRITE_ROWS = 1000
+# Lengths from here on mean no limit: Transformers has 10^30 for such tokenizers.
 NO_LIMIT = 10**9
-"""Lengths from here on mean no limit: Transformers has 10^30 for such tokenizers."""
+# Attention whose mask Transformers makes from the positions, whatever the batch size.
 ATTENTION = ("sdpa", "eager")
-"""Attention whose mask Transformers makes from the positions, whatever the batch size."""
 logger = logging.getLogger(__name__)
 
 

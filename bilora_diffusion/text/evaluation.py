@@ -20,10 +20,10 @@ from .module import TextModule, collate, padded
 from .rows import TextData
 from .tokenizing import generation_prompt
 
+# Default length of a causal model's answer, in tokens.
 CAUSAL_NEW_TOKENS = 256
-"""Default length of a causal model's answer, in tokens."""
+# Begins the names of figures in the log.
 PREFIX = "heldout_"
-"""Begins the names of figures in the log."""
 
 
 class Evaluation:

@@ -18,13 +18,13 @@ from ..core.files import (
 )
 
 CONVERSATION = "messages"
+# Usual columns of inputs: the first one that a file has is read.
 INPUTS = ("input", "prompt", "question", "instruction", "text", "sentence")
-"""Usual columns of inputs: the first one that a file has is read."""
+# Usual columns of answers.
 TARGETS = ("target", "answer", "output", "response", "label", "completion")
-"""Usual columns of answers."""
 INSTRUCTION = "instruction"
+# Columns of the text that an instruction is about, in Alpaca's and in Dolly's rows.
 CONTEXTS = ("input", "context")
-"""Columns of the text that an instruction is about, in Alpaca's and in Dolly's rows."""
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any
 
 from ..core.errors import UserError
 
+# A number such as -1,000.5 or 1e3.
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
-"""A number such as -1,000.5 or 1e3."""
 SIGNS_AROUND_NUMBER = re.compile(r"[\s$€£%.,]")
+# Digits up to which a number is written out; that of a huge exponent would fill the memory.
 MOST_DIGITS = 1000
-"""Digits up to which a number is written out; that of a huge exponent would fill the memory."""
+# A score from answers, references, label words and the marker of an answer.
 Metric = Callable[[list[str], list[str], Sequence[str], str | None], float]
-"""A score from answers, references, label words and the marker of an answer."""
 
 
 def score(

@@ -26,10 +26,10 @@ from .options import TextModelOptions
 from .places import gguf_file, locate
 
 FIX = "correct --model_name_or_path, or install what it asks for"
+# Names of the layer that computes class scores. It is trained whole, as in PEFT.
 CLASS_HEADS = ("classifier", "score")
-"""Names of the layer that computes class scores. It is trained whole, as in PEFT."""
+# Types of models whose positions begin after the number of the padding token.
 POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet", "longformer", "xmod", "ibert")
-"""Types of models whose positions begin after the number of the padding token."""
 AUTO_CLASSES = {
     "seq2seq": "ModelForSeq2SeqLM",
     "causal": "ModelForCausalLM",

@@ -102,8 +102,8 @@ class TextScript(Script[TextConfig]):
 
 
 TEXT = TextScript()
+# Train as the command line says and leave a run folder; see `command.train`.
 train = functools.partial(command.train, TEXT)
-"""Train as the command line says and leave a run folder; see `command.train`."""
 
 
 def warn_of_copies(cfg: TextConfig, rows: Any) -> None:

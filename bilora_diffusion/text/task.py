@@ -31,14 +31,15 @@ from .rows import TextData, encode_rows
 
 NAME = "model"
 # Coefficients of `memory_by_phase`, measured (results/dry_run_memory).
+#
+# Numbers that a layer stores for each hidden state of a token.
 HIDDEN_COUNTS = {"causal": 10.5, "seq2seq": 13.0, "classification": 4.0}
-"""Numbers that a layer stores for each hidden state of a token."""
+# Numbers that it stores for each inner state of its feed-forward part.
 INNER_COUNT = 3.6
-"""Numbers that it stores for each inner state of its feed-forward part."""
+# Numbers that it stores for each attention score, where attention is not fused.
 SCORE_COUNT = 2.8
-"""Numbers that it stores for each attention score, where attention is not fused."""
+# Bytes of the loss for each word of a predicted token.
 LOGIT_BYTES = 12
-"""Bytes of the loss for each word of a predicted token."""
 
 
 class TextTask:

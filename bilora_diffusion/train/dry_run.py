@@ -29,17 +29,17 @@ from .search.runs import Search
 from .search.space import RATE, Candidate, title
 from .setup import Script
 
+# Bytes that a process takes on a GPU; 0.4 to 0.8 GB were measured.
 CUDA_CONTEXT_BYTES = 600_000_000
-"""Bytes that a process takes on a GPU; 0.4 to 0.8 GB were measured."""
+# Bytes of libraries that a run on a CPU loads and a dry run does not.
 CPU_LIBRARY_BYTES = 100_000_000
-"""Bytes of libraries that a run on a CPU loads and a dry run does not."""
+# Bytes of a number by ``--mixed_precision``.
 NUMBER_BYTES = {"no": 4, "fp16": 2, "bf16": 2}
-"""Bytes of a number by ``--mixed_precision``."""
+# Titles of adapters in the printed lines, where these are not their names.
 ADAPTER_TITLES = {PRIMARY: "primary", INITIAL: "first values"}
-"""Titles of adapters in the printed lines, where these are not their names."""
 BEFORE, STEP = "before training", "a training step"
+# Bytes by part in each phase of a run, without the trained weights (`complete`).
 PhaseMemory = dict[str, dict[str, int]]
-"""Bytes by part in each phase of a run, without the trained weights (`complete`)."""
 
 
 def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) -> None:

@@ -22,10 +22,10 @@ from ..core.values import HELDOUT_LOSS
 from ..methods import Target
 from ..run.data import SampleContent
 
+# Largest number of parts of the held-out samples that are logged, each as a column.
 MAX_PARTS = 128
-"""Largest number of parts of the held-out samples that are logged, each as a column."""
+# Number of times that a sample appears in one pass over the data: of all samples, or of each.
 Repeats = int | Sequence[int]
-"""Number of times that a sample appears in one pass over the data: of all samples, or of each."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class MicroBatch:
 
 
 Config = TypeVar("Config", bound=RunConfig)
+# Positions of the samples to learn from, and of those to hold out.
 Fold = tuple[Sequence[int], Sequence[int]]
-"""Positions of the samples to learn from, and of those to hold out."""
 
 
 class Task(Protocol[Config]):

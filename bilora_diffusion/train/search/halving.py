@@ -22,16 +22,16 @@ from ...core.figures import student_interval
 from ...core.seeds import digest_texts
 from .space import METHOD, RATE, Candidate, Space
 
+# Default budget of a search, in runs of the whole length.
 BUDGET = 10
-"""Default budget of a search, in runs of the whole length."""
+# Share of the budget that the first rung, on one fold, may take.
 EXPLORED_SHARE = 0.6
-"""Share of the budget that the first rung, on one fold, may take."""
+# A curve is complete if it goes on to this multiple of the step of its lowest point.
 MARGIN = 1.5
-"""A curve is complete if it goes on to this multiple of the step of its lowest point."""
+# Longest name of a run's folder; longer ones are cut.
 NAME_LENGTH = 100
-"""Longest name of a run's folder; longer ones are cut."""
+# Step -> held-out loss of each sample, (samples,).
 Curve = Mapping[int, np.ndarray]
-"""Step -> held-out loss of each sample, (samples,)."""
 
 
 class Trial(NamedTuple):
@@ -42,8 +42,8 @@ class Trial(NamedTuple):
     steps: int
 
 
+# Function that trains runs and gives the curve of each, or the reason why it could not go on.
 TrainTrials = Callable[[Sequence[Trial]], Iterable[Curve | str]]
-"""Function that trains runs and gives the curve of each, or the reason why it could not go on."""
 
 
 @dataclass(frozen=True)
