@@ -57,7 +57,6 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     Raises:
         UserError: a value or a combination that would give a wrong result; it names the fix.
     """
-    # Parse.
     values, given_options = script.parser().read(
         argv, script.alternatives, recipe_options_of_other_method
     )
@@ -134,7 +133,7 @@ def recipe_options_of_other_method(
 
 def with_optimizer_name(cfg: Config) -> Config:
     """The configuration with the optimizer in lower case, and ``--use_8bit_adam`` as its name."""
-    # diffusers' scripts have AdamW and prodigy.
+    # diffusers' scripts spell it AdamW.
     cfg = replace(cfg, optimizer=cfg.optimizer.lower())
     if cfg.use_8bit_adam and cfg.optimizer in ("adamw", "adamw8bit"):
         return replace(cfg, optimizer="adamw8bit", use_8bit_adam=False)

@@ -73,6 +73,8 @@ TEMPLATES = ("auto", "chat", "alpaca", "plain")
 # What is measured on held-out samples, by its name in the log; less is better.
 HELDOUT_LOSS = "heldout_loss"
 HELDOUT_DISTANCE = "heldout_distance"
+# Start of the name of the held-out loss at one noise level, which follows.
+BY_LEVEL = "heldout_loss_by_level/"
 # Name of the held-out loss's counterpart on the training samples.
 TRAINING_GRID_LOSS = "train_grid_loss"
 MEASURE_TITLES: Mapping[str, str] = MappingProxyType(

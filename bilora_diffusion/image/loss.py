@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..core.seeds import generator
-from ..core.values import HELDOUT_LOSS, NOISE_LEVELS, TRAINING_GRID_LOSS
+from ..core.values import BY_LEVEL, HELDOUT_LOSS, NOISE_LEVELS, TRAINING_GRID_LOSS
 from ..run.record import BY_CONCEPT
 from ..train.task import inference, loss_by_part, precision
 from .families.base import Conditions, Family, move
@@ -32,7 +32,6 @@ PRIOR, UNCONDITIONAL = "prior", "unconditional"
 NO_CONDITIONS = frozenset(
     ("latents", "noise", "level_index", "is_instance", "mask_weights", PRIOR, UNCONDITIONAL)
 )
-BY_LEVEL = "heldout_loss_by_level/"  # before a noise level, in the name of the loss at this level
 PIXELS_AT_ONCE = 2**18  # of the images that are measured together; memory is sure to hold them
 
 

@@ -154,4 +154,4 @@ class PerLayerAuxiliary(Auxiliary):
         norms, factor = ball.clipping(squares, rho / math.sqrt(len(factors)))  # each (layers,)
         ball.multiply_(factors, factor)
         after = (norms * factor * factor).norm()
-        return ball.Projection(before=squares.total(), after=after, factor=factor.amin())
+        return ball.Projection(before=squares.joint_norm(), after=after, factor=factor.amin())
