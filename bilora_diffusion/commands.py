@@ -74,6 +74,7 @@ def importing() -> Iterator[None]:
     try:
         yield
     finally:
+        # Later collections skip all objects that exist now.
         gc.freeze()
         gc.enable()
         # A run with --compile needs the compiler after the imports.

@@ -138,6 +138,7 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
         words += MEASURING_FLAGS
         train.train([*words, *flags])
         losses[method] = read_losses(folder / method)
+    # Before anything is compared: the same noise in every step.
     steps = require_paired([folder / method for method in METHODS])
     print("\n== Samples of held-out captions", flush=True)
     samples = sample_runs(folder, steps)
@@ -235,6 +236,7 @@ def adapters_of(folder: Path, steps: int) -> Iterator[tuple[int, Path]]:
     """Yield steps and LoRAs: those of a run's checkpoints, which are temporary, and of its end."""
     for step in checkpoint.steps(folder):
         if step < steps:
+            # The folder is deleted when the caller asks for the next step.
             with TemporaryDirectory() as exported:
                 (weights,) = export_checkpoint(folder, step, "diffusers", exported)
                 yield step, weights
@@ -282,6 +284,7 @@ def _draw_icons(figure: Any, samples: Samples, steps: int) -> None:
     )
     for axis, label in zip(axes[0], samples.labels, strict=True):
         axis.set_title(label, fontsize=11)
+    # The title of a row stands left of its first icon.
     for row_of_axes, (name, note, color), images in zip(axes, titles, rows, strict=True):
         for height, text, size in ((0.6, name, 13), (0.38, note, 9.5)):
             row_of_axes[0].text(
@@ -325,6 +328,7 @@ def _draw_differences(axis: Any, samples: Samples) -> None:
     labels: list[EndLabel] = []
     for number, (variant, curve) in enumerate(samples.differences.items()):
         style = "--" if variant.guidance_from == ADAPTER_GUIDANCE else "-"
+        # The base model is step 0 of each variant.
         points = {0: samples.base_difference, **curve}
         width = max(4 - number, 2)
         axis.plot(points.keys(), points.values(), style, color=variant.color, lw=width)

@@ -104,6 +104,7 @@ def check_trainable(bilora: BiLoRA) -> None:
     for group in bilora.param_groups(lr=0.0):
         trained_parameters += group["params"]
     trained_ids = {id(parameter) for parameter in trained_parameters}
+    # With several auxiliaries the layers' own auxiliary is not among the groups.
     trained_ids |= {id(parameter) for parameter in adapters.parameters(bilora.model, AUXILIARY)}
     for name, parameter in bilora.model.named_parameters():
         if parameter.requires_grad and id(parameter) not in trained_ids:

@@ -98,6 +98,7 @@ def load_rows(name: str) -> Any:
     """
     import datasets
 
+    # A folder or an id of the hub; datasets finds the format of its files.
     arguments: dict[str, Any] = {"path": name}
     if Path(name).is_file():
         arguments = {"path": "json", "data_files": name}

@@ -129,6 +129,7 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
         for earlier_name in removed:
             if before[earlier_name] == after[name]:
                 renamed.append((earlier_name, name))
+                # Each is paired once: two samples may have one content.
                 removed.remove(earlier_name)
                 added.remove(name)
                 break
@@ -144,6 +145,7 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     if changed:
         phrases.append(_describe_changes(changed, before, after))
     if renamed and not phrases:
+        # The same names for other contents: rows were put in another order.
         if before.keys() == after.keys():
             return f"{_count(renamed)} put in another order"
         pairs = [f"{earlier_name} to {name}" for earlier_name, name in renamed]
@@ -238,6 +240,7 @@ def describe_copies(noun: str, training: Contents, heldout: Contents | None = No
     for name, content in training:
         if content in first_names:
             pairs.append((name, first_names[content]))
+        # Of several training samples of one content the first is named.
         first_names.setdefault(content, name)
     count = f"{len(training)} {noun}"
     if heldout is not None:

@@ -59,6 +59,7 @@ def refuse_unusable(folder: Path) -> None:
     Raises:
         UserError: it, or the part of it that exists, is a file or not writable.
     """
+    # The folder itself may have to be made, and folders above it.
     existing_part = folder
     while not existing_part.exists():
         existing_part = existing_part.parent
@@ -334,6 +335,7 @@ def locked(folder: Path) -> Iterator[None]:
     if not is_main_process():
         yield
         return
+    # From the inside out, in the order in which empty ones can be deleted.
     new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     lock = FileLock(folder / LOCK_FILE, timeout=0)
     try:

@@ -202,6 +202,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         with _reading(path, "restore it from a copy, or give another run folder"):
             record = _parsed(regular_file(path).read_bytes())
             version = record["schema_version"]
+            # Of another version the types may differ, so only the number is read.
             if version == SCHEMA_VERSION:
                 Record.model_validate(record)
                 return record
@@ -243,6 +244,7 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
     """
     newest: dict[str, tuple[int, float | None]] = {}
     for row in read_metrics(folder):
+        # A run may have gone on after the step whose weights it leaves.
         if row["step"] > step:
             continue
         for key, value in row.items():

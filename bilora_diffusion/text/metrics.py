@@ -57,6 +57,7 @@ def answer_after(text: str, marker: str | None) -> str | None:
     """
     if marker:
         _, separator, text = text.partition(marker.strip())
+        # A model that never came to an answer.
         if not separator:
             return None
     lines = text.strip().splitlines()
@@ -95,6 +96,7 @@ def _f1(answers: list[str], references: list[str], labels: Sequence[str], *_: An
     """F1 of the last of two classes, else the mean over the classes."""
     averaged_labels = list(labels) or sorted(set(references))
     if len(averaged_labels) == 2:
+        # As GLUE scores MRPC: the class "equivalent" is the positive one.
         averaged_labels = averaged_labels[-1:]
     return _sklearn().f1_score(
         references, answers, labels=averaged_labels, average="macro", zero_division=0

@@ -138,6 +138,7 @@ class TextSource:
         has_labels = False
         if self.kind == "classification" and labels is not None:
             has_labels = True
+            # Transformers makes a head of as many classes as there are labels.
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: number for number, label in enumerate(labels)}
         if weights:
@@ -200,6 +201,7 @@ class TextSource:
         mismatched_keys = []
         for entry in report["mismatched_keys"]:  # keys, or (key, shape, shape)
             mismatched_keys.append(entry if isinstance(entry, str) else entry[0])
+        # A layer of another shape counts as missing: its stored weights are not used.
         missing = sorted({*new_modules, *_modules_of(mismatched_keys)})
         if self.kind == "classification":
             # A head may be new or of another shape, and so may BERT's pooler before it.
@@ -268,6 +270,7 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
     possible_kinds = [kind for kind in KINDS if _has_class(config, kind)]
     # T5 and others have a decoder, but are no causal models.
     if config.is_encoder_decoder and "causal" in possible_kinds:
+        # Transformers has BartForCausalLM and the like, which use the decoder alone.
         possible_kinds.remove("causal")
     if task_type != "auto":
         if task_type not in possible_kinds:
@@ -279,6 +282,7 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
     likely_kinds = ["seq2seq"]
     architectures = " ".join(getattr(config, "architectures", None) or ())
     if "SequenceClassification" in architectures:
+        # A model that was saved as a classifier is one again.
         likely_kinds.insert(0, "classification")
     # Transformers lists encoders such as BERT as causal models too.
     is_encoder = type(config) in _auto("ModelForMaskedLM")._model_mapping
@@ -324,6 +328,7 @@ def _without_quantization(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     values.pop("quantization_config", None)
     plain_model = type(gguf_model)(type(gguf_model.config).from_dict(values)).to(dtype)
     plain_model.load_state_dict(gguf_model.state_dict())
+    # The copy has its own output head, which is to be the embedding again.
     plain_model.tie_weights()
     plain_model.generation_config = getattr(gguf_model, "generation_config", None)
     plain_model.name_or_path = gguf_model.name_or_path

@@ -124,6 +124,7 @@ def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
     """
     if size is None or size >= len(values):
         return list(values)
+    # The same rows in every run, so that runs of other seeds can be compared.
     random = generator(seed_of(SUBSET_SEED, purpose), "subset")
     order = torch.randperm(len(values), generator=random)
     return [values[number] for number in sorted(order[:size].tolist())]
@@ -182,6 +183,7 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
     for number, key in enumerate(rows[task.group]):
         groups.setdefault(str(key), []).append(number)
     heldout_numbers: set[int] = set()
+    # By hash: neither alphabetical order nor the order of the rows decides.
     for key in sorted(groups, key=lambda key: digest_texts(["held out", key])):
         if len(heldout_numbers) >= task.holdout:
             return heldout_numbers

@@ -93,6 +93,7 @@ class TextTask:
         data = self.data
         if fold is not None:
             train_numbers, heldout_numbers = fold
+            # Rows of a fold are tokenized once, whichever runs of the search train on it.
             key = tuple(heldout_numbers)
             if key not in self._folds:
                 train = [data.rows.train[number] for number in train_numbers]
@@ -112,6 +113,7 @@ class TextTask:
         train = self.data.train
         pad_token_id = self.loaded.tokenizer.pad_token_id
         if self.cfg.group_by_length:
+            # Grouped over the whole step: all of its micro-batches have about one length.
             order = LengthGroupedOrder(train.lengths, self.cfg.seed, step_size)
         else:
             order = SampleOrder(len(train), self.cfg.seed)
