@@ -22,7 +22,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..core.errors import TrainingError, UserError
@@ -82,9 +81,13 @@ def prepare(model: nn.Module, spec: AdapterSpec) -> None:
                 f'The layer {path} is {m} x {n}, and init "{spec.init}" at rank {spec.rank} needs '
                 f"{min_side} on each side; lower the rank or take the layer out of target_modules."
             )
-    keep_initial(model, spec)
+    plain = replace(spec, init="default", dropout=0.0, use_dora=False)
+    # Its own random A is replaced by `compute`: torch's global generator is left alone.
+    with torch.random.fork_rng(devices=[]):
+        inject(model, plain, INITIAL)
 
 
+@torch.no_grad()
 def compute(
     model: nn.Module,
     spec: AdapterSpec,
@@ -124,33 +127,15 @@ def compute(
             continue  # the loss does not reach the layer, so no direction is better than another
         else:
             A, B = lora_ga(gradient, spec.rank, layer_seed)
-        set_initial(layer, A, B)
+        for parameter, value in zip(weights(layer, INITIAL), (A, B), strict=True):
+            # A convolution's A is (r, in_channels, height, width), its B (m, r, 1, 1).
+            parameter.copy_(value.reshape(parameter.shape))
         filled_layers += 1
     if not filled_layers:
         raise UserError(
             f'init "{spec.init}" needs the gradient of a loss, and no layer got one; run backward '
             "passes through the adapted layers."
         )
-
-
-def keep_initial(model: nn.Module, spec: AdapterSpec) -> None:
-    """Add the adapter `INITIAL`, with B0 = 0, beside a primary of shape `spec`, in place.
-
-    No random number is taken from torch's global generator.
-
-    Raises:
-        UserError: the model has an adapter of that name.
-    """
-    plain = replace(spec, init="default", dropout=0.0, use_dora=False)
-    with torch.random.fork_rng(devices=[]):
-        inject(model, plain, INITIAL)
-
-
-@torch.no_grad()
-def set_initial(layer: LoraLayer, A: Tensor, B: Tensor) -> None:
-    """Write A0 (r, n) and B0 (m, r) into the layer's adapter `INITIAL`, in its own shapes."""
-    for parameter, value in zip(weights(layer, INITIAL), (A, B), strict=True):
-        parameter.copy_(value.reshape(parameter.shape))
 
 
 @torch.no_grad()

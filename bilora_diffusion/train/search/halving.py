@@ -291,9 +291,10 @@ class Halving:
             return []
         # The best one has the lowest loss among those on most folds. If one alone is on most folds,
         # it would have no rival, so the second largest number of folds counts.
-        folds = sorted(len(self.curves[candidate]) for candidate in remaining)[-2:][0]
-        rivals = [candidate for candidate in remaining if len(self.curves[candidate]) >= folds]
-        best = min(rivals, key=lambda c: lowest_point(self.expected_curve(c, folds)))
+        fold_counts = sorted(len(self.curves[candidate]) for candidate in remaining)
+        most_folds = fold_counts[-2] if len(fold_counts) > 1 else fold_counts[0]
+        rivals = [candidate for candidate in remaining if len(self.curves[candidate]) >= most_folds]
+        best = min(rivals, key=lambda c: lowest_point(self.expected_curve(c, most_folds)))
 
         def rank(candidate: Candidate) -> tuple[bool, float]:
             return candidate != best, self._differences(candidate, best).mean()
