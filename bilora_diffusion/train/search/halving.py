@@ -175,9 +175,10 @@ class Halving:
 
     def _extend_rates(self, space: Space, limit: int) -> None:
         """Go on beyond the space while the best rate of a method is the lowest or the highest."""
-        rates = space.next_rates(self._leaders(space), self.curves)
-        while self._train_first_rung(rates, limit):
+        has_trained = True
+        while has_trained:
             rates = space.next_rates(self._leaders(space), self.curves)
+            has_trained = self._train_first_rung(rates, limit)
 
     def _train_first_rung(self, candidates: Iterable[Candidate], limit: int) -> bool:
         """Train candidates to the first rung, on the first fold; see `_train_within`."""
