@@ -160,7 +160,7 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         lora_layers=words_of_layers(cfg.lora_layers),
         pipeline=model.pipeline,
         predicts_noise=model.predicts_noise,
-        told_guidance=model.family.told_guidance(model.configs),
+        embeds_guidance=model.family.embeds_guidance(model.configs),
         is_unguided=not model.is_guided,
         # Without --resolution the size that the model was made for.
         resolution=cfg.resolution or model.side,
