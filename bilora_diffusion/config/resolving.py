@@ -26,8 +26,8 @@ from .derived import DERIVED_DEFAULTS, HIGH_ADAMW_RATE, LOW_PRODIGY_RATE, derive
 from .options import NO_CONTROL
 from .run import RunConfig
 
+# Samples of one optimizer step at most, on one process.
 MAX_SAMPLES_OF_STEP = 10**6
-"""Samples of one optimizer step at most, on one process."""
 TRACKERS = (
     "tensorboard",
     "wandb",
@@ -40,8 +40,8 @@ TRACKERS = (
     "trackio",
 )
 Config = TypeVar("Config", bound=RunConfig)
+# Logger of all notes on a command line (`collected_notes`).
 logger = logging.getLogger(__name__)
-"""Logger of all notes on a command line (`collected_notes`)."""
 
 
 def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:

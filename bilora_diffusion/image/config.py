@@ -59,6 +59,7 @@ GROUPS = (
     SingleMethodOptions,
 )
 
+# Options that the distance of samples depends on.
 SAMPLING_OPTIONS = frozenset(
     {
         "image_model",
@@ -67,7 +68,6 @@ SAMPLING_OPTIONS = frozenset(
         "validation_guidance_from",
     }
 )
-"""Options that the distance of samples depends on."""
 
 
 @dataclass(frozen=True)

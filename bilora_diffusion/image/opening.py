@@ -215,7 +215,7 @@ def _read_split(label: str, data: Any, image_column: str, mask_column: str | Non
         elif path is not None:
             continue
         image_rows.append(number)
-    if len(image_rows) < len(data):
+    if len(image_rows) < len(data):  # once more without the masks
         return _read_split(label, data.select(image_rows), image_column, mask_column)
     stems = {stem(path) for path in names_in_table}
     for path in names_in_table:

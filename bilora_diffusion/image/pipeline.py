@@ -338,7 +338,7 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
     activations = activation_bytes(family, task.models[family.denoiser], image_tokens, cfg)
     return {
         BEFORE: weights(before),
-        "encoding or drawing": {**weights(encoding), "pictures": pictures},
+        "encoding or sampling": {**weights(encoding), "pictures": pictures},
         STEP: {**weights(step), "activations": activations},
     }
 

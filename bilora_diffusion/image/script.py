@@ -39,7 +39,7 @@ from . import comfy
 from .captions import Captions
 from .card import write_dreambooth_card
 from .concept_list import require_disjoint
-from .config import DreamBoothConfig, resolve
+from .config import DreamBoothConfig
 from .image_files import list_folder
 from .opening import open_images
 from .pipeline import load_base, memory_by_phase
@@ -57,11 +57,9 @@ logger = logging.getLogger(__name__)
 class DreamBoothScript(Script[DreamBoothConfig]):
     """The training script of image models."""
 
+    config_class = DreamBoothConfig
     project = "dreambooth-bilora"
     scorer = "eval.clip_scores"
-
-    def resolve(self, argv: Sequence[str] | None) -> DreamBoothConfig:
-        return resolve(argv)
 
     def build_task(self, cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         """Load the images and the models, and bring both to the device.

@@ -24,8 +24,8 @@ from ..core.values import (
     Range,
 )
 
+# Section of ``--help``.
 SECTION = "adapters and method"
-"""Section of ``--help``."""
 RADII = Range(
     1e6,
     "no change of the weights is so large, so it would bound nothing",

@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 from ..core.errors import UserError
 from ..core.seeds import deal_into_parts, digest_texts
 
+# The two sets of a record.
 TRAINING = "training"
 HELDOUT = "held-out"
-"""With `TRAINING`, the two sets of a record."""
+# Largest number of samples that a record lists one by one, so that checkpoints stay small.
 MOST_LISTED = 1000
-"""Largest number of samples that a record lists one by one, so that checkpoints stay small."""
+# Names of samples that a sentence lists at most.
 MOST_NAMED = 3
-"""Names of samples that a sentence lists at most."""
+# Hexadecimal digits of a listed hash, which only explains a change that the full hash shows.
 LISTED_DIGITS = 8
-"""Hexadecimal digits of a listed hash, which only explains a change that the full hash shows."""
 MOST_PARTS = 1000
+# The name of each sample, and a key of its content.
 Contents = Sequence[tuple[str, Hashable]]
-"""The name of each sample, and a key of its content."""
 logger = logging.getLogger(__name__)
 
 
@@ -111,7 +111,9 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     """Describe the change from one record of a set to another; None where there is none."""
     if saved["hash"] == current["hash"]:
         return None
-    if not _lists_all(saved) or not _lists_all(current):
+    # A record of many samples does not list them, nor can it list two of one name.
+    lists_all = all(len(r.get("samples", ())) == r["count"] for r in (saved, current))
+    if not lists_all:
         if saved["count"] == current["count"]:
             return f"some of the {saved['count']} samples changed"
         return f"the number of samples was {saved['count']} and is {current['count']}"
@@ -127,6 +129,7 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
         for earlier_name in removed:
             if before[earlier_name] == after[name]:
                 renamed.append((earlier_name, name))
+                # Each is paired once: two samples may have one content.
                 removed.remove(earlier_name)
                 added.remove(name)
                 break
@@ -142,16 +145,12 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     if changed:
         phrases.append(_describe_changes(changed, before, after))
     if renamed and not phrases:
+        # The same names for other contents: rows were put in another order.
         if before.keys() == after.keys():
             return f"{_count(renamed)} put in another order"
         pairs = [f"{earlier_name} to {name}" for earlier_name, name in renamed]
         return f"{_count(renamed)} renamed ({_enumerate(pairs)})"
     return " and ".join(phrases) or "the samples were put in another order"
-
-
-def _lists_all(record: Mapping[str, Any]) -> bool:
-    """Test that a record lists all of its samples; of two with one name it can't."""
-    return len(record.get("samples", ())) == record["count"]
 
 
 def _describe_changes(
@@ -241,6 +240,7 @@ def describe_copies(noun: str, training: Contents, heldout: Contents | None = No
     for name, content in training:
         if content in first_names:
             pairs.append((name, first_names[content]))
+        # Of several training samples of one content the first is named.
         first_names.setdefault(content, name)
     count = f"{len(training)} {noun}"
     if heldout is not None:

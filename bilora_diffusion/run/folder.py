@@ -37,21 +37,20 @@ from . import checkpoint, snapshots
 from .record import RUN, VALIDATION, read_search
 from .runlog import CARD, ERROR, METRICS, read_run
 
+# Folder of the adapters of checkpoints.
 EXPORTS = "exports"
-"""Folder of the adapters of checkpoints."""
+# Folder of the runs of a search.
 FIT = "fit"
-"""Folder of the runs of a search."""
 FIT_RECORD = "fit.json"
 FIT_FIGURE = "fit.png"
 SEARCH_NAMES = (FIT, FIT_RECORD, FIT_FIGURE)
+# Folders of the models that full fine-tuning leaves.
 WHOLE_MODELS = (*COMPONENTS, "model")
-"""Folders of the models that full fine-tuning leaves."""
+# A folder with one of these, or with ``run.json``, holds a run.
 RUN_NAMES = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, WEIGHTS, CONFIG)
-"""A folder with one of these, or with ``run.json``, holds a run."""
+# What else a run leaves, and a new start deletes.
 SIDE_NAMES = (VALIDATION, "logs", EXPORTS, *SEARCH_NAMES, snapshots.FOLDER, ERROR)
-"""What else a run leaves, and a new start deletes."""
-LOCK_FILE = ".run.lock"
-"""It is hidden, so that it is neither uploaded nor listed."""
+LOCK_FILE = ".run.lock"  # hidden, so that it is neither uploaded nor listed
 
 
 def refuse_unusable(folder: Path) -> None:
@@ -60,6 +59,7 @@ def refuse_unusable(folder: Path) -> None:
     Raises:
         UserError: it, or the part of it that exists, is a file or not writable.
     """
+    # The folder itself may have to be made, and folders above it.
     existing_part = folder
     while not existing_part.exists():
         existing_part = existing_part.parent
@@ -335,6 +335,7 @@ def locked(folder: Path) -> Iterator[None]:
     if not is_main_process():
         yield
         return
+    # From the inside out, in the order in which empty ones can be deleted.
     new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     lock = FileLock(folder / LOCK_FILE, timeout=0)
     try:

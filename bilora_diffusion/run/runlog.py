@@ -36,8 +36,8 @@ from .record import (
 
 CARD = "README.md"
 ERROR = "error.txt"
+# Options that are not written down.
 SECRETS = frozenset({"hub_token"})
-"""Options that are not written down."""
 
 
 class RunLog:
@@ -89,6 +89,7 @@ class RunLog:
         earlier: dict[str, Any] = {}
         resumed: list[Any] = []
         if resume_step is not None:
+            # A checkpoint may have been copied without its record.
             if (self.folder / RUN).exists():
                 earlier = read_run(self.folder)
             (self.folder / ERROR).unlink(missing_ok=True)  # its attempt is now repeated
@@ -178,6 +179,7 @@ class RunLog:
             results: results to add to the record's.
         """
         self._run["status"] = status
+        # A resumed run keeps what it does not measure again.
         self._run["results"] |= results
         if reason is not None:
             self._run["error"] = reason

@@ -28,8 +28,8 @@ from ..adapters import AUXILIARY, PRIMARY, Factors, group_equal
 from ..methods.bilora import ball
 from ..run import snapshots
 
+# Number of snapshots without ``--dynamics_steps``, about.
 SNAPSHOTS = 40
-"""Number of snapshots without ``--dynamics_steps``, about."""
 TERMS = ("norm_BeA", "norm_eBA", "norm_eBeA")
 FIRST_ORDER, PRODUCT, RATIO = "norm_first_order", "norm_BA", "ratio"
 COLUMNS, ROWS, COSINE, GAIN = "column_overlap", "row_overlap", "product_cosine", "ascent_gain"

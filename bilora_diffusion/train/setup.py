@@ -39,12 +39,13 @@ logger = logging.getLogger(__name__)
 class Script(ABC, Generic[Config]):
     """A training script: the parts of the shared command that depend on images or text."""
 
+    config_class: ClassVar[Any]  # of `Config`; its `resolve` reads a command line
     project: ClassVar[str]  # name of the project for trackers
     scorer: ClassVar[str]  # module that scores its runs
 
-    @abstractmethod
     def resolve(self, argv: Sequence[str] | None) -> Config:
         """Make the configuration of a command line; None for that of the process."""
+        return self.config_class.resolve(argv)
 
     @abstractmethod
     def build_task(self, cfg: Config, accelerator: Accelerator) -> Task:

@@ -39,8 +39,8 @@ from .optimizers import (
 from .outcome import Outcome
 from .task import MicroBatch, Task
 
+# In fp16, steps in a row without a finite loss that are skipped; one more ends the run.
 MAX_NONFINITE_STEPS = 10
-"""In fp16, steps in a row without a finite loss that are skipped; one more ends the run."""
 
 
 class Trainer:

@@ -15,8 +15,8 @@ from ...adapters import AUXILIARY
 from .. import perturb
 from . import ball
 
+# (path, layer) of the layers of one model.
 Layers = Sequence[tuple[str, adapters.LoraLayer]]
-"""(path, layer) of the layers of one model."""
 
 
 class Auxiliary:

@@ -40,20 +40,19 @@ from ..options import MethodOptions
 from . import ball
 from .auxiliary import Auxiliary, Layers, norm_scales
 
+# Default target of one auxiliary's rise.
 TARGET_RISE = 0.2
-"""Default target of one auxiliary's rise."""
+# The same for several auxiliaries: one that a single sample sees may move that sample's loss
+# further before others suffer.
 SAMPLE_TARGET_RISE = 0.4
-"""The same for several auxiliaries: one that a single sample sees may move that sample's loss
-further before others suffer."""
+# Decay of both running means, which cover about 50 steps: with 10, the radius oscillates.
 DECAY = 0.98
-"""Decay of both running means, which cover about 50 steps: with 10, the radius oscillates."""
+# Bounds of the factor on the radius in one step.
 DOWN = 0.9
 UP = 1.1
-"""With `DOWN`, the bounds of the factor on the radius in one step."""
+# Largest radius, as a share of the norm of the primary's change of the weights.
 LARGEST_SHARE = 0.4
-"""Largest radius, as a share of the norm of the primary's change of the weights."""
-_SMALLEST = 1e-30
-"""It replaces a zero in a denominator."""
+_SMALLEST = 1e-30  # in place of a zero in a denominator
 
 
 def weight_changes(layers: Layers, scales: Sequence[float]) -> list[adapters.Factors]:

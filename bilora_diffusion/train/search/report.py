@@ -24,10 +24,10 @@ from ...run.record import read_run, read_search
 from .halving import Halving, Trial, lowest_point
 from .space import METHOD, RATE, Candidate, arguments, title
 
+# Number of curves in the figure.
 CURVES = 5
-"""Number of curves in the figure."""
+# Highest loss in the figure, as a multiple of the choice's loss.
 HIGHEST = 1.25
-"""Highest loss in the figure, as a multiple of the choice's loss."""
 
 
 def write(folder: Path, settings: Mapping[str, Any], halving: Halving, is_done: bool) -> None:

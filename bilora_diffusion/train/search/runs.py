@@ -49,10 +49,11 @@ from .space import (
 )
 from .trials import SearchStopped, read_curve, train_trial
 
+# Default number of folds.
 FOLDS = 4
-"""Default number of folds."""
+# With fewer samples than this each sample is a fold.
 LEAVE_ONE_OUT = 8
-"""With fewer samples than this each sample is a fold."""
+# Options of methods and optimizers that are the same in all runs of a search.
 SHARED_OPTIONS = frozenset(
     {
         "quantize",
@@ -66,7 +67,7 @@ SHARED_OPTIONS = frozenset(
         "lr_power",
     }
 )
-"""Options of methods and optimizers that are the same in all runs of a search."""
+# Options of every run of a search: a constant rate, and neither trackers nor samples.
 RUN_OPTIONS = {
     "report_to": "none",
     "push_to_hub": False,
@@ -78,7 +79,6 @@ RUN_OPTIONS = {
     "lr_scheduler": "constant_with_warmup",
     "checkpoints_total_limit": 1,
 }
-"""Options of every run of a search: a constant rate, and neither trackers nor samples."""
 logger = logging.getLogger(__name__)
 
 
