@@ -26,11 +26,11 @@ from .parts import QUIET
 from .runs import PROMPT, ordered, pair, suggest_prompt
 from .sampling import BASE, Pipelines, can_sample, checked, sides, usual
 
+# Models of the unconditional prediction as the tab Generate names them.
 GUIDANCE_TITLES = {
     ADAPTER_GUIDANCE: "the adapter (what other programs do)",
     BASE_GUIDANCE: "the base model",
 }
-"""Models of the unconditional prediction as the tab Generate names them."""
 
 
 class Stopped(Exception):

@@ -27,18 +27,19 @@ from . import parts
 from .generate import Stopped, Work, message
 from .parts import QUIET, Update
 from .runs import RunItem, ordered, suggest_prompt
-from .sampling import BaseChoice, Request, checked, exported, is_guided, size_of, usual
+from .sampling import BaseChoice, Request, checked, exported, size_of, usual
 
+# Images of one grid
 IMAGE_COUNTS = Range(64, "each takes as long as one in the tab Generate", at_least=1)
+# Models of the unconditional prediction as the grid's rows name them.
 GUIDANCE_ROWS = {
     ADAPTER_GUIDANCE: "guidance from the adapter",
     BASE_GUIDANCE: "guidance from the base model",
 }
-"""Models of the unconditional prediction as the grid's rows name them."""
+# Step of the checkpoint, model of the unconditional prediction, strength of the adapter.
 Cell = tuple[int, str, float]
-"""Step of the checkpoint, model of the unconditional prediction, strength of the adapter."""
+# Checkpoints that are chosen at first.
 FIRST_CHECKPOINTS = 4
-"""Checkpoints that are chosen at first."""
 
 
 class Grid:
@@ -129,7 +130,7 @@ class Grid:
                 kinds: Sequence[str] = (ADAPTER_GUIDANCE,)
                 # A run of whole weights has no adapter to turn off for the base model's prediction.
                 has_adapter = not methods.get(run.method).exports_weights
-                if both_kinds and has_adapter and is_guided(base):
+                if both_kinds and has_adapter and base.describe().is_guided:
                     kinds = GUIDANCE_SOURCES
                 IMAGE_COUNTS.check("the number of images", len(rows) * len(kinds) * len(columns))
                 sampler_steps, guidance = usual(base)

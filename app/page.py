@@ -41,32 +41,33 @@ from .parts import QUIET, html
 
 FOLDER = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
+# From one look at the root to the next
 RESCAN_SECONDS = 5.0
+# Broken folders that the notice names; the others are counted.
 MAX_LISTED = 8
-"""Broken folders that the notice names; the others are counted."""
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
+# The routes that the page asks for, besides files of Gradio's own folder.
 OPEN_ROUTES = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)"
     "|/(assets|static|svelte)/.*"
     r"|/gradio_api/(app_id|theme\.css|cancel|reset/?|heartbeat/[^/]*)"
     "|/gradio_api/(queue/(join|data)|run/predict)"
 )
-"""The routes that the page asks for, besides files of Gradio's own folder."""
+# A Host header: a name, or an IPv6 address in brackets, and perhaps a port.
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^][:/@?#]+)(:\d+)?")
-"""A Host header: a name, or an IPv6 address in brackets, and perhaps a port."""
+# Largest body of a request. The page sends choices and prompts only; uploads are closed.
 MAX_BODY_BYTES = 1_000_000
-"""Largest body of a request. The page sends choices and prompts only; uploads are closed."""
+# Longest line at the terminal, in characters.
 MAX_LINE_LENGTH = 400
-"""Longest line at the terminal, in characters."""
+# By this policy the browser itself refuses content from other servers, and refuses to show the page
+# inside another one. Gradio's page needs inline scripts and styles.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
     " style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; object-src 'none';"
     " frame-ancestors 'none'; form-action 'none'; base-uri 'self'"
 )
-"""By this policy the browser itself refuses content from other servers, and refuses to show the
-page inside another one. Gradio's page needs inline scripts and styles.
-"""
+# Of every answer
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from bilora_diffusion.core.values import (
     check_choice,
 )
 from bilora_diffusion.export.conversion import export_checkpoint
-from bilora_diffusion.image.base_model import describe
+from bilora_diffusion.image.base_model import BaseModel, describe
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
@@ -46,8 +46,8 @@ from eval.sources import find
 from .catalog import Catalog
 from .runs import RunItem
 
+# Stands for the base model among the paths of runs.
 BASE = ""
-"""Stands for the base model among the paths of runs."""
 MAX_SEED = 2**32 - 1
 
 
@@ -72,27 +72,25 @@ class BaseChoice:
             vae=config.get("pretrained_vae_model_name_or_path"),
         )
 
+    def describe(self) -> BaseModel:
+        """Its configuration files, under its own name: what is usual for it depends on the name."""
+        return replace(describe(local(self)), name=self.name)
+
 
 @dataclass(frozen=True)
 class Request:
-    """An image to sample.
-
-    Attributes:
-        prompt: Prompt.
-        seed: Seed of the noise.
-        steps: Steps of the sampler.
-        guidance_scale: Scale of guidance, as diffusers has it.
-        scale: Scale of the adapter.
-        size: Side of the image in pixels; None for the model's own.
-        guidance_from: Model of the unconditional prediction, one of `values.GUIDANCE_SOURCES`.
-    """
+    """An image to sample."""
 
     prompt: str
     seed: int
     steps: int
+    # As diffusers has it
     guidance_scale: float
+    # Of the adapter
     scale: float
+    # Side of the image in pixels; None for the model's own
     size: int | None = None
+    # Model of the unconditional prediction, one of `values.GUIDANCE_SOURCES`
     guidance_from: str = ADAPTER_GUIDANCE
 
 
@@ -173,7 +171,7 @@ class Pipelines:
 
     def _read(self, base: BaseChoice) -> Any:
         folder = local(base)
-        dtype = describe(folder).family.precision(self.device)
+        dtype = base.describe().family.precision(self.device)
         if base.name in PIPELINES:  # a miniature fits every device in fp32
             dtype = torch.float32
         vae = None
@@ -187,12 +185,6 @@ def usual(base: BaseChoice) -> tuple[int, float]:
     """Steps and guidance scale with which a base model is sampled by default."""
     _, steps, guidance = settings.usual(local(base), base.name)
     return steps, guidance
-
-
-@cache
-def is_guided(base: BaseChoice) -> bool:
-    """Test that a base model is sampled with an unconditional prediction by default."""
-    return settings.is_guided(local(base), base.name)
 
 
 def local(base: BaseChoice) -> str:

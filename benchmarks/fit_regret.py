@@ -38,6 +38,7 @@ from eval.compare import mean, summaries
 from eval.table import Entry, Metric, Result, Row, command_line, provenance_of_runs
 
 IMAGE, TEXT = "train_dreambooth_bilora.py", "train_text_bilora.py"
+# Options of all runs
 COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 ICONS = ["--pretrained_model_name_or_path", "mini", "--learning_rate", "1e-3"]
 REVIEWS = ["--model_name_or_path", "minilm", "--task_type", "classification", "--max_length", "64"]
@@ -49,6 +50,7 @@ DATASETS = {
     "icons-sample": ["mini", *SAMPLE],
     "animals": ["mini-animals"],
 }
+# Scales and formats of shares and of losses
 SHARE: Any = {"scale": 100, "form": ".2f"}
 LOSS: Any = {"scale": 1000, "form": ".2f"}
 METRICS = {

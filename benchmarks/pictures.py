@@ -319,8 +319,8 @@ class Pictures(Evaluation):
         # If all runs were recorded, nothing was scored now: the earlier result has the settings.
         scored = next(iter(self.scored.values()), self.earlier)
         assert scored is not None
-        for name in ("sampling", "scorer"):
-            self.settings[name] = scored.settings[name]
+        for name in ("sampling", "scorer", "truth_i2t"):
+            self.settings[name] = scored.settings.get(name)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         if subject.label in self.recorded:

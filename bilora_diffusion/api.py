@@ -190,7 +190,7 @@ class BiLoRA:
 
     def clip_parameters(self) -> list[nn.Parameter]:
         """Parameters for gradient clipping: the primary's, since the ball bounds the auxiliary."""
-        return self._method.clip_parameters()
+        return self._method.result_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:
         """The trained LoRA under PEFT's keys, for the base weights that the model came with.

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     import torch
 
 
+# Endings of files that count as adapters; pickles are refused when they are opened
 ADAPTER_FILES = (".safetensors", *PICKLES)
+# Numbers of ``a..b``
 LARGEST_RANGE = 10_000
 # Runs that the name of a folder of results has; of more it has a hash
 MOST_NAMED = 4
@@ -120,7 +122,7 @@ class Parser(command_line.Sentences):
 
 
 def question_of(args: argparse.Namespace) -> list[str]:
-    """Parts of a folder's name for what is scored, so that each question has its own folder.
+    """Parts of the name of the output folder, so that each comparison has its own folder.
 
     The names or labels of the runs; "steps" for their checkpoints, whichever steps these are, since
     equal checkpoints share their images; the name of the prompts, if they are given.

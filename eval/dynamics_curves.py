@@ -36,9 +36,11 @@ from .table import Row
 ALL_LAYERS = "all"
 # Vectors of which cosines are taken: A, B, both, or B A; all chosen layers form one vector
 QUANTITIES = ("A", "B", "factors", "product")
+# Adapter -> its part in the names of curves
 NAMES = {PRIMARY: "primary", AUXILIARY: "auxiliary"}
 # The auxiliary's cosine to the primary's final weights
 CROSS = "auxiliary_to_primary"
+# Curves in ``metrics.jsonl``; the others are in the snapshots
 LOGGED = ("auxiliary_norm", "auxiliary_norm_before")
 # Curves of single layers that are shown (Fig. A4)
 OF_LAYERS = (*NORMS, RATIO)
@@ -62,16 +64,6 @@ class RunCurves:
     # "column_overlap" and "row_overlap" of random subspaces, the mean of max(r1, r2) / d over the
     # layers; {} without an auxiliary
     chance: dict[str, float]
-
-    @property
-    def steps(self) -> list[int]:
-        """All steps that have a value, in order."""
-        return sorted(set().union(*self.values.values()))
-
-    @property
-    def recorded(self) -> set[int]:
-        """The steps that have a snapshot."""
-        return set(self.values["primary/product"])
 
     def figures(self) -> dict[str, float | None]:
         """Figures that are computed layer by layer.
@@ -204,7 +196,7 @@ def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 def _cosine(dots: Tensor) -> float | None:
-    """<v, w> / (||v|| ||w||) of what `_dots` returns; None if a vector is zero."""
+    """<v, w> / (||v|| ||w||) from the result of `_dots`; None if a vector is zero."""
     inner, left, right = dots.tolist()
     length = math.sqrt(max(left, 0.0) * max(right, 0.0))  # rounding may leave less than zero
     if not length > 0:  # zero, or NaN

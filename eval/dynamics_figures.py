@@ -24,6 +24,7 @@ ROLES = {
     "auxiliary": ("auxiliary", "tab:blue"),
     CROSS: ("auxiliary to the primary's", "tab:green"),
 }
+# Quantity -> its title
 QUANTITIES = {"product": "B A", "factors": "A and B", "A": "A", "B": "B"}
 
 

@@ -40,8 +40,8 @@ if TYPE_CHECKING:  # imported where it is used, so that --help does not wait for
     from .landscape_points import Model
 
 SPACES = tuple(TITLES)
+# Losses at some positions; None where one is not finite.
 LossValues = Sequence[float | None]
-"""Losses at some positions; None where one is not finite."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from . import plot
 from .table import Entry, Result
 
+# Space -> its title
 TITLES = {"lora": "LoRA space (A and B)", "full": "full space (weights without the adapters)"}
 PROFILES, GRIDS = "landscape.png", "landscape_grid.png"
 # Largest number of contours

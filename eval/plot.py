@@ -13,6 +13,7 @@ from bilora_diffusion.core.figures import new_figure
 
 from .table import Result, Summary
 
+# Width and height
 PANEL_INCHES = (4.0, 3.2)
 MARKERS = "osD^vP"
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -28,11 +29,10 @@ class Curve:
 
     group: str
     metric: str
-    # Item of the metric
     item: str = ""
-    # Label in the legend; "" for none
+    # In the legend; "" for none
     label: str = ""
-    # Color and style of the line; by default the group's
+    # Of the line; by default those of the group
     color: str = ""
     style: str = ""
     # Draw its difference to the control's, with its interval

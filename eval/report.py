@@ -24,11 +24,10 @@ class Column:
     """A metric in a table of groups, shown by its :class:`~eval.table.Metric`."""
 
     metric: str
-    # Item of the metric
     item: str = ""
     # Add a column with its difference to the control's
     difference: bool = False
-    # Show the mean with its interval
+    # Show the interval of the mean too
     interval: bool = True
 
 

@@ -18,19 +18,7 @@ from bilora_diffusion.core.errors import UserError
 
 from .sources import BASE, Subject, find, run
 
-__all__ = [
-    "BASE",
-    "Subject",
-    "by_group",
-    "differing_options",
-    "gather",
-    "paired",
-    "read_groups",
-    "settings_note",
-    "single",
-]
-
-# What options are called in a sentence; the others have their own names.
+# Option -> its name in a sentence; the other options have their own names.
 PLAIN_NAMES = {
     "dataset_name": "data",
     "instance_data_dir": "data folder",

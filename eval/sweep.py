@@ -95,15 +95,15 @@ class Sweep(Evaluation):
         super().__init__(args, command)
         self.plan, self.experiment = plan, plan.experiment
         self.runner = Runner(plan.script, plan.recipe, runs_dir, args.jobs)
-        arms: dict[str, Any] = {}
+        variants: dict[str, Any] = {}
         for variant in plan.variants:
-            arms[variant.label] = {"options": shown_options(variant.values)}
+            variants[variant.label] = {"options": shown_options(variant.values)}
         self.settings |= {
             "recipe": plan.recipe.name,
             "metric": plan.experiment.metric,
             "higher_is_better": plan.experiment.higher_is_better,
             "seeds": list(plan.seeds),
-            "arms": arms,
+            "arms": variants,
         }
 
     @classmethod
@@ -175,7 +175,7 @@ class Sweep(Evaluation):
         if failures:
             reasons = []
             for outcome in failures:
-                reasons.append(f"{outcome.cell} (exit code {outcome.exit_code}: {outcome.error})")
+                reasons.append(f"{outcome.run} (exit code {outcome.exit_code}: {outcome.error})")
             print(
                 f"error: {len(failures)} of {len(outcomes)} runs failed: {'; '.join(reasons)}."
                 f" Their logs are {runs_dir}/RUN.log, and the same command tries them again.",
@@ -288,10 +288,10 @@ def subject_of(runs_dir: Path, outcome: Outcome) -> Subject:
     """A run as a subject; of a run that is not finished it has the outcome only."""
     about = {"status": outcome.status, "exit_code": outcome.exit_code, "error": outcome.error}
     if outcome.status == FINISHED:
-        subject = find_run(runs_dir / outcome.cell, outcome.cell)
-        return replace(subject, group=outcome.arm, about=about)
-    name = outcome.cell
-    return Subject(name, outcome.arm, source=name, seed=outcome.seed, about=about)
+        subject = find_run(runs_dir / outcome.run, outcome.run)
+        return replace(subject, group=outcome.variant, about=about)
+    name = outcome.run
+    return Subject(name, outcome.variant, source=name, seed=outcome.seed, about=about)
 
 
 main = Sweep.main

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from bilora_diffusion import BiLoRAConfig, attach, mini
 
+# Layers of the UNet that get adapters
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 BATCH_SIZE = 4
+# From one held-out loss to the next
 EVALUATION_STEPS = 40
 
 

@@ -31,8 +31,6 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 """Key under which diffusers' files hold PEFT's configurations."""
 FILE_NAME = "pytorch_lora_weights.safetensors"
 """Name of the file for diffusers."""
-KOHYA_FILE_NAME_BEFORE = "pytorch_lora_weights_kohya.safetensors"
-"""Name of kohya's file in runs of versions that did not name it after the run."""
 
 _LONGEST_STEM = 180
 """Bytes of a name without its ending; file systems take 255 with all endings."""

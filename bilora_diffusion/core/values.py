@@ -77,6 +77,8 @@ TEMPLATES = ("auto", "chat", "alpaca", "plain")
 HELDOUT_LOSS = "heldout_loss"
 HELDOUT_DISTANCE = "heldout_distance"
 """Names in the log of what is measured on held-out samples; less is better."""
+BY_LEVEL = "heldout_loss_by_level/"
+"""Start of the name of the held-out loss at one noise level, which follows."""
 TRAINING_GRID_LOSS = "train_grid_loss"
 """Name of the held-out loss's counterpart on the training samples."""
 MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
@@ -158,7 +160,9 @@ class Range:
 
 
 RANKS = Range(
-    16_384, "a rank above a layer's smaller side adds nothing, and no model has a wider", at_least=1
+    16_384,
+    "a rank above the smaller side of a layer adds nothing, and no known model has a wider layer",
+    at_least=1,
 )
 SCALES = Range(
     1e6,

@@ -82,10 +82,10 @@ class DreamBoothScript(Script[DreamBoothConfig]):
             if cfg.train_text_encoder:
                 dtypes |= dict.fromkeys(family.encoders, torch.float32)
         # Text encoders are loaded when a prompt is not in the cache on disk.
-        loaded_later = ()
+        deferred_parts = ()
         if cfg.cache and not cfg.train_text_encoder:
-            loaded_later = family.encoders
-        pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, later=loaded_later)
+            deferred_parts = family.encoders
+        pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, deferred_parts=deferred_parts)
         warn_of_model(cfg, pipeline)
 
         class_set = None
@@ -231,7 +231,7 @@ def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) 
     the denoiser comes to it.
     """
     if task.family.flow:
-        loaders = task.pipeline.origin.later  # of encoders that are loaded only if needed
+        loaders = task.pipeline.origin.loaders  # of encoders that are loaded only if needed
         for name in task.family.encoders:
             model = getattr(task.pipeline, name)
             if name in loaders:

@@ -131,7 +131,7 @@ class MethodFlags:
         " product BA (Eq. 10 to the letter).",
         choices=RHO_NORMS,
     )
-    # Defaults: `bilora.radius.RISE` and `RISE_BY_SAMPLE`. To import them takes torch.
+    # Defaults: `bilora.radius.TARGET_RISE` and `SAMPLE_TARGET_RISE`. To import them takes torch.
     loss_rise: float | None = option(
         None,
         "bilora with --rho auto: the share of the loss by which the auxiliary is to move it."

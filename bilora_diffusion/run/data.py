@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..core.errors import UserError
-from ..core.seeds import digest_texts, parts
+from ..core.seeds import deal_into_parts, digest_texts
 
 TRAINING = "training"
 HELDOUT = "held-out"
@@ -78,13 +78,12 @@ def summarize(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same_content(
-    saved: Mapping[str, Any] | None, current: Mapping[str, Any], depends_on_heldout: bool
+    saved: Mapping[str, Any], current: Mapping[str, Any], depends_on_heldout: bool
 ) -> None:
     """Refuse to go on with other data than before.
 
     Args:
-        saved: record of the checkpoint or of the search; None, of an earlier version, to compare
-            nothing.
+        saved: record of the checkpoint or of the search.
         current: record of this run.
         depends_on_heldout: whether the held-out samples decide what the run leaves. Otherwise a
             change of them is only a warning.
@@ -92,9 +91,6 @@ def require_same_content(
     Raises:
         UserError: it names what changed.
     """
-    if saved is None:
-        logger.info("no hashes of the data were saved, so changes of the data are not noticed")
-        return
     for name in (TRAINING, HELDOUT):
         difference = describe_difference(saved[name], current[name])
         if difference is None:
@@ -228,7 +224,7 @@ def samples_of_part(part: str | None, names: Sequence[str], set_name: str) -> li
             f"--validation_part {part} asks for {count} parts of {set_name}, which has"
             f" {len(different)}: ask for fewer."
         )
-    part_names = {different[index] for index in parts(different, count)[number - 1]}
+    part_names = {different[index] for index in deal_into_parts(different, count)[number - 1]}
     return [index for index, name in enumerate(names) if name in part_names]
 
 

@@ -153,8 +153,8 @@ class SearchChoice(SearchRow):
 
     steps: Annotated[Count, Field(ge=1)]
     loss: Number
-    base_loss: Number | None = None  # of the base model on the same samples
-    rate_edge: Literal["lowest", "highest"] | None = None  # of the rates that were tried
+    base_loss: Number | None  # of the base model on the same samples; None if not finite
+    rate_edge: Literal["lowest", "highest"] | None  # of the rates that were tried
 
 
 class SearchStanding(SearchRow):

@@ -120,7 +120,7 @@ class RunLog:
             "removed_checkpoints": earlier.get("removed_checkpoints", []),
             # Its state now.
             "status": "running",
-            "card": wrote_card(earlier),
+            "card": earlier.get("card", False),
             "doing": "starting",
             "doing_since": date,
             "results": {},
@@ -228,9 +228,3 @@ def _date() -> str:
 def is_finished(folder: Path) -> bool:
     """Test that a folder holds a finished run."""
     return (folder / RUN).exists() and read_run(folder)["status"] == "finished"
-
-
-def wrote_card(record: Mapping[str, Any]) -> bool:
-    """Test that the ``README.md`` beside a ``run.json`` is a run's model card."""
-    # Every finished run has written one, also of versions that did not record it.
-    return bool(record.get("card")) or record.get("status") == "finished"

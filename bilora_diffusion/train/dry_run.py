@@ -75,7 +75,7 @@ def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) 
         lines.append(f"two runs, into {folders}; what follows is about the larger one")
     method, trained = attached(task, steps)
     models = ", ".join(f"{t.name} ({type(t.model).__name__})" for t in method.targets)
-    count = sum(parameter.numel() for parameter in method.clip_parameters())
+    count = sum(parameter.numel() for parameter in method.result_parameters())
     epochs = steps * step_size / task.num_samples
     lines += [
         f"{method.title} on {models}: {len(method.layers)} layers, {count:,} parameters",

@@ -84,7 +84,7 @@ class ClipScores(OverSteps):
     revision and note, None without captions or such a model.
     """
 
-    name, title, over = "clip_scores", "CLIP scores", "item"
+    name, title, unit = "clip_scores", "CLIP scores", compare.ITEM
     metrics, described, options = METRICS, DESCRIBED, (ScoringOptions, SamplingOptions)
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
@@ -262,6 +262,7 @@ class ClipScores(OverSteps):
             "scorer": asdict(scorer.entry),
             "captioner": asdict(captioner.entry) if captioner else None,
             "image_model": asdict(self.image_model.entry) if self.image_model else None,
+            "truth_i2t": self.judge.truth_i2t() if self.judge else None,
         }
 
     def rows(self, subject: Subject) -> Iterable[Row]:
@@ -275,7 +276,7 @@ class ClipScores(OverSteps):
         if self.args.steps is not None:
             metrics[HELDOUT_LOSS] = LOSS
         scores = [row for row in rows if row.metric in metrics]
-        summarize = partial(compare.summaries, over=self.over)
+        summarize = partial(compare.summaries, unit=self.unit)
         result = self.result(
             subjects,
             rows,

@@ -27,6 +27,7 @@ from . import models
 from .models import ModelEntry, Scorer, hub_commit, in_batches
 from .settings import BLIP, CAPTIONERS
 
+# Images that are captioned at a time
 BATCH = 16
 # Length of a caption, with start and end. The shortest length and the beams are those with which
 # BLIP's authors caption.

@@ -19,6 +19,7 @@ from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.mini.colors import MAPS
 
+from ..compare import mean
 from ..subjects import BASE, Subject
 from ..table import Row
 from .captioners import Captioner
@@ -125,6 +126,20 @@ class ImageJudge:
             if subject.kind != BASE:  # which has no drift from itself
                 original = self._originals[job.prompt.text, job.seed]
                 yield self._row(subject, job, "drift", cosine(image.vector, original))
+
+    def truth_i2t(self) -> float | None:
+        """Mean score "i2t" of the held-out pictures with their own prompts; None without pictures.
+
+        A sample that is its held-out picture has this score, so that higher ones are no better.
+        """
+        truths = self._pictures.truths
+        if not truths:
+            return None
+        prompts = self._scorer.texts(list(truths))
+        scores = []
+        for picture, prompt in zip(truths.values(), prompts, strict=True):
+            scores.append(cosine(picture, prompt))
+        return mean(scores)
 
     def _scores(
         self, subject: Subject, job: Job, image: EmbeddedImage, prompt: Tensor

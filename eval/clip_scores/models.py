@@ -36,7 +36,9 @@ from bilora_diffusion.train.soundness import require_words
 from ..cache import hash_of_files
 from .settings import SCORERS
 
+# Names that open_clip gives weights in safetensors
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+# Parts of scorers' names before the colon
 SCHEMES = ("embedded", "open_clip")
 NOT_THE_PAPERS = "A small model of this package: its scores cannot be set beside the paper's."
 

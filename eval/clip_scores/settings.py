@@ -1,5 +1,5 @@
-"""Options of the command line, and the settings that they come to, checked before anything is
-generated.
+"""Options of the command line, and the settings that follow from them; all are checked before an
+image is generated.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
     for place, subject in subject_of.items():
         if name is None:
             name = str(subject.base_model)
-        # A hub id has a slash. What the copy holds is not compared with the hub.
+        # A hub id has a slash. The copy's content is not compared with the hub's.
         is_copy = Path(name).is_dir() and "/" in place and not Path(place).is_dir()
         if place != _place(name) and not is_copy:
             raise UserError(
@@ -229,14 +229,6 @@ def usual(base: str, name: str | None = None) -> tuple[int, int, float]:
         name: of the model, if the folder is a copy.
     """
     return _usual(_without_weights(base, name or base), base)
-
-
-def is_guided(base: str, name: str) -> bool:
-    """Test that a base model's default sampling has an unconditional prediction."""
-    pipeline = _without_weights(base, name)
-    _, _, guidance = _usual(pipeline, base)
-    family = family_of(pipeline)
-    return bool(family.is_guided(guidance, pipeline.config, family.configs(pipeline)))
 
 
 def _without_weights(base: str, name: str) -> Any:

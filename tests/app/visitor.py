@@ -25,14 +25,16 @@ class Visitor:
         return connection.getresponse()
 
     def events(self, element: str) -> list[tuple[int, list[Any]]]:
-        """The events of the element with this id: number of each, and the values of its inputs on a
-        new page.
+        """The events of the element with this id.
+
+        Returns:
+            (number, values of its inputs on a new page) of each.
         """
         config = json.load(self.ask("/config"))
         properties = {part["id"]: part["props"] for part in config["components"]}
         events = []
         for event in config["dependencies"]:
-            (target, _), *_ = event["targets"]
+            target, _ = event["targets"][0]
             if target in properties and properties[target].get("elem_id") == element:
                 values = [properties[part].get("value") for part in event["inputs"]]
                 events.append((event["id"], values))

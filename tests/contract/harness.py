@@ -213,7 +213,7 @@ class Run:
         """Clip what the method wants clipped, then update; called by the method."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.method.clip_parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.method.result_parameters(), 1.0)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -239,7 +239,7 @@ class Run:
                 scaled_loss.backward()
             total += loss.detach()
         if self.overflow and self.steps_taken in self.overflow:
-            for parameter in self.method.clip_parameters():
+            for parameter in self.method.result_parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(float("inf"))
         if self.accelerator is not None:

@@ -84,7 +84,7 @@ def starts_as_the_model_came(run, is_quantized):
 
 def clipping_sees_the_result_only(run):
     trained = run.optimized_ids()
-    clipped = {id(p) for p in run.method.clip_parameters()}
+    clipped = {id(p) for p in run.method.result_parameters()}
     if run.method.exports_weights:
         assert clipped == trained
     else:
@@ -102,7 +102,7 @@ def counts_what_it_trains(run):
         trained_bytes += sum(parameter.nbytes for parameter in group["params"])
     memory = run.method.memory(step_samples=ROWS)
     assert memory.optimized == trained_bytes
-    assert memory.result == sum(parameter.nbytes for parameter in run.method.clip_parameters())
+    assert memory.result == sum(parameter.nbytes for parameter in run.method.result_parameters())
     assert memory.result <= memory.gradients <= trained_bytes
 
 

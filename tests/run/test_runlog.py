@@ -118,13 +118,21 @@ def test_wall_time_and_peak_memory_add_up(tmp_path, monkeypatch):
 
 
 FIT_RUN = {"name": "a", "title": "lora", "fold": 1, "steps": [0, 5], "losses": [1.0, None]}
+FIT_CHOICE = {
+    "options": {"rank": "4"},
+    "title": "rank 4",
+    "steps": 5,
+    "loss": 0.5,
+    "base_loss": 1.0,
+    "rate_edge": None,
+}
 FIT = {
     "settings": {},
     "spent": 5,
     "runs": [FIT_RUN],
     "out": {},
     "standings": [],
-    "choice": {"options": {"rank": "4"}, "title": "rank 4", "steps": 5, "loss": 0.5},
+    "choice": FIT_CHOICE,
 }
 RECORD = {"schema_version": 1, "method": "a", "status": "failed", "config": {}}
 DAMAGED: list[Any] = [

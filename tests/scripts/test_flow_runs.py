@@ -98,14 +98,14 @@ def test_masks_and_a_kept_class(tmp_path):
 
 def test_the_noise_levels_in_the_log_are_those_that_were_sampled(tmp_path, monkeypatch):
     levels = []
-    sample_index = FlowMatching.sample_index
+    sample_level_index = FlowMatching.sample_level_index
 
     def record_level(self, random):
-        index = sample_index(self, random)
+        index = sample_level_index(self, random)
         levels.append(1000 * self.sigmas[index].item())
         return index
 
-    monkeypatch.setattr(FlowMatching, "sample_index", record_level)
+    monkeypatch.setattr(FlowMatching, "sample_level_index", record_level)
     run = runs.train(tmp_path / "run", **on(SD3, max_train_steps=3))
     del levels[0]  # of the row that the run is probed with
     steps = [levels[0:2], levels[2:4], levels[4:6]]  # batches of two

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from bilora_diffusion.core.errors import UserError
 from eval import table
 from tests.scripts.runs import ROOT
 
@@ -79,3 +80,30 @@ def test_the_regret_of_a_rule_is_what_the_best_step_has_more():
     assert rules.regrets(misled, {})[rules.BY_CAPTIONS] == pytest.approx(0.4)
     assert rules.BY_LOSS not in rules.regrets(misled, {10: 1.0})
     assert rules.regrets({1: [0.5] * 8}, {}) == {}
+
+
+def test_one_table_has_the_differences_of_all_sets(tmp_path):
+    picture_table = importlib.import_module("benchmarks.picture_table")
+    folders = [ROOT / "results" / name for name in ("pictures_icons", "pictures_animals")]
+    picture_table.main(f"{folders[0]} {folders[1]} --output_dir {tmp_path}".split())
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    for folder in folders:
+        result = table.read(folder)
+        summary = result.summary("Bi-LoRA, per sample", "truth", "guidance 4", step=300)
+        percent = f"{100 * summary.difference:+.2f}"
+        line = next(line for line in lines if percent in line)
+        assert line.startswith(f"| {result.settings['preset']} | Bi-LoRA, per sample |")
+    assert (tmp_path / "fronts.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("pictures_icons", "pictures_icons"), "is the second result of mini-icons"),
+        (("lora_bilora",), "is a result of sweep: name results of pictures.py"),
+    ],
+)
+def test_one_table_takes_one_result_of_each_set(names, sentence):
+    picture_table = importlib.import_module("benchmarks.picture_table")
+    with pytest.raises(UserError, match=sentence):
+        picture_table.read_results([ROOT / "results" / name for name in names])

@@ -1,5 +1,6 @@
 """Runs that their held-out loss ends, and what they leave: images and text, whole and resumed."""
 
+import copy
 import json
 import shutil
 
@@ -183,15 +184,15 @@ def test_a_resume_on_other_rows_is_refused(tmp_path):
     options = {**texts.material("seq2seq"), "train_file": file, "checkpointing_steps": 1}
     run = texts.train_text(tmp_path / "run", **options)
     go_on = {**options, "resume_from_checkpoint": "step-1"}
-    rows[2]["answer"] = "five"
-    texts.write_rows(file, rows)
+    changed_rows = copy.deepcopy(rows)
+    changed_rows[2]["answer"] = "five"
+    texts.write_rows(file, changed_rows)
     with pytest.raises(UserError, match="the text of line 3 of train"):
         texts.train_text(run, **go_on)
 
-    # A checkpoint of an earlier version has no record of its data, so nothing is compared. Both it
-    # and the run's record hold options that no longer exist.
+    # Both the checkpoint and the run's record hold options that an earlier version had.
+    texts.write_rows(file, rows)
     saved = checkpoint.load(run / "checkpoints" / "step-1")
-    del saved.extra["content"]
     saved.extra["config"] |= {"efm_beta": 0.9, "looksam_k": 5}
     checkpoint.save(run, saved)
     record = json.loads((run / "run.json").read_text())

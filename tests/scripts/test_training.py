@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.core.lora_names import FILE_NAME
-from bilora_diffusion.core.values import NOISE_LEVELS
+from bilora_diffusion.core.values import BY_LEVEL, NOISE_LEVELS
 from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.export.lorafile import inspect
-from bilora_diffusion.image.loss import BY_LEVEL, DreamBoothModule
+from bilora_diffusion.image.loss import DreamBoothModule
 from bilora_diffusion.methods import get
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import runlog

@@ -42,7 +42,7 @@ def test_the_average_is_the_weighted_mean_of_the_steps_with_the_decay_as_given(d
     weight = nn.Parameter(torch.full((2,), 100.0))  # the value before training has no part in it
     options = {"use_ema": True, "ema_decay": decay}
     options |= {"keep_best": False, "early_stopping_patience": None}
-    method: Any = SimpleNamespace(clip_parameters=lambda: [weight])
+    method: Any = SimpleNamespace(result_parameters=lambda: [weight])
     outcome = Outcome(method, cast(Any, SimpleNamespace(**options)))
     trajectory = torch.randn(steps, 2, generator=torch.manual_seed(steps)).tolist()
     for values in trajectory:

@@ -17,7 +17,7 @@ def test_a_count_of_one_is_singular(steps, sentence, tmp_path, caplog):
     caplog.set_level("INFO")
     run: Any = SimpleNamespace(
         cfg=SimpleNamespace(mixed_precision="no", rank=4, config="sdxl"),
-        method=SimpleNamespace(clip_parameters=list, title="LoRA", exports_weights=True),
+        method=SimpleNamespace(result_parameters=list, title="LoRA", exports_weights=True),
         accelerator=SimpleNamespace(device="cpu", num_processes=1),
         step=0,
         last_step=steps,

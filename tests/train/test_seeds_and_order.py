@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilora_diffusion.core.seeds import digest, parts, seed_of
+from bilora_diffusion.core.seeds import deal_into_parts, digest, seed_of
 from bilora_diffusion.train.task import KindsOrder, LengthGroupedOrder, SampleOrder
 
 PARTS = st.one_of(st.integers(), st.text(max_size=8))
@@ -31,13 +31,13 @@ def test_parts_are_disjoint_even_and_independent_of_order(names, count, shuffle)
     listed = sorted(names)
     if count > len(listed):
         with pytest.raises(ValueError, match=str(count)):
-            parts(listed, count)
+            deal_into_parts(listed, count)
         return
-    dealt_names = [{listed[i] for i in part} for part in parts(listed, count)]
+    dealt_names = [{listed[i] for i in part} for part in deal_into_parts(listed, count)]
     assert sorted(name for part in dealt_names for name in part) == sorted(names)
     assert max(map(len, dealt_names)) - min(map(len, dealt_names)) <= 1
     shuffle.shuffle(listed)
-    assert [{listed[i] for i in part} for part in parts(listed, count)] == dealt_names
+    assert [{listed[i] for i in part} for part in deal_into_parts(listed, count)] == dealt_names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])

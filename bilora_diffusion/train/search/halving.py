@@ -153,25 +153,37 @@ class Halving:
         return expected
 
     def _explore(self, space: Space, limit: int) -> None:
-        """First rung: all candidates if the budget is large enough, else one option at a time."""
-        rung = self.plan.first_rung
-        limit = max(limit, len(space.starts()) * rung)
+        """First rung: all candidates if the budget is large enough, else one option at a time.
 
-        def train(candidates: Iterable[Candidate]) -> bool:
-            return self._train_within(limit, [Trial(c, fold=0, steps=rung) for c in candidates])
-
-        has_trained_all = train(space.grid(limit / rung))
-        # If not even the starts can be trained, nothing is varied around them.
-        varies_options = not has_trained_all and train(space.starts())
-        for name in space.axes():
-            if varies_options:
+        Args:
+            space: Options and their values.
+            limit: Optimizer steps that may be spent; the start of each method is trained anyway.
+        """
+        limit = max(limit, len(space.starts()) * self.plan.first_rung)
+        axes = space.axes()  # the rate first, so that other options are compared at the best one
+        if self._train_first_rung(space.grid(limit / self.plan.first_rung), limit):
+            if RATE in axes:
+                self._extend_rates(space, limit)
+        elif self._train_first_rung(space.starts(), limit):
+            for name in axes:
                 variants = []
                 for leader in self._leaders(space):
                     variants += space.variants(name, leader)
-                train(variants)
-            # Rates go beyond the space while the best one of a method is the lowest or highest.
-            while name == RATE and train(space.next_rates(self._leaders(space), self.curves)):
-                pass
+                self._train_first_rung(variants, limit)
+                if name == RATE:
+                    self._extend_rates(space, limit)
+
+    def _extend_rates(self, space: Space, limit: int) -> None:
+        """Go on beyond the space while the best rate of a method is the lowest or the highest."""
+        rates = space.next_rates(self._leaders(space), self.curves)
+        while self._train_first_rung(rates, limit):
+            rates = space.next_rates(self._leaders(space), self.curves)
+
+    def _train_first_rung(self, candidates: Iterable[Candidate], limit: int) -> bool:
+        """Train candidates to the first rung, on the first fold; see `_train_within`."""
+        steps = self.plan.first_rung
+        trials = [Trial(candidate, fold=0, steps=steps) for candidate in candidates]
+        return self._train_within(limit, trials)
 
     def _promote_better_halves(self, limit: int) -> None:
         """Further rungs: promote the better half until all are finished or the budget is spent."""
