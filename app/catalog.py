@@ -45,6 +45,7 @@ CHECKPOINTS = "checkpoints/step-*/digests.json"
 # Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model.
 EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
 
+# Hash of a step's samples and noise, in a line of the log
 DATA_HASH = re.compile(rb'"digest": "([0-9a-f]{1,128})"')
 # Bytes at the beginning of a log, which have its first step.
 HEAD_BYTES = 8_192
@@ -140,7 +141,8 @@ class Catalog:
 
         On a public page a root outside of that folder is given by its name alone.
         """
-        root, working_folder = self.root, Path.cwd()
+        root = self.root
+        working_folder = Path.cwd()
         place = root
         if root.is_relative_to(working_folder):
             place = root.relative_to(working_folder)
@@ -253,19 +255,22 @@ class Catalog:
 
     def _read_folder(self, folder: str, names: set[str], scan: Scan) -> None:
         """Add a folder's run and result, if it has them, to a scan."""
+        title = self.name if folder == "." else folder  # in lists
         if RUN in names:
             record = self._read_file(folder, RUN, read_run, scan)
             if record is not None:
-                scan.runs.append(self._run_item(folder, names, record))
+                scan.runs.append(self._run_item(folder, title, names, record))
         if FILE in names:
             result = self._read_file(folder, FILE, read_result, scan)
             if result is not None:
-                item = self._result_item(folder, names, result, scan)
+                item = self._result_item(folder, title, names, result, scan)
                 scan.figures.append(item)
                 if isinstance(result, Scored):
                     scan.scores.append(item)
 
-    def _run_item(self, folder: str, names: set[str], record: dict[str, Any]) -> RunItem:
+    def _run_item(
+        self, folder: str, title: str, names: set[str], record: dict[str, Any]
+    ) -> RunItem:
         """A run folder by its record and its files."""
         weights = None
         for file in EXPORTED:
@@ -277,7 +282,7 @@ class Catalog:
                 data_hash = read_data_hash(self.resolve(join(folder, METRICS)))
         return RunItem(
             path=folder,
-            name=label(self._folder_name(folder), record),
+            name=label(title, record),
             record=record,
             weights=weights,
             steps=read_steps(self.root / folder, IMAGES),
@@ -285,7 +290,9 @@ class Catalog:
             data_hash=data_hash,
         )
 
-    def _result_item(self, folder: str, names: set[str], result: Any, scan: Scan) -> ResultItem:
+    def _result_item(
+        self, folder: str, title: str, names: set[str], result: Any, scan: Scan
+    ) -> ResultItem:
         """A result folder by its content; a figure that is missing goes to the broken ones."""
         head = vars(result.result) if isinstance(result, Scored) else result
         figures = []
@@ -298,11 +305,7 @@ class Catalog:
         if missing_files:
             reason = f"{FILE} names {missing_files[0]}, which is not there: make the result again"
             scan.broken.append(Broken(folder, reason))
-        return ResultItem(folder, self._folder_name(folder), head["kind"], result, figures)
-
-    def _folder_name(self, folder: str) -> str:
-        """Name of a folder in lists: its path, for the root its name."""
-        return self.name if folder == "." else folder
+        return ResultItem(folder, title, head["kind"], result, figures)
 
     def _read_file(self, folder: str, file: str, read: Callable[[Path], Any], scan: Scan) -> Any:
         """Content of a folder's file by `read`; None and a broken folder if that fails."""

@@ -187,7 +187,10 @@ class Tab:
     def _update(self, view: View, item: ResultItem) -> Update:
         """Update of the widgets that show a view."""
         rows = data.listed(view, item.result)
-        pictures = {label: self._picture(item, view, label) for label in view.adapters}
+        pictures: dict[str, Image.Image | None] = {}  # the pair's come first
+        for label in (view.a, view.b, *view.also):
+            if label not in pictures:
+                pictures[label] = self._picture(item, view, label)
         place = "–"
         for number, row in enumerate(rows, start=1):
             if row.text == view.prompt:

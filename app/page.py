@@ -41,6 +41,7 @@ from .parts import QUIET, html
 
 FOLDER = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
+# From one look at the root to the next
 RESCAN_SECONDS = 5.0
 # Broken folders that the notice names; the others are counted.
 MAX_LISTED = 8
@@ -66,6 +67,7 @@ POLICY = (
     " style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; object-src 'none';"
     " frame-ancestors 'none'; form-action 'none'; base-uri 'self'"
 )
+# Of every answer
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",

@@ -173,7 +173,7 @@ def slider(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str
     )
 
 
-# commands to copy, with the paths of what is there
+# commands to copy, with the paths of the runs that are there
 
 TRAIN = (
     "python train_dreambooth_bilora.py --method {method}"
@@ -181,7 +181,7 @@ TRAIN = (
     " --validation_prompt 'a photo of TOK on a beach' --output_dir {root}/{method}"
 )
 BOTH = "\n".join(TRAIN.replace("{method}", method) for method in (CONTROL, OURS))
-# Purpose and command of what fills an empty viewer; the command takes the root.
+# Purpose and command of each way to fill an empty viewer; the command takes the root.
 COMMANDS = {
     "demo": (
         "Train LoRA and Bi-LoRA on the miniature (make demo does it into demo):",

@@ -20,6 +20,7 @@ from .parts import QUIET, Update
 
 # Commands that the notice of an empty tab shows.
 RESULTS = ("landscape", "generalization", "text_scores", "dynamics")
+# Part of a report that is shown
 REPORT_BYTES = 1_000_000
 # Marks of which Gradio's page would make HTML, requests or diagrams, and entities for them, which
 # it shows as text.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 import time
@@ -24,6 +23,7 @@ CONTROL, OURS = "lora", "bilora"
 STALE_SECONDS = 12 * HEARTBEAT_SECONDS
 # The same for a run that does something else than steps, such as validation images.
 BUSY_SECONDS = 3600.0
+# Activity in ``run.json`` of a run that takes steps
 TRAINING = "training"
 # Steps whose median gives the time that is left.
 RECENT_STEPS = 50
@@ -195,11 +195,8 @@ def progress(
         reason = f"it has written nothing for {duration(silent_seconds)}: it was probably killed"
     elif is_running and activity != TRAINING:
         status = activity
-        reason = ""
-        # A record of another version may lack the time, or have another form of it.
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            started_at = datetime.fromisoformat(record["doing_since"]).timestamp()
-            reason = f"since {duration(max(0.0, current_time - started_at))}"
+        started_at = datetime.fromisoformat(record["doing_since"]).timestamp()
+        reason = f"since {duration(max(0.0, current_time - started_at))}"
     left_seconds = None
     if is_running and total is not None and step_times:
         left_seconds = max(0, total - steps) * step_seconds

@@ -1,7 +1,7 @@
 """A result of ``eval.clip_scores`` image by image, for the tabs Compare and Vote.
 
-It has the images with their scores, and what Compare shows of them: scores of each prompt, their
-order, one view, its link. There are no files and no widgets here. Adapters are named by their
+It has the images with their scores, and the data of Compare: scores of each prompt, their order,
+one view, its link. There are no files and no widgets here. Adapters are named by their
 labels and prompts by their texts, so that a link stays valid when the images are scored again.
 """
 
@@ -30,7 +30,7 @@ LARGEST_SEED = 2**53
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """An image: its file relative to the result's folder, and what was measured of it."""
+    """An image: its file relative to the result's folder, and its scores."""
 
     file: str
     scores: Mapping[str, float]
@@ -149,11 +149,6 @@ class View:
     order: str = "gain"
     # Words that a listed prompt contains, all of them
     words: str = ""
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Labels of all adapters that are shown, each once, the pair first."""
-        return tuple(dict.fromkeys((self.a, self.b, *self.also)))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from .training_data import (
     table,
 )
 
+# From one update of the curves to the next
 TICK_SECONDS = 3.0
 # Runs that are shown before any is chosen.
 FIRST_RUNS = 4

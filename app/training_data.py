@@ -57,6 +57,7 @@ WIDE = "c0"
 DASHES = ("", "fe", "fd", "fc")
 # and the same for a broad line.
 BROAD_DASHES = ("fb", "fa", "f9", "f8")
+# Plots whose colors are of concepts or configurations, not of runs
 WITH_LEGEND = ("concepts", "fit")
 OTHER_LABEL = "other configurations"
 # Column of the held-out loss at one noise level.
@@ -84,10 +85,6 @@ class TrainingRun:
         """A line of this run."""
         opacity = WIDE if self.run.method == CONTROL else ""
         return Line(self.run.name, points, COLORS[self.color] + opacity)
-
-    def faint_line(self, points: Points, title: str) -> Line:
-        """A line in the background, with a title beside the run's name."""
-        return Line(f"{self.run.name}, {title}", points, COLORS[self.color] + FAINT)
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,9 @@ def curves(
     lines = []
     if background is not None:
         background_key, title = background
-        lines = [run.faint_line(series(run.rows, background_key), title) for run in runs]
+        for run in runs:
+            points = series(run.rows, background_key)
+            lines.append(Line(f"{run.run.name}, {title}", points, COLORS[run.color] + FAINT))
     for run in runs:
         lines.append(run.line(smooth(series(run.rows, key), window)))
     return lines
@@ -186,13 +185,14 @@ def differences(runs: Sequence[TrainingRun], key: str, window: int = 1) -> list[
 
     Such runs see the same samples with the same noise in each step.
     """
+    keys = [(run.run.seed, run.run.is_text, run.run.data_hash) for run in runs]
     controls: dict[tuple[Any, ...], TrainingRun] = {}
-    for run in runs:
+    for pair_key, run in zip(keys, runs, strict=True):
         if run.run.method == CONTROL:
-            controls.setdefault(_pairing(run.run), run)
+            controls.setdefault(pair_key, run)
     lines = []
-    for run in runs:
-        control = controls.get(_pairing(run.run), run)
+    for pair_key, run in zip(keys, runs, strict=True):
+        control = controls.get(pair_key, run)
         if control is run:
             continue
         control_values = dict(series(control.rows, key))
@@ -202,11 +202,6 @@ def differences(runs: Sequence[TrainingRun], key: str, window: int = 1) -> list[
                 points.append((step, value - control_values[step]))
         lines.append(run.line(smooth(points, window)))
     return over_zero(lines, "LoRA of the same seed")
-
-
-def _pairing(run: RunItem) -> tuple[Any, ...]:
-    """Key that runs share which see the same samples and noise."""
-    return run.seed, run.is_text, run.data_hash
 
 
 def over_zero(lines: list[Line], name: str) -> list[Line]:

@@ -36,6 +36,7 @@ FILE = "votes.db"
 BUSY_SECONDS = 5.0
 # Seconds until a query is ended; those of this module take milliseconds.
 QUERY_SECONDS = 10.0
+# Largest value that is read: the file may come from a stranger
 MAX_VALUE_BYTES = 1_000_000
 # Steps of SQLite's machine from one look at the clock to the next.
 QUERY_STEPS = 100_000

@@ -59,7 +59,7 @@ class Claim:
     name: str
     # The claim in a sentence
     says: str
-    # Place in the paper; for a finding what was done
+    # Place in the paper; for a finding the measurement
     where: str
     command: str
     checks: Sequence[Check]
@@ -127,6 +127,7 @@ def _benchmark(check: Check, variants: dict[str, Any]) -> Figure:
     if check.metric == "ratio_to_lora":
         low, high = variant["ratio_interval_95"]
         return Figure(variant[check.metric], low, high, len(variant["seconds"]), size=1.0)
+    # A figure without rounds, such as memory, has no interval.
     ratio = variant[check.metric] / variants["lora"][check.metric]
     return Figure(ratio, ratio, ratio, count=1, size=1.0)
 

@@ -34,6 +34,7 @@ from eval.report import table
 from . import evidence, memory
 
 FOLDER = Path(__file__).parent
+# Marks around the generated part of a page
 START = "<!-- made by python -m docs.make -->"
 END = "<!-- end -->"
 KINDS = [family_class(pipeline, pipeline) for pipeline in FAMILIES]

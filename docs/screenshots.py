@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "app"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# For a browser that runs as root and talks to this machine only
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -140,6 +141,7 @@ class Screenshot:
     is_dark: bool = False
 
 
+# Pixels
 PHONE_WIDTH = 390
 SCREENSHOTS = {
     "viewer/compare.png": Screenshot("Compare", height=860),
@@ -183,7 +185,7 @@ def take(screenshots: Mapping[Path, Screenshot], root: Path, port: int) -> None:
                 page.locator("#generate-go").click()
                 status = page.locator("#generate-status")
                 expect(status).to_contain_text("Done.", timeout=GENERATED_MS)
-            page.wait_for_timeout(1500)  # what is drawn in steps, and fades, has come to its end
+            page.wait_for_timeout(1500)  # milliseconds; until animations have ended
             pixels = Image.open(BytesIO(page.screenshot()))
             save(pixels, file)
             context.close()

@@ -1,9 +1,9 @@
 """The statistics of all results: means, intervals, pairs, win rates, equal training loss.
 
 Pure functions on rows and numbers. Two runs of one seed see the same data and noise, so the effect
-of these cancels in the seed's difference; the seeds are the independent samples. Where a subject is
-asked many items, such as prompts, the items are the samples, and an item's values over several
-seeds are averaged first.
+of these cancels in the seed's difference; the seeds are the independent samples. Where a subject
+has many items, such as prompts, the items are the samples, and an item's values over several seeds
+are averaged first.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .table import Entry, Row, Summary
 SEED, ITEM = "seed", "item"
 # Bootstrap samples where there are more than can be enumerated
 RESAMPLES = 9999
+# Verdicts on a difference
 BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 
@@ -51,7 +52,8 @@ def bootstrap_interval(values: Sequence[float]) -> Interval | None:
     count = len(array)
     if count < 2 or not np.isfinite(array).all():
         return None
-    center, spread = float(array.mean()), float(np.ptp(array))
+    center = float(array.mean())
+    spread = float(np.ptp(array))
     # Values that are equal but for rounding have no distribution to resample.
     if spread <= 1e-12 * np.abs(array).max():
         return Interval(center, center)
@@ -89,6 +91,7 @@ def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:
     """
     from scipy import stats
 
+    # A tie is half a win.
     if ties:
         return bootstrap_interval([1.0] * wins + [0.5] * ties + [0.0] * losses)
     proportion = stats.binomtest(wins, wins + losses).proportion_ci(LEVEL, method="wilson")
@@ -174,7 +177,7 @@ def _average(values: Units, step: int | None, interval: IntervalOfMean) -> dict[
         return {}
     error = 0.0
     if len(defined) > 1:
-        error = float(stats.sem(defined))
+        error = float(stats.sem(defined))  # s / sqrt(n), s with n - 1 degrees of freedom
     low = high = None
     if step is None:
         low, high = interval(defined) or (None, None)
@@ -193,6 +196,7 @@ def _difference(
     if not differences:
         return {}
     low, high = interval(differences) or (None, None)
+    # Of equal weights and noise a difference is exactly 0.
     signs = np.sign(differences)
     return {
         "difference": mean(differences),
@@ -292,7 +296,8 @@ def equal_training(
     candidates = []  # (lowest loss of a run, its group)
     groups_without_progress = set()
     for curve in curves:
-        lowest, group = min(curve.losses), curve.rows[0].group
+        lowest = min(curve.losses)
+        group = curve.rows[0].group
         candidates.append((lowest, group))
         if lowest == curve.losses[0]:
             groups_without_progress.add(group)
@@ -332,7 +337,7 @@ def at_training_loss(
     for i in range(len(training) - 1):
         start, end = training[i], training[i + 1]
         if start >= level >= end:
-            share = 0.0
+            share = 0.0  # of the way from this point to the next
             if start > end:
                 share = (start - level) / (start - end)
             return float(measured[i] + share * (measured[i + 1] - measured[i]))

@@ -12,7 +12,7 @@ A command says what the rows of a subject are, and which figures show them:
 
 The report's content is data too: tables of columns, and figures of panels.
 
-What needs torch or scipy is imported within the hooks, so that ``--help`` does not wait for it.
+Hooks import torch and scipy themselves, so that ``--help`` does not wait for them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Evaluation:
     unit: ClassVar[str] = compare.SEED
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
-        self.args, self.command = args, command
+        self.args = args
+        self.command = command
         self.folder: Path = args.output_dir
         self.settings: dict[str, Any] = {}
         self.notes: list[str] = []
@@ -99,10 +100,10 @@ class Evaluation:
         return gather(self.args.runs, self.args.group)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        """Check what can be checked, before anything is measured or written."""
+        """Check arguments and subjects, before anything is measured or written."""
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject] | None:
-        """Produce what is measured, such as runs or images, in every process of the command.
+        """Make the runs or images that are measured, in every process of the command.
 
         Returns:
             The subjects to measure; None in a process that only produces and does not measure.

@@ -73,7 +73,8 @@ class Generalization(Evaluation):
     ``equal_training``, the training loss at which runs are compared and the group that sets it.
     """
 
-    name, options = "generalization", (GeneralizationOptions,)
+    name = "generalization"
+    options = (GeneralizationOptions,)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         self.control = compare.control(subjects, self.args.control)
@@ -85,16 +86,15 @@ class Generalization(Evaluation):
         self.settings["paired"] = paired(subjects, self.control)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        for step, training, heldout in losses(subject):
+        points = losses(subject)
+        for step, training, heldout in points:
             yield subject.row(TRAINING_GRID_LOSS, training, step=step)
             yield subject.row(HELDOUT_LOSS, heldout, step=step)
             yield subject.row(GAP, heldout - training, step=step)
-        last_step = losses(subject)[-1][0]
+        last_step = points[-1][0]
         for line in subject.log():
-            if line["step"] != last_step:
-                continue
             for name, loss in line.items():
-                if name.startswith(BY_LEVEL):
+                if line["step"] == last_step and name.startswith(BY_LEVEL):
                     yield subject.row(LEVEL_LOSS, loss, item=name.removeprefix(BY_LEVEL))
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:

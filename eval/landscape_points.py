@@ -114,7 +114,8 @@ def base_key(config: DreamBoothConfig) -> list[Any]:
 
 def _config(subject: Subject) -> DreamBoothConfig:
     """The configuration of a run; refused if it is not of SDXL, or of another version."""
-    folder, values = subject.folder, subject.record.get("config", {})
+    folder = subject.folder
+    values = subject.record.get("config", {})
     if values.get("pretrained_model_name_or_path") is None:
         raise UserError(f"{subject.source} is not a run of SDXL DreamBooth: give another.")
     unknown_options = sorted(values.keys() - {field.name for field in fields(DreamBoothConfig)})
@@ -166,7 +167,8 @@ class LevelGrid(GridLoss):
         # Held-out images are not needed: their set is empty.
         super().__init__(task, SimpleNamespace(images=images), images.only(()))
         self.images = self.sets["train_grid_loss"]
-        # The grid is cut into `levels` equal parts, and the middle level of each is taken.
+        # The grid is cut into `levels` equal parts, and the middle level of each is taken: of 10
+        # levels and 4 parts these are 1, 3, 6 and 8.
         middles = [NOISE_LEVELS * (2 * k + 1) // (2 * levels) for k in range(levels)]
         self.levels = [self.levels[middle] for middle in middles]
 
@@ -218,7 +220,8 @@ def load(
         cache_dir=config.cache_dir,
         vae=config.pretrained_vae_model_name_or_path,
     )
-    weights, is_adapted = subject.weights, has_factors(subject)
+    weights = subject.weights
+    is_adapted = has_factors(subject)
     # Whole models must be there before the task takes them; an adapter goes on those of the task.
     if weights is not None and not is_adapted:
         put_models(pipeline, weights)

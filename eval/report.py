@@ -131,7 +131,8 @@ def comparison(
             number of runs, and groups without any of the metrics are left out.
     """
     columns_of_facts = facts or {"seeds": lambda group: str(len(result.members(group)))}
-    head, rows = ["run", *columns_of_facts], []
+    head = ["run", *columns_of_facts]
+    rows = []
     for column in columns:
         head.append(result.metric(column.metric).title)
         if column.difference:

@@ -83,7 +83,8 @@ class Sweep(Evaluation):
     it, or None.
     """
 
-    name, options = "sweep", (SweepOptions,)
+    name = "sweep"
+    options = (SweepOptions,)
 
     def __init__(self, args: argparse.Namespace, command: str, plan: Plan) -> None:
         from .sweep_runs import Runner
@@ -93,7 +94,8 @@ class Sweep(Evaluation):
         args = argparse.Namespace(**vars(args))
         args.output_dir = args.output_dir or runs_dir / self.name
         super().__init__(args, command)
-        self.plan, self.experiment = plan, plan.experiment
+        self.plan = plan
+        self.experiment = plan.experiment
         self.runner = Runner(plan.script, plan.recipe, runs_dir, args.jobs)
         variants: dict[str, Any] = {}
         for variant in plan.variants:
@@ -221,7 +223,8 @@ class Sweep(Evaluation):
             yield subject.row(SECONDS, statistics.median(seconds))
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        metric, control = self.experiment.metric, self.plan.control
+        metric = self.experiment.metric
+        control = self.plan.control
         finished = [subject for subject in subjects if subject.finished]
         # Runs are paired only if both saw the same inputs at each step.
         pairs: dict[str, bool | None] = {}

@@ -35,8 +35,11 @@ LAUNCHER = "accelerate.commands.launch"
 PATIENCE_SECONDS = 30.0
 # From one look at the running processes to the next
 POLL_SECONDS = 0.05
+# Variable that sets PyTorch's number of threads
 THREADS = "OMP_NUM_THREADS"
+# Stands before the sentence of a run that failed
 ERROR_MARK = "error: "
+# End of the output of a run that failed without a sentence
 ERROR_LETTERS = 300
 
 
@@ -157,7 +160,8 @@ class RunProcess:
     """A run in a process group of its own, with its output in ``<folder>.log``."""
 
     def __init__(self, runner: Runner, run: Run) -> None:
-        self.run, self.folder = run, runner.runs_dir / run.name
+        self.run = run
+        self.folder = runner.runs_dir / run.name
         self.log = Path(f"{self.folder}.log")
         with self.log.open("ab") as log:
             if state(self.folder) != "checkpoint":
@@ -184,7 +188,8 @@ class RunProcess:
         if state(self.folder) == FINISHED:
             return Outcome(run.name, run.variant, run.seed, FINISHED)
         output = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
-        code, error = self.popen.returncode, last_sentence(output)
+        code = self.popen.returncode
+        error = last_sentence(output)
         return Outcome(run.name, run.variant, run.seed, FAILED, code, error)
 
 

@@ -120,6 +120,7 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
         lines[MEASURE_TITLES[HELDOUT_LOSS]] = _describe_curve(losses)
         for row in rows:
             for key in row:
+                # Indented below the mean over all concepts.
                 title = f"  {key.removeprefix(BY_CONCEPT)}"
                 if not key.startswith(BY_CONCEPT) or title in lines:
                     continue
@@ -129,6 +130,7 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
                     lines[title] = _describe_curve(concept_losses)
         if distances:
             lines[MEASURE_TITLES[HELDOUT_DISTANCE]] = _describe_curve(distances)
+        # The loss of images ranks them wrong (docs/results.md), that of text does not.
         if distances or "validation_dataset" not in config:
             advice = _advice(
                 quoted_folder,
@@ -142,6 +144,7 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
                 "the held-out loss ranks no images, which can improve long after it is lowest:"
                 " compare those of all steps, or train with --keep_best, which samples"
             )
+    # A search holds out parts of the data by itself.
     elif not config.get("fit"):
         # The scripts call their held-out data differently.
         flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
@@ -232,6 +235,7 @@ def _advice(
         )
     gain = 100 * (1 - curve[best_step] / curve[last_step])
     comparison = f"by the {title} step {best_step} was {gain:.1f} % better than step {last_step}"
+    # Step 0 is the base model.
     if best_step == 0:
         return f"{comparison}, so nothing was gained: lower --learning_rate"
     if left_best:

@@ -20,10 +20,10 @@ from .module import TextModule, collate, padded
 from .rows import TextData
 from .tokenizing import generation_prompt
 
+# Default length of a causal model's answer, in tokens.
 CAUSAL_NEW_TOKENS = 256
-"""Default length of a causal model's answer, in tokens."""
+# Begins the names of figures in the log.
 PREFIX = "heldout_"
-"""Begins the names of figures in the log."""
 
 
 class Evaluation:
@@ -70,6 +70,7 @@ class Evaluation:
         losses, classes = self._measure(self.rows, len(self.rows))
         total = sum(self.rows.target_tokens)
         figures = {PREFIX + "loss": sum(losses) / total}
+        # A search pairs candidates by rows, so that it needs more than their mean.
         if self.by_row:
             return figures | loss_by_part(losses, total)
         if self.loaded.kind == "classification":
@@ -119,6 +120,7 @@ class Evaluation:
         lines = []
         for number, answer in enumerate(answers):
             example = self.rows.example(number)
+            # The row as it was asked, without the template.
             line = {"prompt": example.question, "prediction": answer, "reference": example.answer}
             lines.append(json.dumps(line, ensure_ascii=False))
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +136,7 @@ class Evaluation:
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Numbers of rows of about the same length, the longest first."""
+        # The longest first: if memory runs out, it does so in the first batch.
         order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
         for start in range(0, len(order), self.cfg.eval_batch_size):
             yield order[start : start + self.cfg.eval_batch_size]
@@ -144,6 +147,7 @@ class Evaluation:
             return self.rows.row(number)["input_ids"]
         room = None
         if self.loaded.max_tokens is not None:
+            # The answer takes positions too.
             room = self.loaded.max_tokens - self.new_tokens
         example = self.rows.example(number)
         return generation_prompt(example, self.loaded.tokenizer, self.cfg.template, room)
@@ -164,6 +168,7 @@ def generate(
     is_causal = loaded.kind == "causal"
     # A causal model goes on at the end of the row, so that its padding comes first.
     side = "left" if is_causal else "right"
+    # Padding must not be seen: a padding token may be the EOS.
     masks = [[1] * len(prompt) for prompt in prompts]
     inputs = {
         "input_ids": padded(prompts, tokenizer.pad_token_id, side),

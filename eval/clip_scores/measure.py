@@ -94,11 +94,12 @@ class ImageJudge:
         truths: Mapping[str, Image],
         training: Mapping[str, ImageSet],
         originals: Sequence[Job],
-        progress: bool = True,
         image_model: ImageEmbedder | None = None,
     ) -> None:
-        self._store, self._scorer, self._captioner = store, scorer, captioner
-        self._progress, self._image_model = progress, image_model
+        self._store = store
+        self._scorer = scorer
+        self._captioner = captioner
+        self._image_model = image_model
         self._embedded: dict[tuple[bytes, bool], EmbeddedImage] = {}
         self._pictures = Pictures(scorer, truths, training)
         self._dino_pictures: Pictures | None = None
@@ -180,13 +181,13 @@ class ImageJudge:
         """
         is_captioned = is_scored and self._captioner is not None
         title = "embedding and captioning" if is_captioned else "embedding"
-        is_hidden = not self._progress or not jobs
-        with tqdm(total=len(jobs), desc=title, unit="image", disable=is_hidden) as bar:
+        with tqdm(total=len(jobs), desc=title, unit="image", disable=not jobs) as bar:
             for chunk in in_batches(jobs, CHUNK):
                 keys = []
                 new: dict[tuple[bytes, bool], Image] = {}
                 for job in chunk:
                     picture = self._store.open(job)
+                    # The size too: pictures of 2 x 8 and 4 x 4 can have the same bytes.
                     content = repr(picture.size).encode() + picture.tobytes()
                     key = blake2b(content, digest_size=16).digest(), is_scored
                     keys.append(key)
@@ -250,6 +251,7 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
 
 def cosine(a: Tensor, b: Tensor) -> float:
     """Cosine of two vectors (d,) of unit length, summed in float64."""
+    # Of unit length in float32 only, so that the sum may be beyond 1.
     return max(-1.0, min(1.0, float(torch.dot(a.double(), b.double()))))
 
 

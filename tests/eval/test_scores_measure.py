@@ -76,7 +76,6 @@ def measure(prompts, colors, subjects, seeds=(0,), **options):
         "captioner": None,
         "truths": {},
         "training": {},
-        "progress": False,
         **options,
     }
     general = [prompt for prompt in prompts if prompt.general]
@@ -267,7 +266,7 @@ def test_a_bad_set_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
 
 
 def test_the_held_out_pictures_have_an_image_to_text_score_themselves():
-    arguments = {"captioner": None, "training": {}, "originals": [], "progress": False}
+    arguments = {"captioner": None, "training": {}, "originals": []}
     # Two pictures: one that its prompt describes, and one that it does not.
     truths = {RED.text: picture("green"), "a green one": picture("green")}
     judge = ImageJudge(ColorStore({}), color_scorer(), truths=truths, **arguments)

@@ -38,7 +38,7 @@ def batch():
 def inputs(instance=None):
     latents, noise = batch()
     instance = torch.ones(3, dtype=torch.bool) if instance is None else instance
-    return {"latents": latents, "noise": noise, "index": INDEX, "instance": instance}
+    return {"latents": latents, "noise": noise, "level_index": INDEX, "is_instance": instance}
 
 
 def predict(noisy, timesteps):

@@ -73,8 +73,8 @@ def inputs_of(pipeline, conditional, count):
     return {
         "latents": latents_of(pipeline, count),
         "noise": noise_of(pipeline, list(range(count))),
-        "index": torch.tensor([150, 420, 800])[:count],
-        "instance": torch.ones(count, dtype=torch.bool),
+        "level_index": torch.tensor([150, 420, 800])[:count],
+        "is_instance": torch.ones(count, dtype=torch.bool),
         "time_ids": torch.zeros(count, 6),
         **conditional,
     }
@@ -138,7 +138,7 @@ def test_the_loss_is_the_formula(kind):
     with torch.no_grad():
         losses = module(inputs)
 
-    levels = module.denoising.sigmas[inputs["index"]]  # pyright: ignore[reportAttributeAccessIssue]
+    levels = module.noise_schedule.sigmas[inputs["level_index"]]  # pyright: ignore[reportAttributeAccessIssue]
     s, x0, e = levels.double().view(-1, 1, 1, 1), inputs["latents"].double(), inputs["noise"]
     noisy, conditional = (
         ((1 - s) * x0 + s * e).float(),

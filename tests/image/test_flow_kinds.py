@@ -86,7 +86,7 @@ def test_preconditioned_the_error_is_that_of_the_clean_image(scheme):
     s = flow.sigmas[index].double().view(-1, 1, 1, 1)
     noisy = (1 - s) * x0 + s * e
     clean = noisy - s * noisy.tanh()
-    inputs = {"latents": x0, "noise": e, "index": index}
+    inputs = {"latents": x0, "noise": e, "level_index": index}
     model_input, _ = flow.add_noise(inputs)
     prediction = model_input.tanh()
     weight = plain.loss(prediction, inputs) / ((noisy.tanh() - (e - x0)) ** 2).mean((1, 2, 3))

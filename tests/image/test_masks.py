@@ -166,8 +166,8 @@ def test_the_loss_is_the_mean_of_what_is_shown_and_has_no_gradient_elsewhere():
     assert float(weighted_mean(squares, faint)[0]) == pytest.approx(float(expected))
 
     x0, noise = torch.randn(2, 3, 4, 8, 8)
-    inputs = {"latents": x0, "noise": noise, "index": torch.tensor([10, 400, 700])}
-    inputs |= {"instance": torch.ones(3, dtype=torch.bool), "mask_weights": weights}
+    inputs = {"latents": x0, "noise": noise, "level_index": torch.tensor([10, 400, 700])}
+    inputs |= {"is_instance": torch.ones(3, dtype=torch.bool), "mask_weights": weights}
     config = dict(DDPMScheduler().config)
     kinds = [Denoising.from_config(config), Denoising.from_config(config, edm=True)]
     for kind in (*kinds, FlowMatching.from_config(config, None)):

@@ -46,7 +46,7 @@ def test_offset_noise_adds_a_number_to_each_channel_and_changes_nothing_else(mak
     assert torch.allclose(offsets, numbers.expand_as(offsets), atol=1e-5)
     assert len(numbers.unique()) == numbers.numel()
     assert 0.5 < numbers.std() < 2
-    for name in ("latents", "index"):
+    for name in ("latents", "level_index"):
         assert torch.equal(plain[name], shifted[name])
 
 
@@ -78,7 +78,7 @@ def test_every_16th_step_holds_what_guidance_leads_away_from(options, make_task)
         {name: value for name, value in inputs.items() if name != UNCONDITIONAL}
     )
 
-    noisy, timesteps = task.module.denoising.add_noise(inputs)
+    noisy, timesteps = task.module.noise_schedule.add_noise(inputs)
     predictions = []
     for pipeline in (task.pipeline, original):
         negative = embed_negative(pipeline, 2)

@@ -1,8 +1,11 @@
 """A method in float64 on two layers, beside which the literal references are run."""
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -48,8 +51,9 @@ class Run:
         self.method: Method = create(name, options)
         torch.manual_seed(1)
         self.groups = self.method.setup([Target("model", self.model, spec, lr, decay)])
-        make = getattr(torch.optim, kind) if isinstance(kind, str) else kind
-        self.optimizer: torch.optim.Optimizer = make(self.groups)
+        if isinstance(kind, str):
+            kind = getattr(torch.optim, kind)
+        self.optimizer: torch.optim.Optimizer = kind(self.groups)
         if bound:
             self.method.bind(self.optimizer)
         self.passes = 0
@@ -65,12 +69,12 @@ class Run:
     def train(
         self, steps: int = STEPS, first: int = 0, backward: Callable[[int], Tensor] | None = None
     ) -> list[float]:
-        """Steps on `batch(first)` and those after it, or with passes of another kind."""
-        work = backward or self.backward
-        return [
-            float(self.method.step(lambda k=k: work(k), self.optimizer))
-            for k in range(first, first + steps)
-        ]
+        """The losses of steps on `batch(first)` and those after it, or with other passes."""
+        losses = []
+        for k in range(first, first + steps):
+            forward_backward = partial(backward or self.backward, k)
+            losses.append(float(self.method.step(forward_backward, self.optimizer)))
+        return losses
 
     def primary(self) -> dict[str, Tensor]:
         return adapters.state_dict(self.model, PRIMARY)
@@ -78,29 +82,31 @@ class Run:
 
 def naive(run: Run) -> reference.Net:
     """The layers as the reference has them, with an optimizer as the run's for each matrix."""
-    first, *auxiliary_groups = run.optimizer.param_groups
+    groups = run.optimizer.param_groups
     primary_names = ("W0", "b") if run.method.exports_weights else ("A", "B")
-    groups = [(primary_names, first), *((("A2", "B2"), group) for group in auxiliary_groups[:1])]
-    make = getattr(reference, type(run.optimizer).__name__)
-    rules = [
-        {
-            name: make(group["lr"], group["weight_decay"], group.get("maximize", False))
-            for names, group in groups
-            for name in names
-        }
-        for _ in range(2)
-    ]
+    group_of_matrix = dict.fromkeys(primary_names, groups[0])
+    if len(groups) > 1:
+        group_of_matrix |= dict.fromkeys(("A2", "B2"), groups[1])
+    make_rule = getattr(reference, type(run.optimizer).__name__)
     layers = []
-    for path, module in (("0", run.model[0]), ("2", run.model[2])):
-        base = getattr(module, "base_layer", module)
-        factors = [
-            {f.name: f for f in adapters.factors(run.model, name)}[path]
-            for name in run.method.adapters
-        ]
-        values: list[Any] = [v for f in factors for v in (f.A.clone(), f.B.clone(), f.scale)]
-        values = values or [torch.zeros(0), torch.zeros(0), 1.0]
-        weight, bias = (p.detach().clone() for p in (base.weight, base.bias))
-        layers.append(reference.Layer(weight, bias, *values))
+    rules = []
+    for index in (0, 2):
+        layer_rules = {}
+        for name, group in group_of_matrix.items():
+            maximize = group.get("maximize", False)
+            layer_rules[name] = make_rule(group["lr"], group["weight_decay"], maximize)
+        rules.append(layer_rules)
+
+        layer = copy.deepcopy(run.model[index])
+        base = getattr(layer, "base_layer", layer)
+        # A, B and the scale of each adapter; full fine-tuning has none.
+        values: list[Any] = []
+        for name in run.method.adapters:
+            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            values += [A.detach(), B.detach(), layer.scaling[name]]
+        if not values:
+            values = [torch.zeros(0), torch.zeros(0), 1.0]
+        layers.append(reference.Layer(base.weight.detach(), base.bias.detach(), *values))
     return reference.Net(layers, rules)
 
 
@@ -109,9 +115,7 @@ def assert_same_layers(run: Run, net: reference.Net) -> None:
     for layer, run_layer in zip(net.layers, naive(run).layers, strict=True):
         for name in ("W0", "b", "A", "B", "A2", "B2"):
             expected, value = getattr(layer, name), getattr(run_layer, name)
-            assert (expected is None) == (value is None)
-            if value is not None:
-                torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
 
 def follow(
@@ -122,19 +126,17 @@ def follow(
     Args:
         warmup: steps in which all learning rates rise from 0, linearly.
     """
-    net, expected = naive(run), []
-    rules = [rule for of_layer in net.rules for rule in of_layer.values()]
-    rates = [rule.lr for rule in rules]
-    for net.k in range(STEPS):
-        for rule, rate in zip(rules, rates, strict=True):
-            rule.lr = rate * rising(net.k, warmup)
-        expected.append(step(net, *batch(net.k)))
+    net = naive(run)
+    rates = copy.deepcopy(net.rules)
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda k: rising(k, warmup))
-    losses = []
-    for k in range(STEPS):
-        losses += run.train(1, first=k)
+    for net.k in range(STEPS):
+        for layer_rules, layer_rates in zip(net.rules, rates, strict=True):
+            for name, rule in layer_rules.items():
+                rule.lr = layer_rates[name].lr * rising(net.k, warmup)
+        expected_loss = step(net, *batch(net.k))
+        (loss,) = run.train(1, first=net.k)
+        assert loss == pytest.approx(expected_loss, rel=1e-10, abs=1e-10)
         schedule.step()
-    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
     assert_same_layers(run, net)
     return net
 

@@ -1,7 +1,10 @@
 """An auxiliary for each sample against per-sample loops, and what it must not depend on."""
 
+import copy
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from itertools import pairwise
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,10 +23,13 @@ from tests.references import methods as reference
 COUNT = 5
 
 
-def samples(k, rows=7):
-    """Samples of step k: some twice, some not at all, and one row that is none."""
-    numbers = torch.randint(2 * COUNT, (rows,), generator=torch.Generator().manual_seed(k))
-    return [None if i == 0 and k % 3 == 0 else int(s) for i, s in enumerate(numbers)]
+def samples(k):
+    """Samples of step k: some twice, some not at all; in each third step one row has none."""
+    generator = torch.Generator().manual_seed(k)
+    numbers: list[int | None] = torch.randint(2 * COUNT, (7,), generator=generator).tolist()
+    if k % 3 == 0:
+        numbers[0] = None
+    return numbers
 
 
 def ratios(k):
@@ -34,18 +40,20 @@ def ratios(k):
 def backward(run, k, cuts=()):
     """One pass over `batch(k)`, cut before these rows."""
     x, y = batch(k)
-    step_samples, snr, total = samples(k), ratios(k), torch.zeros((), dtype=torch.float64)
-    for start, stop in zip((0, *cuts), (*cuts, len(x)), strict=True):
-        with run.method.around_batch(step_samples[start:stop], snr[start:stop]):
-            errors = (run.model(x[start:stop]) - y[start:stop]).square().mean(1)
+    total = torch.zeros((), dtype=torch.float64)
+    for start, stop in pairwise((0, *cuts, len(x))):
+        rows = slice(start, stop)
+        with run.method.around_batch(samples(k)[rows], ratios(k)[rows]):
+            errors = (run.model(x[rows]) - y[rows]).square().mean(1)
             loss = errors.sum() / len(x)
             loss.backward()
         total += loss.detach()
     return total
 
 
-def flats(method):
-    return {k: v.clone() for k, v in method.tensors().items() if "/auxiliary/" in k}
+def flat_auxiliaries(method):
+    """Copies of the auxiliaries' parameters; each holds A and B of all layers."""
+    return [tensor.clone() for name, tensor in method.tensors().items() if "/auxiliary/" in name]
 
 
 @pytest.mark.parametrize(
@@ -59,36 +67,42 @@ def flats(method):
 )
 def test_50_steps_follow_per_sample_loops(kind, lr, rho, gamma, cuts):
     """Acceptance: float64, to 1e-10, however the batch is cut."""
-    auxiliary_options: Any = {
-        "auxiliary_rank": 2,
-        "auxiliary_alpha": 3,
-        "auxiliary_learning_rate": 2 * lr,
-    }
-    single_run = Run("bilora", MethodOptions(rho=rho, **auxiliary_options), kind, lr)
-    options = MethodOptions(
-        auxiliaries=COUNT, auxiliary_snr_gamma=gamma, rho=rho, **auxiliary_options
+    auxiliary_options = MethodOptions(
+        rho=rho, auxiliary_rank=2, auxiliary_alpha=3, auxiliary_learning_rate=2 * lr
     )
+    options = replace(auxiliary_options, auxiliaries=COUNT, auxiliary_snr_gamma=gamma)
     run = Run("bilora", options, kind, lr)
-    first, *auxiliary_nets = (naive(single_run) for _ in range(1 + COUNT))
-    net = reference.Net([replace(la, A2=None, B2=None) for la in first.layers], first.rules)
-    expected, moved = [], 0
+    # The reference has one net with the primary, and one for each auxiliary.
+    single_run = Run("bilora", auxiliary_options, kind, lr)
+    net = naive(single_run)
+    net.layers = [replace(layer, A2=None, B2=None) for layer in net.layers]
+    auxiliary_nets = [naive(single_run) for _ in range(COUNT)]
+    expected_losses = []
+    moves = 0
     for k in range(STEPS):
+        groups = [None if sample is None else sample % COUNT for sample in samples(k)]
+        shares = [1.0] * 7
+        if gamma:  # Min-SNR: the square root of min(SNR / gamma, 1)
+            shares = [min(ratio / gamma, 1) ** 0.5 for ratio in ratios(k)]
         before = [auxiliary_net.layers[0].A2 for auxiliary_net in auxiliary_nets]
-        groups = [None if s is None else s % COUNT for s in samples(k)]
-        shares = [(min(ratio / gamma, 1) if gamma else 1) ** 0.5 for ratio in ratios(k)]
-        expected.append(reference.by_sample(net, *batch(k), rho, auxiliary_nets, groups, shares))
-        moved += sum(a is not o.layers[0].A2 for a, o in zip(before, auxiliary_nets, strict=True))
-    assert moved < STEPS * COUNT, "some must have stood still"
+        loss = reference.by_sample(net, *batch(k), rho, auxiliary_nets, groups, shares)
+        expected_losses.append(loss)
+        for auxiliary_net, A2 in zip(auxiliary_nets, before, strict=True):
+            moves += auxiliary_net.layers[0].A2 is not A2
+    assert moves < STEPS * COUNT, "an auxiliary must have had a step without its samples"
+
     losses = run.train(backward=lambda k: backward(run, k, cuts))
-    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
-    for factor, layer in zip(adapters.factors(run.model, PRIMARY), net.layers, strict=True):
-        torch.testing.assert_close([factor.A, factor.B], [layer.A, layer.B], rtol=1e-10, atol=1e-10)
-    for flat, auxiliary_net in zip(flats(run.method).values(), auxiliary_nets, strict=True):
-        layers: Any = auxiliary_net.layers
-        expected_flat = torch.cat(
-            [la.A2.flatten() for la in layers] + [la.B2.T.flatten() for la in layers]
-        )
-        torch.testing.assert_close(flat, expected_flat, rtol=1e-10, atol=1e-10)
+    close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+    close(losses, expected_losses)
+    for factors, layer in zip(adapters.factors(run.model, PRIMARY), net.layers, strict=True):
+        close(factors.A, layer.A)
+        close(factors.B, layer.B)
+    flat_tensors = flat_auxiliaries(run.method)
+    for flat, auxiliary_net in zip(flat_tensors, auxiliary_nets, strict=True):
+        first, second = cast(Any, auxiliary_net.layers)
+        # A of all layers, then the rows of B transposed.
+        matrices = (first.A2, second.A2, first.B2.T, second.B2.T)
+        close(flat, torch.cat([matrix.flatten() for matrix in matrices]))
 
 
 @pytest.mark.parametrize("option", ["default", "dora", "pissa", "nf4"])
@@ -109,50 +123,59 @@ def test_a_batch_of_several_samples_is_what_they_are_one_by_one(option):
 def test_a_step_of_no_samples_moves_the_primary_alone(rho):
     run = Run("bilora", MethodOptions(auxiliaries=COUNT, rho=rho))
     run.train(3, backward=lambda k: backward(run, k))
-    before, primary = flats(run.method), {k: v.clone() for k, v in run.primary().items()}
+    auxiliaries_before = flat_auxiliaries(run.method)
+    primary_before = copy.deepcopy(run.primary())
 
     def backward_without_samples(k):
         with run.method.around_batch([None] * 7):
             return run.backward(k)
 
     run.train(1, backward=backward_without_samples)
-    assert all(torch.equal(value, before[key]) for key, value in flats(run.method).items())
-    assert any(not torch.equal(value, primary[key]) for key, value in run.primary().items())
+    for before, tensor in zip(auxiliaries_before, flat_auxiliaries(run.method), strict=True):
+        assert torch.equal(tensor, before)
+    primary = run.primary()
+    assert any(not torch.equal(primary[name], before) for name, before in primary_before.items())
 
 
-def test_a_step_takes_as_many_operations_however_many_there_are():
-    counted = []
-    for number in (8, 80):
-        run = Run("bilora", MethodOptions(auxiliaries=number))
+def count_operations(auxiliaries):
+    """PyTorch's operations in the second step of a run."""
+    run = Run("bilora", MethodOptions(auxiliaries=auxiliaries))
 
-        def forward_backward(run=run):
-            with run.method.around_batch(range(7)):
-                return run.backward()
+    def forward_backward():
+        with run.method.around_batch(range(7)):
+            return run.backward()
 
+    run.method.step(forward_backward, run.optimizer)
+    with profile() as operations:
         run.method.step(forward_backward, run.optimizer)
-        with profile() as operations:
-            run.method.step(forward_backward, run.optimizer)
-        counted.append(sum(operation.count for operation in operations.key_averages()))
-    assert counted[0] == counted[1] > 0
+    return sum(operation.count for operation in operations.key_averages())
+
+
+def test_a_step_takes_as_many_operations_however_many_auxiliaries_there_are():
+    assert count_operations(8) == count_operations(80) > 0
 
 
 def test_samples_are_dealt_by_name_as_evenly_as_can_be():
-    names = [f"{n}.png" for n in (7, 2, 9, 4, 5)]
+    names = ("7.png", "2.png", "9.png", "4.png", "5.png")
     assert assign(2, names) == Assignment(2, [1, 0, 0, 1, 0])
     assert assign(9, names).count == 5
-    options = MethodOptions(auxiliaries="sample", sample_names=tuple(names))
-    assert len(flats(Run("bilora", options).method)) == 5
+    run = Run("bilora", MethodOptions(auxiliaries="sample", sample_names=names))
+    assert len(flat_auxiliaries(run.method)) == 5
 
 
-def test_more_than_can_be_kept_and_rows_that_are_not_the_samples_are_refused():
-    for names, fix in (((), "give that number"), (tuple(map(str, range(513))), "512")):
-        with pytest.raises(UserError, match=fix):
-            Run("bilora", MethodOptions(auxiliaries="sample", sample_names=names))
+@pytest.mark.parametrize(
+    ("names", "fix"), [((), "give that number"), (tuple(map(str, range(513))), "512")]
+)
+def test_an_auxiliary_for_each_sample_needs_names_and_not_too_many(names, fix):
+    with pytest.raises(UserError, match=fix):
+        Run("bilora", MethodOptions(auxiliaries="sample", sample_names=names))
+
+
+def test_rows_that_are_not_the_samples_are_refused():
     run = Run("bilora", MethodOptions(auxiliaries=COUNT))
+    x, _ = batch(0)
     with pytest.raises(UserError, match="7 rows for 3 samples"), run.method.around_batch([0, 1, 2]):
-        run.model(batch(0)[0])
-    with (
-        pytest.raises(UserError, match="2 ratios for 3"),
-        run.method.around_batch([0, 1, 2], [1, 2]),
-    ):
+        run.model(x)
+    around_batch = run.method.around_batch([0, 1, 2], [1, 2])
+    with pytest.raises(UserError, match="2 ratios for 3"), around_batch:
         pass

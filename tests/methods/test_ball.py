@@ -16,61 +16,55 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def true_norm(factors):
     """Every product formed in float64."""
-    squares = [(f.scale * (f.B.double() @ f.A.double())).square().sum() for f in factors]
-    return math.sqrt(math.fsum(float(square) for square in squares))
+    norms = [float((f.scale * (f.B.double() @ f.A.double())).norm()) for f in factors]
+    return math.hypot(*norms)
 
 
-def random_factors(shapes, scales, dtypes, seed, sizes=(1.0, 1.0)):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(rows, columns, size, dtype):
-        values = torch.randn(rows, columns, dtype=torch.float64, generator=generator) * size
-        return values.to(dtype)
-
-    return [
-        Factors(str(i), draw(r, n, sizes[0], dtype), draw(m, r, sizes[1], dtype), scale)
-        for i, ((m, n, r), scale, dtype) in enumerate(zip(shapes, scales, dtypes, strict=True))
-    ]
+def random_factors(shape, generator, scale=1.0, dtype=torch.float32, A_size=1.0, B_size=1.0):
+    """Normal factors of a layer of shape (out, in, rank), of deviations A_size and B_size."""
+    rows, columns, rank = shape
+    A = A_size * torch.randn(rank, columns, dtype=torch.float64, generator=generator)
+    B = B_size * torch.randn(rows, rank, dtype=torch.float64, generator=generator)
+    return Factors("a layer", A.to(dtype), B.to(dtype), scale)
 
 
 @st.composite
 def many_factors(draw):
-    """Layers of mixed shapes, ranks, scales, sizes and precisions; some repeated."""
+    """Layers of mixed shapes, ranks, scales, sizes and precisions; some have one shape."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     dimension = st.integers(1, 40)
-    kinds = draw(st.lists(st.tuples(dimension, dimension, st.integers(1, 9)), min_size=1))
-    shapes = [kind for kind in kinds for _ in range(draw(st.integers(1, 3)))]
-    scales = draw(
-        st.lists(
-            st.sampled_from([0.01, 0.5, 1.0, 2.0, 3.7, 64.0]),
-            min_size=len(shapes),
-            max_size=len(shapes),
-        )
-    )
-    common = draw(st.sampled_from([*DTYPES, None]))
-    dtypes = [common or draw(st.sampled_from(DTYPES)) for _ in shapes]
-    sizes = draw(st.tuples(st.sampled_from([1e-4, 0.1, 1.0, 30.0]), st.sampled_from([1e-4, 1.0])))
-    return random_factors(shapes, scales, dtypes, draw(st.integers(0, 10**6)), sizes)
+    common_dtype = draw(st.sampled_from([*DTYPES, None]))
+    A_size = draw(st.sampled_from([1e-4, 0.1, 1.0, 30.0]))
+    B_size = draw(st.sampled_from([1e-4, 1.0]))
+    factors = []
+    for shape in draw(st.lists(st.tuples(dimension, dimension, st.integers(1, 9)), min_size=1)):
+        for _ in range(draw(st.integers(1, 3))):
+            scale = draw(st.sampled_from([0.01, 0.5, 1.0, 2.0, 3.7, 64.0]))
+            dtype = common_dtype or draw(st.sampled_from(DTYPES))
+            factors.append(random_factors(shape, generator, scale, dtype, A_size, B_size))
+    return factors
 
 
 @settings(max_examples=150)
 @given(factors=many_factors(), rho=st.floats(1e-3, 100, allow_nan=False), scaled=st.booleans())
 def test_the_norm_is_within_rho_after_projection(factors, rho, scaled):
-    copies = copy.deepcopy(factors)
     if not scaled:
-        factors = [f._replace(scale=1.0) for f in factors]
-    c = true_norm(factors)
+        factors = [layer._replace(scale=1.0) for layer in factors]
+    initial_factors = copy.deepcopy(factors)
+    expected_norm = true_norm(factors)
     norm = ball.frobenius_norm(factors)
     assert (norm.shape, norm.dtype) == ((), torch.float64)
-    assert float(norm) == pytest.approx(c, rel=1e-9, abs=1e-12)
-    result = ball.project_(factors, rho)
-    assert float(result.before) == pytest.approx(c, rel=1e-9, abs=1e-12)
+    assert float(norm) == pytest.approx(expected_norm, rel=1e-9, abs=1e-12)
+    projection = ball.project_(factors, rho)
+    assert float(projection.before) == pytest.approx(expected_norm, rel=1e-9, abs=1e-12)
+    # Rounding to the factors' precision may not lead out of the ball.
     assert true_norm(factors) <= rho * (1 + 1e-6)
-    assert float(result.after) <= rho * (1 + 1e-9)
-    if c <= rho * (1 - 1e-9):
-        for new, old in zip(factors, copies, strict=True):
-            assert torch.equal(new.A, old.A)
-            assert torch.equal(new.B, old.B)
-        assert float(result.after) == float(result.before)
+    assert float(projection.after) <= rho * (1 + 1e-9)
+    if expected_norm <= rho * (1 - 1e-9):  # inside the ball nothing changes
+        for layer, initial_layer in zip(factors, initial_factors, strict=True):
+            assert torch.equal(layer.A, initial_layer.A)
+            assert torch.equal(layer.B, initial_layer.B)
+        assert float(projection.after) == float(projection.before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,33 +73,37 @@ def test_bound_holds_where_columns_cancel(dtype, cancel):
     """B @ A far smaller than B and A: rounding the factors weighs more, and the bound knows it."""
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
-        b, a, direction = (
-            torch.randn(30, dtype=torch.float64, generator=generator) for _ in range(3)
-        )
-        A, B = torch.stack((a, a + cancel * direction)), torch.stack((b, -b), dim=1)
+        b, a, direction = torch.randn(3, 30, dtype=torch.float64, generator=generator)
+        # b a^T - b (a + cancel * direction)^T = -cancel * b direction^T
+        A = torch.stack((a, a + cancel * direction))
+        B = torch.stack((b, -b), dim=1)
         factors = [Factors("0", A.to(dtype), B.to(dtype), 1.0)]
         rho = true_norm(factors) / 3
         ball.project_(factors, rho)
         assert true_norm(factors) <= rho * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "low"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
-def test_projection_reaches_the_sphere_by_one_root_for_both_factors_and_once(dtype, low):
-    factors = random_factors([(30, 20, 4)] * 3 + [(8, 50, 2)], [2.0] * 3 + [0.5], [dtype] * 4, 1)
-    old = copy.deepcopy(factors)
-    before = true_norm(factors)
-    result = ball.project_(factors, 0.05)
-    assert float(result.before) == pytest.approx(before, rel=1e-12)
-    assert true_norm(factors) >= 0.05 * (1 - low)
-    assert float(result.after) == pytest.approx(true_norm(factors), rel=2 * low)
-    root = math.sqrt(0.05 / before)
-    for new, was in zip(factors, old, strict=True):
-        torch.testing.assert_close(new.A, root * was.A, rtol=low, atol=0)
-        torch.testing.assert_close(new.B, root * was.B, rtol=low, atol=0)
-    projected_once = copy.deepcopy(factors)
-    ball.project_(factors, 0.05)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
+def test_projection_reaches_the_sphere_by_one_root_for_both_factors_and_once(dtype, tolerance):
+    generator = torch.Generator().manual_seed(1)
+    factors = [random_factors((30, 20, 4), generator, 2.0, dtype) for _ in range(3)]
+    factors.append(random_factors((8, 50, 2), generator, 0.5, dtype))
+    initial_factors = copy.deepcopy(factors)
+    initial_norm = true_norm(factors)
+    projection = ball.project_(factors, 0.05)
+    assert float(projection.before) == pytest.approx(initial_norm, rel=1e-12)
+    assert true_norm(factors) >= 0.05 * (1 - tolerance)
+    assert float(projection.after) == pytest.approx(true_norm(factors), rel=2 * tolerance)
+    # The product shrinks by rho / norm, so each factor does by its root.
+    root = math.sqrt(0.05 / initial_norm)
+    for layer, initial_layer in zip(factors, initial_factors, strict=True):
+        torch.testing.assert_close(layer.A, root * initial_layer.A, rtol=tolerance, atol=0)
+        torch.testing.assert_close(layer.B, root * initial_layer.B, rtol=tolerance, atol=0)
     if dtype == torch.float32:
-        assert all(torch.equal(f.A, was.A) for f, was in zip(factors, projected_once, strict=True))
+        projected_once = copy.deepcopy(factors)
+        ball.project_(factors, 0.05)
+        for layer, projected_layer in zip(factors, projected_once, strict=True):
+            assert torch.equal(layer.A, projected_layer.A)
 
 
 def test_zero_factors_and_no_factors():
@@ -114,13 +112,15 @@ def test_zero_factors_and_no_factors():
     assert float(ball.frobenius_norm(factors)) == 0
     assert [float(value) for value in ball.project_(factors, 0.1)] == [0, 0, 1]
     assert torch.equal(factors[0].A, initial_A)
-    for call in (ball.frobenius_norm, lambda factors: ball.project_(factors, 1.0)):
-        with pytest.raises(ValueError, match="no factors"):
-            call([])
+    with pytest.raises(ValueError, match="no factors"):
+        ball.frobenius_norm([])
+    with pytest.raises(ValueError, match="no factors"):
+        ball.project_([], 1.0)
 
 
 def test_large_groups_are_measured_in_pieces(monkeypatch):
-    factors = random_factors([(6, 5, 2)] * 7, [1.5] * 7, [torch.float32] * 7, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    factors = [random_factors((6, 5, 2), generator, 1.5) for _ in range(7)]
     unsplit_norm = float(ball.frobenius_norm(factors))
     monkeypatch.setattr(ball, "_STACK_ELEMENTS_ON_CPU", 50)
     assert float(ball.frobenius_norm(factors)) == pytest.approx(unsplit_norm, rel=1e-12)

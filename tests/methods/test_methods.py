@@ -1,7 +1,5 @@
 """methods: the registry, the options, the groups, and where the methods start from."""
 
-from typing import cast
-
 import pytest
 import torch
 
@@ -22,52 +20,63 @@ from tests.contract.models import tiny_mlp
 ADAPTING = [name for name in names() if not create(name).exports_weights]
 
 
-@pytest.mark.parametrize("option", ["default", "pissa"])
-def test_methods_start_from_the_same_primary_and_the_auxiliary_as_ever(option):
-    def start(name, option=option):
-        return Run(name, option, "clip").initialise().tensors()
+def tensors_at_start(name, option):
+    return Run(name, option, "clip").initialise().tensors()
 
-    first = start("lora")
-    assert any(f"/{INITIAL}/" in key for key in first) == (option == "pissa")
+
+@pytest.mark.parametrize("option", ["default", "pissa"])
+def test_methods_start_from_the_same_primary(option):
+    lora_tensors = tensors_at_start("lora", option)
+    assert any(f"/{INITIAL}/" in key for key in lora_tensors) == (option == "pissa")
     for name in ADAPTING:
-        tensors = start(name)
-        assert {f"model/{a}" for a in create(name).adapters} <= {
-            k.rpartition("/")[0] for k in tensors
-        }
-        assert all(torch.equal(tensors[key], value) for key, value in first.items())
-    tensors, usual = start("bilora"), start("bilora", "default")
-    for key in (key for key in tensors if f"/{AUXILIARY}/" in key):
-        assert torch.equal(tensors[key], usual[key])
-        assert "lora_B" in key or not torch.equal(
-            tensors[key], tensors[key.replace(AUXILIARY, PRIMARY)]
-        )
+        tensors = tensors_at_start(name, option)
+        for key, tensor in lora_tensors.items():
+            assert torch.equal(tensors[key], tensor)
+        for adapter in create(name).adapters:
+            assert any(key.startswith(f"model/{adapter}/") for key in tensors)
+
+
+def test_an_init_changes_no_auxiliary_which_starts_from_other_values_than_the_primary():
+    default_tensors = tensors_at_start("bilora", "default")
+    pissa_tensors = tensors_at_start("bilora", "pissa")
+    for key, tensor in default_tensors.items():
+        if f"/{AUXILIARY}/" in key:
+            assert torch.equal(pissa_tensors[key], tensor)
+            primary = default_tensors[key.replace(AUXILIARY, PRIMARY)]
+            assert torch.equal(primary, tensor) == ("lora_B" in key)  # where both are zero
 
 
 def test_registry(monkeypatch):
-    assert {"lora", "bilora"} <= set(names())
     assert create("bilora").name == "bilora"
     with pytest.raises(UserError, match='did you mean "bilora"'):
         create("bi-lora")
     with pytest.raises(ValueError, match="registered already"):
-        register("lora")(type("Other", (Method,), {}))
+        register("lora")(Method)
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    register("other")(cast(type[Method], type("Other", (Method,), {})))
+
+    @register("other")
+    class Other(Method):
+        pass
+
     assert names()[-1] == create("other").name == "other"
 
 
-def test_the_groups_of_several_targets():
-    def groups(**options):
-        targets = [
-            Target("unet", tiny_mlp(), AdapterSpec(target_modules=("first",)), 1e-3, 0.1),
-            Target("text", tiny_mlp(), AdapterSpec(target_modules=("last",)), 1e-4, 0.2),
-        ]
-        parameter_groups = create("bilora", MethodOptions(**options)).setup(targets)
-        return {group["name"]: group for group in parameter_groups}
-
-    groups_by_name = groups()
-    assert list(groups_by_name) == ["unet", "text", "unet.auxiliary", "text.auxiliary"]
-    assert [g["lr"] for g in groups_by_name.values()] == [1e-3, 1e-4, 1e-3, 1e-4]
-    assert [g["weight_decay"] for g in groups_by_name.values()] == [0.1, 0.2, 0.0, 0.0]
-    assert [g.get("maximize", False) for g in groups_by_name.values()] == [False, False, True, True]
-    rates = [g["lr"] for g in groups(auxiliary_learning_rate=4e-3).values()]
-    assert rates == pytest.approx([1e-3, 1e-4, 4e-3, 4e-4])
+@pytest.mark.parametrize(
+    ("options", "auxiliary_rates"),
+    [({}, [1e-3, 1e-4]), ({"auxiliary_learning_rate": 4e-3}, [4e-3, 4e-4])],
+)
+def test_the_groups_of_several_targets(options, auxiliary_rates):
+    """An auxiliary's rate has the ratio of the targets' own; it ascends, and does not decay."""
+    targets = [
+        Target("unet", tiny_mlp(), AdapterSpec(target_modules=("first",)), 1e-3, 0.1),
+        Target("text", tiny_mlp(), AdapterSpec(target_modules=("last",)), 1e-4, 0.2),
+    ]
+    groups = create("bilora", MethodOptions(**options)).setup(targets)
+    columns: dict[str, list] = {"name": [], "lr": [], "weight_decay": [], "maximize": []}
+    for group in groups:
+        for key, column in columns.items():
+            column.append(group.get(key, False))
+    assert columns["name"] == ["unet", "text", "unet.auxiliary", "text.auxiliary"]
+    assert columns["lr"] == pytest.approx([1e-3, 1e-4, *auxiliary_rates])
+    assert columns["weight_decay"] == [0.1, 0.2, 0.0, 0.0]
+    assert columns["maximize"] == [False, False, True, True]

@@ -2,7 +2,7 @@
 
 import math
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -21,40 +21,39 @@ def test_it_stops_and_keeps_as_a_reading_of_the_record_would(losses, patience):
     weight = nn.Parameter(torch.zeros(2))
     best = Best([weight], patience)
     rows = []
-    for step, loss in enumerate(losses):
-        with torch.no_grad():
-            weight.fill_(step)
-        if best.is_lowered_by(loss, step):
+    last_step = stopped_at = None
+    for last_step, loss in enumerate(losses):
+        weight.data.fill_(last_step)
+        if best.is_lowered_by(loss, last_step):
             best.store()
-        rows.append((step, None if not math.isfinite(loss) else loss))
+        # A record has null in place of a loss that is not finite.
+        rows.append((last_step, loss if math.isfinite(loss) else None))
         if best.is_exhausted:
+            stopped_at = last_step
             break
-    assert (best.step, rows[-1][0] if best.is_exhausted else None) == reading(rows, patience)
+    assert (best.step, stopped_at) == reading(rows, patience)
     if best.step is not None:
         with best.applied():
             assert weight.tolist() == [best.step] * 2
-    assert weight.tolist() == [rows[-1][0]] * 2
+    assert weight.tolist() == [last_step] * 2
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.99, 0.9999])
 @pytest.mark.parametrize("steps", [1, 2, 40])
 def test_the_average_is_the_weighted_mean_of_the_steps_with_the_decay_as_given(decay, steps):
     weight = nn.Parameter(torch.full((2,), 100.0))  # the value before training has no part in it
-    options = {"use_ema": True, "ema_decay": decay}
-    options |= {"keep_best": False, "early_stopping_patience": None}
-    method: Any = SimpleNamespace(clip_parameters=lambda: [weight])
-    outcome = Outcome(method, cast(Any, SimpleNamespace(**options)))
-    trajectory = torch.randn(steps, 2, generator=torch.manual_seed(steps)).tolist()
+    cfg: Any = SimpleNamespace(
+        use_ema=True, ema_decay=decay, keep_best=False, early_stopping_patience=None
+    )
+    method: Any = SimpleNamespace(result_parameters=lambda: [weight])
+    outcome = Outcome(method, cfg)
+    trajectory = torch.randn(steps, 2, generator=torch.manual_seed(steps))
     for values in trajectory:
-        with torch.no_grad():
-            weight.copy_(torch.tensor(values))
+        weight.data.copy_(values)
         outcome.update()
-    shares = [decay ** (steps - step) for step in range(1, steps + 1)]
-    expected = [
-        math.fsum(share * values[i] for share, values in zip(shares, trajectory, strict=True))
-        / math.fsum(shares)
-        for i in range(2)
-    ]
+    # Step t of n has the weight decay^(n - t); for a decay of 0 only the last one has any, 0^0 = 1.
+    shares = decay ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    expected = shares @ trajectory.double() / shares.sum()
     with outcome.averaged():
-        assert weight.tolist() == pytest.approx(expected, abs=1e-5)
-    assert weight.tolist() == pytest.approx(trajectory[-1])
+        torch.testing.assert_close(weight.detach(), expected.float(), atol=1e-5, rtol=1e-6)
+    assert torch.equal(weight, trajectory[-1])

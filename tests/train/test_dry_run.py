@@ -13,52 +13,67 @@ from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.task import memory_by_phase
 from bilora_diffusion.train.dry_run import STEP, attached, empty
 from docs.memory import FOLDER, step_memory
+from tests.scripts.runs import words
 
 pytestmark = pytest.mark.usefixtures("hub")
 
-TABLE = json.loads((FOLDER / "table.json").read_text(encoding="utf-8"))
-TEXT = {
-    "{model} {rows}x{tokens} {mixed_precision} {gradient_checkpointing}".format(**case): case
-    for case in json.loads((FOLDER / "text.json").read_text(encoding="utf-8"))
-}
-POSITIONS = {"medium": 384**2 * 1536 * 2, "large": 192**2 * 2432 * 2}
-"""Bytes that the tracer counted too many: it took SD3's table of positions, which is bf16 in a run,
-for fp32.
-"""
+
+def read_table(name):
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+
+
+IMAGE_MODELS = read_table("table.json")
+TEXT_CASE = "{model} {rows}x{tokens} {mixed_precision} {gradient_checkpointing}"
 SLOW = ("Stable", "FLUX", "Z-Image", "Qwen-Image", "Krea", "Llama")
 
 
-def cases_of(table):
-    """The rows by these names, of which the large models' are slow."""
-    marks = [[pytest.mark.slow] * name.startswith(SLOW) for name in table]
-    cases = table.values() if table is TEXT else table
-    return [
-        pytest.param(case, marks=m, id=n) for case, m, n in zip(cases, marks, table, strict=True)
-    ]
+def parameter(name, *values):
+    """A case by this name; large models are slow."""
+    marks = [pytest.mark.slow] if name.startswith(SLOW) else []
+    return pytest.param(*values, marks=marks, id=name)
 
 
-@pytest.mark.parametrize("name", cases_of(TABLE))
-def test_each_image_model_is_within_15_percent(name):
+def wrong_bytes(model):
+    """Bytes that the tracer counted too many: it took SD3's table of positions for fp32, which is
+    bf16 in a run.
+    """
+    if model.endswith("medium"):
+        return 384**2 * 1536 * 2
+    return 192**2 * 2432 * 2 if model.endswith("large") else 0
+
+
+@pytest.mark.parametrize(
+    ("name", "traced"), [parameter(name, name, row) for name, row in IMAGE_MODELS.items()]
+)
+def test_each_image_model_is_within_15_percent(name, traced):
     model, weights = name.rsplit(", ", 1)
-    over = next((size for kind, size in POSITIONS.items() if model.endswith(kind)), 0)
-    expected = TABLE[name]
     estimate = step_memory(model, weights, "--gradient_checkpointing")
-    assert estimate["encoders"] == pytest.approx(expected["encoders"], rel=0.01)
-    for method in ("lora", "bilora"):
-        assert estimate[method] == pytest.approx(expected[method] - over, rel=0.15), method
-    if size := expected.get("lora_without_checkpointing"):
-        assert step_memory(model, weights)["lora"] == pytest.approx(size - over, rel=0.15)
+    assert estimate["encoders"] == pytest.approx(traced["encoders"], rel=0.01)
+    estimated_bytes = {"lora": estimate["lora"], "bilora": estimate["bilora"]}
+    if "lora_without_checkpointing" in traced:
+        estimated_bytes["lora_without_checkpointing"] = step_memory(model, weights)["lora"]
+    for variant, size in estimated_bytes.items():
+        assert size == pytest.approx(traced[variant] - wrong_bytes(model), rel=0.15), variant
 
 
 def text_task(case, folder):
-    """What a dry run looks at of a task, with rows of one length."""
+    """What a dry run reads of a task, with rows of one length."""
     rows = folder / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
-    words = ["--model_name_or_path", "smollm2", "--train_file", str(rows), "--dry_run"]
-    words += ["--output_dir", str(folder / "run"), "--method", "lora", "--rank", "8"]
-    words += ["--train_batch_size", str(case["rows"]), "--mixed_precision", case["mixed_precision"]]
-    cfg = resolve_text([*words, *["--gradient_checkpointing"] * case["gradient_checkpointing"]])
-    config = getattr(transformers, case["config"][0])(**case["config"][1])
+    options = {
+        "model_name_or_path": "smollm2",
+        "train_file": rows,
+        "dry_run": True,
+        "output_dir": folder / "run",
+        "method": "lora",
+        "rank": 8,
+        "train_batch_size": case["rows"],
+        "mixed_precision": case["mixed_precision"],
+        "gradient_checkpointing": case["gradient_checkpointing"] or None,
+    }
+    cfg = resolve_text(words(options))
+    config_class, config_values = case["config"]
+    config = getattr(transformers, config_class)(**config_values)
     dtype = torch.float32 if case["mixed_precision"] == "no" else torch.bfloat16
     model = empty(lambda: getattr(transformers, case["class"])(config), dtype)
     saved = ("classifier",) if case["kind"] == "classification" else ()
@@ -72,9 +87,12 @@ def text_task(case, folder):
     )
 
 
-@pytest.mark.parametrize("case", cases_of(TEXT))
+@pytest.mark.parametrize(
+    "case", [parameter(TEXT_CASE.format(**case), case) for case in read_table("text.json")]
+)
 def test_each_text_model_is_within_15_percent(case, tmp_path):
     task = text_task(case, tmp_path)
-    step = memory_by_phase(task, None)[STEP]
-    estimate = sum(step.values()) + sum(attached(task, 1)[1].values())
+    step_bytes = memory_by_phase(task, None)[STEP]
+    _, adapter_bytes = attached(task, 1)
+    estimate = sum(step_bytes.values()) + sum(adapter_bytes.values())
     assert estimate == pytest.approx(case["lora"], rel=0.15)

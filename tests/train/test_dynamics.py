@@ -20,57 +20,76 @@ from bilora_diffusion.train.dynamics import Dynamics
 from tests.contract.models import tiny_mlp
 from tests.run import recorded_runs
 
-TARGETS, DUE = ("first", "conv", "last"), 2
+TARGETS = ("first", "conv", "last")
+INTERVAL = 2
 
 
-def product(f):
-    return f.scale * f.B.double() @ f.A.double()
+def product(factors):
+    """s B A in float64, (out, in)."""
+    return factors.scale * factors.B.double() @ factors.A.double()
 
 
 @pytest.fixture
-def pair():
+def sides():
+    """The factors of three layers on both sides, of ranks that differ."""
     generator = torch.Generator().manual_seed(3)
     return recorded_runs.factors(generator), recorded_runs.factors(generator, rank=3)
 
 
-def test_figures_of_a_pair_are_those_of_full_matrices(pair):
-    """And the overlap is that of scipy's principal angles."""
-    left, right = pair
-    expected = [float((product(f) * product(g)).sum()) for f, g in zip(left, right, strict=True)]
-    assert dynamics.inner_products(left, right).tolist() == pytest.approx(expected, rel=1e-12)
-    norms = [[float(product(f).norm()) for f in side] for side in pair]
-    assert dynamics.norms(left).tolist() == pytest.approx(norms[0], rel=1e-12)
-    figures = dynamics.alignment(left, right)
-    cosines = [inner / a / b for inner, a, b in zip(expected, *norms, strict=True)]
-    assert figures["product_cosine"].tolist() == pytest.approx(cosines)
-    for name, sides in (
-        ("column_overlap", [(f.B, g.B) for f, g in zip(left, right, strict=True)]),
-        ("row_overlap", [(f.A.T, g.A.T) for f, g in zip(left, right, strict=True)]),
-    ):
-        angles = [subspace_angles(f.double().numpy(), g.double().numpy()) for f, g in sides]
-        assert figures[name].tolist() == pytest.approx([np.mean(np.cos(a) ** 2) for a in angles])
-    side_norms = [float(torch.tensor(side).norm()) for side in norms]
+def squared_cosine(left, right):
+    """Mean over the principal angles of two column spaces, by scipy."""
+    angles = subspace_angles(left.double().numpy(), right.double().numpy())
+    return float(np.mean(np.cos(angles) ** 2))
+
+
+def test_figures_of_a_pair_are_those_of_full_matrices(sides):
+    primary, auxiliary = sides
+    inner_products = dynamics.inner_products(primary, auxiliary)
+    norms = dynamics.norms(primary)
+    figures = dynamics.alignment(primary, auxiliary)
+    all_products = []
+    for number, (left, right) in enumerate(zip(primary, auxiliary, strict=True)):
+        products = product(left), product(right)
+        inner_product = float((products[0] * products[1]).sum())
+        assert float(inner_products[number]) == pytest.approx(inner_product, rel=1e-12)
+        assert float(norms[number]) == pytest.approx(float(products[0].norm()), rel=1e-12)
+        cosine = torch.cosine_similarity(products[0].flatten(), products[1].flatten(), dim=0)
+        expected = {
+            "product_cosine": float(cosine),
+            "column_overlap": squared_cosine(left.B, right.B),
+            "row_overlap": squared_cosine(left.A.T, right.A.T),
+        }
+        layer_figures = {name: float(figures[name][number]) for name in expected}
+        assert layer_figures == pytest.approx(expected)
+        all_products.append(torch.stack(products).flatten(1))
+    # Over the whole model all layers are one vector: (2, elements of all layers).
+    vectors = torch.cat(all_products, dim=1)
     total = dynamics.totals(figures)
-    assert total["product_cosine"] == pytest.approx(sum(expected) / side_norms[0] / side_norms[1])
-    assert total["norm_primary"] == pytest.approx(side_norms[0])
+    cosine = torch.cosine_similarity(vectors[0], vectors[1], dim=0)
+    assert total["product_cosine"] == pytest.approx(float(cosine))
+    assert total["norm_primary"] == pytest.approx(float(vectors[0].norm()))
 
 
-def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(pair):
-    left, right = pair
-    right[1] = right[1]._replace(B=torch.zeros_like(right[1].B))
-    figures = dynamics.alignment(left, right)
+def with_zero_product(factors):
+    return factors._replace(B=torch.zeros_like(factors.B))
+
+
+def test_an_adapter_that_is_zero_has_no_direction_but_the_others_count(sides):
+    primary, auxiliary = sides
+    auxiliary[1] = with_zero_product(auxiliary[1])
+    figures = dynamics.alignment(primary, auxiliary)
     assert figures["product_cosine"].isnan().tolist() == [False, True, False]
     overlap = dynamics.totals(figures)["column_overlap"]
     assert overlap == pytest.approx(float(figures["column_overlap"][[0, 2]].mean()))
-    zero = [f._replace(B=torch.zeros_like(f.B)) for f in right]
-    total = dynamics.totals(dynamics.alignment(left, zero))
+    all_zero = [with_zero_product(factors) for factors in auxiliary]
+    total = dynamics.totals(dynamics.alignment(primary, all_zero))
     assert total["product_cosine"] is total["column_overlap"] is None
 
 
 class Training:
-    """A method on a small model, with or without a record; the batch is always the same."""
+    """A method on a small model; with a folder it records there. The batch is always the same."""
 
-    def __init__(self, name, record, folder=None, **options):
+    def __init__(self, name, folder=None, **options):
         self.model = tiny_mlp()
         self.x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
         self.method = create(name, MethodOptions(num_steps=9, **options))
@@ -78,9 +97,12 @@ class Training:
         torch.manual_seed(2)
         groups = self.method.setup([Target("model", self.model, spec, 1e-2)])
         self.optimizer = torch.optim.AdamW(groups)
-        self.cfg = SimpleNamespace(dynamics_steps=DUE)
-        self.num_steps, self.step, self.folder = 5, 0, folder
-        self.dynamics = Dynamics(self, self.optimizer) if record else None
+        # What a record reads of a run.
+        self.cfg = SimpleNamespace(dynamics_steps=INTERVAL)
+        self.num_steps = 5
+        self.step = 0
+        self.folder = folder
+        self.dynamics = None if folder is None else Dynamics(self, self.optimizer)
         self.method.bind(self.optimizer)
 
     def loss(self, model):
@@ -92,15 +114,18 @@ class Training:
         return loss.detach()
 
     def train(self, steps=5):
+        """Take steps; the loss of each, and its figures where they are recorded."""
         lines = []
+        if self.dynamics and self.step == 0:
+            self.dynamics.write(self.folder)
         for _ in range(steps):
-            if self.dynamics and self.folder and self.step == 0:
-                self.dynamics.write(self.folder)
             loss = self.method.step(self._forward_backward, self.optimizer)
             self.step += 1
-            lines.append({"loss": float(loss), **(self.dynamics.values() if self.dynamics else {})})
-            if self.dynamics and self.folder:
+            line = {"loss": float(loss)}
+            if self.dynamics:
+                line |= self.dynamics.values()
                 self.dynamics.write(self.folder)
+            lines.append(line)
         return lines
 
     def full_gradients(self):
@@ -110,19 +135,21 @@ class Training:
         for _, layer in layers:
             adapters.base_weight(layer).requires_grad_(True)
         self.loss(model).backward()
-        return {
-            f"model.{path}": cast(Tensor, adapters.base_weight(layer).grad).flatten(1).double()
-            for path, layer in layers
-        }
+        gradients = {}
+        for path, layer in layers:
+            gradient = cast(Tensor, adapters.base_weight(layer).grad)
+            gradients[f"model.{path}"] = gradient.flatten(1).double()  # (out, in)
+        return gradients
 
 
 @pytest.mark.parametrize("name", ["lora-sam", "bilora"])
 def test_the_record_changes_no_bit(name, tmp_path):
-    off, on = Training(name, False), Training(name, True, tmp_path)
-    losses = [[line["loss"] for line in run.train()] for run in (off, on)]
-    assert losses[0] == losses[1]
-    tensors, recorded = off.method.tensors(), on.method.tensors()
-    assert all(torch.equal(tensors[key], recorded[key]) for key in tensors)
+    plain, recorded = Training(name), Training(name, tmp_path)
+    plain_losses = [line["loss"] for line in plain.train()]
+    assert [line["loss"] for line in recorded.train()] == plain_losses
+    recorded_tensors = recorded.method.tensors()
+    for key, tensor in plain.method.tensors().items():
+        assert torch.equal(recorded_tensors[key], tensor), key
     assert list(snapshots.steps(tmp_path)) == [0, 2, 4, 5]
 
 
@@ -134,7 +161,7 @@ def test_a_layer_without_a_gradient_counts_as_zero(name, figure, tmp_path, monke
         return (model.first(run.x) - 1).square().mean()  # nothing reaches the other two
 
     monkeypatch.setattr(Training, "loss", loss)
-    run = Training(name, True, tmp_path)
+    run = Training(name, tmp_path)
     line = run.train(2)[1]["dynamics"]
     layers = snapshots.read(snapshots.steps(tmp_path)[2]).layers
     assert layers[figure][0] != 0
@@ -143,50 +170,55 @@ def test_a_layer_without_a_gradient_counts_as_zero(name, figure, tmp_path, monke
 
 
 def test_the_terms_of_equation_5_are_measured_at_the_perturbation(tmp_path):
-    run = Training("lora-sam", True, tmp_path, rho=0.03)
+    run = Training("lora-sam", tmp_path, rho=0.03)
     run.train(1)
-    copied = copy.deepcopy(run.model)
-    factors = adapters.factors(copied, PRIMARY)
-    run.loss(copied).backward()
-    gradients = adapters.gradients_of(adapters.layers(copied, PRIMARY), PRIMARY)
+    model = copy.deepcopy(run.model)
+    run.loss(model).backward()
+    factors = adapters.factors(model, PRIMARY)
+    gradients = adapters.gradients_of(adapters.layers(model, PRIMARY), PRIMARY)
     assert None not in gradients
     gradients = cast(list[Factors], gradients)
-    norm = sum(float(g.A.double().square().sum() + g.B.double().square().sum()) for g in gradients)
+    gradient_norm = sum(float(g.A.norm() ** 2 + g.B.norm() ** 2) for g in gradients) ** 0.5
+
     line = run.train(1)[0]["dynamics"]
     layers = snapshots.read(snapshots.steps(tmp_path)[2]).layers
-    squares = dict.fromkeys((*dynamics.TERMS, dynamics.FIRST_ORDER, dynamics.PRODUCT), 0.0)
-    for i, (f, g) in enumerate(zip(factors, gradients, strict=True)):
-        eA, eB = (0.03 * side.double() / norm**0.5 for side in (g.A, g.B))
-        B, A = f.B.double(), f.A.double()
+    keys = (*dynamics.TERMS, dynamics.FIRST_ORDER, dynamics.PRODUCT)
+    norms = torch.zeros(len(factors), len(keys), dtype=torch.float64)
+    for number, (layer, gradient) in enumerate(zip(factors, gradients, strict=True)):
+        A, B = layer.A.double(), layer.B.double()
+        # SAM's perturbation: rho times the gradient over its norm.
+        eA = 0.03 * gradient.A.double() / gradient_norm
+        eB = 0.03 * gradient.B.double() / gradient_norm
+        # (B + eB)(A + eA) = BA + B eA + eB A + eB eA
         terms = (B @ eA, eB @ A, eB @ eA, B @ eA + eB @ A, B @ A)
-        for key, matrix in zip(squares, terms, strict=True):
-            value = f.scale * float(matrix.norm())
-            assert float(layers[key][i]) == pytest.approx(value, rel=1e-4)
-            squares[key] += value**2
-    for key, value in squares.items():
-        assert line[key] == pytest.approx(value**0.5, rel=1e-4)
-    expected = (squares["norm_first_order"] / squares["norm_eBeA"]) ** 0.5
-    assert line["ratio"] == pytest.approx(expected, rel=1e-4)
+        norms[number] = layer.scale * torch.stack([term.norm() for term in terms])
+    for column, key in enumerate(keys):
+        assert layers[key].tolist() == pytest.approx(norms[:, column].tolist(), rel=1e-4)
+        assert line[key] == pytest.approx(float(norms[:, column].norm()), rel=1e-4)
+    ratio = line["norm_first_order"] / line["norm_eBeA"]
+    assert line["ratio"] == pytest.approx(ratio, rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"auxiliary_rank": 3}, {"auxiliary_direction": "descent"}])
 def test_the_ascent_gain_is_the_gradient_times_the_weight(options, tmp_path):
-    run = Training("bilora", True, tmp_path, rho=0.3, **options)
+    run = Training("bilora", tmp_path, rho=0.3, **options)
     run.train(1)
     gradients = run.full_gradients()
-    auxiliary = adapters.factors_of(run.method.layers, AUXILIARY)
-    expected = [float((gradients[f.name] * product(f)).sum()) for f in auxiliary]
-    assert max(map(abs, expected)) > 0
+    gains = {}
+    for factors in adapters.factors_of(run.method.layers, AUXILIARY):
+        gains[factors.name] = float((gradients[factors.name] * product(factors)).sum())
+    assert any(gains.values())
     line = run.train(1)[0]["dynamics"]
     snapshot = snapshots.read(snapshots.steps(tmp_path)[2])
-    assert snapshot.layers["ascent_gain"].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-9)
-    assert line["ascent_gain"] == pytest.approx(sum(expected), rel=1e-4)
-    assert snapshot.names == [f.name for f in auxiliary]
+    measured = dict(zip(snapshot.names, snapshot.layers["ascent_gain"].tolist(), strict=True))
+    assert measured == pytest.approx(gains, rel=1e-4, abs=1e-9)
+    assert line["ascent_gain"] == pytest.approx(sum(gains.values()), rel=1e-4)
     current = adapters.factors_of(run.method.layers, AUXILIARY)
-    for saved, layer in zip(snapshot.factors[AUXILIARY], current, strict=True):
-        assert torch.equal(saved.A, layer.A)
-        assert torch.equal(saved.B, layer.B)
-        assert saved.scale == layer.scale
+    for saved, factors in zip(snapshot.factors[AUXILIARY], current, strict=True):
+        assert saved.name == factors.name
+        assert torch.equal(saved.A, factors.A)
+        assert torch.equal(saved.B, factors.B)
+        assert saved.scale == factors.scale
 
 
 def test_snapshots_come_back_and_are_cut_and_damage_is_named(tmp_path):

@@ -9,17 +9,17 @@ from bilora_diffusion.image.config import resolve
 from bilora_diffusion.train.search.runs import Search
 from bilora_diffusion.train.search.space import arguments
 
+COMMAND = ["--dataset", "mini", "--validation_dataset", "none", "--fit"]
 
-def search_of(*typed):
+
+def search_of(options=""):
     """The search of a command line on 12 images."""
-    argv = ["--dataset", "mini", "--validation_dataset", "none", "--fit", *typed]
-    names = [f"image {i}" for i in range(12)]
-    task: Any = SimpleNamespace(
-        cfg=resolve(argv), names=names, num_samples=len(names), has_heldout=False
-    )
+    argv = COMMAND + options.split()
+    names = [f"image {number}" for number in range(12)]
+    task: Any = SimpleNamespace(cfg=resolve(argv), names=names, num_samples=12, has_heldout=False)
     accelerator: Any = SimpleNamespace(process_index=0, num_processes=1)
     script: Any = SimpleNamespace(resolve=resolve)
-    return Search(script, argv, task, accelerator), argv
+    return Search(script, argv, task, accelerator)
 
 
 SCALED = "--scale_lr --train_batch_size 4"
@@ -31,46 +31,42 @@ SCALED = "--scale_lr --train_batch_size 4"
         ("", (1e-4, 2e-4, 4e-4), (3e-4, 6e-4, 1.2e-3)),
         (SCALED, (4e-4, 8e-4, 1.6e-3), (1.2e-3, 2.4e-3, 4.8e-3)),
         (f"{SCALED} --auxiliary_learning_rate 5e-4", (4e-4, 8e-4, 1.6e-3), (2e-3, 2e-3, 2e-3)),
-        (f"{SCALED} --auxiliaries 1", (4e-4, 8e-4, 1.6e-3), None),
-        (f"{SCALED} --optimizer prodigy", (2.0, 4.0, 8.0), None),  # with one auxiliary
+        # One auxiliary has the primary's rate.
+        (f"{SCALED} --auxiliaries 1", (4e-4, 8e-4, 1.6e-3), (None, None, None)),
+        (f"{SCALED} --optimizer prodigy", (2.0, 4.0, 8.0), (None, None, None)),
     ],
 )
 def test_rates_are_scaled_once_and_are_what_a_command_with_them_trains_at(
     typed, rates, auxiliary_rates
 ):
-    search, argv = search_of("--choose_by", "loss", *typed.split())
-    (start,) = [options for options in search.space.starts() if dict(options)["method"] == "bilora"]
-    configurations = search.space.variants("learning_rate", start)
-    runs = [search.config(options) for options in configurations]
-    assert [cfg.learning_rate for cfg in runs] == pytest.approx(rates)
-    if auxiliary_rates is None:
-        assert all(cfg.auxiliary_learning_rate is None for cfg in runs)
-    else:
-        trained_rates = [cfg.auxiliary_learning_rate for cfg in runs]
-        assert trained_rates == pytest.approx(auxiliary_rates)
-    for options, cfg in zip(configurations, runs, strict=True):
-        assert resolve([*argv, *arguments(options)]) == cfg
+    typed = f"--choose_by loss {typed}"
+    search = search_of(typed)
+    _, bilora_start = search.space.starts()
+    candidates = search.space.variants("learning_rate", bilora_start)
+    for candidate, rate, auxiliary_rate in zip(candidates, rates, auxiliary_rates, strict=True):
+        cfg = search.config(candidate)
+        assert cfg.learning_rate == pytest.approx(rate)
+        assert cfg.auxiliary_learning_rate == pytest.approx(auxiliary_rate)
+        assert resolve(COMMAND + typed.split() + arguments(candidate)) == cfg
 
 
 def test_bilora_is_tried_as_in_the_paper_where_samples_decide():
-    search, _ = search_of()
-    starts = [dict(options) for options in search.space.starts()]
-    assert [options["method"] for options in starts] == ["lora", "bilora"]
-    assert all(options.keys() == {"method", "learning_rate", "rank"} for options in starts)
+    lora, bilora = map(dict, search_of().space.starts())
+    assert (lora["method"], bilora["method"]) == ("lora", "bilora")
+    assert lora.keys() == bilora.keys() == {"method", "learning_rate", "rank"}
 
 
 def test_an_alpha_keeps_the_ratio_to_the_rank_that_a_recipe_has(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("rank: 32\nlora_alpha: 32\n")
-    for typed, alphas in (((), [8, 16, 32]), (("--config", str(recipe)), [16, 32, 64])):
-        search, _ = search_of(*typed)
-        runs = map(search.config, search.space.variants("rank", search.space.starts()[0]))
-        assert [cfg.lora_alpha for cfg in runs] == alphas
+    for typed, alphas in (("", [8, 16, 32]), (f"--config {recipe}", [16, 32, 64])):
+        search = search_of(typed)
+        candidates = search.space.variants("rank", search.space.starts()[0])
+        assert [search.config(candidate).lora_alpha for candidate in candidates] == alphas
 
 
 def test_runs_have_the_warm_up_of_the_command_and_the_last_one_a_part_of_it(tmp_path):
-    typed = "--max_train_steps 100 --lr_scheduler cosine --lr_warmup_steps 20"
-    search, _ = search_of(*typed.split())
+    search = search_of("--max_train_steps 100 --lr_scheduler cosine --lr_warmup_steps 20")
     trial = search.trial_config(search.space.starts()[0], tmp_path)
     assert (trial.lr_scheduler, trial.lr_warmup_steps) == ("constant_with_warmup", 20)
     assert (trial.max_train_steps, trial.output_dir) == (100, str(tmp_path))
@@ -79,8 +75,8 @@ def test_runs_have_the_warm_up_of_the_command_and_the_last_one_a_part_of_it(tmp_
 
 
 def test_a_rate_that_nobody_gave_falls_where_the_method_gains_from_it():
-    search, _ = search_of("--max_train_steps", "100")
-    per_sample = (("method", "bilora"), ("auxiliaries", "sample"))
-    configs = [search.final_config(options, steps=50) for options in ((), per_sample)]
-    assert [cfg.max_train_steps for cfg in configs] == [50, 100]
-    assert configs[1].lr_scheduler == "linear"
+    search = search_of("--max_train_steps 100")
+    assert search.final_config((), steps=50).max_train_steps == 50
+    per_sample = search.final_config((("method", "bilora"), ("auxiliaries", "sample")), steps=50)
+    # A falling rate needs the whole length.
+    assert (per_sample.max_train_steps, per_sample.lr_scheduler) == (100, "linear")

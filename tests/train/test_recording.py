@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -17,7 +18,7 @@ def test_a_count_of_one_is_singular(steps, sentence, tmp_path, caplog):
     caplog.set_level("INFO")
     run: Any = SimpleNamespace(
         cfg=SimpleNamespace(mixed_precision="no", rank=4, config="sdxl"),
-        method=SimpleNamespace(clip_parameters=list, title="LoRA", exports_weights=True),
+        method=SimpleNamespace(result_parameters=list, title="LoRA", exports_weights=True),
         accelerator=SimpleNamespace(device="cpu", num_processes=1),
         step=0,
         last_step=steps,
@@ -30,13 +31,12 @@ def test_a_count_of_one_is_singular(steps, sentence, tmp_path, caplog):
 
 
 def test_wandb_gets_each_image_with_its_prompt(tmp_path, monkeypatch):
-    # A stand-in of which only what makes an image is called: its service is not here.
+    # A stand-in with the class of its images; Weights & Biases' service is out of reach.
     module = SimpleNamespace(Image=lambda image, caption: (image.size, caption))
     monkeypatch.setitem(sys.modules, "wandb", module)
-    files = [tmp_path / f"{number:03d}.png" for number in range(2)]
+    files = [tmp_path / "000.png", tmp_path / "001.png"]
     for file in files:
         Image.new("RGB", (4, 4)).save(file)
-    logged: list[Any] = []
-    tracker = SimpleNamespace(name="wandb", log=lambda values, step: logged.append((values, step)))
-    loop.show_images([tracker], files, ["a frog", "a sun"], step=0)
-    assert logged == [({"validation": [((4, 4), "a frog"), ((4, 4), "a sun")]}, 0)]
+    log = Mock()
+    loop.show_images([SimpleNamespace(name="wandb", log=log)], files, ["a frog", "a sun"], step=0)
+    log.assert_called_once_with({"validation": [((4, 4), "a frog"), ((4, 4), "a sun")]}, step=0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilora_diffusion.core.seeds import digest, parts, seed_of
+from bilora_diffusion.core.seeds import deal_into_parts, digest, seed_of
 from bilora_diffusion.train.task import KindsOrder, LengthGroupedOrder, SampleOrder
 
 PARTS = st.one_of(st.integers(), st.text(max_size=8))
@@ -22,22 +22,28 @@ def test_different_keys_have_different_seeds(a, b):
 
 
 def test_seeds_are_the_same_in_every_process_and_version():
-    """A resumed run draws what the interrupted one would have drawn: the value is fixed here."""
+    """A resumed run has the noise of the interrupted one, so the value must never change."""
     assert seed_of(0, "noise", 12, "a") == 5504335286977931919
 
 
 @given(st.sets(st.text(max_size=8), min_size=1, max_size=30), st.integers(1, 8), st.randoms())
 def test_parts_are_disjoint_even_and_independent_of_order(names, count, shuffle):
-    listed = sorted(names)
-    if count > len(listed):
+    ordered = sorted(names)
+    if count > len(ordered):
         with pytest.raises(ValueError, match=str(count)):
-            parts(listed, count)
+            deal_into_parts(ordered, count)
         return
-    dealt_names = [{listed[i] for i in part} for part in parts(listed, count)]
-    assert sorted(name for part in dealt_names for name in part) == sorted(names)
-    assert max(map(len, dealt_names)) - min(map(len, dealt_names)) <= 1
-    shuffle.shuffle(listed)
-    assert [{listed[i] for i in part} for part in parts(listed, count)] == dealt_names
+
+    def names_of_parts():
+        return [{ordered[number] for number in part} for part in deal_into_parts(ordered, count)]
+
+    name_sets = names_of_parts()
+    sizes = [len(name_set) for name_set in name_sets]
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == len(names)
+    assert set().union(*name_sets) == names
+    shuffle.shuffle(ordered)
+    assert names_of_parts() == name_sets
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
@@ -46,25 +52,31 @@ def test_a_digest_sees_every_bit_the_shape_and_the_dtype(dtype):
     base = digest(values)
     assert base == digest(values.clone())
     assert base == digest(torch.stack([values, values], dim=1)[:, 0])  # not contiguous
-    changed = [values + 1, values.reshape(2, 3), values[:5], values.to(torch.float16)]
-    assert base not in {digest(value) for value in changed}
+    for changed in (values + 1, values.reshape(2, 3), values[:5], values.to(torch.float16)):
+        assert digest(changed) != base
     assert digest(values, values) != digest(torch.cat([values, values]))
-    assert len({digest(torch.empty(shape)) for shape in [(0, 3), (3, 0)]}) == 2
+    assert digest(torch.empty(0, 3)) != digest(torch.empty(3, 0))
+
+
+def samples_of_epoch(order, epoch):
+    start = epoch * len(order)
+    return [order.sample(position) for position in range(start, start + len(order))]
 
 
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 4), st.integers(0, 3))
 def test_each_epoch_shows_each_sample_equally_often(n, seed, repeats, epoch):
-    order = SampleOrder(n, seed, repeats)
-    start = epoch * len(order)
-    samples = [order.sample(position) for position in range(start, start + len(order))]
+    samples = samples_of_epoch(SampleOrder(n, seed, repeats), epoch)
     assert sorted(samples) == sorted(list(range(n)) * repeats)
 
 
 @given(st.integers(2, 30), st.integers(0, 5), st.lists(st.integers(0, 200), max_size=20))
 def test_a_position_depends_on_nothing_that_was_asked_before(n, seed, positions):
-    for make in (lambda: SampleOrder(n, seed), lambda: LengthGroupedOrder(LENGTHS[:n], seed, 4, 5)):
-        shared = make()
-        assert [shared.sample(p) for p in positions] == [make().sample(p) for p in positions]
+    order = SampleOrder(n, seed)
+    grouped_order = LengthGroupedOrder(LENGTHS[:n], seed, 4, 5)
+    for position in positions:
+        assert order.sample(position) == SampleOrder(n, seed).sample(position)
+        fresh_order = LengthGroupedOrder(LENGTHS[:n], seed, 4, 5)
+        assert grouped_order.sample(position) == fresh_order.sample(position)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(1, 7), st.integers(1, 4))
@@ -72,12 +84,10 @@ def test_each_epoch_grouped_by_length_shows_each_sample_once_and_the_longest_fir
     lengths, batch, group
 ):
     order = LengthGroupedOrder(lengths, 3, batch, group)
-    n = len(order)
-    assert n == len(lengths)
     for epoch in range(2):
-        samples = [order.sample(epoch * n + i) for i in range(n)]
-        assert sorted(samples) == list(range(n))
-        assert lengths[samples[0]] == max(lengths)
+        samples = samples_of_epoch(order, epoch)
+        assert sorted(samples) == list(range(len(lengths)))
+        assert lengths[samples[0]] == max(lengths)  # so a lack of memory shows at once
 
 
 @given(

@@ -31,6 +31,8 @@ USUAL = {"method": "bilora", "init_lora_weights": "default", "modality": "text"}
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
+    """A machine with a GPU."""
+
     def device_type():
         return "cpu" if machine.is_on("ACCELERATE_USE_CPU") else "cuda"
 
@@ -56,7 +58,10 @@ def test_fsdp2_trains_adapters_of_text_models_and_ddp_everything(monkeypatch):
         monkeypatch.setenv(variable, value)
     for method in set(names()) - {"flat-lora", "full"}:
         constraints.check({**USUAL, "method": method, **machine.launch()})
-    # under FSDP2 every process reads the weights
+
+
+def test_under_fsdp2_every_process_reads_the_weights(monkeypatch):
+    """Whatever accelerate's configuration asks for."""
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
     engine: Any = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))

@@ -364,7 +364,7 @@ class Family:
         """
         return self.unconditional is not Unconditional.NONE and guidance > self.unguided
 
-    def told_guidance(self, configs: Configs) -> bool:
+    def embeds_guidance(self, configs: Configs) -> bool:
         """Test that a model has an embedding of guidance, which training has to give."""
         return False
 

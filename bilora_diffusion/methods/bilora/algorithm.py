@@ -145,7 +145,7 @@ class BiLoRA(CountingMethod):
         fix = "make the optimizer from param_groups() as it is."
         # By identity: `==` of tensors compares their values.
         auxiliary_ids = set(map(id, self.auxiliary.parameters()))
-        primary_ids = set(map(id, self.clip_parameters()))
+        primary_ids = set(map(id, self.result_parameters()))
         # A parameter that is in no group would never be trained.
         missing_ids = auxiliary_ids | primary_ids
         for group in optimizer.param_groups:

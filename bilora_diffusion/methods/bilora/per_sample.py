@@ -37,8 +37,8 @@ from ...core.values import SAMPLE
 from . import ball
 from .auxiliary import Auxiliary, Layers
 
+# Largest number of samples for which `--auxiliaries sample` is accepted.
 LARGEST_SAMPLE_COUNT = 512
-"""Largest number of samples for which `--auxiliaries sample` is accepted."""
 
 
 @dataclass(frozen=True)
