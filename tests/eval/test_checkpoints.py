@@ -136,6 +136,7 @@ def test_the_best_step_and_how_sure_it_is(advantage, verb, tmp_path):
     points = curves.over_training("dog", "i2t")
     assert [point.step for point in points] == [10, 20, 30]
     for point in points:
+        assert point.mean is not None
         assert point.interval[0] < point.mean < point.interval[1]
     assert [point.step for point in curves.over_training("dog", HELDOUT_LOSS)] == [10, 30]
     assert (tmp_path / checkpoints.draw(curves, tmp_path)).exists()

@@ -39,6 +39,7 @@ def test_settling_is_the_start_of_the_last_stretch_above(values):
     elif last_below is None:
         assert settled_step == stretch_start
     else:
+        assert settled_step is not None
         assert last_below <= settled_step <= stretch_start
 
 
