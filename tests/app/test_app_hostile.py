@@ -10,7 +10,6 @@ import pytest
 from app import compare, generate, page, results, scored, training, validation, vote
 from app.catalog import Catalog
 from app.generate import Work
-from app.grid import Grid
 from app.votes import ANY_PAIR
 from tests.app.hostile import HOSTILE, make_good
 
@@ -22,12 +21,10 @@ class Tabs:
 
     def __init__(self, root):
         self.catalog = Catalog(root)
-        with gr.Blocks() as page:
+        with gr.Blocks() as blocks:
             changed = gr.State().change
             self.compare = compare.Tab(self.catalog, changed)
-            self.drawing = Work(self.catalog, page, "cpu")
-            self.grid = Grid(self.drawing, changed)
-            self.generate = generate.Tab(self.drawing, changed)
+            self.generate = generate.Tab(Work(self.catalog, blocks, "cpu"), changed)
             self.vote = vote.Tab(self.catalog, changed)
             self.training = training.Tab(self.catalog, changed)
 
