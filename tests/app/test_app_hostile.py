@@ -90,6 +90,7 @@ def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(tmp_path, mo
     make_good(tmp_path)
     for number, damage in enumerate(HOSTILE.values()):
         damage(tmp_path / f"{number:02}")  # before the good ones in every list
+    # Each tab shows the good folders.
     contents = Tabs(tmp_path).contents()
     for tab in ("Generate", "Training"):
         assert "good/lora" in contents[tab]
@@ -102,6 +103,7 @@ def test_damaged_and_hostile_folders_take_nothing_else_from_any_tab(tmp_path, mo
     for part in ("cards", "curves"):
         assert "(LoRA, seed 0" in contents[part]
         assert "(Bi-LoRA, seed 0" in contents[part]
+    # And nothing of the hostile ones acts.
     for part in ("page", "images", "cards"):  # the others' texts are no HTML
         assert "<script" not in contents[part], part
     assert "<" not in contents["reports"], "Markdown passes HTML on"

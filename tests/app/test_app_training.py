@@ -49,7 +49,7 @@ def training_run(name, log_rows, run=None, color=0, data_hash=None):
     return TrainingRun(item, color, log_rows, progress(run, log_rows, 0.0, 0.0))
 
 
-def shown(lines):
+def described(lines):
     """Name, points and color of each curve."""
     return [(line.name, line.points, line.color) for line in lines]
 
@@ -66,7 +66,7 @@ def test_thinning_keeps_ends_and_peaks():
 
 
 def test_a_rare_peak_is_above_the_ceiling_of_a_chart():
-    values = [1.0 + step % 2 for step in range(200)]
+    values = [1.0 + step % 2 for step in range(200)]  # between 1 and 2
     assert ceiling(values) is None
     values[100] = 500.0
     assert 2 < (ceiling(values) or 0) < 10
@@ -111,14 +111,17 @@ def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_se
         training_run("lora 1", rows(9.0, 9.0), other_seed, 1),
         training_run("ours", rows(0.75, 0.25), None, 2),
     ]
+    # The mean of a window of two steps, over the faint losses of each step
     assert charts(runs[2:], window=2)["loss"] == [
         Line("ours, each step", [(1, 0.75), (2, 0.25)], COLORS[2] + FAINT),
         Line("ours", [(1, 0.75), (2, 0.5)], COLORS[2]),
     ]
+    # Only at steps that both runs have
     assert charts(runs, window=1)["loss-difference"] == [
         Line("LoRA of the same seed", [(1, 0.0), (2, 0.0)], GREY),
         Line("ours", [(1, -0.25), (2, -0.25)], COLORS[2]),
     ]
+    # LoRA of another seed, or on other data, is no control.
     other_data = training_run("other", rows(1.0, 0.5), lora, data_hash="d0")
     for unpaired in (runs[1:], [other_data, runs[2]]):
         assert table(charts(unpaired, window=1)["loss-difference"]).empty
@@ -131,7 +134,7 @@ def test_noise_levels_are_a_change_since_the_start():
         {"step": 0, "heldout_loss": 0.5, f"{key}25": 1.0, f"{key}75": 2.0, f"{key}125": None},
         {"step": 9, "heldout_loss": 0.5, f"{key}25": 0.5, f"{key}75": 2.5, f"{key}125": 1.0},
     ]
-    assert by_level(log_rows) == [(25, -0.5), (75, 0.5)]
+    assert by_level(log_rows) == [(25, -0.5), (75, 0.5)]  # level 125 has no start
     assert by_level(rows(1.0)) == []
 
 
@@ -146,7 +149,7 @@ def test_a_search_has_a_color_for_each_configuration_and_the_choice_is_broad():
         runs = [training_run("a", []), replace(training_run("b", []), fit=search)]
         lines = charts(runs, 1)["fit"]
         bilora_color, lora_color = LABEL_COLORS[0], LABEL_COLORS[1] + BROAD_DASHES[0]
-        assert shown(lines) == [
+        assert described(lines) == [
             ("b, bilora, fold 1", [(5, 0.7)], bilora_color),
             ("b, lora, fold 1", [(5, 0.5)], lora_color),
             ("b, lora, fold 2", [(5, 0.6)], lora_color),
@@ -168,7 +171,7 @@ def test_concepts_have_colors_and_runs_have_dashes_and_both_are_in_the_legend():
     dog, ab = [(0, 1.0), (9, 0.5)], [(0, 2.0), (9, 2.5)]
     first, second = LABEL_COLORS[:2]
     lines = charts(runs, window=1)["concepts"]
-    assert shown(lines) == [
+    assert described(lines) == [
         ("ours, dog", dog, first),
         ("ours, a/b", ab, second),
         ("plain, dog", dog, first + DASHES[1]),

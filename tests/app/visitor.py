@@ -18,7 +18,7 @@ class Visitor:
         self, path: str, method: str = "GET", body: Any = None, **headers: str
     ) -> http.client.HTTPResponse:
         """The answer to a request whose path and headers are sent as they are."""
-        connection = http.client.HTTPConnection(LOCAL, self.port, timeout=30)
+        connection = http.client.HTTPConnection(LOCAL, self.port, timeout=120)
         content = None if body is None else json.dumps(body)
         headers = {"Content-Type": "application/json", **headers}
         connection.request(method, path, content, headers)

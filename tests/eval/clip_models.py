@@ -47,9 +47,7 @@ def pictures(count: int, size: int | None = SIZE) -> list[Image.Image]:
     random = np.random.default_rng(0)
     images = []
     for _ in range(count):
-        shape = (size, size)
-        if size is None:
-            shape = random.integers(33, 90, 2).tolist()
+        shape = (size, size) if size else random.integers(33, 90, 2).tolist()
         coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize(shape, Image.Resampling.BICUBIC))
         noise = random.integers(-30, 31, smooth.shape)

@@ -9,6 +9,7 @@ from eval import checkpoints, compare, table, text_scores
 from eval.checkpoints import HELDOUT_LOSS, LOSS
 from eval.table import Entry, Metric, Result, Row
 from eval.text_scores import base_models
+from tests.eval.commands import result_of
 from tests.eval.text_score_models import save_record
 from tests.run import recorded_runs
 
@@ -49,8 +50,7 @@ def test_what_is_no_steps_is_refused(text):
 def test_a_text_run_is_scored_at_every_checkpoint(tmp_path):
     run = make_run(tmp_path / "a")
     out = tmp_path / "out"
-    assert text_scores.main([str(run), "--steps", "all", "--output_dir", str(out)]) == 0
-    result = table.read(out)
+    result = result_of(text_scores.main, out, run, "--steps", "all")
     assert labels(result.subjects) == ["step 10", "step 20"]
     assert result.subjects[0].digest != result.subjects[1].digest
     assert result.control == "step 20"
@@ -66,10 +66,8 @@ def test_a_text_run_is_scored_at_every_checkpoint(tmp_path):
 
 
 def test_seeds_of_one_method_at_one_step_are_one_group(tmp_path):
-    runs = [str(make_run(tmp_path / "a", seed=0)), str(make_run(tmp_path / "b", seed=1))]
-    out = tmp_path / "out"
-    assert text_scores.main([*runs, "--steps", "20", "--output_dir", str(out)]) == 0
-    result = table.read(out)
+    first, second = make_run(tmp_path / "a", seed=0), make_run(tmp_path / "b", seed=1)
+    result = result_of(text_scores.main, tmp_path / "out", first, second, "--steps", "20")
     assert labels(result.subjects) == ["a step 20", "b step 20"]
     assert result.groups == ["step 20"]
     line = result.summary("step 20", "heldout:cola:accuracy")
@@ -138,6 +136,7 @@ def test_the_best_step_and_how_sure_it_is(advantage, verb, tmp_path):
     points = curves.over_training("dog", "i2t")
     assert [point.step for point in points] == [10, 20, 30]
     for point in points:
+        assert point.mean is not None
         assert point.interval[0] < point.mean < point.interval[1]
     assert [point.step for point in curves.over_training("dog", HELDOUT_LOSS)] == [10, 30]
     assert (tmp_path / checkpoints.draw(curves, tmp_path)).exists()

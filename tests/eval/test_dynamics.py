@@ -1,7 +1,6 @@
 """eval.dynamics and eval.generalization against plain computations."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from eval import dynamics_curves as curves
 from eval.dynamics_curves import settles
 from eval.generalization import GAP, HELDOUT_LOSS, TRAINING_GRID_LOSS
 from eval.sources import run as opened
+from tests.eval.commands import result_of
 from tests.run import recorded_runs
 
 COSINES = st.lists(st.floats(-1, 1) | st.none(), max_size=12)
@@ -39,6 +39,7 @@ def test_settling_is_the_start_of_the_last_stretch_above(values):
     elif last_below is None:
         assert settled_step == stretch_start
     else:
+        assert settled_step is not None
         assert last_below <= settled_step <= stretch_start
 
 
@@ -124,15 +125,14 @@ def auxiliary_share(step):
 def late(tmp_path_factory):
     """Three seeds of Bi-LoRA, whose auxiliary moves at the end only, and two of LoRA-SAM."""
     folder = tmp_path_factory.mktemp("late")
-    words = ["--output_dir", str(folder / "out")]
+    runs = []
     course = {AUXILIARY: auxiliary_share}
     for seed in range(3):
-        words.append(str(recorded_runs.make(folder / f"b{seed}", "bilora", seed, course=course)))
+        runs.append(recorded_runs.make(folder / f"b{seed}", "bilora", seed, course=course))
     ratio = (100.0, 2e4, 3e4)  # two of three layers are above 1e4
     for seed in range(2):
-        words.append(str(recorded_runs.make(folder / f"sam{seed}", "lora-sam", seed, ratio=ratio)))
-    assert dynamics.main(words) == 0
-    return folder, table.read(folder / "out")
+        runs.append(recorded_runs.make(folder / f"sam{seed}", "lora-sam", seed, ratio=ratio))
+    return folder, result_of(dynamics.main, folder / "out", *runs)
 
 
 def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
@@ -191,12 +191,11 @@ def heldout_losses(method):
 
 def make(folder, method, seed):
     run = folder / f"{method}{seed}"
-    return str(recorded_runs.make(run, method, seed, STEPS[1:], losses=losses(method, seed)))
+    return recorded_runs.make(run, method, seed, STEPS[1:], losses=losses(method, seed))
 
 
 def measure(folder, runs):
-    assert generalization.main([*runs, "--output_dir", str(folder / "out")]) == 0
-    return table.read(folder / "out")
+    return result_of(generalization.main, folder / "out", *runs)
 
 
 @pytest.fixture(scope="module")
@@ -236,11 +235,11 @@ def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(res
     assert "held-out images" in result.notes[0]
     run_losses, config = losses("lora", 0), {"model_name_or_path": "smollm2"}
     text = recorded_runs.make(tmp_path / "text", "lora", 0, STEPS[1:], config, losses=run_losses)
-    (note, *_) = measure(tmp_path, [str(text)]).notes
+    (note, *_) = measure(tmp_path, [text]).notes
     assert "held-out rows" in note
     assert "noise" not in note
     runs = [make(tmp_path, method, 0) for method in ("bilora", "lora")]
-    file = Path(runs[0]) / "metrics.jsonl"
+    file = runs[0] / "metrics.jsonl"
     file.write_text(file.read_text().replace('"digest": "0-', '"digest": "other-'))
     result = measure(tmp_path, runs)
     assert all(line.difference is None for line in result.summaries)
@@ -251,7 +250,7 @@ def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(res
 def test_the_loss_by_noise_level_is_that_of_the_last_step(tmp_path):
     runs = []
     for method, at_level_125 in (("lora", 0.2), ("bilora", 0.15)):
-        run = Path(make(tmp_path, method, 0))
+        run = make(tmp_path, method, 0)
         log = run / "metrics.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         for line in lines:
@@ -260,7 +259,7 @@ def test_the_loss_by_noise_level_is_that_of_the_last_step(tmp_path):
             line["heldout_loss_by_level/125"] = at_level_125 if is_last else 9.0
             line["heldout_loss_by_level/25"] = 0.5
         log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        runs.append(str(run))
+        runs.append(run)
     measure(tmp_path, runs)
     report = (tmp_path / "out" / table.REPORT).read_text()
     assert "| noise level | LoRA | Bi-LoRA minus LoRA |" in report

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.run.runlog import RunLog
-from eval import landscape, landscape_surface, table
+from eval import landscape, landscape_surface
 from eval import landscape_points as points
 from eval.landscape_surface import Weight
+from tests.eval.commands import result_of
 from tests.scripts.runs import flags, two_icons
 
 NAMES = ["lora-0", "lora-1", "bilora-0", "bilora-1"]
@@ -74,16 +75,14 @@ def loaded(monkeypatch):
     return labels
 
 
-def run_landscape(out, words):
-    """The exit code of the command."""
-    return landscape.main([*words, *TINY, "--output_dir", str(out)])
+def measure(out, *words):
+    return result_of(landscape.main, out, *words, *TINY)
 
 
 def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded):
     names = [*NAMES, "full"]
-    words = [str(runs / name) for name in names]
-    assert run_landscape(tmp_path, [*words, "base", "--rho", "0.1"]) == 0
-    result = table.read(tmp_path)
+    folders = [runs / name for name in names]
+    result = measure(tmp_path, *folders, "base", "--rho", "0.1")
     assert result.groups == ["LoRA", "Bi-LoRA", "Full FT", "base"]
     assert loaded == [entry.label for entry in result.subjects] == [*names, "base"]
     # The two filters of W have norm 1. A direction has their norms; the range of positions is 1 in
@@ -123,21 +122,16 @@ def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded, monkey
                 raise KeyboardInterrupt
         return measure_line(*arguments)
 
-    words = [str(runs / "lora-0"), "--space", "lora"]
-
-    def measure(*options):
-        assert run_landscape(tmp_path, [*words, *options]) == 0
-        return table.read(tmp_path)
-
     monkeypatch.setattr(landscape_surface, "line", interrupted_line)
-    assert run_landscape(tmp_path, words) == 130
+    words = [str(runs / "lora-0"), "--space", "lora"]
+    assert landscape.main([*words, *TINY, "--output_dir", str(tmp_path)]) == 130
     assert not (tmp_path / "result.json").exists()
-    first = measure()
+    first = measure(tmp_path, *words)
     assert calls == 3  # the first direction was cached
     loaded.clear()
-    assert measure().rows == first.rows
+    assert measure(tmp_path, *words).rows == first.rows
     assert (calls, loaded) == (3, [])
     # Another seed has other directions, and the same loss at the weights.
-    second_seed = measure("--seed", "1")
+    second_seed = measure(tmp_path, *words, "--seed", "1")
     assert second_seed.select("loss") == first.select("loss")
     assert (calls, loaded) == (5, ["lora-0"])

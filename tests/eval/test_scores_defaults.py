@@ -8,7 +8,7 @@ from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
 from eval.clip_scores.defaults import in_contexts, learned_icons, of_subjects
-from eval.clip_scores.prompts import CONTEXTS, FOLDER, Prompt, numbered_lines, shipped
+from eval.clip_scores.prompts import CONTEXTS, Prompt, shipped
 from eval.subjects import Subject
 
 FILE = Subject("dog", "dog", "file")
@@ -77,6 +77,9 @@ def test_without_validation_prompts_a_run_is_asked_its_prompt_in_contexts():
     style = run(instance_prompt="a TOK icon, in the style of TOK")
     question = of_subjects([style], "mini")
     assert len(question.prompts) == len(set(texts(question))) == 20
+    for text in texts(question):
+        assert text.startswith("a TOK icon ")
+    assert CONTEXTS not in shipped()  # the contexts alone are no prompts
     in_snow = Prompt("a TOK icon in fresh snow, in the style of TOK", "in fresh snow")
     assert question.prompts[1] == in_snow
     assert texts(in_contexts([run(trigger_word="TOK", **VALIDATION)]))[1] == "TOK in fresh snow"
@@ -109,10 +112,3 @@ def test_runs_on_other_images_are_named_and_files_say_nothing():
     assert of_subjects([FILE], "mini").name == "3d_icon"
     with pytest.raises(UserError, match="give --prompts"):
         of_subjects([FILE], "some/model")
-
-
-def test_the_contexts_are_twenty_and_no_prompt_set():
-    contexts = [text for _, text in numbered_lines(FOLDER / f"{CONTEXTS}.txt", CONTEXTS)]
-    assert len(set(contexts)) == len(contexts) == 20
-    assert all(context.startswith("{prompt} ") for context in contexts)
-    assert CONTEXTS not in shipped()

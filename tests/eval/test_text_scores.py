@@ -13,6 +13,7 @@ from bilora_diffusion.core.errors import UserError
 from eval import compare
 from eval.subjects import Subject
 from eval.text_scores import TextScores, base_models, benchmarks, reporting
+from tests.eval.commands import result_of
 from tests.eval.text_score_models import ROWS, save_record
 
 MATTHEWS = "heldout_matthews_correlation"
@@ -123,14 +124,13 @@ def test_a_run_that_kept_its_best_weights_has_the_value_of_their_step(tmp_path):
 
 
 def test_a_seed_of_several_tasks_counts_once_and_their_scores_are_averaged(tmp_path):
-    out = tmp_path / "out"
-    words = ["--benchmarks", "heldout", "--output_dir", str(out)]
+    runs = []
     for task, score in (("cola", 0.25), ("mrpc", 0.5)):
         for seed in range(3):
             rows = [(1, {MATTHEWS: score})]
-            words.append(str(make_run(tmp_path / f"{task}{seed}", seed=seed, task=task, rows=rows)))
-    assert TextScores.main(words) == 0
-    report = (out / "report.md").read_text()
+            runs.append(make_run(tmp_path / f"{task}{seed}", seed=seed, task=task, rows=rows))
+    result_of(TextScores.main, tmp_path / "out", *runs, "--benchmarks", "heldout")
+    report = (tmp_path / "out" / "report.md").read_text()
     assert "| LoRA (control) | 3 |" in report
     assert "| LoRA | 37.50 |" in report
 

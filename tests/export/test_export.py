@@ -200,7 +200,7 @@ def test_refusals_of_save(models, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def change_values(tensors, metadata):
