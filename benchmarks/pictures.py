@@ -266,11 +266,11 @@ class Pictures(Evaluation):
         if failures:
             first = failures[0]
             raise TrainingError(
-                f"{len(failures)} of {len(outcomes)} runs failed, first {first.cell}"
-                f" ({first.error}): {self.runs_dir}/{first.cell}.log has the reason, and the same"
+                f"{len(failures)} of {len(outcomes)} runs failed, first {first.run}"
+                f" ({first.error}): {self.runs_dir}/{first.run}.log has the reason, and the same"
                 " command tries them again."
             )
-        trained = {outcome.cell: subject_of(self.runs_dir, outcome) for outcome in outcomes}
+        trained = {outcome.run: subject_of(self.runs_dir, outcome) for outcome in outcomes}
         if trained:
             for guidance in self.guidances:
                 self.scored[guidance] = self._score(guidance, list(trained.values()))

@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import json
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bilora_diffusion import adapters
-from bilora_diffusion.adapters import AUXILIARY, PRIMARY, AdapterSpec
+from bilora_diffusion.adapters import AUXILIARY, INITIAL, PRIMARY, AdapterSpec
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import Target, create
 from tests.contract.models import tiny_clip, tiny_mlp, tiny_t5, tiny_unet
@@ -35,83 +36,106 @@ def test_adapters_are_fp32_or_wider(base, use_dora):
 
 def test_dora_on_a_bf16_model_starts_at_its_base():
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16), torch.randn(9, 64)
-    before = model(x.bfloat16())
+    model = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)
+    x = torch.randn(9, 64, dtype=torch.bfloat16)
+    base_output = model(x)
     adapters.inject(model, AdapterSpec(use_dora=True))
-    layer = cast(Any, adapters.layers(model)[0][1])
+    layer: Any = adapters.layers(model)[0][1]
     norm = layer.base_layer.weight.float().norm(dim=1)
     magnitude = layer.lora_magnitude_vector[PRIMARY].weight
     torch.testing.assert_close(magnitude, norm, rtol=1e-6, atol=0)
-    torch.testing.assert_close(model(x.bfloat16()), before, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(model(x), base_output, rtol=1e-2, atol=1e-2)
 
 
-def test_the_init_is_as_named():
+@pytest.mark.parametrize(
+    ("init", "deviation"),
+    [
+        ("gaussian", 1 / 8),  # 1 / rank
+        ("default", (3 * 400) ** -0.5),  # uniform in +- 1 / sqrt(inputs)
+    ],
+)
+def test_the_init_is_as_named(init, deviation):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(400, 40), nn.Linear(40, 400))
-    adapters.inject(model, AdapterSpec(rank=8, init="gaussian"), PRIMARY)
-    adapters.inject(model, AdapterSpec(rank=8), AUXILIARY)
-    for name, deviation in ((PRIMARY, 1 / 8), (AUXILIARY, (3 * 400) ** -0.5)):
-        factor = adapters.factors(model, name)[0]
-        assert float(factor.A.std()) == pytest.approx(deviation, rel=0.05)
-        assert not factor.B.any()
+    model = nn.Sequential(nn.Linear(400, 40))
+    adapters.inject(model, AdapterSpec(rank=8, init=init))
+    (factors,) = adapters.factors(model, PRIMARY)
+    assert float(factors.A.std()) == pytest.approx(deviation, rel=0.05)
+    assert not factors.B.any()
 
 
-def test_only_restores_order_flags_and_switches():
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("names", [(PRIMARY,), (), BOTH[::-1]])
+def test_only_restores_order_flags_and_switches(enabled, names):
     model = two_adapters(tiny_mlp(), use_dora=True)
     adapters.parameters(model, PRIMARY)[0].requires_grad_(False)
+    for _, layer in adapters.layers(model):
+        layer.enable_adapters(enabled)
 
     def state():
-        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        flags = [parameter.requires_grad for parameter in model.parameters()]
         return adapters.active(model), flags
 
-    for enabled in (True, False):
-        for _, layer in adapters.layers(model):
-            layer.enable_adapters(enabled)
-        before = state()
-        for names in ((PRIMARY,), (), BOTH[::-1]):
-            with contextlib.suppress(KeyError), adapters.only(model, names):
-                assert adapters.active(model) == names
-                raise KeyError
-            assert state() == before
+    before = state()
+    with contextlib.suppress(KeyError), adapters.only(model, names):
+        assert adapters.active(model) == names
+        raise KeyError
+    assert state() == before
 
 
 def test_a_saved_primary_is_a_plain_peft_adapter_that_others_may_read(tmp_path):
     adapters.save_pretrained(two_adapters(tiny_mlp()), tmp_path / "out")
-    (tmp_path / "plain").touch()
-    written = list((tmp_path / "out").iterdir())
-    assert {p.name for p in written} == {"adapter_model.safetensors", "adapter_config.json"}
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    weights = tmp_path / "out" / "adapter_model.safetensors"
+    config_file = tmp_path / "out" / "adapter_config.json"
+    assert set((tmp_path / "out").iterdir()) == {weights, config_file}
+    config = json.loads(config_file.read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 6, "LORA")
-    assert len({file.stat().st_mode for file in [tmp_path / "plain", *written]}) == 1
+    # The same permissions as those of any new file.
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    assert weights.stat().st_mode == config_file.stat().st_mode == mode
 
 
-def test_a_peft_models_adapter_is_adopted_where_it_has_the_shape():
-    model = get_peft_model(tiny_mlp(), LoraConfig(r=3, lora_alpha=6, target_modules=["first"]))
-    shape: dict[str, Any] = {"rank": 3, "alpha": 6, "target_modules": ("first",)}
-    assert not adapters.adopt(tiny_mlp(), AdapterSpec(**shape))
-    for changes, word in (
-        ({"rank": 4}, "rank 3"),
-        ({"alpha": 7}, "alpha 6"),
-        ({"use_dora": True}, "use_dora"),
-        ({"target_modules": "all-linear"}, "target_modules"),
-    ):
-        with pytest.raises(UserError, match=word):
-            adapters.adopt(model, AdapterSpec(**{**shape, **changes}))
-    assert adapters.adopt(model, AdapterSpec(**shape))
-    adapters.inject(model, AdapterSpec(**shape), AUXILIARY)
+def peft_model():
+    return get_peft_model(tiny_mlp(), LoraConfig(r=3, lora_alpha=6, target_modules=["first"]))
+
+
+PEFT_SPEC = AdapterSpec(rank=3, alpha=6, target_modules=("first",))
+
+
+def test_a_peft_models_adapter_is_adopted():
+    assert not adapters.adopt(tiny_mlp(), PEFT_SPEC)
+    model = peft_model()
+    assert adapters.adopt(model, PEFT_SPEC)
+    adapters.inject(model, PEFT_SPEC, AUXILIARY)
     adapters.activate(model, BOTH)
     assert model.active_adapters == list(BOTH)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 4}, "rank 3"),
+        ({"alpha": 7}, "alpha 6"),
+        ({"use_dora": True}, "use_dora"),
+        ({"target_modules": "all-linear"}, "target_modules"),
+    ],
+)
+def test_a_peft_models_adapter_of_another_shape_is_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        adapters.adopt(peft_model(), replace(PEFT_SPEC, **changes))
+
+
 def test_gpt2_style_conv1d_is_linear():
-    model, x = nn.Sequential(Conv1D(5, 6)), torch.randn(4, 6)
-    two_adapters(model)
-    layer = cast(Any, adapters.layers(model)[0][1])
-    deltas = [layer.get_delta_weight(name) for name in BOTH]
-    torch.testing.assert_close(model(x), layer.base_layer(x) + x @ (deltas[0] + deltas[1]))
+    model = two_adapters(nn.Sequential(Conv1D(5, 6)))
+    layer: Any = adapters.layers(model)[0][1]
+    delta = layer.get_delta_weight(PRIMARY) + layer.get_delta_weight(AUXILIARY)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(model(x), layer.base_layer(x) + x @ delta)
 
 
 class UnsupportedLayers(nn.Module):
+    """One layer that adapters are made for, and others."""
+
     def __init__(self):
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2)
@@ -123,18 +147,20 @@ class UnsupportedLayers(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("values", "word"),
+    ("targets", "words"),
     [
-        ({"target_modules": "to_q("}, "regular expression"),
-        ({"target_modules": ("attention.out_proj",)}, "MultiheadAttention"),
-        *(({"target_modules": (name,)}, name) for name in ("grouped", "dilated", "circular")),
-        ({"target_modules": ("table",)}, "Embedding"),
-        ({"target_modules": ("to_q",)}, "matches no layer of UnsupportedLayers"),
+        ("to_q(", "regular expression"),
+        (("attention.out_proj",), "MultiheadAttention"),
+        (("grouped",), "grouped"),
+        (("dilated",), "dilated"),
+        (("circular",), "circular"),
+        (("table",), "Embedding"),
+        (("to_q",), "matches no layer of UnsupportedLayers"),
     ],
 )
-def test_what_is_refused(values, word):
-    with pytest.raises(UserError, match=word):
-        adapters.inject(UnsupportedLayers(), AdapterSpec(**values))
+def test_targets_that_have_no_adapter_are_refused(targets, words):
+    with pytest.raises(UserError, match=words):
+        adapters.inject(UnsupportedLayers(), AdapterSpec(target_modules=targets))
 
 
 @pytest.mark.parametrize(
@@ -149,26 +175,35 @@ def test_what_is_refused(values, word):
     ],
 )
 def test_targets(make, targets, expected):
-    names = list(adapters.target_layers(make(), AdapterSpec(target_modules=targets)))
-    ends = {end for end in expected for name in names if f".{name}".endswith(f".{end}")}
+    """The last parts of the targets' paths are these names, and each name has a target."""
+    ends = set()
+    for path in adapters.target_layers(make(), AdapterSpec(target_modules=targets)):
+        matching_ends = [end for end in expected if f".{path}".endswith(f".{end}")]
+        assert matching_ends, path
+        ends.update(matching_ends)
     assert ends == expected
-    assert all(f".{name}".endswith(tuple(f".{end}" for end in expected)) for name in names)
 
 
-def test_all_linear_leaves_the_output_head_out_as_peft_does():
-    for model in (tiny_t5(), tiny_clip()):
-        config = LoraConfig(target_modules="all-linear", task_type=None)
-        peft = get_peft_model(copy.deepcopy(model), config)
-        theirs = {n.removeprefix("base_model.model.") for n, _ in adapters.layers(peft)}
-        targets = set(adapters.target_layers(model, AdapterSpec()))
-        assert targets == theirs
-        assert not any("lm_head" in name for name in targets)
+@pytest.mark.parametrize("make", [tiny_t5, tiny_clip])
+def test_all_linear_leaves_the_output_head_out_as_peft_does(make):
+    config = LoraConfig(target_modules="all-linear", task_type=None)
+    peft_layers = adapters.layers(get_peft_model(make(), config))
+    peft_targets = [path.removeprefix("base_model.model.") for path, _ in peft_layers]
+    targets = adapters.target_layers(make(), AdapterSpec())
+    assert set(targets) == set(peft_targets)
+    assert not any("lm_head" in path for path in targets)
+
+
+def test_a_second_adapter_of_the_same_name_is_refused():
+    model = tiny_mlp()
+    adapters.inject(model, AdapterSpec())
+    with pytest.raises(UserError, match='already has an adapter "default"'):
         adapters.inject(model, AdapterSpec())
-        with pytest.raises(UserError, match='already has an adapter "default"'):
-            adapters.inject(model, AdapterSpec())
 
 
 class Small(nn.Module):
+    """A frozen model in bf16 with a head that may be trained whole."""
+
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
@@ -192,22 +227,23 @@ class Small(nn.Module):
 def test_a_model_is_afterwards_as_it_came(method, values):
     torch.manual_seed(0)
     model = Small()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    kinds = [type(module) for module in model.modules()]
-    spec = AdapterSpec(rank=2, alpha=4, **{"target_modules": "all-linear", **values})
+    initial_state = copy.deepcopy(model.state_dict())
+    classes = [type(module) for module in model.modules()]
+    spec = AdapterSpec(rank=2, alpha=4, **values)
     for _ in range(2):
         with adapters.restored(model, spec):
             groups = create(method).setup([Target("m", model, spec, 0.1)])
             for group in groups:
                 for parameter in group["params"]:
                     parameter.data += 1
-            for _, layer in adapters.layers(model, "initial" if spec.changes_base else "default"):
-                adapters.base_weight(layer).data *= 2 if spec.changes_base else 1
-        assert [type(module) for module in model.modules()] == kinds
-        after = model.state_dict()
-        assert after.keys() == before.keys()
-        for name, value in before.items():
-            assert after[name].dtype == value.dtype
-            assert torch.equal(after[name], value)
+            if spec.changes_base:  # as PiSSA takes its start out of the base
+                for _, layer in adapters.layers(model, INITIAL):
+                    adapters.base_weight(layer).data *= 2
+        assert [type(module) for module in model.modules()] == classes
+        state = model.state_dict()
+        assert state.keys() == initial_state.keys()
+        for name, tensor in initial_state.items():
+            assert state[name].dtype == tensor.dtype
+            assert torch.equal(state[name], tensor)
         assert not any(parameter.requires_grad for parameter in model.parameters())
         assert not hasattr(model, "peft_config")

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 from unittest import mock
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from bilora_diffusion import adapters
@@ -25,12 +26,13 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, to
 
 
 def adapted(base, ranks=(3, 2), alphas=(6, 3), active=BOTH, **options):
-    """`base` with two filled adapters on layer "0"."""
+    """`base` with two filled adapters on layer "0"; the options are the primary's."""
     model = nn.Sequential(base)
     for name, rank, alpha in zip(BOTH, ranks, alphas, strict=True):
-        spec = AdapterSpec(rank=rank, alpha=alpha, target_modules=("0",), **options)
+        spec = AdapterSpec(rank=rank, alpha=alpha, target_modules=("0",))
+        if name == PRIMARY:
+            spec = replace(spec, **options)
         adapters.inject(model, spec, name)
-        options = {}
         for parameter in adapters.parameters(model, name):
             nn.init.normal_(parameter, std=0.3)
     adapters.activate(model, active)
@@ -38,7 +40,7 @@ def adapted(base, ranks=(3, 2), alphas=(6, 3), active=BOTH, **options):
 
 
 def results(model, x, autocast=None, forward=None):
-    """Output, and gradients of every factor and of x, for a fixed loss."""
+    """Output, and gradients of every factor and of x, for a fixed loss linear in the output."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         output = (forward or model)(x)
@@ -66,14 +68,14 @@ each_layer = pytest.mark.parametrize(
     [(nn.Linear(12, 7), (50, 12)), (nn.Conv2d(12, 7, 3), (2, 12, 6, 5))],
     ids=["linear", "convolution"],
 )
-WIDE = (torch.float64, torch.float32, torch.bfloat16)
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
+INPUTS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+AUTOCAST = st.sampled_from([torch.bfloat16, torch.float16])
 
 
 @settings(max_examples=80)
 @given(
-    dtypes=st.sampled_from([(dtype, dtype, None) for dtype in WIDE])
-    | st.tuples(st.sampled_from(NARROW), st.sampled_from(NARROW), st.sampled_from(NARROW[1:])),
+    dtypes=st.sampled_from([(d, d, None) for d in (torch.float64, torch.float32, torch.bfloat16)])
+    | st.tuples(INPUTS, INPUTS, AUTOCAST),
     ranks=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     alphas=st.sampled_from([(4.0, 4.0), (1.0, 7.0), (16.0, 0.5)]),
     shape=st.sampled_from([(12,), (5, 12), (2, 3, 12), (2, 1, 3, 12)]),
@@ -85,11 +87,13 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 def test_same_as_peft(dtypes, ranks, alphas, shape, kernel, bias, active, transposed):
     """`dtypes`: of the weights, x, autocast; `kernel`: a convolution's, with stride and padding."""
     torch.manual_seed(0)
-    base, x_dtype, autocast = dtypes
+    weight_dtype, x_dtype, autocast = dtypes
     layer: nn.Module = nn.Linear(12, 7, bias=bias)
     if kernel is not None:
-        layer, shape = nn.Conv2d(12, 7, *kernel, bias=bias), (2, 12, 6, 5)
-    model = adapted(layer.to(base), ranks, alphas, active)
+        layer = nn.Conv2d(12, 7, *kernel, bias=bias)
+        shape = (2, 12, 6, 5)
+    model = adapted(layer.to(weight_dtype), ranks, alphas, active)
+    peft_class = type(model[0])
     x = torch.randn(shape, dtype=x_dtype)
     if transposed and kernel is not None:
         x = x.to(memory_format=torch.channels_last)
@@ -97,7 +101,7 @@ def test_same_as_peft(dtypes, ranks, alphas, shape, kernel, bias, active, transp
         x = x.transpose(0, -2)
     expected = results(model, x, autocast)
     assert fuse(model) == 1
-    with mock.patch.object(type(model[0]).__mro__[2], "forward", side_effect=AssertionError):
+    with mock.patch.object(peft_class, "forward", side_effect=AssertionError):
         actual = results(model, x, autocast)
     assert_same(actual, expected, TOLERANCE[torch.bfloat16 if autocast else x_dtype])
 
@@ -106,40 +110,71 @@ def test_same_as_peft(dtypes, ranks, alphas, shape, kernel, bias, active, transp
 def test_x_is_not_copied_to_fp32(layer, shape):
     model = adapted(copy.deepcopy(layer).to(torch.bfloat16))
     x = torch.randn(shape, dtype=torch.bfloat16)
-    saved_tensors: list[Tensor] = []
+    shapes_in_fp32 = []
+    addresses = []
+
+    def record(tensor):
+        if tensor.dtype == torch.float32:
+            shapes_in_fp32.append(tensor.shape)
+        addresses.append(tensor.data_ptr())
+        return tensor
+
     fuse(model)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved_tensors.append(t) or t, lambda t: t
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         model(x)
-    assert not [t for t in saved_tensors if t.dtype == torch.float32 and t.shape == x.shape]
-    assert [t for t in saved_tensors if t.data_ptr() == x.data_ptr()]
+    assert x.shape not in shapes_in_fp32
+    assert x.data_ptr() in addresses
 
 
-STATES: dict[str, Callable[[Any], Any]] = {
-    "dropout": lambda m: m[0].lora_dropout.update({PRIMARY: nn.Dropout(1e-9)}),
-    "one in evaluation": lambda m: adapters.activate(m.eval(), (PRIMARY,)),
-    "a hook on A": lambda m: (
-        m[0].lora_A[PRIMARY].register_forward_hook(lambda module, args, output: output * 2)
-    ),
-    "a third": lambda m: (
-        adapters.inject(m, AdapterSpec(target_modules=("0",)), "third"),
-        adapters.activate(m, (*BOTH, "third")),
-    ),
-    "disabled": lambda m: m[0].enable_adapters(False),
-    "merged": lambda m: m[0].merge(adapter_names=[PRIMARY]),
-    "dora": lambda m: (m.__setitem__(0, adapted(nn.Linear(12, 7), use_dora=True)[0]), fuse(m)),
-    "half": lambda m: m.half(),
-}
+def use_dropout(model):
+    model[0].lora_dropout.update({PRIMARY: nn.Dropout(1e-9)})
 
 
-@pytest.mark.parametrize("state", STATES)
-def test_other_states_are_left_to_peft(state):
-    torch.manual_seed(0)
-    model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
-    x = x.half() if state == "half" else x
+def evaluate_primary(model):
+    adapters.activate(model.eval(), (PRIMARY,))
+
+
+def hook_A(model):
+    model[0].lora_A[PRIMARY].register_forward_hook(lambda module, args, output: output * 2)
+
+
+def add_third_adapter(model):
+    adapters.inject(model, AdapterSpec(target_modules=("0",)), "third")
+    adapters.activate(model, (*BOTH, "third"))
+
+
+def disable(model):
+    model[0].enable_adapters(False)
+
+
+def merge(model):
+    model[0].merge(adapter_names=[PRIMARY])
+
+
+def use_dora(model):
+    model[0] = adapted(nn.Linear(12, 7), use_dora=True)[0]
     fuse(model)
-    STATES[state](model)
+
+
+STATES = [
+    use_dropout,
+    evaluate_primary,
+    hook_A,
+    add_third_adapter,
+    disable,
+    merge,
+    use_dora,
+    nn.Module.half,
+]
+
+
+@pytest.mark.parametrize("change_state", STATES)
+def test_other_states_are_left_to_peft(change_state):
+    torch.manual_seed(0)
+    model = adapted(nn.Linear(12, 7))
+    fuse(model)
+    change_state(model)
+    x = torch.randn(5, 12, dtype=next(model.parameters()).dtype)
     with unfused(model):
         expected = model(x)
     with mock.patch.object(lora.Linear, "forward", autospec=True) as forward:
@@ -151,21 +186,23 @@ def test_other_states_are_left_to_peft(state):
 def test_dora_primary_with_plain_auxiliary_adds_the_auxiliary_outside():
     """m (W + D) / ||W + D|| + E: the order of the adapters decides, and is [primary, auxiliary]."""
     torch.manual_seed(0)
-    model, x = adapted(nn.Linear(12, 7), use_dora=True), torch.randn(5, 12)
+    model = adapted(nn.Linear(12, 7), use_dora=True)
+    x = torch.randn(5, 12)
     fuse(model)
     auxiliary = adapters.factors(model, AUXILIARY)[0]
     with adapters.only(model, (PRIMARY,)):
-        primary = model(x)
-    expected = primary + auxiliary.scale * x @ auxiliary.A.T @ auxiliary.B.T
+        primary_output = model(x)
+    expected = primary_output + auxiliary.scale * x @ auxiliary.A.T @ auxiliary.B.T
     torch.testing.assert_close(model(x), expected)
 
 
 def test_unfuse_gives_pefts_class_back_and_copies_are_fused_too():
-    model, x = adapted(nn.Linear(12, 7)), torch.randn(5, 12)
+    model = adapted(nn.Linear(12, 7))
+    x = torch.randn(5, 12)
     assert fuse(model) == fuse(model) == 1
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(twin[0]) is FusedLinear
-        assert torch.equal(twin(x), model(x))
+    for model_copy in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(model_copy[0]) is FusedLinear
+        assert torch.equal(model_copy(x), model(x))
     with unfused(model):
         assert type(model[0]) is lora.Linear
     assert type(model[0]) is FusedLinear
@@ -206,30 +243,40 @@ def test_rows_add_products_with_factors_of_their_own(
     model = adapted(copy.deepcopy(layer).double(), active=(PRIMARY,), use_dora=dora)
     fuse(model)
     lora_layer: Any = model[0]
-    pair = [side[AUXILIARY] for side in (lora_layer.lora_A, lora_layer.lora_B)]
-    count, scale = 1 if has_one_auxiliary else shape[0], lora_layer.scaling[AUXILIARY]
-    factors = [torch.randn(count, *m.weight.shape).double().requires_grad_() for m in pair]
+    down, up = lora_layer.lora_A[AUXILIARY], lora_layer.lora_B[AUXILIARY]
+    scale = lora_layer.scaling[AUXILIARY]
+    count = 1 if has_one_auxiliary else shape[0]
+    # Factors of each auxiliary: (auxiliaries, rank, in, ...) and (auxiliaries, out, rank, ...).
+    A, B = (
+        torch.randn(count, *module.weight.shape).double().requires_grad_() for module in (down, up)
+    )
 
-    def row(x, i):
-        for module, weights in zip(pair, factors, strict=True):
-            x = torch.func.functional_call(module, {"weight": weights[i % count]}, x)
-        return x
-
-    def row_by_row(x):
-        return model(x) + scale * torch.cat([row(x[i : i + 1], i) for i in range(len(x))])
+    def forward_row_by_row(x):
+        products = []
+        for number, row in enumerate(x.split(1)):
+            hidden = functional_call(down, {"weight": A[number % count]}, row)
+            products.append(functional_call(up, {"weight": B[number % count]}, hidden))
+        return model(x) + scale * torch.cat(products)
 
     x = torch.randn(shape, dtype=torch.float64)
-    expected = [results(model, x * k, forward=row_by_row) for k in (1, 2)]
+    expected = results(model, x, forward=forward_row_by_row)
+    expected_of_double = results(model, 2 * x, forward=forward_row_by_row)
 
-    def flat(A, B):
+    def flatten(A, B):
+        """One auxiliary's factors as its parameter has them."""
         return torch.cat((A.flatten(), B.flatten(1).T.flatten()))
 
     auxiliaries = SampleAuxiliaries([adapters.layers(model, AUXILIARY)], [1.0], Assignment(count))
-    lora_layer.sample_slot.adapter.fused_with, lora_layer._active_adapter = fused_with, list(BOTH)
-    for i, parameter in enumerate(auxiliaries.parameters()):
-        parameter.data = flat(*(factor.detach()[i] for factor in factors))
+    lora_layer.sample_slot.adapter.fused_with = fused_with
+    lora_layer._active_adapter = list(BOTH)
+    parameters = list(auxiliaries.parameters())
+    for number, parameter in enumerate(parameters):
+        parameter.data = flatten(A.detach()[number], B.detach()[number])
     with auxiliaries.around_batch(range(count), ()):
-        for k, forward in enumerate((model, partial(checkpoint, model, use_reentrant=False))):
-            assert_same(results(model, x * (k + 1), forward=forward), expected[k], 1e-12)
-    for i, parameter in enumerate(auxiliaries.parameters()):
-        torch.testing.assert_close(parameter.grad, flat(*(f.grad[i] for f in cast(Any, factors))))
+        assert_same(results(model, x), expected, 1e-12)
+        forward = partial(checkpoint, model, use_reentrant=False)
+        assert_same(results(model, 2 * x, forward=forward), expected_of_double, 1e-12)
+    # A and B, and each auxiliary, have the gradients of both passes.
+    A_grad, B_grad = cast(Tensor, A.grad), cast(Tensor, B.grad)
+    for number, parameter in enumerate(parameters):
+        torch.testing.assert_close(parameter.grad, flatten(A_grad[number], B_grad[number]))

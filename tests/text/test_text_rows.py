@@ -9,6 +9,7 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.text.config import resolve as resolve_text
 from bilora_diffusion.text.examples import Example, label_words_of, open_file, with_labels
 from bilora_diffusion.text.rows import open_rows
+from tests.scripts.runs import words
 
 pytestmark = pytest.mark.usefixtures("hub")
 
@@ -24,8 +25,9 @@ def write(folder, suffix, rows):
     elif suffix == ".json":
         path.write_text(json.dumps(rows), encoding="utf-8")
     else:
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        path.write_bytes(("\ufeff" + "\n".join([*lines, ""])).encode())
+        with path.open("w", encoding="utf-8-sig") as file:  # as Windows writes it, with a BOM
+            for row in rows:
+                print(json.dumps(row, ensure_ascii=False), file=file)
     return path
 
 
@@ -85,9 +87,15 @@ def test_refusals_name_the_row_and_the_column(name, content, columns, sentence, 
         open_file(tmp_path / name, **columns)
 
 
-def test_label_words_are_the_answers_in_order():
-    assert label_words_of([Example("", a) for a in ("b", "a", "b")]) == ("a", "b")
-    assert label_words_of([Example("", a) for a in ("10", "9", "-1")]) == ("-1", "9", "10")
+@pytest.mark.parametrize(
+    ("answers", "label_words"),
+    [(["b", "a", "b"], ("a", "b")), (["10", "9", "-1"], ("-1", "9", "10"))],
+)
+def test_label_words_are_the_answers_in_order(answers, label_words):
+    assert label_words_of([Example("", answer) for answer in answers]) == label_words
+
+
+def test_labels_are_the_numbers_of_the_words():
     labelled = with_labels([Example("x", "b"), Example("y", "a")], ("a", "b"))
     assert [example.label for example in labelled] == [1, 0]
     with pytest.raises(UserError, match=r'"yess" of row 2 .*did you mean "yes"'):
@@ -95,18 +103,17 @@ def test_label_words_are_the_answers_in_order():
 
 
 def test_each_held_out_row_is_in_one_part(tmp_path):
-    rows = [{"question": f"q{n}", "answer": "a"} for n in range(40)]
-    file = str(write(tmp_path, ".csv", rows))
-    words = ["--model_name_or_path", "smollm2", "--train_file", file, "--validation_file", file]
+    file = write(tmp_path, ".csv", [{"question": f"q{n}", "answer": "a"} for n in range(40)])
 
-    def heldout_prompts(*flags):
-        split_rows = open_rows(resolve_text([*words, *flags]))
-        assert len(split_rows.train) == 40
-        return [example.prompt for example in split_rows.validation or ()]
+    def heldout_prompts(part=None):
+        options = {"model_name_or_path": "smollm2", "train_file": file, "validation_file": file}
+        options |= {"max_eval_samples": 30, "validation_part": part}
+        rows = open_rows(resolve_text(words(options)))
+        assert len(rows.train) == 40
+        return [example.prompt for example in rows.validation or ()]
 
-    limit = ["--max_eval_samples", "30"]
-    first, second = (heldout_prompts(*limit, "--validation_part", part) for part in ("1/2", "2/2"))
+    first, second = heldout_prompts("1/2"), heldout_prompts("2/2")
     assert len(first) == len(second) == 15
-    assert sorted([*first, *second]) == sorted(heldout_prompts(*limit))
+    assert sorted(first + second) == sorted(heldout_prompts())
     with pytest.raises(UserError, match=r"asks for 31 parts of .* train\.csv"):
-        heldout_prompts(*limit, "--validation_part", "1/31")
+        heldout_prompts("1/31")

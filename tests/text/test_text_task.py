@@ -27,31 +27,38 @@ from tests.text.text_builders import chat_tokenizer
 def task_of(folder, kind, base=None, **values):
     """A task on 24 rows with 7 held-out ones."""
     base = base or texts.SAVERS[kind](folder / "base")
-    train = texts.write_rows(folder / "train.jsonl", texts.rows_for(kind, 24))
-    heldout_file = texts.write_rows(folder / "held.jsonl", texts.rows_for(kind, 7, first=24))
-    options = {"train_file": train, "validation_file": heldout_file, "template": "plain", **values}
-    cfg = resolve_text(
-        texts.text_flags(
-            folder / "run", model_name_or_path=base, task_type=kind, cache_dir=folder, **options
-        )
-    )
+    options = {
+        "model_name_or_path": base,
+        "task_type": kind,
+        "train_file": texts.write_rows(folder / "train.jsonl", texts.rows_for(kind, 24)),
+        "validation_file": texts.write_rows(folder / "held.jsonl", texts.rows_for(kind, 7, 24)),
+        "template": "plain",
+        "cache_dir": folder,
+    }
+    cfg = resolve_text(texts.text_flags(folder / "run", **(options | values)))
     rows = open_rows(cfg)
     labels = rows.label_words if kind == "classification" else None
     loaded = load_text_model(str(base), kind, labels=labels)
     return TextTask(cfg, loaded, encode_rows(cfg, rows, loaded))
 
 
-def step_losses(task, size, pieces):
-    """The losses of the slots of the first step of ``size`` samples, cut into ``pieces``."""
-    slots = torch.arange(size).chunk(pieces)
-    schedule = [(0, tuple(part.tolist())) for part in slots]
+def step_losses(task, pieces):
+    """The losses of the 8 slots of the first step, cut into ``pieces`` micro-batches."""
+    schedule = [(0, tuple(slots.tolist())) for slots in torch.arange(8).chunk(pieces)]
+    losses = []
     with torch.no_grad():
-        return torch.cat([task.module(b.inputs) for b in task.micro_batches(schedule, size)])
+        for batch in task.micro_batches(schedule, 8):
+            losses.append(task.module(batch.inputs))
+    return torch.cat(losses)
 
 
-def their_loss(task, rows, count):
+def batch_of(rows):
+    return collate([rows.row(index) for index in range(len(rows))], "causal", 0)
+
+
+def transformers_loss(task, rows, count):
     """The loss that Transformers' model gives the first rows as one batch."""
-    batch = collate([rows.row(i) for i in range(count)], task.loaded.kind, 0)
+    batch = collate([rows.row(index) for index in range(count)], task.loaded.kind, 0)
     with torch.no_grad():
         return float(task.loaded.model(**batch).loss)
 
@@ -60,21 +67,25 @@ def their_loss(task, rows, count):
 def test_losses_and_measures_are_transformers_however_they_are_cut(tmp_path, kind):
     task = task_of(tmp_path, kind, eval_train_samples=5)
     (batch,) = task.micro_batches([(0, tuple(range(8)))], 8)
-    inputs = {name: value for name, value in batch.inputs.items() if name != "weights"}
+    del batch.inputs["weights"]  # of the slots, which Transformers' model does not take
     with torch.no_grad():
-        loss = task.loaded.model(**inputs).loss
-    uncut_losses = step_losses(task, 8, 1)
+        loss = task.loaded.model(**batch.inputs).loss
+    uncut_losses = step_losses(task, pieces=1)
     assert float(uncut_losses.mean()) == pytest.approx(float(loss), abs=1e-6)
     for pieces in (2, 4, 8):
-        torch.testing.assert_close(step_losses(task, 8, pieces), uncut_losses, atol=1e-6, rtol=0)
-    if kind != "classification":  # the targets are of different lengths, so a mean of means is not
-        assert len({task.data.train.target_tokens[i] for i in range(8)}) > 1
+        torch.testing.assert_close(step_losses(task, pieces), uncut_losses, atol=1e-6, rtol=0)
+    if kind != "classification":
+        # Targets have different lengths, so the mean of the micro-batches' means would be wrong.
+        assert len(set(task.data.train.target_tokens[:8])) > 1
+
     evaluation = task.evaluation
+    expected = {
+        "heldout_loss": transformers_loss(task, evaluation.rows, 7),
+        "train_grid_loss": transformers_loss(task, task.data.train, 5),
+    }
     measured = evaluation.measure()
-    theirs = their_loss(task, evaluation.rows, 7)
-    assert measured["heldout_loss"] == pytest.approx(theirs, abs=1e-6)
-    theirs = their_loss(task, task.data.train, 5)
-    assert measured["train_grid_loss"] == pytest.approx(theirs, abs=1e-6)
+    losses = {name: measured[name] for name in expected}
+    assert losses == pytest.approx(expected, abs=1e-6)
     evaluation.cfg = dataclasses.replace(task.cfg, eval_batch_size=1)
     assert evaluation.measure() == pytest.approx(measured, abs=1e-6)
 
@@ -83,11 +94,12 @@ def test_group_by_length_brings_like_lengths_together(tmp_path):
     plain = task_of(tmp_path, "causal")
     grouped = task_of(tmp_path, "causal", tmp_path / "base", group_by_length=True)
 
-    def padding(task):
-        batches = task.micro_batches([(step, (0, 1, 2, 3)) for step in range(6)], 4)
-        return sum(int((b.inputs["attention_mask"] == 0).sum()) for b in batches)
+    def count_padding(task):
+        schedule = [(step, (0, 1, 2, 3)) for step in range(6)]  # one epoch
+        masks = [batch.inputs["attention_mask"] for batch in task.micro_batches(schedule, 4)]
+        return sum(int((mask == 0).sum()) for mask in masks)
 
-    assert padding(grouped) < padding(plain) / 2
+    assert count_padding(grouped) < count_padding(plain) / 2
 
 
 def test_predictions_are_those_of_single_generation(tmp_path):
@@ -97,25 +109,23 @@ def test_predictions_are_those_of_single_generation(tmp_path):
     file = tmp_path / "run" / "validation" / "step-3" / "predictions.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     rows = texts.rows_for("causal", 7, first=24)
-    assert [line["prompt"] for line in lines] == [row["prompt"] for row in rows]
-    assert [line["reference"] for line in lines] == [row["answer"] for row in rows]
-    hits = sum(line["prediction"] == line["reference"] for line in lines)
+    tokenizer = task.loaded.tokenizer
+    hits = 0
+    for line, row in zip(lines, rows, strict=True):
+        assert (line["prompt"], line["reference"]) == (row["prompt"], row["answer"])
+        hits += line["prediction"] == line["reference"]
+        inputs = tokenizer([line["prompt"] + "\n"], return_tensors="pt")
+        tokens = task.loaded.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        answer = tokens[0, inputs["input_ids"].shape[1] :]
+        assert line["prediction"] == tokenizer.decode(answer, skip_special_tokens=True).strip()
     assert values == {"heldout_exact_match": hits / 7}
-    tokenizer, model = task.loaded.tokenizer, task.loaded.model
-    for line in lines:
-        ids = torch.tensor([tokenizer(line["prompt"] + "\n")["input_ids"]])
-        tokens = model.generate(
-            input_ids=ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids)
-        )
-        text = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
-        assert line["prediction"] == text.strip()
 
 
 def test_prompts_and_answers_stay_within_learned_positions(tmp_path):
     """GPT-2 has no position beyond its last; a long prompt is cut from the left, as in training."""
     base = texts.save_gpt2(tmp_path / "base")
-    long = [{"prompt": "say hello to me " * 40 + str(n), "answer": "one"} for n in range(3)]
-    heldout_file = texts.write_rows(tmp_path / "long.jsonl", long)
+    long_prompts = [{"prompt": "say hello to me " * 40 + str(n), "answer": "one"} for n in range(3)]
+    heldout_file = texts.write_rows(tmp_path / "long.jsonl", long_prompts)
     # The task asks for 256 new tokens.
     task = task_of(tmp_path, "causal", base, validation_file=heldout_file)
     values = task.validate(1, tmp_path / "run", contextlib.nullcontext())
@@ -135,8 +145,13 @@ EXAMPLES = [
     Example("three four", "five"),
 ]
 VOCABULARY = len(chat_tokenizer())
-SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-LLAMA: dict[str, Any] = {"intermediate_size": 32, "num_key_value_heads": 2, **SIZES}
+LLAMA: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256}
 CONFIGS: dict[str, Any] = {
     "llama": hf.LlamaConfig(vocab_size=VOCABULARY, **LLAMA),
@@ -155,57 +170,63 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def rows():
-    return texts.encoded(EXAMPLES, chat_tokenizer(), max_length=64)
-
-
 def model(kind, attention=None):
     torch.manual_seed(0)
     network = hf.AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation=attention)
     if kind in ("llama", "mistral", "gpt2"):
-        for weight in network.parameters():  # large, so that what a token sees and where matters
+        for weight in network.parameters():
+            # Large, so that a token's loss depends on the tokens that it sees and their positions.
             torch.nn.init.normal_(weight, std=0.3)
     return network.eval()
 
 
 def token_losses(network, batch):
     """The loss of each token that has one, row by row."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
-        logits = network(**inputs, use_cache=False).logits.float()
-    losses = cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
-    return losses[batch["labels"][:, 1:] != -100].tolist()
+        logits = network(**batch, use_cache=False).logits.float()  # (rows, tokens, vocabulary)
+    targets = batch["labels"][:, 1:]  # a token's logits are of the next token
+    losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
+    return losses[targets != -100].tolist()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
 def test_each_tokens_loss_is_the_same_as_alone(kind, attention):
-    single, network = rows(), model(kind, attention)
+    network = model(kind, attention)
+    single = texts.encoded(EXAMPLES, chat_tokenizer(), max_length=64)
     packed = pack(single, 100)
     assert len(packed) < len(single)
-    single_losses = [token_losses(network, collate([single.row(i)], "causal", 0)) for i in range(5)]
-    batch = collate([packed.row(i) for i in range(len(packed))], "causal", 0)
-    widths = {len(packed.row(i)["input_ids"]) for i in range(len(packed))}
-    assert len(widths) > 1  # so one of them is padded
-    together = token_losses(network, batch)
-    assert packed.name(0) == " and ".join(single.name(member) for member in packed.sources[0])
-    order = [source for sources in packed.sources for source in sources]
-    expected = [loss for source in order for loss in single_losses[source]]
-    assert together == pytest.approx(expected, abs=1e-5)
-    assert max(expected) - min(expected) > 0.1  # losses that could not differ prove nothing
-    leaking = token_losses(network, batch | {"attention_mask": torch.ones_like(batch["labels"])})
-    assert leaking != pytest.approx(expected, abs=1e-3)
+    expected_losses = []
+    for sources in packed.sources:  # the examples of each row
+        for source in sources:
+            expected_losses += token_losses(network, collate([single.row(source)], "causal", 0))
+    # Losses that could not differ would prove nothing.
+    assert max(expected_losses) - min(expected_losses) > 0.1
+
+    widths = {len(packed.row(index)["input_ids"]) for index in range(len(packed))}
+    assert len(widths) > 1  # so one of the rows is padded
+    batch = batch_of(packed)
+    assert token_losses(network, batch) == pytest.approx(expected_losses, abs=1e-5)
+    # An ordinary mask lets a token see the examples before its own.
+    batch["attention_mask"] = torch.ones_like(batch["labels"])
+    assert token_losses(network, batch) != pytest.approx(expected_losses, abs=1e-3)
+    first_names = [single.name(source) for source in packed.sources[0]]
+    assert packed.name(0) == " and ".join(first_names)
     require_packable(network)
 
 
 @given(st.lists(st.integers(1, 20), max_size=60))
 def test_each_example_is_packed_once_and_no_row_is_too_long(lengths):
-    packed = best_fit(lengths, 20)
-    assert sorted(example for row in packed for example in row) == list(range(len(lengths)))
-    sizes = [sum(lengths[example] for example in row) for row in packed]
-    assert all(0 < size <= 20 for size in sizes)
+    examples = []
+    half_empty_rows = 0
+    for row in best_fit(lengths, 20):
+        size = sum(lengths[example] for example in row)
+        assert 0 < size <= 20
+        half_empty_rows += size <= 10
+        examples += row
+    assert sorted(examples) == list(range(len(lengths)))
     # Two rows that fit into one are never left apart, so at most one is not more than half full.
-    assert sum(size <= 10 for size in sizes) <= 1
+    assert half_empty_rows <= 1
 
 
 def test_examples_go_where_they_leave_the_least_room():

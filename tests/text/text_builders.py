@@ -27,10 +27,10 @@ from bilora_diffusion.text.rows import encode_rows, open_rows
 from bilora_diffusion.train.engine import DTYPES
 from tests.scripts.runs import make_once, words
 
-WORDS = [
-    *("what", "is", "the", "color", "of", "this", "apple", "it", "red"),
-    *("and", "that", "green", "say", "hello", "to", "me", "there"),
-]
+# fmt: off
+WORDS = ["what", "is", "the", "color", "of", "this", "apple", "it", "red", "and", "that", "green",
+         "say", "hello", "to", "me", "there"]
+# fmt: on
 NUMBERS = ["one", "two", "three", "four", "five"]
 KINDS = ("seq2seq", "causal", "classification")
 ADAPTER = "adapter_model.safetensors"
@@ -58,9 +58,8 @@ def save_gpt2(folder: Path) -> Path:
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     numbers = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
-    return _save(
-        folder, hf.GPT2LMHeadModel, hf.GPT2Config, tokenizer, {**sizes, **rates, **numbers}
-    )
+    settings = sizes | rates | numbers
+    return _save(folder, hf.GPT2LMHeadModel, hf.GPT2Config, tokenizer, settings)
 
 
 def save_bert(folder: Path, architecture: Any = hf.BertForSequenceClassification) -> Path:
@@ -107,12 +106,15 @@ def rows_for(kind: str, count: int, first: int = 0) -> list[dict[str, str]]:
     """Rows whose answers a model can learn, of different lengths; all prompts differ."""
     rows = []
     for n in range(first, first + count):
-        words = [WORDS[(n // 17**place) % 17] for place in range(2)] + WORDS[: n % 5]
-        answer = f"{NUMBERS[n % 5]} {NUMBERS[n // 5 % 5]}"[: None if n % 3 else 4].strip()
-        label = "positive" if n % 2 else "negative"
-        rows.append(
-            {"prompt": " ".join(words), "answer": label if kind == "classification" else answer}
-        )
+        # The two digits of n in base 17, the number of words, and up to 4 words more.
+        words = [WORDS[n % 17], WORDS[n // 17 % 17], *WORDS[: n % 5]]
+        if kind == "classification":
+            answer = "positive" if n % 2 else "negative"
+        else:
+            answer = f"{NUMBERS[n % 5]} {NUMBERS[n // 5 % 5]}"
+            if n % 3 == 0:
+                answer = answer[:4].strip()
+        rows.append({"prompt": " ".join(words), "answer": answer})
     return rows
 
 
@@ -189,20 +191,17 @@ def heldout_of(base: Path, folder: Path) -> dict[str, float]:
     """A run's held-out figures, measured anew on the base with its adapter as PEFT loads it, or on
     the whole model that it left.
     """
-    field_names = {
-        field.name for field in dataclasses.fields(TextConfig)
-    }  # not those of single methods
     config = runlog.read_run(folder)["config"]
-    cfg = TextConfig(**{name: value for name, value in config.items() if name in field_names})
+    # A run's configuration has the options of single methods too.
+    names = [field.name for field in dataclasses.fields(TextConfig)]
+    cfg = TextConfig(**{name: config[name] for name in names if name in config})
     rows = open_rows(cfg)
-    is_full = cfg.method == "full"
-    loaded = load_text_model(
-        str(folder / "model" if is_full else base),
-        cfg.task_type,
-        labels=rows.label_words if cfg.task_type == "classification" else None,
-        dtype=DTYPES["no" if is_full else str(cfg.mixed_precision)],
-    )
-    if not is_full:
+    labels = rows.label_words if cfg.task_type == "classification" else None
+    if cfg.method == "full":  # its weights are in fp32
+        loaded = load_text_model(str(folder / "model"), cfg.task_type, labels=labels)
+    else:
+        dtype = DTYPES[str(cfg.mixed_precision)]
+        loaded = load_text_model(str(base), cfg.task_type, labels=labels, dtype=dtype)
         adapted = PeftModel.from_pretrained(loaded.model, str(folder)).eval()
         loaded = dataclasses.replace(loaded, model=adapted)
     data = encode_rows(cfg, rows, loaded)
@@ -287,7 +286,9 @@ def smollm2_tokenizer() -> Any:
 
 
 def _words(special: list[str], unknown_token: str) -> Tokenizer:
-    words = [*special, *dict.fromkeys(TEXT.split()), ":", "."]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=unknown_token))
+    vocabulary: dict[str, int] = {}
+    for word in special + TEXT.split() + [":", "."]:
+        vocabulary.setdefault(word, len(vocabulary))
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown_token))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     return raw

@@ -230,7 +230,7 @@ class BiLoRA(CountingMethod):
             # Eq. 10: (A2, B2) <- sqrt(rho / c) (A2, B2) where c = ||B2 A2||_F exceeds rho.
             self.projection = self.auxiliary.project_(active, rho)
             if self.radius is not None:
-                self.radius.projected(self.projection.after)
+                self.radius.after_projection(self.projection.after)
         self.auxiliary.forget_gradients()
 
     def auxiliary_norm(self) -> float:

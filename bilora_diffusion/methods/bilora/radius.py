@@ -189,7 +189,7 @@ class AutoRadius:
         self.bound = torch.where(state.rho > 0, state.rho, limit)
         return self.bound
 
-    def projected(self, norm: Tensor) -> None:
+    def after_projection(self, norm: Tensor) -> None:
         """Take the auxiliary's norm after the projection onto `bound`, 0-d."""
         if self.state is not None:
             self.state.norm = norm
