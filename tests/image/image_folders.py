@@ -1,9 +1,10 @@
-"""Folders of small images for tests."""
+"""Folders of small images for tests, and the difference of images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 from PIL import Image
 
 
@@ -25,8 +26,20 @@ def photos(folder: Path) -> Path:
 
 def table(path: Path, rows: Mapping[str, Image.Image | None]) -> None:
     """A Parquet file of captions and images, in columns with other names than usual."""
-    columns = {"picture": [*rows.values()], "prompt": [*rows], "number": [*range(len(rows))]}
-    types = (datasets.Image(), datasets.Value("string"), datasets.Value("int64"))
-    features = datasets.Features(dict(zip(columns, types, strict=True)))
+    features = datasets.Features(
+        picture=datasets.Image(), prompt=datasets.Value("string"), number=datasets.Value("int64")
+    )
+    columns = {
+        "picture": list(rows.values()),
+        "prompt": list(rows),
+        "number": list(range(len(rows))),
+    }
     path.parent.mkdir(parents=True)
     datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+
+
+def difference(images: Sequence[Image.Image], expected_images: Sequence[Image.Image]) -> int:
+    """The largest difference of two lists of images, of 255."""
+    pixels = np.stack([np.asarray(image, dtype=int) for image in images])
+    expected_pixels = np.stack([np.asarray(image, dtype=int) for image in expected_images])
+    return int(np.abs(pixels - expected_pixels).max())

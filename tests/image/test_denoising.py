@@ -35,14 +35,14 @@ def batch():
     return latents, noise
 
 
-def inputs(instance=None):
+def losses_of(denoising, instance=(True, True, True)):
+    """The losses where tanh(x) (1 + t / 1000) stands in for the model's prediction."""
     latents, noise = batch()
-    instance = torch.ones(3, dtype=torch.bool) if instance is None else instance
-    return {"latents": latents, "noise": noise, "level_index": INDEX, "is_instance": instance}
-
-
-def predict(noisy, timesteps):
-    return torch.tanh(noisy) * (1 + timesteps.view(-1, 1, 1, 1).float() / 1000)
+    instance = torch.tensor(instance)
+    inputs = {"latents": latents, "noise": noise, "level_index": INDEX, "is_instance": instance}
+    noisy, timesteps = denoising.add_noise(inputs)
+    prediction = torch.tanh(noisy) * (1 + timesteps.view(-1, 1, 1, 1).float() / 1000)
+    return denoising.loss(prediction, inputs)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -53,30 +53,33 @@ def test_standard_loss_is_the_formula(prediction, gamma, weighting):
     denoising = Denoising.from_config(
         {**CONFIG, "prediction_type": prediction}, snr_gamma=gamma, snr_weighting=weighting
     )
-    weighted = torch.tensor([True, True, False])
-    loss = denoising.loss(predict(*denoising.add_noise(inputs())), inputs(weighted))
+    is_instance = (True, True, False)  # the last one is a class image
+    losses = losses_of(denoising, is_instance)
     for row, t in enumerate(INDEX.tolist()):
-        a = alphas()[t]
+        alpha = alphas()[t]
         x, e = latents[row].double(), noise[row].double()
-        noisy = a.sqrt() * x + (1 - a).sqrt() * e
-        target = e if prediction == "epsilon" else a.sqrt() * e - (1 - a).sqrt() * x
+        noisy = alpha.sqrt() * x + (1 - alpha).sqrt() * e
+        target = e
+        if prediction == "v_prediction":
+            target = alpha.sqrt() * e - (1 - alpha).sqrt() * x
         expected = ((torch.tanh(noisy) * (1 + t / 1000) - target) ** 2).mean()
-        if gamma is not None and weighted[row]:  # class images have no weight, as in diffusers
-            snr = a / (1 - a)
+        if gamma is not None and is_instance[row]:  # class images have no weight, as in diffusers
+            snr = alpha / (1 - alpha)
             if prediction == "epsilon":
                 expected = expected * min(snr, gamma) / snr
             elif weighting == "published":
                 expected = expected * min(snr, gamma) / (snr + 1)
             else:
                 expected = expected * (min(snr, gamma) / snr + 1)
-        assert loss[row].item() == pytest.approx(expected.item(), rel=1e-4)
-    ratios = denoising.snr(INDEX)
-    if prediction == "epsilon":
-        torch.testing.assert_close(
-            ratios, (alphas() / (1 - alphas()))[INDEX].float(), rtol=1e-3, atol=0
-        )
-    else:
-        assert ratios is None
+        assert losses[row].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_signal_to_noise_ratio_is_known_where_noise_is_predicted():
+    denoising = Denoising.from_config(CONFIG)
+    expected = (alphas() / (1 - alphas()))[INDEX].float()
+    torch.testing.assert_close(denoising.snr(INDEX), expected, rtol=1e-3, atol=0)
+    velocity = Denoising.from_config({**CONFIG, "prediction_type": "v_prediction"})
+    assert velocity.snr(INDEX) is None
 
 
 def test_min_snr_weights():
@@ -85,25 +88,26 @@ def test_min_snr_weights():
     """
     snr = torch.tensor([0.0, 0.1, 5.0, 50.0])
     assert torch.allclose(min_snr_weights(snr, 5.0, False), torch.tensor([1.0, 1.0, 1.0, 0.1]))
-    for floored, expected in ((False, 0.0), (True, 2.0)):
-        assert min_snr_weights(snr, 5.0, True, floored)[0] == expected
+    assert min_snr_weights(snr, 5.0, True, False)[0] == 0
+    assert min_snr_weights(snr, 5.0, True, True)[0] == 2
 
 
 def test_edm_loss_is_the_weighted_error_of_the_denoised_image():
     latents, noise = batch()
     denoising = Denoising.from_config(CONFIG, edm=True)
-    loss = denoising.loss(predict(*denoising.add_noise(inputs())), inputs())
+    losses = losses_of(denoising)
+    scheduler = denoising.scheduler
     for row, index in enumerate(INDEX.tolist()):
-        sigma = denoising.scheduler.sigmas[index].double()
-        t = denoising.scheduler.timesteps[index].double()
-        noisy = latents[row].double() + sigma * noise[row].double()
+        sigma = scheduler.sigmas[index].double()
+        t = scheduler.timesteps[index].double()
+        x = latents[row].double()
+        noisy = x + sigma * noise[row].double()
         prediction = torch.tanh(noisy / (sigma**2 + 1).sqrt()) * (1 + t / 1000)
-        expected = (((noisy - sigma * prediction - latents[row].double()) / sigma) ** 2).mean()
-        assert loss[row].item() == pytest.approx(expected.item(), rel=1e-3)
-    scheduler = denoising.scheduler  # whose levels fall with their index
-    ratios = denoising.snr(INDEX)
-    assert ratios is not None
-    torch.testing.assert_close(ratios, scheduler.sigmas[INDEX] ** -2)
+        denoised = noisy - sigma * prediction
+        expected = (((denoised - x) / sigma) ** 2).mean()
+        assert losses[row].item() == pytest.approx(expected.item(), rel=1e-3)
+    torch.testing.assert_close(denoising.snr(INDEX), scheduler.sigmas[INDEX] ** -2)
+    # The levels of such a scheduler fall with their index.
     assert scheduler.sigmas[0] > scheduler.sigmas[999]
     assert scheduler.timesteps[0] > scheduler.timesteps[999]
 
@@ -112,10 +116,9 @@ def test_native_edm_is_chosen_by_the_pipeline():
     name = "EDMDPMSolverMultistepScheduler"
     config = {"_class_name": name, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
     denoising = Denoising.from_config({**config, "prediction_type": "epsilon"})
-    loss = denoising.loss(predict(*denoising.add_noise(inputs())), inputs())
     assert denoising.kind == "edm_native"
-    assert denoising.snr(INDEX) is None, "it does not predict noise"
-    assert torch.isfinite(loss).all()
+    assert denoising.snr(INDEX) is None  # it does not predict noise
+    assert torch.isfinite(losses_of(denoising)).all()
 
 
 @pytest.mark.parametrize(
@@ -130,33 +133,34 @@ def test_what_no_loss_is_for_is_refused(config, options, part):
         Denoising.from_config(config, **options)
 
 
-CLASS = "an icon of a rabbit"
-
-
 def test_the_departure_is_that_from_the_model_without_adapters():
-    pipeline, plain = (load_pipeline("mini", dtype=torch.float32).unet for _ in range(2))
-    spec = adapters.AdapterSpec(rank=4, alpha=8, target_modules=("to_q", "to_v"))
-    adapters.inject(pipeline, spec)
-    adapters.inject(pipeline, spec, adapters.AUXILIARY)
-    adapters.activate(pipeline, (adapters.PRIMARY, adapters.AUXILIARY))
-    for name in (adapters.PRIMARY, adapters.AUXILIARY):
-        for factors in adapters.factors(pipeline, name):
+    plain_unet = load_pipeline("mini", dtype=torch.float32).unet
+    unet = load_pipeline("mini", dtype=torch.float32).unet
+    both = (adapters.PRIMARY, adapters.AUXILIARY)
+    for name in both:
+        spec = adapters.AdapterSpec(rank=4, alpha=8, target_modules=("to_q", "to_v"))
+        adapters.inject(unet, spec, name)
+        for factors in adapters.factors(unet, name):
             torch.nn.init.normal_(factors.B, std=0.05)
-    module = DreamBoothModule(StableDiffusionXL(), pipeline, [], Denoising(None))
-    noisy, levels = torch.randn(2, 8, 8, 8), torch.tensor([10, 700])
-    conditions = {"sequence": torch.randn(2, 32, 192), "pooled": torch.randn(2, 96)}
-    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
-    departures = module.departures({PRIOR: conditions, "time_ids": sizes}, PRIOR, noisy, levels)
-    added = {"added_cond_kwargs": {"text_embeds": conditions["pooled"], "time_ids": sizes}}
+    adapters.activate(unet, both)
+    module = DreamBoothModule(StableDiffusionXL(), unet, [], Denoising(None))
+    noisy = torch.randn(2, 8, 8, 8)
+    levels = torch.tensor([10, 700])
+    sequence = torch.randn(2, 32, 192)
+    pooled = torch.randn(2, 96)
+    time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+    inputs = {PRIOR: {"sequence": sequence, "pooled": pooled}, "time_ids": time_ids}
+    departures = module.departures(inputs, PRIOR, noisy, levels)
+
+    # By diffusers' own call of the UNet.
+    added = {"text_embeds": pooled, "time_ids": time_ids}
     with torch.no_grad():
-        adapted_output, plain_output = (
-            unet(noisy, levels, conditions["sequence"], **added).sample
-            for unet in (pipeline, plain)
-        )
-    assert torch.allclose(
-        departures, (adapted_output - plain_output).square().flatten(1).mean(1), rtol=1e-4
-    )
+        output = unet(noisy, levels, sequence, added_cond_kwargs=added).sample
+        plain_output = plain_unet(noisy, levels, sequence, added_cond_kwargs=added).sample
+    expected = (output - plain_output).square().flatten(1).mean(1)
+    assert torch.allclose(departures, expected, rtol=1e-4)
     departures.sum().backward()
-    for name in (adapters.PRIMARY, adapters.AUXILIARY):
-        gradients = [p.grad for p in adapters.parameters(pipeline, name)]
-        assert all(g is not None and bool(g.any()) for g in gradients)
+    for name in both:
+        for parameter in adapters.parameters(unet, name):
+            assert parameter.grad is not None
+            assert parameter.grad.any()

@@ -14,11 +14,12 @@ from bilora_diffusion.image.sampling import bare_sampler
 from tests.image.tiny import make_pipeline
 from tests.scripts.runs import train
 
-SIDE, STEPS = 64, 10
+SIDE = 64
+STEPS = 10
 QWEN, LUMINA = "QwenImagePipeline", "Lumina2Pipeline"
 
 
-def drawn_levels(pipeline):
+def sampled_levels(pipeline):
     """The noise levels that a pipeline goes through in as many steps as its scheduler has."""
     family = family_of(pipeline)
     sampler = bare_sampler(family, pipeline)
@@ -37,15 +38,16 @@ def drawn_levels(pipeline):
 def test_levels_that_depend_on_the_resolution_are_the_pipelines(kind):
     pipeline = make_pipeline(kind)
     if kind != LUMINA:
+        # A distilled Krea has a shift of its own, at every resolution.
         pipeline.register_to_config(is_distilled=True)
-    levels = FlowMatchEulerDiscreteScheduler(
+    scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, num_train_timesteps=STEPS, max_image_seq_len=6400
     )
-    pipeline.register_modules(scheduler=levels)
+    pipeline.register_modules(scheduler=scheduler)
     family: Family = family_of(pipeline)
     mu = family.mu(pipeline, family.tokens(SIDE, SIDE))
-    ours = FlowMatching.from_config(dict(levels.config), mu).sigmas
-    torch.testing.assert_close(ours, drawn_levels(pipeline))
+    levels = FlowMatching.from_config(dict(scheduler.config), mu).sigmas
+    torch.testing.assert_close(levels, sampled_levels(pipeline))
 
 
 def test_a_qwen_image_that_diffusers_cannot_run_is_refused(tmp_path):
@@ -70,26 +72,31 @@ def test_prompts_longer_than_lumina_2_has_positions_are_refused():
 def test_lumina_2s_system_prompt_is_not_put_before_what_guidance_leads_away_from():
     pipeline = make_pipeline(LUMINA)
     family = family_of(pipeline)
-    (ours,) = family.negative(pipeline, family.embed(pipeline, [""]))["sequence"]
-    _, _, theirs, mask = pipeline.encode_prompt("an icon", negative_prompt="")
-    torch.testing.assert_close(ours, theirs[mask.bool()])
-    assert len(family.embed(pipeline, [""])["sequence"][0]) > len(ours)
+    empty_prompt = family.embed(pipeline, [""])
+    (negative,) = family.negative(pipeline, empty_prompt)["sequence"]
+    _, _, expected, mask = pipeline.encode_prompt("an icon", negative_prompt="")
+    torch.testing.assert_close(negative, expected[mask.bool()])
+    assert len(negative) < len(empty_prompt["sequence"][0])
 
 
 @pytest.mark.parametrize("scheme", ["none", "cosmap"])
 def test_preconditioned_the_error_is_that_of_the_clean_image(scheme):
     torch.manual_seed(0)
     x0, e = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
-    config, index = {"num_train_timesteps": 10, "shift": 3.0}, torch.tensor([1, 5, 9])
+    config = {"num_train_timesteps": 10, "shift": 3.0}
+    index = torch.tensor([1, 5, 9])
     flow = FlowMatching.from_config(config, None, scheme=scheme, preconditioned=True)
     plain = FlowMatching.from_config(config, None, scheme=scheme)
-    s = flow.sigmas[index].double().view(-1, 1, 1, 1)
-    noisy = (1 - s) * x0 + s * e
-    clean = noisy - s * noisy.tanh()
     inputs = {"latents": x0, "noise": e, "level_index": index}
     model_input, _ = flow.add_noise(inputs)
-    prediction = model_input.tanh()
-    weight = plain.loss(prediction, inputs) / ((noisy.tanh() - (e - x0)) ** 2).mean((1, 2, 3))
-    loss = flow.loss(prediction, inputs)
-    expected = weight * ((clean - x0) ** 2).mean((1, 2, 3))
+    velocity = model_input.tanh()  # stands in for the model's prediction
+    loss = flow.loss(velocity, inputs)
+
+    s = flow.sigmas[index].double().view(-1, 1, 1, 1)
+    noisy = (1 - s) * x0 + s * e
+    denoised = noisy - s * noisy.tanh()
+    # The scheme's weight, from the plain loss and its error.
+    plain_error = ((noisy.tanh() - (e - x0)) ** 2).mean((1, 2, 3))
+    weight = plain.loss(velocity, inputs) / plain_error
+    expected = weight * ((denoised - x0) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-7)

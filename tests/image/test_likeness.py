@@ -1,5 +1,6 @@
 """The distance of samples to held-out pictures, and what goes by it: `--keep_best` and `--fit`."""
 
+import math
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def test_the_step_that_is_left_has_the_nearest_samples(icons, tmp_path):
     run = train(tmp_path / "run", **icons, keep_best=True)
     distances = dict(zip([0, 2, 4, 6], column(run, "heldout_distance"), strict=True))
     results = runlog.read_run(run)["results"]
-    best = min(distances, key=lambda step: distances[step])
+    best = min(distances, key=distances.__getitem__)
     assert results["best_step"] == best
     assert results["best_heldout_distance"] == distances[best]
 
@@ -87,19 +88,20 @@ def test_a_search_chooses_what_has_the_nearest_samples(icons, tmp_path):
     """Both ways train the same runs, and each chooses by its own measure."""
     (tmp_path / "space.yaml").write_text("method: [lora]\nlearning_rate: [3.0e-2, 1.0e-6]\n")
     search = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 12}
-    records = {}
-    for judge in ("samples", "loss"):
+    digests = []
+    for judge, measure in (("samples", "heldout_distance"), ("loss", "heldout_loss")):
         folder = train(tmp_path / judge, **icons, **search, choose_by=judge)
-        records[judge] = read_search(folder / "fit.json")
-        assert records[judge] is not None
-        measure = "heldout_distance" if judge == "samples" else "heldout_loss"
-        assert records[judge]["settings"]["measure"] == measure
-        for entry in records[judge]["runs"]:
-            values = column(folder / "fit" / entry["name"], measure)
-            assert entry["losses"] == pytest.approx(values, rel=1e-6)
-        lowest = min(min(entry["losses"][1:]) for entry in records[judge]["runs"])
-        assert records[judge]["choice"]["loss"] == pytest.approx(lowest, rel=1e-6)
-    name = records["loss"]["runs"][0]["name"]
-    digests = [column(tmp_path / judge / "fit" / name, "digest") for judge in records]
-    shared = min(map(len, digests))  # one of them may have gone on for longer
-    assert digests[0][:shared] == digests[1][:shared]
+        record = read_search(folder / "fit.json")
+        assert record is not None
+        assert record["settings"]["measure"] == measure
+        lowest = math.inf
+        for run in record["runs"]:
+            values = column(folder / "fit" / run["name"], measure)
+            assert run["losses"] == pytest.approx(values, rel=1e-6)
+            lowest = min(lowest, *values[1:])  # the first one is the base model's
+        assert record["choice"]["loss"] == pytest.approx(lowest, rel=1e-6)
+        first_run = min(run["name"] for run in record["runs"])
+        # The same run has seen the same samples by both measures.
+        digests.append(column(folder / "fit" / first_run, "digest"))
+    for digest, digest_by_loss in zip(*digests, strict=False):  # one may have gone on for longer
+        assert digest == digest_by_loss

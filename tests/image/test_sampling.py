@@ -1,10 +1,9 @@
 """Prompt embeddings and images, against diffusers' own pipeline."""
 
-import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,6 +20,7 @@ from bilora_diffusion.image.sampling import embed, embed_negative, generate
 from bilora_diffusion.image.script import missing_class_images
 from bilora_diffusion.image.stream import TrainingStream
 from bilora_diffusion.image.task import DreamBooth
+from tests.image.image_folders import difference
 from tests.scripts.runs import flags
 
 PROMPTS = ["a TOK icon of a rabbit, in the style of TOK", ""]
@@ -31,21 +31,17 @@ def pipeline():
     return load_pipeline("mini", dtype=torch.float32)
 
 
-def picture(name, pixels=None) -> Any:
-    """A draw of an image, black by default."""
-    pixels = torch.zeros(3, 64, 64) if pixels is None else pixels
-    return SimpleNamespace(name=name, content=(name,), read=lambda: (pixels, None))
-
-
 def test_embeddings_equal_the_pipelines(pipeline):
-    theirs = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=True)
-    ours, cached = embed(pipeline, PROMPTS), PromptCache(pipeline, torch.device("cpu"))(PROMPTS)
-    for name, part in {"sequence": theirs[0], "pooled": theirs[2]}.items():
-        assert torch.equal(ours[name], part)
-        torch.testing.assert_close(cached[name], part)  # each is embedded on its own
-    negative = embed_negative(pipeline, 2)
-    assert torch.equal(negative["sequence"], theirs[1])
-    assert torch.equal(negative["pooled"], theirs[3])
+    sequence, negative_sequence, pooled, negative_pooled = pipeline.encode_prompt(
+        PROMPTS, do_classifier_free_guidance=True
+    )
+    expected = {"sequence": sequence, "pooled": pooled}
+    torch.testing.assert_close(embed(pipeline, PROMPTS), expected, rtol=0, atol=0)
+    # The cache embeds each prompt on its own.
+    cached = PromptCache(pipeline, torch.device("cpu"))(PROMPTS)
+    torch.testing.assert_close(cached, expected)
+    negative = {"sequence": negative_sequence, "pooled": negative_pooled}
+    torch.testing.assert_close(embed_negative(pipeline, 2), negative, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -60,70 +56,82 @@ def test_a_dropped_caption_is_what_guidance_leads_away_from(zeros, tmp_path):
         "is_instance": torch.ones(2, dtype=torch.bool),
         "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2),
     }
-    losses = []
-    for trained in (None, True):
-        options = {"train_text_encoder": trained, "caption_dropout": 0.5}
+
+    def task_of(trains_encoders):
+        options = {"train_text_encoder": trains_encoders, "caption_dropout": 0.5}
         cfg = resolve(flags(tmp_path, **options))
-        task = DreamBooth(cfg, pipeline, TrainingStream(cfg, images))
-        if not trained:
-            task.embed(torch.device("cpu"))
-            conditions, negative = task.condition(PROMPTS), embed_negative(pipeline, 1)
-            assert (negative["pooled"] == 0).all() == zeros
-            for name, values in negative.items():
-                torch.testing.assert_close(conditions[name][1], values[0])
-                assert (conditions[name][0] != 0).any()
-        with torch.no_grad():
-            losses.append(task.module.sample_losses({**inputs, **task.condition(PROMPTS)}))
-    torch.testing.assert_close(*losses)
+        return DreamBooth(cfg, pipeline, TrainingStream(cfg, images))
+
+    @torch.no_grad()
+    def losses_of(task):
+        return task.module.sample_losses(inputs | task.condition(PROMPTS))
+
+    task = task_of(trains_encoders=None)
+    task.embed(torch.device("cpu"))
+    conditions, negative = task.condition(PROMPTS), embed_negative(pipeline, 1)
+    # Diffusers' SDXL has zeros for an empty negative prompt where its configuration says so.
+    assert (negative["pooled"] == 0).all() == zeros
+    for name, values in negative.items():
+        torch.testing.assert_close(conditions[name][1], values[0])
+        assert (conditions[name][0] != 0).any()
+    torch.testing.assert_close(losses_of(task_of(trains_encoders=True)), losses_of(task))
 
 
 def test_an_image_does_not_depend_on_its_batch(pipeline):
-    prompts, seeds, before = [PROMPTS[0]] * 3, [1, 2, 3], torch.get_rng_state()
-    batched = generate(pipeline, prompts, seeds, size=64, steps=2, batch=3)
-    single = generate(pipeline, prompts, seeds, size=64, steps=2, batch=1)
-    for a, b in zip(batched, single, strict=True):
-        difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
-        assert difference.max() <= 1
-    assert torch.equal(before, torch.get_rng_state())
+    prompts = [PROMPTS[0]] * 3
+    global_state = torch.get_rng_state()
+    batched = generate(pipeline, prompts, [1, 2, 3], size=64, steps=2, batch=3)
+    single = generate(pipeline, prompts, [1, 2, 3], size=64, steps=2, batch=1)
+    assert difference(batched, single) <= 1
+    assert torch.equal(global_state, torch.get_rng_state())
 
 
-def test_an_image_that_is_not_finite_is_refused_by_its_name(pipeline, tmp_path):
+def test_latents_that_are_not_finite_are_refused_by_the_images_name(pipeline, tmp_path):
     space, device = LatentSpace.from_config(pipeline.vae), torch.device("cpu")
-    sample = picture("a.png")
-    disk = DiskCache(tmp_path)
-    nan = torch.full((4, 8, 8), math.nan)
-    disk.put({"mean": nan, "std": nan.clone()}, *sample.content)
-    with pytest.raises(TrainingError, match=r"'a.png' is not finite.*--disk_cache"):
-        Encoder(pipeline.vae, space, device, lambda _: True, disk)([sample])
-    sample.read = lambda: (torch.full((3, 64, 64), math.inf), None)
+    infinite = torch.full((3, 64, 64), torch.inf)
+    sample: Any = SimpleNamespace(name="a.png", content=("a",), read=lambda: (infinite, None))
     with pytest.raises(TrainingError, match=r"'a.png' is not finite"):
         Encoder(pipeline.vae, space, device)([sample])
-    overflowing = pipeline.unet.conv_out.register_forward_hook(
-        lambda *options: options[2] * math.inf
+    disk = DiskCache(tmp_path)
+    disk.put({"mean": torch.full((4, 8, 8), torch.nan), "std": torch.ones(4, 8, 8)}, "a")
+    with pytest.raises(TrainingError, match=r"'a.png' is not finite.*--disk_cache"):
+        Encoder(pipeline.vae, space, device, lambda _: True, disk)([sample])
+
+
+def test_a_sampled_image_that_is_not_finite_is_refused_by_its_prompt(pipeline):
+    hook = pipeline.unet.conv_out.register_forward_hook(
+        lambda module, inputs, output: output * torch.inf
     )
     with pytest.raises(TrainingError, match=r"'an icon' with seed 5 is not finite.*bf16"):
         generate(pipeline, ["an icon"], [5], size=64, steps=1)
-    overflowing.remove()
+    hook.remove()
 
 
-@pytest.mark.parametrize("family", [StableDiffusionXL, Lumina2])
-@pytest.mark.parametrize("bf16", [True, False])
-def test_flow_models_make_their_images_in_no_fp16(family, bf16, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
-    half = torch.float16 if family is StableDiffusionXL else torch.bfloat16
-    expected = half if bf16 or family is StableDiffusionXL else torch.float32
-    assert family().precision(torch.device("cuda")) == expected
+@pytest.mark.parametrize(
+    ("family", "has_bf16", "precision"),
+    [
+        (StableDiffusionXL, True, torch.float16),
+        (StableDiffusionXL, False, torch.float16),
+        (Lumina2, True, torch.bfloat16),
+        (Lumina2, False, torch.float32),
+    ],
+)
+def test_flow_models_make_their_images_in_no_fp16(family, has_bf16, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
+    assert family().precision(torch.device("cuda")) == precision
     assert family().precision(torch.device("cpu")) == torch.float32
 
 
-def test_the_numbers_of_missing_class_images_are_those_that_none_has(tmp_path):
-    def missing(*names, count):
-        return missing_class_images([tmp_path / name for name in names], count)
-
-    hashed = "{}-0123456789ab.png".format
-    assert missing(count=3) == [0, 1, 2]
-    assert missing(hashed(0), hashed(1), count=4) == [2, 3]
-    # Two processes were interrupted, one of them ahead of the other.
-    assert missing(*map(hashed, (0, 1, 2, 3, 4, 6)), count=8) == [5, 7]
-    assert missing("mine.jpg", "my 2.png", count=3) == [2]
-    assert missing(hashed(0), "mine.jpg", count=1) == []
+@pytest.mark.parametrize(
+    ("names", "count", "missing"),
+    [
+        ("", 3, [0, 1, 2]),
+        ("0-0123456789ab.png 1-0123456789ab.png", 4, [2, 3]),
+        # Two processes were interrupted, one of them ahead of the other.
+        ("0-0123456789ab.png 1-0123456789ab.png 3-0123456789ab.png", 5, [2, 4]),
+        ("mine.jpg my-2.png", 3, [2]),
+        ("0-0123456789ab.png mine.jpg", 1, []),
+    ],
+)
+def test_the_numbers_of_missing_class_images_are_those_that_none_has(names, count, missing):
+    assert missing_class_images([Path(name) for name in names.split()], count) == missing

@@ -1,9 +1,5 @@
 """Sets of images that can't be one: each is refused in one sentence with the value and the fix."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import datasets
 import pytest
 from datasets.exceptions import DatasetNotFoundError
@@ -13,11 +9,10 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.opening import open_images
 from tests.image.image_folders import photos, save, table
 
-Spoil = Callable[[Path], Any]
-
 
 def write(name, content):
     """A file beside the images, or in place of one."""
+    # Texts with single surrogates stand for bytes that are no UTF-8.
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
     return lambda folder: (folder / name).write_bytes(data)
 
@@ -30,71 +25,73 @@ def row(text):
 def only_files(*names):
     """These files and nothing else."""
 
-    def put(folder):
+    def spoil(folder):
         for path in folder.iterdir():
             path.unlink()
         for name in names:
             (folder / name).write_text("words")
 
-    return put
+    return spoil
 
 
-FOLDERS: list[tuple[Spoil, dict[str, Any], list[str]]] = [
-    # images
-    (write("c.png", b"x"), {}, ["c.png", "--skip_bad_images"]),
-    (lambda f: save(f / "d.png", size=(2000, 1)), {}, ["d.png", "2000 pixels wide and 1 high"]),
-    (lambda f: Image.new("F", (4, 4), 0.5).save(f / "d.tif"), {}, ["d.tif", "8 bits"]),
-    (only_files("a.png"), {"skip_bad_images": True}, ["no readable image"]),
-    (only_files("a.txt", "a.heic"), {}, ["holds no images", "pillow-heif"]),
-    (write("a.txt", b"\xff"), {}, ["a.txt", "UTF-8"]),
-    # metadata
-    (
-        row('{"file_name": "c.png", "text": "", "label": 1}'),
-        {"caption_column": "texts"},
-        ['"texts"', 'did you mean "text"', "image, text, label"],
-    ),
-    (
-        row('{"file_name": "c.png", "label": 1}'),
-        {"caption_column": "label"},
-        ["c.png", '"label"', "a number", "text"],
-    ),
-    (row('{"file_name": "gone.png"}'), {}, ['"gone.png"', "not a file there"]),
-    (row('{"file_name": "../x.png"}'), {}, ["../x.png", "outside"]),
-    (row('{"name": "c.png"}'), {}, ["line 1", '"file_name"']),
-    (row("\n"), {}, ["metadata.jsonl", "no image"]),
-    (
-        lambda f: (row('{"file_name": "a.jpg"}')(f), write("metadata.csv", "file_name\na.jpg")(f)),
-        {},
-        ["both metadata.jsonl and metadata.csv"],
-    ),
-]
+def two_tables(folder):
+    row('{"file_name": "a.jpg"}')(folder)
+    write("metadata.csv", "file_name\na.jpg")(folder)
 
 
-def refused(dataset, parts, **options):
-    with pytest.raises(UserError) as caught:
+def assert_refused(dataset, parts, **options):
+    with pytest.raises(UserError) as error:
         open_images(str(dataset), **options)
-    message = str(caught.value)
+    message = str(error.value)
     assert "\n" not in message
+    # A long list of files is cut.
     assert len(message) < 1000
     for part in parts:
         assert part in message
 
 
-@pytest.mark.parametrize(("spoil", "options", "parts"), FOLDERS)
+@pytest.mark.parametrize(
+    ("spoil", "options", "parts"),
+    [
+        # images
+        (write("c.png", b"x"), {}, ["c.png", "--skip_bad_images"]),
+        (lambda f: save(f / "d.png", size=(2000, 1)), {}, ["d.png", "2000 pixels wide and 1 high"]),
+        (lambda f: Image.new("F", (4, 4), 0.5).save(f / "d.tif"), {}, ["d.tif", "8 bits"]),
+        (only_files("a.png"), {"skip_bad_images": True}, ["no readable image"]),
+        (only_files("a.txt", "a.heic"), {}, ["holds no images", "pillow-heif"]),
+        (write("a.txt", b"\xff"), {}, ["a.txt", "UTF-8"]),
+        # metadata
+        (
+            row('{"file_name": "c.png", "text": "", "label": 1}'),
+            {"caption_column": "texts"},
+            ['"texts"', 'did you mean "text"', "image, text, label"],
+        ),
+        (
+            row('{"file_name": "c.png", "label": 1}'),
+            {"caption_column": "label"},
+            ["c.png", '"label"', "a number", "text"],
+        ),
+        (row('{"file_name": "gone.png"}'), {}, ['"gone.png"', "not a file there"]),
+        (row('{"file_name": "../x.png"}'), {}, ["../x.png", "outside"]),
+        (row('{"name": "c.png"}'), {}, ["line 1", '"file_name"']),
+        (row("\n"), {}, ["metadata.jsonl", "no image"]),
+        (two_tables, {}, ["both metadata.jsonl and metadata.csv"]),
+    ],
+)
 def test_a_folder(spoil, options, parts, tmp_path):
     folder = photos(tmp_path / "photos")
     spoil(folder)
-    refused(folder, parts, cache_dir=str(tmp_path / "cache"), **options)
+    assert_refused(folder, parts, cache_dir=str(tmp_path / "cache"), **options)
 
 
 def test_what_is_no_folder_is_refused(tmp_path, monkeypatch):
     photos(tmp_path / "photos")
     (tmp_path / "a.zip").touch()
-    refused(tmp_path / "a.zip", ["a.zip", "is a file", "folder"])
+    assert_refused(tmp_path / "a.zip", ["a.zip", "is a file", "folder"])
     save(tmp_path / "photo*" / "x" / "a.png")  # not those of photos
-    refused(tmp_path / "photo*", ["photo*", "pattern", "rename"])
+    assert_refused(tmp_path / "photo*", ["photo*", "pattern", "rename"])
     monkeypatch.chdir(tmp_path)
-    refused("fotos", ['"fotos"', 'did you mean "photos"', "path of a folder", "OWNER/NAME"])
+    assert_refused("fotos", ['"fotos"', 'did you mean "photos"', "path of a folder", "OWNER/NAME"])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +104,7 @@ def test_what_is_no_folder_is_refused(tmp_path, monkeypatch):
 )
 def test_a_table(split, options, parts, tmp_path):
     table(tmp_path / "set" / f"{split}.parquet", {"x": Image.new("RGB", (8, 8))})
-    refused(tmp_path / "set", parts, cache_dir=str(tmp_path / "cache"), **options)
+    assert_refused(tmp_path / "set", parts, cache_dir=str(tmp_path / "cache"), **options)
 
 
 @pytest.mark.parametrize(
@@ -122,4 +119,4 @@ def test_a_set_on_the_hub_that_can_not_be_had(monkeypatch, error, parts):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    refused("someone/icons", ["someone/icons", *parts])
+    assert_refused("someone/icons", ["someone/icons", *parts])

@@ -1,7 +1,5 @@
 """Images and captions of the miniature, of folders in every layout, and of the hub."""
 
-import csv
-import json
 import os
 import pickle
 import shutil
@@ -27,12 +25,11 @@ def folder(tmp_path):
 @pytest.fixture
 def listed(folder):
     """The same with a metadata file, in an order of its own."""
-    rows = [
-        {"file_name": "c.png", "text": "a red c", "number": 1},
-        {"file_name": "a.jpg", "text": None, "number": 2},
-        {"file_name": "b.webp", "text": "  ", "number": 3},
-    ]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "c.png", "text": "a red c", "number": 1}\n'
+        '{"file_name": "a.jpg", "text": null, "number": 2}\n'
+        '{"file_name": "b.webp", "text": "  ", "number": 3}\n\n'
+    )
     return folder
 
 
@@ -55,9 +52,12 @@ def test_images_alone_have_the_captions_beside_them(folder):
     for part in ("2 of 3", ".txt", "--instance_prompt"):
         assert part in line
     assert captions(open_images(str(folder), caption_column="text")) == captions(images)
-    unread = open_images(str(folder), caption_column="none")
-    assert captions(unread) == [None] * 3
-    assert "2 files (a.txt, b.TXT)" in unread.remarks()[0]
+
+
+def test_captions_beside_images_are_left_out_on_request(folder):
+    images = open_images(str(folder), caption_column="none")
+    assert captions(images) == [None] * 3
+    assert "2 files (a.txt, b.TXT)" in images.remarks()[0]
 
 
 def test_a_metadata_file_rules(listed):
@@ -70,19 +70,23 @@ def test_a_metadata_file_rules(listed):
     unpickled_images = pickle.loads(pickle.dumps(images))  # to a process that reads ahead
     assert captions(unpickled_images) == captions(images)
     assert unpickled_images.image(1).tobytes() == images.image(1).tobytes()
-    (listed / "c.png").write_bytes(b"broken")  # the captions stay with their images
-    readable = open_images(str(listed), caption_column="text", skip_bad_images=True)
-    assert (names(readable), captions(readable)) == (["a.jpg", "b.webp"], [None] * 2)
-    assert readable.entries[0].size == (8, 12)
-    assert [skipped.partition(":")[0] for skipped in readable.skipped] == ["c.png"]
+
+
+def test_captions_stay_with_their_images_where_one_is_skipped(listed):
+    (listed / "c.png").write_bytes(b"broken")
+    images = open_images(str(listed), caption_column="text", skip_bad_images=True)
+    assert names(images) == ["a.jpg", "b.webp"]
+    assert captions(images) == [None, None]
+    assert images.entries[0].size == (8, 12)
+    (skipped,) = images.skipped
+    assert skipped.startswith("c.png:")
 
 
 def test_metadata_may_be_csv_and_name_subfolders(tmp_path):
     save(tmp_path / "deep" / "a.png")
     save(tmp_path / "b.png")
-    with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8-sig") as file:
-        rows = [["file_name", "text"], ["deep/a.png", 'red, "big"\nand wide']]
-        csv.writer(file).writerows(rows)
+    text = 'file_name,text\r\ndeep/a.png,"red, ""big""\nand wide"\r\n'
+    (tmp_path / "metadata.csv").write_bytes(text.encode("utf-8-sig"))
     images = open_images(str(tmp_path), caption_column="text")
     assert (names(images), captions(images)) == (["deep/a.png"], ['red, "big"\nand wide'])
     assert "1 file (b.png)" in images.remarks()[0]
@@ -90,6 +94,7 @@ def test_metadata_may_be_csv_and_name_subfolders(tmp_path):
 
 def test_images_are_read_when_needed(folder):
     images = open_images(str(folder))
+    # The pixels of now, not those that were there when the set was opened.
     save(folder / "a.jpg", 250)
     assert np.asarray(images.image(0))[0, 0, 0] > 240
     save(folder / "a.jpg", size=(5, 6))
@@ -107,6 +112,7 @@ def test_a_fingerprint_is_of_content_not_of_place(listed, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(listed, copy)
     original = fingerprint(listed)
+    # Another place with the same images and captions.
     assert fingerprint(copy) == original
     text = (copy / "metadata.jsonl").read_text()
     (copy / "metadata.jsonl").write_text(text.replace("red", "blue"))
@@ -116,27 +122,26 @@ def test_a_fingerprint_is_of_content_not_of_place(listed, tmp_path):
 
 
 def test_of_many_images_only_the_headers_are_read(folder, monkeypatch):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    Image.fromarray(noise).save(folder / "c.png")
-    content = (folder / "c.png").read_bytes()
-    (folder / "c.png").write_bytes(content[: len(content) // 2])
+    file = folder / "c.png"
+    noise = Image.effect_noise((64, 64), 60).convert("RGB")
+    noise.save(file)
+    # Its header can be read, its pixels can't.
+    truncated = file.read_bytes()[:2000]
+    file.write_bytes(truncated)
     with pytest.raises(UserError, match=r"c\.png"):
         open_images(str(folder))
-    monkeypatch.setattr(sets, "FULL_CHECK_LIMIT", 2)
+    monkeypatch.setattr(sets, "FULL_CHECK_LIMIT", 2)  # the folder has three images
     images = open_images(str(folder))
-    assert images.fingerprint()
-    replaced = noise.copy()
-    replaced[:8] = 0  # of the same size in pixels, and of another in bytes
-    Image.fromarray(replaced).save(folder / "c.png")
-    assert open_images(str(folder)).fingerprint() != images.fingerprint()
-    (folder / "c.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"c\.png"):
         images.image(2)
+    Image.new("RGB", (64, 64)).save(file)  # of the same size in pixels, and of another in bytes
+    assert open_images(str(folder)).fingerprint() != images.fingerprint()
 
 
 def test_whatever_is_left_out_is_named_in_one_line(folder):
     for name in ("x.heic", "c.caption", "notes.txt", ".hidden"):
         (folder / name).write_bytes(b"content")
+    # Opening a pipe would wait for ever, and the link leads to itself.
     os.mkfifo(folder / "pipe.png")
     (folder / "circle.png").symlink_to("circle.png")
     save(folder / "extra" / "deep" / "e.png")
@@ -165,40 +170,52 @@ def test_subfolders_are_read_by_datasets_with_the_captions_in_them(tmp_path):
     assert images.image(0).size == (12, 8)
     line, left_out = images.remarks()
     assert "2 of 2 images" in line
-    (tmp_path / "set" / "cat").rename(tmp_path / "set" / "10_TOK cat")
-    renamed = open_images(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
-    assert any('"10_TOK cat"' in line and "not read" in line for line in renamed.remarks())
     assert "1 file (dog/x.heic); `pip install pillow-heif`" in left_out
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix == ".png"]
+    # The images are read in place.
+    assert not list((tmp_path / "cache").rglob("*.png"))
 
 
-def test_a_set_on_the_hub_is_read_as_its_tables_are(tmp_path, monkeypatch):
-    """The hub is played by a folder of Parquet files, with a preview beside them."""
-    pictures = [Image.new("RGB", (10 + i, 8), (60 * i, 0, 0)) for i in range(3)]
-    rows: dict[str, Any] = dict(zip(("zero", "", "two", "nothing"), [*pictures, None], strict=True))
+def test_kohyas_number_of_repeats_in_a_folders_name_is_not_read(tmp_path):
+    save(tmp_path / "set" / "10_TOK cat" / "1.png")
+    images = open_images(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    assert any('"10_TOK cat"' in line and "not read" in line for line in images.remarks())
+
+
+@pytest.fixture
+def hub_options(tmp_path, monkeypatch):
+    """A folder of Parquet files that stands in for the hub, with a preview beside them."""
+    rows: dict[str, Any] = {
+        "zero": Image.new("RGB", (10, 8)),
+        "": Image.new("RGB", (11, 8)),
+        "two": Image.new("RGB", (12, 8), (120, 0, 0)),
+        "nothing": None,
+    }
     table(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", rows)
     save(tmp_path / "set" / "preview.png")
-    real, requests, cache = datasets.load_dataset, [], str(tmp_path / "cache")
+    load_dataset = datasets.load_dataset
 
     def load(path, name, *, cache_dir):
-        requests.append((path, name, cache_dir))
-        return real(str(tmp_path / "set"), cache_dir=cache_dir)
+        assert (path, name, cache_dir) == ("someone/icons", "small", str(tmp_path / "cache"))
+        return load_dataset(str(tmp_path / "set"), cache_dir=cache_dir)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    options: dict[str, Any] = {
-        "image_column": "picture",
-        "config_name": "small",
-        "cache_dir": cache,
-    }
-    with pytest.raises(UserError, match=r"someone/icons\[3\].*--skip_bad_images"):
-        open_images("someone/icons", **options)
-    options["caption_column"] = "prompt"
-    images = open_images("someone/icons", skip_bad_images=True, **options)
-    assert requests[0] == ("someone/icons", "small", cache)
-    assert names(images) == [f"someone/icons[{i}]" for i in range(3)]
+    cache = str(tmp_path / "cache")
+    return {"image_column": "picture", "config_name": "small", "cache_dir": cache}
+
+
+def test_a_set_on_the_hub_is_read_as_its_tables_are(hub_options):
+    images = open_images(
+        "someone/icons", skip_bad_images=True, caption_column="prompt", **hub_options
+    )
+    assert names(images) == ["someone/icons[0]", "someone/icons[1]", "someone/icons[2]"]
     assert len(images.skipped) == 1
     assert captions(images) == ["zero", None, "two"]
     assert [entry.size for entry in images.entries] == [(8, 10), (8, 11), (8, 12)]
     unpickled_images = pickle.loads(pickle.dumps(images))
     assert unpickled_images.image(2).getpixel((0, 0)) == (120, 0, 0)
     assert unpickled_images.fingerprint() == images.fingerprint()
+
+
+def test_a_row_without_an_image_is_named(hub_options):
+    with pytest.raises(UserError, match=r"someone/icons\[3\].*--skip_bad_images"):
+        open_images("someone/icons", **hub_options)

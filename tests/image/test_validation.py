@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -19,7 +18,8 @@ from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.image.script import train as main
 from bilora_diffusion.image.validation import INDEX, ValidationImage, ValidationSample, read_index
 from bilora_diffusion.run.runlog import read_run
-from tests.scripts.runs import flags
+from tests.image.image_folders import difference
+from tests.scripts.runs import flags, words
 
 DATA = ["--dataset", "mini"]
 KOHYA = "a photo of TOK dog --n blurry, dark --w 832 --h 1216 --s 30 --l 4 --d 7 --am 0.5"
@@ -28,8 +28,7 @@ PLAIN = ValidationSample("a dog", "", 0, 1.0, 64, 64, None, None)
 
 
 def samples(*prompts, **options):
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return resolve([*DATA, "--validation_prompts", *prompts, *words]).samples
+    return resolve([*DATA, "--validation_prompts", *prompts, *words(options)]).samples
 
 
 @pytest.mark.parametrize(
@@ -51,24 +50,35 @@ def test_a_prompt_in_kohyas_form(text, sample):
 
 def test_a_recipe_a_file_and_several_flags_give_the_same_samples(tmp_path):
     """Images without a seed of their own have the run's, so that paired runs stay paired."""
-    recipe, lines = tmp_path / "run.yaml", tmp_path / "prompts.txt"
-    settings = {"negative_prompt": "blurry, dark", "width": 832, "height": None, "steps": 30}
-    settings |= {"guidance": 4.0, "seed": 7, "strength": 0.5}
-    items = [{"prompt": "a photo of TOK dog", **settings}, "a lion"]
-    recipe.write_text(json.dumps({"dataset": "mini", "validation_prompts": items}))
-    short = KOHYA.replace(" --h 1216", "")
-    lines.write_text(f"# kohya's comment\n{short}\n\na lion\n")
-    by_recipe = resolve(["--config", str(recipe), "--seed", "3"])
-    dog, lion = replace(DOG, height=64), replace(PLAIN, prompt="a lion")
+    dog = replace(DOG, height=64)
+    dog_text = KOHYA.replace(" --h 1216", "")
+    recipe = tmp_path / "run.yaml"
+    item = {
+        "prompt": "a photo of TOK dog",
+        "negative_prompt": "blurry, dark",
+        "width": 832,
+        "height": None,
+        "steps": 30,
+        "guidance": 4.0,
+        "seed": 7,
+        "strength": 0.5,
+    }
+    recipe.write_text(json.dumps({"dataset": "mini", "validation_prompts": [item, "a lion"]}))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"# kohya's comment\n{dog_text}\n\na lion\n")
+
     expected = [replace(dog, seed=seed) for seed in (7, 8, 9, 10)]
-    expected += [replace(lion, seed=seed) for seed in (3, 4, 5, 6)]
-    assert by_recipe.samples == samples(str(lines), seed=3) == expected
-    assert samples(short, "--validation_prompts", "a lion", seed=3) == expected
+    expected += [replace(PLAIN, prompt="a lion", seed=seed) for seed in (3, 4, 5, 6)]
+    by_recipe = resolve(["--config", str(recipe), "--seed", "3"])
+    assert by_recipe.samples == expected
+    assert samples(str(prompts), seed=3) == expected
+    assert samples(dog_text, "--validation_prompts", "a lion", seed=3) == expected
+    # Prompts change no sample that is learned, so a resume may have others.
     assert by_recipe.fingerprint() == resolve([*DATA, "--seed", "3"]).fingerprint()
 
 
 @pytest.mark.parametrize(
-    ("item", "words"),
+    ("item", "part"),
     [
         ("a --negativ x", "--negative_prompt"),
         ("a --g 3.5", "--l"),
@@ -81,33 +91,43 @@ def test_a_recipe_a_file_and_several_flags_give_the_same_samples(tmp_path):
     ],
     ids=str,
 )
-def test_bad_settings_are_a_sentence_with_their_place(item, words, tmp_path, capsys):
+def test_bad_settings_are_a_sentence_with_their_place(item, part, tmp_path, capsys):
     recipe = tmp_path / "run.yaml"
     recipe.write_text(json.dumps({"dataset": "mini", "validation_prompts": ["a", item]}))
     argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
     assert run_cli(lambda: main(argv)) == 2
     sentence = capsys.readouterr().err
     assert "number 2 of --validation_prompts" in sentence
-    assert words in sentence
+    assert part in sentence
     assert sentence.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_of_prompts_that_is_not_there_is_no_prompt():
-    for path in ("prompts.txt", "/no/such/prompts"):
-        with pytest.raises(UserError, match=f'"{path}" is not there'):
-            resolve([*DATA, "--validation_prompts", path])
-    for text in ("a page that says prompts.txt", "longer than a file's name, " * 20):
-        assert resolve([*DATA, "--validation_prompts", text]).validation_prompts == [text]
+@pytest.mark.parametrize("path", ["prompts.txt", "/no/such/prompts"])
+def test_a_file_of_prompts_that_is_not_there_is_no_prompt(path):
+    with pytest.raises(UserError, match=f'"{path}" is not there'):
+        samples(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["a page that says prompts.txt", "longer than a file's name, " * 20]
+)
+def test_a_prompt_is_no_file(text):
+    assert samples(text)[0].prompt == text
+
+
+def test_settings_that_can_have_no_effect_are_refused():
+    with pytest.raises(UserError, match="--method full"):
+        samples("a --am 0.5", method="full")
+    from_base = r"eval.clip_scores --guidance_from base"
+    with pytest.raises(UserError, match=from_base):
+        samples("a --guidance_from base", init_lora_weights="pissa")
+    with pytest.raises(UserError, match=from_base):
+        samples("a", validation_guidance_from="base", init_lora_weights="pissa")
 
 
 @pytest.mark.parametrize("pipeline", ["FluxPipeline", "Lumina2Pipeline"])
-def test_settings_that_can_have_no_effect_are_refused(pipeline, monkeypatch):
-    with pytest.raises(UserError, match="--method full"):
-        samples("a --am 0.5", method="full")
-    for words in (["a --guidance_from base"], ["a", "--validation_guidance_from", "base"]):
-        with pytest.raises(UserError, match=r"eval.clip_scores --guidance_from base"):
-            samples(*words, init_lora_weights="pissa")
+def test_settings_that_a_model_does_not_read_are_refused(pipeline, monkeypatch):
     model = BaseModel("some/model", {"_class_name": pipeline}, {"transformer": {}, "vae": {}})
     monkeypatch.setattr(config, "describe", lambda *_: model)
     assert samples("a --l 9", resolution=64)
@@ -118,17 +138,12 @@ def test_settings_that_can_have_no_effect_are_refused(pipeline, monkeypatch):
         samples("a --l 9 --n b", resolution=64)
 
 
-def difference(image, expected_image):
-    """The largest difference of two images, in steps of 255."""
-    return np.abs(np.asarray(image).astype(int) - np.asarray(expected_image).astype(int)).max()
-
-
 def test_images_and_index_are_those_of_the_samples(tmp_path):
     """Each image equals the pipeline's with the same settings; a seed is given or the run's."""
     sun = "a TOK icon of a sun --s 2 --guidance_from base"
     frog = "a TOK icon of a frog --n a lion --w 96 --h 48 --s 3 --l 3 --d 5 --am 0.5"
     options = {"num_validation_images": 1, "seed": 11, "report_to": "tensorboard", "rank": 2}
-    options |= {"learning_rate": 3e-2}  # changes images visibly in two steps
+    options["learning_rate"] = 3e-2  # high, so that two steps change images visibly
     AcceleratorState._reset_state()  # of other tests in this process
     main([*flags(tmp_path, **options), "--validation_prompts", frog, sun])
     expected = [
@@ -144,6 +159,7 @@ def test_images_and_index_are_those_of_the_samples(tmp_path):
     assert config["validation_prompts"] == [sample.prompt for sample in expected]
 
     pipeline: Any = load_pipeline("mini", dtype=torch.float32)
+    # The exported file in diffusers' own pipeline.
     pipeline.load_lora_weights(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     for file, sample in zip(files, expected, strict=True):
@@ -160,11 +176,12 @@ def test_images_and_index_are_those_of_the_samples(tmp_path):
             generator=torch.Generator().manual_seed(sample.seed),
         ).images
         if sample.guidance_from == "base":
-            assert difference(reference, image) > 4
+            # Diffusers' pipeline has no such guidance, so the reference is the command's image.
+            assert difference([reference], [image]) > 4
             (reference,) = generate(
                 pipeline, [sample.prompt], [sample.seed], size=64, steps=2, guidance_from="base"
             )
-        assert difference(reference, image) <= 1
+        assert difference([reference], [image]) <= 1
 
 
 OLD_RUN = {"validation_prompts": ["a", "b"], "num_validation_images": 2}
@@ -179,10 +196,16 @@ def test_a_folder_without_an_index_has_that_of_its_runs_options(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        *('{"images"', '{"images": 1}', "[]", '{"images": [{"file": "a.png"}]}', "[" * 100_000),
-        *('{"images": [{"file": "../../x.png", "prompt": "a"}]}', "\udcff"),
-        *(r'{"images": [{"file": "a.png", "prompt": "\ud800"}]}', '{"images": [1]}'),
+        '{"images"',
+        '{"images": 1}',
+        "[]",
+        "[" * 100_000,
+        "\udcff",
+        '{"images": [1]}',
+        '{"images": [{"file": "a.png"}]}',
         '{"images": [{"file": 1, "prompt": "a"}]}',
+        '{"images": [{"file": "../../x.png", "prompt": "a"}]}',
+        r'{"images": [{"file": "a.png", "prompt": "\ud800"}]}',
     ],
 )
 def test_a_damaged_index_is_a_sentence(content, tmp_path):

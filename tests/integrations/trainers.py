@@ -1,10 +1,9 @@
 """Data for small text models, trainers with Bi-LoRA, and the loop to compare them with."""
 
 import contextlib
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +39,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each of the words w3, w4, ..., and three special ones."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, WORDS)}}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    for number in range(3, WORDS):
+        words[f"w{number}"] = number
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
     return PreTrainedTokenizerFast(
@@ -55,8 +56,13 @@ def rows(count: int = STEPS * BATCH, seed: int = 0) -> Dataset:
     labels = tokens.clone()
     for row in range(count):
         labels[row, : row % 5] = -100
-    columns = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-    return Dataset.from_dict({key: value.tolist() for key, value in columns.items()})
+    return Dataset.from_dict(
+        {
+            "input_ids": tokens.tolist(),
+            "attention_mask": torch.ones_like(tokens).tolist(),
+            "labels": labels.tolist(),
+        }
+    )
 
 
 def settings(folder: Path, **values: Any) -> dict[str, Any]:
@@ -82,24 +88,27 @@ def settings(folder: Path, **values: Any) -> dict[str, Any]:
 def plain(folder: Path, model: Any, kind: str = "trainer", **values: Any) -> Any:
     """A trainer over `rows()`.
 
-    `values` are its training arguments; those in `CONSTRUCTOR_ARGUMENTS` and the data are its own.
-
     Args:
         kind: "trainer", "seq2seq" or "sft".
+        values: Its training arguments; those in `CONSTRUCTOR_ARGUMENTS`, and `data` for the
+            training set, are arguments of the trainer itself.
     """
-    arguments = {key: values.pop(key) for key in CONSTRUCTOR_ARGUMENTS if key in values}
-    arguments["train_dataset"] = values.pop("data", None) or rows()
-    make: Any = Trainer
-    form: Any = TrainingArguments
+    arguments = {"train_dataset": values.pop("data", None) or rows()}
+    for name in CONSTRUCTOR_ARGUMENTS:
+        if name in values:
+            arguments[name] = values.pop(name)
+    trainer_class: Any = Trainer
+    arguments_class: Any = TrainingArguments
     if kind == "seq2seq":
-        make, form = Seq2SeqTrainer, Seq2SeqTrainingArguments
-        arguments["processing_class"] = tiny_tokenizer()
+        trainer_class, arguments_class = Seq2SeqTrainer, Seq2SeqTrainingArguments
     elif kind == "sft":
         trl = pytest.importorskip("trl")
-        make, form = trl.SFTTrainer, trl.SFTConfig
-        arguments["processing_class"] = tiny_tokenizer()
+        trainer_class, arguments_class = trl.SFTTrainer, trl.SFTConfig
         values = {"bf16": False, "gradient_checkpointing": False, **values}
-    return make(model=model, args=form(**settings(folder, **values)), **arguments)
+    if kind != "trainer":
+        arguments["processing_class"] = tiny_tokenizer()
+    training_arguments = arguments_class(**settings(folder, **values))
+    return trainer_class(model=model, args=training_arguments, **arguments)
 
 
 def with_bilora(folder: Path, bilora: BiLoRA, kind: str = "trainer", **values: Any) -> Any:
@@ -110,8 +119,17 @@ def with_bilora(folder: Path, bilora: BiLoRA, kind: str = "trainer", **values: A
 
 
 def batches(data: Dataset) -> list[dict[str, Tensor]]:
-    columns = {key: torch.tensor(data[key][:]).split(BATCH) for key in data.column_names}
-    return [dict(zip(columns, parts, strict=True)) for parts in zip(*columns.values(), strict=True)]
+    parts = []
+    for start in range(0, len(data), BATCH):
+        part = data[start : start + BATCH]
+        parts.append({name: torch.tensor(values) for name, values in part.items()})
+    return parts
+
+
+def count_targets(batch: dict[str, Tensor], shifts: bool) -> int:
+    """Tokens with a loss; a causal model has none for the first token."""
+    labels = batch["labels"][:, 1:] if shifts else batch["labels"]
+    return int((labels != -100).sum())
 
 
 def attached(model: Any, config: BiLoRAConfig = CONFIG, seed: int = 7) -> BiLoRA:
@@ -135,6 +153,7 @@ def by_hand(
     target tokens.
 
     Args:
+        shifts: whether the model predicts the next token.
         samples: the number of the sample in each row of all batches, where there are several
             auxiliaries.
     """
@@ -145,17 +164,18 @@ def by_hand(
     scheduler = get_scheduler(
         schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps
     )
-    losses, numbers = [], iter(samples)
+    model: Any = bilora.model
+    losses = []
     for step in range(steps):
-        window = data[step * accumulate : (step + 1) * accumulate]
-        first = 1 if shifts else 0
-        count = sum(int((batch["labels"][:, first:] != -100).sum()) for batch in window)
+        numbers = range(step * accumulate, (step + 1) * accumulate)  # of the step's batches
+        all_targets = sum(count_targets(data[number], shifts) for number in numbers)
         total = 0.0
-        for batch in window:
-            target_count = int((batch["labels"][:, first:] != -100).sum())
-            batch_numbers = list(itertools.islice(numbers, len(batch["labels"])))
-            with bilora.samples(batch_numbers) if batch_numbers else contextlib.nullcontext():
-                loss = cast(Any, bilora.model)(**batch).loss * target_count / count
+        for number in numbers:
+            # A batch's loss is the mean over its own targets.
+            share = count_targets(data[number], shifts) / all_targets
+            batch_samples = samples[number * BATCH : (number + 1) * BATCH]
+            with bilora.samples(batch_samples) if batch_samples else contextlib.nullcontext():
+                loss = share * model(**data[number]).loss
                 loss.backward()
             total += float(loss.detach())
         if clip:
@@ -172,7 +192,8 @@ def difference(left: BiLoRA, right: BiLoRA) -> float:
     """The largest difference between what two models have of adapters."""
     left_tensors, right_tensors = left._method.tensors(), right._method.tensors()
     assert left_tensors.keys() == right_tensors.keys()
-    return max(float((left_tensors[key] - right_tensors[key]).abs().max()) for key in left_tensors)
+    differences = [(left_tensors[key] - right_tensors[key]).abs().max() for key in left_tensors]
+    return float(max(differences))
 
 
 def losses(trainer: Any, name: str = "loss") -> list[float]:

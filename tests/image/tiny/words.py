@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenizers import pre_tokenizers
@@ -17,7 +17,8 @@ TEMPLATE = (
 """What Qwen-Image puts before a prompt: 34 tokens for Qwen's tokenizer, and for the one here."""
 
 WORDS = " a icon in style TOK rabbit photo of"
-STARTS = ("system", "Describe", "user", "assistant")
+STARTS = ["system", "Describe", "user", "assistant"]
+CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -26,23 +27,25 @@ CHAT = (
 )
 
 
+def numbered(words: Sequence[str]) -> dict[str, int]:
+    return {word: number for number, word in enumerate(words)}
+
+
 def qwen_tokenizer() -> Any:
     """Byte-level BPE that knows the words of the templates whole; right padding, and the length
     that Qwen's has.
     """
-    vocab = {
-        letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
-    merges: list[tuple[str, str]] = []
+    vocab = numbered(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    merges: Any = []
     words = re.findall("[A-Za-z]+", re.sub(r"<\|\w+\|>", " ", TEMPLATE) + WORDS)
     # Merges are applied in this order: words after a space first, so that no other splits them.
-    for word in (*(f"Ġ{word}" for word in words), *STARTS):
+    spaced_words = [f"Ġ{word}" for word in words]
+    for word in spaced_words + STARTS:
         for end in range(2, len(word) + 1):
             if word[:end] not in vocab:
                 vocab[word[:end]] = len(vocab)
                 merges.append((word[: end - 1], word[end - 1]))
-    pairs: Any = merges
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=pairs, model_max_length=131072)
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, model_max_length=131072)
     marks: Any = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     tokenizer.add_tokens(marks, special_tokens=True)
     tokenizer.chat_template = CHAT
@@ -52,19 +55,16 @@ def qwen_tokenizer() -> Any:
 
 def t5_tokenizer() -> Any:
     """Unigrams: characters and a few words."""
-    words = [f"▁{word}" for word in (*WORDS.split(), *string.ascii_lowercase)]
-    letters = sorted(set(string.ascii_letters + string.digits + string.punctuation))
+    words = [f"▁{word}" for word in WORDS.split() + list(string.ascii_lowercase)]
     scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -4.0}
-    scores |= dict.fromkeys(words, -2.0) | dict.fromkeys(letters, -3.0)
+    scores |= dict.fromkeys(words, -2.0) | dict.fromkeys(sorted(CHARACTERS), -3.0)
     return T5Tokenizer(vocab=list(scores.items()), extra_ids=1, model_max_length=512)
 
 
 def gemma_tokenizer() -> Any:
     """Of single characters; like Gemma's, it begins every text with a token, and has no length."""
-    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
-    letters = string.ascii_letters + string.digits + string.punctuation
-    vocab = {word: number for number, word in enumerate((*special, "▁", *letters))}
-    words = GemmaTokenizer(vocab=vocab, add_bos_token=True)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
+    words = GemmaTokenizer(vocab=numbered(special + list(CHARACTERS)), add_bos_token=True)
     assert words("").input_ids == [words.bos_token_id]
     return words
 
