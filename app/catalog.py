@@ -1,7 +1,7 @@
 """Run folders, results and figures under the viewer's root. No widgets here.
 
     catalog = Catalog(Path("demo"))
-    catalog.scan.runs, catalog.scan.scores, catalog.scan.figures, catalog.scan.broken
+    catalog.scan.runs, catalog.scan.scores, catalog.scan.results, catalog.scan.broken
     catalog.resolve("lora/metrics.jsonl")        # refuses paths that lead out of the root
 
 All paths in the items are POSIX and relative to the root ("." is the root itself). Open a file only
@@ -94,11 +94,11 @@ class Broken:
 
 @dataclass
 class Scan:
-    """Folders that one scan of the root finds, sorted by path; scores are among the figures too."""
+    """Folders that one scan of the root finds, sorted by path; scores are among the results too."""
 
     runs: list[RunItem] = field(default_factory=list)
     scores: list[ResultItem] = field(default_factory=list)
-    figures: list[ResultItem] = field(default_factory=list)
+    results: list[ResultItem] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
 
 
@@ -156,7 +156,7 @@ class Catalog:
         return text.replace(f"{self.root / folder}/", "").replace(str(self.root), self.name)
 
     def sign(self, kind: str) -> str:
-        """Hash of the "runs", "scores" or "figures", by which a page notices a change.
+        """Hash of the "runs", "scores" or "results", by which a page notices a change.
 
         Of the record of a run only the status counts, so that a run that goes on is the same until
         its status, weights, images or checkpoints change.
@@ -264,7 +264,7 @@ class Catalog:
             result = self._read_file(folder, FILE, read_result, scan)
             if result is not None:
                 item = self._result_item(folder, title, names, result, scan)
-                scan.figures.append(item)
+                scan.results.append(item)
                 if isinstance(result, Scored):
                     scan.scores.append(item)
 

@@ -1,8 +1,9 @@
 """The page around the tabs, and its guarded server.
 
-A tab is a module with ``Tab(catalog, changed)``, made inside its ``gr.Tab``. The page's layout is
-made once, when the viewer starts. A page looks at the root when it is loaded and every few seconds;
-a tab fills its lists at the event ``changed``: once after the load, and whenever something is new.
+Each tab is a module that builds its widgets inside its ``gr.Tab``, by a class or by `build`. The
+page's layout is made once, when the viewer starts. A page looks at the root when it is loaded and
+every few seconds; a tab fills its lists at the event ``changed``: once after the load, and whenever
+something is new.
 
 The server answers to its own names and its own page, on the page's routes. Gradio's server also
 takes files, fetches the addresses that it is sent, and on any host but "localhost" lets every web
@@ -90,7 +91,7 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
         notice = html("frame-notice", visible=False)
         # Hidden texts with the signs of the last scan: the change of one is the event of its tabs.
         signs: dict[str, gr.Textbox] = {}
-        for kind in ("runs", "scores", "figures"):
+        for kind in ("runs", "scores", "results"):
             signs[kind] = gr.Textbox("", visible=False, elem_id=f"frame-{kind}")
         runs_changed = signs["runs"].change
         scores_changed = signs["scores"].change
@@ -107,7 +108,7 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
             with gr.Tab("Training", id="training", elem_id="tab-training"):
                 training.Tab(catalog, runs_changed)
             with gr.Tab("Results", id="results", elem_id="tab-results"):
-                results.build(catalog, signs["figures"].change)
+                results.build(catalog, signs["results"].change)
 
         def look() -> list[Any]:
             catalog.look()
@@ -125,7 +126,7 @@ def title(catalog: Catalog) -> str:
     counts = [
         counted(len(scan.runs), "run"),
         counted(len(scan.scores), "score folder"),
-        counted(len(scan.figures), "result"),
+        counted(len(scan.results), "result"),
     ]
     return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {', '.join(counts)}</p>"
 
@@ -248,7 +249,7 @@ class PageGuard:
         elif any(origin.lower() not in page_origins for origin in headers.getlist("origin")):
             refusal = "The viewer answers no page but its own."
         elif not OPEN_ROUTES.fullmatch(path) and not path.startswith(self._files):
-            refusal = "This is closed."
+            refusal = "The viewer does not serve this address."
         else:
             await self._answer(scope, receive, send)
             return

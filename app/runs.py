@@ -142,7 +142,7 @@ def suggest_prompt(prompt: str | None, run: RunItem, runs: Sequence[RunItem]) ->
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run."""
+    """What a run is doing, and how far it is."""
 
     # "running", "finished", "interrupted", "failed" or "stalled"; for a run that is busy with
     # something else than steps, the name of that, such as "validation images"

@@ -177,10 +177,10 @@ class Evaluation:
         title = self.title or self.name.replace("_", " ").capitalize()
         parts = [f"# {title}", self.introduction(result)]
         for heading, columns in self.columns(result).items():
-            table = report.comparison(result, columns, self.facts(result))
+            text = report.comparison(result, columns, self.facts(result))
             if heading:
-                table = report.section(heading, table)
-            parts.append(table)
+                text = report.section(heading, text)
+            parts.append(text)
         parts += self.further(result)
         return report.page(*parts)
 
@@ -208,10 +208,10 @@ class Evaluation:
         """Draw the figures, write all files, and print the report and the files' names."""
         result = replace(result, figures=self.figures(result, self.folder))
         remove_last_figures(self.folder, self.command, result.figures)
-        report = self.report(result)
-        table.write(result, self.folder, report)
+        report_text = self.report(result)
+        table.write(result, self.folder, report_text)
         files = [table.REPORT, table.ROWS, table.SUMMARY, table.FILE, *result.figures]
-        lines = [*report.splitlines(), f"written: {self.folder}/{', '.join(files)}"]
+        lines = [*report_text.splitlines(), f"written: {self.folder}/{', '.join(files)}"]
         # A run's name or a prompt could otherwise control the terminal.
         print("\n".join(map(strip_controls, lines)))
 

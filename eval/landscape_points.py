@@ -44,6 +44,10 @@ LOSS_OPTIONS = (
     "image_interpolation_mode",
     "do_edm_style_training",
     "snr_gamma",
+    "snr_weighting",
+    "weighting_scheme",
+    "precondition_outputs",
+    "timestep_shift",
     "train_text_encoder",
 )
 # Options that say which images a run has
@@ -113,11 +117,11 @@ def base_key(config: DreamBoothConfig) -> list[Any]:
 
 
 def _config(subject: Subject) -> DreamBoothConfig:
-    """The configuration of a run; refused if it is not of SDXL, or of another version."""
+    """The configuration of a run on images that this version can read."""
     folder = subject.folder
     values = subject.record.get("config", {})
     if values.get("pretrained_model_name_or_path") is None:
-        raise UserError(f"{subject.source} is not a run of SDXL DreamBooth: give another.")
+        raise UserError(f"{subject.source} is not a run on images: give another.")
     unknown_options = sorted(values.keys() - {field.name for field in fields(DreamBoothConfig)})
     if unknown_options:
         raise UserError(

@@ -13,7 +13,7 @@ from bilora_diffusion.core.figures import new_figure
 
 from .table import Result, Summary
 
-# Width and height
+# Width and height of the axes of one panel
 PANEL_INCHES = (4.0, 3.2)
 MARKERS = "osD^vP"
 LINE_STYLES = ("-", "--", ":", "-.")

@@ -111,7 +111,7 @@ def find(word: str) -> Subject:
     )
 
 
-def run(folder: Path, word: str) -> Subject:
+def open_run(folder: Path, word: str) -> Subject:
     """A run folder as a subject, without its weights."""
     record = read_run(folder)
     config = record["config"]
@@ -133,7 +133,7 @@ def _folder(folder: Path, word: str) -> Subject:
     """The run, the LoRA file or the PEFT adapter in a folder; a run has one of these files too."""
     name = folder.resolve().name
     if (folder / RUN).is_file():
-        return _with_weights(run(folder, word))
+        return _with_weights(open_run(folder, word))
     if (folder / FILE_NAME).is_file():
         return _file(folder / FILE_NAME, name, word)
     if (folder / PEFT_FILE).is_file():

@@ -16,7 +16,7 @@ from typing import Any
 from bilora_diffusion import methods
 from bilora_diffusion.core.errors import UserError
 
-from .sources import BASE, Subject, find, run
+from .sources import BASE, Subject, find, open_run
 
 # Option -> its name in a sentence; the other options have their own names.
 PLAIN_NAMES = {
@@ -155,7 +155,7 @@ def _open(word: str, weights: bool) -> Subject:
     """A subject whose label is its folder's name and whose group is its method's title."""
     if weights:
         return find(word)
-    return run(Path(word), word)
+    return open_run(Path(word), word)
 
 
 def _refuse_repeated(words: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ from . import sweep_reporting as reporting
 from .command import Parser, open_folder, run
 from .evaluation import Evaluation
 from .report import Column
-from .sources import run as find_run
+from .sources import open_run
 from .subjects import Subject, by_group, paired
 from .sweep_reporting import FINISHED, SECONDS, WAITING
 from .table import Result, Row, command_line
@@ -291,7 +291,7 @@ def subject_of(runs_dir: Path, outcome: Outcome) -> Subject:
     """A run as a subject; of a run that is not finished it has the outcome only."""
     about = {"status": outcome.status, "exit_code": outcome.exit_code, "error": outcome.error}
     if outcome.status == FINISHED:
-        subject = find_run(runs_dir / outcome.run, outcome.run)
+        subject = open_run(runs_dir / outcome.run, outcome.run)
         return replace(subject, group=outcome.variant, about=about)
     name = outcome.run
     return Subject(name, outcome.variant, source=name, seed=outcome.seed, about=about)

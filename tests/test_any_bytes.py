@@ -16,7 +16,7 @@ from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.run.record import read_metrics, read_search
 from bilora_diffusion.text.examples import open_file
 from eval.clip_scores import prompts
-from eval.sources import run as find_run
+from eval.sources import open_run
 
 RUN = {"schema_version": 1, "method": "bilora", "status": "running", "config": {"rho": 0.05}}
 KEYS = (
@@ -63,7 +63,7 @@ def read_images(path):
 def read_run(path):
     """Read a run as evaluation and viewer do, and plot it."""
     folder = path.parent
-    run = find_run(folder, "run")
+    run = open_run(folder, "run")
     run.settings()
     lines = read_metrics(folder)
     record = dict(run.record)

@@ -21,7 +21,6 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 # Models of a pipeline whose adapters files hold.
 COMPONENTS = DENOISERS + ENCODERS
 
-# Files.
 FORMATS = ("diffusers", "kohya", "peft")
 # The two files of a folder of PEFT's.
 WEIGHTS = "adapter_model.safetensors"

@@ -57,7 +57,6 @@ BALLS = ("global", "per-layer", "none")
 DIRECTIONS = ("ascent", "descent")
 SCHEDULES = ("constant", "linear", "cosine")
 
-# Images.
 ADAPTER_GUIDANCE = "adapter"
 BASE_GUIDANCE = "base"
 # Models of the unconditional prediction in classifier-free guidance.
@@ -124,7 +123,7 @@ class Range:
         """
         fix = self._fix(value)
         if not fix and 0 < abs(value) < smallest:
-            fix = "give a larger number, or 0, which it is in 32-bit arithmetic"
+            fix = f"give 0 or at least {smallest:.2g}: a smaller number is 0 in fp32"
         if not fix:
             return
         text = f"{value!r:.80}"

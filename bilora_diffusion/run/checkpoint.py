@@ -41,7 +41,6 @@ from ..core.errors import TrainingError, UserError, translated
 from ..core.files import regular_file
 
 SCHEMA_VERSION = 4
-# Folder in the run folder.
 CHECKPOINTS = "checkpoints"
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"

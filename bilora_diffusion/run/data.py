@@ -250,6 +250,6 @@ def describe_copies(noun: str, training: Contents, heldout: Contents | None = No
         return None
     heldout_name, training_name = pairs[0]
     return (
-        f"{len(pairs)} of the {count} are copies of what is learned from, such as {heldout_name} of"
+        f"{len(pairs)} of the {count} are also trained on, such as {heldout_name}, which is"
         f" {training_name}, so the held-out loss is too low: drop one of the two."
     )

@@ -164,7 +164,7 @@ def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
 
 
 def translated_errors(model: str) -> AbstractContextManager[None]:
-    """Within the context a library's error, as of a model of odd shapes, becomes a sentence."""
+    """Turn a library's error within the context into one sentence."""
     return translated(
         f'"{model}" can\'t be trained with these options',
         "change the option that the reason names, or give another model",

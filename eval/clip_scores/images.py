@@ -70,9 +70,8 @@ class Sampling:
     base_model: str
     # Side of the images, pixels
     size: int
-    # Steps of the sampler
+    # Of the sampler
     steps: int
-    # Scale of classifier-free guidance
     guidance_scale: float
     # Factor of each adapter's change of the weights
     scale: float = 1.0
@@ -294,7 +293,7 @@ def generate_in_processes(
 
 
 def _generate_share(rank: int, store: Store, jobs: Sequence[Job], batch: int, count: int) -> None:
-    """The work of another process; its rank there begins at 0, which is this process's here."""
+    """Generate a child process's share; torch counts children from 0, and rank 0 is the parent."""
     store.generate(jobs, batch=batch, process=(rank + 1, count))
 
 

@@ -15,7 +15,7 @@ from eval import dynamics, generalization, table
 from eval import dynamics_curves as curves
 from eval.dynamics_curves import settles
 from eval.generalization import GAP, HELDOUT_LOSS, TRAINING_GRID_LOSS
-from eval.sources import run as opened
+from eval.sources import open_run
 from tests.eval.commands import result_of
 from tests.run import recorded_runs
 
@@ -83,7 +83,7 @@ def test_cosines_are_those_of_the_whole_matrices():
 def test_curves_over_one_layer_and_over_all(tmp_path):
     run = recorded_runs.make(tmp_path / "run")
     layer = "unet.up.to_out"
-    run_curves = curves.read(opened(run, "run"), [layer])
+    run_curves = curves.read(open_run(run, "run"), [layer])
     files = snapshots.steps(run)
     last, middle = snapshots.read(files[10]), snapshots.read(files[4])
     for name, indices in ((curves.ALL_LAYERS, [0, 1, 2]), (layer, [2])):
@@ -100,7 +100,7 @@ def test_curves_over_one_layer_and_over_all(tmp_path):
                 assert values[f"{role}/{quantity}"][4] == value
         assert values["auxiliary_norm"][3] == 0.05
     with pytest.raises(UserError, match="lacks layer"):
-        curves.read(opened(run, "run"), ["layer.3"])
+        curves.read(open_run(run, "run"), ["layer.3"])
     # Random subspaces of rank 2 overlap by 2 / size. This layer is (4, 7), the others have 6 rows.
     assert run_curves[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
     mean_overlap = (2 / 6 + 2 / 6 + 2 / 4) / 3
@@ -139,7 +139,7 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
     folder, result = late
     for adapter in ("primary", "auxiliary"):
         for row in result.select(f"settled {adapter}/product"):
-            all_layers = curves.read(opened(folder / row.subject, ""))[curves.ALL_LAYERS]
+            all_layers = curves.read(open_run(folder / row.subject, ""))[curves.ALL_LAYERS]
             cosine_of_step = all_layers.values[f"{adapter}/product"]
             steps, cosines = list(cosine_of_step), list(cosine_of_step.values())
             assert row.value == settles(steps, cosines, 0.9)

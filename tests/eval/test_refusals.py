@@ -54,9 +54,10 @@ CASES: dict[str, dict[str, str]] = {
     },
     "landscape": {
         "base": "no training images",
-        "text": "not a run of SDXL DreamBooth",
+        "text": "not a run on images",
         "icons other-images": "differ in images",
         "icons small": "differ in --resolution",
+        "icons weighted": "--snr_weighting",
         "full --space lora": "has no adapter",
         "newer": "warp_factor",
         "damaged": "damaged/run.json is ",
@@ -93,6 +94,7 @@ def place(tmp_path_factory):
     icons_run(root / "full", images, "full")
     icons_run(root / "newer", images, warp_factor=9)  # an option of a later version
     icons_run(root / "small", images, resolution=32)
+    icons_run(root / "weighted", images, snr_weighting="diffusers")
     icons_run(root / "other-images", images, dataset_name=str(root / "validation_dataset"))
     (icons_run(root / "unfinished", images) / "pytorch_lora_weights.safetensors").unlink()
     text_run(root / "text")

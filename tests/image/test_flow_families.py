@@ -27,7 +27,7 @@ PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 PROMPTS = [PROMPT, "an icon"]
 LONG = ", ".join([PROMPT] * 8)
 NO_GUIDANCE = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0, "FluxPipeline": 3.5}
-"""The guidance that is none; where it is 1, it is not here. FLUX.1 always is told one."""
+"""Scale at which a pipeline applies no guidance, if it is not 1; FLUX.1 takes it as an input."""
 
 SD3 = "StableDiffusion3Pipeline"
 SCHNELL = "FLUX.1 without an embedding of guidance"

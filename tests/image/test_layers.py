@@ -24,7 +24,7 @@ FEED_FORWARD = {
     "Krea2Pipeline": {"ff.gate", "ff.up", "ff.down"},
     "Lumina2Pipeline": {f"feed_forward.linear_{n}" for n in "123"},
 }
-"""The ends of the names, with # for numbers; every layer of such a name is one."""
+"""Ends of the layers' names, with # for numbers."""
 each_kind = pytest.mark.parametrize("kind", [SDXL, *FILES])
 
 
@@ -43,11 +43,11 @@ def test_groups_and_names(kind):
     base = pipeline(kind)
     model: nn.Module = family_of(base).model(base)
     module_types = {name: type(module) for name, module in model.named_modules()}
-    linear = {name for name, kind in module_types.items() if kind is nn.Linear}
+    linear = {name for name, module_type in module_types.items() if module_type is nn.Linear}
     inner = {
         name
-        for name, kind in module_types.items()
-        if kind is nn.Conv2d and re.search(r"\.\d+\.", name)
+        for name, module_type in module_types.items()
+        if module_type is nn.Conv2d and re.search(r"\.\d+\.", name)
     }
     attention, feed_forward = layers(base, "attention"), layers(base, "feed-forward")
     ends = tuple(f".{end}" for end in FEED_FORWARD[kind])

@@ -10,14 +10,15 @@ In factors, E = s B A and g_B = s G A^T, so the gain is the sum over layers of <
 after the one backward pass, and does not depend on the weights' scale, rank, depth, alpha or the
 unit of the loss. After each step
 
-    rho <- rho clip(sqrt(target rise * mean(loss) / (rho rms(slope))), DOWN, UP)
+    rho <- min(rho clip(sqrt(target rise * mean(loss) / (rho rms(slope))), DOWN, UP), limit)
 
-The slope is averaged, not the gain, which follows each change of rho late and so would overshoot.
+The slope is averaged, not the gain: the gain follows each change of rho with a delay, so that the
+radius would overshoot.
 The average is a root mean square, not a mean: a primary that relies on the auxiliary makes the
 slope negative, which is a reason to shrink the ball, not to widen it.
 
 The radius starts at the norm of the auxiliary after the first step that moves it (a warm-up's first
-step has rate 0 and moves nothing). It is at most a share of the norm of the primary's change. Where
+step has rate 0 and moves nothing). The limit is a share of the norm of the primary's change. Where
 the loss is flat at first, as that of an untrained classifier, no radius would reach the target, and
 a growing ball would keep the primary from learning.
 """
@@ -172,17 +173,18 @@ class AutoRadius:
         if active_norm is not None:
             norm = active_norm.to(state.rho)
         slope = gain / norm.clamp_min(_SMALLEST)
-        # A zero auxiliary has no slope, so its step has no share in the means.
-        share = torch.where(norm > 0, 1 - DECAY, 0.0).to(state.rho)
-        state.weight = share + (1 - share) * state.weight
-        state.square = share * (slope * slope) + (1 - share) * state.square
-        state.loss = share * loss + (1 - share) * state.loss
+        # A zero auxiliary has no slope, so its step has no weight in the means.
+        step_weight = torch.where(norm > 0, 1 - DECAY, 0.0).to(state.rho)
+        state.weight = step_weight + (1 - step_weight) * state.weight
+        state.square = step_weight * (slope * slope) + (1 - step_weight) * state.square
+        state.loss = step_weight * loss + (1 - step_weight) * state.loss
 
-        # target_rise mean(loss) / (rho rms(slope)), where mean(loss) = loss / weight and
-        # rms(slope) = sqrt(square / weight), so that sqrt(weight) is left in the denominator.
-        expected_gain = state.rho * (state.square * state.weight).sqrt()
-        target_gain = self.target_rise * state.loss
-        ratio = (target_gain / expected_gain.clamp_min(_SMALLEST)).clamp_min(0).sqrt()
+        # The target gain over the expected one, target_rise mean(loss) / (rho rms(slope)), with
+        # mean(loss) = loss / weight and rms(slope) = sqrt(square / weight). Both are multiplied by
+        # weight, which is 0 at first.
+        weighted_target = self.target_rise * state.loss
+        weighted_gain = state.rho * (state.square * state.weight).sqrt()
+        ratio = (weighted_target / weighted_gain.clamp_min(_SMALLEST)).clamp_min(0).sqrt()
         ratio = torch.where(state.weight > 0, ratio, 1.0)
         state.rho = torch.minimum(state.rho * ratio.clamp(DOWN, UP), limit)
         # While the auxiliary has not moved there is no radius to multiply, only the limit.
