@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core.errors import UserError, translated
-from bilora_diffusion.core.values import NOISE_LEVELS
+from bilora_diffusion.core.values import NOISE_LEVELS, TRAINING_GRID_LOSS
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.loss import GridLoss
@@ -170,7 +170,7 @@ class LevelGrid(GridLoss):
     def __init__(self, task: Any, images: ImageSet, levels: int) -> None:
         # Held-out images are not needed: their set is empty.
         super().__init__(task, SimpleNamespace(images=images), images.only(()))
-        self.images = self.sets["train_grid_loss"]
+        self.images = self.sets[TRAINING_GRID_LOSS]
         # The grid is cut into `levels` equal parts, and the middle level of each is taken: of 10
         # levels and 4 parts these are 1, 3, 6 and 8.
         middles = [NOISE_LEVELS * (2 * k + 1) // (2 * levels) for k in range(levels)]

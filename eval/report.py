@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from bilora_diffusion.core.figures import Interval
+
 from .table import Metric, Provenance, Result, Summary
 
-Interval = tuple[float, float]
 NOT_AVAILABLE = "n/a"
 # With fewer seeds a bootstrap interval is too narrow; see `compare.bootstrap_interval`.
 FEW_SEEDS = 10

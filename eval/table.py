@@ -24,6 +24,7 @@ from pydantic import TypeAdapter
 
 from bilora_diffusion.core.durable import dump_json, strict_json, write_text
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.figures import Interval
 from bilora_diffusion.core.files import regular_file, without_paths
 
 SCHEMA_VERSION = 1
@@ -84,18 +85,18 @@ class Summary:
     lower: int = 0
 
     @property
-    def interval(self) -> tuple[float, float] | None:
+    def interval(self) -> Interval | None:
         """Interval of the mean."""
         if self.low is None or self.high is None:
             return None
-        return self.low, self.high
+        return Interval(self.low, self.high)
 
     @property
-    def difference_interval(self) -> tuple[float, float] | None:
+    def difference_interval(self) -> Interval | None:
         """Interval of the mean difference."""
         if self.difference_low is None or self.difference_high is None:
             return None
-        return self.difference_low, self.difference_high
+        return Interval(self.difference_low, self.difference_high)
 
     @property
     def pairs(self) -> int:

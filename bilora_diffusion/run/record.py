@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..core.errors import UserError
 from ..core.files import regular_file
+from ..core.values import TRAINING_GRID_LOSS
 
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
@@ -250,7 +251,7 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
         for key, value in row.items():
             # A slash stands before a noise level.
             is_heldout = re.fullmatch(r"heldout_[^/]*", key) is not None
-            if is_heldout or key.startswith(("train_grid_loss", BY_CONCEPT)):
+            if is_heldout or key.startswith((TRAINING_GRID_LOSS, BY_CONCEPT)):
                 newest[key] = (row["step"], value)
     return newest
 

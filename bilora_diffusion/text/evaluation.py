@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 
 from ..core.durable import write_text
 from ..core.errors import UserError
+from ..core.values import TRAINING_GRID_LOSS
 from ..train.task import inference, loss_by_part
 from .config import TextConfig
 from .encode import Encoded
@@ -80,7 +81,7 @@ class Evaluation:
             train = self.data.train
             count = min(len(train), self.cfg.eval_train_samples)
             losses, _ = self._measure(train, count)
-            figures["train_grid_loss"] = sum(losses) / sum(train.target_tokens[:count])
+            figures[TRAINING_GRID_LOSS] = sum(losses) / sum(train.target_tokens[:count])
         return figures
 
     def _measure(self, rows: Encoded, count: int) -> tuple[list[float], list[int]]:
