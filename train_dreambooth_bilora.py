@@ -1,4 +1,4 @@
-"""Bi-LoRA and LoRA DreamBooth fine-tuning of Stable Diffusion XL.
+"""Bi-LoRA and LoRA DreamBooth fine-tuning of Stable Diffusion XL and other image models.
 
     accelerate launch train_dreambooth_bilora.py --dataset linoyts/3d_icon
     accelerate launch train_dreambooth_bilora.py --dataset my_photos \\

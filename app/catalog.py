@@ -1,7 +1,7 @@
 """Run folders, results and figures under the viewer's root. No widgets here.
 
     catalog = Catalog(Path("demo"))
-    catalog.scan.runs, catalog.scan.scores, catalog.scan.figures, catalog.scan.broken
+    catalog.scan.runs, catalog.scan.scores, catalog.scan.results, catalog.scan.broken
     catalog.resolve("lora/metrics.jsonl")        # refuses paths that lead out of the root
 
 All paths in the items are POSIX and relative to the root ("." is the root itself). Open a file only
@@ -38,49 +38,45 @@ from .runs import RunItem, label
 from .scored import Scored, scored
 
 SCORES = "clip_scores"
+# Pattern of the first validation image of each step.
 IMAGES = f"{VALIDATION}/step-*/000.png"
-"""Pattern of the first validation image of each step."""
+# Pattern of a file of each checkpoint.
 CHECKPOINTS = "checkpoints/step-*/digests.json"
-"""Pattern of a file of each checkpoint."""
+# Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model.
 EXPORTED = (FILE_NAME, *DENOISERS, WEIGHTS)
-"""Exports of a run: a diffusers LoRA, whole models, or a PEFT adapter of a text model."""
 
+# Hash of a step's samples and noise, in a line of the log
 DATA_HASH = re.compile(rb'"digest": "([0-9a-f]{1,128})"')
+# Bytes at the beginning of a log, which have its first step.
 HEAD_BYTES = 8_192
-"""Bytes at the beginning of a log, which have its first step."""
 
+# Levels of folders below the root that are searched.
 DEPTH = 6
-"""Levels of folders below the root that are searched."""
+# Folders that hold no run or result of their own; hidden ones are skipped as well.
 SKIPPED = frozenset(
     {"checkpoints", "images", VALIDATION, "logs", *COMPONENTS}
     | {"node_modules", "__pycache__", "site-packages", "build", "dist"}
 )
-"""Folders that hold no run or result of their own; hidden ones are skipped as well."""
 
 LINK = "it is a link out of the root: copy it, or give its own folder as the root"
+# Digits of a step at most; JavaScript has no larger whole numbers.
 DIGITS = 15
-"""Digits of a step at most; JavaScript has no larger whole numbers."""
 RENAME = "its name is not UTF-8: give it another"
+# Time for which one scan of the root serves all visitors.
 FRESH_SECONDS = 2.0
-"""Time for which one scan of the root serves all visitors."""
 
 
 @dataclass(frozen=True)
 class ResultItem:
-    """A result folder.
-
-    Attributes:
-        path: Path of the folder.
-        name: Name in lists.
-        kind: Name of the command that wrote it.
-        result: `Scored` for scored images, else the head of ``result.json``.
-        figures: PNG files relative to the root.
-    """
+    """A result folder."""
 
     path: str
     name: str
+    # Name of the command that wrote it
     kind: str
+    # `Scored` for scored images, else the head of ``result.json``
     result: Any
+    # PNG files relative to the root
     figures: list[str]
 
     def file(self, name: str) -> str:
@@ -98,11 +94,11 @@ class Broken:
 
 @dataclass
 class Scan:
-    """Folders that one scan of the root finds, sorted by path; scores are among the figures too."""
+    """Folders that one scan of the root finds, sorted by path; scores are among the results too."""
 
     runs: list[RunItem] = field(default_factory=list)
     scores: list[ResultItem] = field(default_factory=list)
-    figures: list[ResultItem] = field(default_factory=list)
+    results: list[ResultItem] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
 
 
@@ -145,7 +141,8 @@ class Catalog:
 
         On a public page a root outside of that folder is given by its name alone.
         """
-        root, working_folder = self.root, Path.cwd()
+        root = self.root
+        working_folder = Path.cwd()
         place = root
         if root.is_relative_to(working_folder):
             place = root.relative_to(working_folder)
@@ -159,7 +156,7 @@ class Catalog:
         return text.replace(f"{self.root / folder}/", "").replace(str(self.root), self.name)
 
     def sign(self, kind: str) -> str:
-        """Hash of the "runs", "scores" or "figures", by which a page notices a change.
+        """Hash of the "runs", "scores" or "results", by which a page notices a change.
 
         Of the record of a run only the status counts, so that a run that goes on is the same until
         its status, weights, images or checkpoints change.
@@ -258,19 +255,22 @@ class Catalog:
 
     def _read_folder(self, folder: str, names: set[str], scan: Scan) -> None:
         """Add a folder's run and result, if it has them, to a scan."""
+        title = self.name if folder == "." else folder  # in lists
         if RUN in names:
             record = self._read_file(folder, RUN, read_run, scan)
             if record is not None:
-                scan.runs.append(self._run_item(folder, names, record))
+                scan.runs.append(self._run_item(folder, title, names, record))
         if FILE in names:
             result = self._read_file(folder, FILE, read_result, scan)
             if result is not None:
-                item = self._result_item(folder, names, result, scan)
-                scan.figures.append(item)
+                item = self._result_item(folder, title, names, result, scan)
+                scan.results.append(item)
                 if isinstance(result, Scored):
                     scan.scores.append(item)
 
-    def _run_item(self, folder: str, names: set[str], record: dict[str, Any]) -> RunItem:
+    def _run_item(
+        self, folder: str, title: str, names: set[str], record: dict[str, Any]
+    ) -> RunItem:
         """A run folder by its record and its files."""
         weights = None
         for file in EXPORTED:
@@ -282,7 +282,7 @@ class Catalog:
                 data_hash = read_data_hash(self.resolve(join(folder, METRICS)))
         return RunItem(
             path=folder,
-            name=label(self._folder_name(folder), record),
+            name=label(title, record),
             record=record,
             weights=weights,
             steps=read_steps(self.root / folder, IMAGES),
@@ -290,7 +290,9 @@ class Catalog:
             data_hash=data_hash,
         )
 
-    def _result_item(self, folder: str, names: set[str], result: Any, scan: Scan) -> ResultItem:
+    def _result_item(
+        self, folder: str, title: str, names: set[str], result: Any, scan: Scan
+    ) -> ResultItem:
         """A result folder by its content; a figure that is missing goes to the broken ones."""
         head = vars(result.result) if isinstance(result, Scored) else result
         figures = []
@@ -303,11 +305,7 @@ class Catalog:
         if missing_files:
             reason = f"{FILE} names {missing_files[0]}, which is not there: make the result again"
             scan.broken.append(Broken(folder, reason))
-        return ResultItem(folder, self._folder_name(folder), head["kind"], result, figures)
-
-    def _folder_name(self, folder: str) -> str:
-        """Name of a folder in lists: its path, for the root its name."""
-        return self.name if folder == "." else folder
+        return ResultItem(folder, title, head["kind"], result, figures)
 
     def _read_file(self, folder: str, file: str, read: Callable[[Path], Any], scan: Scan) -> Any:
         """Content of a folder's file by `read`; None and a broken folder if that fails."""

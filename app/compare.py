@@ -27,8 +27,8 @@ from .catalog import Catalog, ResultItem
 from .parts import QUIET, Update
 from .scored import PromptRow, Scored, ScoredImage, View, times_100
 
+# Properties of events that run one after the other, so that the last choice stays on screen.
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "compare", "concurrency_limit": 1}
-"""Properties of events that run one after the other, so that the last choice stays on screen."""
 
 
 class Tab:
@@ -187,7 +187,10 @@ class Tab:
     def _update(self, view: View, item: ResultItem) -> Update:
         """Update of the widgets that show a view."""
         rows = data.listed(view, item.result)
-        pictures = {label: self._picture(item, view, label) for label in view.adapters}
+        pictures: dict[str, Image.Image | None] = {}  # the pair's come first
+        for label in (view.a, view.b, *view.also):
+            if label not in pictures:
+                pictures[label] = self._picture(item, view, label)
         place = "–"
         for number, row in enumerate(rows, start=1):
             if row.text == view.prompt:

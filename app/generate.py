@@ -19,18 +19,19 @@ from PIL import Image
 from bilora_diffusion.core.errors import TrainingError, UserError
 from bilora_diffusion.core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE
 from bilora_diffusion.mini import MINI
+from eval.clip_scores.settings import usual
 
 from . import parts
 from .catalog import Catalog
 from .parts import QUIET
 from .runs import PROMPT, ordered, pair, suggest_prompt
-from .sampling import BASE, Pipelines, can_sample, checked, sides, usual
+from .sampling import BASE, Pipelines, can_sample, checked, sides
 
+# Models of the unconditional prediction as the tab Generate names them.
 GUIDANCE_TITLES = {
     ADAPTER_GUIDANCE: "the adapter (what other programs do)",
     BASE_GUIDANCE: "the base model",
 }
-"""Models of the unconditional prediction as the tab Generate names them."""
 
 
 class Stopped(Exception):
@@ -205,7 +206,7 @@ class Tab:
         with suppress(UserError):  # the button Generate shows the error
             base, _, _ = sides(self.catalog, a, b)
             if base.name != last_base:
-                steps, guidance = usual(base)
+                steps, guidance = usual(base.describe())
                 return [prompt, steps, guidance, base.name]
         return [prompt, gr.skip(), gr.skip(), gr.skip()]
 

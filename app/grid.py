@@ -22,23 +22,25 @@ from bilora_diffusion.core.values import (
     STRENGTHS,
     Range,
 )
+from eval.clip_scores.settings import usual
 
 from . import parts
 from .generate import Stopped, Work, message
 from .parts import QUIET, Update
 from .runs import RunItem, ordered, suggest_prompt
-from .sampling import BaseChoice, Request, checked, exported, is_guided, size_of, usual
+from .sampling import BaseChoice, Request, checked, exported, size_of
 
+# Images of one grid
 IMAGE_COUNTS = Range(64, "each takes as long as one in the tab Generate", at_least=1)
+# Models of the unconditional prediction as the grid's rows name them.
 GUIDANCE_ROWS = {
     ADAPTER_GUIDANCE: "guidance from the adapter",
     BASE_GUIDANCE: "guidance from the base model",
 }
-"""Models of the unconditional prediction as the grid's rows name them."""
+# Step of the checkpoint, model of the unconditional prediction, strength of the adapter.
 Cell = tuple[int, str, float]
-"""Step of the checkpoint, model of the unconditional prediction, strength of the adapter."""
+# Checkpoints that are chosen at first.
 FIRST_CHECKPOINTS = 4
-"""Checkpoints that are chosen at first."""
 
 
 class Grid:
@@ -126,13 +128,14 @@ class Grid:
                 columns = read_strengths(strengths)
                 run, rows = self._chosen(path, steps)
                 base = BaseChoice.of_config(run.record["config"])
+                model = base.describe()
                 kinds: Sequence[str] = (ADAPTER_GUIDANCE,)
                 # A run of whole weights has no adapter to turn off for the base model's prediction.
                 has_adapter = not methods.get(run.method).exports_weights
-                if both_kinds and has_adapter and is_guided(base):
+                if both_kinds and has_adapter and model.is_guided:
                     kinds = GUIDANCE_SOURCES
                 IMAGE_COUNTS.check("the number of images", len(rows) * len(kinds) * len(columns))
-                sampler_steps, guidance = usual(base)
+                sampler_steps, guidance = usual(model)
                 first_request = checked(prompt, seed, sampler_steps, guidance, columns[0])
                 first_request = replace(first_request, size=size_of(run))
                 requests: list[Request] = []  # of each row

@@ -1,8 +1,9 @@
 """The page around the tabs, and its guarded server.
 
-A tab is a module with ``Tab(catalog, changed)``, made inside its ``gr.Tab``. The page's layout is
-made once, when the viewer starts. A page looks at the root when it is loaded and every few seconds;
-a tab fills its lists at the event ``changed``: once after the load, and whenever something is new.
+Each tab is a module that builds its widgets inside its ``gr.Tab``, by a class or by `build`. The
+page's layout is made once, when the viewer starts. A page looks at the root when it is loaded and
+every few seconds; a tab fills its lists at the event ``changed``: once after the load, and whenever
+something is new.
 
 The server answers to its own names and its own page, on the page's routes. Gradio's server also
 takes files, fetches the addresses that it is sent, and on any host but "localhost" lets every web
@@ -41,32 +42,33 @@ from .parts import QUIET, html
 
 FOLDER = Path(__file__).resolve().parent
 TITLE = "Bi-LoRA viewer"
+# From one look at the root to the next
 RESCAN_SECONDS = 5.0
+# Broken folders that the notice names; the others are counted.
 MAX_LISTED = 8
-"""Broken folders that the notice names; the others are counted."""
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
+# The routes that the page asks for, besides files of Gradio's own folder.
 OPEN_ROUTES = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)"
     "|/(assets|static|svelte)/.*"
     r"|/gradio_api/(app_id|theme\.css|cancel|reset/?|heartbeat/[^/]*)"
     "|/gradio_api/(queue/(join|data)|run/predict)"
 )
-"""The routes that the page asks for, besides files of Gradio's own folder."""
+# A Host header: a name, or an IPv6 address in brackets, and perhaps a port.
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^][:/@?#]+)(:\d+)?")
-"""A Host header: a name, or an IPv6 address in brackets, and perhaps a port."""
+# Largest body of a request. The page sends choices and prompts only; uploads are closed.
 MAX_BODY_BYTES = 1_000_000
-"""Largest body of a request. The page sends choices and prompts only; uploads are closed."""
+# Longest line at the terminal, in characters.
 MAX_LINE_LENGTH = 400
-"""Longest line at the terminal, in characters."""
+# By this policy the browser itself refuses content from other servers, and refuses to show the page
+# inside another one. Gradio's page needs inline scripts and styles.
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
     " style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; object-src 'none';"
     " frame-ancestors 'none'; form-action 'none'; base-uri 'self'"
 )
-"""By this policy the browser itself refuses content from other servers, and refuses to show the
-page inside another one. Gradio's page needs inline scripts and styles.
-"""
+# Of every answer
 HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -89,7 +91,7 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
         notice = html("frame-notice", visible=False)
         # Hidden texts with the signs of the last scan: the change of one is the event of its tabs.
         signs: dict[str, gr.Textbox] = {}
-        for kind in ("runs", "scores", "figures"):
+        for kind in ("runs", "scores", "results"):
             signs[kind] = gr.Textbox("", visible=False, elem_id=f"frame-{kind}")
         runs_changed = signs["runs"].change
         scores_changed = signs["scores"].change
@@ -106,7 +108,7 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
             with gr.Tab("Training", id="training", elem_id="tab-training"):
                 training.Tab(catalog, runs_changed)
             with gr.Tab("Results", id="results", elem_id="tab-results"):
-                results.build(catalog, signs["figures"].change)
+                results.build(catalog, signs["results"].change)
 
         def look() -> list[Any]:
             catalog.look()
@@ -124,7 +126,7 @@ def title(catalog: Catalog) -> str:
     counts = [
         counted(len(scan.runs), "run"),
         counted(len(scan.scores), "score folder"),
-        counted(len(scan.figures), "result"),
+        counted(len(scan.results), "result"),
     ]
     return f"<h1>{TITLE}</h1><p><b>{escape(catalog.name)}</b> · {', '.join(counts)}</p>"
 
@@ -247,7 +249,7 @@ class PageGuard:
         elif any(origin.lower() not in page_origins for origin in headers.getlist("origin")):
             refusal = "The viewer answers no page but its own."
         elif not OPEN_ROUTES.fullmatch(path) and not path.startswith(self._files):
-            refusal = "This is closed."
+            refusal = "The viewer does not serve this address."
         else:
             await self._answer(scope, receive, send)
             return

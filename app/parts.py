@@ -26,18 +26,18 @@ from bilora_diffusion.image.image_files import DECODE_ERRORS
 from .catalog import Catalog
 from .runs import CONTROL, OURS, RunItem, pair
 
+# Properties of events that fill the page in the background.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""Properties of events that fill the page in the background."""
+# Bounds of the longer side with which a picture is shown, in pixels.
 SMALLEST, LARGEST = 256, 768
-"""Bounds of the longer side with which a picture is shown, in pixels."""
+# The same of a slider; its upper bound is `LARGEST` too.
 SLIDER_SMALLEST = 384
-"""The lower bound in a slider."""
+# Formats of pictures; for others Pillow starts programs, such as an interpreter of PostScript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Formats of pictures; for others Pillow starts programs, such as an interpreter of PostScript."""
+# Largest picture: a small file may hold any number of equal pixels, which must fit into memory.
 MOST_PIXELS = 2**26
-"""Largest picture: a small file may hold any number of equal pixels, which must fit into memory."""
+# Widget -> its new value or properties.
 Update = dict[Any, Any]
-"""Widget -> its new value or properties."""
 
 
 def html(elem_id: str | None = None, **options: Any) -> gr.HTML:
@@ -173,7 +173,7 @@ def slider(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str
     )
 
 
-# commands to copy, with the paths of what is there
+# commands to copy, with the paths of the runs that are there
 
 TRAIN = (
     "python train_dreambooth_bilora.py --method {method}"
@@ -181,6 +181,7 @@ TRAIN = (
     " --validation_prompt 'a photo of TOK on a beach' --output_dir {root}/{method}"
 )
 BOTH = "\n".join(TRAIN.replace("{method}", method) for method in (CONTROL, OURS))
+# Purpose and command of each way to fill an empty viewer; the command takes the root.
 COMMANDS = {
     "demo": (
         "Train LoRA and Bi-LoRA on the miniature (make demo does it into demo):",
@@ -189,7 +190,7 @@ COMMANDS = {
     "train": ("Or train both on pictures of your own:", BOTH),
     "images": ("Let both make images while they train:", BOTH),
 }
-"""Purpose and command of what fills an empty viewer; the command takes the root."""
+# Purposes of commands of ``eval``, which take runs.
 EVALUATIONS = {
     "vote": "A vote needs images of two runs from the same prompts and seeds:",
     "clip_scores": (
@@ -201,7 +202,6 @@ EVALUATIONS = {
     "generalization": "Compare training and held-out loss over time, of runs that measured both:",
     "text_scores": "Score text runs by what they recorded:",
 }
-"""Purposes of commands of ``eval``, which take runs."""
 
 
 def empty(catalog: Catalog, title: str, *names: str) -> str:

@@ -18,15 +18,15 @@ from . import parts
 from .catalog import Catalog, ResultItem
 from .parts import QUIET, Update
 
+# Commands that the notice of an empty tab shows.
 RESULTS = ("landscape", "generalization", "text_scores", "dynamics")
-"""Commands that the notice of an empty tab shows."""
+# Part of a report that is shown
 REPORT_BYTES = 1_000_000
+# Marks of which Gradio's page would make HTML, requests or diagrams, and entities for them, which
+# it shows as text.
 ENTITIES = {"<": "&lt;", "![": "&#33;[", "```": "&#96;&#96;&#96;", "~~~": "&#126;&#126;&#126;"}
-"""Marks of which Gradio's page would make HTML, requests or diagrams, and entities for them, which
-it shows as text.
-"""
+# A picture in Markdown; no bracket within, so that a megabyte of "![" takes linear time.
 PICTURE = re.compile(r"!\[[^\[\]]*\]\([^()]*\)")
-"""A picture in Markdown; no bracket within, so that a megabyte of "![" takes linear time."""
 
 
 def build(catalog: Catalog, changed: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 import time
@@ -18,39 +17,36 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.files import duration
 from bilora_diffusion.run.record import HEARTBEAT_SECONDS
 
+# Methods of the pair that is shown before anything is chosen.
 CONTROL, OURS = "lora", "bilora"
-"""Methods of the pair that is shown before anything is chosen."""
+# Silence after which a training run is shown as stalled.
 STALE_SECONDS = 12 * HEARTBEAT_SECONDS
-"""Silence after which a training run is shown as stalled."""
+# The same for a run that does something else than steps, such as validation images.
 BUSY_SECONDS = 3600.0
-"""The same for a run that does something else than steps, such as validation images."""
+# Activity in ``run.json`` of a run that takes steps
 TRAINING = "training"
+# Steps whose median gives the time that is left.
 RECENT_STEPS = 50
-"""Steps whose median gives the time that is left."""
+# A prompt for the miniature, where a run has none.
 PROMPT = "a TOK icon of a rabbit, in the style of TOK"
-"""A prompt for the miniature, where a run has none."""
 
 
 @dataclass(frozen=True)
 class RunItem:
-    """A run folder.
-
-    Attributes:
-        path: Path of the folder.
-        name: Name in lists and legends, such as "dog (Bi-LoRA, seed 0)"; unique.
-        record: Content of ``run.json``.
-        weights: File of the exported LoRA, or folder of whole models; None before the export.
-        steps: Steps with validation images, in order.
-        checkpoints: Steps with a checkpoint, in order.
-        data_hash: Hash of the samples and noise of the first step; None before it.
-    """
+    """A run folder."""
 
     path: str
+    # Name in lists and legends, such as "dog (Bi-LoRA, seed 0)"; unique
     name: str
+    # Content of ``run.json``
     record: dict[str, Any]
+    # File of the exported LoRA, or folder of whole models; None before the export
     weights: str | None
+    # Steps with validation images, in order
     steps: tuple[int, ...] = ()
+    # Steps with a checkpoint, in order
     checkpoints: tuple[int, ...] = ()
+    # Hash of the samples and noise of the first step; None before it
     data_hash: str | None = None
 
     @property
@@ -146,25 +142,21 @@ def suggest_prompt(prompt: str | None, run: RunItem, runs: Sequence[RunItem]) ->
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run.
+    """What a run is doing, and how far it is."""
 
-    Attributes:
-        status: "running", "finished", "interrupted", "failed" or "stalled"; for a run that is busy
-            with something else than steps, the name of that, such as "validation images".
-        reason: Sentence about a failed or a stalled run; "" otherwise.
-        steps: Steps that are done.
-        total: Steps of the whole run; None if not known.
-        wall_seconds: Time spent, over all resumes.
-        left_seconds: Time that is left, by the recent steps; None if not known.
-        peak_memory_bytes: Peak memory of the accelerator, or of the process on a CPU.
-    """
-
+    # "running", "finished", "interrupted", "failed" or "stalled"; for a run that is busy with
+    # something else than steps, the name of that, such as "validation images"
     status: str
+    # Sentence about a failed or a stalled run; "" otherwise
     reason: str
+    # Done, and of the whole run; None if not known
     steps: int
     total: int | None
+    # Over all resumes
     wall_seconds: float
+    # Time that is left, by the recent steps; None if not known
     left_seconds: float | None
+    # Peak memory of the accelerator, or of the process on a CPU
     peak_memory_bytes: int
 
 
@@ -203,11 +195,8 @@ def progress(
         reason = f"it has written nothing for {duration(silent_seconds)}: it was probably killed"
     elif is_running and activity != TRAINING:
         status = activity
-        reason = ""
-        # A record of another version may lack the time, or have another form of it.
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            started_at = datetime.fromisoformat(record["doing_since"]).timestamp()
-            reason = f"since {duration(max(0.0, current_time - started_at))}"
+        started_at = datetime.fromisoformat(record["doing_since"]).timestamp()
+        reason = f"since {duration(max(0.0, current_time - started_at))}"
     left_seconds = None
     if is_running and total is not None and step_times:
         left_seconds = max(0, total - steps) * step_seconds

@@ -7,8 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,13 @@ from bilora_diffusion.core.values import (
     check_choice,
 )
 from bilora_diffusion.export.conversion import export_checkpoint
-from bilora_diffusion.image.base_model import describe
+from bilora_diffusion.image.base_model import BaseModel, describe
 from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.mini import MINI, PIPELINES
 from bilora_diffusion.run.checkpoint import CHECKPOINTS, DIGESTS, FILES
 from bilora_diffusion.run.console import quiet
-from eval.clip_scores import settings
 from eval.command import open_device
 from eval.load import applied, require_adapter
 from eval.sources import find
@@ -46,8 +44,8 @@ from eval.sources import find
 from .catalog import Catalog
 from .runs import RunItem
 
+# Stands for the base model among the paths of runs.
 BASE = ""
-"""Stands for the base model among the paths of runs."""
 MAX_SEED = 2**32 - 1
 
 
@@ -72,27 +70,25 @@ class BaseChoice:
             vae=config.get("pretrained_vae_model_name_or_path"),
         )
 
+    def describe(self) -> BaseModel:
+        """Its configuration files, under its own name: what is usual for it depends on the name."""
+        return replace(describe(local(self)), name=self.name)
+
 
 @dataclass(frozen=True)
 class Request:
-    """An image to sample.
-
-    Attributes:
-        prompt: Prompt.
-        seed: Seed of the noise.
-        steps: Steps of the sampler.
-        guidance_scale: Scale of guidance, as diffusers has it.
-        scale: Scale of the adapter.
-        size: Side of the image in pixels; None for the model's own.
-        guidance_from: Model of the unconditional prediction, one of `values.GUIDANCE_SOURCES`.
-    """
+    """An image to sample."""
 
     prompt: str
     seed: int
     steps: int
+    # As diffusers has it
     guidance_scale: float
+    # Of the adapter
     scale: float
+    # Side of the image in pixels; None for the model's own
     size: int | None = None
+    # Model of the unconditional prediction, one of `values.GUIDANCE_SOURCES`
     guidance_from: str = ADAPTER_GUIDANCE
 
 
@@ -173,26 +169,13 @@ class Pipelines:
 
     def _read(self, base: BaseChoice) -> Any:
         folder = local(base)
-        dtype = describe(folder).family.precision(self.device)
+        dtype = base.describe().family.precision(self.device)
         if base.name in PIPELINES:  # a miniature fits every device in fp32
             dtype = torch.float32
         vae = None
         if base.vae:
             vae = local(BaseChoice(base.vae, cache_dir=base.cache_dir))
         return load_pipeline(folder, dtype=dtype, variant=base.variant, vae=vae)
-
-
-@cache
-def usual(base: BaseChoice) -> tuple[int, float]:
-    """Steps and guidance scale with which a base model is sampled by default."""
-    _, steps, guidance = settings.usual(local(base), base.name)
-    return steps, guidance
-
-
-@cache
-def is_guided(base: BaseChoice) -> bool:
-    """Test that a base model is sampled with an unconditional prediction by default."""
-    return settings.is_guided(local(base), base.name)
 
 
 def local(base: BaseChoice) -> str:

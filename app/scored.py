@@ -1,7 +1,7 @@
 """A result of ``eval.clip_scores`` image by image, for the tabs Compare and Vote.
 
-It has the images with their scores, and what Compare shows of them: scores of each prompt, their
-order, one view, its link. There are no files and no widgets here. Adapters are named by their
+It has the images with their scores, and the data of Compare: scores of each prompt, their order,
+one view, its link. There are no files and no widgets here. Adapters are named by their
 labels and prompts by their texts, so that a link stays valid when the images are scored again.
 """
 
@@ -22,15 +22,15 @@ from eval.clip_scores.prompts import Prompt
 from eval.clip_scores.reporting import METRICS
 from eval.table import FILE, Result, Summary
 
+# Metric -> field of `ScoredImage` for the note of its rows.
 NOTES = {"t2t": "caption", "nearest": "nearest_image"}
-"""Metric -> field of `ScoredImage` for the note of its rows."""
+# JavaScript has no larger whole numbers.
 LARGEST_SEED = 2**53
-"""JavaScript has no larger whole numbers."""
 
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """An image: its file relative to the result's folder, and what was measured of it."""
+    """An image: its file relative to the result's folder, and its scores."""
 
     file: str
     scores: Mapping[str, float]
@@ -56,8 +56,8 @@ class Settings:
     captioner: ScoringModel | None
 
 
+# Label of the adapter, text of the prompt, seed.
 Key = tuple[str, str, int]
-"""Label of the adapter, text of the prompt, seed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,65 +121,49 @@ def scored(result: Result) -> Scored:
     return scores
 
 
+# Orders of the prompts; a gain is a change for the better from the first adapter to the second.
 ORDERS = {
     "gain": "Largest gain first",
     "loss": "Largest loss first",
     "name": "By name",
     "list": "As in the prompt set",
 }
-"""Orders of the prompts; a gain is a change for the better from the first adapter to the second."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One comparison on the screen; its link has the same fields in the same order.
+    """One comparison on the screen; its link has the same fields in the same order."""
 
-    Attributes:
-        scores: Path of the score folder.
-        a: Label of the first adapter of the pair.
-        b: Label of the second adapter; the change is b minus a.
-        also: Labels of further adapters that are shown.
-        prompt: Text of the prompt.
-        seed: Seed of the images.
-        metric: Metric of the list of prompts.
-        order: Order of this list, one of `ORDERS`.
-        words: Words that a listed prompt contains, all of them.
-    """
-
+    # Path of the score folder
     scores: str
+    # Labels of the pair; the change is b minus a
     a: str
     b: str
+    # Labels of further adapters that are shown
     also: tuple[str, ...]
     prompt: str
     seed: int
+    # Metric of the list of prompts
     metric: str
+    # Order of this list, one of `ORDERS`
     order: str = "gain"
+    # Words that a listed prompt contains, all of them
     words: str = ""
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Labels of all adapters that are shown, each once, the pair first."""
-        return tuple(dict.fromkeys((self.a, self.b, *self.also)))
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt in the list; its scores are means over the seeds that both adapters have.
+    """A prompt in the list; its scores are means over the seeds that both adapters have."""
 
-    Attributes:
-        position: Place among the prompts.
-        name: Instance of the prompt, if the prompt set has one, else its text.
-        text: Text of the prompt.
-        a: Score of the first adapter.
-        b: Score of the second adapter.
-        tone: Tone of the change, see `tone`.
-    """
-
+    # Place among the prompts
     position: int
+    # Instance of the prompt, if the prompt set has one, else its text
     name: str
     text: str
+    # Scores of the two adapters
     a: float | None
     b: float | None
+    # Tone of the change, see `tone`
     tone: str = "even"
 
     @property
@@ -220,8 +204,8 @@ def rows(result: Scored, a: str, b: str, metric: str) -> list[PromptRow]:
     def is_paired(item: str, seed: int | None) -> bool:
         return (a, item, seed) in measured and (b, item, seed) in measured
 
-    # The difference is over the seeds that both adapters have: another seed's noise would be in it.
-    # A prompt without such a seed has the scores all the same.
+    # A difference takes only the seeds that both adapters have: images of different seeds differ
+    # by their noise as well. A prompt without a common seed still shows each adapter's own mean.
     paired_items = {row.item for row in measured_rows if is_paired(row.item, row.seed)}
     pair_rows = []
     for row in measured_rows:

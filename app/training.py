@@ -35,15 +35,16 @@ from .training_data import (
     table,
 )
 
+# From one update of the curves to the next
 TICK_SECONDS = 3.0
+# Runs that are shown before any is chosen.
 FIRST_RUNS = 4
-"""Runs that are shown before any is chosen."""
+# Steps of the running mean at first.
 WINDOW = 25
-"""Steps of the running mean at first."""
+# Settings that differ between any two runs.
 FOLDER_SETTINGS = ("output_dir", "logging_dir")
-"""Settings that differ between any two runs."""
+# Characters of a setting's value.
 SETTING_WIDTH = 60
-"""Characters of a setting's value."""
 
 
 def cards(runs: Sequence[TrainingRun]) -> tuple[str, str]:

@@ -18,21 +18,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bilora_diffusion.core.values import HELDOUT_DISTANCE, HELDOUT_LOSS, TRAINING_GRID_LOSS
-from bilora_diffusion.image.loss import BY_LEVEL
+from bilora_diffusion.core.values import (
+    BY_LEVEL,
+    HELDOUT_DISTANCE,
+    HELDOUT_LOSS,
+    TRAINING_GRID_LOSS,
+)
 from bilora_diffusion.run.record import BY_CONCEPT
 from bilora_diffusion.text.metrics import METRICS
 
 from .runs import CONTROL, Progress, RunItem
 
 Row = Mapping[str, Any]
+# (step, value), by step.
 Points = list[tuple[int, float]]
-"""(step, value), by step."""
 
+# Colors of runs; each has a contrast of at least 3 to a light and to a dark page.
 COLORS = ("#0d9488", "#ea580c", "#6366f1", "#db2777", "#4d9a0c", "#0284c7", "#b7791f", "#a855f7")
-"""Colors of runs; each has a contrast of at least 3 to a light and to a dark page."""
+# Color of lines that belong to no run.
 GREY = "#808890"
-"""Color of lines that belong to no run."""
+# Colors of concepts and configurations, of the same contrast.
 LABEL_COLORS = (
     "#3b82f6",
     "#ef4444",
@@ -43,42 +48,37 @@ LABEL_COLORS = (
     "#c0568f",
     "#0891b2",
 )
-"""Colors of concepts and configurations, of the same contrast."""
-# The last two digits of a color are its opacity. By them ``style.css`` knows the kind of a line.
+# The last two digits of a color are its opacity. By them ``style.css`` knows the kind of a line:
+# a faint line is thin;
 FAINT = "80"
-"""Opacity of a faint line, which is thin."""
+# the control's line is broad, since others often lie on it;
 WIDE = "c0"
-"""Opacity of the control's line, which is broad, since others often lie on it."""
+# by the run's number a line is solid, dashed, dotted, or dashed and dotted;
 DASHES = ("", "fe", "fd", "fc")
-"""Opacity of a line that is solid, dashed, dotted, or dashed and dotted, by the run's number."""
+# and the same for a broad line.
 BROAD_DASHES = ("fb", "fa", "f9", "f8")
-"""The same of a broad line."""
+# Plots whose colors are of concepts or configurations, not of runs
 WITH_LEGEND = ("concepts", "fit")
 OTHER_LABEL = "other configurations"
+# Column of the held-out loss at one noise level.
 LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
-"""Column of the held-out loss at one noise level."""
+# Points of a line, about.
 MOST_POINTS = 400
-"""Points of a line, about."""
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A chosen run as it is now.
-
-    Attributes:
-        run: Its folder.
-        color: Number among `COLORS`.
-        rows: Rows of its log.
-        state: Its progress; the reason of a run that can't be read.
-        fit: Record of its search, if it has one.
-        is_readable: True if record and log could be read.
-    """
+    """A chosen run as it is now."""
 
     run: RunItem
+    # Number among `COLORS`
     color: int
     rows: list[dict[str, Any]]
+    # Its progress; the reason of a run that can't be read
     state: Progress
+    # Record of its search, if it has one
     fit: Row = field(default_factory=dict)
+    # True if record and log could be read
     is_readable: bool = True
 
     def line(self, points: Points) -> Line:
@@ -86,29 +86,21 @@ class TrainingRun:
         opacity = WIDE if self.run.method == CONTROL else ""
         return Line(self.run.name, points, COLORS[self.color] + opacity)
 
-    def faint_line(self, points: Points, title: str) -> Line:
-        """A line in the background, with a title beside the run's name."""
-        return Line(f"{self.run.name}, {title}", points, COLORS[self.color] + FAINT)
-
 
 @dataclass(frozen=True)
 class Line:
-    """A curve.
+    """A curve."""
 
-    Attributes:
-        name: Name that is shown where the pointer is on it.
-        points: Its points.
-        color: Color, with the opacity that gives its kind.
-        label: Name of the color in a legend.
-        run: Name of the dashes in a legend.
-        is_broad: True for a broad line, in a plot with a legend.
-    """
-
+    # Name that is shown where the pointer is on it
     name: str
     points: Points
+    # Color, with the opacity that gives its kind
     color: str = GREY
+    # Name of the color in a legend
     label: str = ""
+    # Name of the dashes in a legend
     run: str = ""
+    # True for a broad line, in a plot with a legend
     is_broad: bool = False
 
 
@@ -180,7 +172,9 @@ def curves(
     lines = []
     if background is not None:
         background_key, title = background
-        lines = [run.faint_line(series(run.rows, background_key), title) for run in runs]
+        for run in runs:
+            points = series(run.rows, background_key)
+            lines.append(Line(f"{run.run.name}, {title}", points, COLORS[run.color] + FAINT))
     for run in runs:
         lines.append(run.line(smooth(series(run.rows, key), window)))
     return lines
@@ -191,13 +185,14 @@ def differences(runs: Sequence[TrainingRun], key: str, window: int = 1) -> list[
 
     Such runs see the same samples with the same noise in each step.
     """
+    keys = [(run.run.seed, run.run.is_text, run.run.data_hash) for run in runs]
     controls: dict[tuple[Any, ...], TrainingRun] = {}
-    for run in runs:
+    for pair_key, run in zip(keys, runs, strict=True):
         if run.run.method == CONTROL:
-            controls.setdefault(_pairing(run.run), run)
+            controls.setdefault(pair_key, run)
     lines = []
-    for run in runs:
-        control = controls.get(_pairing(run.run), run)
+    for pair_key, run in zip(keys, runs, strict=True):
+        control = controls.get(pair_key, run)
         if control is run:
             continue
         control_values = dict(series(control.rows, key))
@@ -207,11 +202,6 @@ def differences(runs: Sequence[TrainingRun], key: str, window: int = 1) -> list[
                 points.append((step, value - control_values[step]))
         lines.append(run.line(smooth(points, window)))
     return over_zero(lines, "LoRA of the same seed")
-
-
-def _pairing(run: RunItem) -> tuple[Any, ...]:
-    """Key that runs share which see the same samples and noise."""
-    return run.seed, run.is_text, run.data_hash
 
 
 def over_zero(lines: list[Line], name: str) -> list[Line]:
@@ -367,6 +357,7 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
 
 UNPROJECTED = ("auxiliary_norm_before", "before the projection")
 BELOW_ZERO = "Below zero: better than LoRA of the same seed."
+# Each plot's title and caption.
 TITLES = {
     "loss": ("Training loss", "Running mean; faint: each step."),
     "loss-difference": (
@@ -397,4 +388,3 @@ TITLES = {
     ),
     "rate": ("Learning rate", "Of the primary adapter."),
 }
-"""Each plot's title and caption."""

@@ -25,24 +25,19 @@ from .catalog import Catalog
 from .parts import QUIET, Update
 from .runs import RunItem, ordered, pair
 
+# Runs that fit side by side.
 COLUMNS = 6
-"""Runs that fit side by side."""
+# Runs without images that are named; the others are counted.
 MAX_NAMES = 6
-"""Runs without images that are named; the others are counted."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Images of a run at a step.
-
-    Attributes:
-        title: Heading of the column.
-        step: Step of the images.
-        files: Files relative to the root, by prompt and by number among the prompt's images.
-    """
+    """Images of a run at a step."""
 
     title: str
     step: int
+    # Files relative to the root, by prompt and by number among the prompt's images
     files: dict[tuple[str, int], str]
 
 

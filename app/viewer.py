@@ -25,6 +25,7 @@ from pathlib import Path
 from bilora_diffusion.core.errors import UserError, run_cli
 from eval.command import Parser
 
+# Gradio's own default
 PORT = 7860
 LOCAL = "127.0.0.1"
 HOST_NAME = re.compile(r"[a-z0-9._-]+", re.IGNORECASE)

@@ -26,10 +26,23 @@ from .catalog import Catalog
 from .parts import QUIET, Update
 from .votes import ANY_PAIR, Tally, VoterState, VoteStore, image_pairs
 
+# Properties of events that run one after the other: two at once would each choose a pair, so that
+# the page could have the token of one and the server that of the other.
 ORDERED: dict[str, Any] = {**QUIET, "concurrency_id": "vote", "concurrency_limit": 1}
-"""Properties of events that run one after the other: two at once would each choose a pair, so that
-the page could have the token of one and the server that of the other.
-"""
+
+
+def _shows_errors(event: Callable[..., Update]) -> Callable[..., Update]:
+    """An event of the tab whose error becomes its notice."""
+
+    @functools.wraps(event)
+    def event_or_notice(tab: Tab, *values: Any) -> Update:
+        try:
+            return {tab.notice: parts.notice(""), **event(tab, *values)}
+        except (UserError, OSError) as error:
+            text = escape(tab.catalog.plain(error))
+            return {tab.notice: parts.notice(f'<section class="broken"><b>{text}</b></section>')}
+
+    return event_or_notice
 
 
 class Tab:
@@ -121,50 +134,36 @@ class Tab:
             self.scores: gr.update(choices=choices, value=path),
         }
 
+    @_shows_errors
     def _begin(self, path: str | None, pair: str, session: str) -> Update:
         """Show the first pair of a session, or the next one of a session that goes on."""
         # The browser stores the session, so it may send anything.
         if not isinstance(session, str) or not re.fullmatch("[0-9a-f]{16}", session):
             session = secrets.token_hex(8)
+        return {self.session: session, **self._voting(self.votes.open(path, pair, session))}
 
-        def begin() -> Update:
-            update = self._voting(self.votes.open(path, pair, session))
-            return {self.session: session, **update}
-
-        return self._or_notice(begin)
-
+    @_shows_errors
     def _cast(self, choice: str, token: str, voter: VoterState | None) -> Update:
         """Store a vote and show the next pair."""
         # The voter is the server's state, to which the browser can't write.
         if voter is None or token != voter.token:
             return {self.notice: gr.skip()}
-        return self._or_notice(lambda: self._voting(self.votes.cast(voter, choice)))
+        return self._voting(self.votes.cast(voter, choice))
 
     def _end(self) -> Update:
         """Go back to the choice of adapters."""
         return {self.voter: None, **self._visibility(is_voting=False)}
 
+    @_shows_errors
     def _report(self, path: str | None, pair: str) -> Update:
         """Show the result so far."""
+        tallies, voters = self.votes.result(path, pair)
+        return {self.result: parts.notice(table(tallies, voters))}
 
-        def report() -> Update:
-            tallies, voters = self.votes.result(path, pair)
-            return {self.result: parts.notice(table(tallies, voters))}
-
-        return self._or_notice(report)
-
+    @_shows_errors
     def _export(self) -> Update:
         """Write the votes to a file that Gradio serves."""
-        folder = Path(self.file.GRADIO_CACHE)
-        return self._or_notice(lambda: {self.file: str(self.votes.export(folder))})
-
-    def _or_notice(self, act: Callable[[], Update]) -> Update:
-        """The update of an action, or a notice with its error."""
-        try:
-            return {self.notice: parts.notice(""), **act()}
-        except (UserError, OSError) as error:
-            text = escape(self.catalog.plain(error))
-            return {self.notice: parts.notice(f'<section class="broken"><b>{text}</b></section>')}
+        return {self.file: str(self.votes.export(Path(self.file.GRADIO_CACHE)))}
 
     def _visibility(self, is_voting: bool) -> Update:
         """Show the pair or the choice of adapters, and hide the result."""

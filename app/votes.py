@@ -32,33 +32,30 @@ from .catalog import Catalog, ResultItem
 from .scored import Scored
 
 FILE = "votes.db"
+# Seconds to wait for another program that holds the file.
 BUSY_SECONDS = 5.0
-"""Seconds to wait for another program that holds the file."""
+# Seconds until a query is ended; those of this module take milliseconds.
 QUERY_SECONDS = 10.0
-"""Seconds until a query is ended; those of this module take milliseconds."""
+# Largest value that is read: the file may come from a stranger
 MAX_VALUE_BYTES = 1_000_000
+# Steps of SQLite's machine from one look at the clock to the next.
 QUERY_STEPS = 100_000
-"""Steps of SQLite's machine from one look at the clock to the next."""
+# Value of the choice "any pair".
 ANY_PAIR = ""
-"""Value of the choice "any pair"."""
+# Beginnings of a text that a spreadsheet takes for a formula; the last four have full width.
 FORMULA_SIGNS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-"""Beginnings of a text that a spreadsheet takes for a formula; the last four have full width."""
+# Columns of the CSV file: fields of `Vote`, with a number in place of the session.
 COLUMNS = ("time UTC", "score folder", "prompt", "seed", "adapter left", "adapter right")
 COLUMNS += ("choice", "winner", "voter")
-"""Columns of the CSV file: fields of `Vote`, with a number in place of the session."""
 
 
 class Side(NamedTuple):
-    """An adapter's image.
-
-    Attributes:
-        label: Label of the adapter.
-        digest: Hash of its weights: with other weights it is another adapter.
-        file: File relative to the score folder.
-    """
+    """An adapter's image."""
 
     label: str
+    # Hash of its weights: with other weights it is another adapter
     digest: str
+    # File relative to the score folder
     file: str
 
 
@@ -80,35 +77,28 @@ class ImagePair:
 
 
 class Vote(NamedTuple):
-    """A row of the table, whose columns are these fields.
-
-    Attributes:
-        time: Time of the vote.
-        scores: Path of the score folder.
-        prompt: Text of the prompt.
-        seed: Seed of both images.
-        left: Label of the left adapter.
-        right: Label of the right adapter.
-        choice: "left", "right" or "tie".
-        winner: Label of the better adapter; "" for a tie.
-        session: Name of the voter's browser.
-        pair: `ImagePair.key`.
-    """
+    """A row of the table, whose columns are these fields."""
 
     time: str
+    # Path of the score folder
     scores: str
     prompt: str
     seed: int
+    # Labels of the adapters
     left: str
     right: str
+    # "left", "right" or "tie"
     choice: str
+    # Label of the better adapter; "" for a tie
     winner: str
+    # Name of the voter's browser
     session: str
+    # `ImagePair.key`
     pair: str
 
 
+# Labels of two adapters; how often the first one won, neither did, and the second one won.
 Tally = tuple[str, str, int, int, int]
-"""Labels of two adapters; how often the first one won, neither did, and the second one won."""
 
 
 def tallies(votes: Iterable[Vote]) -> list[Tally]:
@@ -149,26 +139,22 @@ def image_pairs(
 
 @dataclass(frozen=True)
 class VoterState:
-    """State of one voter's page.
+    """State of one voter's page."""
 
-    Attributes:
-        session: Name of the voter's browser.
-        scores: Path of the score folder.
-        labels: Labels of the two adapters to compare; None for any two.
-        num_voted: Pairs that the session has voted on.
-        total: All pairs.
-        pair: The pair to vote on, with random sides; None when all are done.
-        images: Images of both sides, as ``data:`` addresses with nothing in them but pixels.
-        token: Random name of the pair for the browser.
-    """
-
+    # Name of the voter's browser
     session: str
+    # Path of the score folder
     scores: str
+    # Labels of the two adapters to compare; None for any two
     labels: Sequence[str] | None
+    # Pairs that the session has voted on, and all
     num_voted: int
     total: int
+    # The pair to vote on, with random sides; None when all are done
     pair: ImagePair | None = None
+    # Images of both sides, as ``data:`` addresses with nothing in them but pixels
     images: Sequence[str | None] = ()
+    # Random name of the pair for the browser
     token: str = ""
 
 

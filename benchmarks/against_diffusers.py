@@ -50,6 +50,7 @@ from bilora_diffusion.run.record import read_metrics
 from bilora_diffusion.train.engine import build_accelerator
 
 OURS = str(Path(__file__).resolve().parents[1] / "train_dreambooth_bilora.py")
+# Label of diffusers' script
 PEER = "diffusers, LoRA"
 # Runs of this project: name -> flags, beside those that all runs share
 VARIANTS = {
@@ -97,6 +98,7 @@ FIGURES = {
     "skipped": ("steps left out by fp16's scaler", 1),
     HELDOUT_LOSS: ("held-out loss x 1000", 1e3),
 }
+# Units in that sentence of ``--dry_run``
 BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 # Sentence of ``--dry_run``
 NEEDED = re.compile(r"the run needs about ([0-9.]+) (\w+)")
@@ -299,7 +301,8 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for cells in (heads, ["---"] * len(heads), *cells_by_label.values()):
         lines.append(f"| {' | '.join(cells)} |")
-    flags, device = result["flags"], result["device"]
+    flags = result["flags"]
+    device = result["device"]
     lines += [
         "",
         f"{result['rounds']} rounds of {flags['steps']} steps of {flags['batch']} at"
@@ -324,7 +327,7 @@ def _cell(figure: dict[str, Any] | None, factor: float, label: str) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; refuse what could not be measured or written."""
+    """Read the command line; refuse a script, device or file that could not be used."""
     parser = Sentences(description="diffusers' script and this one, side by side.")
     parser.add_argument("--script", type=Path, required=True, help="copy of diffusers' script")
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="the options that follow")

@@ -38,6 +38,7 @@ from eval.compare import mean, summaries
 from eval.table import Entry, Metric, Result, Row, command_line, provenance_of_runs
 
 IMAGE, TEXT = "train_dreambooth_bilora.py", "train_text_bilora.py"
+# Options of all runs
 COMMON = ["--train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none"]
 ICONS = ["--pretrained_model_name_or_path", "mini", "--learning_rate", "1e-3"]
 REVIEWS = ["--model_name_or_path", "minilm", "--task_type", "classification", "--max_length", "64"]
@@ -49,6 +50,7 @@ DATASETS = {
     "icons-sample": ["mini", *SAMPLE],
     "animals": ["mini-animals"],
 }
+# Scales and formats of shares and of losses
 SHARE: Any = {"scale": 100, "form": ".2f"}
 LOSS: Any = {"scale": 1000, "form": ".2f"}
 METRICS = {
@@ -177,6 +179,7 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> Measurement:
     choice_loss = read_metrics(runs / "last")[-1][HELDOUT_LOSS]
     best_loss, _, _ = lowest(curves)
     choice_best, _, _ = lowest({"": choice_curve})
+    # Shares of the lowest loss; the gain is a share of the command's own loss.
     values = {
         "regret": choice_loss / best_loss - 1,
         "constant": choice_curve[choice["steps"]] / best_loss - 1,
@@ -223,7 +226,8 @@ def result_of(
     measured: dict[tuple[str, int], Measurement], records: Any, argv: Sequence[str]
 ) -> Result:
     """The result of the sets and seeds that were measured so far."""
-    rows, entries = [], []
+    rows = []
+    entries = []
     for (name, seed), measurement in measured.items():
         values = dict(measurement.values)
         other_loss = loss_of_other_seeds(measured, (name, seed))
@@ -273,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    measured, records = {}, []
+    measured = {}
+    records = []
     runs = args.runs_dir.absolute()
     for seed, name in itertools.product(args.seeds, args.sets):
         folder = runs / name / f"seed-{seed}"

@@ -120,6 +120,7 @@ def paired_ratio(
     The interval is None below five rounds.
     """
     ratios = np.asarray(times) / np.asarray(baseline)  # (rounds,)
+    # A bootstrap of fewer values gives intervals that are far too narrow.
     if len(ratios) < 5:
         return float(np.median(ratios)), None
     interval = bootstrap(

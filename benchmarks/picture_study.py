@@ -93,28 +93,33 @@ class Preset:
     scoring: tuple[str, ...] = ()
 
 
-def mini_preset(dataset: str, **changes: Any) -> Preset:
-    """The miniature on one of its sets, with 32 held-out captions.
+def mini_preset(dataset: str, model: str | None = None) -> Preset:
+    """A miniature on one of the embedded sets, with 32 held-out captions.
 
     It is trained beyond the step with the lowest held-out loss.
+
+    Args:
+        model: name of the miniature; None for the set's own.
     """
+    # The loss of a quarter of the held-out pictures: all take longer than the training.
+    options: dict[str, bool | str] = {
+        "dataset": dataset,
+        "validation_part": "1/4",
+        "validation_loss_steps": "100",
+        "num_validation_images": "0",
+    }
+    if model is not None:
+        options["pretrained_model_name_or_path"] = model
     return Preset(
         recipe="recipes/mini.yaml",
         prompts=f"{dataset}-heldout",
         steps=(100, 300, 500, 1000),
         guidances=(Guidance("adapter", 4.0), Guidance("base", 2.0)),
         variants=(CONTROL, "Bi-LoRA", RADIUS_AUTO, PER_SAMPLE, HELD_UNCONDITIONAL),
-        # The loss of a quarter of the held-out pictures: all take longer than the training.
-        options={
-            "dataset": dataset,
-            "validation_part": "1/4",
-            "validation_loss_steps": "100",
-            "num_validation_images": "0",
-        },
+        options=options,
         max_prompts=32,
         # With 15 sampler steps in place of 25, the score "truth" is 0.4 lower for all variants.
         scoring=("--general_prompts", "none", "--skip_captions", "--num_inference_steps", "15"),
-        **changes,
     )
 
 
@@ -132,6 +137,7 @@ PRESETS = {
     "mini-duotone": mini_preset("mini-duotone"),
     "mini-gray": mini_preset("mini-gray"),
     "mini-pastel": mini_preset("mini-pastel"),
+    "mini-flow": mini_preset("mini", model="mini-flow"),
     "sdxl-3d_icon": Preset(
         recipe="recipes/sdxl_3d_icon.yaml",
         steps=(500, 1000, 2000),
@@ -281,32 +287,46 @@ def step_table(result: Result, metric: str, item: str) -> str:
 
 
 def draw_fronts(result: Result, guidances: Sequence[Guidance], folder: Path) -> list[str]:
-    """Draw likeness to the trained style over agreement with the prompt.
-
-    Each variant is a line through its checkpoints; each kind of guidance has its own axes. Likeness
-    is the cosine with the held-out picture, or without one with the nearest training picture.
+    """Draw the fronts of a result, each kind of guidance on its own axes.
 
     Returns:
-        The picture's name; [] without a value at each checkpoint, which leaves empty axes.
+        The picture's name; [] if a kind of guidance lacks a value, which leaves empty axes.
+    """
+    labels = [guidance.label for guidance in guidances]
+    if not all(result.select("i2t", item=label) for label in labels):
+        return []
+    with plot.canvas(folder / FRONTS, 1, len(labels)) as (_, axes):
+        for axis, label in zip(axes.flat, labels, strict=True):
+            draw_front(axis, result, label, label)
+    return [FRONTS]
+
+
+def draw_front(axis: Any, result: Result, label: str, title: str, legend: bool = True) -> None:
+    """Draw likeness to the trained style over agreement with the prompt.
+
+    Each variant is a line through its checkpoints, with a bar of one standard error of the seeds in
+    both directions. Likeness is the cosine with the held-out picture, or without one with the
+    nearest training picture.
+
+    Args:
+        axis: of matplotlib.
+        label: name of the kind of guidance.
+        title: title of the axes.
+        legend: show the variants' names.
     """
     likeness = "truth" if result.select("truth") else "nearest"
     styles = plot.group_styles(result.groups, CONTROL)
-    with plot.canvas(folder / FRONTS, 1, len(guidances)) as (_, axes):
-        for axis, guidance in zip(axes.flat, guidances, strict=True):
-            for group in result.groups:
-                horizontal = result.curve(group, "i2t", guidance.label)
-                vertical = result.curve(group, likeness, guidance.label)
-                if any(point.mean is None for point in (*horizontal, *vertical)):
-                    return []
-                x, x_error = _shown_values(horizontal)
-                y, y_error = _shown_values(vertical)
-                style = {"color": styles[group]["color"], "marker": ".", "lw": 1, "elinewidth": 0.6}
-                axis.errorbar(x, y, y_error, x_error, label=group, **style)
-                if group == result.control:
-                    for i, point in enumerate(vertical):
-                        axis.annotate(f"{point.step}", (x[i], y[i]), fontsize=6, color="gray")
-            plot.finish(axis, guidance.label, METRICS[likeness].title, xlabel="CLIP I2T")
-    return [FRONTS]
+    for group in result.groups:
+        horizontal = result.curve(group, "i2t", label)
+        vertical = result.curve(group, likeness, label)
+        x, x_error = _shown_values(horizontal)
+        y, y_error = _shown_values(vertical)
+        style = {"color": styles[group]["color"], "marker": ".", "lw": 1, "elinewidth": 0.6}
+        axis.errorbar(x, y, y_error, x_error, label=group, **style)
+        if group == result.control:
+            for i, point in enumerate(vertical):
+                axis.annotate(f"{point.step}", (x[i], y[i]), fontsize=6, color="gray")
+    plot.finish(axis, title, METRICS[likeness].title, legend, xlabel="CLIP I2T")
 
 
 def _shown_values(curve: Sequence[Summary]) -> tuple[list[float], list[float]]:

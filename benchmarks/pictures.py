@@ -266,11 +266,11 @@ class Pictures(Evaluation):
         if failures:
             first = failures[0]
             raise TrainingError(
-                f"{len(failures)} of {len(outcomes)} runs failed, first {first.cell}"
-                f" ({first.error}): {self.runs_dir}/{first.cell}.log has the reason, and the same"
+                f"{len(failures)} of {len(outcomes)} runs failed, first {first.run}"
+                f" ({first.error}): {self.runs_dir}/{first.run}.log has the reason, and the same"
                 " command tries them again."
             )
-        trained = {outcome.cell: subject_of(self.runs_dir, outcome) for outcome in outcomes}
+        trained = {outcome.run: subject_of(self.runs_dir, outcome) for outcome in outcomes}
         if trained:
             for guidance in self.guidances:
                 self.scored[guidance] = self._score(guidance, list(trained.values()))
@@ -319,8 +319,8 @@ class Pictures(Evaluation):
         # If all runs were recorded, nothing was scored now: the earlier result has the settings.
         scored = next(iter(self.scored.values()), self.earlier)
         assert scored is not None
-        for name in ("sampling", "scorer"):
-            self.settings[name] = scored.settings[name]
+        for name in ("sampling", "scorer", "truth_i2t"):
+            self.settings[name] = scored.settings.get(name)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
         if subject.label in self.recorded:

@@ -42,17 +42,20 @@ from bilora_diffusion.mini import pipeline_dir
 
 Model = TypeVar("Model", bound=nn.Module)
 ROOT = Path(__file__).resolve().parents[1]
+# Sizes of the denoiser and of the text encoders
 SDXL = json.loads(
     (ROOT / "results" / "dry_run_memory" / "models.json").read_text(encoding="utf-8")
 )["Stable Diffusion XL"]
 # Number of random values, which are made once and repeated. It is a prime, so that the rows of a
 # matrix differ.
 BLOCK = 1_000_003
+# Tokens of a prompt of CLIP, with start and end
 TEXT_LENGTH = 77
 # Models of the pipeline
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # Frequencies of rotary positions, a buffer
 ROTARY = "inv_freq"
+# Sizes of SDXL's autoencoder
 VAE: dict[str, Any] = {
     "latent_channels": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -130,7 +133,9 @@ def _fill(module: nn.Module, name: str, values: Tensor, block: Tensor) -> None:
     if values.dim() < 2:
         values.fill_(0.0 if name == "bias" else 1.0)
         return
+    # 1 / sqrt(fan-in): the entries of one output are values[0], of a matrix or of a kernel.
     scale = 0.02 if isinstance(module, nn.Embedding) else values[0].numel() ** -0.5
+    # The block is repeated, since billions of random numbers would take minutes.
     for part in values.view(-1).split(BLOCK):
         part.copy_(block[: part.numel()] * scale)
 
@@ -168,6 +173,7 @@ def write_pipeline(folder: Path, changes: Mapping[str, Any] | None = None) -> di
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 UNet: Any = UNet2DConditionModel
+# Layers of a UNet that get adapters
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 Inputs = dict[str, Any]
 
@@ -288,7 +294,7 @@ SHAPES = {"mini": MINI, "t5-base": T5, "llama-7b-layer": LLAMA, "sdxl-unet": SDX
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, write the folder, say what is in it."""
+    """Write the folder that the command line names, and print its models."""
     parser = argparse.ArgumentParser(description="Write an SDXL pipeline with random weights.")
     parser.add_argument("folder", type=Path, help="new folder for the pipeline")
     args = parser.parse_args(argv)

@@ -5,11 +5,11 @@
     python benchmarks/step_cost.py --shapes t5-base --methods all --batch 32   # as in Table A4
     python benchmarks/step_cost.py --shapes sdxl-unet                # 2.57 B parameters, 6 GB
 
-All arms are in one process on the same base weights and take turns, one step each, in rotating
+All variants are in one process on the same base weights and take turns, one step each, in rotating
 order. The ratio to LoRA is the median over rounds, with a 95 % bootstrap interval. A step is
 forward, backward, clipping, optimizer step with the projection onto the ball (Eq. 10), and clearing
-the gradients. Weights are random, since time does not depend on them. Peak memory of several arms
-cannot be separated within a process, so each arm also runs two steps in its own process.
+the gradients. Weights are random, since time does not depend on them. Peak memory of variants in
+one process cannot be separated, so each variant also runs two steps in a process of its own.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from bilora_diffusion.run import provenance
 from bilora_diffusion.train.engine import Blocks, keep_freed_memory
 
 SEED = 0
+# The default of a run
 MAX_GRAD_NORM = 1.0
 # Samples of "bilora-sample", each with its own auxiliary; a step sees the next ones of them.
 SAMPLES = 20
@@ -47,7 +48,7 @@ SAMPLES = 20
 SCHEDULED_STEPS = 10_000
 
 
-class ArmKind(NamedTuple):
+class VariantKind(NamedTuple):
     """A row of the result."""
 
     label: str
@@ -62,23 +63,23 @@ class ArmKind(NamedTuple):
 
 # The methods of `--methods all`, which train adapters; `full` is run by its name only.
 METHODS = tuple(name for name in methods.names() if not methods.get(name).exports_weights)
-KINDS = {name: ArmKind(methods.get(name).title, name) for name in methods.names()} | {
-    "bilora-auto": ArmKind("Bi-LoRA, rho auto", "bilora", options={"rho": "auto"}),
-    "bilora-sample": ArmKind(
+KINDS = {name: VariantKind(methods.get(name).title, name) for name in methods.names()} | {
+    "bilora-auto": VariantKind("Bi-LoRA, rho auto", "bilora", options={"rho": "auto"}),
+    "bilora-sample": VariantKind(
         "Bi-LoRA, an auxiliary for each of 20 samples", "bilora", options={"auxiliaries": SAMPLES}
     ),
-    "bilora-peft": ArmKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
-    "lora-peft": ArmKind("LoRA, PEFT's forward", "lora", fused=False),
-    "bilora-compiled": ArmKind("Bi-LoRA, compiled", "bilora", compiled=True),
-    "lora-compiled": ArmKind("LoRA, compiled", "lora", compiled=True),
+    "bilora-peft": VariantKind("Bi-LoRA, PEFT's two adapters", "bilora", fused=False),
+    "lora-peft": VariantKind("LoRA, PEFT's forward", "lora", fused=False),
+    "bilora-compiled": VariantKind("Bi-LoRA, compiled", "bilora", compiled=True),
+    "lora-compiled": VariantKind("LoRA, compiled", "lora", compiled=True),
 }
 BASELINE = "lora"
 
 
-class Arm:
+class Variant:
     """One method on a copy of ``base``'s modules.
 
-    All arms share the base weights, but for full fine-tuning, which has a copy of them.
+    All variants share the base weights, but for full fine-tuning, which has a copy of them.
 
     Args:
         kind: a key of ``KINDS``.
@@ -90,8 +91,11 @@ class Arm:
     def __init__(
         self, kind: str, args: argparse.Namespace, base: nn.Module, inputs: dict[str, Any]
     ) -> None:
-        self.kind, self.shape, self.inputs = kind, SHAPES[args.shapes], inputs
-        self.batch, self.dtype = args.batch, DTYPES[args.dtype]
+        self.kind = kind
+        self.shape = SHAPES[args.shapes]
+        self.inputs = inputs
+        self.batch = args.batch
+        self.dtype = DTYPES[args.dtype]
         options = MethodOptions(num_steps=SCHEDULED_STEPS, **KINDS[kind].options)
         self.method = methods.create(KINDS[kind].method, options)
         shared: dict[int, Any] = {}  # tensors that the copy shares, so that they take no memory
@@ -99,7 +103,7 @@ class Arm:
             for tensor in itertools.chain(base.parameters(), base.buffers()):
                 shared[id(tensor)] = tensor
         self.model = copy.deepcopy(base, shared)
-        torch.manual_seed(SEED)  # every arm starts from the same primary
+        torch.manual_seed(SEED)  # every variant starts from the same primary
         target = Target("model", self.model, self.shape.spec, self.shape.lr, 1e-2)
         groups = self.method.setup([target])
         if not KINDS[kind].fused:
@@ -140,47 +144,49 @@ class Arm:
         return loss.detach()
 
 
-def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -> list[Arm]:
+def make(kinds: Sequence[str], args: argparse.Namespace, device: torch.device) -> list[Variant]:
     """Arms on one base model and one batch."""
     keep_freed_memory(device)  # as training does
-    shape, dtype = SHAPES[args.shapes], DTYPES[args.dtype]
+    shape = SHAPES[args.shapes]
+    dtype = DTYPES[args.dtype]
     base = materialize(shape.build, dtype=dtype, device=device, seed=SEED)
     base.train().requires_grad_(False)
     generator = torch.Generator().manual_seed(SEED)
     inputs = shape.inputs(base, args.batch, dtype, device, generator)
-    return [Arm(kind, args, base, inputs) for kind in kinds]
+    return [Variant(kind, args, base, inputs) for kind in kinds]
 
 
 def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure all arms of the command line; returns the result that is printed and written."""
+    """Measure all variants of the command line; returns the result that is printed and written."""
     memory = {kind: memory_of(kind, args) for kind in args.arms}
-    arms, shape = make(args.arms, args, device), SHAPES[args.shapes]
+    variants = make(args.arms, args, device)
+    shape = SHAPES[args.shapes]
 
-    def work(arm: Arm, number: int) -> float:
-        torch.manual_seed(shape.warmup + number)  # the same dropout for all arms of a round
+    def work(variant: Variant, number: int) -> float:
+        torch.manual_seed(shape.warmup + number)  # the same dropout for all variants of a round
         losses: list[torch.Tensor] = []
-        duration = seconds(lambda: losses.append(arm.train_step()), device)
+        duration = seconds(lambda: losses.append(variant.train_step()), device)
         # Outside of the timing, since it waits for the GPU.
-        arm.losses.append(float(losses[0]))
+        variant.losses.append(float(losses[0]))
         return duration
 
-    steps = [partial(work, arm) for arm in arms]
+    steps = [partial(work, variant) for variant in variants]
     times = interleave(steps, rounds=args.steps, warmup=shape.warmup)
     rows = {}
     # Ratios are paired by round, so that a slow phase of the machine counts for both.
     baseline = times[args.arms.index(BASELINE)]
-    for arm, arm_times in zip(arms, times, strict=True):
-        ratio, interval = paired_ratio(arm_times, baseline)
-        rows[arm.kind] = {
-            "label": KINDS[arm.kind].label,
-            "median_seconds": statistics.median(arm_times),
+    for variant, variant_times in zip(variants, times, strict=True):
+        ratio, interval = paired_ratio(variant_times, baseline)
+        rows[variant.kind] = {
+            "label": KINDS[variant.kind].label,
+            "median_seconds": statistics.median(variant_times),
             "ratio_to_lora": ratio,
             "ratio_interval_95": interval,
-            "peak_memory_bytes": memory[arm.kind],
-            "trained_parameters": arm.trainable,
-            "first_loss": arm.losses[0],
-            "last_loss": arm.losses[-1],
-            "seconds": arm_times,
+            "peak_memory_bytes": memory[variant.kind],
+            "trained_parameters": variant.trainable,
+            "first_loss": variant.losses[0],
+            "last_loss": variant.losses[-1],
+            "seconds": variant_times,
         }
     return {
         "shapes": args.shapes,
@@ -188,21 +194,21 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "dtype": args.dtype,
         "steps": args.steps,
         "note": shape.note.format(batch=args.batch),
-        "layers": arms[0].layers,
+        "layers": variants[0].layers,
         "arms": rows,
         **circumstances(device),
     }
 
 
 def memory_of(kind: str, args: argparse.Namespace) -> int:
-    """Peak memory of one arm in its own process, started before this one has a model in memory."""
+    """Peak memory of a variant in its own process, which starts before this one holds a model."""
     command = [sys.executable, __file__, "--arm", kind]
     for name in ("shapes", "dtype", "batch"):
         command += [f"--{name}", str(getattr(args, name))]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
         lines = process.stderr.strip().splitlines() or ["no message"]
-        raise TrainingError(f"the arm {kind} failed in its own process: {lines[-1]}")
+        raise TrainingError(f"the variant {kind} failed in its own process: {lines[-1]}")
     return int(process.stdout.splitlines()[-1])
 
 
@@ -223,7 +229,8 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['label']} | {row['peak_memory_bytes'] / 1e9:.2f}"
             f" | {row['median_seconds']:.3f} | {row['ratio_to_lora']:.3f}{spread} |"
         )
-    device, versions = result["device"], result["versions"]
+    device = result["device"]
+    versions = result["versions"]
     facts = [device["cpu_model"], f"{device['cpu_cores']} cores"]
     facts += [f"{device['torch_threads']} threads", f"torch {versions['torch']}"]
     if device["gpu"]:
@@ -264,13 +271,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print a Markdown table; of a single arm this process's peak memory in bytes."""
+    """Measure and print a Markdown table; of a single variant the peak memory in bytes."""
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.arm:
-        (arm,) = make([args.arm], args, device)
+        (variant,) = make([args.arm], args, device)
         for _ in range(2):
-            arm.train_step()
+            variant.train_step()
         return print(provenance.peak_memory(device))
     return finish(benchmark(args, device), table, args.json)
 

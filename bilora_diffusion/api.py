@@ -76,6 +76,7 @@ class BiLoRAConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.target_modules, str):
+            # The class is frozen; a list may be given where the field is a tuple.
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
         check(options_of([type(self)]), vars(self), dashes="")
@@ -166,6 +167,7 @@ class BiLoRA:
             numbers: number of the sample in each row, such as its place in the data set.
             snr: signal-to-noise ratio of each row, where a model learns to predict noise.
         """
+        # Numbers may come as a tensor.
         sample_numbers = [int(number) for number in numbers]
         ratios = [float(ratio) for ratio in snr]
         return self._method.around_batch(sample_numbers, ratios)
@@ -190,7 +192,7 @@ class BiLoRA:
 
     def clip_parameters(self) -> list[nn.Parameter]:
         """Parameters for gradient clipping: the primary's, since the ball bounds the auxiliary."""
-        return self._method.clip_parameters()
+        return self._method.result_parameters()
 
     def primary_state_dict(self) -> dict[str, Tensor]:
         """The trained LoRA under PEFT's keys, for the base weights that the model came with.

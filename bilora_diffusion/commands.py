@@ -24,8 +24,8 @@ from .core.errors import reported, run_cli
 from .core.values import check_choice
 
 COMMANDS = ("train", "text", "export", "demo")
+# torch's switch: if it is "1", `torch.compile` returns its argument.
 NOT_COMPILED = "TORCHDYNAMO_DISABLE"
-"""torch's switch: if it is "1", `torch.compile` returns its argument."""
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +74,7 @@ def importing() -> Iterator[None]:
     try:
         yield
     finally:
+        # Later collections skip all objects that exist now.
         gc.freeze()
         gc.enable()
         # A run with --compile needs the compiler after the imports.

@@ -51,15 +51,15 @@ MEASURING_FLAGS = (
     "--validation_part=1/4",
     "--validation_epochs=1000",
 )
+# Number of held-out icons in the figure; the subjects of the paper's Table 4 come first.
 ICON_COUNT = 6
-"""Number of held-out icons in the figure; the subjects of the paper's Table 4 come first."""
+# Number of held-out icons after them whose samples are compared with the truth at each step.
 COMPARED_COUNT = 16
-"""Number of held-out icons after them whose samples are compared with the truth at each step."""
+# Enough to compare colors: with 25 steps no difference in the table changes by more than 0.2.
 SAMPLER_STEPS = 12
-"""Enough to compare colors: with 25 steps no difference in the table changes by more than 0.2."""
 BASE = "base model"
+# Values by step.
 Curve = dict[int, float]
-"""Values by step."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Variant:
 # Ordinary guidance takes much of a new style out again: training moves the unconditional prediction
 # too, so the difference that guidance multiplies points away from the style.
 UNTRAINED = Variant(BASE, "ordinary guidance 4", GRAY, 4.0, ADAPTER_GUIDANCE)
+# Variants of each method's run.
 TRAINED = {
     "lora": (
         Variant(TITLES["lora"], "ordinary guidance 4", COLORS["lora"], 4.0, ADAPTER_GUIDANCE),
@@ -85,7 +86,6 @@ TRAINED = {
         Variant(TITLES["bilora"], "guidance 2 from base", COLORS["bilora"], 2.0, BASE_GUIDANCE),
     ),
 }
-"""Variants of each method's run."""
 
 
 @dataclass
@@ -138,6 +138,7 @@ def demo(folder: Path, seed: int, recipe: Path, flags: Sequence[str] = ()) -> No
         words += MEASURING_FLAGS
         train.train([*words, *flags])
         losses[method] = read_losses(folder / method)
+    # Before anything is compared: the same noise in every step.
     steps = require_paired([folder / method for method in METHODS])
     print("\n== Samples of held-out captions", flush=True)
     samples = sample_runs(folder, steps)
@@ -235,6 +236,7 @@ def adapters_of(folder: Path, steps: int) -> Iterator[tuple[int, Path]]:
     """Yield steps and LoRAs: those of a run's checkpoints, which are temporary, and of its end."""
     for step in checkpoint.steps(folder):
         if step < steps:
+            # The folder is deleted when the caller asks for the next step.
             with TemporaryDirectory() as exported:
                 (weights,) = export_checkpoint(folder, step, "diffusers", exported)
                 yield step, weights
@@ -282,6 +284,7 @@ def _draw_icons(figure: Any, samples: Samples, steps: int) -> None:
     )
     for axis, label in zip(axes[0], samples.labels, strict=True):
         axis.set_title(label, fontsize=11)
+    # The title of a row stands left of its first icon.
     for row_of_axes, (name, note, color), images in zip(axes, titles, rows, strict=True):
         for height, text, size in ((0.6, name, 13), (0.38, note, 9.5)):
             row_of_axes[0].text(
@@ -325,6 +328,7 @@ def _draw_differences(axis: Any, samples: Samples) -> None:
     labels: list[EndLabel] = []
     for number, (variant, curve) in enumerate(samples.differences.items()):
         style = "--" if variant.guidance_from == ADAPTER_GUIDANCE else "-"
+        # The base model is step 0 of each variant.
         points = {0: samples.base_difference, **curve}
         width = max(4 - number, 2)
         axis.plot(points.keys(), points.values(), style, color=variant.color, lw=width)

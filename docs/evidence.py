@@ -26,47 +26,40 @@ HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
 @dataclass(frozen=True)
 class Check:
-    """One figure that speaks for or against a claim.
-
-    Attributes:
-        title: Title of the figure.
-        result: A folder that `eval` wrote, or a file of ``benchmarks/step_cost.py``.
-        group: Group of the result, or variant of the benchmark.
-        metric: Metric of the result, or field of the benchmark.
-        item: Item of the metric; "each" for differences paired by item.
-        control: Group whose value is subtracted, pair by pair; "" for the value itself.
-        minus: Metric of the same group whose value is subtracted instead.
-        upper: Upper bound of the figure by the claim.
-        lower: Lower bound of the figure by the claim.
-        tolerance: Largest size of the figure by the claim, as a share of the control's mean.
-    """
+    """One figure that speaks for or against a claim."""
 
     title: str
+    # A folder that `eval` wrote, or a file of ``benchmarks/step_cost.py``
     result: str
+    # Group of the result, or variant of the benchmark
     group: str
+    # Metric of the result, or field of the benchmark
     metric: str
+    # Item of the metric; "each" for differences paired by item
     item: str = ""
+    # Group whose value is subtracted, pair by pair; "" for the value itself
     control: str = ""
+    # Metric of the same group whose value is subtracted instead
     minus: str = ""
+    # Item of the same group and metric whose value is subtracted instead
+    minus_item: str = ""
+    # Step of a metric over training; None for a metric of the whole run
+    step: int | None = None
+    # Bounds of the figure by the claim
     upper: float = inf
     lower: float = -inf
+    # Largest size of the figure by the claim, as a share of the control's mean
     tolerance: float | None = None
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper (C1 to C13), or a finding of our own (F1 and so on).
-
-    Attributes:
-        name: Its name.
-        says: The claim in a sentence.
-        where: Place in the paper; for a finding what was done.
-        command: Command that measures it.
-        checks: Figures to look at.
-    """
+    """A claim of the paper (C1 to C13), or a finding of our own (F1 and so on)."""
 
     name: str
+    # The claim in a sentence
     says: str
+    # Place in the paper; for a finding the measurement
     where: str
     command: str
     checks: Sequence[Check]
@@ -74,20 +67,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean with its 95 % interval.
-
-    Attributes:
-        mean: The mean.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-        count: Number of values.
-        size: Size that a tolerance is a share of.
-    """
+    """A mean with its 95 % interval."""
 
     mean: float
     low: float
     high: float
     count: int
+    # Size that a tolerance is a share of
     size: float
 
 
@@ -101,23 +87,24 @@ def figure(check: Check) -> Figure:
     if path.suffix == ".json":  # of a benchmark, which has no rows
         return _benchmark(check, json.loads(path.read_text(encoding="utf-8"))["arms"])
     result = read(path)
-    if check.item == "each":
-        item, unit = None, ITEM
-    else:
-        item, unit = check.item, SEED
+    unit = ITEM if check.item == "each" else SEED
 
-    def values_of(metric: str, group: str) -> dict[Any, float]:
+    def values_of(metric: str, group: str, item: str) -> dict[Any, float]:
         """Values of a group by item or by seed."""
-        values = units(result.select(metric, item=item), unit).get(group, {})
+        rows = result.select(metric, item=None if item == "each" else item)
+        if check.step is not None:
+            rows = [row for row in rows if row.step == check.step]
+        values = units(rows, unit).get(group, {})
         return {key: value for key, value in values.items() if value is not None}
 
-    values = values_of(check.metric, check.group)
-    # Values to subtract: another metric of the same group, or the metric of the control.
-    if check.minus:
-        control_values = values_of(check.minus, check.group)
+    values = values_of(check.metric, check.group, check.item)
+    # Values to subtract: another metric or item of the same group, or the metric of the control.
+    if check.minus or check.minus_item:
+        metric, item = check.minus or check.metric, check.minus_item or check.item
+        control_values = values_of(metric, check.group, item)
     else:
-        control_values = values_of(check.metric, check.control)
-    if check.control or check.minus:
+        control_values = values_of(check.metric, check.control, check.item)
+    if check.control or check.minus or check.minus_item:
         differences = {}
         for key, value in values.items():
             if key in control_values:
@@ -140,6 +127,7 @@ def _benchmark(check: Check, variants: dict[str, Any]) -> Figure:
     if check.metric == "ratio_to_lora":
         low, high = variant["ratio_interval_95"]
         return Figure(variant[check.metric], low, high, len(variant["seconds"]), size=1.0)
+    # A figure without rounds, such as memory, has no interval.
     ratio = variant[check.metric] / variants["lora"][check.metric]
     return Figure(ratio, ratio, ratio, count=1, size=1.0)
 

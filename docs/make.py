@@ -34,11 +34,12 @@ from eval.report import table
 from . import evidence, memory
 
 FOLDER = Path(__file__).parent
+# Marks around the generated part of a page
 START = "<!-- made by python -m docs.make -->"
 END = "<!-- end -->"
 KINDS = [family_class(pipeline, pipeline) for pipeline in FAMILIES]
+# Model -> its id on the hub.
 EXAMPLES = {model: hub_id for family in KINDS for model, hub_id in family.examples.items()}
-"""Model -> its id on the hub."""
 
 
 def options() -> Iterable[str]:

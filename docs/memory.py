@@ -34,8 +34,9 @@ from bilora_diffusion.train.dry_run import (
 )
 
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "dry_run_memory"
+# Denoisers and text encoders at full size, by the models' names.
 MODELS = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
-"""Denoisers and text encoders at full size, by the models' names."""
+# Configurations of autoencoders whose default is not full size.
 VAE = {
     "AutoencoderKL": {
         "block_out_channels": (128, 256, 512, 512),
@@ -44,9 +45,8 @@ VAE = {
         "up_block_types": 4 * ("UpDecoderBlock2D",),
     }
 }
-"""Configurations of autoencoders whose default is not full size."""
+# Line in the head of a recipe: a GPU's memory, and options to add to the recipe for this GPU.
 LINE = re.compile(r"^# (\d+) GB (?:as it stands|with `(.+)`): .*$", re.MULTILINE)
-"""Line in the head of a recipe: a GPU's memory, and options to add to the recipe for this GPU."""
 
 
 def step_memory(name: str, weights: str, *words: str) -> dict[str, int]:

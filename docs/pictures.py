@@ -43,19 +43,22 @@ from .screenshots import SCREENSHOTS
 
 FOLDER = Path(__file__).parent
 RECORD = FOLDER / "pictures.json"
+# Runs whose samples are shown
 RUNS = FOLDER.parent / "build" / "pictures"
+# Of the training images in the figure of buckets, pixels
 SIDE = 512
+# (height, width) of five photographs.
 SHAPES = ((400, 1000), (600, 900), (700, 700), (900, 600), (1100, 400))
-"""(height, width) of five photographs."""
+# Of an icon's latents
 LATENT_SIDE = 8
 CLASS = "a flat icon of a lion"
 CLASS_SAMPLES = 6
+# Picture -> folder of its runs, and flags of the demo.
 DEMOS = {
     "grid.png": ("demo", ()),
     "flow.png": ("demo-flow", ("--pretrained_model_name_or_path", "mini-flow")),
     "animals.png": ("demo-animals", ("--dataset", "mini-animals")),
 }
-"""Picture -> folder of its runs, and flags of the demo."""
 
 
 # figures of the demo
@@ -72,6 +75,7 @@ def make_demo(name: str, path: Path) -> None:
 def draw_demo(path: Path) -> None:
     """The demo's picture with gray images and straight curves."""
     gray = [Image.new("RGB", (64, 64), "gray")] * demo.ICON_COUNT
+    # Any steps and values: the structure of the picture has no numbers.
     curve = {75: 2.0, 150: 1.0}
     samples = demo.Samples(["icon"] * demo.ICON_COUNT, gray, base_difference=3.0)
     samples.images[demo.UNTRAINED] = gray
@@ -86,7 +90,7 @@ def draw_demo(path: Path) -> None:
 
 
 def draw_buckets(path: Path) -> None:
-    """Five photographs, and what is cut of each for the bucket that it belongs to."""
+    """Five photographs, and the crop of each for its bucket."""
     icons = open_images("mini-heldout", caption_column="label")
     buckets = crops.sizes_around(SIDE)
     with new_figure(path, dpi=100, figsize=(11, 4.6), layout="tight") as figure:
@@ -119,9 +123,9 @@ def draw_photograph(size: tuple[int, int], icon: Image.Image) -> Image.Image:
 def draw_mask(path: Path) -> None:
     """An icon, its mask, and the weights of the latents without and with a weight outside."""
     icon = open_images("mini-heldout", caption_column="label").image(4)
-    is_icon = np.asarray(icon.convert("L")) < 250
-    mask = torch.from_numpy(is_icon)[None].float()
-    grid = torch.empty(1, 1, LATENT_SIDE, LATENT_SIDE)
+    is_icon = np.asarray(icon.convert("L")) < 250  # the background is white
+    mask = torch.from_numpy(is_icon)[None].float()  # (1, height, width)
+    grid = torch.empty(1, 1, LATENT_SIDE, LATENT_SIDE)  # only its shape is read
     gray: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
     with new_figure(path, dpi=100, figsize=(9, 2.6), layout="tight") as figure:
         axes = figure.subplots(1, 4)
@@ -181,13 +185,13 @@ def show(axis: Any, image: Any, title: str, **options: Any) -> None:
 
 # what a figure shows
 
+# Picture -> function that draws it; gray images stand for samples of the demo and the class
 DRAWERS: dict[str, Callable[[Path], None]] = {
     **dict.fromkeys(DEMOS, draw_demo),
     "buckets.png": draw_buckets,
     "mask.png": draw_mask,
     "class.png": draw_class,
 }
-"""Picture -> what draws it, of the demo and the class with images that stand for the samples."""
 MAKERS: dict[str, Callable[[Path], None]] = {
     **{name: partial(make_demo, name) for name in DEMOS},
     "buckets.png": draw_buckets,

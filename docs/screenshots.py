@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "app"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# For a browser that runs as root and talks to this machine only
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -43,16 +44,16 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--disable-component-update",
 ]
+# Time that a viewer may take to start: it imports PyTorch and Gradio.
 START_SECONDS = 280.0
-"""Time that a viewer may take to start: it imports PyTorch and Gradio."""
+# Milliseconds that a part of a page may take on a machine with other work.
 LOADED_MS = 60_000
-"""Milliseconds that a part of a page may take on a machine with other work."""
+# Milliseconds that two small images may take there.
 GENERATED_MS = 600_000
-"""Milliseconds that two small images may take there."""
+# Colors of a picture that would be too large with all.
 PALETTE = 256
-"""Colors of a picture that would be too large with all."""
+# Largest file of a picture in the repository.
 MOST_BYTES = 195_000
-"""Of a picture in the repository."""
 
 
 # the browser, also of tests/browser
@@ -140,6 +141,7 @@ class Screenshot:
     is_dark: bool = False
 
 
+# Pixels
 PHONE_WIDTH = 390
 SCREENSHOTS = {
     "viewer/compare.png": Screenshot("Compare", height=860),
@@ -152,13 +154,13 @@ SCREENSHOTS = {
     "viewer/results.png": Screenshot("Results"),
     "viewer/results-phone.png": Screenshot("Results", width=PHONE_WIDTH),
 }
+# A part that is there when a tab has been filled.
 FILLED = {
     "Compare": "#validation-images img",
     "Generate": "#generate-a input",
     "Training": "#training-loss svg.marks",
     "Results": "#results-figures img",
 }
-"""A part that is there when a tab has been filled."""
 
 
 def take(screenshots: Mapping[Path, Screenshot], root: Path, port: int) -> None:
@@ -183,7 +185,7 @@ def take(screenshots: Mapping[Path, Screenshot], root: Path, port: int) -> None:
                 page.locator("#generate-go").click()
                 status = page.locator("#generate-status")
                 expect(status).to_contain_text("Done.", timeout=GENERATED_MS)
-            page.wait_for_timeout(1500)  # what is drawn in steps, and fades, has come to its end
+            page.wait_for_timeout(1500)  # milliseconds; until animations have ended
             pixels = Image.open(BytesIO(page.screenshot()))
             save(pixels, file)
             context.close()
@@ -203,10 +205,10 @@ def save(picture: Image.Image, file: Path) -> None:
 
 # what a tab shows
 
+# Properties of components that a reader of the page sees.
 VISIBLE = ("label", "info", "placeholder", "caption", "scale", "variant", "open")
-"""Properties of components that a reader of the page sees."""
+# Components that Gradio adds, and those without a place.
 OF_GRADIO = ("form", "state")
-"""Components that Gradio adds, and those without a place."""
 
 
 @cache

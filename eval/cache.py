@@ -24,6 +24,7 @@ from bilora_diffusion.core.lora_names import WEIGHTS as PEFT_FILE
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.export.peft_config import read_config
 
+# Beside the files of the result
 FOLDER = "kept"
 # PEFT's options that change how the tensors act
 ACTING_OPTIONS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
@@ -46,7 +47,7 @@ class Cache:
         self._path = folder / FOLDER / f"{_hash_of(circumstances)}.jsonl"
         self._values: dict[str, Any] = {}
         content = self._path.read_bytes() if self._path.exists() else b""
-        # A whole line ends with a newline, so what follows the last newline was torn off.
+        # A whole line ends with a newline: the text after the last newline was torn off by a kill.
         valid_lines = []
         for line in content.split(b"\n")[:-1]:
             if self._add(line):

@@ -25,16 +25,20 @@ from .subjects import Subject
 from .table import Entry, Metric, Result, Row, Summary
 
 HELP = "Score these checkpoints of each run: all, or steps such as 40,80."
-ALL_STEPS, FIGURE = "all", "steps.png"
+# A value of ``--steps``, and the picture that it adds
+ALL_STEPS = "all"
+FIGURE = "steps.png"
 LOSS = Metric(
     "held-out loss", "that of the run at this step, in metrics.jsonl, one number", form=".4f"
 )
 # Rows, and the group that is the ``control`` -> their summaries
 Summarize = Callable[..., Sequence[Summary]]
 BEST_STEPS_NOTE = (
-    "The best step by each score, and its difference to the run's last step here. To be the best of"
-    " several by the same measurements flatters it. Differences are paired, the figure's bands not."
+    "The best step by each score, and its difference to the last step. The same measurements choose"
+    " the step and give its score, so this score is too favourable. Differences are paired; the"
+    " figure's bands are not."
 )
+# Fields of a `Summary` in the unit of its metric
 SCALED_FIELDS = ("mean", "error", "low", "high", "difference", "difference_low", "difference_high")
 
 
@@ -102,7 +106,8 @@ def of_runs(runs: Sequence[Subject], text: str) -> list[Subject]:
         if not steps:
             raise UserError(without_checkpoints(run.folder))
         for step in steps:
-            output, name = folder / str(len(subjects)), f"step {step}"
+            output = folder / str(len(subjects))
+            name = f"step {step}"
             if run.is_text:
                 (weights,) = export_checkpoint(run.folder, step, "peft", output)
                 digest = hash_of_peft(weights)

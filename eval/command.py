@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     import torch
 
 
+# Endings of files that count as adapters; pickles are refused when they are opened
 ADAPTER_FILES = (".safetensors", *PICKLES)
+# Numbers of ``a..b``
 LARGEST_RANGE = 10_000
 # Runs that the name of a folder of results has; of more it has a hash
 MOST_NAMED = 4
@@ -86,7 +88,8 @@ class Parser(command_line.Sentences):
             otherwise: the folder that gets ``name`` if no runs are given.
             of_runs: the default name also has the runs and prompts, see `question_of`.
         """
-        self._output, self._is_of_runs = (name, otherwise), of_runs
+        self._output = (name, otherwise)
+        self._is_of_runs = of_runs
         default = f"{name}-RUN-RUN[-steps][-PROMPTS]" if of_runs else name
         self.add_argument(
             "--output_dir",
@@ -120,7 +123,7 @@ class Parser(command_line.Sentences):
 
 
 def question_of(args: argparse.Namespace) -> list[str]:
-    """Parts of a folder's name for what is scored, so that each question has its own folder.
+    """Parts of the name of the output folder, so that each comparison has its own folder.
 
     The names or labels of the runs; "steps" for their checkpoints, whichever steps these are, since
     equal checkpoints share their images; the name of the prompts, if they are given.
@@ -264,7 +267,8 @@ def remove_last_figures(folder: Path, command: str, figures: Sequence[str]) -> N
     if not (folder / table.FILE).exists():
         return
     last = table.head(folder)
-    provenance, last_figures = last.get("provenance"), last.get("figures")
+    provenance = last.get("provenance")
+    last_figures = last.get("figures")
     if isinstance(provenance, dict) and provenance.get("command") != command:
         last_command = strip_controls(str(provenance.get("command")))
         print(f"{folder} held the result of `{last_command}`, which this one replaces")

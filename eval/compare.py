@@ -1,9 +1,9 @@
 """The statistics of all results: means, intervals, pairs, win rates, equal training loss.
 
 Pure functions on rows and numbers. Two runs of one seed see the same data and noise, so the effect
-of these cancels in the seed's difference; the seeds are the independent samples. Where a subject is
-asked many items, such as prompts, the items are the samples, and an item's values over several
-seeds are averaged first.
+of these cancels in the seed's difference; the seeds are the independent samples. Where a subject
+has many items, such as prompts, the items are the samples, and an item's values over several seeds
+are averaged first.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from bilora_diffusion.core.figures import LEVEL, Interval
 
 from .table import Entry, Row, Summary
 
+# The units that are averaged and paired
 SEED, ITEM = "seed", "item"
+# Bootstrap samples where there are more than can be enumerated
 RESAMPLES = 9999
+# Verdicts on a difference
 BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 
 
@@ -35,7 +38,7 @@ def bootstrap_interval(values: Sequence[float]) -> Interval | None:
     """95 % interval of the mean of independent values by a bias-corrected, accelerated bootstrap.
 
     BCa (Efron, "Better Bootstrap Confidence Intervals", 1987) over all n**n resamples of up to
-    five values, and over 9999 random resamples of more. The order of the values has no influence,
+    five values, and over `RESAMPLES` random ones of more. The order of the values has no influence,
     and the interval follows their unit and offset. ``scipy.stats.bootstrap`` compares the resampled
     means with the mean exactly: of few values many are equal to it, and rounding would decide.
 
@@ -49,7 +52,8 @@ def bootstrap_interval(values: Sequence[float]) -> Interval | None:
     count = len(array)
     if count < 2 or not np.isfinite(array).all():
         return None
-    center, spread = float(array.mean()), float(np.ptp(array))
+    center = float(array.mean())
+    spread = float(np.ptp(array))
     # Values that are equal but for rounding have no distribution to resample.
     if spread <= 1e-12 * np.abs(array).max():
         return Interval(center, center)
@@ -87,6 +91,7 @@ def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:
     """
     from scipy import stats
 
+    # A tie is half a win.
     if ties:
         return bootstrap_interval([1.0] * wins + [0.5] * ties + [0.0] * losses)
     proportion = stats.binomtest(wins, wins + losses).proportion_ci(LEVEL, method="wilson")
@@ -98,30 +103,30 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def units(rows: Iterable[Row], over: str = SEED) -> dict[str, Units]:
+def units(rows: Iterable[Row], unit: str = SEED) -> dict[str, Units]:
     """Group -> seed or item -> its mean value, None where a value is not defined.
 
     Args:
         rows: of one metric and one step.
-        over: "seed"; a row without one counts by its subject. Or "item", averaged over seeds.
+        unit: "seed"; a row without one counts by its subject. Or "item", averaged over seeds.
     """
     values: dict[str, dict[Any, list[float | None]]] = {}
     for row in rows:
-        if over == ITEM:
-            unit = row.item
+        if unit == ITEM:
+            key = row.item
         elif row.seed is None:
-            unit = row.subject
+            key = row.subject
         else:
-            unit = row.seed
-        values.setdefault(row.group, {}).setdefault(unit, []).append(row.value)
+            key = row.seed
+        values.setdefault(row.group, {}).setdefault(key, []).append(row.value)
 
     means: dict[str, Units] = {}
     for group, values_by_unit in values.items():
         group_means: dict[Any, float | None] = {}
-        for unit, unit_values in values_by_unit.items():
+        for key, unit_values in values_by_unit.items():
             defined = [value for value in unit_values if value is not None]
             is_complete = len(defined) == len(unit_values)
-            group_means[unit] = mean(defined) if is_complete else None
+            group_means[key] = mean(defined) if is_complete else None
         means[group] = group_means
     return means
 
@@ -129,7 +134,7 @@ def units(rows: Iterable[Row], over: str = SEED) -> dict[str, Units]:
 def summaries(
     rows: Iterable[Row],
     control: str = "",
-    over: str = SEED,
+    unit: str = SEED,
     unpaired: Collection[str] = (),
     interval: IntervalOfMean = bootstrap_interval,
 ) -> list[Summary]:
@@ -139,25 +144,25 @@ def summaries(
     there. Of a whole run it is left out of the mean. Means at a step have no interval.
 
     Args:
-        over: the unit that is averaged and paired. With "item" there is one summary for all items.
+        unit: what is averaged and paired. With "item" there is one summary for all items.
         control: the group that the others are compared with; "" for no comparison.
         unpaired: groups that are not compared.
         interval: of a mean.
     """
     parts: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in rows:
-        item = "" if over == ITEM else row.item
+        item = "" if unit == ITEM else row.item
         parts.setdefault((row.metric, item, row.step), []).append(row)
     lines = []
     for (metric, item, step), part in parts.items():
-        values = units(part, over)
+        values = units(part, unit)
         for group, group_values in values.items():
             fields = _average(group_values, step, interval)
             if group != control and group not in unpaired and control in values:
                 differences = _difference(group_values, values[control], interval)
                 if differences:
                     fields |= {"control": control, **differences}
-            lines.append(Summary(group, metric, item, step, over, **fields))
+            lines.append(Summary(group, metric, item, step, unit, **fields))
     return lines
 
 
@@ -172,7 +177,7 @@ def _average(values: Units, step: int | None, interval: IntervalOfMean) -> dict[
         return {}
     error = 0.0
     if len(defined) > 1:
-        error = float(stats.sem(defined))
+        error = float(stats.sem(defined))  # s / sqrt(n), s with n - 1 degrees of freedom
     low = high = None
     if step is None:
         low, high = interval(defined) or (None, None)
@@ -191,6 +196,7 @@ def _difference(
     if not differences:
         return {}
     low, high = interval(differences) or (None, None)
+    # Of equal weights and noise a difference is exactly 0.
     signs = np.sign(differences)
     return {
         "difference": mean(differences),
@@ -290,7 +296,8 @@ def equal_training(
     candidates = []  # (lowest loss of a run, its group)
     groups_without_progress = set()
     for curve in curves:
-        lowest, group = min(curve.losses), curve.rows[0].group
+        lowest = min(curve.losses)
+        group = curve.rows[0].group
         candidates.append((lowest, group))
         if lowest == curve.losses[0]:
             groups_without_progress.add(group)
@@ -330,7 +337,7 @@ def at_training_loss(
     for i in range(len(training) - 1):
         start, end = training[i], training[i + 1]
         if start >= level >= end:
-            share = 0.0
+            share = 0.0  # of the way from this point to the next
             if start > end:
                 share = (start - level) / (start - end)
             return float(measured[i] + share * (measured[i + 1] - measured[i]))

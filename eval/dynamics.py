@@ -26,6 +26,7 @@ from .report import Column
 from .subjects import Subject, by_group
 from .table import Result, Row
 
+# Options that the result names for each group
 COMPARED_OPTIONS = ("auxiliary_learning_rate", "rho", "rank", "auxiliary_rank", "learning_rate")
 
 
@@ -38,7 +39,8 @@ class Dynamics(Evaluation):
     (learning rates, ranks and radius) of each group.
     """
 
-    name, title = "dynamics", "Training dynamics"
+    name = "dynamics"
+    title = "Training dynamics"
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         from . import dynamics_curves as curves
@@ -57,8 +59,8 @@ class Dynamics(Evaluation):
             for run in runs:
                 self.curves[run.label] = curves.read(run, self.layers[group])
                 all_layers = self.curves[run.label][curves.ALL_LAYERS]
-                recorded_steps.append(all_layers.recorded)
-                last_steps.append(all_layers.steps[-1])
+                recorded_steps.append(set(all_layers.values["primary/product"]))  # the snapshots'
+                last_steps.append(max(map(max, all_layers.values.values())))
             require_common_steps(group, recorded_steps)
             steps[group] = max(last_steps)
             options[group] = compared_options(runs[0])

@@ -36,9 +36,11 @@ from .table import Row
 ALL_LAYERS = "all"
 # Vectors of which cosines are taken: A, B, both, or B A; all chosen layers form one vector
 QUANTITIES = ("A", "B", "factors", "product")
+# Adapter -> its part in the names of curves
 NAMES = {PRIMARY: "primary", AUXILIARY: "auxiliary"}
 # The auxiliary's cosine to the primary's final weights
 CROSS = "auxiliary_to_primary"
+# Curves in ``metrics.jsonl``; the others are in the snapshots
 LOGGED = ("auxiliary_norm", "auxiliary_norm_before")
 # Curves of single layers that are shown (Fig. A4)
 OF_LAYERS = (*NORMS, RATIO)
@@ -62,16 +64,6 @@ class RunCurves:
     # "column_overlap" and "row_overlap" of random subspaces, the mean of max(r1, r2) / d over the
     # layers; {} without an auxiliary
     chance: dict[str, float]
-
-    @property
-    def steps(self) -> list[int]:
-        """All steps that have a value, in order."""
-        return sorted(set().union(*self.values.values()))
-
-    @property
-    def recorded(self) -> set[int]:
-        """The steps that have a snapshot."""
-        return set(self.values["primary/product"])
 
     def figures(self) -> dict[str, float | None]:
         """Figures that are computed layer by layer.
@@ -204,7 +196,7 @@ def _dots(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 def _cosine(dots: Tensor) -> float | None:
-    """<v, w> / (||v|| ||w||) of what `_dots` returns; None if a vector is zero."""
+    """<v, w> / (||v|| ||w||) from the result of `_dots`; None if a vector is zero."""
     inner, left, right = dots.tolist()
     length = math.sqrt(max(left, 0.0) * max(right, 0.0))  # rounding may leave less than zero
     if not length > 0:  # zero, or NaN
@@ -217,11 +209,13 @@ def _chance_overlaps(final: Snapshot, indices: Sequence[int]) -> dict[str, float
     if AUXILIARY not in final.factors:
         return {}
     columns, rows = [], []
+    # Two random subspaces of dimensions r1 and r2 in d dimensions have r1 r2 / d squared cosines in
+    # the mean; divided by the number of angles, min(r1, r2), this is max(r1, r2) / d.
     for i in indices:
         primary, auxiliary = final.factors[PRIMARY][i], final.factors[AUXILIARY][i]
         rank = max(primary.A.shape[0], auxiliary.A.shape[0])
-        columns.append(min(1.0, rank / primary.B.shape[0]))
-        rows.append(min(1.0, rank / primary.A.shape[1]))
+        columns.append(min(1.0, rank / primary.B.shape[0]))  # B is (d, r1)
+        rows.append(min(1.0, rank / primary.A.shape[1]))  # A is (r1, d)
     return {COLUMNS: sum(columns) / len(columns), ROWS: sum(rows) / len(rows)}
 
 

@@ -24,6 +24,7 @@ ROLES = {
     "auxiliary": ("auxiliary", "tab:blue"),
     CROSS: ("auxiliary to the primary's", "tab:green"),
 }
+# Quantity -> its title
 QUANTITIES = {"product": "B A", "factors": "A and B", "A": "A", "B": "B"}
 
 
@@ -156,7 +157,8 @@ def _convergence(result: Result) -> list[list[Panel]]:
         curves = []
         for role, (role_label, color) in ROLES.items():
             for quantity, style in styles.items():
-                metric, label = f"{role}/{quantity}", f"{role_label}, {QUANTITIES[quantity]}"
+                metric = f"{role}/{quantity}"
+                label = f"{role_label}, {QUANTITIES[quantity]}"
                 if result.curve(group, metric):
                     curves.append(Curve(group, metric, "", label, color, style))
         title = f"{group}\n{_rates(result, group)}all layers"

@@ -12,7 +12,7 @@ A command says what the rows of a subject are, and which figures show them:
 
 The report's content is data too: tables of columns, and figures of panels.
 
-What needs torch or scipy is imported within the hooks, so that ``--help`` does not wait for it.
+Hooks import torch and scipy themselves, so that ``--help`` does not wait for them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Evaluation:
         runs: help of the argument that names the runs.
         title: of the report; by default the name.
         metrics: titles and formats of its metrics, by name.
-        over: the unit that is averaged and paired: "seed" or "item".
+        unit: what is averaged and paired: "seed" or "item".
         args, command, folder: of the command line; the command without machine paths.
         settings, notes: for the result; hooks add to them.
         exit_code: of the command, where it is not 0 although the result is written; else None.
@@ -63,10 +63,11 @@ class Evaluation:
     options: ClassVar[Sequence[type]] = ()
     runs: ClassVar[str] = "run folders"
     metrics: ClassVar[Mapping[str, Metric]] = {}
-    over: ClassVar[str] = "seed"
+    unit: ClassVar[str] = compare.SEED
 
     def __init__(self, args: argparse.Namespace, command: str) -> None:
-        self.args, self.command = args, command
+        self.args = args
+        self.command = command
         self.folder: Path = args.output_dir
         self.settings: dict[str, Any] = {}
         self.notes: list[str] = []
@@ -99,10 +100,10 @@ class Evaluation:
         return gather(self.args.runs, self.args.group)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
-        """Check what can be checked, before anything is measured or written."""
+        """Check arguments and subjects, before anything is measured or written."""
 
     def produce(self, subjects: Sequence[Subject]) -> Sequence[Subject] | None:
-        """Produce what is measured, such as runs or images, in every process of the command.
+        """Make the runs or images that are measured, in every process of the command.
 
         Returns:
             The subjects to measure; None in a process that only produces and does not measure.
@@ -115,7 +116,7 @@ class Evaluation:
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         """The result, still without figures."""
-        return self.result(subjects, rows, compare.summaries(rows, over=self.over))
+        return self.result(subjects, rows, compare.summaries(rows, unit=self.unit))
 
     def result(
         self,
@@ -176,10 +177,10 @@ class Evaluation:
         title = self.title or self.name.replace("_", " ").capitalize()
         parts = [f"# {title}", self.introduction(result)]
         for heading, columns in self.columns(result).items():
-            table = report.comparison(result, columns, self.facts(result))
+            text = report.comparison(result, columns, self.facts(result))
             if heading:
-                table = report.section(heading, table)
-            parts.append(table)
+                text = report.section(heading, text)
+            parts.append(text)
         parts += self.further(result)
         return report.page(*parts)
 
@@ -207,10 +208,10 @@ class Evaluation:
         """Draw the figures, write all files, and print the report and the files' names."""
         result = replace(result, figures=self.figures(result, self.folder))
         remove_last_figures(self.folder, self.command, result.figures)
-        report = self.report(result)
-        table.write(result, self.folder, report)
+        report_text = self.report(result)
+        table.write(result, self.folder, report_text)
         files = [table.REPORT, table.ROWS, table.SUMMARY, table.FILE, *result.figures]
-        lines = [*report.splitlines(), f"written: {self.folder}/{', '.join(files)}"]
+        lines = [*report_text.splitlines(), f"written: {self.folder}/{', '.join(files)}"]
         # A run's name or a prompt could otherwise control the terminal.
         print("\n".join(map(strip_controls, lines)))
 

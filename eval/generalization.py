@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.core.fields import option
-from bilora_diffusion.core.values import HELDOUT_LOSS, TRAINING_GRID_LOSS
+from bilora_diffusion.core.values import BY_LEVEL, HELDOUT_LOSS, TRAINING_GRID_LOSS
 
 from . import compare, report
 from .evaluation import Evaluation, require_common_steps
@@ -31,6 +31,8 @@ from .table import Metric, Result, Row
 
 GAP = "gap"
 LOWEST_AT = f"step of best {HELDOUT_LOSS}"
+# Of images only; its item is the noise level.
+LEVEL_LOSS = f"final {HELDOUT_LOSS} by level"
 
 
 def metrics(level: float | None = None) -> dict[str, Metric]:
@@ -49,6 +51,7 @@ def metrics(level: float | None = None) -> dict[str, Metric]:
         f"final {GAP}": "gap",
         f"best {HELDOUT_LOSS}": "lowest held-out",
         f"equal_training {HELDOUT_LOSS}": f"held-out at equal training loss{level_text}",
+        LEVEL_LOSS: "held-out loss at one noise level",
     }
     metrics = {name: Metric(title, scale=1000, form=".2f") for name, title in titles.items()}
     metrics[LOWEST_AT] = Metric("step of the lowest", higher_is_better=None)
@@ -70,7 +73,8 @@ class Generalization(Evaluation):
     ``equal_training``, the training loss at which runs are compared and the group that sets it.
     """
 
-    name, options = "generalization", (GeneralizationOptions,)
+    name = "generalization"
+    options = (GeneralizationOptions,)
 
     def prepare(self, subjects: Sequence[Subject]) -> None:
         self.control = compare.control(subjects, self.args.control)
@@ -82,10 +86,16 @@ class Generalization(Evaluation):
         self.settings["paired"] = paired(subjects, self.control)
 
     def rows(self, subject: Subject) -> Iterator[Row]:
-        for step, training, heldout in losses(subject):
+        points = losses(subject)
+        for step, training, heldout in points:
             yield subject.row(TRAINING_GRID_LOSS, training, step=step)
             yield subject.row(HELDOUT_LOSS, heldout, step=step)
             yield subject.row(GAP, heldout - training, step=step)
+        last_step = points[-1][0]
+        for line in subject.log():
+            for name, loss in line.items():
+                if line["step"] == last_step and name.startswith(BY_LEVEL):
+                    yield subject.row(LEVEL_LOSS, loss, item=name.removeprefix(BY_LEVEL))
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         # False, and not None: of a group without the control's seeds that is not known.
@@ -160,6 +170,32 @@ class Generalization(Evaluation):
         names += [f"best {HELDOUT_LOSS}", f"equal_training {HELDOUT_LOSS}"]
         columns = [Column(name, difference=True, interval=False) for name in names]
         return {"": [*columns, Column(LOWEST_AT)]}
+
+    def further(self, result: Result) -> list[str]:
+        return [_by_level(result), *super().further(result)]
+
+
+def _by_level(result: Result) -> str:
+    """A table of the held-out loss at the end: a row for each noise level, a column per group."""
+    metric = result.metric(LEVEL_LOSS)
+    levels = {row.item for row in result.select(LEVEL_LOSS)}
+    rows = []
+    for level in sorted(levels, key=int):
+        cells = [level]
+        for group in result.groups:
+            line = result.summary(group, LEVEL_LOSS, level)
+            if group == result.control:
+                cells.append(report.mean(line, metric, intervals=False))
+            else:
+                cells.append(report.difference(line, metric))
+        rows.append(cells)
+    if not rows:
+        return ""
+    heads = ["noise level"]
+    for group in result.groups:
+        is_control = group == result.control
+        heads.append(group if is_control else f"{group} minus {result.control}")
+    return report.section("Held-out loss at the end by noise level", report.table(heads, rows))
 
 
 def losses(subject: Subject) -> list[tuple[int, float, float]]:

@@ -38,10 +38,11 @@ from .table import Metric, Result, Row
 
 if TYPE_CHECKING:  # imported where it is used, so that --help does not wait for torch
     from .landscape_points import Model
+    from .landscape_surface import Loss, Weight
 
 SPACES = tuple(TITLES)
+# Losses at some positions; None where one is not finite.
 LossValues = Sequence[float | None]
-"""Losses at some positions; None where one is not finite."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ class Landscape(Evaluation):
     ``levels``, over which the loss is a mean; ``seed`` of the directions.
     """
 
-    name, title, options = "landscape", "Flatness", (LandscapeOptions,)
+    name = "landscape"
+    title = "Flatness"
+    options = (LandscapeOptions,)
     runs = 'run folders, or "base" for the model before'
     metrics: ClassVar[Mapping[str, Metric]] = {
         "rise": Metric("rise along random directions"),
@@ -169,7 +172,8 @@ class Landscape(Evaluation):
     def rows(self, subject: Subject) -> Iterator[Row]:
         from . import landscape_points as points
 
-        point, spaces = self.points[subject.label], self.spaces[subject.label]
+        point = self.points[subject.label]
+        spaces = self.spaces[subject.label]
         sample = {"max_images": self.args.max_images, "levels": self.args.levels}
         measurements = Cache(self.folder, [subject.digest, subject.kind, point.loss, sample])
 
@@ -178,13 +182,77 @@ class Landscape(Evaluation):
         def load_model() -> Model:
             return points.load(point, spaces, device=self.device, **sample)
 
-        with_plane = subject.label in self.with_plane
         self.bar.set_description(subject.label)
         for space in spaces:
-            losses = measure_space(
-                subject, space, load_model, measurements, self.settings, with_plane, self.bar
-            )
-            yield from space_rows(subject, space, losses, self.settings)
+            yield from self._space_rows(subject, space, load_model, measurements)
+
+    def _space_rows(
+        self, subject: Subject, space: str, load_model: Callable[[], Model], cache: Cache
+    ) -> Iterator[Row]:
+        """Rows of a subject in one space; cached measurements are not repeated.
+
+        Args:
+            load_model: called only if a measurement is not cached.
+
+        Raises:
+            UserError: the loss at the weights themselves is not finite.
+        """
+        from .landscape_surface import Direction, evaluate, line, plane, sharpness
+
+        seed = self.settings["seed"]
+        rho = self.settings["rho"]
+        steps = self.settings["ascent_steps"]
+        row = partial(subject.row, item=space)
+
+        def measured(name: str, *facts: Any, measure: Callable[..., Any]) -> Any:
+            """The cached result of ``measure(weights, loss)``, by its name and facts."""
+
+            def measure_model() -> Any:
+                model = load_model()
+                return measure(model.spaces[space], model.loss.terms)
+
+            value = cache.item([name, space, *facts], measure_model)
+            self.bar.update()
+            return value
+
+        def at_weights(weights: Sequence[Weight], loss: Loss) -> dict[str, Any]:
+            sizes = [weight.tensor.numel() for weight in weights]
+            return {"loss": evaluate(loss), "parameters": sum(sizes)}
+
+        start = measured("start", measure=at_weights)
+        if start["loss"] is None:
+            raise UserError(f"the loss of {subject.source} is not finite: leave this run out.")
+        yield row("loss", start["loss"])
+        yield row("parameters", start["parameters"])
+
+        positions = self.settings["positions"][space]
+        lines: list[LossValues] = []  # the losses along each direction
+        for number in range(self.settings["directions"]):
+
+            def on_line(weights: Sequence[Weight], loss: Loss, number: int = number) -> LossValues:
+                return line(weights, loss, Direction(weights, seed, number), positions)
+
+            lines.append(measured("line", seed, number, positions, measure=on_line))
+        yield row("rise", rise(lines))
+        ascent = partial(sharpness, rho=rho, steps=steps)
+        yield row("sharpness", measured("sharpness", rho, steps, measure=ascent))
+        for number, values in enumerate(lines):
+            # A row for each point: the figures need them one by one, in this order.
+            for position, value in zip(positions, values, strict=True):
+                yield row("profile", value, note=f"direction {number} at {position:.6g}")
+
+        if subject.label not in self.with_plane:
+            return
+        grid = self.settings["grid_positions"][space]
+
+        def on_plane(weights: Sequence[Weight], loss: Loss) -> Sequence[LossValues]:
+            directions = Direction(weights, seed, 0), Direction(weights, seed, 1)
+            return plane(weights, loss, directions, grid)
+
+        losses = measured("plane", seed, grid, measure=on_plane)
+        for first, values in zip(grid, losses, strict=True):
+            for second, value in zip(grid, values, strict=True):
+                yield row("plane", value, note=f"at {first:.6g}, {second:.6g}")
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         self.bar.close()
@@ -247,110 +315,11 @@ def notes(settings: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-@dataclass(frozen=True)
-class SpaceLosses:
-    """The measurements of a subject in one space."""
-
-    # Loss at the weights themselves
-    loss: float
-    # Number of entries of the space's weights
-    parameters: int
-    # Losses along each direction
-    lines: Sequence[LossValues]
-    # SAM sharpness with the radius of the settings
-    sharpness: float | None
-    # Losses on the plane of the first two directions, or None
-    plane: Sequence[LossValues] | None
-
-
-def measure_space(
-    subject: Subject,
-    space: str,
-    load_model: Callable[[], Model],
-    cache: Cache,
-    settings: Mapping[str, Any],
-    with_plane: bool,
-    bar: Any,
-) -> SpaceLosses:
-    """Measure a subject in one space; cached measurements are not repeated.
-
-    Args:
-        load_model: called only if a measurement is not cached.
-        bar: shows the progress, one step per measurement.
-
-    Raises:
-        UserError: the loss at the weights themselves is not finite.
-    """
-    from .landscape_surface import Direction, evaluate, line, plane, sharpness
-
-    seed, rho, steps = settings["seed"], settings["rho"], settings["ascent_steps"]
-    positions, grid = settings["positions"][space], settings["grid_positions"].get(space)
-
-    def start() -> dict[str, Any]:
-        model = load_model()
-        sizes = [weight.tensor.numel() for weight in model.spaces[space]]
-        return {"loss": evaluate(model.loss.terms), "parameters": sum(sizes)}
-
-    def losses_on_line(number: int) -> LossValues:
-        model = load_model()
-        weights = model.spaces[space]
-        return line(weights, model.loss.terms, Direction(weights, seed, number), positions)
-
-    def sam_sharpness() -> float:
-        model = load_model()
-        return sharpness(model.spaces[space], model.loss.terms, rho, steps)
-
-    def losses_on_plane() -> Sequence[LossValues]:
-        model = load_model()
-        weights = model.spaces[space]
-        directions = Direction(weights, seed, 0), Direction(weights, seed, 1)
-        return plane(weights, model.loss.terms, directions, grid)
-
-    start_values = cache.item(["start", space], start)
-    bar.update()
-    if start_values["loss"] is None:
-        raise UserError(f"the loss of {subject.source} is not finite: leave this run out.")
-    lines = []
-    for number in range(settings["directions"]):
-        key = ["line", space, seed, number, positions]
-        lines.append(cache.item(key, partial(losses_on_line, number)))
-        bar.update()
-    ascent = cache.item(["sharpness", space, rho, steps], sam_sharpness)
-    bar.update()
-    plane_losses = None
-    if with_plane:
-        plane_losses = cache.item(["plane", space, seed, grid], losses_on_plane)
-        bar.update()
-    return SpaceLosses(
-        start_values["loss"], start_values["parameters"], lines, ascent, plane_losses
-    )
-
-
-def space_rows(
-    subject: Subject, space: str, losses: SpaceLosses, settings: Mapping[str, Any]
-) -> Iterator[Row]:
-    """Rows of one space."""
-    row = partial(subject.row, item=space)
-    yield row("loss", losses.loss)
-    yield row("parameters", losses.parameters)
-    yield row("rise", rise(losses.lines))
-    yield row("sharpness", losses.sharpness)
-    for number, values in enumerate(losses.lines):
-        # A row for each point: the figures need them one by one, in this order.
-        for position, value in zip(settings["positions"][space], values, strict=True):
-            yield row("profile", value, note=f"direction {number} at {position:.6g}")
-    if losses.plane is None:
-        return
-    positions = settings["grid_positions"][space]
-    for first, values in zip(positions, losses.plane, strict=True):
-        for second, value in zip(positions, values, strict=True):
-            yield row("plane", value, note=f"at {first:.6g}, {second:.6g}")
-
-
 def rise(lines: Sequence[LossValues]) -> float | None:
     """Mean over directions of the loss at both ends minus that in the middle."""
     rises = []
     for values in lines:
+        # The positions run from -radius to radius, with the weights themselves in the middle.
         low, middle, high = values[0], values[len(values) // 2], values[-1]
         if low is None or middle is None or high is None:
             return None

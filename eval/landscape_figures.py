@@ -13,6 +13,7 @@ import numpy as np
 from . import plot
 from .table import Entry, Result
 
+# Space -> its title
 TITLES = {"lora": "LoRA space (A and B)", "full": "full space (weights without the adapters)"}
 PROFILES, GRIDS = "landscape.png", "landscape_grid.png"
 # Largest number of contours
@@ -90,7 +91,7 @@ def _differences(result: Result, space: str) -> dict[str, list[np.ndarray]]:
     rises: dict[str, dict[int | None, np.ndarray]] = {}
     for group in result.groups:
         for run, losses in _losses(result, "profile", group, space):
-            mean = losses.mean(0)
+            mean = losses.mean(0)  # over directions, (positions,)
             rises.setdefault(group, {})[run.seed] = mean - mean[len(mean) // 2]
     control_rises = rises.pop(result.control, {})
     differences: dict[str, list[np.ndarray]] = {}
@@ -105,7 +106,7 @@ def _draw_mean(
     axis: Any, positions: Sequence[float], lines: np.ndarray, color: Any, label: str = ""
 ) -> None:
     """Draw the mean over lines, (lines, positions), with a band of one standard error."""
-    mean = lines.mean(0)
+    mean = lines.mean(0)  # (positions,)
     error = np.zeros(len(positions))
     if len(lines) > 1:
         error = lines.std(0, ddof=1) / len(lines) ** 0.5

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters import PRIMARY
 from bilora_diffusion.core.errors import UserError, translated
-from bilora_diffusion.core.values import NOISE_LEVELS
+from bilora_diffusion.core.values import NOISE_LEVELS, TRAINING_GRID_LOSS
 from bilora_diffusion.export.lorafile import inspect
 from bilora_diffusion.image.config import DreamBoothConfig
 from bilora_diffusion.image.loss import GridLoss
@@ -44,6 +44,10 @@ LOSS_OPTIONS = (
     "image_interpolation_mode",
     "do_edm_style_training",
     "snr_gamma",
+    "snr_weighting",
+    "weighting_scheme",
+    "precondition_outputs",
+    "timestep_shift",
     "train_text_encoder",
 )
 # Options that say which images a run has
@@ -113,10 +117,11 @@ def base_key(config: DreamBoothConfig) -> list[Any]:
 
 
 def _config(subject: Subject) -> DreamBoothConfig:
-    """The configuration of a run; refused if it is not of SDXL, or of another version."""
-    folder, values = subject.folder, subject.record.get("config", {})
+    """The configuration of a run on images that this version can read."""
+    folder = subject.folder
+    values = subject.record.get("config", {})
     if values.get("pretrained_model_name_or_path") is None:
-        raise UserError(f"{subject.source} is not a run of SDXL DreamBooth: give another.")
+        raise UserError(f"{subject.source} is not a run on images: give another.")
     unknown_options = sorted(values.keys() - {field.name for field in fields(DreamBoothConfig)})
     if unknown_options:
         raise UserError(
@@ -165,8 +170,9 @@ class LevelGrid(GridLoss):
     def __init__(self, task: Any, images: ImageSet, levels: int) -> None:
         # Held-out images are not needed: their set is empty.
         super().__init__(task, SimpleNamespace(images=images), images.only(()))
-        self.images = self.sets["train_grid_loss"]
-        # The grid is cut into `levels` equal parts, and the middle level of each is taken.
+        self.images = self.sets[TRAINING_GRID_LOSS]
+        # The grid is cut into `levels` equal parts, and the middle level of each is taken: of 10
+        # levels and 4 parts these are 1, 3, 6 and 8.
         middles = [NOISE_LEVELS * (2 * k + 1) // (2 * levels) for k in range(levels)]
         self.levels = [self.levels[middle] for middle in middles]
 
@@ -218,7 +224,8 @@ def load(
         cache_dir=config.cache_dir,
         vae=config.pretrained_vae_model_name_or_path,
     )
-    weights, is_adapted = subject.weights, has_factors(subject)
+    weights = subject.weights
+    is_adapted = has_factors(subject)
     # Whole models must be there before the task takes them; an adapter goes on those of the task.
     if weights is not None and not is_adapted:
         put_models(pipeline, weights)

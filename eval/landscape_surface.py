@@ -48,7 +48,8 @@ def loss_and_gradient(loss: Loss, weights: Sequence[Weight]) -> tuple[float, lis
     gradients, see :func:`differentiable`; their ``.grad`` is not changed.
     """
     tensors = [weight.tensor for weight in weights]
-    total, gradient = 0.0, [torch.zeros_like(tensor) for tensor in tensors]
+    total = 0.0
+    gradient = [torch.zeros_like(tensor) for tensor in tensors]
     for term in loss():
         # Term by term: only this one's graph is in memory.
         total += float(term.detach())
@@ -106,6 +107,7 @@ def norm(tensors: Iterable[Tensor]) -> float:
     norms = []
     for tensor in tensors:
         wide = torch.promote_types(tensor.dtype, torch.float32)
+        # On the CPU, since a model may be on several devices.
         norms.append(torch.linalg.vector_norm(tensor, dtype=wide).double().cpu())
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
@@ -173,7 +175,7 @@ class Direction:
 
 def coordinates(radius: float, points: int) -> list[float]:
     """``points`` evenly spaced numbers from -radius to radius, the middle one exactly 0."""
-    half = points // 2
+    half = points // 2  # the number of points is odd
     return [radius * (index - half) / half for index in range(points)]
 
 
@@ -246,14 +248,15 @@ def sharpness(weights: Sequence[Weight], loss: Loss, rho: float, steps: int = 10
             return _Displaced(e, value, gradient, steepness)
 
         current = evaluate_at([torch.zeros_like(weight.tensor) for weight in weights])
-        start_loss, eta = current.loss, rho
+        start_loss = current.loss
+        eta = rho
         for _ in range(steps):
             if current.steepness == 0:
                 break  # a stationary point, or a loss that is not finite
             candidate = evaluate_at(_step(current, eta, rho))
             if candidate.loss > current.loss:
                 current = candidate
-                eta *= 2
+                eta *= 2  # it may grow beyond rho: the projection keeps the step in the ball
             else:
                 eta /= 2
             del candidate  # so that two displacements are in memory at a time, not three

@@ -13,6 +13,7 @@ from bilora_diffusion.core.figures import new_figure
 
 from .table import Result, Summary
 
+# Width and height of the axes of one panel
 PANEL_INCHES = (4.0, 3.2)
 MARKERS = "osD^vP"
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -20,6 +21,8 @@ LINE_STYLES = ("-", "--", ":", "-.")
 COLORS = 10
 # A curve of fewer points has markers.
 FEW_POINTS = 12
+# Of a title in one line, at the width of a panel
+TITLE_LETTERS = 44
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,10 @@ class Curve:
 
     group: str
     metric: str
-    # Item of the metric
     item: str = ""
-    # Label in the legend; "" for none
+    # In the legend; "" for none
     label: str = ""
-    # Color and style of the line; by default the group's
+    # Of the line; by default those of the group
     color: str = ""
     style: str = ""
     # Draw its difference to the control's, with its interval
@@ -70,7 +72,7 @@ def panels(
     """Draw rows of panels; ``options`` are those of `canvas`, and the ``control``'s group."""
     styles = group_styles(result.groups, options.pop("control", ""))
     with canvas(path, len(rows), max(map(len, rows)), **options) as (_, axes):
-        # A row may have fewer panels than the longest one: its further axes stay off.
+        # All axes are off at first, since a row may have fewer panels than the longest one.
         for axis in axes.flat:
             axis.set_axis_off()
         for row_of_axes, row in zip(axes, rows, strict=True):
@@ -124,7 +126,8 @@ def _draw_forest(axis: Any, result: Result, panel: Forest, styles: Mapping[str, 
     metric = result.metric(panel.metric)
     axis.axvline(0, color="black", lw=0.8)
     for row, group in enumerate(result.groups):
-        color, marker = styles[group]["color"], styles[group]["marker"]
+        color = styles[group]["color"]
+        marker = styles[group]["marker"]
         summary = result.summary(group, panel.metric)
         if summary is None or summary.difference is None:
             # Five points beside the zero line: a word on it would look like a difference of 0.
@@ -243,9 +246,9 @@ def finish(
         axis.legend(fontsize=7, frameon=False)
 
 
-def wrapped(text: str, limit: int = 44) -> str:
+def wrapped(text: str) -> str:
     """A long dotted name on two lines, split at the dot or space nearest to its middle."""
-    if len(text) <= limit:
+    if len(text) <= TITLE_LETTERS:
         return text
     breaks = [index for index, letter in enumerate(text) if letter in ". "]
     middle = min(breaks, key=lambda index: abs(index - len(text) / 2), default=len(text) // 2)

@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from bilora_diffusion.core.figures import Interval
+
 from .table import Metric, Provenance, Result, Summary
 
-Interval = tuple[float, float]
 NOT_AVAILABLE = "n/a"
 # With fewer seeds a bootstrap interval is too narrow; see `compare.bootstrap_interval`.
 FEW_SEEDS = 10
@@ -24,11 +25,10 @@ class Column:
     """A metric in a table of groups, shown by its :class:`~eval.table.Metric`."""
 
     metric: str
-    # Item of the metric
     item: str = ""
     # Add a column with its difference to the control's
     difference: bool = False
-    # Show the mean with its interval
+    # Show the interval of the mean too
     interval: bool = True
 
 
@@ -132,7 +132,8 @@ def comparison(
             number of runs, and groups without any of the metrics are left out.
     """
     columns_of_facts = facts or {"seeds": lambda group: str(len(result.members(group)))}
-    head, rows = ["run", *columns_of_facts], []
+    head = ["run", *columns_of_facts]
+    rows = []
     for column in columns:
         head.append(result.metric(column.metric).title)
         if column.difference:

@@ -111,10 +111,11 @@ def find(word: str) -> Subject:
     )
 
 
-def run(folder: Path, word: str) -> Subject:
+def open_run(folder: Path, word: str) -> Subject:
     """A run folder as a subject, without its weights."""
     record = read_run(folder)
-    config, method = record["config"], methods.get(record["method"])
+    config = record["config"]
+    method = methods.get(record["method"])
     base = config.get("pretrained_model_name_or_path") or config.get("model_name_or_path")
     return Subject(
         label=folder.resolve().name,
@@ -132,7 +133,7 @@ def _folder(folder: Path, word: str) -> Subject:
     """The run, the LoRA file or the PEFT adapter in a folder; a run has one of these files too."""
     name = folder.resolve().name
     if (folder / RUN).is_file():
-        return _with_weights(run(folder, word))
+        return _with_weights(open_run(folder, word))
     if (folder / FILE_NAME).is_file():
         return _file(folder / FILE_NAME, name, word)
     if (folder / PEFT_FILE).is_file():
@@ -146,7 +147,8 @@ def _folder(folder: Path, word: str) -> Subject:
 def _with_weights(subject: Subject) -> Subject:
     """A run with its weights and their hash."""
     assert subject.folder is not None
-    folder, status = subject.folder, subject.record.get("status")
+    folder = subject.folder
+    status = subject.record.get("status")
     needed = _weight_files(subject)
     for name in needed:
         if not (folder / name).exists():

@@ -16,21 +16,9 @@ from typing import Any
 from bilora_diffusion import methods
 from bilora_diffusion.core.errors import UserError
 
-from .sources import BASE, Subject, find, run
+from .sources import BASE, Subject, find, open_run
 
-__all__ = [
-    "BASE",
-    "Subject",
-    "by_group",
-    "differing_options",
-    "gather",
-    "paired",
-    "read_groups",
-    "settings_note",
-    "single",
-]
-
-# What options are called in a sentence; the others have their own names.
+# Option -> its name in a sentence; the other options have their own names.
 PLAIN_NAMES = {
     "dataset_name": "data",
     "instance_data_dir": "data folder",
@@ -167,7 +155,7 @@ def _open(word: str, weights: bool) -> Subject:
     """A subject whose label is its folder's name and whose group is its method's title."""
     if weights:
         return find(word)
-    return run(Path(word), word)
+    return open_run(Path(word), word)
 
 
 def _refuse_repeated(words: Sequence[str]) -> None:
@@ -276,7 +264,8 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 def _numbered(name: str, used_names: Collection[str], separator: str) -> str:
     """The name, with a number from 2 on if it is used already."""
-    number, candidate = 1, name
+    number = 1
+    candidate = name
     while candidate in used_names:
         number += 1
         candidate = f"{name}{separator}{number}"

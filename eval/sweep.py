@@ -46,7 +46,7 @@ from . import sweep_reporting as reporting
 from .command import Parser, open_folder, run
 from .evaluation import Evaluation
 from .report import Column
-from .sources import run as find_run
+from .sources import open_run
 from .subjects import Subject, by_group, paired
 from .sweep_reporting import FINISHED, SECONDS, WAITING
 from .table import Result, Row, command_line
@@ -83,7 +83,8 @@ class Sweep(Evaluation):
     it, or None.
     """
 
-    name, options = "sweep", (SweepOptions,)
+    name = "sweep"
+    options = (SweepOptions,)
 
     def __init__(self, args: argparse.Namespace, command: str, plan: Plan) -> None:
         from .sweep_runs import Runner
@@ -93,17 +94,18 @@ class Sweep(Evaluation):
         args = argparse.Namespace(**vars(args))
         args.output_dir = args.output_dir or runs_dir / self.name
         super().__init__(args, command)
-        self.plan, self.experiment = plan, plan.experiment
+        self.plan = plan
+        self.experiment = plan.experiment
         self.runner = Runner(plan.script, plan.recipe, runs_dir, args.jobs)
-        arms: dict[str, Any] = {}
+        variants: dict[str, Any] = {}
         for variant in plan.variants:
-            arms[variant.label] = {"options": shown_options(variant.values)}
+            variants[variant.label] = {"options": shown_options(variant.values)}
         self.settings |= {
             "recipe": plan.recipe.name,
             "metric": plan.experiment.metric,
             "higher_is_better": plan.experiment.higher_is_better,
             "seeds": list(plan.seeds),
-            "arms": arms,
+            "arms": variants,
         }
 
     @classmethod
@@ -175,7 +177,7 @@ class Sweep(Evaluation):
         if failures:
             reasons = []
             for outcome in failures:
-                reasons.append(f"{outcome.cell} (exit code {outcome.exit_code}: {outcome.error})")
+                reasons.append(f"{outcome.run} (exit code {outcome.exit_code}: {outcome.error})")
             print(
                 f"error: {len(failures)} of {len(outcomes)} runs failed: {'; '.join(reasons)}."
                 f" Their logs are {runs_dir}/RUN.log, and the same command tries them again.",
@@ -221,7 +223,8 @@ class Sweep(Evaluation):
             yield subject.row(SECONDS, statistics.median(seconds))
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        metric, control = self.experiment.metric, self.plan.control
+        metric = self.experiment.metric
+        control = self.plan.control
         finished = [subject for subject in subjects if subject.finished]
         # Runs are paired only if both saw the same inputs at each step.
         pairs: dict[str, bool | None] = {}
@@ -288,10 +291,10 @@ def subject_of(runs_dir: Path, outcome: Outcome) -> Subject:
     """A run as a subject; of a run that is not finished it has the outcome only."""
     about = {"status": outcome.status, "exit_code": outcome.exit_code, "error": outcome.error}
     if outcome.status == FINISHED:
-        subject = find_run(runs_dir / outcome.cell, outcome.cell)
-        return replace(subject, group=outcome.arm, about=about)
-    name = outcome.cell
-    return Subject(name, outcome.arm, source=name, seed=outcome.seed, about=about)
+        subject = open_run(runs_dir / outcome.run, outcome.run)
+        return replace(subject, group=outcome.variant, about=about)
+    name = outcome.run
+    return Subject(name, outcome.variant, source=name, seed=outcome.seed, about=about)
 
 
 main = Sweep.main

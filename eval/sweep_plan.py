@@ -10,12 +10,10 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import re
 import reprlib
 import runpy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,10 +37,12 @@ IMAGE_SCRIPT = "train_dreambooth_bilora.py"
 SEED = "seed"
 # Options of the training script that the sweep sets
 SWEEP_OPTIONS = ("config", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
-# Training script -> what its command line is read as
+# Training script -> class of its configuration
 CONFIGS = {IMAGE_SCRIPT: DreamBoothConfig, "train_text_bilora.py": TextConfig}
-# Options that do not touch what is learned, but decide what there is to compare
+# Options without influence on the training, by which figures are recorded that runs compare
 MEASURING_OPTIONS = (*sorted(run_config.HELDOUT_OPTIONS), "validation_loss_steps")
+# Imports a script once, since a method can be registered once.
+import_script = functools.cache(runpy.run_path)
 
 
 def read_value(value: Any) -> bool | str:
@@ -83,13 +83,14 @@ def require_different(values: list[Any]) -> list[Any]:
     return values
 
 
+# Types of the file's values, which are checked while they are read
 Value = Annotated[Any, BeforeValidator(read_value)]
 Values = Annotated[dict[str, Value], BeforeValidator(read_options_of)]
 Axis = Annotated[list[Value], Field(min_length=1)]
 
 
 class Experiment(BaseModel):
-    """The content of a file, see above."""
+    """The content of a file; `eval.sweep` explains its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -148,9 +149,10 @@ def parse(content: Mapping[str, Any], options: Mapping[str, str]) -> Experiment:
 
 def describe(error: ValidationError) -> str:
     """The first problem of a file's content."""
-    # A misspelt key comes before the one that is missing therefore.
+    # A misspelt key is told first: the key that it stands for is missing only therefore.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem, keys = problems[0], list(Experiment.model_fields)
+    problem = problems[0]
+    keys = list(Experiment.model_fields)
     name = ".".join(str(part) for part in problem["loc"][:3] if part not in ("str", "list[str]"))
     reason = problem.get("ctx", {}).get("error")
     if isinstance(reason, UserError):
@@ -187,13 +189,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Run:
-    """One run."""
+    """One run of a plan."""
 
     # Name of its folder: the variant, the seed, and a hash of the options
     name: str
-    # Label of its variant
     variant: str
-    # Seed of data, noise and initialization
+    # Of data, noise and initialization
     seed: int
     # Flags of the training script, beside the recipe and the run folder
     flags: tuple[str, ...]
@@ -203,7 +204,7 @@ class Run:
 class Plan:
     """The runs of an experiment on one recipe."""
 
-    # Folder of the runs: the file's name, and the recipe's where the file lists several
+    # Folder of the runs: the file's name, and the recipe's name where the file lists several
     name: Path
     experiment: Experiment
     recipe: Path
@@ -233,51 +234,32 @@ def find_recipe(name: str) -> Path:
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path
-    raise UserError(f'there is no recipe "{name}": correct recipe.')
+    raise UserError(f'there is no recipe "{name}": name a file, such as recipes/mini.yaml.')
 
 
 def find_script(name: str) -> Path:
     """A training script by its place in the repository, or by its path.
 
-    A script that is not listed in `CONFIGS` must take the options of the DreamBooth script; it is
-    imported, so that methods which it registers are known.
+    A script of the user's takes the options of the DreamBooth script. It is imported here, for the
+    methods that it registers.
     """
     for path in (ROOT / name, Path(name)):
         if path.is_file():
             if path.name not in CONFIGS:
-                import_script(path.resolve())
+                import_script(str(path.resolve()))
             return path.resolve()
-    raise UserError(f'there is no script "{name}"{did_you_mean(name, CONFIGS)}: correct script.')
-
-
-@functools.cache  # a method can be registered once
-def import_script(path: Path) -> None:
-    """Run a script for the methods that it registers."""
-    runpy.run_path(str(path))
-
-
-@contextmanager
-def each_remark_once() -> Iterator[None]:
-    """Within the context, what the training script remarks on many variants is logged once."""
-    messages: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        count = len(messages)
-        messages.add(record.getMessage())
-        return len(messages) > count
-
-    logger = logging.getLogger(resolving.__name__)
-    logger.addFilter(is_new)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_new)
+    scripts = ", ".join(CONFIGS)
+    raise UserError(
+        f'there is no script "{name}"{did_you_mean(name, CONFIGS)}: use {scripts}, or one of yours.'
+    )
 
 
 def make_plan(experiment: Experiment, name: Path, recipe: Path, script: Path) -> Plan:
     """All variants and runs, each variant checked."""
-    with each_remark_once():
+    with resolving.collected_notes() as notes:
         variants, configs = make_variants(experiment, recipe, script)
+    for note in dict.fromkeys(notes):  # one note may be on many variants
+        resolving.logger.warning("%s", note)
     seeds = experiment.seeds
     if seeds is None:
         seeds = (int(configs[0].seed),)
@@ -362,7 +344,6 @@ def identity_of(config: run_config.RunConfig, script: Path) -> dict[str, Any]:
     recipe; defaults are not, so that a new option of the script renames no run.
     """
     values = config.fingerprint()
-    # What is measured decides what there is to compare.
     for name in MEASURING_OPTIONS:
         values[name] = config.to_dict().get(name)
     for option in dataclasses.fields(config):
@@ -374,8 +355,8 @@ def identity_of(config: run_config.RunConfig, script: Path) -> dict[str, Any]:
 
 
 def folder_name(label: str, seed: int, identity: Mapping[str, Any]) -> str:
-    """Name of a run's folder, which tells what is run."""
-    # Letters, digits and points, at most 60 of them
+    """Name of a run's folder: its variant, its seed, and a hash of its options."""
+    # Letters, digits and points of the label, at most 60
     slug = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")[:60] or "variant"
     text = json.dumps(identity, sort_keys=True, default=str)
     return f"{slug}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

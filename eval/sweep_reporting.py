@@ -22,7 +22,8 @@ def metrics(result: Result) -> dict[str, Metric]:
     """Titles and formats: values below 1 are shown times 1000, but for those of which higher is
     better.
     """
-    name, higher_is_better = result.settings["metric"], result.settings["higher_is_better"]
+    name = result.settings["metric"]
+    higher_is_better = result.settings["higher_is_better"]
     means: list[float] = []
     for group in result.groups:
         line = result.summary(group, f"final {name}")
@@ -64,7 +65,8 @@ def is_finished(entry: Entry) -> bool:
 
 def panels(result: Result) -> list[Panel | Forest]:
     """Differences to the control at the end, and the metric over training."""
-    name, paired = result.settings["metric"], result.settings["paired"]
+    name = result.settings["metric"]
+    paired = result.settings["paired"]
     # Variants without a difference, each with the reason.
     missing: dict[str, str] = {}
     for group in result.groups:
@@ -125,7 +127,8 @@ def finished(result: Result, group: str) -> str:
 
 def introduction(result: Result) -> str:
     """Sentence above the table."""
-    settings, count = result.settings, len(result.settings["seeds"])
+    settings = result.settings
+    count = len(result.settings["seeds"])
     direction = "higher" if settings["higher_is_better"] else "lower"
     seeds = "seeds" if count > 1 else "seed"
     return (

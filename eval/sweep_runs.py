@@ -31,28 +31,28 @@ from .sweep_reporting import FAILED, FINISHED, WAITING
 SCHEMA_VERSION = 1
 RECORD = "sweep.json"
 LAUNCHER = "accelerate.commands.launch"
-# Between SIGTERM and SIGKILL
+# From SIGTERM to SIGKILL: a run writes a checkpoint when it is asked to end.
 PATIENCE_SECONDS = 30.0
-# Between two checks of the running processes
+# From one look at the running processes to the next
 POLL_SECONDS = 0.05
+# Variable that sets PyTorch's number of threads
 THREADS = "OMP_NUM_THREADS"
+# Stands before the sentence of a run that failed
 ERROR_MARK = "error: "
+# End of the output of a run that failed without a sentence
 ERROR_LETTERS = 300
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a run."""
+    """Outcome of a run: finished, failed, or waiting."""
 
-    # Name of the run folder
-    cell: str
-    # Label of its variant
-    arm: str
-    # Seed of the run
+    # Name of its folder
+    run: str
+    variant: str
     seed: int
-    # Finished, failed, or waiting
     status: str
-    # Exit code of a failed run; negative for a signal
+    # Of a failed run; negative for a signal
     exit_code: int | None = None
     # Last sentence of a failed run, without machine paths
     error: str | None = None
@@ -73,7 +73,6 @@ def state(folder: Path) -> str:
 class Runner:
     """Trains runs and writes their outcomes to ``<runs_dir>/sweep.json``."""
 
-    # The training script
     script: Path
     # ``--config`` of the script
     recipe: Path
@@ -130,11 +129,11 @@ class Runner:
         return list(self.outcomes.values())
 
     def _store(self, outcome: Outcome, bar: Any) -> None:
-        self.outcomes[outcome.cell] = outcome
+        self.outcomes[outcome.run] = outcome
         self._record()
         bar.update()
         if outcome.status == FAILED:
-            bar.write(f"{outcome.cell} failed: {outcome.error}", file=sys.stderr)
+            bar.write(f"{outcome.run} failed: {outcome.error}", file=sys.stderr)
 
     def environment(self) -> dict[str, str] | None:
         """Environment of each run; None for that of this process.
@@ -147,10 +146,13 @@ class Runner:
         return {**os.environ, THREADS: str(threads)}
 
     def _record(self) -> None:
-        record: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "cells": [asdict(outcome) for outcome in self.outcomes.values()],
-        }
+        outcomes = []
+        for outcome in self.outcomes.values():
+            fields = asdict(outcome)
+            # The keys of the file are older than the words run and variant.
+            names = {"cell": fields.pop("run"), "arm": fields.pop("variant")}
+            outcomes.append(names | fields)
+        record = {"schema_version": SCHEMA_VERSION, "cells": outcomes}
         write_text(self.runs_dir / RECORD, dump_json(record))
 
 
@@ -158,7 +160,8 @@ class RunProcess:
     """A run in a process group of its own, with its output in ``<folder>.log``."""
 
     def __init__(self, runner: Runner, run: Run) -> None:
-        self.run, self.folder = run, runner.runs_dir / run.name
+        self.run = run
+        self.folder = runner.runs_dir / run.name
         self.log = Path(f"{self.folder}.log")
         with self.log.open("ab") as log:
             if state(self.folder) != "checkpoint":
@@ -185,7 +188,8 @@ class RunProcess:
         if state(self.folder) == FINISHED:
             return Outcome(run.name, run.variant, run.seed, FINISHED)
         output = self.log.read_bytes()[self.log_start :].decode("utf-8", errors="replace")
-        code, error = self.popen.returncode, last_sentence(output)
+        code = self.popen.returncode
+        error = last_sentence(output)
         return Outcome(run.name, run.variant, run.seed, FAILED, code, error)
 
 

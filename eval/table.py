@@ -14,7 +14,7 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -24,9 +24,13 @@ from pydantic import TypeAdapter
 
 from bilora_diffusion.core.durable import dump_json, strict_json, write_text
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.core.figures import Interval
 from bilora_diffusion.core.files import regular_file, without_paths
 
 SCHEMA_VERSION = 1
+# Makes the adapter of a type once, since that takes long.
+adapter_of: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+# Files of a result
 FILE, ROWS, SUMMARY, REPORT = "result.json", "rows.csv", "summary.csv", "report.md"
 
 
@@ -81,18 +85,18 @@ class Summary:
     lower: int = 0
 
     @property
-    def interval(self) -> tuple[float, float] | None:
+    def interval(self) -> Interval | None:
         """Interval of the mean."""
         if self.low is None or self.high is None:
             return None
-        return self.low, self.high
+        return Interval(self.low, self.high)
 
     @property
-    def difference_interval(self) -> tuple[float, float] | None:
+    def difference_interval(self) -> Interval | None:
         """Interval of the mean difference."""
         if self.difference_low is None or self.difference_high is None:
             return None
-        return self.difference_low, self.difference_high
+        return Interval(self.difference_low, self.difference_high)
 
     @property
     def pairs(self) -> int:
@@ -232,7 +236,7 @@ def write(result: Result, folder: Path, report: str) -> None:
     write_text(folder / SUMMARY, to_csv(Summary, result.summaries))
     write_text(folder / REPORT, report)
     # Also of a `Subject` it dumps the fields of `Entry` only: folders and records stay here.
-    record = _adapter(Result).dump_python(result, exclude={"rows", "summaries"})
+    record = adapter_of(Result).dump_python(result, exclude={"rows", "summaries"})
     text = dump_json(strict_json({"schema_version": SCHEMA_VERSION, **record})[0])
     write_text(folder / FILE, text)
 
@@ -249,7 +253,7 @@ def read(folder: Path, rows: bool = True) -> Result:
         file = SUMMARY
         record["summaries"] = from_csv(Summary, folder / SUMMARY)
         file = FILE
-        return _adapter(Result).validate_python(record)
+        return adapter_of(Result).validate_python(record)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{folder / file} is damaged: {fix}") from error
 
@@ -259,7 +263,8 @@ def head(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     try:
         record = json.loads(regular_file(path).read_text(encoding="utf-8"))
-        version, kind = record.pop("schema_version"), record["kind"]
+        version = record.pop("schema_version")
+        kind = record["kind"]
         # JSON can hold half of a surrogate pair, which can't be printed.
         json.dumps(record, ensure_ascii=False).encode()
         # Sentences say "run python -m eval.KIND again", which users copy into a terminal.
@@ -301,7 +306,7 @@ class _Lines(io.StringIO):
 
 
 def from_csv(kind: Any, path: Path) -> list[Any]:
-    """Read what :func:`to_csv` wrote."""
+    """The lines of a file that :func:`to_csv` made."""
     names = [column.name for column in fields(kind)]
     # An empty field of text is "", that of a number is None.
     text_names = {column.name for column in fields(kind) if column.type == "str"}
@@ -315,12 +320,7 @@ def from_csv(kind: Any, path: Path) -> list[Any]:
                 if line[name] == "" and name not in text_names:
                     line[name] = None
             lines.append(line)
-    return _adapter(list[kind]).validate_python(lines)
-
-
-@cache  # making one takes long
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    return adapter_of(list[kind]).validate_python(lines)
 
 
 def command_line(module: str, argv: Sequence[str]) -> str:
@@ -338,9 +338,6 @@ def provenance_of_runs(command: str, records: Sequence[Mapping[str, Any]]) -> Pr
         values[name] = records[0].get(name)
         if any(record.get(name) != values[name] for record in records):
             differing.append(name)
-    # Records of earlier versions may lack these.
-    values["versions"] = values["versions"] or {}
-    values["device"] = values["device"] or {}
     return Provenance(command=command, differing=differing, **values)
 
 

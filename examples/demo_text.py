@@ -25,10 +25,10 @@ from bilora_diffusion.run.interruption import ends_in
 from bilora_diffusion.text import script as train_text
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "trec.yaml"
+# Questions that are printed with their answers.
 EXAMPLES = 3
-"""Questions that are printed with their answers."""
+# Shares of right answers; a task has one of them.
 SCORES = ("heldout_accuracy", "heldout_answer_match", "heldout_exact_match")
-"""Shares of right answers; a task has one of them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

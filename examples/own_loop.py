@@ -23,8 +23,10 @@ from torch import Tensor
 
 from bilora_diffusion import BiLoRAConfig, attach, mini
 
+# Layers of the UNet that get adapters
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 BATCH_SIZE = 4
+# From one held-out loss to the next
 EVALUATION_STEPS = 40
 
 
@@ -46,7 +48,7 @@ def loss(unet: Any, noises: Any, data: dict[str, Tensor], rows: Tensor, seed: in
     """Mean squared error of predicted noise on some icons; the seed gives noise and timesteps."""
     random = torch.Generator().manual_seed(seed)
     latents = data["latents"][rows]
-    noise = torch.randn(latents.shape, generator=random)
+    noise = torch.randn(latents.shape, generator=random)  # (rows, 8, 8, 8)
     steps = torch.randint(noises.config.num_train_timesteps, (len(rows),), generator=random)
     # SDXL's conditions: original size, crop and target size.
     sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(len(rows), 1)
@@ -84,6 +86,7 @@ def train(per_sample: bool, rho: float, steps: int) -> list[float]:
             with bilora.evaluating(), torch.no_grad():
                 all_rows = torch.arange(64)
                 losses = []
+                # The same noise at each evaluation, so that losses can be compared.
                 for seed in range(8):
                     losses.append(loss(pipeline.unet, noises, heldout_icons, all_rows, seed))
                 heldout_losses.append(float(torch.stack(losses).mean()))

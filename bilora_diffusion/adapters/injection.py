@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
@@ -23,28 +23,9 @@ from ..core.values import ALL_LINEAR
 from .access import activate, active, head_parameters, is_within, layers, names
 from .saving import PEFT_PREFIX
 
+# Inits that take the adapter's first values out of the base weights (`inits`).
 CHANGE_BASE = ("pissa", "lora-ga")
-"""Inits that take the adapter's first values out of the base weights (`inits`)."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class RunOptions(Protocol):
-    """The options of a run's configuration that describe its adapters."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def lora_alpha(self) -> float: ...
-
-    @property
-    def lora_dropout(self) -> float: ...
-
-    @property
-    def init_lora_weights(self) -> str: ...
-
-    @property
-    def use_dora(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -76,8 +57,13 @@ class AdapterSpec:
     modules_to_save: tuple[str, ...] = ()
 
     @classmethod
-    def from_options(cls, cfg: RunOptions, **other_fields: Any) -> Self:
-        """The shape by a run's options; targets and what else a task sets are further fields."""
+    def from_options(cls, cfg: Any, **other_fields: Any) -> Self:
+        """The shape by a run's options.
+
+        Args:
+            cfg: a configuration, with the options of `methods.options.AdapterOptions`.
+            other_fields: targets, and what else a task sets.
+        """
         return cls(
             rank=cfg.rank,
             alpha=cfg.lora_alpha,

@@ -18,12 +18,12 @@ from ..core.errors import UserError
 from .access import is_within
 from .injection import output_head
 
+# Modules of diffusers' UNets whose weights keep their precision: the two ends of each transformer,
+# through which all of its output passes, and the embedding of image size and pooled prompt, on
+# which every layer depends. On the miniature they have an eighth of the linear layers' weights and
+# make two fifths of the error of the predicted noise. In SDXL they are 1.3 % of the weights: the
+# UNet takes 1.86 GB with them in full, 1.82 GB without, and 5.13 GB in bf16.
 UNQUANTIZED_MODULES = ("proj_in", "proj_out", "add_embedding")
-"""Modules of diffusers' UNets whose weights keep their precision: the two ends of each transformer,
-through which all of its output passes, and the embedding of image size and pooled prompt, on which
-every layer depends. On the miniature they have an eighth of the linear layers' weights and make two
-fifths of the error of the predicted noise. In SDXL they are 1.3 % of the weights: the UNet takes
-1.86 GB with them in full, 1.82 GB without, and 5.13 GB in bf16."""
 
 
 def quantize(

@@ -26,12 +26,12 @@ from ..core.fields import add_flags, check, default_of, option_of, options_of
 from ..core.files import is_file, quoted, read_text
 from ..core.values import check_choice
 
+# Folder of the package's recipes.
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-"""Folder of the package's recipes."""
+# Size of a YAML file at most.
 MAX_BYTES = 200_000
-"""Size of a YAML file at most."""
+# Letters of a key at most: an option of a recipe, or the label of a variant.
 MAX_KEY_LETTERS = 200
-"""Letters of a key at most: an option of a recipe, or the label of a variant."""
 # YAML 1.1 has more words for null, true and false; here yes, no, on and off are text.
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 

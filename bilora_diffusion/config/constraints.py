@@ -23,12 +23,12 @@ from typing import Any
 from ..core.errors import UserError
 
 TABLE = Path(__file__).with_name("constraints.toml")
+# A test in words, with its argument.
 TEST = re.compile(r"(given|absent|above|other than|equal to)(?: (.+))?")
-"""A test in words, with its argument."""
+# Text that needs no quotes in a shell.
 PLAIN_VALUE = re.compile(r"[\w.+-]+")
-"""Text that needs no quotes in a shell."""
+# Values of options, and further facts, by name.
 Facts = Mapping[str, Any]
-"""Values of options, and further facts, by name."""
 
 
 @dataclass(frozen=True)

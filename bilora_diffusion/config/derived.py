@@ -26,22 +26,22 @@ from ..methods.options import default_lora_alpha
 from .options import default_mixed_precision, default_report_to
 from .run import RunConfig
 
+# The default of diffusers' scripts.
 TEXT_ENCODER_RATE = 5e-6
-"""The default of diffusers' scripts."""
+# With this factor Prodigy's step size is the estimated one.
 PRODIGY_RATE = 1.0
-"""With this factor Prodigy's step size is the estimated one."""
+# A rate up to this was probably meant for another optimizer than Prodigy.
 LOW_PRODIGY_RATE = 0.1
-"""A rate up to this was probably meant for another optimizer than Prodigy."""
+# AdamW moves each weight by about the rate in a step. From this rate on it trains no adapter.
 HIGH_ADAMW_RATE = 0.1
-"""AdamW moves each weight by about the rate in a step. From this rate on it trains no adapter."""
+# An auxiliary of single images moves once per epoch. At the primary's rate it lags behind, and
+# points less well uphill (docs/methods.md).
 SAMPLE_AUXILIARY_FACTOR = 3
-"""An auxiliary of single images moves once per epoch. At the primary's rate it lags behind, and
-points less well uphill (docs/methods.md)."""
+# Digits of a product of rates, so that 3 times 2e-4 is written 0.0006.
 DIGITS = 9
-"""Digits of a product of rates, so that 3 times 2e-4 is written 0.0006."""
 Config = TypeVar("Config", bound=RunConfig)
+# An option, and the function that derives its value where nobody gave one.
 Rule = tuple[str, Callable[[Config], object]]
-"""An option, and the function that derives its value where nobody gave one."""
 
 
 def default_rho(cfg: RunConfig) -> float | None:

@@ -9,10 +9,10 @@ from typing import Any
 from ..core.errors import UserError
 from ..core.fields import TRUE
 
+# Variables in which implementations of MPI set the number of processes.
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables in which implementations of MPI set the number of processes."""
+# Engines of accelerate, by the ends of the variables that select them.
 OTHER_ENGINES = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
-"""Engines of accelerate, by the ends of the variables that select them."""
 
 
 def is_installed(package: str) -> bool:
@@ -95,7 +95,7 @@ def is_on(variable: str) -> bool:
 def launch() -> dict[str, Any]:
     """Facts for `constraints` about the launch, from the variables of accelerate's launcher."""
     # The launcher writes "NO" where nobody chose a backend.
-    is_compiled = _variable("ACCELERATE_DYNAMO_BACKEND") not in ("", "NO")
+    is_compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").upper() not in ("", "NO")
     engine = "DDP"
     fsdp_setting = None
     if is_on("ACCELERATE_USE_FSDP"):
@@ -125,17 +125,13 @@ def _unsuited_fsdp_setting(is_compiled: bool) -> str | None:
         "FSDP_OFFLOAD_PARAMS": is_on("FSDP_OFFLOAD_PARAMS"),
         "FSDP_ACTIVATION_CHECKPOINTING": is_on("FSDP_ACTIVATION_CHECKPOINTING"),
         "FSDP_IGNORED_MODULES": "FSDP_IGNORED_MODULES" in os.environ,
-        "SIZE_BASED_WRAP": _variable("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP",
+        "SIZE_BASED_WRAP": os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP",
         "ACCELERATE_DYNAMO_BACKEND": is_compiled,
     }
     for name, value in is_set.items():
         if value:
             return name
     return None
-
-
-def _variable(name: str) -> str:
-    return os.environ.get(name, "no").upper()
 
 
 def default_precision() -> str:

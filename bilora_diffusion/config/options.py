@@ -33,8 +33,8 @@ AT_A_CONSTANT_RATE = IgnoredCase(
     "use `--lr_scheduler constant_with_warmup` or drop it",
 )
 FOR_FIT: Any = {"free": True, "ignored": (unless("fit", True, "without a search"),)}
+# The value of ``--compare`` without a control run.
 NO_CONTROL = "none"
-"""The value of ``--compare`` without a control run."""
 WITHOUT_UPLOAD = unless("push_to_hub", True, "without an upload")
 
 

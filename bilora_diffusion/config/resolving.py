@@ -10,7 +10,8 @@ freeze   the rates of the launch (`derived.with_scaled_rates`)
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -25,8 +26,8 @@ from .derived import DERIVED_DEFAULTS, HIGH_ADAMW_RATE, LOW_PRODIGY_RATE, derive
 from .options import NO_CONTROL
 from .run import RunConfig
 
+# Samples of one optimizer step at most, on one process.
 MAX_SAMPLES_OF_STEP = 10**6
-"""Samples of one optimizer step at most, on one process."""
 TRACKERS = (
     "tensorboard",
     "wandb",
@@ -39,6 +40,7 @@ TRACKERS = (
     "trackio",
 )
 Config = TypeVar("Config", bound=RunConfig)
+# Logger of all notes on a command line (`collected_notes`).
 logger = logging.getLogger(__name__)
 
 
@@ -55,7 +57,6 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
     Raises:
         UserError: a value or a combination that would give a wrong result; it names the fix.
     """
-    # Parse.
     values, given_options = script.parser().read(
         argv, script.alternatives, recipe_options_of_other_method
     )
@@ -79,6 +80,22 @@ def resolve(script: type[Config], argv: Sequence[str] | None = None) -> Config:
             logger.warning("%s", note)
     # Freeze. It comes last, since the messages name the rates as the user gave them.
     return with_scaled_rates(cfg, machine.processes())
+
+
+@contextmanager
+def collected_notes() -> Iterator[list[str]]:
+    """Within the context notes on command lines are collected, and not printed."""
+    notes: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        notes.append(record.getMessage())
+        return False  # the record goes no further
+
+    logger.addFilter(collect)
+    try:
+        yield notes
+    finally:
+        logger.removeFilter(collect)
 
 
 def recipe_options_of_other_method(
@@ -116,7 +133,7 @@ def recipe_options_of_other_method(
 
 def with_optimizer_name(cfg: Config) -> Config:
     """The configuration with the optimizer in lower case, and ``--use_8bit_adam`` as its name."""
-    # diffusers' scripts have AdamW and prodigy.
+    # diffusers' scripts spell it AdamW.
     cfg = replace(cfg, optimizer=cfg.optimizer.lower())
     if cfg.use_8bit_adam and cfg.optimizer in ("adamw", "adamw8bit"):
         return replace(cfg, optimizer="adamw8bit", use_8bit_adam=False)

@@ -13,13 +13,13 @@ from . import constraints
 from .command_line import CommandLine
 from .options import OptimizerOptions, OutputOptions, StepOptions, StoppingOptions
 
+# Options that say which samples are held out.
 HELDOUT_OPTIONS = frozenset(
     {"validation_dataset", "validation_file", "validation_part", "max_eval_samples"}
 )
-"""Options that say which samples are held out."""
+# Options of methods that have left. Checkpoints and records of earlier versions hold them; no
+# method of this version reads them.
 FORMER_OPTIONS = frozenset({"efm_beta", "efm_schedule", "looksam_k", "looksam_alpha"})
-"""Options of methods that have left. Checkpoints and records of earlier versions hold them; no
-method of this version reads them."""
 
 
 class RunConfig(

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Prefix of the name of what is not finished, or is being deleted.
 TEMPORARY = ".tmp-"
-"""Prefix of the name of what is not finished, or is being deleted."""
 
 
 def sync(path: Path) -> None:

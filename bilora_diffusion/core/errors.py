@@ -17,18 +17,18 @@ from typing import TypeVar
 
 from .durable import disk_is_full
 
+# Variables in which launchers say which of its processes a process is.
 RANKS = ("RANK", "LOCAL_RANK")
 MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-"""Variables in which launchers say which of its processes a process is."""
+# Attribute of an exception: the file that holds its trace.
 TRACE = "bilora_trace"
-"""Attribute of an exception: the file that holds its trace."""
+# Exit code where nobody reads the output any more: 128 + SIGPIPE, as a shell has it.
 READER_LEFT = 141
-"""Exit code where nobody reads the output any more: 128 + SIGPIPE, as a shell has it."""
+# End of the sentence on weights that exist as pickles only; the braces take a place.
 PICKLED = (
     "there are no safetensors{}, and reading a pickle can run code: convert it, for example by"
     " https://huggingface.co/spaces/safetensors/convert, or by save_pretrained where you trust it"
 )
-"""End of the sentence on weights that exist as pickles only; the braces take a place."""
 T = TypeVar("T")
 
 

@@ -18,9 +18,9 @@ from .errors import UserError
 from .files import is_text, quoted
 from .values import SMALLEST, Range, check_choice
 
+# Words that a boolean flag takes, in lower case: those of Transformers' parser.
 TRUE = ("yes", "true", "t", "y", "on", "1")
 FALSE = ("no", "false", "f", "n", "off", "0")
-"""Words that a boolean flag takes, in lower case: those of Transformers' parser."""
 
 
 @dataclass(frozen=True)

@@ -20,21 +20,21 @@ from typing import Any
 
 from .errors import UserError, did_you_mean, translated
 
+# Letters of a wrong text that a sentence quotes at most.
 LETTERS = 80
-"""Letters of a wrong text that a sentence quotes at most."""
+# Size of a table at most, since it is read into memory.
 MOST_BYTES = 2_000_000_000
-"""Size of a table at most, since it is read into memory."""
+# Columns that a sentence lists at most.
 COLUMNS = 20
-"""Columns that a sentence lists at most."""
+# The repository, or the folder into which the package is installed.
 ROOT = Path(__file__).resolve().parents[2]
-"""The repository, or the folder into which the package is installed."""
 # A path follows no letter or colon, which may belong to an address. Exceptions are the schemes of
 # models in a folder, such as ``hf:FOLDER``.
 _PATH_START = r"(?:(?<![\w./:~-])|(?<=\bopen_clip:)|(?<=\bhf:)|(?<=\bblip:))"
 _PATH_LETTERS = r"[^\s'\"<>|:,;()\[\]]"
 _ABSOLUTE_PATH = re.compile(rf"{_PATH_START}~?/(?:{_PATH_LETTERS}+/)*((?:(?!/){_PATH_LETTERS})+)/?")
+# The rows of a table, each with what to call it in messages: "line 3 of answers.csv".
 Rows = list[tuple[str, dict[str, Any]]]
-"""The rows of a table, each with what to call it in messages: "line 3 of answers.csv"."""
 
 
 # Tests for a regular file and for a folder. Of what can be no path they say False, where those of
@@ -325,5 +325,5 @@ def _parquet(path: Path, name: str) -> Rows:
 
 
 _READERS = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv}
+# Endings of a table's name.
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
-"""Endings of a table's name."""

@@ -12,30 +12,26 @@ from pathlib import Path
 # Adapters, by the names that PEFT has them under. "default" is PEFT's own.
 PRIMARY = "default"
 AUXILIARY = "auxiliary"
+# First values of a primary that were taken out of the base weights; never acts, never trained.
 INITIAL = "initial"
-"""First values of a primary that were taken out of the base weights; never acts, never trained."""
 
-# Models of pipelines.
+# Models of pipelines, each of which has one of the denoisers.
 DENOISERS = ("unet", "transformer")
-"""A pipeline has one of them."""
 ENCODERS = ("text_encoder", "text_encoder_2")
+# Models of a pipeline whose adapters files hold.
 COMPONENTS = DENOISERS + ENCODERS
-"""Models of a pipeline whose adapters files hold."""
 
-# Files.
 FORMATS = ("diffusers", "kohya", "peft")
+# The two files of a folder of PEFT's.
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-"""With the weights, the two files of a folder of PEFT's."""
+# Key under which diffusers' files hold PEFT's configurations.
 ADAPTER_METADATA = "lora_adapter_metadata"
-"""Key under which diffusers' files hold PEFT's configurations."""
+# Name of the file for diffusers.
 FILE_NAME = "pytorch_lora_weights.safetensors"
-"""Name of the file for diffusers."""
-KOHYA_FILE_NAME_BEFORE = "pytorch_lora_weights_kohya.safetensors"
-"""Name of kohya's file in runs of versions that did not name it after the run."""
 
+# Bytes of a name without its ending; file systems take 255 with all endings.
 _LONGEST_STEM = 180
-"""Bytes of a name without its ending; file systems take 255 with all endings."""
 # Letters that no file name may have on Windows, or that end a name in A1111's <lora:name:1>.
 _UNSAFE = re.compile(r'[<>:"/\\|?*,\x00-\x1f\x7f]')
 # Names that PEFT, Transformers and diffusers give to files of their own.

@@ -55,7 +55,7 @@ def digest_texts(texts: Iterable[str]) -> str:
     return _hash(_encode(text) for text in texts).hex()
 
 
-def parts(names: Iterable[str], count: int) -> list[list[int]]:
+def deal_into_parts(names: Iterable[str], count: int) -> list[list[int]]:
     """Deal names into parts whose sizes differ by one at most.
 
     The part of a name depends on the names and the count alone, not on their order or on a run's

@@ -28,6 +28,7 @@ class OptimizerKind(NamedTuple):
     package: str | None = None  # the package that it needs, if not a dependency of this one
 
 
+# Kinds of optimizers by name; `train.optimizers` makes them.
 OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
     {
         "adamw": OptimizerKind(2),
@@ -35,65 +36,61 @@ OPTIMIZERS: Mapping[str, OptimizerKind] = MappingProxyType(
         "prodigy": OptimizerKind(4, "prodigyopt"),
     }
 )
-"""Kinds of optimizers by name; `train.optimizers` makes them."""
 
 # Layers that get adapters.
-ALL_LINEAR = "all-linear"
-"""Every linear layer but the output head."""
+ALL_LINEAR = "all-linear"  # every one but the output head
 ATTENTION = "attention"
 FEED_FORWARD = "feed-forward"
 CONVOLUTIONS = "convolutions"
 ALL_LAYERS = "all"
+# Names of groups of a denoiser's layers (`image.pipeline`).
 LAYER_GROUPS = (ATTENTION, FEED_FORWARD, CONVOLUTIONS, ALL_LINEAR, ALL_LAYERS)
-"""Names of groups of a denoiser's layers (`image.pipeline`)."""
 
 # Adapters and methods.
-INITS = ("default", "gaussian", "pissa", "lora-ga")
-"""First values of the primary."""
+INITS = ("default", "gaussian", "pissa", "lora-ga")  # first values of the primary
+# Value of `--rho`: a radius that sets itself.
 AUTO = "auto"
-"""Value of `--rho`: a radius that sets itself."""
+# Value of `--auxiliaries`: one for each sample.
 SAMPLE = "sample"
-"""Value of `--auxiliaries`: one for each sample."""
 RHO_NORMS = ("scaled", "unscaled")
 BALLS = ("global", "per-layer", "none")
 DIRECTIONS = ("ascent", "descent")
 SCHEDULES = ("constant", "linear", "cosine")
 
-# Images.
 ADAPTER_GUIDANCE = "adapter"
 BASE_GUIDANCE = "base"
+# Models of the unconditional prediction in classifier-free guidance.
 GUIDANCE_SOURCES = (ADAPTER_GUIDANCE, BASE_GUIDANCE)
-"""Models of the unconditional prediction in classifier-free guidance."""
+# Number of noise levels of the held-out loss, evenly spaced: 25, 125, ... 925 of 1,000 steps.
 NOISE_LEVELS = 10
-"""Number of noise levels of the held-out loss, evenly spaced: 25, 125, ... 925 of 1,000 steps."""
 
 # Text.
-KINDS = ("seq2seq", "causal", "classification")
-"""Kinds of models that the text script trains."""
+KINDS = ("seq2seq", "causal", "classification")  # of models
+# Forms in which a causal language model gets a question.
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
-"""Forms in which a causal language model gets a question."""
 
-# What is measured on held-out samples.
+# What is measured on held-out samples, by its name in the log; less is better.
 HELDOUT_LOSS = "heldout_loss"
 HELDOUT_DISTANCE = "heldout_distance"
-"""Names in the log of what is measured on held-out samples; less is better."""
+# Start of the name of the held-out loss at one noise level, which follows.
+BY_LEVEL = "heldout_loss_by_level/"
+# Name of the held-out loss's counterpart on the training samples.
 TRAINING_GRID_LOSS = "train_grid_loss"
-"""Name of the held-out loss's counterpart on the training samples."""
 MEASURE_TITLES: Mapping[str, str] = MappingProxyType(
     {HELDOUT_LOSS: "held-out loss", HELDOUT_DISTANCE: "distance of samples"}
 )
 BY_SAMPLES = "samples"
 BY_LOSS = "loss"
+# What `--fit` and the best step go by: distance of samples to held-out pictures, or the loss.
 JUDGES = (BY_SAMPLES, BY_LOSS)
-"""What `--fit` and the best step go by: distance of samples to held-out pictures, or the loss."""
+# The miniature's scorer, where a model that embeds images is asked for.
 EMBEDDED = "embedded"
-"""The miniature's scorer, where a model that embeds images is asked for."""
+# Kind of such a model, in ``dinov2:ID_OR_FOLDER``.
 DINOV2 = "dinov2"
-"""Kind of such a model, in ``dinov2:ID_OR_FOLDER``."""
 
 
+# Smallest normal number of 32 bits; the arithmetic may take a smaller one for 0.
 SMALLEST = 1.2e-38
-"""Smallest normal number of 32 bits; the arithmetic may take a smaller one for 0."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ class Range:
         """
         fix = self._fix(value)
         if not fix and 0 < abs(value) < smallest:
-            fix = "give a larger number, or 0, which it is in 32-bit arithmetic"
+            fix = f"give 0 or at least {smallest:.2g}: a smaller number is 0 in fp32"
         if not fix:
             return
         text = f"{value!r:.80}"
@@ -158,7 +155,9 @@ class Range:
 
 
 RANKS = Range(
-    16_384, "a rank above a layer's smaller side adds nothing, and no model has a wider", at_least=1
+    16_384,
+    "a rank above the smaller side of a layer adds nothing, and no known model has a wider layer",
+    at_least=1,
 )
 SCALES = Range(
     1e6,

@@ -61,7 +61,8 @@ def _run(options: argparse.Namespace) -> None:
         for file in lora_files(Path(options.source)):
             contents = inspect(file)
             if options.json:
-                print(as_json(contents))
+                fields = {**asdict(contents), "auxiliary": contents.auxiliary}
+                print(json.dumps(fields, indent=2))
             else:
                 print(as_table(contents))
         return
@@ -79,11 +80,6 @@ def _run(options: argparse.Namespace) -> None:
             print(export.path)
         else:
             print(f"is there already: {export.path}")
-
-
-def as_json(contents: LoraFile) -> str:
-    """All fields of `LoraFile` and its property `auxiliary`, as JSON."""
-    return json.dumps({**asdict(contents), "auxiliary": contents.auxiliary}, indent=2)
 
 
 def as_table(contents: LoraFile) -> str:

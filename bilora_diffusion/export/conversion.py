@@ -167,6 +167,7 @@ def _write_peft(
     exists = []  # of each model
     for name, folder in folders.items():
         exists.append(_is_same_export(folder / WEIGHTS, "peft", {name: parts[name]}))
+    # An earlier export may have been interrupted between two models.
     if all(exists):
         return Export(target, is_new=False)
     refuse_existing(target, *folders.values())

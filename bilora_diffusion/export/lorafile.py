@@ -180,6 +180,7 @@ def read_header(path: Path) -> Header:
     layers: dict[str, set[str]] = defaultdict(set)
     ranks: dict[str, set[int]] = defaultdict(set)
     for tensor in down:
+        # By A alone, which each layer has once.
         layers[tensor.model].add(tensor.layer)
         ranks[tensor.model].add(tensor.shape[0])
     alphas: dict[str, set[float]] = defaultdict(set)

@@ -65,6 +65,7 @@ def read(path: Path) -> Contents:
     base_model = None
     if file.format == "peft" and "model" in header.config:
         base_model = header.config["model"].base_model_name_or_path
+    # kohya's entry, which diffusers' files of this package have too.
     base_model = base_model or file.metadata.get("ss_sd_model_name", "")
     return Contents(_read_parts(path, header), file.metadata, base_model)
 

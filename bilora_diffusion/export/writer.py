@@ -23,7 +23,6 @@ from ..core.lora_names import (
     COMPONENTS,
     CONFIG,
     FILE_NAME,
-    KOHYA_FILE_NAME_BEFORE,
     PRIMARY,
     WEIGHTS,
     kohya_file_name,
@@ -95,8 +94,7 @@ def save_diffusers(
     metadata = file_metadata(parts, base_model, kohya_file.stem, extra_metadata or {})
     folder.mkdir(parents=True, exist_ok=True)
     # First, so that an interruption does not leave a file of other weights beside the new ones.
-    for older_file in (kohya_file, folder / KOHYA_FILE_NAME_BEFORE):
-        older_file.unlink(missing_ok=True)
+    kohya_file.unlink(missing_ok=True)
     write_file(folder / FILE_NAME, parts, "diffusers", metadata)
     if kohya:
         write_file(kohya_file, parts, "kohya", metadata)

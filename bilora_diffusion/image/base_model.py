@@ -52,19 +52,19 @@ class BaseModel:
         return is_epsilon and not is_edm and not self.family.flow
 
     @property
-    def usual_guidance(self) -> float:
-        """Guidance scale of its images by default."""
+    def usual_sampling(self) -> tuple[int, float]:
+        """Steps and guidance scale of its images by default."""
         # As much of the loaded pipeline as a family asks for.
         denoiser = SimpleNamespace(config=self.configs[self.family.denoiser])
         parts = {self.family.denoiser: denoiser}
         outline = SimpleNamespace(config=self.index, name_or_path=self.name, **parts)
-        _, guidance = self.family.usual_sampling(outline)
-        return float(guidance)
+        return self.family.usual_sampling(outline)
 
     @property
     def is_guided(self) -> bool:
         """True if its images have an unconditional prediction by default."""
-        return bool(self.family.is_guided(self.usual_guidance, self.index, self.configs))
+        _, guidance = self.usual_sampling
+        return bool(self.family.is_guided(guidance, self.index, self.configs))
 
     @property
     def side(self) -> int:

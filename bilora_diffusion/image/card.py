@@ -44,10 +44,10 @@ def _gallery(folder: Path, step: int, config: Mapping[str, Any]) -> list[tuple[s
     return gallery
 
 
-def _tags(cfg: DreamBoothConfig, base: str, exports_models: bool) -> list[str]:
+def _tags(cfg: DreamBoothConfig, base: str) -> list[str]:
     """Tags by which the hub finds the model."""
     tags = ["text-to-image", "diffusers"]
-    if exports_models:
+    if methods.get(cfg.method).exports_weights:
         tags.append("full-fine-tuning")
     else:
         tags += ["lora", "template:sd-lora"]
@@ -67,11 +67,9 @@ def write_dreambooth_card(
         results: of the run: steps, held-out losses and, under "export", facts of each model.
         repo_id: of the hub, if the run is pushed there.
     """
-    family = cfg.family
     base = public_name(cfg.pretrained_model_name_or_path)
     concepts = cfg.concept_configs
     sources = [public_name(concept.source) for concept in concepts]
-    exports_models = methods.get(cfg.method).exports_weights
 
     # Validation images. With --keep_best the weights, and so the images, are of an earlier step.
     step = results.get("best_step", results["steps"])
@@ -81,15 +79,54 @@ def write_dreambooth_card(
         gallery, prompts = [], []
     words = [concept.trigger_word or concept.instance_prompt for concept in concepts]
     triggers = list(dict.fromkeys(filter(None, words)))
-    instance_prompts = [concept.instance_prompt for concept in concepts]
 
-    # The table of results.
+    instance_prompts = [concept.instance_prompt for concept in concepts]
+    front_matter = ModelCardData(
+        library_name="diffusers",
+        base_model=base if is_hub_id(base) else None,
+        datasets=list(filter(is_hub_id, sources)) or None,
+        tags=_tags(cfg, base),
+        instance_prompt=next(filter(None, instance_prompts), None),
+        widget=[{"text": text, "output": {"url": url}} for text, url in gallery] or None,
+    )
+    write_card(
+        vars(cfg),
+        folder,
+        results,
+        meta=front_matter,
+        # The table of results.
+        heading="Results",
+        measured=_measured(cfg, results),
+        loss_ranks_no_images=HELDOUT_LOSS in results,
+        # What was trained.
+        title=EMBEDDED_TITLES.get(base, base),
+        data=", ".join(EMBEDDED_TITLES.get(name, name) for name in sources),
+        triggers=triggers,
+        prompt=(prompts or triggers or ["a photo"])[0],
+        gallery=gallery,
+        **_loading(cfg, base, results),
+        **_files(cfg, folder, repo_id),
+    )
+
+
+def _measured(cfg: DreamBoothConfig, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of the table of results that the run has measured, by their titles."""
     metrics = dict(MEASURED)
     for options in cfg.concepts:
         name = options["concept"]
         metrics[f"held-out loss of {name}"] = f"{BY_CONCEPT}{name}"
-    measured = {title: results[key] for title, key in metrics.items() if key in results}
+    return {title: results[key] for title, key in metrics.items() if key in results}
 
+
+def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts for the card's code, which loads the pipeline and the weights.
+
+    Args:
+        base: name of the base model in the card.
+        results: of the run; "export" has facts of each model.
+    """
+    family = cfg.family
+    exports_models = methods.get(cfg.method).exports_weights
     # The card shows guidance from the base model where a few lines do it: where the unconditional
     # rows are the first ones of a batch. DoRA scales the base's output too, and text encoders with
     # adapters would embed the negative prompt.
@@ -97,48 +134,34 @@ def write_dreambooth_card(
     is_plain = not (exports_models or cfg.use_dora or cfg.train_text_encoder)
     if family.unconditional is Unconditional.FIRST_ROWS and is_plain:
         denoiser_by_rows = family.denoiser
-
     vae = cfg.pretrained_vae_model_name_or_path
+    return {
+        "miniature": PIPELINES[base].__name__ if base in PIPELINES else None,
+        "base": loaded_from(base),
+        "vae": loaded_from(public_name(vae)) if vae else None,
+        "dtype": "torch.bfloat16" if family.flow else "torch.float16",  # see `Family.precision`
+        "flow": family.flow,
+        "dora": cfg.use_dora,
+        "misread": comfy.remark(cfg),
+        "denoiser_by_rows": denoiser_by_rows,
+        "guidance": family.guidance,
+        "models": list(results["export"]) if exports_models else [],
+        # SDXL's loader warns of missing keys of each encoder; loaders of transformers do not.
+        "warns_of_encoders": not family.flow and not cfg.train_text_encoder,
+    }
+
+
+def _files(cfg: DreamBoothConfig, folder: Path, repo_id: str | None) -> dict[str, Any]:
+    """The files of the run folder, or of the repository that it is pushed to, for the card."""
     workflow = workflow_file_name(folder)
     base_workflow = base_workflow_file_name(folder)
-    write_card(
-        vars(cfg),
-        folder,
-        results,
-        meta=ModelCardData(
-            library_name="diffusers",
-            base_model=base if is_hub_id(base) else None,
-            datasets=list(filter(is_hub_id, sources)) or None,
-            tags=_tags(cfg, base, exports_models),
-            instance_prompt=next(filter(None, instance_prompts), None),
-            widget=[{"text": text, "output": {"url": url}} for text, url in gallery] or None,
-        ),
-        heading="Results",
-        measured=measured,
-        loss_ranks_no_images=HELDOUT_LOSS in results,
-        title=EMBEDDED_TITLES.get(base, base),
-        data=", ".join(EMBEDDED_TITLES.get(name, name) for name in sources),
-        triggers=triggers,
-        prompt=(prompts or triggers or ["a photo"])[0],
-        gallery=gallery,
-        miniature=PIPELINES[base].__name__ if base in PIPELINES else None,
-        base=loaded_from(base),
-        vae=loaded_from(public_name(vae)) if vae else None,
-        dtype="torch.bfloat16" if family.flow else "torch.float16",  # see `Family.precision`
-        flow=family.flow,
-        dora=cfg.use_dora,
-        misread=comfy.remark(cfg),
-        denoiser_by_rows=denoiser_by_rows,
-        guidance=family.guidance,
-        models=list(results["export"]) if exports_models else [],
-        # SDXL's loader warns of missing keys of each encoder; loaders of transformers do not.
-        warns_of_encoders=not family.flow and not cfg.train_text_encoder,
-        repo=repo_id,
-        here=repo_id or ".",
-        note="" if repo_id else "  # this folder",
-        file=FILE_NAME,
-        kohya=kohya_file_name(folder) if cfg.output_kohya_format else None,
-        lora=kohya_file_name(folder),
-        base_workflow=base_workflow if (folder / base_workflow).is_file() else None,
-        workflow=workflow if (folder / workflow).is_file() else None,
-    )
+    return {
+        "repo": repo_id,
+        "here": repo_id or ".",
+        "note": "" if repo_id else "  # this folder",
+        "file": FILE_NAME,
+        "kohya": kohya_file_name(folder) if cfg.output_kohya_format else None,
+        "lora": kohya_file_name(folder),
+        "base_workflow": base_workflow if (folder / base_workflow).is_file() else None,
+        "workflow": workflow if (folder / workflow).is_file() else None,
+    }

@@ -8,7 +8,6 @@ Options of the command line are defaults of all concepts, which become `ImageOpt
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 
 from ..config import constraints
 from ..config.command_line import CommandLine, read_options
-from ..config.resolving import without_ignored_options
+from ..config.resolving import logger, without_ignored_options
 from ..core.errors import UserError, is_main_process, placed
 from ..core.fields import check, options_of
 from ..core.files import folder_or_id, is_folder, quoted
@@ -57,7 +56,6 @@ FACTS = (
     "hold_unconditional",
 )
 Config = TypeVar("Config", bound=ImageOptions)
-logger = logging.getLogger(__name__)
 
 
 def with_sets_of_images(cfg: Config) -> Config:

@@ -59,6 +59,7 @@ GROUPS = (
     SingleMethodOptions,
 )
 
+# Options that the distance of samples depends on.
 SAMPLING_OPTIONS = frozenset(
     {
         "image_model",
@@ -67,7 +68,6 @@ SAMPLING_OPTIONS = frozenset(
         "validation_guidance_from",
     }
 )
-"""Options that the distance of samples depends on."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def check_base_model(cfg: ImageOptions, model: BaseModel) -> None:
     family = model.family
     run_guidance = cfg.validation_guidance_scale
     if run_guidance is None:
-        run_guidance = model.usual_guidance
+        _, run_guidance = model.usual_sampling
     sides: set[int] = set()  # in pixels, of all images that are trained on or sampled
     for size in bucket_sizes(cfg.resolution, cfg.aspect_ratio_buckets):
         sides.update(size)

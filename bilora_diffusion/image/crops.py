@@ -55,16 +55,13 @@ def read_sizes(text: str) -> list[Size]:
             )
         height, width = map(int, sides)
         if not height or not width or height % MULTIPLE or width % MULTIPLE:
+            nearest = [max(1, round(side / MULTIPLE)) * MULTIPLE for side in (height, width)]
             raise UserError(
                 f'"{part}" of --aspect_ratio_buckets has a side that is not a multiple of'
-                f" {MULTIPLE}: give {nearest_multiple(height)},{nearest_multiple(width)}."
+                f" {MULTIPLE}: give {nearest[0]},{nearest[1]}."
             )
         sizes.append((height, width))
     return list(dict.fromkeys(sizes))
-
-
-def nearest_multiple(side: int) -> int:
-    return max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE)
 
 
 def sizes_around(side: int) -> list[Size]:

@@ -48,11 +48,6 @@ class Preset:
     validation_dataset: str | None = None
     model: str | None = None
 
-    @property
-    def validation_prompts(self) -> list[str]:
-        """One for each subject."""
-        return [f"a TOK icon of a {subject}, in the style of TOK" for subject in self.subjects]
-
 
 PRESETS = {
     ICONS: Preset(),  # Appendix H.3
@@ -146,7 +141,8 @@ def with_preset(cfg: Config) -> Config:
         defaults["caption_column"] = preset.caption_column
     # The preset's number of images is meant for its own prompts.
     if not PROMPT_OPTIONS & cfg.given_options:
-        defaults["validation_prompts"] = preset.validation_prompts
+        prompts = [f"a TOK icon of a {subject}, in the style of TOK" for subject in preset.subjects]
+        defaults["validation_prompts"] = prompts
         defaults["num_validation_images"] = preset.num_validation_images
     if preset.model is not None:
         defaults["pretrained_model_name_or_path"] = preset.model
@@ -164,7 +160,7 @@ def with_model_defaults(cfg: Config, model: BaseModel) -> Config:
         lora_layers=words_of_layers(cfg.lora_layers),
         pipeline=model.pipeline,
         predicts_noise=model.predicts_noise,
-        told_guidance=model.family.told_guidance(model.configs),
+        embeds_guidance=model.family.embeds_guidance(model.configs),
         is_unguided=not model.is_guided,
         # Without --resolution the size that the model was made for.
         resolution=cfg.resolution or model.side,

@@ -1,7 +1,7 @@
 """The trained models with their loss on a micro-batch, and the held-out loss.
 
-The held-out loss is measured on a fixed grid of noise and timesteps: a noise-free measure of
-generalization.
+The held-out loss is measured on a fixed grid of noise levels with fixed noise, so that two
+measurements differ by the weights alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import adapters
 from ..core.seeds import generator
-from ..core.values import HELDOUT_LOSS, NOISE_LEVELS, TRAINING_GRID_LOSS
+from ..core.values import BY_LEVEL, HELDOUT_LOSS, NOISE_LEVELS, TRAINING_GRID_LOSS
 from ..run.record import BY_CONCEPT
 from ..train.task import inference, loss_by_part, precision
 from .families.base import Conditions, Family, move
@@ -28,11 +28,10 @@ from .stream import TrainingSample, centered_samples
 
 # Inputs that are conditions of further predictions: the class prompt's and the empty prompt's.
 PRIOR, UNCONDITIONAL = "prior", "unconditional"
-# Inputs that are no conditions of the images' own captions.
-OTHER_INPUTS = frozenset(
-    ("latents", "noise", "index", "instance", "mask_weights", PRIOR, UNCONDITIONAL)
+# All other inputs are the conditions of the images' own captions.
+NO_CONDITIONS = frozenset(
+    ("latents", "noise", "level_index", "is_instance", "mask_weights", PRIOR, UNCONDITIONAL)
 )
-BY_LEVEL = "heldout_loss_by_level/"  # before a noise level, in the name of the loss at this level
 PIXELS_AT_ONCE = 2**18  # of the images that are measured together; memory is sure to hold them
 
 
@@ -43,7 +42,8 @@ class DreamBoothModule(nn.Module):
     preservation, as many class images.
 
     - ``latents`` and ``noise``, (n, c, h, w)
-    - ``index`` of the noise level, and ``instance``, True for an instance image, (n,) each
+    - ``level_index``, number of the noise level, and ``is_instance``, False for a class image,
+      (n,) each
     - ``time_ids``, (n, 6), and with masks ``mask_weights``, (n, 1, h, w)
     - the family's conditions or, where the text encoders are trained, ``ids``, two tensors
       (n, tokens), and ``has_text``, (n,), False where zeros stand for the text
@@ -52,6 +52,13 @@ class DreamBoothModule(nn.Module):
     The loss of a slot is that of its instance image, plus ``prior_loss_weight`` times that of its
     class image, plus ``prior_prediction_weight`` times the instance image's `departures` for the
     conditions `PRIOR` and ``hold_unconditional`` times its departures for `UNCONDITIONAL`.
+
+    Args:
+        family: the kind of model, which knows how the denoiser is called.
+        denoiser: UNet or transformer, with adapters.
+        text_encoders: those that are trained.
+        noise_schedule: noise levels, and the loss that belongs to them.
+        prior_loss_weight: None without class images.
     """
 
     def __init__(
@@ -59,7 +66,7 @@ class DreamBoothModule(nn.Module):
         family: Family,
         denoiser: nn.Module,
         text_encoders: Sequence[nn.Module],
-        denoising: NoiseSchedule,
+        noise_schedule: NoiseSchedule,
         prior_loss_weight: float | None = None,
         prior_prediction_weight: float = 0.0,
         hold_unconditional: float = 0.0,
@@ -68,7 +75,7 @@ class DreamBoothModule(nn.Module):
         self.family = family
         self.denoiser = denoiser
         self.text_encoders = nn.ModuleList(text_encoders)
-        self.denoising = denoising
+        self.noise_schedule = noise_schedule
         self.prior_loss_weight = prior_loss_weight
         self.departure_weights = {PRIOR: prior_prediction_weight, UNCONDITIONAL: hold_unconditional}
         self._adapted: list[adapters.LoraLayer] | None = None
@@ -81,7 +88,7 @@ class DreamBoothModule(nn.Module):
             losses = instance + self.prior_loss_weight * prior
         for name, weight in self.departure_weights.items():
             if name in inputs:
-                noisy, levels = self.denoising.add_noise(inputs)
+                noisy, levels = self.noise_schedule.add_noise(inputs)
                 departures = self.departures(inputs, name, noisy, levels)  # (n,)
                 # The first rows, the instance images.
                 losses = losses + weight * departures[: len(losses)]
@@ -137,15 +144,15 @@ class DreamBoothModule(nn.Module):
         """One loss per row, (n,), in float32, of instance and class images alike."""
         conditions = {}
         for name, values in inputs.items():
-            if name not in OTHER_INPUTS:
+            if name not in NO_CONDITIONS:
                 conditions[name] = values
-        noisy, levels = self.denoising.add_noise(inputs)  # (n, c, h, w), (n,)
-        # The loss is in float32, the denoiser in the dtype of its weights.
-        return self.denoising.loss(self._predict(conditions, noisy, levels), inputs)
+        noisy, levels = self.noise_schedule.add_noise(inputs)  # (n, c, h, w), (n,)
+        prediction = self._predict(conditions, noisy, levels)  # in the dtype of the weights
+        return self.noise_schedule.loss(prediction, inputs)  # in float32
 
 
 def grid_levels(total: int) -> list[int]:
-    """The timesteps of the grid, for a schedule of ``total`` timesteps.
+    """Numbers of the grid's noise levels, of a schedule of ``total`` levels.
 
     They are the middles of `NOISE_LEVELS` equal parts, less a fortieth of the whole.
     """
@@ -169,17 +176,18 @@ class GridLoss:
 
     Args:
         task: a `DreamBooth`.
-        train: the training stream, whose images are measured on the same grid so that two runs can
+        stream: the training stream, whose images are measured on the same grid so that two runs can
             be compared at equal training loss; None to measure each held-out image by itself.
-        validation: held-out images.
+        heldout: held-out images.
 
     Attributes:
+        levels: numbers of the noise levels.
         sets: the images of both sets, by the name of their loss.
     """
 
-    def __init__(self, task: Any, train: Any, validation: Any) -> None:
+    def __init__(self, task: Any, stream: Any, heldout: ImageSet) -> None:
         self.task = task
-        self.levels = grid_levels(task.module.denoising.num_timesteps)
+        self.levels = grid_levels(task.module.noise_schedule.num_timesteps)
         vae = task.pipeline.vae
         encoder = Encoder(
             vae,
@@ -189,9 +197,9 @@ class GridLoss:
             task.encoder.disk,
             task.encoder.cache,
         )
-        self.sets = {HELDOUT_LOSS: self._load(encoder, validation)}
-        if train is not None:
-            self.sets[TRAINING_GRID_LOSS] = self._load(encoder, train.images)
+        self.sets = {HELDOUT_LOSS: self._load(encoder, heldout)}
+        if stream is not None:
+            self.sets[TRAINING_GRID_LOSS] = self._load(encoder, stream.images)
 
     def _load(self, encoder: Encoder, images: ImageSet) -> list[GridImage]:
         """Encode the images of a set."""
@@ -214,27 +222,28 @@ class GridLoss:
         """
         with inference(self.task.module):
             tables = {name: self.table(images) for name, images in self.sets.items()}
-        heldout = tables[HELDOUT_LOSS]  # (levels, images)
         # First over the levels, then over the images, as the means by concept are.
         losses = {name: float(table.mean(0).mean()) for name, table in tables.items()}
+        heldout = tables[HELDOUT_LOSS]  # (levels, images)
         if TRAINING_GRID_LOSS not in tables:
             return losses | loss_by_part(heldout.mean(0).tolist(), heldout.shape[1])
         concepts = [image.sample.cfg.concept for image in self.sets[HELDOUT_LOSS]]
         for concept in filter(None, dict.fromkeys(concepts)):  # "" in a run without concepts
             is_of_concept = torch.tensor([name == concept for name in concepts])  # (images,)
             losses[f"{BY_CONCEPT}{concept}"] = float(heldout[:, is_of_concept].mean(0).mean())
-        names = self.task.module.denoising.level(torch.tensor(self.levels)).round().int().tolist()
+        logged_levels = self.task.module.noise_schedule.level(torch.tensor(self.levels))
         level_losses = heldout.mean(1).tolist()
-        for name, loss in zip(names, level_losses, strict=True):
-            losses[f"{BY_LEVEL}{name}"] = loss
+        for level, loss in zip(logged_levels.round().int().tolist(), level_losses, strict=True):
+            losses[f"{BY_LEVEL}{level}"] = loss
         return losses
 
     def table(self, images: Sequence[GridImage]) -> Tensor:
         """Loss at each noise level of each image, (levels, images)."""
-        parts = []
+        tables = []
         for batch in self.batches(images):
-            parts.append(torch.stack([self.losses(batch, level) for level in self.levels]))
-        return torch.cat(parts, dim=1)
+            # (levels, images of the batch)
+            tables.append(torch.stack([self.losses(batch, level) for level in self.levels]))
+        return torch.cat(tables, dim=1)
 
     def batches(self, images: Sequence[GridImage]) -> Iterator[Sequence[GridImage]]:
         """Images of one shape in a row, as many at a time as memory is sure to hold."""
@@ -254,8 +263,8 @@ class GridLoss:
         inputs = self.task.inputs(
             torch.stack([image.latent for image in images]),  # (n, c, h, w)
             torch.stack(noise),
-            index=torch.full((len(images),), level),
-            instance=torch.ones(len(images), dtype=torch.bool),
+            level_index=torch.full((len(images),), level),
+            is_instance=torch.ones(len(images), dtype=torch.bool),
             samples=[image.sample for image in images],
             masks=[image.mask for image in images],
         )

@@ -56,7 +56,7 @@ ON_SDXL = IgnoredCase(
     "on Stable Diffusion XL, which is not a flow model",
 )
 WITHOUT_GUIDANCE = IgnoredCase(
-    lambda v: not v["told_guidance"], "on a model that has no embedding of guidance"
+    lambda v: not v["embeds_guidance"], "on a model that has no embedding of guidance"
 )
 
 

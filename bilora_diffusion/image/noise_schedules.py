@@ -89,13 +89,13 @@ class Denoising:
         """True if the model predicts a velocity, False if it predicts noise."""
         return self.scheduler.config["prediction_type"] == "v_prediction"
 
-    def sample_index(self, random: torch.Generator) -> Tensor:
+    def sample_level_index(self, random: torch.Generator) -> Tensor:
         """The number of a noise level, 0-d; all are equally likely."""
         return torch.randint(self.num_timesteps, (), generator=random)
 
-    def level(self, index: Tensor) -> Tensor:
+    def level(self, level_index: Tensor) -> Tensor:
         """Noise levels as logs name them, by their numbers."""
-        return index
+        return level_index
 
     def add_noise(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Noisy latents as the model takes them, (n, c, h, w), and their timesteps, (n,).
@@ -103,11 +103,12 @@ class Denoising:
         Args:
             inputs: as of `FlowMatching.loss`.
         """
-        index = inputs["index"]
+        level_index = inputs["level_index"]
         if self.kind == "standard":
-            return self.scheduler.add_noise(inputs["latents"], inputs["noise"], index), index
+            noisy = self.scheduler.add_noise(inputs["latents"], inputs["noise"], level_index)
+            return noisy, level_index
         noisy, sigma = self._edm_noisy(inputs)
-        timesteps = self.scheduler.timesteps.to(noisy.device)[index]
+        timesteps = self.scheduler.timesteps.to(noisy.device)[level_index]
         if self.kind == "edm_native":
             return self.scheduler.precondition_inputs(noisy, sigma), timesteps
         # A variance-preserving model takes noisy latents of unit variance.
@@ -120,40 +121,41 @@ class Denoising:
             prediction: of the model for what `add_noise` returns, (n, c, h, w).
             inputs: as of `FlowMatching.loss`.
         """
-        latents, noise, index = inputs["latents"], inputs["noise"], inputs["index"]
+        latents, noise, level_index = inputs["latents"], inputs["noise"], inputs["level_index"]
         prediction = prediction.float()
         mask_weights = inputs.get("mask_weights")
         if self.kind != "standard":
             return weighted_mean(self._edm_squares(prediction, inputs), mask_weights)
         target = noise
         if self.predicts_velocity:
-            target = self.scheduler.get_velocity(latents, noise, index)
+            target = self.scheduler.get_velocity(latents, noise, level_index)
         loss = weighted_mean((prediction - target.float()) ** 2, mask_weights)
         if self.snr_gamma is None:
             return loss
         is_floored = self.snr_weighting == "diffusers"
-        ratios = self._standard_snr(index)
+        ratios = self._standard_snr(level_index)
         weights = min_snr_weights(ratios, self.snr_gamma, self.predicts_velocity, is_floored)
         # Class images have no weights, as in diffusers' scripts.
-        return torch.where(inputs["instance"], loss * weights, loss)
+        return torch.where(inputs["is_instance"], loss * weights, loss)
 
-    def snr(self, index: Tensor) -> Tensor | None:
+    def snr(self, level_index: Tensor) -> Tensor | None:
         """Signal-to-noise ratios by the levels' numbers, (n,); None unless it predicts noise."""
         if self.kind == "edm_native" or self.predicts_velocity:
             return None
         if self.kind == "edm":
-            return self.scheduler.sigmas[index] ** -2
-        return self._standard_snr(index)
+            return self.scheduler.sigmas[level_index] ** -2
+        return self._standard_snr(level_index)
 
-    def _standard_snr(self, index: Tensor) -> Tensor:
+    def _standard_snr(self, level_index: Tensor) -> Tensor:
         """alpha_bar / (1 - alpha_bar), (n,)."""
-        signal = self.scheduler.alphas_cumprod.to(index.device)[index].float()
+        signal = self.scheduler.alphas_cumprod.to(level_index.device)[level_index].float()
         return signal / (1 - signal)
 
     def _edm_noisy(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """x0 + sigma e, (n, c, h, w), and sigma, (n, 1, 1, 1), both in float32."""
         latents = inputs["latents"]
-        sigma = self.scheduler.sigmas.to(latents.device)[inputs["index"]].view(-1, 1, 1, 1).float()
+        sigma = self.scheduler.sigmas.to(latents.device)[inputs["level_index"]]  # (n,)
+        sigma = sigma.view(-1, 1, 1, 1).float()
         return latents.float() + sigma * inputs["noise"].float(), sigma
 
     def _edm_squares(self, prediction: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -237,18 +239,18 @@ class FlowMatching:
         """Number of noise levels."""
         return len(self.sigmas)
 
-    def sample_index(self, random: torch.Generator) -> Tensor:
+    def sample_level_index(self, random: torch.Generator) -> Tensor:
         """The number of a noise level, 0-d, sampled by the scheme."""
         share = compute_density_for_timestep_sampling(
             self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=random
         )
         return (share * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)[0]
 
-    def level(self, index: Tensor) -> Tensor:
+    def level(self, level_index: Tensor) -> Tensor:
         """Noise levels as logs name them, by their numbers."""
-        return 1000 * self.sigmas[index]
+        return 1000 * self.sigmas[level_index]
 
-    def snr(self, index: Tensor) -> Tensor | None:
+    def snr(self, level_index: Tensor) -> Tensor | None:
         """None: signal-to-noise ratios matter only to models that predict noise."""
         return None
 
@@ -259,7 +261,7 @@ class FlowMatching:
             inputs: as of `loss`.
         """
         latents = inputs["latents"]
-        sigma = self.sigmas.to(latents.device)[inputs["index"]]  # (n,)
+        sigma = self.sigmas.to(latents.device)[inputs["level_index"]]  # (n,)
         s = sigma.view(-1, 1, 1, 1)
         return (1 - s) * latents + s * inputs["noise"], sigma
 
@@ -268,12 +270,12 @@ class FlowMatching:
 
         Args:
             prediction: of the model for what `add_noise` returns, (n, c, h, w).
-            inputs: clean ``latents`` and standard normal ``noise``, (n, c, h, w); the ``index`` of
-                each sample's noise level, (n,); True in ``instance``, (n,), for images that are not
-                class images; and, with masks, ``mask_weights`` of the places, (n, 1, h, w).
+            inputs: clean ``latents`` and standard normal ``noise``, (n, c, h, w); ``level_index``,
+                the number of each sample's noise level, (n,); ``is_instance``, False for class
+                images, (n,); and, with masks, ``mask_weights`` of the places, (n, 1, h, w).
         """
         latents, noise = inputs["latents"], inputs["noise"]
-        sigma = self.sigmas.to(latents.device)[inputs["index"]]  # (n,)
+        sigma = self.sigmas.to(latents.device)[inputs["level_index"]]  # (n,)
         # The velocity along the path from x0 to e is e - x0.
         squares = (prediction.float() - (noise - latents).float()) ** 2
         weights = compute_loss_weighting_for_sd3(self.scheme, sigma)

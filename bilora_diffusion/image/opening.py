@@ -9,22 +9,16 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
 from ..core.errors import UserError, translated
-from ..core.files import (
-    is_file,
-    kind_of,
-    listed,
-    quoted,
-    read_rows,
-    require_column,
-)
+from ..core.files import is_file, kind_of, listed, quoted, read_rows, require_column
 from ..mini import color_map
 from ..mini.colors import MAPS
 from .image_files import (
@@ -41,8 +35,6 @@ from .image_files import (
 )
 from .sets import Entry, ImageSet
 
-CAPTION_FILES = "the .txt files beside them"
-MASK_FILES = "the .mask files beside them"
 TEXT = "text"  # name of the column of captions that are files beside the images
 NO_CAPTIONS = "none"  # the ``--caption_column`` that reads no captions
 SPLIT = "train"
@@ -51,14 +43,25 @@ MAX_BYTES = 500_000_000  # of a metadata file
 Source = Callable[[], Path | bytes | None]
 
 
-class Table(NamedTuple):
-    """A set of images as it is stored."""
+@dataclass
+class Table:
+    """A set of images as it is stored.
 
-    entries: list[Entry]  # without captions
-    columns: dict[str, Any]  # values of each column
-    files: list[Path]  # of the images; [] where not all of them are files
-    masks_from: str | None  # the column of the masks, in words
-    mask_files: list[Path]  # that a metadata file names
+    Attributes:
+        entries: the images, without captions at first.
+        columns: values of each column.
+        files: the images' files; [] where not all of them are files.
+        captions_from: where captions come from that are in no column; None without these.
+        masks_from: where masks come from; None without masks.
+        mask_files: files of the masks.
+    """
+
+    entries: list[Entry]
+    columns: dict[str, Any]
+    files: list[Path]
+    captions_from: str | None = None
+    masks_from: str | None = None
+    mask_files: list[Path] = field(default_factory=list)
 
 
 def open_images(
@@ -94,7 +97,6 @@ def open_images(
     listing = None
     if folder is not None and config_name is None:
         listing = list_folder(folder)
-    has_caption_files = listing is not None and listing.has_captions
     if listing is not None and _is_folder_of_images(listing):
         require_column(image_column, ["image"], "--image_column", dataset)
         # Not by imagefolder of `datasets`: it makes 2.0 of the caption "002" and nothing of
@@ -103,62 +105,24 @@ def open_images(
         table = _read_folder(dataset, listing, mask_column)
     else:
         # As an imagefolder, where there are captions: else these may be taken for the data.
-        data = _load(dataset, folder, config_name, has_caption_files, cache_dir)
+        images_only = listing is not None and listing.has_captions
+        data = _load(dataset, folder, config_name, images_only, cache_dir)
         table = _read_split(dataset, data, image_column, mask_column)
 
     colors = color_map(dataset)
     if colors is not None:
         for entry in table.entries:
             entry.source = partial(_recolored, entry.source, colors)
-
-    # Captions: of a column, or of the files beside the images.
-    reads_caption_files = False
-    has_no_column = caption_column is None or TEXT not in table.columns
-    if has_caption_files and listing and has_no_column and table.files and not listing.metadata:
-        caption_column = caption_column or TEXT
-        reads_caption_files = caption_column == TEXT
-        # The column is there for messages too, even if another one is asked for.
-        table.columns[TEXT] = listing.captions(table.files) if reads_caption_files else []
-    _set_captions(dataset, table, caption_column)
-
-    # Masks: the images' own opacity, or the files beside them; those of a column are set already.
-    masks: dict[Path, Path] = {}
-    masks_from = table.masks_from
-    if alpha_mask:
-        masks_from = "their alpha channel"
-        for entry in table.entries:
-            entry.mask = partial(_read_mask, entry.source, alpha=True)
-    elif mask_column is None:
-        masks = masks_beside(table.files)
-    if masks:
-        masks_from = MASK_FILES
-        _set_masks(table, masks)
-
-    remarks = []  # notes for the user
-    if name := unread_folder_name(table.files):
-        remarks.append(
-            f"names of folders, such as {quoted(name)}, are not read, neither as repeats nor as a"
-            " prompt: give --repeats and --instance_prompt, or a list of concepts (docs/data.md)"
-        )
-    if listing and table.files:
-        used_masks = table.mask_files + list(masks.values())
-        if left_out := listing.left_out(table.files, used_masks, captioned=reads_caption_files):
-            remarks.append(f"left out of {dataset}: {left_out}")
+    _set_captions(dataset, table, listing, caption_column)
+    _set_masks(table, mask_column, alpha_mask)
     return ImageSet(
         dataset,
         table.entries,
-        remarks=remarks,
-        masks_from=masks_from,
-        captions_from=CAPTION_FILES if reads_caption_files else None,
+        remarks=_remarks(dataset, table, listing),
+        masks_from=table.masks_from,
+        captions_from=table.captions_from,
         skip_bad_images=skip_bad_images,
     )
-
-
-def _set_masks(table: Table, masks: Mapping[Path, Path]) -> None:
-    """Set the images' masks to mask files, by the images' files."""
-    for entry, file in zip(table.entries, table.files, strict=True):
-        if file in masks:
-            entry.mask = partial(_read_mask, partial(Path, masks[file]))
 
 
 def _is_folder_of_images(listing: Listing) -> bool:
@@ -195,20 +159,19 @@ def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table
             if key != "file_name" and key not in columns:
                 columns[key] = [other_row.get(key) for _, other_row in rows]
 
-    masks_from = None
-    mask_files: list[Path] = []
     if mask_column is not None:
         require_column(mask_column, columns, "--mask_column", label)
         del columns[mask_column]
-        masks_from = f'column "{mask_column}"'
+    # The images themselves are in the column "image", as imagefolder calls it.
+    table = Table(entries, {"image": [None] * len(rows), **columns}, files)
+    if mask_column is not None:
+        table.masks_from = f'column "{mask_column}"'
         for entry, (place, row) in zip(entries, rows, strict=True):
             if row.get(mask_column):
                 mask_file = _named_file(listing.folder, place, row, mask_column)
-                mask_files.append(mask_file)
+                table.mask_files.append(mask_file)
                 entry.mask = partial(_read_mask, partial(Path, mask_file))
-    # The images themselves are in the column "image", as imagefolder calls it.
-    columns = {"image": [None] * len(rows), **columns}
-    return Table(entries, columns, files, masks_from, mask_files)
+    return table
 
 
 def _named_file(folder: Path, place: str, row: Mapping[str, Any], column: str) -> Path:
@@ -240,23 +203,20 @@ def _read_split(label: str, data: Any, image_column: str, mask_column: str | Non
     rows = _undecoded(label, data, image_column, "--image_column")
     if not len(data):
         raise UserError(f'the split "{SPLIT}" of {label} is empty: use another set.')
-    numbers: list[int] = []  # of rows that are no masks
+    image_rows: list[int] = []  # numbers of the rows that are no masks
     files: list[Path] = []
     names_in_table: list[Path] = []  # of images whose content is in the table
     for number, row in enumerate(rows):
-        path = None
-        if row and row["path"]:
-            path = Path(row["path"])
-        if path is None:
-            numbers.append(number)
-        elif row["bytes"] is not None:
-            numbers.append(number)
+        path = Path(row["path"]) if row and row["path"] else None
+        if path is not None and row["bytes"] is not None:
             names_in_table.append(path)
-        elif stem_of_masked(path) is None:
-            numbers.append(number)
+        elif path is not None and stem_of_masked(path) is None:
             files.append(path)
-    if len(numbers) < len(data):
-        return _read_split(label, data.select(numbers), image_column, mask_column)
+        elif path is not None:
+            continue
+        image_rows.append(number)
+    if len(image_rows) < len(data):  # once more without the masks
+        return _read_split(label, data.select(image_rows), image_column, mask_column)
     stems = {stem(path) for path in names_in_table}
     for path in names_in_table:
         if stem_of_masked(path) in stems:
@@ -267,16 +227,16 @@ def _read_split(label: str, data: Any, image_column: str, mask_column: str | Non
     entries = []
     for number in range(len(data)):
         entries.append(Entry(f"{label}[{number}]", partial(_stored, rows, number)))
-    masks_from = None
-    if mask_column:
-        masks_from = f'column "{mask_column}"'
-        masks = _undecoded(label, data, mask_column, "--mask_column")
-        for number, entry in enumerate(entries):
-            entry.mask = partial(_read_mask, partial(_stored, masks, number))
     columns = {key: data[key] for key in data.column_names}  # read when they are needed
     if len(files) < len(data):
         files = []
-    return Table(entries, columns, files, masks_from, mask_files=[])
+    table = Table(entries, columns, files)
+    if mask_column:
+        table.masks_from = f'column "{mask_column}"'
+        masks = _undecoded(label, data, mask_column, "--mask_column")
+        for number, entry in enumerate(entries):
+            entry.mask = partial(_read_mask, partial(_stored, masks, number))
+    return table
 
 
 def _undecoded(label: str, data: Any, column: str, option: str) -> Any:
@@ -326,8 +286,24 @@ def _read_mask(source: Source, alpha: bool = False) -> Image.Image | None:
     return read_mask(encoded, alpha=alpha)
 
 
-def _set_captions(label: str, table: Table, column: str | None) -> None:
-    """Set the images' captions to the texts of a column, if one is named; blank texts are none."""
+def _set_captions(label: str, table: Table, listing: Listing | None, column: str | None) -> None:
+    """Set the images' captions to the texts of a column; blank texts are none.
+
+    The ``.txt`` files beside the images are read in the place of a column of the name `TEXT`.
+
+    Args:
+        label: of the set in messages.
+        listing: of the folder; None for another set.
+        column: ``--caption_column``; None for the files beside the images, if there are any.
+    """
+    # With a metadata file captions are in its columns alone.
+    if listing and listing.has_captions and table.files and not listing.metadata:
+        if column is None or (column == TEXT and TEXT not in table.columns):
+            column = TEXT
+            table.columns[TEXT] = listing.captions(table.files)
+            table.captions_from = "the .txt files beside them"
+        else:
+            table.columns.setdefault(TEXT, [])  # for messages, which list the columns
     if column is None or (column == NO_CAPTIONS and NO_CAPTIONS not in table.columns):
         return
     require_column(column, table.columns, "--caption_column", label)
@@ -338,6 +314,39 @@ def _set_captions(label: str, table: Table, column: str | None) -> None:
                 f" ({quoted(value)}), not a text: set --caption_column to a column of texts."
             )
         entry.caption = value if value and value.strip() else None
+
+
+def _set_masks(table: Table, mask_column: str | None, alpha_mask: bool) -> None:
+    """Set the masks that are no column's: the images' own opacity, or the files beside them."""
+    if alpha_mask:
+        table.masks_from = "their alpha channel"
+        for entry in table.entries:
+            entry.mask = partial(_read_mask, entry.source, alpha=True)
+        return
+    if mask_column is not None:
+        return
+    masks = masks_beside(table.files)
+    if masks:
+        table.masks_from = "the .mask files beside them"
+        table.mask_files = list(masks.values())
+        for entry, file in zip(table.entries, table.files, strict=True):
+            if file in masks:
+                entry.mask = partial(_read_mask, partial(Path, masks[file]))
+
+
+def _remarks(label: str, table: Table, listing: Listing | None) -> list[str]:
+    """Notes for the user on names of folders and on files that are not read."""
+    remarks = []
+    if name := unread_folder_name(table.files):
+        remarks.append(
+            f"names of folders, such as {quoted(name)}, are not read, neither as repeats nor as a"
+            " prompt: give --repeats and --instance_prompt, or a list of concepts (docs/data.md)"
+        )
+    if listing and table.files:
+        captioned = table.captions_from is not None
+        if left_out := listing.left_out(table.files, table.mask_files, captioned=captioned):
+            remarks.append(f"left out of {label}: {left_out}")
+    return remarks
 
 
 def _load(

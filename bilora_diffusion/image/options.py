@@ -347,7 +347,7 @@ class ImageOptions(
             images.
         concept: Name of the concept, in a configuration of `DreamBoothConfig.concept_configs`.
         pipeline: Class of the base model's pipeline.
-        told_guidance: True if the denoiser has an embedding of guidance, which training gives.
+        embeds_guidance: True if the denoiser has an embedding of guidance, which training gives.
         is_unguided: True if its images have no unconditional prediction by default.
         predicts_noise: True if the denoiser predicts noise, and not a velocity.
     """
@@ -357,7 +357,7 @@ class ImageOptions(
     concepts: list[dict[str, Any]] = field(default_factory=list)
     concept: str = ""
     pipeline: str = ""
-    told_guidance: bool = False
+    embeds_guidance: bool = False
     is_unguided: bool = False
     predicts_noise: bool = True
 

@@ -52,8 +52,8 @@ class Origin:
     """The files that a pipeline comes from."""
 
     folder: Path
-    # Functions that read the parts which were left without weights, by the part.
-    later: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    # Functions that read the parts which were left without weights, by the part's name.
+    loaders: dict[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 def resolve(name: str) -> str:
@@ -72,7 +72,7 @@ def load_pipeline(
     cache_dir: str | None = None,
     vae: str | None = None,
     weights: bool = True,
-    later: Collection[str] = (),
+    deferred_parts: Collection[str] = (),
 ) -> Any:
     """Load a pipeline with its autoencoder in float32 and everything else in ``dtype``.
 
@@ -81,7 +81,8 @@ def load_pipeline(
         vae: another autoencoder (``--pretrained_vae_model_name_or_path``).
         weights: False for models without weights (`dry_run.empty`), for which configurations and
             tokenizers alone are downloaded.
-        later: parts that are left without weights until they are needed (`Origin.later`).
+        deferred_parts: parts that are left without weights until they are needed; `Origin.loaders`
+            reads them.
 
     Returns:
         The pipeline, with its `Origin` as ``origin``.
@@ -122,8 +123,8 @@ def load_pipeline(
                 options["variant"] = variant
         loader = getattr(diffusers, kind, None) or getattr(transformers, kind)
         read = partial(load, label, loader, place, fix, **options)
-        if part in later:
-            origin.later[part] = read
+        if part in deferred_parts:
+            origin.loaders[part] = read
             parts[part] = _empty(*read.args, **read.keywords)
         else:
             parts[part] = read()
@@ -337,7 +338,7 @@ def memory_by_phase(task: Any, device: torch.device) -> PhaseMemory:
     activations = activation_bytes(family, task.models[family.denoiser], image_tokens, cfg)
     return {
         BEFORE: weights(before),
-        "encoding or drawing": {**weights(encoding), "pictures": pictures},
+        "encoding or sampling": {**weights(encoding), "pictures": pictures},
         STEP: {**weights(step), "activations": activations},
     }
 

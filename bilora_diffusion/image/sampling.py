@@ -31,7 +31,7 @@ from .families import family_of
 from .families.base import Conditions, Family, Unconditional, join_rows, move, split_rows
 from .latents import require_finite
 
-OVERFLOW_FIX = "the model or what it is trained to overflows, so use bf16 or fp32 instead of fp16"
+OVERFLOW_FIX = "fp16 overflows in the model or its adapter, so use bf16 or fp32"
 
 
 @torch.no_grad()

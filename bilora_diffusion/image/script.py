@@ -39,7 +39,7 @@ from . import comfy
 from .captions import Captions
 from .card import write_dreambooth_card
 from .concept_list import require_disjoint
-from .config import DreamBoothConfig, resolve
+from .config import DreamBoothConfig
 from .image_files import list_folder
 from .opening import open_images
 from .pipeline import load_base, memory_by_phase
@@ -57,11 +57,9 @@ logger = logging.getLogger(__name__)
 class DreamBoothScript(Script[DreamBoothConfig]):
     """The training script of image models."""
 
+    config_class = DreamBoothConfig
     project = "dreambooth-bilora"
     scorer = "eval.clip_scores"
-
-    def resolve(self, argv: Sequence[str] | None) -> DreamBoothConfig:
-        return resolve(argv)
 
     def build_task(self, cfg: DreamBoothConfig, accelerator: Accelerator) -> DreamBooth:
         """Load the images and the models, and bring both to the device.
@@ -82,10 +80,10 @@ class DreamBoothScript(Script[DreamBoothConfig]):
             if cfg.train_text_encoder:
                 dtypes |= dict.fromkeys(family.encoders, torch.float32)
         # Text encoders are loaded when a prompt is not in the cache on disk.
-        loaded_later = ()
+        deferred_parts = ()
         if cfg.cache and not cfg.train_text_encoder:
-            loaded_later = family.encoders
-        pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, later=loaded_later)
+            deferred_parts = family.encoders
+        pipeline = load_base(cfg, dtypes, weights=not cfg.dry_run, deferred_parts=deferred_parts)
         warn_of_model(cfg, pipeline)
 
         class_set = None
@@ -231,7 +229,7 @@ def quantize_models(task: DreamBooth, dtype: torch.dtype, device: torch.device) 
     the denoiser comes to it.
     """
     if task.family.flow:
-        loaders = task.pipeline.origin.later  # of encoders that are loaded only if needed
+        loaders = task.pipeline.origin.loaders  # of encoders that are loaded only if needed
         for name in task.family.encoders:
             model = getattr(task.pipeline, name)
             if name in loaders:

@@ -94,11 +94,6 @@ class Entry:
             content = content.read_bytes()
         return hashlib.blake2b(content).digest()
 
-    @cached_property
-    def content(self) -> bytes:
-        """Hashes of the file's content and of the mask."""
-        return self.file_hash + self.mask_hash
-
 
 class ImageSet:
     """Images that are read when needed, each with the caption that belongs to it.

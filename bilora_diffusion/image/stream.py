@@ -68,8 +68,9 @@ class TrainingSample:
     @property
     def content(self) -> tuple[str, ...]:
         """Samples with the same content have the same pixels, in whichever run and set."""
+        entry = self.images.entries[self.index]
         place = repr((tuple(self.crop), tuple(self.size)))
-        return self.images.entries[self.index].content.hex(), place
+        return (entry.file_hash + entry.mask_hash).hex(), place
 
     @property
     def time_ids(self) -> tuple[int, ...]:

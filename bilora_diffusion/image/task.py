@@ -185,7 +185,7 @@ class DreamBooth:
     def read_encoders(self) -> None:
         """Read the text encoders that were left without weights, since prompts are not cached."""
         for name in self.family.encoders:
-            read = self.pipeline.origin.later.pop(name, None)
+            read = self.pipeline.origin.loaders.pop(name, None)
             if read is not None:
                 setattr(self.pipeline, name, read())
 
@@ -234,8 +234,8 @@ class DreamBooth:
         self,
         latents: Tensor,
         noise: Tensor,
-        index: Tensor,
-        instance: Tensor,
+        level_index: Tensor,
+        is_instance: Tensor,
         samples: Sequence[TrainingSample],
         masks: Sequence[Tensor | None],
     ) -> dict[str, Any]:
@@ -243,16 +243,16 @@ class DreamBooth:
 
         Args:
             latents, noise: (n, c, h, w).
-            index: numbers of the noise levels, (n,).
-            instance: True for an instance image, False for a class image, (n,).
+            level_index: numbers of the noise levels, (n,).
+            is_instance: True for an instance image, False for a class image, (n,).
             masks: on the grid of the latents, (1, h, w) each; None for an image without.
         """
         time_ids = [sample.time_ids for sample in samples]  # (n, 6)
         inputs = {
             "latents": latents,
             "noise": noise,
-            "index": index,
-            "instance": instance,
+            "level_index": level_index,
+            "is_instance": is_instance,
             "time_ids": torch.tensor(time_ids, dtype=torch.float32),
             **self.condition([sample.caption for sample in samples]),
         }
@@ -274,7 +274,7 @@ class DreamBooth:
         """The micro-batch of the instance samples, one for each slot, then of the class samples."""
         latents = []  # of each sample, as the other lists
         noise = []
-        index = []
+        level_indices = []
         masks = []
         digests = []
         for sample, posterior in zip(samples, self.encoder(samples), strict=True):
@@ -282,22 +282,22 @@ class DreamBooth:
             random = generator(self.cfg.seed, "noise", step, sample.index, sample.slot, sample.kind)
             latent = self.encoder.space.encode(posterior.sample(random)[None])[0]  # (c, h, w)
             sample_noise = torch.randn(latent.shape, generator=random)
-            sample_index = self.module.denoising.sample_index(random)
+            level_index = self.module.noise_schedule.sample_level_index(random)
             if self.cfg.noise_offset:
                 # Sampled last, so that noise and noise level are those of a run without offset.
                 offset = torch.randn(len(latent), 1, 1, generator=random)
                 sample_noise += self.cfg.noise_offset * offset
             latents.append(latent)
             noise.append(sample_noise)
-            index.append(sample_index)
+            level_indices.append(level_index)
             masks.append(posterior.mask)
-            digests.append(sample.digest(digest(sample_noise, sample_index)))
+            digests.append(sample.digest(digest(sample_noise, level_index)))
 
         is_instance = [sample.kind == INSTANCE for sample in samples]
         inputs = self.inputs(
             torch.stack(latents),
             torch.stack(noise),
-            torch.stack(index),
+            torch.stack(level_indices),
             torch.tensor(is_instance),
             samples,
             masks,
@@ -307,8 +307,8 @@ class DreamBooth:
         # Steps are counted from 1, as in the log, so that a resumed run holds in the same ones.
         if self.cfg.hold_unconditional and (step + 1) % self.cfg.hold_unconditional_every == 0:
             inputs[UNCONDITIONAL] = self.condition([""] * len(samples))
-        denoising = self.module.denoising
-        ratios = denoising.snr(inputs["index"])
+        noise_schedule = self.module.noise_schedule
+        ratios = noise_schedule.snr(inputs["level_index"])
         count = len(slots)
         return MicroBatch(
             slots=slots,
@@ -316,7 +316,7 @@ class DreamBooth:
             # Of a slot the instance sample's digest, then the class sample's.
             digests=tuple("".join(digests[slot::count]) for slot in range(count)),
             inputs=inputs,
-            levels=tuple(map(float, denoising.level(inputs["index"]).tolist())),
+            levels=tuple(map(float, noise_schedule.level(inputs["level_index"]).tolist())),
             samples=tuple(sample.index if sample.kind == INSTANCE else None for sample in samples),
             snr=() if ratios is None else tuple(ratios.tolist()),
         )

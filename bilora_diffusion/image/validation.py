@@ -223,7 +223,7 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
     """The images of a step's folder, in their order.
 
     Args:
-        path: of the index, which folders of early versions do not have.
+        path: of the index.
         config: the run's options, by which the images are known without an index.
 
     Raises:
@@ -253,7 +253,6 @@ def read_index(path: Path, config: Mapping[str, Any]) -> list[ValidationImage]:
 def derive_index(config: Mapping[str, Any]) -> list[ValidationImage]:
     """The images of a folder without index: equally many files of each prompt."""
     images: list[ValidationImage] = []
-    # A record of an early version may lack these options.
     for prompt in config.get("validation_prompts") or ():
         for _ in range(config.get("num_validation_images") or 0):
             if len(images) == MAX_IMAGES:

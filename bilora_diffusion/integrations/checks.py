@@ -17,8 +17,8 @@ from ..config import constraints
 from ..core.errors import UserError
 from ..methods.base import unwrapped
 
+# Optimizers with weights of their own, of which the projection onto the ball knows nothing.
 _OTHER_WEIGHTS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
-"""Optimizers with weights of their own, of which the projection onto the ball knows nothing."""
 
 
 def check_trainer(trainer: Any) -> None:
@@ -104,6 +104,7 @@ def check_trainable(bilora: BiLoRA) -> None:
     for group in bilora.param_groups(lr=0.0):
         trained_parameters += group["params"]
     trained_ids = {id(parameter) for parameter in trained_parameters}
+    # With several auxiliaries the layers' own auxiliary is not among the groups.
     trained_ids |= {id(parameter) for parameter in adapters.parameters(bilora.model, AUXILIARY)}
     for name, parameter in bilora.model.named_parameters():
         if parameter.requires_grad and id(parameter) not in trained_ids:

@@ -18,8 +18,8 @@ from ..text.options import TextModelOptions
 class _Parser(HfArgumentParser):
     """A parser whose errors are one sentence, without argparse's usage of 60 lines."""
 
+    # A command, shown to a user who leaves out a required argument.
     example: str
-    """A command, shown to a user who leaves out a required argument."""
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's message into a `UserError`."""
@@ -98,6 +98,7 @@ def load_rows(name: str) -> Any:
     """
     import datasets
 
+    # A folder or an id of the hub; datasets finds the format of its files.
     arguments: dict[str, Any] = {"path": name}
     if Path(name).is_file():
         arguments = {"path": "json", "data_files": name}

@@ -30,11 +30,11 @@ from ..core.lora_names import CONFIG, WEIGHTS
 from ..run.checkpoint import load_tensors, require_same_settings, separate
 from . import checks
 
+# Column of the training set with the number of each row's sample.
 SAMPLES = "sample_id"
-"""Column of the training set with the number of each row's sample."""
 STATE = "bilora_state.safetensors"
+# The trainer's own files; without them it would go on with a new optimizer and not say so.
 TRAINER_FILES = ("optimizer.pt", "scheduler.pt")
-"""The trainer's own files; without them it would go on with a new optimizer and not say so."""
 
 _VERSION = 2
 
@@ -117,12 +117,14 @@ class WithBiLoRA(Trainer):
                     self.args, cast(Any, self.bilora.model)
                 )
             optimizer_class, options = class_and_options
+            # Some of the trainer's optimizers come as functions that make their own groups.
             is_class = isinstance(optimizer_class, type)
             if not is_class or not issubclass(optimizer_class, torch.optim.Optimizer):
                 raise UserError(
                     f"optimizer_cls_and_kwargs names {optimizer_class!r}, which makes parameter"
                     " groups of its own; give a subclass of torch.optim.Optimizer."
                 )
+            # The groups have the rates, of which the auxiliary's may be another.
             rate = options.get("lr", self.args.learning_rate)
             groups = self.bilora.param_groups(lr=rate, weight_decay=self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **options)
@@ -143,6 +145,7 @@ class WithBiLoRA(Trainer):
         with samples:
             loss = super().training_step(model, inputs, *args, **kwargs)
         if self.bilora.config.rho == "auto":
+            # The trainer has divided the loss of a micro-batch by their number.
             self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         return loss
 
@@ -163,6 +166,7 @@ class WithBiLoRA(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is not None:
             return grad_norm
+        # An infinite bound clips nothing, and returns the norm.
         return self.accelerator.clip_grad_norm_(self.bilora.clip_parameters(), float("inf"))
 
     @contextmanager
@@ -276,6 +280,7 @@ def _with_bilora(trainer_class: type[Trainer]) -> type[Trainer]:
 def _check_version(trainer_class: type[Trainer]) -> None:
     """Refuse a Transformers without a method that `WithBiLoRA` overrides: it would call another."""
     for name, value in vars(WithBiLoRA).items():
+        # All other functions of the mixin override one of the trainer.
         is_added = name in ("_evaluating", "take_step_loss") or not callable(value)
         if not is_added and not hasattr(trainer_class, name):
             raise UserError(
@@ -320,6 +325,7 @@ def restore_state(folder: Path, bilora: BiLoRA) -> None:
     current_tensors = bilora._method.tensors()
     for name, value in current_tensors.items():
         # First values that an init took out of the base weights.
+        # Empty where the file lacks it, which equals no value.
         saved_value = tensors.get(name, value[:0])
         if f"/{INITIAL}/" in name and not torch.equal(value.cpu(), saved_value):
             raise UserError(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         register,
     )
 
+# Names of this package that need every method to be registered, and where they are defined.
 MODULE_OF_NAME = {
     "Method": "base",
     "StepOptimizer": "base",
@@ -41,7 +42,6 @@ MODULE_OF_NAME = {
     "reads": "registry",
     "register": "registry",
 }
-"""Names of this package that need every method to be registered, and where they are defined."""
 
 
 def __getattr__(name: str) -> Any:

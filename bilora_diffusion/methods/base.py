@@ -52,7 +52,7 @@ class TrainedBytes:
 
 
 class StepOptimizer(Protocol):
-    """The optimizer that `Method.step` uses; its `step` first clips `clip_parameters()`."""
+    """The optimizer that `Method.step` uses; its `step` first clips `result_parameters()`."""
 
     def step(self) -> Any: ...
 
@@ -68,7 +68,7 @@ class Method:
         rho: the radius that is given, or the method's default; not used where it sets itself.
         targets: the models given to `setup`.
         layers: ("target.module path", layer) of each adapted layer of all targets, after `setup`.
-        weights: `clip_parameters()`, after `bind`. To collect them takes a walk through the models.
+        weights: `result_parameters()`, after `bind`: to collect them is a walk through the models.
         loose_parameters: trained parameters that no module of the models holds, so that DDP does
             not average their gradients and `zero_grad` of a model does not clear them.
         depends_on_length: whether a step depends on the length of the run
@@ -150,7 +150,7 @@ class Method:
         for target in targets:
             groups.append(
                 {
-                    "params": self.clip_parameters([target]),
+                    "params": self.result_parameters([target]),
                     "lr": target.lr,
                     "weight_decay": target.weight_decay,
                     "name": target.name,
@@ -158,7 +158,7 @@ class Method:
             )
         return groups
 
-    def clip_parameters(self, targets: Sequence[Target] | None = None) -> list[nn.Parameter]:
+    def result_parameters(self, targets: Sequence[Target] | None = None) -> list[nn.Parameter]:
         """The parameters that the result consists of, which are clipped and averaged.
 
         Of each target the primary's come first, then those of modules that are trained whole
@@ -181,7 +181,7 @@ class Method:
         A method may check it, read it or put hooks on its steps.
         """
         # From here on the parameters stay the same objects, since the optimizer holds them.
-        self.weights = self.clip_parameters()
+        self.weights = self.result_parameters()
 
     def around_batch(
         self, samples: Sequence[int | None], snr: Sequence[float] = ()
@@ -269,7 +269,7 @@ class Method:
             for target in self.targets:
                 parameters = adapters.parameters(target.model, adapter)
                 by_adapter[adapter] += sum(parameter.nbytes for parameter in parameters)
-        result = sum(parameter.nbytes for parameter in self.clip_parameters())
+        result = sum(parameter.nbytes for parameter in self.result_parameters())
         return TrainedBytes(by_adapter, gradients=result, optimized=result, result=result)
 
 

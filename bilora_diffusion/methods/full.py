@@ -53,7 +53,7 @@ class FullFineTuning(Method):
                 tensors[f"{target.name}/full/{path}"] = parameter.detach()
         return tensors
 
-    def clip_parameters(self, targets: Sequence[Target] | None = None) -> list[nn.Parameter]:
+    def result_parameters(self, targets: Sequence[Target] | None = None) -> list[nn.Parameter]:
         if targets is None:
             targets = self.targets
         parameters: list[nn.Parameter] = []

@@ -24,8 +24,8 @@ from ..core.values import (
     Range,
 )
 
+# Section of ``--help``.
 SECTION = "adapters and method"
-"""Section of ``--help``."""
 RADII = Range(
     1e6,
     "no change of the weights is so large, so it would bound nothing",
@@ -131,7 +131,7 @@ class MethodFlags:
         " product BA (Eq. 10 to the letter).",
         choices=RHO_NORMS,
     )
-    # Defaults: `bilora.radius.RISE` and `RISE_BY_SAMPLE`. To import them takes torch.
+    # Defaults: `bilora.radius.TARGET_RISE` and `SAMPLE_TARGET_RISE`. To import them takes torch.
     loss_rise: float | None = option(
         None,
         "bilora with --rho auto: the share of the loss by which the auxiliary is to move it."

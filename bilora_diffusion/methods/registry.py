@@ -11,8 +11,8 @@ from ..core.values import AUTO
 from .base import Method
 from .options import MethodOptions
 
+# Classes by name, in order of registration.
 _METHODS: dict[str, type[Method]] = {}
-"""Classes by name, in order of registration."""
 M = TypeVar("M", bound=type[Method])
 
 

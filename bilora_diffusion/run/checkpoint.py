@@ -42,15 +42,14 @@ from ..core.files import regular_file
 
 SCHEMA_VERSION = 4
 CHECKPOINTS = "checkpoints"
-"""Folder in the run folder."""
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 DIGESTS = "digests.json"
+# Files whose hashes `DIGESTS` holds.
 FILES = (ADAPTERS, OPTIMIZER, STATE)
-"""Files whose hashes `DIGESTS` holds."""
+# Bytes that the checkpoints of a run take at most by default; the newest two are kept anyway.
 DEFAULT_BYTES = 2_000_000_000
-"""Bytes that the checkpoints of a run take at most by default; the newest two are kept anyway."""
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -96,6 +95,7 @@ def save(folder: Path, state: Checkpoint) -> Path:
         temporary.mkdir()
         try:
             _write(temporary, state)
+            # A folder can be renamed only to a name that is free.
             if final.exists():  # the run went on from an earlier checkpoint
                 discard(final)
             os.rename(temporary, final)
@@ -151,6 +151,7 @@ def load(path: Path) -> Checkpoint:
             f"checkpoint {path} {problem}: give RUN/checkpoints/step-N, or start without resuming"
         )
     with unaltered(path, DIGESTS):
+        # Of an unknown version the other files are not read.
         index = json.loads(regular_file(path / DIGESTS).read_bytes())
         version = index["schema_version"]
         hashes = index["sha256"]
@@ -227,6 +228,7 @@ def prune(folder: Path, limit: int) -> list[int]:
         Steps of the deleted checkpoints.
     """
     folders = _find_steps(Path(folder) / CHECKPOINTS)
+    # By step, not by time: a run may have gone on from an earlier checkpoint.
     old_steps = sorted(folders)[:-limit]
     for step in old_steps:
         discard(folders[step])
@@ -308,6 +310,7 @@ def load_tensors(current: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> 
     Raises:
         UserError: a parameter is missing, superfluous, or of another shape.
     """
+    # All are compared before one is written, so that a refused checkpoint changes nothing.
     for name in sorted(current.keys() | saved.keys()):
         saved_shape = _describe_shape(saved, name)
         current_shape = _describe_shape(current, name)
@@ -350,6 +353,7 @@ def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return value
         raise TypeError(f"{path} is a {type(value).__name__}, which JSON can't hold")
 
+    # An optimizer numbers its parameters; JSON has texts as keys.
     json_values = {str(key): convert(value, str(key)) for key, value in state.items()}
     return json_values, tensors
 

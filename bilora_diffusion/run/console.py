@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -110,25 +111,14 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
             listed += f"; removed: {removed}; --checkpoints_total_limit 0 keeps all"
         lines["checkpoints"] = f"{folder / checkpoint.CHECKPOINTS} ({listed})"
 
-    # Measurements on held-out samples, in all and by concept.
     rows = runlog.read_metrics(folder)
+    lines |= _describe_measurements(rows)
     losses = _column(rows, HELDOUT_LOSS)
     distances = _column(rows, HELDOUT_DISTANCE)
     config = record["config"]
     advice = ""
     if losses:
-        lines[MEASURE_TITLES[HELDOUT_LOSS]] = _describe_curve(losses)
-        for row in rows:
-            for key in row:
-                title = f"  {key.removeprefix(BY_CONCEPT)}"
-                if not key.startswith(BY_CONCEPT) or title in lines:
-                    continue
-                lines[title] = "not finite"
-                concept_losses = _column(rows, key)
-                if concept_losses:
-                    lines[title] = _describe_curve(concept_losses)
-        if distances:
-            lines[MEASURE_TITLES[HELDOUT_DISTANCE]] = _describe_curve(distances)
+        # The loss of images ranks them wrong (docs/results.md), that of text does not.
         if distances or "validation_dataset" not in config:
             advice = _advice(
                 quoted_folder,
@@ -142,6 +132,7 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
                 "the held-out loss ranks no images, which can improve long after it is lowest:"
                 " compare those of all steps, or train with --keep_best, which samples"
             )
+    # A search holds out parts of the data by itself.
     elif not config.get("fit"):
         # The scripts call their held-out data differently.
         flag = "--validation_file" if "validation_file" in config else "--validation_dataset"
@@ -179,6 +170,24 @@ def describe_comparison(folders: Sequence[Path], scores: str) -> str:
         f"  look at both  python -m app.viewer {parent}\n"
         f"  score both    python -m {scores} {' '.join(quoted_folders)} base"
     )
+
+
+def _describe_measurements(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A line for each measure of held-out samples, by its title; {} without held-out samples."""
+    losses = _column(rows, HELDOUT_LOSS)
+    if not losses:
+        return {}
+    lines = {MEASURE_TITLES[HELDOUT_LOSS]: _describe_curve(losses)}
+    # The loss of each concept, indented below that over all of them.
+    for key in dict.fromkeys(itertools.chain(*rows)):
+        if key.startswith(BY_CONCEPT):
+            concept_losses = _column(rows, key)
+            line = _describe_curve(concept_losses) if concept_losses else "not finite"
+            lines[f"  {key.removeprefix(BY_CONCEPT)}"] = line
+    distances = _column(rows, HELDOUT_DISTANCE)
+    if distances:
+        lines[MEASURE_TITLES[HELDOUT_DISTANCE]] = _describe_curve(distances)
+    return lines
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
@@ -232,6 +241,7 @@ def _advice(
         )
     gain = 100 * (1 - curve[best_step] / curve[last_step])
     comparison = f"by the {title} step {best_step} was {gain:.1f} % better than step {last_step}"
+    # Step 0 is the base model.
     if best_step == 0:
         return f"{comparison}, so nothing was gained: lower --learning_rate"
     if left_best:

@@ -14,20 +14,20 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..core.errors import UserError
-from ..core.seeds import digest_texts, parts
+from ..core.seeds import deal_into_parts, digest_texts
 
+# The two sets of a record.
 TRAINING = "training"
 HELDOUT = "held-out"
-"""With `TRAINING`, the two sets of a record."""
+# Largest number of samples that a record lists one by one, so that checkpoints stay small.
 MOST_LISTED = 1000
-"""Largest number of samples that a record lists one by one, so that checkpoints stay small."""
+# Names of samples that a sentence lists at most.
 MOST_NAMED = 3
-"""Names of samples that a sentence lists at most."""
+# Hexadecimal digits of a listed hash, which only explains a change that the full hash shows.
 LISTED_DIGITS = 8
-"""Hexadecimal digits of a listed hash, which only explains a change that the full hash shows."""
 MOST_PARTS = 1000
+# The name of each sample, and a key of its content.
 Contents = Sequence[tuple[str, Hashable]]
-"""The name of each sample, and a key of its content."""
 logger = logging.getLogger(__name__)
 
 
@@ -78,13 +78,12 @@ def summarize(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same_content(
-    saved: Mapping[str, Any] | None, current: Mapping[str, Any], depends_on_heldout: bool
+    saved: Mapping[str, Any], current: Mapping[str, Any], depends_on_heldout: bool
 ) -> None:
     """Refuse to go on with other data than before.
 
     Args:
-        saved: record of the checkpoint or of the search; None, of an earlier version, to compare
-            nothing.
+        saved: record of the checkpoint or of the search.
         current: record of this run.
         depends_on_heldout: whether the held-out samples decide what the run leaves. Otherwise a
             change of them is only a warning.
@@ -92,9 +91,6 @@ def require_same_content(
     Raises:
         UserError: it names what changed.
     """
-    if saved is None:
-        logger.info("no hashes of the data were saved, so changes of the data are not noticed")
-        return
     for name in (TRAINING, HELDOUT):
         difference = describe_difference(saved[name], current[name])
         if difference is None:
@@ -115,7 +111,9 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     """Describe the change from one record of a set to another; None where there is none."""
     if saved["hash"] == current["hash"]:
         return None
-    if not _lists_all(saved) or not _lists_all(current):
+    # A record of many samples does not list them, nor can it list two of one name.
+    lists_all = all(len(r.get("samples", ())) == r["count"] for r in (saved, current))
+    if not lists_all:
         if saved["count"] == current["count"]:
             return f"some of the {saved['count']} samples changed"
         return f"the number of samples was {saved['count']} and is {current['count']}"
@@ -131,6 +129,7 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
         for earlier_name in removed:
             if before[earlier_name] == after[name]:
                 renamed.append((earlier_name, name))
+                # Each is paired once: two samples may have one content.
                 removed.remove(earlier_name)
                 added.remove(name)
                 break
@@ -146,16 +145,12 @@ def describe_difference(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     if changed:
         phrases.append(_describe_changes(changed, before, after))
     if renamed and not phrases:
+        # The same names for other contents: rows were put in another order.
         if before.keys() == after.keys():
             return f"{_count(renamed)} put in another order"
         pairs = [f"{earlier_name} to {name}" for earlier_name, name in renamed]
         return f"{_count(renamed)} renamed ({_enumerate(pairs)})"
     return " and ".join(phrases) or "the samples were put in another order"
-
-
-def _lists_all(record: Mapping[str, Any]) -> bool:
-    """Test that a record lists all of its samples; of two with one name it can't."""
-    return len(record.get("samples", ())) == record["count"]
 
 
 def _describe_changes(
@@ -228,7 +223,7 @@ def samples_of_part(part: str | None, names: Sequence[str], set_name: str) -> li
             f"--validation_part {part} asks for {count} parts of {set_name}, which has"
             f" {len(different)}: ask for fewer."
         )
-    part_names = {different[index] for index in parts(different, count)[number - 1]}
+    part_names = {different[index] for index in deal_into_parts(different, count)[number - 1]}
     return [index for index, name in enumerate(names) if name in part_names]
 
 
@@ -245,6 +240,7 @@ def describe_copies(noun: str, training: Contents, heldout: Contents | None = No
     for name, content in training:
         if content in first_names:
             pairs.append((name, first_names[content]))
+        # Of several training samples of one content the first is named.
         first_names.setdefault(content, name)
     count = f"{len(training)} {noun}"
     if heldout is not None:
@@ -254,6 +250,6 @@ def describe_copies(noun: str, training: Contents, heldout: Contents | None = No
         return None
     heldout_name, training_name = pairs[0]
     return (
-        f"{len(pairs)} of the {count} are copies of what is learned from, such as {heldout_name} of"
+        f"{len(pairs)} of the {count} are also trained on, such as {heldout_name}, which is"
         f" {training_name}, so the held-out loss is too low: drop one of the two."
     )

@@ -28,7 +28,6 @@ from ..core.lora_names import (
     COMPONENTS,
     CONFIG,
     FILE_NAME,
-    KOHYA_FILE_NAME_BEFORE,
     WEIGHTS,
     base_workflow_file_name,
     kohya_file_name,
@@ -36,23 +35,22 @@ from ..core.lora_names import (
 )
 from . import checkpoint, snapshots
 from .record import RUN, VALIDATION, read_search
-from .runlog import CARD, ERROR, METRICS, read_run, wrote_card
+from .runlog import CARD, ERROR, METRICS, read_run
 
+# Folder of the adapters of checkpoints.
 EXPORTS = "exports"
-"""Folder of the adapters of checkpoints."""
+# Folder of the runs of a search.
 FIT = "fit"
-"""Folder of the runs of a search."""
 FIT_RECORD = "fit.json"
 FIT_FIGURE = "fit.png"
 SEARCH_NAMES = (FIT, FIT_RECORD, FIT_FIGURE)
+# Folders of the models that full fine-tuning leaves.
 WHOLE_MODELS = (*COMPONENTS, "model")
-"""Folders of the models that full fine-tuning leaves."""
-RUN_NAMES = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, KOHYA_FILE_NAME_BEFORE, WEIGHTS, CONFIG)
-"""A folder with one of these, or with ``run.json``, holds a run."""
+# A folder with one of these, or with ``run.json``, holds a run.
+RUN_NAMES = (METRICS, checkpoint.CHECKPOINTS, FILE_NAME, WEIGHTS, CONFIG)
+# What else a run leaves, and a new start deletes.
 SIDE_NAMES = (VALIDATION, "logs", EXPORTS, *SEARCH_NAMES, snapshots.FOLDER, ERROR)
-"""What else a run leaves, and a new start deletes."""
-LOCK_FILE = ".run.lock"
-"""It is hidden, so that it is neither uploaded nor listed."""
+LOCK_FILE = ".run.lock"  # hidden, so that it is neither uploaded nor listed
 
 
 def refuse_unusable(folder: Path) -> None:
@@ -61,6 +59,7 @@ def refuse_unusable(folder: Path) -> None:
     Raises:
         UserError: it, or the part of it that exists, is a file or not writable.
     """
+    # The folder itself may have to be made, and folders above it.
     existing_part = folder
     while not existing_part.exists():
         existing_part = existing_part.parent
@@ -233,7 +232,7 @@ def _find_foreign(folder: Path) -> Path | None:
     record = _read_record(folder)
     if record is not None:
         # All names of a run are the run's, but its card only where it wrote one.
-        names = [] if wrote_card(record) else [CARD]
+        names = [] if record.get("card") else [CARD]
     elif checkpoint.latest(folder) is not None:
         # Checkpoints without their record: other names may be the run's too, but not these.
         names = [RUN, FIT_RECORD, CARD]
@@ -306,7 +305,8 @@ def clear(folder: Path, overwrite: bool) -> None:
         return
     names = [*SIDE_NAMES, *RUN_NAMES, *_names_after_folder(folder)]
     # Card and whole models may be somebody else's.
-    if wrote_card(_read_record(folder) or {}):
+    record = _read_record(folder)
+    if record is not None and record.get("card"):
         names.append(CARD)
     if _trained_whole(folder):
         names.extend(WHOLE_MODELS)
@@ -335,6 +335,7 @@ def locked(folder: Path) -> Iterator[None]:
     if not is_main_process():
         yield
         return
+    # From the inside out, in the order in which empty ones can be deleted.
     new_folders = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     lock = FileLock(folder / LOCK_FILE, timeout=0)
     try:

@@ -112,6 +112,7 @@ def _settings(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
     settings["optimizer steps"] = steps
     settings["seed"] = options["seed"]
     for name, default in default_options(method).items():
+        # A radius is shown always: results are compared by it.
         if name == "rho" or options[name] != default:
             settings[name.replace("_", " ")] = options[name]
     if "auxiliary_rank" in method.reads:
@@ -171,8 +172,8 @@ def _fence(text: str, min_length: int) -> str:
 
 # The exports are left out, since diffusers would load one of them where no file is named.
 NOT_UPLOADED = ["checkpoints/*", "dynamics/*", "exports/*", "fit/*", "logs/*", ".*"]
+# Files with paths of this machine: of the base model, the images and the run itself.
 WITH_PATHS = ["run.json", "fit.json", "adapter_config.json", "config.json", "*/config.json"]
-"""Files with paths of this machine: of the base model, the images and the run itself."""
 
 
 def repository(name: str, token: str | None) -> str:
@@ -199,6 +200,7 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
     Raises:
         UserError: the upload fails; the run folder is whole.
     """
+    # JSON files that name paths go up in an edited copy, all other files as they are.
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.json")]
     names = filter_repo_objects(files, allow_patterns=WITH_PATHS, ignore_patterns=NOT_UPLOADED)
     try:

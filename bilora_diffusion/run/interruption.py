@@ -22,10 +22,10 @@ from ..core.errors import Interrupted, is_main_process
 from . import checkpoint, runlog
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# One Ctrl-C may come twice: from the terminal, and from a launcher that passes it on.
 ONE_PRESS_SECONDS = 1.0
-"""One Ctrl-C may come twice: from the terminal, and from a launcher that passes it on."""
+# Replaces a secret in a printed command; the shell puts it in.
 TOKEN = "$HF_TOKEN"
-"""Replaces a secret in a printed command; the shell puts it in."""
 
 
 class Stop(NamedTuple):
@@ -77,6 +77,7 @@ class Interruption:
         if number == signal.SIGINT:
             if self._first_press is None:
                 self._first_press = time.monotonic()
+            # A second Ctrl-C, pressed by hand.
             elif time.monotonic() - self._first_press > ONE_PRESS_SECONDS:
                 raise KeyboardInterrupt
         if self.number is not None:
@@ -171,6 +172,7 @@ def resume_arguments(arguments: Sequence[str], value: str, overwrites: bool) -> 
                 words[position] = f"{flag}={TOKEN}"
             elif position + 1 < len(words):
                 words[position + 1] = TOKEN
+    # So that the command does not grow with each interruption.
     if words[-len(added) :] == added:  # they are those of a resumed run already
         return words
     return words + added

@@ -45,6 +45,7 @@ def commit(package: Path | None = None) -> tuple[str | None, bool | None]:
         head = _git(package, "rev-parse", "--verify", "HEAD")
     if head is None:
         return None, None
+    # Files of the package alone: runs and results beside it change nothing.
     changes = _git(package, "status", "--porcelain", "--", ".")
     if changes is None:
         return head, None

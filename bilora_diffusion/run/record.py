@@ -19,16 +19,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..core.errors import UserError
 from ..core.files import regular_file
+from ..core.values import TRAINING_GRID_LOSS
 
 SCHEMA_VERSION = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
 VALIDATION = "validation"
+# Stands before a concept's name in the name of its held-out loss.
 BY_CONCEPT = "heldout_loss_by_concept/"
-"""Stands before a concept's name in the name of its held-out loss."""
+# Validation images of one prompt at most, as for the option.
 PICTURES = 10_000
-"""Validation images of one prompt at most, as for the option."""
+# Time between two writes of ``run.json`` while a run trains.
 HEARTBEAT_SECONDS = 15.0
-"""Time between two writes of ``run.json`` while a run trains."""
 
 # Far above what training in 32 bits gives, and the square is a float still.
 Number = Annotated[float, Field(ge=-1e150, le=1e150)]
@@ -153,8 +154,8 @@ class SearchChoice(SearchRow):
 
     steps: Annotated[Count, Field(ge=1)]
     loss: Number
-    base_loss: Number | None = None  # of the base model on the same samples
-    rate_edge: Literal["lowest", "highest"] | None = None  # of the rates that were tried
+    base_loss: Number | None  # of the base model on the same samples; None if not finite
+    rate_edge: Literal["lowest", "highest"] | None  # of the rates that were tried
 
 
 class SearchStanding(SearchRow):
@@ -202,6 +203,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         with _reading(path, "restore it from a copy, or give another run folder"):
             record = _parsed(regular_file(path).read_bytes())
             version = record["schema_version"]
+            # Of another version the types may differ, so only the number is read.
             if version == SCHEMA_VERSION:
                 Record.model_validate(record)
                 return record
@@ -243,12 +245,13 @@ def last_measured(folder: Path, step: float = math.inf) -> dict[str, tuple[int, 
     """
     newest: dict[str, tuple[int, float | None]] = {}
     for row in read_metrics(folder):
+        # A run may have gone on after the step whose weights it leaves.
         if row["step"] > step:
             continue
         for key, value in row.items():
             # A slash stands before a noise level.
             is_heldout = re.fullmatch(r"heldout_[^/]*", key) is not None
-            if is_heldout or key.startswith(("train_grid_loss", BY_CONCEPT)):
+            if is_heldout or key.startswith((TRAINING_GRID_LOSS, BY_CONCEPT)):
                 newest[key] = (row["step"], value)
     return newest
 

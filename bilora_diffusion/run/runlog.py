@@ -36,8 +36,8 @@ from .record import (
 
 CARD = "README.md"
 ERROR = "error.txt"
+# Options that are not written down.
 SECRETS = frozenset({"hub_token"})
-"""Options that are not written down."""
 
 
 class RunLog:
@@ -89,6 +89,7 @@ class RunLog:
         earlier: dict[str, Any] = {}
         resumed: list[Any] = []
         if resume_step is not None:
+            # A checkpoint may have been copied without its record.
             if (self.folder / RUN).exists():
                 earlier = read_run(self.folder)
             (self.folder / ERROR).unlink(missing_ok=True)  # its attempt is now repeated
@@ -120,7 +121,7 @@ class RunLog:
             "removed_checkpoints": earlier.get("removed_checkpoints", []),
             # Its state now.
             "status": "running",
-            "card": wrote_card(earlier),
+            "card": earlier.get("card", False),
             "doing": "starting",
             "doing_since": date,
             "results": {},
@@ -178,6 +179,7 @@ class RunLog:
             results: results to add to the record's.
         """
         self._run["status"] = status
+        # A resumed run keeps what it does not measure again.
         self._run["results"] |= results
         if reason is not None:
             self._run["error"] = reason
@@ -228,9 +230,3 @@ def _date() -> str:
 def is_finished(folder: Path) -> bool:
     """Test that a folder holds a finished run."""
     return (folder / RUN).exists() and read_run(folder)["status"] == "finished"
-
-
-def wrote_card(record: Mapping[str, Any]) -> bool:
-    """Test that the ``README.md`` beside a ``run.json`` is a run's model card."""
-    # Every finished run has written one, also of versions that did not record it.
-    return bool(record.get("card")) or record.get("status") == "finished"

@@ -138,6 +138,7 @@ def truncate(folder: Path, last_step: int) -> None:
         return
     remove_leftovers(root)
     for step, path in steps(folder).items():
+        # The last step of the checkpoint itself stays.
         if step > last_step:
             discard(path)
     sync(root)

@@ -262,8 +262,8 @@ def get(name: str) -> CatalogTask:
 GYM = "reasoning_gym"
 TREC_CLASSES = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
 GSM_SIZES = {"train": 7473, "validation": 1000}
+# Number of the first question of each split.
 GSM_STARTS = {"train": 1_000_000, "validation": 0}
-"""Number of the first question of each split."""
 # The generator's questions end in this request, which is cut off.
 GSM_REQUEST = " Give the result as your final answer. Do not include units."
 
@@ -367,10 +367,10 @@ def _gsm_questions(
     return [{"question": question, "answer": answer} for question, answer in answers.items()]
 
 
+# Readers of packaged rows by task, which take the package's folder and a split.
 _READERS: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {
     "rotten_tomatoes": _rotten_tomatoes,
     "trec": _trec,
     "sms_spam": _sms_spam,
     "gsm_symbolic": _gsm_symbolic,
 }
-"""Readers of packaged rows by task, which take the package's folder and a split."""

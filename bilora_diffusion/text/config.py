@@ -41,10 +41,10 @@ GROUPS = (
     TextOutputOptions,
     SingleMethodOptions,
 )
+# Default of Tables A4 to A7.
 EPOCHS = 3
-"""Default of Tables A4 to A7."""
+# Default of Tables A4 to A7.
 WARMUP_RATIO = 0.03
-"""Default of Tables A4 to A7."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,11 @@ def default_warmup_ratio(cfg: TextConfig) -> float | None:
     return 0.0 if cfg.lr_scheduler == "constant" else WARMUP_RATIO
 
 
+# They run after `config.derived.DERIVED_DEFAULTS`.
 TEXT_DEFAULTS: tuple[Rule[TextConfig], ...] = (
     ("num_train_epochs", default_num_train_epochs),
     ("warmup_ratio", default_warmup_ratio),
     ("validation_loss_steps", default_validation_loss_steps),
 )
-"""They run after `config.derived.DERIVED_DEFAULTS`."""
 
 resolve = TextConfig.resolve

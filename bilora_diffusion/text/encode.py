@@ -29,16 +29,16 @@ from .models import TextModel
 from .module import collate
 from .tokenizing import IGNORED, ROW_BUILDERS, Row, resolve_template, tokenizer_hash
 
+# Version of tokenization, part of a cache's name: raise it when tokenization changes.
 FORMAT = "4"
-"""Version of tokenization, part of a cache's name: raise it when tokenization changes."""
 MODEL_COLUMNS = ("input_ids", "labels", "token_type_ids", "position_ids")
+# Columns of figures about a row, which add up where rows are packed into one.
 SUMMED = ("length", "target_tokens", "truncated")
-"""Columns of figures about a row, which add up where rows are packed into one."""
 WRITE_ROWS = 1000
+# Lengths from here on mean no limit: Transformers has 10^30 for such tokenizers.
 NO_LIMIT = 10**9
-"""Lengths from here on mean no limit: Transformers has 10^30 for such tokenizers."""
+# Attention whose mask Transformers makes from the positions, whatever the batch size.
 ATTENTION = ("sdpa", "eager")
-"""Attention whose mask Transformers makes from the positions, whatever the batch size."""
 logger = logging.getLogger(__name__)
 
 
@@ -113,6 +113,7 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
         _check_length(option, length, loaded)
     if kind == "causal":
         settings["template"] = resolve_template(cfg.template, tokenizer)
+    # All that decides the tokens, and nothing else of the run: other runs read the same cache.
     hashed_texts = [FORMAT, kind, repr(settings), tokenizer_hash(tokenizer)]
     hashed_texts += [repr(example) for example in examples]
     cache_hash = digest_texts(hashed_texts)
@@ -166,6 +167,7 @@ def _features(kind: str, has_sentence_ids: bool) -> datasets.Features:
     ids = datasets.List(datasets.Value("int32"))
     features: dict[str, Any] = {
         "input_ids": ids,
+        # One class number, or a label for each token.
         "labels": number if kind == "classification" else ids,
         "sources": datasets.List(number),
     }
@@ -190,6 +192,7 @@ def _tokenize(
     """
     examples = []
     numbers = []
+    # Columns to rows: `map` gives lists by column.
     for values in zip(*batch.values(), strict=True):
         fields = dict(zip(batch, values, strict=True))
         number = fields.pop("number")
@@ -224,6 +227,7 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
     in each example.
     """
     rows = []
+    # Of each packed row: tokens one after the other, figures added up.
     for members in best_fit(encoded.lengths, max_length):
         parts = [encoded.data[number] for number in members]
         row: dict[str, Any] = joined(parts)
@@ -328,15 +332,19 @@ def _probe(model: Any) -> list[Tensor]:
     probe_tokens = [5, 3, 4]
     logits = []
     with inference(model):
+        # Both neighbours are equally long, so that the probe stands at the same place behind
+        # either.
         for neighbour in ([], [2, 6, 7, 8], [1, 0, 1, 0]):
             parts = []
             for part_tokens in (neighbour, probe_tokens):
                 if part_tokens:
+                    # The vocabulary of a tiny model may be smaller than the numbers here.
                     ids = [min(token, last_token) for token in part_tokens]
                     parts.append({"input_ids": ids, "labels": ids})
             batch = collate([joined(parts)], "causal", pad_token_id=0)
             inputs: Any = send_to_device(batch, next(model.parameters()).device)
             del inputs["labels"]
             row_logits = model(**inputs, use_cache=False).logits[0]  # (tokens, vocabulary)
+            # (3, vocabulary)
             logits.append(row_logits[-len(probe_tokens) :].float())
     return logits

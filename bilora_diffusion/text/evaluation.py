@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 
 from ..core.durable import write_text
 from ..core.errors import UserError
+from ..core.values import TRAINING_GRID_LOSS
 from ..train.task import inference, loss_by_part
 from .config import TextConfig
 from .encode import Encoded
@@ -20,10 +21,10 @@ from .module import TextModule, collate, padded
 from .rows import TextData
 from .tokenizing import generation_prompt
 
+# Default length of a causal model's answer, in tokens.
 CAUSAL_NEW_TOKENS = 256
-"""Default length of a causal model's answer, in tokens."""
+# Begins the names of figures in the log.
 PREFIX = "heldout_"
-"""Begins the names of figures in the log."""
 
 
 class Evaluation:
@@ -70,6 +71,7 @@ class Evaluation:
         losses, classes = self._measure(self.rows, len(self.rows))
         total = sum(self.rows.target_tokens)
         figures = {PREFIX + "loss": sum(losses) / total}
+        # A search pairs candidates by rows, so that it needs more than their mean.
         if self.by_row:
             return figures | loss_by_part(losses, total)
         if self.loaded.kind == "classification":
@@ -79,7 +81,7 @@ class Evaluation:
             train = self.data.train
             count = min(len(train), self.cfg.eval_train_samples)
             losses, _ = self._measure(train, count)
-            figures["train_grid_loss"] = sum(losses) / sum(train.target_tokens[:count])
+            figures[TRAINING_GRID_LOSS] = sum(losses) / sum(train.target_tokens[:count])
         return figures
 
     def _measure(self, rows: Encoded, count: int) -> tuple[list[float], list[int]]:
@@ -119,6 +121,7 @@ class Evaluation:
         lines = []
         for number, answer in enumerate(answers):
             example = self.rows.example(number)
+            # The row as it was asked, without the template.
             line = {"prompt": example.question, "prediction": answer, "reference": example.answer}
             lines.append(json.dumps(line, ensure_ascii=False))
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +137,7 @@ class Evaluation:
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Numbers of rows of about the same length, the longest first."""
+        # The longest first: if memory runs out, it does so in the first batch.
         order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
         for start in range(0, len(order), self.cfg.eval_batch_size):
             yield order[start : start + self.cfg.eval_batch_size]
@@ -144,6 +148,7 @@ class Evaluation:
             return self.rows.row(number)["input_ids"]
         room = None
         if self.loaded.max_tokens is not None:
+            # The answer takes positions too.
             room = self.loaded.max_tokens - self.new_tokens
         example = self.rows.example(number)
         return generation_prompt(example, self.loaded.tokenizer, self.cfg.template, room)
@@ -164,6 +169,7 @@ def generate(
     is_causal = loaded.kind == "causal"
     # A causal model goes on at the end of the row, so that its padding comes first.
     side = "left" if is_causal else "right"
+    # Padding must not be seen: a padding token may be the EOS.
     masks = [[1] * len(prompt) for prompt in prompts]
     inputs = {
         "input_ids": padded(prompts, tokenizer.pad_token_id, side),

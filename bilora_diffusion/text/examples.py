@@ -18,13 +18,13 @@ from ..core.files import (
 )
 
 CONVERSATION = "messages"
+# Usual columns of inputs: the first one that a file has is read.
 INPUTS = ("input", "prompt", "question", "instruction", "text", "sentence")
-"""Usual columns of inputs: the first one that a file has is read."""
+# Usual columns of answers.
 TARGETS = ("target", "answer", "output", "response", "label", "completion")
-"""Usual columns of answers."""
 INSTRUCTION = "instruction"
+# Columns of the text that an instruction is about, in Alpaca's and in Dolly's rows.
 CONTEXTS = ("input", "context")
-"""Columns of the text that an instruction is about, in Alpaca's and in Dolly's rows."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
     dialogue = tuple(turns[: answer_numbers[-1] + 1])
     _, question = dialogue[-2]
     _, answer = dialogue[-1]
+    # One question and its answer need no turns, so that they are the same example as a row of two
+    # columns.
     is_plain = len(dialogue) == 2 and dialogue[0][0] == "user"
     return Example(question, answer, turns=() if is_plain else dialogue, where=where)
 
@@ -110,6 +112,7 @@ def open_file(
         raise UserError(f"{path.name} has no rows: give a file that has some.")
     names: dict[str, None] = {}  # in the order in which they come
     for _, row in rows:
+        # Rows of JSON may have different keys.
         names |= dict.fromkeys(row)
     columns = list(names)
     usual_columns, context = (CONVERSATION, *INPUTS), ""
@@ -128,6 +131,7 @@ def open_file(
         prompt = text_of(row, column, where, fix)
         answer = text_of(row, target, where, fix, accepts_numbers=True)
         text = ""
+        # A row may lack the context.
         if row.get(context) is not None:
             text = text_of(row, context, where, fix)
         examples.append(Example(prompt, answer, input=text, where=where))
@@ -205,6 +209,7 @@ def label_words_of(examples: Iterable[Example]) -> tuple[str, ...]:
     """The different answers, sorted, numbers by value: the classes of a file that names none."""
     words = sorted({example.answer for example in examples})
     if all(re.fullmatch(r"-?\d{1,18}", word) for word in words):
+        # As numbers: "10" comes after "9".
         words.sort(key=int)
     return tuple(words)
 

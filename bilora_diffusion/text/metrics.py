@@ -10,13 +10,13 @@ from typing import Any
 
 from ..core.errors import UserError
 
+# A number such as -1,000.5 or 1e3.
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
-"""A number such as -1,000.5 or 1e3."""
 SIGNS_AROUND_NUMBER = re.compile(r"[\s$€£%.,]")
+# Digits up to which a number is written out; that of a huge exponent would fill the memory.
 MOST_DIGITS = 1000
-"""Digits up to which a number is written out; that of a huge exponent would fill the memory."""
+# A score from answers, references, label words and the marker of an answer.
 Metric = Callable[[list[str], list[str], Sequence[str], str | None], float]
-"""A score from answers, references, label words and the marker of an answer."""
 
 
 def score(
@@ -57,6 +57,7 @@ def answer_after(text: str, marker: str | None) -> str | None:
     """
     if marker:
         _, separator, text = text.partition(marker.strip())
+        # A model that never came to an answer.
         if not separator:
             return None
     lines = text.strip().splitlines()
@@ -95,6 +96,7 @@ def _f1(answers: list[str], references: list[str], labels: Sequence[str], *_: An
     """F1 of the last of two classes, else the mean over the classes."""
     averaged_labels = list(labels) or sorted(set(references))
     if len(averaged_labels) == 2:
+        # As GLUE scores MRPC: the class "equivalent" is the positive one.
         averaged_labels = averaged_labels[-1:]
     return _sklearn().f1_score(
         references, answers, labels=averaged_labels, average="macro", zero_division=0

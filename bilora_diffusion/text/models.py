@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import UserError
+from ..core.errors import UserError, translated
 from ..core.seeds import seed_of
 from ..core.values import KINDS
 from ..train.dry_run import empty
@@ -26,10 +26,10 @@ from .options import TextModelOptions
 from .places import gguf_file, locate
 
 FIX = "correct --model_name_or_path, or install what it asks for"
+# Names of the layer that computes class scores. It is trained whole, as in PEFT.
 CLASS_HEADS = ("classifier", "score")
-"""Names of the layer that computes class scores. It is trained whole, as in PEFT."""
+# Types of models whose positions begin after the number of the padding token.
 POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet", "longformer", "xmod", "ibert")
-"""Types of models whose positions begin after the number of the padding token."""
 AUTO_CLASSES = {
     "seq2seq": "ModelForSeq2SeqLM",
     "causal": "ModelForCausalLM",
@@ -112,11 +112,9 @@ class TextSource:
             self._attention["attn_implementation"] = options.attn_implementation
         self._weights_label = f'the weights of "{self.name}"'  # for messages
 
-        def read() -> tuple[Any, str]:
-            config = _auto("Config").from_pretrained(self.location, **self.arguments)
-            return config, kind_of(config, self.name, options.task_type)
-
-        self.config, self.kind = reading(f'the configuration of "{self.name}"', FIX, read)
+        with translated(f'the configuration of "{self.name}" can\'t be read', FIX):
+            self.config = _auto("Config").from_pretrained(self.location, **self.arguments)
+            self.kind = kind_of(self.config, self.name, options.task_type)
 
     def load(
         self,
@@ -140,6 +138,7 @@ class TextSource:
         has_labels = False
         if self.kind == "classification" and labels is not None:
             has_labels = True
+            # Transformers makes a head of as many classes as there are labels.
             self.config.id2label = dict(enumerate(labels))
             self.config.label2id = {label: number for number, label in enumerate(labels)}
         if weights:
@@ -178,14 +177,16 @@ class TextSource:
             arguments["use_safetensors"] = True
             require_safetensors(self._weights_label, Path(self.location))
 
-        def load() -> Any:
-            auto_class = _auto(AUTO_CLASSES[self.kind])
-            return auto_class.from_pretrained(self.location, **arguments, output_loading_info=True)
-
+        arguments["output_loading_info"] = True
+        auto_class = _auto(AUTO_CLASSES[self.kind])
         # Transformers samples the values of a new head.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "head"))
-            model, report = reading(self._weights_label, FIX, load)
+            model, report = reading(
+                self._weights_label,
+                FIX,
+                lambda: auto_class.from_pretrained(self.location, **arguments),
+            )
         if is_gguf:
             model = _without_quantization(model, dtype)
         return model, self._new_modules(model, report)
@@ -200,6 +201,7 @@ class TextSource:
         mismatched_keys = []
         for entry in report["mismatched_keys"]:  # keys, or (key, shape, shape)
             mismatched_keys.append(entry if isinstance(entry, str) else entry[0])
+        # A layer of another shape counts as missing: its stored weights are not used.
         missing = sorted({*new_modules, *_modules_of(mismatched_keys)})
         if self.kind == "classification":
             # A head may be new or of another shape, and so may BERT's pooler before it.
@@ -268,6 +270,7 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
     possible_kinds = [kind for kind in KINDS if _has_class(config, kind)]
     # T5 and others have a decoder, but are no causal models.
     if config.is_encoder_decoder and "causal" in possible_kinds:
+        # Transformers has BartForCausalLM and the like, which use the decoder alone.
         possible_kinds.remove("causal")
     if task_type != "auto":
         if task_type not in possible_kinds:
@@ -279,6 +282,7 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
     likely_kinds = ["seq2seq"]
     architectures = " ".join(getattr(config, "architectures", None) or ())
     if "SequenceClassification" in architectures:
+        # A model that was saved as a classifier is one again.
         likely_kinds.insert(0, "classification")
     # Transformers lists encoders such as BERT as causal models too.
     is_encoder = type(config) in _auto("ModelForMaskedLM")._model_mapping
@@ -324,6 +328,7 @@ def _without_quantization(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     values.pop("quantization_config", None)
     plain_model = type(gguf_model)(type(gguf_model.config).from_dict(values)).to(dtype)
     plain_model.load_state_dict(gguf_model.state_dict())
+    # The copy has its own output head, which is to be the embedding again.
     plain_model.tie_weights()
     plain_model.generation_config = getattr(gguf_model, "generation_config", None)
     plain_model.name_or_path = gguf_model.name_or_path

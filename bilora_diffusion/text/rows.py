@@ -20,8 +20,8 @@ from .encode import Encoded, encode, pack, require_packable
 from .examples import Example, label_words_of, open_file, with_labels
 from .models import TextModel
 
+# Seed of the rows that are taken of a large set: the same rows whatever the run's seed is.
 SUBSET_SEED = 0
-"""Seed of the rows that are taken of a large set: the same rows whatever the run's seed is."""
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
     """
     if size is None or size >= len(values):
         return list(values)
+    # The same rows in every run, so that runs of other seeds can be compared.
     random = generator(seed_of(SUBSET_SEED, purpose), "subset")
     order = torch.randperm(len(values), generator=random)
     return [values[number] for number in sorted(order[:size].tolist())]
@@ -182,6 +183,7 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
     for number, key in enumerate(rows[task.group]):
         groups.setdefault(str(key), []).append(number)
     heldout_numbers: set[int] = set()
+    # By hash: neither alphabetical order nor the order of the rows decides.
     for key in sorted(groups, key=lambda key: digest_texts(["held out", key])):
         if len(heldout_numbers) >= task.holdout:
             return heldout_numbers

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from ..train import command
 from ..train.engine import DTYPES
 from ..train.setup import Script
 from ..train.trainer import Trainer
-from .config import TextConfig, resolve
+from .config import TextConfig
 from .evaluation import PREFIX
 from .models import AUTO_CLASSES, TextSource
 from .places import PACKAGED
@@ -45,11 +44,9 @@ logger = logging.getLogger(__name__)
 class TextScript(Script[TextConfig]):
     """Training of language models."""
 
+    config_class = TextConfig
     project = "text-bilora"
     scorer = "eval.text_scores"
-
-    def resolve(self, argv: Sequence[str] | None) -> TextConfig:
-        return resolve(argv)
 
     def build_task(self, cfg: TextConfig, accelerator: Accelerator) -> TextTask:
         """Data first, since it is quick to refuse; then the model, on the device, or empty."""
@@ -105,8 +102,8 @@ class TextScript(Script[TextConfig]):
 
 
 TEXT = TextScript()
+# Train as the command line says and leave a run folder; see `command.train`.
 train = functools.partial(command.train, TEXT)
-"""Train as the command line says and leave a run folder; see `command.train`."""
 
 
 def warn_of_copies(cfg: TextConfig, rows: Any) -> None:

@@ -31,14 +31,15 @@ from .rows import TextData, encode_rows
 
 NAME = "model"
 # Coefficients of `memory_by_phase`, measured (results/dry_run_memory).
+#
+# Numbers that a layer stores for each hidden state of a token.
 HIDDEN_COUNTS = {"causal": 10.5, "seq2seq": 13.0, "classification": 4.0}
-"""Numbers that a layer stores for each hidden state of a token."""
+# Numbers that it stores for each inner state of its feed-forward part.
 INNER_COUNT = 3.6
-"""Numbers that it stores for each inner state of its feed-forward part."""
+# Numbers that it stores for each attention score, where attention is not fused.
 SCORE_COUNT = 2.8
-"""Numbers that it stores for each attention score, where attention is not fused."""
+# Bytes of the loss for each word of a predicted token.
 LOGIT_BYTES = 12
-"""Bytes of the loss for each word of a predicted token."""
 
 
 class TextTask:
@@ -92,6 +93,7 @@ class TextTask:
         data = self.data
         if fold is not None:
             train_numbers, heldout_numbers = fold
+            # Rows of a fold are tokenized once, whichever runs of the search train on it.
             key = tuple(heldout_numbers)
             if key not in self._folds:
                 train = [data.rows.train[number] for number in train_numbers]
@@ -111,6 +113,7 @@ class TextTask:
         train = self.data.train
         pad_token_id = self.loaded.tokenizer.pad_token_id
         if self.cfg.group_by_length:
+            # Grouped over the whole step: all of its micro-batches have about one length.
             order = LengthGroupedOrder(train.lengths, self.cfg.seed, step_size)
         else:
             order = SampleOrder(len(train), self.cfg.seed)

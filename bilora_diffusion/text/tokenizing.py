@@ -16,21 +16,20 @@ from ..core.errors import UserError, translated
 from ..core.seeds import digest_texts
 from .examples import Example
 
+# The label of a token without a loss, as in Transformers.
 IGNORED = -100
-"""The label of a token without a loss, as in Transformers."""
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes"
     " the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
+# Stanford Alpaca's prompts to the letter: the answer follows the colon at once.
+#
+# Source: https://github.com/tatsu-lab/stanford_alpaca, ``PROMPT_DICT`` in ``train.py``.
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further"
     " context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-"""Stanford Alpaca's prompts to the letter: the answer follows the colon at once.
-
-Source: https://github.com/tatsu-lab/stanford_alpaca, ``PROMPT_DICT`` in ``train.py``.
-"""
 
 
 class Rendered(NamedTuple):
@@ -138,12 +137,12 @@ def causal_rows(
     return rows
 
 
+# Functions that make rows of examples, by kind of model.
 ROW_BUILDERS: dict[str, Callable[..., list[Row]]] = {
     "seq2seq": seq2seq_rows,
     "classification": classification_rows,
     "causal": causal_rows,
 }
-"""Functions that make rows of examples, by kind of model."""
 
 
 def context_rows(contexts: Sequence[str], tokenizer: Any, template: str) -> list[list[int]]:

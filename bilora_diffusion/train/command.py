@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import torch
 from accelerate import Accelerator
 
 from .. import adapters, methods
-from ..config import resolving
 from ..config.options import NO_CONTROL
+from ..config.resolving import collected_notes
 from ..config.run import RunConfig
 from ..core.durable import strict_json
 from ..core.errors import placed
@@ -56,8 +56,6 @@ def train(
         Interrupted: A signal ended the command; the sentence says how to go on.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    # The command that goes on after an interruption is shown only if the user has typed this one.
-    typed = arguments if argv is None else None
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     console.quiet()
     cfg = script.resolve(argv) if config is None else config
@@ -71,61 +69,75 @@ def train(
     # The folders are checked before anything is loaded, and locked until the end, so that no second
     # command writes into them.
     folders = [Path(run_cfg.output_dir) for run_cfg in configs]
-    control_folder = folders[1] if len(folders) > 1 else None
     with ExitStack() as locks:
         for folder in folders:
             refuse_unusable(folder)
             locks.enter_context(locked(folder))
         runs = plan(configs)
         accelerator = build_accelerator(cfg)
-        # A token without write access is refused now, not after hours of training.
-        repo_ids: dict[Path, str] = {}
-        if cfg.push_to_hub:
-            for run in runs:
-                name = run.cfg.hub_model_id or run.folder.name
-                repo_ids[run.folder] = hub.repository(name, cfg.hub_token)
+        repo_ids = hub_repositories(runs)
         with translated_errors(cfg.base_model):
             task: Any = script.build_task(cfg, accelerator)
         for run in runs:
             run.require_same_data(task)
 
-        # All runs share the models and the encoded data.
-        search = stop = None
+        # The search and all runs share the models and the encoded data.
+        stop: Stop | None = None
+        stopped_folder = folders[0]
+        search = None
         if cfg.fit:
             search = Search(script, arguments, task, accelerator)
             choice = search.choose()
             if isinstance(choice, Stop):
                 stop = choice
+                runs = []  # no run begins
             else:
                 task = task.with_config(choice)
-        stopped_folder = folders[0]
-        for run in runs:
-            if stop is not None:
-                break
+        for number, run in enumerate(runs):
             if run.is_finished:
                 logger.info("%s has this run already, to its end", run.folder)
                 continue
-            if run is not runs[0]:
+            if number > 0:
                 accelerator = build_accelerator(run.cfg)
                 task = task.with_config(run.cfg)
-            is_last = run is runs[-1]
-            stop = _train_run(
-                script, task, accelerator, run, repo_ids.get(run.folder), restores=not is_last
-            )
-            stopped_folder = run.folder
-        # After the last run, whose options and time the report has.
+            repo_id = repo_ids.get(run.folder)
+            has_next = run is not runs[-1]
+            stop = _train_run(script, task, accelerator, run, repo_id, restores=has_next)
+            if stop is not None:
+                stopped_folder = run.folder
+                break
+
         if stop is None and accelerator.is_main_process:
+            # Read from the records of the runs, which have ended.
             if search is not None:
                 logger.info("\n".join(report.lines(folders[0], search.sample_noun)))
-            if control_folder is not None:
+            if len(folders) > 1:
                 logger.info(console.describe_comparison(folders, script.scorer))
         # In this order, since the end of training closes the process group (see `free_memory`).
         free_memory(accelerator)
         accelerator.end_training()
-        if stop is not None:
-            raise interruption.describe_interruption(
-                stopped_folder, stop, typed, cfg.overwrite_output_dir, control_folder
-            )
+    if stop is not None:
+        raise interruption.describe_interruption(
+            stopped_folder,
+            stop,
+            # The command that goes on is shown only if the user has typed this one.
+            arguments if argv is None else None,
+            cfg.overwrite_output_dir,
+            control_folder=folders[1] if len(folders) > 1 else None,
+        )
+
+
+def hub_repositories(runs: Sequence[PlannedRun]) -> dict[Path, str]:
+    """Make the hub repositories that the runs' folders are pushed to; their ids by the folder.
+
+    A token without write access is refused here, not after hours of training.
+    """
+    repo_ids: dict[Path, str] = {}
+    for run in runs:
+        if run.cfg.push_to_hub:
+            name = run.cfg.hub_model_id or run.folder.name
+            repo_ids[run.folder] = hub.repository(name, run.cfg.hub_token)
+    return repo_ids
 
 
 def _train_run(
@@ -264,9 +276,9 @@ def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> 
     if cfg.hub_model_id:
         words += ["--hub_model_id", f"{cfg.hub_model_id}-{cfg.compare}"]
 
-    with _collected_notes() as known_notes:
+    with collected_notes() as known_notes:
         script.resolve(argv)
-    with _collected_notes() as notes, placed(f"in the control run of --compare {cfg.compare}, "):
+    with collected_notes() as notes, placed(f"in the control run of --compare {cfg.compare}, "):
         control = script.resolve(words)
     for name in dropped_options:
         logger.warning(
@@ -303,19 +315,3 @@ def without_flags(argv: Sequence[str], names: Collection[str]) -> list[str]:
         else:
             words.append(word)
     return words
-
-
-@contextmanager
-def _collected_notes() -> Iterator[list[str]]:
-    """Within the context notes on a command line are collected instead of printed."""
-    notes: list[str] = []
-
-    def collect(record: logging.LogRecord) -> bool:
-        notes.append(record.getMessage())
-        return False
-
-    resolving.logger.addFilter(collect)
-    try:
-        yield notes
-    finally:
-        resolving.logger.removeFilter(collect)

@@ -29,17 +29,17 @@ from .search.runs import Search
 from .search.space import RATE, Candidate, title
 from .setup import Script
 
+# Bytes that a process takes on a GPU; 0.4 to 0.8 GB were measured.
 CUDA_CONTEXT_BYTES = 600_000_000
-"""Bytes that a process takes on a GPU; 0.4 to 0.8 GB were measured."""
+# Bytes of libraries that a run on a CPU loads and a dry run does not.
 CPU_LIBRARY_BYTES = 100_000_000
-"""Bytes of libraries that a run on a CPU loads and a dry run does not."""
+# Bytes of a number by ``--mixed_precision``.
 NUMBER_BYTES = {"no": 4, "fp16": 2, "bf16": 2}
-"""Bytes of a number by ``--mixed_precision``."""
+# Titles of adapters in the printed lines, where these are not their names.
 ADAPTER_TITLES = {PRIMARY: "primary", INITIAL: "first values"}
-"""Titles of adapters in the printed lines, where these are not their names."""
 BEFORE, STEP = "before training", "a training step"
+# Bytes by part in each phase of a run, without the trained weights (`complete`).
 PhaseMemory = dict[str, dict[str, int]]
-"""Bytes by part in each phase of a run, without the trained weights (`complete`)."""
 
 
 def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) -> None:
@@ -75,7 +75,7 @@ def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) 
         lines.append(f"two runs, into {folders}; what follows is about the larger one")
     method, trained = attached(task, steps)
     models = ", ".join(f"{t.name} ({type(t.model).__name__})" for t in method.targets)
-    count = sum(parameter.numel() for parameter in method.clip_parameters())
+    count = sum(parameter.numel() for parameter in method.result_parameters())
     epochs = steps * step_size / task.num_samples
     lines += [
         f"{method.title} on {models}: {len(method.layers)} layers, {count:,} parameters",
@@ -172,28 +172,29 @@ def largest_candidate(search: Search, task: Any, steps: int) -> Candidate:
     set in turn to the value that needs most.
     """
 
-    @functools.cache
-    def trained_bytes(candidate: Candidate) -> int:
-        _, trained = attached(with_config(task, search.config(candidate)), steps)
-        return sum(trained.values())
+    @functools.cache  # the search looks at a candidate in several turns
+    def bytes_of(candidate: Candidate) -> int:
+        return trained_bytes(with_config(task, search.config(candidate)), steps)
 
     candidates: list[Candidate] = [()]  # the command line as it is
     for candidate in search.space.starts():
         for name in search.space.axes():
             if name != RATE:  # a rate takes no memory
-                candidate = max(search.space.variants(name, candidate), key=trained_bytes)
+                candidate = max(search.space.variants(name, candidate), key=bytes_of)
         candidates.append(candidate)
-    return max(candidates, key=trained_bytes)
+    return max(candidates, key=bytes_of)
 
 
 def largest_run(task: Any, configs: Sequence[RunConfig], steps: int) -> Any:
     """The task with the configuration that needs most memory."""
+    tasks = [with_config(task, cfg) for cfg in configs]
+    return max(tasks, key=lambda candidate_task: trained_bytes(candidate_task, steps))
 
-    def trained_bytes(candidate_task: Any) -> int:
-        _, trained = attached(candidate_task, steps)
-        return sum(trained.values())
 
-    return max([with_config(task, cfg) for cfg in configs], key=trained_bytes)
+def trained_bytes(task: Any, steps: int) -> int:
+    """Bytes of the trained weights and of what is stored for them, see `attached`."""
+    _, trained = attached(task, steps)
+    return sum(trained.values())
 
 
 def with_config(task: Any, cfg: RunConfig) -> Any:

@@ -25,10 +25,11 @@ from torch.optim import Optimizer
 
 from .. import adapters
 from ..adapters import AUXILIARY, PRIMARY, Factors, group_equal
+from ..methods.bilora import ball
 from ..run import snapshots
 
+# Number of snapshots without ``--dynamics_steps``, about.
 SNAPSHOTS = 40
-"""Number of snapshots without ``--dynamics_steps``, about."""
 TERMS = ("norm_BeA", "norm_eBA", "norm_eBeA")
 FIRST_ORDER, PRODUCT, RATIO = "norm_first_order", "norm_BA", "ratio"
 COLUMNS, ROWS, COSINE, GAIN = "column_overlap", "row_overlap", "product_cosine", "ascent_gain"
@@ -140,7 +141,7 @@ def inner_products(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
 def norms(factors: Sequence[Factors]) -> Tensor:
     """||s B A||_F of each layer, (layers,) float64."""
     # Rounding can leave the Gram form of a square slightly below 0.
-    return inner_products(factors, factors).clamp_min(0).sqrt()
+    return ball.squares(factors).norm.clamp_min(0).sqrt()
 
 
 def perturbation_norms(
@@ -164,7 +165,7 @@ def perturbation_norms(
         B_eA.append(layer._replace(A=e.A))
         eB_A.append(layer._replace(B=e.B))
     # ||B e_A + e_B A||^2 = ||B e_A||^2 + ||e_B A||^2 + 2 <B e_A, e_B A>
-    squares = inner_products(B_eA, B_eA) + inner_products(eB_A, eB_A)
+    squares = ball.squares(B_eA).norm + ball.squares(eB_A).norm
     first_order = (squares + 2 * inner_products(B_eA, eB_A)).clamp_min(0).sqrt()
     B_eA_name, eB_A_name, eB_eA_name = TERMS
     return {
@@ -177,7 +178,7 @@ def perturbation_norms(
 
 
 def ascent_gain(factors: Sequence[Factors], gradients: Sequence[Factors]) -> Tensor:
-    """<G, s B A> of each layer, (layers,): rise of the loss by the adapter to first order.
+    """<G, s B A> of each layer, (layers,): by which the adapter raises the loss to first order.
 
     G is the gradient of the weight, of which dL/dB = s G A^T, so <dL/dB, B> = <G, s B A>.
     """

@@ -50,8 +50,8 @@ from ..core.files import counted, duration
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 BACKEND = "inductor"
+# Largest number of graphs. With more of them blocks run uncompiled, of which PyTorch warns.
 MAX_GRAPHS = 64
-"""Largest number of graphs. With more of them blocks run uncompiled, of which PyTorch warns."""
 logger = logging.getLogger(__name__)
 
 

@@ -25,8 +25,8 @@ from ..core.seeds import seed_of
 from ..methods import Target
 from .task import Task
 
+# Factors of the loss for fp16 weights, which are tried until no gradient overflows.
 FP16_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
-"""Factors of the loss for fp16 weights, which are tried until no gradient overflows."""
 logger = logging.getLogger(__name__)
 
 

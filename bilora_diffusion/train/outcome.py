@@ -20,7 +20,7 @@ from ..methods.perturb import replaced
 
 
 class Best:
-    """The lowest held-out loss so far, and the weights at it.
+    """The lowest held-out measurement so far, and the weights at it.
 
     It counts as Transformers' `EarlyStoppingCallback` does with a threshold of 0
     (https://huggingface.co/docs/transformers/main_classes/callback): a measurement that is not a
@@ -34,7 +34,7 @@ class Best:
 
     Attributes:
         step: Step of the lowest measurement; None before the first.
-        loss: The lowest measurement, of a loss or a distance; None before the first.
+        measurement: The lowest measurement, of a loss or a distance; None before the first.
         since: Measurements after it.
         values: The parameters' values at it, in their order.
     """
@@ -43,15 +43,18 @@ class Best:
         self.parameters = list(parameters)
         self.patience = patience
         self.step: int | None = None
-        self.loss: float | None = None
+        self.measurement: float | None = None
         self.since = 0
         self.store()
 
-    def is_lowered_by(self, loss: float, step: int) -> bool:
+    def is_lowered_by(self, measurement: float, step: int) -> bool:
         """Count a measurement; True for a new lowest one, whose weights the caller stores."""
-        # An equal loss is no new lowest: otherwise a constant loss would never end a run.
-        if math.isfinite(loss) and (self.loss is None or loss < self.loss):
-            self.step, self.loss, self.since = step, loss, 0
+        # An equal one is no new lowest: otherwise a constant loss would never end a run.
+        is_lower = self.measurement is None or measurement < self.measurement
+        if math.isfinite(measurement) and is_lower:
+            self.step = step
+            self.measurement = measurement
+            self.since = 0
             return True
         self.since += 1
         return False
@@ -132,7 +135,7 @@ class Outcome:
         """Start from the weights as they are now."""
         cfg = self._cfg
         # The weights of the result; once, since the walk over SDXL's UNet takes 53 ms.
-        self._weights = self._method.clip_parameters()
+        self._weights = self._method.result_parameters()
         self.average = Average(self._weights, cfg.ema_decay) if cfg.use_ema else None
         self.best = Best(self._weights if cfg.keep_best else (), cfg.early_stopping_patience)
 
@@ -186,7 +189,7 @@ class Outcome:
             results["stopped_early"] = self.best.is_exhausted
         if self._cfg.keep_best:
             results["best_step"] = self.best.step
-            results[f"best_{self._cfg.heldout_measure}"] = self.best.loss
+            results[f"best_{self._cfg.heldout_measure}"] = self.best.measurement
         return results
 
     def tensors(self) -> dict[str, Tensor]:
@@ -204,7 +207,7 @@ class Outcome:
         best = self.best
         return {
             "average": None if self.average is None else {"steps": self.average.steps},
-            "best": {"step": best.step, "loss": best.loss, "since": best.since},
+            "best": {"step": best.step, "loss": best.measurement, "since": best.since},
             "result": export_facts(self._method),
         }
 
@@ -213,7 +216,7 @@ class Outcome:
         if self.average is not None:
             self.average.steps = state["average"]["steps"]
         self.best.step = state["best"]["step"]
-        self.best.loss = state["best"]["loss"]
+        self.best.measurement = state["best"]["loss"]
         self.best.since = state["best"]["since"]
 
 
@@ -228,7 +231,7 @@ def export_facts(method: Method) -> dict[str, Any]:
     if method.exports_weights:
         return {}
     configs = {}
-    # In the order of `clip_parameters`, by which a checkpoint numbers the averages.
+    # In the order of `result_parameters`, by which a checkpoint numbers the averages.
     averaged_keys = []
     for target in method.targets:
         configs[target.name] = adapters.lora_config(target.model, PRIMARY)

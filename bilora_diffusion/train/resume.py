@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import adapters
-from ..config.run import FORMER_OPTIONS, HELDOUT_OPTIONS
+from ..config.run import FORMER_OPTIONS
 from ..run import checkpoint
 from ..run.checkpoint import Checkpoint, load_tensors, require_same_settings
 from ..run.data import require_same_content
@@ -104,12 +104,11 @@ def _require_same_run(trainer: Trainer, saved: Checkpoint) -> None:
     recorded = dict(saved.extra["config"])
     for name in sizes:
         recorded[name] = saved.extra[name]
-    recorded["content"] = saved.extra.get("content")
+    recorded["content"] = saved.extra["content"]
     require_same_work(
         recorded,
         current,
         options=options.keys(),
-        # Checkpoints of earlier versions hold options that are free today.
         free=free | cfg.free_options,
         depends_on_heldout=cfg.depends_on_heldout,
     )
@@ -127,7 +126,7 @@ def require_same_work(
 
     Args:
         saved: Options, sizes that follow from them and from the data, and under "content" the
-            record of the data. Earlier versions saved neither that nor the held-out options.
+            record of the data.
         current: The same of this run.
         options: Keys of the options.
         free: Keys that may differ.
@@ -136,13 +135,10 @@ def require_same_work(
     Raises:
         UserError: Something differs; the sentence says what.
     """
-    content = saved.get("content")
     free = free | {"content"} | FORMER_OPTIONS
-    if content is None:
-        free |= HELDOUT_OPTIONS
     sizes = current.keys() - set(options)
     # Options first, then the data, then the sizes: the number of steps can follow from that of the
     # samples, and the sentence names the cause.
     require_same_settings(saved, current, free | sizes)
-    require_same_content(content, current["content"], depends_on_heldout)
+    require_same_content(saved["content"], current["content"], depends_on_heldout)
     require_same_settings(saved, current, free)

@@ -9,6 +9,7 @@ import logging
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -29,7 +30,7 @@ from . import loop, resume
 from .loop import recorded, warn_of_zero_auxiliary
 from .optimizers import StepLayout, total_steps
 from .task import Task
-from .trainer import UNSUITED, Trainer
+from .trainer import Trainer
 
 Config = TypeVar("Config", bound=RunConfig)
 logger = logging.getLogger(__name__)
@@ -38,12 +39,13 @@ logger = logging.getLogger(__name__)
 class Script(ABC, Generic[Config]):
     """A training script: the parts of the shared command that depend on images or text."""
 
+    config_class: ClassVar[Any]  # of `Config`; its `resolve` reads a command line
     project: ClassVar[str]  # name of the project for trackers
     scorer: ClassVar[str]  # module that scores its runs
 
-    @abstractmethod
     def resolve(self, argv: Sequence[str] | None) -> Config:
         """Make the configuration of a command line; None for that of the process."""
+        return self.config_class.resolve(argv)
 
     @abstractmethod
     def build_task(self, cfg: Config, accelerator: Accelerator) -> Task:
@@ -161,9 +163,12 @@ def start_log(trainer: Trainer, folder: Path, is_resumed: bool) -> RunLog:
     return log
 
 
-def translated_errors(model: str) -> Any:
-    """Within the context a library's error becomes a sentence: the model can't be trained so."""
-    return translated(f'"{model}" can\'t be trained so', UNSUITED)
+def translated_errors(model: str) -> AbstractContextManager[None]:
+    """Turn a library's error within the context into one sentence."""
+    return translated(
+        f'"{model}" can\'t be trained with these options',
+        "change the option that the reason names, or give another model",
+    )
 
 
 def tracker_config(cfg: RunConfig) -> dict[str, Any]:
@@ -199,7 +204,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
 
 def describe_method(method: Method, rank: int) -> str:
     """The method and the size of what it trains, for a sentence."""
-    count = sum(parameter.numel() for parameter in method.clip_parameters())
+    count = sum(parameter.numel() for parameter in method.result_parameters())
     size = f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
     if method.exports_weights:
         return f"{method.title} of {size} weights"

@@ -22,10 +22,10 @@ from ..core.values import HELDOUT_LOSS
 from ..methods import Target
 from ..run.data import SampleContent
 
+# Largest number of parts of the held-out samples that are logged, each as a column.
 MAX_PARTS = 128
-"""Largest number of parts of the held-out samples that are logged, each as a column."""
+# Number of times that a sample appears in one pass over the data: of all samples, or of each.
 Repeats = int | Sequence[int]
-"""Number of times that a sample appears in one pass over the data: of all samples, or of each."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,26 @@ class MicroBatch:
 
 
 Config = TypeVar("Config", bound=RunConfig)
+# Positions of the samples to learn from, and of those to hold out.
 Fold = tuple[Sequence[int], Sequence[int]]
-"""Positions of the samples to learn from, and of those to hold out."""
 
 
 class Task(Protocol[Config]):
-    """Data and models that `loop.run` trains; the same task can serve several runs."""
+    """Data and models that `loop.run` trains; the same task can serve several runs.
+
+    Attributes:
+        cfg: Configuration of the run.
+        models: The models that are trained, by name.
+        num_samples: Samples of one epoch.
+        has_heldout: True if there are held-out samples, on which a loss can be measured.
+    """
 
     cfg: Config
+    models: dict[str, nn.Module]
+    num_samples: int
+    has_heldout: bool
+
+    # What follows are properties, since the types of a task's own attributes are narrower.
 
     @property
     def module(self) -> nn.Module:
@@ -78,13 +90,13 @@ class Task(Protocol[Config]):
         ...
 
     @property
-    def num_samples(self) -> int:
-        """Samples of one epoch."""
+    def sample_names(self) -> Sequence[str]:
+        """Names of the samples of the training set, in the order of their numbers."""
         ...
 
     @property
-    def sample_names(self) -> Sequence[str]:
-        """Names of the samples of the training set, in the order of their numbers."""
+    def names(self) -> Sequence[str]:
+        """Names of all samples, by which they are dealt into folds."""
         ...
 
     def data_summary(self) -> str:
@@ -109,21 +121,6 @@ class Task(Protocol[Config]):
         self, step: int, folder: Path, evaluating: AbstractContextManager[Any]
     ) -> dict[str, float]:
         """Write validation samples into ``validation/step-N``; returns their metrics, if any."""
-        ...
-
-    @property
-    def models(self) -> dict[str, nn.Module]:
-        """The models that are trained, by name."""
-        ...
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of all samples, by which they are dealt into folds."""
-        ...
-
-    @property
-    def has_heldout(self) -> bool:
-        """True if there are held-out samples, on which a loss can be measured."""
         ...
 
     def training_content(self) -> Sequence[SampleContent]:

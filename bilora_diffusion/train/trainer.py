@@ -39,9 +39,8 @@ from .optimizers import (
 from .outcome import Outcome
 from .task import MicroBatch, Task
 
+# In fp16, steps in a row without a finite loss that are skipped; one more ends the run.
 MAX_NONFINITE_STEPS = 10
-"""In fp16, steps in a row without a finite loss that are skipped; one more ends the run."""
-UNSUITED = "give another model or other parts of it, or other options"
 
 
 class Trainer:
@@ -134,13 +133,13 @@ class Trainer:
         is_finite = bool(self.forward_backward([batch])().isfinite())
         # A gradient scaler starts too high on purpose and lowers its scale in the first steps.
         if self.accelerator.scaler is None:
-            for weight in self.method.clip_parameters():
+            for weight in self.method.result_parameters():
                 is_finite &= weight.grad is None or bool(weight.grad.isfinite().all())
         self.clipped.zero_grad()
         if not is_finite:
             raise UserError(
                 f'"{self.cfg.base_model}" gives {batch.names[0]} a loss or gradients that are not'
-                f" finite: {UNSUITED}."
+                " finite: try --mixed_precision no, or give another model."
             )
 
     def micro_batches(self) -> Iterator[list[MicroBatch]]:

@@ -27,12 +27,11 @@ Scorer and captioner default to the embedded ones for the miniature, and otherwi
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bilora_diffusion.core.errors import UserError, translated
 from bilora_diffusion.core.files import counted, without_paths
@@ -56,15 +55,9 @@ from .settings import (
 )
 
 if TYPE_CHECKING:  # imported where they are used, so that --help does not wait for torch
-    from PIL.Image import Image
-
-    from bilora_diffusion.image.sets import ImageSet
-
     from .captioners import Captioner
     from .images import Job, Store
-    from .measure import ImageJudge
     from .models import ImageEmbedder, Scorer
-    from .prompts import Prompt
 
 DESCRIBED = (__doc__ or "").format(scorer=GENERAL_SCORER, captioner=GENERAL_CAPTIONER)
 IMAGES = "images"
@@ -84,27 +77,12 @@ class ClipScores(OverSteps):
     revision and note, None without captions or such a model.
     """
 
-    name, title, over = "clip_scores", "CLIP scores", "item"
-    metrics, described, options = METRICS, DESCRIBED, (ScoringOptions, SamplingOptions)
-
-    def __init__(self, args: argparse.Namespace, command: str) -> None:
-        super().__init__(args, command)
-        # Set by `prepare`:
-        self.seeds: list[int] = []
-        self.prompts: Sequence[Prompt] = []
-        self.prompt_set = ""  # its name
-        self.sampling: Any = None  # an `images.Sampling`
-        self.control = ""  # group that the others are compared with
-        self.training_sets: dict[str, ImageSet] = {}  # by the subjects' labels
-        self.image_owners: dict[str, Subject] = {}  # by the hash of weights that share images
-        self.state: Any = None  # accelerate's, of this process
-        self.device = "cpu"
-        self.models: tuple[Scorer, Captioner | None] | None = None  # None but in the first process
-        self.image_model: ImageEmbedder | None = None  # in the first process, if asked for
-        # Set by `produce`:
-        self.truths: dict[str, Image] = {}  # held-out pictures by the prompts' texts
-        self.judge: ImageJudge | None = None
-        self.num_generated = 0
+    name = "clip_scores"
+    title = "CLIP scores"
+    unit = compare.ITEM
+    metrics = METRICS
+    described = DESCRIBED
+    options = (ScoringOptions, SamplingOptions)
 
     @classmethod
     def arguments(cls, parser: Parser) -> None:
@@ -152,26 +130,31 @@ class ClipScores(OverSteps):
         control = args.control or checkpoints.last_group(subjects)
         self.control = compare.control(subjects, control, prefer=None)
         question = settings.question(args, subjects, base)
-        self.prompts, self.prompt_set = question.prompts, question.name
+        self.prompts = question.prompts
+        self.prompt_set = question.name
         self.notes += filter(None, (question.note, settings_note(subjects)))
         self.sampling = settings.sampling(args, base)
         if args.guidance_from == BASE_GUIDANCE:
             for subject in subjects:
                 require_adapter(subject)
         self.training_sets = measure.training_sets(subjects, args.train_data)
-        for subject in reversed(subjects):  # so that the first of equal subjects stays
+        # Subjects with equal weights share the images of the first of them.
+        self.image_owners: dict[str, Subject] = {}  # by the hash of the weights
+        for subject in reversed(subjects):
             self.image_owners[subject.digest] = subject
         # Without the argument accelerate takes several processes on a CPU for one.
         self.state = PartialState(cpu="cpu" in (args.device, device_type()))
         device = self.state.device if args.device is None else open_device(args.device)
         self.device = str(device)
+        self.models: tuple[Scorer, Captioner | None] | None = None
+        self.image_model: ImageEmbedder | None = None
         if self.state.is_main_process:
             self.models = load_models(*model_names, device=self.device)
             if args.image_model is not None:
                 self.image_model = load_image_model(args.image_model, self.device)
 
     def jobs(self, subject: Subject) -> list[Job]:
-        """The images of a subject; subjects with equal weights share theirs."""
+        """The images of a subject."""
         from .images import jobs
 
         return jobs(self.image_owners[subject.digest], self.prompts, self.seeds)
@@ -262,10 +245,10 @@ class ClipScores(OverSteps):
             "scorer": asdict(scorer.entry),
             "captioner": asdict(captioner.entry) if captioner else None,
             "image_model": asdict(self.image_model.entry) if self.image_model else None,
+            "truth_i2t": self.judge.truth_i2t(),
         }
 
     def rows(self, subject: Subject) -> Iterable[Row]:
-        assert self.judge is not None
         yield from self.judge.rows(subject, self.jobs(subject))
         if self.args.steps is not None:
             yield from checkpoints.heldout_loss(subject)
@@ -275,7 +258,7 @@ class ClipScores(OverSteps):
         if self.args.steps is not None:
             metrics[HELDOUT_LOSS] = LOSS
         scores = [row for row in rows if row.metric in metrics]
-        summarize = partial(compare.summaries, over=self.over)
+        summarize = partial(compare.summaries, unit=self.unit)
         result = self.result(
             subjects,
             rows,

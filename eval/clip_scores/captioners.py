@@ -27,6 +27,7 @@ from . import models
 from .models import ModelEntry, Scorer, hub_commit, in_batches
 from .settings import BLIP, CAPTIONERS
 
+# Images that are captioned at a time
 BATCH = 16
 # Length of a caption, with start and end. The shortest length and the beams are those with which
 # BLIP's authors caption.
@@ -117,7 +118,8 @@ def blip(source: str, device: str = "cpu") -> Captioner:
     require_whole(f'"blip:{source}"', report["missing_keys"])
     processor: Any = BlipProcessor.from_pretrained(place, revision=commit or "main")
     if commit is None:
-        source, commit = folder.resolve().name, hash_of_files(*sorted(folder.glob("*.safetensors")))
+        source = folder.resolve().name
+        commit = hash_of_files(*sorted(folder.glob("*.safetensors")))
     fix = "put its files beside the weights"
     require_words(f'the tokenizer of "blip:{source}"', processor.tokenizer, None, fix)
     # These replace the checkpoint's settings, since captions of two models must be comparable.

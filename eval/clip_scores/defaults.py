@@ -89,7 +89,8 @@ def in_contexts(subjects: Sequence[Subject]) -> Question:
         raise UserError(
             f"--prompts {CONTEXTS} needs the instance prompt of a run: name a run folder."
         )
-    name, prompts = _name(runs[0]), _contexts(_concepts(runs[0]))
+    name = _name(runs[0])
+    prompts = _contexts(_concepts(runs[0]))
     if not prompts:
         raise UserError(
             f"--prompts {CONTEXTS} needs an instance prompt or a trigger word, and {name} was"
@@ -130,7 +131,8 @@ def _icon_set(run: Subject) -> str:
 
 def _of_run(run: Subject) -> Question:
     """The question of one run, see the top of this file."""
-    name, concepts = _name(run), _concepts(run)
+    name = _name(run)
+    concepts = _concepts(run)
     if icon_set := _icon_set(run):
         return _icons(icon_set)
     heldout = _heldout(run, concepts)

@@ -50,6 +50,7 @@ from ..load import applied
 from ..subjects import BASE, Subject
 from .prompts import Prompt
 
+# Images in each call of the denoiser by default; see `Sampling.lanes`
 LANES = 4
 # Images for which another process is worth its start
 WORTHWHILE = 32
@@ -57,6 +58,7 @@ WORTHWHILE = 32
 _CHUNK = "parameters"
 # The entry of the parameters that does not influence the image
 _VERSIONS = "versions"
+# Whose versions are in each image
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "bilora_diffusion")
 
 
@@ -68,9 +70,8 @@ class Sampling:
     base_model: str
     # Side of the images, pixels
     size: int
-    # Steps of the sampler
+    # Of the sampler
     steps: int
-    # Scale of classifier-free guidance
     guidance_scale: float
     # Factor of each adapter's change of the weights
     scale: float = 1.0
@@ -114,7 +115,7 @@ def jobs(subject: Subject, prompts: Sequence[Prompt], seeds: Sequence[int]) -> l
 
 
 def _kind_of_weights(subject: Subject) -> str:
-    """Method of the weights, or what they are; not their label, which may change."""
+    """Title of the weights' method, else their kind; not their label, which may change."""
     if subject.method is None:
         return "base-model" if subject.kind == BASE else subject.kind
     if subject.method in methods.names():
@@ -240,7 +241,8 @@ class Store:
         stated = {name: all_versions[name] for name in all_versions if name in _PACKAGES}
         for job, image in zip(part, images, strict=True):
             record = {**self.parameters(job), _VERSIONS: stated}
-            information, content = PngInfo(), BytesIO()
+            information = PngInfo()
+            content = BytesIO()
             information.add_text(_CHUNK, json.dumps(record, sort_keys=True))
             image.save(content, format="PNG", pnginfo=information)
             path = self.root / job.file
@@ -291,7 +293,7 @@ def generate_in_processes(
 
 
 def _generate_share(rank: int, store: Store, jobs: Sequence[Job], batch: int, count: int) -> None:
-    """The work of another process; its rank there begins at 0, which is this process's here."""
+    """Generate a child process's share; torch counts children from 0, and rank 0 is the parent."""
     store.generate(jobs, batch=batch, process=(rank + 1, count))
 
 

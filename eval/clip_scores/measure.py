@@ -19,6 +19,7 @@ from bilora_diffusion.image.opening import open_images
 from bilora_diffusion.image.sets import ImageSet
 from bilora_diffusion.mini.colors import MAPS
 
+from ..compare import mean
 from ..subjects import BASE, Subject
 from ..table import Row
 from .captioners import Captioner
@@ -93,11 +94,12 @@ class ImageJudge:
         truths: Mapping[str, Image],
         training: Mapping[str, ImageSet],
         originals: Sequence[Job],
-        progress: bool = True,
         image_model: ImageEmbedder | None = None,
     ) -> None:
-        self._store, self._scorer, self._captioner = store, scorer, captioner
-        self._progress, self._image_model = progress, image_model
+        self._store = store
+        self._scorer = scorer
+        self._captioner = captioner
+        self._image_model = image_model
         self._embedded: dict[tuple[bytes, bool], EmbeddedImage] = {}
         self._pictures = Pictures(scorer, truths, training)
         self._dino_pictures: Pictures | None = None
@@ -125,6 +127,20 @@ class ImageJudge:
             if subject.kind != BASE:  # which has no drift from itself
                 original = self._originals[job.prompt.text, job.seed]
                 yield self._row(subject, job, "drift", cosine(image.vector, original))
+
+    def truth_i2t(self) -> float | None:
+        """Mean score "i2t" of the held-out pictures with their own prompts; None without pictures.
+
+        A sample that is its held-out picture has this score, so that higher ones are no better.
+        """
+        truths = self._pictures.truths
+        if not truths:
+            return None
+        prompts = self._scorer.texts(list(truths))
+        scores = []
+        for picture, prompt in zip(truths.values(), prompts, strict=True):
+            scores.append(cosine(picture, prompt))
+        return mean(scores)
 
     def _scores(
         self, subject: Subject, job: Job, image: EmbeddedImage, prompt: Tensor
@@ -165,13 +181,13 @@ class ImageJudge:
         """
         is_captioned = is_scored and self._captioner is not None
         title = "embedding and captioning" if is_captioned else "embedding"
-        is_hidden = not self._progress or not jobs
-        with tqdm(total=len(jobs), desc=title, unit="image", disable=is_hidden) as bar:
+        with tqdm(total=len(jobs), desc=title, unit="image", disable=not jobs) as bar:
             for chunk in in_batches(jobs, CHUNK):
                 keys = []
                 new: dict[tuple[bytes, bool], Image] = {}
                 for job in chunk:
                     picture = self._store.open(job)
+                    # The size too: pictures of 2 x 8 and 4 x 4 can have the same bytes.
                     content = repr(picture.size).encode() + picture.tobytes()
                     key = blake2b(content, digest_size=16).digest(), is_scored
                     keys.append(key)
@@ -235,6 +251,7 @@ def truth_pictures(prompts: Sequence[Prompt], base: str) -> dict[str, Image]:
 
 def cosine(a: Tensor, b: Tensor) -> float:
     """Cosine of two vectors (d,) of unit length, summed in float64."""
+    # Of unit length in float32 only, so that the sum may be beyond 1.
     return max(-1.0, min(1.0, float(torch.dot(a.double(), b.double()))))
 
 

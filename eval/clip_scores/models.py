@@ -36,7 +36,9 @@ from bilora_diffusion.train.soundness import require_words
 from ..cache import hash_of_files
 from .settings import SCORERS
 
+# Names that open_clip gives weights in safetensors
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+# Parts of scorers' names before the colon
 SCHEMES = ("embedded", "open_clip")
 NOT_THE_PAPERS = "A small model of this package: its scores cannot be set beside the paper's."
 
@@ -201,7 +203,8 @@ def _open_clip(scheme: str, source: str, device: str, batch: int) -> Scorer:
         place = architecture
         entry, options = _pretrained(scheme, architecture, tag)
     else:
-        place, options = f"local-dir:{Path(source).expanduser()}", {}
+        place = f"local-dir:{Path(source).expanduser()}"
+        options = {}
         entry = _saved(scheme, source)
     loaded: Any = open_clip.create_model_from_pretrained(place, device=device, **options)
     model, preprocess = loaded

@@ -27,6 +27,7 @@ GENERAL = "general"
 CONTEXTS = "contexts"
 # The column of the prompts in a CSV file, and in the metadata of held-out images
 PROMPT = "prompt"
+# Largest file of prompts
 MOST_BYTES = 100_000_000
 # Matches "of a Fluffy Rabbit, ..."
 _INSTANCE = re.compile(r"\bof an? ([^,]+)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,18 @@ from ..table import Metric, Result
 TABLE_ROWS = 6
 # With fewer prompts a bootstrap interval is too narrow; see `compare.bootstrap_interval`.
 FEW_PROMPTS = 10
+# Scores of the paper's Table 4
 PAPER = ("i2t", "t2t")
 BLANK = "–"
-GRID, TRUTH = "grid.png", "ground truth"
+GRID = "grid.png"
+TRUTH = "ground truth"
 # Larger images are scaled down to this before they are drawn.
 CELL_PIXELS = 256
 
 
-def _cosine(title: str, explanation: str, higher_is_better: bool | None = True) -> Metric:
-    return Metric(title, explanation, higher_is_better, scale=100, form=".2f")
-
-
-# All scores; the first two are the paper's (Table 4). Values are raw cosines, shown times 100.
+# Values are raw cosines, shown times 100.
+_cosine = partial(Metric, higher_is_better=True, scale=100, form=".2f")
+# All scores; the first two are the paper's (Table 4).
 METRICS = {
     "i2t": _cosine("CLIP I2T", "cosine of the embeddings of image and prompt"),
     "t2t": _cosine("CLIP T2T", "cosine of the embeddings of prompt and caption of the image"),
@@ -41,7 +42,7 @@ METRICS = {
         "memorization",
         "cosine of the embeddings of image and nearest training picture; a learned style raises it"
         " too, so look at the images that are nearest",
-        False,
+        higher_is_better=False,
     ),
     "dino_truth": _cosine(
         "DINO ground truth", "cosine of DINOv2's embeddings of image and held-out picture"
@@ -49,7 +50,7 @@ METRICS = {
     "dino_nearest": _cosine(
         "DINO memorization",
         "cosine of DINOv2's embeddings of image and its nearest training picture",
-        False,
+        higher_is_better=False,
     ),
     "drift": _cosine(
         "unchanged", "cosine of the embeddings of image and base model's image, general prompts"
@@ -68,8 +69,11 @@ def names(result: Result) -> dict[str, str]:
 
 def introduction(result: Result) -> str:
     """Sampling of the images, and sentences to be read before the scores."""
-    settings, count = result.settings, len(names(result))
-    sampling, scorer, seeds = settings["sampling"], settings["scorer"], settings["seeds"]
+    settings = result.settings
+    count = len(names(result))
+    sampling = settings["sampling"]
+    scorer = settings["scorer"]
+    seeds = settings["seeds"]
     notes = []
     if scorer["kind"] == "embedded":  # a longer sentence in place of the scorer's note
         notes.append(
@@ -83,7 +87,7 @@ def introduction(result: Result) -> str:
     if 1 < count < FEW_PROMPTS:
         notes.append(f"With fewer than {FEW_PROMPTS} prompts a bootstrap interval is too narrow.")
     source = ""
-    if sampling.get("guidance_from") == BASE_GUIDANCE:
+    if sampling["guidance_from"] == BASE_GUIDANCE:
         source = " from the base model's unconditional prediction"
     sentence = (
         f"{count} prompts ({settings['prompt_set']}), {counted(len(seeds), 'seed')},"
@@ -91,6 +95,9 @@ def introduction(result: Result) -> str:
         f" {sampling['size']} pixels, base model {sampling['base_model']}. All adapters get the"
         " same prompts and the same initial noise."
     )
+    if settings["truth_i2t"] is not None:
+        score = number(settings["truth_i2t"], METRICS["i2t"])
+        sentence += f" The held-out images themselves have an image-to-text score of {score}."
     distinct_notes = dict.fromkeys([*notes, *result.notes])
     return "\n\n".join([sentence, *(f"> {note}" for note in distinct_notes)])
 
@@ -119,7 +126,7 @@ def scores(result: Result) -> str:
         rows_of_score = result.select(name)
         if not rows_of_score:
             continue
-        values = compare.units(rows_of_score, over="item")
+        values = compare.units(rows_of_score, compare.ITEM)
         for group in result.groups:
             columns.append((name, group))
             heads.append(f"{result.metric(name).title} {group}")
@@ -163,7 +170,7 @@ def models(result: Result) -> list[str]:
         " than the scorer's text encoder takes and were cut."
     ]
     for role in ("scorer", "captioner", "image_model"):
-        if model := result.settings.get(role):
+        if model := result.settings[role]:
             exact = ", ".join(filter(None, (model["kind"], model["model"], model["revision"])))
             title = role.capitalize().replace("_", " ")
             sentences.append(f"{title}: {model['name']} ({exact}).")

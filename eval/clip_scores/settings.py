@@ -1,5 +1,5 @@
-"""Options of the command line, and the settings that they come to, checked before anything is
-generated.
+"""Options of the command line, and the settings that follow from them; all are checked before an
+image is generated.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bilora_diffusion import mini
 from bilora_diffusion.config.machine import default_precision
@@ -24,8 +24,8 @@ from bilora_diffusion.core.values import (
     STRENGTHS,
     WORKERS,
 )
+from bilora_diffusion.image.base_model import BaseModel, describe
 from bilora_diffusion.image.config import require_unconditional
-from bilora_diffusion.image.families import family_of
 
 from ..checkpoints import HELP
 from ..command import COUNTS, read_integers
@@ -142,7 +142,7 @@ def base_model(subjects: Sequence[Subject], name: str | None) -> str:
     for place, subject in subject_of.items():
         if name is None:
             name = str(subject.base_model)
-        # A hub id has a slash. What the copy holds is not compared with the hub.
+        # A hub id has a slash. The copy's content is not compared with the hub's.
         is_copy = Path(name).is_dir() and "/" in place and not Path(place).is_dir()
         if place != _place(name) and not is_copy:
             raise UserError(
@@ -202,17 +202,16 @@ def sampling(args: Namespace, base: str) -> Sampling:
     """Sampling by the flags, and where these are not given as is usual for the base model."""
     from .images import Sampling
 
-    pipeline = _without_weights(base, base)
-    side, steps, guidance = _usual(pipeline, base)
+    model = describe(base)
+    steps, guidance = usual(model)
     if args.guidance_scale is not None:
         guidance = args.guidance_scale
     if args.guidance_from == BASE_GUIDANCE:
-        family = family_of(pipeline)
         request = "--guidance_from base"
-        require_unconditional(family, guidance, pipeline.config, family.configs(pipeline), request)
+        require_unconditional(model.family, guidance, model.index, model.configs, request)
     return Sampling(
         base_model=base,
-        size=args.resolution or side,
+        size=args.resolution or model.side,
         steps=args.num_inference_steps or steps,
         guidance_scale=guidance,
         scale=args.adapter_scale,
@@ -221,39 +220,9 @@ def sampling(args: Namespace, base: str) -> Sampling:
     )
 
 
-def usual(base: str, name: str | None = None) -> tuple[int, int, float]:
-    """Side in pixels, steps and guidance of a base model's images by default.
-
-    Args:
-        base: folder or hub id, from which the pipeline is loaded.
-        name: of the model, if the folder is a copy.
-    """
-    return _usual(_without_weights(base, name or base), base)
-
-
-def is_guided(base: str, name: str) -> bool:
-    """Test that a base model's default sampling has an unconditional prediction."""
-    pipeline = _without_weights(base, name)
-    _, _, guidance = _usual(pipeline, base)
-    family = family_of(pipeline)
-    return bool(family.is_guided(guidance, pipeline.config, family.configs(pipeline)))
-
-
-def _without_weights(base: str, name: str) -> Any:
-    """A base model's pipeline without weights; its usual sampling depends on ``name``."""
-    import torch
-
-    from bilora_diffusion.image.pipeline import load_pipeline
-
-    pipeline = load_pipeline(base, dtype=torch.float32, weights=False)
-    pipeline.register_to_config(_name_or_path=name)
-    return pipeline
-
-
-def _usual(pipeline: Any, base: str) -> tuple[int, int, float]:
-    """Side in pixels, steps and guidance."""
-    family = family_of(pipeline)
-    steps, guidance = family.usual_sampling(pipeline)
-    if base in mini.PIPELINES:
+def usual(model: BaseModel) -> tuple[int, float]:
+    """Steps and guidance scale of a base model's images by default."""
+    steps, guidance = model.usual_sampling
+    if model.name in mini.PIPELINES:
         guidance = MINI_GUIDANCE
-    return family.pixels(pipeline), steps, guidance
+    return steps, guidance

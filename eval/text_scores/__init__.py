@@ -60,7 +60,9 @@ from .benchmarks import (
 if TYPE_CHECKING:  # imported where it is used, so that --help does not wait for it
     import torch
 
+# Packages whose versions the result names too
 PACKAGES = ("lm_eval", "datasets")
+# Longest answer by default, as in MT-Bench's own program
 MTBENCH_TOKENS = 1024
 # Key of a measurement in its cache
 SCORE = "score"
@@ -143,7 +145,8 @@ class TextScores(OverSteps):
     The result's settings have "benchmarks": name -> how it was asked, in the order of the tables.
     """
 
-    name, options = "text_scores", (BenchmarkOptions, HumanEvalOptions, JudgeOptions)
+    name = "text_scores"
+    options = (BenchmarkOptions, HumanEvalOptions, JudgeOptions)
     runs = "run folders, folders with a PEFT adapter, or base"
 
     def subjects(self) -> Sequence[Subject]:
@@ -180,7 +183,7 @@ class TextScores(OverSteps):
         dtype = choose_dtype(self.args.dtype, self.device)
         self.models = Models(self.device, dtype)
 
-        # What training recorded needs no model.
+        # Figures that training recorded need no model.
         recorded_names = [entry.name for entry in self.benchmarks if entry.is_recorded]
         self.recorded: list[benchmarks.RecordedColumn] = []
         if recorded_names:
@@ -300,11 +303,8 @@ class TextScores(OverSteps):
         return reporting.introduction(result)
 
     def facts(self, result: Result) -> Mapping[str, Callable[[str], str]]:
-        def count_seeds(group: str) -> str:
-            return str(len({entry.seed for entry in result.members(group)}))
-
         return {
-            "seeds": count_seeds,
+            "seeds": lambda group: str(len({entry.seed for entry in result.members(group)})),
             "cost": partial(reporting.cost, result),
             "peak memory": partial(reporting.memory, result),
         }

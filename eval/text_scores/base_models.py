@@ -153,7 +153,7 @@ def model_of_adapter(subject: Subject, template: str, args: argparse.Namespace) 
 
 
 def with_flags(model: BaseModel, args: argparse.Namespace) -> BaseModel:
-    """The base model with what the command line says of it."""
+    """The base model, changed by the flags that concern it."""
     # The revision belongs to the model that the run names.
     if args.model_name_or_path is not None:
         model = replace(model, name=args.model_name_or_path, revision=None)

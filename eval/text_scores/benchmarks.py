@@ -28,8 +28,10 @@ from .base_models import NO_TEMPLATE, training_set
 if TYPE_CHECKING:  # they need torch
     from .models import CacheFor, LoadedModel
 
+# Engines
 HARNESS, MTBENCH, HELDOUT = "harness", "mtbench", "heldout"
 HUMANEVAL = "humaneval"
+# Name of the template that training used
 TEMPLATE_OF_RUN = "run"
 # Largest change of a probe's logits by it
 EFFECT = "effect of adapter"
@@ -47,7 +49,7 @@ class Benchmark:
     name: str
     # Title in tables
     title: str
-    # Engine that scores it: harness, mtbench, or heldout for what training recorded
+    # Engine that scores it: harness, mtbench, or heldout for figures that training recorded
     engine: str = HARNESS
     # Name of the harness's task
     task: str = ""
@@ -66,7 +68,7 @@ class Benchmark:
 
     @property
     def is_recorded(self) -> bool:
-        """True for what training measured."""
+        """True for figures that training recorded."""
         return self.engine == HELDOUT
 
 
@@ -78,7 +80,7 @@ class Item:
     id: str
     # None where the item has no number of its own
     score: float | None
-    # Whether an answer was found in what the model or the judge wrote
+    # An answer was found in the text of the model or of the judge
     parsed: bool = True
     # Beginning of the answer
     answer: str = ""
@@ -210,7 +212,9 @@ def tasks_of_harness(names: Sequence[str]) -> list[str]:
     return tasks
 
 
+# Of recorded figures in ``metrics.jsonl``
 PREFIX = "heldout_"
+# Recorded figure -> its title
 TITLES = {
     "matthews_correlation": "Matthews",
     "exact_match": "exact match",
@@ -265,7 +269,7 @@ def recorded_figures(subject: Subject) -> dict[str, tuple[int, float]]:
     """Metric -> (step, value), "heldout_..." of ``metrics.jsonl``.
 
     The last value of a run, up to the step whose weights it left; of a checkpoint that of its step;
-    of the base model what was measured before the first step, which may be nothing.
+    of the base model the values before the first step, if there are any.
     """
     if subject.folder is None:
         raise UserError(
@@ -277,7 +281,7 @@ def recorded_figures(subject: Subject) -> dict[str, tuple[int, float]]:
     best_step = subject.record.get("results", {}).get("best_step")
     last_step = math.inf if best_step is None else best_step
     if subject.kind == BASE:
-        last_step = 0  # what the run measured before it trained
+        last_step = 0  # measured before the training
     elif checkpoint_step:
         last_step = checkpoint_step
 

@@ -29,6 +29,7 @@ from .models import CacheFor, LoadedModel
 INVALID = "[invalid]"
 # Folders of the harness that hold the paper's benchmarks
 FOLDERS = ("gsm8k", "mmlu", "drop", "bbh", "humaneval")
+# The harness's own default
 FEWSHOT_SEED = 1234
 # Environment variable without which the harness's metric runs no program
 CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
@@ -161,7 +162,7 @@ def _harness_model(model: LoadedModel, template: str, batch_size: int) -> Any:
             """One prompt; the harness puts its examples into it."""
             if not add_generation_prompt:
                 raise UserError("this task begins the model's answer itself: leave it out.")
-            # The answer is what the model shall write.
+            # The answer is empty: the model is to write it.
             turns = [(turn["role"], turn["content"]) for turn in chat_history]
             example = Example("", "", turns=(*turns, ("assistant", "")))
             resolved = resolve_template(template, model.tokenizer)
@@ -178,7 +179,7 @@ def _harness_model(model: LoadedModel, template: str, batch_size: int) -> Any:
 
 
 def _read_result(result: dict[str, Any], benchmark: Benchmark) -> Measurement:
-    """The score of a benchmark, its items and further figures from what the harness returns."""
+    """The score of a benchmark, its items and further figures from the harness's result."""
     # The harness's figures are named "metric,filter". Beside them are standard errors and counts.
     figures = {}
     for name, value in result["results"][benchmark.task].items():
@@ -263,8 +264,8 @@ def _code_switch(allow_code: bool) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Within the context the harness does not warn, and ``datasets`` reports nothing.
 
-    The harness warns of what is meant here, such as a model that is loaded already; ``datasets``
-    tells a server of every set that it opens, local files included.
+    The harness warns of things that are intended here, such as a model that is loaded already;
+    ``datasets`` tells a server of every set that it opens, local files included.
     """
     from datasets import config
 

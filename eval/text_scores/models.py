@@ -28,6 +28,7 @@ from .base_models import NO_TEMPLATE, BaseModel
 
 # Folder of a run that trained all weights
 WHOLE_MODEL = "model"
+# Prompt by which the effect of an adapter is measured
 PROBE = "What is 2 + 3? Say why the sky is blue, and count to five."
 
 # Further circumstances -> the cache of a subject and a benchmark under them
@@ -54,7 +55,8 @@ class Models:
     """Loads base models, one at a time, and puts adapters on and off."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+        self._device = device
+        self._dtype = dtype
         self._spec: BaseModel | None = None
         self._base: LoadedModel | None = None
 
@@ -65,7 +67,8 @@ class Models:
         if adapter is not None and not (adapter / PEFT_FILE).is_file():
             # The run trained all weights and left a model of its own.
             place = str(adapter / WHOLE_MODEL)
-            spec, adapter = replace(spec, name=place, revision=None, quantize="none"), None
+            spec = replace(spec, name=place, revision=None, quantize="none")
+            adapter = None
         base = self._load_base(spec)
         if base.kind == "classification":
             raise UserError(
@@ -85,9 +88,11 @@ class Models:
     def _load_base(self, spec: BaseModel) -> LoadedModel:
         # The template changes the prompts, not the weights.
         spec = replace(spec, template="")
+        # Subjects on one base model follow each other and share it.
         if self._base is None or self._spec != spec:
             self._base = None  # frees the memory of the model before
-            self._base, self._spec = load_base(spec, self._device, self._dtype), spec
+            self._base = load_base(spec, self._device, self._dtype)
+            self._spec = spec
         return self._base
 
 
@@ -134,11 +139,9 @@ def _effect(adapted: Any, base: TextModel, subject: Subject) -> float:
 class Decoding:
     """Choice of the next token."""
 
-    # Tokens of the longest answer
     max_new_tokens: int
-    # Temperature of the sampling; 0 takes the likeliest token
+    # 0 takes the likeliest token
     temperature: float = 0.0
-    # Seed of the sampling
     seed: int = 0
 
 
@@ -172,7 +175,8 @@ def _generate(
     model: LoadedModel, keys: Sequence[str], token_rows: Sequence[list[int]], decoding: Decoding
 ) -> list[str]:
     """Answers to a batch of prompts as tokens."""
-    longest, room = max(map(len, token_rows)), decoding.max_new_tokens
+    longest = max(map(len, token_rows))
+    room = decoding.max_new_tokens
     # Prompt and answer share the positions of a causal model.
     if model.max_tokens is not None and model.kind == "causal":
         room = min(room, model.max_tokens - longest)
@@ -189,6 +193,6 @@ def _generate(
     device = model.model.device
     gpus = [device] if device.type == "cuda" else []
     with torch.inference_mode(), torch.random.fork_rng(gpus):
-        # The answer of a prompt does not depend on what was asked before.
+        # The answer of a prompt does not depend on the prompts before it.
         torch.manual_seed(seed_of(decoding.seed, *keys))
         return generate(model, token_rows, room, **sampling)

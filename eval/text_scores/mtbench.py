@@ -32,6 +32,7 @@ HUB = "HuggingFaceH4/mt_bench_prompts"
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 # Times that the judge is asked for one rating, where its words hold none
 RATING_ATTEMPTS = 3
+# Bounds of a judge's reply
 REPLY_TOKENS = 2048
 REPLY_SECONDS = 120.0
 _GRADING = (
@@ -66,7 +67,7 @@ def rating(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Judge:
-    """Source of ratings."""
+    """A model behind an OpenAI-compatible endpoint, which rates answers."""
 
     # Address of the endpoint, up to and with "/v1"
     base_url: str
@@ -92,7 +93,7 @@ class Judge:
             if len(reply.choices) == 0:
                 return ""
             return reply.choices[0].message.content or ""
-        # The package hands on what is no chat completion as it is.
+        # The package returns a reply that is no chat completion as it is.
         except (AttributeError, TypeError):
             reason = "its reply is not a chat completion"
         except (OpenAIError, ValueError) as error:
@@ -109,7 +110,7 @@ class Judge:
     def _headers(self) -> dict[str, Any]:
         from openai import Omit
 
-        # The package would send what the environment says of another service.
+        # The package would send the variables that the environment has for another service.
         headers: dict[str, Any] = {
             "OpenAI-Organization": Omit(),
             "OpenAI-Project": Omit(),
@@ -252,7 +253,7 @@ class MTBench:
     def measure(
         self, model: LoadedModel, template: str, batch_size: int, cache_for: CacheFor
     ) -> Measurement:
-        """Answer and have rated what is not cached; the score is the mean rating."""
+        """Make the answers and ratings that are not cached; the score is the mean rating."""
         # Question -> the answer of the model under test
         replies: dict[str, str] = {}
         # Prompts of one batch share a temperature.

@@ -67,7 +67,8 @@ def averaged_items(rows: Sequence[Row], benchmark: str) -> list[Row]:
     # Some scores of the harness are no mean of their items.
     excluded_groups = set()
     for row in scores:
-        item_values, score = values.get(row.subject), row.value or 0.0
+        item_values = values.get(row.subject)
+        score = row.value or 0.0
         if not item_values or not math.isclose(compare.mean(item_values), score, abs_tol=1e-9):
             excluded_groups.add(row.group)
     return [row for row in items if row.group not in excluded_groups]
@@ -97,7 +98,8 @@ def notes(rows: Sequence[Row], metrics: Mapping[str, Metric], limit: int | None)
             " only a trial."
         )
     for name, metric in metrics.items():
-        items, unparsed = [], 0
+        items = []
+        unparsed = 0
         for row in rows:
             if row.metric == f"{name} {UNPARSED}":
                 unparsed += int(row.value or 0)

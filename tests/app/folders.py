@@ -28,9 +28,15 @@ FIT = {"settings": {}, "spent": 5, "runs": [SEARCHED], "out": {}, "choice": None
 
 def make_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
     """A run's record and an empty file of weights."""
-    record: dict[str, Any] = {"schema_version": 1, "method": method, "seed": 0}
-    record |= {"status": "finished", "started_at": "2026-01-01T00:00:00+00:00", "results": {}}
-    record |= {"config": {"pretrained_model_name_or_path": "mini"}}
+    record: dict[str, Any] = {
+        "schema_version": 1,
+        "method": method,
+        "seed": 0,
+        "status": "finished",
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "results": {},
+        "config": {"pretrained_model_name_or_path": "mini"},
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(record | changes), "utf-8")
     (folder / WEIGHTS).touch()
@@ -39,25 +45,26 @@ def make_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
 
 def make_images(folder: Path, step: int | str, count: int = 1) -> None:
     """Validation images of a run's step, each of another color."""
-    place = folder / "validation" / f"step-{step}"
-    place.mkdir(parents=True, exist_ok=True)
+    images_folder = folder / "validation" / f"step-{step}"
+    images_folder.mkdir(parents=True, exist_ok=True)
+    red = step if isinstance(step, int) else 0
     for number in range(count):
-        color = (step if isinstance(step, int) else 0, number, 0)
-        Image.new("RGB", (8, 8), color).save(place / f"{number:03d}.png")
+        Image.new("RGB", (8, 8), (red, number, 0)).save(images_folder / f"{number:03d}.png")
 
 
 def make_whole_run(folder: Path, method: str = "lora", **changes: Any) -> Path:
     """A run of images with everything that the tabs look at."""
     config = {"validation_prompts": ["a hat"], "num_validation_images": 1, "rho": 0.05}
-    make_run(folder, method, **{"config": config} | changes)
+    make_run(folder, method, **({"config": config} | changes))
     make_images(folder, 2)
     checkpoint = folder / "checkpoints" / "step-2"
     checkpoint.mkdir(parents=True, exist_ok=True)
     for name in (DIGESTS, *FILES):
         (checkpoint / name).touch()
     (folder / "fit.json").write_text(json.dumps(FIT), "utf-8")
-    rows = [{"step": step, "loss": 1 / step, "heldout_loss": 1.0} for step in (1, 2)]
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rows = '{"step": 1, "loss": 1.0, "heldout_loss": 1.0}\n'
+    rows += '{"step": 2, "loss": 0.5, "heldout_loss": 1.0}\n'
+    (folder / "metrics.jsonl").write_text(rows)
     return folder
 
 
@@ -76,34 +83,33 @@ def make_scores(
     labels: Sequence[str] = LABELS,
     texts: Sequence[str] = ("a hat",),
     seeds: Sequence[int] = (0,),
-    listed: Sequence[int] | None = None,
     file: str | None = None,
 ) -> Scored:
-    """Scored images of adapters, each of its :data:`COLORS`; a text that begins with "a photo" is
-    a general prompt.
+    """Scored images of adapters, each in its color of `COLORS`.
+
+    A text that begins with "a photo" is a general prompt.
 
     Args:
-        listed: seeds in the settings, by default ``seeds``.
         file: name of every image; by default each has one of its own.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     images = {}
     for number, label in enumerate(labels):
-        written = PngImagePlugin.PngInfo()
-        written.add_text("parameters", label)  # as in real files
+        png_texts = PngImagePlugin.PngInfo()
+        png_texts.add_text("parameters", label)  # as in real files
         for position, (text, seed) in enumerate(product(texts, seeds)):
             scores = {"i2t": 0.25 + 0.01 * number * (position - 1), "nearest": 0.5}
             name = file or f"{number}-{position}.png"
             images[label, text, seed] = ScoredImage(name, scores, "a caption", "near.png")
-            folder.mkdir(parents=True, exist_ok=True)
             image = Image.new("RGB", (8, 8), COLORS[number])
-            image.save(folder / f"{number}-{position}.png", pnginfo=written)
+            image.save(folder / f"{number}-{position}.png", pnginfo=png_texts)
     for name in ("near.png", "truth.png"):
         Image.new("RGB", (8, 8)).save(folder / name)
-    prompts = [
-        Prompt(text, text.split()[-1], Path("truth.png"), text.startswith("a photo"))
-        for text in texts
-    ]
-    return write(scores_of(labels, prompts, images, seeds if listed is None else listed), folder)
+    prompts = []
+    for text in texts:
+        is_general = text.startswith("a photo")
+        prompts.append(Prompt(text, text.split()[-1], Path("truth.png"), is_general))
+    return write(scores_of(labels, prompts, images, seeds), folder)
 
 
 def scores_of(
@@ -138,6 +144,7 @@ def write_bomb(path: Path) -> Path:
     file = io.BytesIO()
     Image.new("1", (1, 1)).save(file, "PNG")
     content = file.getvalue()
-    head = b"IHDR" + struct.pack(">II", 20_000, 20_000) + content[24:29]
-    path.write_bytes(content[:12] + head + struct.pack(">I", zlib.crc32(head)) + content[33:])
+    # Bytes 12 to 29 are the chunk IHDR: its name, width, height and format; its CRC follows.
+    header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + content[24:29]
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
     return path

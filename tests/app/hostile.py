@@ -61,9 +61,9 @@ def in_folder(name: str | bytes) -> Any:
 
     def damage(folder: Path) -> None:
         folder.mkdir()
-        inner = os.path.join(os.fsencode(folder), os.fsencode(name))
-        make_run(Path(os.fsdecode(inner)))
-        make_scores(Path(os.fsdecode(inner)))
+        inner = folder / os.fsdecode(name)
+        make_run(inner)
+        make_scores(inner)
 
     return damage
 
@@ -85,7 +85,8 @@ def closed(folder: Path) -> None:
         (folder / name).chmod(0)
 
 
-HALF = "\ud800"
+HALF_OF_A_PAIR = "\ud800"
+# File of a folder -> a function that makes such a folder
 FILES = {
     "run.json": make_run,
     "metrics.jsonl": make_run,
@@ -101,22 +102,31 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "has a terabyte": sparse,
     "has other bytes": lambda path: path.write_bytes(b"\xff\xfe\x80\n" * 999),
 }
-HOSTILE: dict[str, Callable[[Path], Any]] = {
-    **{
-        f"{file} {damage_name}": replaced(make, file, damage)
-        for file, make in FILES.items()
-        for damage_name, damage in DAMAGES.items()
-    },
+
+
+def damaged_files() -> dict[str, Callable[[Path], Any]]:
+    """Each kind of damage in each file."""
+    folders = {}
+    for file, make in FILES.items():
+        for name, damage in DAMAGES.items():
+            folders[f"{file} {name}"] = replaced(make, file, damage)
+    return folders
+
+
+# Damage -> a function that makes it at a place where nothing is yet
+HOSTILE: dict[str, Callable[[Path], Any]] = damaged_files() | {
     "a picture that fills the memory": replaced(make_run, "validation/step-2/000.png", write_bomb),
     # runs
     "config is null": partial(make_run, config=None),
     "a billion images": partial(
         make_run, config={"validation_prompts": ["a"], "num_validation_images": 10**9}
     ),
-    "half a letter": partial(make_run, error=HALF, started_at=HALF),
+    "half a letter": partial(make_run, error=HALF_OF_A_PAIR, started_at=HALF_OF_A_PAIR),
     "markup everywhere": partial(
         make_run,
-        **{"method": EVIL[:99], "status": "failed", "error": EVIL},
+        method=EVIL[:99],
+        status="failed",
+        error=EVIL,
         config={"validation_prompts": [EVIL], "num_validation_images": 1, "rho_norm": EVIL},
     ),
     "losses far apart": replaced(
@@ -146,7 +156,6 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
     "60 folders deep": lambda folder: make_run(folder.joinpath(*["deep"] * 60)),
     "nobody may read it": closed,
 }
-"""Damage -> a function that makes it at a place where nothing is yet."""
 
 
 def make_good(root: Path) -> None:

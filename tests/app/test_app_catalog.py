@@ -1,6 +1,5 @@
 """Folders under the viewer's root: found, checked, and never left; a wrong root or address."""
 
-import http.client
 import json
 import re
 import shutil
@@ -22,6 +21,7 @@ from app.runs import ordered, pair
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.validation import INDEX
 from tests.app.folders import WEIGHTS, make_images, make_result, make_run, make_scores
+from tests.app.visitor import Visitor
 from tests.scripts.runs import free_port, started
 
 
@@ -36,7 +36,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
     deep = tmp_path.joinpath(*"cdefghij"[:DEPTH])
     for folder in (deep, deep / "x", tmp_path / "env" / "run"):
         make_run(folder)
-    (tmp_path / "env" / "pyvenv.cfg").touch()
+    (tmp_path / "env" / "pyvenv.cfg").touch()  # a virtual environment
     for name in ("checkpoints", ".hidden", "site-packages"):
         make_run(tmp_path / name / "run")
     make_scores(tmp_path / "scores")
@@ -48,8 +48,9 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
         ("c/d/e/f/g/h", "lora", "finished", f"c/d/e/f/g/h/{WEIGHTS}"),
     ]
     assert [item.file("images/0.png") for item in scan.scores] == ["scores/images/0.png"]
-    results = [("landscape", ["flat/figure.png"]), ("clip_scores", [])]
-    assert [(item.kind, item.figures) for item in scan.figures] == results
+    landscape, clip_scores = scan.figures
+    assert (landscape.kind, landscape.figures) == ("landscape", ["flat/figure.png"])
+    assert (clip_scores.kind, clip_scores.figures) == ("clip_scores", [])
     assert scan.broken == []
     (run,) = Catalog(tmp_path / "a").scan.runs
     assert (run.path, run.name, run.weights) == (".", "a (Bi-LoRA, seed 0)", WEIGHTS)
@@ -68,9 +69,7 @@ def test_runs_are_named_by_their_folder_first(tmp_path):
     ]
 
 
-def test_first_compared_are_runs_on_the_same_data_then_of_the_same_prompts(
-    tmp_path,
-):
+def test_first_compared_are_runs_on_the_same_data_then_of_the_same_prompts(tmp_path):
     def make(name, method, data_hash=None, prompt="a dog", **changes):
         config = {"validation_prompts": [prompt], "num_validation_images": 1}
         run = make_run(tmp_path / name, method, config=config, **changes)
@@ -91,7 +90,7 @@ def test_first_compared_are_runs_on_the_same_data_then_of_the_same_prompts(
         (tmp_path / path / "metrics.jsonl").unlink()
     make("other", "bilora")
     assert first() == {"other", "dog-lora"}, "the same prompts"
-    make("again", "bilora", seed=1)
+    make("seed-1", "bilora", seed=1)
     assert first() == {"other", "dog-lora"}, "and the same seed"
 
 
@@ -110,25 +109,38 @@ def test_runs_without_images_are_named_with_the_flag_that_makes_them(tmp_path):
 
 def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path, monkeypatch):
     run = make_run(tmp_path / "lora", status="running")
-    catalog, kinds = Catalog(tmp_path), ("runs", "scores", "figures")
+    catalog = Catalog(tmp_path)
+    signs = {}
 
-    def after(change):
-        before = {kind: catalog.sign(kind) for kind in kinds}
-        change()
+    def changed_kinds():
+        """The kinds of content whose sign is not that of the last call."""
         catalog.refresh()
-        return {kind for kind in kinds if catalog.sign(kind) != before[kind]}
+        changed = set()
+        for kind in ("runs", "scores", "figures"):
+            sign = catalog.sign(kind)
+            if sign != signs.get(kind):
+                changed.add(kind)
+            signs[kind] = sign
+        return changed
 
-    assert after(lambda: make_run(run, status="running", wall_seconds=9.0)) == set(), "a heartbeat"
-    assert after(lambda: make_images(run, 50)) == {"runs"}
+    changed_kinds()
+    make_run(run, status="running", wall_seconds=9.0)  # a heartbeat
+    assert changed_kinds() == set()
+    make_images(run, 50)
+    assert changed_kinds() == {"runs"}
     assert catalog.scan.runs[0].steps == (50,)
-    assert after(lambda: make_scores(tmp_path / "scores")) == {"scores", "figures"}
-    assert after(lambda: make_result(tmp_path / "landscape")) == {"figures"}
-    assert after(lambda: make_run(run, status="failed")) == {"runs"}
+    make_scores(tmp_path / "scores")
+    assert changed_kinds() == {"scores", "figures"}
+    make_result(tmp_path / "landscape")
+    assert changed_kinds() == {"figures"}
+    make_run(run, status="failed")
+    assert changed_kinds() == {"runs"}
     assert catalog.scan.runs[0].status == "failed"
     make_run(tmp_path / "other")
-    catalog.refresh()
+    assert changed_kinds() == {"runs"}
     monkeypatch.setattr(catalogs, "read_run", lambda path: pytest.fail(f"{path} was read again"))
-    assert after(lambda: shutil.rmtree(run)) == {"runs"}
+    shutil.rmtree(run)
+    assert changed_kinds() == {"runs"}
     assert paths(catalog) == ["other"]
 
 
@@ -144,6 +156,7 @@ def test_commands_have_the_paths_that_a_shell_needs(tmp_path, monkeypatch):
     assert text.count("--validation_prompt") == 2
     monkeypatch.chdir(root)
     assert Catalog(root).place("lora") == "lora"
+    # From elsewhere the path is absolute; for visitors of a public viewer it has no parents.
     monkeypatch.chdir("/")
     monkeypatch.setattr(Path, "cwd", lambda: Path("/elsewhere"))
     assert Catalog(root).place("lora") == f"{root}/lora"
@@ -161,7 +174,7 @@ def test_validation_images_stand_beside_those_of_the_base_model(tmp_path):
     assert validation.common_steps(runs) == [50, 100]
     table = validation.table(catalog, runs, 50)
     assert table.count("<section") == 2
-    assert table.count("<img") == 6
+    assert table.count("<img") == 6  # two prompts by three columns
     assert "<b>" not in table
     columns = re.findall("<figcaption>([^<]*)", table)[:3]
     assert columns == ["base model", "lora (LoRA, seed 0)", "bilora (Bi-LoRA, seed 0)"]
@@ -178,6 +191,7 @@ def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
     column = validation.read_column(catalog, catalog.scan.runs[0], 50, "")
     folder = "lora/validation/step-50"
     assert column.files == {("a cat", 0): f"{folder}/001.png", ("a dog", 0): f"{folder}/000.png"}
+    # An index that leads out of its folder is not followed.
     index.write_text('{"images": [{"file": "../../run.json", "prompt": "a cat"}]}')
     assert validation.read_column(catalog, catalog.scan.runs[0], 50, "").files == {}
     index.unlink()
@@ -187,24 +201,23 @@ def test_the_index_of_a_step_says_which_file_belongs_to_which_prompt(tmp_path):
 
 def test_broken_folders_are_named_and_the_rest_is_shown(tmp_path):
     head = '{"schema_version": 1, "kind": '
-    broken = [
-        ("run.json", '{"schema_version": 1, "method": "lora"}', "status"),
-        ("result.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
-        ("result.json", f'{head}"a", "figures": ["../x.png"]}}', "eval.a"),
-        ("result.json", f'{head}"sweep", "figures": ["x.png"]}}', "x.png"),
-    ]
+    # Folder -> file, its content, and words of the reason
+    broken = {
+        "0": ("run.json", '{"schema_version": 1, "method": "lora"}', "status"),
+        "1": ("result.json", '{"schema_version": 2, "kind": "clip_scores"}', "schema version 2"),
+        "2": ("result.json", f'{head}"a", "figures": ["../x.png"]}}', "eval.a"),
+        "3": ("result.json", f'{head}"sweep", "figures": ["x.png"]}}', "x.png"),
+    }
     make_run(tmp_path / "good")
-    for number, (file, text, _) in enumerate(broken):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / file).write_text(text)
+    for name, (file, text, _) in broken.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(text)
     catalog = Catalog(tmp_path)
     assert paths(catalog) == ["good"]
-    assert [broken_folder.path for broken_folder in catalog.scan.broken] == [
-        str(number) for number in range(4)
-    ]
-    for broken_folder, (_, _, words) in zip(catalog.scan.broken, broken, strict=True):
-        assert words in broken_folder.reason
-        assert str(tmp_path) not in broken_folder.reason
+    assert [folder.path for folder in catalog.scan.broken] == list(broken)
+    for folder in catalog.scan.broken:
+        assert broken[folder.path][2] in folder.reason
+        assert str(tmp_path) not in folder.reason
 
 
 def test_what_leads_out_of_the_root_is_refused_and_links_that_stay_are_followed(tmp_path):
@@ -218,10 +231,11 @@ def test_what_leads_out_of_the_root_is_refused_and_links_that_stay_are_followed(
     (root / "record").mkdir()
     (root / "record" / "run.json").symlink_to(outside / "run.json")
     (tmp_path / "link").symlink_to(root, target_is_directory=True)
-    led_out = ("folder", "folder/run.json", "file.json", "record/run.json", "loop")
-    out = ("../x", "a/../../x", "/etc/passwd", "..", "a/..", "a\\..\\..\\x", "a\0b", "//etc")
+    refused_paths = ["folder", "folder/run.json", "file.json", "record/run.json", "loop"]
+    refused_paths += ["../x", "a/../../x", "/etc/passwd", "..", "a/..", "//etc"]
+    refused_paths += ["a\\..\\..\\x", "a\0b"]
     for catalog in (Catalog(root), Catalog(tmp_path / "link")):
-        for path in (*led_out, *out):
+        for path in refused_paths:
             with pytest.raises(UserError, match=re.escape(repr(path))):
                 catalog.resolve(path)
         assert catalog.resolve("kept/run.json") == inside.resolve() / "run.json"
@@ -238,6 +252,10 @@ def test_what_leads_out_of_the_root_is_refused_and_links_that_stay_are_followed(
         ([".", "--port", "TAKEN"], "--port TAKEN"),
         ([".", "--host", "no-such-host.invalid"], "--host no-such-host.invalid"),
         ([".", "--prot", "7861"], 'did you mean "--port"'),
+        ([".", "--allow_host", "http://lab.example"], "--allow_host http://lab.example"),
+        ([".", "--allow_host", "lab.example:80"], "--allow_host lab.example:80"),
+        ([".", "--allow_host", "*"], "--allow_host *"),
+        ([".", "--allow_host", ""], "--allow_host "),
     ],
 )
 def test_a_bad_root_or_address_is_refused(tmp_path, monkeypatch, capsys, words, sentence):
@@ -247,7 +265,8 @@ def test_a_bad_root_or_address_is_refused(tmp_path, monkeypatch, capsys, words, 
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = str(listener.getsockname()[1])
-        assert viewer.main([word.replace("TAKEN", port) for word in words]) == 2
+        arguments = [word.replace("TAKEN", port) for word in words]
+        assert viewer.main(arguments) == 2
     assert sentence.replace("TAKEN", port) in capsys.readouterr().err
 
 
@@ -261,9 +280,7 @@ def test_it_serves_where_a_proxy_is_set_that_does_not_answer(tmp_path, monkeypat
     process = started("-m", "app.viewer", tmp_path, "--port", port, stdout=subprocess.PIPE)
     try:
         assert f"http://127.0.0.1:{port} shows" in process.stdout.readline()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        connection.request("GET", "/config")
-        assert connection.getresponse().status == 200
+        assert Visitor(port).ask("/config").status == 200
     finally:
         process.terminate()
         process.wait(20)
@@ -271,38 +288,26 @@ def test_it_serves_where_a_proxy_is_set_that_does_not_answer(tmp_path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("signal_number", "ignored"),
-    [(signal.SIGTERM, False), (signal.SIGHUP, True)],
+    ("signal_number", "is_ignored"), [(signal.SIGTERM, False), (signal.SIGHUP, True)]
 )
-def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, ignored):
+def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, is_ignored):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     port = free_port()
     before = signal.getsignal(signal_number)
-    if ignored:  # as nohup does
+    if is_ignored:  # as nohup does
         signal.signal(signal_number, signal.SIG_IGN)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = started("-m", "app.viewer", tmp_path, "--port", port, **pipes)
     signal.signal(signal_number, before)
     try:
         assert str(port) in process.stdout.readline()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        connection.request("GET", "/config")
-        assert connection.getresponse().read()
         # An event that fails: Gradio prints its trace, and in it what was sent.
-        event = {"fn_index": 1, "session_hash": "x", "data": ["x" * 900_000]}
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/gradio_api/queue/join", json.dumps(event), headers)
-        assert connection.getresponse().read()
-        connection.request("GET", "/gradio_api/queue/data?session_hash=x")
-        answer = connection.getresponse()
-        while b"process_completed" not in answer.readline():
-            pass
-        connection.close()
-        assert [*temporary.glob("bilora-viewer-*")]
+        Visitor(port).send(1, ["x" * 900_000])
+        assert list(temporary.glob("bilora-viewer-*"))
         process.send_signal(signal_number)
-        if ignored:
+        if is_ignored:
             time.sleep(0.5)
             assert process.poll() is None
             process.terminate()
@@ -312,7 +317,7 @@ def test_a_signal_ends_it_as_ctrl_c_does(tmp_path, monkeypatch, signal_number, i
         assert len(errors) < 10_000
     finally:
         process.kill()
-    assert not [*temporary.glob("bilora-viewer-*")]
+    assert not list(temporary.glob("bilora-viewer-*"))
 
 
 def test_without_gradio_it_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -15,14 +15,14 @@ from eval.clip_scores.prompts import Prompt
 from tests.app.folders import scores_of, write
 
 LORA, BILORA, BASE = LABELS = ("lora", "bilora", "base, plain")
-RABBIT, CLOUD, LION = TEXTS = tuple(f"an icon of a {name}" for name in ("rabbit", "Cloud", "lion"))
-PROMPTS = [Prompt(text, text.split()[-1]) for text in TEXTS]
+RABBIT, CLOUD, LION = "an icon of a rabbit", "an icon of a Cloud", "an icon of a lion"
+PROMPTS = [Prompt(RABBIT, "rabbit"), Prompt(CLOUD, "Cloud"), Prompt(LION, "lion")]
+# Prompt -> seed -> score of the first and the second adapter
 I2T = {
     RABBIT: {0: (0.30, 0.32), 1: (0.30, 0.30)},
     CLOUD: {0: (0.40, 0.35)},
     LION: {0: (0.20, 0.29)},
 }
-"""Prompt -> seed -> score of the first and the second adapter."""
 VIEW = data.View("scores", LORA, BILORA, (), RABBIT, 0, "i2t")
 
 
@@ -40,23 +40,29 @@ def make_scores(i2t):
 
 @pytest.fixture
 def result():
-    """Three prompts, up to two seeds."""
     return make_scores(I2T)
 
 
 def test_a_change_is_the_mean_over_common_seeds_and_a_missing_one_comes_last(result):
     assert data.metrics(result) == ["i2t", "nearest"]
-    assert [data.times_100(value) for value in (0.31417, -0.005, None)] == ["31.42", "-0.50", "–"]
     rows = data.rows(result, LORA, BILORA, "i2t")
-    assert [row.text for row in rows] == list(TEXTS)
+    assert [row.text for row in rows] == [RABBIT, CLOUD, LION]
     assert [row.change for row in rows] == pytest.approx([0.01, -0.05, 0.09])
     assert data.rows(result, LORA, LORA, "i2t")[0].change == 0
-    lonely = make_scores({**I2T, RABBIT: {**I2T[RABBIT], 7: (0.9,)}})
-    assert data.rows(lonely, LORA, BILORA, "i2t")[0].a == pytest.approx(0.3), "one adapter's seed"
-    assert {(row.b, row.change) for row in data.rows(result, LORA, BASE, "i2t")} == {(None, None)}
-    listed = make_scores({**I2T, LION: {0: (0.2,)}})
+    for row in data.rows(result, LORA, BASE, "i2t"):
+        assert (row.b, row.change) == (None, None)
+    # Seed 7 has a score by one adapter only.
+    with_lone_seed = make_scores(I2T | {RABBIT: I2T[RABBIT] | {7: (0.9,)}})
+    assert data.rows(with_lone_seed, LORA, BILORA, "i2t")[0].a == pytest.approx(0.3)
+    without_change = make_scores(I2T | {LION: {0: (0.2,)}})
     for order in ("gain", "loss"):
-        assert data.listed(replace(VIEW, order=order), listed)[-1].text == LION
+        assert data.listed(replace(VIEW, order=order), without_change)[-1].text == LION
+
+
+def test_a_score_is_shown_times_100():
+    assert data.times_100(0.31417) == "31.42"
+    assert data.times_100(-0.005) == "-0.50"
+    assert data.times_100(None) == "–"
 
 
 def test_prompts_are_sorted_filtered_and_stepped_through(result):
@@ -70,7 +76,9 @@ def test_prompts_are_sorted_filtered_and_stepped_through(result):
         "name": [CLOUD, LION, RABBIT],
         "list": [RABBIT, CLOUD, LION],
     }
-    assert {order: texts("i2t", order) for order in data.ORDERS} == orders
+    assert set(data.ORDERS) == set(orders)
+    for order, expected in orders.items():
+        assert texts("i2t", order) == expected
     assert texts("nearest", "gain") == orders["loss"], "less memorization is the gain"
     assert texts("nearest", "loss") == orders["gain"]
     assert texts("i2t", "list", "ICON cloud") == [CLOUD]
@@ -91,13 +99,12 @@ def test_a_link_reopens_its_view_and_what_it_names_in_vain_is_said(result):
     assert query.startswith("?scores=scores&a=bilora&b=lora&also=base%2C+plain&prompt=")
     assert data.opened(dict(parse_qsl(query[1:])), "scores", result) == (view, [])
     assert data.opened({}, "scores", result) == (first, [])
+    # Names that are gone since the link was made
     lost = {"a": "lora-2", "prompt": "gone", "seed": "x", "metric": "t2t", "order": "up"}
     view, missing = data.opened(lost, "scores", result)
     assert view == replace(first, also=())
-    assert len(missing) == 5
-    assert all(
-        f'"{word}"' in sentence for word, sentence in zip(lost.values(), missing, strict=True)
-    )
+    for word, sentence in zip(lost.values(), missing, strict=True):
+        assert f'"{word}"' in sentence
 
 
 def test_a_notice_holds_no_markup(result, tmp_path, monkeypatch):
@@ -110,23 +117,23 @@ def test_a_notice_holds_no_markup(result, tmp_path, monkeypatch):
     for query in ({"scores": evil}, {"scores": "scores", "a": evil, "prompt": evil}):
         tab.open(SimpleNamespace(query_params=query))  # pyright: ignore[reportArgumentType]
     assert len(notices) == 3
-    assert all("evil.example" in text and "<" not in text for text in notices)
+    for notice in notices:
+        assert "evil.example" in notice
+        assert "<" not in notice
 
 
 def test_html_holds_scores_and_no_foreign_markup(result):
     evil = "<img src=x onerror=alert(1)>"
     image = ScoredImage("x.png", {"i2t": 0.3142}, caption=evil, nearest_image=evil)
     cards = parts.card(evil, None, "A", evil, compare.facts(result, image, None))
-    listed = [
-        replace(row, name=evil, text=evil) for row in data.rows(result, LORA, BILORA, "i2t")[:1]
-    ]
-    prompts = compare.prompt_list(listed, evil, evil, evil)
+    row = replace(data.rows(result, LORA, BILORA, "i2t")[0], name=evil, text=evil)
+    prompts = compare.prompt_list([row], evil, evil, evil)
     cards += compare.legend(result)
     assert "<img src=x" not in cards + prompts
     assert "31.42" in cards
     assert "test-CLIP" in cards
     assert prompts.count("aria-current") == 1
-    assert f'class="{listed[0].tone}">+1.00' in prompts
+    assert f'class="{row.tone}">+1.00' in prompts
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Requests of the Generate tab, and drawing that can be stopped, on the miniature."""
+"""Requests of the Generate tab, and sampling that can be stopped, on the miniature."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -21,9 +21,9 @@ from app.sampling import (
     checked,
     local,
     sides,
-    usual,
 )
 from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.image.base_model import describe
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from eval.clip_scores import settings
@@ -60,50 +60,60 @@ def test_an_image_is_that_of_the_evaluation_also_after_work_that_a_stop_ended(mo
 
 
 def test_steps_and_guidance_are_those_of_the_model(tmp_path):
-    """In scores and in this tab, as in validation images; the miniature has a guidance of its own.
-
-    It is asked without weights.
-    """
+    """In scores and in this tab, as in validation images. The weights are not needed."""
     sd3 = str(saved("StableDiffusion3Pipeline", tmp_path / "sd3"))
     turbo = tmp_path / "snapshots" / "3a1f"  # as the hub's cache calls it
     saved("ZImagePipeline", turbo)
-    assert settings.usual(str(turbo), "owner/Z-Image-Turbo")[1:] == (8, 0.0)
-    options = {"resolution": None, "adapter_scale": 1.0, "dtype": "float32", "lanes": 4}
-    options["guidance_from"] = "adapter"
+    assert settings.usual(replace(describe(str(turbo)), name="owner/Z-Image-Turbo")) == (8, 0.0)
+    # The miniature has a guidance of its own.
     for base, usual_values in {"mini": (25, 4.0), sd3: (25, 7.0)}.items():
-        assert usual(BaseChoice(base)) == usual_values
-        for values in ((None, None), (3, 0.0)):
-            flags = dict(zip(("num_inference_steps", "guidance_scale"), values, strict=True))
-            sampling = settings.sampling(Namespace(**flags, **options), base)
-            assert (sampling.steps, sampling.guidance_scale) == (
-                usual_values if None in values else values
+        assert settings.usual(BaseChoice(base).describe()) == usual_values
+        for flags, expected in (((None, None), usual_values), ((3, 0.0), (3, 0.0))):
+            steps, guidance_scale = flags
+            options = Namespace(
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                guidance_from="adapter",
+                resolution=None,
+                adapter_scale=1.0,
+                dtype="float32",
+                lanes=4,
             )
+            sampling = settings.sampling(options, base)
+            assert (sampling.steps, sampling.guidance_scale) == expected
 
 
 def test_work_is_shown_as_it_goes_on_and_ended_by_whoever_asked(tmp_path, monkeypatch):
     make_run(tmp_path / "lora")  # its weights are an empty file
     with gr.Blocks() as page:
-        drawing = Work(Catalog(tmp_path), page, "cpu")
-        tab = Tab(drawing, page.load)
-    request: Any = SimpleNamespace(session_hash="me")
+        work = Work(Catalog(tmp_path), page, "cpu")
+        tab = Tab(work, page.load)
+    request: Any = SimpleNamespace(session_hash="me")  # Gradio's, of one visitor
     steps: list[tuple[int, int]] = []
 
-    def work(number, b=BASE):
-        updates = lambda progress, desc, unit: steps.append(progress)  # noqa: E731
-        return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, "base", 1.0, request, updates)
+    def show_progress(progress, desc, unit):
+        steps.append(progress)
 
-    updates = [*work(drawing.begin(request))]
-    assert [cards.count("<img") for _, cards, _ in updates if isinstance(cards, str)] == [0, 1, 2]
-    assert "Done." in updates[-1][0]
-    assert "<img" in updates[-1][2]
+    def begin(b=BASE):
+        """Updates of the tab, (status, cards, slider), for two images of two steps."""
+        number = work.begin(request)
+        return tab.generate(number, PROMPT, BASE, b, 3, 2, 4.0, "base", 1.0, request, show_progress)
+
+    updates = list(begin())
+    card_updates = [cards for _, cards, _ in updates if isinstance(cards, str)]
+    assert [cards.count("<img") for cards in card_updates] == [0, 1, 2]
+    status, _, slider = updates[-1]
+    assert "Done." in status
+    assert "<img" in slider
     assert steps == [(0, 2), (1, 2), (2, 2)] * 2
-    older, newer = work(drawing.begin(request)), work(drawing.begin(request))
+    # Newer work of a visitor ends the older one.
+    older, newer = begin(), begin()
     assert "Cancelled." in next(older)[0]
     next(newer)
-    drawing.stop(request)
+    work.stop(request)
     assert "Cancelled." in next(newer)[0]
     with pytest.raises(gr.Error, match="lora") as caught:
-        list(work(drawing.begin(request), "lora"))
+        list(begin("lora"))
     assert str(tmp_path) not in str(caught.value)
 
 
@@ -111,7 +121,7 @@ def test_the_prompt_is_that_of_the_chosen_run_until_the_user_writes_one(tmp_path
     images = {"validation_prompts": ["a cat", "a hat"], "num_validation_images": 1}
     configs = {"cat": images, "dog": {"instance_prompt": "a photo of TOK"}, "old": {}}
     for name, config in configs.items():
-        make_run(tmp_path / name, config={"pretrained_model_name_or_path": "mini", **config})
+        make_run(tmp_path / name, config=config | {"pretrained_model_name_or_path": "mini"})
     with gr.Blocks() as page:
         tab = Tab(Work(Catalog(tmp_path), page, "cpu"), page.load)
 
@@ -131,6 +141,7 @@ def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_ro
     make_run(root / "b", seed=1, config={"pretrained_model_name_or_path": "owner/other"})
     text = make_run(root / "text")
     (text / WEIGHTS).rename(text / "adapter_model.safetensors")
+    # A run that has no weights yet, and one whose weights lie outside of the root
     for name in ("young", "linked"):
         (make_run(root / name) / WEIGHTS).unlink()
     (root / "linked" / WEIGHTS).symlink_to(make_run(tmp_path / "outside") / WEIGHTS)
@@ -149,6 +160,7 @@ def test_two_choices_become_a_base_and_folders_of_runs_with_weights_below_the_ro
 
 
 def test_a_message_does_not_tell_what_lies_outside_of_the_root(models, tmp_path, capfd):
+    # The same message, whether there is a folder or not; the server's terminal has the reason.
     (tmp_path / "present").mkdir()
     messages = []
     for name in ("present", "absent"):
@@ -161,14 +173,14 @@ def test_a_message_does_not_tell_what_lies_outside_of_the_root(models, tmp_path,
 
 
 def test_bad_values_and_what_is_not_here_are_refused():
-    for name, value in (
-        ("prompt", " "),
-        *(("seed", seed) for seed in (None, -1, 2**32)),
-        *(("steps", count) for count in (None, 0, 10_000)),
-    ):
-        values = {"prompt": PROMPT, "seed": 0, "steps": 25, "guidance": 4, "scale": 1, name: value}
-        with pytest.raises(UserError, match=f"{name} is {'empty' if value == ' ' else value}"):
-            checked(**values)
+    with pytest.raises(UserError, match="prompt is empty"):
+        checked(" ", 0, 25, 4, 1)
+    for seed in (None, -1, 2**32):
+        with pytest.raises(UserError, match=f"seed is {seed}"):
+            checked(PROMPT, seed, 25, 4, 1)
+    for steps in (None, 0, 10_000):
+        with pytest.raises(UserError, match=f"steps is {steps}"):
+            checked(PROMPT, 0, steps, 4, 1)
     with pytest.raises(UserError, match='guidance from is "both"'):
         checked(PROMPT, 0, 25, 4, 1, "both")
     with pytest.raises(UserError, match="hf download owner/absent"):

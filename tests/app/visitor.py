@@ -18,21 +18,23 @@ class Visitor:
         self, path: str, method: str = "GET", body: Any = None, **headers: str
     ) -> http.client.HTTPResponse:
         """The answer to a request whose path and headers are sent as they are."""
-        connection = http.client.HTTPConnection(LOCAL, self.port, timeout=30)
+        connection = http.client.HTTPConnection(LOCAL, self.port, timeout=120)
         content = None if body is None else json.dumps(body)
         headers = {"Content-Type": "application/json", **headers}
         connection.request(method, path, content, headers)
         return connection.getresponse()
 
     def events(self, element: str) -> list[tuple[int, list[Any]]]:
-        """The events of the element with this id: number of each, and the values of its inputs on a
-        new page.
+        """The events of the element with this id.
+
+        Returns:
+            (number, values of its inputs on a new page) of each.
         """
         config = json.load(self.ask("/config"))
         properties = {part["id"]: part["props"] for part in config["components"]}
         events = []
         for event in config["dependencies"]:
-            (target, _), *_ = event["targets"]
+            target, _ = event["targets"][0]
             if target in properties and properties[target].get("elem_id") == element:
                 values = [properties[part].get("value") for part in event["inputs"]]
                 events.append((event["id"], values))

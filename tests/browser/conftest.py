@@ -13,7 +13,7 @@ from docs.screenshots import LOADED_MS
 from tests.app.folders import make_result, make_scores
 from tests.scripts.runs import free_port, train
 
-TEXTS = tuple(f"an icon of a {name}" for name in ("rabbit", "cloud", "lion", "frog"))
+TEXTS = ("an icon of a rabbit", "an icon of a cloud", "an icon of a lion", "an icon of a frog")
 SEEDS = (0, 1)
 
 
@@ -41,8 +41,11 @@ def serving(root: Path, log: Path, port: int) -> Iterator[Viewer]:
 def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of two steps with a checkpoint (``lora``, ``bilora``), ``scores``, a wide report."""
     root = tmp_path_factory.mktemp("viewer") / "studio"
-    values: dict[str, Any] = {"learning_rate": 0.02}  # enough to see it
-    values |= {"num_validation_images": 1, "checkpointing_steps": 2}
+    values: dict[str, Any] = {
+        "learning_rate": 0.02,  # enough to see it
+        "num_validation_images": 1,
+        "checkpointing_steps": 2,
+    }
     train(root / "lora", method="lora", eval_on_start=True, **values)
     train(root / "bilora", method="bilora", rho=1.0, **values)
     make_scores(root / "scores", ("lora", "bilora"), TEXTS, SEEDS)

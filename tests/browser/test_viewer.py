@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from playwright.sync_api import Response, expect
+from playwright.sync_api import ConsoleMessage, Request, Response, expect
 
 from bilora_diffusion.run.runlog import RunLog
 from docs.screenshots import go, pick
@@ -14,6 +14,7 @@ from tests.scripts.runs import free_port
 
 pytestmark = pytest.mark.slow
 
+# Visible text whose contrast with its background is below WCAG's 4.5
 CONTRAST = """() => {
   const parts = (color) => color.match(/[0-9.]+/g).map(Number);
   const channel = (value) => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
@@ -38,7 +39,7 @@ CONTRAST = """() => {
   }
   return low;
 }"""
-"""Visible text whose contrast with its background is below WCAG's 4.5."""
+# Visible controls without a name for a screen reader
 NAMELESS = """() => [...document.querySelectorAll("a, button, input, textarea, [role=button]")]
   .filter((element) => element.checkVisibility({ opacityProperty: true, visibilityProperty: true }))
   .filter((element) => ![
@@ -47,7 +48,7 @@ NAMELESS = """() => [...document.querySelectorAll("a, button, input, textarea, [
     ...[...(element.labels || [])].map((label) => label.textContent),
   ].some((name) => name && name.trim()))
   .map((element) => element.outerHTML.slice(0, 200))"""
-"""Visible controls without a name for a screen reader."""
+# Visible targets below the 24 pixels of WCAG 2.2
 SMALL = """() => [...document.querySelectorAll(
     ".token-remove, .reset-button, .icon-button, .download-link, .label-wrap"
   )]
@@ -57,11 +58,11 @@ SMALL = """() => [...document.querySelectorAll(
     return Math.min(width, height) < 24;
   })
   .map((element) => element.outerHTML.slice(0, 200))"""
-"""Visible targets below the 24 pixels of WCAG 2.2."""
+# Levels of the visible headings, in their order
 LEVELS = """() => [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")]
   .filter((element) => element.checkVisibility())
   .map((element) => Number(element.tagName[1]))"""
-"""Levels of the visible headings, in their order."""
+# Tab -> a part that is there when it has been filled
 FILLED = {
     "Compare": "#compare-cards figure.card img",
     "Generate": "#generate-a input",
@@ -69,14 +70,10 @@ FILLED = {
     "Training": "#training-loss svg.marks",
     "Results": "#results-result input",
 }
-"""A part that is there when a tab has been filled."""
-WIDGETS = ("runs", "window")
-"""Widgets of the training tab, one under the other on a phone."""
 CARD = "#compare-cards figure.card"
-PATIENCE_MS = 600_000
-"""Milliseconds that two small images may take on a machine with other work."""
-LABELS = ("quagga-run", "zebra-run")
-"""Words that stand nowhere else in the page."""
+PATIENCE_MS = 600_000  # that two small images may take on a machine with other work
+LABELS = ("quagga-run", "zebra-run")  # words that stand nowhere else in the page
+# Keeps the server's answers, its streams of events too, which the browser itself forgets
 LISTEN = """
 window.heard = [];
 const ask = window.fetch;
@@ -91,48 +88,64 @@ window.fetch = async (...request) => {
     return answer;
 };
 """
-"""Keeps the server's answers, its streams of events too, which the browser itself forgets."""
 
 
-def test_every_tab_is_readable_fits_and_asks_nothing_of_others(viewer, visit):
-    for dark in (False, True):
-        page, console, requests = visit(phone=dark, dark=dark), [], []
-        answers: list[Response] = []
-        page.on("console", lambda message, console=console: console.append(message.text))
-        page.on("request", lambda request, requests=requests: requests.append(request.url))
-        page.on("response", lambda answer, answers=answers: answers.append(answer))
-        go(page, viewer.url)
-        for tab, part in FILLED.items():
-            page.get_by_role("tab", name=tab).click()
-            expect(page.locator(part).first).to_be_visible()
-            if tab == "Results":
-                pick(page, "results-result", "Landscape: landscape")
-                expect(page.locator("#results-report table")).to_contain_text("very wide")
-                cell = page.locator("#results-report td").first.bounding_box()
-                assert cell["height"] < 60, "its words stand in one line"
-                room = page.locator("#results-result input").evaluate(
-                    "input => parseFloat(getComputedStyle(input).paddingRight)"
-                )
-                assert room >= 24, "a long name ends before the arrow"
-            if tab == "Training" and dark:  # on a phone
-                boxes = [page.locator(f"#training-{part}").bounding_box() for part in WIDGETS]
-                assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
-                assert boxes[0]["width"] == boxes[1]["width"]
-            assert page.evaluate(NAMELESS) == [], tab
-            assert page.evaluate(SMALL) == [], tab
-            levels = page.evaluate(LEVELS)
-            assert all(after <= before + 1 for before, after in pairwise(levels)), tab
-            assert fits(page), tab
-            assert page.evaluate(CONTRAST) == [], tab
-            expect(page.get_by_test_id("toast-body")).to_have_count(0)
-        local = ("data:", "blob:", viewer.url)
-        assert [address for address in requests if not address.startswith(local)] == []
-        expect(page).to_have_url(re.compile("tab=results"))
-        page.go_back()
-        expect(page.locator("#frame-tabs [role=tab][aria-selected=true]")).to_have_text("Training")
-        closed = [answer.url for answer in answers if not answer.ok]
-        assert closed == [], "no route that the page needs is closed"
-        assert [text for text in console if "Content Security Policy" in text] == []
+def check_training_on_a_phone(page):
+    """Its widgets stand one under the other, of one width."""
+    runs = page.locator("#training-runs").bounding_box()
+    window = page.locator("#training-window").bounding_box()
+    assert runs["y"] + runs["height"] <= window["y"]
+    assert runs["width"] == window["width"]
+
+
+def check_results(page):
+    pick(page, "results-result", "Landscape: landscape")
+    expect(page.locator("#results-report table")).to_contain_text("very wide")
+    cell = page.locator("#results-report td").first.bounding_box()
+    assert cell["height"] < 60, "its words stand in one line"
+    padding = page.locator("#results-result input").evaluate(
+        "input => parseFloat(getComputedStyle(input).paddingRight)"
+    )
+    assert padding >= 24, "a long name ends before the arrow"
+
+
+def check_accessible(page):
+    assert page.evaluate(NAMELESS) == []
+    assert page.evaluate(SMALL) == []
+    for level, next_level in pairwise(page.evaluate(LEVELS)):
+        assert next_level <= level + 1
+    assert fits(page)
+    assert page.evaluate(CONTRAST) == []
+    expect(page.get_by_test_id("toast-body")).to_have_count(0)
+
+
+@pytest.mark.parametrize("is_dark_phone", [False, True])
+def test_every_tab_is_readable_fits_and_asks_nothing_of_others(viewer, visit, is_dark_phone):
+    page = visit(phone=is_dark_phone, dark=is_dark_phone)
+    messages: list[ConsoleMessage] = []
+    requests: list[Request] = []
+    answers: list[Response] = []
+    page.on("console", messages.append)
+    page.on("request", requests.append)
+    page.on("response", answers.append)
+    go(page, viewer.url)
+    for tab, part in FILLED.items():
+        page.get_by_role("tab", name=tab).click()
+        expect(page.locator(part).first).to_be_visible()
+        if tab == "Results":
+            check_results(page)
+        if tab == "Training" and is_dark_phone:
+            check_training_on_a_phone(page)
+        check_accessible(page)
+    for request in requests:
+        assert request.url.startswith(("data:", "blob:", viewer.url))
+    expect(page).to_have_url(re.compile("tab=results"))
+    page.go_back()
+    expect(page.locator("#frame-tabs [role=tab][aria-selected=true]")).to_have_text("Training")
+    for answer in answers:
+        assert answer.ok, answer.url  # no route that the page needs is closed
+    for message in messages:
+        assert "Content Security Policy" not in message.text
 
 
 def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
@@ -154,10 +167,11 @@ def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
     page.locator("#compare-list button.prompt", has_text="frog").click()
     expect(page.locator("#compare-prompt")).to_contain_text("frog")
 
-    handle, clip = (page.locator(f"#compare-slider {part}") for part in ("input", "img.over"))
-    handle.focus()
+    # The slider between two images moves by 1 % of their width.
+    page.locator("#compare-slider input").focus()
     page.keyboard.press("ArrowRight")
-    shape = clip.evaluate("image => getComputedStyle(image).clipPath")
+    front_image = page.locator("#compare-slider img.over")
+    shape = front_image.evaluate("image => getComputedStyle(image).clipPath")
     assert float(re.findall(r"([0-9.]+)%", shape)[-1]) == 51
     images, zoom = page.locator("img.zoom"), page.locator("dialog#zoom")
     images.first.click()
@@ -175,7 +189,8 @@ def test_scores_are_compared_by_mouse_keyboard_and_link(viewer, visit):
 def test_images_are_generated_and_work_ends_when_it_is_cancelled_or_its_page_is_closed(
     viewer, visit
 ):
-    first, second = (go(visit(is_phone, is_phone), viewer.url, "Generate") for is_phone in (0, 1))
+    first = go(visit(), viewer.url, "Generate")
+    second = go(visit(phone=True, dark=True), viewer.url, "Generate")
 
     def begin(page, steps):
         expect(page.locator("#generate-b input")).to_have_value("bilora (Bi-LoRA, seed 0)")
@@ -238,7 +253,8 @@ def test_curves_follow_a_run(small, visit):
 
 
 def test_votes_are_blind_and_a_session_goes_on(small, visit):
-    page, pairs = visit(phone=True), len(TEXTS) * len(SEEDS)
+    page = visit(phone=True)
+    pair_count = len(TEXTS) * len(SEEDS)
     page.add_init_script(LISTEN)
     standing = page.locator("#vote-booth #vote-standing")
 
@@ -247,21 +263,21 @@ def test_votes_are_blind_and_a_session_goes_on(small, visit):
 
     go(page, small.url, "Vote")
     pick(page, "vote-pair", " and ".join(LABELS))
-    count, before = 0, -1
-    while not count or count != before:  # the names for the lists of all tabs come before a ballot
+    # The lists of all tabs name the adapters before a vote: wait until no more names come.
+    count, last_count = 0, -1
+    while count == 0 or count != last_count:
         page.wait_for_timeout(4000)
-        count, before = sum(heard().count(word) for word in LABELS), count
+        last_count = count
+        count = sum(heard().count(label) for label in LABELS)
     page.evaluate("window.heard = []")
     page.locator("#vote-start").click()
-    tops = [
-        page.locator(f"#vote-image-{side}").evaluate("image => image.getBoundingClientRect().top")
-        for side in ("left", "right")
-    ]
-    assert tops[0] == tops[1], "side by side"
+    left_image = page.locator("#vote-image-left").bounding_box()
+    right_image = page.locator("#vote-image-right").bounding_box()
+    assert left_image["y"] == right_image["y"], "side by side"
     assert fits(page)
     choices = ("1", "left", "0", "tie")  # keys and buttons
     for number, choice in enumerate(choices):
-        expect(standing).to_contain_text(f"{number} of {pairs}")
+        expect(standing).to_contain_text(f"{number} of {pair_count}")
         ballot = page.locator("#vote-booth [data-ballot]").get_attribute("data-ballot")
         if choice.isdecimal():
             page.keyboard.press(choice)
@@ -270,16 +286,18 @@ def test_votes_are_blind_and_a_session_goes_on(small, visit):
         expect(page.locator(f"[data-ballot='{ballot}']")).to_have_count(0)
     text = heard()
     assert text.count("data:image/webp;base64,") >= 2 * len(choices), "the ballots were read"
-    assert not [word for word in LABELS if word in text]
+    for label in LABELS:
+        assert label not in text
 
     go(page, small.url, "Vote")  # the same browser goes on
     page.locator("#vote-start").click()
-    expect(standing).to_contain_text(f"{len(choices)} of {pairs}")
+    expect(standing).to_contain_text(f"{len(choices)} of {pair_count}")
+    # Clicks that follow before the next pair is there count once.
     page.evaluate(
         "for (const side of ['left', 'right', 'left'])"
         " document.getElementById(`vote-${side}`).click();"
     )
-    expect(standing).to_contain_text(f"{len(choices) + 1} of {pairs}")
+    expect(standing).to_contain_text(f"{len(choices) + 1} of {pair_count}")
     page.locator("#vote-show").click()
     expect(page.locator("#vote-result")).to_contain_text(f"{LABELS[0]} over {LABELS[1]}")
 

@@ -5,6 +5,7 @@ But for the one table of differences, which is held to be true and complete as w
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -49,10 +50,12 @@ PLACES = """
     instance_data_dir instance_prompt dataset_name caption_column
     resume_from_checkpoint push_to_hub hub_token
 """
-RANDOM = DEFAULTS.keys() - set(PLACES.split())
-# What is drawn for a flag; for others what the record gives, and True for the bare flag.
-VALUES: dict[str, tuple[Any, ...]] = {
-    **{name: OF_ALL_SCRIPTS[name]["given"] or (True,) for name in DEFAULTS if name in RANDOM},
+# What is sampled for a flag: what the record gives, and True for a bare flag.
+VALUES: dict[str, Any] = {}
+for flag_name in DEFAULTS:
+    if flag_name not in PLACES.split():
+        VALUES[flag_name] = OF_ALL_SCRIPTS[flag_name]["given"] or (True,)
+VALUES |= {
     "repeats": (1, 3, 10),
     "class_data_dir": ("class-images",),
     "num_class_images": (4, 100, 1000),
@@ -70,7 +73,6 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "optimizer": ("AdamW", "adamw", "prodigy", "Prodigy"),
     "rank": (4, 16, 64),
 }
-IMAGES, CLASS_IMAGES = 5, 200
 
 
 class Images(list[None]):
@@ -98,48 +100,62 @@ def images(machine, monkeypatch, tmp_path):
 
 def random_flags(seed):
     """About a third of the flags with values, and a number of processes."""
-    dice = random.Random(seed)
-    return {
-        name: dice.choice(values) for name, values in VALUES.items() if dice.random() < 0.35
-    }, dice.choice((1, 2, 3))
+    random_numbers = random.Random(seed)
+    flags = {}
+    for name, values in VALUES.items():
+        if random_numbers.random() < 0.35:
+            flags[name] = random_numbers.choice(values)
+    return flags, random_numbers.choice((1, 2, 3))
 
 
 def words(flags):
-    start = ["--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0"]
-    start += ["--instance_data_dir=dog", "--instance_prompt=a photo of a TOK dog"]
-    return start + [f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items()]
+    argv = [
+        "--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0",
+        "--instance_data_dir=dog",
+        "--instance_prompt=a photo of a TOK dog",
+    ]
+    for name, value in flags.items():
+        argv.append(f"--{name}" if value is True else f"--{name}={value}")
+    return argv
 
 
 def ours(flags, processes, images, class_images):
+    """The meaning of the command line here, from the parts that the training itself asks."""
     launch = {"LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
     with mock.patch.dict(os.environ, launch):
         cfg = resolve(words(flags))
     cfg = dataclasses.replace(cfg, cache_latents="no", optimizer=cfg.optimizer.replace("8bit", ""))
     instance: Any = Images([None] * images)
     classes: Any = Images([None] * class_images) if cfg.with_prior_preservation else None
-    stream = TrainingStream(cfg, instance, classes)
+    samples = TrainingStream(cfg, instance, classes).num_samples
     batch = StepLayout(cfg.train_batch_size, cfg.gradient_accumulation_steps, processes).step_size
-    steps = total_steps(cfg, stream.num_samples, batch)
-    models = ("unet", "text_encoder", "text_encoder_2")[: 3 if cfg.train_text_encoder else 1]
-    kind = StableDiffusionXL()
+    steps = total_steps(cfg, samples, batch)
+    names = ["unet"]
+    if cfg.train_text_encoder:
+        names += ["text_encoder", "text_encoder_2"]
+    family = StableDiffusionXL()
     task: Any = SimpleNamespace(
-        cfg=cfg, family=kind, layers=kind.targets, models={name: nn.Identity() for name in models}
+        cfg=cfg,
+        family=family,
+        layers=family.targets,
+        models={name: nn.Identity() for name in names},
     )
     unet, *encoders = DreamBooth.targets(task)
     assert len({encoder.lr for encoder in encoders}) <= 1
     return Meaning(
-        batch,
-        steps,
-        -(-steps // -(-stream.num_samples // batch)),
-        unet.spec.alpha,
-        unet.lr,
-        encoders[0].lr if encoders else None,
-        cfg.warmup_steps(steps),
-        course(cfg, unet.lr, steps),
+        batch=batch,
+        steps=steps,
+        epochs=math.ceil(steps / math.ceil(samples / batch)),
+        alpha=unet.spec.alpha,
+        rate=unet.lr,
+        text_encoder_rate=encoders[0].lr if encoders else None,
+        warmup=cfg.warmup_steps(steps),
+        course=course(cfg, unet.lr, steps),
     )
 
 
 def course(cfg, rate, steps):
+    """Factor of the schedule on the rate at each step."""
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate, "weight_decay": 0.0}]
     optimizer = build_optimizer(cfg, groups)
     scheduler = build_scheduler(cfg, optimizer, steps)
@@ -163,13 +179,16 @@ def test_a_command_line_drawn_at_random(seed):
     if refuses(theirs):
         with pytest.raises(UserError):
             resolve(words(flags))
-        theirs["do_edm_style_training"] = flags["do_edm_style_training"] = False
-        flags |= {"class_data_dir": "class-images", "class_prompt": "a photo of a dog"}
+        flags |= {
+            "do_edm_style_training": False,
+            "class_data_dir": "class-images",
+            "class_prompt": "a photo of a dog",
+        }
         theirs |= flags
-    counts = {"images": IMAGES, "class_images": CLASS_IMAGES, "processes": processes}
+    counts = {"images": 5, "class_images": 200, "processes": processes}
     differing = default_here(theirs, frozenset(flags))
     require_equal(ours(flags, **counts), meaning({**theirs, **differing}, **counts))
-    # Whoever spells out diffusers' defaults of what differs gets diffusers' run.
+    # Whoever writes diffusers' defaults of what differs gets diffusers' run. Its alpha is the rank.
     spelled = {name: theirs.get(name, theirs["rank"]) for name in differing}
     if spelled.pop("max_train_steps", 0) is None:
         spelled["num_train_epochs"] = theirs["num_train_epochs"]
@@ -177,10 +196,17 @@ def test_a_command_line_drawn_at_random(seed):
 
 
 def test_epochs_over_more_class_images_than_instance_images():
-    flags = {"with_prior_preservation": True, "class_data_dir": "class-images", "class_prompt": "x"}
-    flags |= {"num_class_images": 200, "num_train_epochs": 4, "train_batch_size": 1}
+    flags = {
+        "with_prior_preservation": True,
+        "class_data_dir": "class-images",
+        "class_prompt": "x",
+        "num_class_images": 200,
+        "num_train_epochs": 4,
+        "train_batch_size": 1,
+    }
     assert ours(flags, 1, images=5, class_images=200).steps == 800
     assert ours(flags, 1, images=5, class_images=300).steps == 800  # no more than were asked for
+    # 5 * 60 = 300 samples of the instance are more than 200.
     assert ours({**flags, "repeats": 60}, 1, images=5, class_images=200).steps == 1200
 
 
@@ -191,13 +217,13 @@ def test_a_flag_of_any_of_its_scripts_is_read_or_refused_with_what_to_use(name, 
     argv = [f"--{name}", *value, "--method", "lora"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{name}: {value[0] if value else 'true'}\nmethod: lora\n")
-    for words in (argv, ["--config", str(recipe)]):
+    for command_line in (argv, ["--config", str(recipe)]):
         if name in FOREIGN:
             _, instead = FOREIGN[name]
             with pytest.raises(UserError, match=f"{name}.*{re.escape(instead.replace('`', ''))}"):
-                line.read(words)
+                line.read(command_line)
             continue
-        values, given_options = line.read(words)
+        values, given_options = line.read(command_line)
         assert given_options - {"config"} == {name, "method"}
         if not value:
             assert values[name] in (True, "yes")
@@ -219,18 +245,20 @@ def test_a_file_that_asks_for_nf4_is_quantize_nf4(twice, tmp_path):
 def test_a_final_prompt_is_drawn_at_the_end_alone():
     final = {"final_validation_prompt": "a dog"}
     cfg = resolve(words(final))
-    assert (cfg.validation_prompts, cfg.validation_epochs) == (["a dog"], None)
+    assert cfg.validation_prompts == ["a dog"]
+    assert cfg.validation_epochs is None
     assert cfg.num_validation_images == DEFAULTS["num_validation_images"]
     assert resolve(words({**final, "validation_epochs": 5})).validation_epochs == 5
     both = resolve(words({**final, "validation_prompt": "a cat"}))
-    assert (both.validation_prompts, both.validation_epochs) == (["a cat"], 25)
+    assert both.validation_prompts == ["a cat"]
+    assert both.validation_epochs == 25
 
 
 def test_the_tables_have_every_flag_and_name_every_default_that_differs():
-    assert sorted([*DEFAULTS, *TABLES["flow"], *FOREIGN]) == sorted(OF_ALL_SCRIPTS)
-    assert {
-        n for n, flag in OF_ALL_SCRIPTS.items() if flag["of"] == "all" or "sdxl" in flag["of"]
-    } == set(DEFAULTS)
+    names = list(DEFAULTS) + list(TABLES["flow"]) + list(FOREIGN)
+    assert sorted(names) == sorted(OF_ALL_SCRIPTS)
+    for name, flag in OF_ALL_SCRIPTS.items():
+        assert (name in DEFAULTS) == (flag["of"] == "all" or "sdxl" in flag["of"]), name
     defaults = {field.name: field.default for field in dataclasses.fields(DreamBoothConfig)}
     for name, flag in (TABLES["sdxl"] | TABLES["flow"]).items():
         assert flag.get("here") or defaults[name] == flag.get("default")

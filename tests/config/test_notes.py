@@ -19,9 +19,12 @@ TASK = "--model_name_or_path smollm2 --task sst2"
 def resolved(words, caplog):
     """The configuration of a command line, and the messages about it."""
     caplog.clear()
-    cfg = (resolve_text if words.startswith("--model_name_or_path") else resolve)(words.split())
+    read = resolve_text if words.startswith("--model_name_or_path") else resolve
+    cfg = read(words.split())
     messages = [record.getMessage() for record in caplog.records]
-    assert all(message.endswith(".") and "\n" not in message for message in messages)
+    for message in messages:
+        assert message.endswith(".")
+        assert "\n" not in message
     return cfg, messages
 
 
@@ -65,7 +68,8 @@ def test_a_share_by_noise_is_named_where_the_model_does_not_predict_noise(
     weights = shutil.ignore_patterns("*.safetensors")
     base = Path(shutil.copytree(pipeline_dir(), tmp_path / "base", ignore=weights))
     config = base / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **scheduler}))
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, **scheduler}))
     words = f"{MINI} --pretrained_model_name_or_path {base} --auxiliaries sample"
     cfg, messages = resolved(f"{words} --auxiliary_snr_gamma 3", caplog)
     assert cfg.auxiliary_snr_gamma == (5.0 if scheduler else 3.0)
@@ -97,6 +101,10 @@ def test_a_default_that_might_surprise_is_named_by_the_main_process(
     words, part, monkeypatch, caplog
 ):
     _, messages = resolved(words, caplog)
-    assert [part in message for message in messages] == ([] if part is None else [True])
+    if part is None:
+        assert messages == []
+    else:
+        (message,) = messages
+        assert part in message
     monkeypatch.setenv("RANK", "1")
     assert resolved(words, caplog)[1] == []

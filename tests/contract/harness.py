@@ -45,40 +45,50 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 def allowed(name: str, option: str, **options: Any) -> bool:
     """Test that the table of combinations lets these through."""
-    facts = {{"init": "init_lora_weights"}.get(key, key): v for key, v in SPECS[option].items()}
-    weights = "nf4" if option == "nf4" else "none"
-    return (
-        constraints.first_violated({"method": name, "quantize": weights, **facts, **options})
-        is None
-    )
+    facts = {"method": name, "quantize": "nf4" if option == "nf4" else "none"}
+    for key, value in SPECS[option].items():
+        # The table has the names of the command line.
+        facts["init_lora_weights" if key == "init" else key] = value
+    return constraints.first_violated({**facts, **options}) is None
 
 
 def combos() -> list[tuple[str, str, str]]:
     """(method, option, kind of model): everything that is allowed."""
-    return [
-        (name, option, kind)
-        for name in names()
-        for option in SPECS
-        for kind in (CASES if option == "default" else MAIN_KINDS)
-        if allowed(name, option)
-    ]
+    cases = []
+    for name in names():
+        for option in SPECS:
+            if allowed(name, option):
+                kinds = CASES if option == "default" else MAIN_KINDS
+                cases += [(name, option, kind) for kind in kinds]
+    return cases
 
 
 def rotation() -> list[tuple[str, str, str]]:
     """Every method once, with options of the adapters and kinds of models in turn."""
-    by_method = [[case for case in combos() if case[0] == name] for name in names()]
-    return [cases[16 * turn % len(cases)] for turn, cases in enumerate(by_method)]
+    chosen = []
+    for turn, name in enumerate(names()):
+        cases = [case for case in combos() if case[0] == name]
+        # By this stride the methods together meet every option and kind of model; a test holds it.
+        chosen.append(cases[16 * turn % len(cases)])
+    return chosen
 
 
 def pairwise(name: str) -> list[dict[str, Any]]:
     """Settings in which every allowed pair of values of two options occurs at least once."""
-    rows = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
-    pairs = [(row, set(combinations(row.items(), 2))) for row in rows if allowed(name, **row)]
-    left, chosen = set[Any]().union(*(row_pairs for _, row_pairs in pairs)), []
-    while left:
-        row, row_pairs = max(pairs, key=lambda pair: len(left & pair[1]))
+    pairs_of_row = []
+    uncovered = set[Any]()
+    for values in product(*CHOICES.values()):
+        row = dict(zip(CHOICES, values, strict=True))
+        if allowed(name, **row):
+            pairs = set(combinations(row.items(), 2))
+            pairs_of_row.append((row, pairs))
+            uncovered |= pairs
+    chosen = []
+    while uncovered:
+        # Greedily: the row with the most pairs that no chosen row has.
+        row, pairs = max(pairs_of_row, key=lambda candidate: len(uncovered & candidate[1]))
         chosen.append(row)
-        left -= row_pairs
+        uncovered -= pairs
     return chosen
 
 
@@ -86,6 +96,8 @@ class Run:
     """A method on a model with its optimizer; the batch of each step is the same.
 
     Args:
+        options: of the method.
+        optimizer: one of torch by its name, or a function of the parameter groups.
         micro_batches: micro-batches of a step.
         overflow: steps (from 0) whose gradient overflows; then a gradient scaler is at work.
         compiled: its repeated blocks are, by `engine.BACKEND`.
@@ -108,7 +120,9 @@ class Run:
         config: RunConfig | None = None,
         steps: int = 10,
     ) -> None:
-        self.case, self.micro_batches, self.overflow = CASES[kind], micro_batches, overflow
+        self.case = CASES[kind]
+        self.micro_batches = micro_batches
+        self.overflow = overflow
         self.model = self.case.make().train().to(dtype)
         self.original = copy.deepcopy(self.model)
         if option == "nf4":
@@ -119,13 +133,16 @@ class Run:
             self.method = for_run(vars(config), steps, [f"sample {row}" for row in range(ROWS)])
             lr = config.learning_rate
         spec = AdapterSpec(rank=4, alpha=6, target_modules=self.case.targets, **SPECS[option])
-        torch.manual_seed(3)
+        torch.manual_seed(3)  # of the adapters' first values
         groups = self.method.setup([Target("model", self.model, spec, lr, 0.01)])
         self.spec = spec
-        # There are methods that read the momentum.
-        settings = {"momentum": 0.5} if optimizer == "SGD" else {}
-        make = getattr(torch.optim, optimizer) if isinstance(optimizer, str) else optimizer
-        self.optimizer: torch.optim.Optimizer = make(groups, **settings)
+        self.optimizer: torch.optim.Optimizer
+        if optimizer == "SGD":
+            self.optimizer = torch.optim.SGD(groups, momentum=0.5)  # which some methods read
+        elif isinstance(optimizer, str):
+            self.optimizer = getattr(torch.optim, optimizer)(groups)
+        else:
+            self.optimizer = optimizer(groups)
         self.method.bind(self.optimizer)
         self.scheduler = None if config is None else build_scheduler(config, self.optimizer, steps)
         self.forward_model: nn.Module = self.model
@@ -168,15 +185,24 @@ class Run:
         """Let DDP average the gradients of two processes, each with half of the rows."""
         rank = torch.distributed.get_rank()
         self.accelerator = Accelerator(cpu=True)
-        optimized_ids = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        optimized = self.optimized_ids()
+        # DDP must not wait for gradients that never come; auxiliaries of samples have none here.
         cast(Any, self.model)._ddp_params_and_buffers_to_ignore = [
-            name for name, p in self.model.named_parameters() if id(p) not in optimized_ids
+            name for name, p in self.model.named_parameters() if id(p) not in optimized
         ]
         self.forward_model = DistributedDataParallel(self.model)
         self.rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
         return self
 
+    def optimized_ids(self) -> set[int]:
+        """Identities of the parameters that the optimizer has."""
+        ids = set[int]()
+        for group in self.optimizer.param_groups:
+            ids.update(id(parameter) for parameter in group["params"])
+        return ids
+
     def train(self, steps: int = STEPS) -> list[float]:
+        """Take steps; the loss of each."""
         losses = []
         for _ in range(steps):
             losses.append(float(self.method.step(self._forward_backward, self)))
@@ -187,7 +213,7 @@ class Run:
         """Clip what the method wants clipped, then update; called by the method."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.method.clip_parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.method.result_parameters(), 1.0)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -203,16 +229,17 @@ class Run:
         return (self.case.output(self.forward_model, rows) - 1).square().mean()
 
     def _forward_backward(self) -> Tensor:
-        first, count = self.rows.start, (self.rows.stop - self.rows.start) // self.micro_batches
+        """All micro-batches of a step, as the training loop takes them; the mean loss."""
+        count = (self.rows.stop - self.rows.start) // self.micro_batches
         total = torch.zeros(())
-        for number in range(self.micro_batches):
-            start = first + number * count
+        for start in range(self.rows.start, self.rows.stop, count):
             with self.method.around_batch(range(start, start + count)):
                 loss = self._loss(slice(start, start + count)) / self.micro_batches
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                scaled_loss = loss if self.scaler is None else self.scaler.scale(loss)
+                scaled_loss.backward()
             total += loss.detach()
         if self.overflow and self.steps_taken in self.overflow:
-            for parameter in self.method.clip_parameters():
+            for parameter in self.method.result_parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(float("inf"))
         if self.accelerator is not None:
@@ -227,26 +254,29 @@ class Run:
 
     def base_weights(self) -> dict[str, Tensor]:
         """Everything in the model that is not an adapter's, under the names of a plain model."""
-        return {
-            name.replace("base_layer.", ""): parameter.detach().clone()
-            for name, parameter in self.model.named_parameters()
-            if "lora_" not in name
-        }
+        weights = {}
+        for name, parameter in self.model.named_parameters():
+            if "lora_" not in name:
+                weights[name.replace("base_layer.", "")] = parameter.detach().clone()
+        return weights
 
 
 def compared(name: str, option: str, kind: str) -> Run:
-    """A run that one process and two take alike; the option "auto" is a radius that sets itself,
-    "sample" an auxiliary for each row beside it, in float64.
+    """A run that one process and two take alike.
+
+    Two more options are of Bi-LoRA: "auto" is a radius that sets itself, "sample" an auxiliary for
+    each row in addition, in float64.
     """
-    auxiliary_options = {AUTO: {}, SAMPLE: {"auxiliaries": ROWS}}.get(option)
     settings: dict[str, Any] = {"lr": 0.1, "optimizer": "SGD"}
-    if auxiliary_options is not None:
-        settings["options"] = {"rho": AUTO, "loss_rise": 0.3, **auxiliary_options}
-        settings["dtype"] = torch.float64 if auxiliary_options else torch.float32
-    return Run(
-        name, option if auxiliary_options is None else "default", kind, **settings
-    ).initialise()
+    if option in (AUTO, SAMPLE):
+        settings["options"] = {"rho": AUTO, "loss_rise": 0.3}
+    if option == SAMPLE:
+        settings["options"]["auxiliaries"] = ROWS
+        settings["dtype"] = torch.float64
+    spec = option if option in SPECS else "default"
+    return Run(name, spec, kind, **settings).initialise()
 
 
-SHARED = [*rotation(), ("bilora", AUTO, "unet"), ("bilora", SAMPLE, "llm")]
+SHARED = rotation()
+SHARED += [("bilora", AUTO, "unet"), ("bilora", SAMPLE, "llm")]
 """Cases in which two processes are compared with one."""

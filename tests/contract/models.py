@@ -1,16 +1,14 @@
 """Small models of each kind that the methods are used on, and a loss for each."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1")
 WORDS = 40
-"""Tokens of the text models; of those of `tiny_tokenizer` in `tests/integrations`, the first three
-are special.
-"""
+"""Tokens of the text models; of `tiny_tokenizer` in `tests/integrations`, three are special."""
 
 
 class MLP(nn.Module):
@@ -78,7 +76,9 @@ def tiny_t5() -> Any:
 
 
 SMALL: dict[str, Any] = {
-    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
 
@@ -87,18 +87,27 @@ def tiny_llm() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    special: Any = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    sizes: Any = {"vocab_size": WORDS, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return LlamaForCausalLM(LlamaConfig(**SMALL, **sizes, **special))
+    config = LlamaConfig(
+        **SMALL,
+        vocab_size=WORDS,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
 
 
 def tiny_clip(projection: bool = False) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 30, "projection_dim": 16, "eos_token_id": 29}
-    config = CLIPTextConfig(**SMALL, **sizes, max_position_embeddings=8)
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+    config = CLIPTextConfig(
+        **SMALL, vocab_size=30, projection_dim=16, eos_token_id=29, max_position_embeddings=8
+    )
+    model_class = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return model_class(config)
 
 
 ROWS = 4
@@ -107,17 +116,34 @@ ROWS = 4
 
 def _mlp_output(model: nn.Module, rows: slice) -> Tensor:
     inputs = torch.linspace(-1, 1, ROWS * 6).view(ROWS, 6)[rows]
-    return model(inputs.to(next(p for p in model.parameters() if p.is_floating_point()).dtype))
+    # Quantized weights are integers; the others have the dtype in which the model computes.
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    return model(inputs.to(weight.dtype))
 
 
-def _unet_output(model: nn.Module, rows: slice) -> Tensor:
+def _unet_output(model: Any, rows: slice) -> Tensor:
     latents = torch.linspace(-1, 1, ROWS * 4 * 64).view(ROWS, 4, 8, 8)[rows]
     context = torch.linspace(1, -1, ROWS * 3 * 8).view(ROWS, 3, 8)[rows]
-    return cast(Any, model)(latents, torch.tensor([3, 700, 20, 950])[rows], context).sample
+    timesteps = torch.tensor([3, 700, 20, 950])[rows]
+    return model(latents, timesteps, context).sample
 
 
 def _tokens(rows: slice) -> Tensor:
+    """Different tokens in all places, none of them special."""
     return torch.arange(1, 1 + ROWS * 6).view(ROWS, 6)[rows]
+
+
+def _t5_output(model: Any, rows: slice) -> Tensor:
+    tokens = _tokens(rows)
+    return model(input_ids=tokens, decoder_input_ids=tokens.flip(1)).logits
+
+
+def _llm_output(model: Any, rows: slice) -> Tensor:
+    return model(_tokens(rows)).logits
+
+
+def _clip_output(model: Any, rows: slice) -> Tensor:
+    return model(_tokens(rows)).last_hidden_state
 
 
 class Case(NamedTuple):
@@ -135,15 +161,7 @@ class Case(NamedTuple):
 CASES = {
     "mlp": Case(tiny_mlp, ("first", "conv", "last"), _mlp_output),
     "unet": Case(tiny_unet, UNET_TARGETS, _unet_output),
-    "t5": Case(
-        tiny_t5,
-        "all-linear",
-        lambda t5, rows: (
-            cast(Any, t5)(input_ids=_tokens(rows), decoder_input_ids=_tokens(rows).flip(1)).logits
-        ),
-    ),
-    "llm": Case(tiny_llm, "all-linear", lambda llm, rows: cast(Any, llm)(_tokens(rows)).logits),
-    "clip": Case(
-        tiny_clip, "all-linear", lambda clip, rows: cast(Any, clip)(_tokens(rows)).last_hidden_state
-    ),
+    "t5": Case(tiny_t5, "all-linear", _t5_output),
+    "llm": Case(tiny_llm, "all-linear", _llm_output),
+    "clip": Case(tiny_clip, "all-linear", _clip_output),
 }

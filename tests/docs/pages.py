@@ -22,8 +22,18 @@ INLINE = re.compile(
     r"(?:python3? (?:-m|[\w/]+\.py)|accelerate launch|torchrun|bilora \w+ -|make |pip |git |for )"
     r"[^`]*)`"
 )
-PROGRAMS = ("python", "python3", "accelerate", "torchrun", "bilora", "make", "pip", "git")
-PROGRAMS += ("pre-commit", "activate")
+PROGRAMS = (
+    "python",
+    "python3",
+    "accelerate",
+    "torchrun",
+    "bilora",
+    "make",
+    "pip",
+    "git",
+    "pre-commit",
+    "activate",
+)
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -36,7 +46,7 @@ SUBCOMMANDS = {
     "export": "bilora_diffusion.export",
     "demo": "bilora_diffusion.demo",
 }
-END = "\x1e"
+END = "\x1e"  # of a command's words
 BASH = shutil.which("bash") or "bash"
 
 
@@ -59,9 +69,10 @@ def commands(script: str, folder: Path) -> list[list[str]]:
     record = folder / "started"
     record.write_text("")
     started = shlex.quote(str(record))
-    functions = "".join(
-        f"{name}() {{ printf '%s\\0' {name} \"$@\" '{END}' >> {started}; }}\n" for name in PROGRAMS
-    )
+    functions = ""
+    for name in PROGRAMS:
+        # Each word of the command ends with a null character.
+        functions += f"{name}() {{ printf '%s\\0' {name} \"$@\" '{END}' >> {started}; }}\n"
     bash = [BASH, "-e", "-c", functions + script]
     without_programs = {"PATH": "/nonexistent"}
     run = subprocess.run(bash, cwd=folder, env=without_programs, capture_output=True, text=True)

@@ -36,17 +36,23 @@ from tests.scripts.runs import train_once
 from tests.text.text_builders import ADAPTER, material, save_llama, train_text_once, write_rows
 
 IMAGE_LORA = "pytorch_lora_weights.safetensors"
-NARROW = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4}
-NARROW |= {"num_hidden_layers": 2, "vocab_size": 256}
+# Sizes of a Llama of two narrow layers
+NARROW = {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 256,
+}
+# Step -> training and held-out loss of a recorded run
 LOSSES = {0: (2.0, 2.0), 1: (1.5, 1.6), 2: (1.0, 1.4)}
-"""Step -> training and held-out loss of a recorded run."""
+# Further held-out figures of a recorded run's last step
 SCORES = {
     "heldout_accuracy": 0.5,
     "heldout_matthews_correlation": 0.25,
     "heldout_answer_match": 0.5,
     "heldout_loss_by_level/725": 1.0,
 }
-"""Further held-out figures of a recorded run's last step."""
 
 
 class RecordedRun:
@@ -68,10 +74,9 @@ class RecordedRun:
 
     def record_text(self, argv: list[str]) -> None:
         """The record of a text run, of any task, with the weights of a tiny causal model."""
-        base = material("causal")["model_name_or_path"]
-        method = self.record(
-            argv, {"model_name_or_path": str(base), "task_type": "causal"}, TextConfig.resolve
-        )
+        base = str(material("causal")["model_name_or_path"])
+        changes = {"model_name_or_path": base, "task_type": "causal"}
+        method = self.record(argv, changes, TextConfig.resolve)
         if method == "full":
             source = train_text_once("causal", "full", method="full")
             shutil.copytree(source / "model", self.folder / "model")

@@ -3,7 +3,7 @@
 `test_walk.py` runs its commands.
 """
 
-import itertools
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,9 @@ RADII: dict[tuple[str, str], float] = {
     ("llama31_8b", "bilora"): 0.05,
 }
 TABLE_A1 = {"0.01", "0.05", "0.1", "0.2"}
+# Full FT's learning rates, Appendices H.1 and H.2
 RATES_OF_FULL = {"glue": 1e-4, "superglue": 1e-4, "llama2_7b": 5e-5, "llama31_8b": 5e-5}
-"""Full FT's learning rates, Appendices H.1 and H.2."""
 RUNS_OF_TABLE_2 = {"boolq": 3, "wic": 3, "rte": 5, "cb": 20, "copa": 20}  # Section 5.2
-
-
-OUTPUT = ("--output_dir", "run")
-OUTPUTS = ("--output_dir", "--json")
 
 
 @pytest.fixture
@@ -61,15 +57,19 @@ def test_every_variant_has_the_paper_s_radius_rate_and_number_of_runs(folder, hu
     radii: dict[tuple[str, str], Any] = {}
     rates: dict[str, float] = {}
     seeds: dict[str, int] = {}
-    for planned in itertools.chain.from_iterable(map(plan.load, EXPERIMENTS)):
+    plans = []
+    for path in EXPERIMENTS:
+        plans += plan.load(path)  # one for each recipe
+    for planned in plans:
         group = family(planned.recipe)
         if group == "superglue":
             seeds[planned.recipe.stem] = len(planned.seeds)
         if "rho" in planned.experiment.axes:
             assert set(planned.experiment.axes["rho"]) == TABLE_A1
             continue
-        for run in planned.runs[: len(planned.variants)]:
-            config = TextConfig.resolve(["--config", str(planned.recipe), *run.flags, *OUTPUT])
+        for run in planned.runs[: len(planned.variants)]:  # of the first seed
+            words = ["--config", str(planned.recipe), "--output_dir", "run"]
+            config = TextConfig.resolve(words + list(run.flags))
             if config.method == "full":
                 rates[group] = config.learning_rate
             elif (group, config.method) in RADII:
@@ -83,9 +83,12 @@ def test_every_variant_has_the_paper_s_radius_rate_and_number_of_runs(folder, hu
 
 
 def test_every_experiment_is_on_the_page_and_no_command_writes_where_another_does(folder):
-    paths, places = [], []
-    for command in itertools.chain.from_iterable(commands(s, folder) for s in scripts(PAGE)):
-        paths += [ROOT / word for word in command if word.startswith("eval/experiments/")]
-        places += [command[n] for n, word in enumerate(["", *command]) if word in OUTPUTS]
-    assert sorted(paths) == EXPERIMENTS
-    assert len(set(places)) == len(places)
+    experiments, outputs = [], []
+    for script in scripts(PAGE):
+        for command in commands(script, folder):
+            for word, following_word in pairwise(command):
+                if word in ("--output_dir", "--json"):
+                    outputs.append(following_word)
+            experiments += [ROOT / word for word in command if word.startswith("eval/experiments/")]
+    assert sorted(experiments) == EXPERIMENTS
+    assert len(set(outputs)) == len(outputs)

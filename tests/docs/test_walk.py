@@ -28,9 +28,13 @@ def names(tmp_path_factory):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch, names):
-    """A reader in a fresh folder; that of README also starts the viewer."""
+    """``reader(page)``: the steps of a page in a fresh folder; README's also starts the viewer."""
     monkeypatch.chdir(tmp_path)
-    return lambda page: Walk(tmp_path, names, has_viewer=page == README).page(page)
+
+    def read(page):
+        return Walk(tmp_path, names, has_viewer=page == README).page(page)
+
+    return read
 
 
 def test_the_commands_of_the_readme_run_in_their_order_and_its_code_loads_what_they_left(
@@ -41,6 +45,7 @@ def test_the_commands_of_the_readme_run_in_their_order_and_its_code_loads_what_t
         assert name in names
     text = README.read_text(encoding="utf-8")
 
+    # The Python block that loads what the commands have left; its last line is an image.
     (code,) = (body for _, body in BLOCK.findall(text) if "StableDiffusionXLPipeline" in body)
     for pattern, stand_in in CODE_STAND_INS.items():
         assert pattern in code
@@ -65,4 +70,5 @@ def test_the_commands_of_a_page_run_in_their_order(page, reader, tmp_path):
     if page.name == "paper.md":
         glue = table.read(tmp_path / "runs" / "scores" / "glue")
         assert set(glue.groups) == {"LoRA", "LoRA-SAM", "Bi-LoRA", "Full FT"}
-        assert all(len(glue.members(group)) == 5 for group in glue.groups)
+        for group in glue.groups:
+            assert len(glue.members(group)) == 5  # tasks of one seed

@@ -52,6 +52,7 @@ class Rule:
     reason: str = ""
 
 
+# Words of a page, and the words of the test in their place
 STAND_INS = (
     ("make demo", "python -m bilora_diffusion.demo --output_dir demo"),
     ("make demo-text", "python -m examples.demo_text --output_dir demo-text"),
@@ -79,7 +80,6 @@ STAND_INS = (
     ("--model smollm2", "--model {llama}"),
     ("FILE", f"runs/dog/{LORA}"),
 )
-"""Words of a page, and the words of the test in their place."""
 
 SHORT = (
     "--resolution 64 --train_batch_size 1 --gradient_accumulation_steps 1"
@@ -130,10 +130,10 @@ RULES = (
 )
 
 
+# Programs that need nothing of a reader, with their default output folder. Each command is run once
+# for all pages.
 DEMOS = {"bilora_diffusion.demo": "demo", "examples.demo_text": "demo-text"}
-"""Programs that need nothing of a reader, with their default output folder: each command is run
-once for all pages.
-"""
+# Names of runs that a page takes for granted, each with the method
 METHOD_OF_RUN = {
     "lora": "lora",
     "lora-0": "lora",
@@ -142,7 +142,7 @@ METHOD_OF_RUN = {
     "sample-0": "bilora",
     "dog": "bilora",
 }
-"""Names of runs that a page takes for granted, each with the method."""
+# Flags of a run that a page takes for granted
 MEASURED: dict[str, Any] = {
     "validation_dataset": None,
     "validation_part": "1/64",
@@ -150,7 +150,6 @@ MEASURED: dict[str, Any] = {
     "checkpointing_steps": 1,
     "log_dynamics": True,
 }
-"""Flags of a run that a page takes for granted."""
 
 
 def understood(command: list[str]) -> tuple[list[str], Rule]:
@@ -161,11 +160,12 @@ def understood(command: list[str]) -> tuple[list[str], Rule]:
         for start in range(len(words) - len(sought) + 1):
             end = start + len(sought)
             if words[start:end] == sought:
-                words = [*words[:start], *stand_in.split(), *words[end:]]
+                words = words[:start] + stand_in.split() + words[end:]
                 break
-    rule = next((rule for rule in RULES if re.search(rule.pattern, " ".join(words))), None)
-    assert rule is not None, f"no rule of the walk is for this command: {' '.join(command)}"
-    return words, rule
+    for rule in RULES:
+        if re.search(rule.pattern, " ".join(words)):
+            return words, rule
+    pytest.fail(f"no rule of the walk is for this command: {' '.join(command)}")
 
 
 @dataclass
@@ -199,12 +199,13 @@ class Walk:
     def page(self, path: Path) -> Iterator[Step]:
         """Run the commands of a page; each is yielded when it has run."""
         for script in scripts(path):
-            for place in itertools.count():
+            for number in itertools.count():
                 # Expanded anew, since a command's globs match what those before it have made.
-                expanded = commands(script, self.folder)
-                if place == len(expanded):
+                script_commands = commands(script, self.folder)
+                if number == len(script_commands):
                     break
-                if (command := expanded[place]) in self.started:
+                command = script_commands[number]
+                if command in self.started:
                     continue  # a page may name a command again
                 self.started.append(command)
                 step = self.run(command)
@@ -216,7 +217,7 @@ class Walk:
         words, rule = understood(command)
         if rule.reason or (rule is VIEWER and not self.has_viewer):
             return None
-        words = [*words, *rule.flags.split()]
+        words = words + rule.flags.split()
         for key, value in self.names.items():
             words = [word.replace("{" + key + "}", value) for word in words]
         name, argv = program(words)
@@ -226,7 +227,10 @@ class Walk:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             start(name, argv)
         step.printed = printed.getvalue()
-        changed = {path for path, state in files(self.folder).items() if before.get(path) != state}
+        changed = set()
+        for path, state in files(self.folder).items():
+            if before.get(path) != state:
+                changed.add(path)
         check(step, self.folder, changed)
         return step
 
@@ -237,23 +241,21 @@ class Walk:
             The arguments, with the runs of a sweep that had to be made in place of their pattern.
         """
         if "--resume_from_checkpoint" in argv and "latest" in argv:
-            place = argv.index("--resume_from_checkpoint")
-            interrupted = [*argv[:place], *argv[place + 2 :]]
             with pytest.MonkeyPatch.context() as patch:
                 interrupt(patch, 2)
                 with pytest.raises(KeyboardInterrupt):
-                    start(name, interrupted)
-        reads_runs = name.startswith("eval.") or name == "bilora_diffusion.export"
-        for word in argv if reads_runs else ():
-            folder = self.folder / word.removesuffix(f"/{LORA}")
-            if folder.name in METHOD_OF_RUN and not folder.exists():
-                self.make_run(folder, METHOD_OF_RUN[folder.name], is_text="text" in name)
+                    start(name, without_option(argv, "--resume_from_checkpoint"))
+        if name.startswith("eval.") or name == "bilora_diffusion.export":
+            for word in argv:
+                folder = self.folder / word.removesuffix(f"/{LORA}")
+                if folder.name in METHOD_OF_RUN and not folder.exists():
+                    self.make_run(folder, METHOD_OF_RUN[folder.name], is_text="text" in name)
         expanded = []
         for word in argv:
             experiment = re.fullmatch(r"runs/(\w+)(/\*)+/?", word)
             if experiment:
                 start("eval.sweep", [f"eval/experiments/{experiment[1]}.yaml", "--seeds", "0"])
-                expanded += [str(run) for run in sorted(Path().glob(word))]
+                expanded += map(str, sorted(Path().glob(word)))
             else:
                 expanded.append(word)
         return expanded
@@ -283,13 +285,18 @@ def start(name: str, argv: Sequence[str]) -> None:
         assert not load_program(name).main(list(argv))
 
 
+def without_option(argv: list[str], option: str) -> list[str]:
+    """The arguments without an option and its value."""
+    position = argv.index(option)
+    return argv[:position] + argv[position + 2 :]
+
+
 def run_demo(name: str, argv: list[str]) -> None:
     """Run a demo, or copy what the same command has left on another page."""
     output = DEMOS[name]
     if "--output_dir" in argv:
-        place = argv.index("--output_dir")
-        output = argv[place + 1]
-        argv = [*argv[:place], *argv[place + 2 :]]
+        output = argv[argv.index("--output_dir") + 1]
+        argv = without_option(argv, "--output_dir")
 
     def make(folder: Path) -> None:
         assert not load_program(name).main([*argv, "--output_dir", str(folder)])
@@ -304,7 +311,9 @@ def view(root: Path) -> None:
     port = free_port()
     with TemporaryDirectory() as folder, serving(root.resolve(), Path(folder) / "log", port):
         visitor = Visitor(port)
-        listing = "".join(visitor.send(*event) for event in visitor.events("frame-runs"))
+        listing = ""
+        for event, values in visitor.events("frame-runs"):
+            listing += visitor.send(event, values)
         for name in run_names:
             assert f'"{name} (' in listing
 
@@ -323,14 +332,16 @@ def photographs(folder: Path, numbers: range) -> None:
     portrait: Any = get_sample_data("grace_hopper.jpg")
     with portrait as file:
         sources = [Image.open(file).convert("RGB")]
-    sources += [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    sources.append(Image.fromarray(load_sample_image("china.jpg")))
+    sources.append(Image.fromarray(load_sample_image("flower.jpg")))
     folder.mkdir()
     for number in numbers:
         source = sources[number % len(sources)]
         left, top = 20 * number, 10 * number
-        size = 150 + 25 * (number % 4), 150 + 30 * (number % 5)
-        part = source.crop((left, top, left + size[0], top + size[1]))
-        part.save(folder / f"{number}.{('jpg', 'png', 'webp')[number % 3]}")
+        width, height = 150 + 25 * (number % 4), 150 + 30 * (number % 5)
+        suffix = ("jpg", "png", "webp")[number % 3]
+        part = source.crop((left, top, left + width, top + height))
+        part.save(folder / f"{number}.{suffix}")
 
 
 def conversations(count: int, first: int) -> list[dict[str, Any]]:
@@ -355,12 +366,13 @@ def check(step: Step, folder: Path, changed: set[Path]) -> None:
         for result in results:
             assert table.read(result).rows
             assert (result / "report.md") in changed
-    elif step.name == "bilora_diffusion.export" and {"--to", "--step"} & {*step.argv}:
-        exported = [line.rpartition(": ")[2] for line in step.printed.splitlines()]
-        assert exported
-        assert all((folder / path).exists() for path in exported)
+    elif step.name == "bilora_diffusion.export" and {"--to", "--step"} & set(step.argv):
+        lines = step.printed.splitlines()
+        assert lines
+        for line in lines:
+            assert (folder / line.rpartition(": ")[2]).exists()
     elif step.name == "bilora_diffusion.demo":
-        assert [path for path in changed if path.name == "grid.png"]
+        assert "grid.png" in {path.name for path in changed}
 
 
 def check_training(step: Step, folder: Path, changed: set[Path]) -> None:
@@ -377,6 +389,6 @@ def check_training(step: Step, folder: Path, changed: set[Path]) -> None:
         assert runlog.read_run(run)["status"] == "finished"
         assert {folder / run / name for name in (LORA, ADAPTER)} & changed
         if config.fit:
-            assert {folder / run / name for name in ("fit.json", "fit.png")} <= changed
+            assert {folder / run / "fit.json", folder / run / "fit.png"} <= changed
         if step.name == IMAGE_SCRIPT and config.validation_prompts:
             assert list(run.glob("validation/step-*/000.png"))

@@ -16,21 +16,30 @@ from torch import nn
 
 from bilora_diffusion.mini import pipeline_dir
 
-SIZE = 32
+SIZE = 32  # pixels of an image's side
 PATCH = 8
 WIDTH = 32
 HEADS = 2
-DIMENSION = 24
-CONTEXT = 32
-VOCABULARY = 4115  # of the miniature's tokenizer; its end token is the last
-START, END = 4113, 4114
+DIMENSION = 24  # of an embedding
 
+# CLIP in open_clip's words
 VISION = {"image_size": SIZE, "patch_size": PATCH, "width": WIDTH, "layers": 2, "head_width": 16}
-TEXT = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH}
-TEXT |= {"heads": HEADS, "layers": 2, "hf_tokenizer_name": "mini"}
-HF = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2}
-HF |= {"num_attention_heads": HEADS, "projection_dim": DIMENSION}
-HF_VISION = HF | {"image_size": SIZE, "patch_size": PATCH}
+TEXT = {
+    "context_length": 32,
+    "vocab_size": 4115,  # of the miniature's tokenizer; its end token is the last
+    "width": WIDTH,
+    "heads": HEADS,
+    "layers": 2,
+    "hf_tokenizer_name": "mini",
+}
+# BLIP in transformers' words
+BLIP = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "projection_dim": DIMENSION,
+}
 
 
 def pictures(count: int, size: int | None = SIZE) -> list[Image.Image]:
@@ -50,6 +59,7 @@ def sentences(count: int) -> list[str]:
     """Distinct texts of different lengths."""
     things = ["rabbit", "cloud", "lion", "droplet", "frog", "sun", "red car"]
     styles = ["", ", in the style of TOK", " on a table", " with a very long tail and two hats"]
+    # 7 and 4 have no common divisor, so a thing meets every style.
     return [f"a ToK icon of {n} {things[n % 7]}{styles[n % 4]}" for n in range(count)]
 
 
@@ -79,19 +89,26 @@ def save_open_clip(folder: Path) -> Path:
 
 def save_blip(folder: Path) -> Path:
     """A folder of transformers with a random BLIP and a small vocabulary."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(40))]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words += [f"word{number}" for number in range(40)]
     words += ["[DEC]", "[ENC]"]
+    text_config = BLIP | {
+        "pad_token_id": words.index("[PAD]"),
+        "eos_token_id": words.index("[CLS]"),
+        "sep_token_id": words.index("[SEP]"),
+        "bos_token_id": words.index("[DEC]"),
+        "vocab_size": len(words),
+        "encoder_hidden_size": WIDTH,
+    }
+    vision_config = BLIP | {"image_size": SIZE, "patch_size": PATCH}
     torch.manual_seed(0)
-    text = {"bos_token_id": 45, "sep_token_id": 3, "pad_token_id": 0, "eos_token_id": 2}
-    text |= {"vocab_size": 47, "encoder_hidden_size": WIDTH}
-    model = hf.BlipForConditionalGeneration(
-        hf.BlipConfig(text_config=HF | text, vision_config=HF_VISION)
-    )
+    config = hf.BlipConfig(text_config=text_config, vision_config=vision_config)
+    model = hf.BlipForConditionalGeneration(config)
     shake(model, scale=0.3)
     model.save_pretrained(folder)
     processor = hf.BlipProcessor(
         hf.BlipImageProcessor(size={"height": SIZE, "width": SIZE}),
-        hf.BertTokenizer(vocab={word: n for n, word in enumerate(words)}),
+        hf.BertTokenizer(vocab={word: index for index, word in enumerate(words)}),
     )
     processor.save_pretrained(folder)
     return folder
@@ -100,15 +117,20 @@ def save_blip(folder: Path) -> Path:
 def save_dinov2(folder: Path) -> Path:
     """A folder of transformers with a random DINOv2 of three layers and its processor."""
     torch.manual_seed(0)
-    size: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2}
-    model = hf.Dinov2Model(hf.Dinov2Config(**size, image_size=SIZE, patch_size=PATCH))
+    config = hf.Dinov2Config(
+        hidden_size=WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=HEADS,
+        image_size=SIZE,
+        patch_size=PATCH,
+    )
+    model = hf.Dinov2Model(config)
     shake(model)
     model.save_pretrained(folder)
-    sizes: dict[str, Any] = {
-        "size": {"shortest_edge": SIZE},
-        "crop_size": {"height": SIZE, "width": SIZE},
-    }
-    hf.BitImageProcessor(**sizes).save_pretrained(folder)
+    processor = hf.BitImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+    )
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -1,7 +1,5 @@
 """Checkpoints as subjects: which, what they are called, what is best, and what is refused."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from eval import checkpoints, compare, table, text_scores
 from eval.checkpoints import HELDOUT_LOSS, LOSS
 from eval.table import Entry, Metric, Result, Row
 from eval.text_scores import base_models
+from tests.eval.commands import result_of
 from tests.eval.text_score_models import save_record
 from tests.run import recorded_runs
 
@@ -19,17 +18,26 @@ ACCURACY = "heldout_accuracy"
 
 def make_run(folder, seed=0, steps=(5, 10, 20)):
     """A text run with the checkpoints 10 and 20, held-out figures of ``steps``, and no weights."""
-    rows = [(s, {HELDOUT_LOSS: 1 / s, ACCURACY: 0.5 + seed / 10 - s / 100}) for s in steps]
+    rows = []
+    for step in steps:
+        accuracy = 0.5 + seed / 10 - step / 100  # falls, as the loss does
+        rows.append((step, {HELDOUT_LOSS: 1 / step, ACCURACY: accuracy}))
     save_record(folder, seed=seed, rows=rows)
     peft = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
-    result = {"adapters": {"model": peft}, "averaged": []}
-    empty = {"state": {}, "param_groups": []}
+    extra = {"result": {"adapters": {"model": peft}, "averaged": []}, "average": None}
     for step in (10, 20):
-        tensors = {f"model/default/q.lora_{s}.weight": torch.ones(1, 1) * step for s in "AB"}
-        extra = {"result": result, "average": None}
-        state = checkpoint.Checkpoint(step, tensors, empty, {}, None, extra)
-        checkpoint.save(folder, state)
+        factor = torch.full((1, 1), float(step))
+        tensors = {
+            "model/default/q.lora_A.weight": factor,
+            "model/default/q.lora_B.weight": factor.clone(),
+        }
+        optimizer = {"state": {}, "param_groups": []}
+        checkpoint.save(folder, checkpoint.Checkpoint(step, tensors, optimizer, {}, None, extra))
     return folder
+
+
+def labels(subjects):
+    return [subject.label for subject in subjects]
 
 
 @pytest.mark.parametrize("text", ["", "alle", "40,", "-40", "1.5", "40..80", "9" * 5000])
@@ -39,33 +47,38 @@ def test_what_is_no_steps_is_refused(text):
         checkpoints.read_steps(text)
 
 
-def test_a_text_run_is_scored_at_every_checkpoint(tmp_path, capsys):
-    runs = [str(make_run(tmp_path / name, seed)) for seed, name in enumerate("ab")]
-    out = ["--output_dir", str(tmp_path / "out")]
-    assert text_scores.main([runs[0], "--steps", "all", *out]) == 0
-    result = table.read(tmp_path / "out")
-    assert [subject.label for subject in result.subjects] == ["step 10", "step 20"]
-    assert len({subject.digest for subject in result.subjects}) == 2
+def test_a_text_run_is_scored_at_every_checkpoint(tmp_path):
+    run = make_run(tmp_path / "a")
+    out = tmp_path / "out"
+    result = result_of(text_scores.main, out, run, "--steps", "all")
+    assert labels(result.subjects) == ["step 10", "step 20"]
+    assert result.subjects[0].digest != result.subjects[1].digest
     assert result.control == "step 20"
-    accuracy = [row.value for row in result.rows if row.metric == "heldout:cola:accuracy"]
-    assert accuracy == pytest.approx([0.4, 0.3])
-    assert [row.value for row in result.select("heldout:cola:loss")] == [0.1, 0.05]
+    for metric, values in (("accuracy", [0.4, 0.3]), ("loss", [0.1, 0.05])):
+        rows = result.select(f"heldout:cola:{metric}")
+        assert [row.value for row in rows] == pytest.approx(values)
     assert result.figures == [checkpoints.FIGURE]
-    assert (tmp_path / "out" / checkpoints.FIGURE).stat().st_size > 1000
+    assert (out / checkpoints.FIGURE).stat().st_size > 1000
     by_accuracy, by_loss = result.settings["best_steps"]
     assert "best at step 10 (40.00), to the last step +10.00" in by_accuracy
     assert "best at step 20 (0.0500), the last" in by_loss
-    assert str(tmp_path) not in (tmp_path / "out" / table.FILE).read_text()
+    assert str(tmp_path) not in (out / table.FILE).read_text()
 
-    unmeasured = make_run(tmp_path / "c", steps=(5, 15))
-    assert text_scores.main([str(unmeasured), "--steps", "all", *out]) == 2
-    assert "no held-out figure" in capsys.readouterr().err
-    assert text_scores.main([*runs, "--steps", "20", *out]) == 0  # seeds of one method: one row
-    both = table.read(tmp_path / "out")
-    assert [subject.label for subject in both.subjects] == ["a step 20", "b step 20"]
-    assert both.groups == ["step 20"]
-    line = both.summary("step 20", "heldout:cola:accuracy")
+
+def test_seeds_of_one_method_at_one_step_are_one_group(tmp_path):
+    first, second = make_run(tmp_path / "a", seed=0), make_run(tmp_path / "b", seed=1)
+    result = result_of(text_scores.main, tmp_path / "out", first, second, "--steps", "20")
+    assert labels(result.subjects) == ["a step 20", "b step 20"]
+    assert result.groups == ["step 20"]
+    line = result.summary("step 20", "heldout:cola:accuracy")
     assert line.interval == pytest.approx((0.3, 0.4))
+
+
+def test_steps_without_a_held_out_figure_are_refused(tmp_path, capsys):
+    run = make_run(tmp_path / "run", steps=(5, 15))
+    words = [str(run), "--steps", "all", "--output_dir", str(tmp_path / "out")]
+    assert text_scores.main(words) == 2
+    assert "no held-out figure" in capsys.readouterr().err
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_named_with_both_numbers(tmp_path):
@@ -75,44 +88,55 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_named_with_both_numbers
     assert "--checkpointing_steps 100" in sentence
 
 
-def test_runs_of_several_rows_stand_before_their_steps(tmp_path):
-    runs = [str(make_run(tmp_path / name)) for name in "ab"]
-    groups = [word for run in runs for word in ("--group", f"row {Path(run).name}={run}")]
-    args = text_scores.TextScores.parser().read([*groups, "--steps", "all"])
+def test_runs_of_several_groups_stand_before_their_steps(tmp_path):
+    words = ["--steps", "all"]
+    for name in ("a", "b"):
+        words += ["--group", f"row {name}={make_run(tmp_path / name)}"]
+    args = text_scores.TextScores.parser().read(words)
     subjects = [subject for subject, _ in base_models.read_subjects(args, True)]
-    assert [subject.group for subject in subjects] == [
-        f"row {r} step {s}" for r in "ab" for s in (10, 20)
-    ]
+    groups = [subject.group for subject in subjects]
+    assert groups == ["row a step 10", "row a step 20", "row b step 10", "row b step 20"]
     assert checkpoints.last_group(subjects) == "row a step 20"
 
 
-def over_steps(second):
-    """Of one run whose scores of twelve prompts at step 20 are its last step's plus ``second``."""
+def curves_of_one_run(advantage):
+    """Scores of twelve prompts at steps 10, 20 and 30, and a held-out loss at 10 and 30.
+
+    Args:
+        advantage: how much higher the scores at step 20 are than those at the last step.
+    """
     metrics = {"i2t": Metric("score", "", True, 100, ".1f"), HELDOUT_LOSS: LOSS}
     rows, entries = [], []
-    for step, change in ((10, -0.5), (20, second), (30, 0.0)):
+    for step, change in ((10, -0.5), (20, advantage), (30, 0.0)):
         name = f"step {step}"
         entries.append(Entry(name, name, about={"run": "dog", "step": step}))
-        for n in range(12):
-            noise = 0.01 * (-1) ** n * (step != 30)
-            rows.append(Row(name, name, 0, "i2t", f"prompt {n}", value=n / 100 + change + noise))
+        for number in range(12):
+            # Differences to the last step vary by 0.01, so that they have an interval.
+            noise = 0.0
+            if step != 30:
+                noise = 0.01 * (-1) ** number
+            score = number / 100 + change + noise
+            rows.append(Row(name, name, 0, "i2t", f"prompt {number}", value=score))
         if step != 20:
             rows.append(Row(name, name, None, HELDOUT_LOSS, value=step / 10))
-    result = Result("clip_scores", entries, metrics, rows=rows)
-    return checkpoints.curves(
-        result, lambda rows, control: compare.summaries(rows, control, compare.ITEM)
-    )
+
+    def summarize(rows, control):
+        return compare.summaries(rows, control, compare.ITEM)
+
+    return checkpoints.curves(Result("clip_scores", entries, metrics, rows=rows), summarize)
 
 
-@pytest.mark.parametrize(("second", "expected"), [(0.1, "excludes"), (0.001, "includes")])
-def test_the_best_step_and_how_sure_it_is(second, expected, tmp_path):
-    curves = over_steps(second)
+@pytest.mark.parametrize(("advantage", "verb"), [(0.1, "excludes"), (0.001, "includes")])
+def test_the_best_step_and_how_sure_it_is(advantage, verb, tmp_path):
+    curves = curves_of_one_run(advantage)
     score, loss = checkpoints.best(curves)
     assert score.startswith("score: best at step 20 (")
-    assert score.endswith(f"/12 items better: the interval {expected} zero.")
+    assert score.endswith(f"/12 items better: the interval {verb} zero.")
     assert loss.startswith("held-out loss: best at step 10 (1.0000), to the last step -2.0000")
     points = curves.over_training("dog", "i2t")
     assert [point.step for point in points] == [10, 20, 30]
-    assert all(p.interval and p.mean and p.interval[0] < p.mean < p.interval[1] for p in points)
+    for point in points:
+        assert point.mean is not None
+        assert point.interval[0] < point.mean < point.interval[1]
     assert [point.step for point in curves.over_training("dog", HELDOUT_LOSS)] == [10, 30]
-    assert checkpoints.draw(curves, tmp_path) in {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / checkpoints.draw(curves, tmp_path)).exists()

@@ -1,6 +1,6 @@
 """eval.dynamics and eval.generalization against plain computations."""
 
-from pathlib import Path
+import json
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ from eval import dynamics, generalization, table
 from eval import dynamics_curves as curves
 from eval.dynamics_curves import settles
 from eval.generalization import GAP, HELDOUT_LOSS, TRAINING_GRID_LOSS
-from eval.sources import run as opened
+from eval.sources import open_run
+from tests.eval.commands import result_of
 from tests.run import recorded_runs
 
 COSINES = st.lists(st.floats(-1, 1) | st.none(), max_size=12)
@@ -23,48 +24,69 @@ COSINES = st.lists(st.floats(-1, 1) | st.none(), max_size=12)
 
 @given(COSINES)
 def test_settling_is_the_start_of_the_last_stretch_above(values):
-    settled_step = settles(range(0, 2 * len(values), 2), values, 0.5)
-    points = [(2 * i, v) for i, v in enumerate(values) if v is not None]
-    stays = [step for i, (step, _) in enumerate(points) if all(v >= 0.5 for _, v in points[i:])]
-    if not stays:
+    steps = range(0, 2 * len(values), 2)
+    settled_step = settles(steps, values, 0.5)
+    points = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+    # Backwards from the end to the last point below the level.
+    stretch_start, last_below = None, None
+    for step, value in reversed(points):
+        if value < 0.5:
+            last_below = step
+            break
+        stretch_start = step
+    if stretch_start is None:
         assert settled_step is None
+    elif last_below is None:
+        assert settled_step == stretch_start
     else:
-        earlier = [step for step, _ in points if step < stays[0]]
-        assert (earlier[-1] if earlier else stays[0]) <= (settled_step or 0) <= stays[0]
-    # in between, on the straight line
+        assert settled_step is not None
+        assert last_below <= settled_step <= stretch_start
+
+
+def test_settling_is_interpolated_on_the_straight_line():
     assert settles([0, 10, 20, 30], [0.95, 0.5, 0.7, 1.0], 0.9) == pytest.approx(20 + 10 * 2 / 3)
+
+
+def float64_cosine(left_tensors, right_tensors):
+    """The cosine of two lists of tensors, each as one vector."""
+    left, right = (
+        np.concatenate([tensor.double().numpy().ravel() for tensor in tensors])
+        for tensors in (left_tensors, right_tensors)
+    )
+    return float(left @ right / np.linalg.norm(left) / np.linalg.norm(right))
 
 
 def test_cosines_are_those_of_the_whole_matrices():
     generator = torch.Generator().manual_seed(0)
     left, right = recorded_runs.factors(generator), recorded_runs.factors(generator)
+
+    def tensors_of(factors):
+        A = [layer.A for layer in factors]
+        B = [layer.B for layer in factors]
+        # B A in full, (out, in), which the code under test never makes
+        product = [layer.B.double() @ layer.A.double() for layer in factors]
+        return {"A": A, "B": B, "factors": A + B, "product": product}
+
+    left_tensors, right_tensors = tensors_of(left), tensors_of(right)
     cosines = curves.cosines(left, right)
-
-    def naive(*sides):
-        a, b = (np.concatenate([x.double().numpy().ravel() for x in side]) for side in sides)
-        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-
-    parts = {
-        "A": [[f.A for f in side] for side in (left, right)],
-        "B": [[f.B for f in side] for side in (left, right)],
-        "factors": [[x for f in side for x in (f.A, f.B)] for side in (left, right)],
-        "product": [[f.B.double() @ f.A.double() for f in side] for side in (left, right)],
-    }
-    for name, sides in parts.items():
-        assert cosines[name] == pytest.approx(naive(*sides), abs=1e-12)
+    assert cosines.keys() == left_tensors.keys()
+    for name, cosine in cosines.items():
+        expected = float64_cosine(left_tensors[name], right_tensors[name])
+        assert cosine == pytest.approx(expected, abs=1e-12)
+    # Factors of other ranks have no cosine, their products have one.
     wider = curves.cosines(left, recorded_runs.factors(generator, rank=3))
-    assert [wider[name] is None for name in curves.QUANTITIES] == [True, True, True, False]
-    zero = [f._replace(B=torch.zeros_like(f.B)) for f in left]
+    assert [name for name, cosine in wider.items() if cosine is not None] == ["product"]
+    zero = [layer._replace(B=torch.zeros_like(layer.B)) for layer in left]
     assert curves.cosines(zero, left)["product"] is None
 
 
 def test_curves_over_one_layer_and_over_all(tmp_path):
     run = recorded_runs.make(tmp_path / "run")
     layer = "unet.up.to_out"
-    run_curves = curves.read(opened(run, "run"), [layer])
+    run_curves = curves.read(open_run(run, "run"), [layer])
     files = snapshots.steps(run)
     last, middle = snapshots.read(files[10]), snapshots.read(files[4])
-    for name, where in ((curves.ALL_LAYERS, [0, 1, 2]), (layer, [2])):
+    for name, indices in ((curves.ALL_LAYERS, [0, 1, 2]), (layer, [2])):
         values = run_curves[name].values
         assert values["primary/product"][10] == pytest.approx(1)
         for role, adapter, final_adapter in (
@@ -72,49 +94,62 @@ def test_curves_over_one_layer_and_over_all(tmp_path):
             ("auxiliary", AUXILIARY, AUXILIARY),
             (curves.CROSS, AUXILIARY, PRIMARY),
         ):
-            factors = [middle.factors[adapter][i] for i in where]
-            final_factors = [last.factors[final_adapter][i] for i in where]
+            factors = [middle.factors[adapter][index] for index in indices]
+            final_factors = [last.factors[final_adapter][index] for index in indices]
             for quantity, value in curves.cosines(factors, final_factors).items():
                 assert values[f"{role}/{quantity}"][4] == value
         assert values["auxiliary_norm"][3] == 0.05
-    names = [f"layer.{i}" for i in range(10)]
     with pytest.raises(UserError, match="lacks layer"):
-        curves.read(opened(run, "run"), ["layer.3"])
+        curves.read(open_run(run, "run"), ["layer.3"])
+    # Random subspaces of rank 2 overlap by 2 / size. This layer is (4, 7), the others have 6 rows.
+    assert run_curves[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
+    mean_overlap = (2 / 6 + 2 / 6 + 2 / 4) / 3
+    all_layers = run_curves[curves.ALL_LAYERS]
+    assert all_layers.chance["column_overlap"] == pytest.approx(mean_overlap)
+
+
+def test_layers_with_curves_of_their_own_are_evenly_spaced():
+    names = [f"layer.{index}" for index in range(10)]
     assert curves.spread(names, 4) == ["layer.0", "layer.3", "layer.6", "layer.9"]
     assert curves.spread(names[:2], 4) == names[:2]
-    assert run_curves[layer].chance == {"column_overlap": 2 / 4, "row_overlap": 2 / 7}
-    assert run_curves[curves.ALL_LAYERS].chance["column_overlap"] == pytest.approx(
-        (2 / 6 + 2 / 6 + 2 / 4) / 3
-    )
+
+
+def auxiliary_share(step):
+    """Share of the auxiliary's way to its final weights: next to nothing before the last step."""
+    if step == 10:
+        return 1.0
+    return 0.1 * (step / 10) ** 20
 
 
 @pytest.fixture(scope="module")
 def late(tmp_path_factory):
     """Three seeds of Bi-LoRA, whose auxiliary moves at the end only, and two of LoRA-SAM."""
     folder = tmp_path_factory.mktemp("late")
-    course = {AUXILIARY: lambda step: (step / 10) ** 20 * (1 if step == 10 else 0.1)}
-    runs = [recorded_runs.make(folder / f"b{s}", "bilora", s, course=course) for s in range(3)]
-    ratio = (100.0, 2e4, 3e4)
-    runs += [recorded_runs.make(folder / f"sam{s}", "lora-sam", s, ratio=ratio) for s in range(2)]
-    assert dynamics.main([*map(str, runs), "--output_dir", str(folder / "out")]) == 0
-    return folder, table.read(folder / "out")
+    runs = []
+    course = {AUXILIARY: auxiliary_share}
+    for seed in range(3):
+        runs.append(recorded_runs.make(folder / f"b{seed}", "bilora", seed, course=course))
+    ratio = (100.0, 2e4, 3e4)  # two of three layers are above 1e4
+    for seed in range(2):
+        runs.append(recorded_runs.make(folder / f"sam{seed}", "lora-sam", seed, ratio=ratio))
+    return folder, result_of(dynamics.main, folder / "out", *runs)
 
 
 def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
     folder, result = late
-    for who in ("primary", "auxiliary"):
-        settled = {}
-        for row in result.select(f"settled {who}/product"):
-            all_layers = curves.read(opened(folder / row.subject, ""))[curves.ALL_LAYERS]
-            steps, cosines = zip(*all_layers.values[f"{who}/product"].items(), strict=True)
-            settled[row.seed] = row.value
+    for adapter in ("primary", "auxiliary"):
+        for row in result.select(f"settled {adapter}/product"):
+            all_layers = curves.read(open_run(folder / row.subject, ""))[curves.ALL_LAYERS]
+            cosine_of_step = all_layers.values[f"{adapter}/product"]
+            steps, cosines = list(cosine_of_step), list(cosine_of_step.values())
             assert row.value == settles(steps, cosines, 0.9)
-        line = result.summary("Bi-LoRA", f"settled {who}/product")
-        assert line.mean == pytest.approx(np.mean([*settled.values()]))
+        rows = result.select(f"settled {adapter}/product", "Bi-LoRA")
+        line = result.summary("Bi-LoRA", f"settled {adapter}/product")
+        assert line.mean == pytest.approx(np.mean([row.value for row in rows]))
     curve = result.curve("Bi-LoRA", "auxiliary/product")
     rows = result.select("auxiliary/product", "Bi-LoRA")
-    values = np.array([row.value for row in rows], dtype=float).reshape(3, 11)  # runs of steps
-    assert [point.mean for point in curve] == pytest.approx(values.mean(0))
+    values = np.array([row.value for row in rows], dtype=float).reshape(3, 11)  # (runs, steps)
+    assert [point.mean for point in curve] == pytest.approx(values.mean(axis=0))
     lag = result.summary("Bi-LoRA", "lag product")
     layers_above = result.summary("LoRA-SAM", "layers_above")
     assert lag.low > 0  # the auxiliary settles later
@@ -126,60 +161,73 @@ def test_key_figures_are_those_of_the_curves_and_files_are_whole(late):
     out = folder / "out"
     assert all((out / name).stat().st_size > 10_000 for name in names)
     tables = [table.FILE, table.REPORT, table.ROWS, table.SUMMARY]
-    assert {path.name for path in out.iterdir()} == {*names, *tables}
-    assert not any(str(folder) in (out / name).read_text() for name in tables)
+    assert sorted(path.name for path in out.iterdir()) == sorted(names + tables)
+    for name in tables:
+        assert str(folder) not in (out / name).read_text()
 
 
 STEPS = (0, 10, 20, 30)
 
 
 def losses(method, seed):
-    """Training loss falls; held-out loss falls and rises, less so for Bi-LoRA."""
+    """Step -> training and held-out loss.
+
+    Training loss falls; held-out loss falls and rises at the end, less so for Bi-LoRA.
+    """
     rise = 0.002 if method == "lora" else 0.0015 + 1e-4 * seed
-    return {
-        step: (0.1 - 0.001 * step, 0.1 - 0.0005 * step + rise * (i == 3) + 1e-3 * seed)
-        for i, step in enumerate(STEPS)
-    }
+    losses_of_step = {}
+    for step in STEPS:
+        training, heldout = 0.1 - 0.001 * step, 0.1 - 0.0005 * step + 1e-3 * seed
+        if step == STEPS[-1]:
+            heldout += rise
+        losses_of_step[step] = (training, heldout)
+    return losses_of_step
+
+
+def heldout_losses(method):
+    """Held-out loss of four seeds, (seeds, steps)."""
+    return np.array([[heldout for _, heldout in losses(method, s).values()] for s in range(4)])
 
 
 def make(folder, method, seed):
     run = folder / f"{method}{seed}"
-    return str(recorded_runs.make(run, method, seed, STEPS[1:], losses=losses(method, seed)))
+    return recorded_runs.make(run, method, seed, STEPS[1:], losses=losses(method, seed))
 
 
 def measure(folder, runs):
-    assert generalization.main([*runs, "--output_dir", str(folder / "out")]) == 0
-    return table.read(folder / "out")
+    return result_of(generalization.main, folder / "out", *runs)
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return measure(folder, [make(folder, m, s) for m in ("bilora", "lora") for s in range(4)])
+    runs = [make(folder, "bilora", seed) for seed in range(4)]
+    runs += [make(folder, "lora", seed) for seed in range(4)]
+    return measure(folder, runs)
 
 
 def test_losses_gap_and_differences(result):
     assert (result.groups, result.control) == (["Bi-LoRA", "LoRA"], "LoRA")
     for group, method in (("Bi-LoRA", "bilora"), ("LoRA", "lora")):
-        seed_losses = [losses(method, seed) for seed in range(4)]
-        values = np.array([[by_step[step] for step in STEPS] for by_step in seed_losses])
-        training, heldout = values[..., 0], values[..., 1]  # (seeds, steps)
-        for name, values in (
+        heldout = heldout_losses(method).mean(axis=0)
+        training = np.array([losses(method, 0)[step][0] for step in STEPS])  # equal for all seeds
+        for name, means in (
             (TRAINING_GRID_LOSS, training),
             (HELDOUT_LOSS, heldout),
             (GAP, heldout - training),
         ):
             curve = result.curve(group, name)
             assert [point.step for point in curve] == list(STEPS)
-            assert [point.mean for point in curve] == pytest.approx(values.mean(0))
-    changes = [losses("bilora", s)[30][1] - losses("lora", s)[30][1] for s in range(4)]
+            assert [point.mean for point in curve] == pytest.approx(means)
+    heldout = heldout_losses("bilora")
+    differences = heldout[:, -1] - heldout_losses("lora")[:, -1]
     final = result.summary("Bi-LoRA", f"final {GAP}")
-    assert (final.difference, final.lower) == (pytest.approx(np.mean(changes)), 4)
-    lowest = [min(value for _, value in losses("bilora", s).values()) for s in range(4)]
-    at_the_end = [losses("bilora", s)[30][1] for s in range(4)]
-    for name, values in (("best", lowest), ("equal_training", at_the_end)):
-        line = result.summary("Bi-LoRA", f"{name} {HELDOUT_LOSS}")
-        assert line.mean == pytest.approx(np.mean(values))
+    assert (final.difference, final.lower) == (pytest.approx(differences.mean()), 4)
+    best = result.summary("Bi-LoRA", f"best {HELDOUT_LOSS}")
+    assert best.mean == pytest.approx(heldout.min(axis=1).mean())
+    # All runs reach the same training loss, at their end.
+    equal = result.summary("Bi-LoRA", f"equal_training {HELDOUT_LOSS}")
+    assert equal.mean == pytest.approx(heldout[:, -1].mean())
     assert result.settings["equal_training"]["training_loss"] == pytest.approx(0.07)
 
 
@@ -187,13 +235,33 @@ def test_runs_of_other_data_are_not_paired_and_notes_say_what_was_trained_on(res
     assert "held-out images" in result.notes[0]
     run_losses, config = losses("lora", 0), {"model_name_or_path": "smollm2"}
     text = recorded_runs.make(tmp_path / "text", "lora", 0, STEPS[1:], config, losses=run_losses)
-    (note, *_) = measure(tmp_path, [str(text)]).notes
+    (note, *_) = measure(tmp_path, [text]).notes
     assert "held-out rows" in note
     assert "noise" not in note
     runs = [make(tmp_path, method, 0) for method in ("bilora", "lora")]
-    file = Path(runs[0]) / "metrics.jsonl"
+    file = runs[0] / "metrics.jsonl"
     file.write_text(file.read_text().replace('"digest": "0-', '"digest": "other-'))
     result = measure(tmp_path, runs)
     assert all(line.difference is None for line in result.summaries)
     assert any("saw other data or noise" in note for note in result.notes)
     assert "not paired" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_loss_by_noise_level_is_that_of_the_last_step(tmp_path):
+    runs = []
+    for method, at_level_125 in (("lora", 0.2), ("bilora", 0.15)):
+        run = make(tmp_path, method, 0)
+        log = run / "metrics.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        for line in lines:
+            # Only the last step's value may show.
+            is_last = line["step"] == STEPS[-1]
+            line["heldout_loss_by_level/125"] = at_level_125 if is_last else 9.0
+            line["heldout_loss_by_level/25"] = 0.5
+        log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        runs.append(run)
+    measure(tmp_path, runs)
+    report = (tmp_path / "out" / table.REPORT).read_text()
+    assert "| noise level | LoRA | Bi-LoRA minus LoRA |" in report
+    # Times 1000; levels in the order of their numbers.
+    assert report.index("| 25 | 500.00 |") < report.index("| 125 | 200.00 | -50.00 [n/a], 1/1 |")

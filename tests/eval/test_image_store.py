@@ -1,5 +1,7 @@
 """Images on disk: the same noise for all, made once, whatever the order, batch and processes."""
 
+import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from eval.subjects import single
 from tests.export.export_models import write_lora
 
 PROMPTS = [Prompt(f"a ToK icon of a {name}, in the style of ToK") for name in ("Owl", "Cat", "Sun")]
+SEEDS = (0, 7)
 SAMPLING = Sampling("mini", size=64, steps=2, guidance_scale=4.0)
 
 
@@ -34,14 +37,17 @@ def new_store(root, pipeline, **changes):
 
 @pytest.fixture(scope="module")
 def store_and_jobs(pipeline, tmp_path_factory):
-    """Four subjects, three prompts, two seeds, by label; tests only read it."""
+    """A store of four subjects, and each one's jobs of three prompts and two seeds, by label.
+
+    Tests only read it.
+    """
     folder = tmp_path_factory.mktemp("loras")
     zero = write_lora(folder / "zero", pipeline, size=0.0)
     random = write_lora(folder / "random", pipeline)
     text = write_lora(folder / "text", pipeline, size=3.0, components=("text_encoder",))
     subjects = single(["base", f"Zero={zero}", f"Random={random}", f"Text={text}"])
     store = new_store(tmp_path_factory.mktemp("store"), pipeline)
-    by_label = {subject.label: jobs(subject, PROMPTS, [0, 7]) for subject in subjects}
+    by_label = {subject.label: jobs(subject, PROMPTS, SEEDS) for subject in subjects}
     assert store.generate(all_jobs(by_label), progress=False) == 24
     return store, by_label
 
@@ -58,18 +64,22 @@ def test_jobs_are_ordered_and_every_adapter_starts_from_the_same_noise(store_and
     store, by_label = store_and_jobs
     files = [job.file for job in all_jobs(by_label)]
     assert len(set(files)) == 24
-    assert sorted(path.relative_to(store.root) for path in store.root.rglob("*.*")) == sorted(files)
+    files_of_store = [path.relative_to(store.root) for path in store.root.rglob("*.*")]
+    assert sorted(files_of_store) == sorted(files)
     base, zero = by_label["base model"], by_label["Zero"]
-    assert [(job.prompt, job.seed) for job in base] == [(p, s) for p in PROMPTS for s in (0, 7)]
+    expected = list(itertools.product(PROMPTS, SEEDS))
+    assert [(job.prompt, job.seed) for job in base] == expected
     assert base[0].file == Path("base-model/seed-0/001-a-tok-icon-of-a-owl-in-the-style-of-tok.png")
     assert zero[0].file.parts[0] == f"lora-{zero[0].subject.digest[:8]}"
     general = replace(PROMPTS[0], general=True)  # another file than the scored prompt's
     assert jobs(base[0].subject, [general], [0])[0].file != base[0].file
-    plain = pixels(store, base)
-    assert len(set(plain)) == 6
-    assert pixels(store, zero) == plain
+    base_pixels = pixels(store, base)
+    assert len(set(base_pixels)) == 6
+    # An adapter that adds nothing gives the base model's images, so the noise is the same.
+    assert pixels(store, zero) == base_pixels
     for label in ("Random", "Text"):
-        assert all(a != b for a, b in zip(pixels(store, by_label[label]), plain, strict=True))
+        for image, base_image in zip(pixels(store, by_label[label]), base_pixels, strict=True):
+            assert image != base_image
     with pytest.raises(UserError, match=r"gone\.png"):
         store.open(replace(base[0], file=Path("gone.png")))
 
@@ -79,31 +89,31 @@ def test_only_what_is_missing_or_damaged_is_made_again(
 ):
     counts: list[int] = []
 
-    def counted(pipeline, prompts, *args, **kwargs):
+    def counting_generate(pipeline, prompts, *args, **kwargs):
         counts.append(len(prompts))
         return generate(pipeline, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(images_module, "generate", counted)
-    todo, store = store_and_jobs[1]["Zero"], new_store(tmp_path, pipeline)
-    files = [tmp_path / job.file for job in todo]
-    for job, file in zip(todo, files, strict=True):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes((store_and_jobs[0].root / job.file).read_bytes())
+    monkeypatch.setattr(images_module, "generate", counting_generate)
+    whole_store, by_label = store_and_jobs
+    shutil.copytree(whole_store.root, tmp_path, dirs_exist_ok=True)
+    store, todo = new_store(tmp_path, pipeline), by_label["Zero"]
     assert store.missing(todo) == []
-    intact, cut, flipped, unlabelled, unfinished, no_picture = files
+
+    intact, cut, flipped, unlabelled, unfinished, no_picture = (tmp_path / j.file for j in todo)
     before = intact.stat().st_mtime_ns
     cut.write_bytes(cut.read_bytes()[:-20])
-    flipped.write_bytes(flipped.read_bytes()[:-300] + bytes(8) + flipped.read_bytes()[-292:])
+    content = flipped.read_bytes()
+    flipped.write_bytes(content[:-300] + bytes(8) + content[-292:])  # of the same size
     Image.new("RGB", (64, 64)).save(unlabelled)
     unfinished.rename(unfinished.with_name(f".tmp-{unfinished.name}"))  # as a kill leaves it
     no_picture.write_bytes(b"no picture")
     assert store.missing(todo) == todo[1:]
     assert store.generate(todo) == 5
     assert counts == [8]  # five images, and what fills the denoiser's batches
-    stderr = capsys.readouterr().err
-    assert "1/6" in stderr  # progress starts with what is there
-    assert "6/6" in stderr
-    assert pixels(store, todo) == pixels(store_and_jobs[0], todo)
+    progress = capsys.readouterr().err
+    assert "1/6" in progress  # it starts with what is there
+    assert "6/6" in progress
+    assert pixels(store, todo) == pixels(whole_store, todo)
     assert intact.stat().st_mtime_ns == before
     assert not list(tmp_path.rglob(".tmp-*"))
     monkeypatch.setattr(store, "pipeline", None)  # and none is asked for
@@ -113,19 +123,22 @@ def test_only_what_is_missing_or_damaged_is_made_again(
 def test_a_changed_parameter_makes_images_again(store_and_jobs, pipeline):
     store, by_label = store_and_jobs
     todo = all_jobs(by_label)
-    changes: list[dict[str, Any]] = [
-        *({"steps": 3}, {"size": 72}, {"guidance_scale": 5.0}, {"dtype": "bfloat16"}),
-        *({"lanes": 2}, {"base_model": "owner/other"}),
-    ]
-    for change in changes:
-        assert new_store(store.root, pipeline, **change).missing(todo) == todo
-    # The base model has nothing to scale or to leave out.
-    for change in ({"scale": 0.5}, {"guidance_from": "base"}):
-        assert new_store(store.root, pipeline, **change).missing(todo) == todo[6:]
+    changes: dict[str, Any] = {
+        "steps": 3,
+        "size": 72,
+        "guidance_scale": 5.0,
+        "dtype": "bfloat16",
+        "lanes": 2,
+        "base_model": "owner/other",
+    }
+    for name, value in changes.items():
+        assert new_store(store.root, pipeline, **{name: value}).missing(todo) == todo
+    # The base model, whose six jobs come first, has nothing to scale or to leave out.
+    for name, value in {"scale": 0.5, "guidance_from": "base"}.items():
+        assert new_store(store.root, pipeline, **{name: value}).missing(todo) == todo[6:]
     # Images of before there was the choice stay valid.
     assert "guidance_from" not in store.parameters(todo[-1])
-    for changed_jobs in (
-        [replace(job, subject=replace(job.subject, digest="0" * 64)) for job in todo],
-        [replace(job, prompt=Prompt("a cat")) for job in todo],
-    ):
-        assert store.missing(changed_jobs) == changed_jobs
+    for job in todo:
+        other_weights = replace(job.subject, digest="0" * 64)
+        for changed_job in (replace(job, subject=other_weights), replace(job, prompt=Prompt("a"))):
+            assert store.missing([changed_job]) == [changed_job]

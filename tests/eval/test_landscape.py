@@ -2,18 +2,21 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from bilora_diffusion.image.config import resolve
 from bilora_diffusion.run.runlog import RunLog
-from eval import landscape, landscape_surface, table
+from eval import landscape, landscape_surface
 from eval import landscape_points as points
 from eval.landscape_surface import Weight
+from tests.eval.commands import result_of
 from tests.scripts.runs import flags, two_icons
 
-NAMES = [f"{method}-{seed}" for method in ("lora", "bilora") for seed in range(2)]
+NAMES = ["lora-0", "lora-1", "bilora-0", "bilora-1"]
+CURVATURES = {"lora": 0.4, "bilora": 0.3, "full": 1.0, None: 0.5}  # by method
 TINY = ["--points", "5", "--grid", "3", "--directions", "2", "--ascent_steps", "1"]
 
 
@@ -23,103 +26,112 @@ def icons_run(folder, images, method="lora", seed=0, **options):
     config = resolve(flags(folder, **images)).to_dict()
     log.start(config | options, method=method, seed=seed, resume_step=None)
     log.close("finished", steps=2)
-    factors = {"A": torch.full((2, 4), float(seed)), "B": torch.full((4, 2), float(len(method)))}
+    # Only the hash of the weights is used, so that they differ by seed and method is enough.
+    weights = {
+        "unet.mid_block.to_q.lora_A.weight": torch.full((2, 4), float(seed)),
+        "unet.mid_block.to_q.lora_B.weight": torch.full((4, 2), float(len(method))),
+    }
     file = folder / "pytorch_lora_weights.safetensors"
     if method == "full":
         file = folder / "unet" / "diffusion_pytorch_model.safetensors"
         file.parent.mkdir()
-    save_file({f"unet.mid_block.to_q.lora_{k}.weight": v for k, v in factors.items()}, file)
+    save_file(weights, file)
     return folder
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    """A folder with the runs of NAMES and one of full fine-tuning."""
     root = tmp_path_factory.mktemp("landscape")
     images = {**two_icons(root), "validation_dataset": "none"}
     for name in NAMES:
-        icons_run(root / name, images, name[:-2], int(name[-1]))
+        method, _, seed = name.partition("-")
+        icons_run(root / name, images, method, int(seed))
     icons_run(root / "full", images, "full")
     return root
 
 
-def curvature(point):
-    return {"lora": 0.4, "bilora": 0.3, None: 0.5}.get(point.subject.method, 1.0) + 0.01 * (
-        point.subject.seed or 0
-    )
-
-
 @pytest.fixture
 def loaded(monkeypatch):
-    """Models whose loss is 1 + curvature ||W - 1||^2 / 2 for two weights; the labels loaded."""
+    """Models with the loss 1 + c ||W - 1||^2 / 2 in W, (2, 1); the labels of those loaded.
+
+    c is the method's curvature, and 0.01 more for each seed.
+    """
     labels = []
 
     def load(point, spaces, *_, **__):
-        labels.append(point.subject.label)
-        tensor = torch.ones(2, 1, dtype=torch.float64)
+        subject = point.subject
+        labels.append(subject.label)
+        curvature = CURVATURES[subject.method] + 0.01 * (subject.seed or 0)
+        W = torch.ones(2, 1, dtype=torch.float64)
 
         def terms():
-            return [1 + curvature(point) * (tensor - 1).square().sum() / 2]
+            return [1 + curvature * (W - 1).square().sum() / 2]
 
-        weights = {space: [Weight("W", tensor)] for space in spaces}
+        weights = {space: [Weight("W", W)] for space in spaces}
         return SimpleNamespace(spaces=weights, loss=SimpleNamespace(terms=terms))
 
     monkeypatch.setattr(points, "load", load)
     return labels
 
 
-def look(runs, out, *words):
-    arguments = [str(runs / word) if (runs / word).is_dir() else word for word in words]
-    assert landscape.main([*arguments, *TINY, "--output_dir", str(out)]) == 0
-    return table.read(out)
+def measure(out, *words):
+    return result_of(landscape.main, out, *words, *TINY)
 
 
 def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded):
-    result = look(runs, tmp_path, *NAMES, "full", "base", "--rho", "0.1")
+    names = [*NAMES, "full"]
+    folders = [runs / name for name in names]
+    result = measure(tmp_path, *folders, "base", "--rho", "0.1")
     assert result.groups == ["LoRA", "Bi-LoRA", "Full FT", "base"]
-    assert loaded == [entry.label for entry in result.subjects] == [*NAMES, "full", "base"]
-    for space in ("lora", "full"):
+    assert loaded == [entry.label for entry in result.subjects] == [*names, "base"]
+    # The two filters of W have norm 1. A direction has their norms; the range of positions is 1 in
+    # the space of LoRA and 0.3 in that of all weights. The mean curvature of two seeds is 0.305.
+    for space, step in (("lora", 1), ("full", 0.3)):
         line = result.summary("Bi-LoRA", "rise", space)
-        # two filters of norm 1, moved by 1 and by 0.3
-        step = {"lora": 1, "full": 0.3}[space]
         assert line.mean == pytest.approx(0.305 * step**2)
         assert line.difference == pytest.approx(-0.1 * step**2)
         assert (line.control, line.lower, line.pairs) == ("LoRA", 2, 2)
         assert result.summary("LoRA", "rise", space).pairs == 0  # pyright: ignore
     assert result.summary("base", "rise", "lora") is None
     profile = [row.value for row in result.select("profile", "LoRA", "lora")]
-    expected = []
-    for seed in range(2):
-        expected += 2 * [1 + (0.4 + 0.01 * seed) * t**2 for t in (-1, -0.5, 0, 0.5, 1)]
-    assert profile == pytest.approx(expected)
+    positions = np.array([-1, -0.5, 0, 0.5, 1])
+    first_seed, second_seed = 1 + 0.40 * positions**2, 1 + 0.41 * positions**2
+    # A line in each of two directions
+    expected = [first_seed, first_seed, second_seed, second_seed]
+    assert profile == pytest.approx(np.concatenate(expected))
+    # A plane is of a group's first seed.
     assert {row.subject for row in result.select("plane")} == {"lora-0", "bilora-0", "full", "base"}
     assert len(result.select("plane", "LoRA", "full")) == 9
     assert str(runs) not in (tmp_path / "result.json").read_text()
     assert result.figures == ["landscape.png", "landscape_grid.png"]
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in result.figures)
+    for name in result.figures:
+        assert (tmp_path / name).stat().st_size > 10_000
 
 
 def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded, monkeypatch):
-    line, calls = landscape_surface.line, 0
+    measure_line = landscape_surface.line
+    calls = 0
 
-    def interrupted(*words):
+    def interrupted_line(*arguments):
+        """Ctrl-C in the second of the profile's lines."""
         nonlocal calls
-        if len(words) == 5:  # a line of the plane has an offset
-            return line(*words)
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return line(*words)
+        if len(arguments) == 4:  # a line of the plane has an offset too
+            calls += 1
+            if calls == 2:
+                raise KeyboardInterrupt
+        return measure_line(*arguments)
 
-    monkeypatch.setattr(landscape_surface, "line", interrupted)
-    words = ["lora-0", "--space", "lora"]
-    arguments = [str(runs / "lora-0"), *words[1:], *TINY, "--output_dir", str(tmp_path)]
-    assert landscape.main(arguments) == 130
+    monkeypatch.setattr(landscape_surface, "line", interrupted_line)
+    words = [str(runs / "lora-0"), "--space", "lora"]
+    assert landscape.main([*words, *TINY, "--output_dir", str(tmp_path)]) == 130
     assert not (tmp_path / "result.json").exists()
-    first = look(runs, tmp_path, *words)
+    first = measure(tmp_path, *words)
     assert calls == 3  # the first direction was cached
-    del loaded[:]
-    assert look(runs, tmp_path, *words).rows == first.rows
+    loaded.clear()
+    assert measure(tmp_path, *words).rows == first.rows
     assert (calls, loaded) == (3, [])
-    second_seed = look(runs, tmp_path, *words, "--seed", "1")
+    # Another seed has other directions, and the same loss at the weights.
+    second_seed = measure(tmp_path, *words, "--seed", "1")
     assert second_seed.select("loss") == first.select("loss")
     assert (calls, loaded) == (5, ["lora-0"])

@@ -15,42 +15,45 @@ RHO = 0.3
 
 
 class Quadratic:
-    """L(w) = w^T H w / 2 + b^T w + 3 in float64, in two terms, w being a (4, 3) and a (2, 4)
-    matrix, filters the rows of one and the columns of the other; H has eigenvalues of both signs
-    unless it is convex.
+    """L(w) = w^T H w / 2 + b^T w + 3 in float64, as three terms.
+
+    w is a (4, 3) matrix, whose filters are its rows, and a (2, 4) matrix, whose filters are its
+    columns. H has eigenvalues of both signs unless it is convex.
     """
 
-    def __init__(self, seed, convex=False):
-        random = torch.Generator().manual_seed(seed)
+    def __init__(self, seed, is_convex=False):
+        generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape):
-            return torch.randn(*shape, generator=random, dtype=torch.float64)
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         self.tensors = [normal(4, 3), normal(2, 4)]
-        unused = Weight("unused", torch.zeros(1, 1, dtype=torch.float64))
         self.weights = [
-            Weight("a", self.tensors[0], 0),
-            Weight("b", self.tensors[1], 1),
-            unused,
+            Weight("a", self.tensors[0], filter_dim=0),
+            Weight("b", self.tensors[1], filter_dim=1),
+            # The loss does not depend on it.
+            Weight("unused", torch.zeros(1, 1, dtype=torch.float64)),
         ]
         root = normal(20, 20)
-        self._matrix, self._slope = root @ root.T if convex else root + root.T, normal(20)
+        self._H = root @ root.T if is_convex else root + root.T
+        self._b = normal(20)
 
     def loss(self):
         w = torch.cat([tensor.flatten() for tensor in self.tensors])
-        yield w @ self._matrix @ w / 2
-        yield self._slope @ w
+        yield w @ self._H @ w / 2
+        yield self._b @ w
         yield torch.tensor(3.0)
 
     @property
     def hessian(self):
-        return self._matrix.numpy()
+        return self._H.numpy()
 
     def flat(self, parts):
+        """The parts of the two matrices as one vector, (20,); that of the unused weight is last."""
         return np.concatenate([part.detach().numpy().ravel() for part in parts])[:20]
 
     def gradient(self):
-        return self.hessian @ self.flat(self.tensors) + self._slope.numpy()
+        return self.hessian @ self.flat(self.tensors) + self._b.numpy()
 
 
 def directions(weights):
@@ -75,20 +78,25 @@ def test_each_filter_gets_the_norm_of_its_weight_by_hand():
 def test_a_quadratics_profile_and_plane_have_the_curvature_of_its_hessian():
     problem = Quadratic(seed=4)
     both = directions(problem.weights)
-    d = np.stack([problem.flat(direction) for direction in both])
+    d = np.stack([problem.flat(direction) for direction in both])  # (2, 20)
+
+    # A profile along d: L(w + t d) = L(w) + t g^T d + t^2 d^T H d / 2
     positions = surface.coordinates(0.5, 21)
     assert (positions[0], positions[10], positions[20]) == (-0.5, 0.0, 0.5)
     losses = surface.line(problem.weights, problem.loss, both[1], positions)
     fitted = np.polyfit(positions, losses, 2)
     assert 2 * fitted[0] == pytest.approx(d[1] @ problem.hessian @ d[1], rel=0.01)
     assert fitted[1] == pytest.approx(problem.gradient() @ d[1], rel=0.01)
+
+    # A plane: second differences on a grid of 5 x 5 points, w in the middle
     positions = surface.coordinates(1.0, 5)
     grid = np.array(surface.plane(problem.weights, problem.loss, both, positions))
     step = positions[1] - positions[0]
-    for axis, column in ((0, grid[:, 2]), (1, grid[2, :])):
-        curvature = (column[3] - 2 * column[2] + column[1]) / step**2
+    for axis, middle_line in ((0, grid[:, 2]), (1, grid[2, :])):
+        curvature = (middle_line[3] - 2 * middle_line[2] + middle_line[1]) / step**2
         assert curvature == pytest.approx(d[axis] @ problem.hessian @ d[axis], rel=0.01)
     corners = grid[3, 3] - grid[3, 1] - grid[1, 3] + grid[1, 1]
+    # d_0^T H d_1, the mixed derivative
     assert corners / (4 * step**2) == pytest.approx(d[0] @ problem.hessian @ d[1], rel=0.01)
     assert losses[10] == grid[2, 2] == surface.evaluate(problem.loss)
 
@@ -98,7 +106,8 @@ def test_a_quadratics_profile_and_plane_have_the_curvature_of_its_hessian():
 def test_weights_and_flags_are_restored_bit_for_bit(kind, fails_at):
     dtype = torch.bfloat16 if kind == "plane" else torch.float32
     layer = nn.Linear(5, 3).requires_grad_(False).to(dtype)
-    values, memory, calls = layer.weight.clone(), layer.weight.data_ptr(), 0
+    values, memory = layer.weight.clone(), layer.weight.data_ptr()
+    calls = 0
 
     def loss():
         nonlocal calls
@@ -108,8 +117,10 @@ def test_weights_and_flags_are_restored_bit_for_bit(kind, fails_at):
         yield layer(torch.ones(2, 5, dtype=dtype)).pow(2).sum()
 
     weights = [Weight("layer", layer.weight)]
-    fails = pytest.raises(RuntimeError, match="out of memory")
-    with contextlib.nullcontext() if fails_at is None else fails:
+    outcome = contextlib.nullcontext()
+    if fails_at is not None:
+        outcome = pytest.raises(RuntimeError, match="out of memory")
+    with outcome:
         if kind == "plane":
             surface.plane(weights, loss, directions(weights), surface.coordinates(1.0, 3))
         else:
@@ -120,24 +131,27 @@ def test_weights_and_flags_are_restored_bit_for_bit(kind, fails_at):
     assert layer.weight.grad is None
 
 
-@pytest.mark.parametrize("convex", [True, False])
+@pytest.mark.parametrize("is_convex", [True, False])
 @pytest.mark.parametrize("rho", [0.05, 2.0])
-def test_a_quadratics_sharpness_agrees_with_scipy(convex, rho):
-    problem = Quadratic(seed=5, convex=convex)
-    slope, matrix = problem.gradient(), problem.hessian
+def test_a_quadratics_sharpness_agrees_with_scipy(is_convex, rho):
+    """max over ||e|| <= rho of L(w + e) - L(w) = g^T e + e^T H e / 2."""
+    problem = Quadratic(seed=5, is_convex=is_convex)
+    gradient, H = problem.gradient(), problem.hessian
 
-    def negative(x):
-        e = rho * x / max(1.0, float(np.linalg.norm(x)))  # covers the ball
-        return -float(slope @ e + e @ matrix @ e / 2)
+    def negative_rise(x):
+        e = rho * x / max(1.0, float(np.linalg.norm(x)))  # maps all of R^20 onto the ball
+        return -float(gradient @ e + e @ H @ e / 2)
 
-    starts = [slope, *np.random.default_rng(0).normal(size=(12, 20))]
-    highest = max(-minimize(negative, x, method="BFGS").fun for x in starts)
+    # BFGS finds a local maximum; the highest from many starts is taken for the maximum.
+    starts = [gradient, *np.random.default_rng(0).normal(size=(12, 20))]
+    highest = max(-minimize(negative_rise, x, method="BFGS").fun for x in starts)
     assert sharpness(problem.weights, problem.loss, rho, 150) == pytest.approx(highest, rel=1e-4)
 
 
 def test_where_the_rise_is_known():
     w = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
     rise = sharpness([Weight("w", w)], lambda: [-(w**2).sum()], 5.0, steps=60)
-    assert rise == pytest.approx(0.13, rel=1e-6)  # a maximum inside the ball is not left
+    # The maximum of -||w||^2 is 0, inside the ball: it is not left.
+    assert rise == pytest.approx(0.3**2 + 0.2**2, rel=1e-6)
     w = torch.zeros(1, 3, dtype=torch.float64)  # no gradient leads away from a stationary point
     assert sharpness([Weight("w", w)], lambda: [(w**2).sum()], RHO) == 0

@@ -18,11 +18,7 @@ from tests.scripts.runs import two_icons
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 EXPERIMENT = str(ROOT / "eval" / "experiments" / "lora_bilora.yaml")
-STEPS = {
-    "": "name run folders",
-    "steps base": "base is not a run folder",
-    "file": "file is not a run folder",
-}
+# Command -> arguments -> words of the sentence
 CASES: dict[str, dict[str, str]] = {
     "clip_scores": {
         "icons --prompt x": 'did you mean "--prompts"',
@@ -40,7 +36,9 @@ CASES: dict[str, dict[str, str]] = {
         f"base --base_model {SDXL} --scorer embedded": "--scorer embedded",
         "damaged": "damaged/run.json is ",
         "steps --steps 10": "a run on text: use python -m eval.text_scores",
-        **{f"{words} --steps all": sentence for words, sentence in STEPS.items()},
+        "--steps all": "name run folders",
+        "steps base --steps all": "base is not a run folder",
+        "file --steps all": "file is not a run folder",
     },
     "text_scores": {
         "steps --steps 10,15": "no checkpoint of step 15; it has 10, 20",
@@ -50,13 +48,16 @@ CASES: dict[str, dict[str, str]] = {
         "icons --benchmarks heldout": "eval.clip_scores",
         "steps --steps soon": '"soon"',
         "damaged --benchmarks heldout": "damaged/run.json is ",
-        **{f"{words} --steps all": sentence for words, sentence in STEPS.items()},
+        "--steps all": "name run folders",
+        "steps base --steps all": "base is not a run folder",
+        "file --steps all": "file is not a run folder",
     },
     "landscape": {
         "base": "no training images",
-        "text": "not a run of SDXL DreamBooth",
+        "text": "not a run on images",
         "icons other-images": "differ in images",
         "icons small": "differ in --resolution",
+        "icons weighted": "--snr_weighting",
         "full --space lora": "has no adapter",
         "newer": "warp_factor",
         "damaged": "damaged/run.json is ",
@@ -91,8 +92,9 @@ def place(tmp_path_factory):
     images = {**two_icons(root), "validation_dataset": "none"}
     icons_run(root / "icons", images)
     icons_run(root / "full", images, "full")
-    icons_run(root / "newer", images, warp_factor=9)
+    icons_run(root / "newer", images, warp_factor=9)  # an option of a later version
     icons_run(root / "small", images, resolution=32)
+    icons_run(root / "weighted", images, snr_weighting="diffusers")
     icons_run(root / "other-images", images, dataset_name=str(root / "validation_dataset"))
     (icons_run(root / "unfinished", images) / "pytorch_lora_weights.safetensors").unlink()
     text_run(root / "text")
@@ -101,13 +103,12 @@ def place(tmp_path_factory):
     recorded_runs.make(root / "a", steps=(0, 2, 4))
     recorded_runs.make(root / "late", seed=1, steps=(1, 3, 5))
     recorded_runs.make(root / "bare", "lora", steps=())
-    torn = snapshots.steps(recorded_runs.make(root / "torn", steps=(0, 5, 6)))[5]
-    torn.write_bytes(torn.read_bytes()[:-40])
-    for name, change in {"damaged": {"config": None}, "unseeded": {"seed": "x"}}.items():
-        file = recorded_runs.make(root / name) / "run.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    words = '{"step": 1, "heldout_loss": "x"}'
-    for name, line in {"nested": "[" * 100_000, "words": words}.items():
+    torn_snapshot = snapshots.steps(recorded_runs.make(root / "torn", steps=(0, 5, 6)))[5]
+    torn_snapshot.write_bytes(torn_snapshot.read_bytes()[:-40])
+    change_record(recorded_runs.make(root / "damaged"), config=None)
+    change_record(recorded_runs.make(root / "unseeded"), seed="x")
+    lines = {"nested": "[" * 100_000, "words": '{"step": 1, "heldout_loss": "x"}'}
+    for name, line in lines.items():
         run = recorded_runs.make(root / name, losses={0: (1.0, 1.0), 10: (0.5, 0.5)})
         with (run / "metrics.jsonl").open("a") as file:
             file.write(f"{line}\n")
@@ -116,21 +117,33 @@ def place(tmp_path_factory):
     return root
 
 
+def change_record(run, **changes):
+    file = run / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def cases():
-    """Every command with its command lines; the list of benchmarks takes seconds to load."""
+    """Each command with its command lines, as parameters of a test."""
     for command, lines in CASES.items():
         for line in lines:
+            # The harness's list of benchmarks takes seconds to load.
             marks = [pytest.mark.slow] if line == "steps --benchmarks toy" else []
             yield pytest.param(command, line, marks=marks)
 
 
+def modification_times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize(("command", "line"), cases())
 def test_bad_input_is_one_sentence(command, line, place, monkeypatch, capsys):
-    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    before = modification_times(place)
     monkeypatch.chdir(place)
-    elsewhere = [] if "--output_dir" in line else ["--output_dir", "out"]
-    assert import_module(f"eval.{command}").main([*line.split(), *elsewhere]) == 2
+    words = line.split()
+    if "--output_dir" not in words:
+        words += ["--output_dir", "out"]
+    assert import_module(f"eval.{command}").main(words) == 2
     *_, sentence = capsys.readouterr().err.splitlines()
     assert sentence.startswith("error: ")
     assert CASES[command][line] in sentence
-    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    assert modification_times(place) == before

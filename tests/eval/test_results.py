@@ -38,7 +38,8 @@ RESULT = Result(
 
 
 def test_a_result_comes_back(tmp_path):
-    for result in (Result("sweep", subjects=[], rows=[], summaries=[]), RESULT):
+    empty = Result("sweep", subjects=[], rows=[], summaries=[])
+    for result in (empty, RESULT):
         table.write(result, tmp_path, "# Report")
         assert table.read(tmp_path) == result
     names = ["report.md", "result.json", "rows.csv", "summary.csv"]
@@ -51,51 +52,55 @@ HEAD = "subject,group,seed,metric,item,step,value,note\n"
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "words"),
+    ("file", "text", "sentence"),
     [
         ("rows.csv", f"{HEAD}a,b,0,c,,,high,\n", "rows.csv is damaged"),
         ("rows.csv", "subject,group\na,b\n", "is damaged"),
         ("summary.csv", "\x00", "summary.csv is damaged"),
         (table.FILE, None, r"holds no result\.json"),
         (table.FILE, '{"schema_version": 9, "kind": "sweep"}', r"version 9, .* eval\.sweep"),
-        *((table.FILE, text, "is damaged") for text in ("{}", "{")),
+        (table.FILE, "{}", "is damaged"),
+        (table.FILE, "{", "is damaged"),
     ],
 )
-def test_what_is_no_result_of_this_version_is_refused(tmp_path, file, text, words):
+def test_what_is_no_result_of_this_version_is_refused(tmp_path, file, text, sentence):
     table.write(RESULT, tmp_path, "")
     (tmp_path / file).unlink()
     if text is not None:
         (tmp_path / file).write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=sentence):
         table.read(tmp_path)
 
 
 def test_a_curve_has_the_steps_that_all_of_a_group_have():
-    points = ((5, 2, 1.0), (0, 2, None), (9, 1, 2.0))
-    lines = [Summary("LoRA", "loss", step=s, count=c, mean=m) for s, c, m in points]
+    lines = [
+        Summary("LoRA", "loss", step=5, count=2, mean=1.0),
+        Summary("LoRA", "loss", step=0, count=2, mean=None),
+        Summary("LoRA", "loss", step=9, count=1, mean=2.0),  # a run has ended
+    ]
     curve = replace(RESULT, summaries=lines).curve("LoRA", "loss")
     assert [(point.step, point.mean) for point in curve] == [(0, None), (5, 1.0)]
 
 
-SMALL: list[tuple[tuple[float, ...], str]] = [
-    ((-4e-6, -8e-6, -1e-6), "-0.0040 [-0.0080, -0.0010], 5/5"),  # by its interval
-    ((-4e-6,), "-0.0040 [n/a], 5/5"),  # by itself
-    ((-1e-2, -3e-2, 1e-2), "-10.00 [-30.00, +10.00], 5/5"),
-    ((0.0, 0.0, 0.0), "+0.00 [+0.00, +0.00], 5/5"),
-    ((1e-17, 0.0, 3e-17), "+0.0000 [+0.0000, +0.0000], 5/5"),  # no more than rounding
-]
-
-
-@pytest.mark.parametrize(("values", "text"), SMALL)
-def test_a_difference_is_shown_with_the_digits_of_its_interval(values, text):
-    difference, low, high = (*values, None, None)[:3]
-    line = Summary("a", "loss", difference=difference, lower=5)
-    line = replace(line, difference_low=low, difference_high=high)
-    assert report.difference(line, RESULT.metrics["loss"]) == text
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "text"),
+    [
+        (-4e-6, -8e-6, -1e-6, "-0.0040 [-0.0080, -0.0010], 5/5"),
+        (-4e-6, None, None, "-0.0040 [n/a], 5/5"),  # the digits follow the difference itself
+        (-1e-2, -3e-2, 1e-2, "-10.00 [-30.00, +10.00], 5/5"),
+        (0.0, 0.0, 0.0, "+0.00 [+0.00, +0.00], 5/5"),
+        (1e-17, 0.0, 3e-17, "+0.0000 [+0.0000, +0.0000], 5/5"),  # no more than rounding
+    ],
+)
+def test_a_difference_is_shown_with_the_digits_of_its_interval(difference, low, high, text):
+    interval = {"difference_low": low, "difference_high": high}
+    line = Summary("a", "loss", difference=difference, lower=5, **interval)
+    assert report.difference(line, RESULT.metrics["loss"]) == text  # times 1000
 
 
 def test_a_mean_is_shown_with_the_digits_of_its_interval():
-    line, metric = Summary("a", "loss", mean=0.5, low=0.49999, high=0.50001), RESULT.metrics["loss"]
+    line = Summary("a", "loss", mean=0.5, low=0.49999, high=0.50001)
+    metric = RESULT.metrics["loss"]
     assert report.mean(line, metric) == "500.000 [499.990, 500.010]"
     assert report.mean(line, metric, intervals=False) == "500.00"
 
@@ -108,6 +113,7 @@ def test_one_result_does_not_replace_another(tmp_path):
         command.require_free(tmp_path, "sweep")
 
 
+# What the cached values depend on
 ABOUT = {"digest": "abc", "levels": (1, 2)}
 
 
@@ -126,10 +132,10 @@ def test_a_value_is_measured_once(tmp_path):
     assert cache.get(["line", 1]) is None
     cache.put("none", None)
     assert Cache(tmp_path, ABOUT).item("none", pytest.fail) is None
-    # What the values depend on tells them apart.
+    # Values that depend on something else are not mixed with these, also of two commands at once.
     other_cache = Cache(tmp_path, ABOUT | {"digest": "def"})
     assert "none" not in other_cache
-    other_cache.put("none", 2.0)  # two commands at once do not meet
+    other_cache.put("none", 2.0)
     cache.put("rise", 3.0)
     assert Cache(tmp_path, ABOUT).get("none") is None
 
@@ -145,129 +151,159 @@ def test_what_a_kill_tore_off_is_measured_again(tmp_path, torn):
     assert Cache(tmp_path, ABOUT).get("b") == 3
 
 
-COMMANDS = {
-    "clip_scores": "scores-lora-bilora",
-    **{name: name for name in ("dynamics", "generalization", "landscape", "text_scores")},
-}
-"""Command -> its folder of results."""
+def parser_of(command_name):
+    """The parser of ``python -m eval.COMMAND_NAME``."""
+    return import_module(f"eval.{command_name}").main.__self__.parser()
 
 
 @pytest.fixture
-def parsers(tmp_path, monkeypatch):
-    """``parsers(name)``, in a folder with two runs in ``demo`` and another elsewhere."""
+def demo(tmp_path, monkeypatch):
+    """Two runs in the folder ``demo`` of the working folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("demo/lora", "demo/bilora", "other/lora"):
-        (tmp_path / name).mkdir(parents=True)
-        for file in ("run.json", "pytorch_lora_weights.safetensors"):
-            (tmp_path / name / file).touch()
-    return lambda name: import_module(f"eval.{name}").main.__self__.parser()
+    for run in (Path("demo/lora"), Path("demo/bilora")):
+        run.mkdir(parents=True)
+        (run / "run.json").touch()
+        (run / FILE_NAME).touch()
+    return Path("demo")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_results_lie_beside_the_runs(name, parsers):
-    words, parser = ["demo/lora", "demo/bilora/"], parsers(name)
-    assert parser.read(words).output_dir == Path("demo") / COMMANDS[name]
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("clip_scores", "scores-lora-bilora"),
+        ("dynamics", "dynamics"),
+        ("generalization", "generalization"),
+        ("landscape", "landscape"),
+        ("text_scores", "text_scores"),
+    ],
+)
+def test_results_lie_beside_the_runs(name, folder, demo):
+    words, parser = ["demo/lora", "demo/bilora/"], parser_of(name)
+    assert parser.read(words).output_dir == demo / folder
     assert parser.read([*words, "--output_dir", "x"]).output_dir == Path("x")
-    summary = (import_module(f"eval.{name}").__doc__ or "").partition("\n")[0]
-    assert parser.description == summary
+    docstring = import_module(f"eval.{name}").__doc__ or ""
+    assert parser.description == docstring.partition("\n")[0]
 
 
-def test_other_questions_have_other_folders(parsers, tmp_path):
-    questions = ["", "demo/lora", "demo/lora base", "L=demo/lora", "demo/lora --steps all"]
-    questions += ["demo/lora --prompts my/two.txt", f"demo/bilora/{FILE_NAME}"]
-    questions += [" ".join(f"r{number}" for number in [*range(5), last]) for last in (6, 7)]
-    folders = [parsers("clip_scores").read(words.split()).output_dir for words in questions]
-    assert folders[:7] == [
-        *(Path("demo/scores"), Path("demo/scores-lora"), Path("demo/scores-lora-base")),
-        *(Path("demo/scores-L"), Path("demo/scores-lora-steps"), Path("demo/scores-lora-two")),
-        Path("demo/scores-bilora"),
-    ]
-    assert len(set(folders)) == len(folders)
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("", "scores"),
+        ("demo/lora", "scores-lora"),
+        ("demo/lora base", "scores-lora-base"),
+        ("L=demo/lora", "scores-L"),
+        ("demo/lora --steps all", "scores-lora-steps"),
+        ("demo/lora --prompts my/two.txt", "scores-lora-two"),
+        (f"demo/bilora/{FILE_NAME}", "scores-bilora"),
+    ],
+)
+def test_other_questions_have_other_folders(words, folder, demo):
+    assert parser_of("clip_scores").read(words.split()).output_dir == demo / folder
+
+
+def test_other_sets_of_many_runs_have_other_folders(demo):
+    names = ["r0", "r1", "r2", "r3", "r4"]
+    parser = parser_of("clip_scores")
+    folder, other_folder = (parser.read([*names, last]).output_dir for last in ("r6", "r7"))
+    assert folder != other_folder
 
 
 def test_a_result_leaves_no_figure_of_the_last(tmp_path, capsys):
-    (tmp_path / "out").mkdir()
+    out = tmp_path / "out"
+    out.mkdir()
     for name in ("steps.png", "grid.png", "own.png", "../kept.png"):
-        (tmp_path / "out" / name).touch()
+        (out / name).touch()
+    # A damaged record may name a picture outside of the folder.
     figures = ["steps.png", "grid.png", "../kept.png"]
-    table.write(replace(RESULT, figures=figures), tmp_path / "out", "")
-    command.remove_last_figures(tmp_path / "out", "another command", ["grid.png"])
-    left = sorted(path.name for path in tmp_path.rglob("*.png"))
-    assert left == ["grid.png", "kept.png", "own.png"]
+    table.write(replace(RESULT, figures=figures), out, "")
+    command.remove_last_figures(out, "another command", ["grid.png"])
+    pictures = sorted(path.name for path in tmp_path.rglob("*.png"))
+    assert pictures == ["grid.png", "kept.png", "own.png"]
     assert RESULT.provenance.command in capsys.readouterr().out
-    command.remove_last_figures(tmp_path / "out", RESULT.provenance.command, figures)
+    command.remove_last_figures(out, RESULT.provenance.command, figures)
     assert not capsys.readouterr().out
 
 
-def test_results_and_logs_among_runs_are_left_out(parsers, capsys):
+def test_results_and_logs_among_runs_are_left_out(demo, capsys):
     for name in ("scores", "sweep"):
-        Path("demo", name).mkdir()
-        Path("demo", name, table.FILE).touch()
+        (demo / name).mkdir()
+        (demo / name / table.FILE).touch()
     for name in ("lora.log", "sweep.json", "notes", "adapter.safetensors"):
-        Path("demo", name).touch()
-    words = [str(path) for path in sorted(Path("demo").iterdir())]
-    read = parsers("dynamics").read([*words, "demo/missing"])
-    expected = ["demo/adapter.safetensors", "demo/bilora", "demo/lora", "demo/missing"]
-    assert read.runs == expected
+        (demo / name).touch()
+    words = [str(path) for path in sorted(demo.iterdir())]
+    parser = parser_of("dynamics")
+    runs = parser.read([*words, "demo/missing"]).runs
+    assert runs == ["demo/adapter.safetensors", "demo/bilora", "demo/lora", "demo/missing"]
     left_out = "demo/lora.log, demo/notes, demo/scores, demo/sweep, demo/sweep.json"
     assert left_out in capsys.readouterr().err
-    assert parsers("dynamics").read(["demo/notes"]).runs == ["demo/notes"]  # to be refused by name
+    # A file that is named alone stays, to be refused by its name.
+    assert parser.read(["demo/notes"]).runs == ["demo/notes"]
 
 
-def test_groups_by_setting(tmp_path):
-    def run(name, method, seed, **config):
+@pytest.fixture
+def run(tmp_path):
+    """``run(name, method, seed, **config)``: the path of a run with these options."""
+
+    def make_run(name, method, seed=0, **config):
         return str(recorded_runs.make(tmp_path / name, method, seed, steps=(), config=config))
 
-    plain = [run(f"b{seed}", "bilora", seed) for seed in (1, 0)]
-    fast = run("fast", "bilora", 0, auxiliary_learning_rate=1e-2)
-    # rho plays no part in LoRA, nor does where a run lies
-    lora = [run(f"l{i}", "lora", i, rho=0.1 * i + 0.1, output_dir=str(i)) for i in range(2)]
-    groups = by_group(gather([*plain, fast, *lora]))
-    assert {label: [run.seed for run in runs] for label, runs in groups.items()} == {
+    return make_run
+
+
+def test_runs_are_grouped_by_method_and_settings(run):
+    words = [
+        run("b1", "bilora", 1),
+        run("b0", "bilora", 0),
+        run("fast", "bilora", 0, auxiliary_learning_rate=1e-2),
+        # LoRA ignores rho, and where a run lies has no influence.
+        run("l0", "lora", 0, rho=0.1, output_dir="0"),
+        run("l1", "lora", 1, rho=0.2, output_dir="1"),
+    ]
+    groups = by_group(gather(words))
+    seeds = {label: [subject.seed for subject in members] for label, members in groups.items()}
+    assert seeds == {
         "Bi-LoRA (auxiliary_learning_rate=0.001)": [0, 1],
         "Bi-LoRA (auxiliary_learning_rate=0.01)": [0],
         "LoRA": [0, 1],
     }
-    assert [run.label for run in groups["LoRA"]] == ["l0", "l1"]
-    subjects = gather([lora[0]], [f"mine = {plain[0]},{plain[1]}"])
-    assert [run.group for run in subjects] == ["LoRA", "mine", "mine"]
-    assert gather(plain)[0].group == "Bi-LoRA"
-    namesakes = [run(f"{seed}/run", "lora", seed) for seed in range(2)]
+    assert [subject.label for subject in groups["LoRA"]] == ["l0", "l1"]
+    assert gather(words[:2])[0].group == "Bi-LoRA"
+    namesakes = [run("0/run", "lora", 0), run("1/run", "lora", 1)]
     assert [subject.label for subject in gather(namesakes)] == ["run", "run-2"]
-    same_seed = run("again", "bilora", 0)
+
+
+def test_runs_are_grouped_by_a_label(run):
+    first, second, lora = run("b0", "bilora"), run("b1", "bilora", 1), run("l0", "lora")
+    subjects = gather([lora], [f"mine = {first},{second}"])
+    assert [subject.group for subject in subjects] == ["LoRA", "mine", "mine"]
     for words, groups, sentence in (
-        ([*plain, same_seed], [], "are both seed 0"),
-        ([], [f"x={plain[0]},{lora[1]}"], "mixes bilora and lora"),
-        ([lora[0]], [f"LoRA={lora[1]}"], 'two groups are called "LoRA"'),
+        ([first, run("same-seed", "bilora")], [], "are both seed 0"),
+        ([], [f"x={first},{lora}"], "mixes bilora and lora"),
+        ([lora], [f"LoRA={second}"], 'two groups are called "LoRA"'),
     ):
         with pytest.raises(UserError, match=sentence):
             gather(words, groups)
 
 
-def test_runs_that_differ_in_more_than_the_method_are_named_with_the_settings(tmp_path):
-    def run(name, method, **config):
-        return str(recorded_runs.make(tmp_path / name, method, steps=(), config=config))
-
-    lora = run("dog", "lora", rank=8, max_train_steps=40, dataset_name="photos/dog", rho=1.0)
+def test_runs_that_differ_in_more_than_the_method_are_named_with_the_settings(run):
+    dog = {"rank": 8, "max_train_steps": 40, "dataset_name": "photos/dog"}
+    lora = run("dog", "lora", rho=1.0, **dog)
     bilora = run("cat", "bilora", rank=4, max_train_steps=500, dataset_name="photos/cat")
-    alike = run("dog-2", "bilora", rank=8, max_train_steps=40, dataset_name="photos/dog")
+    alike = run("dog-2", "bilora", **dog)
     sentence = settings_note(single([lora, bilora], weights=False))
     assert sentence == "LoRA, Bi-LoRA differ in: data dog / cat, steps 40 / 500, rank 8 / 4."
     assert settings_note(single([lora, alike], weights=False)) == ""
 
 
 def test_runs_are_paired_by_the_digests_of_their_inputs(tmp_path):
-    runs = [
-        recorded_runs.make(tmp_path / f"{m}{s}", m, s, steps=(1, 2))
-        for m in ("lora", "bilora")
-        for s in range(2)
-    ]
-    lone = recorded_runs.make(tmp_path / "sam", "lora-sam", 5, steps=(1, 2))
-    words = [str(path) for path in (*runs, lone)]
-    expected = {"LoRA": None, "Bi-LoRA": True, "LoRA-SAM": None}
-    assert paired(gather(words), "LoRA") == expected
-    file = runs[3] / "metrics.jsonl"
-    file.write_text(file.read_text().replace('"digest": "1-', '"digest": "other-'))
-    assert paired(gather(words), "LoRA") == expected | {"Bi-LoRA": False}
-    file.write_text(re.sub('"digest": "[^"]*"', '"digest": null', file.read_text()))
-    assert paired(gather(words), "LoRA") == expected | {"Bi-LoRA": False}
+    words = []
+    for method, seed in (("lora", 0), ("lora", 1), ("bilora", 0), ("bilora", 1), ("lora-sam", 5)):
+        folder = tmp_path / f"{method}-{seed}"
+        words.append(str(recorded_runs.make(folder, method, seed, steps=(1, 2))))
+    # LoRA-SAM has no seed of the control's.
+    pairs = {"LoRA": None, "Bi-LoRA": True, "LoRA-SAM": None}
+    assert paired(gather(words), "LoRA") == pairs
+    file = tmp_path / "bilora-1" / "metrics.jsonl"
+    for changed_digest in ('"other"', "null"):  # of other inputs, and not recorded
+        file.write_text(re.sub('"digest": [^,]*', f'"digest": {changed_digest}', file.read_text()))
+        assert paired(gather(words), "LoRA") == pairs | {"Bi-LoRA": False}

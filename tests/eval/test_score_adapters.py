@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -54,111 +55,150 @@ def test_the_digest_is_of_the_weights_alone(files, tmp_path):
     assert altered(lambda tensors, metadata: metadata.pop("modelspec.date")) == digest
     assert altered(rescale) != digest
     assert altered(lambda tensors, _: tensors[key][0].add_(1e-6)) != digest
-    assert altered(lambda t, _: t.update({key: t[key].half()})) != digest
+    # In half precision, of the same values
+    assert altered(lambda tensors, _: tensors.update({key: tensors[key].half()})) != digest
 
 
 def test_all_adapters_belong_to_one_base(files, tmp_path):
     weights = files / "unet" / FILE
-    change = {"ss_sd_model_name": "owner/other"}
-    foreign_file = rewrite(weights, tmp_path / "o.safetensors", lambda _, m: m.update(change))
-    silent = rewrite(weights, tmp_path / "s.safetensors", lambda _, m: m.pop("bilora.method"))
-    base, mini, foreign, silent_subject = single(
-        ["base", *map(str, (weights, foreign_file, silent))]
+    foreign_file, unnamed_file = tmp_path / "o.safetensors", tmp_path / "s.safetensors"
+    rewrite(weights, foreign_file, lambda _, m: m.update({"ss_sd_model_name": "owner/other"}))
+    rewrite(weights, unnamed_file, lambda _, m: m.pop("bilora.method"))
+    base, mini, foreign, unnamed = single(
+        ["base", str(weights), str(foreign_file), str(unnamed_file)]
     )
-    assert silent_subject.base_model is None
-    assert base_model([base, mini, silent_subject], None) == "mini"
-    assert base_model([base, silent_subject], "owner/x") == "owner/x"
+    assert unnamed.base_model is None
+    assert base_model([base, mini, unnamed], None) == "mini"
+    assert base_model([base, unnamed], "owner/x") == "owner/x"
     assert base_model([foreign], str(tmp_path)) == str(tmp_path)  # a local copy
     for subjects, base_name, sentence in (
         ([mini, foreign], None, "mini.*owner/other"),
-        ([base, silent_subject], None, "--base_model"),
+        ([base, unnamed], None, "--base_model"),
         ([foreign], "mini", "owner/other.*mini"),
     ):
         with pytest.raises(UserError, match=sentence):
             base_model(subjects, base_name)
 
 
-def picture(pipeline):
-    """Its pixels as they come from the pipeline's text encoders and UNet, (64, 64, 3)."""
+def sampled_pixels(pipeline):
+    """Pixels of one image of two steps, (64, 64, 3)."""
     (image,) = generate(pipeline, [PROMPT], [3], size=64, steps=2, guidance_scale=4.0)
     return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize("name", ["unet", "text", pytest.param("whole", marks=pytest.mark.slow)])
-def test_the_adapter_acts_as_trained_and_the_base_is_as_before_even_after_an_error(
+def embedded_prompt(pipeline):
+    return embed(pipeline, [PROMPT])["sequence"]
+
+
+@contextmanager
+def unchanged(pipeline):
+    """After the context the pipeline must be as before; gives its pixels and prompt of before."""
+    models = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
+    state = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    pixels, prompt = sampled_pixels(pipeline), embedded_prompt(pipeline)
+    yield pixels, prompt
+    assert (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) == models
+    assert not any(pipeline.get_list_adapters().values())
+    state_after = pipeline.unet.state_dict()
+    assert state_after.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(state_after[name], tensor)
+    assert torch.equal(embedded_prompt(pipeline), prompt)
+    assert np.array_equal(sampled_pixels(pipeline), pixels)
+
+
+@pytest.mark.parametrize("name", ["unet", "text"])
+def test_an_adapter_acts_as_in_diffusers_and_the_base_is_as_before_even_after_an_error(
     name, pipeline, files
 ):
-    run = train_once("full", method="full") if name == "whole" else files / name
-    parts = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
-    state = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
-    image, text = picture(pipeline), embed(pipeline, [PROMPT])
-    with applied(pipeline, find(str(run))):
-        inside = picture(pipeline)
-        assert not np.array_equal(inside, image)
-        is_same_text = torch.equal(embed(pipeline, [PROMPT])["sequence"], text["sequence"])
-        assert is_same_text == (name != "text")
-        assert not any(p.requires_grad for p in pipeline.unet.parameters())
-        assert not pipeline.unet.training
-        if name == "whole":
-            trained = load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
-            assert all(torch.equal(p, trained[k]) for k, p in pipeline.unet.named_parameters())
-        else:
-            reference = load_pipeline("mini", dtype=torch.float32)
-            reference.load_lora_weights(str(run), weight_name=FILE)
-            assert np.array_equal(inside, picture(reference))
-    with pytest.raises(ZeroDivisionError), applied(pipeline, find(str(run))):
-        raise ZeroDivisionError
-    if name == "whole":
-        with pytest.raises(UserError, match="no scale"), applied(pipeline, find(str(run)), 0.5):
+    subject = find(str(files / name))
+    reference = load_pipeline("mini", dtype=torch.float32)
+    reference.load_lora_weights(str(files / name), weight_name=FILE)
+    with unchanged(pipeline) as (base_pixels, base_prompt):
+        with applied(pipeline, subject):
+            pixels = sampled_pixels(pipeline)
+            assert not np.array_equal(pixels, base_pixels)
+            assert np.array_equal(pixels, sampled_pixels(reference))
+            adapts_text = not torch.equal(embedded_prompt(pipeline), base_prompt)
+            assert adapts_text == (name == "text")
+            assert not any(parameter.requires_grad for parameter in pipeline.unet.parameters())
+            assert not pipeline.unet.training
+        with applied(pipeline, subject, 0.0):
+            assert np.array_equal(sampled_pixels(pipeline), base_pixels)
+        with pytest.raises(ZeroDivisionError), applied(pipeline, subject):
+            raise ZeroDivisionError
+
+
+@pytest.mark.slow
+def test_whole_models_act_as_trained_and_the_base_is_as_before_even_after_an_error(pipeline):
+    run = train_once("full", method="full")
+    subject = find(str(run))
+    trained = load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
+    with unchanged(pipeline) as (base_pixels, base_prompt):
+        with applied(pipeline, subject):
+            for name, parameter in pipeline.unet.named_parameters():
+                assert torch.equal(parameter, trained[name])
+                assert not parameter.requires_grad
+            assert not pipeline.unet.training
+            assert not np.array_equal(sampled_pixels(pipeline), base_pixels)
+            assert torch.equal(embedded_prompt(pipeline), base_prompt)
+        with pytest.raises(ZeroDivisionError), applied(pipeline, subject):
+            raise ZeroDivisionError
+        with pytest.raises(UserError, match="no scale"), applied(pipeline, subject, 0.5):
             pass
-    elif name == "unet":
-        with applied(pipeline, find(str(run)), 0.0):
-            assert np.array_equal(picture(pipeline), image)
-    assert (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2) == parts
-    assert not any(pipeline.get_list_adapters().values())
-    after = pipeline.unet.state_dict()
-    assert after.keys() == state.keys()
-    assert all(torch.equal(after[key], value) for key, value in state.items())
-    assert torch.equal(embed(pipeline, [PROMPT])["sequence"], text["sequence"])
-    assert np.array_equal(picture(pipeline), image)
 
 
 @torch.no_grad()
 def predicted(unet):
-    """What the UNet makes of some noise."""
-    config, draw = unet.config, torch.Generator().manual_seed(0)
-    sample = torch.randn(1, config.in_channels, 8, 8, generator=draw)
-    words = torch.randn(1, 7, config.cross_attention_dim, generator=draw)
-    ids = torch.ones(1, 6)
+    """The UNet's prediction for random inputs."""
+    config, generator = unet.config, torch.Generator().manual_seed(0)
+    sample = torch.randn(1, config.in_channels, 8, 8, generator=generator)
+    prompt = torch.randn(1, 7, config.cross_attention_dim, generator=generator)
+    # The class embedding has the pooled prompt and six embedded numbers, sizes and crops of SDXL.
     width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    added = {"text_embeds": torch.randn(1, width, generator=draw), "time_ids": ids}
-    return unet(sample, 500, words, added_cond_kwargs=added).sample
+    added = {
+        "text_embeds": torch.randn(1, width, generator=generator),
+        "time_ids": torch.ones(1, 6),
+    }
+    return unet(sample, 500, prompt, added_cond_kwargs=added).sample
 
 
 def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(pipeline, tmp_path):
-    """Rank and alpha are 4, but for queries and convolutions; expected is what is made by hand."""
-    tensors, draw = {}, torch.Generator().manual_seed(0)
-    by_hand = copy.deepcopy(pipeline.unet)
-    for path, module in by_hand.named_modules():
+    """Alpha is 4 everywhere, rank 4, but 2 for queries and convolutions.
+
+    The reference is the UNet with W' = m (W + alpha / rank B A) / ||W + alpha / rank B A|| in each
+    layer, where m is the layer's magnitude (DoRA) and the norm is that of each output's row.
+    """
+    generator = torch.Generator().manual_seed(0)
+    alpha = 4.0
+    tensors = {}
+    reference = copy.deepcopy(pipeline.unet)
+    for path, module in reference.named_modules():
         if not path.endswith(("to_q", "to_k", "to_v", "conv1")):
             continue
-        rank, alpha = (2, 4.0) if path.endswith(("to_q", "conv1")) else (4, 4.0)
-        weight, name = module.weight.data, f"lora_unet_{path.replace('.', '_')}"
-        (m, n, *kernel), trailing = weight.shape, [1] * (weight.dim() - 2)
-        down = torch.randn(rank, n, *kernel, generator=draw) / 8
-        up = torch.randn(m, rank, *trailing, generator=draw) / 8
-        layer = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
-        weight += alpha / rank * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
-        layer["dora_scale"] = (torch.rand(m, generator=draw) + 0.5).reshape(-1, 1, *trailing)
-        weight *= layer["dora_scale"] / weight.flatten(1).norm(dim=1).reshape(-1, 1, *trailing)
-        tensors |= {f"{name}.{kind}": value for kind, value in layer.items()}
+        rank = 2 if path.endswith(("to_q", "conv1")) else 4
+        weight = module.weight.data  # (out, in), or (out, in, height, width)
+        outputs, inputs, *kernel = weight.shape
+        trailing = [1] * len(kernel)
+        A = torch.randn(rank, inputs, *kernel, generator=generator) / 8
+        B = torch.randn(outputs, rank, *trailing, generator=generator) / 8
+        magnitude = (torch.rand(outputs, generator=generator) + 0.5).reshape(-1, 1, *trailing)
+        weight += alpha / rank * (B.flatten(1) @ A.flatten(1)).reshape(weight.shape)
+        weight *= magnitude / weight.flatten(1).norm(dim=1).reshape(magnitude.shape)
+        name = f"lora_unet_{path.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = A
+        tensors[f"{name}.lora_up.weight"] = B
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+        tensors[f"{name}.dora_scale"] = magnitude
     file = tmp_path / "locon.safetensors"
     save_file(tensors, file)
-    base, expected, predictions = predicted(pipeline.unet), predicted(by_hand), []
+    base, expected = predicted(pipeline.unet), predicted(reference)
+    predictions = []
     for source in (file, convert(file, "diffusers")):
         with applied(pipeline, find(str(source))):
-            predictions.append(predicted(pipeline.unet))
-        assert (predictions[-1] - expected).norm() < 1e-5 * (expected - base).norm()
+            prediction = predicted(pipeline.unet)
+        assert (prediction - expected).norm() < 1e-5 * (expected - base).norm()
+        predictions.append(prediction)
     assert torch.equal(*predictions)
 
 
@@ -171,15 +211,15 @@ def test_kohyas_ranks_alphas_and_magnitudes_act_as_they_stand(pipeline, tmp_path
 )
 def test_a_file_that_does_not_fit_is_refused(old, new, message, pipeline, files, tmp_path):
     def change(tensors, _):
-        layer = next(key for key in tensors if "to_q.lora_A" in key).partition("to_q")[0]
-        for name in [n for n in tensors if n.startswith(f"{layer}to_q") and old in n]:
-            tensor = tensors[name] if old == "lora_A" else tensors.pop(name)
-            tensors[name.replace(old, new)] = tensor.clone()
+        """Rename the tensors of one layer, or add those of a second adapter."""
+        key = next(key for key in tensors if "to_q.lora_A" in key)
+        layer = key.partition("to_q")[0]
+        for name in list(tensors):
+            if name.startswith(f"{layer}to_q") and old in name:
+                tensor = tensors[name] if old == "lora_A" else tensors.pop(name)
+                tensors[name.replace(old, new)] = tensor.clone()
 
-    rewrite(files / "unet" / FILE, tmp_path / "bad.safetensors", change)
-    with (
-        pytest.raises(UserError, match=message),
-        applied(pipeline, find(str(tmp_path / "bad.safetensors"))),
-    ):
+    file = rewrite(files / "unet" / FILE, tmp_path / "bad.safetensors", change)
+    with pytest.raises(UserError, match=message), applied(pipeline, find(str(file))):
         pass
     assert not any(pipeline.get_list_adapters().values())

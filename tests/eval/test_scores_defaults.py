@@ -8,17 +8,21 @@ from PIL import Image
 
 from bilora_diffusion.core.errors import UserError
 from eval.clip_scores.defaults import in_contexts, learned_icons, of_subjects
-from eval.clip_scores.prompts import CONTEXTS, FOLDER, Prompt, numbered_lines, shipped
+from eval.clip_scores.prompts import CONTEXTS, Prompt, shipped
 from eval.subjects import Subject
 
 FILE = Subject("dog", "dog", "file")
 VALIDATION: dict[str, Any] = {
-    "validation_prompts": ["TOK dog asleep", "TOK dog asleep", "TOK dog in a tree"]
+    "validation_prompts": ["TOK dog asleep", "TOK dog asleep", "TOK dog in a tree"],
 }
 
 
 def run(name: str = "dog", **config: Any):
     return Subject(name, name, folder=Path("runs", name), record={"config": config})
+
+
+def texts(question):
+    return [prompt.text for prompt in question.prompts]
 
 
 def captioned(folder, captions):
@@ -57,34 +61,37 @@ def test_held_out_captions_come_first_with_their_pictures_and_the_trigger_word(t
     assert not question.is_of_icons
     assert not learned_icons([dog], "mini")
     # Of two pictures with one caption the first is its truth.
-    assert [(prompt.text, prompt.reference.name) for prompt in question.prompts[:2]] == [
-        ("TOK, a dog, number 0", "000.png"),
-        ("TOK, a dog, number 1", "002.png"),
-    ]
+    first, second = question.prompts[:2]
+    assert (first.text, first.reference.name) == ("TOK, a dog, number 0", "000.png")
+    assert (second.text, second.reference.name) == ("TOK, a dog, number 1", "002.png")
 
 
-def test_without_them_the_run_is_asked_its_validation_prompts_then_its_prompt_in_contexts(tmp_path):
-    one_caption = captioned(tmp_path / "alike", ["a dog", "a dog"])
-    options: dict[str, Any] = {"instance_data_dir": "photos", "validation_dataset": one_caption}
-    dog = run(**options, **VALIDATION)
-    assert [prompt.text for prompt in of_subjects([dog, FILE], "mini").prompts] == [
-        *("TOK dog asleep", "TOK dog in a tree")
-    ]
-    style = run(**options, instance_prompt="a TOK icon, in the style of TOK")
-    contexts = of_subjects([style], "mini")
-    assert len(contexts.prompts) == len({prompt.text for prompt in contexts.prompts}) == 20
-    assert contexts.prompts[1] == Prompt(
-        "a TOK icon in fresh snow, in the style of TOK", "in fresh snow"
-    )
-    assert in_contexts([run(**options, trigger_word="TOK", **VALIDATION)]).prompts[1].text == (
-        "TOK in fresh snow"
-    )
-    concepts = [{"concept": name, "instance_prompt": f"TOK {name}"} for name in "abcd"]
-    texts = [prompt.text for prompt in of_subjects([run(concepts=concepts)], "mini").prompts]
-    assert len(texts) == 64
-    assert {text[:5] for text in texts} == {"TOK a", "TOK b", "TOK c", "TOK d"}
+def test_without_held_out_captions_a_run_is_asked_its_validation_prompts(tmp_path):
+    one_caption = captioned(tmp_path / "alike", ["a dog", "a dog"])  # too few to ask
+    dog = run(instance_data_dir="photos", validation_dataset=one_caption, **VALIDATION)
+    question = of_subjects([dog, FILE], "mini")
+    assert texts(question) == ["TOK dog asleep", "TOK dog in a tree"]
+
+
+def test_without_validation_prompts_a_run_is_asked_its_prompt_in_contexts():
+    style = run(instance_prompt="a TOK icon, in the style of TOK")
+    question = of_subjects([style], "mini")
+    assert len(question.prompts) == len(set(texts(question))) == 20
+    for text in texts(question):
+        assert text.startswith("a TOK icon ")
+    assert CONTEXTS not in shipped()  # the contexts alone are no prompts
+    in_snow = Prompt("a TOK icon in fresh snow, in the style of TOK", "in fresh snow")
+    assert question.prompts[1] == in_snow
+    assert texts(in_contexts([run(trigger_word="TOK", **VALIDATION)]))[1] == "TOK in fresh snow"
     with pytest.raises(UserError, match="dog was trained with neither"):
-        in_contexts([run(**options)])
+        in_contexts([run()])
+
+
+def test_each_of_several_concepts_is_asked_in_contexts():
+    concepts = [{"concept": name, "instance_prompt": f"TOK {name}"} for name in "abcd"]
+    prompts = texts(of_subjects([run(concepts=concepts)], "mini"))
+    assert len(prompts) == 64
+    assert {text[:5] for text in prompts} == {"TOK a", "TOK b", "TOK c", "TOK d"}
 
 
 def test_captions_of_training_images_are_the_last_resort(tmp_path):
@@ -105,10 +112,3 @@ def test_runs_on_other_images_are_named_and_files_say_nothing():
     assert of_subjects([FILE], "mini").name == "3d_icon"
     with pytest.raises(UserError, match="give --prompts"):
         of_subjects([FILE], "some/model")
-
-
-def test_the_contexts_are_twenty_and_no_prompt_set():
-    contexts = [text for _, text in numbered_lines(FOLDER / f"{CONTEXTS}.txt", CONTEXTS)]
-    assert len(set(contexts)) == len(contexts) == 20
-    assert all(context.startswith("{prompt} ") for context in contexts)
-    assert CONTEXTS not in shipped()

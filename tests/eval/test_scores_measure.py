@@ -19,120 +19,149 @@ from eval.clip_scores.prompts import Prompt, read
 from eval.subjects import Subject
 
 COLORS = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200)}
-FAR = float(np.dot(COLORS["red"], COLORS["green"]) / np.square(COLORS["red"]).sum())
+# The cosine of two different colors
+OTHER_COLOR = float(np.dot(COLORS["red"], COLORS["green"]) / np.square(COLORS["red"]).sum())
 ENTRY = ModelEntry("color", "test", "color")
-RED, GENERAL = Prompt("a red one"), Prompt("any red one at all", general=True)
+RED = Prompt("a red one")
+GENERAL = Prompt("any red one at all", general=True)
 BASE = Subject("base model", "base model", "base")
 
 
-class ColorScorer(Scorer):
-    """Embeds an image as its mean color, and a text as the color that it names."""
-
-    def __init__(self):
-        super().__init__(ENTRY, self._mean, self._embed_names, lambda text: False)
-
-    def _mean(self, images):
-        return torch.tensor(np.stack([np.asarray(i, np.float32).mean((0, 1)) for i in images]))
-
-    def _embed_names(self, texts):
-        colors = [next(c for word, c in COLORS.items() if word in text) for text in texts]
-        return torch.tensor(colors, dtype=torch.float32)
+def picture(color):
+    """A picture of one color."""
+    return Image.new("RGB", (8, 8), COLORS[color])
 
 
-def strongest_index(images):
-    """Place of the strongest color."""
-    return [int(np.asarray(image).mean((0, 1)).argmax()) for image in images]
+def mean_colors(images):
+    """Mean color of each image, (images, 3)."""
+    return torch.tensor(np.stack([np.asarray(image).mean((0, 1)) for image in images])).float()
 
 
-def strongest(images):
-    """A caption that names the strongest color."""
-    return [f"{list(COLORS)[index]} thing" for index in strongest_index(images)]
+def named_colors(texts):
+    """The color that each text names, (texts, 3)."""
+    colors = []
+    for text in texts:
+        colors += [color for name, color in COLORS.items() if name in text.split()]
+    return torch.tensor(colors, dtype=torch.float32)
 
 
-class Colors(Store):
-    """Images in the color that (subject, prompt, seed) has; one of one color by default."""
+def color_scorer():
+    return Scorer(ENTRY, mean_colors, named_colors, lambda text: False)
+
+
+def captions_by_color(images):
+    """Captions that name the strongest color."""
+    names = list(COLORS)
+    return [f"{names[index]} thing" for index in mean_colors(images).argmax(dim=1)]
+
+
+class ColorStore(Store):
+    """Images in the color of (subject, prompt, seed), which is red by default."""
 
     def __init__(self, colors):
         super().__init__(Path("images"), Sampling("mini", 8, 1, 1.0))
         self.colors = colors
 
     def open(self, job):
-        key = (job.subject.label, job.prompt.text, job.seed)
-        return Image.new("RGB", (8, 8), COLORS[self.colors.get(key, "red")])
+        return picture(self.colors.get((job.subject.label, job.prompt.text, job.seed), "red"))
 
 
-def subject(label):
-    return Subject(label, label, method=label, digest=label * 8)
+ADAPTER = Subject("a", "a", method="a", digest="aaaaaaaa")
 
 
-def measured(prompts, colors, *subjects, seeds=1, **options):
-    """The rows of all subjects."""
-    usual = {"scorer": ColorScorer(), "captioner": None, "truths": {}, "training": {}}
-    originals = jobs(BASE, [prompt for prompt in prompts if prompt.general], range(seeds))
-    judge = ImageJudge(Colors(colors), originals=originals, progress=False, **usual | options)
-    return [
-        row
-        for adapter in subjects
-        for row in judge.rows(adapter, jobs(adapter, prompts, range(seeds)))
-    ]
+def measure(prompts, colors, subjects, seeds=(0,), **options):
+    """The rows of all subjects, by a scorer of colors, with ``options`` of `ImageJudge`."""
+    parts = {
+        "scorer": color_scorer(),
+        "captioner": None,
+        "truths": {},
+        "training": {},
+        **options,
+    }
+    general = [prompt for prompt in prompts if prompt.general]
+    judge = ImageJudge(ColorStore(colors), originals=jobs(BASE, general, seeds), **parts)
+    rows = []
+    for subject in subjects:
+        rows += judge.rows(subject, jobs(subject, prompts, seeds))
+    return rows
 
 
 def test_each_score_is_the_cosine_that_it_says(tmp_path):
-    for name, color in COLORS.items():
-        Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
+    for color in COLORS:
+        picture(color).save(tmp_path / f"{color}.png")
     colors = {("a", RED.text, 1): "green", ("a", GENERAL.text, 0): "blue"}
     options = {
-        "captioner": Captioner(ENTRY, strongest),
+        "captioner": Captioner(ENTRY, captions_by_color),
         "training": {"a": open_images(str(tmp_path))},
     }
-    rows = measured([RED, GENERAL], colors, subject("a"), BASE, seeds=2, **options)
-    values = {(r.subject, r.metric, r.item, r.seed): r.value for r in rows}
-    near, far = pytest.approx(1, abs=1e-6), pytest.approx(FAR, abs=1e-6)
-    expected = {
-        (label, metric, RED.text, seed): near
-        for label, metrics in (("a", ("i2t", "t2t", "nearest")), ("base model", ("i2t", "t2t")))
-        for metric in metrics
-        for seed in (0, 1)
+    rows = measure([RED, GENERAL], colors, [ADAPTER, BASE], seeds=(0, 1), **options)
+    values, notes, image_count = {}, {}, 0
+    for row in rows:
+        notes[row.subject, row.metric, row.item, row.seed] = row.note
+        if row.metric == "image":
+            image_count += 1
+        else:
+            values[row.subject, row.metric, row.item, row.seed] = row.value
+    same_color = pytest.approx(1, abs=1e-6)
+    other_color = pytest.approx(OTHER_COLOR, abs=1e-6)
+    # The base model has not trained on the images, and does not drift from itself.
+    assert values == {
+        ("a", "i2t", RED.text, 0): same_color,
+        ("a", "i2t", RED.text, 1): other_color,
+        ("a", "t2t", RED.text, 0): same_color,
+        ("a", "t2t", RED.text, 1): other_color,
+        ("a", "nearest", RED.text, 0): same_color,
+        ("a", "nearest", RED.text, 1): same_color,
+        ("a", "drift", GENERAL.text, 0): other_color,
+        ("a", "drift", GENERAL.text, 1): same_color,
+        ("base model", "i2t", RED.text, 0): same_color,
+        ("base model", "i2t", RED.text, 1): same_color,
+        ("base model", "t2t", RED.text, 0): same_color,
+        ("base model", "t2t", RED.text, 1): same_color,
     }
-    expected |= {("a", "i2t", RED.text, 1): far, ("a", "t2t", RED.text, 1): far}
-    expected |= {("a", "drift", GENERAL.text, 0): far, ("a", "drift", GENERAL.text, 1): near}
-    images = {key for key in values if key[1] == "image"}
-    assert {key: value for key, value in values.items() if key not in images} == expected
-    assert len(images) == 2 * 2 * 2
-    notes = {(r.subject, r.metric, r.seed): r.note for r in rows if r.item == RED.text}
-    assert notes["a", "t2t", 1] == "green thing"
-    assert Path(notes["a", "nearest", 1]).name == "green.png"
-    assert notes["a", "image", 1] == "images/a-aaaaaaaa/seed-1/001-a-red-one.png"
+    assert image_count == 2 * 2 * 2  # subjects, prompts, seeds
+    assert notes["a", "t2t", RED.text, 1] == "green thing"
+    assert Path(notes["a", "nearest", RED.text, 1]).name == "green.png"
+    file = "images/a-aaaaaaaa/seed-1/001-a-red-one.png"
+    assert notes["a", "image", RED.text, 1] == file
+
+
+def strongest_colors(images):
+    """An image model that sees nothing but which of three colors is the strongest."""
+    return torch.eye(3)[mean_colors(images).argmax(dim=1)]
 
 
 def test_an_image_model_compares_with_the_same_pictures(tmp_path):
-    for name in ("green", "blue"):
-        Image.new("RGB", (8, 8), COLORS[name]).save(tmp_path / f"{name}.png")
-    options = {
-        "truths": {RED.text: Image.new("RGB", (8, 8), COLORS["red"])},
-        "training": {"a": open_images(str(tmp_path))},
-        "image_model": ImageEmbedder(ENTRY, lambda images: torch.eye(3)[strongest_index(images)]),
-    }
-    rows = measured([RED, GENERAL], {("a", RED.text, 0): "blue"}, subject("a"), BASE, **options)
-    values = {(r.subject, r.metric): (r.value, r.note) for r in rows if "dino" in r.metric}
-    # It sees the strongest of three colors alone, the scorer all of an image's mean color.
-    assert values == {
+    for color in ("green", "blue"):
+        picture(color).save(tmp_path / f"{color}.png")
+    colors = {("a", RED.text, 0): "blue"}
+    rows = measure(
+        [RED, GENERAL],
+        colors,
+        [ADAPTER, BASE],
+        truths={RED.text: picture("red")},
+        training={"a": open_images(str(tmp_path))},
+        image_model=ImageEmbedder(ENTRY, strongest_colors),
+    )
+    values = {(row.subject, row.metric): (row.value, row.note) for row in rows}
+    dino_values = {key: value for key, value in values.items() if "dino" in key[1]}
+    assert dino_values == {
         ("a", "dino_truth"): (0, ""),
         ("a", "dino_nearest"): (1, "blue.png"),
         ("base model", "dino_truth"): (1, ""),
     }
-    clip = {(r.subject, r.metric): r.value for r in rows}
-    assert clip["a", "truth"] == pytest.approx(FAR, abs=1e-6)
+    # The scorer sees the whole mean color.
+    assert values["a", "truth"][0] == pytest.approx(OTHER_COLOR, abs=1e-6)
 
 
 def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path):
     own_picture = tmp_path / "own.png"
-    Image.new("RGB", (8, 8), COLORS["red"]).save(own_picture)
+    picture("red").save(own_picture)
     rabbit = Prompt("a red rabbit", reference=heldout_dir() / "1f407.png")
     prompts = [rabbit, Prompt("a red own", reference=own_picture), RED]
     assert list(truth_pictures(prompts, "mini")) == ["a red rabbit", "a red own"]
     truths = truth_pictures(prompts, "some/model")
-    rows = measured(prompts, {}, subject("a"), truths=truths)
+    rows = measure(prompts, {}, [ADAPTER], truths=truths)
     (row,) = [row for row in rows if row.metric == "truth"]
     assert (row.item, row.value) == ("a red own", pytest.approx(1))
     own_picture.write_bytes(b"no picture")
@@ -140,48 +169,60 @@ def test_the_miniatures_icons_are_no_truth_for_another_model(tmp_path):
         truth_pictures(prompts, "mini")
 
 
-PAPER = (
-    *("Fluffy Rabbit", "Curly Cloud", "Roaring Lion"),
-    *("Dripping Water Drop", "Hopping Frog", "Smiling Sun"),
-)
+# The prompts of the paper's Table 4
+PAPER = [
+    "Fluffy Rabbit",
+    "Curly Cloud",
+    "Roaring Lion",
+    "Dripping Water Drop",
+    "Hopping Frog",
+    "Smiling Sun",
+]
 
 
-def labels(folder):
+def files_by_label(folder):
     """Label -> file name of the miniature's icons."""
-    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    return {row["label"]: row["file_name"] for row in map(json.loads, lines)}
+    files = {}
+    for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        files[row["label"]] = row["file_name"]
+    return files
 
 
-@pytest.fixture(scope="module")
-def icons():
-    return read("3d_icon")
+def test_the_icons_are_200_of_one_form_and_were_not_trained_on():
+    icons = read("3d_icon")
+    assert [icon.instance for icon in icons[:6]] == PAPER
+    instances, references = set(), set()
+    for icon in icons:
+        assert icon.text == f"a TOK icon of a {icon.instance}, in the style of TOK"
+        assert icon.instance[0].isupper() or icon.instance[0].isdigit()
+        assert not icon.general
+        instances.add(icon.instance.lower())
+        if icon.reference is not None:
+            references.add(icon.reference.name)
+    assert len(instances) == len(icons) == 200
+    assert instances.isdisjoint(files_by_label(train_dir()))
+    assert references == set(files_by_label(heldout_dir()).values())
 
 
-def test_the_icons_are_200_of_one_form_and_were_not_trained_on(icons):
-    assert len({prompt.text for prompt in icons}) == len(icons) == 200
-    for prompt in icons:
-        assert prompt.text == f"a TOK icon of a {prompt.instance}, in the style of TOK"
-        assert str(prompt.instance)[0].isupper() or str(prompt.instance)[0].isdigit()
-        assert not prompt.general
-    assert tuple(prompt.instance for prompt in icons[:6]) == PAPER
-    instances = {str(prompt.instance).lower() for prompt in icons}
-    assert len(instances) == 200
-    assert instances.isdisjoint(labels(train_dir()))
-    references = {p.reference.name for p in icons if p.reference is not None}
-    assert references == set(labels(heldout_dir()).values())
+def test_the_general_prompts_are_24_without_the_trigger_word():
     general = read("general")
     assert len({prompt.text for prompt in general}) == len(general) == 24
-    assert all(p.general and p.reference is None and "tok" not in p.text.lower() for p in general)
+    for prompt in general:
+        assert prompt.general
+        assert prompt.reference is None
+        assert "tok" not in prompt.text.lower()
 
 
 def test_captions_of_held_out_images_are_prompts_with_their_pictures(tmp_path, monkeypatch):
-    rows = labels(heldout_dir())
     prompts = read("mini-duotone-heldout")
-    assert [prompt.instance for prompt in prompts] == list(rows)
-    assert truth_pictures(prompts[:1], "mini")[prompts[0].text].getpixel((0, 0)) == (255, 240, 200)
+    assert [prompt.instance for prompt in prompts] == list(files_by_label(heldout_dir()))
+    # The duotone's light color is the icons' background.
+    truths = truth_pictures(prompts[:1], "mini")
+    assert truths[prompts[0].text].getpixel((0, 0)) == (255, 240, 200)
     monkeypatch.chdir(tmp_path)
     Path("own").mkdir()
-    Image.new("RGB", (8, 8), COLORS["red"]).save("own/dog.png")
+    picture("red").save("own/dog.png")
     Path("own/dog.txt").write_text("a red dog")
     assert read("own") == [Prompt("a red dog", reference=tmp_path / "own" / "dog.png")]
     Path("own/dog.txt").write_text("")
@@ -190,8 +231,9 @@ def test_captions_of_held_out_images_are_prompts_with_their_pictures(tmp_path, m
 
 
 def test_a_csv_has_columns(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "owl.png")
+    owl_picture = tmp_path / "pictures" / "owl.png"
+    owl_picture.parent.mkdir()
+    picture("red").save(owl_picture)
     file = tmp_path / "my.csv"
     file.write_text(
         "id,prompt,instance,reference\n"
@@ -200,7 +242,7 @@ def test_a_csv_has_columns(tmp_path):
         encoding="utf-8",
     )
     owl, cat = read(file)
-    assert owl == Prompt("an owl,\nat night", "Night Owl", tmp_path / "pictures" / "owl.png")
+    assert owl == Prompt("an owl,\nat night", "Night Owl", owl_picture)
     assert cat == Prompt("a photo of a cat", "cat")
 
 
@@ -219,4 +261,14 @@ def test_a_bad_set_is_refused_in_one_sentence(name, tmp_path, monkeypatch):
         Path(name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         read(name)
-    assert all(word in str(caught.value) for word in words), caught.value
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_held_out_pictures_have_an_image_to_text_score_themselves():
+    arguments = {"captioner": None, "training": {}, "originals": []}
+    # Two pictures: one that its prompt describes, and one that it does not.
+    truths = {RED.text: picture("green"), "a green one": picture("green")}
+    judge = ImageJudge(ColorStore({}), color_scorer(), truths=truths, **arguments)
+    assert judge.truth_i2t() == pytest.approx((OTHER_COLOR + 1) / 2, abs=1e-6)
+    assert ImageJudge(ColorStore({}), color_scorer(), truths={}, **arguments).truth_i2t() is None

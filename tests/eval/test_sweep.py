@@ -10,6 +10,7 @@ from eval import sweep, table
 from eval.sweep_runs import Outcome, Runner
 
 RECIPE = ROOT / "recipes" / "mini.yaml"
+# Variant -> seed -> held-out and training loss before and after each step
 CURVES = {
     "lora": {
         0: [(0.10, 0.20), (0.08, 0.16), (0.09, 0.12)],
@@ -20,27 +21,30 @@ CURVES = {
         1: [(0.10, 0.20), (0.08, 0.18), (0.06, 0.14)],
     },
 }
-"""Variant -> seed -> held-out and training loss before and after each step."""
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
-    """``train(curves)``: exit code and result of a sweep; an empty curve is a run that failed."""
+def sweep_over(tmp_path, monkeypatch):
+    """``sweep_over(curves)``: exit code and result of a sweep over runs with these curves.
 
-    def sweep_over(curves):
-        monkeypatch.setattr(
-            Runner,
-            "run_all",
-            lambda self, runs: [record_run(self.runs_dir, run, curves) for run in runs],
-        )
-        variants = {name: {"method": "lora", "rank": n + 2} for n, name in enumerate(curves)}
-        seeds = sorted({seed for by_seed in curves.values() for seed in by_seed})
-        content = {"recipe": str(RECIPE), "variants": variants, "seeds": seeds}
-        (tmp_path / "two.yaml").write_text(json.dumps(content))  # YAML reads JSON
-        code = sweep.main([str(tmp_path / "two.yaml"), "--runs_dir", str(tmp_path / "runs")])
+    An empty curve is a run that failed. All variants have the seeds of the first.
+    """
+
+    def run_sweep(curves):
+        def record_all(self, runs):
+            return [record_run(self.runs_dir, run, curves) for run in runs]
+
+        monkeypatch.setattr(Runner, "run_all", record_all)
+        variants = {}
+        for rank, name in enumerate(curves, start=2):
+            variants[name] = {"method": "lora", "rank": rank}
+        content = {"recipe": str(RECIPE), "variants": variants, "seeds": list(curves["lora"])}
+        file = tmp_path / "two.yaml"
+        file.write_text(json.dumps(content))  # YAML reads JSON
+        code = sweep.main([str(file), "--runs_dir", str(tmp_path / "runs")])
         return code, table.read(tmp_path / "runs" / "two" / "sweep")
 
-    return sweep_over
+    return run_sweep
 
 
 def record_run(runs_dir, run, curves):
@@ -57,8 +61,8 @@ def record_run(runs_dir, run, curves):
     return Outcome(run.name, run.variant, run.seed, "finished")
 
 
-def test_variants_are_compared_seed_by_seed(train, tmp_path, capsys):
-    code, result = train(CURVES)
+def test_variants_are_compared_seed_by_seed(sweep_over, tmp_path, capsys):
+    code, result = sweep_over(CURVES)
     assert code == 0
     assert result.summary("lora", "final heldout_loss").mean == pytest.approx(0.085)
     final = result.summary("bilora", "final heldout_loss")
@@ -81,18 +85,26 @@ def test_variants_are_compared_seed_by_seed(train, tmp_path, capsys):
         assert file.suffix == ".png" or str(tmp_path) not in file.read_text()
 
 
-def test_a_missing_run_leaves_the_other_seeds(train, capsys):
-    curves = {**CURVES, "bilora": {0: CURVES["bilora"][0], 1: []}, "no": {0: [], 1: []}}
-    code, result = train(curves)
+def test_a_missing_run_leaves_the_other_seeds(sweep_over, capsys):
+    curves = {
+        "lora": CURVES["lora"],
+        "bilora": {0: CURVES["bilora"][0], 1: []},
+        "no": {0: [], 1: []},
+    }
+    code, result = sweep_over(curves)
     assert code == 1
     output = capsys.readouterr()
     assert "| bilora | 1/2 | 80.00 | -10.00 [n/a], 1/1 |" in output.out
     assert "| no | 0/2 | n/a |" in output.out
     assert "error: 3 of 6 runs failed: " in output.err
     assert "(exit code 2: the loss is not finite)" in output.err
-    assert sum("failed (exit code 2): the loss is not finite" in n for n in result.notes) == 3
+    notes = [note for note in result.notes if "failed (exit code 2): the loss" in note]
+    assert len(notes) == 3
     assert result.settings["paired"]["bilora"] is True
-    code, result = train({"lora": {0: []}, "bilora": {0: []}})  # nothing at all
+
+
+def test_a_sweep_without_a_finished_run_has_a_result(sweep_over):
+    code, result = sweep_over({"lora": {0: []}, "bilora": {0: []}})
     assert (code, result.provenance) == (1, None)
 
 

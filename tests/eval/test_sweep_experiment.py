@@ -34,14 +34,21 @@ def test_the_product_comes_seed_by_seed_without_what_a_method_ignores(plan, capl
         "axes: {method: [lora, bilora], rank: [2, 4], rho: [0.1, 1]}\nseeds: 0..1\n"
         "options: {lr_scheduler: constant_with_warmup}"
     )
-    bilora = [f"method=bilora, rank={r}, rho={rho}" for r in (2, 4) for rho in ("0.1", "1")]
+    bilora = [
+        "method=bilora, rank=2, rho=0.1",
+        "method=bilora, rank=2, rho=1",
+        "method=bilora, rank=4, rho=0.1",
+        "method=bilora, rank=4, rho=1",
+    ]
+    # LoRA ignores rho, so it has one variant for each rank.
     assert labels(sweep_plan) == ["method=lora, rank=2", "method=lora, rank=4", *bilora]
     assert [run.seed for run in sweep_plan.runs] == [0] * 6 + [1] * 6
     scheduler = "--lr_scheduler=constant_with_warmup"
     assert sweep_plan.runs[0].flags == (scheduler, "--method=lora", "--rank=2", "--seed=0")
     assert len({run.name for run in sweep_plan.runs}) == 12
     assert sweep_plan.runs[6].name.startswith("method-lora-rank-2-seed1-")
-    assert sum("no warm-up" in message for message in caplog.messages) == 1  # of six variants
+    warnings = [message for message in caplog.messages if "no warm-up" in message]
+    assert len(warnings) == 1  # for all six variants
 
 
 def test_variants_are_read_and_the_control_is_found_by_label(plan):
@@ -50,12 +57,9 @@ def test_variants_are_read_and_the_control_is_found_by_label(plan):
         "  plain:\nseeds: [7, 3]"
     )
     sweep_plan = plan(text)
-    assert (labels(sweep_plan), sweep_plan.seeds, sweep_plan.control) == (
-        ["LoRA", "Bi-LoRA", "plain"],
-        (7, 3),
-        "LoRA",
-    )
-    # An option of words, which YAML makes true, as a switch is.
+    assert labels(sweep_plan) == ["LoRA", "Bi-LoRA", "plain"]
+    assert (sweep_plan.seeds, sweep_plan.control) == ((7, 3), "LoRA")
+    # use_dora takes a word and cache_latents is a switch; YAML gives true for both.
     assert sweep_plan.runs[1].flags == ("--use_dora=yes", "--cache_latents=yes", "--seed=7")
     assert plan(f"{text}\ncontrol: plain").control == "plain"
     with pytest.raises(UserError, match=r'none of the variants \(did you mean "LoRA"\?\)'):
@@ -72,8 +76,12 @@ def test_a_folders_name_tells_what_is_run(plan):
 
     assert name("rank: 4") == name("# only a comment")  # 4 is the default
     assert name("num_validation_images: 0\noutput_dir: elsewhere") == name()  # learns the same
-    changes = [("rank: 8",), ("validation_loss_steps: 5",), ("", "options: {max_train_steps: 7}")]
-    names = {name(*change) for change in [("",), *changes]}
+    names = {
+        name(),
+        name("rank: 8"),
+        name("validation_loss_steps: 5"),
+        name("", "options: {max_train_steps: 7}"),
+    }
     assert len(names) == 4
 
 
@@ -104,7 +112,9 @@ def test_the_repositorys_experiments_are_read():
     for path in EXPERIMENTS:
         content = read_options(path, "the experiment", "the command line")
         recipes = parse(content, {}).recipe
-        for recipe in [recipes] if isinstance(recipes, str) else recipes:
+        if isinstance(recipes, str):
+            recipes = [recipes]
+        for recipe in recipes:
             assert (ROOT / recipe).is_file()
 
 

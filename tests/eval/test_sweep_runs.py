@@ -59,36 +59,37 @@ def test_a_failing_run_leaves_the_others_and_only_it_is_repeated(runner):
     a, c = make_runs("a", "c")
     (b,) = make_runs("b", flags=("--fail",))
     outcomes = runner.run_all([a, b, c])
-    assert [outcome.status for outcome in outcomes] == ["finished", "failed", "finished"]
+    statuses = [outcome.status for outcome in outcomes]
+    assert statuses == ["finished", "failed", "finished"]
     assert (outcomes[1].exit_code, outcomes[1].error) == (1, "no such thing: x.png")
     record = json.loads((runner.runs_dir / "sweep.json").read_text())
-    assert [entry["status"] for entry in record["cells"]] == ["finished", "failed", "finished"]
+    assert [entry["status"] for entry in record["cells"]] == statuses
     # A finished run is not repeated, and a failed one is, with a log of its own.
-    files = [runner.runs_dir / name for name in ("a/run.json", "a.log")]
-    before = [file.stat().st_mtime_ns for file in files]
+    run_record, log = runner.runs_dir / "a" / "run.json", runner.runs_dir / "a.log"
+    before = run_record.stat().st_mtime_ns, log.stat().st_mtime_ns
     outcomes = runner.run_all(make_runs("a", "b", "c"))
     assert [outcome.status for outcome in outcomes] == ["finished"] * 3
-    assert [file.stat().st_mtime_ns for file in files] == before
+    assert (run_record.stat().st_mtime_ns, log.stat().st_mtime_ns) == before
     assert (runner.runs_dir / "b.log").read_text().count("hello") == 1
 
 
 @pytest.mark.parametrize(
-    ("end", "sigint"),
+    ("interruption", "sigint_handler"),
     [
         (signal.SIGINT, signal.default_int_handler),
         (signal.SIGTERM, signal.SIG_IGN),  # as in a job that a shell started in the background
     ],
 )
-def test_an_interrupt_ends_all_running_processes(runner, end, sigint):
-    pids = [runner.runs_dir / name / "pid" for name in "ab"]
+def test_an_interrupt_ends_all_running_processes(runner, interruption, sigint_handler):
+    pid_files = [runner.runs_dir / "a" / "pid", runner.runs_dir / "b" / "pid"]
 
     def interrupt():
         deadline = time.monotonic() + 100  # a busy machine may take long to start a process
-        while not all(map(Path.exists, pids)) and time.monotonic() < deadline:
+        while not all(file.exists() for file in pid_files) and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.kill(os.getpid(), end)
+        os.kill(os.getpid(), interruption)
 
-    before = signal.signal(signal.SIGINT, sigint)
+    before = signal.signal(signal.SIGINT, sigint_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
@@ -97,9 +98,10 @@ def test_an_interrupt_ends_all_running_processes(runner, end, sigint):
     finally:
         thread.join()
         signal.signal(signal.SIGINT, before)
-    for pid in pids:
-        assert not psutil.pid_exists(int(pid.read_text() or 0))
-        assert runs.state(pid.parent) == "begun"
+    for file in pid_files:
+        # Empty if the script was ended between making the file and writing it.
+        assert not psutil.pid_exists(int(file.read_text() or 0))
+        assert runs.state(file.parent) == "begun"
     assert not (runner.runs_dir / "c").exists()
 
 

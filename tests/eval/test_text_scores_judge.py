@@ -43,7 +43,7 @@ def test_ratings_are_read():
 def test_the_judge_is_asked_as_the_protocol_says_and_is_told_of_no_other_service(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(name, "another-service")
-    with judge((503, "busy"), (429, "slow down"), "fine [[8]]") as endpoint:
+    with judge((503, "busy"), (429, "slow down"), "fine [[8]]") as endpoint:  # asked again twice
         assert ask(endpoint.url) == "fine [[8]]"
         body = endpoint.asked[-1]
         assert (body["model"], body["temperature"]) == ("judge-1", 0)
@@ -55,17 +55,20 @@ def test_the_judge_is_asked_as_the_protocol_says_and_is_told_of_no_other_service
     assert "another-service" not in "".join(map(str, endpoint.headers))
 
 
+def error_body(message):
+    return json.dumps({"error": {"message": message}})
+
+
 @pytest.mark.parametrize(
     ("status", "text", "requests", "reason"),
     [
-        (401, f"key {SECRET} is unknown", 1, "401.*unknown"),
-        (500, f"failed on {SECRET}", 3, "500.*failed on"),
+        (401, error_body(f"key {SECRET} is unknown"), 1, "401.*unknown"),
+        (500, error_body(f"failed on {SECRET}"), 3, "500.*failed on"),
         (200, "{}", 1, "not a chat completion"),
     ],
 )
 def test_a_judge_without_an_answer_is_refused_without_its_key(status, text, requests, reason):
-    body = json.dumps({"error": {"message": text}}) if status != 200 else text
-    with judge((status, body)) as endpoint, pytest.raises(UserError, match=reason) as caught:
+    with judge((status, text)) as endpoint, pytest.raises(UserError, match=reason) as caught:
         ask(endpoint.url)
     assert endpoint.url in str(caught.value)
     assert len(endpoint.asked) == requests
@@ -90,7 +93,8 @@ def test_the_command_line_and_the_environment_name_a_judge(monkeypatch):
 
 
 def measure(url, folder):
-    for question in QUESTIONS:  # every answer is there already, so that no model is asked
+    """The benchmark's measurement; every answer is cached already, so that no model is asked."""
+    for question in QUESTIONS:
         decoding = Decoding(8, temperature=question.temperature)
         cache = Cache(folder, {"decoding": asdict(decoding)})
         cache.put(question.id, f"answer to {question.id}")
@@ -111,11 +115,13 @@ def test_answers_are_rated_and_an_unread_rating_is_asked_again_and_counted(tmp_p
     assert [item.score for item in measurement.items] == [8, 4, None]
     counts = {"items": 3, "without an answer": 1}
     assert measurement.all_figures() == counts | {"category math": 4, "category writing": 8}
-    haiku, sum_ = (endpoint.asked[n]["messages"][0]["content"] for n in (0, 1))
-    assert "Write a haiku." in haiku
-    assert "answer to 81" in haiku
-    assert "right answer" not in haiku
-    assert "# A right answer, for comparison\n5" in sum_
+    # A question without a reference answer, and one with
+    haiku_request = endpoint.asked[0]["messages"][0]["content"]
+    assert "Write a haiku." in haiku_request
+    assert "answer to 81" in haiku_request
+    assert "right answer" not in haiku_request
+    sum_request = endpoint.asked[1]["messages"][0]["content"]
+    assert "# A right answer, for comparison\n5" in sum_request
     with judge("nice") as endpoint, pytest.raises(UserError, match="no rating could be read"):
         measure(endpoint.url, tmp_path / "other")
 

@@ -72,15 +72,20 @@ def judge(*replies: str | tuple[int, str]) -> Iterator[SimpleNamespace]:
     Args:
         replies: words, or status and body; given in turn, the last one for ever.
     """
-    left, endpoint = list(replies), SimpleNamespace(asked=[], headers=[])
+    remaining = list(replies)
+    endpoint = SimpleNamespace(asked=[], headers=[])
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            endpoint.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            length = int(self.headers["Content-Length"])
+            endpoint.asked.append(json.loads(self.rfile.read(length)))
             endpoint.headers.append(self.headers)
-            reply = left.pop(0) if len(left) > 1 else left[0]
-            message = {"choices": [{"message": {"role": "assistant", "content": reply}}]}
-            status, text = reply if isinstance(reply, tuple) else (200, json.dumps(message))
+            reply = remaining.pop(0) if len(remaining) > 1 else remaining[0]
+            if isinstance(reply, tuple):
+                status, text = reply
+            else:
+                message = {"role": "assistant", "content": reply}
+                status, text = 200, json.dumps({"choices": [{"message": message}]})
             self.send_response(status if self.path == "/v1/chat/completions" else 404)
             self.send_header("retry-after-ms", "1")  # a test is not to wait for longer
             self.send_header("Content-Type", "application/json")

@@ -14,6 +14,7 @@ _IMAGE = ("to_q", "to_k", "to_v")
 
 
 def _fused(ours: str, names: tuple[str, ...], theirs: str) -> dict[str, str]:
+    """Layers of diffusers that are parts of one weight of ComfyUI."""
     return {f"{ours}.{name}": f"{theirs}[{part}]" for part, name in enumerate(names)}
 
 
@@ -27,14 +28,27 @@ _FLUX = {
     f"{_BLOCK}.to_add_out": f"{_DOUBLE}.txt_attn.proj",
 }
 _QWEN = (*_IMAGE, *_TEXT, "to_out.0", "to_add_out")
-_KREA = {
-    "transformer_blocks.#": "blocks.#",
-    "text_fusion.layerwise_blocks.#": "txtfusion.layerwise_blocks.#",
-    "text_fusion.refiner_blocks.#": "txtfusion.refiner_blocks.#",
-}
-_KREA_ATTENTION = {"to_q": "wq", "to_k": "wk", "to_v": "wv", "to_gate": "gate", "to_out.0": "wo"}
-_Z_IMAGE = ("layers.#", "context_refiner.#", "noise_refiner.#")
 
+
+def _z_image(block: str) -> dict[str, str]:
+    """The attention of one kind of blocks of Z-Image."""
+    names = _fused(f"{block}.attention", _IMAGE, f"{block}.attention.qkv")
+    names[f"{block}.attention.to_out.0"] = f"{block}.attention.out"
+    return names
+
+
+def _krea(ours: str, theirs: str) -> dict[str, str]:
+    """The attention of one kind of blocks of Krea 2."""
+    return {
+        f"{ours}.attn.to_q": f"{theirs}.attn.wq",
+        f"{ours}.attn.to_k": f"{theirs}.attn.wk",
+        f"{ours}.attn.to_v": f"{theirs}.attn.wv",
+        f"{ours}.attn.to_gate": f"{theirs}.attn.gate",
+        f"{ours}.attn.to_out.0": f"{theirs}.attn.wo",
+    }
+
+
+# By the class of the transformer in diffusers
 NAMES: dict[str, dict[str, str]] = {
     "SD3Transformer2DModel": {
         **_fused(_BLOCK, _IMAGE, f"{_JOINT}.x_block.attn.qkv"),
@@ -52,20 +66,16 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "QwenImageTransformer2DModel": {f"{_BLOCK}.{name}": f"{_BLOCK}.{name}" for name in _QWEN},
     "ZImageTransformer2DModel": {
-        ours: theirs
-        for block in _Z_IMAGE
-        for ours, theirs in {
-            **_fused(f"{block}.attention", _IMAGE, f"{block}.attention.qkv"),
-            f"{block}.attention.to_out.0": f"{block}.attention.out",
-        }.items()
+        **_z_image("layers.#"),
+        **_z_image("context_refiner.#"),
+        **_z_image("noise_refiner.#"),
     },
     "Krea2Transformer2DModel": {
-        f"{block}.attn.{ours}": f"{comfy_block}.attn.{theirs}"
-        for block, comfy_block in _KREA.items()
-        for ours, theirs in _KREA_ATTENTION.items()
+        **_krea("transformer_blocks.#", "blocks.#"),
+        **_krea("text_fusion.layerwise_blocks.#", "txtfusion.layerwise_blocks.#"),
+        **_krea("text_fusion.refiner_blocks.#", "txtfusion.refiner_blocks.#"),
     },
 }
-"""By the class of the transformer in diffusers."""
 _NUMBER = re.compile(r"(?<=s\.)\d+|(?<=refiner\.)\d+")
 
 
@@ -77,6 +87,7 @@ def place(transformer: str, layer: str) -> tuple[str, int]:
     return theirs, int(part.rstrip("]") or 0)
 
 
+# ComfyUI's names of SDXL's layers in a file; each has one of `SDXL_ENDINGS`.
 _PLACE = r"(down_blocks_\d+|up_blocks_\d+|mid_block)_(attentions|resnets)_\d+"
 _BLOCK_SDXL = r"transformer_blocks_\d+_(attn[12]_to_(q|k|v|out_0)|ff_net_0_proj|ff_net_2)"
 SDXL_KEYS = (
@@ -87,5 +98,4 @@ SDXL_KEYS = (
     r"lora_te[12]_text_model_encoder_layers_\d+_(mlp_fc[12]|self_attn_(q|k|v|out)_proj)",
     "lora_te2_text_projection",
 )
-"""Its names of SDXL's layers in a file; each has `SDXL_ENDINGS`."""
 SDXL_ENDINGS = (".lora_up.weight", ".lora_down.weight", ".alpha", ".dora_scale")

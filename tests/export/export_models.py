@@ -1,6 +1,4 @@
-"""Small models with a primary and an auxiliary, and their exported files; LoRA files for the
-miniature.
-"""
+"""Small models with both adapters and their exported files; LoRA files for the miniature."""
 
 import copy
 from collections.abc import Callable
@@ -53,11 +51,14 @@ def add_adapters(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> nn.Modul
 
 
 def all_models(**options: Any) -> dict[str, nn.Module]:
-    unet = AdapterSpec(target_modules=UNET_TARGETS, **options)
-    return {
-        name: add_adapters(model, unet if name == "unet" else AdapterSpec(**options), seed)
-        for seed, (name, model) in enumerate(plain_models().items(), 1)
-    }
+    """The plain models with adapters, each with other random values."""
+    models = plain_models()
+    for seed, (name, model) in enumerate(models.items(), start=1):
+        spec = AdapterSpec(**options)
+        if name == "unet":
+            spec = AdapterSpec(target_modules=UNET_TARGETS, **options)
+        add_adapters(model, spec, seed)
+    return models
 
 
 def export_all(folder: Path, models: dict[str, nn.Module]) -> Path:
@@ -74,7 +75,9 @@ def read_metadata(file: Path) -> dict[str, str]:
 def equal(path: Path, other_path: Path) -> bool:
     """Two files have the same tensors."""
     left, right = load_file(path), load_file(other_path)
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+    if left.keys() != right.keys():
+        return False
+    return all(torch.equal(tensor, right[key]) for key, tensor in left.items())
 
 
 def rewrite(
@@ -103,7 +106,11 @@ def write_lora(
     components: tuple[str, ...] = ("unet",),
     kohya: bool = False,
 ) -> Path:
-    """Export a LoRA of rank 2 for the pipeline's models; B is drawn with deviation ``size``."""
+    """Export a LoRA of rank 2 for the pipeline's models.
+
+    Args:
+        size: standard deviation of the values of B; those of A have 0.1.
+    """
     models = {name: copy.deepcopy(getattr(pipeline, name)) for name in components}
     generator = torch.Generator().manual_seed(0)
     for name, model in models.items():

@@ -46,44 +46,56 @@ def model(request, monkeypatch):
 
 
 def test_comfyui_adds_what_was_trained(model, tmp_path, caplog):
-    sdxl, lora = model.pipeline_class == SDXL, load("comfy.lora")
-    pipeline = (
-        pipeline_of(SDXL)
-        if sdxl
-        else make_pipeline(model.pipeline_class, **MODELS[model.pipeline_class].get("ours", {}))
-    )
-    names = ("unet", *ENCODERS) if sdxl else ("transformer",)
-    for name in names:
-        ours = getattr(pipeline, name)
-        layers = select_layers(["all" if sdxl else "attention"], family_of(pipeline), ours)
-        targets = "all-linear" if name in ENCODERS else layers
-        add_adapters(ours, AdapterSpec(rank=2, alpha=3, target_modules=targets))
-    models = {name: getattr(pipeline, name) for name in names}
-    save_diffusers(tmp_path / "dog", models, base_model="some/base", kohya=sdxl)
-    file = tmp_path / "dog" / ("dog.safetensors" if sdxl else FILE_NAME)
-    keys, weights = lora.model_lora_keys_unet(model, {}), model.diffusion_model.state_dict()
-    if sdxl:
+    is_sdxl = model.pipeline_class == SDXL
+    if is_sdxl:
+        pipeline = pipeline_of(SDXL)
+        models = {name: getattr(pipeline, name) for name in ("unet", *ENCODERS)}
+        chosen_layers, file = ["all"], tmp_path / "dog" / "dog.safetensors"
+    else:
+        sizes = MODELS[model.pipeline_class].get("ours", {})
+        pipeline = make_pipeline(model.pipeline_class, **sizes)
+        models = {"transformer": pipeline.transformer}
+        chosen_layers, file = ["attention"], tmp_path / "dog" / FILE_NAME
+    for name, trained in models.items():
+        targets = "all-linear"
+        if name not in ENCODERS:
+            targets = select_layers(chosen_layers, family_of(pipeline), trained)
+        add_adapters(trained, AdapterSpec(rank=2, alpha=3, target_modules=targets))
+    save_diffusers(tmp_path / "dog", models, base_model="some/base", kohya=is_sdxl)
+
+    # ComfyUI's patches by its own names of the weights
+    lora = load("comfy.lora")
+    keys = lora.model_lora_keys_unet(model, {})
+    unet_names = {}
+    if is_sdxl:
         lora.model_lora_keys_clip(load("comfy.sdxl_clip").SDXLClipModel("meta"), keys)
-        native = load("comfy.utils").unet_to_diffusers(model.model_config.unet_config)
-    patches, expected = defaultdict(list), defaultdict(dict)
+        unet_names = load("comfy.utils").unet_to_diffusers(model.model_config.unet_config)
+    patches = defaultdict(list)
     converted = load("comfy.lora_convert").convert_lora(load_file(file))
     for key, patch in lora.load_lora(converted, keys).items():
-        key, offset = (key, None) if isinstance(key, str) else key
-        patches[key.removeprefix("diffusion_model.")].append((1.0, patch, 1.0, offset, None))
+        # The key of a part of a fused weight has the part's offset too.
+        name, offset = (key, None) if isinstance(key, str) else key
+        patches[name.removeprefix("diffusion_model.")].append((1.0, patch, 1.0, offset, None))
     assert not [line for line in caplog.messages if "not loaded" in line]
-    for name, ours in models.items():
-        for layer in primary_part(name, ours).layers:
+
+    # ComfyUI's name -> number of the part -> the trained change B A
+    expected = defaultdict(dict)
+    for name, trained in models.items():
+        for layer in primary_part(name, trained).layers:
+            part = 0
             if name == "unet":
-                key, part = native[f"{layer.name}.weight"].removesuffix(".weight"), 0
+                key = unet_names[f"{layer.name}.weight"].removesuffix(".weight")
             elif name in ENCODERS:
                 inner = "" if layer.name == "text_projection" else "text_model."
-                key, part = f"{ENCODERS[name]}.transformer.{inner}{layer.name}", 0
+                key = f"{ENCODERS[name]}.transformer.{inner}{layer.name}"
             else:
-                key, part = place(type(ours).__name__, layer.name)
+                key, part = place(type(trained).__name__, layer.name)
             expected[f"{key}.weight"][part] = layer.B.flatten(1) @ layer.A.flatten(1)
     assert patches.keys() == expected.keys()
+    weights = model.diffusion_model.state_dict()
     for key, parts in expected.items():
-        change = torch.zeros(weights[key].shape if key in weights else parts[0].shape)
+        shape = weights[key].shape if key in weights else parts[0].shape
+        change = torch.zeros(shape)
         for part, delta in parts.items():
             change.flatten(1)[part * len(delta) :][: len(delta)] = delta
         result = lora.calculate_weight(patches[key], torch.zeros_like(change), key)
@@ -92,7 +104,8 @@ def test_comfyui_adds_what_was_trained(model, tmp_path, caplog):
 
 def nodes_reading(folder, monkeypatch):
     """ComfyUI's nodes, which find all files in one folder."""
-    nodes, comfy_folders = load("nodes"), load("folder_paths").folder_names_and_paths
+    nodes = load("nodes")
+    comfy_folders = load("folder_paths").folder_names_and_paths
     for name in ("flux", "model_advanced", "sd3", "custom_sampler", "hooks"):
         file = f"{COMFYUI}/comfy_extras/nodes_{name}.py"
         assert asyncio.run(nodes.load_custom_node(file, module_parent="comfy_extras"))
@@ -108,16 +121,18 @@ def test_comfyui_takes_the_workflow_and_has_its_noise_levels(
     if guidance_from == "base" and model.pipeline_class == "FluxPipeline":
         pytest.skip("it has no unconditional prediction")
     nodes = nodes_reading(tmp_path, monkeypatch)
-    graph, levels = graph_of(pipeline_of(model.pipeline_class), guidance_from), None
+    graph = graph_of(pipeline_of(model.pipeline_class), guidance_from)
     patched = load("comfy.model_patcher").ModelPatcher(model, "cpu", "cpu")
-    for kind, inputs in [(node["class_type"], node["inputs"]) for node in graph.values()]:
+    levels = None
+    for node in graph.values():
+        kind, inputs = node["class_type"], node["inputs"]
         declared = nodes.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()
-        assert inputs.keys() <= {**declared["required"], **declared.get("optional", {})}.keys()
+        assert inputs.keys() <= declared["required"].keys() | declared.get("optional", {}).keys()
         for value in inputs.values():
             if str(value).endswith(".safetensors"):
                 (tmp_path / value).touch()
         if kind.startswith("ModelSampling"):
-            (patched,) = nodes.NODE_CLASS_MAPPINGS[kind]().patch(**{**inputs, "model": patched})
+            (patched,) = nodes.NODE_CLASS_MAPPINGS[kind]().patch(**(inputs | {"model": patched}))
         elif kind == "KSampler":
             sampling = patched.get_model_object("model_sampling"), inputs["scheduler"]
             levels = load("comfy.samplers").calculate_sigmas(*sampling, inputs["steps"])
@@ -132,16 +147,21 @@ def test_comfyui_adds_a_hooked_lora_to_the_prompt_alone(monkeypatch, tmp_path):
     """The nodes of the workflow with guidance from the base model, on the miniature's sizes."""
     monkeypatch.setattr(sys, "path", [*sys.path, COMFYUI])
     load("comfy.cli_args").args.cpu = True
-    nodes, samplers = nodes_reading(tmp_path, monkeypatch), load("comfy.samplers")
+    nodes = nodes_reading(tmp_path, monkeypatch)
+    samplers = load("comfy.samplers")
     unet = pipeline_of(SDXL).unet
     add_adapters(unet, AdapterSpec(rank=2, alpha=1, target_modules=("to_q", "to_v")))
     save_diffusers(tmp_path / "dog", {"unet": unet}, base_model="some/base", kohya=True)
     (tmp_path / "dog" / "dog.safetensors").rename(tmp_path / "dog.safetensors")
     # ComfyUI embeds each of the six sizes in 256 numbers, here beside 16 of the text, and takes a
     # model of more than four channels for one of inpainting.
-    sizes = {**MODELS[SDXL]["config"], "adm_in_channels": 6 * 256 + 16}
-    sizes |= {"in_channels": 4, "out_channels": 4}
-    generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
+    sizes = MODELS[SDXL]["config"] | {
+        "adm_in_channels": 6 * 256 + 16,
+        "in_channels": 4,
+        "out_channels": 4,
+    }
+    generator = torch.Generator().manual_seed(0)
+    device = torch.device("cpu")
     model = load("comfy.supported_models").SDXL(sizes).get_model({}, device=device)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.05, generator=generator)
@@ -150,10 +170,11 @@ def test_comfyui_adds_a_hooked_lora_to_the_prompt_alone(monkeypatch, tmp_path):
     prompts = torch.randn(2, 1, 7, 192, generator=generator)
     pooled = torch.randn(1, 16, generator=generator)
 
-    def predictions(patcher, lora_hook):
+    def predictions(patcher, has_hook):
         """Conditional and unconditional prediction in the first step."""
-        positive, negative = ([[prompt, {"pooled_output": pooled}]] for prompt in prompts)
-        if lora_hook:
+        positive = [[prompts[0], {"pooled_output": pooled}]]
+        negative = [[prompts[1], {"pooled_output": pooled}]]
+        if has_hook:
             create = nodes.NODE_CLASS_MAPPINGS["CreateHookLoraModelOnly"]()
             (hooks,) = create.create_hook_model_only("dog.safetensors", 1.0)
             attach = nodes.NODE_CLASS_MAPPINGS["ConditioningSetProperties"]()
@@ -173,10 +194,11 @@ def test_comfyui_adds_a_hooked_lora_to_the_prompt_alone(monkeypatch, tmp_path):
         guider.sample(noise, torch.zeros_like(noise), samplers.ksampler("euler"), sigmas, seed=0)
         return first_step
 
-    base = predictions(patcher, lora_hook=False)
-    hooked = predictions(patcher, lora_hook=True)
+    base = predictions(patcher, has_hook=False)
+    hooked = predictions(patcher, has_hook=True)
     (loaded,) = nodes.LoraLoaderModelOnly().load_lora_model_only(patcher, "dog.safetensors", 1.0)
-    adapted = predictions(loaded, lora_hook=False)
+    adapted = predictions(loaded, has_hook=False)
+    # The adapter acts in the conditional prediction only, though it would change the other too.
     torch.testing.assert_close(hooked[0], adapted[0])
     torch.testing.assert_close(hooked[1], base[1])
     assert (adapted[1] - base[1]).abs().max() > 1e-3

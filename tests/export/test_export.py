@@ -3,7 +3,10 @@
 import copy
 import hashlib
 import json
+import math
 import re
+import shutil
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +30,8 @@ from bilora_diffusion.image.sampling import generate
 from tests.export import export_models as small
 from tests.export.comfy_names import SDXL_ENDINGS, SDXL_KEYS
 
+KOHYA_FILE = "icons.safetensors"  # of the fixture `folder`
+
 
 @pytest.fixture(scope="module")
 def plain_unet():
@@ -49,22 +54,41 @@ def test_change_is_scale_times_b_a(plain_unet, tmp_path_factory, rank, alpha, do
     report = verify(folder, {"unet": model})
     assert report["max_relative_difference"] < 3e-7
     assert report["kohya_max_relative_difference"] < 3e-7
-    if not double and (alpha / rank).hex().startswith("0x1.0000000000000p"):
-        assert report["max_abs_difference"] == 0  # a power of two is exact
+    # The product with a power of two is exact.
+    if not double and math.frexp(alpha / rank)[0] == 0.5:
+        assert report["max_abs_difference"] == 0
     tensors = load_file(folder / FILE_NAME)
     for name, layer in adapters.layers(model, PRIMARY):
-        A, B = (tensors[f"unet.{name}.lora_{side}.weight"].flatten(1) for side in "AB")
-        # in fp32 against PEFT's own s * B @ A
+        A = tensors[f"unet.{name}.lora_A.weight"].flatten(1)
+        B = tensors[f"unet.{name}.lora_B.weight"].flatten(1)
+        # PEFT's own s * B @ A, in fp32
         expected = cast(Any, layer).get_delta_weight(PRIMARY).flatten(1).float()
         torch.testing.assert_close(B @ A, expected, rtol=1e-4, atol=1e-4)
 
 
-MODELS = ("unet", "text_encoder", "text_encoder_2")
-
-
-def draw(pipeline):
+def sampled_pixels(pipeline):
     (image,) = generate(pipeline, ["a fox"], [0], size=64, steps=2, guidance_scale=3.0)
     return np.asarray(image, dtype=int)
+
+
+def largest_difference(pixels, expected):
+    return np.abs(pixels - expected).max()
+
+
+def add_small_adapters(model, spec):
+    """Both adapters, so small that images keep a structure."""
+    small.add_adapters(model, spec)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() > 1:
+                parameter.mul_(0.05)
+        if spec.use_dora:
+            # Magnitudes as DoRA starts with: the norms of the weight's rows.
+            for _, layer in adapters.layers(model, PRIMARY):
+                norms = adapters.base_weight(layer).flatten(1).norm(dim=1)
+                magnitude = cast(Any, layer).lora_magnitude_vector[PRIMARY].weight
+                magnitude.copy_(norms.view(magnitude.shape))
+    return model
 
 
 @pytest.mark.parametrize(("alpha", "dora"), [(6, False), (8, True)])
@@ -72,54 +96,52 @@ def test_images_from_file_equal_those_from_memory_and_comfyui_finds_every_key(
     alpha, dora, tmp_path
 ):
     trained, loaded = (load_pipeline("mini", dtype=torch.float32) for _ in range(2))
+    spec = AdapterSpec(rank=4, alpha=alpha, use_dora=dora, target_modules="all-linear")
     places = image_pipeline.select_layers(["all"], family_of(trained), trained.unet)
-    models = {}
-    for name in MODELS:
-        targets = places if name == "unet" else "all-linear"
-        spec = AdapterSpec(rank=4, alpha=alpha, use_dora=dora, target_modules=targets)
-        model = models[name] = small.add_adapters(getattr(trained, name), spec)
-        with torch.no_grad():
-            for parameter in (p for p in model.parameters() if p.requires_grad):
-                parameter.mul_(0.05 if parameter.dim() > 1 else 1)
-        if dora:  # whose magnitudes are those of the weights
-            for _, layer in adapters.layers(model, PRIMARY):
-                weight = adapters.base_weight(layer).detach()
-                magnitude = cast(Any, layer).lora_magnitude_vector[PRIMARY].weight
-                magnitude.data = weight.flatten(1).norm(dim=1).view(magnitude.shape)
+    models = {
+        "unet": add_small_adapters(trained.unet, replace(spec, target_modules=places)),
+        "text_encoder": add_small_adapters(trained.text_encoder, spec),
+        "text_encoder_2": add_small_adapters(trained.text_encoder_2, spec),
+    }
     small.export_all(tmp_path / "dog", models)
-    before, both = draw(loaded), draw(trained)
     with adapters.only(nn.ModuleDict(models), [PRIMARY]):
-        expected = draw(trained)
-    assert np.abs(before - expected).max() > 12
-    assert np.abs(both - expected).max() > 2  # here the auxiliary acts too
+        expected = sampled_pixels(trained)
+    assert largest_difference(sampled_pixels(loaded), expected) > 12  # of 255
+    assert largest_difference(sampled_pixels(trained), expected) > 2  # the auxiliary acts too
     loaded.load_lora_weights(tmp_path / "dog")  # of the two files, diffusers takes its own
-    assert np.abs(draw(loaded) - expected).max() <= 1
+    assert largest_difference(sampled_pixels(loaded), expected) <= 1
     if not dora:  # diffusers drops dora_scale from kohya files
         loaded.unload_lora_weights()
         loaded.load_lora_weights(tmp_path / "dog", weight_name="dog.safetensors")
-        assert np.abs(draw(loaded) - expected).max() <= 1
+        assert largest_difference(sampled_pixels(loaded), expected) <= 1
+
     keys = list(load_file(tmp_path / "dog" / "dog.safetensors"))
-    layer = re.compile("|".join(SDXL_KEYS))
-    ends = {key: next((e for e in SDXL_ENDINGS if key.endswith(e)), "") for key in keys}
-    assert all(end and layer.fullmatch(key.removesuffix(end)) for key, end in ends.items())
+    endings = "|".join(re.escape(ending) for ending in SDXL_ENDINGS)
+    comfyui_key = re.compile(f"({'|'.join(SDXL_KEYS)})({endings})")
+    for key in keys:
+        assert comfyui_key.fullmatch(key)
     assert any(key.endswith(".dora_scale") for key in keys) == dora
 
 
-def test_kohyas_file_is_named_after_the_run():
-    for folder, expected in (
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
         ("runs/icons/", "icons.safetensors"),
         ("/", "lora.safetensors"),
         ("runs/.hidden", "hidden.safetensors"),  # the hub's upload leaves out names with a dot
         ("a<lora:b:1>, c", "a_lora_b_1__ c.safetensors"),
         ("my_pytorch_lora_weights", "my_pytorch_lora_weights-kohya.safetensors"),
         ("\udcff", "_.safetensors"),
-        ("ü" * 120, f"{'ü' * 90}.safetensors"),
-    ):
-        assert kohya_file_name(folder) == expected
+        ("ü" * 120, f"{'ü' * 90}.safetensors"),  # file systems take 255 bytes
+    ],
+)
+def test_kohyas_file_is_named_after_the_run(folder, name):
+    assert kohya_file_name(folder) == name
 
 
 def test_metadata(models, folder):
-    plain, kohya = (small.read_metadata(folder / file) for file in (FILE_NAME, "icons.safetensors"))
+    plain = small.read_metadata(folder / FILE_NAME)
+    kohya = small.read_metadata(folder / KOHYA_FILE)
     expected = {
         "format": "pt",
         "ss_sd_model_name": "some/base",
@@ -133,14 +155,16 @@ def test_metadata(models, folder):
         "bilora.original_alpha": '{"unet": 6.0, "text_encoder": 6.0, "text_encoder_2": 6.0}',
         **small.FACTS,
     }
-    assert {key: kohya[key] for key in expected} == expected
-    assert kohya.keys() == {*expected, "sshs_model_hash"}  # too small to be called SDXL's
-    assert plain.keys() == {*kohya, "lora_adapter_metadata"}
+    # The model is too small to be called SDXL's.
+    assert kohya == expected | {"sshs_model_hash": kohya["sshs_model_hash"]}
+    assert plain.keys() == kohya.keys() | {"lora_adapter_metadata"}
     config = json.loads(plain["lora_adapter_metadata"])
     assert {key.partition(".")[0] for key in config} == set(models)
     assert config["unet.r"] == config["unet.lora_alpha"] == 4
-    assert all(name.endswith(small.UNET_TARGETS) for name in config["unet.target_modules"])
-    for file, metadata in ((FILE_NAME, plain), ("icons.safetensors", kohya)):
+    for name in config["unet.target_modules"]:
+        assert name.endswith(small.UNET_TARGETS)
+    for file, metadata in ((FILE_NAME, plain), (KOHYA_FILE, kohya)):
+        # kohya's hash is of the tensors' bytes, behind the header and its length in 8 bytes.
         content = (folder / file).read_bytes()
         body = content[8 + int.from_bytes(content[:8], "little") :]
         assert metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
@@ -151,11 +175,12 @@ def test_files_are_reproducible_and_nothing_else_is_left(models, folder, tmp_pat
     run_folder = tmp_path / "icons"
     for _ in range(2):  # the second replaces the first
         save_diffusers(run_folder, models, base_model="b", kohya=True)
-    assert sorted(p.name for p in run_folder.iterdir()) == sorted((FILE_NAME, "icons.safetensors"))
+    assert sorted(path.name for path in run_folder.iterdir()) == [KOHYA_FILE, FILE_NAME]
+    # A kohya file of other weights is not left.
     save_diffusers(run_folder, models, base_model="b")
-    assert [p.name for p in run_folder.iterdir()] == [FILE_NAME]  # no kohya file of other weights
-    hashes = {small.read_metadata(f / FILE_NAME)["sshs_model_hash"] for f in (run_folder, folder)}
-    assert len(hashes) == 1
+    assert [path.name for path in run_folder.iterdir()] == [FILE_NAME]
+    metadata = small.read_metadata(run_folder / FILE_NAME)
+    assert metadata["sshs_model_hash"] == small.read_metadata(folder / FILE_NAME)["sshs_model_hash"]
 
 
 def test_refusals_of_save(models, tmp_path):
@@ -163,32 +188,57 @@ def test_refusals_of_save(models, tmp_path):
     with torch.no_grad():
         adapters.parameters(broken, PRIMARY)[0].fill_(float("nan"))
     (tmp_path / "file").write_text("")
-    for name, chosen, word in (
+    for name, saved_models, sentence in (
         ("new", {}, "no model"),
         ("new", {"text_encodr": models["unet"]}, "text_encodr.*text_encoder"),
         ("new", {"unet": small.make_unet()}, 'no adapter "default"'),
         ("new", {"unet": broken}, "not finite"),
         ("file", models, "is a file"),
     ):
-        with pytest.raises((UserError, TrainingError), match=word):
-            save_diffusers(tmp_path / name, chosen, base_model="base")
+        with pytest.raises((UserError, TrainingError), match=sentence):
+            save_diffusers(tmp_path / name, saved_models, base_model="base")
     assert not (tmp_path / "new").exists()
 
 
-def test_verify_finds_what_is_wrong(models, folder, tmp_path):
-    name = next(key for key in load_file(folder / FILE_NAME) if key.endswith("to_q.lora_A.weight"))
-    hidden = name.replace("lora_A.weight", "lora_A.auxiliary.weight")
-    kohyas, kohya_target = "icons.safetensors", kohya_file_name(tmp_path)
-    for file, target, change, word in (
-        (FILE_NAME, FILE_NAME, lambda t: t.update({name: t[name] * 1.0001}), "differs"),
-        (FILE_NAME, FILE_NAME, lambda t: (t.pop(name), t.pop(name.replace("_A", "_B"))), "agree"),
-        (FILE_NAME, FILE_NAME, lambda t: t.update({"unet.stray": torch.zeros(1)}), "alone"),
-        (FILE_NAME, FILE_NAME, lambda t: t.update({hidden: t[name].clone()}), "alone"),
-        (kohyas, kohya_target, lambda t: t["lora_unet_time_embed_0.alpha"].add_(1), "differs"),
-    ):
-        small.rewrite(folder / FILE_NAME, tmp_path / FILE_NAME, lambda *_: None)
-        small.rewrite(
-            folder / file, tmp_path / target, lambda tensors, _, change=change: change(tensors)
-        )
-        with pytest.raises(TrainingError, match=word):
-            verify(tmp_path, models)
+LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def change_values(tensors, metadata):
+    tensors[f"{LAYER}.lora_A.weight"] *= 1.0001
+
+
+def drop_layer(tensors, metadata):
+    del tensors[f"{LAYER}.lora_A.weight"], tensors[f"{LAYER}.lora_B.weight"]
+
+
+def add_tensor(tensors, metadata):
+    tensors["unet.stray"] = torch.zeros(1)
+
+
+def add_auxiliary(tensors, metadata):
+    tensors[f"{LAYER}.lora_A.auxiliary.weight"] = tensors[f"{LAYER}.lora_A.weight"].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (change_values, "differs"),
+        (drop_layer, "agree"),
+        (add_tensor, "alone"),
+        (add_auxiliary, "alone"),
+    ],
+)
+def test_verify_finds_what_is_wrong(models, folder, tmp_path, change, sentence):
+    small.rewrite(folder / FILE_NAME, tmp_path / FILE_NAME, change)
+    with pytest.raises(TrainingError, match=sentence):
+        verify(tmp_path, models)
+
+
+def test_verify_finds_a_wrong_alpha_in_kohyas_file(models, folder, tmp_path):
+    def change_alpha(tensors, metadata):
+        tensors["lora_unet_time_embed_0.alpha"].add_(1)
+
+    shutil.copy(folder / FILE_NAME, tmp_path)
+    small.rewrite(folder / KOHYA_FILE, tmp_path / kohya_file_name(tmp_path), change_alpha)
+    with pytest.raises(TrainingError, match="differs"):
+        verify(tmp_path, models)

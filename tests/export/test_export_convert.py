@@ -24,8 +24,8 @@ from tests.export.export_models import add_adapters, all_models, equal, export_a
 from tests.scripts.runs import ROOT
 from tests.text.text_builders import save_llama
 
+# Configurations of published models
 MODELS = ROOT / "results" / "dry_run_memory" / "models.json"
-"""Configurations of published models."""
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +37,45 @@ def folder(tmp_path_factory):
 
 def test_around_all_formats(folder, tmp_path):
     source, kohya = folder / FILE_NAME, folder / "icons.safetensors"
-    assert equal(convert(source, "kohya", tmp_path / "a.safetensors"), kohya)
-    assert equal(convert(kohya, "diffusers", tmp_path / "b.safetensors"), source)
-    peft = convert(kohya, "peft", tmp_path / "peft")
-    assert {p.name for p in peft.iterdir()} == {"unet", "text_encoder", "text_encoder_2"}
-    assert equal(convert(peft, "diffusers", tmp_path / "back"), source)  # a folder: the usual name
-    assert convert(peft, "kohya").name == "peft-kohya.safetensors"
-    encoder = convert(peft / "text_encoder_2", "kohya", tmp_path / "c.safetensors")
-    assert set(inspect(encoder).layers) == {"text_encoder_2"}  # PEFT's keys do not say which
-    metadata = inspect(tmp_path / "a.safetensors").metadata
+    converted = convert(source, "kohya", tmp_path / "a.safetensors")
+    assert equal(converted, kohya)
+    metadata = inspect(converted).metadata
     assert metadata["bilora.rho"] == "0.05"
     assert metadata["ss_output_name"] == "a"
-    stored = load_file(source)
+    assert equal(convert(kohya, "diffusers", tmp_path / "b.safetensors"), source)
+    peft = convert(kohya, "peft", tmp_path / "peft")
+    assert {part.name for part in peft.iterdir()} == {"unet", "text_encoder", "text_encoder_2"}
+    assert equal(convert(peft, "diffusers", tmp_path / "back"), source)  # a folder: the usual name
+    assert convert(peft, "kohya").name == "peft-kohya.safetensors"
+    # PEFT's keys do not say which model they are of; the folder's name does.
+    encoder = convert(peft / "text_encoder_2", "kohya", tmp_path / "c.safetensors")
+    assert set(inspect(encoder).layers) == {"text_encoder_2"}
+
+
+def stored_products(file):
+    """Model and layer -> B A of a file as diffusers writes it; text encoders have other endings."""
+    tensors = load_file(file)
+    products = {}
+    for key, A in tensors.items():
+        if key.endswith(("lora_A.weight", "down.weight")):
+            B = tensors[key.replace("lora_A.weight", "lora_B.weight").replace(".down.", ".up.")]
+            component, _, layer = key.partition(".lora_")[0].partition(".")
+            products[component, plain_name(layer)] = B.flatten(1) @ A.flatten(1)
+    return products
+
+
+def test_peft_loads_the_same_change(folder, tmp_path):
+    products = stored_products(folder / FILE_NAME)
+    peft = convert(folder / FILE_NAME, "peft", tmp_path / "peft")
     for component, model in plain_models().items():
         loaded = PeftModel.from_pretrained(model, str(peft / component))
-        factors = adapters.factors(loaded, PRIMARY)
-        assert len(factors) == inspect(source).layers[component]
-        for name, A, B, scale in factors:
-            plain = plain_name(name)
-            keys = [k for k in stored if f".{plain}.lora" in k and k.startswith(f"{component}.")]
-            down = next(k for k in keys if k.endswith(("lora_A.weight", "down.weight")))
-            up = next(k for k in keys if k.endswith(("lora_B.weight", "up.weight")))
-            expected = stored[up].flatten(1) @ stored[down].flatten(1)
+        for name, A, B, scale in adapters.factors(loaded, PRIMARY):
+            expected = products.pop((component, plain_name(name)))
             torch.testing.assert_close(scale * B @ A, expected)
+    assert not products
 
 
+# Layers as kohya's own scripts name them, in SDXL's names, and as diffusers does
 KOHYAS = {
     "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
         "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_{AB}.weight"
@@ -74,49 +88,48 @@ KOHYAS = {
         "text_encoder_2.text_model.encoder.layers.1.mlp.fc1.lora_linear_layer.{way}.weight"
     ),
 }
-"""Layers as kohya's own scripts name them, in SDXL's names, and as diffusers does."""
 
 
-def kohya_file(path, alpha, dtype, **tensors_before):
+def kohya_file(path, alpha=4, dtype=torch.float32, other_tensors=None):
     """As kohya's own scripts write it: with alpha, and a rank of its own for a convolution."""
-    tensors = dict(tensors_before)
+    generator = torch.Generator().manual_seed(0)
+    tensors = dict(other_tensors or {})
     for name in KOHYAS:
-        kernel, rank = ((3, 3), 2) if "in_layers" in name else ((), 4)
-        generator = torch.Generator().manual_seed(len(tensors))
-        tensors[f"{name}.lora_down.weight"] = torch.randn((rank, 5, *kernel), generator=generator)
-        kernel_ones = [1] * len(kernel)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(
-            (6, rank, *kernel_ones), generator=generator
-        )
+        down_shape, up_shape = (4, 5), (6, 4)
+        if "in_layers" in name:
+            down_shape, up_shape = (2, 5, 3, 3), (6, 2, 1, 1)
+        tensors[f"{name}.lora_down.weight"] = torch.randn(down_shape, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(up_shape, generator=generator)
         if alpha is not None:
             tensors[f"{name}.alpha"] = torch.tensor(alpha)
-    save_file({k: v.to(dtype) for k, v in tensors.items()}, path, {"ss_tag_frequency": "{}"})
+    stored = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    save_file(stored, path, {"ss_tag_frequency": "{}"})
     return path
 
 
 @pytest.mark.parametrize(
-    ("alpha", "dtype", "precision"),
+    ("alpha", "dtype", "dtype_of_B"),
     [
         (3, torch.float16, torch.float32),  # 3/4 of a number has no room in 16 bits
         (2, torch.float16, torch.float16),
         (None, torch.bfloat16, torch.bfloat16),  # alpha is the rank then
     ],
 )
-def test_kohyas_own_file(tmp_path, alpha, dtype, precision):
+def test_kohyas_own_file(tmp_path, alpha, dtype, dtype_of_B):
     source = kohya_file(tmp_path / "foreign.safetensors", alpha, dtype)
     converted = convert(source, "diffusers")
     assert converted == tmp_path / "foreign-diffusers.safetensors"
     source_tensors, stored = load_file(source), load_file(converted)
     assert len(stored) == 2 * len(KOHYAS)
     for theirs, ours in KOHYAS.items():
-        down, up = (
-            source_tensors[f"{theirs}.lora_{way}.weight"].double() for way in ("down", "up")
-        )
+        down = source_tensors[f"{theirs}.lora_down.weight"].double()
+        up = source_tensors[f"{theirs}.lora_up.weight"].double()
         scale = 1.0 if alpha is None else alpha / down.shape[0]
         A = stored[ours.format(AB="A", way="down")]
         B = stored[ours.format(AB="B", way="up")]
         assert A.dtype == dtype
-        assert B.dtype == (dtype if scale in (0.5, 1) else precision)
+        # A power of two keeps the precision.
+        assert B.dtype == (dtype if scale in (0.5, 1) else dtype_of_B)
         product = B.double().flatten(1) @ A.double().flatten(1)
         torch.testing.assert_close(product, scale * up.flatten(1) @ down.flatten(1))
     metadata = inspect(converted).metadata
@@ -131,16 +144,19 @@ def test_what_reads_as_many_numbers_as_sdxl_is_named_so(tmp_path):
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora"
     tensors = {f"{key}_A.weight": torch.ones(2, 2048), f"{key}_B.weight": torch.ones(4, 2)}
     save_file(tensors, tmp_path / "a.safetensors")
-    for to in ("kohya", "diffusers"):
-        metadata = inspect(convert(tmp_path / "a.safetensors", to)).metadata
+    for format_ in ("kohya", "diffusers"):
+        metadata = inspect(convert(tmp_path / "a.safetensors", format_)).metadata
         assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
         assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
 def test_all_names_of_the_models_come_back_from_kohyas():
-    def weighted(model):
-        kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
-        return [plain_name(n) for n, module in model.named_modules() if isinstance(module, kinds)]
+    def layer_names(model):
+        names = []
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+                names.append(plain_name(name))
+        return names
 
     with torch.device("meta"):
         config = json.loads(MODELS.read_text())["Stable Diffusion XL"]["denoiser"][1]
@@ -148,14 +164,17 @@ def test_all_names_of_the_models_come_back_from_kohyas():
         models = [*plain_models().items(), ("unet", sdxl)]
     for component, model in models:
         prefix = kohya_name(component, "").removesuffix("text_model_")
-        flat = {kohya_name(component, n).removeprefix(prefix): n for n in weighted(model)}
-        names_back = formats.module_names(component, flat)
-        for name, module in flat.items():
-            assert plain_name(names_back[name]) == module
+        layers = {}
+        for name in layer_names(model):
+            layers[kohya_name(component, name).removeprefix(prefix)] = name
+        names_back = formats.module_names(component, layers)
+        for kohya, name in layers.items():
+            assert plain_name(names_back[kohya]) == name
+    # Names of the original code of SDXL
     original = ["input_blocks_3_0_op", "input_blocks_4_0_skip_connection", "middle_block_1_proj_in"]
     original += ["middle_block_2_out_layers_3", "output_blocks_5_2_conv", "input_blocks_0_0"]
     original += ["output_blocks_0_1_transformer_blocks_9_ff_net_0_proj", "label_emb_0_2", "out_2"]
-    assert set(formats.module_names("unet", original).values()) <= set(weighted(sdxl))
+    assert set(formats.module_names("unet", original).values()) <= set(layer_names(sdxl))
 
 
 def test_a_language_models_adapter_has_no_other_format(tmp_path, capsys):
@@ -163,29 +182,28 @@ def test_a_language_models_adapter_has_no_other_format(tmp_path, capsys):
     model = load_text_model(str(base)).model
     adapters.inject(model, AdapterSpec(rank=2, alpha=4), PRIMARY)
     save_adapter(tmp_path, model, base_model="some/llama", kind="causal")
-    for to in ("kohya", "diffusers", "peft"):
-        assert main([str(tmp_path), "--to", to]) == 2
+    for format_ in ("kohya", "diffusers", "peft"):
+        assert main([str(tmp_path), "--to", format_]) == 2
         assert "some/llama" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 0
     assert "peft" in capsys.readouterr().out
 
 
 def test_refusals_of_convert(folder, tmp_path):
-    unet = "lora_unet_down_blocks_1_attentions_0_proj_in"
-    both = {
-        f"{unet}.lora_down.weight": torch.ones(4, 5),
-        f"{unet}.lora_up.weight": torch.ones(6, 4),
+    layer = "lora_unet_down_blocks_1_attentions_0_proj_in"  # in diffusers' words
+    tensors = {
+        f"{layer}.lora_down.weight": torch.ones(4, 5),
+        f"{layer}.lora_up.weight": torch.ones(6, 4),
     }
-    mixed = kohya_file(tmp_path / "mixed.safetensors", 4, torch.float32, **both)
-    source = folder / FILE_NAME
-    foreign_file = kohya_file(tmp_path / "foreign.safetensors", 4, torch.float32)
-    for path, to, output, word in (
+    mixed = kohya_file(tmp_path / "mixed.safetensors", other_tensors=tensors)
+    foreign_file = kohya_file(tmp_path / "foreign.safetensors")
+    for path, format_, output, sentence in (
         (foreign_file, "kohya", folder / "icons.safetensors", "icons.safetensors exists"),
         (mixed, "peft", None, "as diffusers does"),
-        (source, "kohya", tmp_path / "lora.bin", "pickle"),
+        (folder / FILE_NAME, "kohya", tmp_path / "lora.bin", "pickle"),
     ):
-        with pytest.raises(UserError, match=word):
-            convert(path, to, output)
+        with pytest.raises(UserError, match=sentence):
+            convert(path, format_, output)
 
 
 def test_the_same_export_is_there_already(folder, tmp_path, capsys):
@@ -193,33 +211,37 @@ def test_the_same_export_is_there_already(folder, tmp_path, capsys):
     # The run has written kohya's file itself.
     assert main([str(folder), "--to", "kohya"]) == 0
     assert capsys.readouterr().out == f"is there already: {folder / 'icons.safetensors'}\n"
-    peft = [str(folder), "--to", "peft", "--output", str(tmp_path / "peft")]
-    assert main(peft) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'peft'}\n"
-    assert main(peft) == 0
+    peft = tmp_path / "peft"
+    words = [str(folder), "--to", "peft", "--output", str(peft)]
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"{peft}\n"
+    assert main(words) == 0
     assert "is there already" in capsys.readouterr().out
-    (tmp_path / "peft" / "unet" / CONFIG).write_text("{")
-    assert main(peft) == 2
+    # Another export in its place is not replaced.
+    (peft / "unet" / CONFIG).write_text("{")
+    assert main(words) == 2
     assert sorted(folder.iterdir()) == run_files
 
 
-def with_adapters(base):
-    """A model with a primary and an auxiliary that are not zero."""
+@pytest.fixture
+def model(tmp_path):
+    """A language model with a primary and an auxiliary that are not zero."""
+    base = save_llama(tmp_path / "base")
     return add_adapters(load_text_model(str(base)).model, AdapterSpec(rank=2, alpha=4))
 
 
-def test_a_second_export_replaces_the_first_unless_it_is_not_finite(tmp_path):
-    model = with_adapters(save_llama(tmp_path / "base"))
+def test_a_second_export_replaces_the_first_unless_it_is_not_finite(model, tmp_path):
     value = adapters.parameters(model, PRIMARY)[0]
-    (tmp_path / ".adapter.partial").mkdir()  # of a run that was killed while it exported
-    (tmp_path / ".adapter.partial" / "left").write_text("")
+    partial_export = tmp_path / ".adapter.partial"  # of a run that was killed while it exported
+    partial_export.mkdir()
+    (partial_export / "file").write_text("")
     save_adapter(tmp_path, model, base_model="a", kind="causal")
     with torch.no_grad():
         value.add_(1)
     save_adapter(tmp_path, model, base_model="b", kind="causal")
     assert any(torch.equal(value, stored) for stored in load_file(tmp_path / WEIGHTS).values())
     assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "b"
-    assert not (tmp_path / ".adapter.partial").exists()
+    assert not partial_export.exists()
     before = (tmp_path / WEIGHTS).read_bytes()
     for broken in (float("nan"), float("inf")):
         with torch.no_grad():
@@ -229,13 +251,20 @@ def test_a_second_export_replaces_the_first_unless_it_is_not_finite(tmp_path):
         assert (tmp_path / WEIGHTS).read_bytes() == before
 
 
-def test_a_file_that_holds_something_else_gets_no_name(tmp_path, monkeypatch):
-    model = with_adapters(save_llama(tmp_path / "base"))
-    for change, word in (
-        (lambda stored: dict(list(stored.items())[1:]), "does not hold what was trained alone"),
-        (lambda stored: {key: value + 1 for key, value in stored.items()}, "differs"),
+def test_a_file_that_holds_something_else_gets_no_name(model, tmp_path, monkeypatch):
+    def without_a_tensor(path):
+        tensors = load_file(path)
+        del tensors[min(tensors)]
+        return tensors
+
+    def with_other_values(path):
+        return {key: tensor + 1 for key, tensor in load_file(path).items()}
+
+    for read_back, sentence in (
+        (without_a_tensor, "does not hold what was trained alone"),
+        (with_other_values, "differs"),
     ):
-        monkeypatch.setattr(writer, "load_file", lambda path, c=change: c(load_file(path)))
-        with pytest.raises(TrainingError, match=word):
+        monkeypatch.setattr(writer, "load_file", read_back)
+        with pytest.raises(TrainingError, match=sentence):
             save_adapter(tmp_path, model, base_model="a", kind="causal")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -39,7 +39,7 @@ def losses_of(denoising, instance=(True, True, True)):
     """The losses where tanh(x) (1 + t / 1000) stands in for the model's prediction."""
     latents, noise = batch()
     instance = torch.tensor(instance)
-    inputs = {"latents": latents, "noise": noise, "index": INDEX, "instance": instance}
+    inputs = {"latents": latents, "noise": noise, "level_index": INDEX, "is_instance": instance}
     noisy, timesteps = denoising.add_noise(inputs)
     prediction = torch.tanh(noisy) * (1 + timesteps.view(-1, 1, 1, 1).float() / 1000)
     return denoising.loss(prediction, inputs)

@@ -27,7 +27,7 @@ PROMPT = "a TOK icon of a rabbit, in the style of TOK"
 PROMPTS = [PROMPT, "an icon"]
 LONG = ", ".join([PROMPT] * 8)
 NO_GUIDANCE = {"ZImagePipeline": 0.0, "Krea2Pipeline": 0.0, "FluxPipeline": 3.5}
-"""The guidance that is none; where it is 1, it is not here. FLUX.1 always is told one."""
+"""Scale at which a pipeline applies no guidance, if it is not 1; FLUX.1 takes it as an input."""
 
 SD3 = "StableDiffusion3Pipeline"
 SCHNELL = "FLUX.1 without an embedding of guidance"
@@ -74,8 +74,8 @@ def inputs_of(pipeline, conditional, count):
     return {
         "latents": latents_of(pipeline, count),
         "noise": noise_of(pipeline, list(range(count))),
-        "index": torch.tensor([150, 420, 800])[:count],
-        "instance": torch.ones(count, dtype=torch.bool),
+        "level_index": torch.tensor([150, 420, 800])[:count],
+        "is_instance": torch.ones(count, dtype=torch.bool),
         "time_ids": torch.zeros(count, 6),
         **conditional,
     }
@@ -152,7 +152,7 @@ def test_the_loss_is_the_formula(kind):
     losses = module(inputs)
 
     # x_s = (1 - s) x0 + s e; the model predicts the velocity e - x0.
-    levels = module.denoising.sigmas[inputs["index"]]
+    levels = module.noise_schedule.sigmas[inputs["level_index"]]
     s = levels.double().view(-1, 1, 1, 1)
     x0, e = inputs["latents"].double(), inputs["noise"].double()
     noisy = ((1 - s) * x0 + s * e).float()

@@ -87,7 +87,7 @@ def test_preconditioned_the_error_is_that_of_the_clean_image(scheme):
     index = torch.tensor([1, 5, 9])
     flow = FlowMatching.from_config(config, None, scheme=scheme, preconditioned=True)
     plain = FlowMatching.from_config(config, None, scheme=scheme)
-    inputs = {"latents": x0, "noise": e, "index": index}
+    inputs = {"latents": x0, "noise": e, "level_index": index}
     model_input, _ = flow.add_noise(inputs)
     velocity = model_input.tanh()  # stands in for the model's prediction
     loss = flow.loss(velocity, inputs)

@@ -25,7 +25,7 @@ FEED_FORWARD = {
     "Krea2Pipeline": "ff.gate ff.up ff.down",
     "Lumina2Pipeline": "feed_forward.linear_1 feed_forward.linear_2 feed_forward.linear_3",
 }
-"""The ends of the names, with # for numbers; every layer of such a name is one."""
+"""Ends of the layers' names, with # for numbers."""
 
 
 def pipeline(kind):

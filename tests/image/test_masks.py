@@ -203,8 +203,8 @@ def test_no_loss_has_a_gradient_where_the_image_is_hidden(denoising):
     inputs = {
         "latents": x0,
         "noise": noise,
-        "index": torch.tensor([10, 400, 700]),
-        "instance": torch.ones(3, dtype=torch.bool),
+        "level_index": torch.tensor([10, 400, 700]),
+        "is_instance": torch.ones(3, dtype=torch.bool),
         "mask_weights": weight_map([LEFT_HALF, None, torch.zeros(1, 8, 8)], x0, 0.0),
     }
     prediction = torch.randn(3, 4, 8, 8, requires_grad=True)

@@ -52,8 +52,8 @@ def test_a_dropped_caption_is_what_guidance_leads_away_from(zeros, tmp_path):
     inputs: dict[str, Any] = {
         "latents": torch.randn(2, 8, 8, 8),
         "noise": torch.randn(2, 8, 8, 8),
-        "index": torch.tensor([300, 300]),
-        "instance": torch.ones(2, dtype=torch.bool),
+        "level_index": torch.tensor([300, 300]),
+        "is_instance": torch.ones(2, dtype=torch.bool),
         "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2),
     }
 

@@ -48,7 +48,7 @@ def test_offset_noise_adds_a_number_to_each_channel_and_changes_nothing_else(mak
     assert len(numbers.unique()) == numbers.numel()
     assert 0.5 < numbers.std() < 2  # of a normal deviation of 1, by few numbers
     assert torch.equal(plain["latents"], shifted["latents"])
-    assert torch.equal(plain["index"], shifted["index"])
+    assert torch.equal(plain["level_index"], shifted["level_index"])
 
 
 CLASS = {"class_prompt": "an icon", "class_data_dir": "class"}
@@ -80,7 +80,7 @@ def test_every_16th_step_holds_what_guidance_leads_away_from(options, make_task)
         assert UNCONDITIONAL not in micro_batch(task, step).inputs
     inputs = micro_batch(task, 15).inputs
     losses = task.module(inputs)
-    noisy, timesteps = task.module.denoising.add_noise(inputs)
+    noisy, timesteps = task.module.noise_schedule.add_noise(inputs)
 
     def predict_unconditionally(pipeline):
         """The prediction for the two instances; class images have none."""

@@ -15,18 +15,21 @@ DEFAULTS = {name: flag.get("default") for name, flag in TABLES["sdxl"].items()}
 
 @dataclass(frozen=True)
 class Meaning:
-    """The training that a command line asks for: images of a step over all processes, steps, begun
-    passes over the data, the adapters' alpha, rates before their course (None if frozen), steps in
-    which they rise, and the factor on them at each step.
-    """
+    """The training that a command line asks for."""
 
+    # Images of a step, over all processes.
     batch: int
     steps: int
+    # Passes over the data, of which the last may be cut.
     epochs: int
+    # Of the adapters.
     alpha: float
+    # Learning rates before the schedule's factor; None for frozen encoders.
     rate: float
     text_encoder_rate: float | None
+    # Steps in which the rates rise.
     warmup: int
+    # Factor on the rates at each step.
     course: tuple[float, ...]
 
 
@@ -40,27 +43,36 @@ def default_here(values: Mapping[str, Any], given_names: frozenset[str]) -> dict
         "lr_warmup_steps": 0,
         "lora_alpha": 2.0 * values["rank"],
     }
-    instead = {
-        "max_train_steps": "num_train_epochs",
-        "gradient_accumulation_steps": "train_batch_size",
-    }
-    return {n: v for n, v in defaults.items() if not given_names & {n, instead.get(n)}}
+    # A number of epochs, or a batch size, is taken as diffusers means it.
+    if "num_train_epochs" in given_names:
+        del defaults["max_train_steps"]
+    if "train_batch_size" in given_names:
+        del defaults["gradient_accumulation_steps"]
+    return {name: value for name, value in defaults.items() if name not in given_names}
 
 
 def refuses(values: Mapping[str, Any]) -> bool:
-    """Test that the script ends with an error (of what the tests draw)."""
-    lacks = None in (values["class_data_dir"], values["class_prompt"])
-    both = values["do_edm_style_training"] and values["snr_gamma"] is not None
-    return both or (values["with_prior_preservation"] and lacks)
+    """Test that the script ends with an error (of what the tests sample)."""
+    if values["do_edm_style_training"] and values["snr_gamma"] is not None:
+        return True
+    if not values["with_prior_preservation"]:
+        return False
+    return values["class_data_dir"] is None or values["class_prompt"] is None
 
 
 def meaning(values: Mapping[str, Any], images: int, class_images: int, processes: int) -> Meaning:
-    """The script's training with these values of all flags, and ``lora_alpha`` where it had it;
-    ``class_images`` is the number of files in the class folder.
+    """The script's training.
+
+    Args:
+        values: of all its flags, and of ``lora_alpha``, which it lacks, where it differs from rank.
+        images: of the instance.
+        class_images: files in the class folder.
+        processes: that train together.
     """
     length = images * values["repeats"]
     if values["with_prior_preservation"]:
         length = max(length, min(class_images, values["num_class_images"]))
+    # Each process gets every so many of the batches; the last update of an epoch may be smaller.
     batches = math.ceil(math.ceil(length / values["train_batch_size"]) / processes)
     updates = math.ceil(batches / values["gradient_accumulation_steps"])
     steps = values["max_train_steps"]
@@ -68,24 +80,25 @@ def meaning(values: Mapping[str, Any], images: int, class_images: int, processes
         steps = values["num_train_epochs"] * updates
     batch = values["train_batch_size"] * values["gradient_accumulation_steps"] * processes
     rate = values["learning_rate"] * (batch if values["scale_lr"] else 1)
-    prodigy = values["optimizer"].lower() == "prodigy"
     text_encoder_rate = None
     if values["train_text_encoder"]:
-        text_encoder_rate = rate if prodigy else values["text_encoder_lr"]
+        is_prodigy = values["optimizer"].lower() == "prodigy"  # which wants one rate for all
+        text_encoder_rate = rate if is_prodigy else values["text_encoder_lr"]
     warmup = 0 if values["lr_scheduler"] == "constant" else values["lr_warmup_steps"]
     return Meaning(
-        batch,
-        steps,
-        math.ceil(steps / updates),
-        values.get("lora_alpha", values["rank"]),
-        rate,
-        text_encoder_rate,
-        warmup,
-        tuple(_factor(values, step, warmup, steps) for step in range(steps)),
+        batch=batch,
+        steps=steps,
+        epochs=math.ceil(steps / updates),
+        alpha=values.get("lora_alpha", values["rank"]),
+        rate=rate,
+        text_encoder_rate=text_encoder_rate,
+        warmup=warmup,
+        course=tuple(_factor(values, step, warmup, steps) for step in range(steps)),
     )
 
 
 def _factor(values: Mapping[str, Any], step: int, warmup: int, steps: int) -> float:
+    """Factor of diffusers' schedule on the rates at a step, from 0."""
     kind = values["lr_scheduler"]
     if step < warmup:
         return step / max(1, warmup)
@@ -98,5 +111,7 @@ def _factor(values: Mapping[str, Any], step: int, warmup: int, steps: int) -> fl
         return 0.5 * (1 + math.cos(math.pi * progress))
     if kind == "cosine_with_restarts":
         return 0.5 * (1 + math.cos(math.pi * (progress * values["lr_num_cycles"] % 1)))
-    end = 1e-7 / (1.0 if values["optimizer"].lower() == "prodigy" else 1e-3)
+    # Polynomial: it ends at a rate of 1e-7, as a share of the optimizer's default rate.
+    default_rate = 1.0 if values["optimizer"].lower() == "prodigy" else 1e-3
+    end = 1e-7 / default_rate
     return (1 - end) * (1 - progress) ** values["lr_power"] + end

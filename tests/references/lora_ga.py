@@ -12,9 +12,11 @@ from torch import Tensor
 
 def mean_gradients(W1: Tensor, W2: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
     """dL/dW1 and dL/dW2 of the mean over samples of ||W2 tanh(W1 x_i) - y_i||^2, one at a time."""
-    total1, total2 = torch.zeros_like(W1), torch.zeros_like(W2)
+    total1 = torch.zeros_like(W1)
+    total2 = torch.zeros_like(W2)
     for i in range(len(x)):
         hidden = torch.tanh(W1 @ x[i])
+        # tanh' = 1 - tanh^2
         d_output = 2 * (W2 @ hidden - y[i])
         total2 += torch.outer(d_output, hidden)
         total1 += torch.outer((W2.T @ d_output) * (1 - hidden**2), x[i])

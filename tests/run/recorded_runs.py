@@ -28,30 +28,29 @@ Share = Callable[[int], float]
 
 def factors(generator: torch.Generator, rank: int = 2) -> list[Factors]:
     """Random factors on every layer."""
-    return [
-        Factors(
-            name,
-            torch.randn(rank, n, generator=generator),
-            torch.randn(m, rank, generator=generator),
-            SCALE,
-        )
-        for name, (m, n) in SHAPES.items()
-    ]
+    layers = []
+    for name, (m, n) in SHAPES.items():
+        A = torch.randn(rank, n, generator=generator)
+        B = torch.randn(m, rank, generator=generator)
+        layers.append(Factors(name, A, B, SCALE))
+    return layers
 
 
 def interpolate(start: Sequence[Factors], end: Sequence[Factors], share: float) -> list[Factors]:
     """Factors on the straight line between two."""
-    return [
-        s._replace(A=s.A + share * (e.A - s.A), B=s.B + share * (e.B - s.B))
-        for s, e in zip(start, end, strict=True)
-    ]
+    layers = []
+    for first, last in zip(start, end, strict=True):
+        A = first.A + share * (last.A - first.A)
+        B = first.B + share * (last.B - first.B)
+        layers.append(first._replace(A=A, B=B))
+    return layers
 
 
 def make(
     folder: Path,
     method: str = "bilora",
     seed: int = 0,
-    steps: Sequence[int] = tuple(range(11)),
+    steps: Sequence[int] = range(11),
     config: Mapping[str, Any] | None = None,
     course: Mapping[str, Share] | None = None,
     losses: Mapping[int, tuple[float, float]] | None = None,
@@ -69,6 +68,7 @@ def make(
     log.start({**CONFIG, **(config or {})}, method=method, seed=seed, resume_step=None)
     generator = torch.Generator().manual_seed(seed)
     names = (PRIMARY, AUXILIARY) if method == "bilora" else (PRIMARY,)
+    # Each adapter goes from random factors to others on a straight line.
     ends = {name: (factors(generator), factors(generator)) for name in names}
     measured = dict(losses or {})
     for step in sorted(set(steps) | set(measured)):
@@ -94,14 +94,16 @@ def layer_figures(
     """Figures of each layer, as training writes them beside the factors."""
     unit = torch.ones(len(SHAPES), dtype=torch.float64)
     if method == "bilora":
-        gain = {GAIN: unit * 0.5} if step else {}
-        return {**alignment(adapters[PRIMARY], adapters[AUXILIARY]), **gain}
+        figures = alignment(adapters[PRIMARY], adapters[AUXILIARY])
+        if step:  # no step has been taken before the first snapshot
+            figures = {**figures, GAIN: unit * 0.5}
+        return figures
     if method != "lora-sam" or step == 0:
         return {}
-    first = torch.tensor(ratio, dtype=torch.float64)
-    values = (unit, first, unit, first, unit)
-    names = (*TERMS, FIRST_ORDER, PRODUCT)
-    return {name: value.clone() for name, value in zip(names, values, strict=True)}
+    ratios = torch.tensor(ratio, dtype=torch.float64)
+    figures = dict.fromkeys((*TERMS, FIRST_ORDER, PRODUCT), unit)
+    figures |= {TERMS[1]: ratios, FIRST_ORDER: ratios}
+    return {name: value.clone() for name, value in figures.items()}
 
 
 def save(folder: Path, step: int = 1, value: float = 0.0, **parts: Any) -> Path:

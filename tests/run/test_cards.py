@@ -30,21 +30,22 @@ from tests.text.text_builders import SAVERS, rows_for, train_text, write_rows
 pytestmark = pytest.mark.usefixtures("hub")
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-ICONS = ["--pretrained_model_name_or_path", SDXL, "--dataset", "linoyts/3d_icon"]
-MINI = ["--dataset", "mini"]
-VAE = ["--pretrained_vae_model_name_or_path", "madebyollin/sdxl-vae-fp16-fix"]
+ICONS = f"--pretrained_model_name_or_path {SDXL} --dataset linoyts/3d_icon"
+MINI = "--dataset mini"
+FIXED_VAE = "madebyollin/sdxl-vae-fp16-fix"
+VAE = f"--pretrained_vae_model_name_or_path {FIXED_VAE}"
 
 
 def card(folder, flags, repo=None, results=None, **options):
     """The card of a run of 500 steps, with whatever images lie in its folder."""
     folder.mkdir(exist_ok=True)
-    cfg = resolve([*flags, "--output_dir", str(folder), "--mixed_precision", "no"])
-    cfg = dataclasses.replace(cfg, **options)
+    cfg = resolve(f"{flags} --mixed_precision no".split())
+    cfg = dataclasses.replace(cfg, output_dir=str(folder), **options)
     write_dreambooth_card(cfg, folder, {"steps": 500, **(results or {})}, repo)
     return ModelCard.load(folder / "README.md")
 
 
-def sampled(folder, count):
+def write_samples(folder, count):
     images = folder / "validation" / "step-500"
     images.mkdir(parents=True)
     for number in range(count):
@@ -65,28 +66,35 @@ def code(text):
 
 
 def test_a_full_card(tmp_path):
-    folder, prompts = tmp_path / "my run", ("a TOK icon of a frog: green", 'a "TOK" icon')
-    sampled(folder, 2)
+    folder = tmp_path / "my run"
+    frog = "a TOK icon of a frog: green"
+    quoted = 'a "TOK" icon'
+    write_samples(folder, 2)
     model_card = card(
         folder,
-        [*ICONS, "--rho", "0.05", "--rank", "4"],
+        f"{ICONS} --rho 0.05 --rank 4",
         results={"heldout_loss": 0.0812345678},
-        validation_prompts=prompts,
+        validation_prompts=(frog, quoted),
     )
     data = model_card.data.to_dict()
-    assert (data["base_model"], data["datasets"]) == (SDXL, ["linoyts/3d_icon"])
+    assert data["base_model"] == SDXL
+    assert data["datasets"] == ["linoyts/3d_icon"]
     assert {"text-to-image", "lora", "template:sd-lora", "bilora"} <= set(data["tags"])
     assert data["instance_prompt"] == "a TOK icon, in the style of TOK"
-    urls = [f"validation/step-500/{number:03d}.png" for number in (0, 1)]
     assert data["widget"] == [
-        {"text": prompt, "output": {"url": url}} for prompt, url in zip(prompts, urls, strict=True)
+        {"text": frog, "output": {"url": "validation/step-500/000.png"}},
+        {"text": quoted, "output": {"url": "validation/step-500/001.png"}},
     ]
-    parts = ["| method | Bi-LoRA |", "| held-out loss | 0.0812346 |", "`<lora:my run:1>`"]
-    parts += ["by its images, not by the held-out loss"]  # which ranks no samples
-    for part in parts:
+    for part in (
+        "| method | Bi-LoRA |",
+        "| held-out loss | 0.0812346 |",
+        "`<lora:my run:1>`",
+        "by its images, not by the held-out loss",  # which ranks no samples
+    ):
         assert part in model_card.text
     assert "DoRA" not in model_card.text
-    assert "0.3.30" in card(folder, [*ICONS, "--use_dora"]).text
+    # The version of ComfyUI that reads DoRA's magnitudes.
+    assert "0.3.30" in card(folder, f"{ICONS} --use_dora").text
     snippet = code(model_card.text)
     assert f"load_lora_weights('.', weight_name='{FILE_NAME}')" in snippet
     assert "image = pipeline('a TOK icon of a frog: green').images[0]" in snippet
@@ -94,8 +102,8 @@ def test_a_full_card(tmp_path):
 
 def run(snippet, replaced=None):
     """Run a card's code on the miniature and the CPU, with two steps instead of fifty."""
-    for old, new in {'"cuda"': '"cpu"', ").images": ", num_inference_steps=2).images"}.items():
-        snippet = snippet.replace(old, new)
+    snippet = snippet.replace('"cuda"', '"cpu"')
+    snippet = snippet.replace(").images", ", num_inference_steps=2).images")
     for old, new in (replaced or {}).items():
         assert old in snippet
         snippet = snippet.replace(old, new)
@@ -123,10 +131,10 @@ def weights(tmp_path_factory, pipeline):
 
 def test_the_code_for_sdxl_runs_in_its_precision(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(weights)  # "this folder"
-    snippet = code(card(tmp_path, [*ICONS, *VAE]).text)
+    snippet = code(card(tmp_path, f"{ICONS} {VAE}").text)
     assert snippet.count("dtype=torch.float16") == 2
-    places = {SDXL: pipeline_dir(), VAE[1]: pipeline_dir() / "vae"}
-    run(snippet, {repr(name): repr(str(place)) for name, place in places.items()})
+    model = pipeline_dir()
+    run(snippet, {repr(SDXL): repr(str(model)), repr(FIXED_VAE): repr(str(model / "vae"))})
 
 
 def test_the_code_for_guidance_from_the_base_model_is_right_on_the_miniature(
@@ -142,16 +150,19 @@ def test_the_code_for_guidance_from_the_base_model_is_right_on_the_miniature(
     assert len(blocks(text)[1].splitlines()) <= 12
     adapted = load_pipeline("mini", dtype=torch.float32)
     adapted.load_lora_weights(tmp_path, weight_name=FILE_NAME)
-    images = []
+    pixels = [np.asarray(names["image"]).astype(int)]
     for source in ("base", "adapter"):
         prompt = "a ToK icon, in the style of ToK"
-        images += generate(adapted, [prompt], [3], size=64, steps=2, guidance_from=source)
-    pixels = [np.asarray(image).astype(int) for image in (names["image"], *images)]
-    assert np.abs(pixels[0] - pixels[1]).max() <= 1
-    assert np.abs(pixels[0] - pixels[2]).max() > 4
-    for flags in (["--use_dora"], ["--train_text_encoder"], ["--method", "full"]):
-        results = {"export": {"unet": None}} if "full" in flags else None
-        assert len(blocks(card(tmp_path, [*MINI, *flags], results=results).text)) == 1
+        images = generate(adapted, [prompt], [3], size=64, steps=2, guidance_from=source)
+        pixels.append(np.asarray(images[0]).astype(int))
+    by_card, by_base, by_adapter = pixels
+    assert np.abs(by_card - by_base).max() <= 1
+    assert np.abs(by_card - by_adapter).max() > 4
+    # These adapters can't be switched off in half of a call: the card has one block for them.
+    assert len(blocks(card(tmp_path, f"{MINI} --use_dora").text)) == 1
+    assert len(blocks(card(tmp_path, f"{MINI} --train_text_encoder").text)) == 1
+    full = card(tmp_path, f"{MINI} --method full", results={"export": {"unet": None}})
+    assert len(blocks(full.text)) == 1
 
 
 def test_the_code_for_the_miniature_and_for_whole_models_runs(
@@ -162,19 +173,17 @@ def test_the_code_for_the_miniature_and_for_whole_models_runs(
     run(code(text))
     # diffusers warns of SDXL's encoders without adapters.
     assert "diffusers warns" in code(text)
-    assert "diffusers warns" not in code(card(tmp_path, [*MINI, "--train_text_encoder"]).text)
+    assert "diffusers warns" not in code(card(tmp_path, f"{MINI} --train_text_encoder").text)
     models = {name: getattr(pipeline, name) for name in ("unet", "text_encoder")}
     save_models(tmp_path, models)
     monkeypatch.chdir(tmp_path)
-    run(code(card(tmp_path, [*MINI, "--method", "full"], results={"export": models}).text))
+    run(code(card(tmp_path, f"{MINI} --method full", results={"export": models}).text))
 
 
 def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path):
-    flow = ["--pretrained_model_name_or_path", "black-forest-labs/FLUX.1-dev", *ICONS[2:], *VAE]
-    plain, dora = (
-        card(tmp_path, [*flow, *dora_flags], pipeline="FluxPipeline").text
-        for dora_flags in ([], ["--use_dora"])
-    )
+    flow = f"{ICONS} --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev {VAE}"
+    plain = card(tmp_path, flow, pipeline="FluxPipeline").text
+    dora = card(tmp_path, f"{flow} --use_dora", pipeline="FluxPipeline").text
     for text in (plain, dora):
         assert code(text).count("torch.bfloat16") == 2
         assert "float16" not in code(text).replace("bfloat16", "")
@@ -184,8 +193,8 @@ def test_a_flow_models_card_loads_it_in_bf16_and_says_who_reads_dora(tmp_path):
 
 
 def test_only_what_is_given_is_said(tmp_path):
-    sampled(tmp_path, 1)  # of another setting, before a resume
-    model_card = card(tmp_path, [*MINI, "--method", "lora"], repo="me/icons", instance_prompt=None)
+    write_samples(tmp_path, 1)  # of another setting, before a resume
+    model_card = card(tmp_path, f"{MINI} --method lora", repo="me/icons", instance_prompt=None)
     data = model_card.data.to_dict()
     assert not {"instance_prompt", "widget", "license", "base_model", "datasets"} & set(data)
     assert "stable-diffusion-xl" not in data["tags"]
@@ -209,7 +218,7 @@ def test_local_paths_stay_private(tmp_path, monkeypatch):
 @given(prompt=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
 def test_any_prompt_survives(tmp_path_factory, prompt):
     folder = tmp_path_factory.mktemp("card")
-    sampled(folder, 1)
+    write_samples(folder, 1)
     options = {"validation_prompts": (prompt,), "instance_prompt": prompt}
     model_card = card(folder, ICONS, **options)
     assert model_card.data.to_dict()["widget"][0]["text"] == prompt
@@ -218,12 +227,18 @@ def test_any_prompt_survives(tmp_path_factory, prompt):
         assert f"pipeline({prompt!r})" in code(model_card.text)
 
 
-def text_card(folder, kind, model, *words, repo=None):
-    argv = ["--model_name_or_path", model, "--task_type", kind, "--task", "sst2", *words]
-    labels = ["negative", "positive"] if kind == "classification" else []
-    results = {"steps": 30, "export": {"labels": labels, "layers": 3}}
-    results |= {"heldout_loss": 0.123456789, "heldout_exact_match": 0.75}
-    write_text_card(resolve_text(argv), folder, results, repo)
+def text_card(folder, kind, model, method="bilora", repo=None):
+    flags = f"--model_name_or_path {model} --task_type {kind} --task sst2 --method {method}"
+    results = {
+        "steps": 30,
+        "export": {
+            "labels": ["negative", "positive"] if kind == "classification" else [],
+            "layers": 3,
+        },
+        "heldout_loss": 0.123456789,
+        "heldout_exact_match": 0.75,
+    }
+    write_text_card(resolve_text(flags.split()), folder, results, repo)
     return ModelCard.load(folder / "README.md")
 
 
@@ -250,11 +265,11 @@ def test_a_text_card(tmp_path, kind, model, tag):
         assert part in adapter.text
     # On the hub there are no checkpoints and logs.
     assert "checkpoints" not in adapter.text
-    full_model_card = text_card(tmp_path, kind, model, "--method", "full")
-    assert full_model_card.data.to_dict()["library_name"] == "transformers"
-    assert 'subfolder="model"' in code(full_model_card.text)
-    assert "| `model` | the result | no |" in full_model_card.text
-    assert "PeftModel" not in code(full_model_card.text)
+    full = text_card(tmp_path, kind, model, method="full")
+    assert full.data.to_dict()["library_name"] == "transformers"
+    assert 'subfolder="model"' in code(full.text)
+    assert "| `model` | the result | no |" in full.text
+    assert "PeftModel" not in code(full.text)
 
 
 @pytest.mark.parametrize(("kind", "method"), [("causal", "bilora"), ("classification", "full")])
@@ -272,10 +287,12 @@ def test_the_code_runs_on_what_a_text_run_left(tmp_path, kind, method):
     assert "rows.jsonl" in text
     assert str(tmp_path) not in text  # local folders are named without their place
     snippet = code(text)
-    for old, new in (("path/to/this/folder", run), ("path/to/my-base", base)):
-        assert (old in snippet) == (method == "bilora" or new == run)
-        snippet = snippet.replace(old, str(new))
+    assert "path/to/this/folder" in snippet
+    snippet = snippet.replace("path/to/this/folder", str(run))
+    # An adapter needs its base; a fully fine-tuned model does not.
+    assert ("path/to/my-base" in snippet) == (method == "bilora")
+    snippet = snippet.replace("path/to/my-base", str(base))
     names: dict[str, Any] = {}
     exec(snippet, names)  # the card's own code
-    model, tokenizer = names["model"].eval(), names["tokenizer"]
-    assert torch.isfinite(model(**tokenizer("hello there", return_tensors="pt")).logits).all()
+    tokens = names["tokenizer"]("hello there", return_tensors="pt")
+    assert torch.isfinite(names["model"].eval()(**tokens).logits).all()

@@ -23,21 +23,31 @@ from bilora_diffusion.run.checkpoint import (
 from tests.run.recorded_runs import save
 
 DTYPES = (
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.uint8, torch.int32, torch.int64, torch.bool),
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.bool,
 )
 
 
+def bits_of(tensor):
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
 def has_same_bytes(a, b):
-    """Test that two tensors are equal to the bit."""
-    bits = [t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)]
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*bits)
+    """Test that two tensors are equal to the bit; NaN is equal to itself here."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits_of(a), bits_of(b))
 
 
 def test_whatever_is_saved_comes_back_exactly(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     tensors = {"a": base, "b": base, "row": base[1], "across": base.t(), "empty": base[:0]}
-    for dtype in DTYPES:  # any bit pattern: NaN payloads, subnormals, -0
+    for dtype in DTYPES:
+        # Any bit pattern: NaN payloads, subnormals, -0. A bool has only 0 and 1.
         bits = torch.randint(0, 2 if dtype is torch.bool else 256, (64,), dtype=torch.uint8)
         tensors[str(dtype)] = bits.view(dtype)
     moments = {"x": base.expand(2, 3, 4), "inner": {"qmap": base}, "k": 3}
@@ -51,22 +61,27 @@ def test_whatever_is_saved_comes_back_exactly(tmp_path):
         extra={"best": float("nan"), "names": ["é", "$"]},
     )
     loaded = load(path)
-    with (path / checkpoint.ADAPTERS).open("r+b") as file:  # on which nothing loaded depends
+    # Nothing loaded may depend on the file, as a memory map would.
+    with (path / checkpoint.ADAPTERS).open("r+b") as file:
         file.write(b"\0" * 200)
     assert loaded.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert has_same_bytes(loaded.tensors[name], tensor), name
-    state, (loaded_group,) = loaded.optimizer["state"], loaded.optimizer["param_groups"]
+    state = loaded.optimizer["state"]
     assert list(state) == [0, 11]
-    assert (list(state[0]), state[0]["k"]) == (list(moments), 3)
+    assert list(state[0]) == list(moments)
+    assert state[0]["k"] == 3
     assert has_same_bytes(state[0]["x"], moments["x"])
     assert has_same_bytes(state[0]["inner"]["qmap"], base)
     assert has_same_bytes(state[11]["step"], base[0, 0])
+    (loaded_group,) = loaded.optimizer["param_groups"]
     assert has_same_bytes(loaded_group["betas"].pop(), group["betas"].pop())
     assert loaded_group == group
     assert repr(loaded.scheduler) == "{'_last_lr': [0.30000000000000004, 5e-324, -0.0]}"
-    assert (loaded.step, loaded.scaler) == (1, {"scale": 65536.0})
+    assert loaded.step == 1
+    assert loaded.scaler == {"scale": 65536.0}
     assert repr(loaded.extra) == "{'best': nan, 'names': ['é', '$']}"
+    # Tensors that shared memory are apart.
     loaded.tensors["a"].zero_()
     assert has_same_bytes(loaded.tensors["b"], base)
 
@@ -102,15 +117,19 @@ def crash_at(monkeypatch, call):
 
         return change
 
-    changes = {os: ("mkdir", "rename", "replace", "fsync"), shutil: ("rmtree", "copymode")}
-    for module, names in {**changes, checkpoint: ("save_file",)}.items():
+    changes = {
+        os: ("mkdir", "rename", "replace", "fsync"),
+        shutil: ("rmtree", "copymode"),
+        checkpoint: ("save_file",),
+    }
+    for module, names in changes.items():
         for name in names:
             monkeypatch.setattr(module, name, guarded(getattr(module, name)))
 
 
 def test_a_crash_at_every_change_leaves_the_old_or_the_new(tmp_path):
     outcomes = set()
-    for call in range(1, 100):
+    for call in range(1, 100):  # until a save has fewer changes than that
         folder = tmp_path / str(call)
         save(folder, 1, 1.0)
         with pytest.MonkeyPatch.context() as patch:
@@ -161,28 +180,28 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     foreign = save(tmp_path / "other")
     index = json.loads((foreign / "digests.json").read_text())
     (foreign / "digests.json").write_text(json.dumps({**index, "schema_version": 1}))
-    for folder, words in {
-        tmp_path / "run": "is not a checkpoint folder",
-        path / checkpoint.STATE: "is not a checkpoint folder",
-        path.parent / "step-7": "does not exist",
-        foreign: "schema version 1, .* reads 4.*the version that wrote it",
-    }.items():
+    for folder, words in (
+        (tmp_path / "run", "is not a checkpoint folder"),
+        (path / checkpoint.STATE, "is not a checkpoint folder"),
+        (path.parent / "step-7", "does not exist"),
+        (foreign, "schema version 1, .* reads 4.*the version that wrote it"),
+    ):
         with pytest.raises(UserError, match=f"{folder}.*{words}"):
             load(folder)
 
 
 def test_latest_is_numeric_and_ignores_the_rest(tmp_path):
     assert latest(tmp_path) is None
-    paths = [save(tmp_path, step) for step in (9, 100, 20)]
+    step_9, step_100, step_20 = (save(tmp_path, step) for step in (9, 100, 20))
     root = tmp_path / checkpoint.CHECKPOINTS
     for name in (f"{TEMPORARY}step-500", f"{TEMPORARY}deleted-step-600", "step-x", "step-7000.old"):
         (root / name).mkdir()
     (root / "step-800").write_text("a file")
-    assert latest(tmp_path) == paths[1]
+    assert latest(tmp_path) == step_100
     assert prune(tmp_path, 2) == [9]
-    assert not paths[0].exists()
-    assert paths[1].exists()
-    assert paths[2].exists()
+    assert not step_9.exists()
+    assert step_100.exists()
+    assert step_20.exists()
 
 
 def test_by_default_as_many_are_kept_as_fit_into_two_gigabytes(tmp_path, monkeypatch):
@@ -197,7 +216,7 @@ def test_resolve(tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert resolve(run, None) is None
     assert resolve(run, "auto") is None
-    for value, fix in {"latest": "auto", "step-3": "holds none"}.items():
+    for value, fix in (("latest", "auto"), ("step-3", "holds none")):
         with pytest.raises(UserError, match=fix):
             resolve(run, value)
     save(run, 3)
@@ -212,6 +231,7 @@ def test_resolve(tmp_path, monkeypatch):
 
 def test_only_a_run_of_the_same_settings_goes_on():
     saved = {"rank": 4, "rho": 0.05, "betas": (0.9, 0.99), "x": float("nan")}
+    # A JSON file makes a list of a tuple, and a NaN that is another object.
     require_same_settings(saved, {**saved, "betas": [0.9, 0.99], "x": float("nan")})
     require_same_settings(saved, {**saved, "rank": 8}, free={"rank"})
     for current, parts in (

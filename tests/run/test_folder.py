@@ -32,18 +32,23 @@ def refused(*parts, folder, resume=None, overwrite=False):
 @pytest.mark.parametrize(
     "name",
     [
-        *("run.json", "README.md", "validation/mine.png", "run.safetensors", "checkpoints/step-1"),
-        *("run.comfy.json", "run.comfy.json/mine"),
+        "run.json",
+        "README.md",
+        "validation/mine.png",
+        "run.safetensors",
+        "checkpoints/step-1",
+        "run.comfy.json",
+        "run.comfy.json/mine",
     ],
 )
 def test_what_no_run_has_written_is_refused(tmp_path, name):
-    path = tmp_path / "run" / name
+    run = tmp_path / "run"
+    path = run / name
     path.parent.mkdir(parents=True)
     path.write_text("{}")
     before = files(tmp_path)
     for overwrite in (False, True):
-        first = tmp_path / "run" / Path(name).parts[0]
-        refused(first, "--output_dir", folder=tmp_path / "run", overwrite=overwrite)
+        refused(run / Path(name).parts[0], "--output_dir", folder=run, overwrite=overwrite)
     assert files(tmp_path) == before
 
 
@@ -65,7 +70,9 @@ def test_a_fresh_start_deletes_the_earlier_run_only(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "photo.png").write_bytes(b"mine")
     clear(tmp_path, overwrite=True)
-    start(tmp_path).close("finished")
+    log = start(tmp_path)
+    log.record_card()
+    log.close("finished")
     (tmp_path / "README.md").write_text("the finished run's card")
     save(tmp_path, 1)
     (tmp_path / "validation").mkdir()
@@ -87,17 +94,18 @@ def test_files_and_folders_without_rights_are_refused(tmp_path, monkeypatch):
 
 def test_without_overwriting_neither_checkpoints_nor_a_search_are_deleted(tmp_path):
     start(tmp_path).metric(1, loss=1.0)
-    names = ("fit", "fit.json", "run.json")
-    spared = [save(tmp_path, 1), *(tmp_path / name for name in names)]
+    checkpoint = save(tmp_path, 1)
     (tmp_path / "fit").mkdir()
     (tmp_path / "fit.json").touch()
     clear(tmp_path, overwrite=False)
-    assert all(path.exists() for path in spared)
+    for path in (checkpoint, tmp_path / "fit", tmp_path / "fit.json", tmp_path / "run.json"):
+        assert path.exists()
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_what_is_resumed_lies_in_the_folder(tmp_path):
-    run, other_run = tmp_path / "run", tmp_path / "other"
+    run = tmp_path / "run"
+    other_run = tmp_path / "other"
     start(run).close("finished")
     refused("a finished run without a checkpoint", folder=run, resume="latest")
     path = save(run, 5)
@@ -107,6 +115,7 @@ def test_what_is_resumed_lies_in_the_folder(tmp_path):
     start(other_run).close("finished")
     save(other_run, 1)
     refused(other_run, path, "--output_dir", folder=other_run, resume=path)
+    # A run of a search is not the run of its folder.
     refused(run / "fit", folder=run, resume=save(run / "fit" / "lora"))
 
 

@@ -3,7 +3,7 @@
     fsdp_on_cpu.py COMMAND_LINES.json    # [[flag, ...], ...]
 
 accelerate 1.15 makes the plugin from ACCELERATE_USE_FSDP, but keeps DDP on CPUs. Here its state is
-told FSDP as it is for every other device; all the rest is accelerate's and torch's own.
+set to FSDP as it is for every other device; all the rest is accelerate's and torch's own.
 """
 
 import json
@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 SHARES: list[float] = []
+"""Share of the frozen weights that this process keeps, of each run."""
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
@@ -48,11 +49,15 @@ def note_shares() -> None:
 
     def prepare(accelerator: Any, module: Any, *args: Any) -> Any:
         sharded_module = original(accelerator, module, *args)
-        frozen = [p for p in module.parameters() if not p.requires_grad]
-        local_count = sum(
-            p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in frozen
-        )
-        SHARES.append(local_count / sum(p.numel() for p in frozen))
+        local_count = 0
+        count = 0
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                # A sharded parameter is a DTensor, whose own numel() is that of all processes.
+                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                local_count += local.numel()
+                count += parameter.numel()
+        SHARES.append(local_count / count)
         return sharded_module
 
     engine.prepare = prepare
@@ -73,7 +78,9 @@ def run(argv: list[str]) -> None:
 if __name__ == "__main__":
     allow_fsdp_on_cpus()
     note_shares()
-    end, Accelerator.end_training = Accelerator.end_training, lambda self: None
+    # A run's end would destroy the process group, which the next run needs.
+    end = Accelerator.end_training
+    Accelerator.end_training = lambda self: None
     command_lines = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     for command_line in command_lines:
         run(command_line)

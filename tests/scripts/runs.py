@@ -23,7 +23,7 @@ from bilora_diffusion.run import runlog
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_dreambooth_bilora.py"
 TEXT_SCRIPT = ROOT / "train_text_bilora.py"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ON_CPUS = {"ACCELERATE_USE_CPU": "true"}
 """Joins torchrun's processes on CPUs to one run."""
 
@@ -47,8 +47,11 @@ def words(settings: dict[str, Any]) -> list[str]:
     """Settings as a command line: True is a bare flag, None leaves an option out."""
     argv: list[str] = []
     for name, value in settings.items():
-        if value is not None:
-            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        if value is None:
+            continue
+        argv.append(f"--{name}")
+        if value is not True:
+            argv.append(str(value))
     return argv
 
 
@@ -99,18 +102,27 @@ def resumes_exactly(run: Path, step: int, **values: Any) -> None:
 def alike(left: Path, right: Path, *keys: str) -> None:
     """Two runs ended alike, to the bit; ``keys`` are further columns of their metrics."""
     assert difference(left, right) == 0
+    # The digest is a hash of a step's samples, noise and timesteps.
     for key in ("step", "loss", "digest", *keys):
         assert column(left, key) == column(right, key)
 
 
-def process(
-    *words: object, fails: object = False, **environment: str
+def run_python(
+    words: Sequence[object], processes: int = 1, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """``python WORDS`` in a process of its own, which must end well or fail."""
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    command, env = [sys.executable, *map(str, words)], {**os.environ, **settings}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
-    assert (result.returncode != 0) == fails, result.stderr[-2000:]
+    """Run ``python WORDS`` outside this process, by torchrun where it is to be several processes.
+
+    It must end well.
+    """
+    command = [sys.executable]
+    if processes > 1:
+        command += [*TORCHRUN, str(processes)]
+    command += map(str, words)
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=variables, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
     return result
 
 
@@ -133,23 +145,30 @@ def free_port() -> int:
 def two_icons(folder: Path) -> dict[str, Any]:
     """Flags for training on two icons of the miniature, measured on two others."""
     sources = {"dataset": mini.train_dir(), "validation_dataset": mini.heldout_dir()}
+    values: dict[str, Any] = {
+        "pretrained_model_name_or_path": "mini",
+        "instance_prompt": "a TOK icon",
+    }
     for name, source in sources.items():
         (folder / name).mkdir(parents=True)
         for picture in sorted(source.glob("*.png"))[:2]:
             shutil.copy(picture, folder / name)
-    places = {name: folder / name for name in sources}
-    return {**places, "pretrained_model_name_or_path": "mini", "instance_prompt": "a TOK icon"}
+        values[name] = folder / name
+    return values
 
 
 WEIGHTS = (
-    *("unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"),
-    *("model/model.safetensors", "adapter_model.safetensors"),
+    "unet/diffusion_pytorch_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "model/model.safetensors",
+    "adapter_model.safetensors",
 )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The exported weights of a run: of the adapter, or of the whole model."""
-    return load_file(next(folder / name for name in WEIGHTS if (folder / name).exists()))
+    files = [folder / name for name in WEIGHTS]
+    return load_file(next(file for file in files if file.exists()))
 
 
 def column(folder: Path, key: str) -> list[Any]:
@@ -166,13 +185,20 @@ def difference(a: Path, b: Path) -> float:
 
 def reading(rows: Sequence[tuple[int, float | None]], patience: int) -> tuple[Any, Any]:
     """The step of the lowest held-out loss, and that at which the patience ended, or None."""
-    lowest, best, since = float("inf"), None, 0
+    lowest = float("inf")
+    best_step = None
+    measurements_since = 0
     for step, loss in rows:
-        value = float("inf") if loss is None else loss
-        lowest, best, since = (value, step, 0) if value < lowest else (lowest, best, since + 1)
-        if since == patience:
-            return best, step
-    return best, None
+        # A loss that is not finite is recorded as None, and is never the best.
+        if loss is not None and loss < lowest:
+            lowest = loss
+            best_step = step
+            measurements_since = 0
+        else:
+            measurements_since += 1
+        if measurements_since == patience:
+            return best_step, step
+    return best_step, None
 
 
 def interrupt(monkeypatch: Any, *numbers: int) -> list[int]:

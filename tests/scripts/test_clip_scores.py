@@ -16,23 +16,22 @@ from eval import clip_scores, table
 from eval.sources import find
 from tests.eval.clip_models import save_blip, save_dinov2, save_open_clip
 from tests.export.export_models import rewrite
-from tests.scripts.runs import ON_CPUS, TORCHRUN, copied, process, started, train_once
+from tests.scripts.runs import ON_CPUS, copied, run_python, started, train_once
 
 PROMPTS = """a ToK icon of a Fluffy Rabbit, in the style of ToK
 a ToK icon of a red car, in the style of ToK
 a flat icon of an apple
 """
 LORA = "pytorch_lora_weights.safetensors"
-SCORES = ("-m", "eval.clip_scores")
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 @pytest.fixture(scope="module")
-def scored_runs(tmp_path_factory):
+def demo_runs(tmp_path_factory):
     """Two runs of two steps as `make demo` leaves them, at a rate that changes images visibly."""
     folder = tmp_path_factory.mktemp("runs")
     for method in ("lora", "bilora"):
-        copied(train_once(method, method=method, learning_rate=3e-2), folder / "demo" / method)
+        run = train_once(method, method=method, learning_rate=3e-2)
+        copied(run, folder / "demo" / method)
     return folder
 
 
@@ -40,125 +39,126 @@ def scored_runs(tmp_path_factory):
 def tiny_models(tmp_path_factory):
     """Flags for a small random scorer, captioner and DINOv2 of the real classes."""
     folder = tmp_path_factory.mktemp("models")
-    clip, blip = save_open_clip(folder / "clip"), save_blip(folder / "blip")
-    dino = save_dinov2(folder / "dino")
-    models = ["--scorer", f"open_clip:{clip}", "--captioner", f"blip:{blip}"]
-    return [*models, "--image_model", f"dinov2:{dino}"]
+    scorer = save_open_clip(folder / "clip")
+    captioner = save_blip(folder / "blip")
+    image_model = save_dinov2(folder / "dino")
+    return (
+        f"--scorer open_clip:{scorer} --captioner blip:{captioner}"
+        f" --image_model dinov2:{image_model}"
+    )
 
 
-def words(output, *options, steps=2):
+def command_line(output, flags, steps=2):
+    """Flags for three prompts, which lie beside the output folder, added to others."""
     prompts = output.parent / "prompts.txt"
     prompts.write_text(PROMPTS)
-    return [
-        *options,
-        *("--prompts", str(prompts), "--general_prompts", "general", "--max_prompts", "3"),
-        *("--num_inference_steps", str(steps), "--seeds", "0", "--output_dir", str(output)),
-    ]
+    return (
+        f"{flags} --prompts {prompts} --general_prompts general --max_prompts 3"
+        f" --num_inference_steps {steps} --seeds 0 --output_dir {output}"
+    )
 
 
-def run(*argv):
-    """Score in this process and read the result."""
+def score(line):
+    """The result of a command line, in this process."""
+    argv = line.split()
     assert clip_scores.main(argv) == 0
     return table.read(Path(argv[argv.index("--output_dir") + 1]))
 
 
-def pictures(folder):
-    """Every whole image, and when it was written."""
-    files = (folder / "images").glob("**/*.png")
-    pngs = [file for file in files if not file.name.startswith(TEMPORARY)]
-    return {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in pngs}
+def write_times(folder):
+    """Every complete image, and when it was written."""
+    times = {}
+    for file in (folder / "images").glob("**/*.png"):
+        if not file.name.startswith(TEMPORARY):
+            times[file.relative_to(folder).as_posix()] = file.stat().st_mtime_ns
+    return times
 
 
-def require_close(first, second, left_out=""):
-    """Every value is the other's too, but for a subject that only the other has."""
-    left, right = (
-        {
-            (r.subject, r.metric, r.item, r.seed): r.value
-            for r in result.rows
-            if r.subject != left_out
-        }
-        for result in (first, second)
-    )
-    assert left == pytest.approx(right, abs=1e-6)
+def values_of(result):
+    return {(row.subject, row.metric, row.item, row.seed): row.value for row in result.rows}
 
 
 @pytest.mark.slow
 def test_the_demo_s_runs_and_the_base_model_from_start_to_end(
-    scored_runs, tiny_models, tmp_path, monkeypatch, capsys
+    demo_runs, tiny_models, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "scores"
-    monkeypatch.chdir(scored_runs)
-    argv = words(output, *tiny_models)
-    result = run(*argv)
+    monkeypatch.chdir(demo_runs)
+    command = command_line(output, tiny_models)
+    result = score(command)
     stdout = capsys.readouterr().out
     assert "18 of 18 images are to be made" in stdout
     assert "No adapter was named" in stdout
 
-    assert [(subject.label, subject.kind) for subject in result.subjects] == [
-        *(("LoRA", "run"), ("Bi-LoRA", "run"), ("base model", "base"))
-    ]
+    subjects = [(subject.label, subject.kind) for subject in result.subjects]
+    assert subjects == [("LoRA", "run"), ("Bi-LoRA", "run"), ("base model", "base")]
     assert result.settings["sampling"]["guidance_scale"] == 4.0
     assert result.settings["sampling"]["size"] == 64
-    counts = {name: len(result.select(name)) for name in ("image", *clip_scores.METRICS)}
-    counts = {name: count for name, count in counts.items() if count}
-    assert counts == {"image": 18, "i2t": 9, "t2t": 9, "nearest": 9, "dino_nearest": 9, "drift": 6}
+    # 3 subjects x (3 prompts of the style + 3 general ones) x 1 seed; drift has no base model.
+    counts = {"image": 18, "i2t": 9, "t2t": 9, "nearest": 9, "dino_nearest": 9, "drift": 6}
+    for name in ("image", *clip_scores.METRICS):
+        assert len(result.select(name)) == counts.get(name, 0), name
     assert result.settings["image_model"]["kind"] == "dinov2"
-    assert all(row.note for name in ("t2t", "nearest") for row in result.select(name))
+    for name in ("t2t", "nearest"):
+        assert all(row.note for row in result.select(name))
     compared = {(line.group, line.control) for line in result.summaries if line.pairs}
     assert compared == {("Bi-LoRA", "LoRA"), ("base model", "LoRA")}
 
     assert result.figures == ["grid.png"]
-    for name in (table.FILE, table.ROWS, table.SUMMARY, table.REPORT, *result.figures):
+    for name in (table.FILE, table.ROWS, table.SUMMARY, table.REPORT, "grid.png"):
         assert str(tmp_path).encode() not in (output / name).read_bytes()
 
-    before, first = pictures(output), (output / table.ROWS).read_bytes()
-    assert len(before) == 18
-    run(*argv)
-    assert (output / table.ROWS).read_bytes() == first
-    copy = shutil.copyfile(scored_runs / "demo" / "lora" / LORA, tmp_path / "copy.safetensors")
-    words_again = ["demo/bilora", "LoRA=demo/lora", "base", f"copy={copy}", "--control", "LoRA"]
-    repeated = run(*words_again, "--train_data", "mini", *argv)  # another name is no other image
+    # The same command writes the same rows. Subjects of other names have the same images.
+    images = write_times(output)
+    first_rows = (output / table.ROWS).read_bytes()
+    assert len(images) == 18
+    score(command)
+    assert (output / table.ROWS).read_bytes() == first_rows
+    copy = shutil.copyfile(demo_runs / "demo" / "lora" / LORA, tmp_path / "copy.safetensors")
+    renamed = f"demo/bilora LoRA=demo/lora base copy={copy} --control LoRA --train_data mini"
+    repeated = score(f"{renamed} {command}")
     assert capsys.readouterr().out.count("0 of 18 images are to be made") == 2
-    assert pictures(output) == before
-    require_close(result, repeated, left_out="copy")
-    even = [line for line in repeated.summaries if line.group == "copy"]
-    assert {line.metric for line in even} == {*clip_scores.METRICS} - {"truth", "dino_truth"}
-    for line in even:
+    assert write_times(output) == images
+    values = values_of(repeated)
+    copy_values = {key: value for key, value in values.items() if key[0] == "copy"}
+    assert values == pytest.approx(values_of(result) | copy_values, abs=1e-6)
+    summaries = [line for line in repeated.summaries if line.group == "copy"]
+    assert {line.metric for line in summaries} == {*clip_scores.METRICS} - {"truth", "dino_truth"}
+    for line in summaries:
         assert (line.difference, line.higher, line.equal, line.lower) == (0, 0, 3, 0)
 
 
 @pytest.mark.slow
 def test_every_checkpoint_is_scored_and_its_images_are_made_once(tiny_models, tmp_path, capsys):
     steps = {"max_train_steps": 2, "checkpointing_steps": 1, "validation_loss_steps": 1}
-    trained = train_once("dog", learning_rate=3e-2, validation_dataset="mini", **steps)
-    output = tmp_path / "scores"
-    argv = [*words(output, str(trained), *tiny_models), "--max_prompts", "2", "--steps"]
-    result = run(*argv, "all")
+    run = train_once("dog", learning_rate=3e-2, validation_dataset="mini", **steps)
+    command = command_line(tmp_path / "scores", f"{run} {tiny_models}")
+    result = score(f"{command} --max_prompts 2 --steps all")
     assert "10 of 10 images are to be made" in capsys.readouterr().out  # with the base model's
     assert [subject.label for subject in result.subjects] == result.groups == ["step 1", "step 2"]
-    assert result.subjects[1].digest == find(str(trained)).digest  # the run's own end
-    recorded = {row["step"]: row.get("heldout_loss") for row in read_metrics(trained)}
+    assert result.subjects[1].digest == find(str(run)).digest  # the run's own end
+    recorded = {row["step"]: row.get("heldout_loss") for row in read_metrics(run)}
     losses = {row.subject: row.value for row in result.select("heldout_loss")}
-    assert losses == {f"step {step}": recorded[step] for step in (1, 2)}
-    assert {(line.group, line.control) for line in result.summaries if line.pairs} == {
-        ("step 1", "step 2")
-    }
+    assert losses == {"step 1": recorded[1], "step 2": recorded[2]}
+    compared = {(line.group, line.control) for line in result.summaries if line.pairs}
+    assert compared == {("step 1", "step 2")}
     assert result.figures == ["grid.png", "steps.png"]
     assert len(result.settings["best_steps"]) == len({line.metric for line in result.summaries})
     assert scored(result).labels == ["step 1", "step 2"]  # as the viewer reads it
 
 
 @pytest.mark.slow
-def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs, tmp_path):
+def test_a_broken_adapter_loses_by_the_embedded_scorer(demo_runs, tmp_path):
+    def break_weights(tensors, _):
+        for value in tensors.values():
+            value.normal_()
+
     torch.manual_seed(0)
-    lora, file = scored_runs / "demo" / "lora", tmp_path / "broken.safetensors"
-    broken = rewrite(
-        lora / LORA, file, lambda tensors, _: [value.normal_() for value in tensors.values()]
-    )
-    result = run(
-        *(f"LoRA={lora}", f"broken={broken}", "--output_dir", str(tmp_path / "out")),
-        *("--max_prompts", "8", "--num_inference_steps", "8", "--seeds", "0"),
-        *("--general_prompts", "none", "--train_data", "none"),
+    lora = demo_runs / "demo" / "lora"
+    broken = rewrite(lora / LORA, tmp_path / "broken.safetensors", break_weights)
+    result = score(
+        f"LoRA={lora} broken={broken} --max_prompts 8 --num_inference_steps 8 --seeds 0"
+        f" --general_prompts none --train_data none --output_dir {tmp_path / 'out'}"
     )
     assert result.settings["scorer"]["kind"] == "embedded"
     assert result.settings["captioner"]["kind"] == "retrieval"
@@ -168,44 +168,46 @@ def test_a_broken_adapter_loses_by_the_embedded_scorer(scored_runs, tmp_path):
     assert line.higher < line.lower
 
 
-def record(folder):
+def content_of(folder):
     """A result without its provenance, which names the folder and the commit."""
     head = json.loads((folder / table.FILE).read_text())
     del head["provenance"]
-    return head, *((folder / name).read_text() for name in (table.ROWS, table.SUMMARY))
+    return head, (folder / table.ROWS).read_text(), (folder / table.SUMMARY).read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
-    scored_runs, tiny_models, tmp_path, capsys
+    demo_runs, tiny_models, tmp_path, capsys
 ):
-    adapters = [str(scored_runs / "demo" / name) for name in ("lora", "bilora")]
-    output, options = tmp_path / "killed", (*adapters, *tiny_models, "--batch_size", "2")
-    argv = words(output, *options, steps=3)
-    first = started(*SCORES, *argv)
-    while not (before := pictures(output)) and first.poll() is None:
+    demo = demo_runs / "demo"
+    flags = f"{demo / 'lora'} {demo / 'bilora'} {tiny_models} --batch_size 2"
+    output = tmp_path / "killed"
+    command = command_line(output, flags, steps=3)
+    process = started("-m", "eval.clip_scores", *command.split())
+    while not write_times(output) and process.poll() is None:
         time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    before = pictures(output)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = write_times(output)
     assert 0 < len(before) < 15
     assert not (output / table.FILE).exists()
 
-    continued = run(*argv)
+    continued = score(command)
     assert f"{15 - len(before)} of 15 images are to be made" in capsys.readouterr().out
-    after = pictures(output)
+    after = write_times(output)
     assert len(after) == 15
-    assert {name: after[name] for name in before} == before
+    assert before.items() <= after.items()
 
-    uninterrupted = tmp_path / "whole"
-    run(*words(uninterrupted, *options, "--processes", "2", steps=3))
-    assert len(pictures(uninterrupted)) == 15
-    assert record(uninterrupted) == record(output)
+    # Without the kill, with two processes of the command's own.
+    uninterrupted = tmp_path / "uninterrupted"
+    score(command_line(uninterrupted, f"{flags} --processes 2", steps=3))
+    assert len(write_times(uninterrupted)) == 15
+    assert content_of(uninterrupted) == content_of(output)
 
     two = tmp_path / "two"
-    argv = words(two, *options, steps=3)
-    launched = process(*TORCHRUN, 2, *SCORES, *argv, **ON_CPUS)
+    words = ["-m", "eval.clip_scores", *command_line(two, flags, steps=3).split()]
+    launched = run_python(words, processes=2, **ON_CPUS)
     assert launched.stdout.count("written: ") == 1
-    assert len(pictures(two)) == 15
-    require_close(table.read(two), continued)
+    assert len(write_times(two)) == 15
+    assert values_of(table.read(two)) == pytest.approx(values_of(continued), abs=1e-6)

@@ -14,34 +14,35 @@ from bilora_diffusion.train.command import control_config, control_folder
 from tests.scripts import runs
 from tests.text.text_builders import material, text_flags
 
-MINI = ["--dataset", "mini", "--output_dir", "runs/dog", "--rank", "8"]
+MINI = "--dataset mini --output_dir runs/dog --rank 8"
 
 
-def control_of(argv):
+def control_of(flags):
+    """The configuration of the control that a command line with ``--compare`` asks for."""
+    argv = f"{MINI} {flags}".split()
     return control_config(DREAMBOOTH, argv, DREAMBOOTH.resolve(argv))
 
 
 def test_the_control_has_the_options_of_its_own_command(caplog):
     """All but the method, its folder, and what is a different quantity in the other method."""
-    argv = [*MINI, "--rho", "0.3", "--auxiliaries", "2", "--compare"]
-    control = control_of([*argv, "lora"])
-    lora_config = DREAMBOOTH.resolve(
-        [*argv[:-1], "--method", "lora", "--output_dir", f"runs{os.sep}dog-lora"]
-    )
-    assert control.to_dict() == lora_config.to_dict()
+    flags = "--rho 0.3 --auxiliaries 2"
+    control = control_of(f"{flags} --compare lora")
+    lora_command = f"{MINI} {flags} --method lora --output_dir runs{os.sep}dog-lora"
+    assert control.to_dict() == DREAMBOOTH.resolve(lora_command.split()).to_dict()
+
     caplog.clear()
-    control = control_of([*argv, "lora-sam"])
-    assert control.rho == 0.05
-    messages = [record.getMessage() for record in caplog.records]
-    # Of the rank once, with the command line; of the radius that the control does not take.
-    assert [("--rank" in message, "--rho" in message) for message in messages] == [
-        (True, False),
-        (False, True),
-    ]
+    control = control_of(f"{flags} --compare lora-sam")
+    assert control.rho == 0.05  # LoRA-SAM's own: 0.3 is a radius of Bi-LoRA
+    # The rank is named once, by the command line itself; the radius by the control alone.
+    rank_message, rho_message = (record.getMessage() for record in caplog.records)
+    assert "--rank" in rank_message
+    assert "--rho" not in rank_message
+    assert "--rho" in rho_message
+    assert "--rank" not in rho_message
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
+    ("flags", "part"),
     [
         ("--compare bilora", "name another"),
         ("--compare full", "by a separate command"),
@@ -50,16 +51,16 @@ def test_the_control_has_the_options_of_its_own_command(caplog):
         ("--compare lor", 'did you mean "lora"'),
     ],
 )
-def test_what_can_not_be_compared_is_refused(words, part):
+def test_what_can_not_be_compared_is_refused(flags, part):
     with pytest.raises(UserError, match=part):
-        control_of([*MINI, *words.split()])
+        control_of(flags)
 
 
 def test_the_folder_of_the_control_is_beside_that_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert control_folder(tmp_path / "dog", "lora") == tmp_path / "dog-lora"
     assert control_folder(tmp_path / "..", "lora").parent == tmp_path.parent.parent
-    # It is judged before anything is trained, as that of the run.
+    # It is checked before anything is trained, as the run's own folder is.
     (tmp_path / "dog-lora").mkdir()
     (tmp_path / "dog-lora" / "README.md").write_text("mine")
     with pytest.raises(UserError, match="dog-lora"):
@@ -81,7 +82,9 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
     own_run = runs.train(tmp_path / "own", **flags)
     own_control = runs.train(tmp_path / "own-control", **flags, method="lora")
 
-    steps_taken, export = runs.interrupt(monkeypatch, 2, 6), setup.export
+    # Ctrl-C in the run's step 2, after its export, and in the control's step 2.
+    steps_taken = runs.interrupt(monkeypatch, 2, 6)
+    export = setup.export
 
     def interrupted_export(*arguments):
         results = export(*arguments)
@@ -96,14 +99,14 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
         patch.setattr(setup, "export", interrupted_export)
         with pytest.raises(KeyboardInterrupt, match=r"(?s)parts-lora not yet begun.*auto"):
             runs.train(parts, **flags)
-    written = (parts / runlog.RUN).read_bytes()
+    record = (parts / runlog.RUN).read_bytes()
     with pytest.raises(KeyboardInterrupt, match=r"(?s)step 2 of 4 .*parts-lora, .*auto"):
         runs.train(parts, **flags)
     caplog.set_level(logging.INFO)
     runs.train(parts, **flags)
     assert f"{parts} and {parts}-lora" in caplog.records[-1].getMessage()
-    assert len(steps_taken) == 8
-    assert (parts / runlog.RUN).read_bytes() == written  # what is finished is left alone
+    assert len(steps_taken) == 8  # 4 of each run: none is taken twice
+    assert (parts / runlog.RUN).read_bytes() == record  # a finished run is left alone
     runs.alike(own_run, parts, "heldout_loss", "auxiliary_norm")
     runs.alike(own_control, control_folder(parts, "lora"), "heldout_loss")
     # A finished run of other options is no part of the comparison.
@@ -115,10 +118,11 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
 @pytest.mark.timeout(900)
 def test_two_processes_train_both_runs(tmp_path):
     flags = {**material("classification"), "max_train_steps": 4}
-    launcher = [*runs.TORCHRUN, 2, runs.TEXT_SCRIPT]
     both = tmp_path / "both"
-    runs.process(*launcher, *text_flags(both, **flags, compare="lora"), **runs.ON_CPUS)
+    argv = text_flags(both, **flags, compare="lora")
+    runs.run_python([runs.TEXT_SCRIPT, *argv], processes=2, **runs.ON_CPUS)
     lora_run = tmp_path / "lora"
-    runs.process(*launcher, *text_flags(lora_run, **flags, method="lora"), **runs.ON_CPUS)
+    argv = text_flags(lora_run, **flags, method="lora")
+    runs.run_python([runs.TEXT_SCRIPT, *argv], processes=2, **runs.ON_CPUS)
     runs.alike(lora_run, control_folder(both, "lora"))
     assert runs.difference(both, control_folder(both, "lora")) > 0

@@ -26,35 +26,50 @@ COUNTS = {"dog": (2, 3), "cat": (3, 1), "owl": (1, 5)}
 def concepts(tmp_path_factory):
     """Three concepts of the miniature's icons, of which two have held-out ones."""
     root = tmp_path_factory.mktemp("concepts")
-    icons, heldout_icons = (
-        iter(sorted(place.glob("*.png"))) for place in (mini.train_dir(), mini.heldout_dir())
-    )
+    training_icons = iter(sorted(mini.train_dir().glob("*.png")))
+    heldout_icons = iter(sorted(mini.heldout_dir().glob("*.png")))
     rows = []
     for name, (count, repeats) in COUNTS.items():
-        for place, source, number in ((name, icons, count), (f"{name}-held", heldout_icons, count)):
-            (root / place).mkdir()
-            for picture in [next(source) for _ in range(number)]:
-                shutil.copy(picture, root / place)
+        sources = {root / name: training_icons, root / f"{name}-held": heldout_icons}
+        for folder, icons in sources.items():
+            folder.mkdir()
+            for _ in range(count):
+                shutil.copy(next(icons), folder)
         row = {"dataset": str(root / name), "instance_prompt": f"a {name}", "repeats": str(repeats)}
-        rows.append(row if name == "owl" else {**row, "validation_dataset": f"{root / name}-held"})
+        if name != "owl":
+            row["validation_dataset"] = f"{root / name}-held"
+        rows.append(row)
     rows[0]["validation_prompt"] = "a dog at sea"
-    (root / "concepts.yaml").write_text(json.dumps(rows))
-    return root / "concepts.yaml"
+    return write_list(root / "concepts.yaml", rows)
+
+
+def write_list(path, rows):
+    path.write_text(json.dumps(rows))  # YAML reads JSON
+    return path
 
 
 def values(concepts, **options):
     """Flags of a short run, with an auxiliary for each image."""
-    shared = {"dataset": concepts, "pretrained_model_name_or_path": "mini", "max_train_steps": 4}
-    shared |= {"auxiliaries": "sample", "train_batch_size": 2, "validation_dataset": None}
-    shared |= {"gradient_accumulation_steps": 1, "checkpointing_steps": 2, "random_flip": True}
-    return {**shared, "validation_loss_steps": 2, **options}
+    return {
+        "dataset": concepts,
+        "pretrained_model_name_or_path": "mini",
+        "max_train_steps": 4,
+        "auxiliaries": "sample",
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "checkpointing_steps": 2,
+        "random_flip": True,
+        "validation_dataset": None,
+        "validation_loss_steps": 2,
+        **options,
+    }
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(concepts, tmp_path, caplog):
     caplog.set_level("INFO", logger="bilora_diffusion")
     image_options = {"num_validation_images": 1, "validation_num_inference_steps": 2}
-    run = train(tmp_path / "whole", **values(concepts, **image_options))
+    run = train(tmp_path / "run", **values(concepts, **image_options))
     assert "6 images of 3 concepts (dog 2 x 3, cat 3 x 1, owl 1 x 5)" in caplog.text
     assert "4 steps of 2 (0.571 epochs)" in caplog.text, "an epoch has 14 samples"
     saved = load_file(run / "checkpoints" / "step-4" / "adapters.safetensors")
@@ -63,26 +78,29 @@ def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(concepts, t
     rows = [row for row in runlog.read_metrics(run) if "heldout_loss" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
     for row in rows:
-        dog, cat = (row[f"{BY_CONCEPT}{name}"] for name in ("dog", "cat"))
-        assert row["heldout_loss"] == pytest.approx((2 * dog + 3 * cat) / 5, rel=1e-5)
+        dog_loss = row[f"{BY_CONCEPT}dog"]
+        cat_loss = row[f"{BY_CONCEPT}cat"]
+        # The mean over held-out images: 2 of the dog and 3 of the cat.
+        assert row["heldout_loss"] == pytest.approx((2 * dog_loss + 3 * cat_loss) / 5, rel=1e-5)
         assert f"{BY_CONCEPT}owl" not in row
     assert f"{rows[-1][f'{BY_CONCEPT}cat']:.4f} at step 4" in caplog.text
     card = (run / "README.md").read_text()
-    assert all(word in card for word in ("`a dog`", "`a cat`", "`a owl`", "held-out loss of cat"))
-    assert "`a dog at sea`" in card
+    for words in ("`a dog`", "`a cat`", "`a owl`", "held-out loss of cat", "`a dog at sea`"):
+        assert words in card
 
     lora = train(tmp_path / "lora", **values(concepts, method="lora"))
     assert column(lora, "digest") == column(run, "digest")
-    for subject in (subjects := gather([str(run), str(lora)], weights=True)):
+    subjects = gather([str(run), str(lora)], weights=True)
+    for subject in subjects:
         images = training_sets(subjects, None)[subject.label]
         counts = Counter(entry.name.split("/")[0] for entry in images.entries)
-        assert counts == {name: count for name, (count, _) in COUNTS.items()}
+        assert counts == {"dog": 2, "cat": 3, "owl": 1}  # no image counts for its repeats
         assert len(open_points(subjects)[subject.label].images) == len(images)
+
     resumes_exactly(run, 2, **values(concepts, **image_options))
     changed = json.loads(concepts.read_text())
     changed[1]["repeats"] = "2"
-    changed_list = tmp_path / "other.yaml"
-    changed_list.write_text(json.dumps(changed))
+    changed_list = write_list(tmp_path / "changed.yaml", changed)
     with pytest.raises(UserError, match="concepts was"):
         train(run, **values(changed_list, resume_from_checkpoint="latest", max_train_steps=6))
 
@@ -98,20 +116,21 @@ def test_a_dry_run_knows_concepts(concepts, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_search_deals_the_images_of_all_concepts_into_folds(concepts, tmp_path):
-    rows = [{**row, "validation_dataset": None} for row in json.loads(concepts.read_text())]
-    bare_list = tmp_path / "unseen.yaml"
-    bare_list.write_text(json.dumps(rows))
-    (tmp_path / "space.yaml").write_text("method: [lora]\nrank: [2, 4]\n")
-    fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 16, "fit_folds": 2}
-    run = train(tmp_path / "fit", **values(bare_list, **fit))
+    rows = json.loads(concepts.read_text())
+    for row in rows:
+        row["validation_dataset"] = None
+    training_list = write_list(tmp_path / "training.yaml", rows)
+    space = tmp_path / "space.yaml"
+    space.write_text("method: [lora]\nrank: [2, 4]\n")
+    fit = {"fit": True, "fit_space": space, "fit_budget": 16, "fit_folds": 2}
+    run = train(tmp_path / "fit", **values(training_list, **fit))
     record = read_search(run / "fit.json")
     assert record is not None
-    # Auxiliaries that LoRA does not have leave its last run as it is.
-    assert runlog.read_run(run)["results"]["steps"] == record["choice"]["steps"]
-    chosen = [
-        fit_run for fit_run in record["runs"] if fit_run["title"] == record["choice"]["title"]
-    ]
-    assert {fit_run["fold"] for fit_run in chosen} == {1, 2}
+    choice = record["choice"]
+    # LoRA does not read `--auxiliaries sample`, which therefore leaves its last run as it is.
+    assert runlog.read_run(run)["results"]["steps"] == choice["steps"]
+    chosen_runs = [run for run in record["runs"] if run["title"] == choice["title"]]
+    assert {run["fold"] for run in chosen_runs} == {1, 2}
 
 
 @pytest.mark.slow
@@ -119,13 +138,15 @@ def test_class_images_are_made_for_each_concept(concepts, tmp_path):
     rows = json.loads(concepts.read_text())
     for row, name in zip(rows, COUNTS, strict=True):
         row |= {"class_data_dir": str(tmp_path / name), "class_prompt": f"a flat icon of a {name}"}
-    class_list = tmp_path / "own.yaml"
-    class_list.write_text(json.dumps(rows))
+    class_list = write_list(tmp_path / "classes.yaml", rows)
     shared = {"with_prior_preservation": True, "num_class_images": 2}
     run = train(tmp_path / "run", **values(class_list, **shared, checkpointing_steps=1))
-    class_files = [[file.read_bytes() for file in (tmp_path / n).glob("*.png")] for n in COUNTS]
-    assert [len(images) for images in class_files] == [2, 2, 2]
-    assert len({image for images in class_files for image in images}) == 6
+    images = set()
+    for name in COUNTS:
+        class_images = [file.read_bytes() for file in (tmp_path / name).glob("*.png")]
+        assert len(class_images) == 2
+        images.update(class_images)
+    assert len(images) == 6
     resumes_exactly(run, 3, **values(class_list, **shared, checkpointing_steps=1))
     kept_run = train(tmp_path / "kept", **values(class_list, prior_prediction_weight=1.0))
     assert column(kept_run, "loss") != column(run, "loss")

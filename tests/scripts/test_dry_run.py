@@ -22,7 +22,7 @@ from bilora_diffusion.train.dry_run import STEP, attached, complete
 from docs import memory
 from docs.memory import FOLDER
 from tests.image.tiny import shared
-from tests.scripts.runs import flags, process
+from tests.scripts.runs import flags, run_python
 from tests.text.text_builders import KINDS, material, text_flags
 
 SD3 = "StableDiffusion3Pipeline"
@@ -44,28 +44,36 @@ def image_run(capsys, folder, code=0, **values):
 
 def parts_of(output):
     """The printed parts of the memory, by name."""
-    lines = (line.split(maxsplit=2) for line in output.splitlines() if line.startswith("  "))
-    return {name: f"{size} {unit}" for size, unit, name in lines}
+    parts = {}
+    for line in output.splitlines():
+        if line.startswith("  "):
+            size, unit, name = line.split(maxsplit=2)
+            parts[name] = f"{size} {unit}"
+    return parts
 
 
 @pytest.mark.slow
 def test_memory_is_near_what_runs_took(tmp_path):
     """Of the miniature, in a process of its own, and of SDXL at its full size."""
-    mini, sdxl = (json.loads((FOLDER / f"{n}.json").read_text()) for n in ("mini", "sdxl_256"))
-    finished = process(*mini["command"].replace("mini_run", f"{tmp_path}/run").split(), "--dry_run")
-    needed = re.search(r"the run needs about (\d+) MB,", finished.stdout)
+    mini = json.loads((FOLDER / "mini.json").read_text())
+    command = mini["command"].replace("mini_run", f"{tmp_path}/run")
+    output = run_python(f"{command} --dry_run".split()).stdout
+    needed = re.search(r"the run needs about (\d+) MB,", output)
     assert float(needed[1]) * 1e6 == pytest.approx(mini["measured_bytes"], rel=0.15)
     assert not (tmp_path / "run").exists()
+
+    sdxl = json.loads((FOLDER / "sdxl_256.json").read_text())
     words = re.findall(r"--(?:resolution|mixed_precision|train_batch_size) \w+", sdxl["command"])
     run = memory.empty_task("Stable Diffusion XL", *" ".join(words).split())
-    memory_parts = complete(
-        memory_by_phase(run, torch.device("cpu")), attached(run, 2)[1], process=600_000_000
-    )
-    assert sum(memory_parts[STEP].values()) == pytest.approx(sdxl["measured_bytes"], rel=0.15)
+    phases = memory_by_phase(run, torch.device("cpu"))
+    # 600 MB stand for the process with its libraries, which is not measured here.
+    phases = complete(phases, attached(run, 2)[1], process=600_000_000)
+    assert sum(phases[STEP].values()) == pytest.approx(sdxl["measured_bytes"], rel=0.15)
 
 
 def test_of_a_model_on_the_hub_no_weights_are_downloaded(capsys, tmp_path, monkeypatch):
-    model, cache = shared(SD3), tmp_path / "cache"
+    model = shared(SD3)
+    cache = tmp_path / "cache"
 
     def download(name, allow_patterns, **_):
         assert name == "somebody/sd3"
@@ -87,9 +95,8 @@ def test_of_a_model_on_the_hub_no_weights_are_downloaded(capsys, tmp_path, monke
 def test_each_kind_of_text_model_runs_dry(kind, capsys, tmp_path):
     AcceleratorState._reset_state()
     settings = material(kind)
-    settings["model_name_or_path"] = without_weights(
-        settings["model_name_or_path"], tmp_path / "base"
-    )
+    base = settings["model_name_or_path"]
+    settings["model_name_or_path"] = without_weights(base, tmp_path / "base")
     settings["validation_file"] = settings["train_file"]
     # A run would refuse this folder, which a dry run does not look at.
     occupied = tmp_path / "run"
@@ -99,6 +106,7 @@ def test_each_kind_of_text_model_runs_dry(kind, capsys, tmp_path):
     assert train_text_bilora.main(argv) == 0
     output = "".join(capsys.readouterr())
     assert "24 rows" in output
+    # Logits of a vocabulary are large enough to be a part of their own; those of two classes not.
     assert ("logits" in parts_of(output)) == (kind != "classification")
     assert "It fits" in output
     assert [file.name for file in occupied.iterdir()] == ["metrics.jsonl"]
@@ -111,8 +119,8 @@ MINI = {
     "gradients": "717 kB",
     "the optimizer's state": "1.43 MB",
 }
-"""Of Bi-LoRA of rank 4 on the miniature: 89,600 numbers of 4 bytes in each adapter. These and those
-below are what real models and methods hold.
+"""Bi-LoRA of rank 4 on the miniature has 89,600 numbers of 4 bytes in each adapter. These figures
+and those below are what real models and methods hold.
 """
 
 
@@ -143,9 +151,10 @@ def test_what_options_keep_is_counted(values, parts, capsys, tmp_path):
 
 
 def test_a_search_takes_what_its_largest_run_does(capsys, tmp_path):
-    form = {"method": "bilora", "rho": "auto", "auxiliaries": "sample", "rank": 16}
-    search = image_run(capsys, tmp_path / "run", train_batch_size=4, fit=True, choose_by="loss")
-    largest = image_run(capsys, tmp_path / "run", train_batch_size=4, **form)
+    folder = tmp_path / "run"
+    search = image_run(capsys, folder, train_batch_size=4, fit=True, choose_by="loss")
+    bilora = {"method": "bilora", "rho": "auto", "auxiliaries": "sample", "rank": 16}
+    largest = image_run(capsys, folder, train_batch_size=4, **bilora)
     assert "bilora (rho auto, auxiliaries sample)" in search
     for name in ("adapters: auxiliary", "the optimizer's state", "gradients"):
         assert parts_of(search)[name] == parts_of(largest)[name]
@@ -157,7 +166,7 @@ def test_several_processes_are_refused(monkeypatch):
         dry_run.run(DREAMBOOTH, [resolve(["--dataset", "mini"])], [])
 
 
-def test_of_two_runs_the_larger_is_told(capsys, tmp_path):
+def test_of_two_runs_the_larger_is_named(capsys, tmp_path):
     output = image_run(capsys, tmp_path / "run", method="lora", compare="bilora")
     assert "two runs" in output
     assert "Bi-LoRA on unet" in output

@@ -19,7 +19,8 @@ SHORT: dict[str, Any] = {
 }
 
 
-def files(folder):
+def snapshot_files(folder):
+    """The content of each snapshot, by its step."""
     return {step: path.read_bytes() for step, path in snapshots.steps(folder).items()}
 
 
@@ -33,16 +34,16 @@ def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path):
 
     parts = copied(uncut, tmp_path / "parts")
     shutil.rmtree(parts / "checkpoints" / "step-4")
-    assert list(files(parts)) == [0, 1, 2, 3, 4]
-    for step in (3, 4):  # what a kill may leave; it has to be taken anew
+    assert list(snapshot_files(parts)) == [0, 1, 2, 3, 4]
+    for step in (3, 4):  # what a kill may leave; the snapshots have to be taken again
         snapshots.steps(parts)[step].write_bytes(b"torn")
     train(parts, **shared, resume_from_checkpoint="latest")
-    assert files(parts) == files(uncut)
+    assert snapshot_files(parts) == snapshot_files(uncut)
     assert column(parts, "dynamics") == column(uncut, "dynamics")
     assert len(column(uncut, "dynamics")) == 4
 
     restarted = train(parts, **{**shared, "max_train_steps": 1}, overwrite_output_dir=True)
-    assert list(files(restarted)) == [0, 1]
+    assert list(snapshot_files(restarted)) == [0, 1]
 
 
 def test_snapshots_are_of_what_was_trained_and_not_of_its_average(tmp_path):
@@ -51,12 +52,13 @@ def test_snapshots_are_of_what_was_trained_and_not_of_its_average(tmp_path):
     saved = load_file(run / "checkpoints" / "step-2" / "adapters.safetensors")
     last = snapshots.read(snapshots.steps(run)[2])
     assert set(last.factors) == {PRIMARY, AUXILIARY}
-    for adapter, factors in last.factors.items():
-        for f in factors:
-            target, path = f.name.split(".", 1)
+    for adapter, layers in last.factors.items():
+        for layer in layers:
+            target, path = layer.name.split(".", 1)
             key = f"{target}/{adapter}/{path}"
-            assert torch.equal(f.A, saved[f"{key}.lora_A.weight"].flatten(1))
-            assert torch.equal(f.B, saved[f"{key}.lora_B.weight"].flatten(1))
+            # A factor of a convolution is saved with its kernel's axes.
+            assert torch.equal(layer.A, saved[f"{key}.lora_A.weight"].flatten(1))
+            assert torch.equal(layer.B, saved[f"{key}.lora_B.weight"].flatten(1))
     first, second = column(run, "dynamics")
     assert first["ascent_gain"] == 0  # B2 is zero
     assert second["ascent_gain"] != 0

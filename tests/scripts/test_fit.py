@@ -20,9 +20,16 @@ def flags(tmp_path):
     """A classifier of 24 rows, a space of two methods, and a schedule that is not typed."""
     (tmp_path / "space.yaml").write_text("method: [lora, bilora]\nauxiliaries: sample\n")
     (tmp_path / "recipe.yaml").write_text("lr_scheduler: constant\n")
-    fit = {"fit": True, "fit_space": tmp_path / "space.yaml", "fit_budget": 36, "fit_folds": 2}
-    fit |= {"config": tmp_path / "recipe.yaml", "lr_scheduler": None}
-    return {**material("classification"), **FIT, **fit}
+    return {
+        **material("classification"),
+        **FIT,
+        "fit": True,
+        "fit_space": tmp_path / "space.yaml",
+        "fit_budget": 36,
+        "fit_folds": 2,
+        "config": tmp_path / "recipe.yaml",
+        "lr_scheduler": None,
+    }
 
 
 def record(folder) -> Any:
@@ -35,38 +42,43 @@ def test_a_fit_goes_on_where_it_was_interrupted_and_trains_what_it_chose(
 ):
     fit_run = train_text(tmp_path / "fit", **flags)
     fit_record = record(fit_run)
-    choice, spent = fit_record["choice"], fit_record["spent"]
+    choice = fit_record["choice"]
+    spent = fit_record["spent"]
     assert spent <= 36
     assert {run["fold"] for run in fit_record["runs"] if run["title"] == choice["title"]} == {1, 2}
     assert not list(fit_run.glob("fit/*/checkpoints"))
     assert (fit_run / "fit.png").stat().st_size > 5_000
-    assert "](fit.png)" in (fit_run / "README.md").read_text()
-    results, length = runlog.read_run(fit_run)["results"], 2 * choice["steps"]
-    assert (results["chosen_steps"], results["steps"]) == (choice["steps"], length)
+    # The last run has twice the steps, at a rate that falls to zero.
+    length = 2 * choice["steps"]
+    results = runlog.read_run(fit_run)["results"]
+    assert results["chosen_steps"] == choice["steps"]
+    assert results["steps"] == length
     card = (fit_run / "README.md").read_text()
+    assert "](fit.png)" in card
     assert f"{choice['steps']} at a constant rate, trained as {length}" in card
 
     # The last run is what a command with these options makes.
-    chosen = {**flags, **choice["options"], "max_train_steps": length, "lr_scheduler": "linear"}
-    no_fit = dict.fromkeys(("fit", "fit_space", "fit_budget", "fit_folds"))
-    assert difference(fit_run, train_text(tmp_path / "plain", **{**chosen, **no_fit})) == 0
+    plain = {**flags, **choice["options"], "max_train_steps": length, "lr_scheduler": "linear"}
+    for name in ("fit", "fit_space", "fit_budget", "fit_folds"):
+        del plain[name]
+    assert difference(fit_run, train_text(tmp_path / "plain", **plain)) == 0
 
     # Each part begins with models that no run had before: the same bytes, and no step twice.
     steps_taken = interrupt(monkeypatch, 3, 12, spent + 1)
     parts = tmp_path / "parts"
-    for where in ("fit/", "fit/", f"of {length},"):
-        with pytest.raises(KeyboardInterrupt, match=where):
+    for place in ("fit/", "fit/", f"of {length},"):
+        with pytest.raises(KeyboardInterrupt, match=place):
             train_text(parts, **flags)
     with pytest.raises(UserError, match="learning_rate was"):
         train_text(parts, **flags, learning_rate=3e-2)
     train_text(parts, **flags)
     assert len(steps_taken) == spent + length
-    assert {**record(parts), "settings": 0} == {**fit_record, "settings": 0}
+    assert {**record(parts), "settings": 0} == {**fit_record, "settings": 0}  # which name folders
     assert difference(fit_run, parts) == 0
     for run in fit_record["runs"]:
-        for name in ("loss", "digest", "heldout_loss"):
-            columns = [column(place / "fit" / run["name"], name) for place in (fit_run, parts)]
-            assert columns[0] == columns[1]
+        for key in ("loss", "digest", "heldout_loss"):
+            expected = column(fit_run / "fit" / run["name"], key)
+            assert column(parts / "fit" / run["name"], key) == expected
     with pytest.raises(UserError, match="holds a finished --fit"):
         train_text(parts, **flags)
 
@@ -77,20 +89,25 @@ def test_a_run_of_a_search_is_that_of_its_own_command(tmp_path):
 
     Under a warm-up, whose first step has rate 0, a radius that sets itself is not LoRA's.
     """
-    (tmp_path / "space.yaml").write_text("method: [bilora, lora]\nrho: auto\n")
-    flags = {**material("classification"), **FIT, "validation_file": heldout("classification")}
-    warm_up = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1, "warmup_ratio": None}
-    flags |= warm_up
-    fit = train_text(tmp_path / "fit", **flags, fit=True, fit_space=tmp_path / "space.yaml",
-                     fit_budget=12)  # fmt: skip
+    space = tmp_path / "space.yaml"
+    space.write_text("method: [bilora, lora]\nrho: auto\n")
+    flags = {
+        **material("classification"),
+        **FIT,
+        "validation_file": heldout("classification"),
+        "lr_scheduler": "constant_with_warmup",
+        "lr_warmup_steps": 1,
+        "warmup_ratio": None,
+    }
+    fit = train_text(tmp_path / "fit", **flags, fit=True, fit_space=space, fit_budget=12)
     fit_record = record(fit)
     bilora, lora = fit_record["runs"]
     assert [run["title"] for run in (bilora, lora)] == ["bilora (rho auto)", "lora"]
     assert bilora["losses"] != lora["losses"]
     length = lora["steps"][-1]
     plain = train_text(tmp_path / "plain", **flags, method="lora")
-    for name in ("loss", "digest"):
-        assert column(fit / "fit" / "lora", name) == column(plain, name)[:length]
+    for key in ("loss", "digest"):
+        assert column(fit / "fit" / "lora", key) == column(plain, key)[:length]
     rows = [row for row in runlog.read_metrics(plain) if "heldout_loss" in row]
     losses = [row["heldout_loss"] for row in rows if row["step"] <= length]
     assert lora["losses"] == pytest.approx(losses, rel=1e-12)
@@ -101,27 +118,27 @@ def test_a_run_of_a_search_is_that_of_its_own_command(tmp_path):
 def test_a_run_that_does_not_fit_the_memory_leaves_the_others_as_they_are(
     place, tmp_path, flags, monkeypatch
 ):
-    """An error in the first pass is a sentence about the model by then, one in a step is not."""
+    """The first pass turns the error into a sentence about the model, a later step does not."""
     function = getattr(Trainer, place)
 
-    def in_memory(self, *batches):
+    def limited(self, *batches):
         if self.cfg.rank == 8:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return function(self, *batches)
 
-    monkeypatch.setattr(Trainer, place, in_memory)
+    monkeypatch.setattr(Trainer, place, limited)
     space = tmp_path / "space.yaml"
     values = {**flags, "method": "lora", "rank": None, "fit_budget": 12}
     space.write_text("rank: [8, 4]\n")
-    fit = record(train_text(tmp_path / "both", **values))
-    assert [run["title"] for run in fit["runs"]] == ["rank 4", "rank 4"]
-    assert list(fit["out"]) == ["rank 8"]
+    both = record(train_text(tmp_path / "both", **values))
+    assert [run["title"] for run in both["runs"]] == ["rank 4", "rank 4"]
+    assert list(both["out"]) == ["rank 8"]
     space.write_text("rank: [4]\n")
-    smaller = record(train_text(tmp_path / "alone", **values))
-    assert fit["runs"] == smaller["runs"]
+    smaller = record(train_text(tmp_path / "smaller", **values))
+    assert both["runs"] == smaller["runs"]
 
 
-BAD: list[tuple[dict[str, Any], str, str]] = [
+BAD_SEARCHES: list[Any] = [
     ({"fit_folds": 25}, "rank: [4]", "25 folds of 24 rows"),
     ({"fit_space": "nowhere.yaml"}, "", "nowhere.yaml"),
     ({}, "rank: [0]", "in a run of --fit, --rank is 0"),
@@ -129,25 +146,34 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("values", "space", "words"), BAD)
+@pytest.mark.parametrize(("values", "space", "words"), BAD_SEARCHES)
 def test_what_cannot_be_searched_is_one_sentence(tmp_path, flags, values, space, words):
     (tmp_path / "space.yaml").write_text(space)
-    with pytest.raises(UserError, match=words) as refused:
+    with pytest.raises(UserError, match=words) as error:
         train_text(tmp_path / "run", **{**flags, **values})
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_a_search_on_other_data_is_refused(tmp_path, monkeypatch):
     kind = "classification"
-    (tmp_path / "space.yaml").write_text("method: [bilora, lora]\n")
-    files = {name: tmp_path / f"{name}.jsonl" for name in ("train_file", "validation_file")}
-    rows, heldout_rows = rows_for(kind, 8), rows_for(kind, 8, 24)
-    write_rows(files["train_file"], rows)
-    write_rows(files["validation_file"], heldout_rows)
-    flags = {**material(kind), **FIT, **files, "validation_part": "1/2", "fit": True}
-    flags |= {"fit_space": tmp_path / "space.yaml", "fit_budget": 12}
+    space = tmp_path / "space.yaml"
+    space.write_text("method: [bilora, lora]\n")
+    rows = rows_for(kind, 8)
+    heldout_rows = rows_for(kind, 8, first=24)
+    train_file = write_rows(tmp_path / "train.jsonl", rows)
+    heldout_file = write_rows(tmp_path / "heldout.jsonl", heldout_rows)
+    flags = {
+        **material(kind),
+        **FIT,
+        "train_file": train_file,
+        "validation_file": heldout_file,
+        "validation_part": "1/2",
+        "fit": True,
+        "fit_space": space,
+        "fit_budget": 12,
+    }
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt(patch, 3)
@@ -155,15 +181,14 @@ def test_a_search_on_other_data_is_refused(tmp_path, monkeypatch):
             train_text(folder, **flags)
     with pytest.raises(UserError, match='validation_part was "1/2" and is "2/2"'):
         train_text(folder, **{**flags, "validation_part": "2/2"})
-    edits = (
-        ("train_file", rows[1:], "training"),
-        ("validation_file", heldout_rows[::-1], "held-out"),
-    )
-    for option, edited, words in edits:
-        before = files[option].read_text()
-        write_rows(files[option], edited)
+    for file, changed_rows, words in (
+        (train_file, rows[1:], "training"),
+        (heldout_file, heldout_rows[::-1], "held-out"),
+    ):
+        original = file.read_text()
+        write_rows(file, changed_rows)
         with pytest.raises(UserError, match=f"in the {words} data"):
             train_text(folder, **flags)
-        files[option].write_text(before)
+        file.write_text(original)
     train_text(folder, **flags)
     assert record(folder)["choice"]

@@ -1,5 +1,6 @@
 """Flow-matching models through the script, on tiny random weights; SD3 and Qwen-Image most."""
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -15,31 +16,43 @@ from bilora_diffusion.run import runlog
 from tests.image.tiny import FILES, shared
 from tests.scripts import runs
 
-SD3, VIDEO = "StableDiffusion3Pipeline", "QwenImagePipeline"
-MARKS = {SD3: (), VIDEO: pytest.mark.slow}
-"""Of real runs of the script; those of the other kinds are made once a week."""
-each_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=MARKS.get(kind, pytest.mark.matrix)) for kind in FILES]
-)
+SD3 = "StableDiffusion3Pipeline"
+QWEN = "QwenImagePipeline"
+MARKS = {SD3: (), QWEN: pytest.mark.slow}
+"""The other kinds of models are trained once a week only."""
+KINDS = [pytest.param(kind, marks=MARKS.get(kind, pytest.mark.matrix)) for kind in FILES]
 
 
 def on(kind, **values):
     """Flags of a run on such a model."""
-    base = {"pretrained_model_name_or_path": shared(kind)}
-    return {**base, "resolution": 64, "train_batch_size": 2, **values}
+    return {
+        "pretrained_model_name_or_path": shared(kind),
+        "resolution": 64,
+        "train_batch_size": 2,
+        **values,
+    }
 
 
-@each_kind
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, tmp_path):
-    values = on(kind, checkpointing_steps=1, learning_rate=3e-2, validation_loss_steps=1)
-    values |= {"validation_dataset": "mini-heldout", "validation_part": "1/32"}
-    values |= {"validation_prompt": "a TOK icon of a rabbit", "num_validation_images": 1}
-    values |= {"quantize": "nf4"} if kind == VIDEO else {}
+    values = on(
+        kind,
+        checkpointing_steps=1,
+        learning_rate=3e-2,
+        validation_loss_steps=1,
+        validation_dataset="mini-heldout",
+        validation_part="1/32",
+        validation_prompt="a TOK icon of a rabbit",
+        num_validation_images=1,
+    )
+    if kind == QWEN:
+        values["quantize"] = "nf4"
     folder = runs.train(tmp_path / "run", **values)
     runs.resumes_exactly(folder, 1, **values)
     first = next(row for row in runlog.read_metrics(folder) if "heldout_loss" in row)
     levels = [int(name.rpartition("/")[2]) for name in first if "by_level/" in name]
-    assert (len(levels), levels) == (10, sorted(levels, reverse=True))
+    assert len(levels) == 10
+    assert levels == sorted(levels, reverse=True)
     assert 0 < levels[-1] < levels[0] <= 1000
     assert len(set(runs.column(folder, "heldout_loss"))) == 3
     assert len(list(folder.glob("validation/*/*.png"))) == 1
@@ -47,17 +60,26 @@ def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, t
     pipeline = load_pipeline(str(shared(kind)), dtype=torch.float32)
     if not hasattr(pipeline, "load_lora_weights"):
         return
-    before = generate(pipeline, ["a TOK icon"], [0], size=64, steps=2)[0].tobytes()
+
+    def sample_bytes():
+        return generate(pipeline, ["a TOK icon"], [0], size=64, steps=2)[0].tobytes()
+
+    before = sample_bytes()
     pipeline.load_lora_weights(str(folder))
-    assert generate(pipeline, ["a TOK icon"], [0], size=64, steps=2)[0].tobytes() != before
+    assert sample_bytes() != before
 
 
 @pytest.mark.slow
 def test_masks_and_a_kept_class(tmp_path):
-    """A class that is kept and the hidden half of an image cost a loss."""
+    """Predictions that are to stay add to the loss; the hidden half of an image does not."""
     icons = runs.two_icons(tmp_path / "icons")
-    values = on(SD3, **{**icons, "validation_dataset": "none", "learning_rate": 3e-2})
-    values |= {"pretrained_model_name_or_path": shared(SD3), "class_prompt": "an icon"}
+    values = {
+        **icons,
+        **on(SD3),
+        "validation_dataset": "none",
+        "learning_rate": 3e-2,
+        "class_prompt": "an icon",
+    }
     plain = runs.column(runs.train(tmp_path / "plain", **values), "loss")
     with_class = runs.train(tmp_path / "class", **values, prior_prediction_weight=1.0)
     holding = {"hold_unconditional": 1.0, "hold_unconditional_every": 1}
@@ -75,29 +97,31 @@ def test_masks_and_a_kept_class(tmp_path):
 
 
 def test_the_noise_levels_in_the_log_are_those_that_were_sampled(tmp_path, monkeypatch):
-    levels, sample_index = [], FlowMatching.sample_index
+    levels = []
+    sample_level_index = FlowMatching.sample_level_index
 
     def record_level(self, random):
-        index = sample_index(self, random)
+        index = sample_level_index(self, random)
         levels.append(1000 * self.sigmas[index].item())
         return index
 
-    monkeypatch.setattr(FlowMatching, "sample_index", record_level)
+    monkeypatch.setattr(FlowMatching, "sample_level_index", record_level)
     run = runs.train(tmp_path / "run", **on(SD3, max_train_steps=3))
     del levels[0]  # of the row that the run is probed with
-    steps = [levels[first : first + 2] for first in (0, 2, 4)]
-    statistics = {"mean": lambda pair: sum(pair) / 2, "min": min, "max": max}
-    for name, statistic in statistics.items():
-        expected = [statistic(pair) for pair in steps]
+    steps = [levels[0:2], levels[2:4], levels[4:6]]  # batches of two
+    for name, statistic in {"mean": statistics.mean, "min": min, "max": max}.items():
+        expected = [statistic(step_levels) for step_levels in steps]
         assert runs.column(run, f"noise_level_{name}") == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_others_leave_out_is_a_line(tmp_path, caplog):
-    """ComfyUI the magnitudes of DoRA; a model without an embedding of guidance the guidance."""
+    """ComfyUI leaves out DoRA's magnitudes; SD3, which has no embedding of guidance, guidance."""
     values = on(SD3, use_dora=True, guidance_scale=2.0, max_train_steps=1)
     folder = runs.train(tmp_path / SD3, **values)
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert all("magnitudes" in text and "use_dora" in text for text in (caplog.text, card))
+    for text in (caplog.text, card):
+        assert "magnitudes" in text
+        assert "use_dora" in text
     assert "no embedding of guidance" in caplog.text
     assert runlog.read_run(folder)["config"]["guidance_scale"] is None
     caplog.clear()
@@ -109,19 +133,23 @@ def test_what_others_leave_out_is_a_line(tmp_path, caplog):
 def test_a_model_that_guidance_leads_away_from_nothing_holds_nothing(tmp_path):
     turbo = tmp_path / "Z-Image-Turbo"
     turbo.symlink_to(shared("ZImagePipeline"))
-    words = "a model without an unconditional prediction"
+    sentence = "--hold_unconditional 4.0 with a model without an unconditional prediction.*drop it"
     for model in (shared("FluxPipeline"), turbo):
         values = on(SD3, hold_unconditional=4, max_train_steps=16)
-        argv = runs.flags(tmp_path / "run", **values | {"pretrained_model_name_or_path": model})
-        with pytest.raises(UserError, match=f"--hold_unconditional 4.0 with {words}.*drop it"):
-            resolve(argv)
+        values["pretrained_model_name_or_path"] = model
+        with pytest.raises(UserError, match=sentence):
+            resolve(runs.flags(tmp_path / "run", **values))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("resolution", 72), ("resolution", 512), ("train_text_encoder", True), ("snr_gamma", 5)),
-        *(("lora_layers", "to_k,to_qq"), ("output_kohya_format", True)),
+        ("resolution", 72),
+        ("resolution", 512),
+        ("train_text_encoder", True),
+        ("snr_gamma", 5),
+        ("lora_layers", "to_k,to_qq"),
+        ("output_kohya_format", True),
     ],
 )
 def test_what_the_model_can_not_take_is_a_sentence(name, value, tmp_path):

@@ -29,7 +29,12 @@ STARTS: dict[str, dict[str, Any]] = {
     "fit auto": {"resume_from_checkpoint": "auto"},
     "dry run": {"dry_run": True},
 }
-REFUSED, BEGINS, RESUMES, DRY = "refused", "begins", "resumes", "dry"
+REFUSED = "refused"
+BEGINS = "begins"
+RESUMES = "resumes"
+DRY = "dry"
+TRAINS = (BEGINS, RESUMES)
+# By the folder's state; one outcome for each of STARTS, in their order.
 OUTCOMES = {
     "empty": (BEGINS, REFUSED, BEGINS, BEGINS, REFUSED, BEGINS, DRY),
     "begun run": (REFUSED, REFUSED, BEGINS, REFUSED, REFUSED, REFUSED, DRY),
@@ -39,16 +44,14 @@ OUTCOMES = {
     "interrupted last run": (REFUSED, REFUSED, REFUSED, RESUMES, RESUMES, RESUMES, DRY),
     "finished fit": (REFUSED, REFUSED, REFUSED, REFUSED, RESUMES, RESUMES, DRY),
 }
-# Where Ctrl-C ends a run: in which call of which function.
+# Ctrl-C in which call of which function brings a run into the state.
 INTERRUPTIONS: dict[str, tuple[Any, str, int]] = {
     "begun run": (Trainer, "train_step", 1),
     "interrupted run": (Trainer, "train_step", 2),
     "interrupted search": (Trainer, "train_step", 3),
     "interrupted last run": (setup, "export", 1),
 }
-
-
-# A folder with a search is cheap to make from a run in this state, beside which one is put.
+# States of a search, and the run from whose folder one is made where nothing is trained in it.
 CHEAP_RUNS = {
     "interrupted search": "begun run",
     "interrupted last run": "interrupted run",
@@ -72,13 +75,15 @@ def make(state: str, folder: Path) -> None:
         train_text(folder, **values)
         return
     owner, name, last_call = INTERRUPTIONS[state]
-    function, calls = getattr(owner, name), []
+    function = getattr(owner, name)
+    calls = 0
 
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == last_call:
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == last_call:
             raise KeyboardInterrupt
-        return function(*args)
+        return function(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, interrupted)
@@ -105,27 +110,27 @@ def put(state: str, folder: Path, trains: bool) -> None:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Content of each file below a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    contents = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            contents[str(path.relative_to(folder))] = path.read_bytes()
+    return contents
 
 
-def cells() -> list[Any]:
+def cases() -> list[Any]:
     """All pairs; those that train are slow."""
     pairs = []
     for state, outcomes in OUTCOMES.items():
         for start, outcome in zip(STARTS, outcomes, strict=True):
-            marks = [pytest.mark.slow] if outcome in (BEGINS, RESUMES) else []
+            marks = [pytest.mark.slow] if outcome in TRAINS else []
             pairs.append(pytest.param(state, start, outcome, marks=marks, id=f"{state}, {start}"))
     return pairs
 
 
-@pytest.mark.parametrize(("state", "start", "outcome"), cells())
+@pytest.mark.parametrize(("state", "start", "outcome"), cases())
 def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
     folder = tmp_path / "run"
-    put(state, folder, trains=outcome in (BEGINS, RESUMES))
+    put(state, folder, trains=outcome in TRAINS)
     before = files(folder)
     fit = start.startswith("fit")
     capsys.readouterr()
@@ -133,16 +138,16 @@ def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
 
     code = train_text_bilora.main(text_flags(folder, **settings(fit), **STARTS[start]))
 
-    output = capsys.readouterr().err
+    errors = capsys.readouterr().err
     after = files(folder)
     if outcome == REFUSED:
         assert code == 2
-        (sentence,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        (sentence,) = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert str(folder) in sentence
-        assert "Traceback" not in output
+        assert "Traceback" not in errors
     else:
         assert code == 0
-    if outcome in (REFUSED, DRY):
+    if outcome not in TRAINS:
         assert after == before
         assert folder.exists() == (state != "empty")
         return
@@ -152,7 +157,7 @@ def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
     assert bool(runlog.read_run(folder)["resumed"]) == from_checkpoint
     for name, content in before.items():
         if name.startswith("fit/") and "/checkpoints/" in name:
-            continue  # which a search deletes at its end
+            continue  # a search deletes its runs' checkpoints at its end
         assert name in after
         if "checkpoints/" in name:
             assert after[name] == content
@@ -160,7 +165,7 @@ def test_a_start_loses_nothing(state, start, outcome, tmp_path, capsys):
         record: Any = read_search(folder / "fit.json")
         assert record["choice"] is not None
     if state == "interrupted search":
-        # What was measured before is measured once.
-        lines = runlog.read_metrics(folder / "fit" / "2_fold1")
-        steps = [line["step"] for line in lines if "loss" in line]
+        # No step is taken twice.
+        rows = runlog.read_metrics(folder / "fit" / "2_fold1")
+        steps = [row["step"] for row in rows if "loss" in row]
         assert steps == sorted(set(steps))

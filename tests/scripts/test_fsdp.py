@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from bilora_diffusion.run import runlog
-from tests.scripts.runs import TORCHRUN, column, difference, process, weights
+from tests.scripts.runs import column, difference, run_python, weights
 from tests.text.text_builders import SAVERS, rows_for, text_flags, train_text, write_rows
 
 ENGINE = {
@@ -56,15 +56,18 @@ def setting(tmp_path_factory):
         save(folder / kind)
         write_rows(folder / f"{kind}.jsonl", rows_for(kind, 24))
         write_rows(folder / f"{kind}-heldout.jsonl", rows_for(kind, 5, first=40))
-    lines = [text_flags(folder / "two" / name, **options(folder, name, 2)) for name in CASES]
-    resumed = options(folder, "causal-bilora", 2) | {
-        "resume_from_checkpoint": folder / "two" / "causal-bilora" / "checkpoints" / "step-2"
-    }
-    lines.append(text_flags(folder / "two" / "resumed", **resumed))
+    two = folder / "two"
+    command_lines = []
+    for name in CASES:
+        command_lines.append(text_flags(two / name, **options(folder, name, 2)))
+    middle = two / "causal-bilora" / "checkpoints" / "step-2"
+    resumed = options(folder, "causal-bilora", 2) | {"resume_from_checkpoint": middle}
+    command_lines.append(text_flags(two / "resumed", **resumed))
     file = folder / "lines.json"
-    file.write_text(json.dumps([[str(word) for word in line] for line in lines]))
-    under = Path(__file__).with_name("fsdp_on_cpu.py")
-    process(*TORCHRUN, 2, under, file, **ENGINE)  # FSDP2 as accelerate has it; it is split
+    file.write_text(json.dumps(command_lines))
+    script = Path(__file__).with_name("fsdp_on_cpu.py")
+    # FSDP2 as accelerate asks for it; the script checks that weights are split.
+    run_python([script, file], processes=2, **ENGINE)
     for name in CASES:
         train_text(folder / "one" / name, **options(folder, name, 1))
     return folder
@@ -75,35 +78,39 @@ def test_two_processes_leave_what_one_leaves(setting, name):
     """Data, losses, norms before and after projection, gradient norm, metrics, weights, answers;
     checkpoints with whole tensors; files of the main process alone.
     """
-    single, double = (setting / processes / name for processes in ("one", "two"))
-    close = 1e-5 if "mixed_precision" not in CASES[name] else 2e-3
-    rows = [runlog.read_metrics(folder) for folder in (single, double)]
-    assert len(rows[0]) == len(rows[1]) > 4
-    for a, b in zip(*rows, strict=True):
-        assert a.keys() == b.keys()
-        for key in a.keys() - {"seconds", "time"}:
-            if isinstance(a[key], float):
-                assert a[key] == pytest.approx(b[key], abs=close), key
-            else:
-                assert a[key] == b[key], key
-    assert difference(single, double) < close
+    single = setting / "one" / name
+    double = setting / "two" / name
+    tolerance = 1e-5 if "mixed_precision" not in CASES[name] else 2e-3
+    single_rows = runlog.read_metrics(single)
+    double_rows = runlog.read_metrics(double)
+    assert len(single_rows) > 4
+    for expected, row in zip(single_rows, double_rows, strict=True):
+        assert row.keys() == expected.keys()
+        for key in expected.keys() - {"seconds", "time"}:
+            value = expected[key]
+            close = pytest.approx(value, abs=tolerance) if isinstance(value, float) else value
+            assert row[key] == close, key
+    assert difference(single, double) < tolerance
     assert not any("auxiliary" in key for key in weights(double))
-    files = [path.relative_to(single) for path in single.rglob("*")]
-    assert sorted(files) == sorted(path.relative_to(double) for path in double.rglob("*"))
-    for file in files:
-        if file.name == "predictions.jsonl" and "bilora" in name:
-            assert (single / file).read_text() == (double / file).read_text()
-        if file.parts[0] == "checkpoints" and file.suffix == ".safetensors":
-            double_tensors, single_tensors = load_file(double / file), load_file(single / file)
-            assert double_tensors.keys() == single_tensors.keys()
-            for key, value in single_tensors.items():
-                torch.testing.assert_close(double_tensors[key], value, rtol=0, atol=close)
+
+    names = sorted(path.relative_to(single) for path in single.rglob("*"))
+    assert names == sorted(path.relative_to(double) for path in double.rglob("*"))
+    for path in names:
+        if path.name == "predictions.jsonl" and "bilora" in name:
+            assert (single / path).read_text() == (double / path).read_text()
+        if path.parts[0] == "checkpoints" and path.suffix == ".safetensors":
+            expected_tensors = load_file(single / path)
+            tensors = load_file(double / path)
+            assert tensors.keys() == expected_tensors.keys()
+            for key, value in expected_tensors.items():
+                torch.testing.assert_close(tensors[key], value, rtol=0, atol=tolerance)
 
 
 def test_a_resumed_run_is_exact_and_one_process_goes_on_where_two_stopped(setting):
-    uninterrupted, resumed = (setting / "two" / name for name in ("causal-bilora", "resumed"))
+    uninterrupted = setting / "two" / "causal-bilora"
+    resumed = setting / "two" / "resumed"
     assert difference(uninterrupted, resumed) == 0
     assert column(uninterrupted, "loss")[-2:] == column(resumed, "loss")[-2:]
-    step = {"resume_from_checkpoint": uninterrupted / "checkpoints" / "step-2"}
-    flags = options(setting, "causal-bilora", 1) | step
+    flags = options(setting, "causal-bilora", 1)
+    flags["resume_from_checkpoint"] = uninterrupted / "checkpoints" / "step-2"
     assert difference(train_text(setting / "one" / "resumed", **flags), uninterrupted) < 1e-5

@@ -14,7 +14,7 @@ from tests.scripts.runs import train, two_icons
 
 pytestmark = pytest.mark.slow
 
-ARMS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "pissa": {"method": "lora", "init_lora_weights": "pissa", "lora_alpha": 6},
     "text": {"method": "lora", "train_text_encoder": True},
@@ -27,8 +27,8 @@ def runs(tmp_path_factory):
     """Two-step runs on two icons, measured on two others."""
     root = tmp_path_factory.mktemp("landscape")
     shared = {**two_icons(root), "train_batch_size": 1, "gradient_accumulation_steps": 1}
-    for name, arm in ARMS.items():
-        train(root / name, seed=0, **shared, **arm)
+    for name, options in VARIANTS.items():
+        train(root / name, seed=0, **shared, **options)
     return root
 
 
@@ -43,7 +43,7 @@ def opened(runs):
     return load_run
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_the_loss_of_all_images_and_levels_is_that_of_the_runs_log(runs, opened, name):
     logged = runlog.read_run(runs / name)["results"]["train_grid_loss"]
     model = opened(name)
@@ -52,16 +52,20 @@ def test_the_loss_of_all_images_and_levels_is_that_of_the_runs_log(runs, opened,
 
 
 def test_the_spaces_hold_the_trained_factors_and_the_weights_beneath(runs, opened):
-    factors, full = (opened("lora").spaces[space] for space in ("lora", "full"))
+    spaces = opened("lora").spaces
+    factors = spaces["lora"]
+    full = spaces["full"]
     names = {weight.name for weight in full}
     assert {weight.name.rpartition(".lora_")[0] for weight in factors} < names
-    assert (len(factors), len(names)) == (112, len(full))
+    assert len(factors) == 112  # A and B of 56 layers
+    assert len(names) == len(full)
     assert {weight.tensor.shape[weight.filter_dim] for weight in factors} == {4}
     # As trained, with alpha 8 at rank 4 and so a scale of 2, though the file has it in B.
     stored = load_file(runs / "lora" / "pytorch_lora_weights.safetensors")
     assert torch.equal(factors[0].tensor, stored[f"{factors[0].name}.weight"])
     assert torch.equal(2 * factors[1].tensor, stored[f"{factors[1].name}.weight"])
     pissa = opened("pissa").spaces["lora"]
-    assert (len(pissa), pissa[0].tensor.shape[0]) == (112, 8)
+    assert len(pissa) == 112
+    assert pissa[0].tensor.shape[0] == 8  # the rank and as much of the first values
     text = {weight.name.split(".")[0] for weight in opened("text").spaces["full"]}
     assert text == {"unet", "text_encoder", "text_encoder_2"}

@@ -14,7 +14,7 @@ from eval import table, text_scores
 from eval.text_scores import harness, models
 from eval.text_scores.benchmarks import PAPER
 from tests.eval.text_score_models import judge, save_tasks
-from tests.scripts.runs import copied, process
+from tests.scripts.runs import copied, run_python
 from tests.text.text_builders import (
     ADAPTER,
     material,
@@ -33,13 +33,14 @@ WATCHED = """
 import sys
 from eval.text_scores import main
 calls = []
-sys.addaudithook(
-    lambda event, arguments: calls.append((event, arguments)) if event in
-    ("socket.connect", "socket.getaddrinfo", "urllib.Request") else None
-)
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
+        calls.append((event, arguments))
+sys.addaudithook(watch)
 code = main(sys.argv[1:])
 sys.exit(code or (f"the network was asked: {calls}" if calls else 0))
 """
+"""The command, which fails if it connects to anything."""
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,10 @@ def score(folder, tmp_path):
     """``score(folder / "lora-0", "base", benchmarks=...)`` scores and reads the result."""
 
     def run(*words, benchmarks=TOY):
-        places = ["--output_dir", tmp_path / "out", "--include_path", folder / "tasks"]
-        command = [*words, "--benchmarks", benchmarks, *places]
-        assert text_scores.main([str(word) for word in command]) == 0
+        command = list(map(str, words))
+        command += f"--benchmarks {benchmarks} --output_dir {tmp_path / 'out'}".split()
+        command += ["--include_path", str(folder / "tasks")]
+        assert text_scores.main(command) == 0
         return table.read(tmp_path / "out")
 
     return run
@@ -70,20 +72,26 @@ def score(folder, tmp_path):
 
 @pytest.mark.slow
 def test_local_tasks_without_the_network(folder, tmp_path):
-    """In a process of its own that may use the hub: nothing of it is asked."""
-    out, runs = tmp_path / "out", [folder / f"{m}-{n}" for m in ("lora", "bilora") for n in (0, 1)]
+    """Nothing on the hub is asked by a process that may use it."""
+    out = tmp_path / "out"
+    runs = [folder / name for name in ("lora-0", "lora-1", "bilora-0", "bilora-1")]
+    # The tests' own environment forbids the hub; here only the command's behaviour is left.
     online = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    words = ["--include_path", folder / "tasks", "--benchmarks", TOY, "--output_dir", out]
-    process("-c", WATCHED, *runs, "base", *words, "--control", "LoRA", **online)
+    flags = (
+        f"base --include_path {folder / 'tasks'} --benchmarks {TOY} --output_dir {out}"
+        " --control LoRA"
+    )
+    run_python(["-c", WATCHED, *runs, *flags.split()], **online)
     result = table.read(out)
     groups = [subject.group for subject in result.subjects]
     assert groups == ["LoRA", "LoRA", "Bi-LoRA", "Bi-LoRA", "base"]
     settings = result.settings["benchmarks"].values()
     assert [entry["metric"] for entry in settings] == ["acc,none", "exact_match,digits"]
-    assert len(result.select("toy_choice", "base")) == 1 + 12
+    assert len(result.select("toy_choice", "base")) == 1 + 12  # the score and its items
     assert {line.over for line in result.summaries if line.control} == {"seed", "item"}
     effects = result.select("toy_text effect of adapter")
-    assert [bool(row.value) for row in effects] == [True] * 4
+    assert len(effects) == 4
+    assert all(row.value for row in effects)
     assert str(tmp_path) not in (out / "result.json").read_text(encoding="utf-8")
 
 
@@ -95,15 +103,19 @@ def answers(result, subject):
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 def test_an_adapter_acts_and_one_of_zeros_does_not(kind, score, tmp_path):
-    """And a model trained whole."""
-    template = {"template": None} if kind == "seq2seq" else {}
-    bilora = train_text_once(kind, "bilora", method="bilora", **CHANGED, **template)
-    (tmp_path / "zeros").mkdir()
-    shutil.copy(bilora / "adapter_config.json", tmp_path / "zeros")
+    """And a fully fine-tuned model acts."""
+    options = {**CHANGED, "template": None} if kind == "seq2seq" else CHANGED
+    bilora = train_text_once(kind, "bilora", method="bilora", **options)
+    zeros = tmp_path / "zeros"
+    zeros.mkdir()
+    shutil.copy(bilora / "adapter_config.json", zeros)
     weights = load_file(bilora / ADAPTER)
-    zeros = {name: w * 0 if "lora_B" in name else w for name, w in weights.items()}
-    save_file(zeros, tmp_path / "zeros" / ADAPTER)
-    runs = [bilora, tmp_path / "zeros"]
+    for name, weight in weights.items():
+        if "lora_B" in name:
+            weight.zero_()
+    save_file(weights, zeros / ADAPTER)
+    runs = [bilora, zeros]
+    # Full fine-tuning takes another path: a model folder in place of base and adapter.
     if kind == "causal":
         runs.append(train_text_once(kind, "full", method="full", **CHANGED))
     result = score(*runs, "base")
@@ -116,16 +128,23 @@ def test_an_adapter_acts_and_one_of_zeros_does_not(kind, score, tmp_path):
 
 
 def test_a_finished_score_is_not_repeated(score, folder, monkeypatch):
-    run, loaded, load_base = folder / "lora-0", [], models.load_base
+    run = folder / "lora-0"
+    loaded_models = []
+    load_base = models.load_base
+
+    def watched_load(base, *arguments):
+        loaded_models.append(base.name)
+        return load_base(base, *arguments)
+
     first = score(run, benchmarks="toy_choice")
-    monkeypatch.setattr(models, "load_base", lambda *a: loaded.append(a[0].name) or load_base(*a))
+    monkeypatch.setattr(models, "load_base", watched_load)
     assert score(run, benchmarks="toy_choice").rows == first.rows
-    assert loaded == []
-    larger_result = score(run, "base", benchmarks=TOY)
-    assert len(loaded) == 1
+    assert loaded_models == []
+    larger_result = score(run, "base")
+    assert len(loaded_models) == 1
     assert [row for row in larger_result.rows if row in first.rows] == list(first.rows)
     score(run, "--limit", "3", benchmarks="toy_choice")  # another setting is measured anew
-    assert len(loaded) == 2
+    assert len(loaded_models) == 2
 
 
 class Adder(LM):
@@ -163,10 +182,12 @@ class CodeEval(evaluate.Metric):
 
 def test_humaneval_runs_code_only_where_it_is_allowed(tmp_path, monkeypatch):
     """The hub's two parts are stand-ins here: the data set, and the metric that runs programs."""
-    data, metric = tmp_path / "openai" / "openai_humaneval", tmp_path / "code_eval"
+    data = tmp_path / "openai" / "openai_humaneval"
     data.mkdir(parents=True)
+    metric = tmp_path / "code_eval"
     metric.mkdir()
     problems = []
+    # The answer is always a sum, so it is right for the first problem only.
     for name, value in (("add", 3), ("subtract", -1)):
         test = f"def check(f):\n    assert f(1, 2) == {value}\n"
         problems.append({"prompt": f"def {name}(a, b):\n", "entry_point": name, "test": test})
@@ -190,39 +211,44 @@ def test_humaneval_runs_code_only_where_it_is_allowed(tmp_path, monkeypatch):
 
 def test_mtbench(score, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
-    categories = enumerate(["math", "writing", "coding"])
-    rows = [{"question_id": n, "category": c, "turns": [f"Question {n}?"]} for n, c in categories]
+    rows = []
+    for number, category in enumerate(["math", "writing", "coding"]):
+        question = f"Question {number}?"
+        rows.append({"question_id": number, "category": category, "turns": [question]})
     questions = write_rows(tmp_path / "questions.jsonl", rows)
-    flags = ["--judge_model", "j", "--max_new_tokens", "6", "--mtbench_questions", questions]
+    flags = f"--judge_model j --max_new_tokens 6 --mtbench_questions {questions}"
     with judge("[[8]]", "[[5]]", "[[2]]", "[[1]]") as endpoint:
-        flags += ["--judge_base_url", endpoint.url]
-        result = score(folder / "lora-0", "base", *flags, benchmarks="mtbench")
+        flags += f" --judge_base_url {endpoint.url}"
+        result = score(folder / "lora-0", "base", *flags.split(), benchmarks="mtbench")
     scores = {row.subject: row.value for row in result.select("mtbench") if not row.item}
     assert scores == {"lora-0": 5, "base": 1}
-    assert len(endpoint.asked) == 6
+    assert len(endpoint.asked) == 6  # 3 questions to each of 2 subjects
     assert {headers["authorization"] for headers in endpoint.headers} == {"Bearer sk-very-secret"}
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or "sk-very-secret" not in path.read_text(encoding="utf-8")
 
 
 def test_what_can_not_be_scored_is_refused(folder, tmp_path, capsys):
-    def refusal(run, *words):
-        command = [run, *words, "--output_dir", tmp_path / "out"]
-        assert text_scores.main([str(word) for word in command]) == 2
+    def refusal(run, flags):
+        argv = f"{run} {flags} --output_dir {tmp_path / 'out'}".split()
+        assert text_scores.main(argv) == 2
         *progress, sentence = capsys.readouterr().err.strip().splitlines()
         assert "Traceback" not in "".join(progress)
         return sentence
 
-    lora, local = folder / "lora-0", ["--benchmarks", TOY, "--include_path", folder / "tasks"]
-    assert '"nowhere"' in refusal(lora, "--benchmarks", "mmlu", "--include_path", "nowhere")
-    assert 'the data of "mmlu"' in refusal(lora, "--benchmarks", "mmlu")
+    lora = folder / "lora-0"
+    assert '"nowhere"' in refusal(lora, "--benchmarks mmlu --include_path nowhere")
+    assert 'the data of "mmlu"' in refusal(lora, "--benchmarks mmlu")
+
+    toy_tasks = f"--benchmarks {TOY} --include_path {folder / 'tasks'}"
+    assert "is a classifier" in refusal(train_text_once("classification"), toy_tasks)
     adapter = copied(lora, tmp_path / "adapter")
     weights = load_file(adapter / ADAPTER)
-    renamed = {name.replace("layers.1", "layers.7"): value for name, value in weights.items()}
-    save_file(renamed, adapter / ADAPTER)
-    assert "does not fit the model" in refusal(adapter, *local)
+    # The model has two layers, so there is no layer 7.
+    other_layer = {name.replace("layers.1", "layers.7"): value for name, value in weights.items()}
+    save_file(other_layer, adapter / ADAPTER)
+    assert "does not fit the model" in refusal(adapter, toy_tasks)
     save_file({name: torch.zeros(3, 3) for name in weights}, adapter / ADAPTER)
-    assert "can't be put on" in refusal(adapter, *local)
+    assert "can't be put on" in refusal(adapter, toy_tasks)
     (adapter / ADAPTER).write_bytes(b"damaged")
-    assert "adapter_model.safetensors is not a whole" in refusal(adapter, *local)
-    assert "is a classifier" in refusal(train_text_once("classification"), *local)
+    assert "adapter_model.safetensors is not a whole" in refusal(adapter, toy_tasks)

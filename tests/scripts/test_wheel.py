@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from tests.scripts.runs import ROOT, process
+from tests.scripts.runs import ROOT, run_python
 
 pytestmark = pytest.mark.slow
 RUNNER = """
@@ -37,52 +37,50 @@ there: the exit code and the output of each.
 """
 
 
-def pip(*words):
-    process("-m", "pip", *words, "--no-deps", "--no-index", "-q")
+def pip(command):
+    run_python(f"-m pip {command} --no-deps --no-index -q".split())
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """An empty folder into which the wheel was installed."""
-    source, folder = (tmp_path_factory.mktemp(name) for name in ("source", "installed"))
+    source = tmp_path_factory.mktemp("source")
+    folder = tmp_path_factory.mktemp("installed")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("bilora_diffusion", "recipes"):
         shutil.copytree(ROOT / name, source / name, symlinks=True)
-    pip("wheel", "--no-build-isolation", "-w", source, source)
+    pip(f"wheel --no-build-isolation -w {source} {source}")
     (wheel,) = source.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert sum(file.file_size for file in archive.infolist()) < 60e6
-    pip("install", "--target", folder, wheel)
+    pip(f"install --target {folder} {wheel}")
     return folder
 
 
-def answers(installed, folder, *commands):
+def answers(installed, folder, commands):
     """Exit code and output of each command line, in an empty folder."""
-    words = [json.dumps(command.split()) for command in commands]
-    runner = [sys.executable, "-c", RUNNER, installed, installed / "bin" / "bilora", *words]
+    runner = [sys.executable, "-c", RUNNER, str(installed), str(installed / "bin" / "bilora")]
+    runner += [json.dumps(command.split()) for command in commands]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
-    process = subprocess.run(
-        [*map(str, runner)], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    process = subprocess.run(runner, cwd=folder, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr + process.stdout, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
 
 def test_the_demo_trains_and_draws(installed, tmp_path):
-    short = "--max_train_steps 4 --validation_part 1/32 --num_validation_images 0"
-    (code, output), (exported, _) = answers(
-        installed, tmp_path, f"demo {short}", "export demo/bilora"
-    )
+    demo = "demo --max_train_steps 4 --validation_part 1/32 --num_validation_images 0"
+    demo_answer, export_answer = answers(installed, tmp_path, [demo, "export demo/bilora"])
+    code, output = demo_answer
     assert code == 0, output
     assert "saw the same data and noise in all 4 steps" in output
     for row in ("base model: ", "LoRA, ordinary guidance 4", "Bi-LoRA, guidance 2 from base"):
         assert row in output
     assert "python -m eval" not in output  # which only the repository has
     assert (tmp_path / "demo" / "grid.png").stat().st_size > 10_000
-    assert exported == 0
+    assert export_answer[0] == 0
 
 
 COMMANDS = {
@@ -96,9 +94,8 @@ COMMANDS = {
 
 
 def test_commands_answer(installed, tmp_path):
-    for (words, (code, expected)), (ended, output) in zip(
-        COMMANDS.items(), answers(installed, tmp_path, *COMMANDS), strict=True
-    ):
-        assert ended == code, words
-        assert expected in output, words
+    for line, (code, output) in zip(COMMANDS, answers(installed, tmp_path, COMMANDS), strict=True):
+        expected_code, part = COMMANDS[line]
+        assert code == expected_code, line
+        assert part in output, line
     assert not list(tmp_path.iterdir())

@@ -45,7 +45,7 @@ def test_the_average_is_the_weighted_mean_of_the_steps_with_the_decay_as_given(d
     cfg: Any = SimpleNamespace(
         use_ema=True, ema_decay=decay, keep_best=False, early_stopping_patience=None
     )
-    method: Any = SimpleNamespace(clip_parameters=lambda: [weight])
+    method: Any = SimpleNamespace(result_parameters=lambda: [weight])
     outcome = Outcome(method, cfg)
     trajectory = torch.randn(steps, 2, generator=torch.manual_seed(steps))
     for values in trajectory:

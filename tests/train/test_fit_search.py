@@ -233,7 +233,7 @@ def report_of(search, folder, monkeypatch, **last_config):
     """The lines at the end of a search whose last run has this configuration."""
     record = {"wall_seconds": 1.0, "config": CONFIG | last_config}
     monkeypatch.setattr(report, "read_run", lambda _: record)
-    settings = {**CONFIG, **vars(search.plan), "samples": 12}
+    settings = {**CONFIG, **vars(search.plan), "samples": 12, "measure": "heldout_loss"}
     report.write(folder, settings, search, is_done=True)
     return "\n".join(report.lines(folder, "images"))
 

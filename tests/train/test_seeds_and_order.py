@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilora_diffusion.core.seeds import digest, parts, seed_of
+from bilora_diffusion.core.seeds import deal_into_parts, digest, seed_of
 from bilora_diffusion.train.task import KindsOrder, LengthGroupedOrder, SampleOrder
 
 PARTS = st.one_of(st.integers(), st.text(max_size=8))
@@ -32,11 +32,11 @@ def test_parts_are_disjoint_even_and_independent_of_order(names, count, shuffle)
     ordered = sorted(names)
     if count > len(ordered):
         with pytest.raises(ValueError, match=str(count)):
-            parts(ordered, count)
+            deal_into_parts(ordered, count)
         return
 
     def names_of_parts():
-        return [{ordered[number] for number in part} for part in parts(ordered, count)]
+        return [{ordered[number] for number in part} for part in deal_into_parts(ordered, count)]
 
     name_sets = names_of_parts()
     sizes = [len(name_set) for name_set in name_sets]

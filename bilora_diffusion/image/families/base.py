@@ -32,7 +32,7 @@ class Unconditional(Enum):
     """The place of guidance's unconditional prediction in a pipeline's calls of the denoiser."""
 
     FIRST_ROWS = "the first half of each batch's rows"
-    LAST_ITEMS = "the last half of lists, which the denoiser joins so that rows are lost"
+    LAST_ITEMS = "the second half of lists, which the denoiser joins, so that rows are lost"
     SECOND_CALL = "every second call"
     NONE = "nowhere"
 
@@ -364,7 +364,7 @@ class Family:
         """
         return self.unconditional is not Unconditional.NONE and guidance > self.unguided
 
-    def told_guidance(self, configs: Configs) -> bool:
+    def embeds_guidance(self, configs: Configs) -> bool:
         """Test that a model has an embedding of guidance, which training has to give."""
         return False
 

@@ -99,9 +99,9 @@ class Flux(Family):
         }
 
     def is_distilled(self, pipeline: Any) -> bool:
-        return not self.told_guidance({"transformer": pipeline.transformer.config})
+        return not self.embeds_guidance({"transformer": pipeline.transformer.config})
 
-    def told_guidance(self, configs: Configs) -> bool:
+    def embeds_guidance(self, configs: Configs) -> bool:
         return bool(configs["transformer"].get("guidance_embeds"))
 
     def remark(self, name: str, pipeline: Any) -> str | None:

@@ -103,7 +103,7 @@ class QwenImage(Family):
             "max_sequence_length": max(positive_sequence.shape[1], negative_sequence.shape[1]),
         }
 
-    def told_guidance(self, configs: Configs) -> bool:
+    def embeds_guidance(self, configs: Configs) -> bool:
         if configs["transformer"].get("guidance_embeds"):
             raise UserError(
                 "this Qwen-Image has guidance_embeds, with which diffusers can't run it: give"

@@ -145,7 +145,7 @@ class BiLoRA(CountingMethod):
         fix = "make the optimizer from param_groups() as it is."
         # By identity: `==` of tensors compares their values.
         auxiliary_ids = set(map(id, self.auxiliary.parameters()))
-        primary_ids = set(map(id, self.clip_parameters()))
+        primary_ids = set(map(id, self.result_parameters()))
         # A parameter that is in no group would never be trained.
         missing_ids = auxiliary_ids | primary_ids
         for group in optimizer.param_groups:
@@ -230,7 +230,7 @@ class BiLoRA(CountingMethod):
             # Eq. 10: (A2, B2) <- sqrt(rho / c) (A2, B2) where c = ||B2 A2||_F exceeds rho.
             self.projection = self.auxiliary.project_(active, rho)
             if self.radius is not None:
-                self.radius.projected(self.projection.after)
+                self.radius.after_projection(self.projection.after)
         self.auxiliary.forget_gradients()
 
     def auxiliary_norm(self) -> float:

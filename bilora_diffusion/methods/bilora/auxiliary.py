@@ -15,8 +15,8 @@ from ...adapters import AUXILIARY
 from .. import perturb
 from . import ball
 
+# (path, layer) of the layers of one model.
 Layers = Sequence[tuple[str, adapters.LoraLayer]]
-"""(path, layer) of the layers of one model."""
 
 
 class Auxiliary:
@@ -86,8 +86,8 @@ class Auxiliary:
         return None
 
     @torch.no_grad()
-    def loss_rise(self, numbers: Sequence[int]) -> Tensor:
-        """First-order rise of the step's loss by these auxiliaries, 0-d.
+    def ascent_gain(self, numbers: Sequence[int]) -> Tensor:
+        """<G, E>, by which these auxiliaries raise the step's loss to first order, 0-d.
 
         It is the sum of <dL/dB, B> over the layers.
         """
@@ -154,4 +154,4 @@ class PerLayerAuxiliary(Auxiliary):
         norms, factor = ball.clipping(squares, rho / math.sqrt(len(factors)))  # each (layers,)
         ball.multiply_(factors, factor)
         after = (norms * factor * factor).norm()
-        return ball.Projection(before=squares.total(), after=after, factor=factor.amin())
+        return ball.Projection(before=squares.joint_norm(), after=after, factor=factor.amin())

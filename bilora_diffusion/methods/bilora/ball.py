@@ -48,7 +48,7 @@ class Squares(NamedTuple):
     relative: Tensor
     absolute: Tensor
 
-    def total(self) -> Tensor:
+    def joint_norm(self) -> Tensor:
         """The norm over all layers, 0-d."""
         return self.norm.sum().clamp_min(0).sqrt()
 
@@ -66,7 +66,7 @@ def frobenius_norm(factors: Sequence[Factors]) -> Tensor:
     Raises:
         ValueError: no factors.
     """
-    return squares(factors).total()
+    return squares(factors).joint_norm()
 
 
 @torch.no_grad()

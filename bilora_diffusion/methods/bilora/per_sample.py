@@ -37,8 +37,8 @@ from ...core.values import SAMPLE
 from . import ball
 from .auxiliary import Auxiliary, Layers
 
+# Largest number of samples for which `--auxiliaries sample` is accepted.
 LARGEST_SAMPLE_COUNT = 512
-"""Largest number of samples for which `--auxiliaries sample` is accepted."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class SampleShare:
     """The part of an auxiliary that one sample of a batch sees."""
 
     auxiliary: int | None  # its number; None where the sample sees none
-    share: float = 1.0  # factor on its B
+    B_factor: float = 1.0
 
 
 class ModelAuxiliaries:
@@ -245,7 +245,7 @@ class JoinedFactors:
             factor = 0.0
             if share.auxiliary is not None:
                 flat = parameters[share.auxiliary]
-                factor = share.share * self._model.scale_ratio
+                factor = share.B_factor * self._model.scale_ratio
             if factor != 1:
                 # In contrast to `*` this saves no tensor, so several backward passes can follow.
                 scaled_B = torch.ops.aten.mul.Scalar(flat[B_start:], factor)

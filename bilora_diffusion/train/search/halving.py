@@ -22,16 +22,16 @@ from ...core.figures import student_interval
 from ...core.seeds import digest_texts
 from .space import METHOD, RATE, Candidate, Space
 
+# Default budget of a search, in runs of the whole length.
 BUDGET = 10
-"""Default budget of a search, in runs of the whole length."""
+# Share of the budget that the first rung, on one fold, may take.
 EXPLORED_SHARE = 0.6
-"""Share of the budget that the first rung, on one fold, may take."""
+# A curve is complete if it goes on to this multiple of the step of its lowest point.
 MARGIN = 1.5
-"""A curve is complete if it goes on to this multiple of the step of its lowest point."""
+# Longest name of a run's folder; longer ones are cut.
 NAME_LENGTH = 100
-"""Longest name of a run's folder; longer ones are cut."""
+# Step -> held-out loss of each sample, (samples,).
 Curve = Mapping[int, np.ndarray]
-"""Step -> held-out loss of each sample, (samples,)."""
 
 
 class Trial(NamedTuple):
@@ -42,8 +42,8 @@ class Trial(NamedTuple):
     steps: int
 
 
+# Function that trains runs and gives the curve of each, or the reason why it could not go on.
 TrainTrials = Callable[[Sequence[Trial]], Iterable[Curve | str]]
-"""Function that trains runs and gives the curve of each, or the reason why it could not go on."""
 
 
 @dataclass(frozen=True)
@@ -153,25 +153,38 @@ class Halving:
         return expected
 
     def _explore(self, space: Space, limit: int) -> None:
-        """First rung: all candidates if the budget is large enough, else one option at a time."""
-        rung = self.plan.first_rung
-        limit = max(limit, len(space.starts()) * rung)
+        """First rung: all candidates if the budget is large enough, else one option at a time.
 
-        def train(candidates: Iterable[Candidate]) -> bool:
-            return self._train_within(limit, [Trial(c, fold=0, steps=rung) for c in candidates])
-
-        has_trained_all = train(space.grid(limit / rung))
-        # If not even the starts can be trained, nothing is varied around them.
-        varies_options = not has_trained_all and train(space.starts())
-        for name in space.axes():
-            if varies_options:
+        Args:
+            space: Options and their values.
+            limit: Optimizer steps that may be spent; the start of each method is trained anyway.
+        """
+        limit = max(limit, len(space.starts()) * self.plan.first_rung)
+        axes = space.axes()  # the rate first, so that other options are compared at the best one
+        if self._train_first_rung(space.grid(limit / self.plan.first_rung), limit):
+            if RATE in axes:
+                self._extend_rates(space, limit)
+        elif self._train_first_rung(space.starts(), limit):
+            for name in axes:
                 variants = []
                 for leader in self._leaders(space):
                     variants += space.variants(name, leader)
-                train(variants)
-            # Rates go beyond the space while the best one of a method is the lowest or highest.
-            while name == RATE and train(space.next_rates(self._leaders(space), self.curves)):
-                pass
+                self._train_first_rung(variants, limit)
+                if name == RATE:
+                    self._extend_rates(space, limit)
+
+    def _extend_rates(self, space: Space, limit: int) -> None:
+        """Go on beyond the space while the best rate of a method is the lowest or the highest."""
+        has_trained = True
+        while has_trained:
+            rates = space.next_rates(self._leaders(space), self.curves)
+            has_trained = self._train_first_rung(rates, limit)
+
+    def _train_first_rung(self, candidates: Iterable[Candidate], limit: int) -> bool:
+        """Train candidates to the first rung, on the first fold; see `_train_within`."""
+        steps = self.plan.first_rung
+        trials = [Trial(candidate, fold=0, steps=steps) for candidate in candidates]
+        return self._train_within(limit, trials)
 
     def _promote_better_halves(self, limit: int) -> None:
         """Further rungs: promote the better half until all are finished or the budget is spent."""
@@ -279,9 +292,10 @@ class Halving:
             return []
         # The best one has the lowest loss among those on most folds. If one alone is on most folds,
         # it would have no rival, so the second largest number of folds counts.
-        folds = sorted(len(self.curves[candidate]) for candidate in remaining)[-2:][0]
-        rivals = [candidate for candidate in remaining if len(self.curves[candidate]) >= folds]
-        best = min(rivals, key=lambda c: lowest_point(self.expected_curve(c, folds)))
+        fold_counts = sorted(len(self.curves[candidate]) for candidate in remaining)
+        most_folds = fold_counts[-2] if len(fold_counts) > 1 else fold_counts[0]
+        rivals = [candidate for candidate in remaining if len(self.curves[candidate]) >= most_folds]
+        best = min(rivals, key=lambda c: lowest_point(self.expected_curve(c, most_folds)))
 
         def rank(candidate: Candidate) -> tuple[bool, float]:
             return candidate != best, self._differences(candidate, best).mean()

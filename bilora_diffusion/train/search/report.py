@@ -17,17 +17,17 @@ from ...core.durable import (
 )
 from ...core.figures import new_figure, student_interval
 from ...core.files import counted, duration
-from ...core.values import HELDOUT_LOSS, MEASURE_TITLES
+from ...core.values import MEASURE_TITLES
 from ...run import provenance
 from ...run.folder import FIT, FIT_FIGURE, FIT_RECORD
 from ...run.record import read_run, read_search
 from .halving import Halving, Trial, lowest_point
 from .space import METHOD, RATE, Candidate, arguments, title
 
+# Number of curves in the figure.
 CURVES = 5
-"""Number of curves in the figure."""
+# Highest loss in the figure, as a multiple of the choice's loss.
 HIGHEST = 1.25
-"""Highest loss in the figure, as a multiple of the choice's loss."""
 
 
 def write(folder: Path, settings: Mapping[str, Any], halving: Halving, is_done: bool) -> None:
@@ -134,6 +134,7 @@ def lines(folder: Path, sample_noun: str) -> list[str]:
 
 def _standing_lines(record: Mapping[str, Any], folds: int) -> list[str]:
     """The choice, the next one, the best of each further method, and the command as given."""
+    measure = MEASURE_TITLES[record["settings"]["measure"]]
     rows: list[tuple[str, str, str]] = []
     methods = set()
     for place, standing in enumerate(record["standings"]):
@@ -148,7 +149,7 @@ def _standing_lines(record: Mapping[str, Any], folds: int) -> list[str]:
         methods.add(method)
         steps = f"{standing['title']}, {counted(standing['steps'], 'step')}"
         steps = steps.removeprefix("as given, ")
-        result = f"{_title_of_measure(record)} {record['choice']['loss']:.4f}"
+        result = f"{measure} {record['choice']['loss']:.4f}"
         if place > 0:
             result = f"{standing['difference']:+.4f}"
             if standing["interval"]:
@@ -192,20 +193,20 @@ def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
 def _doubts(record: Mapping[str, Any]) -> list[str]:
     """A sentence for each reason why the choice may not be the best."""
     choice, settings = record["choice"], record["settings"]
+    measure = MEASURE_TITLES[settings["measure"]]
     sentences = []
     folds = record["standings"][0]["folds"]
-    base_loss = choice.get("base_loss")  # records of earlier versions lack it
+    base_loss = choice["base_loss"]  # None where it is not finite
     if base_loss is not None and base_loss <= choice["loss"]:
         sentences.append(
-            f"no step was better than no training, which has a {_title_of_measure(record)} of"
+            f"no step was better than no training, which has a {measure} of"
             f" {base_loss:.4f}: lower the rates, or give other samples"
         )
     elif choice["steps"] == settings["steps"]:
         sentences.append(
-            f"the {_title_of_measure(record)} still falls at the last step that was searched: raise"
-            " --max_train_steps"
+            f"the {measure} still falls at the last step that was searched: raise --max_train_steps"
         )
-    edge = choice.get("rate_edge")
+    edge = choice["rate_edge"]
     if edge:
         sentences.append(f"its rate is the {edge} that was tried: raise --fit_budget to go on")
     if folds < settings["folds"]:
@@ -219,11 +220,6 @@ def _doubts(record: Mapping[str, Any]) -> list[str]:
         number = counted(len(untrained), "configuration")
         sentences.append(f"{number} could not be trained: {FIT_RECORD} has the reasons")
     return sentences
-
-
-def _title_of_measure(record: Mapping[str, Any]) -> str:
-    """What the search went by; records of earlier versions went by the loss and do not say so."""
-    return MEASURE_TITLES[record["settings"].get("measure", HELDOUT_LOSS)]
 
 
 def rate_edge(halving: Halving, chosen: Candidate) -> str | None:

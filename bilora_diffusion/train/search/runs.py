@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ...config.options import OptimizerOptions
+from ...config.resolving import collected_notes
 from ...core.durable import discard, strict_json
 from ...core.errors import TrainingError, UserError
 from ...core.fields import options_of
-from ...core.seeds import parts
+from ...core.seeds import deal_into_parts
 from ...core.values import MEASURE_TITLES
 from ...methods import for_run
 from ...methods.options import SECTION
@@ -49,10 +49,11 @@ from .space import (
 )
 from .trials import SearchStopped, read_curve, train_trial
 
+# Default number of folds.
 FOLDS = 4
-"""Default number of folds."""
+# With fewer samples than this each sample is a fold.
 LEAVE_ONE_OUT = 8
-"""With fewer samples than this each sample is a fold."""
+# Options of methods and optimizers that are the same in all runs of a search.
 SHARED_OPTIONS = frozenset(
     {
         "quantize",
@@ -66,7 +67,7 @@ SHARED_OPTIONS = frozenset(
         "lr_power",
     }
 )
-"""Options of methods and optimizers that are the same in all runs of a search."""
+# Options of every run of a search: a constant rate, and neither trackers nor samples.
 RUN_OPTIONS = {
     "report_to": "none",
     "push_to_hub": False,
@@ -78,7 +79,6 @@ RUN_OPTIONS = {
     "lr_scheduler": "constant_with_warmup",
     "checkpoints_total_limit": 1,
 }
-"""Options of every run of a search: a constant rate, and neither trackers nor samples."""
 logger = logging.getLogger(__name__)
 
 
@@ -180,8 +180,7 @@ class Search:
         if rank.isdecimal() and "lora_alpha" not in self._typed:
             ratio = self.cfg.lora_alpha / self.cfg.rank
             words = ["--lora_alpha", f"{ratio * int(rank):.9g}", *words]
-        # Notes on ignored options were printed with the command line.
-        with silenced_notes():
+        with collected_notes():  # they were printed with the command line
             self._configs[candidate] = self._script.resolve([*self._argv, *words])
         return self._configs[candidate]
 
@@ -342,18 +341,6 @@ class Search:
         return curve
 
 
-@contextmanager
-def silenced_notes() -> Iterator[None]:
-    """Within the context the package prints no notes: those of the command are printed already."""
-    package_logger = logging.getLogger(__name__.partition(".")[0])
-    level = package_logger.level
-    package_logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        package_logger.setLevel(level)
-
-
 def deal_folds(names: Sequence[str], folds: int | None, noun: str) -> list[Fold]:
     """Deal samples into folds by their names.
 
@@ -372,7 +359,7 @@ def deal_folds(names: Sequence[str], folds: int | None, noun: str) -> list[Fold]
     if not count:
         count = FOLDS if len(names) >= LEAVE_ONE_OUT else max(2, len(names))
     try:
-        heldout_parts = parts(names, count)
+        heldout_parts = deal_into_parts(names, count)
     except ValueError as error:
         fault = f"--fit by {count} folds of {len(names)} {noun} is refused: {error}"
         raise UserError(f"{fault} Give more, each once, or a held-out set.") from None

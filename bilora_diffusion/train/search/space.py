@@ -14,14 +14,13 @@ from ...core.values import HELDOUT_LOSS, RANKS
 from ...methods import get, names, reads
 
 RATE, METHOD = "learning_rate", "method"
+# Ranks that are searched by default, with the double of the second.
 LOWEST_RANK, MIDDLE_RANK = 4, 8
-"""Ranks that are searched by default, with the double of the second."""
+# Option -> the values that are searched.
 Values = Mapping[str, tuple[str, ...]]
-"""Option -> the values that are searched."""
+# A configuration: (option, value) pairs that replace those of the command line; () is the command
+# line as it is.
 Candidate = tuple[tuple[str, str], ...]
-"""A configuration: (option, value) pairs that replace those of the command line; () is the command
-line as it is.
-"""
 
 
 def bilora_form(measure: str) -> Candidate:
