@@ -59,9 +59,12 @@ def make(
     """A finished run.
 
     Args:
+        method: whose adapters and figures are written.
+        seed: of the weights, and in the record.
         steps: that have a snapshot; () for a run that was not recorded.
-        course: adapter -> share of the way to its final weights at a step.
-        losses: step -> (training, held-out).
+        config: options in place of those of `CONFIG`.
+        course: share of the way to an adapter's final weights, as a function of the step.
+        losses: training and held-out loss of each measured step.
         ratio: of Figure 2b in each layer, for LoRA-SAM.
     """
     log = RunLog(folder)
@@ -80,8 +83,12 @@ def make(
         if step in steps:
             adapters: dict[str, list[Factors]] = {}
             for name in names:
-                share_at = (course or {}).get(name, lambda step: step / max(steps))
-                adapters[name] = interpolate(*ends[name], share_at(step))
+                if course is not None and name in course:
+                    share = course[name](step)
+                else:
+                    share = step / max(steps)
+                start, end = ends[name]
+                adapters[name] = interpolate(start, end, share)
             layers = layer_figures(adapters, method, step, ratio)
             snapshots.write(folder, snapshots.Snapshot(step, adapters, layers))
     log.close("finished", steps=max(steps, default=0))

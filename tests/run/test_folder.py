@@ -9,16 +9,13 @@ from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.run.folder import clear, guard, refuse_unusable
 from bilora_diffusion.run.runlog import RunLog
 from tests.run.recorded_runs import save
+from tests.scripts.runs import file_contents
 
 
 def start(folder):
     log = RunLog(folder)
     log.start({}, method="lora", seed=0, resume_step=None)
     return log
-
-
-def files(folder):
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def refused(*parts, folder, resume=None, overwrite=False):
@@ -46,10 +43,10 @@ def test_what_no_run_has_written_is_refused(tmp_path, name):
     path = run / name
     path.parent.mkdir(parents=True)
     path.write_text("{}")
-    before = files(tmp_path)
+    before = file_contents(tmp_path)
     for overwrite in (False, True):
         refused(run / Path(name).parts[0], "--output_dir", folder=run, overwrite=overwrite)
-    assert files(tmp_path) == before
+    assert file_contents(tmp_path) == before
 
 
 def test_a_card_is_replaced_only_by_the_run_that_wrote_it(tmp_path):

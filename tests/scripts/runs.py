@@ -135,6 +135,22 @@ def started(
     return subprocess.Popen(command, text=True, cwd=ROOT, env=variables, **options)
 
 
+def error_sentence(output: str) -> str:
+    """The one sentence that a command ends with, without a traceback."""
+    assert "Traceback" not in output
+    (sentence,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    return sentence
+
+
+def file_contents(folder: Path) -> dict[str, bytes]:
+    """Content of each file below a folder, by its path in it."""
+    contents = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            contents[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return contents
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as listener:

@@ -4,7 +4,6 @@ What a command line itself can have wrong stands in tests/config/test_constraint
 images or a file of rows can, beside the tests of their readers.
 """
 
-import hashlib
 import json
 import math
 from typing import Any
@@ -16,7 +15,7 @@ import train_dreambooth_bilora
 import train_text_bilora
 from bilora_diffusion.config import machine
 from bilora_diffusion.run import checkpoint, runlog
-from tests.scripts.runs import copied, flags, train_once
+from tests.scripts.runs import copied, error_sentence, file_contents, flags, train_once
 from tests.text import text_builders as texts
 
 IMAGE = "image"
@@ -51,25 +50,13 @@ def bad_folder(tmp_path_factory):
     return folder
 
 
-def snapshot(folder):
-    """A hash of every file below a folder."""
-    hashes = {}
-    for file in folder.rglob("*"):
-        if file.is_file():
-            hashes[file] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return hashes
-
-
 def refused(argv, capsys):
     """The one sentence that a script refuses a command line with."""
     is_text = "--model_name_or_path" in argv
     script = train_text_bilora if is_text else train_dreambooth_bilora
     code = script.main(argv)
-    output = capsys.readouterr().err
-    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert code == 2
-    assert "Traceback" not in output
-    return error
+    return error_sentence(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("kind", "values", "words"), CASES)
@@ -77,7 +64,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     kind, values, words, bad_folder, tmp_path, capsys
 ):
     values = {name: value.format(tmp=bad_folder) for name, value in values.items()}
-    before = snapshot(bad_folder)
+    before = file_contents(bad_folder)
     if kind == IMAGE:
         argv = flags(tmp_path / "run", **{"pretrained_model_name_or_path": "mini", **values})
     else:
@@ -85,24 +72,24 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     sentence = refused(argv, capsys)
     for word in words:
         assert word in sentence
-    assert snapshot(bad_folder) == before
+    assert file_contents(bad_folder) == before
     assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_only_the_same_run_goes_on(tmp_path, capsys):
     run = copied(train_once(checkpointing_steps=1), tmp_path / "run")
-    before = snapshot(run)
+    before = file_contents(run)
     refused(flags(run, resume_from_checkpoint="latest", method="lora"), capsys)
-    assert snapshot(run) == before
+    assert file_contents(run) == before
     file = run / "checkpoints" / "step-2" / "adapters.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     assert file.name in refused(flags(run, resume_from_checkpoint="latest"), capsys)
 
     run = texts.train_text_once(LLAMA, checkpointing_steps=1)
-    before = snapshot(run)
+    before = file_contents(run)
     options = {**texts.material(LLAMA), "resume_from_checkpoint": "latest", "max_train_samples": 4}
     assert "max_train_samples" in refused(texts.text_flags(run, **options), capsys)
-    assert snapshot(run) == before
+    assert file_contents(run) == before
 
 
 @pytest.mark.parametrize(

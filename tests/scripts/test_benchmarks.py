@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from bilora_diffusion.core.errors import run_cli
 from bilora_diffusion.methods import names
@@ -187,7 +186,6 @@ def test_the_random_pipeline_is_genuine(load, tmp_path):
 @pytest.mark.matrix
 def test_a_script_is_timed_against_another_of_the_same_flags(load, tmp_path, capsys):
     """This project's own script stands for diffusers', which cannot be here."""
-    AcceleratorState._reset_state()
     file = tmp_path / "result.json"
     peer_flags = (
         "--method lora --lora_alpha 4 --init_lora_weights gaussian --validation_dataset none"

@@ -11,7 +11,16 @@ from bilora_diffusion.image.script import DREAMBOOTH
 from bilora_diffusion.run import runlog
 from bilora_diffusion.train import setup
 from bilora_diffusion.train.command import control_config, control_folder
-from tests.scripts import runs
+from tests.scripts.runs import (
+    ON_CPUS,
+    TEXT_SCRIPT,
+    alike,
+    difference,
+    interrupt,
+    run_python,
+    train,
+    two_icons,
+)
 from tests.text.text_builders import material, text_flags
 
 MINI = "--dataset mini --output_dir runs/dog --rank 8"
@@ -64,7 +73,7 @@ def test_the_folder_of_the_control_is_beside_that_of_the_run(tmp_path, monkeypat
     (tmp_path / "dog-lora").mkdir()
     (tmp_path / "dog-lora" / "README.md").write_text("mine")
     with pytest.raises(UserError, match="dog-lora"):
-        runs.train(tmp_path / "dog", compare="lora")
+        train(tmp_path / "dog", compare="lora")
     assert not (tmp_path / "dog").exists()
 
 
@@ -73,17 +82,17 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
     tmp_path, monkeypatch, caplog
 ):
     flags = {
-        **runs.two_icons(tmp_path / "icons"),
+        **two_icons(tmp_path / "icons"),
         "validation_prompt": "a TOK icon of a fox",
         "num_validation_images": 1,
         "max_train_steps": 4,
         "checkpointing_steps": 2,
     }
-    own_run = runs.train(tmp_path / "own", **flags)
-    own_control = runs.train(tmp_path / "own-control", **flags, method="lora")
+    own_run = train(tmp_path / "own", **flags)
+    own_control = train(tmp_path / "own-control", **flags, method="lora")
 
     # Ctrl-C in the run's step 2, after its export, and in the control's step 2.
-    steps_taken = runs.interrupt(monkeypatch, 2, 6)
+    steps_taken = interrupt(monkeypatch, 2, 6)
     export = setup.export
 
     def interrupted_export(*arguments):
@@ -94,24 +103,24 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
     parts = tmp_path / "parts"
     flags |= {"compare": "lora", "resume_from_checkpoint": "auto"}
     with pytest.raises(KeyboardInterrupt, match=r"(?s)step 2 of 4 of the run in .*auto"):
-        runs.train(parts, **flags)
+        train(parts, **flags)
     with monkeypatch.context() as patch:
         patch.setattr(setup, "export", interrupted_export)
         with pytest.raises(KeyboardInterrupt, match=r"(?s)parts-lora not yet begun.*auto"):
-            runs.train(parts, **flags)
+            train(parts, **flags)
     record = (parts / runlog.RUN).read_bytes()
     with pytest.raises(KeyboardInterrupt, match=r"(?s)step 2 of 4 .*parts-lora, .*auto"):
-        runs.train(parts, **flags)
+        train(parts, **flags)
     caplog.set_level(logging.INFO)
-    runs.train(parts, **flags)
+    train(parts, **flags)
     assert f"{parts} and {parts}-lora" in caplog.records[-1].getMessage()
     assert len(steps_taken) == 8  # 4 of each run: none is taken twice
     assert (parts / runlog.RUN).read_bytes() == record  # a finished run is left alone
-    runs.alike(own_run, parts, "heldout_loss", "auxiliary_norm")
-    runs.alike(own_control, control_folder(parts, "lora"), "heldout_loss")
+    alike(own_run, parts, "heldout_loss", "auxiliary_norm")
+    alike(own_control, control_folder(parts, "lora"), "heldout_loss")
     # A finished run of other options is no part of the comparison.
     with pytest.raises(UserError, match="seed"):
-        runs.train(parts, **flags, seed=5)
+        train(parts, **flags, seed=5)
 
 
 @pytest.mark.matrix
@@ -120,9 +129,9 @@ def test_two_processes_train_both_runs(tmp_path):
     flags = {**material("classification"), "max_train_steps": 4}
     both = tmp_path / "both"
     argv = text_flags(both, **flags, compare="lora")
-    runs.run_python([runs.TEXT_SCRIPT, *argv], processes=2, **runs.ON_CPUS)
+    run_python([TEXT_SCRIPT, *argv], processes=2, **ON_CPUS)
     lora_run = tmp_path / "lora"
     argv = text_flags(lora_run, **flags, method="lora")
-    runs.run_python([runs.TEXT_SCRIPT, *argv], processes=2, **runs.ON_CPUS)
-    runs.alike(lora_run, control_folder(both, "lora"))
-    assert runs.difference(both, control_folder(both, "lora")) > 0
+    run_python([TEXT_SCRIPT, *argv], processes=2, **ON_CPUS)
+    alike(lora_run, control_folder(both, "lora"))
+    assert difference(both, control_folder(both, "lora")) > 0

@@ -5,7 +5,6 @@ import shutil
 from collections import Counter
 
 import pytest
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train_dreambooth_bilora
@@ -106,7 +105,6 @@ def test_a_run_goes_on_exactly_and_is_paired_and_measured_by_concept(concepts, t
 
 
 def test_a_dry_run_knows_concepts(concepts, tmp_path, capsys):
-    AcceleratorState._reset_state()
     argv = flags(tmp_path / "none", **values(concepts), dry_run=True)
     assert train_dreambooth_bilora.main(argv) == 0
     stdout = capsys.readouterr().out

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from huggingface_hub.utils import filter_repo_objects
 
 import train_dreambooth_bilora
@@ -35,7 +34,6 @@ def without_weights(model, folder):
 
 def image_run(capsys, folder, code=0, **values):
     """Output of a dry run of images, which writes nothing."""
-    AcceleratorState._reset_state()
     argv = [*flags(folder, **values), "--dry_run"]
     assert train_dreambooth_bilora.main(argv) == code
     assert not folder.exists()
@@ -93,7 +91,6 @@ def test_of_a_model_on_the_hub_no_weights_are_downloaded(capsys, tmp_path, monke
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_text_model_runs_dry(kind, capsys, tmp_path):
-    AcceleratorState._reset_state()
     settings = material(kind)
     base = settings["model_name_or_path"]
     settings["model_name_or_path"] = without_weights(base, tmp_path / "base")

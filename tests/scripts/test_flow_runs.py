@@ -14,7 +14,7 @@ from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run import runlog
 from tests.image.tiny import FILES, shared
-from tests.scripts import runs
+from tests.scripts.runs import column, flags, resumes_exactly, train, two_icons, weights
 
 SD3 = "StableDiffusion3Pipeline"
 QWEN = "QwenImagePipeline"
@@ -47,16 +47,16 @@ def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, t
     )
     if kind == QWEN:
         values["quantize"] = "nf4"
-    folder = runs.train(tmp_path / "run", **values)
-    runs.resumes_exactly(folder, 1, **values)
+    folder = train(tmp_path / "run", **values)
+    resumes_exactly(folder, 1, **values)
     first = next(row for row in runlog.read_metrics(folder) if "heldout_loss" in row)
     levels = [int(name.rpartition("/")[2]) for name in first if "by_level/" in name]
     assert len(levels) == 10
     assert levels == sorted(levels, reverse=True)
     assert 0 < levels[-1] < levels[0] <= 1000
-    assert len(set(runs.column(folder, "heldout_loss"))) == 3
+    assert len(set(column(folder, "heldout_loss"))) == 3
     assert len(list(folder.glob("validation/*/*.png"))) == 1
-    assert all(name.startswith("transformer.") for name in runs.weights(folder))
+    assert all(name.startswith("transformer.") for name in weights(folder))
     pipeline = load_pipeline(str(shared(kind)), dtype=torch.float32)
     if not hasattr(pipeline, "load_lora_weights"):
         return
@@ -72,7 +72,7 @@ def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, t
 @pytest.mark.slow
 def test_masks_and_a_kept_class(tmp_path):
     """Predictions that are to stay add to the loss; the hidden half of an image does not."""
-    icons = runs.two_icons(tmp_path / "icons")
+    icons = two_icons(tmp_path / "icons")
     values = {
         **icons,
         **on(SD3),
@@ -80,18 +80,18 @@ def test_masks_and_a_kept_class(tmp_path):
         "learning_rate": 3e-2,
         "class_prompt": "an icon",
     }
-    plain = runs.column(runs.train(tmp_path / "plain", **values), "loss")
-    with_class = runs.train(tmp_path / "class", **values, prior_prediction_weight=1.0)
+    plain = column(train(tmp_path / "plain", **values), "loss")
+    with_class = train(tmp_path / "class", **values, prior_prediction_weight=1.0)
     holding = {"hold_unconditional": 1.0, "hold_unconditional_every": 1}
-    for folder in (with_class, runs.train(tmp_path / "held", **values, **holding)):
-        losses = runs.column(folder, "loss")
+    for folder in (with_class, train(tmp_path / "held", **values, **holding)):
+        losses = column(folder, "loss")
         assert losses[0] == pytest.approx(plain[0], rel=1e-5)  # the adapters change nothing yet
         assert losses[1] > plain[1]
     for picture in Path(icons["dataset"]).glob("*.png"):
         mask = Image.new("L", (64, 64), 0)
         mask.paste(255, (0, 0, 32, 64))
         mask.save(picture.with_suffix(".mask.png"))
-    hidden = runs.column(runs.train(tmp_path / "hidden", **values), "loss")
+    hidden = column(train(tmp_path / "hidden", **values), "loss")
     assert hidden[0] != plain[0]
     assert hidden[0] == pytest.approx(plain[0], rel=0.5)
 
@@ -106,18 +106,18 @@ def test_the_noise_levels_in_the_log_are_those_that_were_sampled(tmp_path, monke
         return index
 
     monkeypatch.setattr(FlowMatching, "sample_level_index", record_level)
-    run = runs.train(tmp_path / "run", **on(SD3, max_train_steps=3))
+    run = train(tmp_path / "run", **on(SD3, max_train_steps=3))
     del levels[0]  # of the row that the run is probed with
     steps = [levels[0:2], levels[2:4], levels[4:6]]  # batches of two
     for name, statistic in {"mean": statistics.mean, "min": min, "max": max}.items():
         expected = [statistic(step_levels) for step_levels in steps]
-        assert runs.column(run, f"noise_level_{name}") == pytest.approx(expected, rel=1e-6)
+        assert column(run, f"noise_level_{name}") == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_others_leave_out_is_a_line(tmp_path, caplog):
     """ComfyUI leaves out DoRA's magnitudes; SD3, which has no embedding of guidance, guidance."""
     values = on(SD3, use_dora=True, guidance_scale=2.0, max_train_steps=1)
-    folder = runs.train(tmp_path / SD3, **values)
+    folder = train(tmp_path / SD3, **values)
     card = (folder / "README.md").read_text(encoding="utf-8")
     for text in (caplog.text, card):
         assert "magnitudes" in text
@@ -125,7 +125,7 @@ def test_what_others_leave_out_is_a_line(tmp_path, caplog):
     assert "no embedding of guidance" in caplog.text
     assert runlog.read_run(folder)["config"]["guidance_scale"] is None
     caplog.clear()
-    cfg = resolve(runs.flags(tmp_path / "flux", **on("FluxPipeline", guidance_scale=2.0)))
+    cfg = resolve(flags(tmp_path / "flux", **on("FluxPipeline", guidance_scale=2.0)))
     assert "no embedding of guidance" not in caplog.text
     assert cfg.guidance_scale == 2.0
 
@@ -138,7 +138,7 @@ def test_a_model_that_guidance_leads_away_from_nothing_holds_nothing(tmp_path):
         values = on(SD3, hold_unconditional=4, max_train_steps=16)
         values["pretrained_model_name_or_path"] = model
         with pytest.raises(UserError, match=sentence):
-            resolve(runs.flags(tmp_path / "run", **values))
+            resolve(flags(tmp_path / "run", **values))
 
 
 @pytest.mark.parametrize(
@@ -154,5 +154,5 @@ def test_a_model_that_guidance_leads_away_from_nothing_holds_nothing(tmp_path):
 )
 def test_what_the_model_can_not_take_is_a_sentence(name, value, tmp_path):
     with pytest.raises(UserError, match=f"{name}|{value}"):
-        runs.train(tmp_path / "run", **on(SD3, **{name: value}))
+        train(tmp_path / "run", **on(SD3, **{name: value}))
     assert not (tmp_path / "run" / "run.json").exists()

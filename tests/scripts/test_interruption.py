@@ -13,7 +13,21 @@ import pytest
 from bilora_diffusion.core.errors import TrainingError
 from bilora_diffusion.run import checkpoint, runlog, snapshots
 from bilora_diffusion.run.record import BY_CONCEPT
-from tests.scripts import runs
+from tests.scripts.runs import (
+    ON_CPUS,
+    SCRIPT,
+    TEXT_SCRIPT,
+    TORCHRUN,
+    alike,
+    column,
+    difference,
+    flags,
+    run_python,
+    started,
+    train,
+    train_once,
+    two_icons,
+)
 from tests.text.text_builders import material, text_flags, train_text_once
 
 
@@ -32,12 +46,12 @@ def wait_until(ready, process, patience=600.0):
 
 @pytest.mark.slow
 def test_a_kill_changes_no_bit(tmp_path):
-    complete = runs.train_once(max_train_steps=12)
+    complete = train_once(max_train_steps=12)
     folder = tmp_path / "killed"
     values = {"max_train_steps": 12, "checkpointing_steps": 2, "resume_from_checkpoint": "auto"}
-    process = runs.started(
-        runs.SCRIPT,
-        *runs.flags(folder, **values),
+    process = started(
+        SCRIPT,
+        *flags(folder, **values),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -45,17 +59,17 @@ def test_a_kill_changes_no_bit(tmp_path):
     process.kill()
     process.wait()
     assert checkpoint.latest(folder) is not None
-    runs.train(folder, **values)
+    train(folder, **values)
     assert len(runlog.read_run(folder)["resumed"]) == 1
-    runs.alike(complete, folder, "auxiliary_norm")
+    alike(complete, folder, "auxiliary_norm")
 
 
 def interrupt_and_go_on(script, argv, folder, number, processes=1, **environment):
     """Start a run as in a terminal, send it a signal after three steps, and go on with the command
     that it prints.
     """
-    launcher = [*runs.TORCHRUN, processes] if processes > 1 else []
-    process = runs.started(
+    launcher = [*TORCHRUN, processes] if processes > 1 else []
+    process = started(
         *launcher,
         script,
         *argv,
@@ -75,7 +89,7 @@ def interrupt_and_go_on(script, argv, folder, number, processes=1, **environment
         time.sleep(0.1)
     assert runlog.read_run(folder)["status"] == "interrupted", output
     (line,) = [line for line in output.splitlines() if "--resume_from_checkpoint latest" in line]
-    runs.run_python(shlex.split(line), processes, **environment)
+    run_python(shlex.split(line), processes, **environment)
 
 
 @pytest.mark.slow
@@ -84,8 +98,8 @@ def test_the_printed_command_ends_as_the_whole_run(tmp_path):
     complete = train_text_once("causal", **shared)
     folder = tmp_path / "it's interrupted"  # a name that a shell has to have quoted
     argv = text_flags(folder, **shared)
-    interrupt_and_go_on(runs.TEXT_SCRIPT, argv, folder, signal.SIGTERM)
-    runs.alike(complete, folder)
+    interrupt_and_go_on(TEXT_SCRIPT, argv, folder, signal.SIGTERM)
+    alike(complete, folder)
 
 
 @pytest.mark.matrix
@@ -94,14 +108,14 @@ def test_two_processes_that_were_interrupted_end_as_one(tmp_path):
     """Of two concepts, with a record of the perturbations, and the best step by held-out loss."""
     concepts = []
     for name, repeats in (("icons", 1), ("more", 2)):
-        concept = runs.two_icons(tmp_path / name)
-        model = concept.pop("pretrained_model_name_or_path")
+        concept = two_icons(tmp_path / name)
+        del concept["pretrained_model_name_or_path"]  # which is of the run, not of a concept
         concepts.append({**concept, "repeats": repeats})
     (tmp_path / "concepts.yaml").write_text(json.dumps(concepts, default=str))
     shared = {
         "dataset": tmp_path / "concepts.yaml",
         "validation_dataset": None,
-        "pretrained_model_name_or_path": model,
+        "pretrained_model_name_or_path": "mini",
         "validation_loss_steps": 2,
         "keep_best": True,
         "max_train_steps": 8,
@@ -114,24 +128,24 @@ def test_two_processes_that_were_interrupted_end_as_one(tmp_path):
         "dynamics_steps": 1,
         "optimizer": "AdamW",
     }
-    single = runs.train(tmp_path / "one", **shared, gradient_accumulation_steps=4)
+    single = train(tmp_path / "one", **shared, gradient_accumulation_steps=4)
     double = tmp_path / "two"
-    argv = runs.flags(double, **shared, gradient_accumulation_steps=2)
-    interrupt_and_go_on(runs.SCRIPT, argv, double, signal.SIGINT, processes=2, **runs.ON_CPUS)
+    argv = flags(double, **shared, gradient_accumulation_steps=2)
+    interrupt_and_go_on(SCRIPT, argv, double, signal.SIGINT, processes=2, **ON_CPUS)
     for key in ("step", "digest"):
-        assert runs.column(single, key) == runs.column(double, key)
+        assert column(single, key) == column(double, key)
     first_row = runlog.read_metrics(single)[0]
     losses_by_concept = [key for key in first_row if key.startswith(BY_CONCEPT)]
     assert len(losses_by_concept) == 2
     # Two processes add up gradients in another order, so that figures differ by rounding.
     for key in ("loss", "heldout_loss", *losses_by_concept):
-        assert runs.column(single, key) == pytest.approx(runs.column(double, key), abs=1e-5)
-    assert runs.difference(single, double) < 1e-5
+        assert column(single, key) == pytest.approx(column(double, key), abs=1e-5)
+    assert difference(single, double) < 1e-5
     single_results = runlog.read_run(single)["results"]
     assert single_results["best_step"] == runlog.read_run(double)["results"]["best_step"]
     assert list(snapshots.steps(single)) == list(snapshots.steps(double))
-    single_dynamics = runs.column(single, "dynamics")
-    double_dynamics = runs.column(double, "dynamics")
+    single_dynamics = column(single, "dynamics")
+    double_dynamics = column(double, "dynamics")
     for expected, figures in zip(single_dynamics, double_dynamics, strict=True):
         assert figures.keys() == expected.keys()
         for key, value in expected.items():
@@ -161,7 +175,7 @@ def fill(disk):
 @pytest.mark.slow
 def test_a_run_goes_on_when_there_is_room_again(tmp_path, disk, monkeypatch):
     values = {"max_train_steps": 4, "checkpointing_steps": 2, "train_batch_size": 1}
-    complete = runs.train(tmp_path / "complete", **values)
+    complete = train(tmp_path / "complete", **values)
     folder = disk / "run"
     save = checkpoint.save
     saved_steps = []
@@ -174,13 +188,13 @@ def test_a_run_goes_on_when_there_is_room_again(tmp_path, disk, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save", save_on_a_full_disk)
     with pytest.raises(TrainingError, match=f"{folder} is full: make room and go on"):
-        runs.train(folder, **values)
+        train(folder, **values)
     assert saved_steps == [2, 4]
     assert checkpoint.load(folder / "checkpoints" / "step-2").step == 2
     assert checkpoint.steps(folder) == [2]
     (disk / "filler").unlink()
     monkeypatch.undo()
-    runs.train(folder, **values, resume_from_checkpoint="latest")
+    train(folder, **values, resume_from_checkpoint="latest")
     assert runlog.read_run(folder)["status"] == "finished"
-    assert runs.difference(complete, folder) == 0
+    assert difference(complete, folder) == 0
     assert not list(folder.rglob(".*"))  # no temporary file is left

@@ -9,8 +9,19 @@ import pytest
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.run import checkpoint, runlog
-from tests.scripts import runs
-from tests.text import text_builders as texts
+from tests.scripts.runs import (
+    ON_CPUS,
+    SCRIPT,
+    column,
+    copied,
+    difference,
+    flags,
+    reading,
+    run_python,
+    train,
+    two_icons,
+)
+from tests.text.text_builders import heldout, heldout_of, material, rows_for, train_text, write_rows
 
 PATIENCE = 3
 STOPPING = {"early_stopping_patience": PATIENCE, "keep_best": True}
@@ -29,7 +40,7 @@ def results(folder):
 def icons(tmp_path):
     """Two icons to learn and two to be measured on, at a rate that overfits at once."""
     return {
-        **runs.two_icons(tmp_path / "icons"),
+        **two_icons(tmp_path / "icons"),
         "train_batch_size": 1,
         "learning_rate": 1e-2,
         "validation_loss_steps": 1,
@@ -47,8 +58,8 @@ def icons(tmp_path):
 )
 def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind, method, values):
     options = {
-        **texts.material(kind),
-        "validation_file": texts.heldout(kind),
+        **material(kind),
+        "validation_file": heldout(kind),
         "method": method,
         "learning_rate": 3e-2,
         "lr_scheduler": "constant",
@@ -59,31 +70,31 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
         "checkpoints_total_limit": 0,
         **values,
     }
-    plain = texts.train_text(tmp_path / "plain", **options)
-    best, stop = runs.reading(losses(plain), PATIENCE)
+    plain = train_text(tmp_path / "plain", **options)
+    best, stop = reading(losses(plain), PATIENCE)
     assert 0 < best < stop < 30  # else nothing is proven
-    run = texts.train_text(tmp_path / "run", **options, **STOPPING)
+    run = train_text(tmp_path / "run", **options, **STOPPING)
     outcome = results(run)
     assert outcome["best_step"] == best
     assert outcome["steps"] == stop
     assert outcome["stopped_early"] is True
     assert losses(run) == [(step, loss) for step, loss in losses(plain) if step <= stop]
     assert outcome["best_heldout_loss"] == outcome["heldout_loss"] == dict(losses(plain))[best]
-    measured = texts.heldout_of(options["model_name_or_path"], run)
+    measured = heldout_of(options["model_name_or_path"], run)
     assert {key: outcome[key] for key in measured} == pytest.approx(measured, abs=1e-6)
     if kind != "classification":
         assert [path.parent.name for path in run.rglob("predictions.jsonl")] == [f"step-{best}"]
     if method != "full":
         assert export([str(plain), "--step", str(best)]) == 0
-        assert runs.difference(plain / "exports" / f"step-{best}", run) == 0
+        assert difference(plain / "exports" / f"step-{best}", run) == 0
     assert f"| {best} |" in (run / "README.md").read_text()
 
     # A run that goes on after its best step still leaves that step, which its checkpoint holds.
-    parts = runs.copied(run, tmp_path / "parts")
+    parts = copied(run, tmp_path / "parts")
     after_best = parts / "checkpoints" / f"step-{stop - 2}"
-    texts.train_text(parts, **options, **STOPPING, resume_from_checkpoint=after_best)
-    assert runs.difference(run, parts) == 0
-    assert runs.column(run, "digest") == runs.column(parts, "digest")
+    train_text(parts, **options, **STOPPING, resume_from_checkpoint=after_best)
+    assert difference(run, parts) == 0
+    assert column(run, "digest") == column(parts, "digest")
     resumed_outcome = results(parts)
     del resumed_outcome["export"], outcome["export"]  # which name their folders
     assert resumed_outcome == outcome
@@ -100,12 +111,12 @@ def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
         "validation_num_inference_steps": 2,
         "choose_by": "loss",
     }
-    run = runs.train(tmp_path / "run", **icons, **options, **STOPPING)
-    best, stop = runs.reading(losses(run), PATIENCE)
+    run = train(tmp_path / "run", **icons, **options, **STOPPING)
+    best, stop = reading(losses(run), PATIENCE)
     assert 0 < best < stop < 12
     assert (results(run)["best_step"], results(run)["steps"]) == (best, stop)
     assert export([str(run), "--step", str(best), "--to", "diffusers"]) == 0
-    assert runs.difference(run / "exports" / f"step-{best}", run) == 0
+    assert difference(run / "exports" / f"step-{best}", run) == 0
     assert [p.parent.name for p in run.glob("validation/*/*.png")] == [f"step-{best}"]
     assert f"validation/step-{best}/000.png" in (run / "README.md").read_text()
 
@@ -114,22 +125,22 @@ def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
 def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplog):
     """Images are compared by their files' content and rows by their text, not by their names."""
 
-    def copies_line(train, name, **values):
+    def copies_line(train_run, name, **values):
         caplog.clear()
-        train(tmp_path / name, **values)
+        train_run(tmp_path / name, **values)
         (line,) = [record.message for record in caplog.records if "copies of" in record.message]
         return line
 
     icon = sorted(icons["dataset"].glob("*.png"))[1]
     shutil.copy(icon, icons["validation_dataset"] / "another.png")
-    line = copies_line(runs.train, "image", **{**icons, "max_train_steps": 1})
+    line = copies_line(train, "image", **{**icons, "max_train_steps": 1})
     for words in ("1 of the 3", "another.png", icon.name):
         assert words in line
-    rows = {**texts.material("classification"), "max_train_steps": 1}
+    rows = {**material("classification"), "max_train_steps": 1}
     # The training rows are numbers 0 to 23, and these 22 to 24.
-    heldout_rows = texts.rows_for("classification", 3, first=22)
-    file = texts.write_rows(tmp_path / "held.jsonl", heldout_rows)
-    line = copies_line(texts.train_text, "text", **rows, validation_file=file)
+    heldout_rows = rows_for("classification", 3, first=22)
+    file = write_rows(tmp_path / "held.jsonl", heldout_rows)
+    line = copies_line(train_text, "text", **rows, validation_file=file)
     for words in ("2 of the 3", "line 1 of held.jsonl", "of rows.jsonl"):
         assert words in line
 
@@ -140,20 +151,20 @@ def test_two_processes_choose_as_one(tmp_path, icons):
     space.write_text("rank: [2, 4]\n")
     fit = {"fit": True, "fit_space": space, "fit_budget": 4}
     options = {**icons, **fit, "max_train_steps": 2}
-    single = runs.train(tmp_path / "one", **{**options, "train_batch_size": 2})
+    single = train(tmp_path / "one", **{**options, "train_batch_size": 2})
     double = tmp_path / "two"
-    argv = runs.flags(double, **options)
-    runs.run_python([runs.SCRIPT, *argv], processes=2, **runs.ON_CPUS)
+    argv = flags(double, **options)
+    run_python([SCRIPT, *argv], processes=2, **ON_CPUS)
     for key in ("steps", "chosen_steps"):
         assert results(single)[key] == results(double)[key]
-    assert runs.difference(single, double) < options["learning_rate"] / 10
+    assert difference(single, double) < options["learning_rate"] / 10
 
 
 @pytest.mark.slow
 def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
     picture, renamed = sorted(icons["dataset"].glob("*.png"))
     shared = {**icons, "auxiliaries": "sample"}
-    run = runs.train(tmp_path / "run", **shared)
+    run = train(tmp_path / "run", **shared)
     content = runlog.read_run(run)["content"]
     assert content["training"]["count"] == content["held-out"]["count"] == 2
     go_on = {**shared, "resume_from_checkpoint": run / "checkpoints" / "step-1"}
@@ -161,41 +172,41 @@ def test_a_resume_on_other_pictures_is_refused(tmp_path, icons, caplog):
     original = picture.read_bytes()
     shutil.copy(next(icons["validation_dataset"].glob("*.png")), picture)
     with pytest.raises(UserError, match=f"the picture of {picture.name} changed"):
-        runs.train(run, **go_on)
+        train(run, **go_on)
     picture.write_bytes(original)
     moved = renamed.rename(renamed.with_name("0.png"))  # it would get the other's auxiliary
     with pytest.raises(UserError, match=f"renamed .{renamed.name} to {moved.name}"):
-        runs.train(run, **go_on)
+        train(run, **go_on)
     moved.rename(renamed)
 
     # Held-out pictures may change, unless the run leaves the best of its steps.
-    runs.train(run, **go_on, validation_part="1/2")
+    train(run, **go_on, validation_part="1/2")
     assert any("in the held-out data" in record.message for record in caplog.records)
-    best = runs.train(tmp_path / "best", **shared, keep_best=True, validation_part="2/2")
+    best = train(tmp_path / "best", **shared, keep_best=True, validation_part="2/2")
     go_on = {**shared, "resume_from_checkpoint": best / "checkpoints" / "step-1"}
     with pytest.raises(UserError, match="validation_part was"):
-        runs.train(best, **go_on, keep_best=True, validation_part="1/2")
+        train(best, **go_on, keep_best=True, validation_part="1/2")
 
 
 @pytest.mark.slow
 def test_a_resume_on_other_rows_is_refused(tmp_path):
-    rows = texts.rows_for("seq2seq", 8)
-    file = texts.write_rows(tmp_path / "train.jsonl", rows)
-    options = {**texts.material("seq2seq"), "train_file": file, "checkpointing_steps": 1}
-    run = texts.train_text(tmp_path / "run", **options)
+    rows = rows_for("seq2seq", 8)
+    file = write_rows(tmp_path / "train.jsonl", rows)
+    options = {**material("seq2seq"), "train_file": file, "checkpointing_steps": 1}
+    run = train_text(tmp_path / "run", **options)
     go_on = {**options, "resume_from_checkpoint": "step-1"}
     changed_rows = copy.deepcopy(rows)
     changed_rows[2]["answer"] = "five"
-    texts.write_rows(file, changed_rows)
+    write_rows(file, changed_rows)
     with pytest.raises(UserError, match="the text of line 3 of train"):
-        texts.train_text(run, **go_on)
+        train_text(run, **go_on)
 
     # Both the checkpoint and the run's record hold options that an earlier version had.
-    texts.write_rows(file, rows)
+    write_rows(file, rows)
     saved = checkpoint.load(run / "checkpoints" / "step-1")
     saved.extra["config"] |= {"efm_beta": 0.9, "looksam_k": 5}
     checkpoint.save(run, saved)
     record = json.loads((run / "run.json").read_text())
     record["config"]["auxiliaries_on"] = "cpu"
     (run / "run.json").write_text(json.dumps(record))
-    texts.train_text(run, **go_on)
+    train_text(run, **go_on)

@@ -13,7 +13,18 @@ from bilora_diffusion.export.__main__ import main as export_step
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text.models import load_text_model
 from tests.scripts.runs import alike, column, copied, difference, weights
-from tests.text import text_builders as texts
+from tests.text.text_builders import (
+    KINDS,
+    NUMBERS,
+    WORDS,
+    heldout,
+    heldout_of,
+    material,
+    save_bert,
+    save_t5,
+    train_text,
+    write_rows,
+)
 
 TASK_TYPES = {
     "seq2seq": "SEQ_2_SEQ_LM",
@@ -45,9 +56,9 @@ def flags_by_kind(tmp_path_factory):
     """Flags of a run, with a rho so large that an auxiliary that acts in an evaluation is seen."""
     shared = {"max_predictions": 0, "checkpointing_steps": 1, "rho": 0.5}
     flags = {}
-    for kind in texts.KINDS:
-        flags[kind] = {**texts.material(kind), "validation_file": texts.heldout(kind), **shared}
-    bare = texts.save_bert(tmp_path_factory.mktemp("bare") / "bert", BertForMaskedLM)
+    for kind in KINDS:
+        flags[kind] = {**material(kind), "validation_file": heldout(kind), **shared}
+    bare = save_bert(tmp_path_factory.mktemp("bare") / "bert", BertForMaskedLM)
     flags["headless"] = {**flags["classification"], "model_name_or_path": bare}
     return flags
 
@@ -57,15 +68,15 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
     flags_by_kind, tmp_path, kind, method, values
 ):
     flags = {**flags_by_kind[kind], "method": method, **values}
-    folder = texts.train_text(tmp_path / "run", **flags)
+    folder = train_text(tmp_path / "run", **flags)
     parts = copied(folder, tmp_path / "parts")
-    texts.train_text(parts, **flags, resume_from_checkpoint="step-1")
+    train_text(parts, **flags, resume_from_checkpoint="step-1")
     alike(folder, parts, "grad_norm", "heldout_loss")
     record = runlog.read_run(folder)
     assert record["status"] == "finished"
     # The file, as PEFT or Transformers load it, has the figures of the run's end.
     base = flags["model_name_or_path"]
-    measured = texts.heldout_of(base, folder)
+    measured = heldout_of(base, folder)
     stored = {key: value for key, value in record["results"].items() if key in measured}
     assert stored == pytest.approx(measured, abs=1e-6)
     start, end = column(folder, "heldout_loss")
@@ -114,9 +125,9 @@ def is_an_adapter_of_the_primary(folder, kind, flags):
 
 def test_the_cut_and_checkpointing_change_nothing(flags_by_kind, tmp_path):
     flags = {**flags_by_kind["seq2seq"], "train_batch_size": 8, "learning_rate": 1e-4}
-    uncut = texts.train_text(tmp_path / "uncut", **flags)
+    uncut = train_text(tmp_path / "uncut", **flags)
     flags |= {"train_batch_size": 1, "gradient_accumulation_steps": 8}
-    cut = texts.train_text(tmp_path / "cut", **flags, gradient_checkpointing=True)
+    cut = train_text(tmp_path / "cut", **flags, gradient_checkpointing=True)
     assert column(cut, "loss") == pytest.approx(column(uncut, "loss"), abs=1e-6)
     assert column(cut, "grad_norm") == pytest.approx(column(uncut, "grad_norm"), rel=1e-5)
     assert column(cut, "digest") == column(uncut, "digest")
@@ -125,7 +136,7 @@ def test_the_cut_and_checkpointing_change_nothing(flags_by_kind, tmp_path):
 @pytest.mark.parametrize("kind", ["causal", pytest.param("classification", marks=pytest.mark.slow)])
 def test_evaluation_does_not_disturb_training(flags_by_kind, tmp_path, kind, capfd):
     flags = {**flags_by_kind[kind], "max_train_steps": 4}
-    quiet = texts.train_text(tmp_path / "quiet", **{**flags, "validation_file": None})
+    quiet = train_text(tmp_path / "quiet", **{**flags, "validation_file": None})
     evaluation = {
         "validation_loss_steps": 2,
         "validation_epochs": 1,
@@ -133,7 +144,7 @@ def test_evaluation_does_not_disturb_training(flags_by_kind, tmp_path, kind, cap
         "generation_max_new_tokens": 4,
         "max_predictions": 3,
     }
-    evaluated = texts.train_text(tmp_path / "evaluated", **{**flags, **evaluation})
+    evaluated = train_text(tmp_path / "evaluated", **{**flags, **evaluation})
     assert difference(quiet, evaluated) == 0
     rows = runlog.read_metrics(evaluated)
     assert [row["step"] for row in rows if "heldout_loss" in row] == [0, 2, 4]
@@ -160,13 +171,13 @@ def test_evaluation_does_not_disturb_training(flags_by_kind, tmp_path, kind, cap
 def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(flags_by_kind, tmp_path):
     flags = {**flags_by_kind["causal"], "max_train_steps": None, "num_train_epochs": 2}
     flags["train_batch_size"] = 8
-    folder = texts.train_text(tmp_path / "run", **flags, warmup_ratio=0.25)
+    folder = train_text(tmp_path / "run", **flags, warmup_ratio=0.25)
     steps = [row["step"] for row in runlog.read_metrics(folder) if "lr" in row]
     assert steps == [1, 2, 3, 4, 5, 6]  # 2 epochs of 24 rows in batches of 8
     rates = column(folder, "lr")
     assert rates[:3] == pytest.approx([0, 5e-3, 1e-2])  # a quarter of the steps is rounded up to 2
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    packed = texts.train_text(tmp_path / "packed", **flags, packing=True, max_length=128)
+    packed = train_text(tmp_path / "packed", **flags, packing=True, max_length=128)
     assert 0 < len(column(packed, "loss")) < 6
 
 
@@ -174,12 +185,12 @@ def test_epochs_and_warm_up_count_steps_and_packing_makes_fewer(flags_by_kind, t
 def test_a_small_t5_learns_64_answers_by_heart(tmp_path):
     rows = []
     for n in range(64):
-        prompt = f"{texts.WORDS[n % 16]} {texts.WORDS[n // 16]}"
-        answer = f"{texts.NUMBERS[n % 5]} {texts.WORDS[n % 7]}"
+        prompt = f"{WORDS[n % 16]} {WORDS[n // 16]}"
+        answer = f"{NUMBERS[n % 5]} {WORDS[n % 7]}"
         rows.append({"prompt": prompt, "answer": answer})
-    file = texts.write_rows(tmp_path / "rows.jsonl", rows)
+    file = write_rows(tmp_path / "rows.jsonl", rows)
     flags = {
-        "model_name_or_path": texts.save_t5(tmp_path / "t5", d_model=64, d_ff=128, d_kv=16),
+        "model_name_or_path": save_t5(tmp_path / "t5", d_model=64, d_ff=128, d_kv=16),
         "train_file": file,
         "validation_file": file,
         "max_train_steps": 400,
@@ -189,7 +200,7 @@ def test_a_small_t5_learns_64_answers_by_heart(tmp_path):
         "eval_on_start": True,
         "max_target_length": 8,
     }
-    folder = texts.train_text(tmp_path / "run", **flags)
+    folder = train_text(tmp_path / "run", **flags)
     assert column(folder, "heldout_exact_match") == [0.0, 1.0]
     assert column(folder, "heldout_loss")[-1] < 0.05
     lines = (folder / "validation" / "step-400" / "predictions.jsonl").read_text().splitlines()
@@ -203,5 +214,5 @@ def test_a_run_whose_auxiliary_was_always_zero_says_so(
 ):
     warm_up = {"warmup_ratio": None, "lr_warmup_steps": 1}  # its only step has rate 0
     flags = {**flags_by_kind["seq2seq"], **warm_up, "max_train_steps": steps}
-    texts.train_text(tmp_path / "run", **flags)
+    train_text(tmp_path / "run", **flags)
     assert ("plain LoRA" in caplog.text) == is_lora

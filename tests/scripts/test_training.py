@@ -24,27 +24,37 @@ from bilora_diffusion.methods import get
 from bilora_diffusion.mini import pipeline_dir
 from bilora_diffusion.run import runlog
 from bilora_diffusion.train import command, engine, trainer
-from tests.scripts import runs
+from tests.scripts.runs import (
+    column,
+    copied,
+    difference,
+    resumed,
+    resumes_exactly,
+    train,
+    train_once,
+    two_icons,
+    weights,
+)
 
 
 def test_methods_are_paired_and_seeds_are_not(tmp_path):
     shared = {"max_train_steps": 3, "train_batch_size": 1}
-    lora = runs.train_once(method="lora", **shared)
-    bilora = runs.train_once(rho=0.01, **shared)
-    reseeded = runs.train(tmp_path, method="lora", seed=1, train_batch_size=1, max_train_steps=1)
-    digests = runs.column(lora, "digest")
-    assert digests == runs.column(bilora, "digest")
+    lora = train_once(method="lora", **shared)
+    bilora = train_once(rho=0.01, **shared)
+    reseeded = train(tmp_path, method="lora", seed=1, train_batch_size=1, max_train_steps=1)
+    digests = column(lora, "digest")
+    assert digests == column(bilora, "digest")
     assert len(set(digests)) == 3
-    assert runs.column(reseeded, "digest")[0] not in digests
+    assert column(reseeded, "digest")[0] not in digests
     # The auxiliary starts at zero: the first loss is LoRA's to the bit, later ones are not.
-    lora_losses = runs.column(lora, "loss")
-    bilora_losses = runs.column(bilora, "loss")
+    lora_losses = column(lora, "loss")
+    bilora_losses = column(bilora, "loss")
     assert lora_losses[0] == bilora_losses[0]
     assert lora_losses[2] != bilora_losses[2]
     # It stays in its ball and out of the file.
-    assert max(runs.column(bilora, "auxiliary_norm")) <= 0.01 * (1 + 1e-6)
-    assert max(runs.column(bilora, "auxiliary_norm_before")) > 0.01
-    assert not [key for key in runs.weights(bilora) if "auxiliary" in key]
+    assert max(column(bilora, "auxiliary_norm")) <= 0.01 * (1 + 1e-6)
+    assert max(column(bilora, "auxiliary_norm_before")) > 0.01
+    assert not [key for key in weights(bilora) if "auxiliary" in key]
     report = runlog.read_run(bilora)["results"]["export"]
     assert report["kohya_max_relative_difference"] < 1e-6
     assert inspect(bilora / "run.safetensors").format == "kohya"
@@ -73,7 +83,7 @@ def test_no_number_is_read_before_a_step_is_made(tmp_path, monkeypatch):
 
     monkeypatch.setattr(method, "step", watched_step)
     monkeypatch.setattr(NumberReads, "names", ())
-    runs.train(tmp_path, train_batch_size=1, gradient_accumulation_steps=2)
+    train(tmp_path, train_batch_size=1, gradient_accumulation_steps=2)
     assert len(losses) == 2
     assert NumberReads.names == ()
 
@@ -132,23 +142,23 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
     tmp_path, monkeypatch, options
 ):
     shared = {"max_train_steps": 3, "checkpointing_steps": 1, "train_batch_size": 1, **options}
-    run = runs.train(tmp_path / "run", **shared)
+    run = train(tmp_path / "run", **shared)
     for name in ("compute", "mean_gradients"):  # a resumed run does not compute its init anew
         monkeypatch.setattr(f"bilora_diffusion.train.initialisation.{name}", pytest.fail)
-    runs.resumes_exactly(run, 2, **shared)
+    resumes_exactly(run, 2, **shared)
 
-    weights = runs.weights(run)
+    tensors = weights(run)
     # The file of these inits holds their first values too, so that it fits the original base.
     holds_initial = options.get("init_lora_weights") in ("pissa", "lora-ga")
     rank = 8 if holds_initial else 4
-    for key, weight in weights.items():
+    for key, weight in tensors.items():
         assert torch.isfinite(weight).all()
         assert "lora_A" not in key or weight.shape[0] == rank
     assert ("| rank of the file | 8 |" in (run / "README.md").read_text()) == holds_initial
     models = {"unet"}
     if "text_encoder_lr" in options:
         models |= {"text_encoder", "text_encoder_2"}
-    assert {key.split(".")[0] for key in weights} == models
+    assert {key.split(".")[0] for key in tensors} == models
     report = runlog.read_run(run)["results"]["export"]
     assert report["auxiliary_keys"] == 0
     assert report["max_relative_difference"] < 1e-6
@@ -161,11 +171,11 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
         changed = {"rank": 2}
         sentence = "rank"
     with pytest.raises(UserError, match=sentence):
-        runs.train(tmp_path / "run-parts", **{**shared, **changed}, resume_from_checkpoint="latest")
+        train(tmp_path / "run-parts", **{**shared, **changed}, resume_from_checkpoint="latest")
 
     assert export([str(run), "--step", "3"]) == 0
     exported = run / "exports" / "step-3"
-    assert runs.difference(exported, run) == 0
+    assert difference(exported, run) == 0
     run_facts = inspect(run / FILE_NAME).metadata
     step_facts = inspect(exported / FILE_NAME).metadata
     for key in ("bilora.steps", "bilora.original_alpha", "ss_network_dim", "sshs_model_hash"):
@@ -174,7 +184,7 @@ def test_options_train_resume_exactly_and_a_checkpoint_is_exported_as_the_run(
 
 @pytest.mark.slow
 def test_an_early_step_in_a_format_and_refusals(tmp_path, capsys):
-    run = runs.train_once(checkpointing_steps=1)
+    run = train_once(checkpointing_steps=1)
     early = tmp_path / "early.safetensors"
     assert export([str(run), "--step", "1", "--to", "kohya", "--output", str(early)]) == 0
     contents = inspect(early)
@@ -183,7 +193,7 @@ def test_an_early_step_in_a_format_and_refusals(tmp_path, capsys):
     last_hash = inspect(run / "run.safetensors").metadata["sshs_model_hash"]
     assert contents.metadata["sshs_model_hash"] != last_hash
 
-    full = runs.copied(run, tmp_path / "full")
+    full = copied(run, tmp_path / "full")
     record = json.loads((full / "run.json").read_text())
     (full / "run.json").write_text(json.dumps({**record, "method": "full"}))
     capsys.readouterr()
@@ -206,21 +216,21 @@ def test_prior_preservation_makes_and_uses_class_images(tmp_path):
         "num_class_images": 2,
         "train_batch_size": 1,
     }
-    folder = runs.train(tmp_path / "run", **values)
+    folder = train(tmp_path / "run", **values)
     images = sorted((tmp_path / "class").glob("*.png"))
     assert len(images) == 2
     times = [file.stat().st_mtime_ns for file in images]
-    free = runs.train(tmp_path / "free", **values, prior_loss_weight=0.0)
+    free = train(tmp_path / "free", **values, prior_loss_weight=0.0)
     assert [file.stat().st_mtime_ns for file in images] == times
-    assert runs.column(folder, "loss") != runs.column(free, "loss")
+    assert column(folder, "loss") != column(free, "loss")
     # Without weight the class adds nothing to the first loss.
-    plain = runs.train_once(train_batch_size=1)
-    assert runs.column(free, "loss")[0] == pytest.approx(runs.column(plain, "loss")[0], rel=1e-5)
+    plain = train_once(train_batch_size=1)
+    assert column(free, "loss")[0] == pytest.approx(column(plain, "loss")[0], rel=1e-5)
 
 
 @pytest.mark.slow
 def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
-    icons = runs.two_icons(tmp_path / "icons")
+    icons = two_icons(tmp_path / "icons")
     shared = {**icons, "max_train_steps": 3, "train_batch_size": 1}
     no_evaluation = {
         "validation_prompt": "a TOK icon",
@@ -228,7 +238,7 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
         "num_validation_images": 1,
         "validation_dataset": "none",
     }
-    quiet = runs.train(tmp_path / "quiet", **{**shared, **no_evaluation})
+    quiet = train(tmp_path / "quiet", **{**shared, **no_evaluation})
     evaluation = {
         "report_to": "tensorboard",
         "validation_prompt": "a TOK icon of a rabbit",
@@ -237,8 +247,8 @@ def test_validation_images_and_heldout_loss_do_not_disturb_training(tmp_path):
         "validation_epochs": 3,
         "validation_loss_steps": 2,
     }
-    evaluated = runs.train(tmp_path / "evaluated", **shared, **evaluation)
-    assert runs.difference(quiet, evaluated) == 0
+    evaluated = train(tmp_path / "evaluated", **shared, **evaluation)
+    assert difference(quiet, evaluated) == 0
     assert not list(quiet.rglob("validation/*/*.png"))
     assert len(list((evaluated / "validation").rglob("*.png"))) == 1
     rows = [row for row in runlog.read_metrics(evaluated) if "heldout_loss" in row]
@@ -296,14 +306,14 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch)
     monkeypatch.setattr(DreamBoothModule, "forward", with_nan)
     shared = {"gradient_accumulation_steps": 1, "train_batch_size": 1, "max_train_steps": 5}
     nonfinite_calls = {1, 2}
-    folder = runs.train(tmp_path / "some", **shared)
+    folder = train(tmp_path / "some", **shared)
     assert [row["step"] for row in runlog.read_metrics(folder) if row["skipped"]] == [2, 3]
-    assert all(torch.isfinite(value).all() for value in runs.weights(folder).values())
+    assert all(torch.isfinite(value).all() for value in weights(folder).values())
 
     calls = -1
     nonfinite_calls = {1, 2, 3, 4}
     with pytest.raises(TrainingError, match="step 5 is not finite"):
-        runs.train(tmp_path / "all", **shared)
+        train(tmp_path / "all", **shared)
     assert runlog.read_run(tmp_path / "all")["status"] == "failed"
 
 
@@ -311,16 +321,16 @@ def test_in_fp16_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch)
 def test_a_run_goes_on_on_a_smaller_card(tmp_path):
     """With checkpointing, other workers, and without cached latents and earlier images."""
     shared = {"checkpointing_steps": 1, "validation_prompt": "a TOK icon", "random_flip": True}
-    run = runs.train(tmp_path / "run", **shared, num_validation_images=1)
+    run = train(tmp_path / "run", **shared, num_validation_images=1)
     smaller = {"gradient_checkpointing": True, "cache_latents": "no", "dataloader_num_workers": 2}
-    parts = runs.resumed(run, 1, **shared, **smaller, num_validation_images=0)
-    assert runs.column(run, "digest") == runs.column(parts, "digest")
-    assert runs.difference(run, parts) < 1e-6
+    parts = resumed(run, 1, **shared, **smaller, num_validation_images=0)
+    assert column(run, "digest") == column(parts, "digest")
+    assert difference(run, parts) < 1e-6
     assert not re.search(r"validation/step-\d", (parts / "README.md").read_text())
 
 
 def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path):
-    folder = runs.train(tmp_path / "run", method="full", learning_rate=1e-5)
+    folder = train(tmp_path / "run", method="full", learning_rate=1e-5)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     base = StableDiffusionXLPipeline.from_pretrained(pipeline_dir()).unet.float()
     changes = []
@@ -336,7 +346,7 @@ def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path):
 @pytest.mark.slow
 def test_class_images_see_no_samples_auxiliary(tmp_path):
     """In batches with images of the class the auxiliaries move as without them."""
-    icons = runs.two_icons(tmp_path / "icons")
+    icons = two_icons(tmp_path / "icons")
     shared = {
         **icons,
         "auxiliaries": "sample",
@@ -353,8 +363,8 @@ def test_class_images_see_no_samples_auxiliary(tmp_path):
         "num_class_images": 2,
         "prior_loss_weight": 1e-9,  # so that the class does not move the primary
     }
-    plain = runs.train(tmp_path / "plain", **shared)
-    with_class = runs.train(tmp_path / "with_class", **shared, **prior)
+    plain = train(tmp_path / "plain", **shared)
+    with_class = train(tmp_path / "with_class", **shared, **prior)
     tensors = load_file(plain / "checkpoints/step-3/adapters.safetensors")
     tensors_with_class = load_file(with_class / "checkpoints/step-3/adapters.safetensors")
     auxiliaries = [key for key in tensors if "/auxiliary/" in key]
