@@ -41,7 +41,7 @@ def build(catalog: Catalog, changed: Any) -> None:
         chosen = gr.Dropdown([], label="Result", elem_id="results-result")
 
     def load(selected: str | None) -> Update:
-        results = sorted(catalog.scan.figures, key=lambda item: (item.kind, item.path))
+        results = sorted(catalog.scan.results, key=lambda item: (item.kind, item.path))
         if not results:
             names = [name for name in RESULTS if parts.measurable(catalog, name)]
             text = parts.empty(catalog, "No results yet", *(names or RESULTS[:2]))
@@ -62,7 +62,7 @@ def build(catalog: Catalog, changed: Any) -> None:
 
     @gr.render([chosen], triggers=[chosen.change, changed], show_progress="hidden")
     def show(path: str | None) -> None:
-        for item in catalog.scan.figures:
+        for item in catalog.scan.results:
             if item.path == path:
                 _show(catalog, item)
 

@@ -48,7 +48,7 @@ def test_finds_what_is_there_by_path_not_too_deep_and_not_in_checkpoints(tmp_pat
         ("c/d/e/f/g/h", "lora", "finished", f"c/d/e/f/g/h/{WEIGHTS}"),
     ]
     assert [item.file("images/0.png") for item in scan.scores] == ["scores/images/0.png"]
-    landscape, clip_scores = scan.figures
+    landscape, clip_scores = scan.results
     assert (landscape.kind, landscape.figures) == ("landscape", ["flat/figure.png"])
     assert (clip_scores.kind, clip_scores.figures) == ("clip_scores", [])
     assert scan.broken == []
@@ -116,7 +116,7 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path,
         """The kinds of content whose sign is not that of the last call."""
         catalog.refresh()
         changed = set()
-        for kind in ("runs", "scores", "figures"):
+        for kind in ("runs", "scores", "results"):
             sign = catalog.sign(kind)
             if sign != signs.get(kind):
                 changed.add(kind)
@@ -130,9 +130,9 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path,
     assert changed_kinds() == {"runs"}
     assert catalog.scan.runs[0].steps == (50,)
     make_scores(tmp_path / "scores")
-    assert changed_kinds() == {"scores", "figures"}
+    assert changed_kinds() == {"scores", "results"}
     make_result(tmp_path / "landscape")
-    assert changed_kinds() == {"figures"}
+    assert changed_kinds() == {"results"}
     make_run(run, status="failed")
     assert changed_kinds() == {"runs"}
     assert catalog.scan.runs[0].status == "failed"

@@ -43,7 +43,7 @@ class Tabs:
         runs = validation.with_images(self.catalog)
         for step in validation.common_steps(runs):
             values["images"].append(validation.table(self.catalog, runs, step))
-        for item in self.catalog.scan.figures:
+        for item in self.catalog.scan.results:
             pictures, _ = results.pictures(self.catalog, item)
             values["Results"].append(f"{item.path} {len(pictures)}")
             values["reports"].append(results.text(self.catalog, item))

@@ -97,7 +97,10 @@ RULES = (
     Rule("^make pictures", reason="makes what the pages show: half an hour"),
     Rule("^torchrun|--use_fsdp", reason="several devices: tests/scripts/test_fsdp.py"),
     Rule("--compile|-compiled", reason="compiles for a minute: tests/train/test_compiling.py"),
-    Rule("benchmarks/pictures.py", reason="hours, or the hub: tests/scripts/test_pictures.py"),
+    Rule(
+        "benchmarks/picture(s|_table).py",
+        reason="hours, or their results: tests/scripts/test_pictures.py",
+    ),
     Rule("fit_regret", reason="hours: it trains a whole space"),
     Rule("eval.clip_scores --guidance_from base$", reason="an option's name, without runs"),
     VIEWER,

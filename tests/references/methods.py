@@ -333,6 +333,7 @@ def by_sample(
         if group is not None:
             layers = []
             for layer, auxiliary in zip(net.layers, auxiliary_nets[group].layers, strict=True):
+                assert auxiliary.B2 is not None
                 layers.append(replace(layer, A2=auxiliary.A2, B2=share * auxiliary.B2))
         loss, gradients = Net(layers, net.rules).gradients(x[row : row + 1], y[row : row + 1])
         total_loss += loss / rows

@@ -108,7 +108,7 @@ def alike(left: Path, right: Path, *keys: str) -> None:
 
 
 def run_python(
-    words: Sequence[object], processes: int = 1, **environment: str
+    words: Sequence[object], processes: int = 1, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python WORDS`` outside this process, by torchrun where it is to be several processes.
 
@@ -118,7 +118,8 @@ def run_python(
     if processes > 1:
         command += [*TORCHRUN, str(processes)]
     command += map(str, words)
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    variables |= environment or {}
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=variables, check=False
     )

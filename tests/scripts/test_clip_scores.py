@@ -207,7 +207,7 @@ def test_a_killed_run_makes_no_image_twice_and_two_processes_score_the_same(
 
     two = tmp_path / "two"
     words = ["-m", "eval.clip_scores", *command_line(two, flags, steps=3).split()]
-    launched = run_python(words, processes=2, **ON_CPUS)
+    launched = run_python(words, processes=2, environment=ON_CPUS)
     assert launched.stdout.count("written: ") == 1
     assert len(write_times(two)) == 15
     assert values_of(table.read(two)) == pytest.approx(values_of(continued), abs=1e-6)

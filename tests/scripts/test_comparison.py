@@ -129,9 +129,9 @@ def test_two_processes_train_both_runs(tmp_path):
     flags = {**material("classification"), "max_train_steps": 4}
     both = tmp_path / "both"
     argv = text_flags(both, **flags, compare="lora")
-    run_python([TEXT_SCRIPT, *argv], processes=2, **ON_CPUS)
+    run_python([TEXT_SCRIPT, *argv], processes=2, environment=ON_CPUS)
     lora_run = tmp_path / "lora"
     argv = text_flags(lora_run, **flags, method="lora")
-    run_python([TEXT_SCRIPT, *argv], processes=2, **ON_CPUS)
+    run_python([TEXT_SCRIPT, *argv], processes=2, environment=ON_CPUS)
     alike(lora_run, control_folder(both, "lora"))
     assert difference(both, control_folder(both, "lora")) > 0

@@ -67,7 +67,7 @@ def setting(tmp_path_factory):
     file.write_text(json.dumps(command_lines))
     script = Path(__file__).with_name("fsdp_on_cpu.py")
     # FSDP2 as accelerate asks for it; the script checks that weights are split.
-    run_python([script, file], processes=2, **ENGINE)
+    run_python([script, file], processes=2, environment=ENGINE)
     for name in CASES:
         train_text(folder / "one" / name, **options(folder, name, 1))
     return folder

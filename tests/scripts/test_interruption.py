@@ -89,7 +89,7 @@ def interrupt_and_go_on(script, argv, folder, number, processes=1, **environment
         time.sleep(0.1)
     assert runlog.read_run(folder)["status"] == "interrupted", output
     (line,) = [line for line in output.splitlines() if "--resume_from_checkpoint latest" in line]
-    run_python(shlex.split(line), processes, **environment)
+    run_python(shlex.split(line), processes, environment=environment)
 
 
 @pytest.mark.slow

@@ -90,6 +90,8 @@ def test_one_table_has_the_differences_of_all_sets(tmp_path):
     for folder in folders:
         result = table.read(folder)
         summary = result.summary("Bi-LoRA, per sample", "truth", "guidance 4", step=300)
+        assert summary is not None
+        assert summary.difference is not None
         percent = f"{100 * summary.difference:+.2f}"
         line = next(line for line in lines if percent in line)
         assert line.startswith(f"| {result.settings['preset']} | Bi-LoRA, per sample |")

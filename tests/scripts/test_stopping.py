@@ -154,7 +154,7 @@ def test_two_processes_choose_as_one(tmp_path, icons):
     single = train(tmp_path / "one", **{**options, "train_batch_size": 2})
     double = tmp_path / "two"
     argv = flags(double, **options)
-    run_python([SCRIPT, *argv], processes=2, **ON_CPUS)
+    run_python([SCRIPT, *argv], processes=2, environment=ON_CPUS)
     for key in ("steps", "chosen_steps"):
         assert results(single)[key] == results(double)[key]
     assert difference(single, double) < options["learning_rate"] / 10

@@ -81,7 +81,7 @@ def test_local_tasks_without_the_network(folder, tmp_path):
         f"base --include_path {folder / 'tasks'} --benchmarks {TOY} --output_dir {out}"
         " --control LoRA"
     )
-    run_python(["-c", WATCHED, *runs, *flags.split()], **online)
+    run_python(["-c", WATCHED, *runs, *flags.split()], environment=online)
     result = table.read(out)
     groups = [subject.group for subject in result.subjects]
     assert groups == ["LoRA", "LoRA", "Bi-LoRA", "Bi-LoRA", "base"]
