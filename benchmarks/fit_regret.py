@@ -5,8 +5,8 @@
 
 For each set and seed: one fit on folds of the set; then the same search by the truth, which is the
 miniature's held-out pictures (or reviews) that no fold has seen, on the whole set; both measured
-at the same steps. Regret is the loss on the truth of what the fit's last run leaves, minus the
-lowest of all that was measured there, as a share of that.
+at the same steps. Regret is (loss of the fit's final weights - lowest loss) / lowest loss, both
+on the truth.
 
 Finished runs are not repeated, so the same command goes on where it stopped.
 """
@@ -50,7 +50,7 @@ DATASETS = {
     "icons-sample": ["mini", *SAMPLE],
     "animals": ["mini-animals"],
 }
-# Scales and formats of shares and of losses
+# Shares are shown in percent, losses times 1000.
 SHARE: Any = {"scale": 100, "form": ".2f"}
 LOSS: Any = {"scale": 1000, "form": ".2f"}
 METRICS = {
@@ -167,7 +167,7 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> Measurement:
     if choice["steps"] not in choice_curve:
         run(task.script, runs / "choice", options, choice_options, task.with_truth, loss_steps)
         for row in read_metrics(runs / "choice"):
-            if row.get(HELDOUT_LOSS):
+            if HELDOUT_LOSS in row:
                 choice_curve[row["step"]] = row[HELDOUT_LOSS]
 
     # The choice as the last run of `--fit` trains it, with the schedule of that run. The loss of
@@ -215,7 +215,7 @@ def loss_of_other_seeds(
         if measured_name == name and measured_seed != seed:
             _, configuration, step = lowest(measurement.curves)
             loss = measured[key].curves.get(configuration, {}).get(step)
-            if loss:
+            if loss is not None:
                 losses.append(loss)
     if not losses:
         return None

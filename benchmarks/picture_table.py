@@ -73,7 +73,7 @@ def guidance_labels(results: dict[str, Result]) -> list[str]:
 
 
 def page(results: dict[str, Result], command: str) -> str:
-    """The report: which step, then a table for each metric and kind of guidance."""
+    """The report: a table for each metric and kind of guidance, then the rules that choose a step."""
     sections = []
     for metric in TABLE_METRICS:
         # The held-out loss has no guidance.
@@ -84,8 +84,8 @@ def page(results: dict[str, Result], command: str) -> str:
     sections.append(report.section("Which step?", rule_table(results)))
     introduction = (
         "A row of LoRA has means over training seeds, every other row its differences to LoRA,"
-        f" paired by seed, with {report.INTERVALS}. `n` is the number of seeds. With fewer than ten"
-        " seeds such an interval is too narrow."
+        f" paired by seed, with {report.INTERVALS} and the number of seeds in which the variant is"
+        " better. `n` is the number of seeds. With fewer than ten seeds an interval is too narrow."
     )
     return report.page(
         "# Judged by sampled images: all sets",
@@ -112,21 +112,11 @@ def metric_table(results: dict[str, Result], metric: str, item: str) -> str:
                 if group == CONTROL:
                     cells.append(report.mean(line, METRICS[metric], intervals=False))
                 else:
-                    cells.append(_difference(line, metric))
+                    cells.append(report.difference(line, METRICS[metric]))
             count = max((line.count for line in lines if line is not None), default=0)
             rows.append([preset, group, str(count), *cells])
     heads = ["set", "variant", "n", *(f"step {step}" for step in steps)]
     return report.table(heads, rows)
-
-
-def _difference(line: table.Summary | None, metric: str) -> str:
-    """A difference with its interval, without the number of seeds that are better."""
-    if line is None or line.difference is None:
-        return report.NOT_AVAILABLE
-    difference = report.number(line.difference, METRICS[metric], "+")
-    if line.difference_interval is None:
-        return difference
-    return f"{difference} {report.interval(line.difference_interval, METRICS[metric], '+')}"
 
 
 def rule_table(results: dict[str, Result]) -> str:

@@ -98,7 +98,7 @@ class Generalization(Evaluation):
                     yield subject.row(LEVEL_LOSS, loss, item=name.removeprefix(BY_LEVEL))
 
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
-        # False, and not None: of a group without the control's seeds that is not known.
+        # None means that the group has no seed in common with the control: pairing is unknown.
         unpaired = [group for group, pair in self.settings["paired"].items() if pair is False]
         # Runs on other data reach other losses, and do not set the level.
         level, equal_rows = compare.equal_training(rows, HELDOUT_LOSS, TRAINING_GRID_LOSS, unpaired)

@@ -44,18 +44,18 @@ def load(folder: Path, pipeline: Any, count: int) -> dict[str, Tensor]:
     return {"latents": latents, "text": text, "pooled": pooled}
 
 
-def loss(unet: Any, noises: Any, data: dict[str, Tensor], rows: Tensor, seed: int) -> Tensor:
+def loss(unet: Any, scheduler: Any, data: dict[str, Tensor], rows: Tensor, seed: int) -> Tensor:
     """Mean squared error of predicted noise on some icons; the seed gives noise and timesteps."""
     random = torch.Generator().manual_seed(seed)
     latents = data["latents"][rows]
     noise = torch.randn(latents.shape, generator=random)  # (rows, 8, 8, 8)
-    steps = torch.randint(noises.config.num_train_timesteps, (len(rows),), generator=random)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(rows),), generator=random)
     # SDXL's conditions: original size, crop and target size.
     sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(len(rows), 1)
     added = {"text_embeds": data["pooled"][rows], "time_ids": sizes}
-    noisy = noises.add_noise(latents, noise, steps)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
     text = data["text"][rows]
-    return F.mse_loss(unet(noisy, steps, text, added_cond_kwargs=added).sample, noise)
+    return F.mse_loss(unet(noisy, timesteps, text, added_cond_kwargs=added).sample, noise)
 
 
 def train(per_sample: bool, rho: float, steps: int) -> list[float]:
@@ -63,7 +63,7 @@ def train(per_sample: bool, rho: float, steps: int) -> list[float]:
     kind: Any = StableDiffusionXLPipeline
     pipeline = kind.from_pretrained(mini.pipeline_dir(), dtype=torch.float32)
     pipeline.unet.requires_grad_(False)
-    noises = DDPMScheduler.from_config(pipeline.scheduler.config)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     with torch.no_grad():
         training_icons = load(mini.train_dir(), pipeline, 23)
         heldout_icons = load(mini.heldout_dir(), pipeline, 64)
@@ -88,13 +88,13 @@ def train(per_sample: bool, rho: float, steps: int) -> list[float]:
                 losses = []
                 # The same noise at each evaluation, so that losses can be compared.
                 for seed in range(8):
-                    losses.append(loss(pipeline.unet, noises, heldout_icons, all_rows, seed))
+                    losses.append(loss(pipeline.unet, scheduler, heldout_icons, all_rows, seed))
                 heldout_losses.append(float(torch.stack(losses).mean()))
         # Both runs have the same batches, which depend on the step alone.
         order = torch.randperm(count, generator=torch.Generator().manual_seed(step))
         rows = order[:BATCH_SIZE]
         with bilora.samples(rows.tolist()):  # each row sees the auxiliary of its own sample
-            loss(pipeline.unet, noises, training_icons, rows, seed=10_000 + step).backward()
+            loss(pipeline.unet, scheduler, training_icons, rows, seed=10_000 + step).backward()
         optimizer.step()
         optimizer.zero_grad()
     return heldout_losses

@@ -64,7 +64,6 @@ GUIDANCE_SOURCES = (ADAPTER_GUIDANCE, BASE_GUIDANCE)
 # Number of noise levels of the held-out loss, evenly spaced: 25, 125, ... 925 of 1,000 steps.
 NOISE_LEVELS = 10
 
-# Text.
 KINDS = ("seq2seq", "causal", "classification")  # of models
 # Forms in which a causal language model gets a question.
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
@@ -170,7 +169,7 @@ STEPS = Range(10**9, "at ten steps a second that many take three years", at_leas
 ROWS = Range(10**9, "no data set here has more", at_least=1)
 TOKENS = Range(10**7, "no model reads longer texts", at_least=1)
 WORKERS = Range(1024, "each is a process of its own", at_least=1)
-FACTORS = Range(1e6, "what it weighs would drown everything else", at_least=0)
+FACTORS = Range(1e6, "a larger weight would drown all other terms", at_least=0)
 DECAYS = Range(1e4, "one step would take away more than the whole weight", at_least=0)
 SHARES = Range(1, "it is a share", at_least=0, less_than=1)
 SIDES = Range(

@@ -100,7 +100,6 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
             lines[use] = str(folder / name)
     record = runlog.read_run(folder)
 
-    # Checkpoints.
     saved_steps = checkpoint.steps(folder)
     if saved_steps:
         listed = f"steps {', '.join(map(str, saved_steps))}"

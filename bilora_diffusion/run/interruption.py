@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM: a run finishes its step, saves a checkpoint and prints how to go on.
 
 The first signal only sets a number, which the loop reads between two steps; a second Ctrl-C stops
-at once. Before the first step there is nothing to save, so the first signal stops at once too.
+at once. Before the first step there is nothing to save, so the first signal of a single process
+stops at once too; several processes stop together after a step.
 """
 
 from __future__ import annotations

@@ -100,7 +100,11 @@ def is_due(step: int, interval: int | None) -> bool:
 
 
 def measure_heldout_loss(trainer: Trainer, log: RunLog | None, bar: Bar) -> None:
-    """Measure the loss on the validation set and log it; each process counts it."""
+    """Measure the loss on the validation set and log it.
+
+    The main process measures; all processes get the value, so that they agree on the best step and
+    on the end.
+    """
     values: dict[str, float] = {}
     # The main process measures. If weights are split, each forward pass needs all processes.
     measures = log is not None or trainer.accelerator.is_fsdp2

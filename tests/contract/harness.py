@@ -264,8 +264,8 @@ class Run:
 def compared(name: str, option: str, kind: str) -> Run:
     """A run that one process and two take alike.
 
-    Two more options are of Bi-LoRA: "auto" is a radius that sets itself, "sample" an auxiliary for
-    each row in addition, in float64.
+    Besides those of `SPECS`, Bi-LoRA has the options "auto", a radius that sets itself, and
+    "sample", that with an auxiliary for each row, in float64.
     """
     settings: dict[str, Any] = {"lr": 0.1, "optimizer": "SGD"}
     if option in (AUTO, SAMPLE):

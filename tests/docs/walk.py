@@ -360,7 +360,7 @@ def check(step: Step, folder: Path, changed: set[Path]) -> None:
     """Check that a command has left, or printed, what a page says of it."""
     if step.name == "app.viewer":
         return  # `view` has looked at it
-    assert changed or step.printed, "it does something"
+    assert changed or step.printed, f"{step.name} left nothing and printed nothing"
     if step.name in TRAINING:
         check_training(step, folder, changed)
     elif step.name.startswith("eval."):

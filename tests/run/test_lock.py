@@ -31,7 +31,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_a_folder_is_one_commands_and_nothing_is_left(tmp_path):
+def test_one_command_at_a_time_has_a_folder_and_the_lock_leaves_no_file(tmp_path):
     folder = tmp_path / "a" / "b"
     with locked(folder):
         assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
