@@ -73,7 +73,7 @@ def guidance_labels(results: dict[str, Result]) -> list[str]:
 
 
 def page(results: dict[str, Result], command: str) -> str:
-    """The report: a table for each metric and kind of guidance, then the rules that choose a step."""
+    """The report: a table for each metric and kind of guidance, then the rules of a step."""
     sections = []
     for metric in TABLE_METRICS:
         # The held-out loss has no guidance.
