@@ -54,7 +54,7 @@ def test_names_are_text_on_every_tab_and_another_site_can_do_nothing(tmp_path, s
     page.goto("about:blank")  # what the viewer still answers to its own page comes before
     page.wait_for_timeout(1000)
     answers: list[Response] = []
-    page.on("response", answers.append)
+    page.on("response", lambda answer: answers.append(answer))
     # Another web site, of which the visitor has a page open
     handler = http.server.SimpleHTTPRequestHandler
     with http.server.ThreadingHTTPServer((LOCALHOST, 0), handler) as server:

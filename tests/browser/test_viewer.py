@@ -125,9 +125,9 @@ def test_every_tab_is_readable_fits_and_asks_nothing_of_others(viewer, visit, is
     messages: list[ConsoleMessage] = []
     requests: list[Request] = []
     answers: list[Response] = []
-    page.on("console", messages.append)
-    page.on("request", requests.append)
-    page.on("response", answers.append)
+    page.on("console", lambda message: messages.append(message))
+    page.on("request", lambda request: requests.append(request))
+    page.on("response", lambda answer: answers.append(answer))
     go(page, viewer.url)
     for tab, part in FILLED.items():
         page.get_by_role("tab", name=tab).click()

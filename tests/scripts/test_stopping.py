@@ -128,7 +128,8 @@ def test_what_is_learned_and_held_out_at_once_is_one_line(tmp_path, icons, caplo
     def copies_line(train_run, name, **values):
         caplog.clear()
         train_run(tmp_path / name, **values)
-        (line,) = [record.message for record in caplog.records if "copies of" in record.message]
+        messages = [record.message for record in caplog.records]
+        (line,) = [message for message in messages if "also trained on" in message]
         return line
 
     icon = sorted(icons["dataset"].glob("*.png"))[1]
