@@ -51,6 +51,7 @@ def images_of(table):
     return {name: address for address, name in IMAGE.findall(table)}
 
 
+@pytest.mark.slow
 def test_each_image_is_that_of_its_checkpoint_at_its_strength(grid):
     *rows, (status, table) = sample(grid)
     assert [row_table.count("<img") for _, row_table in rows] == [0, 2]

@@ -196,6 +196,7 @@ def test_a_run_leaves_diffusers_file_alone_and_its_checkpoints_the_same(tmp_path
     assert main([str(folder), "--step", "2", "--to", "kohya"]) == 2
 
 
+@pytest.mark.slow
 def test_the_weights_are_refused_on_another_kind_of_model():
     mini = load_pipeline("mini", dtype=torch.float32)
     for name, word in (("lora", "can't be loaded"), ("whole", "has no")):

@@ -67,7 +67,7 @@ def test_the_cache_lies_where_the_option_or_the_system_says(tmp_path, monkeypatc
     assert config.cache_folder("~/here") == tmp_path / "home" / "here"
     assert config.cache_folder("no") is None
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match=r"new/cache.*can be written: give another"):
+    with pytest.raises(UserError, match=r"--disk_cache .* can be written: give another"):
         resolve(["--dataset", "mini", "--disk_cache", str(tmp_path / "new" / "cache")])
     for place in ("auto", "no"):  # a default folder that can't be written is only a warning
         assert resolve(["--dataset", "mini", "--disk_cache", place])

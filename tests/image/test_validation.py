@@ -138,6 +138,7 @@ def test_settings_that_a_model_does_not_read_are_refused(pipeline, monkeypatch):
         samples("a --l 9 --n b", resolution=64)
 
 
+@pytest.mark.slow
 def test_images_and_index_are_those_of_the_samples(tmp_path):
     """Each image equals the pipeline's with the same settings; a seed is given or the run's."""
     sun = "a TOK icon of a sun --s 2 --guidance_from base"

@@ -47,6 +47,7 @@ def test_one_command_at_a_time_has_a_folder_and_the_lock_leaves_no_file(tmp_path
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_and_what_it_forked_hold_nothing(tmp_path):
     command = [sys.executable, "-c", HOLD_AND_FORK, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

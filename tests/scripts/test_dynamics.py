@@ -46,6 +46,7 @@ def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path):
     assert list(snapshot_files(restarted)) == [0, 1]
 
 
+@pytest.mark.slow
 def test_snapshots_are_of_what_was_trained_and_not_of_its_average(tmp_path):
     options = {"init_lora_weights": "pissa", "use_dora": True, "use_ema": True}
     run = train(tmp_path / "run", **SHORT, **options, max_train_steps=2, checkpointing_steps=2)

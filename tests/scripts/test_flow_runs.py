@@ -33,6 +33,7 @@ def on(kind, **values):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_resumes_measures_draws_and_leaves_what_its_pipeline_loads(kind, tmp_path):
     values = on(

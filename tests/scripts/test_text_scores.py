@@ -101,6 +101,7 @@ def answers(result, subject):
     return {(row.metric, row.item): (row.value, row.note) for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
 def test_an_adapter_acts_and_one_of_zeros_does_not(kind, score, tmp_path):
     """And a fully fine-tuned model acts."""
