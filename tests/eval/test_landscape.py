@@ -109,6 +109,7 @@ def test_runs_are_summed_up_by_space_and_compared_by_seed(runs, tmp_path, loaded
         assert (tmp_path / name).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_measurement_is_cached_and_not_repeated(runs, tmp_path, loaded, monkeypatch):
     measure_line = landscape_surface.line
     calls = 0

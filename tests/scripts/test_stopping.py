@@ -49,6 +49,7 @@ def icons(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "method", "values"),
     [

@@ -123,6 +123,7 @@ def is_an_adapter_of_the_primary(folder, kind, flags):
         assert change.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_cut_and_checkpointing_change_nothing(flags_by_kind, tmp_path):
     flags = {**flags_by_kind["seq2seq"], "train_batch_size": 8, "learning_rate": 1e-4}
     uncut = train_text(tmp_path / "uncut", **flags)

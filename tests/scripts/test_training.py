@@ -329,6 +329,7 @@ def test_a_run_goes_on_on_a_smaller_card(tmp_path):
     assert not re.search(r"validation/step-\d", (parts / "README.md").read_text())
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_leaves_a_unet_that_loads(tmp_path):
     folder = train(tmp_path / "run", method="full", learning_rate=1e-5)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
