@@ -167,7 +167,8 @@ def measure(name: str, seed: int, steps: int, folder: Path) -> Measurement:
     if choice["steps"] not in choice_curve:
         run(task.script, runs / "choice", options, choice_options, task.with_truth, loss_steps)
         for row in read_metrics(runs / "choice"):
-            if HELDOUT_LOSS in row:
+            # null stands for a loss that is not finite
+            if row.get(HELDOUT_LOSS) is not None:
                 choice_curve[row["step"]] = row[HELDOUT_LOSS]
 
     # The choice as the last run of `--fit` trains it, with the schedule of that run. The loss of

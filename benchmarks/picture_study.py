@@ -4,7 +4,7 @@ figures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -286,22 +286,29 @@ def step_table(result: Result, metric: str, item: str) -> str:
     return report.table(heads, rows)
 
 
-def draw_fronts(result: Result, guidances: Sequence[Guidance], folder: Path) -> list[str]:
-    """Draw the fronts of a result, each kind of guidance on its own axes.
+def draw_fronts(results: Mapping[str, Result], labels: Sequence[str], folder: Path) -> list[str]:
+    """Draw the fronts: a row for each kind of guidance, a column for each result.
+
+    Args:
+        results: by preset.
+        labels: of the kinds of guidance.
 
     Returns:
         The picture's name; [] if a kind of guidance lacks a value, which leaves empty axes.
     """
-    labels = [guidance.label for guidance in guidances]
-    if not all(result.select("i2t", item=label) for label in labels):
-        return []
-    with plot.canvas(folder / FRONTS, 1, len(labels)) as (_, axes):
-        for axis, label in zip(axes.flat, labels, strict=True):
-            draw_front(axis, result, label, label)
+    for result in results.values():
+        if not all(result.select("i2t", item=label) for label in labels):
+            return []
+    with plot.canvas(folder / FRONTS, len(labels), len(results)) as (_, axes):
+        for axes_row, label in zip(axes, labels, strict=True):
+            for axis, (preset, result) in zip(axes_row, results.items(), strict=True):
+                # One legend, since the variants have the same colors everywhere
+                legend = axis is axes[0][0]
+                draw_front(axis, result, label, f"{preset}, {label}", legend)
     return [FRONTS]
 
 
-def draw_front(axis: Any, result: Result, label: str, title: str, legend: bool = True) -> None:
+def draw_front(axis: Any, result: Result, label: str, title: str, legend: bool) -> None:
     """Draw likeness to the trained style over agreement with the prompt.
 
     Each variant is a line through its checkpoints, with a bar of one standard error of the seeds in

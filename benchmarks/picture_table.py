@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import step_rules
-from picture_study import CONTROL, FRONTS, METRICS, draw_front
+from picture_study import FRONTS, METRICS, draw_fronts
 
 from bilora_diffusion.core.durable import write_text
 from bilora_diffusion.core.errors import UserError, run_cli
 from bilora_diffusion.core.figures import Interval
 from bilora_diffusion.core.values import HELDOUT_LOSS
-from eval import compare, plot, report, table
+from eval import compare, report, table
 from eval.command import Parser, open_folder
 from eval.table import Result
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.read(argv)
     results = read_results(args.results)
     open_folder(args.output_dir, "--output_dir")
-    draw_fronts(results, args.output_dir / FRONTS)
+    draw_fronts(results, guidance_labels(results), args.output_dir)
     command = table.command_line("benchmarks.picture_table", argv or sys.argv[1:])
     write_text(args.output_dir / table.REPORT, page(results, command))
     print(f"written: {args.output_dir / table.REPORT}, {FRONTS}")
@@ -107,12 +107,7 @@ def metric_table(results: dict[str, Result], metric: str, item: str) -> str:
             rows.append([preset, "held-out images", "", *[cell] * len(steps)])
         for group in result.groups:
             lines = [result.summary(group, metric, item, step) for step in steps]
-            cells = []
-            for line in lines:
-                if group == CONTROL:
-                    cells.append(report.mean(line, METRICS[metric], intervals=False))
-                else:
-                    cells.append(report.difference(line, METRICS[metric]))
+            cells = [report.against_control(result, line, group) for line in lines]
             count = max((line.count for line in lines if line is not None), default=0)
             rows.append([preset, group, str(count), *cells])
     heads = ["set", "variant", "n", *(f"step {step}" for step in steps)]
@@ -141,17 +136,6 @@ def mean_regret(result: Result, rule: str) -> tuple[float | None, Interval | Non
         return None, None
     seed_means = [compare.mean(regrets) for regrets in regrets_by_seed.values()]
     return compare.mean(seed_means), compare.bootstrap_interval(seed_means)
-
-
-def draw_fronts(results: dict[str, Result], path: Path) -> None:
-    """Draw likeness over agreement with the prompt: a row for each guidance, a column per set."""
-    labels = guidance_labels(results)
-    with plot.canvas(path, len(labels), len(results)) as (_, axes):
-        for axes_row, label in zip(axes, labels, strict=True):
-            for axis, (preset, result) in zip(axes_row, results.items(), strict=True):
-                # One legend, since the variants have the same colors everywhere
-                legend = axis is axes[0][0]
-                draw_front(axis, result, label, f"{preset}, {label}", legend)
 
 
 if __name__ == "__main__":

@@ -360,7 +360,9 @@ class Pictures(Evaluation):
         return {CURVES: curve_panels(result, self.guidances)}
 
     def figures(self, result: Result, folder: Path) -> list[str]:
-        return draw_fronts(result, self.guidances, folder) + super().figures(result, folder)
+        labels = [guidance.label for guidance in self.guidances]
+        fronts = draw_fronts({self.args.preset: result}, labels, folder)
+        return fronts + super().figures(result, folder)
 
     def introduction(self, result: Result) -> str:
         settings = result.settings

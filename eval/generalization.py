@@ -177,17 +177,13 @@ class Generalization(Evaluation):
 
 def _by_level(result: Result) -> str:
     """A table of the held-out loss at the end: a row for each noise level, a column per group."""
-    metric = result.metric(LEVEL_LOSS)
     levels = {row.item for row in result.select(LEVEL_LOSS)}
     rows = []
     for level in sorted(levels, key=int):
         cells = [level]
         for group in result.groups:
             line = result.summary(group, LEVEL_LOSS, level)
-            if group == result.control:
-                cells.append(report.mean(line, metric, intervals=False))
-            else:
-                cells.append(report.difference(line, metric))
+            cells.append(report.against_control(result, line, group))
         rows.append(cells)
     if not rows:
         return ""

@@ -120,6 +120,16 @@ def difference(line: Summary | None, metric: Metric) -> str:
     return f"{text}, {line.better(metric.higher_is_better)}/{line.pairs}"
 
 
+def against_control(result: Result, line: Summary | None, group: str) -> str:
+    """The control's mean without its interval, or another group's difference to it."""
+    if line is None:
+        return NOT_AVAILABLE
+    metric = result.metric(line.metric)
+    if group == result.control:
+        return mean(line, metric, intervals=False)
+    return difference(line, metric)
+
+
 def comparison(
     result: Result,
     columns: Sequence[Column],
