@@ -106,12 +106,12 @@ class Catalog:
     """The folders under a root.
 
     Args:
-        root: An existing folder.
+        root: an existing folder.
         public: True if others than this machine's user may see the page.
 
     Attributes:
-        root: The root, without links.
-        scan: The folders as they were at the last `refresh`.
+        root: the root, without links.
+        scan: the folders as they were at the last `refresh`.
 
     Raises:
         UserError: There is no such folder.

@@ -35,8 +35,8 @@ class Tab:
     """The scored images: their widgets and their events.
 
     Args:
-        catalog: Folders of the viewer.
-        changed: Event after which the list of scores is filled.
+        catalog: folders of the viewer.
+        changed: event after which the list of scores is filled.
     """
 
     def __init__(self, catalog: Catalog, changed: Any) -> None:
@@ -264,10 +264,10 @@ def prompt_list(prompt_rows: Sequence[PromptRow], chosen: str, a: str, b: str) -
     """The prompts with their scores, as HTML; a row is a button with its position.
 
     Args:
-        prompt_rows: Rows of the list.
-        chosen: Text of the chosen prompt.
-        a: Label of the first adapter.
-        b: Label of the second adapter.
+        prompt_rows: rows of the list.
+        chosen: text of the chosen prompt.
+        a: label of the first adapter.
+        b: label of the second adapter.
     """
     if not prompt_rows:
         return '<p class="quiet">No prompt contains these words.</p>'
@@ -291,9 +291,9 @@ def facts(result: Scored, image: ScoredImage, nearest: str | None) -> str:
     """Scores and caption of an image, as HTML.
 
     Args:
-        result: Scores with the image.
-        image: The image.
-        nearest: Address of the training picture that is most like it.
+        result: scores with the image.
+        image: the image.
+        nearest: address of the training picture that is most like it.
     """
     rows = ""
     for name, value in image.scores.items():

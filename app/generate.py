@@ -42,9 +42,9 @@ class Work:
     """The pipeline that all parts of the page sample with, and each browser's current work.
 
     Args:
-        catalog: Folders of the viewer.
-        page: Page; a browser that leaves it ends its work.
-        device: Name of a device, such as "cuda:1"; None for the best one.
+        catalog: folders of the viewer.
+        page: page; a browser that leaves it ends its work.
+        device: name of a device, such as "cuda:1"; None for the best one.
     """
 
     def __init__(self, catalog: Catalog, page: gr.Blocks, device: str | None) -> None:
@@ -65,10 +65,10 @@ class Work:
         """Add the buttons Generate and Cancel, and the events of these and of the Enter key.
 
         Args:
-            name: Beginning of the buttons' ids.
-            sample: Called with the number of the work and the values of `inputs`.
-            prompt: Widget whose Enter key starts the work too.
-            inputs: Widgets of the form.
+            name: beginning of the buttons' ids.
+            sample: called with the number of the work and the values of `inputs`.
+            prompt: widget whose Enter key starts the work too.
+            inputs: widgets of the form.
             outputs: HTML that `sample` yields, which is cleared first; the first one shows the
                 progress.
         """
@@ -131,8 +131,8 @@ class Tab:
     """The tab Generate: its widgets and their events.
 
     Args:
-        work: The browsers' work.
-        changed: Event after which the list of runs is filled.
+        work: the browsers' work.
+        changed: event after which the list of runs is filled.
     """
 
     def __init__(self, work: Work, changed: Any) -> None:

@@ -47,8 +47,8 @@ class Grid:
     """The grid in the tab Compare: its widgets and their events.
 
     Args:
-        work: The browsers' work.
-        changed: Event after which the list of runs is filled.
+        work: the browsers' work.
+        changed: event after which the list of runs is filled.
     """
 
     def __init__(self, work: Work, changed: Any) -> None:
@@ -215,10 +215,10 @@ def table(
     """The grid as HTML: for each step a row of each kind of guidance, one below the other.
 
     Args:
-        rows: Steps of the checkpoints.
-        kinds: Models of the unconditional prediction; a single one is not named.
-        columns: Strengths of the adapter.
-        addresses: Address of each image that is there.
+        rows: steps of the checkpoints.
+        kinds: models of the unconditional prediction; a single one is not named.
+        columns: strengths of the adapter.
+        addresses: address of each image that is there.
     """
     head = "".join(f'<th scope="col">{strength:g}</th>' for strength in columns)
     body = ""

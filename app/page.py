@@ -81,8 +81,8 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
     """Build the page with all tabs.
 
     Args:
-        catalog: Folders of the viewer.
-        device: Device that samples images, such as "cuda:1"; None for the best one.
+        catalog: folders of the viewer.
+        device: device that samples images, such as "cuda:1"; None for the best one.
     """
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
@@ -168,11 +168,11 @@ def server(
     when a proxy is set. Gradio's app as a part of another app does not.
 
     Args:
-        catalog: Folders of the viewer.
-        host: Address that the server listens on.
+        catalog: folders of the viewer.
+        host: address that the server listens on.
         public: True if other machines may look.
-        device: Device that samples images; None for the best one.
-        allowed_hosts: Names to answer to, besides those of this machine.
+        device: device that samples images; None for the best one.
+        allowed_hosts: names to answer to, besides those of this machine.
     """
     style = (FOLDER / "style.css").read_text("utf-8")
     script = (FOLDER / "page.js").read_text("utf-8")
@@ -202,10 +202,10 @@ def guarded(app: ASGIApp, host: str, public: bool, allowed_hosts: Collection[str
     """Put an application behind all guards.
 
     Args:
-        app: The application.
-        host: Address that it listens on.
+        app: the application.
+        host: address that it listens on.
         public: True if other machines may look.
-        allowed_hosts: Further names of this server, such as a proxy's.
+        allowed_hosts: further names of this server, such as a proxy's.
     """
     names = {"localhost", "127.0.0.1", "::1", host.lower()}
     names |= {name.lower() for name in allowed_hosts}
@@ -222,8 +222,8 @@ class PageGuard:
     route that this page needs. Each answer has the policy for the browser.
 
     Args:
-        app: The application.
-        names: Host names of this server, in lower case.
+        app: the application.
+        names: host names of this server, in lower case.
         answers_addresses: True if every IP address counts as this server's: behind the port of a
             container the server does not know its own. Starlette's TrustedHostMiddleware has no
             such setting.

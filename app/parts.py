@@ -29,13 +29,13 @@ from .runs import CONTROL, OURS, RunItem, pair
 # Properties of events that fill the page in the background.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 # Bounds of the longer side with which a picture is shown, in pixels.
-SMALLEST, LARGEST = 256, 768
-# The same of a slider; its upper bound is `LARGEST` too.
+MIN_SIDE, MAX_SIDE = 256, 768
+# The same of a slider; its upper bound is `MAX_SIDE` too.
 SLIDER_SMALLEST = 384
 # Formats of pictures; for others Pillow starts programs, such as an interpreter of PostScript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # Largest picture: a small file may hold any number of equal pixels, which must fit into memory.
-MOST_PIXELS = 2**26
+MAX_PIXELS = 2**26
 # Widget -> its new value or properties.
 Update = dict[Any, Any]
 
@@ -59,22 +59,22 @@ def warn(text: str) -> None:
 
 
 def read(path: Path, mode: str = "RGB") -> Image.Image | None:
-    """Read a picture; None if it is not there, can't be read, or has more than `MOST_PIXELS`."""
+    """Read a picture; None if it is not there, can't be read, or has more than `MAX_PIXELS`."""
     try:
         if not is_file(path):  # a pipe would keep its reader waiting
             return None
         with Image.open(path, formats=FORMATS) as picture:
-            if math.prod(picture.size) > MOST_PIXELS:
+            if math.prod(picture.size) > MAX_PIXELS:
                 return None
             return picture.convert(mode)
     except DECODE_ERRORS:
         return None
 
 
-def fitted(picture: Image.Image, smallest: int = SMALLEST) -> Image.Image:
-    """Resize a picture by Lanczos, to a longer side between `smallest` and `LARGEST`."""
+def fitted(picture: Image.Image, smallest: int = MIN_SIDE) -> Image.Image:
+    """Resize a picture by Lanczos, to a longer side between `smallest` and `MAX_SIDE`."""
     side = max(picture.size)
-    new_side = min(max(side, smallest), LARGEST)
+    new_side = min(max(side, smallest), MAX_SIDE)
     width = max(1, round(picture.width * new_side / side))
     height = max(1, round(picture.height * new_side / side))
     return picture.resize((width, height), Image.Resampling.LANCZOS)
@@ -115,9 +115,9 @@ def image(address: str | None, label: str, missing: str = "") -> str:
     """A picture as HTML, which a click or the Enter key enlarges.
 
     Args:
-        address: Address of the picture; None for the text `missing` in its place.
-        label: Alternative text.
-        missing: Text in place of a picture that is not there.
+        address: address of the picture; None for the text `missing` in its place.
+        label: alternative text.
+        missing: text in place of a picture that is not there.
     """
     if address is None:
         return f'<div class="absent">{escape(missing)}</div>'
@@ -131,10 +131,10 @@ def card(
     """A picture under its name, as HTML.
 
     Args:
-        title: Name of the picture.
-        address: As `image` takes it.
+        title: name of the picture.
+        address: as `image` takes it.
         role: "A" or "B" for one of a pair.
-        missing: As `image` takes it.
+        missing: as `image` takes it.
         facts: HTML below the picture.
     """
     mark = f'<span class="role">{role}</span>' if role else ""
@@ -151,8 +151,8 @@ def slider(labels: Sequence[str], pictures: Sequence[Image.Image | None]) -> str
     browser's own range input, so that mouse, finger and arrow keys move it.
 
     Args:
-        labels: Names of both.
-        pictures: Both; the second one is brought to the size of the first.
+        labels: names of both.
+        pictures: both; the second one is brought to the size of the first.
 
     Returns:
         The HTML; "" if a picture is missing.
@@ -208,9 +208,9 @@ def empty(catalog: Catalog, title: str, *names: str) -> str:
     """A notice that nothing is there yet, with commands to copy, as HTML.
 
     Args:
-        catalog: Folders of the viewer.
-        title: Heading.
-        names: Keys of `COMMANDS` and `EVALUATIONS`.
+        catalog: folders of the viewer.
+        title: heading.
+        names: keys of `COMMANDS` and `EVALUATIONS`.
     """
     rows = ""
     for name in names:

@@ -33,8 +33,8 @@ def build(catalog: Catalog, changed: Any) -> None:
     """Build the tab inside the current `gr.Tab`.
 
     Args:
-        catalog: Folders of the viewer.
-        changed: Event after which the list of results is filled.
+        catalog: folders of the viewer.
+        changed: event after which the list of results is filled.
     """
     notice = parts.html("results-notice", visible=False)
     with gr.Column(visible=False) as body:

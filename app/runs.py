@@ -169,10 +169,10 @@ def progress(
     """Find the progress of a run.
 
     Args:
-        record: Content of ``run.json``.
-        rows: Rows of ``metrics.jsonl``.
-        last_written: Time at which one of these files was last written, in seconds since the epoch.
-        current_time: Time now; None for that of the clock.
+        record: content of ``run.json``.
+        rows: rows of ``metrics.jsonl``.
+        last_written: time at which one of these files was last written, in seconds since the epoch.
+        current_time: time now; None for that of the clock.
     """
     if current_time is None:
         current_time = time.time()

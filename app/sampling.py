@@ -96,7 +96,7 @@ class Pipelines:
     """Keeps one pipeline loaded.
 
     Args:
-        device: Name of a device, such as "cuda:1"; None for the best one.
+        device: name of a device, such as "cuda:1"; None for the best one.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -114,10 +114,10 @@ class Pipelines:
         """Sample an image for each request; not to be called by two threads at once.
 
         Args:
-            base: Base model, which is loaded if it is not the last one.
-            adapter: Run folder or LoRA file; None for the base model alone.
-            requests: One, or several that differ in their scales and kinds of guidance.
-            on_step: Called after each step with its number, from 1, counted over all images; an
+            base: base model, which is loaded if it is not the last one.
+            adapter: run folder or LoRA file; None for the base model alone.
+            requests: one, or several that differ in their scales and kinds of guidance.
+            on_step: called after each step with its number, from 1, counted over all images; an
                 exception in it ends the work.
         """
         pipeline = self._load(base)
@@ -204,9 +204,9 @@ def sides(
     """Look up the two sides of a comparison.
 
     Args:
-        catalog: Folders of the viewer.
-        a: Path of a run, or `BASE`.
-        b: The same of the other side.
+        catalog: folders of the viewer.
+        a: path of a run, or `BASE`.
+        b: the same of the other side.
 
     Returns:
         The base model of both; label and folder of each, None for the base model alone; and the

@@ -25,7 +25,7 @@ from eval.table import FILE, Result, Summary
 # Metric -> field of `ScoredImage` for the note of its rows.
 NOTES = {"t2t": "caption", "nearest": "nearest_image"}
 # JavaScript has no larger whole numbers.
-LARGEST_SEED = 2**53
+MAX_SEED = 2**53
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def scored(result: Result) -> Scored:
         if label not in scores.labels or text not in scores.texts:
             raise UserError(damaged)
         seeds.append(seed)
-    if any(abs(seed) > LARGEST_SEED for seed in seeds):
+    if any(abs(seed) > MAX_SEED for seed in seeds):
         raise UserError(damaged)
     return scores
 
@@ -306,9 +306,9 @@ def opened(query: Mapping[str, str], scores: str, result: Scored) -> tuple[View,
     """Read the view of a `link`, of which every part may be missing.
 
     Args:
-        query: Parts of the link.
-        scores: Path of the score folder.
-        result: Its scores.
+        query: parts of the link.
+        scores: path of the score folder.
+        result: its scores.
 
     Returns:
         The view, and a sentence for each part that is not there (any more).

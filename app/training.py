@@ -147,8 +147,8 @@ def plot_properties(lines: Sequence[Line], values: Sequence[float]) -> dict[str,
     """Properties of a plot: colors and limits; a plot without values is hidden.
 
     Args:
-        lines: Lines of the plot.
-        values: Values of all points.
+        lines: lines of the plot.
+        values: values of all points.
     """
     if not values:
         return {"visible": False}
@@ -187,8 +187,8 @@ class Tab:
     """The tab Training: its widgets and their events.
 
     Args:
-        catalog: Folders of the viewer.
-        changed: Event after which the list of runs is filled.
+        catalog: folders of the viewer.
+        changed: event after which the list of runs is filled.
     """
 
     def __init__(self, catalog: Catalog, changed: Any) -> None:

@@ -61,9 +61,9 @@ BROAD_DASHES = ("fb", "fa", "f9", "f8")
 WITH_LEGEND = ("concepts", "fit")
 OTHER_LABEL = "other configurations"
 # Column of the held-out loss at one noise level.
-LEVEL = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
+LEVEL_KEY = re.compile(rf"{re.escape(BY_LEVEL)}(\d{{1,9}})")
 # Points of a line, about.
-MOST_POINTS = 400
+MAX_POINTS = 400
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def smooth(points: Points, window: int) -> Points:
     return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
 
 
-def thin(points: Points, limit: int = MOST_POINTS) -> Points:
+def thin(points: Points, limit: int = MAX_POINTS) -> Points:
     """Thin a curve out to about `limit` points, such that its length and its peaks stay.
 
     These are the first and the last point, and the lowest and the highest of equal stretches.
@@ -164,10 +164,10 @@ def curves(
     """The running mean of a metric, for each run.
 
     Args:
-        runs: Runs with the metric in their logs.
-        key: Name of the metric.
-        window: Steps of the mean.
-        background: Name of a metric whose faint lines lie behind, and its title in the plot.
+        runs: runs with the metric in their logs.
+        key: name of the metric.
+        window: steps of the mean.
+        background: name of a metric whose faint lines lie behind, and its title in the plot.
     """
     lines = []
     if background is not None:
@@ -224,7 +224,7 @@ def by_level(rows: Sequence[Row]) -> Points:
     last = measured_rows[-1]
     points = []
     for key, value in last.items():
-        match = LEVEL.fullmatch(key)
+        match = LEVEL_KEY.fullmatch(key)
         first_value = first.get(key)
         if match and value is not None and first_value is not None:
             points.append((int(match[1]), value - first_value))
@@ -333,8 +333,8 @@ def charts(runs: Sequence[TrainingRun], window: int) -> dict[str, list[Line]]:
     """Lines of each plot, those in the background first, by the names of `TITLES`.
 
     Args:
-        runs: Runs to show.
-        window: Steps of the running mean.
+        runs: runs to show.
+        window: steps of the running mean.
     """
     levels = [run.line(by_level(run.rows)) for run in runs]
     plots = {

@@ -45,8 +45,8 @@ def build(catalog: Catalog, changed: Any) -> None:
     """Build this part inside the current `gr.Tab`.
 
     Args:
-        catalog: Folders of the viewer.
-        changed: Event after which the list of runs is filled.
+        catalog: folders of the viewer.
+        changed: event after which the list of runs is filled.
     """
     empty = parts.html("validation-empty", visible=False)
     with gr.Accordion("Validation images", visible=False, elem_id="validation") as body:

@@ -49,8 +49,8 @@ class Tab:
     """The tab Vote: its widgets and their events.
 
     Args:
-        catalog: Folders of the viewer.
-        changed: Event after which the list of scores is filled.
+        catalog: folders of the viewer.
+        changed: event after which the list of scores is filled.
     """
 
     def __init__(self, catalog: Catalog, changed: Any) -> None:

@@ -121,9 +121,9 @@ def image_pairs(
     General prompts, which ask for nothing that was trained, are left out.
 
     Args:
-        scores: Path of the score folder.
-        result: Its scores.
-        labels: Labels of the two adapters; None for all adapters.
+        scores: path of the score folder.
+        result: its scores.
+        labels: labels of the two adapters; None for all adapters.
     """
     digests = {entry.label: entry.digest for entry in result.result.subjects}
     sides_by_image: dict[tuple[str, int], list[Side]] = defaultdict(list)
@@ -162,8 +162,8 @@ class VoteStore:
     """Votes on the score folders of a root.
 
     Args:
-        catalog: Folders of the viewer.
-        rng: Chooses pairs and sides.
+        catalog: folders of the viewer.
+        rng: chooses pairs and sides.
     """
 
     def __init__(self, catalog: Catalog, rng: random.Random) -> None:
@@ -181,9 +181,9 @@ class VoteStore:
         """Begin a session, or go on with it.
 
         Args:
-            path: Path of the score folder.
-            pair: A value of `pairs`.
-            session: Name of the voter's browser.
+            path: path of the score folder.
+            pair: a value of `pairs`.
+            session: name of the voter's browser.
 
         Raises:
             UserError: The file of votes can't be written, or no images can be read.
@@ -196,7 +196,7 @@ class VoteStore:
         """Store a vote and choose the next pair; a second vote on a pair changes nothing.
 
         Args:
-            voter: State of the page on which the choice was made.
+            voter: state of the page on which the choice was made.
             choice: "left", "right" or "tie".
 
         Raises:
@@ -227,8 +227,8 @@ class VoteStore:
         """Read votes in the order in which they were cast.
 
         Args:
-            scores: Path of their score folder; None for all folders.
-            session: Their session; None for all sessions.
+            scores: path of their score folder; None for all folders.
+            session: their session; None for all sessions.
         """
         if not self._catalog.resolve(FILE).exists():
             return []

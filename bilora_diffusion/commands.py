@@ -32,7 +32,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     """Train an image model; returns the exit code (`errors.reported`).
 
     Args:
-        argv: Arguments; None for ``sys.argv``.
+        argv: arguments; None for ``sys.argv``.
     """
     with reported() as code:
         run_script("image", argv)

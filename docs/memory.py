@@ -53,9 +53,9 @@ def step_memory(name: str, weights: str, *words: str) -> dict[str, int]:
     """Memory of a step on one image of 1024 pixels, without that of CUDA itself.
 
     Args:
-        name: Name of the model.
+        name: name of the model.
         weights: "bf16", or a value of ``--quantize``.
-        words: Further words of the command line.
+        words: further words of the command line.
 
     Returns:
         Bytes of a step of "lora" and of "bilora", of its "activations", and of the text "encoders",
@@ -137,7 +137,7 @@ def recipe_models(examples: Mapping[str, str]) -> dict[Path, str]:
     """Recipes with lines of memory, and the names of their models.
 
     Args:
-        examples: Names of models, and their ids on the hub.
+        examples: names of models, and their ids on the hub.
     """
     names = {hub_id: name for name, hub_id in examples.items()}
     models = {}

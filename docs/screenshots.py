@@ -53,7 +53,7 @@ GENERATED_MS = 600_000
 # Colors of a picture that would be too large with all.
 PALETTE = 256
 # Largest file of a picture in the repository.
-MOST_BYTES = 195_000
+MAX_BYTES = 195_000
 
 
 # the browser, also of tests/browser
@@ -199,7 +199,7 @@ def save(picture: Image.Image, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     for version in (full, dithered, plain):
         version.save(file, optimize=True)
-        if file.stat().st_size <= MOST_BYTES:
+        if file.stat().st_size <= MAX_BYTES:
             return
 
 

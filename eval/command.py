@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 # Endings of files that count as adapters; pickles are refused when they are opened
 ADAPTER_FILES = (".safetensors", *PICKLES)
 # Numbers of ``a..b``
-LARGEST_RANGE = 10_000
+MAX_RANGE = 10_000
 # Runs that the name of a folder of results has; of more it has a hash
-MOST_NAMED = 4
+MAX_NAMED = 4
 COUNTS = Range(10**9, "no machine comes to the end of more", at_least=1)
 POSITIVE = Range(1e9, "nothing is measured that far out", greater_than=0)
 
@@ -136,11 +136,11 @@ def question_of(args: argparse.Namespace) -> list[str]:
             path = path.parent
         is_labelled = equals and not path.exists()
         names.append(_safe_name(label if is_labelled else path.name))
-    parts = names[:MOST_NAMED]
-    if len(names) > MOST_NAMED:
+    parts = names[:MAX_NAMED]
+    if len(names) > MAX_NAMED:
         # The hash is of all names, so that other sets of as many runs get another folder.
         digest = blake2b("\n".join(names).encode(), digest_size=3).hexdigest()
-        parts.append(f"and-{len(names) - MOST_NAMED}-more-{digest}")
+        parts.append(f"and-{len(names) - MAX_NAMED}-more-{digest}")
     if args.steps is not None:
         parts.append("steps")
     if args.prompts is not None:
@@ -208,8 +208,8 @@ def read_integers(text: str, place: str) -> list[int]:
         if numbers is None:
             raise UserError(f"{place}: write whole numbers, such as 0,1 or 0..3.")
         low, high = int(numbers[1]), int(numbers[2] or numbers[1])
-        if not 0 <= high - low < LARGEST_RANGE:
-            raise UserError(f"{place}: write a..b with a <= b, at most {LARGEST_RANGE} numbers.")
+        if not 0 <= high - low < MAX_RANGE:
+            raise UserError(f"{place}: write a..b with a <= b, at most {MAX_RANGE} numbers.")
         integers += range(low, high + 1)
     for integer, count in Counter(integers).items():
         if count > 1:

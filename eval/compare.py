@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilora_diffusion.core.errors import UserError, did_you_mean
-from bilora_diffusion.core.figures import LEVEL, Interval
+from bilora_diffusion.core.figures import CONFIDENCE, Interval
 
 from .table import Entry, Row, Summary
 
@@ -73,12 +73,12 @@ def bootstrap_interval(values: Sequence[float]) -> Interval | None:
     bias = ndtri(is_below.mean() + is_tie.mean() / 2)
     # a = sum(d^3) / (6 sum(d^2)^1.5), the jackknife's acceleration of a mean.
     acceleration = np.sum(deviations**3) / (6 * np.sum(deviations**2) ** 1.5)
-    # The levels of the bounds: Phi(z0 + (z0 + z) / (1 - a (z0 + z))).
-    shifted = bias + ndtri([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    levels = ndtr(bias + shifted / (1 - acceleration * shifted))
+    # The quantiles of the bounds: Phi(z0 + (z0 + z) / (1 - a (z0 + z))).
+    shifted = bias + ndtri([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    quantiles = ndtr(bias + shifted / (1 - acceleration * shifted))
 
     # No interpolation: the few means that five values can have are far apart.
-    low, high = np.quantile(means, levels, method="averaged_inverted_cdf")
+    low, high = np.quantile(means, quantiles, method="averaged_inverted_cdf")
     return Interval(center + spread * float(low), center + spread * float(high))
 
 
@@ -94,7 +94,7 @@ def win_rate_interval(wins: int, ties: int, losses: int) -> Interval | None:
     # A tie is half a win.
     if ties:
         return bootstrap_interval([1.0] * wins + [0.5] * ties + [0.0] * losses)
-    proportion = stats.binomtest(wins, wins + losses).proportion_ci(LEVEL, method="wilson")
+    proportion = stats.binomtest(wins, wins + losses).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(float(proportion.low), float(proportion.high))
 
 
@@ -270,11 +270,11 @@ def best(rows: Iterable[Row], metric: str, higher_is_better: bool = False) -> li
 def equal_training(
     rows: Sequence[Row], metric: str, training: str, unpaired: Collection[str] = ()
 ) -> tuple[EqualTraining | None, list[Row]]:
-    """A row "equal_training METRIC" for each subject: its value at one level of the training loss.
+    """A row "equal_training METRIC" for each subject: its value at one training loss.
 
-    The level is the lowest that every run of the groups reaches. A group in which a run's training
-    loss never fell below its start does not set the level: at that level the other runs would be
-    compared near their own start.
+    That loss is the lowest that every run of the groups reaches. A group in which a run's training
+    loss never fell below its start does not set it: there the other runs would be compared near
+    their own start.
 
     Args:
         training: name of the training loss, which is recorded at the same steps as the metric.
@@ -305,15 +305,15 @@ def equal_training(
     if not candidates:
         return None, []
     # The highest of the runs' lowest losses is the lowest that all of them reach.
-    level = EqualTraining(*max(candidates))
+    common_loss = EqualTraining(*max(candidates))
     equal_rows = []
     for curve in curves:
         values = [row.value or 0.0 for row in curve.rows]
-        value = at_training_loss(curve.losses, values, level.training_loss)
+        value = at_training_loss(curve.losses, values, common_loss.training_loss)
         if value is not None:
             equal_row = _with_prefix("equal_training", curve.rows[0])
             equal_rows.append(replace(equal_row, value=value))
-    return level, equal_rows
+    return common_loss, equal_rows
 
 
 class _Curve(NamedTuple):
@@ -324,22 +324,22 @@ class _Curve(NamedTuple):
 
 
 def at_training_loss(
-    training: Sequence[float], measured: Sequence[float], level: float
+    training: Sequence[float], measured: Sequence[float], loss: float
 ) -> float | None:
-    """The measured value at which a run's training loss first fell to ``level``.
+    """The measured value at which a run's training loss first fell to ``loss``.
 
     Returns:
-        The value, interpolated linearly between the two points around ``level``; None if the run
-        never reached that level, or started below it.
+        The value, interpolated linearly between the two points around ``loss``; None if the run
+        never reached it, or started below it.
     """
-    if not len(training) or training[0] < level:
+    if not len(training) or training[0] < loss:
         return None
     for i in range(len(training) - 1):
         start, end = training[i], training[i + 1]
-        if start >= level >= end:
+        if start >= loss >= end:
             share = 0.0  # of the way from this point to the next
             if start > end:
-                share = (start - level) / (start - end)
+                share = (start - loss) / (start - end)
             return float(measured[i] + share * (measured[i + 1] - measured[i]))
     return None
 

@@ -64,7 +64,7 @@ class Dynamics(Evaluation):
             require_common_steps(group, recorded_steps)
             steps[group] = max(last_steps)
             options[group] = compared_options(runs[0])
-        self.settings |= {"level": curves.LEVEL, "steps": steps, "options": options}
+        self.settings |= {"level": curves.SETTLED_COSINE, "steps": steps, "options": options}
         self._note(groups)
 
     def rows(self, subject: Subject) -> Iterator[Row]:

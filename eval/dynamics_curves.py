@@ -49,7 +49,7 @@ NEGLIGIBLE = 1e4
 # Layers of a group that have curves of their own
 SMALL_MULTIPLES = 4
 # Cosine to the final weights at which weights count as settled
-LEVEL = 0.9
+SETTLED_COSINE = 0.9
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,9 @@ def key_figures(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
     """Key figures of each run's curves, at the steps that all runs of its group have.
 
     - Cosine to the adapter's own final weights: "settled NAME", the step from which on it is
-      ``LEVEL`` or more; "start NAME", its first value; "lag product" and "lag factors", how many
-      steps later the auxiliary settles; "share ...", after which share of all steps it does.
+      ``SETTLED_COSINE`` or more; "start NAME", its first value; "lag product" and "lag factors",
+      how many steps later the auxiliary settles; "share ...", after which share of all steps it
+      does.
     - Ratio of Eq. 5's terms: "lowest", "median" and "highest".
     - Cosine to the primary's final weights: "largest" by absolute value.
     - Overlaps, cosine and gain: "final" and "mean".
@@ -267,7 +268,9 @@ def _figures(metric: str, points: Sequence[Row]) -> dict[str, float | None]:
         # The last value that is defined
         return {"final": values[-1], "mean": sum(values) / len(values)}
     if "/" in metric and not metric.startswith(CROSS):
-        settled = settles([row.step or 0 for row in points], [row.value for row in points], LEVEL)
+        steps = [row.step or 0 for row in points]
+        cosines = [row.value for row in points]
+        settled = settles(steps, cosines, SETTLED_COSINE)
         return {"settled": settled, "start": next(iter(values), None)}
     return {}
 
@@ -291,17 +294,17 @@ def _lags(rows: Sequence[Row], steps: Mapping[str, int]) -> list[Row]:
     return figures
 
 
-def settles(steps: Sequence[int], values: Sequence[float | None], level: float) -> float | None:
-    """The step from which on a curve stays at ``level`` or above.
+def settles(steps: Sequence[int], values: Sequence[float | None], threshold: float) -> float | None:
+    """The step from which on a curve stays at ``threshold`` or above.
 
-    It is interpolated linearly between the last point below the level and the next one. It is the
-    first step with a value if no point is below; None if the last point is.
+    It is interpolated linearly between the last point below the threshold and the next one.
+    It is the first step with a value if no point is below; None if the last point is.
     """
     points = []
     for step, value in zip(steps, values, strict=True):
         if value is not None:
             points.append((step, value))
-    indices_below = [i for i, (_, value) in enumerate(points) if value < level]
+    indices_below = [i for i, (_, value) in enumerate(points) if value < threshold]
     if not points:
         return None
     if not indices_below:
@@ -311,4 +314,4 @@ def settles(steps: Sequence[int], values: Sequence[float | None], level: float) 
         return None
     left, low = points[crossing]
     right, high = points[crossing + 1]
-    return left + (right - left) * (level - low) / (high - low)
+    return left + (right - left) * (threshold - low) / (high - low)

@@ -162,7 +162,7 @@ def _convergence(result: Result) -> list[list[Panel]]:
                 if result.curve(group, metric):
                     curves.append(Curve(group, metric, "", label, color, style))
         title = f"{group}\n{_rates(result, group)}all layers"
-        group_panels.append(Panel(title, "cosine to the final weights", curves, levels=[0]))
+        group_panels.append(Panel(title, "cosine to the final weights", curves, lines=[0]))
     return [group_panels[start : start + 3] for start in range(0, len(group_panels), 3)]
 
 
@@ -198,11 +198,11 @@ def _auxiliary(result: Result, groups: Sequence[str]) -> list[list[Panel]]:
     gain_title = r"first-order ascent gain $\langle G, s_2 B_2 A_2 \rangle$"
     norm_title = r"$\|s_2 B_2 A_2\|_F$ : projected solid, before dashed"
     upper_row = [
-        Panel(overlap_title, overlap_label, overlaps, levels=chances),
-        Panel("cosine of B1 A1 and B2 A2", "cosine", cosines, levels=[0]),
+        Panel(overlap_title, overlap_label, overlaps, lines=chances),
+        Panel("cosine of B1 A1 and B2 A2", "cosine", cosines, lines=[0]),
     ]
     lower_row = [
-        Panel(gain_title, "loss", gains, levels=[0]),
-        Panel(norm_title, "norm", norms, log=True, levels=radii),
+        Panel(gain_title, "loss", gains, lines=[0]),
+        Panel(norm_title, "norm", norms, log=True, lines=radii),
     ]
     return [upper_row, lower_row]

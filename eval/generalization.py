@@ -35,13 +35,13 @@ LOWEST_AT = f"step of best {HELDOUT_LOSS}"
 LEVEL_LOSS = f"final {HELDOUT_LOSS} by level"
 
 
-def metrics(level: float | None = None) -> dict[str, Metric]:
+def metrics(common_loss: float | None = None) -> dict[str, Metric]:
     """Titles and forms of the metrics; losses are shown times 1000.
 
     Args:
-        level: the training loss at which runs are compared, for the title of that column.
+        common_loss: the training loss at which runs are compared, for the title of that column.
     """
-    level_text = "" if level is None else f" ({1000 * level:.2f})"
+    loss_text = "" if common_loss is None else f" ({1000 * common_loss:.2f})"
     titles = {
         TRAINING_GRID_LOSS: "loss on what is trained on",
         HELDOUT_LOSS: "loss on held-out data",
@@ -50,7 +50,7 @@ def metrics(level: float | None = None) -> dict[str, Metric]:
         f"final {HELDOUT_LOSS}": "held-out",
         f"final {GAP}": "gap",
         f"best {HELDOUT_LOSS}": "lowest held-out",
-        f"equal_training {HELDOUT_LOSS}": f"held-out at equal training loss{level_text}",
+        f"equal_training {HELDOUT_LOSS}": f"held-out at equal training loss{loss_text}",
         LEVEL_LOSS: "held-out loss at one noise level",
     }
     metrics = {name: Metric(title, scale=1000, form=".2f") for name, title in titles.items()}
@@ -100,8 +100,10 @@ class Generalization(Evaluation):
     def complete(self, subjects: Sequence[Subject], rows: list[Row]) -> Result:
         # None means that the group has no seed in common with the control: pairing is unknown.
         unpaired = [group for group, pair in self.settings["paired"].items() if pair is False]
-        # Runs on other data reach other losses, and do not set the level.
-        level, equal_rows = compare.equal_training(rows, HELDOUT_LOSS, TRAINING_GRID_LOSS, unpaired)
+        # Runs on other data reach other losses, and do not set the common loss.
+        common_loss, equal_rows = compare.equal_training(
+            rows, HELDOUT_LOSS, TRAINING_GRID_LOSS, unpaired
+        )
         best_rows = compare.best(rows, HELDOUT_LOSS)
         step_of: dict[tuple[str, float | None], int | None] = {}
         for row in rows:
@@ -114,10 +116,10 @@ class Generalization(Evaluation):
         for row in best_rows:
             step = step_of[row.subject, row.value]
             rows.append(replace(row, metric=LOWEST_AT, value=step))
-        self.settings["equal_training"] = None if level is None else asdict(level)
+        self.settings["equal_training"] = None if common_loss is None else asdict(common_loss)
         self._note(subjects, unpaired)
         summaries = compare.summaries(rows, self.control, unpaired=unpaired)
-        titles = metrics(None if level is None else level.training_loss)
+        titles = metrics(None if common_loss is None else common_loss.training_loss)
         return self.result(subjects, rows, summaries, self.control, metrics=titles)
 
     def _note(self, subjects: Sequence[Subject], unpaired: Sequence[str]) -> None:
@@ -128,11 +130,11 @@ class Generalization(Evaluation):
             f"Both losses are measured {manner}: `{HELDOUT_LOSS}` on held-out {data},"
             f" `{TRAINING_GRID_LOSS}` on those that were trained on."
         )
-        level = self.settings["equal_training"]
-        if level:
+        common_loss = self.settings["equal_training"]
+        if common_loss:
             self.notes.append(
                 "Equal training loss is the lowest that all paired runs reach; it is set by"
-                f" {level['set_by']}. There the gap differs as the held-out loss does."
+                f" {common_loss['set_by']}. There the gap differs as the held-out loss does."
             )
         for label, runs in by_group(subjects).items():
             if label in unpaired:
@@ -153,7 +155,7 @@ class Generalization(Evaluation):
                 differences.append(Curve(group, name, difference=True))
             title = result.metrics[name].title
             upper_row.append(Panel(title, name, curves, legend=name == TRAINING_GRID_LOSS))
-            lower_row.append(Panel(lower_title, name, differences, levels=[0]))
+            lower_row.append(Panel(lower_title, name, differences, lines=[0]))
         if len(result.groups) == 1:
             return {"generalization.png": [upper_row]}
         return {"generalization.png": [upper_row, lower_row]}

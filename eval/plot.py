@@ -45,13 +45,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over steps on one pair of axes, and horizontal lines at some levels."""
+    """Curves over steps on one pair of axes, and horizontal lines."""
 
     title: str
     ylabel: str
     curves: Sequence[Curve]
     log: bool = False
-    levels: Sequence[float] = ()
+    lines: Sequence[float] = ()
     legend: bool = True
 
 
@@ -103,8 +103,8 @@ def _draw_panel(axis: Any, result: Result, panel: Panel, styles: Mapping[str, An
             ls=curve.style or style["ls"],
             marker=marker,
         )
-    for level in panel.levels:
-        axis.axhline(level, color="black", lw=0.7, ls=":")
+    for value in panel.lines:
+        axis.axhline(value, color="black", lw=0.7, ls=":")
     axis.set_yscale("log" if panel.log else "linear")
     finish(axis, panel.title, panel.ylabel, panel.legend)
 

@@ -16,7 +16,7 @@ NOT_AVAILABLE = "n/a"
 # With fewer seeds a bootstrap interval is too narrow; see `compare.bootstrap_interval`.
 FEW_SEEDS = 10
 # Decimals beyond a metric's own. A still smaller interval is one of rounding errors.
-MOST_FURTHER = 2
+MAX_FURTHER_DECIMALS = 2
 INTERVALS = "its 95 % interval (bootstrap, BCa)"
 
 
@@ -92,7 +92,7 @@ def resolved(metric: Metric, size: float) -> Metric:
     # 0.034 has its first digit in the second decimal, so two digits need three decimals.
     needed = 1 - math.floor(math.log10(size))
     # At least the metric's own decimals, so that large intervals don't lose any.
-    decimals = min(max(decimals, needed), decimals + MOST_FURTHER)
+    decimals = min(max(decimals, needed), decimals + MAX_FURTHER_DECIMALS)
     return replace(metric, form=f".{decimals}f")
 
 

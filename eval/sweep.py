@@ -232,12 +232,12 @@ class Sweep(Evaluation):
             pairs = paired(finished, control)
         unpaired = [group for group, is_paired in pairs.items() if is_paired is False]
         # A variant that learns less also overfits less. At one training loss that plays no part.
-        level, equal_rows = compare.equal_training(rows, metric, TRAINING_GRID_LOSS, unpaired)
+        common_loss, equal_rows = compare.equal_training(rows, metric, TRAINING_GRID_LOSS, unpaired)
         rows += compare.best(rows, metric, self.experiment.higher_is_better)
         rows += equal_rows
         lines = compare.summaries(rows, control, unpaired=unpaired)
         self.settings["paired"] = pairs
-        self.settings["equal_training"] = None if level is None else asdict(level)
+        self.settings["equal_training"] = None if common_loss is None else asdict(common_loss)
         result = self.result(subjects, rows, lines, control)
         self.notes += reporting.notes(result)
         return replace(result, metrics=reporting.metrics(result))

@@ -34,10 +34,10 @@ def metrics(result: Result) -> dict[str, Metric]:
         scale, form = 1000, ".2f"
     make_metric = partial(Metric, higher_is_better=higher_is_better, scale=scale, form=form)
 
-    level = result.settings["equal_training"]
-    level_text = ""
-    if level:
-        level_text = f" ({scale * level['training_loss']:{form}})"
+    common_loss = result.settings["equal_training"]
+    loss_text = ""
+    if common_loss:
+        loss_text = f" ({scale * common_loss['training_loss']:{form}})"
     extreme = "highest" if higher_is_better else "lowest"
     return {
         TRAINING_GRID_LOSS: make_metric(TRAINING_GRID_LOSS),
@@ -45,7 +45,7 @@ def metrics(result: Result) -> dict[str, Metric]:
         name: make_metric(name),
         f"final {name}": make_metric("final"),
         f"best {name}": make_metric(f"{extreme} over training"),
-        f"equal_training {name}": make_metric(f"at equal training loss{level_text}"),
+        f"equal_training {name}": make_metric(f"at equal training loss{loss_text}"),
         SECONDS: Metric("s per step"),
     }
 
@@ -90,11 +90,11 @@ def panels(result: Result) -> list[Panel | Forest]:
 def notes(result: Result) -> Iterator[str]:
     """Sentences that a reader of the table has to know."""
     settings = result.settings
-    level = settings["equal_training"]
-    if level:
+    common_loss = settings["equal_training"]
+    if common_loss:
         yield (
             "Equal training loss is the lowest that all paired runs reach; it is set by"
-            f" {level['set_by']}."
+            f" {common_loss['set_by']}."
         )
     lines = [result.summary(group, f"final {settings['metric']}") for group in result.groups]
     # Each interval misses its value with a probability of 5 %.

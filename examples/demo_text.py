@@ -49,9 +49,9 @@ def demo(folder: Path, recipe: Path, flags: Sequence[str] = ()) -> None:
     """Train, then print answers and figures before and after.
 
     Args:
-        folder: Run folder.
-        recipe: Recipe of the run.
-        flags: Further flags of ``train_text_bilora.py``.
+        folder: run folder.
+        recipe: recipe of the run.
+        flags: further flags of ``train_text_bilora.py``.
     """
     argv = ["--config", str(recipe), "--output_dir", str(folder), "--overwrite_output_dir"]
     # The base model answers too, at step 0.

@@ -183,7 +183,7 @@ def pissa(weight: Tensor, rank: int, scale: float, seed: int = 0) -> tuple[Tenso
     function is the same either way, since W loses exactly what A0 and B0 hold.
 
     Args:
-        weight: W, (m, n), fp32 or fp64.
+        weight: w, (m, n), fp32 or fp64.
         rank: r <= min(m, n).
         scale: s = alpha / r of the adapter.
         seed: seed of the randomized decomposition; torch's global generator is left alone.

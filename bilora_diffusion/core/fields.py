@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import UserError
 from .files import is_text, quoted
-from .values import SMALLEST, Range, check_choice
+from .values import SMALLEST_NORMAL, Range, check_choice
 
 # Words that a boolean flag takes, in lower case: those of Transformers' parser.
 TRUE = ("yes", "true", "t", "y", "on", "1")
@@ -104,7 +104,7 @@ def check(
     fields: Mapping[str, dataclasses.Field[Any]],
     values: Mapping[str, Any],
     dashes: str = "--",
-    smallest: float = SMALLEST,
+    smallest: float = SMALLEST_NORMAL,
 ) -> None:
     """Refuse values that an option can't have; None stands for no value.
 

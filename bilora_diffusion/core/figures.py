@@ -11,7 +11,7 @@ import numpy as np
 
 from .durable import replacing
 
-LEVEL = 0.95
+CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
@@ -33,7 +33,7 @@ def student_interval(values: Sequence[float] | np.ndarray) -> Interval | None:
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2 or not np.isfinite(array).all():
         return None
-    quantile = stats.t.ppf((1 + LEVEL) / 2, len(array) - 1)
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1)
     half_width = float(stats.sem(array) * quantile)
     mean = float(array.mean())
     return Interval(mean - half_width, mean + half_width)

@@ -23,7 +23,7 @@ from .errors import UserError, did_you_mean, translated
 # Letters of a wrong text that a sentence quotes at most.
 LETTERS = 80
 # Size of a table at most, since it is read into memory.
-MOST_BYTES = 2_000_000_000
+MAX_BYTES = 2_000_000_000
 # Columns that a sentence lists at most.
 COLUMNS = 20
 # The repository, or the folder into which the package is installed.
@@ -52,18 +52,18 @@ def regular_file(path: Path) -> Path:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file")
-    if status.st_size > MOST_BYTES:
+    if status.st_size > MAX_BYTES:
         raise OSError(errno.EFBIG, "it is too large")
     return path
 
 
-def read_text(path: Path, name: str, most_bytes: int) -> str:
+def read_text(path: Path, name: str, max_bytes: int) -> str:
     """Read a file in UTF-8, without its byte order mark.
 
     Args:
         path: the file.
         name: of the file in messages.
-        most_bytes: size of the file at most.
+        max_bytes: size of the file at most.
 
     Raises:
         UserError: no regular file, too large, or no text; the message names the first line that is
@@ -76,12 +76,12 @@ def read_text(path: Path, name: str, most_bytes: int) -> str:
         raise UserError(f"{name} is {kind}: give a text file.")
     try:
         with path.open("rb") as file:
-            content = file.read(most_bytes + 1)  # one more tells that the file is larger
+            content = file.read(max_bytes + 1)  # one more tells that the file is larger
     except OSError as error:
         raise UserError(f"{name} can't be read ({error.strerror}): correct its rights.") from error
-    if len(content) > most_bytes:
+    if len(content) > max_bytes:
         raise UserError(
-            f"{name} is larger than {most_bytes / 1e6:.3g} MB, the most that is read: cut it into"
+            f"{name} is larger than {max_bytes / 1e6:.3g} MB, the most that is read: cut it into"
             " several, or check that it is the right file."
         )
     try:
@@ -143,7 +143,7 @@ def folder_or_id(value: str, option: str) -> Path | None:
 
 
 def read_rows(
-    path: Path, name: str | None = None, *, kind: str | None = None, most_bytes: int = MOST_BYTES
+    path: Path, name: str | None = None, *, kind: str | None = None, max_bytes: int = MAX_BYTES
 ) -> Rows:
     """Read the rows of a table, which may have none.
 
@@ -154,7 +154,7 @@ def read_rows(
             (.csv), all UTF-8; or Parquet (.parquet).
         name: of the file in messages; None for its name without the folder.
         kind: ending that says how it is read; None for the path's.
-        most_bytes: size of a text file at most.
+        max_bytes: size of a text file at most.
 
     Raises:
         UserError: no such file, another kind of file, no text, or no row where one is expected; the
@@ -169,7 +169,7 @@ def read_rows(
         raise UserError(f"there is no file {quoted(path)} that can be read: correct the path.")
     if kind == ".parquet":
         return _parquet(path, name)
-    text = read_text(path, name, most_bytes)
+    text = read_text(path, name, max_bytes)
     return list(_READERS[kind](text, name))
 
 

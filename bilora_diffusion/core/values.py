@@ -89,7 +89,7 @@ DINOV2 = "dinov2"
 
 
 # Smallest normal number of 32 bits; the arithmetic may take a smaller one for 0.
-SMALLEST = 1.2e-38
+SMALLEST_NORMAL = 1.2e-38
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Range:
         """The same range, and 0."""
         return dataclasses.replace(self, at_least=0, greater_than=None)
 
-    def check(self, label: str, value: Any, smallest: float = SMALLEST) -> None:
+    def check(self, label: str, value: Any, smallest: float = SMALLEST_NORMAL) -> None:
         """Refuse a value out of the range.
 
         Args:

@@ -30,7 +30,7 @@ from .stream import centered_samples
 from .validation import ValidationSample, usual_sample
 
 ARCHITECTURES = ("dinov2", "dinov2_with_registers")  # ``model_type`` of known configurations
-MOST_PICTURES = 8  # held-out pictures whose captions are sampled, evenly spaced in their order
+MAX_PICTURES = 8  # held-out pictures whose captions are sampled, evenly spaced in their order
 # Embeds n RGB images: (n, d), not normalized.
 Embed = Callable[[Sequence[Image]], Tensor]
 
@@ -128,7 +128,7 @@ class SampledDistance:
         self._is_by_picture = is_by_picture
         self._embed = image_embedder(task.cfg.image_model, task.device)
         all_samples = list(centered_samples(validation, task.cfg))
-        count = min(len(all_samples), MOST_PICTURES)
+        count = min(len(all_samples), MAX_PICTURES)
         chosen_samples = [all_samples[i * len(all_samples) // count] for i in range(count)]
         # By size, since images of one size are sampled together.
         chosen_samples.sort(key=lambda sample: sample.size)

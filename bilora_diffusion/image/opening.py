@@ -141,7 +141,7 @@ def _read_folder(label: str, listing: Listing, mask_column: str | None) -> Table
     # Each row with its place, for messages.
     rows = [(label, {"file_name": path.name}) for path in listing.images]
     for metadata in listing.metadata:
-        rows = read_rows(metadata, str(metadata), most_bytes=MAX_BYTES)
+        rows = read_rows(metadata, str(metadata), max_bytes=MAX_BYTES)
         if not rows:
             raise UserError(f"{metadata} lists no image: add some.")
 

@@ -340,13 +340,13 @@ class ImageOptions(
     """All options of the image script, and facts from the base model's files.
 
     Attributes:
-        given_options: Names of the options that the command line or its recipe has.
-        validation_settings: Settings of each of ``validation_prompts`` (`PromptOptions`); [] where
+        given_options: names of the options that the command line or its recipe has.
+        validation_settings: settings of each of ``validation_prompts`` (`PromptOptions`); [] where
             no prompt has settings.
-        concepts: Options of each concept, with its name as "concept"; [] for a run of one set of
+        concepts: options of each concept, with its name as "concept"; [] for a run of one set of
             images.
-        concept: Name of the concept, in a configuration of `DreamBoothConfig.concept_configs`.
-        pipeline: Class of the base model's pipeline.
+        concept: name of the concept, in a configuration of `DreamBoothConfig.concept_configs`.
+        pipeline: class of the base model's pipeline.
         embeds_guidance: True if the denoiser has an embedding of guidance, which training gives.
         is_unguided: True if its images have no unconditional prediction by default.
         predicts_noise: True if the denoiser predicts noise, and not a velocity.

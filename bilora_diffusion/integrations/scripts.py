@@ -35,10 +35,10 @@ def parse(
     """Read a command line to a script's own options and those of its trainer.
 
     Args:
-        options_class: Dataclass of the script's options.
+        options_class: dataclass of the script's options.
         args_class: `TrainingArguments` or a subclass, each of whose fields is a flag.
-        words: Arguments; None for those of the process.
-        example: A command, shown to a user who leaves out a required argument.
+        words: arguments; None for those of the process.
+        example: a command, shown to a user who leaves out a required argument.
 
     Returns:
         An instance of each class.
@@ -77,7 +77,7 @@ def load_model(name: str, kind: str) -> tuple[Any, Any]:
     """Load a model in fp32, and its tokenizer.
 
     Args:
-        name: Hub id, folder, or "smollm2" or "minilm", which come as packages.
+        name: hub id, folder, or "smollm2" or "minilm", which come as packages.
         kind: "causal", "seq2seq" or "classification".
 
     Raises:

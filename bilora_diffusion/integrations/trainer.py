@@ -53,8 +53,8 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
     `bilora_state.safetensors`, from which `resume_from_checkpoint` goes on exactly.
 
     Args:
-        trainer: A `Trainer`, `Seq2SeqTrainer`, `SFTTrainer` or a subclass of yours.
-        bilora: Configuration of the adapters; or the handle of `attach`, if the adapters must be
+        trainer: a `Trainer`, `Seq2SeqTrainer`, `SFTTrainer` or a subclass of yours.
+        bilora: configuration of the adapters; or the handle of `attach`, if the adapters must be
             there before the trainer (quantized models, an optimizer of your own).
 
     Returns:

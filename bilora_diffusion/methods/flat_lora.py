@@ -102,7 +102,7 @@ def row_norms(rows: Tensor, A: Tensor, B: Tensor) -> Tensor:
     ||w_i + b_i A||^2 = ||w_i||^2 + 2 b_i (A w_i) + b_i (A A^T) b_i^T.
 
     Args:
-        rows: W, (m, n), fp32 or wider.
+        rows: w, (m, n), fp32 or wider.
         A, B: (r, n) and (m, r); the scale is in B.
     """
     A = A.to(rows.dtype)

@@ -145,7 +145,7 @@ class MethodFlags:
         " / sqrt(layers), or nothing.",
         choices=BALLS,
     )
-    # "sample" is for at most `bilora.per_sample.LARGEST_SAMPLE_COUNT` samples.
+    # "sample" is for at most `bilora.per_sample.MAX_SAMPLE_COUNT` samples.
     auxiliaries: int | str = option(
         1,
         "bilora: number of auxiliaries. 1 is the paper's. Of several, a sample sees one, which only"

@@ -20,12 +20,12 @@ from ..core.seeds import deal_into_parts, digest_texts
 TRAINING = "training"
 HELDOUT = "held-out"
 # Largest number of samples that a record lists one by one, so that checkpoints stay small.
-MOST_LISTED = 1000
+MAX_LISTED = 1000
 # Names of samples that a sentence lists at most.
-MOST_NAMED = 3
+MAX_NAMED = 3
 # Hexadecimal digits of a listed hash, which only explains a change that the full hash shows.
 LISTED_DIGITS = 8
-MOST_PARTS = 1000
+MAX_PARTS = 1000
 # The name of each sample, and a key of its content.
 Contents = Sequence[tuple[str, Hashable]]
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def hash_samples(samples: Iterable[SampleContent]) -> str:
 def _record_set(samples: Sequence[SampleContent]) -> dict[str, Any]:
     """Make the record of one set of samples."""
     record: dict[str, Any] = {"count": len(samples), "hash": hash_samples(samples)}
-    if len(samples) <= MOST_LISTED:
+    if len(samples) <= MAX_LISTED:
         listed: dict[str, dict[str, str]] = {}
         for sample in samples:
             short_hashes: dict[str, str] = {}
@@ -175,8 +175,8 @@ def _count(samples: Sequence[Any]) -> str:
 
 
 def _enumerate(names: Sequence[str]) -> str:
-    text = ", ".join(names[:MOST_NAMED])
-    if len(names) > MOST_NAMED:
+    text = ", ".join(names[:MAX_NAMED])
+    if len(names) > MAX_NAMED:
         text += ", ..."
     return text
 
@@ -195,9 +195,9 @@ def read_part(text: str) -> tuple[int, int]:
     if match is not None:
         number = int(match[1])
         count = int(match[2])
-    if not 1 <= number <= count <= MOST_PARTS:
+    if not 1 <= number <= count <= MAX_PARTS:
         raise UserError(
-            f'--validation_part is "{text}": write i/n with i from 1 to n and n up to {MOST_PARTS},'
+            f'--validation_part is "{text}": write i/n with i from 1 to n and n up to {MAX_PARTS},'
             " for example 1/2."
         )
     return number, count

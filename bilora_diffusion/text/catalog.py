@@ -16,7 +16,7 @@ from string import Formatter
 from typing import Any
 
 from ..core.errors import UserError, did_you_mean
-from ..core.files import MOST_BYTES, read_rows, read_text
+from ..core.files import MAX_BYTES, read_rows, read_text
 from .examples import Example, text_of
 from .places import package_folder
 
@@ -28,21 +28,21 @@ class CatalogTask:
     """A task: where its rows lie, how a row becomes text, and what is measured.
 
     Attributes:
-        name: Name on the command line.
-        dataset: Id on the hub; for a task in a package, the module that holds the files.
-        prompt: Template of the input, with names of columns in braces.
-        target: Column of the answer, or of the class number.
-        config_name: Part of the set on the hub.
-        validation: Split that is held out. Where it is None, `holdout` rows of the training split
+        name: name on the command line.
+        dataset: id on the hub; for a task in a package, the module that holds the files.
+        prompt: template of the input, with names of columns in braces.
+        target: column of the answer, or of the class number.
+        config_name: part of the set on the hub.
+        validation: split that is held out. Where it is None, `holdout` rows of the training split
             are held out: always the same ones, with equal values of the column `group` on one side.
-        extra: Column of what the prompt is about, where that is a column of its own; may be blank.
-        first: Template of the first sentence that a classifier reads; None for the prompt.
-        second: Template of its second sentence.
-        label_words: Answers by class number; () for free text.
-        metrics: Some of `metrics.METRICS`; () where the loss is the only measure.
-        answer_marker: Text that stands before the answer proper.
-        max_train_samples: Rows that are used of a larger training split, always the same.
-        package: Package of PyPI that brings the rows.
+        extra: column of what the prompt is about, where that is a column of its own; may be blank.
+        first: template of the first sentence that a classifier reads; None for the prompt.
+        second: template of its second sentence.
+        label_words: answers by class number; () for free text.
+        metrics: some of `metrics.METRICS`; () where the loss is the only measure.
+        answer_marker: text that stands before the answer proper.
+        max_train_samples: rows that are used of a larger training split, always the same.
+        package: package of PyPI that brings the rows.
     """
 
     name: str
@@ -66,9 +66,9 @@ class CatalogTask:
         """Make a row of the set an example for a kind of model.
 
         Args:
-            row: Columns and their values.
+            row: columns and their values.
             kind: "seq2seq", "causal" or "classification".
-            where: Name of the row in messages.
+            where: name of the row in messages.
 
         Raises:
             UserError: A column is missing, holds no text, or no class number of the task.
@@ -127,13 +127,13 @@ def _class_task(
     order.
 
     Args:
-        name: Name of the task.
-        dataset: Set on the hub, or module of a package.
-        words: Label words by class number, separated by blanks.
-        first: First sentence of a classifier.
-        second: Its second sentence, if there is one.
-        metrics: Names of metrics, separated by blanks.
-        holdout: Rows to hold out of a package's rows; 0 for a set on the hub.
+        name: name of the task.
+        dataset: set on the hub, or module of a package.
+        words: label words by class number, separated by blanks.
+        first: first sentence of a classifier.
+        second: its second sentence, if there is one.
+        metrics: names of metrics, separated by blanks.
+        holdout: rows to hold out of a package's rows; 0 for a set on the hub.
     """
     columns = []
     for _, column, _, _ in Formatter().parse(first + (second or "")):
@@ -293,7 +293,7 @@ def _rotten_tomatoes(folder: Path, split: str) -> list[dict[str, Any]]:
 
 
 def _trec(folder: Path, split: str) -> list[dict[str, Any]]:
-    text = read_text(folder / "data" / "question_labels.txt", "question_labels.txt", MOST_BYTES)
+    text = read_text(folder / "data" / "question_labels.txt", "question_labels.txt", MAX_BYTES)
     # The file holds the five nested training sets of TREC one after the other. Of equal questions
     # the first label counts.
     labels: dict[str, int] = {}

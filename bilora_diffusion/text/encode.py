@@ -46,17 +46,17 @@ class Encoded:
     """A tokenized set, made by `encode` or `pack`.
 
     Args:
-        data: Rows, each with some of `MODEL_COLUMNS`, the column "sources" (numbers of the examples
+        data: rows, each with some of `MODEL_COLUMNS`, the column "sources" (numbers of the examples
             in it) and those of `SUMMED`; "truncated" counts its examples that were cut.
         kind: "seq2seq", "causal" or "classification".
-        examples: Examples that it was made of.
+        examples: examples that it was made of.
 
     Attributes:
-        sources: Numbers of the examples in each row.
-        lengths: Tokens of each row.
-        target_tokens: Tokens with a loss of each row.
-        truncated: Number of examples that were cut to fit.
-        dropped: Number of examples that were left out, since no token of theirs has a loss.
+        sources: numbers of the examples in each row.
+        lengths: tokens of each row.
+        target_tokens: tokens with a loss of each row.
+        truncated: number of examples that were cut to fit.
+        dropped: number of examples that were left out, since no token of theirs has a loss.
     """
 
     def __init__(self, data: datasets.Dataset, kind: str, examples: Sequence[Example]) -> None:
@@ -95,10 +95,10 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
     Examples with a blank answer are left out, long ones are cut; both are logged.
 
     Args:
-        examples: Examples of the set.
-        cfg: Training configuration.
-        loaded: Model and tokenizer.
-        name: Name of the set in messages.
+        examples: examples of the set.
+        cfg: training configuration.
+        loaded: model and tokenizer.
+        name: name of the set in messages.
 
     Raises:
         UserError: The model does not allow a length, or an example can't be tokenized.
@@ -160,7 +160,7 @@ def _features(kind: str, has_sentence_ids: bool) -> datasets.Features:
     """Types of the columns of a tokenized set.
 
     Args:
-        kind: Kind of model.
+        kind: kind of model.
         has_sentence_ids: True if the tokenizer marks which of two sentences a token is of.
     """
     number = datasets.Value("int64")
@@ -186,9 +186,9 @@ def _tokenize(
     """Make columns of tokenized rows from columns of examples, in a process of `datasets.map`.
 
     Args:
-        batch: Fields of some examples, by name, and their numbers.
-        build_rows: Tokenizes examples.
-        columns: Fields of a row that become columns.
+        batch: fields of some examples, by name, and their numbers.
+        build_rows: tokenizes examples.
+        columns: fields of a row that become columns.
     """
     examples = []
     numbers = []
@@ -261,8 +261,8 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
     found by the room that they have left, so that the work is linear in the examples.
 
     Args:
-        lengths: Tokens of each example, at most `size`.
-        size: Tokens of a row.
+        lengths: tokens of each example, at most `size`.
+        size: tokens of a row.
 
     Returns:
         Numbers of the examples in each row; rows in the order in which they were begun.

@@ -34,10 +34,10 @@ class Evaluation:
     batch size by rounding only.
 
     Args:
-        cfg: Training configuration.
-        loaded: Model and tokenizer.
-        module: The model with its loss.
-        data: Tokenized rows, with a validation set.
+        cfg: training configuration.
+        loaded: model and tokenizer.
+        module: the model with its loss.
+        data: tokenized rows, with a validation set.
 
     Attributes:
         by_row: True if each row's loss is measured, and nothing else.
@@ -160,10 +160,10 @@ def generate(
     """Generate a model's answers to prompts, greedily unless `sampling` says otherwise.
 
     Args:
-        loaded: Model and tokenizer.
-        prompts: Token numbers.
-        new_tokens: Tokens of an answer at most.
-        sampling: Arguments of Transformers' `generate`.
+        loaded: model and tokenizer.
+        prompts: token numbers.
+        new_tokens: tokens of an answer at most.
+        sampling: arguments of Transformers' `generate`.
     """
     tokenizer = loaded.tokenizer
     is_causal = loaded.kind == "causal"

@@ -34,13 +34,13 @@ class Example:
     Checkpoints hold hashes of its `repr`, so the names and the order of its fields stay.
 
     Attributes:
-        prompt: The input; of a classifier the first sentence.
-        answer: The answer.
-        label: Class number where there are classes.
-        pair: Second sentence of a classifier.
+        prompt: the input; of a classifier the first sentence.
+        answer: the answer.
+        label: class number where there are classes.
+        pair: second sentence of a classifier.
         turns: (role, content) of a conversation of more than one question and its answer.
-        input: Text that the prompt is about, where a set has a column for it as Alpaca's has.
-        where: Name of the row in messages.
+        input: text that the prompt is about, where a set has a column for it as Alpaca's has.
+        where: name of the row in messages.
     """
 
     prompt: str
@@ -69,7 +69,7 @@ def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
 
     Args:
         turns: (role, content), in order.
-        where: Name of the row in messages.
+        where: name of the row in messages.
 
     Raises:
         UserError: The assistant has no turn, or none before its turn.
@@ -95,12 +95,12 @@ def open_file(
     """Read the examples of a file of rows (`files.read_rows`).
 
     Args:
-        path: File.
-        input_column: Column of inputs, or of conversations: lists of objects with "role" and
+        path: file.
+        input_column: column of inputs, or of conversations: lists of objects with "role" and
             "content". None or "auto": "messages", else the first of `INPUTS` that the file has; of
             a file with "instruction" and "input" or "context" both, of which the second may be
             missing, null or blank in a row.
-        target_column: Column of answers; None or "auto": the first of `TARGETS`. Conversations need
+        target_column: column of answers; None or "auto": the first of `TARGETS`. Conversations need
             none.
 
     Raises:
@@ -164,10 +164,10 @@ def text_of(
     """Read the text in a column.
 
     Args:
-        row: Columns and their values.
-        column: Name of the column.
-        where: Name of the row in messages.
-        fix: End of the messages, without a period.
+        row: columns and their values.
+        column: name of the column.
+        where: name of the row in messages.
+        fix: end of the messages, without a period.
         accepts_numbers: True if whole numbers, true and false count as text.
 
     Raises:

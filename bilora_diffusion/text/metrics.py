@@ -14,7 +14,7 @@ from ..core.errors import UserError
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 SIGNS_AROUND_NUMBER = re.compile(r"[\s$€£%.,]")
 # Digits up to which a number is written out; that of a huge exponent would fill the memory.
-MOST_DIGITS = 1000
+MAX_DIGITS = 1000
 # A score from answers, references, label words and the marker of an answer.
 Metric = Callable[[list[str], list[str], Sequence[str], str | None], float]
 
@@ -29,11 +29,11 @@ def score(
     """Score predicted answers; white space around them does not count.
 
     Args:
-        metrics: Some of `METRICS`.
-        predictions: Answers of the model; an answer that is no label word is a wrong class.
-        references: Right answers.
-        labels: Label words by class number; of two, the last is F1's positive class.
-        answer_marker: Text that stands before the answer proper, for "answer_match".
+        metrics: some of `METRICS`.
+        predictions: answers of the model; an answer that is no label word is a wrong class.
+        references: right answers.
+        labels: label words by class number; of two, the last is F1's positive class.
+        answer_marker: text that stands before the answer proper, for "answer_match".
 
     Raises:
         UserError: scikit-learn is missing, or a reference has no marker.
@@ -67,7 +67,7 @@ def answer_after(text: str, marker: str | None) -> str | None:
     if len(numbers) == 1 and not words:
         with suppress(ArithmeticError):  # of an exponent that Decimal can't hold
             value = Decimal(numbers[0].replace(",", "")).normalize()
-            if abs(value.adjusted()) < MOST_DIGITS:
+            if abs(value.adjusted()) < MAX_DIGITS:
                 return f"{value + 0:f}"  # "+ 0" makes a negative zero positive
     return line.rstrip(".")
 

@@ -42,10 +42,10 @@ class TextModel:
     """A loaded model in evaluation mode.
 
     Attributes:
-        model: Model of Transformers.
-        tokenizer: Its tokenizer.
+        model: model of Transformers.
+        tokenizer: its tokenizer.
         kind: "seq2seq", "causal" or "classification".
-        new_modules: Layers without stored weights: a classifier's head, and layers before it such
+        new_modules: layers without stored weights: a classifier's head, and layers before it such
             as DistilBERT's "pre_classifier".
     """
 
@@ -82,10 +82,10 @@ class TextSource:
     """A model whose configuration is read, and so its kind, but not its weights.
 
     Args:
-        options: Name of the model, and how it is read.
+        options: name of the model, and how it is read.
 
     Attributes:
-        config: Configuration of Transformers.
+        config: configuration of Transformers.
         kind: "seq2seq", "causal" or "classification".
 
     Raises:
@@ -126,9 +126,9 @@ class TextSource:
         """Load model and tokenizer, both on the CPU, without adapters.
 
         Args:
-            dtype: Dtype of the weights.
-            labels: Names of the classes, for a classifier.
-            seed: Seed of the values of a new head.
+            dtype: dtype of the weights.
+            labels: names of the classes, for a classifier.
+            seed: seed of the values of a new head.
             weights: False for an empty model (`dry_run.empty`).
 
         Raises:
@@ -242,9 +242,9 @@ def load_text_model(name_or_path: str, task_type: str = "auto", **options: Any) 
     """Find and load a model; see `TextSource`.
 
     Args:
-        name_or_path: Name of the model.
-        task_type: Kind of model; "auto" for that of its configuration.
-        options: Further fields of `TextModelOptions`, and arguments of `TextSource.load`.
+        name_or_path: name of the model.
+        task_type: kind of model; "auto" for that of its configuration.
+        options: further fields of `TextModelOptions`, and arguments of `TextSource.load`.
     """
     load_arguments = {}
     for name in ("dtype", "labels", "seed"):
@@ -260,9 +260,9 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
     """Kind of model that a configuration is for.
 
     Args:
-        config: Configuration of Transformers.
-        name: Name of the model in messages.
-        task_type: Kind that is asked for, or "auto".
+        config: configuration of Transformers.
+        name: name of the model in messages.
+        task_type: kind that is asked for, or "auto".
 
     Raises:
         UserError: The kind that is asked for does not fit, or the configuration is of none.

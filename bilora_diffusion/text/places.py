@@ -19,8 +19,8 @@ def locate(name_or_path: str, option: str) -> str:
     """Turn a name into one that `from_pretrained` takes: a folder, or the hub id as it is.
 
     Args:
-        name_or_path: Name of the model.
-        option: Option of the name, for messages.
+        name_or_path: name of the model.
+        option: option of the name, for messages.
 
     Raises:
         UserError: The package that holds the model is missing, or a path does not exist.
@@ -36,9 +36,9 @@ def package_folder(module: str, package: str | None, part: str) -> Path:
     """Find the folder of an installed module without importing it.
 
     Args:
-        module: Name of the module.
-        package: Package of PyPI that has the module.
-        part: Name, for messages, of what comes with the package.
+        module: name of the module.
+        package: package of PyPI that has the module.
+        part: name, for messages, of what comes with the package.
 
     Raises:
         UserError: The package is missing.

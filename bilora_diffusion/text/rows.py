@@ -31,12 +31,12 @@ class Rows:
     """Examples before tokenization, and how their answers are scored.
 
     Attributes:
-        name: Name of the training set in messages.
-        train: Examples to learn from.
-        validation: Held-out examples, if there are any.
-        metrics: Names of `metrics.METRICS`.
-        label_words: Answers by class number; () for free text.
-        answer_marker: Text that stands before the answer proper.
+        name: name of the training set in messages.
+        train: examples to learn from.
+        validation: held-out examples, if there are any.
+        metrics: names of `metrics.METRICS`.
+        label_words: answers by class number; () for free text.
+        answer_marker: text that stands before the answer proper.
     """
 
     name: str
@@ -118,9 +118,9 @@ def subset(values: Sequence[T], size: int | None, purpose: str) -> list[T]:
     """Choose values at random, in their order.
 
     Args:
-        values: Values to choose from.
-        size: Number of values; None for all of them.
-        purpose: Makes the choice another one for another set.
+        values: values to choose from.
+        size: number of values; None for all of them.
+        purpose: makes the choice another one for another set.
     """
     if size is None or size >= len(values):
         return list(values)
@@ -136,9 +136,9 @@ def open_task(
     """Read the examples to learn from, and those that are held out, for a kind of model.
 
     Args:
-        task: Task of the catalog.
+        task: task of the catalog.
         kind: "seq2seq", "causal" or "classification".
-        cache_dir: Folder for downloads.
+        cache_dir: folder for downloads.
 
     Raises:
         UserError: The set can't be loaded, or is another one than the task was made for.

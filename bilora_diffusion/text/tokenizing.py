@@ -36,9 +36,9 @@ class Rendered(NamedTuple):
     """A row as text.
 
     Attributes:
-        context: Text before the last answer.
-        answer: The last answer, with the mark that ends a turn if the template has one.
-        spans: Characters [start, end) of the context that are earlier answers.
+        context: text before the last answer.
+        answer: the last answer, with the mark that ends a turn if the template has one.
+        spans: characters [start, end) of the context that are earlier answers.
     """
 
     context: str
@@ -50,12 +50,12 @@ class Row(NamedTuple):
     """A tokenized example.
 
     Attributes:
-        input_ids: Tokens of the input.
-        labels: Tokens of the target, `IGNORED` where there is no loss; or a class number.
-        target_tokens: Number of tokens with a loss. The first token of a causal row has none, since
+        input_ids: tokens of the input.
+        labels: tokens of the target, `IGNORED` where there is no loss; or a class number.
+        target_tokens: number of tokens with a loss. The first token of a causal row has none, since
             no token precedes it.
         truncated: True if the example was cut.
-        token_type_ids: Number of the sentence that each token is of.
+        token_type_ids: number of the sentence that each token is of.
     """
 
     input_ids: list[int]
@@ -164,10 +164,10 @@ def generation_prompt(
     """Tokens that a causal model continues with its answer, as in training.
 
     Args:
-        example: Example whose last answer is generated.
-        tokenizer: Tokenizer of the model.
-        template: Template, or "auto".
-        max_length: Tokens that are kept, the last ones; None for all.
+        example: example whose last answer is generated.
+        tokenizer: tokenizer of the model.
+        template: template, or "auto".
+        max_length: tokens that are kept, the last ones; None for all.
     """
     template = resolve_template(template, tokenizer)
     context = context_text(example, tokenizer, template)

@@ -46,9 +46,9 @@ def train(
     folder of its own.
 
     Args:
-        script: Script of the command.
-        argv: Arguments; None for those of the process.
-        config: Configuration that they were read to, if that was done.
+        script: script of the command.
+        argv: arguments; None for those of the process.
+        config: configuration that they were read to, if that was done.
 
     Raises:
         UserError: Bad input; nothing was written.
@@ -152,11 +152,11 @@ def _train_run(
     """Train a run in its folder.
 
     Args:
-        script: Script of the task.
-        task: Task with the configuration of the run.
-        accelerator: Engine of the run.
-        run: The run, which is not finished.
-        repo_id: Hub repository that the folder is pushed to.
+        script: script of the task.
+        task: task with the configuration of the run.
+        accelerator: engine of the run.
+        run: the run, which is not finished.
+        repo_id: hub repository that the folder is pushed to.
         restores: True to restore the models afterwards, for the next run.
 
     Returns:
@@ -185,8 +185,8 @@ class PlannedRun:
     """One of the runs of a command.
 
     Attributes:
-        cfg: Its configuration.
-        checkpoint_folder: Checkpoint to go on from; None for a new run.
+        cfg: its configuration.
+        checkpoint_folder: checkpoint to go on from; None for a new run.
         is_finished: True if an earlier command has trained it to its end.
     """
 
@@ -218,7 +218,7 @@ def plan(configs: Sequence[RunConfig]) -> list[PlannedRun]:
     """Plan the runs of a command by the content of their folders, which does not change here.
 
     Args:
-        configs: Configuration of the run, and that of its control if there is one.
+        configs: configuration of the run, and that of its control if there is one.
 
     Raises:
         UserError: A folder has other content, or a checkpoint does not exist.
@@ -259,9 +259,9 @@ def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> 
     control has its own default in place of a typed one, as with a recipe for another method.
 
     Args:
-        script: Script of the command.
-        argv: The command line.
-        cfg: Configuration that it was read to.
+        script: script of the command.
+        argv: the command line.
+        cfg: configuration that it was read to.
 
     Raises:
         UserError: The other method can't be trained with these options.

@@ -46,9 +46,9 @@ def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) 
     """Print the size of a run and the memory that it needs; of several runs those of the largest.
 
     Args:
-        script: Script of the run.
-        configs: Configuration of the run, and that of its control if there is one.
-        argv: The command line.
+        script: script of the run.
+        configs: configuration of the run, and that of its control if there is one.
+        argv: the command line.
 
     Raises:
         UserError: Bad input; several processes.
@@ -113,8 +113,8 @@ def empty(build: Callable[[], Any], dtype: torch.dtype) -> Any:
     """Build a model with frozen weights that take no memory, on PyTorch's device "meta".
 
     Args:
-        build: Builds the model.
-        dtype: Dtype of the weights.
+        build: builds the model.
+        dtype: dtype of the weights.
 
     Returns:
         The model in evaluation mode.
@@ -209,8 +209,8 @@ def attached(task: Any, steps: int) -> tuple[Method, dict[str, int]]:
     """Put a method on copies of a task's models.
 
     Args:
-        task: Task whose models are empty.
-        steps: Optimizer steps of the run.
+        task: task whose models are empty.
+        steps: optimizer steps of the run.
 
     Returns:
         The method, and bytes of the trained weights and of what is stored for them, by part.

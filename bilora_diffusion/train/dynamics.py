@@ -44,11 +44,11 @@ class Dynamics:
 
     Args:
         trainer: Trainer whose steps are recorded.
-        optimizer: Optimizer of torch. The hook on its steps sees gradients that are unscaled and
+        optimizer: optimizer of torch. The hook on its steps sees gradients that are unscaled and
             have their sign still, and does not run on steps that a gradient scaler skips.
 
     Attributes:
-        interval: Steps from one snapshot to the next.
+        interval: steps from one snapshot to the next.
     """
 
     def __init__(self, trainer: Any, optimizer: Optimizer) -> None:
@@ -152,7 +152,7 @@ def perturbation_norms(
     (B + e_B)(A + e_A) = B A + B e_A + e_B A + e_B e_A
 
     Args:
-        perturbed: A + e_A and B + e_B.
+        perturbed: a + e_A and B + e_B.
         perturbations: e_A and e_B.
     """
     primary = []

@@ -59,8 +59,8 @@ def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> 
     """Make accelerate's engine in the precision of the configuration.
 
     Args:
-        cfg: Training configuration.
-        kind: Class of the engine.
+        cfg: training configuration.
+        kind: class of the engine.
 
     Raises:
         UserError: The device can't compute in this precision.
@@ -139,10 +139,10 @@ def prepare(
     parameters are the same objects before and after, so that hooks find them.
 
     Args:
-        accelerator: Engine.
-        module: Module of the task.
-        models: Models in the module.
-        optimizer: Optimizer of all trained parameters.
+        accelerator: engine.
+        module: module of the task.
+        models: models in the module.
+        optimizer: optimizer of all trained parameters.
 
     Returns:
         The module to call, and the prepared optimizer.
@@ -236,9 +236,9 @@ def average_gradients(
     another process's sample) counts as zero there; one that no process reaches has no gradient.
 
     Args:
-        accelerator: Engine.
-        optimizer: Optimizer of all trained parameters.
-        unregistered: The parameters that no module holds.
+        accelerator: engine.
+        optimizer: optimizer of all trained parameters.
+        unregistered: the parameters that no module holds.
     """
     if accelerator.num_processes == 1:
         return
@@ -275,10 +275,10 @@ class Blocks:
     not depend on earlier inputs, and a resumed run computes as an uninterrupted one.
 
     Args:
-        models: Models, of which those of diffusers are compiled; may be none.
+        models: models, of which those of diffusers are compiled; may be none.
 
     Attributes:
-        count: Number of compiled blocks.
+        count: number of compiled blocks.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:

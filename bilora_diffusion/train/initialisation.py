@@ -39,10 +39,10 @@ def initialise(
     of them have the same bits.
 
     Args:
-        task: Task, prepared by `accelerator`.
-        targets: Its models after `Method.setup`.
-        cfg: Training configuration.
-        accelerator: Engine.
+        task: task, prepared by `accelerator`.
+        targets: its models after `Method.setup`.
+        cfg: training configuration.
+        accelerator: engine.
 
     Returns:
         True if an init needs weights or gradients.
@@ -77,10 +77,10 @@ def mean_gradients(
     without this pass. They depend neither on the size of batches nor on the number of processes.
 
     Args:
-        task: Task, whose module runs as in training.
-        models: The adapted models by name.
-        cfg: Training configuration.
-        device: Device of the module.
+        task: task, whose module runs as in training.
+        models: the adapted models by name.
+        cfg: training configuration.
+        device: device of the module.
 
     Returns:
         Gradients by model and by module path, in the weight's shape, fp32 or wider, on the CPU. A

@@ -43,8 +43,8 @@ def run(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
 
     Args:
         trainer: Trainer that takes the steps.
-        folder: Run folder.
-        log: Record of the main process; the other processes have none.
+        folder: run folder.
+        log: record of the main process; the other processes have none.
     """
     cfg = trainer.cfg
     record_activity = None if log is None else log.record_activity
@@ -158,10 +158,10 @@ def show_images(
     """Show validation images in TensorBoard and in Weights & Biases, as diffusers' scripts do.
 
     Args:
-        trackers: Trackers of accelerate.
-        files: Images; may be none.
-        prompts: Prompt of each image.
-        step: Last step that the trackers know.
+        trackers: trackers of accelerate.
+        files: images; may be none.
+        prompts: prompt of each image.
+        step: last step that the trackers know.
     """
     if not files:
         return
@@ -205,8 +205,8 @@ def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
     The traceback of an unexpected error is written to the run folder.
 
     Args:
-        log: Record of the main process; None in the others.
-        folder: Run folder.
+        log: record of the main process; None in the others.
+        folder: run folder.
 
     Raises:
         TrainingError: The disk is full.

@@ -19,10 +19,10 @@ class StepLayout:
     """How the batch of one optimizer step is cut into micro-batches and shared by processes.
 
     Attributes:
-        micro_batch: Samples of one forward pass on one process.
-        accumulation: Forward passes of one step on one process.
-        processes: Number of processes that share a step.
-        rank: Number of this process.
+        micro_batch: samples of one forward pass on one process.
+        accumulation: forward passes of one step on one process.
+        processes: number of processes that share a step.
+        rank: number of this process.
     """
 
     micro_batch: int
@@ -63,10 +63,10 @@ class ClippedOptimizer:
     """The optimizer of a method: it clips the gradients of the result's weights, then updates.
 
     Args:
-        accelerator: Engine, whose gradient scaler may skip an update.
-        optimizer: Optimizer that the engine prepared.
-        method: Method, of whose `weights` the gradients are clipped.
-        max_grad_norm: Largest total norm of their gradients.
+        accelerator: engine, whose gradient scaler may skip an update.
+        optimizer: optimizer that the engine prepared.
+        method: method, of whose `weights` the gradients are clipped.
+        max_grad_norm: largest total norm of their gradients.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ def build_optimizer(cfg: RunConfig, groups: list[dict[str, Any]]) -> Optimizer:
     """Build the optimizer that the configuration names, one of `values.OPTIMIZERS`.
 
     Args:
-        cfg: Training configuration.
-        groups: Parameter groups of a method, each with its learning rate and weight decay.
+        cfg: training configuration.
+        groups: parameter groups of a method, each with its learning rate and weight decay.
     """
     adam: dict[str, Any] = {"betas": (cfg.adam_beta1, cfg.adam_beta2), "eps": cfg.adam_epsilon}
     match cfg.optimizer.lower():

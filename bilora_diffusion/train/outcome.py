@@ -28,15 +28,15 @@ class Best:
     first measurement is the base model's, at step 0.
 
     Args:
-        parameters: Parameters whose values are stored at each new lowest, on the CPU; none to count
+        parameters: parameters whose values are stored at each new lowest, on the CPU; none to count
             only.
-        patience: Measurements in a row without a new lowest one that end a run; None for no end.
+        patience: measurements in a row without a new lowest one that end a run; None for no end.
 
     Attributes:
-        step: Step of the lowest measurement; None before the first.
-        measurement: The lowest measurement, of a loss or a distance; None before the first.
-        since: Measurements after it.
-        values: The parameters' values at it, in their order.
+        step: step of the lowest measurement; None before the first.
+        measurement: the lowest measurement, of a loss or a distance; None before the first.
+        since: measurements after it.
+        values: the parameters' values at it, in their order.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], patience: int | None) -> None:
@@ -86,12 +86,12 @@ class Average:
     the decay holds from the first step on.
 
     Args:
-        parameters: What is averaged; until the first step the average is their values now.
+        parameters: what is averaged; until the first step the average is their values now.
         decay: d, in [0, 1).
 
     Attributes:
-        values: The average of each parameter, in their order, dtypes and devices.
-        steps: Optimizer steps in it.
+        values: the average of each parameter, in their order, dtypes and devices.
+        steps: optimizer steps in it.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
@@ -118,12 +118,12 @@ class Outcome:
     https://arxiv.org/abs/1803.05407). A and B are averaged separately.
 
     Args:
-        method: Method whose adapters are attached.
-        cfg: Training configuration.
+        method: method whose adapters are attached.
+        cfg: training configuration.
 
     Attributes:
-        average: Average of the steps so far; None without ``--use_ema``.
-        best: The lowest held-out measurement so far, and its weights with ``--keep_best``.
+        average: average of the steps so far; None without ``--use_ema``.
+        best: the lowest held-out measurement so far, and its weights with ``--keep_best``.
     """
 
     def __init__(self, method: Method, cfg: RunConfig) -> None:
@@ -148,8 +148,8 @@ class Outcome:
         """Count a measurement of the current weights, which is the same in every process.
 
         Args:
-            value: Of ``heldout_measure``; None without a validation set.
-            step: Step of the weights.
+            value: of ``heldout_measure``; None without a validation set.
+            step: step of the weights.
 
         Raises:
             UserError: There is none, and an option needs it.

@@ -21,9 +21,9 @@ def save(trainer: Trainer, folder: Path, log: RunLog | None) -> None:
     """Write a checkpoint of the current step, and delete old ones, in the main process.
 
     Args:
-        trainer: What is saved.
-        folder: Run folder.
-        log: Record of the main process; None in the others.
+        trainer: what is saved.
+        folder: run folder.
+        log: record of the main process; None in the others.
     """
     if log is not None:
         log.sync()
@@ -125,12 +125,12 @@ def require_same_work(
     """Refuse to go on with a run or a search of other options, other data or another size.
 
     Args:
-        saved: Options, sizes that follow from them and from the data, and under "content" the
+        saved: options, sizes that follow from them and from the data, and under "content" the
             record of the data.
-        current: The same of this run.
-        options: Keys of the options.
-        free: Keys that may differ.
-        depends_on_heldout: As `run.data.require_same_content` takes it.
+        current: the same of this run.
+        options: keys of the options.
+        free: keys that may differ.
+        depends_on_heldout: as `run.data.require_same_content` takes it.
 
     Raises:
         UserError: Something differs; the sentence says what.

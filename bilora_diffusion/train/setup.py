@@ -82,13 +82,13 @@ def run(
     """Train a task in a folder that is locked, to the files that the run leaves.
 
     Args:
-        script: Script of the task.
-        task: Task that is trained.
-        accelerator: Engine of the run.
-        folder: Run folder.
-        checkpoint_folder: Checkpoint to go on from; None for a new run.
-        last_step: Last step of a run of a search, which exports nothing.
-        repo_id: Hub repository that the folder is pushed to.
+        script: script of the task.
+        task: task that is trained.
+        accelerator: engine of the run.
+        folder: run folder.
+        checkpoint_folder: checkpoint to go on from; None for a new run.
+        last_step: last step of a run of a search, which exports nothing.
+        repo_id: hub repository that the folder is pushed to.
 
     Returns:
         The signal that stopped the run, or came too late to stop it; None without one.
@@ -232,12 +232,12 @@ def export(
     """Export the weights, check the file and write the model card.
 
     Args:
-        script: Script of the run.
+        script: script of the run.
         trainer: Trainer at the end of the run.
-        folder: Run folder.
-        log: Record of the run.
-        measured: Measured results, for the card.
-        repo_id: Hub repository that the folder is pushed to.
+        folder: run folder.
+        log: record of the run.
+        measured: measured results, for the card.
+        repo_id: hub repository that the folder is pushed to.
 
     Returns:
         Further results.

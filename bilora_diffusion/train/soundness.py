@@ -19,8 +19,8 @@ def require_safetensors(part: str, folder: Path) -> None:
     """Refuse a folder with weights in pickles, by the names of its files or by its index.
 
     Args:
-        part: The weights in the user's words.
-        folder: Folder of the model.
+        part: the weights in the user's words.
+        folder: folder of the model.
 
     Raises:
         UserError: The weights are pickles, or the index can't be read.
@@ -56,10 +56,10 @@ def require_words(part: str, tokenizer: Any, rows: int | None, fix: str) -> None
     """Refuse a tokenizer without words, or with more tokens than its model has embeddings for.
 
     Args:
-        part: The tokenizer in the user's words.
-        tokenizer: Tokenizer of Transformers.
-        rows: Number of embeddings of the model; None if not known.
-        fix: End of the sentence, without a period.
+        part: the tokenizer in the user's words.
+        tokenizer: tokenizer of Transformers.
+        rows: number of embeddings of the model; None if not known.
+        fix: end of the sentence, without a period.
 
     Raises:
         UserError: It has no words, or too many tokens.

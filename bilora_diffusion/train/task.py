@@ -33,15 +33,15 @@ class MicroBatch:
     """Frozen inputs of one forward and backward pass.
 
     Attributes:
-        slots: Positions of its samples in the batch of the whole step.
-        names: Names of its samples, for error messages.
-        digests: Hash of data and noise of each slot. Equal hashes prove that two runs have seen the
+        slots: positions of its samples in the batch of the whole step.
+        names: names of its samples, for error messages.
+        digests: hash of data and noise of each slot. Equal hashes prove that two runs have seen the
             same.
-        inputs: Arguments of the task's module.
-        levels: Noise levels of its images, in the units of the log.
-        samples: Number in the training set of the sample of each row of the module's input; None
+        inputs: arguments of the task's module.
+        levels: noise levels of its images, in the units of the log.
+        samples: number in the training set of the sample of each row of the module's input; None
             for a row that is no sample, such as a class image.
-        snr: Signal-to-noise ratio of each row, for models that predict noise.
+        snr: signal-to-noise ratio of each row, for models that predict noise.
     """
 
     slots: tuple[int, ...]
@@ -71,9 +71,9 @@ class Task(Protocol[Config]):
     """Data and models that `loop.run` trains; the same task can serve several runs.
 
     Attributes:
-        cfg: Configuration of the run.
-        models: The models that are trained, by name.
-        num_samples: Samples of one epoch.
+        cfg: configuration of the run.
+        models: the models that are trained, by name.
+        num_samples: samples of one epoch.
         has_heldout: True if there are held-out samples, on which a loss can be measured.
     """
 
@@ -137,8 +137,8 @@ class Task(Protocol[Config]):
         """A task of another configuration, on the same models and encoded data.
 
         Args:
-            cfg: Configuration of the new task.
-            fold: Samples to learn from and to hold out; None for all samples and the held-out set.
+            cfg: configuration of the new task.
+            fold: samples to learn from and to hold out; None for all samples and the held-out set.
             is_trial: True for a run of a search, which measures the loss of each held-out sample
                 and nothing else.
         """
@@ -156,9 +156,9 @@ def loss_by_part(
     """Losses "heldout_loss_of/N" of parts of the held-out samples; their mean is the held-out loss.
 
     Args:
-        losses: Sum of the losses of each sample.
-        total: Number of losses in all of these sums together.
-        measure: Name of the mean, such as ``heldout_distance``.
+        losses: sum of the losses of each sample.
+        total: number of losses in all of these sums together.
+        measure: name of the mean, such as ``heldout_distance``.
     """
     count = min(len(losses), MAX_PARTS)
     parts = {}
@@ -194,10 +194,10 @@ class SampleOrder:
     repeats. Positions are absolute, so that a resumed run needs nothing but its step.
 
     Args:
-        n: Number of samples.
-        seed: Seed of the run.
-        repeats: Number of times that a sample appears in an epoch.
-        purpose: Makes another stream of the same seed, such as that of class images.
+        n: number of samples.
+        seed: seed of the run.
+        repeats: number of times that a sample appears in an epoch.
+        purpose: makes another stream of the same seed, such as that of class images.
     """
 
     def __init__(self, n: int, seed: int, repeats: Repeats = 1, purpose: str = "order") -> None:
@@ -240,10 +240,10 @@ class KindsOrder:
     repeat, however few are of a kind. The steps of a pass are shuffled.
 
     Args:
-        kinds: Kind of each sample.
-        seed: Seed of the run.
-        step_size: Samples of a step.
-        repeats: Number of times that a sample appears in a pass.
+        kinds: kind of each sample.
+        seed: seed of the run.
+        step_size: samples of a step.
+        repeats: number of times that a sample appears in a pass.
     """
 
     def __init__(
@@ -305,10 +305,10 @@ class LengthGroupedOrder(SampleOrder):
     sample of all is swapped with the first one, so that memory runs out in the first step or never.
 
     Args:
-        lengths: Tokens of each sample.
-        seed: Seed of the run.
-        batch_size: Samples of a batch.
-        group: Batches of a group.
+        lengths: tokens of each sample.
+        seed: seed of the run.
+        batch_size: samples of a batch.
+        group: batches of a group.
     """
 
     def __init__(self, lengths: Sequence[int], seed: int, batch_size: int, group: int = 50) -> None:

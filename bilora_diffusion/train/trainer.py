@@ -47,12 +47,12 @@ class Trainer:
     """A task, a method and their optimizer, prepared by accelerate, which takes steps.
 
     Args:
-        task: Task that is trained.
-        method: Method that trains it; its adapters are attached here.
-        cfg: Training configuration.
-        accelerator: Engine with ``gradient_accumulation_steps=1``: the trainer itself cuts steps
+        task: task that is trained.
+        method: method that trains it; its adapters are attached here.
+        cfg: training configuration.
+        accelerator: engine with ``gradient_accumulation_steps=1``: the trainer itself cuts steps
             into micro-batches.
-        last_step: Last step of the run; None for the end of its schedules.
+        last_step: last step of the run; None for the end of its schedules.
     """
 
     def __init__(

@@ -30,9 +30,9 @@ from .prompts import CONTEXTS, FOLDER, Prompt, instance_of, numbered_lines, read
 
 ICON_PROMPTS = "3d_icon"
 # Most held-out captions by default. Of two checkpoints and two seeds these are 256 images.
-MOST_HELDOUT = 64
+MAX_HELDOUT_PROMPTS = 64
 # Most captions of training images by default, as many as there are contexts
-MOST_TRAINING = 20
+MAX_TRAINING_PROMPTS = 20
 # Stands in a context where the instance prompt goes
 PLACE = "{prompt}"
 FIX = "give --prompts, a text file with a prompt on each line"
@@ -139,9 +139,9 @@ def _of_run(run: Subject) -> Question:
     # A single caption is that of all pictures, and asks for none of them.
     if len(heldout) > 1:
         title = f"held-out captions of {name}, whose pictures are the ground truth"
-        if len(heldout) > MOST_HELDOUT:
-            title = f"the first {MOST_HELDOUT} of {len(heldout)} {title}"
-        return Question(title, heldout[:MOST_HELDOUT])
+        if len(heldout) > MAX_HELDOUT_PROMPTS:
+            title = f"the first {MAX_HELDOUT_PROMPTS} of {len(heldout)} {title}"
+        return Question(title, heldout[:MAX_HELDOUT_PROMPTS])
 
     validation = []
     for text in run.record["config"].get("validation_prompts") or []:
@@ -166,14 +166,14 @@ def _of_run(run: Subject) -> Question:
             f"{name} has neither held-out captions nor a validation prompt, an instance prompt or"
             f" captions: {FIX}."
         )
-    return Question(f"training captions of {name}", captions[:MOST_TRAINING])
+    return Question(f"training captions of {name}", captions[:MAX_TRAINING_PROMPTS])
 
 
 def _icons(name: str) -> Question:
     """The question of a shipped set; all prompts of ``3d_icon``, which is the paper's."""
     prompts = read(name)
     if name != ICON_PROMPTS:
-        prompts = prompts[:MOST_HELDOUT]
+        prompts = prompts[:MAX_HELDOUT_PROMPTS]
     return Question(name, prompts, is_of_icons=True)
 
 
@@ -217,10 +217,10 @@ def _contexts(concepts: Sequence[Config]) -> list[Prompt]:
     """Each concept's instance prompt, or its trigger word, in contexts.
 
     "a TOK icon, in the style of TOK" becomes "a TOK icon in fresh snow, in the style of TOK". Of
-    many concepts each gets fewer contexts, so that there are at most `MOST_HELDOUT` prompts.
+    many concepts each gets fewer contexts, so that there are at most `MAX_HELDOUT_PROMPTS` prompts.
     """
     contexts = numbered_lines(FOLDER / f"{CONTEXTS}.txt", CONTEXTS)
-    count = max(1, MOST_HELDOUT // len(concepts))
+    count = max(1, MAX_HELDOUT_PROMPTS // len(concepts))
     prompts = []
     for concept in concepts:
         trigger = _text(concept, "trigger_word")

@@ -28,7 +28,7 @@ CONTEXTS = "contexts"
 # The column of the prompts in a CSV file, and in the metadata of held-out images
 PROMPT = "prompt"
 # Largest file of prompts
-MOST_BYTES = 100_000_000
+MAX_BYTES = 100_000_000
 # Matches "of a Fluffy Rabbit, ..."
 _INSTANCE = re.compile(r"\bof an? ([^,]+)")
 
@@ -112,7 +112,7 @@ def read(source: str | Path) -> list[Prompt]:
 def numbered_lines(path: Path, name: str) -> list[tuple[int, str]]:
     """Number and text of a file's lines that are neither blank nor a comment (# at the start)."""
     lines = []
-    for number, line in enumerate(read_text(path, name, MOST_BYTES).splitlines(), start=1):
+    for number, line in enumerate(read_text(path, name, MAX_BYTES).splitlines(), start=1):
         text = line.strip()
         if text and not text.startswith("#"):
             lines.append((number, text))

@@ -42,7 +42,7 @@ def read_subjects(args: argparse.Namespace, only_heldout: bool) -> list[tuple[Su
     """The subjects of a command line, each with the model under it; the base model is the last.
 
     Args:
-        only_heldout: Only recorded figures are shown. Then runs of different training sets share a
+        only_heldout: only recorded figures are shown. Then runs of different training sets share a
             row, as in Table 1, and the figures of the base model are those that the runs of each
             seed measured before their first step.
     """
@@ -81,8 +81,8 @@ def regroup_by_training_set(
     """Group the runs of each training set by themselves, as its settings may be its own.
 
     Args:
-        labels: Groups that the command line names; they stay as they are.
-        share_rows: Equal groups of different training sets are one row.
+        labels: groups that the command line names; they stay as they are.
+        share_rows: equal groups of different training sets are one row.
     """
     # Within a training set, equal settings but for the seed are one group.
     folders_by_set: dict[str, list[str]] = {}

@@ -61,7 +61,7 @@ def test_a_trainer_takes_the_steps_of_a_loop(
     kind, make, config, arguments, loop_options, tmp_path, monkeypatch
 ):
     if config is AUTO:  # the weights of so small a model are small, too
-        monkeypatch.setattr(radius, "LARGEST_SHARE", 10.0)
+        monkeypatch.setattr(radius, "MAX_SHARE", 10.0)
     bilora, reference, untrained = [trainers.attached(make(), config) for _ in range(3)]
     data: Any = trainers.rows()
     if "samples" in loop_options:

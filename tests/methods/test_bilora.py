@@ -114,7 +114,7 @@ def test_the_radius_never_passes_a_share_of_the_primarys_change(init):
     for k in range(STEPS):
         run.train(1, first=k)
         with run.method.evaluating():
-            largest_rho = radius.LARGEST_SHARE * float((matrices(run.model) - base_weights).norm())
+            largest_rho = radius.MAX_SHARE * float((matrices(run.model) - base_weights).norm())
         assert run.method.metrics()["rho"] <= largest_rho * (1 + 1e-9)
     assert run.method.metrics()["rho"] == pytest.approx(largest_rho)
 

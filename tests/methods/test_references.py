@@ -72,7 +72,7 @@ for _norm in ("scaled", "unscaled"):
     _step = partial(
         reference.auto_radius,
         tau=0.3,
-        largest_share=radius.LARGEST_SHARE,
+        largest_share=radius.MAX_SHARE,
         scaled=_norm == "scaled",
     )
     CASES.append(Case("bilora", _step, {"rho": "auto", "loss_rise": 0.3, "rho_norm": _norm}))

@@ -64,7 +64,7 @@ def test_a_row_that_is_removed_does_not_change_those_that_follow():
 
 
 def test_the_record_of_a_large_set_is_small_and_notices_every_change(monkeypatch):
-    monkeypatch.setattr(data, "MOST_LISTED", 2)
+    monkeypatch.setattr(data, "MAX_LISTED", 2)
     large = record(PICTURES)
     assert set(large) == {"count", "hash"}
     for samples, words in (

@@ -38,7 +38,7 @@ from . import ball
 from .auxiliary import Auxiliary, Layers
 
 # Largest number of samples for which `--auxiliaries sample` is accepted.
-LARGEST_SAMPLE_COUNT = 512
+MAX_SAMPLE_COUNT = 512
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ def assign(auxiliaries: int | str, sample_names: Sequence[str]) -> Assignment:
         sample_names: names of the samples; without any, sample i sees the auxiliary i % count.
 
     Raises:
-        UserError: "sample" with more than `LARGEST_SAMPLE_COUNT` samples, or without names.
+        UserError: "sample" with more than `MAX_SAMPLE_COUNT` samples, or without names.
     """
     samples = len(sample_names)
     if auxiliaries == SAMPLE:
-        if samples > LARGEST_SAMPLE_COUNT:
+        if samples > MAX_SAMPLE_COUNT:
             raise UserError(
                 f"auxiliaries {SAMPLE} would keep one for each of {samples} samples, each as large "
-                f"as the adapter and its optimizer state; give {LARGEST_SAMPLE_COUNT} or fewer."
+                f"as the adapter and its optimizer state; give {MAX_SAMPLE_COUNT} or fewer."
             )
         if not samples:
             raise UserError(

@@ -52,7 +52,7 @@ DECAY = 0.98
 DOWN = 0.9
 UP = 1.1
 # Largest radius, as a share of the norm of the primary's change of the weights.
-LARGEST_SHARE = 0.4
+MAX_SHARE = 0.4
 _SMALLEST = 1e-30  # in place of a zero in a denominator
 
 
@@ -157,7 +157,7 @@ class AutoRadius:
         if loss is None or gain is None:
             return self.bound
         changes = weight_changes(self._layers, self._scales)
-        limit = LARGEST_SHARE * ball.frobenius_norm(changes)
+        limit = MAX_SHARE * ball.frobenius_norm(changes)
         if self.state is None:
             zero = torch.zeros_like(limit)
             self.state = RadiusState(rho=zero, norm=zero, weight=zero, square=zero, loss=zero)

@@ -51,10 +51,10 @@ class Plan:
     """Size of a search.
 
     Attributes:
-        folds: Folds of the samples; 1 where a held-out set takes their place.
-        steps: Optimizer steps of a run at most.
-        interval: Steps from one measurement to the next.
-        budget: Optimizer steps of all runs.
+        folds: folds of the samples; 1 where a held-out set takes their place.
+        steps: optimizer steps of a run at most.
+        interval: steps from one measurement to the next.
+        budget: optimizer steps of all runs.
     """
 
     folds: int
@@ -90,13 +90,13 @@ class Halving:
     """Successive halving with its measurements.
 
     Args:
-        plan: Size of the search.
-        train_trials: Trains runs.
+        plan: size of the search.
+        train_trials: trains runs.
 
     Attributes:
-        curves: Candidate -> its curves on the first folds, in order.
-        dropped: Candidate -> why it could not go on, or how much worse it is.
-        spent_steps: Optimizer steps of all runs so far.
+        curves: candidate -> its curves on the first folds, in order.
+        dropped: candidate -> why it could not go on, or how much worse it is.
+        spent_steps: optimizer steps of all runs so far.
     """
 
     def __init__(self, plan: Plan, train_trials: TrainTrials) -> None:
@@ -124,8 +124,8 @@ class Halving:
         estimated by the mean of the curve from half way between these two up to that step.
 
         Args:
-            candidate: Candidate with curves.
-            folds: Number of its first folds to read; None for all.
+            candidate: candidate with curves.
+            folds: number of its first folds to read; None for all.
 
         Returns:
             Losses of the folds' samples at each step that all of these folds have.
@@ -156,8 +156,8 @@ class Halving:
         """First rung: all candidates if the budget is large enough, else one option at a time.
 
         Args:
-            space: Options and their values.
-            limit: Optimizer steps that may be spent; the start of each method is trained anyway.
+            space: options and their values.
+            limit: optimizer steps that may be spent; the start of each method is trained anyway.
         """
         limit = max(limit, len(space.starts()) * self.plan.first_rung)
         axes = space.axes()  # the rate first, so that other options are compared at the best one
@@ -275,9 +275,9 @@ class Halving:
         """Losses of a candidate minus those of another one, by sample, on the folds of both.
 
         Args:
-            candidate: The candidate.
-            best: The other one.
-            steps: Step of each; None for the lowest point of each curve.
+            candidate: the candidate.
+            best: the other one.
+            steps: step of each; None for the lowest point of each curve.
         """
         folds = min(len(self.curves[candidate]), len(self.curves[best]))
         curve = self.expected_curve(candidate, folds)

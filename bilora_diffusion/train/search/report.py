@@ -109,8 +109,8 @@ def lines(folder: Path, sample_noun: str) -> list[str]:
     """Report the end of a search in lines: size, choice and next ones, last run, and doubts.
 
     Args:
-        folder: Folder of a run that has ended.
-        sample_noun: Name of the samples in the plural, such as "images".
+        folder: folder of a run that has ended.
+        sample_noun: name of the samples in the plural, such as "images".
     """
     record: Any = read_search(folder / FIT_RECORD)
     folds = record["settings"]["folds"]
@@ -168,8 +168,8 @@ def _last_run(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]
     """Steps of the last run if they are not the chosen ones, and the options of the same run.
 
     Args:
-        record: Content of ``fit.json``.
-        config: Options of the last run.
+        record: content of ``fit.json``.
+        config: options of the last run.
     """
     choice, settings = record["choice"], record["settings"]
     sentences = []

@@ -86,16 +86,16 @@ class Search:
     """A search with its runs, in a run folder.
 
     Args:
-        script: Resolves command lines, and trains runs.
-        argv: The command line.
-        task: Its task; serves all runs.
-        accelerator: Engine of all processes.
+        script: resolves command lines, and trains runs.
+        argv: the command line.
+        task: its task; serves all runs.
+        accelerator: engine of all processes.
 
     Attributes:
-        plan: Size of the search.
-        space: Options that are searched.
-        halving: The search as a function of the measurements.
-        sample_noun: Name of the samples in the plural.
+        plan: size of the search.
+        space: options that are searched.
+        halving: the search as a function of the measurements.
+        sample_noun: name of the samples in the plural.
     """
 
     def __init__(
@@ -345,9 +345,9 @@ def deal_folds(names: Sequence[str], folds: int | None, noun: str) -> list[Fold]
     """Deal samples into folds by their names.
 
     Args:
-        names: Names of the samples.
-        folds: Number of folds; None for the default.
-        noun: Name of the samples in the plural.
+        names: names of the samples.
+        folds: number of folds; None for the default.
+        noun: name of the samples in the plural.
 
     Returns:
         For each fold the positions to learn from, and those to hold out.

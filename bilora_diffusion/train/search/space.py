@@ -134,10 +134,10 @@ def default_values(
     """The space of a search without a file. All typed options but the rate are fixed.
 
     Args:
-        typed: Options on the command line.
-        rate: Learning rate of the command or its recipe, the middle of the rates.
-        rank: Rank of the recipe, or the default.
-        bilora: Options with which Bi-LoRA is tried.
+        typed: options on the command line.
+        rate: learning rate of the command or its recipe, the middle of the rates.
+        rank: rank of the recipe, or the default.
+        bilora: options with which Bi-LoRA is tried.
     """
     values: dict[str, tuple[str, ...]] = {}
     if METHOD not in typed:
@@ -157,8 +157,8 @@ def read_values(path: Path, searchable: Collection[str]) -> Values:
     """Read a file of values: option -> value or list of values.
 
     Args:
-        path: File.
-        searchable: Options that can be searched.
+        path: file.
+        searchable: options that can be searched.
 
     Raises:
         UserError: The file has no options, one that can't be searched, or something else than

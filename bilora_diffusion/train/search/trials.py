@@ -59,10 +59,10 @@ def train_trial(script: setup.Script[Any], task: Any, folder: Path, trial: Trial
     """Train the run of a trial to its steps, and restore the models.
 
     Args:
-        script: Script of the search.
-        task: Task of the trial.
-        folder: Run folder of the trial; an earlier run in it is resumed.
-        trial: Candidate, fold and steps.
+        script: script of the search.
+        task: task of the trial.
+        folder: run folder of the trial; an earlier run in it is resumed.
+        trial: candidate, fold and steps.
 
     Returns:
         Losses of the run, or the reason why it can't reach its steps.
