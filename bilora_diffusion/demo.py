@@ -279,9 +279,7 @@ def _draw_icons(figure: Any, samples: Samples, steps: int) -> None:
     rows.append(samples.truth)
     axes = figure.subplots(len(rows), len(samples.labels), squeeze=False)
     figure.subplots_adjust(left=0.225, right=0.99, bottom=0.01, top=0.9, wspace=0.05, hspace=0.05)
-    figure.suptitle(
-        f"Samples of captions that were not trained on, after {steps} steps", x=0.6075, y=0.985
-    )
+    figure.suptitle(f"Samples of held-out captions after {steps} training steps", x=0.6075, y=0.985)
     for axis, label in zip(axes[0], samples.labels, strict=True):
         axis.set_title(label, fontsize=11)
     # The title of a row stands left of its first icon.
@@ -315,6 +313,7 @@ def _draw_losses(axis: Any, losses: dict[str, Curve]) -> None:
         text = f"{TITLES[method]}: {trained[last_step]:.1f}"
         labels.append(EndLabel(last_step, trained[last_step], text, COLORS[method]))
     axis.set_title("loss on unseen icons x 1000 (dot: lowest)", fontsize=11, loc="left")
+    axis.margins(y=0.15)  # the labels stay below the title
     _label_ends(axis, labels)
 
 
@@ -335,7 +334,7 @@ def _draw_differences(axis: Any, samples: Samples) -> None:
         last_step = max(curve)
         text = f"{variant.name}: {curve[last_step]:.1f}\n{variant.note}"
         labels.append(EndLabel(last_step, curve[last_step], text, variant.color))
-    axis.plot(0, samples.base_difference, "o", color=GRAY, ms=7)
+    axis.plot(0, samples.base_difference, "o", color=GRAY, ms=7, clip_on=False, zorder=3)
     title = f"color difference between samples\nand truth, % (dot: {BASE})"
     axis.set_title(title, fontsize=11, loc="left")
     axis.set_ylim(bottom=0)
@@ -343,24 +342,20 @@ def _draw_differences(axis: Any, samples: Samples) -> None:
 
 
 def _label_ends(axis: Any, labels: Sequence[EndLabel]) -> None:
-    """Label curves right of their ends, with enough space that no labels overlap."""
+    """Label curves right of their ends; labels that would overlap are pushed apart."""
     low, high = axis.get_ylim()
     lines = max(label.text.count("\n") + 1 for label in labels)
     spacing = 0.1 * lines * (high - low)  # height of a label in units of the axis
-    previous = float("inf")
-    for label in sorted(labels, key=lambda label: -label.value):  # from the highest down
-        height = min(label.value, previous - spacing)
-        axis.annotate(
-            label.text,
-            (label.step, height),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            color=label.color,
-            fontsize=9.5,
-            annotation_clip=False,
-        )
-        previous = height
+    labels = sorted(labels, key=lambda label: label.value)
+    heights = [label.value for label in labels]
+    for lower in 20 * list(range(len(labels) - 1)):  # a few labels are apart after some rounds
+        overlap = max(spacing - (heights[lower + 1] - heights[lower]), 0)
+        heights[lower] -= overlap / 2
+        heights[lower + 1] += overlap / 2
+    for label, height in zip(labels, heights, strict=True):
+        style = {"color": label.color, "fontsize": 9.5, "va": "center", "annotation_clip": False}
+        end = (label.step, height)
+        axis.annotate(label.text, end, xytext=(9, 0), textcoords="offset points", **style)
     axis.set_ylim(low, high)
 
 
