@@ -1,4 +1,4 @@
-"""The lock of a run folder, and what a signal does to a run."""
+"""The lock of a run folder."""
 
 import os
 import signal
@@ -10,9 +10,7 @@ import pytest
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.export.__main__ import main as export
 from bilora_diffusion.image.script import train
-from bilora_diffusion.run import interruption
 from bilora_diffusion.run.folder import LOCK_FILE, locked
-from bilora_diffusion.run.interruption import Interruption, resume_arguments
 from bilora_diffusion.run.runlog import RunLog
 from bilora_diffusion.train import command
 from tests.run.recorded_runs import save
@@ -107,52 +105,3 @@ def test_a_second_run_is_refused_before_it_reads_or_deletes(tmp_path, monkeypatc
     with pytest.raises(Reached):
         train(flags(folder, **COMMANDS[first]))
     assert folder.exists() == (first != "start")
-
-
-@pytest.mark.parametrize("number", interruption.SIGNALS)
-def test_the_first_signal_waits_for_the_loop_once_something_can_be_saved(number):
-    handler = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), Interruption() as run:
-        os.kill(os.getpid(), number)
-    assert run.number == number
-    with Interruption(patient=True) as run:
-        assert run.number is None
-        os.kill(os.getpid(), number)
-        assert run.number == number
-    assert signal.getsignal(number) is handler
-
-
-def test_only_a_second_press_of_ctrl_c_stops_at_once(monkeypatch):
-    """A launcher passes Ctrl-C on, as a SIGTERM or a second SIGINT right after the first."""
-    with Interruption(patient=True) as run:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
-            os.kill(os.getpid(), number)
-        assert run.number == signal.SIGTERM
-        monkeypatch.setattr(interruption, "ONE_PRESS_SECONDS", -1.0)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_an_ignored_ctrl_c_stays_ignored():
-    """A shell makes its background jobs ignore SIGINT; SIGTERM ends them all the same."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Interruption(patient=True) as run:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert run.number is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert run.number == signal.SIGTERM
-
-
-@pytest.mark.parametrize(
-    ("arguments", "overwrites", "expected"),
-    [
-        (["--rank", "2"], False, ["--rank", "2"]),
-        (["--config", "r.yaml"], True, ["--config", "r.yaml", "--overwrite_output_dir", "false"]),
-        (["--hub_token", "secret", "-x"], False, ["--hub_token", "$HF_TOKEN", "-x"]),
-        (["--hub-token=secret"], False, ["--hub-token=$HF_TOKEN"]),
-    ],
-)
-def test_the_arguments_that_go_on(arguments, overwrites, expected):
-    resumed = resume_arguments(arguments, "latest", overwrites)
-    assert resumed == [*expected, "--resume_from_checkpoint", "latest"]
-    assert resume_arguments(resumed, "latest", overwrites) == resumed
