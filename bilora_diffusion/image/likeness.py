@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +22,10 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core.errors import UserError
+from ..adapters.quantize import held_bytes
+from ..core.errors import UserError, translated
 from ..core.values import DINOV2, EMBEDDED, HELDOUT_DISTANCE
+from ..train.dry_run import empty
 from ..train.soundness import require_whole
 from ..train.task import loss_by_part
 from .sets import ImageSet
@@ -53,26 +56,9 @@ def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
         UserError: an unknown name, or a model of another kind.
         Exception: of the library that can't load it.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
-    from transformers.utils.hub import cached_file, extract_commit_hash
+    from transformers import AutoImageProcessor, AutoModel
 
-    scheme, _, source = name.partition(":")
-    if scheme != DINOV2 or not source:
-        raise UserError(
-            f'image model "{name}" is unknown: give dinov2:ID_OR_FOLDER, such as'
-            " dinov2:facebook/dinov2-base."
-        )
-    folder = Path(source).expanduser()
-    place = source
-    if folder.is_dir():
-        place = str(folder)
-    commit = extract_commit_hash(str(cached_file(place, "config.json")), None)
-    config = AutoConfig.from_pretrained(place, revision=commit, trust_remote_code=False)
-    if config.model_type not in ARCHITECTURES:
-        raise UserError(
-            f'"{name}" is a model of the kind {config.model_type}: give one of DINOv2, such as'
-            " dinov2:facebook/dinov2-base."
-        )
+    place, commit, _ = _read_config(name)
     model, report = cast(Any, AutoModel).from_pretrained(
         place,
         revision=commit,
@@ -92,9 +78,53 @@ def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
         pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
         return model(pixel_values=pixels.to(device)).pooler_output
 
+    folder = Path(place)
+    source = place
     if commit is None:
         source = folder.resolve().name
     return Dinov2(embed, source, commit, folder)
+
+
+def image_model_bytes(name: str) -> int:
+    """Bytes of the image model of ``--image_model``, by its configuration."""
+    from transformers import AutoModel
+
+    if name == EMBEDDED:
+        return 0  # 11 MB on the CPU
+    with _translated_errors(name):
+        config = _read_config(name)[2]
+    return held_bytes(empty(lambda: AutoModel.from_config(config), torch.float32), "none")
+
+
+def _read_config(name: str) -> tuple[str, str | None, Any]:
+    """The place, commit and configuration of ``dinov2:ID_OR_FOLDER``; a folder has no commit."""
+    from transformers import AutoConfig
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    scheme, _, source = name.partition(":")
+    if scheme != DINOV2 or not source:
+        raise UserError(
+            f'image model "{name}" is unknown: give dinov2:ID_OR_FOLDER, such as'
+            " dinov2:facebook/dinov2-base."
+        )
+    folder = Path(source).expanduser()
+    place = source
+    if folder.is_dir():
+        place = str(folder)
+    commit = extract_commit_hash(str(cached_file(place, "config.json")), None)
+    config = AutoConfig.from_pretrained(place, revision=commit, trust_remote_code=False)
+    if config.model_type not in ARCHITECTURES:
+        raise UserError(
+            f'"{name}" is a model of the kind {config.model_type}: give one of DINOv2, such as'
+            " dinov2:facebook/dinov2-base."
+        )
+    return place, commit, config
+
+
+def _translated_errors(name: str) -> AbstractContextManager[None]:
+    """Turn a library's error within the context into one sentence."""
+    fix = f"give {DINOV2}:ID_OR_FOLDER of a model that is here, or --choose_by loss"
+    return translated(f"--image_model {name} can't be read", fix)
 
 
 # Cached, so that the runs of a search share the model.
@@ -102,7 +132,8 @@ def load_dinov2(name: str, device: str | torch.device = "cpu") -> Dinov2:
 def image_embedder(name: str, device: torch.device) -> Embed:
     """Load the image model of ``--image_model``: ``embedded``, or one of `load_dinov2`."""
     if name != EMBEDDED:
-        return load_dinov2(name, device).embed
+        with _translated_errors(name):
+            return load_dinov2(name, device).embed
     from ..mini import scorer
 
     model, preprocess, _ = scorer.load()

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import normalize
+from transformers import AutoModel
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.image.config import resolve
-from bilora_diffusion.image.likeness import image_embedder, load_dinov2
+from bilora_diffusion.image.likeness import image_embedder, image_model_bytes, load_dinov2
 from bilora_diffusion.image.pipeline import load_pipeline
 from bilora_diffusion.image.sampling import generate
 from bilora_diffusion.run import runlog
@@ -45,6 +46,23 @@ def test_embeddings_of_dinov2_are_those_of_its_class_token(tmp_path):
     for name in ("dinov3:a", "dinov2:", "clip"):
         with pytest.raises(UserError, match=r"--image_model .* is unknown: give dinov2:"):
             resolve(["--dataset", "mini", "--keep_best", "--image_model", name])
+
+
+def test_an_image_model_that_is_not_here_is_named_before_anything_is_written(tmp_path):
+    options = {"keep_best": True, "validation_dataset": "mini-heldout"}
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=r"--image_model dinov2:a/b can't be read.*choose_by"):
+            train(tmp_path / "run", **options, image_model="dinov2:a/b", dry_run=dry_run)
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_bytes_of_dinov2_are_known_without_its_weights(tmp_path):
+    folder = save_dinov2(tmp_path / "dino")
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    (folder / "model.safetensors").unlink()
+    assert image_model_bytes(f"dinov2:{folder}") == size
+    assert image_model_bytes("embedded") == 0
 
 
 @pytest.mark.slow
