@@ -183,7 +183,10 @@ def _report(error: BaseException) -> int:
         _print_error("the disk is full: make room and give the same command again")
         return 2
     trace = getattr(error, TRACE, None) or keep_trace(error)
-    _print_error(f"{unexpected(error)}; the trace is in {trace}")
+    place = f"the trace is in {trace}"
+    if trace is None:
+        place = "set BILORA_TRACEBACK=1 to see the trace, which could not be written to a file"
+    _print_error(f"{unexpected(error)}; {place}")
     return 1
 
 

@@ -104,6 +104,8 @@ class Captions:
         tags = []
         for part in text.split(","):
             tag = part.strip()
+            if not tag:  # after a comma at the end
+                continue
             if config.trigger_word and has_word(tag, config.trigger_word):
                 front_tags.append(tag)
             else:

@@ -125,6 +125,8 @@ def describe_interruption(
     saved = checkpoint.latest(folder / (stop.run or ""))
     if has_finished:
         state = f"that run is finished, the one in {control_folder} not yet begun"
+    elif saved is None and stop.run is not None:
+        state = "the runs of the search before it are saved"
     elif saved is None:
         state = "nothing was saved yet"
     else:
@@ -142,7 +144,11 @@ def describe_interruption(
     if arguments is None:
         command = f"the same arguments and --resume_from_checkpoint {value}"
     else:
-        command = shlex.join([sys.argv[0], *resume_arguments(arguments, value, overwrites)])
+        program = shlex.quote(sys.argv[0])
+        if sys.argv[0].startswith("bilora "):  # a command of the package, of two words
+            program = sys.argv[0]
+        words = resume_arguments(arguments, value, overwrites)
+        command = f"{program} {shlex.join(words)}"
         # In single quotes the shell would not put the token in.
         command = command.replace(f"'{TOKEN}'", f'"{TOKEN}"')
     return Interrupted(

@@ -149,7 +149,10 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
             " by --target_column."
         )
     encoded = Encoded(data, kind, examples)
-    outcomes = {"cut to --max_length": encoded.truncated, "left out": encoded.dropped}
+    limit = "--max_length"
+    if kind == "seq2seq":
+        limit = "--max_length or --max_target_length"
+    outcomes = {f"cut to {limit}": encoded.truncated, "left out": encoded.dropped}
     for outcome, count in outcomes.items():
         if count:
             logger.warning("%s: %d of %d rows are %s", name, count, len(examples), outcome)

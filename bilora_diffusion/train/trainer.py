@@ -172,8 +172,8 @@ class Trainer:
         self.step += 1
 
         # Up to here work was only queued on the device. Reading its numbers waits for all of it.
-        digest, noise_levels = self._share_facts(batches)
-        self._require_finite()
+        digest, noise_levels, nonfinite_names = self._share_facts(batches)
+        self._require_finite(nonfinite_names)
         loss_value = float(loss)
         self._nonfinite_steps = 0 if math.isfinite(loss_value) else self._nonfinite_steps + 1
         values: dict[str, Any] = {
@@ -221,42 +221,51 @@ class Trainer:
 
         return forward_backward
 
-    def _share_facts(self, batches: Sequence[MicroBatch]) -> tuple[str, list[float]]:
+    def _share_facts(self, batches: Sequence[MicroBatch]) -> tuple[str, list[float], list[str]]:
         """Share facts of a step, and a signal to one of the processes, among all of them.
 
         Returns:
-            Hash of data, noise and timesteps of the whole step, and its noise levels.
+            Hash of data, noise and timesteps of the whole step, its noise levels, and the names of
+            the samples whose loss is not finite.
         """
         digests: list[tuple[int, str]] = []  # by slot
         levels: list[float] = []
         for batch in batches:
             digests += zip(batch.slots, batch.digests, strict=True)
             levels += batch.levels
+        names = self._nonfinite_names()
         if self.accelerator.num_processes > 1:
-            shared = gather_object([(digests, levels, self.interruption.number)])
-            digests, levels = [], []
+            shared = gather_object([(digests, levels, names, self.interruption.number)])
+            digests, levels, names = [], [], []
             self._shared_signal = None
-            for process_digests, process_levels, number in shared:
+            for process_digests, process_levels, process_names, number in shared:
                 digests += process_digests
                 levels += process_levels
+                names += process_names
                 # Of several signals that of the first process counts everywhere.
                 self._shared_signal = self._shared_signal or number
         # In the order of the slots, which does not depend on the processes.
-        return digest_texts([digest for _, digest in sorted(digests)]), levels
+        return digest_texts([digest for _, digest in sorted(digests)]), levels, names
 
-    def _require_finite(self) -> None:
-        """Refuse losses of the last step that are not finite, in any of its forward passes."""
+    def _nonfinite_names(self) -> list[str]:
+        """Samples of this process whose loss is not finite in any forward pass of the last step."""
+        names = []
+        for losses, batch in self._losses_of_step:
+            for slot, is_finite in enumerate(torch.isfinite(losses).tolist()):
+                if not is_finite:
+                    names.append(batch.names[slot])
+        return list(dict.fromkeys(names))
+
+    def _require_finite(self, nonfinite_names: Sequence[str]) -> None:
+        """Refuse losses of the last step that are not finite, on any process."""
         # A gradient scaler skips such a step, and tries the next one with a smaller scale.
         if self.accelerator.scaler is not None and self._nonfinite_steps < MAX_NONFINITE_STEPS:
             return
-        for losses, batch in self._losses_of_step:
-            is_finite = torch.isfinite(losses).tolist()
-            if not all(is_finite):
-                faulty = [batch.names[slot] for slot, good in enumerate(is_finite) if not good]
-                raise Diverged(
-                    f"the loss at step {self.step} is not finite for {', '.join(faulty)}: lower"
-                    " --learning_rate or look at these samples; the last checkpoint is untouched."
-                )
+        if nonfinite_names:
+            raise Diverged(
+                f"the loss at step {self.step} is not finite for {', '.join(nonfinite_names)}: lower"
+                " --learning_rate or look at these samples; the last checkpoint is untouched."
+            )
 
     def stop_signal(self) -> int | None:
         """The signal that ends the run after this step, the same on every process."""

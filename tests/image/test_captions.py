@@ -95,6 +95,11 @@ def test_tags_are_shuffled_and_all_texts_are_known_beforehand():
     assert any(shuffled.text(0, step, 0) != reseeded.text(0, step, 0) for step in range(20))
 
 
+def test_no_empty_tag_is_shuffled():
+    texts = captions(image_set("dog, , solo,"), shuffle_tags=True).all_texts()
+    assert sorted(texts) == ["dog, solo", "solo, dog"]
+
+
 def test_a_caption_of_many_tags_has_a_bounded_number_of_orders():
     images = image_set(", ".join("abcdefgh"))
     assert len(captions(images, shuffle_tags=True).all_texts()) == MAX_ORDERS

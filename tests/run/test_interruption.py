@@ -2,11 +2,17 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
 from bilora_diffusion.run import interruption
-from bilora_diffusion.run.interruption import Interruption, resume_arguments
+from bilora_diffusion.run.interruption import (
+    Interruption,
+    Stop,
+    describe_interruption,
+    resume_arguments,
+)
 
 
 @pytest.mark.parametrize("number", interruption.SIGNALS)
@@ -56,3 +62,24 @@ def test_the_arguments_that_go_on(arguments, overwrites, expected):
     resumed = resume_arguments(arguments, "latest", overwrites)
     assert resumed == [*expected, "--resume_from_checkpoint", "latest"]
     assert resume_arguments(resumed, "latest", overwrites) == resumed
+
+
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [("bilora train", "bilora train"), ("it's/train.py", "'it'\"'\"'s/train.py'")],
+)
+def test_the_printed_command_has_the_program_as_a_shell_reads_it(
+    program, shown, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", [program])
+    stop = Stop(signal.SIGINT, 2, 8)
+    message = str(describe_interruption(tmp_path, stop, ["--rank", "2"], overwrites=False))
+    command = f"{shown} --rank 2 --resume_from_checkpoint auto"
+    assert command in [line.strip() for line in message.splitlines()]
+
+
+def test_a_search_that_is_stopped_between_its_runs_has_saved_them(tmp_path):
+    stop = Stop(signal.SIGINT, 0, 8, run="the next run")
+    message = str(describe_interruption(tmp_path, stop, [], overwrites=False))
+    assert "the runs of the search before it are saved" in message
+    assert "--resume_from_checkpoint auto" in message
