@@ -114,7 +114,7 @@ class Catalog:
         scan: the folders as they were at the last `refresh`.
 
     Raises:
-        UserError: There is no such folder.
+        UserError: there is no such folder.
     """
 
     def __init__(self, root: Path, public: bool = False) -> None:
@@ -150,12 +150,12 @@ class Catalog:
             place = Path(self.name)
         return str(PurePosixPath(place.as_posix()) / path)
 
-    def plain(self, error: Exception, folder: str = ".") -> str:
+    def without_root(self, error: Exception, folder: str = ".") -> str:
         """An error as one line without the root's or the folder's place on the machine."""
         text = " ".join(str(error).split())
         return text.replace(f"{self.root / folder}/", "").replace(str(self.root), self.name)
 
-    def sign(self, kind: str) -> str:
+    def fingerprint(self, kind: str) -> str:
         """Hash of the "runs", "scores" or "results", by which a page notices a change.
 
         Of the record of a run only the status counts, so that a run that goes on is the same until
@@ -175,7 +175,7 @@ class Catalog:
             relative: POSIX path below the root; need not exist.
 
         Raises:
-            UserError: The path leads out of the root.
+            UserError: the path leads out of the root.
         """
         parts = PurePosixPath(relative)
         # A backslash separates folders on Windows.
@@ -193,7 +193,7 @@ class Catalog:
         """Content of a file by `read`, which is called again only if the file has changed.
 
         Raises:
-            OSError: There is no such file.
+            OSError: there is no such file.
         """
         # Another file, time or size: the content may be another one.
         status = file.stat()
@@ -204,7 +204,7 @@ class Catalog:
             self._cache[file] = (stamp, content)
         return content
 
-    def look(self) -> None:
+    def refresh_if_stale(self) -> None:
         """Scan the root again, unless that was a moment ago."""
         if time.monotonic() - self._scan_time > FRESH_SECONDS:
             self.refresh()
@@ -315,7 +315,7 @@ class Catalog:
             # its messages have that path.
             return self.cached(path, lambda: read(self.root / folder))
         except UserError as error:
-            reason = self.plain(error, folder)
+            reason = self.without_root(error, folder)
         except OSError as error:
             reason = f"{file} can't be read ({error.strerror})"
         except Exception as error:
@@ -355,7 +355,7 @@ def read_result(folder: Path) -> Scored | dict[str, Any]:
     """Read a result: scored images, or the head of another command's ``result.json``.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: the file is damaged.
     """
     record = table.head(folder)
     figures = record.get("figures")

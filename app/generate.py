@@ -118,7 +118,7 @@ class Work:
         try:
             yield
         except (UserError, TrainingError) as error:
-            text = escape(self.catalog.plain(error))
+            text = escape(self.catalog.without_root(error))
             raise gr.Error(text, print_exception=False) from error
 
 

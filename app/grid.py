@@ -193,7 +193,7 @@ def read_strengths(text: str) -> list[float]:
     """Read numbers that are separated by commas, each once.
 
     Raises:
-        UserError: A word is not a number, or out of range.
+        UserError: a word is not a number, or out of range.
     """
     strengths = []
     for word in text.split(","):

@@ -111,8 +111,8 @@ def build(catalog: Catalog, device: str | None = None) -> gr.Blocks:
                 results.build(catalog, signs["results"].change)
 
         def look() -> list[Any]:
-            catalog.look()
-            new_signs = [catalog.sign(kind) for kind in signs]
+            catalog.refresh_if_stale()
+            new_signs = [catalog.fingerprint(kind) for kind in signs]
             return [title(catalog), parts.notice(notices(catalog)), *new_signs]
 
         events = [page.load, gr.Timer(RESCAN_SECONDS).tick]

@@ -139,7 +139,7 @@ class Pipelines:
                     pipeline,
                     [request.prompt],
                     [request.seed],
-                    size=request.size or family_of(pipeline).pixels(pipeline),
+                    size=request.size or family_of(pipeline).native_side(pipeline),
                     steps=request.steps,
                     guidance_scale=request.guidance_scale,
                     guidance_from=request.guidance_from,
@@ -182,7 +182,7 @@ def local(base: BaseChoice) -> str:
     """Find the folder of a base model; the viewer itself downloads nothing.
 
     Raises:
-        UserError: The model is not on this machine.
+        UserError: the model is not on this machine.
     """
     # Path.exists would raise where the folder above may not be entered.
     if base.name in PIPELINES or os.path.exists(base.name):
@@ -213,7 +213,7 @@ def sides(
         size that they were trained on.
 
     Raises:
-        UserError: A run has gone, or they have different base models.
+        UserError: a run has gone, or they have different base models.
     """
     runs = {run.path: run for run in catalog.scan.runs if can_sample(run)}
     chosen_runs = []
@@ -257,7 +257,7 @@ def exported(catalog: Catalog, run: RunItem, step: int) -> Iterator[Path]:
     """Within the context the adapter of a run's checkpoint is a file.
 
     Raises:
-        UserError: The checkpoint lacks a file.
+        UserError: the checkpoint lacks a file.
     """
     # A link out of the root is refused, and so is a pipe, which would keep its reader waiting.
     for name in (DIGESTS, *FILES):
@@ -279,7 +279,7 @@ def checked(
     """Check the values of a form.
 
     Raises:
-        UserError: A value is missing or out of range.
+        UserError: a value is missing or out of range.
     """
     if not prompt or not prompt.strip():
         raise UserError("the prompt is empty: write what the image shows")

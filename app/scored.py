@@ -103,7 +103,7 @@ def scored(result: Result) -> Scored:
     """Check a result of ``eval.clip_scores``.
 
     Raises:
-        UserError: Its settings are damaged, or do not have the adapter, prompt or seed of an image.
+        UserError: its settings are damaged, or do not have the adapter, prompt or seed of an image.
     """
     damaged = f"{FILE} is damaged: run python -m eval.{result.kind} again"
     try:

@@ -328,9 +328,9 @@ class Tab:
                 fit = read_search(self.catalog.resolve(f"{path}/{FIT_RECORD}")) or {}
             except UserError as error:
                 # The run itself is whole: only the curves of its search are missing.
-                state = replace(state, reason=state.reason or self.catalog.plain(error))
+                state = replace(state, reason=state.reason or self.catalog.without_root(error))
             return TrainingRun(replace(run, record=record), color, rows, state, fit)
         except Exception as error:  # whatever is in one folder, the other runs are shown
-            reason = self.catalog.plain(error)
+            reason = self.catalog.without_root(error)
             state = Progress("failed", reason, 0, None, 0.0, None, 0)
             return TrainingRun(run, color, [], state, is_readable=False)

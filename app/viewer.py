@@ -120,7 +120,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Open the socket that the server listens on.
 
     Raises:
-        UserError: The server can't listen on this address.
+        UserError: the server can't listen on this address.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

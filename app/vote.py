@@ -39,7 +39,7 @@ def _shows_errors(event: Callable[..., Update]) -> Callable[..., Update]:
         try:
             return {tab.notice: parts.notice(""), **event(tab, *values)}
         except (UserError, OSError) as error:
-            text = escape(tab.catalog.plain(error))
+            text = escape(tab.catalog.without_root(error))
             return {tab.notice: parts.notice(f'<section class="broken"><b>{text}</b></section>')}
 
     return event_or_notice

@@ -186,7 +186,7 @@ class VoteStore:
             session: name of the voter's browser.
 
         Raises:
-            UserError: The file of votes can't be written, or no images can be read.
+            UserError: the file of votes can't be written, or no images can be read.
         """
         with self._file() as file:
             file.execute("DELETE FROM votes WHERE FALSE")  # fails if nothing can be written
@@ -200,7 +200,7 @@ class VoteStore:
             choice: "left", "right" or "tie".
 
         Raises:
-            UserError: The file of votes can't be written.
+            UserError: the file of votes can't be written.
         """
         pair = voter.pair
         if pair is not None:

@@ -41,7 +41,7 @@ import torch
 from measure import KIBI, GPUMemory, check, circumstances, finish, interleave, paired_ratio, watched
 
 from bilora_diffusion import mini
-from bilora_diffusion.config.command_line import Sentences
+from bilora_diffusion.config.command_line import UserErrorParser
 from bilora_diffusion.core.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.core.values import HELDOUT_LOSS
 from bilora_diffusion.image.config import resolve as parse_run
@@ -328,7 +328,7 @@ def _cell(figure: dict[str, Any] | None, factor: float, label: str) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; refuse a script, device or file that could not be used."""
-    parser = Sentences(description="diffusers' script and this one, side by side.")
+    parser = UserErrorParser(description="diffusers' script and this one, side by side.")
     parser.add_argument("--script", type=Path, required=True, help="copy of diffusers' script")
     parser.add_argument("--preset", choices=PRESETS, default="mini", help="the options that follow")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

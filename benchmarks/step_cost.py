@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from bilora_diffusion import adapters, methods
 from bilora_diffusion.adapters.fused import unfuse
-from bilora_diffusion.config.command_line import Sentences
+from bilora_diffusion.config.command_line import UserErrorParser
 from bilora_diffusion.core.errors import TrainingError, UserError, run_cli
 from bilora_diffusion.methods import MethodOptions, Target
 from bilora_diffusion.run import provenance
@@ -241,7 +241,7 @@ def table(result: dict[str, Any]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; options that are not given are those of the shape."""
-    parser = Sentences(description="Time and memory of a step, method by method.")
+    parser = UserErrorParser(description="Time and memory of a step, method by method.")
     parser.add_argument("--shapes", required=True, choices=SHAPES)
     parser.add_argument("--steps", type=int, help="measured rounds")
     parser.add_argument("--batch", type=int, help="samples of a step; default: the shapes' own")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from .config.command_line import Sentences
+from .config.command_line import UserErrorParser
 from .core.errors import TrainingError, UserError, run_cli
 from .core.figures import new_figure
 from .core.values import ADAPTER_GUIDANCE, BASE_GUIDANCE, HELDOUT_LOSS
@@ -112,7 +112,7 @@ class EndLabel(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    parser = Sentences(description=__doc__)
+    parser = UserErrorParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--seed", type=int, default=0)
     default_recipe = Path("mini_duotone")
@@ -352,9 +352,10 @@ def _label_ends(axis: Any, labels: Sequence[EndLabel]) -> None:
         overlap = max(spacing - (heights[lower + 1] - heights[lower]), 0)
         heights[lower] -= overlap / 2
         heights[lower + 1] += overlap / 2
+    excess = max(heights[-1] + spacing / 4 - high, 0)  # all labels stay below the axis' title
     for label, height in zip(labels, heights, strict=True):
         style = {"color": label.color, "fontsize": 9.5, "va": "center", "annotation_clip": False}
-        end = (label.step, height)
+        end = (label.step, height - excess)
         axis.annotate(label.text, end, xytext=(9, 0), textcoords="offset points", **style)
     axis.set_ylim(low, high)
 

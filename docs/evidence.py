@@ -81,7 +81,7 @@ def figure(check: Check) -> Figure:
     """Compute the figure of a check.
 
     Raises:
-        ValueError: The result has no such group or metric, or no interval.
+        ValueError: the result has no such group or metric, or no interval.
     """
     path = ROOT / check.result
     if path.suffix == ".json":  # of a benchmark, which has no rows

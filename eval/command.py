@@ -47,7 +47,7 @@ class CommandHelp(command_line.Help, argparse.RawDescriptionHelpFormatter):
     """Shows options as the training scripts do, and keeps the line breaks of the text below."""
 
 
-class Parser(command_line.Sentences):
+class Parser(command_line.UserErrorParser):
     """The command line of a command.
 
     Args:

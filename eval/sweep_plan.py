@@ -263,7 +263,6 @@ def make_plan(experiment: Experiment, name: Path, recipe: Path, script: Path) ->
     seeds = experiment.seeds
     if seeds is None:
         seeds = (int(configs[0].seed),)
-    # Seed by seed, so that the first pairs are complete early.
     runs: list[Run] = []
     for seed in seeds:
         for variant, config in zip(variants, configs, strict=True):

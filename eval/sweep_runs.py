@@ -96,7 +96,7 @@ class Runner:
         """Train the runs that are not finished; a failed run does not stop the others.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C or SIGTERM; the running processes have been ended.
+            KeyboardInterrupt: ctrl-C or SIGTERM; the running processes have been ended.
         """
         waiting: list[Run] = []
         for run in runs:

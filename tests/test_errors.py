@@ -47,6 +47,11 @@ def test_an_unexpected_exception_is_one_sentence_and_a_file_with_its_trace(
     assert "ZeroDivisionError" in err
     assert str(file) in err
     assert "run_cli(lambda: 1 / 0)" in file.read_text()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    assert run_cli(lambda: 1 / 0) == 1  # type: ignore[arg-type, return-value]
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError" in err
+    assert "BILORA_TRACEBACK=1" in err
     monkeypatch.setenv("BILORA_TRACEBACK", "1")
     assert run_cli(lambda: 1 / 0) == 1  # type: ignore[arg-type, return-value]
     assert "Traceback (most recent call last)" in capsys.readouterr().err

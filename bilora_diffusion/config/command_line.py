@@ -57,7 +57,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
             action.option_strings = spellings
 
 
-class Sentences(argparse.ArgumentParser):
+class UserErrorParser(argparse.ArgumentParser):
     """A parser that raises its complaints as a `UserError` of one sentence."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -82,7 +82,7 @@ class Sentences(argparse.ArgumentParser):
         raise UserError(f"{message}.")
 
 
-class CommandLine(Sentences):
+class CommandLine(UserErrorParser):
     """A parser that separates given values from defaults.
 
     Args:

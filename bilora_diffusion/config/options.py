@@ -32,7 +32,7 @@ AT_A_CONSTANT_RATE = IgnoredCase(
     "on a constant learning rate",
     "use `--lr_scheduler constant_with_warmup` or drop it",
 )
-FOR_FIT: Any = {"free": True, "ignored": (unless("fit", True, "without a search"),)}
+FOR_FIT: Any = {"may_change_on_resume": True, "ignored": (unless("fit", True, "without a search"),)}
 # The value of ``--compare`` without a control run.
 NO_CONTROL = "none"
 WITHOUT_UPLOAD = unless("push_to_hub", True, "without an upload")
@@ -86,7 +86,7 @@ class StepOptions:
         1.0,
         "Norm that the gradients are clipped to.",
         range=Range(
-            1e30, "norms in 32 bits end there; it clips nothing far below already", greater_than=0
+            1e30, "32 bits end there; far smaller values already clip nothing", greater_than=0
         ),
     )
     # Derived: `default_mixed_precision`.
@@ -100,15 +100,17 @@ class StepOptions:
     gradient_checkpointing: bool = option(
         None,
         "Compute activations twice to save memory. Default: on for CUDA from 512 pixels on.",
-        free=True,
+        may_change_on_resume=True,
     )
-    allow_tf32: bool = option(False, "Let CUDA multiply fp32 matrices in TF32.", free=True)
+    allow_tf32: bool = option(
+        False, "Let CUDA multiply fp32 matrices in TF32.", may_change_on_resume=True
+    )
     # No code reads it; a constraint refuses it where the launcher's variable is missing.
     local_rank: int = option(
         -1,
         "Set by old launchers; accelerate and torchrun set the variable LOCAL_RANK instead.",
         range=Range(10**6, "launchers count processes from 0"),
-        free=True,
+        may_change_on_resume=True,
     )
 
 
@@ -129,7 +131,7 @@ class StoppingOptions:
         " --validation_loss_steps, without a new best one. The base model's at step 0 counts."
         " Images: by --choose_by; text: by the held-out loss.",
         range=STEPS,
-        free=True,
+        may_change_on_resume=True,
     )
     keep_best: bool = option(
         False,
@@ -139,13 +141,13 @@ class StoppingOptions:
     fit: bool = option(
         False,
         "Choose rate, rank, method, steps by paired runs on folds or a held-out set, then train.",
-        free=True,
+        may_change_on_resume=True,
     )
     # The search of --fit.
     fit_space: str | None = option(
         None,
         "YAML file of what --fit searches: option -> values. Default: rates, ranks, methods.",
-        place=True,
+        is_path=True,
         **FOR_FIT,
     )
     fit_budget: int | None = option(
@@ -171,7 +173,7 @@ class HeldOutOptions:
         "Measure only part i of n of the validation set, such as 1/2. The names of the samples"
         " decide which are in it, not the seed. Choose by one part and judge by another. Default:"
         " all.",
-        free=True,
+        may_change_on_resume=True,
     )
 
 
@@ -253,10 +255,10 @@ class OutputOptions:
     """The run folder, trackers and the hub."""
 
     section: ClassVar[str] = "output"
-    free: ClassVar[bool] = True
+    may_change_on_resume: ClassVar[bool] = True
 
     # The run folder and its checkpoints.
-    output_dir: str = option("lora-dreambooth-model", "Folder of the run.", place=True)
+    output_dir: str = option("lora-dreambooth-model", "Folder of the run.", is_path=True)
     overwrite_output_dir: bool = option(False, "Replace the run that the folder holds.")
     # A method's name (`resolving.check_method`), or `NO_CONTROL`.
     compare: str = option(
@@ -278,7 +280,7 @@ class OutputOptions:
     resume_from_checkpoint: str | None = option(
         None,
         "Continue a run: latest, auto (latest if there is one), or a checkpoint's name or folder.",
-        place=True,
+        is_path=True,
     )
     # What is recorded beside losses.
     log_dynamics: bool = option(
@@ -316,7 +318,7 @@ class OutputOptions:
         None,
         "YAML file of options by their names here, or the name of one in recipes/, such as"
         " flux2_klein; options on the command line win.",
-        place=True,
+        is_path=True,
     )
 
 

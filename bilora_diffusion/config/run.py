@@ -154,11 +154,11 @@ class RunConfig(
 
 
 def without_influence(groups: Sequence[type]) -> frozenset[str]:
-    """Names of the options that do not touch what is learned: they or their group are ``free``."""
+    """Names of the options that do not touch what is learned, with ``may_change_on_resume``."""
     names: set[str] = set()
     for group in groups:
-        is_free = getattr(group, "free", False)
+        group_may_change = getattr(group, "may_change_on_resume", False)
         for name, field in fields.options_of([group]).items():
-            if is_free or fields.option_of(field).free:
+            if group_may_change or fields.option_of(field).may_change_on_resume:
                 names.add(name)
     return frozenset(names)

@@ -48,13 +48,15 @@ class Option:
     help: str  # one or two sentences for ``--help``
     ignored: tuple[IgnoredCase, ...] = ()  # cases in which it has no effect
     range: Range | None = None  # its numbers
-    place: bool = False  # its value may be the path of a file or a folder
-    free: bool = False  # a resumed run may change it: it touches at most the last digits
+    is_path: bool = False  # its value may be the path of a file or a folder
+    may_change_on_resume: bool = (
+        False  # a resumed run may change it: it touches at most the last digits
+    )
     choices: tuple[str, ...] | None = None  # its values, where they are words
     words: tuple[str, ...] = ()  # its values beside numbers
     aliases: tuple[str, ...] = ()  # further flags
     itemized: bool = False  # its flag may come several times, and a recipe have lists of mappings
-    one_value: str = ""  # a second, other value is refused; what to give instead, for the message
+    fix_if_repeated: str = ""  # a second, other value is refused: what to give instead
 
 
 def option(default: Any, help: str, **settings: Any) -> Any:
@@ -128,7 +130,7 @@ def check(
             properties.range.check(label, value, smallest)
         if properties.choices:
             check_choice(label, value, properties.choices)
-        if properties.place and isinstance(value, str):
+        if properties.is_path and isinstance(value, str):
             _check_place(label, value)
 
 
@@ -138,8 +140,7 @@ def _check_text(label: str, value: Any) -> None:
     for text in items:
         if isinstance(text, str) and ("\0" in text or not is_text(text)):
             raise UserError(
-                f"{label} {quoted(text)} is no text, it has a NUL or bytes that are not UTF-8:"
-                " write it anew."
+                f"{label} {quoted(text)} has a NUL or bytes that are not UTF-8: type it again."
             )
 
 
@@ -249,8 +250,8 @@ def _parser_arguments(field: dataclasses.Field[Any], hint: Any, bare: bool) -> d
         return arguments | {"type": _number_reader(hint, properties.words)}
     if {"yes", "no"} <= set(properties.choices or ()):
         return arguments | {"type": _read_yes_or_no, "nargs": "?", "const": "yes"}
-    if properties.one_value:
-        return arguments | {"type": hint, "action": OneValue, "fix": properties.one_value}
+    if properties.fix_if_repeated:
+        return arguments | {"type": hint, "action": OneValue, "fix": properties.fix_if_repeated}
     if hint is not bool:
         return arguments | {"type": hint}
     if bare:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..config.command_line import Sentences
+from ..config.command_line import UserErrorParser
 from ..core.errors import UserError, run_cli, strip_controls
 from ..core.lora_names import ADAPTER_METADATA, FORMATS
 from .lorafile import LoraFile, inspect, lora_files
@@ -25,7 +25,7 @@ _WIDTH = 72  # characters of a metadata entry
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 2 after one sentence on a file that is refused."""
-    parser = Sentences(
+    parser = UserErrorParser(
         prog="python -m bilora_diffusion.export",
         description="Print what is inside a LoRA file, convert it, or export a run's checkpoint.",
     )

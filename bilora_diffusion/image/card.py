@@ -144,7 +144,7 @@ def _loading(cfg: DreamBoothConfig, base: str, results: Mapping[str, Any]) -> di
         "dora": cfg.use_dora,
         "misread": comfy.remark(cfg),
         "denoiser_by_rows": denoiser_by_rows,
-        "guidance": family.guidance,
+        "guidance": family.default_guidance,
         "models": list(results["export"]) if exports_models else [],
         # SDXL's loader warns of missing keys of each encoder; loaders of transformers do not.
         "warns_of_encoders": not family.flow and not cfg.train_text_encoder,

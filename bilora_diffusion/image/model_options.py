@@ -71,14 +71,14 @@ class ModelOptions:
         SDXL_BASE,
         "Pipeline to start from, of Stable Diffusion XL or a flow-matching model: hub id, local"
         " folder, or mini. With --dataset mini, mini-animals or mini-duotone it defaults to mini.",
-        place=True,
+        is_path=True,
     )
     # Derived: `derived.default_vae`.
     pretrained_vae_model_name_or_path: str | None = option(
         None,
         "Autoencoder to use instead of the pipeline's own. SDXL base in fp16 defaults to"
         " madebyollin/sdxl-vae-fp16-fix, since its own overflows there.",
-        place=True,
+        is_path=True,
     )
     revision: str | None = option(
         None, "Branch, tag or commit of a model on the hub.", ignored=(ON_A_LOCAL_MODEL,)
@@ -87,21 +87,21 @@ class ModelOptions:
         False,
         "Keep the autoencoder on the CPU while it neither encodes nor decodes. Text encoders that"
         " are not trained stay there anyway once all prompts are embedded.",
-        free=True,
+        may_change_on_resume=True,
     )
     # Becomes `quantize`: `derived.quantization_of`.
     bnb_quantization_config_path: str | None = option(
         None,
         "JSON file for bitsandbytes, as diffusers' scripts take it: one that asks for NF4 is"
         " --quantize nf4, any other is refused.",
-        place=True,
-        free=True,
+        is_path=True,
+        may_change_on_resume=True,
     )
     variant: str | None = option(
         None, "Which files of the model to take, for example fp16 for *.fp16.safetensors."
     )
     cache_dir: str | None = option(
-        None, "Folder for downloaded models and data sets.", place=True, free=True
+        None, "Folder for downloaded models and data sets.", is_path=True, may_change_on_resume=True
     )
 
 
@@ -181,13 +181,13 @@ class DiffusionOptions:
         ignored=(WITHOUT_HOLDING,),
     )
     enable_xformers_memory_efficient_attention: bool = option(
-        False, "Use xFormers' attention instead of PyTorch's.", free=True
+        False, "Use xFormers' attention instead of PyTorch's.", may_change_on_resume=True
     )
     compile: bool = option(
         False,
         "Compile the denoiser's repeated blocks for training steps, adapters included, by"
         " torch.compile; it needs a compiler (docs/guide.md).",
-        free=True,
+        may_change_on_resume=True,
     )
 
 
@@ -276,7 +276,7 @@ class PriorOptions:
     class_data_dir: str | None = option(
         None,
         "Folder of the class images; it is made and filled if necessary.",
-        place=True,
+        is_path=True,
         ignored=(WITHOUT_PRIOR,),
     )
     class_prompt: str | None = option(
@@ -306,7 +306,7 @@ class PriorOptions:
         "Images that are generated at a time, on each device.",
         range=BATCHES,
         ignored=(WITHOUT_PRIOR,),
-        free=True,
+        may_change_on_resume=True,
     )
     # Derived: `families.base.Family.precision`.
     prior_generation_precision: str | None = option(

@@ -184,7 +184,7 @@ def _named_file(folder: Path, place: str, row: Mapping[str, Any], column: str) -
     if not isinstance(name, str) or not name:
         fault = "names no file"
         if name is not None:
-            fault = f"names {quoted(name)}, which no file is called"
+            fault = f"has {quoted(name)}, which is not the name of a file"
         raise UserError(f'"{column}" of {place} {fault}: give the name of an image.')
     path = folder / name
     if not Path(os.path.normpath(path)).is_relative_to(folder):

@@ -78,9 +78,9 @@ class DataOptions:
         " paper's prompts along. Or a YAML file with a list of concepts, each with"
         " its own options (docs/data.md).",
         aliases=("--dataset",),
-        place=True,
+        is_path=True,
         itemized=True,
-        one_value=SEVERAL_SETS,
+        fix_if_repeated=SEVERAL_SETS,
     )
     dataset_config_name: str | None = option(
         None, "Configuration of a set that has several.", ignored=(ON_ONE_CONFIGURATION,)
@@ -88,8 +88,8 @@ class DataOptions:
     instance_data_dir: str | None = option(
         None,
         "Local folder of images to learn from; give either this or --dataset.",
-        place=True,
-        one_value=SEVERAL_SETS,
+        is_path=True,
+        fix_if_repeated=SEVERAL_SETS,
     )
     image_column: str = option(
         "image", "Column that holds the images.", ignored=(ON_A_FOLDER_OF_FILES,)
@@ -169,20 +169,20 @@ class DataOptions:
         "Encode each image once and cache its latents: yes (or the flag alone), no, or auto, which"
         " caches those of images that are always cropped alike.",
         choices=("auto", "yes", "no"),
-        free=True,
+        may_change_on_resume=True,
     )
     disk_cache: str = option(
         CACHE_AUTO,
         "Folder in which latents and prompt embeddings stay for the next run, no for none, or auto:"
         f" ~/.cache/{CACHE_FOLDER}, or below $XDG_CACHE_HOME.",
-        place=True,
-        free=True,
+        is_path=True,
+        may_change_on_resume=True,
     )
     dataloader_num_workers: int = option(
         0,
         "Processes that read images ahead; 0 reads them in the training process.",
         range=WORKERS.or_zero,
-        free=True,
+        may_change_on_resume=True,
     )
 
 
@@ -191,7 +191,7 @@ class ValidationOptions:
     """Images and losses that show how training goes."""
 
     section: ClassVar[str] = "validation"
-    free: ClassVar[bool] = True
+    may_change_on_resume: ClassVar[bool] = True
 
     validation_prompt: str | None = option(
         None, "Prompt to generate images for, during training and at its end."
@@ -260,7 +260,7 @@ class ValidationOptions:
         None,
         "Held-out images to measure the loss on, given like --dataset; none for none. Default for"
         " mini: mini-heldout, for mini-animals: mini-animals-heldout, and so on.",
-        place=True,
+        is_path=True,
     )
     validation_part: str | None = like(
         HeldOutOptions,
@@ -276,8 +276,8 @@ class ValidationOptions:
     # Derived: `config.derived.default_validation_loss_steps`.
     validation_loss_steps: int = option(
         0,
-        "Measure that loss, and with --choose_by samples the distance of samples, every so many"
-        " steps; 0 measures at the start and the end only. --fit, --keep_best and"
+        "Measure the held-out loss, and with --choose_by samples the distance of samples, every"
+        " so many steps; 0 measures at the start and the end only. --fit, --keep_best and"
         " --early_stopping_patience measure five times by default, with --choose_by loss twenty.",
         range=STEPS.or_zero,
         ignored=(

@@ -167,7 +167,7 @@ def decode(pipeline: Any, latents: torch.Tensor, names: Sequence[str]) -> list[I
     space = family_of(pipeline).latent_space(vae)
     scaled = space.decode(latents.to(vae.dtype))
     # One at a time: in float32 a 1024-pixel image alone takes gigabytes.
-    pixels = torch.cat([space.pixels(vae, latent[None]).cpu() for latent in scaled])
+    pixels = torch.cat([space.decode_pixels(vae, latent[None]).cpu() for latent in scaled])
     vae.to(home_device)
     for name, image in zip(names, pixels, strict=True):
         require_finite(f"the image of {name}", OVERFLOW_FIX, image)

@@ -28,7 +28,7 @@ from .crops import (
 from .sets import ImageSet
 
 # A step, and the positions of a micro-batch within the step's whole batch.
-Slots = tuple[int, tuple[int, ...]]
+MicroBatchPlace = tuple[int, tuple[int, ...]]
 MAX_CACHED_LATENTS = 2000  # images whose latents ``--cache_latents auto`` caches in memory
 # Of resized images that a training process caches, with the processes that read images for it.
 MAX_RESIZED_BYTES = 10**9
@@ -178,8 +178,8 @@ class TrainingStream:
         return list(dict.fromkeys(texts))
 
     def batches(
-        self, schedule: Sequence[Slots], step_size: int
-    ) -> Iterator[tuple[Slots, list[TrainingSample]]]:
+        self, schedule: Sequence[MicroBatchPlace], step_size: int
+    ) -> Iterator[tuple[MicroBatchPlace, list[TrainingSample]]]:
         """For each (step, slots): an instance sample for each slot, then as many of class images.
 
         Args:
@@ -246,7 +246,9 @@ class _MicroBatches(Dataset):
     some.
     """
 
-    def __init__(self, stream: TrainingStream, schedule: Sequence[Slots], step_size: int) -> None:
+    def __init__(
+        self, stream: TrainingStream, schedule: Sequence[MicroBatchPlace], step_size: int
+    ) -> None:
         self._stream = stream
         self._schedule = schedule
         self._step_size = step_size

@@ -25,7 +25,7 @@ def check_trainer(trainer: Any) -> None:
     """Refuse a trainer with which Bi-LoRA would be wrong.
 
     Raises:
-        UserError: It is no `Trainer` or has Bi-LoRA already, its engine shards or replaces
+        UserError: it is no `Trainer` or has Bi-LoRA already, its engine shards or replaces
             parameters, its optimizer can't be used, or it has `model_init`.
     """
     if not isinstance(trainer, Trainer):
@@ -66,7 +66,7 @@ def check_model(trainer: Any, bilora: BiLoRA) -> None:
     """Refuse a trainer of another model, or one that ignores the adapter of the output layer.
 
     Raises:
-        UserError: The trainer's model is not the one with the adapters, several auxiliaries are
+        UserError: the trainer's model is not the one with the adapters, several auxiliaries are
             trained in several processes, or TRL would leave an adapter out.
     """
     if trainer.model is not bilora.model:
@@ -97,7 +97,7 @@ def check_trainable(bilora: BiLoRA) -> None:
     """Refuse parameters that a training would not save or would not train exactly.
 
     Raises:
-        UserError: A parameter of the base model is trainable, or an adapter is in half precision.
+        UserError: a parameter of the base model is trainable, or an adapter is in half precision.
     """
     trained_parameters = []
     # Refuses an init that still needs a gradient.
@@ -124,7 +124,7 @@ def check_optimizer(optimizer: Any, bilora: BiLoRA) -> None:
     """Refuse an optimizer that does not ascend on the auxiliary and project it.
 
     Raises:
-        UserError: It has other parameter groups, or was not bound.
+        UserError: it has other parameter groups, or was not bound.
     """
     bilora._method.check_groups(unwrapped(optimizer))
     if not is_bound(optimizer, bilora):

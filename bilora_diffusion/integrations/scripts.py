@@ -44,7 +44,7 @@ def parse(
         An instance of each class.
 
     Raises:
-        UserError: An argument is missing, unknown or unusable.
+        UserError: an argument is missing, unknown or unusable.
     """
     words = sys.argv[1:] if words is None else list(words)
     classes: Any = [options_class, args_class]
@@ -81,7 +81,7 @@ def load_model(name: str, kind: str) -> tuple[Any, Any]:
         kind: "causal", "seq2seq" or "classification".
 
     Raises:
-        UserError: The model can't be found or read, or is of another kind.
+        UserError: the model can't be found or read, or is of another kind.
     """
     source = TextSource(TextModelOptions(model_name_or_path=name))
     if source.kind != kind:
@@ -94,7 +94,7 @@ def load_rows(name: str) -> Any:
     """Load the rows of a JSONL file, or the training split of a set on the hub or in a folder.
 
     Raises:
-        UserError: They can't be loaded.
+        UserError: they can't be loaded.
     """
     import datasets
 

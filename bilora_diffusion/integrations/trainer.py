@@ -61,7 +61,7 @@ def use_bilora(trainer: Trainer, bilora: BiLoRA | BiLoRAConfig | None = None) ->
         The handle, with `initialise`, which init "lora-ga" needs before `train`.
 
     Raises:
-        UserError: The engine shards parameters, the trainer has `model_init` or another model than
+        UserError: the engine shards parameters, the trainer has `model_init` or another model than
             the one with the adapters, or the optimizer can't ascend on the auxiliary.
     """
     checks.check_trainer(trainer)
@@ -293,7 +293,7 @@ def write_state(folder: Path, bilora: BiLoRA) -> None:
     """Write both adapters and the method's state into a checkpoint that has the primary.
 
     Raises:
-        TrainingError: The disk refuses.
+        TrainingError: the disk refuses.
     """
     settings = {
         "schema_version": _VERSION,
@@ -310,7 +310,7 @@ def restore_state(folder: Path, bilora: BiLoRA) -> None:
     """Load a checkpoint's adapters and method state.
 
     Raises:
-        UserError: The checkpoint lacks a file, is damaged, has other settings, or belongs to other
+        UserError: the checkpoint lacks a file, is damaged, has other settings, or belongs to other
             base weights.
     """
     for name in (STATE, *TRAINER_FILES):
@@ -324,8 +324,7 @@ def restore_state(folder: Path, bilora: BiLoRA) -> None:
     require_same_settings(settings["config"], config)
     current_tensors = bilora._method.tensors()
     for name, value in current_tensors.items():
-        # First values that an init took out of the base weights.
-        # Empty where the file lacks it, which equals no value.
+        # A tensor that the file lacks is compared as an empty one, which never equals it.
         saved_value = tensors.get(name, value[:0])
         if f"/{INITIAL}/" in name and not torch.equal(value.cpu(), saved_value):
             raise UserError(
@@ -340,7 +339,7 @@ def load_primary(folder: Path, bilora: BiLoRA) -> None:
     """Load the primary of a folder that `bilora.save_pretrained` wrote.
 
     Raises:
-        UserError: The file can't be read, or is of another model.
+        UserError: the file can't be read, or is of another model.
     """
     path = folder / WEIGHTS
     saved = reading(str(path), "keep it in place", lambda: load_file(path))

@@ -56,8 +56,8 @@ class AdapterOptions:
         "bilora (two adapters, flat minima; Algorithm 1), lora (one adapter), lora-sam (SAM on the"
         " adapter; Eqs. 3-5), lora-obar or lora-nbar (BAR, Li et al. 2024a), flat-lora (Li et al."
         " 2024b), lora-l2sp (a penalty on the change of the weights, Li et al. 2018) or full (all"
-        " weights). Runs that differ only here see the same data and noise, so the options of the"
-        " other methods may stand.",
+        " weights). Runs that differ only here see the same data and noise; options of other"
+        " methods are ignored.",
     )
     # Table A8: rank 4, alpha 8, no dropout.
     rank: int = option(4, "Rank r of the LoRA matrices.", range=RANKS)
@@ -98,7 +98,7 @@ class AdapterOptions:
     )
     ema_decay: float = option(
         0.99,
-        "Decay of that average, in [0, 1), from the first step on; it averages over about"
+        "Decay of --use_ema's average, in [0, 1), from the first step on; it averages over about"
         " 1 / (1 - decay) steps.",
         ignored=(unless("use_ema", True, "without an average"),),
         range=SHARES,

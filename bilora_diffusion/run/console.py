@@ -128,8 +128,8 @@ def describe_run(folder: Path, files: Mapping[str, str], scores: str) -> str:
             )
         else:
             advice = (
-                "the held-out loss ranks no images, which can improve long after it is lowest:"
-                " compare those of all steps, or train with --keep_best, which samples"
+                "the held-out loss does not show which step samples best, images can improve long"
+                " after it is lowest: compare the images of all steps, or train with --keep_best"
             )
     # A search holds out parts of the data by itself.
     elif not config.get("fit"):

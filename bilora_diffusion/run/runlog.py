@@ -179,7 +179,6 @@ class RunLog:
             results: results to add to the record's.
         """
         self._run["status"] = status
-        # A resumed run keeps what it does not measure again.
         self._run["results"] |= results
         if reason is not None:
             self._run["error"] = reason
@@ -216,7 +215,6 @@ class RunLog:
         write_text(self.folder / METRICS, text)
         sync(self.folder)
         snapshots.truncate(self.folder, step)
-        # Validation images or answers.
         for images in self.folder.glob(f"{VALIDATION}/step-*"):
             number = images.name.removeprefix("step-")
             if number.isdecimal() and int(number) > step:

@@ -71,7 +71,7 @@ class CatalogTask:
             where: name of the row in messages.
 
         Raises:
-            UserError: A column is missing, holds no text, or no class number of the task.
+            UserError: a column is missing, holds no text, or no class number of the task.
         """
         # A template reads the columns that it names; any other column may hold anything.
         texts = _RowTexts(row, where)
@@ -248,7 +248,7 @@ def get(name: str) -> CatalogTask:
     """Find a task by its name, or by one of `ALIASES`.
 
     Raises:
-        UserError: There is none of this name.
+        UserError: there is none of this name.
     """
     task = TASKS.get(ALIASES.get(name, name))
     if task is None:
@@ -272,7 +272,7 @@ def packaged_rows(task: CatalogTask, split: str) -> list[dict[str, Any]]:
     """Read the rows of a packaged task; where the task holds rows out itself, all of them.
 
     Raises:
-        UserError: The package is missing, or its file is missing or damaged.
+        UserError: the package is missing, or its file is missing or damaged.
     """
     folder = package_folder(task.dataset, task.package, f"the task {task.name}")
     try:

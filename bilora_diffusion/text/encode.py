@@ -101,7 +101,7 @@ def encode(examples: Sequence[Example], cfg: TextConfig, loaded: TextModel, name
         name: name of the set in messages.
 
     Raises:
-        UserError: The model does not allow a length, or an example can't be tokenized.
+        UserError: the model does not allow a length, or an example can't be tokenized.
     """
     tokenizer = loaded.tokenizer
     kind = loaded.kind
@@ -299,7 +299,7 @@ def require_packable(model: Any) -> None:
     put through the model: packed behind two different neighbours, and alone.
 
     Raises:
-        UserError: The model takes no positions, has attention of another kind, or mixes packed
+        UserError: the model takes no positions, has attention of another kind, or mixes packed
             examples.
     """
     config = model.config.get_text_config()

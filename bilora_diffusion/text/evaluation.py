@@ -43,7 +43,7 @@ class Evaluation:
         by_row: True if each row's loss is measured, and nothing else.
 
     Raises:
-        UserError: Answers may be longer than the model allows.
+        UserError: answers may be longer than the model allows.
     """
 
     def __init__(

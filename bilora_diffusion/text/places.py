@@ -23,7 +23,7 @@ def locate(name_or_path: str, option: str) -> str:
         option: option of the name, for messages.
 
     Raises:
-        UserError: The package that holds the model is missing, or a path does not exist.
+        UserError: the package that holds the model is missing, or a path does not exist.
     """
     packaged_model = PACKAGED.get(name_or_path)
     if packaged_model is None or Path(name_or_path).exists():
@@ -41,7 +41,7 @@ def package_folder(module: str, package: str | None, part: str) -> Path:
         part: name, for messages, of what comes with the package.
 
     Raises:
-        UserError: The package is missing.
+        UserError: the package is missing.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -55,7 +55,7 @@ def gguf_file(source: str) -> str | None:
     """Name of the GGUF file in a folder without Transformers' config; None for other sources.
 
     Raises:
-        UserError: The folder has several, or the package that reads them is missing.
+        UserError: the folder has several, or the package that reads them is missing.
     """
     folder = Path(source)
     if not folder.is_dir() or (folder / "config.json").exists():

@@ -60,7 +60,7 @@ def open_rows(cfg: TextConfig) -> Rows:
     """Read the examples that a resolved configuration names.
 
     Raises:
-        UserError: They can't be found or read, or don't suit the kind of model.
+        UserError: they can't be found or read, or don't suit the kind of model.
     """
     rows = _task_rows(cfg) if cfg.task else _file_rows(cfg)
     train = subset(rows.train, cfg.max_train_samples, "train")
@@ -141,7 +141,7 @@ def open_task(
         cache_dir: folder for downloads.
 
     Raises:
-        UserError: The set can't be loaded, or is another one than the task was made for.
+        UserError: the set can't be loaded, or is another one than the task was made for.
     """
 
     def examples_of(rows: Any, split: str, numbers: Sequence[int]) -> list[Example]:
@@ -172,7 +172,7 @@ def held_out(task: CatalogTask, rows: Any) -> set[int]:
     texts alone and not on a seed or an order.
 
     Raises:
-        UserError: The set lacks the column, or is too small.
+        UserError: the set lacks the column, or is too small.
     """
     if task.group not in rows.column_names:
         raise UserError(

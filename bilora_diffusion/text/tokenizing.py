@@ -117,7 +117,7 @@ def causal_rows(
     its end; it then has no EOS.
 
     Raises:
-        UserError: The tokenizer has no EOS.
+        UserError: the tokenizer has no EOS.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -243,7 +243,7 @@ def resolve_template(template: str, tokenizer: Any) -> str:
     """Replace "auto" by "chat" if the tokenizer has a chat template, else by "alpaca".
 
     Raises:
-        UserError: The template is "chat", and the tokenizer has none.
+        UserError: the template is "chat", and the tokenizer has none.
     """
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not has_chat:
@@ -260,7 +260,7 @@ def render(example: Example, tokenizer: Any, template: str) -> Rendered:
     """Write a row as text, under a resolved template.
 
     Raises:
-        UserError: The template can't show the conversation.
+        UserError: the template can't show the conversation.
     """
     if template != "chat":
         return Rendered(context_text(example, tokenizer, template), example.answer)
@@ -291,7 +291,7 @@ def context_text(example: Example, tokenizer: Any, template: str) -> str:
     """Text before the last answer, which a model gets before it generates.
 
     Raises:
-        UserError: The template can't show the conversation.
+        UserError: the template can't show the conversation.
     """
     messages = example.messages()[:-1]
     if template == "chat":

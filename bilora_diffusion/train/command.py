@@ -51,9 +51,9 @@ def train(
         config: configuration that they were read to, if that was done.
 
     Raises:
-        UserError: Bad input; nothing was written.
-        TrainingError: Training could not go on; checkpoints and metrics stay.
-        Interrupted: A signal ended the command; the sentence says how to go on.
+        UserError: bad input; nothing was written.
+        TrainingError: training could not go on; checkpoints and metrics stay.
+        Interrupted: a signal ended the command; the sentence says how to go on.
     """
     arguments = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -203,7 +203,7 @@ class PlannedRun:
         """Refuse a finished run of other data, with which no run of the task can be compared.
 
         Raises:
-            UserError: The data of the task are not those of the run.
+            UserError: the data of the task are not those of the run.
         """
         if not self.is_finished:
             return
@@ -221,7 +221,7 @@ def plan(configs: Sequence[RunConfig]) -> list[PlannedRun]:
         configs: configuration of the run, and that of its control if there is one.
 
     Raises:
-        UserError: A folder has other content, or a checkpoint does not exist.
+        UserError: a folder has other content, or a checkpoint does not exist.
     """
     runs = []
     for cfg in configs:
@@ -264,7 +264,7 @@ def control_config(script: Script[Any], argv: Sequence[str], cfg: RunConfig) -> 
         cfg: configuration that it was read to.
 
     Raises:
-        UserError: The other method can't be trained with these options.
+        UserError: the other method can't be trained with these options.
     """
     shared_options = methods.reads(cfg.method) & methods.reads(cfg.compare)
     typed_options = type(cfg).parser().explicit(argv)

@@ -51,7 +51,7 @@ def run(script: Script[Any], configs: Sequence[RunConfig], argv: Sequence[str]) 
         argv: the command line.
 
     Raises:
-        UserError: Bad input; several processes.
+        UserError: bad input; several processes.
     """
     cfg = configs[0]
     accelerator = build_accelerator(cfg)

@@ -96,7 +96,7 @@ class Dynamics:
         """Write the snapshot of the last step, if it is recorded.
 
         Raises:
-            TrainingError: The disk refuses.
+            TrainingError: the disk refuses.
         """
         if self._snapshot is None:  # before the first step
             self.values()
@@ -152,7 +152,7 @@ def perturbation_norms(
     (B + e_B)(A + e_A) = B A + B e_A + e_B A + e_B e_A
 
     Args:
-        perturbed: a + e_A and B + e_B.
+        perturbed: A + e_A and B + e_B.
         perturbations: e_A and e_B.
     """
     primary = []

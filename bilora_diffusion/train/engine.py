@@ -63,7 +63,7 @@ def build_accelerator(cfg: RunConfig, kind: type[Accelerator] = Accelerator) -> 
         kind: class of the engine.
 
     Raises:
-        UserError: The device can't compute in this precision.
+        UserError: the device can't compute in this precision.
     """
     # The loss may not depend on a text encoder's last layers. Buffers do not change.
     distributed = DistributedDataParallelKwargs(

@@ -48,8 +48,8 @@ def initialise(
         True if an init needs weights or gradients.
 
     Raises:
-        UserError: The loss reaches no layer of a model.
-        TrainingError: A loss or a gradient is not finite.
+        UserError: the loss reaches no layer of a model.
+        TrainingError: a loss or a gradient is not finite.
     """
     initialised = [target for target in targets if adapters.layers(target.model, INITIAL)]
     gradients: Mapping[str, Mapping[str, Tensor]] = {}
@@ -87,7 +87,7 @@ def mean_gradients(
         layer that the loss does not reach is missing.
 
     Raises:
-        TrainingError: A loss or a gradient is not finite.
+        TrainingError: a loss or a gradient is not finite.
     """
     samples, size = cfg.lora_ga_samples, cfg.train_batch_size
     step = task.num_samples << 32  # a whole number of epochs, beyond every run

@@ -209,7 +209,7 @@ def recorded(log: RunLog | None, folder: Path) -> Iterator[None]:
         folder: run folder.
 
     Raises:
-        TrainingError: The disk is full.
+        TrainingError: the disk is full.
     """
     try:
         yield

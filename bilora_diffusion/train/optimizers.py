@@ -80,7 +80,7 @@ class ClippedOptimizer:
 
     def step(self) -> None:
         """Clip (after unscaling), then update; a non-finite fp16 gradient skips the update."""
-        # Without the auxiliary's gradient: with a joint norm the primary kept 0.70 of its own
+        # The primary alone is clipped: a joint norm with the auxiliary scaled its gradient to 0.70
         # (T5-base at a norm of 1).
         self._norm = self._accelerator.clip_grad_norm_(self._method.weights, self._max_grad_norm)
         self._optimizer.step()

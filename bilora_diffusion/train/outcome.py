@@ -152,7 +152,7 @@ class Outcome:
             step: step of the weights.
 
         Raises:
-            UserError: There is none, and an option needs it.
+            UserError: there is none, and an option needs it.
         """
         if value is None:
             if self._cfg.keep_best or self.best.patience is not None:

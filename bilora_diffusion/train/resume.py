@@ -59,7 +59,7 @@ def load(trainer: Trainer, path: Path) -> None:
     """Continue exactly where a checkpoint was written; once, on a new trainer.
 
     Raises:
-        UserError: The checkpoint is damaged, or belongs to a run with another configuration or
+        UserError: the checkpoint is damaged, or belongs to a run with another configuration or
             other data.
     """
     saved = checkpoint.load(path)
@@ -133,7 +133,7 @@ def require_same_work(
         depends_on_heldout: as `run.data.require_same_content` takes it.
 
     Raises:
-        UserError: Something differs; the sentence says what.
+        UserError: something differs; the sentence says what.
     """
     free = free | {"content"} | FORMER_OPTIONS
     sizes = current.keys() - set(options)

@@ -23,7 +23,7 @@ def require_safetensors(part: str, folder: Path) -> None:
         folder: folder of the model.
 
     Raises:
-        UserError: The weights are pickles, or the index can't be read.
+        UserError: the weights are pickles, or the index can't be read.
     """
     names = sorted(path.name for path in folder.glob("*"))
     # Of a folder with both kinds, as many on the hub, the libraries read the safetensors.
@@ -62,7 +62,7 @@ def require_words(part: str, tokenizer: Any, rows: int | None, fix: str) -> None
         fix: end of the sentence, without a period.
 
     Raises:
-        UserError: It has no words, or too many tokens.
+        UserError: it has no words, or too many tokens.
     """
     vocabulary = tokenizer.get_vocab()
     # Without its files Transformers makes an empty tokenizer of some types, and does not warn. T5's

@@ -117,7 +117,7 @@ class Trainer:
         To be called once, before the first step of a new run.
 
         Raises:
-            TrainingError: A loss or a gradient is not finite.
+            TrainingError: a loss or a gradient is not finite.
         """
         if initialise(self.task, self.method.targets, self.cfg, self.accelerator):
             self.outcome.begin()
@@ -126,7 +126,7 @@ class Trainer:
         """Test the model on one sample with a forward and a backward pass, as in a step.
 
         Raises:
-            UserError: The loss or a gradient is not finite.
+            UserError: the loss or a gradient is not finite.
         """
         first_slot = self.layout.slots()[0][0]
         (batch,) = self.task.micro_batches([(0, (first_slot,))], self.layout.step_size)
@@ -158,7 +158,7 @@ class Trainer:
             Values for the log.
 
         Raises:
-            Diverged: A loss is not finite; nothing was saved since.
+            Diverged: a loss is not finite; nothing was saved since.
         """
         started = time.perf_counter()
         self._losses_of_step.clear()
@@ -263,8 +263,8 @@ class Trainer:
             return
         if nonfinite_names:
             raise Diverged(
-                f"the loss at step {self.step} is not finite for {', '.join(nonfinite_names)}: lower"
-                " --learning_rate or look at these samples; the last checkpoint is untouched."
+                f"the loss at step {self.step} is not finite for {', '.join(nonfinite_names)}:"
+                " lower --learning_rate or look at these samples; the last checkpoint is untouched."
             )
 
     def stop_signal(self) -> int | None:

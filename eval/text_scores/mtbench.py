@@ -217,7 +217,6 @@ def _first_turn(turns: Any) -> Any:
 
 def grading_prompt(question: Question, answer: str) -> str:
     """Prompt for the judge."""
-    # Some questions come with a right answer.
     reference = instruction = ""
     if question.reference:
         reference = f"\n# A right answer, for comparison\n{question.reference}\n"

@@ -117,7 +117,7 @@ def test_what_is_new_changed_or_gone_is_seen_and_nothing_is_read_twice(tmp_path,
         catalog.refresh()
         changed = set()
         for kind in ("runs", "scores", "results"):
-            sign = catalog.sign(kind)
+            sign = catalog.fingerprint(kind)
             if sign != signs.get(kind):
                 changed.add(kind)
             signs[kind] = sign

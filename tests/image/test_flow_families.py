@@ -239,10 +239,10 @@ def test_images_equal_the_pipelines(kind):
     pipeline = pipeline_of(kind)
     family = family_of(pipeline)
     (image,) = generate(pipeline, [PROMPT], [7], size=SIDE, steps=2)
-    guidance = {"guidance_scale": family.guidance}
+    guidance = {"guidance_scale": family.default_guidance}
     if kind == "QwenImagePipeline":
         # Qwen-Image has guidance by a negative prompt alone.
-        guidance = {"true_cfg_scale": family.guidance, "negative_prompt": ""}
+        guidance = {"true_cfg_scale": family.default_guidance, "negative_prompt": ""}
     (expected_image,) = pipeline(
         prompt=PROMPT,
         generator=generator(7),
@@ -262,7 +262,7 @@ def test_distilled_models_and_no_others_are_remarked_on_and_drawn_without_guidan
     family = family_of(pipeline)
     remark = family.remark
     assert remark("org/model", pipeline) is None
-    assert family.usual_sampling(pipeline) == (STEPS, family.guidance)
+    assert family.usual_sampling(pipeline) == (STEPS, family.default_guidance)
     pipeline.register_to_config(_name_or_path="Turbo/org/Z-Image-Turbo")
     if kind == "FluxPipeline":
         pipeline = make_pipeline("FluxPipeline", guidance_embeds=False)

@@ -200,7 +200,11 @@ def test_commit(tmp_path, monkeypatch):
 RISING_LOSSES = {0: 0.5, 5: 0.4, 10: 0.5}
 ENDS = [
     ({}, RISING_LOSSES, "loss step 5 was 20.0 % better than .* --step 5$"),
-    ({"validation_dataset": "x"}, RISING_LOSSES, "loss ranks no images.* compare .*--keep_best"),
+    (
+        {"validation_dataset": "x"},
+        RISING_LOSSES,
+        "does not show which step samples best.* compare .*--keep_best",
+    ),
     ({}, {}, "--fit chooses .*--validation_dataset"),
 ]
 

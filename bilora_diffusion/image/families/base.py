@@ -165,7 +165,7 @@ class LatentSpace:
         posterior = vae.encode(pixels).latent_dist
         return posterior.mean, posterior.std
 
-    def pixels(self, vae: Any, latents: Tensor) -> Tensor:
+    def decode_pixels(self, vae: Any, latents: Tensor) -> Tensor:
         """Decode latents in the autoencoder's scale to images (n, 3, H, W) in [-1, 1]."""
         return vae.decode(latents).sample
 
@@ -219,7 +219,7 @@ class Family:
     feed_forward: ClassVar[tuple[str, ...]] = ("ff",)  # modules, with all their linear layers
     flow: ClassVar[bool] = True  # predicts a velocity (`noise_schedules.FlowMatching`)
     weighting: ClassVar[str] = "none"  # of noise levels, by default
-    guidance: ClassVar[float] = 5.0  # scale of its images, by default
+    default_guidance: ClassVar[float] = 5.0  # scale of its images, by default
     unconditional: ClassVar[Unconditional] = Unconditional.SECOND_CALL
     unguided: ClassVar[float] = 1.0  # up to this scale there is no unconditional prediction
     reads_negative_prompt: ClassVar[bool] = True  # in the unconditional prediction
@@ -312,7 +312,7 @@ class Family:
             return latents
         return unpack(latents, height // 8, width // 8)
 
-    def pixels(self, pipeline: Any) -> int:
+    def native_side(self, pipeline: Any) -> int:
         """Side in pixels of the images that a loaded pipeline was made for."""
         return self.side_of(self.configs(pipeline))
 
@@ -339,7 +339,7 @@ class Family:
         """Steps and guidance scale of a loaded model's images by default."""
         if self.is_distilled(pipeline):
             return self.few_steps, 0.0
-        return STEPS, self.guidance
+        return STEPS, self.default_guidance
 
     def precision(self, device: torch.device) -> torch.dtype:
         """Dtype of sampling on a device by default: 16 bits on a GPU, fp32 on a CPU.

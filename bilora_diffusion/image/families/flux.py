@@ -49,7 +49,7 @@ class Flux(Family):
         "proj_mlp",
         *(f"single_transformer_blocks.{i}.proj_out" for i in range(SINGLE_BLOCKS)),
     )
-    guidance: ClassVar[float] = 3.5
+    default_guidance: ClassVar[float] = 3.5
     unconditional: ClassVar[Unconditional] = Unconditional.NONE  # guidance is embedded
     unguided: ClassVar[float] = 100.0  # no scale makes an unconditional prediction
     reads_negative_prompt: ClassVar[bool] = False

@@ -65,7 +65,7 @@ class Flux2Klein(Family):
         *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(SINGLE_BLOCKS)),
     )
     feed_forward: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
-    guidance: ClassVar[float] = 4.0
+    default_guidance: ClassVar[float] = 4.0
     few_steps: ClassVar[int] = 4  # of klein without "base"
     undistilled: ClassVar[str] = "its base model, such as FLUX.2-klein-base-4B"
     steps: ClassVar[int] = 50  # the pipeline's own number, on which its shift depends

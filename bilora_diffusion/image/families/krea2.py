@@ -43,7 +43,7 @@ class Krea2(Family):
         "text_encoder": "Qwen3VLModel",
     }
     targets: ClassVar[tuple[str, ...]] = (*ATTENTION_LAYERS, "to_gate")
-    guidance: ClassVar[float] = 4.5
+    default_guidance: ClassVar[float] = 4.5
     unguided: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Krea 2 Turbo
     undistilled: ClassVar[str] = "the model that it was made from, Krea 2 RAW"

@@ -26,7 +26,7 @@ class Lumina2(Family):
         "text_encoder": "Gemma2Model",
     }
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
-    guidance: ClassVar[float] = 4.0
+    default_guidance: ClassVar[float] = 4.0
     # `embed` puts the system prompt in front, which a negative prompt must not have.
     reads_negative_prompt: ClassVar[bool] = False
     activations: ClassVar[Activations] = Activations(

@@ -34,8 +34,8 @@ class VideoSpace(LatentSpace):
         mean, std = super().distribution(vae, pixels.unsqueeze(2))
         return mean.squeeze(2), std.squeeze(2)
 
-    def pixels(self, vae: Any, latents: Tensor) -> Tensor:
-        return super().pixels(vae, latents.unsqueeze(2)).squeeze(2)
+    def decode_pixels(self, vae: Any, latents: Tensor) -> Tensor:
+        return super().decode_pixels(vae, latents.unsqueeze(2)).squeeze(2)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class QwenImage(Family):
     # would wait for its gradient.
     targets: ClassVar[tuple[str, ...]] = (*ATTENTION_LAYERS, *PROMPT_LAYERS)
     feed_forward: ClassVar[tuple[str, ...]] = ("img_mlp", "txt_mlp")
-    guidance: ClassVar[float] = 4.0
+    default_guidance: ClassVar[float] = 4.0
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=64, checkpointed=1, recomputed=26, block=17
     )

@@ -44,7 +44,7 @@ class StableDiffusion3(Family):
     targets: ClassVar[tuple[str, ...]] = (*ATTENTION_LAYERS, *PROMPT_LAYERS, "to_add_out")
     feed_forward: ClassVar[tuple[str, ...]] = ("ff", "ff_context")
     weighting: ClassVar[str] = "logit_normal"
-    guidance: ClassVar[float] = 7.0
+    default_guidance: ClassVar[float] = 7.0
     unconditional: ClassVar[Unconditional] = Unconditional.FIRST_ROWS
     activations: ClassVar[Activations] = Activations(
         prompt_tokens=154, checkpointed=1, recomputed=25, block=21

@@ -26,7 +26,7 @@ class ZImage(Family):
         "text_encoder": "Qwen3Model",
     }
     feed_forward: ClassVar[tuple[str, ...]] = ("feed_forward",)
-    guidance: ClassVar[float] = 5.0
+    default_guidance: ClassVar[float] = 5.0
     unconditional: ClassVar[Unconditional] = Unconditional.LAST_ITEMS
     unguided: ClassVar[float] = 0.0
     few_steps: ClassVar[int] = 8  # of Z-Image-Turbo

@@ -317,7 +317,7 @@ class Halving:
         """The best candidate, and the step of its lowest point.
 
         Raises:
-            TrainingError: No candidate could be trained.
+            TrainingError: no candidate could be trained.
         """
         ranking = self._ranking()
         if not ranking:

@@ -353,7 +353,7 @@ def deal_folds(names: Sequence[str], folds: int | None, noun: str) -> list[Fold]
         For each fold the positions to learn from, and those to hold out.
 
     Raises:
-        UserError: There are fewer samples than folds, or than two, or two have the same name.
+        UserError: there are fewer samples than folds, or than two, or two have the same name.
     """
     count = folds
     if not count:

@@ -161,7 +161,7 @@ def read_values(path: Path, searchable: Collection[str]) -> Values:
         searchable: options that can be searched.
 
     Raises:
-        UserError: The file has no options, one that can't be searched, or something else than
+        UserError: the file has no options, one that can't be searched, or something else than
             values.
     """
     file = f'the space "{path}"'

@@ -68,7 +68,7 @@ def train_trial(script: setup.Script[Any], task: Any, folder: Path, trial: Trial
         Losses of the run, or the reason why it can't reach its steps.
 
     Raises:
-        SearchStopped: A signal ended the run.
+        SearchStopped: a signal ended the run.
     """
     has_room = True
     try:
