@@ -65,16 +65,16 @@ def test_the_arguments_that_go_on(arguments, overwrites, expected):
 
 
 @pytest.mark.parametrize(
-    ("program", "shown"),
+    ("program", "quoted_program"),
     [("bilora train", "bilora train"), ("it's/train.py", "'it'\"'\"'s/train.py'")],
 )
 def test_the_printed_command_has_the_program_as_a_shell_reads_it(
-    program, shown, tmp_path, monkeypatch
+    program, quoted_program, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(sys, "argv", [program])
     stop = Stop(signal.SIGINT, 2, 8)
     message = str(describe_interruption(tmp_path, stop, ["--rank", "2"], overwrites=False))
-    command = f"{shown} --rank 2 --resume_from_checkpoint auto"
+    command = f"{quoted_program} --rank 2 --resume_from_checkpoint auto"
     assert command in [line.strip() for line in message.splitlines()]
 
 
