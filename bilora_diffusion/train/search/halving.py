@@ -203,9 +203,8 @@ class Halving:
             if not (self._train_within(affordable, trials) or self._train_within(limit, trials)):
                 return
 
-    def _unfinished(self) -> list[Candidate]:
-        """Candidates that can be promoted, the best first; drops those that are worse than it."""
-        ranking = self._ranking()
+    def _drop_worse(self, ranking: Sequence[Candidate]) -> None:
+        """Drop candidates whose whole interval of differences to the first one is above 0."""
         for candidate in ranking[1:]:
             folds = len(self.curves[candidate])
             # A promotion on folds that it has means that its curve still falls: it may get better.
@@ -214,10 +213,14 @@ class Halving:
                 continue
             differences = self._differences(candidate, ranking[0])
             interval = student_interval(differences)
-            # The whole interval of the paired differences above 0: the candidate is worse.
             if interval is not None and interval.low > 0:
                 reason = f"worse by {differences.mean():.4g}"
                 self.dropped[candidate] = f"{reason} ({interval.low:.4g} to {interval.high:.4g})"
+
+    def _unfinished(self) -> list[Candidate]:
+        """Candidates that can be promoted, the best first, once the worse ones are dropped."""
+        ranking = self._ranking()
+        self._drop_worse(ranking)
         unfinished = []
         for candidate in ranking:
             if candidate not in self.dropped and self._promotion(candidate):
