@@ -6,16 +6,28 @@ images or a file of rows can, beside the tests of their readers.
 
 import json
 import math
+import subprocess
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import train_dreambooth_bilora
 import train_text_bilora
 from bilora_diffusion.config import machine
 from bilora_diffusion.run import checkpoint, runlog
-from tests.scripts.runs import copied, error_sentence, file_contents, flags, train_once
+from tests.scripts.runs import (
+    ON_CPUS,
+    ROOT,
+    TORCHRUN,
+    copied,
+    error_sentence,
+    file_contents,
+    flags,
+    started,
+    train_once,
+)
 from tests.text import text_builders as texts
 
 IMAGE = "image"
@@ -30,6 +42,25 @@ CASES: list[Any] = [
     (BERT, {"model_name_or_path": "{tmp}/infinite"}, ("infinite", "not finite")),
 ]
 """A wrong value or file, and the words that the sentence has."""
+DIVERGING_ON_ONE = """
+import os, sys
+import train_dreambooth_bilora
+from bilora_diffusion.image.loss import DreamBoothModule
+
+forward = DreamBoothModule.forward
+calls = 0
+
+def forward_with_infinity(self, inputs):
+    global calls
+    calls += 1
+    losses = forward(self, inputs)
+    if os.environ["RANK"] == "1" and calls == 3:
+        losses = losses * float("inf")
+    return losses
+
+DreamBoothModule.forward = forward_with_infinity
+sys.exit(train_dreambooth_bilora.main(sys.argv[1:]))
+"""
 DIVERGING = {"learning_rate": 1e4, "lora_alpha": 1e6, "max_train_steps": 6}
 
 
@@ -127,3 +158,22 @@ def test_processes_that_would_not_train_together_are_refused(launch, tmp_path, c
     assert "ACCELERATE_USE_CPU=true torchrun" in sentence
     assert "accelerate launch" in sentence
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_infinite_on_one_process_ends_all(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(DIVERGING_ON_ONE)
+    folder = tmp_path / "run"
+    argv = flags(folder, max_train_steps=6, checkpointing_steps=1, gradient_accumulation_steps=1)
+    environment = {**ON_CPUS, "PYTHONPATH": str(ROOT)}
+    process = started(*TORCHRUN, 2, script, *argv, stderr=subprocess.PIPE, environment=environment)
+    output = process.communicate(timeout=300)[1]
+    assert process.returncode != 0
+    assert "is not finite for" in output
+    record = runlog.read_run(folder)
+    assert record["status"] == "failed"
+    saved_step = checkpoint.steps(folder)[-1]
+    assert f"step {saved_step + 1} is not finite" in record["error"]
+    for weight in checkpoint.load(checkpoint.latest(folder)).tensors.values():
+        assert torch.isfinite(weight).all()
