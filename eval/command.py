@@ -115,6 +115,8 @@ class Parser(command_line.UserErrorParser):
             name, otherwise = self._output
             if self._is_of_runs:
                 name = "-".join([name, *question_of(args)])
+            elif getattr(args, "steps", None) is not None:
+                name = f"{name}-steps"  # not over the scores of the runs' ends
             runs = list(args.runs)
             for _, members in read_groups(getattr(args, "group", [])):
                 runs += members

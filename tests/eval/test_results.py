@@ -181,6 +181,8 @@ def test_results_lie_beside_the_runs(name, folder, demo):
     words, parser = ["demo/lora", "demo/bilora/"], parser_of(name)
     assert parser.read(words).output_dir == demo / folder
     assert parser.read([*words, "--output_dir", "x"]).output_dir == Path("x")
+    if name == "text_scores":
+        assert parser.read([*words, "--steps", "all"]).output_dir == demo / f"{folder}-steps"
     docstring = import_module(f"eval.{name}").__doc__ or ""
     assert parser.description == docstring.partition("\n")[0]
 
