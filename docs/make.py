@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ from bilora_diffusion.image.families import FAMILIES, family_class
 from bilora_diffusion.text.config import TextConfig
 from eval.report import table
 
-from . import evidence, memory
+from . import evidence, memory, samples
 
 FOLDER = Path(__file__).parent
-# Marks around the generated part of a page
-START = "<!-- made by python -m docs.make -->"
+# Marks around a generated section of a page; the last section may have no end.
+START = "<!-- {section}: made by python -m docs.make -->"
 END = "<!-- end -->"
 KINDS = [family_class(pipeline, pipeline) for pipeline in FAMILIES]
 # Model -> its id on the hub.
@@ -138,24 +138,41 @@ def python() -> Iterable[str]:
     yield table(("field", "default", "what it is"), rows)
 
 
-PAGES = {
-    "python.md": python,
-    "../README.md": readme,
-    "options.md": options,
-    "../results/README.md": evidence.page,
-    "models.md": models,
+# Page -> its generated sections: name -> parts of the text
+PAGES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
+    "python.md": {"fields": python},
+    "../README.md": {"models": readme, "comparison": samples.readme},
+    "options.md": {"options": options},
+    "../results/README.md": {"claims": evidence.page},
+    "models.md": {"memory": models},
+    "results.md": {
+        "samples": samples.samples,
+        "guidance": samples.guidance,
+        "subjects": samples.subjects,
+        "held": samples.held,
+        "rules": samples.rules,
+    },
 }
 
 
 def page(name: str) -> str:
-    """A page with new content after the mark `START`, up to the mark `END` if it has this one."""
-    # The mark itself stays; what follows it is replaced.
-    before, _, tail = (FOLDER / name).read_text(encoding="utf-8").partition(START)
-    _, end, after = tail.partition(END)
-    content = "\n\n".join(PAGES[name]())
-    text = f"{before}{START}\n\n{content}\n"
-    if end:
-        text += f"\n{end}{after}"
+    """A page with new content in each of its generated sections.
+
+    Raises:
+        ValueError: the page lacks the mark of a section.
+    """
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    for section, make in PAGES[name].items():
+        start = START.format(section=section)
+        before, mark, tail = text.partition(start)
+        if not mark:
+            raise ValueError(f"{name} has no section {section}")
+        # The marks stay; what is between them is replaced.
+        _, end, after = tail.partition(END)
+        content = "\n\n".join(make())
+        text = f"{before}{start}\n\n{content}\n"
+        if end:
+            text += f"\n{end}{after}"
     return text
 
 

@@ -174,6 +174,8 @@ def test_a_loss_that_is_infinite_on_one_process_ends_all(tmp_path):
     record = runlog.read_run(folder)
     assert record["status"] == "failed"
     saved_step = checkpoint.steps(folder)[-1]
+    saved_folder = checkpoint.latest(folder)
+    assert saved_folder is not None
     assert f"step {saved_step + 1} is not finite" in record["error"]
-    for weight in checkpoint.load(checkpoint.latest(folder)).tensors.values():
+    for weight in checkpoint.load(saved_folder).tensors.values():
         assert torch.isfinite(weight).all()

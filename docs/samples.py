@@ -1,0 +1,209 @@
+"""Tables of sampled images and of the lowest held-out loss in README.md and docs/results.md.
+
+All figures are computed from ``results/``; none is written by hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import picture_table
+from bilora_diffusion.core.values import HELDOUT_LOSS
+from eval import report, table
+from eval.table import Metric, Result, Summary
+
+from .evidence import Check, Figure, figure
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+CONTROL = "LoRA"
+GUIDANCE, BASE_GUIDANCE = "guidance 4", "base's guidance 2"
+STEPS = (100, 300, 1000)
+# Metrics of the tables: cosines x 100 and losses x 1000
+COSINE = Metric("cosine", scale=100, form=".1f")
+LOSS = Metric("loss", scale=1000, form=".1f")
+# Set of images -> its name in the tables; the results lie in results/pictures_SET
+SETS = {
+    "icons": "23 icons",
+    "animals": "12 animals",
+    "duotone": "icons in two colors",
+    "gray": "gray icons",
+}
+VARIANTS = {
+    CONTROL: CONTROL,
+    "Bi-LoRA": "Bi-LoRA, `rho` 0.05",
+    "Bi-LoRA, rho auto": "`--rho auto`",
+    "Bi-LoRA, per sample": "per-sample, `--rho auto`",
+}
+SUBJECT_VARIANTS = {
+    CONTROL: CONTROL,
+    "Bi-LoRA, per sample": "per-sample, `--rho auto`",
+    "per sample, a quarter of the rise": "`--loss_rise 0.1`, a quarter of the default",
+    "per sample, at low noise": "at low noise only, `--auxiliary_snr_gamma 50`",
+    "per sample, doubled rate": "learning rate doubled",
+    "LoRA, doubled rate": "LoRA, learning rate doubled",
+}
+BEST = f"best {HELDOUT_LOSS}"
+ONE, EACH = "one, rho auto", "one for each sample, rho auto"
+# Rows of the README's table of losses: what was trained on, then of each variant the result, the
+# group, its control, and a text behind the figure; None where nothing was measured.
+LOSS_ROWS: dict[str, Sequence[tuple[str, str, str, str] | None]] = {
+    "23 icons": (
+        ("lora_bilora", "method=bilora", "method=lora", ""),
+        ("auxiliaries_icons", ONE, CONTROL, ""),
+        ("auxiliaries_icons", EACH, CONTROL, ""),
+    ),
+    "12 animals": (
+        None,
+        ("auxiliaries_animals", ONE, CONTROL, ""),
+        ("auxiliaries_animals", EACH, CONTROL, ""),
+    ),
+    "mini-flow (a small SD3)": (
+        ("mini_flow", "Bi-LoRA", CONTROL, ""),
+        ("auxiliaries_flow", "one, rho auto, rise 0.05", CONTROL, " with `--loss_rise 0.05`"),
+        ("auxiliaries_flow", EACH, CONTROL, ""),
+    ),
+    "128 reviews (text)": (
+        ("radius_reviews", "rho 0.1", CONTROL, ", `rho` 0.1"),
+        ("radius_reviews", "auto, rise 0.2", CONTROL, ""),
+        ("auxiliaries_reviews", EACH, CONTROL, ""),
+    ),
+}
+
+
+@functools.cache
+def read(name: str) -> Result:
+    """The result ``pictures_NAME``."""
+    return table.read(RESULTS / f"pictures_{name}")
+
+
+def cell(result: Result, line: Summary | None, metric: Metric, intervals: bool = True) -> str:
+    """The mean of the control, or another group's difference to it with its interval."""
+    if line is None:
+        return report.NOT_AVAILABLE
+    if line.group == result.control:
+        return report.number(line.mean, metric)
+    text = report.number(line.difference, metric, "+")
+    if intervals and line.difference_interval is not None:
+        text += f" {report.interval(line.difference_interval, metric, '+')}"
+    # No sign before zeros
+    return re.sub(r"[+-](0\.0+)\b", r"\1", text)
+
+
+def seeds(result: Result, group: str = CONTROL) -> int:
+    """Number of training runs of a group."""
+    return len(result.members(group))
+
+
+def samples() -> Iterable[str]:
+    """The main table: each set and variant at three steps."""
+    rows = []
+    for name, title in SETS.items():
+        result = read(name)
+        for group, variant in VARIANTS.items():
+            first_cell = f"{title}, {seeds(result)}" if group == CONTROL else ""
+            cells = []
+            for step in STEPS:
+                line = result.summary(group, "truth", GUIDANCE, step)
+                cells.append(cell(result, line, COSINE))
+            rows.append((first_cell, variant, *cells))
+    yield report.table(("data, seeds", "run", *_step_heads(STEPS)), rows)
+
+
+def guidance() -> Iterable[str]:
+    """LoRA's score with ordinary guidance, and with guidance from the base model."""
+    rows = []
+    for name, title in SETS.items():
+        cells = []
+        for step in STEPS:
+            scores = []
+            for item in (GUIDANCE, BASE_GUIDANCE):
+                line = read(name).summary(CONTROL, "truth", item, step)
+                scores.append(report.number(line.mean if line else None, COSINE))
+            cells.append(" to ".join(scores))
+        rows.append((title, *cells))
+    yield report.table(("data", *_step_heads(STEPS)), rows)
+
+
+def subjects() -> Iterable[str]:
+    """Forms of per-sample auxiliaries on the animals."""
+    result = read("animals_subjects")
+    rows = []
+    for group, variant in SUBJECT_VARIANTS.items():
+        lines = [
+            (result.summary(group, "truth", GUIDANCE, 150), COSINE),
+            (result.summary(group, "truth", GUIDANCE, 300), COSINE),
+            (result.summary(group, "i2t", GUIDANCE, 150), COSINE),
+            (result.summary(group, HELDOUT_LOSS, step=300), LOSS),
+        ]
+        rows.append((variant, *[cell(result, line, metric) for line, metric in lines]))
+    heads = ("score, step 150", "score, step 300", "image to text, step 150")
+    yield report.table(("run", *heads, "held-out loss, step 300"), rows)
+
+
+def held() -> Iterable[str]:
+    """What holding the unconditional prediction changes."""
+    steps = (100, 300, 500, 1000)
+    rows = []
+    for name, title in SETS.items():
+        result = read(f"held_{name}")
+        lines = [result.summary("LoRA, held", "truth", GUIDANCE, step) for step in steps]
+        rows.append((title, *[cell(result, line, COSINE, intervals=False) for line in lines]))
+    yield report.table(("data", *_step_heads(steps)), rows)
+
+
+def rules() -> Iterable[str]:
+    """Regrets of the rules that choose a step."""
+    titles = {
+        "regret_loss": "lowest held-out loss",
+        "regret_last": "last step",
+        "regret_captions": "best step by 8 sampled captions",
+    }
+    rows = []
+    for rule, title in titles.items():
+        cells = []
+        for name in SETS:
+            regret, bounds = picture_table.mean_regret(read(name), rule)
+            cells.append(f"{report.number(regret, COSINE)} {report.interval(bounds, COSINE)}")
+        rows.append((title, *cells))
+    yield report.table(("rule", *SETS.values()), rows)
+
+
+def readme() -> Iterable[str]:
+    """The README's table: samples at step 300, and the lowest held-out loss in percent."""
+    rows = []
+    for name, title in SETS.items():
+        result = read(name)
+        lines = [result.summary(group, "truth", GUIDANCE, 300) for group in VARIANTS]
+        cells = [cell(result, line, COSINE, intervals=False) for line in lines]
+        rows.append((f"samples, {title}, {seeds(result)} seeds", *cells))
+    for title, entries in LOSS_ROWS.items():
+        cells = [_loss_cell(entry) for entry in entries]
+        rows.append((f"loss, {title}", "", *cells))
+    heads = ("data", CONTROL, "the paper's setting", "`--rho auto`")
+    yield report.table((*heads, "`--rho auto --auxiliaries sample`"), rows)
+
+
+def _loss_cell(entry: tuple[str, str, str, str] | None) -> str:
+    """How much a group's lowest held-out loss is below or above its control's, in percent."""
+    if entry is None:
+        return ""
+    name, group, control, note = entry
+    check = Check("", f"results/{name}", group, BEST, control=control)
+    return _percent(figure(check)) + note
+
+
+def _percent(difference: Figure) -> str:
+    if difference.low < 0 < difference.high:
+        return "undecided"
+    share = 100 * difference.mean / difference.size
+    if abs(share) < 0.05:
+        return "the same"
+    direction = "lower" if share < 0 else "higher"
+    return f"{abs(share):.1f} % {direction}"
+
+
+def _step_heads(steps: Iterable[int]) -> list[str]:
+    return [f"step {step:,}" for step in steps]
