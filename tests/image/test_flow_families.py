@@ -57,7 +57,7 @@ def generator(seed):
 
 @torch.no_grad()
 def latents_of(pipeline, count):
-    """Of images of noise, as the denoiser sees them."""
+    """Latents of `count` random images, (n, c, h, w)."""
     pixels = torch.rand(count, 3, SIDE, SIDE, generator=generator(5)) * 2 - 1
     space = family_of(pipeline).latent_space(pipeline.vae)
     return space.encode(space.distribution(pipeline.vae, pixels)[0])

@@ -19,7 +19,7 @@ from tests.scripts.runs import column, flags, resumes_exactly, train, two_icons,
 SD3 = "StableDiffusion3Pipeline"
 QWEN = "QwenImagePipeline"
 MARKS = {SD3: (), QWEN: pytest.mark.slow}
-"""The other kinds of models are trained once a week only."""
+"""Other kinds run in `make test-matrix`."""
 KINDS = [pytest.param(kind, marks=MARKS.get(kind, pytest.mark.matrix)) for kind in FILES]
 
 
@@ -131,7 +131,7 @@ def test_what_others_leave_out_is_a_line(tmp_path, caplog):
     assert cfg.guidance_scale == 2.0
 
 
-def test_a_model_that_guidance_leads_away_from_nothing_holds_nothing(tmp_path):
+def test_hold_unconditional_needs_an_unconditional_prediction(tmp_path):
     turbo = tmp_path / "Z-Image-Turbo"
     turbo.symlink_to(shared("ZImagePipeline"))
     sentence = "--hold_unconditional 4.0 with a model without an unconditional prediction.*drop it"

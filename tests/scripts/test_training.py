@@ -71,7 +71,7 @@ class NumberReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_number_is_read_before_a_step_is_made(tmp_path, monkeypatch):
+def test_a_step_reads_no_tensor_value(tmp_path, monkeypatch):
     method = get("bilora")
     step = method.step
     losses = []
