@@ -143,17 +143,17 @@ def test_hold_unconditional_needs_an_unconditional_prediction(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "words"),
     [
-        ("resolution", 72),
-        ("resolution", 512),
-        ("train_text_encoder", True),
-        ("snr_gamma", 5),
-        ("lora_layers", "to_k,to_qq"),
-        ("output_kohya_format", True),
+        ("resolution", 72, "a side of 72 pixels"),
+        ("resolution", 512, "a side of 512 pixels"),
+        ("train_text_encoder", True, "--train_text_encoder with a"),
+        ("snr_gamma", 5, "--snr_gamma 5.0 with a"),
+        ("lora_layers", "to_k,to_qq", '--lora_layers "to_qq"'),
+        ("output_kohya_format", True, "--output_kohya_format with a"),
     ],
 )
-def test_what_the_model_can_not_take_is_a_sentence(name, value, tmp_path):
-    with pytest.raises(UserError, match=f"{name}|{value}"):
+def test_what_the_model_can_not_take_is_a_sentence(name, value, words, tmp_path):
+    with pytest.raises(UserError, match=words):
         train(tmp_path / "run", **on(SD3, **{name: value}))
     assert not (tmp_path / "run" / "run.json").exists()
