@@ -152,6 +152,8 @@ def make_class(path: Path) -> None:
         run("bilora_diffusion", "train", *words)
         images[title] = sample_class(folder)
     draw_class(path, images)
+    with Image.open(path) as picture:
+        screenshots.save(picture, path)
 
 
 def sample_class(folder: Path | None) -> list[Image.Image]:

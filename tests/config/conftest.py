@@ -9,7 +9,10 @@ from bilora_diffusion.config import machine as module
 
 @pytest.fixture(autouse=True)
 def machine(hub: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A CPU with every package and model, without launcher; called, it is another one."""
+    """A CPU with every package and model, without launcher.
+
+    `machine(kind, ...)` pretends another device.
+    """
 
     def pretend(kind: str, *, bf16: bool = True, missing: Collection[str] = ()) -> None:
         monkeypatch.setattr(module, "device_type", lambda: kind)

@@ -1,4 +1,4 @@
-"""A method on a small model, with an option of its adapters, ready to take steps."""
+"""A method on a small model, with one form of its adapters, ready to take steps."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -30,10 +30,10 @@ SPECS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "nf4": {},
 }
-"""The options of the adapter that every method is combined with, unless the table refuses it."""
+"""Forms of the adapters that every method is combined with, unless the table refuses it."""
 MAIN_KINDS = ("unet", "t5", "llm")
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "option": tuple(SPECS),
+    "adapter_form": tuple(SPECS),
     "rho": (0.05, AUTO),
     "ball": BALLS,
     "rho_norm": RHO_NORMS,
@@ -43,32 +43,32 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 """Bi-LoRA's own options, of which any two are tried together."""
 
 
-def allowed(name: str, option: str, **options: Any) -> bool:
+def allowed(name: str, adapter_form: str, **options: Any) -> bool:
     """Test that the table of combinations lets these through."""
-    facts = {"method": name, "quantize": "nf4" if option == "nf4" else "none"}
-    for key, value in SPECS[option].items():
+    facts = {"method": name, "quantize": "nf4" if adapter_form == "nf4" else "none"}
+    for key, value in SPECS[adapter_form].items():
         # The table has the names of the command line.
         facts["init_lora_weights" if key == "init" else key] = value
     return constraints.first_violated({**facts, **options}) is None
 
 
 def combos() -> list[tuple[str, str, str]]:
-    """(method, option, kind of model): everything that is allowed."""
+    """(method, form of the adapters, kind of model): everything that is allowed."""
     cases = []
     for name in names():
-        for option in SPECS:
-            if allowed(name, option):
-                kinds = CASES if option == "default" else MAIN_KINDS
-                cases += [(name, option, kind) for kind in kinds]
+        for adapter_form in SPECS:
+            if allowed(name, adapter_form):
+                kinds = CASES if adapter_form == "default" else MAIN_KINDS
+                cases += [(name, adapter_form, kind) for kind in kinds]
     return cases
 
 
 def rotation() -> list[tuple[str, str, str]]:
-    """Every method once, with options of the adapters and kinds of models in turn."""
+    """Every method once, with forms of the adapters and kinds of models in turn."""
     chosen = []
     for turn, name in enumerate(names()):
         cases = [case for case in combos() if case[0] == name]
-        # By this stride the methods together meet every option and kind of model; a test holds it.
+        # By this stride the methods together meet every form and kind of model; a test holds it.
         chosen.append(cases[16 * turn % len(cases)])
     return chosen
 
@@ -100,14 +100,15 @@ class Run:
         optimizer: one of torch by its name, or a function of the parameter groups.
         micro_batches: micro-batches of a step.
         overflow: steps (from 0) whose gradient overflows; then a gradient scaler is at work.
-        compiled: its repeated blocks are, by `engine.BACKEND`.
-        config: of a script, whose method, learning rate and schedule over `steps` hold instead.
+        compiled: True to compile the model's repeated blocks, by `engine.BACKEND`.
+        config: configuration of a script. Its method, learning rate and schedule over `steps`
+            replace the other arguments.
     """
 
     def __init__(
         self,
         name: str,
-        option: str,
+        adapter_form: str,
         kind: str,
         *,
         options: Mapping[str, Any] | None = None,
@@ -125,14 +126,14 @@ class Run:
         self.overflow = overflow
         self.model = self.case.make().train().to(dtype)
         self.original = copy.deepcopy(self.model)
-        if option == "nf4":
+        if adapter_form == "nf4":
             quantize(self.model, torch.float32, skip=())
         if config is None:
             self.method: Method = create(name, MethodOptions(num_steps=steps, **(options or {})))
         else:
             self.method = for_run(vars(config), steps, [f"sample {row}" for row in range(ROWS)])
             lr = config.learning_rate
-        spec = AdapterSpec(rank=4, alpha=6, target_modules=self.case.targets, **SPECS[option])
+        spec = AdapterSpec(rank=4, alpha=6, target_modules=self.case.targets, **SPECS[adapter_form])
         torch.manual_seed(3)  # of the adapters' first values
         groups = self.method.setup([Target("model", self.model, spec, lr, 0.01)])
         self.spec = spec
@@ -261,19 +262,19 @@ class Run:
         return weights
 
 
-def compared(name: str, option: str, kind: str) -> Run:
-    """A run that one process and two take alike.
+def process_comparison_run(name: str, adapter_form: str, kind: str) -> Run:
+    """A run that one process and two train to the same weights.
 
-    Besides those of `SPECS`, Bi-LoRA has the options "auto", a radius that sets itself, and
+    Besides those of `SPECS`, Bi-LoRA has the forms "auto", a radius that sets itself, and
     "sample", that with an auxiliary for each row, in float64.
     """
     settings: dict[str, Any] = {"lr": 0.1, "optimizer": "SGD"}
-    if option in (AUTO, SAMPLE):
+    if adapter_form in (AUTO, SAMPLE):
         settings["options"] = {"rho": AUTO, "loss_rise": 0.3}
-    if option == SAMPLE:
+    if adapter_form == SAMPLE:
         settings["options"]["auxiliaries"] = ROWS
         settings["dtype"] = torch.float64
-    spec = option if option in SPECS else "default"
+    spec = adapter_form if adapter_form in SPECS else "default"
     return Run(name, spec, kind, **settings).initialise()
 
 

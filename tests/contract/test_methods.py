@@ -1,4 +1,4 @@
-"""Promises of every registered method, with every option of its adapters, on each model."""
+"""Promises of every registered method, with every form of its adapters, on each model."""
 
 from pathlib import Path
 
@@ -13,7 +13,15 @@ from bilora_diffusion.config import constraints
 from bilora_diffusion.core.values import SAMPLE
 from bilora_diffusion.methods import create, names
 from bilora_diffusion.train import engine
-from tests.contract.harness import SHARED, SPECS, Run, combos, compared, pairwise, rotation
+from tests.contract.harness import (
+    SHARED,
+    SPECS,
+    Run,
+    combos,
+    pairwise,
+    process_comparison_run,
+    rotation,
+)
 from tests.contract.models import CASES, ROWS
 from tests.scripts.runs import run_python
 
@@ -27,7 +35,7 @@ def cases(chosen):
     for case in chosen:
         marks = () if case in ROTATION else pytest.mark.matrix
         parameters.append(pytest.param(*case, marks=marks))
-    return pytest.mark.parametrize(("name", "option", "kind"), parameters)
+    return pytest.mark.parametrize(("name", "adapter_form", "kind"), parameters)
 
 
 def require_equal(actual, expected):
@@ -40,16 +48,16 @@ def require_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def life(folder, name, option, kind, compiled=False, **options):
-    """Start as the base, learn, evaluate, export, resume: what every method promises."""
+def assert_trains_exports_and_resumes(folder, name, adapter_form, kind, compiled=False, **options):
+    """Check that a run starts as the base, learns, evaluates, exports and resumes."""
 
     def start():
-        return Run(name, option, kind, options=options, compiled=compiled)
+        return Run(name, adapter_form, kind, options=options, compiled=compiled)
 
     run = start()
     exports_adapter = not run.method.exports_weights
     if exports_adapter:
-        starts_as_the_model_came(run, is_quantized=option == "nf4")
+        starts_as_the_model_came(run, is_quantized=adapter_form == "nf4")
     else:
         run.initialise()
     initial = run.tensors()
@@ -60,7 +68,7 @@ def life(folder, name, option, kind, compiled=False, **options):
     state = run.checkpoint()
     assert all(isinstance(value, float) for value in run.method.metrics().values())
     if exports_adapter:
-        exports_the_primary_for_the_base_as_it_came(run, start().original, folder, option)
+        exports_the_primary_for_the_base_as_it_came(run, start().original, folder, adapter_form)
     losses += run.train(2)
     assert losses[-1] < losses[0]
     learns_and_leaves_the_base_alone(run, initial, base)
@@ -129,9 +137,9 @@ def is_trained(method, key):
     return key.split("/")[1] in (*method.adapters, "whole", "full")
 
 
-def exports_the_primary_for_the_base_as_it_came(run, fresh, folder, option):
+def exports_the_primary_for_the_base_as_it_came(run, fresh, folder, adapter_form):
     adapters.save_pretrained(run.model, folder)
-    if option == "nf4":
+    if adapter_form == "nf4":
         quantize(fresh, torch.float32, skip=())
     loaded = PeftModel.from_pretrained(fresh, str(folder)).train()
     assert list(loaded.peft_config) == [PRIMARY]
@@ -160,13 +168,13 @@ def evaluates_the_primary_alone_and_leaves_no_trace(run):
 
 
 @cases(MATRIX)
-def test_the_life_of_a_run(name, option, kind, tmp_path):
-    life(tmp_path, name, option, kind)
+def test_the_life_of_a_run(name, adapter_form, kind, tmp_path):
+    assert_trains_exports_and_resumes(tmp_path, name, adapter_form, kind)
 
 
 @pytest.mark.parametrize("options", pairwise("bilora"), ids=str)
 def test_the_life_of_a_run_with_any_two_options(options, tmp_path):
-    life(tmp_path, "bilora", kind="llm", **options)
+    assert_trains_exports_and_resumes(tmp_path, "bilora", kind="llm", **options)
 
 
 COMPILED = ("bilora", "lora-sam", "flat-lora")
@@ -180,7 +188,7 @@ for method_name in names():
 def test_the_life_of_a_run_with_compiled_blocks(name, tmp_path, monkeypatch):
     """Every state of the adapters goes through compiled blocks here: no graph serves two."""
     monkeypatch.setattr(engine, "BACKEND", "aot_eager")  # without a compiler
-    life(tmp_path, name, "default", "unet", compiled=True)
+    assert_trains_exports_and_resumes(tmp_path, name, "default", "unet", compiled=True)
 
 
 def equal_but_for_rounding(method, actual, expected):
@@ -193,29 +201,34 @@ def equal_but_for_rounding(method, actual, expected):
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=atol)
 
 
-def descent(name, option, kind, **settings):
+def sgd_run(name, adapter_form, kind, **settings):
     """A run by SGD, since Adam's first steps turn the rounding of a small gradient into a whole
     step.
     """
-    return Run(name, option, kind, lr=0.1, optimizer="SGD", **settings).initialise()
+    return Run(name, adapter_form, kind, lr=0.1, optimizer="SGD", **settings).initialise()
 
 
 @cases(MATRIX)
-def test_the_cut_into_micro_batches_changes_nothing(name, option, kind):
-    uncut = descent(name, option, kind)
+def test_the_cut_into_micro_batches_changes_nothing(name, adapter_form, kind):
+    uncut = sgd_run(name, adapter_form, kind)
     losses = uncut.train()
     for micro_batches in (2, 4):
-        cut = descent(name, option, kind, micro_batches=micro_batches)
+        cut = sgd_run(name, adapter_form, kind, micro_batches=micro_batches)
         torch.testing.assert_close(cut.train(), losses, rtol=1e-5, atol=1e-6)
         equal_but_for_rounding(cut.method, cut.tensors(), uncut.tensors())
 
 
-@cases([case for case in MATRIX if not create(case[0]).exports_weights])
-def test_its_limit_is_lora(name, option, kind):
+def has_other_limit(name):
+    """Test that a method has adapters and is not LoRA, whose limit is LoRA itself."""
+    return name != "lora" and not create(name).exports_weights
+
+
+@cases([case for case in MATRIX if has_other_limit(case[0])])
+def test_its_limit_is_lora(name, adapter_form, kind):
     limit = create(name).limit
-    assert limit is not None, "a method on adapters has a limit in which it is LoRA"
-    plain = descent("lora", option, kind)
-    limit_run = descent(name, option, kind, options=limit)
+    assert limit, "a method on adapters has a limit in which it is LoRA"
+    plain = sgd_run("lora", adapter_form, kind)
+    limit_run = sgd_run(name, adapter_form, kind, options=limit)
     torch.testing.assert_close(limit_run.train(), plain.train(), rtol=1e-5, atol=1e-6)
     final = limit_run.tensors()
     for key, value in plain.tensors().items():
@@ -227,8 +240,8 @@ def allows_fp16(name):
 
 
 @cases([case for case in MATRIX if allows_fp16(case[0])])
-def test_a_step_that_the_scaler_skips_changes_nothing(name, option, kind):
-    run = Run(name, option, kind, overflow=(1,)).initialise()
+def test_a_step_that_the_scaler_skips_changes_nothing(name, adapter_form, kind):
+    run = Run(name, adapter_form, kind, overflow=(1,)).initialise()
     run.train(1)
     before = run.tensors()
     state = run.method.state_dict()
@@ -250,17 +263,17 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "option", "kind"), SHARED)
-def test_two_processes_agree_with_one(name, option, kind, two_processes):
-    single = compared(name, option, kind)
+@pytest.mark.parametrize(("name", "adapter_form", "kind"), SHARED)
+def test_two_processes_agree_with_one(name, adapter_form, kind, two_processes):
+    single = process_comparison_run(name, adapter_form, kind)
     single.train()
-    both = torch.load(two_processes / f"{name}-{option}-{kind}.pt")
+    both = torch.load(two_processes / f"{name}-{adapter_form}-{kind}.pt")
     equal_but_for_rounding(single.method, single.tensors(), both)
-    if option == SAMPLE:  # in float64
+    if adapter_form == SAMPLE:  # in float64
         for key, value in single.tensors().items():
             torch.testing.assert_close(value, both[key], rtol=0, atol=1e-8)
 
 
-def test_the_rotation_meets_every_option_and_kind_of_model():
-    assert {option for _, option, _ in ROTATION} == set(SPECS)
+def test_the_rotation_meets_every_adapter_form_and_kind_of_model():
+    assert {adapter_form for _, adapter_form, _ in ROTATION} == set(SPECS)
     assert {kind for _, _, kind in ROTATION} == set(CASES)

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import torch
 
-from tests.contract.harness import SHARED, compared
+from tests.contract.harness import SHARED, process_comparison_run
 
 
 def main(folder: Path) -> None:
-    """Write ``method-option-kind.pt``, the tensors after three steps, from the first process."""
+    """Write ``method-form-kind.pt``, the tensors after three steps, from the first process."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    for name, option, kind in SHARED:
-        run = compared(name, option, kind).share()
+    for name, adapter_form, kind in SHARED:
+        run = process_comparison_run(name, adapter_form, kind).share()
         run.train()
         if torch.distributed.get_rank() == 0:
-            torch.save(run.tensors(), folder / f"{name}-{option}-{kind}.pt")
+            torch.save(run.tensors(), folder / f"{name}-{adapter_form}-{kind}.pt")
         del run
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

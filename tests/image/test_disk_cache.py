@@ -17,7 +17,7 @@ from bilora_diffusion.image.config import resolve
 from bilora_diffusion.image.disk_cache import DiskCache
 from bilora_diffusion.image.latents import LatentSpace
 from tests.image.tiny import shared as shared_base
-from tests.scripts.runs import alike, train
+from tests.scripts.runs import assert_same_run, train
 
 TENSORS = {"a": torch.rand(3, 5), "b": torch.rand(2).bfloat16(), "c": torch.arange(3)}
 
@@ -126,13 +126,13 @@ def test_a_second_run_encodes_nothing_and_ends_bit_exact(kind, tmp_path, monkeyp
     }
     uncached = train(tmp_path / "uncached", **shared, disk_cache="no")
     cold = train(tmp_path / "cold", **shared, disk_cache=tmp_path / "cache")
-    alike(cold, uncached, "heldout_loss")
+    assert_same_run(cold, uncached, "heldout_loss")
     # From here on encoding fails.
     for encoder in (CLIPTextModel, CLIPTextModelWithProjection):
         monkeypatch.setattr(encoder, "from_pretrained", None)
     monkeypatch.setattr(AutoencoderKL, "encode", None)
     warm = train(tmp_path / "warm", **shared, disk_cache=tmp_path / "cache")
-    alike(warm, uncached, "heldout_loss")
+    assert_same_run(warm, uncached, "heldout_loss")
 
 
 def test_a_folder_that_can_not_be_written_is_one_warning(tmp_path, caplog):

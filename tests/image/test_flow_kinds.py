@@ -1,6 +1,7 @@
-"""What only some of the flow-matching models have: distilled ones, limits, a system prompt."""
+"""Noise levels of every flow-matching model; distilled ones, limits, a system prompt."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,43 +12,70 @@ from bilora_diffusion.image.families import family_of
 from bilora_diffusion.image.families.base import Family
 from bilora_diffusion.image.noise_schedules import FlowMatching
 from bilora_diffusion.image.sampling import bare_sampler
-from tests.image.tiny import make_pipeline
+from tests.image.tiny import FILES, make_pipeline
 from tests.scripts.runs import train
 
 SIDE = 64
-STEPS = 10
-QWEN, LUMINA = "QwenImagePipeline", "Lumina2Pipeline"
+STEPS = {"Flux2KleinPipeline": 50}
+"""Of a pipeline, if not 10: the shift of FLUX.2 depends on the steps, and 50 is its default."""
+SD3, KREA, QWEN, LUMINA = (
+    "StableDiffusion3Pipeline",
+    "Krea2Pipeline",
+    "QwenImagePipeline",
+    "Lumina2Pipeline",
+)
 
 
-def sampled_levels(pipeline):
+@torch.no_grad()
+def sampled_levels(pipeline, kind):
     """The noise levels that a pipeline goes through in as many steps as its scheduler has."""
     family = family_of(pipeline)
     sampler = bare_sampler(family, pipeline)
     conditions = family.embed(pipeline, ["an icon"])
-    sampler(
-        **family.sampling(conditions, family.negative(pipeline, conditions), 0.0),
-        height=SIDE,
-        width=SIDE,
-        num_inference_steps=STEPS,
-        output_type="latent",
-    )
+    steps = pipeline.scheduler.config.num_train_timesteps
+    options = {}
+    if kind == SD3:
+        # Evenly spaced ones, as the other pipelines pass them. By itself SD3's starts from its
+        # scheduler's lowest level, which is shifted already, and shifts that again.
+        options["sigmas"] = [1 - step / steps for step in range(steps)]
+
+    def stop(*_):
+        # The levels are set before the first step.
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        sampler(
+            **family.sampling(conditions, family.negative(pipeline, conditions), 0.0),
+            **options,
+            height=SIDE,
+            width=SIDE,
+            num_inference_steps=steps,
+            callback_on_step_end=stop,
+        )
     return sampler.scheduler.sigmas[:-1]
 
 
-@pytest.mark.parametrize("kind", ["Krea2Pipeline", LUMINA])
-def test_levels_that_depend_on_the_resolution_are_the_pipelines(kind):
+LEVEL_CASES = [(kind, {}, False) for kind in FILES]
+# A distilled Krea has a shift of its own, at every resolution.
+LEVEL_CASES.append((KREA, {}, True))
+LEVEL_CASES.append((LUMINA, {"use_dynamic_shifting": True, "max_image_seq_len": 6400}, False))
+
+
+@pytest.mark.parametrize(("kind", "scheduler_options", "is_distilled"), LEVEL_CASES)
+def test_the_noise_levels_are_the_pipelines(kind, scheduler_options, is_distilled):
     pipeline = make_pipeline(kind)
-    if kind != LUMINA:
-        # A distilled Krea has a shift of its own, at every resolution.
+    if is_distilled:
         pipeline.register_to_config(is_distilled=True)
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, num_train_timesteps=STEPS, max_image_seq_len=6400
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config, num_train_timesteps=STEPS.get(kind, 10), **scheduler_options
     )
     pipeline.register_modules(scheduler=scheduler)
     family: Family = family_of(pipeline)
     mu = family.mu(pipeline, family.tokens(SIDE, SIDE))
     levels = FlowMatching.from_config(dict(scheduler.config), mu).sigmas
-    torch.testing.assert_close(levels, sampled_levels(pipeline))
+    evenly_spaced = torch.linspace(1, 1 / len(levels), len(levels))
+    assert not torch.allclose(levels, evenly_spaced)
+    torch.testing.assert_close(levels, sampled_levels(pipeline, kind))
 
 
 def test_a_qwen_image_that_diffusers_cannot_run_is_refused(tmp_path):

@@ -121,5 +121,6 @@ def test_a_search_chooses_what_has_the_nearest_samples(icons, tmp_path):
         first_run = min(run["name"] for run in record["runs"])
         # The same run has seen the same samples by both measures.
         digests.append(column(folder / "fit" / first_run, "digest"))
+    assert all(digests)
     for digest, digest_by_loss in zip(*digests, strict=False):  # one may have gone on for longer
         assert digest == digest_by_loss

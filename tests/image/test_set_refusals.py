@@ -78,7 +78,7 @@ def assert_refused(dataset, parts, **options):
         (two_tables, {}, ["both metadata.jsonl and metadata.csv"]),
     ],
 )
-def test_a_folder(spoil, options, parts, tmp_path):
+def test_a_spoiled_folder_is_refused(spoil, options, parts, tmp_path):
     folder = photos(tmp_path / "photos")
     spoil(folder)
     assert_refused(folder, parts, cache_dir=str(tmp_path / "cache"), **options)

@@ -3,6 +3,9 @@
 import os
 import pickle
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -152,12 +155,34 @@ def test_whatever_is_left_out_is_named_in_one_line(folder):
     assert f"6 files ({names}); `pip install pillow-heif` makes HEIC readable" in line
 
 
-def test_heic_is_read_where_pillow_can(folder, monkeypatch):
+@pytest.fixture
+def add_heif_package(monkeypatch):
+    """A function that installs a package pillow-heif, and returns the list of its registrations."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    image_files.reads_heif.cache_clear()
+
+    def install():
+        registrations = []
+        package: Any = ModuleType("pillow_heif")
+        package.__spec__ = ModuleSpec("pillow_heif", None)
+        package.register_heif_opener = lambda: registrations.append("HEIF")
+        monkeypatch.setitem(sys.modules, "pillow_heif", package)
+        image_files.reads_heif.cache_clear()
+        return registrations
+
+    yield install
+    image_files.reads_heif.cache_clear()
+
+
+def test_heic_is_read_where_pillow_can(folder, add_heif_package):
     save(folder / "d.png")
     (folder / "d.png").rename(folder / "d.heic")  # Pillow goes by the content
     assert len(open_images(str(folder))) == 3
-    monkeypatch.setattr(image_files, "reads_heif", lambda: True)
-    assert len(open_images(str(folder))) == 4
+    registrations = add_heif_package()
+    images = open_images(str(folder))
+    assert len(images) == 4
+    assert images.image(3).size == (12, 8)
+    assert registrations == ["HEIF"]
 
 
 def test_subfolders_are_read_by_datasets_with_the_captions_in_them(tmp_path):

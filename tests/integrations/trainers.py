@@ -112,7 +112,7 @@ def plain(folder: Path, model: Any, kind: str = "trainer", **values: Any) -> Any
 
 
 def with_bilora(folder: Path, bilora: BiLoRA, kind: str = "trainer", **values: Any) -> Any:
-    """The same on the model that has these adapters, which it trains."""
+    """The trainer of `plain` on the model of `bilora`, whose adapters it trains."""
     trainer = plain(folder, bilora.model, kind, **values)
     assert use_bilora(trainer, bilora) is bilora
     return trainer

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -81,23 +82,44 @@ class Run:
         return adapters.state_dict(self.model, PRIMARY)
 
 
-def naive(run: Run) -> reference.Net:
-    """The layers as the reference has them, with an optimizer as the run's for each matrix."""
-    groups = run.optimizer.param_groups
-    primary_names = ("W0", "b") if run.method.exports_weights else ("A", "B")
-    group_of_matrix = dict.fromkeys(primary_names, groups[0])
-    if len(groups) > 1:
-        group_of_matrix |= dict.fromkeys(("A2", "B2"), groups[1])
-    make_rule = getattr(reference, type(run.optimizer).__name__)
-    layers = []
-    rules = []
-    for index in (0, 2):
-        layer_rules = {}
-        for name, group in group_of_matrix.items():
-            maximize = group.get("maximize", False)
-            layer_rules[name] = make_rule(group["lr"], group["weight_decay"], maximize)
-        rules.append(layer_rules)
+@dataclass(frozen=True)
+class Updates:
+    """How the optimizer is to update the matrices of an adapter, or of a whole model."""
 
+    lr: float
+    decay: float = 0.0
+    ascends: bool = False
+
+
+def reference_net(run: Run, primary: Updates, auxiliary: Updates | None = None) -> reference.Net:
+    """The run's layers as the reference has them, with an optimizer of the run's kind.
+
+    The updates are the arguments', and not those of the run's parameter groups: a method that
+    gives its groups another rate or direction must leave the reference.
+
+    Args:
+        primary: of the primary, or of the weights of a method that trains all.
+        auxiliary: of the auxiliary, if the method has one.
+    """
+    primary_names = ("W0", "b") if run.method.exports_weights else ("A", "B")
+    updates_of_matrix = dict.fromkeys(primary_names, primary)
+    if auxiliary is not None:
+        updates_of_matrix |= dict.fromkeys(("A2", "B2"), auxiliary)
+    make_rule = getattr(reference, type(run.optimizer).__name__)
+    layers = reference_layers(run)
+    rules = []
+    for _ in layers:
+        layer_rules = {}
+        for name, updates in updates_of_matrix.items():
+            layer_rules[name] = make_rule(updates.lr, updates.decay, updates.ascends)
+        rules.append(layer_rules)
+    return reference.Net(layers, rules)
+
+
+def reference_layers(run: Run) -> list[reference.Layer]:
+    """Copies of the run's layers, with the values of all that is trained."""
+    layers = []
+    for index in (0, 2):
         layer = copy.deepcopy(run.model[index])
         base = getattr(layer, "base_layer", layer)
         # A, B and the scale of each adapter; full fine-tuning has none.
@@ -109,26 +131,33 @@ def naive(run: Run) -> reference.Net:
             # Empty matrices add nothing.
             values = [torch.zeros(0), torch.zeros(0), 1.0]
         layers.append(reference.Layer(base.weight.detach(), base.bias.detach(), *values))
-    return reference.Net(layers, rules)
+    return layers
 
 
 def assert_same_layers(run: Run, net: reference.Net) -> None:
     """All that is trained is as the reference has it."""
-    for layer, run_layer in zip(net.layers, naive(run).layers, strict=True):
+    for layer, run_layer in zip(net.layers, reference_layers(run), strict=True):
         for name in ("W0", "b", "A", "B", "A2", "B2"):
             expected, value = getattr(layer, name), getattr(run_layer, name)
             torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
 
-def follow(
-    run: Run, step: Callable[[reference.Net, Tensor, Tensor], float], warmup: int = 0
+def assert_follows_reference(
+    run: Run,
+    step: Callable[[reference.Net, Tensor, Tensor], float],
+    primary: Updates,
+    auxiliary: Updates | None = None,
+    warmup: int = 0,
 ) -> reference.Net:
-    """The run takes the reference's steps, which is returned.
+    """Train the run and its reference side by side, assert that they are equal, return the
+    reference.
 
     Args:
+        step: one step of the reference.
+        primary, auxiliary: as of `reference_net`.
         warmup: steps in which all learning rates rise from 0, linearly.
     """
-    net = naive(run)
+    net = reference_net(run, primary, auxiliary)
     # The rates before the warm-up; a rule holds its optimizer's moments too.
     rates = copy.deepcopy(net.rules)
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda k: rising(k, warmup))

@@ -16,7 +16,7 @@ from bilora_diffusion.methods import MethodOptions
 from bilora_diffusion.methods.bilora.per_sample import Assignment, assign
 from tests.contract.harness import Run as Small
 from tests.contract.models import ROWS
-from tests.methods.runs import STEPS, Run, batch, naive
+from tests.methods.runs import STEPS, Run, Updates, batch, reference_net
 from tests.references import methods as reference
 
 COUNT = 5
@@ -73,9 +73,10 @@ def test_50_steps_follow_per_sample_loops(kind, lr, rho, gamma, cuts):
     run = Run("bilora", options, kind, lr)
     # The reference has one net with the primary, and one for each auxiliary.
     single_run = Run("bilora", auxiliary_options, kind, lr)
-    net = naive(single_run)
+    updates = (Updates(lr), Updates(2 * lr, ascends=True))
+    net = reference_net(single_run, *updates)
     net.layers = [replace(layer, A2=None, B2=None) for layer in net.layers]
-    auxiliary_nets = [naive(single_run) for _ in range(COUNT)]
+    auxiliary_nets = [reference_net(single_run, *updates) for _ in range(COUNT)]
     expected_losses = []
     moves = 0
     for k in range(STEPS):

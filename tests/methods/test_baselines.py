@@ -10,7 +10,7 @@ from torch import nn
 
 from bilora_diffusion.core.errors import UserError
 from bilora_diffusion.methods import MethodOptions, Target, create, names
-from tests.methods.runs import SPEC, STEPS, Run, batch, follow
+from tests.methods.runs import SPEC, STEPS, Run, Updates, assert_follows_reference, batch
 from tests.references import methods as reference
 
 
@@ -19,7 +19,8 @@ def test_bar_follows_a_warm_up_although_the_optimizers_groups_are_replaced(name)
     """accelerate's `prepare` and a resume put new dictionaries into `param_groups`."""
     run = Run(f"lora-{name}".lower(), MethodOptions(bar_alpha=2.0), "SGD", 0.1)
     run.optimizer.load_state_dict(run.optimizer.state_dict())
-    follow(run, partial(reference.bar, kind=name, strength=2.0), warmup=25)
+    step = partial(reference.bar, kind=name, strength=2.0)
+    assert_follows_reference(run, step, Updates(lr=0.1), warmup=25)
 
 
 @pytest.mark.parametrize("name", sorted(set(names()) - {"lora", "full"}))

@@ -107,7 +107,7 @@ def test_the_unit_of_the_loss_plays_no_part_in_the_radius():
 
 @pytest.mark.parametrize("init", ["default", "pissa"])
 def test_the_radius_never_passes_a_share_of_the_primarys_change(init):
-    """However small the rise of the loss is beside the one that is asked for."""
+    """The bound holds even when `loss_rise` cannot be reached."""
     run = Run("bilora", MethodOptions(rho="auto", loss_rise=10.0), spec=replace(SPEC, init=init))
     base_weights = matrices(two_layers())
     largest_rho = 0.0

@@ -95,16 +95,18 @@ def resumed(run: Path, step: int, **values: Any) -> Path:
 
 
 def resumes_exactly(run: Path, step: int, **values: Any) -> None:
-    """A copy that goes on from one of the run's checkpoints ends as the run did, to the bit."""
-    alike(run, resumed(run, step, **values), "grad_norm")
+    """Assert that a copy resumed from one of the run's checkpoints ends as the run, to the bit."""
+    assert_same_run(run, resumed(run, step, **values), "grad_norm")
 
 
-def alike(left: Path, right: Path, *keys: str) -> None:
-    """Two runs ended alike, to the bit; ``keys`` are further columns of their metrics."""
+def assert_same_run(left: Path, right: Path, *keys: str) -> None:
+    """Assert that two runs are equal to the bit; ``keys`` are further columns of their metrics."""
     assert difference(left, right) == 0
     # The digest is a hash of a step's samples, noise and timesteps.
     for key in ("step", "loss", "digest", *keys):
-        assert column(left, key) == column(right, key)
+        values = column(left, key)
+        assert values, f"the metrics have no column {key}"
+        assert values == column(right, key)
 
 
 def run_python(
@@ -200,7 +202,7 @@ def difference(a: Path, b: Path) -> float:
     return max((left[key] - right[key]).abs().max().item() for key in left)
 
 
-def reading(rows: Sequence[tuple[int, float | None]], patience: int) -> tuple[Any, Any]:
+def best_and_stop_step(rows: Sequence[tuple[int, float | None]], patience: int) -> tuple[Any, Any]:
     """The step of the lowest held-out loss, and that at which the patience ended, or None."""
     lowest = float("inf")
     best_step = None

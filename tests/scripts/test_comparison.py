@@ -14,7 +14,7 @@ from bilora_diffusion.train.command import control_config, control_folder
 from tests.scripts.runs import (
     ON_CPUS,
     TEXT_SCRIPT,
-    alike,
+    assert_same_run,
     difference,
     interrupt,
     run_python,
@@ -116,8 +116,8 @@ def test_both_runs_are_those_of_their_own_commands_wherever_they_are_stopped(
     assert f"{parts} and {parts}-lora" in caplog.records[-1].getMessage()
     assert len(steps_taken) == 8  # 4 of each run: none is taken twice
     assert (parts / runlog.RUN).read_bytes() == record  # a finished run is left alone
-    alike(own_run, parts, "heldout_loss", "auxiliary_norm")
-    alike(own_control, control_folder(parts, "lora"), "heldout_loss")
+    assert_same_run(own_run, parts, "heldout_loss", "auxiliary_norm")
+    assert_same_run(own_control, control_folder(parts, "lora"), "heldout_loss")
     # A finished run of other options is no part of the comparison.
     with pytest.raises(UserError, match="seed"):
         train(parts, **flags, seed=5)
@@ -133,5 +133,5 @@ def test_two_processes_train_both_runs(tmp_path):
     lora_run = tmp_path / "lora"
     argv = text_flags(lora_run, **flags, method="lora")
     run_python([TEXT_SCRIPT, *argv], processes=2, environment=ON_CPUS)
-    alike(lora_run, control_folder(both, "lora"))
+    assert_same_run(lora_run, control_folder(both, "lora"))
     assert difference(both, control_folder(both, "lora")) > 0

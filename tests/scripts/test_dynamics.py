@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from bilora_diffusion.adapters import AUXILIARY, PRIMARY
 from bilora_diffusion.run import snapshots
-from tests.scripts.runs import alike, column, copied, train
+from tests.scripts.runs import assert_same_run, column, copied, train
 
 SHORT: dict[str, Any] = {
     "train_batch_size": 1,
@@ -29,7 +29,7 @@ def test_the_record_changes_nothing_and_a_resume_takes_it_anew(tmp_path):
     shared = {**SHORT, "method": "lora-sam", "max_train_steps": 4, "checkpointing_steps": 2}
     uncut = train(tmp_path / "whole", **shared)
     off = train(tmp_path / "off", **{**shared, "log_dynamics": None, "dynamics_steps": None})
-    alike(uncut, off, "grad_norm", "sharpness")
+    assert_same_run(uncut, off, "grad_norm", "sharpness")
     assert not (off / "dynamics").exists()
 
     parts = copied(uncut, tmp_path / "parts")

@@ -51,7 +51,7 @@ def start(name, values):
 
 @pytest.mark.parametrize("name", [TRAINER, "seq2seq_bilora", "sft_bilora"])
 def test_an_example_leaves_an_adapter(name, tmp_path, capsys):
-    """And the first goes on exactly from a checkpoint."""
+    """The Trainer example also resumes exactly."""
     run = tmp_path / "run"
     values = {"output_dir": run, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
     answer = "w9 w10"

@@ -18,7 +18,7 @@ from tests.scripts.runs import (
     SCRIPT,
     TEXT_SCRIPT,
     TORCHRUN,
-    alike,
+    assert_same_run,
     column,
     difference,
     flags,
@@ -61,7 +61,7 @@ def test_a_kill_changes_no_bit(tmp_path):
     assert checkpoint.latest(folder) is not None
     train(folder, **values)
     assert len(runlog.read_run(folder)["resumed"]) == 1
-    alike(complete, folder, "auxiliary_norm")
+    assert_same_run(complete, folder, "auxiliary_norm")
 
 
 def interrupt_and_go_on(script, argv, folder, number, processes=1, **environment):
@@ -99,7 +99,7 @@ def test_the_printed_command_ends_as_the_whole_run(tmp_path):
     folder = tmp_path / "it's interrupted"  # a name that a shell has to have quoted
     argv = text_flags(folder, **shared)
     interrupt_and_go_on(TEXT_SCRIPT, argv, folder, signal.SIGTERM)
-    alike(complete, folder)
+    assert_same_run(complete, folder)
 
 
 @pytest.mark.matrix

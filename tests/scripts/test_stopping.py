@@ -12,11 +12,11 @@ from bilora_diffusion.run import checkpoint, runlog
 from tests.scripts.runs import (
     ON_CPUS,
     SCRIPT,
+    best_and_stop_step,
     column,
     copied,
     difference,
     flags,
-    reading,
     run_python,
     train,
     two_icons,
@@ -72,7 +72,7 @@ def test_text_ends_where_its_record_says_and_leaves_its_best_step(tmp_path, kind
         **values,
     }
     plain = train_text(tmp_path / "plain", **options)
-    best, stop = reading(losses(plain), PATIENCE)
+    best, stop = best_and_stop_step(losses(plain), PATIENCE)
     assert 0 < best < stop < 30  # else nothing is proven
     run = train_text(tmp_path / "run", **options, **STOPPING)
     outcome = results(run)
@@ -113,7 +113,7 @@ def test_images_are_of_the_step_that_is_exported(tmp_path, icons):
         "choose_by": "loss",
     }
     run = train(tmp_path / "run", **icons, **options, **STOPPING)
-    best, stop = reading(losses(run), PATIENCE)
+    best, stop = best_and_stop_step(losses(run), PATIENCE)
     assert 0 < best < stop < 12
     assert (results(run)["best_step"], results(run)["steps"]) == (best, stop)
     assert export([str(run), "--step", str(best), "--to", "diffusers"]) == 0

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BertForMaskedLM
 from bilora_diffusion.export.__main__ import main as export_step
 from bilora_diffusion.run import runlog
 from bilora_diffusion.text.models import load_text_model
-from tests.scripts.runs import alike, column, copied, difference, weights
+from tests.scripts.runs import assert_same_run, column, copied, difference, weights
 from tests.text.text_builders import (
     KINDS,
     NUMBERS,
@@ -71,7 +71,7 @@ def test_a_run_resumes_exactly_and_its_file_is_what_was_measured(
     folder = train_text(tmp_path / "run", **flags)
     parts = copied(folder, tmp_path / "parts")
     train_text(parts, **flags, resume_from_checkpoint="step-1")
-    alike(folder, parts, "grad_norm", "heldout_loss")
+    assert_same_run(folder, parts, "grad_norm", "heldout_loss")
     record = runlog.read_run(folder)
     assert record["status"] == "finished"
     # The file, as PEFT or Transformers load it, has the figures of the run's end.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bilora_diffusion.train.outcome import Best, Outcome
-from tests.scripts.runs import reading
+from tests.scripts.runs import best_and_stop_step
 
 LOSSES = st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf]), min_size=1)
 
@@ -31,7 +31,7 @@ def test_it_stops_and_keeps_as_a_reading_of_the_record_would(losses, patience):
         if best.is_exhausted:
             stopped_at = last_step
             break
-    assert (best.step, stopped_at) == reading(rows, patience)
+    assert (best.step, stopped_at) == best_and_stop_step(rows, patience)
     if best.step is not None:
         with best.applied():
             assert weight.tolist() == [best.step] * 2

@@ -258,7 +258,9 @@ def lower_at_high_rates(options, step):
 )
 def test_the_end_says_where_a_choice_is_unsure(loss, plan, values, doubt, tmp_path, monkeypatch):
     text = report_of(search_loss(loss, plan, **values), tmp_path, monkeypatch)
-    advice = text.partition("same without")[2]  # what follows the command of the last run
+    # Advice follows the command of the last run.
+    _, separator, advice = text.partition("same without")
+    assert separator
     for phrase in ("raise --max_train_steps", "no training", "folds", "rate is the"):
         assert (phrase in advice) == (phrase == doubt), phrase
     if plan is SHORT_PLAN:

@@ -1,4 +1,4 @@
-"""Which engines and combinations are refused, what is left whole, and the mean of gradients."""
+"""Refused and allowed launches, and weights read by every process."""
 
 import os
 from types import SimpleNamespace

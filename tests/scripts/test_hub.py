@@ -1,0 +1,77 @@
+"""Runs that push to the Hugging Face Hub: the repository before training, the upload after it."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from bilora_diffusion.core.errors import UserError
+from bilora_diffusion.run import hub, runlog
+from tests.scripts.runs import column, weights
+from tests.text.text_builders import material, train_text
+
+PUSH = {"push_to_hub": True, "hub_token": "hf_secret", "method": "lora", "checkpointing_steps": 1}
+
+
+class Hub:
+    """The hub's functions that a run calls; `errors` has what one of them raises."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        self.errors = {}
+        for name in ("create_repo", "upload_folder", "create_commit"):
+            monkeypatch.setattr(hub, name, self.function(name))
+
+    def function(self, name):
+        def call(*_, **options):
+            self.calls.append((name, options))
+            if name in self.errors:
+                raise self.errors[name]
+            repo_id = options.get("repo_id", "")
+            if "/" not in repo_id:  # the hub adds the user's name
+                repo_id = f"me/{repo_id}"
+            return SimpleNamespace(repo_id=repo_id)
+
+        return call
+
+
+@pytest.fixture
+def stub_hub(monkeypatch):
+    return Hub(monkeypatch)
+
+
+def test_a_run_is_pushed_to_the_repository_of_its_name(tmp_path, stub_hub):
+    run = train_text(tmp_path / "icons", **material("classification"), **PUSH)
+    (created, repository), (uploaded, upload), (committed, commit) = stub_hub.calls
+    assert (created, uploaded, committed) == ("create_repo", "upload_folder", "create_commit")
+    assert repository == {"repo_id": "icons", "exist_ok": True, "token": "hf_secret"}
+    # The id that the hub gave, not the name that was asked for
+    assert upload["repo_id"] == "me/icons"
+    assert upload["folder_path"] == run
+    assert upload["token"] == commit["token"] == "hf_secret"
+    assert "me/icons" in (run / "README.md").read_text(encoding="utf-8")
+    assert runlog.read_run(run)["status"] == "finished"
+    assert "hf_secret" not in (run / runlog.RUN).read_text()
+
+
+def test_a_refused_repository_is_a_sentence_before_training(tmp_path, stub_hub):
+    stub_hub.errors["create_repo"] = OSError("403 Forbidden.")
+    values = {**material("classification"), **PUSH, "hub_model_id": "them/run"}
+    sentence = r"--push_to_hub cannot make the repository 'them/run' \(403 Forbidden\): log in"
+    with pytest.raises(UserError, match=sentence):
+        train_text(tmp_path / "run", **values)
+    assert [name for name, _ in stub_hub.calls] == ["create_repo"]
+    assert not (tmp_path / "run" / runlog.RUN).exists()
+
+
+@pytest.mark.parametrize("name", ["upload_folder", "create_commit"])
+def test_a_failed_upload_leaves_the_run_whole_and_names_the_command(name, tmp_path, stub_hub):
+    stub_hub.errors[name] = OSError("no connection")
+    folder = tmp_path / "run"
+    with pytest.raises(UserError) as error:
+        train_text(folder, **material("classification"), **PUSH, hub_model_id="them/run")
+    sentence = str(error.value)
+    assert f"{folder} is whole, but the upload to 'them/run' failed (no connection)" in sentence
+    assert f"`hf upload them/run {folder}`" in sentence
+    assert column(folder, "step") == [1, 2]
+    assert weights(folder)
+    assert (folder / "README.md").exists()
