@@ -27,7 +27,7 @@ class BAR(HookedMethod, CountingMethod, ABC):
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"bar_alpha", "bar_schedule"})
-    limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"bar_alpha": 0.0})
+    lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"bar_alpha": 0.0})
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         super().__init__(options)

@@ -92,7 +92,7 @@ class Method:
     passes: ClassVar[int] = 1  # gradients that a step takes: the "Cost" of the paper's Table 3
     exports_weights: ClassVar[bool] = False  # a run leaves whole models, not adapters
     # Options under which it trains as plain LoRA does; None if there are none.
-    limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
+    lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
     # Options, as words of a command line, with which `--fit` tries it.
     search_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
 

@@ -36,7 +36,7 @@ class FlatLoRA(CountingMethod):
     summary = "Trained as LoRA on base weights that random noise of strength rho disturbs."
 
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
-    limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
+    lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
     default_rho: ClassVar[float] = 0.1
     default_text_rho: ClassVar[float | None] = 0.05
 

@@ -26,7 +26,7 @@ class FullFineTuning(Method):
 
     adapters: ClassVar[tuple[str, ...]] = ()
     exports_weights: ClassVar[bool] = True
-    limit: ClassVar[Mapping[str, Any] | None] = None
+    lora_limit: ClassVar[Mapping[str, Any] | None] = None
 
     def setup(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         """Make every weight of the targets trainable.

@@ -35,7 +35,7 @@ class LoRAL2SP(HookedMethod):
     summary = "Trained as LoRA with a penalty on the squared norm of the change of the weights."
 
     own_options = L2SPOptions
-    limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType(
+    lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType(
         {"settings": L2SPOptions(l2sp_lambda=0.0)}
     )
 

@@ -32,7 +32,7 @@ class LoRASAM(Method):
     )
 
     reads: ClassVar[frozenset[str]] = frozenset({"rho"})
-    limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
+    lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"rho": 1e-30})
     default_text_rho: ClassVar[float | None] = 0.01
     passes: ClassVar[int] = 2
 

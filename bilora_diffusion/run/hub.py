@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -214,9 +215,12 @@ def push(folder: Path, repo_id: str, token: str | None) -> None:
         added = [CommitOperationAdd(name, published(folder / name).encode()) for name in names]
         create_commit(repo_id, added, commit_message="Record and settings", token=token)
     except (HfHubHTTPError, OSError) as error:
+        words = ["hf", "upload", repo_id, str(folder)]
+        for pattern in NOT_UPLOADED + WITH_PATHS:
+            words += ["--exclude", pattern]
         raise UserError(
             f"training is done and {folder} is whole, but the upload to '{repo_id}' failed"
-            f" ({reason(error)}): upload it with `hf upload {repo_id} {folder}`."
+            f" ({reason(error)}): upload it with `{shlex.join(words)}`."
         ) from error
 
 

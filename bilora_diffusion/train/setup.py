@@ -138,6 +138,9 @@ def run(
         warn_of_zero_auxiliary(folder)
         if not is_search_run:
             logger.info(console.describe_run(folder, script.file_names(folder), script.scorer))
+        # Last, so that the uploaded record is complete and a failed upload spoils nothing.
+        if repo_id is not None:
+            hub.push(folder, repo_id, cfg.hub_token)
     # A signal during the export comes too late for this run, but stops those after it.
     number = trainer.interruption.number
     if number is None:
@@ -252,6 +255,4 @@ def export(
     with trainer.outcome.applied():
         results["export"] = script.export(cfg, trainer, folder)
     script.write_card(cfg, folder, measured | results, repo_id)
-    if repo_id is not None:
-        hub.push(folder, repo_id, cfg.hub_token)
     return results

@@ -225,7 +225,7 @@ def has_other_limit(name):
 
 @cases([case for case in MATRIX if has_other_limit(case[0])])
 def test_its_limit_is_lora(name, adapter_form, kind):
-    limit = create(name).limit
+    limit = create(name).lora_limit
     assert limit, "a method on adapters has a limit in which it is LoRA"
     plain = sgd_run("lora", adapter_form, kind)
     limit_run = sgd_run(name, adapter_form, kind, options=limit)

@@ -1,5 +1,7 @@
 """Runs that push to the Hugging Face Hub: the repository before training, the upload after it."""
 
+import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +24,9 @@ class Hub:
             monkeypatch.setattr(hub, name, self.function(name))
 
     def function(self, name):
-        def call(*_, **options):
+        def call(*arguments, **options):
+            if name == "create_commit":
+                options["operations"] = arguments[1]
             self.calls.append((name, options))
             if name in self.errors:
                 raise self.errors[name]
@@ -49,8 +53,13 @@ def test_a_run_is_pushed_to_the_repository_of_its_name(tmp_path, stub_hub):
     assert upload["folder_path"] == run
     assert upload["token"] == commit["token"] == "hf_secret"
     assert "me/icons" in (run / "README.md").read_text(encoding="utf-8")
-    assert runlog.read_run(run)["status"] == "finished"
     assert "hf_secret" not in (run / runlog.RUN).read_text()
+    # The published record is that of a finished run.
+    assert runlog.read_run(run)["status"] == "finished"
+    contents = {op.path_in_repo: op.path_or_fileobj for op in commit["operations"]}
+    record = json.loads(contents[runlog.RUN])
+    assert record["status"] == "finished"
+    assert record["results"]["steps"] == 2
 
 
 def test_a_refused_repository_is_a_sentence_before_training(tmp_path, stub_hub):
@@ -71,7 +80,10 @@ def test_a_failed_upload_leaves_the_run_whole_and_names_the_command(name, tmp_pa
         train_text(folder, **material("classification"), **PUSH, hub_model_id="them/run")
     sentence = str(error.value)
     assert f"{folder} is whole, but the upload to 'them/run' failed (no connection)" in sentence
-    assert f"`hf upload them/run {folder}`" in sentence
+    # Nor does the command upload checkpoints, or files with paths of this machine.
+    for pattern in ("'checkpoints/*'", "run.json"):
+        assert re.search(rf"hf upload them/run {folder} .*--exclude {re.escape(pattern)}", sentence)
+    assert runlog.read_run(folder)["status"] == "finished"
     assert column(folder, "step") == [1, 2]
     assert weights(folder)
     assert (folder / "README.md").exists()
