@@ -59,7 +59,9 @@ class BiLoRA(CountingMethod):
             "auxiliary_snr_gamma",
         }
     )
-    lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType({"auxiliary_learning_rate": 0.0})
+    lora_limit: ClassVar[Mapping[str, Any] | None] = MappingProxyType(
+        {"auxiliary_learning_rate": 0.0}
+    )
     # With little data each sample has its own auxiliary, within a radius that sets itself.
     search_options: ClassVar[Mapping[str, str]] = MappingProxyType(
         {"rho": AUTO, "auxiliaries": SAMPLE}
